@@ -263,9 +263,9 @@ def grammars_most_s() -> float:
 
 def unseen_541() -> float:
     """Share of flipping prompts that 541 prompts without a flip leave open."""
-    from fd_dsa.accuracy.stats import most_unseen_share
+    from fd_dsa.accuracy.stats import max_unseen_share
 
-    return most_unseen_share(541)
+    return max_unseen_share(541)
 
 
 def siege() -> dict[str, float]:

@@ -1,10 +1,10 @@
-"""The kernels as a C library, for tensors of any framework: no Paddle is needed to build or load.
+"""The kernels as a C library that works without Paddle.
 
     python -m custom_ops.build_library      # prints the path of libfd_dsa_kernels.so
 
-Needs nvcc alone. A build lands in `build/custom_ops/<hash>`, which git ignores; the hash covers
-the sources, the compiler and the flags, those of NVCC_APPEND_FLAGS too, so nothing is built twice
-and nothing stale is loaded.
+The build needs nvcc only, and the library takes tensors of any framework. It is placed in
+`build/custom_ops/<hash>`, which git ignores. The hash covers the sources, the compiler, its flags
+and NVCC_APPEND_FLAGS, so each build runs once and an outdated library is never loaded.
 """
 
 from __future__ import annotations
@@ -22,44 +22,47 @@ from pathlib import Path
 LIBRARY = "libfd_dsa_kernels.so"
 SOURCES = Path(__file__).parent / "csrc"
 CACHE = Path(__file__).parents[1] / "build" / "custom_ops"
-# those that the compiler does not know are left out
+# architectures that the compiler does not know are left out
 ARCHS = ("80", "90", "100")
-# of an architecture, the one that has its own instructions too; code for it runs there alone
+# the name with the instructions of one architecture only, whose code runs on no other
 FEATURES = {"90": "90a"}
 NVCC_FLAGS = ("-O3", "-std=c++17", "-lineinfo", "-Xcompiler", "-fPIC,-Wall,-Wextra")
 CUDA_FOLDER = "/usr/local/cuda"
 
 
 class BuildError(RuntimeError):
-    """The library cannot be built here; the message says what is missing or what nvcc said."""
+    """A build of the library that failed, with the missing tool or nvcc's output as message."""
 
 
 def find_nvcc() -> str | None:
-    """Path of nvcc: in $CUDA_HOME, on the path, or in CUDA's usual folder."""
+    """Return the path of nvcc from $CUDA_HOME, from PATH or from CUDA's usual folder."""
     homes = [os.environ.get("CUDA_HOME"), CUDA_FOLDER]
     folders = [f"{home}/bin" for home in homes if home]
     return shutil.which("nvcc", path=os.pathsep.join([*folders, os.environ.get("PATH", "")]))
 
 
 def known_archs(nvcc: str) -> tuple[str, ...]:
-    """Those of ARCHS for which a compiler makes code."""
+    """Return the architectures of ARCHS that a compiler supports."""
     listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout
     known = set(re.findall(r"compute_(\d+)\b", listed))
     return tuple(arch for arch in ARCHS if arch in known)
 
 
 def gencode(archs: Sequence[str]) -> list[str]:
-    """Flags of nvcc: code of each architecture, and for later ones what the driver compiles."""
+    """Return nvcc's flags for code of each architecture.
+
+    The last architecture is also kept as PTX, which the driver compiles for later GPUs.
+    """
     names = [FEATURES.get(arch, arch) for arch in archs]
     flags = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in names]
     return [*flags, f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
 
 
 def _run(commands: list[list[str]]) -> None:
-    """Run compilers, all at once; what one of them wrote is in the error.
+    """Run compilers in parallel.
 
     Raises:
-        BuildError: one of them failed.
+        BuildError: a compiler failed; the message holds its output.
     """
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     running = [subprocess.Popen(command, cwd=SOURCES, **pipes) for command in commands]
@@ -70,7 +73,7 @@ def _run(commands: list[list[str]]) -> None:
 
 
 def _key(*parts: object) -> str:
-    """Hash of everything that a build is made of."""
+    """Return the hash of all inputs of a build."""
     digest = hashlib.sha256(repr(parts).encode())
     for path in sorted(SOURCES.iterdir()):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
@@ -78,13 +81,13 @@ def _key(*parts: object) -> str:
 
 
 def build_library(archs: Sequence[str] | None = None) -> Path:
-    """Path of the library, built now if it is not there yet.
+    """Return the path of the library, and build it if it is missing.
 
     Args:
-        archs: architectures such as "90"; None = those of ARCHS that nvcc knows.
+        archs: architectures such as "90", or None for those of ARCHS that nvcc knows.
 
     Raises:
-        BuildError: there is no nvcc, or it refuses a source.
+        BuildError: nvcc is missing or rejects a source.
     """
     nvcc = find_nvcc()
     if nvcc is None:
@@ -102,7 +105,7 @@ def build_library(archs: Sequence[str] | None = None) -> Path:
         library = Path(scratch) / LIBRARY
         _run([[nvcc, "-shared", "-cudart", "static", "-o", str(library), *units.values()]])
         folder.mkdir(exist_ok=True)
-        # the library moves last and at once: two processes may build the same one
+        # two processes may build the same library, so a complete file replaces it at once
         library.replace(folder / LIBRARY)
     return folder / LIBRARY
 

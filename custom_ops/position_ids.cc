@@ -1,5 +1,7 @@
-// Paddle operator get_position_ids_and_mask_encoder_batch, with the reduced arguments of
-// PaddlePaddle/FastDeploy #7367. It checks its arguments and calls a launcher of csrc/.
+// The Paddle operator get_position_ids_and_mask_encoder_batch.
+//
+// Its arguments are the reduced ones of PaddlePaddle/FastDeploy #7367. The operator checks them and
+// calls a launcher of csrc/.
 #include <string>
 
 #include "csrc/position_ids.h"
@@ -16,14 +18,14 @@ namespace {
 using Tensor = paddle::Tensor;
 constexpr char kOp[] = "get_position_ids_and_mask_encoder_batch";
 
-// True where this library has kernels for the memory of a GPU.
+// Support of GPU memory in this library.
 #if defined(PADDLE_WITH_CUDA) || defined(PADDLE_WITH_CUSTOM_DEVICE)
 constexpr bool kHasCuda = true;
 #else
 constexpr bool kHasCuda = false;
 #endif
 
-// Shape of a tensor in words: [2, 3].
+// Returns the shape of a tensor as text: [2, 3].
 std::string shape_of(const Tensor& tensor) {
   std::string text;
   for (const int64_t size : tensor.shape()) {
@@ -32,7 +34,7 @@ std::string shape_of(const Tensor& tensor) {
   return text.empty() ? "[]" : text + "]";
 }
 
-// Refuses a tensor that is not int32, not in the memory of the first one, or too large.
+// Rejects a tensor that is not int32, that is too large or that is not on the place of the first.
 void check_tensor(const char* name, const Tensor& tensor, const Tensor& first) {
   constexpr auto kInt32 = paddle::DataType::INT32;
   PD_CHECK(tensor.dtype() == kInt32, kOp, ": ", name, ": got dtype ", tensor.dtype(),
@@ -43,7 +45,7 @@ void check_tensor(const char* name, const Tensor& tensor, const Tensor& first) {
            " entries, allowed are at most ", INT32_MAX);
 }
 
-// Whether a tensor is in host memory. Refuses memory that this library has no kernels for.
+// Returns true for host memory, and rejects memory without kernels in this library.
 bool runs_on_cpu(const Tensor& tensor) {
   if (tensor.is_cpu()) return true;
 #if defined(PADDLE_WITH_CUDA)
@@ -58,7 +60,7 @@ bool runs_on_cpu(const Tensor& tensor) {
   return false;
 }
 
-// The stream of a tensor's device on which Paddle queues its own work now.
+// Returns the stream of the tensor's device on which Paddle queues its own work.
 void* stream_of(const Tensor& tensor) {
 #if defined(PADDLE_WITH_CUDA)
   return static_cast<void*>(tensor.stream());

@@ -1,5 +1,7 @@
-"""Builds fd_dsa_ops for the Paddle that is installed: with CUDA kernels where that has CUDA and
-there is an nvcc, else what is plain C++.
+"""The build of fd_dsa_ops for the installed Paddle.
+
+The CUDA kernels are built where that Paddle has CUDA and the machine has nvcc. Elsewhere the
+package holds the plain C++ operators only.
 
     pip install ./custom_ops                        # setuptools comes from the package index
     pip install --no-build-isolation ./custom_ops   # needs setuptools here, and no network
@@ -20,26 +22,26 @@ from typing import Any
 from setuptools import setup
 from setuptools.command.build_ext import build_ext
 
-# pip runs this file from elsewhere; on the path, the sources of the package would hide a built one
+# pip runs this file from another folder, and the sources of the package would hide a built one
 sys.path.insert(0, str(Path(__file__).parent))
 import build_library as kernels
 
 sys.path.pop(0)
 
 NAME = "fd_dsa_ops"
-# Python may ask for symbols of a debugger, which take longer than the code
+# with the -g of Python's own flags, the build takes several times as long
 CXX_FLAGS = ["-O2", "-g0", "-std=c++17"]
-# Where a compiler has libstdc++ as an archive alone, the library would get one of its own beside
-# Paddle's, and formatting the number of a line, as Paddle does for an error, ends the process
+# A compiler may have libstdc++ as an archive only. The library would then hold its own copy beside
+# Paddle's, and an error of Paddle that prints a line number would end the process.
 LINK_FLAGS = ["-l:libstdc++.so.6"]
 INSTEAD = "Triton's kernels serve top-k and sparse MLA on GPUs"
 
 
 def import_paddle() -> tuple[Any, Any]:
-    """Paddle and its build tools.
+    """Import Paddle and its build tools.
 
-    pip builds in a folder of its own, which hides the packages beside which the result will be
-    installed; they are looked for after its own.
+    pip builds in a folder of its own, which hides the packages of the target environment. Their
+    folders are therefore added after pip's.
     """
     for kind in ("purelib", "platlib"):
         folder = sysconfig.get_path(kind)
@@ -59,7 +61,7 @@ def import_paddle() -> tuple[Any, Any]:
 
 
 def find_reason_without_kernels(paddle: Any, cuda_home: str | None) -> str:
-    """Why no CUDA kernels can be built; "" where they can."""
+    """Return why no CUDA kernels can be built, or "" where they can."""
     if not paddle.is_compiled_with_cuda():
         return "this Paddle has no CUDA"
     if kernels.find_nvcc() is None:
@@ -70,16 +72,18 @@ def find_reason_without_kernels(paddle: Any, cuda_home: str | None) -> str:
 
 
 def build_command(tools: Any, info: dict[str, Any], reason: str) -> type:
-    """Paddle's build of an extension, without the Python file that it writes: ours is there.
+    """Return Paddle's build command without the Python file that it writes.
+
+    The package has a Python file of its own.
 
     Args:
-        info: what is remembered of the build.
-        reason: why it has no CUDA kernels, or "".
+        info: the facts about the build that build.json keeps.
+        reason: why the build has no CUDA kernels, or "".
     """
 
     class Build(tools.BuildExtension):
         def run(self) -> None:
-            # a changed header must not leave what an earlier build made
+            # setuptools does not see that a header has changed
             self.force = True
             [extension] = self.extensions
             package = Path(self.get_ext_fullpath(extension.name)).parent
@@ -90,7 +94,7 @@ def build_command(tools: Any, info: dict[str, Any], reason: str) -> type:
                     extension.library_dirs.append(str(package))
                 build_ext.run(self)
             except Exception as error:
-                # a compiler that fails is only printed by Paddle; what fails then is the linker
+                # Paddle only prints that a compiler failed, and the linker then raises the error
                 print(error)
                 first = str(error).partition("\n")[0][:200]
                 sys.exit(
@@ -98,7 +102,7 @@ def build_command(tools: Any, info: dict[str, Any], reason: str) -> type:
                     f"the operators, on its Triton kernels ({type(error).__name__}: {first})"
                 )
             (package / "build.json").write_text(json.dumps(info) + "\n", "utf-8")
-            # Paddle leaves them where files to be installed are
+            # Paddle leaves these files in the folder that is installed
             for pattern in ("*.o", "version.txt"):
                 for path in Path(self.build_lib).rglob(pattern):
                     path.unlink()
@@ -109,7 +113,7 @@ def build_command(tools: Any, info: dict[str, Any], reason: str) -> type:
 
 
 def main() -> None:
-    """Build what setuptools was asked for."""
+    """Run the commands that setuptools was given."""
     paddle, tools = import_paddle()
     info: dict[str, Any] = {"paddle": paddle.__version__, "cuda": None, "archs": []}
     extension, flags, links = tools.CppExtension, list(CXX_FLAGS), list(LINK_FLAGS)

@@ -1,4 +1,4 @@
-"""fd_dsa: DeepSeek Sparse Attention on PaddlePaddle, step metadata computed once per step."""
+"""fd_dsa: DeepSeek Sparse Attention on PaddlePaddle, metadata computed once a step."""
 
 from __future__ import annotations
 

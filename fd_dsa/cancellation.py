@@ -1,4 +1,4 @@
-"""Cancellation of work that runs in a thread: the work asks if its result is still needed."""
+"""Cancellation of work in a thread, which checks if its result is still needed."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _stop: ContextVar[threading.Event | None] = ContextVar("stop", default=None)
 
 
 class Cancelled(FdDsaError):
-    """The result of this work is not needed any more."""
+    """The result of this work is no longer needed."""
 
 
 @contextmanager
 def cancelled_by(stop: threading.Event) -> Iterator[None]:
-    """Cancel the work inside when another thread sets `stop`; see `check_cancelled`."""
+    """Cancel the work inside when another thread sets `stop`. See `check_cancelled`."""
     token = _stop.set(stop)
     try:
         yield
@@ -32,7 +32,7 @@ def cancelled_by(stop: threading.Event) -> Iterator[None]:
 
 
 def check_cancelled() -> None:
-    """End the work of this thread if its result is not needed any more.
+    """End the work of this thread if its result is no longer needed.
 
     Long loops call this between pieces of at most a few tenths of a second.
 
@@ -45,7 +45,7 @@ def check_cancelled() -> None:
 
 
 def cancellable(items: Collection[_T]) -> Iterable[_T]:
-    """Pass items to a loop, with a `check_cancelled` before the first one and then now and then."""
+    """Pass items to a loop, with `check_cancelled` before the first and regularly after."""
     check_cancelled()
     return items if len(items) <= _CHECKED_ITEMS else _checked(iter(items))
 

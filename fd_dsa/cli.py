@@ -1,7 +1,8 @@
-"""Console script `fd-dsa`, and `python -m fd_dsa`: a door to the commands of the package."""
+"""Console script `fd-dsa` and `python -m fd_dsa`: dispatch to the commands."""
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -12,7 +13,7 @@ from fd_dsa.command_line.failures import reports_failures
 from fd_dsa.command_line.parser import Parser
 from fd_dsa.commands import own_command
 
-# command -> the module of its `main` and `build_parser`, imported when needed, and what it does
+# command -> (module with `main` and `build_parser`, imported on use; purpose)
 COMMANDS = {
     "serve": ("serve.cli", "serve a model over the OpenAI API"),
     "chat": ("client.chat", "talk to a model in the terminal"),
@@ -25,7 +26,7 @@ _SHELLS = ("bash", "fish", "zsh", "tcsh")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status, 2 for an unknown command."""
+    """Run one command and return its exit status, 2 for an unknown command."""
     arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     with signals.command():
         if arguments[0] in COMMANDS:
@@ -38,8 +39,8 @@ def build_parser(parents: dict[str, Parser] | None = None) -> Parser:
     """Build the parser of `fd-dsa`.
 
     Args:
-        parents: parsers of the commands, for a completion script, which completes the plain name
-            of the program; None = help and errors only.
+        parents: parsers of the commands, for a completion script, which completes the plain name of
+            the program. None = only help and errors.
     """
     parser = Parser(
         prog=own_command() if parents is None else "fd-dsa",
@@ -67,19 +68,19 @@ def _run(arguments: list[str]) -> int:
     return 0
 
 
-def _print_completion(args: Any) -> None:
+def _print_completion(args: argparse.Namespace) -> None:
     import shtab
 
     parents = {
         name: import_module(f"fd_dsa.{module}").build_parser()
         for name, (module, _) in COMMANDS.items()
     }
-    # what the shell itself completes
+    # values that the shell itself completes
     kinds = {"FILE": shtab.FILE, "DIR": shtab.DIRECTORY, "MODEL": shtab.DIRECTORY}
     for parent in parents.values():
         for action in parent._actions:
             if action.metavar in kinds:
-                action.complete = kinds[str(action.metavar)]  # type: ignore[attr-defined]
+                action.complete = kinds[str(action.metavar)]
     print(shtab.complete(build_parser(parents), args.shell))
 
 

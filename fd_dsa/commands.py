@@ -1,4 +1,4 @@
-"""Commands that messages name, in a form that the user can paste into the same shell."""
+"""Shell commands in messages, in a form that users can paste into the same shell."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def own_command(*words: str) -> str:
     script = Path(sys.executable).with_name("fd-dsa")
     if script.exists():
         return shlex.join([_program(script), *words])
-    # a folder on PYTHONPATH has no script
+    # a source folder on PYTHONPATH has no script
     return python_command("-m", "fd_dsa", *words)
 
 
@@ -27,14 +27,14 @@ def python_command(*words: str) -> str:
 
 
 def pip_command(*requirements: str) -> str:
-    """Return a shell line that installs packages, or folders of the project, into this Python."""
+    """Return a shell line that installs packages or project folders into this Python."""
     return python_command("-m", "pip", "install", *requirements)
 
 
 def extra_command(extra: str) -> str:
     """Return a shell line that installs the packages of an extra into this Python.
 
-    The line names these packages, because fd_dsa is on no package index.
+    The line names these packages, because fd_dsa is not on a package index.
     """
     try:
         needed = list(_packages_of(extra, requires("fd_dsa") or ()))
@@ -44,7 +44,7 @@ def extra_command(extra: str) -> str:
 
 
 def project_folder(name: str = ".") -> str:
-    """Return the path of a folder of the project, relative if it is below the current folder."""
+    """Return a project folder's path, relative if it is below the current folder."""
     return _relative(_ROOT / name)
 
 
@@ -56,7 +56,7 @@ def _packages_of(extra: str, requirements: Iterable[str]) -> Iterable[str]:
 
 
 def _program(path: Path) -> str:
-    """The shortest name by which a shell in the current folder finds a program."""
+    """Return the shortest name by which a shell in the current folder finds a program."""
     if shutil.which(path.name) == str(path):
         return path.name
     return _relative(path)
@@ -66,7 +66,7 @@ def _relative(path: Path) -> str:
     try:
         below = path.relative_to(Path.cwd())
     except (OSError, ValueError):
-        # elsewhere, or the current folder was deleted
+        # outside the current folder, or the current folder was deleted
         return str(path)
-    # a bare name would be looked up on PATH, or on a package index
+    # a bare name would be searched on PATH, or on a package index
     return str(below) if len(below.parts) != 1 else f"./{below}"

@@ -21,21 +21,21 @@ DEFAULT_TARGET_MS = 200.0
 """Target milliseconds between two tokens of a server, about the speed of reading."""
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-"""Form of a model's name on a hub."""
+"""Pattern of a model's name on a hub."""
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _BYTES_PATTERN = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
 DEVICES = ("auto", "cpu", "gpu")
 GENERATION_CONFIGS = ("auto", "vllm")
-# or a custom device of Paddle
+# DEVICES, or a custom device of Paddle
 _DEVICE_PATTERN = re.compile(rf"{'|'.join(DEVICES)}|[A-Za-z_]\w*:\d+")
 _DTYPES = ("auto", "float32", "bfloat16")
 _CACHE_DTYPES = ("auto", *CACHE_FORMATS)
 # the names of other servers
 _CACHE_DTYPE_ALIASES = {alias: one.name for one in CACHE_FORMATS.values() for alias in one.aliases}
 _LOAD_FORMATS = ("auto", "safetensors", "dummy")
-_MOST_CAPTURED = 512
-_MOST_RANKS = 8
+_MAX_CAPTURED = 512
+_MAX_RANKS = 8
 _LARGEST_TARGET_MS = 60_000
 NO_DRAFTS = "none"
 
@@ -48,7 +48,7 @@ def demo_model_path() -> Path:
 def parse_bytes(text: str) -> int:
     """Return the number of bytes in a text such as `8G`, `512MiB`, `1.5GB` or `4096`.
 
-    K, M, G and T are powers of 1024, with or without `B` or `iB`, in either case.
+    K, M, G and T are powers of 1024, with or without `B` or `iB`, in upper or lower case.
 
     Raises:
         ConfigError: the text has another form.
@@ -62,19 +62,19 @@ def parse_bytes(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
-def _is_integer(value: object, least: int, most: float = math.inf) -> bool:
-    return type(value) is int and least <= value <= most
+def _is_integer(value: object, low: int, high: float = math.inf) -> bool:
+    return type(value) is int and low <= value <= high
 
 
-def _is_number(value: object, least: float, most: float) -> bool:
-    return type(value) in (int, float) and least <= value <= most  # type: ignore[operator]
+def _is_number(value: object, low: float, high: float) -> bool:
+    return type(value) in (int, float) and low <= value <= high  # type: ignore[operator]
 
 
 _Rule = tuple[str, Callable[[Any], bool]]
 _POSITIVE: _Rule = "an integer of at least 1", lambda value: _is_integer(value, 1)
 _OPTIONAL: _Rule = _POSITIVE[0], lambda value: value is None or _is_integer(value, 1)
 _SWITCH: _Rule = "a bool", lambda value: isinstance(value, bool)
-# flag -> what is allowed, in words and as a function
+# flag -> (allowed values in words, check)
 _RULES: dict[str, _Rule] = {
     "device": (
         f"{', '.join(DEVICES)}, in Python also a custom device of Paddle as name:number",
@@ -212,7 +212,7 @@ class EngineConfig:
         self._check_together()
         self._check_capture_sizes()
         template = self.chat_template
-        # a number would be the descriptor of an open file
+        # a number would mean the descriptor of an open file
         is_path = isinstance(template, (str, os.PathLike))
         if template is not None and not (is_path and os.path.isfile(template)):
             got = os.fspath(template) if is_path else template
@@ -230,7 +230,7 @@ class EngineConfig:
         """Return the settings with `device`, and with dtypes and drafts resolved for it.
 
         Raises:
-            ConfigError: the device does not compute in `dtype`.
+            ConfigError: the device does not support `dtype`.
         """
         dtype = self.dtype
         if dtype == "auto":
@@ -248,7 +248,11 @@ class EngineConfig:
         is_whole = self.tensor_parallel_size == 1 and self.load_format != "dummy"
         if drafts is None and device == "cpu" and is_whole and self.model_path == demo_model_path():
             drafts = SpeculativeConfig("mtp", 3)
-        resolved = {"dtype": dtype, "kv_cache_dtype": cache_dtype, "speculative_config": drafts}
+        resolved: dict[str, Any] = {
+            "dtype": dtype,
+            "kv_cache_dtype": cache_dtype,
+            "speculative_config": drafts,
+        }
         return replace(self, device=device, **resolved)
 
     @property
@@ -279,16 +283,16 @@ class EngineConfig:
             return ()
         if self.cudagraph_capture_sizes is not None:
             return self.cudagraph_capture_sizes
-        most = min(self.most_decode_tokens, _MOST_CAPTURED)
-        # as vLLM has them
-        sizes = (1, 2, 4, *range(8, 256, 8), *range(256, _MOST_CAPTURED, 16))
-        return (*(size for size in sizes if size < most), most)
+        largest = min(self.most_decode_tokens, _MAX_CAPTURED)
+        # the same sizes as vLLM
+        sizes = (1, 2, 4, *range(8, 256, 8), *range(256, _MAX_CAPTURED, 16))
+        return (*(size for size in sizes if size < largest), largest)
 
     def resolve_max_model_len(self, max_position_embeddings: int) -> int:
         """Return the tokens of the longest sequence.
 
         Raises:
-            ConfigError: `max_model_len` is beyond what the model was made for.
+            ConfigError: `max_model_len` exceeds the model's own maximum.
         """
         if self.max_model_len is None:
             return max_position_embeddings
@@ -325,8 +329,8 @@ class EngineConfig:
 
     def _check_together(self) -> None:
         """Refuse values that this release does not support, also in combination."""
-        if self.tensor_parallel_size > _MOST_RANKS:
-            allowed = f"at most {_MOST_RANKS}, the GPUs of one machine"
+        if self.tensor_parallel_size > _MAX_RANKS:
+            allowed = f"at most {_MAX_RANKS}, the GPUs of one machine"
             hint = "--engine fastdeploy serves on several machines"
             raise flag_error("tensor_parallel_size", self.tensor_parallel_size, allowed, hint)
         stored = CACHE_FORMATS.get(self.kv_cache_dtype)
@@ -350,20 +354,20 @@ class EngineConfig:
         sizes = self.cudagraph_capture_sizes
         if sizes is None:
             return
-        name, most = "cudagraph_capture_sizes", self.most_decode_tokens
+        name, max_size = "cudagraph_capture_sizes", self.most_decode_tokens
         if isinstance(sizes, str) or not isinstance(sizes, Sequence):
             raise flag_error(name, sizes, "several integers")
         if self.enforce_eager:
             raise ConfigError(
                 f"--cudagraph-capture-sizes: got {list(sizes)} together with --enforce-eager, "
-                "which captures nothing; give one of them"
+                "which disables graphs; give one of them"
             )
         for size in sizes:
-            if not _is_integer(size, 1, most):
+            if not _is_integer(size, 1, max_size):
                 raise flag_error(
                     name,
                     size,
-                    f"integers from 1 to {most}, the rows that a decode step can have",
+                    f"integers from 1 to {max_size}, the rows that a decode step can have",
                     "leave them out, or raise --max-num-seqs",
                 )
         if not sizes:

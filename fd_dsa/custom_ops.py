@@ -1,7 +1,7 @@
-"""The package fd_dsa_ops, which custom_ops/ builds: whether it is here, and what it has.
+"""State and contents of the optional package fd_dsa_ops, which custom_ops/ builds.
 
-fd_dsa works without it. Where it is built with CUDA kernels, a kernel of it serves an operator on
-a GPU once it has agreed with the definition on small cases: see `fd_dsa.ops.providers`.
+fd_dsa works without the package. If it is built with CUDA kernels, a kernel serves an operator on a
+GPU after it has matched the definition on small cases: see `fd_dsa.ops.providers`.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ BUILT, MISSING, BROKEN = "built", "missing", "broken"
 
 @dataclass(frozen=True, slots=True)
 class Build:
-    """What is known of the package.
+    """State of the package.
 
     Attributes:
         state: "built", "missing" or "broken".
-        reason: in words: for which Paddle and GPUs it was built, or what is wrong.
-        path: the library; "" where there is none.
+        reason: in words, the Paddle and GPUs it was built for, or the fault.
+        path: the library, "" without one.
         kernels: the library with CUDA kernels, None without.
-        operators: names under which Paddle has its operators.
+        operators: names of its operators in Paddle.
     """
 
     state: str
@@ -45,7 +45,7 @@ _build: Build | None = None
 
 
 def build() -> Build:
-    """What is known of the package; it is imported at the first call."""
+    """Return the state of the package, which is imported at the first call."""
     global _build
     if _build is None:
         _build = _examine()
@@ -53,10 +53,13 @@ def build() -> Build:
 
 
 def use_library(path: Path | str | None) -> None:
-    """Take the kernels of a C library, as `custom_ops.build_library` makes it without Paddle.
+    """Use the kernels of a C library, made by `custom_ops.build_library` without Paddle.
 
-    For tensors of another library than Paddle. None goes back to the package. An object that was
-    set up before keeps the kernels that it has.
+    The library is for tensors of another library than Paddle. Objects that were set up before keep
+    their kernels.
+
+    Args:
+        path: the library. None = the package again.
 
     Raises:
         BackendUnavailable: the file cannot be loaded.
@@ -78,7 +81,7 @@ def build_command() -> str:
 
 
 def _examine() -> Build:
-    """Look for the package and import it."""
+    """Find the package and import it."""
     try:
         if sys.modules.get(PACKAGE) is None and find_spec(PACKAGE) is None:
             return Build(MISSING, f"not installed; {build_command()} builds it")
@@ -86,7 +89,7 @@ def _examine() -> Build:
         path, made = str(package.LIBRARY), package.BUILD
         operators = tuple(package.__all__)
     except Exception as error:
-        # a half-made package raises anything
+        # an incomplete package may raise any exception
         reason = describe_error(error).removeprefix("ImportError: ")
         return Build(BROKEN, f"{reason}; build it again: {build_command()}")
     archs = ", ".join(made["archs"])

@@ -1,4 +1,7 @@
-"""The process: its variables, processors and log; the only module that reads the environment."""
+"""The process: variables, processors and log.
+
+Only this module reads the environment.
+"""
 
 from __future__ import annotations
 
@@ -20,14 +23,14 @@ from fd_dsa.errors import ConfigError
 
 OVERLAP_VARIABLE = "FD_DSA_OVERLAP_MAX_TOKENS"
 DEFAULT_OVERLAP_MAX_TOKENS = 16
-"""Most tokens of a captured step whose indexer projections run on a second stream.
+"""Maximum tokens of a captured step that projects for the indexer on a second stream.
 
-No more than the `limit_tokens` of benchmarks/results/engine_overlap*.json, past which the fork was
-measured not to pay; a test compares the two.
+It must not exceed `limit_tokens` of benchmarks/results/engine_overlap*.json, above which the fork
+costs more than it saves. A test compares the two.
 """
 
 # with less the server of the demo model does not start
-_LEAST_ADDRESS_SPACE_BYTES = 3 << 29
+_MIN_ADDRESS_SPACE_BYTES = 3 << 29
 # parameters of mallopt(3)
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _cpu_threads: int | None = None
@@ -35,18 +38,20 @@ _SWITCH = {"0": False, "false": False, "1": True, "true": True}
 
 
 def prepare_cpu_runtime() -> None:
-    """Set what Paddle reads from the environment, then import it; call it before all others do.
+    """Set the environment variables for Paddle, then import it.
 
-    The MKL of its CPU build takes a slow path on AMD processors unless a variable says that AVX2 is
-    there (2.6 times faster float32 GEMMs measured), and keeps one order of sums for any number of
-    rows if another one asks for it. OpenMP's idle threads spin for 200 ms, which slows what the
-    main thread does beside them; 1 ms is enough between two GEMMs. glibc gives the pages of arrays
-    of some MiB back and gets zeroed ones for the next step, a hundredth of a long prompt's time; so
-    it keeps more. A value that the user has set stays. Paddle's advice to install ccache is
-    silenced.
+    Call it before other imports.
+
+    The MKL of Paddle's CPU build uses a slow path on AMD processors unless a variable declares AVX2
+    (2.6 times faster float32 GEMMs measured). Another variable makes it use one order of sums for
+    any number of rows. OpenMP's idle threads spin for 200 ms by default, which slows the main
+    thread; 1 ms is enough between two GEMMs. By default glibc returns the pages of arrays of some
+    MiB and requests zeroed ones for the next step. This costs a hundredth of a long prompt's time,
+    so its thresholds are raised. Values that the user has set are kept. Paddle's advice to install
+    ccache is silenced.
 
     Raises:
-        ConfigError: the folder that Paddle makes when it is imported cannot be made, or `ulimit -v`
+        ConfigError: the folder that Paddle needs for its import cannot be made, or `ulimit -v`
             leaves no room for its libraries.
     """
     check_address_space()
@@ -67,13 +72,13 @@ def prepare_cpu_runtime() -> None:
 
 
 def set_heaps(name: str, parameter: int, value: int) -> bool:
-    """Set a parameter of glibc's allocator, by mallopt(3).
+    """Set a parameter of glibc's allocator by mallopt(3).
 
     Args:
-        name: as in `glibc.malloc.arena_max`.
+        name: last part of its tunable, as in `glibc.malloc.arena_max`.
 
     Returns:
-        False where the environment sets it, or the allocator is not glibc's.
+        False if the environment sets the parameter, or the allocator is not glibc's.
     """
     names = f"MALLOC_{name.upper()}", f"MALLOC_{name.upper()}_"
     if any(map(variable, names)) or f"glibc.malloc.{name}" in variable("GLIBC_TUNABLES"):
@@ -83,15 +88,15 @@ def set_heaps(name: str, parameter: int, value: int) -> bool:
 
 
 def _import_paddle() -> None:
-    """Import Paddle, where it is installed, and keep the signal handlers of the caller.
+    """Import Paddle if it is installed, and keep the caller's signal handlers.
 
-    Paddle's own one for SIGTERM, set when it is imported, prints a C++ stack. An import that is
-    cut off leaves a damaged heap, so signals wait for its end. Blocking them here would not do:
-    another thread would take them.
+    Paddle's import sets a SIGTERM handler that prints a C++ stack. An import that is cut off leaves
+    a damaged heap, so signals are delivered after it. Blocking them here is not enough, because
+    another thread would receive them.
     """
     handlers: dict[signal.Signals, Any] = {}
     late: list[int] = []
-    # other threads may not
+    # only the main thread can set signal handlers
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
             handlers[number] = signal.signal(number, lambda caught, _: late.append(caught))
@@ -100,29 +105,29 @@ def _import_paddle() -> None:
             import paddle  # noqa: F401
     finally:
         for number, handler in handlers.items():
-            # a handler from outside of Python is unknown, and is lost
+            # a handler that was not set by Python is unknown and cannot be restored
             signal.signal(number, handler or signal.SIG_DFL)
     for caught in late:
         signal.raise_signal(caught)
 
 
 def check_address_space() -> None:
-    """Refuse a `ulimit -v` under which libraries fail to load, each with a dump of its own.
+    """Refuse a `ulimit -v` that makes libraries fail to load with dumps.
 
     Raises:
         ConfigError: the address space of this process is limited to less than 1.5 GiB.
     """
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    if limit != resource.RLIM_INFINITY and limit < _LEAST_ADDRESS_SPACE_BYTES:
+    if limit != resource.RLIM_INFINITY and limit < _MIN_ADDRESS_SPACE_BYTES:
         raise ConfigError(
             f"ulimit -v: got {limit // 1024}, allowed: at least "
-            f"{_LEAST_ADDRESS_SPACE_BYTES // 1024} (1.5 GiB), of which Paddle's libraries take "
+            f"{_MIN_ADDRESS_SPACE_BYTES // 1024} (1.5 GiB), of which Paddle's libraries take "
             "most, and more for a model; raise it, or limit memory by a control group"
         )
 
 
 def _make_paddle_folder() -> None:
-    """Make the folder for data sets whose absence would fail the import of Paddle.
+    """Make the folder for data sets that Paddle requires for its import.
 
     Source: paddle/dataset/common.py of Paddle 3.3.
     """
@@ -140,19 +145,19 @@ def _make_paddle_folder() -> None:
 
 
 def has_nvidia_gpu() -> bool:
-    """True where the NVIDIA driver shows this process a device; no driver call is made."""
+    """Return True if the NVIDIA driver shows this process a device. Calls no driver."""
     if os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
         return False
     return any(Path("/dev").glob("nvidia[0-9]*"))
 
 
 def nvidia_smi(fields: str, gpu: str = "") -> list[str]:
-    """What nvidia-smi reports, one line a GPU; none where it is missing or does not answer.
+    """Return nvidia-smi's answer, one line a GPU, empty without an answer.
 
     Args:
         gpu: number or UUID of one GPU, "" = all.
     """
-    # late: few commands ask
+    # imported late, because few commands need it
     import subprocess
 
     query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
@@ -166,7 +171,7 @@ def nvidia_smi(fields: str, gpu: str = "") -> list[str]:
 
 
 def installed_version(package: str) -> str:
-    """Version of an installed package, "" without it."""
+    """Return the version of an installed package, "" without it."""
     from importlib.metadata import PackageNotFoundError, version
 
     try:
@@ -176,10 +181,10 @@ def installed_version(package: str) -> str:
 
 
 def choose_triton_mode() -> bool:
-    """True if Triton kernels of this process run in Triton's interpreter, False if compiled.
+    """Return True if Triton kernels of this process run in Triton's interpreter.
 
-    Triton decides at its own import, for good: call this before. On a machine without a GPU it
-    sets TRITON_INTERPRET=1, unless the user has set the variable or Triton is loaded already.
+    Triton decides once, at its own import, so call this before. On a machine without a GPU it sets
+    TRITON_INTERPRET=1, unless the user has set the variable or Triton is loaded already.
     """
     value = os.environ.get("TRITON_INTERPRET")
     if value is None and "triton" not in sys.modules and not has_nvidia_gpu():
@@ -188,19 +193,25 @@ def choose_triton_mode() -> bool:
 
 
 def batch_invariant() -> bool:
-    """True if FD_DSA_BATCH_INVARIANT=1: a token's numbers depend on its row alone; as `switch`."""
+    """Return True if FD_DSA_BATCH_INVARIANT=1.
+
+    Results are then independent of batch composition.
+    """
     return switch("FD_DSA_BATCH_INVARIANT") or False
 
 
 def launches_overlap() -> bool:
-    """False if FD_DSA_PDL=0: no kernel starts before the one before it has ended; as `switch`."""
+    """Return False if FD_DSA_PDL=0.
+
+    A kernel then starts only after the previous one has ended.
+    """
     return switch("FD_DSA_PDL") is not False
 
 
 def fastdeploy_plugin_wanted() -> bool:
-    """True where the plug-in shall take FastDeploy's DSA path over.
+    """Return True if the plug-in should take over FastDeploy's DSA path.
 
-    That is with FD_ATTENTION_BACKEND=DSA_ATTN, FastDeploy's own switch, and without
+    The condition is FD_ATTENTION_BACKEND=DSA_ATTN, FastDeploy's own switch, without
     FD_DSA_DISABLE=1.
     """
     chosen = os.environ.get("FD_ATTENTION_BACKEND") == "DSA_ATTN"
@@ -208,10 +219,10 @@ def fastdeploy_plugin_wanted() -> bool:
 
 
 def switch(name: str) -> bool | None:
-    """Value of a variable that is 0 or 1; None where it is unset or empty.
+    """Return the value of a variable that is 0 or 1, None if it is unset or empty.
 
     Raises:
-        ConfigError: it is none of 0, 1, false and true, in any case.
+        ConfigError: the value is not 0, 1, false or true, in any case.
     """
     value = variable(name)
     if not value:
@@ -223,12 +234,13 @@ def switch(name: str) -> bool | None:
 
 
 def overlap_max_tokens() -> int | None:
-    """Most tokens of a step whose indexer projections run on a second stream; 0 = never.
+    """Return FD_DSA_OVERLAP_MAX_TOKENS, None if it is unset.
 
-    FD_DSA_OVERLAP_MAX_TOKENS, which holds for eager steps too; None where it is not set.
+    It is the maximum number of tokens of a step, captured or eager, whose indexer projections run
+    on a second stream. 0 = never.
 
     Raises:
-        ConfigError: the variable is no number of at least 0.
+        ConfigError: the value is not a number of at least 0.
     """
     value = variable(OVERLAP_VARIABLE)
     if not value:
@@ -242,38 +254,38 @@ def overlap_max_tokens() -> int | None:
 
 
 def variable(name: str) -> str:
-    """A variable without white space around it; "" where it is unset."""
+    """Return a variable without surrounding white space, "" if it is unset."""
     return os.environ.get(name, "").strip()
 
 
 def set_default(name: str, value: str) -> None:
-    """Set a variable that a library reads later; a value that the user has set stays."""
+    """Set a variable that a library reads later, unless the user has set it."""
     os.environ.setdefault(name, value)
 
 
 def process_environment() -> dict[str, str]:
-    """A copy of this process's environment, such as a child may get with changes."""
+    """Return a copy of this process's environment, for example for a child process."""
     return dict(os.environ)
 
 
 def format_address(host: str, port: object) -> str:
-    """`host:port`, IPv6 addresses in brackets."""
+    """Return `host:port`, with IPv6 addresses in brackets."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def local_url(host: str, port: object) -> str:
-    """The URL under which this machine reaches a server that listens on `host`."""
+    """Return the URL by which this machine reaches a server that listens on `host`."""
     local = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"http://{format_address(local, port)}"
 
 
 def usable_cpus() -> int:
-    """Number of processors that this process may run on."""
+    """Return the number of processors that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
 def set_cpu_threads(num_threads: int) -> int:
-    """Give Paddle's CPU kernels this many threads and return the number."""
+    """Set the number of threads of Paddle's CPU kernels, and return it."""
     import paddle
 
     paddle.base.core.set_num_threads(num_threads)
@@ -283,13 +295,13 @@ def set_cpu_threads(num_threads: int) -> int:
 
 
 def cpu_threads() -> int | None:
-    """What `set_cpu_threads` was last given; None before."""
+    """Return the last number given to `set_cpu_threads`, None before."""
     return _cpu_threads
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Our log says no more than warnings inside, where a report says the rest."""
+    """Log only warnings inside the block, because a report has the details."""
     package = logging.getLogger("fd_dsa")
     level = package.level
     package.setLevel(logging.WARNING)

@@ -1,6 +1,6 @@
-"""Exceptions of fd_dsa, all of them FdDsaError.
+"""Exceptions of fd_dsa, all derived from FdDsaError.
 
-A message says what, what was found, what is allowed and what to do.
+A message names the field, the value found, the rule and what to do.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ _SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = 12
 
 
 def shorten(value: object) -> str:
-    """The `repr` of a value that a file or a client has chosen, cut to a length for one line."""
+    """Return the `repr` of a value from a file or client, shortened to one line."""
     return _SHORT.repr(value)
 
 
-# from here on two names look like one misspelt: --prot and --port, not --trust-remote-code and
-# --request-rate, which share a few letters
+# Similarity from which on two names look like a misspelling: --prot and --port, but not
+# --trust-remote-code and --request-rate, which share a few letters
 _NEAR = 0.7
 
 
 def nearest_name(name: str, known: Iterable[str]) -> str | None:
-    """Find the known name that a wrong name most likely stands for."""
+    """Return the known name that a wrong name most likely means."""
     names = list(known)
     begun = [one for one in names if len(name) > 3 and one.startswith(name)]
     return next(iter(begun or get_close_matches(name, names, 1, _NEAR)), None)
@@ -37,27 +37,27 @@ class FdDsaError(Exception):
 
 
 class ShapeError(FdDsaError, ValueError):
-    """An array has another shape than its contract says; both shapes are in the message."""
+    """An array has a wrong shape. The message has both shapes."""
 
 
 class DtypeError(FdDsaError, ValueError):
-    """An array has another dtype than its contract says."""
+    """An array has a wrong dtype."""
 
 
 class ConfigError(FdDsaError, ValueError):
-    """A flag or a field of the model folder has a value that cannot be served."""
+    """A flag or a field of the model folder has an unsupported value."""
 
 
 class ArgumentError(FdDsaError, TypeError, ValueError):
-    """An argument of a call has an unknown name, or a value of another type or form.
+    """An argument of a call has an unknown name, or a value of a wrong type or form.
 
-    Python raises TypeError for the first and most libraries ValueError for the second, so the
+    Python raises TypeError for the first and most libraries ValueError for the second, so this
     error is both.
     """
 
 
 class CheckpointError(ConfigError):
-    """A file or tensor of a checkpoint is missing, damaged, unexpected or of another shape."""
+    """A file or tensor of a checkpoint is missing, damaged, unexpected or misshapen."""
 
 
 class CapacityError(FdDsaError, ValueError):
@@ -65,12 +65,12 @@ class CapacityError(FdDsaError, ValueError):
 
 
 class V4PrepareError(FdDsaError, ValueError):
-    """A DeepSeek-V4 step (or its sizes) breaks a rule of its preparation; nothing was written.
+    """A DeepSeek-V4 step (or its sizes) breaks a rule. Outputs are unchanged.
 
     Attributes:
         code: one of E_SHAPE, E_DTYPE, E_BATCH, E_QLEN, E_CTX, E_SLOT, E_TABLE, E_BLOCK, E_TOKENS,
             E_INDPTR.
-        row: the row at fault; -1 where the whole batch (or the configuration) is.
+        row: the row at fault, or -1 for the whole batch or the configuration.
     """
 
     def __init__(self, code: str, row: int, text: str) -> None:
@@ -84,27 +84,30 @@ class V4PrepareError(FdDsaError, ValueError):
 
 
 class LaunchError(FdDsaError, ValueError):
-    """A Triton kernel cannot be launched so; the message names the kernel and the argument."""
+    """A Triton kernel cannot be launched. The message names the kernel and the argument."""
 
 
 class BusyError(FdDsaError, RuntimeError):
-    """Too much work of one kind waits; the same may be asked for again later."""
+    """Too much work of one kind is waiting. The caller may retry later."""
 
 
 class DeviceError(FdDsaError, RuntimeError):
-    """The CUDA driver reports an error; its number and text are in the message."""
+    """The CUDA driver reports an error. The message has its number and text."""
 
 
 class RankError(FdDsaError, RuntimeError):
-    """A rank of a group has ended or fails, so the others cannot go on; the message names it."""
+    """A rank of a group has ended or failed, so the others cannot continue.
+
+    The message names the rank.
+    """
 
 
 class OverlapError(FdDsaError, RuntimeError):
-    """Work is forked to a second stream inside of work that is forked already."""
+    """Work is forked to a second stream inside another fork."""
 
 
 class RemoteError(FdDsaError, RuntimeError):
-    """A server that is asked cannot be reached, goes away, or refuses every request."""
+    """A server cannot be reached, goes away, or refuses every request."""
 
 
 class MissingStepError(FdDsaError, RuntimeError):
@@ -112,37 +115,37 @@ class MissingStepError(FdDsaError, RuntimeError):
 
 
 class BackendUnavailable(FdDsaError, ImportError):
-    """A device, provider or package that was asked for cannot serve on this machine."""
+    """A requested device, provider or package is not available on this machine."""
 
 
 class KernelUnavailable(BackendUnavailable):
-    """A Triton kernel cannot be compiled for a device, or not be loaded there.
+    """A Triton kernel cannot be compiled for a device, or cannot be loaded there.
 
-    It is raised before the kernel is queued. If the kernel belongs to a provider that is only
-    faster than another one, the other one serves from then on (`fd_dsa.ops.providers.refuse`).
+    It is raised before the kernel is enqueued. If the kernel only makes an operator faster, the
+    next provider serves from then on (`fd_dsa.ops.providers.refuse`).
     """
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that the memory of the host or of a device is full."""
+    """Return True if the memory of the host or of a device is full."""
     if isinstance(error, RankError):
-        # no smaller step helps: the other ranks have ended
+        # a smaller step does not help, because the other ranks have ended
         return False
-    # Paddle has errors of its own for a full device; those of CUDA are an OSError without a number
+    # Paddle has its own error types for a full device; CUDA's is an OSError without a number
     return isinstance(error, MemoryError) or "out of memory" in describe_error(error).lower()
 
 
 def describe_error(error: BaseException) -> str:
-    """Type and text of an error in a line; of Paddle's, the last line that names an error."""
+    """Return type and text of an error as one line, for Paddle's the line that names it."""
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
-    # Paddle's own stack comes first, what is wrong last
+    # Paddle prints its stack before the error
     text = next((line for line in reversed(lines) if "Error" in line), lines[0] if lines else "")
     return f"{type(error).__name__}: {text}"
 
 
 @contextmanager
 def writing(flag: str, path: object, hint: str = "") -> Iterator[None]:
-    """Name the flag, the file and the reason where an output cannot be written inside."""
+    """Report an output that cannot be written inside, with flag, file and reason."""
     try:
         yield
     except OSError as error:
@@ -151,7 +154,7 @@ def writing(flag: str, path: object, hint: str = "") -> Iterator[None]:
 
 
 def flag_error(name: str, got: object, allowed: str, hint: str = "") -> ConfigError:
-    """The error of one flag, or of `flag.key` in its JSON: what, got, allowed, what to do."""
+    """Make the error of one flag, or of `flag.key` in its JSON."""
     flag, dot, key = name.partition(".")
     text = f"--{flag.replace('_', '-')}{dot}{key}: got {got!r}, allowed: {allowed}"
     return ConfigError(f"{text}; {hint}" if hint else text)

@@ -1,4 +1,4 @@
-"""Signals and standard streams of a process: how a command ends."""
+"""Signals and standard streams of a process, and the way a command ends."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from typing import NoReturn, TextIO
 
 
 def open_missing_streams() -> None:
-    """Where the process was started without stdout or stderr, nobody reads, but all may write.
+    """Open closed standard streams on /dev/null.
 
-    Their numbers would go to the next files that are opened, such as a client's connection.
+    Otherwise their numbers would be reused by the next opened files, such as a client's connection,
+    and writes would go there.
     """
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:
@@ -22,7 +23,7 @@ def open_missing_streams() -> None:
 
 
 def discard(*streams: TextIO) -> None:
-    """From now on streams that cannot be written go nowhere, with what is left in their buffers."""
+    """Redirect streams that cannot be written to /dev/null, with their buffers."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in streams:
         os.dup2(nowhere, stream.fileno())
@@ -30,14 +31,17 @@ def discard(*streams: TextIO) -> None:
 
 
 def _flush() -> None:
-    """Write what is left; raises BrokenPipeError where nobody reads stdout.
+    """Flush the standard streams.
 
-    Where stdout cannot be written, the interpreter tries again at its exit and reports that.
+    If stdout cannot be written, the interpreter tries again at its exit and reports that.
+
+    Raises:
+        BrokenPipeError: the reader of stdout is gone.
     """
     try:
         sys.stderr.flush()
     except OSError:
-        # there is nowhere to report it; the exit status stays that of the command
+        # stderr cannot report its own failure; the exit status stays that of the command
         discard(sys.stderr)
     try:
         sys.stdout.flush()
@@ -48,7 +52,7 @@ def _flush() -> None:
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, which ends a command as Ctrl-C does."""
+    """SIGTERM, which ends a command like Ctrl-C."""
 
 
 def _terminate(*_: object) -> None:
@@ -56,7 +60,7 @@ def _terminate(*_: object) -> None:
 
 
 def signal_end(stop: KeyboardInterrupt) -> tuple[str, int]:
-    """What a command that a signal has ended says, and its exit status."""
+    """Return the message and the exit status of a command ended by a signal."""
     by_term = isinstance(stop, Terminated)
     line = str(stop) or ("terminated" if by_term else "interrupted")
     return line, 128 + (signal.SIGTERM if by_term else signal.SIGINT)
@@ -65,7 +69,7 @@ def signal_end(stop: KeyboardInterrupt) -> tuple[str, int]:
 def exit_at_once(number: int, line: str) -> NoReturn:
     """Write a line to stderr and end the process with the shell's status for a signal.
 
-    Nothing is awaited: threads that still work are cut off.
+    Running threads are cut off.
     """
     with suppress(OSError):
         sys.stderr.write(f"{line}\n")
@@ -76,9 +80,9 @@ def exit_at_once(number: int, line: str) -> NoReturn:
 
 @contextmanager
 def signals_exit_at_once(line: str) -> Iterator[None]:
-    """End the process at once on SIGINT or SIGTERM while the block runs, also if threads work.
+    """End the process at once on SIGINT or SIGTERM in the block, even if threads work.
 
-    Only the main thread can handle signals; in another thread this does nothing.
+    Only the main thread can handle signals. In another thread the block runs unchanged.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -94,7 +98,7 @@ def signals_exit_at_once(line: str) -> Iterator[None]:
 
 @contextmanager
 def signals_call(handle: Callable[[int], None]) -> Iterator[None]:
-    """Let SIGINT and SIGTERM call `handle` in the event loop. Only the main thread can."""
+    """Make SIGINT and SIGTERM call `handle` in the event loop. Only the main thread can."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -112,11 +116,11 @@ def signals_call(handle: Callable[[int], None]) -> Iterator[None]:
 
 @contextmanager
 def command() -> Iterator[None]:
-    """Around a command: a signal is one line at any moment, a reader that goes away is none.
+    """Run a command: signals end it with one line, and a closed stdout pipe without one.
 
     Raises:
-        SystemExit: the shell's status for SIGPIPE where nobody reads stdout any more, as in
-            `fd-dsa bench --help | head -1`. After Ctrl-C (130) and SIGTERM (143) the process ends.
+        SystemExit: the shell's status for SIGPIPE if the reader of stdout is gone, as in `fd-dsa
+            bench --help | head -1`. After Ctrl-C (130) and SIGTERM (143) the process ends.
     """
     open_missing_streams()
     if threading.current_thread() is threading.main_thread():
@@ -130,7 +134,7 @@ def command() -> Iterator[None]:
         line, status = signal_end(stop)
         sys.stderr.write(f"fd_dsa: error: {line}\n")
         sys.stderr.flush()
-        # the interpreter's own end may hang where an import of Paddle was cut off
+        # the interpreter's own shutdown may hang if an import of Paddle was cut off
         os._exit(status)
     except BrokenPipeError:
         discard(sys.stdout, sys.stderr)

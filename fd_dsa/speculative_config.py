@@ -1,4 +1,4 @@
-"""`--speculative-config`, typed and checked."""
+"""Configuration of speculative decoding: `--speculative-config`, typed and checked."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from fd_dsa.errors import flag_error, nearest_name
 
 @dataclass(frozen=True)
 class SpeculativeConfig:
-    """How drafts are made, tokens that a step verifies; each field is a key of the flag's JSON.
+    """The method and number of drafts. Each field is a key of the flag's JSON.
 
     Attributes:
-        method: "ngram" proposes what followed the last tokens where they came before, "mtp" asks
+        method: "ngram" copies the tokens after an earlier occurrence of the last tokens. "mtp" uses
             the checkpoint's layer for multi-token prediction.
-        num_speculative_tokens: most drafts of a request in a step, 1 to 3.
-        prompt_lookup_max, prompt_lookup_min: tokens that have to come before, longest first; of
-            ngram alone.
+        num_speculative_tokens: maximum number of drafts of a request in a step, 1 to 3.
+        prompt_lookup_max, prompt_lookup_min: maximum and minimum number of last tokens that must
+            occur earlier, longer matches preferred. Only for ngram.
     """
 
     method: str
@@ -29,7 +29,7 @@ class SpeculativeConfig:
 
     @classmethod
     def read(cls, given: Mapping[str, Any] | str) -> SpeculativeConfig:
-        """The configuration of a JSON text or its object; one bound of ngram sets both, as in vLLM.
+        """Parse a JSON text or its object. One bound of ngram sets both, as in vLLM.
 
         Raises:
             ConfigError: a key or value is not allowed.
@@ -49,11 +49,11 @@ class SpeculativeConfig:
         if method not in ("mtp", "ngram"):
             raise flag_error(f"{name}.method", method, "mtp, ngram")
         for key, number in values.items():
-            most = 3 if key == "num_speculative_tokens" else 32
-            if most == 32 and method != "ngram":
+            max_value = 3 if key == "num_speculative_tokens" else 32
+            if max_value == 32 and method != "ngram":
                 raise flag_error(f"{name}.{key}", number, "only with the method ngram")
-            if type(number) is not int or not 1 <= number <= most:
-                raise flag_error(f"{name}.{key}", number, f"an integer from 1 to {most}")
+            if type(number) is not int or not 1 <= number <= max_value:
+                raise flag_error(f"{name}.{key}", number, f"an integer from 1 to {max_value}")
         longest = values.get("prompt_lookup_max", values.get("prompt_lookup_min", 5))
         shortest = values.get("prompt_lookup_min", longest)
         if shortest > longest:

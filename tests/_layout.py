@@ -6,6 +6,7 @@ Each rule is a function from a parsed package to lines `file:line: what is wrong
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,6 +26,7 @@ ROOMS = (
     "config",
     "command_line",
     "custom_ops",
+    "tensor",
     "triton_runtime",
     "device",
     "step",
@@ -63,6 +65,10 @@ ONLY_IN = {
     "transformers": (),
 }
 ENVIRONMENT = ("environ", "environb", "getenv", "putenv", "unsetenv")
+# decorators of functions in Triton's language, whose parameters have no types of Python
+KERNEL_DECORATORS = ("triton.jit", "step_kernel", "paddle_jit")
+# share of the package's parameters whose annotation names Any; lower it when it falls
+MAX_ANY_SHARE = 0.054
 MAX_LINES = 400
 LONG_FILE_MARK = "long on purpose: "
 
@@ -240,11 +246,59 @@ def long_files(paths: Iterable[Path]) -> Iterator[str]:
             yield f"{path}:1: {len(lines)} lines, allowed {MAX_LINES}; split it"
 
 
+def _functions(module: Module) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    """Functions and methods of a module, kernels left out."""
+    for node in module.nodes:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            decorators = [ast.unparse(one).partition("(")[0] for one in node.decorator_list]
+            if not any(one in KERNEL_DECORATORS for one in decorators):
+                yield node
+
+
+def _parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> list[ast.arg]:
+    """Parameters of a function but `self` and `cls`."""
+    args = function.args
+    found = [*args.posonlyargs, *args.args, *args.kwonlyargs]
+    found += [one for one in (args.vararg, args.kwarg) if one is not None]
+    return [one for one in found if one.arg not in ("self", "cls")]
+
+
+def missing_annotations(modules: dict[str, Module]) -> Iterator[str]:
+    """Functions without all annotations; mypy lets them pass if their file has kernels."""
+    for module in modules.values():
+        for function in _functions(module):
+            types = [function.returns, *(one.annotation for one in _parameters(function))]
+            if None in types:
+                yield f"{module.path}:{function.lineno}: {function.name} lacks an annotation"
+
+
+def any_share(modules: dict[str, Module]) -> Iterator[str]:
+    """Share of parameters of type Any, if it is over the limit."""
+    num_all = num_any = 0
+    for module in modules.values():
+        for node in module.nodes:
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                types = [ast.unparse(p.annotation) for p in _parameters(node) if p.annotation]
+                num_all += len(_parameters(node))
+                num_any += sum("Any" in re.findall(r"\w+", one) for one in types)
+    if num_any > MAX_ANY_SHARE * num_all:
+        share = f"{num_any} of {num_all} parameters have Any in their type"
+        yield f"{PACKAGE}:1: {share}, allowed are {MAX_ANY_SHARE:.1%}; name a type, or object"
+
+
 def violations(root: Path) -> list[str]:
     """All that is wrong in the tree below `root`, one line each."""
     modules = load_package(root)
     folders = (PACKAGE, "tests", "tools", "benchmarks")
     files = [path for folder in folders for path in sorted((root / folder).rglob("*.py"))]
-    rules = (unknown_rooms, wrong_directions, cycles, forbidden_imports, environment_reads)
+    rules = (
+        unknown_rooms,
+        wrong_directions,
+        cycles,
+        forbidden_imports,
+        environment_reads,
+        missing_annotations,
+        any_share,
+    )
     found = [line for rule in rules for line in rule(modules)]
     return found + list(long_files(files))

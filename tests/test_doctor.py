@@ -87,7 +87,7 @@ def test_a_healthy_machine(
     text = doctor.as_text(found)
     assert text.endswith("\nhealthy\n") and "FAILED" not in text
     assert "No GPU kernel was run" in text
-    assert "\ngraphs     none: a CPU has none\n" in text
+    assert "\ngraphs     none: a CPU has no graphs\n" in text
     assert "\n  cache_write        cpu       paddle             ok" in text
     # it fits a narrow terminal, commands excepted, which are pasted
     monkeypatch.setenv("COLUMNS", "60")
@@ -96,7 +96,7 @@ def test_a_healthy_machine(
     assert all("pip install" in line for line in whole)
     words = " ".join(narrow.split())
     assert words.count("CPU: NumPy; GEMMs by oneDNN or Paddle") == len(CASES)
-    assert "The CPU was checked alone." in words
+    assert "Only the CPU was checked." in words
 
 
 def test_a_wrong_result_and_an_error_fail(
@@ -198,7 +198,7 @@ def test_tf32_is_found(on_a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("topk=triton", "FD_DSA_OP_PROVIDER asks for it: it serves no tensors on cpu"),
+        ("topk=triton", "FD_DSA_OP_PROVIDER requests it: it does not support tensors on cpu"),
         ("topk=torch", "FD_DSA_OP_PROVIDER: got 'topk=torch'"),
     ],
 )

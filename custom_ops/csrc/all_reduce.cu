@@ -1,17 +1,21 @@
 // All-reduce of a step's rows over memory that the ranks of one machine share.
 //
-// A rank writes its rows straight into a slot of every other rank's memory. A slot is empty where
-// its words are 0xffffffff, which no row that is sent contains, so the data are their own flags:
-// each thread polls the words that it needs, sums, and empties them again. No barrier is needed: a
-// rank writes to a buffer again two launches later. It is there only after the launch between, whose
-// sums have a part of every rank, so that every rank had begun that launch and ended the one before.
+// A rank writes its rows into a slot of every other rank's memory. An empty slot holds the words
+// 0xffffffff, which a sent row never contains. The data are therefore their own flags. Each thread
+// polls the words that it needs, sums them and empties them again.
 //
-// Many rows go in two stages: each rank gets the parts of its share of the vectors alone, sums them
-// in the same way, and sends the rounded sums to the others. Of R ranks each sends (R - 1) / R of
-// the rows twice, not all of them R - 1 times. The order of a sum is the same, and so are the bits.
-// The buffers are safe whatever forms and sizes follow each other: in a slot the sums come after the
-// parts, so a launch writes to no place twice; it takes all that is sent to it, and so leaves every
-// place empty; and a sum that another rank has sent has a part of every rank too.
+// No barrier is needed, because a rank writes to the same buffer again only two launches later. It
+// reaches that launch only after the launch between, whose sums contain a part of every rank. So
+// every rank has begun the launch between and has ended the one before.
+//
+// Many rows go in two stages. Each rank receives the parts of its own share of the vectors, sums
+// them in the same way and sends the rounded sums to the others. Each of R ranks sends (R - 1) / R
+// of the rows twice, instead of all rows R - 1 times. The order of a sum is the same, and so are
+// the bits.
+//
+// The buffers are safe for any sequence of stages and sizes. In a slot the sums come after the
+// parts, so a launch writes to no address twice. A launch takes all that it receives, so it leaves
+// every address empty. A sum from another rank also contains a part of every rank.
 //
 // Sources: the LL protocol of NCCL (data as flags); TensorRT-LLM's Lamport all-reduce (one-shot).
 #include "all_reduce.h"
@@ -26,17 +30,17 @@ using Job = FdDsaAllReduce;
 
 // bfloat16 values of a thread's vector
 constexpr int kValues = 8;
-constexpr int kFewestThreads = 128, kMostThreads = 1024;
+constexpr int kMinThreads = 128, kMaxThreads = 1024;
 constexpr int kHeaderBytes = 256;
 constexpr uint32_t kEmpty = 0xffffffffu;
-constexpr uint32_t kPollsPerLook = 1024;
-// Two stages serve where a rank sends so much less: it takes 1.5 us at the 340 GB/s that one stage
-// reaches among H100s and H200s, which is about one more trip to another rank.
-constexpr int64_t kBytesOfStage = 512 << 10;
+constexpr uint32_t kPollsPerClockRead = 1024;
+// Two stages serve from this saving in sent bytes on. One stage needs 1.5 us for it at its 340 GB/s
+// among H100s and H200s, about as long as another exchange between ranks.
+constexpr int64_t kMinSavedBytes = 512 << 10;
 
-// At the start of a rank's memory; only this rank touches it.
+// The start of a rank's memory, which only this rank accesses.
 struct State {
-  // launches so far, and blocks of this one that have read that number
+  // launches so far, and blocks of this launch that have read that number
   uint32_t launches, arrived;
 };
 
@@ -44,7 +48,7 @@ __device__ __forceinline__ bool is_empty(uint4 x) {
   return x.x == kEmpty || x.y == kEmpty || x.z == kEmpty || x.w == kEmpty;
 }
 
-// The same values in words that are not empty: two negative NaNs become positive ones.
+// Replaces words equal to kEmpty: their two negative NaNs become positive ones.
 __device__ __forceinline__ uint4 sendable(uint4 x) {
   const auto word = [](uint32_t bits) { return bits == kEmpty ? 0x7fff7fffu : bits; };
   return {word(x.x), word(x.y), word(x.z), word(x.w)};
@@ -71,7 +75,7 @@ struct Vector {
   }
 };
 
-// The ranks' slots in this launch.
+// The slots of the ranks in this launch.
 template <int kSize>
 struct Slots {
   // ranks whose values a thread holds at the same time
@@ -86,23 +90,24 @@ struct Slots {
     return reinterpret_cast<uint4*>(first) + index * job.slot_vectors;
   }
 
-  // To each of the other ranks, what `part_of` has for it.
+  // Sends `part_of(rank)` to each of the other ranks.
   template <typename PartOf>
   __device__ __forceinline__ void send(int64_t place, PartOf part_of) const {
     uint4 parts[kSize];
-    // loads that follow a store would wait for each other
+    // loads after a store would wait for each other
 #pragma unroll
     for (int i = 1; i < kSize; ++i) parts[i] = part_of((job.rank + i) % kSize);
 #pragma unroll
     for (int i = 1; i < kSize; ++i) {
-      // not all ranks to the same one at the same time
+      // each rank starts with another target, so that the ranks do not write to one at the same
+      // time
       const int rank = (job.rank + i) % kSize;
       store_shared_rank(slot(rank, job.rank) + place, parts[i]);
     }
   }
 
-  // What the other ranks from `first` on have sent; it waits for it, and leaves their places empty.
-  __device__ __forceinline__ void take(int64_t place, int first, uint4 (&found)[kAtOnce]) const {
+  // Waits for the values of the other ranks from `first` on, and empties their addresses.
+  __device__ __forceinline__ void receive(int64_t place, int first, uint4 (&found)[kAtOnce]) const {
     const uint32_t mask = ~(1u << job.rank >> first);
     uint4* at = slot(job.rank, first) + place;
     uint64_t begin = 0;
@@ -118,7 +123,7 @@ struct Slots {
       }
       if (late < 0) break;
       poll_again();
-      if (polls % kPollsPerLook != 0) continue;
+      if (polls % kPollsPerClockRead != 0) continue;
       const uint64_t now = nanoseconds();
       if (begin == 0) begin = now;
       if (now - begin > job.timeout_ns) fail(job.late, static_cast<uint32_t>(late) + 1);
@@ -131,40 +136,42 @@ struct Slots {
     }
   }
 
-  // `use` of each rank in their order and what it has sent, for which this one has `own`.
+  // Calls `use` with each rank, in order, and the rank's values, which are `own` for this rank.
   template <typename Use>
-  __device__ __forceinline__ void each(int64_t place, uint4 own, Use use) const {
+  __device__ __forceinline__ void for_each_rank(int64_t place, uint4 own, Use use) const {
 #pragma unroll
     for (int first = 0; first < kSize; first += kAtOnce) {
       uint4 found[kAtOnce];
-      take(place, first, found);
+      receive(place, first, found);
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) use(first + i, first + i == job.rank ? own : found[i]);
     }
   }
 
-  // The sum over all ranks, of which this one has `own`; it can be sent: its NaNs are positive.
+  // Returns the sum over all ranks, of which `own` is this rank's part. Its NaNs are positive, so
+  // it can be sent.
   __device__ __forceinline__ uint4 sum(int64_t place, uint4 own) const {
     Vector total(uint4{});
-    each(place, own, [&](int, uint4 x) { total.add(Vector(x)); });
+    for_each_rank(place, own, [&](int, uint4 x) { total.add(Vector(x)); });
     return total.rounded();
   }
 };
 
-// Vectors of a share; the last shares may end after the last vector.
+// Returns the vectors of a share. The last shares may end after the last vector.
 __host__ __device__ inline int share_of(int num_vectors, int shares) {
   return (num_vectors + shares - 1) / shares;
 }
 
-// With one share each rank sums all vectors, with `kSize` its own share, in two stages.
+// Sums all vectors on each rank with one share, and each rank's own share in two stages with
+// `kSize`.
 template <int kSize, int kShares>
-__global__ void __launch_bounds__(kMostThreads) all_reduce_kernel(const __grid_constant__ Job job) {
+__global__ void __launch_bounds__(kMaxThreads) all_reduce_kernel(const __grid_constant__ Job job) {
   const auto* x = static_cast<const uint4*>(job.x);
   auto* out = static_cast<uint4*>(job.out);
   const int first = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
   const int step = static_cast<int>(gridDim.x * blockDim.x);
   const int share = share_of(job.num_vectors, kShares);
-  // a thread reads and writes the same places of all shares, so `out` may be `x`
+  // a thread reads and writes the same addresses of all shares, so `out` may be `x`
   const auto index = [&](int rank, int place) { return rank % kShares * share + place; };
   const auto part = [&](int rank, int place) {
     const int i = index(rank, place);
@@ -179,7 +186,7 @@ __global__ void __launch_bounds__(kMostThreads) all_reduce_kernel(const __grid_c
     slots.send(i, [&](int rank) { return kShares == 1 ? own : part(rank, i); });
   }
   start_next();
-  // the last block to have read the number of launches counts this one
+  // the last block that has read the number of launches counts this launch
   __syncthreads();
   if (threadIdx.x == 0 && atomicAdd(&state->arrived, 1u) + 1 == gridDim.x) {
     state->arrived = 0;
@@ -191,7 +198,7 @@ __global__ void __launch_bounds__(kMostThreads) all_reduce_kernel(const __grid_c
       out[i] = sum;
     } else {
       slots.send(share + i, [&](int) { return sum; });
-      slots.each(share + i, sum, [&](int rank, uint4 theirs) {
+      slots.for_each_rank(share + i, sum, [&](int rank, uint4 theirs) {
         const int at = index(rank, i);
         if (at < job.num_vectors) out[at] = theirs;
       });
@@ -205,17 +212,17 @@ inline int launch_all_reduce(const Job& job, void* stream) {
   Gpu gpu = {};
   const cudaError_t error = find_gpu(gpu);
   if (error != cudaSuccess) return static_cast<int>(error);
-  const int most = job.max_blocks > 0 ? job.max_blocks : gpu.num_sms;
-  // what a rank sends: bytes * (size - 1), or bytes * 2 * (size - 1) / size
+  const int max_blocks = job.max_blocks > 0 ? job.max_blocks : gpu.num_sms;
+  // bytes that a rank sends: bytes * (size - 1), or bytes * 2 * (size - 1) / size
   const int64_t bytes = job.num_vectors * int64_t{sizeof(uint4)};
   const int64_t saved = bytes * (job.size - 1) * (job.size - 2);
-  const bool split = job.size > 2 && saved >= kBytesOfStage * job.size;
+  const bool split = job.size > 2 && saved >= kMinSavedBytes * job.size;
   const int share = share_of(job.num_vectors, split ? job.size : 1);
-  // a thread takes one vector of a share, more only where there are more of them than threads
-  const int of_block = (share + most - 1) / most;
-  const int whole_warps = (of_block + kWarp - 1) / kWarp * kWarp;
-  const int threads = std::clamp(whole_warps, kFewestThreads, kMostThreads);
-  const int blocks = std::min((share + threads - 1) / threads, most);
+  // a thread takes one vector of a share, or more if there are more vectors than threads
+  const int vectors_per_block = (share + max_blocks - 1) / max_blocks;
+  const int whole_warps = (vectors_per_block + kWarp - 1) / kWarp * kWarp;
+  const int threads = std::clamp(whole_warps, kMinThreads, kMaxThreads);
+  const int blocks = std::min((share + threads - 1) / threads, max_blocks);
   auto config = launch_config(blocks, threads, stream);
   cudaLaunchAttribute early = {};
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;

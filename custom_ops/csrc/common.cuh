@@ -1,4 +1,4 @@
-// What all CUDA files share: sums of a warp, and how kernels are launched.
+// Helpers of all CUDA files: sums over a warp and kernel launches.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -12,7 +12,7 @@ namespace fd_dsa {
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-// Sum of the values of this lane and the lanes below it.
+// Returns the sum of the values of this lane and the lanes below it.
 __device__ __forceinline__ uint32_t warp_prefix(uint32_t value) {
   const int lane = threadIdx.x % kWarp;
 #pragma unroll
@@ -23,14 +23,14 @@ __device__ __forceinline__ uint32_t warp_prefix(uint32_t value) {
   return value;
 }
 
-// What is known of a GPU.
+// Properties of a GPU.
 struct Gpu {
   int device, major;
   int num_sms;
-  int shared_bytes;  // most that a block can have
+  int shared_bytes;  // largest shared memory of a block
 };
 
-// The device of the calling thread.
+// Queries the device of the calling thread.
 inline cudaError_t find_gpu(Gpu& gpu) {
   cudaError_t error = cudaGetDevice(&gpu.device);
   const std::pair<int*, cudaDeviceAttr> wanted[] = {
@@ -43,7 +43,7 @@ inline cudaError_t find_gpu(Gpu& gpu) {
   return error;
 }
 
-// Threads of one block, blocks, and the stream as the C ABI passes it.
+// Returns a configuration for the stream as the C ABI passes it.
 inline cudaLaunchConfig_t launch_config(unsigned blocks, unsigned threads, void* stream,
                                         unsigned shared_bytes = 0) {
   cudaLaunchConfig_t config = {};
@@ -54,8 +54,9 @@ inline cudaLaunchConfig_t launch_config(unsigned blocks, unsigned threads, void*
   return config;
 }
 
-// Lets a kernel have so much shared memory and, where asked for, clusters of any size; once for each
-// kernel and device, `done` has a bit for each device.
+// Allows a kernel this much shared memory and, on request, clusters of any size.
+//
+// Each bit of `done` marks a device for which the kernel is prepared already.
 template <typename Kernel>
 cudaError_t prepare(Kernel* kernel, int device, int bytes, bool clusters,
                     std::atomic<uint64_t>& done) {
@@ -70,7 +71,9 @@ cudaError_t prepare(Kernel* kernel, int device, int bytes, bool clusters,
   return error;
 }
 
-// Launches by the call that answers for itself: cudaGetLastError would answer for others too.
+// Launches a kernel and returns the error of this launch only.
+//
+// cudaGetLastError would also return errors of other calls.
 template <typename... Parameters, typename... Arguments>
 inline int launch(const cudaLaunchConfig_t& config, void (*kernel)(Parameters...),
                   Arguments&&... arguments) {

@@ -1,22 +1,27 @@
 // The grouped GEMM of routed experts in block FP8, for prompts: 128 rows of an expert at a time.
 //
-// A block stays on its multiprocessor and takes tile after tile of the result: 128 pairs of an
-// expert by two blocks of 128 columns, gated those of the gate and what it multiplies. One
-// warpgroup brings operands, 128 bytes along K at a time, up to four such stages ahead, and goes on
-// with the next tile while the last one is written: rows of `x`, which the list of pairs names, by
-// copies of 16 bytes, weights by the copy engine (TMA). Two warpgroups multiply, 64 rows each: a
-// product over 128 values has a scale of its own, so it is made from zero and then added, scaled,
-// to sums in float32 registers. While one warpgroup adds, the other has the tensor cores.
+// A block stays on its multiprocessor and takes tile after tile of the result. A tile is 128 pairs
+// of an expert by two blocks of 128 columns. A gated tile has one block of the gate and one of the
+// columns that it multiplies.
 //
-// Two blocks of columns, because at full rate a tile of 128 x 128 would read 64 bytes a cycle from
-// L2, more than it gives; with both the sums are 128 registers of a thread, and a part 64.
+// One warpgroup copies operands, 128 bytes along K at a time, up to four such stages ahead. It goes
+// on with the next tile while the last one is written. Rows of `x`, which the list of pairs names,
+// come by copies of 16 bytes, and weights by the copy engine (TMA). Two warpgroups multiply, 64
+// rows each. A partial sum over 128 values has its own scale, so it starts at zero and is then
+// scaled and added to sums in float32 registers. While one warpgroup adds, the other uses the
+// tensor cores.
 //
-// Tiles are taken in order, from a counter: those of the same weights, which are neighbours, run at
-// the same time, and find what the first of them read in L2. Weights are most of what is read: for
-// 8,192 tokens and 256 experts all rows of an expert are 2 MB, and the weights of its tiles 29.
+// A tile has two blocks of columns because, at full rate, a tile of 128 x 128 would read 64 bytes a
+// cycle from L2, more than L2 delivers. With two blocks the sums take 128 registers of a thread,
+// and a partial product 64.
 //
-// Source: sums in two steps as in DeepSeek-V3 (arXiv 2412.19437) §3.5.2; warpgroups that multiply,
-// and one that brings operands, as CUTLASS's kernels for Hopper have them.
+// Blocks take tiles in order from a counter. Tiles of the same weights are neighbours, run at the
+// same time and find in L2 the weights that the first of them has read. Weights are most of the
+// reads: with 8,192 tokens and 256 experts all rows of an expert are 2 MB, and the weights of its
+// tiles 29 MB.
+//
+// Sources: DeepSeek-V3 (arXiv 2412.19437) §3.5.2 for sums in two steps; CUTLASS's kernels for
+// Hopper for separate warpgroups that multiply and that copy.
 #include "expert_gemm.h"
 
 #include <algorithm>
@@ -28,30 +33,31 @@ namespace fd_dsa::experts {
 using namespace hopper;
 using Job = FdDsaExpertGemm;
 
-constexpr int kGroup = 128;      // values that share a scale, columns of a block, rows of a tile
-[[maybe_unused]] constexpr int kBand = 8;  // row tiles of an expert that run beside each other
-constexpr int kStages = 4, kThreads = 384, kMostExperts = 1024;
+constexpr int kGroup = 128;  // values that share a scale, columns of a block, rows of a tile
+// row tiles of an expert whose column tiles are neighbours
+[[maybe_unused]] constexpr int kBand = 8;
+constexpr int kStages = 4, kThreads = 384, kMaxExperts = 1024;
 [[maybe_unused]] constexpr uint32_t kNoTile = 0xffffffffu;
 
-// Where things are in shared memory, in bytes. An operand is 128 rows of 128 bytes, swizzled; a
-// stage has that of the rows, and those of both blocks of columns.
+// Offsets in shared memory, in bytes. An operand is 128 rows of 128 bytes, swizzled. A stage has
+// one operand of rows and one of each block of columns.
 constexpr uint32_t kOperand = kGroup * 128, kStage = 3 * kOperand;
-// Each warp's 16 rows of 128 bytes on their way out; 16 bytes more put neighbours in other banks.
+// The 16 output rows of 128 bytes of each warp. Another 16 bytes put neighbours in different banks.
 constexpr uint32_t kLine = 128 + 16, kLines = kStages * kStage;
-// Of a stage: scales of its rows and of both weights, the tile that it belongs to.
-constexpr uint32_t kScales = kLines + 8 * 16 * kLine, kScalesOfStage = (kGroup + 4) * 4;
-constexpr uint32_t kOfWeights = kGroup * 4;
-[[maybe_unused]] constexpr uint32_t kOwnTile = kOfWeights + 8;
-constexpr uint32_t kEnds = kScales + kStages * kScalesOfStage;
-constexpr uint32_t kNext = kEnds + 4 * kMostExperts;
+// The scales of a stage's rows and of both weights, and the number of its tile.
+constexpr uint32_t kScales = kLines + 8 * 16 * kLine, kStageScaleBytes = (kGroup + 4) * 4;
+constexpr uint32_t kWeightScales = kGroup * 4;
+[[maybe_unused]] constexpr uint32_t kOwnTile = kWeightScales + 8;
+constexpr uint32_t kEnds = kScales + kStages * kStageScaleBytes;
+constexpr uint32_t kNext = kEnds + 4 * kMaxExperts;
 constexpr uint32_t kBarriers = kNext + 2 * 4;
 constexpr uint32_t kBytes = kBarriers + 2 * kStages * 8;
 static_assert(kBytes <= 232448 && kBarriers % 8 == 0 && kLines % 16 == 0);
 
 // Numbers of named barriers.
-enum { kOfCopiers = 1 };
+enum { kCopierBarrier = 1 };
 
-// Two blocks of columns at a time.
+// Returns the count of column groups, of two blocks of columns each.
 __host__ __device__ __forceinline__ int column_groups(const Job& job) {
   const int blocks = job.columns / kGroup;
   return job.is_gated != 0 ? blocks : (blocks + 1) / 2;
@@ -59,11 +65,11 @@ __host__ __device__ __forceinline__ int column_groups(const Job& job) {
 
 #if defined(FD_DSA_HOPPER)
 
-// A stage is full after the copies of 128 threads and those of the copy engine, and free after the
-// reads of 8 warps.
+// A stage is full after the copies of 128 threads and of the copy engine, and free after the reads
+// of 8 warps.
 constexpr int kFullArrivals = 128 + 1, kFreeArrivals = 8 * kWarpArrivals;
 
-// The stage that comes next, and the parity of the phase in which it is full.
+// The next stage, and the parity of the phase in which it is full.
 struct Turn {
   uint32_t base;
   int stage = 0;
@@ -74,15 +80,15 @@ struct Turn {
   }
   __device__ __forceinline__ uint32_t operands() const { return base + stage * kStage; }
   __device__ __forceinline__ uint32_t scales() const {
-    return base + kScales + stage * kScalesOfStage;
+    return base + kScales + stage * kStageScaleBytes;
   }
   __device__ __forceinline__ uint32_t is_full() const { return base + kBarriers + stage * 8; }
   __device__ __forceinline__ uint32_t is_free() const { return is_full() + kStages * 8; }
 };
 
-// ---- which tiles there are
+// ---- tiles
 
-// [e]: row tiles of the experts up to e. One warp.
+// Writes the row tiles of experts 0..e to entry e. One warp calls it.
 __device__ __forceinline__ void count_tiles(const Job& job, uint32_t base, int lane) {
   uint32_t before = 0;
   for (int first = 0; first < job.num_experts; first += kWarp) {
@@ -95,12 +101,14 @@ __device__ __forceinline__ void count_tiles(const Job& job, uint32_t base, int l
 }
 
 struct Tile {
-  int expert, first, left;  // first pair in the expert's list, pairs from there on
-  int group;                // of columns
+  int expert, first, left;  // first pair in the expert's list, count of pairs from there on
+  int group;                // column group
 };
 
-// Whether there is a tile of a number, and which. The tiles of an expert follow each other in bands
-// of row tiles, where those of the same columns are neighbours.
+// Finds the tile of a number, and returns false past the last tile.
+//
+// The tiles of an expert come in bands of row tiles. In a band, tiles of the same columns are
+// neighbours.
 __device__ __forceinline__ bool find_tile(const Job& job, uint32_t base, uint32_t number,
                                           Tile& tile) {
   const uint32_t ends = base + kEnds, groups = column_groups(job);
@@ -123,31 +131,32 @@ __device__ __forceinline__ bool find_tile(const Job& job, uint32_t base, uint32_
   return true;
 }
 
-// The list of the expert, from the tile's first pair on.
+// Returns the expert's list from the tile's first pair on.
 __device__ __forceinline__ const int32_t* pairs_of(const Job& job, const Tile& tile) {
   return job.pairs + static_cast<int64_t>(tile.expert) * job.num_tokens + tile.first;
 }
 
-// Block of columns 0 or 1 of a tile, among those of the expert's weight. Where the number of blocks
-// is odd, the last one is there twice.
+// Returns the weight block of the tile's column block 0 or 1.
+//
+// With an odd number of blocks, the last tile has the last block twice.
 __device__ __forceinline__ int weight_block(const Job& job, const Tile& tile, int which) {
   const int blocks = job.columns / kGroup;
   if (job.is_gated != 0) return tile.group + which * blocks;
   return min(2 * tile.group + which, blocks - 1);
 }
 
-// ---- the warpgroup that brings operands
+// ---- the warpgroup that copies operands
 
-// Brings all stages of a tile. Thread t copies chunk t % 8 of rows t / 8 + 16 i, and the scale of
+// Copies all stages of a tile. Thread t copies chunk t % 8 of rows t / 8 + 16 i, and the scale of
 // row t.
-__device__ __forceinline__ void bring_tile(const Job& job, const TensorMap& weight,
-                                           const Tile& tile, uint32_t number, int thread,
-                                           Turn& turn) {
-  constexpr int kEach = kGroup / 16;
+__device__ __forceinline__ void copy_stages(const Job& job, const TensorMap& weight,
+                                            const Tile& tile, uint32_t number, int thread,
+                                            Turn& turn) {
+  constexpr int kRowsPerThread = kGroup / 16;
   const int32_t* pairs = pairs_of(job, tile);
-  uint32_t chunks[kEach];  // from the beginning of `x`
+  uint32_t chunks[kRowsPerThread];  // from the beginning of `x`
 #pragma unroll
-  for (int i = 0; i < kEach; ++i) {
+  for (int i = 0; i < kRowsPerThread; ++i) {
     const int at = thread / 8 + i * 16;
     const uint32_t row = at < tile.left ? __ldg(pairs + at) / job.row_pairs : 0;
     chunks[i] = row * (job.width / 16) + thread % 8;
@@ -155,7 +164,7 @@ __device__ __forceinline__ void bring_tile(const Job& job, const TensorMap& weig
   const bool has_scale = thread < tile.left;
   const float* scale = job.x_scales + (has_scale ? __ldg(pairs + thread) / job.row_pairs : 0);
   const int groups = job.width / kGroup, blocks = job.columns / kGroup * (1 + job.is_gated);
-  // two threads alone use it
+  // only two threads use it
   const float* weight_scale =
       job.weight_scales +
       (static_cast<int64_t>(tile.expert) * blocks + weight_block(job, tile, thread % 2)) * groups;
@@ -173,34 +182,34 @@ __device__ __forceinline__ void bring_tile(const Job& job, const TensorMap& weig
       copy_tile(operands + 2 * kOperand, weight, group * kGroup, second, full);
     }
 #pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      // 16 rows on, the swizzle is the same
+    for (int i = 0; i < kRowsPerThread; ++i) {
+      // the swizzle repeats after 16 rows
       copy_16(operands + to + i * 16 * 128, x + static_cast<uint64_t>(chunks[i]) * 16,
               thread / 8 + i * 16 < tile.left);
     }
     copy_4(scales + thread * 4, scale, has_scale);
-    if (thread < 2) copy_4(scales + kOfWeights + thread * 4, weight_scale + group, true);
+    if (thread < 2) copy_4(scales + kWeightScales + thread * 4, weight_scale + group, true);
     barrier_arrive_after_copies(full);
     x += kGroup;
     scale += job.x_stride;
   }
 }
 
-// Takes tiles until there are no more, and says so to those that multiply.
-__device__ __forceinline__ void bring(const Job& job, const TensorMap& weight, uint32_t base,
-                                      uint32_t blocks, int thread) {
+// Copies tile after tile, and tells the multiplying warpgroups when the last one is done.
+__device__ __forceinline__ void copy_tiles(const Job& job, const TensorMap& weight, uint32_t base,
+                                           uint32_t blocks, int thread) {
   Turn turn{base};
   uint32_t number = blockIdx.x, slot = base + kNext;
   Tile tile;
   while (find_tile(job, base, number, tile)) {
-    // nobody waits for the answer before the tile is brought
+    // the counter's answer arrives while the tile is copied
     uint32_t next = 0;
     if (thread == 0) next = atomicAdd(job.taken, 1u) + blocks;
-    bring_tile(job, weight, tile, number, thread, turn);
-    // two slots in turn: the one that is written was read before the last barrier
+    copy_stages(job, weight, tile, number, thread, turn);
+    // two slots in turn: the written slot was read before the last barrier
     slot ^= 4;
     if (thread == 0) store_shared(slot, next);
-    named_barrier(kOfCopiers, 128);
+    named_barrier(kCopierBarrier, 128);
     number = load_shared(slot);
   }
   barrier_wait(turn.is_free(), turn.parity ^ 1);
@@ -213,7 +222,7 @@ __device__ __forceinline__ void bring(const Job& job, const TensorMap& weight, u
 
 // ---- the warpgroups that multiply
 
-// x / 448 and so on as `group_scales` of fd_dsa/ops/fp8_rows.py, to the bit.
+// Returns the scale x / 448 with the same bits as `group_scales` of fd_dsa/ops/fp8_rows.py.
 __device__ __forceinline__ float scale_of(float largest, bool round) {
   const float scale = fmaxf(largest / 448.0f, 1e-12f);
   if (!round) return scale;
@@ -227,24 +236,26 @@ __device__ __forceinline__ float silu_times(float gate, float up) {
   return gate * __fdividef(gate >= 0 ? 1.0f : small, 1.0f + small) * up;
 }
 
-// Warpgroup 0 or 1, which has 64 rows of each tile. Of a result a thread has rows `row` and
-// `row` + 8 of its warp's 16, and in each block of 8 columns two neighbouring ones: value
-// j * 4 + r * 2 + c is that of row lane / 4 + 8 r and column 8 j + lane % 4 * 2 + c.
-struct Multiplying {
+// Warpgroup 0 or 1 with its 64 rows of each tile.
+//
+// A thread has rows `row` and `row` + 8 of its warp's 16 rows of a result, and two neighbouring
+// columns in each block of 8. Value j * 4 + r * 2 + c is that of row lane / 4 + 8 r and column 8 j
+// + lane % 4 * 2 + c.
+struct Multiplier {
   const Job& job;
   uint32_t base;
-  int warpgroup, warp, lane;  // a warp of the warpgroup
+  int warpgroup, warp, lane;  // index of the warp in its warpgroup
   Turn turn;
   float sums[2][64], part[64];
 
-  __device__ __forceinline__ Multiplying(const Job& job, uint32_t base, int warpgroup, int warp,
-                                         int lane)
+  __device__ __forceinline__ Multiplier(const Job& job, uint32_t base, int warpgroup, int warp,
+                                        int lane)
       : job(job), base(base), warpgroup(warpgroup), warp(warp), lane(lane), turn{base} {}
 
-  // The first of this warp's rows of a tile.
+  // Returns the first of this warp's rows of a tile.
   __device__ __forceinline__ int first_row() const { return warpgroup * 64 + warp * 16; }
 
-  // part = rows times a block of columns, over the stage.
+  // Sets `part` to the rows times a block of columns, over the stage.
   template <int kBlock>
   __device__ __forceinline__ void multiply() {
     const uint32_t stage = turn.operands();
@@ -262,30 +273,31 @@ struct Multiplying {
     for (int i = 0; i < 64; ++i) sums[kBlock][i] += part[i] * scale[i >> 1 & 1];
   }
 
-  // A stage that is full.
+  // Adds a full stage to the sums.
   __device__ __forceinline__ void step() {
-    // what threads copied is seen by wgmma; not where it is copied, which would wait for it
+    // The copies of threads become visible to wgmma here, as a fence after the copy would wait for
+    // it.
     publish_to_async();
     multiply<0>();
     const uint32_t scales = turn.scales(), own = scales + (first_row() + lane / 4) * 4;
-    const float of_row[2] = {load_shared_float(own), load_shared_float(own + 8 * 4)};
-    const float of_first = load_shared_float(scales + kOfWeights);
-    const float of_second = load_shared_float(scales + kOfWeights + 4);
+    const float row_scales[2] = {load_shared_float(own), load_shared_float(own + 8 * 4)};
+    const float first_scale = load_shared_float(scales + kWeightScales);
+    const float second_scale = load_shared_float(scales + kWeightScales + 4);
     wgmma_wait<0>();
     pin(part);
-    add<0>({of_row[0] * of_first, of_row[1] * of_first});
+    add<0>({row_scales[0] * first_scale, row_scales[1] * first_scale});
     multiply<1>();
     wgmma_wait<0>();
     pin(part);
     warp_arrive(turn.is_free(), lane);
-    add<1>({of_row[0] * of_second, of_row[1] * of_second});
+    add<1>({row_scales[0] * second_scale, row_scales[1] * second_scale});
   }
 
-  // All stages of a tile, the first of which is full.
+  // Adds all stages of a tile, the first of which is full.
   __device__ __forceinline__ void run(const Tile& tile) {
 #pragma unroll
     for (int i = 0; i < 64; ++i) sums[0][i] = sums[1][i] = 0.0f;
-    // rows that are not there are no work
+    // missing rows need no work
     const bool is_live = tile.left > warpgroup * 64;
     const int groups = job.width / kGroup;
     for (int group = 0; group < groups; ++group, turn.advance()) {
@@ -298,13 +310,15 @@ struct Multiplying {
     }
   }
 
-  // Where this warp's rows are on their way out.
+  // Returns the address of this warp's output rows.
   __device__ __forceinline__ uint32_t lines() const {
     return base + kLines + (warpgroup * 4 + warp) * (16 * kLine);
   }
 
-  // Writes 128 bytes of each row of the warp from its lines: a lane 16 of rows lane / 8 + 4 i.
-  // `out` is where they belong in row 0, rows are `row_bytes` apart.
+  // Writes 128 bytes of each row of the warp from shared memory to global memory.
+  //
+  // A lane writes 16 bytes of rows lane / 8 + 4 i. `out` is the address for row 0, and rows are
+  // `row_bytes` apart.
   __device__ __forceinline__ void write_lines(const Tile& tile, const int32_t (&pair)[4], char* out,
                                               int64_t row_bytes) const {
     __syncwarp();
@@ -319,7 +333,7 @@ struct Multiplying {
     __syncwarp();
   }
 
-  // The tile as bfloat16.
+  // Writes the tile as bfloat16.
   __device__ __forceinline__ void store_values(const Tile& tile, const int32_t (&pair)[4]) {
     const uint32_t to = lines() + lane / 4 * kLine + lane % 4 * 4;
     const int64_t row_bytes = static_cast<int64_t>(job.columns) * 2;
@@ -329,7 +343,7 @@ struct Multiplying {
       if (column >= job.columns) break;
 #pragma unroll
       for (int i = 0; i < 16; ++i) {
-        // 8 blocks of 8 columns, 16 bytes each, and two rows of each
+        // 8 blocks of 8 columns of 16 bytes each, with two rows each
         const float* x = sums[quarter / 2] + quarter % 2 * 32 + i * 2;
         store_shared(to + i % 2 * (8 * kLine) + i / 2 * 16, pack_bfloat16(x[0], x[1]));
       }
@@ -337,12 +351,12 @@ struct Multiplying {
     }
   }
 
-  // silu of the first block times the second, as FP8.
+  // Writes silu of the first block times the second block as FP8.
   __device__ __forceinline__ void store_gated(const Tile& tile, const int32_t (&pair)[4]) {
     float largest[2] = {0.0f, 0.0f};
 #pragma unroll
     for (int i = 0; i < 64; i += 2) {
-      // rounded to bfloat16; fmaxf passes over NaN
+      // rounded to bfloat16; fmaxf ignores NaN
       const uint32_t both = pack_bfloat16(silu_times(sums[0][i], sums[1][i]),
                                           silu_times(sums[0][i + 1], sums[1][i + 1]));
       float& top = largest[i >> 1 & 1];
@@ -400,11 +414,11 @@ struct Multiplying {
 
 #endif
 
-// Registers of a thread that multiplies, and of one that brings operands: 168 each at the start.
-constexpr int kMultiplying = 232, kBringing = 40;
-static_assert(2 * kMultiplying + kBringing == 3 * 168);
+// Registers of a multiplying thread and of a copying thread, which start with 168 each.
+constexpr int kComputeRegisters = 232, kCopyRegisters = 40;
+static_assert(2 * kComputeRegisters + kCopyRegisters == 3 * 168);
 
-// `blocks` of these take tiles in turn.
+// Multiplies rows of experts; `blocks` blocks take tiles in turn.
 __global__ void __launch_bounds__(kThreads, 1)
     multiply_experts(const __grid_constant__ Job job, const __grid_constant__ TensorMap weight,
                      uint32_t blocks) {
@@ -423,23 +437,23 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (warpgroup == 0 && warp == 1) count_tiles(job, base, lane);
   __syncthreads();
   if (warpgroup < 2) {
-    more_registers<kMultiplying>();
-    Multiplying(job, base, warpgroup, warp, lane).run();
+    more_registers<kComputeRegisters>();
+    Multiplier(job, base, warpgroup, warp, lane).run();
   } else {
-    fewer_registers<kBringing>();
-    bring(job, weight, base, blocks, threadIdx.x % 128);
+    fewer_registers<kCopyRegisters>();
+    copy_tiles(job, weight, base, blocks, threadIdx.x % 128);
   }
 #endif
 }
 
 // ---- the launch
 
-inline bool is_taken(const Job& job) {
+inline bool is_supported(const Job& job) {
   const auto is_aligned = [](const void* at) { return reinterpret_cast<uintptr_t>(at) % 16 == 0; };
   return job.width > 0 && job.width % kGroup == 0 && job.columns % kGroup == 0 &&
-         job.num_experts > 0 && job.num_experts <= kMostExperts && job.row_pairs > 0 &&
+         job.num_experts > 0 && job.num_experts <= kMaxExperts && job.row_pairs > 0 &&
          job.taken != nullptr && (job.is_gated != 0) == (job.out_scales != nullptr) &&
-         // rows of the weight are counted by 32 bits, and so are chunks of x
+         // 32-bit numbers count the weight's rows and the chunks of x
          static_cast<int64_t>(job.num_experts) * job.columns * 2 < 1ll << 31 &&
          static_cast<int64_t>(job.num_pairs) / job.row_pairs * (job.width / 16) < 1ll << 32 &&
          is_aligned(job.x) && is_aligned(job.weight) && is_aligned(job.out);
@@ -448,10 +462,10 @@ inline bool is_taken(const Job& job) {
 static int launch_experts(const Job& job, void* stream) {
   static std::atomic<uint64_t> prepared{0};
   if (job.num_pairs <= 0 || job.columns <= 0) return 0;
-  if (!is_taken(job)) return static_cast<int>(cudaErrorInvalidValue);
+  if (!is_supported(job)) return static_cast<int>(cudaErrorInvalidValue);
   Gpu gpu = {};
   cudaError_t error = find_gpu(gpu);
-  // elsewhere the kernel has no body
+  // other devices have an empty kernel
   if (error == cudaSuccess && gpu.major != 9) error = cudaErrorNoKernelImageForDevice;
   if (error == cudaSuccess) error = prepare(multiply_experts, gpu.device, kBytes, false, prepared);
   TensorMap weight;
@@ -465,9 +479,10 @@ static int launch_experts(const Job& job, void* stream) {
   }
   if (error != cudaSuccess) return static_cast<int>(error);
   // an expert has at most one row tile that it does not fill
-  const int64_t most = static_cast<int64_t>(std::min(job.num_experts, job.num_pairs) +
-                                            job.num_pairs / kGroup) * column_groups(job);
-  const auto blocks = static_cast<uint32_t>(std::min<int64_t>(gpu.num_sms, most));
+  const int64_t max_tiles =
+      static_cast<int64_t>(std::min(job.num_experts, job.num_pairs) + job.num_pairs / kGroup) *
+      column_groups(job);
+  const auto blocks = static_cast<uint32_t>(std::min<int64_t>(gpu.num_sms, max_tiles));
   return launch(launch_config(blocks, kThreads, stream, kBytes), multiply_experts, job, weight,
                 blocks);
 }

@@ -1,5 +1,6 @@
-// Instructions of Hopper that have no name in C++: shared memory by address, barriers, copies,
-// clusters, conversions, tensor cores.
+// Hopper instructions without a C++ name, in inline PTX.
+//
+// They are shared memory by address, barriers, copies, clusters, conversions and tensor cores.
 #ifndef FD_DSA_HOPPER_CUH
 #define FD_DSA_HOPPER_CUH
 
@@ -9,7 +10,7 @@
 
 #include "common.cuh"
 
-// Set where code is made for sm_90a; kernels that need it have no body elsewhere.
+// Set for code of sm_90a. Kernels that need it are empty on other architectures.
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define FD_DSA_HOPPER 1
 #endif
@@ -18,7 +19,7 @@ namespace fd_dsa::hopper {
 
 // ---- shared memory
 
-// A block's shared memory, as much of it as the launch asked for.
+// Returns the block's dynamic shared memory.
 __device__ __forceinline__ unsigned char* shared_memory() {
   extern __shared__ __align__(1024) unsigned char memory[];
   return memory;
@@ -28,7 +29,7 @@ __device__ __forceinline__ uint32_t shared_address(const void* at) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(at));
 }
 
-// Functions of one instruction: from the memory at an address, and to it.
+// Functions of one instruction that load from a shared address or store to it.
 #define FD_DSA_LOAD(TYPE, NAME, TEXT, ...)                  \
   __device__ __forceinline__ TYPE NAME(uint32_t at) {       \
     TYPE x;                                                 \
@@ -39,7 +40,7 @@ __device__ __forceinline__ uint32_t shared_address(const void* at) {
   __device__ __forceinline__ void store_shared(uint32_t at, TYPE x) {    \
     asm volatile("st.shared." TEXT ::"r"(at), __VA_ARGS__ : "memory"); \
   }
-// What has an effect and no operand, or the address of a barrier, or a barrier and a number.
+// Functions of one instruction without operands, with a barrier, or with a barrier and a number.
 #define FD_DSA_DO(NAME, TEXT) \
   __device__ __forceinline__ void NAME() { asm volatile(TEXT ::: "memory"); }
 #define FD_DSA_DO_AT(NAME, TEXT)                          \
@@ -74,16 +75,17 @@ FD_DSA_LOAD(float4, load_shared_float4, "ld.shared.v4.f32 {%0, %1, %2, %3}, [%4]
 
 // ---- barriers
 
-// A barrier of so many arrivals.
+// Initialises a barrier for a number of arrivals.
 FD_DSA_DO_WITH(uint32_t, barrier_init, "mbarrier.init.shared::cta.b64 [%0], %1;")
 
-// After the barriers of a block were initialised, before its threads use them.
+// Publishes initialised barriers to all threads that use them.
 FD_DSA_DO(barriers_ready, "fence.mbarrier_init.release.cluster;")
 FD_DSA_DO_AT(barrier_arrive, "mbarrier.arrive.shared::cta.b64 _, [%0];")
 
-// Arrivals of a warp that has read or written what a barrier guards: its first lane's, after those
-// of the others. For racecheck, which does not follow the order from one lane to another, each lane
-// arrives by itself: nvcc -DFD_DSA_EVERY_LANE_ARRIVES.
+// Arrivals of a warp that has read or written the data of a barrier.
+//
+// The first lane arrives after the other lanes' accesses. racecheck does not follow the order from
+// one lane to another, so with nvcc -DFD_DSA_EVERY_LANE_ARRIVES each lane arrives by itself.
 #if defined(FD_DSA_EVERY_LANE_ARRIVES)
 constexpr int kWarpArrivals = 32;
 #else
@@ -95,11 +97,11 @@ __device__ __forceinline__ void warp_arrive(uint32_t barrier, int lane) {
   if (kWarpArrivals == 32 || lane == 0) barrier_arrive(barrier);
 }
 
-// Arrives, and makes the phase wait for so many bytes of copies.
+// Arrives, and makes the phase wait for this many bytes of copies.
 FD_DSA_DO_WITH(uint32_t, barrier_arrive_expecting,
                "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;")
 
-// Waits for the end of the phase of this parity; a new barrier is past the phase of parity 1.
+// Waits for the end of the phase of this parity. A new barrier is past the phase of parity 1.
 __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
   asm volatile(
       "{\n"
@@ -112,18 +114,18 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
       : "memory");
 }
 
-// A barrier of `threads` threads of the block; numbers 1 to 15.
+// Waits at a barrier of `threads` threads of the block; numbers are 1 to 15.
 FD_DSA_DO_WITH(int, named_barrier, "bar.sync %0, %1;")
 
-// The same for warps that come to it at different places in the code.
+// Waits like `named_barrier`, for warps that reach the barrier at different places in the code.
 FD_DSA_DO_WITH(int, named_barrier_apart, "barrier.sync %0, %1;")
 
-// Arrives at a barrier of `threads` threads without waiting; see `named_barrier`.
+// Arrives at a `named_barrier` of `threads` threads without waiting.
 FD_DSA_DO_WITH(int, named_barrier_arrive, "bar.arrive %0, %1;")
 
 // ---- copies
 
-// `bytes` (a multiple of 16) from global to shared memory, counted by a barrier.
+// Copies `bytes` (a multiple of 16) from global to shared memory, counted by a barrier.
 __device__ __forceinline__ void copy_bulk(uint32_t to, const void* from, uint32_t bytes,
                                           uint32_t barrier) {
   asm volatile(
@@ -133,36 +135,39 @@ __device__ __forceinline__ void copy_bulk(uint32_t to, const void* from, uint32_
       : "memory");
 }
 
-// `bytes` (a multiple of 16) from shared to global memory.
+// Copies `bytes` (a multiple of 16) from shared to global memory.
 __device__ __forceinline__ void store_bulk(void* to, uint32_t from, uint32_t bytes) {
   asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from),
                "r"(bytes)
                : "memory");
 }
 
-// Waits until what this thread stores in bulk has been read.
+// Waits until the bulk stores of this thread have read shared memory.
 FD_DSA_DO(wait_for_bulk_stores, "cp.async.bulk.commit_group;\ncp.async.bulk.wait_group.read 0;")
 
-// 16 bytes from global to shared memory, zeros instead where `read` is false.
+// Copies 16 bytes from global to shared memory, or zeros if `read` is false.
 __device__ __forceinline__ void copy_16(uint32_t to, const void* from, bool read) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
                "r"(read ? 16 : 0)
                : "memory");
 }
 
-// The same for 4 bytes.
+// Copies 4 bytes from global to shared memory, or zeros if `read` is false.
 __device__ __forceinline__ void copy_4(uint32_t to, const void* from, bool read) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from),
                "r"(read ? 4 : 0)
                : "memory");
 }
 
-// A matrix of bytes, from which the copy engine takes tiles of 128 rows by 128 bytes. A kernel has
-// it as a __grid_constant__ parameter.
+// A matrix of bytes, from which the copy engine takes tiles of 128 rows by 128 bytes.
+//
+// A kernel has it as a __grid_constant__ parameter.
 using TensorMap = CUtensorMap;
 
-// The matrix at an address that is a multiple of 16; so is its width. What is past its last row is
-// zeros. The driver's function has no library of its own to link with.
+// Describes a matrix whose address and width are multiples of 16.
+//
+// Rows past the last one read as zeros. There is no library to link for the driver's function, so
+// it is looked up at run time.
 inline cudaError_t make_tile_map(TensorMap& map, const void* at, uint64_t width, uint64_t rows) {
   using Encode = CUresult(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
                           const cuuint64_t*, const cuuint32_t*, const cuuint32_t*,
@@ -188,8 +193,9 @@ inline cudaError_t make_tile_map(TensorMap& map, const void* at, uint64_t width,
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
-// 128 rows of 128 bytes from byte `column` and row `row` on, swizzled, counted by a barrier. `to`
-// is a multiple of 1024.
+// Copies 128 swizzled rows of 128 bytes from byte `column` and row `row` on, counted by a barrier.
+//
+// `to` is a multiple of 1024.
 __device__ __forceinline__ void copy_tile(uint32_t to, const TensorMap& map, int column, int row,
                                           uint32_t barrier) {
   asm volatile(
@@ -199,14 +205,16 @@ __device__ __forceinline__ void copy_tile(uint32_t to, const TensorMap& map, int
       : "memory");
 }
 
-// The barrier gets an arrival of this thread once its copies by copy_16 and copy_4 have landed.
+// Makes this thread arrive at the barrier once its copies by copy_16 and copy_4 have ended.
 FD_DSA_DO_AT(barrier_arrive_after_copies, "cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];")
 
-// Waits until this thread's copies by copy_16 have landed.
+// Waits for the end of this thread's copies by copy_16.
 FD_DSA_DO(wait_for_copies, "cp.async.wait_all;")
 
-// 16 bytes that are read once by this block, zeros instead where `read` is false. Not as constant
-// (ld.global.nc): the compiler moves such loads past the next wait, when they are late.
+// Loads 16 bytes that this block reads once, or zeros if `read` is false.
+//
+// The load is not marked constant (ld.global.nc), because the compiler moves such loads past the
+// next wait, where they are late.
 __device__ __forceinline__ uint4 load_16(const char* from, bool read) {
   uint4 x;
   asm volatile(
@@ -223,7 +231,7 @@ __device__ __forceinline__ uint4 load_16(const char* from, bool read) {
 FD_DSA_DO(cluster_sync,
           "barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;")
 
-// The same place in the shared memory of another block of the cluster.
+// Returns the same address in the shared memory of another block of the cluster.
 __device__ __forceinline__ uint32_t address_at_rank(uint32_t address, uint32_t rank) {
   uint32_t there;
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
@@ -250,14 +258,16 @@ __device__ __forceinline__ void fewer_registers() {
 
 // ---- conversions
 
-// The same number, of which the compiler knows nothing: what follows from it is computed where it
-// is used, and holds no registers elsewhere.
+// Returns x, and hides its value from the compiler.
+//
+// The compiler then recomputes values derived from it where they are used, and keeps no registers
+// for them elsewhere.
 __device__ __forceinline__ int unknown(int x) {
   asm volatile("" : "+r"(x));
   return x;
 }
 
-// float16 values of the codes in the lower, or upper, half of a word.
+// Converts the codes in the lower or upper half of a word to float16.
 template <bool kUpper>
 __device__ __forceinline__ uint32_t values_of_codes(uint32_t word) {
 #define FD_DSA_VALUES(HALF)                                                                \
@@ -270,7 +280,7 @@ __device__ __forceinline__ uint32_t values_of_codes(uint32_t word) {
   return values;
 }
 
-// Products of two float16 values.
+// Multiplies two pairs of float16 values.
 __device__ __forceinline__ uint32_t times_halves(uint32_t x, uint32_t y) {
   asm("mul.rn.f16x2 %0, %0, %1;" : "+r"(x) : "r"(y));
   return x;
@@ -291,21 +301,21 @@ __device__ __forceinline__ float exp2_of(float x) {
 FD_DSA_PACK(pack_half, "f16")
 FD_DSA_PACK(pack_bfloat16, "bf16")
 
-// e4m3 codes: nearest, the even one of two; past 448 the largest, NaN 0x7f.
+// Converts to e4m3 codes, rounded to nearest even. Numbers above 448 become 448, and NaN 0x7f.
 __device__ __forceinline__ uint16_t pack_codes(float low, float high) {
   uint16_t both;
   asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(both) : "f"(high), "f"(low));
   return both;
 }
 
-// Half a word as a float: bfloat16 bits.
+// Converts half a word of bfloat16 bits to a float.
 __device__ __forceinline__ float low_of(uint32_t x) { return __uint_as_float(x << 16); }
 __device__ __forceinline__ float high_of(uint32_t x) { return __uint_as_float(x & 0xffff0000u); }
 
 // ---- tensor cores of a warp
 
-// Four 8x8 matrices of 16-bit values, as they are or each transposed; lane i gives the address of
-// row i % 8 of matrix i / 8.
+// Loads four 8x8 matrices of 16-bit values, each transposed or not. Lane i gives the address of row
+// i % 8 of matrix i / 8.
 #define FD_DSA_LOAD_MATRICES(NAME, TRANSPOSED)                                              \
   __device__ __forceinline__ void NAME(uint32_t (&to)[4], uint32_t row) {                   \
     asm volatile("ldmatrix.sync.aligned.m8n8.x4" TRANSPOSED                                 \
@@ -317,14 +327,14 @@ __device__ __forceinline__ float high_of(uint32_t x) { return __uint_as_float(x 
 FD_DSA_LOAD_MATRICES(load_matrices, "")
 FD_DSA_LOAD_MATRICES(load_matrices_transposed, ".trans")
 
-// Four 8x8 matrices of 16-bit values; lane i gives the address of row i % 8 of matrix i / 8.
+// Stores four 8x8 matrices of 16-bit values. Lane i gives the address of row i % 8 of matrix i / 8.
 __device__ __forceinline__ void store_matrices(uint32_t row, const uint32_t (&from)[4]) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row),
                "r"(from[0]), "r"(from[1]), "r"(from[2]), "r"(from[3])
                : "memory");
 }
 
-// d [16 x 8] += a [16 x 16] * b [16 x 8], in float32; a and b float16, or bfloat16.
+// Computes d [16 x 8] += a [16 x 16] * b [16 x 8] in float32, with a and b in float16 or bfloat16.
 template <bool kBfloat16>
 __device__ __forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[4],
                                              const uint32_t (&b)[2]) {
@@ -339,47 +349,53 @@ __device__ __forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[
 
 // ---- tensor cores of a warpgroup
 
-// Place of 16-byte chunk `chunk` (0 to 7) of a row in an operand, swizzled by 128 bytes.
+// Returns the offset of 16-byte chunk `chunk` (0 to 7) of a row in an operand, swizzled by 128
+// bytes.
 __device__ __forceinline__ uint32_t swizzled(uint32_t row, uint32_t chunk) {
   return row * 128 + ((chunk ^ (row & 7)) << 4);
 }
 
-// An operand: rows of 128 bytes, 8 rows after 8 rows from a multiple of 1024 on. To step on costs
-// one addition, so that GEMMs of 32 cycles follow each other closely. An address has the rank
-// of its block in the cluster above its lowest 18 bits.
+// An operand: rows of 128 bytes, 8 rows after 8 rows from a multiple of 1024 on.
+//
+// A step costs one addition, so GEMMs of 32 cycles follow each other closely. An address has the
+// rank of its block in the cluster above its lowest 18 bits.
 struct Operand {
   uint32_t low;
 
-  // `bytes` on, a multiple of 16.
+  // Returns the descriptor `bytes` further on, which are a multiple of 16.
   __device__ __forceinline__ uint64_t at(uint32_t bytes) const {
     constexpr uint64_t kSwizzle128 = 1ull << 62, kNextRows = 1024 / 16;
     return kSwizzle128 | kNextRows << 32 | (low + bytes / 16);
   }
 };
 
-// Rows are those of the result, columns are summed over; 16 of these are 32 bytes.
+// Describes an operand whose rows are rows of the result and whose columns are summed over.
+//
+// A step of 16 columns is 32 bytes.
 __device__ __forceinline__ Operand k_major(uint32_t address) {
   return {(address & 0x3ffff) >> 4 | 1u << 16};
 }
 
-// Rows are what is summed over, columns those of the result: 64 of them are side by side, the next
-// ones `next_columns` bytes on. 16 rows are 2048 bytes.
+// Describes an operand whose rows are summed over and whose columns are columns of the result.
+//
+// In memory, 64 columns are side by side, and the next ones follow `next_columns` bytes later. 16
+// rows are 2048 bytes.
 __device__ __forceinline__ Operand row_major(uint32_t address, uint32_t next_columns) {
   return {(address & 0x3ffff) >> 4 | next_columns >> 4 << 16};
 }
 
-// What this thread wrote to shared memory, or waited for, is seen by wgmma.
+// Makes shared memory that this thread wrote, or waited for, visible to wgmma.
 FD_DSA_DO(publish_to_async, "fence.proxy.async.shared::cta;")
 FD_DSA_DO(wgmma_fence, "wgmma.fence.sync.aligned;")
 FD_DSA_DO(wgmma_commit, "wgmma.commit_group.sync.aligned;")
 
-// Waits until at most so many of the last groups run.
+// Waits until at most this many of the last groups run.
 template <int kGroups>
 __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kGroups) : "memory");
 }
 
-// Keeps a value in its registers here, so that no use of it moves across.
+// Keeps values in their registers at this point, so that no use of them moves across it.
 template <int kCount>
 __device__ __forceinline__ void pin(float (&x)[kCount]) {
 #pragma unroll
@@ -416,9 +432,10 @@ __device__ __forceinline__ void pin(float (&x)[kCount]) {
   if constexpr (kBfloat16) FD_DSA_WGMMA_OF("bf16", __VA_ARGS__); \
   else FD_DSA_WGMMA_OF("f16", __VA_ARGS__)
 
-// d [64 x kColumns] = a [64 x 16] * b [16 x kColumns] (+ d): a in registers, 16 rows a warp as
-// `multiply_add` has them, b K-major in shared memory. A thread has of d, of each 8 columns, two of
-// row g and two of row g + 8.
+// Computes d [64 x kColumns] = a [64 x 16] * b [16 x kColumns] (+ d).
+//
+// a is in registers, 16 rows per warp in the layout of `multiply_add`. b is K-major in shared
+// memory. Of each 8 columns of d, a thread has two of row g and two of row g + 8.
 template <int kColumns, bool kBfloat16>
 __device__ __forceinline__ void wgmma_rows(float (&d)[kColumns / 2], const uint32_t (&a)[4],
                                            uint64_t b, bool add) {
@@ -432,14 +449,15 @@ __device__ __forceinline__ void wgmma_rows(float (&d)[kColumns / 2], const uint3
   }
 }
 
-// d [64 x 64] = a [64 x 16] * b [16 x 64] (+ d), both K-major in shared memory.
+// Computes d [64 x 64] = a [64 x 16] * b [16 x 64] (+ d), both K-major in shared memory.
 template <bool kBfloat16>
 __device__ __forceinline__ void wgmma_scores(float (&d)[32], uint64_t a, uint64_t b, bool add) {
   FD_DSA_WGMMA("m64n64", FD_DSA_32, "%32, %33, p, 1, 1, 0, 0", "%34",
                FD_DSA_D32(0) : "l"(a), "l"(b));
 }
 
-// d [64 x 128] = a [64 x 32] * b [32 x 128] (+ d) of e4m3 codes, both K-major in shared memory.
+// Computes d [64 x 128] = a [64 x 32] * b [32 x 128] (+ d) of e4m3 codes, both K-major in shared
+// memory.
 __device__ __forceinline__ void wgmma_codes(float (&d)[64], uint64_t a, uint64_t b, bool add) {
   asm volatile(
       "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
@@ -449,7 +467,8 @@ __device__ __forceinline__ void wgmma_codes(float (&d)[64], uint64_t a, uint64_t
       : "l"(a), "l"(b), "r"(static_cast<int>(add)));
 }
 
-// d [64 x 256] += a [64 x 16] * b [16 x 256]: a K-major in shared memory, b row-major.
+// Computes d [64 x 256] += a [64 x 16] * b [16 x 256], with a K-major in shared memory and b
+// row-major.
 template <bool kBfloat16>
 __device__ __forceinline__ void wgmma_sums(float (&d)[128], uint64_t a, uint64_t b) {
   constexpr bool add = true;

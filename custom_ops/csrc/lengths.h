@@ -1,4 +1,4 @@
-// Integer arithmetic that both the host's and the device's code use.
+// Integer arithmetic for host and device code.
 #pragma once
 
 #include <cstdint>
@@ -11,12 +11,12 @@
 
 namespace fd_dsa {
 
-// Tokens of a row, whatever the tensor holds.
+// Clamps the token count of a row, for which the tensor may hold any value.
 FD_DSA_BOTH int32_t bounded(int32_t length, int32_t limit) {
   return length < 0 ? 0 : (length > limit ? limit : length);
 }
 
-// Sum that wraps, as lengths that no step has must not be undefined behaviour.
+// Adds with wrap-around, because overflow of invalid lengths must not be undefined behaviour.
 FD_DSA_BOTH int32_t wrapping_add(int32_t a, int32_t b) {
   return static_cast<int32_t>(static_cast<uint32_t>(a) + static_cast<uint32_t>(b));
 }

@@ -1,14 +1,17 @@
-// Position ids: the C ABI of the launcher, and the same in host memory.
+// Position ids: the C ABI of the launcher and the implementation for host memory.
 #pragma once
 
 #include "lengths.h"
 
-// position_ids[t] = seq_lens_decoder[b] + j for the j-th token of row b, where t counts the tokens
-// of all rows in order; what is after the last token is left alone.
+// Writes position_ids[t] = seq_lens_decoder[b] + j for the j-th token of row b.
+//
+// t counts the tokens of all rows in order. Entries after the last token stay unchanged.
 //
 // seq_lens_decoder, seq_lens_this_time: int32 [num_rows]; negative lengths count as 0.
+//
 // position_ids: int32 [num_tokens]; tokens past its end are dropped.
-// Returns a cudaError_t, 0 = success. Allocates nothing, waits for nothing.
+//
+// Returns a cudaError_t, 0 = success. The launcher does not allocate or wait.
 extern "C" int fd_dsa_position_ids_cuda(const int32_t* seq_lens_decoder,
                                         const int32_t* seq_lens_this_time, int32_t* position_ids,
                                         int32_t num_rows, int32_t num_tokens, void* stream);

@@ -1,5 +1,6 @@
-// What has no name in C++, and so is asked of the hardware in its own language: clusters, memory of
-// other ranks, the clock, conversions.
+// Hardware features without a C++ name, in inline PTX.
+//
+// They are clusters, memory of other ranks, the clock and conversions.
 #ifndef FD_DSA_PTX_CUH
 #define FD_DSA_PTX_CUH
 
@@ -7,14 +8,15 @@
 
 namespace fd_dsa {
 
-// A block's shared memory, as much of it as the launch asked for.
+// Returns the block's dynamic shared memory.
 __device__ __forceinline__ unsigned char* shared_memory() {
   extern __shared__ __align__(16) unsigned char memory[];
   return memory;
 }
 
-// Sets a bit of `mask` where a > b, which is false for NaN; denormal numbers count whatever flags
-// the compiler got.
+// Sets a bit of `mask` where a > b, and leaves it clear for NaN.
+//
+// Denormal numbers count with any flags of the compiler.
 template <int kBit>
 __device__ __forceinline__ void mark_above(float a, float b, uint32_t& mask) {
   asm("{.reg .pred p; setp.gt.f32 p, %1, %2; @p or.b32 %0, %0, %3;}"
@@ -22,7 +24,7 @@ __device__ __forceinline__ void mark_above(float a, float b, uint32_t& mask) {
       : "f"(a), "f"(b), "n"(1u << kBit));
 }
 
-// Blocks that work on one row: a cluster of sm_90 and later, or one block.
+// The blocks that work on one row: a cluster on sm_90 and later, else one block.
 template <bool kOn>
 struct Cluster {
   static __device__ __forceinline__ uint32_t rank() { return 0; }
@@ -44,7 +46,7 @@ struct Cluster {
 };
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-// Where a function takes a rank, `at` stands for the same place in the memory of that block.
+// In functions with a rank, `at` stands for the same offset in the memory of that block.
 template <>
 struct Cluster<true> {
 #define FD_DSA_REGISTER(NAME, REGISTER)                    \
@@ -101,7 +103,8 @@ struct Cluster<true> {
 };
 #endif
 
-// A poll finds each 32-bit word whole: a vector is an access for each of its elements.
+// Reads a vector of which each 32-bit word is complete, because the hardware accesses a vector word
+// by word.
 __device__ __forceinline__ uint4 load_shared_rank(const uint4* at) {
   uint4 x;
   asm volatile("ld.relaxed.sys.global.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -123,17 +126,17 @@ __device__ __forceinline__ uint64_t nanoseconds() {
   return now;
 }
 
-// Between two polls.
+// The pause between two polls, which only the emulated version needs.
 __device__ __forceinline__ void poll_again() {}
 
-// Ends the launch, and with it all work of this process on the device; the host can read `at`.
+// Ends the launch and all work of this process on the device. The host can read `at`.
 __device__ __forceinline__ void fail(uint32_t* at, uint32_t value) {
   *reinterpret_cast<volatile uint32_t*>(at) = value;
   __threadfence_system();
   __trap();
 }
 
-// See fd_dsa.triton_runtime.early.
+// fd_dsa.triton_runtime.early explains programmatic dependent launch.
 __device__ __forceinline__ void wait_for_inputs() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -146,7 +149,7 @@ __device__ __forceinline__ void start_next() {
 #endif
 }
 
-// Two numbers as bfloat16, rounded to nearest even; NaN is 0x7fff.
+// Packs two numbers as bfloat16, rounded to nearest even, with NaN as 0x7fff.
 __device__ __forceinline__ uint32_t pack_bfloat16(float low, float high) {
   uint32_t both;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));

@@ -1,11 +1,12 @@
-// Sparse MLA for 1 to 32 heads over FP8 records, on Hopper: what both of its kernels share, which is
-// tiles, the warps that copy them, and the sum over a cluster.
+// Sparse MLA for 1 to 32 heads over FP8 records, on Hopper: code shared by both kernels.
 //
-// Keys are the rows of both products, so that no row is padding: scores^T = K Q^T and
-// out^T = V^T P^T. Records are in shared memory as stored; e4m3 codes become float16, which holds
-// them exactly, on their way into registers, once as rows and once as columns. Scales never touch
-// latents: they multiply the scores over 128 latents, and the weights of 128 latents. Blocks that
-// share a token are a cluster; they add up what they have through each other's shared memory, in a
+// It holds the tiles, the warps that copy them, and the sum over a cluster.
+//
+// Keys are the rows of both GEMMs, so no row is padding: scores^T = K Q^T and out^T = V^T P^T.
+// Records are in shared memory as stored. Each e4m3 code becomes float16, which holds it exactly,
+// on its way into registers, once in a row and once in a column. Scales do not multiply latents.
+// They multiply the scores over 128 latents and the weights of 128 latents. Blocks that share a
+// token are a cluster. They add up their partial results through each other's shared memory, in a
 // fixed order.
 #pragma once
 
@@ -21,14 +22,14 @@ constexpr int kTile = 64;  // keys
 constexpr int kSixteens = kTile / 16;
 constexpr int kTileBytes = kTile * kRecord;
 constexpr int kCopyWarps = 4;
-// Strides in floats, such that threads of a warp are in different banks.
+// Strides in floats that put the threads of a warp into different banks.
 constexpr int kSumStride = kTile + 4, kWeightStride = kTile + 16, kPartStride = kRank + 4;
 
-// Numbers of named barriers: of each warpgroup that computes, and of both.
-enum { kOfFirst = 1, kOfSecond, kOfBoth, kOfBothNext };
+// Numbers of named barriers: one per computing warpgroup, and those of both.
+enum { kFirstBarrier = 1, kSecondBarrier, kBothBarrier, kNextBothBarrier };
 
-// What is copied for a slot of -1.
-__device__ const uint4 kNothing[kRecord / 16] = {};
+// The zeros that are copied for a slot of -1.
+__device__ const uint4 kZeroRecord[kRecord / 16] = {};
 
 #if defined(FD_DSA_HOPPER)
 
@@ -39,7 +40,7 @@ struct Tiles {
   int32_t first, step, end;
 };
 
-// What a block works on, and a thread's place in it.
+// The work of a block, and the indices of a thread in it.
 struct Place {
   uint32_t base, blocks, rank;
   int warp, lane;
@@ -47,7 +48,7 @@ struct Place {
   Tiles tiles;
 };
 
-// All threads of a block, at its beginning.
+// Initialises a block; all its threads call it first.
 template <typename Shape>
 __device__ __forceinline__ Place begin(const FdDsaSparseMla& job) {
   const uint32_t base = shared_address(shared_memory());
@@ -56,7 +57,7 @@ __device__ __forceinline__ Place begin(const FdDsaSparseMla& job) {
   const Tiles tiles = {static_cast<int32_t>(rank), static_cast<int32_t>(blocks),
                        (job.topk + kTile - 1) / kTile};
   if (threadIdx.x == 0) {
-    // each tile is read by one warpgroup
+    // one warpgroup reads each tile
     for (int stage = 0; stage < Shape::kStages; ++stage) {
       for (int group = 0; group < Shape::kFulls; ++group) {
         barrier_init(Shape::full(base, stage, group), kCopyWarps);
@@ -69,11 +70,11 @@ __device__ __forceinline__ Place begin(const FdDsaSparseMla& job) {
   return {base, blocks, rank, warp, lane, blockIdx.x / blocks, tiles};
 }
 
-// Copies a quarter of each tile of a token, as soon as there is room.
+// Copies a quarter of each tile of a token as soon as its stage is empty.
 template <typename Shape>
 __device__ __forceinline__ void copy_tiles(const FdDsaSparseMla& job, int64_t token, uint32_t base,
                                            const Tiles tiles, int warp, int lane) {
-  constexpr int kMine = kTile / kCopyWarps;
+  constexpr int kWarpKeys = kTile / kCopyWarps;
   const int32_t* slots = job.slots + token * job.topk;
   const unsigned char* cache = static_cast<const unsigned char*>(job.cache);
   const uint32_t num_slots = static_cast<uint32_t>(job.num_slots);
@@ -81,7 +82,7 @@ __device__ __forceinline__ void copy_tiles(const FdDsaSparseMla& job, int64_t to
     const int32_t entry = tile * kTile + i;
     return tile < tiles.end && entry < job.topk ? __ldcs(slots + entry) : -1;
   };
-  // all lanes look at the tile's slots, the first 16 copy
+  // all lanes read the tile's slots, and the first 16 copy records
   int32_t low = slot_at(tiles.first, lane), high = slot_at(tiles.first, lane + 32);
   uint32_t stage = 0, parity = 1;
   int group = 0;
@@ -92,25 +93,28 @@ __device__ __forceinline__ void copy_tiles(const FdDsaSparseMla& job, int64_t to
     const uint32_t high_mask = __ballot_sync(~0u, static_cast<uint32_t>(high) < num_slots);
     const bool any = (low_mask | high_mask) != 0;
     const int32_t slot =
-        __shfl_sync(~0u, warp < 2 ? low : high, (warp * kMine + lane % kMine) % 32);
+        __shfl_sync(~0u, warp < 2 ? low : high, (warp * kWarpKeys + lane % kWarpKeys) % 32);
     const bool is_slot = static_cast<uint32_t>(slot) < num_slots;
     const uint32_t full = Shape::full(base, stage, group);
-    const uint32_t to = base + Shape::kRing + stage * kTileBytes + warp * (kMine * kRecord);
+    const uint32_t to = base + Shape::kRing + stage * kTileBytes + warp * (kWarpKeys * kRecord);
     barrier_wait(Shape::empty(base, stage), parity);
-    // an empty tile may be passed on, and the barrier with it, as soon as lane 0 has arrived
+    // once lane 0 has arrived, the other warps may release an empty tile and reuse its barrier
     __syncwarp();
     if (lane == 0) {
       if (warp == 0) {
         store_shared(base + Shape::kMasks + stage * 8, low_mask);
         store_shared(base + Shape::kMasks + stage * 8 + 4, high_mask);
       }
-      if (any) barrier_arrive_expecting(full, kMine * kRecord);
-      else barrier_arrive(full);
+      if (any) {
+        barrier_arrive_expecting(full, kWarpKeys * kRecord);
+      } else {
+        barrier_arrive(full);
+      }
     }
     __syncwarp();
-    if (any && lane < kMine) {
-      const void* nothing = kNothing;
-      copy_bulk(to + lane * kRecord, is_slot ? cache + slot * int64_t{kRecord} : nothing, kRecord,
+    if (any && lane < kWarpKeys) {
+      const void* zeros = kZeroRecord;
+      copy_bulk(to + lane * kRecord, is_slot ? cache + slot * int64_t{kRecord} : zeros, kRecord,
                 full);
     }
     low = next_low;
@@ -123,14 +127,14 @@ __device__ __forceinline__ void copy_tiles(const FdDsaSparseMla& job, int64_t to
   }
 }
 
-// All that the warps which copy do; `first` is the first of them.
+// Runs a copying warp; `first` is the index of the first copying warp.
 template <typename Shape>
-__device__ __forceinline__ void copy_and_wait(const FdDsaSparseMla& job, const Place& my,
+__device__ __forceinline__ void copy_and_wait(const FdDsaSparseMla& job, const Place& place,
                                               int first) {
-  fewer_registers<Shape::kFew>();
-  copy_tiles<Shape>(job, my.token, my.base, my.tiles, my.warp - first, my.lane);
-  if (my.blocks == 1) return;
-  // before the others of the cluster read here, and after
+  fewer_registers<Shape::kCopyRegisters>();
+  copy_tiles<Shape>(job, place.token, place.base, place.tiles, place.warp - first, place.lane);
+  if (place.blocks == 1) return;
+  // the barriers before and after the other warps of the cluster read here
   __syncwarp();
   cluster_sync();
   cluster_sync();
@@ -142,8 +146,8 @@ __device__ __forceinline__ uint32_t largest_magnitude(uint32_t x) {
   return max(x & 0x7fffu, x >> 16 & 0x7fffu);
 }
 
-// The largest of a warp's numbers; NaN where there is one.
-__device__ __forceinline__ float largest_of_warp(float x) {
+// Returns the largest of a warp's numbers, or NaN if there is one.
+__device__ __forceinline__ float warp_max(float x) {
   const int32_t bits = __float_as_int(x);
   const int32_t top = __reduce_max_sync(~0u, bits >= 0 ? bits : bits ^ 0x7fffffff);
   return __int_as_float(top >= 0 ? top : top ^ 0x7fffffff);
@@ -164,26 +168,29 @@ __device__ __forceinline__ float lse_of(float top, float total) {
   return total == 0.0f ? -INFINITY : (top + log2f(total)) * 0.6931471805599453f;
 }
 
-__device__ __forceinline__ float sum_of_warp(float x) {
+__device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll
   for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(~0u, x, step);
   return x;
 }
 
-// After what both warpgroups stored, before either reads what the other did. One barrier orders
-// them; racecheck does not see that for some first reads after one, and does after two.
+// Separates the stores of both warpgroups from their reads.
+//
+// One barrier orders them. racecheck misses the order for some first reads after one barrier, but
+// sees it after two.
 __device__ __forceinline__ void exchange_barrier() {
-  named_barrier_apart(kOfBoth, 256);
-  named_barrier_apart(kOfBothNext, 256);
+  named_barrier_apart(kBothBarrier, 256);
+  named_barrier_apart(kNextBothBarrier, 256);
 }
 
-// Adds up what warpgroups of all blocks of a token have: a block does some of the numbers.
+// Adds up the results of the warpgroups of all blocks of a token. Each block adds a part of the
+// numbers.
 template <typename Shape>
 __device__ __forceinline__ void combine(const FdDsaSparseMla& job, int64_t token, uint32_t base,
                                         uint32_t rank, uint32_t blocks) {
   constexpr uint32_t kThreads = Shape::kGroups * 128;
   constexpr int kParts = Shape::kParts, kAtOnce = 4 / kParts;
-  // what others read is there
+  // all blocks have stored their results
   __syncwarp();
   cluster_sync();
   const uint32_t work = static_cast<uint32_t>(job.num_heads) * (kRank / 4);
@@ -197,13 +204,12 @@ __device__ __forceinline__ void combine(const FdDsaSparseMla& job, int64_t token
       float now = top;
 #pragma unroll
       for (int r = 0; r < kAtOnce; ++r) {
-        // past the last block: the first one again, which then counts nothing
-        const uint32_t there = address_at_rank(base, first + r < blocks ? first + r : 0);
+        // past the last block: the first block again, with weight zero
+        const uint32_t peer = address_at_rank(base, first + r < blocks ? first + r : 0);
 #pragma unroll
         for (int w = 0; w < kParts; ++w) {
-          stats[r][w] =
-              load_cluster_float2(there + Shape::kStats + (w * Shape::kHeads + head) * 8);
-          x[r][w] = load_cluster_float4(there + Shape::kRing + w * Shape::kPartBytes +
+          stats[r][w] = load_cluster_float2(peer + Shape::kStats + (w * Shape::kHeads + head) * 8);
+          x[r][w] = load_cluster_float4(peer + Shape::kRing + w * Shape::kPartBytes +
                                         (head * kPartStride + column) * 4);
         }
       }
@@ -236,7 +242,7 @@ __device__ __forceinline__ void combine(const FdDsaSparseMla& job, int64_t token
               make_float4(sum.x * factor, sum.y * factor, sum.z * factor, sum.w * factor));
     if (column == 0 && job.lse != nullptr) job.lse[row] = lse_of(top, total);
   }
-  // nobody goes while others read here
+  // blocks stay until the others have read their memory
   __syncwarp();
   cluster_sync();
 }

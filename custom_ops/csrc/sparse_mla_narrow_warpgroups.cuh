@@ -1,52 +1,52 @@
-// Sparse MLA for 9 to 32 heads: two warpgroups that take turns with tiles.
+// Sparse MLA for 9 to 32 heads, with two warpgroups that take turns with tiles.
 //
-// Keys and latents are the 64 rows of a warpgroup's products, in registers, where codes become
-// float16 once for all heads; heads are the columns, in shared memory: queries once a token,
-// weights once a tile. A warp has 16 keys of a tile in the scores, and 32 of each 128 latents in the
-// sums, so scores and weights go through shared memory, where each warp makes the softmax of some
-// heads.
+// Keys and latents are the 64 rows of a warpgroup's GEMMs. They are in registers, where codes
+// become float16 once for all heads. Heads are the columns, in shared memory: queries once a token,
+// weights once a tile. A warp has 16 keys of a tile in the scores, and 32 of each 128 latents in
+// the sums. Scores and weights therefore go through shared memory, where each warp computes the
+// softmax of some heads.
 #pragma once
 
 #include "sparse_mla_narrow.cuh"
 
 namespace fd_dsa::narrow::warpgroups {
 
-// Where things are in shared memory, in bytes.
+// Offsets in shared memory, in bytes.
 template <int kColumns>
 struct Layout {
   static constexpr int kHeads = kColumns, kGroups = 2, kParts = 1;
   static constexpr int kStages = kHeads > 16 ? 3 : 4;
-  // tiles of a warpgroup from one in a stage to its next one there
+  // tiles of a warpgroup until it returns to the same stage
   static constexpr int kVisits = kStages % 2 == 0 ? kStages / 2 : kStages;
   // 64 columns of an operand
   static constexpr int kOperand = kHeads * 128;
   static constexpr int kRing = 0;
   static constexpr int kQueries = kRing + kStages * kTileBytes;
   static constexpr int kWeights = kQueries + 9 * kOperand;
-  // for each 128 latents, with their scales in them
+  // one operand per 128 latents, with their scales multiplied in
   static constexpr int kWeightBytes = 4 * kOperand;
   static constexpr int kSums = kWeights + kGroups * kWeightBytes;
   static constexpr int kSumBytes = kHeads * kSumStride * 4;
   static constexpr int kFactors = kSums + kGroups * kSumBytes;
-  static constexpr int kTops = kFactors + kHeads * 4;
-  static constexpr int kShrinks = kTops + kGroups * kHeads * 4;
-  static constexpr int kMoved = kShrinks + kGroups * kHeads * 4;
-  static constexpr int kOwnStats = kMoved + kGroups * 16;
+  static constexpr int kRowMaxOffset = kFactors + kHeads * 4;
+  static constexpr int kRescaleOffset = kRowMaxOffset + kGroups * kHeads * 4;
+  static constexpr int kMaxChangedOffset = kRescaleOffset + kGroups * kHeads * 4;
+  static constexpr int kOwnStats = kMaxChangedOffset + kGroups * 16;
   static constexpr int kStats = kOwnStats + kGroups * kHeads * 8;
   static constexpr int kMasks = kStats + kHeads * 8;
   static constexpr int kBarriers = kMasks + kStages * 8;
   static constexpr int kBytes = kBarriers + kStages * 24;
   static constexpr int kThreads = (kGroups * 4 + kCopyWarps) * 32;
-  static constexpr int kMany = 240, kFew = 24;
-  // After the last tile: a block's part for its cluster, in the ring; and what warpgroups tell each
-  // other, beside it.
+  static constexpr int kComputeRegisters = 240, kCopyRegisters = 24;
+  // After the last tile, the ring holds a block's part for its cluster, and the memory of the
+  // queries holds the exchange between warpgroups.
   static constexpr int kPartBytes = kHeads * kPartStride * 4, kExchange = kQueries;
   static_assert(kPartBytes <= kExchange && kExchange + kHeads * kRank * 4 <= kSums);
   static_assert(kBytes <= 232448);
   static_assert(kQueries % 1024 == 0 && kWeights % 1024 == 0);
 
-  // One for each warpgroup, which waits for its own tiles alone: of a barrier whose every phase it
-  // does not wait for, it could take an earlier one for its own.
+  // A barrier for each warpgroup, which waits for its own tiles only. With a shared barrier it
+  // would skip phases, and could take an earlier phase for its own.
   static constexpr int kFulls = 2;
   static __device__ __forceinline__ uint32_t full(uint32_t base, uint32_t stage, int group) {
     return base + kBarriers + stage * 24 + group * 8;
@@ -58,35 +58,36 @@ struct Layout {
 
 #if defined(FD_DSA_HOPPER)
 
-// Of a thread (g, t), that is lane 4g + t of warp w.
+// The sums of a thread (g, t), which is lane 4g + t of warp w.
 template <int kHeads>
 struct Sums {
-  static constexpr int kMine = kHeads / 4;
+  static constexpr int kSoftmaxHeads = kHeads / 4;
   // [2G + i][4j + 2k + l]: latent 128G + 32w + 16i + 2g + k of head 8j + 2t + l
   float out[8][kHeads / 2];
-  // of the heads whose softmax this warp does, one of each lane
-  float total[kMine];
-  // a power of two that brings the scales so far of each 128 latents below 2: weights have it
+  // partial sums of the lane, of the heads whose softmax this warp computes
+  float total[kSoftmaxHeads];
+  // A power of two that brings the scales so far of each 128 latents below 2. It is a factor of the
+  // weights.
   float unit[4];
 };
 
 // ---- queries
 
-// What a lane has of the queries of its warp's heads: four latents in four places, two roped.
+// A lane's queries of its warp's heads: four times four latents, and two roped values.
 template <int kHeads>
 struct QueryRows {
-  static constexpr int kEach = kHeads / 8;
-  uint2 latents[kEach][4];
-  uint32_t roped[kEach];
+  static constexpr int kWarpHeads = kHeads / 8;
+  uint2 latents[kWarpHeads][4];
+  uint32_t roped[kWarpHeads];
 };
 
-// Asks for a token's queries; 8 warps.
+// Loads a token's queries into registers; 8 warps call it.
 template <int kHeads>
 __device__ __forceinline__ void load_queries(QueryRows<kHeads>& rows, const FdDsaSparseMla& job,
                                              int64_t token, int warp, int lane) {
 #pragma unroll
-  for (int i = 0; i < rows.kEach; ++i) {
-    const int head = warp * rows.kEach + i;
+  for (int i = 0; i < rows.kWarpHeads; ++i) {
+    const int head = warp * rows.kWarpHeads + i;
     const bool is_head = head < job.num_heads;
     const __nv_bfloat16* row = static_cast<const __nv_bfloat16*>(job.q) +
                                (token * job.num_heads + (is_head ? head : 0)) * kWidth;
@@ -100,15 +101,17 @@ __device__ __forceinline__ void load_queries(QueryRows<kHeads>& rows, const FdDs
   }
 }
 
-// Writes queries as an operand: float16 latents, in the order in which scores have those of keys,
-// and roped values in bfloat16; and what each head's scores are to be multiplied with. 8 warps.
+// Writes queries as an operand, and the factor of each head's scores; 8 warps call it.
+//
+// The operand has float16 latents, in the order in which the scores have the latents of keys, and
+// bfloat16 roped values.
 template <int kHeads>
-__device__ __forceinline__ void put_queries(const QueryRows<kHeads>& rows, float softmax_scale,
-                                            uint32_t base, int warp, int lane) {
+__device__ __forceinline__ void store_queries(const QueryRows<kHeads>& rows, float softmax_scale,
+                                              uint32_t base, int warp, int lane) {
   using Shape = Layout<kHeads>;
 #pragma unroll
-  for (int i = 0; i < rows.kEach; ++i) {
-    const int head = warp * rows.kEach + i;
+  for (int i = 0; i < rows.kWarpHeads; ++i) {
+    const int head = warp * rows.kWarpHeads + i;
     uint32_t top = largest_magnitude(rows.roped[i]);
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
@@ -130,26 +133,28 @@ __device__ __forceinline__ void put_queries(const QueryRows<kHeads>& rows, float
     store_shared(base + Shape::kQueries + 8 * Shape::kOperand + swizzled(head, lane / 4) +
                      lane % 4 * 4,
                  pack_bfloat16(low_of(rows.roped[i]) * up, high_of(rows.roped[i]) * up));
-    if (lane < 2) store_shared(base + Shape::kTops + (lane * kHeads + head) * 4, -INFINITY);
+    if (lane < 2) store_shared(base + Shape::kRowMaxOffset + (lane * kHeads + head) * 4, -INFINITY);
     if (lane == 0) {
       const float back = __uint_as_float((exponent - 14) << 23);
       store_shared(base + Shape::kFactors + head * 4, back * softmax_scale * 1.4426950408889634f);
     }
   }
   publish_to_async();
-  named_barrier(kOfBoth, 256);
+  named_barrier(kBothBarrier, 256);
 }
 
 // ---- scores of a tile
 
-// Rows of GEMMs, two steps of 16 columns at a time: all but one of these may be at work. What
-// does not fit into registers beside the sums would make products wait for each other.
+// Rows of GEMMs in batches of two steps of 16 columns.
+//
+// All batches but one may be in use by GEMMs. If rows did not fit into registers beside the sums,
+// the GEMMs would wait for each other.
 template <int kHeads>
 struct Rows {
   static constexpr int kDepth = kHeads > 16 ? 2 : 3;
   uint32_t step[kDepth][2][4];
 
-  // Those of batch `i`, once the GEMMs that read them are done.
+  // Returns the rows of batch `i` after the GEMMs that read them have ended.
   __device__ __forceinline__ uint32_t (&next(int i))[2][4] {
     if (i >= kDepth) wgmma_wait<kDepth - 1>();
     return step[i % kDepth];
@@ -168,10 +173,10 @@ __device__ __forceinline__ float part_of(float4 x, int i) {
   return i == 0 ? x.x : i == 1 ? x.y : i == 2 ? x.z : x.w;
 }
 
-// Scores of a tile, put where their heads' warp finds them.
+// Computes the scores of a tile, and stores them for the softmax.
 template <int kHeads>
-__device__ __forceinline__ void put_scores(uint32_t tile, uint32_t query, uint32_t sums, int warp,
-                                           int lane) {
+__device__ __forceinline__ void store_scores(uint32_t tile, uint32_t query, uint32_t sums, int warp,
+                                             int lane) {
   constexpr int kOperand = Layout<kHeads>::kOperand;
   const Operand queries = k_major(query);
   const uint32_t row = tile + (warp * 16 + (lane & 15)) * kRecord + (lane >> 4) * 16;
@@ -209,7 +214,7 @@ __device__ __forceinline__ void put_scores(uint32_t tile, uint32_t query, uint32
       step[k][2] = values_of_codes<true>(word[2 * k]);
       step[k][3] = values_of_codes<true>(word[2 * k + 1]);
     }
-    // the third of a group's four: all of the group before are done
+    // at the third of a group's four steps, all steps of the previous group have ended
     if (i % 4 == 2 && i > 4) {
       pin(part[(i / 4 + 1) % 2]);
       if (i == 6) pin(score);
@@ -240,32 +245,34 @@ __device__ __forceinline__ void put_scores(uint32_t tile, uint32_t query, uint32
 
 // ---- weights of a tile
 
-// What a lane has of two keys: scales of each 128 latents times their unit, and scores of heads.
+// A lane's two keys: scales of each 128 latents times their unit, and scores of heads.
 template <int kHeads>
 struct Keys {
   float first[4], second[4];
   float2 score[kHeads / 4];
 };
 
-// What is to be done with sums before more is added: by heads of this warp, and by 128 latents.
+// Factors of the sums before more is added: one per head of this warp, and one per 128 latents.
 template <int kHeads>
-struct Shrinks {
-  float of_head[kHeads / 4], of_unit[4];
+struct Rescales {
+  float head_rescale[kHeads / 4], unit_rescale[4];
 };
 
-// A larger score moves the base of the exponentials if it is so much larger, in powers of two:
-// weights times scales stay below 2^10, which float16 holds as well as those below 1.
+// A larger score updates the row maximum only if it is larger by more than this power of two.
+// Weights times scales then stay below 2^10, which float16 holds as well as values below 1.
 constexpr float kSlack = 8.0f;
 
-// New bases for all heads of the warp, and new units; rarely after the first tile.
+// Updates the row maxima of all heads of the warp and the units, which is rare after the first
+// tile.
 template <int kHeads>
-__device__ __forceinline__ void move_bases(Sums<kHeads>& my, Keys<kHeads>& keys,
-                                           float (&top)[kHeads / 4], Shrinks<kHeads>& shrinks) {
+__device__ __forceinline__ void update_row_maxima(Sums<kHeads>& state, Keys<kHeads>& keys,
+                                                  float (&top)[kHeads / 4],
+                                                  Rescales<kHeads>& rescales) {
 #pragma unroll
   for (int i = 0; i < kHeads / 4; ++i) {
     const float2 s = keys.score[i];
-    const float now = fmaxf(top[i], largest_of_warp(fmaxf(s.x, s.y)));
-    shrinks.of_head[i] = exp2_of(top[i] - (now == -INFINITY ? 0.0f : now));
+    const float now = fmaxf(top[i], warp_max(fmaxf(s.x, s.y)));
+    rescales.head_rescale[i] = exp2_of(top[i] - (now == -INFINITY ? 0.0f : now));
     top[i] = now;
   }
 #pragma unroll
@@ -273,114 +280,119 @@ __device__ __forceinline__ void move_bases(Sums<kHeads>& my, Keys<kHeads>& keys,
     const uint32_t largest = __reduce_max_sync(
         ~0u, max(__float_as_uint(keys.first[i]) & 0x7fffffffu,
                  __float_as_uint(keys.second[i]) & 0x7fffffffu));
-    // of the largest so far; the two last ones hold numbers below 8, and what is none
-    const uint32_t before = 254 - (__float_as_uint(my.unit[i]) >> 23);
+    // From the largest value so far. The two last exponents stand for numbers below 8, and for inf
+    // and NaN.
+    const uint32_t before = 254 - (__float_as_uint(state.unit[i]) >> 23);
     const uint32_t after = min(max(before, largest >> 23), 253u);
-    my.unit[i] = __uint_as_float((254 - after) << 23);
-    shrinks.of_unit[i] = __uint_as_float(after - before < 127 ? (127 + before - after) << 23 : 0);
+    state.unit[i] = __uint_as_float((254 - after) << 23);
+    rescales.unit_rescale[i] =
+        __uint_as_float(after - before < 127 ? (127 + before - after) << 23 : 0);
   }
 }
 
-// Turns the scores of some heads, all 64 keys, into weights for each 128 latents. A lane has two
-// neighbouring keys.
+// Turns the scores of some heads over all 64 keys into weights for each 128 latents.
+//
+// A lane has two neighbouring keys.
 template <int kHeads>
-__device__ __forceinline__ void put_weights(Sums<kHeads>& my, Shrinks<kHeads>& shrinks,
-                                            uint32_t tile, uint2 mask, uint32_t base, int group,
-                                            int warp, int lane) {
+__device__ __forceinline__ void store_weights(Sums<kHeads>& state, Rescales<kHeads>& rescales,
+                                              uint32_t tile, uint2 mask, uint32_t base, int group,
+                                              int warp, int lane) {
   using Shape = Layout<kHeads>;
-  constexpr int kMine = kHeads / 4;
+  constexpr int kSoftmaxHeads = kHeads / 4;
   const uint32_t bits = (lane < 16 ? mask.x : mask.y) >> 2 * (lane & 15);
-  const uint32_t at = (group * kHeads + warp * kMine) * 4, tops = base + Shape::kTops + at;
+  const uint32_t at = (group * kHeads + warp * kSoftmaxHeads) * 4,
+                 tops = base + Shape::kRowMaxOffset + at;
   const uint32_t sums = base + Shape::kSums + group * Shape::kSumBytes;
   const float4 first = load_shared_float4(tile + 2 * lane * kRecord + kScalesAt);
   const float4 second = load_shared_float4(tile + (2 * lane + 1) * kRecord + kScalesAt);
   Keys<kHeads> keys;
-  float top[kMine];
-  bool moves = false;
+  float top[kSoftmaxHeads];
+  bool max_changes = false;
 #pragma unroll
-  for (int i = 0; i < kMine; i += 4) {
-    const float4 factor = load_shared_float4(base + Shape::kFactors + (warp * kMine + i) * 4);
+  for (int i = 0; i < kSoftmaxHeads; i += 4) {
+    const float4 factor =
+        load_shared_float4(base + Shape::kFactors + (warp * kSoftmaxHeads + i) * 4);
     const float4 before = load_shared_float4(tops + i * 4);
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      const int head = warp * kMine + i + k;
+      const int head = warp * kSoftmaxHeads + i + k;
       float2 s = load_shared_float2(sums + (head * kSumStride + 2 * lane) * 4);
       s.x = (bits & 1) != 0 ? s.x * part_of(factor, k) : -INFINITY;
       s.y = (bits & 2) != 0 ? s.y * part_of(factor, k) : -INFINITY;
       top[i + k] = part_of(before, k);
       keys.score[i + k] = s;
-      moves = moves || fmaxf(s.x, s.y) > top[i + k] + kSlack;
+      max_changes = max_changes || fmaxf(s.x, s.y) > top[i + k] + kSlack;
     }
   }
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    keys.first[i] = part_of(first, i) * my.unit[i];
-    keys.second[i] = part_of(second, i) * my.unit[i];
-    moves = moves || fmaxf(fabsf(keys.first[i]), fabsf(keys.second[i])) >= 2.0f;
-    shrinks.of_unit[i] = 1.0f;
+    keys.first[i] = part_of(first, i) * state.unit[i];
+    keys.second[i] = part_of(second, i) * state.unit[i];
+    max_changes = max_changes || fmaxf(fabsf(keys.first[i]), fabsf(keys.second[i])) >= 2.0f;
+    rescales.unit_rescale[i] = 1.0f;
   }
 #pragma unroll
-  for (int i = 0; i < kMine; ++i) shrinks.of_head[i] = 1.0f;
-  const bool any = __any_sync(~0u, moves);
+  for (int i = 0; i < kSoftmaxHeads; ++i) rescales.head_rescale[i] = 1.0f;
+  const bool any = __any_sync(~0u, max_changes);
   if (any) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       keys.first[i] = part_of(first, i);
       keys.second[i] = part_of(second, i);
     }
-    move_bases(my, keys, top, shrinks);
-    // before others' bases are written all lanes have read theirs
+    update_row_maxima(state, keys, top, rescales);
+    // all lanes have read the row maxima before they are overwritten
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      keys.first[i] *= my.unit[i];
-      keys.second[i] *= my.unit[i];
+      keys.first[i] *= state.unit[i];
+      keys.second[i] *= state.unit[i];
     }
 #pragma unroll
-    for (int i = 0; i < kMine; ++i) my.total[i] *= shrinks.of_head[i];
+    for (int i = 0; i < kSoftmaxHeads; ++i) state.total[i] *= rescales.head_rescale[i];
   }
   const uint32_t weights = base + Shape::kWeights + group * Shape::kWeightBytes + lane % 4 * 4;
 #pragma unroll
-  for (int i = 0; i < kMine; ++i) {
-    // no key so far: nothing to subtract, and no difference of infinities
+  for (int i = 0; i < kSoftmaxHeads; ++i) {
+    // before the first key the maximum is -inf, and -inf - -inf would be NaN
     const float from = top[i] == -INFINITY ? 0.0f : top[i];
     const float2 s = make_float2(exp2_of(keys.score[i].x - from), exp2_of(keys.score[i].y - from));
-    my.total[i] += s.x + s.y;
+    state.total[i] += s.x + s.y;
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      store_shared(weights + k * Shape::kOperand + swizzled(warp * kMine + i, lane / 4),
+      store_shared(weights + k * Shape::kOperand + swizzled(warp * kSoftmaxHeads + i, lane / 4),
                    pack_half(s.x * keys.first[k], s.y * keys.second[k]));
     }
   }
   if (lane == 0) {
-    const float(&x)[kMine] = shrinks.of_head;
+    const float (&x)[kSoftmaxHeads] = rescales.head_rescale;
 #pragma unroll
-    for (int i = 0; i < kMine; i += 4) {
-      store_shared(base + Shape::kShrinks + at + i * 4,
+    for (int i = 0; i < kSoftmaxHeads; i += 4) {
+      store_shared(base + Shape::kRescaleOffset + at + i * 4,
                    make_float4(x[i], x[i + 1], x[i + 2], x[i + 3]));
       if (any) store_shared(tops + i * 4, make_float4(top[i], top[i + 1], top[i + 2], top[i + 3]));
     }
-    store_shared(base + Shape::kMoved + (group * 4 + warp) * 4, any ? 1u : 0u);
+    store_shared(base + Shape::kMaxChangedOffset + (group * 4 + warp) * 4, any ? 1u : 0u);
   }
   publish_to_async();
 }
 
-// Brings sums to new bases and units.
+// Rescales the sums to the new row maxima and units.
 template <int kHeads>
-__device__ __forceinline__ void shrink_sums(Sums<kHeads>& my, const float (&of_unit)[4],
-                                            uint32_t base, int group, int lane) {
+__device__ __forceinline__ void rescale_sums(Sums<kHeads>& state, const float (&unit_rescale)[4],
+                                             uint32_t base, int group, int lane) {
   using Shape = Layout<kHeads>;
-  const uint4 moved = load_shared_uint4(base + Shape::kMoved + group * 16);
-  if ((moved.x | moved.y | moved.z | moved.w) == 0) return;
+  const uint4 max_changed = load_shared_uint4(base + Shape::kMaxChangedOffset + group * 16);
+  if ((max_changed.x | max_changed.y | max_changed.z | max_changed.w) == 0) return;
 #pragma unroll
   for (int j = 0; j < kHeads / 8; ++j) {
-    const float2 x = load_shared_float2(base + Shape::kShrinks +
+    const float2 x = load_shared_float2(base + Shape::kRescaleOffset +
                                         (group * kHeads + 8 * j + 2 * (lane & 3)) * 4);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        my.out[i][4 * j + k] *= ((k & 1) != 0 ? x.y : x.x) * of_unit[i / 2];
+        state.out[i][4 * j + k] *= ((k & 1) != 0 ? x.y : x.x) * unit_rescale[i / 2];
       }
     }
   }
@@ -388,9 +400,9 @@ __device__ __forceinline__ void shrink_sums(Sums<kHeads>& my, const float (&of_u
 
 // ---- sums of a tile
 
-// Adds latents times weights; the tile is left to the copying warps.
+// Adds latents times weights, and releases the tile to the copying warps.
 template <int kHeads>
-__device__ __forceinline__ void add_tile(Sums<kHeads>& my, uint32_t tile, uint32_t weight,
+__device__ __forceinline__ void add_tile(Sums<kHeads>& state, uint32_t tile, uint32_t weight,
                                          uint32_t empty, int warp, int lane) {
   constexpr int kOperand = Layout<kHeads>::kOperand;
   const Operand weights = k_major(weight);
@@ -401,7 +413,7 @@ __device__ __forceinline__ void add_tile(Sums<kHeads>& my, uint32_t tile, uint32
   load_matrices_transposed(words[1], row + 128);
 #pragma unroll
   for (int i = 0; i < 16; ++i) {
-    // 16 keys after 16 keys, of each 128 latents after 128
+    // 16 keys after 16 keys, with 128 latents after 128 for each
     const int key = i / 4, latent = i % 4, next = i + 2;
     if (i < 14) {
       load_matrices_transposed(words[next % 3], row + next / 4 * 16 * kRecord + next % 4 * 128);
@@ -412,7 +424,7 @@ __device__ __forceinline__ void add_tile(Sums<kHeads>& my, uint32_t tile, uint32
     const uint32_t(&word)[4] = words[i % 3];
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      // two latents of a key, and of the next one
+      // two latents of a key and of the next key
       const uint32_t pairs = __byte_perm(word[k], 0, 0x3120);
       step[k / 2][k % 2 * 2] = values_of_codes<false>(pairs);
       step[k / 2][k % 2 * 2 + 1] = values_of_codes<true>(pairs);
@@ -420,19 +432,19 @@ __device__ __forceinline__ void add_tile(Sums<kHeads>& my, uint32_t tile, uint32
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
-      wgmma_rows<kHeads, false>(my.out[2 * latent + k], step[k],
+      wgmma_rows<kHeads, false>(state.out[2 * latent + k], step[k],
                                 weights.at(latent * kOperand + key * 32), true);
     }
     wgmma_commit();
   }
   wgmma_wait<0>();
 #pragma unroll
-  for (int i = 0; i < 8; ++i) pin(my.out[i]);
+  for (int i = 0; i < 8; ++i) pin(state.out[i]);
 }
 
-// All tiles of a token that one warpgroup has.
+// Attends to all tiles of one warpgroup.
 template <int kHeads>
-__device__ __forceinline__ void attend_tiles(Sums<kHeads>& my, uint32_t base, Tiles tiles,
+__device__ __forceinline__ void attend_tiles(Sums<kHeads>& state, uint32_t base, Tiles tiles,
                                              int group, int warp, int lane) {
   using Shape = Layout<kHeads>;
   const uint32_t sums = base + Shape::kSums + group * Shape::kSumBytes;
@@ -440,12 +452,12 @@ __device__ __forceinline__ void attend_tiles(Sums<kHeads>& my, uint32_t base, Ti
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
 #pragma unroll
-    for (int k = 0; k < kHeads / 2; ++k) my.out[i][k] = 0.0f;
-    // of no scale yet
-    if (i < 4) my.unit[i] = __uint_as_float(253u << 23);
+    for (int k = 0; k < kHeads / 2; ++k) state.out[i][k] = 0.0f;
+    // the unit before the first scale
+    if (i < 4) state.unit[i] = __uint_as_float(253u << 23);
   }
 #pragma unroll
-  for (int i = 0; i < kHeads / 4; ++i) my.total[i] = 0.0f;
+  for (int i = 0; i < kHeads / 4; ++i) state.total[i] = 0.0f;
   uint32_t stage = group, parity = 0;
   int visits = 0;
   for (int32_t at = tiles.first + group * tiles.step; at < tiles.end; at += 2 * tiles.step) {
@@ -455,13 +467,13 @@ __device__ __forceinline__ void attend_tiles(Sums<kHeads>& my, uint32_t base, Ti
     const uint32_t masks = base + Shape::kMasks + stage * 8;
     const uint2 mask = make_uint2(load_shared(masks), load_shared(masks + 4));
     if ((mask.x | mask.y) != 0) {
-      put_scores<kHeads>(tile, base + Shape::kQueries, sums, warp, lane);
-      named_barrier(kOfFirst + group, 128);
-      Shrinks<kHeads> shrinks;
-      put_weights<kHeads>(my, shrinks, tile, mask, base, group, warp, lane);
-      named_barrier(kOfFirst + group, 128);
-      shrink_sums<kHeads>(my, shrinks.of_unit, base, group, lane);
-      add_tile<kHeads>(my, tile, weights, empty, warp, lane);
+      store_scores<kHeads>(tile, base + Shape::kQueries, sums, warp, lane);
+      named_barrier(kFirstBarrier + group, 128);
+      Rescales<kHeads> rescales;
+      store_weights<kHeads>(state, rescales, tile, mask, base, group, warp, lane);
+      named_barrier(kFirstBarrier + group, 128);
+      rescale_sums<kHeads>(state, rescales.unit_rescale, base, group, lane);
+      add_tile<kHeads>(state, tile, weights, empty, warp, lane);
     } else {
       warp_arrive(empty, lane);
     }
@@ -476,49 +488,52 @@ __device__ __forceinline__ void attend_tiles(Sums<kHeads>& my, uint32_t base, Ti
 
 // ---- results
 
-// Leaves tops and totals of a warpgroup where the other finds them, once both are done with tiles,
-// queries and weights.
+// Stores row maxima and totals for the other warpgroup.
+//
+// Both warpgroups have then finished with tiles, queries and weights.
 template <int kHeads>
-__device__ __forceinline__ void put_stats(const Sums<kHeads>& my, uint32_t base, int group,
-                                          int warp, int lane) {
+__device__ __forceinline__ void store_stats(const Sums<kHeads>& state, uint32_t base, int group,
+                                            int warp, int lane) {
   using Shape = Layout<kHeads>;
-  constexpr int kMine = kHeads / 4;
+  constexpr int kSoftmaxHeads = kHeads / 4;
 #pragma unroll
-  for (int i = 0; i < kMine; ++i) {
-    const int at = group * kHeads + warp * kMine + i;
-    const float total = sum_of_warp(my.total[i]);
-    const float top = __uint_as_float(load_shared(base + Shape::kTops + at * 4));
+  for (int i = 0; i < kSoftmaxHeads; ++i) {
+    const int at = group * kHeads + warp * kSoftmaxHeads + i;
+    const float total = warp_sum(state.total[i]);
+    const float top = __uint_as_float(load_shared(base + Shape::kRowMaxOffset + at * 4));
     if (lane == 0) store_shared(base + Shape::kOwnStats + at * 8, make_float2(top, total));
   }
-  named_barrier(kOfBothNext, 256);
+  named_barrier(kNextBothBarrier, 256);
 }
 
-// How much what this warpgroup and the other have of a head counts.
+// The weights of this warpgroup's part and of the other's for a head.
 struct Shares {
   float mine, other;
 };
 
-// Adds up what both warpgroups have of a token: each gets half of the other's heads, in registers
-// as its own. `share(head, own, other)` makes shares of tops and totals; `put(head, latent, sums)`
-// takes two neighbouring latents.
+// Adds up the parts of both warpgroups of a token.
+//
+// Each warpgroup gets half of the other's heads, in registers like its own. `share(head, own,
+// other)` computes shares from row maxima and totals. `put(head, latent, sums)` takes two
+// neighbouring latents.
 template <int kHeads, int kGroup, typename Share, typename Put>
-__device__ __forceinline__ void exchange(const Sums<kHeads>& my, uint32_t base, int warp, int lane,
-                                         Share share, Put put) {
+__device__ __forceinline__ void exchange(const Sums<kHeads>& state, uint32_t base, int warp,
+                                         int lane, Share share, Put put) {
   using Shape = Layout<kHeads>;
   constexpr int kHalf = kHeads / 16, kOwn = kGroup * kHalf, kOther = kHalf - kOwn;
   constexpr uint32_t kBytes = 8 * kHalf * 128 * 16;
   const uint32_t place = base + Shape::kExchange + (warp * 32 + lane) * 16;
-  // takes the units off again
+  // removes the units again
   float back[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    back[i] = __uint_as_float((254u << 23) - __float_as_uint(my.unit[i]));
+    back[i] = __uint_as_float((254u << 23) - __float_as_uint(state.unit[i]));
   }
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
 #pragma unroll
     for (int j = 0; j < kHalf; ++j) {
-      const float* x = my.out[i] + 4 * (kOther + j);
+      const float* x = state.out[i] + 4 * (kOther + j);
       const float by = back[i / 2];
       store_shared(place + kGroup * kBytes + (i * kHalf + j) * 2048,
                    make_float4(x[0] * by, x[1] * by, x[2] * by, x[3] * by));
@@ -538,7 +553,7 @@ __device__ __forceinline__ void exchange(const Sums<kHeads>& my, uint32_t base, 
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const float4 y = load_shared_float4(place + (1 - kGroup) * kBytes + (i * kHalf + j) * 2048);
-      const float* x = my.out[i] + 4 * (kOwn + j);
+      const float* x = state.out[i] + 4 * (kOwn + j);
       const int latent = i / 2 * 128 + warp * 32 + i % 2 * 16 + lane / 4 * 2;
       const float first = shares[0].mine * back[i / 2], second = shares[1].mine * back[i / 2];
       put(head, latent,
@@ -551,11 +566,10 @@ __device__ __forceinline__ void exchange(const Sums<kHeads>& my, uint32_t base, 
   }
 }
 
-// Writes the result of a block that has all of a token, or leaves its part of it where the cluster
-// finds it.
+// Writes the result of a block that has all keys of a token, or stores its part for the cluster.
 template <int kHeads, int kGroup>
 __device__ __forceinline__ void finish(const FdDsaSparseMla& job, int64_t token,
-                                       const Sums<kHeads>& my, uint32_t base, bool is_alone,
+                                       const Sums<kHeads>& state, uint32_t base, bool is_alone,
                                        int warp, int lane) {
   using Shape = Layout<kHeads>;
   const int64_t row = token * job.num_heads;
@@ -575,18 +589,18 @@ __device__ __forceinline__ void finish(const FdDsaSparseMla& job, int64_t token,
     return Shares{mine * factor, other * factor};
   };
   if (!is_alone) {
-    exchange<kHeads, kGroup>(my, base, warp, lane, share, [&](int head, int latent, float2 x) {
+    exchange<kHeads, kGroup>(state, base, warp, lane, share, [&](int head, int latent, float2 x) {
       store_shared(base + Shape::kRing + (head * kPartStride + latent) * 4, x);
     });
   } else if (job.out_is_bfloat16 != 0) {
     auto* out = static_cast<__nv_bfloat16*>(job.out) + row * kRank;
-    exchange<kHeads, kGroup>(my, base, warp, lane, share, [&](int head, int latent, float2 x) {
+    exchange<kHeads, kGroup>(state, base, warp, lane, share, [&](int head, int latent, float2 x) {
       if (head >= job.num_heads) return;
       __stcs(reinterpret_cast<uint32_t*>(out + head * kRank + latent), pack_bfloat16(x.x, x.y));
     });
   } else {
     auto* out = static_cast<float*>(job.out) + row * kRank;
-    exchange<kHeads, kGroup>(my, base, warp, lane, share, [&](int head, int latent, float2 x) {
+    exchange<kHeads, kGroup>(state, base, warp, lane, share, [&](int head, int latent, float2 x) {
       if (head >= job.num_heads) return;
       __stcs(reinterpret_cast<float2*>(out + head * kRank + latent), x);
     });
@@ -595,27 +609,27 @@ __device__ __forceinline__ void finish(const FdDsaSparseMla& job, int64_t token,
 
 #endif  // FD_DSA_HOPPER
 
-// A cluster of blocks for each token.
+// Attends with a cluster of blocks for each token.
 template <int kHeads>
 __global__ void __launch_bounds__(Layout<kHeads>::kThreads, 1)
     kernel(const __grid_constant__ FdDsaSparseMla job) {
 #if defined(FD_DSA_HOPPER)
   using Shape = Layout<kHeads>;
-  const Place my = begin<Shape>(job);
-  if (my.warp >= 4 * Shape::kGroups) {
-    copy_and_wait<Shape>(job, my, 4 * Shape::kGroups);
+  const Place place = begin<Shape>(job);
+  if (place.warp >= 4 * Shape::kGroups) {
+    copy_and_wait<Shape>(job, place, 4 * Shape::kGroups);
     return;
   }
-  more_registers<Shape::kMany>();
-  const auto [base, blocks, rank, warp, lane, token, tiles] = my;
+  more_registers<Shape::kComputeRegisters>();
+  const auto [base, blocks, rank, warp, lane, token, tiles] = place;
   const bool is_alone = blocks == 1;
   const int group = warp / 4, member = warp % 4;
   QueryRows<kHeads> rows;
   load_queries(rows, job, token, warp, lane);
-  put_queries(rows, job.softmax_scale, base, warp, lane);
+  store_queries(rows, job.softmax_scale, base, warp, lane);
   Sums<kHeads> sums;
   attend_tiles<kHeads>(sums, base, tiles, group, member, lane);
-  put_stats<kHeads>(sums, base, group, member, lane);
+  store_stats<kHeads>(sums, base, group, member, lane);
   if (group == 0) {
     finish<kHeads, 0>(job, token, sums, base, is_alone, member, lane);
   } else {

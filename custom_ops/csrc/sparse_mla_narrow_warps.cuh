@@ -1,40 +1,42 @@
-// Sparse MLA for 1 to 8 heads: the four warps of a warpgroup have 128 latents of every key each, for
-// both products; what they exchange are parts of scores, and weights.
+// Sparse MLA for 1 to 8 heads, with one or two warpgroups.
+//
+// Each of the four warps of a warpgroup has 128 latents of every key, for both GEMMs. The warps
+// exchange partial scores and weights.
 #pragma once
 
 #include "sparse_mla_narrow.cuh"
 
 namespace fd_dsa::narrow::warps {
 
-// heads of a token, and those whose softmax a warp does
-constexpr int kHeads = 8, kMine = kHeads / 4;
+// heads of a token, and heads whose softmax one warp computes
+constexpr int kHeads = 8, kSoftmaxHeads = kHeads / 4;
 
-// Where things are in shared memory, in bytes. One warpgroup that computes, and two blocks on a
-// multiprocessor; or two that take turns, each with every other tile.
+// Offsets in shared memory, in bytes. Either one warpgroup computes, with two blocks per
+// multiprocessor, or two warpgroups take the tiles in turn.
 template <int kWarpgroups>
 struct Layout {
   static constexpr int kHeads = warps::kHeads, kGroups = kWarpgroups;
   static constexpr int kStages = 2 * kGroups;
-  // warpgroups whose results add up
+  // warpgroups whose results are added up
   static constexpr int kParts = kGroups;
   static constexpr int kRing = 0;
   static constexpr int kSums = kRing + kStages * kTileBytes;
   static constexpr int kSumBytes = 4 * kHeads * kSumStride * 4;
   static constexpr int kWeights = kSums + kGroups * kSumBytes;
   static constexpr int kWeightBytes = kHeads * kWeightStride * 4;
-  static constexpr int kShrinks = kWeights + kGroups * kWeightBytes;
-  static constexpr int kStats = kShrinks + kGroups * kHeads * 4;
+  static constexpr int kRescaleOffset = kWeights + kGroups * kWeightBytes;
+  static constexpr int kStats = kRescaleOffset + kGroups * kHeads * 4;
   static constexpr int kMasks = kStats + kGroups * kHeads * 8;
   static constexpr int kBarriers = kMasks + kStages * 8;
   static constexpr int kBytes = kBarriers + kStages * 16;
   static constexpr int kThreads = (kGroups * 4 + kCopyWarps) * 32;
   static constexpr int kBlocksPerSm = kGroups == 1 ? 2 : 1;
-  // registers of a thread that computes, and of one that copies
-  static constexpr int kMany = kGroups == 1 ? 216 : 232, kFew = 40;
+  // registers of a computing thread and of a copying thread
+  static constexpr int kComputeRegisters = kGroups == 1 ? 216 : 232, kCopyRegisters = 40;
   static constexpr int kPartBytes = kStages / kGroups * kTileBytes;
   static_assert(kHeads * kPartStride * 4 <= kPartBytes);
 
-  // a stage is always the same warpgroup's, and one barrier counts its tiles
+  // a stage always belongs to the same warpgroup, and one barrier counts its tiles
   static constexpr int kFulls = 1;
   static __device__ __forceinline__ uint32_t full(uint32_t base, uint32_t stage, int = 0) {
     return base + kBarriers + stage * 16;
@@ -46,8 +48,9 @@ struct Layout {
 
 #if defined(FD_DSA_HOPPER)
 
-// A warp has 128 latents and 16 roped values of every key. In products, a thread (g, t), that is
-// lane 4g + t, has head g, or heads 2t and 2t + 1.
+// The queries of a warp, which has 128 latents and 16 roped values of every key.
+//
+// Thread (g, t) is lane 4g + t. In GEMMs it has head g, or heads 2t and 2t + 1.
 struct Queries {
   // float16, [step of 16 latents]: latents 4t to 4t + 3
   uint32_t latents[8][2];
@@ -57,16 +60,17 @@ struct Queries {
 struct State {
   // [2i], [2i + 1]: latents 16g + 4i and the next, and the next two
   float out[8][4];
-  // of the heads whose softmax this warp does; the sum is one of each lane
-  float top[kMine], total[kMine], factor[kMine];
-  // biased exponent of the largest scale so far: weights are in units of it
+  // of the heads whose softmax this warp computes; `total` is a partial sum of the lane
+  float top[kSoftmaxHeads], total[kSoftmaxHeads], factor[kSoftmaxHeads];
+  // biased exponent of the largest scale so far, which is the unit of the weights
   uint32_t exponent;
 };
 
 // ---- queries
 
-// Loads queries and brings them into the range of float16 by a power of two a head. `tops`: in the
-// place of sums.
+// Loads queries and scales those of each head into the range of float16 by a power of two.
+//
+// `tops` uses the memory of the sums.
 __device__ __forceinline__ void load_queries(const FdDsaSparseMla& job, int64_t token,
                                              Queries& queries, State& state, uint32_t tops,
                                              int group, int warp, int lane) {
@@ -92,7 +96,7 @@ __device__ __forceinline__ void load_queries(const FdDsaSparseMla& job, int64_t 
   top = max(top, __shfl_xor_sync(~0u, top, 1));
   top = max(top, __shfl_xor_sync(~0u, top, 2));
   if (t == 0) store_shared(tops + (warp * kHeads + lane / 4) * 4, top);
-  named_barrier(kOfFirst + group, 128);
+  named_barrier(kFirstBarrier + group, 128);
   auto exponent_of = [&](int head) {
     uint32_t top = 0;
 #pragma unroll
@@ -111,12 +115,12 @@ __device__ __forceinline__ void load_queries(const FdDsaSparseMla& job, int64_t 
     x = pack_bfloat16(low_of(x) * up, high_of(x) * up);
   }
 #pragma unroll
-  for (int i = 0; i < kMine; ++i) {
-    const float back = __uint_as_float((exponent_of(warp * kMine + i) - 14) << 23);
+  for (int i = 0; i < kSoftmaxHeads; ++i) {
+    const float back = __uint_as_float((exponent_of(warp * kSoftmaxHeads + i) - 14) << 23);
     state.factor[i] = back * job.softmax_scale * 1.4426950408889634f;
   }
-  // before others write sums here
-  named_barrier(kOfFirst + group, 128);
+  // the memory holds sums of other warps after this barrier
+  named_barrier(kFirstBarrier + group, 128);
 }
 
 // ---- scores and weights of a tile
@@ -124,7 +128,7 @@ __device__ __forceinline__ void load_queries(const FdDsaSparseMla& job, int64_t 
 // This warp's part of the scores of a tile: [16 keys].
 using Scores = float[kSixteens][4];
 
-// Scores over 32 of this warp's latents.
+// Adds scores over 32 of this warp's latents.
 __device__ __forceinline__ void add_scores(Scores& scores, const Queries& queries, uint32_t tile,
                                            int step, int warp, int lane) {
   const uint32_t row = tile + (lane & 15) * kRecord + (lane >> 4) * 16 + warp * 128 + step * 32;
@@ -143,10 +147,11 @@ __device__ __forceinline__ void add_scores(Scores& scores, const Queries& querie
   }
 }
 
-// Scales scores, adds those over this warp's roped values, and puts them where their heads' warp
-// finds them. Returns the bits of the largest scale.
-__device__ __forceinline__ uint32_t put_scores(Scores& scores, const Queries& queries,
-                                               uint32_t tile, uint32_t sums, int warp, int lane) {
+// Scales scores, adds those over this warp's roped values, and stores them for the softmax.
+//
+// Returns the bits of the largest scale.
+__device__ __forceinline__ uint32_t store_scores(Scores& scores, const Queries& queries,
+                                                 uint32_t tile, uint32_t sums, int warp, int lane) {
   const uint32_t row = tile + (lane & 15) * kRecord + (lane >> 4) * 16 + kRopeAt + warp * 32;
   const uint32_t scales = tile + lane / 4 * kRecord + kScalesAt + warp * 4;
   uint32_t roped[kSixteens][4], top = 0;
@@ -179,16 +184,17 @@ __device__ __forceinline__ uint32_t put_scores(Scores& scores, const Queries& qu
   return __reduce_max_sync(~0u, top);
 }
 
-// Adds up the scores of some heads, all 64 keys, and turns them into weights. A lane has 2 keys:
-// i and i + 8 of 16.
-__device__ __forceinline__ void put_weights(State& state, uint2 mask, uint32_t sums,
-                                            uint32_t weights, uint32_t shrinks, int warp,
-                                            int lane) {
+// Adds up the scores of some heads over all 64 keys, and turns them into weights.
+//
+// A lane has two keys, i and i + 8 of 16.
+__device__ __forceinline__ void store_weights(State& state, uint2 mask, uint32_t sums,
+                                              uint32_t weights, uint32_t rescales, int warp,
+                                              int lane) {
   const uint32_t bits = (lane < 16 ? mask.x : mask.y) >> ((lane >> 3 & 1) * 16 + (lane & 7));
-  float shrink[kMine];
+  float rescale[kSoftmaxHeads];
 #pragma unroll
-  for (int i = 0; i < kMine; ++i) {
-    const int head = warp * kMine + i;
+  for (int i = 0; i < kSoftmaxHeads; ++i) {
+    const int head = warp * kSoftmaxHeads + i;
     float2 s = load_shared_float2(sums + (head * kSumStride + 2 * lane) * 4);
 #pragma unroll
     for (int w = 1; w < 4; ++w) {
@@ -198,35 +204,37 @@ __device__ __forceinline__ void put_weights(State& state, uint2 mask, uint32_t s
     }
     s.x = (bits & 1) != 0 ? s.x * state.factor[i] : -INFINITY;
     s.y = (bits & 256) != 0 ? s.y * state.factor[i] : -INFINITY;
-    const float top = fmaxf(state.top[i], largest_of_warp(fmaxf(s.x, s.y)));
-    // no key so far: nothing to subtract, and no difference of infinities
+    const float top = fmaxf(state.top[i], warp_max(fmaxf(s.x, s.y)));
+    // before the first key the maximum is -inf, and -inf - -inf would be NaN
     const float from = top == -INFINITY ? 0.0f : top;
-    shrink[i] = exp2_of(state.top[i] - from);
+    rescale[i] = exp2_of(state.top[i] - from);
     state.top[i] = top;
     s = make_float2(exp2_of(s.x - from), exp2_of(s.y - from));
-    state.total[i] = fmaf(state.total[i], shrink[i], s.x + s.y);
+    state.total[i] = fmaf(state.total[i], rescale[i], s.x + s.y);
     store_shared(weights + (head * kWeightStride + 2 * lane) * 4, s);
   }
-  if (lane == 0) store_shared(shrinks + warp * kMine * 4, make_float2(shrink[0], shrink[1]));
+  if (lane == 0) {
+    store_shared(rescales + warp * kSoftmaxHeads * 4, make_float2(rescale[0], rescale[1]));
+  }
 }
 
 // ---- sums of a tile
 
-// Brings the sums of latents to the new top, and to the unit of the largest scale so far.
-__device__ __forceinline__ void shrink_out(State& state, uint32_t scale_top, uint32_t shrinks,
-                                           int lane) {
+// Rescales the sums of latents to the new row maximum and to the unit of the largest scale so far.
+__device__ __forceinline__ void rescale_out(State& state, uint32_t scale_top, uint32_t rescales,
+                                            int lane) {
   const uint32_t exponent = max(state.exponent, scale_top >> 23);
   // 2 to the old exponent minus the new one
   const int32_t down = 127 + static_cast<int32_t>(state.exponent) - static_cast<int32_t>(exponent);
-  const float of_exponent = __uint_as_float(static_cast<uint32_t>(max(down, 0)) << 23);
+  const float exponent_rescale = __uint_as_float(static_cast<uint32_t>(max(down, 0)) << 23);
   state.exponent = exponent;
-  float2 shrink = load_shared_float2(shrinks + 2 * (lane & 3) * 4);
-  shrink = make_float2(shrink.x * of_exponent, shrink.y * of_exponent);
-  if (__all_sync(~0u, shrink.y == 1.0f && shrink.x == 1.0f)) return;
+  float2 rescale = load_shared_float2(rescales + 2 * (lane & 3) * 4);
+  rescale = make_float2(rescale.x * exponent_rescale, rescale.y * exponent_rescale);
+  if (__all_sync(~0u, rescale.y == 1.0f && rescale.x == 1.0f)) return;
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
 #pragma unroll
-    for (int k = 0; k < 4; ++k) state.out[i][k] *= (k & 1) != 0 ? shrink.y : shrink.x;
+    for (int k = 0; k < 4; ++k) state.out[i][k] *= (k & 1) != 0 ? rescale.y : rescale.x;
   }
 }
 
@@ -235,7 +243,7 @@ __device__ __forceinline__ void add_latents(State& state, uint32_t tile, uint32_
                                             int step, float unit, int warp, int lane) {
   const int g = lane / 4, t = lane & 3;
   const uint32_t rows = tile + (2 * t + step * 16) * kRecord;
-  // of keys 2t, 2t + 8, 2t + 1, 2t + 9: 16 latents each
+  // 16 latents of each of the keys 2t, 2t + 8, 2t + 1 and 2t + 9
   uint4 codes[4];
   float scale[4];
 #pragma unroll
@@ -266,7 +274,7 @@ __device__ __forceinline__ void add_latents(State& state, uint32_t tile, uint32_
   }
 }
 
-// All tiles of one warpgroup.
+// Attends to all tiles of one warpgroup.
 template <int kGroups>
 __device__ __forceinline__ void attend_tiles(State& state, const Queries& queries, uint32_t base,
                                              Tiles tiles, int group, int warp, int lane) {
@@ -277,14 +285,14 @@ __device__ __forceinline__ void attend_tiles(State& state, const Queries& querie
     for (int k = 0; k < 4; ++k) state.out[i][k] = 0.0f;
   }
 #pragma unroll
-  for (int i = 0; i < kMine; ++i) {
+  for (int i = 0; i < kSoftmaxHeads; ++i) {
     state.top[i] = -INFINITY;
     state.total[i] = 0.0f;
   }
   state.exponent = 1;
   const uint32_t sums = base + Shape::kSums + group * Shape::kSumBytes;
   const uint32_t weights = base + Shape::kWeights + group * Shape::kWeightBytes;
-  const uint32_t shrinks = base + Shape::kShrinks + group * (kHeads * 4);
+  const uint32_t rescales = base + Shape::kRescaleOffset + group * (kHeads * 4);
   const int32_t turn = kGroups > 1 ? group : 0;
   uint32_t stage = turn, parity = 0;
   for (int32_t at = tiles.first + turn * tiles.step; at < tiles.end; at += kGroups * tiles.step) {
@@ -296,18 +304,18 @@ __device__ __forceinline__ void attend_tiles(State& state, const Queries& querie
       Scores scores = {};
 #pragma unroll
       for (int i = 0; i < 4; ++i) add_scores(scores, queries, tile, i, warp, lane);
-      const uint32_t scale_top = put_scores(scores, queries, tile, sums, warp, lane);
-      named_barrier(kOfFirst + group, 128);
-      put_weights(state, mask, sums, weights, shrinks, warp, lane);
-      named_barrier(kOfFirst + group, 128);
-      shrink_out(state, scale_top, shrinks, lane);
+      const uint32_t scale_top = store_scores(scores, queries, tile, sums, warp, lane);
+      named_barrier(kFirstBarrier + group, 128);
+      store_weights(state, mask, sums, weights, rescales, warp, lane);
+      named_barrier(kFirstBarrier + group, 128);
+      rescale_out(state, scale_top, rescales, lane);
       const float unit = __uint_as_float((254 - min(state.exponent, 253u)) << 23);
 #pragma unroll
       for (int i = 0; i < kSixteens; ++i) {
         add_latents(state, tile, weights, i, unit, warp, lane);
       }
     }
-    // all that this warp read of the tile is in registers
+    // this warp has all that it needs of the tile in registers
     warp_arrive(Shape::empty(base, stage), lane);
     stage += kGroups;
     if (stage >= Shape::kStages) {
@@ -319,22 +327,22 @@ __device__ __forceinline__ void attend_tiles(State& state, const Queries& querie
 
 // ---- results
 
-// Puts top and sum of each head where all warps of the group, and of the cluster, find them.
+// Stores row maximum and sum of each head for all warps of the group and of the cluster.
 template <int kGroups>
-__device__ __forceinline__ void put_stats(const State& state, uint32_t base, int group, int warp,
-                                          int lane) {
+__device__ __forceinline__ void store_stats(const State& state, uint32_t base, int group, int warp,
+                                            int lane) {
 #pragma unroll
-  for (int i = 0; i < kMine; ++i) {
-    const float total = sum_of_warp(state.total[i]);
+  for (int i = 0; i < kSoftmaxHeads; ++i) {
+    const float total = warp_sum(state.total[i]);
     if (lane == 0) {
-      store_shared(base + Layout<kGroups>::kStats + (group * kHeads + warp * kMine + i) * 8,
+      store_shared(base + Layout<kGroups>::kStats + (group * kHeads + warp * kSoftmaxHeads + i) * 8,
                    make_float2(state.top[i], total));
     }
   }
-  named_barrier(kOfFirst + group, 128);
+  named_barrier(kFirstBarrier + group, 128);
 }
 
-// Calls `put(head, latent, 4 sums)` for all that a thread has.
+// Calls `put(head, latent, 4 sums)` for all sums of a thread.
 template <typename Put>
 __device__ __forceinline__ void for_each_sum(const State& state, int warp, int lane, Put put) {
   const float unit = __uint_as_float(min(state.exponent, 253u) << 23);
@@ -369,20 +377,20 @@ __device__ __forceinline__ void store_results(const FdDsaSparseMla& job, int64_t
   }
 }
 
-// Leaves the sums of a warpgroup where those who add them up find them.
+// Stores the sums of a warpgroup for the warps that add them up.
 template <int kGroups>
-__device__ __forceinline__ void put_part(const State& state, uint32_t base, int group, int warp,
-                                         int lane) {
+__device__ __forceinline__ void store_partial(const State& state, uint32_t base, int group,
+                                              int warp, int lane) {
   using Shape = Layout<kGroups>;
-  // the ring is read to its end by all who write there
-  if (kGroups > 1) named_barrier(kOfBothNext, 256);
+  // all warps have read the ring to its end, before it is overwritten
+  if (kGroups > 1) named_barrier(kNextBothBarrier, 256);
   const uint32_t part = base + Shape::kRing + group * Shape::kPartBytes;
   for_each_sum(state, warp, lane, [&](int head, int latent, float4 x) {
     store_shared(part + (head * kPartStride + latent) * 4, x);
   });
 }
 
-// Adds up what both warpgroups have, in a block that has all of a token.
+// Adds up the results of both warpgroups of a block that has all keys of a token.
 __device__ __forceinline__ void combine_own(const FdDsaSparseMla& job, int64_t token,
                                             uint32_t base) {
   using Shape = Layout<2>;
@@ -409,20 +417,20 @@ __device__ __forceinline__ void combine_own(const FdDsaSparseMla& job, int64_t t
 
 #endif  // FD_DSA_HOPPER
 
-// A cluster of blocks for each token.
+// Attends with a cluster of blocks for each token.
 template <int kGroups>
 __global__ void __launch_bounds__(Layout<kGroups>::kThreads,
                                   Layout<kGroups>::kBlocksPerSm)
     kernel(const __grid_constant__ FdDsaSparseMla job) {
 #if defined(FD_DSA_HOPPER)
   using Shape = Layout<kGroups>;
-  const Place my = begin<Shape>(job);
-  if (my.warp >= 4 * kGroups) {
-    copy_and_wait<Shape>(job, my, 4 * kGroups);
+  const Place place = begin<Shape>(job);
+  if (place.warp >= 4 * kGroups) {
+    copy_and_wait<Shape>(job, place, 4 * kGroups);
     return;
   }
-  more_registers<Shape::kMany>();
-  const auto [base, blocks, rank, warp, lane, token, tiles] = my;
+  more_registers<Shape::kComputeRegisters>();
+  const auto [base, blocks, rank, warp, lane, token, tiles] = place;
   const bool is_alone = blocks == 1;
   const int group = warp / 4, member = warp % 4;
   Queries queries;
@@ -430,12 +438,12 @@ __global__ void __launch_bounds__(Layout<kGroups>::kThreads,
   load_queries(job, token, queries, state, base + Shape::kSums + group * Shape::kSumBytes, group,
                member, lane);
   attend_tiles<kGroups>(state, queries, base, tiles, group, member, lane);
-  put_stats<kGroups>(state, base, group, member, lane);
+  store_stats<kGroups>(state, base, group, member, lane);
   if (kGroups == 1 && is_alone) {
     store_results(job, token, state, base + Shape::kStats + group * (kHeads * 8), member, lane);
     return;
   }
-  put_part<kGroups>(state, base, group, member, lane);
+  store_partial<kGroups>(state, base, group, member, lane);
   if (is_alone) {
     exchange_barrier();
     combine_own(job, token, base);

@@ -1,15 +1,15 @@
 // Sparse MLA for blocks of 64 heads, over FP8 records or bfloat16 latents.
 //
-// A block attends for 64 heads of a token, and a share of the token's entries. One warpgroup brings
-// tiles of 64 keys to shared memory, in float16 (records, unless they were dequantized before) or
-// bfloat16, where they are operands of both products. Two warpgroups compute: each scores every
-// other tile and turns its scores into weights, and each sums up half of all latents, with weights
-// that both read from shared memory; so one has the tensor cores while the other has exponentials.
-// Blocks that share a token and its heads are a cluster, and add up what they have through each
-// other's shared memory, in a fixed order.
+// A block attends for 64 heads of a token and a share of the token's entries. One warpgroup copies
+// tiles of 64 keys to shared memory, where they are operands of both GEMMs. Records become float16
+// unless they were dequantized before, and latents stay bfloat16. Two warpgroups compute. Each
+// scores every other tile and turns its scores into weights. Each also sums up half of all latents,
+// with weights that both read from shared memory. So one uses the tensor cores while the other
+// computes exponentials. Blocks that share a token and its heads are a cluster. They add up their
+// partial results through each other's shared memory, in a fixed order.
 //
-// Source: two warpgroups that take turns over halves of the result, as FlashMLA does it; the online
-// softmax over splits is that of Flash-Decoding (Dao et al. 2023).
+// Sources: FlashMLA for two warpgroups that take turns over halves of the result; Flash-Decoding
+// (Dao et al. 2023) for the online softmax over splits.
 #include <algorithm>
 
 #include "sparse_mla_launch.cuh"
@@ -17,24 +17,26 @@
 
 namespace fd_dsa::wide {
 
-// Where keys come from. A kernel for each, and for blocks alone or in clusters: what brings records
-// has no registers to spare, and gets fewer of them in a kernel that does more.
+// The source of keys.
+//
+// Each source has its own kernels, for single blocks and for clusters. The warps that copy records
+// need all their registers, and a kernel with more cases would leave them fewer.
 enum class Source {
   kRecords,
-  kDequantized,  // records, where those of the row were not dequantized before
+  kDequantized,  // records, except those of rows that are dequantized already
   kBfloat16
 };
 
 #if defined(FD_DSA_HOPPER)
 
-// Whether the records of a token's row were dequantized.
+// Returns whether the records of a token's row are dequantized.
 __device__ __forceinline__ bool is_dequantized(const FdDsaSparseMla& job, int64_t token) {
   const int row = __ldg(job.batch_id_per_token + token);
   const bool is_row = static_cast<uint32_t>(row) < static_cast<uint32_t>(job.num_rows);
   return is_row && __ldg(job.is_dequantized + row) != 0;
 }
 
-// All that the warpgroup does which brings tiles.
+// Runs the copying warpgroup.
 template <Source kSource>
 __device__ __forceinline__ void copy_tiles(const FdDsaSparseMla& job, const Place& place,
                                            uint32_t base, int splits, int warp, int lane) {
@@ -42,10 +44,10 @@ __device__ __forceinline__ void copy_tiles(const FdDsaSparseMla& job, const Plac
       kSource == Source::kRecords ||
       (kSource == Source::kDequantized && !is_dequantized(job, place.token));
   if (warp == 0 && lane == 0) {
-    // after `count_tiles` the others know of it
+    // the other warps use these barriers only after `count_tiles`
     for (int buffer = 0; buffer < 2; ++buffer) {
       for (int half = 0; half < 2; ++half) {
-        barrier_init(there(base, buffer, half), arrivals(from_records, half));
+        barrier_init(is_full(base, buffer, half), arrivals(from_records, half));
       }
     }
     barriers_ready();
@@ -53,36 +55,36 @@ __device__ __forceinline__ void copy_tiles(const FdDsaSparseMla& job, const Plac
   const Entries entries = entries_of(job, place.token, place.rank, splits);
   const Copier copier{job, entries, base, warp, lane};
   if (from_records) {
-    bring_records(copier);
+    copy_records(copier);
   } else {
-    bring_rows<kSource == Source::kDequantized>(copier);
+    copy_rows<kSource == Source::kDequantized>(copier);
   }
 }
 
 template <bool kFp8, int kGroup, bool kAlone>
 __device__ __forceinline__ void compute(const FdDsaSparseMla& job, uint32_t base, int warp,
                                         int lane) {
-  Computing<kFp8, kGroup> my(base, warp, lane);
+  ComputeWarpgroup<kFp8, kGroup> state(base, warp, lane);
   const int tiles = Copier::tiles_up_to_last(base);
-  run(my, tiles);
-  add_totals(my);
+  run(state, tiles);
+  add_totals(state);
   if constexpr (kAlone) {
-    store_result(job, kept_place(base), my);
+    store_result(job, kept_place(base), state);
   } else {
-    leave_share(my);
+    store_partial(state);
   }
 }
 
 #endif
 
-// Registers of a thread that computes, and of one that brings tiles: 168 each at the start.
+// Registers of a computing thread and of a copying thread, which start with 168 each.
 template <bool kFp8>
 struct Registers {
-  static constexpr int kComputing = kFp8 ? 192 : 216, kCopying = kFp8 ? 120 : 72;
-  static_assert(2 * kComputing + kCopying == 3 * 168);
+  static constexpr int kComputeRegisters = kFp8 ? 192 : 216, kCopyRegisters = kFp8 ? 120 : 72;
+  static_assert(2 * kComputeRegisters + kCopyRegisters == 3 * 168);
 };
 
-// A block for each token and 64 heads (kAlone), or a cluster of `splits`.
+// Attends with a block per token and 64 heads (kAlone), or with a cluster of `splits` blocks.
 template <Source kSource, bool kAlone>
 __global__ void __launch_bounds__(kThreads, 1)
     attend(const __grid_constant__ FdDsaSparseMla job, int splits) {
@@ -102,9 +104,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   __syncthreads();
   if (warpgroup < 2) {
-    more_registers<Registers<kFp8>::kComputing>();
+    more_registers<Registers<kFp8>::kComputeRegisters>();
     const Place place = kept_place(base);
-    put_queries<kFp8>(job, place.token, place.first_head, base, threadIdx.x / 32, lane);
+    store_queries<kFp8>(job, place.token, place.first_head, base, threadIdx.x / 32, lane);
     named_barrier(kStart, kThreads);
     if (warpgroup == 0) {
       compute<kFp8, 0, kAlone>(job, base, warp, lane);
@@ -112,40 +114,42 @@ __global__ void __launch_bounds__(kThreads, 1)
       compute<kFp8, 1, kAlone>(job, base, warp, lane);
     }
   } else {
-    fewer_registers<Registers<kFp8>::kCopying>();
+    fewer_registers<Registers<kFp8>::kCopyRegisters>();
     copy_tiles<kSource>(job, kept_place(base), base, splits, warp, lane);
   }
   if constexpr (!kAlone) {
     cluster_sync();
     if (warpgroup < 2) combine(job, kept_place(base), base, splits, threadIdx.x);
-    // nobody goes while others read here
+    // blocks stay until the others have read their memory
     cluster_sync();
   }
 #endif
 }
 
-// ---- among how many blocks tokens are split, and in how many launches
+// ---- the splits of tokens, and the launches
 
-using sparse_mla::kMostSplits;
+using sparse_mla::kMaxSplits;
 using sparse_mla::Room;
 
-// Among how many blocks a token and 64 heads may be split.
-inline bool may_split(int splits) {
-  return (splits > 0 && splits <= 8) || splits == kMostSplits;
+// Returns whether a token and 64 heads may be split among this many blocks.
+inline bool is_split_allowed(int splits) {
+  return (splits > 0 && splits <= 8) || splits == kMaxSplits;
 }
 
-// Tokens of one launch.
+// The tokens of one launch.
 struct Part {
   int tokens, splits;
 };
 
-// A second launch where the first fills the device whole times, and what is left is split more.
+// One or two launches. The first fills the device a whole number of times, and the second splits
+// the rest more.
 struct Plan {
   Part first, rest;
 };
 
-// An estimate of a launch, in tiles, as measured on an H200: rounds of blocks on the device, times
-// the tiles of a block and what it costs beside them.
+// Estimates the cost of a launch in tiles, as measured on an H200.
+//
+// The cost is the rounds of blocks on the device times the tiles and fixed cost of a block.
 inline float cost_of(Part part, int groups, int tiles, const Room& room) {
   constexpr float kStart = 4.0f, kCombine = 1.0f;
   const int64_t items = static_cast<int64_t>(part.tokens) * groups;
@@ -154,39 +158,38 @@ inline float cost_of(Part part, int groups, int tiles, const Room& room) {
                    (part.splits > 1 ? kCombine : 0.0f));
 }
 
-// The cheapest single launch, and its cost.
-inline Part cheapest(int tokens, int groups, int tiles, const Room& room, float& least) {
+// Returns the cheapest single launch, and its cost.
+inline Part cheapest(int tokens, int groups, int tiles, const Room& room, float& lowest_cost) {
   Part best = {tokens, 1};
-  least = cost_of(best, groups, tiles, room);
-  for (int splits = 2; splits <= std::min(kMostSplits, tiles); ++splits) {
-    if (!may_split(splits) || room[splits] <= 0) continue;
+  lowest_cost = cost_of(best, groups, tiles, room);
+  for (int splits = 2; splits <= std::min(kMaxSplits, tiles); ++splits) {
+    if (!is_split_allowed(splits) || room[splits] <= 0) continue;
     const float cost = cost_of({tokens, splits}, groups, tiles, room);
-    if (cost < least) least = cost, best.splits = splits;
+    if (cost < lowest_cost) lowest_cost = cost, best.splits = splits;
   }
   return best;
 }
 
-// How the tokens of a step are launched; of their numbers alone, so that repeats give the same
-// bits.
+// Plans the launches of a step by the number of tokens only, so that repeats give the same bits.
 inline Plan plan_for(int tokens, int groups, int topk, const Room& room) {
   constexpr float kSecondLaunch = 3.0f;
   const int tiles = (topk + kKeys - 1) / kKeys;
-  float least;
-  Plan best = {cheapest(tokens, groups, tiles, room, least), {0, 0}};
-  for (int splits = 1; splits <= std::max(1, std::min(kMostSplits, tiles)); ++splits) {
-    if (!may_split(splits) || room[splits] < groups) continue;
+  float lowest_cost;
+  Plan best = {cheapest(tokens, groups, tiles, room, lowest_cost), {0, 0}};
+  for (int splits = 1; splits <= std::max(1, std::min(kMaxSplits, tiles)); ++splits) {
+    if (!is_split_allowed(splits) || room[splits] < groups) continue;
     const int at_once = room[splits] / groups, left = tokens % at_once;
     if (left == 0 || left == tokens) continue;
     const Part first = {tokens - left, splits};
     float cost;
     const Part rest = cheapest(left, groups, tiles, room, cost);
     cost += cost_of(first, groups, tiles, room) + kSecondLaunch;
-    if (cost < least) least = cost, best = {first, rest};
+    if (cost < lowest_cost) lowest_cost = cost, best = {first, rest};
   }
   return best;
 }
 
-// A job for some of the tokens.
+// Returns the job of some of the tokens.
 inline FdDsaSparseMla tokens_of(FdDsaSparseMla job, int first, int tokens) {
   const int64_t rows = static_cast<int64_t>(first) * job.num_heads;
   job.q = static_cast<const char*>(job.q) + rows * (2 * kWidth);
@@ -213,7 +216,7 @@ inline cudaLaunchConfig_t config_for(unsigned blocks, int splits, cudaLaunchAttr
   return config;
 }
 
-// Static, so that two libraries in one process have flags of their own.
+// Static, so that two libraries in one process have their own flags.
 template <Source kSource, bool kAlone>
 static int launch_form(const FdDsaSparseMla& job, int splits, void* stream) {
   static std::atomic<uint64_t> prepared{0};
@@ -239,8 +242,9 @@ static int launch_plan(const FdDsaSparseMla& job, const Plan& plan, void* stream
   return error != 0 ? error : launch_part<kSource>(job, plan.rest, plan.first.tokens, stream);
 }
 
-// What the device holds at once, a block for each multiprocessor and clusters; asked once, of the
-// first device: those of a machine are alike.
+// Returns the blocks, one per multiprocessor, and the clusters that run at the same time.
+//
+// The first device is queried once, because the devices of a machine are alike.
 template <Source kSource>
 static const Room& room() {
   static const Room found = [] {
@@ -248,12 +252,12 @@ static const Room& room() {
     std::atomic<uint64_t> prepared{0};
     Room room = {};
     Gpu gpu = {};
-    // what fails here fails again at the launch, which says so
+    // an error here appears again at the launch, which reports it
     if (sparse_mla::prepare(kernel, kBytes, prepared) == cudaSuccess &&
         find_gpu(gpu) == cudaSuccess) {
       room[1] = gpu.num_sms;
-      for (int splits = 2; splits <= kMostSplits; ++splits) {
-        if (!may_split(splits)) continue;
+      for (int splits = 2; splits <= kMaxSplits; ++splits) {
+        if (!is_split_allowed(splits)) continue;
         cudaLaunchAttribute cluster;
         const cudaLaunchConfig_t config = config_for(splits * 1024, splits, cluster, nullptr);
         room[splits] = sparse_mla::clusters_at_once(kernel, config);
@@ -275,7 +279,9 @@ static int launch_source(const FdDsaSparseMla& job, void* stream) {
 
 inline int launch_wide(const FdDsaSparseMla& job, void* stream) {
   if (job.num_tokens <= 0 || job.num_heads <= 0) return 0;
-  if (job.splits != 0 && !may_split(job.splits)) return static_cast<int>(cudaErrorInvalidValue);
+  if (job.splits != 0 && !is_split_allowed(job.splits)) {
+    return static_cast<int>(cudaErrorInvalidValue);
+  }
   if (job.is_fp8 == 0) return launch_source<Source::kBfloat16>(job, stream);
   return job.dequantized == nullptr ? launch_source<Source::kRecords>(job, stream)
                                     : launch_source<Source::kDequantized>(job, stream);

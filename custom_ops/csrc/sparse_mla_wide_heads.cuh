@@ -1,5 +1,4 @@
-// Sparse MLA for blocks of 64 heads: the two warpgroups that compute, and what a block, or a cluster
-// of them, writes.
+// Sparse MLA for blocks of 64 heads: the two computing warpgroups, and the results of blocks.
 #pragma once
 
 #include <cmath>
@@ -10,8 +9,8 @@
 namespace fd_dsa::wide {
 
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
-// A larger score moves the base of the exponentials if it is so much larger, in powers of two;
-// weights then stay below 2^8, which float16 and bfloat16 hold as well as those below 1.
+// A larger score updates the row maximum only if it is larger by more than this power of two.
+// Weights then stay below 2^8, which float16 and bfloat16 hold as well as values below 1.
 constexpr float kSlack = 8.0f;
 
 // ---- queries
@@ -26,7 +25,7 @@ __device__ __forceinline__ uint32_t largest_magnitude(uint4 x) {
   return top;
 }
 
-// Eight bfloat16 values times a power of two; as float16, or still bfloat16.
+// Multiplies eight bfloat16 values by a power of two, into float16 or bfloat16.
 template <bool kHalf>
 __device__ __forceinline__ uint4 times(uint4 x, float factor) {
   const uint32_t from[4] = {x.x, x.y, x.z, x.w};
@@ -39,17 +38,18 @@ __device__ __forceinline__ uint4 times(uint4 x, float factor) {
   return {to[0], to[1], to[2], to[3]};
 }
 
-// Writes the queries of a block as an operand, and what each head's scores are to be multiplied
-// with. For FP8 records latents are float16, and queries are brought into its range by a power of
-// two a head, which leaves the roped values bfloat16.
+// Writes the queries of a block as an operand, and the factor of each head's scores.
+//
+// For FP8 records the latents are float16. A power of two per head scales the queries into its
+// range, and the roped values stay bfloat16.
 template <bool kFp8>
-__device__ __forceinline__ void put_queries(const FdDsaSparseMla& job, int64_t token,
-                                            int first_head, uint32_t base, int warp, int lane) {
-  constexpr int kEach = 8;  // of a warp: all are asked for before one is waited for
-  uint4 x[kEach][3];
+__device__ __forceinline__ void store_queries(const FdDsaSparseMla& job, int64_t token,
+                                              int first_head, uint32_t base, int warp, int lane) {
+  constexpr int kWarpHeads = 8;  // of a warp; all are loaded before the first is used
+  uint4 x[kWarpHeads][3];
 #pragma unroll
-  for (int i = 0; i < kEach; ++i) {
-    const int head = first_head + warp * kEach + i;
+  for (int i = 0; i < kWarpHeads; ++i) {
+    const int head = first_head + warp * kWarpHeads + i;
     const bool is_head = head < job.num_heads;
     const uint4* row = static_cast<const uint4*>(job.q) +
                        (token * job.num_heads + (is_head ? head : 0)) * (kWidth / 8) + lane;
@@ -59,8 +59,8 @@ __device__ __forceinline__ void put_queries(const FdDsaSparseMla& job, int64_t t
     x[i][2] = is_head && lane < 8 ? __ldg(row + 64) : zero;
   }
 #pragma unroll
-  for (int i = 0; i < kEach; ++i) {
-    const int row = warp * kEach + i;
+  for (int i = 0; i < kWarpHeads; ++i) {
+    const int row = warp * kWarpHeads + i;
     float factor = job.softmax_scale * kLog2E;
     if constexpr (kFp8) {
       const uint32_t top = __reduce_max_sync(
@@ -84,16 +84,18 @@ __device__ __forceinline__ void put_queries(const FdDsaSparseMla& job, int64_t t
 
 // ---- a warpgroup
 
-// Computes even tiles' weights (kGroup 0) or odd ones', and the sum of half of all latents. A
-// thread has two rows, 8 apart, and in each block of 8 columns two neighbouring ones.
+// A computing warpgroup, which computes the weights of even tiles (kGroup 0) or odd tiles.
+//
+// It also sums up half of all latents. A thread has two rows, 8 apart, and two neighbouring columns
+// in each block of 8.
 template <bool kFp8, int kGroup>
-struct Computing {
+struct ComputeWarpgroup {
   uint32_t base;
   int warp, lane;  // of the warpgroup
   float out[128], scores[32];
-  float top[2], total[2];  // a row
+  float top[2], total[2];  // per row
 
-  __device__ __forceinline__ Computing(uint32_t base, int warp, int lane)
+  __device__ __forceinline__ ComputeWarpgroup(uint32_t base, int warp, int lane)
       : base(base), warp(warp), lane(lane) {
 #pragma unroll
     for (int i = 0; i < 128; ++i) out[i] = 0;
@@ -116,21 +118,21 @@ struct Computing {
     wgmma_commit();
   }
 
-  // Products of the queries with a tile.
+  // Computes the scores of a tile.
   __device__ __forceinline__ void score(int parity) {
     const uint32_t tile = tile_at(base, kGroup);
-    barrier_wait(there(base, kGroup, 0), parity);
-    // here and not where tiles are brought, where it would wait for all that is on its way
+    barrier_wait(is_full(base, kGroup, 0), parity);
+    // The fence is here, because the copying warps would have to wait there for all their copies.
     publish_to_async();
     wgmma_fence();
     add_scores<0, 16>(tile);
-    barrier_wait(there(base, kGroup, 1), parity);
+    barrier_wait(is_full(base, kGroup, 1), parity);
     publish_to_async();
     wgmma_fence();
     add_scores<16, 32>(tile);
     add_scores<32, 36>(tile);
     if constexpr (kGroup == 0) {
-      // the other warpgroup's turn: it has the tensor cores while this one makes weights
+      // the other warpgroup uses the tensor cores while this one computes weights
       wgmma_wait<1>();
       named_barrier_arrive(kScored, 256);
     }
@@ -138,8 +140,8 @@ struct Computing {
     pin(scores);
   }
 
-  // Turns scores into weights; `shrink` is what older sums are to be multiplied with.
-  __device__ __forceinline__ void weigh(float (&shrink)[2]) {
+  // Turns scores into weights, and returns the factor of older sums in `rescale`.
+  __device__ __forceinline__ void weigh(float (&rescale)[2]) {
     const uint32_t seen_at = base + kSeen + kGroup * 8;
     const uint32_t seen[2] = {load_shared(seen_at), load_shared(seen_at + 4)};
     const bool all = (seen[0] & seen[1]) == ~0u;
@@ -163,7 +165,7 @@ struct Computing {
       }
       found = fmaxf(found, __shfl_xor_sync(~0u, found, 1));
       found = fmaxf(found, __shfl_xor_sync(~0u, found, 2));
-      shrink[r] = move_base(r, found > top[r] + kSlack ? found : top[r]);
+      rescale[r] = update_row_max(r, found > top[r] + kSlack ? found : top[r]);
       const float from = top[r] == -INFINITY ? 0.0f : top[r];
 #pragma unroll
       for (int i = 0; i < 32; i += 4) {
@@ -176,24 +178,25 @@ struct Computing {
     }
   }
 
-  // Takes another base of the exponentials.
-  __device__ __forceinline__ float move_base(int r, float to) {
-    float shrink = exp2_of(top[r] - to);
-    if (top[r] == to) shrink = 1.0f;
+  // Updates the row maximum and returns the factor of older sums.
+  __device__ __forceinline__ float update_row_max(int r, float to) {
+    float rescale = exp2_of(top[r] - to);
+    if (top[r] == to) rescale = 1.0f;
     top[r] = to;
-    total[r] *= shrink;
-    return shrink;
+    total[r] *= rescale;
+    return rescale;
   }
 
-  __device__ __forceinline__ void shrink_out(const float (&shrink)[2]) {
-    if (!__any_sync(~0u, shrink[0] != 1.0f || shrink[1] != 1.0f)) return;
+  __device__ __forceinline__ void rescale_out(const float (&rescale)[2]) {
+    if (!__any_sync(~0u, rescale[0] != 1.0f || rescale[1] != 1.0f)) return;
 #pragma unroll
-    for (int i = 0; i < 128; ++i) out[i] *= shrink[i >> 1 & 1];
+    for (int i = 0; i < 128; ++i) out[i] *= rescale[i >> 1 & 1];
   }
 
-  // Puts weights in the roped block of their tile, which all threads of the warpgroup have read. As
-  // an operand from registers they would not find room beside scores and sums.
-  __device__ __forceinline__ void put_weights() {
+  // Stores weights in the roped block of their tile, which all threads of the warpgroup have read.
+  //
+  // As an operand in registers they would not fit beside scores and sums.
+  __device__ __forceinline__ void store_weights() {
     const int mine = unknown(lane);
     const uint32_t block = tile_at(base, kGroup) + kRopeBlock, to = warp * 16 + mine % 16;
 #pragma unroll
@@ -207,20 +210,21 @@ struct Computing {
       store_matrices(block + swizzled(to, k * 2 + mine / 16), weights);
     }
     if (lane % 4 == 0) {
-      store_shared(base + kTops + (kGroup * kHeads + row(0)) * 4, top[0]);
-      store_shared(base + kTops + (kGroup * kHeads + row(1)) * 4, top[1]);
+      store_shared(base + kRowMaxOffset + (kGroup * kHeads + row(0)) * 4, top[0]);
+      store_shared(base + kRowMaxOffset + (kGroup * kHeads + row(1)) * 4, top[1]);
     }
     publish_to_async();
   }
 
-  // The base that the other warpgroup took.
+  // Takes the row maximum of the other state.
   __device__ __forceinline__ void follow() {
-    float shrink[2];
+    float rescale[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      shrink[r] = move_base(r, load_shared_float(base + kTops + ((1 - kGroup) * kHeads + row(r)) * 4));
+      rescale[r] = update_row_max(
+          r, load_shared_float(base + kRowMaxOffset + ((1 - kGroup) * kHeads + row(r)) * 4));
     }
-    shrink_out(shrink);
+    rescale_out(rescale);
   }
 
   // Adds the latents of a tile whose weights are in memory.
@@ -240,59 +244,60 @@ struct Computing {
     pin(out);
     warp_arrive(is_free(base, buffer, kGroup), lane);
   }
-
 };
 
-// Even tiles: score, weigh, tell the other warpgroup; add; add what the other one weighed.
+// Runs the warpgroup of even tiles. It scores and weighs a tile, publishes the weights and adds the
+// tile, then adds the odd tile.
 template <bool kFp8>
-__device__ __forceinline__ void run(Computing<kFp8, 0>& my, int tiles) {
+__device__ __forceinline__ void run(ComputeWarpgroup<kFp8, 0>& state, int tiles) {
   for (int t = 0; t < tiles; t += 2) {
-    float shrink[2];
-    my.score(t >> 1 & 1);
-    my.weigh(shrink);
-    named_barrier(kOfFirst, 128);
-    my.put_weights();
+    float rescale[2];
+    state.score(t >> 1 & 1);
+    state.weigh(rescale);
+    named_barrier(kFirstBarrier, 128);
+    state.store_weights();
     named_barrier_arrive(kFirstWeights, 256);
-    named_barrier(kOfFirst, 128);
-    my.shrink_out(shrink);
-    my.template add<0>();
-    my.finish(0);
+    named_barrier(kFirstBarrier, 128);
+    state.rescale_out(rescale);
+    state.template add<0>();
+    state.finish(0);
     if (t + 1 < tiles) {
       named_barrier(kSecondWeights, 256);
-      my.follow();
-      my.template add<1>();
-      my.finish(1);
+      state.follow();
+      state.template add<1>();
+      state.finish(1);
     }
   }
 }
 
-// Odd tiles: the even tile's latents are added while the odd one's scores become weights.
+// Runs the warpgroup of odd tiles. It adds the even tile's latents while the odd tile's scores
+// become weights.
 template <bool kFp8>
-__device__ __forceinline__ void run(Computing<kFp8, 1>& my, int tiles) {
+__device__ __forceinline__ void run(ComputeWarpgroup<kFp8, 1>& state, int tiles) {
   for (int t = 0; t < tiles; t += 2) {
     const bool has_own = t + 1 < tiles;
-    float shrink[2];
+    float rescale[2];
     named_barrier(kScored, 256);
-    if (has_own) my.score(t >> 1 & 1);
+    if (has_own) state.score(t >> 1 & 1);
     named_barrier(kFirstWeights, 256);
-    my.follow();
-    my.template add<0>();
+    state.follow();
+    state.template add<0>();
     if (has_own) {
-      my.weigh(shrink);
-      my.put_weights();
+      state.weigh(rescale);
+      state.store_weights();
       named_barrier_arrive(kSecondWeights, 256);
     }
-    my.finish(0);
+    state.finish(0);
     if (has_own) {
-      named_barrier(kOfSecond, 128);
-      my.shrink_out(shrink);
-      my.template add<1>();
-      my.finish(1);
+      named_barrier(kSecondBarrier, 128);
+      state.rescale_out(rescale);
+      state.template add<1>();
+      state.finish(1);
     }
   }
 }
 
-// What a block works on.
+// The work of a block.
 struct Place {
   int64_t token;
   int first_head, heads, rank;
@@ -305,7 +310,7 @@ __device__ __forceinline__ Place place_of(const FdDsaSparseMla& job, int splits)
           static_cast<int>(blockIdx.x % splits)};
 }
 
-// Kept in memory over the loop over tiles, which has no registers for it.
+// Keeps the place in shared memory during the loop over tiles, which has no registers for it.
 __device__ __forceinline__ void keep_place(uint32_t base, const Place& place) {
   store_shared(base + kPlace, static_cast<int>(place.token));
   store_shared(base + kPlace + 4, place.first_head);
@@ -338,113 +343,116 @@ __device__ __forceinline__ void store_lse(const FdDsaSparseMla& job, const Place
       total == 0.0f ? -INFINITY : (top + log2f(total)) * kLn2;
 }
 
-// Sums of the weights of both warpgroups' tiles.
+// Sums the weights of both warpgroups' tiles.
 template <bool kFp8, int kGroup>
-__device__ __forceinline__ void add_totals(Computing<kFp8, kGroup>& my) {
+__device__ __forceinline__ void add_totals(ComputeWarpgroup<kFp8, kGroup>& state) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    float& total = my.total[r];
+    float& total = state.total[r];
     total += __shfl_xor_sync(~0u, total, 1);
     total += __shfl_xor_sync(~0u, total, 2);
-    if (my.lane % 4 == 0) {
-      store_shared(my.base + kTotals + (kGroup * kHeads + my.row(r)) * 4, total);
+    if (state.lane % 4 == 0) {
+      store_shared(state.base + kTotals + (kGroup * kHeads + state.row(r)) * 4, total);
     }
   }
-  named_barrier_apart(kOfComputing, 256);
+  named_barrier_apart(kComputeBarrier, 256);
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    my.total[r] = load_shared_float(my.base + kTotals + my.row(r) * 4) +
-                  load_shared_float(my.base + kTotals + (kHeads + my.row(r)) * 4);
+    state.total[r] = load_shared_float(state.base + kTotals + state.row(r) * 4) +
+                     load_shared_float(state.base + kTotals + (kHeads + state.row(r)) * 4);
   }
 }
 
-// Writes the results of a block that has all of a token's entries: each warp has 16 heads, and half
-// of their latents.
+// Writes the results of a block that has all entries of a token.
+//
+// Each warp has 16 heads and half of their latents.
 template <bool kFp8, int kGroup>
 __device__ __forceinline__ void store_result(const FdDsaSparseMla& job, const Place& place,
-                                             Computing<kFp8, kGroup>& my) {
+                                             ComputeWarpgroup<kFp8, kGroup>& state) {
   float factor[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    factor[r] = my.total[r] == 0.0f ? 0.0f : 1.0f / my.total[r];
-    if (kGroup == 0 && my.lane % 4 == 0) {
-      store_lse(job, place, my.row(r), my.top[r], my.total[r]);
+    factor[r] = state.total[r] == 0.0f ? 0.0f : 1.0f / state.total[r];
+    if (kGroup == 0 && state.lane % 4 == 0) {
+      store_lse(job, place, state.row(r), state.top[r], state.total[r]);
     }
   }
   const int64_t first = (place.token * job.num_heads + place.first_head) * kRank + kGroup * 256;
   if (job.out_is_bfloat16 != 0) {
-    // rows go through shared memory, so that whole lines are written; `add_totals` has waited for
-    // all that read tiles there
+    // Rows go through shared memory, so that whole lines are written. `add_totals` has waited for
+    // all reads of tiles there.
     constexpr uint32_t kRow = 512 + 16;
-    const uint32_t rows = my.base + kTiles + (kGroup * 4 + my.warp) * (16 * kRow);
-    const uint32_t to = rows + my.lane % 16 * kRow + my.lane / 16 * 16;
+    const uint32_t rows = state.base + kTiles + (kGroup * 4 + state.warp) * (16 * kRow);
+    const uint32_t to = rows + state.lane % 16 * kRow + state.lane / 16 * 16;
 #pragma unroll
     for (int k = 0; k < 16; ++k) {
       uint32_t pairs[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float* x = my.out + k * 8 + i * 2;
+        const float* x = state.out + k * 8 + i * 2;
         pairs[i] = pack_bfloat16(x[0] * factor[i % 2], x[1] * factor[i % 2]);
       }
       store_matrices(to + k * 32, pairs);
     }
     publish_to_async();
     __syncwarp();
-    const int row = my.warp * 16 + my.lane;
-    if (my.lane < 16 && row < place.heads) {
+    const int row = state.warp * 16 + state.lane;
+    if (state.lane < 16 && row < place.heads) {
       auto* out = static_cast<uint16_t*>(job.out) + first + row * kRank;
-      store_bulk(out, rows + my.lane * kRow, 512);
+      store_bulk(out, rows + state.lane * kRow, 512);
       wait_for_bulk_stores();
     }
     return;
   }
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    if (my.row(r) >= place.heads) continue;
-    float* out = static_cast<float*>(job.out) + first + my.row(r) * kRank + my.lane % 4 * 2;
+    if (state.row(r) >= place.heads) continue;
+    float* out = static_cast<float*>(job.out) + first + state.row(r) * kRank + state.lane % 4 * 2;
 #pragma unroll
     for (int j = 0; j < 32; ++j) {
-      const float* x = my.out + j * 4 + r * 2;
+      const float* x = state.out + j * 4 + r * 2;
       *reinterpret_cast<float2*>(out + j * 8) = make_float2(x[0] * factor[r], x[1] * factor[r]);
     }
   }
 }
 
-// Leaves a block's sums where it, and the other blocks of the cluster, can read them.
+// Stores a block's sums for all blocks of the cluster.
 template <bool kFp8, int kGroup>
-__device__ __forceinline__ void leave_share(const Computing<kFp8, kGroup>& my) {
-  const uint32_t base = my.base;
+__device__ __forceinline__ void store_partial(const ComputeWarpgroup<kFp8, kGroup>& state) {
+  const uint32_t base = state.base;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const uint32_t row =
-        base + kTiles + (my.row(r) * kPartStride + kGroup * 256 + my.lane % 4 * 2) * 4;
+        base + kTiles + (state.row(r) * kPartStride + kGroup * 256 + state.lane % 4 * 2) * 4;
 #pragma unroll
     for (int j = 0; j < 32; ++j) {
-      store_shared(row + j * 32, make_float2(my.out[j * 4 + r * 2], my.out[j * 4 + r * 2 + 1]));
+      store_shared(row + j * 32,
+                   make_float2(state.out[j * 4 + r * 2], state.out[j * 4 + r * 2 + 1]));
     }
-    // after the barrier of `add_totals`, so nobody reads a base or a total of a warpgroup any more
-    if (kGroup == 0 && my.lane % 4 == 0) {
-      store_shared(base + kTops + my.row(r) * 4, my.top[r]);
-      store_shared(base + kShares + my.row(r) * 4, my.total[r]);
+    // after the barrier of `add_totals`, so the row maxima and totals of the warpgroups are read
+    // already
+    if (kGroup == 0 && state.lane % 4 == 0) {
+      store_shared(base + kRowMaxOffset + state.row(r) * 4, state.top[r]);
+      store_shared(base + kShares + state.row(r) * 4, state.total[r]);
     }
   }
 }
 
-// Puts the shares of a cluster together: each block has some of the heads. 256 threads.
+// Adds up the partial results of a cluster. Each block adds some of the heads; 256 threads call it.
 template <int kSplits>
 __device__ __forceinline__ void combine(const FdDsaSparseMla& job, const Place& place,
                                         uint32_t base, int thread) {
-  // rows of a block, and of a thread that are on their way at once
-  constexpr int kRows = (kHeads + kSplits - 1) / kSplits, kTogether = kSplits < 8 ? 8 / kSplits : 1;
+  // rows of a block, and rows that a thread loads at the same time
+  constexpr int kRows = (kHeads + kSplits - 1) / kSplits, kAtOnce = kSplits < 8 ? 8 / kSplits : 1;
   const int first = place.rank * kRows, end = min(kRows, place.heads - first);
   if (thread < end) {
     const uint32_t at = base + (first + thread) * 4;
     float weight[kSplits], total[kSplits], highest = -INFINITY, sum = 0.0f;
 #pragma unroll
     for (int split = 0; split < kSplits; ++split) {
-      const uint32_t there = address_at_rank(at, split);
-      weight[split] = load_cluster_float(there + kTops);
-      total[split] = load_cluster_float(there + kShares);
+      const uint32_t peer = address_at_rank(at, split);
+      weight[split] = load_cluster_float(peer + kRowMaxOffset);
+      total[split] = load_cluster_float(peer + kShares);
     }
 #pragma unroll
     for (int split = 0; split < kSplits; ++split) highest = fmaxf(highest, weight[split]);
@@ -461,14 +469,14 @@ __device__ __forceinline__ void combine(const FdDsaSparseMla& job, const Place& 
       store_shared(base + kTotals + (thread * kSplits + split) * 4, weight[split] * factor);
     }
   }
-  named_barrier(kOfComputing, 256);
+  named_barrier(kComputeBarrier, 256);
   // a thread has four columns of every other row
   const uint32_t from =
       base + kTiles + ((first + thread / 128) * kPartStride + thread % 128 * 4) * 4;
-  for (int begin = thread / 128; begin < end; begin += 2 * kTogether) {
-    float4 x[kTogether][kSplits];
+  for (int begin = thread / 128; begin < end; begin += 2 * kAtOnce) {
+    float4 x[kAtOnce][kSplits];
 #pragma unroll
-    for (int k = 0; k < kTogether; ++k) {
+    for (int k = 0; k < kAtOnce; ++k) {
       const uint32_t row = from + (begin - thread / 128 + 2 * k) * (kPartStride * 4);
 #pragma unroll
       for (int split = 0; split < kSplits; ++split) {
@@ -476,7 +484,7 @@ __device__ __forceinline__ void combine(const FdDsaSparseMla& job, const Place& 
       }
     }
 #pragma unroll
-    for (int k = 0; k < kTogether; ++k) {
+    for (int k = 0; k < kAtOnce; ++k) {
       const int own = begin + 2 * k;
       if (own >= end) break;
       float4 sum = {0, 0, 0, 0};
@@ -491,7 +499,7 @@ __device__ __forceinline__ void combine(const FdDsaSparseMla& job, const Place& 
   }
 }
 
-// The same for any number of blocks that there may be.
+// Adds up the partial results of a cluster of any allowed size.
 __device__ __forceinline__ void combine(const FdDsaSparseMla& job, const Place& place,
                                         uint32_t base, int splits, int thread) {
   switch (splits) {

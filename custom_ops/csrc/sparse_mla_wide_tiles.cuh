@@ -1,5 +1,4 @@
-// Sparse MLA for blocks of 64 heads: what a block holds in shared memory, and the warpgroup that
-// brings tiles of keys there.
+// Sparse MLA for blocks of 64 heads: the layout of shared memory, and the copying warpgroup.
 #pragma once
 
 #include "cache_record.h"
@@ -11,38 +10,39 @@ namespace fd_dsa::wide {
 using namespace hopper;
 
 constexpr int kHeads = 64, kKeys = 64;  // of a block, of a tile
-constexpr int kThreads = 384;  // two warpgroups that compute, one that brings tiles
+constexpr int kThreads = 384;           // two computing warpgroups and a copying one
 
-// An operand is nine blocks of 64 columns, 64 rows each, swizzled; the ninth holds what is roped.
+// An operand is nine blocks of 64 columns with 64 rows each, swizzled. The ninth block holds the
+// roped values.
 constexpr uint32_t kBlock = 64 * 128, kOperand = 9 * kBlock, kRopeBlock = 8 * kBlock;
-// Floats from a head's partial result to the next one's: neighbours in other banks.
+// Floats between the partial results of two heads, which puts neighbours into different banks.
 constexpr int kPartStride = kRank + 8;
 
-// Where things are in shared memory, in bytes.
+// Offsets in shared memory, in bytes.
 constexpr uint32_t kQuery = 0, kTiles = kOperand, kFactors = 3 * kOperand;
-constexpr uint32_t kTops = kFactors + 4 * kHeads;          // of either warpgroup
-constexpr uint32_t kTotals = kTops + 2 * 4 * kHeads;       // of either warpgroup
-constexpr uint32_t kShares = kTotals + 2 * 4 * kHeads;     // of the blocks of a cluster
-constexpr uint32_t kSeen = kShares + 4 * kHeads;           // 64 bits a tile
-constexpr uint32_t kLast = kSeen + 2 * 8;                  // of four warps
+constexpr uint32_t kRowMaxOffset = kFactors + 4 * kHeads;     // of either warpgroup
+constexpr uint32_t kTotals = kRowMaxOffset + 2 * 4 * kHeads;  // of either warpgroup
+constexpr uint32_t kShares = kTotals + 2 * 4 * kHeads;        // of the blocks of a cluster
+constexpr uint32_t kSeen = kShares + 4 * kHeads;              // 64 bits per tile
+constexpr uint32_t kLast = kSeen + 2 * 8;                     // of four warps
 constexpr uint32_t kPlace = kLast + 4 * 4;
 constexpr uint32_t kBarriers = kPlace + 4 * 4;
 constexpr uint32_t kBytes = kBarriers + 8 * 8;
 static_assert(kBytes <= 232448 && kHeads * kPartStride * 4 <= 2 * kOperand);
 
-// Tile t is in buffer t % 2. Each half of its latents has a barrier for "there" and one for
-// "free": half g is summed up, and freed, by warpgroup g.
+// Tile t is in buffer t % 2. Each half of its latents has a barrier for "full" and one for "free".
+// Warpgroup g sums up half g, and frees it.
 __device__ __forceinline__ uint32_t tile_at(uint32_t base, int buffer) {
   return base + kTiles + buffer * kOperand;
 }
-__device__ __forceinline__ uint32_t there(uint32_t base, int buffer, int half) {
+__device__ __forceinline__ uint32_t is_full(uint32_t base, int buffer, int half) {
   return base + kBarriers + (buffer * 2 + half) * 8;
 }
 __device__ __forceinline__ uint32_t is_free(uint32_t base, int buffer, int half) {
-  return there(base, buffer, half) + 32;
+  return is_full(base, buffer, half) + 32;
 }
-// What is roped comes with half 1, which is brought after half 0: both are free then. Once a tile
-// is scored, its weights are in the roped block, where both warpgroups read them.
+// The roped values come with half 1, which is copied after half 0, when both halves are free. Once
+// a tile is scored, the roped block holds its weights, which both warpgroups read.
 
 // Numbers of named barriers.
 enum {
@@ -50,18 +50,18 @@ enum {
   kScored,
   kFirstWeights,
   kSecondWeights,
-  kOfFirst,
-  kOfSecond,
-  kOfCopiers,
-  kOfComputing
+  kFirstBarrier,
+  kSecondBarrier,
+  kCopierBarrier,
+  kComputeBarrier
 };
 
-// Blocks of 64 heads of a token; what is missing of the last is padding.
+// Returns the blocks of 64 heads of a token. The last one may be padded.
 __host__ __device__ __forceinline__ int groups_of(const FdDsaSparseMla& job) {
   return (job.num_heads + kHeads - 1) / kHeads;
 }
 
-// The entries of a row that a block looks at.
+// The entries of a row that a block reads.
 struct Entries {
   const int32_t* slots;
   int count;
@@ -77,55 +77,60 @@ __device__ __forceinline__ Entries entries_of(const FdDsaSparseMla& job, int64_t
 
 #if defined(FD_DSA_HOPPER)
 
-// Arrivals that a half of a tile is there after: each warp's for what is stored, and one a thread
-// for what is copied. Records are stored, rows of 16-bit values copied.
+// Returns the arrivals that fill a half of a tile: one per warp for stores, one per thread for
+// copies.
+//
+// Records are stored, and rows of 16-bit values are copied.
 __device__ __forceinline__ int arrivals(bool of_records, int half) {
   return (of_records || half == 1 ? 4 * kWarpArrivals : 0) + (!of_records || half == 1 ? 128 : 0);
 }
 
-// A thread of the warpgroup. Warp w has rows 16w to 16w + 15 of each tile: lanes 0 to 7 know the
-// slots of the first eight, lanes 16 to 23 those of the others.
+// A thread of the copying warpgroup.
+//
+// Warp w has rows 16w to 16w + 15 of each tile. Lanes 0 to 7 have the slots of the first eight
+// rows, and lanes 16 to 23 those of the others.
 struct Copier {
   const FdDsaSparseMla& job;
   Entries entries;
   uint32_t base;
   int warp, lane;
-  // Entry of this lane's row of a tile, -1 where there is none. Nothing waits for it here.
+  // Returns the entry of this lane's row of a tile, or -1 without one. The load is not waited for
+  // here.
   __device__ __forceinline__ int entry(int tile) const {
     const int mine = unknown(lane), at = tile * kKeys + warp * 16 + mine / 16 * 8 + mine % 16;
     return mine % 16 < 8 && at < entries.count ? __ldg(entries.slots + at) : -1;
   }
 
-  // The slot that an entry names, -1 for none.
+  // Returns the slot of an entry, or -1 for an invalid one.
   __device__ __forceinline__ int slot_of(int entry) const {
     return static_cast<uint32_t>(entry) < static_cast<uint32_t>(job.num_slots) ? entry : -1;
   }
 
-  // The end of this thread's share of the entries without those after the last slot.
+  // Returns the end of this thread's share of the entries, without those after the last slot.
   __device__ __forceinline__ int last_entry() const {
-    // asked for together: in turn they would take longer than several tiles
-    constexpr int kTogether = 8;
+    // loaded together, because one after another they would take longer than several tiles
+    constexpr int kAtOnce = 8;
     int last = 0;
-    for (int first = warp * 32 + lane; first < entries.count; first += 128 * kTogether) {
-      int entry[kTogether];
+    for (int first = warp * 32 + lane; first < entries.count; first += 128 * kAtOnce) {
+      int entry[kAtOnce];
 #pragma unroll
-      for (int i = 0; i < kTogether; ++i) {
+      for (int i = 0; i < kAtOnce; ++i) {
         const int at = first + i * 128;
         entry[i] = at < entries.count ? __ldg(entries.slots + at) : -1;
       }
 #pragma unroll
-      for (int i = 0; i < kTogether; ++i) {
+      for (int i = 0; i < kAtOnce; ++i) {
         if (slot_of(entry[i]) >= 0) last = first + i * 128 + 1;
       }
     }
     return last;
   }
 
-  // Tiles up to the last slot; tells the warpgroups that compute.
+  // Counts the tiles up to the last slot, and publishes the count to the computing warpgroups.
   __device__ __forceinline__ int count_tiles(int last) const {
     last = __reduce_max_sync(~0u, last);
     if (lane == 0) store_shared(base + kLast + warp * 4, last);
-    named_barrier(kOfCopiers, 128);
+    named_barrier(kCopierBarrier, 128);
     named_barrier_arrive(kStart, kThreads);
     return tiles_up_to_last(base);
   }
@@ -141,7 +146,8 @@ struct Copier {
     barrier_wait(is_free(base, tile & 1, half), (tile >> 1 & 1) ^ 1);
   }
 
-  // Copies the roped values of this warp's rows, each `bytes` long, `first` bytes after its start.
+  // Copies the roped values of this warp's rows, which are `bytes` long and have them at byte
+  // `first`.
   __device__ __forceinline__ void copy_rope(const void* rows, int slot, uint32_t tile, int bytes,
                                             int first) const {
     const int part = unknown(lane) / 8, chunk = unknown(lane) % 8;
@@ -155,7 +161,7 @@ struct Copier {
     }
   }
 
-  // Marks which rows of the tile are keys.
+  // Marks the rows of the tile that are keys.
   __device__ __forceinline__ void store_seen(int slot, int buffer) const {
     const uint32_t seen = __ballot_sync(~0u, slot >= 0);
     const uint16_t rows = seen | seen >> 8;
@@ -163,42 +169,42 @@ struct Copier {
   }
 };
 
-// Where the record of a slot was dequantized: asked for, and made of the answer.
+// The location of a slot's dequantized record. Its load and its use are apart.
 struct Dequantized {
   const FdDsaSparseMla& job;
   int block, offset;
 
-  __device__ __forceinline__ void ask(int slot) {
+  __device__ __forceinline__ void load(int slot) {
     const uint32_t size = job.block_size, of_slot = static_cast<uint32_t>(max(slot, 0)) / size;
     offset = slot < 0 ? -1 : slot - static_cast<int>(of_slot * size);
     block = __ldg(job.dequantized_blocks + of_slot);
   }
 
-  // Row of the values, -1 for none.
+  // Returns the row of the values, or -1 without one.
   __device__ __forceinline__ int row() const {
     const int64_t at = int64_t{block} * job.block_size + offset;
     return offset >= 0 && block >= 0 && at < job.dequantized_slots ? static_cast<int>(at) : -1;
   }
 };
 
-// Tiles of bfloat16 latents, or of dequantized records, copied as they are.
+// Copies tiles of bfloat16 latents or of dequantized records as they are.
 template <bool kDequantized>
-__device__ __forceinline__ void bring_rows(const Copier& copier) {
+__device__ __forceinline__ void copy_rows(const Copier& copier) {
   const int lane = copier.lane;
   const void* const rows = kDequantized ? copier.job.dequantized : copier.job.cache;
   const char* const cache = static_cast<const char*>(rows) + lane * 16;
   const uint32_t first = tile_at(copier.base, 0) + lane / 8 * kBlock + copier.warp * (16 * 128) +
                          lane % 8 * 16;
-  // entries are asked for two tiles ahead, where they were dequantized one
+  // entries are loaded two tiles ahead, and locations of dequantized records one tile ahead
   Dequantized dequantized{copier.job, 0, 0};
   int entry = copier.entry(0), next = copier.entry(1);
   const int last = copier.last_entry();
-  if constexpr (kDequantized) dequantized.ask(copier.slot_of(entry));
+  if constexpr (kDequantized) dequantized.load(copier.slot_of(entry));
   const int tiles = copier.count_tiles(last);
   for (int t = 0; t < tiles; ++t) {
     const int place = kDequantized ? dequantized.row() : copier.slot_of(entry), buffer = t & 1;
     entry = next;
-    if constexpr (kDequantized) dequantized.ask(copier.slot_of(entry));
+    if constexpr (kDequantized) dequantized.load(copier.slot_of(entry));
     next = copier.entry(t + 2);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -213,15 +219,15 @@ __device__ __forceinline__ void bring_rows(const Copier& copier) {
       if (half == 1) {
         copier.copy_rope(rows, place, tile_at(copier.base, buffer), 2 * kWidth, 2 * kRank);
         copier.store_seen(place, buffer);
-        warp_arrive(there(copier.base, buffer, half), lane);
+        warp_arrive(is_full(copier.base, buffer, half), lane);
       }
-      barrier_arrive_after_copies(there(copier.base, buffer, half));
+      barrier_arrive_after_copies(is_full(copier.base, buffer, half));
     }
   }
   wait_for_copies();
 }
 
-// float16 values of two codes in half a word, times `scale` / 256; NaN stays NaN.
+// Converts two codes in half a word to float16 times `scale` / 256. NaN stays NaN.
 template <bool kUpper>
 __device__ __forceinline__ uint32_t scaled(uint32_t word, uint32_t scale) {
   return times_halves(times_halves(values_of_codes<kUpper>(word), 0x1c001c00u), scale);
@@ -232,20 +238,22 @@ __device__ __forceinline__ uint4 scaled(uint32_t first, uint32_t second, uint32_
           scaled<true>(second, scale)};
 }
 
-// Tiles of FP8 records, in float16. A lane takes 16 codes of each of eight rows: they are loaded a
-// tile ahead, into the registers of those that were just stored.
+// Tiles of FP8 records, which become float16.
+//
+// A lane has 16 codes of each of eight rows. They are loaded a tile ahead, into the registers of
+// the codes just stored.
 struct Records {
   const Copier& copier;
-  uint4 codes[2][8];   // of each half
-  uint2 scales[2];     // of this lane's row of the next tile
-  uint32_t of_scales;  // bytes of the scale among two in float16
-  uint32_t row;        // where this lane's codes go in the first of its rows of the first tile
+  uint4 codes[2][8];        // of each half
+  uint2 scales[2];          // of this lane's row of the next tile
+  uint32_t scale_selector;  // byte selector of the lane's scale in a pair of float16
+  uint32_t row;  // address of this lane's codes in the first of its rows of the first tile
   bool swapped;
 
   __device__ __forceinline__ Records(const Copier& copier) : copier(copier) {
     const int lane = copier.lane, column = lane % 16;
-    of_scales = column >= 8 ? 0x3232 : 0x1010;
-    // lanes of two blocks meet in the same banks, unless one begins with the second 8 values
+    scale_selector = column >= 8 ? 0x3232 : 0x1010;
+    // lanes of two blocks use the same banks unless one starts with the second 8 values
     swapped = column / 4 & 1;
     row = tile_at(copier.base, 0) + column / 4 * kBlock + (copier.warp * 2 + lane / 16) * 1024 +
           (column % 4 * 2 + swapped) * 16;
@@ -268,7 +276,7 @@ struct Records {
     }
   }
 
-  // Stores what was loaded.
+  // Stores the loaded half.
   template <int kHalf>
   __device__ __forceinline__ void store(int buffer) const {
     const uint32_t to = unknown(row) + buffer * kOperand + kHalf * 4 * kBlock;
@@ -276,7 +284,7 @@ struct Records {
                                     __uint_as_float(scales[kHalf].y) * 256.0f);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      const uint32_t scale = __byte_perm(__shfl_sync(~0u, pair, i, 16), 0, of_scales);
+      const uint32_t scale = __byte_perm(__shfl_sync(~0u, pair, i, 16), 0, scale_selector);
       const uint4 x = codes[kHalf][i];
       const uint32_t at = (to ^ i << 4) + i * 128;
       store_shared(at, scaled(swapped ? x.z : x.x, swapped ? x.w : x.y, scale));
@@ -284,9 +292,9 @@ struct Records {
     }
   }
 
-  // Brings half a tile, and loads the same half of the next one.
+  // Stores half a tile, and loads the same half of the next one.
   template <int kHalf>
-  __device__ __forceinline__ void bring(int tile, int slot, int next) {
+  __device__ __forceinline__ void store_and_load(int tile, int slot, int next) {
     const int buffer = tile & 1;
     copier.wait(tile, kHalf);
     if constexpr (kHalf == 1) {
@@ -294,13 +302,13 @@ struct Records {
       copier.store_seen(slot, buffer);
     }
     store<kHalf>(buffer);
-    warp_arrive(there(copier.base, buffer, kHalf), copier.lane);
-    if constexpr (kHalf == 1) barrier_arrive_after_copies(there(copier.base, buffer, kHalf));
+    warp_arrive(is_full(copier.base, buffer, kHalf), copier.lane);
+    if constexpr (kHalf == 1) barrier_arrive_after_copies(is_full(copier.base, buffer, kHalf));
     load<kHalf>(next);
   }
 };
 
-__device__ __forceinline__ void bring_records(const Copier& copier) {
+__device__ __forceinline__ void copy_records(const Copier& copier) {
   Records records(copier);
   int slot = copier.slot_of(copier.entry(0)), next = copier.slot_of(copier.entry(1));
   const int last = copier.last_entry();
@@ -309,8 +317,8 @@ __device__ __forceinline__ void bring_records(const Copier& copier) {
   const int tiles = copier.count_tiles(last);
   for (int t = 0; t < tiles; ++t) {
     const int third = copier.slot_of(copier.entry(t + 2));
-    records.bring<0>(t, slot, next);
-    records.bring<1>(t, slot, next);
+    records.store_and_load<0>(t, slot, next);
+    records.store_and_load<1>(t, slot, next);
     slot = next, next = third;
   }
   wait_for_copies();

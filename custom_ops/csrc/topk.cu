@@ -1,28 +1,30 @@
-// Exact top-k of rows of scores: a block or a cluster of blocks a row.
+// Exact top-k of rows of scores, with a block or a cluster of blocks per row.
 //
-// A short row stays in registers. Of a longer one a bound is taken from evenly spaced samples,
-// which little more than k scores exceed: one pass keeps those in shared memory. Among what is held
-// the k-th best is found by counting digits. A bound that fails, or a plateau of equal scores at
-// it, is seen by the number of scores kept; passes over the row for each digit then serve. Counts
-// are integers, so nothing depends on the order of threads.
+// A short row stays in registers. For a longer row, evenly spaced samples give a bound that
+// slightly more than k scores exceed. One pass keeps these scores as candidates in shared memory.
+// Counting digits finds the k-th best candidate.
+//
+// The number of candidates shows a bound that failed, or a plateau of equal scores at it. Passes
+// over the row for each digit serve then. Counts are integers, so the order of threads does not
+// affect the result.
 
 #include "topk_row.cuh"
 
 namespace fd_dsa::topk {
 
-// ---- a short row, which the registers of a block hold
+// ---- a short row, in the registers of a block
 
-// A short row: its scores stay in registers, every warp's in a stretch of their own.
+// A short row, of which each warp holds a contiguous part in registers.
 template <int kThreads, int kUnroll>
-struct Held {
-  static constexpr int32_t kMostChunks = kThreads * kUnroll;
+struct RegisterRow {
+  static constexpr int32_t kMaxChunks = kThreads * kUnroll;
 
   uint32_t image[4 * kUnroll];
-  uint32_t present;  // a bit for each image that is of the row
-  int32_t first;     // position of the first
+  uint32_t present;  // a bit for each image inside the row
+  int32_t first;     // position of the first image
 
-  __device__ __forceinline__ explicit Held(const Row& row) : present(0) {
-    // chunks from the one that the row begins in, so that all of it is in some chunk
+  __device__ __forceinline__ explicit RegisterRow(const Row& row) : present(0) {
+    // chunks from the one in which the row begins, so that chunks cover the whole row
     const int32_t head = row.lead == 0 ? 0 : 4 - row.lead;
     const int32_t chunk = warp_id() * kUnroll * kWarp + lane_id();
     float4 four[kUnroll];
@@ -44,7 +46,7 @@ struct Held {
     }
   }
 
-  // Four scores from a position on; anything for what is not of the row.
+  // Loads four scores from a position on, with any value for positions outside the row.
   static __device__ __forceinline__ float4 load(const Row& row, int32_t begin) {
     if (begin >= 0 && begin + 4 <= row.length) {
       return __ldg(reinterpret_cast<const float4*>(row.scores + begin));
@@ -58,7 +60,7 @@ struct Held {
     return make_float4(value[0], value[1], value[2], value[3]);
   }
 
-  // Position of an image, also of one that is not of the row.
+  // Returns the position of an image, also outside the row.
   __device__ __forceinline__ int32_t position(int i) const {
     return first + i / 4 * (4 * kWarp) + i % 4;
   }
@@ -72,17 +74,17 @@ struct Held {
   }
 };
 
-// Writes the positions of the held scores that reach a threshold; there are k of them.
+// Writes the positions of the scores that reach a threshold, which are k.
 template <int kThreads, int kUnroll>
-__device__ __forceinline__ void write_held(const Job& job, const Row& row,
-                                           const Held<kThreads, kUnroll>& held, uint64_t threshold,
-                                           Shared& shared) {
+__device__ __forceinline__ void write_register_row(
+    const Job& job, const Row& row, const RegisterRow<kThreads, kUnroll>& register_row,
+    uint64_t threshold, Shared& shared) {
   uint32_t chosen = 0, before[kUnroll], sum = 0;
 #pragma unroll
   for (int i = 0; i < 4 * kUnroll; ++i) {
-    if (ranked(held.image[i], held.position(i)) >= threshold) chosen |= 1u << i;
+    if (ranked(register_row.image[i], register_row.position(i)) >= threshold) chosen |= 1u << i;
   }
-  chosen &= held.present;
+  chosen &= register_row.present;
 #pragma unroll
   for (int u = 0; u < kUnroll; ++u) {
     const uint32_t count = __popc(chosen >> (4 * u) & 15u);
@@ -100,37 +102,38 @@ __device__ __forceinline__ void write_held(const Job& job, const Row& row,
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       if ((chosen >> (4 * u + j) & 1u) != 0) {
-        out[at++] = entry_at(job, row, held.position(4 * u + j));
+        out[at++] = entry_at(job, row, register_row.position(4 * u + j));
       }
     }
   }
 }
 
-// A row that the registers of a block hold.
+// Chooses from a row in the registers of a block.
 template <int kThreads, int kUnroll>
-__device__ __forceinline__ void choose_held(const Job& job, const Row& row, Shared& shared) {
-  const Held<kThreads, kUnroll> held(row);
+__device__ __forceinline__ void choose_from_registers(const Job& job, const Row& row,
+                                                      Shared& shared) {
+  const RegisterRow<kThreads, kUnroll> register_row(row);
   uint32_t low = 0xffffffffu, high = 0;
-  held.each([&](uint32_t image, int32_t) {
+  register_row.each([&](uint32_t image, int32_t) {
     low = min(low, image);
     high = max(high, image);
   });
   block_range<kThreads>(shared, low, high);
-  const auto each = [&](auto visit) { held.each(visit); };
+  const auto each = [&](auto visit) { register_row.each(visit); };
   const uint32_t k = static_cast<uint32_t>(job.rows.k);
   const uint64_t threshold = find_threshold<kThreads>(shared, each, k, low, high, row.length);
-  write_held(job, row, held, threshold, shared);
+  write_register_row(job, row, register_row, threshold, shared);
 }
 
-// ---- a bound that little more than k scores exceed, and those that do
+// ---- a bound that slightly more than k scores exceed, and its candidates
 
-// Order-preserving image of a number that may be -0.0.
+// Maps a number, which may be -0.0, to an integer of the same order.
 __device__ __forceinline__ uint32_t image_of_number(float score) {
   const uint32_t bits = __float_as_uint(score);
   return bits ^ (static_cast<uint32_t>(static_cast<int32_t>(bits) >> 31) | 0x80000000u);
 }
 
-// `samples_above` by the fast operations of the hardware.
+// `samples_above` with the fast instructions of the hardware.
 __device__ __forceinline__ float wanted_samples(float size, float length, float k) {
   const float scale = __fdividef(1.0f, length), share = k * scale;
   const float seen = fminf(size * scale, 1.0f);
@@ -138,14 +141,15 @@ __device__ __forceinline__ float wanted_samples(float size, float length, float 
   return size * share + 6.0f * variance * __frsqrt_rn(variance) + 4.0f;
 }
 
-// Finds the bin of the `wanted`-th sample from the top; leaves its lowest sample, or `low` where
-// there are fewer. For one warp.
+// Sets the bound to the lowest sample of the bin with the `wanted`-th sample from the top.
+//
+// With fewer samples, the bound is `low`. One warp calls it.
 __device__ __forceinline__ void find_sample(Shared& shared, uint32_t wanted, uint32_t low) {
-  constexpr int kOwn = kSampleBins / kWarp;
-  const int first = kSampleBins - (lane_id() + 1) * kOwn;
-  uint32_t count[kOwn], sum = 0;
+  constexpr int kBinsPerLane = kSampleBins / kWarp;
+  const int first = kSampleBins - (lane_id() + 1) * kBinsPerLane;
+  uint32_t count[kBinsPerLane], sum = 0;
 #pragma unroll
-  for (int i = 0; i < kOwn; ++i) {
+  for (int i = 0; i < kBinsPerLane; ++i) {
     count[i] = shared.sample_bins[first + i];
     sum += count[i];
   }
@@ -155,9 +159,9 @@ __device__ __forceinline__ void find_sample(Shared& shared, uint32_t wanted, uin
   if (__ballot_sync(kAllLanes, mine) == 0) {
     if (lane_id() == 0) shared.bound = image_of(score_of(low));
   } else if (mine) {
-    int bin = kOwn - 1;
+    int bin = kBinsPerLane - 1;
 #pragma unroll
-    for (int i = kOwn - 1; i > 0; --i) {
+    for (int i = kBinsPerLane - 1; i > 0; --i) {
       above += count[i];
       if (above < wanted) bin = i - 1;
     }
@@ -166,33 +170,38 @@ __device__ __forceinline__ void find_sample(Shared& shared, uint32_t wanted, uin
   }
 }
 
-// Image of a score that a few more than k of the row's scores exceed, from evenly spaced samples.
+// Returns the image of a score that slightly more than k of the row's scores exceed.
 //
-// The best samples of groups, but for the poorest ones, bound the bins from below: so they are
-// narrow where the wanted sample is, and few samples are counted. The samples of a group come from
-// all over the row: no group is poor because scores rise or fall with the position. The bound is a
-// sample, not an edge of a bin: a plateau of equal scores is then exactly at it.
+// The bound comes from evenly spaced samples. The best samples of groups, except the lowest of
+// them, bound the bins from below. The bins are therefore narrow around the wanted sample, and few
+// samples are counted. The samples of a group come from all parts of the row, so scores that rise
+// or fall with the position leave no group without high scores. The bound is a sample, not an edge
+// of a bin, so it equals the score of a plateau exactly.
 template <int kThreads, int kLoads>
 __device__ __forceinline__ uint32_t choose_bound(const Row& row, int32_t k, Shared& shared) {
-  constexpr uint32_t kMost = kThreads * kLoads;
+  constexpr uint32_t kMaxChunks = kThreads * kLoads;
   const uint32_t all = static_cast<uint32_t>(row.num_chunks);
-  const uint32_t step = all > kMost ? all / kMost : 1, rest = all > kMost ? all % kMost : 0;
-  // neighbouring lanes far apart in the row; where samples are all there is, they are side by side
+  const uint32_t step = all > kMaxChunks ? all / kMaxChunks : 1,
+                 rest = all > kMaxChunks ? all % kMaxChunks : 0;
+  // neighbouring lanes sample distant chunks; if the samples cover the row, lanes read side by side
   const uint32_t spread = (__brev(lane_id()) >> 27) * (kThreads / kWarp) + warp_id();
   const uint32_t first = step > 1 ? spread : threadIdx.x;
   float4 four[kLoads];
 #pragma unroll
   for (int i = 0; i < kLoads; ++i) {
     const uint32_t index = i * kThreads + first;
-    const float none = no_score();
-    four[i] = make_float4(none, none, none, none);
-    if (index < all) four[i] = row.load(static_cast<int32_t>(index * step + index * rest / kMost));
+    const float nan = no_score();
+    four[i] = make_float4(nan, nan, nan, nan);
+    if (index < all) {
+      four[i] = row.load(static_cast<int32_t>(index * step + index * rest / kMaxChunks));
+    }
   }
-  const float size = static_cast<float>(4 * min(all, kMost));
+  const float size = static_cast<float>(4 * min(all, kMaxChunks));
   const float wanted = wanted_samples(size, row.length, k);
-  // groups so small that the worst of their best samples is below the wanted one, or none
+  // Groups are small enough that the lowest of their best samples is below the wanted sample.
+  // Without such a size, samples are not grouped.
   const float group = __fdividef(2.5f * size, wanted);
-  // what is lowest less one, so that NaN, which is 0, does not count
+  // the lowest image less one, so that NaN, whose image is 0, does not count
   uint32_t image[4 * kLoads], best = 0, low = 0xffffffffu;
 #pragma unroll
   for (int i = 0; i < 4 * kLoads; ++i) {
@@ -211,7 +220,7 @@ __device__ __forceinline__ uint32_t choose_bound(const Row& row, int32_t k, Shar
     }
     low = best - 1;
   }
-  // one poor group would stretch the range over zero, where numbers have most of their images
+  // one low group would stretch the range across zero, where the images of numbers are most dense
   if (grouped) {
     block_range<kThreads, 2>(shared, low, high);
   } else {
@@ -242,18 +251,18 @@ __device__ __forceinline__ void mark_four(float4 four, float bound, uint32_t& ma
   mark_above<kBit + 3>(four.w, bound, mask);
 }
 
-// Scores of chunks a block's width apart, and which of them are above a bound.
+// Scores of chunks that are a block's width apart.
 template <int kThreads, int kUnroll>
 struct Tile {
   static_assert(kUnroll == 1 || kUnroll == 2 || kUnroll == 4);
   float4 four[kUnroll];
 
-  // NaN for chunks from `end` on.
+  // Loads the chunks below `end`, and NaN for the others.
   __device__ __forceinline__ void load(const Row& row, int32_t chunk, int32_t end) {
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      const float none = no_score();
-      four[u] = make_float4(none, none, none, none);
+      const float nan = no_score();
+      four[u] = make_float4(nan, nan, nan, nan);
       if (chunk + u * kThreads < end) four[u] = row.load(chunk + u * kThreads);
     }
   }
@@ -270,7 +279,7 @@ struct Tile {
   }
 };
 
-// Entries of a warp in a list of the block: the first one of this lane.
+// Reserves entries of a list of the block for a warp, and returns the first entry of this lane.
 __device__ __forceinline__ uint32_t reserve(uint32_t* size, uint32_t count) {
   const uint32_t prefix = warp_prefix(count);
   uint32_t at = 0;
@@ -278,12 +287,14 @@ __device__ __forceinline__ uint32_t reserve(uint32_t* size, uint32_t count) {
   return __shfl_sync(kAllLanes, at, kWarp - 1) + prefix - count;
 }
 
-// Keeps the positions of scores above a bound, in any order; shared.num_kept counts all of them,
-// also those for which there is no room. Chunks begin..end - 1, whose first tile is loaded.
+// Keeps the positions of scores above a bound, in any order.
+//
+// shared.num_kept counts all of them, also those past the capacity. The chunks are begin..end - 1,
+// and their first tile is loaded already.
 template <int kThreads, int kUnroll, bool kAhead>
-__device__ __forceinline__ void keep_above(const Row& row, int32_t begin, int32_t end,
-                                           Tile<kThreads, kUnroll>& tile, float bound,
-                                           Shared& shared, int32_t* kept, uint32_t capacity) {
+__device__ __forceinline__ void keep_candidates(const Row& row, int32_t begin, int32_t end,
+                                                Tile<kThreads, kUnroll>& tile, float bound,
+                                                Shared& shared, int32_t* kept, uint32_t capacity) {
   constexpr int kStep = kThreads * kUnroll;
   for (; begin < end; begin += kStep) {
     const int32_t chunk = begin + threadIdx.x;
@@ -294,7 +305,7 @@ __device__ __forceinline__ void keep_above(const Row& row, int32_t begin, int32_
     const int32_t first = row.first_of(chunk);
     for (; mask != 0; mask &= mask - 1, ++at) {
       const uint32_t i = static_cast<uint32_t>(__ffs(mask)) - 1;
-      // chunks are a block's width apart; past the capacity there is one place for all
+      // Chunks are a block's width apart. Positions past the capacity share the last entry.
       kept[min(at, capacity - 1)] = first + static_cast<int32_t>(i / 4 * (4 * kThreads - 4) + i);
     }
     __syncwarp();
@@ -306,7 +317,7 @@ __device__ __forceinline__ void keep_above(const Row& row, int32_t begin, int32_
   }
 }
 
-// The same for the scores before the first chunk and after the last, by one warp.
+// Keeps scores before the first chunk and after the last one. One warp calls it.
 __device__ __forceinline__ void keep_edges(const Row& row, float bound, Shared& shared,
                                            int32_t* kept, uint32_t capacity) {
   const int32_t after = row.first_of(row.num_chunks) + lane_id() - row.lead;
@@ -317,24 +328,27 @@ __device__ __forceinline__ void keep_edges(const Row& row, float bound, Shared& 
   if (mask != 0 && at < capacity) kept[at] = position;
 }
 
-// Where candidates lie: positions of this block's own, and in rank 0 the keys of all of them. Of a
-// block alone the positions are the upper half of the keys.
-struct Kept {
+// The memory of candidates: positions of this block, and in rank 0 the keys of all blocks.
+//
+// A row of one block has its positions in the upper half of the keys.
+struct CandidateBuffers {
   int32_t* positions;
   uint64_t* keys;
   uint32_t capacity;
 };
 
-// Turns the positions that the blocks kept into keys in rank 0. Returns how many there are, whether
-// they fit or not.
+// Turns the positions that the blocks kept into keys in rank 0.
+//
+// Returns the count of positions, also if they do not fit.
 template <int kThreads, typename Blocks>
-__device__ __forceinline__ uint32_t gather_kept(const Row& row, const Kept& kept, Shared& shared) {
+__device__ __forceinline__ uint32_t gather_candidates(const Row& row, const CandidateBuffers& kept,
+                                                      Shared& shared) {
   constexpr int kBatch = 4;
   const bool alone = Blocks::size() == 1;
   __syncthreads();
   const uint32_t mine = shared.num_kept, fit = min(mine, kept.capacity);
   if (alone && mine > fit) return mine;
-  // all blocks have begun, and cleared what others count in
+  // all blocks have started and have cleared their counters
   if (!alone) Blocks::wait();
   if (threadIdx.x == 0) shared.sent_to = alone ? 0 : Blocks::add(&shared.num_sent, 0, mine);
   uint32_t highest = 0;
@@ -350,7 +364,7 @@ __device__ __forceinline__ uint32_t gather_kept(const Row& row, const Kept& kept
     for (int i = 0; i < kBatch; ++i) {
       if (position[i] >= 0) score[i] = __ldg(row.scores + position[i]);
     }
-    // keys lie over positions that have been read by now
+    // keys overwrite positions, which have all been read at this point
     __syncthreads();
     const uint32_t to = shared.sent_to + base + threadIdx.x;
 #pragma unroll
@@ -369,7 +383,7 @@ __device__ __forceinline__ uint32_t gather_kept(const Row& row, const Kept& kept
   return alone ? mine : Blocks::load(&shared.num_sent, 0);
 }
 
-// ---- the best of the candidates in shared memory
+// ---- the best candidates in shared memory
 
 // Candidates in shared memory, in any order.
 struct List {
@@ -386,15 +400,15 @@ struct List {
   }
 };
 
-// Memory that puts positions in order.
+// The memory that sorts positions.
 struct Order {
-  uint32_t* bits;    // one for each position of a window
+  uint32_t* bits;    // one bit per position of a window
   uint32_t* before;  // set bits before each 64
   int32_t num_bits;
-  int32_t* chosen;   // k
+  int32_t* chosen;   // k positions
 };
 
-// Counts the set bits before each 64 of a window; returns how many there are.
+// Counts the set bits before each 64 of a window, and returns the total.
 template <int kThreads>
 __device__ __forceinline__ uint32_t count_bits(Shared& shared, const Order& order,
                                                int32_t length) {
@@ -420,7 +434,7 @@ __device__ __forceinline__ uint32_t count_bits(Shared& shared, const Order& orde
   return all;
 }
 
-// Writes the positions of the listed candidates that reach a threshold; there are k of them.
+// Writes the positions of the listed candidates that reach a threshold, which are k.
 template <int kThreads>
 __device__ __forceinline__ void write_list(const Job& job, const Row& row, const List& list,
                                            const Order& order, uint64_t threshold,
@@ -449,7 +463,7 @@ __device__ __forceinline__ void write_list(const Job& job, const Row& row, const
       const bool upper = bit % 64 >= kWarp;
       const uint32_t below = upper ? __popc(word.x) + __popc(word.y & mask) : __popc(word.x & mask);
       const uint32_t at = done + order.before[bit / 64] + below;
-      // scores that change meanwhile may be chosen wrongly, but are written nowhere else
+      // scores that change during the launch may be chosen wrongly, but never write outside the row
       if (at < static_cast<uint32_t>(job.rows.k)) order.chosen[at] = position;
     });
     done += count;
@@ -462,10 +476,11 @@ __device__ __forceinline__ void write_list(const Job& job, const Row& row, const
   }
 }
 
-// ---- passes over the row: every digit of the threshold, then the chosen positions in order. Serve
-// where candidates do not fit, and plateaus of equal scores
+// ---- passes over the row, digit by digit of the threshold
+//
+// They serve plateaus of equal scores and candidates that do not fit.
 
-// Positions of a row that a block, and that a warp of it looks at.
+// The positions of a row that a block or one of its warps reads.
 struct Span {
   int32_t begin, end;
 
@@ -479,12 +494,12 @@ struct Span {
   }
 };
 
-// What precedes a warp, over all blocks of the cluster: scores above a threshold and equal to it.
-struct Before {
+// Scores above and equal to a threshold before a warp, over all blocks of the cluster.
+struct PrecedingCounts {
   uint32_t better, equal, all_better, all_equal;
 };
 
-// Adds one to a bin for each lane that has one; a bin that many lanes share costs one addition.
+// Adds one to a bin for each active lane. Lanes with the same bin as the first share one addition.
 __device__ __forceinline__ void count_bin(uint32_t* bins, uint32_t bin, bool mine) {
   const unsigned active = __ballot_sync(kAllLanes, mine);
   if (active == 0) return;
@@ -512,8 +527,9 @@ __device__ void share_bins(Shared& shared, uint32_t* sums) {
   __syncthreads();
 }
 
-// Image of the k-th best score of a row with more than k; `need` becomes how many of the scores
-// equal to it are chosen.
+// Returns the image of the k-th best score of a row with more than k scores.
+//
+// `need` becomes the number of chosen scores that equal it.
 template <int kThreads, typename Blocks>
 __device__ uint32_t find_image(const Row& row, Span span, uint32_t& need, Shared& shared,
                                uint32_t* sums) {
@@ -539,9 +555,10 @@ __device__ uint32_t find_image(const Row& row, Span span, uint32_t& need, Shared
   return prefix;
 }
 
-// Counts a row's scores above a threshold and equal to it.
+// Counts a row's scores above and equal to a threshold.
 template <int kThreads, typename Blocks>
-__device__ Before count_scores(const Row& row, Span span, uint32_t threshold, Shared& shared) {
+__device__ PrecedingCounts count_scores(const Row& row, Span span, uint32_t threshold,
+                                        Shared& shared) {
   uint32_t better = 0, equal = 0;
   const Span mine = span.of_warp<kThreads>();
   for (int32_t at = mine.begin; at < mine.end; at += kWarp) {
@@ -565,14 +582,14 @@ __device__ Before count_scores(const Row& row, Span span, uint32_t threshold, Sh
       __reduce_add_sync(kAllLanes, lower ? shared.warp_high[lane_id()] : 0);
   if (threadIdx.x == kThreads - kWarp) {
     for (uint32_t rank = 0; rank < Blocks::size(); ++rank) {
-      Blocks::store(&shared.better_of[Blocks::rank()], rank, better_below + better);
-      Blocks::store(&shared.equal_of[Blocks::rank()], rank, equal_below + equal);
+      Blocks::store(&shared.better_counts[Blocks::rank()], rank, better_below + better);
+      Blocks::store(&shared.equal_counts[Blocks::rank()], rank, equal_below + equal);
     }
   }
   Blocks::sync();
-  Before before = {better_below, equal_below, 0, 0};
+  PrecedingCounts before = {better_below, equal_below, 0, 0};
   for (uint32_t rank = 0; rank < Blocks::size(); ++rank) {
-    const uint32_t more = shared.better_of[rank], same = shared.equal_of[rank];
+    const uint32_t more = shared.better_counts[rank], same = shared.equal_counts[rank];
     if (rank < Blocks::rank()) {
       before.better += more;
       before.equal += same;
@@ -585,10 +602,10 @@ __device__ Before count_scores(const Row& row, Span span, uint32_t threshold, Sh
   return before;
 }
 
-// Writes the positions of the scores above a threshold and of the first `ties` equal to it.
+// Writes the positions of the scores above a threshold and of the first `ties` scores equal to it.
 template <int kThreads>
 __device__ void write_scores(const Job& job, const Row& row, Span span, uint32_t threshold,
-                             uint32_t ties, Before before) {
+                             uint32_t ties, PrecedingCounts before) {
   const Span mine = span.of_warp<kThreads>();
   uint32_t at_entry = before.better + min(before.equal, ties);
   uint32_t equal_below = before.equal;
@@ -609,21 +626,21 @@ __device__ void write_scores(const Job& job, const Row& row, Span span, uint32_t
   }
 }
 
-// Chooses from a row with more than k scores by passes over it. `hint` may be the k-th best score.
+// Chooses by passes over a row with more than k scores. `hint` may be the k-th best score.
 template <int kThreads, typename Blocks>
 __device__ __noinline__ void choose_by_scans(const Job& job, Row row, Span span,
                                              bool has_hint, uint32_t hint, Shared& shared,
                                              uint32_t* sums) {
   uint32_t k = static_cast<uint32_t>(job.rows.k);
   if (has_hint) {
-    const Before before = count_scores<kThreads, Blocks>(row, span, hint, shared);
+    const PrecedingCounts before = count_scores<kThreads, Blocks>(row, span, hint, shared);
     if (before.all_better < k && k <= before.all_better + before.all_equal) {
       write_scores<kThreads>(job, row, span, hint, k - before.all_better, before);
       return;
     }
   }
   const uint32_t threshold = find_image<kThreads, Blocks>(row, span, k, shared, sums);
-  const Before before = count_scores<kThreads, Blocks>(row, span, threshold, shared);
+  const PrecedingCounts before = count_scores<kThreads, Blocks>(row, span, threshold, shared);
   write_scores<kThreads>(job, row, span, threshold, k, before);
 }
 
@@ -632,7 +649,7 @@ __device__ __noinline__ void choose_by_scans(const Job& job, Row row, Span span,
 // The parts of shared memory whose sizes the host chooses.
 struct Lists {
   Shared& shared;
-  Kept kept;
+  CandidateBuffers kept;
   Order order;
 
   __device__ __forceinline__ Lists(const Sizes& sizes, bool alone)
@@ -646,7 +663,7 @@ struct Lists {
     order.chosen = reinterpret_cast<int32_t*>(order.before + sizes.num_bits / 64);
   }
 
-  // Prepares what is counted in.
+  // Clears the counters.
   template <int kThreads>
   __device__ __forceinline__ void clear() const {
     fill<kThreads>(shared.bins, (kBins + kSampleBins) / 4, 0);
@@ -667,7 +684,7 @@ struct Lists {
   }
 };
 
-// A row with at most k positions: all of them.
+// Writes all positions of a row with at most k of them.
 template <int kThreads, typename Blocks>
 __device__ __forceinline__ void write_all(const Job& job, const Row& row) {
   int32_t* out = job.rows.out + row.token * job.rows.k;
@@ -678,7 +695,7 @@ __device__ __forceinline__ void write_all(const Job& job, const Row& row) {
   }
 }
 
-// A long row: candidates are the scores above a bound.
+// Chooses from a long row, whose candidates are the scores above a bound.
 template <int kThreads, int kUnroll, bool kAhead, typename Blocks>
 __device__ __forceinline__ void choose_by_bound(const Job& job, const Row& row,
                                                 const Lists& lists) {
@@ -689,7 +706,7 @@ __device__ __forceinline__ void choose_by_bound(const Job& job, const Row& row,
   const int32_t begin = min(rank * each, row.num_chunks);
   const int32_t end = min(begin + each, row.num_chunks);
   const uint32_t k = static_cast<uint32_t>(job.rows.k);
-  const Kept& kept = lists.kept;
+  const CandidateBuffers& kept = lists.kept;
   Shared& shared = lists.shared;
   Tile<kThreads, kUnroll> tile;
   tile.load(row, begin + threadIdx.x, end);
@@ -697,9 +714,9 @@ __device__ __forceinline__ void choose_by_bound(const Job& job, const Row& row,
   if (rank == 0 && warp_id() == 0) {
     keep_edges(row, score_of(bound), shared, kept.positions, kept.capacity);
   }
-  keep_above<kThreads, kUnroll, kAhead>(row, begin, end, tile, score_of(bound), shared,
-                                        kept.positions, kept.capacity);
-  const uint32_t all = gather_kept<kThreads, Blocks>(row, kept, shared);
+  keep_candidates<kThreads, kUnroll, kAhead>(row, begin, end, tile, score_of(bound), shared,
+                                             kept.positions, kept.capacity);
+  const uint32_t all = gather_candidates<kThreads, Blocks>(row, kept, shared);
   if (all < k || all > kept.capacity) {
     const Span span = {rank == 0 ? 0 : row.first_of(begin),
                        rank == num_blocks - 1 ? row.length : row.first_of(end)};
@@ -719,11 +736,11 @@ __device__ __forceinline__ void choose_by_bound(const Job& job, const Row& row,
                                          row.length);
   }
   write_list<kThreads>(job, row, list, lists.order, threshold, shared);
-  // others may still read how many there are
+  // other blocks may still read the count
   if (num_blocks > 1) Blocks::sync();
 }
 
-// Whether something of a row is left out; where nothing is, all of it is written here.
+// Returns whether a row has more than k positions, and writes a shorter row completely.
 template <int kThreads, typename Blocks>
 __device__ __forceinline__ bool needs_choice(const Job& job, const Row& row) {
   if (row.length > job.rows.k) return true;
@@ -731,7 +748,7 @@ __device__ __forceinline__ bool needs_choice(const Job& job, const Row& row) {
   return false;
 }
 
-// Rows that fit into the registers of a block.
+// Chooses from rows that fit into the registers of a block.
 template <int kThreads, int kMinBlocks, int kUnroll>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
     held_kernel(const __grid_constant__ Job job) {
@@ -741,10 +758,10 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   Lists::fill<kThreads>(shared.bins, kBins / 4, 0);
   if (threadIdx.x == 0) shared.num_small = 0;
   if (!needs_choice<kThreads, Blocks>(job, row)) return;
-  choose_held<kThreads, kUnroll>(job, row, shared);
+  choose_from_registers<kThreads, kUnroll>(job, row, shared);
 }
 
-// Rows of any length.
+// Chooses from rows of any length.
 template <int kThreads, int kMinBlocks, int kUnroll, bool kAhead, bool kCluster>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
     bound_kernel(const __grid_constant__ Job job) {
@@ -768,13 +785,13 @@ inline Job job_of(const Rows& rows, const Sizes& sizes) {
 }
 
 template <int kThreads, int kMinBlocks, int kUnroll>
-int launch_held(const Rows& rows, void* stream) {
+int launch_register_rows(const Rows& rows, void* stream) {
   const unsigned blocks = static_cast<unsigned>(rows.num_rows);
   return launch(launch_config(blocks, kThreads, stream, sizeof(Shared)),
                 held_kernel<kThreads, kMinBlocks, kUnroll>, job_of(rows, {}));
 }
 
-// Static, so that two libraries in one process have flags of their own.
+// Static, so that two libraries in one process have their own flags.
 template <int kThreads, int kMinBlocks, int kUnroll, bool kAhead, bool kCluster>
 static int launch_bound(const Rows& rows, const Sizes& sizes, const Gpu& gpu, void* stream) {
   static std::atomic<uint64_t> prepared{0};
@@ -794,20 +811,22 @@ static int launch_bound(const Rows& rows, const Sizes& sizes, const Gpu& gpu, vo
 
 inline int launch_topk(const Rows& rows, void* stream) {
   if (rows.num_rows <= 0 || rows.k <= 0) return 0;
-  // rows that begin off a chunk take one more
+  // rows that begin between two chunks take one chunk more
   const bool aligned =
       reinterpret_cast<uintptr_t>(rows.logits) % 16 == 0 && rows.row_stride % 4 == 0;
   const int64_t chunks = (static_cast<int64_t>(rows.width) + 3) / 4 + (aligned ? 0 : 1);
-  if (rows.width <= rows.k || chunks <= Held<512, 2>::kMostChunks) {
-    return launch_held<512, 3, 2>(rows, stream);
+  if (rows.width <= rows.k || chunks <= RegisterRow<512, 2>::kMaxChunks) {
+    return launch_register_rows<512, 3, 2>(rows, stream);
   }
   Gpu gpu = {};
   const cudaError_t error = find_gpu(gpu);
   if (error != cudaSuccess) return static_cast<int>(error);
-  // blocks of half the size where every multiprocessor gets several rows: measured on an H200
+  // with several rows per multiprocessor, blocks of half the size are faster, as measured on an
+  // H200
   const bool many = rows.num_rows > gpu.num_sms;
-  if (chunks <= Held<1024, 2>::kMostChunks) {
-    return many ? launch_held<512, 3, 4>(rows, stream) : launch_held<1024, 1, 2>(rows, stream);
+  if (chunks <= RegisterRow<1024, 2>::kMaxChunks) {
+    return many ? launch_register_rows<512, 3, 4>(rows, stream)
+                : launch_register_rows<1024, 1, 2>(rows, stream);
   }
   const Sizes sizes = choose_sizes(rows, gpu, sizeof(Shared));
   if (sizes.cluster > 1) return launch_bound<1024, 1, 2, true, true>(rows, sizes, gpu, stream);

@@ -1,28 +1,30 @@
-// Exact top-k of rows of scores: the C ABI of the launcher, and what ranks and names a score.
+// Exact top-k of rows of scores: the C ABI of the launcher, the order of scores and their outputs.
 #pragma once
 
 #include "lengths.h"
 
-// Rows of scores and where the choice of each goes. A score ranks by higher value, then by lower
-// position; NaN is below every number, -0.0 equals +0.0. The chosen positions come in ascending
-// order, and -1 fills what a short row leaves. Layout and size are part of the ABI.
+// Rows of scores and their output.
 //
-// With `lengths`, output row r has the positions of the k best of the first lengths[r] scores. Else
-// row r is token t = first_token + r of a step, which sees the positions 0..position_ids[t] of its
-// request and none where batch_ids[t] < 0; output row t has slots of a paged cache. A row with at
-// most k positions gets all of them, without a look at its scores.
+// A score ranks by higher value, then by lower position. NaN is below every number, and -0.0 equals
+// +0.0. The chosen positions come in ascending order, and -1 fills the rest of a short row. Layout
+// and size are part of the ABI.
 //
-// With `window_offsets`, a token of a request b with seq_lens_encoder[b] > 0 sees the positions
-// window_offsets[2 t] - key_starts[b] up to and without window_offsets[2 t + 1] - key_starts[b]
-// instead, which are clipped to 0..key_starts[b + 1] - key_starts[b].
+// With `lengths`, output row r has the positions of the k best of the first lengths[r] scores.
+// Without it, row r is token t = first_token + r of a step. The token sees the positions
+// 0..position_ids[t] of its request, and no position if batch_ids[t] < 0. Output row t has slots of
+// a paged cache. A row with at most k positions gets all of them, and its scores are not read.
+//
+// With `window_offsets`, a token of a request b with seq_lens_encoder[b] > 0 sees other positions:
+// from window_offsets[2 t] - key_starts[b] up to and without window_offsets[2 t + 1] -
+// key_starts[b]. These are clipped to 0..key_starts[b + 1] - key_starts[b].
 extern "C" struct FdDsaTopk {
-  // float32 [num_rows, width], rows `row_stride` floats apart; scores past a row's positions are
-  // not looked at
+  // float32 [num_rows, width], rows `row_stride` floats apart. Scores past a row's positions are
+  // not read.
   const float* logits;
   // int32 [num_rows] or null; below 0 counts as 0, above `width` as `width`
   const int32_t* lengths;
-  // int64 [num_tokens], int32 [num_tokens], int32 [num_reqs, table_width]; a position past the
-  // table, or whose block is outside 0..num_blocks - 1, has slot -1
+  // int64 [num_tokens], int32 [num_tokens], int32 [num_reqs, table_width]. A position past the
+  // table or in a block outside 0..num_blocks - 1 has slot -1.
   const int64_t* position_ids;
   const int32_t* batch_ids;
   const int32_t* block_tables;
@@ -42,22 +44,24 @@ extern "C" struct FdDsaTopk {
   int32_t num_blocks;
 };
 
-// Fills `out` in one launch. Returns a cudaError_t, 0 = success. Allocates nothing, waits for
-// nothing; the result is a function of the scores alone.
+// Fills `out` in one launch.
+//
+// Returns a cudaError_t, 0 = success. The launcher does not allocate or wait, and the result
+// depends on the scores only.
 extern "C" int fd_dsa_topk_cuda(const FdDsaTopk* rows, void* stream);
 
 namespace fd_dsa::topk {
 
 using Rows = FdDsaTopk;
 
-// Order-preserving image of the bits of a float32: larger = better; 0 for NaN.
+// Maps the bits of a float32 to an integer of the same order: larger = better, 0 for NaN.
 FD_DSA_BOTH uint32_t image_of_bits(uint32_t bits) {
   if ((bits & 0x7fffffffu) > 0x7f800000u) return 0;
   if (bits == 0x80000000u) bits = 0;
   return (bits >> 31) != 0 ? ~bits : bits | 0x80000000u;
 }
 
-// A score with its position: larger = better score, then lower position.
+// Packs a score and its position: larger = better score, then lower position.
 FD_DSA_BOTH uint64_t ranked(uint32_t image, int32_t position) {
   return static_cast<uint64_t>(image) << 32 | ~static_cast<uint32_t>(position);
 }
@@ -66,7 +70,7 @@ FD_DSA_BOTH int32_t position_of(uint64_t key) {
   return static_cast<int32_t>(~static_cast<uint32_t>(key));
 }
 
-// The positions that a token may choose from: the first one, and how many.
+// The positions that a token may choose from: first position and count.
 struct Window {
   int32_t first, length;
 };
@@ -89,7 +93,7 @@ FD_DSA_BOTH Window window_at(const Rows& rows, int64_t token, int32_t batch_id, 
   return window;
 }
 
-// What the output holds for a position.
+// Returns the output entry of a position.
 FD_DSA_BOTH int32_t entry_of(const Rows& rows, int64_t token, int32_t position) {
   if (rows.lengths != nullptr) return position;
   const int32_t column = position / rows.block_size;

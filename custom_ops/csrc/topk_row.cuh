@@ -1,5 +1,4 @@
-// Top-k: one row of scores as a block reads it, how many blocks and how much shared memory it gets,
-// and the k-th best of its candidates, wherever the block holds them.
+// Top-k over one row: reading the row, choosing the sizes, and finding the k-th best candidate.
 #pragma once
 
 #include <algorithm>
@@ -11,28 +10,31 @@
 
 namespace fd_dsa::topk {
 
-// ---- sizes, which change the time, never the result
+// ---- sizes, which affect the time but not the result
 
 constexpr int kMaxCluster = 16;
 constexpr int kMaxSamples = 4096;
-// least number of candidates that fit: their memory has other uses too
+// lowest capacity for candidates, whose memory serves other purposes too
 constexpr int32_t kMinCapacity = 1024;
 
 struct Sizes {
   int32_t cluster;     // blocks of a row
   int32_t capacity;    // candidates that fit
-  int32_t num_bits;    // positions that are put in order at once; a multiple of 128
-  int32_t num_chosen;  // k, or 0 where k candidates never fit
+  int32_t num_bits;    // positions sorted at once; a multiple of 128
+  int32_t num_chosen;  // k, or 0 if k candidates never fit
 
-  // Bytes of shared memory after a block's own.
+  // Returns the bytes of shared memory after `Shared`.
   int32_t list_bytes() const {
     const int32_t order = num_bits / 8 + num_bits / 16 + (num_chosen + 3) / 4 * 16;
     return (cluster > 1 ? 12 : 8) * capacity + order;
   }
 };
 
-// How many of `size` samples a bound shall exceed, so that k of `length` scores do: 6 standard
-// deviations more than are expected. A bound that fails costs time, never exactness.
+// Returns how many of `size` samples a bound should exceed, so that it is below k of `length`
+// scores.
+//
+// The result is 6 standard deviations above the expectation. A bound that fails costs time but
+// keeps the result exact.
 FD_DSA_BOTH float samples_above(float size, float length, float k) {
   const float share = k / length, seen = size < length ? size / length : 1.0f;
   const float variance = size * share * (1.0f - share) * (1.0f - seen);
@@ -43,20 +45,20 @@ inline int32_t rounded_up(int64_t value, int32_t step) {
   return static_cast<int32_t>((value + step - 1) / step * step);
 }
 
-// For rows of which a choice is made; `fixed_bytes` of shared memory are a block's anyway.
+// Chooses sizes for rows with more than k positions, beside `fixed_bytes` of shared memory.
 inline Sizes choose_sizes(const Rows& rows, const Gpu& gpu, int32_t fixed_bytes) {
-  constexpr int32_t kShare = 4096, kMostBits = 1 << 19;
+  constexpr int32_t kShare = 4096, kMaxBits = 1 << 19;
   Sizes sizes = {1, kMinCapacity, 0, 0};
   const int32_t width = rows.width;
   while (gpu.major >= 9 && sizes.cluster < kMaxCluster) {
     const int32_t more = 2 * sizes.cluster;
-    // more of larger clusters do not find room at once: measured on an H200, at 8 to 32 rows
-    const int64_t most = more > 2 ? gpu.num_sms / 2 : gpu.num_sms;
-    if (static_cast<int64_t>(rows.num_rows) * more > most || width / more < kShare) break;
+    // larger clusters would not all run at once, as measured on an H200 with 8 to 32 rows
+    const int64_t max_blocks = more > 2 ? gpu.num_sms / 2 : gpu.num_sms;
+    if (static_cast<int64_t>(rows.num_rows) * more > max_blocks || width / more < kShare) break;
     sizes.cluster = more;
   }
   sizes.capacity = 0;
-  sizes.num_bits = rounded_up(std::min(width, kMostBits), 1024);
+  sizes.num_bits = rounded_up(std::min(width, kMaxBits), 1024);
   const int32_t room = gpu.shared_bytes - fixed_bytes - sizes.list_bytes() - 16;
   const float wanted = samples_above(kMaxSamples, width, rows.k);
   const float kept = wanted / std::min(width, kMaxSamples) * width;
@@ -70,44 +72,46 @@ inline Sizes choose_sizes(const Rows& rows, const Gpu& gpu, int32_t fixed_bytes)
   return sizes;
 }
 
-// ---- what the threads of a block share
+// ---- state shared by the threads of a block
 
 constexpr int kBinBits = 10;
 constexpr int kBins = 1 << kBinBits;
 constexpr int kSampleBinBits = 8;
 constexpr int kSampleBins = 1 << kSampleBinBits;
-// candidates that are ranked by comparing each with all others
+// candidates that are few enough to compare each with all others
 constexpr int kSmall = 64;
-// a few warps sum up bins with fewer instructions than all would take
+// a few warps sum up bins with fewer instructions than all warps
 constexpr int kScanWarps = 8;
 
-// Shared memory of a block. Lists of other sizes are after it, see `Lists`.
+// The shared memory of a block. `Lists` places the lists of variable size after it.
 struct alignas(16) Shared {
   uint32_t bins[kBins];
   uint32_t sample_bins[kSampleBins], sample_low[kSampleBins];
   uint64_t small[kSmall];
   uint64_t threshold;
   uint32_t warp_sums[kWarp], warp_low[kWarp], warp_high[kWarp];
-  // what find_bin found: the bin, entries above it, entries in it
+  // result of find_bin: the bin, entries above it, entries in it
   uint32_t bin, above, inside;
   uint32_t num_small, bound;
-  // candidates of this block, and where its own begin among all; of all of them, in rank 0
+  // kept candidates of this block, the index of its first among all candidates, and, in rank 0,
+  // count and highest of all candidates
   uint32_t num_kept, sent_to, num_sent, highest;
   // of each block of the cluster
-  uint32_t better_of[kMaxCluster], equal_of[kMaxCluster];
+  uint32_t better_counts[kMaxCluster], equal_counts[kMaxCluster];
 };
 
 __device__ __forceinline__ int lane_id() { return threadIdx.x % kWarp; }
 __device__ __forceinline__ int warp_id() { return threadIdx.x / kWarp; }
 __device__ __forceinline__ unsigned lanes_below() { return (1u << lane_id()) - 1; }
 
-// Sum of the first `warp` sums of warps; all lanes call it.
+// Returns the sum of the first `warp` sums of warps; all lanes call it.
 __device__ __forceinline__ uint32_t sum_below(const Shared& shared, int warp) {
   return __reduce_add_sync(kAllLanes, lane_id() < warp ? shared.warp_sums[lane_id()] : 0);
 }
 
-// Smallest and largest of the threads' values, in all threads; without those smallest values of
-// warps that are the `kSkipped` lowest.
+// Reduces the values of all threads to the smallest and the largest, in all threads.
+//
+// The `kSkipped` lowest of the warps' smallest values are left out.
 template <int kThreads, int kSkipped = 0>
 __device__ __forceinline__ void block_range(Shared& shared, uint32_t& low, uint32_t& high) {
   low = __reduce_min_sync(kAllLanes, low);
@@ -122,25 +126,27 @@ __device__ __forceinline__ void block_range(Shared& shared, uint32_t& low, uint3
 #pragma unroll
   for (int i = 0; i < kSkipped; ++i) {
     const bool least = low == __reduce_min_sync(kAllLanes, low);
-    // one of equals
+    // one of several equal values
     if ((__ballot_sync(kAllLanes, least) & lanes_below()) == 0 && least) low = 0xffffffffu;
   }
   low = __reduce_min_sync(kAllLanes, low);
   high = __reduce_max_sync(kAllLanes, valid ? shared.warp_high[lane_id()] : 0u);
 }
 
-// Finds the bin of the `need`-th entry from the top, and empties the bins. Starts after a barrier
-// and ends with one; there are that many entries.
+// Finds the bin of the `need`-th entry from the top, and empties the bins.
+//
+// The bins hold at least `need` entries. A barrier is needed before the call, and the call ends
+// with one.
 template <int kThreads>
 __device__ __forceinline__ void find_bin(Shared& shared, uint32_t need) {
   constexpr int kWarps = kThreads / kWarp < kScanWarps ? kThreads / kWarp : kScanWarps;
-  constexpr int kOwn = kBins / (kWarps * kWarp);
+  constexpr int kBinsPerThread = kBins / (kWarps * kWarp);
   const bool scans = warp_id() < kWarps;
-  const int first = kBins - (static_cast<int>(threadIdx.x) + 1) * kOwn;
-  uint32_t count[kOwn], sum = 0, prefix = 0;
+  const int first = kBins - (static_cast<int>(threadIdx.x) + 1) * kBinsPerThread;
+  uint32_t count[kBinsPerThread], sum = 0, prefix = 0;
   if (scans) {
 #pragma unroll
-    for (int i = 0; i < kOwn; ++i) {
+    for (int i = 0; i < kBinsPerThread; ++i) {
       count[i] = shared.bins[first + i];
       shared.bins[first + i] = 0;
       sum += count[i];
@@ -153,7 +159,7 @@ __device__ __forceinline__ void find_bin(Shared& shared, uint32_t need) {
     uint32_t above = sum_below(shared, warp_id()) + prefix - sum;
     if (above < need && need <= above + sum) {
 #pragma unroll
-      for (int i = kOwn - 1; i >= 0; --i) {
+      for (int i = kBinsPerThread - 1; i >= 0; --i) {
         if (above < need && need <= above + count[i]) {
           shared.bin = first + i;
           shared.above = above;
@@ -168,11 +174,11 @@ __device__ __forceinline__ void find_bin(Shared& shared, uint32_t need) {
 
 // ---- a row
 
-// What the host tells a kernel.
+// The host's arguments of a kernel.
 struct Job {
   Rows rows;
   Sizes sizes;
-  int32_t block_shift;  // of a block size that is a power of two; else -1
+  int32_t block_shift;  // for a block size that is a power of two, else -1
 };
 
 __device__ __forceinline__ float no_score() { return __uint_as_float(0x7fffffffu); }
@@ -181,15 +187,17 @@ __device__ __forceinline__ uint32_t image_of(float score) {
   return image_of_bits(__float_as_uint(score));
 }
 
-// The score of an image; NaN for 0.
+// Returns the score of an image, or NaN for 0.
 __device__ __forceinline__ float score_of(uint32_t image) {
   return __uint_as_float((image >> 31) != 0 ? image ^ 0x80000000u : ~image);
 }
 
-// The row that a block works on. Chunks are 16 bytes at 16-byte addresses, all of them of the row;
-// up to three scores are before the first one, and after the last.
+// The row of a block.
+//
+// Chunks are 16 bytes at 16-byte addresses inside the row. Up to three scores come before the first
+// chunk, and up to three after the last.
 struct Row {
-  const float* scores;  // of the first position that the row may choose
+  const float* scores;  // from the row's first position on
   int64_t token;
   int32_t first, length, lead, num_chunks;
 
@@ -200,7 +208,7 @@ struct Row {
     if (rows.lengths != nullptr) {
       length = bounded(rows.lengths[token], rows.width);
     } else {
-      // all loads before the first decision
+      // all loads come before the first branch
       const int32_t batch_id = rows.batch_ids[token];
       const int32_t last = static_cast<int32_t>(rows.position_ids[token]);
       const Window window = window_at(rows, token, batch_id, last);
@@ -220,7 +228,7 @@ struct Row {
   }
 };
 
-// `entry_of` the score at an index of a row, without a division where it can be.
+// Returns `entry_of` the score at an index of a row, by shifts instead of divisions where possible.
 __device__ __forceinline__ int32_t entry_at(const Job& job, const Row& row, int32_t index) {
   const Rows& rows = job.rows;
   const int32_t position = row.first + index;
@@ -235,8 +243,10 @@ __device__ __forceinline__ int32_t entry_at(const Job& job, const Row& row, int3
 
 // ---- the k-th best
 
-// Counts values in low..high by their leading digit below the common ones and keeps to the digit
-// of the `need`-th from the top. `each(visit)` calls visit(value) for the thread's own values.
+// Narrows low..high to the leading digit of the `need`-th value from the top.
+//
+// The digit is the leading one below the bits that low and high share. `each(visit)` calls
+// visit(value) for the thread's own values.
 template <int kThreads, typename Each>
 __device__ __forceinline__ void narrow(Shared& shared, Each each, uint32_t& need, uint32_t& low,
                                        uint32_t& high) {
@@ -253,10 +263,10 @@ __device__ __forceinline__ void narrow(Shared& shared, Each each, uint32_t& need
   high = low + min(high - low, (1u << shift) - 1);
 }
 
-// The `need`-th largest of at most kSmall candidates in first..last.
+// Returns the `need`-th largest of at most kSmall candidates in first..last.
 template <typename Each>
-__device__ __forceinline__ uint64_t rank_few(Shared& shared, Each each, uint32_t need,
-                                             uint64_t first, uint64_t last) {
+__device__ __forceinline__ uint64_t rank_small(Shared& shared, Each each, uint32_t need,
+                                               uint64_t first, uint64_t last) {
   each([&](uint32_t image, int32_t position) {
     const uint64_t key = ranked(image, position);
     if (key < first || key > last) return;
@@ -275,11 +285,11 @@ __device__ __forceinline__ uint64_t rank_few(Shared& shared, Each each, uint32_t
   return shared.threshold;
 }
 
-// The k-th best of the candidates that all threads hold, or what is between it and the next one:
-// the chosen ones are those whose key is not less.
+// Returns the k-th best candidate of all threads, or a key between it and the next one.
 //
-// `each(visit)` calls visit(image, position) for the thread's own candidates, of which all threads
-// together have at least `need`, with images in low..high and positions below `length`.
+// The chosen candidates are those with at least this key. `each(visit)` calls visit(image,
+// position) for the thread's own candidates. All threads together have at least `need` of them,
+// with images in low..high and positions below `length`.
 template <int kThreads, typename Each>
 __device__ uint64_t find_threshold(Shared& shared, Each each, uint32_t need, uint32_t low,
                                    uint32_t high, int32_t length) {
@@ -289,19 +299,19 @@ __device__ uint64_t find_threshold(Shared& shared, Each each, uint32_t need, uin
         low, high);
     if (shared.inside == need) return static_cast<uint64_t>(low) << 32;
   } while (shared.inside > kSmall && low < high);
-  // complements of positions: the lowest first among equal scores
+  // complements of positions, because the lowest position ranks first among equal scores
   uint32_t first = ~static_cast<uint32_t>(length - 1), last = 0xffffffffu;
   while (shared.inside > kSmall) {
-    const auto of_equal = [&](auto visit) {
+    const auto each_equal = [&](auto visit) {
       each([&](uint32_t image, int32_t position) {
         if (image == low) visit(~static_cast<uint32_t>(position));
       });
     };
-    narrow<kThreads>(shared, of_equal, need, first, last);
+    narrow<kThreads>(shared, each_equal, need, first, last);
     if (shared.inside == need) return static_cast<uint64_t>(low) << 32 | first;
   }
-  return rank_few(shared, each, need, static_cast<uint64_t>(low) << 32 | first,
-                  static_cast<uint64_t>(high) << 32 | last);
+  return rank_small(shared, each, need, static_cast<uint64_t>(low) << 32 | first,
+                    static_cast<uint64_t>(high) << 32 | last);
 }
 
 }  // namespace fd_dsa::topk

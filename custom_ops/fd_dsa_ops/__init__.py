@@ -1,6 +1,6 @@
-"""Operators of fd_dsa in CUDA C++, as functions on Paddle tensors.
+"""The CUDA C++ operators of fd_dsa as functions on Paddle tensors.
 
-Built by `make custom-ops` or `pip install ./custom_ops`; see docs/custom_ops.md.
+`make custom-ops` or `pip install ./custom_ops` builds them. See docs/custom_ops.md.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ BUILD = json.loads(Path(__file__).with_name("build.json").read_text("utf-8"))
 
 
 def _load() -> list[str]:
-    """Register the operators with Paddle; their names.
+    """Register the operators with Paddle and return their names.
 
     Raises:
-        ImportError: another Paddle than that of the build, or a library that cannot be loaded.
+        ImportError: Paddle differs from that of the build, or the library cannot be loaded.
     """
     import paddle
     from paddle.utils.cpp_extension import load_op_meta_info_and_register_op
@@ -38,16 +38,18 @@ def _load() -> list[str]:
 def get_position_ids_and_mask_encoder_batch(
     seq_lens_encoder: Any, seq_lens_decoder: Any, seq_lens_this_time: Any, position_ids: Any
 ) -> Any:
-    """Write the position of each token of a step; see docs/custom_ops.md.
+    """Write the position of each token of a step.
+
+    See docs/custom_ops.md.
 
     Args:
-        seq_lens_encoder: not read; PaddlePaddle/FastDeploy #7367 has it.
+        seq_lens_encoder: the argument of PaddlePaddle/FastDeploy #7367, which is not read.
         seq_lens_decoder: int32 [num_rows], tokens of each row before the step.
         seq_lens_this_time: int32 [num_rows], tokens of each row in the step.
         position_ids: int32 [num_tokens], written in place and returned.
 
     Raises:
-        OSError: a tensor does not fit the others; nothing is written.
+        OSError: a tensor does not fit the others; no position is written.
     """
     from paddle import _C_ops
 

@@ -1,7 +1,7 @@
-"""What a served model answers, measured: IFEval, retrieval, selection, and paired comparisons.
+"""Measurements of a model's answers: IFEval, retrieval, selection, comparisons.
 
-Whatever a user gave and is wrong (a flag, a file, a server) raises ConfigError, one line with the
-field, the value and the rule; a device or a package that is missing raises BackendUnavailable.
+Invalid input of a user (a flag, a file, a server) raises ConfigError, one line with the field, the
+value and the rule. A missing device or package raises BackendUnavailable.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The answers of a run on disk: one JSON line each, written as soon as it came.
+"""The stored answers of a run, one JSON line each, written as soon as they arrive.
 
-The first line holds the settings of the run. A run that was interrupted is opened again with the
-same settings and asks what is missing; a last line without its end (the process or the machine
-died while it was written) is cut off and its question asked again.
+The first line holds the settings of the run. An interrupted run is opened again with the same
+settings and asks the missing questions. An incomplete last line (the process or the machine died
+during the write) is removed, and its question is asked again.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from fd_dsa.client.questions import Answer, Question
 from fd_dsa.errors import ConfigError, writing
 
 _FORMAT = "fd_dsa answers 1"
-# what even a torn first line begins with
+# first bytes of the file, also if its first line is incomplete
 _HEAD = json.dumps({"format": _FORMAT}).encode("ascii")[:-1]
 
 
 @dataclass
 class Run:
-    """A run as its file has it.
+    """The content of a run's file.
 
     Attributes:
-        records: key -> last answer, in the order in which keys first came.
-        file: where further answers go; None in a run that is only read.
+        records: key -> last answer, in the order of the first answers.
+        file: file for further answers, or None for a run that is only read.
     """
 
     settings: RunSettings
@@ -40,37 +40,37 @@ class Run:
 
     @property
     def answers(self) -> dict[str, Answer]:
-        """Key -> answer of the questions that were answered."""
+        """Key -> answer, for the questions that were answered."""
         return {key: one for key, one in self.records.items() if one.error is None}
 
     @property
     def failures(self) -> dict[str, Answer]:
-        """Key -> answer, with its error, of the questions that were not."""
+        """Key -> answer with its error, for the questions that failed."""
         return {key: one for key, one in self.records.items() if one.error is not None}
 
     def missing(self, questions: Sequence[Question]) -> list[Question]:
-        """Questions without an answer; an error is none."""
+        """Return the questions without an answer. Failed questions count as missing."""
         answered = self.answers
         return [question for question in questions if question.key not in answered]
 
     def take(self, answer: Answer) -> None:
-        """Take an answer unless its question has one."""
+        """Store an answer in memory unless its question has one."""
         before = self.records.get(answer.key)
         if before is None or before.error is not None:
             self.records[answer.key] = answer
 
     def add(self, question: Question, answer: Answer) -> None:
-        """Keep one answer; it is on the disk when this returns."""
+        """Store an answer. It is on the disk when this returns."""
         assert self.file is not None, "a run that is only read takes no answers"
         answer = replace(answer, messages=question.messages, metadata=question.metadata)
-        hint = "; the answers before are kept, the same command goes on with them"
+        hint = "; the answers before are kept, the same command continues the run"
         with writing("--out", self.file.name, hint):
             _append(self.file, asdict(answer))
         self.take(answer)
 
 
 def read_run(path: Path) -> Run:
-    """The run in an `answers.jsonl` without a torn last line."""
+    """Read the run in an `answers.jsonl`, without an incomplete last line."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -83,7 +83,10 @@ def read_run(path: Path) -> Run:
 
 
 def _parse(path: Path, data: bytes) -> tuple[Run | None, int]:
-    """The run (None where not even its first line is whole) and the size of its whole lines."""
+    """Parse a run. Returns the run and the size of its complete lines.
+
+    The run is None if the first line is incomplete.
+    """
     whole = data.rfind(b"\n") + 1
     run: Run | None = None
     if not whole and not _HEAD.startswith(data[: len(_HEAD)]):
@@ -112,10 +115,11 @@ def _settings(entry: Mapping[str, Any]) -> RunSettings:
 
 @contextmanager
 def open_store(path: Path, settings: RunSettings) -> Iterator[Run]:
-    """The file of a new run, or of one to be resumed with the same settings.
+    """Open the file of a new run, or of a run to be continued with the same settings.
 
-    A file that another process writes, that holds something else, or a run with other settings is
-    refused; the first setting that differs is named.
+    Raises:
+        ConfigError: another process writes the file, the file is not a run's, or its run has other
+            settings. The message names the first setting that differs.
     """
     with writing("--out", path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -148,7 +152,7 @@ def _begin(path: Path, file: BinaryIO, settings: RunSettings) -> None:
     with writing("--out", path):
         file.truncate(0)
         _append(file, {"format": _FORMAT, "settings": asdict(settings)})
-        # the file's name becomes as durable as its content
+        # makes the name of the file durable too
         folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fsync(folder)
@@ -156,9 +160,9 @@ def _begin(path: Path, file: BinaryIO, settings: RunSettings) -> None:
             os.close(folder)
 
 
-def _append(file: BinaryIO, entry: Mapping[str, Any]) -> None:
+def _append(file: BinaryIO, entry: Mapping[str, object]) -> None:
     """Write one line and wait until it is on the disk."""
-    # a lone surrogate has no UTF-8 form, as an escape it has
+    # ASCII escapes, because a lone surrogate has no UTF-8 form
     file.write(json.dumps(entry).encode("ascii") + b"\n")
     file.flush()
     os.fsync(file.fileno())

@@ -1,7 +1,7 @@
-"""`python -m fd_dsa.accuracy COMMAND`: each command is a module that is imported when asked for.
+"""`python -m fd_dsa.accuracy COMMAND`, with a module for each command.
 
-A command has a function that fills its parser. The parser's default `run` is the function of the
-parsed flags that does the work and returns the exit status.
+A module is imported when its command is used. Its function fills the parser. The parser's default
+`run` is a function that takes the parsed flags, does the work and returns the exit status.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ COMMANDS = {
 
 
 def build_parser(commands: Collection[str] = COMMANDS) -> Parser:
-    """The parser with the flags of these commands; of the others it has the names alone."""
+    """Build a parser with the flags of these commands, and only the names of the others."""
     parser = Parser(prog=own_command("accuracy"), description="Measure a model's answers.")
     subparsers = parser.add_subparsers(
         title="commands (each has a --help)", metavar="COMMAND", required=True
@@ -43,11 +43,14 @@ def build_parser(commands: Collection[str] = COMMANDS) -> Parser:
 
 @reports_failures
 def main(arguments: list[str]) -> int:
-    """Run one command; returns the exit status.
+    """Run one command.
 
-    0 when it is done, 1 when a server went away, 2 when it cannot begin, 130 after Ctrl-C, with one
-    line on stderr that says why and, for a run, how to go on. What comes after the first `--` is
-    handed to the command as `args.passed`, all of it as `args.arguments`.
+    Everything after the first `--` goes to the command as `args.passed`, and all arguments as
+    `args.arguments`.
+
+    Returns:
+        Exit status: 0 on success, 1 if a server went away, 2 if the command cannot begin, 130 after
+            Ctrl-C. One line on stderr has the reason and, for a run, the command that continues it.
     """
     command = arguments[0] if arguments else "--help"
     own, passed = split_flags(arguments)

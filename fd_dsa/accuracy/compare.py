@@ -1,4 +1,4 @@
-"""`compare`: two runs, paired: verdict, warnings, tables, JSON."""
+"""`compare`: compares two runs on the same prompts and gives a verdict."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from fd_dsa.accuracy.stats import (
     RESAMPLES,
     SEED,
     Estimate,
+    max_unseen_share,
     mcnemar,
-    most_unseen_share,
     signed,
     smallest_difference,
 )
@@ -25,10 +25,10 @@ from fd_dsa.command_line.parser import Parser
 from fd_dsa.command_line.report import Table
 
 JSON_FILE, PAGE_FILE = "compare.json", "compare.md"
-# of the list of flips on the terminal; the files hold all
+# limit for the list of flips on the terminal; the files have all flips
 _SHOWN_FLIPS = 20
 FLIP_RATES = (0.02, 0.05, 0.10)
-"""Shares of flipping prompts for which the smallest visible difference is computed."""
+"""Flip rates for which the smallest detectable difference is computed."""
 
 
 def fill_parser(parser: Parser) -> None:
@@ -50,7 +50,7 @@ def fill_parser(parser: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Compare and report; 0 whatever the verdict is."""
+    """Compare and report. Returns 0 for any verdict."""
     if args.out is not None:
         report.check_folder(args.out)
     paths = Path(args.before), Path(args.after)
@@ -67,20 +67,22 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _names(before: Path, after: Path) -> tuple[str, str]:
-    """Names of the runs: their folders', or before and after where those are the same."""
+    """Return the names of the runs: their folders, or before and after if equal."""
     one, two = ((p if p.is_dir() else p.parent).resolve().name for p in (before, after))
     return ("before", "after") if one == two else (one, two)
 
 
-def parts(found: Comparison, names: tuple[str, str], most: int | None = None) -> list[str | Table]:
-    """Verdict, warnings, tables."""
+def parts(
+    found: Comparison, names: tuple[str, str], max_flips: int | None = None
+) -> list[str | Table]:
+    """Return verdict, warnings and tables."""
     first, *others = verdict(found)
     return [
         f"**Verdict.** {first}",
         *others,
         *_warnings(found),
         _metric_table(found, names),
-        *_flip_table(found.flips, most),
+        *_flip_table(found.flips, max_flips),
         _setting_part(found),
     ]
 
@@ -128,15 +130,18 @@ def _metric_table(found: Comparison, names: tuple[str, str]) -> Table:
     return Table("Metrics, %", heading, tuple(rows), notes)
 
 
-def _flip_table(flips: Sequence[Flip], most: int | None) -> list[Table]:
-    """Prompts whose strict result changed, those that got worse first; nothing without any."""
+def _flip_table(flips: Sequence[Flip], max_flips: int | None) -> list[Table]:
+    """Return a table of prompts whose strict result changed, worse ones at the top.
+
+    The list is empty without flips.
+    """
     if not flips:
         return []
     ordered = sorted(flips, key=lambda flip: flip.better)
     same = {True: "same", False: "differs", None: "unknown"}
     rows = tuple(
         (f.key, "better" if f.better else "worse", ", ".join(f.instructions), same[f.same_answer])
-        for f in ordered[:most]
+        for f in ordered[:max_flips]
     )
     left = len(ordered) - len(rows)
     notes = (f"{left} more: --out writes all.",) if left else ()
@@ -170,12 +175,12 @@ def _json(found: Comparison, names: tuple[str, str]) -> dict[str, Any]:
 
 
 def verdict(found: Comparison) -> list[str]:
-    """Sentences, the conclusion first."""
+    """Return sentences, beginning with the conclusion."""
     if found.same_answers == found.prompts:
         return [
             f"Equal, answer by answer: all {counted(found.prompts, 'answer')} have the same "
-            "SHA-256 in both runs. That is the strongest statement there is: on these prompts "
-            "nothing changed, and no statistics are needed.",
+            "SHA-256 in both runs. This is the strongest possible result: no answer to these "
+            "prompts changed, so no statistics are needed.",
             *_scorer(found),
         ]
     known = found.prompts - found.unknown_answers
@@ -186,12 +191,12 @@ def verdict(found: Comparison) -> list[str]:
 
 
 def counted(number: int, thing: str) -> str:
-    """`1 prompt`, `2 prompts`."""
+    """Format a count, as in `1 prompt`, `2 prompts`."""
     return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
 def p_digits(p: float) -> str:
-    """`0.031`, two digits; very small ones as a bound."""
+    """Format a p value with two digits, as in `0.031`, or as a bound if very small."""
     return "< 0.0001" if p < 0.0001 else f"{p:#.2g}"
 
 
@@ -203,24 +208,24 @@ def _visible(found: Comparison) -> str:
     for rate, words in when.items():
         size = smallest_difference(found.prompts, rate)
         sizes.append(f"{'none' if size is None else f'{100 * size:.1f} points'} {words}")
-    # all in one direction
-    least = next(flips for flips in range(1, 100) if mcnemar(0, flips) <= ALPHA)
+    # flips that are all in one direction
+    min_flips = next(flips for flips in range(1, 100) if mcnemar(0, flips) <= ALPHA)
     return (
         f"The smallest difference that {counted(found.prompts, 'prompt')} can show with 80 % "
-        f"power: {', '.join(sizes)}. Fewer than {least} net flips "
-        f"({100 * least / found.prompts:.1f} points) are never significant."
+        f"power: {', '.join(sizes)}. Fewer than {min_flips} net flips "
+        f"({100 * min_flips / found.prompts:.1f} points) are never significant."
     )
 
 
 def _tested(found: Comparison) -> list[str]:
-    """What flips, exact test and interval say about the primary metric."""
+    """Return sentences about flips, exact test and interval of the primary metric."""
     change = found.primary
     assert change.p is not None
     if change.worse + change.better == 0:
-        most = 100 * most_unseen_share(found.prompts)
+        share = 100 * max_unseen_share(found.prompts)
         return [
             "No change: no prompt changed its strict result. At most "
-            f"{most:.2g} % of such prompts change theirs (95 % confidence)."
+            f"{share:.2g} % of such prompts change theirs (95 % confidence)."
         ]
     value, low, high = map(signed, change.difference)
     digits = p_digits(change.p)
@@ -236,7 +241,7 @@ def _tested(found: Comparison) -> list[str]:
 
 
 def _not_excluded(difference: Estimate) -> str:
-    """What the interval leaves possible where the test shows nothing."""
+    """Describe the differences that the interval does not exclude."""
     if not difference.low <= 0 <= difference.high:
         return "Borderline: the interval leaves zero out, the exact test, which decides, does not."
     loss, gain = (f"{100 * part:.1f}" for part in (-difference.low, difference.high))
@@ -247,7 +252,7 @@ def _not_excluded(difference: Estimate) -> str:
 
 
 def _scorer(found: Comparison) -> list[str]:
-    """A warning where equal answers were scored differently."""
+    """Return a warning if equal answers were scored differently."""
     keys = [flip.key for flip in found.flips if flip.same_answer]
     if not keys:
         return []

@@ -1,8 +1,8 @@
-"""A model of the embedded engine, driven by hand: one sequence in chunks, every hidden state.
+"""A model of the embedded engine, driven directly: one sequence, all hidden states.
 
-The engine gives logits of the tokens that it samples. What is measured here needs those of all
-tokens, or what the layers did on the way, so the engine's runner is driven directly, by the same
-steps that the engine would make of one request.
+The engine computes logits only for tokens that it samples. These measurements need the logits of
+all tokens, or intermediate results of the layers. So they drive the engine's runner directly, with
+the same steps that the engine would make for one request.
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ import numpy as np
 from fd_dsa.config import EngineConfig
 from fd_dsa.environment import prepare_cpu_runtime
 from fd_dsa.errors import ConfigError
+from fd_dsa.tensor import Array
 
 if TYPE_CHECKING:
     from fd_dsa.engine.tokenizer import Tokenizer
     from fd_dsa.models.config import ModelConfig
 
 
-class OneSequence:
-    """Runs one sequence on a ModelRunner that nobody else uses meanwhile.
+class SingleSequenceRunner:
+    """Runs one sequence on a ModelRunner that has no other user.
 
-    Row 0 of its batch and all blocks of its caches are taken.
+    It uses row 0 of the batch and all blocks of the caches.
     """
 
     def __init__(self, runner: Any) -> None:
@@ -37,10 +38,10 @@ class OneSequence:
         self.length = 0
 
     def run(self, token_ids: Sequence[int], *, decode: bool = False) -> Any:
-        """Run the next tokens of the sequence in one step, as a chunk of a prompt or a decode row.
+        """Run the next tokens in one step, as a chunk of a prompt or as a decode row.
 
         Returns:
-            float32 [n, hidden_size] where the model runs: an array on a CPU, else a tensor.
+            float32 [n, hidden_size]: a NumPy array on a CPU, otherwise a tensor on the device.
         """
         import paddle
 
@@ -59,9 +60,10 @@ class OneSequence:
         return hidden
 
     def chunks(self, token_ids: Sequence[int]) -> Iterator[tuple[int, Any]]:
-        """Begin a sequence by a prompt, at most `max_num_tokens` tokens a step.
+        """Begin a sequence with a prompt, in steps of at most `max_num_tokens` tokens.
 
-        What a sequence does not write, it never reads.
+        Old cache contents need not be cleared, because a sequence reads only positions it has
+        written.
 
         Yields:
             The offset of the step's tokens, and their hidden states.
@@ -71,8 +73,8 @@ class OneSequence:
         for start in range(0, len(token_ids), size):
             yield start, self.run(token_ids[start : start + size])
 
-    def logits(self, hidden: Any) -> np.ndarray:
-        """float32 [n, vocab_size] of hidden states [n, hidden_size] that `run` gave."""
+    def logits(self, hidden: Array) -> np.ndarray:
+        """Return logits, float32 [n, vocab_size], of `run`'s hidden states [n, hidden_size]."""
         import paddle
 
         with paddle.no_grad():
@@ -82,9 +84,14 @@ class OneSequence:
 
 @dataclass(frozen=True)
 class OpenModel:
-    """A loaded model; `model_config` has `index_topk` as asked for, `engine_config` real types."""
+    """A loaded model with its resolved configuration.
 
-    sequence: OneSequence
+    Attributes:
+        model_config: has the requested `index_topk`.
+        engine_config: has the resolved device and data types.
+    """
+
+    sequence: SingleSequenceRunner
     tokenizer: Tokenizer
     model_config: ModelConfig
     engine_config: EngineConfig
@@ -96,7 +103,7 @@ class OpenModel:
 
 
 def read_config(model: str | os.PathLike[str] | None, index_topk: int | None = None) -> ModelConfig:
-    """What config.json says of a model, before anything of it is loaded."""
+    """Read a model's config.json before the model is loaded."""
     asked = EngineConfig(model=model, index_topk=index_topk)
     prepare_cpu_runtime()
     from fd_dsa.models import registry
@@ -118,9 +125,12 @@ def open_model(
     max_model_len: int | None = None,
     **engine_config: Any,
 ) -> OpenModel:
-    """Load a model for one sequence at a time; None is the demo model, or the model's own number.
+    """Load a model for one sequence at a time.
 
-    `index_topk` is the keys that the indexer chooses: as many as the context make attention dense.
+    Args:
+        model: folder of the model. None = the demo model.
+        index_topk: number of keys that the indexer selects, None = the model's number. The context
+            length makes attention dense.
     """
     config = read_config(model, index_topk)
     fields = {"model": model, "index_topk": index_topk, "max_num_seqs": 1, **engine_config}
@@ -132,4 +142,4 @@ def open_model(
     blocks = -(-length // asked.block_size)
     engine = build_engine(replace(asked, max_model_len=length, num_gpu_blocks_override=blocks))
     here = asked.on_device(resolve_device(asked.device))
-    return OpenModel(OneSequence(engine.runner), engine.tokenizer, config, here, length)
+    return OpenModel(SingleSequenceRunner(engine.runner), engine.tokenizer, config, here, length)

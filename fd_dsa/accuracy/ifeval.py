@@ -1,7 +1,7 @@
-"""`ifeval`: ask a server the prompts, keep its answers, score them. `score`: score kept answers.
+"""`ifeval` asks a server the prompts and scores them, `score` scores stored answers.
 
-Whatever would end a run later is checked before the first request: the prompts, the checkers and
-their sentence model, the folder, the server and the model's name.
+Prompts, checkers, their sentence model, folder, server and model name are checked before the first
+request, so that they cannot end a run later.
 """
 
 from __future__ import annotations
@@ -42,13 +42,16 @@ from fd_dsa.errors import ConfigError
 
 TASK = "ifeval"
 MAX_TOKENS = 1280
-"""As in lm-eval's task; a lower limit fails prompts that ask for up to 1,200 words."""
+"""Same as in lm-eval's task.
+
+Some prompts ask for up to 1,200 words and fail with less.
+"""
 
 
 def fill_parser(parser: Parser) -> None:
     parser.description = (
         "Ask an OpenAI-compatible server the IFEval prompts, keep every answer, score them. The "
-        "same command goes on with a run that was interrupted."
+        "same command continues an interrupted run."
     )
     parser.usage = "%(prog)s [flags] [-- flags of the server]"
     parser.add_argument(
@@ -133,7 +136,7 @@ def _prompt_settings(path: str | None, prompts: Sequence[Prompt]) -> dict[str, A
 
 
 def _answered(kept: Run, file: Path) -> tuple[list[Prompt], list[Answer]]:
-    """The prompts that a run keeps, in the order of the official set, and their answers."""
+    """Return a run's stored prompts, in the official order, and their answers."""
     found = []
     for key, answer in kept.answers.items():
         try:
@@ -144,7 +147,7 @@ def _answered(kept: Run, file: Path) -> tuple[list[Prompt], list[Answer]]:
                 f"{file}: the answer to {key!r} lacks its prompt or its instructions"
             ) from error
     if not found:
-        raise ConfigError(f"{file}: holds no answer yet; there is nothing to score")
+        raise ConfigError(f"{file}: has no answers to score yet")
     official = {prompt.key: place for place, prompt in enumerate(read_prompts())}
     found.sort(key=lambda prompt: (official.get(prompt.key, len(official)), prompt.key))
     return found, [kept.answers[prompt.key] for prompt in found]
@@ -167,7 +170,10 @@ def _score(
     out: Path,
     notes: list[str],
 ) -> int:
-    """Score, show, write; the order of prompts, which intervals may depend on, is always one."""
+    """Score, print and write.
+
+    The order of prompts is fixed, because intervals may depend on it.
+    """
     versions = scorer.ready(prompts)
     num_stripped = sum(END_OF_THOUGHT in answer.text for answer in answers)
     answers = [replace(answer, text=without_reasoning(answer.text)) for answer in answers]

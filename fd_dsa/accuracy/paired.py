@@ -1,4 +1,4 @@
-"""Two scored runs on the same prompts, paired by key: what differs, and what follows from it."""
+"""Comparison of two scored runs on the same prompts, paired by key."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from fd_dsa.accuracy.stats import Estimate, bootstrap_difference, mcnemar, paire
 from fd_dsa.errors import ConfigError
 
 PROMPTS = "prompts"
-"""What `allow` names to compare runs on the prompts that both have."""
+"""Value of `allow` that compares runs on their common prompts."""
 
-# another value asks another question, so the runs do not belong together
+# settings that change the question; runs that differ here are not comparable
 _DECISIVE = ("task", "max_tokens", "temperature", "thinking")
-# how many and under which name: the keys themselves are compared
+# names and numbers of prompts, ignored because the keys themselves are compared
 _ABOUT_PROMPTS = tuple(f"task_settings.{n}" for n in ("prompts", "num_prompts", "prompts_in_file"))
 _PROMPT_FILE = "task_settings.prompts_sha256"
-# another value changes the batches, and greedy tokens may change with them
+# settings that change the batches, and with them possibly the greedy tokens
 _BATCHING = (
     "concurrency",
     "server.max_num_seqs",
@@ -46,21 +46,22 @@ class SettingChange:
     name: str
     before: Any
     after: Any
-    # the runs do not belong together, unless allowed by name
+    # the runs are not comparable, unless the setting is allowed by name
     decisive: bool
-    # changes which requests share a step
+    # determines the requests that share a step
     batching: bool
 
 
 @dataclass(frozen=True)
 class MetricChange:
-    """One metric in both runs.
+    """A metric in both runs.
 
     Attributes:
-        difference: after - before; on the prompt level from the flips alone, which holds with
-            few of them, on the instruction level by bootstrap over prompts.
-        worse, better: prompts or instructions that passed before only, and after only.
-        p: exact McNemar; None on the instruction level, where trials are not independent.
+        difference: after - before. On the prompt level it is computed from the flips, which is
+            exact with few of them. On the instruction level it is a bootstrap over prompts.
+        worse, better: number of prompts or instructions that passed only before, and only after.
+        p: p value of the exact McNemar test. None on the instruction level, because instructions of
+            one prompt are not independent.
     """
 
     before: Metric
@@ -71,16 +72,18 @@ class MetricChange:
     p: float | None
 
     def to_json(self) -> dict[str, Any]:
-        """The change as a JSON object, in percent and points."""
+        """Return the change as a JSON object, in percent and points."""
         estimates = {n: getattr(self, n).to_json() for n in ("before", "after", "difference")}
         return estimates | {"worse": self.worse, "better": self.better, "p": self.p}
 
 
 @dataclass(frozen=True)
 class Flip:
-    """A prompt whose result changed, and those of its instructions that did.
+    """A prompt whose result changed, with its changed instructions.
 
-    `same_answer`: both runs gave the same text, so only the scorer differs; None where unknown.
+    Attributes:
+        same_answer: True if both runs have the same text, so that only the scorer differs. None if
+            unknown.
     """
 
     key: str
@@ -91,7 +94,7 @@ class Flip:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All that two paired runs say, on the prompts that both have, in the order of the first."""
+    """The differences of two paired runs, on their common prompts in the first run's order."""
 
     before: Scores
     after: Scores
@@ -109,7 +112,7 @@ class Comparison:
 
     @property
     def primary(self) -> MetricChange:
-        """The change of the primary metric, named before any run."""
+        """The change of the primary metric, chosen before any run."""
         return self.metrics[PROMPT_STRICT]
 
     @property
@@ -118,7 +121,11 @@ class Comparison:
 
 
 def compare(before: Scores, after: Scores, allow: Collection[str] = ()) -> Comparison:
-    """Pair two runs by key and count what changed; `allow` names what may differ."""
+    """Pair two runs by key and count the changes.
+
+    Args:
+        allow: names of the settings that may differ.
+    """
     changes = setting_changes(before.settings, after.settings)
     _check_settings(changes, allow, {PROMPTS, *before.settings.flat(), *after.settings.flat()})
     first, second = before.by_key, after.by_key
@@ -148,10 +155,10 @@ def compare(before: Scores, after: Scores, allow: Collection[str] = ()) -> Compa
 
 
 def setting_changes(before: RunSettings, after: RunSettings) -> tuple[SettingChange, ...]:
-    """Recorded settings that differ, decisive ones first.
+    """Return the recorded settings that differ, decisive ones at the front.
 
-    Facts of a server that one run does not know are no difference; neither is its address. The
-    seed is decisive only where answers are drawn.
+    Facts of a server that one run does not know are ignored, as is its address. The seed is
+    decisive only if answers are sampled.
     """
     drawn = any((settings.temperature or 0) > 0 for settings in (before, after))
     changes = []
@@ -166,7 +173,7 @@ def setting_changes(before: RunSettings, after: RunSettings) -> tuple[SettingCha
 def _check_settings(
     changes: Sequence[SettingChange], allow: Collection[str], known: Collection[str]
 ) -> None:
-    """Raise where `allow` names nothing, or a decisive setting differs that it does not name."""
+    """Raise ConfigError for an unknown name in `allow`, or a decisive setting not in it."""
     for name in allow:
         if name not in known:
             raise ConfigError(f"--allow: got {name!r}; allowed are {', '.join(sorted(known))}")
@@ -193,7 +200,7 @@ def _check_keys(before: int, after: int, common: int, allowed: bool) -> None:
 
 
 def _same_answer(pair: _Pair) -> bool | None:
-    """Reports whether both answers are the same text; None where a hash is missing."""
+    """Return True if both answers have the same text, or None if a hash is missing."""
     old, new = (score.answer_sha256 for score in pair)
     return None if None in (old, new) else old == new
 

@@ -1,7 +1,7 @@
-"""`perplexity`: how surprised a model is by a text: the loss of every token, none generated.
+"""`perplexity`: computes the loss of every token of a text, without generating any.
 
-The text runs through the embedded engine in chunks, as a prompt does, and the head gives the logits
-of all tokens. A text longer than the context is cut into windows.
+The text runs through the embedded engine in chunks, like a prompt, and the head computes the logits
+of all tokens. A text longer than the context is split into windows.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
-from fd_dsa.accuracy.embedded import OneSequence, OpenModel, open_model, read_config
+from fd_dsa.accuracy.embedded import OpenModel, SingleSequenceRunner, open_model, read_config
 from fd_dsa.command_line.parser import Parser
 from fd_dsa.command_line.report import Table, check_folder, publish
 from fd_dsa.command_line.values import add_numbers
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 _LOGITS_AT_ONCE = 1 << 24
 _NEIGHBOURS = 8
 DEFAULT_TEXT = Path(__file__).with_name("data") / "wizard_in_oz.txt"
-"""Two chapters of an old book, in the public domain (`data/wizard_in_oz.NOTICE`)."""
+"""Two chapters of an old book in the public domain (`data/wizard_in_oz.NOTICE`)."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,9 @@ class Losses:
     """Negative log-likelihood of every scored token, in nats.
 
     Attributes:
-        num_keys: int64 [n]; keys that the token before it sees, which predicts it.
-        characters: of the text that the scored tokens spell.
+        nats: float64 [n].
+        num_keys: int64 [n], number of keys visible to the preceding token, which predicts this one.
+        characters, num_bytes: length of the scored text.
     """
 
     nats: np.ndarray
@@ -53,12 +54,15 @@ class Losses:
 
     @property
     def perplexity(self) -> float:
-        """exp of the mean loss a token; infinite where that is too large for a number."""
+        """exp of the mean loss per token, infinite if it is too large for a double."""
         mean = float(self.nats.mean())
         return math.exp(mean) if mean < 700 else math.inf
 
     def to_json(self) -> dict[str, Any]:
-        """The figures; bits a character and a byte do not depend on the tokenizer."""
+        """Return the figures.
+
+        Bits per character and per byte do not depend on the tokenizer.
+        """
         bits = float(self.nats.sum()) / math.log(2)
         return {
             "tokens": len(self.nats),
@@ -75,19 +79,21 @@ class Losses:
 def cut(
     token_ids: Sequence[int], context: int, lead: Sequence[int] = ()
 ) -> tuple[int, list[tuple[int, ...]]]:
-    """Windows in which every token is scored once; without `lead` all but the text's first.
+    """Split a text into windows in which every token is scored once.
+
+    Without `lead` the first token of the text is not scored.
 
     Args:
-        context: most tokens of a window, `lead` included.
-        lead: tokens that every window begins with, such as BOS.
+        context: maximum number of tokens of a window, including `lead`.
+        lead: tokens at the beginning of every window, such as BOS.
 
     Returns:
-        The index of the first token of a window that is scored, from 1, and what each reads.
+        The index of the first scored token of a window (at least 1), and the tokens of each window.
     """
-    # a token is scored by what is before it
+    # the preceding tokens predict a token, so the first one of a text needs a lead
     first = 0 if lead else 1
     if len(token_ids) <= first:
-        raise ConfigError(f"the text has {len(token_ids)} tokens; none of them can be predicted")
+        raise ConfigError(f"the text has {len(token_ids)} tokens, too few to predict one")
     room = context - len(lead) - first
     if room < 1:
         raise ConfigError(f"--context: got {context}, allowed: at least {context - room + 1}")
@@ -96,13 +102,14 @@ def cut(
 
 
 def token_losses(
-    sequence: OneSequence,
+    sequence: SingleSequenceRunner,
     token_ids: Sequence[int],
     on_read: Callable[[int], object] = lambda _: None,
 ) -> np.ndarray:
-    """float64 [n - 1]: -log p of every token but the first, given those before it.
+    """Return float64 [n - 1]: -log p of every token but the first, given the ones before.
 
-    `on_read` is called after every chunk, with its number of tokens.
+    Args:
+        on_read: called after every chunk with its number of tokens.
     """
     found = []
     for start, hidden in sequence.chunks(token_ids):
@@ -117,7 +124,7 @@ def token_losses(
 
 
 def losses_of(logits: np.ndarray, token_ids: np.ndarray) -> np.ndarray:
-    """float64 [n]: -log softmax(logits)[token] of each row of float32 [n, vocab_size]."""
+    """Return float64 [n]: -log softmax(logits)[token] by row of float32 [n, vocab_size]."""
     wide = logits.astype(np.float64)
     wide -= wide.max(axis=1)[:, None]
     chosen = wide[np.arange(len(wide)), token_ids]
@@ -125,7 +132,7 @@ def losses_of(logits: np.ndarray, token_ids: np.ndarray) -> np.ndarray:
 
 
 def measure(model: OpenModel, text: str) -> Losses:
-    """Losses of a text, in windows of as many tokens as the model takes."""
+    """Return the losses of a text, in windows of the model's context length."""
     lead = start_of_sequence(model.tokenizer)
     token_ids = model.tokenizer.encode(text, add_special_tokens=False)
     first, windows = cut(token_ids, model.max_model_len, lead)
@@ -147,7 +154,7 @@ def measure(model: OpenModel, text: str) -> Losses:
 
 
 def start_of_sequence(tokenizer: Tokenizer) -> list[int]:
-    """What a sequence begins with: what the tokenizer puts there, else BOS, else nothing."""
+    """Return the tokens that begin a sequence: the tokenizer's own, or BOS, or no token."""
     ids = tokenizer.encode("")
     if ids or tokenizer.bos_token_id is None:
         return ids
@@ -155,10 +162,13 @@ def start_of_sequence(tokenizer: Tokenizer) -> list[int]:
 
 
 def stretches(losses: Losses, index_topk: int) -> list[tuple[int, int, np.ndarray]]:
-    """(first, last, bool [n]) of tokens by their number of keys, stretches in order.
+    """Group tokens by their number of keys.
 
-    Up to `index_topk` keys attention is dense. The last and the first few tokens on either side of
-    that border have stretches of their own; after them each is twice as long as the one before.
+    Up to `index_topk` keys attention is dense. The few tokens on each side of that border have
+    their own groups. Later groups are twice as long as the one before.
+
+    Returns:
+        (first, last, bool [n]) of each group in order: range of keys, and mask of the tokens.
     """
     border = index_topk + 1
     edges = [0, max(1, border - _NEIGHBOURS), border, border + _NEIGHBOURS]
@@ -174,8 +184,8 @@ def stretches(losses: Losses, index_topk: int) -> list[tuple[int, int, np.ndarra
 
 def fill_parser(parser: Parser) -> None:
     parser.description = (
-        "Read a text through the embedded engine and report the likelihood of its tokens; nothing "
-        "is generated."
+        "Read a text through the embedded engine and report the likelihood of its tokens. The "
+        "command generates no text."
     )
     parser.add_argument(
         "text",
@@ -206,13 +216,15 @@ def fill_parser(parser: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, print, write."""
+    """Measure, print and write."""
     text = _read(args.text)
     if args.out is not None:
         check_folder(Path(args.out))
-    most = read_config(args.model, args.index_topk).max_position_embeddings
-    if args.context is not None and args.context > most:
-        raise ConfigError(f"--context: got {args.context}, allowed: 2 to {most}, the model's own")
+    longest = read_config(args.model, args.index_topk).max_position_embeddings
+    if args.context is not None and args.context > longest:
+        raise ConfigError(
+            f"--context: got {args.context}, allowed: 2 to {longest}, the model's own"
+        )
     sparse, model = _read_through(args, text, args.index_topk)
     settings = {
         "model": EngineConfig(model=args.model).model_path.name,
@@ -224,7 +236,7 @@ def run(args: argparse.Namespace) -> int:
         "vocab_size": model.model_config.vocab_size,
         "max_num_batched_tokens": args.max_num_batched_tokens,
     }
-    # two models at once would need twice the memory
+    # free the model, because two models at once need twice the memory
     del model
     dense = _read_through(args, text, settings["context"])[0] if args.dense else None
     result = {
@@ -278,7 +290,7 @@ def _stretches_json(sparse: Losses, dense: Losses | None, index_topk: int) -> li
 
 
 def report_parts(result: Mapping[str, Any]) -> list[str | Table]:
-    """Paragraphs and tables of a result, as perplexity.json holds it."""
+    """Return paragraphs and tables of a result in the form of perplexity.json."""
     settings, sparse, dense = result["settings"], result["sparse"], result["dense"]
     passes = "One pass."
     if sparse["windows"] > 1:

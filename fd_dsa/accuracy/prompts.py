@@ -1,18 +1,18 @@
-"""Files of IFEval: prompts, the official set or others of its form, and official responses.
+"""Files of IFEval: prompts in the form of the official set, and official responses.
 
 A prompt file holds one JSON object a line:
 
     {"key": 1000, "prompt": "...", "instruction_id_list": ["punctuation:no_comma", ...],
      "kwargs": [{}, ...]}
 
-with one object of arguments for each instruction; arguments that are null count as left out.
-Every argument that an instruction has in the official set must be there: the checkers would replace
-a missing one by a random requirement that no answer has ever seen.
+`kwargs` has one object of arguments for each instruction. Null arguments count as absent. Every
+argument that an instruction has in the official set is required. The checkers would replace a
+missing one by a random requirement that no answer has seen.
 
 A response file, as google-research/instruction_following_eval reads it, holds `{"prompt": ...,
-"response": ...}` a line, in any order. A response belongs to the prompt with the same text; the
-benchmark's own files hold one prompt in an older wording, so a response that is left over goes to a
-prompt without one if their texts are nearly the same.
+"response": ...}` a line, in any order. A response belongs to the prompt with the same text. The
+benchmark's own files have one prompt in an older wording. So a remaining response goes to a prompt
+without one if their texts are nearly the same.
 """
 
 from __future__ import annotations
@@ -30,18 +30,21 @@ from fd_dsa.client.questions import Question
 from fd_dsa.errors import ConfigError
 
 OFFICIAL = Path(__file__).with_name("data") / "ifeval_prompts.jsonl"
-"""The prompts of google-research/google-research, unchanged; origin in the NOTICE beside it."""
+"""The prompts of google-research/google-research, unchanged.
+
+The NOTICE has their origin.
+"""
 
 _RELATIONS = ("at least", "less than")
 _TEXT_RULE = "a text that is not empty"
 _LINE_RULE = "one JSON object a line"
-# that older wording and the present one have 0.992
+# the older wording and the present one have a similarity of 0.992
 _SAME_PROMPT = 0.97
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt and the rules that its answer is checked against."""
+    """A prompt and the rules that its answer is checked against."""
 
     key: str
     text: str
@@ -49,13 +52,13 @@ class Prompt:
     kwargs: tuple[dict[str, Any], ...]
 
     def to_question(self, max_tokens: int) -> Question:
-        """The prompt as one user turn without a system prompt, as IFEval asks it."""
+        """Return the prompt as one user message without a system prompt, as IFEval asks it."""
         rules = {"instruction_ids": list(self.instruction_ids), "kwargs": list(self.kwargs)}
         return Question(self.key, ({"role": "user", "content": self.text},), max_tokens, rules)
 
 
 def read_prompts(path: Path | str | None = None) -> list[Prompt]:
-    """The prompts of a file, in its order; None reads the official ones."""
+    """Read the prompts of a file, in order. None = the official prompts."""
     if path is None:
         return list(_official().values())
     prompts: dict[str, Prompt] = {}
@@ -81,7 +84,7 @@ def read_prompts(path: Path | str | None = None) -> list[Prompt]:
 
 
 def _objects(path: Path | str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The number and the JSON object of every line that is not empty."""
+    """Yield number and JSON object of every line that is not empty."""
     for number, line in enumerate(Path(path).read_bytes().split(b"\n"), 1):
         if not line.strip():
             continue
@@ -96,7 +99,10 @@ def _objects(path: Path | str) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def set_warning(prompts: Sequence[Prompt]) -> str | None:
-    """Why figures of these prompts compare with nobody else's; None for the official set."""
+    """Return a warning if scores of these prompts are not comparable with others.
+
+    The official set returns None.
+    """
     official = _official()
     count, rules = len(prompts), sum(len(prompt.instruction_ids) for prompt in prompts)
     if all(official.get(prompt.key) == prompt for prompt in prompts):
@@ -111,7 +117,7 @@ def set_warning(prompts: Sequence[Prompt]) -> str | None:
 
 @cache
 def _official() -> Mapping[str, Prompt]:
-    """The official prompts by key, in their order."""
+    """Return the official prompts by key, in order."""
     found = {}
     for _, data in _objects(OFFICIAL):
         kwargs = tuple(_without_nulls(given) for given in data["kwargs"])
@@ -122,7 +128,7 @@ def _official() -> Mapping[str, Prompt]:
 
 @cache
 def arguments() -> Mapping[str, Mapping[str, type]]:
-    """Instruction -> its arguments and the type of each, as the official set has them."""
+    """Return instruction -> its arguments with their types, taken from the official set."""
     found: dict[str, dict[str, type]] = {}
     for prompt in _official().values():
         for name, given in zip(prompt.instruction_ids, prompt.kwargs, strict=True):
@@ -130,12 +136,16 @@ def arguments() -> Mapping[str, Mapping[str, type]]:
     return dict(sorted(found.items()))
 
 
-def _without_nulls(given: Mapping[str, Any]) -> dict[str, Any]:
+def _without_nulls(given: Mapping[str, object]) -> dict[str, Any]:
     return {key: value for key, value in given.items() if value is not None}
 
 
-def _prompt(data: Mapping[str, Any], where: str) -> Prompt:
-    """The prompt of one line, each field checked; `where` begins the errors."""
+def _prompt(data: Mapping[str, object], where: str) -> Prompt:
+    """Parse the prompt of one line and check each field.
+
+    Args:
+        where: beginning of the errors.
+    """
     fields: Any = map(data.get, ("key", "prompt", "instruction_id_list", "kwargs"))
     key, text, names, kwargs = fields
     given = f"{len(kwargs)} entries" if isinstance(kwargs, list) else shown(kwargs)
@@ -160,8 +170,8 @@ def _prompt(data: Mapping[str, Any], where: str) -> Prompt:
     return Prompt(str(key), text, tuple(names), tuple(_checked(*pair, where) for pair in pairs))
 
 
-def _checked(name: Any, given: Any, where: str) -> dict[str, Any]:
-    """Arguments of one instruction without those that are null, all of them checked."""
+def _checked(name: object, given: object, where: str) -> dict[str, Any]:
+    """Check the arguments of one instruction. Returns them without nulls."""
     if not isinstance(name, str) or name not in arguments():
         known = ", ".join(arguments())
         raise ConfigError(f"{where}instruction_id_list: {shown(name)}; allowed are {known}")
@@ -183,19 +193,19 @@ def _checked(name: Any, given: Any, where: str) -> dict[str, Any]:
             good, rule = _is_text(value), _TEXT_RULE
         else:
             good = isinstance(value, list) and bool(value) and all(map(_is_text, value))
-            rule = "a list of texts, none of them empty"
+            rule = "a list of non-empty texts"
         if not good:
             found = f": {shown(value)}" if key in kept else " is missing"
             raise ConfigError(f"{where}{key}{found}; {rule} is needed")
     return kept
 
 
-def _is_text(value: Any) -> bool:
+def _is_text(value: object) -> bool:
     return isinstance(value, str) and bool(value.strip())
 
 
 def is_response_file(path: Path) -> bool:
-    """Reports whether the first line of a file is a response."""
+    """Return True if the first line of a file is a response."""
     try:
         with path.open("rb") as file:
             entry = json.loads(file.readline())
@@ -205,7 +215,7 @@ def is_response_file(path: Path) -> bool:
 
 
 def read_responses(path: Path, prompts: Sequence[Prompt]) -> tuple[dict[str, str], list[str]]:
-    """Key -> response in a file to these prompts, and what a reader of the scores has to know."""
+    """Return key -> response to these prompts, and notes for readers of the scores."""
     keys = {prompt.text: prompt.key for prompt in prompts}
     texts: dict[str, str] = {}
     unknown: dict[int, tuple[str, str]] = {}
@@ -232,8 +242,8 @@ def read_responses(path: Path, prompts: Sequence[Prompt]) -> tuple[dict[str, str
         near = get_close_matches(prompt, free, n=1, cutoff=_SAME_PROMPT)
         if not near:
             raise ConfigError(
-                f"{path}:{number}: prompt: {shown(prompt)} is none of the {len(prompts)} prompts; "
-                "--prompts names the file that it is from"
+                f"{path}:{number}: prompt: {shown(prompt)} is not one of the {len(prompts)} "
+                "prompts; --prompts names the file that it is from"
             )
         texts[keys[near[0]]] = response
         reworded.append(keys[near[0]])

@@ -1,6 +1,6 @@
-"""One run of any task: reach or start the server, ask what is missing, keep every answer.
+"""A run of any task: reaches the server, asks missing questions, stores answers.
 
-The folder `--out` then holds `answers.jsonl`, and `server.log` where the run started its server.
+The folder `--out` then holds `answers.jsonl`, and `server.log` if the run started its server.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
@@ -30,12 +29,16 @@ from fd_dsa.command_line.values import add_numbers
 from fd_dsa.errors import ConfigError, RemoteError
 from fd_dsa.signals import signals_call
 
-# RunSettings.base_url of a run that started its server
+# value of RunSettings.base_url if the run started its server
 OWN = "own"
 
 
 def add_run_flags(parser: argparse.ArgumentParser, *, out: str, max_tokens: int) -> None:
-    """The flags that all tasks share; `out` and `max_tokens` are defaults."""
+    """Add the flags that all tasks share.
+
+    Args:
+        out, max_tokens: defaults of the flags.
+    """
     text = f"folder of the run (default: {out})"
     parser.add_argument("--out", metavar="DIR", default=out, help=text)
     server = parser.add_argument_group("server")
@@ -57,21 +60,25 @@ def add_run_flags(parser: argparse.ArgumentParser, *, out: str, max_tokens: int)
         "--thinking",
         metavar="on|off",
         type=ON_OR_OFF,
-        help="asked of the chat template (default: nothing is asked, its own default counts)",
+        help="mode requested from the chat template (default: the template's own)",
     )
 
 
 @dataclass(frozen=True)
-class Target:
-    """A server that is ready to be asked; `own` is the server that the run itself started."""
+class ServerUnderTest:
+    """A server that is ready for questions.
+
+    Attributes:
+        own: the server that the run itself started, or None.
+    """
 
     args: argparse.Namespace
     client: ChatClient
     info: ServerInfo
     own: OwnServer | None
 
-    def settings(self, task: str, task_settings: dict[str, Any]) -> RunSettings:
-        """Everything that decides the answers."""
+    def settings(self, task: str, task_settings: dict[str, object]) -> RunSettings:
+        """Return all settings that determine the answers."""
         args, facts, url = self.args, dict(self.info.facts), self.client.base_url
         if self.own is not None:
             url, facts["command"] = OWN, list(self.own.command)
@@ -87,12 +94,17 @@ class Target:
         )
 
     def collect(
-        self, task: str, questions: Sequence[Question], task_settings: dict[str, Any]
+        self, task: str, questions: Sequence[Question], task_settings: dict[str, object]
     ) -> Run:
-        """Ask what has no answer yet and keep every answer; the run with all of them.
+        """Ask the questions without an answer and store every answer.
 
-        A server that went away or left a question without an answer is a RemoteError, Ctrl-C and
-        SIGTERM a KeyboardInterrupt; both say what is kept, and the command that asks the others.
+        Returns:
+            The run with all answers.
+
+        Raises:
+            RemoteError: the server went away or left a question without an answer.
+            KeyboardInterrupt: Ctrl-C or SIGTERM. Both messages have the number of stored answers
+                and the command that continues the run.
         """
         path = Path(self.args.out) / ANSWERS_FILE
         with open_store(path, self.settings(task, task_settings)) as run:
@@ -118,7 +130,7 @@ class Target:
         raise RemoteError(f"{failure}{log}; {kept}")
 
     async def _ask(self, task: str, missing: list[Question], total: int, run: Run) -> bool:
-        """Ask and keep; True if a signal ended it early."""
+        """Ask and store. Returns True if a signal ended it early."""
         by_key = {question.key: question for question in missing}
         stopped = threading.Event()
 
@@ -136,8 +148,8 @@ class Target:
 
 
 @contextmanager
-def connected(args: argparse.Namespace) -> Iterator[Target]:
-    """A server that takes questions, examined, until the block ends."""
+def connected(args: argparse.Namespace) -> Iterator[ServerUnderTest]:
+    """Yield an examined server that accepts questions, until the block ends."""
     out = Path(args.out)
     check_folder(out)
     with contextlib.ExitStack() as stack:
@@ -168,4 +180,4 @@ def connected(args: argparse.Namespace) -> Iterator[Target]:
                 f"--max-tokens: got {args.max_tokens}; {info.model} takes {info.max_model_len} "
                 "tokens, prompt and answer together"
             )
-        yield Target(args, client, info, own)
+        yield ServerUnderTest(args, client, info, own)

@@ -1,12 +1,12 @@
-"""IFEval's scores, by the checkers of lm-eval (`lm_eval.tasks.ifeval`), offline and repeatable.
+"""IFEval's scores by the checkers of lm-eval, offline and repeatable.
 
-Strict takes the answer as it is; loose takes, for each instruction, the best of eight variants:
-whole, without its first line, without its last, without both, each as it is and without `*`.
-An empty answer follows nothing.
+Strict scores use the unchanged answer. Loose scores use, for each instruction, the best of eight
+variants: whole, without its first line, without its last, without both, each with and without `*`.
+An empty answer follows no instruction.
 
-The checkers draw from Python's global random numbers in one place (`random_keys`) and langdetect
-draws its own. Both are seeded before every prompt and put back after it, so a score depends on the
-prompt and its answer alone and not on the prompts before it.
+The checkers use Python's global random numbers in one place (`random_keys`), and langdetect has its
+own. Both are seeded before every prompt and restored after it. So a score depends only on its
+prompt and answer, not on earlier prompts.
 
 Source: Zhou et al. 2023, arXiv 2311.07911.
 """
@@ -38,16 +38,21 @@ SEED = 0
 _PACKAGES = ("lm-eval", "nltk", "langdetect")
 _LETTERS = "keywords:letter_frequency"
 CARRIER = "llama-index-core"
-"""The package on PyPI whose wheel carries the model; only its files are read, never its code."""
+"""The PyPI package whose wheel contains the model.
+
+Its files are read, its code is not run.
+"""
 _CACHE = "llama_index/core/_static/nltk_cache"
 _MODEL = "tokenizers/punkt_tab/english"
 _FILES = ("abbrev_types.txt", "collocations.tab", "ortho_context.tab", "sent_starters.txt")
 
 
 def ready(prompts: Sequence[Prompt]) -> dict[str, str]:
-    """What will score these prompts: versions of the checkers and SHA-256 of the sentence model.
+    """Prepare the scorer.
 
-    To be called before the first request: afterwards `score` lacks nothing.
+    Returns versions of the checkers and SHA-256 of the sentence model.
+
+    Call it before the first request, so that everything `score` needs is present.
     """
     for prompt in prompts:
         try:
@@ -64,16 +69,16 @@ def ready(prompts: Sequence[Prompt]) -> dict[str, str]:
 
 
 def score(prompts: Sequence[Prompt], answers: Sequence[Answer]) -> list[PromptScore]:
-    """Scores of the answers, one for each prompt and in the same order."""
+    """Return the scores of the answers, one for each prompt in the same order."""
     return [_score(*pair) for pair in zip(prompts, answers, strict=True)]
 
 
 def random_keys(prompts: Sequence[Prompt]) -> tuple[str, ...]:
-    """Keys of the prompts whose grade is drawn: 1122 and 1129 of the official set.
+    """Return the keys of prompts with random grades: 1122 and 1129 of the official set.
 
-    They ask for a frequency of `#` and of `!`; the checker replaces what is no letter by a random
-    one. Every public scorer shares it, so unseeded passes over the same answers can differ.
-    Source: google-research/google-research #3427, allenai/olmo-eval #320.
+    They ask for a frequency of `#` and of `!`. The checker replaces a character that is not a
+    letter by a random one. All public scorers share this behaviour, so unseeded passes over the
+    same answers can differ. Source: google-research/google-research #3427, allenai/olmo-eval #320.
     """
     return tuple(
         prompt.key
@@ -115,13 +120,13 @@ def _check(prompt: Prompt, text: str) -> dict[str, Any]:
 
 @cache
 def _checkers() -> Callable[[dict[str, Any], list[str]], dict[str, Any]]:
-    """lm-eval's `process_results`: a document and its answers to lists of what holds."""
+    """Return lm-eval's `process_results`: from a document and answers to their results."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             import lm_eval  # noqa: F401
 
-            # before the next import, which would download the model where it finds none
+            # before the next import, which would otherwise download the model
             sentence_model()
             from lm_eval.tasks.ifeval.utils import process_results
     except BackendUnavailable:
@@ -136,7 +141,7 @@ def _checkers() -> Callable[[dict[str, Any], list[str]], dict[str, Any]]:
 
 @contextmanager
 def _seeded() -> Iterator[None]:
-    """Seed what the checkers draw from; afterwards both are as they were."""
+    """Seed the random numbers of the checkers, and restore them afterwards."""
     from langdetect import DetectorFactory
 
     state, seed = random.getstate(), DetectorFactory.seed
@@ -155,11 +160,12 @@ def _cause(error: Exception) -> str:
 
 @cache
 def sentence_model() -> str:
-    """Make NLTK able to read the model; returns the SHA-256 of its files, in hexadecimal.
+    """Make the sentence model readable for NLTK.
 
-    NLTK then reads a private copy of the model in the installed `CARRIER`, for the life of the
-    process: it refuses files with hard links, as some installers make them, and folders that others
-    may write.
+    Returns the SHA-256 of its files, hexadecimal.
+
+    NLTK then reads a private copy of the model in `CARRIER` until the process ends. It refuses
+    files with hard links, which some installers make, and folders that others may write.
     """
     try:
         with warnings.catch_warnings():

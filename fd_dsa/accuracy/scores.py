@@ -1,4 +1,4 @@
-"""Settings and scores of runs, `scores.json`, and the metrics and the report of IFEval."""
+"""Settings and scores of runs, `scores.json`, and IFEval's metrics and report."""
 
 from __future__ import annotations
 
@@ -23,15 +23,18 @@ INST_STRICT = "Inst-level-strict-accuracy"
 PROMPT_LOOSE = "Prompt-level-loose-accuracy"
 INST_LOOSE = "Inst-level-loose-accuracy"
 METRICS = (PROMPT_STRICT, INST_STRICT, PROMPT_LOOSE, INST_LOOSE)
-"""Names of IFEval's four metrics, as OpenCompass prints them; the first is the primary one."""
+"""Names of IFEval's four metrics, as printed by OpenCompass.
+
+The first is the primary one.
+"""
 
 ANSWERS_FILE = "answers.jsonl"
 SCORES_FILE = "scores.json"
 REPORT_FILE = "report.md"
 END_OF_THOUGHT = "</think>"
-"""What an answer holds up to here is kept and not scored."""
-MOST_CUT_SHARE = 0.02
-"""Above this share of answers cut at max_tokens, a report warns."""
+"""The part of an answer up to this mark is stored and not scored."""
+MAX_CUT_SHARE = 0.02
+"""A report warns above this share of answers cut at max_tokens."""
 _HOW = (
     "Intervals are of 95 %: Wilson's for prompts and types, a bootstrap over prompts for the "
     "instruction-level metrics, since instructions of one prompt pass or fail together."
@@ -40,13 +43,13 @@ _HOW = (
 
 @dataclass(frozen=True)
 class RunSettings:
-    """What decides the answers of a run; what is unknown is None.
+    """The settings that determine the answers of a run. None = unknown.
 
     Attributes:
-        concurrency: requests in flight; greedy tokens may depend on the batch.
-        thinking: True and False are asked of the chat template; None leaves it its default.
-        server: what the server says of itself: version, commit, device, types, limits.
-        task_settings: what else the task was run with: prompt file, lengths, ...
+        concurrency: number of requests in flight. Greedy tokens may depend on the batch.
+        thinking: value for the chat template. None = the template's default.
+        server: the server's description of itself: version, commit, device, types, limits.
+        task_settings: further settings of the task: prompt file, lengths, ...
     """
 
     task: str
@@ -61,13 +64,16 @@ class RunSettings:
     task_settings: dict[str, Any] = field(default_factory=dict)
 
     def flat(self) -> dict[str, Any]:
-        """Settings by dotted name, such as `server.dtype`."""
+        """Return the settings by dotted name, such as `server.dtype`."""
         known = asdict(self)
         inner = {name: known.pop(name) for name in ("server", "task_settings")}
         return known | {f"{n}.{k}": v for n, value in inner.items() for k, v in value.items()}
 
     def differences(self, other: RunSettings) -> dict[str, tuple[Any, Any]]:
-        """Name -> both values where they differ; what a server does not say is no difference."""
+        """Return name -> both values for different settings.
+
+        Unknown facts of a server are equal.
+        """
         one, two = self.flat(), other.flat()
         pairs = {name: (one.get(name), two.get(name)) for name in {**one, **two}}
         return {
@@ -78,17 +84,21 @@ class RunSettings:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> RunSettings:
-        """The settings of a JSON object with these fields; raises TypeError without one."""
+        """Read the settings from a JSON object with these fields.
+
+        Raises:
+            TypeError: a field is missing.
+        """
         return cls(**{name: data[name] for name in cls.__dataclass_fields__ if name in data})
 
 
 @dataclass(frozen=True)
 class PromptScore:
-    """How one answer followed its instructions.
+    """The result of each instruction for one answer.
 
     Attributes:
-        follow_loose: for each instruction, the best variant of the answer.
-        answer_sha256: of the scored text in UTF-8, in hexadecimal.
+        follow_loose: for each instruction, the result of the answer's best variant.
+        answer_sha256: hash of the scored text in UTF-8, hexadecimal.
     """
 
     key: str
@@ -107,7 +117,7 @@ class PromptScore:
 
 
 def without_reasoning(text: str) -> str:
-    """What an answer says after the model has thought aloud."""
+    """Return the part of an answer after the model's reasoning."""
     _, mark, rest = text.rpartition(END_OF_THOUGHT)
     return rest.lstrip() if mark else text
 
@@ -115,22 +125,22 @@ def without_reasoning(text: str) -> str:
 def prompt_score(
     answer: Answer, names: tuple[str, ...], strict: tuple[bool, ...], loose: tuple[bool, ...]
 ) -> PromptScore:
-    """The score of an answer from what it follows, strictly and loosely."""
+    """Return the score of an answer from its strict and loose results."""
     counts = answer.prompt_tokens, answer.completion_tokens
-    # a server may cut a character in two
+    # a server may split a character, which leaves a lone surrogate
     sha = sha256(answer.text.encode("utf-8", "surrogatepass")).hexdigest()
     return PromptScore(answer.key, names, strict, loose, answer.finish_reason, *counts, sha)
 
 
-def shown(value: Any) -> str:
-    """A value in a message, cut where it is long."""
+def shown(value: object) -> str:
+    """Return a value for a message, shortened if long."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 @dataclass(frozen=True)
 class Metric:
-    """How many prompts or instructions passed, and the share with its interval."""
+    """Number and share of passed prompts or instructions, with an interval."""
 
     passed: int
     total: int
@@ -152,7 +162,7 @@ class Scores:
         return {score.key: score for score in self.prompts}
 
     def to_json(self) -> str:
-        """The text of `scores.json`."""
+        """Return the text of `scores.json`."""
         return as_json(
             {
                 "settings": asdict(self.settings),
@@ -163,7 +173,7 @@ class Scores:
 
 
 def columns(prompts: Sequence[PromptScore], metric: str) -> tuple[list[int], list[int]]:
-    """What passed of each prompt and how much it has, in the units of a metric."""
+    """Return passed number and size of each prompt, in the units of a metric."""
     loose = metric in (PROMPT_LOOSE, INST_LOOSE)
     follows = [score.follow_loose if loose else score.follow_strict for score in prompts]
     if metric in (INST_STRICT, INST_LOOSE):
@@ -172,7 +182,7 @@ def columns(prompts: Sequence[PromptScore], metric: str) -> tuple[list[int], lis
 
 
 def metric(prompts: Sequence[PromptScore], name: str) -> Metric:
-    """One metric: Wilson's interval for prompts, for instructions the bootstrap over prompts."""
+    """Return a metric: Wilson's interval for prompts, a bootstrap for instructions."""
     passed, sizes = columns(prompts, name)
     by_prompt, total = name in (PROMPT_STRICT, PROMPT_LOOSE), sum(sizes)
     share = wilson(sum(passed), total) if by_prompt else bootstrap_share(passed, sizes)
@@ -180,12 +190,12 @@ def metric(prompts: Sequence[PromptScore], name: str) -> Metric:
 
 
 def metrics(prompts: Sequence[PromptScore]) -> dict[str, Metric]:
-    """The four metrics, the primary one first."""
+    """Return the four metrics, beginning with the primary one."""
     return {name: metric(prompts, name) for name in METRICS}
 
 
 def by_type(prompts: Sequence[PromptScore]) -> dict[str, tuple[int, int, int]]:
-    """Instruction type -> its instructions: all, followed strictly, followed loosely; by name."""
+    """Return instruction type -> (number, followed strictly, followed loosely), by name."""
     totals, strict, loose = Counter[str](), Counter[str](), Counter[str]()
     for score in prompts:
         totals.update(score.instruction_ids)
@@ -195,7 +205,7 @@ def by_type(prompts: Sequence[PromptScore]) -> dict[str, tuple[int, int, int]]:
 
 
 def settings_table(settings: RunSettings) -> Table:
-    """The settings that decide answers, for reports; the server's address is left out."""
+    """Return a table of the settings that determine answers (not the server's address)."""
     rows = settings.flat()
     del rows["base_url"]
     if settings.thinking is None:
@@ -205,7 +215,7 @@ def settings_table(settings: RunSettings) -> Table:
 
 
 def read_scores(path: Path) -> Scores:
-    """The scores of a run."""
+    """Read the scores of a run."""
     file = path / SCORES_FILE if path.is_dir() else path
     try:
         scores = TypeAdapter(Scores).validate_json(file.read_bytes(), strict=True)
@@ -230,7 +240,7 @@ def read_scores(path: Path) -> Scores:
 
 
 def write_report(out: Path, scores: Scores, notes: Sequence[str] = ()) -> list[Path]:
-    """Write `scores.json` and `report.md`, both or none; returns their paths."""
+    """Write `scores.json` and `report.md` together, and return their paths."""
     shown = [*parts(scores, notes), settings_table(scores.settings)]
     files = {
         SCORES_FILE: scores.to_json(),
@@ -241,9 +251,9 @@ def write_report(out: Path, scores: Scores, notes: Sequence[str] = ()) -> list[P
 
 
 def cut_warning(scores: Scores, which: str = "") -> str | None:
-    """A line where more answers than `MOST_CUT_SHARE` ended at max_tokens, or None."""
+    """Return a warning if more than `MAX_CUT_SHARE` of the answers ended at max_tokens."""
     cut = sum(score.finish_reason == "length" for score in scores.prompts)
-    if cut <= MOST_CUT_SHARE * len(scores.prompts):
+    if cut <= MAX_CUT_SHARE * len(scores.prompts):
         return None
     return (
         f"Warning: {cut} of {len(scores.prompts)} answers{which} were cut at max_tokens "
@@ -252,7 +262,7 @@ def cut_warning(scores: Scores, which: str = "") -> str | None:
 
 
 def parts(scores: Scores, notes: Sequence[str]) -> list[str | Table]:
-    """Tables and notes, in order."""
+    """Return tables and notes, in order."""
     rows = [
         (name, f"{metric.passed}/{metric.total}", metric.share.percent())
         for name, metric in metrics(scores.prompts).items()

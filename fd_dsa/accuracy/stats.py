@@ -1,7 +1,7 @@
-"""Statistics of passed prompts: intervals, tests, smallest visible differences.
+"""Statistics of passed prompts: intervals, tests, smallest detectable differences.
 
-Shares and differences are fractions, not percent. Nothing here depends on when or where it runs:
-the resampling is seeded, and NumPy keeps the stream of `RandomState` as it is.
+Shares and differences are fractions, not percent. Results do not depend on time or machine: the
+resampling is seeded, and NumPy keeps the stream of `RandomState` stable.
 """
 
 from __future__ import annotations
@@ -24,57 +24,61 @@ _BLOCK_ELEMENTS = 1 << 22
 
 
 class Estimate(NamedTuple):
-    """A share or a difference of shares with its 95 % interval; value is NaN without data."""
+    """A share or a difference of shares with its 95 % interval.
+
+    The value is NaN without data.
+    """
 
     value: float
     low: float
     high: float
 
     def percent(self) -> str:
-        """A share in percent, `86.69 [83.6, 89.3]`; a dash without data."""
+        """Format a share in percent, as in `86.69 [83.6, 89.3]`, or as a dash without data."""
         if math.isnan(self.value):
             return "-"
         value, low, high = (100 * part for part in self)
         return f"{value:.2f} [{low:.1f}, {high:.1f}]"
 
     def points(self) -> str:
-        """A difference in points, `+1.11 [-2.89, +5.11]`; a dash without data."""
+        """Format a difference in points, as `+1.11 [-2.89, +5.11]`, or a dash without data."""
         if math.isnan(self.value):
             return "-"
         return "{} [{}, {}]".format(*map(signed, self))
 
     def to_json(self) -> dict[str, float | None]:
-        """The estimate in percent or points to four decimals; NaN is null."""
+        """Return the estimate in percent or points with four decimals. NaN becomes null."""
         parts = self._asdict().items()
         return {n: None if math.isnan(part) else round(100 * part, 4) for n, part in parts}
 
 
 def signed(difference: float) -> str:
-    """A difference in points, two decimals and its sign; nothing is `0.00`."""
+    """Format a difference in points with two decimals and its sign. Zero is `0.00`."""
     text = f"{100 * difference:+.2f}"
     return "0.00" if text in ("+0.00", "-0.00") else text
 
 
 def wilson(passed: int, total: int) -> Estimate:
-    """A share of independent trials with its Wilson score interval; [0, 1] without trials.
+    """Return a share of independent trials with its Wilson score interval.
 
-    (p + z²/2n ± z sqrt(p(1-p)/n + z²/4n²)) / (1 + z²/n). Source: Wilson 1927, JASA 22.
+    (p + z²/2n ± z sqrt(p(1-p)/n + z²/4n²)) / (1 + z²/n). The interval is [0, 1] without trials.
+    Source: Wilson 1927, JASA 22.
     """
     if total == 0:
         return Estimate(math.nan, 0.0, 1.0)
     share, scale = passed / total, 1 + _Z * _Z / total
     middle = (share + _Z * _Z / (2 * total)) / scale
     half = _Z * math.sqrt(share * (1 - share) / total + _Z * _Z / (4 * total * total)) / scale
-    # at 0 and at total the bound is the share itself, except for rounding
+    # exact at 0 and at total, where rounding would move the bound
     low = 0.0 if passed == 0 else max(0.0, middle - half)
     high = 1.0 if passed == total else min(1.0, middle + half)
     return Estimate(share, low, high)
 
 
 def mcnemar(worse: int, better: int) -> float:
-    """Exact two-sided p that a prompt which flips is as likely to get worse as better.
+    """Return the exact two-sided p that flips are equally likely in both directions.
 
-    min(1, 2 Σ_{i <= min(worse, better)} C(n, i) / 2^n) with n = worse + better, in whole numbers.
+    min(1, 2 Σ_{i <= min(worse, better)} C(n, i) / 2^n) with n = worse + better, in integers.
     Source: McNemar 1947, Psychometrika 12, in its binomial form.
     """
     flips = worse + better
@@ -82,18 +86,18 @@ def mcnemar(worse: int, better: int) -> float:
     return min(1.0, 2 * tail / 2**flips)
 
 
-def most_unseen_share(trials: int) -> float:
-    """Largest share of flips that shows none in so many prompts with 5 % probability."""
+def max_unseen_share(trials: int) -> float:
+    """Return the flip rate at which `trials` prompts show no flip with 5 % probability."""
     return 1 - ALPHA ** (1 / trials) if trials else 1.0
 
 
 def paired_difference(worse: int, better: int, prompts: int) -> Estimate:
-    """Difference after - before of a pass rate on the same prompts, from its flips.
+    """Return the difference after - before of a pass rate, from the flips of its prompts.
 
-    The shares of both kinds of flips are cells of one multinomial; their Wilson intervals are
-    combined with the correlation -sqrt(bw / ((1 - b)(1 - w))) of such cells. Unlike the bootstrap
-    it holds with few flips. Source: Newcombe 1998, Statistics in Medicine 17 (paired data), in the
-    form of Zou and Donner 2008, Statistics in Medicine 27.
+    The shares of both kinds of flips are cells of one multinomial distribution. Their Wilson
+    intervals are combined with the correlation -sqrt(bw / ((1 - b)(1 - w))) of such cells. Unlike
+    the bootstrap this is valid for few flips. Source: Newcombe 1998, Statistics in Medicine 17
+    (paired data), in the form of Zou and Donner 2008, Statistics in Medicine 27.
     """
     lost, won = wilson(worse, prompts), wilson(better, prompts)
     if not prompts:
@@ -111,10 +115,13 @@ def paired_difference(worse: int, better: int, prompts: int) -> Estimate:
 
 
 def bootstrap_share(passed: ArrayLike, sizes: ArrayLike) -> Estimate:
-    """Share of passed instructions [prompts] of so many, by resampling whole prompts.
+    """Return the share of passed instructions, with an interval by resampling prompts.
 
-    Instructions of one prompt pass or fail together, so an interval that counts them as
-    independent is too narrow. Where no resample can differ, it is Wilson's for the prompts.
+    Instructions of one prompt pass or fail together, so an interval that counts them as independent
+    is too narrow. If no resample can differ, the interval is Wilson's for the prompts.
+
+    Args:
+        passed, sizes: [prompts], number of passed and of all instructions of each prompt.
     """
     found = _bootstrap(passed, sizes)
     if found.value in (0.0, 1.0):
@@ -123,19 +130,19 @@ def bootstrap_share(passed: ArrayLike, sizes: ArrayLike) -> Estimate:
 
 
 def bootstrap_difference(before: ArrayLike, after: ArrayLike, sizes: ArrayLike) -> Estimate:
-    """Difference after - before of two shares of the same prompts, by resampling whole prompts."""
+    """Return the difference after - before of two shares, by resampling prompts."""
     return _bootstrap(np.asarray(after, np.float64) - np.asarray(before, np.float64), sizes)
 
 
 def _bootstrap(values: ArrayLike, sizes: ArrayLike) -> Estimate:
-    """Sum of values over sum of sizes, its interval from 10,000 resamples of the prompts.
+    """Return sum of values over sum of sizes, with an interval from 10,000 resamples.
 
-    Percentiles 2.5 and 97.5, with a fixed seed.
-    Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapters 8 and 13.
+    The interval has the percentiles 2.5 and 97.5, with a fixed seed. Source: Efron and Tibshirani,
+    An Introduction to the Bootstrap, 1993, chapters 8 and 13.
     """
     pairs = np.stack([np.asarray(values, np.float64), np.asarray(sizes, np.float64)], axis=1)
     prompts = len(pairs)
-    # Generator may change its stream in any release of NumPy, this one never does
+    # NumPy may change the stream of Generator in any release, but never that of RandomState
     random = np.random.RandomState(SEED)
     step = max(1, _BLOCK_ELEMENTS // prompts)
     blocks = []
@@ -151,14 +158,17 @@ def _bootstrap(values: ArrayLike, sizes: ArrayLike) -> Estimate:
 
 
 def smallest_difference(prompts: int, flip_rate: float, power: float = POWER) -> float | None:
-    """Smallest true difference d that a paired run shows with the given power.
+    """Return the smallest true difference that a paired run detects with given power.
 
-    Of `prompts` pairs a share `flip_rate` is expected to flip, (flip_rate + d) / 2 of it to the
-    better; "shows" is p <= 0.05 in the exact test of `mcnemar`, its power that of the binomial
-    distributions. None where even flips all in one direction are too few.
+    A share `flip_rate` of the pairs is expected to flip, and (flip_rate + difference) / 2 of them
+    get better. "Detects" means p <= 0.05 in the exact test of `mcnemar`. The power is computed from
+    the binomial distributions.
+
+    Returns:
+        The difference, or None if even flips in one direction are too few.
     """
     chances = _binomial(prompts, flip_rate)
-    # numbers of flips less likely than this change nothing in three digits
+    # flip counts below this probability do not change the first three digits
     counts = [int(flips) for flips in np.flatnonzero(chances > 1e-12)]
     limits = {flips: _largest_rejected(flips) for flips in counts}
 
@@ -180,7 +190,7 @@ def smallest_difference(prompts: int, flip_rate: float, power: float = POWER) ->
 
 
 def _binomial(trials: int, share: float) -> NDArray[np.float64]:
-    """[trials + 1]: probability of each count."""
+    """Return float64 [trials + 1]: the probability of each count."""
     if share in (0.0, 1.0):
         return np.eye(trials + 1)[trials if share else 0]
     factorials = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, trials + 1)))])
@@ -190,6 +200,6 @@ def _binomial(trials: int, share: float) -> NDArray[np.float64]:
 
 
 def _largest_rejected(flips: int) -> int:
-    """Largest smaller side at which the exact test reaches its level; -1 where none does."""
+    """Return the largest smaller side with a significant exact test, -1 without one."""
     tail = np.cumsum(_binomial(flips, 0.5))
     return int(np.searchsorted(tail[: flips // 2 + 1], ALPHA / 2, side="right")) - 1

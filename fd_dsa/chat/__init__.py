@@ -1,4 +1,4 @@
-"""Chat formats: from messages to a prompt, and from the text of an answer to its parts.
+"""Chat formats: from messages to a prompt, and from answer text to its parts.
 
-Knows texts alone: no token, no engine, no HTTP.
+This package handles text only, without tokens, engine or HTTP.
 """

@@ -1,28 +1,30 @@
-"""Lists of arguments that a tool's schema allows, for formats that write them one by one."""
+"""Argument lists of a tool's schema, for formats that write arguments one by one."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
-from fd_dsa.chat.enforced import checked, exclusive, refusal
+from fd_dsa.chat.enforced import CheckedSchema, checked, exclusive, refusal
 from fd_dsa.chat.schema import (
     MAX_DEPTH,
     SchemaError,
     ToolSchema,
     declared_kinds,
+    items_of,
     listed_values,
     mapping,
 )
 
-# combinations of the alternatives of a schema, and plain schemas in all of them
+# limits of a schema: combinations of its alternatives, and plain schemas in all of them
 _MAX_LISTS = 64
 _MAX_PARTS = 512
-# more do not fit into a grammar
+# a grammar with more names would be too large
 _MAX_NAMES = 512
 _OBJECT = frozenset({"object"})
-_Plain = tuple[Mapping[str, Any], ...]
+_T = TypeVar("_T")
+_Plain = tuple[CheckedSchema, ...]
 
 
 @dataclass(frozen=True)
@@ -30,10 +32,10 @@ class Argument:
     """An argument that a call may have.
 
     Attributes:
-        name: None for a name of which the schema says only a pattern.
+        name: None for any name that matches `pattern`.
         parts: schemas that its value must satisfy, all of them.
-        pattern, other_patterns: of names without a name of their own; a name must match the first,
-            and none of the others.
+        pattern, other_patterns: patterns of an argument without a fixed name. The name must match
+            the first and not any of the others.
     """
 
     name: str | None
@@ -45,10 +47,12 @@ class Argument:
 
 @dataclass(frozen=True)
 class ArgumentList:
-    """Arguments of one alternative of a schema, each of which comes once if it has a name.
+    """The arguments of one alternative of a schema.
+
+    A named argument occurs at most once.
 
     Attributes:
-        min_count, max_count: numbers of arguments in a call; None: no upper bound.
+        min_count, max_count: minimum and maximum number of arguments in a call. None = no maximum.
     """
 
     arguments: tuple[Argument, ...]
@@ -57,11 +61,11 @@ class ArgumentList:
 
 
 def argument_lists(schema: ToolSchema) -> list[ArgumentList]:
-    """Lists of arguments that satisfy a tool's schema, one for each of its alternatives.
+    """Return the argument lists that satisfy a tool's schema, one for each alternative.
 
-    A schema without properties allows arguments of any name, and a name may come twice. Otherwise
-    only the names that it lists or requires are written. An alternative without properties then
-    has one argument, of any name.
+    A schema without properties allows arguments of any name, even repeated ones. Otherwise only
+    listed or required names are written. An alternative without properties then has one argument,
+    of any name.
 
     Raises:
         SchemaError: a grammar cannot enforce a keyword, or no arguments satisfy the schema.
@@ -78,21 +82,21 @@ def argument_lists(schema: ToolSchema) -> list[ArgumentList]:
 
 
 class _Alternatives:
-    """Alternatives of schemas, each as schemas whose own keywords must all be satisfied."""
+    """Alternatives of schemas, each a tuple of schemas that must all be satisfied."""
 
     def __init__(self, schema: ToolSchema) -> None:
         self._schema = schema
         self._memo: dict[int, list[_Plain]] = {}
 
-    def of(self, of: Any, depth: int = MAX_DEPTH) -> list[_Plain]:
-        """The alternatives of a schema."""
+    def of(self, of: object, depth: int = MAX_DEPTH) -> list[_Plain]:
+        """Return the alternatives of a schema."""
         if isinstance(of, bool) or of is None:
             return [] if of is False else [()]
         if id(of) not in self._memo:
             self._memo[id(of)] = self._of_dict(checked(self._schema, of, depth), depth)
         return self._memo[id(of)]
 
-    def _of_dict(self, of: Mapping[str, Any], depth: int) -> list[_Plain]:
+    def _of_dict(self, of: CheckedSchema, depth: int) -> list[_Plain]:
         schema = self._schema
         found: list[_Plain] = [(of,)]
         values = listed_values(of)
@@ -103,7 +107,7 @@ class _Alternatives:
             found = _product(found, self.of(part, depth - 1), "allOf")
         for keyword in ("anyOf", "oneOf"):
             if keyword in of:
-                branches = of[keyword]
+                branches: Sequence[object] = items_of(of.get(keyword))
                 if keyword == "oneOf":
                     branches = exclusive(schema, branches, _OBJECT)
                 choices: list[_Plain] = []
@@ -116,7 +120,7 @@ class _Alternatives:
 
 
 def _product(a: list[_Plain], b: list[_Plain], keyword: str) -> list[_Plain]:
-    """Every alternative of one list with every one of the other."""
+    """Combine every alternative of one list with every alternative of the other."""
     if len(a) * len(b) > _MAX_LISTS:
         raise refusal(keyword, f"the arguments have more than {_MAX_LISTS} alternatives")
     made = [_unique((*each, *other)) for each in a for other in b]
@@ -131,14 +135,14 @@ def _check_size(found: list[_Plain], keyword: str) -> None:
         raise refusal(keyword, f"the arguments have more than {_MAX_PARTS} schemas")
 
 
-def _constant(value: Mapping[str, Any]) -> dict[str, Any]:
-    """A schema of one object."""
-    properties = {name: {"const": of} for name, of in value.items()}
+def _constant(value: Mapping[str, object]) -> CheckedSchema:
+    """Return a schema that only this object satisfies."""
+    properties: dict[str, object] = {name: {"const": of} for name, of in value.items()}
     return {"properties": properties, "required": list(value), "additionalProperties": False}
 
 
 def _list_of(schema: ToolSchema, plain: _Plain) -> ArgumentList | None:
-    """The arguments that satisfy all of some schemas; None if a required one cannot."""
+    """Return the arguments that satisfy all schemas, or None if a required one cannot."""
     required = {name for part in plain for name in part.get("required", ())}
     names = dict.fromkeys(name for part in plain for name in mapping(part.get("properties")))
     names |= dict.fromkeys(name for part in plain for name in part.get("required", ()))
@@ -159,7 +163,7 @@ def _list_of(schema: ToolSchema, plain: _Plain) -> ArgumentList | None:
         if min_count > 1:
             raise refusal("minProperties", "arguments of any name may come twice")
         if schema.argument_names():
-            # the parser takes a name twice only if no part of the schema names an argument
+            # the parser accepts a repeated name only if no part of the schema names an argument
             max_count = min(1, 1 if max_count is None else max_count)
     if min_count > len(arguments) and (min_count > 1 or not arguments):
         return None
@@ -168,7 +172,7 @@ def _list_of(schema: ToolSchema, plain: _Plain) -> ArgumentList | None:
     return ArgumentList(tuple(arguments), min_count, max_count)
 
 
-def _of_property(schema: ToolSchema, part: Mapping[str, Any], name: str) -> list[Any]:
+def _of_property(schema: ToolSchema, part: Mapping[str, object], name: str) -> list[Any]:
     try:
         return schema.of_property(part, name)
     except SchemaError:
@@ -178,7 +182,7 @@ def _of_property(schema: ToolSchema, part: Mapping[str, Any], name: str) -> list
 
 
 def _of_any_name(plain: _Plain) -> list[Argument]:
-    """Arguments whose names are not listed, by `patternProperties` or `additionalProperties`."""
+    """Return arguments for `patternProperties` or `additionalProperties`."""
     patterns = {p: None for part in plain for p in mapping(part.get("patternProperties"))}
     if not patterns:
         parts = _unique(p["additionalProperties"] for p in plain if "additionalProperties" in p)
@@ -198,5 +202,5 @@ def _of_any_name(plain: _Plain) -> list[Argument]:
     return found
 
 
-def _unique(parts: Iterable[Any]) -> tuple[Any, ...]:
+def _unique(parts: Iterable[_T]) -> tuple[_T, ...]:
     return tuple({id(part): part for part in parts}.values())

@@ -8,7 +8,7 @@ from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from contextvars import ContextVar
 from sys import getsizeof, hash_info
-from typing import Any
+from typing import Any, TypeVar
 
 from jinja2.exceptions import SecurityError
 
@@ -16,43 +16,46 @@ from fd_dsa.cancellation import cancellable, check_cancelled
 from fd_dsa.chat.parser import Arguments
 
 DEFAULT_MAX_CHARS = 16 << 20
-"""Characters of a prompt if the caller sets no limit."""
+"""Maximum prompt length in characters if the caller sets no limit."""
 MAX_SECONDS = 10.0
-"""Processor time of one rendering."""
-# Bytes of values that a rendering may make: a base, and some for each character of the prompt.
-# A template may copy each message a dozen times, a character takes up to 4 bytes, and a template
-# that collects the prompt in a variable copies it with each message.
+"""Maximum processor time of one rendering, seconds."""
+# Maximum bytes of the values of a rendering: a base, and a share for each prompt character. A
+# template may copy each message a dozen times, a character takes up to 4 bytes, and a template that
+# collects the prompt in a variable copies it with each message.
 _BASE_BYTES, _BYTES_PER_CHAR, _MAX_BYTES = 16 << 20, 64, 256 << 20
-# the source of a compiled template holds its constants, and takes a hundred times their bytes
+# the source of a compiled template contains its constants and takes a hundred times their bytes
 _CONSTANT_BYTES = 1 << 16
-# bytes between two looks at the clock and the client; a step takes 32 or more
+# bytes between two checks of the clock and the client; a step counts at least 32
 _LOOK_BYTES = 1 << 12
-# Bytes that one comparison or sort may read: about 0.2 s.
+# Maximum bytes that one comparison or sort may read, about 0.2 s.
 _MAX_WORK = 1 << 28
 _MAX_KEY_BYTES = 1 << 16
 _SCALARS = (str, int, float, bool, type(None))
 _CONTAINERS = (list, tuple, Mapping, AbstractSet, ValuesView)
 SCALAR_BYTES = 32
-"""Bytes of a number; each value has as many or more."""
+"""Bytes of a number, and the minimum for any value."""
+
+
+_T = TypeVar("_T")
 
 
 class OverBudget(SecurityError, ValueError):
-    """A template would make or do more than a rendering may."""
+    """A template would exceed the budget of its rendering."""
 
 
 class PromptTooLong(OverBudget):
-    """The prompt has more characters than it may."""
+    """The prompt would exceed its maximum length."""
 
 
 class Budget:
-    """The bytes and the time that one rendering has left.
+    """The remaining bytes and time of one rendering.
 
-    Bytes count what a template has made, not what it still holds, so they bound the memory in use
-    and the work.
+    The bytes count everything that a template has made, even if it is freed. So they bound both
+    memory and work.
 
     Args:
-        max_chars: characters of the prompt.
-        max_bytes: bytes of all values.
+        max_chars: maximum length of the prompt, characters.
+        max_bytes: maximum bytes of all values.
     """
 
     def __init__(self, max_chars: int, max_bytes: int) -> None:
@@ -61,28 +64,28 @@ class Budget:
         self._next_look = self._left
         self._begin = time.thread_time()
         self._next_clock = time.monotonic() + MAX_SECONDS
-        # by id, with the object, so that no other gets its id
+        # by id, with the object itself, so that no other object gets the same id
         self._weights: dict[int, tuple[Any, int]] = {}
 
     def spend(self, num_bytes: int) -> None:
-        """Count bytes of values that were made, or of a step; look at the client now and then.
+        """Count the bytes of new values or of a step, and check the client now and then.
 
         Raises:
-            OverBudget: the bytes or the processor time are used up; so does each later call.
-            Cancelled: the client has left.
+            OverBudget: bytes or processor time are used up. Every later call raises it too.
+            Cancelled: the client has disconnected.
         """
         self._left -= num_bytes
         if self._left < self._next_look:
             self.look()
 
     def check_room(self, num_bytes: int) -> None:
-        """Refuse a value before it is made; `num_bytes` is a bound of its size."""
+        """Refuse a value before it is made. `num_bytes` is an upper bound of its size."""
         if num_bytes > self._left:
             self._left = -1
             self.look()
 
     def look(self) -> None:
-        """Look at the bytes, the time and the client."""
+        """Check the bytes, the time and the client."""
         if self._left < 0:
             raise OverBudget(f"would make texts and lists of more than {self._max_bytes} bytes")
         self._next_look = self._left - _LOOK_BYTES
@@ -94,15 +97,18 @@ class Budget:
             self._next_clock = time.monotonic() + left
 
     def check_work(self, num_bytes: int) -> None:
-        """Refuse an operation that would read more bytes than one operation may."""
+        """Refuse an operation that would read more than `_MAX_WORK` bytes."""
         self.look()
         if num_bytes > _MAX_WORK:
             raise OverBudget(f"would compare or search more than {_MAX_WORK} bytes at once")
 
-    def check_key(self, value: Any) -> Any:
-        """Return a value that is hashed, or shown in an error; refuse one that takes long."""
+    def check_key(self, value: _T) -> _T:
+        """Return a value used as a key or shown in an error.
+
+        Refuse one that is slow to hash.
+        """
         if isinstance(value, int):
-            # larger ones may all have one hash
+            # larger numbers may all have the same hash
             if value.bit_length() >= hash_info.modulus.bit_length():
                 raise OverBudget("would look up a number of more than 60 bits")
         elif not isinstance(value, _SCALARS):
@@ -113,11 +119,11 @@ class Budget:
                     self.check_key(item)
         return value
 
-    def weigh(self, value: Any) -> int:
-        """Bytes of a value with all values inside, each as often as it occurs.
+    def weigh(self, value: object) -> int:
+        """Return the bytes of a value with all nested values, each as often as it occurs.
 
-        A list that holds another one twice, which does the same again, has few objects but a
-        text without end. Each object is visited once.
+        Nested lists that hold the same list twice have few objects but endless text. Each object is
+        visited once.
 
         Raises:
             RecursionError: the value nests too deeply.
@@ -136,7 +142,7 @@ class Budget:
         if isinstance(value, Mapping):
             items = [*value, *value.values()]
         for item in cancellable(items):
-            # the most frequent type first
+            # strings are tested before other types, because most items are strings
             weight += getsizeof(item) if type(item) is str else self.weigh(item)
         self._weights[id(value)] = value, weight
         return weight
@@ -152,8 +158,8 @@ def bounded_rendering(max_chars: int | None = None) -> Iterator[None]:
     """Render the templates inside with one budget.
 
     Args:
-        max_chars: characters of each prompt. None keeps the budget of the caller; without one it
-            is `DEFAULT_MAX_CHARS`.
+        max_chars: maximum length of each prompt, characters. None keeps the caller's budget, or
+            uses `DEFAULT_MAX_CHARS` without one.
     """
     if max_chars is None and _active.get(None) is not None:
         yield
@@ -166,7 +172,7 @@ def bounded_rendering(max_chars: int | None = None) -> Iterator[None]:
 
 @contextmanager
 def bounded_compilation() -> Iterator[None]:
-    """Compile templates inside; constants of more bytes are computed by each rendering."""
+    """Compile the templates inside. Larger constants are computed by each rendering."""
     with _active_budget(Budget(0, _CONSTANT_BYTES)):
         yield
 

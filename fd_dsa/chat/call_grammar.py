@@ -1,4 +1,4 @@
-"""Rules of one call in the formats of the models; `grammar` makes whole grammars of them."""
+"""Grammar rules of one call in each model's format, used by `grammar`."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from fd_dsa.chat.lark import Lark
 from fd_dsa.chat.schema import KINDS, SchemaError, ToolSchema
 from fd_dsa.chat.value_text import BoundedNumberError, ValueTexts
 
-# in DSML, between the name of an argument and its value
+# DSML puts this between the name and the value of an argument
 _STRING = '" string="{}">'
 _TEXT = frozenset({"string"})
-# names that the parsers of the formats read
+# argument names that the parsers of the formats can read
 _DSML_NAME = re.compile(r'[^"<>\n]{1,128}')
 _GLM_NAME = re.compile(r"[^<>\s](?:[^<>\n]{0,62}[^<>\s])?")
-# names that a schema leaves to the model are short
+# names that the schema leaves open are short
 _SHORT_NAME = ".{1,40}"
-# a value that contained markup could be read in two ways
+# a value with markup would be ambiguous
 _DSML_MARKS = (f"<{marks.DSML}", f"</{marks.DSML}")
 _GLM_MARKS = GlmTools.markers
 
@@ -32,7 +32,7 @@ class CallWriter:
     """Writes the rules of one tool's calls.
 
     Args:
-        name: of the tool, as calls have it.
+        name: name of the tool in calls.
         schema: JSON schema of its arguments.
     """
 
@@ -42,13 +42,13 @@ class CallWriter:
         self._schema = schema
         self._texts = ValueTexts(schema, lark)
         self._documents: dict[tuple[Any, ...], str] = {}
-        # names of arguments that are numbers with bounds in some alternative
+        # arguments that are numbers with bounds in at least one alternative
         self._bounded: set[str | None] = set()
-        # arguments of all names have the same schema
+        # True if arguments of any name have the same schema
         self._is_uniform = False
 
     def v31_call(self) -> str:
-        """A call of DeepSeek-V3.1, whose arguments are an object whatever the schema says."""
+        """Return the rule of a DeepSeek-V3.1 call. Its arguments are always a JSON object."""
         head = self._lark.literal(marks.V31_CALL + self._name + marks.V31_SEPARATOR)
         root = True if self._schema.root is None else self._schema.root
         if "object" not in self._schema.kinds([root]):
@@ -57,7 +57,7 @@ class CallWriter:
         return f"{head} {arguments} {self._lark.literal(marks.V31_CALL_END)}"
 
     def dsml_call(self) -> str:
-        """A call of DeepSeek-V3.2 or V4."""
+        """Return the rule of a DeepSeek-V3.2 or V4 call."""
         literal = self._lark.literal
         head = literal(f'{marks.V32_CALL} name="{self._name}">\n')
         lists = argument_lists(self._schema)
@@ -68,7 +68,7 @@ class CallWriter:
         return f"{head} {self._lark.one_of(bodies)} {end}"
 
     def _dsml_argument(self, key: str, argument: Argument) -> str | None:
-        """An argument of DSML: a text as it is, or JSON."""
+        """Return the rule of a DSML argument, whose value is plain text or JSON."""
         head = self._lark.literal(f'{marks.V32_ARGUMENT} name="')
         end = f"{marks.V32_ARGUMENT_END}\n"
         kinds = self._schema.kinds(argument.parts)
@@ -85,7 +85,7 @@ class CallWriter:
         return f"{head} {key} {self._lark.one_of(forms)}" if forms else None
 
     def glm_call(self) -> str:
-        """A call of GLM."""
+        """Return the rule of a GLM call."""
         head = self._lark.literal(marks.GLM_CALL + self._name)
         lists = argument_lists(self._schema)
         arguments = [argument for each in lists for argument in each.arguments]
@@ -96,17 +96,18 @@ class CallWriter:
         return f"{head} {self._lark.one_of(bodies)} {self._lark.literal(marks.GLM_CALL_END)}"
 
     def _glm_argument(self, key: str, argument: Argument) -> str | None:
-        """An argument of GLM."""
+        """Return the rule of a GLM argument."""
         head = self._lark.literal(marks.GLM_KEY)
         middle = self._lark.literal(marks.GLM_KEY_END + marks.GLM_VALUE)
         value = self._glm_value(argument)
         return None if value is None else f"{head} {key} {middle} {value}"
 
     def _glm_value(self, argument: Argument) -> str | None:
-        """A value of GLM with its end: a text as it is, or JSON that the parser tells from texts.
+        """Return the rule of a GLM value with its end mark: plain text, or JSON.
 
-        Texts and scalars are one terminal with the end, since a lexer that has read 5 cannot know
-        if it begins a longer text. Anything else is no text from its first character on.
+        Texts and scalars form one terminal with the end mark, because a lexer that has read 5
+        cannot know whether a longer text follows. Arrays and objects differ from texts at their
+        first character.
         """
         end = marks.GLM_VALUE_END
         parts, lark = argument.parts, self._lark
@@ -140,19 +141,19 @@ class CallWriter:
         except BoundedNumberError:
             return True
         except SchemaError:
-            # raised again with the argument's name
+            # raised again with the name of the argument
             return False
         return False
 
     def _types_read(self, argument: Argument) -> frozenset[str]:
-        """Types by which the parser reads an argument; empty for any."""
+        """Return the types by which the parser reads an argument, empty for any type."""
         if argument.name is not None:
             return self._schema.argument_types(argument.name)
-        # "" stands for any name if all have the same schema
+        # "" represents any name if all names have the same schema
         return self._schema.argument_types("") if self._is_uniform else frozenset()
 
-    def _json(self, parts: Sequence[Any], kinds: frozenset[str], compact: bool = False) -> str:
-        """Name of a rule for JSON of some types that satisfies all of the schemas."""
+    def _json(self, parts: Sequence[object], kinds: frozenset[str], compact: bool = False) -> str:
+        """Return the rule for JSON of some types that satisfies all schemas."""
         parts = [plain_target(self._schema, part) for part in parts] or [True]
         key = (*map(id, parts), kinds, compact)
         if key not in self._documents:
@@ -166,11 +167,12 @@ class CallWriter:
         names: re.Pattern[str],
         write: Callable[[str, Argument], str | None],
     ) -> list[str]:
-        """Expressions for the arguments of a call, one for each list that can be written.
+        """Return expressions for the arguments of a call, one for each writable list.
 
         Args:
             names: names that the format can write.
-            write: makes the rule of an argument from its key; None if no value can be written.
+            write: makes the rule of an argument from its key, or None if its value cannot be
+                written.
 
         Raises:
             SchemaError: no list can be written.
@@ -197,7 +199,7 @@ class CallWriter:
         names: re.Pattern[str],
         write: Callable[[str, Argument], str | None],
     ) -> str | None:
-        """Name of the rule of one argument; None if its name or value cannot be written."""
+        """Return the rule of one argument, or None if its name or value cannot be written."""
         if argument.name is None:
             regexes = [
                 names.pattern,
@@ -219,17 +221,17 @@ class CallWriter:
         return None if body is None else self._lark.rule(body)
 
     def _sequence(self, rules: list[tuple[str, Argument]], of: ArgumentList) -> str | None:
-        """An expression for arguments in their order; None if too few can be written."""
+        """Return an expression for arguments in order, or None if too few can be written."""
         if rules and rules[0][1].name is None:
-            most = "" if of.max_count is None else of.max_count
-            return f"({' | '.join(rule for rule, _ in rules)}){{{of.min_count},{most}}}"
+            max_count = "" if of.max_count is None else of.max_count
+            return f"({' | '.join(rule for rule, _ in rules)}){{{of.min_count},{max_count}}}"
         num_required = sum(argument.is_required for _, argument in rules)
-        most = len(rules) if of.max_count is None else of.max_count
-        if of.min_count <= num_required and most >= len(rules):
-            # no argument is counted
+        max_count = len(rules) if of.max_count is None else of.max_count
+        if of.min_count <= num_required and max_count >= len(rules):
+            # the bounds hold in any case, so the arguments need not be counted
             return " ".join(r if argument.is_required else f"{r}?" for r, argument in rules) or '""'
-        # from the last argument on: number of arguments before it -> rule of the rest
-        rest = {n: '""' for n in range(of.min_count, most + 1)}
+        # from the last argument backwards: number of arguments before it -> rule of the rest
+        rest = {n: '""' for n in range(of.min_count, max_count + 1)}
         for rule, argument in reversed(rules):
             before = {}
             for n in range(len(rules) + 1):

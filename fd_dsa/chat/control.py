@@ -3,9 +3,9 @@
 A tokenizer reads the marker of a control token, such as `<|user|>`, in any part of a prompt. So a
 client's text with this marker would begin a message of another role. `render_prompt` quotes each
 marker in such texts before the template runs: it puts one private character before and one after
-each character of the marker. No text of the conversation has these two characters, and they pass
-through the filters of a template. After rendering they show which markers the client wrote, and
-are removed.
+each character of the marker. These two characters occur in no other text of the conversation, and
+template filters keep them. After rendering they show which markers the client wrote, and are
+removed.
 """
 
 from __future__ import annotations
@@ -27,35 +27,35 @@ from fd_dsa.chat.parser import THINK_BEGIN, THINK_END, Arguments
 from fd_dsa.chat.template import ChatTemplate, with_read_arguments
 
 MASK = "¤"
-"""Replaces characters of quoted markers; no marker has it, and no normalizer changes it."""
+"""Replaces each character of a quoted marker. No marker or normalizer affects it."""
 QUOTED_CHARS = 3
-"""Characters of a quoted character."""
+"""Number of characters of a quoted character."""
 SEPARATOR = "\ufdd0"
-"""Between texts that are searched at once; begins a text for a normalizer."""
-# U+E000 and U+E001 mark where a final message goes on
+"""Separates texts that are searched together, each normalized as its own text."""
+# U+E000 and U+E001 mark the place where a final message continues
 _PRIVATE = [chr(code) for code in range(0xE002, 0xF900)]
-# such a character in JSON and in Python's literals
+# a private character, escaped as in JSON and Python literals
 _ESCAPED = re.compile("u([ef][0-9a-f]{3})")
 # an answer of an earlier turn, with its reasoning before its content
 _REASONED = re.compile(rf"(\s*{THINK_BEGIN})(.*?)({THINK_END})(.*)", re.DOTALL)
 _BEGUN = re.compile(rf"(\s*{THINK_BEGIN})(.*)", re.DOTALL)
-# no client can predict which characters quote its texts
+# random, so that no client can predict the quoting characters
 _random = random.SystemRandom()
 
-# characters that are unquoted at once, which takes 100 bytes of memory each
+# number of characters unquoted together; each takes 100 bytes of memory
 _CHUNK_CHARS = 1 << 16
 _Spans = array
-"""Half-open ranges of characters in order, as one row of numbers: a text may have millions."""
+"""Half-open ranges of characters, in order, as a flat array."""
 
 
 class ControlFinder(Protocol):
     """Finds markers of control tokens as a tokenizer does."""
 
     def find(self, text: str) -> Iterator[tuple[int, int]]:
-        """Places of the markers; each `SEPARATOR` begins another text."""
+        """Yield the ranges of the markers. Each `SEPARATOR` begins another text."""
 
     def texts_in(self, text: str) -> Collection[str]:
-        """Distinct markers that the text has; takes less time than `find`."""
+        """Return the distinct markers in a text. Faster than `find`."""
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,9 @@ class RenderedPrompt:
     """The text of a prompt.
 
     Attributes:
-        text: as the template wrote it.
-        masked: of the same length, with `MASK` for each character of a marker that is text. The
-            markers in it are control tokens.
+        text: the text as the template wrote it.
+        masked: text of the same length, in which `MASK` replaces each character of a quoted marker.
+            The remaining markers are control tokens.
     """
 
     text: str
@@ -75,25 +75,26 @@ class RenderedPrompt:
 def render_prompt(
     renderer: ChatTemplate,
     control: ControlFinder | None,
-    messages: Sequence[Mapping[str, Any]],
+    messages: Sequence[Mapping[str, object]],
     add_generation_prompt: bool = True,
     /,
     *,
-    tools: Sequence[Mapping[str, Any]] | None = None,
+    tools: Sequence[Mapping[str, object]] | None = None,
     continue_final_message: bool = False,
-    **variables: Any,
+    **variables: object,
 ) -> RenderedPrompt:
     """Render a conversation.
 
-    Texts of messages, tools and variables are text, but for the roles. In a message of the
-    assistant that begins with <think>, this marker and the first </think> after it are markers.
+    Everything in messages, tools and variables is text, except the roles. If a message of the
+    assistant begins with <think>, this marker and the next </think> count as markers.
 
     Args:
-        control: finds markers; None = all markers are control tokens, no matter who wrote them.
+        control: finds markers. None = all markers are control tokens, also those in texts of
+            clients.
         renderer, messages to variables: as in `ChatTemplate.render`.
 
     Raises:
-        ValueError: as in `ChatTemplate.render`; or a text with markers uses up the characters that
+        ValueError: as in `ChatTemplate.render`, or texts with markers use up the characters that
             quote them.
     """
     read = [with_read_arguments(message) for message in messages]
@@ -113,17 +114,17 @@ def render_prompt(
 
     inside = _find_markers(control, conversation.texts)
     prompt = render(inside)
-    # a marker may also be put together from several texts, at the template's borders
+    # adjacent texts may form a marker together with the template
     markers = control.texts_in(prompt.masked)
     for overlaps in _overlaps(conversation.texts, markers):
         try:
             checked = render({**overlaps, **_joined(inside, overlaps)})
         except OverBudget:
-            # a prompt that could not be checked is not taken
+            # a prompt is refused if it could not be checked
             raise
         except ValueError:
             continue
-        # otherwise the template looks at these characters
+        # texts differ if the template itself reads the quoting characters
         if checked.text == prompt.text:
             found, before = control.find(checked.masked), control.find(prompt.masked)
             is_changed = any(a != b for a, b in itertools.zip_longest(found, before))
@@ -135,14 +136,14 @@ class _Conversation:
     """Messages, tools and variables of one prompt.
 
     Attributes:
-        texts: distinct texts in it, names of fields included; not the roles.
+        texts: distinct texts in it, with field names but without roles.
     """
 
     def __init__(
         self,
-        messages: Sequence[Mapping[str, Any]],
-        tools: Sequence[Mapping[str, Any]] | None,
-        variables: Mapping[str, Any],
+        messages: Sequence[Mapping[str, object]],
+        tools: Sequence[Mapping[str, object]] | None,
+        variables: Mapping[str, object],
         goes_on: bool,
     ) -> None:
         self._messages = messages
@@ -160,7 +161,7 @@ class _Conversation:
     def render(
         self, renderer: ChatTemplate, add_generation_prompt: bool, marks: Mapping[str, _Spans[int]]
     ) -> RenderedPrompt:
-        """Render with these places of texts quoted."""
+        """Render with the markers at these ranges quoted."""
         messages, tools, variables = self._messages, self._tools, self._variables
         begin = end = ""
         if marks:
@@ -185,8 +186,8 @@ class _Conversation:
             raise ValueError(_unquote(str(error), begin, end).text) from error
         return _unquote(text, begin, end)
 
-    def _written_fields(self, message: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
-        """Fields with markers that count, each as markers and texts alternately."""
+    def _written_fields(self, message: Mapping[str, object]) -> dict[str, tuple[str, ...]]:
+        """Return the fields with markers that count, as alternating markers and texts."""
         role, content = message.get("role"), message.get("content")
         fields: dict[str, tuple[str, ...]] = {"role": (role,)} if isinstance(role, str) else {}
         if role == "assistant" and isinstance(content, str):
@@ -198,11 +199,11 @@ class _Conversation:
         return fields
 
     def _change_message(
-        self, message: Mapping[str, Any], changes: Mapping[str, str]
+        self, message: Mapping[str, object], changes: Mapping[str, str]
     ) -> dict[str, Any]:
         written = self._written_fields(message)
         changed: dict[str, Any] = {}
-        # in their order, because a template may go through the fields
+        # keep the order, because a template may iterate the fields
         for name, value in message.items():
             parts = list(written.get(name, ()))
             parts[1::2] = [changes.get(part, part) for part in parts[1::2]]
@@ -210,13 +211,13 @@ class _Conversation:
         return changed
 
 
-def texts_in(*values: Any, with_names: bool = True) -> Iterator[str]:
-    """Find all texts in JSON values.
+def texts_in(*values: object, with_names: bool = True) -> Iterator[str]:
+    """Yield all texts in JSON values.
 
     Args:
-        with_names: names of fields are texts too.
+        with_names: also yield the names of fields.
     """
-    # without recursion: arguments of a call may nest as deeply as a JSON parser allows
+    # iterative, because arguments of a call may nest as deeply as a JSON parser allows
     todo = list(values)
     while todo:
         value = todo.pop()
@@ -232,8 +233,8 @@ def texts_in(*values: Any, with_names: bool = True) -> Iterator[str]:
             todo += (entry for entry in cancellable(value) if not isinstance(entry, int | float))
 
 
-def _change(value: Any, changes: Mapping[str, str]) -> Any:
-    """A JSON value with texts replaced, names of fields included."""
+def _change(value: object, changes: Mapping[str, str]) -> Any:
+    """Return a JSON value with texts and field names replaced."""
     if isinstance(value, str):
         return changes.get(value, value)
     if isinstance(value, Mapping):
@@ -248,8 +249,8 @@ def _change(value: Any, changes: Mapping[str, str]) -> Any:
 
 
 def _find_markers(control: ControlFinder, texts: Sequence[str]) -> dict[str, _Spans[int]]:
-    """Places of whole markers, by text; texts without one are left out."""
-    # all texts at once, because most conversations have no marker
+    """Return the ranges of whole markers by text, without texts that have no marker."""
+    # search all texts together, because most conversations have no marker
     joined = SEPARATOR.join(texts)
     found: dict[str, _Spans[int]] = {}
     spans = control.find(joined) if control.texts_in(joined) else iter(())
@@ -266,10 +267,11 @@ def _find_markers(control: ControlFinder, texts: Sequence[str]) -> dict[str, _Sp
 
 
 def _overlaps(texts: Sequence[str], markers: Collection[str]) -> Iterator[dict[str, _Spans[int]]]:
-    """Places of texts that may be a part of one of the markers, after white space is stripped.
+    """Yield the ranges of stripped texts that may be a part of one of the markers.
 
     Yields:
-        First with texts from the middle of a marker, then without them; only if there are any.
+        The ranges with texts from the middle of a marker, then the ranges without them. Only
+        non-empty ones.
     """
     heads, tails = _parts(frozenset(markers))
     firsts, lasts = {marker[0] for marker in markers}, {marker[-1] for marker in markers}
@@ -301,7 +303,7 @@ def _overlaps(texts: Sequence[str], markers: Collection[str]) -> Iterator[dict[s
 
 @functools.lru_cache(16)
 def _parts(markers: frozenset[str]) -> tuple[set[str], set[str]]:
-    """Texts that end a marker, and those that begin one."""
+    """Return the texts that end a marker, and those that begin one."""
     heads = {marker[begin:] for marker in markers for begin in range(1, len(marker))}
     tails = {marker[:end] for marker in markers for end in range(1, len(marker))}
     return heads, tails
@@ -310,7 +312,7 @@ def _parts(markers: frozenset[str]) -> tuple[set[str], set[str]]:
 def _joined(
     inside: Mapping[str, _Spans[int]], overlaps: Mapping[str, _Spans[int]]
 ) -> dict[str, _Spans[int]]:
-    """Places of both kinds, for the texts that have whole markers."""
+    """Merge both kinds of ranges for the texts that have whole markers."""
     return {
         text: _merge(heapq.merge(_pairs(spans), _pairs(overlaps[text])))
         if text in overlaps
@@ -325,7 +327,7 @@ def _pairs(spans: _Spans[int]) -> Iterator[tuple[int, int]]:
 
 
 def _merge(spans: Iterable[tuple[int, int]]) -> _Spans[int]:
-    """Places in order, those that overlap as one."""
+    """Return the ranges in order, with overlapping ones merged."""
     merged: _Spans[int] = array("q")
     for begin, end in spans:
         if merged and begin < merged[-1]:
@@ -336,7 +338,7 @@ def _merge(spans: Iterable[tuple[int, int]]) -> _Spans[int]:
 
 
 def _quote(text: str, spans: _Spans[int], begin: str, end: str) -> str:
-    """The text with `begin` and `end` around each character of these places."""
+    """Put `begin` and `end` around each character of these ranges."""
     check_cancelled()
     quoted, last = StringIO(), 0
     for first, stop in _pairs(spans):
@@ -348,11 +350,11 @@ def _quote(text: str, spans: _Spans[int], begin: str, end: str) -> str:
 
 
 def _unquote(text: str, begin: str, end: str) -> RenderedPrompt:
-    """The text without the characters that quote, and with the quoted ones masked."""
+    """Remove the quoting characters from a text, and mask the quoted ones."""
     if not begin:
         return RenderedPrompt(text, text)
     for mark in (begin, end):
-        # as JSON and Python's literals show it
+        # undo the escapes of JSON and Python literals
         text = text.replace(f"\\u{ord(mark):04x}", mark)
     plain, masked = StringIO(), StringIO()
     start = 0
@@ -369,14 +371,14 @@ def _unquote(text: str, begin: str, end: str) -> RenderedPrompt:
 
 
 def _mask(piece: str, end: str) -> str:
-    """Text after a character that quotes, masked up to the next one."""
-    # more than one character if a filter has escaped it, none if a filter has removed it
+    """Return the text after a quoting character, masked up to the next one."""
+    # a filter may have escaped the quoted character (longer) or removed it (empty)
     quoted, found, after = piece.partition(end)
     return MASK * len(quoted) + after if found else piece
 
 
 def unused_characters(texts: Iterable[str], count: int) -> list[str]:
-    """Characters that none of the texts has, not even escaped.
+    """Return characters that do not occur in the texts, not even escaped.
 
     Raises:
         ValueError: the texts use too many of Unicode's private characters.

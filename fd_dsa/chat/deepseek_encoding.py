@@ -1,9 +1,9 @@
-"""Encodings of conversations for the DeepSeek models whose folders have no template.
+"""Encodings of conversations for DeepSeek models whose folders have no template.
 
 These models are trained on fixed texts, such as the one that offers tools. The texts are literals
 in a Python file of the model's folder, `encoding/encoding_dsv32.py` or `encoding/encoding_dsv4.py`.
 The file is parsed for those literals and never run. A copy of a model without the file gets our
-words for the same format, `deepseek_v32_tools.txt` or `deepseek_v4_tools.txt`.
+wording of the same format, `deepseek_v32_tools.txt` or `deepseek_v4_tools.txt`.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ logger = logging.getLogger(__name__)
 
 
 class DeepseekV32Encoding(ChatTemplate):
-    """Renders conversations as DeepSeek-V3.2 was trained on them.
+    """Renders conversations in the format of DeepSeek-V3.2's training.
 
     Args:
-        instructions: text that offers tools, `{tool_schemas}` where their schemas go.
+        instructions: text that offers tools. `{tool_schemas}` is replaced by their schemas.
     """
 
     def __init__(self, instructions: str) -> None:
@@ -54,16 +54,16 @@ class DeepseekV32Encoding(ChatTemplate):
 
     def render(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        messages: Sequence[Mapping[str, object]],
         add_generation_prompt: bool = True,
         **kwargs: Any,
     ) -> str:
-        """See `ChatTemplate`; of further variables it knows the switch of the reasoning alone.
+        """See `ChatTemplate`. The only further variable is the switch of the reasoning.
 
-        `reasoning_effort` is taken and changes nothing: the model reasons or does not.
+        `reasoning_effort` is accepted without effect, because the model has no levels.
 
         Raises:
-            ValueError: the model does not know this order of roles, or the variable.
+            ValueError: the model does not support this order of roles, or the variable.
         """
         others = kwargs.keys() - {"tools", "continue_final_message", "reasoning_effort"}
         _check_variables("DeepSeek-V3.2", {name: kwargs[name] for name in others}, SWITCHES)
@@ -76,9 +76,9 @@ class V4Words:
     """Texts in the prompts of DeepSeek-V4.
 
     Attributes:
-        tools: offers tools; contains `{tool_schemas}`.
-        response_format: asks for a form of the answer; contains `{schema}`.
-        efforts: level of the effort -> text before the conversation; other levels have no text.
+        tools: offers tools. Contains `{tool_schemas}`.
+        response_format: asks for a form of the answer. Contains `{schema}`.
+        efforts: level of the effort -> text before the conversation. Other levels have no text.
     """
 
     tools: str
@@ -94,9 +94,9 @@ _OWN_EFFORTS = {
 
 
 class DeepseekV4Encoding(ChatTemplate):
-    """Renders conversations as DeepSeek-V4 was trained on them.
+    """Renders conversations in the format of DeepSeek-V4's training.
 
-    The model reasons unless the switch or `reasoning_effort` "none" says otherwise.
+    The model reasons unless the switch is off or `reasoning_effort` is "none".
     """
 
     def __init__(self, words: V4Words) -> None:
@@ -110,26 +110,26 @@ class DeepseekV4Encoding(ChatTemplate):
 
     def render(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        messages: Sequence[Mapping[str, object]],
         add_generation_prompt: bool = True,
         *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        tools: Sequence[Mapping[str, object]] | None = None,
         continue_final_message: bool = False,
         reasoning_effort: object = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> str:
-        """Text of a conversation.
+        """Return the text of a conversation.
 
         Args:
-            messages: in addition to OpenAI's roles, `developer` is a user's message that offers
-                tools and `latest_reminder` is a note. A message may have `tools`,
-                `response_format`, the name of a `task` that the model does next, and `wo_eos`.
-            reasoning_effort: a level of OpenAI's API or "max"; None is the same as "low".
-            kwargs: the switch of the reasoning, and `drop_thinking`: false keeps the reasoning
-                before the last message of the user. A prompt with tools keeps it in any case.
+            messages: OpenAI's roles, `developer` (a user's message that offers tools), and
+                `latest_reminder` (a note). A message may have `tools`, `response_format`, the name
+                of the model's next `task`, and `wo_eos`.
+            reasoning_effort: a level of OpenAI's API or "max". None is the same as "low".
+            kwargs: the switch of the reasoning, and `drop_thinking`. False keeps the reasoning
+                before the last message of the user. A prompt with tools always keeps it.
 
         Raises:
-            ValueError: the model does not know the role, the task or the variable.
+            ValueError: the model does not support the role, the task or the variable.
         """
         _check_variables("DeepSeek-V4", kwargs, (*SWITCHES, "drop_thinking"))
         effort = "low" if reasoning_effort is None else _V4_EFFORTS.get(str(reasoning_effort))
@@ -156,17 +156,20 @@ class DeepseekV4Encoding(ChatTemplate):
 
 
 _Block = tuple[str, str | None]
-"""A text in a message of the user; with the id of the call if it is the result of one."""
+"""A text in a message of the user.
+
+The second entry is the call's id if it is a result.
+"""
 
 
 def _turns(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Messages with texts as contents, results of tools as a part of the user's messages.
+    """Convert contents to text, and merge results of tools into the user's messages.
 
-    Neighbouring messages of the user and of tools become one message of the user. Results are in
-    the order of the calls that they name.
+    Adjacent messages of the user and of tools become one message of the user. Results are sorted in
+    the order of their calls.
     """
     turns: list[dict[str, Any]] = []
-    # of each turn of the user: its texts, and the order of the calls before it
+    # (turn of the user, its texts, order of the calls before it)
     users: list[tuple[dict[str, Any], list[_Block], Mapping[str, int]]] = []
     order: dict[str, int] = {}
     for message in messages:
@@ -189,12 +192,12 @@ def _turns(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _joined(blocks: Sequence[_Block], order: Mapping[str, int]) -> str:
-    """Text of a user's message.
+    """Return the text of a user's message.
 
     Args:
-        order: id of a call -> its place among the latest calls.
+        order: id of a call -> its position among the latest calls.
     """
-    # a result of an unknown call has the place of the first call
+    # a result of an unknown call sorts like the first call
     results = [(order.get(call, 0), text) for text, call in blocks if call is not None]
     results.sort(key=lambda result: result[0])
     ordered = iter(results)
@@ -202,7 +205,7 @@ def _joined(blocks: Sequence[_Block], order: Mapping[str, int]) -> str:
 
 
 def _text(content: Any) -> str:
-    """Text of a message's content, which is a text, a list of text parts, or missing."""
+    """Return the text of a content: a string, a list of text parts, or missing."""
     if not isinstance(content, list):
         return content or ""
     texts = []
@@ -215,9 +218,9 @@ def _text(content: Any) -> str:
 
 
 def _with_tools(
-    turns: list[dict[str, Any]], tools: Sequence[Mapping[str, Any]]
+    turns: list[dict[str, Any]], tools: Sequence[Mapping[str, object]]
 ) -> list[dict[str, Any]]:
-    """Offer tools in the first system message; an empty one is added if there is none."""
+    """Offer tools in the first system message, which is added if necessary."""
     if not tools:
         return turns
     system = next((turn for turn in turns if turn.get("role") == "system"), None)
@@ -228,18 +231,18 @@ def _with_tools(
 
 
 def _without_old_developers(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Leave out developer messages before the last user's or developer's message."""
+    """Remove developer messages before the last user's or developer's message."""
     last = _last_user(turns)
     return [t for index, t in enumerate(turns) if t.get("role") != "developer" or index >= last]
 
 
-def _last_user(turns: Sequence[Mapping[str, Any]]) -> int:
-    """Index of the last message of a user or developer, -1 if there is none."""
+def _last_user(turns: Sequence[Mapping[str, object]]) -> int:
+    """Return the index of the last message of a user or developer, -1 without one."""
     users = [index for index, t in enumerate(turns) if t.get("role") in ("user", "developer")]
     return users[-1] if users else -1
 
 
-def _check_variables(model: str, variables: Mapping[str, Any], known: Collection[str]) -> None:
+def _check_variables(model: str, variables: Mapping[str, object], known: Collection[str]) -> None:
     """Raise ValueError for a variable that is not a known switch, or not true or false."""
     for name, value in variables.items():
         if name not in known:
@@ -257,12 +260,15 @@ def _check_variables(model: str, variables: Mapping[str, Any], known: Collection
 
 
 def _own_source(name: str) -> str:
-    """Source of a template of ours, after the one for tool calls that all of them use."""
+    """Return the source of one of our templates, after the shared one for tool calls."""
     return "".join((_OWN / file).read_text("utf-8") for file in ("deepseek_dsml.jinja", name))
 
 
 def read_instructions(folder: Path) -> str:
-    """The folder's own text that offers tools to V3.2, or ours; contains `{tool_schemas}`."""
+    """Return the text that offers tools to V3.2, from the folder or ours.
+
+    It contains `{tool_schemas}`.
+    """
     name = "TOOLS_SYSTEM_TEMPLATE"
     text = _text_with(_SCHEMAS, _literals(folder / V32_FILE).get(name))
     if text is None:
@@ -272,7 +278,7 @@ def read_instructions(folder: Path) -> str:
 
 
 def read_v4_words(folder: Path) -> V4Words:
-    """The folder's own texts for V4; each that is missing is replaced by ours.
+    """Return the folder's texts for V4. Missing texts are replaced by ours.
 
     The first release has a text for the highest effort only. Later ones have a table of levels.
     """
@@ -298,13 +304,13 @@ def read_v4_words(folder: Path) -> V4Words:
     )
 
 
-def _text_with(place: str, value: Any) -> str | None:
-    """The value if it is a text that has the place to fill in, otherwise None."""
+def _text_with(place: str, value: object) -> str | None:
+    """Return the value if it is a text with the placeholder, otherwise None."""
     return value if isinstance(value, str) and place in value else None
 
 
 def _with_marks(text: str) -> str:
-    """A text that offers tools, with the markers that it names."""
+    """Fill the markers into a text that offers tools."""
     marks = {"dsml": DSML, "thinking_start": THINK_BEGIN, "thinking_end": THINK_END}
     for name, mark in marks.items():
         text = text.replace(f"{{{name}_token}}", mark)
@@ -322,7 +328,7 @@ def _warn_of_own_words(folder: Path, file: Path, names: Sequence[str]) -> None:
 
 
 def _literals(file: Path) -> dict[str, Any]:
-    """Names that a Python file assigns literals to, with the values; empty if it is unreadable."""
+    """Return the literals that a Python file assigns to names, empty if unreadable."""
     try:
         tree = ast.parse(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, SyntaxError, RecursionError, MemoryError):

@@ -1,4 +1,4 @@
-"""Calls of DeepSeek-V3.2 and later models, in their markup DSML."""
+"""Tool calls of DeepSeek-V3.2 and later models, in their markup DSML."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ _PARTIAL = re.compile(
     rf"|{V32_CALL}{_PARTIAL_ATTRIBUTES})?"
 )
 _ARGUMENT = re.compile(rf"\n?{V32_ARGUMENT}{_ATTRIBUTES}{_CLOSE}")
-# models forget the mark of DSML
+# models sometimes omit the DSML mark
 _PLAIN_ARGUMENT = re.compile(rf"<parameter{_ATTRIBUTES}{_CLOSE}")
-# an attribute or a bracket after the head of an argument, which lacks an attribute
+# an attribute or a bracket after the head of an argument that lacks an attribute
 _SPILT = re.compile(r"\s{0,4}(?:>|string=)")
 _MAYBE_SPILT = re.compile(rf"\s{{0,4}}(?:{halves(('string=',))})?")
 _PLAIN_NEXT = re.compile(rf"{V32_ARGUMENT_END}{SPACE}{_PLAIN_ARGUMENT.pattern}")
@@ -58,7 +58,7 @@ _DAMAGED_ARGUMENT = re.compile(
     rf"{V32_ARGUMENT_END}((?:(?!{V32_ARGUMENT_END}|{V32_ARGUMENT})[\s\S]){{0,60}}?){_KEY}"
 )
 _DAMAGED_END = re.compile(rf"{V32_ARGUMENT_END}({half_mark(len(V32_CALL_END))}){_CALL.pattern}")
-# an argument after the end of the call
+# an argument after the end of its call
 _ENDS = f"(?:{V32_CALL_END}|{_SECTION_END})"
 _LOST = re.compile(rf"{_ENDS}{SPACE}(?:{V32_ARGUMENT}|{_KEY})")
 _MAYBE_LOST = re.compile(
@@ -71,9 +71,9 @@ _MAYBE_BODY = re.compile(rf"{SPACE}(?:<[^<>\s]{{0,32}}|{V32_CALL}{_PARTIAL_ATTRI
 
 
 class DeepseekV32Tools(TaggedTools):
-    """Reads the calls of DeepSeek-V3.2; the empty line before them is a part of them.
+    """Parser of DeepSeek-V3.2's calls, including the empty line before them.
 
-    A call may come without its section, or in the section of the other generation.
+    A call may come without its section, or in the section of DeepSeek-V4.
     """
 
     name = "deepseek_v32"
@@ -81,7 +81,7 @@ class DeepseekV32Tools(TaggedTools):
         f"{lines}{mark}" for lines in ("\n\n", "\n", "") for mark in (*_SECTION_ENDS, V32_CALL)
     )
     ends = (V32_CALL_END, *_SECTION_ENDS.values())
-    # the markup is made of ordinary characters, but for this token
+    # the markup consists of ordinary characters except for this token
     markers = (DSML,)
     value_end = V32_ARGUMENT_END
     bounds = (
@@ -115,7 +115,10 @@ class DeepseekV32Tools(TaggedTools):
         yield from check_end(call, _LOST, _MAYBE_LOST)
 
     def _has_argument(self, call: Call) -> Steps[bool]:
-        """Read up to the next argument; False at the end of the call, which is left unread."""
+        """Read up to the next argument.
+
+        Returns False at the end of the call, which stays unread.
+        """
         feed = call.feed
         found = yield from feed.peek(_BODY, _MAYBE_BODY)
         if found is not None:
@@ -161,7 +164,7 @@ class DeepseekV32Tools(TaggedTools):
         return argument is not None and _may_take(call, argument)
 
     def _is_next_call(self, call: Call) -> bool:
-        """Whether, after the mark here, the section ends, or another call begins."""
+        """Return True if the end of the section or another call follows the mark here."""
         found = call.feed.match(_NEXT_CALL)
         if found is None or found[1] is None:
             return found is not None
@@ -170,13 +173,13 @@ class DeepseekV32Tools(TaggedTools):
 
 
 class DeepseekV4Tools(DeepseekV32Tools):
-    """Reads the calls of DeepSeek-V4."""
+    """Parser of DeepSeek-V4's calls."""
 
     name = "deepseek_v4"
 
 
 def _attributes(head: re.Match[str] | None, known: set[str]) -> dict[str, str] | None:
-    """Attributes in a head, each once and known, with a name; None for any other head."""
+    """Return the attributes of a head, or None if they are invalid or have no name."""
     if head is None:
         return None
     found = [(one[1], one[2] or one[3] or one[4]) for one in _ATTRIBUTE.finditer(head[1])]

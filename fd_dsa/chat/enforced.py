@@ -1,11 +1,14 @@
-"""The part of JSON Schema that grammars of forced calls enforce; the rest is refused by name."""
+"""The part of JSON Schema that forced-call grammars enforce.
+
+Other keywords are refused.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
-from typing import Any
+from typing import Any, TypedDict, cast
 
 from fd_dsa.chat.schema import (
     KINDS,
@@ -18,7 +21,7 @@ from fd_dsa.chat.schema import (
     shown,
 )
 
-# keywords without a counterpart in grammars -> values with which they constrain nothing
+# keywords that grammars cannot enforce -> values with which they have no effect
 _REFUSED: dict[str, tuple[Any, ...]] = {
     "not": (False,),
     "dependentRequired": ({},),
@@ -54,37 +57,71 @@ _FORMS: dict[str, tuple[type, ...]] = {
     "minProperties": (int,),
     "maxProperties": (int,),
 }
+CheckedSchema = TypedDict(
+    "CheckedSchema",
+    {
+        "$ref": object,
+        "additionalItems": object,
+        "additionalProperties": object,
+        "allOf": list[object],
+        "anyOf": list[object],
+        "const": object,
+        "enum": list[object],
+        "exclusiveMaximum": float,
+        "exclusiveMinimum": float,
+        "format": object,
+        "items": object,
+        "maxItems": int,
+        "maxLength": int,
+        "maxProperties": int,
+        "maximum": float,
+        "minItems": int,
+        "minLength": int,
+        "minProperties": int,
+        "minimum": float,
+        "multipleOf": float,
+        "oneOf": list[object],
+        "pattern": str,
+        "patternProperties": dict[str, object],
+        "prefixItems": list[object],
+        "properties": dict[str, object],
+        "required": list[str],
+        "type": object,
+    },
+    total=False,
+)
+"""Schema whose own keywords have the right forms, see `checked`."""
 _MAX_MULTIPLE = 2**31
 _MAX_VALUES = 8_192
 _CONSTRAINTS = frozenset(
     {*_FORMS, *_REFUSED, "type", "const", "format", "additionalProperties", "items", "$ref", "if"}
 )
-# of the forms of all keywords
+# cost of checking the forms of all keywords
 _CHECK_COST = 5
-# alternatives of `oneOf` that are compared pair by pair
+# maximum number of `oneOf` alternatives that are compared pair by pair
 _MAX_PAIRED = 32
-# properties of the first alternative that may tell it from the others
+# number of properties of the first alternative that may serve as a tag
 _MAX_TAGS = 4
 
 
-def constraints(schema: Mapping[str, Any]) -> list[str]:
-    """A schema's keywords that are no annotations."""
+def constraints(schema: Mapping[str, object]) -> list[str]:
+    """Return the keywords of a schema that are not annotations."""
     return [keyword for keyword in schema if keyword in _CONSTRAINTS]
 
 
-def checked(schema: ToolSchema, of: Any, depth: int) -> Mapping[str, Any]:
+def checked(schema: ToolSchema, of: object, depth: int) -> CheckedSchema:
     """Check the own keywords of a part of a tool's schema, not those of its subschemas.
 
     Args:
-        of: the part, no boolean.
-        depth: how much deeper schemas may be nested.
+        of: the part, not a boolean.
+        depth: remaining nesting depth.
 
     Returns:
         The same part.
 
     Raises:
-        SchemaError: a keyword has a wrong form, or no grammar enforces it; or the whole schema has
-            too much to compare.
+        SchemaError: a keyword has a wrong form or cannot be enforced, or comparing the whole schema
+            costs too much.
     """
     if not isinstance(of, dict):
         raise SchemaError(f"got {shown(of)}; must be a JSON schema, an object or a boolean")
@@ -94,11 +131,14 @@ def checked(schema: ToolSchema, of: Any, depth: int) -> Mapping[str, Any]:
     if schema.has_own_base(of):
         raise refusal("$id", "references to schemas with an identity are not supported")
     _check_keywords(of)
-    return of
+    return cast(CheckedSchema, of)
 
 
 def _check_keywords(schema: Mapping[str, Any]) -> None:
-    """Check the form of keywords, and refuse those without a grammar; see `checked`."""
+    """Check the form of keywords, and refuse those that cannot be enforced.
+
+    See `checked`.
+    """
     for keyword, forms in _FORMS.items():
         value = schema.get(keyword)
         if keyword in schema and (isinstance(value, bool) or not isinstance(value, forms)):
@@ -129,26 +169,28 @@ def _check_keywords(schema: Mapping[str, Any]) -> None:
         )
 
 
-def _check_finite(keyword: str, value: Any) -> None:
-    """SchemaError for a number that is too large for a double."""
+def _check_finite(keyword: str, value: object) -> None:
+    """Raise SchemaError for a number that is too large for a double."""
     if isinstance(value, float) and not math.isfinite(value):
         raise SchemaError(f"{keyword}: got {value}; must be a number that a double can hold")
 
 
 def refusal(keyword: str, why: str = "") -> SchemaError:
-    """The error for a keyword that no grammar enforces."""
+    """Return the error for a keyword that grammars cannot enforce."""
     why = why or "a grammar cannot enforce it"
     return SchemaError(f'{keyword}: {why}; remove it, or use tool_choice "auto"')
 
 
-def exclusive(schema: ToolSchema, branches: list[Any], within: frozenset[str]) -> list[Any]:
+def exclusive(
+    schema: ToolSchema, branches: Sequence[object], within: frozenset[str]
+) -> Sequence[object]:
     """Rewrite the alternatives of `oneOf` so that no value satisfies two: an `anyOf`.
 
-    Alternatives for objects then require the property whose constants tell them apart. If only
+    Alternatives for objects then require the property whose constants distinguish them. If only
     their required names differ, each forbids a name that another one requires.
 
     Args:
-        within: types that values can have.
+        within: types that the values can have.
 
     Raises:
         SchemaError: a value may satisfy two of the alternatives.
@@ -172,8 +214,8 @@ def exclusive(schema: ToolSchema, branches: list[Any], within: frozenset[str]) -
     return made
 
 
-def _differ(sets: Iterable[frozenset[Any] | None]) -> bool:
-    """Return True if all sets are known and no two share a value."""
+def _differ(sets: Iterable[frozenset[object] | None]) -> bool:
+    """Return True if all sets are known and disjoint."""
     seen: set[Any] = set()
     for values in sets:
         if values is None or not seen.isdisjoint(values):
@@ -182,8 +224,8 @@ def _differ(sets: Iterable[frozenset[Any] | None]) -> bool:
     return True
 
 
-def _values(schema: ToolSchema, of: Any) -> frozenset[Any] | None:
-    """Finite set of scalar values that includes all that satisfy a schema; None if unknown."""
+def _values(schema: ToolSchema, of: object) -> frozenset[Any] | None:
+    """Return a finite superset of the scalars that satisfy a schema, or None if unknown."""
     if of is False:
         return frozenset()
     _, plain = _facts(schema, of)
@@ -191,13 +233,13 @@ def _values(schema: ToolSchema, of: Any) -> frozenset[Any] | None:
         own = listed_values(part)
         schema.spend(1, "oneOf", len(own or ()))
         if own is not None and not any(isinstance(value, dict | list) for value in own):
-            # 1 is no true
+            # paired with the type, because 1 == True in Python
             return frozenset((isinstance(value, bool), value) for value in own)
     return None
 
 
-def _facts(schema: ToolSchema, of: Any) -> tuple[dict[str, None], list[Mapping[str, Any]]]:
-    """Names that a schema requires of objects, and the plain schemas that it consists of."""
+def _facts(schema: ToolSchema, of: object) -> tuple[dict[str, None], list[Mapping[str, Any]]]:
+    """Return the names that a schema requires, and the plain schemas it consists of."""
     required: dict[str, None] = {}
     plain: list[Mapping[str, Any]] = []
     todo, seen = [of], set[int]()
@@ -213,8 +255,8 @@ def _facts(schema: ToolSchema, of: Any) -> tuple[dict[str, None], list[Mapping[s
     return required, plain
 
 
-def _apart(schema: ToolSchema, branches: list[Any]) -> list[Any]:
-    """Rewrite object schemas so that no object satisfies two; see `exclusive`."""
+def _apart(schema: ToolSchema, branches: Sequence[object]) -> Sequence[object]:
+    """Rewrite object schemas so that no object satisfies two. See `exclusive`."""
     facts = [_facts(schema, branch) for branch in branches]
     names = dict.fromkeys(name for part in facts[0][1] for name in _constants(part))
     for name in list(names)[:_MAX_TAGS]:
@@ -243,8 +285,8 @@ def _apart(schema: ToolSchema, branches: list[Any]) -> list[Any]:
     return made
 
 
-def _constants(plain: Mapping[str, Any]) -> list[str]:
-    """Properties that may tell object schemas apart."""
+def _constants(plain: Mapping[str, object]) -> list[str]:
+    """Return the properties that may distinguish object schemas."""
     properties = mapping(plain.get("properties"))
     return [
         name

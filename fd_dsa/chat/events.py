@@ -1,4 +1,4 @@
-"""The parts of an answer that a parser reports, and the objects that collect them."""
+"""Events of an answer's parser, and the objects that collect them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from fd_dsa.chat.schema import ToolSchema, type_of
 from fd_dsa.chat.text_feed import Damaged, Steps
@@ -16,14 +16,14 @@ Kind = Literal["content", "reasoning", "call", "arguments", "call_end"]
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """What a parser reports of an answer.
+    """An event of an answer's parser.
 
     Attributes:
-        kind: "content" and "reasoning" bring more text. A "call" begins, "arguments" bring more
-            of its JSON object, and "call_end" completes it. A call without a "call_end" was cut
-            off, or broken after a part of it was out; its arguments are no whole JSON then.
-        text: what is added; of a call the name of the tool.
-        index: of a call and its arguments, from 0 in an answer.
+        kind: "content" and "reasoning" add text. "call" begins a call, "arguments" adds to its JSON
+            object, and "call_end" completes it. A call without a "call_end" was cut off, or turned
+            out to be malformed after a part of it was sent. Its arguments are incomplete JSON.
+        text: the added text, or the name of the called tool.
+        index: index of the call in the answer, from 0.
     """
 
     kind: Kind
@@ -33,7 +33,7 @@ class Event:
 
 @dataclass(frozen=True)
 class ToolCall:
-    """One call: name of the tool and its arguments as JSON text."""
+    """A call: the name of the tool and its arguments as JSON text."""
 
     name: str
     arguments: str
@@ -41,7 +41,7 @@ class ToolCall:
 
 @dataclass(frozen=True)
 class Message:
-    """An answer in its parts, each empty where the answer has none."""
+    """The parts of an answer, each empty if absent."""
 
     content: str = ""
     reasoning: str = ""
@@ -49,7 +49,7 @@ class Message:
 
 
 def join_events(events: Iterable[Event]) -> Message:
-    """The message that a parser's events add up to."""
+    """Return the message that a parser's events add up to."""
     texts: dict[str, list[str]] = {"content": [], "reasoning": []}
     calls: list[list[str]] = []
     for event in events:
@@ -64,21 +64,21 @@ def join_events(events: Iterable[Event]) -> Message:
 
 
 Emit = Callable[[str], None]
-# first character of JSON in which marks may be
+# first character of the JSON types that may contain marks
 _BEGINS = {"object": "{", "array": "["}
 
 
 class EventSink:
-    """Collects events, neighbours of one kind as one, and holds those of a call back.
+    """Collects events, merges adjacent events of one kind, and holds calls back.
 
     Attributes:
         schemas: tool name -> JSON schema of its arguments.
-        num_calls: calls so far, with those held back.
-        is_wary: only declared tools are called, since a damaged call came before, and the rest of
-            its text may cite calls.
+        num_calls: number of calls so far, including held ones.
+        is_wary: True after a damaged call, whose remaining text may quote calls. Then only declared
+            tools are called.
     """
 
-    def __init__(self, schemas: Mapping[str, Any]) -> None:
+    def __init__(self, schemas: Mapping[str, object]) -> None:
         self.schemas = schemas
         self.num_calls = 0
         self._resolved: dict[str, ToolSchema] = {}
@@ -88,13 +88,15 @@ class EventSink:
         self._num_calls_before = 0
 
     def schema_of(self, tool: str) -> ToolSchema:
-        """Schema of a tool's arguments, with results that all calls of an answer share."""
+        """Return the schema of a tool's arguments. Its results are shared by all calls of an
+        answer.
+        """
         if tool not in self._resolved:
             self._resolved[tool] = ToolSchema(self.schemas.get(tool))
         return self._resolved[tool]
 
     def take(self) -> list[Event]:
-        """The events since the last call, without those held back."""
+        """Return the events since the last call, without held ones."""
         parts, self._events = self._events, []
         return [Event(part.kind, "".join(part.texts), part.index) for part in parts]
 
@@ -109,12 +111,12 @@ class EventSink:
         self._held = None
 
     def drop(self) -> None:
-        """Forget the events that were held back."""
+        """Discard the events that were held back."""
         self._held, self.num_calls = None, self._num_calls_before
 
     @property
     def is_held(self) -> bool:
-        """Whether events are held back."""
+        """True while events are held back."""
         return self._held is not None
 
     def content(self, text: str) -> None:
@@ -127,7 +129,7 @@ class EventSink:
         """Begin a call.
 
         Raises:
-            Damaged: the tool is not declared, and calls of such tools are no longer expected.
+            Damaged: the tool is not declared, and `is_wary` is True.
         """
         if self.is_wary and self.schemas and name not in self.schemas:
             raise Damaged
@@ -135,11 +137,11 @@ class EventSink:
         self._report("call", name)
 
     def arguments(self, text: str) -> None:
-        """More arguments of the latest call."""
+        """Add arguments to the latest call."""
         self._report("arguments", text)
 
     def end_call(self) -> None:
-        """The latest call is complete."""
+        """Complete the latest call."""
         self._report("call_end")
 
     def _report(self, kind: Kind, text: str = "") -> None:
@@ -149,7 +151,7 @@ class EventSink:
             self._add(part, self._events if self._held is None else self._held)
 
     def _add(self, part: _Part, events: list[_Part]) -> None:
-        """Report more text, as one event with the text of the same kind before it."""
+        """Report more text, merged with the event before it if that has the same kind."""
         if events and part.kind not in ("call", "call_end") and events[-1].kind == part.kind:
             events[-1].texts.extend(part.texts)
         else:
@@ -158,7 +160,7 @@ class EventSink:
 
 @dataclass(slots=True)
 class _Part:
-    """An event while it grows."""
+    """An event that still grows."""
 
     kind: Kind
     texts: list[str]
@@ -166,40 +168,40 @@ class _Part:
 
 
 class ArgumentsWriter:
-    """A JSON object of arguments, written value by value while they come.
+    """Writes the JSON object of a call's arguments value by value, while they arrive.
 
-    A declared tool whose schema names no argument may get a name twice, also in a forced call,
-    since no grammar compares names. The last value counts, as in parsers of JSON, so the object of
-    such a tool is written at the end of the call.
+    A declared tool whose schema names no argument may get a name twice, even in a forced call,
+    because grammars cannot compare names. As in JSON parsers the last value counts, so the object
+    of such a tool is written at the end of the call.
     """
 
     def __init__(self, sink: EventSink, tool: str) -> None:
         self._sink = sink
         self._schema = sink.schema_of(tool)
         self._given: set[str] = set()
-        # the value before has no end mark, so this one may be a part of it
+        # the previous value has no end mark, so this value may be a part of it
         self._is_doubtful = False
-        # name -> JSON of arguments that are written later
+        # name -> JSON of arguments that are written at the end of the call
         self._later: dict[str, list[str]] | None = None
         if tool in sink.schemas and not self._names:
             self._later = {}
 
     def may_take(self, name: str) -> bool:
-        """Whether an argument may follow by the schema; a schema without properties says yes."""
+        """Return True if the schema allows this argument now, or has no properties."""
         return name not in self._given and (not self._names or name in self._names)
 
     @property
     def is_described(self) -> bool:
-        """Whether the schema names the arguments."""
+        """True if the schema names the arguments."""
         return bool(self._names)
 
     def ends_with_name(self, text: str) -> bool:
-        """Whether a text ends with the name of an argument that may follow."""
+        """Return True if a text ends with the name of an argument that may follow."""
         return text.endswith(tuple(self._names - self._given))
 
     @property
     def is_full(self) -> bool:
-        """Whether the call has the arguments that the schema requires, or all that it names."""
+        """True if the call has all required arguments (or all named ones)."""
         needed = self._schema.required_names() or self._names
         return bool(needed) and needed <= self._given
 
@@ -212,18 +214,20 @@ class ArgumentsWriter:
     ) -> Steps[None]:
         """Read the value of an argument.
 
-        The schema decides if the value is a text or JSON. If it allows both, or does not say, the
-        model's word counts. Without that, JSON of an allowed type is preferred. A value that
-        should be JSON and is none becomes a string.
+        The schema decides if the value is text or JSON. If it allows both, or does not say, the
+        model's declaration counts. Without one, JSON of an allowed type is preferred. A value that
+        should be JSON and is invalid becomes a string.
 
         Args:
-            value: reads the value, and hands its text out piece by piece; returns whether it had
-                an end mark. It gets the first characters of the JSON that the value may be.
-            says_text: the model calls the value a text, or JSON; None if it does not say.
+            value: reads the value and passes its text on piece by piece. Returns True if it had an
+                end mark. Its second argument has the first characters of the JSON that the value
+                may be.
+            says_text: True if the model declares the value as text, False for JSON, None without a
+                declaration.
 
         Raises:
-            Damaged: the call has this argument already, or the value has no end. Or it should be
-                JSON and is none, and it holds half of a mark, or an end mark is missing.
+            Damaged: the call has this argument already, or the value has no end. Also an invalid
+                value that should be JSON, with a damaged mark in or around it.
         """
         if self._later is None:
             if name in self._given:
@@ -238,7 +242,7 @@ class ArgumentsWriter:
         first[:] = texts
 
     def _begin(self, name: str) -> None:
-        """Write what comes before the value of an argument."""
+        """Write the name of an argument, before its value."""
         self._sink.arguments(", " if self._given else "{")
         self._sink.arguments(json.dumps(name, ensure_ascii=False) + ": ")
         self._given.add(name)
@@ -250,7 +254,7 @@ class ArgumentsWriter:
         name: str,
         says_text: bool | None,
     ) -> Steps[None]:
-        """Read a value and write its JSON; see `read`."""
+        """Read a value and write its JSON. See `read`."""
         types = self._schema.argument_types(name)
         was_doubtful, self._is_doubtful = self._is_doubtful, False
         is_text = says_text is not False and types == {"string"}
@@ -277,7 +281,7 @@ class ArgumentsWriter:
         write(text.strip() if is_json else json.dumps(text, ensure_ascii=False))
 
     def flush(self) -> None:
-        """Write the arguments that are written later, as far as they go."""
+        """Write the arguments that are written at the end, even if incomplete."""
         if self._later is None:
             return
         later, self._later = self._later, None
@@ -294,5 +298,5 @@ class ArgumentsWriter:
 
 
 def _quoted(text: str) -> str:
-    """A part of a JSON string."""
+    """Return a text as the inside of a JSON string."""
     return json.dumps(text, ensure_ascii=False)[1:-1]

@@ -1,6 +1,6 @@
-"""Filters of templates, within the budget of a rendering.
+"""Filters of templates, bounded by the budget of a rendering.
 
-Each filter of Jinja is in a table here; a filter in no table does not exist.
+Every available filter is in a table of this module. Other filters of Jinja do not exist.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from functools import wraps
 from sys import getsizeof
 from typing import Any
 
+from jinja2 import Environment
 from jinja2.filters import FILTERS, make_attrgetter
 from jinja2.utils import pass_context, pass_environment
 
@@ -43,9 +44,9 @@ from fd_dsa.chat.operators import (
 _MAX_DIGITS = 4300
 _MAX_PRECISION = 1000
 _MAX_ATTRIBUTE_BYTES = 512
-# bytes of all values of a filter whose time or result grows with their square
+# maximum bytes of all values of a filter with quadratic time or result
 _MAX_SLOW_BYTES = 1 << 12
-# bytes of a short text, as a word
+# bytes of a short text, such as a word
 _WORD_BYTES = 60
 _ENCODER = json.JSONEncoder(ensure_ascii=False)
 
@@ -53,16 +54,16 @@ _Filter = Callable[..., Any]
 
 
 def _first(function: _Filter) -> int:
-    """Place of the value among the arguments: some functions get an environment before it."""
+    """Return the position of the value: some functions take an environment before it."""
     return 1 if getattr(function, "jinja_pass_arg", None) else 0
 
 
 def _of_text(name: str, factor: int) -> _Filter:
-    """The filter of a text whose result has at most `factor` times its bytes."""
+    """Return a text filter whose result has at most `factor` times its input's bytes."""
     function = FILTERS[name]
 
     @wraps(function)
-    def guarded(value: Any, *args: Any, **kwargs: Any) -> Any:
+    def guarded(value: object, *args: object, **kwargs: object) -> Any:
         budget = current()
         text = value if isinstance(value, str) else to_text(value)
         budget.check_room(factor * getsizeof(text))
@@ -74,12 +75,12 @@ def _of_text(name: str, factor: int) -> _Filter:
 
 
 def _slow(name: str) -> _Filter:
-    """The filter, of short values: its time or its result grows with their square."""
+    """Return a filter for short values, because its time or result is quadratic."""
     function = FILTERS[name]
     first = _first(function)
 
     @wraps(function)
-    def guarded(*args: Any, **kwargs: Any) -> Any:
+    def guarded(*args: object, **kwargs: object) -> Any:
         budget = current()
         values = (*args[first:], *kwargs.values())
         if any(isinstance(value, Iterator) for value in values):
@@ -94,14 +95,14 @@ def _slow(name: str) -> _Filter:
 
 
 def _lazy(name: str) -> _Filter:
-    """The filter, whose items are counted while they are read."""
+    """Return a filter whose items are counted while they are read."""
     function = FILTERS[name]
 
     @wraps(function)
-    def guarded(context: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
+    def guarded(context: object, value: Any, *args: object, **kwargs: object) -> Any:
         # the name of a filter, test or attribute
         current().check_key((args[:1], kwargs.get("attribute")))
-        # a selection reads more items than it yields; Jinja does not iterate a None
+        # a selection reads more items than it yields, so its input counts; None is not iterated
         items = counted(value) if value else value
         return counted(function(context, items, *args, **kwargs))
 
@@ -109,11 +110,11 @@ def _lazy(name: str) -> _Filter:
 
 
 def _copying(name: str) -> _Filter:
-    """The filter, whose result is no larger than its values."""
+    """Return a filter whose result is not larger than its values."""
     function = FILTERS[name]
 
     @wraps(function)
-    def guarded(*args: Any, **kwargs: Any) -> Any:
+    def guarded(*args: object, **kwargs: object) -> Any:
         result = function(*args, **kwargs)
         current().spend(getsizeof(result))
         return result
@@ -121,8 +122,14 @@ def _copying(name: str) -> _Filter:
     return guarded
 
 
-def _check_sorting(environment: Any, items: Any, attribute: Any, others: Any) -> Any:
-    """Check the comparison of all items and the copies in lower case; return what is compared."""
+def _check_sorting(
+    environment: Environment, items: Any, attribute: str | int | None, others: object
+) -> Any:
+    """Check the cost of comparing all items and of their lower-case copies.
+
+    Returns:
+        The values that are compared.
+    """
     budget = current()
     keys = items
     if attribute is not None:
@@ -138,31 +145,31 @@ def _check_sorting(environment: Any, items: Any, attribute: Any, others: Any) ->
 
 
 def _sorting(name: str, place: int) -> _Filter:
-    """The filter, which compares all items.
+    """Return a filter that compares all items.
 
     Args:
-        place: of the attribute among the arguments after the value.
+        place: position of the attribute among the arguments after the value.
     """
     function = FILTERS[name]
 
     @wraps(function)
-    def guarded(environment: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
+    def guarded(environment: Environment, value: object, *args: object, **kwargs: object) -> Any:
         items = to_list(value)
-        attribute = kwargs.get("attribute", args[place] if len(args) > place else None)
+        attribute: Any = kwargs.get("attribute", args[place] if len(args) > place else None)
         keys = _check_sorting(environment, items, attribute, (*args, *kwargs.values()))
         if name == "unique":
             for key in keys:
                 current().check_key(key)
         result = function(environment, items, *args, **kwargs)
         if isinstance(result, list):
-            # of groups, each has a list of its own
+            # each group has its own list
             current().spend(4 * getsizeof(result))
         return result if name != "unique" else counted(result)
 
     return guarded
 
 
-def _dictsort(value: Mapping[Any, Any], *args: Any, **kwargs: Any) -> Any:
+def _dictsort(value: Mapping[Any, object], *args: object, **kwargs: object) -> Any:
     budget = current()
     weight = budget.weigh(value)
     budget.check_room(weight)
@@ -172,7 +179,7 @@ def _dictsort(value: Mapping[Any, Any], *args: Any, **kwargs: Any) -> Any:
     return result
 
 
-def _center(value: Any, width: int = 80) -> Any:
+def _center(value: object, width: int = 80) -> Any:
     text = _text(value)
     current().check_room(padded_bytes(text, width))
     result = text.center(width)
@@ -180,7 +187,7 @@ def _center(value: Any, width: int = 80) -> Any:
     return result
 
 
-def _trim(value: Any, chars: str | None = None) -> Any:
+def _trim(value: object, chars: str | None = None) -> Any:
     text = _text(value)
     if chars is not None:
         stripped_bytes(text, chars)
@@ -189,13 +196,13 @@ def _trim(value: Any, chars: str | None = None) -> Any:
     return result
 
 
-def _format(value: Any, *args: Any, **kwargs: Any) -> Any:
+def _format(value: Any, *args: object, **kwargs: object) -> Any:
     if args and kwargs:
         return FILTERS["format"]("", *args, **kwargs)
     return modulo(_text(value), kwargs or args)
 
 
-def _indent(value: Any, width: int | str = 4, first: bool = False, blank: bool = False) -> Any:
+def _indent(value: object, width: int | str = 4, first: bool = False, blank: bool = False) -> Any:
     budget = current()
     if isinstance(value, str) and isinstance(width, int | str):
         step = len(width) if isinstance(width, str) else max(width, 0)
@@ -209,7 +216,9 @@ def _indent(value: Any, width: int | str = 4, first: bool = False, blank: bool =
 
 
 @pass_environment
-def _join(environment: Any, value: Any, d: Any = "", attribute: Any = None) -> str:
+def _join(
+    environment: Environment, value: Any, d: object = "", attribute: str | int | None = None
+) -> str:
     if attribute is not None:
         current().check_key(attribute)
         value = map(make_attrgetter(environment, attribute), value)
@@ -224,7 +233,7 @@ def _list(value: Any) -> Any:
     return list(value)
 
 
-def _replace(value: Any, old: Any, new: Any, count: int | None = None) -> str:
+def _replace(value: object, old: object, new: object, count: int | None = None) -> str:
     text, old, new = to_text(value), to_text(old), to_text(new)
     current().check_room(replaced_bytes(text, old, new, -1 if count is None else count))
     result = text.replace(old, new, -1 if count is None else count)
@@ -233,7 +242,9 @@ def _replace(value: Any, old: Any, new: Any, count: int | None = None) -> str:
 
 
 @pass_environment
-def _sum(environment: Any, iterable: Any, attribute: Any = None, start: Any = 0) -> Any:
+def _sum(
+    environment: Environment, iterable: Any, attribute: str | int | None = None, start: object = 0
+) -> Any:
     if isinstance(start, str):
         raise TypeError("sum() can't sum strings [use the filter 'join' instead]")
     if attribute is not None:
@@ -244,23 +255,23 @@ def _sum(environment: Any, iterable: Any, attribute: Any = None, start: Any = 0)
     return start
 
 
-def _int(value: Any, default: Any = 0, base: int = 10) -> Any:
+def _int(value: object, default: object = 0, base: int = 10) -> Any:
     result = FILTERS["int"](_digits(value), default, base)
     current().spend(getsizeof(result))
     return result
 
 
-def _float(value: Any, default: Any = 0.0) -> Any:
+def _float(value: object, default: object = 0.0) -> Any:
     return FILTERS["float"](_digits(value), default)
 
 
-def _digits(value: Any) -> Any:
+def _digits(value: object) -> Any:
     if isinstance(value, str) and len(value) > _MAX_DIGITS:
         raise OverBudget(f"would read a number of more than {_MAX_DIGITS} characters")
     return value
 
 
-def _round(value: Any, precision: int = 0, method: str = "common") -> Any:
+def _round(value: object, precision: int = 0, method: str = "common") -> Any:
     if isinstance(precision, int) and abs(precision) > _MAX_PRECISION:
         raise OverBudget(f"'round' takes a precision of at most {_MAX_PRECISION}")
     result = FILTERS["round"](value, precision, method)
@@ -268,25 +279,25 @@ def _round(value: Any, precision: int = 0, method: str = "common") -> Any:
     return result
 
 
-def _batch(value: Any, linecount: int, fill_with: Any = None) -> Any:
+def _batch(value: Any, linecount: int, fill_with: object = None) -> Any:
     if fill_with is not None and isinstance(linecount, int):
         current().check_room(8 * linecount)
     return counted(FILTERS["batch"](counted(value), linecount, fill_with))
 
 
 @wraps(FILTERS["slice"])
-def _slice(environment: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
+def _slice(environment: Environment, value: object, *args: object, **kwargs: object) -> Any:
     return counted(FILTERS["slice"](environment, to_list(value), *args, **kwargs))
 
 
 def to_json(
-    value: Any,
+    value: object,
     ensure_ascii: bool = False,
     indent: int | str | None = None,
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Filter `tojson`, as transformers have it."""
+    """Filter `tojson`, with the arguments of transformers."""
     budget = current()
     weight = budget.weigh(value)
     between = budget.weigh(separators) if separators is not None else 0
@@ -301,7 +312,7 @@ def to_json(
         text = encoder.encode(value)
         budget.spend(getsizeof(text))
         return text
-    # blanks grow with the depth, so they are counted while they are written
+    # indentation grows with the depth, so the pieces are counted while they are written
     pieces = []
     for piece in encoder.iterencode(value):
         budget.spend(getsizeof(piece))
@@ -309,25 +320,25 @@ def to_json(
     return join("", pieces)
 
 
-def _text(value: Any) -> Any:
-    """Return a text, or a Markup, as it is, and the text of any other value."""
+def _text(value: object) -> Any:
+    """Return a text or a Markup unchanged, and the text of any other value."""
     return value if isinstance(value, str) else to_text(value)
 
 
 @pass_context
-def _tick(context: Any, num_bytes: int) -> None:
+def _tick(context: object, num_bytes: int) -> None:
     """Count a step of a loop, or a call of a macro."""
     current().spend(num_bytes)
 
 
 @pass_context
-def _ticked(context: Any, value: Any, num_bytes: int) -> Any:
+def _ticked(context: object, value: object, num_bytes: int) -> Any:
     current().spend(num_bytes)
     return value
 
 
 OPERATORS: dict[str, _Filter] = {
-    # no template can write these names
+    # names that no template can write
     "+": add,
     "-": subtract,
     "(-)": negate,

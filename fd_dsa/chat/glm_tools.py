@@ -1,4 +1,4 @@
-"""Calls of GLM-4.5 to GLM-5."""
+"""Tool calls of GLM-4.5 to GLM-5."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from fd_dsa.chat.tool_formats import (
 _KEY = r"([^<>]{1,64}?)"
 _WORD = r'[^\s<>"{}]'
 _TO_VALUE = f"{GLM_KEY_END}{SPACE}{GLM_VALUE}"
-# a repair without a mark asks for clean text after it, up to the end of the value
+# a value is repaired only if clean text follows, up to the end of the value
 _CLEAN = rf"(?=[^<>]{{{len(GLM_VALUE)}}}|[^<>]+{GLM_VALUE_END})"
 
 _HEAD = re.compile(rf"\n?{GLM_CALL}{SPACE}({NAME}){SPACE}(?={GLM_KEY}|{GLM_CALL_END})")
-# the mark before the first key is missing; the name may touch the key
+# the mark before the first key is missing, and the name may touch the key
 _GLUED = re.compile(
     rf"\n?{GLM_CALL}{SPACE}({_WORD}{{1,128}})(?:\s{{1,16}}({_WORD}{{1,64}}))?{SPACE}{_TO_VALUE}"
 )
@@ -51,7 +51,7 @@ _NEXT = re.compile(rf"{SPACE}(?={GLM_KEY}|{GLM_CALL_END}|{GLM_CALL})")
 _NO_KEY = re.compile(
     rf"{GLM_VALUE_END}\s{{0,16}}((?:(?!{GLM_VALUE_END}|{GLM_KEY})[\s\S]){{1,80}}?){SPACE}{_TO_VALUE}"
 )
-# an argument after the end of the call
+# an argument after the end of its call
 _LOST = re.compile(rf"{GLM_CALL_END}{SPACE}(?:{GLM_KEY}|([^\s<>]{{1,64}}){SPACE}{GLM_KEY_END})")
 _MAYBE_LOST = re.compile(rf"{GLM_CALL_END}{SPACE}[^\s<>]{{0,64}}{SPACE}(?:</?[arg_key]{{0,7}})?")
 _DAMAGED_END = re.compile(f"{GLM_VALUE_END}({half_mark(len(GLM_CALL_END))}){_HEAD.pattern}")
@@ -59,7 +59,7 @@ _NEXT_ARGUMENT = re.compile(rf"\n?{GLM_KEY}{SPACE}{_REST}")
 
 
 class GlmTools(TaggedTools):
-    """Reads the calls of GLM; a line break before a call is a part of it."""
+    """Parser of GLM's calls, including a line break before them."""
 
     name = "glm47"
     starts = (f"\n{GLM_CALL}", GLM_CALL)
@@ -90,7 +90,7 @@ class GlmTools(TaggedTools):
         yield from self.read_rest(call, self._read_arguments(call, key))
 
     def _read_arguments(self, call: Call, key: str | None) -> Steps[None]:
-        """Read all arguments; `key` of the first one, if it is read already."""
+        """Read all arguments. `key` is the first argument's key if it is read already."""
         if key is not None:
             yield from self._read_argument(call, key)
         while (yield from self._has_argument(call)):
@@ -98,7 +98,10 @@ class GlmTools(TaggedTools):
         yield from check_end(call, _LOST, _MAYBE_LOST)
 
     def _has_argument(self, call: Call) -> Steps[bool]:
-        """Read up to the next argument; False at the end of the call, which is left unread."""
+        """Read up to the next argument.
+
+        Returns False at the end of the call, which stays unread.
+        """
         feed = call.feed
         found = yield from feed.peek(_NEXT)
         if found is not None:
@@ -112,7 +115,7 @@ class GlmTools(TaggedTools):
         return True
 
     def _key(self, call: Call) -> Steps[str]:
-        """Read the head of an argument; returns its key."""
+        """Read the head of an argument and return its key."""
         feed = call.feed
         has_key = feed.match(after_space((GLM_KEY,))) is not None
         head = yield from feed.peek(_ARGUMENT, _MAYBE_ARGUMENT if has_key else None)
@@ -160,7 +163,7 @@ class GlmTools(TaggedTools):
 
 
 def _name_and_key(head: re.Match[str], schemas: Mapping[str, object]) -> tuple[str, str]:
-    """Name of a declared tool, and the key after it, maybe without a space between them."""
+    """Return the name of a declared tool and the key after it, separated or not."""
     text, key = head[1], head[2]
     if key is not None and text in schemas:
         return text, key

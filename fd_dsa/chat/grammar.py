@@ -1,13 +1,12 @@
 """Grammars that force tool calls, in llguidance's variant of Lark.
 
-`tool_choice` "required", or the name of a tool, is kept by decoding under a grammar of the model's
-own format, so that the same parser reads forced and free calls.
+`tool_choice` "required", or the name of a tool, is enforced by decoding under a grammar of the
+model's own format. So the same parser reads forced and free calls.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from fd_dsa.chat import tool_formats as marks
 from fd_dsa.chat.call_grammar import CallWriter
@@ -15,21 +14,22 @@ from fd_dsa.chat.lark import Lark
 from fd_dsa.chat.schema import SchemaError, ToolSchema
 
 
-def forced_calls_grammar(tool_format: str, schemas: Mapping[str, Any], *, several: bool) -> str:
-    """A grammar of answers that call at least one of the tools and say nothing else.
+def forced_calls_grammar(tool_format: str, schemas: Mapping[str, object], *, several: bool) -> str:
+    """Return a grammar of answers that consist of calls only, at least one.
 
-    Every call under it satisfies its tool's schema, and the parser of answers reads each value
-    with the type that the schema means.
+    Every call under the grammar satisfies its tool's schema, and the parser of answers reads each
+    value with the type of the schema.
 
     Args:
         schemas: name of each tool that may be called -> JSON schema of its arguments.
+        several: allow more than one call.
 
     Returns:
         Lark text with the rule `start`.
 
     Raises:
-        ValueError: a schema has what no grammar can enforce, or the text gets too long; names the
-            tool and the keyword.
+        ValueError: a schema cannot be enforced, or the text is too long. The message names the tool
+            and the keyword.
     """
     lark = Lark()
     head, write, tail = CALL_FORMS[tool_format]
@@ -52,7 +52,7 @@ def forced_calls_grammar(tool_format: str, schemas: Mapping[str, Any], *, severa
     return lark.grammar(" ".join(parts))
 
 
-# tool format -> text before all calls, the writer of one call, text after all calls
+# tool format -> text before all calls, writer of one call, text after all calls
 CALL_FORMS: dict[str, tuple[str, Callable[[CallWriter], str], str]] = {
     "deepseek_v31": (marks.V31_CALLS, CallWriter.v31_call, marks.V31_CALLS_END),
     "deepseek_v32": (f"\n\n{marks.V32_CALLS}\n", CallWriter.dsml_call, marks.V32_CALLS_END),

@@ -1,6 +1,6 @@
-"""Tests of templates (`x is even`), within the budget of a rendering.
+"""Tests of templates (`x is even`), bounded by the budget of a rendering.
 
-Each test of Jinja is in a table here; a test in no table does not exist.
+Every available test is in a table of this module. Other tests of Jinja do not exist.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def _named(name: str) -> _Test:
     test = _TESTS[name]
 
     @wraps(test)
-    def guarded(environment: Any, value: Any) -> Any:
+    def guarded(environment: object, value: object) -> Any:
         return test(environment, current().check_key(value))
 
     return guarded

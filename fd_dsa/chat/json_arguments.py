@@ -1,4 +1,4 @@
-"""JSON in calls, read while it comes: whole objects of arguments, and strings in values."""
+"""JSON in calls, read in pieces: whole objects of arguments, and strings in values."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from fd_dsa.chat.text_feed import Damaged, Steps, TextFeed
 
-# strings that are complete are read in one go with what is around them
+# complete strings are read together with the text around them
 _OUTSIDE = re.compile(r'(?:[\s:,0-9A-Za-z+\-.]|"(?:[^"\\\x00-\x1f]|\\[^\x00-\x1f])*")+|[{}\[\]"]')
 _INSIDE = re.compile(r'(?:[^"\\]|\\[^\x00-\x1f])+|"')
 _CONTROL = re.compile(r"[\x00-\x1f]")
@@ -18,13 +18,13 @@ _BETWEEN = re.compile(r"[\s:,0-9A-Za-z+\-.{}\[\]]*")
 
 
 def read_object(feed: TextFeed, emit: Callable[[str], None]) -> Steps[None]:
-    """Read a JSON object, and hand its text out up to the last brace.
+    """Read a JSON object and pass on its text up to the last brace.
 
-    Control characters in strings are escaped, since models write line breaks as they are. The
-    last brace is left to the caller, who knows if the object may end there.
+    Control characters in strings are escaped, because models write literal line breaks. The caller
+    writes the last brace, because only the caller knows if the object may end there.
 
     Raises:
-        Damaged: the text is no JSON object.
+        Damaged: the text is not a JSON object.
     """
     written: list[str] = []
 
@@ -59,31 +59,31 @@ def _escaped(match: re.Match[str]) -> str:
 
 
 def _no_number(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not valid JSON")
 
 
 class OpenString:
-    """Tells if a JSON text that comes in pieces ends inside of a string.
+    """Determines if a JSON text that comes in pieces ends inside a string.
 
     Args:
-        begins: first characters of the JSON that may come; any other text has no strings.
+        begins: first characters of the expected JSON. Other texts have no strings.
     """
 
     def __init__(self, begins: str) -> None:
         self._begins = begins
         self._is_json = bool(begins)
         self._is_escaped = False
-        # last character outside of strings that is no white space; a quote after a string
+        # last character outside strings, without white space; a quote after a string
         self._last = ""
         self.is_open = False
 
     @property
     def is_complete(self) -> bool:
-        """Return True if all strings have an end, with only JSON around them."""
+        """True if all strings are closed and only JSON is around them."""
         return self._is_json and not self.is_open
 
     def add(self, text: str) -> None:
-        """Read more text; each character is read once."""
+        """Read more text. Each character is read once."""
         place = 0
         while self._is_json and place < len(text):
             if self.is_open:
@@ -97,7 +97,7 @@ class OpenString:
                 self._is_json, self._last, place = self.is_open, '"', end + 1
 
     def _inside(self, text: str, place: int) -> int:
-        """Read the rest of a string; returns the place after it."""
+        """Read the rest of a string and return the position after it."""
         if self._is_escaped:
             self._is_escaped = False
             return place + 1
@@ -119,7 +119,7 @@ class OpenString:
             self._last = stripped[-1]
 
     def _may_follow(self, sign: str) -> bool:
-        """Return True if a character may follow the last one outside of strings."""
+        """Return True if a character may follow the last one outside strings."""
         if not self._last:
             return sign in self._begins
         if self._last == '"':

@@ -1,7 +1,7 @@
-"""JSON schemas for llguidance: one document without annotations, with what its references reach.
+"""JSON schemas for llguidance: one document with all referenced schemas.
 
-llguidance enforces less than JSON Schema says in some places, such as names of one property that
-are escaped differently. The documents here avoid those.
+llguidance enforces less than JSON Schema in some places. For example, two spellings of a property's
+name count as two properties. The documents here avoid those places.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from decimal import ROUND_DOWN, Context, Decimal
 from itertools import chain
 from typing import Any
 
-from fd_dsa.chat.enforced import checked, constraints, exclusive, refusal
+from fd_dsa.chat.enforced import CheckedSchema, checked, constraints, exclusive, refusal
 from fd_dsa.chat.lark import check_size
 from fd_dsa.chat.patterns import FORMATS
 from fd_dsa.chat.schema import (
@@ -30,17 +30,17 @@ _AS_THEY_ARE = ("type", "minItems", "maxItems", "minLength", "maxLength", "multi
 _MAX_EXACT = 2**53
 _LOWER, _UPPER = ("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")
 _COUNTS = {"minProperties", "maxProperties"}
-# optional properties of which `minProperties` may ask for one
+# `minProperties` may ask for one of at most this many optional properties
 _MAX_OPTIONAL = 32
 
 
 def json_document(
-    schema: ToolSchema, parts: Sequence[Any], kinds: frozenset[str] = KINDS
+    schema: ToolSchema, parts: Sequence[object], kinds: frozenset[str] = KINDS
 ) -> dict[str, Any]:
-    """A schema of values that satisfy all of `parts` and have one of the types.
+    """Return a schema of values that satisfy all of `parts` and have one of the types.
 
     Args:
-        schema: the tool's schema, to which references in `parts` point.
+        schema: the tool's schema, the target of references in `parts`.
 
     Raises:
         SchemaError: a grammar cannot enforce a keyword, or no finite value satisfies the schemas.
@@ -60,28 +60,28 @@ def json_document(
 
 
 class _Document:
-    """Bodies of schemas while they are rewritten, and the definitions that they refer to."""
+    """The rewritten schemas and the definitions that they refer to."""
 
     def __init__(self, schema: ToolSchema) -> None:
         self._schema = schema
         self._names: dict[int, str] = {}
-        # targets that are applied to the same value as the one that is being rewritten
+        # targets that apply to the same value as the schema that is being rewritten
         self._in_place: frozenset[int] = frozenset()
         self._num_chars = 0
         self.definitions: dict[str, Any] = {}
 
-    def body(self, of: Any, kinds: frozenset[str] = KINDS, depth: int = MAX_DEPTH) -> Any:
-        """A schema in llguidance's part of JSON Schema.
+    def body(self, of: object, kinds: frozenset[str] = KINDS, depth: int = MAX_DEPTH) -> Any:
+        """Rewrite a schema to the part of JSON Schema that llguidance supports.
 
         Args:
-            kinds: types that the value may have by other schemas.
-            depth: how much deeper schemas may be nested.
+            kinds: types that other schemas allow for the value.
+            depth: remaining nesting depth.
         """
         if isinstance(of, bool):
             return of
         of = checked(self._schema, of, depth)
         kinds &= self._schema.kinds([of])
-        made = {key: of[key] for key in _AS_THEY_ARE if key in of}
+        made: dict[str, Any] = {key: of.get(key) for key in _AS_THEY_ARE if key in of}
         made |= _bounds(of)
         values = listed_values(of)
         if values is not None:
@@ -100,21 +100,21 @@ class _Document:
             all_of.append({"anyOf": [self.body(each, kinds, depth - 1) for each in branches]})
         all_of += _at_least_one(of)
         made |= {"allOf": all_of} if all_of else {}
-        # no more than the text will have
+        # a lower bound of the length of the text
         self._num_chars += sum(len(key) + 6 for key in made)
         check_size(self._num_chars)
         return made
 
-    def _nested(self, of: Any, depth: int) -> Any:
-        """The body of a schema for a value inside of another."""
+    def _nested(self, of: object, depth: int) -> Any:
+        """Rewrite a schema for a value inside another value."""
         outside, self._in_place = self._in_place, frozenset()
         made = self.body(of, depth=depth - 1)
         _check_counts(self._schema, [of])
         self._in_place = outside
         return made
 
-    def _definition(self, reference: Any, depth: int) -> str:
-        """Name of the definition of what a reference points to."""
+    def _definition(self, reference: object, depth: int) -> str:
+        """Return the name of the definition for the target of a reference."""
         target = self._schema.target(reference)
         if id(target) in self._in_place:
             raise SchemaError(f"$ref: got {shown(reference)}, a reference that leads to itself")
@@ -126,15 +126,15 @@ class _Document:
             self._in_place = outside
         return self._names[id(target)]
 
-    def _of_object(self, of: Mapping[str, Any], depth: int) -> dict[str, Any]:
-        """Keywords for objects."""
+    def _of_object(self, of: CheckedSchema, depth: int) -> dict[str, Any]:
+        """Rewrite the keywords for objects."""
         made: dict[str, Any] = {}
         for key in ("properties", "patternProperties"):
             if key in of:
                 regexes = key == "patternProperties"
                 made[key] = {
                     self._key(name) if regexes else name: self._nested(each, depth)
-                    for name, each in of[key].items()
+                    for name, each in mapping(of.get(key)).items()
                 }
         if "additionalProperties" in of:
             made["additionalProperties"] = self._nested(of["additionalProperties"], depth)
@@ -145,8 +145,11 @@ class _Document:
     def _key(self, pattern: str) -> str:
         return _anchored(key_regex(self._schema, pattern))
 
-    def _of_array(self, of: Mapping[str, Any], depth: int) -> dict[str, Any]:
-        """Keywords for arrays; drafts before 2020-12 write `prefixItems` as a list of `items`."""
+    def _of_array(self, of: CheckedSchema, depth: int) -> dict[str, Any]:
+        """Rewrite the keywords for arrays.
+
+        Drafts before 2020-12 write `prefixItems` as a list of `items`.
+        """
         items = of.get("items")
         prefix, rest = of.get("prefixItems"), items
         if isinstance(items, list):
@@ -159,15 +162,16 @@ class _Document:
         return made
 
 
-def text_regexes(schema: ToolSchema, of: Mapping[str, Any]) -> list[str]:
-    """Regexes of whole texts by `pattern` and `format`."""
+def text_regexes(schema: ToolSchema, of: CheckedSchema) -> list[str]:
+    """Return regexes of whole texts for `pattern` and `format`."""
     found = [schema.regex(of["pattern"], "pattern")] if "pattern" in of else []
-    known = FORMATS.get(of["format"]) if isinstance(of.get("format"), str) else None
+    form = of.get("format")
+    known = FORMATS.get(form) if isinstance(form, str) else None
     return found + ([known] if known else [])
 
 
 def key_regex(schema: ToolSchema, pattern: str) -> str:
-    """A regex of whole names by a pattern of `patternProperties`."""
+    """Return a regex of whole names for a pattern of `patternProperties`."""
     return schema.regex(pattern, "patternProperties")
 
 
@@ -175,12 +179,15 @@ def _anchored(regex: str) -> str:
     return f"^(?:{regex})$"
 
 
-def _bounds(of: Mapping[str, Any]) -> dict[str, Any]:
-    """Bounds of numbers; where doubles are not exact, the next ones inside that have 15 digits."""
+def _bounds(of: CheckedSchema) -> dict[str, Any]:
+    """Return the bounds of numbers.
+
+    Beyond exact doubles they are moved inward to 15 digits.
+    """
     made = {}
     for key in (*_LOWER, *_UPPER):
         value = of.get(key)
-        if value is None:
+        if not isinstance(value, int | float):
             continue
         if abs(value) >= _MAX_EXACT:
             if (value < 0) != (key in _LOWER):
@@ -191,12 +198,12 @@ def _bounds(of: Mapping[str, Any]) -> dict[str, Any]:
     return made
 
 
-# the largest of 15 digits
+# the largest int64 of 15 digits
 _MAX_INT64 = 9_223_372_036_854_770_000
 
 
-def _exact(value: Any, depth: int = MAX_DEPTH) -> Any:
-    """A value of `const` or `enum`, which llguidance compares as doubles."""
+def _exact(value: object, depth: int = MAX_DEPTH) -> Any:
+    """Check a value of `const` or `enum`, which llguidance compares as a double."""
     if isinstance(value, int) and abs(value) > _MAX_EXACT:
         raise refusal("enum", f"{shown(value)} is beyond the integers that doubles hold")
     if isinstance(value, float) and not math.isfinite(value):
@@ -210,39 +217,39 @@ def _exact(value: Any, depth: int = MAX_DEPTH) -> Any:
     return value
 
 
-def _is_closed(of: Mapping[str, Any]) -> bool:
+def _is_closed(of: CheckedSchema) -> bool:
     return of.get("additionalProperties") is False and not of.get("patternProperties")
 
 
-def _optional(of: Mapping[str, Any]) -> list[str]:
+def _optional(of: CheckedSchema) -> list[str]:
     required = set(of.get("required", ()))
     return [name for name in mapping(of.get("properties")) if name not in required]
 
 
-def _counts(of: Mapping[str, Any]) -> dict[str, int]:
-    """Numbers of properties that llguidance must count."""
+def _counts(of: CheckedSchema) -> dict[str, int]:
+    """Return the property counts that llguidance must check."""
     required, optional = len(set(of.get("required", ()))), _optional(of)
     made = {}
-    least = of.get("minProperties", 0)
-    if least > required + 1:
-        # llguidance would count a name twice that is written twice
+    min_count = of.get("minProperties", 0)
+    if min_count > required + 1:
+        # llguidance would count a repeated name twice
         raise refusal("minProperties", "only one more than the required properties can be counted")
-    if least > required and not optional:
-        made["minProperties"] = least
-    most = of.get("maxProperties")
-    if most is not None and not (_is_closed(of) and most >= required + len(optional)):
+    if min_count > required and not optional:
+        made["minProperties"] = min_count
+    max_count = of.get("maxProperties")
+    if max_count is not None and not (_is_closed(of) and max_count >= required + len(optional)):
         if optional:
             raise refusal("maxProperties", "optional properties are not counted")
-        made["maxProperties"] = most
+        made["maxProperties"] = max_count
     return made
 
 
-def _check_counts(schema: ToolSchema, parts: Iterable[Any]) -> None:
-    """Refuse numbers of properties if schemas of the same value list optional ones.
+def _check_counts(schema: ToolSchema, parts: Iterable[object]) -> None:
+    """Refuse property counts if schemas of the same value list optional properties.
 
     llguidance counts properties that no schema lists, and required ones.
     """
-    together, seen, todo = list[Mapping[str, Any]](), set[int](), [*parts]
+    together, seen, todo = list[Any](), set[int](), [*parts]
     while todo:
         part = todo.pop()
         if isinstance(part, dict) and id(part) not in seen:
@@ -261,8 +268,8 @@ def _check_counts(schema: ToolSchema, parts: Iterable[Any]) -> None:
         raise refusal(keyword, "optional properties are not counted")
 
 
-def _at_least_one(of: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """`minProperties` of an object with optional properties, as one of them that is required."""
+def _at_least_one(of: CheckedSchema) -> list[dict[str, Any]]:
+    """Express `minProperties` of an object by requiring one of its optional properties."""
     optional = _optional(of)
     if of.get("minProperties", 0) <= len(set(of.get("required", ()))) or not optional:
         return []
@@ -271,8 +278,8 @@ def _at_least_one(of: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{"anyOf": [{"required": [name]} for name in optional]}]
 
 
-def _is_finite(body: Any, definitions: Mapping[str, Any]) -> bool:
-    """Return True if some value of a document may have an end."""
+def _is_finite(body: Any, definitions: Mapping[str, object]) -> bool:
+    """Return True if at least one value of a document is finite."""
     finite: set[str] = set()
     num_before = -1
     while num_before < len(finite):
@@ -282,7 +289,7 @@ def _is_finite(body: Any, definitions: Mapping[str, Any]) -> bool:
 
 
 def _may_end(of: Any, finite: set[str]) -> bool:
-    """Return True if a value may end, given the definitions whose values may."""
+    """Return True if a value may be finite, given the definitions with finite values."""
     if isinstance(of, bool):
         return True
     if "$ref" in of and of["$ref"].rpartition("/")[2] not in finite:
@@ -302,8 +309,8 @@ def _may_end(of: Any, finite: set[str]) -> bool:
     return True
 
 
-def plain_target(schema: ToolSchema, of: Any) -> Any:
-    """The schema that a reference without other keywords stands for, otherwise the same schema."""
+def plain_target(schema: ToolSchema, of: object) -> Any:
+    """Follow a reference without other keywords. Other schemas are returned unchanged."""
     for _ in range(MAX_DEPTH):
         if not isinstance(of, dict) or constraints(of) != ["$ref"] or schema.has_own_base(of):
             break

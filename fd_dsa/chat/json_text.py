@@ -1,20 +1,20 @@
-"""JSON text of a value that may be large."""
+"""JSON text of values that may be large."""
 
 from __future__ import annotations
 
 import json
-from typing import Any
 
 from fd_dsa.cancellation import check_cancelled
 
-# pieces between two checks if the client is still there
+# pieces between two checks of the client
 _CHECKED_PIECES = 4096
 
 
-def json_start(value: Any, max_chars: int, *, ensure_ascii: bool = False) -> str:
-    """JSON text of a value, or only its beginning if it has more than `max_chars` characters.
+def json_start(value: object, max_chars: int, *, ensure_ascii: bool = False) -> str:
+    """Return the JSON text of a value, or only its beginning if it is long.
 
-    The text ends with the first piece that is too much, so a value is written no further than that.
+    The text ends with the first piece beyond `max_chars` characters, so the rest of the value is
+    not encoded.
 
     Raises:
         RecursionError, TypeError, ValueError: the value has no JSON text.
@@ -31,8 +31,8 @@ def json_start(value: Any, max_chars: int, *, ensure_ascii: bool = False) -> str
     return "".join(pieces)
 
 
-def shortened_json(value: Any, max_chars: int) -> str:
-    """JSON text of a value for a message, with "..." instead of all after `max_chars`.
+def shortened_json(value: object, max_chars: int) -> str:
+    """Return the JSON text of a value for a message, cut by "..." after `max_chars`.
 
     Raises:
         RecursionError, TypeError, ValueError: see `json_start`.

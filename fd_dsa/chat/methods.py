@@ -1,15 +1,16 @@
-"""Methods of values in templates, within the budget of a rendering.
+"""Methods of values in templates, bounded by the budget of a rendering.
 
-A method that no table here names does not exist in a template.
+Every available method is in a table of this module. Other methods do not exist in templates.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from sys import getsizeof
 from types import BuiltinMethodType, MethodType
 from typing import Any
 
+from jinja2 import Environment
 from jinja2.exceptions import SecurityError
 from jinja2.sandbox import SandboxedEscapeFormatter, SandboxedFormatter
 from markupsafe import Markup
@@ -22,32 +23,32 @@ _BLANKS = (
     _LINE_ENDS + "\t\x1f \xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009"
     "\u200a\u202f\u205f\u3000"
 )
-# bytes of a short text and of its place in a list
+# bytes of a short text and its list entry
 _PIECE_BYTES = 90
-# characters of a text that takes a while to read
+# length of a text that takes a while to read, characters
 _LONG = 1 << 16
 
 _Check = Callable[..., int]
-"""Checks a call before it is made; returns a bound of the bytes of its result."""
+"""Checks a call before it is made and returns an upper bound for its result's bytes."""
 
 
-def char_bytes(*texts: Any) -> int:
-    """Bytes of a character of texts together, or more."""
+def char_bytes(*texts: object) -> int:
+    """Return an upper bound for the bytes per character of texts that are joined."""
     return 1 if all(isinstance(text, str) and text.isascii() for text in texts) else 4
 
 
 def count_lines(text: str) -> int:
-    """Number of lines, or more."""
+    """Return an upper bound for the number of lines."""
     return 1 + sum(map(text.count, _LINE_ENDS))
 
 
-def padded_bytes(text: str, width: Any = 0, fill: Any = " ") -> int:
-    """Bound of a text that is padded to a width."""
+def padded_bytes(text: str, width: object = 0, fill: object = " ") -> int:
+    """Return an upper bound for the bytes of a text that is padded to a width."""
     return max(len(text), width) * char_bytes(text, fill) if isinstance(width, int) else 0
 
 
-def replaced_bytes(text: str, old: Any, new: Any, count: Any = -1) -> int:
-    """Bound of a text with replacements."""
+def replaced_bytes(text: str, old: object, new: object, count: object = -1) -> int:
+    """Return an upper bound for the bytes of a text with replacements."""
     if not isinstance(old, str) or not isinstance(new, str) or not isinstance(count, int):
         return 0
     places = text.count(old) if count < 0 else min(count, text.count(old))
@@ -55,35 +56,38 @@ def replaced_bytes(text: str, old: Any, new: Any, count: Any = -1) -> int:
     return (len(text) + places * max(growth, 0)) * char_bytes(text, new)
 
 
-def stripped_bytes(text: str, chars: Any = None) -> int:
-    """Bound of a stripped text; each character is looked for in `chars`."""
+def stripped_bytes(text: str, chars: object = None) -> int:
+    """Return an upper bound for the bytes of a stripped text.
+
+    Check the search in `chars`.
+    """
     if isinstance(chars, str):
         current().check_work(len(text) * len(chars))
     return getsizeof(text)
 
 
 def _times(factor: int) -> _Check:
-    """Bound of a result in bytes of its text, for any arguments."""
+    """Return a bound that is a multiple of the text's bytes, for any arguments."""
     return lambda text, *args, **kwargs: factor * getsizeof(text)
 
 
-def _small(value: Any, *args: Any, **kwargs: Any) -> int:
+def _small(value: object, *args: object, **kwargs: object) -> int:
     return 0
 
 
-def _expanded(text: str, tabsize: Any = 8) -> int:
+def _expanded(text: str, tabsize: object = 8) -> int:
     size = max(tabsize, 0) if isinstance(tabsize, int) else 0
     return (len(text) + text.count("\t") * size) * char_bytes(text)
 
 
-def _search_back(text: str, part: Any = None, *args: Any) -> int:
-    """Check a search from the end, whose time is the one length times the other."""
+def _search_back(text: str, part: object = None, *args: object) -> int:
+    """Check a search from the end, whose time grows with both lengths multiplied."""
     if isinstance(part, str):
         current().check_work(max(len(text) - len(part), 0) * len(part))
     return 0
 
 
-def _split(text: str, sep: Any = None, maxsplit: Any = -1) -> int:
+def _split(text: str, sep: object = None, maxsplit: object = -1) -> int:
     if sep is not None and not isinstance(sep, str):
         return 0
     pieces = sum(map(text.count, _BLANKS)) if sep is None else text.count(sep)
@@ -92,37 +96,37 @@ def _split(text: str, sep: Any = None, maxsplit: Any = -1) -> int:
     return getsizeof(text) + (pieces + 1) * _PIECE_BYTES
 
 
-def _split_back(text: str, sep: Any = None, maxsplit: Any = -1) -> int:
+def _split_back(text: str, sep: object = None, maxsplit: object = -1) -> int:
     _search_back(text, sep)
     return _split(text, sep, maxsplit)
 
 
-def _partition(text: str, sep: Any = None) -> int:
+def _partition(text: str, sep: object = None) -> int:
     return getsizeof(text) + 3 * _PIECE_BYTES
 
 
-def _partition_back(text: str, sep: Any = None) -> int:
+def _partition_back(text: str, sep: object = None) -> int:
     _search_back(text, sep)
     return _partition(text)
 
 
-def _lines(text: str, keepends: Any = False) -> int:
+def _lines(text: str, keepends: object = False) -> int:
     return getsizeof(text) + count_lines(text) * _PIECE_BYTES
 
 
-def _compare_ends(text: str, ends: Any = None, *args: Any) -> int:
+def _compare_ends(text: str, ends: object = None, *args: object) -> int:
     current().check_work(current().weigh(ends))
     return 0
 
 
-def _find_item(items: Any, item: Any = None, *args: Any) -> int:
-    # the error of a missing item may show it
+def _find_item(items: object, item: object = None, *args: object) -> int:
+    # the error for a missing item may show it
     current().check_key(item)
     current().check_work(current().weigh(items))
     return 0
 
 
-def _get(items: Any, key: Any = None, *args: Any) -> int:
+def _get(items: object, key: object = None, *args: object) -> int:
     current().check_key(key)
     return 0
 
@@ -161,11 +165,14 @@ METHODS: dict[type, dict[str, _Check]] = {
     **dict.fromkeys((list, tuple, range), _OF_SEQUENCES),
     **dict.fromkeys((int, float), _OF_NUMBERS),
 }
-"""Methods that are called after a check, by type."""
+"""Checked methods, by type."""
 
 
-def make_dict(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
-    """Return a dict of pairs, each of them a step: keys of one hash take a time with a square."""
+def make_dict(pairs: Iterable[tuple[object, object]]) -> dict[Any, Any]:
+    """Return a dict of pairs, each counted as a step.
+
+    Keys with equal hashes would take quadratic time, so `check_key` refuses them.
+    """
     budget = current()
     result = {}
     for key, value in pairs:
@@ -174,12 +181,12 @@ def make_dict(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
     return result
 
 
-def from_keys(keys: Iterable[Any], value: Any = None) -> dict[Any, Any]:
+def from_keys(keys: Iterable[object], value: object = None) -> dict[Any, Any]:
     """Return a dict with these keys and one value for all."""
     return make_dict((key, value) for key in keys)
 
 
-def _join(separator: str, items: Any) -> str:
+def _join(separator: str, items: object) -> str:
     texts = to_list(items)
     if type(separator) is str and all(type(text) is str for text in texts):
         return join(separator, texts)
@@ -195,7 +202,7 @@ def call_method(method: BuiltinMethodType | MethodType, *args: Any, **kwargs: An
     """Call a method of a text, number or container.
 
     Raises:
-        SecurityError: no template may call this method.
+        SecurityError: the method is not available to templates.
     """
     owner: Any = method.__self__
     name = method.__name__
@@ -212,7 +219,7 @@ def call_method(method: BuiltinMethodType | MethodType, *args: Any, **kwargs: An
         if kind is str and len(owner) > _LONG:
             budget.look()
         return result
-    # a method that iterates its argument is done here
+    # methods that iterate their argument are implemented here
     if kind is str and name == "join":
         return _join(owner, *args)
     if owner is dict and name == "fromkeys":
@@ -223,8 +230,8 @@ def call_method(method: BuiltinMethodType | MethodType, *args: Any, **kwargs: An
 class TextFormatter(SandboxedFormatter):
     """The formatter of `str.format`, with bounds on each field."""
 
-    def format_field(self, value: Any, format_spec: str) -> str:
-        """Return the text of a field; a number in its format is a width or a precision."""
+    def format_field(self, value: object, format_spec: str) -> str:
+        """Return the text of a field. Numbers in its format are widths or precisions."""
         budget = current()
         size = budget.weigh(value)
         for digits in "".join(c if c.isdigit() else " " for c in format_spec).split():
@@ -234,7 +241,7 @@ class TextFormatter(SandboxedFormatter):
         budget.spend(getsizeof(text))
         return text
 
-    def convert_field(self, value: Any, conversion: Any) -> Any:
+    def convert_field(self, value: object, conversion: str | None) -> Any:
         """Return the value, or its text if a conversion asks for it."""
         if conversion is not None:
             current().check_room(ESCAPED * current().weigh(value))
@@ -245,7 +252,9 @@ class MarkupFormatter(TextFormatter, SandboxedEscapeFormatter):
     """The formatter of a Markup, which escapes its fields."""
 
 
-def format_text(environment: Any, text: str, args: Any, kwargs: Any) -> str:
+def format_text(
+    environment: Environment, text: str, args: Sequence[object], kwargs: Mapping[str, object]
+) -> str:
     """Return `text.format(*args, **kwargs)`."""
     if isinstance(text, Markup):
         formatter: TextFormatter = MarkupFormatter(environment, escape=text.escape)

@@ -1,7 +1,7 @@
-"""Operators of templates, within the budget of a rendering.
+"""Operators of templates, bounded by the budget of a rendering.
 
-An operation whose result may be much larger than its operands is checked before it is done. The
-bound of its result comes from the sizes of the operands. The sizes of all results are counted.
+An operation whose result may be much larger than its operands is checked in advance, by a bound
+that the sizes of the operands give. The sizes of all results are counted.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ NUMBERS = (int, float)
 _SMALL = (str, int, float)
 _MAX_BITS = 1 << 12
 _SMALL_NUMBER = 1 << 60
-# a step of an iterator
+# bytes counted for a step of an iterator
 _ITEM_BYTES = 128
-# shorter results are counted, without a check before
+# shorter results are counted without a check in advance
 _SHORT = 1 << 16
 ESCAPED = 6
-"""Bytes of the escaped form of a byte, at most: a character may become `\\u0000` or `&#34;`."""
+"""Maximum bytes of an escaped byte, as in `\\u0000`."""
 
 
-def to_text(value: Any) -> str:
+def to_text(value: object) -> str:
     """Return `str(value)`, counted."""
     if type(value) is str:
         return value
@@ -38,7 +38,7 @@ def to_text(value: Any) -> str:
 
 
 def to_list(value: Any) -> Any:
-    """Return a list or tuple as it is, and a list of the items of any other iterable."""
+    """Return a list or tuple unchanged, and a list of the items of any other iterable."""
     if isinstance(value, list | tuple):
         return value
     budget = current()
@@ -51,8 +51,8 @@ def to_list(value: Any) -> Any:
     return result
 
 
-def counted(items: Iterable[Any]) -> Iterator[Any]:
-    """Yield the items, each of them a step of the rendering."""
+def counted(items: Iterable[object]) -> Iterator[Any]:
+    """Yield the items and count each as a step of the rendering."""
     budget = current()
     for item in items:
         budget.spend(_ITEM_BYTES + (getsizeof(item) if isinstance(item, list) else 0))
@@ -60,7 +60,7 @@ def counted(items: Iterable[Any]) -> Iterator[Any]:
 
 
 def join(separator: str, texts: Sequence[str]) -> str:
-    """Join texts, with a check before."""
+    """Join texts, after a check of their length."""
     budget = current()
     length = sum(map(len, texts)) + len(separator) * len(texts)
     if length > _SHORT:
@@ -77,13 +77,13 @@ def concat(pieces: Iterable[str]) -> str:
     return texts[0] if len(texts) == 1 and type(texts[0]) is str else join("", texts)
 
 
-def concat_values(*values: Any) -> str:
-    """Operator `~`."""
+def concat_values(*values: object) -> str:
+    """Apply the operator `~`."""
     return join("", [value if type(value) is str else to_text(value) for value in values])
 
 
 def add(*values: Any) -> Any:
-    """Operator `+`, of a chain of values; texts are joined once."""
+    """Apply the operator `+` to a chain of values. Texts are joined once."""
     if all(type(value) is str for value in values):
         return join("", values)
     result, *others = values
@@ -97,22 +97,25 @@ def _add(left: Any, right: Any) -> Any:
         return _number("+", left + right)
     budget = current()
     size = getsizeof(left) + getsizeof(right)
-    # a Markup escapes the other text, and a sum has the wider characters of both
+    # a Markup escapes the other text, and the sum uses the wider of both character sizes
     budget.check_room(4 * ESCAPED * size if isinstance(left, str) else size)
     result = left + right
     budget.spend(getsizeof(result))
     return result
 
 
-def subtract(left: Any, right: Any) -> Any:
-    """Operator `-`, of numbers only; sets of keys have it too."""
+def subtract(left: object, right: object) -> Any:
+    """Apply the operator `-` to numbers.
+
+    Other types that have it, such as sets, are refused.
+    """
     if not isinstance(left, NUMBERS) or not isinstance(right, NUMBERS):
         raise TypeError(f"'-' takes numbers, not {type(left).__name__} and {type(right).__name__}")
     return _number("-", left - right)
 
 
 def multiply(left: Any, right: Any) -> Any:
-    """Operator `*`."""
+    """Apply the operator `*`."""
     budget = current()
     if isinstance(left, int) and isinstance(right, int):
         _check_bits("*", left.bit_length() + right.bit_length())
@@ -127,23 +130,23 @@ def multiply(left: Any, right: Any) -> Any:
 
 
 def power(left: Any, right: Any) -> Any:
-    """Operator `**`."""
+    """Apply the operator `**`."""
     if isinstance(left, int) and isinstance(right, int):
         _check_bits("**", left.bit_length() * right)
     return _number("**", left**right)
 
 
 def negate(value: Any) -> Any:
-    """Operator `-` before a value."""
+    """Apply the unary operator `-`."""
     return _number("-", -value)
 
 
 def divide(left: Any, right: Any) -> Any:
-    """Operator `//`."""
+    """Apply the operator `//`."""
     return _number("//", left // right)
 
 
-def _number(name: str, value: Any) -> Any:
+def _number(name: str, value: object) -> Any:
     """Return a new number, counted."""
     if type(value) is int and not -_SMALL_NUMBER < value < _SMALL_NUMBER:
         _check_bits(name, value.bit_length())
@@ -157,7 +160,7 @@ def _check_bits(name: str, bits: int) -> None:
 
 
 def modulo(left: Any, right: Any) -> Any:
-    """Operator `%`: of numbers, or a format and its values."""
+    """Apply the operator `%` to numbers, or to a format and its values."""
     if not isinstance(left, str):
         return _number("%", left % right)
     budget = current()
@@ -167,7 +170,7 @@ def modulo(left: Any, right: Any) -> Any:
     specs = list(_percent_specs(left))
     size = ESCAPED * budget.weigh(values) + 400 * len(specs)
     if isinstance(right, Mapping):
-        # each may show the whole mapping
+        # each conversion may show the whole mapping
         size *= len(specs) + 1
     size += sum(number for spec in specs for number in spec if number is not None)
     if any(None in spec for spec in specs):
@@ -182,12 +185,12 @@ _SPEC = re.compile(r"[#0\- +]*(\d+|\*)?(?:\.(\d+|\*)?)?")
 
 
 def _percent_specs(text: str) -> Iterator[tuple[int | None, ...]]:
-    """Width and precision of each `%` of a format; None is a `*`."""
+    """Yield width and precision of each `%` of a format. None = `*`."""
     place = text.find("%")
     while place >= 0:
         place += 1
         if text[place : place + 1] == "(":
-            # a name in which parentheses are balanced
+            # a name with balanced parentheses
             depth, place = 1, place + 1
             while depth and place < len(text):
                 depth += {"(": 1, ")": -1}.get(text[place], 0)
@@ -198,15 +201,15 @@ def _percent_specs(text: str) -> Iterator[tuple[int | None, ...]]:
         place = text.find("%", found.end() + 1)
 
 
-def slice_of(value: Any, start: Any, stop: Any, step: Any) -> Any:
-    """Operator `[start:stop:step]`."""
+def slice_of(value: Any, start: object, stop: object, step: object) -> Any:
+    """Apply the operator `[start:stop:step]`."""
     result = value[start:stop:step]
     current().spend(getsizeof(result))
     return result
 
 
-def compared(value: Any) -> Any:
-    """Return an operand of a comparison, whose size is checked."""
+def compared(value: object) -> Any:
+    """Return an operand of a comparison after a check of its size."""
     if isinstance(value, _SMALL) or value is None:
         return value
     budget = current()
@@ -214,6 +217,6 @@ def compared(value: Any) -> Any:
     return value
 
 
-def finalize(value: Any) -> Any:
+def finalize(value: object) -> Any:
     """Return the text of a value in the output, counted."""
     return value if type(value) is str else to_text(value)

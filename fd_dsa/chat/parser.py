@@ -1,4 +1,4 @@
-"""From the text of an answer to reasoning, content and tool calls, whole or as it comes."""
+"""Parser of answers: from whole or streamed text to reasoning, content and calls."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fd_dsa.chat.tool_formats import (
 
 THINK_BEGIN = "<think>"
 THINK_END = "</think>"
-# a call of fewer characters is returned whole or not at all
+# a shorter call is reported whole or not at all
 _MAX_HELD = 2048
 
 TOOL_FORMATS: dict[str, ToolFormat] = {
@@ -31,11 +31,14 @@ TOOL_FORMATS: dict[str, ToolFormat] = {
     "glm45": GlmTools(),
     "glm47": GlmTools(),
 }
-"""Names as of vLLM's `--tool-call-parser`; both forms of GLM are read by one parser."""
+"""Tool-call parsers by vLLM's names for `--tool-call-parser`.
+
+GLM's two names share one.
+"""
 REASONING_FORMATS = ("deepseek_v3", "deepseek_v4", "glm45", "glm47")
-"""Names as of vLLM's `--reasoning-parser`; all of them put <think> and </think> around it."""
+"""vLLM's names for `--reasoning-parser`. All of them use <think> and </think>."""
 AUTO, NONE = "auto", "none"
-# format -> its sign in the text of a template; the first that is found counts
+# format -> its sign in the source of a template; the first match counts
 _SIGNS = {
     "deepseek_v32": DSML,
     "deepseek_v4": DSML,
@@ -46,15 +49,15 @@ _SIGNS = {
 
 @dataclass(frozen=True)
 class AnswerFormat:
-    """How the answers to one prompt are read: what the model writes, what the prompt has begun.
+    """Format of the answers to one prompt: the model's markup and the prompt's end.
 
     Attributes:
-        has_reasoning: whether text in <think>...</think> at the beginning is reasoning.
-        in_reasoning: the prompt has opened the reasoning already.
-        tool_format: how calls are written; None: a call is text like any other.
+        has_reasoning: True if text in <think>...</think> at the beginning is reasoning.
+        in_reasoning: True if the prompt ends inside the reasoning.
+        tool_format: format of the calls. None = a call is text.
         schemas: tool name -> JSON schema of its arguments.
-        has_only_calls: after the reasoning come calls only, as a grammar forces them. Text at the
-            end of an answer that was cut off is then half of a call, and no content.
+        has_only_calls: True if a grammar forces calls after the reasoning. Text at the end of an
+            answer that was cut off is then half of a call, not content.
     """
 
     has_reasoning: bool = False
@@ -65,7 +68,7 @@ class AnswerFormat:
 
     @property
     def begins_in_reasoning(self) -> bool:
-        """Whether an answer begins with reasoning that is split off."""
+        """True if an answer begins with reasoning that is split off."""
         return self.has_reasoning and self.in_reasoning
 
     @property
@@ -78,14 +81,15 @@ class AnswerFormat:
 class OutputParser:
     """Splits one answer into its parts, piece by piece.
 
-    The joined result depends on the whole text only, not on the pieces. Text that may be a call is
-    held back until the call is complete, or until `_MAX_HELD` characters of it are sound; then its
-    arguments are streamed. Text of a call that cannot be repaired is content, or reasoning inside
-    of the reasoning. A call that breaks after more than `_MAX_HELD` characters has no end, so that
-    its arguments are no whole JSON; the rest of its text is content.
+    The joined result depends only on the whole text, not on the pieces. Text that may be a call is
+    held back until the call is complete, or until `_MAX_HELD` characters of it are valid. From then
+    on its arguments are streamed. Text of a call that cannot be repaired becomes content (or
+    reasoning, inside the reasoning). A call that becomes invalid after more than `_MAX_HELD`
+    characters has no end event, so its arguments are incomplete JSON. The rest of its text is
+    content.
 
     Attributes:
-        is_reasoning: the text at the read position is reasoning.
+        is_reasoning: True if the text at the read position is reasoning.
     """
 
     def __init__(self, answer: AnswerFormat) -> None:
@@ -97,24 +101,24 @@ class OutputParser:
         self._steps: Steps[None] | None = self._parse(answer)
 
     def feed(self, text: str) -> list[Event]:
-        """Events that more text brings; text that may still become markup is held back."""
+        """Return the events of more text. Text that may become markup is held back."""
         self._feed.push(text)
         return self._advance()
 
     def finish(self, text: str = "", *, is_cut: bool = False) -> list[Event]:
-        """Events of the last text and of all that was held back; call it once, at the end.
+        """Return the events of the last text and of all held text. Call it once.
 
         Args:
-            is_cut: the answer was cut off, as by `max_tokens`. A call at its end is reported as
-                far as it goes. Without it the model has ended the answer, and such a call is
-                repaired or content.
+            is_cut: True if the answer was cut off, for example by `max_tokens`. An incomplete call
+                at its end is then reported. False if the model ended the answer. Then such a call
+                is repaired, or becomes content.
         """
         self._feed.push(text)
         self._feed.end(is_cut=is_cut)
         return self._advance()
 
     def parse(self, text: str, *, is_cut: bool = False) -> Message:
-        """The parts of a whole answer; for a parser that has read nothing."""
+        """Return the parts of a whole answer. The parser must not have read other text."""
         return join_events(self.finish(text, is_cut=is_cut))
 
     def _advance(self) -> list[Event]:
@@ -144,14 +148,17 @@ class OutputParser:
                 yield from self._try_call(self._tools, found)
 
     def _emit(self, text: str) -> None:
-        """Report text that is no call."""
+        """Report text that is not a call."""
         if self.is_reasoning:
             self._sink.reasoning(text)
         elif not (self._has_only_calls and self._feed.is_cut):
             self._sink.content(text)
 
     def _try_call(self, tools: ToolFormat, start: str) -> Steps[None]:
-        """Read a call with its events held back; if it is none, only `start` is read, as text."""
+        """Read a call and hold its events back.
+
+        If it is not a call, only `start` is read, as text.
+        """
         feed, sink = self._feed, self._sink
         feed.mark(_MAX_HELD, self._commit)
         sink.hold()
@@ -159,13 +166,13 @@ class OutputParser:
             if (yield from self._read_calls(tools)):
                 self._commit()
             else:
-                # calls that the reasoning cites
+                # the reasoning quotes these calls
                 sink.drop()
                 self._emit(feed.release())
         except Damaged as damage:
             is_cut = isinstance(damage, CutOff) and not self.is_reasoning
             if is_cut and sink.num_calls:
-                # the answer ends inside of a call, or in the head of a further one
+                # the answer ends inside a call, or in the head of a further one
                 self._commit()
                 feed.skip_all()
             elif sink.is_held:
@@ -173,9 +180,9 @@ class OutputParser:
                 self._emit_damaged(start)
 
     def _emit_damaged(self, start: str) -> None:
-        """Report the text of a damaged call up to the damage; `start` of a text that is none.
+        """Report the text of a damaged call up to the damage, or only `start` of other text.
 
-        The rest of a damaged call may cite calls.
+        The rest of a damaged call may quote calls.
         """
         text = self._feed.marked()
         if not text or (self.is_reasoning and THINK_END in text):
@@ -187,14 +194,14 @@ class OutputParser:
         self._emit(text)
 
     def _read_calls(self, tools: ToolFormat) -> Steps[bool]:
-        """Read a call and the marks after it; in the reasoning also the calls that follow it.
+        """Read a call and the marks after it, and in the reasoning all adjacent calls.
 
         Returns:
-            Whether they are calls. The reasoning cites them if it goes on after them.
+            True if they are calls. If the reasoning continues after them, it only quotes them.
         """
         feed = self._feed
         while True:
-            # `yield from`, with a look at the text before each wait
+            # like `yield from`, with a check of the text before each wait
             for _ in tools.read_call(feed, self._sink):
                 if self.is_reasoning and THINK_END in feed.marked(whole=True)[:_MAX_HELD]:
                     raise Damaged
@@ -209,14 +216,14 @@ class OutputParser:
                 return True
             if not (yield from feed.opens_with(tools.starts, reads=False)):
                 break
-        # an answer that is cut off might have gone on
+        # an answer that was cut off might have continued
         return not (yield from feed.goes_on(THINK_END, _MAX_HELD)) and not feed.is_cut
 
     def _commit(self) -> None:
-        """Report the events that were held back, and the next ones as they come.
+        """Report the events that were held back, and stream the next ones.
 
         Raises:
-            Damaged: the call contains the end of the reasoning, so the reasoning only cites it.
+            Damaged: the call contains the end of the reasoning, so the reasoning only quotes it.
         """
         if self.is_reasoning and THINK_END in self._feed.marked()[:_MAX_HELD]:
             raise Damaged
@@ -227,19 +234,19 @@ class OutputParser:
 
 
 def tool_format_name(name: str, source: str, family_formats: Sequence[str] = ()) -> str:
-    """Name of the format of tool calls; "none" if calls are not looked for.
+    """Return the name of the format of tool calls, or `NONE`.
 
     Args:
-        name: one of `TOOL_FORMATS`, "none", or "auto", which goes by the other arguments.
-        source: text of the template, which contains the signs of its formats.
-        family_formats: formats of the model's family, newest first. They go before the others and
-            decide between formats that share a sign.
+        name: one of `TOOL_FORMATS`, `NONE` or `AUTO`, which uses the other arguments.
+        source: source of the template, which contains the signs of its formats.
+        family_formats: formats of the model's family, newest first. They precede the others and
+            decide between formats with the same sign.
     """
     if name != AUTO:
         return name
     order = (*family_formats, *_SIGNS)
     found = next((tool_format for tool_format in order if _SIGNS[tool_format] in source), NONE)
-    # the sign of two generations; only V3.2 has a section of this name
+    # two generations share the sign, but only V3.2 has a section of this name
     is_unsure = found == "deepseek_v32" and found not in family_formats
     return "deepseek_v4" if is_unsure and "function_calls" not in source else found
 
@@ -247,12 +254,12 @@ def tool_format_name(name: str, source: str, family_formats: Sequence[str] = ())
 def find_tool_format(
     name: str, source: str, family_formats: Sequence[str] = ()
 ) -> ToolFormat | None:
-    """The format that `tool_format_name` names; None if calls are not looked for."""
+    """Return the format with the name of `tool_format_name`, or None for `NONE`."""
     return TOOL_FORMATS.get(tool_format_name(name, source, family_formats))
 
 
 def reasoning_format_name(name: str, source: str, family_formats: Sequence[str] = ()) -> str:
-    """Name of the form that reasoning has; "none" if reasoning is not looked for."""
+    """Return the name of the form of reasoning, or `NONE`."""
     if name != AUTO:
         return name
     if THINK_END not in source:
@@ -262,36 +269,36 @@ def reasoning_format_name(name: str, source: str, family_formats: Sequence[str] 
 
 
 def has_reasoning(name: str, source: str) -> bool:
-    """Whether <think>...</think> at the beginning of an answer is reasoning."""
+    """Return True if <think>...</think> at the beginning of an answer is reasoning."""
     return reasoning_format_name(name, source) != NONE
 
 
-def opens_reasoning(prompt: str, continued: Mapping[str, Any] | None) -> bool:
-    """Whether an answer begins inside of the reasoning.
+def opens_reasoning(prompt: str, continued: Mapping[str, object] | None) -> bool:
+    """Return True if an answer begins inside the reasoning.
 
     Args:
-        continued: the last message where the answer goes on with it.
+        continued: the last message if the answer continues it.
     """
     if continued is not None and is_reasoning_only(continued):
         return prompt.rfind(THINK_BEGIN) > prompt.rfind(THINK_END)
     return prompt.rstrip().endswith(THINK_BEGIN)
 
 
-def is_reasoning_only(message: Mapping[str, Any]) -> bool:
-    """Whether a message of the assistant ends inside of its reasoning."""
+def is_reasoning_only(message: Mapping[str, object]) -> bool:
+    """Return True if a message of the assistant ends inside its reasoning."""
     return bool(message.get("reasoning_content")) and not (
         message.get("content") or message.get("tool_calls")
     )
 
 
 class Arguments(dict[str, Any]):
-    """The arguments of a call, which templates may use as a mapping and as text.
+    """The arguments of a call, usable by templates as a mapping and as text.
 
-    Some templates go through the items, others put the arguments between two texts. The latter
-    get the text that the model wrote, byte for byte.
+    Some templates iterate the items, others insert the arguments as text. The latter get the exact
+    text that the model wrote.
     """
 
-    def __init__(self, value: Mapping[str, Any], text: str) -> None:
+    def __init__(self, value: Mapping[str, object], text: str) -> None:
         super().__init__(value)
         # a public attribute would hide an argument of the same name from templates
         self._text = text
@@ -306,14 +313,14 @@ class Arguments(dict[str, Any]):
         return other + self._text
 
 
-def read_arguments(value: str | Mapping[str, Any] | None) -> Arguments:
+def read_arguments(value: str | Mapping[str, object] | None) -> Arguments:
     """Read the arguments of a call in the history.
 
-    An answer may end inside of a call, and a model may write arguments that are no JSON object.
-    Such a text is the one value of a mapping, under the name `arguments`.
+    An answer may end inside a call, and a model may write arguments that are not a JSON object.
+    Such a text becomes the only value of a mapping, under the name `arguments`.
 
     Args:
-        value: JSON text or a mapping. An empty text and None are no arguments.
+        value: JSON text or a mapping. An empty text and None mean no arguments.
 
     Source of the name: DeepSeek-V4's `encoding_dsv4.py`.
     """

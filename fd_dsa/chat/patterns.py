@@ -1,7 +1,7 @@
-"""Regular expressions of JSON schemas, rewritten for llguidance, whose regexes have no anchors.
+"""Regular expressions of JSON schemas, rewritten for llguidance.
 
-JSON Schema's `pattern` is a search with ECMA 262's syntax. llguidance matches whole texts with the
-syntax of Rust's `regex`, without look-around and back-references.
+JSON Schema's `pattern` is a search with the syntax of ECMA 262. llguidance matches whole texts with
+the syntax of Rust's `regex`, without anchors, look-around and back-references.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ ANY_TEXT = "(?s:.*)"
 MAX_PATTERN_CHARS = 1_000
 _MAX_NAME_CHARS = 128
 _MAX_BRANCHES = 64
-# atoms of all alternatives while groups are opened, about 2 ms
+# limit for the atoms of all alternatives while groups are expanded, about 2 ms
 _MAX_WORK = 16_000
 _CLASSES = {"d": "0-9", "w": "A-Za-z0-9_"}
-# escapes that Rust, Python and ECMA 262 read alike
+# escapes with the same meaning in Rust, Python and ECMA 262
 _SAME_ESCAPES = frozenset("dDwWsSnrtfv") | frozenset(r"\/^$.|?*+()[]{}-\"'#&~ @%!,:;=<>_`")
 _HEX = re.compile(r"\\(?:x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4})")
 _QUANTIFIER = re.compile(r"[*+?]|\{[0-9]+(?:,[0-9]*)?\}")
@@ -48,14 +48,17 @@ FORMATS: dict[str, str] = {
     "uuid": "[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}",
     "uri": r"[A-Za-z][A-Za-z0-9+.-]*:(?:[A-Za-z0-9._~/?#@!$&'()*+,;=:-]|%[0-9a-fA-F]{2})+",
 }
-"""Formats that are enforced, each as a regex of the whole text; others are annotations."""
+"""Enforced formats, each as a regex of the whole text.
+
+Other formats are annotations.
+"""
 
 
 def full_regex(pattern: str) -> str:
-    """A regex of all texts that contain a match of a pattern of JSON Schema.
+    """Return a regex of all texts that contain a match of a JSON Schema pattern.
 
     Raises:
-        ValueError: the pattern has a feature that llguidance lacks, or is too long.
+        ValueError: llguidance lacks a feature of the pattern, or the pattern is too long.
     """
     if len(pattern) > MAX_PATTERN_CHARS:
         raise ValueError(f"got {len(pattern)} characters; at most {MAX_PATTERN_CHARS} are allowed")
@@ -67,14 +70,14 @@ def matches(pattern: str, name: str) -> bool:
     """Return True if a name contains a match of a pattern.
 
     Raises:
-        ValueError: the comparison could take long, for example by nested quantifiers.
+        ValueError: the comparison could be slow, for example because of nested quantifiers.
     """
     if len(pattern) > MAX_PATTERN_CHARS or len(name) > _MAX_NAME_CHARS:
         raise ValueError(f"got {shorten(pattern)}; it or the name {shorten(name)} is too long")
     pieces = _pieces(pattern)
     quantified = [pieces[i - 1] for i, piece in enumerate(pieces) if i and _is_quantifier(piece)]
-    most = 2 if pieces[:1] == ["^"] and "|" not in pieces else 1
-    if ")" in quantified or len(quantified) > most:
+    max_quantified = 2 if pieces[:1] == ["^"] and "|" not in pieces else 1
+    if ")" in quantified or len(quantified) > max_quantified:
         raise ValueError(
             f"got {shorten(pattern)}, which has too many quantifiers to be compared with names"
         )
@@ -92,7 +95,7 @@ def _is_quantifier(piece: str) -> bool:
 
 @lru_cache(512)
 def _pieces(pattern: str) -> list[str]:
-    """The pattern's atoms and operators, in a syntax that Rust and Python read alike."""
+    """Split a pattern into atoms and operators, in a syntax shared by Rust and Python."""
     pieces: list[str] = []
     at = 0
     while at < len(pattern):
@@ -106,21 +109,21 @@ def _pieces(pattern: str) -> list[str]:
         elif char == "{" and (match := _QUANTIFIER.match(pattern, at)) is not None:
             piece, at = match[0], match.end()
         else:
-            # other braces are characters in ECMA 262
+            # other braces are literal characters in ECMA 262
             piece, at = ("\\" + char if char in "{}" else char), at + 1
         if _is_quantifier(piece) and pieces and _is_quantifier(pieces[-1]):
             if piece != "?":
                 raise ValueError(
                     f"got {shorten(pattern)}, which has a quantifier after a quantifier"
                 )
-            # lazy: the same texts
+            # a lazy quantifier matches the same texts
             continue
         pieces.append(piece)
     return pieces
 
 
 def _escape(pattern: str, at: int, in_class: bool) -> tuple[str, int]:
-    """Read one escape; returns it and the place after it."""
+    """Read an escape, and return it and the position after it."""
     match = _HEX.match(pattern, at)
     if match is not None:
         return f"\\x{int(match[0][2:], 16):02x}" if len(match[0]) == 4 else match[0], match.end()
@@ -129,12 +132,12 @@ def _escape(pattern: str, at: int, in_class: bool) -> tuple[str, int]:
         return (_CLASSES[name] if in_class else f"[{_CLASSES[name]}]"), at + 2
     if not name or name not in _SAME_ESCAPES:
         raise ValueError(f"got {shorten(pattern)}, whose \\{name} is not supported")
-    # Python and Rust know more escapes than the punctuation that needs one
+    # Python and Rust have more escapes than the punctuation that needs one
     return ("\\" + name if name.isalnum() else re.escape(name)), at + 2
 
 
 def _class(pattern: str, at: int) -> tuple[str, int]:
-    """Read a class of characters; returns it and the place after it."""
+    """Read a character class, and return it and the position after it."""
     begin = at
     at += 1
     parts = ["["]
@@ -146,7 +149,7 @@ def _class(pattern: str, at: int) -> tuple[str, int]:
         if char == "\\":
             part, at = _escape(pattern, at, in_class=True)
         else:
-            # a hyphen makes a range; other operators of Rust's classes are characters here
+            # a hyphen makes a range; other operators of Rust's classes are literal characters here
             part, at = ("\\" + char if char in "[&~^|" else char), at + 1
             if part == "-" and parts[-1] == "-":
                 part = "\\-"
@@ -157,7 +160,7 @@ def _class(pattern: str, at: int) -> tuple[str, int]:
 
 
 def _group(pattern: str, at: int) -> tuple[str, int]:
-    """Read the begin of a group; returns it and the place after it."""
+    """Read the start of a group, and return it and the position after it."""
     if pattern.startswith("(?:", at) or not pattern.startswith("(?", at):
         return "(?:", at + (3 if pattern.startswith("(?", at) else 1)
     name = re.compile(r"\(\?P?<[A-Za-z]\w*>").match(pattern, at)
@@ -167,7 +170,7 @@ def _group(pattern: str, at: int) -> tuple[str, int]:
 
 
 def _expanded(pieces: list[str]) -> list[list[str]]:
-    """Alternatives of a pattern, with ^ and $ at their ends.
+    """Return alternatives of a pattern that have ^ and $ only at their ends.
 
     A group at an end is replaced by its alternatives if it contains an anchor.
     """
@@ -203,7 +206,10 @@ def _has_anchor(pieces: list[str]) -> bool:
 
 
 def _group_size(pieces: list[str]) -> int:
-    """Number of pieces of the group at the begin, from either side; 0 without one."""
+    """Return the number of pieces in the group at the beginning, 0 without a group.
+
+    Reversed pieces are accepted too.
+    """
     depth = 0
     for number, piece in enumerate(pieces, 1):
         depth += (piece == "(?:") - (piece == ")")
@@ -213,7 +219,7 @@ def _group_size(pieces: list[str]) -> int:
 
 
 def _top_level(pieces: list[str]) -> list[list[str]]:
-    """The alternatives outside of all groups."""
+    """Return the alternatives outside all groups."""
     branches: list[list[str]] = [[]]
     depth = 0
     for piece in pieces:
@@ -226,7 +232,7 @@ def _top_level(pieces: list[str]) -> list[list[str]]:
 
 
 def _anchored(pieces: list[str]) -> str:
-    """A regex of whole texts from one alternative of a search."""
+    """Return a regex of whole texts for one alternative of a search."""
     begin = pieces[:1] == ["^"]
     end = pieces[-1:] == ["$"] and len(pieces) > begin
     inner = pieces[begin : len(pieces) - end]

@@ -1,10 +1,9 @@
-"""Renderer of a model folder's conversations."""
+"""Selection of the chat template of a model folder."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from fd_dsa.chat.deepseek_encoding import (
     DeepseekV4Encoding,
@@ -19,7 +18,7 @@ NO_TEMPLATE = (
     "the model folder has no chat template (neither chat_template.jinja nor chat_template in "
     "tokenizer_config.json)"
 )
-"""The reason of a folder without chat, if nothing of its template is broken."""
+"""Reason why a folder has no chat, if it has no invalid template."""
 
 _SPECIAL_TOKEN_FIELDS = (
     "bos_token",
@@ -40,20 +39,21 @@ _ENCODINGS: dict[str, Callable[[Path], ChatTemplate]] = {
 
 def read_renderer(
     folder: Path,
-    tokenizer_config: Mapping[str, Any],
+    tokenizer_config: Mapping[str, object],
     special_tokens: Mapping[str, str],
     family_formats: Sequence[str],
     has_token: Callable[[str], bool],
     template_file: Path | None = None,
 ) -> ChatTemplate | None:
-    """What renders the conversations of a model folder, None where nothing does.
+    """Return the renderer of a model folder's conversations, or None without one.
 
-    `template_file` takes precedence, then the folder's chat_template.jinja, then `chat_template`
-    of its tokenizer_config.json; of a list of named templates the one named "default" counts. A
-    folder of DeepSeek-V3.2 or V4 without any has the model's own encoding.
+    `template_file` takes precedence, then the folder's chat_template.jinja, then `chat_template` of
+    its tokenizer_config.json. From a list of named templates the one named "default" is used. A
+    folder of DeepSeek-V3.2 or V4 without a template gets the model's own encoding.
 
     Raises:
-        ConfigError: a template cannot be read or compiled, or is of another type; names the file.
+        ConfigError: a template cannot be read or compiled, or has a wrong type. The message names
+            the file.
     """
     file = template_file or folder / "chat_template.jinja"
     origin = file.name if template_file is None else f"--chat-template {file.name}"
@@ -78,8 +78,11 @@ def read_renderer(
     return encoding(folder) if encoding and all(map(has_token, _DEEPSEEK_TURNS)) else None
 
 
-def read_special_tokens(tokenizer_config: Mapping[str, Any]) -> dict[str, str]:
-    """Special tokens of tokenizer_config.json by name, written as text or as an object."""
+def read_special_tokens(tokenizer_config: Mapping[str, object]) -> dict[str, str]:
+    """Return special tokens of tokenizer_config.json by name.
+
+    Each is a string or an object.
+    """
     texts = {}
     for name in _SPECIAL_TOKEN_FIELDS:
         value = tokenizer_config.get(name)

@@ -1,4 +1,4 @@
-"""Syntax trees of templates, rewritten so that each operation counts against the budget.
+"""Rewrites syntax trees of templates so that each operation counts for the budget.
 
 An operator becomes a filter that no template can name. Each loop, macro, call block and block
 begins with a step.
@@ -6,13 +6,11 @@ begins with a step.
 
 from __future__ import annotations
 
-from typing import Any
-
 from jinja2 import Environment, nodes
 from jinja2.exceptions import TemplateSyntaxError
 from jinja2.visitor import NodeTransformer
 
-# bytes that one evaluation of a node makes, besides counted values
+# bytes that one evaluation of a node makes, in addition to counted values
 _OUTPUT_BYTES, _ITEM_BYTES, _PAIR_BYTES = 8, 64, 128
 _STEP_BYTES = 32
 _OPERATORS = (nodes.Add, nodes.Sub, nodes.Mul, nodes.FloorDiv, nodes.Pow, nodes.Mod)
@@ -28,9 +26,9 @@ def rewrite(template: nodes.Template, environment: Environment) -> nodes.Templat
 
 
 class _Rewriter(NodeTransformer):
-    """Each method gets a node whose children are rewritten."""
+    """Rewrites nodes whose children are rewritten already."""
 
-    def generic_visit(self, node: nodes.Node, *args: Any, **kwargs: Any) -> nodes.Node:
+    def generic_visit(self, node: nodes.Node, *args: object, **kwargs: object) -> nodes.Node:
         node = super().generic_visit(node, *args, **kwargs)
         if isinstance(node, _REPEATED):
             size = _STEP_BYTES + sum(map(_made_bytes, node.body))
@@ -61,7 +59,7 @@ class _Rewriter(NodeTransformer):
 def _rewrite_operator(node: nodes.BinExpr) -> nodes.Filter:
     left = node.left
     if isinstance(node, nodes.Add) and isinstance(left, nodes.Filter) and left.name == "+":
-        # a chain of texts is joined at once
+        # join a chain of texts at once
         left.args.append(node.right)
         return left
     return _filtered(left, node.operator, node.right)
@@ -69,7 +67,7 @@ def _rewrite_operator(node: nodes.BinExpr) -> nodes.Filter:
 
 def _rewrite_compare(node: nodes.Compare) -> None:
     operands = [node.expr, *(operation.expr for operation in node.ops)]
-    # a small value is compared with any other in a time that grows with the other's size
+    # comparing with a small value takes time in proportion to the other value, so it is unchecked
     if sum(not _is_small(operand) for operand in operands) > 1:
         node.expr = _checked(node.expr, "(compared)")
         for operation in node.ops:
@@ -93,7 +91,7 @@ def _filtered(node: nodes.Expr, name: str, *args: nodes.Expr) -> nodes.Filter:
 
 
 def _is_small(node: nodes.Expr) -> bool:
-    """True for a number, a text of the template, or an empty list."""
+    """Return True for a number, a text of the template, or an empty list."""
     if isinstance(node, nodes.Const):
         return True
     if isinstance(node, nodes.List | nodes.Tuple | nodes.Dict):
@@ -109,7 +107,7 @@ def _is_number(node: nodes.Expr | None) -> bool:
 
 
 def _made_bytes(node: nodes.Node) -> int:
-    """Bytes that one evaluation makes, without loops, macros and blocks inside."""
+    """Return the bytes made by one evaluation, without nested loops, macros and blocks."""
     if isinstance(node, _REPEATED):
         return 0
     size = 0

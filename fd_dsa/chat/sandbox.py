@@ -1,4 +1,4 @@
-"""Jinja environment of chat templates: a sandbox with the names that templates expect."""
+"""Jinja environment of chat templates: a sandbox with the expected names."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ from fd_dsa.chat.rewriting import rewrite
 
 _MAX_TIME_FORMAT = 1000
 _NAMES_OF_DICT = frozenset(dir(dict))
-# bytes of a call and of what a function of a template needs
+# bytes counted for a call and its overhead
 _CALL_BYTES = 32
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
-    """The environment of transformers, in which each rendering has a budget.
+    """The environment of transformers, with a budget for each rendering.
 
-    Differences from Jinja's own sandbox: `tojson` does not escape HTML and takes the arguments of
-    `json.dumps`; `{% generation %}` marks text for training and shows its body; `{% break %}`,
-    `{% continue %}`, `raise_exception` and `strftime_now` exist; namespaces have no attribute that
-    begins with an underscore; `dict` gives no access to the type.
+    Differences from Jinja's own sandbox: `tojson` does not escape HTML and has the arguments of
+    `json.dumps`. `{% generation %}` marks text for training and shows its body. `{% break %}`, `{%
+    continue %}`, `raise_exception` and `strftime_now` exist. Namespaces have no attribute that
+    begins with an underscore. `dict` gives no access to the type.
 
-    Templates are compiled inside of `bounded_compilation` and rendered inside of
-    `bounded_rendering`. Each operator, filter, test, method, loop and call counts the bytes of its
-    result. The rendering ends when its bytes or its time are used up. `lipsum`, `{% autoescape %}`
-    and the methods that make bytes or tables of characters do not exist.
+    Templates are compiled inside `bounded_compilation` and rendered inside `bounded_rendering`.
+    Each operator, filter, test, method, loop and call counts the bytes of its result. The rendering
+    ends when its bytes or its time are used up. `lipsum`, `{% autoescape %}` and the methods that
+    make bytes or tables of characters do not exist.
 
     Source: `transformers.utils.chat_template_utils`, read for its names and arguments.
     """
@@ -67,9 +67,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         return rewrite(super()._parse(source, name, filename), self)
 
-    def getattr(self, obj: Any, attribute: str) -> Any:
-        """Attribute of a value, or the entry of this name."""
-        # most are names of JSON objects, for which Jinja catches an error first
+    def getattr(self, obj: object, attribute: str) -> Any:
+        """Return the attribute of a value, or the entry with this name."""
+        # a fast path for names of JSON objects, for which Jinja catches an error first
         if type(obj) is dict and attribute not in _NAMES_OF_DICT:
             if attribute in obj:
                 return obj[attribute]
@@ -79,16 +79,16 @@ class Sandbox(ImmutableSandboxedEnvironment):
             return self.undefined(obj=obj, name=attribute) if value is missing else value
         return super().getattr(obj, attribute)
 
-    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        """True for names that a template may read."""
+    def is_safe_attribute(self, obj: object, attr: str, value: object) -> bool:
+        """Return True for names that a template may read."""
         return attr in METHODS.get(type(obj), ()) or super().is_safe_attribute(obj, attr, value)
 
-    def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
+    def call(self, context: Context, obj: Any, /, *args: object, **kwargs: object) -> Any:
         """Call an object of a template."""
         current().spend(_CALL_BYTES + 8 * (len(args) + len(kwargs)))
         kind = type(obj)
         if kind is BuiltinMethodType or (kind is MethodType and isinstance(obj.__self__, str)):
-            # names that the compiled template gives to each call
+            # names that the compiled template adds to each call
             kwargs.pop("_loop_vars", None)
             kwargs.pop("_block_vars", None)
             return call_method(obj, *args, **kwargs)
@@ -100,7 +100,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return super().call(context, obj, *args, **kwargs)
 
     def call_filter(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        """Call a filter whose name a template has as a value."""
+        """Call a filter whose name is a value of the template."""
         if name in OPERATORS:
             raise TemplateError(f"No filter named {name!r}.")
         return super().call_filter(name, *args, **kwargs)
@@ -118,12 +118,12 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return lambda mapping: format_text(self, text, (), mapping)
 
 
-def render(template: Template, variables: Mapping[str, Any]) -> str:
-    """Text of a template.
+def render(template: Template, variables: Mapping[str, object]) -> str:
+    """Return the text of a template.
 
     Raises:
-        OverBudget: the template makes more than `bounded_rendering` allows.
-        Cancelled: the client has left.
+        OverBudget: the template exceeds the budget of `bounded_rendering`.
+        Cancelled: the client has disconnected.
     """
     budget = current()
     pieces, num_chars = [], 0
@@ -136,7 +136,7 @@ def render(template: Template, variables: Mapping[str, Any]) -> str:
 
 
 class _GenerationTag(Extension):
-    """`{% generation %}…{% endgeneration %}`: a scope of its own that shows its body."""
+    """`{% generation %}…{% endgeneration %}`: a separate scope that shows its body."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -149,8 +149,8 @@ class _GenerationTag(Extension):
 class _Namespace(Namespace):
     """A namespace without names that begin with an underscore."""
 
-    def __init__(*args: Any, **kwargs: Any) -> None:
-        # `self` stays free as a name of the template's
+    def __init__(*args: Any, **kwargs: object) -> None:
+        # not a named parameter, so that templates can use the name `self`
         self, *rest = args
         values = _Dict()(*rest, **kwargs)
         for name in values:
@@ -158,18 +158,18 @@ class _Namespace(Namespace):
         Namespace.__init__(self, values)
 
     def __repr__(self) -> str:
-        # counted for each place that shows it
+        # counted at each place that shows it
         return f"<Namespace {to_text(self._Namespace__attrs)}>"
 
-    def __setitem__(self, name: str, value: Any) -> None:
+    def __setitem__(self, name: str, value: object) -> None:
         _check_name(name)
         super().__setitem__(name, value)
 
 
 class _Dict:
-    """`dict` without the methods of the type, which would change the caller's messages."""
+    """`dict` without the methods of the type, which could change the caller's messages."""
 
-    def __call__(self, /, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+    def __call__(self, /, *args: Any, **kwargs: object) -> dict[Any, Any]:
         for value in args[:1]:
             if not isinstance(value, Mapping):
                 args = (make_dict((key, entry) for key, entry in value), *args[1:])
@@ -177,12 +177,12 @@ class _Dict:
         current().spend(getsizeof(result))
         return result
 
-    def fromkeys(self, keys: Iterable[Any], value: Any = None) -> dict[Any, Any]:
+    def fromkeys(self, keys: Iterable[object], value: object = None) -> dict[Any, Any]:
         """Return a dict with these keys and one value for all."""
         return from_keys(keys, value)
 
 
-def _check_name(name: Any) -> None:
+def _check_name(name: object) -> None:
     if isinstance(name, str) and name.startswith("_"):
         raise SecurityError(f"namespace: got the name {name!r}; must not begin with an underscore")
 

@@ -1,7 +1,7 @@
-"""JSON schemas of tool arguments: references, types of values, and unsupported keywords.
+"""JSON schemas of tool arguments: references, types of values, and costs.
 
-The grammars of forced calls and the parsers of answers read a tool's schema through this module
-only, so both agree on the type of every argument.
+The grammars of forced calls and the parsers of answers read a tool's schema through this module.
+They therefore agree on the type of every argument.
 
 Source of the meaning of keywords: JSON Schema, draft 2020-12, and JSON Pointer (RFC 6901).
 """
@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import unquote
 
 from fd_dsa.cancellation import check_cancelled
@@ -21,37 +21,38 @@ from fd_dsa.chat.patterns import full_regex, matches
 
 KINDS = frozenset({"null", "boolean", "integer", "number", "string", "array", "object"})
 _NO_KINDS: frozenset[str] = frozenset()
-# deeper than any schema that people write, and far from Python's limit of recursion
+# deeper than schemas written by people, and far below Python's recursion limit
 MAX_DEPTH = 48
-# of the schemas of one grammar, about 0.2 s
+# limit for all schemas of one grammar, about 0.2 s
 _MAX_COST = 100_000
 _PATTERN_COST = 20
-# values that are compared, or names that are looked up, at the cost of one
+# number of compared values or names that cost 1
 _VALUES_A_COST = 16
 _MAX_PARTS = 1_000_000
 _MAX_ARGUMENT_PARTS = 1_024
-# characters of a value in a message
+# maximum length of a value in a message, characters
 _MAX_SHOWN = 100
 _INDEX = re.compile(r"0|[1-9][0-9]{0,8}")
 
+_T = TypeVar("_T")
 _Memo = dict[int, frozenset[str]]
 
 
 class SchemaError(ValueError):
-    """A schema that a grammar cannot enforce; the message begins with the keyword."""
+    """A schema that a grammar cannot enforce. The message begins with the keyword."""
 
 
 def type_of(text: str) -> str | None:
-    """JSON schema's name of the type of a JSON text; None for other texts, such as NaN."""
+    """Return JSON Schema's type of a JSON text, or None for other texts, such as NaN."""
     try:
-        # names that Python's parser takes and JSON lacks are no integers either
+        # Python's parser accepts constants such as NaN, for which `int` raises
         return kind_of(json.loads(text, parse_constant=int))
     except (ValueError, RecursionError):
         return None
 
 
-def kind_of(value: Any) -> str:
-    """JSON schema's name of the type of a parsed JSON value."""
+def kind_of(value: object) -> str:
+    """Return JSON Schema's type of a parsed JSON value."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -62,30 +63,31 @@ def kind_of(value: Any) -> str:
     return "object"
 
 
-def mapping(value: Any) -> Mapping[str, Any]:
-    """A keyword's value if it is an object, otherwise an empty one."""
+def mapping(value: object) -> Mapping[str, Any]:
+    """Return a keyword's value if it is an object, otherwise an empty object."""
     return value if isinstance(value, dict) else {}
 
 
-def items_of(value: Any) -> list[Any]:
-    """A keyword's value if it is a list, otherwise an empty one."""
+def items_of(value: object) -> list[Any]:
+    """Return a keyword's value if it is a list, otherwise an empty list."""
     return value if isinstance(value, list) else []
 
 
-def listed_values(schema: Mapping[str, Any]) -> list[Any] | None:
-    """Values that `const` or `enum` allow; None without these keywords."""
+def listed_values(schema: Mapping[str, object]) -> list[Any] | None:
+    """Return the values that `const` or `enum` allow, or None without these keywords."""
     if "const" in schema:
         return [schema["const"]]
     return items_of(schema["enum"]) if "enum" in schema else None
 
 
-def declared_kinds(schema: Mapping[str, Any]) -> frozenset[str]:
-    """Types that the schema's own keywords allow, "number" always with "integer"."""
+def declared_kinds(schema: Mapping[str, object]) -> frozenset[str]:
+    """Return the types that the schema's own keywords allow. "number" implies "integer"."""
     kinds = KINDS
     if "type" in schema:
         named = schema["type"]
-        names = {name for name in (named if isinstance(named, list) else [named]) if _is_kind(name)}
-        # an unknown name says nothing
+        several = named if isinstance(named, list) else [named]
+        names = {name for name in several if isinstance(name, str) and name in KINDS}
+        # unknown type names are ignored
         kinds = frozenset(names | ({"integer"} if "number" in names else set())) or KINDS
     values = listed_values(schema)
     if values is not None:
@@ -93,30 +95,27 @@ def declared_kinds(schema: Mapping[str, Any]) -> frozenset[str]:
     return kinds
 
 
-def _is_kind(name: Any) -> bool:
-    return isinstance(name, str) and name in KINDS
-
-
-def _kinds_of_value(value: Any) -> tuple[str, ...]:
-    """Types of a value: 1.0 is an integer too."""
-    kind = kind_of(value)
-    return ("number", "integer") if kind == "number" and value.is_integer() else (kind,)
+def _kinds_of_value(value: object) -> tuple[str, ...]:
+    """Return the types of a value. 1.0 is an integer too."""
+    if isinstance(value, float) and value.is_integer():
+        return ("number", "integer")
+    return (kind_of(value),)
 
 
 class ToolSchema:
-    """The JSON schema of a tool's arguments, with what follows from it.
+    """The JSON schema of a tool's arguments, with cached derived results.
 
-    Every subschema is visited once for each question; results are kept by its identity.
+    Every subschema is visited once for each question. Results are cached by its identity.
 
     Args:
-        root: the schema as it came with the request, of any type.
-        spent: cost of the schemas before it in the same grammar.
+        root: the schema of the request, of any type.
+        spent: cost of the previous schemas in the same grammar.
 
     Attributes:
-        spent: cost of these and of this one, in units of about 2 us.
+        spent: cost of the previous schemas and this one, in units of about 2 us.
     """
 
-    def __init__(self, root: Any, spent: int = 0) -> None:
+    def __init__(self, root: object, spent: int = 0) -> None:
         self.root = root
         self.spent = spent
         self._kinds: _Memo = {}
@@ -124,29 +123,29 @@ class ToolSchema:
         self._arguments: dict[str, frozenset[str]] = {}
         self._names: frozenset[str] | None = None
         self._required: frozenset[str] | None = None
-        self._made: list[dict[str, Any]] = []
+        self._made: list[object] = []
         self._targets: dict[str, Any] = {}
         self._regexes: dict[str, str] = {}
 
-    def keep(self, made: dict[str, Any]) -> dict[str, Any]:
-        """Hold a schema that was made from parts of this one, and return it.
+    def keep(self, made: _T) -> _T:
+        """Keep a schema that was made from parts of this one alive, and return it.
 
-        Results are kept by identity, which another object must not get meanwhile.
+        Results are cached by identity, so its identity must not be reused.
         """
         self._made.append(made)
         return made
 
     def spend(self, cost: int, keyword: str = "", num_values: int = 0) -> None:
-        """Count the cost of comparing subschemas, before it is done.
+        """Count the cost of comparing subschemas, in advance.
 
-        Results are kept, but `$ref` lets a short schema use a large one again and again.
+        Results are cached, but `$ref` lets a short schema use a large one many times.
 
         Args:
-            num_values: values and names that are compared in addition.
+            num_values: number of compared values and names, in addition to `cost`.
 
         Raises:
-            SchemaError: there was too much of it.
-            Cancelled: the client has left.
+            SchemaError: the total cost is too high.
+            Cancelled: the client has disconnected.
         """
         check_cancelled()
         self.spent += cost + num_values // _VALUES_A_COST
@@ -155,10 +154,10 @@ class ToolSchema:
             raise SchemaError(f"{where}got a schema with too much to compare; make it smaller")
 
     def regex(self, pattern: str, keyword: str) -> str:
-        """A regex of all texts that contain a match of a pattern; see `full_regex`.
+        """Return a regex of all texts that contain a match of a pattern. See `full_regex`.
 
         Raises:
-            SchemaError: llguidance lacks a feature of the pattern, or there is too much to compare.
+            SchemaError: llguidance lacks a feature of the pattern, or the total cost is too high.
         """
         if pattern not in self._regexes:
             self.spend(_PATTERN_COST + len(pattern), keyword)
@@ -168,11 +167,11 @@ class ToolSchema:
                 raise SchemaError(f"{keyword}: {error}") from error
         return self._regexes[pattern]
 
-    def target(self, reference: Any) -> Any:
-        """The schema that a `$ref` points to.
+    def target(self, reference: object) -> Any:
+        """Return the schema that a `$ref` points to.
 
         Raises:
-            SchemaError: the reference is no JSON pointer into the tool's schema.
+            SchemaError: the reference is not a JSON pointer into the tool's schema.
         """
         if isinstance(reference, str) and reference in self._targets:
             return self._targets[reference]
@@ -196,22 +195,26 @@ class ToolSchema:
         self._targets[reference] = at
         return at
 
-    def has_own_base(self, schema: Mapping[str, Any]) -> bool:
+    def has_own_base(self, schema: Mapping[str, object]) -> bool:
         """Return True if references inside a subschema start from its own `$id`."""
         return schema is not self.root and isinstance(schema.get("$id"), str)
 
-    def conjuncts(self, schema: Mapping[str, Any]) -> list[Any]:
-        """Schemas that hold in addition to the schema's own keywords: `$ref` and `allOf`."""
+    def conjuncts(self, schema: Mapping[str, object]) -> list[Any]:
+        """Return the schemas that apply in addition to the own keywords: `$ref` and `allOf`."""
         found = [self.target(schema["$ref"])] if "$ref" in schema else []
         return found + items_of(schema.get("allOf"))
 
     @staticmethod
-    def choices(schema: Mapping[str, Any]) -> list[list[Any]]:
-        """Lists of alternatives, `anyOf` and `oneOf`; each list holds in addition."""
-        return [schema[key] for key in ("anyOf", "oneOf") if isinstance(schema.get(key), list)]
+    def choices(schema: Mapping[str, object]) -> list[list[Any]]:
+        """Return the lists of alternatives, `anyOf` and `oneOf`.
 
-    def of_property(self, schema: Mapping[str, Any], name: str) -> list[Any]:
-        """Schemas that the schema's own keywords apply to a property.
+        Each list applies in addition.
+        """
+        lists = (schema.get(keyword) for keyword in ("anyOf", "oneOf"))
+        return [each for each in lists if isinstance(each, list)]
+
+    def of_property(self, schema: Mapping[str, object], name: str) -> list[Any]:
+        """Return the schemas that the own keywords apply to a property.
 
         Raises:
             ValueError: the name cannot be compared with a pattern.
@@ -226,15 +229,15 @@ class ToolSchema:
             found.append(schema["additionalProperties"])
         return found
 
-    def kinds(self, schemas: Iterable[Any]) -> frozenset[str]:
-        """Types of values that may satisfy all of the schemas."""
+    def kinds(self, schemas: Iterable[object]) -> frozenset[str]:
+        """Return the types of the values that may satisfy all schemas."""
         found = KINDS
         for schema in schemas:
             found &= self._fold(schema, declared_kinds, self._kinds)
         return found
 
     def argument_names(self) -> frozenset[str]:
-        """Names of arguments that any part of the schema lists; empty if it lists none."""
+        """Return the argument names that any part of the schema lists, empty without any."""
         if self._names is None:
             parts = list(self._parts(with_choices=True))
             listed = (mapping(part.get("properties")).keys() for part in parts)
@@ -242,14 +245,14 @@ class ToolSchema:
         return self._names
 
     def required_names(self) -> frozenset[str]:
-        """Names of arguments that every call must have."""
+        """Return the names of the arguments that every call must have."""
         if self._required is None:
             parts = self._parts(with_choices=False)
             self._required = frozenset().union(*map(_required, parts))
         return self._required
 
     def _parts(self, with_choices: bool) -> Iterator[Mapping[str, Any]]:
-        """The schema of the arguments, its conjuncts, and on request its alternatives."""
+        """Yield the schema of the arguments, its conjuncts, and on request its alternatives."""
         todo, seen = [self.root], set[int]()
         while todo:
             part = todo.pop()
@@ -265,19 +268,19 @@ class ToolSchema:
                 continue
 
     def argument_types(self, name: str) -> frozenset[str]:
-        """Types of an argument for the parser of answers; empty if the schema does not say.
+        """Return the types of an argument for the parser of answers, empty if unspecified.
 
-        OpenAPI's `nullable` counts, and an argument that the schema forbids has any type.
+        OpenAPI's `nullable` counts. An argument that the schema forbids has any type.
         """
         if name not in self._arguments:
             own = partial(self._of_argument, name)
-            # every name costs a visit of all parts, and an answer may have many
+            # every name costs a visit of all parts, and an answer may have many names
             kinds = self._fold(self.root, own, {}, max_parts=_MAX_ARGUMENT_PARTS)
             self._arguments[name] = _NO_KINDS if kinds == KINDS else kinds
         return self._arguments[name]
 
-    def _of_argument(self, name: str, schema: Mapping[str, Any]) -> frozenset[str]:
-        """Types that an object schema's own keywords allow for a property."""
+    def _of_argument(self, name: str, schema: Mapping[str, object]) -> frozenset[str]:
+        """Return the types that an object schema's own keywords allow for a property."""
         if "object" not in declared_kinds(schema):
             return _NO_KINDS
         found = KINDS
@@ -291,19 +294,19 @@ class ToolSchema:
 
     def _fold(
         self,
-        schema: Any,
-        own: Callable[[Mapping[str, Any]], frozenset[str]],
+        schema: object,
+        own: Callable[[Mapping[str, object]], frozenset[str]],
         memo: _Memo,
         nullable: bool = False,
         depth: int = MAX_DEPTH,
         max_parts: int = _MAX_PARTS,
     ) -> frozenset[str]:
-        """Types by a schema's own keywords, cut by its conjuncts and the union of its choices.
+        """Return the types of a schema, combined with its conjuncts and alternatives.
 
         Args:
-            nullable: OpenAPI's keyword adds null to the types.
-            depth, max_parts: how much deeper schemas may be nested, and how many are visited;
-                those beyond have all types.
+            nullable: True if OpenAPI's keyword adds null to the types.
+            depth, max_parts: remaining nesting depth, and maximum number of visited schemas.
+                Schemas beyond have all types.
         """
         if schema is False:
             return _NO_KINDS
@@ -314,7 +317,7 @@ class ToolSchema:
         if len(memo) >= max_parts:
             return KINDS
         check_cancelled()
-        # a schema that refers to itself adds nothing
+        # a schema that refers to itself adds no constraint
         memo[id(schema)] = KINDS
         kinds = own(schema)
         try:
@@ -334,11 +337,11 @@ class ToolSchema:
         return kinds
 
 
-def _required(schema: Mapping[str, Any]) -> set[str]:
-    """Names that the schema's own keyword requires."""
+def _required(schema: Mapping[str, object]) -> set[str]:
+    """Return the names that the schema's own keyword requires."""
     return {name for name in items_of(schema.get("required")) if isinstance(name, str)}
 
 
-def shown(value: Any) -> str:
-    """A value in a message, shortened."""
+def shown(value: object) -> str:
+    """Return a value for a message, shortened."""
     return shortened_json(value, _MAX_SHOWN)

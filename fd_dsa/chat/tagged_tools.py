@@ -1,13 +1,13 @@
-"""Calls of DSML and GLM, which write each value as a text between two marks.
+"""Base of the parsers for DSML and GLM, which write each value between two marks.
 
-A value may contain any mark, so position decides. The end mark of a value counts only directly
+A value may contain any mark, so the position decides. The end mark of a value counts only directly
 before the next argument or the end of the call. The end mark is missing if another argument of the
-tool begins inside of a value, or if the call ends there and the answer or another call follows.
-Such a slip is repaired if there is no other reading: the value has no other end mark, and no "<"
-or ">" in its last characters. Otherwise the call is damaged.
+tool begins inside a value. It is also missing if the call ends there and the answer or another call
+follows. Such an error is repaired if there is no other reading: the value has no other end mark,
+and no "<" or ">" in its last characters. Otherwise the call is damaged.
 
-A mark in a string of a JSON value is a part of the string. If the string has no end, the marks in
-it are read as in any other text.
+A mark in a string of a JSON value is a part of the string. If the string has no end, its marks are
+read as in other text.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from fd_dsa.chat.tool_formats import ToolFormat
 
 # longer than a mark at the end of a value
 _TAIL = 24
-# of markup, in the last characters of a value
+# remains of markup in the last characters of a value
 _REMAINS = re.compile(r"[<>]|(?:name|string)=|[\"']\Z")
 
 
 @dataclass
 class Call:
-    """A call while it is read.
+    """A call that is being read.
 
     Attributes:
         feed, sink: source of the text, and target of the events.
         writer: target of the arguments.
-        in_lines: the model writes a line break between two marks.
+        in_lines: True if the model writes a line break between two marks.
     """
 
     feed: TextFeed
@@ -44,18 +44,21 @@ class Call:
     in_lines: bool
 
     def is_declared(self, name: str) -> bool:
-        """Whether a call of a tool may follow; any tool, if none is declared."""
+        """Return True if a call of this tool may follow.
+
+        Without declared tools every call may.
+        """
         return not self.sink.schemas or name in self.sink.schemas
 
 
 class TaggedTools(ToolFormat):
-    """Reads values between marks.
+    """Parser of values between marks.
 
     Attributes:
         value_end: mark at the end of a value.
-        bounds: marks in a value that need a decision, each also after a line break if that may
-            be a part of the markup.
-        right_end: end mark of a value in the right place.
+        bounds: marks in a value that need a decision, also with a preceding line break if that may
+            belong to the markup.
+        right_end: pattern of an end mark in the right position.
     """
 
     value_end: ClassVar[str]
@@ -73,7 +76,7 @@ class TaggedTools(ToolFormat):
 
     @abstractmethod
     def is_end(self, call: Call) -> bool:
-        """Whether an end mark, not in the right place, ends the value with a slip after it.
+        """Return True if an end mark in a wrong position ends the value.
 
         Raises:
             Damaged: half of a mark follows.
@@ -81,10 +84,10 @@ class TaggedTools(ToolFormat):
 
     @abstractmethod
     def is_bound(self, call: Call, found: str) -> bool:
-        """Whether another mark ends the value, which has lost its end mark."""
+        """Return True if another mark ends the value, whose end mark is missing."""
 
     def read_value(self, call: Call, emit: Emit, json_begins: str) -> Steps[bool]:
-        """Read a value and its end mark; False if that is missing.
+        """Read a value and its end mark. Returns False if the end mark is missing.
 
         Args:
             json_begins: first characters of the JSON that the value may be.
@@ -95,7 +98,10 @@ class TaggedTools(ToolFormat):
         return has_end
 
     def _read_to_end(self, call: Call, value: _Value) -> Steps[bool]:
-        """See `read_value`; the last part of the value is left in `value`."""
+        """Read up to the end of a value. See `read_value`.
+
+        The last part of the value stays in `value`.
+        """
         feed = call.feed
         while True:
             found = yield from feed.stream_to(self.bounds, value.add)
@@ -103,7 +109,7 @@ class TaggedTools(ToolFormat):
                 value.skip(feed)
                 value.add(feed.read(len(found)))
                 continue
-            # the end of a string that is cut off is unknown
+            # the end of a string that was cut off is unknown
             is_cut = found is None and feed.is_cut and value.strings.is_open
             if not is_cut and value.go_back(feed):
                 continue
@@ -128,7 +134,7 @@ class TaggedTools(ToolFormat):
 
 
 def is_last_mark(feed: TextFeed, mark: str) -> bool:
-    """Whether the text ends after a mark.
+    """Return True if the text ends after a mark.
 
     Raises:
         CutOff: the answer was cut off there, so the rest of the call is unknown.
@@ -145,8 +151,8 @@ def check_end(call: Call, lost: re.Pattern[str], maybe_lost: re.Pattern[str]) ->
     """Check that no argument follows the end mark of a call.
 
     Args:
-        lost: pattern of the end mark and the mark or the name of an argument.
-        maybe_lost: pattern of a text that may become that.
+        lost: pattern of the end mark, followed by the mark or the name of an argument.
+        maybe_lost: pattern of a text that may become a match of `lost`.
     """
     if call.writer.is_full:
         return
@@ -156,15 +162,15 @@ def check_end(call: Call, lost: re.Pattern[str], maybe_lost: re.Pattern[str]) ->
 
 
 class _Value:
-    """A value while it is read.
+    """A value that is being read.
 
     Args:
-        json_begins: first characters of the JSON that the value may be. Its text is then handed
-            out at the end only.
+        json_begins: first characters of the JSON that the value may be. Its text is then passed on
+            only at the end.
 
     Attributes:
-        strings: tells if the value ends inside of a string of JSON.
-        has_end: the value contains an end mark.
+        strings: determines if the text so far ends inside a JSON string.
+        has_end: True if the value contains an end mark.
     """
 
     def __init__(self, emit: Emit, json_begins: str) -> None:
@@ -173,7 +179,7 @@ class _Value:
         self._emit = emit
         self._tail = ""
         self._kept: list[str] | None = [] if json_begins else None
-        # place of the first mark in a string, and number of texts before it
+        # position of the first mark in a string, and number of texts before it
         self._skipped: tuple[int, int] | None = None
 
     def add(self, text: str) -> None:
@@ -185,16 +191,16 @@ class _Value:
             self._kept.append(text)
 
     def skip(self, feed: TextFeed) -> None:
-        """Remember the place of a mark in a string, in case the string has no end."""
+        """Remember the position of a mark in a string, in case the string has no end."""
         place = feed.place
         if self._skipped is None and self._kept is not None and place is not None:
             self._skipped = place, len(self._kept)
 
     def go_back(self, feed: TextFeed) -> bool:
-        """Go back to the first mark in a string if the value is no JSON.
+        """Return to the first mark in a string if the value is not JSON.
 
         Returns:
-            Whether the feed is there; False also if its text is no longer kept.
+            True if the feed is at that mark. False also if its text is no longer available.
         """
         if self._skipped is None or self.strings.is_complete or self._kept is None:
             return False
@@ -208,11 +214,11 @@ class _Value:
         return True
 
     def flush(self) -> None:
-        """Hand out the text that was kept."""
+        """Pass on the text that was kept."""
         if self._kept is not None:
             self._emit("".join(self._kept))
 
     def check(self) -> None:
-        """Raise `Damaged` if the end of the value is not clean."""
+        """Raise `Damaged` if the end of the value has remains of markup."""
         if self.has_end or _REMAINS.search(self._tail):
             raise Damaged

@@ -1,4 +1,4 @@
-"""Prompts of conversations: Jinja in a sandbox, with the names that templates expect."""
+"""Chat templates: compiled and rendered by Jinja in a sandbox."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fd_dsa.errors import ConfigError
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 """Role of a message of a chat completion."""
-# variables of a template which are not a caller's to set
+# variables of a template that callers must not set
 RESERVED = (
     "messages",
     "tools",
@@ -25,21 +25,21 @@ RESERVED = (
     "allow_special_tokens_in_text",
     "self",
 )
-# two names of one variable
+# two names of the same variable
 SWITCHES = ("thinking", "enable_thinking")
 _BEYOND_PYTHON: dict[type[Exception], str] = {
     RecursionError: "nests too deeply",
     MemoryError: "makes more than there is memory for",
 }
-# the compiler needs a second for 20,000 characters or so
+# the compiler takes about a second for 20,000 characters
 _MAX_SOURCE_CHARS = 1 << 16
 # a template may quote a text of any length in its errors
 _MAX_REASON_CHARS = 1000
 REASONING = ("reasoning_content", "reasoning", "thinking")
-"""Names of the reasoning of a message; the first one in use counts."""
-# marks where a final message goes on; no text of a conversation holds it
+"""Names of the reasoning field of a message. The first one in use counts."""
+# marks the place where a final message continues; no text of a conversation contains it
 _CUT = "\ue000\ue001cut\ue001\ue000"
-# texts that the prompt of a template either shows or not
+# texts of an example message, searched in its prompt
 _FIRST, _LAST, _KEY = "first7c1e", "last7c1e", "key7c1e"
 
 
@@ -47,15 +47,15 @@ class ChatTemplate:
     """A compiled chat template.
 
     Args:
-        special_tokens: variables such as bos_token which the template may use.
-        family_formats: tool-call formats of the model's family, newest first. With the source they
-            decide how answers are read.
+        special_tokens: variables for the template, such as bos_token.
+        family_formats: tool-call formats of the model's family, newest first. Together with the
+            source they select the parser of answers.
 
     Raises:
-        ConfigError: the template does not compile; names the origin.
+        ConfigError: the template does not compile. The message names the origin.
 
-    Source: the environment is that of Hugging Face's chat templates, so that the templates of
-    model folders render alike.
+    Source: the environment of Hugging Face's chat templates, so that the templates of model folders
+    render in the same way.
     """
 
     def __init__(
@@ -78,38 +78,38 @@ class ChatTemplate:
                 f"chat template of {origin}: line {error.lineno} is no valid Jinja: {error.message}"
             ) from error
         except Exception as error:
-            # Jinja makes Python code, whose blocks or numbers may be beyond Python's limits
+            # Jinja generates Python code, which may exceed Python's limits for blocks or numbers
             why = _BEYOND_PYTHON.get(type(error), f"does not compile: {error}")
             raise ConfigError(f"chat template of {origin}: {why}") from error
         self.source = source
         self.origin = origin
         self.family_formats = tuple(family_formats)
         self._special_tokens = dict(special_tokens)
-        # by role; filled when the first message of a role is rendered
+        # by role, filled when the first message of a role is rendered
         self._shown: dict[str, tuple[bool, bool]] = {}
 
     def render(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        messages: Sequence[Mapping[str, object]],
         add_generation_prompt: bool = True,
         *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        tools: Sequence[Mapping[str, object]] | None = None,
         continue_final_message: bool = False,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> str:
-        """Text of a conversation.
+        """Return the text of a conversation.
 
         Args:
-            messages: `content` is a text or a list of text parts. The template gets the form that
-                it shows: parts that it does not show become one text of as many lines, and a text
-                that it shows only inside of a part becomes one.
-            kwargs: further variables. `thinking` and `enable_thinking` are two names of one: a
-                template that knows either gets it.
+            messages: `content` is a string or a list of text parts, and is converted to the form
+                that the template shows. A list may become one string of several lines, and a string
+                may become a list with one part.
+            kwargs: further variables. `thinking` and `enable_thinking` are two names of one switch,
+                and a template gets both.
 
         Raises:
-            ValueError: the template refuses the messages, or fails on them, or makes more than
-                `bounded_rendering` allows; the last message cannot be continued.
-            Cancelled: the client has left.
+            ValueError: the template refuses the messages, fails, or exceeds the budget of
+                `bounded_rendering`. Or the last message cannot be continued.
+            Cancelled: the client has disconnected.
         """
         thinking = [kwargs[name] for name in SWITCHES if kwargs.get(name) is not None]
         with bounded_rendering():
@@ -130,10 +130,10 @@ class ChatTemplate:
             return text
         head, cut, _ = text.rpartition(_CUT)
         if not cut:
-            raise ValueError("chat template: does not show the last message, so nothing goes on")
+            raise ValueError("chat template: omits the last message, so it cannot be continued")
         return head
 
-    def _rendered(self, variables: Mapping[str, Any]) -> str:
+    def _rendered(self, variables: Mapping[str, object]) -> str:
         try:
             return render(self._template, variables)
         except Cancelled:
@@ -144,11 +144,11 @@ class ChatTemplate:
             why = _BEYOND_PYTHON.get(type(error), str(error)[:_MAX_REASON_CHARS])
             raise ValueError(f"chat template: {why}") from error
 
-    def _prepare(self, message: Mapping[str, Any]) -> dict[str, Any]:
-        """The message in the forms that templates expect."""
+    def _prepare(self, message: Mapping[str, object]) -> dict[str, Any]:
+        """Convert a message to the forms that templates expect."""
         prepared = {**with_read_arguments(message), **_reasoning(message)}
         if not prepared.get("tool_calls"):
-            # templates ask whether the name exists, and clients send an empty list or null
+            # templates test whether the name exists, and clients send an empty list or null
             prepared.pop("tool_calls", None)
         role, content = str(message.get("role")), message.get("content")
         texts = _texts(content)
@@ -159,10 +159,10 @@ class ChatTemplate:
         return prepared
 
     def _shows(self, role: str) -> tuple[bool, bool]:
-        """Find out which content of a role the prompt shows: a text, and a list of text parts.
+        """Determine the content that the prompt shows for a role: a string, a list of parts.
 
-        A rendered example decides. The template's code says less: it may hand the content to a
-        macro, and treat each role differently.
+        Rendering an example decides. The template's code is a weaker sign, because it may pass the
+        content to a macro and treat each role differently.
         """
         shown = self._shown.get(role)
         if shown is None:
@@ -172,8 +172,8 @@ class ChatTemplate:
             shown = self._shown[role] = is_text, self._is_shown(role, parts)
         return shown
 
-    def _is_shown(self, role: str, content: Any) -> bool:
-        """True if a prompt has both texts in their order, without the markup of a list."""
+    def _is_shown(self, role: str, content: object) -> bool:
+        """Return True if a prompt shows both texts in order, without the markup of a list."""
         variables = {
             **self._special_tokens,
             "documents": None,
@@ -191,20 +191,20 @@ class ChatTemplate:
 
 
 def with_read_arguments(message: Mapping[str, Any]) -> dict[str, Any]:
-    """The message with `Arguments` in its calls."""
+    """Return the message with `Arguments` in its calls."""
     calls = message.get("tool_calls")
     return {**message, "tool_calls": [_call(call) for call in calls]} if calls else dict(message)
 
 
 def _call(call: Mapping[str, Any]) -> dict[str, Any]:
-    """A call of the history, with arguments for both kinds of templates."""
+    """Return a call of the history with arguments for both kinds of templates."""
     function = call["function"]
     arguments = read_arguments(function.get("arguments"))
     return {**call, "function": {**function, "arguments": arguments}}
 
 
-def _texts(content: Any) -> list[str] | None:
-    """The texts of a list of text parts, None for any other content."""
+def _texts(content: object) -> list[str] | None:
+    """Return the texts of a list of text parts, or None for other content."""
     if not isinstance(content, list):
         return None
     texts = [
@@ -215,16 +215,16 @@ def _texts(content: Any) -> list[str] | None:
     return texts if len(texts) == len(content) else None
 
 
-def _reasoning(message: Mapping[str, Any]) -> dict[str, Any]:
-    """The reasoning of a message under each name that templates know."""
+def _reasoning(message: Mapping[str, object]) -> dict[str, Any]:
+    """Return the reasoning of a message under each name that templates use."""
     for name in REASONING:
         if message.get(name) is not None:
             return dict.fromkeys(REASONING, message[name])
     return {}
 
 
-def _probe(role: str, content: Any) -> list[dict[str, Any]]:
-    """A conversation with this content in a message of this role, which all templates take."""
+def _probe(role: str, content: object) -> list[dict[str, Any]]:
+    """Return a conversation with this content, in an order that all templates accept."""
     message = {"role": role, "content": content}
     hello = {"role": "user", "content": "Hi"}
     if role == "system":
@@ -240,19 +240,19 @@ def _probe(role: str, content: Any) -> list[dict[str, Any]]:
 
 
 def _with_cut(message: dict[str, Any]) -> dict[str, Any]:
-    """The last message, marked where it goes on: in its reasoning if it has nothing else."""
+    """Mark the place where the last message continues: in its content or its reasoning."""
     if message.get("role") != "assistant":
         raise ValueError(
-            f"the last message is of role {message.get('role')!r}; continue_final_message goes on "
-            "with a message of role assistant"
+            f"the last message is of role {message.get('role')!r}; continue_final_message "
+            "continues a message of role assistant"
         )
     if message.get("tool_calls"):
-        raise ValueError("the last message ends with tool calls, so its text cannot go on")
+        raise ValueError("the last message ends with tool calls, so its text cannot be continued")
     names = REASONING if is_reasoning_only(message) else ("content",)
     text = message.get(names[0]) or ""
     if isinstance(text, list):
         if _texts(text) is None:
-            raise ValueError("the last message has other parts than texts, so nothing goes on")
+            raise ValueError("the last message has parts without text, so it cannot be continued")
         *before, last = text
         return {**message, "content": [*before, {**last, "text": last["text"] + _CUT}]}
     return {**message, **dict.fromkeys(names, text + _CUT)}

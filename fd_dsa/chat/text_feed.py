@@ -1,7 +1,7 @@
-"""The text of an answer, for parsers that are written as if they had all of it.
+"""The text of an answer, for parsers that are written as if they had the whole text.
 
-A parser is a generator: it yields whenever it needs more text. Its result depends on the whole
-text only, never on where the pieces were cut.
+A parser is a generator that yields whenever it needs more text. Its result depends only on the
+whole text, not on the boundaries of the pieces.
 """
 
 from __future__ import annotations
@@ -13,29 +13,29 @@ from typing import TypeVar
 
 _T = TypeVar("_T")
 Steps = Generator[None, None, _T]
-"""A part of a parser that yields when it needs more text, and returns a `_T`."""
+"""A part of a parser. It yields when it needs more text, and returns a `_T`."""
 
 LOOK_AHEAD = 256
-"""Max. characters that a decision about the text at the read position may need."""
-# longer white space before a marker is text: otherwise each piece of it would be read again
+"""Maximum number of characters that a decision at the read position needs."""
+# bounded, because white space before a marker is read again with each piece of text
 _MAX_SPACE = 64
 _SPACE = re.compile(r"\s*")
 
 
 class Damaged(Exception):
-    """The text is no call, or one that cannot be repaired."""
+    """The text is not a call, or is a call that cannot be repaired."""
 
 
 class CutOff(Damaged):
-    """The text ended inside of a call because the answer was cut off there."""
+    """The text ended inside a call because the answer was cut off."""
 
 
 class TextFeed:
-    """The text that is not read yet, and the text of a call that may turn out to be none.
+    """The unread text, and the text of a call that may turn out to be invalid.
 
     Attributes:
-        is_ended: no more text comes.
-        is_cut: the answer was cut off at its end, as by `max_tokens`.
+        is_ended: True if the text is complete.
+        is_cut: True if the answer was cut off at its end, for example by `max_tokens`.
     """
 
     def __init__(self) -> None:
@@ -57,35 +57,35 @@ class TextFeed:
         self.is_ended, self.is_cut = True, is_cut
 
     def mark(self, limit: int, settle: Callable[[], None]) -> None:
-        """Keep the text from here on for `rewind`.
+        """Keep the text from the read position on for `rewind`.
 
         Args:
-            settle: called once, when `limit` characters from here are read.
+            settle: called once, when `limit` more characters are read.
         """
         self._mark, self._limit, self._settle = self._pos, limit, settle
 
     def marked(self, *, whole: bool = False) -> str:
-        """The text from the mark to the read position, or to the end of the text."""
+        """Return the text from the mark to the read position, or to the end of the text."""
         assert self._mark is not None
         return self._text[self._mark : None if whole else self._pos]
 
     def release(self) -> str:
-        """Forget the mark; returns the text from there on that is read."""
+        """Remove the mark and return the text from there to the read position."""
         text, self._mark = self.marked(), None
         return text
 
     def rewind(self) -> None:
-        """Go back to the mark."""
+        """Return to the mark."""
         assert self._mark is not None
         self._pos, self._mark = self._mark, None
 
     @property
     def place(self) -> int | None:
-        """Read position after the mark in characters; None without a mark."""
+        """Read position relative to the mark, in characters. None without a mark."""
         return None if self._mark is None else self._pos - self._mark
 
     def go_to(self, place: int) -> bool:
-        """Go back to a place after the mark; False if there is no mark any more."""
+        """Return to a position after the mark. Returns False without a mark."""
         if self._mark is not None:
             self._pos = self._mark + place
         return self._mark is not None
@@ -93,11 +93,11 @@ class TextFeed:
     def stream_to(
         self, markers: tuple[str, ...], emit: Callable[[str], None], *, keeps_half: bool = False
     ) -> Steps[str | None]:
-        """Hand out the text before the first marker as soon as it is certain.
+        """Pass on the text before the first marker as soon as it is certain.
 
         Args:
-            keeps_half: the beginning of a marker at the end of a text that was cut off is text;
-                otherwise it is dropped.
+            keeps_half: True if the beginning of a marker at the end of a cut-off text is text.
+                Otherwise it is dropped.
 
         Returns:
             The marker, unread, or None if the text ended before one.
@@ -120,11 +120,11 @@ class TextFeed:
     def peek(
         self, sure: re.Pattern[str], partial: re.Pattern[str] | None = None
     ) -> Steps[re.Match[str] | None]:
-        """Match a pattern at the read position as soon as the text for that is there.
+        """Match a pattern at the read position as soon as there is enough text.
 
         Args:
-            partial: matches the texts that may still become a match; without it `LOOK_AHEAD`
-                characters decide.
+            partial: matches texts that may still become a match. Without it `LOOK_AHEAD` characters
+                decide.
         """
         while True:
             match = sure.match(self._text, self._pos)
@@ -137,11 +137,11 @@ class TextFeed:
             yield
 
     def match(self, pattern: re.Pattern[str]) -> re.Match[str] | None:
-        """Match a pattern in the next `LOOK_AHEAD` characters, as far as they are there."""
+        """Match a pattern in the available part of the next `LOOK_AHEAD` characters."""
         return pattern.match(self._text, self._pos, self._pos + LOOK_AHEAD)
 
     def take(self, pattern: re.Pattern[str]) -> Steps[str]:
-        """Read a match, or as much of a run as there is; empty if the next text is none."""
+        """Read a match, or the available part of a run. Returns "" if there is no match."""
         while True:
             match = pattern.match(self._text, self._pos)
             if match is not None:
@@ -170,14 +170,14 @@ class TextFeed:
             yield
 
     def skip_all(self) -> None:
-        """Read the text that is there."""
+        """Read all available text."""
         self._advance(len(self._text))
 
     def opens_with(self, markers: tuple[str, ...], *, reads: bool = True) -> Steps[str]:
-        """Read a marker, if the text begins with one, a little white space aside.
+        """Read a marker if the text begins with one, after optional white space.
 
         Returns:
-            The marker, empty for any other text.
+            The marker, "" for other text.
         """
         match = yield from self.peek(*_opening(markers))
         if match is not None and reads:
@@ -190,7 +190,7 @@ class TextFeed:
             self.skip_all()
 
     def goes_on(self, text: str, size: int) -> Steps[bool]:
-        """Whether a text follows within `size` characters, or more characters than that."""
+        """Return True if a text occurs within `size` characters, or if so many follow."""
         while True:
             has_text = self._text.find(text, self._pos, self._pos + size) >= 0
             if has_text or len(self._text) - self._pos >= size:
@@ -201,16 +201,16 @@ class TextFeed:
 
     @property
     def is_last(self) -> bool:
-        """Whether the text ends here, a little white space aside."""
+        """True if only a little white space follows."""
         return self.ends_near and not self._text[self._pos :].strip()
 
     @property
     def ends_near(self) -> bool:
-        """Whether the text ends within the next `LOOK_AHEAD` characters."""
+        """True if the text ends within the next `LOOK_AHEAD` characters."""
         return self.is_ended and len(self._text) - self._pos < LOOK_AHEAD
 
     def broken(self) -> Damaged:
-        """What to raise when the text at the read position does not go on as a call does."""
+        """Return the exception for text that does not continue like a call."""
         return CutOff() if self.is_cut and self.ends_near else Damaged()
 
     def _emit(self, end: int, emit: Callable[[str], None]) -> None:
@@ -227,7 +227,7 @@ class TextFeed:
 
 @cache
 def _any_of(markers: tuple[str, ...]) -> tuple[re.Pattern[str], re.Pattern[str], int]:
-    """Patterns of markers and of the beginning of one at the end of a text, max. length."""
+    """Return patterns of a marker and of half a marker at the end, and the max length."""
     whole = "|".join(map(re.escape, markers)) or r"(?!)"
     longest = max(map(len, markers), default=0)
     return re.compile(whole), re.compile(rf"(?:{halves(markers)})\Z"), longest
@@ -235,7 +235,7 @@ def _any_of(markers: tuple[str, ...]) -> tuple[re.Pattern[str], re.Pattern[str],
 
 @cache
 def _opening(markers: tuple[str, ...]) -> tuple[re.Pattern[str], re.Pattern[str]]:
-    """Patterns of white space and a marker, and of what may become that."""
+    """Return patterns of white space with a marker, and of texts that may become one."""
     space = rf"\s{{0,{_MAX_SPACE}}}"
     return (
         re.compile(f"{space}({'|'.join(map(re.escape, markers))})"),
@@ -244,6 +244,6 @@ def _opening(markers: tuple[str, ...]) -> tuple[re.Pattern[str], re.Pattern[str]
 
 
 def halves(markers: tuple[str, ...]) -> str:
-    """A pattern of the texts that may become one of some markers."""
+    """Return a pattern of the texts that may become one of the markers."""
     texts = {marker[:size] for marker in markers for size in range(1, len(marker))}
     return "|".join(map(re.escape, sorted(texts, reverse=True))) or r"(?!)"

@@ -1,4 +1,4 @@
-"""How models write tool calls, and the parsers that read them.
+"""Formats of tool calls, and the base of their parsers.
 
 DeepSeek-V3.1 and DeepSeek-V3.2-Exp:
 
@@ -15,19 +15,19 @@ DeepSeek-V3.2, in its markup DSML:
 
 DeepSeek-V4 writes the same in a section named `tool_calls`.
 
-GLM-4.5 to GLM-5, where a string is written as it is and anything else as JSON, so that the tool's
-schema says which a value is:
+GLM-4.5 to GLM-5 write strings as plain text and other values as JSON. The tool's schema says
+whether a value is a string:
 
     <tool_call>NAME<arg_key>KEY</arg_key><arg_value>VALUE</arg_value>...</tool_call>
 
-A call is read as a trial: its events are held back until it is complete, and if it turns out to
-be damaged, its text is content. The marks of a format may occur in prose and in values, so a mark
-counts only in the right place, and each repair of a slip asks for clean text around it, without
-"<" and ">", so that half of a damaged mark is never a part of an argument.
+A call is read tentatively: its events are held back until it is complete. If it turns out to be
+damaged, its text is content. The marks of a format may occur in prose and in values, so a mark
+counts only in the right position. Each repair requires clean text around it, without "<" and ">",
+so that half of a damaged mark never becomes a part of an argument.
 
 Source of the formats: the chat templates of the models, and the files `encoding_dsv32.py` and
-`encoding_dsv4.py` of DeepSeek's folders. That V3.2 may write the arguments of a call as one JSON
-object: sgl-project/sglang, its detector of this format.
+`encoding_dsv4.py` of DeepSeek's folders. V3.2 may write the arguments of a call as one JSON object;
+source: sgl-project/sglang, its detector of this format.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ GLM_KEY, GLM_KEY_END = "<arg_key>", "</arg_key>"
 GLM_VALUE, GLM_VALUE_END = "<arg_value>", "</arg_value>"
 
 SPACE = r"\s{0,16}"
-"""White space inside of markup."""
+"""White space inside markup."""
 JSON_SPACE = r"\s{0,64}"
 """White space around JSON, of which a grammar allows 40 characters."""
 NAME = r"\w(?:[\w.:/-]{0,126}\w)?"
@@ -64,13 +64,13 @@ NAME = r"\w(?:[\w.:/-]{0,126}\w)?"
 
 
 class ToolFormat(ABC):
-    """How a family of models writes tool calls.
+    """The format of tool calls of a family of models, and its parser.
 
     Attributes:
         name: name for vLLM's `--tool-call-parser`.
         starts: marks that begin a call or a section of calls.
         ends: marks that are markup directly after a call.
-        markers: texts that are a token each in the models' vocabularies and that the parser must
+        markers: texts that are single tokens in the models' vocabularies and that the parser must
             see.
     """
 
@@ -81,10 +81,10 @@ class ToolFormat(ABC):
 
     @abstractmethod
     def read_call(self, feed: TextFeed, sink: EventSink) -> Steps[None]:
-        """Read a call, with the mark that begins its section, from one of `starts` on.
+        """Read a call from one of `starts` on, with the mark that begins its section.
 
         Raises:
-            Damaged: the text is no call, or it cannot be repaired.
+            Damaged: the text is not a call, or it cannot be repaired.
         """
 
 
@@ -95,7 +95,7 @@ _V31_HEAD = re.compile(
 _V31_PARTIAL = re.compile(
     rf"(?:{V31_CALLS}{SPACE})?(?:<[^<>]{{0,24}}>?)?{SPACE}(?:{NAME})?{SPACE}(?:<[^<>]{{0,16}})?"
 )
-# a call without arguments may have none at all; then a mark or the end of the text must follow
+# the arguments may be missing if a mark or the end of the text follows
 _V31_ENDS = f"(?:{V31_CALL_END}|{V31_CALLS_END})"
 _V31_ARGUMENTS = re.compile(rf"{JSON_SPACE}(?:(?={{)|(?={_V31_ENDS}\s{{0,16}}<)())")
 _V31_MAYBE = re.compile(rf"{JSON_SPACE}(?:<[^<>]{{0,24}}>?\s{{0,16}})?")
@@ -103,7 +103,7 @@ _V31_LAST = re.compile(rf"{JSON_SPACE}(?={_V31_ENDS}\s{{0,16}}\Z)()")
 
 
 class DeepseekV31Tools(ToolFormat):
-    """Reads the calls of DeepSeek-V3.1; one may come without the marks around all calls."""
+    """Parser of DeepSeek-V3.1's calls. The marks around all calls are optional."""
 
     name = "deepseek_v31"
     starts = (V31_CALLS, V31_CALL)
@@ -133,7 +133,8 @@ def read_arguments(feed: TextFeed, sink: EventSink, ends: tuple[str, ...]) -> St
     """Read arguments that are one JSON object, and complete the call.
 
     Args:
-        ends: marks that may follow. The end of the text is as good, since the object is complete.
+        ends: marks that may follow. The end of the text may follow too, because the object is
+            complete.
     """
     yield from read_object(feed, sink.arguments)
     end = yield from feed.peek(after_space(ends, JSON_SPACE))
@@ -145,10 +146,10 @@ def read_arguments(feed: TextFeed, sink: EventSink, ends: tuple[str, ...]) -> St
 
 @cache
 def after_space(marks: tuple[str, ...], space: str = SPACE) -> re.Pattern[str]:
-    """A pattern of one of some marks, after white space."""
+    """Return a pattern of white space and one of the marks."""
     return re.compile(space + f"(?:{'|'.join(map(re.escape, marks))})")
 
 
 def half_mark(size: int) -> str:
-    """A pattern of text that may hold a damaged mark of `size` characters, and white space."""
+    """Return a pattern of text with a damaged mark of `size` characters."""
     return rf"[^<>]{{0,{size}}}[<>][\s\S]{{0,{size + 16}}}?"

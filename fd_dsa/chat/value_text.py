@@ -1,14 +1,14 @@
-"""Terminals for values that a model writes as they are: texts, and scalars in the same place."""
+"""Terminals for values that a model writes without JSON quotes: texts and scalars."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from fd_dsa.chat.enforced import checked, exclusive
+from fd_dsa.chat.enforced import CheckedSchema, checked, exclusive
 from fd_dsa.chat.json_document import json_document, text_regexes
 from fd_dsa.chat.lark import Lark
 from fd_dsa.chat.patterns import ANY_TEXT, matches
@@ -17,12 +17,13 @@ from fd_dsa.chat.schema import (
     MAX_DEPTH,
     ToolSchema,
     declared_kinds,
+    items_of,
     kind_of,
     listed_values,
 )
 
 _BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
-# bounded, since Python reads no longer integers
+# bounded, because Python does not parse longer integers
 _INTEGER = "-?(?:0|[1-9][0-9]{0,30})"
 _NUMBER = _INTEGER + r"(?:\.[0-9]{1,30})?(?:[eE][+-]?[0-9]{1,2})?"
 _SPACE = r"[\s\x1c-\x1f]*"
@@ -37,22 +38,22 @@ _LOOKS = {
     "string": '"(?s:.*)',
 }
 _BEGINS_AS_NUMBER = "-?[0-9](?s:.*)"
-# what may be JSON up to a place inside of a string
+# beginning of JSON up to a position inside a string
 _STRING = r'"(?:[^"\\]|\\(?s:.))*'
 _SIGNS = r"[\s\x1c-\x1f:,0-9A-Za-z+.{}\[\]-]*"
 _OPEN_STRING = rf'(?:[\[{{]{_SIGNS}(?:{_STRING}"{_SIGNS})*)?{_STRING}\\?'
 
 
 class BoundedNumberError(Exception):
-    """Numbers that have bounds, so no terminal is made for them."""
+    """Numbers with bounds, for which no terminal is made."""
 
 
 class _Texts(NamedTuple):
     """Texts of values.
 
     Attributes:
-        values: the only texts; None = any.
-        regexes: terminals that texts match as well.
+        values: the only texts. None = any.
+        regexes: terminals that the texts match as well.
     """
 
     values: dict[str, None] | None
@@ -75,14 +76,14 @@ class ValueTexts:
         self._lark = lark
         self._memo: dict[tuple[int, str], _Texts] = {}
 
-    def scalar(self, parts: Iterable[Any], kind: str) -> str | None:
-        """Terminal of the values of one type that satisfy all of the schemas.
+    def scalar(self, parts: Iterable[object], kind: str) -> str | None:
+        """Return the terminal of the values of one type that satisfy all schemas.
 
         Args:
             kind: "null", "boolean" or "number", which includes integers.
 
         Returns:
-            The terminal; None if no value satisfies them.
+            The terminal, or None if no value satisfies the schemas.
 
         Raises:
             SchemaError: a grammar cannot enforce a keyword.
@@ -93,23 +94,24 @@ class ValueTexts:
 
     def text(
         self,
-        parts: Iterable[Any],
+        parts: Iterable[object],
         marks: Iterable[str],
         preferred: frozenset[str],
         has_bounds: bool = False,
         may_be_json: bool = False,
     ) -> str | None:
-        """Terminal of the strings that satisfy all of the schemas, as they are.
+        """Return the terminal of the strings that satisfy all schemas, without quotes.
 
         Args:
             marks: texts of the format's markup, which the strings must not contain.
             preferred: types that the parser of answers prefers to a string.
-            has_bounds: numbers in the same place have bounds, so no text begins like a number.
-            may_be_json: the parser of answers reads JSON too, so no text ends inside of a string
-                of JSON, where the parser would take the end of the value for a part of it.
+            has_bounds: True if numbers in the same position have bounds, so that no text begins
+                like a number.
+            may_be_json: True if the parser also reads JSON. Then no text ends inside a JSON string,
+                because the parser would take the end mark for a part of the string.
 
         Returns:
-            The terminal; None if no string satisfies them.
+            The terminal, or None if no string satisfies the schemas.
 
         Raises:
             SchemaError: a grammar cannot enforce a keyword.
@@ -117,7 +119,7 @@ class ValueTexts:
         parts = tuple(parts)
         found = self._all(parts, "string")
         if found.regexes and len(set(found.regexes)) + (found.values is not None) > 1:
-            # llguidance tells if no text matches all of it, but for JSON only
+            # llguidance detects that no text matches all of it, but only for JSON
             self._lark.check(json_document(self._schema, parts, frozenset({"string"})))
         looks = {_LOOKS[kind] for kind in preferred}
         looks |= {_BEGINS_AS_NUMBER} if has_bounds else set()
@@ -136,25 +138,26 @@ class ValueTexts:
         without = [f"~{self._lark.regex(other)}" for other in others]
         return self._lark.terminal(" & ".join([self._terminal(found), *without]))
 
-    def _all(self, parts: Iterable[Any], kind: str) -> _Texts:
-        """Texts of values that satisfy all of the schemas."""
+    def _all(self, parts: Iterable[object], kind: str) -> _Texts:
+        """Return the texts of the values that satisfy all schemas."""
         found = _ANY
         for part in parts:
             found = self._both(found, self._of(part, kind, MAX_DEPTH))
         return found
 
-    def _of(self, of: Any, kind: str, depth: int) -> _Texts:
-        """Texts of the values of a type that satisfy a schema."""
+    def _of(self, of: object, kind: str, depth: int) -> _Texts:
+        """Return the texts of the values of a type that satisfy a schema."""
         if isinstance(of, bool):
             return self._free(kind, KINDS) if of else _EMPTY
         key = id(of), kind
         if key not in self._memo:
-            found = self._own(checked(self._schema, of, depth), kind)
-            for part in () if found.is_empty else self._schema.conjuncts(of):
+            plain = checked(self._schema, of, depth)
+            found = self._own(plain, kind)
+            for part in () if found.is_empty else self._schema.conjuncts(plain):
                 found = self._both(found, self._of(part, kind, depth - 1))
             for keyword in ("anyOf", "oneOf"):
-                if keyword in of and not found.is_empty:
-                    branches = of[keyword]
+                if keyword in plain and not found.is_empty:
+                    branches: Sequence[object] = items_of(plain.get(keyword))
                     if keyword == "oneOf":
                         within = {kind, "integer"} if kind == "number" else {kind}
                         branches = exclusive(self._schema, branches, frozenset(within))
@@ -162,8 +165,8 @@ class ValueTexts:
             self._memo[key] = found
         return self._memo[key]
 
-    def _any(self, branches: Iterable[Any], kind: str, depth: int) -> _Texts:
-        """Texts of any of the schemas."""
+    def _any(self, branches: Iterable[object], kind: str, depth: int) -> _Texts:
+        """Return the texts of the values that satisfy any of the schemas."""
         found = [self._of(branch, kind, depth) for branch in branches]
         values: dict[str, None] = {}
         regexes = []
@@ -184,7 +187,7 @@ class ValueTexts:
         return _Texts(None, tuple(regexes))
 
     def _both(self, a: _Texts, b: _Texts) -> _Texts:
-        """Texts in both."""
+        """Return the intersection of two sets of texts."""
         values = b.values if a.values is None else a.values
         if a.values is not None and b.values is not None:
             self._schema.spend(1, "allOf", len(a.values))
@@ -192,7 +195,7 @@ class ValueTexts:
         return _Texts(values, tuple(dict.fromkeys(a.regexes + b.regexes)))
 
     def _terminal(self, texts: _Texts) -> str:
-        """Name of the terminal for texts."""
+        """Return the name of the terminal for texts."""
         parts = list(dict.fromkeys(texts.regexes))
         if texts.values is not None:
             literals = " | ".join(self._lark.literal(value) for value in texts.values)
@@ -201,8 +204,8 @@ class ValueTexts:
             return self._lark.regex(ANY_TEXT)
         return parts[0] if len(parts) == 1 else self._lark.terminal(" & ".join(parts))
 
-    def _own(self, of: Mapping[str, Any], kind: str) -> _Texts:
-        """Texts by a schema's own keywords."""
+    def _own(self, of: CheckedSchema, kind: str) -> _Texts:
+        """Return the texts that a schema's own keywords allow."""
         kinds = declared_kinds(of)
         if kind not in kinds and not (kind == "number" and "integer" in kinds):
             return _EMPTY
@@ -218,22 +221,26 @@ class ValueTexts:
         return self._free(kind, kinds)
 
     def _free(self, kind: str, kinds: frozenset[str]) -> _Texts:
-        """Texts of all values of a type."""
+        """Return the texts of all values of a type."""
         if kind == "string":
             return _ANY
         if kind == "number":
             return _Texts(None, (self._lark.regex(_NUMBER if "number" in kinds else _INTEGER),))
         return _Texts(dict.fromkeys(["null"] if kind == "null" else ["true", "false"]), ())
 
-    def _strings(self, of: Mapping[str, Any], values: list[Any] | None) -> _Texts:
-        """Strings by a schema's own keywords; `values` are those that it lists."""
+    def _strings(self, of: CheckedSchema, values: list[Any] | None) -> _Texts:
+        """Return the strings that a schema's own keywords allow.
+
+        Args:
+            values: the listed values, or None.
+        """
         shortest, longest = of.get("minLength", 0), of.get("maxLength")
         if longest is not None and shortest > longest:
             return _EMPTY
         regexes = text_regexes(self._schema, of)
         if values is not None:
-            longest = math.inf if longest is None else longest
-            strings = [v for v in values if isinstance(v, str) and shortest <= len(v) <= longest]
+            most = math.inf if longest is None else longest
+            strings = [v for v in values if isinstance(v, str) and shortest <= len(v) <= most]
             try:
                 kept = [v for v in strings if "pattern" not in of or matches(of["pattern"], v)]
                 return _Texts(dict.fromkeys(kept), ())
@@ -244,8 +251,8 @@ class ValueTexts:
         return _Texts(None, tuple(self._lark.regex(regex) for regex in regexes))
 
 
-def _is_within(value: Any, of: Mapping[str, Any]) -> bool:
-    """Return True unless a value is a number out of bounds."""
+def _is_within(value: object, of: CheckedSchema) -> bool:
+    """Return False only for a number out of bounds."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return True
     return (
@@ -257,14 +264,15 @@ def _is_within(value: Any, of: Mapping[str, Any]) -> bool:
     )
 
 
-def _scalar(value: Any) -> str:
-    """JSON of a scalar; 1.0 as 1, which is the same value."""
-    is_whole = isinstance(value, float) and value.is_integer() and abs(value) < 2**53
-    return json.dumps(int(value) if is_whole else value)
+def _scalar(value: object) -> str:
+    """Return the JSON of a scalar. 1.0 becomes 1, which is the same value."""
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+        value = int(value)
+    return json.dumps(value)
 
 
 def _literal_regex(text: str) -> str:
-    """A regex of one text."""
+    """Return a regex that matches only this text."""
     return "".join(
         char if char.isalnum() or ord(char) > 127 else f"\\x{ord(char):02x}" for char in text
     )

@@ -1,1 +1,1 @@
-"""Clients in a terminal, for any OpenAI-compatible server: `fd-dsa chat` and `fd-dsa bench`."""
+"""Terminal clients for OpenAI-compatible servers: chat, load tests, batches."""

@@ -1,4 +1,4 @@
-"""`fd-dsa bench`: random prompts to a server, and how long its answers took."""
+"""`fd-dsa bench`: sends random prompts to a server and measures its latencies."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from fd_dsa.commands import own_command
 from fd_dsa.errors import ConfigError, RemoteError, writing
 
 _WARM_UP = 2
-# every vocabulary has these, and few have special tokens among them
+# ids that every vocabulary has, and with few special tokens among them
 _LOWEST_ID, _HIGHEST_ID = 100, 1000
 
 
@@ -65,14 +65,14 @@ def build_parser() -> Parser:
 
 @reports_failures
 def main(arguments: list[str]) -> int:
-    """Run a benchmark; returns the exit status.
+    """Run a benchmark.
 
     Returns:
-        0 when every request was answered, 1 when some failed or the server went away, 2 when it
-        cannot begin.
+        Exit status: 0 if every request was answered, 1 if some failed or the server went away, 2 if
+            it cannot begin.
     """
     args, passed = parse_flags(build_parser(), arguments)
-    # before an hour of measuring, not after it
+    # check before the measurement, which may take an hour
     if args.output is not None and not Path(args.output).absolute().parent.is_dir():
         raise ConfigError(f"{args.output}: the folder does not exist; make it first")
     with server_at(args.base_url, args.serve or None, passed, "--serve") as base_url:
@@ -91,7 +91,7 @@ async def _measure(
     args: argparse.Namespace, base_url: str, model: str
 ) -> tuple[list[Timing], float]:
     sender = Sender(base_url, concurrency=args.max_concurrency, retries=args.retries)
-    # of another seed, so that what is measured is new to the server
+    # another seed, so that the server has not cached the measured prompts
     warm_up = random_prompts(_WARM_UP, args.random_input_len, args.seed + 1)
     length = args.random_output_len
     warmed, _ = await measure(sender, model, warm_up, [0.0] * _WARM_UP, length)
@@ -104,10 +104,10 @@ async def _measure(
 
 
 def random_prompts(num_prompts: int, length: int, seed: int) -> list[list[int]]:
-    """Token ids of `num_prompts` prompts of `length` random tokens each.
+    """Return the token ids of `num_prompts` prompts with `length` random tokens each.
 
-    As ids they have the same length for every tokenizer, and no two begin alike, so that a prefix
-    cache helps nobody.
+    Token ids have the same length for every tokenizer. No two prompts share a prefix, so a prefix
+    cache has no effect.
     """
     generator = np.random.default_rng(seed)
     drawn = generator.integers(_LOWEST_ID, _HIGHEST_ID, (num_prompts, length))
@@ -115,10 +115,10 @@ def random_prompts(num_prompts: int, length: int, seed: int) -> list[list[int]]:
 
 
 def start_times(num_prompts: int, request_rate: float, seed: int) -> list[float]:
-    """Seconds after the beginning at which each request is sent.
+    """Return the start time of each request, seconds after the beginning.
 
     Args:
-        request_rate: mean of a Poisson process, requests a second; infinite: all at once.
+        request_rate: mean rate of a Poisson process, requests per second. Infinity = all at once.
     """
     if math.isinf(request_rate):
         return [0.0] * num_prompts

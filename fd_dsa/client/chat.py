@@ -1,4 +1,4 @@
-"""`fd-dsa chat`: a conversation in the terminal, with a server that runs or one that it starts."""
+"""`fd-dsa chat`: a conversation in the terminal with a running server or its own."""
 
 from __future__ import annotations
 
@@ -47,34 +47,34 @@ _UTF8 = reader(lambda text: text.encode().decode(), "UTF-8")
 _MESSAGE = reader(
     lambda text: text.encode().decode(), "a text that is not empty, in UTF-8", str.strip
 )
-# one conversation at a time, whose beginning is computed once
+# one conversation at a time, whose prefix is computed once
 _OWN_FLAGS = ("--max-num-seqs", "1", "--enable-prefix-caching")
 
 
-class Partner:
-    """The model of an OpenAI-compatible server that answers.
+class ChatSession:
+    """Sends messages to a model of an OpenAI-compatible server.
 
     Args:
-        settings: of every request, see `fd_dsa.client.settings`; may be changed.
+        settings: fields of every request, see `fd_dsa.client.settings`. May be changed.
 
     Attributes:
-        figures: of the last answer, in a line.
+        figures: summary line of the last answer.
 
     Raises:
         ConfigError: the server cannot be reached or has no such model.
     """
 
-    def __init__(self, base_url: str, model: str | None, settings: dict[str, Any]) -> None:
+    def __init__(self, base_url: str, model: str | None, settings: dict[str, object]) -> None:
         self._base_url = base_url
         self.name = examine_server(base_url, model, "MODEL").model
         self.settings = settings
         self.figures = ""
 
     def answer(self, messages: Sequence[Message]) -> Generator[Event, None, None]:
-        """The next message of the assistant, its reasoning and its content, in pieces.
+        """Yield the pieces of the assistant's next message, its reasoning and its content.
 
         Raises:
-            RemoteError: there is none, or no more of it; says why.
+            RemoteError: there is no answer, or it was cut off. The message has the reason.
         """
         body = {
             "model": self.name,
@@ -113,14 +113,16 @@ class Partner:
 
 
 def _figures(begin: float, times: Sequence[float], usage: dict[str, Any]) -> str:
-    """The line below an answer; of one that was stopped the server has counted nothing.
+    """Return the summary line of an answer.
+
+    A stopped answer has no counts from the server.
 
     Args:
-        times: when each piece came, the role before the first token among them.
+        times: arrival time of each piece. The first piece has only the role.
     """
     if len(times) < 2:
         return ""
-    # the first piece has the role alone
+    # the first piece has only the role
     first, last, pieces = times[1], times[-1], len(times) - 1
     output = usage.get("completion_tokens", pieces)
     parts = [f"prompt {usage['prompt_tokens']}"] if usage else []
@@ -157,58 +159,58 @@ def build_parser() -> Parser:
 
 @reports_failures
 def main(arguments: list[str]) -> int:
-    """Talk until /exit or the end of the input; returns the exit status.
+    """Talk until /exit or the end of the input.
 
     Returns:
-        0; of a pipe, and with -q, 1 when a message was not answered; 2 when it cannot begin; 130
-        after Ctrl-C that no answer was there to take, 143 after SIGTERM.
+        Exit status: 0 after a conversation. For a pipe or -q, 1 if a message was not answered. 2 if
+            it cannot begin, 130 after a Ctrl-C outside an answer, 143 after SIGTERM.
     """
     args = build_parser().parse_args(arguments)
     settings = {name: getattr(args, name) for name in NAMES if getattr(args, name) is not None}
     if isinstance(sys.stdin, io.TextIOWrapper):
-        # a line that is no UTF-8 is refused, not the end
+        # a line that is not UTF-8 is refused and does not end the input
         sys.stdin.reconfigure(errors="surrogateescape")
     is_own = args.base_url is None
     with server_at(args.base_url, args.model, _OWN_FLAGS, "MODEL") as base_url:
-        partner = Partner(base_url, None if is_own else args.model, settings)
+        session = ChatSession(base_url, None if is_own else args.model, settings)
         if args.quick is not None:
-            return 0 if Conversation(partner, args.system, is_terminal=False).ask(args.quick) else 1
-        return Conversation(partner, args.system, is_terminal=sys.stdin.isatty()).run()
+            return 0 if Conversation(session, args.system, is_terminal=False).ask(args.quick) else 1
+        return Conversation(session, args.system, is_terminal=sys.stdin.isatty()).run()
 
 
 class Conversation:
     """Reads messages from stdin and writes answers to stdout.
 
     Args:
-        is_terminal: somebody types: prompts are shown, and a failed answer is no end.
+        is_terminal: True shows prompts, and goes on after a failed answer.
 
     Attributes:
         messages: questions and answers so far, without the system prompt.
     """
 
-    def __init__(self, partner: Partner, system: str | None, *, is_terminal: bool) -> None:
-        self._partner = partner
+    def __init__(self, session: ChatSession, system: str | None, *, is_terminal: bool) -> None:
+        self._session = session
         self._system = system
         self._is_terminal = is_terminal
-        # where a line of an answer has begun
+        # stream on which a line of an answer has begun
         self._open: TextIO | None = None
         self.messages: list[Message] = []
 
     def run(self) -> int:
-        """Talk; returns the exit status."""
+        """Talk and return the exit status."""
         if self._is_terminal:
             with contextlib.suppress(ImportError):
-                # input() then has a history and can be edited
+                # gives input() a history and editing
                 import readline
 
-                # Python turns it off; with it a pasted text of several lines is one message
+                # Python disables this mode, in which pasted lines are one message
                 readline.parse_and_bind("set enable-bracketed-paste on")
-            sys.stderr.write(f"{self._partner.name}; {_HINT}, Ctrl-C stops an answer\n")
+            sys.stderr.write(f"{self._session.name}; {_HINT}, Ctrl-C stops an answer\n")
         status = 0
         for text in self._lines():
             if text == "/exit":
                 break
-            if not self._take(text):
+            if not self._handle_line(text):
                 status = 1
                 if not self._is_terminal:
                     break
@@ -232,8 +234,8 @@ class Conversation:
     def _line(self, prompt: str) -> str:
         return input(prompt if self._is_terminal else "")
 
-    def _take(self, text: str) -> bool:
-        """Do what a line asks for; False where that fails."""
+    def _handle_line(self, text: str) -> bool:
+        """Handle a command or a message. Returns False if it fails."""
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -269,7 +271,7 @@ class Conversation:
             sys.stderr.write(f"unknown command {command!r}; {hint}\n")
 
     def _set(self, name: str = "", value: str = "") -> None:
-        settings = self._partner.settings
+        settings = self._session.settings
         if not name:
             shown = ", ".join(f"{name} {value}" for name, value in settings.items())
             sys.stderr.write(f"{shown or 'all settings are those of the server'}\n")
@@ -283,8 +285,8 @@ class Conversation:
             raise ConfigError("/save: got no name, allowed: a new file")
         system = [{"role": "system", "content": self._system}] if self._system else []
         saved = {
-            "model": self._partner.name,
-            "settings": self._partner.settings,
+            "model": self._session.name,
+            "settings": self._session.settings,
             "messages": [*system, *self.messages],
         }
         with writing("/save", path), open(path, "x", encoding="utf-8") as file:
@@ -297,16 +299,16 @@ class Conversation:
         sys.stderr.write(f"{len(saved['messages'])} messages are in {path}\n")
 
     def ask(self, text: str) -> bool:
-        """Print the answer to a message; False where it failed.
+        """Print the answer to a message. Returns False if it fails.
 
-        A message that was not answered, or whose answer was stopped before its first word, is
-        left out of the conversation.
+        A message stays out of the conversation if it was not answered, or if its answer was stopped
+        before the first word.
         """
         system = [{"role": "system", "content": self._system}] if self._system else []
         asked = [*self.messages, {"role": "user", "content": text}]
         pieces = []
         try:
-            with contextlib.closing(self._partner.answer([*system, *asked])) as answer:
+            with contextlib.closing(self._session.answer([*system, *asked])) as answer:
                 for event in answer:
                     if event.kind == "content":
                         pieces.append(event.text)
@@ -323,25 +325,25 @@ class Conversation:
                 return True
         finally:
             self._end_line()
-        if self._is_terminal and self._partner.figures:
-            sys.stderr.write(f"[{self._partner.figures}]\n")
+        if self._is_terminal and self._session.figures:
+            sys.stderr.write(f"[{self._session.figures}]\n")
         self.messages = [*asked, {"role": "assistant", "content": "".join(pieces)}]
         return True
 
     def _leave_line(self) -> None:
-        """On a terminal, go on below the line on which Ctrl-C was typed."""
+        """On a terminal, begin a new line after the line with Ctrl-C."""
         if self._is_terminal and self._open is None:
             sys.stderr.write("\n")
 
     def _show(self, event: Event) -> None:
-        """Print a piece of an answer: content on stdout, reasoning on stderr for who types."""
+        """Print a piece of an answer: content on stdout, reasoning on stderr of a terminal."""
         is_content = event.kind == "content"
         if not (is_content or self._is_terminal):
             return
         stream = sys.stdout if is_content else sys.stderr
         if self._open is not stream:
             self._end_line()
-            # first, so that Ctrl-C finds the line open as soon as it is seen
+            # set before writing, so that a Ctrl-C in between finds the line open
             self._open = stream
             stream.write("" if is_content else "[reasoning] ")
         stream.write(event.text)

@@ -1,4 +1,4 @@
-"""Many requests to one OpenAI-compatible server, some at a time, failures sent again."""
+"""Load on one OpenAI-compatible server: concurrent requests with retries."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _RETRIED_STATUS = frozenset({408, 409, 425, 429, *range(500, 600)})
 
 T = TypeVar("T")
 Reader = Callable[[httpx.Response, float], Awaitable[T]]
-"""Makes a value of a reply of status 200 and of when its request was sent (`time.perf_counter`)."""
+"""Makes a value of a reply with status 200 and its send time (`time.perf_counter`)."""
 
 
 @dataclass(eq=False)
 class FailedAttempt(Exception):
-    """One attempt without an answer: why, and whether another one makes sense, and when."""
+    """An attempt without an answer: the reason, and if and when a retry makes sense."""
 
     reason: str
     again: bool = True
@@ -35,10 +35,10 @@ class FailedAttempt(Exception):
 
 @dataclass(frozen=True)
 class Request:
-    """What is sent.
+    """A request to be sent.
 
     Attributes:
-        start_s: seconds after the beginning of the run before which it is not sent.
+        start_s: earliest send time, seconds after the beginning of the run.
     """
 
     path: str
@@ -47,15 +47,15 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Sent(Generic[T]):
-    """What became of a request.
+class TimedRequest(Generic[T]):
+    """The outcome of a request.
 
     Attributes:
-        error: one line; None where there is a value.
-        start_s: when the last attempt was sent, seconds after the beginning of the run.
-        seconds: from there to the end of its reply.
-        gone: the last attempt found nobody listening.
-        status: of a last reply that was no answer; 0 where there was none.
+        error: one line, or None with a value.
+        start_s: send time of the last attempt, seconds after the beginning of the run.
+        seconds: duration of the last attempt up to the end of its reply.
+        gone: True if the last attempt could not connect.
+        status: HTTP status of the last failed reply, 0 without one.
     """
 
     index: int
@@ -73,9 +73,10 @@ class Sender:
     """Sends requests to one server.
 
     Args:
-        retries: further attempts for a request after a failure that may pass.
-        timeout_s: longest silence of the server.
-        delay_s: wait before the second attempt, doubled before each further one, up to 30 s.
+        retries: maximum number of further attempts after a failure that may pass.
+        timeout_s: maximum silence of the server, seconds.
+        delay_s: wait before the second attempt, seconds. Doubled for each further attempt, up to 30
+            s.
     """
 
     base_url: str
@@ -86,19 +87,19 @@ class Sender:
 
     def __post_init__(self) -> None:
         self._random = random.Random(0)
-        self._results: asyncio.Queue[Sent[Any] | Exception | None] = asyncio.Queue()
+        self._results: asyncio.Queue[TimedRequest[Any] | Exception | None] = asyncio.Queue()
 
     def stop(self) -> None:
-        """Let `run` end: it still yields results that are there and drops requests in flight."""
+        """Make `run` end after the available results. Requests in flight are dropped."""
         self._results.put_nowait(None)
 
     async def run(
         self, requests: Sequence[Request], read: Reader[T]
-    ) -> AsyncGenerator[Sent[T], None]:
-        """A result for each request as it comes, in no fixed order.
+    ) -> AsyncGenerator[TimedRequest[T], None]:
+        """Yield a result for each request as it arrives, in no fixed order.
 
         Raises:
-            RemoteError: the server refuses the key or the path; after all results before it.
+            RemoteError: the server refuses the key or the path. Raised after all earlier results.
         """
         results = self._results = asyncio.Queue()
         pending = enumerate(requests)
@@ -113,7 +114,7 @@ class Sender:
                     try:
                         results.put_nowait(await self._send(http, index, request, read, begin))
                     except Exception as error:
-                        # it ends the run
+                        # the exception ends the run
                         results.put_nowait(error)
                         return
 
@@ -139,24 +140,26 @@ class Sender:
         request: Request,
         read: Reader[T],
         begin: float,
-    ) -> Sent[T]:
+    ) -> TimedRequest[T]:
         for attempt in range(1, self.retries + 2):
             started = time.perf_counter()
             try:
                 value = await self._attempt(http, request, read, started)
                 seconds = time.perf_counter() - started
-                return Sent(index, value, None, attempt, started - begin, seconds)
+                return TimedRequest(index, value, None, attempt, started - begin, seconds)
             except FailedAttempt as failure:
                 last = failure
             if not last.again or attempt > self.retries:
                 break
-            # not all at once after a common failure
+            # random, so that requests do not retry together after a common failure
             share = self._random.uniform(0.5, 1.0)
             delay_s = share * min(_LONGEST_DELAY_S, self.delay_s * 2 ** (attempt - 1))
             await asyncio.sleep(max(delay_s, min(last.after_s, 2 * _LONGEST_DELAY_S)))
         reason = f"{last.reason} ({attempt} attempts)" if attempt > 1 else last.reason
         seconds = time.perf_counter() - started
-        return Sent(index, None, reason, attempt, started - begin, seconds, last.gone, last.status)
+        return TimedRequest(
+            index, None, reason, attempt, started - begin, seconds, last.gone, last.status
+        )
 
     async def _attempt(
         self, http: httpx.AsyncClient, request: Request, read: Reader[T], started: float

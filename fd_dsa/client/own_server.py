@@ -1,4 +1,4 @@
-"""A server of our own for the time of a run: `python -m fd_dsa.serve` on a free port."""
+"""A server for the duration of a run: `python -m fd_dsa.serve` on a free port."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from fd_dsa.command_line.parser import split_flags
 from fd_dsa.errors import ConfigError, writing
 
 _POLL_S = 0.05
-# any free port; a run that ends has no request that is worth waiting for; and every prompt is
-# computed in full, whichever came before. Flags of the user come later and count
+# any free port; a short shutdown, because a run that ends needs no more answers; no prefix caching,
+# so that every prompt is computed in full. The user's flags come later and take precedence
 _FLAGS = ("--port", "0", "--shutdown-timeout", "1", "--no-enable-prefix-caching")
 _END_TIMEOUT_S = 30.0
 _READY = re.compile(rb"^fd_dsa \S+ serves .* on (http://\S+) \(ready", re.MULTILINE)
 _ERROR = re.compile(rb"^fd_dsa: error: (.*)$", re.MULTILINE)
 _PR_SET_PDEATHSIG = 1
-# loaded before the fork, after which as little as possible should happen in the child
+# loaded before the fork, because little code may run in the child after it
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def add_server_flags(parser: argparse._ActionsContainer) -> None:
-    """Add the flags of a command that asks a server, or starts one for the time of its run."""
+    """Add the flags of a command that uses a server, or starts one for its run."""
     either = parser.add_mutually_exclusive_group()
     either.add_argument("--base-url", metavar="URL", help="server URL, e.g. http://HOST:PORT/v1")
     either.add_argument(
@@ -50,10 +50,10 @@ def add_server_flags(parser: argparse._ActionsContainer) -> None:
 def parse_flags(
     parser: argparse.ArgumentParser, arguments: Sequence[str]
 ) -> tuple[argparse.Namespace, list[str]]:
-    """Flags of a command with `--base-url`, and those of the server that is started without it.
+    """Split the arguments into the flags of a command and those of its own server.
 
     Raises:
-        ConfigError: there are flags of a server that somebody else has started.
+        ConfigError: there are flags for a server, but --base-url names a running one.
     """
     own, passed = split_flags(arguments)
     args = parser.parse_args(own)
@@ -67,7 +67,7 @@ class OwnServer:
     """A running server.
 
     Attributes:
-        command: what it was started with, without the interpreter's path.
+        command: its command line, without the interpreter's path.
     """
 
     base_url: str
@@ -80,10 +80,10 @@ class OwnServer:
 def server_at(
     base_url: str | None, model: str | None, flags: Sequence[str], flag: str
 ) -> Iterator[str]:
-    """The base URL of a server; without a URL, of one of our own until the end of the block.
+    """Yield the base URL of a server: the given one, or a new one for the block.
 
     Raises:
-        ConfigError: it is no http or https URL, or our own server does not start.
+        ConfigError: the URL is not an http or https URL, or our own server does not start.
     """
     if base_url is not None:
         yield normal_base_url(base_url)
@@ -99,13 +99,13 @@ def server_at(
 def own_server(
     model: str | None, flags: Sequence[str], log: Path, flag: str = "--serve"
 ) -> Iterator[OwnServer]:
-    """A server that takes requests, ended with the block, and with this process however it ends.
+    """Start a server that ends with the block, and in any case with this process.
 
     Raises:
-        ConfigError: the server does not start; its own line says why, after `flag`.
+        ConfigError: the server does not start. The message is its own error, after `flag`.
     """
     arguments = [*([model] if model else []), *flags]
-    # the innermost first
+    # the innermost folder first
     made = [path for path in (log.parent, *log.parent.parents) if not path.exists()]
     with writing("--out", log.parent):
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -115,22 +115,22 @@ def own_server(
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            # Ctrl-C is for the run, which then ends the server
+            # Ctrl-C reaches only the run, which then ends the server
             start_new_session=True,
-            # in the child, before it starts: it is to end when this process is killed
+            # the kernel ends the server when this process is killed
             preexec_fn=lambda: _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0),
         )
     try:
         try:
             url = _wait_until_ready(process, log)
         except BaseException as error:
-            # Ctrl-C too leaves nothing of a start that failed
+            # remove files of a failed start, also after Ctrl-C
             log.unlink(missing_ok=True)
             for folder in made:
                 with contextlib.suppress(OSError):
                     folder.rmdir()
             if isinstance(error, ConfigError):
-                # `flag` is the caller's name for --model
+                # the caller's `flag` stands for --model
                 reason = str(error).removeprefix("--model: ")
                 raise ConfigError(f"{flag}: {reason}") from None
             raise
@@ -140,7 +140,7 @@ def own_server(
 
 
 def _wait_until_ready(process: subprocess.Popen[bytes], log: Path) -> str:
-    """URL of the server, without a path, once it says that it serves."""
+    """Return the URL of the server, without a path, when it reports that it serves."""
     while True:
         ended = process.poll() is not None
         output = log.read_bytes()
@@ -148,7 +148,7 @@ def _wait_until_ready(process: subprocess.Popen[bytes], log: Path) -> str:
             return ready[1].decode("ascii")
         if ended:
             raise ConfigError(_why_it_ended(process.returncode, output))
-        # what is lost to a full disk may be the line that is waited for
+        # on a full disk the line that is waited for may be lost
         if shutil.disk_usage(log.parent).free == 0:
             raise ConfigError(f"no space left on the disk for {log}, the server's log")
         time.sleep(_POLL_S)
@@ -158,12 +158,12 @@ def _why_it_ended(status: int, output: bytes) -> str:
     if errors := _ERROR.findall(output):
         return errors[-1].decode("utf-8", "replace")
     lines = output.decode("utf-8", "replace").split("\n")
-    last = next((line for line in reversed(lines) if line.strip()), "it said nothing")
+    last = next((line for line in reversed(lines) if line.strip()), "(no output)")
     return f"the server ended with status {status}; its last line: {last.strip()}"
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End the server: asked first, killed if it does not listen or the user is in a hurry."""
+    """End the server by a signal. Kill it after a timeout or a second Ctrl-C."""
     try:
         process.terminate()
         process.wait(_END_TIMEOUT_S)

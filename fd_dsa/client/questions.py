@@ -1,4 +1,4 @@
-"""Questions to a chat server: what is asked, what came back, and the client that asks many."""
+"""Questions to a chat server, its answers, and the client that asks many questions."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from fd_dsa.client.remote import ServerInfo, examine_server, normal_base_url, on
 from fd_dsa.client.settings import reasoning_switch
 from fd_dsa.errors import RemoteError
 
-# with nothing answered, a server that refused so many questions refuses them all
+# a server that refused this many questions without an answer refuses all of them
 _FAILURES_WITHOUT_ANSWER = 8
 
 
 @dataclass(frozen=True)
 class Question:
-    """One request of a run.
+    """A question of a run.
 
     Attributes:
-        key: unique in the run; answers are found again by it.
-        metadata: what scoring needs; kept with the answer, never sent.
+        key: unique in the run. Identifies the answer.
+        metadata: data for scoring, stored with the answer and never sent.
     """
 
     key: str
@@ -35,15 +35,15 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a server answered to one question, or why it did not.
+    """The answer to one question, or the reason of its failure.
 
     Attributes:
-        text: the message's content; empty with an error.
-        finish_reason: `stop`, `length`, ...; None with an error.
-        prompt_tokens, completion_tokens: as the server counts them; None where it does not say.
-        seconds: from the last attempt's request to its whole answer.
-        error: one line, None when the question was answered.
-        messages, metadata: of the question, in a run that is kept.
+        text: content of the message, empty with an error.
+        finish_reason: `stop`, `length`, ..., or None with an error.
+        prompt_tokens, completion_tokens: the server's counts, or None if unknown.
+        seconds: duration of the last attempt, up to the whole answer.
+        error: one line, or None if the question was answered.
+        messages, metadata: those of the question, in a stored run.
     """
 
     key: str
@@ -58,7 +58,12 @@ class Answer:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Answer:
-        """The answer of a JSON object; raises KeyError without a field, TypeError without texts."""
+        """Read an answer from a JSON object.
+
+        Raises:
+            KeyError: a field is missing.
+            TypeError: key or text is not a string.
+        """
         if not (isinstance(data["key"], str) and isinstance(data["text"], str)):
             raise TypeError(f"key {data['key']!r} and text have to be texts")
         fields = {name: data[name] for name in cls.__dataclass_fields__}
@@ -66,10 +71,10 @@ class Answer:
 
 
 class ChatClient:
-    """A server and the fields that all questions share.
+    """A server and the request fields that all questions share.
 
     Args:
-        thinking: sent to the chat template as `thinking` and `enable_thinking`; None sends nothing.
+        thinking: sent to the chat template as `thinking` and `enable_thinking`. None = not sent.
     """
 
     def __init__(
@@ -90,19 +95,19 @@ class ChatClient:
         self._sender = Sender(self.base_url, **options)
 
     def preflight(self) -> ServerInfo:
-        """What the server says of itself; `model` is set where it was left open."""
+        """Return the server's description of itself. `model` is set if it was None."""
         info = examine_server(self.base_url, self.model)
         self.model = info.model
         return info
 
     def stop(self) -> None:
-        """Let `ask` end: it still yields answers that are there and drops requests in flight."""
+        """Make `ask` end after the available answers. Requests in flight are dropped."""
         self._sender.stop()
 
     async def ask(self, questions: Sequence[Question]) -> AsyncGenerator[Answer, None]:
-        """Answers as they come, in no fixed order; with `error` where a question fails for good.
+        """Yield answers as they arrive, in no fixed order, with `error` for failures.
 
-        Every answer that the server gave is yielded, also before an exception and after `stop`.
+        Every answer of the server is yielded, also before an exception and after `stop`.
 
         Raises:
             RemoteError: the server went away, refuses the key or the model, or refuses every
@@ -128,7 +133,7 @@ class ChatClient:
 
 
 async def _read(reply: httpx.Response, started: float) -> Answer:
-    """The whole answer, without its key."""
+    """Read a whole answer, without its key."""
     await reply.aread()
     try:
         data = reply.json()
@@ -141,10 +146,10 @@ async def _read(reply: httpx.Response, started: float) -> Answer:
         text = one_line(reply.text)
         raise FailedAttempt(f"status 200 without a chat completion: {text}") from error
     if reason in ("abort", "error"):
-        # half an answer of a server that goes down, or of a request that failed
+        # incomplete: the server is shutting down, or the request failed
         raise FailedAttempt(f"finish_reason {reason}")
     if not isinstance(text, str):
         raise FailedAttempt(f"the content is no text: {one_line(str(text))}", again=False)
-    # half a character of a careless server has no UTF-8 form
+    # half of a surrogate pair has no UTF-8 form
     text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return Answer("", text, reason, prompt, completion)

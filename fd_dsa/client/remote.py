@@ -1,4 +1,4 @@
-"""Talking to an OpenAI-compatible server: its URL, what it serves, its streams, its refusals."""
+"""Access to an OpenAI-compatible server: base URL, models, streams, error messages."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ SERVER_FACTS = (
     "sampling",
     "providers",
 )
-"""What is kept of all that a server says of itself at /version and /server_info."""
+"""Fields of /version and /server_info that are kept."""
 
 
 @dataclass(frozen=True)
 class ServerInfo:
-    """What a server says before the first question.
+    """A server's description of itself.
 
     Attributes:
-        max_model_len: longest prompt plus answer, tokens; None where it does not say.
-        facts: the names of `SERVER_FACTS`, each None where it does not say.
+        max_model_len: maximum length of prompt plus answer, tokens. None if unknown.
+        facts: the fields of `SERVER_FACTS`, each None if unknown.
     """
 
     model: str
@@ -53,10 +53,10 @@ class ServerInfo:
 
 
 def normal_base_url(text: str) -> str:
-    """The base URL with `/v1` where it has no path, without a slash at its end.
+    """Return the base URL without a trailing slash, with `/v1` if it has no path.
 
     Raises:
-        ConfigError: it is no http or https URL.
+        ConfigError: the text is not an http or https URL.
     """
     try:
         parts = urlsplit(text)
@@ -71,23 +71,26 @@ def normal_base_url(text: str) -> str:
 
 
 def http_options(base_url: str, timeout_s: float) -> dict[str, Any]:
-    """Arguments of httpx's clients for this server: key, timeouts, proxies."""
+    """Return the arguments of httpx's clients for this server: key, timeouts, proxies."""
     key = variable("OPENAI_API_KEY")
     host = urlsplit(base_url).hostname or ""
     return {
         "headers": {"Authorization": f"Bearer {key}"} if key else {},
         "timeout": httpx.Timeout(timeout_s, connect=CONNECT_TIMEOUT_S, pool=None),
-        # a proxy of the environment does not reach a server on this machine
+        # a proxy of the environment cannot reach a server on this machine
         "trust_env": not (host in ("localhost", "::1") or host.startswith("127.")),
     }
 
 
 def examine_server(base_url: str, model: str | None, flag: str = "--model") -> ServerInfo:
-    """What the server says of itself; an error about the model begins with `flag`, which names it.
+    """Return the server's description of itself.
+
+    Args:
+        flag: the flag that names the model, the first word of an error about it.
 
     Raises:
-        ConfigError: the server cannot be reached, is none of the kind, wants another key, or has
-            no such model (all it has are named).
+        ConfigError: the server cannot be reached, is not OpenAI-compatible, refuses the key, or
+            does not have the model. The last error lists its models.
     """
     with httpx.Client(**http_options(base_url, CONNECT_TIMEOUT_S)) as http:
         models = _models(http, base_url, model)
@@ -98,7 +101,7 @@ def examine_server(base_url: str, model: str | None, flag: str = "--model") -> S
 
 
 def _models(http: httpx.Client, base_url: str, model: str | None) -> list[dict[str, Any]]:
-    """The served models; of a server without such a list, the one that is asked for."""
+    """Return the served models, or the requested one if the server has no such list."""
     url = f"{base_url}/models"
     try:
         reply = http.get(url)
@@ -124,10 +127,10 @@ def _models(http: httpx.Client, base_url: str, model: str | None) -> list[dict[s
 
 
 def _choose(
-    models: list[dict[str, Any]], base_url: str, model: str | None, flag: str
+    models: list[dict[str, object]], base_url: str, model: str | None, flag: str
 ) -> Mapping[str, Any]:
     if model is None and (len(models) == 1 or models[0].get("owned_by") == "fd_dsa"):
-        # several names of our server are one model
+        # the names of our server all belong to one model
         return models[0]
     for entry in models:
         if entry["id"] == model:
@@ -137,7 +140,7 @@ def _choose(
     raise ConfigError(f"{flag}: {got}; the server at {base_url} has {names}")
 
 
-def _facts(http: httpx.Client, base_url: str, entry: Mapping[str, Any]) -> dict[str, Any]:
+def _facts(http: httpx.Client, base_url: str, entry: Mapping[str, object]) -> dict[str, Any]:
     facts = {"engine": entry.get("owned_by"), "max_model_len": entry.get("max_model_len")}
     for path in ("/version", "/server_info"):
         with contextlib.suppress(httpx.HTTPError, ValueError):
@@ -148,7 +151,7 @@ def _facts(http: httpx.Client, base_url: str, entry: Mapping[str, Any]) -> dict[
 
 
 def error_message(reply: httpx.Response) -> str:
-    """What a server says about a refusal, in one line."""
+    """Return a server's error message in one line."""
     try:
         data = reply.json()
         return _error_text(data.get("error", data.get("detail", data)))
@@ -156,16 +159,16 @@ def error_message(reply: httpx.Response) -> str:
         return one_line(reply.text)
 
 
-def _error_text(error: Any) -> str:
-    """The message of an error object, or the error itself."""
+def _error_text(error: object) -> str:
+    """Return the message of an error object, or the error itself."""
     return one_line(str(error.get("message", error) if isinstance(error, dict) else error))
 
 
 def read_event(line: str) -> dict[str, Any] | None:
-    """The chunk in a line of a stream; None for lines that hold none, `[DONE]` among them.
+    """Return the chunk in a line of a stream, or None for other lines and `[DONE]`.
 
     Raises:
-        RemoteError: the line is an error of the server, or no JSON object.
+        RemoteError: the line is an error of the server, or not a JSON object.
     """
     if not line.startswith("data:"):
         return None
@@ -184,13 +187,13 @@ def read_event(line: str) -> dict[str, Any] | None:
 
 
 def one_line(text: str) -> str:
-    """A text in one line of bounded length."""
+    """Return a text as one line of bounded length."""
     line = " ".join(text.split())
     return line if len(line) <= _SHOWN_CHARS else line[: _SHOWN_CHARS - 3] + "..."
 
 
 def transport_reason(error: httpx.HTTPError) -> str:
-    """Why there was no reply, in words."""
+    """Return the reason for a missing reply, in words."""
     if isinstance(error, httpx.ConnectTimeout):
         return "no connection in time"
     if isinstance(error, httpx.TimeoutException):
@@ -198,7 +201,7 @@ def transport_reason(error: httpx.HTTPError) -> str:
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.strerror:
-            # asyncio puts the address into its text; a name that is unknown has a negative number
+            # asyncio's text has the address too; an unknown name has a negative number
             number = cause.errno or 0
             return (os.strerror(number) if number > 0 else cause.strerror).lower()
         cause = cause.__cause__ or cause.__context__
@@ -206,6 +209,6 @@ def transport_reason(error: httpx.HTTPError) -> str:
 
 
 def key_refused(base_url: str, status: int) -> str:
-    """The line about a missing or wrong key."""
+    """Return the error message for a missing or wrong key."""
     state = "is not accepted" if variable("OPENAI_API_KEY") else "is not set"
     return f"{base_url} answers with status {status}: OPENAI_API_KEY {state}"

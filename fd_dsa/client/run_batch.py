@@ -1,6 +1,6 @@
-"""`fd-dsa run-batch`: the requests of an OpenAI batch file, answered into another file.
+"""`fd-dsa run-batch`: answers the requests of an OpenAI batch file.
 
-Source of both formats: OpenAI's Batch API; of the flags: vLLM's `run-batch`.
+Source of both formats: OpenAI's Batch API. Source of the flags: vLLM's `run-batch`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ import orjson
 from rich.console import Console
 from rich.progress import Progress
 
-from fd_dsa.client.load import FailedAttempt, Request, Sender, Sent
+from fd_dsa.client.load import FailedAttempt, Request, Sender, TimedRequest
 from fd_dsa.client.own_server import parse_flags, server_at
 from fd_dsa.client.remote import examine_server
 from fd_dsa.command_line.failures import reports_failures
@@ -32,9 +32,9 @@ from fd_dsa.commands import own_command
 from fd_dsa.errors import ConfigError, writing
 from fd_dsa.signals import signal_end
 
-MOST_REQUESTS = 50_000
-MOST_BYTES = 200_000_000
-"""Limits of an input file, OpenAI's own."""
+MAX_REQUESTS = 50_000
+MAX_BYTES = 200_000_000
+"""Limits of an input file, the same as OpenAI's."""
 _URLS = ("/v1/chat/completions", "/v1/completions")
 
 
@@ -75,11 +75,11 @@ def build_parser() -> Parser:
 
 @reports_failures
 def main(arguments: list[str]) -> int:
-    """Answer a batch; returns the exit status.
+    """Answer a batch.
 
     Returns:
-        0 when every request was answered, 1 when some failed or the server went away, 2 when it
-        cannot begin.
+        Exit status: 0 if every request was answered, 1 if some failed or the server went away, 2 if
+            it cannot begin.
     """
     args, passed = parse_flags(build_parser(), arguments)
     items = read_batch(args.input_file)
@@ -114,25 +114,23 @@ def _answer(
 
 
 def read_batch(path: str) -> list[Item]:
-    """The requests of a file, all of them checked.
+    """Read and check the requests of a file.
 
     Raises:
-        ConfigError: the file, with the number of the line, the field and the rule.
+        ConfigError: the file is invalid. The message has the line, the field and the rule.
     """
     items: list[Item] = []
     lines: dict[str, int] = {}
     try:
         size = os.stat(path).st_size
-        if size > MOST_BYTES:
-            raise ConfigError(f"{path}: has {size} bytes, allowed: at most {MOST_BYTES}; split it")
+        if size > MAX_BYTES:
+            raise ConfigError(f"{path}: has {size} bytes, allowed: at most {MAX_BYTES}; split it")
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 if not line.strip():
                     continue
-                if len(items) == MOST_REQUESTS:
-                    raise ConfigError(
-                        f"{path}: allowed: at most {MOST_REQUESTS} requests; split it"
-                    )
+                if len(items) == MAX_REQUESTS:
+                    raise ConfigError(f"{path}: allowed: at most {MAX_REQUESTS} requests; split it")
                 item = _read_item(f"{path}: line {number}", number, line)
                 first = lines.setdefault(item.custom_id, number)
                 if first != number:
@@ -156,7 +154,7 @@ def _read_item(where: str, number: int, line: bytes) -> Item:
         reason = f"column {error.colno}: {error.msg}"
         raise ConfigError(f"{where}: is not valid JSON: {reason}") from None
 
-    def field(name: str, allowed: str, is_good: Any) -> Any:
+    def field(name: str, allowed: str, is_good: Callable[[Any], object]) -> Any:
         value = data.get(name) if isinstance(data, Mapping) else None
         if not is_good(value):
             shown = repr(value)
@@ -176,7 +174,7 @@ def _read_item(where: str, number: int, line: bytes) -> Item:
 
 
 def _check_models(items: list[Item], base_url: str, model: str | None) -> str:
-    """The model of requests without one; refuses names that the server does not have."""
+    """Return the model of requests without one, and refuse unknown models."""
     default = examine_server(base_url, model).model
     known = {default, None}
     for item in items:
@@ -196,7 +194,7 @@ def _check_models(items: list[Item], base_url: str, model: str | None) -> str:
 async def _send(
     args: argparse.Namespace, base_url: str, model: str, items: list[Item], file: IO[str]
 ) -> int:
-    """Write an answer for each request as it comes; the number of those that failed."""
+    """Write an answer for each request as it arrives, and return the number of failures."""
     sender = Sender(base_url, concurrency=args.max_concurrency, retries=args.retries)
     requests = [
         Request(item.url.removeprefix("/v1"), {"model": model, **item.body}) for item in items
@@ -227,7 +225,7 @@ async def _read(reply: httpx.Response, started: float) -> dict[str, Any]:
     }
 
 
-def _line(item: Item, sent: Sent[dict[str, Any]]) -> dict[str, Any]:
+def _line(item: Item, sent: TimedRequest[dict[str, object]]) -> dict[str, Any]:
     response, error = sent.value, None
     if sent.status:
         body = {"error": {"message": sent.error}}

@@ -1,4 +1,4 @@
-"""Fields of a request that a user sets: as flags, and by `/set` in a conversation."""
+"""Request fields that a user sets by flags, or by `/set` in a conversation."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from fd_dsa.command_line.values import number, reader
 from fd_dsa.errors import ConfigError
 
 
-def _between(least: float, most: float) -> Callable[[str], Any]:
-    return reader(float, f"a number from {least:g} to {most:g}", lambda x: least <= x <= most)
+def _between(low: float, high: float) -> Callable[[str], Any]:
+    return reader(float, f"a number from {low:g} to {high:g}", lambda x: low <= x <= high)
 
 
 ON_OR_OFF = reader(lambda text: bool(("off", "on").index(text)), "on or off")
@@ -30,7 +30,7 @@ _READERS: dict[str, Callable[[str], Any]] = {
     "thinking": ON_OR_OFF,
 }
 NAMES = tuple(_READERS)
-"""Of the settings: fields of the OpenAI API and vLLM's, and the switch of the chat template."""
+"""Names of the settings: fields of OpenAI's and vLLM's API, and the template's switch."""
 
 
 def add_setting_flags(parser: Parser) -> None:
@@ -54,7 +54,7 @@ def read_setting(name: str, text: str) -> Any:
 
 
 def fields_of(settings: dict[str, Any]) -> dict[str, Any]:
-    """Fields of a request with these settings."""
+    """Return the request fields of these settings."""
     fields = {name: value for name, value in settings.items() if name != "thinking"}
     if "thinking" in settings:
         fields["chat_template_kwargs"] = reasoning_switch(settings["thinking"])
@@ -62,5 +62,5 @@ def fields_of(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def reasoning_switch(is_on: bool | None) -> dict[str, bool]:
-    """The switch of the reasoning, by its names in DeepSeek's and GLM's templates."""
+    """Return the reasoning switch under its names in DeepSeek's and GLM's templates."""
     return {} if is_on is None else {"thinking": is_on, "enable_thinking": is_on}

@@ -1,4 +1,4 @@
-"""The times of every token of streamed completions, and the figures and table of them."""
+"""Times of every token of streamed completions, with a summary and its tables."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from fd_dsa.errors import RemoteError
 
 @dataclass(frozen=True)
 class Timing:
-    """One request: what came and when, in seconds.
+    """A request and its times, in seconds.
 
     Attributes:
-        start_s: since the beginning of the run, when the attempt that counts was sent.
-        ttft_s: from there to the first piece of the answer; None: none came.
-        itl_s: intervals between the pieces after it.
+        start_s: send time of the last attempt, since the beginning of the run.
+        ttft_s: from `start_s` to the first piece of the answer, or None without one.
+        itl_s: intervals between the following pieces.
         e2e_s: from `start_s` to the end of the answer.
-        prompt_tokens, output_tokens: as the server counts them.
-        accepted_tokens, rejected_tokens: drafts of speculative decoding, likewise.
-        attempts: how often it was sent.
-        error: why there is no answer; None where there is one.
+        prompt_tokens, output_tokens: the server's counts.
+        accepted_tokens, rejected_tokens: the server's counts of drafts.
+        attempts: number of attempts.
+        error: reason of a failure, or None.
     """
 
     start_s: float = 0.0
@@ -52,10 +52,10 @@ async def measure(
     starts: Sequence[float],
     output_len: int,
 ) -> tuple[list[Timing], float]:
-    """Timings in the order of the prompts, and the seconds of the whole run.
+    """Return the timings in the order of the prompts, and the seconds of the whole run.
 
     Args:
-        starts: seconds after the beginning before which each is not sent.
+        starts: earliest send time of each request, seconds after the beginning.
 
     Raises:
         RemoteError: the server refuses the key, or has no completions.
@@ -65,7 +65,7 @@ async def measure(
         "max_tokens": output_len,
         "temperature": 0,
         "ignore_eos": True,
-        # a chunk for each token, also where its text is held back
+        # one chunk per token, even if its text is held back
         "return_token_ids": True,
         "stream": True,
         "stream_options": {"include_usage": True},
@@ -88,7 +88,7 @@ async def measure(
 async def _read(reply: httpx.Response, started: float) -> Timing:
     arrivals: list[float] = []
     tokens, failure = (0, 0, 0, 0), ""
-    # to the end, also after an error: leaving a stream early leaves its generators open
+    # read to the end even after an error, because leaving a stream early leaves its generators open
     async for line in reply.aiter_lines():
         try:
             chunk = read_event(line)
@@ -117,11 +117,11 @@ LATENCIES = {
     "itl_ms": "inter-token latency",
     "e2e_ms": "end to end",
 }
-"""Field of the result -> what it is; all in milliseconds."""
+"""Field of the result -> its description. All in milliseconds."""
 
 
 def samples(timings: Sequence[Timing]) -> dict[str, list[float]]:
-    """Milliseconds of each of `LATENCIES`, of the requests that were answered."""
+    """Return the values of each of `LATENCIES`, in milliseconds, for answered requests."""
     values: dict[str, list[float]] = {name: [] for name in LATENCIES}
     for timing in timings:
         if timing.error is not None or timing.ttft_s is None:
@@ -136,7 +136,7 @@ def samples(timings: Sequence[Timing]) -> dict[str, list[float]]:
 
 
 def summarise(timings: Sequence[Timing], duration_s: float) -> dict[str, Any]:
-    """The figures of a run: counts, throughput, and mean and percentiles of each latency."""
+    """Return the figures of a run: counts, throughput, means and percentiles."""
     answered = [timing for timing in timings if timing.error is None]
     prompt_tokens = sum(timing.prompt_tokens for timing in answered)
     output_tokens = sum(timing.output_tokens for timing in answered)
@@ -166,7 +166,7 @@ def summarise(timings: Sequence[Timing], duration_s: float) -> dict[str, Any]:
 
 
 def tables(result: Mapping[str, Any]) -> list[str | Table]:
-    """What the terminal shows of `summarise`."""
+    """Return the tables of a summary for the terminal."""
     counts = (
         ("requests answered", f"{result['completed']}"),
         ("requests failed", f"{result['failed']}"),

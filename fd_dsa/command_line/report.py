@@ -1,6 +1,6 @@
-"""What the commands print and write: tables, Markdown pages, JSON, files.
+"""Output of the commands: tables, Markdown pages, JSON, files.
 
-Text is the same for the same figures: no date, no duration, no path of this machine.
+The same figures give the same text. It has no date, duration, or path of this machine.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from rich.table import Table as RichTable
 
 from fd_dsa.errors import ConfigError, writing
 
-# of output that goes to a file or a pipe, columns
+# width of output to a file or a pipe, columns
 _PLAIN_WIDTH = 120
 
 
 @dataclass(frozen=True)
 class Table:
-    """One table; the first column is aligned left, the others right."""
+    """A table. The first column is aligned left, the others right."""
 
     title: str
     columns: tuple[str, ...]
@@ -34,7 +34,7 @@ class Table:
     notes: tuple[str, ...] = ()
 
     def markdown(self) -> str:
-        """The table as Markdown, its title in bold."""
+        """Return the table as Markdown, with its title in bold."""
         lines = [f"**{self.title}**", ""] if self.title else []
         lines.append(_row(self.columns))
         lines.append(_row(["---", *["---:"] * (len(self.columns) - 1)]))
@@ -60,7 +60,7 @@ def page(title: str, parts: Sequence[str | Table]) -> str:
 
 
 def show(parts: Sequence[str | Table], console: Console | None = None) -> None:
-    """The parts of a page on a terminal."""
+    """Print the parts of a page on a terminal."""
     width = None if sys.stdout.isatty() else _PLAIN_WIDTH
     out = console or Console(
         file=sys.stdout, width=width, highlight=False, markup=False, emoji=False
@@ -74,13 +74,13 @@ def show(parts: Sequence[str | Table], console: Console | None = None) -> None:
             out.print(part.replace("**", "").replace("`", ""))
 
 
-def as_json(data: Any) -> str:
-    """JSON of our files: two spaces, UTF-8, no NaN, a line break at the end."""
+def as_json(data: object) -> str:
+    """Return JSON in the format of our files: indented, UTF-8, no NaN, final line break."""
     return json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def check_folder(out: Path) -> None:
-    """Raise ConfigError where `out` cannot become or be a folder to write to; make nothing."""
+    """Raise ConfigError if `out` is not, or cannot become, a writable folder."""
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out: {out} is a file; give a folder")
     nearest = next(folder for folder in (out, *out.absolute().parents) if folder.is_dir())
@@ -89,12 +89,12 @@ def check_folder(out: Path) -> None:
 
 
 def write_files(out: Path, files: Mapping[str, str]) -> None:
-    """Write texts as files of a folder, which is made; a reader never sees half a file.
+    """Write texts as files of a folder, which is created if necessary.
 
-    All texts are written before the first takes its name.
+    All texts are written before the first file gets its name, so that readers see whole files only.
 
     Raises:
-        ConfigError: the folder cannot be written, as on a full disk; names it.
+        ConfigError: the folder cannot be written, for example on a full disk. The message names it.
     """
     check_folder(out)
     with writing("--out", out):
@@ -106,8 +106,8 @@ def write_files(out: Path, files: Mapping[str, str]) -> None:
                 os.replace(Path(folder) / name, out / name)
 
 
-def publish(out: str | None, title: str, result: Any, parts: Sequence[str | Table]) -> None:
-    """Show a result; with a folder write it there too, as `title`.json and report.md."""
+def publish(out: str | None, title: str, result: object, parts: Sequence[str | Table]) -> None:
+    """Print a result. With a folder, also write `title`.json and report.md to it."""
     if out is not None:
         texts = {f"{title.lower()}.json": as_json(result), "report.md": page(title, parts)}
         write_files(Path(out), texts)

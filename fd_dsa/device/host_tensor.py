@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fd_dsa.errors import BackendUnavailable, DtypeError
+from fd_dsa.tensor import Tensor
 
 Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
@@ -47,7 +48,7 @@ def host_array(name: str, value: Any) -> npt.NDArray[Any]:
     return np.from_dlpack(value)
 
 
-def as_tensor(array: npt.NDArray[Any]) -> Any:
+def as_tensor(array: np.ndarray) -> Tensor:
     """Return a Paddle CPU tensor on the memory of a C-contiguous NumPy array.
 
     The tensor keeps the array alive.

@@ -7,6 +7,7 @@ from functools import cache
 from typing import Any
 
 from fd_dsa.device.transfers import Transfers
+from fd_dsa.tensor import Tensor
 from fd_dsa.triton_runtime.device_api import DeviceApi, api_for_type
 from fd_dsa.triton_runtime.mode import INTERPRETING
 
@@ -57,7 +58,7 @@ class SideStream:
         self._done.precede(self._main)
 
 
-def side_stream_for(tensor: Any) -> SideStream | None:
+def side_stream_for(tensor: Tensor) -> SideStream | None:
     """Return the second stream of the device of a tensor, which all callers share.
 
     Returns:

@@ -36,6 +36,7 @@ import numpy as np
 from fd_dsa.device.allocation import CACHED_VIEWS, Allocate
 from fd_dsa.device.host_tensor import Int32Array
 from fd_dsa.device.transfers import transfers_for
+from fd_dsa.tensor import Tensor
 
 NUM_SLABS = 3
 # int32 values to which the sections of a packed tensor are rounded up: 256 bytes
@@ -216,7 +217,7 @@ class StagedInputs:
 
 
 def section_view(
-    tensor: Any, starts: tuple[int, ...], columns: int, index: int, length: int
+    tensor: Tensor, starts: tuple[int, ...], columns: int, index: int, length: int
 ) -> Any:
     """Cut the first `length` values of a section, or rows of the block tables, the last section."""
     start = starts[index]

@@ -11,13 +11,13 @@ import ctypes
 import weakref
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from fd_dsa.tensor import Tensor
 from fd_dsa.triton_runtime.device_api import DeviceApi, api_for_type
-from fd_dsa.triton_runtime.driver import GpuTraits, cuda
+from fd_dsa.triton_runtime.driver import GpuTraits, HostLibrary, cuda
 
 _PORTABLE = 1
 _RELAXED = 2
@@ -59,7 +59,7 @@ class Transfers:
         buffer.fill(0)
         return buffer
 
-    def to_device(self, target: Any, source: npt.NDArray[Any]) -> None:
+    def to_device(self, target: Tensor, source: np.ndarray) -> None:
         """Enqueue a copy of a contiguous array to the start of a contiguous tensor.
 
         `source` must not change until an event recorded after the copy is done. The copy overlaps
@@ -67,7 +67,7 @@ class Transfers:
         """
         self.copy("h2d", target.data_ptr(), source.ctypes.data).queue(source.nbytes)
 
-    def to_host(self, target: npt.NDArray[Any], source: Any) -> None:
+    def to_host(self, target: np.ndarray, source: Tensor) -> None:
         """Enqueue a copy that fills a contiguous array from the start of a contiguous tensor.
 
         The copy overlaps with the host if `target` is in a `host_buffer`.
@@ -123,7 +123,7 @@ class Transfers:
 class RawStream(ctypes.c_void_p):
     """Stream of the driver alongside the tensor library's streams, null if interpreted."""
 
-    def finish_before(self, owner: Any) -> None:
+    def finish_before(self, owner: object) -> None:
         """Wait for the work on the stream when `owner` is collected, before its memory is freed."""
         _give_back_with(owner, "cuStreamSynchronize", ctypes.c_void_p(self.value))
 
@@ -186,12 +186,12 @@ class FixedCopy:
         self._copy(*self._places, self._size, stream)
 
 
-def _give_back_with(owner: Any, function: str, handle: ctypes.c_void_p) -> None:
+def _give_back_with(owner: object, function: str, handle: ctypes.c_void_p) -> None:
     """Call a driver function on `handle` when `owner` is collected, and ignore its error."""
     weakref.finalize(owner, _give_back, cuda().library, function, handle)
 
 
-def _give_back(library: Any, function: str, handle: ctypes.c_void_p) -> None:
+def _give_back(library: ctypes.CDLL | HostLibrary, function: str, handle: ctypes.c_void_p) -> None:
     """Free `handle`, also from the garbage collector during a graph capture."""
     mode = ctypes.c_int(_RELAXED)
     # in any other mode of this thread the call would end captures, also of other libraries
@@ -200,7 +200,7 @@ def _give_back(library: Any, function: str, handle: ctypes.c_void_p) -> None:
     library.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
 
 
-def transfers_for(tensor: Any) -> Transfers:
+def transfers_for(tensor: Tensor) -> Transfers:
     """Return the copies to and from the device of a tensor.
 
     Raises:
@@ -211,7 +211,7 @@ def transfers_for(tensor: Any) -> Transfers:
     return Transfers(api, api.device_of(tensor))
 
 
-def on_host(tensor: Any, like: npt.NDArray[Any]) -> npt.NDArray[Any]:
+def on_host(tensor: Tensor, like: np.ndarray) -> np.ndarray:
     """Copy a contiguous tensor of the shape and dtype of `like` to the host, and wait."""
     array, transfers = np.empty_like(like), transfers_for(tensor)
     if array.size:
@@ -220,7 +220,7 @@ def on_host(tensor: Any, like: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return array
 
 
-def uploaded(allocate: Callable[..., Any], array: npt.NDArray[Any], dtype: str = "") -> Any:
+def uploaded(allocate: Callable[..., Tensor], array: np.ndarray, dtype: str = "") -> Tensor:
     """Make a tensor with the values of an array, and wait for the copy.
 
     Args:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-import numpy.typing as npt
 
 from fd_dsa.device.transfers import transfers_for
+from fd_dsa.tensor import Tensor
 
 BUFFER_BYTES = 64 << 20
 
@@ -15,13 +13,13 @@ BUFFER_BYTES = 64 << 20
 class Upload:
     """Copies to one device: the host fills one buffer while the device reads the other."""
 
-    def __init__(self, like: Any) -> None:
+    def __init__(self, like: Tensor) -> None:
         self._transfers = transfers_for(like)
         self._buffers = [
             (self._transfers.host_buffer(BUFFER_BYTES), self._transfers.event()) for _ in range(2)
         ]
 
-    def copy(self, target: Any, start: int, values: npt.NDArray[Any]) -> None:
+    def copy(self, target: Tensor, start: int, values: np.ndarray) -> None:
         """Enqueue a copy into a contiguous tensor.
 
         Args:

@@ -21,6 +21,7 @@ from fd_dsa.distributed.shared_memory import SIZES, PeerAllReduce, SharedMemory
 from fd_dsa.errors import BackendUnavailable, DeviceError
 from fd_dsa.ops.arrays import dtype_name
 from fd_dsa.ops.library_kernel import why_not_compiled
+from fd_dsa.tensor import Tensor
 from fd_dsa.triton_runtime.driver import cuda
 
 logger = logging.getLogger(__name__)
@@ -61,7 +62,7 @@ class DeviceGroup(Group):
         served = f"NCCL ({reason})" if reason else "custom_op, more bytes by NCCL"
         logger.info("all-reduce of a decode step among %d GPUs: %s", size, served)
 
-    def all_reduce(self, tensor: Any) -> Any:
+    def all_reduce(self, tensor: Tensor) -> Tensor:
         """See `Group`; in place. NCCL adds in an order of its own, the same at every call."""
         if self._peers is not None and self._peers.suits(tensor):
             self._peers(tensor, tensor)
@@ -70,7 +71,7 @@ class DeviceGroup(Group):
             self._nccl.all_reduce(address, prod(tensor.shape), dtype, self._transfers.stream())
         return tensor
 
-    def all_gather(self, tensor: Any) -> Any:
+    def all_gather(self, tensor: Tensor) -> Tensor:
         """See `Group`; by NCCL."""
         out = self._allocate((self.size, *tensor.shape), dtype_name(tensor.dtype))
         num_bytes = prod(tensor.shape) * tensor.element_size()

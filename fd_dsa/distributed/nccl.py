@@ -9,7 +9,6 @@ from contextlib import suppress
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from fd_dsa.commands import pip_command
 from fd_dsa.environment import set_default
@@ -63,7 +62,7 @@ class Communicator:
         place, kind = ctypes.c_void_p(at), ctypes.c_int(_TYPES[dtype])
         self._call("ncclAllReduce", place, place, ctypes.c_size_t(count), kind, _SUM, stream)
 
-    def all_gather(self, source: int, target: int, num_bytes: int, stream: Any) -> None:
+    def all_gather(self, source: int, target: int, num_bytes: int, stream: ctypes.c_void_p) -> None:
         """Queue a copy of `num_bytes` of every rank to `target`, in the order of ranks."""
         places, kind = (ctypes.c_void_p(source), ctypes.c_void_p(target)), ctypes.c_int(_UINT8)
         self._call("ncclAllGather", *places, ctypes.c_size_t(num_bytes), kind, stream)
@@ -82,7 +81,7 @@ class Communicator:
             with cuda().context(self._device):
                 getattr(load_library(), name)(handle)
 
-    def _call(self, name: str, *arguments: Any) -> None:
+    def _call(self, name: str, *arguments: object) -> None:
         """A collective on the stream that is the last argument."""
         *values, stream = arguments
         with cuda().context(self._device):
@@ -101,7 +100,7 @@ def _check(code: int, what: str) -> None:
 
 
 @cache
-def load_library() -> Any:
+def load_library() -> ctypes.CDLL:
     """The library that the process has loaded, or else one that is found."""
     # NVLink multicast, which not every machine grants
     set_default("NCCL_NVLS_ENABLE", "0")

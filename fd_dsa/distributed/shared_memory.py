@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 from math import prod
-from typing import Any
 
 import numpy as np
 
@@ -13,6 +12,7 @@ from fd_dsa.environment import launches_overlap
 from fd_dsa.errors import DeviceError
 from fd_dsa.ops.arrays import dtype_name
 from fd_dsa.ops.library_kernel import LibraryKernel
+from fd_dsa.tensor import Tensor
 
 SIZES = (2, 4, 8)
 """Numbers of ranks that the kernel is made for."""
@@ -59,7 +59,8 @@ class SharedMemory:
         for first, byte, end in ((0, 0, _STATE_BYTES), (_STATE_BYTES, 0xFF, num_bytes)):
             size = ctypes.c_size_t(end - first)
             fill(ctypes.c_uint64(own.value + first), ctypes.c_ubyte(byte), size, stream)
-        self.handle, self._own = np.frombuffer(handle, np.uint8), own.value
+        self.handle = np.frombuffer(memoryview(handle), np.uint8)
+        self._own = own.value
         self._mapped: list[ctypes.c_uint64] = []
 
     def open(self, handles: np.ndarray, rank: int) -> list[int]:
@@ -102,7 +103,7 @@ class PeerAllReduce(LibraryKernel):
     launcher, size, structure = "fd_dsa_all_reduce_cuda", "fd_dsa_all_reduce_bytes", Job
 
     def __init__(
-        self, kernels: Any, rank: int, size: int, late: np.ndarray, timeout_s: float
+        self, kernels: ctypes.CDLL, rank: int, size: int, late: np.ndarray, timeout_s: float
     ) -> None:
         super().__init__(kernels)
         job = self.job
@@ -120,7 +121,7 @@ class PeerAllReduce(LibraryKernel):
         self.job.max_blocks = max_blocks
 
     @staticmethod
-    def suits(tensor: Any) -> bool:
+    def suits(tensor: Tensor) -> bool:
         """Whether the kernel sums such tensors."""
         num_values = prod(tensor.shape)
         return (
@@ -129,7 +130,7 @@ class PeerAllReduce(LibraryKernel):
             and num_values % _VALUES == 0
         )
 
-    def __call__(self, x: Any, out: Any) -> None:
+    def __call__(self, x: Tensor, out: Tensor) -> None:
         """Fill `out`, which may be `x`, with the sum.
 
         Args:

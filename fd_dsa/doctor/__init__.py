@@ -1,4 +1,4 @@
-"""`python -m fd_dsa.doctor`: what is installed, what serves each operator, and a self-check."""
+"""`python -m fd_dsa.doctor`: versions, operator providers and a self-check."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def build_parser() -> Parser:
         "--plan",
         type=Path,
         metavar="FOLDER",
-        help="print what each GPU would hold of a model with this config.json, and check nothing",
+        help="print what each GPU would hold of a model with this config.json, without checks",
     )
     parser.add_argument(
         "-tp", "--tensor-parallel-size", type=int, default=1, help="GPUs of --plan; default: 1"
@@ -76,7 +76,7 @@ def main(arguments: list[str]) -> int:
         raise ConfigError("--tensor-parallel-size: give --plan FOLDER, too")
     try:
         if args.fastdeploy:
-            # late, so that --help is quick
+            # imported late, so that --help is quick
             from fd_dsa.fastdeploy_plugin.launch.choice import require_fastdeploy
 
             require_fastdeploy()
@@ -103,26 +103,27 @@ def _plan(args: argparse.Namespace) -> int:
 
 
 def examine(device: str | None = None) -> dict[str, Any]:
-    """All that the doctor knows, as plain JSON values.
+    """Collect everything that the doctor reports, as plain JSON values.
 
     Args:
-        device: where operators are checked beside the CPU; None = the best one that is here.
+        device: place whose operators are checked in addition to the CPU. None = the best one
+            available.
 
     Returns:
-        `version`, `machine`, `packages` (name -> version, "" = not installed), `gpu` (or None),
-        `fastdeploy` (see `fastdeploy.facts`; it has no part in `healthy`), `device`, `kernels` (how
-        Triton kernels run: compiled, interpreted, or unavailable without Triton), `note` (what was
-        not checked and why, or ""), `checks` (a list; see `run_checks`, and on a device
-        `check_float32`), `custom_ops` (`state`, `reason` and `path` of fd_dsa_ops), `graphs` (see
-        `graph_facts`), which has no part in `healthy` either, `healthy`.
+        `version`, `machine`, `device`, `packages` (name -> version, "" = not installed), `gpu` (or
+        None) and `fastdeploy` (see `fastdeploy.facts`). `kernels` is the mode of Triton kernels:
+        compiled, interpreted, or unavailable without Triton. `note` names the checks that were not
+        run, with the reason. `checks` is a list (see `run_checks`, and on a device
+        `check_float32`). `custom_ops` has `state`, `reason` and `path` of fd_dsa_ops. `graphs` is
+        explained at `graph_facts`. `healthy` depends on `checks` and `custom_ops`.
 
     Raises:
-        ConfigError: FD_DSA_OP_PROVIDER cannot be read.
-        BackendUnavailable: Paddle, Triton or the device that was asked for is not there.
+        ConfigError: FD_DSA_OP_PROVIDER has an invalid value.
+        BackendUnavailable: Paddle, Triton or the requested device is missing.
     """
     device = device_to_check(device)
     gpu, cpus = _gpu(), f"{usable_cpus()} processors"
-    # the check imports Paddle, whose absence has a clear error of its own above
+    # imported after the check above, because these modules import Paddle
     from fd_dsa import custom_ops
     from fd_dsa.doctor.checks import check_float32, run_checks
     from fd_dsa.doctor.fastdeploy import examination
@@ -153,10 +154,10 @@ def examine(device: str | None = None) -> dict[str, Any]:
 
 
 def _kernels(device: str) -> str:
-    """How Triton kernels run in this process: compiled, interpreted or unavailable.
+    """Return the mode of Triton kernels here: compiled, interpreted, unavailable.
 
     Raises:
-        BackendUnavailable: a device is checked, and Triton is missing or unknown.
+        BackendUnavailable: a device is checked, and Triton is missing or unsupported.
     """
     try:
         from fd_dsa.triton_runtime import INTERPRETING
@@ -175,7 +176,7 @@ def _gpu() -> dict[str, str] | None:
 
 
 def device_to_check(asked: str | None) -> str:
-    """The device whose kernels are checked: that asked for, or the best one Paddle has.
+    """Return the device whose kernels are checked: the requested one, or Paddle's best.
 
     Raises:
         BackendUnavailable: a package is missing, or Paddle has no such device.
@@ -195,7 +196,11 @@ def device_to_check(asked: str | None) -> str:
 
 
 def require_packages() -> None:
-    """Import Paddle; BackendUnavailable where it or another package is missing."""
+    """Import Paddle.
+
+    Raises:
+        BackendUnavailable: Paddle or another required package is missing.
+    """
     for package in _NEEDED:
         if find_spec(package) is None:
             cure = pip_command("numpy") if package == "numpy" else extra_command("cpu")
@@ -204,12 +209,12 @@ def require_packages() -> None:
 
 
 def not_checked(device: str, gpu: dict[str, str] | None, interpreting: bool) -> str:
-    """What the self-check leaves open, in words; "" where it leaves nothing."""
+    """Describe the checks that could not be run, "" if all were."""
     if device != "cpu":
         where = "Triton kernels are interpreted in this process (TRITON_INTERPRET)."
         return f"No GPU kernel was run: {where}" if interpreting else ""
     if gpu is None:
-        return "No GPU kernel was run: this machine has no NVIDIA GPU. The CPU was checked alone."
+        return "No GPU kernel was run: this machine has no NVIDIA GPU. Only the CPU was checked."
     return (
         "No GPU kernel was run: the GPU is there, but the device is the CPU (Paddle without CUDA, "
         "or --device cpu). With paddlepaddle-gpu installed, run this again."
@@ -217,14 +222,14 @@ def not_checked(device: str, gpu: dict[str, str] | None, interpreting: bool) -> 
 
 
 def graph_facts(device: str, interpreting: bool) -> dict[str, Any]:
-    """Sizes of decode steps that the embedded engine would capture on a device without flags.
+    """Return the decode step sizes that the embedded engine captures by default.
 
     Returns:
-        `sizes`, none where `reason` says why nothing is captured.
+        `sizes`, empty if `reason` says why graphs are not captured.
     """
     reason = ""
     if device == "cpu":
-        reason = "a CPU has none"
+        reason = "a CPU has no graphs"
     elif interpreting:
         reason = "Triton kernels are interpreted in this process"
     else:
@@ -236,8 +241,8 @@ def graph_facts(device: str, interpreting: bool) -> dict[str, Any]:
 
 
 def as_text(found: dict[str, Any], with_tree: bool = False) -> str:
-    """The report for a person."""
-    # its imports read no package that may be missing; the others of this room do
+    """Return the report as text for the terminal."""
+    # these modules import only required packages
     from fd_dsa.custom_ops import BROKEN
     from fd_dsa.doctor.checks import as_lines as checks_lines
     from fd_dsa.doctor.fastdeploy import as_lines as fastdeploy_lines
@@ -269,7 +274,7 @@ def as_text(found: dict[str, Any], with_tree: bool = False) -> str:
     if with_tree:
         serves = "serves" if found["fastdeploy"]["serves"] else "does NOT serve"
         lines.append(f"fd_dsa {serves} in FastDeploy: see the lines below its version")
-    # a file, and a pipe without COLUMNS, have no width
+    # a file, or a pipe without COLUMNS, has no width
     fold = textwrap.TextWrapper(
         shutil.get_terminal_size((_NO_WIDTH, 24)).columns,
         break_long_words=False,

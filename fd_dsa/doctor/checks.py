@@ -1,4 +1,4 @@
-"""The case of every operator by every provider, on a CPU and on a device."""
+"""Self-check of every operator by every provider, on a CPU and on a device."""
 
 from __future__ import annotations
 
@@ -24,35 +24,36 @@ from fd_dsa.ops.providers import (
 
 
 def run_checks(device: str) -> list[dict[str, Any]]:
-    """Check every provider on the CPU, and on `device` where that is another one.
-
-    Raises:
-        ConfigError: FD_DSA_OP_PROVIDER cannot be read.
+    """Check every provider on the CPU, and on `device` if that is another place.
 
     Returns:
-        `name`, `device`, `provider`, `serves` (steps of DeepSeek-V3.2, of the providers that can),
-        `reason` (why it can serve, or cannot), `passed`, `detail` (what was wrong, or "") and `ms`
-        of each check; a provider that cannot serve passes unless FD_DSA_OP_PROVIDER asks for it.
+        `name`, `device`, `provider`, `passed`, `detail` (the fault, or "") and `ms` of each check.
+        `serves` is True for the provider of DeepSeek-V3.2's steps. `reason` says why the provider
+        can or cannot serve. A provider that cannot serve passes unless FD_DSA_OP_PROVIDER requests
+        it.
+
+    Raises:
+        ConfigError: FD_DSA_OP_PROVIDER has an invalid value.
     """
     asked, rows = requested(), []
     memories = {"cpu": Memory()}
     if device != "cpu":
-        # kernels are loaded only where there is a device
+        # imported late, because only devices need kernels
         from fd_dsa.device.allocation import paddle_allocator
         from fd_dsa.device.resolve import keep_float32
 
-        # GEMMs of Paddle are a provider, as an engine has them
+        # Paddle's GEMMs are a provider, with the same settings as in an engine
         keep_float32(device)
         memories[device] = Memory(paddle_allocator(device))
     for operator, case in CASES.items():
         host: Outputs = {}
         for place, memory in memories.items():
             wanted = asked.get(operator, "") if place == device else ""
-            refused = {p: _why_not(operator, p, memory) for p in _on(operator, place)}
+            refused = {p: _unsupported_reason(operator, p, memory) for p in _on(operator, place)}
             able = [provider for provider, reason in refused.items() if not reason]
             chosen = wanted or next(iter(able), "")
             if wanted and wanted not in refused:
-                refused[wanted] = f"it serves no tensors on {place}"
+                refused[wanted] = f"it does not support tensors on {place}"
             for provider, reason in refused.items():
                 detail, milliseconds = "", 0.0
                 if provider in able:
@@ -60,16 +61,16 @@ def run_checks(device: str) -> list[dict[str, Any]]:
                     reason = reason_for(provider) + others
                     detail, milliseconds = _checked(operator, provider, case, memory, host)
                 elif provider == wanted:
-                    detail, reason = f"{VARIABLE} asks for it: {reason}", ""
+                    detail, reason = f"{VARIABLE} requests it: {reason}", ""
                 serves = provider == chosen
                 rows.append(_row(operator, place, provider, reason, detail, milliseconds, serves))
     return rows
 
 
 def check_float32(device: str) -> dict[str, Any]:
-    """Whether float32 GEMMs of a device are float32: a row as `run_checks` makes them.
+    """Check that float32 GEMMs of a device are float32. Returns a row of `run_checks`.
 
-    Paddle takes TF32 on GPUs by default; the engine turns it off, and so does this.
+    Paddle uses TF32 on GPUs by default. The engine turns it off, and this check does too.
     """
     import paddle
 
@@ -79,7 +80,7 @@ def check_float32(device: str) -> dict[str, Any]:
     keep_float32(device)
     memory, begin, detail = Memory(paddle_allocator(device)), time.perf_counter(), ""
     try:
-        # 13 bits of mantissa, TF32 has 11
+        # needs 13 bits of mantissa; TF32 has 11
         values = np.full((64, 64), 1 + 2**-12, np.float32)
         found = memory.get(paddle.matmul(memory.put(values), memory.put(np.eye(64, dtype="f4"))))
         require(found == values, f"1 + 2^-12 times 1 is {found.flat[0]:.9g}: that is TF32")
@@ -105,14 +106,14 @@ def _row(
 
 
 def _on(operator: str, place: str) -> list[str]:
-    """Providers for a place; those of a library that is not there are none."""
+    """Return the providers for a place, without those of a missing library."""
     kind = place.partition(":")[0]
     providers = on(operator, kind)
     return [p for p in providers if p != CUSTOM_OP or not why_not_library(operator, kind)[0]]
 
 
-def _why_not(operator: str, provider: str, memory: Memory) -> str:
-    """Why a provider cannot serve the steps of DeepSeek-V3.2 on a device; "" if it can."""
+def _unsupported_reason(operator: str, provider: str, memory: Memory) -> str:
+    """Return why a provider cannot run DeepSeek-V3.2's steps on a device, "" if it can."""
     if memory.allocate is None or operator not in ("sparse_mla", "topk"):
         return ""
     if provider not in (TENSOR_CORE, CUSTOM_OP):
@@ -131,9 +132,9 @@ def _why_not(operator: str, provider: str, memory: Memory) -> str:
 def _checked(
     operator: str, provider: str, case: Case, memory: Memory, host: Outputs
 ) -> tuple[str, float]:
-    """What was wrong with a provider, "" if nothing, and milliseconds.
+    """Run a provider's case and return its fault ("" without one) and the milliseconds.
 
-    Keeps the CPU's results in `host`; whatever the provider raises is wrong.
+    The CPU's results are stored in `host`. Any exception counts as a fault.
     """
     if provider in (TENSOR_CORE, CUSTOM_OP):
         case = TENSOR_CORE_CASES.get(operator, case)
@@ -142,7 +143,7 @@ def _checked(
         results = case.run(function(operator, provider), memory)
         out = next(results)
         if memory.on_host or not case.same_bytes:
-            # the rest of the case compares them with the definition
+            # the remaining part of the case compares the results with the definition
             list(results)
         else:
             _compare(host, out)
@@ -154,7 +155,7 @@ def _checked(
 
 
 def _compare(host: Outputs, out: Outputs) -> None:
-    require(host, "nothing to compare with: the check on the CPU failed")
+    require(host, "no reference: the check on the CPU failed")
     for name, values in host.items():
         differ = int(np.count_nonzero(out[name] != values))
         require(differ == 0, f"{name}: {differ} of {values.size} values differ from the CPU's")

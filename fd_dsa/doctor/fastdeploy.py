@@ -1,6 +1,6 @@
-"""The doctor's answer about FastDeploy: the package, the plug-in, and the path that would serve.
+"""The doctor's section about FastDeploy: package, plug-in, and serving path.
 
-Only children import FastDeploy; they work while the operators are checked here.
+FastDeploy is imported only in child processes, which run during the operators' checks.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _WAYS = {"from_here": "started from here", _LAUNCHED: "--engine fastdeploy"}
 
 @contextmanager
 def examination() -> Iterator[Callable[[], dict[str, Any]]]:
-    """Ask about FastDeploy while the block runs; gives a function that waits for the facts."""
+    """Start the questions about FastDeploy. Yields a function that waits for the facts."""
     ways = _WAYS if fastdeploy_is_installed() else {}
     with ThreadPoolExecutor(len(_WAYS)) as pool:
         paths = {way: pool.submit(_path, way) for way in ways}
@@ -37,7 +37,7 @@ def examination() -> Iterator[Callable[[], dict[str, Any]]]:
 
 
 def _path(way: str) -> dict[str, Any]:
-    """Which path would serve when FastDeploy is started in one way: `probe`'s answer, or why."""
+    """Return `probe`'s result for a way of starting FastDeploy, or the failure."""
     environment: Mapping[str, str] = process_environment()
     try:
         if way == _LAUNCHED:
@@ -52,15 +52,15 @@ def _path(way: str) -> dict[str, Any]:
     return found
 
 
-def facts(paths: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """All that is known, as plain JSON values.
+def facts(paths: Mapping[str, Mapping[str, object]]) -> dict[str, Any]:
+    """Combine the answers into plain JSON values.
 
     Returns:
         `installed`, `version` ("" = unknown), `entry_points` (groups in which FastDeploy finds
-        fd_dsa), `missing_entry_points`, `environment` (variable -> value, None = unset), `paths`
-        (where FastDeploy is installed: way of starting it -> `live` (ours serves), `why`, and what
-        else the plug-in says of itself there), `serves` (ours does in one of these ways) and
-        `checks` (see `tree_checks.checks`; the same in every way of starting).
+        fd_dsa), `missing_entry_points` and `environment` (variable -> value, None = unset).
+        `serves` is True if fd_dsa serves in at least one way of starting FastDeploy. `checks` is
+        explained at `tree_checks.checks` and equal for all ways. `paths`, only with FastDeploy, has
+        `live` (True if fd_dsa serves), `why` and other answers of the plug-in for each way.
     """
     missing = missing_entry_points()
     environment = process_environment()
@@ -83,7 +83,10 @@ def facts(paths: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def as_lines(facts: Mapping[str, Any], with_tree: bool = False) -> list[str]:
-    """The facts for a person, the first line with a label of ten characters."""
+    """Return the facts as lines for the terminal.
+
+    The first has a label of ten characters.
+    """
     if not facts["installed"]:
         return ["fastdeploy not installed; only --engine fastdeploy needs it"]
     lines = [f"fastdeploy {facts['version'] or 'of unknown version'}"]

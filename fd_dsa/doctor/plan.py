@@ -1,6 +1,6 @@
-"""`fd-dsa doctor --plan FOLDER -tp N`: what each GPU would hold of a model, and which have room.
+"""`fd-dsa doctor --plan FOLDER -tp N`: a model's memory on each GPU.
 
-The sizes are those that the engine plans with, by the defaults of its flags; no GPU is asked.
+The sizes are those of the engine's memory plan with default flags. No GPU is used.
 """
 
 from __future__ import annotations
@@ -14,42 +14,47 @@ from fd_dsa.config import EngineConfig
 from fd_dsa.errors import ConfigError
 
 GPU_GIB = (80, 96, 141, 180, 288)
-"""Of H100; H20, GH200; H200; B200; B300. A GPU sold with so many GB has about as many GiB."""
+"""Memory of H100 (80), H20 and GH200 (96), H200 (141), B200 (180) and B300 (288).
+
+A GPU has about as many GiB as its GB number.
+"""
 _CACHES = tuple(name for name in CACHE_FORMATS if name != "float32")
-# Hopper's capability, multiprocessors, bytes of shared memory
+# Hopper's compute capability, multiprocessors and bytes of shared memory
 _TRAITS = 90, 132, 227 << 10
 
 
 def plan(folder: Path, ranks: int, *, allow_unknown: bool = False) -> dict[str, Any]:
-    """What each of some GPUs would hold, and what fits.
+    """Return the memory of a model on each GPU, and the cached tokens on common GPUs.
 
     Args:
-        folder: with config.json. Where no weights are beside it, those are FP8 that config.json
-            names as quantised.
-        ranks: GPUs that share the model.
+        folder: with config.json. Without weights, the types of weights follow config.json's
+            quantisation.
+        ranks: number of GPUs that share the model.
         allow_unknown: accept fields of config.json that fd_dsa does not know.
 
     Returns:
         `model`, `unknown_fields` (of config.json, ignored), `layers`, `ranks`, `utilization`,
         `max_model_len`, `has_weights`, `parts` (part of the model -> bytes of weights on each GPU),
-        and `caches`, of each type of caches `bytes_per_token`, `graph_bytes`, `workspace_bytes` and
-        `gpus`: memory in GiB -> `tokens` that the caches would hold, 0 where it does not fit, and
-        `why_not`.
+        and `caches`. For each cache dtype `caches` has `bytes_per_token`, `graph_bytes`,
+        `workspace_bytes` and `gpus`: memory in GiB -> `tokens` in the caches (0 if the model does
+        not fit) and `why_not`.
 
     Raises:
-        ConfigError: a flag, config.json, the checkpoint, or a model that cannot be split so.
+        ConfigError: an invalid flag, config.json or checkpoint, or a model that cannot be split.
     """
     from fd_dsa.engine.caches import caches_class
+    from fd_dsa.models.config import ModelConfig
     from fd_dsa.models.loader import check_blocks, fp8_tensors, quantisable_tensors
     from fd_dsa.models.registry import open_checkpoint, read_config
     from fd_dsa.startup.memory import weight_parts
 
-    options = {"model": folder, "tensor_parallel_size": ranks}
+    options: dict[str, Any] = {"model": folder, "tensor_parallel_size": ranks}
     first, *_ = configs = [
         EngineConfig(**options, kv_cache_dtype=kind).on_device("gpu:0") for kind in _CACHES
     ]
     whole = read_config(folder, allow_unknown=allow_unknown)
     caches_class(whole).check_flags(first, whole)
+    assert isinstance(whole, ModelConfig), "other families have no caches on a device"
     fp8, has_weights = quantisable_tensors(whole), any(folder.glob("*.safetensors"))
     if has_weights:
         with open_checkpoint(whole, folder) as checkpoint:
@@ -71,7 +76,7 @@ def plan(folder: Path, ranks: int, *, allow_unknown: bool = False) -> dict[str, 
 
 
 def _caches(config: EngineConfig, model: Any, weight_bytes: int) -> dict[str, Any]:
-    """What is beside the weights, with caches of one type, and what fits on each GPU."""
+    """Return the memory other than weights for one cache dtype, and the fit on each GPU."""
     from fd_dsa.engine.caches import caches_class
     from fd_dsa.runner.input_batch import InputBatch
     from fd_dsa.startup.graph_sizes import graph_bytes
@@ -109,10 +114,10 @@ def _caches(config: EngineConfig, model: Any, weight_bytes: int) -> dict[str, An
 
 
 def as_lines(found: dict[str, Any]) -> Iterator[str]:
-    """The plan for a person."""
+    """Yield the plan as lines for the terminal."""
     kinds = found["caches"]
     first = next(iter(kinds.values()))
-    source = "its weights" if found["has_weights"] else "config.json alone"
+    source = "its weights" if found["has_weights"] else "config.json only"
     yield f"{found['model']}: {found['layers']} layers, by {source}"
     if found["unknown_fields"]:
         yield f"unknown fields of config.json, ignored: {', '.join(found['unknown_fields'])}"
@@ -129,6 +134,6 @@ def as_lines(found: dict[str, Any]) -> Iterator[str]:
     for gib in first["gpus"]:
         gpus = {kind: one["gpus"][gib] for kind, one in kinds.items()}
         fits = [f"{gpu['tokens']:,} in {kind}" for kind, gpu in gpus.items() if gpu["tokens"]]
-        # the smallest caches are the last
+        # the last cache dtype is the smallest
         fits = fits or [f"no: {gpus[_CACHES[-1]]['why_not'].rpartition('; ')[2]}"]
         yield f"  {gib:>4} GB  {', '.join(fits)}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 from fd_dsa.errors import ArgumentError, argument_error, nearest_name
 
@@ -166,9 +166,9 @@ def explain_fields(hints: Mapping[str, str]) -> Callable[[type[_T]], type[_T]]:
 
 
 def _refusal(
-    function: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
+    function: Callable[..., object],
+    args: tuple[object, ...],
+    kwargs: Mapping[str, object],
     hints: Mapping[str, str],
 ) -> ArgumentError | None:
     """Make the error of a call, or None if the call fits the signature."""

@@ -109,7 +109,7 @@ class AsyncEngine:
         stats, metrics = await self.ask(SNAPSHOT)
         return stats, metrics
 
-    async def ask(self, question: str, argument: Any = None) -> Any:
+    async def ask(self, question: str, argument: object = None) -> Any:
         """The engine's answer to a question of its host.
 
         A caller that is cancelled takes the question back, unless its answer is being made.

@@ -6,7 +6,7 @@ The engine knows only the sizes of a model's caches. The configuration describes
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fd_dsa.attention import DSAAttentionBackend
 from fd_dsa.config import EngineConfig
@@ -17,6 +17,9 @@ from fd_dsa.models.registry import FamilyConfig
 from fd_dsa.runner.input_batch import InputBatch
 from fd_dsa.runner.model_runner import backend_config
 from fd_dsa.v4_attention import V4AttentionBackend
+
+if TYPE_CHECKING:
+    from fd_dsa.triton_runtime.driver import GpuTraits
 
 
 class DSACaches:
@@ -45,7 +48,7 @@ class DSACaches:
         """
         model_config.cache_layout(config.kv_cache_dtype, config.block_size)
 
-    def workspace_bytes(self, traits: Any) -> int:
+    def workspace_bytes(self, traits: GpuTraits) -> int:
         """Return the device memory of the attention without its caches, bytes."""
         from fd_dsa.attention.device import workspace_bytes
 
@@ -86,7 +89,7 @@ class V4Caches:
             raise flag_error("speculative_config", given, f"none {with_v4}", "leave it out")
         model_config.cache_layout(config.kv_cache_dtype, config.block_size)
 
-    def workspace_bytes(self, traits: Any) -> int:
+    def workspace_bytes(self, traits: GpuTraits) -> int:
         """Return 0, because no device is supported."""
         return 0
 

@@ -177,7 +177,7 @@ class EngineHost:
         self,
         engine: LLMEngine,
         emit: Callable[[Event], None],
-        answers: Mapping[str, Callable[[Any], Any]] | None = None,
+        answers: Mapping[str, Callable[[Any], object]] | None = None,
     ) -> None:
         self._engine = engine
         self._emit = emit

@@ -234,7 +234,7 @@ def _plain_number(value: object) -> str:
     return "write VALUE.item()" if isinstance(value, np.generic) else ""
 
 
-def _check_texts(name: str, texts: Sequence[Any], most: int, most_chars: int) -> None:
+def _check_texts(name: str, texts: Sequence[object], most: int, most_chars: int) -> None:
     """Raise ArgumentError unless these are non-empty strings, few and short enough."""
     if len(texts) > most:
         raise ArgumentError(f"{name}: got {len(texts)} entries; must be at most {most}")
@@ -255,7 +255,7 @@ def _check_texts(name: str, texts: Sequence[Any], most: int, most_chars: int) ->
         )
 
 
-def _check_token_ids(name: str, token_ids: Any) -> None:
+def _check_token_ids(name: str, token_ids: object) -> None:
     """Raise ArgumentError unless this is None or a sequence of possible token ids."""
     if token_ids is None:
         return

@@ -88,7 +88,7 @@ class StructuredOutputsParams:
             )
         return kind, self._utf8(text)
 
-    def _schema_text(self, schema: Any) -> str:
+    def _schema_text(self, schema: object) -> str:
         """The text of a schema."""
         if isinstance(schema, str):
             return self._utf8(schema)

@@ -242,7 +242,7 @@ class Tokenizer:
         return re.sub(_MARK, lambda _: next(contents, _MARK), text)
 
     def apply_chat_template(
-        self, messages: Sequence[Mapping[str, Any]], *args: Any, **kwargs: Any
+        self, messages: Sequence[Mapping[str, object]], *args: Any, **kwargs: Any
     ) -> list[int]:
         """Token ids of a conversation; the arguments are those of `render_chat`."""
         prompt = self.render_chat(messages, *args, **kwargs)
@@ -250,7 +250,7 @@ class Tokenizer:
 
     def render_chat(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        messages: Sequence[Mapping[str, object]],
         add_generation_prompt: bool = True,
         *,
         allow_special_tokens_in_text: bool = False,

@@ -56,7 +56,7 @@ def model_runner() -> type:
     return _guarded(take_over) or GPUModelRunner
 
 
-def _guarded(work: Callable[[], Any]) -> Any:
+def _guarded(work: Callable[[], type | None]) -> Any:
     """Result of the work if the plug-in is wanted and nothing fails; an error is a log line."""
     try:
         from fd_dsa.environment import fastdeploy_plugin_wanted

@@ -16,7 +16,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import paddle
 
@@ -28,9 +28,11 @@ from fd_dsa.fastdeploy_plugin import steps
 from fd_dsa.fastdeploy_plugin.projections import IndexerProjections, float32, key_norms
 from fd_dsa.fastdeploy_plugin.settings import constructor_fields, core_config, replaced
 from fd_dsa.fastdeploy_plugin.tree_checks import ARCHITECTURES
+from fd_dsa.fastdeploy_plugin.upstream import FDConfig, ForwardMeta, Indexer, Norm, RotaryEmbedding
 from fd_dsa.ops.arrays import readable
 from fd_dsa.ops.cache_write import CacheWriteParams, write_caches
 from fd_dsa.ops.providers import device_name
+from fd_dsa.tensor import Tensor
 
 # fields in which two rotary embeddings of one shape may differ
 _OF_TABLE = ("rotary_dim", "max_position_embeddings", "base", "scaling_factor", "mscale")
@@ -61,8 +63,21 @@ class PluginBackend:
     __infer_dynamic_dims_fields__ = ("attention_metadata",)
     metadata_class = SimpleNamespace
     tree_summary = ""
+    if TYPE_CHECKING:
+        # of FastDeploy's class
+        num_heads: int
+        attn_softmax_scale: float
+        block_size: int
+        max_seq_len: int
+        num_layers: int
+        num_layers_draft_model: int
+        start_layer_index: int
+        rank: int
+        device_id: int | str
+        pd_disaggregation_mode: str
+        keep_pd_step_flag: bool
 
-    def __init__(self, fd_config: Any, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, fd_config: FDConfig, *args: object, **kwargs: object) -> None:
         if fd_config.speculative_config.model_type == "mtp":
             raise ConfigError(
                 "speculative_config.method: got 'mtp', but FastDeploy has no draft model with DSA: "
@@ -70,10 +85,10 @@ class PluginBackend:
                 "drafts neither positions nor slots; start it without --speculative-config"
             )
         with replaced(fd_config.model_config, **constructor_fields(fd_config.model_config)):
-            super().__init__(fd_config, *args, **kwargs)
-        steps.check_operators(self.pd_disaggregation_mode)  # type: ignore[attr-defined]
+            super().__init__(fd_config, *args, **kwargs)  # type: ignore[call-arg]
+        steps.check_operators(self.pd_disaggregation_mode)
         self.attention_metadata: Any = None
-        num_heads, scale = self.num_heads, self.attn_softmax_scale  # type: ignore[attr-defined]
+        num_heads, scale = self.num_heads, self.attn_softmax_scale
         self.config = core_config(fd_config, num_heads, scale, str(paddle.get_default_dtype()))
         self.core: Any = None
         self.shared_selection: Any = None
@@ -96,7 +111,7 @@ class PluginBackend:
         """Whether the step whose metadata is made next has a prefill row; None = not known."""
         self._has_prefill = has_prefill
 
-    def init_attention_metadata(self, forward_meta: Any, *_: Any, **__: Any) -> None:
+    def init_attention_metadata(self, forward_meta: ForwardMeta, *_: object, **__: object) -> None:
         """Make the metadata of a step, once per `forward_meta`; all layers share it.
 
         Sets `fd_dsa_step` and, in the tree's dtypes, `position_ids` and `slot_mapping`; sets
@@ -131,7 +146,9 @@ class PluginBackend:
         if not getattr(forward_meta, "is_dummy_or_profile_run", False):
             self._count(num_tokens, has_prefill)
 
-    def norms_of(self, layer_id: int, kv_norm: Any, indexer: Any) -> CacheWriteParams:
+    def norms_of(
+        self, layer_id: int, kv_norm: Norm | None, indexer: Indexer | None
+    ) -> CacheWriteParams:
         """`key_norms` of a layer, made at its first step, when the weights are loaded."""
         key = layer_id, kv_norm is None
         if key not in self._norms:
@@ -139,7 +156,7 @@ class PluginBackend:
             self._norms[key] = key_norms(layout, kv_norm, indexer, self._keep)
         return self._norms[key]
 
-    def projections_of(self, indexer: Any, hidden_states: Any) -> IndexerProjections:
+    def projections_of(self, indexer: Indexer, hidden_states: Tensor) -> IndexerProjections:
         """Projections of a layer's indexer, made at its first step, when the weights are loaded."""
         kept, layer_id = self.projections, indexer.layer_id
         if layer_id not in kept:
@@ -147,7 +164,7 @@ class PluginBackend:
             kept[layer_id] = IndexerProjections(*linears, hidden_states, self._keep)
         return kept[layer_id]
 
-    def cos_sin_of(self, rotary_emb: Any) -> Any:
+    def cos_sin_of(self, rotary_emb: RotaryEmbedding) -> Any:
         """Table of a layer's rotary embedding, float32 [max_position, rope_dim].
 
         One for all layers that agree; of NumPy on a CPU.
@@ -158,7 +175,7 @@ class PluginBackend:
             self._tables[key] = readable(float32(cached))
         return self._tables[key]
 
-    def _keep(self, convert: Callable[[], Any]) -> Any:
+    def _keep(self, convert: Callable[[], Tensor]) -> Any:
         """What a function makes of a weight; `refresh_weights` makes it again at this address."""
         self._copies.append((convert, convert()))
         return self._copies[-1][1]
@@ -177,12 +194,12 @@ class PluginBackend:
 
     def write_layer(
         self,
-        kv_a: Any,
-        index_k: Any,
-        cos_sin_cache: Any,
+        kv_a: Tensor | None,
+        index_k: Tensor | None,
+        cos_sin_cache: Tensor,
         params: CacheWriteParams,
         layer_id: int,
-        forward_meta: Any,
+        forward_meta: ForwardMeta,
     ) -> None:
         """Write this step's keys of a layer, latents and indexer keys in one launch.
 
@@ -202,7 +219,7 @@ class PluginBackend:
             params,
         )
 
-    def forward(self, *_: Any, **__: Any) -> Any:
+    def forward(self, *_: object, **__: object) -> Any:
         """Refuse a layer of FastDeploy's own: its indexer selects other slots than ours.
 
         Raises:
@@ -223,7 +240,7 @@ class PluginBackend:
             )
         return self.core
 
-    def _core_for(self, block_tables: Any) -> CoreBackend:
+    def _core_for(self, block_tables: Tensor) -> CoreBackend:
         """Our backend, made where these tables are."""
         if self.core is None:
             device = device_name(block_tables)
@@ -240,7 +257,7 @@ class PluginBackend:
 
     def _max_keys(self) -> int:
         """Most keys of a row; drafts may reach past `max_model_len`."""
-        longest: int = self.max_seq_len + self.config.tokens_per_row - 1
+        longest = self.max_seq_len + self.config.tokens_per_row - 1
         return min(longest, self.config.max_blocks_per_seq * self.block_size)
 
     def _hints(self, num_tokens: int, has_prefill: bool) -> StepHints:
@@ -250,14 +267,14 @@ class PluginBackend:
             return StepHints(max_seqlen_k=self._max_keys(), num_padded_tokens=num_tokens)
         return StepHints(num_tokens, num_tokens * has_prefill, self._max_keys(), num_tokens)
 
-    def bound_lengths(self, forward_meta: Any, num_tokens: int, has_prefill: bool) -> None:
+    def bound_lengths(self, forward_meta: ForwardMeta, num_tokens: int, has_prefill: bool) -> None:
         """Fill `max_len_tensor_cpu`, which the model reads, except during a capture."""
         target = getattr(forward_meta, "max_len_tensor_cpu", None)
         if target is not None and not (self.transfers and self.transfers.is_capturing()):
             tokens_per_row = self.config.tokens_per_row
             steps.fill_max_lens(target, num_tokens, has_prefill, tokens_per_row, self._max_keys())
 
-    def _metadata(self, forward_meta: Any) -> Any:
+    def _metadata(self, forward_meta: ForwardMeta) -> Any:
         """FastDeploy's record of a step; what only its own kernels read stays unset."""
         metadata = self.metadata_class()
         metadata.block_tables = forward_meta.block_tables

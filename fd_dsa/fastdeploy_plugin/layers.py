@@ -9,8 +9,9 @@ of the method: DeepSeek-V3.2 (arXiv 2512.02556) §2 and DeepSeek-V2 (arXiv 2405.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,14 +19,16 @@ from fd_dsa.device.host_tensor import as_tensor
 from fd_dsa.errors import MissingStepError
 from fd_dsa.fastdeploy_plugin.backend import PluginBackend
 from fd_dsa.fastdeploy_plugin.settings import interleaves_indexer_rope, shares_selection
+from fd_dsa.fastdeploy_plugin.upstream import FDConfig, ForwardMeta, Linear, Norm, RotaryEmbedding
 from fd_dsa.ops.mla_query import prepare_mla_query
 from fd_dsa.ops.providers import serving
+from fd_dsa.tensor import Tensor
 
 # of FastDeploy's indexer: [max_model_len] each, on the device, and read by its own forward alone
 _UNUSED_BUFFERS = ("offsets", "lengths")
 
 
-def _backend_of(forward_meta: Any) -> PluginBackend:
+def _backend_of(forward_meta: ForwardMeta) -> PluginBackend:
     """Backend of a step; MissingStepError if it is not ours."""
     backend = forward_meta.attn_backend
     if not isinstance(backend, PluginBackend):
@@ -39,7 +42,17 @@ def _backend_of(forward_meta: Any) -> PluginBackend:
 class PluginIndexer:
     """Lightning indexer: selects the past tokens that a query attends to."""
 
-    def adopt(self, fd_config: Any) -> None:
+    if TYPE_CHECKING:
+        # of FastDeploy's class
+        layer_id: int
+        index_n_heads: int
+        index_head_dim: int
+        wk: Linear
+        weights_proj: Linear
+        wq_b: Linear
+        k_norm: Norm
+
+    def adopt(self, fd_config: FDConfig) -> None:
         """Complete a layer that FastDeploy has constructed."""
         for name in _UNUSED_BUFFERS:
             if hasattr(self, name):
@@ -48,7 +61,12 @@ class PluginIndexer:
         self.weights_scale = self.index_n_heads**-0.5 * self.index_head_dim**-0.5
 
     def select(
-        self, backend: PluginBackend, forward_meta: Any, qr: Any, weights: Any, table: Any
+        self,
+        backend: PluginBackend,
+        forward_meta: ForwardMeta,
+        qr: Tensor,
+        weights: Tensor,
+        table: Tensor,
     ) -> Any:
         """Cache slots that each token attends to; the step's index keys are in the cache.
 
@@ -79,12 +97,33 @@ class PluginIndexer:
 class PluginAttention:
     """Multi-head latent attention, absorbed, over the keys that an indexer selected."""
 
-    def adopt(self, fd_config: Any) -> None:
+    if TYPE_CHECKING:
+        # of FastDeploy's class
+        indexer: PluginIndexer
+        num_attention_heads_tp: int
+        kv_lora_rank: int
+        q_lora_rank: int
+        qk_head_dim: int
+        qk_nope_head_dim: int
+        v_head_dim: int
+        qkv_a_proj_with_mqa: Linear
+        q_b_proj: Linear
+        o_proj: Linear
+        kv_b_proj_bmm: Callable[..., Tensor]
+        # returns the normed values, and the sum of a fused addition
+        q_a_layernorm: Callable[[Tensor], tuple[Tensor, Tensor | None]]
+        kv_a_layernorm: Norm
+        rotary_emb: RotaryEmbedding
+        indexer_rotary_emb: RotaryEmbedding
+
+    def adopt(self, fd_config: FDConfig) -> None:
         """Complete a layer that FastDeploy has constructed."""
         self.layer_id = self.indexer.layer_id
         self.shares_selection = shares_selection(fd_config, self.layer_id)
 
-    def forward(self, forward_meta: Any, hidden_states: Any, *_: Any, **__: Any) -> Any:
+    def forward(
+        self, forward_meta: ForwardMeta, hidden_states: Tensor, *_: object, **__: object
+    ) -> Any:
         """Attention output, [num_tokens, hidden_size] like `hidden_states`, which are normed.
 
         Further arguments of a newer tree are ignored: the step is in `forward_meta`.
@@ -105,11 +144,14 @@ class PluginAttention:
         width = self.num_attention_heads_tp * self.v_head_dim
         return self.o_proj(values.transpose([1, 0, 2]).reshape([-1, width]))
 
-    def _select(self, backend: PluginBackend, hidden_states: Any, forward_meta: Any) -> Any:
+    def _select(
+        self, backend: PluginBackend, hidden_states: Tensor, forward_meta: ForwardMeta
+    ) -> Any:
         """Write the keys of the step and select among all; returns the queries' latent."""
         projections = backend.projections_of(self.indexer, hidden_states)
         core = backend.current_core()
-        project, num_tokens, args = projections.two_gemms, 0, [hidden_states]
+        project: Callable[..., tuple[Tensor, Tensor]] = projections.two_gemms
+        num_tokens, args = 0, [hidden_states]
         # only one launch makes nothing that would have to outlive it on a second stream
         if projections.is_one_launch:
             project, num_tokens = projections.one_launch, hidden_states.shape[0]
@@ -121,19 +163,25 @@ class PluginAttention:
         backend.shared_selection = self.indexer.select(backend, forward_meta, qr, weights, table)
         return qr
 
-    def _down_projected(self, hidden_states: Any) -> tuple[Any, Any]:
+    def _down_projected(self, hidden_states: Tensor) -> tuple[Any, Any]:
         """Latent of the queries, normed, and that of the keys, neither normed nor rotated."""
         qkv = self.qkv_a_proj_with_mqa(hidden_states)
         return self.q_a_layernorm(qkv[:, : self.q_lora_rank])[0], qkv[:, self.q_lora_rank :]
 
-    def _write(self, backend: PluginBackend, kv_a: Any, index_k: Any, forward_meta: Any) -> None:
+    def _write(
+        self,
+        backend: PluginBackend,
+        kv_a: Tensor | None,
+        index_k: Tensor | None,
+        forward_meta: ForwardMeta,
+    ) -> None:
         """Both keys of the layer into their caches, in one launch."""
         indexer = None if index_k is None else self.indexer
         norms = backend.norms_of(self.layer_id, self.kv_a_layernorm, indexer)
         table = backend.cos_sin_of(self.rotary_emb)
         backend.write_layer(kv_a, index_k, table, norms, self.layer_id, forward_meta)
 
-    def _absorbed_query(self, backend: PluginBackend, qr: Any, forward_meta: Any) -> Any:
+    def _absorbed_query(self, backend: PluginBackend, qr: Tensor, forward_meta: ForwardMeta) -> Any:
         """[num_tokens, num_heads, kv_lora_rank + qk_rope_head_dim], rotated."""
         core = backend.current_core()
         q = self.q_b_proj(qr).reshape([-1, self.num_attention_heads_tp, self.qk_head_dim])

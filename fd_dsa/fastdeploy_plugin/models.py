@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from fd_dsa.fastdeploy_plugin.upstream import FDConfig
+
 
 class PluginModel:
     """Model whose indexers and attention layers have our forward.
@@ -24,8 +26,8 @@ class PluginModel:
 
     layer_classes: Mapping[type, Any]
 
-    def __init__(self, fd_config: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(fd_config, *args, **kwargs)
+    def __init__(self, fd_config: FDConfig, *args: object, **kwargs: object) -> None:
+        super().__init__(fd_config, *args, **kwargs)  # type: ignore[call-arg]
         for layer in self.sublayers():  # type: ignore[attr-defined]
             ours = self.layer_classes.get(type(layer))
             if ours is not None:

@@ -13,12 +13,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from functools import cache, partial
-from typing import Any
+from typing import Any, TypeGuard
 
 from fd_dsa.cache_formats import CacheLayout
+from fd_dsa.fastdeploy_plugin.upstream import BlockFp8Linear, Indexer, Linear, Norm
 from fd_dsa.ops.arrays import dtype_name, on_device, readable
 from fd_dsa.ops.cache_write import CacheWriteParams
 from fd_dsa.ops.providers import TRITON, device_kind, is_refused, serving
+from fd_dsa.tensor import Tensor
 
 K_NORM_EPS = 1e-6
 """Of the indexer's key norm, whatever the model's `rms_norm_eps`, as in DeepSeek's own code."""
@@ -47,7 +49,7 @@ class IndexerProjections:
         copies: dequantised weights of both layers; None for a weight that is read in place.
     """
 
-    def __init__(self, wk: Any, weights_proj: Any, hidden_states: Any, keep: Keep) -> None:
+    def __init__(self, wk: Linear, weights_proj: Linear, hidden_states: Tensor, keep: Keep) -> None:
         self._linears, self.copies = (wk, weights_proj), [None, None]
         reasons = [_why_not_one_launch(one, hidden_states) for one in self._linears]
         self._kind = device_kind(hidden_states)
@@ -67,22 +69,24 @@ class IndexerProjections:
         is_refused_now = is_refused("indexer_projection", self._kind, TRITON)
         return self._takes_one_launch and not is_refused_now
 
-    def one_launch(self, hidden_states: Any, out: Any) -> tuple[Any, Any]:
+    def one_launch(self, hidden_states: Tensor, out: tuple[Tensor, Tensor]) -> tuple[Any, Any]:
         """Index keys and head weights of [num_tokens, hidden_size] on a device, to `out`."""
         wk, weights_proj = (
             linear.weight.detach() if copy is None else copy
             for linear, copy in zip(self._linears, self.copies, strict=True)
         )
         project = serving("indexer_projection", hidden_states)
-        return project(hidden_states, wk, weights_proj, out)  # type: ignore[no-any-return]
+        return project(hidden_states, wk, weights_proj, out)
 
-    def two_gemms(self, hidden_states: Any) -> tuple[Any, Any]:
+    def two_gemms(self, hidden_states: Tensor) -> tuple[Any, Any]:
         """The same by FastDeploy's layers."""
         wk, weights_proj = self._linears
         return wk(hidden_states), weights_proj(hidden_states)
 
 
-def key_norms(layout: CacheLayout, kv_norm: Any, indexer: Any, keep: Keep) -> CacheWriteParams:
+def key_norms(
+    layout: CacheLayout, kv_norm: Norm | None, indexer: Indexer | None, keep: Keep
+) -> CacheWriteParams:
     """How `write_caches` norms a layer's keys, by float32 copies of the weights.
 
     Args:
@@ -98,7 +102,7 @@ def key_norms(layout: CacheLayout, kv_norm: Any, indexer: Any, keep: Keep) -> Ca
         norm = indexer.k_norm
         sources |= {"k_norm_weight": norm.weight, "k_norm_bias": norm.bias}
     # of their own memory, also of float32: other weights may come at another address
-    copies = {name: keep(lambda one=one: float32(one).clone()) for name, one in sources.items()}
+    copies = {name: keep(partial(_float32_copy, one)) for name, one in sources.items()}
     return CacheWriteParams(
         layout.kv_cache_dtype,
         kv_norm_eps=getattr(kv_norm, "eps", K_NORM_EPS),
@@ -110,13 +114,17 @@ def key_norms(layout: CacheLayout, kv_norm: Any, indexer: Any, keep: Keep) -> Ca
     )
 
 
-def float32(tensor: Any) -> Any:
+def _float32_copy(weight: Tensor) -> Tensor:
+    return float32(weight).clone()
+
+
+def float32(tensor: Tensor) -> Tensor:
     """A tensor's values in float32; its own memory where it has that dtype."""
     tensor = tensor.detach()
     return tensor if dtype_name(tensor.dtype) == "float32" else tensor.astype("float32")
 
 
-def _why_not_one_launch(linear: Any, hidden_states: Any) -> str:
+def _why_not_one_launch(linear: Linear, hidden_states: Tensor) -> str:
     """Reason why our operator cannot multiply by a layer's weight; "" if it can."""
     if _is_plain(linear, hidden_states) or _is_block_fp8(linear):
         return ""
@@ -124,7 +132,7 @@ def _why_not_one_launch(linear: Any, hidden_states: Any) -> str:
     return f"weights of {method} are neither plain nor block FP8 with float32 scales"
 
 
-def _is_plain(linear: Any, hidden_states: Any) -> bool:
+def _is_plain(linear: Linear, hidden_states: Tensor) -> bool:
     """Whether a linear layer is x @ weight, weight [in, out] of the dtype of x."""
     method = getattr(linear, "quant_method", None)
     weight = getattr(linear, "weight", None)
@@ -139,7 +147,7 @@ def _is_plain(linear: Any, hidden_states: Any) -> bool:
     )
 
 
-def _is_block_fp8(linear: Any) -> bool:
+def _is_block_fp8(linear: Linear) -> TypeGuard[BlockFp8Linear]:
     """Whether a weight is float8_e4m3fn [out, in] with a float32 scale a block.
 
     Blackwell's scales, packed into integers, are not read.
@@ -157,12 +165,12 @@ def _is_block_fp8(linear: Any) -> bool:
     )
 
 
-def _block_of(linear: Any) -> list[int]:
+def _block_of(linear: Linear) -> list[int]:
     """Rows and columns of [out, in] that share a scale."""
     return list(linear.quant_method.quant_config.weight_block_size)
 
 
-def _dequantized(linear: Any, dtype: str) -> Any:
+def _dequantized(linear: BlockFp8Linear, dtype: str) -> Any:
     """A block-FP8 weight as [in, out] of a plain dtype, rounded once."""
     weight, scale = linear.weight.detach(), linear.weight_scale_inv.detach()
     for axis, block in enumerate(_block_of(linear)):

@@ -22,7 +22,7 @@ from fd_dsa.ops.arrays import dtype_name
 from fd_dsa.runner import DSAModelRunnerMixin
 
 
-class FastDeployRunnerMixin(DSAModelRunnerMixin):
+class FastDeployRunnerMixin(DSAModelRunnerMixin):  # type: ignore[misc]
     """Hooks of a GPUModelRunner; `take_over` derives the runner's class from both."""
 
     backend_class = PluginBackend
@@ -43,33 +43,33 @@ class FastDeployRunnerMixin(DSAModelRunnerMixin):
         exists = getattr(self, "exist_prefill", None)
         return bool(exists()) if callable(exists) else None
 
-    def _dummy_run(self, *args: Any, **kwargs: Any) -> Any:
+    def _dummy_run(self, *args: object, **kwargs: object) -> Any:
         """Count the passes of a dummy run for `step_hints`."""
         self._num_dummy_passes = 0
         try:
-            return super()._dummy_run(*args, **kwargs)  # type: ignore[misc]
+            return super()._dummy_run(*args, **kwargs)
         finally:
             self._num_dummy_passes = None
 
-    def _initialize_attn_backend(self, *args: Any, **kwargs: Any) -> Any:
+    def _initialize_attn_backend(self, *args: object, **kwargs: object) -> Any:
         """Share one backend among all layers; FastDeploy makes one for each (#8041).
 
         Positions get the dtype of the runner's own buffer, for any other reader.
         """
-        result = super()._initialize_attn_backend(*args, **kwargs)  # type: ignore[misc]
+        result = super()._initialize_attn_backend(*args, **kwargs)
         self.attn_backends[:] = self.attn_backends[:1] * len(self.attn_backends)
         dtype = dtype_name(self.share_inputs["position_ids_buffer"].dtype)
         self.attn_backends[0].serve_runner(dtype)
         return result
 
-    def _compute_position_ids_and_slot_mapping(self, *args: Any, **kwargs: Any) -> Any:
+    def _compute_position_ids_and_slot_mapping(self, *args: object, **kwargs: object) -> Any:
         """Keep our positions and slots, which the backend has made from the same rows.
 
         FastDeploy's would replace ours, and its slots of padding are slots of the last row, to
         which a captured graph would write.
         """
 
-    def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> Any:
+    def initialize_kv_cache(self, *args: object, **kwargs: object) -> Any:
         """Make the caches as bytes, whichever of FastDeploy's cache managers makes them.
 
         V0's loop that creates caches takes the model's dtype for them (#8060).
@@ -79,7 +79,7 @@ class FastDeployRunnerMixin(DSAModelRunnerMixin):
         """
         self._forget_step()
         with replaced(self.model_config, dtype="uint8"):
-            result = super().initialize_kv_cache(*args, **kwargs)  # type: ignore[misc]
+            result = super().initialize_kv_cache(*args, **kwargs)
         found = [dtype_name(cache.dtype) for cache in self.share_inputs["caches"]]
         if found != ["uint8"] * 2 * self.model_config.num_hidden_layers:
             raise ConfigError(
@@ -89,24 +89,26 @@ class FastDeployRunnerMixin(DSAModelRunnerMixin):
             )
         return result
 
-    def clear_cache(self, *args: Any, **kwargs: Any) -> Any:
+    def clear_cache(self, *args: object, **kwargs: object) -> Any:
         """Release the newest step, which refers to the caches."""
         self._forget_step()
-        return super().clear_cache(*args, **kwargs)  # type: ignore[misc]
+        return super().clear_cache(*args, **kwargs)
 
-    def update_parameters(self, *args: Any, **kwargs: Any) -> Any:
+    def update_parameters(self, *args: object, **kwargs: object) -> Any:
         """Read our copies of weights again after RL has brought others."""
-        return self._refreshed(super().update_parameters, args, kwargs)  # type: ignore[misc]
+        return self._refreshed(super().update_parameters, args, kwargs)
 
-    def update_weights(self, *args: Any, **kwargs: Any) -> Any:
+    def update_weights(self, *args: object, **kwargs: object) -> Any:
         """Read our copies of weights again after a transfer has brought others."""
-        return self._refreshed(super().update_weights, args, kwargs)  # type: ignore[misc]
+        return self._refreshed(super().update_weights, args, kwargs)
 
-    def wakeup(self, *args: Any, **kwargs: Any) -> Any:
+    def wakeup(self, *args: object, **kwargs: object) -> Any:
         """Read our copies of weights again after a wake-up."""
-        return self._refreshed(super().wakeup, args, kwargs)  # type: ignore[misc]
+        return self._refreshed(super().wakeup, args, kwargs)
 
-    def _refreshed(self, load: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def _refreshed(
+        self, load: Callable[..., object], args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> Any:
         """Refresh our copies of weights below running graphs, once FastDeploy has loaded others.
 
         After a wake-up of the caches only, the weights may still have no memory.

@@ -14,6 +14,7 @@ from fd_dsa.attention import DSABackendConfig
 from fd_dsa.cache_formats import FP8_BLOCK_SIZE, CacheLayout
 from fd_dsa.environment import switch
 from fd_dsa.errors import ConfigError
+from fd_dsa.fastdeploy_plugin.upstream import FDConfig, ModelConfig
 from fd_dsa.models.config import read_indexer_types
 from fd_dsa.models.config_reader import FieldReader
 from fd_dsa.models.registry import FAMILIES
@@ -22,7 +23,7 @@ _SCHEDULE = ("indexer_types", "index_topk_pattern", "index_topk_freq", "index_sk
 
 
 @contextmanager
-def replaced(config: Any, **values: Any) -> Iterator[None]:
+def replaced(config: object, **values: object) -> Iterator[None]:
     """Give fields of a FastDeploy configuration other values inside the block."""
     before = {name: vars(config)[name] for name in values if name in vars(config)}
     for name, value in values.items():
@@ -36,7 +37,7 @@ def replaced(config: Any, **values: Any) -> Iterator[None]:
             setattr(config, name, value)
 
 
-def constructor_fields(model_config: Any) -> dict[str, Any]:
+def constructor_fields(model_config: ModelConfig) -> dict[str, Any]:
     """Values for `replaced` with which the constructor of FastDeploy's DSA backend succeeds.
 
     The constructor reads `rope_scaling["factor"]`, which GLM-5 does not have, and `rope_theta`,
@@ -49,7 +50,7 @@ def constructor_fields(model_config: Any) -> dict[str, Any]:
 
 
 def core_config(
-    fd_config: Any, num_heads: int, softmax_scale: float, dtype: str
+    fd_config: FDConfig, num_heads: int, softmax_scale: float, dtype: str
 ) -> DSABackendConfig:
     """Configuration of our backend for block tables that are as wide as a row can be long.
 
@@ -93,7 +94,7 @@ def core_config(
     )
 
 
-def interleaves_indexer_rope(model_config: Any) -> bool:
+def interleaves_indexer_rope(model_config: ModelConfig) -> bool:
     """Pairing of the indexer's RoPE: True = (2j, 2j + 1), False = (j, j + dim / 2).
 
     By FD_DSA_INDEXER_ROPE_INTERLEAVE, else by the model's own `indexer_rope_interleave`, else by
@@ -108,7 +109,7 @@ def interleaves_indexer_rope(model_config: Any) -> bool:
     return bool(by_model)
 
 
-def shares_selection(fd_config: Any, layer_id: int) -> bool:
+def shares_selection(fd_config: FDConfig, layer_id: int) -> bool:
     """Whether a layer attends to what the nearest indexer before it chose, as in GLM-5.2.
 
     Raises:

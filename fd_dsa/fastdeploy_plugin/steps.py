@@ -17,6 +17,8 @@ from typing import Any
 from fd_dsa.attention.backend import step_inputs
 from fd_dsa.errors import BackendUnavailable
 from fd_dsa.fastdeploy_plugin.tree_checks import ATTENTION
+from fd_dsa.fastdeploy_plugin.upstream import AttentionBackend, AttentionRecord, ForwardMeta
+from fd_dsa.tensor import Tensor
 
 PER_CHUNK, PER_QUERY = "per_chunk", "per_query"
 OPERATORS = {
@@ -25,7 +27,7 @@ OPERATORS = {
 }
 
 
-def step_rows(forward_meta: Any) -> list[Any]:
+def step_rows(forward_meta: ForwardMeta) -> list[Any]:
     """Lengths int32 [B], three of them, and block tables int32 [B, M] of the rows of a step.
 
     Trees give all slots, `[S]` or `[S, 1]`, or the running rows, `[B]`, and not the same for all
@@ -41,7 +43,11 @@ def step_rows(forward_meta: Any) -> list[Any]:
 
 
 def fill_max_lens(
-    max_len_tensor_cpu: Any, num_tokens: int, has_prefill: bool, tokens_per_row: int, max_keys: int
+    max_len_tensor_cpu: Tensor,
+    num_tokens: int,
+    has_prefill: bool,
+    tokens_per_row: int,
+    max_keys: int,
 ) -> None:
     """Write upper bounds of a step's maxima, which the host knows, instead of reading them back.
 
@@ -58,7 +64,8 @@ def fill_max_lens(
     values = (longest, num_tokens if has_prefill else 0, keys, keys, keys, keys)
     count = min(len(values), int(max_len_tensor_cpu.shape[0]))
     memory = (ctypes.c_int32 * count).from_address(max_len_tensor_cpu.data_ptr())
-    memory[:] = values[:count]
+    # ctypes takes any sequence
+    memory[:] = values[:count]  # type: ignore[call-overload]
 
 
 def check_operators(mode: str) -> None:
@@ -71,7 +78,7 @@ def check_operators(mode: str) -> None:
             )
 
 
-def begin_step(of: Any, metadata: Any, forward_meta: Any) -> None:
+def begin_step(of: AttentionBackend, metadata: AttentionRecord, forward_meta: ForwardMeta) -> None:
     """Announce a step of a backend, and set the `kv_signal_*` fields of FastDeploy's record of it.
 
     A dummy run is not announced by chunk.
@@ -91,7 +98,7 @@ def begin_step(of: Any, metadata: Any, forward_meta: Any) -> None:
         metadata.kv_signal_metadata = open_signal(of.rank, int(of.device_id), of.keep_pd_step_flag)
 
 
-def begin_layer(of: Any, metadata: Any, layer_id: int) -> None:
+def begin_layer(of: AttentionBackend, metadata: AttentionRecord, layer_id: int) -> None:
     """Announce a layer, before its keys are written."""
     if of.pd_disaggregation_mode == PER_QUERY:
         init_signal = import_module(f"{ATTENTION}.ops").init_signal_layerwise

@@ -25,7 +25,7 @@ from fd_dsa.fastdeploy_plugin.tree_checks import (
 )
 
 
-def is_ours(thing: Any) -> bool:
+def is_ours(thing: object) -> bool:
     """True for a class that the plug-in has derived from one of FastDeploy's."""
     return getattr(thing, MARK, None) is not None
 
@@ -35,7 +35,7 @@ def live_backend() -> Any:
     return getattr(sys.modules.get(ATTENTION), BACKEND.name, None)
 
 
-def derive(ours: type, upstream: type, **attributes: Any) -> type:
+def derive(ours: type, upstream: type, **attributes: object) -> type:
     """A class with our methods before FastDeploy's, under FastDeploy's name; marked as ours.
 
     Args:

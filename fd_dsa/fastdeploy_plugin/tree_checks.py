@@ -130,7 +130,12 @@ KNOWN = (
 )
 """Classes that ours derive from or call."""
 
-FORWARD_META = ("ids_remove_padding", "attn_backend", "seq_lens_encoder", "seq_lens_decoder")
+FORWARD_META: tuple[str, ...] = (
+    "ids_remove_padding",
+    "attn_backend",
+    "seq_lens_encoder",
+    "seq_lens_decoder",
+)
 FORWARD_META += ("seq_lens_this_time", "block_tables", "caches", "max_len_tensor_cpu")
 """Fields of FastDeploy's ForwardMeta that ours read and the runner fills."""
 
@@ -182,7 +187,7 @@ def describe(error: BaseException) -> str:
     return text if isinstance(error, UnsupportedTree) else f"{type(error).__name__}: {text}"
 
 
-def check_call(function: Callable[..., Any], name: str, arguments: str) -> None:
+def check_call(function: Callable[..., object], name: str, arguments: str) -> None:
     """Refuse a method that does not accept a call.
 
     Args:
@@ -214,7 +219,8 @@ def check_runner_plugins() -> None:
 
 def _check_cache_shapes() -> None:
     """Refuse a DSA backend whose caches have another layout."""
-    own, expected = BACKEND.find(), (_LAYOUT.latent_shape(2), [], _LAYOUT.indexer_shape(2))
+    own, no_scales = BACKEND.find(), list[int]()
+    expected = _LAYOUT.latent_shape(2), no_scales, _LAYOUT.indexer_shape(2)
     try:
         # not constructed: the constructor allocates on the device
         probe = own.__new__(own)
@@ -284,7 +290,7 @@ def _check_forward_meta() -> None:
 def select() -> Callable[[str], type]:
     """FastDeploy's function from the name of a backend to its class."""
     found = attribute(imported(f"{ATTENTION}.attention_selecter"), "_get_attn_backend")
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def _check_runner() -> None:

@@ -1,7 +1,7 @@
 """Messages between an engine and the workers of its grammars.
 
-The messages of every step are named tuples, because pickle reads and writes them in a quarter of
-the time of data classes.
+Messages of every step are named tuples, because pickle handles them in a quarter of the time of
+data classes.
 """
 
 from __future__ import annotations
@@ -11,15 +11,18 @@ from typing import Literal, NamedTuple
 
 Kind = Literal["json_schema", "regex", "lark", "grammar"]
 COMPILE_S = 0.5
-"""Processor time in which a grammar is compiled, seconds."""
+"""Limit of the processor time for compiling a grammar, seconds."""
 TOKENS_S = 0.5
-"""Processor time that a worker may spend on tokens beyond its gains, seconds."""
+"""Processor time that a worker may spend on tokens besides its gains, seconds."""
 GAIN_S = 0.05
-"""Processor time that a worker gains with each token, seconds; it keeps at most `TOKENS_S`."""
+"""Processor time that a worker gains with each token, seconds.
+
+It keeps at most `TOKENS_S`.
+"""
 MEMORY_MIB = 192
-"""Memory that a grammar may take in addition to the vocabulary, MiB."""
+"""Limit of a grammar's memory in addition to the vocabulary, MiB."""
 TOKEN_BYTES = 2048
-"""Memory that a grammar may take beyond that for each token of the outputs that follow it.
+"""Additional memory limit for each token of a grammar's outputs, bytes.
 
 JSON takes 300 bytes a token.
 """
@@ -27,12 +30,14 @@ JSON takes 300 bytes a token.
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """Tokens of a model; the answer is None, or the reason why llguidance refuses them.
+    """The tokens of a model.
+
+    The answer is None, or the reason why llguidance refuses them.
 
     Attributes:
-        number: name of the vocabulary.
+        number: number that identifies the vocabulary.
         tokens: bytes of each token id.
-        special_token_ids: tokens that a grammar can only ask for by name.
+        special_token_ids: tokens that a grammar can request only by name.
         end_token_ids: tokens that end an output.
         names: texts of the form <...> that a grammar may use as names of tokens.
     """
@@ -46,21 +51,21 @@ class Vocabulary:
 
 @dataclass(frozen=True, slots=True)
 class Forget:
-    """Vocabulary that no further grammar needs; has no answer."""
+    """A vocabulary that no further grammar needs. The message has no answer."""
 
     number: int
 
 
 @dataclass(frozen=True, slots=True)
 class Compile:
-    """Grammar for a new worker, which answers with `Compiled` on a socket of its own.
+    """A grammar for a new worker, which answers with `Compiled` on its own socket.
 
     The socket follows the message.
 
     Attributes:
         vocabulary: number of the vocabulary.
-        forms: kind and text of each form; an output has one of them.
-        max_lexer_states: limit of llguidance for all outputs of the grammar together.
+        forms: kind and text of each form. An output has one of the forms.
+        max_lexer_states: llguidance's limit for all outputs of the grammar together.
     """
 
     vocabulary: int
@@ -70,7 +75,7 @@ class Compile:
 
 @dataclass(frozen=True, slots=True)
 class Compiled:
-    """Result of a compilation: the worker's process id, and the reason of a refusal."""
+    """Result of a compilation: the worker's process id, and a refusal's reason or None."""
 
     pid: int
     error: str | None
@@ -79,16 +84,16 @@ class Compiled:
 class Work(NamedTuple):
     """Work on one output.
 
-    A message is a list of works. Its answer is a list with the state of each output. A second
-    answer follows if masks are needed: a list with the states of those outputs and their masks.
+    A message is a list of works. Its answer is a list with the state of each output. If masks are
+    needed, a second answer follows: a list with the states of those outputs and their masks.
 
     Attributes:
         output: number of the output.
-        source: for a new output: the output whose copy it is, -1 = the beginning of the grammar.
-        token_ids: tokens that the output takes.
-        needs_mask: True to compute which tokens may come next.
-        counted: sequences of tokens; the answer has how many tokens of each may come.
-        is_over: True to forget the output.
+        source: for a new output, the output to copy. -1 = the beginning of the grammar.
+        token_ids: tokens to append to the output.
+        needs_mask: True to compute the tokens that may follow.
+        counted: sequences of tokens. The answer has the length of each one's allowed prefix.
+        is_over: True to delete the output.
     """
 
     output: int
@@ -103,10 +108,10 @@ class Done(NamedTuple):
     """State of an output after `Work`.
 
     Attributes:
-        is_finished: no token may follow.
-        error: reason why the grammar cannot be followed any more.
-        is_worn_out: the error is due to the states that all outputs of the grammar share.
-        mask: bit i % 8 of byte i // 8 is set if token i may come; None = not asked for.
+        is_finished: True if no token may follow.
+        error: reason why the output no longer follows the grammar, or None.
+        is_worn_out: True if the error comes from the lexer states shared by all outputs.
+        mask: bit i % 8 of byte i // 8 is set if token i may follow. None = not requested.
         counts: one number for each sequence of `Work.counted`.
     """
 

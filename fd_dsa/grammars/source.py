@@ -1,4 +1,4 @@
-"""Forms of outputs as grammars that llguidance reads, and its messages as ours.
+"""Forms of outputs as grammars for llguidance, and its messages in our wording.
 
 Source of the notation: `docs/syntax.md` and `docs/json_schema.md` of guidance-ai/llguidance.
 """
@@ -13,16 +13,16 @@ from typing import Any
 from fd_dsa.chat.lark import JSON_OPTIONS
 from fd_dsa.grammars.messages import Kind
 
-# any tokens that spell a text may come: those that llguidance would choose for a text without
-# alternatives are not always the tokenizer's
+# any tokenization of a text is allowed, because llguidance's forced tokens may differ from the
+# tokenizer's
 _HEAD = '%llguidance {"no_forcing": true}\nstart: '
-# a text, a comment, a regular expression, or a token by its name
+# a string, a comment, a regular expression, or a token by its name
 _LARK_PART = re.compile(r'"(?:\\.|[^"\\\n])*"|(?://|#).*|/(?:\\.|[^/\\\n])+/|<[^<>\s]+>')
 _QUOTATION = re.compile(r"^ *\d+ \| ", re.MULTILINE)
 _SHOWN_ERROR_CHARS = 300
 COMPILE_FUEL, TOKEN_FUEL = 300_000, 200_000
-"""Steps of llguidance's lexer in which a grammar is compiled, and in which a token is taken."""
-# reasons of llguidance that say nothing to a client
+"""Limits of llguidance's lexer steps: to compile a grammar, to consume a token."""
+# reasons of llguidance that clients cannot understand
 _PLAIN_REASONS = {
     "fuel": (
         f"the grammar is too complex: its regular expressions take more than {COMPILE_FUEL:,} "
@@ -31,7 +31,7 @@ _PLAIN_REASONS = {
     "NoExtensionBias": "no text satisfies it",
 }
 _PLAIN_REASONS["too many expressions constructed"] = _PLAIN_REASONS["fuel"]
-# by JSON Schema, an unknown format is an annotation
+# JSON Schema treats an unknown format as an annotation
 _HARMLESS = "Unknown format"
 _ONE_OF = (
     "oneOf: several of its schemas may hold at once, which a grammar cannot exclude; use anyOf"
@@ -39,13 +39,13 @@ _ONE_OF = (
 
 
 def grammar_text(forms: Iterable[tuple[Kind, str]], names: Container[bytes]) -> str:
-    """A grammar of outputs that have one of several forms.
+    """Return a grammar for outputs that have one of several forms.
 
     Args:
-        names: texts that a grammar may use as names of tokens; they become the texts.
+        names: texts that a grammar may use as names of tokens. They are replaced by literal texts.
 
     Raises:
-        ValueError, RecursionError: a form cannot be read.
+        ValueError, RecursionError: a form is invalid.
     """
     entries = [{**_entry(*form, names), "name": f"f{i}"} for i, form in enumerate(forms)]
     start = " | ".join(f"@{entry['name']}" for entry in entries)
@@ -53,7 +53,7 @@ def grammar_text(forms: Iterable[tuple[Kind, str]], names: Container[bytes]) -> 
 
 
 def _entry(kind: Kind, text: str, names: Container[bytes]) -> dict[str, Any]:
-    """A form in llguidance's list of grammars."""
+    """Return a form as an entry of llguidance's list of grammars."""
     from llguidance import grammar_from
 
     if kind == "json_schema":
@@ -75,7 +75,7 @@ def _entry(kind: Kind, text: str, names: Container[bytes]) -> dict[str, Any]:
 
 
 def refusal(warnings: Iterable[str]) -> str | None:
-    """Constraint that llguidance has dropped from a grammar; None if it has dropped none."""
+    """Return a constraint that llguidance has dropped from a grammar, or None."""
     dropped = [one_line(text) for text in warnings if not text.startswith(_HARMLESS)]
     if not dropped:
         return None
@@ -83,12 +83,12 @@ def refusal(warnings: Iterable[str]) -> str | None:
 
 
 def is_panic(error: BaseException) -> bool:
-    """Whether an error is a panic of llguidance's Rust code, which is no `Exception`."""
+    """Return True for a panic of llguidance's Rust code, which is not an `Exception`."""
     return type(error).__name__ == "PanicException"
 
 
 def one_line(error: str) -> str:
-    """An error of llguidance in one line, without the quotation of the grammar that follows it."""
+    """Return an error of llguidance as one line, without its quotation of the grammar."""
     own = _QUOTATION.split(error.replace("<non-verbose/>", ""))[0]
     text = " ".join(own.partition("<backtrace>")[0].split())
     for part, reason in _PLAIN_REASONS.items():

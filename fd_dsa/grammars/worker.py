@@ -1,9 +1,9 @@
 """Worker processes of grammars: `python -m fd_dsa.grammars.worker SOCKET PIPE`.
 
-The process that is started reads vocabularies, and forks a worker for each grammar. A fork takes
-5 ms and shares the memory of the vocabularies. A worker compiles its grammar, then follows all of
-the grammar's outputs. The kernel ends a worker at its limits of processor time and memory, so a
-worker that was stopped or had to wait for a processor loses nothing.
+The started process receives vocabularies and forks a worker for each grammar. A fork takes 5 ms and
+shares the memory of the vocabularies. A worker compiles its grammar, then follows all outputs of
+the grammar. The kernel ends a worker at its limits of processor time and memory. Waiting does not
+count, so a worker that is stopped, or waits for a processor, is not ended.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ from fd_dsa.grammars.source import (
 )
 from fd_dsa.processes.child import connect_to_parent
 
-# llguidance's reasons for the end of an output whose lexer has come to its limits
+# stop reasons of llguidance for an output whose lexer has reached its limits
 _WORN_OUT = ("LexerTooComplex", "InternalError")
-# a timer of 0 would be none
+# a timer of 0 would be disabled
 _SHORTEST_S = 0.001
 
 
 class _Tokens:
-    """Vocabulary in the form that llguidance reads, a trie of the tokens' bytes."""
+    """A vocabulary in llguidance's form, a trie of the tokens' bytes."""
 
     is_tokenizer_wrapper = True
     bos_token_id = None
@@ -68,19 +68,23 @@ class _Tokens:
         self.trie = LLTokenizer(cast("TokenizerWrapper", self), eos_token=ends or None)
         # only the constructor reads them
         del self.tokens
-        # llguidance adds an end of sequence to a vocabulary without one
+        # llguidance adds an end-of-sequence token to a vocabulary without one
         size = len(vocabulary.tokens) + (not ends)
         self.mask_bytes = -(-size // 32) * 4
 
     def __call__(self, text: str) -> list[int]:
-        """Return token ids that spell a text, the longest first; llguidance calls it."""
+        """Return token ids that spell a text, longest match at the front (for llguidance)."""
         return self.trie.greedy_tokenize(text)
 
 
 def main() -> int:
-    """Fork workers until the engine is gone; returns the exit status."""
+    """Fork workers until the engine is gone.
+
+    Returns:
+        The exit status.
+    """
     connection = connect_to_parent()
-    # the kernel removes workers that have ended
+    # the kernel reaps workers that have ended
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     vocabularies: dict[int, _Tokens] = {}
     while True:
@@ -91,7 +95,7 @@ def main() -> int:
         if isinstance(message, Vocabulary):
             connection.send(_add(vocabularies, message))
             del message
-            # a collection in a worker would copy the pages of all objects
+            # freeze all objects, because a garbage collection in a worker would copy their pages
             gc.collect()
             gc.freeze()
         elif isinstance(message, Forget):
@@ -109,7 +113,7 @@ def main() -> int:
 
 
 def _add(vocabularies: dict[int, _Tokens], vocabulary: Vocabulary) -> str | None:
-    """Make a vocabulary; returns the reason of a refusal."""
+    """Add a vocabulary. Returns the reason of a refusal, or None."""
     try:
         vocabularies[vocabulary.number] = _Tokens(vocabulary)
     except BaseException as error:
@@ -122,7 +126,7 @@ def _add(vocabularies: dict[int, _Tokens], vocabulary: Vocabulary) -> str | None
 def _run_worker(connection: Connection, order: Compile, tokens: _Tokens) -> None:
     """Serve one grammar, then end the process."""
     try:
-        # messages of a panic or a failed allocation say nothing to the reader of the engine's log
+        # hide messages of panics and failed allocations from the engine's log
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
         memory = _Memory()
         with _processor_time(COMPILE_S):
@@ -137,7 +141,10 @@ def _run_worker(connection: Connection, order: Compile, tokens: _Tokens) -> None
 
 
 class _Memory:
-    """Bound of what this process may allocate; a failed allocation of llguidance ends it."""
+    """Bounds the memory of this process.
+
+    A failed allocation of llguidance ends the process.
+    """
 
     def __init__(self) -> None:
         num_pages = int(Path("/proc/self/statm").read_text().split()[0])
@@ -145,15 +152,15 @@ class _Memory:
         self._limit = 0
         self.allow_tokens(0)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        # workers together may exhaust the memory of a machine; the kernel ends them first
+        # the kernel's OOM killer ends workers before other processes
         with suppress(OSError):
             Path("/proc/self/oom_score_adj").write_text("1000")
 
     def allow_tokens(self, count: int) -> None:
-        """Raise the bound for outputs that have `count` tokens together; it never falls."""
+        """Raise the bound for outputs with `count` tokens together. It never falls."""
         limit = self._first + count * TOKEN_BYTES
         if limit > self._limit:
-            # in large pieces, since this is a system call
+            # in large steps, because this is a system call
             self._limit = limit + 2**20
             _, hard = resource.getrlimit(resource.RLIMIT_AS)
             is_bounded = hard != resource.RLIM_INFINITY
@@ -172,13 +179,13 @@ def _processor_time(seconds: float) -> Iterator[None]:
 
 
 def _compile(order: Compile, tokens: _Tokens) -> LLMatcher | str:
-    """Return the matcher at the beginning of a grammar, or what is wrong with the grammar."""
+    """Return the matcher at the beginning of a grammar, or the reason of a refusal."""
     try:
         text = grammar_text(order.forms, tokens.names)
         limits = _limits(order.max_lexer_states)
         matcher = LLMatcher(tokens.trie, text, log_level=0, limits=limits)
         if not matcher.is_error():
-            # most grammars that are too complex fail here
+            # most grammars that are too complex fail at the first mask
             matcher.compute_bitmask()
     except BaseException as error:
         if not isinstance(error, (ValueError, RecursionError, MemoryError)) and not is_panic(error):
@@ -190,11 +197,11 @@ def _compile(order: Compile, tokens: _Tokens) -> LLMatcher | str:
 
 
 def _limits(max_lexer_states: int) -> LLParserLimits:
-    """Return llguidance's limits, which refuse most grammars that are too complex by name.
+    """Return llguidance's limits, which refuse most grammars that are too complex.
 
-    With a million units of initial fuel a letter that is repeated a million times takes 125 MB;
-    with these, 600 fields of most formats still fit into a schema. A schema of 600 optional fields
-    has 2,400 items in a row.
+    With a million units of initial fuel, a letter repeated a million times takes 125 MB. With these
+    limits, a schema may still have 600 fields of most formats. A schema of 600 optional fields has
+    2,400 items in a row.
     """
     return LLParserLimits(
         max_items_in_row=10_000,
@@ -208,7 +215,7 @@ def _limits(max_lexer_states: int) -> LLParserLimits:
 
 
 class _Worker:
-    """Follows the outputs of one grammar, each a copy of its matcher."""
+    """Follows the outputs of one grammar, each with a copy of its matcher."""
 
     def __init__(self, matcher: LLMatcher, tokens: _Tokens, memory: _Memory) -> None:
         self._outputs = {-1: matcher}
@@ -217,7 +224,7 @@ class _Worker:
         self._mask = ctypes.create_string_buffer(tokens.mask_bytes)
 
     def serve(self, connection: Connection) -> None:
-        """Answer one message after the other, each in what is left of the processor time."""
+        """Answer messages in order, each within the remaining processor time."""
         left_s = TOKENS_S
         while True:
             works: list[Work] = connection.recv()
@@ -225,7 +232,7 @@ class _Worker:
             begin_s = time.process_time()
             self._count_tokens(works)
             with _processor_time(left_s + gain_s):
-                # the engine goes on with the states while masks are computed
+                # send the states at once, so that the engine continues while masks are computed
                 connection.send([self._take(work) for work in works])
                 masks = [self._mask_of(work.output) for work in works if work.needs_mask]
             left_s = min(left_s + gain_s - (time.process_time() - begin_s), TOKENS_S)
@@ -233,7 +240,7 @@ class _Worker:
                 connection.send(masks)
 
     def _count_tokens(self, works: list[Work]) -> None:
-        """Count the tokens of each output, whose memory grows with them."""
+        """Count the tokens of each output, because memory grows with them."""
         counts = self._num_tokens
         for work in works:
             if work.is_over:
@@ -244,7 +251,7 @@ class _Worker:
         self._memory.allow_tokens(sum(counts.values()))
 
     def _take(self, work: Work) -> Done:
-        """Have an output take tokens, or forget it."""
+        """Append tokens to an output, or delete it."""
         if work.is_over:
             self._outputs.pop(work.output, None)
             return Done()
@@ -257,17 +264,17 @@ class _Worker:
         return _state_of(matcher, counts=counts)
 
     def _mask_of(self, output: int) -> Done:
-        """Compute which tokens an output may take next."""
+        """Compute the tokens that may follow an output."""
         matcher = self._outputs.get(output)
         if matcher is None:
-            # a later work of the same message has ended it
+            # a later work of the same message has deleted the output
             return Done()
         matcher.unsafe_compute_mask_ptr(ctypes.addressof(self._mask), len(self._mask))
         return _state_of(matcher, mask=self._mask.raw)
 
 
 def _state_of(matcher: LLMatcher, mask: bytes | None = None, counts: tuple[int, ...] = ()) -> Done:
-    """Return the state of an output, with what was computed for it."""
+    """Return the state of an output, with its mask or counts."""
     is_error = matcher.is_error()
     return Done(
         matcher.is_stopped() and not is_error,

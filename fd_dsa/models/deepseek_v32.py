@@ -15,6 +15,7 @@ from fd_dsa.models.sources import MTP_EMBEDDING, MTP_HEAD, MTP_JOIN, WeightLoade
 from fd_dsa.models.weights_protocol import Weights
 from fd_dsa.ops.arrays import as_numpy
 from fd_dsa.ops.linear import rows_at, values_of
+from fd_dsa.tensor import Array
 
 
 class DeepseekV32DecoderLayer:
@@ -99,6 +100,7 @@ class MultiTokenPredictor:
             step: step of the runner, after `init_attention_metadata`.
         """
         positions, norms = step.position_ids, (self._token_norm, self._hidden_norm)
+        pair: Array
         if isinstance(hidden, np.ndarray):
             embedded = rows_at(self._embed, next_ids)
             embedded[as_numpy(positions) == 0] = 0

@@ -189,11 +189,12 @@ class DeviceWeights:
         strips, groups = scales.shape[-2:]
         first = (matrix * strips + row // BLOCK) * groups
 
-        def load(source: Any) -> None:
+        def load(source: SourceTensor) -> None:
             if isinstance(source, RandomTensor):
                 fill_random(values, start, count, source.seed, 1.0)
                 fill_constant(scales, first, -(-rows // BLOCK) * groups, source.deviation)
                 return
+            assert source.scale is not None, name
             self._copy(values, start, source.raw)
             self._copy(scales, first, source.scale.float32())
 
@@ -213,7 +214,7 @@ class DeviceWeights:
         is_plain = factor == 1.0 and not transpose
         dtype = str(target.dtype).rpartition(".")[2]
 
-        def load(source: Any) -> None:
+        def load(source: SourceTensor) -> None:
             if isinstance(source, RandomTensor):
                 self._draw(source, target, start, count, factor)
             elif is_plain and source.info.dtype == _STORED[dtype]:

@@ -1,7 +1,7 @@
 """Fields of config.json that change no result of the main model.
 
-Source: config.json of DeepSeek-V3.1, V3.2, V3.2-Exp, V4-Flash, GLM-5, GLM-5.1, GLM-5.2 and GLM-5.3;
-the files that `save_pretrained` of Hugging Face transformers 4.44 to 5.23 writes.
+Source: config.json of DeepSeek-V3.1, V3.2, V3.2-Exp, V4-Flash, GLM-5, GLM-5.1, GLM-5.2 and GLM-5.3.
+Files that `save_pretrained` of Hugging Face transformers 4.44 to 5.23 writes.
 """
 
 from __future__ import annotations

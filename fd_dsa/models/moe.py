@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -13,6 +13,8 @@ from fd_dsa.ops.host_gemm import HostMatrix, times_of_spans
 
 EXPERT_BYTES = 1 << 30
 """Max bytes of one activation of the selected experts. A longer step is split."""
+_Span: TypeAlias = tuple[tuple[HostMatrix, HostMatrix], int, int]
+"""Weights of an expert, its first row and the end of its rows."""
 # max values of gate and up of experts that run together, so that they stay in a core's cache
 _GROUP_VALUES = 1 << 17
 
@@ -161,7 +163,7 @@ def routed(
     x: np.ndarray,
     chosen: np.ndarray,
     weights: np.ndarray,
-    experts: Sequence[tuple[Any, Any]],
+    experts: Sequence[tuple[HostMatrix, HostMatrix]],
     activated: Callable[[np.ndarray], np.ndarray],
 ) -> np.ndarray:
     """Return the weighted sum of each token's experts, [num_tokens, hidden_size].
@@ -203,13 +205,13 @@ def routed(
     return total
 
 
-def _groups(spans: list[Any], most: int) -> Iterator[list[Any]]:
+def _groups(spans: Sequence[_Span], most: int) -> Iterator[list[_Span]]:
     """Yield groups of neighbouring experts with at most `most` rows, or one expert.
 
     Args:
         spans: each expert with its first row and the end of its rows.
     """
-    group: list[Any] = []
+    group: list[_Span] = []
     for span in spans:
         if group and span[2] - group[0][1] > most:
             yield group

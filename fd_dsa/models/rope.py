@@ -12,7 +12,7 @@ from fd_dsa.models.rope_config import RopeConfig, yarn_mscale
 def inverse_frequencies(rope: RopeConfig, dim: int) -> np.ndarray:
     """Return the angle per position of each pair, float32 [dim // 2], radians.
 
-    YaRN keeps frequencies that turn more than `beta_fast` times within the pre-training context,
+    YaRN keeps frequencies that turn more than `beta_fast` times within the pre-training context. It
     divides by `factor` those that turn less than `beta_slow` times, and blends between.
 
     Source: YaRN (arXiv 2309.00071) §3; Hugging Face transformers 5.23, modeling_rope_utils.py.

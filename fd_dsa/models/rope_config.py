@@ -58,8 +58,8 @@ def read_rope(reader: FieldReader, rope_theta: float, max_position_embeddings: i
 
     Args:
         reader: the top level of config.json.
-        rope_theta: base of the frequencies if the file has none.
-        max_position_embeddings: YaRN's pre-training length if the file has none, tokens.
+        rope_theta: default of the base of the frequencies.
+        max_position_embeddings: default of YaRN's pre-training length, tokens.
 
     Raises:
         ConfigError: an unsupported type or value, or two places that disagree.

@@ -6,7 +6,6 @@ import zlib
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
@@ -120,5 +119,5 @@ class RandomTensor:
 
 SourceTensor = StoredTensor | RandomTensor
 """One tensor of a checkpoint. Weights of GEMMs are [out, in]."""
-WeightLoader = Callable[[Any], None]
+WeightLoader = Callable[[SourceTensor], None]
 """Function that fills a weight from the SourceTensor of one name."""

@@ -30,7 +30,7 @@ _MESSAGE = '{"role": "user", "content": TEXT}'
 _TOOL = '{"type": "function", "function": {"name": NAME, "parameters": SCHEMA}}'
 
 
-def read_prompts(prompts: Any) -> list[str | list[int]]:
+def read_prompts(prompts: object) -> list[str | list[int]]:
     """List the prompts of one of the four forms, each a text or token ids.
 
     Raises:
@@ -49,7 +49,7 @@ def read_prompts(prompts: Any) -> list[str | list[int]]:
     ]
 
 
-def read_conversations(messages: Any) -> list[list[Message]]:
+def read_conversations(messages: object) -> list[list[Message]]:
     """List the conversations of either form, each a list of messages.
 
     Raises:
@@ -69,7 +69,7 @@ def read_conversations(messages: Any) -> list[list[Message]]:
     ]
 
 
-def read_tools(tools: Any) -> Sequence[Message] | None:
+def read_tools(tools: object) -> Sequence[Message] | None:
     """Check the tools of a conversation.
 
     Raises:
@@ -90,7 +90,7 @@ def read_tools(tools: Any) -> Sequence[Message] | None:
     return entries
 
 
-def read_variables(variables: Any) -> Mapping[str, Any]:
+def read_variables(variables: object) -> Mapping[str, Any]:
     """Check the variables of a chat template.
 
     Raises:
@@ -109,7 +109,7 @@ def read_variables(variables: Any) -> Mapping[str, Any]:
 
 
 def read_params(
-    params: Any, count: int, default: SamplingParams, counted: str
+    params: object, count: int, default: SamplingParams, counted: str
 ) -> list[SamplingParams]:
     """Give each of `count` prompts its SamplingParams.
 
@@ -150,7 +150,7 @@ def fit_into_context(
     return fitting
 
 
-def check_switches(**switches: Any) -> None:
+def check_switches(**switches: object) -> None:
     """Raise the ArgumentError of an argument that is neither True nor False."""
     for name, value in switches.items():
         if not isinstance(value, bool):
@@ -209,7 +209,7 @@ def for_chat(
     )
 
 
-def _entries(name: str, value: Any, rule: str, hint: str = "") -> list[Any]:
+def _entries(name: str, value: object, rule: str, hint: str = "") -> list[Any]:
     """List the entries of an argument that has several."""
     is_unordered = isinstance(value, (str, bytes, bytearray, Mapping, set, frozenset))
     if is_unordered or not isinstance(value, Iterable):
@@ -217,11 +217,11 @@ def _entries(name: str, value: Any, rule: str, hint: str = "") -> list[Any]:
     return list(value)
 
 
-def _is_id(value: Any) -> bool:
+def _is_id(value: object) -> bool:
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
-def _token_ids(name: str, value: Any) -> list[int]:
+def _token_ids(name: str, value: object) -> list[int]:
     """List the token ids of one prompt."""
     hint = "chat takes messages" if isinstance(value, Mapping) and "role" in value else ""
     ids = _entries(name, value, "a text or a list of token ids", hint)
@@ -240,7 +240,7 @@ def _conversation(name: str, messages: list[Any]) -> list[Message]:
     return messages
 
 
-def _check_message(name: str, message: Any) -> None:
+def _check_message(name: str, message: object) -> None:
     """Raise the ArgumentError of a message that no chat template can show."""
     if not isinstance(message, Mapping):
         raise argument_error(name, message, "a message", f"write {_MESSAGE}")
@@ -268,7 +268,7 @@ def _check_message(name: str, message: Any) -> None:
             _check_call(f"{name}.tool_calls[{index}]", call)
 
 
-def _check_call(name: str, call: Any) -> None:
+def _check_call(name: str, call: object) -> None:
     """Raise the ArgumentError of a call in the history that no chat template can show."""
     function = call.get("function") if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):

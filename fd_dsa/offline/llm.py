@@ -102,7 +102,7 @@ class LLM:
         async_scheduling: bool = True,
         enforce_eager: bool = False,
         cudagraph_capture_sizes: Sequence[int] | None = None,
-        speculative_config: SpeculativeConfig | Mapping[str, Any] | str | None = None,
+        speculative_config: SpeculativeConfig | Mapping[str, object] | str | None = None,
         generation_config: str = "auto",
         seed: int = 0,
         chat_template: str | os.PathLike[str] | None = None,
@@ -184,7 +184,7 @@ class LLM:
         *,
         tools: Sequence[Message] | None = None,
         continue_final_message: bool = False,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
+        chat_template_kwargs: Mapping[str, object] | None = None,
         constrain_reasoning: bool = False,
         allow_special_tokens_in_text: bool = False,
     ) -> list[RequestOutput]: ...
@@ -198,7 +198,7 @@ class LLM:
         stream: Literal[True],
         tools: Sequence[Message] | None = None,
         continue_final_message: bool = False,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
+        chat_template_kwargs: Mapping[str, object] | None = None,
         constrain_reasoning: bool = False,
         allow_special_tokens_in_text: bool = False,
     ) -> Iterator[RequestOutput]: ...
@@ -212,7 +212,7 @@ class LLM:
         *,
         tools: Sequence[Message] | None = None,
         continue_final_message: bool = False,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
+        chat_template_kwargs: Mapping[str, object] | None = None,
         constrain_reasoning: bool = False,
         allow_special_tokens_in_text: bool = False,
     ) -> list[RequestOutput] | Iterator[RequestOutput]:
@@ -392,7 +392,7 @@ class LLM:
                     engine.abort_request(request_id)
 
 
-def _in_python(text: Any, names: Iterable[str]) -> Any:
+def _in_python(text: object, names: Iterable[str]) -> Any:
     """A message with these names instead of those of the flags."""
     for name in names:
         flag = f"--{name.replace('_', '-')}"

@@ -7,20 +7,22 @@ import threading
 from collections.abc import Callable
 from functools import cache
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
+import numpy.typing as npt
 
 from fd_dsa.cache_formats import FORMAT_OF_DTYPE, CacheFormat
 from fd_dsa.device.host_tensor import as_tensor
 from fd_dsa.errors import DtypeError, ShapeError
+from fd_dsa.tensor import Array, Tensor
 
 
-def as_numpy(array: Any) -> np.ndarray:
+def as_numpy(array: Array) -> np.ndarray:
     """NumPy view of a NumPy array or a Paddle CPU tensor; writes go to the same memory."""
     if isinstance(array, np.ndarray):
         return array
-    view = np.from_dlpack(array)
+    view = np.from_dlpack(array)  # type: ignore[arg-type]  # Paddle's method takes no arguments
     if view.flags.writeable:
         return view
     # with NumPy before 2.2.5, or Paddle before 3.3, views of tensors are read-only
@@ -30,12 +32,12 @@ def as_numpy(array: Any) -> np.ndarray:
     return np.asarray(SimpleNamespace(__array_interface__=interface, view=view))
 
 
-def on_device(array: Any) -> bool:
+def on_device(array: Array) -> TypeGuard[Tensor]:
     """True for a tensor in device memory, False for NumPy arrays and Paddle CPU tensors."""
     return not isinstance(array, np.ndarray) and not array.place.is_cpu_place()
 
 
-def allocator_beside(tensor: Any) -> Callable[[tuple[int, ...], str], Any]:
+def allocator_beside(tensor: Tensor) -> Callable[[tuple[int, ...], str], Tensor]:
     """Makes Paddle tensors, uninitialised, where a Paddle tensor is."""
     import paddle
 
@@ -43,20 +45,22 @@ def allocator_beside(tensor: Any) -> Callable[[tuple[int, ...], str], Any]:
     return lambda shape, dtype: paddle.empty(list(shape), dtype, device=place)
 
 
-def readable(tensor: Any) -> Any:
+def readable(tensor: Tensor) -> Array:
     """What the operators read of a parameter: a NumPy view on a CPU, on a device the tensor."""
     tensor = tensor.detach()
     return tensor if on_device(tensor) else as_numpy(tensor)
 
 
-def matmul(x: Any, y: Any, *, transpose_y: bool = False) -> Any:
+def matmul(x: Tensor, y: Tensor, *, transpose_y: bool = False) -> Tensor:
     """Product of two Paddle tensors; Paddle is imported by the first one."""
     import paddle
 
     return paddle.matmul(x, y, transpose_y=transpose_y)
 
 
-def check_shape(operator: str, argument: str, value: Any, allowed: tuple[int | None, ...]) -> None:
+def check_shape(
+    operator: str, argument: str, value: object, allowed: tuple[int | None, ...]
+) -> None:
     """Raise ShapeError unless `value` is an array whose shape fits `allowed` (None = any)."""
     shape = getattr(value, "shape", None)
     if shape is not None and len(shape) == len(allowed):
@@ -72,7 +76,7 @@ def check_shape(operator: str, argument: str, value: Any, allowed: tuple[int | N
     raise ShapeError(f"{operator}: {argument} has shape {list(shape)}, allowed is {text}")
 
 
-def _kind_of(value: Any) -> str:
+def _kind_of(value: object) -> str:
     return "None" if value is None else f"a {type(value).__name__}"
 
 
@@ -80,18 +84,18 @@ CACHE_DTYPES = ("float32", "bfloat16", "int16", "uint8")
 """Names of the dtypes of caches."""
 
 
-def cache_format(cache: Any) -> CacheFormat:
+def cache_format(cache: Array) -> CacheFormat:
     """Return the format of a cache whose dtype is one of `CACHE_DTYPES`."""
     return FORMAT_OF_DTYPE[dtype_name(cache.dtype)]
 
 
 @cache
-def dtype_name(dtype: Any) -> str:
+def dtype_name(dtype: object) -> str:
     """Name of a dtype without its package; making it takes longer than a small sum."""
     return str(dtype).rpartition(".")[2]
 
 
-def check_dtype(operator: str, argument: str, value: Any, allowed: tuple[str, ...]) -> None:
+def check_dtype(operator: str, argument: str, value: object, allowed: tuple[str, ...]) -> None:
     """Raise DtypeError unless `value` is an array whose dtype is one of `allowed`."""
     dtype = getattr(value, "dtype", None)
     if dtype is not None and dtype_name(dtype) in allowed:
@@ -106,7 +110,7 @@ def check_dtype(operator: str, argument: str, value: Any, allowed: tuple[str, ..
 def check_array(
     operator: str,
     argument: str,
-    value: Any,
+    value: object,
     shape: tuple[int | None, ...],
     dtypes: tuple[str, ...],
 ) -> None:
@@ -116,7 +120,7 @@ def check_array(
 
 
 def check_rope(
-    operator: str, position_ids: Any, cos_sin_cache: Any, num_tokens: int, width: int
+    operator: str, position_ids: Array | None, cos_sin_cache: Array, num_tokens: int, width: int
 ) -> None:
     """Refuse a table of cos and sin without a row a token, or whose pairs are wider than `width`.
 
@@ -137,7 +141,7 @@ def check_rope(
         )
 
 
-def outer_strides(operator: str, argument: str, tensor: Any) -> list[int]:
+def outer_strides(operator: str, argument: str, tensor: Tensor) -> list[int]:
     """Values from one entry to the next along each axis of a device's tensor but the last.
 
     Raises:
@@ -163,7 +167,7 @@ def check_values(operator: str, argument: str, values: np.ndarray, low: int, sto
     )
 
 
-def check_writable(operator: str, argument: str, value: Any) -> None:
+def check_writable(operator: str, argument: str, value: Array) -> None:
     """Raise ValueError if `value`, a CPU tensor or a NumPy array, may not be written to."""
     if not as_numpy(value).flags.writeable:
         raise ValueError(f"{operator}: {argument} is read-only, allowed is a writable array")
@@ -171,12 +175,12 @@ def check_writable(operator: str, argument: str, value: Any) -> None:
 
 def result(
     operator: str,
-    out: Any,
-    beside: Any,
+    out: Array | None,
+    beside: Array,
     shape: tuple[int, ...],
     dtype: str,
     fill: float | None = None,
-) -> Any:
+) -> Array:
     """Where an operator writes: `out` if there is one, checked, else new memory.
 
     Args:
@@ -199,10 +203,11 @@ def result(
         raise ShapeError(
             f"{operator}: out has rows of {out.shape[-1]} values, allowed are {shape[-1]} and more"
         )
-    on_cpu = not on_device(out)
-    if on_cpu:
+    if on_device(out):
+        dense = out.is_contiguous()
+    else:
         check_writable(operator, "out", out)
-    dense = as_numpy(out).flags.c_contiguous if on_cpu else out.is_contiguous()
+        dense = as_numpy(out).flags.c_contiguous
     if not dense:
         raise ShapeError(f"{operator}: out of shape {list(out.shape)} is not contiguous")
     return out
@@ -224,7 +229,7 @@ class _Stage(threading.local):
 _stage = _Stage()
 
 
-def staged(x: np.ndarray) -> Any:
+def staged(x: np.ndarray) -> Tensor:
     """A tensor with the values of `x`, good for one GEMM.
 
     Making a tensor costs more than a small GEMM, copying a few rows does not: the values go
@@ -253,7 +258,9 @@ class Scratch:
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, Any], np.ndarray] = {}
 
-    def take(self, name: str, shape: tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
+    def take(
+        self, name: str, shape: tuple[int, ...], dtype: npt.DTypeLike = np.float32
+    ) -> np.ndarray:
         """Uninitialised C-contiguous array of `shape`; valid until the same name is taken again."""
         size, key = math.prod(shape), (name, dtype)
         buffer = self._buffers.get(key)

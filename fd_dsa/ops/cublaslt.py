@@ -22,6 +22,7 @@ from fd_dsa.device.transfers import Transfers
 from fd_dsa.errors import DeviceError, LaunchError, ShapeError
 from fd_dsa.ops.arrays import check_array
 from fd_dsa.ops.cublaslt_library import Functions, library
+from fd_dsa.tensor import Tensor
 from fd_dsa.triton_runtime.device_api import DeviceApi, api_for_type
 
 _ALIGNMENT, _WORKSPACE_BYTES = 16, 32 << 20
@@ -106,7 +107,9 @@ class Cublaslt:
     where cuBLASLt refuses, or a plan or workspace is missing inside a capture.
     """
 
-    def __init__(self, api: DeviceApi, device: int, allocate: Allocate, library: Any) -> None:
+    def __init__(
+        self, api: DeviceApi, device: int, allocate: Allocate, library: ctypes.CDLL
+    ) -> None:
         self._functions, self._device = Functions(library, device), device
         self._api, self._allocate, self._transfers = api, allocate, Transfers(api, device)
         self._set_pointer = getattr(library, _SET_OPERATION)
@@ -123,7 +126,7 @@ class Cublaslt:
         for attribute, value in preferences.items():
             self._functions.set(_SET_PREFERENCE, self._preference, attribute, value)
 
-    def linear(self, x: Any, weight: Any, out: Any) -> None:
+    def linear(self, x: Tensor, weight: Tensor, out: Tensor) -> None:
         """out = x @ weight^T with float32 sums; all contiguous.
 
         Args:
@@ -135,7 +138,7 @@ class Cublaslt:
             self._run(x, weight, out)
 
     def fp8_linear(
-        self, codes_x: Any, scales_x: Any, codes_w: Any, scales_w: Any, out: Any
+        self, codes_x: Tensor, scales_x: Tensor, codes_w: Tensor, scales_w: Tensor, out: Tensor
     ) -> None:
         """out = x @ weight^T of FP8 e4m3 codes with a scale each 128 inputs, and float32 sums.
 
@@ -152,7 +155,7 @@ class Cublaslt:
         """
         self._run(codes_x, codes_w, out, scales_x, scales_w)
 
-    def _run(self, x: Any, weight: Any, out: Any, *scales: Any) -> None:
+    def _run(self, x: Tensor, weight: Tensor, out: Tensor, *scales: Tensor) -> None:
         """Queue a GEMM; scales of x and of the weight make it an FP8 one."""
         plan = self._plan(x, weight, out, *scales)
         stream = self._transfers.stream()
@@ -175,7 +178,7 @@ class Cublaslt:
                 raise self._functions.error(status, plan.gemm, _SET_OPERATION)
         self._functions.call(plan.gemm, "cublasLtMatmul", *plan.arguments, stream)
 
-    def _plan(self, x: Any, weight: Any, out: Any, *scales: Any) -> _Plan:
+    def _plan(self, x: Tensor, weight: Tensor, out: Tensor, *scales: Tensor) -> _Plan:
         """The plan for these arguments, which are checked when it is made."""
         # dtypes by identity: to hash one of Paddle's takes as long as all the rest
         key = (
@@ -191,7 +194,7 @@ class Cublaslt:
             self._plans[key] = plan = self._new_plan(gemm)
         return plan
 
-    def _check_device(self, gemm: Gemm, *tensors: Any) -> None:
+    def _check_device(self, gemm: Gemm, *tensors: Tensor) -> None:
         """Refuse tensors that are elsewhere: cuBLASLt would read their addresses here."""
         for device in map(self._api.device_of, tensors):
             if device != self._device:
@@ -258,7 +261,7 @@ class Cublaslt:
             )
 
 
-def _checked(x: Any, weight: Any, out: Any, *scales: Any) -> Gemm:
+def _checked(x: Tensor, weight: Tensor, out: Tensor, *scales: Tensor) -> Gemm:
     """The GEMM of these arguments, which are refused where they do not fit each other."""
     (rows, inputs), outputs = x.shape, weight.shape[0]
     operator, operand, result = "linear", "bfloat16", "float32"
@@ -285,7 +288,7 @@ def _checked(x: Any, weight: Any, out: Any, *scales: Any) -> Gemm:
     return Gemm(rows, inputs, outputs, bool(scales))
 
 
-def _unaligned(gemm: Gemm, tensors: Iterable[Any]) -> LaunchError:
+def _unaligned(gemm: Gemm, tensors: Iterable[Tensor]) -> LaunchError:
     """What to say of the first tensor that begins where cuBLASLt cannot read."""
     shape = next(list(t.shape) for t in tensors if t.data_ptr() % _ALIGNMENT)
     return LaunchError(
@@ -297,7 +300,7 @@ def _unaligned(gemm: Gemm, tensors: Iterable[Any]) -> LaunchError:
 _known: dict[tuple[DeviceApi, int], Cublaslt] = {}
 
 
-def cublaslt_for(tensor: Any, allocate: Allocate) -> Cublaslt:
+def cublaslt_for(tensor: Tensor, allocate: Allocate) -> Cublaslt:
     """cuBLASLt on the device of a tensor, where `allocate` makes others; one object a device.
 
     Raises:

@@ -37,7 +37,7 @@ def library_names(maps: str) -> tuple[str, ...]:
 
 
 @cache
-def library() -> Any:
+def library() -> ctypes.CDLL:
     """The cuBLASLt of this process; ask once tensors are on a device, which loads theirs.
 
     Raises:
@@ -78,11 +78,11 @@ class Functions:
         library: of `library`, or something with the same functions.
     """
 
-    def __init__(self, library: Any, device: int) -> None:
+    def __init__(self, library: ctypes.CDLL, device: int) -> None:
         self._library, self._device = library, device
         self._several = cuda().num_devices > 1
 
-    def call(self, what: Any, name: str, *arguments: Any) -> None:
+    def call(self, what: object, name: str, *arguments: object) -> None:
         """Call a function in the device's context with ctypes objects, or ints of 32 bits.
 
         Raises:
@@ -97,18 +97,24 @@ class Functions:
         if status:
             raise self.error(status, what, name)
 
-    def error(self, status: int, what: Any, name: str) -> DeviceError:
+    def error(self, status: int, what: object, name: str) -> DeviceError:
         return DeviceError(
             f"{name}: {self._library.cublasLtGetStatusName(status).decode()}: {what}"
         )
 
-    def made(self, name: str, *arguments: Any) -> ctypes.c_void_p:
+    def made(self, name: str, *arguments: object) -> ctypes.c_void_p:
         """What a function makes and writes to its first argument."""
         handle = ctypes.c_void_p()
         self.call(f"on device {self._device}", name, ctypes.byref(handle), *arguments)
         return handle
 
-    def set(self, name: str, owner: ctypes.c_void_p, attribute: int, value: Any) -> None:
+    def set(
+        self,
+        name: str,
+        owner: ctypes.c_void_p,
+        attribute: int,
+        value: ctypes._SimpleCData[Any],
+    ) -> None:
         """Set an attribute to the value of a ctypes object."""
         size = ctypes.c_size_t(ctypes.sizeof(value))
         self.call(f"attribute {attribute}", name, owner, attribute, ctypes.byref(value), size)

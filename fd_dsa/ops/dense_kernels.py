@@ -14,6 +14,7 @@ import paddle
 from fd_dsa.ops.fp8_rows import GROUP, Fp8Rows, empty_fp8_rows, places_of, store_groups
 from fd_dsa.ops.step_kernel import step_kernel
 from fd_dsa.ops.triton_fp8 import stored, widened
+from fd_dsa.tensor import Tensor
 from fd_dsa.triton_runtime import start_next, wait_for_inputs
 
 import triton  # isort: skip
@@ -22,7 +23,7 @@ import triton.language as tl  # isort: skip
 _BLOCK = 1024
 
 
-def empty_beside(x: Any, *shape: int, dtype: str | None = None) -> Any:
+def empty_beside(x: Tensor, *shape: int, dtype: str | None = None) -> Tensor:
     """An uninitialised tensor on the device of `x`, of its type unless another one is named."""
     return paddle.empty(list(shape), dtype or x.dtype, device=x.place)
 
@@ -65,8 +66,12 @@ def rms_norm_kernel(
 
 
 def rms_norm(
-    x: Any, delta: Any, weight: Any, epsilon: float, round_scales: bool | None = None
-) -> tuple[Any, Any, Fp8Rows | None]:
+    x: Tensor,
+    delta: Tensor | None,
+    weight: Tensor,
+    epsilon: float,
+    round_scales: bool | None = None,
+) -> tuple[Tensor | None, Tensor, Fp8Rows | None]:
     """x + delta, that sum's norm, and the norm in FP8; one launch.
 
     The sum is rounded to the type of `x`; of that, sum * rsqrt(mean(sum^2) + epsilon) * weight.
@@ -147,7 +152,7 @@ def activate_kernel(
         store_groups(widened(values), codes, scales, scale_stride, left, BLOCK, ROUND_SCALES)
 
 
-def silu_and_mul(gate_up: Any, round_scales: bool | None = None) -> Any:
+def silu_and_mul(gate_up: Tensor, round_scales: bool | None = None) -> Tensor | Fp8Rows:
     """silu(gate) * up of the two halves of each row, in the type of `gate_up` or as Fp8Rows.
 
     Args:
@@ -157,7 +162,7 @@ def silu_and_mul(gate_up: Any, round_scales: bool | None = None) -> Any:
     return _activated(gate_up, gate_up.shape[1] // 2, round_scales, gated=True)
 
 
-def quantize_rows(x: Any, round_scales: bool) -> Fp8Rows:
+def quantize_rows(x: Tensor, round_scales: bool) -> Fp8Rows:
     """FP8 of rows: codes by rounding to nearest even, past 448 the largest, NaN 0x7F.
 
     A scale is a 448th of its group's largest magnitude, at least 1e-12; NaN does not count.
@@ -166,10 +171,10 @@ def quantize_rows(x: Any, round_scales: bool) -> Fp8Rows:
         x: float32 or bfloat16 [rows, width], contiguous.
         round_scales: scales are rounded up to powers of two (`scale_fmt` "ue8m0").
     """
-    return _activated(x, x.shape[1], round_scales, gated=False)  # type: ignore[no-any-return]
+    return _activated(x, x.shape[1], round_scales, gated=False)
 
 
-def _activated(x: Any, width: int, round_scales: bool | None, *, gated: bool) -> Any:
+def _activated(x: Tensor, width: int, round_scales: bool | None, *, gated: bool) -> Any:
     """A launch over `x`, whose result has `width` columns."""
     rows, empty = x.shape[0], empty_beside if round_scales is None else empty_fp8_rows
     out = empty(x, rows, width)
@@ -198,7 +203,7 @@ def rows_at_kernel(
     tl.store(out_ptr + row * WIDTH + column, values, mask=inside)
 
 
-def rows_at(table: Any, index: Any, out: Any = None) -> Any:
+def rows_at(table: Tensor, index: Tensor, out: Tensor | None = None) -> Tensor:
     """Rows `index` of a table, [n, width] in its type; zeros for an index that it has not.
 
     Args:

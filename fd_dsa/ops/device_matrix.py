@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -19,6 +20,8 @@ from fd_dsa.ops.fp8_gemm import fp8_linear
 from fd_dsa.ops.fp8_rows import GROUP, Fp8Rows
 from fd_dsa.ops.head_gemm import head_gemm, linear_in_one_order
 from fd_dsa.ops.linear import values_of
+from fd_dsa.ops.norm import Reducer
+from fd_dsa.tensor import Place, Tensor
 from fd_dsa.triton_runtime import INTERPRETING
 from fd_dsa.triton_runtime.device_api import traits_for
 
@@ -28,7 +31,7 @@ OWN_ROWS = 32
 
 
 @cache
-def _cublaslt(kind: type, place: Any) -> tuple[Any, bool]:
+def _cublaslt(kind: type, place: Place) -> tuple[Any, bool]:
     """What serves cuBLASLt's GEMMs on a device, None without it, and whether it takes block FP8."""
     example = paddle.empty([1], "float32", device=place)
     if not on_device(example) or INTERPRETING:
@@ -52,12 +55,12 @@ class Normed(NamedTuple):
         fp8: the same values in FP8.
     """
 
-    plain: Any
+    plain: Tensor
     fp8: Fp8Rows
 
     @property
-    def shape(self) -> list[int]:
-        return self.plain.shape  # type: ignore[no-any-return]
+    def shape(self) -> Sequence[int]:
+        return self.plain.shape
 
 
 class DeviceNorm:
@@ -69,18 +72,22 @@ class DeviceNorm:
         round_scales: as of a DeviceMatrix; None: no FP8 weight reads the result.
     """
 
-    def __init__(self, weight: Any, epsilon: float, round_scales: bool | None) -> None:
+    def __init__(self, weight: Tensor, epsilon: float, round_scales: bool | None) -> None:
         self.weight, self.epsilon, self._round_scales = weight, epsilon, round_scales
 
-    def of(self, x: Any) -> Any:
+    def of(self, x: Tensor) -> Tensor | Normed:
         """x [num_tokens, width], normed; may be columns of wider rows."""
         return self._sum_and_norm(x, None)[1]
 
-    def after(self, hidden_states: Any, change: Any, group: Any) -> tuple[Any, Any]:
+    def after(
+        self, hidden_states: Tensor, change: Tensor, group: Reducer
+    ) -> tuple[Tensor | None, Tensor | Normed]:
         """As of HostNorm; one launch after the all-reduce."""
         return self._sum_and_norm(hidden_states, group.all_reduce(change))
 
-    def _sum_and_norm(self, x: Any, delta: Any) -> tuple[Any, Any]:
+    def _sum_and_norm(
+        self, x: Tensor, delta: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | Normed]:
         total, normed, fp8 = rms_norm(x, delta, self.weight, self.epsilon, self._round_scales)
         return total, normed if fp8 is None else Normed(normed, fp8)
 
@@ -100,8 +107,8 @@ class DeviceMatrix:
 
     def __init__(
         self,
-        values: Any,
-        scales: Any = None,
+        values: Tensor,
+        scales: Tensor | None = None,
         *,
         round_scales: bool = False,
         sums_in_float32: bool = False,
@@ -109,35 +116,36 @@ class DeviceMatrix:
         self.values, self.scales, self.round_scales = values, scales, round_scales
         self.sums_in_float32 = sums_in_float32 and dtype_name(values.dtype) != "float32"
 
-    def times(self, x: Any) -> Any:
+    def times(self, x: Tensor | Normed | Fp8Rows) -> Tensor:
         """x [num_tokens, in], Normed or Fp8Rows of it, times the weight: [num_tokens, out]."""
-        x = self._read(x)
+        rows = self._read(x)
         if self.scales is not None:
-            return self._times_fp8(x)
+            return self._times_fp8(rows, self.scales)
         if fixed_order():
             dtype = "float32" if self.sums_in_float32 else dtype_name(self.values.dtype)
-            return linear_in_one_order(x, self.values, dtype)
+            return linear_in_one_order(rows, self.values, dtype)
         if not self.sums_in_float32:
-            return matmul(x, self.values, transpose_y=True)
-        library, _ = _cublaslt(type(x), x.place)
+            return matmul(rows, self.values, transpose_y=True)
+        library, _ = _cublaslt(rows.__class__, rows.place)
         if library is None:
-            wide = paddle.cast(x, "float32"), paddle.cast(self.values, "float32")
+            wide = paddle.cast(rows, "float32"), paddle.cast(self.values, "float32")
             return matmul(*wide, transpose_y=True)
-        out = paddle.empty([x.shape[0], self.values.shape[0]], "float32", device=x.place)
-        library.linear(x, self.values, out)
+        shape = [rows.shape[0], self.values.shape[0]]
+        out = paddle.empty(shape, "float32", device=rows.place)
+        library.linear(rows, self.values, out)
         return out
 
-    def _times_fp8(self, rows: Fp8Rows) -> Any:
+    def _times_fp8(self, rows: Fp8Rows, scales: Tensor) -> Tensor:
         """By cuBLASLt where there are many rows, and it takes them; else by our own kernel."""
         num_rows, x = rows.codes.shape[0], rows.padded
         if num_rows > OWN_ROWS and x is not None and self._suits_cublaslt:
-            library, takes_fp8 = _cublaslt(type(x), x.place)
+            library, takes_fp8 = _cublaslt(x.__class__, x.place)
             if takes_fp8:
                 shape = [x.shape[0], self.values.shape[0]]
                 out = paddle.empty(shape, "bfloat16", device=x.place)
-                library.fp8_linear(x, rows.scales, self.values, self.scales, out)
+                library.fp8_linear(x, rows.scales, self.values, scales, out)
                 return out if num_rows == shape[0] else out[:num_rows]
-        return fp8_linear(rows, self.values, self.scales)
+        return fp8_linear(rows, self.values, scales)
 
     @property
     def _suits_cublaslt(self) -> bool:
@@ -145,11 +153,13 @@ class DeviceMatrix:
         outputs, width = self.values.shape
         return not fixed_order() and outputs % 8 == 0 and width % (4 * GROUP) == 0
 
-    def times_by_head(self, x: Any) -> Any:
+    def times_by_head(self, x: Tensor) -> Tensor:
         """Each head's own GEMM: x [num_tokens, heads, in], which may be a view, to [..., out]."""
         return head_gemm(x, self.values)
 
-    def heads_joined(self, x: Any, reader: DeviceMatrix, out: Any = None, rows: Any = None) -> Any:
+    def heads_joined(
+        self, x: Tensor, reader: DeviceMatrix, out: Tensor | None = None, rows: Tensor | None = None
+    ) -> Any:
         """`times_by_head`, the heads of a token side by side, in the form that `reader` reads.
 
         Args:
@@ -165,21 +175,27 @@ class DeviceMatrix:
         return reader.round_scales if is_fp8 else None
 
     def times_grouped(
-        self, x: Any, pairs: Any, counts: Any, *, top_k: int, gated: bool = False
-    ) -> Any:
+        self,
+        x: Tensor | Normed | Fp8Rows,
+        pairs: Tensor,
+        counts: Tensor,
+        *,
+        top_k: int,
+        gated: bool = False,
+    ) -> Tensor | Fp8Rows:
         """Each pair's row times its expert's weight; see `expert_gemm`, whose arguments these are.
 
         Gated, FP8 weights give Fp8Rows.
         """
         weight, rounds = (self.values, self.scales), self.round_scales
-        how = {"top_k": top_k, "gated": gated, "round_scales": rounds}
+        how: dict[str, Any] = {"top_k": top_k, "gated": gated, "round_scales": rounds}
         return expert_gemm(self._read(x), weight, pairs, counts, **how)
 
-    def activated(self, gate_up: Any) -> Any:
+    def activated(self, gate_up: Tensor) -> Tensor | Fp8Rows:
         """silu(gate) * up of [num_tokens, 2 * in], in the form that `times` reads."""
         return silu_and_mul(gate_up, None if self.scales is None else self.round_scales)
 
-    def _read(self, x: Any) -> Any:
+    def _read(self, x: Tensor | Normed | Fp8Rows) -> Any:
         """`x` in the form that GEMMs with the weight read."""
         if self.scales is None or isinstance(x, Fp8Rows):
             return values_of(x)

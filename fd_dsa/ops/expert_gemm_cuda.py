@@ -9,13 +9,13 @@ from __future__ import annotations
 import ctypes
 import logging
 from functools import cache
-from typing import Any
 
 from fd_dsa import custom_ops
 from fd_dsa.errors import BackendUnavailable
 from fd_dsa.ops.fixed_order import why_not_by_rows
 from fd_dsa.ops.fp8_rows import GROUP
 from fd_dsa.ops.library_kernel import LibraryKernel, shared_kernel, why_not_compiled
+from fd_dsa.tensor import Tensor
 from fd_dsa.triton_runtime.device_api import traits_for
 
 logger = logging.getLogger(__name__)
@@ -46,13 +46,13 @@ class ExpertGemm(LibraryKernel):
 
     def __call__(
         self,
-        x: tuple[Any, Any],
-        weight: tuple[Any, Any],
-        pairs: Any,
-        counts: Any,
-        out: Any,
-        out_scales: Any,
-        taken: Any,
+        x: tuple[Tensor, Tensor],
+        weight: tuple[Tensor, Tensor],
+        pairs: Tensor,
+        counts: Tensor,
+        out: Tensor,
+        out_scales: Tensor | None,
+        taken: Tensor,
         *,
         round_scales: bool,
     ) -> None:
@@ -68,9 +68,11 @@ class ExpertGemm(LibraryKernel):
         others = {"x_scales": x[1], "weight_scales": weight[1], "pairs": pairs, "counts": counts}
         for name, tensor in {**others, "taken": taken}.items():
             setattr(job, name, self._address(name, tensor))
-        gated = out_scales is not None
-        job.out_scales = self._address("out_scales", out_scales) if gated else None
-        job.x_stride, job.out_stride = x[1].shape[1], out_scales.shape[1] if gated else 0
+        gated, job.out_scales, job.out_stride = out_scales is not None, None, 0
+        if out_scales is not None:
+            job.out_scales = self._address("out_scales", out_scales)
+            job.out_stride = out_scales.shape[1]
+        job.x_stride = x[1].shape[1]
         job.num_tokens, job.num_pairs = pairs.shape[1], out.shape[0]
         job.row_pairs = out.shape[0] // x[0].shape[0]
         (job.num_experts, _, job.width), job.columns = weight[0].shape, out.shape[1]
@@ -89,14 +91,14 @@ def suits(num_rows: int, num_pairs: int, num_experts: int, columns: int, width: 
     )
 
 
-def kernel_for(codes: Any) -> ExpertGemm | None:
+def kernel_for(codes: Tensor) -> ExpertGemm | None:
     """The kernel for codes on their device; None: Triton's serves. Logged once a device."""
     reason = why_not_by_rows() or why_not_compiled() or unsupported_reason(codes)
     return _kernel_for(custom_ops.build().kernels, reason)
 
 
 @cache
-def _kernel_for(kernels: Any, reason: str) -> ExpertGemm | None:
+def _kernel_for(kernels: ctypes.CDLL | None, reason: str) -> ExpertGemm | None:
     """What serves with a library, unless there is a reason against it."""
     found = None
     if not reason and kernels is None:
@@ -111,7 +113,7 @@ def _kernel_for(kernels: Any, reason: str) -> ExpertGemm | None:
     return found
 
 
-def unsupported_reason(codes: Any) -> str:
+def unsupported_reason(codes: Tensor) -> str:
     """Why the kernel does not run where a tensor is; "" if it does."""
     capability = traits_for(codes).capability
     return "" if capability == _HOPPER else f"the GPU is of capability {capability}, not {_HOPPER}"

@@ -22,6 +22,7 @@ from fd_dsa.ops.fp8_gemm import Tiling, check_weight, native_fp8
 from fd_dsa.ops.fp8_rows import GROUP, Fp8Rows, empty_fp8_rows, places_of
 from fd_dsa.ops.step_kernel import step_kernel
 from fd_dsa.ops.triton_fp8 import stored, widened
+from fd_dsa.tensor import Tensor
 from fd_dsa.triton_runtime import start_next, wait_for_inputs
 from fd_dsa.triton_runtime.device_api import traits_for
 
@@ -100,16 +101,16 @@ def choose_experts_kernel(
 
 
 def choose_experts(
-    logits: Any,
-    bias: Any,
+    logits: Tensor,
+    bias: Tensor,
     *,
     top_k: int,
     n_group: int,
     topk_group: int,
     norm: bool,
     scaling: float,
-    slot_mapping: Any,
-) -> tuple[Any, Any]:
+    slot_mapping: Tensor,
+) -> tuple[Tensor, Tensor]:
     """Experts of each token, int32 [num_tokens, top_k], ascending, and their weights, float32.
 
     A token of padding has ids of -1 and weights of 0.
@@ -170,7 +171,7 @@ def group_pairs_kernel(ids_ptr, pairs_ptr, counts_ptr, num_pairs, num_tokens, BL
     tl.store(counts_ptr + expert, count)
 
 
-def group_pairs(ids: Any, num_experts: int) -> tuple[Any, Any]:
+def group_pairs(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """Pairs of each expert in order, int32 [num_experts, num_tokens], and how many, [num_experts].
 
     Pair i is choice i % top_k of token i // top_k.
@@ -189,16 +190,16 @@ def group_pairs(ids: Any, num_experts: int) -> tuple[Any, Any]:
 
 
 def expert_gemm(
-    x: Any,
-    weight: tuple[Any, Any],
-    pairs: Any,
-    counts: Any,
+    x: Tensor | Fp8Rows,
+    weight: tuple[Tensor, Any],
+    pairs: Tensor,
+    counts: Tensor,
     *,
     top_k: int,
     gated: bool = False,
     round_scales: bool | None = None,
     tiling: Tiling | None = None,
-) -> Any:
+) -> Tensor | Fp8Rows:
     """Each pair's row of `x` times its expert's weight^T, [num_tokens * top_k, columns].
 
     float32 operands give float32, all others bfloat16, but a gated GEMM of FP8 gives FP8 of the
@@ -221,7 +222,7 @@ def expert_gemm(
             with those of the second half.
     """
     is_fp8, (values, scales) = isinstance(x, Fp8Rows), weight
-    rows, (*_, x_scales, x_stride) = x.codes if is_fp8 else x, places_of(x)
+    rows, (*_, x_scales, x_stride) = x.codes if isinstance(x, Fp8Rows) else x, places_of(x)
     experts, columns, width = values.shape
     columns //= 1 + gated
     if is_fp8:
@@ -232,12 +233,14 @@ def expert_gemm(
             )
     num_tokens, kind = pairs.shape[1], dtype_name(values.dtype)
     num_pairs = num_tokens * top_k
+    result: Tensor | Fp8Rows
     if is_fp8 and gated:
         result = empty_fp8_rows(rows, num_pairs, columns)
     else:
         out_dtype = "float32" if kind == "float32" else "bfloat16"
         result = empty_beside(rows, num_pairs, columns, dtype=out_dtype)
-    out, (*_, out_scales, out_stride) = getattr(result, "codes", result), places_of(result)
+    *_, out_scales, out_stride = places_of(result)
+    out: Tensor = result.codes if isinstance(result, Fp8Rows) else result
     by_library: ExpertGemm | None = None
     sizes = rows.shape[0], num_pairs, experts, columns, width
     if is_fp8 and tiling is None and num_pairs and columns and suits(*sizes):
@@ -290,7 +293,7 @@ def sum_experts_kernel(
     tl.store(out_ptr + token * WIDTH + column, stored(total, out_ptr), mask=inside)
 
 
-def sum_experts(parts: Any, weights: Any, ids: Any, base: Any) -> Any:
+def sum_experts(parts: Tensor, weights: Tensor, ids: Tensor, base: Tensor) -> Tensor:
     """`base` plus what the experts of a token give, weighted; float32 sums, rounded to its type.
 
     Args:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from fd_dsa.ops.step_kernel import step_kernel
 from fd_dsa.ops.triton_fp8 import to_bfloat16, to_e4m3
+from fd_dsa.tensor import Tensor
 
 import triton  # isort: skip
 import triton.language as tl  # isort: skip
@@ -30,7 +30,7 @@ def fill_kernel(
     tl.store(out_ptr + start + place, values, mask=place < count)
 
 
-def fill_random(out: Any, start: int, count: int, seed: Sequence[int], deviation: float) -> None:
+def fill_random(out: Tensor, start: int, count: int, seed: Sequence[int], deviation: float) -> None:
     """Fill `count` values of a contiguous tensor with normal numbers of mean 0.
 
     Args:
@@ -45,13 +45,13 @@ def fill_random(out: Any, start: int, count: int, seed: Sequence[int], deviation
     _fill(out, start, count, mixed, 0.0, deviation)
 
 
-def fill_constant(out: Any, start: int, count: int, value: float) -> None:
+def fill_constant(out: Tensor, start: int, count: int, value: float) -> None:
     """Fill `count` values of a contiguous tensor from value `start` on, in memory order."""
     _fill(out, start, count, 0, value, None)
 
 
 def _fill(
-    out: Any, start: int, count: int, seed: int, mean: float, deviation: float | None
+    out: Tensor, start: int, count: int, seed: int, mean: float, deviation: float | None
 ) -> None:
     if count:
         grid = (triton.cdiv(count, _BLOCK),)

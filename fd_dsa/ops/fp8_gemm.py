@@ -11,7 +11,7 @@ Source: DeepSeek-V3 (arXiv 2412.19437) §3.3.2, promotion of partial sums every 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from fd_dsa.errors import ShapeError
 from fd_dsa.ops.dense_kernels import empty_beside
@@ -20,6 +20,7 @@ from fd_dsa.ops.fp8_rows import GROUP, Fp8Rows
 from fd_dsa.ops.split_sums import clear_counters, scratch_beside, splits_of, sum_of_parts
 from fd_dsa.ops.step_kernel import step_kernel
 from fd_dsa.ops.triton_fp8 import stored
+from fd_dsa.tensor import Tensor
 from fd_dsa.triton_runtime import INTERPRETING, start_next, wait_for_inputs
 from fd_dsa.triton_runtime.device_api import traits_for
 from fd_dsa.triton_runtime.driver import FP8_CAPABILITY
@@ -209,7 +210,7 @@ def fp8_linear_kernel(
         tl.store(to, stored(total, out_ptr), mask=mask)
 
 
-def native_fp8(x: Any) -> bool:
+def native_fp8(x: Tensor) -> bool:
     """Whether the device of a tensor multiplies e4m3 numbers: from compute capability 8.9 on."""
     return not INTERPRETING and traits_for(x).capability >= FP8_CAPABILITY
 
@@ -224,7 +225,7 @@ def launch_options(
     return (tiles, splits), tiling.options | {"STEPS": each, "SPLITS": splits}
 
 
-def check_weight(codes: Any, scales: Any, width: int) -> None:
+def check_weight(codes: Tensor, scales: Tensor, width: int) -> None:
     """Raise ShapeError unless a weight has rows of `width` and its scales fit it."""
     *outer, columns, own = codes.shape
     wanted = [*outer, -(-columns // GROUP), -(-own // GROUP)]
@@ -237,13 +238,13 @@ def check_weight(codes: Any, scales: Any, width: int) -> None:
 
 def fp8_linear(
     rows: Fp8Rows,
-    codes: Any,
-    scales: Any,
+    codes: Tensor,
+    scales: Tensor,
     out_dtype: str = "bfloat16",
     *,
     tiling: Tiling | None = None,
-    scratch: Any = None,
-) -> Any:
+    scratch: Tensor | None = None,
+) -> Tensor:
     """rows times weight^T, [num_rows, out] in `out_dtype`; sums in float32, in a fixed order.
 
     Args:

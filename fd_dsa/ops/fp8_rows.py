@@ -14,6 +14,7 @@ import paddle
 
 from fd_dsa.ops.cublaslt import padded_rows
 from fd_dsa.ops.triton_fp8 import absolute_maximum, magnitude, over_448, quotient, to_e4m3
+from fd_dsa.tensor import Tensor
 
 import triton  # isort: skip
 import triton.language as tl  # isort: skip
@@ -39,7 +40,7 @@ class Fp8Rows(NamedTuple):
     padded: Any = None
 
 
-def empty_fp8_rows(beside: Any, rows: int, width: int) -> Fp8Rows:
+def empty_fp8_rows(beside: Tensor, rows: int, width: int) -> Fp8Rows:
     """Uninitialised Fp8Rows on the device of a tensor."""
     place = beside.place
     groups, stride = -(-width // GROUP), padded_rows(rows)
@@ -48,7 +49,7 @@ def empty_fp8_rows(beside: Any, rows: int, width: int) -> Fp8Rows:
     return Fp8Rows(padded if rows == stride else padded[:rows], scales, padded)
 
 
-def places_of(x: Any) -> tuple[Any, Any, Any, int]:
+def places_of(x: Tensor | Fp8Rows | None) -> tuple[Any, Any, Any, int]:
     """A tensor, or codes and scales of Fp8Rows, and the step from a group's scales to the next."""
     if isinstance(x, Fp8Rows):
         return None, x.codes, x.scales, x.scales.shape[1]

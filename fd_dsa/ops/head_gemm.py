@@ -11,9 +11,10 @@ from typing import Any
 from fd_dsa.ops.arrays import dtype_name
 from fd_dsa.ops.dense_kernels import empty_beside
 from fd_dsa.ops.fixed_order import rows_of_tiles
-from fd_dsa.ops.fp8_rows import GROUP, empty_fp8_rows, places_of, quantized
+from fd_dsa.ops.fp8_rows import GROUP, Fp8Rows, empty_fp8_rows, places_of, quantized
 from fd_dsa.ops.step_kernel import step_kernel
 from fd_dsa.ops.triton_fp8 import to_bfloat16, widened
+from fd_dsa.tensor import Tensor
 from fd_dsa.triton_runtime import start_next, wait_for_inputs
 
 import triton  # isort: skip
@@ -96,7 +97,11 @@ def head_gemm_kernel(
 
 
 def head_gemm(
-    x: Any, weight: Any, round_scales: bool | None = None, out: Any = None, rows: Any = None
+    x: Tensor,
+    weight: Tensor,
+    round_scales: bool | None = None,
+    out: Tensor | Fp8Rows | None = None,
+    rows: Tensor | None = None,
 ) -> Any:
     """x [num_tokens, heads, in] times weight [heads, in, out]: [num_tokens, heads, out].
 
@@ -116,7 +121,7 @@ def head_gemm(
     return out
 
 
-def linear_in_one_order(x: Any, weight: Any, dtype: str) -> Any:
+def linear_in_one_order(x: Tensor, weight: Tensor, dtype: str) -> Tensor:
     """x [num_tokens, in] times weight^T: [num_tokens, out], sums in float32.
 
     With FD_DSA_BATCH_INVARIANT=1 a row has the same bits beside any number of other rows.
@@ -133,11 +138,11 @@ def linear_in_one_order(x: Any, weight: Any, dtype: str) -> Any:
 
 
 def _launch(
-    x: Any,
-    weight: Any,
+    x: Tensor,
+    weight: Tensor,
     shape: Sequence[int],
-    out: Any,
-    rows: Any = None,
+    out: Tensor | Fp8Rows | Fp8Rows | None,
+    rows: Tensor | None = None,
     *,
     in_first: bool = True,
     round_scales: bool = False,
@@ -163,7 +168,7 @@ def _launch(
 
 
 def empty_heads(
-    beside: Any, num_tokens: int, heads: int, width: int, round_scales: bool | None
+    beside: Tensor, num_tokens: int, heads: int, width: int, round_scales: bool | None
 ) -> Any:
     """An uninitialised result of `head_gemm`."""
     if round_scales is None:

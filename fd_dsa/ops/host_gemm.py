@@ -241,7 +241,9 @@ def times_of_spans(
             else:
                 weight.times(rows, out=result)
     else:
-        packed[0].times(x, out, [(w._packed[1], start, end) for w, start, end in spans])
+        # weights of one size are packed alike
+        memories = [(w._packed[1], start, end) for w, start, end in spans]  # type: ignore[index]
+        packed[0].times(x, out, memories)
 
 
 def batched(x: np.ndarray, y: np.ndarray, *, transpose_y: bool = False) -> np.ndarray:
@@ -256,8 +258,8 @@ def batched(x: np.ndarray, y: np.ndarray, *, transpose_y: bool = False) -> np.nd
         return np.matmul(x, y.transpose(0, 2, 1) if transpose_y else y)
     sgemm = thread_state.sgemm
     if sgemm is None:
-        y = as_tensor(np.ascontiguousarray(y))
-        return as_numpy(matmul(staged(x), y, transpose_y=transpose_y))
+        operand = as_tensor(np.ascontiguousarray(y))
+        return as_numpy(matmul(staged(x), operand, transpose_y=transpose_y))
     x = np.ascontiguousarray(x)
     out = np.empty((count, rows, columns), np.float32)
     mode = b"T" if transpose_y else b"N"

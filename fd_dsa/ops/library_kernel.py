@@ -12,6 +12,7 @@ from fd_dsa.device.allocation import Allocate
 from fd_dsa.device.transfers import Transfers
 from fd_dsa.errors import BackendUnavailable, DeviceError, LaunchError
 from fd_dsa.ops.probes import Case, Memory
+from fd_dsa.tensor import Tensor
 from fd_dsa.triton_runtime import INTERPRETING
 from fd_dsa.triton_runtime.device_api import api_for_type
 from fd_dsa.triton_runtime.driver import cuda
@@ -39,7 +40,7 @@ class LibraryKernel:
     structure: ClassVar[type[ctypes.Structure]]
     cases: ClassVar[Callable[[], Iterable[Case]]]
 
-    def __init__(self, kernels: Any) -> None:
+    def __init__(self, kernels: ctypes.CDLL) -> None:
         # a library of an earlier release has no function of this name
         if getattr(kernels, self.size, int)() != ctypes.sizeof(self.structure):
             raise BackendUnavailable(
@@ -52,7 +53,7 @@ class LibraryKernel:
         self._api: Any = None
         self._device = -1
 
-    def bind(self, tensor: Any) -> None:
+    def bind(self, tensor: Tensor) -> None:
         """Launch on the device of a tensor."""
         api = api_for_type(type(tensor))
         device = api.device_of(tensor)
@@ -77,7 +78,7 @@ class LibraryKernel:
             raise DeviceError(f"{self.launcher}: CUDA error {code}: {text(code).decode()}")
 
     def _address(
-        self, name: str, tensor: Any, *, multiple: int = 1, may_have_gaps: bool = False
+        self, name: str, tensor: Tensor, *, multiple: int = 1, may_have_gaps: bool = False
     ) -> int:
         """Address of a tensor on the device of the launch, a multiple of some bytes."""
         device = self._api.device_of(tensor)
@@ -104,7 +105,7 @@ shared_kernel = cache(lambda kind, kernels: kind(kernels))
 _differences: dict[tuple[Any, Any], str] = {}
 
 
-def difference(kind: Any, kernels: Any, allocate: Allocate) -> str:
+def difference(kind: Any, kernels: ctypes.CDLL | None, allocate: Allocate) -> str:
     """How a kernel's results differ from the definition; "" if they do not.
 
     The thread waits for the device at the first call for a kernel and a library.

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from fd_dsa.ops.arrays import as_numpy, check_array, on_device
 from fd_dsa.ops.providers import choose, device_kind, device_name, function
 from fd_dsa.step import ForwardMeta, StepMetadataBuilder
+from fd_dsa.tensor import Array
 
 
 def step_metadata(
-    seq_lens_encoder: Any,
-    seq_lens_decoder: Any,
-    seq_lens_this_time: Any,
-    block_tables: Any,
+    seq_lens_encoder: Array,
+    seq_lens_decoder: Array,
+    seq_lens_this_time: Array,
+    block_tables: Array,
     *,
     block_size: int,
     num_blocks: int | None = None,
@@ -68,4 +67,4 @@ def step_metadata(
     if out is None:
         sizes = max(num_rows, 1), max(num_tokens, 1), max(max_blocks, 1), block_size, num_blocks
         out = builder(*sizes, device="cpu" if kind == "cpu" else device_name(block_tables))
-    return out.build(*inputs, block_tables, num_tokens=num_tokens, **counts)  # type: ignore[no-any-return]
+    return out.build(*inputs, block_tables, num_tokens=num_tokens, **counts)

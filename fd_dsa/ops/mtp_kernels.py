@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from fd_dsa.ops.dense_kernels import empty_beside
 from fd_dsa.ops.step_kernel import step_kernel
 from fd_dsa.ops.triton_fp8 import stored, widened
+from fd_dsa.tensor import Tensor
 from fd_dsa.triton_runtime import start_next, wait_for_inputs
 
 import triton  # isort: skip
 import triton.language as tl  # isort: skip
+
+if TYPE_CHECKING:
+    from fd_dsa.ops.device_matrix import DeviceNorm
 
 
 @step_kernel(waits=True)
@@ -49,8 +53,13 @@ def mtp_inputs_kernel(
 
 
 def mtp_inputs(
-    table: Any, next_ids: Any, positions: Any, hidden: Any, token_norm: Any, hidden_norm: Any
-) -> Any:
+    table: Tensor,
+    next_ids: Tensor,
+    positions: Tensor,
+    hidden: Tensor,
+    token_norm: DeviceNorm,
+    hidden_norm: DeviceNorm,
+) -> Tensor:
     """concat(norm(table[next_ids]), norm(hidden)), [n, 2 * width] in the type of the table.
 
     The embedding is 0 at position 0, and of an id that the table has not.

@@ -9,17 +9,25 @@ adds in another order gets the same bits.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from fd_dsa.ops.arrays import as_numpy
+from fd_dsa.tensor import Array
 
 # values that become float64 at a time, and stay in a core's cache
 _CHUNK = 1 << 16
 
 
-def rms_norm(x: Any, weight: Any, epsilon: float) -> Any:
+class Reducer(Protocol):
+    """Ranks that sum their parts of a tensor, such as a group of `distributed`."""
+
+    def all_reduce(self, tensor: Any) -> Any:
+        """Return the sum over all ranks, an array of the same kind."""
+
+
+def rms_norm(x: Array, weight: Array, epsilon: float) -> np.ndarray:
     """x * rsqrt(mean(x^2) + epsilon) * weight, float32 [num_tokens, width], C-contiguous.
 
     Args:
@@ -43,7 +51,9 @@ class HostNorm:
         """x [num_tokens, width], normed; may be columns of wider rows."""
         return rms_norm(x, self.weight, self.epsilon)
 
-    def after(self, hidden_states: np.ndarray, change: Any, group: Any) -> tuple[Any, Any]:
+    def after(
+        self, hidden_states: np.ndarray, change: np.ndarray, group: Reducer
+    ) -> tuple[np.ndarray, np.ndarray]:
         """The sum of `hidden_states` and of the ranks' changes, and the sum normed.
 
         Args:
@@ -54,7 +64,7 @@ class HostNorm:
         return change, rms_norm(change, self.weight, self.epsilon)
 
 
-def layer_norm(x: Any, weight: np.ndarray, bias: np.ndarray, epsilon: float) -> np.ndarray:
+def layer_norm(x: Array, weight: np.ndarray, bias: np.ndarray, epsilon: float) -> np.ndarray:
     """(x - mean) * rsqrt(variance + epsilon) * weight + bias, float32 like `x`."""
     rows = as_numpy(x)
     mean = rows.mean(axis=1, dtype=np.float64, keepdims=True).astype(np.float32)

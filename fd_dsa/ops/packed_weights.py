@@ -44,7 +44,7 @@ class _Calls(threading.local):
 class OneDNN:
     """The engine and the stream of this process."""
 
-    def __init__(self, library: Any) -> None:
+    def __init__(self, library: ctypes.CDLL) -> None:
         self._library, self._calls = library, _Calls()
         self._orders: dict[tuple[int, int], Any] = {}
         library.dnnl_primitive_desc_query_md.restype = _POINTER
@@ -54,7 +54,7 @@ class OneDNN:
         self._engine = self._make("engine_create", _CPU, ctypes.c_size_t(0))
         self._stream = self._make("stream_create", self._engine, _IN_ORDER)
 
-    def _make(self, name: str, *args: Any) -> Any:
+    def _make(self, name: str, *args: object) -> Any:
         """What a function that creates something writes to its first argument."""
         made = _POINTER()
         status = getattr(self._library, f"dnnl_{name}")(ctypes.byref(made), *args)
@@ -66,7 +66,7 @@ class OneDNN:
         sizes, strides = _SIZES(rows, columns), _SIZES(stride, 1)
         return self._make("memory_desc_create_with_strides", 2, sizes, _FLOAT32, strides)
 
-    def _gemm(self, x: Any, weight: Any, out: Any) -> Any:
+    def _gemm(self, x: object, weight: object, out: object) -> Any:
         return self._make("matmul_primitive_desc_create", self._engine, x, weight, None, out, None)
 
     def _order(self, rows: int, columns: int) -> Any:
@@ -90,10 +90,11 @@ class OneDNN:
         Returns:
             The memory for `times`; None where the array has been left as it is.
         """
-        order = self._order(*array.shape)
+        rows, columns = array.shape
+        order = self._order(rows, columns)
         if order is None:
             return None
-        plain, source = array.copy(), self._matrix(*array.shape, array.shape[1])
+        plain, source = array.copy(), self._matrix(rows, columns, columns)
         memory = self._memory(order, array)
         reorder = self._make(
             "reorder_primitive_desc_create", source, self._engine, order, self._engine, None
@@ -106,12 +107,14 @@ class OneDNN:
         self._library.dnnl_stream_wait(self._stream)
         return memory
 
-    def _memory(self, description: Any, array: np.ndarray | None = None) -> Any:
+    def _memory(self, description: object, array: np.ndarray | None = None) -> Any:
         """An array as oneDNN's memory; None = set in each call."""
         address = 0 if array is None else array.ctypes.data
         return self._make("memory_create", description, self._engine, _POINTER(address))
 
-    def times(self, x: np.ndarray, out: np.ndarray, spans: Iterable[tuple[Any, int, int]]) -> None:
+    def times(
+        self, x: np.ndarray, out: np.ndarray, spans: Iterable[tuple[object, int, int]]
+    ) -> None:
         """Rows of x [num_rows, in], each contiguous, times packed weights, to out [num_rows, out].
 
         Args:
@@ -158,5 +161,5 @@ def _pieces(rows: int) -> tuple[int, ...]:
 
 
 @cache
-def onednn(library: Any) -> OneDNN:
+def onednn(library: ctypes.CDLL) -> OneDNN:
     return OneDNN(library)

@@ -11,10 +11,11 @@ from fd_dsa import custom_ops
 from fd_dsa.device.host_tensor import as_tensor
 from fd_dsa.ops.arrays import as_numpy, check_array, check_values, check_writable
 from fd_dsa.ops.providers import choose, device_kind, function
+from fd_dsa.tensor import Array
 
 
 def position_ids(
-    seq_lens_encoder: Any, seq_lens_decoder: Any, seq_lens_this_time: Any, position_ids: Any
+    seq_lens_encoder: Array, seq_lens_decoder: Array, seq_lens_this_time: Array, position_ids: Array
 ) -> Any:
     """Write the positions of a step's tokens: token j of row b has seq_lens_decoder[b] + j.
 
@@ -60,14 +61,14 @@ def position_ids(
     return position_ids
 
 
-def registered_position_ids(*tensors: Any) -> None:
+def registered_position_ids(*tensors: Array) -> None:
     """The same by the operator of fd_dsa_ops, which is registered with Paddle."""
     write = import_module(custom_ops.PACKAGE).get_position_ids_and_mask_encoder_batch
     write(*(as_tensor(x) if isinstance(x, np.ndarray) else x for x in tensors))
 
 
 def position_ids_on_host(
-    seq_lens_encoder: Any, seq_lens_decoder: Any, seq_lens_this_time: Any, position_ids: Any
+    seq_lens_encoder: Array, seq_lens_decoder: Array, seq_lens_this_time: Array, position_ids: Array
 ) -> None:
     known, new = as_numpy(seq_lens_decoder), as_numpy(seq_lens_this_time)
     first = np.cumsum(new) - new

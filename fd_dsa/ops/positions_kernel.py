@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from fd_dsa.ops.step_kernel import step_kernel
+from fd_dsa.tensor import Tensor
 
 import triton.language as tl  # isort: skip
 
@@ -28,7 +27,10 @@ def position_ids_kernel(seq_lens_decoder_ptr, seq_lens_this_time_ptr, position_i
 
 
 def position_ids(
-    seq_lens_encoder: Any, seq_lens_decoder: Any, seq_lens_this_time: Any, position_ids: Any
+    seq_lens_encoder: Tensor,
+    seq_lens_decoder: Tensor,
+    seq_lens_this_time: Tensor,
+    position_ids: Tensor,
 ) -> None:
     """See `fd_dsa.ops.positions.position_ids`."""
     num_rows = seq_lens_this_time.shape[0]

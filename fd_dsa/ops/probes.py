@@ -16,7 +16,8 @@ import numpy as np
 from fd_dsa.device.allocation import Allocate
 from fd_dsa.device.host_tensor import as_tensor
 from fd_dsa.ops.arrays import dtype_name
-from fd_dsa.step import StepMetadataBuilder
+from fd_dsa.step import ForwardMeta, StepMetadataBuilder
+from fd_dsa.tensor import Array
 
 Outputs = dict[str, np.ndarray]
 Call = Callable[..., Any]
@@ -59,7 +60,7 @@ class Memory:
 
         return uploaded(self.allocate, array, dtype)
 
-    def get(self, array: Any) -> np.ndarray:
+    def get(self, array: Array) -> np.ndarray:
         """The values of what `put` made or an operator returned."""
         if isinstance(array, np.ndarray):
             return array
@@ -76,14 +77,14 @@ class Memory:
 
     def step(
         self, lengths: tuple[list[int], ...], tables: np.ndarray, block: int, tokens: int
-    ) -> Any:
+    ) -> ForwardMeta:
         """ForwardMeta of encoder, decoder and new lengths, padded to a number of tokens."""
-        arrays = [np.array(values, np.int32) for values in lengths]
+        encoder, decoder, new = (np.array(values, np.int32) for values in lengths)
         device = "numpy" if self.on_host else "gpu"
         builder = StepMetadataBuilder(
             len(tables), tokens, tables.shape[1], block, tables.size, device, self.allocate
         )
-        return builder.build(*arrays, tables, tokens)
+        return builder.build(encoder, decoder, new, tables, tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +187,7 @@ def _topk(sizes: tuple[tuple[int, int], ...], call: Call, memory: Memory) -> Ite
         scores[3] = np.maximum(np.round(scores[3]), 0)
         scores[0, ::7] *= np.float32(-1e-40)
         best = memory.blank((4, k), np.int32)
-        inputs = map(memory.put, (scores, positions, rows, tables))
+        inputs = [memory.put(array) for array in (scores, positions, rows, tables)]
         call(*inputs, best, block_size=8, num_blocks=tables.size)
         out[f"{width} best"], slots = memory.get(best), np.full((4, k), -1)
         for token, length in enumerate(np.where(rows < 0, 0, positions + 1)):

@@ -6,6 +6,7 @@ one that can serve does, unless FD_DSA_OP_PROVIDER asks for another. A choice is
 
 from __future__ import annotations
 
+import ctypes
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ import numpy as np
 from fd_dsa import custom_ops
 from fd_dsa.environment import choose_triton_mode, variable
 from fd_dsa.errors import BackendUnavailable, ConfigError, KernelUnavailable
+from fd_dsa.tensor import Array
 
 logger = logging.getLogger(__name__)
 
@@ -122,14 +124,14 @@ def device_name(tensor: Any) -> str:
     return str(tensor.place).removeprefix("Place(").removesuffix(")")
 
 
-def activation_dtypes(tensor: Any) -> tuple[str, ...]:
+def activation_dtypes(tensor: Array) -> tuple[str, ...]:
     """Dtypes of activations that operators take where `tensor` is; NumPy has no bfloat16."""
     return ("float32",) if device_kind(tensor) == "cpu" else ("float32", "bfloat16")
 
 
 def function(operator: str, provider: str) -> Callable[..., Any]:
     """The function of a provider; its module is imported by the first call."""
-    return getattr(*_place(operator, provider))  # type: ignore[no-any-return]
+    return getattr(*_place(operator, provider))
 
 
 @cache
@@ -139,7 +141,7 @@ def _place(operator: str, provider: str) -> tuple[Any, str]:
     return import_module(f"fd_dsa.{module}"), name
 
 
-def serving(operator: str, tensor: Any) -> Callable[..., Any]:
+def serving(operator: str, tensor: Array) -> Callable[..., Any]:
     """The function that serves an operator where `tensor` is; for operators without conditions.
 
     It checks nothing: the layers of the engine call it with what they made themselves.
@@ -152,7 +154,7 @@ def serving(operator: str, tensor: Any) -> Callable[..., Any]:
     return function(operator, provider_of(operator, tensor))
 
 
-def provider_of(operator: str, tensor: Any) -> str:
+def provider_of(operator: str, tensor: Array) -> str:
     """Name of the provider that `serving` gives; the same errors and cost."""
     kind = device_kind(tensor)
     return (_choices.get((operator, kind)) or choose(operator, kind)).provider
@@ -178,7 +180,7 @@ def refuse(operator: str, kind: str, provider: str, error: KernelUnavailable) ->
 
 
 def call(
-    operator: str, kind: str, provider: Callable[[], str], *arguments: Any, **options: Any
+    operator: str, kind: str, provider: Callable[[], str], *arguments: object, **options: object
 ) -> Any:
     """Call the function that serves; of the next provider if a kernel cannot be compiled.
 
@@ -207,7 +209,7 @@ def choose(
     operator: str,
     kind: str,
     conditions: Mapping[str, str | None] = MappingProxyType({}),
-    probe: Callable[[Any], str] | None = None,
+    probe: Callable[[ctypes.CDLL], str] | None = None,
 ) -> Choice:
     """The provider that serves; remembered for `table`, and logged where it is new.
 
@@ -232,7 +234,7 @@ def _decide(
     operator: str,
     kind: str,
     conditions: Mapping[str, str | None] = MappingProxyType({}),
-    probe: Callable[[Any], str] | None = None,
+    probe: Callable[[ctypes.CDLL], str] | None = None,
 ) -> tuple[Choice, int, bool]:
     """Choose as `choose` does, without a line in the log.
 
@@ -365,7 +367,7 @@ def on(operator: str, kind: str) -> list[str]:
 
 
 def why_not_library(
-    operator: str, kind: str, probe: Callable[[Any], str] | None = None
+    operator: str, kind: str, probe: Callable[[ctypes.CDLL], str] | None = None
 ) -> tuple[str, bool]:
     """Why fd_dsa_ops does not serve, "" if it does; and whether something is wrong with it."""
     build = custom_ops.build()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from fd_dsa.ops.arrays import as_numpy, check_values
+from fd_dsa.tensor import Array
 
 
-def cos_sin_of(operator: str, position_ids: Any, cos_sin_cache: Any) -> np.ndarray:
+def cos_sin_of(operator: str, position_ids: Array | None, cos_sin_cache: Array) -> np.ndarray:
     """float32 [num_tokens, rope_dim]: cos and sin of each token.
 
     Rows `position_ids` of `cos_sin_cache`; without positions row t is that of token t.

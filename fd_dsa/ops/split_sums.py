@@ -12,6 +12,7 @@ from contextlib import suppress
 from typing import Any
 
 from fd_dsa.device.transfers import transfers_for
+from fd_dsa.tensor import Tensor
 from fd_dsa.triton_runtime import INTERPRETING
 from fd_dsa.triton_runtime.device_api import api_for_type
 
@@ -70,7 +71,7 @@ def splits_of(steps: int, tiles: int, tile_size: int, programs: int) -> tuple[in
     return -(-steps // each), each
 
 
-def new_scratch(like: Any, num_partials: int = NUM_PARTIALS) -> Any:
+def new_scratch(like: Tensor, num_partials: int = NUM_PARTIALS) -> Tensor:
     """Scratch memory for launches that run one at a time.
 
     Args:
@@ -83,7 +84,7 @@ def new_scratch(like: Any, num_partials: int = NUM_PARTIALS) -> Any:
     return like.new_zeros([NUM_COUNTERS + num_partials])
 
 
-def scratch_beside(like: Any, operator: str, num_partials: int = NUM_PARTIALS) -> Any:
+def scratch_beside(like: Tensor, operator: str, num_partials: int = NUM_PARTIALS) -> Tensor | None:
     """The device's own scratch memory for an operator, made at the first call, or None.
 
     None in a capture before any launch outside of one: memory of a graph is no memory to keep, and
@@ -106,7 +107,7 @@ def scratch_beside(like: Any, operator: str, num_partials: int = NUM_PARTIALS) -
     return scratch
 
 
-def clear_counters(scratch: Any) -> None:
+def clear_counters(scratch: Tensor | None) -> None:
     """Undo what a launch with an error has counted, which would make every later sum wrong.
 
     An interpreted launch may end midway; a GPU runs a launch whole, or its error ends the use of

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
 
-from fd_dsa.triton_runtime import paddle_jit
+from fd_dsa.triton_runtime import Kernel, paddle_jit
 
 import triton  # isort: skip
 import triton.language as tl  # isort: skip
@@ -17,7 +16,7 @@ def step_kernel(
     specialized: tuple[str, ...] = (),
     unaligned: tuple[str, ...] = (),
     waits: bool = False,
-) -> Callable[[Callable[..., Any]], Any]:
+) -> Callable[[Callable[..., object]], Kernel]:
     """`paddle_jit` of a kernel whose numbers change from step to step.
 
     None of them selects another compiled form but those `specialized`, nor does the alignment of
@@ -25,7 +24,7 @@ def step_kernel(
     One that `waits` may be launched while the kernel before it runs; see `paddle_jit`.
     """
 
-    def decorate(function: Callable[..., Any]) -> Any:
+    def decorate(function: Callable[..., object]) -> Kernel:
         parameters = inspect.signature(function).parameters.values()
         names = {p.name for p in parameters if "constexpr" not in str(p.annotation)}
         tensors = {name for name in names if name.endswith("_ptr")}

@@ -1,1 +1,1 @@
-"""OpenAI-compatible HTTP server over the embedded engine; start with `python -m fd_dsa.serve`."""
+"""OpenAI-compatible HTTP server for the embedded engine: `python -m fd_dsa.serve`."""

@@ -1,4 +1,4 @@
-"""What both generating endpoints share: a request's jobs in, one answer out, whole or streamed."""
+"""Base class of answers: runs a request's jobs and sends the answer whole or streamed."""
 
 from __future__ import annotations
 
@@ -37,7 +37,10 @@ if TYPE_CHECKING:
 _Body = TypeVar("_Body", bound=GenerationRequest)
 
 SHORT_TOKENS = 4096
-"""Of a whole answer that is written in 0.1 ms."""
+"""Largest whole answer, in tokens, that is encoded on the event loop.
+
+It takes 0.1 ms.
+"""
 
 logger = logging.getLogger("fd_dsa.serve")
 
@@ -49,12 +52,12 @@ async def respond(
     request: Request,
     state: ServerState,
 ) -> Response:
-    """Answer a request that generates.
+    """Answer a request that generates tokens.
 
     Args:
-        make: tokenizes and checks the prompts of an answer with this id; runs in a thread, since
-            that may take a while.
-        prefix: beginning of the id.
+        make: builds the answer with this id. It tokenizes and checks the prompts, so it runs in a
+            thread.
+        prefix: first characters of the id.
     """
     state.check_available(is_accepted=True)
     model = state.resolve_model(body.model)
@@ -74,18 +77,18 @@ class Answer(ABC, Generic[_Body]):
     """The answer to one request.
 
     Args:
-        jobs: its prompts; `n` choices follow each other for each of them.
+        jobs: the prompts of the request. Each has `n` choices, in order.
 
     Attributes:
-        outputs: the last one of each choice, by the index of its job and its own.
+        outputs: last output of each choice, by (index of the job, index of the choice).
     """
 
     prompt_field: ClassVar[str]
-    """Field of the request that its prompts come from."""
+    """Request field that holds the prompts."""
     whole_object: ClassVar[str]
     chunk_object: ClassVar[str]
     names_events: ClassVar[bool] = False
-    """Whether an event of a stream has its chunk's `type` as its name."""
+    """True if each event of a stream is named after the `type` of its chunk."""
     stream_end: ClassVar[bytes] = b"data: [DONE]\n\n"
     """Last bytes of a stream."""
 
@@ -96,27 +99,27 @@ class Answer(ABC, Generic[_Body]):
 
     @abstractmethod
     def choices(self) -> Iterator[Mapping[str, Any]]:
-        """The choices of a whole answer, after `collect`."""
+        """Yield the choices of a whole answer, after `collect`."""
 
     @abstractmethod
     def deltas(self, job_index: int, output: RequestOutput) -> Sequence[Mapping[str, Any]]:
-        """The choices of the chunks that a step adds."""
+        """Return the choices of the chunks that one step adds."""
 
     def opening(self) -> Iterator[Mapping[str, Any]]:
-        """Chunks before the first step, without their head."""
+        """Return the chunks before the first step, without their head."""
         return iter(())
 
     def shared_fields(self) -> PromptFields:
-        """Fields of a whole answer alongside its choices."""
+        """Return the fields of a whole answer other than its choices."""
         return {}
 
     def take(self, job_index: int, output: RequestOutput) -> None:
-        """Keep a step of a whole answer."""
+        """Store the output of one step for a whole answer."""
         self.outputs[job_index, output.index] = output
 
     @property
     def is_short(self) -> bool:
-        """Whether a whole answer is written in less time than a thread takes to begin."""
+        """True if encoding the whole answer takes less time than handing it to a thread."""
         params = self.jobs[0].params
         is_scored = params.logprobs is not None or params.prompt_logprobs is not None
         if is_scored or params.return_topk_positions or self.body.return_token_ids:
@@ -124,7 +127,7 @@ class Answer(ABC, Generic[_Body]):
         return sum(output.num_tokens for output in self.outputs.values()) <= SHORT_TOKENS
 
     def is_small(self, job_index: int, output: RequestOutput) -> bool:
-        """Whether the chunks of a step are short: nothing of the prompt, no chosen positions."""
+        """Return True if this step's chunks are short (no prompt fields, no selected keys)."""
         return output.topk_positions is None
 
     async def collect(self) -> None:
@@ -133,15 +136,15 @@ class Answer(ABC, Generic[_Body]):
             async for job_index, output in outputs:
                 self.take(job_index, output)
 
-    def whole(self, head: dict[str, Any]) -> JsonResponse:
-        """The whole answer, after `collect`."""
+    def whole(self, head: dict[str, object]) -> JsonResponse:
+        """Return the whole answer, after `collect`."""
         choices = list(self.choices())
         return JsonResponse(
             {**head, "choices": choices, "usage": self.usage(), **self.shared_fields()}
         )
 
-    async def chunks(self, head: dict[str, Any]) -> AsyncGenerator[Mapping[str, Any], None]:
-        """The chunks of a streamed answer, those of all choices as they come, then the usage."""
+    async def chunks(self, head: dict[str, object]) -> AsyncGenerator[Mapping[str, Any], None]:
+        """Yield the chunks of all choices in the order of their steps, then the usage."""
         for chunk in self.opening():
             yield {**head, **chunk, **self._usage_so_far()}
         async with contextlib.aclosing(self.steps()) as steps:
@@ -153,7 +156,7 @@ class Answer(ABC, Generic[_Body]):
             yield {**head, "choices": [], "usage": self.usage()}
 
     async def steps(self) -> AsyncGenerator[Sequence[Mapping[str, Any]], None]:
-        """Run the jobs; yields the `deltas` of each step."""
+        """Run the jobs and yield the `deltas` of each step."""
         async with contextlib.aclosing(stream_outputs(self.state, self.jobs)) as outputs:
             async for job_index, output in outputs:
                 is_small = self.is_small(job_index, output)
@@ -164,24 +167,24 @@ class Answer(ABC, Generic[_Body]):
                 yield deltas
 
     def failure(self, error: ApiError) -> Mapping[str, Any]:
-        """The chunk of a stream that fails after its beginning."""
+        """Return the chunk of a stream that fails after its first chunk."""
         return error.body()
 
     def _usage_so_far(self) -> dict[str, Any]:
-        """The field `usage` of a chunk before the last one; null in the OpenAI API."""
+        """Return `usage` for a chunk before the last one (null in the OpenAI API)."""
         if not self.body.include_usage:
             return {}
         return {"usage": self.usage() if self.body.usage_in_each_chunk else None}
 
     def shown_outputs(self) -> Sequence[RequestOutput]:
-        """The last output of each choice whose tokens the answer shows."""
+        """Return the last output of each choice whose tokens the answer shows."""
         return list(self.outputs.values())
 
     def usage(self) -> Usage:
-        """Token counts: each prompt once, all outputs.
+        """Return the token counts. Each prompt counts once, every output counts.
 
-        `cached_tokens` are those of the prompts that earlier requests had computed; details of
-        the completion are there where drafts were verified.
+        `cached_tokens` are prompt tokens found in the prefix cache. The completion has details only
+        if drafts were verified.
         """
         outputs = self.shown_outputs()
         prompt = sum(len(job.prompt_token_ids) for job in self.jobs)
@@ -203,9 +206,9 @@ class Answer(ABC, Generic[_Body]):
         return usage
 
     def end_fields(self, job_index: int, output: RequestOutput) -> EndFields:
-        """`stop_reason` and, where asked for, `topk_positions` of a choice that has ended."""
+        """Return `stop_reason` and, if requested, `topk_positions` of a finished choice."""
         stop: str | int | None = output.stop_reason
-        # as in vLLM: an end of sequence that nobody asked to stop at is no reason to name
+        # like vLLM: the model's own end-of-sequence token is not shown as a stop reason
         if isinstance(stop, int) and stop not in (self.jobs[job_index].params.stop_token_ids or ()):
             stop = None
         chosen = output.topk_positions
@@ -223,7 +226,7 @@ class Answer(ABC, Generic[_Body]):
         return {"stop_reason": stop, "topk_positions": positions}
 
     def prompt_fields(self, output: RequestOutput) -> PromptFields:
-        """`prompt_logprobs` and `prompt_token_ids` of an output's prompt, where asked for."""
+        """Return the requested fields `prompt_logprobs` and `prompt_token_ids`."""
         fields: PromptFields = {}
         if self.body.prompt_logprobs is not None:
             scores = output.prompt_logprobs
@@ -237,22 +240,21 @@ class Answer(ABC, Generic[_Body]):
 def shown(
     output: RequestOutput, is_whole: bool
 ) -> tuple[str, Sequence[int], Sequence[TokenLogprobs]]:
-    """Text, token ids and scores of a whole output, or what its last step has added."""
+    """Return text, token ids and scores of a whole output or of its last step."""
     if is_whole:
         return output.text, output.token_ids, output.logprobs or ()
     return output.new_text, output.new_token_ids, output.new_logprobs
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events: `data: {json}` for each chunk, then the end of the answer's streams.
+    """Server-sent events: `data: {json}` for each chunk, then `stream_end`.
 
-    However the response ends, the generators are closed: a client that goes away aborts its
-    requests at once, not when a generator happens to be collected. The head is sent at once, and a
-    comment whenever no chunk comes for `sse_ping_interval`. An exception inside the stream
-    becomes one error event before the end.
+    The generators are closed in every case, so a client that disconnects aborts its requests at
+    once. The head is sent at once. A comment is sent after each `sse_ping_interval` without a
+    chunk. An exception inside the stream becomes one error event before the end.
     """
 
-    def __init__(self, answer: Answer[Any], head: dict[str, Any], request_id: str) -> None:
+    def __init__(self, answer: Answer[Any], head: dict[str, object], request_id: str) -> None:
         self._answer, self._request_id = answer, request_id
         self._chunks = answer.chunks(head)
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -280,6 +282,6 @@ class EventStream(StreamingResponse):
         if self._answer.stream_end:
             yield self._answer.stream_end
 
-    def _event(self, chunk: Mapping[str, Any]) -> bytes:
+    def _event(self, chunk: Mapping[str, object]) -> bytes:
         name = f"event: {chunk['type']}\n".encode() if self._answer.names_events else b""
         return name + b"data: " + orjson.dumps(chunk) + b"\n\n"

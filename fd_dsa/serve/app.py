@@ -50,7 +50,7 @@ router = APIRouter()
 
 
 class ModelCard(TypedDict):
-    """A served model: its longest sequence in tokens, and the defaults of its folder."""
+    """A served model, its maximum length in tokens and its sampling defaults."""
 
     id: str
     object: Literal["model"]
@@ -68,7 +68,7 @@ class ModelList(TypedDict):
 
 
 def create_app(state: ServerState) -> FastAPI:
-    """The application that serves the engine of `state`.
+    """Create the application that serves the engine of `state`.
 
     The engine is stopped when the application ends.
     """
@@ -97,7 +97,7 @@ def create_app(state: ServerState) -> FastAPI:
     )
     app.state.server = state
     app.add_middleware(GuardMiddleware, state=state)
-    # the last one added comes first
+    # Starlette runs the middleware that was added last first
     app.add_middleware(RequestIdMiddleware)
     install_error_handlers(app)
     app.include_router(router)
@@ -112,13 +112,13 @@ def create_app(state: ServerState) -> FastAPI:
 
 @router.get("/v1/models", summary="The served models")
 async def list_models(state: State) -> ModelList:
-    """Every served name with its longest sequence, in tokens, and its sampling defaults."""
+    """List the served names with the maximum length in tokens and the sampling defaults."""
     return {"object": "list", "data": [_model(state, n) for n in state.served_model_names]}
 
 
 @router.get("/v1/models/{name:path}", summary="One served model")
 async def get_model(name: str, state: State) -> ModelCard:
-    """The model of that name; 404 lists the served ones."""
+    """Return the model with this name. A 404 lists the served names."""
     return _model(state, state.resolve_model(name))
 
 
@@ -134,13 +134,13 @@ def _model(state: ServerState, name: str) -> ModelCard:
 
 
 class RequestIdMiddleware:
-    """Gives every response an `X-Request-Id` (the client's own if it sent one).
+    """Adds an `X-Request-Id` to every response: the client's own, or a random one.
 
-    Clients of the Anthropic API read it as `request-id`.
+    Clients of the Anthropic API read the id as `request-id`.
 
-    `HEAD` is answered as `GET` on every path: the connection leaves out the body, whose length
-    the head has. An exception that no handler took is logged with that id and answered with a
-    500; what is cut off by the end of the server with a 503.
+    `HEAD` is routed as `GET` on every path. The connection drops the body and keeps its length. An
+    unhandled exception is logged with the id and answered with a 500. A request that the shutdown
+    cancels is answered with a 503.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -150,7 +150,7 @@ class RequestIdMiddleware:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        # the client's id where it is a plain short word
+        # keep the client's id if it is short and plain
         sent = Headers(scope=scope).get("x-request-id", "")
         is_plain = 0 < len(sent) <= _MAX_REQUEST_ID_CHARS and _REQUEST_ID_CHARS.issuperset(sent)
         request_id = sent if is_plain else uuid.uuid4().hex
@@ -175,10 +175,10 @@ class RequestIdMiddleware:
             logger.info("request %s: the client went away", request_id)
             await Response(status_code=499)(scope, receive, send_with_id)
         except asyncio.CancelledError:
-            # of uvicorn alone, when its patience with the last requests is at its end
+            # only uvicorn cancels a request, when the time for the last requests is over
             logger.warning("request %s: ended by the shutdown", request_id)
             if not started:
-                error = ApiError(503, "the server has shut down before it came to the request")
+                error = ApiError(503, "the server has shut down before the request began")
                 await error.response(scope["path"])(scope, receive, send_with_id)
         except Exception:
             logger.exception("request %s failed", request_id)

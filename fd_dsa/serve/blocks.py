@@ -1,4 +1,4 @@
-"""One answer as a row of blocks: reasoning, texts and calls, as they begin, grow and end."""
+"""Answers as sequences of blocks: reasoning, text and tool calls."""
 
 from __future__ import annotations
 
@@ -29,12 +29,13 @@ class Block:
     """A part of an answer.
 
     Attributes:
-        kind: content is the text of the answer.
+        kind: "content" is the text of the answer.
         index: position in the answer, from 0.
-        name: name of the tool that a call is of.
-        is_complete: False until the block's end, and for a block that the answer's end cut off.
+        name: name of the called tool.
+        is_complete: False until the block ends, and for a block that the end of the answer cuts
+            off.
         key: random part of the block's id.
-        scores: log-probabilities of the tokens of a content, if they were asked for.
+        scores: log-probabilities of the tokens of a content block, if requested.
     """
 
     kind: Literal["reasoning", "content", "call"]
@@ -47,13 +48,13 @@ class Block:
 
     @property
     def text(self) -> str:
-        """The text so far, of a call its arguments."""
+        """Text so far (the arguments of a call)."""
         return "".join(self.pieces)
 
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-    """A step in the life of a block: it begins, gets more text, or ends."""
+    """A change of a block: it begins, grows or ends."""
 
     kind: Literal["begin", "more", "end"]
     block: Block
@@ -62,11 +63,11 @@ class Change:
 
 
 class BlockAnswer(ConversationAnswer):
-    """An answer of one choice, in blocks; its object is the whole answer.
+    """An answer with one choice, sent as one object that holds its blocks.
 
     Attributes:
-        blocks: all that have begun.
-        head: id, creation time and model, from the beginning of `whole` or `chunks` on.
+        blocks: all blocks that have begun.
+        head: id, creation time and model, set by `whole` or `chunks`.
     """
 
     names_events = True
@@ -79,16 +80,16 @@ class BlockAnswer(ConversationAnswer):
         self.blocks: list[Block] = []
         self.head: dict[str, Any] = {}
         self._open: Block | None = None
-        # scores of tokens whose text the parser holds back
+        # scores of tokens whose text the parser still holds back
         self._waiting: list[TokenLogprobs] = []
 
     @abstractmethod
     def show(self, change: Change) -> Iterator[Mapping[str, Any]]:
-        """The events of a stream for one change."""
+        """Yield the stream events for one change."""
 
     @abstractmethod
     def closing(self, output: RequestOutput) -> Iterator[Mapping[str, Any]]:
-        """The events after the last block."""
+        """Yield the stream events after the last block."""
 
     def take(self, job_index: int, output: RequestOutput) -> None:
         super().take(job_index, output)
@@ -96,18 +97,18 @@ class BlockAnswer(ConversationAnswer):
             pass
 
     def is_small(self, job_index: int, output: RequestOutput) -> bool:
-        """See `Answer`; the end of a block repeats all of it, with its scores."""
+        """See `Answer`. The last event of a block may be long: it repeats text and scores."""
         is_scored = self.jobs[0].params.logprobs is not None
         is_long = output.finished and output.num_tokens > SHORT_TOKENS
         return super().is_small(job_index, output) and not (is_scored or is_long)
 
-    def whole(self, head: dict[str, Any]) -> JsonResponse:
+    def whole(self, head: dict[str, object]) -> JsonResponse:
         self.head = head
         (answer,) = self.choices()
         return JsonResponse(answer)
 
-    async def chunks(self, head: dict[str, Any]) -> AsyncGenerator[Mapping[str, Any], None]:
-        """The events of a streamed answer."""
+    async def chunks(self, head: dict[str, object]) -> AsyncGenerator[Mapping[str, Any], None]:
+        """Yield the events of a streamed answer."""
         self.head = head
         for event in self.opening():
             yield event
@@ -121,7 +122,7 @@ class BlockAnswer(ConversationAnswer):
         return [*events, *self.closing(output)] if output.finished else events
 
     def _changes(self, output: RequestOutput) -> Iterator[Change]:
-        """What a step changes; blocks are as of each change when it is yielded."""
+        """Yield the changes of one step. `blocks` is up to date at each yield."""
         if output.finish_reason == "abort":
             raise ApiError(
                 503,
@@ -156,7 +157,7 @@ class BlockAnswer(ConversationAnswer):
             yield from self._more(event.text)
 
     def _begin(self, block: Block) -> Iterator[Change]:
-        # a call that is still open has broken: its end is an event of its own
+        # a call that is still open is malformed and never gets an end event
         yield from self._end(is_complete=self._open is None or self._open.kind != "call")
         self.blocks.append(block)
         self._open = block

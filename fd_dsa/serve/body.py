@@ -1,4 +1,4 @@
-"""Bodies of requests: received within their limits, then parsed and checked off the event loop."""
+"""Request bodies: received within limits, parsed and checked off the event loop."""
 
 from __future__ import annotations
 
@@ -26,28 +26,28 @@ from fd_dsa.serve.workers import ClientGone
 logger = logging.getLogger("fd_dsa.serve")
 
 MAX_DEPTH = 64
-"""Lists and objects around a value; schemas of tools have some twenty."""
+"""Maximum nesting depth of lists and objects. Tool schemas reach about twenty."""
 
 CONTAINER_WEIGHT = 8
-"""What a text, a name, a list or an object counts; a number counts 1.
+"""Weight of a string, a name, a list or an object. A number has weight 1.
 
-Parsed, a number takes 40 bytes and each of the others 80 to 230.
+After parsing, a number takes 40 bytes and each of the others 80 to 230.
 """
 
 LENIENT_BYTES = 1 << 16
-"""Longest body that Python's parser gets, which is slower and knows more than orjson."""
+"""Largest body for Python's parser, which is slower than orjson and accepts more."""
 
 MAX_LONG_BODIES = 8
-"""Bodies of the largest allowed size that fit into memory together."""
-# of each body; a request of a usual size is never refused for what others send
+"""Number of bodies of the maximum size that fit into memory together."""
+# not counted for each body, so that a request of usual size is not refused because of others
 _UNCOUNTED_BYTES = 64 << 10
 _CLOSE = {"Connection": "close"}
-# read on the event loop, in less than a millisecond
+# bodies up to this size are parsed on the event loop, in less than a millisecond
 _SHORT_BYTES = 8192
-# names of unknown fields, which clients choose: in one header, and in the log of a server
+# bounds for names of unknown fields, which clients choose: in one header, and in the log
 _SHOWN_NAMES, _SHOWN_NAME_CHARS, _MAX_LOGGED_NAMES = 16, 64, 256
 _logged_names: set[str] = set()
-# brackets as the depth that they add, int8, and all other bytes
+# brackets become their change of depth, int8; all other bytes are deleted
 _STEPS = bytes.maketrans(b"[{]}", b"\x01\x01\xff\xff")
 _NO_BRACKETS = bytes(set(range(256)) - set(b"[{]}"))
 
@@ -55,11 +55,14 @@ _NO_BRACKETS = bytes(set(range(256)) - set(b"[{]}"))
 async def receive_body(
     state: ServerState, receive: Receive, held: contextlib.ExitStack
 ) -> bytearray:
-    """A whole body, whose bytes count in `state.num_body_bytes` until `held` is closed.
+    """Receive a whole body.
+
+    `state.num_body_bytes` counts its bytes until `held` closes.
 
     Raises:
-        ApiError: 408, 413, or 429 where the bodies of all requests take too much memory.
-        ClientGone: the client left before the end.
+        ApiError: 408 after the time limit, 413 for a long body, 429 if the bodies of all requests
+            take too much memory.
+        ClientGone: the client disconnected before the end of the body.
     """
     options, loop = state.options, asyncio.get_running_loop()
     deadline = loop.time() + options.body_timeout_s
@@ -99,58 +102,57 @@ async def receive_body(
 
 
 def check_length(num_bytes: int, options: ServerOptions) -> None:
-    """Raise the 413 of a body that is too long."""
+    """Raise a 413 for a body longer than --max-body-size."""
     limit = options.max_body_size
     if num_bytes > limit:
         message = f"the body is longer than {limit} bytes, the --max-body-size of this server"
         raise ApiError(413, message, headers=_CLOSE)
 
 
-def check_values(content: bytes | bytearray, most: int) -> None:
-    """Refuse a body that holds too many values, before anything is paid for parsing it.
+def check_values(content: bytes | bytearray, max_weight: int) -> None:
+    """Refuse a body with too many values before it is parsed.
 
-    Each comma counts 1; each list, object and text, names of fields among them, counts
-    `CONTAINER_WEIGHT`. Bytes that are no JSON are counted by the same rules; the parser refuses
-    them later.
+    Each comma counts 1. Each list, object and string (also field names) counts `CONTAINER_WEIGHT`.
+    Invalid JSON is counted by the same rules, and the parser refuses it later.
 
     Args:
-        most: that its values may count, the --max-body-values of the server.
+        max_weight: maximum weight of all values, --max-body-values of the server.
 
     Raises:
-        ApiError: 413, the body holds too much; 400, it nests too deeply.
+        ApiError: 413 for too many values, 400 for a nesting deeper than `MAX_DEPTH`.
     """
-    # without escaped quotation marks, so that those which are left begin or end a text
+    # drop escaped quotation marks, so that the remaining ones delimit strings
     marked = content.replace(rb"\\", b"").replace(rb"\"", b"")
     num_texts = (marked.count(b'"') + 1) // 2
-    is_small = CONTAINER_WEIGHT * num_texts <= most
+    is_small = CONTAINER_WEIGHT * num_texts <= max_weight
     outside = b"".join(marked.split(b'"')[::2]) if is_small else b""
     num_opened = outside.count(b"[") + outside.count(b"{")
-    if CONTAINER_WEIGHT * (num_texts + num_opened) + outside.count(b",") > most:
+    if CONTAINER_WEIGHT * (num_texts + num_opened) + outside.count(b",") > max_weight:
         raise ApiError(
             413,
-            f"the body holds more than {most} values, the --max-body-values of this server; each "
-            f"number counts 1, each text, name, list and object {CONTAINER_WEIGHT}",
+            f"the body holds more than {max_weight} values, the --max-body-values of this server; "
+            f"each number counts 1, each text, name, list and object {CONTAINER_WEIGHT}",
         )
-    # the parser reads no further where more are closed than were opened
+    # the parser stops at the first unmatched closing bracket, so later bytes do not count
     steps = outside.translate(_STEPS, _NO_BRACKETS)[: 2 * num_opened]
     if np.frombuffer(steps, np.int8).cumsum(dtype=np.int32).max(initial=0) > MAX_DEPTH:
         raise ApiError(
             400,
             f"body nests too deeply: got more than {MAX_DEPTH} lists and objects inside of each "
-            "other; send a request that is flatter",
+            "other; send a flatter request",
         )
 
 
 class BodyRoute(APIRoute):
-    """A route whose endpoint has the parameters `body` (a `Body`), `request` and `state`.
+    """A route whose endpoint has the parameters `body`, `request` and `state`.
 
-    FastAPI makes the OpenAPI document from them. It would also parse and check bodies on the
-    event loop, where a long one stops every stream and probe, so that is done here, with the bytes
-    that the guard has put into `request.state.body`.
+    FastAPI makes the OpenAPI document from these parameters. Its own parsing would run on the event
+    loop, where a long body stops every stream and probe. So this class parses the bytes that the
+    guard has put into `request.state.body`.
     """
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """What answers a request."""
+        """Return the coroutine function that answers a request."""
         endpoint = self.endpoint
         model: type[Body] = get_type_hints(endpoint)["body"]
 
@@ -158,10 +160,10 @@ class BodyRoute(APIRoute):
             state: ServerState = request.app.state.server
             contents: list[bytearray] = request.state.body
             kind = request.headers.get("content-type", "")
-            most = state.options.max_body_values
+            max_weight = state.options.max_body_values
             is_short = len(contents[0]) <= _SHORT_BYTES
             body = await state.workers.run(
-                read_body, model, contents, kind, most, request=request, is_short=is_short
+                read_body, model, contents, kind, max_weight, request=request, is_short=is_short
             )
             answer: Response = await endpoint(body=body, request=request, state=state)
             if unknown := body.unknown_fields:
@@ -172,10 +174,10 @@ class BodyRoute(APIRoute):
 
 
 def report_unknown(names: Sequence[str], answer: Response) -> None:
-    """Name the fields that were ignored in a header, and each once in the log.
+    """Add the ignored fields to a response header and log each name once.
 
     Args:
-        names: chosen by the client.
+        names: field names, chosen by the client.
     """
     shown = [json.dumps(name[:_SHOWN_NAME_CHARS])[1:-1] for name in names[:_SHOWN_NAMES]]
     answer.headers["X-Ignored-Fields"] = ", ".join(shown)
@@ -185,25 +187,26 @@ def report_unknown(names: Sequence[str], answer: Response) -> None:
             logger.warning("the field %s of a request is unknown and ignored", name)
 
 
-def read_body(model: type[Body], contents: list[bytearray], kind: str, most: int) -> Body:
-    """The checked body of a request.
+def read_body(model: type[Body], contents: list[bytearray], kind: str, max_weight: int) -> Body:
+    """Parse and check the body of a request.
 
     Args:
-        contents: its bytes, which are taken out of the list, so that they go when they are parsed.
+        contents: one entry, the bytes. It is removed from the list, so that the bytes are freed
+            after parsing.
 
     Raises:
-        ApiError: 400, the body cannot be read, or a field is wrong or cannot be honoured; 413, it
-            holds too many values.
+        ApiError: 400 if the body cannot be read or a field is invalid or unsupported, 413 for too
+            many values.
     """
     content = contents.pop()
     if not content:
         raise ApiError(400, "body is empty; send a JSON object")
-    # of JSON, as FastAPI reads it
+    # the same media types as FastAPI
     main, _, sub = kind.partition(";")[0].strip().lower().partition("/")
     if main != "application" or not (sub == "json" or sub.endswith("+json")):
         message = f"Content-Type is {kind!r}; send JSON with Content-Type: application/json"
         raise ApiError(400, message)
-    check_values(content, most)
+    check_values(content, max_weight)
     try:
         value = parse_json(content)
     except (ValueError, RecursionError) as error:
@@ -219,19 +222,20 @@ def read_body(model: type[Body], contents: list[bytearray], kind: str, most: int
 
 
 def parse_json(content: bytes | bytearray) -> Any:
-    """The value of a JSON text.
+    """Parse a JSON text.
 
-    orjson holds the interpreter for a third of the time; what it refuses in a short body, such as
-    NaN, half of a surrogate pair or UTF-16, Python's parser decides, so that the field is named.
+    orjson holds the interpreter lock for a third of the time that Python's parser does. Python's
+    parser reads short bodies that orjson refuses (NaN, half of a surrogate pair, UTF-16), so that
+    the error names the field.
 
     Raises:
-        ValueError, RecursionError: it is none.
+        ValueError, RecursionError: the text is not valid JSON.
     """
     try:
         return orjson.loads(content)
     except orjson.JSONDecodeError:
         if len(content) <= LENIENT_BYTES:
             return json.loads(content)
-        # raises where it is no UTF-8, and names the byte
+        # raises an error that names the first byte that is not UTF-8
         content.decode()
         raise

@@ -63,7 +63,7 @@ class ChatAnswer(ConversationAnswer):
         self, state: ServerState, body: ChatCompletionRequest, job: Job, answer_format: AnswerFormat
     ) -> None:
         super().__init__(state, body, job, answer_format)
-        # a whole answer is read when it has ended, which costs less, where all of it is shown
+        # if all of a whole answer is shown, it is parsed once at its end, which is cheaper
         self._reads_steps = body.one_call or body.include_reasoning is False
 
     def take(self, job_index: int, output: RequestOutput) -> None:
@@ -90,7 +90,7 @@ class ChatAnswer(ConversationAnswer):
         return self.prompt_fields(self.outputs[0, 0])
 
     def opening(self) -> Iterator[ChatChunkBody]:
-        """The role of each choice."""
+        """Yield the role of each choice."""
         for index in range(len(self.parsed)):
             chunk: ChatChunkBody = {
                 "choices": [_delta(index, {"role": "assistant", "content": ""})]
@@ -104,7 +104,7 @@ class ChatAnswer(ConversationAnswer):
         deltas = list(_deltas(self.add(output)))
         shows_ids = bool(self.body.return_token_ids and choice.new_token_ids)
         if (choice.new_scores or shows_ids) and not deltas:
-            # tokens whose text is held back are scored when they come
+            # the scores of tokens are sent at once, even while the parser holds back their text
             deltas = [{}]
         chunks = [_delta(output.index, delta) for delta in deltas]
         if choice.new_scores:

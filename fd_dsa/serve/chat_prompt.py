@@ -1,4 +1,4 @@
-"""From the body of a chat completion to the job of the engine and the parser of its answer."""
+"""Chat requests: from the conversation to the engine's job and the answer format."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from fd_dsa.serve.generation import (
     check_bytes,
     check_jobs,
     encode_prompt,
-    most_scored_tokens,
+    max_scored_tokens,
     resolve_max_tokens,
 )
 from fd_dsa.serve.protocol.chat import ChatCompletionRequest
 from fd_dsa.serve.state import ServerState
 
-# clients send the same template again and again
+# clients send the same template many times
 _compiled = functools.lru_cache(16)(
     lambda source, tokens, formats: ChatTemplate(source, dict(tokens), family_formats=formats)
 )
@@ -46,16 +46,16 @@ def make_job(
     body: ChatCompletionRequest,
     request_id: str,
     *,
-    at_most: int | None = None,
+    max_generated: int | None = None,
 ) -> tuple[Job, AnswerFormat]:
-    """Render and tokenise the conversation; takes a while, so it belongs into a thread.
+    """Render and tokenize the conversation, which is slow and belongs into a thread.
 
     Args:
-        at_most: tokens to generate if the context has room for more, of a body that does not say.
+        max_generated: upper bound for the generated tokens if the body names no number.
 
     Raises:
-        ApiError: 400, the conversation cannot be rendered or does not fit, the model has no
-            format for what is asked, or the engine could never run it.
+        ApiError: 400 if the conversation cannot be rendered, is too long, or could never run. Also
+            if the model has no format for it.
     """
     tokenizer = state.engine.tokenizer
     renderer = _renderer(state, body)
@@ -80,7 +80,7 @@ def make_job(
     param = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     asked: int | None = getattr(body, param)
     limit = state.options.max_answer_scores
-    bounds = (most_scored_tokens(limit, len(prompt), body), at_most)
+    bounds = (max_scored_tokens(limit, len(prompt), body), max_generated)
     default = min((bound for bound in bounds if bound is not None), default=None)
     max_tokens = resolve_max_tokens(
         state, len(prompt), asked, default=default, param=param, source="messages"
@@ -101,10 +101,10 @@ def make_job(
 
 
 def encode_conversation(state: ServerState, body: ChatCompletionRequest) -> list[int]:
-    """Token ids of the prompt that `make_job` would make.
+    """Return the token ids of the prompt that `make_job` would make.
 
     Raises:
-        ApiError: 400, the conversation cannot be rendered, or the model has no format for it.
+        ApiError: 400 if the conversation cannot be rendered or the model has no format for it.
     """
     renderer = _renderer(state, body)
     _tool_format(state, body, renderer)
@@ -113,7 +113,7 @@ def encode_conversation(state: ServerState, body: ChatCompletionRequest) -> list
 
 
 def _renderer(state: ServerState, body: ChatCompletionRequest) -> ChatTemplate:
-    """The request's own template, or that of the model."""
+    """Return the template of the request, otherwise the one of the model."""
     tokenizer = state.engine.tokenizer
     if body.chat_template is not None:
         if not state.options.trust_request_chat_template:
@@ -141,7 +141,7 @@ def _renderer(state: ServerState, body: ChatCompletionRequest) -> ChatTemplate:
 def _tool_format(
     state: ServerState, body: ChatCompletionRequest, renderer: ChatTemplate
 ) -> ToolFormat | None:
-    """How calls of this answer are written; None where none are asked for."""
+    """Return the format of the calls of this answer, or None if it may have no calls."""
     if not body.tools or body.choice.mode == "none":
         return None
     name = state.options.tool_call_parser
@@ -157,8 +157,8 @@ def _tool_format(
 def _render(
     state: ServerState, renderer: ChatTemplate, body: ChatCompletionRequest
 ) -> RenderedPrompt:
-    """The prompt's text; with `tool_choice` none it has no tools."""
-    # before the template copies them
+    """Render the prompt. With `tool_choice` none it has no tools."""
+    # check the size before the template copies the messages
     messages = [message.for_template() for message in body.messages]
     texts = [{**message, "role": None} for message in messages]
     check_bytes(state, texts_in(texts, with_names=False), "messages")
@@ -196,9 +196,10 @@ def _render(
 def _form(
     asked: StructuredOutputsParams | None, body: ChatCompletionRequest, answer: AnswerFormat
 ) -> StructuredOutputsParams | None:
-    """The form of the whole answer: calls, the form asked for, or either of the two.
+    """Return the form of the whole answer: calls, the requested form, or either.
 
-    `response_format` is the form of content, so a forced call has none of it.
+    `response_format` describes the content. A forced call has no content, so the field is ignored
+    then.
     """
     is_forced = body.choice.mode in ("required", "named")
     if not is_forced:
@@ -215,18 +216,18 @@ def _form(
 
 
 def _calls(body: ChatCompletionRequest, answer: AnswerFormat) -> StructuredOutputsParams:
-    """The form of answers that call one of the tools, or the tool that `tool_choice` names."""
+    """Return the form of answers that call a tool, or the one named by `tool_choice`."""
     return _form_of_calls(answer, _called(body, answer), several=not body.one_call, source="tools")
 
 
 def _called(body: ChatCompletionRequest, answer: AnswerFormat) -> Mapping[str, Any]:
-    """Tools that may be called, each with the schema of its arguments."""
+    """Return the tools that may be called, each with the schema of its arguments."""
     name = body.choice.name
     return answer.schemas if name is None else {name: answer.schemas[name]}
 
 
 def _each_call(body: ChatCompletionRequest, answer: AnswerFormat) -> list[StructuredOutputsParams]:
-    """The forms of one call of each tool, with messages that name the tool."""
+    """Return the form of one call of each tool, with messages that name the tool."""
     return [
         _form_of_calls(answer, {name: of}, several=False, source=f"tools: a call of {name!r}")
         for name, of in _called(body, answer).items()
@@ -234,7 +235,7 @@ def _each_call(body: ChatCompletionRequest, answer: AnswerFormat) -> list[Struct
 
 
 def _form_of_calls(
-    answer: AnswerFormat, schemas: Mapping[str, Any], *, several: bool, source: str
+    answer: AnswerFormat, schemas: Mapping[str, object], *, several: bool, source: str
 ) -> StructuredOutputsParams:
     assert answer.tool_format is not None, "checked: there is a format if there are tools"
     try:

@@ -1,4 +1,4 @@
-"""`python -m fd_dsa.serve`: flags in, engine built or FastDeploy started, exit status out."""
+"""The command `python -m fd_dsa.serve`, which serves with fd_dsa's engine or FastDeploy."""
 
 from __future__ import annotations
 
@@ -35,11 +35,12 @@ logger = logging.getLogger("fd_dsa.serve")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Serve a model folder; returns the exit status.
+    """Serve a model folder.
 
     Returns:
-        0 after a drained shutdown, 1 after a failure while serving, 2 when the start fails (one
-        line on stderr says why), 130 or 143 for a signal while loading.
+        Exit status: 0 after a drained shutdown, 1 after a failure while serving. 2 if the start
+            fails, with the reason in one line on stderr. 130 or 143 after a signal during the
+            start.
     """
     open_missing_streams()
     words = list(sys.argv[1:] if argv is None else argv)
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for line in unused_variables():
         logger.warning("%s", line)
     for flag, reason in args.not_needed.items():
-        # as a whole, so that lines of other flags do not count as repeated
+        # as one argument, so that lines about other flags do not count as repeated
         logger.info("%s", f"{flag} is not needed here: {reason}")
     share_heaps()
     keep_heaps_trimmed()
@@ -63,12 +64,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug:
             logger.debug("the start failed", exc_info=True)
-        line, status = _why_not_started(error, debug)
-        return fail(_as_typed(line, words), status)
+        line, status = _start_failure(error, debug)
+        return fail(_with_typed_size(line, words), status)
 
 
-def _as_typed(line: str, words: Sequence[str]) -> str:
-    """The line about a flag with its size as it was typed too, such as 32k."""
+def _with_typed_size(line: str, words: Sequence[str]) -> str:
+    """Return a message with the size of its flag also as typed, such as 32k."""
     flag = line.partition(":")[0]
     typed = re.search(rf"{re.escape(flag)}[= ]([\d.]+[kmg])(?!\S)", " ".join(words), re.IGNORECASE)
     return (
@@ -76,7 +77,7 @@ def _as_typed(line: str, words: Sequence[str]) -> str:
     )
 
 
-def _why_not_started(error: Exception, debug: bool) -> tuple[str, int]:
+def _start_failure(error: Exception, debug: bool) -> tuple[str, int]:
     if isinstance(error, FdDsaError) or (isinstance(error, OSError) and error.errno is not None):
         return str(error), EXIT_BAD_START
     text = describe_error(error)
@@ -92,7 +93,7 @@ def _why_not_started(error: Exception, debug: bool) -> tuple[str, int]:
 
 def _serve(args: argparse.Namespace) -> int:
     started = time.monotonic()
-    # late, so that --help and errors of flags are quick
+    # imported here, so that --help and errors of flags are quick
     from fd_dsa.fastdeploy_plugin.launch.choice import choose_engine, refuse_for_embedded
 
     if args.download:
@@ -115,7 +116,7 @@ def _download(args: argparse.Namespace) -> None:
     name = str(getattr(args, "model", ""))
     if not HUB_NAME.fullmatch(name):
         raise ConfigError(f"--download: got the model {name!r}; allowed is a name such as org/name")
-    # threads of the download would be waited for
+    # the process would wait for threads of the download
     with signals_exit_at_once(f"fd_dsa: error: interrupted; {AGAIN}"):
         args.model = download(
             name,
@@ -127,7 +128,7 @@ def _download(args: argparse.Namespace) -> None:
 
 
 def _refuse_hub_name(name: str) -> None:
-    """Refuse a hub's name that no flag downloads, with the command that does."""
+    """Refuse the name of a hub's model without --download, and name the command with it."""
     if HUB_NAME.fullmatch(name) and not Path(name).is_dir():
         raise flag_error(
             "model",
@@ -148,7 +149,7 @@ def _serve_with_fastdeploy(args: argparse.Namespace) -> int:
     from fd_dsa.serve.server import bind_socket, curl_line, key_hint
 
     if not args.dry_run:
-        # the refusal of a taken address as with the other engine, and a number for --port 0
+        # refuse a used address like the other engine, and resolve --port 0
         passed = passed_values(args.passed)
         with bind_socket(passed.get("host", args.host), passed.get("port", args.port)) as sock:
             args.port = sock.getsockname()[1]
@@ -156,13 +157,13 @@ def _serve_with_fastdeploy(args: argparse.Namespace) -> int:
     if args.dry_run:
         changed = plan.environment.items() - process_environment().items()
         words = [f"{name}={value}" for name, value in sorted(changed)]
-        _say(shlex.join([*words, *without_secrets(plan.command)]))
+        _print(shlex.join([*words, *without_secrets(plan.command)]))
         return 0
     engine = check_import(plan)
-    # folders of DeepSeek-V3.2 come without a chat template, a completion always works
+    # folders of DeepSeek-V3.2 have no chat template, and a completion always works
     num_keys = plan.num_api_keys
     curl = curl_line(plan.url, plan.model_name, plan.max_model_len, False, num_keys)
-    _say(
+    _print(
         f"fd_dsa {__version__} starts {plan.model_name} with {engine} on {plan.url}, max_model_len "
         f"{plan.max_model_len}; {plan.url}/health answers 200 when it is ready. Then try"
         f"{key_hint(num_keys)}:\n{curl}"
@@ -188,14 +189,14 @@ def _show_plan(args: argparse.Namespace) -> int:
         **chat_formats(plan.tokenizer, options),
     }
     described = yaml.safe_dump({**server, **plan.describe()}, sort_keys=False, allow_unicode=True)
-    _say(f"# {plan.summary()}\n# {plan.memory.summary()}\n{described.rstrip()}")
+    _print(f"# {plan.summary()}\n# {plan.memory.summary()}\n{described.rstrip()}")
     return 0
 
 
 def _serve_embedded(args: argparse.Namespace, started: float) -> int:
     check_address_space()
     config = EngineConfig(**_fields_of(EngineConfig, args))
-    # the server's packages are imported late, so that --help and errors of flags are quick
+    # imported here, so that --help and errors of flags are quick
     from fd_dsa.engine.async_engine import AsyncEngine
     from fd_dsa.serve.engine_process import EngineProcess
     from fd_dsa.serve.guard import host_rule
@@ -221,7 +222,7 @@ def _serve_embedded(args: argparse.Namespace, started: float) -> int:
         def on_ready() -> None:
             engine, url = loaded[0], local_url(args.host, sock.getsockname()[1])
             seconds = time.monotonic() - started
-            _say_ready(engine, name, url, seconds, options)
+            _print_ready(engine, name, url, seconds, options)
 
         state = ServerState(
             config.served_model_name, lambda: server_info(config, loaded[0], options), options
@@ -229,7 +230,7 @@ def _serve_embedded(args: argparse.Namespace, started: float) -> int:
         return DrainingServer(state, load, args.shutdown_timeout, on_ready).serve_on(sock)
 
 
-def _say_ready(
+def _print_ready(
     engine: AsyncEngine, name: str, url: str, seconds: float, options: ServerOptions
 ) -> None:
     from fd_dsa.serve.server import curl_line, key_hint
@@ -237,20 +238,20 @@ def _say_ready(
     length, num_keys = engine.max_model_len, len(options.api_key)
     curl = curl_line(url, name, length, engine.tokenizer.has_chat_template, num_keys)
     page = "" if options.disable_ui else f"chat page {url}/, "
-    _say(
+    _print(
         f"fd_dsa {__version__} serves {name} on {url} (ready in {seconds:.1f} s, max_model_len "
         f"{length}, {page}API page {url}/docs, metrics {url}/metrics, Ctrl-C stops). Try"
         f"{key_hint(num_keys)}:\n{curl}"
     )
 
 
-def _say(text: str) -> None:
-    """Print something; a server goes on where stdout cannot be written, as on a full disk."""
+def _print(text: str) -> None:
+    """Print a text. Errors of stdout, such as a full disk, do not end the server."""
     try:
         sys.stdout.write(f"{text}\n")
         sys.stdout.flush()
     except OSError:
-        # or the interpreter fails to write it once more, and exits with 120
+        # otherwise the interpreter writes the text again at its exit, fails, and exits with 120
         discard(sys.stdout)
 
 
@@ -260,7 +261,7 @@ def _fields_of(kind: type, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _server_options(args: argparse.Namespace) -> ServerOptions:
-    """What the flags allow, but for the hosts, which depend on what --host resolves to."""
+    """Return the server's options from the flags, without the hosts, which depend on --host."""
     given = _fields_of(ServerOptions, args)
     given["max_connections"] = connection_limit(given.get("max_connections"))
     return ServerOptions(**given)

@@ -35,11 +35,12 @@ from fd_dsa.serve.protocol.known_fields import REFUSED_IN_COMPLETIONS
 from fd_dsa.serve.state import ServerState, State
 
 if TYPE_CHECKING:
+    from fd_dsa.engine.logprobs import TokenLogprobs
     from fd_dsa.engine.output import RequestOutput
 
 
 def _prompt(value: Any) -> list[str | list[int]]:
-    """The prompts of a completion, one entry each: text or token ids."""
+    """Return the prompts of a completion, each a string or token ids."""
     if isinstance(value, str) or is_token_ids(value):
         return [value]
     entries = value if isinstance(value, list) else []
@@ -49,7 +50,7 @@ def _prompt(value: Any) -> list[str | list[int]]:
         return entries
     raise refuse(
         f"got {show(value)}; allowed is a string, a list of strings, a list of token ids or a "
-        "list of lists of token ids, none of them empty"
+        "list of lists of token ids, each of them not empty"
     )
 
 
@@ -76,18 +77,21 @@ class CompletionRequest(GenerationRequest, json_schema_extra={"examples": [_EXAM
 
     @property
     def only_echo(self) -> bool:
-        """True when the prompt itself is the whole answer."""
+        """True if the answer is only the prompt."""
         return bool(self.echo) and self.max_tokens == 0
 
     def score_fields(self) -> dict[str, int | None]:
-        """With echo the prompt is scored as the output is."""
+        """Return the numbers of scored tokens.
+
+        With echo the prompt is scored like the output.
+        """
         of_prompt = self.prompt_logprobs
         if self.echo and self.logprobs is not None:
             of_prompt = max(self.logprobs, of_prompt or 0)
         return {"logprobs": self.logprobs, "prompt_logprobs": of_prompt}
 
 
-# the OpenAI API's default for completions; chat has none
+# default of the OpenAI API for completions; chat has no default
 _DEFAULT_MAX_TOKENS = 16
 
 router = APIRouter(route_class=BodyRoute)
@@ -99,7 +103,7 @@ router = APIRouter(route_class=BodyRoute)
     response_model=Completion,
 )
 async def create_completion(body: CompletionRequest, request: Request, state: State) -> Response:
-    """Continue each prompt; one choice per prompt, in their order."""
+    """Continue each prompt and return its choices in the order of the prompts."""
     state.hold(request.scope["state"], len(body.prompt))
     make = functools.partial(_read_prompts, state, body)
     return await respond(make, "cmpl-", body, request, state)
@@ -113,7 +117,7 @@ def _read_prompts(
         check_cancelled()
         if isinstance(prompt, str):
             prompt = encode_prompt(state, prompt, "prompt", add_special_tokens=True)
-        # a step that reads the last token of the prompt gives one of the output
+        # the step that computes the last prompt token also samples one output token
         asked = 1 if body.only_echo else body.max_tokens
         max_tokens = resolve_max_tokens(state, len(prompt), asked, default=_DEFAULT_MAX_TOKENS)
         params = body.sampling_params(max_tokens, state.engine.sampling_defaults)
@@ -123,14 +127,14 @@ def _read_prompts(
 
 
 class CompletionAnswer(Answer[CompletionRequest]):
-    """The answer to a completion; see `Answer`."""
+    """The answer to a completion. See `Answer`."""
 
     prompt_field = "prompt"
     whole_object = chunk_object = "text_completion"
 
     def __init__(self, state: ServerState, body: CompletionRequest, jobs: Sequence[Job]) -> None:
         super().__init__(state, body, jobs)
-        # the text of each prompt that its answers begin with
+        # text of each prompt, in front of its answers
         self._echoes = [""] * len(jobs)
         for index, prompt in enumerate(body.prompt if body.echo else ()):
             if not isinstance(prompt, str):
@@ -155,7 +159,7 @@ class CompletionAnswer(Answer[CompletionRequest]):
                 yield {**choice, **of_prompt}
 
     def deltas(self, job_index: int, output: RequestOutput) -> list[CompletionChoice]:
-        """See `Answer`; nothing where a step has nothing to show."""
+        """See `Answer`. A step without new text returns an empty list."""
         is_first = (job_index, output.index) not in self.outputs
         choice = self._choice(job_index, output, is_first=is_first, is_whole=False)
         if is_first:
@@ -166,7 +170,10 @@ class CompletionAnswer(Answer[CompletionRequest]):
     def _choice(
         self, job_index: int, output: RequestOutput, *, is_first: bool, is_whole: bool
     ) -> CompletionChoice:
-        """A choice of a whole answer, or what a step adds to it, the first one with the echo."""
+        """Return a choice of a whole answer, or the addition of one step.
+
+        The first one has the echo.
+        """
         text, token_ids, scored = shown(output, is_whole)
         if self.body.only_echo:
             text, token_ids, scored = "", (), ()
@@ -185,7 +192,7 @@ class CompletionAnswer(Answer[CompletionRequest]):
         return {**choice, **self._end(job_index, output)}
 
     def usage(self) -> Usage:
-        """Token counts; a prompt that is the whole answer has no output."""
+        """Return the token counts. A mere echo of the prompt has no output tokens."""
         usage = super().usage()
         if self.body.only_echo:
             usage["completion_tokens"] = 0
@@ -200,7 +207,7 @@ class CompletionAnswer(Answer[CompletionRequest]):
         return {"finish_reason": output.finish_reason, **self.end_fields(job_index, output)}
 
     def _scores(
-        self, job_index: int, output: RequestOutput, scored: Sequence[Any], has_echo: bool
+        self, job_index: int, output: RequestOutput, scored: Sequence[TokenLogprobs], has_echo: bool
     ) -> CompletionLogprobs:
         prompt = None
         if has_echo:

@@ -1,4 +1,4 @@
-"""Choices of a conversation as events of their parsers, before an API gives them its shape."""
+"""Choices of a conversation as parser events, for any API that sends them."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class ConversationAnswer(Answer[ChatCompletionRequest]):
         self.parsed = [Choice(answer_format, body) for _ in range(job.params.n)]
 
     def shown_outputs(self) -> Sequence[RequestOutput]:
-        """See `Answer`; a choice that was complete before its end counts up to there."""
+        """See `Answer`. A choice that was complete early counts up to that step."""
         return [choice.output for choice in self.parsed if choice.output is not None]
 
     def add(self, output: RequestOutput) -> list[Event]:
-        """The events of a step; a choice that is complete by them is ended."""
+        """Return the events of a step, and end a choice that is complete."""
         choice = self.parsed[output.index]
         was_complete = choice.is_complete
         events = choice.add(output)
@@ -43,25 +43,25 @@ class ConversationAnswer(Answer[ChatCompletionRequest]):
         return events
 
     def finish_reason(self, output: RequestOutput) -> ChatFinish | None:
-        """Why a choice has ended, "tool_calls" after a call; None before its end."""
+        """Return the finish reason ("tool_calls" after a call), or None before the end."""
         choice = self.parsed[output.index]
         is_called = choice.has_calls and output.finish_reason == "stop"
-        # no client can run a call that a stop string cuts off
+        # a stop string inside a call leaves a call that no client can run
         is_called = is_called and not (choice.is_calling and isinstance(output.stop_reason, str))
         return "tool_calls" if is_called or choice.is_complete else output.finish_reason
 
 
 class Choice:
-    """One choice of an answer, while it comes.
+    """The parser state of one choice.
 
     Attributes:
-        is_complete: nothing that the engine adds is shown any more.
+        is_complete: the answer is complete, later output is dropped.
         has_calls: a call has begun.
-        is_calling: the last event is of a call that has no end yet.
-        is_reasoning: the text so far ends inside of the reasoning.
-        num_reasoning_tokens: tokens of the steps that ended or began inside of it.
-        new_token_ids, new_scores: what the last step has shown.
-        events, token_ids, scores: all that was shown, of a whole answer.
+        is_calling: the last event belongs to a call without an end.
+        is_reasoning: the text so far ends inside the reasoning.
+        num_reasoning_tokens: tokens of the steps that began or ended inside the reasoning.
+        new_token_ids, new_scores: shown tokens of the last step and their scores.
+        events, token_ids, scores: everything shown so far, for a whole answer.
     """
 
     def __init__(self, answer: AnswerFormat, body: ChatCompletionRequest) -> None:
@@ -76,7 +76,7 @@ class Choice:
         self._parser = OutputParser(answer)
         self._call_ends = () if answer.tool_format is None else answer.tool_format.ends
         self._one_call = body.one_call
-        # the reasoning is a part of the answer; its tokens and scores go with it
+        # reasoning that is not shown hides its tokens and scores too
         self._shows_reasoning = body.include_reasoning is not False
 
     @property
@@ -84,7 +84,7 @@ class Choice:
         return self._parser.is_reasoning
 
     def add(self, output: RequestOutput, *, is_whole: bool = False) -> list[Event]:
-        """What a step adds to the answer, or a whole output."""
+        """Return the events of one step, or of a whole output."""
         self.new_token_ids, self.new_scores = (), ()
         if self.is_complete:
             return []
@@ -102,9 +102,9 @@ class Choice:
         return list(self._shown(events))
 
     def _is_cut(self, output: RequestOutput) -> bool:
-        """Return True if an output might have gone on.
+        """Return True if the output was cut off before its own end.
 
-        A stop string that is or contains the end of a call ends the answer as the model does.
+        A stop string that is or contains the end marker of a call counts as the model's own end.
         """
         stop = output.stop_reason
         return output.finish_reason != "stop" or (
@@ -112,7 +112,7 @@ class Choice:
         )
 
     def keep(self, events: list[Event]) -> None:
-        """Keep what was added last, for a whole answer."""
+        """Store the last additions for a whole answer."""
         self.events += events
         self.token_ids += self.new_token_ids
         self.scores += self.new_scores

@@ -1,4 +1,4 @@
-"""`--download`: a model of a hub into huggingface_hub's cache, every byte of it checked."""
+"""`--download`: fetches a model into huggingface_hub's cache and verifies its bytes."""
 
 from __future__ import annotations
 
@@ -15,27 +15,28 @@ from fd_dsa.startup.memory import format_bytes
 
 logger = logging.getLogger("fd_dsa.serve")
 
-# what a folder needs to be served; not the same weights in other formats
+# files that serving needs, without the same weights in other formats
 _PATTERNS = ["*.json", "*.jinja", "*.safetensors", "encoding/*.py"]
 _CHUNK_BYTES = 1 << 20
 _TIMEOUT_S = 10.0
-AGAIN = "the same command goes on with the files that are missing"
+AGAIN = "the same command continues with the missing files"
 
 
 def download(name: str, *, any_family: bool = False, allow_unknown: bool = False) -> Path:
-    """The folder of a model of the hub that HF_ENDPOINT names, downloaded as far as it is missing.
+    """Download the missing files of a model from the hub and return its folder.
 
-    huggingface_hub goes on with a file whose connection broke (before 1.0 in the next command), and
-    keeps the complete files of an interrupted one. config.json comes first, so that a model that
-    cannot be served costs nothing; without a network an earlier download serves.
+    HF_ENDPOINT names the hub. huggingface_hub resumes a file after a broken connection (before 1.0
+    only in the next command), and keeps complete files of an interrupted download. config.json is
+    fetched before the weights, so that an unsupported model costs no large download. Without a
+    network an earlier download is used.
 
     Args:
-        any_family: download models that this engine does not serve, too.
-        allow_unknown: as of `read_config`.
+        any_family: also download models that this engine does not serve.
+        allow_unknown: see `read_config`.
 
     Raises:
-        ConfigError: no such model, no access, no network, no space, a file that is not what the hub
-            says, or a family that is not served.
+        ConfigError: unknown model, no access, no network, no disk space, a file with a wrong hash,
+            or an unsupported family.
     """
     from huggingface_hub import snapshot_download
 
@@ -43,7 +44,7 @@ def download(name: str, *, any_family: bool = False, allow_unknown: bool = False
 
     check_hub_answers()
     for client in ("httpx", "httpx2"):
-        # a line for each request, beside the bars
+        # httpx logs a line for each request, between the progress bars
         logging.getLogger(client).setLevel(logging.WARNING)
     try:
         folder = Path(snapshot_download(name, allow_patterns=["config.json"]))
@@ -63,20 +64,20 @@ def download(name: str, *, any_family: bool = False, allow_unknown: bool = False
 
 
 def _check_space(name: str) -> None:
-    """Refuse a download that the disk of the cache has no room for."""
+    """Refuse a download that does not fit on the disk of the cache."""
     from huggingface_hub import HfApi
     from huggingface_hub.constants import HF_HUB_CACHE
     from huggingface_hub.file_download import repo_folder_name
 
     blobs = Path(HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type="model"), "blobs")
-    # parts of files are among them
+    # partly downloaded files count too
     there = sum(path.stat().st_size for path in blobs.iterdir())
     try:
         files = HfApi().model_info(name, files_metadata=True, timeout=_TIMEOUT_S).siblings or []
     except ConfigError:
         raise
     except Exception:
-        # an earlier download may serve, or the next one says why not
+        # an earlier download may be complete, otherwise the next request reports the error
         logger.debug("the hub lists no files", exc_info=True)
         return
     wanted = [file for file in files if any(fnmatch(file.rfilename, one) for one in _PATTERNS)]
@@ -89,9 +90,12 @@ def _check_space(name: str) -> None:
 
 
 def _check_file(path: Path) -> None:
-    """Compare a file of the cache with its name there: a SHA-256, or git's SHA-1 of small files.
+    """Compare a cached file with the hash in its name.
 
-    A disk without symbolic links holds files under their own names, so they have no hash there.
+    The hash is a SHA-256, or git's SHA-1 for small files.
+
+    A disk without symbolic links stores files under their own names, so there is no hash to
+    compare.
     """
     if not path.is_symlink():
         return
@@ -103,7 +107,7 @@ def _check_file(path: Path) -> None:
         digest = hashlib.sha1(b"blob %d\0" % blob.stat().st_size, usedforsecurity=False)
     else:
         raise ConfigError(
-            f"--download: {path}: the cache holds it as {expected!r:.80}, which is no hash to "
+            f"--download: {path}: its name in the cache is {expected!r:.80}, which is no hash to "
             "check its bytes by; remove the model's folder of the cache, then run the command again"
         )
     with blob.open("rb") as file:

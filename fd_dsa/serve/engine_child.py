@@ -1,7 +1,9 @@
-"""The engine's process: `python -m fd_dsa.serve.engine_child SOCKET PIPE`, started by the server.
+"""The engine's process, started by the server.
 
-Reads what to build and how to log from the socket, builds the engine, and serves it until the other
-end asks it to stop or is gone.
+Command line: `python -m fd_dsa.serve.engine_child SOCKET PIPE`.
+
+It reads the configuration from the socket, builds the engine, and serves it until the other end
+asks it to stop or closes the socket.
 """
 
 from __future__ import annotations
@@ -28,13 +30,13 @@ logger = logging.getLogger("fd_dsa.serve")
 
 
 def _sender(connection: Connection) -> Callable[[Event], None]:
-    """What sends the events of the host; called in several threads."""
+    """Return a thread-safe function that sends the events of the host."""
     lock = threading.Lock()
 
     def emit(event: Event) -> None:
         if isinstance(event, Failed):
             event = Failed(_portable(event.error))
-        # nobody may be there any more; the thread that reads ends the process then
+        # the server may be gone; the thread that reads the socket then ends the process
         with lock, contextlib.suppress(OSError):
             connection.send(event)
 
@@ -42,8 +44,12 @@ def _sender(connection: Connection) -> Callable[[Event], None]:
 
 
 def main() -> int:
-    """Build the engine and serve it; returns the exit status."""
-    # the HTTP process drains on signals
+    """Build the engine and serve it.
+
+    Returns:
+        The exit status.
+    """
+    # the HTTP process handles signals and drains
     connection = connect_to_parent()
     config, log_level, log_json = connection.recv()
     set_up_logging(log_level, as_json=log_json)
@@ -54,7 +60,7 @@ def main() -> int:
         target=_read, args=(connection, hosts), name="fd_dsa-commands", daemon=True
     ).start()
     try:
-        # the imports take seconds
+        # imported late, because these imports take seconds
         from fd_dsa.startup.build import build_engine
 
         progress = StartupProgress(lambda *phase: connection.send(phase))
@@ -63,7 +69,7 @@ def main() -> int:
         logger.debug("the start failed", exc_info=True)
         connection.send(_portable(error))
         return 0
-    # files of weights and tokenizer have been read
+    # the files of weights and tokenizer have been read and freed
     trim_heaps()
     host = EngineHost(engine, _sender(connection), {INFO: lambda _: engine_info(config)})
     hosts.put(host)
@@ -75,25 +81,28 @@ def main() -> int:
 
 
 def _read(connection: Connection, hosts: SimpleQueue[EngineHost]) -> None:
-    """Body of the thread that takes commands; ends the process when nobody sends any more.
+    """Run the thread that receives commands, and end the process when the socket closes.
 
     Args:
-        connection: to the other process, which sends no command before it has the facts.
-        hosts: gets the host as soon as there is one.
+        connection: to the server, which sends its first command after it has received the facts.
+        hosts: receives the host when the engine is built.
     """
     host: EngineHost | None = None
     while True:
         try:
             command = connection.recv()
         except (EOFError, OSError):
-            # in the middle of whatever is under way
+            # the main thread may be inside a step, so there is no orderly end
             os._exit(0)
         host = host or hosts.get()
         host.post(command)
 
 
 def _portable(error: BaseException) -> Exception:
-    """An exception that can be sent; others become one that names them."""
+    """Return an exception that can be pickled.
+
+    Other exceptions become a RuntimeError with the same text.
+    """
     try:
         copy = pickle.loads(pickle.dumps(error))
     except Exception:
@@ -104,5 +113,5 @@ def _portable(error: BaseException) -> Exception:
 if __name__ == "__main__":
     status = main()
     sys.stderr.flush()
-    # Paddle's own end takes seconds, and nothing is left to be written
+    # Paddle's own shutdown takes seconds, and all output has been written
     os._exit(status)

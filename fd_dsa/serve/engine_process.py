@@ -1,8 +1,8 @@
-"""The engine in a process of its own, as the HTTP process sees it.
+"""The HTTP process's side of an engine that runs in its own process.
 
-The event loop, parsing and tokenization share Python's lock among their threads. In one process
-with the engine they would take it from each step: one busy thread makes a decode step of the demo
-model four times as long. vLLM and SGLang part the two in the same way.
+The event loop, parsing and tokenization share Python's lock among their threads. In the engine's
+process they would hold the lock during steps: one busy thread makes a decode step of the demo model
+four times as long. vLLM and SGLang separate the two in the same way.
 """
 
 from __future__ import annotations
@@ -33,23 +33,23 @@ from fd_dsa.startup.progress import StartupProgress
 # time for the last event to arrive once the process has ended, seconds
 _LAST_EVENT_S = 5.0
 HEARTBEAT_S = 1.0
-"""Time between two questions by which the process shows that it is alive, seconds."""
-# the answer matters less than that there is one
+"""Time between two heartbeat calls to the process, seconds."""
+# any answer shows that the process is alive
 _HEARTBEAT = Ask("heartbeat", SNAPSHOT)
 
 
 class EngineProcess(EngineLink):
-    """A link to an engine in a process of its own.
+    """A link to an engine in its own process.
 
-    The process ends when this one does, however it ends: its end of the socket is closed then.
+    The process ends when this one does, because its end of the socket closes.
 
     Raises:
-        ConfigError: as `fd_dsa.startup.build.build_engine`; so are the others.
+        ConfigError: like `fd_dsa.startup.build.build_engine`, as are further errors of the start.
         FdDsaError: the process ended before the engine was ready.
     """
 
     COMMAND = (sys.executable, "-m", "fd_dsa.serve.engine_child")
-    """Command line of the process, to which the number of its socket is added."""
+    """Command line of the process, without the numbers of its socket and pipe."""
 
     def __init__(
         self,
@@ -64,8 +64,8 @@ class EngineProcess(EngineLink):
         self._is_stopping = False
         try:
             self._connection.send((config, log_level, log_json))
-            # beside the other process, which reads the same files among others: its error, if
-            # there is one, names the first thing that is wrong
+            # load the tokenizer while the other process loads the model; if both fail, the error of
+            # the other process is the one to show
             loading = ThreadPoolExecutor(1).submit(
                 Tokenizer.from_folder, config.tokenizer_path, config.chat_template
             )
@@ -75,12 +75,12 @@ class EngineProcess(EngineLink):
             self._process.join(0.0)
             raise
         self._commands: SimpleQueue[Command] = SimpleQueue()
-        # when the oldest message was sent that nothing has come after, seconds of time.monotonic()
+        # time.monotonic() of the oldest message without an answer, seconds
         self._waiting_since: float | None = None
 
     @property
     def silent_s(self) -> float:
-        """See `EngineLink`; a frozen process is noticed after `HEARTBEAT_S`."""
+        """See `EngineLink`. A frozen process is noticed after `HEARTBEAT_S`."""
         since = self._waiting_since
         return 0.0 if since is None else time.monotonic() - since
 
@@ -89,19 +89,22 @@ class EngineProcess(EngineLink):
         threading.Thread(target=self._write, name="fd_dsa-engine-commands", daemon=True).start()
 
     def post(self, command: Command) -> None:
-        """Send a command; a thread writes it, so nobody waits for a full socket."""
+        """Enqueue a command.
+
+        A thread sends it, so that a full socket does not block the caller.
+        """
         self._commands.put(command)
 
     def join(self, timeout_s: float) -> None:
-        """Wait until the process has ended; kill it after `timeout_s`."""
+        """Wait until the process has ended, and kill it after `timeout_s`."""
         self._process.join(timeout_s)
         super().join(_LAST_EVENT_S)
 
     def _wait_until_ready(self, progress: StartupProgress) -> EngineFacts:
-        """The facts of the engine, as soon as it serves.
+        """Wait for the engine's facts and report the progress of its start.
 
-        The process sends its phases as they come, their number and how far they are, and in the
-        end its facts or the exception that ended the start.
+        The process sends each phase with its number and progress, and at the end its facts or the
+        exception that ended the start.
         """
         while True:
             try:
@@ -132,12 +135,12 @@ class EngineProcess(EngineLink):
             if now >= next_heartbeat and command is not _HEARTBEAT:
                 commands.append(_HEARTBEAT)
             try:
-                # before a send, which waits for as long as a frozen process reads nothing
+                # set before `send`, which blocks while a frozen process reads no messages
                 self._waiting_since = self._waiting_since or now
                 for one in commands:
                     self._connection.send(one)
             except OSError:
-                # the thread that reads says what has happened
+                # the reading thread reports the failure
                 return
             next_heartbeat = now + HEARTBEAT_S
 

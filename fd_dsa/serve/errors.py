@@ -1,12 +1,12 @@
-"""Every failure leaves the server as one error object, of the OpenAI API or of Anthropic's.
+"""Error objects in the shape of OpenAI's or Anthropic's API, sent for every failure.
 
     {"error": {"message": ..., "type": ..., "param": ..., "code": ...}}
     {"type": "error", "error": {"type": ..., "message": ...}}
 
-The second form is that of the paths below /v1/messages.
+The second shape is for paths below /v1/messages.
 
-Source: the shape that the `openai` client parses; statuses follow the OpenAI API (400, 401, 403,
-404, 405, 408, 413, 415, 429, 431, 500, 503), and validation is 400, never FastAPI's 422.
+Source: the shape that the `openai` client parses. Statuses follow the OpenAI API (400, 401, 403,
+404, 405, 408, 413, 415, 429, 431, 500, 503). A failed validation is a 400, not FastAPI's 422.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from fd_dsa.chat.json_text import shortened_json
 from fd_dsa.errors import FdDsaError
 from fd_dsa.serve.json_response import JsonResponse
 
-# pydantic error type of our own validators: their message is complete as it is
+# pydantic error type of our own validators, whose messages are complete
 CUSTOM_ERROR = "fd_dsa"
 _SHOWN_INPUT_CHARS = 60
-# pydantic's types of errors in our words: its own name classes and validation
+# our wording for pydantic's error types, whose own messages name classes and validation
 _RULES = {
     "bool_type": "true or false",
     "dict_type": "an object",
@@ -50,7 +50,7 @@ _TYPES = {
     429: "rate_limit_error",
     503: "service_unavailable_error",
 }
-# types of the Anthropic API; any other status below 500 is an invalid request
+# types of the Anthropic API; another status below 500 is an invalid request
 _ANTHROPIC_TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -61,7 +61,7 @@ _ANTHROPIC_TYPES = {
     503: "overloaded_error",
 }
 _ANTHROPIC_PATH = "/v1/messages"
-# endpoints of other servers that people try, and what fd_dsa is not for
+# endpoints of other servers that clients may try, with the feature that fd_dsa lacks
 _OUT_OF_SCOPE = {
     "/v1/embeddings": "embeddings",
     "/v1/rerank": "reranking",
@@ -79,12 +79,12 @@ _OUT_OF_SCOPE = {
 
 
 def is_anthropic(path: str) -> bool:
-    """Whether the clients of a path speak the Anthropic API."""
+    """Return True if clients of this path use the Anthropic API."""
     return f"{path}/".startswith(f"{_ANTHROPIC_PATH}/")
 
 
 class ErrorObject(TypedDict):
-    """Failure in the shape of the OpenAI API."""
+    """A failure in the shape of the OpenAI API."""
 
     message: str
     type: str
@@ -93,29 +93,29 @@ class ErrorObject(TypedDict):
 
 
 class ErrorResponse(TypedDict):
-    """Body of every answer that is no success."""
+    """Body of every error response."""
 
     error: ErrorObject
 
 
 class AnthropicErrorObject(TypedDict):
-    """Failure in the shape of Anthropic's API."""
+    """A failure in the shape of Anthropic's API."""
 
     type: str
     message: str
 
 
 class AnthropicErrorResponse(TypedDict):
-    """Body of every answer below /v1/messages that is no success."""
+    """Body of every error response below /v1/messages."""
 
     type: Literal["error"]
     error: AnthropicErrorObject
 
 
 def error_responses(model: type) -> dict[int | str, dict[str, Any]]:
-    """Describe the failures of routes, for the OpenAPI document.
+    """Describe the failures of routes for the OpenAPI document.
 
-    They replace FastAPI's 422, which is never sent.
+    The description replaces FastAPI's 422, which is never sent.
     """
     return {"default": {"model": model, "description": "400 and above: an error object"}}
 
@@ -125,8 +125,8 @@ class ApiError(FdDsaError):
 
     Args:
         status: HTTP status, 400..599.
-        message: what, what was found, what is allowed, what to do.
-        param: the field of the request that is to blame, as `messages[0].content`.
+        message: the field, the value found, the rule, and what to do.
+        param: the request field at fault, such as `messages[0].content`.
         code: machine-readable code of the OpenAI API, such as `model_not_found`.
         headers: extra response headers.
     """
@@ -140,7 +140,7 @@ class ApiError(FdDsaError):
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        # a lone surrogate of a request has no UTF-8 form
+        # a lone surrogate from a request has no UTF-8 form
         self.message = message.encode("utf-8", "backslashreplace").decode()
         super().__init__(self.message)
         self.status = status
@@ -149,7 +149,7 @@ class ApiError(FdDsaError):
         self.headers = dict(headers or {})
 
     def body(self, path: str = "") -> ErrorResponse | AnthropicErrorResponse:
-        """The error object in the form that clients of a path read."""
+        """Return the error object in the shape that clients of `path` read."""
         if is_anthropic(path):
             general = "api_error" if self.status >= 500 else "invalid_request_error"
             kind = _ANTHROPIC_TYPES.get(self.status, general)
@@ -166,26 +166,29 @@ class ApiError(FdDsaError):
         }
 
     def response(self, path: str = "") -> JsonResponse:
-        """The error object with its status and headers, for a request to a path."""
+        """Return the response with error object, status and headers for a request to `path`."""
         return JsonResponse(self.body(path), status_code=self.status, headers=self.headers)
 
 
 class FieldError(ApiError):
-    """A 400 whose message begins with the field to blame, as in `messages[0].content: got null`."""
+    """A 400 whose message begins with the field: `messages[0].content: got null`."""
 
     def __init__(self, message: str, *, code: str | None = None) -> None:
         super().__init__(400, message, param=message.partition(": ")[0], code=code)
 
 
 def internal_error(request_id: str) -> ApiError:
-    """A 500 that names the request in the server's log and nothing else."""
+    """Return a 500 that names only the request, so that its details stay in the log."""
     return ApiError(
         500, f"internal error in request {request_id}; the server's log has the details"
     )
 
 
 def request_error(error: ValueError, fields: Sequence[str]) -> ApiError:
-    """A 400 from a ValueError; `param` is its first word where that is one of `fields`."""
+    """Make a 400 from a ValueError.
+
+    `param` is the first word of its text if it is in `fields`.
+    """
     message = str(error)
     word = message.partition(" ")[0].rstrip(":")
     return ApiError(400, message, param=word if word in fields else None)
@@ -205,12 +208,12 @@ def install_error_handlers(app: FastAPI) -> None:
 
 
 def _from_http_exception(request: Request, error: HTTPException) -> ApiError:
-    """404 and 405 of the router, with the paths and methods that exist."""
+    """Convert the router's 404 and 405, adding the paths and methods that exist."""
     path = request.url.path
     headers = dict(error.headers or {})
     if error.status_code == 404:
         routes = ", ".join(sorted(request.app.openapi()["paths"]))
-        # paths that servers of another purpose have
+        # endpoints of servers for another purpose
         outside = next((w for p, w in _OUT_OF_SCOPE.items() if f"{path}/".startswith(f"{p}/")), "")
         scope = f", {outside} is out of its scope" if outside else ""
         here = f"this server generates text{scope}; it has {routes}"
@@ -227,7 +230,7 @@ def _from_http_exception(request: Request, error: HTTPException) -> ApiError:
 
 
 def unreadable(error: Exception) -> ApiError:
-    """A 400 from what a parser of JSON raised."""
+    """Make a 400 from an exception of the JSON parser."""
     if isinstance(error, json.JSONDecodeError):
         reason = f"is not valid JSON: {error.msg} at character {error.pos}"
     elif isinstance(error, UnicodeDecodeError):
@@ -236,14 +239,14 @@ def unreadable(error: Exception) -> ApiError:
             "without a Content-Encoding"
         )
     elif isinstance(error, RecursionError):
-        reason = "nests too deeply; send a request that is flatter"
+        reason = "nests too deeply; send a flatter request"
     else:
         reason = f"cannot be read: {str(error).partition(';')[0].lower()}"
     return ApiError(400, f"body {reason}")
 
 
 def validation_refusal(error: ValidationError) -> ApiError:
-    """The first problem of a request body, in our words."""
+    """Describe the first problem of a request body in our wording."""
     first = error.errors(include_url=False)[0]
     path = _field_path(first["loc"])
     param = path or None
@@ -256,7 +259,7 @@ def validation_refusal(error: ValidationError) -> ApiError:
 
 
 def _field_path(location: Sequence[str | int]) -> str:
-    """`("messages", 0, "content")` as `messages[0].content`."""
+    """Format a location such as `("messages", 0, "content")` as `messages[0].content`."""
     path = ""
     for part in location:
         if isinstance(part, int):
@@ -267,6 +270,6 @@ def _field_path(location: Sequence[str | int]) -> str:
     return path
 
 
-def show(value: Any) -> str:
-    """A value of a request as it was sent, shortened; only the beginning of a long one is read."""
+def show(value: object) -> str:
+    """Return a value as JSON, shortened. Only the beginning of a long value is encoded."""
     return shortened_json(value, _SHOWN_INPUT_CHARS)

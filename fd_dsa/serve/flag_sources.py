@@ -1,6 +1,6 @@
-"""Where flags come from: the command line, then variables, then a YAML file, then defaults.
+"""The sources of flags: command line, variables, a YAML file and defaults, in this order.
 
-Source of the order and of the names: vLLM's `--config`, and llama.cpp's variables.
+Sources: vLLM's `--config` and llama.cpp's variables, for the order and the names.
 """
 
 from __future__ import annotations
@@ -16,28 +16,30 @@ from fd_dsa.command_line.parser import nearest, split_flags
 from fd_dsa.environment import process_environment, switch
 from fd_dsa.errors import ConfigError
 from fd_dsa.serve.flags import DEFAULTS, build_parser
-from fd_dsa.serve.known_flags import find, judge, take_out
+from fd_dsa.serve.known_flags import check_value, find, remove_known_flags
 
 _PREFIX = "FD_DSA_"
-# they mean nothing outside of a command line
+# flags without a meaning outside of a command line
 _COMMAND_LINE_ONLY = ("help", "version", "positional_model")
-# an empty secret, as of an unset variable of a script, would leave the server open
+# an empty secret, for example from an unset variable of a script, would leave the server open
 _NEVER_EMPTY = ("api_key",)
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
-    """The flags of all sources; those of the engine are there only when they were given.
+    """Collect the flags of all sources.
 
-    Three names more than flags: `given`, the names of those that some source has; `passed`, the
-    arguments after `--`, which are for FastDeploy; and `not_needed`, flags of other servers that
-    change no answer here, with the reasons.
+    Flags of the engine are included only if a source has them. The namespace also has three other
+    names. `given` has the names of flags that a source has. `passed` has the arguments after `--`,
+    which are for FastDeploy. `not_needed` has flags of other servers that change no answer, with
+    the reasons.
 
     Raises:
         ConfigError: an unknown flag or key (with the nearest known one), a value of a wrong form,
-            or a file that cannot be read; names the source where it is not the command line.
+            or a file that cannot be read. The message names the source unless it is the command
+            line.
     """
     words, passed = split_flags(argv)
-    words, not_needed = take_out(words)
+    words, not_needed = remove_known_flags(words)
     line = _from_command_line(words)
     variables = _from_variables()
     path = line.get("config", variables.get("config"))
@@ -52,19 +54,19 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def unused_variables() -> list[str]:
-    """What to say about variables whose names are nearly, but not quite, those of a flag."""
+    """Return a line for each variable whose name is almost that of a flag."""
     known = [_variable(action) for action in _flag_actions().values()]
     lines = []
     ours = {name for name in process_environment() if name.startswith(_PREFIX)}
     for name in sorted(ours - set(known)):
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.85)
         if near:
-            lines.append(f"the variable {name} is none of fd_dsa's; did you mean {near[0]}?")
+            lines.append(f"the variable {name} is unknown; did you mean {near[0]}?")
     return lines
 
 
 def _from_command_line(argv: Sequence[str]) -> dict[str, Any]:
-    """Flags of the command line; the model's folder may stand without one."""
+    """Return the flags of the command line. The model's folder may be positional."""
     values = vars(build_parser().parse_args(argv))
     folder = values.pop("positional_model", None)
     if folder is not None and values.setdefault("model", folder) != folder:
@@ -75,7 +77,10 @@ def _from_command_line(argv: Sequence[str]) -> dict[str, Any]:
 
 
 def _from_variables() -> dict[str, Any]:
-    """Flags of variables such as FD_DSA_PORT; an empty one is none, but for `_NEVER_EMPTY`."""
+    """Return the flags of variables such as FD_DSA_PORT.
+
+    Empty variables are ignored, except those of `_NEVER_EMPTY`.
+    """
     variables = process_environment()
     values: dict[str, Any] = {}
     for action in _flag_actions().values():
@@ -93,10 +98,10 @@ def _from_variables() -> dict[str, Any]:
 
 
 def _from_file(path: str, not_needed: dict[str, str]) -> dict[str, Any]:
-    """Flags of a YAML file: names with dashes or underscores, and their values.
+    """Return the flags of a YAML file, whose names may have dashes or underscores.
 
     Args:
-        not_needed: gets the keys that are flags of other servers and change no answer here.
+        not_needed: receives the keys that are flags of other servers and change no answer.
     """
     try:
         with open(path, encoding="utf-8") as file:
@@ -121,7 +126,7 @@ def _from_file(path: str, not_needed: dict[str, str]) -> dict[str, Any]:
             known, is_off = found
             is_off ^= value is False
             try:
-                not_needed[str(key)] = judge(str(key), str(value), known, is_off)
+                not_needed[str(key)] = check_value(str(key), str(value), known, is_off)
             except ConfigError as error:
                 raise ConfigError(f"--config: {path}: {error}") from None
             continue
@@ -137,8 +142,8 @@ def _from_file(path: str, not_needed: dict[str, str]) -> dict[str, Any]:
     return values
 
 
-def _parsed(source: str, action: argparse.Action, value: Any) -> dict[str, Any]:
-    """One flag as the parser of the command line reads it, so that all sources have one rule."""
+def _parsed(source: str, action: argparse.Action, value: object) -> dict[str, Any]:
+    """Parse one flag like the parser of the command line, so that all sources have one rule."""
     flag = _flag(action)
     if action.nargs == 0:
         if not isinstance(value, bool):
@@ -147,7 +152,7 @@ def _parsed(source: str, action: argparse.Action, value: Any) -> dict[str, Any]:
     if isinstance(value, list) and not _takes_several(action):
         raise ConfigError(f"{source}: {flag}: got a list, allowed: one value")
     values = value if isinstance(value, list) else [value]
-    # not the values themselves, which may be secrets
+    # the values themselves may be secrets
     bad = [type(one).__name__ for one in values if type(one) not in (str, int, float)]
     if bad or not values:
         raise ConfigError(
@@ -162,7 +167,7 @@ def _parsed(source: str, action: argparse.Action, value: Any) -> dict[str, Any]:
 
 
 def _flag_actions() -> dict[str, argparse.Action]:
-    """Every flag that may come from all sources, by its name without dashes in front."""
+    """Return the flags that may come from all sources, by name without leading dashes."""
     return {
         _flag(action).removeprefix("--"): action
         for action in build_parser()._actions

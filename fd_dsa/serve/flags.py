@@ -1,4 +1,4 @@
-"""Flags of `python -m fd_dsa.serve`, and the options that they set beside those of the engine.
+"""The flags of `python -m fd_dsa.serve`, and the options of a server that they set.
 
 `--help` imports neither Paddle nor the server.
 """
@@ -23,7 +23,7 @@ from fd_dsa.config import DEFAULT_TARGET_MS, DEVICES, GENERATION_CONFIGS
 
 DEFAULT_MAX_CONNECTIONS = 4096
 PROMPT_BYTES_PER_TOKEN = 16
-"""Bytes of a prompt's text for each token of the context, unless --max-prompt-bytes says more."""
+"""Bytes of a prompt's text per token of the context, without --max-prompt-bytes."""
 _SIZE_FORMS = "32k is 32,000, 32K is 32,768"
 
 
@@ -40,15 +40,15 @@ class Limits(TypedDict):
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """Access, limits, log and chat formats of a server; each field is the flag of the same name.
+    """Access, limits, log and chat formats of a server.
 
-    Two fields are no flags: `hosts` and `body_timeout_s`.
+    Each field except `hosts` and `body_timeout_s` is the flag of the same name.
 
     Attributes:
-        max_prompt_bytes: UTF-8 bytes of a prompt's text; None is `PROMPT_BYTES_PER_TOKEN` for each
-            token of max_model_len.
-        hosts: refuses a Host header by an ApiError; None serves every one.
-        body_timeout_s: seconds that a client has for sending a body.
+        max_prompt_bytes: UTF-8 bytes of a prompt's text. None means `PROMPT_BYTES_PER_TOKEN` for
+            each token of max_model_len.
+        hosts: raises ApiError for a refused Host header. None accepts every host.
+        body_timeout_s: time that a client has to send a body, seconds.
     """
 
     api_key: Sequence[str] = ()
@@ -70,7 +70,7 @@ class ServerOptions:
     body_timeout_s: float = 60.0
 
     def limits(self, max_model_len: int) -> Limits:
-        """Limits of requests by name, for a model of that context."""
+        """Return the limits of requests by name, for a model with a context of max_model_len."""
         return {
             "max_body_bytes": self.max_body_size,
             "max_body_values": self.max_body_values,
@@ -81,11 +81,11 @@ class ServerOptions:
         }
 
     def prompt_bytes(self, max_model_len: int) -> int:
-        """Most UTF-8 bytes of a prompt's text for a model of that context, tokens."""
+        """Return the maximum UTF-8 bytes of a prompt's text for a context of max_model_len."""
         return self.max_prompt_bytes or PROMPT_BYTES_PER_TOKEN * max_model_len
 
 
-# of the options of a server: resolved when it starts
+# options of a server that are resolved at its start
 _RESOLVED = ("api_key", "body_timeout_s", "hosts", "max_connections")
 DEFAULTS: dict[str, Any] = {
     **{f.name: f.default for f in fields(ServerOptions) if f.name not in _RESOLVED},
@@ -98,7 +98,7 @@ DEFAULTS: dict[str, Any] = {
     "shutdown_timeout": 30.0,
     "target_inter_token_latency_ms": DEFAULT_TARGET_MS,
 }
-"""By name of a flag; those of the engine are in its configuration."""
+"""Defaults by name of a flag. Those of the engine are in its configuration."""
 
 # group of --help -> flag, with its metavar -> help
 _FLAGS = {
@@ -215,7 +215,10 @@ _FLAGS = {
 
 
 def _key(text: str) -> str:
-    """A key that a header can carry; an empty one, as of an unset variable, would be no secret."""
+    """Return an API key that a header can carry.
+
+    An empty key, for example from an unset variable, would be no secret.
+    """
     if not text or any(char.isspace() or not char.isprintable() for char in text):
         raise argparse.ArgumentTypeError("allowed is a text of one character or more, none a space")
     return text
@@ -234,7 +237,7 @@ _POSITIVE = values.number(int, 1)
 _SIZE = values.number(int, 1, f"; {_SIZE_FORMS}")
 # the configuration of the engine checks its range
 _NUMBER = values.reader(float, "a number")
-# readers of values that are no plain texts
+# readers of values that are not plain texts
 _PARSERS = {
     "reasoning_parser": (AUTO, NONE, *REASONING_FORMATS),
     "tool_call_parser": (AUTO, NONE, *TOOL_FORMATS),
@@ -254,7 +257,7 @@ _READERS: dict[str, Callable[[str], Any]] = {
         "a name without a port, or *",
         lambda text: text and text.count(":") != 1 and not re.search(r"[/\s]", text),
     ),
-    # the name that other servers have
+    # the name on other servers
     "device": lambda text: "gpu" if text == "cuda" else text,
     **{flag: _parser_name(names) for flag, names in _PARSERS.items()},
     "api_key": _key,
@@ -277,7 +280,10 @@ _MAY_BE_REPEATED = ("allowed_host", "api_key", "served_model_name")
 
 
 def build_parser() -> Parser:
-    """The parser, flags grouped as in `--help`; it gives those of the command line alone."""
+    """Return the parser with flags grouped as in `--help`.
+
+    It parses flags of the command line only.
+    """
     parser = Parser(
         prog=own_command("serve"),
         usage="%(prog)s [MODEL] [flags] [-- flags of FastDeploy]",
@@ -290,7 +296,8 @@ def build_parser() -> Parser:
     for title, flags in _FLAGS.items():
         group = parser.add_argument_group(title) if title else parser
         for flag, text in flags.items():
-            # set afterwards: some versions of Python add the default, which is a marker here
+            # set afterwards, because some versions of Python add the default, which is a marker
+            # here
             _add(group, flag).help = text
     return parser
 

@@ -1,4 +1,4 @@
-"""From texts to checked jobs and their outputs: several prompts, and clients that go away."""
+"""Generation: checks prompts, runs their jobs, and handles clients that disconnect."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from fd_dsa.serve.workers import cancel
 if TYPE_CHECKING:
     from fd_dsa.engine.output import RequestOutput
 
-# tokens of a prompt that an answer repeats as text or ids, for each log-probability
+# one log-probability weighs as much as this many prompt tokens repeated as text or ids
 _TOKENS_PER_SCORE = 8
 
 
 MAX_UNREAD_OUTPUTS = 2048
-"""Outputs that a client may leave unread, beyond what the sockets' buffers hold."""
+"""Outputs that a client may leave unread, in addition to the buffers of its socket."""
 
 logger = logging.getLogger("fd_dsa.serve")
 _requests_logger = logging.getLogger("fd_dsa.requests")
@@ -40,13 +40,15 @@ _requests_logger = logging.getLogger("fd_dsa.requests")
 def encode_prompt(
     state: ServerState, prompt: str | RenderedPrompt, field: str, *, add_special_tokens: bool
 ) -> list[int]:
-    """Token ids of a text, at most max_model_len; for a thread, since a long one takes a while.
+    """Tokenize a prompt into at most max_model_len ids.
+
+    Slow for long texts: call it in a thread.
 
     Args:
-        prompt: a text whose markers all become control tokens, or a rendered conversation.
+        prompt: a rendered conversation, or a text in which every control-token marker counts.
 
     Raises:
-        ApiError: 400, the text has too many bytes or tokens, or is no valid Unicode.
+        ApiError: 400 if the text has too many bytes or tokens, or is not valid Unicode.
     """
     rendered = RenderedPrompt(prompt, prompt) if isinstance(prompt, str) else prompt
     check_bytes(state, [rendered.text], field)
@@ -63,7 +65,7 @@ def encode_prompt(
 
 def check_bytes(state: ServerState, texts: Iterable[str], field: str) -> None:
     """Refuse texts that are together longer than --max-prompt-bytes."""
-    # half of a surrogate pair has no UTF-8 form; the tokenizer refuses it
+    # `surrogatepass`, because the tokenizer reports half of a surrogate pair
     num_bytes = sum(
         len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
         for text in texts
@@ -78,7 +80,10 @@ def check_bytes(state: ServerState, texts: Iterable[str], field: str) -> None:
 
 
 def too_many_tokens(state: ServerState, num_tokens: int | str, field: str) -> ApiError:
-    """The 400 of a prompt that leaves no room for an output; `num_tokens` is shown in it."""
+    """Make the 400 of a prompt that leaves no room for an output.
+
+    The text shows `num_tokens`.
+    """
     return ApiError(
         400,
         f"prompt has {num_tokens} tokens, max_model_len is {state.engine.max_model_len} and the "
@@ -90,11 +95,11 @@ def too_many_tokens(state: ServerState, num_tokens: int | str, field: str) -> Ap
 
 @dataclass(frozen=True)
 class Job:
-    """One prompt for the engine.
+    """A prompt for the engine.
 
     Attributes:
-        each_call: makes the form of the calls of each tool, for the message if their common form
-            cannot be compiled; takes a while.
+        each_call: makes the form of the calls of each tool. Called only to find the tool at fault
+            if their common form cannot be compiled. Slow.
     """
 
     request_id: str
@@ -114,16 +119,16 @@ def resolve_max_tokens(
 ) -> int:
     """Return the maximum number of tokens to generate.
 
-    It is what the request asks for. Otherwise it is what the context has left, at most `default`
-    and what the model's generation_config.json proposes.
+    A number in the request counts. Otherwise it is the rest of the context, at most `default` and
+    at most the number in the model's generation_config.json.
 
     Args:
-        default: upper bound if the request asks for no number.
-        param: name of the request's field, for the message.
-        source: the field that the prompt comes from.
+        default: upper bound if the request has no number.
+        param: name of the request's field, for error messages.
+        source: field of the prompt.
 
     Raises:
-        ApiError: 400, the prompt is empty, or it does not fit together with its output.
+        ApiError: 400 if the prompt is empty, or does not fit into the context with its output.
     """
     limit = state.engine.max_model_len
     if num_prompt_tokens == 0:
@@ -144,16 +149,14 @@ def resolve_max_tokens(
 
 
 def check_jobs(state: ServerState, jobs: Sequence[Job], param: str) -> list[Job]:
-    """Check that the engine could ever run these jobs of one request.
-
-    Takes a while for long prompts, and tokenizes bad words.
+    """Check that the engine can run these jobs of one request. Slow for long prompts.
 
     Returns:
-        The jobs, with what the engine needs not do again.
+        The jobs with tokenized bad words, so that the engine need not tokenize them again.
 
     Raises:
-        ApiError: 400 with the engine's reason and the field to blame: a sampling parameter, or
-            `param`, which the prompt came from.
+        ApiError: 400 with the engine's reason and the field at fault: a sampling parameter, or
+            `param`, the field of the prompt.
     """
     for job in jobs:
         with _refusals(param):
@@ -166,10 +169,10 @@ def check_jobs(state: ServerState, jobs: Sequence[Job], param: str) -> list[Job]
 
 
 async def check_form(state: ServerState, job: Job, param: str) -> None:
-    """Let the engine compile the form of a job's output, if it is to have one.
+    """Compile the form of a job's output on the engine, if the job has one.
 
     Raises:
-        ApiError: 400, the form cannot be compiled; 429, too many others are compiled before it.
+        ApiError: 400 if the form cannot be compiled, 429 if too many others are waiting.
     """
     if job.params.structured_outputs is None:
         return
@@ -188,7 +191,10 @@ async def check_form(state: ServerState, job: Job, param: str) -> None:
 
 
 async def _check_each_call(state: ServerState, job: Job, param: str) -> None:
-    """Raise the refusal of the first tool whose calls cannot be compiled; see `check_form`."""
+    """Raise the refusal of the first tool whose calls cannot be compiled.
+
+    See `check_form`.
+    """
     for form in await asyncio.to_thread(job.each_call):
         with _refusals(param):
             await state.engine.check_form(replace(job.params, structured_outputs=form))
@@ -208,26 +214,26 @@ def _refusals(param: str) -> Iterator[None]:
 async def stream_outputs(
     state: ServerState, jobs: Sequence[Job]
 ) -> AsyncGenerator[tuple[int, RequestOutput], None]:
-    """Outputs of all jobs as they come, each with the index of its job.
+    """Run the jobs and yield (index of the job, output) as outputs arrive.
 
-    Closing the iterator, or cancelling the task that reads it, aborts what is still running. So
-    does a reader that is `MAX_UNREAD_OUTPUTS` outputs late: buffers do not grow without a bound.
+    Closing the iterator, or cancelling its task, aborts the jobs that still run. A reader that is
+    `MAX_UNREAD_OUTPUTS` outputs late is aborted too, so that buffers stay bounded.
 
     Raises:
-        ApiError: 503, the server takes no requests any more; 500, a job or the engine failed;
-            408, the reader is too slow.
+        ApiError: 503 if the server is shutting down, 500 after a failure of a job or the engine,
+            408 for a slow reader.
     """
     state.check_available(is_accepted=True)
     began = time.monotonic()
     last: dict[tuple[int, int], RequestOutput] = {}
-    # None: a job has ended; an exception: it has failed
+    # None: a job has ended; an exception: a job has failed
     queue: asyncio.Queue[tuple[int, RequestOutput] | Exception | None] = asyncio.Queue()
 
     async def pump(index: int, job: Job) -> None:
         try:
             generate = state.engine.generate(job.prompt_token_ids, job.params, job.request_id)
             async with contextlib.aclosing(generate):
-                # awaits nothing else, so a cancellation always reaches the engine's iterator
+                # only this await, so that a cancellation always reaches the engine's iterator
                 async for output in generate:
                     if queue.qsize() >= MAX_UNREAD_OUTPUTS:
                         text = "request %s: aborted, its client has not read %d outputs"
@@ -259,18 +265,18 @@ async def stream_outputs(
             elif isinstance(item, Exception):
                 if state.engine.errored is None:
                     raise item
-                # its failure is in the log
+                # the log has the engine's failure
                 gone = "the engine has failed while it ran the request; the server is ending"
                 raise ApiError(500, gone)
             elif item[1].finish_reason == "error":
                 failed, error = item[1].request_id, item[1].error
-                # its own parameters are to blame, or the engine
+                # a client error if the request's constraints exclude every token
                 status = 400 if isinstance(error, ConstraintError) else 500
                 raise ApiError(status, f"request {failed!r}: {error or 'has failed'}")
             else:
                 yield item
     finally:
-        # first, since a task that is being cancelled gets no further than the next await
+        # log before the next await, where a task that is being cancelled would end
         for job_index, job in enumerate(jobs) if state.options.log_requests else ():
             for index in range(job.params.n):
                 output = last.get((job_index, index))
@@ -281,11 +287,11 @@ async def stream_outputs(
 
 
 def _log_end(job: Job, index: int, last: RequestOutput | None, began: float) -> None:
-    """The line of --log-requests for one output: counts and times, never texts.
+    """Log one output for --log-requests, with counts and times but no texts.
 
     Args:
-        last: as the engine gave it last; one that is not finished was aborted.
-        began: monotonic time at which the request reached the engine.
+        last: last output of the engine. An unfinished one was aborted.
+        began: monotonic time at which the request reached the engine, seconds.
     """
     first = None if last is None else last.first_token_time
     fields = {
@@ -312,12 +318,12 @@ def check_answer_size(
 ) -> None:
     """Refuse a request whose answer could have too many log-probabilities.
 
-    Each token of an output or a prompt that is scored counts 1 and as many as are scored beside
-    it; eight tokens of a prompt that is repeated count 1; with `return_topk_positions` each token
-    of prompt and output counts 1. All of that is multiplied by the choices that show it.
+    A scored token of output or prompt counts 1, plus 1 for each alternative. Eight repeated prompt
+    tokens count 1. With `return_topk_positions` each token of prompt and output counts 1. The sum
+    is multiplied by the number of choices that show it.
 
     Args:
-        shows_prompt_once: whether an answer has the fields of a prompt once, not in each choice.
+        shows_prompt_once: True if the answer has the prompt's fields once, not in each choice.
     """
     total = sum(_scores_of(job, body, echo, shows_prompt_once) for job in jobs)
     if total <= limit:
@@ -338,14 +344,14 @@ def check_answer_size(
     )
 
 
-def most_scored_tokens(limit: int, num_prompt_tokens: int, body: GenerationRequest) -> int | None:
-    """Tokens of an output for whose scores there is room; None: they are not scored.
+def max_scored_tokens(limit: int, num_prompt_tokens: int, body: GenerationRequest) -> int | None:
+    """Return the largest output length whose scores are allowed, or None without scores.
 
     Args:
-        body: of a request whose answer has the fields of its prompt once.
+        body: a request whose answer has the fields of its prompt once.
 
     Raises:
-        ApiError: 400, the number of log-probabilities is out of range.
+        ApiError: 400 if the number of log-probabilities is out of range.
     """
     fields = body.score_fields()
     beside, of_prompt = fields["logprobs"], fields["prompt_logprobs"]

@@ -1,11 +1,11 @@
-"""Checks before every route: host, key, availability, the body, concurrency.
+"""Checks before every route: host, key, availability, body, concurrency.
 
-All paths ask for the key, except a few that only report on the server. So a route that is added
-later is guarded by default (vLLM's key guards some prefixes, and lets others compute).
+Every path needs the key, except a few that only report on the server, so a new route is guarded by
+default. (vLLM's key guards only some prefixes.)
 
-A browser lets a page ask the address that the page's name resolves to. An attacker who changes that
-address to 127.0.0.1 (DNS rebinding) would reach a server that only programs of this machine should
-reach; the Host header is still the attacker's name.
+A web page may send requests to the address that its own name resolves to. An attacker who changes
+that address to 127.0.0.1 (DNS rebinding) would reach a server meant for programs of this machine
+only. The Host header still has the attacker's name, so it is checked.
 """
 
 from __future__ import annotations
@@ -28,20 +28,21 @@ from fd_dsa.serve.status import PROBE_PATHS
 from fd_dsa.serve.workers import Turns
 
 OPEN_PATHS = PAGE_PATHS | PROBE_PATHS | {"/openapi.json", "/version", "/metrics"}
-"""Paths that need no key: they compute nothing and show nothing of requests."""
+"""Paths without a key. They compute no tokens and show no data of requests."""
 ANY_HOST = "*"
 _HOST = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^\[\]:/\s]+)(:[0-9]*)?")
 
 
 def host_rule(host: str, bound: str, allowed: Sequence[str]) -> Callable[[str], None] | None:
-    """What refuses the Host header of a request; None where every Host is served.
+    """Return the check of the Host header, or None if every Host is accepted.
 
-    On other addresses than loopback it lets every IP address through, as nobody can let one resolve
-    to another; probes of an orchestrator come with the server's.
+    On a loopback address only the names below and loopback addresses pass. On other addresses every
+    IP address passes too, because DNS cannot redirect an IP address, and probes of an orchestrator
+    use it.
 
     Args:
-        host: the --host of the command line; localhost and loopback addresses are always allowed.
-        bound: the address that it resolved to.
+        host: the --host of the command line. localhost and loopback addresses are always allowed.
+        bound: the address that `host` resolved to.
         allowed: the values of --allowed-host.
     """
     names = {name.strip("[]").lower() for name in (host, "localhost", *allowed)}
@@ -74,11 +75,11 @@ def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
 
 
 class GuardMiddleware:
-    """Refuses requests before their bodies are read, and bodies that are too long or too slow.
+    """Refuses invalid requests before reading their bodies, and long or slow bodies.
 
-    A POST is counted from the end of its body until its answer has been sent: a client that
-    sends slowly takes no place from others. Routes find its body in `request.state.body`; they
-    call `ServerState.hold` when they ask for several outputs.
+    A POST counts as accepted from the end of its body to the end of its answer, so that slow
+    senders take no slot. Routes read the body from `request.state.body`, and call
+    `ServerState.hold` for several outputs.
     """
 
     def __init__(self, app: ASGIApp, state: ServerState) -> None:
@@ -111,10 +112,10 @@ class GuardMiddleware:
         self._state.num_accepted -= 1
 
     def _check_head(self, scope: Scope) -> bool:
-        """Refuse a request by its head; True for one that computes, whose body comes next."""
+        """Check the head of a request. Returns True if a body follows that must be read."""
         headers, options = Headers(scope=scope), self._state.options
         host = headers.get("host")
-        # HTTP/1.1 has the header; older clients, which are no browsers, may not
+        # HTTP/1.1 requires the header; clients of older versions are no browsers
         if options.hosts is not None and host is not None:
             options.hosts(host)
         if scope["path"] in OPEN_PATHS or scope["path"].startswith(STATIC_PREFIX):
@@ -125,7 +126,7 @@ class GuardMiddleware:
         if scope["method"] != "POST":
             return False
         encoding = headers.get("content-encoding", "")
-        # the length of a compressed body says nothing of what it would take unpacked
+        # the size of a compressed body does not bound its unpacked size
         if encoding.strip().lower() not in ("", "identity"):
             raise ApiError(
                 415,
@@ -143,12 +144,12 @@ class GuardMiddleware:
         if is_anthropic(path):
             keys.append(headers.get("x-api-key", "").strip())
             send = "x-api-key: KEY, or Authorization: Bearer KEY"
-        # all of them: the time it takes does not depend on which is the right one
+        # compare all keys, so that the time does not depend on which one matches
         if any([self._is_key(key) for key in keys]):
             return
         is_sent = key or any(keys)
         no_key = "no API key came with the request"
-        what = "the API key is none of this server's" if is_sent else no_key
+        what = "the API key is not valid for this server" if is_sent else no_key
         raise ApiError(
             401,
             f"{what}; send the header {send}",
@@ -157,6 +158,6 @@ class GuardMiddleware:
         )
 
     def _is_key(self, key: str) -> bool:
-        # starlette reads headers as Latin-1; the key is the bytes that came
+        # starlette decodes headers as Latin-1, which gives the sent bytes back
         digest = sha256(key.encode("latin-1")).digest()
         return any([hmac.compare_digest(digest, known) for known in self._key_digests])

@@ -1,14 +1,12 @@
-"""What uvicorn and h11 do for one connection, its limits, and rules that h11 leaves to a server.
+"""A connection of uvicorn and h11 with stricter rules and limits.
 
-h11 is lenient where a proxy in front of it may read the same bytes otherwise, so that one request
-could be smuggled after another: it takes Content-Length and Transfer-Encoding together, repeated
-lengths, lines that end with LF alone, folded lines and control characters, and the same in
-trailers.
+h11 accepts requests that a proxy may read differently, so that one request could be smuggled after
+another. Examples are Content-Length together with Transfer-Encoding, repeated lengths, lines that
+end with LF only, folded lines, control characters, and the same in trailers.
 
-Bytes that are no HTTP are answered with an error object, as every other failure. A client loses its
-connection when it stops reading, so that nobody holds buffers and places indefinitely; when it
-does not finish what it sends, so that nobody holds sockets; and when it sends nothing while others
-need the place.
+Bytes that are not HTTP are answered with an error object, like every other failure. A client loses
+its connection in three cases. It stops reading, and would hold buffers and places indefinitely. It
+does not finish a request, and would hold a socket. It sends no request while others need the place.
 """
 
 from __future__ import annotations
@@ -20,7 +18,6 @@ import select
 import uuid
 from collections.abc import Callable
 from http import HTTPStatus
-from typing import Any
 
 import h11
 from uvicorn.config import Config
@@ -35,33 +32,34 @@ MAX_HEAD_BYTES = 32 << 10
 """Longest head of a request: request line and headers."""
 MAX_HEADERS = 100
 """Header lines of a request."""
-# so many chunks of a body may be as small as they like, the others have this size on average: a
-# chunk takes h11 as long as many bytes, and one read brings 256 KiB
+# This many chunks of a body may have any size, and further chunks have this size on average. A
+# chunk takes h11 as long as many bytes, and one read brings 256 KiB.
 _MANY_CHUNKS = 1024
 _MIN_CHUNK_BYTES = 256
 
-# where h11 takes a head to end
+# where a head ends for h11
 _HEAD_END = re.compile(rb"\n\r?\n")
 _BROKEN = re.compile(
     rb"(?P<lf>(?<!\r)\n)|(?P<fold>\r\n[ \t])"
     rb"|(?P<control>[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?!\n))"
 )
 _BROKEN_RULES = {
-    "lf": "a line of the head ends with LF alone; end lines with CR LF",
+    "lf": "a line of the head ends with LF only; end lines with CR LF",
     "fold": "a header line is folded; send each header on one line",
     "control": "the head contains a control character; send none",
 }
 _FRAMING = re.compile(rb"\r\n(content-length|transfer-encoding):[ \t]*([^\r]*)", re.IGNORECASE)
 
 STALLED_S = 60.0
-"""Seconds for which a client may read nothing while an answer waits for it."""
+"""Time for which a client may read no bytes while an answer waits for it, seconds."""
 
 HEAD_TIMEOUT_S = 60.0
-"""Seconds that a client has for the head of a request, on a new connection from its beginning."""
+"""Time that a client has for the head of a request, from the start of a new connection, seconds."""
 
-# between two looks if a client that sends nothing more has left
-_LOOK_S = 0.05
-# for which a refused client may read its answer: a close while it still sends would take it away
+# between two checks whether a client that has ended its sending has left
+_RESET_CHECK_S = 0.05
+# time in which a refused client may read its answer, which a close while it still sends would
+# discard
 _LINGER_S = 1.0
 _CAN_ANSWER = (h11.IDLE, h11.SEND_RESPONSE)
 
@@ -69,12 +67,12 @@ logger = logging.getLogger("fd_dsa.serve")
 
 
 class StrictConnection(h11.Connection):
-    """A connection that refuses by a callback, and then wants no more data.
+    """A connection that refuses requests by a callback, and then reads no more data.
 
     Args:
-        admit: called with each request when its head is right; may raise ApiError.
-        refuse: called once with the reason when a request is refused; the connection has no further
-            events.
+        admit: called with each request whose head is valid; may raise ApiError.
+        refuse: called once with the reason when a request is refused. The connection has no events
+            after that.
     """
 
     def __init__(
@@ -86,7 +84,7 @@ class StrictConnection(h11.Connection):
         self._num_searched = self._num_chunks = self._num_chunk_bytes = 0
 
     def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
-        """The next event of the client, never an exception."""
+        """Return the client's next event. Exceptions become a refusal."""
         try:
             if self.their_state is h11.IDLE:
                 self._check_head()
@@ -96,7 +94,7 @@ class StrictConnection(h11.Connection):
             elif isinstance(event, h11.Data):
                 self._check_chunk(event)
             elif isinstance(event, h11.EndOfMessage) and event.headers:
-                # h11 is as lenient with their lines as with those of heads, and nobody reads them
+                # h11 is lenient with lines of trailers, which have no reader here
                 raise _invalid("header lines come after the body; send them before it")
         except ApiError as error:
             self._refuse(error)
@@ -109,7 +107,7 @@ class StrictConnection(h11.Connection):
         return h11.NEED_DATA
 
     def _check_head(self) -> None:
-        """Refuse a whole head that breaks a rule, before h11 takes time for each of its lines."""
+        """Refuse a complete head that breaks a rule, before h11 parses each of its lines."""
         data = self.trailing_data[0]
         end = _HEAD_END.search(data, self._num_searched)
         if end is None:
@@ -131,10 +129,10 @@ class StrictConnection(h11.Connection):
 
 
 def check_head(head: bytes) -> None:
-    """Check what h11 will parse as the head of a request.
+    """Check the head of a request before h11 parses it.
 
     Raises:
-        ApiError: 400, or 431 where it is too long or has too many headers.
+        ApiError: 400, or 431 for a head that is too long or has too many headers.
 
     Source: RFC 9112, sections 2.2, 5.2, 6.1 and 6.3; RFC 9110, section 5.5.
     """
@@ -176,14 +174,14 @@ def _too_long() -> ApiError:
 
 
 class _BoundedFlow(FlowControl):
-    """uvicorn's flow control, which never reads ahead of a request that is still answered."""
+    """uvicorn's flow control, with limited reading ahead of a request in progress."""
 
     def __init__(self, transport: asyncio.Transport, has_enough: Callable[[], bool]) -> None:
         super().__init__(transport)
         self._has_enough = has_enough
 
     def resume_reading(self) -> None:
-        """Read on, unless the next requests wait in memory already."""
+        """Continue reading unless the next requests are in memory already."""
         if not self._has_enough():
             super().resume_reading()
 
@@ -198,22 +196,22 @@ class StrictH11Protocol(H11Protocol):
         self,
         config: Config,
         server_state: ServerState,
-        app_state: dict[str, Any],
+        app_state: dict[str, object],
         listener: Listener,
     ) -> None:
         super().__init__(config, server_state, app_state)
         self.conn = StrictConnection(self._admit, self._refuse)
         self._listener = listener
-        self._give_up: asyncio.TimerHandle | None = None
+        self._stall_timer: asyncio.TimerHandle | None = None
         self._head_timer: asyncio.TimerHandle | None = None
-        self._look_timer: asyncio.TimerHandle | None = None
+        self._reset_timer: asyncio.TimerHandle | None = None
         self._is_refused = self._is_head_request = self._is_ended = False
-        # of the request whose head came last; empty before a head
+        # path of the request with the latest head, empty before a head
         self._path = ""
 
     @property
     def has_unread(self) -> bool:
-        """Whether the kernel holds bytes of the client that are read in the next turn."""
+        """True if the kernel holds bytes of the client that the next turn of the loop reads."""
         if self._is_refused or self.transport.is_closing():
             return False
         descriptor = self.transport.get_extra_info("socket").fileno()
@@ -222,44 +220,45 @@ class StrictH11Protocol(H11Protocol):
         return bool(poll.poll(0))
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """A client has come: its first request is due."""
+        """Register a new connection and expect its first request."""
         super().connection_made(transport)
         self.flow = _BoundedFlow(transport, self._has_next_request)
-        self._listener.joined(self)
+        self._listener.add(self)
         self._expect_head()
 
     def data_received(self, data: bytes) -> None:
-        """Bytes have come; those of a head that has no end yet do not put off its time."""
+        """Read bytes of the client. An unfinished head does not restart its timer."""
         if self._is_refused:
             return
         super().data_received(data)
         is_answered = self.cycle is not None and self.cycle.response_complete
         if is_answered and self.conn.their_state is h11.SEND_BODY:
-            # of the rest of a body that nobody reads
+            # the rest of a body that has no reader
             return
         if self.conn.their_state is not h11.IDLE:
-            self._forget_head()
+            self._cancel_head_timer()
         elif self._head_timer is None:
             self._expect_head()
 
     def on_response_complete(self) -> None:
-        """The answer has been handed over, perhaps before the whole request had come."""
-        self._listener.waits(self)
+        """Wait for the next request after an answer, or for the rest of this request."""
+        self._listener.count_waiting(self)
         self._is_head_request = False
         if self.conn.their_state is h11.SEND_BODY:
             self._expect_head()
         super().on_response_complete()
-        # what was in memory may have been the beginning of a request
+        # the bytes in memory may be the beginning of a request
         self.flow.resume_reading()
         if self._is_ended and (self.cycle is None or self.cycle.response_complete):
             self.transport.close()
 
     def eof_received(self) -> bool:  # type: ignore[override]
-        """Answer a client that has ended its sending after a whole request.
+        """Answer a client that has ended its sending after a complete request.
 
-        A client that has left looks the same until it gets bytes, which its system then refuses.
-        So it gets an interim response, which HTTP/1.0 does not have. In the middle of a response
-        only the application can send bytes. It receives an empty message after the body.
+        A client that has left looks the same until it gets bytes, which its system then refuses. So
+        the client gets an interim response, which HTTP/1.0 does not have. In the middle of a
+        response only the application can send bytes, so the application receives an empty message
+        after the body.
 
         Returns:
             True to keep the connection open.
@@ -276,26 +275,26 @@ class StrictH11Protocol(H11Protocol):
                 self.transport.write(self.conn.send(interim))
             else:
                 self.cycle.message_event.set()
-            self._look_for_reset()
+            self._check_for_reset()
         return True
 
-    def _look_for_reset(self) -> None:
-        """Drop the connection of a client whose system refuses what it gets."""
+    def _check_for_reset(self) -> None:
+        """Drop the connection if the client's system has refused bytes, else check again later."""
         poll = select.poll()
-        # errors are reported without being asked for
+        # poll reports errors always
         poll.register(self.transport.get_extra_info("socket").fileno(), 0)
         if poll.poll(0):
             self.transport.abort()
         else:
-            self._look_timer = self.loop.call_later(_LOOK_S, self._look_for_reset)
+            self._reset_timer = self.loop.call_later(_RESET_CHECK_S, self._check_for_reset)
 
     def _has_next_request(self) -> bool:
-        """Whether a whole request is being answered, and enough has come after it."""
+        """Return True if a complete request is being answered and enough bytes follow it."""
         is_whole = self.conn.their_state in (h11.DONE, h11.MUST_CLOSE)
         return is_whole and len(self.conn.trailing_data[0]) > MAX_HEAD_BYTES
 
     def _admit(self, request: h11.Request) -> None:
-        """Count a request; where all places are taken only a probe is served."""
+        """Count a request. With all places taken, only probes are served."""
         self._is_head_request = request.method == b"HEAD"
         self._path = request.target.partition(b"?")[0].decode("ascii", "replace")
         if self._listener.is_full and not self._listener.is_probe(request.target):
@@ -306,17 +305,17 @@ class StrictH11Protocol(H11Protocol):
                 code="too_many_connections",
                 headers={"Retry-After": "1"},
             )
-        self._listener.works(self)
+        self._listener.count_working(self)
 
     def _refuse(self, error: ApiError) -> None:
-        """Answer what never became a request, and close the connection."""
+        """Answer bytes that never became a request, and close the connection."""
         request_id = uuid.uuid4().hex
         logger.warning("request %s refused with %d: %s", request_id, error.status, error)
         self._is_refused = True
-        self._forget_head()
-        self._listener.waits(self)
+        self._cancel_head_timer()
+        self._listener.count_waiting(self)
         if self.cycle is not None:
-            # nobody reads the rest of its body
+            # the rest of its body has no reader
             self.cycle.disconnected = True
             self.cycle.message_event.set()
         if self.conn.our_state not in _CAN_ANSWER:
@@ -339,19 +338,19 @@ class StrictH11Protocol(H11Protocol):
         self.loop.call_later(_LINGER_S, self.transport.close)
 
     def _expect_head(self) -> None:
-        """Give the client its time for the head of a request, or for the rest of a refused one."""
-        self._forget_head()
+        """Start the timer of the head of a request, or of the rest of a refused request."""
+        self._cancel_head_timer()
         self._path = ""
         self._head_timer = self.loop.call_later(self.head_timeout_s, self._head_is_late)
 
-    def _forget_head(self) -> None:
-        """The head is there, or nobody waits for it any more."""
+    def _cancel_head_timer(self) -> None:
+        """Stop the timer of a head."""
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
 
     def _head_is_late(self) -> None:
-        """Close the connection, with an answer where a request had begun."""
+        """Close the connection, with an answer if a request has begun."""
         if not self.conn.trailing_data[0]:
             self.transport.close()
             return
@@ -359,31 +358,31 @@ class StrictH11Protocol(H11Protocol):
         self._refuse(ApiError(408, f"{late}; send it at once"))
 
     def pause_writing(self) -> None:
-        """The buffers are full: the answer waits, for `stalled_s` at most."""
+        """Stop writing while the buffers are full, and abort after `stalled_s`."""
         super().pause_writing()
-        self._give_up = self.loop.call_later(self.stalled_s, self._abort)
+        self._stall_timer = self.loop.call_later(self.stalled_s, self._abort)
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self._keep()
+        self._cancel_stall_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._keep()
-        self._forget_head()
-        if self._look_timer is not None:
-            self._look_timer.cancel()
-        self._listener.left(self)
+        self._cancel_stall_timer()
+        self._cancel_head_timer()
+        if self._reset_timer is not None:
+            self._reset_timer.cancel()
+        self._listener.remove(self)
         super().connection_lost(exc)
 
-    def _keep(self) -> None:
-        if self._give_up is not None:
-            self._give_up.cancel()
-            self._give_up = None
+    def _cancel_stall_timer(self) -> None:
+        if self._stall_timer is not None:
+            self._stall_timer.cancel()
+            self._stall_timer = None
 
     def _abort(self) -> None:
-        """Drop the connection, which ends its request as every disconnect does."""
+        """Drop the connection, which ends its request like every disconnect."""
         logger.warning(
-            "a client has read nothing for %g s while an answer waited; its connection is closed "
+            "a client has not read for %g s while an answer waited; its connection is closed "
             "and its request aborted",
             self.stalled_s,
         )

@@ -1,4 +1,4 @@
-"""Heaps of glibc's allocator, so that a long-lived server gives freed memory back."""
+"""Heaps of glibc's allocator: few of them, trimmed to return freed memory."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ TRIM_EVERY_S = 10.0
 
 
 def share_heaps() -> bool:
-    """Let the threads of this process share two heaps; before it starts any.
+    """Limit this process to two shared heaps. Call it before the first thread starts.
 
-    By default each thread gets a heap of its own, up to eight for each processor. Bodies are
-    parsed and grammars compiled by many threads, each of which leaves holes in its own heap.
-    `python -m tests.soak.fuzz` prints what that comes to; MALLOC_ARENA_MAX=16 shows it without.
+    By default each thread gets its own heap, up to eight for each processor. Many threads parse
+    bodies and compile grammars, and each leaves holes in its heap. `python -m tests.soak.fuzz`
+    measures the effect; MALLOC_ARENA_MAX=16 shows it without the limit.
 
     Returns:
-        False where the environment says how many there are to be, or the allocator is not glibc's.
+        False if the environment sets the number of heaps, or the allocator is not glibc's.
 
     Source: mallopt(3), M_ARENA_MAX.
     """
@@ -31,10 +31,10 @@ def share_heaps() -> bool:
 
 
 def trim_heaps() -> None:
-    """Give free pages back to the system.
+    """Return free pages to the system.
 
-    By itself glibc gives back no more than the end of a heap: one tensor or text that lives keeps
-    what was freed before it. Takes about 10 ms, and not the GIL.
+    glibc itself only returns the end of a heap, so one living tensor or string keeps all freed
+    memory before it. The call takes about 10 ms and does not hold the GIL.
 
     Source: malloc_trim(3).
     """
@@ -44,7 +44,7 @@ def trim_heaps() -> None:
 
 
 def keep_heaps_trimmed() -> None:
-    """`trim_heaps` every ten seconds, in a thread of its own, until the process ends."""
+    """Start a thread that calls `trim_heaps` every ten seconds until the process ends."""
 
     def work() -> None:
         while True:

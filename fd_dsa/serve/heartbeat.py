@@ -1,4 +1,4 @@
-"""Comments in quiet event streams, so that proxies and clients keep the connection."""
+"""Comments in quiet event streams, which keep proxies and clients connected."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from starlette.types import Message, Receive, Send
 from fd_dsa.serve.workers import cancel
 
 PING = b": ping\n\n"
-"""A comment of server-sent events, which clients ignore."""
+"""A comment of server-sent events, ignored by clients."""
 
 
 @contextlib.asynccontextmanager
 async def pinging(
     receive: Receive, send: Send, interval_s: float
 ) -> AsyncIterator[tuple[Receive, Send]]:
-    """Send `PING` whenever a response has sent nothing for some time, and to see who has left.
+    """Send `PING` in pauses of a response, and when its client closes its sending side.
 
-    Pings begin after the head of the response and stop with its last message.
+    Pings begin after the head of the response and end with its last message.
 
     Args:
         receive: of the ASGI server, after the whole body.
         send: of the ASGI server.
-        interval_s: seconds; 0 = no pings.
+        interval_s: length of a pause, seconds. 0 = no pings.
 
     Yields:
-        The functions that the response must receive and send by.
+        The `receive` and `send` functions for the response.
     """
     if not interval_s:
         yield receive, send
@@ -42,18 +42,21 @@ async def pinging(
 
 
 class _Heartbeat:
-    """The messages of one response, and the pings between them."""
+    """The messages of one response and the pings between them."""
 
     def __init__(self, receive: Receive, send: Send, interval_s: float) -> None:
         self._receive, self._send, self._interval_s = receive, send, interval_s
         self._loop = asyncio.get_running_loop()
         self._last = self._loop.time()
-        # a message that waits for a slow client must not be overtaken
+        # a ping must not overtake a message that waits for a slow client
         self._lock = asyncio.Lock()
         self._is_open = False
 
     async def receive(self) -> Message:
-        """Receive a message, and ping a client that sends no more."""
+        """Receive a message.
+
+        A client that has finished sending is pinged, to see if it is alive.
+        """
         message = await self._receive()
         if message["type"] == "http.request":
             await self._ping()

@@ -1,8 +1,8 @@
 """Checks of a hub's answers before huggingface_hub turns them into paths.
 
 huggingface_hub names the files of its cache by the hashes that a hub sends, and folders by the
-commit. A hub of an attacker could name files outside of the cache, list pages without an end, or
-stay silent. The checks hang on the HTTP client that all calls of the library share.
+commit. A malicious hub could name files outside the cache, list endless pages, or stall. The checks
+are hooks of the HTTP client that all calls of the library share.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator, Mapping
 from importlib import import_module
 from pathlib import PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from huggingface_hub import get_session, set_client_factory
@@ -22,17 +22,23 @@ from huggingface_hub.constants import ENDPOINT
 
 from fd_dsa.errors import ConfigError
 
+if TYPE_CHECKING:
+    import httpx
+
 # httpx or httpx2, by the version of huggingface_hub
 _httpx: Any = import_module(type(get_session()).__module__.partition(".")[0])
 
 MAX_ANSWER_BYTES = 64 << 20
-"""Size of one answer that is not a file, bytes; a listing of 1,000 files has 0.4 MB."""
+"""Maximum size of an answer that is not a file, bytes.
+
+A listing of 1,000 files has 0.4 MB.
+"""
 MAX_ANSWER_S = 60.0
-"""Time for the body of such an answer, seconds."""
+"""Time limit for the body of such an answer, seconds."""
 MAX_LISTINGS = 100
-"""Pages of listings in one download; the hub's pages have 1,000 files."""
+"""Maximum number of listing pages in one download. The hub's pages have 1,000 files."""
 MAX_SILENCE_S = 10.0
-"""Wait for a connection or for the next bytes, seconds."""
+"""Time limit for a connection or for the next bytes, seconds."""
 
 _COMMIT = re.compile("[0-9a-f]{40}")
 _HASH = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")
@@ -40,15 +46,15 @@ _HASH_FIELDS = ("oid", "sha256", "blobId", "xetHash")
 
 
 def check_hub_answers() -> None:
-    """Let all further calls of huggingface_hub in this process check what a hub answers.
+    """Install the checks for all later calls of huggingface_hub in this process.
 
-    The calls then raise ConfigError for a hash or a commit that is none, for a path that leaves the
-    model's folder, and for answers over the bounds of this module.
+    The calls then raise ConfigError for an invalid hash or commit and for a path outside the
+    model's folder. They also raise it for answers over the bounds of this module.
     """
     first = get_session()
     listings = itertools.count(1)
 
-    def check(response: Any) -> None:
+    def check(response: httpx.Response) -> None:
         _check_response(response, listings)
 
     hooks = {"request": [*first.event_hooks["request"], _limit_silence], "response": [check]}
@@ -57,8 +63,8 @@ def check_hub_answers() -> None:
     )
 
 
-def _limit_silence(request: Any) -> None:
-    """Set the timeouts that a call of the library leaves open."""
+def _limit_silence(request: httpx.Request) -> None:
+    """Set the timeouts that a call of the library does not set."""
     given = request.extensions.get("timeout") or {}
     names = ("connect", "read", "write", "pool")
     request.extensions["timeout"] = {
@@ -66,7 +72,7 @@ def _limit_silence(request: Any) -> None:
     }
 
 
-def _check_response(response: Any, listings: Iterator[int]) -> None:
+def _check_response(response: httpx.Response, listings: Iterator[int]) -> None:
     """Check the head of an answer, and the body of a listing."""
     request = response.request
     if request.method == "HEAD":
@@ -84,13 +90,13 @@ def _check_response(response: Any, listings: Iterator[int]) -> None:
     try:
         listing = json.loads(response.content)
     except (ValueError, RecursionError):
-        # the library reports it
+        # the library reports invalid JSON itself
         return
     _check_listing(listing)
 
 
 def _api_path() -> str:
-    """Path of the hub's calls about models, which follows the path of HF_ENDPOINT."""
+    """Return the path of the hub's model API, which extends the path of HF_ENDPOINT."""
     return f"{urlsplit(ENDPOINT).path.rstrip('/')}/api/models/"
 
 
@@ -104,8 +110,8 @@ def _check_head(headers: Mapping[str, str]) -> None:
         _check_name("X-Repo-Commit", commit, _COMMIT, "a commit, 40 hex digits")
 
 
-def _check_listing(listing: Any) -> None:
-    """Check commit, hashes and paths of a model's description or of a list of its files."""
+def _check_listing(listing: object) -> None:
+    """Check commit, hashes and paths in a model description or a file listing."""
     if isinstance(listing, dict):
         if listing.get("sha") is not None:
             _check_name("sha", listing["sha"], _COMMIT, "a commit, 40 hex digits")
@@ -137,7 +143,7 @@ def _check_path(field: str, value: object) -> None:
 
 
 class _BoundedStream(_httpx.SyncByteStream):  # type: ignore[misc]
-    """The body of an answer, with a bound on its size and its time."""
+    """The body of an answer, bounded in size and time."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream

@@ -1,4 +1,4 @@
-"""What decides a server's answers, for records of measurements: GET /server_info."""
+"""GET /server_info: versions, settings and providers that determine the answers."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger("fd_dsa.serve")
 
 INFO = "info"
-"""Question to the engine's process, which `engine_info` answers."""
+"""Name of the question to the engine's process that `engine_info` answers."""
 
 
 class EngineInfo(TypedDict):
-    """Facts that only the process of the model knows, with None for unknown ones."""
+    """Facts that only the engine's process knows. None = unknown."""
 
     paddle: str
     device: str
@@ -52,7 +52,7 @@ class ChatFormats(TypedDict):
 
 
 class ServerInfo(EngineInfo, Limits, ChatFormats):
-    """Versions, device, types, limits and providers of a server, None if unknown."""
+    """Versions, device, types, limits and providers of a server. None = unknown."""
 
     engine: str
     version: str
@@ -70,7 +70,7 @@ class ServerInfo(EngineInfo, Limits, ChatFormats):
 
 
 def engine_info(config: EngineConfig) -> EngineInfo:
-    """Find out what only the process that runs the model knows."""
+    """Collect the facts that only the engine's process knows."""
     import paddle
 
     from fd_dsa.device.resolve import resolve_device
@@ -98,18 +98,18 @@ def engine_info(config: EngineConfig) -> EngineInfo:
 async def server_info(
     config: EngineConfig, engine: AsyncEngine, options: ServerOptions
 ) -> ServerInfo:
-    """Versions, device, types, limits and providers; None is what cannot be found out.
+    """Collect versions, device, types, limits and providers. None = unknown.
 
     Args:
-        config: what the engine was built from; no path of it is shown.
+        config: the configuration of the engine. The answer contains no path of it.
     """
-    told: EngineInfo = await engine.ask(INFO)
+    facts: EngineInfo = await engine.ask(INFO)
     return {
         "engine": "fd_dsa",
         "version": fd_dsa.__version__,
-        # starts processes
+        # runs git in a thread, because the process takes a while
         "commit": variable("FD_DSA_COMMIT") or await asyncio.to_thread(_commit),
-        **told,
+        **facts,
         "tensor_parallel_size": config.tensor_parallel_size,
         "max_model_len": engine.max_model_len,
         "max_num_seqs": config.max_num_seqs,
@@ -126,10 +126,10 @@ async def server_info(
 
 
 def chat_formats(tokenizer: Tokenizer, options: ServerOptions) -> ChatFormats:
-    """Origin of the chat template and names of the parsers; None where there is no chat.
+    """Return the chat template's origin and the parsers' names, all None without chat.
 
     Args:
-        options: of the server; "auto" is resolved by the template and the model's generation.
+        options: of the server. "auto" is resolved by the template and the model's generation.
     """
     renderer = tokenizer.chat_renderer
     if renderer is None:
@@ -143,7 +143,7 @@ def chat_formats(tokenizer: Tokenizer, options: ServerOptions) -> ChatFormats:
 
 
 def log_chat(tokenizer: Tokenizer, options: ServerOptions) -> None:
-    """Log `chat_formats`, or why there is no chat."""
+    """Log `chat_formats`, or the reason why the model has no chat."""
     if tokenizer.chat_renderer is None:
         is_broken = tokenizer.why_no_chat != NO_TEMPLATE
         message = "chat: none, %s; --chat-template FILE replaces the template"
@@ -165,7 +165,7 @@ def log_chat(tokenizer: Tokenizer, options: ServerOptions) -> None:
 
 
 def _commit() -> str | None:
-    """Commit of the working tree that the package is in, `-dirty` if it was changed since."""
+    """Return the commit of the package's working tree, with `-dirty` after local changes."""
     root = Path(fd_dsa.__file__).resolve().parents[1]
     # an installed package may be inside the tree of another project
     if not (root / ".git").exists():

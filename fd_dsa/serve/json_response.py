@@ -1,9 +1,9 @@
-"""Answers in JSON: one encoder, and large ones in parts."""
+"""JSON answers: one encoder, and large values encoded in parts."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import orjson
 from starlette.responses import Response
@@ -11,25 +11,25 @@ from starlette.types import Receive, Scope, Send
 
 _T = TypeVar("_T")
 
-# entries that are encoded at a time: a millisecond, and few objects that exist at once
+# entries per encoded part: takes a millisecond and keeps few objects alive
 _SLICE = 256
 _PIECE_BYTES = 1 << 18
 
 
 class JsonResponse(Response):
-    """An answer of any JSON value; a long one is sent as fast as its client reads.
+    """An answer with any JSON value. A long one is sent as fast as its client reads.
 
     Args:
-        content: of types that orjson encodes, `orjson.Fragment` among them.
+        content: types that orjson encodes, including `orjson.Fragment`.
     """
 
     media_type = "application/json"
 
-    def render(self, content: Any) -> bytes:
+    def render(self, content: object) -> bytes:
         return orjson.dumps(content)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the answer; the next piece of a long one follows when there is room for it."""
+        """Send the answer. Each piece of a long one waits until the client has read."""
         body = bytes(self.body)
         if len(body) <= _PIECE_BYTES:
             await super().__call__(scope, receive, send)
@@ -43,19 +43,19 @@ class JsonResponse(Response):
 
 
 def slices(entries: Sequence[_T]) -> Iterator[Sequence[_T]]:
-    """The entries in order, some hundred at a time."""
+    """Yield slices of the entries, some hundred at a time."""
     return (entries[begin : begin + _SLICE] for begin in range(0, len(entries), _SLICE))
 
 
-def packed(parts: Iterable[Sequence[Any]]) -> bytes:
-    """The entries of all parts as JSON, with commas between them and without brackets.
+def packed(parts: Iterable[Sequence[object]]) -> bytes:
+    """Encode the entries of all parts, separated by commas, without brackets.
 
-    Each part is made and encoded alone, so that few of its objects exist at once, and other
-    threads run in between.
+    Each part is made and encoded before the next one, so that few objects exist at once and other
+    threads can run in between.
     """
     return b",".join(filter(None, (orjson.dumps(part)[1:-1] for part in parts)))
 
 
 def packed_list(*entries: bytes) -> orjson.Fragment:
-    """A JSON list of entries that are `packed`."""
+    """Return a JSON list of entries encoded by `packed`."""
     return orjson.Fragment(b"[" + b",".join(filter(None, entries)) + b"]")

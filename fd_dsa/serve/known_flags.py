@@ -1,7 +1,7 @@
-"""Flags of other servers on our command line, and what this server does with each of them.
+"""Flags of other servers, and the effect of each on this server's command line.
 
-A flag of this module is taken out of the command line, if it changes no answer here, or refused
-with our flag for the same purpose. docs/flags.md lists both kinds.
+A flag of this module is removed from the command line if it changes no answer. Otherwise it is
+refused with the flag of this server for the same purpose. docs/flags.md lists both kinds.
 
 Sources: `vllm serve --help`, `python -m sglang.launch_server --help`, and `EngineArgs` of
 FastDeploy.
@@ -20,10 +20,10 @@ class Known(NamedTuple):
     """A flag of another server.
 
     Attributes:
-        reason: why it is not needed; "" = it is always refused.
-        refusal: what to do instead; "" = no value of it is refused.
-        takes_value: True: a value follows, in the same word after "=" or in the next one.
-        neutral: values that are not refused, if only some are.
+        reason: why the flag is not needed, or "" for a flag that is always refused.
+        refusal: what to do instead, or "" for a flag that is never refused.
+        takes_value: True for a flag with a value, after "=" or in the next word.
+        neutral: accepted values, for a flag that refuses the others.
     """
 
     reason: str
@@ -110,8 +110,10 @@ NOT_NEEDED: Mapping[str, tuple[str, ...]] = {
     ),
     "generation_config.json gives the defaults": ("sampling-defaults=model",),
 }
-"""Reason that a flag changes no answer -> such flags: `name`, `name=` with any value, or
-`name=a|b` with one of these values."""
+"""Flags that change no answer, by reason.
+
+A flag is `name`, `name=` with any value, or `name=a|b` with one of these values.
+"""
 
 OTHER_NAMES: Mapping[str, tuple[str, ...]] = {
     "--model": ("model-path",),
@@ -139,7 +141,7 @@ OTHER_NAMES: Mapping[str, tuple[str, ...]] = {
     "--seed": ("random-seed",),
     "--log-requests": ("enable-log-requests",),
 }
-"""Our flag -> names that other servers have for it, or for the nearest to it."""
+"""Names that other servers have for the same or the nearest flag, by the flag of this server."""
 
 REFUSED: Mapping[str, tuple[str, ...]] = {
     "weights are served in the form that config.json names; give the folder of a quantised model": (
@@ -220,12 +222,11 @@ REFUSED: Mapping[str, tuple[str, ...]] = {
         "load-strategy",
     ),
 }
-"""Reason, and what to do -> flags that are refused, some of them only with other values than in
-`NOT_NEEDED`."""
+"""Refused flags, by the reason and what to do. Some have accepted values in `NOT_NEEDED`."""
 
 
 def _known() -> dict[str, Known]:
-    """Every flag of the tables, by its name on the command line."""
+    """Return the flags of all tables by name on the command line."""
     found: dict[str, Known] = {}
     for ours, names in OTHER_NAMES.items():
         found |= {_flag(name): Known("", f"the flag for this is {ours}") for name in names}
@@ -245,17 +246,17 @@ def _flag(name: str) -> str:
 
 
 KNOWN = _known()
-"""Flags of other servers, by their names on a command line."""
+"""Flags of other servers, by name on a command line."""
 
 
-def take_out(words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """Take flags of other servers out of a command line.
+def remove_known_flags(words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Remove flags of other servers from a command line.
 
     Returns:
-        The words that are left, and for each flag taken out why it is not needed.
+        The remaining words, and for each removed flag the reason why it is not needed.
 
     Raises:
-        ConfigError: a flag would change answers; names ours for the same purpose.
+        ConfigError: a flag would change answers. The message names the flag of this server for it.
     """
     left: list[str] = []
     reasons: dict[str, str] = {}
@@ -271,12 +272,12 @@ def take_out(words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
         has_next = bool(rest) and re.fullmatch(r"(?!-[^\d.]).*", rest[-1], re.DOTALL)
         if known.takes_value and not is_off and not equals and has_next:
             value = rest.pop()
-        reasons[flag] = judge(flag, value, known, is_off)
+        reasons[flag] = check_value(flag, value, known, is_off)
     return left, reasons
 
 
 def find(flag: str) -> tuple[Known, bool] | None:
-    """Return what is known of a flag, and True if this is its opposite, `--no-...`.
+    """Return a flag of another server, and True if `flag` is its opposite, `--no-...`.
 
     As in vLLM, names may have underscores, and a key of a JSON value may follow a dot.
     """
@@ -287,13 +288,13 @@ def find(flag: str) -> tuple[Known, bool] | None:
     return None if opposite is None or not name.startswith("--no-") else (opposite, True)
 
 
-def judge(flag: str, value: str, known: Known, is_off: bool) -> str:
-    """Return why a flag of another server is not needed here.
+def check_value(flag: str, value: str, known: Known, is_off: bool) -> str:
+    """Return why a flag of another server is not needed.
 
     Args:
-        flag: its name, for the message.
-        value: its value, "" of a switch.
-        is_off: True: it is switched off.
+        flag: name of the flag, for the message.
+        value: value of the flag, "" for a switch.
+        is_off: True if the flag is switched off.
 
     Raises:
         ConfigError: this value would change answers.

@@ -1,7 +1,8 @@
-"""The listening socket: which connections are let in, and which are closed to make room.
+"""The listening socket, which limits connections and closes waiting ones to make room.
 
-asyncio's own accept loop tries and logs as often as the backlog is long when the process runs out
-of descriptors. This one never lets it come to that: it stops accepting where nothing can be closed.
+When a process runs out of descriptors, asyncio's own accept loop tries and logs once for each
+connection of the backlog. This listener stops accepting before that, when no connection can be
+closed.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ BACKLOG = 2048
 """Connections that the kernel holds until they are accepted."""
 PROBE_CONNECTIONS = 8
 """Connections beyond the limit, on which probes are still answered."""
-# files of the model, the engine's pipes, and compilers
+# files of the model, pipes of the engine, and compilers
 _KEPT_DESCRIPTORS = 40
-# connections accepted and connections opened in one turn of the loop: the first takes 20 us each
+# connections accepted, and opened, in one turn of the loop; accepting one takes 20 us
 _ACCEPTS_AT_ONCE, _OPENED_AT_ONCE = 64, 4
 _PEEKED_BYTES = 64
 _RETRY_S = 0.02
@@ -47,16 +48,16 @@ class ClientConnection(Protocol):
 
 
 class Listener:
-    """Accepts connections and keeps count of them; used in the event loop alone.
+    """Accepts and counts connections. Only the event loop may call it.
 
-    A connection waits as long as none of its requests is in progress: it is new, between two
-    requests, or its head or the rest of a refused request is on the way. `limit` connections may
-    have a request in progress. `PROBE_CONNECTIONS` more are accepted; then each new one
-    takes the place of the one that has waited longest. A probe overtakes the connections that were
-    accepted before it and not yet opened.
+    A connection waits while none of its requests is in progress: it is new, it is between two
+    requests, or the head or the rest of a refused request is arriving. `limit` connections may have
+    a request in progress. `PROBE_CONNECTIONS` more are accepted. Beyond that, each new connection
+    replaces the one that has waited longest. A probe overtakes accepted connections that are not
+    opened yet.
 
     Args:
-        make_protocol: makes the protocol of a new connection, which reports to this listener.
+        make_protocol: creates the protocol of a new connection, which reports to this listener.
         probe_paths: paths of the requests that are served first.
     """
 
@@ -72,9 +73,9 @@ class Listener:
         self._make_protocol = make_protocol
         self._probe_paths = frozenset(path.encode() for path in probe_paths)
         self._loop = asyncio.get_running_loop()
-        # accepted, to be opened in this order
+        # accepted connections, in the order in which they are opened
         self._accepted: deque[socket.socket] = deque()
-        # the one that has waited longest comes first
+        # the connection that has waited longest comes first
         self._waiting: dict[ClientConnection, None] = {}
         self._working: set[ClientConnection] = set()
         self._opening: set[asyncio.Task[object]] = set()
@@ -82,7 +83,7 @@ class Listener:
 
     @property
     def is_full(self) -> bool:
-        """Whether as many connections have a request in progress as may."""
+        """True if the limit of connections with a request in progress is reached."""
         return len(self._working) >= self.limit
 
     def is_probe(self, target: bytes) -> bool:
@@ -91,39 +92,39 @@ class Listener:
 
     def start(self) -> None:
         self._sock.setblocking(False)
-        # a connection comes with its first bytes, one that brings none a second later: in a flood
-        # of idle ones, a probe is not among those that have waited for its request
+        # Accept a connection with its first bytes, or a second later without any. In a flood of
+        # idle connections, a probe is then not among those that wait for their request.
         self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, 1)
         self._sock.listen(BACKLOG)
         self._loop.add_reader(self._sock.fileno(), self._accept)
         self._is_open = True
 
     def close(self) -> None:
-        """Accept nothing more; the socket stays the caller's to close."""
+        """Stop accepting connections. The caller closes the socket."""
         if self._is_open:
             self._is_open = False
             self._loop.remove_reader(self._sock.fileno())
             while self._accepted:
                 self._accepted.popleft().close()
 
-    def joined(self, connection: ClientConnection) -> None:
+    def add(self, connection: ClientConnection) -> None:
         self._waiting[connection] = None
         if not self._is_open:
             # it was being opened when the server began to close
             connection.transport.abort()
 
-    def waits(self, connection: ClientConnection) -> None:
+    def count_waiting(self, connection: ClientConnection) -> None:
         """Count a connection without a request in progress."""
         self._working.discard(connection)
         self._waiting.setdefault(connection)
         self._resume()
 
-    def works(self, connection: ClientConnection) -> None:
+    def count_working(self, connection: ClientConnection) -> None:
         """Count a connection with a request in progress."""
         self._waiting.pop(connection, None)
         self._working.add(connection)
 
-    def left(self, connection: ClientConnection) -> None:
+    def remove(self, connection: ClientConnection) -> None:
         self._waiting.pop(connection, None)
         self._working.discard(connection)
         self._resume()
@@ -143,7 +144,7 @@ class Listener:
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
                 return
             except OSError as error:
-                # the kernel goes on to report the connection that could not be accepted
+                # the kernel continues to report a connection that could not be accepted
                 logger.warning("cannot accept connections: %s; trying again", error)
                 self._drop(self._oldest())
                 self._pause()
@@ -179,19 +180,19 @@ class Listener:
         task.add_done_callback(self._opened)
 
     def _opened(self, task: asyncio.Task[object]) -> None:
-        """The protocol has been made and has reported itself, or the client had left before."""
+        """Forget an opening whose protocol has reported itself or whose client has left."""
         self._opening.discard(task)
         if not task.cancelled():
-            # else asyncio would log that nobody asked for it
+            # otherwise asyncio would log that the exception was never retrieved
             task.exception()
 
     def _oldest(self) -> ClientConnection | None:
-        """The connection that has waited longest, rather one that does not send any more."""
+        """Return the connection that has waited longest, preferably one that is not sending."""
         sending = None
         for connection in self._waiting:
             if connection.has_unread:
                 continue
-            # every byte of its last answer has been handed to the kernel
+            # the kernel has every byte of its last answer
             if not connection.transport.get_write_buffer_size():
                 return connection
             sending = sending or connection
@@ -203,7 +204,7 @@ class Listener:
             connection.transport.abort()
 
     def _pause(self) -> None:
-        """Leave new connections to the kernel for a moment, or until one here ends or waits."""
+        """Stop accepting for a moment, or until a connection ends or waits."""
         self._is_paused = True
         self._loop.remove_reader(self._sock.fileno())
         self._loop.call_later(_RETRY_S, self._resume)
@@ -215,19 +216,20 @@ class Listener:
 
 
 def connection_limit(asked: int | None) -> int:
-    """Raise RLIMIT_NOFILE to its hard limit and share out the descriptors.
+    """Raise RLIMIT_NOFILE to its hard limit and divide the descriptors.
 
     Args:
-        asked: the --max-connections of the command line; None without one.
+        asked: value of --max-connections, or None without it.
 
     Returns:
-        `asked`, or `DEFAULT_MAX_CONNECTIONS`, fewer where the process may not open so many files.
+        `asked`, or `DEFAULT_MAX_CONNECTIONS`, or fewer if the process may not open so many files.
 
     Raises:
-        ConfigError: the process may not open as many files as `asked` needs, or hardly any.
+        ConfigError: the process may not open as many files as `asked` needs, or as the server
+            keeps.
     """
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    # refused where the hard limit is above fs.nr_open
+    # the kernel refuses a hard limit above fs.nr_open
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]

@@ -1,4 +1,4 @@
-"""Log-probabilities in the shapes of the OpenAI API, and in vLLM's for those of a prompt."""
+"""Log-probabilities in the shapes of the OpenAI API, and in vLLM's for prompts."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from fd_dsa.engine.logprobs import TokenLogprobs
     from fd_dsa.engine.tokenizer import Tokenizer
 
-# JSON has no infinity; vLLM's number for a token that the model excludes
+# JSON has no infinity; vLLM's number for a token with probability 0
 _LOWEST = -9999.0
 
 
 def chat_logprobs(tokenizer: Tokenizer, entries: Sequence[TokenLogprobs]) -> ChatLogprobs:
-    """`logprobs` of a choice of a chat completion or of its chunk, `content` as packed JSON."""
+    """Return `logprobs` of a chat choice or chunk, with `content` as packed JSON."""
     content = packed(_chat_content(tokenizer, part) for part in slices(entries))
     return {"content": packed_list(content), "refusal": None}
 
@@ -53,12 +53,12 @@ def completion_logprobs(
     text_offset: int = 0,
     prompt: tuple[int, Sequence[TokenLogprobs | None]] | None = None,
 ) -> CompletionLogprobs:
-    """`logprobs` of a choice of a completion or of its chunk.
+    """Return `logprobs` of a completion choice or chunk.
 
     Args:
-        text_offset: characters in front of the output's text.
-        prompt: of one that is repeated before the output its first token, which has no score, and
-            the scores of all of its tokens, None for the first.
+        text_offset: number of characters before the output's text.
+        prompt: of an echoed prompt, its first token and the scores of all its tokens. The first
+            token has no score (None).
     """
     columns: dict[str, list[bytes]] = {name: [] for name in _COLUMNS}
     scored = [(entries, text_offset)]
@@ -84,7 +84,7 @@ def _row(
     tokenizer: Tokenizer, entry: TokenLogprobs, text_offset: int
 ) -> tuple[str, float, dict[str, float], int]:
     top = dict[str, float]()
-    # the token itself is among them, in vLLM as in the OpenAI API
+    # the sampled token is always included, as in vLLM and the OpenAI API
     for token_id, logprob in (*entry.score.top, (entry.token_id, entry.score.logprob)):
         text = token_text(tokenizer, token_id)
         top[text] = max(logprob, top.get(text, _LOWEST))
@@ -95,18 +95,18 @@ def _row(
 def prompt_logprobs(
     tokenizer: Tokenizer, entries: Sequence[TokenLogprobs | None]
 ) -> orjson.Fragment:
-    """vLLM's `prompt_logprobs`: token id -> score for each position, null for the first."""
+    """Return vLLM's `prompt_logprobs`: token id -> score per position, null at the first."""
     parts = ([entry and _by_id(tokenizer, entry) for entry in part] for part in slices(entries))
     return packed_list(packed(parts))
 
 
 def token_text(tokenizer: Tokenizer, token_id: int) -> str:
-    """The text of one token, as the OpenAI API writes it where its bytes are no text."""
+    """Return the text of one token, in the OpenAI API's form if its bytes are not UTF-8."""
     return _text(tokenizer.piece_bytes(token_id))
 
 
 def _text(piece: bytes) -> str:
-    """Bytes as text; those that are none as `bytes:\\xf0\\x9f`."""
+    """Decode bytes as UTF-8. Other bytes become escapes such as `bytes:\\xf0\\x9f`."""
     try:
         return piece.decode()
     except UnicodeDecodeError:
@@ -114,7 +114,7 @@ def _text(piece: bytes) -> str:
 
 
 def _by_id(tokenizer: Tokenizer, entry: TokenLogprobs) -> dict[str, PromptScore]:
-    """The scores at one position of a prompt, the token itself first."""
+    """Return the scores at one position of a prompt, its own token at the front."""
     score = entry.score
     ranked = [
         (entry.token_id, score.logprob, score.rank),

@@ -1,4 +1,4 @@
-"""The log of the server: to stderr, as lines for people or as JSON objects."""
+"""The log of the server on stderr, as lines of text or JSON objects."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import time
 from collections.abc import Callable
 from datetime import datetime, timezone
 
-# asked for by machines every few seconds
+# probes read these paths every few seconds
 _QUIET_PATHS = ("/health", "/livez", "/metrics", "/readyz", "/startupz")
-# one line of `fd_dsa.requests` for each output is what --log-requests asks for
+# --log-requests asks for one line per output, so these are never collapsed
 _REQUESTS = "fd_dsa.requests"
 _ACCESS = "uvicorn.access"
 _SERVER = "fd_dsa.serve"
@@ -20,11 +20,12 @@ _MAX_KINDS = 1000
 
 
 def set_up_logging(level: str, *, as_json: bool = False) -> None:
-    """Log to stderr; uvicorn's own chatter only when debugging, no access lines of probes.
+    """Log to stderr, without probe requests and (unless debugging) uvicorn's messages.
 
     Args:
-        as_json: each line is an object with time, level, logger, message, and the fields that
-            the record brings in `fields`.
+        level: log level, as in `logging`.
+        as_json: write each line as an object with time, level, logger, message, and the record's
+            own `fields`.
     """
     handler = logging.StreamHandler(sys.stderr)
     text = logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
@@ -41,7 +42,7 @@ def set_up_logging(level: str, *, as_json: bool = False) -> None:
 
 
 class JsonFormatter(logging.Formatter):
-    """A record as one line of JSON."""
+    """Formats a record as one line of JSON."""
 
     def format(self, record: logging.LogRecord) -> str:
         entry = {
@@ -53,18 +54,18 @@ class JsonFormatter(logging.Formatter):
         }
         if record.exc_info:
             entry["exception"] = self.formatException(record.exc_info)
-        # json escapes what has no UTF-8 form, such as a lone surrogate of a request
+        # json escapes text without a UTF-8 form, such as a lone surrogate from a request
         return json.dumps(entry, default=repr)
 
 
 class RepeatFilter:
-    """Lets one line of a kind through a second, so that a flood of requests cannot fill a disk.
+    """Passes one line of a kind per second, so that floods of requests fill no disk.
 
-    The next line of the kind has the number of those that were left out. Lines of --log-requests
-    and access lines of requests that were served are all let through.
+    The next line of the kind has the number of dropped lines. Lines of --log-requests, and access
+    lines of requests that succeeded, always pass.
 
     Attributes:
-        last_lines: kind of line -> time of its last line, and how many were left out since.
+        last_lines: kind of line -> (time of its last line, number of lines dropped since).
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -90,7 +91,7 @@ class RepeatFilter:
 
 
 def _kind(record: logging.LogRecord) -> object:
-    """What lines have in common that repeat each other; None where none does."""
+    """Return the key for collapsing repeated lines, or None if the line always passes."""
     if record.name == _REQUESTS:
         return None
     if record.name == _ACCESS and isinstance(record.args, tuple) and len(record.args) == 5:

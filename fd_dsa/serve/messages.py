@@ -42,14 +42,14 @@ if TYPE_CHECKING:
 
 PATH = "/v1/messages"
 
-# clients send it back with the thinking; this server checks none
+# clients send it back with the thinking; this server does not verify it
 _SIGNATURE = "unsigned"
 
 router = APIRouter(route_class=BodyRoute, responses=error_responses(AnthropicErrorResponse))
 
 
 class TokenCount(TypedDict):
-    """Tokens of a prompt."""
+    """Number of tokens of a prompt."""
 
     input_tokens: int
 
@@ -61,7 +61,7 @@ async def create_message(body: MessagesRequest, request: Request, state: State) 
     """Answer the messages in the chat format of the model."""
 
     def make(answer_id: str) -> MessageAnswer:
-        job, answer_format = make_job(state, body.chat, answer_id, at_most=body.max_tokens)
+        job, answer_format = make_job(state, body.chat, answer_id, max_generated=body.max_tokens)
         return MessageAnswer(state, body, job, answer_format)
 
     with body.own_names():
@@ -70,7 +70,7 @@ async def create_message(body: MessagesRequest, request: Request, state: State) 
 
 @router.post(f"{PATH}/count_tokens", summary="Tokens of a prompt", response_model=TokenCount)
 async def count_tokens(body: CountTokensRequest, request: Request, state: State) -> Response:
-    """Number of tokens that the prompt of the same message would have."""
+    """Count the tokens of the prompt that the same message would have."""
     state.check_available()
     state.resolve_model(body.model)
     with body.own_names():
@@ -81,7 +81,7 @@ async def count_tokens(body: CountTokensRequest, request: Request, state: State)
 
 
 class MessageAnswer(BlockAnswer):
-    """A message: a block of content for each block of the answer."""
+    """A message. Each block of the answer becomes a block of content."""
 
     whole_object = chunk_object = "message"
 
@@ -97,7 +97,10 @@ class MessageAnswer(BlockAnswer):
         yield self._message(content, self._stop(self.outputs[0, 0]), self._usage())
 
     def deltas(self, job_index: int, output: RequestOutput) -> Sequence[Mapping[str, Any]]:
-        """See `Answer`; the message begins with its first step, which knows the cached tokens."""
+        """See `Answer`.
+
+        The message starts with the first step, which knows the cached tokens.
+        """
         events = super().deltas(job_index, output)
         if self._is_begun:
             return events
@@ -157,7 +160,7 @@ class MessageAnswer(BlockAnswer):
         return {"stop_reason": why, "stop_sequence": str(sequence) if is_stopped else None}
 
     def _usage(self) -> MessageUsage:
-        """Token counts; as in the API, those of the input leave out what the cache had."""
+        """Return the token counts. Like the API, the input count leaves out cached tokens."""
         usage = self.usage()
         cached = usage["prompt_tokens_details"]["cached_tokens"]
         return {
@@ -174,14 +177,14 @@ def _more(block: Block, delta: BlockDelta) -> BlockDeltaEvent:
 
 
 def _begun(block: Block) -> ContentBlock:
-    """A block of content as it begins."""
+    """Return a block of content as it begins."""
     return _content(block, "", "", {})
 
 
 def _content(
-    block: Block, text: str, signature: str, given: dict[str, Any] | orjson.Fragment
+    block: Block, text: str, signature: str, given: dict[str, object] | orjson.Fragment
 ) -> ContentBlock:
-    """A block of content.
+    """Return a block of content.
 
     Args:
         given: input of a call.
@@ -203,15 +206,15 @@ def _delta(block: Block, text: str) -> BlockDelta:
 
 
 def _whole(block: Block) -> ContentBlock:
-    """A block of content of a whole message."""
+    """Return a block of content of a whole message."""
     text = block.text
     return _content(block, text, _SIGNATURE, _input(text) if block.kind == "call" else {})
 
 
 def _input(arguments: str) -> orjson.Fragment:
-    """The arguments of a call as they are; of a call that was cut off, the part that has come.
+    """Return the arguments of a call, or the received part if the call was cut off.
 
-    The clients complete a streamed call that was cut off in the same way.
+    Clients complete a streamed call that was cut off in the same way.
     """
     try:
         if isinstance(orjson.loads(arguments), dict):

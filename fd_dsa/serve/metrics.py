@@ -1,7 +1,7 @@
-"""The engine's counts: GET /metrics for Prometheus, and a line of the log while it works.
+"""The engine's metrics: GET /metrics for Prometheus, and log lines while it is busy.
 
-Names are vLLM's with our prefix, so that its dashboards can be used again. The numbers are made
-into families when they are asked for; a step of the engine knows nothing of Prometheus.
+Names are vLLM's with our prefix, so that its dashboards can be reused. Metric families are made on
+request, so that steps of the engine do not depend on Prometheus.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fastapi import APIRouter
 from prometheus_client import (
@@ -43,7 +43,7 @@ PREFIX = "fd_dsa:"
 logger = logging.getLogger("fd_dsa.serve")
 router = APIRouter()
 
-# attribute of EngineMetrics and name of the metric -> help
+# attribute of EngineMetrics -> name of the metric, help
 _HISTOGRAMS = {
     "time_to_first_token": ("time_to_first_token_seconds", "arrival to first token"),
     "inter_token_latency": ("inter_token_latency_seconds", "token to next token of a request"),
@@ -64,7 +64,7 @@ _COUNTERS = {
     "prompt_tokens": ("prompt_tokens", "prompt tokens of the requests that have come"),
     "generated_tokens": ("generation_tokens", "tokens generated"),
     "num_preemptions": ("num_preemptions", "requests that gave up their cache blocks"),
-    "num_mask_waits": ("mask_waits", "steps whose draw waited for the tokens of the one before"),
+    "num_mask_waits": ("mask_waits", "steps whose sampling waited for earlier tokens"),
     "prefix_cache_queries": ("prefix_cache_queries", "prompt tokens looked for in the cache"),
     "prefix_cache_hits": ("prefix_cache_hits", "prompt tokens found in the cache"),
     "num_drafts": ("spec_decode_num_drafts", "times that drafts of a request were verified"),
@@ -85,9 +85,11 @@ _STEP_COUNTERS = {
     responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
 )
 async def metrics(state: State) -> Response:
-    """The engine's metrics and memory and files of the processes; the latter alone while it loads.
+    """Return metrics of the engine and of the processes.
 
-    `process_*` are of the HTTP process, `fd_dsa_engine_process_*` of the engine's own.
+    During loading only the latter exist.
+
+    `process_*` belong to the HTTP process, `fd_dsa_engine_process_*` to the engine's process.
     """
     registry = CollectorRegistry(auto_describe=False)
     engine = state.loaded_engine
@@ -99,7 +101,7 @@ async def metrics(state: State) -> Response:
         registry.register(
             ProcessCollector(namespace="fd_dsa_engine", pid=lambda: pid, registry=None)
         )
-    # 3 ms; threads may all be busy with requests
+    # takes 3 ms; all threads may be busy with requests
     return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
 
@@ -128,9 +130,17 @@ class _EngineCollector(Collector):
         yield self._family(InfoMetricFamily, "cache_config", "the caches", caches)
 
     def _family(
-        self, kind: Any, name: str, text: str, values: Mapping[str, Any], label: str = ""
+        self,
+        kind: Callable[..., Metric],
+        name: str,
+        text: str,
+        values: Mapping[str, object],
+        label: str = "",
     ) -> Metric:
-        """A family of one metric; `values` by the value of `label`, or one without a label."""
+        """Return a family of one metric.
+
+        `values` is keyed by `label`, or by "" without a label.
+        """
         labels = ["model_name", *filter(None, [label])]
         family: Metric = kind(f"{PREFIX}{name}", text, labels=labels)
         for own, value in values.items():
@@ -141,16 +151,16 @@ class _EngineCollector(Collector):
 
 
 def _buckets(histogram: Histogram) -> tuple[list[tuple[str, int]], float]:
-    """A histogram in Prometheus' form, whose buckets hold what is below them too, and its sum."""
+    """Return Prometheus's cumulative buckets of a histogram, and its sum."""
     total = histogram.total
-    # one copy: the engine goes on counting
+    # one copy, because the engine keeps counting
     counts = accumulate(tuple(histogram.counts))
     bounds = [*(str(float(bound)) for bound in histogram.bounds), "+Inf"]
     return list(zip(bounds, counts, strict=True)), total
 
 
 async def log_while_busy(engine: AsyncEngine, interval_s: float = 10.0) -> None:
-    """Log load and throughput of each interval in which the engine worked, as vLLM does."""
+    """Log load and throughput of each interval in which the engine worked, like vLLM."""
     (before, _), looked = await engine.snapshot(), time.monotonic()
     while True:
         await asyncio.sleep(interval_s)
@@ -165,7 +175,7 @@ def _line(before: EngineStats, now: EngineStats, seconds: float) -> str:
     decode = (now.generated_tokens - before.generated_tokens) / seconds
     queries = now.prefix_cache_queries - before.prefix_cache_queries
     hits = now.prefix_cache_hits - before.prefix_cache_hits
-    share = f"{100 * hits / queries:.0f} %" if queries else "none asked"
+    share = f"{100 * hits / queries:.0f} %" if queries else "no queries"
     return (
         f"running {now.num_running}, waiting {now.num_waiting}, prefill {prefill:,.0f} tok/s, "
         f"decode {decode:,.0f} tok/s, kv {100 * now.kv_cache_usage:.0f} %, prefix hits {share}"

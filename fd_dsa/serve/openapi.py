@@ -1,7 +1,7 @@
-"""The OpenAPI document: FastAPI's, with the events of streams and the locks of guarded paths.
+"""The OpenAPI document: FastAPI's, with stream events and the keys of guarded paths.
 
-FastAPI writes the schemas of bodies and whole answers from the types that the routes name. It knows
-neither which events a stream has, nor that the guard asks for a key before any route.
+FastAPI derives the schemas of bodies and whole answers from the types of the routes. It does not
+know the events of streams, or that the guard requires a key before any route.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ STREAMS: dict[str, Any] = {
     "/v1/responses": responses_answers.StreamEvent,
     "/v1/messages": messages_answers.StreamEvent | AnthropicErrorResponse,
 }
-"""Path -> type of an event of its stream. An error is the last event of a stream that fails."""
+"""Path -> type of its stream events. A stream that fails ends with an error."""
 
 _BEARER, _API_KEY = "bearer", "x-api-key"
 _SCHEMES = {
@@ -33,10 +33,10 @@ _SCHEMES = {
 
 
 class Application(FastAPI):
-    """The FastAPI application of a server, whose document is complete."""
+    """The FastAPI application of a server, with the complete OpenAPI document."""
 
     def openapi(self) -> dict[str, Any]:
-        """Write the document once."""
+        """Return the document, which is made once."""
         if not self.openapi_schema:
             document = super().openapi()
             _add_streams(document)
@@ -48,7 +48,7 @@ class Application(FastAPI):
 
 
 def _add_streams(document: dict[str, Any]) -> None:
-    """Describe the events of streams alongside the whole answers."""
+    """Describe the events of streams in addition to the whole answers."""
     kinds = [(path, "serialization", TypeAdapter(kind)) for path, kind in STREAMS.items()]
     schemas, shared = TypeAdapter.json_schemas(
         kinds,  # type: ignore[arg-type]
@@ -63,12 +63,12 @@ def _add_streams(document: dict[str, Any]) -> None:
 
 
 def _add_locks(document: dict[str, Any]) -> None:
-    """Name the key that the guard asks for on each guarded path."""
+    """Declare the key that the guard requires on each guarded path."""
     document["components"]["securitySchemes"] = _SCHEMES
     for path, operations in document["paths"].items():
         if path in OPEN_PATHS:
             continue
-        # either of them
+        # either of the two headers
         kinds = (_BEARER, _API_KEY) if is_anthropic(path) else (_BEARER,)
         for operation in operations.values():
             operation["security"] = [{kind: []} for kind in kinds]

@@ -1,7 +1,7 @@
-"""Pages for people: a page to talk to the model at /, and the API's document at /docs.
+"""Pages for people: the chat page at / and the API's documentation at /docs.
 
-FastAPI's own page of the document loads Swagger UI from another server, which a server without
-internet access cannot reach, and which would learn who reads. Here it is a file of the package.
+FastAPI's own documentation page loads Swagger UI from another server. A server without internet
+access cannot reach it, and it would learn who reads the page. So the page is a file of the package.
 """
 
 from __future__ import annotations
@@ -14,13 +14,16 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
 STATIC_PREFIX = "/static/"
-"""Of the paths of scripts and styles. They hold no secret: the pages ask for the key themselves."""
+"""Prefix of scripts and styles.
+
+They are public, because the pages themselves ask for the key.
+"""
 PAGE_PATHS = frozenset({"/", "/docs"})
-"""Paths of the pages, which hold none either."""
+"""Paths of the pages, which are public too."""
 
 _FOLDER = Path(__file__).parent / "static"
 _HEADERS = {
-    # the browser asks whether its copy is still the same
+    # the browser revalidates its copy
     "Cache-Control": "no-cache",
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
     "connect-src 'self'; font-src 'self'; img-src 'self' data:; base-uri 'none'; "
@@ -34,7 +37,7 @@ api_router = APIRouter(include_in_schema=False)
 
 
 class PageFiles(StaticFiles):
-    """The folder `static`, under the policy of the pages."""
+    """The folder `static`, served with the pages' security headers."""
 
     def __init__(self) -> None:
         super().__init__(directory=_FOLDER)
@@ -47,11 +50,11 @@ class PageFiles(StaticFiles):
 
 @chat_router.get("/")
 async def chat_page() -> FileResponse:
-    """The page to talk to the model."""
+    """Return the chat page."""
     return FileResponse(_FOLDER / "index.html", headers=_HEADERS)
 
 
 @api_router.get("/docs")
 async def api_page() -> FileResponse:
-    """What the server answers to."""
+    """Return the API's documentation."""
     return FileResponse(_FOLDER / "docs.html", headers=_HEADERS)

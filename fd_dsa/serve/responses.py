@@ -1,4 +1,4 @@
-"""POST /v1/responses: the Responses API of OpenAI, for clients that keep their conversations."""
+"""POST /v1/responses: the Responses API of OpenAI, without storage."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from fd_dsa.engine.logprobs import TokenLogprobs
     from fd_dsa.engine.output import RequestOutput
 
-# of the error in a response that has failed
+# codes of the error in a failed response
 _CODES = {400: "invalid_prompt", 429: "rate_limit_exceeded"}
 _PREFIXES = {"reasoning": "rs_", "content": "msg_", "call": "fc_"}
 
@@ -45,7 +45,7 @@ router = APIRouter(route_class=BodyRoute)
     "/v1/responses", summary="Answer a conversation, in items", response_model=ResponseObject
 )
 async def create_response(body: ResponsesRequest, request: Request, state: State) -> Response:
-    """Answer the input in the chat format of the model; nothing is stored."""
+    """Answer the input in the chat format of the model. No response is stored."""
 
     def make(answer_id: str) -> ResponseAnswer:
         return ResponseAnswer(state, body, *make_job(state, body.chat, answer_id))
@@ -55,7 +55,7 @@ async def create_response(body: ResponsesRequest, request: Request, state: State
 
 
 class ResponseAnswer(BlockAnswer):
-    """A response: an item for each block."""
+    """A response. Each block of the answer becomes an item."""
 
     whole_object = chunk_object = "response"
 
@@ -65,7 +65,7 @@ class ResponseAnswer(BlockAnswer):
         super().__init__(state, body.chat, job, answer_format)
         self._asked = body
         self._num_events = 0
-        # scores of ended blocks, which several events repeat
+        # scores of ended blocks, packed once because several events repeat them
         self._packed: dict[int, Scores] = {}
 
     def choices(self) -> Iterator[dict[str, Any]]:
@@ -121,12 +121,12 @@ class ResponseAnswer(BlockAnswer):
         shown = {"code": code, "message": error.message}
         return self._event("response.failed", response=self._response("failed", error=shown))
 
-    def _event(self, kind: str, **fields: Any) -> dict[str, Any]:
+    def _event(self, kind: str, **fields: object) -> dict[str, Any]:
         self._num_events += 1
         return {"type": kind, "sequence_number": self._num_events - 1, **fields}
 
     def _ended(self, output: RequestOutput) -> dict[str, Any]:
-        """The response after its last token."""
+        """Return the response after its last token."""
         times = {"completed_at": int(time.time()), "usage": self._usage()}
         if self.finish_reason(output) == "length":
             why = {"reason": "max_output_tokens"}
@@ -144,8 +144,8 @@ class ResponseAnswer(BlockAnswer):
             "total_tokens": usage["total_tokens"],
         }
 
-    def _response(self, status: str, **fields: Any) -> dict[str, Any]:
-        """The response object: its fields, and those that the request asked for."""
+    def _response(self, status: str, **fields: object) -> dict[str, Any]:
+        """Return the response object: its own fields, and the repeated ones of the request."""
         asked, params = self._asked, self.jobs[0].params
         return {
             "id": self.head["id"],
@@ -177,7 +177,7 @@ class ResponseAnswer(BlockAnswer):
         }
 
     def _item(self, block: Block, status: ItemStatus, *, is_begun: bool = True) -> Item:
-        """The item of a block; one that has not begun has no content yet."""
+        """Return the item of a block, with empty content before the block begins."""
         if block.kind == "call":
             return {
                 "id": _id(block),

@@ -1,4 +1,4 @@
-"""The process around the application: socket, signals, drain, exit status."""
+"""The server process: socket, signals, drain, exit status."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Coroutine, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import psutil
 import uvicorn
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 def describe_port_owner(port: int) -> str:
-    """The process that listens on a port, such as `process 123 (python)`; "" if not to be seen."""
+    """Return the process that listens on a port, like `process 123 (python)`, "" if hidden."""
     with contextlib.suppress(psutil.Error, OSError):
         for one in psutil.net_connections("tcp"):
             if one.status == psutil.CONN_LISTEN and one.laddr.port == port and one.pid:
@@ -43,15 +43,18 @@ def describe_port_owner(port: int) -> str:
 
 
 KEY_VARIABLE = "FD_DSA_API_KEY"
-"""Variable from which a server, and the command that it prints, read keys."""
+"""Environment variable with the keys of a server, and of the command that it prints."""
 Load = Callable[[StartupProgress], "AsyncEngine"]
 
 LAST_RESPONSES_S = 5
-"""Seconds after the drain for the last bytes of aborted answers."""
+"""Time after the drain for the last bytes of aborted answers, seconds."""
 FORCED_EXIT_S = 45.0
-"""Seconds after them in which the process ends; the step in progress has 30 s of these."""
-# the event loop takes the interpreter back from a thread that computes after this time, ten times
-# for each probe; Python's default is 5 ms
+"""Time limit for the rest of the shutdown, seconds.
+
+The step in progress may take 30 s of it.
+"""
+# switch interval of Python's threads: the event loop waits up to this time for the interpreter, ten
+# times for each probe (Python's default is 5 ms)
 _SWITCH_INTERVAL_S = 0.0005
 _BIND_CURES = {
     errno.EADDRINUSE: "stop the process that has it or choose another --host or --port",
@@ -63,13 +66,13 @@ logger = logging.getLogger("fd_dsa.serve")
 
 
 def bind_socket(host: str, port: int) -> socket.socket:
-    """A socket that holds `host:port` but does not listen yet, so that nobody is served early.
+    """Bind a socket to `host:port` without listening, so that no client connects early.
 
     Args:
         port: 0 lets the system choose.
 
     Raises:
-        ConfigError: the address cannot be had; names host and port.
+        ConfigError: the address is not available. The message names host and port.
     """
     try:
         family, kind, proto, _, address = socket.getaddrinfo(
@@ -82,7 +85,7 @@ def bind_socket(host: str, port: int) -> socket.socket:
         ) from error
     sock = socket.socket(family, kind, proto)
     try:
-        # a port in TIME_WAIT is free
+        # reuse a port in TIME_WAIT
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(address)
     except OSError as error:
@@ -104,10 +107,10 @@ def curl_line(url: str, model: str, max_model_len: int, chat: bool, num_keys: in
     """Return a shell command that asks the server a question.
 
     Args:
-        max_model_len: tokens; the answer takes at most an eighth of them.
-        chat: True: the model has a chat template.
-        num_keys: number of keys that open the server. The command reads a key from `KEY_VARIABLE`,
-            because the line may end in a log.
+        max_model_len: maximum sequence length in tokens. The answer takes at most an eighth of it.
+        chat: True if the model has a chat template.
+        num_keys: number of API keys. With keys the command reads one from `KEY_VARIABLE`, because
+            the line may end in a log.
     """
     question = "Hello! What can you do?"
     body: dict[str, object] = {"model": model}
@@ -121,35 +124,35 @@ def curl_line(url: str, model: str, max_model_len: int, chat: bool, num_keys: in
     data = shlex.quote(json.dumps(body, ensure_ascii=False))
     headers = "-H 'Content-Type: application/json'"
     if num_keys:
-        # the variable of a server may have several keys
+        # a server's variable may hold several keys, separated by commas
         key = f"${KEY_VARIABLE}" if num_keys == 1 else f"${{{KEY_VARIABLE}%%,*}}"
         headers += f' -H "Authorization: Bearer {key}"'
-    # zsh looks for files in the brackets of an IPv6 address
+    # quoted, because zsh expands the brackets of an IPv6 address
     return f"curl {shlex.quote(url + path)} {headers} -d {data}"
 
 
 def key_hint(num_keys: int) -> str:
-    """Return what to do before the `curl` line of a server with `num_keys` keys, "" if nothing."""
+    """Return the instruction before the `curl` line, "" for a server without keys."""
     if not num_keys:
         return ""
     return f", with {KEY_VARIABLE} set to a key of this server (export {KEY_VARIABLE}=KEY)"
 
 
 class DrainingServer(uvicorn.Server):
-    """uvicorn's server, which loads the engine, drains on the first signal, watches the engine.
+    """uvicorn's server, which also loads the engine, watches it, and drains on a signal.
 
-    While the engine loads, /health answers 503 with the phase. A signal then ends the process at
-    once. Later the first SIGINT or SIGTERM drains, and a second one ends the process at once.
+    While the engine loads, /health answers 503 with the phase, and a signal ends the process at
+    once. Later the first SIGINT or SIGTERM drains, and the second one ends the process at once.
 
     Args:
-        load: makes the engine, not started yet, in a thread of its own.
-        shutdown_timeout_s: longest wait for running requests after the first signal.
+        load: builds the engine, not started yet, in a thread.
+        shutdown_timeout_s: maximum wait for running requests after the first signal, seconds.
         on_ready: called once, when requests are served.
 
     Attributes:
-        start_error: why there is no engine.
-        forced_exit_s: seconds that the end may take before the process is ended; None where it
-            is not this server's to end.
+        start_error: the exception that ended loading, or None.
+        forced_exit_s: time limit of the shutdown in seconds, after which the process is killed.
+            None if the process is not this server's to end.
     """
 
     def __init__(
@@ -176,20 +179,20 @@ class DrainingServer(uvicorn.Server):
         self._shutdown_timeout_s = shutdown_timeout_s
         self._on_ready = on_ready
         self._load = load
-        # tasks that run beside the server; the event loop itself holds them weakly
+        # background tasks, kept here because the event loop only has weak references
         self._tasks: set[asyncio.Task[None]] = set()
         self._listener: Listener | None = None
         self._is_draining = False
 
     def serve_on(self, sock: socket.socket) -> int:
-        """Listen on a bound socket, load the engine, serve until a signal or its failure.
+        """Listen on a bound socket, load the engine, and serve until a signal or a failure.
 
         Returns:
             Exit status: 0 after a drain, 1 after an engine failure.
 
         Raises:
-            ConfigError: another process began to listen on the address in the meantime.
-            Exception: whatever `load` raises.
+            ConfigError: another process has begun to listen on the address.
+            Exception: any exception of `load`.
         """
         try:
             sock.listen(BACKLOG)
@@ -221,7 +224,7 @@ class DrainingServer(uvicorn.Server):
         self._spawn(self._load_engine())
 
     async def _load_engine(self) -> None:
-        """Load in a thread, which a signal need not wait for, then serve."""
+        """Load the engine in a thread, which a signal does not wait for, then serve."""
         try:
             engine = await asyncio.to_thread(self._load, self._state.startup)
             engine.start()
@@ -232,19 +235,19 @@ class DrainingServer(uvicorn.Server):
         except Exception as error:
             self.start_error = error
         except SystemExit as error:
-            # would end the event loop
+            # SystemExit would end the event loop
             self.start_error = RuntimeError(f"the engine's loading ended with SystemExit: {error}")
         else:
             return
         self.should_exit = True
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
     async def on_tick(self, counter: int) -> bool:
-        """Called ten times a second; True ends the server."""
+        """Return True to end the server. uvicorn calls it ten times a second."""
         engine = self._state.loaded_engine
         error = None if engine is None else engine.errored
         if error is not None and not self.should_exit:
@@ -254,14 +257,14 @@ class DrainingServer(uvicorn.Server):
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Close within a time limit: a thread that hangs would keep the process alive."""
+        """Close within a time limit, because a hanging thread would keep the process alive."""
         if self.forced_exit_s is not None:
             timer = threading.Timer(self.forced_exit_s, self._exit_in_any_case)
             timer.daemon = True
             timer.start()
         if self._listener is not None:
             self._listener.close()
-        # the engine that they ask is about to end
+        # they wait for the engine, which is about to stop
         for task in self._tasks:
             task.cancel()
         await super().shutdown(sockets=sockets)
@@ -277,9 +280,9 @@ class DrainingServer(uvicorn.Server):
             yield
 
     def handle_signal(self, number: int) -> None:
-        """First signal: drain, then end. Second, or while loading: end now.
+        """Drain on the first signal. End at once on the second one, or while loading.
 
-        The status is then the shell's for the signal.
+        Ending at once uses the shell's exit status for the signal.
         """
         if self._state.loaded_engine is None:
             exit_at_once(number, "fd_dsa: error: interrupted while starting")

@@ -1,4 +1,4 @@
-"""What all requests of one server share."""
+"""The state that all requests of a server share."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import Depends, Request
+from starlette.types import Scope
 
 from fd_dsa.serve.errors import ApiError, FieldError, show
 from fd_dsa.serve.flags import ServerOptions
@@ -18,27 +19,27 @@ if TYPE_CHECKING:
     from fd_dsa.engine.async_engine import AsyncEngine
 
 UNRESPONSIVE_S = 20.0
-"""Silence of the engine's process after which probes fail, seconds."""
+"""Time without an answer of the engine's process after which probes fail, seconds."""
 _ALIAS = "default"
 _POLL_S = 0.02
 
 Info = Callable[[], Awaitable[Mapping[str, Any]]]
-"""Finds out what /server_info shows."""
+"""Computes the facts of /server_info."""
 
 
 class ServerState:
-    """The engine, the names it is served under, what is allowed, and the requests in flight.
+    """The engine, its served names, the server's options, and the requests in progress.
 
     Args:
-        served_model_names: at least one; responses carry the name that the request used.
-        info: finds out what /server_info shows; called once, when it is first needed.
+        served_model_names: at least one name. A response has the name of its request.
+        info: computes the facts of /server_info. It is called once, at the first request of them.
 
     Attributes:
         num_admitted: running and waiting outputs of all requests.
-        num_accepted: requests that compute, from the end of a body to the end of the answer.
-        draining: no new request is accepted.
-        is_closed: the accepted ones are not waited for any more either.
-        num_body_bytes: of the bodies in memory, without the first 64 KiB of each.
+        num_accepted: requests in progress, from the end of the body to the end of the answer.
+        draining: True refuses new requests.
+        is_closed: True also refuses accepted requests.
+        num_body_bytes: bytes of the bodies in memory, without the first 64 KiB of each.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class ServerState:
         self.options = options or ServerOptions()
         self.startup = StartupProgress()
         self.num_admitted = self.num_body_bytes = 0
-        # work of bounded length: bodies and answers
+        # tasks of bounded length: bodies and answers
         self.workers = Workers("front", 2)
         # templates, tokenizers and grammars, which may take long
         self.prompt_workers = Workers("prompts", 4)
@@ -65,22 +66,26 @@ class ServerState:
 
     @property
     def engine(self) -> AsyncEngine:
-        """The engine; ApiError 503 while it is loading."""
+        """Return the engine.
+
+        Raises:
+            ApiError: 503 while the engine is loading.
+        """
         if self.loaded_engine is None:
             raise self._loading()
         return self.loaded_engine
 
     async def info(self) -> Mapping[str, Any]:
-        """What /server_info shows."""
+        """Return the facts of /server_info."""
         if self._info is None:
             self._info = await self._find_info() if self._find_info is not None else {}
         return self._info
 
     def unavailable(self, *, is_accepted: bool = False) -> ApiError | None:
-        """Why no request is served: a 503, or None when the server can serve.
+        """Return the 503 that the server answers now, or None if it can serve.
 
         Args:
-            is_accepted: the request came before the drain, which waits for it.
+            is_accepted: True for a request from before the drain, which waits for it.
         """
         engine = self.loaded_engine
         if self.is_closed or (self.draining and not is_accepted):
@@ -107,13 +112,15 @@ class ServerState:
         return _later(f"the model is loading: {self.startup.describe()}; retry later")
 
     def check_available(self, *, is_accepted: bool = False) -> None:
-        """Raise the 503 of `unavailable`, if there is one."""
+        """Raise the 503 of `unavailable` if there is one."""
         error = self.unavailable(is_accepted=is_accepted)
         if error is not None:
             raise error
 
     def resolve_model(self, name: str | None) -> str:
-        """The served name for the `model` of a request; None and "default" are the first one.
+        """Return the served name for the `model` of a request.
+
+        None and "default" stand for the first name.
 
         Raises:
             ApiError: 404, no model of that name is served.
@@ -130,15 +137,16 @@ class ServerState:
             code="model_not_found",
         )
 
-    def hold(self, request: dict[str, Any], num_outputs: int, param: str = "prompt") -> None:
-        """Count so many running and waiting outputs of a request, not fewer than before.
+    def hold(self, request: Scope, num_outputs: int, param: str = "prompt") -> None:
+        """Count running and waiting outputs of a request, at least as many as before.
 
         Args:
-            request: the state of its ASGI scope, which keeps their number.
-            param: the field of the request that says how many.
+            request: state of its ASGI scope, which keeps the count.
+            param: field of the request that sets the count.
 
         Raises:
-            ApiError: 400, no server with this limit could take the request; 429, not now.
+            ApiError: 400 if the limit is too low for the request; 429 if the server is too busy for
+                it.
         """
         limit, held = self.options.max_concurrency, request.get("num_outputs", 0)
         if num_outputs > limit:
@@ -158,14 +166,17 @@ class ServerState:
         self.num_admitted += added
         request["num_outputs"] = held + added
 
-    def release(self, request: dict[str, Any]) -> None:
-        """Count the outputs of a request no more."""
+    def release(self, request: Scope) -> None:
+        """Remove the outputs of a request from the count."""
         self.num_admitted -= request.get("num_outputs", 0)
 
     async def drain(self, timeout_s: float) -> None:
-        """Accept no new requests, wait for the accepted ones for `timeout_s`, then abort the rest.
+        """Refuse new requests, and wait for accepted ones before aborting them.
 
-        An aborted request still answers, with what it has and finish_reason "abort".
+        An aborted request is still answered, with its text so far and finish_reason "abort".
+
+        Args:
+            timeout_s: time to wait for the accepted requests, seconds.
         """
         self.draining = True
         deadline = time.monotonic() + timeout_s
@@ -189,4 +200,4 @@ def _server_state(request: Request) -> ServerState:
 
 
 State = Annotated[ServerState, Depends(_server_state)]
-"""Parameter type of a route: the state of its application."""
+"""Type of a route's parameter for the state of its application."""

@@ -1,4 +1,7 @@
-"""Probes, version and /server_info; those of `guard.OPEN_PATHS` need no key."""
+"""Probes, version and /server_info.
+
+The routes of `guard.OPEN_PATHS` need no key.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from fd_dsa.serve.json_response import JsonResponse
 from fd_dsa.serve.state import UNRESPONSIVE_S, State
 
 PROBE_PATHS = frozenset({"/health", "/livez", "/readyz", "/startupz"})
-"""Paths that an orchestrator asks; they are answered when nothing else is."""
+"""Paths of an orchestrator's probes, which are answered in every state of the server."""
 
 router = APIRouter()
 
@@ -37,7 +40,7 @@ class Version(TypedDict):
 @router.get("/readyz", summary="The same as /health, by Kubernetes' name", response_model=Health)
 @router.get("/health", summary="200 when requests are served, else 503", response_model=Health)
 async def health(state: State) -> Response:
-    """200 only when a request sent now would be served; the 503 says why not."""
+    """Answer 200 only if a request sent now would be served, else a 503 with the reason."""
     return _ok_unless(state.unavailable())
 
 
@@ -47,13 +50,13 @@ async def health(state: State) -> Response:
     response_model=Health,
 )
 async def startupz(state: State) -> Response:
-    """200 from the end of the start on, whatever comes later."""
+    """Answer 200 from the end of the start on, also after a later failure."""
     return _ok_unless(state.unavailable() if state.loaded_engine is None else None)
 
 
 @router.get("/livez", summary="503 when only a restart helps, else 200", response_model=Health)
 async def livez(state: State) -> Response:
-    """200 while loading, serving and draining; 503 if the engine has failed or is silent."""
+    """Answer 200 unless the engine has failed or is silent, then 503."""
     engine = state.loaded_engine
     is_dead = engine is not None and (
         engine.errored is not None or engine.silent_s > UNRESPONSIVE_S
@@ -63,7 +66,7 @@ async def livez(state: State) -> Response:
 
 @router.get("/version", summary="Version of fd_dsa")
 async def version() -> Version:
-    """The version alone; /server_info says more."""
+    """Answer with the version only. /server_info has further facts."""
     return {"version": __version__}
 
 
@@ -73,8 +76,8 @@ async def version() -> Version:
     response_model=ServerInfo,
 )
 async def server_info(state: State) -> Response:
-    """What decides the answers of this server; null is what cannot be found out."""
-    # loading: there is little to show yet
+    """Answer with all facts that determine this server's answers. Unknown facts are null."""
+    # the facts are known only after loading
     _ = state.engine
     return JsonResponse(await state.info())
 

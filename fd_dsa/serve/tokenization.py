@@ -1,4 +1,4 @@
-"""POST /tokenize and POST /detokenize: what the model sees of a text, and back."""
+"""POST /tokenize and POST /detokenize: between text and the token ids of the model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fd_dsa.serve.state import ServerState, State
 
 
 class TokenizeRequest(ChatCompletionRequest, json_schema_extra={"examples": [{"prompt": "Hello"}]}):
-    """Body of POST /tokenize: a text, or a conversation with all that its prompt depends on."""
+    """Body of POST /tokenize: a text, or a conversation with its prompt's options."""
 
     prompt: str | None = None
     messages: Annotated[list[ChatMessage], FailFast(), at_most(MAX_ENTRIES)] = Field(
@@ -35,7 +35,7 @@ class TokenizeRequest(ChatCompletionRequest, json_schema_extra={"examples": [{"p
     return_token_strs: bool | None = Field(None, description="Add each token as a text.")
 
     def check_supported(self) -> None:
-        """Raise ApiError 400 unless there is a prompt or there are messages, and not both."""
+        """Raise ApiError 400 unless exactly one of `prompt` and `messages` is set."""
         if (self.prompt is None) == (not self.messages):
             got = "neither" if self.prompt is None else "both"
             raise FieldError(f"prompt: got {got} of prompt and messages; send one of them")
@@ -73,20 +73,20 @@ router = APIRouter(route_class=BodyRoute)
     response_model=Tokenized,
 )
 async def tokenize(body: TokenizeRequest, request: Request, state: State) -> Response:
-    """The ids that a completion or a chat completion of the same input would begin with."""
+    """Return the prompt's token ids for a completion or chat completion of this input."""
     state.resolve_model(body.model)
     return await state.prompt_workers.run(_tokenize, state, body, request=request)
 
 
 @router.post("/detokenize", summary="Text of token ids", response_model=Detokenized)
 async def detokenize(body: DetokenizeRequest, request: Request, state: State) -> Response:
-    """The text, special tokens included; bytes that form no character become U+FFFD."""
+    """Return the text with special tokens. Bytes that form no character become U+FFFD."""
     state.resolve_model(body.model)
     return await state.prompt_workers.run(_detokenize, state, body.tokens, request=request)
 
 
 def _tokenize(state: ServerState, body: TokenizeRequest) -> Response:
-    """The answer to /tokenize; runs in a thread, since a long text takes a while."""
+    """Return the answer to /tokenize. Slow for a long text, so it runs in a thread."""
     if body.prompt is None:
         tokens = encode_conversation(state, body)
     else:

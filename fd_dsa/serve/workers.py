@@ -1,4 +1,4 @@
-"""Work of requests: in a few threads beside the event loop, and only while the client is there."""
+"""Worker threads for requests, whose work is cancelled when the client disconnects."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from fastapi import Request
 
@@ -21,8 +21,8 @@ class ClientGone(Exception):
     """The client closed the connection before the answer was ready."""
 
 
-async def unless_gone(request: Request, work: Coroutine[Any, Any, _T]) -> _T:
-    """The result of `work`, which is cancelled when the client goes away.
+async def unless_gone(request: Request, work: Coroutine[None, None, _T]) -> _T:
+    """Return the result of `work`, or cancel it when the client disconnects.
 
     Raises:
         ClientGone: the client closed the connection.
@@ -43,7 +43,7 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, _T]) -> _T:
         await cancel([task, gone])
 
 
-async def cancel(tasks: Sequence[asyncio.Task[Any]]) -> None:
+async def cancel(tasks: Sequence[asyncio.Task[object]]) -> None:
     """Cancel the tasks and wait until they have cleaned up."""
     for task in tasks:
         task.cancel()
@@ -51,10 +51,10 @@ async def cancel(tasks: Sequence[asyncio.Task[Any]]) -> None:
 
 
 class Turns:
-    """Lets one request begin in each turn of the event loop, in order of arrival.
+    """Admits one request per turn of the event loop, in order of arrival.
 
-    If thousands come at once, new connections are accepted before most of them begin. So a probe,
-    which needs no turn, does not wait for the work of all that came before it.
+    If thousands of requests arrive at once, their connections are accepted before most of them
+    begin. So a probe, which needs no turn, does not wait for their work.
     """
 
     def __init__(self) -> None:
@@ -78,11 +78,10 @@ class Turns:
 
 
 class Workers:
-    """Runs work of requests in order of arrival, so much at a time; used in one event loop.
+    """Runs work of requests in order of arrival, `num_threads` at a time.
 
     Args:
-        num_threads: few, since each that runs Python makes the event loop wait longer for the
-            interpreter.
+        num_threads: few, because each thread that runs Python delays the event loop.
     """
 
     def __init__(self, name: str, num_threads: int) -> None:
@@ -92,20 +91,21 @@ class Workers:
     async def run(
         self,
         work: Callable[..., _T],
-        *args: Any,
+        *args: object,
         request: Request | None = None,
         is_short: bool = False,
     ) -> _T:
-        """The result of `work(*args)`, run in one of the threads.
+        """Return the result of `work(*args)`, run in one of the threads.
 
         Args:
-            request: whose work it is. Its client is watched while the work waits and runs. None
-                if the caller is cancelled when the client goes away.
-            is_short: less work than the way to a thread; run at once, on the event loop.
+            request: the request of the work. Its client is watched while the work waits and runs.
+                None if the caller itself is cancelled when the client disconnects.
+            is_short: True runs the work at once on the event loop, because a thread would take
+                longer.
 
         Raises:
-            ClientGone: the client closed the connection before the work was done. Work that runs
-                ends at its next `check_cancelled`.
+            ClientGone: the client closed the connection before the work was done. Running work ends
+                at its next `check_cancelled`.
         """
         if is_short:
             return work(*args)
@@ -120,7 +120,7 @@ class Workers:
                 return work(*args)
 
         future = self._threads.submit(cancellable)
-        # the thread is free when the work has ended, which may be after its client has left
+        # release when the work has ended, which may be after its client has left
         future.add_done_callback(lambda _: _call_soon(loop, self._free.release))
         try:
             if request is None:
@@ -139,5 +139,5 @@ async def _result_of(future: Future[_T]) -> _T:
 
 def _call_soon(loop: asyncio.AbstractEventLoop, function: Callable[[], None]) -> None:
     with suppress(RuntimeError):
-        # the loop of a server that has ended is closed
+        # the loop of a stopped server is closed
         loop.call_soon_threadsafe(function)

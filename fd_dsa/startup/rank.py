@@ -12,7 +12,6 @@ from contextlib import suppress
 from logging.handlers import QueueHandler
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
-from typing import Any
 
 from fd_dsa.distributed.host import HostGroup
 from fd_dsa.errors import FdDsaError, describe_error
@@ -26,7 +25,7 @@ class _Relay(QueueHandler):
         super().__init__(SimpleQueue())
         self._connection, self._one_at_a_time = connection, threading.Lock()
 
-    def enqueue(self, record: Any) -> None:
+    def enqueue(self, record: object) -> None:
         """Send a record or a text."""
         with self._one_at_a_time:
             self._connection.send(record)

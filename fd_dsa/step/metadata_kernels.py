@@ -1,4 +1,3 @@
-# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 """Triton kernels for the metadata of a step, one launch of one of them a step.
 
 In a decode-only step each lane takes a row and writes its few tokens where the rows before it end,

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import struct
-from typing import Any
 
 from fd_dsa.errors import LaunchError
+from fd_dsa.tensor import Tensor
 from fd_dsa.triton_runtime.device_api import DeviceApi
 from fd_dsa.triton_runtime.grid import Grid, resolve_grid
 from fd_dsa.triton_runtime.variant import Frame, Variant
@@ -27,8 +27,8 @@ class BoundLaunch:
         api: DeviceApi,
         variant: Variant,
         grid: Grid,
-        values: dict[str, Any],
-        options: dict[str, Any],
+        values: dict[str, object],
+        options: dict[str, object],
         scalars: tuple[str, ...] = (),
     ) -> None:
         self.variant, self._api, self._options = variant, api, options
@@ -50,10 +50,10 @@ class BoundLaunch:
         self._write_grid = struct.Struct("=III").pack_into
         self._free: list[Frame] = []
 
-    def _resolve(self, grid: Grid, values: dict[str, Any]) -> tuple[int, int, int]:
+    def _resolve(self, grid: Grid, values: dict[str, object]) -> tuple[int, int, int]:
         return resolve_grid(self.variant.signature.kernel, grid, values, self._options)
 
-    def __call__(self, *scalars: Any, grid: Grid | None = None) -> None:
+    def __call__(self, *scalars: object, grid: Grid | None = None) -> None:
         """Launch on the current stream.
 
         Args:
@@ -100,7 +100,7 @@ class BoundLaunch:
             self.variant.recover(code, frame)
         free.append(frame)
 
-    def _unfit(self, scalars: tuple[Any, ...], why: Any) -> LaunchError:
+    def _unfit(self, scalars: tuple[object, ...], why: object) -> LaunchError:
         """The error for scalars that are too many, too few or of another type."""
         kinds = ", ".join(f"{n}: {self.variant.arguments[n].type}" for n in self._scalars)
         return LaunchError(
@@ -108,7 +108,7 @@ class BoundLaunch:
             f"bound launch ({kinds}): {why}"
         )
 
-    def exchange(self, **tensors: Any) -> None:
+    def exchange(self, **tensors: Tensor) -> None:
         """Replace bound tensors, all or none; each is checked as at binding.
 
         Raises:

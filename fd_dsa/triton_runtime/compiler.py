@@ -7,7 +7,7 @@ nothing.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -36,7 +36,7 @@ class Argument(NamedTuple):
     type: str
     divisible: bool = False
     value: Any = None
-    kind: type | str | None = None
+    kind: object = None
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,10 @@ def argument_codes(arguments: Mapping[str, Argument]) -> str:
 
 
 def compile_kernel(
-    fn: Any, arguments: Mapping[str, Argument], options: Mapping[str, Any], capability: int
+    fn: Callable[..., object],
+    arguments: Mapping[str, Argument],
+    options: Mapping[str, object],
+    capability: int,
 ) -> Compiled:
     """Compile for a GPU's capability, 90 on Hopper, or take the result from the cache on disk.
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from fd_dsa.environment import has_nvidia_gpu
 from fd_dsa.errors import BackendUnavailable, LaunchError
+from fd_dsa.tensor import Tensor
 from fd_dsa.triton_runtime.driver import GpuTraits, cuda
 from fd_dsa.triton_runtime.mode import INTERPRETING
 
@@ -16,7 +17,7 @@ from fd_dsa.triton_runtime.mode import INTERPRETING
 class DeviceApi:
     """What the launcher asks of a tensor library; subclass it for another one."""
 
-    def device_of(self, tensor: Any) -> int:
+    def device_of(self, tensor: Tensor) -> int:
         """Index of the CUDA device that holds the tensor.
 
         Raises:
@@ -51,14 +52,15 @@ class PaddleApi(DeviceApi):
     def __init__(self) -> None:
         from paddle.base import core, libpaddle
 
-        self._core = core
+        # Paddle describes no part of its core
+        self._core: Any = core
         self._custom_type: str | None = None
         raw_stream = getattr(libpaddle, "_get_current_raw_stream", None)
         if raw_stream is not None:
             # from Paddle 3.3 on: one native call without a stream object, half the time
-            self.current_stream = raw_stream
+            self.current_stream = raw_stream  # type: ignore[method-assign]
 
-    def device_of(self, tensor: Any) -> int:
+    def device_of(self, tensor: Tensor) -> int:
         place = tensor.place
         if place.is_gpu_place():
             return place.gpu_device_id()
@@ -117,7 +119,7 @@ class PaddleApi(DeviceApi):
 class HostApi(DeviceApi):
     """Tensors in host memory, in a process whose kernels are interpreted; device 0."""
 
-    def device_of(self, tensor: Any) -> int:
+    def device_of(self, tensor: Tensor) -> int:
         """0, if the tensor is a CPU's."""
         if not tensor.place.is_cpu_place():
             raise LaunchError(
@@ -160,7 +162,7 @@ def api_for_type(tensor_type: type) -> DeviceApi:
     )
 
 
-def traits_for(tensor: Any) -> GpuTraits:
+def traits_for(tensor: Tensor) -> GpuTraits:
     """Return the traits of the device of a tensor, which kernels are chosen and sized by.
 
     Raises:

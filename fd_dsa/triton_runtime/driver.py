@@ -81,8 +81,8 @@ class HostLibrary:
         return 0
 
     def cuMemcpyHtoDAsync_v2(self, target: Any, source: Any, size: Any, stream: Any) -> int:
-        places = map(self.host_address, (target.value, source.value))
-        ctypes.memmove(*places, size.value)
+        to, origin = map(self.host_address, (target.value, source.value))
+        ctypes.memmove(to, origin, size.value)
         return 0
 
     cuMemcpyDtoHAsync_v2 = cuMemcpyDtoDAsync_v2 = cuMemcpyHtoDAsync_v2
@@ -100,7 +100,7 @@ class Driver:
         num_devices: CUDA devices that this process sees.
     """
 
-    def __init__(self, library: Any) -> None:
+    def __init__(self, library: ctypes.CDLL | HostLibrary) -> None:
         """Initialise `libcuda.so.1`, or what stands for it; BackendUnavailable without a device."""
         self.library = library
         self._contexts: dict[int, int] = {}
@@ -128,19 +128,24 @@ class Driver:
         """
         function = getattr(self.library, name)
 
-        def call(*arguments: Any) -> None:
+        def call(*arguments: object) -> None:
             code = function(*arguments)
             if code:
                 self.recover(code, device, name, function, arguments)
 
         return call
 
-    def call(self, device: int, name: str, *arguments: Any) -> None:
+    def call(self, device: int, name: str, *arguments: object) -> None:
         """Call a function of the driver once; see `function`."""
         self.function(name, device)(*arguments)
 
     def recover(
-        self, code: int, device: int, what: str, function: Callable[..., int], arguments: Any
+        self,
+        code: int,
+        device: int,
+        what: str,
+        function: Callable[..., int],
+        arguments: tuple[object, ...],
     ) -> None:
         """Call again if it failed because another context, or none, is the thread's.
 
@@ -151,7 +156,7 @@ class Driver:
                 code = function(*arguments)
         self.check(code, what)
 
-    def _integer(self, function: str, *args: Any) -> int:
+    def _integer(self, function: str, *args: object) -> int:
         """The int that a driver function writes to its first argument."""
         value = ctypes.c_int()
         self.check(getattr(self.library, function)(ctypes.byref(value), *args), function)
@@ -222,7 +227,7 @@ class Driver:
                 f"block, device {device} has {limit}; use smaller tiles or fewer stages"
             )
 
-        def call(name: str, *arguments: Any) -> None:
+        def call(name: str, *arguments: object) -> None:
             self.check(getattr(self.library, name)(*arguments), f"loading kernel {compiled.name}")
 
         with self.context(device):
@@ -254,6 +259,6 @@ def cuda() -> Driver:
         ) from error
 
 
-def open_library() -> Any:
+def open_library() -> ctypes.CDLL | HostLibrary:
     """The driver library, or what stands for it; tests put another one in its place."""
     return HostLibrary() if INTERPRETING else ctypes.CDLL("libcuda.so.1")

@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from fd_dsa.tensor import Tensor
 from fd_dsa.triton_runtime.compiler import Argument
 from fd_dsa.triton_runtime.device_api import DeviceApi, api_for_type
 from fd_dsa.triton_runtime.grid import resolve_grid
@@ -32,7 +33,9 @@ _RANGES = {
 }
 
 
-def generate(variant: Variant, api: DeviceApi, options: Mapping[str, Any], miss: Miss) -> Any:
+def generate(
+    variant: Variant, api: DeviceApi, options: Mapping[str, object], miss: Miss
+) -> Callable[..., None]:
     """A function `launch(grid, *args, **options)` for calls of one variant.
 
     Args:
@@ -86,7 +89,9 @@ def generate(variant: Variant, api: DeviceApi, options: Mapping[str, Any], miss:
     return space[signature.kernel]
 
 
-def _namespace(variant: Variant, api: DeviceApi, options: dict[str, Any], miss: Miss) -> dict:
+def _namespace(
+    variant: Variant, api: DeviceApi, options: dict[str, object], miss: Miss
+) -> dict[str, Any]:
     """Everything that the generated code names besides the kernel's parameters."""
     signature, known = variant.signature, Known(variant, api)
     space: dict[str, Any] = {
@@ -137,7 +142,7 @@ class Known:
         ]
         self.cell: list[tuple[Any, ...]] = [(_no_tensor, 0) * len(self._parameters)]
 
-    def admit(self, tensors: tuple[Any, ...], addresses: tuple[int, ...]) -> bool:
+    def admit(self, tensors: tuple[Tensor, ...], addresses: tuple[int, ...]) -> bool:
         """Check the tensors that are new in their places; False if one needs another variant.
 
         Raises:
@@ -157,7 +162,7 @@ class Known:
         self.cell[0] = tuple(known)
         return True
 
-    def _accepts(self, index: int, tensor: Any, address: int) -> bool:
+    def _accepts(self, index: int, tensor: Tensor, address: int) -> bool:
         """True if the variant takes the tensor; short where only device and address are new."""
         kind, dtype, matters, aligned = self._kinds[index]
         if type(tensor) is kind and tensor.dtype is dtype:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -15,7 +15,7 @@ _LIMITS = ((1 << 31) - 1, 65535, 65535)
 
 
 def resolve_grid(
-    kernel: str, grid: Grid, arguments: Mapping[str, Any], options: Mapping[str, Any]
+    kernel: str, grid: Grid, arguments: Mapping[str, object], options: Mapping[str, object]
 ) -> tuple[int, int, int]:
     """The grid as three numbers; LaunchError where it is none, or out of CUDA's range.
 
@@ -31,7 +31,7 @@ def resolve_grid(
 
 
 @lru_cache(maxsize=4096)
-def _numbers(kernel: str, sizes: Any) -> tuple[int, int, int]:
+def _numbers(kernel: str, sizes: Iterable[int]) -> tuple[int, int, int]:
     try:
         numbers = tuple(int(n) for n in sizes)
         fits = 1 <= len(numbers) <= 3 and all(

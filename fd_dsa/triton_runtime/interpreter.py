@@ -39,7 +39,7 @@ class InterpretedVariant(Variant):
         fn: Any,
         signature: Signature,
         arguments: Mapping[str, Argument],
-        options: Mapping[str, Any],
+        options: Mapping[str, object],
     ) -> None:
         if not hasattr(fn, "rewrite"):
             raise BackendUnavailable(
@@ -50,7 +50,7 @@ class InterpretedVariant(Variant):
         super().__init__(signature, arguments, options, compiled, 0, 0, cuda())
         self._fn, self.queue = fn, self._run
 
-    def _run(self, config: ctypes.c_void_p, *_: Any) -> int:
+    def _run(self, config: ctypes.c_void_p, *_: object) -> int:
         """Run the kernel on the values of a frame, of which the configuration is a part."""
         start = (config.value or 0) - self.grid_offset
         *passed, x, y, z = self.values.unpack(ctypes.string_at(start, self.values.size))
@@ -77,7 +77,7 @@ def _pointer(element: str, address: int) -> Any:
     return core.tensor(TensorHandle(place, kind), kind)
 
 
-def run(fn: Any, grid: tuple[int, ...], values: Mapping[str, Any]) -> None:
+def run(fn: Any, grid: tuple[int, ...], values: Mapping[str, object]) -> None:
     """Run an interpreted kernel on every program of the grid, in order.
 
     Args:

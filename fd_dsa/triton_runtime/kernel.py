@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, overload
 
 from fd_dsa.environment import launches_overlap
 from fd_dsa.errors import KernelUnavailable, LaunchError, describe_error, is_out_of_memory
@@ -31,14 +31,34 @@ _MAX_CHAIN = 16
 _MAX_CHAINS = 256
 
 
+@overload
 def paddle_jit(
-    fn: Callable[..., Any] | None = None,
+    fn: Callable[..., object],
     *,
     do_not_specialize: Iterable[str] = (),
     do_not_specialize_on_alignment: Iterable[str] = (),
     contiguous: Iterable[str] = (),
     waits: bool = False,
-) -> Any:
+) -> Kernel: ...
+@overload
+def paddle_jit(
+    fn: None = None,
+    *,
+    do_not_specialize: Iterable[str] = (),
+    do_not_specialize_on_alignment: Iterable[str] = (),
+    contiguous: Iterable[str] = (),
+    waits: bool = False,
+) -> Callable[[Callable[..., object]], Kernel]: ...
+
+
+def paddle_jit(
+    fn: Callable[..., object] | None = None,
+    *,
+    do_not_specialize: Iterable[str] = (),
+    do_not_specialize_on_alignment: Iterable[str] = (),
+    contiguous: Iterable[str] = (),
+    waits: bool = False,
+) -> Kernel | Callable[[Callable[..., object]], Kernel]:
     """A kernel that is launched by `kernel[grid](...)` on Paddle tensors.
 
     Args:
@@ -72,13 +92,15 @@ class Kernel:
 
     def __init__(
         self,
-        fn: Callable[..., Any],
+        fn: Callable[..., object],
         declared: tuple[Iterable[str], Iterable[str], Iterable[str]],
         waits: bool,
     ) -> None:
-        function = fn.fn if hasattr(fn, "run") else fn
+        # what `triton.jit` made has `run`
+        made: Any = fn if hasattr(fn, "run") else None
+        function = fn if made is None else made.fn
         self.signature, self._waits = Signature(function, *declared), waits
-        self.fn = fn if hasattr(fn, "run") else triton.jit(fn)
+        self.fn: Any = made or triton.jit(fn)
         self.arg_names = tuple(self.signature.parameters)
         self.__name__ = self.signature.kernel
         self.__doc__ = function.__doc__
@@ -102,7 +124,7 @@ class Kernel:
             grid = resolve_grid(self.__name__, grid, {}, {})
         return partial(self._launch, grid)
 
-    def __call__(self, *_: Any, **__: Any) -> None:
+    def __call__(self, *_: object, **__: object) -> None:
         """Refuse a call without a grid.
 
         Raises:
@@ -111,7 +133,7 @@ class Kernel:
         name = self.__name__
         raise LaunchError(f"kernel {name}: called without a grid; launch it as {name}[grid](...)")
 
-    def run(self, grid: Grid, *args: Any, **kwargs: Any) -> None:
+    def run(self, grid: Grid, *args: object, **kwargs: object) -> None:
         """Launch; the same as `kernel[grid](*args, **kwargs)`, with all checks.
 
         Raises:
@@ -121,7 +143,9 @@ class Kernel:
         """
         self._run(self._key(kwargs), grid, args, kwargs)
 
-    def _run(self, key: Any, grid: Grid, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    def _run(
+        self, key: Hashable, grid: Grid, args: Sequence[object], kwargs: Mapping[str, object]
+    ) -> None:
         """See `run`; the next launch like this one finds a function by `key`."""
         values, options = self.signature.bind(args, kwargs)
         spelled = {name: kwargs[name] for name in kwargs if name in OPTIONS}
@@ -130,7 +154,7 @@ class Kernel:
         BoundLaunch(api, variant, grid, values, options)()
 
     def bind(
-        self, grid: Grid, *args: Any, scalars: tuple[str, ...] = (), **kwargs: Any
+        self, grid: Grid, *args: object, scalars: tuple[str, ...] = (), **kwargs: object
     ) -> BoundLaunch:
         """A launch whose arguments are checked once, for buffers that never move.
 
@@ -149,7 +173,7 @@ class Kernel:
         return BoundLaunch(api, variant, grid, values, options, scalars)
 
     def warmup(
-        self, *args: Any, capability: int | None = None, device: int = 0, **kwargs: Any
+        self, *args: object, capability: int | None = None, device: int = 0, **kwargs: object
     ) -> Compiled | None:
         """Compile ahead; load too, where a device is there, so that a launch has nothing to do.
 
@@ -175,8 +199,8 @@ class Kernel:
             return self._variant(arguments, options, device).compiled
 
     def _compile(
-        self, arguments: Mapping[str, Argument], options: Mapping[str, Any], capability: int
-    ) -> tuple[Compiled, Mapping[str, Any]]:
+        self, arguments: Mapping[str, Argument], options: Mapping[str, object], capability: int
+    ) -> tuple[Compiled, Mapping[str, object]]:
         """What is compiled, and the options of its launches: early if it waits on the device."""
         if not (self._waits and capability >= _OVERLAPS_FROM and launches_overlap()):
             return compile_kernel(self.fn, arguments, options, capability), options
@@ -186,7 +210,7 @@ class Kernel:
         return compiled, early if compiled.waits else options
 
     def _variant_for(
-        self, values: Mapping[str, Any], options: Mapping[str, Any]
+        self, values: Mapping[str, object], options: Mapping[str, object]
     ) -> tuple[DeviceApi, Variant]:
         """The variant that serves these arguments, made if it is new."""
         arguments = self.signature.describe_all(values)
@@ -199,7 +223,7 @@ class Kernel:
         return api, self._variant(arguments, options, device)
 
     def _variant(
-        self, arguments: dict[str, Argument], options: Mapping[str, Any], device: int
+        self, arguments: dict[str, Argument], options: Mapping[str, object], device: int
     ) -> Variant:
         """The variant of the launch cache, compiled and loaded first if need be.
 
@@ -231,7 +255,7 @@ class Kernel:
             return variant
 
     def _new_variant(
-        self, arguments: dict[str, Argument], options: Mapping[str, Any], device: int
+        self, arguments: dict[str, Argument], options: Mapping[str, object], device: int
     ) -> Variant:
         """A variant that is compiled and loaded, or that the interpreter runs."""
         if INTERPRETING:
@@ -240,11 +264,11 @@ class Kernel:
         function = cuda().load(compiled, device)
         return Variant(self.signature, arguments, launched, compiled, function, device, cuda())
 
-    def _key(self, kwargs: Mapping[str, Any]) -> Any:
+    def _key(self, kwargs: Mapping[str, object]) -> Hashable:
         """What a call's chain is found by: its named arguments, if they are all constants."""
         return tuple(kwargs.items()) if kwargs.keys() <= self._constants else ()
 
-    def _dispatch(self, grid: Grid, *args: Any, **kwargs: Any) -> None:
+    def _dispatch(self, grid: Grid, *args: object, **kwargs: object) -> None:
         """Launch by the chain of the call's constants."""
         try:
             chain = self._chains.get(self._key(kwargs))
@@ -254,7 +278,7 @@ class Kernel:
         (chain[0] if chain else self.run)(grid, *args, **kwargs)
 
     def _extend_chain(
-        self, api: DeviceApi, variant: Variant, spelled: dict[str, Any], key: Any
+        self, api: DeviceApi, variant: Variant, spelled: dict[str, object], key: Hashable
     ) -> None:
         """Give calls spelled like this one their own generated function."""
         spelling = (variant, api, tuple(spelled.items()), key)
@@ -270,7 +294,12 @@ class Kernel:
             self._chains[key] = chain
 
     def _after(
-        self, key: Any, position: int, grid: Grid, values: tuple[Any, ...], spelled: dict[str, Any]
+        self,
+        key: Hashable,
+        position: int,
+        grid: Grid,
+        values: tuple[object, ...],
+        spelled: dict[str, object],
     ) -> None:
         """Try the next generated function, and after the last one the long way."""
         chain = self._chains[key]

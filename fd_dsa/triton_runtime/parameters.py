@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from fd_dsa.errors import LaunchError
+from fd_dsa.tensor import Tensor
 from fd_dsa.triton_runtime.compiler import Argument
 from fd_dsa.triton_runtime.device_api import DeviceApi, api_for_type
 
@@ -87,7 +88,7 @@ class Parameter:
 
 
 @lru_cache(maxsize=256)
-def _element_type(dtype: Any) -> str | None:
+def _element_type(dtype: object) -> str | None:
     """Triton's name of a dtype, given as a name or a library's object; None without one."""
     return ELEMENT_TYPES.get(str(dtype).rpartition(".")[2])
 
@@ -102,7 +103,7 @@ class Signature:
 
     def __init__(
         self,
-        function: Callable[..., Any],
+        function: Callable[..., object],
         do_not_specialize: Iterable[str],
         do_not_specialize_on_alignment: Iterable[str],
         contiguous: Iterable[str],
@@ -129,8 +130,8 @@ class Signature:
         return LaunchError(f"kernel {self.kernel}: argument {name!r} {problem}")
 
     def bind(
-        self, args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        self, args: Sequence[object], kwargs: Mapping[str, object]
+    ) -> tuple[dict[str, object], dict[str, object]]:
         """Values of all parameters in order, and the options of the launch.
 
         Raises:
@@ -160,7 +161,7 @@ class Signature:
         }
         return values, OPTIONS | options
 
-    def describe(self, parameter: Parameter, value: Any) -> Argument:
+    def describe(self, parameter: Parameter, value: object) -> Argument:
         """What the compiler knows of a value given for a parameter; tensors may be `Pointer`.
 
         Raises:
@@ -173,15 +174,18 @@ class Signature:
             return Argument(self._pointer_type(parameter, value), aligns and value.aligned)
         if not hasattr(value, "data_ptr"):
             return self._scalar(parameter, value)
-        if parameter.contiguous and not value.is_contiguous():
+        # of any library, known by this method
+        tensor: Any = value
+        if parameter.contiguous and not tensor.is_contiguous():
             raise self.error(
                 parameter.name,
-                f"of shape {list(value.shape)} is not contiguous, but the kernel needs it so; "
+                f"of shape {list(tensor.shape)} is not contiguous, but the kernel needs it so; "
                 "call .contiguous() first",
             )
-        return Argument(self._pointer_type(parameter, value), aligns and value.data_ptr() % 16 == 0)
+        is_aligned = aligns and tensor.data_ptr() % 16 == 0
+        return Argument(self._pointer_type(parameter, tensor), is_aligned)
 
-    def _pointer_type(self, parameter: Parameter, tensor: Any) -> str:
+    def _pointer_type(self, parameter: Parameter, tensor: Tensor | Pointer) -> str:
         """Triton's type of the address of a tensor."""
         element = _element_type(tensor.dtype)
         if element is None:
@@ -192,7 +196,7 @@ class Signature:
             )
         return "*" + element
 
-    def _constant(self, parameter: Parameter, value: Any) -> Argument:
+    def _constant(self, parameter: Parameter, value: object) -> Argument:
         """The value of a `tl.constexpr` parameter, which is a key of the launch cache."""
         try:
             hash(value)
@@ -210,7 +214,7 @@ class Signature:
             return Argument("constexpr", False, value if value == value else _NAN, repr(value))
         return Argument("constexpr", False, value, type(value))
 
-    def _scalar(self, parameter: Parameter, value: Any) -> Argument:
+    def _scalar(self, parameter: Parameter, value: object) -> Argument:
         """A number, or None, which is compiled in as an int of value 1 is."""
         if isinstance(value, bool):
             return Argument("i1")
@@ -229,10 +233,10 @@ class Signature:
                 return Argument(kind, parameter.specialize_alignment and value % 16 == 0)
         raise self.error(parameter.name, f"is {value}, beyond 64 bits")
 
-    def describe_all(self, values: Mapping[str, Any]) -> dict[str, Argument]:
+    def describe_all(self, values: Mapping[str, object]) -> dict[str, Argument]:
         return {name: self.describe(p, values[name]) for name, p in self.parameters.items()}
 
-    def device_of(self, name: str, tensor: Any, api: DeviceApi) -> int:
+    def device_of(self, name: str, tensor: Tensor, api: DeviceApi) -> int:
         """Device that holds a tensor given for a parameter.
 
         Raises:
@@ -244,7 +248,7 @@ class Signature:
             raise LaunchError(f"kernel {self.kernel}: argument {name!r}: {error}") from None
 
     def place_of(
-        self, values: Mapping[str, Any], arguments: Mapping[str, Argument]
+        self, values: Mapping[str, object], arguments: Mapping[str, Argument]
     ) -> tuple[DeviceApi, int]:
         """Tensor library and device of all tensors among the arguments.
 
@@ -255,8 +259,9 @@ class Signature:
         for name, argument in arguments.items():
             if argument.type[0] != "*":
                 continue
-            api = api_for_type(type(values[name]))
-            device = self.device_of(name, values[name], api)
+            tensor: Any = values[name]
+            api = api_for_type(type(tensor))
+            device = self.device_of(name, tensor, api)
             if place is None:
                 first, place = name, (api, device)
             if place != (api, device):
@@ -270,7 +275,7 @@ class Signature:
             raise LaunchError(f"kernel {self.kernel}: no argument is a tensor")
         return place
 
-    def check_changing(self, scalars: Sequence[str], values: Mapping[str, Any]) -> None:
+    def check_changing(self, scalars: Sequence[str], values: Mapping[str, object]) -> None:
         """Refuse names whose value cannot change from launch to launch of one variant.
 
         Raises:

@@ -6,9 +6,9 @@ import logging
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 from fd_dsa.errors import LaunchError
+from fd_dsa.triton_runtime.compiler import Argument
 
 _LOG = logging.getLogger("fd_dsa.triton_runtime")
 _state = threading.local()
@@ -51,7 +51,9 @@ def warming() -> Iterator[None]:
         _state.warming = before
 
 
-def announce_compilation(kernel: str, arguments: Mapping[str, Any], options: Any) -> None:
+def announce_compilation(
+    kernel: str, arguments: Mapping[str, Argument], options: Mapping[str, object]
+) -> None:
     """Called before a launch compiles or loads: after `freeze()`, outside `warming()`, it counts.
 
     Raises:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import struct
 from collections.abc import Mapping
-from typing import Any
 
 from fd_dsa.triton_runtime.compiler import Argument, Compiled
 from fd_dsa.triton_runtime.driver import Driver
@@ -39,7 +38,13 @@ class Frame:
 
     __slots__ = ("_kept", "_stream_offset", "call", "grid", "memory", "stream")
 
-    def __init__(self, memory: Any, call: tuple[Any, ...], stream_offset: int, kept: Any) -> None:
+    def __init__(
+        self,
+        memory: ctypes.Array[ctypes.c_char],
+        call: tuple[object, ...],
+        stream_offset: int,
+        kept: object,
+    ) -> None:
         self.memory, self.call, self.stream = memory, call, 0
         self.grid: tuple[int, int, int] | None = None
         self._stream_offset, self._kept = stream_offset, kept
@@ -68,7 +73,7 @@ class Variant:
         self,
         signature: Signature,
         arguments: Mapping[str, Argument],
-        options: Mapping[str, Any],
+        options: Mapping[str, object],
         compiled: Compiled,
         function: int,
         device: int,
@@ -93,7 +98,7 @@ class Variant:
         self._early = ctypes.create_string_buffer(packed) if options["launch_pdl"] else None
         self._null = ctypes.c_uint64(0)
 
-    def frame(self, values: Mapping[str, Any] | None = None) -> Frame:
+    def frame(self, values: Mapping[str, object] | None = None) -> Frame:
         """A new frame with these arguments, or none yet, and no grid."""
         compiled = self.compiled
         memory = ctypes.create_string_buffer(self.grid_offset + _CONFIG.size)

@@ -1,6 +1,6 @@
-"""V4AttentionBackend: the index arrays of a step once, then what DeepSeek-V4's layers do with them.
+"""V4AttentionBackend: index arrays once a step, and attention for DeepSeek-V4.
 
-Layers call `write`, `select` where they have an indexer and `chooses`, then `attend`.
+Layers call `write`, then `select` if they have an indexer and `chooses` is True, then `attend`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fd_dsa.ops.mla.paddle_impl import attend_dense, attend_gathered
 from fd_dsa.ops.topk.paddle_impl import positions_to_slots, select_positions
 from fd_dsa.runner.input_batch import InputBatch
 from fd_dsa.v4_attention.pools import LayerPools, allocate_pools
-from fd_dsa.v4_attention.step import V4Step
+from fd_dsa.v4_attention.step import Tile, V4Step
 from fd_dsa.v4_prepare import V4Prepare, V4PrepareConfig
 
 
@@ -30,7 +30,7 @@ class V4AttentionBackend:
     """
 
     shows_selections = False
-    """Whether layers give what they chose to `Step.selections`."""
+    """True if layers pass their selections to `Step.selections`."""
 
     def __init__(self, config: DeepseekV4Config, batch: InputBatch, num_blocks: int) -> None:
         self._kinds = config.layer_types
@@ -54,7 +54,7 @@ class V4AttentionBackend:
             max_tokens_per_seq=batch.max_num_tokens,
             max_model_len=max_blocks * batch.block_size,
             swa="paged",
-            # the entries' rows come from the block table, for the indexer's scan too
+            # the rows of entries come from the block table, also for the indexer's scan
             hca_mode="table",
         )
         self._comp_base = sizes.comp_base
@@ -62,17 +62,17 @@ class V4AttentionBackend:
         self._slots = np.arange(batch.max_num_seqs, dtype=np.int32)
         self._scratch, self._step = Scratch(), None
 
-    def allocate_caches(self, has_indexer: Any = None) -> list[LayerPools]:
+    def allocate_caches(self, has_indexer: object = None) -> list[LayerPools]:
         return allocate_pools(self._layout, self._prepare.cfg.num_blocks, self._num_slots)
 
-    def warm_up(self, num_tokens: int, caches: Any) -> None:
-        """Nothing is captured."""
+    def warm_up(self, num_tokens: int, caches: object) -> None:
+        """Skip the warm-up, because no step is captured."""
 
     def init_attention_metadata(self, forward_meta: Any) -> None:
         """Make the index arrays of a step, and its `position_ids`.
 
         Raises:
-            ValueError: inconsistent lengths or block tables, with row and value.
+            ValueError: inconsistent lengths or block tables. The message has row and value.
         """
         before, q, tables = map(
             as_numpy,
@@ -88,12 +88,12 @@ class V4AttentionBackend:
         forward_meta.fd_dsa_step, forward_meta.position_ids = step, step.positions
 
     def write(self, kv: np.ndarray, sources: np.ndarray | None, layer: Any, meta: Any) -> None:
-        """Store a layer's window keys, and make and store the entries that the step finishes.
+        """Store a layer's window keys, and compute and store the step's finished entries.
 
         Args:
-            kv: float32 [num_tokens, head_dim], normed and rotated.
-            sources: float32 [num_tokens, halves, 2, width], changed in place; None in a
-                window-only layer.
+            kv: float32 [num_tokens, head_dim], normalized and rotated.
+            sources: float32 [num_tokens, halves, 2, width], changed in place. None in a window-only
+                layer.
             layer: has `layer_id` and `compressor`.
         """
         step: V4Step = meta.fd_dsa_step
@@ -106,10 +106,12 @@ class V4AttentionBackend:
         if kind == CSA:
             step.records.restore(pools)
         plan = step.pooling(kind)
+        assert pools.states is not None
         if plan.num_entries:
             entries = compressor.entries(plan.pooled(sources, pools.states), plan.first)
             pools.keys[plan.rows] = entries[0]
             if kind == CSA:
+                assert pools.index_entries is not None
                 width = entries[1].shape[1]
                 pools.index_entries.reshape(-1, width)[plan.rows - self._comp_base] = entries[1]
         plan.keep(sources, pools.states)
@@ -119,12 +121,14 @@ class V4AttentionBackend:
     def chooses(self, forward_meta: Any) -> bool:
         return bool(forward_meta.fd_dsa_step.chooses)
 
-    def select(self, q: Any, weights: Any, layer_id: int, forward_meta: Any) -> np.ndarray:
-        """int32 [num_tokens, index_topk]; chosen entries, ascending, -1 last.
+    def select(
+        self, q: np.ndarray, weights: np.ndarray, layer_id: int, forward_meta: Any
+    ) -> np.ndarray:
+        """Return the selected entries, int32 [num_tokens, index_topk], ascending, -1 last.
 
         Args:
             q: float32 [num_tokens, index_n_heads, index_head_dim], rotated.
-            weights: float32 [num_tokens, index_n_heads]; all factors folded in.
+            weights: float32 [num_tokens, index_n_heads], with all factors folded in.
         """
         step: V4Step = forward_meta.fd_dsa_step
         cache = forward_meta.caches[layer_id].index_entries
@@ -144,11 +148,14 @@ class V4AttentionBackend:
     def attend(
         self, q: np.ndarray, chosen: np.ndarray | None, layer: Any, forward_meta: Any
     ) -> np.ndarray:
-        """float32 [num_tokens, num_heads, head_dim], valid until the next call.
+        """Return attention, float32 [num_tokens, num_heads, head_dim].
+
+        The result is valid until the next call.
 
         Args:
-            q: float32 [num_tokens, num_heads, head_dim], rotated; times the factor of the scores.
-            chosen: of `select`; None: every token attends to all entries that it sees.
+            q: float32 [num_tokens, num_heads, head_dim], rotated and multiplied with the softmax
+                scale.
+            chosen: result of `select`. None = every token attends to all visible entries.
             layer: has `layer_id` and `sinks`.
         """
         step: V4Step = forward_meta.fd_dsa_step
@@ -176,7 +183,7 @@ class V4AttentionBackend:
         return out
 
     def _chosen_list(self, step: V4Step, chosen: np.ndarray) -> np.ndarray:
-        """Rows of the window and of chosen entries of the tokens that gather, -1 = none."""
+        """Return window and selected-entry rows of the gathering tokens, padded with -1."""
         entries = positions_to_slots(
             chosen, step.rows[step.gathered], step.block_table, step.entries_per_block(CSA)
         )
@@ -184,8 +191,8 @@ class V4AttentionBackend:
         return np.concatenate((step.window_list, entries), axis=1)
 
 
-def _mask_of_chosen(tile: Any, chosen: np.ndarray) -> np.ndarray:
-    """The mask of a tile with none but the chosen ones among its entries."""
+def _mask_of_chosen(tile: Tile, chosen: np.ndarray) -> np.ndarray:
+    """Return the mask of a tile in which only selected entries are visible."""
     mask: np.ndarray = tile.mask.copy()
     entries = mask[:, tile.num_window :]
     entries[:] = -np.inf

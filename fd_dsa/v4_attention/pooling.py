@@ -1,8 +1,6 @@
-"""Which sources a step pools into entries, and which it keeps: the plans of a step, as indices."""
+"""Plans of a step as indices: sources to pool into entries, and sources to keep."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 
@@ -11,17 +9,17 @@ from fd_dsa.v4_prepare import V4Arrays
 
 
 class PoolingPlan:
-    """The plans of one ratio, spelled out once a step for all layers of the kind.
+    """The plans of one ratio as index arrays, shared by all layers of the kind.
 
     Args:
         out: the step's index arrays.
         name: "r1" (CSA) or "r2" (HCA).
-        slots: of each row of the step.
+        slots: slot of each row of the step.
 
     Attributes:
-        num_entries: entries that the step finishes.
-        first: int [num_entries]; first position of each entry's own group.
-        rows: int [num_entries]; where each goes in `keys`.
+        num_entries: number of entries that the step finishes.
+        first: int [num_entries], first position of each entry's own group.
+        rows: int [num_entries], row of each entry in `keys`.
     """
 
     def __init__(self, out: V4Arrays, name: str, slots: np.ndarray) -> None:
@@ -41,7 +39,7 @@ class PoolingPlan:
         self.rows = getattr(out, f"plan_dst_{name}")[: self.num_entries]
         number = np.arange(pool, dtype=np.int32)
         source = position - (pool - 1) + number
-        # of CSA, the first half of the sources gives its first half
+        # the first half of a CSA entry's sources uses their first half
         half = np.broadcast_to(number // ratio, source.shape)
         in_ring = np.broadcast_to(number < from_ring, source.shape)
         self._absent = source < 0
@@ -53,11 +51,11 @@ class PoolingPlan:
         self._step_at = step[self._from_step], half[self._from_step]
 
     def pooled(self, sources: np.ndarray, states: np.ndarray) -> np.ndarray:
-        """float32 [num_entries, width]: of each channel, the mean of its values by its gates.
+        """Return each entry's gated mean of its sources, float32 [num_entries, width].
 
         Args:
-            sources: float32 [num_tokens, halves, 2, width], of the step.
-            states: those that were kept before.
+            sources: float32 [num_tokens, halves, 2, width], the step's sources.
+            states: sources kept by earlier steps.
         """
         taken = np.empty((self.num_entries, self._pool, *sources.shape[2:]), np.float32)
         taken[self._from_ring] = states[self._ring_at]
@@ -74,26 +72,31 @@ class PoolingPlan:
         return total
 
     def keep(self, sources: np.ndarray, states: np.ndarray) -> None:
-        """Store the sources that a later step may pool, after this one's are read."""
+        """Store the sources that a later step may pool. Call it after `pooled`."""
         states[self._kept_rows] = sources[self._kept]
 
 
 class RecordPlan:
-    """Sources at the end of a block: stored beside it, and read at the start of the next one.
+    """Sources at a block's end, stored with it and restored at the next block's start.
 
-    A row that starts a step at a block's start takes them from the record of the block before. The
-    row itself has computed that block, or another request, and the prefix cache has found it.
+    A row that starts a step at a block's start reads them from the record of the previous block.
+    That block was computed by the row itself, or by another request and found in the prefix cache.
 
     Args:
         out: the step's index arrays.
-        start: int [rows]; position of each row's first token in the step.
-        q: int [rows]; its tokens in the step.
-        slots: of each row.
+        start: int [rows], position of each row's first token in the step.
+        q: int [rows], number of its tokens in the step.
+        slots: slot of each row.
         block_table: int32 [rows, columns].
     """
 
     def __init__(
-        self, out: V4Arrays, start: Any, q: Any, slots: np.ndarray, block_table: np.ndarray
+        self,
+        out: V4Arrays,
+        start: np.ndarray,
+        q: np.ndarray,
+        slots: np.ndarray,
+        block_table: np.ndarray,
     ) -> None:
         cfg = out.config
         size, ratio, pool = cfg.block_size, cfg.csa_ratio, cfg.pool(cfg.csa_ratio)
@@ -111,7 +114,7 @@ class RecordPlan:
         self._record_at = block_table[row[at], positions[at] // size], offset[at]
 
     def restore(self, pools: LayerPools) -> None:
-        """Put what rows at a block's start must find into their states."""
+        """Restore the states of rows that start at a block's start."""
         if self._restored is not None:
             assert pools.states is not None and pools.records is not None
             pools.states[self._restored, 0] = pools.records[self._restored_from]

@@ -11,7 +11,7 @@ from fd_dsa.cache_formats import V4CacheLayout
 
 @dataclass(frozen=True, slots=True)
 class LayerPools:
-    """Pools of one layer, float32; `fd_dsa.cache_formats.PooledLayer` has their contents.
+    """Pools of one layer in float32, with the contents of `fd_dsa.cache_formats.PooledLayer`.
 
     Attributes:
         keys: [num_blocks * (block_size + entries of a block), head_dim].

@@ -1,13 +1,13 @@
-"""What the tokens of a step attend to: lists of rows for decoding, tiles for chunks of prompts."""
+"""Keys that a step's tokens attend to: row lists for decoding, tiles for prefill."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from fd_dsa.models.deepseek_v4.config import CSA, HCA
 from fd_dsa.ops.fixed_order import fixed_order
@@ -16,21 +16,21 @@ from fd_dsa.ops.mla.paddle_impl import KeyLists
 from fd_dsa.v4_attention.pooling import PoolingPlan, RecordPlan
 from fd_dsa.v4_prepare import V4Arrays
 
-# scores of a tile, over all heads
+# limit for the scores of a tile, over all heads
 _TILE_VALUES = 1 << 21
-_MOST_TILE_TOKENS = 64
+_MAX_TILE_TOKENS = 64
 _NAMES = {CSA: "r1", HCA: "r2"}
 
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """Neighbouring tokens of one row that share a list of keys.
+    """Adjacent tokens of one row that share a list of keys.
 
     Attributes:
-        tokens: of the step.
-        keys: int64 [n]; rows of the keys in the layer's pool, window first.
-        mask: float32 [tokens, n]; 0 where a token sees the key, -inf elsewhere.
-        num_window: window keys in the list.
+        tokens: range of the step's tokens.
+        keys: int64 [n], rows of the keys in the layer's pool, window keys at the front.
+        mask: float32 [tokens, n], 0 if the token sees the key, otherwise -inf.
+        num_window: number of window keys in the list.
     """
 
     tokens: slice
@@ -40,20 +40,25 @@ class Tile:
 
 
 class V4Step:
-    """The work of one step, made once for all layers of a kind when the first of them asks.
+    """The work of one step, computed on first use and shared by all layers of a kind.
 
-    Tokens of rows that decode, and with one order of sums all tokens, gather their keys; those of
-    prompts share a list with their neighbours.
+    Tokens of decode rows gather their keys, as do all tokens in batch-invariant mode. Tokens of
+    prompts share a key list with adjacent tokens.
 
     Args:
         out: the step's index arrays.
-        start, q: int [rows]; first position of each row and its tokens in the step.
+        start, q: int [rows], first position of each row and its number of tokens in the step.
         block_table: int32 [rows, columns].
-        num_heads: of the queries.
+        num_heads: number of query heads.
     """
 
     def __init__(
-        self, out: V4Arrays, start: Any, q: Any, block_table: np.ndarray, num_heads: int
+        self,
+        out: V4Arrays,
+        start: np.ndarray,
+        q: np.ndarray,
+        block_table: np.ndarray,
+        num_heads: int,
     ) -> None:
         self._out, self._start, self._q = out, start, q
         self.block_table, self._num_heads = block_table, num_heads
@@ -67,7 +72,7 @@ class V4Step:
         self._tiles: dict[str, list[Tile]] = {}
 
     def pooling(self, kind: str) -> PoolingPlan:
-        """Which sources the layers of a kind pool and keep."""
+        """Return the plan of pooled and kept sources for the layers of a kind."""
         if kind not in self._plans:
             self._plans[kind] = PoolingPlan(self._out, _NAMES[kind], self._slots)
         return self._plans[kind]
@@ -78,24 +83,24 @@ class V4Step:
 
     @cached_property
     def gathered(self) -> np.ndarray:
-        """int [n]; tokens that gather their keys."""
+        """int [n], tokens that gather their keys."""
         if fixed_order():
             return np.arange(self.num_tokens)
         return (self._q[self.rows] == 1).nonzero()[0]
 
     @cached_property
     def visible(self) -> np.ndarray:
-        """int32 [num_tokens]; CSA entries that each token sees."""
+        """int32 [num_tokens], number of CSA entries visible to each token."""
         return self._out.csa_visible[: self.num_tokens]
 
     @cached_property
     def chooses(self) -> bool:
-        """Whether a token sees more CSA entries than the indexer chooses."""
+        """True if a token sees more CSA entries than the indexer selects."""
         return bool(self.visible.max(initial=0) > self._out.config.index_topk)
 
     @cached_property
     def units(self) -> tuple[np.ndarray, PagedUnits] | None:
-        """Decoding tokens that see an entry, and their blocks of index entries."""
+        """Decoding tokens that see an entry, with their blocks of index entries, or None."""
         at = (self._q[self.rows] == 1).nonzero()[0]
         at = at[self.visible[at] > 0]
         if not len(at):
@@ -104,7 +109,7 @@ class V4Step:
         return at, PagedUnits.build(self.visible[at], self.block_table[self.rows[at]], per_block)
 
     def prompt_rows(self) -> Iterator[tuple[slice, int]]:
-        """Tokens and row of each row with several tokens in the step."""
+        """Yield tokens and row of each row with several tokens in the step."""
         bounds = self._out.cu_q
         for row in (self._q > 1).nonzero()[0].tolist():
             yield slice(int(bounds[row]), int(bounds[row + 1])), row
@@ -113,8 +118,8 @@ class V4Step:
         cfg = self._out.config
         return cfg.block_size // (cfg.csa_ratio if kind == CSA else cfg.hca_ratio)
 
-    def entry_rows(self, kind: str, rows: Any, count: int) -> np.ndarray:
-        """int64 [len(rows), count]; where the first entries of rows are, without `comp_base`."""
+    def entry_rows(self, kind: str, rows: npt.ArrayLike, count: int) -> np.ndarray:
+        """Return pool rows of the rows' first entries, less `comp_base`, int64 [rows, count]."""
         per_block, entry = self.entries_per_block(kind), np.arange(count)
         columns = np.minimum(entry // per_block, self.block_table.shape[1] - 1)
         blocks = self.block_table[np.asarray(rows)[:, None], columns].astype(np.int64)
@@ -122,7 +127,7 @@ class V4Step:
 
     @cached_property
     def window_list(self) -> np.ndarray:
-        """int32 [gathered tokens, window]; rows of their window keys, -1 = none."""
+        """int32 [gathered tokens, window], rows of their window keys, padded with -1."""
         out, at = self._out, self.gathered
         lengths, extra = out.win_len[at], out.ext_len[at]
         width = out.win_idx.shape[1]
@@ -130,7 +135,7 @@ class V4Step:
             width = int((lengths + extra).max(initial=0))
         found: np.ndarray = out.win_idx[at, :width]
         if extra.any():
-            # keys of the step are in the pool too: in pages every token has its row
+            # keys of the step are in the pool too, because in pages every token has a row
             column = np.arange(width)
             token = at[:, None] - extra[:, None] + 1 + column - lengths[:, None]
             is_own = (column >= lengths[:, None]) & (token <= at[:, None])
@@ -138,7 +143,7 @@ class V4Step:
         return found
 
     def key_lists(self, kind: str) -> KeyLists:
-        """Rows of `window_list`, then of all entries of layers of a kind that each token sees."""
+        """Return `window_list`, extended by all visible entries of layers of a kind."""
         if kind not in self._lists:
             at, keys = self.gathered, self.window_list
             if kind in _NAMES:
@@ -151,7 +156,7 @@ class V4Step:
         return self._lists[kind]
 
     def tiles(self, kind: str) -> list[Tile]:
-        """Tokens of prompts with their keys, in layers of a kind."""
+        """Return tiles of prompt tokens with their keys, for layers of a kind."""
         if kind not in self._tiles:
             self._tiles[kind] = []
             if not fixed_order():
@@ -161,7 +166,7 @@ class V4Step:
 
     @cached_property
     def _hca_visible(self) -> np.ndarray:
-        """int32 [num_tokens]; HCA entries that each token sees."""
+        """int32 [num_tokens], number of HCA entries visible to each token."""
         return np.diff(self._out.hca_indptr[: self.num_tokens + 1])
 
     def _row_tiles(self, kind: str, tokens: slice, row: int) -> Iterator[Tile]:
@@ -169,9 +174,9 @@ class V4Step:
         last, visible = int(self.positions[tokens.stop - 1]), None
         if kind in _NAMES:
             visible = self.visible if kind == CSA else self._hca_visible
-        most = 0 if visible is None else int(visible[tokens.stop - 1])
-        width = min(last + 1, window + _MOST_TILE_TOKENS) + most
-        size = max(1, min(_MOST_TILE_TOKENS, _TILE_VALUES // (width * self._num_heads)))
+        num_entries = 0 if visible is None else int(visible[tokens.stop - 1])
+        width = min(last + 1, window + _MAX_TILE_TOKENS) + num_entries
+        size = max(1, min(_MAX_TILE_TOKENS, _TILE_VALUES // (width * self._num_heads)))
         for begin in range(tokens.start, tokens.stop, size):
             end = min(begin + size, tokens.stop)
             own = out.swa_write[begin + 1 - int(out.ext_len[begin]) : end]

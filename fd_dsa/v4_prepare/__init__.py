@@ -1,4 +1,4 @@
-"""DeepSeek-V4 decode preparation: every index list of a step, built once for all layers."""
+"""DeepSeek-V4 decode preparation: all index lists of a step, built once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The host builder: all outputs of a step in NumPy, over arrays that may be used again."""
+"""The host builder: all outputs of a step in NumPy, written to reusable arrays."""
 
 from __future__ import annotations
 
@@ -9,53 +9,74 @@ import numpy as np
 import numpy.typing as npt
 
 from fd_dsa.errors import DtypeError, ShapeError
-from fd_dsa.v4_prepare.checks import check_step, step_inputs
+from fd_dsa.v4_prepare.checks import Integers, check_step, step_inputs
 from fd_dsa.v4_prepare.config import OUTPUT_SHAPES, V4PrepareConfig
 
 Int32Array = npt.NDArray[np.int32]
-# a NumPy array, or a tensor of the library that the place belongs to
+# a NumPy array, or a tensor of the place's library
 Array = Any
 Allocate = Callable[[tuple[int, ...], str], Array]
-# up to this many tokens their lists are copied one by one, which costs less than to find the runs
+# for this many tokens or fewer, copying each list costs less than finding the runs
 _FEW_TOKENS = 16
-# entries of a run, on average, from which a copy of each run costs less than a gather of entries
+# mean run length in entries from which copying each run costs less than gathering entries
 _GATHERED_ENTRIES = 192
 
 
 class V4Arrays:
-    """All outputs of a step, int32, at full capacity (`OUTPUT_SHAPES`); t = token, b = row.
+    """All outputs of a step, int32, at full capacity. t = token, b = row.
 
     Args:
-        cfg: sizes of the steps; Tcap tokens, Bcap rows, W, topk, r1, r2 are its fields.
-        allocate: makes an array or a tensor of a shape and dtype; None = NumPy arrays of zeros.
+        cfg: sizes of the steps. Tcap tokens, Bcap rows, W, topk, r1, r2 are its fields.
+        allocate: makes an array or tensor of a shape and dtype. None = NumPy arrays of zeros.
 
     Attributes:
         config: the sizes.
-        positions: [Tcap] position of t; pad 0.
-        req_of_token: [Tcap] b; pad -1.
-        cu_q: [Bcap + 1] prefix sums of q; pad T.
-        ctx: [Bcap] tokens of b after the step, an idle row's too; pad 0.
-        win_idx: [Tcap, W] rows of the window keys that t reads from the pool, ascending; pad -1.
-        win_len: [Tcap] how many; pad 0.
-        ext_len: [Tcap] how many more t reads from the step's own keys, the rows up to t; pad 0.
-        swa_write: [Tcap] row where the key of t goes; -1 = nowhere (a ring keeps the last W).
-        hca_indptr: [Tcap + 1] where the HCA entries of t start in `hca_idx`; the last repeated.
-        hca_idx: [Tcap * (Lmax // r2)] rows of entries 0..(p + 1) // r2 - 1 of each token;
+        positions: [Tcap], position of t, pad 0.
+        req_of_token: [Tcap], row b of t, pad -1.
+        cu_q: [Bcap + 1], prefix sums of q, pad T.
+        ctx: [Bcap], tokens of b after the step, also of idle rows, pad 0.
+        win_idx: [Tcap, W], pool rows of the window keys that t reads, ascending, pad -1.
+        win_len: [Tcap], number of those rows, pad 0.
+        ext_len: [Tcap], number of further window keys that t reads from the step's own keys, the
+            rows up to t, pad 0.
+        swa_write: [Tcap], pool row for the key of t. -1 = not stored, because a ring keeps the last
+            W keys.
+        hca_indptr: [Tcap + 1], offset of the HCA entries of t in `hca_idx`, pad = the last offset.
+        hca_idx: [Tcap * (Lmax // r2)], rows of entries 0..(p + 1) // r2 - 1 of each token,
             undefined after the total. None in table mode.
-        csa_visible: [Tcap] (p + 1) // r1, CSA entries that t may choose from; pad 0.
-        csa_indptr: [Tcap + 1] prefix sums of min(csa_visible, topk); the last repeated.
-        plan_r1, plan_r2: [cap_p, 4] one row an entry that the step finishes, in token order:
-            (t, b, p, sources from the state ring); pad -1.
-        plan_dst_r1, plan_dst_r2: [cap_p] row of that entry; pad -1.
-        wplan_r1, wplan_r2: [cap_w, 4] the same columns for the last K(r) tokens of each row, which
-            go into row slot * (K(r) + k) + p % (K(r) + k) of the state ring; pad -1.
-        counts: [8] B, T, entries of hca_idx, of csa_indptr, rows of plan_r1, wplan_r1, plan_r2,
+        csa_visible: [Tcap], (p + 1) // r1, number of CSA entries visible to t, pad 0.
+        csa_indptr: [Tcap + 1], prefix sums of min(csa_visible, topk), pad = the last offset.
+        plan_r1, plan_r2: [cap_p, 4], one row for each entry that the step finishes, in token order:
+            (t, b, p, number of sources from the state ring), pad -1.
+        plan_dst_r1, plan_dst_r2: [cap_p], pool row of that entry, pad -1.
+        wplan_r1, wplan_r2: [cap_w, 4], the same columns for the last K(r) tokens of each row, pad
+            -1. They are stored in row slot * (K(r) + k) + p % (K(r) + k) of the state ring.
+        counts: [8], B, T, entries of hca_idx, of csa_indptr, rows of plan_r1, wplan_r1, plan_r2,
             wplan_r2.
-        block_table: [Bcap, MB], the table of a staged step; cells that no step needed yet mean
-            nothing. `v4_prepare_np` leaves it alone.
+        block_table: [Bcap, MB], the table of a staged step. Cells that no step needed yet are
+            undefined. `v4_prepare_np` does not write it.
     """
 
+    positions: Array
+    req_of_token: Array
+    cu_q: Array
+    ctx: Array
+    win_idx: Array
+    win_len: Array
+    ext_len: Array
+    swa_write: Array
+    hca_indptr: Array
     hca_idx: Array | None = None
+    csa_visible: Array
+    csa_indptr: Array
+    plan_r1: Array
+    plan_r2: Array
+    plan_dst_r1: Array
+    plan_dst_r2: Array
+    wplan_r1: Array
+    wplan_r2: Array
+    counts: Array
+    block_table: Array
 
     def __init__(self, cfg: V4PrepareConfig, allocate: Allocate | None = None) -> None:
         self.config = cfg
@@ -65,9 +86,9 @@ class V4Arrays:
 
 
 class _Step(NamedTuple):
-    """A step: its rows, int32 [B], their block table as it came, and its tokens, int32 [T].
+    """A step: its rows, int32 [B], with their block table, and its tokens, int32 [T].
 
-    `number` counts the tokens of a row in this step.
+    `number` is the index of a token within its row of this step.
     """
 
     ctx: Int32Array
@@ -81,37 +102,39 @@ class _Step(NamedTuple):
 
 def v4_prepare_np(
     cfg: V4PrepareConfig,
-    ctx: Any,
-    q: Any,
-    slot: Any,
-    block_table: Any,
+    ctx: npt.ArrayLike,
+    q: npt.ArrayLike,
+    slot: npt.ArrayLike,
+    block_table: npt.ArrayLike,
     out: V4Arrays | None = None,
 ) -> V4Arrays:
-    """All outputs of one step, computed on the host.
+    """Compute all outputs of one step on the host.
 
-    Token j of row b is at position p = ctx[b] - q[b] + j. It reads the window keys
-    p-W+1..p and entry e of ratio r if e < (p + 1) // r: counts are per token, since the tokens of
-    one row may be on both sides of the end of an entry.
+    Token j of row b is at position p = ctx[b] - q[b] + j. It reads the window keys p-W+1..p, and
+    entry e of ratio r if e < (p + 1) // r. Counts are per token, because tokens of one row may be
+    on both sides of the end of an entry.
 
     Args:
         cfg: sizes of the step.
-        ctx: [B], any integer dtype or a list; tokens of each row after the step.
-        q: [B]; tokens of each row in the step, 0 = idle row.
-        slot: [B]; owner of the row's rings, no two active rows alike; ignored for idle rows.
-        block_table: [B, columns]; the first ceil(ctx / block_size) cells of an active row are its
-            blocks, the others are ignored.
-        out: arrays to fill, whatever they held; None = new ones.
+        ctx: [B], any integer dtype or a list, tokens of each row after the step.
+        q: [B], tokens of each row in the step, 0 = idle row.
+        slot: [B], owner of the row's rings. Active rows have distinct slots, those of idle rows are
+            ignored.
+        block_table: [B, columns]. The first ceil(ctx / block_size) cells of an active row are its
+            blocks. Other cells are ignored.
+        out: arrays to fill, with any contents. None = new arrays.
 
     Returns:
-        `out`, or the new arrays; pads written.
+        `out`, or the new arrays, with padding.
 
     Raises:
-        V4PrepareError: a rule is broken; `.code` says which, `.row` where; nothing was written.
+        V4PrepareError: an input breaks a rule. `.code` names the rule, `.row` the row. The outputs
+            are unchanged.
         ValueError: `out` belongs to another configuration.
 
     Cost: a fixed number of NumPy calls, and for long HCA lists one copy for each row and for each
-    entry that it finishes; memory beside `out` in proportion to the window cells of the step and
-    its part of the block table.
+    entry that it finishes. Temporary memory is proportional to the window cells of the step and its
+    part of the block table.
     Source: the idea is ROCm/ATOM #728.
     """
     ctx, q, slot, table = step_inputs(cfg, ctx, q, slot, block_table)
@@ -122,7 +145,7 @@ def v4_prepare_np(
         raise ValueError(
             f"out: got arrays of {out.config}, must be of {cfg}; allocate them with V4Arrays(cfg)"
         )
-    # the slot of an idle row may be any number; it is never used
+    # the slot of an idle row may be any number, because it is never used
     ctx, q, slot = (array.astype(np.int32, copy=False) for array in (ctx, q, slot))
     step = step_of(ctx, q, slot, table)
     position, row = step.position, step.row
@@ -145,29 +168,27 @@ def v4_prepare_np(
     return out
 
 
-def step_of(
-    ctx: Int32Array, q: Int32Array, slot: Int32Array, block_table: npt.NDArray[Any]
-) -> _Step:
-    """A checked step with its tokens."""
+def step_of(ctx: Int32Array, q: Int32Array, slot: Int32Array, block_table: Integers) -> _Step:
+    """Return a checked step with its tokens."""
     row = np.arange(len(q), dtype=np.int32).repeat(q)
     begins = np.cumsum(q, dtype=np.int32) - q
     number = np.arange(len(row), dtype=np.int32) - begins[row]
     return _Step(ctx, q, slot, block_table, row, (ctx - q)[row] + number, number)
 
 
-def _fill(array: Int32Array, values: Any, pad: int) -> None:
-    """Values at the front of an array, padding after them."""
+def _fill(array: Int32Array, values: Int32Array, pad: int) -> None:
+    """Write values to the front of an array, and padding after them."""
     array[: len(values)] = values
     array[len(values) :] = pad
 
 
 def _write_window(cfg: V4PrepareConfig, step: _Step, out: V4Arrays) -> None:
-    """The window of every token, ascending and left-packed, and where the token's own key goes.
+    """Write the window of every token, ascending and left-packed, and its own key's row.
 
-    A token of a decode row reads all its window from the pool. A token of a prefill row reads
-    what the row had before this step from there (`win_len`), and the rest, its own key included,
-    from the step's keys (`ext_len`): written first, they would have overwritten the window of a
-    ring. For the same reason only its last W keys are kept in a ring.
+    A token of a decode row reads its whole window from the pool. A token of a prefill row reads
+    only older tokens' keys from the pool (`win_len`). It reads the rest, including its own key,
+    from the step's keys (`ext_len`). Written to a ring before they are read, the step's keys would
+    overwrite the window. For the same reason a ring stores only the row's last W keys.
     """
     num_tokens, width = len(step.row), cfg.window_size
     position, row = step.position, step.row
@@ -182,7 +203,7 @@ def _write_window(cfg: V4PrepareConfig, step: _Step, out: V4Arrays) -> None:
     if cfg.swa == "ring":
         first_row = (step.slot * cfg.ring_rows)[row]
         np.add((oldest % cfg.ring_rows)[:, None], columns, out=window)
-        # a window wraps at most once; read as unsigned, the smaller of x and x - R is x mod R
+        # a window wraps at most once, so x mod R is the smaller of x and x - R, read as unsigned
         unsigned = window.view(np.uint32)
         np.minimum(unsigned, unsigned - np.uint32(cfg.ring_rows), out=unsigned)
         window += first_row[:, None]
@@ -190,7 +211,7 @@ def _write_window(cfg: V4PrepareConfig, step: _Step, out: V4Arrays) -> None:
         lost = in_prefill & (position < (step.ctx - width)[row])
         np.copyto(written, -1, where=lost)
     else:
-        # after the token itself the table may have no cell; those columns become -1 below
+        # the table may have no cell after the token itself, and those columns become -1 below
         positions = np.minimum(oldest[:, None] + columns, position[:, None])
         window[:] = _pool_rows(step.block_table, row[:, None], positions, cfg.block_size)
         written[:] = _pool_rows(step.block_table, row, position, cfg.block_size)
@@ -200,15 +221,19 @@ def _write_window(cfg: V4PrepareConfig, step: _Step, out: V4Arrays) -> None:
 
 
 def _pool_rows(
-    block_table: npt.NDArray[Any], row: Int32Array, number: Int32Array, per_block: int
+    block_table: Integers, row: Int32Array, number: Int32Array, per_block: int
 ) -> Int32Array:
-    """Rows of a pool whose blocks hold `per_block` items, of each row's items `number`."""
+    """Return the pool rows of each row's items `number`, `per_block` items a block."""
     blocks = block_table[row, number // per_block].astype(np.int32, copy=False)
     return blocks * np.int32(per_block) + number % per_block
 
 
 def _write_offsets(counts: Int32Array, indptr: Int32Array) -> int:
-    """Prefix sums of the tokens' list lengths, the last one repeated; the last one."""
+    """Write the prefix sums of the tokens' list lengths, padded with the last one.
+
+    Returns:
+        The last prefix sum.
+    """
     indptr[0] = 0
     np.cumsum(counts, out=indptr[1 : len(counts) + 1])
     total = int(indptr[len(counts)])
@@ -219,12 +244,14 @@ def _write_offsets(counts: Int32Array, indptr: Int32Array) -> int:
 def write_hca_list(
     cfg: V4PrepareConfig, step: _Step, hca_indptr: Int32Array, hca_idx: Int32Array
 ) -> None:
-    """Write the rows of all HCA entries that each token sees; cells after them are kept.
+    """Write the rows of all HCA entries visible to each token.
+
+    Later cells are unchanged.
 
     The tokens of a row see its first entries, so these are computed once a row. Tokens of a row
-    between two ends of entries see the same ones: a run, which one call copies. A copy costs time
-    for each run and a gather for each entry, so the mean length of a run selects the form. To find
-    the runs of a few tokens costs more than to copy the list of each.
+    between two ends of entries form a run: they see the same entries, and one call copies them.
+    Copying takes time for each run, gathering for each entry, so the mean run length selects the
+    method. For few tokens, copying each list costs less than finding the runs.
     """
     num_tokens = len(step.row)
     if not num_tokens:
@@ -241,7 +268,7 @@ def write_hca_list(
     if total < _GATHERED_ENTRIES * len(starts):
         cells = np.arange(total)
         cells += (step.row * np.int64(entries.shape[1]) - begins).repeat(lengths)
-        # all cells are inside; in this mode NumPy writes to `out` without a copy
+        # all cells are inside, and in this mode NumPy writes to `out` without a copy
         entries.reshape(-1).take(cells, out=hca_idx[:total], mode="clip")
         return
     bounds = [*begins[starts].tolist(), total]
@@ -254,9 +281,9 @@ def write_hca_list(
 
 
 def hca_entries(cfg: V4PrepareConfig, step: _Step, count: int) -> Int32Array:
-    """The pool's rows of the first HCA entries of each row, int32 [B, `count` or a few more].
+    """Return the pool rows of each row's first HCA entries, int32 [B, at least `count`].
 
-    Cells after the entries of a row mean nothing.
+    Cells after the entries of a row are undefined.
     """
     per_block = cfg.block_size // cfg.hca_ratio
     blocks = step.block_table[:, : -(-count // per_block)].astype(np.int32) * per_block
@@ -272,12 +299,12 @@ def _write_plans(
     plan_dst: Int32Array,
     wplan: Int32Array,
 ) -> tuple[int, int]:
-    """The plans of one ratio, in token order; the numbers of their rows."""
+    """Write the plans of one ratio in token order, and return the numbers of their rows."""
     pool, position = cfg.pool(ratio), step.position
     finished = ((position + 1) % ratio == 0).nonzero()[0]
     kept = (position >= (step.ctx - pool)[step.row]).nonzero()[0]
     for array, chosen in ((plan, finished), (wplan, kept)):
-        # the step's own tokens up to this one are read from the step, the rest from the ring
+        # the step's own tokens up to this one are read from the step, older ones from the ring
         from_ring = np.maximum(pool - 1 - step.number[chosen], 0)
         columns = (chosen, step.row[chosen], position[chosen], from_ring)
         for column, values in enumerate(columns):
@@ -290,24 +317,26 @@ def _write_plans(
     return len(finished), len(kept)
 
 
-def csa_translate(out: V4Arrays, block_table: Any, local_topk: Any) -> Int32Array:
-    """Rows of the CSA entries that the indexer chose, token after token as `csa_indptr` says.
+def csa_translate(
+    out: V4Arrays, block_table: npt.ArrayLike, local_topk: npt.ArrayLike
+) -> Int32Array:
+    """Return rows of the CSA entries that the indexer selected, flat by `csa_indptr`.
 
     row = comp_base + block_table[b, e // n] * n + e % n, n = block_size // csa_ratio
 
-    Runs once for each layer that chooses, not for each layer that reads (vLLM #57434, #57659).
+    Runs once for each layer that selects, not for each layer that reads (vLLM #57434, #57659).
 
     Args:
         out: outputs of the step.
         block_table: [B, columns], the step's block table.
-        local_topk: [T or more, index_topk] integers; entry numbers of each token, of which the
-            first min(csa_visible, index_topk) are read.
+        local_topk: [T or more, index_topk] integers, entry numbers of each token. The first
+            min(csa_visible, index_topk) are read.
 
     Returns:
-        int32 [counts[3]]; -1 where a number is no entry that its token sees.
+        int32 [counts[3]]. -1 = the number is not an entry visible to its token.
 
     Raises:
-        ShapeError, DtypeError: `local_topk` or `block_table` has another shape, or no integers.
+        ShapeError, DtypeError: `local_topk` or `block_table` has a wrong shape or dtype.
     """
     cfg = out.config
     num_rows, num_tokens = int(out.counts[0]), int(out.counts[1])
@@ -333,7 +362,7 @@ def csa_translate(out: V4Arrays, block_table: Any, local_topk: Any) -> Int32Arra
 
 
 def check_topk(cfg: V4PrepareConfig, local_topk: Array, num_tokens: int) -> None:
-    """Refuse entry numbers of another shape than one row a token.
+    """Refuse entry numbers without one row for each token.
 
     Raises:
         ShapeError: names both shapes.

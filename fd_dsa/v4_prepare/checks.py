@@ -1,7 +1,7 @@
-"""What the inputs of a step must satisfy; everything here runs before the first write.
+"""Checks of a step's inputs, which all run before the first write.
 
-`count_tokens` and `BlockTable.changes` only find out whether a step is good, in a fixed number of
-NumPy calls. Where it is not, `raise_first_fault` walks over the rows in order and names the fault.
+`count_tokens` and `BlockTable.changes` detect an invalid step with a fixed number of NumPy calls.
+Only then `raise_first_fault` checks the rows in order and names the fault.
 """
 
 from __future__ import annotations
@@ -21,9 +21,13 @@ _NAMES = ("ctx", "q", "slot", "block_table")
 
 
 def step_inputs(
-    cfg: V4PrepareConfig, ctx: Any, q: Any, slot: Any, block_table: Any
+    cfg: V4PrepareConfig,
+    ctx: npt.ArrayLike,
+    q: npt.ArrayLike,
+    slot: npt.ArrayLike,
+    block_table: npt.ArrayLike,
 ) -> list[Integers]:
-    """The inputs as arrays whose shapes and dtypes are right: [B] three times, [B, columns].
+    """Return the inputs as arrays: [B] three times and [B, columns], of integers.
 
     Raises:
         V4PrepareError: E_SHAPE, E_DTYPE or E_BATCH.
@@ -32,7 +36,7 @@ def step_inputs(
     arrays = [_as_array(name, value) for name, value in pairs]
     rows = arrays[0].shape
     if arrays[3].shape == (0,) == rows:
-        # the table of no rows, as a list
+        # the table of no rows, given as a list
         arrays[3] = arrays[3].reshape(0, 0)
     shapes = [array.shape for array in arrays]
     is_table = len(shapes[3]) == 2 and shapes[3][:1] == rows
@@ -40,7 +44,7 @@ def step_inputs(
         _raise_shape()
     for index, (name, array) in enumerate(zip(_NAMES, arrays, strict=True)):
         if array.size == 0:
-            # an empty list has no dtype of its own
+            # an empty list has no dtype
             arrays[index] = array.astype(np.int32)
         elif array.dtype.kind not in "iu":
             text = f"{name} has dtype {array.dtype}, must be an integer dtype"
@@ -51,7 +55,7 @@ def step_inputs(
 
 
 def count_tokens(cfg: V4PrepareConfig, ctx: Integers, q: Integers, slot: Integers) -> int:
-    """T of a step whose lengths, slots and number of tokens are good; -1 of any other.
+    """Return the tokens of a step with valid lengths, slots and total, otherwise -1.
 
     Args:
         ctx, q, slot: [B].
@@ -59,7 +63,7 @@ def count_tokens(cfg: V4PrepareConfig, ctx: Integers, q: Integers, slot: Integer
     Cost: about 12 NumPy calls on [B], a few microseconds at B = 256.
     """
     # int64, so that no input wraps into a plausible number; read as unsigned, a negative number
-    # is above every bound
+    # exceeds every bound
     lengths = np.empty((3, len(q)), np.int64)
     lengths[0], lengths[1] = ctx, q
     np.subtract(lengths[0], lengths[1], out=lengths[2])
@@ -82,22 +86,22 @@ def count_tokens(cfg: V4PrepareConfig, ctx: Integers, q: Integers, slot: Integer
 
 
 def num_blocks_needed(cfg: V4PrepareConfig, ctx: Integers, q: Integers) -> npt.NDArray[np.int64]:
-    """Blocks of each row of a step, [B]; 0 of an idle row."""
+    """Return the blocks that each row needs, [B], 0 for idle rows."""
     return -(-ctx.astype(np.int64) // cfg.block_size) * (q > 0)
 
 
 def cells_are_good(cells: Integers, num_blocks: int) -> npt.NDArray[np.bool_]:
-    """Whether each cell of a block table names a block: 0 <= cell < num_blocks."""
+    """Return True for each valid cell of a block table: 0 <= cell < num_blocks."""
     return (cells >= 0) & (cells < num_blocks)
 
 
 def check_step(
     cfg: V4PrepareConfig, ctx: Integers, q: Integers, slot: Integers, table: Integers
 ) -> int:
-    """T of a step that passes all checks of rows, table and tokens.
+    """Return the tokens of a step that passes all checks of rows, table and tokens.
 
     Raises:
-        V4PrepareError: E_QLEN, E_CTX, E_SLOT, E_TABLE, E_BLOCK of the first row at fault, else
+        V4PrepareError: E_QLEN, E_CTX, E_SLOT, E_TABLE, E_BLOCK of the first row at fault, or
             E_TOKENS.
     """
     num_tokens = count_tokens(cfg, ctx, q, slot)
@@ -116,7 +120,7 @@ def check_step(
 def raise_first_fault(
     cfg: V4PrepareConfig, ctx: Integers, q: Integers, slot: Integers, table: Integers
 ) -> NoReturn:
-    """Walk over the rows of a step that is at fault, and name the first fault.
+    """Check the rows of an invalid step in order and raise the first fault.
 
     Raises:
         V4PrepareError: always.
@@ -156,7 +160,7 @@ def raise_first_fault(
 def check_cells(
     cfg: V4PrepareConfig, row: int, cells: list[int], needed: int, columns: int, first: int = 0
 ) -> None:
-    """Refuse cells from column `first` on, of a row that needs `needed` blocks of a table.
+    """Refuse the cells from column `first` on, of a row that needs `needed` blocks.
 
     Raises:
         V4PrepareError: E_TABLE or E_BLOCK.
@@ -170,13 +174,13 @@ def check_cells(
 
 
 def rollback_error(row: int, rollback: int, left: int, q: int) -> V4PrepareError:
-    """The error of a row that cannot be rolled back to `left` tokens."""
+    """Return the error of a row that cannot be rolled back to `left` tokens."""
     text = f"rollback={rollback} < 0" if rollback < 0 else f"ctx={left} < q={q}"
     return V4PrepareError("E_CTX", row, text)
 
 
-def _as_array(name: str, value: Any) -> Integers:
-    """An array or a list as an array."""
+def _as_array(name: str, value: npt.ArrayLike) -> Integers:
+    """Return an array or a list as an array."""
     if isinstance(value, np.ndarray):
         return value
     if not isinstance(value, (list, tuple)):

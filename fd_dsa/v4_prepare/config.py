@@ -1,4 +1,4 @@
-"""Sizes of a DeepSeek-V4 decode step, and the shapes of everything that is built from them."""
+"""Sizes of a DeepSeek-V4 decode step, and the shapes of its outputs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fd_dsa.models.deepseek_v4.config import CSA, HCA, DeepseekV4Config
 from fd_dsa.models.registry import FAMILIES
 
 INT32_MAX = 2**31 - 1
-# above this many bytes `hca_idx` is not written: its reader takes rows from the block table
+# above this many bytes `hca_idx` is not written, and its reader takes rows from the block table
 HCA_LIST_BYTES_LIMIT = 64 * 2**20
 
 _MAY_BE_ZERO = ("spec_tokens", "comp_base")
@@ -36,31 +36,31 @@ _NAMES = (
 
 @dataclass(frozen=True)
 class V4PrepareConfig:
-    """Sizes which every step of one builder keeps to; the letters are those of error texts.
+    """Size limits for all steps of one builder. The letters appear in error messages.
 
     Args:
-        window_size: W, keys of the sliding window, the token's own included.
-        spec_tokens: k, most draft tokens of a decode row. A row of 1..k+1 tokens is a decode row,
-            a longer one a prefill row.
-        block_size: P, tokens per block of the block table; a multiple of both ratios.
-        csa_ratio: r1, tokens per entry of a CSA layer (its entries pool 2 * r1 tokens).
-        hca_ratio: r2, tokens per entry of an HCA layer (its entries pool r2 tokens).
-        index_topk: topk, most CSA entries that the indexer picks for a token.
+        window_size: W, keys of the sliding window, including the token's own.
+        spec_tokens: k, maximum number of draft tokens of a decode row. A row with 1..k+1 tokens is
+            a decode row, a longer one a prefill row.
+        block_size: P, tokens per block of the block table, a multiple of both ratios.
+        csa_ratio: r1, tokens per entry of a CSA layer, whose entries pool 2 * r1 tokens.
+        hca_ratio: r2, tokens per entry of an HCA layer, whose entries pool r2 tokens.
+        index_topk: topk, maximum number of CSA entries that the indexer selects for a token.
         num_slots: S, owners of window rings and compressor states.
         num_blocks: NB, physical blocks.
-        max_blocks_per_seq: MB, columns of the block table; holds max_model_len tokens.
+        max_blocks_per_seq: MB, columns of the block table, enough for max_model_len tokens.
         max_num_seqs: Bcap, rows of the buffers.
         max_num_tokens: Tcap, tokens of the buffers.
-        max_tokens_per_seq: Qcap, most tokens of one row in a step.
-        max_model_len: Lmax, most tokens of one row at all.
-        swa: where window keys are: "ring" (W + k rows a slot) or "paged" (the blocks).
-        comp_base: first row of compressed entries in a pool that holds them after the window
-            keys; None = after all rings or blocks, 0 = pools of their own.
-        hca_mode: "list" writes `hca_idx`, "table" leaves its rows to the reader; None = "list"
+        max_tokens_per_seq: Qcap, maximum number of tokens of one row in a step.
+        max_model_len: Lmax, maximum number of tokens of one row.
+        swa: place of window keys: "ring" (W + k rows a slot) or "paged" (the blocks).
+        comp_base: first row of compressed entries in a pool that stores them after the window keys.
+            None = after all rings or blocks, 0 = separate pools.
+        hca_mode: "list" writes `hca_idx`, "table" leaves its rows to the reader. None = "list"
             unless the list would exceed 64 MiB.
 
     Raises:
-        ValueError: names the field, its value, the rule and the cure.
+        ValueError: an invalid value. The message names the field, its value, the rule and the cure.
         V4PrepareError: E_INDPTR, offsets of the lists could exceed int32.
 
     Source: ROCm/ATOM #728 (the idea), #817 and #894 (rows of the rings), vLLM #57122.
@@ -80,8 +80,8 @@ class V4PrepareConfig:
     max_tokens_per_seq: int
     max_model_len: int
     swa: Literal["ring", "paged"] = "ring"
-    comp_base: int = None  # type: ignore[assignment]  # an int once constructed
-    hca_mode: Literal["list", "table"] = None  # type: ignore[assignment]  # likewise
+    comp_base: int = None  # type: ignore[assignment]  # an int after construction
+    hca_mode: Literal["list", "table"] = None  # type: ignore[assignment]  # same
 
     def __post_init__(self) -> None:
         words = {"swa": ("ring", "paged"), "hca_mode": ("list", "table", None)}
@@ -109,31 +109,31 @@ class V4PrepareConfig:
         block_size: int = 128,
         **sizes: Any,
     ) -> V4PrepareConfig:
-        """The sizes for a DeepSeek-V4 model: window, ratios and top-k come from its config.
+        """Return the sizes for a DeepSeek-V4 model. Its config gives window, ratios and top-k.
 
         Args:
             hf_config: an object with the model's fields as attributes, a mapping of them, or the
-                path of a config.json or of the folder that holds it. Read are `sliding_window`,
-                `index_topk`; the layers, as transformers writes them (`layer_types`, with
-                `compress_rates` by type) or as released checkpoints do (`compress_ratios`: one
-                ratio a layer, 0 = window only, 4 = CSA, 128 = HCA);
-                and, where they are there, `max_position_embeddings` and `num_hidden_layers`.
-                Entries past `num_hidden_layers` belong to draft layers and do not count.
+                path of a config.json or of its folder. It must have `sliding_window`, `index_topk`
+                and the layers, as transformers writes them (`layer_types`, with `compress_rates` by
+                type) or as released checkpoints do (`compress_ratios`: one ratio a layer, 0 =
+                window only, 4 = CSA, 128 = HCA). It may have `max_position_embeddings` and
+                `num_hidden_layers`. Entries past `num_hidden_layers` belong to draft layers and are
+                ignored.
             max_rows: rows of the buffers (`max_num_seqs`).
-            sizes: `num_slots` and `num_blocks`; optional `swa`, `comp_base`, `hca_mode`,
-                `max_num_tokens` (a decode step's, max_rows * (spec_tokens + 1)),
-                `max_tokens_per_seq` (spec_tokens + 1, or `max_num_tokens` if that is set) and
-                `max_blocks_per_seq` (as many as max_model_len needs).
+            sizes: `num_slots` and `num_blocks`. Optional: `swa`, `comp_base`, `hca_mode`,
+                `max_num_tokens` (default: a decode step's, max_rows * (spec_tokens + 1)),
+                `max_tokens_per_seq` (default: spec_tokens + 1, or `max_num_tokens` if given) and
+                `max_blocks_per_seq` (default: enough for max_model_len).
 
         Raises:
-            ConfigError: a field of the model is missing or cannot be served.
-            ValueError, V4PrepareError: as the constructor.
+            ConfigError: a field of the model is missing or unsupported.
+            ValueError, V4PrepareError: same as the constructor.
         """
         own = {"max_rows": max_rows, "max_model_len": max_model_len}
         for name, value in (own | {"spec_tokens": spec_tokens, "block_size": block_size}).items():
             _size(name, value)
         sizes = {name: size for name, size in sizes.items() if size is not None}
-        defaults = {
+        defaults: dict[str, Any] = {
             "max_num_tokens": max_rows * (spec_tokens + 1),
             "max_tokens_per_seq": sizes.get("max_num_tokens", spec_tokens + 1),
             "max_blocks_per_seq": -(-max_model_len // block_size),
@@ -149,33 +149,36 @@ class V4PrepareConfig:
 
     @property
     def ring_rows(self) -> int:
-        """R = W + k, rows of one window ring: all keys of a decode step are written before any
-        is read, so the oldest key needed and the newest written are W + k - 1 apart."""
+        """R = W + k, rows of one window ring.
+
+        All keys of a decode step are written before any is read. The oldest key needed and the
+        newest key written are therefore W + k - 1 apart.
+        """
         return self.window_size + self.spec_tokens
 
     def pool(self, ratio: int) -> int:
-        """K(r), tokens pooled into one entry of the ratio: 2 * r1 for CSA, r2 for HCA."""
+        """Return K(r), the tokens pooled into an entry: 2 * r1 for CSA, r2 for HCA."""
         return 2 * ratio if ratio == self.csa_ratio else ratio
 
     @property
     def hca_list_length(self) -> int:
-        """Tcap * (Lmax // r2): the most HCA rows that a step can list."""
+        """Maximum number of HCA rows that a step can list: Tcap * (Lmax // r2)."""
         return self.max_num_tokens * (self.max_model_len // self.hca_ratio)
 
     @property
     def csa_list_length(self) -> int:
-        """Tcap * min(topk, Lmax // r1): the most CSA entries that the tokens of a step choose."""
+        """Maximum number of CSA entries selected in a step: Tcap * min(topk, Lmax // r1)."""
         return self.max_num_tokens * min(self.index_topk, self.max_model_len // self.csa_ratio)
 
     def plan_capacity(self, ratio: int) -> int:
-        """cap_p, the most entries of the ratio that one step can finish."""
+        """Return cap_p, the maximum number of entries of the ratio that one step can finish."""
         return min(
             self.max_num_seqs * -(-self.max_tokens_per_seq // ratio),
             self.max_num_seqs + self.max_num_tokens // ratio,
         )
 
     def wplan_capacity(self, ratio: int) -> int:
-        """cap_w, the most tokens of one step that go into the state rings of the ratio."""
+        """Return cap_w, the maximum number of tokens of a step for the ratio's state rings."""
         per_row = min(self.max_tokens_per_seq, self.pool(ratio))
         return min(self.max_num_tokens, self.max_num_seqs * per_row)
 
@@ -186,11 +189,11 @@ class V4PrepareConfig:
             return self.num_slots * self.ring_rows
         return self.num_blocks * self.block_size
 
-    def _set(self, name: str, value: Any) -> None:
+    def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
 
     def _check_sizes(self) -> None:
-        """Blocks hold whole entries, tables the longest row; rows and offsets are int32."""
+        """Check that blocks hold whole entries, tables the longest row, int32 all offsets."""
         block, lowest = self.block_size, min(self.csa_ratio, self.hca_ratio)
         needed = -(-self.max_model_len // block)
         blocks_rule = "must be a multiple of {0} = {1}; take for example {2}"
@@ -246,7 +249,10 @@ class V4PrepareConfig:
 
 
 def OUTPUT_SHAPES(cfg: V4PrepareConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every output of a step, all int32; `hca_idx` only in list mode."""
+    """Return name and shape of every output of a step, all int32.
+
+    `hca_idx` only in list mode.
+    """
     rows, tokens = cfg.max_num_seqs, cfg.max_num_tokens
     shapes: dict[str, tuple[int, ...]] = {
         "positions": (tokens,),
@@ -271,20 +277,22 @@ def OUTPUT_SHAPES(cfg: V4PrepareConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _size(name: str, value: Any) -> int:
-    """A size as an int; refuses what is no integer or out of range."""
+def _size(name: str, value: object) -> int:
+    """Return a size as an int, and refuse other types and values out of range."""
     low = int(name not in _MAY_BE_ZERO)
-    is_integer = isinstance(value, SupportsIndex) and not isinstance(value, bool)
-    if not is_integer or not low <= index(value) <= INT32_MAX:
-        raise ValueError(f"{name}: got {value!r}, allowed are integers in {low}..{INT32_MAX}")
-    return index(value)
+    if isinstance(value, SupportsIndex) and not isinstance(value, bool):
+        size = index(value)
+        if low <= size <= INT32_MAX:
+            return size
+    raise ValueError(f"{name}: got {value!r}, allowed are integers in {low}..{INT32_MAX}")
 
 
-def _model_fields(source: ModelSource, max_model_len: int) -> dict[str, int]:
-    """Window, ratios and top-k of a model, as its own configuration reads and checks them.
+def _model_fields(source: ModelSource, max_model_len: int) -> dict[str, Any]:
+    """Return window, ratios and top-k of a model, read by its configuration class.
 
     Raises:
-        ConfigError: names the field, its value, the rule and the cure.
+        ConfigError: an invalid field. The message names the field, its value, the rule and the
+            cure.
     """
     data, name = source, "hf_config"
     if isinstance(source, (str, os.PathLike)):
@@ -299,7 +307,7 @@ def _model_fields(source: ModelSource, max_model_len: int) -> dict[str, int]:
     layers = found.get("layer_types") or found.get("compress_ratios")
     if found.get("num_hidden_layers") is None and isinstance(layers, list):
         found["num_hidden_layers"] = len(layers)
-    # the engine that calls has read the other fields
+    # the calling engine has read the other fields
     model = DeepseekV4Config.read(FieldReader(found, name), FAMILIES["deepseek_v4"].defaults)
     if max_model_len > model.max_position_embeddings:
         allowed = f"at least max_model_len = {max_model_len}"

@@ -1,18 +1,19 @@
-# mypy: disable-error-code="no-untyped-def, untyped-decorator"  # long on purpose: one kernel
-"""Every index list of a step in one Triton launch, from one slab; and rows of chosen CSA entries.
+# long on purpose: one kernel
+# mypy: disable-error-code="no-redef"
+"""All index lists of a step in one Triton launch, and rows of selected CSA entries.
 
-A program of `expand_kernel` has a row and a part of its work: its tokens' scalars and plans, its
+A program of `expand_kernel` has a row and one kind of its work: its tokens' scalars and plans, its
 tokens' windows, or its HCA lists. Programs past the last row write the padding after the last
-token, as a row whose tokens are not sound. A program sums what the rows before its own add to the
-offsets it needs, so there is one launch, no atomic and no order among the programs.
+token, like a row whose tokens are all invalid. A program computes its offsets from the lengths of
+all earlier rows. So one launch suffices, without atomics or an order among programs.
 
-No sum runs over tokens or programs: what a row adds to an offset is a closed form of its lengths.
-Sums are int32 and may pass 2^31 on the way. They are right modulo 2^32, as nothing is divided
-after a multiplication, and every offset that is stored fits int32 (`V4PrepareConfig` checks it).
+No sum runs over tokens or programs: the contribution of a row to an offset is a closed form of its
+lengths. Intermediate int32 sums may exceed 2^31. They are correct modulo 2^32, because no division
+follows a multiplication, and every stored offset fits int32 (`V4PrepareConfig` checks it).
 
-A slab is the int32 words that go from the host to the device in one copy a step: a header, five
-sections of equally many words, then the cells of the block table that changed, one run a row. Only
-the words up to the last cell are copied; those after it are left from an earlier step.
+A slab has the int32 words that are copied from host to device in one copy a step: a header, five
+sections of equal size, then the changed cells of the block table, one run a row. Words after the
+last cell are not copied and have values of an earlier step.
 
     header      stamp, rows B, tokens T, number n of changed cells; the rest is not read
     ctx, q      [max_num_seqs] each; 0 from row B on
@@ -21,17 +22,17 @@ the words up to the last cell are copied; those after it are left from an earlie
     run_start   [max_num_seqs + 1]: where a row's new cells start among `values`
     values      [n]: the new cells of row b from run_start[b] to run_start[b + 1]
 
-What belongs together goes from function to function as one tuple:
+Functions pass related values as tuples:
 
-    lengths  pointers to ctx and q of a slab, and how many rows the rollback has
-    table    pointer to a row of the block table, to where the slab would hold its column 0, and the
-             columns [first, end) that the slab holds
-    row      number, first position, and how many of its tokens are sound: all or none
+    lengths  pointers to ctx and q of a slab, and the number of rows with a rollback
+    table    pointers to column 0 of a row in the block table, and in the slab if it had column 0,
+             and the columns [first, end) that the slab has
+    row      number, first position, and number of valid tokens: all or 0
     plans    pointers to plan, destinations and write plan of one ratio, and the rows of both plans
 
 Sources: ROCm/ATOM #728 (the lists), #817 and #894 (rows of the rings, prefill rows), #2039 (lists
-made on the device); vLLM #57122 (what is valid is decided where it is written), #57434 and #57659
-(rows of chosen entries once for each choice, not for each layer that reads them).
+made on the device). vLLM #57122 (validity decided where values are written), #57434 and #57659
+(rows of selected entries once per selection, not per layer that reads them).
 """
 
 from __future__ import annotations
@@ -42,12 +43,18 @@ import triton
 import triton.language as tl
 
 HEADER_WORDS = 16
-"""Sections start at multiples of this many words: 64 bytes."""
+"""Alignment of sections in words: 64 bytes."""
 ERROR_SLOTS = 16
-"""Steps whose faults are kept; the fault of a step goes to slot `stamp % ERROR_SLOTS`."""
+"""Number of steps whose faults are stored.
+
+A step's fault goes to slot `stamp % ERROR_SLOTS`.
+"""
 ERROR_WORDS = 8
-"""Words of such a slot: fault (1: negative rollback, 2: the row has fewer tokens than it adds),
-row, value (rollback, or ctx - rollback), q of the row, stamp of the step; the rest is unused."""
+"""Words of such a slot: fault, row, value, q of the row, stamp of the step.
+
+Fault 1 is a negative rollback, fault 2 a row with fewer tokens than it adds. The value is the
+rollback, or ctx - rollback. The remaining words are unused.
+"""
 
 _HEADER = tl.constexpr(HEADER_WORDS)
 _ERROR_SLOTS = tl.constexpr(ERROR_SLOTS)
@@ -56,26 +63,26 @@ _ERROR_WORDS = tl.constexpr(ERROR_WORDS)
 
 @triton.jit
 def sum_quotients(n, RATIO: tl.constexpr):
-    """x // RATIO summed over x = 0..n, modulo 2^32; n >= 0."""
+    """Return x // RATIO summed over x = 0..n, modulo 2^32, for n >= 0."""
     whole = n // RATIO
-    # whole * (whole - 1) / 2, divided before it is multiplied
+    # whole * (whole - 1) / 2, divided before the multiplication
     pairs = (whole >> 1) * ((whole - 1) | 1)
     return RATIO * pairs + whole * (n - whole * RATIO + 1)
 
 
 @triton.jit
-def sum_capped(n, RATIO: tl.constexpr, MOST: tl.constexpr):
-    """min(x // RATIO, MOST) summed over x = 0..n, modulo 2^32; n >= 0."""
-    below = tl.minimum(n, RATIO * MOST - 1)
-    return sum_quotients(below, RATIO) + MOST * (n - below)
+def sum_capped(n, RATIO: tl.constexpr, CAP: tl.constexpr):
+    """Return min(x // RATIO, CAP) summed over x = 0..n, modulo 2^32, for n >= 0."""
+    below = tl.minimum(n, RATIO * CAP - 1)
+    return sum_quotients(below, RATIO) + CAP * (n - below)
 
 
 @triton.jit
 def effective(q, ctx, rollback):
-    """How many of a row's tokens are sound, and its length; of one row or of many.
+    """Return the number of valid tokens and the length, for one row or a tile of rows.
 
-    None is sound where the rollback is negative or leaves less than the step adds. Such a row has
-    length 0; an idle row keeps its own.
+    All tokens are invalid if the rollback is negative or leaves less than the step adds. Such a row
+    has length 0, an idle row keeps its own.
     """
     kept = tl.where((rollback < 0) | (rollback > ctx - q), 0, q)
     return kept, tl.where(kept > 0, ctx - rollback, tl.where(q > 0, 0, ctx))
@@ -83,9 +90,9 @@ def effective(q, ctx, rollback):
 
 @triton.jit
 def load_rows(lengths, rollback_ptr, rows, limit):
-    """Tokens, sound tokens and length of a tile of rows; 0 from row `limit` on.
+    """Return tokens, valid tokens and length of a tile of rows, 0 from row `limit` on.
 
-    The tile may end in the next sections: without a mask four rows are one load.
+    The tile may extend into the next sections, because without a mask four rows are one load.
     """
     ctx_ptr, q_ptr, num_rollback = lengths
     exists = rows < limit
@@ -100,7 +107,7 @@ def load_rows(lengths, rollback_ptr, rows, limit):
 
 @triton.jit
 def hca_before(lengths, rollback_ptr, limit, HCA_RATIO: tl.constexpr, ROW_TILE: tl.constexpr):
-    """HCA entries that the tokens of the rows below `limit` list."""
+    """Return the number of HCA entries listed by the tokens of rows below `limit`."""
     hca = tl.zeros((ROW_TILE,), tl.int32)
     for first in range(0, limit, ROW_TILE):
         rows = first + tl.arange(0, ROW_TILE)
@@ -119,7 +126,7 @@ def sums_before(
     TOPK: tl.constexpr,
     ROW_TILE: tl.constexpr,
 ):
-    """Tokens, HCA and CSA entries, plan and write-plan rows of both ratios, below row `limit`."""
+    """Return tokens, HCA and CSA entries, and plan rows, summed below row `limit`."""
     tokens = tl.zeros((ROW_TILE,), tl.int32)
     hca = tl.zeros((ROW_TILE,), tl.int32)
     csa = tl.zeros((ROW_TILE,), tl.int32)
@@ -151,7 +158,7 @@ def sums_before(
 
 @triton.jit
 def load_cells(table, columns, mask):
-    """Blocks of a row's table columns: of the slab where they changed, else of the table."""
+    """Return blocks of a row's columns, from the slab if changed, else from the table."""
     table_ptr, values_ptr, first_changed, end_changed = table
     changed = (columns >= first_changed) & (columns < end_changed)
     new = tl.load(values_ptr + columns, mask=mask & changed, other=0)
@@ -161,7 +168,7 @@ def load_cells(table, columns, mask):
 
 @triton.jit
 def _store_plan_rows(plan_ptr, at, tokens, row, positions, from_ring, mask):
-    """Rows (token, row, position, sources from the state ring) of a plan."""
+    """Store rows (token, row, position, sources from the state ring) of a plan."""
     cells = plan_ptr + at * 4
     tl.store(cells, tokens, mask=mask)
     tl.store(cells + 1, row, mask=mask)
@@ -173,9 +180,9 @@ def _store_plan_rows(plan_ptr, at, tokens, row, positions, from_ring, mask):
 def write_plans(
     plans, before, work, row, RATIO: tl.constexpr, POOL: tl.constexpr, BLOCK_SIZE: tl.constexpr
 ):
-    """What one ratio's compressor has to do for some tokens of a row.
+    """Write the work of one ratio's compressor for some tokens of a row.
 
-    `work` holds the tokens, their numbers in the row, their blocks and the first row of entries.
+    `work` has the tokens, their numbers in the row, their blocks and the first row of entries.
     """
     tokens, numbers, cells, comp_base = work
     plan_ptr, plan_dst_ptr, wplan_ptr = plans[:3]
@@ -196,7 +203,7 @@ def write_plans(
 
 @triton.jit
 def _clear(list_ptr, begin, end, share, num_shares, TILE: tl.constexpr):
-    """-1 in the cells [begin, end), a share of them per program."""
+    """Write -1 to this program's share of the cells [begin, end)."""
     for first in range(begin + share * TILE, end, num_shares * TILE):
         cells = first + tl.arange(0, TILE)
         tl.store(list_ptr + cells, tl.full((TILE,), -1, tl.int32), mask=cells < end)
@@ -204,7 +211,7 @@ def _clear(list_ptr, begin, end, share, num_shares, TILE: tl.constexpr):
 
 @triton.jit
 def clear_plans(plans, num_plan, num_wplan, share, num_shares, TILE: tl.constexpr):
-    """A share of the plan rows after the last one: a row left there would be done again."""
+    """Clear a share of the plan rows after the last one, which would be executed again."""
     plan_ptr, plan_dst_ptr, wplan_ptr, plan_rows, wplan_rows = plans
     _clear(plan_ptr, 4 * num_plan, 4 * plan_rows, share, num_shares, TILE)
     _clear(plan_dst_ptr, num_plan, plan_rows, share, num_shares, TILE)
@@ -213,7 +220,7 @@ def clear_plans(plans, num_plan, num_wplan, share, num_shares, TILE: tl.constexp
 
 @triton.jit
 def report_fault(slab, lengths, rollback_ptr, num_rows, error_address, ROW_TILE: tl.constexpr):
-    """Fault, row, value, limit and stamp of the lowest row that is not sound, if there is one."""
+    """Write fault, row, value, limit and stamp of the lowest invalid row, if any."""
     ctx_ptr, q_ptr = lengths[:2]
     lowest = num_rows
     for first in range(0, num_rows, ROW_TILE):
@@ -225,7 +232,7 @@ def report_fault(slab, lengths, rollback_ptr, num_rows, error_address, ROW_TILE:
         q = tl.load(q_ptr + lowest)
         left = tl.load(ctx_ptr + lowest) - rollback
         stamp = tl.load(slab)
-        # host memory, which the device writes through the bus
+        # host memory, written through the bus
         words = (error_address + stamp % _ERROR_SLOTS * (4 * _ERROR_WORDS)).to(
             tl.pointer_type(tl.int32)
         )
@@ -291,12 +298,12 @@ def expand_kernel(
     HCA_GROUP: tl.constexpr,
     RUN_TILE: tl.constexpr,
 ):
-    """All outputs of a step; names, shapes and values are those of `V4Arrays`.
+    """Write all outputs of a step, with the names, shapes and values of `V4Arrays`.
 
     Grid: (rows + programs for padding, parts). `slabs_ptr` points to slabs with sections of
     `section` words, `error_address` to host memory of ERROR_SLOTS * ERROR_WORDS words.
     """
-    # slabs and their sections start at multiples of 16 words; here the compiler learns it
+    # slabs and sections are aligned to 16 words, which this expression shows to the compiler
     slab = slabs_ptr + slab_offset // 16 * 16
     sections = slab + _HEADER
     lengths = (sections, sections + section, num_rollback)
@@ -325,7 +332,7 @@ def expand_kernel(
     limit = tl.minimum(row, num_rows)
 
     if part < TOKEN_PARTS:
-        # what tokens have one number of, and the plans
+        # scalars of each token, and the plans
         sums = sums_before(lengths, rollback_ptr, limit, CSA_RATIO, HCA_RATIO, TOPK, ROW_TILE)
         q = tl.where(is_padding, num_tokens - sums[0], q)
         share = padding_program * TOKEN_PARTS + part
@@ -349,7 +356,7 @@ def expand_kernel(
             tl.store(ctx_ptr + row, ctx)
         is_prefill = kept > DRAFTS + 1
         most_new = tl.where(is_prefill, WINDOW, 0)
-        # of a prefill row's keys a ring keeps the last ones, so that no two fall on one row
+        # a ring stores only the last keys of a prefill row, so that no two keys share a row
         first_kept = tl.where(is_prefill, start + kept - WINDOW, 0)
         hca_start = sums[1] - sum_quotients(start, HCA_RATIO)
         csa_start = sums[2] - sum_capped(start, CSA_RATIO, TOPK)
@@ -381,7 +388,7 @@ def expand_kernel(
             write_plans(csa_plans, sums[3:5], work, here, CSA_RATIO, 2 * CSA_RATIO, BLOCK_SIZE)
             write_plans(hca_plans, sums[5:], work, here, HCA_RATIO, HCA_RATIO, BLOCK_SIZE)
     elif part < TOKEN_PARTS + WINDOW_PARTS:
-        # windows: rows of the window pool, the oldest key first
+        # windows: rows of the window pool, oldest key at the front
         tokens = tl.zeros((ROW_TILE,), tl.int32)
         for first_row in range(0, limit, ROW_TILE):
             rows = first_row + tl.arange(0, ROW_TILE)
@@ -389,7 +396,7 @@ def expand_kernel(
         before = tl.sum(tokens)
         q = tl.where(is_padding, num_tokens - before, q)
         share = padding_program * WINDOW_PARTS + part - TOKEN_PARTS
-        # a prefill row takes the keys of this step from their own tensor
+        # a prefill row reads the keys of this step from a separate tensor
         most_new = tl.where(kept > DRAFTS + 1, WINDOW, 0)
         for first in range(share * WINDOW_ROWS, q, num_programs * WINDOW_PARTS * WINDOW_ROWS):
             numbers = first + tl.arange(0, WINDOW_ROWS)
@@ -411,8 +418,8 @@ def expand_kernel(
                 exists = exists & (index < WINDOW)
             tl.store(targets, tl.where(valid, pool_rows, -1), mask=exists)
     elif hca_idx_ptr is not None:
-        # HCA lists: tiles of entries, each loaded once for HCA_GROUP tokens; a row that lists
-        # nothing needs no offset
+        # HCA lists: tiles of entries, each loaded once for HCA_GROUP tokens; a row with an empty
+        # list needs no offset
         listed = hca_before(lengths, rollback_ptr, tl.where(kept > 0, row, 0), HCA_RATIO, ROW_TILE)
         per_block: tl.constexpr = BLOCK_SIZE // HCA_RATIO
         longest = tl.where(kept > 0, (start + kept) // HCA_RATIO, 0)
@@ -430,7 +437,7 @@ def expand_kernel(
                 is_listed = entries < (position + 1) // HCA_RATIO
                 tl.store(hca_idx_ptr + at + entries, entry_rows, mask=is_listed)
 
-    # no program reads these cells of the table in this launch
+    # in this launch no program reads these cells of the table
     num_parts: tl.constexpr = TOKEN_PARTS + WINDOW_PARTS + HCA_PARTS
     for first in range(part * RUN_TILE, run_end - run_start, num_parts * RUN_TILE):
         columns = first_changed + first + tl.arange(0, RUN_TILE)
@@ -453,9 +460,9 @@ def csa_rows_kernel(
     ENTRIES_PER_BLOCK: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Rows of the chosen CSA entries, flat by `csa_indptr`; -1 for what is no entry of the token.
+    """Write the rows of the selected CSA entries, flat by `csa_indptr`, -1 if invalid.
 
-    Grid: (tokens,). Tokens from `num_given` on have chosen nothing.
+    Grid: (tokens,). Tokens from `num_given` on have an empty selection.
     """
     token = tl.program_id(0)
     first = tl.load(csa_indptr_ptr + token)

@@ -1,6 +1,6 @@
-"""Staged steps on a device: copies on a stream of their own, and one launch a step.
+"""Staged steps on a device: copies on a separate stream, and one launch a step.
 
-Launches are bound to buffers and slabs that never move.
+Launches are bound to buffers and slabs at fixed addresses.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from fd_dsa.v4_prepare.table import BlockTable, Run
 
 import triton
 
-# stands for an offset or address of more than 32 bits, so that the bound scalar has 64
+# a large value, so that offsets and addresses are bound as 64-bit scalars
 _WIDE = 1 << 40
 _MAX_ROW_TILE = 1024
-# table cells that a program stores at a time; most steps change none of a row, or one
+# table cells stored by a program at a time; most steps change at most one cell of a row
 _RUN_TILE = 128
-# programs that a launch of decode rows, and one that may hold long rows, spreads over
+# target number of programs of a launch with decode rows only, and with long rows
 _DECODE_PROGRAMS, _PREFILL_PROGRAMS = 512, 8192
 _LONG_ROW = 64
-# chosen entries that a program translates at a time
+# selected entries translated by a program at a time
 _CSA_TILE = 512
 _FAULT_STAMP = 4
 _NO_FAULTS = bytes(4 * ERROR_SLOTS)
-# steps are stamped 1, 2, ... up to here and then from 1 on again; 0 is no step
+# steps are stamped 1, 2, ... up to this number and then from 1 again; 0 is not a step
 _MAX_STAMP = 2**31 - 1
 
 
@@ -46,15 +46,19 @@ def section_words(cfg: V4PrepareConfig) -> int:
 
 
 def tiles_for(cfg: V4PrepareConfig) -> dict[str, int]:
-    """How the work of a step is cut into programs: a long row is not the work of one program.
+    """Return the numbers of programs and the tile sizes.
+
+    A long row is split among programs.
 
     Returns:
-        TOKEN_PARTS, WINDOW_PARTS, HCA_PARTS: programs that share a row's work of each kind.
+        TOKEN_PARTS, WINDOW_PARTS, HCA_PARTS: number of programs for each kind of a row's work.
         TOKEN_TILE: tokens of one round of the first kind.
-        WINDOW_ROWS: tokens whose windows one round of the second kind writes.
-        HCA_TILE, HCA_GROUP: entries that a round of the third kind loads, and tokens it loads them
-        for. ROW_TILE: rows that a program sums at a time, at most 1024. All tiles are powers of
-        two. num_warps: warps of a program.
+        WINDOW_ROWS: tokens whose windows are written by one round of the second kind.
+        HCA_TILE, HCA_GROUP: entries loaded by a round of the third kind, and tokens that share
+            them.
+        ROW_TILE: rows summed by a program at a time, at most 1024.
+        num_warps: warps of a program.
+        All tiles are powers of two.
     """
     longest = cfg.max_tokens_per_seq
     is_decode = longest <= _LONG_ROW
@@ -66,7 +70,7 @@ def tiles_for(cfg: V4PrepareConfig) -> dict[str, int]:
     hca_tile = min(max(32, triton.next_power_of_2(entries)), 128)
     row_tile = min(max(32, triton.next_power_of_2(cfg.max_num_seqs)), _MAX_ROW_TILE)
     if hca_tile == row_tile:
-        # tiles of one shape get one layout, and that of the rows does not fit unaligned lists
+        # tiles of equal shape share a layout, and the layout of rows does not suit unaligned lists
         hca_tile *= 2
     num_items = -(-entries // hca_tile) * -(-longest // group)
     return {
@@ -83,7 +87,7 @@ def tiles_for(cfg: V4PrepareConfig) -> dict[str, int]:
 
 
 def expand_arguments(cfg: V4PrepareConfig) -> dict[str, int | bool]:
-    """What is bound beside the tensors: numbers that select no other kernel, then constants."""
+    """Return the launch arguments other than tensors: plain numbers, then constants."""
     return {
         "num_rows": cfg.max_num_seqs,
         "num_tokens": cfg.max_num_tokens,
@@ -99,7 +103,7 @@ def expand_arguments(cfg: V4PrepareConfig) -> dict[str, int | bool]:
         "BLOCK_SIZE": cfg.block_size,
         "CSA_RATIO": cfg.csa_ratio,
         "HCA_RATIO": cfg.hca_ratio,
-        # no token has more entries than this, and RATIO * TOPK stays in int32
+        # no token has more entries, and RATIO * TOPK fits int32
         "TOPK": min(cfg.index_topk, cfg.max_model_len // cfg.csa_ratio + 1),
         "IS_PAGED": cfg.swa == "paged",
         "WINDOW_TILE": triton.next_power_of_2(cfg.window_size),
@@ -109,31 +113,33 @@ def expand_arguments(cfg: V4PrepareConfig) -> dict[str, int | bool]:
 
 
 class DeviceSteps:
-    """Slabs, outputs and launches on a device; a step is staged, then expanded, in order.
+    """Slabs, outputs and launches on a device.
 
-    Both forms of the launch, with and without rollback, are compiled and loaded here, and none
-    later. Nothing is launched: the buffers hold what they held until the first step.
+    Steps are staged, then expanded, in order.
 
-    A row whose rollback is negative or leaves less than the step adds becomes padding: its tokens
-    keep their places, but have no row, no keys and no part in any plan, and its `ctx` is 0. The
-    kernel writes the lowest such row to page-locked memory of the host, so no copy is needed to
-    see it. A sound step writes nothing there.
+    Both forms of the launch, with and without rollback, are compiled and loaded by the constructor.
+    It launches no kernel, so the buffers keep their contents until the first step.
+
+    A row whose rollback is negative or leaves less than the step adds becomes padding. Its tokens
+    keep their indices, but have no row, no keys and no part in any plan, and its `ctx` is 0. The
+    kernel writes the lowest such row to page-locked host memory, so the host sees it without a
+    copy. A valid step writes no fault.
 
     Args:
         table: the blocks of all rows.
-        num_slabs: slabs that take turns.
+        num_slabs: number of slabs, used in turn.
 
     Attributes:
         buffers: the outputs.
         staged: stamp, slab and tokens of the steps that are not expanded yet.
         cfg: as given.
         staging: slabs of the steps.
-        first_value: word of a slab at which its table cells begin.
+        first_value: index of a slab's first table cell, words.
         stamp: number of the newest step.
 
     Raises:
-        LaunchError: a tensor is not where kernels run.
-        BackendUnavailable: no GPU, and no interpreter either.
+        LaunchError: a tensor is not on a device that runs kernels.
+        BackendUnavailable: there is no GPU, and the interpreter is off.
     """
 
     def __init__(
@@ -143,7 +149,7 @@ class DeviceSteps:
         self.first_value = HEADER_WORDS + 5 * section_words(cfg)
         cells = cfg.max_num_seqs * cfg.max_blocks_per_seq
         self._slab_words = self.first_value + -(-cells // HEADER_WORDS) * HEADER_WORDS
-        # a step writes what differs from the one before
+        # each step overwrites only the words that changed
         self._words = np.zeros(self.first_value, np.int32)
         self._sections = self._words[HEADER_WORDS:].reshape(5, -1)
         self.buffers = V4Arrays(cfg, allocate)
@@ -160,13 +166,13 @@ class DeviceSteps:
             "num_rollback": 0,
         }
         parts = sum(arguments[f"{kind}_PARTS"] for kind in ("TOKEN", "WINDOW", "HCA"))
-        # as many programs as share the padding, times the parts
+        # the number of programs that share the padding, times the parts
         padding_programs = min(-(-cfg.max_num_tokens // 16), 64)
         grid = (cfg.max_num_seqs + padding_programs, parts)
         self._plain = expand_kernel.bind(
             grid, **arguments, rollback_ptr=None, scalars=("slab_offset",)
         )
-        # any int32 tensor stands for the rollback until there is one
+        # any int32 tensor represents the rollback until the first one is given
         self._with_rollback = expand_kernel.bind(
             grid,
             **arguments,
@@ -181,18 +187,18 @@ class DeviceSteps:
     def stage(
         self, ctx: Integers, q: Integers, slot: Integers, num_tokens: int, runs: list[Run] | None
     ) -> None:
-        """Fill a slab with a step that has passed all checks, and queue its copy.
+        """Fill a slab with a step that has passed all checks, and enqueue its copy.
 
         Args:
             ctx, q, slot: [B], any integer dtype.
             num_tokens: T.
-            runs: what the step changes in the block table; None = it differs from the one before
-                in `ctx` alone.
+            runs: changes of the block table. None = the step differs from the previous one only in
+                `ctx`.
 
         Raises:
             RuntimeError: a graph is being captured.
         """
-        # refuses in a capture, so before anything is written
+        # called before the first write, because it raises during a capture
         slab, num_rows = self.staging.next_slab(), len(ctx)
         words, sections, table = self._words, self._sections, self._table
         if runs is not None:
@@ -208,18 +214,18 @@ class DeviceSteps:
         words[3] = num_values
         slab[: self.first_value] = words
         if num_values:
-            # no news for the next step
+            # the next step has no changed cells yet
             sections[4] = 0
         index = self.staging.upload(self.first_value + num_values)
         self.staged.append((self.stamp, index, num_tokens))
 
     def expand(self, rollback: Array | None) -> None:
-        """Queue the launch of the earliest staged step after its copy.
+        """Enqueue the launch of the earliest staged step after its copy.
 
         Args:
-            rollback: int32 on the device, contiguous, one number for each row of the step or more:
-                how many of the row's tokens before this step were rejected. It is read when the
-                launch runs, and ignored for idle rows.
+            rollback: int32 on the device, contiguous, at least one number for each row of the step:
+                number of the row's earlier tokens that were rejected. It is read when the launch
+                runs, and ignored for idle rows.
 
         Raises:
             LaunchError: the rollback is not int32, or not on the buffers' device.
@@ -231,22 +237,22 @@ class DeviceSteps:
         self._expanded.append(self.staged.popleft())
 
     def launch(self, slab: int, rollback: Array | None = None) -> None:
-        """Queue the step of a slab on the current stream; see `expand`."""
+        """Enqueue the step of a slab on the current stream. See `expand`."""
         offset = slab * self._slab_words
         if rollback is None:
             self._plain(offset)
             return
         if rollback.data_ptr() != self._rollback_address:
-            # the bound launch keeps the tensor's memory, so no other can come to that address
+            # the bound launch keeps the tensor alive, so its address is not reused
             self._with_rollback.exchange(rollback_ptr=rollback)
             self._rollback_address = rollback.data_ptr()
         self._with_rollback(offset, int(rollback.shape[0]))
 
     def poll_error(self) -> None:
-        """Raise the earliest error of the steps that have run, once; see `V4Prepare`."""
+        """Raise the earliest error of the steps that have run, once. See `V4Prepare`."""
         if self._fault_stamps.tobytes() == _NO_FAULTS:
             return
-        # a word may be seen before the others of its step
+        # the stamp may become visible before the other words of its step
         used = self.staging.used
         running = {stamp for stamp, slab, _ in self._expanded if not used[slab].done()}
         for stamp, at in sorted(zip(self._fault_stamps.tolist(), range(ERROR_SLOTS), strict=True)):
@@ -256,7 +262,7 @@ class DeviceSteps:
                 raise rollback_error(row, value if fault == 1 else 0, value, q)
 
     def csa_translate(self, local_topk: Array) -> Array:
-        """Queue the launch that turns chosen entries into rows; see `V4Prepare`."""
+        """Enqueue the launch that converts selected entries to rows. See `V4Prepare`."""
         cfg, buffers = self.cfg, self.buffers
         check_topk(cfg, local_topk, self._expanded[-1][2])
         if self._csa is None:

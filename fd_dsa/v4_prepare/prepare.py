@@ -1,4 +1,4 @@
-"""Steps of DeepSeek-V4: staged ahead by the host, expanded where the layers run."""
+"""Steps of DeepSeek-V4, staged ahead on the host and expanded where the layers run."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from fd_dsa.device.host_tensor import as_tensor, host_array
 from fd_dsa.errors import BackendUnavailable, DtypeError
@@ -23,33 +24,33 @@ from fd_dsa.v4_prepare.checks import (
 from fd_dsa.v4_prepare.config import V4PrepareConfig
 from fd_dsa.v4_prepare.table import BlockTable, Run
 
-# NumPy has one object for it
+# NumPy has one object for this dtype
 _INT32 = np.dtype(np.int32)
 NUM_SLABS = 3
-"""Steps that may be staged and not yet expanded."""
+"""Maximum number of steps that are staged and not yet expanded."""
 
 
 class V4Prepare:
-    """Builds everything that the layers of a DeepSeek-V4 step know about their tokens.
+    """Builds all index metadata for the layers of a DeepSeek-V4 step.
 
-    `stage` is host work: it checks a step and queues one copy. `expand` queues one launch that
-    writes all outputs. A step may be staged while the device computes the one before, up to three
-    ahead; they are expanded in the order in which they were staged.
+    `stage` is host work: it checks a step and enqueues one copy. `expand` enqueues one launch that
+    writes all outputs. Up to three steps may be staged while the device computes an earlier one.
+    They are expanded in the order of their staging.
 
     Args:
-        cfg: sizes that every step keeps to.
-        place: "numpy" = NumPy arrays; "cpu" = Paddle CPU tensors; "gpu", "gpu:0" or a custom place
-            such as "name:0" = Paddle tensors there, filled by one Triton launch.
-        allocate: how tensors on a device are made, `(shape, dtype name) -> tensor`, for tensors of
-            another library that the launcher knows; None = Paddle's.
+        cfg: size limits of every step.
+        place: "numpy" = NumPy arrays. "cpu" = Paddle CPU tensors. "gpu", "gpu:0" or a custom place
+            such as "name:0" = Paddle tensors on that device, filled by one Triton launch.
+        allocate: allocator of device tensors, `(shape, dtype name) -> tensor`, for another library
+            that the launcher supports. None = Paddle's.
 
     Attributes:
-        buffers: the outputs; before the first step they hold an empty one.
+        buffers: the outputs. Before the first step they hold an empty step.
         table: blocks of all rows.
-        steps: steps in memory of the place, staged and expanded in order.
+        steps: staged and expanded steps in the memory of the place.
 
     Raises:
-        BackendUnavailable: no library serves the place.
+        BackendUnavailable: no library supports the place.
 
     Not thread-safe: one object serves one stream of steps.
     """
@@ -59,7 +60,7 @@ class V4Prepare:
     ) -> None:
         self.cfg, self.place = cfg, place
         self.table = BlockTable(cfg)
-        # the last step, as `_is_repeat` compares it
+        # the last step, compared by `_is_repeat`
         self._q = self._slot = b""
         self._room, self._num_tokens = self.table.room, 0
         self.steps = _steps_for(cfg, place, allocate, self.table)
@@ -67,11 +68,11 @@ class V4Prepare:
         self.stage([], [], [])
         self.expand()
 
-    def set_blocks(self, row: int, block_ids: Any, start: int = 0) -> None:
-        """Set the blocks that a row has from column `start` on, for its next step.
+    def set_blocks(self, row: int, block_ids: npt.ArrayLike, start: int = 0) -> None:
+        """Set the blocks of a row from column `start` on, for its next step.
 
-        As `blocks[start:] = block_ids` does for a list: the row has no block after them. A new
-        request in a row is `set_blocks(row, ids)`; one more block for a request that has n is
+        Like `blocks[start:] = block_ids` for a list: later blocks of the row are removed. A new
+        request in a row is `set_blocks(row, ids)`. One more block for a request with n blocks is
         `set_blocks(row, [id], n)`.
 
         Args:
@@ -80,32 +81,38 @@ class V4Prepare:
             start: at most the number of blocks that the row has.
 
         Raises:
-            ValueError: no such row or start.
-            V4PrepareError: E_DTYPE, E_TABLE or E_BLOCK; the row is as it was.
+            ValueError: invalid row or start.
+            V4PrepareError: E_DTYPE, E_TABLE or E_BLOCK. The row is unchanged.
         """
         self.table.set_blocks(row, block_ids, start)
 
-    def stage(self, ctx: Any, q: Any, slot: Any, block_table: Any = None) -> None:
-        """Check the next step and queue its copy; the device is not waited for.
+    def stage(
+        self,
+        ctx: npt.ArrayLike,
+        q: npt.ArrayLike,
+        slot: npt.ArrayLike,
+        block_table: npt.ArrayLike | None = None,
+    ) -> None:
+        """Check the next step and enqueue its copy, without waiting for the device.
 
-        A step that is refused changes nothing. The arrays may be changed after the call.
+        A refused step changes no state. The arrays may be changed after the call.
 
         Args:
-            ctx: [B] integers; tokens of each row after this step, all drafts of the step before
-                counted as kept where `expand` gets a rollback.
-            q: [B]; tokens of each row in this step, 0 = idle.
-            slot: [B]; state slot of each row, no two active rows alike.
-            block_table: [B, columns]; physical blocks. The first ceil(ctx / block_size) cells of
-                an active row are its blocks from now on. None = those of `set_blocks` and of
-                the steps before: then the cost does not grow with ctx.
+            ctx: [B] integers, tokens of each row after this step. If `expand` gets a rollback, all
+                drafts of the previous step count as accepted.
+            q: [B], tokens of each row in this step, 0 = idle.
+            slot: [B], state slot of each row, distinct for active rows.
+            block_table: [B, columns], physical blocks. The first ceil(ctx / block_size) cells of an
+                active row become its blocks. None = the blocks of `set_blocks` and earlier steps,
+                and then the cost does not grow with ctx.
 
         Raises:
             V4PrepareError: the first fault, in the order E_SHAPE, E_DTYPE, E_BATCH; E_QLEN, E_CTX,
                 E_SLOT, E_TABLE, E_BLOCK row by row; E_TOKENS.
             RuntimeError: three steps are staged and not expanded, or a graph is being captured.
 
-        Cost: a fixed number of NumPy calls, one copy; nothing that grows with ctx is allocated. A
-        step whose q and slot are int32 arrays equal to those of the last one is checked in a few
+        Cost: a fixed number of NumPy calls and one copy. No allocation grows with ctx. A step whose
+        q and slot are int32 arrays equal to those of the previous step is checked in a few
         microseconds.
         """
         if len(self.steps.staged) == NUM_SLABS:
@@ -117,7 +124,7 @@ class V4Prepare:
         if not has_table and self._is_repeat(ctx, q, slot):
             self.steps.stage(ctx, q, slot, self._num_tokens, None)
             return
-        if not has_table:
+        if block_table is None:
             block_table = np.empty((np.shape(ctx)[:1] or (0,)) + (0,), np.int32)
         ctx, q, slot, table = step_inputs(self.cfg, ctx, q, slot, block_table)
         num_tokens, runs = count_tokens(self.cfg, ctx, q, slot), None
@@ -127,15 +134,15 @@ class V4Prepare:
             table = table if has_table else self.table.table_of(len(ctx))
             raise_first_fault(self.cfg, ctx, q, slot, table)
         self.steps.stage(ctx, q, slot, num_tokens, runs)
-        # the slot of an idle row may be any number: some bits of it matter as little as all
+        # slots of idle rows may exceed int32, but are ignored, so truncating them is safe
         self._q, self._slot = q.astype(np.int32).tobytes(), slot.astype(np.int32).tobytes()
         self._room, self._num_tokens = self.table.room[: len(q)], num_tokens
 
     def _is_repeat(self, ctx: Any, q: Any, slot: Any) -> bool:
-        """Whether int32 arrays are a good step that differs from the last one in `ctx` alone.
+        """Return True for a valid step that differs only in `ctx`, int32, from the last one.
 
-        What is left to check is that a row's tokens are no fewer than it adds and no more than its
-        blocks hold. False also of a good step in which an idle row has more than that.
+        Remaining checks: a row has at least as many tokens as it adds, and at most as many as its
+        blocks hold. A valid step with a long idle row returns False too.
         """
         return (
             type(ctx) is type(q) is type(slot) is np.ndarray
@@ -143,33 +150,33 @@ class V4Prepare:
             and ctx.shape == q.shape == slot.shape == self._room.shape
             and q.tobytes() == self._q
             and slot.tobytes() == self._slot
-            # a search in bytes takes a tenth of `any`
+            # a search in bytes takes a tenth of the time of `any`
             and 1 not in (ctx < q).tobytes()
             and 1 not in (ctx > self._room).tobytes()
         )
 
     def expand(self, rollback: Array | None = None) -> V4Arrays:
-        """Queue the launch that writes the outputs of the earliest staged step.
+        """Enqueue the launch that writes the outputs of the earliest staged step.
 
-        On the current stream: work queued after it reads the outputs of this step, and work
-        queued before it those of the step before. Not to be captured; a graph of layers reads the
-        buffers, which never move.
+        It runs on the current stream: later work reads the outputs of this step, and earlier work
+        those of the previous step. Do not capture it. A graph of layers reads the buffers, whose
+        addresses are fixed.
 
         Args:
-            rollback: int32 [n] in the memory of the buffers, or None; tokens of rows 0..n-1 that
-                the step before drafted and the sampler rejected. An active row has `ctx -
-                rollback` tokens; rows from n on have ctx. Where that cannot be (rollback < 0 or
-                ctx - rollback < q), on a device, the tokens of the row become padding, and
-                `poll_error` raises.
+            rollback: int32 [n] in the memory of the buffers, or None. Number of draft tokens of
+                rows 0..n-1 that the previous step added and the sampler rejected. An active row has
+                `ctx - rollback` tokens, rows from n on have ctx. If a device finds rollback < 0 or
+                ctx - rollback < q, the tokens of the row become padding, and `poll_error` raises.
 
         Returns:
-            The buffers, always the same.
+            The buffers, always the same object.
 
         Raises:
             RuntimeError: no step is staged.
-            DtypeError, LaunchError: the rollback is not int32 or is elsewhere; the step is still
+            DtypeError, LaunchError: the rollback is not int32 or in other memory. The step stays
                 staged.
-            V4PrepareError: E_CTX, in host memory: a row cannot be rolled back so far; likewise.
+            V4PrepareError: E_CTX, only in host memory: a row cannot be rolled back so far. The step
+                stays staged.
         """
         if not self.steps.staged:
             raise RuntimeError("expand: no step is staged; call stage() first")
@@ -177,10 +184,10 @@ class V4Prepare:
         return self.buffers
 
     def poll_error(self) -> None:
-        """Raise the earliest error that only the device could see, if its step has run; once.
+        """Raise the earliest error found by the device in a finished step, once.
 
-        Called once a step, it raises one step later. Nothing is waited for. The last error of
-        every sixteenth step is kept until it is raised.
+        Called once a step, it raises one step later. It does not wait. The last error of every
+        sixteenth step is stored until it is raised.
 
         Raises:
             V4PrepareError: E_CTX of the lowest row at fault, with the text of the host's check.
@@ -188,32 +195,32 @@ class V4Prepare:
         self.steps.poll_error()
 
     def csa_translate(self, local_topk: Array) -> Array:
-        """Rows of the CSA entries that the indexer chose for the tokens of the expanded step.
+        """Return the rows of the CSA entries that the indexer selected in the expanded step.
 
-        Queued like `expand`, once for each layer that chooses; layers that share its choice read
-        the same list. The call may be captured in a graph, but not the first one, which makes the
-        list.
+        Enqueued like `expand`, once for each layer that selects. Layers that share its selection
+        read the same list. The call may be captured in a graph, except the first call, which
+        allocates the list.
 
         Args:
-            local_topk: int32 [T or more, index_topk] in the memory of the buffers, contiguous;
-                entry numbers, of which the first min(csa_visible, index_topk) of a token are read.
+            local_topk: int32 [T or more, index_topk] in the memory of the buffers, contiguous,
+                entry numbers. The first min(csa_visible, index_topk) of a token are read.
 
         Returns:
-            int32 [capacity], always the same: token t's rows go from csa_indptr[t] to
-            csa_indptr[t + 1], -1 where a number is no entry that t sees.
+            int32 [capacity], always the same object. Rows of token t are csa_indptr[t] to
+            csa_indptr[t + 1]. -1 = the number is not an entry visible to t.
 
         Raises:
-            ShapeError: `local_topk` has another shape.
+            ShapeError: `local_topk` has a wrong shape.
         """
         return self.steps.csa_translate(local_topk)
 
 
 class HostSteps:
-    """Steps in host memory; a step is built by `v4_prepare_np` when it is expanded.
+    """Steps in host memory. `v4_prepare_np` builds a step when it is expanded.
 
     Args:
         table: the blocks of all rows.
-        view: how an array becomes one of the place, on the same memory.
+        view: converts an array to the place's type, sharing its memory.
 
     Attributes:
         buffers: the outputs.
@@ -236,19 +243,19 @@ class HostSteps:
     def stage(
         self, ctx: Integers, q: Integers, slot: Integers, num_tokens: int, runs: list[Run] | None
     ) -> None:
-        """Keep a copy of the step and of its part of the table."""
+        """Store a copy of the step and of its part of the table."""
         self.table.put(runs or [])
         width = -(-int(ctx.max(initial=0)) // self._out.config.block_size)
         self.staged.append(
             (ctx.copy(), q.copy(), slot.copy(), self.table.table_of(len(ctx), width))
         )
 
-    def expand(self, rollback: Any) -> None:
+    def expand(self, rollback: Array | None) -> None:
         """Build the earliest staged step.
 
         Raises:
             DtypeError: the rollback is not int32 [n].
-            V4PrepareError: E_CTX, the rollback of a row cannot be; the step is still staged.
+            V4PrepareError: E_CTX, invalid rollback of a row. The step stays staged.
         """
         ctx, q, slot, table = self.staged[0]
         if rollback is not None:
@@ -258,10 +265,10 @@ class HostSteps:
         self.staged.popleft()
 
     def poll_error(self) -> None:
-        """Nothing: `expand` raises at once."""
+        """Do not raise: `expand` has raised all errors already."""
 
-    def csa_translate(self, local_topk: Any) -> Array:
-        """The rows of chosen entries, at one address; see `V4Prepare`."""
+    def csa_translate(self, local_topk: Array) -> Array:
+        """Return the rows of selected entries, at a fixed address. See `V4Prepare`."""
         chosen = host_array("local_topk", local_topk)
         rows = csa_translate(self._out, self._out.block_table, chosen)
         self._csa[: len(rows)] = rows
@@ -269,7 +276,7 @@ class HostSteps:
 
 
 def _rolled_back(ctx: Integers, q: Integers, rollback: Integers) -> Integers:
-    """Contexts of the active rows less the tokens that were rejected before the step."""
+    """Return the contexts of active rows without the tokens rejected before the step."""
     if rollback.dtype != np.int32 or rollback.ndim != 1:
         raise DtypeError(
             f"rollback: got {rollback.dtype} of shape {rollback.shape}, must be int32 [n]; "
@@ -289,7 +296,7 @@ def _rolled_back(ctx: Integers, q: Integers, rollback: Integers) -> Integers:
 def _steps_for(
     cfg: V4PrepareConfig, place: str, allocate: Allocate | None, table: BlockTable
 ) -> Any:
-    """What stages and expands steps in a place."""
+    """Return the object that stages and expands steps in a place."""
     if allocate is None and place == "numpy":
         return HostSteps(cfg, table, lambda array: array)
     if allocate is None and place == "cpu":
@@ -299,7 +306,7 @@ def _steps_for(
                 "place='numpy'"
             )
         return HostSteps(cfg, table, as_tensor)
-    # the launcher is loaded only where a device is asked for
+    # imported late, because only devices need the launcher
     from fd_dsa.device.allocation import paddle_allocator
     from fd_dsa.v4_prepare.launch import DeviceSteps
 

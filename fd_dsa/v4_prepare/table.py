@@ -1,9 +1,8 @@
-"""The host's copy of the block table: which cells are set, and which the device does not have."""
+"""The host's copy of the block table, which tracks the cells that the device lacks."""
 
 from __future__ import annotations
 
 from operator import index
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,21 +12,20 @@ from fd_dsa.v4_prepare.checks import Integers, cells_are_good, check_cells, num_
 from fd_dsa.v4_prepare.config import V4PrepareConfig
 
 Int32Array = npt.NDArray[np.int32]
-# a row, its first new column, and its blocks from there on
+# (row, first new column, blocks from that column on)
 Run = tuple[int, int, Integers]
 
 
 class BlockTable:
-    """The block table as its owner last described it; every set cell of it was checked.
+    """The block table as set by its owner. Every set cell has been checked.
 
-    A row's set cells are its first ones, without holes. Those that the device lacks are the last
-    of them, and go with the next step that has the row. So a step costs the host one comparison of
-    lengths, however long its rows are.
+    The set cells of a row are its first ones, without gaps. The cells that the device lacks are the
+    last of them, and are sent with the next step that has the row. So a step costs the host one
+    comparison of lengths, for rows of any length.
 
     Attributes:
-        room: int32 [max_num_seqs], tokens that the set cells of each row hold, at most
-            max_model_len.
-        news: of rows with cells that the device lacks, the first such column and the cells.
+        room: int32 [max_num_seqs], tokens in the set cells of each row, at most max_model_len.
+        news: row -> (first column, cells) that the device lacks.
     """
 
     def __init__(self, cfg: V4PrepareConfig) -> None:
@@ -36,8 +34,8 @@ class BlockTable:
         self._num_set, self.room = np.zeros((2, cfg.max_num_seqs), np.int32)
         self.news: dict[int, tuple[int, Int32Array]] = {}
 
-    def set_blocks(self, row: int, block_ids: Any, start: int) -> None:
-        """Replace a row's cells from `start` on with `block_ids`; see `V4Prepare`."""
+    def set_blocks(self, row: int, block_ids: npt.ArrayLike, start: int) -> None:
+        """Replace a row's cells from `start` on with `block_ids`. See `V4Prepare`."""
         cfg, row, start, ids = self._cfg, index(row), index(start), np.asarray(block_ids)
         if not 0 <= row < cfg.max_num_seqs:
             raise ValueError(
@@ -68,20 +66,20 @@ class BlockTable:
             self.room[row] = min(stop * cfg.block_size, cfg.max_model_len)
 
     def table_of(self, num_rows: int, width: int | None = None) -> Int32Array:
-        """A copy of the first rows and columns, -1 where no cell is set."""
+        """Return a copy of the first rows and columns, with -1 for unset cells."""
         table = self._cells[:num_rows, :width].copy()
         table[np.arange(table.shape[1]) >= self._num_set[:num_rows, None]] = -1
         return table
 
     def changes(self, ctx: Integers, q: Integers, table: Integers | None) -> list[Run] | None:
-        """What the table of a step changes; nothing is written yet.
+        """Return the changes of the table by a step, without writing them.
 
         Args:
             ctx, q: [B], checked.
-            table: [B, columns]; None = the cells that are set.
+            table: [B, columns]. None = the set cells.
 
         Returns:
-            None if a cell that a row needs is missing or is no block.
+            The changes, or None if a required cell is missing or invalid.
         """
         needed, num_set = num_blocks_needed(self._cfg, ctx, q), self._num_set[: len(q)]
         if table is None:
@@ -96,7 +94,7 @@ class BlockTable:
         if len(places):
             rows, columns = np.divmod(places, width)
             is_known = columns < first[rows]
-            # backwards: of the cells of a row that differ, the first one stays
+            # backwards, so that the first differing cell of each row remains
             first[rows[is_known][::-1]] = columns[is_known][::-1]
         changed = ((q > 0) & ((first < needed) | (needed < num_set))).nonzero()[0].tolist()
         runs = [(row, int(first[row]), table[row, first[row] : needed[row]]) for row in changed]
@@ -106,15 +104,16 @@ class BlockTable:
     def send(
         self, num_rows: int, run_column: Int32Array, run_start: Int32Array, values: Int32Array
     ) -> int:
-        """Write the cells that the device lacks in the first rows; how many they are.
+        """Write the cells that the device lacks in the first rows, and return their number.
 
-        They count as sent: they go with a step that is on its way. Rows that the step lacks keep
-        their news for a later one.
+        They count as sent, because the step is already being staged. Cells of other rows stay
+        pending for a later step.
 
         Args:
-            run_column: int32 [max_num_seqs]; takes the first such column of each row that has any.
-            run_start: int32 [max_num_seqs + 1] of zeros; takes the prefix sums.
-            values: int32 [max_num_seqs * max_blocks_per_seq]; takes the cells.
+            run_column: int32 [max_num_seqs], receives the first such column of each row that has
+                any.
+            run_start: int32 [max_num_seqs + 1] of zeros, receives the prefix sums.
+            values: int32 [max_num_seqs * max_blocks_per_seq], receives the cells.
         """
         end = 0
         for row in sorted(self.news):

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from fd_dsa.accuracy.selection.tap import RecordingBackend
+from fd_dsa.accuracy.selection.topk_hook import RecordingBackend
 from fd_dsa.ops.arrays import as_numpy
 from fd_dsa.ops.topk.paddle_impl import positions_to_slots
 

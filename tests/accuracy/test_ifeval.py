@@ -315,7 +315,7 @@ def test_score_without_answers_and_of_another_task(
     with scripted(lambda body: (400, {}, {})) as refusing:
         flags = ["--base-url", refusing.base_url, "--subset", "2", "--out", str(tmp_path)]
         error_line(capsys, ["ifeval", *flags], status=1)
-    assert "holds no answer yet" in error_line(capsys, ["score", str(tmp_path)])
+    assert "has no answers to score" in error_line(capsys, ["score", str(tmp_path)])
     file = tmp_path / "answers.jsonl"
     file.write_text(file.read_text().replace('"task": "ifeval"', '"task": "retrieval"'))
     assert "holds a run of retrieval; score reads ifeval" in error_line(

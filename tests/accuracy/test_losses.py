@@ -11,7 +11,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from fd_dsa.accuracy.embedded import OneSequence, OpenModel, open_model
+from fd_dsa.accuracy.embedded import OpenModel, SingleSequenceRunner, open_model
 from fd_dsa.accuracy.perplexity import (
     Losses,
     cut,
@@ -21,7 +21,7 @@ from fd_dsa.accuracy.perplexity import (
     stretches,
     token_losses,
 )
-from fd_dsa.accuracy.selection.tap import recording
+from fd_dsa.accuracy.selection.topk_hook import recording
 from fd_dsa.errors import ConfigError, FdDsaError
 from fd_dsa.runner import InputBatch, ModelRunner
 from tests.accuracy.broken_selectors import FewLastKeysOnly
@@ -54,8 +54,8 @@ class TestWindows:
     @pytest.mark.parametrize(
         ("ids", "context", "lead", "message"),
         [
-            ([], 8, [0], "has 0 tokens; none of them"),
-            ([5], 8, [], "has 1 tokens; none of them"),
+            ([], 8, [0], "has 0 tokens, too few to"),
+            ([5], 8, [], "has 1 tokens, too few to"),
             ([5, 6], 2, [0, 0], "--context: got 2, allowed: at least 3"),
         ],
     )
@@ -104,7 +104,7 @@ def test_token_losses_of_a_tiny_model_are_those_of_its_logits() -> None:
         math.log(sum(math.exp(v) for v in row)) - row[token]
         for row, token in zip(logits.tolist(), tokens[1:], strict=False)
     ]
-    sequence = OneSequence(tiny_runner(tiny_model(V32)))
+    sequence = SingleSequenceRunner(tiny_runner(tiny_model(V32)))
     np.testing.assert_allclose(token_losses(sequence, tokens), wanted, rtol=0, atol=1e-4)
     # again, and after another sequence
     token_losses(sequence, tokens[::-1])
@@ -115,15 +115,15 @@ def test_token_losses_of_a_tiny_model_are_those_of_its_logits() -> None:
 def test_chunks_do_not_matter(chunk: int) -> None:
     tokens = np.random.default_rng(1).integers(2, 50, 50).tolist()
     model = tiny_model(V32)
-    wanted = token_losses(OneSequence(tiny_runner(model)), tokens)
+    wanted = token_losses(SingleSequenceRunner(tiny_runner(model)), tokens)
     layout = model.config.cache_layout("float32", 16)
     runner = ModelRunner(model, InputBatch(1, chunk, 4, 16), layout, 4)
-    found = token_losses(OneSequence(runner), tokens)
+    found = token_losses(SingleSequenceRunner(runner), tokens)
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4)
 
 
 def test_a_sequence_longer_than_the_caches_is_refused() -> None:
-    sequence = OneSequence(tiny_runner(tiny_model(V32)))
+    sequence = SingleSequenceRunner(tiny_runner(tiny_model(V32)))
     with pytest.raises(ValueError, match="65 tokens, the caches have room for 64"):
         token_losses(sequence, [3] * 65)
 

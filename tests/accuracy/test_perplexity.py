@@ -102,7 +102,7 @@ def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     cases = {
         (str(latin),): f"{latin}: byte 2 is no UTF-8; give a text in UTF-8",
         (str(tmp_path / "none.txt"),): f"TEXT: {tmp_path}/none.txt cannot be read (no such file",
-        (str(empty),): "the text has 0 tokens; none of them can be predicted",
+        (str(empty),): "the text has 0 tokens, too few to predict one",
         (str(good), "--context", "1"): "--context: got '1'; must be a whole number from 2 on",
         (str(good), "--context", "9999999"): "--context: got 9999999, allowed: 2 to ",
         (str(good), "--index-topk", "0"): "--index-topk: got '0'",

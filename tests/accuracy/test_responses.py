@@ -64,7 +64,7 @@ def test_prompts_without_a_response_are_named(
     [
         (
             {"prompt": "Say hello.", "response": "x"},
-            "'Say hello.' is none of the 541 prompts; --pr",
+            "'Say hello.' is not one of the 541 prompts; --pr",
         ),
         (ROWS[0], "is also the prompt of line 1; each prompt has one response"),
         ({"prompt": "a", "response": None}, "response: None; a text is needed"),

@@ -20,7 +20,7 @@ import pytest
 
 from fd_dsa.chat.deepseek_encoding import DeepseekV32Encoding
 from fd_dsa.chat.events import Event
-from fd_dsa.client.chat import Conversation, Partner
+from fd_dsa.client.chat import ChatSession, Conversation
 from tests.serve.conftest import Live, running, wait_until
 from tests.serve.fake_engine import WORDS, FakeEngine
 from tests.serve.processes import console, environment, run_console
@@ -59,7 +59,7 @@ class Thinker:
     settings: ClassVar[dict[str, Any]] = {}
 
     def answer(self, messages: Sequence[dict[str, str]]) -> Generator[Event, None, None]:
-        """See `Partner`."""
+        """See `ChatSession`."""
         yield from (
             Event("reasoning", "Let "),
             Event("reasoning", "me."),
@@ -84,10 +84,10 @@ def test_reasoning_is_shown_to_somebody_who_types_and_not_said_again(
 def test_reasoning_of_a_server_is_told_from_the_content() -> None:
     words = ("hm", "</think>", "Hello")
     with running(FakeEngine(words=words, renderer=DeepseekV32Encoding("{tool_schemas}"))) as live:
-        partner = Partner(f"{live.url}/v1", None, {"thinking": True})
+        session = ChatSession(f"{live.url}/v1", None, {"thinking": True})
         hello = [{"role": "user", "content": "Hi"}]
-        assert list(partner.answer(hello)) == [Event("reasoning", "hm"), Event("content", "Hello")]
-        assert re.fullmatch(r"prompt \d+ · output 3 · [\d.]+ tok/s · TTFT \d+ ms", partner.figures)
+        assert list(session.answer(hello)) == [Event("reasoning", "hm"), Event("content", "Hello")]
+        assert re.fullmatch(r"prompt \d+ · output 3 · [\d.]+ tok/s · TTFT \d+ ms", session.figures)
 
 
 def test_one_message(tmp_path: Path) -> None:

@@ -99,7 +99,7 @@ def test_files_have_bounds(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flags = written(tmp_path, request("a"), request("b"))
-    cases = [("MOST_REQUESTS", 1, "at most 1 requests; split it"), ("MOST_BYTES", 9, "at most 9;")]
+    cases = [("MAX_REQUESTS", 1, "at most 1 requests; split it"), ("MAX_BYTES", 9, "at most 9;")]
     for name, limit, text in cases:
         with monkeypatch.context() as patch:
             patch.setattr(run_batch, name, limit)

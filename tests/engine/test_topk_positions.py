@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fd_dsa import SamplingParams
-from fd_dsa.accuracy.selection.tap import RecordingBackend, read_index_keys
+from fd_dsa.accuracy.selection.topk_hook import RecordingBackend, read_index_keys
 from fd_dsa.engine.engine import LLMEngine
 from fd_dsa.engine.output import RequestOutput
 from fd_dsa.runner import InputBatch, ModelRunner

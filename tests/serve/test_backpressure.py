@@ -115,7 +115,7 @@ def test_a_stalled_connection_is_closed_and_its_place_given_back(
     with running(engine) as live, silent_client(live.url) as client:
         wait_until(lambda: len(live.engine.requests) == 1)
         wait_until(lambda: live.state.num_admitted == 0)
-        assert "has read nothing for 0.5 s" in caplog.text
+        assert "has not read for 0.5 s" in caplog.text
         wait_until(lambda: len(live.engine.closed) == 1)
         text = b""
         with contextlib.suppress(ConnectionResetError):

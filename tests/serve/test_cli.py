@@ -330,7 +330,7 @@ def test_start_serve_and_stop_from_another_folder(tmp_path: Path) -> None:
     assert "Uvicorn" not in log
     assert log.count("INFO chat: prompts by tokenizer_config.json, tool calls deepseek_v32") == 1
     assert "WARNING chat: --tool-call-parser deepseek_v32 reads calls, but the chat" in log
-    assert "WARNING the variable FD_DSA_MAX_MODEL_LENGTH is none of fd_dsa's; did you" in log
+    assert "WARNING the variable FD_DSA_MAX_MODEL_LENGTH is unknown; did you mean" in log
 
 
 def test_flags_of_a_file_and_of_variables_are_served(tmp_path: Path) -> None:

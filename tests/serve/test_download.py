@@ -62,7 +62,7 @@ def test_a_file_whose_connection_breaks_goes_on_and_is_kept(tmp_path: Path, hub:
     done = serve(tmp_path, hub.url, "--download")
     if done.returncode:
         # before 1.0 huggingface_hub goes on in the next command alone
-        assert "the same command goes on" in done.stderr
+        assert "the same command continues" in done.stderr
         done = serve(tmp_path, hub.url, "--download")
     assert done.returncode == 0, done.stderr
     plan = yaml.safe_load(done.stdout)
@@ -96,7 +96,7 @@ def test_a_full_disk(tmp_path: Path, hub: Hub) -> None:
     done = serve(tmp_path, hub.url, "--download", disk_mib=20)
     line = done.stderr.splitlines()[-1]
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "no space left on device; the same command goes on" in line
+    assert "no space left on device; the same command continues" in line
 
 
 def test_no_network_no_model_and_no_name(tmp_path: Path, hub: Hub) -> None:
@@ -156,7 +156,7 @@ def test_a_signal_ends_a_download_at_once(tmp_path: Path, hub: Hub) -> None:
         sent = time.monotonic()
         log = server.ends(128 + signal.SIGTERM)
         assert time.monotonic() - sent < 2.0
-    assert log.splitlines()[-1].startswith("fd_dsa: error: interrupted; the same command goes on")
+    assert log.splitlines()[-1].startswith("fd_dsa: error: interrupted; the same command continues")
 
 
 @pytest.mark.slow

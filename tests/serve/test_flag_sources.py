@@ -203,6 +203,5 @@ def test_a_variable_that_is_nearly_a_flag_is_told(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("FD_DSA_MAX_MODEL_LENGTH", "5")
     monkeypatch.setenv("FD_DSA_CHECK", "1")
     assert unused_variables() == [
-        "the variable FD_DSA_MAX_MODEL_LENGTH is none of fd_dsa's; did you mean "
-        "FD_DSA_MAX_MODEL_LEN?"
+        "the variable FD_DSA_MAX_MODEL_LENGTH is unknown; did you mean FD_DSA_MAX_MODEL_LEN?"
     ]

@@ -10,7 +10,7 @@ import pytest
 from fd_dsa.errors import ConfigError
 from fd_dsa.serve.flag_sources import parse_args
 from fd_dsa.serve.flags import build_parser
-from fd_dsa.serve.known_flags import KNOWN, NOT_NEEDED, OTHER_NAMES, REFUSED, take_out
+from fd_dsa.serve.known_flags import KNOWN, NOT_NEEDED, OTHER_NAMES, REFUSED, remove_known_flags
 from tests.serve.processes import FAKE, serving
 
 OWN = {option for action in build_parser()._actions for option in action.option_strings}
@@ -56,7 +56,7 @@ def test_pasted_command_lines_serve() -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_flags_that_change_nothing_are_taken_out(form: str) -> None:
     for words in _words(form):
-        left, reasons = take_out(["/models/x", *words, "--port", "1"])
+        left, reasons = remove_known_flags(["/models/x", *words, "--port", "1"])
         assert left == ["/models/x", "--port", "1"]
         assert list(reasons) == [words[0].partition("=")[0]]
 
@@ -67,7 +67,7 @@ def test_other_values_are_refused() -> None:
         if values:
             for words in ([_flag(name), "another"], [f"{_flag(name)}=another"], [_flag(name)]):
                 with pytest.raises(ConfigError, match=rf"^{_flag(name)}: got '.*', allowed: "):
-                    take_out(words)
+                    remove_known_flags(words)
 
 
 def test_flags_that_would_change_answers_name_ours() -> None:
@@ -75,24 +75,24 @@ def test_flags_that_would_change_answers_name_ours() -> None:
         assert set(re.findall(r"--[a-z-]+", ours)) <= OWN
         for name in names:
             with pytest.raises(ConfigError, match=rf"^{_flag(name)}: .*{re.escape(ours)}"):
-                take_out([_flag(name), "2"])
+                remove_known_flags([_flag(name), "2"])
     for reason, names in REFUSED.items():
         for name in names:
             with pytest.raises(ConfigError, match=rf"^{_flag(name)}: ") as error:
-                take_out([_flag(name), "a-secret"])
+                remove_known_flags([_flag(name), "a-secret"])
             assert reason in str(error.value)
             assert "a-secret" not in str(error.value) or "got" in str(error.value)
     with pytest.raises(ConfigError) as error:
-        take_out(["--hf-token=a-secret"])
+        remove_known_flags(["--hf-token=a-secret"])
     assert "a-secret" not in str(error.value) and "HF_TOKEN" in str(error.value)
 
 
 def test_no_flag_of_ours_is_taken_for_another() -> None:
     assert OWN & KNOWN.keys() == set()
     words = ["--no-enable-prefix-caching", "--api-key", "--port=1", "--served-model-name", "--x"]
-    assert take_out(words) == (words, {})
+    assert remove_known_flags(words) == (words, {})
     # a flag without its value does not swallow the next one
-    assert take_out(["--swap-space", "--port", "1"])[0] == ["--port", "1"]
+    assert remove_known_flags(["--swap-space", "--port", "1"])[0] == ["--port", "1"]
 
 
 def test_what_follows_two_dashes_is_left_to_fastdeploy() -> None:

@@ -62,7 +62,7 @@ def error_of(answer: Any) -> dict[str, Any]:
         ({"tools": [{"type": "web_search_20250305", "name": "w"}]}, "tools[0].type: got"),
         ({"tools": [{"name": "w"}]}, "tools[0].input_schema: got null"),
         ({"tools": [{"name": "a b", "input_schema": {}}]}, "tools[0].name: got"),
-        ({"tool_choice": {"type": "any"}}, "tool_choice: asks for a call"),
+        ({"tool_choice": {"type": "any"}}, "tool_choice: requires a call"),
         ({"tool_choice": {"type": "tool"}}, "tool_choice.name: is missing"),
         ({"thinking": {"type": "between_tools"}}, "thinking.type: got"),
         ({"output_config": {"effort": "huge"}}, "output_config.effort: got"),

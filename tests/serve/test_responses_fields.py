@@ -72,7 +72,7 @@ def error_of(live: Live, **fields: Any) -> dict[str, Any]:
         (
             {"tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": FUNCTIONS}},
             "tool_choice.tools",
-            "none of the tools",
+            "not in tools",
         ),
         ({"tool_choice": "any"}, "tool_choice", "allowed are none, auto, required"),
         ({"reasoning": {"effort": "huge"}}, "reasoning.effort", "'high'"),

@@ -51,7 +51,7 @@ def test_a_disk_that_fills_up_costs_no_answer_that_was_kept(tmp_path: Path) -> N
     )
     assert done.returncode == 1 and "OSError" in done.stderr
     assert f"ConfigError: --out: {path} cannot be written (file too large)" in done.stderr
-    assert "the same command goes on with them" in done.stderr
+    assert "the same command continues the run" in done.stderr
     assert read_run(path).answers.keys() == {"a", "b"}
     write(path, answer("c"))
     assert read_run(path).answers.keys() == {"a", "b", "c"}

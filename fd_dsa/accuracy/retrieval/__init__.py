@@ -1,1 +1,1 @@
-"""`python -m fd_dsa.accuracy retrieval`: does a served model find what long prompts hide?"""
+"""`python -m fd_dsa.accuracy retrieval`: tests if a model finds facts in long texts."""

@@ -1,4 +1,4 @@
-"""The command: flags, plan, run, report."""
+"""The `retrieval` command: flags, plan, run, report."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def fill_parser(parser: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Ask, score, report; returns 0."""
+    """Ask, score and report. Returns 0."""
     counter = TokenCounter(_tokenizer_folder(args), args.thinking)
     topk = args.index_topk or counter.index_topk
     depths, trials = (CONTINUITY_DEPTHS, 10) if args.continuity else (DEFAULT_DEPTHS, _TRIALS)
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
         "paired": args.continuity,
         "max_tokens": args.max_tokens,
     }
-    # what can be checked without a server is checked before one is started
+    # check the plan before a server is started
     builder, longest = PromptBuilder(counter), counter.max_position_embeddings
     if longest is not None:
         first = _lengths(args, Limits(topk, longest))[:1]

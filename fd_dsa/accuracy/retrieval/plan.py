@@ -1,4 +1,4 @@
-"""Which prompts a run has: tasks x lengths x depths x trials, all drawn from one seed."""
+"""The prompts of a run: tasks x lengths x depths x trials, generated from one seed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LENGTH = re.compile(r"(?:(?:(\d+)\*)?(topk|max))?([+-]?\d+)?")
 
 
 class Limits(NamedTuple):
-    """Keys that a token attends to, and the longest sequence, tokens; None where unknown."""
+    """Number of selected keys, and maximum sequence length in tokens. None = unknown."""
 
     index_topk: int | None
     max_model_len: int | None
@@ -26,7 +26,7 @@ class Limits(NamedTuple):
 
 @dataclass(frozen=True)
 class Cell:
-    """Items of one task, prompt length and depth."""
+    """The items of one task, prompt length and depth."""
 
     task: str
     length: int
@@ -35,12 +35,12 @@ class Cell:
 
 @dataclass(frozen=True)
 class Plan:
-    """All that decides the prompts of a run, except the tokenizer.
+    """The parameters that determine the prompts of a run, except the tokenizer.
 
     Attributes:
-        lengths: tokens of the whole prompt as the model sees it, ascending.
+        lengths: lengths of the whole prompt in tokens, ascending.
         depths: shares of the haystack before the needle, ascending.
-        paired: the same things are hidden and asked at every length.
+        paired: True if every length hides the same things.
     """
 
     tasks: tuple[str, ...]
@@ -52,12 +52,12 @@ class Plan:
     max_tokens: int
 
     def to_json(self) -> dict[str, Any]:
-        """The plan as a JSON object, for the settings of a run."""
+        """Return the plan as a JSON object, for the settings of a run."""
         lists = {n: list(getattr(self, n)) for n in ("tasks", "lengths", "depths")}
         return asdict(self) | lists | {"sizes": {"keys": KEYS, "chains": CHAINS, "hops": HOPS}}
 
     def questions(self, builder: PromptBuilder) -> Iterator[Question]:
-        """Every prompt of the plan, made when it is taken."""
+        """Yield every prompt of the plan, made on demand."""
         cells = product(self.tasks, self.lengths, self.depths, range(self.trials))
         for task, length, depth, trial in cells:
             shared = "" if self.paired else f"{length}/"
@@ -74,7 +74,7 @@ class Plan:
 
 
 def default_lengths(limits: Limits, max_tokens: int) -> tuple[int, ...]:
-    """From half of index_topk up by doubling, and the longest prompt that leaves room to answer."""
+    """Return half of index_topk, doubled up to the longest prompt that leaves room."""
     longest = _longest(limits, max_tokens)
     first = max((limits.index_topk or longest // 16) // 2, 1)
     doubled = [first << power for power in range(32) if first << power < longest]
@@ -84,17 +84,20 @@ def default_lengths(limits: Limits, max_tokens: int) -> tuple[int, ...]:
 
 
 def continuity_lengths(limits: Limits, max_tokens: int) -> tuple[int, ...]:
-    """Lengths on both sides of index_topk; the first is dense to the end of its answer."""
+    """Return lengths on both sides of index_topk.
+
+    The first is dense for the whole answer.
+    """
     topk = _topk(limits)
     steps = (-max_tokens, -2, -1, 0, 1, 2, max_tokens, topk)
     return _checked({topk + step for step in steps}, limits, max_tokens)
 
 
 def parse_lengths(text: str, limits: Limits, max_tokens: int) -> tuple[int, ...]:
-    """Lengths of a list such as `512,topk,topk+1,4*topk,max`, ascending, each once.
+    """Parse a list such as `512,topk,topk+1,4*topk,max` into distinct ascending lengths.
 
-    `topk` is index_topk, `max` the longest prompt that leaves room for an answer; both may have a
-    factor before and a number added.
+    `topk` is index_topk, `max` the longest prompt that leaves room for an answer. Both may have a
+    preceding factor and an added number.
     """
     lengths = {_length(part.strip(), limits, max_tokens) for part in text.split(",")}
     return _checked(lengths, limits, max_tokens)
@@ -149,7 +152,7 @@ def _checked(lengths: set[int], limits: Limits, max_tokens: int) -> tuple[int, .
 
 
 def parse_depths(text: str) -> tuple[float, ...]:
-    """Depths of a list such as `0,0.5,1`, ascending, each once."""
+    """Parse a list such as `0,0.5,1` into distinct ascending depths."""
     found = set()
     for part in text.split(","):
         try:
@@ -165,7 +168,7 @@ def parse_depths(text: str) -> tuple[float, ...]:
 
 
 def parse_tasks(text: str) -> tuple[str, ...]:
-    """Tasks of a list such as `passkey,variables`, in the order of `TASKS`."""
+    """Parse a list such as `passkey,variables` into tasks, in the order of `TASKS`."""
     asked = [part.strip() for part in text.split(",")]
     for task in asked:
         if task not in TASKS:

@@ -1,11 +1,12 @@
-"""Is an answer right, does that change with length, and the tables of both.
+"""Scores of answers, their change with length, and tables of both.
 
-`passed` = it names every string that was asked for and no other that the text hides. `share` = of
-the asked strings those that it names: RULER's score (arXiv 2404.06654), which forgives others.
+`passed`: the answer names every requested string and no other hidden one. `share`: the share of
+requested strings that it names. That is RULER's score (arXiv 2404.06654), which ignores other
+strings.
 
-Up to index_topk tokens selection takes every key, and attention is dense. With a broken selector
-(or a wrong branch at that length) the same items pass below and fail above, while a model that is
-merely weak fails on both sides.
+Up to index_topk tokens selection takes every key, so attention is dense. With a broken selector (or
+a wrong branch at that length) the same items pass below and fail above. A weak model fails on both
+sides.
 """
 
 from __future__ import annotations
@@ -27,18 +28,18 @@ from fd_dsa.accuracy.scores import (
     shown,
     without_reasoning,
 )
-from fd_dsa.accuracy.stats import ALPHA, mcnemar, most_unseen_share, wilson
+from fd_dsa.accuracy.stats import ALPHA, max_unseen_share, mcnemar, wilson
 from fd_dsa.client.questions import Answer
 from fd_dsa.command_line.report import Table, as_json, page
 
 _SHOWN_FAILURES = 5
-# 1,234,567 is read as 1234567
+# reads 1,234,567 as 1234567
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 
 
 @dataclass(frozen=True)
 class ItemScore:
-    """One answer: which of the wanted strings it names, and which others of the hidden ones."""
+    """The score of one answer: the wanted strings it names, and the wrong ones."""
 
     key: str
     cell: Cell
@@ -56,10 +57,10 @@ class ItemScore:
         return sum(self.found) / len(self.found)
 
     def to_json(self) -> dict[str, Any]:
-        """The score as a JSON object: that of a `PromptScore`, and what the task adds.
+        """Return the score as a JSON object: the fields of a `PromptScore` and of the task.
 
-        An instruction is a string that was asked for; it is followed loosely if the answer names
-        it, and strictly if the answer names nothing wrong as well.
+        Each requested string counts as an instruction. It is followed loosely if the answer names
+        it, and strictly if the answer also names no wrong string.
         """
         strict = tuple(found and not self.wrong for found in self.found)
         names = (self.cell.task,) * len(self.found)
@@ -69,7 +70,7 @@ class ItemScore:
 
 
 def named(text: str, candidates: Sequence[str]) -> tuple[str, ...]:
-    """Candidates that are in the text as whole words; commas of thousands do not matter."""
+    """Return the candidates in the text as whole words, ignoring commas of thousands."""
     plain = _THOUSANDS.sub("", text)
     return tuple(c for c in candidates if re.search(rf"(?<!\w){re.escape(c)}(?!\w)", plain))
 
@@ -90,7 +91,7 @@ def score_answer(answer: Answer) -> ItemScore:
 
 @dataclass(frozen=True)
 class Step:
-    """One length against the shortest, over the items that both have: which ones flipped."""
+    """Flips between one length and the shortest, over their common items."""
 
     base: int
     length: int
@@ -102,10 +103,10 @@ class Step:
 
 
 def steps(scores: Sequence[ItemScore]) -> list[Step]:
-    """Every length of a paired run against the shortest, itself included."""
+    """Compare every length of a paired run with the shortest, including itself."""
     by_length: dict[int, dict[str, bool]] = {}
     for score in scores:
-        # what the prompts of all lengths share: task, depth, trial
+        # the part of the key that all lengths share: task, depth, trial
         task, _, rest = score.key.split("/", 2)
         by_length.setdefault(score.cell.length, {})[f"{task}/{rest}"] = score.passed
     base, found = min(by_length), []
@@ -120,20 +121,23 @@ def steps(scores: Sequence[ItemScore]) -> list[Step]:
 
 
 def verdict(scores: Sequence[ItemScore], index_topk: int, max_tokens: int) -> str:
-    """What the steps say, in words; lengths are tested together (Bonferroni).
+    """Describe the result of the steps in words.
+
+    Lengths are tested together (Bonferroni).
 
     Args:
-        max_tokens: of an answer; a prompt that is dense may have an answer whose end is not.
+        max_tokens: maximum length of an answer. A dense prompt may have an answer with a sparse
+            end.
     """
     every = steps(scores)
     beyond = [step for step in every if step.length > index_topk]
     if not beyond or every[0].base > index_topk:
-        return "No lengths on both sides of index_topk: the results say nothing about it."
+        return "No lengths on both sides of index_topk: the results do not cover it."
     base, passed = every[0].base, every[0].passed
     if not passed:
         return (
-            f"No item passes even at {base} tokens, where attention is dense: this says nothing "
-            "about selection."
+            f"No item passes even at {base} tokens, where attention is dense: this does not "
+            "test selection."
         )
     limit = ALPHA / (len(every) - 1)
     for step in every:
@@ -143,7 +147,7 @@ def verdict(scores: Sequence[ItemScore], index_topk: int, max_tokens: int) -> st
     if shown.worse:
         unseen = "The difference is inside the noise of so many items."
     else:
-        share = 100 * most_unseen_share(passed)
+        share = 100 * max_unseen_share(passed)
         unseen = f"What breaks fewer than {share:.1f} % of the items could be missed."
     return (
         f"No step at index_topk ({index_topk}): against {base} tokens, at {shown.length} "
@@ -152,7 +156,7 @@ def verdict(scores: Sequence[ItemScore], index_topk: int, max_tokens: int) -> st
 
 
 def _fall(step: Step, index_topk: int, max_tokens: int) -> str:
-    """The first length at which the model is worse than at the shortest, and what may be broken."""
+    """Describe the shortest length with a significant loss, and its possible cause."""
     if step.length + max_tokens <= index_topk:
         where = "attention is dense there to the end of the answer, so it is not selection"
     elif step.length <= index_topk:
@@ -168,7 +172,11 @@ def _fall(step: Step, index_topk: int, max_tokens: int) -> str:
 
 @dataclass(frozen=True)
 class Results:
-    """The answers of a run, scored, in the plan's order; `index_topk` is None where unknown."""
+    """The scored answers of a run, in the plan's order.
+
+    Attributes:
+        index_topk: None if unknown.
+    """
 
     settings: RunSettings
     plan: Plan
@@ -176,23 +184,23 @@ class Results:
     index_topk: int | None
 
     def of(self, task: str, length: int | None = None) -> list[ItemScore]:
-        """The scores of a task, at one length or at all."""
+        """Return the scores of a task, at one length or at all lengths."""
         return [s for s in self.scores if s.cell.task == task and length in (None, s.cell.length)]
 
     def label(self, length: int) -> str:
-        """A length, marked where attention is dense."""
+        """Return a length as text, marked if attention is dense."""
         dense = self.index_topk is not None and length <= self.index_topk
         return f"{length} (dense)" if dense else str(length)
 
     @property
     def length_differences(self) -> Counter[int]:
-        """Tokens that the server counts more than we do -> number of prompts."""
+        """Difference of the server's and our token count -> number of prompts."""
         counts = [(s.answer.prompt_tokens, s.cell.length) for s in self.scores]
         return Counter(theirs - ours for theirs, ours in counts if theirs is not None)
 
 
 def files(results: Results) -> dict[str, str]:
-    """The files of the run's folder, name -> text: scores and report."""
+    """Return the files of the run's folder, name -> text: scores and report."""
     tables = [_by_depth(results, task) for task in results.plan.tasks]
     settings = settings_table(results.settings)
     sections = [*parts(results), *tables, *_failures(results), settings]
@@ -203,7 +211,7 @@ def files(results: Results) -> dict[str, str]:
 
 
 def parts(results: Results) -> list[str | Table]:
-    """What the terminal shows: what was run, the table by length, the verdicts."""
+    """Return the parts for the terminal: settings, table by length, verdicts."""
     plan, topk = results.plan, results.index_topk
     found: list[str | Table] = [_about(results), _by_length(results), _length_check(results)]
     cut = sum(score.answer.finish_reason == "length" for score in results.scores)
@@ -225,13 +233,16 @@ def _about(results: Results) -> str:
         f"Model `{results.settings.model}`, {len(results.scores)} answers; seed "
         f"{plan.seed}, {plan.trials} prompts a cell, depths {depths} "
         f"%; {KEYS} keys, {CHAINS} chains of {HOPS + 1} "
-        "variables. Passed: the answer names all that is asked for and nothing else that the text "
-        f"hides. Intervals: Wilson, 95 %.{selects}"
+        "variables. Passed: the answer names all requested values and no other value of the "
+        f"text. Intervals: Wilson, 95 %.{selects}"
     )
 
 
 def _by_length(results: Results) -> Table:
-    """Passed items of every task at every length, over all depths; mean share where it differs."""
+    """Return a table of passed items by task and length, over all depths.
+
+    Tasks whose mean share differs have it in an extra column.
+    """
     plan = results.plan
     lists = [task for task in plan.tasks if any(s.share != s.passed for s in results.of(task))]
     columns = ["tokens"]
@@ -252,7 +263,7 @@ def _by_length(results: Results) -> Table:
 
 
 def _by_depth(results: Results, task: str) -> Table:
-    """Passed of tried items of a task, a row for each depth, a column for each length."""
+    """Return a table of passed and tried items of a task, by depth and length."""
     rows = []
     for depth in results.plan.depths:
         cells = [f"{100 * depth:g} %"]
@@ -268,7 +279,7 @@ def _length_check(results: Results) -> str:
     differences = results.length_differences
     compared = differences.total()
     if not compared:
-        return "The server does not say how many tokens a prompt has: lengths are ours alone."
+        return "The server reports no prompt tokens, so lengths are by the local tokenizer."
     low, high = min(differences), max(differences)
     if low == high == 0:
         return f"The server counts the same lengths ({compared} prompts)."
@@ -285,7 +296,7 @@ def _length_check(results: Results) -> str:
 
 
 def _failures(results: Results) -> list[Table]:
-    """Some wrong answers of each task, to see what kind they are."""
+    """Return a table of some wrong answers of each task."""
     wrong = [score for score in results.scores if not score.passed]
     rows = []
     for task in results.plan.tasks:

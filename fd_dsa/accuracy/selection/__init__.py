@@ -1,1 +1,1 @@
-"""`python -m fd_dsa.accuracy selection`: what the indexer chose, layer by layer."""
+"""`python -m fd_dsa.accuracy selection`: measures the indexer's selection by layer."""

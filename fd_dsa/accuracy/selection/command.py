@@ -1,4 +1,4 @@
-"""`selection`: recall of what the indexer chose, for every cache dtype, length and provider."""
+"""`selection`: recall of the indexer's selection by cache, length and provider."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from fd_dsa.errors import BackendUnavailable, ConfigError
 from fd_dsa.ops.providers import asking_for, parse
 
 CACHE_DTYPES = tuple(CACHE_FORMATS)
-# the answer, and the end of the template after it
+# room for the answer and the end of the template after it
 _ANSWER_ROOM = 64
 _LENGTHS_OF_TOPK = 8
 _HEADINGS = tuple(f"{n}{s}" for n in ("recall: ", "mass: ") for s in ("indexer", "last", "random"))
@@ -81,7 +81,7 @@ def fill_parser(parser: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, print, write; 0 when at least one setting could be measured."""
+    """Measure, print and write. Returns 0 if at least one setting could be measured."""
     providers = {text: _provider(text) for text in args.providers}
     args.lengths = _checked_lengths(args)
     if args.out is not None:
@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _provider(text: str) -> dict[str, str]:
-    """Operator -> provider of a setting."""
+    """Return operator -> provider of a setting."""
     device, *operators = text.split(",")
     EngineConfig(device=device)
     return parse(operators, "--providers", text)
@@ -109,24 +109,24 @@ def _provider(text: str) -> dict[str, str]:
 
 def _checked_lengths(args: argparse.Namespace) -> list[int]:
     config = read_config(args.model, args.index_topk)
-    topk, most = config.index_topk, config.max_position_embeddings - _ANSWER_ROOM
-    lengths: list[int] = args.lengths or [min(_LENGTHS_OF_TOPK * topk, most)]
+    topk, longest = config.index_topk, config.max_position_embeddings - _ANSWER_ROOM
+    lengths: list[int] = args.lengths or [min(_LENGTHS_OF_TOPK * topk, longest)]
     for length in lengths:
         if length <= topk:
             raise ConfigError(
                 f"--lengths: got {length}, allowed: above index_topk {topk}, since up to there "
                 "every key is chosen"
             )
-        if length > most:
+        if length > longest:
             raise ConfigError(
-                f"--lengths: got {length}, allowed: at most {most}, since the answer needs "
+                f"--lengths: got {length}, allowed: at most {longest}, since the answer needs "
                 f"{_ANSWER_ROOM} tokens of the context too"
             )
     return lengths
 
 
 def _runs(args: argparse.Namespace, provider: str) -> list[dict[str, Any]]:
-    """A JSON object for each cache dtype and length, or one that says why a dtype has none."""
+    """Return a JSON object per cache dtype and length, or the reason of a failure."""
     device, *operators = provider.split(",")
     runs = []
     for dtype in args.kv_cache_dtypes:
@@ -168,14 +168,14 @@ def _measured(args: argparse.Namespace, model: OpenModel, length: int) -> dict[s
 
 
 def parts(result: Mapping[str, Any]) -> list[str | Table]:
-    """Paragraphs and tables of a result, as selection.json holds it."""
+    """Return paragraphs and tables of a result in the form of selection.json."""
     settings = result["settings"]
     runs = [run for run in result["runs"] if "layers" in run]
     about = (
         f"Model {settings['model']}: {settings['texts']} texts of each length with a hidden "
         f"5-digit number, {settings['queries']} further queries a text, seed {settings['seed']}. "
         f"A layer looks for the number where its strongest head gives it at least {ATTENDS:.0%} "
-        "of its dense attention; recall says nothing of the others. Its interval is Wilson's of "
+        "of its dense attention; recall does not cover the others. Its interval is Wilson's of "
         "95 %, each token of a number a trial. Random keys: the mean of 16 sets a query."
     )
     refused = [

@@ -1,9 +1,9 @@
-"""Hides numbers in texts and compares every layer's selection with dense attention, in NumPy.
+"""Compares every layer's selection with dense attention, on texts that hide numbers.
 
 The answer is given token by token, so at every token of the number the model must look up the next
-one: the token before it in the answer is a query, the same token in the text its needle. Figures
-are of one query: it sees the keys at positions 0 to n - 1, its own the last. A selection is an int
-array of distinct positions.
+one. The preceding token in the answer is a query, and the next token in the text is its needle. A
+query at position n - 1 sees the keys at positions 0 to n - 1. A selection is an int array of
+distinct positions. Everything is computed in NumPy.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 
 from fd_dsa.accuracy.embedded import OpenModel
 from fd_dsa.accuracy.retrieval.prompts import PromptBuilder, TokenCounter, passkey
-from fd_dsa.accuracy.selection.tap import (
+from fd_dsa.accuracy.selection.topk_hook import (
     RecordingBackend,
     read_index_keys,
     read_latents,
@@ -32,31 +32,31 @@ if TYPE_CHECKING:
 
 INDEXER, LAST, RANDOM = "indexer", "last", "random"
 SELECTORS = (INDEXER, LAST, RANDOM)
-"""The model's choice, as many last keys, as many random ones."""
+"""The model's selection, the same number of last keys, and of random keys."""
 
 ATTENDS = 0.1
-"""Attention of a layer's strongest head from which on the layer counts as looking at needles."""
+"""Minimum attention of the strongest head, for a layer that looks for needles."""
 
-# random sets of a query, of which the mean is reported
+# number of random sets per query, whose mean is reported
 _DRAWS = 16
-# scores of two implementations of one formula in float32, relative to the largest of the row
+# tolerance of float32 scores between two implementations, relative to the row's maximum
 _SCORE_TOLERANCE = 1e-5
-# multiples of it, cut to [0, 1), are spread evenly however many they are
+# multiples of the golden ratio modulo 1 are evenly spread for any count
 _GOLDEN = 0.6180339887498949
 
 
 @dataclass
 class LayerFigures:
-    """One layer over all texts.
+    """Figures of one layer over all texts.
 
     Attributes:
-        has_indexer: False where it shares the selection of a layer before it.
-        needle_attention: strongest head's dense attention on the needle, by needle query.
+        has_indexer: False if the layer shares the selection of an earlier layer.
+        needle_attention: dense attention of the strongest head on the needle, by needle query.
         found: selector -> share of the needle that is selected, by needle query.
-        mass: selector -> share of dense attention on the selected keys, by query; needle queries
-            first, then the others of a text.
-        exact: share of the best keys by the reference's scores that the indexer chose, by query;
-            empty without an indexer.
+        mass: selector -> share of dense attention on the selected keys, by query. Needle queries of
+            a text come before its other queries.
+        exact: share of the best keys by the reference's scores that the indexer selected, by query.
+            Empty without an indexer.
     """
 
     layer: int
@@ -68,7 +68,7 @@ class LayerFigures:
 
     @property
     def attends(self) -> bool:
-        """True if a head attends to the needles: only then recall says something."""
+        """True if a head attends to the needles. Otherwise recall has no meaning."""
         return _mean(self.needle_attention) >= ATTENDS
 
     def to_json(self) -> dict[str, Any]:
@@ -97,12 +97,15 @@ def measure(
     seed: int = 0,
     backend: type[RecordingBackend] = RecordingBackend,
 ) -> list[LayerFigures]:
-    """Figures of every layer; raises FdDsaError where attention is not finite.
+    """Return the figures of every layer.
 
     Args:
-        texts: at least one, their prompts longer than `index_topk`.
-        num_queries: tokens of each prompt to compare at, besides the needle queries; they are
-            spread evenly between `index_topk` and the prompt's end.
+        texts: at least one. Their prompts are longer than `index_topk`.
+        num_queries: number of compared tokens of each prompt in addition to the needle queries,
+            spread evenly between `index_topk` and the end.
+
+    Raises:
+        FdDsaError: dense attention is not finite.
     """
     sequence, config = model.sequence, model.model_config
     figures = [LayerFigures(i, kind == "full") for i, kind in enumerate(config.indexer_types)]
@@ -113,7 +116,7 @@ def measure(
             others = np.linspace(first, len(text.prompt) - 2, num_queries).astype(np.int64)
             queries = list(dict.fromkeys([*text.queries, *others.tolist()]))
             watching.watch(queries)
-            # the prompt in chunks, the answer token by token, as the engine runs a request
+            # run the prompt in chunks and the answer token by token, like the engine
             for _ in sequence.chunks(text.prompt):
                 pass
             for token in text.answer:
@@ -166,12 +169,17 @@ def _compare(
 
 
 def _mean(values: list[float]) -> float:
-    """Mean; NaN without values."""
+    """Return the mean, or NaN without values."""
     return sum(values) / len(values) if values else math.nan
 
 
 def dense_attention(query: np.ndarray, keys: np.ndarray, softmax_scale: float) -> np.ndarray:
-    """float32 [num_heads, n]: softmax over all keys [n, width] of a query [num_heads, width]."""
+    """Return dense attention, float32 [num_heads, n].
+
+    Args:
+        query: float32 [num_heads, width].
+        keys: float32 [n, width].
+    """
     scores = (query @ keys.T) * np.float32(softmax_scale)
     scores -= scores.max(axis=1, keepdims=True)
     np.exp(scores, out=scores)
@@ -180,29 +188,30 @@ def dense_attention(query: np.ndarray, keys: np.ndarray, softmax_scale: float) -
 
 
 def mass_recall(attention: np.ndarray, selected: np.ndarray) -> float:
-    """Share of dense attention [num_heads, n] on the selected keys, mean over heads."""
+    """Return the share of attention [num_heads, n] on the selected keys, mean over heads."""
     return float(attention[:, selected].sum(axis=1, dtype=np.float64).mean())
 
 
 def random_keys(num_keys: int, k: int, generator: np.random.Generator) -> np.ndarray:
-    """int64, ascending: k of `num_keys` positions, each set equally likely."""
+    """Return k of `num_keys` positions, int64, ascending. All sets are equally likely."""
     return np.sort(generator.permutation(num_keys)[:k])
 
 
 def index_scores(query: np.ndarray, weights: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """float32 [n]: sum_h weights[h] * max(query[h] . keys[s], 0), the indexer's score of each key.
+    """Return the indexer's score of each key, float32 [n].
 
-    All scale factors are in `weights` [index_n_heads] and in the keys [n, index_head_dim].
-    Source: DeepSeek-V3.2 (arXiv 2512.02556) §2, eq. 1.
+    score[s] = sum_h weights[h] * max(query[h] . keys[s], 0). All scale factors are in `weights`
+    [index_n_heads] and in the keys [n, index_head_dim]. Source: DeepSeek-V3.2 (arXiv 2512.02556)
+    §2, eq. 1.
     """
     return weights @ np.maximum(query @ keys.T, np.float32(0))
 
 
 def exactness(selected: np.ndarray, scores: np.ndarray, k: int) -> float:
-    """Share of the k best keys by `scores` that a selection holds, or others that score as well.
+    """Return the share of the k best keys that a selection holds, up to rounding.
 
-    A key counts if its score is within rounding of the k-th best one: where two keys are that
-    near, another order of adding chooses the other.
+    A key counts if its score is within rounding of the k-th best score, because another order of
+    summation may swap two close keys.
     """
     k = min(k, len(scores))
     last = np.partition(scores, -k)[-k]
@@ -213,10 +222,11 @@ def exactness(selected: np.ndarray, scores: np.ndarray, k: int) -> float:
 
 @dataclass(frozen=True)
 class NeedleText:
-    """A conversation with its answer begun, up to the query for the number's last token.
+    """A conversation with the beginning of its answer, up to its last query.
 
-    `pairs` are (query, needle), positions in prompt + answer; at the query the model must give the
-    token that is at the needle.
+    Attributes:
+        pairs: (query, needle), positions in prompt + answer. At the query the model must predict
+            the token at the needle.
     """
 
     prompt: tuple[int, ...]
@@ -234,13 +244,13 @@ class NeedleText:
 
 
 def needle_texts(model: OpenModel, length: int, count: int, seed: int) -> Iterator[NeedleText]:
-    """Conversations whose prompts have exactly `length` tokens, needles at depths between 0 and 1.
+    """Yield conversations with prompts of exactly `length` tokens, needles at all depths.
 
     The same arguments and tokenizer give the same conversations.
     """
     builder = PromptBuilder(TokenCounter(model.engine_config.model_path))
     for index in range(count):
-        # a text depends on its own number alone: more texts leave the first ones as they were
+        # seeded by its own index, so that the first texts do not depend on `count`
         random = Random(f"{seed}:{length}:{index}")
         depth = (index + 0.5) * _GOLDEN % 1
         item = passkey(random, depth)
@@ -253,7 +263,7 @@ def needle_texts(model: OpenModel, length: int, count: int, seed: int) -> Iterat
 def _with_answer(
     tokenizer: Tokenizer, content: str, sentence: str, value: str, depth: float
 ) -> NeedleText:
-    """The conversation of a user's message, answered by its needle's sentence up to the value."""
+    """Return a conversation whose answer repeats the needle's sentence up to the value."""
     if tokenizer.has_chat_template:
         prompt = tokenizer.apply_chat_template([{"role": "user", "content": content}])
     else:
@@ -263,7 +273,7 @@ def _with_answer(
     needle, copy = tokens_of(tokenizer, prompt, value), tokens_of(tokenizer, answer, value)
     if [prompt[p] for p in needle] != [answer[p] for p in copy]:
         raise ConfigError(
-            f"selection: the tokenizer cuts {value!r} otherwise in the answer than in the text"
+            f"selection: the tokenizer splits {value!r} differently in the answer and in the text"
         )
     start = len(prompt) - 1
     pairs = tuple((start + place, found) for place, found in zip(copy, needle, strict=True))
@@ -271,7 +281,7 @@ def _with_answer(
 
 
 def tokens_of(tokenizer: Tokenizer, token_ids: Sequence[int], text: str) -> list[int]:
-    """Positions of the tokens that spell `text`, which is in `token_ids` once."""
+    """Return the positions of the tokens that spell `text`, unique in `token_ids`."""
     table = tokenizer.token_bytes
     if table is None:
         raise ConfigError(

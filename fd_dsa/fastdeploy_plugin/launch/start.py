@@ -37,7 +37,7 @@ _FASTDEPLOY_MODEL_LEN = 2048
 _IMPORT_S = 600.0
 
 # flags that both have, under one name; FastDeploy's other flags go after --
-SHARED = ("model", "served_model_name", "host", "port", "tensor_parallel_size")
+SHARED: tuple[str, ...] = ("model", "served_model_name", "host", "port", "tensor_parallel_size")
 SHARED += ("data_parallel_size", "enable_expert_parallel", "max_model_len", "max_num_seqs")
 SHARED += ("max_num_batched_tokens", "gpu_memory_utilization", "num_gpu_blocks_override")
 SHARED += ("enable_prefix_caching", "api_key")
@@ -200,7 +200,7 @@ def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def _words(flag: str, value: Any) -> list[str]:
+def _words(flag: str, value: object) -> list[str]:
     """A flag and its value on FastDeploy's command line."""
     if isinstance(value, bool):
         return [flag if value else f"--no-{flag.removeprefix('--')}"]

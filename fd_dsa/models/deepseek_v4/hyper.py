@@ -1,15 +1,13 @@
 """Manifold-constrained hyper-connections: residual streams and their mixing.
 
 A token has `hc_mult` residual streams [num_streams, hidden_size] instead of one. A block reads a
-weighted sum of them, and its output is added to a mixture of them, by weights that each token
-computes from its own streams.
+weighted sum of them, and its output is added to a mixture of them. Each token computes the weights
+from its own streams.
 
 Source: mHC (arXiv 2512.24880); Hugging Face transformers 5.23, models/deepseek_v4.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 
@@ -17,6 +15,7 @@ from fd_dsa.models.deepseek_v4.config import DeepseekV4Config
 from fd_dsa.models.deepseek_v4.norm import length
 from fd_dsa.models.weights_protocol import HostOnlyWeights
 from fd_dsa.ops.fixed_order import fixed_order
+from fd_dsa.ops.host_gemm import HostMatrix
 
 # max tokens for which sums are repeated
 _MANY = 128
@@ -145,7 +144,7 @@ class HeadCollapse:
         return _weighted(sigmoid(mixed) + self._eps, streams)
 
 
-def _mixes(streams: np.ndarray, fn: Any, scale: np.ndarray, epsilon: float) -> np.ndarray:
+def _mixes(streams: np.ndarray, fn: HostMatrix, scale: np.ndarray, epsilon: float) -> np.ndarray:
     """Return `fn` of streams z / length(z), times `scale`: [num_tokens, mixes]."""
     flat = streams.reshape(len(streams), -1)
     mixed: np.ndarray = fn.times(flat)

@@ -96,7 +96,7 @@ class DeepseekV4ForCausalLM:
         # a token's streams, and a row for the output of a block
         residual = np.repeat(rows[:, None], self.config.hc_mult + 1, axis=1)
         angles = [rotation.of_step(positions) for rotation in self._rotations]
-        # the last layer continues with the sampled tokens, or with one if there are none
+        # the last layer continues with the sampled tokens, or with any one
         sampled, everything = as_numpy(forward_meta.sampled), slice(None)
         asked: Any = sampled if len(sampled) else slice(1)
         if len(sampled) == len(rows):

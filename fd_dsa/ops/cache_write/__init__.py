@@ -15,6 +15,7 @@ from fd_dsa.cache_formats import (
 from fd_dsa.errors import ConfigError, ShapeError
 from fd_dsa.ops.arrays import check_array, check_dtype, check_rope, check_shape
 from fd_dsa.ops.providers import activation_dtypes, serving
+from fd_dsa.tensor import Array
 
 __all__ = ["CacheWriteParams", "write_caches"]
 
@@ -66,24 +67,26 @@ class CacheWriteParams:
                 f"{missing}: got None, allowed are both of k_norm_weight and k_norm_bias, or none"
             )
 
-    def rope_width(self, kv_a: Any, cos_sin: Any) -> int:
+    def rope_width(self, kv_a: Array | None, cos_sin: Array | None) -> int:
         """Values of a row of `kv_a` after the latent; 0 where the width of neither is known."""
         if cos_sin is not None:
-            return cos_sin.shape[1]  # type: ignore[no-any-return]
+            return cos_sin.shape[1]
         if CACHE_FORMATS[self.kv_cache_dtype].is_fp8:
             return ROPE_WIDTH
         weight = self.kv_norm_weight
-        return 0 if weight is None else max(kv_a.shape[1] - weight.shape[0], 0)
+        if weight is None or kv_a is None:
+            return 0
+        return max(kv_a.shape[1] - weight.shape[0], 0)
 
 
 def write_caches(
-    kv_a: Any,
-    index_k: Any,
-    position_ids: Any,
-    slot_mapping: Any,
-    cos_sin_cache: Any,
-    latent_cache: Any,
-    index_cache: Any,
+    kv_a: Array | None,
+    index_k: Array | None,
+    position_ids: Array | None,
+    slot_mapping: Array,
+    cos_sin_cache: Array | None,
+    latent_cache: Array | None,
+    index_cache: Array | None,
     params: CacheWriteParams,
 ) -> None:
     """Norm, rotate, quantise and store the keys of a step's tokens; one launch on a device.
@@ -146,6 +149,7 @@ def write_caches(
                 check_shape(_NAME, "cos_sin_cache", cos_sin_cache, (None, ROPE_WIDTH))
         row = stored.latent_row(kv_a.shape[1])
         check_array(_NAME, "latent_cache", latent_cache, (None, 1, block_size, row), allowed)
+        assert latent_cache is not None, "checked"
         num_blocks, block_size = latent_cache.shape[0], latent_cache.shape[2]
         if params.kv_norm_weight is not None:
             rank = kv_a.shape[1] - params.rope_width(kv_a, cos_sin_cache)

@@ -19,6 +19,7 @@ from fd_dsa.ops.fp8 import absolute_maximum, index_scale, quantise, raw_scale
 from fd_dsa.ops.gather import index_planes
 from fd_dsa.ops.norm import layer_norm, rms_norm
 from fd_dsa.ops.rotations import cos_sin_of, hadamard, rotate_
+from fd_dsa.tensor import Array
 
 if TYPE_CHECKING:
     from fd_dsa.ops.cache_write import CacheWriteParams
@@ -34,29 +35,31 @@ def bfloat16_bits(x: np.ndarray) -> np.ndarray:
 
 
 def write_caches(
-    kv_a: Any,
-    index_k: Any,
-    position_ids: Any,
-    slot_mapping: Any,
-    cos_sin_cache: Any,
-    latent_cache: Any,
-    index_cache: Any,
+    kv_a: Array | None,
+    index_k: Array | None,
+    position_ids: Array | None,
+    slot_mapping: Array,
+    cos_sin_cache: Array | None,
+    latent_cache: Array | None,
+    index_cache: Array | None,
     params: CacheWriteParams,
 ) -> None:
     """See `fd_dsa.ops.cache_write.write_caches`."""
     # [num_blocks, block_size, row] is a view whatever the stride of a block
-    latents = None if kv_a is None else as_numpy(latent_cache)[:, 0]
-    keys = None if index_k is None else as_numpy(index_cache)
+    latents = None if kv_a is None or latent_cache is None else as_numpy(latent_cache)[:, 0]
+    keys = None if index_k is None or index_cache is None else as_numpy(index_cache)
     _check_memory(latents, keys)
-    where = places(as_numpy(slot_mapping), *(keys if latents is None else latents).shape[:2])
-    cos_sin, keep = cos_sin_cache, where[0]
-    if cos_sin is not None:
+    cache = keys if latents is None else latents
+    assert cache is not None, "checked: there are rows, and a cache for them"
+    where = places(as_numpy(slot_mapping), cache.shape[0], cache.shape[1])
+    cos_sin, keep = None, where[0]
+    if cos_sin_cache is not None:
         if position_ids is not None and not isinstance(keep, slice):
             # padding may carry any position
             position_ids = np.where(keep, as_numpy(position_ids), 0)
-        cos_sin = cos_sin_of("write_caches", position_ids, cos_sin)
-    rows = (None if part is None else as_numpy(part) for part in (kv_a, index_k))
-    store_keys(*rows, cos_sin, latents, keys, where, params)
+        cos_sin = cos_sin_of("write_caches", position_ids, cos_sin_cache)
+    latent_rows, key_rows = (None if part is None else as_numpy(part) for part in (kv_a, index_k))
+    store_keys(latent_rows, key_rows, cos_sin, latents, keys, where, params)
 
 
 def store_keys(

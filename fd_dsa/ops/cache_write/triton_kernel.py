@@ -31,6 +31,7 @@ from fd_dsa.ops.triton_fp8 import (
     to_e4m3,
     widened,
 )
+from fd_dsa.tensor import Tensor
 from fd_dsa.triton_runtime import start_next, wait_for_inputs
 
 import triton  # isort: skip
@@ -247,7 +248,11 @@ def write_caches_kernel(
 
 
 def write_caches(
-    kv_a: Any, index_k: Any, position_ids: Any, slot_mapping: Any, *others: Any
+    kv_a: Tensor | None,
+    index_k: Tensor | None,
+    position_ids: Tensor | None,
+    slot_mapping: Tensor,
+    *others: Any,
 ) -> None:
     """See `fd_dsa.ops.cache_write.write_caches`."""
     num_tokens = slot_mapping.shape[0]
@@ -264,15 +269,15 @@ def write_caches(
 
 
 def kernel_arguments(
-    kv_a: Any,
-    index_k: Any,
-    position_ids: Any,
-    slot_mapping: Any,
-    cos_sin_cache: Any,
-    latent_cache: Any,
-    index_cache: Any,
+    kv_a: Tensor | None,
+    index_k: Tensor | None,
+    position_ids: Tensor | None,
+    slot_mapping: Tensor,
+    cos_sin_cache: Tensor | None,
+    latent_cache: Tensor | None,
+    index_cache: Tensor | None,
     params: CacheWriteParams,
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Arguments of `write_caches_kernel` by name, but for BLOCK_TOKENS; launch without fusion.
 
     Raises:
@@ -284,7 +289,9 @@ def kernel_arguments(
     tile = min(TILE_WIDTH, 1 << (rank - 1).bit_length())
     if kv_a is not None and params.kv_norm_weight is not None:
         check_shape("write_caches", "kv_norm_weight", params.kv_norm_weight, (rank,))
-    has_positions = cos_sin_cache is not None and position_ids is not None
+    positions, num_positions = None, 0
+    if cos_sin_cache is not None and position_ids is not None:
+        positions, num_positions = position_ids, cos_sin_cache.shape[0]
     caches = [cache for cache in (latent_cache, index_cache) if cache is not None]
     sizes = {cache.shape[0] * cache.shape[-2] for cache in caches}
     if len(sizes) > 1:
@@ -294,7 +301,7 @@ def kernel_arguments(
         "kv_a_stride": _row_stride("kv_a", kv_a),
         "index_k_ptr": index_k,
         "index_k_stride": _row_stride("index_k", index_k),
-        "position_ids_ptr": position_ids if has_positions else None,
+        "position_ids_ptr": positions,
         "slot_mapping_ptr": slot_mapping,
         "cos_sin_ptr": cos_sin_cache,
         "latent_ptr": latent_cache,
@@ -304,7 +311,7 @@ def kernel_arguments(
         "k_bias_ptr": params.k_norm_bias,
         "num_tokens": slot_mapping.shape[0],
         "num_slots": sizes.pop(),
-        "num_positions": cos_sin_cache.shape[0] if has_positions else 0,
+        "num_positions": num_positions,
         "kv_eps": params.kv_norm_eps,
         "k_eps": params.k_norm_eps,
         "RANK": rank,
@@ -319,14 +326,20 @@ def kernel_arguments(
     }
 
 
-def _rope_half(kv_a: Any, index_k: Any, cos_sin_cache: Any, params: CacheWriteParams) -> int:
+def _rope_half(
+    kv_a: Tensor | None,
+    index_k: Tensor | None,
+    cos_sin_cache: Tensor | None,
+    params: CacheWriteParams,
+) -> int:
     """Pairs of a RoPE slice; where nothing is rotated, any width that splits the rows."""
     if cos_sin_cache is not None:
         half = cos_sin_cache.shape[1] // 2
     elif index_k is not None:
         half = index_k.shape[1] // 4
     else:
-        half = params.rope_width(kv_a, None) // 2 or (32 if kv_a.shape[1] > 64 else 1)
+        is_wide = kv_a is not None and kv_a.shape[1] > 64
+        half = params.rope_width(kv_a, None) // 2 or (32 if is_wide else 1)
     if half < 1 or half & (half - 1):
         raise ShapeError(f"write_caches: a device needs a power of two as rope_dim, got {2 * half}")
     if index_k is not None and index_k.shape[1] != 4 * half:
@@ -337,7 +350,7 @@ def _rope_half(kv_a: Any, index_k: Any, cos_sin_cache: Any, params: CacheWritePa
     return half
 
 
-def _row_stride(name: str, rows: Any) -> int:
+def _row_stride(name: str, rows: Tensor | None) -> int:
     """Values from one row to the next; rows are dense and start where a pair of values may."""
     if rows is None:
         return 0

@@ -33,15 +33,18 @@ import numpy as np
 
 from fd_dsa.ops.arrays import as_numpy, check_writable
 from fd_dsa.ops.linear import linear
+from fd_dsa.tensor import Array
 
 
 def project_on_host(
-    hidden_states: Any, wk: Any, weights_proj: Any, out: tuple[Any, Any] | None
+    hidden_states: Array, wk: Array | None, weights_proj: Array, out: tuple[Array, Array] | None
 ) -> tuple[Any, Any]:
-    for index, result in enumerate(out or ()):
-        check_writable("project_indexer", f"out[{index}]", result)
+    for index, array in enumerate(out or ()):
+        check_writable("project_indexer", f"out[{index}]", array)
     x = as_numpy(hidden_states)
-    results = [weight if weight is None else linear(x, weight) for weight in (wk, weights_proj)]
+    results: list[Any] = [
+        weight if weight is None else linear(x, weight) for weight in (wk, weights_proj)
+    ]
     if out is None:
         return results[0], results[1]
     for target, result in zip(out, results, strict=True):

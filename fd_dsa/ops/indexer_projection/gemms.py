@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import paddle
 
 from fd_dsa.errors import BackendUnavailable
 from fd_dsa.ops.arrays import matmul
 from fd_dsa.ops.fixed_order import why_not_by_rows
+from fd_dsa.tensor import Tensor
 
 
 def project_by_gemms(
-    hidden_states: Any, wk: Any, weights_proj: Any, out: tuple[Any, Any]
-) -> tuple[Any, Any]:
+    hidden_states: Tensor, wk: Tensor | None, weights_proj: Tensor, out: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
     """See `fd_dsa.ops.indexer_projection`; the head weights come from a GEMM in float32.
 
     It allocates, and runs on the current stream of the device only.

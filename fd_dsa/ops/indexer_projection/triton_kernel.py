@@ -13,6 +13,7 @@ from fd_dsa.ops.fixed_order import rows_of_tiles
 from fd_dsa.ops.split_sums import NUM_COUNTERS, clear_counters, scratch_beside, sum_of_parts
 from fd_dsa.ops.step_kernel import step_kernel, stored_values
 from fd_dsa.ops.triton_fp8 import stored
+from fd_dsa.tensor import Tensor
 from fd_dsa.triton_runtime import start_next, wait_for_inputs
 
 import triton  # isort: skip
@@ -113,8 +114,12 @@ def project_indexer_kernel(
 
 
 def project_indexer(
-    hidden_states: Any, wk: Any, weights_proj: Any, out: tuple[Any, Any], scratch: Any = None
-) -> tuple[Any, Any]:
+    hidden_states: Tensor,
+    wk: Tensor | None,
+    weights_proj: Tensor,
+    out: tuple[Tensor, Tensor],
+    scratch: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """See `fd_dsa.ops.indexer_projection`."""
     num_tokens = hidden_states.shape[0]
     if num_tokens:
@@ -132,7 +137,11 @@ def project_indexer(
 
 
 def kernel_arguments(
-    hidden_states: Any, wk: Any, weights_proj: Any, out: tuple[Any, Any], scratch: Any
+    hidden_states: Tensor,
+    wk: Tensor | None,
+    weights_proj: Tensor,
+    out: tuple[Tensor, Tensor],
+    scratch: Tensor | None,
 ) -> dict[str, Any]:
     """Arguments of `project_indexer_kernel` by name, but for its tiling.
 

@@ -9,12 +9,15 @@ from fd_dsa.ops.arrays import CACHE_DTYPES, cache_format, check_array, check_sha
 from fd_dsa.ops.logits.tile_forms import why_not
 from fd_dsa.ops.providers import TENSOR_CORE, activation_dtypes, call, choose, device_kind
 from fd_dsa.step import ForwardMeta
+from fd_dsa.tensor import Array
 
 __all__ = ["indexer_logits"]
 _NAME = "indexer_logits"
 
 
-def indexer_logits(q: Any, weights: Any, cache: Any, step: ForwardMeta, out: Any = None) -> Any:
+def indexer_logits(
+    q: Array, weights: Array, cache: Array, step: ForwardMeta, out: Array | None = None
+) -> Any:
     """Scores of every token of a step against the keys of its own row, straight from the pages.
 
     out[t, s] = scale[s] * sum_h weights[t, h] * relu(q[t, h] . k[s])

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 
@@ -20,6 +19,7 @@ from fd_dsa.ops.gather import gather_index_blocks, gather_index_keys
 from fd_dsa.ops.host_gemm import batched
 from fd_dsa.ops.key_bounds import key_bounds
 from fd_dsa.step import ForwardMeta
+from fd_dsa.tensor import Array
 
 UNIT_KEYS = 256
 """Keys that are gathered and scored as one unit."""
@@ -97,7 +97,7 @@ def _scaled(scores: np.ndarray, scales: np.ndarray | None) -> np.ndarray:
 
 
 def score_gathered(
-    q: Any, weights: Any, cache: Any, key_slots: Any, scratch: Scratch | None = None
+    q: Array, weights: Array, cache: Array, key_slots: np.ndarray, scratch: Scratch | None = None
 ) -> np.ndarray:
     """Scores of every query against the keys at `key_slots`, in tiles of keys to bound memory.
 
@@ -127,7 +127,7 @@ def score_gathered(
 
 
 def score_paged(
-    q: Any, weights: Any, cache: Any, units: PagedUnits, scratch: Scratch | None = None
+    q: Array, weights: Array, cache: Array, units: PagedUnits, scratch: Scratch | None = None
 ) -> np.ndarray:
     """Scores of the queries of decode rows against their own pages.
 
@@ -166,7 +166,7 @@ def score_paged(
     return logits.reshape(units.num_rows, queries, units.width)
 
 
-def score_step(q: Any, weights: Any, cache: Any, step: ForwardMeta, logits: Any) -> None:
+def score_step(q: Array, weights: Array, cache: Array, step: ForwardMeta, logits: Array) -> None:
     """See `fd_dsa.ops.logits.indexer_logits`, with a result to write."""
     query, head_weights, blocks, out = map(as_numpy, (q, weights, cache, logits))
     if query.dtype == np.uint8:

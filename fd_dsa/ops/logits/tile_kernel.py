@@ -8,8 +8,6 @@ what is in a schedule that is made once a step (`tile_schedule.py`).
 
 from __future__ import annotations
 
-from typing import Any
-
 from fd_dsa.cache_formats import INDEX_WIDTH
 from fd_dsa.ops.arrays import allocator_beside
 from fd_dsa.ops.key_bounds import prompt_windows
@@ -17,6 +15,7 @@ from fd_dsa.ops.logits.tile_forms import BLOCK_SIZE, decode_form, padded_heads, 
 from fd_dsa.ops.logits.tile_schedule import TileSchedule
 from fd_dsa.ops.step_kernel import key_bounds, step_kernel
 from fd_dsa.step import ForwardMeta
+from fd_dsa.tensor import Tensor
 from fd_dsa.triton_runtime import start_next, wait_for_inputs
 from fd_dsa.triton_runtime.device_api import traits_for
 
@@ -245,12 +244,12 @@ def tile_kernel(
 
 
 def score_tiles(
-    q: Any,
-    weights: Any,
-    cache: Any,
+    q: Tensor,
+    weights: Tensor,
+    cache: Tensor,
     step: ForwardMeta,
     schedule: TileSchedule,
-    logits: Any,
+    logits: Tensor,
     *,
     first_token: int = 0,
     chunk: int = 0,
@@ -289,7 +288,9 @@ def score_tiles(
     )
 
 
-def score_step(q: Any, weights: Any, cache: Any, step: ForwardMeta, logits: Any) -> None:
+def score_step(
+    q: Tensor, weights: Tensor, cache: Tensor, step: ForwardMeta, logits: Tensor
+) -> None:
     """`score_tiles` with a schedule of its own."""
     num_tokens, heads, _ = q.shape
     form = prompt_form(heads) if step.num_prefill_tokens else decode_form(heads, 1)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from fd_dsa.device.allocation import Allocate
 from fd_dsa.ops.key_bounds import prompt_windows
 from fd_dsa.ops.logits.tile_forms import BLOCK_SIZE, TileForm
 from fd_dsa.ops.step_kernel import key_bounds, step_kernel
@@ -155,7 +156,7 @@ class TileSchedule:
 
     @classmethod
     def allocate(
-        cls, form: TileForm, max_tokens: int, max_chunks: int, num_programs: int, allocate: Any
+        cls, form: TileForm, max_tokens: int, max_chunks: int, num_programs: int, allocate: Allocate
     ) -> TileSchedule:
         """Buffers for steps of at most so many tokens, made by `(shape, dtype name) -> tensor`."""
         return cls(

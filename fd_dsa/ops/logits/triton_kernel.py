@@ -7,12 +7,11 @@ tokens of a prompt, on the tensor cores' FP8 path, can replace it without a chan
 
 from __future__ import annotations
 
-from typing import Any
-
 from fd_dsa.ops.arrays import cache_format
 from fd_dsa.ops.key_bounds import prompt_windows
 from fd_dsa.ops.step_kernel import blocks_of, e4m3_values, key_bounds, step_kernel, stored_values
 from fd_dsa.step import ForwardMeta
+from fd_dsa.tensor import Tensor
 from fd_dsa.triton_runtime import wait_for_inputs
 
 import triton.language as tl  # isort: skip
@@ -111,7 +110,12 @@ def logits_kernel(
 
 
 def score_pages(
-    q: Any, weights: Any, cache: Any, step: ForwardMeta, logits: Any, first_token: int = 0
+    q: Tensor,
+    weights: Tensor,
+    cache: Tensor,
+    step: ForwardMeta,
+    logits: Tensor,
+    first_token: int = 0,
 ) -> None:
     """Fill `logits` with the scores of consecutive tokens; see `fd_dsa.ops.indexer_logits`.
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from fd_dsa.cache_formats import LATENT_RECORD_BYTES, LATENT_WIDTH, ROPE_WIDTH
 from fd_dsa.errors import ShapeError
 from fd_dsa.ops.arrays import (
@@ -20,18 +22,19 @@ from fd_dsa.ops.arrays import (
     result,
 )
 from fd_dsa.ops.providers import activation_dtypes, call, choose, device_kind, function
+from fd_dsa.tensor import Array
 
 __all__ = ["dequantize", "sparse_mla"]
 
 
 def sparse_mla(
-    q: Any,
-    cache: Any,
-    slots: Any,
+    q: Array,
+    cache: Array,
+    slots: Array,
     *,
     softmax_scale: float,
     kv_lora_rank: int = LATENT_WIDTH,
-    out: Any = None,
+    out: Array | None = None,
 ) -> Any:
     """Attention of each token over the cache slots that its row names.
 
@@ -83,6 +86,7 @@ def sparse_mla(
         from fd_dsa.ops.mla.custom_op import choose_attention
         from fd_dsa.triton_runtime.device_api import traits_for
 
+        assert not isinstance(q, np.ndarray)
         capability = traits_for(q).capability
         choice = partial(choose_attention, kind, *sizes, capability, allocator_beside(q))
     if num_tokens and num_heads:
@@ -94,7 +98,7 @@ def sparse_mla(
     return out
 
 
-def dequantize(cache: Any, slots: Any, out: Any = None) -> Any:
+def dequantize(cache: Array, slots: Array, out: Array | None = None) -> Any:
     """Keys of a latent cache as float32, whatever it stores.
 
     Of an fp8_ds_mla record the first 512 values are float32(code) * scale, the last 64 its
@@ -129,7 +133,7 @@ def dequantize(cache: Any, slots: Any, out: Any = None) -> Any:
     return out
 
 
-def _check_cache(operator: str, cache: Any, width: int) -> None:
+def _check_cache(operator: str, cache: Array, width: int) -> None:
     """Refuse a cache whose rows are not keys of so many values."""
     check_dtype(operator, "cache", cache, CACHE_DTYPES)
     if cache_format(cache).is_fp8:

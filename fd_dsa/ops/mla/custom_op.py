@@ -23,6 +23,7 @@ from fd_dsa.ops.mla import tensor_core
 from fd_dsa.ops.mla.records import Dequantized
 from fd_dsa.ops.probes import Case
 from fd_dsa.ops.providers import CUSTOM_OP, TENSOR_CORE, Choice, choose
+from fd_dsa.tensor import Tensor
 
 MOST_HEADS = 32
 """Of the kernel for few heads over FP8 records."""
@@ -68,14 +69,14 @@ class CustomAttention(LibraryKernel):
 
     def __call__(
         self,
-        q: Any,
-        cache: Any,
-        slots: Any,
-        out: Any,
+        q: Tensor,
+        cache: Tensor,
+        slots: Tensor,
+        out: Tensor,
         *,
         softmax_scale: float,
         kv_lora_rank: int = LATENT_WIDTH,
-        lse: Any = None,
+        lse: Tensor | None = None,
         splits: int = 0,
         dequantized: Dequantized | None = None,
     ) -> None:
@@ -179,8 +180,11 @@ def choose_attention(
     return choose("sparse_mla", kind, conditions, lambda k: difference(own, k, allocate))
 
 
-def attend_slots(q: Any, cache: Any, *others: Any, **options: Any) -> None:
+def attend_slots(q: Tensor, cache: Tensor, *others: Any, **options: Any) -> None:
     """See `CustomAttention.__call__`; one thread at a time."""
     kind = kind_for(q.shape[1], cache_format(cache).is_fp8)
     assert kind is not None, f"no kernel takes {q.shape[1]} heads"
-    shared_kernel(kind, custom_ops.build().kernels)(q, cache, *others, **options)
+    kernels = custom_ops.build().kernels
+    # a class is hashable, which mypy does not see
+    kernel = shared_kernel(kind, kernels)  # type: ignore[arg-type]
+    kernel(q, cache, *others, **options)

@@ -10,6 +10,7 @@ from fd_dsa.ops.arrays import Scratch, as_numpy
 from fd_dsa.ops.fixed_order import fixed_order, row_sums, weighted_sum
 from fd_dsa.ops.gather import gather_latents
 from fd_dsa.ops.host_gemm import batched
+from fd_dsa.tensor import Array
 
 TILE_BYTES = 8 << 20
 """Memory of the latents that one pass gathers."""
@@ -49,7 +50,7 @@ def _softmax(scores: np.ndarray, mask: np.ndarray | None, sinks: np.ndarray | No
     scores /= total
 
 
-def _scaled(query: Any, factor: float) -> np.ndarray:
+def _scaled(query: Array, factor: float) -> np.ndarray:
     return as_numpy(query) if factor == 1.0 else as_numpy(query) * np.float32(factor)
 
 
@@ -79,9 +80,9 @@ class KeyLists:
 
 @_quiet
 def attend_gathered(
-    q: Any,
-    cache: Any,
-    indices: Any,
+    q: Array,
+    cache: Array,
+    indices: Array,
     *,
     softmax_scale: float,
     kv_lora_rank: int,
@@ -122,10 +123,10 @@ def attend_gathered(
 
 @_quiet
 def attend_dense(
-    q: Any,
-    cache: Any,
-    key_slots: Any,
-    mask: Any,
+    q: Array,
+    cache: Array,
+    key_slots: np.ndarray,
+    mask: np.ndarray,
     *,
     softmax_scale: float,
     kv_lora_rank: int,
@@ -167,13 +168,13 @@ def attend_dense(
     return out
 
 
-def attend_slots(q: Any, cache: Any, slots: Any, out: Any, **options: Any) -> None:
+def attend_slots(q: Array, cache: Array, slots: Array, out: Array, **options: Any) -> None:
     """See `fd_dsa.ops.mla.sparse_mla`, with a result to write; valid slots come first."""
     rows = as_numpy(cache)
     rows = rows.reshape(-1, rows.shape[-1])
     as_numpy(out)[...] = attend_gathered(q, rows, slots, **options)
 
 
-def dequantize(cache: Any, slots: Any, out: Any) -> None:
+def dequantize(cache: Array, slots: Array, out: Array) -> None:
     """See `fd_dsa.ops.mla.dequantize`, with a result to write."""
     gather_latents(as_numpy(cache), as_numpy(slots), as_numpy(out), Scratch())

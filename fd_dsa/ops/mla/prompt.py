@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from math import e, log2
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from fd_dsa.ops.arrays import cache_format, matmul
 from fd_dsa.ops.fp8_rows import places_of
@@ -12,6 +12,7 @@ from fd_dsa.ops.head_gemm import head_gemm
 from fd_dsa.ops.key_bounds import prompt_windows
 from fd_dsa.ops.mla.prompt_kernel import attend_prompts_kernel, gather_keys_kernel
 from fd_dsa.step import ForwardMeta
+from fd_dsa.tensor import Tensor
 
 import triton  # isort: skip
 
@@ -74,7 +75,13 @@ def fitting(nope: int, rope: int, values: int, shared_bytes: int) -> Iterator[Ti
 
 
 def gather_keys(
-    cache: Any, step: ForwardMeta, group: Group, index_topk: int, latents: Any, rope: Any, rows: int
+    cache: Tensor,
+    step: ForwardMeta,
+    group: Group,
+    index_topk: int,
+    latents: Tensor,
+    rope: Tensor,
+    rows: int,
 ) -> None:
     """Fill bfloat16 latents [num_keys, rank] and rope [num_keys, rope_dim] of a group; one launch.
 
@@ -97,7 +104,7 @@ def gather_keys(
     )
 
 
-def keys_and_values(latents: Any, k_b: Any, v_b: Any) -> tuple[Any, Any]:
+def keys_and_values(latents: Tensor, k_b: Tensor, v_b: Tensor) -> tuple[Tensor, Tensor]:
     """Those of every head: [num_keys, heads, width] of latents [num_keys, rank].
 
     Args:
@@ -109,14 +116,14 @@ def keys_and_values(latents: Any, k_b: Any, v_b: Any) -> tuple[Any, Any]:
 
 
 def attend_prompts(
-    q: Any,
-    cos_sin: Any,
-    keys: Any,
-    values: Any,
-    rope: Any,
+    q: Tensor,
+    cos_sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    rope: Tensor,
     step: ForwardMeta,
     group: Group,
-    out: Any,
+    out: Tensor,
     *,
     index_topk: int,
     softmax_scale: float,

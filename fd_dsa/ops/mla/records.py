@@ -20,6 +20,7 @@ from fd_dsa.cache_formats import (
 )
 from fd_dsa.ops.step_kernel import e4m3_values, step_kernel
 from fd_dsa.step import ForwardMeta
+from fd_dsa.tensor import Tensor
 
 import triton  # isort: skip
 import triton.language as tl  # isort: skip
@@ -143,12 +144,12 @@ class DequantizedRecords:
         max_rows: of a step; the kernel has one form up to there, and for more rows others.
     """
 
-    def __init__(self, memory: Any, keys_per_token: int, max_rows: int = 1) -> None:
+    def __init__(self, memory: Tensor, keys_per_token: int, max_rows: int = 1) -> None:
         self._memory, self._keys_per_token = memory, keys_per_token
         self._max_rows = max_rows
         self._layout = lru_cache(maxsize=_CACHED_LAYOUTS)(self._laid_out)
 
-    def fill(self, cache: Any, step: ForwardMeta) -> Dequantized | None:
+    def fill(self, cache: Tensor, step: ForwardMeta) -> Dequantized | None:
         """Dequantize the records of a step's prefill rows.
 
         Latents are float16(code / 256 * float16(256 * scale)), rounded once: the numbers that

@@ -17,6 +17,7 @@ from fd_dsa.ops.arrays import allocator_beside, cache_format
 from fd_dsa.ops.fixed_order import fixed_order, rows_of_tiles
 from fd_dsa.ops.mla.tensor_core_kernel import attend_kernel, combine_kernel
 from fd_dsa.ops.mla.tiles import RANK, ROPE
+from fd_dsa.tensor import Tensor
 
 MAX_SPLITS = 32
 _HOPPER = range(90, 100)
@@ -108,13 +109,13 @@ def num_splits(num_tokens: int, num_heads: int, topk: int, form: Form, rows: int
 
 
 def attend_on_tensor_cores(
-    q: Any,
-    cache: Any,
-    slots: Any,
-    out: Any,
+    q: Tensor,
+    cache: Tensor,
+    slots: Tensor,
+    out: Tensor,
     *,
     softmax_scale: float,
-    lse: Any = None,
+    lse: Tensor | None = None,
     partials: Partials | None = None,
     form: Form | None = None,
     splits: int | None = None,
@@ -192,7 +193,13 @@ def why_not(capability: int, dtype: str, cache_dtype: str, rank: int, rope: int)
 
 
 def attend_slots(
-    q: Any, cache: Any, slots: Any, out: Any, *, softmax_scale: float, kv_lora_rank: int = RANK
+    q: Tensor,
+    cache: Tensor,
+    slots: Tensor,
+    out: Tensor,
+    *,
+    softmax_scale: float,
+    kv_lora_rank: int = RANK,
 ) -> None:
     """`attend_on_tensor_cores` with memory for splits of its own."""
     partials = new_partials(q.shape[1], allocator_beside(q))

@@ -8,11 +8,11 @@ long selections between programs, can replace it without a change to callers.
 from __future__ import annotations
 
 from math import prod
-from typing import Any
 
 from fd_dsa.cache_formats import LATENT_WIDTH, ROPE_WIDTH, TILE_WIDTH
 from fd_dsa.ops.arrays import cache_format
 from fd_dsa.ops.step_kernel import e4m3_values, step_kernel, stored_values
+from fd_dsa.tensor import Tensor
 from fd_dsa.triton_runtime import wait_for_inputs
 
 import triton  # isort: skip
@@ -129,7 +129,7 @@ def sparse_mla_kernel(
 
 
 def attend_slots(
-    q: Any, cache: Any, slots: Any, out: Any, *, softmax_scale: float, kv_lora_rank: int
+    q: Tensor, cache: Tensor, slots: Tensor, out: Tensor, *, softmax_scale: float, kv_lora_rank: int
 ) -> None:
     """Fill `out` with the attention of each token over its slots; see `fd_dsa.ops.sparse_mla`.
 
@@ -184,7 +184,7 @@ def dequantize_kernel(
     tl.store(out, values, mask=(key < num_keys)[:, None] & (is_latent | is_rope))
 
 
-def dequantize(cache: Any, slots: Any, out: Any) -> None:
+def dequantize(cache: Tensor, slots: Tensor, out: Tensor) -> None:
     """See `fd_dsa.ops.mla.dequantize`, with a result to write."""
     num_keys, width = out.shape
     if num_keys == 0:

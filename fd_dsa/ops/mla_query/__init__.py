@@ -17,6 +17,7 @@ from fd_dsa.ops.arrays import (
 )
 from fd_dsa.ops.providers import activation_dtypes, serving
 from fd_dsa.ops.rotations import cos_sin_of, rotate_
+from fd_dsa.tensor import Array
 
 __all__ = ["prepare_mla_query"]
 
@@ -24,7 +25,11 @@ _NAME = "prepare_mla_query"
 
 
 def prepare_mla_query(
-    q_latent: Any, q_pe: Any, position_ids: Any, cos_sin_cache: Any, out: Any = None
+    q_latent: Array,
+    q_pe: Array,
+    position_ids: Array | None,
+    cos_sin_cache: Array,
+    out: Array | None = None,
 ) -> Any:
     """Queries as sparse MLA takes them; one launch on a device, which reads both parts once.
 
@@ -70,7 +75,11 @@ def prepare_mla_query(
 
 
 def prepare_on_host(
-    q_latent: Any, q_pe: Any, position_ids: Any, cos_sin_cache: Any, out: Any = None
+    q_latent: Array,
+    q_pe: Array,
+    position_ids: Array | None,
+    cos_sin_cache: Array,
+    out: Array | None = None,
 ) -> Any:
     """The same on a CPU, in NumPy."""
     if out is not None:

@@ -6,12 +6,11 @@ whatever the tokens they belong to; strides locate them in the inputs.
 
 from __future__ import annotations
 
-from typing import Any
-
 from fd_dsa.errors import ShapeError
 from fd_dsa.ops.arrays import outer_strides
 from fd_dsa.ops.step_kernel import step_kernel
 from fd_dsa.ops.triton_fp8 import load_pairs, rotated, store_pairs, stored
+from fd_dsa.tensor import Tensor
 from fd_dsa.triton_runtime import start_next, wait_for_inputs
 
 import triton  # isort: skip
@@ -74,8 +73,12 @@ def prepare_mla_query_kernel(
 
 
 def prepare_mla_query(
-    q_latent: Any, q_pe: Any, position_ids: Any, cos_sin_cache: Any, out: Any = None
-) -> Any:
+    q_latent: Tensor,
+    q_pe: Tensor,
+    position_ids: Tensor | None,
+    cos_sin_cache: Tensor,
+    out: Tensor | None = None,
+) -> Tensor:
     """See `fd_dsa.ops.mla_query.prepare_mla_query`."""
     num_tokens, num_heads, rank = q_latent.shape
     if out is None:
@@ -92,8 +95,8 @@ def prepare_mla_query(
 
 
 def kernel_arguments(
-    q_latent: Any, q_pe: Any, position_ids: Any, cos_sin_cache: Any, out: Any
-) -> dict[str, Any]:
+    q_latent: Tensor, q_pe: Tensor, position_ids: Tensor | None, cos_sin_cache: Tensor, out: Tensor
+) -> dict[str, object]:
     """Arguments of `prepare_mla_query_kernel` by name, but for BLOCK_ROWS; launch without fusion.
 
     Raises:

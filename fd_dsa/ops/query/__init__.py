@@ -23,6 +23,7 @@ from fd_dsa.ops.fp8 import absolute_maximum, decode_e4m3, index_scale, quantise
 from fd_dsa.ops.providers import activation_dtypes, device_kind, serving
 from fd_dsa.ops.rotations import cos_sin_of, rotate_
 from fd_dsa.ops.rotations import hadamard as hadamard_rotated
+from fd_dsa.tensor import Array
 
 __all__ = ["indexer_query"]
 
@@ -30,17 +31,17 @@ _NAME = "indexer_query"
 
 
 def indexer_query(
-    q: Any,
-    weights: Any,
-    position_ids: Any,
-    cos_sin_cache: Any,
+    q: Array,
+    weights: Array,
+    position_ids: Array | None,
+    cos_sin_cache: Array,
     *,
     rope_interleave: bool = False,
     quantized: bool = True,
     hadamard: bool = False,
     scale_fmt: str | None = "ue8m0",
     weights_scale: float = 1.0,
-    out: tuple[Any, Any] | None = None,
+    out: tuple[Array, Array] | None = None,
 ) -> tuple[Any, Any]:
     """Rotate the indexer's queries, quantise them, and fold their scales into the head weights.
 
@@ -96,7 +97,7 @@ def indexer_query(
         codes = ("float32", "uint8") if len(dtypes) == 1 else ("uint8", "float8_e4m3fn")
         check_array(_NAME, "out[0]", out[0], shape, codes if quantized else dtypes)
         check_array(_NAME, "out[1]", out[1], shape[:2], ("float32",))
-    return serving("indexer_query", q)(  # type: ignore[no-any-return]
+    return serving("indexer_query", q)(
         # NumPy's form works in the memory of the query
         as_numpy(q).copy() if device_kind(q) == "cpu" else q,
         weights,
@@ -112,17 +113,17 @@ def indexer_query(
 
 
 def prepare_on_host(
-    q: Any,
-    weights: Any,
-    position_ids: Any,
-    cos_sin_cache: Any,
+    q: Array,
+    weights: Array,
+    position_ids: Array | None,
+    cos_sin_cache: Array,
     *,
     rope_interleave: bool,
     quantized: bool,
     hadamard: bool = False,
     scale_fmt: str | None = "ue8m0",
     weights_scale: float = 1.0,
-    out: tuple[Any, Any] | None = None,
+    out: tuple[Array, Array] | None = None,
 ) -> tuple[Any, Any]:
     """The same on a CPU, in NumPy; `q` is overwritten, and without `out` values are returned."""
     query, head_weights = as_numpy(q), as_numpy(weights)

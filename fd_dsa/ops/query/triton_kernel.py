@@ -20,6 +20,7 @@ from fd_dsa.ops.triton_fp8 import (
     store_row_codes,
     widened,
 )
+from fd_dsa.tensor import Tensor
 from fd_dsa.triton_runtime import start_next, wait_for_inputs
 
 import triton.language as tl  # isort: skip
@@ -94,14 +95,20 @@ def prepare_query_kernel(
 
 
 def prepare_indexer_query(
-    q: Any, weights: Any, *others: Any, out: tuple[Any, Any], **how: Any
-) -> tuple[Any, Any]:
+    q: Tensor,
+    weights: Tensor,
+    position_ids: Tensor | None,
+    cos_sin_cache: Tensor,
+    *,
+    out: tuple[Tensor, Tensor],
+    **how: Any,
+) -> tuple[Tensor, Tensor]:
     """See `fd_dsa.ops.query.indexer_query`, with results to write."""
     num_rows = weights.shape[0] * weights.shape[1]
     if num_rows:
         block_rows, num_warps = configuration(num_rows)
         prepare_query_kernel[(-(-num_rows // block_rows),)](
-            **kernel_arguments(q, weights, *others, out, **how),
+            **kernel_arguments(q, weights, position_ids, cos_sin_cache, out, **how),
             BLOCK_ROWS=block_rows,
             num_warps=num_warps,
             enable_fp_fusion=False,
@@ -110,18 +117,18 @@ def prepare_indexer_query(
 
 
 def kernel_arguments(
-    q: Any,
-    weights: Any,
-    position_ids: Any,
-    cos_sin_cache: Any,
-    out: tuple[Any, Any],
+    q: Tensor,
+    weights: Tensor,
+    position_ids: Tensor | None,
+    cos_sin_cache: Tensor,
+    out: tuple[Tensor, Tensor],
     *,
     rope_interleave: bool,
     quantized: bool,
     hadamard: bool = False,
     scale_fmt: str | None = "ue8m0",
     weights_scale: float = 1.0,
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Arguments of `prepare_query_kernel` by name, but for BLOCK_ROWS; launch without fusion.
 
     Raises:

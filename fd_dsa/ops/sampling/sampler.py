@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +15,7 @@ from fd_dsa.ops.sampling.draw_kernels import draw_kernel
 from fd_dsa.ops.sampling.parameters import IN_PROMPT, RECORD, SlotParameters
 from fd_dsa.ops.sampling.scan_kernels import scan_kernel, settle_kernel
 from fd_dsa.ops.sampling.values import LEVELS, STATE
+from fd_dsa.tensor import Tensor
 
 import triton  # isort: skip
 
@@ -102,7 +102,7 @@ class DeviceSampler:
                 counts[np.array(prompt_token_ids, np.int64)] |= IN_PROMPT
             self._copy(self.counts, slot * size, counts)
 
-    def warm_up(self, padding: Any) -> None:
+    def warm_up(self, padding: Tensor) -> None:
         """Queue the launches of `max_rows` rows, which have forms of their own, on padding.
 
         Args:
@@ -121,12 +121,12 @@ class DeviceSampler:
 
     def sample(
         self,
-        logits: Any,
-        slots: Any,
-        positions: Any,
-        mask_rows: Any,
-        drafts: Any = None,
-        verified: tuple[Any, Any, int] | None = None,
+        logits: Tensor,
+        slots: Tensor,
+        positions: Tensor,
+        mask_rows: Tensor,
+        drafts: Tensor | None = None,
+        verified: tuple[Tensor, Tensor, int] | None = None,
     ) -> None:
         """Queue the launches that write `tokens` for the rows of a step.
 
@@ -192,7 +192,7 @@ class DeviceSampler:
             *lists, tokens, COUNTS=counts_here, **options | {"num_warps": 16, "maxnreg": 64},
         )  # fmt: skip
 
-    def _copy(self, target: Any, offset: int, values: npt.NDArray[np.int32]) -> None:
+    def _copy(self, target: Tensor, offset: int, values: np.ndarray) -> None:
         """Queue a copy to int32 values of a buffer, after the launches that read them so far."""
         staging, size = self._staging, len(values)
         staging.next_slab()[:size] = values

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from fd_dsa.errors import ShapeError
 from fd_dsa.ops.arrays import allocator_beside, as_numpy, check_array, check_values, result
 from fd_dsa.ops.providers import choose, device_kind, function
+from fd_dsa.tensor import Array
 
 __all__ = ["topk_indices"]
 _NAME = "topk_indices"
 
 
 def topk_indices(
-    logits: Any,
-    lengths: Any,
+    logits: Array,
+    lengths: Array,
     k: int,
     *,
-    batch_ids: Any = None,
-    block_tables: Any = None,
+    batch_ids: Array | None = None,
+    block_tables: Array | None = None,
     block_size: int | None = None,
     num_blocks: int | None = None,
-    out: Any = None,
+    out: Array | None = None,
 ) -> Any:
     """Positions of the k best columns of each row, or the cache slots that hold their keys.
 
@@ -86,6 +89,7 @@ def topk_indices(
             # the library's part is loaded only where there is a device
             from fd_dsa.ops.topk.custom_op import choose_topk
 
+            assert not isinstance(logits, np.ndarray)
             provider = choose_topk(kind, allocator_beside(logits)).provider
         select = function("topk", provider)
         select(logits, positions, batch_ids, block_tables, out, **places)

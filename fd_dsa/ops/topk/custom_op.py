@@ -18,6 +18,7 @@ from fd_dsa.ops.library_kernel import LibraryKernel, difference, shared_kernel, 
 from fd_dsa.ops.probes import Case, topk_case
 from fd_dsa.ops.providers import CUSTOM_OP, Choice, choose
 from fd_dsa.ops.topk import triton_kernel
+from fd_dsa.tensor import Tensor
 
 _TENSORS = ("position_ids", "batch_ids", "block_tables", "out")
 _WINDOWS = ("window_offsets", "key_starts", "seq_lens_encoder")
@@ -56,8 +57,8 @@ class SlotSelector(LibraryKernel):
 
     def __call__(
         self,
-        logits: Any,
-        *tensors: Any,
+        logits: Tensor,
+        *tensors: Tensor,
         block_size: int,
         num_blocks: int,
         windows: PromptWindows = NO_WINDOWS,
@@ -79,7 +80,7 @@ class SlotSelector(LibraryKernel):
         rows.block_size, rows.num_blocks = block_size, num_blocks
         self.launch()
 
-    def _take(self, tensors: tuple[Any, ...]) -> None:
+    def _take(self, tensors: tuple[Tensor, ...]) -> None:
         """Remember other tensors than those of the call before."""
         self._tensors = (None,) * len(tensors)
         slots, rows = tensors[3], self.job
@@ -107,6 +108,6 @@ def slot_selector(kind: str, allocate: Allocate) -> Callable[..., None]:
     return triton_kernel.select_slots
 
 
-def select_slots(*tensors: Any, **options: Any) -> None:
+def select_slots(*tensors: Tensor, **options: Any) -> None:
     """See `SlotSelector.__call__`; one thread at a time."""
     shared_kernel(SlotSelector, custom_ops.build().kernels)(*tensors, **options)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from fd_dsa.ops.arrays import as_numpy
+from fd_dsa.tensor import Array
 
 _SIGN = np.uint32(0x80000000)
 _LOW = np.uint64(0xFFFFFFFF)
@@ -23,7 +22,7 @@ def ordered_bits(scores: np.ndarray) -> np.ndarray:
     return np.where(bits & _SIGN, ~bits, bits | _SIGN)
 
 
-def select_positions(logits: Any, lengths: Any, k: int) -> np.ndarray:
+def select_positions(logits: Array, lengths: Array, k: int) -> np.ndarray:
     """Positions of the k best columns of each row, int32 [num_rows, k]; see `topk_indices`.
 
     Nothing is checked.
@@ -84,11 +83,11 @@ def positions_to_slots(
 
 
 def select_slots(
-    logits: Any,
-    position_ids: Any,
-    batch_id_per_token: Any,
-    block_tables: Any,
-    slots: Any,
+    logits: Array,
+    position_ids: Array,
+    batch_id_per_token: Array,
+    block_tables: Array,
+    slots: Array,
     *,
     block_size: int,
     num_blocks: int,

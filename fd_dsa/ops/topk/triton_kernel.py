@@ -7,10 +7,9 @@ of threads. A provider with fewer passes over the row can replace it without a c
 
 from __future__ import annotations
 
-from typing import Any
-
 from fd_dsa.ops.key_bounds import NO_WINDOWS, PromptWindows
 from fd_dsa.ops.step_kernel import blocks_of, key_bounds, step_kernel
+from fd_dsa.tensor import Tensor
 from fd_dsa.triton_runtime import wait_for_inputs
 
 import triton  # isort: skip
@@ -116,11 +115,11 @@ def topk_kernel(
 
 
 def select_slots(
-    logits: Any,
-    position_ids: Any,
-    batch_id_per_token: Any,
-    block_tables: Any,
-    slots: Any,
+    logits: Tensor,
+    position_ids: Tensor,
+    batch_id_per_token: Tensor,
+    block_tables: Tensor,
+    slots: Tensor,
     *,
     block_size: int,
     num_blocks: int,

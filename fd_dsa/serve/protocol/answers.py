@@ -1,8 +1,7 @@
-"""Answers of the OpenAI API: the types that their makers return, and their schemas.
+"""Answers of the OpenAI API: types of the dicts that the server sends.
 
-mypy compares the dicts that make an answer with these types, and the OpenAPI document has the
-schemas of the same types. Answers are dicts rather than models, since a stream has one for each
-token.
+mypy compares the dicts of an answer with these types, and the OpenAPI document has their schemas.
+Answers are dicts rather than models, because a stream makes one for each token.
 """
 
 from __future__ import annotations
@@ -22,11 +21,11 @@ from fd_dsa.engine.output import FinishReason
 
 @dataclass(frozen=True)
 class PackedAs:
-    """Annotation of a value that is JSON text already: the type whose schema it has."""
+    """Annotation of a value that is JSON text already: the type that gives its schema."""
 
     kind: Any
 
-    def __get_pydantic_core_schema__(self, _: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+    def __get_pydantic_core_schema__(self, _: object, handler: GetCoreSchemaHandler) -> CoreSchema:
         return handler.generate_schema(self.kind)
 
 
@@ -35,20 +34,20 @@ PackedTexts = Annotated[orjson.Fragment, PackedAs(list[str])]
 
 
 class PromptTokensDetails(TypedDict):
-    """Tokens of the prompts that earlier requests had computed."""
+    """Prompt tokens found in the prefix cache."""
 
     cached_tokens: int
 
 
 class CompletionTokensDetails(TypedDict):
-    """Drafts that were verified."""
+    """Number of accepted and rejected drafts."""
 
     accepted_prediction_tokens: int
     rejected_prediction_tokens: int
 
 
 class Usage(TypedDict):
-    """Token counts: each prompt once, all outputs."""
+    """Token counts. Each prompt counts once, every output counts."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -99,7 +98,7 @@ class AnswerHead(TypedDict):
 
 
 class ScoredToken(TypedDict):
-    """A token with the logarithm of its probability."""
+    """A token with its log-probability."""
 
     token: str
     logprob: float
@@ -107,7 +106,7 @@ class ScoredToken(TypedDict):
 
 
 class ChatToken(ScoredToken):
-    """A token of an answer, with the likeliest tokens at its place."""
+    """A token of an answer, with the most likely tokens at its position."""
 
     top_logprobs: list[ScoredToken]
 
@@ -123,7 +122,7 @@ class ChatLogprobs(TypedDict):
 
 
 class FunctionText(TypedDict):
-    """A called function, its arguments as JSON text."""
+    """A called function with its arguments as JSON text."""
 
     name: str
     arguments: str
@@ -224,7 +223,7 @@ class ChatCompletionChunk(AnswerHead, ChatChunkBody):
 
 
 class CompletionLogprobs(TypedDict):
-    """Scores of the tokens of a text, a column each."""
+    """Scores of the tokens of a text, as columns."""
 
     tokens: PackedTexts
     token_logprobs: Annotated[orjson.Fragment, PackedAs(list[float | None])]
@@ -233,7 +232,7 @@ class CompletionLogprobs(TypedDict):
 
 
 class CompletionEnd(TypedDict):
-    """End of a choice of a completion, with a null `finish_reason` before it."""
+    """End of a completion's choice. `finish_reason` is null before the end."""
 
     finish_reason: FinishReason | None
     stop_reason: NotRequired[str | int | None]

@@ -1,4 +1,4 @@
-"""Body of POST /v1/chat/completions: messages, tools, and whether the model must call them."""
+"""Body of POST /v1/chat/completions: messages, tools and the choice of tools."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ from fd_dsa.serve.protocol.generation import GenerationRequest
 from fd_dsa.serve.protocol.known_fields import REFUSED_IN_CHAT, REFUSED_IN_MESSAGES
 
 MAX_ARGUMENTS_CHARS = 1 << 20
-"""Of the arguments of one call in the history, as text."""
+"""Maximum length of the arguments of one call in the history, characters."""
 
 
-# type of a part of a content -> its field that has the text
+# type of a content part -> name of its text field
 _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 
 
-def _content(value: Any) -> str | list[dict[str, Any]] | None:
-    """Content as a text or as parts, all of them of type text with their further fields."""
+def _content(value: object) -> str | list[dict[str, Any]] | None:
+    """Return the content as a string or as text parts with their further fields."""
     if value is None or isinstance(value, str):
         return value
     if not isinstance(value, list) or not value:
@@ -63,10 +63,10 @@ def _content(value: Any) -> str | list[dict[str, Any]] | None:
     return parts
 
 
-def _arguments(value: Any) -> str:
-    """Arguments of a call as the text that they were answered as, which may be cut.
+def _arguments(value: object) -> str:
+    """Return the arguments of a call as text, which may be cut as in the earlier answer.
 
-    An object is accepted, as in other servers. An empty text and null are no arguments.
+    An object is accepted, as in other servers. An empty text and null mean no arguments.
     """
     if value is None:
         return ""
@@ -87,7 +87,7 @@ def _check_arguments(num_chars: int) -> None:
 
 
 def _thinking(value: Any) -> bool | None:
-    """The switch of the reasoning, as a bool or as the object of hosted APIs."""
+    """Return the reasoning switch from a bool or from the object of hosted APIs."""
     if value is None or isinstance(value, bool):
         return value
     kind = value.get("type") if isinstance(value, dict) else None
@@ -105,7 +105,7 @@ def _thinking(value: Any) -> bool | None:
     return bool(kind == "enabled")
 
 
-# the newer name of system
+# developer is the newer name of system
 _RoleField = Annotated[Role, AfterValidator(lambda role: "system" if role == "developer" else role)]
 _ContentField = Annotated[
     str | list[dict[str, Any]] | None,
@@ -138,7 +138,7 @@ class CallInHistory(Body):
 
 
 class ChatMessage(Body):
-    """One message; further fields, such as `name`, reach the chat template."""
+    """A message. Unknown fields, such as `name`, reach the chat template."""
 
     role: _RoleField
     content: _ContentField = Field(None, description="Needed, but in the assistant's messages.")
@@ -150,7 +150,10 @@ class ChatMessage(Body):
     tool_call_id: str | None = Field(None, description="The call that a tool's result is of.")
 
     def check(self, path: str) -> None:
-        """Raise ApiError 400 where fields do not go together; `path` is the message's own."""
+        """Raise ApiError 400 if fields contradict each other.
+
+        `path` is the path of the message.
+        """
         check_further_fields(self.model_extra or {}, REFUSED_IN_MESSAGES, f"{path}.")
         if self.role == "assistant":
             return
@@ -164,11 +167,11 @@ class ChatMessage(Body):
             what = "got null" if "content" in self.model_fields_set else "is missing"
             raise FieldError(
                 f"{path}.content: {what}; allowed is a string or a list of text parts, and "
-                "nothing only in a message of role assistant"
+                "null only in a message of role assistant"
             )
 
     def for_template(self) -> dict[str, Any]:
-        """The message as the chat template sees it, without refusal and with one reasoning."""
+        """Return the message for the template, without refusal and with one reasoning field."""
         fields = self.model_dump(exclude_none=True, exclude={"refusal", *REASONING})
         reasoning = next(filter(None, (getattr(self, name) for name in REASONING)), None)
         return {
@@ -179,16 +182,16 @@ class ChatMessage(Body):
 
 
 MAX_TOOLS = 1024
-"""Of a request."""
+"""Maximum number of tools in a request."""
 
-# tools that a message about them names
+# number of tool names in an error message
 _SHOWN_TOOLS = 8
-# the markup of all formats can hold such a name, and no other
+# names that the markup of every format can hold
 _NAME = re.compile(r'[^\s"<>{}]{1,128}')
 _MODES = ("none", "auto", "required")
 
 
-def _name(value: Any) -> str:
+def _name(value: object) -> str:
     if not isinstance(value, str) or not _NAME.fullmatch(value):
         raise refuse(
             f"got {show(value)}; allowed is a name of 1 to 128 characters without white space, "
@@ -205,8 +208,8 @@ class ToolChoice:
     name: str | None = None
 
 
-def _choice(value: Any) -> ToolChoice:
-    """`tool_choice` from a word or from an object that names a tool."""
+def _choice(value: object) -> ToolChoice:
+    """Parse `tool_choice` from a word or from an object that names a tool."""
     if isinstance(value, str) and value in _MODES:
         return ToolChoice(value)
     function = value.get("function") if isinstance(value, dict) else None
@@ -237,15 +240,15 @@ class FunctionDefinition(Body):
 
 
 class Tool(Body):
-    """A tool; functions are the only ones."""
+    """A tool. Only functions are supported."""
 
     type: Literal["function"]
     function: FunctionDefinition
 
 
 def check_tools(tools: Sequence[Tool], choice: ToolChoice) -> None:
-    """Raise ApiError 400 where tools and choice do not go together."""
-    # in their order, which a set would lose
+    """Raise ApiError 400 if tools and `tool_choice` contradict each other."""
+    # a dict keeps the order of the names
     names = dict[str, None]()
     for index, tool in enumerate(tools):
         name = tool.function.name
@@ -254,7 +257,7 @@ def check_tools(tools: Sequence[Tool], choice: ToolChoice) -> None:
             raise FieldError(f"{path}: got {show(name)} a second time")
         names[name] = None
     if choice.mode in ("required", "named") and not tools:
-        raise ApiError(400, "tool_choice: asks for a call, but there are no tools", param="tools")
+        raise ApiError(400, "tool_choice: requires a call, but there are no tools", param="tools")
     if choice.name is not None and choice.name not in names:
         shown, num_more = ", ".join(list(names)[:_SHOWN_TOOLS]), len(names) - _SHOWN_TOOLS
         more = f" and {num_more} more" if num_more > 0 else ""
@@ -281,7 +284,7 @@ class ChatCompletionRequest(GenerationRequest, json_schema_extra={"examples": [_
     max_completion_tokens: int | None = Field(None, description="Newer name of max_tokens.")
     logprobs: bool | None = Field(None, description="Score every token of the answer.")
     top_logprobs: int | None = Field(
-        None, description="Likeliest tokens scored beside each, 0 to 20; only with logprobs."
+        None, description="Most likely tokens scored for each, 0 to 20; only with logprobs."
     )
     tools: Annotated[list[Tool], at_most(MAX_TOOLS)] | None = Field(
         None, description="Functions that the model may call."
@@ -317,7 +320,7 @@ class ChatCompletionRequest(GenerationRequest, json_schema_extra={"examples": [_
         None, description="End the prompt with the start of an answer (default: true)."
     )
     continue_final_message: bool | None = Field(
-        None, description="Go on with the last message, the assistant's."
+        None, description="Continue the last message, which is the assistant's."
     )
 
     @property
@@ -327,12 +330,12 @@ class ChatCompletionRequest(GenerationRequest, json_schema_extra={"examples": [_
 
     @property
     def one_call(self) -> bool:
-        """Whether an answer has one call at most."""
+        """True if an answer has at most one call."""
         return self.parallel_tool_calls is False or self.choice.mode == "named"
 
     @property
     def template_variables(self) -> dict[str, Any]:
-        """`chat_template_kwargs`, and what the fields of the reasoning add, as in vLLM."""
+        """`chat_template_kwargs`, completed by the fields of the reasoning, as in vLLM."""
         variables = dict(self.chat_template_kwargs or {})
         effort = self.reasoning_effort
         switches = (
@@ -346,7 +349,7 @@ class ChatCompletionRequest(GenerationRequest, json_schema_extra={"examples": [_
         return variables if effort is None else {"reasoning_effort": effort, **variables}
 
     def check_supported(self) -> None:
-        """Raise ApiError 400 for fields that cannot be honoured, or not together."""
+        """Raise ApiError 400 for unsupported or contradictory fields."""
         super().check_supported()
         for index, message in enumerate(self.messages):
             message.check(f"messages[{index}]")
@@ -358,7 +361,7 @@ class ChatCompletionRequest(GenerationRequest, json_schema_extra={"examples": [_
         if self.continue_final_message and self.add_generation_prompt:
             raise FieldError(
                 "continue_final_message: true together with add_generation_prompt; an answer "
-                "either goes on with the last message or begins a new one"
+                "either continues the last message or begins a new one"
             )
         for name in self.chat_template_kwargs or {}:
             if name in RESERVED:
@@ -368,19 +371,19 @@ class ChatCompletionRequest(GenerationRequest, json_schema_extra={"examples": [_
                 )
 
     def score_fields(self) -> dict[str, int | None]:
-        """A flag and a number become one number.
+        """Convert the flag and the number of scores to the numbers of SamplingParams.
 
         Raises:
-            ApiError: 400, the number is out of range, or there without the flag.
+            ApiError: 400 if the number is out of range, or given without the flag.
         """
-        most = self.top_logprobs or 0
-        if not 0 <= most <= MAX_LOGPROBS:
-            raise FieldError(f"top_logprobs: got {most}; allowed is 0 to {MAX_LOGPROBS}")
-        if most and not self.logprobs:
+        count = self.top_logprobs or 0
+        if not 0 <= count <= MAX_LOGPROBS:
+            raise FieldError(f"top_logprobs: got {count}; allowed is 0 to {MAX_LOGPROBS}")
+        if count and not self.logprobs:
             raise FieldError(
-                f'top_logprobs: got {most} without logprobs; set "logprobs": true or leave it out'
+                f'top_logprobs: got {count} without logprobs; set "logprobs": true or leave it out'
             )
         return {
-            "logprobs": most if self.logprobs else None,
+            "logprobs": count if self.logprobs else None,
             "prompt_logprobs": self.prompt_logprobs,
         }

@@ -1,4 +1,4 @@
-"""Parts of the models of all bodies."""
+"""Base class of all bodies, and validators for their fields."""
 
 from __future__ import annotations
 
@@ -18,33 +18,33 @@ IDS: dict[str, Any] = {"type": "array", "items": {"type": "integer"}}
 
 
 MAX_FIELDS = 128
-"""Of an object that the API describes, unknown ones among them."""
+"""Maximum number of fields, known and unknown, of an object that the API describes."""
 
 MAX_ENTRIES = 4096
-"""Of every list of a request but those of prompts and token ids."""
+"""Maximum length of every list in a request, except prompts and token ids."""
 
 
 class Body(BaseModel):
-    """Base of all bodies: no conversion of types, no NaN, further fields kept for a check."""
+    """Base of all bodies: strict types, no NaN, unknown fields kept for a check."""
 
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
     refused_fields: ClassVar[Mapping[str, Refused]] = {}
 
     @model_validator(mode="before")
     @classmethod
-    def _has_few_fields(cls, value: Any) -> Any:
-        """Refuse an object of very many fields before any of them is read."""
+    def _has_few_fields(cls, value: object) -> Any:
+        """Refuse an object with too many fields before they are read."""
         if isinstance(value, dict) and len(value) > MAX_FIELDS:
             raise refuse(f"has {len(value)} fields; at most {MAX_FIELDS} are allowed")
         return value
 
     def check_supported(self) -> None:
-        """Raise ApiError 400 for fields that cannot be honoured, or not together."""
+        """Raise ApiError 400 for unsupported or contradictory fields."""
         check_further_fields(self.model_extra or {}, self.refused_fields)
 
     @property
     def unknown_fields(self) -> Sequence[str]:
-        """Names of fields that no table knows and that ask for something."""
+        """Names of the fields that have a value and are not known to any table."""
         return [
             name
             for name, value in (self.model_extra or {}).items()
@@ -53,18 +53,18 @@ class Body(BaseModel):
 
 
 def check_further_fields(
-    fields: Mapping[str, Any], refused: Mapping[str, Refused], path: str = ""
+    fields: Mapping[str, object], refused: Mapping[str, Refused], path: str = ""
 ) -> None:
-    """Raise ApiError 400 for a field whose value asks for something that this server lacks.
+    """Raise ApiError 400 for a field with a value that this server does not support.
 
     Args:
-        path: of the object that has the fields; ends with a dot, or is empty for the body.
+        path: path of the object with the fields. It ends with a dot, or is empty for the body.
     """
     for name, value in fields.items():
         rule = refused.get(name)
         if rule is None or value is None:
             continue
-        # false is not 0: `logprobs: 0` asks for something
+        # 1 == True and 0 == False in Python, but `logprobs: 0` is not `logprobs: false`
         is_bool = isinstance(value, bool)
         if any(isinstance(v, bool) == is_bool and v == value for v in rule.neutral):
             continue
@@ -75,16 +75,16 @@ def check_further_fields(
 
 
 def refuse(message: str) -> PydanticCustomError:
-    """An error of a validator; braces in the message are data, not placeholders."""
-    # a lone surrogate of a request has no UTF-8 form
+    """Make a validator's error. Braces in the message are data, not placeholders."""
+    # a lone surrogate from a request has no UTF-8 form
     text = message.encode("utf-8", "backslashreplace").decode()
     return PydanticCustomError(CUSTOM_ERROR, "{message}", {"message": text})
 
 
 def at_most(num_entries: int) -> BeforeValidator:
-    """A validator that refuses a longer list or object before its entries are read."""
+    """Return a validator that refuses a longer list or object before reading its entries."""
 
-    def check(value: Any) -> Any:
+    def check(value: object) -> Any:
         if isinstance(value, (list, dict)) and len(value) > num_entries:
             raise refuse(f"has {len(value)} entries; at most {num_entries} are allowed")
         return value
@@ -92,12 +92,12 @@ def at_most(num_entries: int) -> BeforeValidator:
     return BeforeValidator(check)
 
 
-def packed_json(value: Any) -> bytes:
-    """Write the shortest JSON text of a value, with null for NaN.
+def packed_json(value: object) -> bytes:
+    """Return the shortest JSON text of a value, with null for NaN.
 
     Returns:
-        The text; empty for half of a surrogate pair or a large integer, which only short bodies
-        have.
+        The text. It is empty for half of a surrogate pair or a large integer, which only short
+        bodies have.
     """
     try:
         return orjson.dumps(value)
@@ -105,6 +105,6 @@ def packed_json(value: Any) -> bytes:
         return b""
 
 
-def is_token_ids(value: Any) -> bool:
-    """True for a non-empty list of integers (a bool is none)."""
+def is_token_ids(value: object) -> bool:
+    """Return True for a non-empty list of integers (a bool is not an integer here)."""
     return isinstance(value, list) and bool(value) and all(type(t) is int for t in value)

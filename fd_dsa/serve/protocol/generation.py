@@ -1,4 +1,4 @@
-"""Fields that completions and chat completions share: model, stream, sampling."""
+"""Fields shared by completions and chat completions: model, stream, sampling."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from fd_dsa.serve.protocol.structured import StructuredFields
 _MAX_ID_DIGITS = 10
 
 
-def _stop(value: Any) -> list[str] | None:
+def _stop(value: object) -> list[str] | None:
     strings = [value] if isinstance(value, str) else value
     if not isinstance(strings, list) or not all(isinstance(s, str) and s for s in strings):
         raise refuse(f"got {show(value)}; allowed is a non-empty string or a list of them")
     return strings or None
 
 
-def _logit_bias(value: Any) -> dict[int, float]:
-    """Bias by token id; in JSON the ids are texts."""
+def _logit_bias(value: object) -> dict[int, float]:
+    """Parse the bias by token id. JSON has the ids as strings."""
     if not isinstance(value, dict):
         raise refuse(f"got {show(value)}; allowed is an object of token ids and numbers")
     for key, bias in value.items():
-        # more digits than any token id has would be slow to read
+        # parsing many digits is slow, and no token id has more
         if not (key.isascii() and key.isdecimal() and len(key) <= _MAX_ID_DIGITS):
             raise refuse(f"has the key {show(key)}; allowed are token ids, as texts")
         if isinstance(bias, bool) or not isinstance(bias, (int, float)):
@@ -55,7 +55,7 @@ _TokenIds = Annotated[list[int], at_most(MAX_ENTRIES)]
 
 
 class StreamOptions(Body):
-    """`stream_options`: which chunks carry the usage."""
+    """`stream_options`: the chunks that have a usage."""
 
     include_usage: bool | None = Field(None, description="A last chunk without choices.")
     continuous_usage_stats: bool | None = Field(
@@ -64,15 +64,17 @@ class StreamOptions(Body):
 
 
 class GenerationRequest(StructuredFields):
-    """Model, stream, sampling and structured output."""
+    """Fields for model, stream, sampling and structured output."""
 
     model: str | None = Field(None, description="A served name; the first one by default.")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: int | None = Field(None, description="Choices for each prompt, 1 to 128.")
     best_of: int | None = Field(None, description="1 or the same as n.")
-    max_tokens: int | None = Field(None, description="Most tokens to generate.")
-    min_tokens: int | None = Field(None, description="Nothing ends the output before.")
+    max_tokens: int | None = Field(None, description="Maximum number of tokens to generate.")
+    min_tokens: int | None = Field(
+        None, description="Minimum number of tokens before the output may end."
+    )
     temperature: float | None = Field(
         None, description="0 is greedy; left out: what generation_config.json says, or 1."
     )
@@ -90,21 +92,23 @@ class GenerationRequest(StructuredFields):
         None, description="Token id to what is added to its logit, -100 to 100."
     )
     bad_words: Annotated[list[str], at_most(MAX_BAD_WORDS)] | None = Field(
-        None, description="Texts that never come."
+        None, description="Texts that the output never contains."
     )
-    bad_words_token_ids: _TokenIds | None = Field(None, description="Tokens that never come.")
+    bad_words_token_ids: _TokenIds | None = Field(
+        None, description="Tokens that the output never contains."
+    )
     seed: int | None = None
     stop: _StopField | None = None
     stop_token_ids: _TokenIds | None = Field(None, description="Tokens that end the output.")
     include_stop_str_in_output: bool | None = Field(
         None, description="Keep the stop string, or the text of the stop token."
     )
-    ignore_eos: bool | None = Field(None, description="Go on after an end-of-sequence token.")
+    ignore_eos: bool | None = Field(None, description="Continue after an end-of-sequence token.")
     skip_special_tokens: bool | None = Field(
         None, description="Leave special tokens out of the text; true by default."
     )
     prompt_logprobs: int | None = Field(
-        None, description="Likeliest tokens scored at each position of the prompt, 0 to 20."
+        None, description="Most likely tokens scored at each position of the prompt, 0 to 20."
     )
     return_token_ids: bool | None = Field(
         None, description="Put prompt_token_ids and token_ids into the answer."
@@ -113,11 +117,11 @@ class GenerationRequest(StructuredFields):
         None, description="Share cached prefixes only with requests of the same salt."
     )
     speculative: bool | None = Field(
-        None, description="False: without drafts, where the server makes some; true by default."
+        None, description="false: no drafts; true (default): drafts if the server makes some."
     )
     return_topk_positions: bool | None = Field(
         None,
-        description="Return the positions that the indexer chose for the last token, by layer.",
+        description="Return the positions that the indexer selected for the last token, by layer.",
     )
 
     @property
@@ -126,12 +130,12 @@ class GenerationRequest(StructuredFields):
 
     @property
     def usage_in_each_chunk(self) -> bool:
-        """True if every chunk carries the usage so far."""
+        """True if every chunk has the usage so far."""
         options = self.stream_options
         return bool(options and options.include_usage and options.continuous_usage_stats)
 
     def check_supported(self) -> None:
-        """Raise ApiError 400 for fields that cannot be honoured, or not together."""
+        """Raise ApiError 400 for unsupported or contradictory fields."""
         super().check_supported()
         if self.stream_options is not None:
             if not self.stream:
@@ -152,10 +156,10 @@ class GenerationRequest(StructuredFields):
     def sampling_params(
         self, max_tokens: int, defaults: Mapping[str, float | int]
     ) -> SamplingParams:
-        """Sampling parameters of this request.
+        """Return the sampling parameters of this request.
 
         Raises:
-            ApiError: 400, a value is out of its range.
+            ApiError: 400 if a value is out of its range.
         """
         fields: dict[str, Any] = {name: getattr(self, name) for name in SAMPLING_FIELDS}
         fields.update(self.score_fields(), max_tokens=max_tokens)
@@ -172,7 +176,7 @@ class GenerationRequest(StructuredFields):
             raise request_error(error, (*SAMPLING_FIELDS, "logprobs")) from error
 
     def score_fields(self) -> dict[str, int | None]:
-        """`logprobs` and `prompt_logprobs` of SamplingParams."""
+        """Return `logprobs` and `prompt_logprobs` for SamplingParams."""
         raise NotImplementedError
 
 
@@ -181,4 +185,4 @@ SAMPLING_FIELDS = tuple(
     for field in dataclasses.fields(SamplingParams)
     if field.name in GenerationRequest.model_fields.keys() - StructuredFields.model_fields.keys()
 )
-"""Those with the same name and meaning in SamplingParams."""
+"""Fields with the same name and meaning in SamplingParams."""

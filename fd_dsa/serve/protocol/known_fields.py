@@ -1,8 +1,8 @@
-"""Fields of other servers that clients send, and what this server does with each of them.
+"""Fields of other servers that clients send, ignored or refused by this server.
 
-The models of the requests have the supported fields. A field of this module is either ignored,
-because no value of it can change an answer, or refused unless its value asks for nothing.
-docs/api.md lists both kinds. A field that is in neither is reported in the answer's header
+The models of the requests have the supported fields. A field of this module is ignored if no value
+of it can change an answer. Otherwise it is refused unless its value is neutral. docs/api.md lists
+both kinds. Other unknown fields are reported in the header `X-Ignored-Fields`.
 `X-Ignored-Fields`.
 
 Sources: the request models of vLLM, SGLang, FastDeploy, llama.cpp and Ollama, the `openai` package,
@@ -19,9 +19,9 @@ class Refused(NamedTuple):
     """A field that is refused.
 
     Attributes:
-        neutral: values that ask for nothing, in addition to null.
+        neutral: accepted values without effect, in addition to null.
         instead: supported field for the same purpose.
-        reason: why the field is refused and what to do, if more is to say.
+        reason: reason of the refusal and advice, if the default message is not enough.
     """
 
     neutral: tuple[Any, ...] = ()
@@ -289,13 +289,13 @@ REFUSED_IN_MESSAGES: Mapping[str, Refused] = {
     "partial": Refused((False,), "continue_final_message of the request"),
     "prefix": Refused((False,), "continue_final_message of the request"),
 }
-"""Further fields of a message reach the chat template."""
+"""Refused fields of a message. Other fields of a message reach the chat template."""
 
 IGNORED_STREAM_OPTIONS = frozenset(("include_obfuscation",))
-"""Fields of `stream_options` that change nothing: no padding hides the length of a text."""
+"""Fields of `stream_options` without effect: the server never pads texts."""
 
 IGNORED_STRUCTURED_OUTPUTS = frozenset(("disable_fallback", "_backend", "backend"))
-"""Fields of `structured_outputs` that name a library; there is one, without a fallback."""
+"""Fields of `structured_outputs` that select a library. This server has one library."""
 
 RESPONSE_FORMAT_FIELDS: Mapping[str, tuple[str, ...]] = {
     "text": (),
@@ -305,4 +305,7 @@ RESPONSE_FORMAT_FIELDS: Mapping[str, tuple[str, ...]] = {
 """Type of `response_format` -> its other fields."""
 
 JSON_SCHEMA_FIELDS = ("schema", "name", "description", "strict")
-"""Fields of `json_schema`. Each form is strict; a name and a description reach no model."""
+"""Fields of `json_schema`.
+
+Every schema is strict, and the model sees no name or description.
+"""

@@ -1,4 +1,4 @@
-"""Bodies of POST /v1/messages and /v1/messages/count_tokens: the Messages API of Anthropic."""
+"""Bodies of POST /v1/messages and /v1/messages/count_tokens of Anthropic's API."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _NO_CONTAINERS = "this server runs no tools itself and has no containers; leave 
 _STORES_NOTHING = "this server stores no messages; send the whole conversation as messages"
 
 REFUSED: Mapping[str, Refused] = {
-    "compaction": Refused(reason="this server compacts nothing; shorten the messages"),
+    "compaction": Refused(reason="this server does not compact; shorten the messages"),
     "container": Refused(reason=_NO_CONTAINERS),
     "diagnostics": Refused(reason=f"{_STORES_NOTHING}, without diagnostics"),
     "fallback_credit_token": Refused(reason="this server has no fallbacks; leave it out"),
@@ -34,7 +34,7 @@ REFUSED: Mapping[str, Refused] = {
     "mcp_servers": Refused(([],), reason="this server runs no tools itself; offer them as tools"),
     "speed": Refused(("standard",), reason="allowed is standard"),
     "thread": Refused(reason=_STORES_NOTHING),
-    # of chat completions
+    # fields of chat completions
     "best_of": Refused((1,), reason="a message has one answer; send several requests"),
     "logprobs": Refused((False,), reason="messages have no scores; use /v1/chat/completions"),
     "max_completion_tokens": Refused(instead="max_tokens"),
@@ -70,7 +70,7 @@ IGNORED = frozenset(
         "workspace_id",
     }
 )
-"""Fields that cannot change the answer of this server, or only leave its prompt longer."""
+"""Fields without effect on an answer, or whose effect is only a shorter prompt."""
 
 _EFFORTS = ("low", "medium", "high", "xhigh", "max")
 _MODES = {"auto": "auto", "any": "required", "none": "none"}
@@ -88,7 +88,7 @@ class CountTokensRequest(TranslatedRequest, json_schema_extra={"examples": [_EXA
     ignored_fields = IGNORED
 
     messages: Annotated[list[Any], Field(min_length=1), at_most(MAX_ENTRIES)] = Field(
-        description="Of role user, assistant or system; the answer goes on with a last message of "
+        description="Of role user, assistant or system; the answer continues a last message of "
         "the assistant."
     )
     system: _SystemField = Field(None, description="A text or a list of text blocks.")
@@ -105,7 +105,7 @@ class CountTokensRequest(TranslatedRequest, json_schema_extra={"examples": [_EXA
         None, description="effort, and format of type json_schema with a schema."
     )
     output_format: dict[str, Any] | None = Field(
-        None, description="Older place of output_config.format."
+        None, description="Older name of output_config.format."
     )
     stop_sequences: Annotated[list[str], at_most(MAX_STOP_STRINGS)] | None = Field(
         None, description="Texts that end the answer."
@@ -162,7 +162,7 @@ class CountTokensRequest(TranslatedRequest, json_schema_extra={"examples": [_EXA
         }
         forms = {path: value for path, value in places.items() if value is not None}
         if len(forms) > 1:
-            raise FieldError("output_format: given beside output_config.format; leave it out")
+            raise FieldError("output_format: given with output_config.format; leave it out")
         for path, value in forms.items():
             node = Node(value, path)
             node.kind(("json_schema",), "this server has no such form")
@@ -174,7 +174,7 @@ class CountTokensRequest(TranslatedRequest, json_schema_extra={"examples": [_EXA
             made.fields["response_format"] = form
 
     def _translate_thinking(self, made: Translation) -> None:
-        """Switch the reasoning; an extension that does so takes precedence."""
+        """Switch the reasoning, unless an extension field switches it already."""
         if self.thinking is None:
             return
         node = Node(self.thinking, "thinking")
@@ -196,5 +196,5 @@ class MessagesRequest(CountTokensRequest, json_schema_extra={"examples": [_MESSA
     """Body of POST /v1/messages."""
 
     max_tokens: int = Field(
-        ge=1, description="Most tokens to generate; the rest of the context, if that is less."
+        ge=1, description="Maximum number of tokens, limited by the rest of the context."
     )

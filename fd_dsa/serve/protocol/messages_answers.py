@@ -1,4 +1,4 @@
-"""Answers of the Messages API: a message, its blocks of content, and the events of its stream."""
+"""Answers of the Messages API: a message, its blocks, and the events of its stream."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class ThinkingTokens(TypedDict):
 
 
 class MessageUsage(TypedDict):
-    """Token counts of a message, without cached tokens in those of the input."""
+    """Token counts of a message. The input count excludes cached tokens."""
 
     input_tokens: int
     cache_creation_input_tokens: int
@@ -32,14 +32,14 @@ class MessageUsage(TypedDict):
 
 
 class TextBlock(TypedDict):
-    """A text."""
+    """A block with a text."""
 
     type: Literal["text"]
     text: str
 
 
 class ThinkingBlock(TypedDict):
-    """A reasoning."""
+    """A block with the reasoning."""
 
     type: Literal["thinking"]
     thinking: str
@@ -84,13 +84,13 @@ class MessageStartEvent(TypedDict):
 
 
 class PingEvent(TypedDict):
-    """Sign of life."""
+    """An event that keeps the connection alive."""
 
     type: Literal["ping"]
 
 
 class BlockStartEvent(TypedDict):
-    """A block of content that begins."""
+    """The start of a block of content."""
 
     type: Literal["content_block_start"]
     index: int
@@ -98,14 +98,14 @@ class BlockStartEvent(TypedDict):
 
 
 class TextDelta(TypedDict):
-    """More of a text."""
+    """An addition to a text."""
 
     type: Literal["text_delta"]
     text: str
 
 
 class ThinkingDelta(TypedDict):
-    """More of a reasoning."""
+    """An addition to the reasoning."""
 
     type: Literal["thinking_delta"]
     thinking: str
@@ -119,7 +119,7 @@ class SignatureDelta(TypedDict):
 
 
 class InputDelta(TypedDict):
-    """More of the input of a call, as JSON text."""
+    """An addition to the input of a call, as JSON text."""
 
     type: Literal["input_json_delta"]
     partial_json: str
@@ -129,7 +129,7 @@ BlockDelta = TextDelta | ThinkingDelta | SignatureDelta | InputDelta
 
 
 class BlockDeltaEvent(TypedDict):
-    """More of a block of content."""
+    """An addition to a block of content."""
 
     type: Literal["content_block_delta"]
     index: int
@@ -144,7 +144,7 @@ class BlockStopEvent(TypedDict):
 
 
 class MessageDeltaEvent(TypedDict):
-    """Reason of the end and token counts."""
+    """The stop reason and the token counts."""
 
     type: Literal["message_delta"]
     delta: Stop

@@ -1,9 +1,8 @@
-"""Messages of a Messages request, as messages of a chat completion."""
+"""Converts messages of a Messages request to messages of a chat completion."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from fd_dsa.serve.errors import FieldError, show
 from fd_dsa.serve.protocol.translation import Node, Translation, nodes
@@ -14,8 +13,8 @@ _OF_USER = ("text", "tool_result")
 _OF_ASSISTANT = ("text", "thinking", "redacted_thinking", "tool_use")
 
 
-def joined_texts(value: Any, path: str) -> str:
-    """The text of a content that is a text or a list of text blocks."""
+def joined_texts(value: object, path: str) -> str:
+    """Return the text of a content, which is a string or a list of text blocks."""
     if isinstance(value, str):
         return value
     if not isinstance(value, list):
@@ -27,7 +26,7 @@ def joined_texts(value: Any, path: str) -> str:
 
 
 def add_messages(made: Translation, messages: Sequence[Node]) -> None:
-    """Append the messages of a conversation, a tool's result as a message of its own."""
+    """Append the messages of a conversation. A tool's result becomes its own message."""
     for message in messages:
         role = message.fields.get("role")
         if role not in _ROLES:

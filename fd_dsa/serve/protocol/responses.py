@@ -1,4 +1,4 @@
-"""Body of POST /v1/responses: the Responses API of OpenAI, without what a server must store."""
+"""Body of POST /v1/responses: the Responses API of OpenAI, without storage."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ REFUSED: Mapping[str, Refused] = {
         (False,), reason="this server stores no responses; leave it out, and use stream"
     ),
     "background_options": Refused(({},), reason=_STORES_NOTHING),
-    "context_management": Refused(([],), reason="this server compacts nothing; shorten the input"),
+    "context_management": Refused(([],), reason="this server does not compact; shorten the input"),
     "conversation": Refused(reason=_STORES_NOTHING),
     "moderation": Refused(reason="this server has no moderation; leave it out"),
     "previous_response_id": Refused(reason=_STORES_NOTHING),
     "prompt": Refused(reason=_NO_PROMPTS),
-    # of chat completions
+    # fields of chat completions
     "best_of": Refused((1,), reason="a response has one answer; send several requests"),
     "functions": Refused(([],), "tools"),
     "function_call": Refused(instead="tool_choice"),
@@ -101,7 +101,7 @@ IGNORED = frozenset(
 )
 """Fields that cannot change the answer of this server."""
 
-# values of `include`; the first has an effect, the others are of tools that this server lacks
+# values of `include`; the first has an effect, the others belong to tools that this server lacks
 _LOGPROBS = "message.output_text.logprobs"
 _INCLUDED = (
     _LOGPROBS,
@@ -115,12 +115,12 @@ _INCLUDED = (
 )
 _CHOICES = ("none", "auto", "required")
 _FORMATS = ("text", "json_object", "json_schema")
-# as in the OpenAI API, which returns them too
+# the limits of the OpenAI API, whose answers repeat the metadata too
 _MAX_METADATA = 16
 _MAX_METADATA_CHARS = 512
 
 
-def _input(value: Any) -> str | list[Any]:
+def _input(value: object) -> str | list[Any]:
     if not isinstance(value, (str, list)) or not value:
         raise refuse(f"got {show(value)}; allowed is a text or a list of items, not empty")
     if isinstance(value, list) and len(value) > MAX_ENTRIES:
@@ -164,7 +164,7 @@ class ResponsesRequest(TranslatedRequest, json_schema_extra={"examples": [_EXAMP
     input: _InputField = Field(description="A text, or messages, calls, their results, reasoning.")
     instructions: str | None = Field(None, description="The first system message.")
     max_output_tokens: int | None = Field(
-        None, description="Most tokens to generate, the reasoning among them."
+        None, description="Maximum number of generated tokens, including the reasoning."
     )
     tools: Annotated[list[dict[str, Any]], at_most(MAX_TOOLS)] | None = Field(
         None, description="Functions that the model may call."
@@ -180,17 +180,17 @@ class ResponsesRequest(TranslatedRequest, json_schema_extra={"examples": [_EXAMP
         None, description="format: of type text, json_object, or json_schema with a schema."
     )
     include: Annotated[list[str], at_most(MAX_ENTRIES)] | None = Field(
-        None, description="message.output_text.logprobs adds scores; others add nothing here."
+        None, description="message.output_text.logprobs adds scores; other values have no effect."
     )
     top_logprobs: int | None = Field(
-        None, description="Likeliest tokens scored beside each of the text, 0 to 20."
+        None, description="Most likely tokens scored for each token of the text, 0 to 20."
     )
     metadata: _MetadataField | None = Field(None, description="Texts that the response repeats.")
     truncation: Literal["auto", "disabled"] | None = Field(
-        None, description="Nothing is dropped: an input that is too long is a 400."
+        None, description="No effect: an input that is too long is a 400."
     )
-    store: bool | None = Field(None, description="Without effect: nothing is stored.")
-    max_tool_calls: int | None = Field(None, description="Of tools of the server, which has none.")
+    store: bool | None = Field(None, description="No effect: the server stores no responses.")
+    max_tool_calls: int | None = Field(None, description="No effect: the server has no tools.")
     prompt_cache_key: str | None = None
     safety_identifier: str | None = None
     service_tier: str | None = None
@@ -200,7 +200,7 @@ class ResponsesRequest(TranslatedRequest, json_schema_extra={"examples": [_EXAMP
 
     @property
     def repeated(self) -> dict[str, orjson.Fragment]:
-        """The fields that the response repeats as they came, as JSON."""
+        """The fields that the response repeats unchanged, as JSON."""
         return self._repeated
 
     def translate(self, made: Translation) -> None:
@@ -231,7 +231,7 @@ class ResponsesRequest(TranslatedRequest, json_schema_extra={"examples": [_EXAMP
         self._translate_tools(made)
 
     def _translate_options(self, made: Translation) -> None:
-        """Reasoning, form and scores."""
+        """Translate reasoning, form and scores."""
         options = Node(self.reasoning or {}, "reasoning").fields
         check_further_fields(options, REFUSED_IN["reasoning"], "reasoning.")
         made.fields["reasoning_effort"] = options.get("effort")
@@ -276,7 +276,7 @@ class ResponsesRequest(TranslatedRequest, json_schema_extra={"examples": [_EXAMP
                 made.add_tool(node.path, "parameters", kept)
         if allowed is not None and not allowed <= names:
             unknown = min(allowed - names)
-            raise FieldError(f"tool_choice.tools: got {show(unknown)}, which is none of the tools")
+            raise FieldError(f"tool_choice.tools: got {show(unknown)}, which is not in tools")
         made.fields["tool_choice"] = choice
 
 
@@ -288,10 +288,13 @@ _REPEATED = (
 _NOT_NULL = ("metadata", "text", "tool_choice", "tools")
 
 
-def _packed(name: str, value: Any) -> orjson.Fragment:
-    """A value of a request as JSON; escapes keep half of a surrogate pair encodable."""
+def _packed(name: str, value: object) -> orjson.Fragment:
+    """Return a value of a request as JSON.
+
+    Escapes keep half of a surrogate pair encodable.
+    """
     packed = packed_json(value)
-    # only a short body can have a NaN, which is null there, and a number has few more digits
+    # only a short body can have NaN (null in `packed`), and its JSON is at most this long
     if len(packed) > 8 * LENIENT_BYTES:
         return orjson.Fragment(packed)
     try:
@@ -304,7 +307,7 @@ _FUNCTION_FIELDS = ("name", "description", "parameters", "strict", "output_schem
 
 
 def _allowed_names(choice: Node) -> set[str]:
-    """Names of the functions in `tool_choice` of type allowed_tools."""
+    """Return the names of the functions in a `tool_choice` of type allowed_tools."""
     names = set()
     for node in nodes(choice.fields.get("tools"), choice.of("tools")):
         node.kind(("function",), "this server runs no tools itself")
@@ -313,7 +316,7 @@ def _allowed_names(choice: Node) -> set[str]:
 
 
 def _format(node: Node) -> dict[str, Any]:
-    """The `response_format` of a chat completion."""
+    """Return the `response_format` of a chat completion."""
     kind = node.kind(_FORMATS, "this server has no such form")
     if kind != "json_schema":
         return {"type": kind}

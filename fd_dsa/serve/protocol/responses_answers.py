@@ -14,7 +14,7 @@ ItemStatus = Literal["in_progress", "completed", "incomplete"]
 
 
 class InputTokensDetails(TypedDict):
-    """Tokens of the input that earlier requests had computed."""
+    """Input tokens found in the prefix cache."""
 
     cached_tokens: int
     cache_write_tokens: int
@@ -46,7 +46,7 @@ class TextPart(TypedDict):
 
 
 class ReasoningPart(TypedDict):
-    """The text of a reasoning."""
+    """The text of the reasoning."""
 
     type: Literal["reasoning_text"]
     text: str
@@ -74,7 +74,7 @@ class MessageItem(TypedDict):
 
 
 class ReasoningItem(TypedDict):
-    """A reasoning."""
+    """The reasoning before a message or a call."""
 
     id: str
     type: Literal["reasoning"]
@@ -101,14 +101,14 @@ class IncompleteDetails(TypedDict):
 
 
 class ResponseReasoning(TypedDict):
-    """The effort that the request asked for."""
+    """The reasoning effort of the request."""
 
     effort: str | None
     summary: None
 
 
 class ResponseObject(TypedDict):
-    """Response, which repeats fields of its request."""
+    """A response, which repeats fields of its request."""
 
     id: str
     object: Literal["response"]
@@ -147,7 +147,7 @@ class _Event(TypedDict):
 
 
 class ResponseEvent(_Event):
-    """The response at its beginning or at its end."""
+    """An event with the response, at its beginning or end."""
 
     type: Literal[
         "response.created",
@@ -160,7 +160,7 @@ class ResponseEvent(_Event):
 
 
 class ItemEvent(_Event):
-    """An item at its beginning or at its end."""
+    """An event with an item, at its beginning or end."""
 
     type: Literal["response.output_item.added", "response.output_item.done"]
     output_index: int
@@ -173,7 +173,7 @@ class _ItemPlace(_Event):
 
 
 class PartEvent(_ItemPlace):
-    """A part of an item at its beginning or at its end."""
+    """An event with a part of an item, at its beginning or end."""
 
     type: Literal["response.content_part.added", "response.content_part.done"]
     content_index: int
@@ -181,7 +181,7 @@ class PartEvent(_ItemPlace):
 
 
 class TextDeltaEvent(_ItemPlace):
-    """More text of a message."""
+    """An addition to the text of a message."""
 
     type: Literal["response.output_text.delta"]
     content_index: int
@@ -199,7 +199,7 @@ class TextDoneEvent(_ItemPlace):
 
 
 class ReasoningDeltaEvent(_ItemPlace):
-    """More text of a reasoning."""
+    """An addition to the reasoning."""
 
     type: Literal["response.reasoning_text.delta"]
     content_index: int
@@ -207,7 +207,7 @@ class ReasoningDeltaEvent(_ItemPlace):
 
 
 class ReasoningDoneEvent(_ItemPlace):
-    """The whole text of a reasoning."""
+    """The whole text of the reasoning."""
 
     type: Literal["response.reasoning_text.done"]
     content_index: int
@@ -215,7 +215,7 @@ class ReasoningDoneEvent(_ItemPlace):
 
 
 class ArgumentsDeltaEvent(_ItemPlace):
-    """More of the arguments of a call."""
+    """An addition to the arguments of a call."""
 
     type: Literal["response.function_call_arguments.delta"]
     delta: str

@@ -1,4 +1,4 @@
-"""Items of a Responses request, as messages of a chat completion."""
+"""Converts items of a Responses request to messages of a chat completion."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _READS_TEXT = "this server reads text only"
 def add_items(made: Translation, items: Sequence[Node]) -> None:
     """Append the messages of a conversation.
 
-    A message of the assistant has what its items have together: reasoning, then content and calls.
+    Consecutive items of the assistant become one message: reasoning, then content and calls.
     """
     turn: dict[str, Any] | None = None
     texts = list[str]()
@@ -44,8 +44,8 @@ def add_items(made: Translation, items: Sequence[Node]) -> None:
     _ended(turn, texts)
 
 
-def _ended(turn: dict[str, Any] | None, texts: list[str]) -> None:
-    """Write the content of the assistant's message, once, and empty `texts` for the next one."""
+def _ended(turn: dict[str, object] | None, texts: list[str]) -> None:
+    """Write the content of the assistant's message, if any, and clear `texts`."""
     if turn is not None:
         turn["content"] = "".join(texts)
     texts.clear()
@@ -57,14 +57,14 @@ def _kind(item: Node) -> str:
             f"{item.of('type')}: got a reference to an item; this server stores none; send the "
             "item itself"
         )
-    return item.kind(_ITEMS, "this server runs no tools itself and stores nothing", "message")
+    return item.kind(_ITEMS, "this server runs no tools and stores no responses", "message")
 
 
-def _begins_message(turn: dict[str, Any], has_text: bool, kind: str) -> bool:
-    """Return True if an item of the assistant is the beginning of another of its messages.
+def _begins_message(turn: dict[str, object], has_text: bool, kind: str) -> bool:
+    """Return True if an item of the assistant begins another message.
 
     Args:
-        has_text: the message has a text already.
+        has_text: True if the current message has a text.
     """
     has_calls = "tool_calls" in turn
     if kind == "reasoning":
@@ -86,7 +86,7 @@ def _add_other(made: Translation, item: Node, kind: str) -> None:
 
 
 def _texts(item: Node, name: str, kinds: Sequence[str]) -> list[str]:
-    """The texts of a field that is one, or a list of parts of these types."""
+    """Return the texts of a field, which is a string or a list of parts of these types."""
     value = item.fields.get(name)
     if isinstance(value, str):
         return [value]
@@ -102,7 +102,7 @@ def _texts(item: Node, name: str, kinds: Sequence[str]) -> list[str]:
 
 
 def _reasoning(item: Node) -> str:
-    """The text of a reasoning item: its content, else its summary; empty for an encrypted one."""
+    """Return the content of a reasoning item, otherwise its summary, "" if encrypted."""
     for name, kind in (("content", "reasoning_text"), ("summary", "summary_text")):
         parts = nodes(item.fields.get(name) or [], item.of(name))
         for part in parts:

@@ -1,4 +1,4 @@
-"""The fields of a request that give its output a form."""
+"""The fields of a request that constrain the form of its output."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ _FORMS = tuple(_GUIDED.values())
 
 
 def _response_format(value: Any) -> dict[str, Any] | None:
-    """The form that `response_format` asks for, in the notation of any server.
+    """Return the form of `response_format`, in the notation of any server.
 
-    OpenAI, vLLM and SGLang have a schema in `json_schema.schema`, llama.cpp and hosted APIs have
-    it in `schema`, of type json_object or json_schema.
+    OpenAI, vLLM and SGLang put the schema into `json_schema.schema`. llama.cpp and hosted APIs put
+    it into `schema`, with type json_object or json_schema.
     """
     kind = value.get("type") if isinstance(value, dict) else None
     if not isinstance(kind, str) or kind not in RESPONSE_FORMAT_FIELDS:
@@ -55,14 +55,14 @@ def _response_format(value: Any) -> dict[str, Any] | None:
     return {"json": schema}
 
 
-def _check_names(value: dict[str, Any], allowed: Sequence[str], what: str) -> None:
-    """Refuse a field that asks for something in an object whose fields are all known."""
+def _check_names(value: dict[str, object], allowed: Sequence[str], what: str) -> None:
+    """Refuse an unknown field with a value."""
     for name, field in value.items():
         if field is not None and name not in allowed:
             raise refuse(f"{what}has the field {show(name)}; allowed are {', '.join(allowed)}")
 
 
-def _structured_outputs(value: Any) -> dict[str, Any]:
+def _structured_outputs(value: object) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise refuse(f"got {show(value)}; allowed is an object with one of {', '.join(_FORMS)}")
     asked = {
@@ -72,11 +72,11 @@ def _structured_outputs(value: Any) -> dict[str, Any]:
     }
     _check_names(asked, _FORMS, "")
     if not asked:
-        raise refuse(f"asks for nothing; give one of {', '.join(_FORMS)}")
+        raise refuse(f"has no form; give one of {', '.join(_FORMS)}")
     return asked
 
 
-def _json_schema(value: Any) -> dict[str, Any] | str:
+def _json_schema(value: object) -> dict[str, Any] | str:
     if isinstance(value, (dict, str)):
         return value
     raise refuse(f"got {show(value)}; allowed is a JSON schema, an object or its text")
@@ -122,7 +122,7 @@ _StructuredOutputs = Annotated[
 
 
 class StructuredFields(Body):
-    """Forms of an output, at most one; a refusal names the field of the form."""
+    """Forms of an output, of which a request may have one. A refusal names the field."""
 
     response_format: _ResponseFormat | None = Field(
         None, description="Of type text, json_object, or with a schema json_schema."
@@ -139,10 +139,10 @@ class StructuredFields(Body):
     guided_grammar: str | None = Field(None, description="A grammar in Lark's notation or GBNF.")
 
     def structured_params(self) -> StructuredOutputsParams | None:
-        """The form of the output, None for any text.
+        """Return the form of the output, or None for any text.
 
         Raises:
-            ApiError: 400, there are two of them, or one is of another type or too large.
+            ApiError: 400 for two forms, or a form with a wrong type or size.
         """
         forms = {
             "response_format": self.response_format,
@@ -156,7 +156,7 @@ class StructuredFields(Body):
             return None
         if len(asked) > 1:
             first, second, *_ = asked
-            raise FieldError(f"{second}: given beside {first}; an answer has one form")
+            raise FieldError(f"{second}: given with {first}; an answer has one form")
         ((name, form),) = asked.items()
         try:
             return StructuredOutputsParams(**form, source=name)

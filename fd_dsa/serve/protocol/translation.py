@@ -1,4 +1,4 @@
-"""Requests of other APIs, as requests for a chat completion."""
+"""Translates requests of other APIs to requests for a chat completion."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from fd_dsa.serve.protocol.chat import ChatCompletionRequest
 from fd_dsa.serve.protocol.fields import MAX_ENTRIES, MAX_FIELDS, Body
 from fd_dsa.serve.protocol.known_fields import REFUSED_IN_CHAT, Refused
 
-# fields that every request here has as a chat completion has them
+# fields with the same name and meaning in every API
 _SAME = ("model", "stream", "temperature", "top_p")
-# fields of a chat completion that belong to its own form, or that translations write
+# fields of a chat completion that other APIs express differently
 _OF_CHAT = frozenset(
     {
         *("messages", "add_generation_prompt", "continue_final_message"),
@@ -28,11 +28,11 @@ _OF_CHAT = frozenset(
     }
 )
 EXTENSIONS = frozenset(ChatCompletionRequest.model_fields) - _OF_CHAT - set(_SAME)
-"""Fields of a chat completion that other APIs take too, under the same names."""
+"""Fields of a chat completion that other APIs accept under the same names."""
 
 
 def refused_beside(own: Mapping[str, Refused], ignored: Collection[str]) -> dict[str, Refused]:
-    """The refused fields of an API: its own, those of chat, and those that chat refuses.
+    """Return the refused fields of an API: its own, chat's own, and those refused in chat.
 
     Args:
         ignored: names that the API ignores.
@@ -43,9 +43,9 @@ def refused_beside(own: Mapping[str, Refused], ignored: Collection[str]) -> dict
 
 
 class Node:
-    """An object of a request and its path, for translations that read it field by field."""
+    """An object of a request with its path, read field by field by a translation."""
 
-    def __init__(self, value: Any, path: str) -> None:
+    def __init__(self, value: object, path: str) -> None:
         if not isinstance(value, dict):
             raise FieldError(f"{path}: got {show(value)}; allowed is an object")
         if len(value) > MAX_FIELDS:
@@ -54,11 +54,11 @@ class Node:
         self.path = path
 
     def of(self, name: str) -> str:
-        """Path of a field."""
+        """Return the path of a field."""
         return f"{self.path}.{name}"
 
     def text(self, name: str, default: str | None = None) -> str:
-        """A field that is a text; without a default the field is required."""
+        """Return a field that must be a string. Without a default the field is required."""
         value = self.fields.get(name, default)
         if value is None and name not in self.fields:
             raise FieldError(f"{self.of(name)}: is missing; the field is required")
@@ -67,17 +67,17 @@ class Node:
         return value
 
     def flag(self, name: str) -> bool:
-        """A field that is true or false; false by default."""
+        """Return a field that must be true or false. Absent means false."""
         value = self.fields.get(name)
         if value is not None and not isinstance(value, bool):
             raise FieldError(f"{self.of(name)}: got {show(value)}; allowed is true or false")
         return bool(value)
 
     def kind(self, allowed: Collection[str], what: str, default: str | None = None) -> str:
-        """The field `type`.
+        """Return the field `type`.
 
         Args:
-            what: reason of a refusal.
+            what: reason for a refusal.
         """
         value = self.fields.get("type", default)
         if value not in allowed:
@@ -86,8 +86,8 @@ class Node:
         return str(value)
 
 
-def nodes(value: Any, path: str) -> list[Node]:
-    """The objects of a list."""
+def nodes(value: object, path: str) -> list[Node]:
+    """Return the objects of a list."""
     if not isinstance(value, list):
         raise FieldError(f"{path}: got {show(value)}; allowed is a list of objects")
     if len(value) > MAX_ENTRIES:
@@ -97,24 +97,24 @@ def nodes(value: Any, path: str) -> list[Node]:
 
 @dataclass
 class Translation:
-    """The body of a chat completion while it is made.
+    """The body of a chat completion under construction.
 
     Attributes:
         fields: fields of the chat completion.
-        paths: path in the chat completion -> path in the request that it was made from.
+        paths: path in the chat completion -> path in the original request.
     """
 
     fields: dict[str, Any] = field(default_factory=lambda: {"messages": []})
     paths: dict[str, str] = field(default_factory=dict)
 
-    def add_message(self, role: str, path: str, **fields: Any) -> dict[str, Any]:
-        """Append a message that was made from what is at `path`."""
+    def add_message(self, role: str, path: str, **fields: object) -> dict[str, Any]:
+        """Append a message that was made from the object at `path`."""
         messages: list[dict[str, Any]] = self.fields["messages"]
         self.paths[f"messages[{len(messages)}]"] = path
         messages.append({"role": role, **fields})
         return messages[-1]
 
-    def add_call(self, path: str, call_id: str, name: str, arguments: Any) -> None:
+    def add_call(self, path: str, call_id: str, name: str, arguments: object) -> None:
         """Append a call to the last message."""
         calls = self.fields["messages"][-1].setdefault("tool_calls", [])
         index = len(self.fields["messages"]) - 1
@@ -122,11 +122,11 @@ class Translation:
         function = {"name": name, "arguments": arguments}
         calls.append({"id": call_id, "type": "function", "function": function})
 
-    def add_tool(self, path: str, parameters: str, function: dict[str, Any]) -> None:
+    def add_tool(self, path: str, parameters: str, function: dict[str, object]) -> None:
         """Append a function.
 
         Args:
-            parameters: name that the request has for the schema of its arguments.
+            parameters: the request's field name for the schema of the arguments.
         """
         tools: list[dict[str, Any]] = self.fields.setdefault("tools", [])
         chat_path = f"tools[{len(tools)}].function"
@@ -134,7 +134,7 @@ class Translation:
         tools.append({"type": "function", "function": function})
 
     def renamed(self, error: ApiError) -> ApiError:
-        """An error of the chat completion, under the names of the request."""
+        """Return an error of the chat completion with the field names of the request."""
         param = error.param or ""
         begins = [p for p in self.paths if param.startswith(p) and param[len(p) :][:1] in "[."]
         if not begins:
@@ -147,7 +147,7 @@ class Translation:
 
 
 class TranslatedRequest(Body):
-    """A request of another API; `chat` is the same request for a chat completion."""
+    """A request of another API. `chat` is the equivalent chat completion."""
 
     ignored_fields: ClassVar[frozenset[str]]
 
@@ -173,14 +173,14 @@ class TranslatedRequest(Body):
 
     @abstractmethod
     def translate(self, made: Translation) -> None:
-        """Write the fields of the chat completion, in which extensions are already.
+        """Write the fields of the chat completion. Extensions are written already.
 
         Raises:
-            ApiError: 400, a field is wrong or cannot be honoured.
+            ApiError: 400 for an invalid or unsupported field.
         """
 
     def check_supported(self) -> None:
-        """Translate the request; raises ApiError 400 for what cannot be honoured."""
+        """Translate the request. Raises ApiError 400 for unsupported fields."""
         super().check_supported()
         extra = self.model_extra or {}
         made = self._translation
@@ -196,7 +196,7 @@ class TranslatedRequest(Body):
 
     @contextlib.contextmanager
     def own_names(self) -> Iterator[None]:
-        """Errors of the chat completion name the fields of this request."""
+        """Rename the fields in errors of the chat completion to the fields of this request."""
         try:
             yield
         except ApiError as error:

@@ -180,7 +180,7 @@ def test_another_template_and_another_tokenizer_are_told(
     assert "WARNING: the server counts +300 to +600 tokens" in capsys.readouterr().out
     with reading(tokens=lambda n: None) as server:
         run(server, tmp_path / "c", *FEW, "--tasks", "passkey")
-    assert "does not say how many tokens" in capsys.readouterr().out
+    assert "reports no prompt tokens" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@
 // Among how many blocks the launcher splits a token, with room for `clusters` / n clusters of n.
 extern "C" int sparse_mla_splits(int num_tokens, int topk, int clusters) {
   fd_dsa::narrow::Room room = {};
-  for (int n = 1; n <= fd_dsa::narrow::kMostSplits; ++n) room[n] = clusters / n;
+  for (int n = 1; n <= fd_dsa::narrow::kMaxSplits; ++n) room[n] = clusters / n;
   return fd_dsa::narrow::splits_for(num_tokens, topk, room);
 }
 
@@ -24,7 +24,7 @@ extern "C" int sparse_mla_wide_in_two(const FdDsaSparseMla* job, int tokens, int
 // [first tokens, splits, other tokens, splits] of a launch, with room for `blocks` blocks at once.
 extern "C" void sparse_mla_wide_plan(int num_tokens, int groups, int topk, int blocks, int* found) {
   fd_dsa::wide::Room room = {};
-  for (int n = 1; n <= fd_dsa::wide::kMostSplits; ++n) room[n] = blocks / n;
+  for (int n = 1; n <= fd_dsa::wide::kMaxSplits; ++n) room[n] = blocks / n;
   const auto [first, rest] = fd_dsa::wide::plan_for(num_tokens, groups, topk, room);
   for (int x : {first.tokens, first.splits, rest.tokens, rest.splits}) *found++ = x;
 }

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fd_dsa.accuracy.embedded import OneSequence
+from fd_dsa.accuracy.embedded import SingleSequenceRunner
 from fd_dsa.accuracy.perplexity import token_losses
-from tests.accuracy.selection.test_tap import (
+from tests.accuracy.selection.test_topk_hook import (
     CASES,
     FP8,
     TOKENS,
@@ -44,6 +44,6 @@ def test_losses_are_those_of_the_cpu(rig: Rig) -> None:
     found = []
     for device in ("cpu", f"{rig.place.get_device_type()}:0"):
         model = tiny_model(fields, device=device)
-        sequence = OneSequence(runner_for(model, "float32", device))
+        sequence = SingleSequenceRunner(runner_for(model, "float32", device))
         found.append(token_losses(sequence, tokens))
     np.testing.assert_allclose(found[1], found[0], rtol=0, atol=1e-3)

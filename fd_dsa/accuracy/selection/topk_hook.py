@@ -1,8 +1,8 @@
-"""A backend that replaces the runner's own and records what the layers ask of it.
+"""An attention backend that records the inputs and selections of every layer.
 
-The layers call their backend with all that decides a selection: queries, weights and keys of the
-indexer, absorbed queries of the attention, selections. So a subclass sees all of it, and the engine
-needs no change to be watched.
+Layers pass everything that decides a selection to their backend: queries, weights and keys of the
+indexer, absorbed queries of attention, and selections. So a subclass can record them without a
+change of the engine.
 """
 
 from __future__ import annotations
@@ -10,26 +10,31 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fd_dsa.attention import DSAAttentionBackend, DSABackendConfig
 from fd_dsa.cache_formats import CacheLayout
-from fd_dsa.ops.arrays import Scratch, on_device
+from fd_dsa.ops.arrays import Scratch, as_numpy, on_device
 from fd_dsa.ops.fp8 import decode_e4m3
 from fd_dsa.ops.gather import gather_index_keys, gather_latents
+from fd_dsa.tensor import Array
+
+if TYPE_CHECKING:
+    from fd_dsa.runner.model_runner import ModelRunner
 
 
 @dataclass
 class LayerTrace:
-    """What a layer did for the watched tokens of one sequence, by position.
+    """Recorded values of one layer for the watched tokens of a sequence, by position.
 
     Attributes:
-        queries: float32 [num_heads, kv_lora_rank + qk_rope_head_dim]; absorbed.
-        selected: int64 [n], ascending; positions that the token attended to.
-        index_queries: float32 [index_n_heads, index_head_dim]; empty in a layer that shares the
-            selection of another, as are its `index_weights`, float32 [index_n_heads].
+        queries: float32 [num_heads, kv_lora_rank + qk_rope_head_dim], absorbed.
+        selected: int64 [n], ascending positions that the token attended to.
+        index_queries: float32 [index_n_heads, index_head_dim].
+        index_weights: float32 [index_n_heads]. Both are empty in a layer that shares the selection
+            of another layer.
     """
 
     queries: dict[int, np.ndarray] = field(default_factory=dict)
@@ -39,10 +44,10 @@ class LayerTrace:
 
 
 class RecordingBackend(DSAAttentionBackend):
-    """Serves as a DSAAttentionBackend does, and keeps what it saw of the watched tokens.
+    """A DSAAttentionBackend that also records values of the watched tokens.
 
-    A step holds one row, as those of OneSequence do. Reading a device back waits for it: this is
-    for looking, not for timing.
+    A step must have one row, as in SingleSequenceRunner. Reading values back waits for the device,
+    so steps are not suitable for timing.
     """
 
     def __init__(self, config: DSABackendConfig, device: str = "cpu") -> None:
@@ -52,11 +57,11 @@ class RecordingBackend(DSAAttentionBackend):
         self._seen: tuple[Any, list[tuple[int, int]], np.ndarray] | None = None
 
     def watch(self, positions: Sequence[int]) -> None:
-        """Forget what was seen, and record these positions from now on."""
+        """Clear the records, and record these positions from now on."""
         self.watched = frozenset(map(int, positions))
         self.layers = {}
 
-    def select(self, q: Any, weights: Any, layer_id: int, forward_meta: Any) -> Any:
+    def select(self, q: Array, weights: Array, layer_id: int, forward_meta: Any) -> Any:
         selection = super().select(q, weights, layer_id, forward_meta)
         trace = self.layers.setdefault(layer_id, LayerTrace())
         for token, position in self._tokens(forward_meta)[0]:
@@ -66,7 +71,7 @@ class RecordingBackend(DSAAttentionBackend):
             trace.index_weights[position] = host_copy(weights[token])
         return selection
 
-    def attend(self, q: Any, selection: Any, layer_id: int, forward_meta: Any) -> Any:
+    def attend(self, q: Array, selection: Array, layer_id: int, forward_meta: Any) -> Any:
         out = super().attend(q, selection, layer_id, forward_meta)
         trace = self.layers.setdefault(layer_id, LayerTrace())
         tokens, position_of_block = self._tokens(forward_meta)
@@ -78,7 +83,9 @@ class RecordingBackend(DSAAttentionBackend):
         return out
 
     def _tokens(self, forward_meta: Any) -> tuple[list[tuple[int, int]], np.ndarray]:
-        """(flat token, position) of the watched tokens of a step, first position of each block."""
+        """Return (flat token, position) of a step's watched tokens, and each block's first
+        position.
+        """
         if self._seen is None or self._seen[0] is not forward_meta:
             step = self.current_step(forward_meta)
             tables = host_copy(step.block_tables)
@@ -95,9 +102,9 @@ class RecordingBackend(DSAAttentionBackend):
 
 @contextmanager
 def recording(
-    runner: Any, device: str, backend: type[RecordingBackend] = RecordingBackend
+    runner: ModelRunner, device: str, backend: type[RecordingBackend] = RecordingBackend
 ) -> Iterator[RecordingBackend]:
-    """Replace the runner's backend with a recording one, for as long as the context lasts."""
+    """Replace the runner's backend with a recording one for the duration of the context."""
     own = runner.attn_backends[0]
     watching = backend(own.config, device)
     runner.attn_backends[0] = watching
@@ -107,30 +114,38 @@ def recording(
         runner.attn_backends[0] = own
 
 
-def read_latents(cache: Any, slots: np.ndarray, layout: CacheLayout) -> np.ndarray:
-    """float32 [n, kv_lora_rank + qk_rope_head_dim]: what the layers read at these int64 slots."""
+def read_latents(cache: Array, slots: np.ndarray, layout: CacheLayout) -> np.ndarray:
+    """Return the latents that layers read, float32 [n, kv_lora_rank + qk_rope_head_dim].
+
+    Args:
+        slots: int64 [n].
+    """
     out = np.empty((len(slots), layout.kv_lora_rank + layout.qk_rope_head_dim), np.float32)
     rows = _stored(cache).reshape(-1, layout.latent_row)
     gather_latents(rows, slots, out, Scratch())
     return out
 
 
-def read_index_keys(cache: Any, slots: np.ndarray, layout: CacheLayout) -> np.ndarray:
-    """float32 [n, index_head_dim]: index keys at these slots, their scales multiplied in."""
+def read_index_keys(cache: Array, slots: np.ndarray, layout: CacheLayout) -> np.ndarray:
+    """Return index keys multiplied with their scales, float32 [n, index_head_dim].
+
+    Args:
+        slots: int64 [n].
+    """
     out = np.empty((len(slots), layout.index_head_dim), np.float32)
     scales = gather_index_keys(_stored(cache), slots, out, Scratch())
     return out if scales is None else out * scales[:, None]
 
 
-def host_copy(array: Any) -> np.ndarray:
-    """A NumPy copy of an array or of a tensor on any device."""
+def host_copy(array: Array) -> np.ndarray:
+    """Return a NumPy copy of an array, or of a tensor on any device."""
     if isinstance(array, np.ndarray):
         return array.copy()
-    return np.array(array.numpy()) if on_device(array) else np.from_dlpack(array).copy()
+    return np.array(array.numpy()) if on_device(array) else as_numpy(array).copy()
 
 
-def _stored(cache: Any) -> np.ndarray:
-    """The memory of a cache with the dtype that the CPU's readers know it by."""
+def _stored(cache: Array) -> np.ndarray:
+    """Return the memory of a cache with the dtype that the CPU readers expect."""
     array = host_copy(cache)
-    # a device's bfloat16 arrives as its bits, unsigned
+    # bfloat16 of a device arrives as uint16
     return array.view(np.int16) if array.dtype == np.uint16 else array

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fd_dsa.accuracy.embedded import OneSequence
+from fd_dsa.accuracy.embedded import SingleSequenceRunner
 from fd_dsa.accuracy.selection.measure import exactness, index_scores
-from fd_dsa.accuracy.selection.tap import (
+from fd_dsa.accuracy.selection.topk_hook import (
     RecordingBackend,
     host_copy,
     read_index_keys,
@@ -53,7 +53,7 @@ class Watching(RecordingBackend):
         self.outputs: dict[tuple[int, int], np.ndarray] = {}
 
 
-def run_all(sequence: OneSequence, tokens: list[int]) -> list[np.ndarray]:
+def run_all(sequence: SingleSequenceRunner, tokens: list[int]) -> list[np.ndarray]:
     """Two chunks and two decoded tokens: hidden states of all."""
     sequence.length = 0
     half, end = len(tokens) // 2, len(tokens) - 2
@@ -64,10 +64,10 @@ def run_all(sequence: OneSequence, tokens: list[int]) -> list[np.ndarray]:
 
 def recorded(
     fields: dict[str, Any], kv_cache_dtype: str, device: str = "cpu", num_tokens: int = 40
-) -> tuple[OneSequence, Watching, list[np.ndarray]]:
+) -> tuple[SingleSequenceRunner, Watching, list[np.ndarray]]:
     """A tiny model's run, watched."""
     model = tiny_model(fields, device=device)
-    sequence = OneSequence(runner_for(model, kv_cache_dtype, device))
+    sequence = SingleSequenceRunner(runner_for(model, kv_cache_dtype, device))
     # not the order of their ids: a slot is no position
     sequence.block_table = sequence.block_table[::-1].copy()
     with recording(sequence.runner, device, Watching) as backend:
@@ -83,7 +83,7 @@ def runner_for(model: Any, kv_cache_dtype: str, device: str) -> ModelRunner:
     return ModelRunner(model, batch, layout, 4, device)
 
 
-def check(sequence: OneSequence, backend: Watching) -> None:
+def check(sequence: SingleSequenceRunner, backend: Watching) -> None:
     """Selections and outputs of the watched tokens against the oracles."""
     size, config = backend.block_size, backend.config
     positions = np.arange(sequence.length)
