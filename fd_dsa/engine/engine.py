@@ -44,8 +44,8 @@ class LLMEngine:
         seed: seed of requests that have none.
         sampling_defaults: defaults of SamplingParams that the model proposes to callers. The engine
             does not apply them.
-        async_scheduling: True if a step is enqueued before the host has the tokens of the step
-            before, if the device samples and no draft depends on them.
+        async_scheduling: True if a step may be enqueued before the host has the tokens of the step
+            before. It needs sampling on the device, and drafts that do not depend on them.
         speculator: decides on drafts; None = no drafts.
 
     Attributes:

@@ -63,7 +63,7 @@ class PromptLookup(Drafter):
     def propose(
         self, batch: ScheduledBatch, counts: Mapping[Request, int]
     ) -> dict[Request, Drafts]:
-        """Return drafts of requests that have got a token; see `Drafter.propose`."""
+        """Return drafts of requests that have got a token, as `Drafter.propose` does."""
         proposals = {}
         for request, count in counts.items():
             # requests whose drafts do not pay list their new tokens later

@@ -30,12 +30,12 @@ class Scheduler:
     Rules:
         - Decoding requests come first, with one token each. Prefill fills the rest of the token
           budget. Decoding requests always fit, because each took part in the step before.
-        - With a target for the inter-token latency, a step with decoding requests takes only as
-          many prefill tokens as the measured step times allow, but at least the smallest chunk.
-          A step without decoding requests takes all that fit.
+        - With a target for the inter-token latency, measured step times limit the prefill tokens of
+          a step with decoding requests. It takes at least the smallest chunk. A step without
+          decoding requests takes all that fit.
         - A request is admitted when a row is free and the blocks of all its known tokens are free
-          or cached, with one spare block for each running request. Admission is strictly in order
-          of arrival, so every running request has arrived before every waiting one.
+          or cached. One spare block for each running request must be left. Admission is strictly in
+          order of arrival, so every running request has arrived before every waiting one.
         - A request whose grammar is being compiled in another thread is not admitted, and requests
           after it are not admitted either. Running requests go on.
         - A request whose mask is late is not scheduled until it has the mask.

@@ -8,7 +8,7 @@
     attention backend             caches, metadata, slots           layers
     model                         logits, hidden_states             sampler, MTP layer
 
-On a device the values of a step travel through one of three page-locked slabs, so a step may be
+On a device the values of a step travel through one of three page-locked slabs. So a step may be
 staged while the one before runs (`fd_dsa.runner.device_step`, `fd_dsa.device.staging`).
 """
 

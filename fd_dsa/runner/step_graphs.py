@@ -8,7 +8,7 @@ the device.
 
 The graph of a step contains everything but the copy of its inputs, to addresses that never change.
 Sampling is a graph of its own. It is enqueued with the graph of the step, or later if a row needs a
-mask that the host makes from the tokens of the step before. Drafts after the first one of each
+mask that depends on the tokens of the step before. Drafts after the first one of each
 request are graphs of their own too.
 """
 
