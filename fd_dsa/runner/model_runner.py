@@ -183,7 +183,9 @@ class ModelRunner:
         step.attn_backend.init_attention_metadata(step)
 
     def run_padded(self, key: GraphKey) -> Step:
-        """Run the step that `stage` has copied, with the sizes of a graph; may be captured.
+        """Run the step that `stage` has copied, with the sizes of a graph.
+
+        The work may be captured.
 
         Returns:
             The step with its logits and hidden states.
