@@ -230,8 +230,8 @@ def v4() -> dict[str, float]:
 def all_reduce() -> dict[str, float]:
     """Bytes, and rows of DeepSeek-V3.2, from which the all-reduce has two stages."""
     source = (ROOT / "custom_ops/csrc/all_reduce.cu").read_text("utf-8")
-    least = re.search(r"kBytesOfStage = (\d+) << 10", source)
-    assert least is not None, "all_reduce.cu: no kBytesOfStage"
+    least = re.search(r"kMinSavedBytes = (\d+) << 10", source)
+    assert least is not None, "all_reduce.cu: no kMinSavedBytes"
     found = {}
     for ranks in (4, 8):
         # one stage sends ranks - 1 times the rows, two send 2 (ranks - 1) / ranks times

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Mapping
 from math import prod
-from typing import Any
 
 import numpy as np
 
@@ -18,6 +17,7 @@ from fd_dsa.models.weights import halves_of_heads
 from fd_dsa.ops.cache_write.paddle_impl import bfloat16_bits
 from fd_dsa.ops.device_matrix import DeviceMatrix, DeviceNorm
 from fd_dsa.ops.fill_kernels import fill_constant, fill_random
+from fd_dsa.tensor import Tensor
 
 logger = logging.getLogger(__name__)
 # dtype of held weights -> its name in the safetensors format
@@ -53,11 +53,11 @@ class DeviceWeights:
         self._round_scales = round_scales
         self._upload: Upload | None = None
 
-    def bias(self, parts: Mapping[str, int]) -> Any:
+    def bias(self, parts: Mapping[str, int]) -> Tensor:
         """Return a `vector` in the dtype of activations."""
         return self.vector(parts, self._dtype)
 
-    def vector(self, parts: Mapping[str, int], dtype: str = "float32") -> Any:
+    def vector(self, parts: Mapping[str, int], dtype: str = "float32") -> Tensor:
         """Return vectors end to end, in any dtype."""
         vector, start = self._allocate((sum(parts.values()),), dtype), 0
         for name, length in parts.items():
@@ -71,7 +71,7 @@ class DeviceWeights:
         rounds = self._round_scales if _layer_of(name) in self._fp8_layers else None
         return DeviceNorm(self.vector({name: width}), epsilon, rounds)
 
-    def table(self, name: str, rows: int, width: int) -> tuple[Any, DeviceMatrix]:
+    def table(self, name: str, rows: int, width: int) -> tuple[Tensor, DeviceMatrix]:
         """Return the embedding [rows, width], and its memory as the weight of a head."""
         values = self._allocate((rows, width), self._dtype)
         self._fills(name, values, 0, rows * width)
@@ -94,7 +94,7 @@ class DeviceWeights:
 
     def columns(
         self, in_width: int, parts: Mapping[str, int], factors: Mapping[str, float]
-    ) -> tuple[Any, ...]:
+    ) -> tuple[Tensor, ...]:
         """Return the parts of a weight as [in, out] each, times their factors."""
         made = []
         for name, width in parts.items():
@@ -140,7 +140,7 @@ class DeviceWeights:
             self._fills_rows(name, down if part == "down" else gate_up, first, rows, matrix=i)
         return gate_up, down
 
-    def constant(self, make: Callable[[], np.ndarray]) -> Any:
+    def constant(self, make: Callable[[], np.ndarray]) -> Tensor:
         """Return a table of float32 that is computed and not loaded."""
         array = make()
         target = self._allocate(array.shape, "float32")
@@ -203,7 +203,7 @@ class DeviceWeights:
     def _fills(
         self,
         name: str,
-        target: Any,
+        target: Tensor,
         start: int,
         count: int,
         factor: float = 1.0,
@@ -226,7 +226,7 @@ class DeviceWeights:
         self.loaders[name] = load
 
     def _draw(
-        self, source: RandomTensor, target: Any, start: int, count: int, factor: float = 1.0
+        self, source: RandomTensor, target: Tensor, start: int, count: int, factor: float = 1.0
     ) -> None:
         """Fill values with random numbers of a source."""
         if source.constant is not None:
@@ -234,12 +234,12 @@ class DeviceWeights:
         else:
             fill_random(target, start, count, source.seed, source.deviation * factor)
 
-    def _put(self, target: Any, start: int, array: np.ndarray) -> None:
+    def _put(self, target: Tensor, start: int, array: np.ndarray) -> None:
         """Convert float32 values to the dtype of the target and copy them."""
         is_narrow = str(target.dtype).endswith("bfloat16")
         self._copy(target, start, bfloat16_bits(array) if is_narrow else array)
 
-    def _copy(self, target: Any, start: int, array: np.ndarray) -> None:
+    def _copy(self, target: Tensor, start: int, array: np.ndarray) -> None:
         """Enqueue a copy of values in the dtype of the target."""
         if self._upload is None:
             self._upload = Upload(target)

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
 from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.weights_protocol import Weights
 from fd_dsa.ops.host_gemm import HostMatrix, times_of_spans
+from fd_dsa.ops.linear import values_of
+from fd_dsa.tensor import Array, Tensor
+
+if TYPE_CHECKING:
+    from fd_dsa.ops.device_matrix import Normed
 
 EXPERT_BYTES = 1 << 30
 """Max bytes of one activation of the selected experts. A longer step is split."""
+Activations: TypeAlias = "np.ndarray | Tensor | Normed"
+"""Input of an MLP: on a device also in the form of a norm that quantises."""
 _Span: TypeAlias = tuple[tuple[HostMatrix, HostMatrix], int, int]
 """Weights of an expert, its first row and the end of its rows."""
 # max values of gate and up of experts that run together, so that they stay in a core's cache
@@ -32,7 +39,7 @@ class DeepseekMLP:
     def __init__(self, weights: Weights, prefix: str, hidden_size: int, width: int) -> None:
         self.gate_up_proj, self.down_proj = gated(weights, prefix, hidden_size, width)
 
-    def forward(self, x: Any, forward_meta: Any = None) -> Any:
+    def forward(self, x: Activations, forward_meta: Any = None) -> Any:
         """Return the output [num_tokens, hidden_size] of an input of the same shape."""
         return self.down_proj.times(self.down_proj.activated(self.gate_up_proj.times(x)))
 
@@ -111,18 +118,18 @@ class DeepseekMoE:
         # on a device one stack of all experts
         self.experts = weights.experts(f"{prefix}experts.", count, hidden, width)
 
-    def forward(self, x: Any, forward_meta: Any = None) -> Any:
+    def forward(self, x: Activations, forward_meta: Any = None) -> Array:
         """Return the output [num_tokens, hidden_size] of an input of the same shape.
 
         On a device padded tokens have no routed experts.
         """
         out = self.shared_experts.forward(x)
-        if isinstance(self.experts, list):
+        if isinstance(x, np.ndarray):
             out += routed(x, *self.gate.forward(x), self.experts, HostMatrix.activated)
             return out
         return self._routed_on_device(x, out, forward_meta.slot_mapping)
 
-    def _routed_on_device(self, x: Any, shared: Any, slot_mapping: Any) -> Any:
+    def _routed_on_device(self, x: Tensor | Normed, shared: Tensor, slot_mapping: Tensor) -> Tensor:
         """Return `shared` plus the weighted sum of the selected experts.
 
         The host does not know which experts have tokens, because reading it back would cost a wait
@@ -135,7 +142,8 @@ class DeepseekMoE:
             import paddle
 
             chunks = [slice(i, i + rows) for i in range(0, num_tokens, rows)]
-            parts = (x, shared, slot_mapping)
+            # FP8 weights quantise a chunk again, because a Normed has no rows to slice
+            parts = (values_of(x), shared, slot_mapping)
             return paddle.concat(
                 [self._routed_on_device(*(part[chunk] for part in parts)) for chunk in chunks]
             )

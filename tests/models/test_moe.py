@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +18,7 @@ from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.moe import DeepseekMLP, DeepseekMoE, NoAuxTopkGate
 from fd_dsa.models.registry import config_from_dict
 from fd_dsa.models.weights import HostWeights
+from fd_dsa.ops.device_matrix import Normed
 from fd_dsa.ops.expert_kernels import choose_experts
 from tests.conftest import PADDLE_MEMORIES
 from tests.kernel_memory import KernelMemory, open_memory
@@ -173,13 +175,15 @@ def mixture(place: str, rule: GateRule, seed: int = 0) -> tuple[Any, dict[str, n
         weights.loaders[name](stored(name, array))
     weights.finish()
 
-    def run(x: np.ndarray, padded: tuple[int, ...] = ()) -> np.ndarray:
+    def run(
+        x: np.ndarray, padded: tuple[int, ...] = (), form: Callable[[Any], Any] = lambda x: x
+    ) -> np.ndarray:
         if memory is None:
             return layer.forward(x)
         slots = np.arange(len(x), dtype=np.int64)
         slots[list(padded)] = -1
         meta = SimpleNamespace(slot_mapping=memory.put(slots))
-        return memory.get(layer.forward(memory.put(x), meta))
+        return memory.get(layer.forward(form(memory.put(x)), meta))
 
     run.loaders = weights.loaders  # type: ignore[attr-defined]
     return run, tensors
@@ -256,6 +260,9 @@ def test_chunks_of_tokens(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for rows in (1, 3, 10):
         monkeypatch.setattr(moe, "EXPERT_BYTES", 4 * RULES[3].top_k * widest * rows)
         np.testing.assert_allclose(run(x), whole, rtol=0, atol=1e-6)
+        # the form of a norm before FP8 weights
+        normed = run(x, form=lambda values: Normed(values, None))
+        np.testing.assert_allclose(normed, whole, rtol=0, atol=1e-6)
 
 
 def test_mlp_of_extreme_values() -> None:
