@@ -54,9 +54,8 @@ class Prompts:
         )
         lengths[1] = cached
         tables = np.random.default_rng(0).permutation(rows * columns).astype(np.int32)
-        meta = SimpleNamespace(host_lengths=(lengths[0], lengths[1], lengths[2]))
-        inputs = (*lengths, tables.reshape(rows, columns))
-        backend.build_step(meta, inputs, StepHints(total, total, length))
+        meta, inputs = SimpleNamespace(), (*lengths, tables.reshape(rows, columns))
+        backend.build_step(meta, inputs, StepHints(total, total, length), tuple(lengths))
         self._step, self._cache = meta.fd_dsa_step, latents
         fill_latents(latents)
 
@@ -83,8 +82,8 @@ class Prompts:
 
     def dense(self, reader: Any) -> Any:
         """The form that serves."""
-        weights = self.k_b, self.v_b
-        return self.prompts.attend(self._step, self._q, self._cos_sin, self._cache, weights, reader)
+        layer = SimpleNamespace(k_b_proj=self.k_b, v_b_proj=self.v_b, o_proj=reader)
+        return self.prompts.attend(self._step, self._q, self._cos_sin, self._cache, layer)
 
     def absorbed(self, reader: Any) -> Any:
         """What served before, and still serves past index_topk."""

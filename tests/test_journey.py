@@ -2,35 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
-from typing import Any
+
+import pytest
 
 from fd_dsa import LLM, SamplingParams
+from tests.gpu_rig.session import built
+from tests.journey import files_entered
 
-PACKAGE = Path(__file__).parents[1] / "fd_dsa"
+ROOT = Path(__file__).parents[1]
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
-MAX_FILES_OF_A_STEP = 42
-MAX_FILES_OF_A_CHAT = 60
-
-
-def files_entered(work: Callable[[], object]) -> set[str]:
-    """Return the files of the package whose functions are called, by their path in it."""
-    entered: set[str] = set()
-
-    def note(frame: FrameType, event: str, _: Any) -> None:
-        if event == "call":
-            entered.add(frame.f_code.co_filename)
-
-    sys.setprofile(note)
-    try:
-        work()
-    finally:
-        sys.setprofile(None)
-    paths = map(Path, entered)
-    return {str(path.relative_to(PACKAGE)) for path in paths if path.is_relative_to(PACKAGE)}
+MAX_FILES_OF_A_STEP = 39
+MAX_FILES_OF_A_DEVICE_STEP = 73
+MAX_FILES_OF_A_CHAT = 57
 
 
 def test_a_chat_and_a_decode_step_enter_few_files() -> None:
@@ -46,3 +33,17 @@ def test_a_chat_and_a_decode_step_enter_few_files() -> None:
     assert len(chat) <= MAX_FILES_OF_A_CHAT, sorted(chat)
     # both have gone through the engine and the model
     assert {"engine/engine.py", "runner/model_runner.py"} <= step <= chat
+
+
+@pytest.mark.slow
+@pytest.mark.triton
+def test_a_decode_step_on_a_device_enters_few_files() -> None:
+    built("fake")
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.device_journey"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    step = set(json.loads(done.stdout.splitlines()[-1]))
+    assert len(step) <= MAX_FILES_OF_A_DEVICE_STEP, sorted(step)
+    # it has gone through the sampler and the attention of the device
+    assert {"runner/device_draws.py", "attention/device.py"} <= step

@@ -87,6 +87,8 @@ def test_clean_tree_has_no_violation(tmp_path: Path) -> None:
         ("serve/x.py", "import os\nKEY = os.getenv('KEY')\n", "reads the environment"),
         ("serve/x.py", "import os as system\nsystem.environ\n", "reads the environment"),
         ("serve/x.py", "from os import environ\n", "reads the environment"),
+        ("runner/x.py", "x = hasattr(y, 'z')\n", "hasattr of another object"),
+        ("attention/x.py", "def f(m):\n    return getattr(m, 'z', None)\n", "getattr of another"),
         ("serve/x.py", "def f(x: int):\n    pass\n", "f lacks an annotation"),
         ("serve/x.py", "def f(*x) -> None: ...\n", "f lacks an annotation"),
         ("serve/x.py", "def f(x: list[Any]) -> None: ...\n", "1 of 3 parameters have Any"),

@@ -1,29 +1,40 @@
-"""DSAAttentionBackend: the step's metadata once, then what layers do with it.
+"""Attention backend of DSA: metadata once a step, then the attention of each layer.
 
-Layers call four methods: a step begins with `init_attention_metadata`, then every layer calls
-`write`, `select` where it has an indexer, and `attend`. What they do is in a part for each kind of
-device: `host.py` for a CPU, `device.py` for device memory.
+A layer calls `forward`. Its parts are public for layers with other projections: `write`, `select`
+in a layer with an indexer, and `attend`. Each kind of device has its own part: `host.py` a CPU,
+`device.py` device memory.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
 
 from fd_dsa.attention.config import DSABackendConfig
 from fd_dsa.attention.host import HostAttention
+from fd_dsa.attention.indexer import Indexer
 from fd_dsa.attention.overlap import IndexerOverlap
-from fd_dsa.device.allocation import Allocate
-from fd_dsa.errors import ConfigError, MissingStepError
+from fd_dsa.attention.protocol import BackendStep, HostLengths, MlaLayer, WrittenLayer
+from fd_dsa.device.allocation import Allocate, Array
+from fd_dsa.errors import ConfigError, KernelUnavailable, MissingStepError
 from fd_dsa.ops.arrays import check_shape
 from fd_dsa.ops.cache_write import CacheWriteParams
 from fd_dsa.step import ForwardMeta, StepHints, StepMetadataBuilder
 
-_INPUTS = ("seq_lens_encoder", "seq_lens_decoder", "seq_lens_this_time", "block_tables")
+if TYPE_CHECKING:
+    from fd_dsa.attention.device import DeviceAttention
+
+logger = logging.getLogger(__name__)
 
 
-def cache_of(forward_meta: Any, index: int) -> Any:
-    """Entry `index` of `forward_meta.caches`; MissingStepError where there is none."""
+def cache_of(forward_meta: BackendStep, index: int) -> Array:
+    """Return entry `index` of `forward_meta.caches`.
+
+    Raises:
+        MissingStepError: the runner has not allocated it.
+    """
     caches = forward_meta.caches
     if caches is None or caches[index] is None:
         raise MissingStepError(
@@ -33,39 +44,58 @@ def cache_of(forward_meta: Any, index: int) -> Any:
     return caches[index]
 
 
-def step_inputs(forward_meta: Any) -> list[Any]:
-    """The four arrays of a step that the runner has filled; MissingStepError without one."""
-    inputs = [getattr(forward_meta, name, None) for name in _INPUTS]
-    for name, value in zip(_INPUTS, inputs, strict=True):
-        if value is None:
-            raise MissingStepError(
-                f"forward_meta.{name} is None: the runner's initialize_forward_meta must fill it "
-                "before init_attention_metadata"
-            )
-    return inputs
+def step_inputs(forward_meta: BackendStep) -> tuple[Array, ...]:
+    """Return the four arrays of a step that the runner has filled.
+
+    Raises:
+        MissingStepError: an array is None, or the object does not have it.
+    """
+    missing: str | None = None
+    try:
+        inputs = {
+            "seq_lens_encoder": forward_meta.seq_lens_encoder,
+            "seq_lens_decoder": forward_meta.seq_lens_decoder,
+            "seq_lens_this_time": forward_meta.seq_lens_this_time,
+            "block_tables": forward_meta.block_tables,
+        }
+    except AttributeError as error:
+        missing = error.name
+    else:
+        missing = next((name for name, value in inputs.items() if value is None), None)
+        if missing is None:
+            return tuple(inputs.values())
+    raise MissingStepError(
+        f"forward_meta.{missing} is None: the runner's initialize_forward_meta must fill it "
+        "before init_attention_metadata"
+    )
 
 
 class DSAAttentionBackend:
-    """DeepSeek Sparse Attention on paged caches; one object serves all layers.
+    """DeepSeek Sparse Attention on paged caches, one object for all layers.
 
-    Once a step: `init_attention_metadata`. In each layer: `write`, `select` (layers with an
-    indexer), then `attend`. `forward_meta.caches` holds two tensors a layer: `caches[2 * l]`
-    latents, `caches[2 * l + 1]` indexer keys (None for a layer that shares a selection).
+    Once a step: `init_attention_metadata`. In each layer: `forward`, or its parts `write`, `select`
+    (layers with an indexer) and `attend`. `forward_meta.caches` holds two tensors a layer:
+    `caches[2 * l]` latents, `caches[2 * l + 1]` indexer keys (None for a layer that shares a
+    selection).
 
     Args:
+        config: sizes of the model and of the largest step.
         device: "cpu", "gpu", "gpu:0" or a custom device of Paddle such as "name:0"; caches,
             activations and results are tensors there.
-        allocate: how buffers on a device are made, as of a StepMetadataBuilder.
+        allocate: allocator of buffers on a device, as for a StepMetadataBuilder.
 
     Attributes:
-        builder: of the step's metadata; its `num_builds` counts steps.
-        attention: the part for the device.
+        builder: builder of the metadata; its `num_builds` counts steps.
+        attention: part for the kind of device.
         overlap: forks the indexer's projections to a second stream.
+        attention_metadata: metadata of the newest step, None before the first.
+        shows_selections: True on a CPU; the selections of a device stay in its memory.
 
     Raises:
         ConfigError: bfloat16 activations on a CPU.
-        BackendUnavailable: no provider serves the device, or Paddle is missing.
-        MissingStepError: from what layers call: no metadata for their `forward_meta`, or no caches.
+        BackendUnavailable: the device has no provider, or Paddle is missing.
+        MissingStepError: a layer is called without the metadata of its `forward_meta`, or without
+            caches.
     """
 
     def __init__(
@@ -86,28 +116,34 @@ class DSAAttentionBackend:
             int32_position_ids=config.int32_position_ids,
         )
         self.attention_metadata: ForwardMeta | None = None
-        self.attention: Any = None
+        self.shows_selections = device == "cpu"
+        self.attention: HostAttention | DeviceAttention
         if device == "cpu":
             self.attention = HostAttention(config)
         else:
-            # kernels and their launcher are loaded only where a device is asked for
+            # kernels and their launcher are loaded only if a device is asked for
             from fd_dsa.attention.device import DeviceAttention
             from fd_dsa.device.allocation import paddle_allocator
 
             self.attention = DeviceAttention(config, allocate or paddle_allocator(device))
         self.overlap = IndexerOverlap(device)
         self._hints: StepHints | None = None
-        self._built_for: Any = None
+        self._built_for: BackendStep | None = None
         self._write_params: dict[int, CacheWriteParams] = {}
 
     def set_step_hints(self, hints: StepHints | None) -> None:
-        """What the runner knows of the step whose metadata is made next."""
+        """Set what the runner knows of the step whose metadata is built next."""
         self._hints = hints
 
-    def init_attention_metadata(self, forward_meta: Any) -> None:
-        """`build_step` of the lengths and tables of `forward_meta`, which layers are called with.
+    def init_attention_metadata(
+        self,
+        forward_meta: BackendStep,
+        hints: StepHints | None = None,
+        host_lengths: HostLengths | None = None,
+    ) -> None:
+        """Build the metadata of a step from the lengths and tables of `forward_meta`.
 
-        What the host knows is `forward_meta.hints`, where there are any, or the hints set last.
+        See `build_step`. Without `hints` those of `set_step_hints` count, for this step only.
 
         Raises:
             MissingStepError: the runner has not filled the lengths or the block tables.
@@ -115,23 +151,30 @@ class DSAAttentionBackend:
         """
         if self._built_for is forward_meta:
             return
-        hints, self._hints = self._hints, None
-        inputs = step_inputs(forward_meta)
-        self.build_step(forward_meta, inputs, getattr(forward_meta, "hints", hints))
+        known, self._hints = hints or self._hints, None
+        self.build_step(forward_meta, step_inputs(forward_meta), known, host_lengths)
 
     def build_step(
-        self, forward_meta: Any, inputs: Sequence[Any], hints: StepHints | None = None
+        self,
+        forward_meta: BackendStep,
+        inputs: Sequence[Array],
+        hints: StepHints | None = None,
+        host_lengths: HostLengths | None = None,
     ) -> None:
-        """Make the metadata of a step and hang it on `forward_meta`; once per object.
+        """Build the metadata of a step and attach it to `forward_meta`.
+
+        A second call with the same object has no effect.
 
         For runners whose `forward_meta` holds longer arrays than the step has rows. Sets
         `fd_dsa_step` (our ForwardMeta) and, as the same arrays, upstream's own `position_ids`
-        (int32 where the configuration asks), `slot_mapping` and `indexer_attn_mask_offsets`.
+        (int32 if the configuration asks for it), `slot_mapping` and `indexer_attn_mask_offsets`.
 
         Args:
             forward_meta: any object that takes attributes; the layers are called with it.
             inputs: the four arrays of `StepMetadataBuilder.build`, in its order.
-            hints: what the host knows of the step; needed with tensors on a device.
+            hints: counts that the host knows of the step; needed with tensors on a device.
+            host_lengths: lengths of the rows, if the host knows them; without them all prompts on a
+                device attend in the absorbed form.
 
         Raises:
             ValueError: inconsistent lengths or tables, with row and value (nothing is written),
@@ -146,42 +189,129 @@ class DSAAttentionBackend:
         forward_meta.slot_mapping = step.slot_mapping
         forward_meta.indexer_attn_mask_offsets = step.indexer_attn_mask_offsets
         self.attention_metadata = step
-        self.attention.begin_step(step, getattr(forward_meta, "host_lengths", None))
+        self.attention.begin_step(step, host_lengths)
         self._built_for = forward_meta
 
     def forget_step(self) -> None:
-        """Let go of the runner's object, which holds the caches: they are about to go."""
+        """Release the runner's object, because the caches that it holds are about to go."""
         self._built_for = None
         self.attention.begin_step()
 
-    def current_step(self, forward_meta: Any) -> ForwardMeta:
-        """Metadata of `forward_meta`, which must be the step that the backend holds."""
+    def current_step(self, forward_meta: BackendStep) -> ForwardMeta:
+        """Return the metadata of `forward_meta`, which must be the step built last."""
         if self._built_for is not forward_meta or self.attention_metadata is None:
-            reason = "the backend holds another step"
-            if getattr(forward_meta, "fd_dsa_step", None) is None:
-                reason = "forward_meta.fd_dsa_step is None"
             raise MissingStepError(
-                f"{reason}: DSAAttentionBackend.init_attention_metadata(forward_meta) must be "
-                "called first"
+                "the backend holds no step or another step: "
+                "DSAAttentionBackend.init_attention_metadata(forward_meta) must be called first"
             )
         return self.attention_metadata
 
-    def allocate_caches(self, has_indexer: Sequence[bool]) -> list[Any]:
-        """Caches of `config.num_blocks` blocks, as `forward_meta.caches` has them."""
+    def allocate_caches(self, has_indexer: Sequence[bool]) -> list[Array | None]:
+        """Allocate caches of `config.num_blocks` blocks in the form of `forward_meta.caches`."""
         layout, num_blocks = self.config.cache_layout, self.config.num_blocks or 0
         allocate = self.attention.allocate_cache
-        caches: list[Any] = []
+        caches: list[Array | None] = []
         for full in has_indexer:
             caches.append(allocate(layout.latent_shape(num_blocks)))
             caches.append(allocate(layout.indexer_shape(num_blocks)) if full else None)
         return caches
 
-    def warm_up(self, num_tokens: int, caches: Sequence[Any]) -> None:
-        """Make what a captured step of as many tokens must find there: the second stream."""
+    def warm_up(self, num_tokens: int, caches: Sequence[Array | None]) -> None:
+        """Make the second stream, if a captured step of `num_tokens` tokens forks to it."""
         if num_tokens <= self.overlap.max_tokens:
-            self.overlap.stream_for(caches[0])
+            latents = caches[0]
+            assert latents is not None, "every layer has latents"
+            self.overlap.stream_for(latents)
 
-    def write(self, kv_a: Any, index_k: Any, cos_sin: Any, layer: Any, forward_meta: Any) -> None:
+    def as_captured(self) -> AbstractContextManager[None]:
+        """Fork eager steps inside as captured ones, for a warm-up before the captures."""
+        return self.overlap.as_captured()
+
+    def forward(
+        self,
+        layer: MlaLayer,
+        hidden: Array,
+        rotation: Array,
+        forward_meta: BackendStep,
+        shared: Array | None = None,
+    ) -> tuple[Array, Array | None]:
+        """Write the keys of a layer, select keys and attend to them, as AttentionBackend says.
+
+        Args:
+            rotation: float32 [num_tokens, qk_rope_head_dim]; cos, then sin.
+
+        Returns:
+            [num_tokens, num_heads * v_head_dim], in the form that `layer.o_proj` reads; and the
+            selection of `select`, None if all tokens attend densely.
+        """
+        part, indexer = self.attention, layer.indexer
+        if indexer is None:
+            latent, kv_a, index_k = layer.project_qkv_a(hidden)
+            self.write(kv_a, None, rotation, layer, forward_meta)
+            selection = shared
+        else:
+            projected = part.project(layer, indexer, hidden, self.overlap)
+            latent, kv_a, index_k, weights = projected
+            self.write(kv_a, index_k, rotation, layer, forward_meta)
+            dense, selection = part.dense_prompts, None
+            if dense is None or not dense.has_all:
+                selection = self._selection(indexer, latent, weights, rotation, forward_meta)
+        try:
+            return self._values(layer, latent, selection, rotation, forward_meta), selection
+        except KernelUnavailable as error:
+            if part.dense_prompts is None:
+                raise
+            part.dense_prompts = None
+            logger.warning("attention of prompts: absorbed from now on (%s)", error)
+        if selection is None and indexer is not None:
+            selection = self._selection(indexer, latent, weights, rotation, forward_meta)
+        return self._values(layer, latent, selection, rotation, forward_meta), selection
+
+    def _selection(
+        self,
+        indexer: Indexer,
+        latent: Array,
+        weights: Array,
+        rotation: Array,
+        forward_meta: BackendStep,
+    ) -> Array:
+        """Return the selection of an indexer for the latents of the queries."""
+        q, interleave = indexer.queries(latent), indexer.config.indexer_rope_interleave
+        q, weights = self.attention.prepare_indexer_query(q, weights, rotation, interleave)
+        return self.select(q, weights, indexer.layer_id, forward_meta)
+
+    def _values(
+        self,
+        layer: MlaLayer,
+        latent: Array,
+        selection: Array | None,
+        rotation: Array,
+        forward_meta: BackendStep,
+    ) -> Array:
+        """Return the values of all heads, see `forward`."""
+        q, dense, nope = layer.queries(latent), self.attention.dense_prompts, layer.nope_dim
+        merged = tokens = None
+        if dense is not None and dense.groups:
+            cache = cache_of(forward_meta, 2 * layer.layer_id)
+            merged = dense.attend(self.current_step(forward_meta), q, rotation, cache, layer)
+            if dense.has_all:
+                return merged
+            q, tokens = dense.of_others(q), dense.others
+        absorbed = layer.k_b_proj.times_by_head(q[:, :, :nope])
+        query = self.attention.prepare_mla_query(absorbed, q[:, :, nope:], tokens, rotation)
+        found = self.attend(query, selection, layer.layer_id, forward_meta)
+        if dense is not None and merged is not None:
+            return dense.with_others(merged, found, layer)
+        return layer.v_b_proj.heads_joined(found, layer.o_proj)
+
+    def write(
+        self,
+        kv_a: Array,
+        index_k: Array | None,
+        cos_sin: Array,
+        layer: WrittenLayer,
+        forward_meta: BackendStep,
+    ) -> None:
         """Write this step's keys of a layer, latents and indexer keys together.
 
         Args:
@@ -190,8 +320,8 @@ class DSAAttentionBackend:
             index_k: likewise [num_tokens, index_head_dim], as projected; None in a layer that
                 shares a selection.
             cos_sin: float32 [num_tokens, qk_rope_head_dim]; cos, then sin, gathered once a step.
-            layer: object with `layer_id` and `cache_write_params(layout)`, which says once how the
-                keys are normed.
+            layer: layer whose `cache_write_params` say how its keys are normed.
+            forward_meta: step of the keys.
         """
         step = self.current_step(forward_meta)
         params = self._write_params.get(layer.layer_id)
@@ -203,8 +333,8 @@ class DSAAttentionBackend:
         index_cache = None if index_k is None else cache_of(forward_meta, index + 1)
         self.attention.write(step, kv_a, index_k, cos_sin, latent_cache, index_cache, params)
 
-    def select(self, q: Any, weights: Any, layer_id: int, forward_meta: Any) -> Any:
-        """Choose what this step's tokens attend to in a layer.
+    def select(self, q: Array, weights: Array, layer_id: int, forward_meta: BackendStep) -> Array:
+        """Select the keys that this step's tokens attend to in a layer.
 
         Args:
             q: [num_tokens, index_n_heads, index_head_dim], as `prepare_indexer_query` makes it for
@@ -213,7 +343,7 @@ class DSAAttentionBackend:
 
         Returns:
             int32 [num_tokens, min(index_topk, longest row)], on a device the longest row rounded
-            up; physical slots in ascending position, -1 = none. The buffer is the backend's and
+            up; physical slots in ascending position, -1 = padding. The buffer is the backend's and
             holds until the next selection.
 
         Raises:
@@ -222,15 +352,10 @@ class DSAAttentionBackend:
         step = self.current_step(forward_meta)
         return self.attention.select(step, q, weights, cache_of(forward_meta, 2 * layer_id + 1))
 
-    def attend_densely(
-        self, q: Any, cos_sin: Any, weights: Any, reader: Any, layer_id: int, forward_meta: Any
-    ) -> Any:
-        """Attend for the tokens of prompts within `index_topk`; see DensePrompts.attend."""
-        step, cache = self.current_step(forward_meta), cache_of(forward_meta, 2 * layer_id)
-        return self.attention.dense_prompts.attend(step, q, cos_sin, cache, weights, reader)
-
-    def attend(self, q: Any, selection: Any, layer_id: int, forward_meta: Any) -> Any:
-        """Attend to the selected slots of a layer; prefill and decode tokens together.
+    def attend(
+        self, q: Array, selection: Array | None, layer_id: int, forward_meta: BackendStep
+    ) -> Array:
+        """Attend to the selected slots of a layer, for prefill and decode tokens together.
 
         Args:
             q: of `config.dtype` [num_tokens, num_heads, kv_lora_rank + qk_rope_head_dim]; absorbed

@@ -1,8 +1,9 @@
-"""What the attention backend is made for."""
+"""Sizes that an attention backend is made for."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from fd_dsa.cache_formats import CacheLayout
 from fd_dsa.errors import ConfigError
@@ -12,7 +13,7 @@ _DTYPES = ("float32", "bfloat16")
 
 @dataclass(frozen=True, slots=True)
 class DSABackendConfig:
-    """What the backend must know of the model and the engine; lengths in tokens.
+    """Sizes of the model and of the largest step. Lengths are in tokens.
 
     Attributes:
         num_heads: attention heads on this device.
@@ -50,3 +51,13 @@ class DSABackendConfig:
             raise ConfigError(f"dtype: got {self.dtype!r}, allowed are {', '.join(_DTYPES)}")
         if self.tokens_per_row < 1:
             raise ConfigError(f"tokens_per_row: got {self.tokens_per_row}, allowed is at least 1")
+
+    @property
+    def query_format(self) -> dict[str, Any]:
+        """Format of the indexer's queries, as keyword arguments of `indexer_query`."""
+        layout = self.cache_layout
+        return {
+            "quantized": layout.is_fp8,
+            "hadamard": layout.index_hadamard,
+            "scale_fmt": layout.index_scale_fmt,
+        }

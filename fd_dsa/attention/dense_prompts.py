@@ -1,21 +1,23 @@
-"""Prompts within `index_topk`: they attend densely, by keys and values of every head.
+"""Dense attention of prompts within `index_topk`, by keys and values of every head.
 
-For prompts position alone decides: a token below `index_topk` attends in this form, whatever its
-chunk and whatever was cached before it, and all others in the absorbed one. Decode rows are always
-absorbed. What the host knows of the rows' lengths says which tokens are of which kind.
+The position of a prompt token decides: below `index_topk` it attends in this form, whatever its
+chunk and whatever was cached before it. All other tokens attend in the absorbed form. The host
+finds the tokens of each form from the lengths of the rows.
 """
 
 from __future__ import annotations
 
 import logging
 from dataclasses import replace
-from typing import Any
+from typing import cast
 
 import numpy as np
 
 from fd_dsa.attention.config import DSABackendConfig
+from fd_dsa.attention.protocol import HostLengths, MlaLayer
 from fd_dsa.device.allocation import Allocate
 from fd_dsa.device.staging import StagedInputs
+from fd_dsa.ops.device_matrix import DeviceMatrix
 from fd_dsa.ops.fixed_order import why_not_by_rows
 from fd_dsa.ops.head_gemm import empty_heads
 from fd_dsa.ops.linear import rows_at
@@ -27,6 +29,7 @@ from fd_dsa.ops.mla.prompt import (
     keys_and_values,
 )
 from fd_dsa.step import ForwardMeta
+from fd_dsa.tensor import Tensor
 from fd_dsa.triton_runtime.driver import GpuTraits
 
 logger = logging.getLogger(__name__)
@@ -35,7 +38,7 @@ KEYS_BYTES = 512 << 20
 
 
 class DensePrompts:
-    """What attends for the dense tokens of a step; one object serves all layers.
+    """Attention of the dense tokens of a step, one object for all layers.
 
     Args:
         config: one that `why_not` finds nothing against.
@@ -62,13 +65,13 @@ class DensePrompts:
         self._staged = StagedInputs(allocate, (tokens, tokens, config.max_num_seqs), 1, 1)
         self.groups: list[Group] = []
         # where the keys of each are gathered
-        self._gathered: list[tuple[Any, Any]] = []
-        self.others: Any = None
+        self._gathered: list[tuple[Tensor, Tensor]] = []
+        self.others: Tensor | None = None
         self.other_step: ForwardMeta | None = None
         self.has_all = False
 
-    def begin_step(self, step: ForwardMeta | None, lengths: tuple[np.ndarray, ...] | None) -> None:
-        """Which tokens of a step attend densely, by `lengths` as of DeviceAttention.begin_step."""
+    def begin_step(self, step: ForwardMeta | None, lengths: HostLengths | None) -> None:
+        """Find the tokens of a step that attend densely, as DeviceAttention.begin_step says."""
         self.groups, self.others, self.other_step, self.has_all = [], None, None, False
         if step is None or lengths is None or step.num_prefill_tokens == 0:
             return
@@ -96,23 +99,24 @@ class DensePrompts:
         )
 
     def attend(
-        self, step: ForwardMeta, q: Any, cos_sin: Any, cache: Any, weights: Any, reader: Any
-    ) -> Any:
-        """Attention of the dense tokens in a layer; rows of the others hold anything.
+        self, step: ForwardMeta, q: Tensor, cos_sin: Tensor, cache: Tensor, layer: MlaLayer
+    ) -> Tensor:
+        """Attend for the dense tokens of a layer. Rows of the others hold anything.
 
         Args:
+            step: step of the tokens.
             q: bfloat16 [num_tokens, num_heads, qk_nope_head_dim + qk_rope_head_dim], as projected.
             cos_sin: float32 [num_tokens, qk_rope_head_dim]; cos, then sin.
-            cache: the layer's latents, those of this step written.
-            weights: DeviceMatrix of keys and of values, as `by_head` makes them.
-            reader: the DeviceMatrix that takes the result.
+            cache: latents of the layer, with those of this step.
+            layer: layer with the weights of keys and values, and with the reader of the result.
 
         Returns:
             bfloat16 [num_tokens, num_heads * v_head_dim], or Fp8Rows of it.
         """
-        k_b, v_b = weights
+        k_b, v_b, reader = _device_matrices(layer)
         rounds = v_b.scales_for(reader)
-        out = empty_heads(q, q.shape[0], *v_b.values.shape[::2], rounds)
+        heads, _, width = v_b.values.shape
+        out = empty_heads(q, q.shape[0], heads, width, rounds)
         topk = self._config.index_topk
         for group, (latents, rope) in zip(self.groups, self._gathered, strict=True):
             gather_keys(cache, step, group, topk, latents, rope, self.rows)
@@ -127,15 +131,32 @@ class DensePrompts:
             )
         return out if rounds is not None else out.reshape([out.shape[0], -1])
 
-    def of_others(self, x: Any) -> Any:
-        """Rows of the tokens that do not attend densely, of x [num_tokens, ...]."""
+    def of_others(self, x: Tensor) -> Tensor:
+        """Return the rows of x [num_tokens, ...] whose tokens do not attend densely."""
         width = int(np.prod(x.shape[1:]))
         rows = rows_at(x.reshape([x.shape[0], width]), self.others)
         return rows.reshape([rows.shape[0], *x.shape[1:]])
 
+    def with_others(self, dense: Tensor, latent: Tensor, layer: MlaLayer) -> Tensor:
+        """Write the values of the other tokens to their rows of `dense`.
+
+        Args:
+            dense: result of `attend`.
+            latent: attention of these tokens in absorbed form [n, num_heads, kv_lora_rank].
+            layer: as for `attend`.
+        """
+        _, v_b, reader = _device_matrices(layer)
+        return v_b.heads_joined(latent, reader, dense, self.others)
+
+
+def _device_matrices(layer: MlaLayer) -> tuple[DeviceMatrix, DeviceMatrix, DeviceMatrix]:
+    """Return `k_b_proj`, `v_b_proj` and `o_proj` of a layer on a device."""
+    weights = layer.k_b_proj, layer.v_b_proj, layer.o_proj
+    return cast("tuple[DeviceMatrix, DeviceMatrix, DeviceMatrix]", weights)
+
 
 def max_keys(config: DSABackendConfig) -> int:
-    """Keys that are held at once: at least those of a row, at most those of a whole step."""
+    """Return the number of keys that are held at once, from one row to a whole step."""
     assert config.head_widths is not None
     fit = KEYS_BYTES // (2 * config.num_heads * sum(config.head_widths))
     longest = min(config.index_topk, config.max_blocks_per_seq * config.cache_layout.block_size)
@@ -143,7 +164,7 @@ def max_keys(config: DSABackendConfig) -> int:
 
 
 def workspace_bytes(config: DSABackendConfig) -> int:
-    """Bytes that prompts take beside the buffers of a DeviceAttention; 0 where none is dense."""
+    """Return the bytes that dense prompts take in addition to DeviceAttention's buffers."""
     if why_not(config) is not None:
         return 0
     assert config.head_widths is not None
@@ -155,7 +176,7 @@ def workspace_bytes(config: DSABackendConfig) -> int:
 
 
 def why_not(config: DSABackendConfig) -> str | None:
-    """Why all prompts attend in the absorbed form; None where those within `index_topk` do not."""
+    """Return why all prompts attend in the absorbed form, or None if some attend densely."""
     cache, rope = config.cache_layout.kv_cache_dtype, config.cache_layout.qk_rope_head_dim
     if config.head_widths is None:
         return "the model's widths are not known"
@@ -171,7 +192,7 @@ def why_not(config: DSABackendConfig) -> str | None:
 def dense_prompts_for(
     config: DSABackendConfig, allocate: Allocate, gpu: GpuTraits
 ) -> DensePrompts | None:
-    """What serves a DeviceAttention, which is logged; None where all prompts are absorbed."""
+    """Create and log the dense form, or return None if all prompts are absorbed."""
     reason = why_not(config)
     how = f"absorbed ({reason})" if reason else "dense"
     logger.info("attention of prompts below %d tokens: %s", config.index_topk, how)
@@ -179,7 +200,7 @@ def dense_prompts_for(
 
 
 def row_groups(counts: np.ndarray, cached: np.ndarray, most: int) -> list[Group]:
-    """Rows in order, cut where the keys of the next one do not fit."""
+    """Group rows in order, as many as have room for their keys."""
     groups: list[Group] = []
     for row in np.flatnonzero(counts).tolist():
         count, keys = int(counts[row]), int(counts[row] + cached[row])

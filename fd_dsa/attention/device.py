@@ -1,4 +1,4 @@
-"""Selection and attention of a step on a device: launches over pages, in buffers that never move.
+"""Selection and attention on a device: launches over pages, with buffers that never move.
 
 One launch serves the tokens of prompts and of decode rows: a prompt token sees the keys of its
 window in `indexer_attn_mask_offsets`, a decode token those up to its position. Grids and views
@@ -15,9 +15,7 @@ import logging
 from collections.abc import Callable
 from functools import lru_cache, partial
 from math import prod
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from fd_dsa import custom_ops
 from fd_dsa.attention.config import DSABackendConfig
@@ -29,12 +27,17 @@ from fd_dsa.attention.device_scores import (
     rounded_length,
     tile_sizes,
 )
+from fd_dsa.attention.indexer import Indexer
+from fd_dsa.attention.overlap import IndexerOverlap
+from fd_dsa.attention.protocol import HostLengths, MlaLayer
 from fd_dsa.attention.tensor_core_attention import TensorCoreAttention
 from fd_dsa.device.allocation import Allocate
 from fd_dsa.device.transfers import transfers_for
 from fd_dsa.errors import KernelUnavailable
 from fd_dsa.ops.arrays import check_shape
+from fd_dsa.ops.cache_write import CacheWriteParams
 from fd_dsa.ops.cache_write.triton_kernel import write_caches
+from fd_dsa.ops.linear import values_of
 from fd_dsa.ops.logits import tile_forms
 from fd_dsa.ops.mla import tensor_core
 from fd_dsa.ops.mla.custom_op import choose_attention, kind_for
@@ -53,8 +56,12 @@ from fd_dsa.ops.providers import (
 from fd_dsa.ops.query.triton_kernel import prepare_indexer_query
 from fd_dsa.ops.topk.custom_op import slot_selector
 from fd_dsa.step import ForwardMeta
+from fd_dsa.tensor import Tensor
 from fd_dsa.triton_runtime.device_api import traits_for
 from fd_dsa.triton_runtime.driver import GpuTraits
+
+if TYPE_CHECKING:
+    from fd_dsa.attention.dense_prompts import DensePrompts
 
 logger = logging.getLogger(__name__)
 LOGITS_BYTES = 512 << 20
@@ -62,12 +69,14 @@ LOGITS_BYTES = 512 << 20
 step are scored in chunks."""
 
 _WIDTHS = {"float32": 4, "bfloat16": 2, "int32": 4, "uint8": 1}
-Buffers = dict[str, tuple[Any, tuple[int, ...]]]
+Buffers = dict[str, tuple[Tensor, tuple[int, ...]]]
 """Memory, and the shape of each value."""
+Projected = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Latents of queries and keys, index keys and head weights of a layer."""
 
 
 class DeviceAttention:
-    """Reads the caches that `write_caches` fills; its buffers serve every layer and step.
+    """Writer and reader of the caches, with buffers for every layer and step.
 
     Args:
         allocate: makes a contiguous tensor of a shape and dtype on the device.
@@ -81,11 +90,12 @@ class DeviceAttention:
 
     def __init__(self, config: DSABackendConfig, allocate: Allocate) -> None:
         self.config, self._allocate = config, allocate
+        self._query_format = config.query_format
         self._buffers: Buffers = {}
         self._take(_sizes(config))
         self._view = lru_cache(maxsize=CACHED_VIEWS)(partial(buffer_view, self._buffers))
         # the layer that made it, as the address of its cache, and the slots
-        self._everything: tuple[int, Any] | None = None
+        self._everything: tuple[int, Tensor] | None = None
         kind = device_kind(self._buffers["logits"][0])
         # the interpreter's tensors are in host memory
         kind = "interpreter" if kind == "cpu" else kind
@@ -93,7 +103,7 @@ class DeviceAttention:
         self._kind = kind
         self.scores = self._new_scores()
         self.tensor_core_attention = self._new_attention()
-        self.dense_prompts: Any = None
+        self.dense_prompts: DensePrompts | None = None
         if config.head_widths is not None:
             # it works on Paddle's tensors alone
             from fd_dsa.attention.dense_prompts import dense_prompts_for
@@ -106,7 +116,7 @@ class DeviceAttention:
             self._buffers[name] = self._allocate((count * prod(shape),), dtype), shape
 
     def _new_scores(self) -> PageScores:
-        """What scores and chooses on this kind of device."""
+        """Return the selected kernels that score and select on this kind of device."""
         kind = self._kind
         config, logits = self.config, self._buffers["logits"][0]
         made = config, self._view, int(logits.shape[0]), slot_selector(kind, self._allocate)
@@ -118,7 +128,7 @@ class DeviceAttention:
         return TileScores(*made, transfers)
 
     def _new_attention(self) -> TensorCoreAttention | None:
-        """What attends on tensor cores; None where `attend_slots` does, which takes everything."""
+        """Return the attention on tensor cores, or None if `attend_slots` is selected."""
         kind = self._kind
         config, logits = self.config, self._buffers["logits"][0]
         heads, types = config.num_heads, kernel_types(config)
@@ -135,7 +145,7 @@ class DeviceAttention:
         return TensorCoreAttention(config, self._allocate, logits, custom, always)
 
     def _score(self, call: Callable[[PageScores], None]) -> None:
-        """Call with what scores; again with the next provider if a kernel cannot be compiled.
+        """Call with the scores, once more with the next provider after a failed compilation.
 
         Raises:
             KernelUnavailable: no other provider may serve, or a captured graph reads the schedule
@@ -153,16 +163,15 @@ class DeviceAttention:
     def begin_step(
         self,
         step: ForwardMeta | None = None,
-        lengths: tuple[np.ndarray, ...] | None = None,
+        lengths: HostLengths | None = None,
     ) -> None:
-        """Forget what the layers of the step before shared, and prepare what those of `step` will.
+        """Reset what the layers of a step share, and prepare it for `step`.
 
-        Before the replay of layers that were captured without it, too.
+        Also called before the replay of layers that were captured without it.
 
         Args:
-            step: None after the last step, when nothing follows.
-            lengths: `seq_lens_encoder`, `seq_lens_decoder` and `seq_lens_this_time` on the host,
-                where it has them.
+            step: next step; None after the last one.
+            lengths: lengths of its rows, if the host knows them.
         """
         self._everything = None
         if self.dense_prompts is not None:
@@ -172,42 +181,71 @@ class DeviceAttention:
         if step.max_seqlen_k > self.config.index_topk or self.scores.is_captured:
             self._score(lambda scores: scores.prepare(step))
 
-    def query_buffers(self, num_tokens: int) -> tuple[Any, Any]:
-        """Where `prepare_indexer_query` writes its two results for a step's tokens."""
+    def query_buffers(self, num_tokens: int) -> tuple[Tensor, Tensor]:
+        """Return the buffers of the two results of `prepare_indexer_query`."""
         return self._view("index_q", num_tokens), self._view("index_weights", num_tokens)
 
-    def projection_buffers(self, num_tokens: int) -> tuple[Any, Any]:
-        """Where `project_indexer` writes index keys and head weights of a step's tokens."""
+    def projection_buffers(self, num_tokens: int) -> tuple[Tensor, Tensor]:
+        """Return the buffers of `project_indexer`: index keys and head weights."""
         return self._view("index_k", num_tokens), self._view("head_weights", num_tokens)
 
-    def mla_query_buffer(self, num_tokens: int) -> Any:
-        """Where `prepare_mla_query` writes, and what `attend` takes."""
+    def mla_query_buffer(self, num_tokens: int) -> Tensor:
+        """Return the buffer that `prepare_mla_query` writes and `attend` reads."""
         return self._view("mla_q", num_tokens)
 
-    def allocate_cache(self, shape: list[int]) -> Any:
-        """A cache with anything in it: nothing reads what was not written."""
+    def allocate_cache(self, shape: list[int]) -> Tensor:
+        """Allocate a cache with arbitrary contents: only written values are read."""
         layout = self.config.cache_layout
         return self._allocate(tuple(shape), layout.format.device_dtype)
 
-    def write(self, step: ForwardMeta, kv_a: Any, index_k: Any, cos_sin: Any, *caches: Any) -> None:
-        """See DSAAttentionBackend.write; then the layer's two caches and how it norms its keys."""
-        write_caches(kv_a, index_k, None, step.slot_mapping, cos_sin, *caches)
+    def project(
+        self, layer: MlaLayer, indexer: Indexer, hidden: Tensor, overlap: IndexerOverlap
+    ) -> Projected:
+        """Project a layer's input, for the indexer on a second stream."""
+        # the indexer's projections are never FP8
+        values, num_tokens = values_of(hidden), hidden.shape[0]
+        out = self.projection_buffers(num_tokens)
+        forked = num_tokens if indexer.may_fork(values) else 0
+        work = partial(layer.project_qkv_a, hidden)
+        (latent, kv_a, joined), (index_k, weights) = overlap.run(
+            forked, work, indexer.project, values, out
+        )
+        return latent, kv_a, index_k if joined is None else joined, weights
 
-    def prepare_indexer_query(self, q: Any, *others: Any, **how: Any) -> tuple[Any, Any]:
-        """See the operator, whose arguments these are; results are in `query_buffers`."""
+    def write(
+        self,
+        step: ForwardMeta,
+        kv_a: Tensor,
+        index_k: Tensor | None,
+        cos_sin: Tensor,
+        latent_cache: Tensor,
+        index_cache: Tensor | None,
+        params: CacheWriteParams,
+    ) -> None:
+        """See DSAAttentionBackend.write."""
+        slots = step.slot_mapping
+        write_caches(kv_a, index_k, None, slots, cos_sin, latent_cache, index_cache, params)
+
+    def prepare_indexer_query(
+        self, q: Tensor, weights: Tensor, cos_sin: Tensor, rope_interleave: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Bring queries of an indexer into the format of its keys, by `indexer_query`."""
         out = self.query_buffers(q.shape[0])
-        return prepare_indexer_query(q, *others, out=out, **how)
+        how = {"rope_interleave": rope_interleave, **self._query_format}
+        return prepare_indexer_query(q, weights, None, cos_sin, out=out, **how)
 
-    def prepare_mla_query(self, q_latent: Any, *others: Any) -> Any:
-        """See the operator, whose arguments these are; the result is in `mla_query_buffer`."""
+    def prepare_mla_query(
+        self, q_latent: Tensor, q_pe: Tensor, position_ids: Tensor | None, cos_sin: Tensor
+    ) -> Tensor:
+        """Run the operator of the same arguments, with the result in `mla_query_buffer`."""
         out = self.mla_query_buffer(q_latent.shape[0])
-        return prepare_mla_query(q_latent, *others, out)
+        return prepare_mla_query(q_latent, q_pe, position_ids, cos_sin, out)
 
-    def select(self, step: ForwardMeta, q: Any, weights: Any, cache: Any) -> Any:
-        """See DSAAttentionBackend.select; `cache` is the layer's indexer cache.
+    def select(self, step: ForwardMeta, q: Tensor, weights: Tensor, cache: Tensor) -> Tensor:
+        """See DSAAttentionBackend.select. The cache is the layer's indexer cache.
 
-        Where no row is longer than `index_topk`, every token sees all of its keys: nothing is
-        scored, and the layers of the step share one selection.
+        If no row is longer than `index_topk`, every token sees all of its keys: scores are not
+        needed, and the layers of the step share one selection.
         """
         if step.max_seqlen_k <= self.config.index_topk:
             layer = cache.data_ptr()
@@ -219,8 +257,8 @@ class DeviceAttention:
         self._score(lambda scores: scores.select(step, q, weights, cache, slots))
         return slots
 
-    def attend(self, step: ForwardMeta, q: Any, cache: Any, selection: Any) -> Any:
-        """See DSAAttentionBackend.attend; `cache` is the layer's latent cache."""
+    def attend(self, step: ForwardMeta, q: Tensor, cache: Tensor, selection: Tensor) -> Tensor:
+        """See DSAAttentionBackend.attend. The cache is the layer's latent cache."""
         num_tokens = q.shape[0]
         if len(selection.shape) == 3:
             selection = selection.reshape([selection.shape[0], -1])
@@ -239,30 +277,18 @@ class DeviceAttention:
             self._attend(step, q, cache, selection, out)
         return out
 
-    def _attend(self, step: ForwardMeta, q: Any, cache: Any, selection: Any, out: Any) -> None:
-        """Fill `out` by what serves."""
+    def _attend(
+        self, step: ForwardMeta, q: Tensor, cache: Tensor, selection: Tensor, out: Tensor
+    ) -> None:
+        """Fill `out` by the selected kernel."""
         if self.tensor_core_attention is None:
             scale, rank = self.config.softmax_scale, self.config.cache_layout.kv_lora_rank
             attend_slots(q, cache, selection, out, softmax_scale=scale, kv_lora_rank=rank)
         else:
             self.tensor_core_attention.attend(q, cache, selection, out, step=step)
 
-    def attend_in_one_form(self, error: KernelUnavailable) -> None:
-        """Attend for all prompts in the absorbed form from now on, which is logged.
-
-        Args:
-            error: why the kernels of the dense form cannot be compiled.
-
-        Raises:
-            KernelUnavailable: `error`, if prompts attend in the absorbed form already.
-        """
-        if self.dense_prompts is None:
-            raise error
-        self.dense_prompts = None
-        logger.warning("attention of prompts: absorbed from now on (%s)", error)
-
-    def _all_keys(self, step: ForwardMeta, cache: Any) -> Any:
-        """The selection of a step whose tokens see all of their keys."""
+    def _all_keys(self, step: ForwardMeta, cache: Tensor) -> Tensor:
+        """Return the selection of a step whose tokens see all of their keys."""
         num_tokens = step.position_ids.shape[0]
         width = rounded_length(step.max_seqlen_k, self.config.index_topk)
         slots = self._view("slots", num_tokens, width)
@@ -271,7 +297,7 @@ class DeviceAttention:
 
 
 def _sizes(config: DSABackendConfig) -> Sizes:
-    """The buffers of a DeviceAttention, but those of its schedules."""
+    """Return the sizes of the buffers of a DeviceAttention, without its schedules."""
     layout, tokens = config.cache_layout, config.max_num_tokens
     heads, index_heads, rank = config.num_heads, config.index_n_heads, layout.kv_lora_rank
     max_keys = config.max_blocks_per_seq * layout.block_size
@@ -290,7 +316,7 @@ def _sizes(config: DSABackendConfig) -> Sizes:
 
 
 def workspace_bytes(config: DSABackendConfig, gpu: GpuTraits) -> int:
-    """Bytes that a DeviceAttention of this configuration takes.
+    """Return the bytes that a DeviceAttention of this configuration takes.
 
     Args:
         gpu: which kernels serve, and what they take, depends on it.
@@ -310,19 +336,19 @@ def workspace_bytes(config: DSABackendConfig, gpu: GpuTraits) -> int:
 
 
 def why_not_tiles(config: DSABackendConfig) -> str | None:
-    """Why TileScores cannot serve a configuration; None if they can."""
+    """Return why TileScores cannot serve a configuration, or None if they can."""
     layout = config.cache_layout
     return tile_forms.why_not(layout.kv_cache_dtype, layout.block_size, config.index_n_heads)
 
 
 def kernel_types(config: DSABackendConfig) -> tuple[str, str, int, int]:
-    """Types and widths that a kernel of attention is chosen by."""
+    """Return the types and widths that select a kernel of attention."""
     layout = config.cache_layout
     return config.dtype, layout.kv_cache_dtype, layout.kv_lora_rank, layout.qk_rope_head_dim
 
 
-def buffer_view(buffers: Buffers, name: str, *counts: int) -> Any:
-    """The start of a buffer as a tensor of so many values, in as many axes, and their own."""
+def buffer_view(buffers: Buffers, name: str, *counts: int) -> Tensor:
+    """Return the start of a buffer as a tensor [*counts, *shape of a value]."""
     memory, shape = buffers[name]
     shape = counts + shape
     return memory[: prod(shape)].reshape(list(shape))

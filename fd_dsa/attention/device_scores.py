@@ -1,9 +1,9 @@
-"""How the tokens of a step are scored on a device, and their best keys chosen."""
+"""Scores of the tokens of a step on a device, and the selection of their best keys."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache, partial
-from typing import Any
 
 from fd_dsa.attention.config import DSABackendConfig
 from fd_dsa.device.transfers import Transfers
@@ -13,21 +13,24 @@ from fd_dsa.ops.logits.tile_kernel import score_tiles
 from fd_dsa.ops.logits.tile_schedule import PROGRAM_FIELDS, TILE_FIELDS, TileSchedule
 from fd_dsa.ops.logits.triton_kernel import score_pages
 from fd_dsa.step import ForwardMeta
+from fd_dsa.tensor import Tensor
 
 # views are small; lengths are rounded to powers of two, so a server sees few of them
 CACHED_VIEWS = 512
 _LEAST_WIDTH = 64
 Sizes = dict[str, tuple[int, tuple[int, ...], str]]
 """Of buffers: how many values they hold, the shape of each, and the dtype."""
+View = Callable[..., Tensor]
+"""Returns the start of a named buffer as a tensor [*counts, *shape of a value]."""
 
 
 def rounded_length(length: int, most: int) -> int:
-    """The next power of two from 64 on, but no more than `most`."""
+    """Return the next power of two from 64 on, but no more than `most`."""
     return min(max(_LEAST_WIDTH, 1 << max(length - 1, 0).bit_length()), most)
 
 
 class PageScores:
-    """Scores by the kernel for every cache and GPU, in one buffer for all layers and steps.
+    """Scores by the kernel for every cache and GPU, with one buffer for all steps.
 
     Args:
         view: gives the start of the named buffer of a DeviceAttention as a tensor.
@@ -39,7 +42,11 @@ class PageScores:
     """
 
     def __init__(
-        self, config: DSABackendConfig, view: Any, num_logits: int, select_slots: Any
+        self,
+        config: DSABackendConfig,
+        view: View,
+        num_logits: int,
+        select_slots: Callable[..., None],
     ) -> None:
         self._block_size, self._num_logits = config.cache_layout.block_size, num_logits
         self._max_width = config.max_blocks_per_seq * self._block_size
@@ -47,9 +54,11 @@ class PageScores:
         self._logits = lru_cache(maxsize=CACHED_VIEWS)(partial(_logits, view))
 
     def prepare(self, step: ForwardMeta) -> None:
-        """Make what the scores of all layers of a step need: nothing here."""
+        """Prepare the scores of all layers of a step. These need no preparation."""
 
-    def select(self, step: ForwardMeta, q: Any, weights: Any, cache: Any, slots: Any) -> None:
+    def select(
+        self, step: ForwardMeta, q: Tensor, weights: Tensor, cache: Tensor, slots: Tensor
+    ) -> None:
         """Fill `slots` with the best keys of every token of the step prepared last."""
         num_tokens = step.position_ids.shape[0]
         stride, width, rows = self._chunks(step)
@@ -58,8 +67,10 @@ class PageScores:
             self._score(step, q, weights, cache, logits, first, rows)
             self.choose(step, logits, cache, slots, first_token=first)
 
-    def choose(self, step: ForwardMeta, logits: Any, cache: Any, slots: Any, **which: int) -> None:
-        """Fill rows of `slots` with the best keys by `logits`; `which` is for the selector."""
+    def choose(
+        self, step: ForwardMeta, logits: Tensor, cache: Tensor, slots: Tensor, **which: int
+    ) -> None:
+        """Fill rows of `slots` with the best keys by `logits`."""
         self._select_slots(
             logits,
             step.position_ids,
@@ -73,19 +84,26 @@ class PageScores:
         )
 
     def _chunks(self, step: ForwardMeta) -> tuple[int, int, int]:
-        """Distance between a step's rows of scores, their width, and tokens of a chunk."""
+        """Return the distance of rows of scores, their width, and the tokens of a chunk."""
         width = rounded_length(step.max_seqlen_k, self._max_width)
         return width, width, max(1, self._num_logits // width)
 
     def _score(
-        self, step: ForwardMeta, q: Any, weights: Any, cache: Any, logits: Any, first: int, _: int
+        self,
+        step: ForwardMeta,
+        q: Tensor,
+        weights: Tensor,
+        cache: Tensor,
+        logits: Tensor,
+        first: int,
+        rows: int,
     ) -> None:
         """Fill `logits` for the chunk that begins at token `first`."""
         score_pages(q, weights, cache, step, logits, first)
 
 
 class TileScores(PageScores):
-    """Scores of fp8_ds_mla caches on tensor cores, by a schedule that is made once a step.
+    """Scores of fp8_ds_mla caches on tensor cores, by one schedule a step.
 
     Two forms of the kernel serve: one for steps of decode rows alone, one for all others. A
     captured graph may be replayed in any step of as many tokens that is of the same kind, after
@@ -102,9 +120,9 @@ class TileScores(PageScores):
     def __init__(
         self,
         config: DSABackendConfig,
-        view: Any,
+        view: View,
         num_logits: int,
-        select_slots: Any,
+        select_slots: Callable[..., None],
         transfers: Transfers,
     ) -> None:
         super().__init__(config, view, num_logits, select_slots)
@@ -150,10 +168,10 @@ class TileScores(PageScores):
     def _score(
         self,
         step: ForwardMeta,
-        q: Any,
-        weights: Any,
-        cache: Any,
-        logits: Any,
+        q: Tensor,
+        weights: Tensor,
+        cache: Tensor,
+        logits: Tensor,
         first: int,
         rows: int,
     ) -> None:
@@ -161,20 +179,20 @@ class TileScores(PageScores):
         score_tiles(q, weights, cache, step, self._schedule_of(step), logits, **where)
 
 
-def _logits(view: Any, num_rows: int, stride: int, width: int) -> Any:
-    """Rows of `width` scores at a distance of `stride`."""
+def _logits(view: View, num_rows: int, stride: int, width: int) -> Tensor:
+    """Return rows of `width` scores at a distance of `stride`."""
     logits = view("logits", num_rows, stride)
     return logits if width == stride else logits[:, :width]
 
 
 def _forms(config: DSABackendConfig) -> tuple[TileForm, TileForm]:
-    """Forms of the kernel for steps without and with prompts."""
+    """Return the forms of the kernel for steps without and with prompts."""
     heads = config.index_n_heads
     return decode_form(heads, config.tokens_per_row), prompt_form(heads)
 
 
 def tile_sizes(config: DSABackendConfig, num_logits: int, num_processors: int) -> Sizes:
-    """The buffers of the schedules of a TileScores on a device of so many multiprocessors."""
+    """Return the sizes of the buffers of TileScores on `num_processors` multiprocessors."""
     tokens = config.max_num_tokens
     max_width = config.max_blocks_per_seq * config.cache_layout.block_size
     chunks = -(-tokens // (num_logits // max_width))

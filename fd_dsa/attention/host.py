@@ -1,13 +1,17 @@
-"""Writes, selection and attention of a step on a CPU: the work lists of its StepPlan, by layer."""
+"""Writes, selection and attention of a step on a CPU, layer by layer."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fd_dsa.attention.config import DSABackendConfig
+from fd_dsa.attention.indexer import Indexer
+from fd_dsa.attention.overlap import IndexerOverlap
+from fd_dsa.attention.protocol import HostLengths, MlaLayer
 from fd_dsa.attention.step_plan import StepPlan
+from fd_dsa.device.allocation import Array
 from fd_dsa.device.host_tensor import as_tensor
 from fd_dsa.ops.arrays import Scratch, as_numpy, check_shape
 from fd_dsa.ops.cache_write import CacheWriteParams, write_caches
@@ -20,20 +24,28 @@ from fd_dsa.ops.rotations import rotate_
 from fd_dsa.ops.topk.paddle_impl import positions_to_slots, select_positions
 from fd_dsa.step import ForwardMeta
 
+if TYPE_CHECKING:
+    from fd_dsa.attention.dense_prompts import DensePrompts
+
 
 class HostAttention:
-    """Writes and reads the caches of every layer; its buffers serve all steps.
+    """Writer and reader of the caches on a CPU, with buffers for every layer and step.
 
     Activations are NumPy arrays or Paddle CPU tensors. Arguments of `write` are checked in full
     when a layer first brings their shapes and types, and not again.
-    """
 
-    # queries are absorbed; the step's plan says which tokens read all keys of their rows
-    dense_prompts = None
+    Attributes:
+        dense_prompts: None, because all queries are absorbed here. The step's plan says which
+            tokens read all keys of their rows.
+    """
 
     def __init__(self, config: DSABackendConfig) -> None:
         self.config = config
-        self.block_size = config.cache_layout.block_size
+        self.dense_prompts: DensePrompts | None = None
+        layout = config.cache_layout
+        self._query_format = config.query_format
+        self._rotates_only = not layout.is_fp8 and not layout.index_hadamard
+        self.block_size = layout.block_size
         self._slots = np.full(config.max_num_tokens * config.index_topk, -1, np.int32)
         self._scratch = Scratch()
         self._plan: StepPlan | None = None
@@ -42,40 +54,63 @@ class HostAttention:
         self._checked: set[tuple[Any, ...]] = set()
         settle("cpu")
 
-    def begin_step(self, step: ForwardMeta | None = None, lengths: Any = None) -> None:
-        """Forget the plan of the step before; without a next step the caches, too."""
+    def begin_step(
+        self, step: ForwardMeta | None = None, lengths: HostLengths | None = None
+    ) -> None:
+        """Drop the plan of the step before, and views of the caches if no step follows."""
         self._plan = None
         if step is None:
             self._views.clear()
             self._checked.clear()
 
-    def allocate_cache(self, shape: list[int]) -> Any:
+    def allocate_cache(self, shape: list[int]) -> Array:
+        """Allocate a zeroed cache."""
         return self.config.cache_layout.allocate(shape)
 
-    def _no_buffer(self, num_tokens: int) -> None:
-        """On a CPU operators make their results, or work in the memory of their input."""
+    def projection_buffers(self, num_tokens: int) -> None:
+        """Return None: on a CPU operators make their results or overwrite their input."""
 
-    projection_buffers = query_buffers = mla_query_buffer = _no_buffer
+    def query_buffers(self, num_tokens: int) -> None:
+        """Return None, see `projection_buffers`."""
+
+    def mla_query_buffer(self, num_tokens: int) -> None:
+        """Return None, see `projection_buffers`."""
+
+    def project(
+        self, layer: MlaLayer, indexer: Indexer, hidden: Array, overlap: IndexerOverlap
+    ) -> tuple[Array, Array, Array, Array]:
+        """Project a layer's input, without a second stream on a CPU.
+
+        Returns:
+            Latents of queries and keys, index keys and head weights.
+        """
+        latent, kv_a, _ = layer.project_qkv_a(hidden)
+        return (latent, kv_a, *indexer.project(hidden))
 
     def prepare_indexer_query(
-        self, q: Any, weights: Any, position_ids: None, cos_sin: np.ndarray, **how: Any
-    ) -> tuple[Any, Any]:
-        """See the operator, whose arguments these are; keys of full precision are only rotated."""
-        if how["quantized"] or how["hadamard"]:
-            return prepare_on_host(q, weights, position_ids, cos_sin, **how)
-        rotate_(q[:, :, : cos_sin.shape[1]], cos_sin, interleaved=how["rope_interleave"])
-        return q, weights
+        self, q: np.ndarray, weights: np.ndarray, cos_sin: np.ndarray, rope_interleave: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Bring queries of an indexer into the format of its keys, by `indexer_query`."""
+        if self._rotates_only:
+            rotate_(q[:, :, : cos_sin.shape[1]], cos_sin, interleaved=rope_interleave)
+            return q, weights
+        how = {"rope_interleave": rope_interleave, **self._query_format}
+        return prepare_on_host(q, weights, None, cos_sin, **how)
 
-    @staticmethod
     def prepare_mla_query(
-        q_latent: np.ndarray, q_pe: np.ndarray, position_ids: None, cos_sin: np.ndarray
+        self,
+        q_latent: np.ndarray,
+        q_pe: np.ndarray,
+        position_ids: Array | None,
+        cos_sin: np.ndarray,
     ) -> np.ndarray:
+        """Join both parts of the absorbed query, the second one rotated."""
         query = np.concatenate((q_latent, q_pe), axis=-1)
         rotate_(query[:, :, q_latent.shape[2] :], cos_sin, interleaved=True)
         return query
 
     def plan(self, step: ForwardMeta) -> StepPlan:
-        """Work lists of the step, made at the first layer that asks."""
+        """Return the work lists of the step, made for the first layer that needs them."""
         if self._plan is None:
             self._plan = StepPlan(step, self.config, self._slots)
         return self._plan
@@ -83,14 +118,14 @@ class HostAttention:
     def write(
         self,
         step: ForwardMeta,
-        kv_a: Any,
-        index_k: Any,
-        cos_sin: Any,
-        latent_cache: Any,
-        index_cache: Any,
+        kv_a: Array,
+        index_k: Array | None,
+        cos_sin: Array,
+        latent_cache: Array,
+        index_cache: Array | None,
         params: CacheWriteParams,
     ) -> None:
-        """See DSAAttentionBackend.write; then the layer's two caches and how it norms its keys."""
+        """See DSAAttentionBackend.write."""
         slots = step.slot_mapping
         arrays = kv_a, cos_sin, index_k
         form: Any = None
@@ -113,23 +148,23 @@ class HostAttention:
         where = self.plan(step).places_in(latents.shape[0])
         store_keys(*arrays[::2], cos_sin, latents[:, 0], keys, where, params)
 
-    def _view(self, cache: Any) -> np.ndarray:
+    def _view(self, cache: Array) -> np.ndarray:
         held = self._views.get(id(cache))
         if held is None or held[0] is not cache:
             held = self._views[id(cache)] = cache, as_numpy(cache)
         return held[1]
 
-    def select(self, step: ForwardMeta, q: Any, weights: Any, cache: Any) -> Any:
-        """See DSAAttentionBackend.select; `cache` is the layer's indexer cache."""
+    def select(self, step: ForwardMeta, q: Array, weights: Array, cache: Array) -> Array:
+        """See DSAAttentionBackend.select. The cache is the layer's indexer cache."""
         plan = self.plan(step)
         if plan.needs_scores:
             self._score(plan, as_numpy(q), as_numpy(weights), self._view(cache))
         return plan.selection
 
-    def attend(self, step: ForwardMeta, q: Any, cache: Any, selection: Any) -> Any:
-        """See DSAAttentionBackend.attend; `cache` is the layer's latent cache.
+    def attend(self, step: ForwardMeta, q: Array, cache: Array, selection: Array) -> Array:
+        """See DSAAttentionBackend.attend. The cache is the layer's latent cache.
 
-        The result is an array where `q` is one, else a tensor.
+        The result is an array if `q` is one, else a tensor.
         """
         plan, latents = self.plan(step), self._view(cache)
         rows = latents.reshape(-1, latents.shape[-1])
@@ -142,7 +177,7 @@ class HostAttention:
             return self._attend(plan, q, rows, slots)
         return as_tensor(self._attend(plan, as_numpy(q), rows, slots))
 
-    def _score(self, plan: StepPlan, q: np.ndarray, weights: np.ndarray, cache: Any) -> None:
+    def _score(self, plan: StepPlan, q: np.ndarray, weights: np.ndarray, cache: np.ndarray) -> None:
         """Fill `plan.slots` for the tokens with more keys than `index_topk`."""
         for tile in plan.score_tiles:
             logits = score_gathered(
@@ -159,9 +194,9 @@ class HostAttention:
             self._keep_best(plan, tokens.ravel(), logits.reshape(-1, logits.shape[2]), window)
 
     def _keep_best(
-        self, plan: StepPlan, tokens: Any, logits: np.ndarray, window: np.ndarray
+        self, plan: StepPlan, tokens: slice | np.ndarray, logits: np.ndarray, window: np.ndarray
     ) -> None:
-        """Top-k of some tokens by the scores of their windows, which begin in column 0."""
+        """Select the best keys of some tokens by the scores of their windows."""
         positions = select_positions(logits, window, plan.topk)
         if plan.has_late_windows:
             positions = np.where(positions < 0, -1, positions + plan.first_key[tokens, None])
@@ -169,16 +204,21 @@ class HostAttention:
             positions, plan.batch_ids[tokens], plan.block_tables, self.block_size
         )
 
-    def _attend(self, plan: StepPlan, q: np.ndarray, rows: Any, slots: np.ndarray) -> np.ndarray:
-        """float32 [num_tokens, num_heads, kv_lora_rank]; short prompts in tiles, others one by one.
+    def _attend(
+        self, plan: StepPlan, q: np.ndarray, rows: np.ndarray, slots: np.ndarray
+    ) -> np.ndarray:
+        """Attend for short prompts in tiles, for other tokens one by one.
 
         Args:
             rows: [num_slots, row]; the layer's latent cache.
-            slots: int32 [num_tokens, topk]; what each token attends to.
+            slots: int32 [num_tokens, topk]; selected slots of each token.
+
+        Returns:
+            float32 [num_tokens, num_heads, kv_lora_rank].
         """
         config, scratch = self.config, self._scratch
         scale, rank = config.softmax_scale, config.cache_layout.kv_lora_rank
-        options = {"softmax_scale": scale, "kv_lora_rank": rank, "scratch": scratch}
+        options: dict[str, Any] = {"softmax_scale": scale, "kv_lora_rank": rank, "scratch": scratch}
         tokens = plan.gathered_tokens
         if slots is plan.slots and len(tokens) == len(q):
             return attend_gathered(q, rows, slots, **options)

@@ -1,4 +1,4 @@
-"""Work of a layer on a second stream: the indexer's projections run beside those of the attention.
+"""Second stream of a layer: projections of the indexer alongside those of the attention.
 
 The projections of the indexer are small and read their weights once, so in a step of few tokens
 they cost little beside the attention's own. In a step of many tokens both fill the device, and a
@@ -12,21 +12,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fd_dsa.environment import DEFAULT_OVERLAP_MAX_TOKENS, overlap_max_tokens
 from fd_dsa.errors import DeviceError, KernelUnavailable, OverlapError
 from fd_dsa.ops.providers import TRITON, device_kind, refuse
+from fd_dsa.tensor import Tensor
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+Work = TypeVar("Work")
+Side = TypeVar("Side")
 _NOT_RUN: Any = object()
 _OPERATOR = "indexer_projection"
 
 
 class IndexerOverlap:
-    """Forks work to the second stream of a device, one fork at a time; one object a backend.
+    """Fork to the second stream of a device, one at a time for each backend.
 
     The second stream is made by the first fork of the process that uses it; never on a CPU, nor
     where kernels are interpreted.
@@ -49,9 +52,13 @@ class IndexerOverlap:
         self._capturing: Callable[[], bool] | None = None
 
     def run(
-        self, num_tokens: int, work: Callable[[], Any], project: Callable[..., Any], *args: Any
-    ) -> tuple[Any, Any]:
-        """The results of `work()` and of `project(*args)`, at the same time where the step forks.
+        self,
+        num_tokens: int,
+        work: Callable[[], Work],
+        project: Callable[..., Side],
+        *args: Any,
+    ) -> tuple[Work, Side]:
+        """Run `work()` and `project(*args)`, at the same time if the step forks.
 
         `project` then runs on the second stream, which first waits for all work queued so far, and
         what is queued after this call runs after both. In a capture fork and join become edges of
@@ -110,8 +117,8 @@ class IndexerOverlap:
         finally:
             self.eager = before
 
-    def _is_capturing(self, tensor: Any) -> bool:
-        """True while the current stream of a tensor's device is captured; asked in every layer."""
+    def _is_capturing(self, tensor: Tensor) -> bool:
+        """Return True while the current stream of a tensor's device is captured."""
         if self._capturing is None:
             # the launcher is loaded only where a device is asked for
             from fd_dsa.device.transfers import transfers_for
@@ -119,8 +126,8 @@ class IndexerOverlap:
             self._capturing = transfers_for(tensor).is_capturing
         return self._capturing()
 
-    def stream_for(self, tensor: Any) -> Any:
-        """The second stream beside a tensor's, None where there is none."""
+    def stream_for(self, tensor: Tensor) -> Any:
+        """Return the second stream of a tensor's device, None on a CPU."""
         if self.side_stream is _NOT_RUN:
             from fd_dsa.device.side_stream import side_stream_for
 
@@ -128,8 +135,8 @@ class IndexerOverlap:
         return self.side_stream
 
 
-def _projected(project: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    """`project(*args)` without a fork, by the next provider if a kernel cannot be compiled."""
+def _projected(project: Callable[..., Side], args: tuple[object, ...]) -> Side:
+    """Run `project(*args)` without a fork, again after a failed compilation."""
     try:
         return project(*args)
     except KernelUnavailable as error:
@@ -139,7 +146,7 @@ def _projected(project: Callable[..., Any], args: tuple[Any, ...]) -> Any:
 
 @contextmanager
 def _undone(*calls: Callable[[], None]) -> Iterator[None]:
-    """Make these calls after an exception, which is the one to show: a capture refuses others."""
+    """Make these calls after an exception. Their own errors are suppressed."""
     try:
         yield
     except BaseException:

@@ -127,7 +127,7 @@ class StepPlan:
         self.decode_rows = self._decode_rows() if self.needs_scores else None
 
     def places_in(self, num_blocks: int) -> Any:
-        """Where the step's keys are written in a cache; see `cache_write.paddle_impl.places`."""
+        """Return the places of the step's keys in a cache, as `cache_write` needs them."""
         if self._places is None or self._places[0] != num_blocks:
             slots = as_numpy(self._slot_mapping)
             self._places = num_blocks, places(slots, num_blocks, self.block_size)
@@ -138,7 +138,7 @@ class StepPlan:
         return as_tensor(self.slots)
 
     def _fill_slots(self) -> None:
-        """Slots of the first keys of each row; right for the tokens that need no scores.
+        """Fill the slots of the first keys of each row, for tokens that need no scores.
 
         A late window, which begins after the first key, has other slots.
         """
@@ -152,7 +152,7 @@ class StepPlan:
         self.slots[: self.num_tokens] = np.where(seen, row_slots[self.batch_ids], -1)
 
     def _fill_late_slots(self) -> None:
-        """Fill the slots of the tokens whose windows begin after the first key of their rows."""
+        """Fill the slots of tokens whose windows begin after the first key of their rows."""
         later = np.flatnonzero(self.first_key)
         offset = np.arange(self.topk)
         known = self.first_key[later, None] + offset
@@ -181,7 +181,7 @@ class StepPlan:
     def _prefill_tiles(
         self, heads: int, wanted: np.ndarray, max_keys: int | None
     ) -> tuple[Tile, ...]:
-        """Prefill tokens that are `wanted`, cut where a score matrix would outgrow its budget.
+        """Cut `wanted` prefill tokens into tiles whose score matrices keep to their budget.
 
         With `max_keys`, tokens of rows longer than that are left out, and short rows share a tile
         only up to `JOINED_KEYS` keys, since a token pays for the keys of its neighbours.
@@ -199,7 +199,7 @@ class StepPlan:
         return tuple(tiles)
 
     def _tile_end(self, index: np.ndarray, start: int, heads: int, max_keys: int | None) -> int:
-        """End (in `index`) of the tile that starts at `start`: consecutive, within the budget."""
+        """Return the end of the tile that starts at `start`, both as places in `index`."""
         run = index[start:]
         consecutive = np.flatnonzero(np.diff(run) != 1)
         run = run[: consecutive[0] + 1] if len(consecutive) else run
@@ -256,7 +256,7 @@ class StepPlan:
 
     @cached_property
     def slot_position(self) -> np.ndarray:
-        """int32: position in its row of each slot that a dense tile reads; garbage elsewhere."""
+        """Position in its row of each slot that a dense tile reads, int32."""
         size = 1 + max(int(tile.key_slots.max()) for tile in self.dense_tiles)
         table = np.empty(size, np.int32)
         for tile in self.dense_tiles:

@@ -1,4 +1,4 @@
-"""Our sparse MLA on tensor cores, used instead of the kernel for every type and GPU.
+"""Sparse MLA on tensor cores, instead of the kernel for every type and GPU.
 
 What it allocates serves all layers and steps.
 """
@@ -15,6 +15,7 @@ from fd_dsa.ops.mla.custom_op import CustomAttention
 from fd_dsa.ops.mla.records import Dequantized, DequantizedRecords
 from fd_dsa.ops.mla.tensor_core import attend_on_tensor_cores, new_partials
 from fd_dsa.step import ForwardMeta
+from fd_dsa.tensor import Tensor
 
 logger = logging.getLogger(__name__)
 # of a step, below which a launch costs more than it saves
@@ -25,12 +26,12 @@ _KEYS_PER_TOKEN = 128
 
 
 def keys_per_token(num_heads: int) -> int:
-    """Most keys for each new token of a row whose records are dequantized before attention."""
+    """Return the maximum keys a new token of rows whose records are dequantized first."""
     return _KEYS_PER_TOKEN * -(-num_heads // 64)
 
 
 class TensorCoreAttention:
-    """`attend_on_tensor_cores` with memory for its splits; one layer at a time may use it.
+    """Attention on tensor cores with memory for its splits, for one layer at a time.
 
     Few heads over FP8 records, and more than 32 heads: a kernel of custom_ops/ instead, where it
     serves, for the numbers of tokens that it is faster for. More than 32 heads over FP8 records:
@@ -47,7 +48,7 @@ class TensorCoreAttention:
         self,
         config: DSABackendConfig,
         allocate: Allocate,
-        scratch: Any = None,
+        scratch: Tensor | None = None,
         custom: CustomAttention | None = None,
         always_custom: bool = False,
     ) -> None:
@@ -63,15 +64,15 @@ class TensorCoreAttention:
 
     def attend(
         self,
-        q: Any,
-        cache: Any,
-        slots: Any,
-        out: Any,
-        lse: Any = None,
+        q: Tensor,
+        cache: Tensor,
+        slots: Tensor,
+        out: Tensor,
+        lse: Tensor | None = None,
         step: ForwardMeta | None = None,
     ) -> None:
-        """See `attend_on_tensor_cores`; tokens of a `step` have slots of their own rows alone."""
-        how = {"softmax_scale": self._scale, "lse": lse}
+        """See `attend_on_tensor_cores`. Tokens of a `step` have slots of their own rows only."""
+        how: dict[str, Any] = {"softmax_scale": self._scale, "lse": lse}
         custom = self._custom
         if custom is not None and (self._always or custom.is_faster(q.shape[0], q.shape[1])):
             dequantized = self._dequantized(cache, step)
@@ -79,7 +80,7 @@ class TensorCoreAttention:
         else:
             attend_on_tensor_cores(q, cache, slots, out, partials=self._partials, **how)
 
-    def _dequantized(self, cache: Any, step: ForwardMeta | None) -> Dequantized | None:
+    def _dequantized(self, cache: Tensor, step: ForwardMeta | None) -> Dequantized | None:
         """Records of the step's prompts, where that may save time."""
         if self._records is None or step is None:
             return None

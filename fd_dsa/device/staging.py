@@ -32,6 +32,7 @@ from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from fd_dsa.device.allocation import CACHED_VIEWS, Allocate
 from fd_dsa.device.host_tensor import Int32Array
@@ -39,6 +40,7 @@ from fd_dsa.device.transfers import transfers_for
 from fd_dsa.tensor import Tensor
 
 NUM_SLABS = 3
+Integers = npt.NDArray[np.integer[Any]]
 # int32 values to which the sections of a packed tensor are rounded up: 256 bytes
 _SECTION = 64
 
@@ -175,7 +177,7 @@ class StagedInputs:
         view = partial(section_view, self.tensor, tuple(self._starts), columns)
         self._view = lru_cache(maxsize=CACHED_VIEWS)(view)
 
-    def upload(self, values: Sequence[Int32Array], tables: Int32Array) -> list[Any]:
+    def upload(self, values: Sequence[Integers], tables: Int32Array) -> list[Any]:
         """Enqueue the copies of a step (`queue`), and return the tensors that will hold it.
 
         Returns:
@@ -184,7 +186,7 @@ class StagedInputs:
         self.queue(values, tables)
         return self.views_of([*map(len, values), len(tables)])
 
-    def queue(self, values: Sequence[Int32Array], tables: Int32Array) -> None:
+    def queue(self, values: Sequence[Integers], tables: Int32Array) -> None:
         """Enqueue the copies of a step.
 
         The copy stream of the staging copies the values to the device. The current stream waits

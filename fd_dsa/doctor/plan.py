@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fd_dsa.cache_formats import CACHE_FORMATS
 from fd_dsa.config import EngineConfig
 from fd_dsa.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fd_dsa.models.config import ModelConfig
 
 GPU_GIB = (80, 96, 141, 180, 288)
 """Memory of H100 (80), H20 and GH200 (96), H200 (141), B200 (180) and B300 (288).
@@ -75,7 +78,7 @@ def plan(folder: Path, ranks: int, *, allow_unknown: bool = False) -> dict[str, 
     }
 
 
-def _caches(config: EngineConfig, model: Any, weight_bytes: int) -> dict[str, Any]:
+def _caches(config: EngineConfig, model: ModelConfig, weight_bytes: int) -> dict[str, Any]:
     """Return the memory other than weights for one cache dtype, and the fit on each GPU."""
     from fd_dsa.engine.caches import caches_class
     from fd_dsa.runner.input_batch import InputBatch

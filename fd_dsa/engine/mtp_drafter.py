@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,13 +10,14 @@ import numpy.typing as npt
 from fd_dsa.engine.batch import ScheduledBatch
 from fd_dsa.engine.draft_state import Drafts
 from fd_dsa.engine.request import Request
-from fd_dsa.engine.speculation import Drafter
 from fd_dsa.engine.step_sampler import StepSampler
+from fd_dsa.runner.input_batch import InputBatch
+from fd_dsa.runner.protocol import DeviceMtpRunner, MtpRunner
 
 Int64 = npt.NDArray[np.int64]
 
 
-class MtpDrafter(Drafter):
+class MtpDrafter:
     """Drafter of the method "mtp", which runs the layer after each step for all of its tokens.
 
     For token i the layer needs the hidden state of i and token i + 1. It also runs if no request
@@ -27,12 +27,12 @@ class MtpDrafter(Drafter):
     with its parameters, and the random number of their position.
 
     Args:
-        runner: has `predict_more`.
+        runner: runner on a CPU whose model has the layer.
     """
 
     is_layer, usual_rate = True, 0.85
 
-    def __init__(self, runner: Any) -> None:
+    def __init__(self, runner: MtpRunner) -> None:
         self._runner, self._input_batch = runner, runner.input_batch
         self._sampler = StepSampler(runner, runner.input_batch.max_num_seqs)
 
@@ -41,7 +41,7 @@ class MtpDrafter(Drafter):
     ) -> dict[Request, Drafts]:
         """Run the layer, and return drafts of the requests that want some."""
         rows, runner, wanting = self._input_batch, self._runner, list(counts)
-        next_ids, last = self._next_tokens(batch)
+        next_ids, last = next_tokens(rows, batch)
         logits = runner.predict_more(next_ids, [last[request] for request in wanting])
         proposals: dict[Request, list[int]] = {request: [] for request in wanting}
         for depth in range(max(counts.values(), default=0)):
@@ -64,23 +64,8 @@ class MtpDrafter(Drafter):
             logits = runner.predict_more(rows.ids_remove_padding[tokens], tokens, kept)
         return {request: Drafts(tokens) for request, tokens in proposals.items()}
 
-    def _next_tokens(self, batch: ScheduledBatch) -> tuple[Int64, dict[Request, int]]:
-        """Return the token after each token of a step, whose tokens the host has.
 
-        Returns:
-            int64 [num_tokens]; and for each running request the flat index of the last token that
-            was accepted. Requests that have ended are left out, because they have no row.
-        """
-        rows, last = self._input_batch, {}
-        next_ids, ends = rows.next_tokens(), rows.seq_lens_this_time.cumsum()
-        for request in batch.sampling:
-            if request.slot >= 0:
-                last[request] = int(ends[request.slot]) - 1 - batch.num_rejected(request)
-                next_ids[last[request]] = request.token_ids[-1]
-        return next_ids, last
-
-
-class DeviceMtpDrafter(MtpDrafter):
+class DeviceMtpDrafter:
     """MTP drafter on a device, which enqueues drafts before the host has the tokens of the step.
 
     Drafts stay on the device. Later steps name them as pending tokens. Further drafts are enqueued
@@ -88,28 +73,53 @@ class DeviceMtpDrafter(MtpDrafter):
     the blocks of a row lack a key and are accepted less often.
 
     Args:
-        runner: has `draws`, `draft` and the `forward_meta` of a step.
+        runner: runner on a device whose model has the layer.
     """
+
+    is_layer, usual_rate = MtpDrafter.is_layer, MtpDrafter.usual_rate
+
+    def __init__(self, runner: DeviceMtpRunner) -> None:
+        self._runner, self._input_batch = runner, runner.input_batch
 
     def propose(
         self, batch: ScheduledBatch, counts: Mapping[Request, int]
     ) -> dict[Request, Drafts]:
         """Enqueue the layer and the drafts, after samples of the device or of the host."""
-        requests, runner, draws = batch.sampling, self._runner, self._runner.draws
+        requests, runner, buffer = batch.sampling, self._runner, self._runner.token_buffer
         if batch.future is None:
-            next_ids, last = self._next_tokens(batch)
+            next_ids, last = next_tokens(self._input_batch, batch)
             requests = list(last)
             places = [
                 (place, request.slot, request.num_output_tokens, len(request.token_ids) - 1)
                 for request, place in last.items()
             ]
-            draws.go_on(runner.forward_meta, next_ids, places)
+            runner.seed_drafts(next_ids, places)
         runner.draft(len(requests), max(counts.values(), default=0))
         return {
             request: Drafts(
-                [draws.buffer.draft(depth, row) for depth in range(counts[request])],
+                [buffer.draft(depth, row) for depth in range(counts[request])],
                 is_pending=True,
             )
             for row, request in enumerate(requests)
             if request in counts
         }
+
+
+def next_tokens(rows: InputBatch, batch: ScheduledBatch) -> tuple[Int64, dict[Request, int]]:
+    """Return the token after each token of a step, whose tokens the host has.
+
+    Args:
+        rows: rows of the step.
+        batch: step, whose tokens have been processed.
+
+    Returns:
+        int64 [num_tokens]; and for each running request the flat index of the last token that was
+        accepted. Requests that have ended are left out, because they have no row.
+    """
+    last: dict[Request, int] = {}
+    next_ids, ends = rows.next_tokens(), rows.seq_lens_this_time.cumsum()
+    for request in batch.sampling:
+        if request.slot >= 0:
+            last[request] = int(ends[request.slot]) - 1 - batch.num_rejected(request)
+            next_ids[last[request]] = request.token_ids[-1]
+    return next_ids, last

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from fd_dsa.engine.batch import ScheduledBatch
 from fd_dsa.engine.draft_state import Drafts
 from fd_dsa.engine.request import Request
-from fd_dsa.engine.speculation import Drafter
 
 # maximum number of tokens listed in a step, about 10 ms, so that a long prompt delays no request
 _MAX_LISTED = 8192
@@ -48,7 +47,7 @@ class LookupIndex:
         return []
 
 
-class PromptLookup(Drafter):
+class PromptLookup:
     """Drafter of the method "ngram".
 
     Args:
@@ -56,6 +55,8 @@ class PromptLookup(Drafter):
 
     Source: prompt lookup decoding (Saxena 2023), as vLLM's "ngram".
     """
+
+    is_layer, usual_rate = False, 0.6
 
     def __init__(self, longest: int, shortest: int) -> None:
         self._longest, self._shortest = longest, shortest

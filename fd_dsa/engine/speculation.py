@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from typing import Protocol
 
 from fd_dsa.engine.batch import ScheduledBatch
 from fd_dsa.engine.draft_state import Drafts, DraftState
@@ -19,8 +20,8 @@ from fd_dsa.engine.step_costs import StepCosts
 logger = logging.getLogger(__name__)
 
 
-class Drafter:
-    """Base of drafters. It proposes arbitrary tokens at no cost, to time decode steps.
+class Drafter(Protocol):
+    """Source of drafts.
 
     Attributes:
         is_layer: True for a layer of the model. Its KV cache has entries only for tokens that it
@@ -29,7 +30,8 @@ class Drafter:
         usual_rate: acceptance rate that is assumed before any draft was verified.
     """
 
-    is_layer, usual_rate = False, 0.6
+    is_layer: bool
+    usual_rate: float
 
     def propose(
         self, batch: ScheduledBatch, counts: Mapping[Request, int]
@@ -40,6 +42,17 @@ class Drafter:
             batch: step that has just given its requests their tokens, or is in flight.
             counts: maximum number of drafts of each request that wants some.
         """
+
+
+class ArbitraryDrafter:
+    """Drafter that proposes arbitrary tokens at no cost, to time decode steps."""
+
+    is_layer, usual_rate = False, 0.6
+
+    def propose(
+        self, batch: ScheduledBatch, counts: Mapping[Request, int]
+    ) -> dict[Request, Drafts]:
+        """Return the token 0 as each draft."""
         return {request: Drafts([0] * count) for request, count in counts.items()}
 
 

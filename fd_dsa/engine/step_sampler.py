@@ -76,7 +76,7 @@ class StepSampler:
             mask_rows = _mask_rows(batch, masked)
             own = [batch.drafts.get(request, NO_DRAFTS) for request in masked]
             if any(drafts.is_pending for drafts in own):
-                batch.pending_drafts = device.draws.read_drafts()
+                batch.pending_drafts = device.read_drafts()
         batch.sampling_inputs = SamplingInputs(slots, positions, batch.logits_indptr, mask_rows)
         device.enqueue_model(batch.logits_indices, batch.sampling_inputs)
         if not masked:
@@ -119,7 +119,7 @@ class StepSampler:
         """Replace pending drafts of a step by their ids, for masks or sampling on the host."""
         if any(drafts.is_pending for drafts in batch.drafts.values()):
             assert self._device is not None, "only a device has pending drafts"
-            ids = (batch.pending_drafts or self._device.draws.read_drafts()).result()
+            ids = (batch.pending_drafts or self._device.read_drafts()).result()
             batch.drafts = {
                 request: Drafts(ids[drafts.tokens].tolist())
                 for request, drafts in batch.drafts.items()
@@ -241,7 +241,7 @@ class StepSampler:
         counted: tuple[list[int], ...] = ()
         if given.is_penalized:
             counted = request.state.prompt_token_ids, request.output_token_ids
-        self._device.draws.set_slot(slot, given, *counted)
+        self._device.set_slot(slot, given, *counted)
 
 
 def _execute_watched(runner: Runner, batch: ScheduledBatch) -> Logits:

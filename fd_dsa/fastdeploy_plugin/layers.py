@@ -151,7 +151,8 @@ class PluginAttention:
         projections = backend.projections_of(self.indexer, hidden_states)
         core = backend.current_core()
         project: Callable[..., tuple[Tensor, Tensor]] = projections.two_gemms
-        num_tokens, args = 0, [hidden_states]
+        num_tokens = 0
+        args: list[Any] = [hidden_states]
         # only one launch makes nothing that would have to outlive it on a second stream
         if projections.is_one_launch:
             project, num_tokens = projections.one_launch, hidden_states.shape[0]

@@ -75,7 +75,7 @@ class ForwardMeta(Protocol):
     slot_mapping: Tensor
     indexer_attn_mask_offsets: Tensor | None
     caches: Sequence[Tensor]
-    fd_dsa_step: CoreMeta
+    fd_dsa_step: CoreMeta | None
 
 
 class AttentionRecord(Protocol):

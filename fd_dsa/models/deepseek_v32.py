@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from fd_dsa.attention.protocol import LayerStep
+from fd_dsa.device.allocation import Array
 from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.mla import DeepseekV32DSAAttention
 from fd_dsa.models.moe import DeepseekMLP, DeepseekMoE
@@ -15,7 +17,6 @@ from fd_dsa.models.sources import MTP_EMBEDDING, MTP_HEAD, MTP_JOIN, WeightLoade
 from fd_dsa.models.weights_protocol import Weights
 from fd_dsa.ops.arrays import as_numpy
 from fd_dsa.ops.linear import rows_at, values_of
-from fd_dsa.tensor import Array
 
 
 class DeepseekV32DecoderLayer:
@@ -37,8 +38,13 @@ class DeepseekV32DecoderLayer:
             self.mlp = DeepseekMLP(weights, f"{prefix}mlp.", hidden, config.intermediate_size)
 
     def forward(
-        self, hidden_states: Any, change: Any, cos_sin: Any, forward_meta: Any, shared_indices: Any
-    ) -> tuple[Any, Any, Any]:
+        self,
+        hidden_states: Array,
+        change: Array | None,
+        cos_sin: Array,
+        forward_meta: LayerStep,
+        shared_indices: Array | None,
+    ) -> tuple[Array, Array, Array | None]:
         """Run the layer.
 
         Args:
@@ -69,6 +75,7 @@ class MultiTokenPredictor:
     without embedding or head uses the model's.
 
     Attributes:
+        embed_tokens: [vocab_size, hidden_size]; embedding of the next tokens.
         head: weight from hidden states of a call to logits.
 
     Source: DeepSeek-V3 (arXiv 2412.19437) section 2.2; names of Hugging Face checkpoints.
@@ -78,9 +85,10 @@ class MultiTokenPredictor:
         config, own = model.config, model.config.mtp or ()
         hidden, eps, number = config.hidden_size, config.rms_norm_eps, config.num_hidden_layers
         prefix, self._group = f"model.layers.{number}.", weights.group
-        self._cos_sin, self._embed, self.head = model.cos_sin, model.embed_tokens, model.head
+        self._cos_sin, self.head = model.cos_sin, model.head
+        self.embed_tokens = model.embed_tokens
         if MTP_EMBEDDING in own:
-            self._embed, _ = weights.table(prefix + MTP_EMBEDDING, config.vocab_size, hidden)
+            self.embed_tokens, _ = weights.table(prefix + MTP_EMBEDDING, config.vocab_size, hidden)
         if MTP_HEAD in own:
             parts = {prefix + MTP_HEAD: config.vocab_size}
             self.head = weights.matrix(hidden, parts, sums_in_float32=True)
@@ -90,7 +98,7 @@ class MultiTokenPredictor:
         self.layer = DeepseekV32DecoderLayer(config, number, weights)
         self._norm = weights.norm(f"{prefix}shared_head.norm.weight", hidden, eps)
 
-    def __call__(self, next_ids: Any, hidden: Any, step: Any) -> Any:
+    def __call__(self, next_ids: Array, hidden: Array, step: LayerStep) -> Array:
         """Return hidden states after the layer's norm, [num_tokens, hidden_size].
 
         Args:
@@ -102,13 +110,13 @@ class MultiTokenPredictor:
         positions, norms = step.position_ids, (self._token_norm, self._hidden_norm)
         pair: Array
         if isinstance(hidden, np.ndarray):
-            embedded = rows_at(self._embed, next_ids)
+            embedded = rows_at(self.embed_tokens, next_ids)
             embedded[as_numpy(positions) == 0] = 0
             pair = np.concatenate([norms[0].of(embedded), norms[1].of(hidden)], axis=1)
         else:
             from fd_dsa.ops.mtp_kernels import mtp_inputs
 
-            pair = mtp_inputs(self._embed, next_ids, positions, hidden, *norms)
+            pair = mtp_inputs(self.embed_tokens, next_ids, positions, hidden, *norms)
         cos_sin = rows_at(self._cos_sin, positions)
         states, change, _ = self.layer.forward(self._join.times(pair), None, cos_sin, step, None)
         return values_of(self._norm.after(states, change, self._group)[1])
@@ -137,6 +145,7 @@ class DeepseekV32ForCausalLM:
         if not config.tie_word_embeddings:
             rows = {"lm_head.weight": config.head_rows}
             self.head = weights.matrix(hidden, rows, sums_in_float32=True)
+        self._head_is_split = config.head_rows < vocab_size
         width, positions = config.qk_rope_head_dim, config.max_position_embeddings
         self.cos_sin = weights.constant(partial(cos_sin_table, config.rope, width, positions))
         self.mtp = None if config.mtp is None else MultiTokenPredictor(self, weights)
@@ -146,7 +155,7 @@ class DeepseekV32ForCausalLM:
         """Function that fills the place of each tensor of a checkpoint, by name."""
         return self._weights.loaders
 
-    def __call__(self, ids_remove_padding: Any, forward_meta: Any) -> Any:
+    def __call__(self, ids_remove_padding: Array, forward_meta: LayerStep) -> Array:
         """Return hidden states after the last norm, [num_tokens, hidden_size].
 
         Args:
@@ -165,10 +174,10 @@ class DeepseekV32ForCausalLM:
                 selections.add(indices)
         return self.norm.after(hidden_states, change, self._weights.group)[1]
 
-    def compute_logits(self, hidden_states: Any) -> Any:
+    def compute_logits(self, hidden_states: Array) -> Array:
         """Return logits float32 [n, vocab_size] of hidden states [n, hidden_size]."""
         logits = self.head.times(hidden_states)
-        if self.config.head_rows == self.config.vocab_size:
+        if not self._head_is_split:
             return logits
         gathered = self._weights.group.all_gather(logits)
         return gathered.transpose([1, 0, 2]).reshape([-1, self.config.vocab_size])

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from functools import partial
 from typing import Any
 
 from fd_dsa.attention.indexer import Indexer
+from fd_dsa.attention.protocol import LayerStep
 from fd_dsa.cache_formats import CacheLayout
-from fd_dsa.errors import KernelUnavailable
+from fd_dsa.device.allocation import Array
 from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.dequantize import BLOCK
 from fd_dsa.models.weights_protocol import Weights
 from fd_dsa.ops.cache_write import CacheWriteParams
-from fd_dsa.ops.linear import linear, values_of
+from fd_dsa.ops.linear import linear
 
 
 def down_projections(config: ModelConfig, prefix: str, fp8: Collection[str]) -> dict[str, int]:
@@ -40,7 +40,7 @@ def down_projections(config: ModelConfig, prefix: str, fp8: Collection[str]) -> 
 
 
 class DeepseekV32DSAAttention:
-    """MLA whose queries attend to the keys that an indexer selects.
+    """MLA over the keys that an indexer selects. The attention backend runs its projections.
 
     The query absorbs the up-projection of the keys, the output that of the values. So the cache
     holds one latent of `kv_lora_rank` + `qk_rope_head_dim` values per token for all heads.
@@ -83,49 +83,30 @@ class DeepseekV32DSAAttention:
             out_bias = weights.bias({f"{prefix}o_proj.bias": hidden})
             # one rank adds it to the sum over all
             self.o_bias = out_bias if weights.group.rank == 0 else None
-        self.indexer = None
+        self.indexer: Indexer | None = None
         if config.indexer_types[layer_id] == "full":
             has_wk = self._kv_begin == self.q_lora_rank
             self.indexer = Indexer(config, layer_id, weights, f"{prefix}indexer.", has_wk)
 
     def forward(
-        self, hidden_states: Any, cos_sin: Any, forward_meta: Any, shared_indices: Any
-    ) -> tuple[Any, Any]:
+        self,
+        hidden_states: Array,
+        cos_sin: Array,
+        forward_meta: LayerStep,
+        shared_indices: Array | None,
+    ) -> tuple[Array, Array | None]:
         """Return the attention output, and the selection for following "shared" layers.
 
         Args:
             hidden_states: [num_tokens, hidden_size], normed.
             cos_sin: float32 [num_tokens, qk_rope_head_dim]; cos, then sin.
+            forward_meta: step whose metadata was built last.
             shared_indices: selection of the nearest layer before with an indexer, or None.
         """
-        backend, indexer = forward_meta.attn_backend, self.indexer
-        num_tokens = hidden_states.shape[0]
-        if indexer is None:
-            qr, kv_a, _ = self.project_qkv_a(hidden_states)
-            backend.write(kv_a, None, cos_sin, self, forward_meta)
-            indices = shared_indices
-        else:
-            work = partial(self.project_qkv_a, hidden_states)
-            # the weights of the indexer are not FP8
-            values = values_of(hidden_states)
-            forked = num_tokens if indexer.may_fork(values) else 0
-            (qr, kv_a, joined), (index_k, weights) = backend.overlap.run(
-                forked, work, indexer.project, values, backend
-            )
-            index_k = index_k if joined is None else joined
-            backend.write(kv_a, index_k, cos_sin, self, forward_meta)
-            indices = None
-            prompts = backend.attention.dense_prompts
-            if prompts is None or not prompts.has_all:
-                indices = indexer.forward(forward_meta, qr, cos_sin, weights)
-        try:
-            merged = self._attended(qr, cos_sin, indices, forward_meta)
-        except KernelUnavailable as error:
-            backend.attention.attend_in_one_form(error)
-            if indices is None and indexer is not None:
-                indices = indexer.forward(forward_meta, qr, cos_sin, weights)
-            merged = self._attended(qr, cos_sin, indices, forward_meta)
-        return linear(merged, self.o_proj, self.o_bias), indices
+        values, indices = forward_meta.attn_backend.forward(
+            self, hidden_states, cos_sin, forward_meta, shared_indices
+        )
+        return linear(values, self.o_proj, self.o_bias), indices
 
     def cache_write_params(self, layout: CacheLayout) -> CacheWriteParams:
         """Return the norms and the format with which the layer writes its keys."""
@@ -141,7 +122,7 @@ class DeepseekV32DSAAttention:
             **norms,
         )
 
-    def project_qkv_a(self, hidden_states: Any) -> tuple[Any, Any, Any]:
+    def project_qkv_a(self, hidden_states: Array) -> tuple[Array, Array, Array | None]:
         """Project to the latent of the queries, the key latent and the index key.
 
         Returns:
@@ -153,21 +134,7 @@ class DeepseekV32DSAAttention:
         index_k = qkv[:, rank:begin] if begin > rank else None
         return self.q_a_layernorm.of(qkv[:, :rank]), qkv[:, begin:], index_k
 
-    def _attended(self, qr: Any, cos_sin: Any, indices: Any, forward_meta: Any) -> Any:
-        """Return the values of all heads, [num_tokens, num_heads * v_head_dim]."""
-        backend, nope = forward_meta.attn_backend, self.nope_dim
-        q = self.q_b_proj.times(qr).reshape([-1, self.num_heads, nope + self.rope_dim])
-        prompts, tokens = backend.attention.dense_prompts, None
-        where: tuple[Any, ...] = ()
-        if prompts is not None and prompts.groups:
-            merged = backend.attend_densely(
-                q, cos_sin, (self.k_b_proj, self.v_b_proj), self.o_proj, self.layer_id, forward_meta
-            )
-            if prompts.has_all:
-                return merged
-            tokens = prompts.others
-            q, where = prompts.of_others(q), (merged, tokens)
-        q_latent = self.k_b_proj.times_by_head(q[:, :, :nope])
-        query = backend.attention.prepare_mla_query(q_latent, q[:, :, nope:], tokens, cos_sin)
-        latent = backend.attend(query, indices, self.layer_id, forward_meta)
-        return self.v_b_proj.heads_joined(latent, self.o_proj, *where)
+    def queries(self, latent: Array) -> Array:
+        """See MlaLayer."""
+        width = self.nope_dim + self.rope_dim
+        return self.q_b_proj.times(latent).reshape([-1, self.num_heads, width])

@@ -168,7 +168,7 @@ class HostMatrix:
         )
         return out
 
-    def heads_joined(self, x: np.ndarray, reader: Any) -> np.ndarray:
+    def heads_joined(self, x: np.ndarray, reader: HostMatrix) -> np.ndarray:
         """`times_by_head`, the heads of a token side by side."""
         return self.times_by_head(x).reshape(len(x), -1)
 

@@ -8,12 +8,35 @@ tensors of other libraries too.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
+from fd_dsa.device.allocation import Array
 from fd_dsa.ops.arrays import as_numpy, on_device
-from fd_dsa.ops.host_gemm import HostMatrix
+
+_Linear = TypeVar("_Linear", bound="Linear")
+
+
+class Linear(Protocol):
+    """Weight of a GEMM, or a weight for each head: HostMatrix or DeviceMatrix."""
+
+    def times(self, x: Array) -> Array:
+        """Multiply activations x [num_tokens, in] by the weight: [num_tokens, out]."""
+
+    def times_by_head(self, x: Array) -> Array:
+        """Multiply x [num_tokens, heads, in] by the weight of each head: [..., out]."""
+
+    def heads_joined(self: _Linear, x: Array, reader: _Linear) -> Array:
+        """Multiply as `times_by_head`, with the heads of a token side by side.
+
+        Args:
+            x: [num_tokens, heads, in].
+            reader: weight that multiplies the result, which has a form that suits it.
+        """
+
+    def activated(self, gate_up: Array) -> Array:
+        """Return silu(gate) * up of gate_up [num_tokens, 2 * in], in a form that suits `times`."""
 
 
 def rows_at(x: Any, index: Any) -> Any:
@@ -25,14 +48,8 @@ def rows_at(x: Any, index: Any) -> Any:
     return dense_kernels.rows_at(x, index)
 
 
-def linear(x: Any, weight: Any, bias: Any = None) -> Any:
-    """x [num_tokens, in] times a weight, plus bias [out]; [num_tokens, out].
-
-    Args:
-        weight: a HostMatrix, a DeviceMatrix, or a float32 Paddle CPU tensor [in, out].
-    """
-    if not hasattr(weight, "times"):
-        weight = HostMatrix(weight)
+def linear(x: Array, weight: Linear, bias: Array | None = None) -> Array:
+    """Multiply x [num_tokens, in] by a weight and add a bias [out]: [num_tokens, out]."""
     y = weight.times(x)
     return y if bias is None else added(y, bias)
 

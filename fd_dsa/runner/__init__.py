@@ -1,4 +1,4 @@
-"""The runner: persistent batch state, the step hook both engines share, the embedded runner."""
+"""Runner: state of the batch, the step hook of both engines, the embedded runner."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ __all__ = ["DSAModelRunnerMixin", "InputBatch", "ModelRunner"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import what needs Paddle on first use: the engine's tests run on InputBatch alone."""
+    """Import the names that need Paddle on first use."""
     if name == "ModelRunner":
         from fd_dsa.runner.model_runner import ModelRunner
 

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
 from fd_dsa.device.allocation import Allocate
-from fd_dsa.device.transfers import transfers_for, uploaded
+from fd_dsa.device.transfers import Event, FixedCopy, transfers_for, uploaded
 from fd_dsa.ops.dense_kernels import rows_at
 from fd_dsa.ops.sampling.sampler import DeviceSampler
 from fd_dsa.ops.sampling.token_buffer import TokenBuffer
@@ -23,7 +22,10 @@ from fd_dsa.ops.sampling.verify_kernel import (
     follow_kernel,
     verify_kernel,
 )
+from fd_dsa.runner.model_protocol import MtpLayer
+from fd_dsa.runner.step import Step
 from fd_dsa.step import StepHints
+from fd_dsa.tensor import Tensor
 
 
 class HostTokens:
@@ -35,7 +37,7 @@ class HostTokens:
         may_be_waited_for: True if an earlier wait may have covered the copy.
     """
 
-    def __init__(self, ids: np.ndarray, copied: Any, may_be_waited_for: bool = False) -> None:
+    def __init__(self, ids: np.ndarray, copied: Event, may_be_waited_for: bool = False) -> None:
         self._ids, self._copied, self._may_be_done = ids, copied, may_be_waited_for
 
     def result(self) -> np.ndarray:
@@ -56,10 +58,11 @@ class DeviceDraws:
         allocate: makes a contiguous tensor of a shape and dtype on the device.
         most_drafts: maximum number of drafts of a request in a step. A row of logits belongs to a
             request or to a draft.
-        model: has the layer for multi-token prediction, if there is one.
+        mtp: layer for multi-token prediction; None without such a layer.
 
     Attributes:
         buffer: layout of the token buffer.
+        sampler: sampler with the parameters of each batch row.
     """
 
     def __init__(
@@ -68,13 +71,13 @@ class DeviceDraws:
         vocab_size: int,
         allocate: Allocate,
         most_drafts: int = 0,
-        model: Any = None,
+        mtp: MtpLayer | None = None,
     ) -> None:
         self.buffer = buffer = TokenBuffer(max_num_seqs, most_drafts)
         rows, self._stride = buffer.num_rows, buffer.stride
-        self._sampler = DeviceSampler(max_num_seqs, vocab_size, allocate, rows)
+        self.sampler = DeviceSampler(max_num_seqs, vocab_size, allocate, rows)
         self._tokens = allocate((buffer.size,), "int64")
-        self._sampler.tokens = self._tokens[buffer.sample : buffer.draft(0, 0)]
+        self.sampler.tokens = self._tokens[buffer.sample : buffer.draft(0, 0)]
         # for each request: flat token before its next draft, batch row (-1 = no request), position
         # of the draft in the output, number of tokens in the cache
         self._next = allocate((4 * buffer.stride,), "int32")
@@ -83,25 +86,23 @@ class DeviceDraws:
         self._transfers = transfers = transfers_for(self._tokens)
         # of the samples that the host reads, and of the next ones
         self._results = [
-            (*self._host_copy(self._sampler.tokens), transfers.event()) for _ in range(2)
+            (*self._host_copy(self.sampler.tokens), transfers.event()) for _ in range(2)
         ]
         self._known_tokens = self._host_copy(self._tokens)
-        # see DeviceSampler
-        self.set_slot, self.set_masks = self._sampler.set_slot, self._sampler.set_masks
-        self._mtp = getattr(model, "mtp", None)
-        if self._mtp is not None:
+        self._mtp = mtp
+        if mtp is not None:
             # lengths of the steps of further drafts; see Step
             no_tokens = np.zeros(max_num_seqs, np.int32)
             self._lengths = [uploaded(allocate, no_tokens) for _ in range(3)]
             # hidden states of the tokens before the first drafts; padding reads them too
-            self._kept = rows_at(model.embed_tokens, self._no_masks[:max_num_seqs])
+            self._kept = rows_at(mtp.embed_tokens, self._no_masks[:max_num_seqs])
 
-    def _host_copy(self, tokens: Any) -> tuple[np.ndarray, Any]:
+    def _host_copy(self, tokens: Tensor) -> tuple[np.ndarray, FixedCopy]:
         """Page-locked memory for some tokens, and the copy to it."""
-        ids = self._transfers.host_buffer(8 * len(tokens)).view(np.int64)
+        ids = self._transfers.host_buffer(8 * tokens.shape[0]).view(np.int64)
         return ids, self._transfers.copy("d2h", ids.ctypes.data, tokens.data_ptr())
 
-    def queue(self, step: Any) -> None:
+    def queue(self, step: Step) -> None:
         """Enqueue the sampling of a step.
 
         The result of a row after a rejected draft is REJECTED.
@@ -109,8 +110,9 @@ class DeviceDraws:
         Args:
             step: Step with logits, float32 [num_padded_rows, vocab_size], contiguous.
         """
-        sampler, most, inputs = self._sampler, self.buffer.max_drafts, step.sampling
+        sampler, most, inputs = self.sampler, self.buffer.max_drafts, step.sampling
         logits, slots, positions = step.logits, inputs.slots, inputs.positions
+        assert logits is not None, "the model has not run"
         verified = (step.ids_remove_padding, step.sampled, most) if most else None
         sampler.sample(logits, slots, positions, inputs.mask_rows, verified=verified)
         if most:
@@ -122,7 +124,7 @@ class DeviceDraws:
                 VOCAB=logits.shape[1], num_warps=1,
             )  # fmt: skip
 
-    def queue_drafts(self, step: Any, num_requests: int) -> None:
+    def queue_drafts(self, step: Step, num_requests: int) -> None:
         """Enqueue the layer over all tokens of a step, then one draft of each request.
 
         Args:
@@ -131,12 +133,12 @@ class DeviceDraws:
         """
         next_ids = step.sampling.next_ids
         self._follow(next_ids, *[self._next] * 4, 0, 0)
-        states = self._mtp(next_ids, step.hidden_states, step)
+        states = self._layer()(next_ids, step.hidden_states, step)
         if num_requests:
             last, kept = self._next[:num_requests], self._kept[:num_requests]
             self._draw_drafts(rows_at(states, last, kept), 0)
 
-    def queue_more_drafts(self, step: Any, num_requests: int, longest: int, count: int) -> None:
+    def queue_more_drafts(self, step: Step, num_requests: int, longest: int, count: int) -> None:
         """Enqueue further drafts, each on the layer's own hidden states.
 
         The work may be captured. The layer runs for one token a request, on the hidden states of
@@ -149,7 +151,7 @@ class DeviceDraws:
                 row has no block for it.
             count: number of drafts of each request, with the first one.
         """
-        states = self._kept[:num_requests]
+        layer, states = self._layer(), self._kept[:num_requests]
         new, cached, tokens = (x[: step.block_tables.shape[0]] for x in self._lengths)
         for depth in range(1, count):
             begin = self.buffer.draft(depth - 1, 0)
@@ -166,16 +168,21 @@ class DeviceDraws:
                 seq_lens_decoder=cached,
                 seq_lens_this_time=tokens,
             )
-            own.attn_backend.init_attention_metadata(own)
-            states = self._mtp(ids, states, own)
+            own.build_metadata()
+            states = layer(ids, states, own)
             self._draw_drafts(states, depth)
 
-    def _draw_drafts(self, states: Any, depth: int) -> None:
+    def _layer(self) -> MtpLayer:
+        """Return the layer that drafts."""
+        assert self._mtp is not None, "the model has no layer that drafts"
+        return self._mtp
+
+    def _draw_drafts(self, states: Tensor, depth: int) -> None:
         """Enqueue the sampling of one draft of each request, after `depth` other drafts."""
         rows, stride, begin = states.shape[0], self._stride, self.buffer.draft(depth, 0)
         slots, positions = (self._next[i * stride : i * stride + rows] for i in (1, 2))
-        logits, drafts = self._mtp.head.times(states), self._tokens[begin : begin + rows]
-        self._sampler.sample(logits, slots, positions, self._no_masks[:rows], drafts)
+        logits, drafts = self._layer().head.times(states), self._tokens[begin : begin + rows]
+        self.sampler.sample(logits, slots, positions, self._no_masks[:rows], drafts)
 
     def read_drafts(self) -> HostTokens:
         """Enqueue the copy of the token buffer, which a wait for the newest samples covers too.
@@ -188,7 +195,9 @@ class DeviceDraws:
         copied.record()
         return HostTokens(ids, copied, may_be_waited_for=True)
 
-    def go_on(self, step: Any, next_ids: np.ndarray, places: Sequence[Sequence[int]]) -> None:
+    def seed_drafts(
+        self, step: Step, next_ids: np.ndarray, places: Sequence[Sequence[int]]
+    ) -> None:
         """Set the inputs of `queue_drafts` after a step that the host has sampled.
 
         The call waits for all work that is enqueued.
@@ -221,7 +230,7 @@ class DeviceDraws:
         # its wait is the only one of a step
         return HostTokens(ids[:count], copied)
 
-    def follow(self, step: Any) -> None:
+    def follow(self, step: Step) -> None:
         """Resolve the pending tokens of a step and correct the lengths of its rows.
 
         The work may be captured. A step without pending tokens stays as it is.
@@ -239,9 +248,9 @@ class DeviceDraws:
 
         Later steps compile no kernel.
         """
-        self._sampler.warm_up(self._no_masks)
+        self.sampler.warm_up(self._no_masks)
 
-    def _follow(self, ids: Any, *others: Any) -> None:
+    def _follow(self, ids: Tensor, *others: Tensor | int) -> None:
         count = ids.shape[0]
         follow_kernel[(-(-count // FOLLOW_BLOCK),)](
             ids, self._tokens, self._known, count, *others, BLOCK=FOLLOW_BLOCK, num_warps=4,

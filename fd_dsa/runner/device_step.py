@@ -6,11 +6,10 @@ The module needs Triton's launcher, so it is imported only for a device.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
-from fd_dsa.device.allocation import Allocate
+from fd_dsa.device.allocation import Allocate, Array
 from fd_dsa.device.staging import StagedInputs
 from fd_dsa.device.transfers import Transfers
 from fd_dsa.runner.input_batch import InputBatch, SamplingInputs
@@ -43,7 +42,7 @@ class DeviceInputs(StagedInputs):
         sampling = samples, samples, rows + 1, samples, most_next
         super().__init__(allocate, (*sizes, *sampling), rows, columns)
 
-    def stage(self, inputs: Sequence[Any], sampling: SamplingInputs) -> None:
+    def stage(self, inputs: Sequence[np.ndarray], sampling: SamplingInputs) -> None:
         """Enqueue the copy of `InputBatch.arrays` and of sampling inputs.
 
         The arrays may change afterwards.
@@ -60,8 +59,8 @@ class DeviceInputs(StagedInputs):
 
     def views(
         self, num_tokens: int, num_rows: int, num_sampled: int
-    ) -> tuple[list[Any], SamplingInputs]:
-        """Return the tensors of the fields of a Step, which never move, and its `sampling`."""
+    ) -> tuple[list[Array], SamplingInputs]:
+        """Return the tensors of the fields of a Step and its `sampling`. They never move."""
         # kernels take no empty tensor
         samples, following = max(num_sampled, 1), self._reads_next * num_tokens
         sizes = (num_tokens, *[num_rows] * 3, num_sampled, num_rows)
@@ -89,7 +88,7 @@ class HostLogits:
         self._transfers, self._copied = transfers, transfers.event()
         self._buffer = transfers.host_buffer(4 * num_values).view(np.float32)
 
-    def __call__(self, logits: Any) -> np.ndarray:
+    def __call__(self, logits: Array) -> np.ndarray:
         """Copy a float32 tensor, and wait for the copy.
 
         Returns:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fd_dsa.device.allocation import Array
 from fd_dsa.errors import CapacityError
 from fd_dsa.ops.sampling.token_buffer import staged_ids
 
@@ -33,11 +34,15 @@ class SamplingInputs(NamedTuple):
         next_ids: values of `InputBatch.next_tokens`; empty without a layer that reads them.
     """
 
-    slots: Any = ()
-    positions: Any = ()
-    logits_indptr: Any = ()
-    mask_rows: Any = ()
-    next_ids: Any = ()
+    slots: Array = ()
+    positions: Array = ()
+    logits_indptr: Array = ()
+    mask_rows: Array = ()
+    next_ids: Array = ()
+
+
+NO_SAMPLING = SamplingInputs()
+"""Inputs of a step that the host samples."""
 
 
 class InputBatch:

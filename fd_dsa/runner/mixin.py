@@ -1,4 +1,4 @@
-"""The hook that both runners share: step metadata once a step, with what only a runner knows."""
+"""Hook of both runners that builds the metadata once a step."""
 
 from __future__ import annotations
 
@@ -8,28 +8,33 @@ from fd_dsa.attention import DSAAttentionBackend, StepHints
 
 
 class DSAModelRunnerMixin:
-    """Goes before a runner class whose `initialize_forward_meta` makes `self.forward_meta`.
+    """Mixin before a runner class whose `initialize_forward_meta` sets `forward_meta`.
 
-    The runner keeps its backends in `self.attn_backends`. Where the first one is a
+    The runner keeps its backends in `self.attn_backends`. If the first one is a
     DSAAttentionBackend, the mixin tells it what the host knows of the step, and makes sure that
-    the metadata exists afterwards. Without a backend, or with a foreign one, nothing is touched.
+    the metadata exists afterwards. Without a backend, or with a foreign one, the step stays as it
+    is.
+
+    Attributes:
+        backend_class: class of the backends that the mixin serves.
+        attn_backends: backends of the runner; empty until the runner has made them.
+        forward_meta: newest step.
 
     Source: FastDeploy #7367 (position ids and slot mapping once per step in the runner) and the
     reviews of #7598.
     """
 
     backend_class: type = DSAAttentionBackend
-    attn_backends: list[Any]
+    attn_backends: Any = ()
     forward_meta: Any
 
     def dsa_backend(self) -> Any:
-        """The runner's DSA backend, or None."""
-        backends = getattr(self, "attn_backends", None)
-        first = backends[0] if backends else None
+        """Return the runner's DSA backend, or None."""
+        first = self.attn_backends[0] if self.attn_backends else None
         return first if isinstance(first, self.backend_class) else None
 
     def step_hints(self) -> StepHints | None:
-        """What the host knows of the coming step; None where the runner knows nothing."""
+        """Return the counts of the coming step that the host knows, or None."""
         return None
 
     def initialize_forward_meta(self, *args: Any, **kwargs: Any) -> Any:

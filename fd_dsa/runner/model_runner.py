@@ -1,22 +1,26 @@
-"""Runs a model on the rows of an InputBatch, on one device."""
+"""Runner of a model on the rows of an InputBatch, on one device."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import paddle
 
 from fd_dsa.attention import CacheLayout, DSAAttentionBackend, DSABackendConfig
+from fd_dsa.attention.protocol import AttentionBackend, HostLengths
+from fd_dsa.device.allocation import Array
 from fd_dsa.models.config import ModelConfig
 from fd_dsa.ops.arrays import as_numpy
 from fd_dsa.ops.linear import rows_at
+from fd_dsa.ops.sampling.parameters import SlotParameters
+from fd_dsa.ops.sampling.token_buffer import TokenBuffer
 from fd_dsa.runner.counters import StepCounters
-from fd_dsa.runner.input_batch import InputBatch, SamplingInputs
+from fd_dsa.runner.input_batch import NO_SAMPLING, InputBatch, SamplingInputs
+from fd_dsa.runner.model_protocol import Model
 from fd_dsa.runner.protocol import RunnerInfo, StepFuture
 from fd_dsa.runner.selections import Selections
 from fd_dsa.runner.step import Step
@@ -27,7 +31,7 @@ if TYPE_CHECKING:
     from fd_dsa.runner.device_draws import DeviceDraws
     from fd_dsa.runner.device_step import DeviceInputs
 
-_NO_INDICES, _NO_SAMPLING = np.empty(0, np.int64), SamplingInputs()
+_NO_INDICES = np.empty(0, np.int64)
 
 
 def backend_config(
@@ -37,7 +41,7 @@ def backend_config(
     num_blocks: int | None = None,
     dtype: str = "float32",
 ) -> DSABackendConfig:
-    """What the attention backend must know of a model, its caches and the batch it serves."""
+    """Return the sizes of a DSAAttentionBackend for a model and a runner's batch."""
     return DSABackendConfig(
         num_heads=config.num_attention_heads,
         index_n_heads=config.index_n_heads,
@@ -54,10 +58,10 @@ def backend_config(
 
 
 class ModelRunner:
-    """Runs one model over one batch: a Step, the backend's metadata, one forward, logits.
+    """Runner of one model over one batch: a Step, its metadata, one forward, logits.
 
-    Caches, metadata and slots are the attention backend's: a model with other caches brings its
-    own, which has `allocate_caches`, `init_attention_metadata`, `warm_up` and what its layers call.
+    Caches, metadata and slots are the attention backend's. A model with other caches has another
+    backend.
 
     Args:
         model: a model of `fd_dsa.models.registry`, its weights loaded.
@@ -65,7 +69,7 @@ class ModelRunner:
         layout: of the caches; None with a `backend`, which has its own.
         num_blocks: blocks of each cache.
         device: "cpu", "gpu:0" or a custom device of Paddle, where the model is already.
-        backend: the attention backend; None: a DSAAttentionBackend.
+        backend: attention backend that fits the layers of the model; None: a DSAAttentionBackend.
         dtype: of the model's activations.
         most_drafts: of a row in a step, drawn on a device.
 
@@ -81,12 +85,12 @@ class ModelRunner:
 
     def __init__(
         self,
-        model: Any,
+        model: Model,
         input_batch: InputBatch,
         layout: CacheLayout | None,
         num_blocks: int,
         device: str = "cpu",
-        backend: Any = None,
+        backend: AttentionBackend | None = None,
         dtype: str = "float32",
         most_drafts: int = 0,
     ) -> None:
@@ -94,12 +98,12 @@ class ModelRunner:
         config = model.config
         self.vocab_size, self._most_dense_keys = config.vocab_size, config.most_dense_keys
         if backend is None:
-            assert layout is not None
+            assert layout is not None and isinstance(config, ModelConfig)
             sizes = backend_config(config, layout, input_batch, num_blocks, dtype)
             backend = DSAAttentionBackend(sizes, device)
-        self.attn_backends: list[Any] = [backend]
+        self.attn_backends: list[AttentionBackend] = [backend]
         self.caches = backend.allocate_caches(config.has_indexer)
-        self.forward_meta: Any = None
+        self.forward_meta: Step | None = None
         self.counters = StepCounters()
         self.graphs: StepGraphs | None = None
         self.graph_key: GraphKey | None = None
@@ -109,9 +113,9 @@ class ModelRunner:
         self._num_samples = 0
         self._selections: Selections | None = None
         # layer for multi-token prediction
-        self._mtp = getattr(model, "mtp", None)
+        self._mtp = model.mtp
         self._to_device: DeviceInputs | None = None
-        self._to_host: Callable[[Any], np.ndarray] = as_numpy
+        self._to_host: Callable[[Array], np.ndarray] = as_numpy
         self.draws: DeviceDraws | None = None
         if device != "cpu":
             # kernels and their launcher are loaded only where a device is asked for
@@ -119,15 +123,15 @@ class ModelRunner:
             from fd_dsa.runner.device_draws import DeviceDraws
             from fd_dsa.runner.device_step import DeviceInputs, HostLogits
 
-            allocate, sizes = paddle_allocator(device), (input_batch.max_num_seqs, self.vocab_size)
+            allocate, rows = paddle_allocator(device), input_batch.max_num_seqs
             self._to_device = DeviceInputs(
                 input_batch, allocate, most_drafts, reads_next=self._mtp is not None
             )
-            self._to_host = HostLogits(self._to_device.staging.transfers, prod(sizes))
-            self.draws = DeviceDraws(*sizes, allocate, most_drafts, model)
+            self._to_host = HostLogits(self._to_device.staging.transfers, rows * self.vocab_size)
+            self.draws = DeviceDraws(rows, self.vocab_size, allocate, most_drafts, self._mtp)
 
     def initialize_forward_meta(
-        self, sampled: np.ndarray = _NO_INDICES, sampling: SamplingInputs = _NO_SAMPLING
+        self, sampled: np.ndarray = _NO_INDICES, sampling: SamplingInputs = NO_SAMPLING
     ) -> Step:
         """Make the step of the rows in the batch with its metadata, and keep it in `forward_meta`.
 
@@ -138,11 +142,11 @@ class ModelRunner:
         Raises:
             ValueError: inconsistent lengths or block tables, with row and value.
         """
-        batch, backend = self.input_batch, self.attn_backends[0]
+        batch = self.input_batch
         tokens = batch.num_tokens
         hints = StepHints(tokens, batch.num_prefill_tokens, batch.max_seqlen_k)
-        inputs: Any
-        placed = None
+        inputs: Sequence[Array]
+        placed = NO_SAMPLING
         if self._to_device is not None:
             lengths = self.stage(sampled, sampling)[1:4]
             inputs, placed = self._to_device.views(tokens, batch.num_rows, len(sampled))
@@ -152,20 +156,10 @@ class ModelRunner:
             if self._mtp is not None:
                 # the layer runs when rows that have ended have lost their blocks
                 inputs = (*inputs[:-1], inputs[-1].copy())
-        step = Step(hints, *inputs, self.caches, backend, placed, host_lengths=lengths)
-        self._begin(step, has_pending=batch.has_pending)
-        return step
+        return self._begin(hints, inputs, placed, lengths, has_pending=batch.has_pending)
 
     def stage(self, sampled: np.ndarray, sampling: SamplingInputs) -> tuple[np.ndarray, ...]:
-        """Enqueue the copy of the step in the batch to the device.
-
-        Args:
-            sampled: int64 [n]; flat tokens whose logits are wanted.
-            sampling: how a device samples a token from each of them.
-
-        Returns:
-            `InputBatch.arrays` of the step.
-        """
+        """Enqueue the copy of the step in the batch, and return `InputBatch.arrays`."""
         assert self._to_device is not None and self.draws is not None
         batch = self.input_batch
         if sampling.slots and self._mtp is not None:
@@ -175,12 +169,36 @@ class ModelRunner:
         self._to_device.stage(inputs, sampling)
         return inputs
 
-    def _begin(self, step: Step, has_pending: bool) -> None:
-        """Resolve the pending tokens of a step and make its metadata, which may be captured."""
-        self.forward_meta = step
+    def _begin(
+        self,
+        hints: StepHints,
+        inputs: Sequence[Array],
+        sampling: SamplingInputs,
+        lengths: HostLengths | None,
+        *,
+        has_pending: bool,
+    ) -> Step:
+        """Make a step, resolve its pending tokens and build its metadata.
+
+        The work may be captured.
+
+        Args:
+            hints: counts of the step.
+            inputs: fields of the step from `ids_remove_padding` to `block_tables`.
+            sampling: how a device samples its tokens.
+            lengths: lengths of its rows in host memory, if they are known.
+            has_pending: True if the step may have pending tokens.
+        """
+        ids, encoder, decoder, this_time, sampled, follows, tables = inputs
+        self.forward_meta = step = Step(
+            *(hints, ids, encoder, decoder, this_time, sampled, follows, tables),
+            *(self.caches, self.attn_backends[0], sampling),
+            host_lengths=lengths,
+        )
         if self.draws is not None and has_pending:
             self.draws.follow(step)
-        step.attn_backend.init_attention_metadata(step)
+        step.build_metadata()
+        return step
 
     def run_padded(self, key: GraphKey) -> Step:
         """Run the step that `stage` has copied, with the sizes of a graph.
@@ -196,23 +214,16 @@ class ModelRunner:
         is_prompt = key.num_prompts > 0
         lengths = key.prompt_lengths(rows) if is_prompt else None
         hints = StepHints(tokens, is_prompt * tokens, key.max_seqlen_k, tokens)
-        backend = self.attn_backends[0]
-        step = Step(hints, *inputs, self.caches, backend, sampling, host_lengths=lengths)
-        self._begin(step, has_pending=True)
+        step = self._begin(hints, inputs, sampling, lengths, has_pending=True)
         self._forward(step, reads_all=not is_prompt)
         return step
-
-    @property
-    def has_mtp(self) -> bool:
-        """True if the model has a layer for multi-token prediction."""
-        return self._mtp is not None
 
     @property
     def info(self) -> RunnerInfo:
         """Optional parts of the runner, as they are now."""
         return RunnerInfo(
             sampling=self if self.draws is not None else None,
-            selections=self if self.shows_selections else None,
+            selections=self if self.attn_backends[0].shows_selections else None,
             counters=self.counters,
             captured_sizes=tuple(self.captured_sizes),
         )
@@ -250,26 +261,42 @@ class ModelRunner:
 
     def sample(self, masks: Sequence[np.ndarray] = ()) -> StepFuture:
         """Enqueue the sampling of the enqueued step, as SamplingRunner says."""
-        draws = self.draws
-        assert draws is not None
+        draws = self._device_draws()
         if masks:
-            draws.set_masks(np.stack(masks))
+            draws.sampler.set_masks(np.stack(masks))
         with paddle.no_grad():
             if self._graph is not None:
                 self._graph.sample()
             else:
-                draws.queue(self.forward_meta)
+                draws.queue(self._newest_step())
             return draws.results(self._num_samples)
 
-    def draft(self, num_requests: int, count: int) -> None:
-        """Enqueue the layer that drafts over the enqueued step, and its drafts.
+    def set_slot(
+        self,
+        slot: int,
+        parameters: SlotParameters,
+        prompt_token_ids: Sequence[int] = (),
+        output_token_ids: Sequence[int] = (),
+    ) -> None:
+        """Set how the tokens of a row are sampled, see SamplingRunner."""
+        self._device_draws().sampler.set_slot(slot, parameters, prompt_token_ids, output_token_ids)
 
-        Args:
-            num_requests: maximum number of requests that go on.
-            count: number of drafts of each; the layer makes the first one in any case.
-        """
-        draws, step, graphs = self.draws, self.forward_meta, self.graphs
-        assert draws is not None
+    def read_drafts(self) -> StepFuture:
+        """Enqueue a copy of the token buffer, see SamplingRunner."""
+        return self._device_draws().read_drafts()
+
+    @property
+    def token_buffer(self) -> TokenBuffer:
+        """Layout of the token buffer of a device."""
+        return self._device_draws().buffer
+
+    def seed_drafts(self, next_ids: np.ndarray, places: Sequence[Sequence[int]]) -> None:
+        """Set the inputs of `draft` after a step that the host has sampled."""
+        self._device_draws().seed_drafts(self._newest_step(), next_ids, places)
+
+    def draft(self, num_requests: int, count: int) -> None:
+        """Enqueue the layer over the newest step, and its drafts, see DeviceMtpRunner."""
+        draws, step, graphs = self._device_draws(), self._newest_step(), self.graphs
         longest = min(self.input_batch.max_seqlen_k + count - 1, self.input_batch.max_row_len)
         size = num_requests, longest, count
         with paddle.no_grad():
@@ -282,8 +309,8 @@ class ModelRunner:
                 (replay or partial(draws.queue_more_drafts, step, *size))()
 
     def compute_logits(
-        self, logits_indices: np.ndarray, sampling: SamplingInputs = _NO_SAMPLING
-    ) -> Any:
+        self, logits_indices: np.ndarray, sampling: SamplingInputs = NO_SAMPLING
+    ) -> Array | None:
         """Enqueue the step in the batch, and return its logits where the model runs.
 
         Returns:
@@ -332,34 +359,29 @@ class ModelRunner:
     def predict_more(
         self, next_ids: np.ndarray, tokens: Sequence[int], follows: Sequence[int] = ()
     ) -> np.ndarray:
-        """Run the layer for multi-token prediction on a CPU, after the newest step.
-
-        Args:
-            next_ids: int64 [num_tokens]; the token after each token of the step.
-            tokens: flat tokens to go on from, n may be 0.
-            follows: for each token of the new step in the batch its index among `tokens` of the
-                call before. The layer then runs over that step, on its own hidden states.
-
-        Returns:
-            float32 [n, vocab_size]; logits of the token after the next one.
-        """
-        mtp, hidden = self._mtp, self.forward_meta.hidden_states
+        """Run the layer for multi-token prediction over the newest step, see MtpRunner."""
+        mtp, hidden = self._mtp, self._newest_step().hidden_states
+        assert mtp is not None and hidden is not None, "the model has no layer that drafts"
         with paddle.no_grad(), np.errstate(invalid="ignore"):
             if len(follows):
                 hidden = hidden[follows]
                 self.initialize_forward_meta()
-            step = self.forward_meta
+            step = self._newest_step()
             step.hidden_states = mtp(next_ids, hidden, step)[tokens]
-            return mtp.head.times(step.hidden_states)  # type: ignore[no-any-return]
+            return mtp.head.times(step.hidden_states)
 
-    @property
-    def shows_selections(self) -> bool:
-        """Whether `execute_watched` can be called: what a device chose stays in its memory."""
-        backend = self.attn_backends[0]
-        return self.device == "cpu" and getattr(backend, "shows_selections", True)
+    def _newest_step(self) -> Step:
+        """Return the newest step, which has been run or enqueued."""
+        assert self.forward_meta is not None, "no step has been run"
+        return self.forward_meta
+
+    def _device_draws(self) -> DeviceDraws:
+        """Return the sampler of the device, see `info.sampling`."""
+        assert self.draws is not None, "the host samples on a CPU"
+        return self.draws
 
     def execute_watched(
-        self, logits_indices: np.ndarray, tokens: Sequence[int]
+        self, logits_indices: np.ndarray, tokens: Sequence[int] | np.ndarray
     ) -> tuple[np.ndarray, list[list[np.ndarray]]]:
         """`execute_model`, and what the layers chose for some of the tokens.
 

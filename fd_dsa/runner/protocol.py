@@ -1,15 +1,18 @@
-"""Interface between an engine and its runner: the calls of a step, and optional parts."""
+"""Interface between an engine and its runner."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from fd_dsa.errors import RankError
 from fd_dsa.ops.sampling.parameters import SlotParameters
+from fd_dsa.ops.sampling.token_buffer import TokenBuffer
 from fd_dsa.runner.counters import StepCounters
 from fd_dsa.runner.input_batch import InputBatch, SamplingInputs
 
@@ -55,8 +58,8 @@ class StepFuture(Protocol):
         """
 
 
-class SlotSampling(Protocol):
-    """Sampler on a device, which keeps the parameters of each batch row."""
+class SamplingRunner(Protocol):
+    """Runner that samples on its device, so the host need not wait for the logits."""
 
     def set_slot(
         self,
@@ -65,7 +68,7 @@ class SlotSampling(Protocol):
         prompt_token_ids: Sequence[int] = (),
         output_token_ids: Sequence[int] = (),
     ) -> None:
-        """Set how the tokens of a row are sampled.
+        """Set how the tokens of a row are sampled from the next sampling on.
 
         Args:
             slot: batch row.
@@ -75,14 +78,6 @@ class SlotSampling(Protocol):
 
     def read_drafts(self) -> StepFuture:
         """Enqueue a copy of the token buffer, which holds the drafts."""
-
-
-class SamplingRunner(Protocol):
-    """Runner that samples on its device, so the host need not wait for the logits."""
-
-    @property
-    def draws(self) -> SlotSampling:
-        """Sampler of the device."""
 
     def enqueue_model(self, logits_indices: Indices, sampling: SamplingInputs) -> None:
         """Enqueue the step without its sampling, which `sample` adds before the next step.
@@ -100,6 +95,50 @@ class SamplingRunner(Protocol):
 
         Returns:
             Handle of a token for each row of logits.
+        """
+
+
+class MtpRunner(Runner, Protocol):
+    """Runner on a CPU whose model has a layer for multi-token prediction (MTP)."""
+
+    def predict_more(
+        self, next_ids: Indices, tokens: Sequence[int], follows: Sequence[int] = ()
+    ) -> Logits:
+        """Run the layer over the newest step.
+
+        Args:
+            next_ids: int64 [num_tokens]; the token after each token of the step.
+            tokens: flat tokens to go on from, n may be 0.
+            follows: run the layer over the step in the batch instead, on its own hidden states. For
+                each token the place among `tokens` of the call before.
+
+        Returns:
+            float32 [n, vocab_size]; logits of the token after the next one.
+        """
+
+
+class DeviceMtpRunner(Runner, Protocol):
+    """Runner whose layer for multi-token prediction (MTP) drafts on the device."""
+
+    @property
+    def token_buffer(self) -> TokenBuffer:
+        """Layout of the buffer that holds the drafts."""
+
+    def seed_drafts(self, next_ids: Indices, places: Sequence[Sequence[int]]) -> None:
+        """Set the inputs of `draft` after a step that the host has sampled.
+
+        Args:
+            next_ids: int64 [num_tokens]; the token after each token of the step.
+            places: for each request the flat token before its draft, its batch row, the position of
+                the draft, and the number of tokens in the cache.
+        """
+
+    def draft(self, num_requests: int, count: int) -> None:
+        """Enqueue the layer over the newest step, and its drafts.
+
+        Args:
+            num_requests: maximum number of requests that go on.
+            count: number of drafts of each; the layer makes the first one in any case.
         """
 
 
@@ -123,8 +162,17 @@ class SelectionRunner(Protocol):
 class OtherRanks(Protocol):
     """Processes that run each step together with this one."""
 
-    def on_failure(self, call: Callable[[Any], object]) -> None:
+    def on_failure(self, call: Callable[[RankError], object]) -> None:
         """Call a function with the error when a process fails."""
+
+    def step(self, message: bytes | None) -> AbstractContextManager[None]:
+        """Send a message to all processes, unless it is None.
+
+        Inside the context, this process does its part of the step.
+
+        Raises:
+            RankError: a process has ended.
+        """
 
     def close(self) -> None:
         """End the processes."""

@@ -10,14 +10,14 @@ import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import paddle
 
+from fd_dsa.ops.sampling.parameters import SlotParameters
 from fd_dsa.runner.input_batch import SamplingInputs
 from fd_dsa.runner.model_runner import ModelRunner
-from fd_dsa.runner.protocol import RunnerInfo, StepFuture
+from fd_dsa.runner.protocol import OtherRanks, RunnerInfo, StepFuture
 
 
 class LeadingRunner(ModelRunner):
@@ -27,29 +27,28 @@ class LeadingRunner(ModelRunner):
         ranks: the other ranks; None until `lead`.
     """
 
-    ranks: Any = None
+    ranks: OtherRanks | None = None
 
     @property
     def info(self) -> RunnerInfo:
         """See ModelRunner."""
         return replace(super().info, ranks=self.ranks)
 
-    def lead(self, ranks: Any) -> None:
-        """Send every later step to the other ranks.
-
-        Args:
-            ranks: has a context manager `step(message)`, which sends a message unless it is None,
-                and is entered while this rank runs it. It raises RankError if a rank has ended.
-        """
+    def lead(self, ranks: OtherRanks) -> None:
+        """Send every later step to the other ranks."""
         self.ranks = ranks
-        if self.draws is not None:
-            set_own_slot = self.draws.set_slot
 
-            def set_slot(*arguments: Any) -> None:
-                with self._sent("set_slot", *arguments, has_step=False):
-                    set_own_slot(*arguments)
-
-            self.draws.set_slot = set_slot  # type: ignore[method-assign]
+    def set_slot(
+        self,
+        slot: int,
+        parameters: SlotParameters,
+        prompt_token_ids: Sequence[int] = (),
+        output_token_ids: Sequence[int] = (),
+    ) -> None:
+        """See ModelRunner."""
+        given = slot, parameters, prompt_token_ids, output_token_ids
+        with self._sent("set_slot", *given, has_step=False):
+            super().set_slot(*given)
 
     def execute_model(self, logits_indices: np.ndarray) -> np.ndarray:
         """See ModelRunner."""
@@ -68,7 +67,7 @@ class LeadingRunner(ModelRunner):
         return future if self.ranks is None else RankedFuture(future, self.ranks)
 
     @contextmanager
-    def _sent(self, name: str, *arguments: Any, has_step: bool = True) -> Iterator[None]:
+    def _sent(self, name: str, *arguments: object, has_step: bool = True) -> Iterator[None]:
         """Make the other ranks call their method `name`, with the step in the batch."""
         if self.ranks is None:
             yield
@@ -86,7 +85,7 @@ class RankedFuture:
         ranks: see `LeadingRunner.lead`.
     """
 
-    def __init__(self, future: StepFuture, ranks: Any) -> None:
+    def __init__(self, future: StepFuture, ranks: OtherRanks) -> None:
         self._future, self._ranks = future, ranks
 
     def result(self) -> np.ndarray:
@@ -108,18 +107,19 @@ class FollowingRunner(ModelRunner):
         Args:
             receive: waits for the next message of a LeadingRunner.
         """
+        calls: dict[str, Callable[..., object]] = {
+            "run": self.run,
+            "enqueue_model": self.enqueue_model,
+            "sample": self.sample,
+            "set_slot": self.set_slot,
+        }
         while True:
             name, arguments, state = pickle.loads(receive())
             if state is not None:
                 self.input_batch.restore(state)
-            getattr(self, name)(*arguments)
+            calls[name](*arguments)
 
     def run(self, logits_indices: np.ndarray) -> None:
         """Enqueue the step in the batch. This rank does not read its logits."""
         with paddle.no_grad():
             self.compute_logits(logits_indices)
-
-    def set_slot(self, *arguments: Any) -> None:
-        """See DeviceDraws."""
-        assert self.draws is not None
-        self.draws.set_slot(*arguments)

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
+from fd_dsa.device.allocation import Array
 from fd_dsa.ops.arrays import as_numpy
 from fd_dsa.runner.input_batch import InputBatch
 
 
 class Selections:
-    """Takes the selection of every layer of a step on a CPU.
+    """Collector of the selections of a step on a CPU, layer by layer.
 
     Args:
-        tokens: flat tokens of the step that are looked at.
+        tokens: flat tokens of the step whose selections are kept.
     """
 
-    def __init__(self, tokens: Sequence[int]) -> None:
+    def __init__(self, tokens: Sequence[int] | np.ndarray) -> None:
         self._tokens = np.asarray(tokens, np.int64)
         self._layers: list[np.ndarray] = []
 
-    def add(self, slots: Any) -> None:
+    def add(self, slots: Array) -> None:
         """Keep a copy of the tokens' rows of a layer.
 
         Args:
@@ -33,7 +33,7 @@ class Selections:
         self._layers.append(array.reshape(-1, array.shape[-1])[self._tokens].copy())
 
     def positions(self, batch: InputBatch) -> list[list[np.ndarray]]:
-        """For each token and layer, int64 [n], ascending: the positions that were chosen.
+        """Return the selected positions of each token and layer, ascending int64 [n].
 
         Args:
             batch: of the step, as it was run.

@@ -14,12 +14,13 @@ staged while the one before runs (`fd_dsa.runner.device_step`, `fd_dsa.device.st
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from fd_dsa.runner.input_batch import SamplingInputs
+from fd_dsa.attention.protocol import AttentionBackend, HostLengths
+from fd_dsa.device.allocation import Array
+from fd_dsa.runner.input_batch import NO_SAMPLING, SamplingInputs
 from fd_dsa.runner.selections import Selections
 from fd_dsa.step import ForwardMeta, StepHints
 
@@ -43,10 +44,10 @@ class Step:
         caches: caches of the attention backend; for DSA two tensors a layer, latents and indexer
             keys.
         attn_backend: attention backend that all layers call.
-        sampling: how its tokens are sampled, on a device.
+        sampling: how its tokens are sampled, on a device; empty if the host samples.
         position_ids, slot_mapping, indexer_attn_mask_offsets: as in `fd_dsa_step`.
-        fd_dsa_step: metadata of the step; None until `init_attention_metadata`.
-        selections: records the selected keys of each layer, if a request asks for them.
+        fd_dsa_step: metadata of the step; None until `build_metadata`.
+        selections: collector of each layer's selection, None unless a request asks for them.
         host_lengths: the three lengths in host memory.
         logits: float32 [num_rows, vocab_size] where the model runs; in a graph followed by rows of
             padding. None if no token is sampled, or until the model has run.
@@ -55,21 +56,25 @@ class Step:
     """
 
     hints: StepHints
-    ids_remove_padding: Any
-    seq_lens_encoder: Any
-    seq_lens_decoder: Any
-    seq_lens_this_time: Any
-    sampled: Any
-    follows: Any
-    block_tables: Any
-    caches: list[Any]
-    attn_backend: Any
-    sampling: SamplingInputs | None = None
-    position_ids: Any = None
-    slot_mapping: Any = None
-    indexer_attn_mask_offsets: Any = None
+    ids_remove_padding: Array
+    seq_lens_encoder: Array
+    seq_lens_decoder: Array
+    seq_lens_this_time: Array
+    sampled: Array
+    follows: Array
+    block_tables: Array
+    caches: Sequence[Any]
+    attn_backend: AttentionBackend
+    sampling: SamplingInputs = NO_SAMPLING
+    position_ids: Array = None
+    slot_mapping: Array = None
+    indexer_attn_mask_offsets: Array = None
     fd_dsa_step: ForwardMeta | None = None
     selections: Selections | None = None
-    host_lengths: tuple[np.ndarray, ...] | None = None
-    logits: Any = None
-    hidden_states: Any = None
+    host_lengths: HostLengths | None = None
+    logits: Array | None = None
+    hidden_states: Array | None = None
+
+    def build_metadata(self) -> None:
+        """Build the metadata of the step by its attention backend."""
+        self.attn_backend.init_attention_metadata(self, self.hints, self.host_lengths)

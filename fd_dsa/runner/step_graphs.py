@@ -141,11 +141,11 @@ class StepGraphs(dict[GraphKey, GraphEntry]):
         tokens, length = batch.num_tokens, batch.max_seqlen_k
         if batch.num_prefill_tokens:
             keys = tokens + batch.seq_lens_decoder.sum()
-            rows = max(np.count_nonzero(batch.seq_lens_this_time), len(sampled))
+            rows = max(int(np.count_nonzero(batch.seq_lens_this_time)), len(sampled))
             if batch.num_prefill_tokens < tokens or length > self._short or not len(sampled):
                 return None
-            fits = (p for p in self._prompts if keys <= p.num_tokens and rows <= p.num_prompts)
-            return next(fits, None)
+            prompts = (p for p in self._prompts if keys <= p.num_tokens and rows <= p.num_prompts)
+            return next(prompts, None)
         if sampled.tolist() != list(range(tokens)):
             return None
         longest = self._short if length <= self._short else self._longest
@@ -153,7 +153,7 @@ class StepGraphs(dict[GraphKey, GraphEntry]):
 
 
 class PaddleCapture:
-    """Captures with Paddle's CUDAGraph. All graphs of a process share one memory pool.
+    """Capture by Paddle's CUDAGraph, with one memory pool for all graphs of a process.
 
     An operation that Paddle refuses during a capture is fatal to the process. So the work runs once
     before it, and raises there if Paddle would compute on the host instead of the device.
@@ -162,7 +162,7 @@ class PaddleCapture:
         CaptureRefused: this Paddle has no graphs.
     """
 
-    def __init__(self, place: Any) -> None:
+    def __init__(self, place: object) -> None:
         from paddle.base import core
         from paddle.device.cuda import graphs
 
@@ -207,7 +207,7 @@ class PaddleCapture:
         except Exception as error:
             raise capture_failed(error) from error
         # a graph that lives at exit ends the process with an error
-        weakref.finalize(graph, _reset, graph._graph)
+        weakref.finalize(graph, _suppressed, graph._graph.reset)
         LASTING_GRAPHS.setdefault(str(self._place), graph)
         return result, graph.replay
 
@@ -230,7 +230,7 @@ def _without_fallback() -> Iterator[None]:
         paddle.set_flags(before)
 
 
-def _reset(graph: Any) -> None:
-    """Free a captured graph."""
+def _suppressed(free: Callable[[], object]) -> None:
+    """Free a captured graph, and ignore its error."""
     with suppress(Exception):
-        graph.reset()
+        free()

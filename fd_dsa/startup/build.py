@@ -12,7 +12,7 @@ from fd_dsa.distributed.host import HostGroup
 from fd_dsa.engine.engine import LLMEngine
 from fd_dsa.engine.mtp_drafter import DeviceMtpDrafter, MtpDrafter
 from fd_dsa.engine.prompt_lookup import PromptLookup
-from fd_dsa.engine.speculation import Drafter, Speculator
+from fd_dsa.engine.speculation import ArbitraryDrafter, Drafter, Speculator
 from fd_dsa.startup.load import load_model
 from fd_dsa.startup.measure import measure_step_costs
 from fd_dsa.startup.plan import EnginePlan, make_plan
@@ -118,9 +118,10 @@ def _make_speculator(
     asked = plan.config.speculation
     if asked is None:
         return None
-    make_drafter: Callable[[], Drafter] = Drafter
+    make_drafter: Callable[[], Drafter] = ArbitraryDrafter
     if asked.method == "mtp":
-        make_drafter = partial(MtpDrafter if runner.draws is None else DeviceMtpDrafter, runner)
+        on_host = runner.info.sampling is None
+        make_drafter = partial(MtpDrafter if on_host else DeviceMtpDrafter, runner)
     most, costs = asked.num_speculative_tokens, None
     if not interprets(plan.device):
 

@@ -6,10 +6,11 @@ import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fd_dsa.device.allocation import Array
 from fd_dsa.errors import FdDsaError
 from fd_dsa.runner.input_batch import SamplingInputs
 from fd_dsa.runner.step_graphs import (
@@ -25,6 +26,7 @@ from fd_dsa.startup.trial_rows import TrialRow, clear_rows, fill_rows
 
 if TYPE_CHECKING:
     from fd_dsa.runner.model_runner import ModelRunner
+    from fd_dsa.runner.step import Step
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +34,7 @@ logger = logging.getLogger(__name__)
 def capture_graphs(
     runner: ModelRunner,
     sizes: Sequence[int],
-    make_capture: Callable[[Any], Capture],
+    make_capture: Callable[[object], Capture],
     prompt_sizes: Sequence[int] = PROMPT_SIZES,
 ) -> None:
     """Capture decode steps and steps of short prompts, which the runner replays from then on.
@@ -87,10 +89,10 @@ def _fill(graphs: StepGraphs, runner: ModelRunner, capture: Capture) -> None:
             row = TrialRow(key.num_tokens, 0, True)
         runner.stage(np.array([fill_rows(batch, [row])]), SamplingInputs())
         graphs[key] = _capture_step(runner, capture, key)
-    if not runner.has_mtp:
+    if runner.model.mtp is None:
         return
     draws, step = runner.draws, runner.forward_meta
-    assert draws is not None
+    assert draws is not None and step is not None
     max_rows = min(graphs.sizes[-1], batch.max_num_seqs)
     # powers of two, so that there are few
     rows = {max_rows, *(1 << power for power in range((max_rows - 1).bit_length()))}
@@ -105,15 +107,19 @@ def _capture_step(runner: ModelRunner, capture: Capture, key: GraphKey) -> Graph
     draws, rows = runner.draws, min(key.num_sampled, runner.input_batch.max_num_seqs)
     assert draws is not None
 
-    def run() -> tuple[Any, Any]:
+    def run() -> tuple[Array | None, Array | None]:
         step = runner.run_padded(key)
         return step.logits, step.hidden_states
 
+    def newest() -> Step:
+        assert runner.forward_meta is not None
+        return runner.forward_meta
+
     (_, hidden), replay = capture(run)
-    step = runner.forward_meta
-    _, sample = capture(lambda: draws.queue(runner.forward_meta))
+    step = newest()
+    _, sample = capture(lambda: draws.queue(newest()))
     # without such a layer requests have no drafts from it
     draft = replay
     if hidden is not None:
-        _, draft = capture(lambda: draws.queue_drafts(runner.forward_meta, rows))
+        _, draft = capture(lambda: draws.queue_drafts(newest(), rows))
     return GraphEntry(step, replay, sample, draft)

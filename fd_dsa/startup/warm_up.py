@@ -79,9 +79,9 @@ def warm_up_kernels(runner: ModelRunner, before_captures: bool = False) -> None:
     """
     steps = _trial_steps(runner)
     if runner.draws is not None:
-        runner.draws.set_slot(0, SlotParameters())
+        runner.set_slot(0, SlotParameters())
         runner.draws.warm_up()
-    forks = runner.attn_backends[0].overlap.as_captured() if before_captures else nullcontext()
+    forks = runner.attn_backends[0].as_captured() if before_captures else nullcontext()
     with forks:
         for rows in steps:
             _run_trial(runner, rows, is_pending=runner.draws is not None and rows is steps[-1])
@@ -139,5 +139,5 @@ def _run_trial(runner: ModelRunner, rows: list[TrialRow], is_pending: bool) -> N
     # all kernels of the sampler run for any parameters
     runner.enqueue_model(last, SamplingInputs([0], [0], [0, 1]))
     runner.sample().result()
-    if runner.has_mtp:
+    if runner.model.mtp is not None:
         runner.draft(1, runner.most_drafts)

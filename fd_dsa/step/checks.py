@@ -11,6 +11,7 @@ import numpy as np
 
 from fd_dsa.device.host_tensor import Int32Array, Int64Array, host_array
 from fd_dsa.errors import CapacityError, DtypeError, ShapeError
+from fd_dsa.tensor import Array
 
 INT32_MAX = 2**31 - 1
 
@@ -102,7 +103,7 @@ def check_host_step(
     return inputs, check_values(inputs, limits, hints)
 
 
-def check_arrays(arrays: Sequence[Any], int32: Any, limits: StepLimits) -> None:
+def check_arrays(arrays: Sequence[Array], int32: object, limits: StepLimits) -> None:
     """Check dtypes and shapes of the four inputs of a step, arrays or tensors.
 
     Args:
@@ -245,7 +246,7 @@ def _padded_tokens(num_tokens: int, limits: StepLimits, hints: StepHints) -> int
     return index(padded)
 
 
-def _check_size(name: str, value: Any) -> None:
+def _check_size(name: str, value: object) -> None:
     """Refuse a size that is no integer, below 1 or past int32."""
     if not isinstance(value, SupportsIndex) or not 1 <= index(value) <= INT32_MAX:
         raise ValueError(f"{name}: got {value!r}, allowed are integers in 1..{INT32_MAX}")

@@ -89,13 +89,15 @@ class StepViews:
 
 
 def _cut(
-    buffers: dict[str, Any], view: View, of_rows: bool, size: int, has_prefill: bool
+    buffers: dict[str, Array | None], view: View, of_rows: bool, size: int, has_prefill: bool
 ) -> list[Array | None]:
     """Cut the fields of rows or of tokens to the size of a step, with None for absent fields."""
-    views = []
+    views: list[Array | None] = []
     for name, field in FIELDS.items():
         if field.of_rows == of_rows:
-            is_there = buffers[name] is not None and (has_prefill or not field.is_window)
-            end = field.values * size + field.more
-            views.append(view(buffers[name][:end]) if is_there else None)
+            buffer, end = buffers[name], field.values * size + field.more
+            if buffer is None or (field.is_window and not has_prefill):
+                views.append(None)
+            else:
+                views.append(view(buffer[:end]))
     return views

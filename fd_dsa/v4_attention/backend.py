@@ -1,20 +1,24 @@
-"""V4AttentionBackend: index arrays once a step, and attention for DeepSeek-V4.
-
-Layers call `write`, then `select` if they have an indexer and `chooses` is True, then `attend`.
-"""
+"""V4AttentionBackend: the index arrays of a step once, then the attention of each layer."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
 
+from fd_dsa.attention.protocol import BackendStep, HostLengths
+from fd_dsa.errors import MissingStepError
+from fd_dsa.models.deepseek_v4.attention import V4Attention
 from fd_dsa.models.deepseek_v4.config import CSA, DeepseekV4Config
+from fd_dsa.models.deepseek_v4.rotation import Angles
 from fd_dsa.ops.arrays import Scratch, as_numpy
 from fd_dsa.ops.logits.paddle_impl import score_gathered, score_paged
 from fd_dsa.ops.mla.paddle_impl import attend_dense, attend_gathered
 from fd_dsa.ops.topk.paddle_impl import positions_to_slots, select_positions
 from fd_dsa.runner.input_batch import InputBatch
+from fd_dsa.step import StepHints
 from fd_dsa.v4_attention.pools import LayerPools, allocate_pools
 from fd_dsa.v4_attention.step import Tile, V4Step
 from fd_dsa.v4_prepare import V4Prepare, V4PrepareConfig
@@ -27,10 +31,12 @@ class V4AttentionBackend:
         config: configuration of the model.
         batch: rows of a step. Each row is a slot of the states.
         num_blocks: blocks of the pools, of `batch.block_size` tokens.
+
+    Attributes:
+        shows_selections: False, because layers select compressed entries instead of tokens.
     """
 
     shows_selections = False
-    """True if layers pass their selections to `Step.selections`."""
 
     def __init__(self, config: DeepseekV4Config, batch: InputBatch, num_blocks: int) -> None:
         self._kinds = config.layer_types
@@ -60,15 +66,27 @@ class V4AttentionBackend:
         self._comp_base = sizes.comp_base
         self._prepare = V4Prepare(sizes, "numpy")
         self._slots = np.arange(batch.max_num_seqs, dtype=np.int32)
-        self._scratch, self._step = Scratch(), None
+        self._scratch = Scratch()
+        self._step: V4Step | None = None
+        self._built_for: BackendStep | None = None
 
-    def allocate_caches(self, has_indexer: object = None) -> list[LayerPools]:
+    def allocate_caches(self, has_indexer: Sequence[bool] = ()) -> list[LayerPools]:
+        """Allocate the pools of every layer, zeroed."""
         return allocate_pools(self._layout, self._prepare.cfg.num_blocks, self._num_slots)
 
-    def warm_up(self, num_tokens: int, caches: object) -> None:
-        """Skip the warm-up, because no step is captured."""
+    def warm_up(self, num_tokens: int, caches: Sequence[LayerPools]) -> None:
+        """See AttentionBackend. Steps on a CPU are not captured."""
 
-    def init_attention_metadata(self, forward_meta: Any) -> None:
+    def as_captured(self) -> AbstractContextManager[None]:
+        """See AttentionBackend. A CPU has one stream."""
+        return nullcontext()
+
+    def init_attention_metadata(
+        self,
+        forward_meta: BackendStep,
+        hints: StepHints | None = None,
+        host_lengths: HostLengths | None = None,
+    ) -> None:
         """Make the index arrays of a step, and its `position_ids`.
 
         Raises:
@@ -84,24 +102,64 @@ class V4AttentionBackend:
         )
         self._prepare.stage(before + q, q, self._slots[: len(q)], tables)
         out = self._prepare.expand()
-        step = V4Step(out, before, q, tables, self._num_heads)
-        forward_meta.fd_dsa_step, forward_meta.position_ids = step, step.positions
+        self._step = step = V4Step(out, before, q, tables, self._num_heads)
+        self._built_for, forward_meta.position_ids = forward_meta, step.positions
 
-    def write(self, kv: np.ndarray, sources: np.ndarray | None, layer: Any, meta: Any) -> None:
-        """Store a layer's window keys, and compute and store the step's finished entries.
+    def current_step(self, forward_meta: BackendStep) -> V4Step:
+        """Return the index arrays of `forward_meta`, which must be the step built last."""
+        if self._built_for is not forward_meta or self._step is None:
+            raise MissingStepError(
+                "the backend holds no step or another step: "
+                "V4AttentionBackend.init_attention_metadata(forward_meta) must be called first"
+            )
+        return self._step
+
+    def forward(
+        self,
+        layer: V4Attention,
+        hidden: np.ndarray,
+        rotation: Angles,
+        forward_meta: BackendStep,
+        shared: None = None,
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """Write the keys of a layer, select entries and attend to them, as AttentionBackend says.
+
+        Returns:
+            float32 [num_tokens, num_heads, head_dim], not rotated back, valid until the next call;
+            and the selection of `select`, None if every token attends to all entries.
+        """
+        projected, latent, kv, sources = layer.project(hidden, rotation)
+        self.write(kv, sources, layer, forward_meta)
+        chosen = None
+        if layer.has_indexer and self.current_step(forward_meta).chooses:
+            queries = layer.index_queries(latent, projected, rotation)
+            chosen = self.select(*queries, layer.layer_id, forward_meta)
+        query = layer.queries(latent, rotation)
+        return self.attend(query, chosen, layer, forward_meta), chosen
+
+    def write(
+        self,
+        kv: np.ndarray,
+        sources: np.ndarray | None,
+        layer: V4Attention,
+        forward_meta: BackendStep,
+    ) -> None:
+        """Store a layer's window keys, and make and store the entries that the step finishes.
 
         Args:
-            kv: float32 [num_tokens, head_dim], normalized and rotated.
-            sources: float32 [num_tokens, halves, 2, width], changed in place. None in a window-only
-                layer.
-            layer: has `layer_id` and `compressor`.
+            kv: float32 [num_tokens, head_dim], normed and rotated.
+            sources: float32 [num_tokens, halves, 2, width], changed in place; None in a
+                window-only layer.
+            layer: layer of the keys.
+            forward_meta: step of the keys.
         """
-        step: V4Step = meta.fd_dsa_step
-        pools: LayerPools = meta.caches[layer.layer_id]
+        step = self.current_step(forward_meta)
+        pools: LayerPools = forward_meta.caches[layer.layer_id]
         pools.keys[step.window_rows] = kv
         if sources is None:
             return
         kind, compressor = self._kinds[layer.layer_id], layer.compressor
+        assert compressor is not None, "only a layer with a compressor has sources"
         compressor.add_gates(sources, step.positions)
         if kind == CSA:
             step.records.restore(pools)
@@ -118,19 +176,21 @@ class V4AttentionBackend:
         if kind == CSA:
             step.records.record(sources, pools)
 
-    def chooses(self, forward_meta: Any) -> bool:
-        return bool(forward_meta.fd_dsa_step.chooses)
-
     def select(
-        self, q: np.ndarray, weights: np.ndarray, layer_id: int, forward_meta: Any
+        self, q: np.ndarray, weights: np.ndarray, layer_id: int, forward_meta: BackendStep
     ) -> np.ndarray:
-        """Return the selected entries, int32 [num_tokens, index_topk], ascending, -1 last.
+        """Select the entries that each token attends to.
 
         Args:
             q: float32 [num_tokens, index_n_heads, index_head_dim], rotated.
-            weights: float32 [num_tokens, index_n_heads], with all factors folded in.
+            weights: float32 [num_tokens, index_n_heads]; all factors folded in.
+            layer_id: number of the layer.
+            forward_meta: step of the tokens.
+
+        Returns:
+            int32 [num_tokens, index_topk]; entries, ascending, -1 last.
         """
-        step: V4Step = forward_meta.fd_dsa_step
+        step = self.current_step(forward_meta)
         cache = forward_meta.caches[layer_id].index_entries
         chosen = np.full((step.num_tokens, self._topk), -1, np.int32)
         for tokens, row in step.prompt_rows():
@@ -146,19 +206,24 @@ class V4AttentionBackend:
         return chosen
 
     def attend(
-        self, q: np.ndarray, chosen: np.ndarray | None, layer: Any, forward_meta: Any
+        self,
+        q: np.ndarray,
+        chosen: np.ndarray | None,
+        layer: V4Attention,
+        forward_meta: BackendStep,
     ) -> np.ndarray:
-        """Return attention, float32 [num_tokens, num_heads, head_dim].
-
-        The result is valid until the next call.
+        """Attend to the window and the selected entries of a layer.
 
         Args:
-            q: float32 [num_tokens, num_heads, head_dim], rotated and multiplied with the softmax
-                scale.
-            chosen: result of `select`. None = every token attends to all visible entries.
-            layer: has `layer_id` and `sinks`.
+            q: float32 [num_tokens, num_heads, head_dim], rotated; times the factor of the scores.
+            chosen: result of `select`; None: every token attends to all entries that it sees.
+            layer: layer with the sinks of its heads.
+            forward_meta: step of the tokens.
+
+        Returns:
+            float32 [num_tokens, num_heads, head_dim], valid until the next call.
         """
-        step: V4Step = forward_meta.fd_dsa_step
+        step = self.current_step(forward_meta)
         kind, keys = self._kinds[layer.layer_id], forward_meta.caches[layer.layer_id].keys
         options: dict[str, Any] = {
             "softmax_scale": 1.0,

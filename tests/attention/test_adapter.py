@@ -110,6 +110,17 @@ def test_hints_set_for_a_runner_s_call_stay_for_it() -> None:
     assert meta.slot_mapping.shape == [9]
 
 
+def test_hints_of_a_call_go_before_those_that_were_set() -> None:
+    backend, meta = DSAAttentionBackend(config()), SimpleNamespace(**vars(longer(MIXED, 4)))
+    backend.set_step_hints(StepHints(num_padded_tokens=9))
+    backend.init_attention_metadata(meta, StepHints(num_padded_tokens=8))
+    assert meta.slot_mapping.shape == [8]
+    # the step has used up both
+    backend.init_attention_metadata(SimpleNamespace(**vars(longer(MIXED, 4))))
+    assert backend.attention_metadata is not None
+    assert backend.attention_metadata.slot_mapping.shape == [7]
+
+
 def check_types_of_positions(
     backend: DSAAttentionBackend, inputs: Any, get: Any = as_numpy
 ) -> None:

@@ -157,7 +157,7 @@ def test_the_last_message_can_be_continued() -> None:
     [
         (HI, "role 'user'"),
         (CALLING, "ends with tool calls"),
-        ({"role": "assistant", "content": "", "reasoning_content": "x"}, "does not show"),
+        ({"role": "assistant", "content": "", "reasoning_content": "x"}, "omits the last message"),
     ],
 )
 def test_messages_that_cannot_be_continued(message: dict[str, Any], text: str) -> None:

@@ -35,7 +35,7 @@ class GreedyRunner(FakeRunner):
 
     def __init__(self, *sizes: Any) -> None:
         super().__init__(*sizes)
-        self.draws, self.log = self, []
+        self.log: list[str] = []
         self.info = RunnerInfo(sampling=self)
         self._drawn = np.zeros(0, np.int64)
 

@@ -14,7 +14,7 @@ from fd_dsa.engine.output import RequestOutput
 from fd_dsa.engine.prompt_lookup import LookupIndex, PromptLookup
 from fd_dsa.engine.reasoning import Reasoning
 from fd_dsa.engine.sampling_params import SamplingParams
-from fd_dsa.engine.speculation import Drafter, Speculator
+from fd_dsa.engine.speculation import ArbitraryDrafter, Drafter, Speculator
 from fd_dsa.engine.step_costs import StepCosts
 from fd_dsa.engine.structured_outputs import StructuredOutputsParams
 from fd_dsa.startup.measure import measure_step_costs
@@ -266,7 +266,7 @@ def test_no_step_of_a_full_batch_runs_a_layer_whose_drafts_do_not_pay(
     assert (drafter.num_steps > 8) == pays and (drafter.num_steps == 0) == (not pays)
 
 
-class TimedDrafts(Drafter):
+class TimedDrafts(ArbitraryDrafter):
     """Take time for each request of a step, and half as much for each draft."""
 
     now = 0.0

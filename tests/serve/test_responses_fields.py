@@ -45,7 +45,7 @@ def error_of(live: Live, **fields: Any) -> dict[str, Any]:
         ),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].type", "stores none"),
         ({"input": [{"id": "x"}]}, "input[0].type", "stores none"),
-        ({"input": [{"type": "web_search_call", "id": "x"}]}, "input[0].type", "no tools itself"),
+        ({"input": [{"type": "web_search_call", "id": "x"}]}, "input[0].type", "no tools"),
         (
             {"input": [{"type": "function_call", "call_id": "a", "name": "n", "arguments": 3}]},
             "input[0].arguments",
@@ -68,7 +68,7 @@ def error_of(live: Live, **fields: Any) -> dict[str, Any]:
             "tools[0].parameters",
             "an object",
         ),
-        ({"tool_choice": {"type": "web_search"}}, "tool_choice.type", "no tools itself"),
+        ({"tool_choice": {"type": "web_search"}}, "tool_choice.type", "no tools"),
         (
             {"tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": FUNCTIONS}},
             "tool_choice.tools",

@@ -150,7 +150,7 @@ class DrawingRunner(CheckingRunner):
 
     def __init__(self, *arguments: Any, **others: Any) -> None:
         super().__init__(*arguments, **others)
-        self.draws, self._sampler = self, Sampler(self.input_batch.max_num_seqs)
+        self._sampler = Sampler(self.input_batch.max_num_seqs)
         self.info = RunnerInfo(sampling=self)
         self.drafts: list[int] = []
         # newest token of each request of the draw before, and its tokens in the cache

@@ -10,8 +10,7 @@ import numpy as np
 
 from fd_dsa.models.loader import load_weights, validate
 from fd_dsa.models.registry import create_model, open_checkpoint, read_config
-from fd_dsa.runner.input_batch import InputBatch
-from fd_dsa.runner.model_runner import ModelRunner
+from fd_dsa.runner import InputBatch, ModelRunner
 from fd_dsa.v4_attention import V4AttentionBackend
 
 ROWS = 6

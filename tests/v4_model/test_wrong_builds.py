@@ -40,9 +40,9 @@ _ROTATE_HALVES = (
     "rotate(y, angles.forward); x[:, :, :half], x[:, :, half:] = y[:, :, 0::2], y[:, :, 1::2]"
 )
 FAULTS: dict[str, tuple[str, Any, str, str, str]] = {
-    "query's first channels rotated": ("mixed", V4Attention, "_query", _ROPE, ": self._rope_dim"),
+    "query's first channels rotated": ("mixed", V4Attention, "queries", _ROPE, ": self._rope_dim"),
     "pairs half a head apart": (
-        *("mixed", V4Attention, "_query"),
+        *("mixed", V4Attention, "queries"),
         *("rotate(heads[:, :, -self._rope_dim :], angles.forward)", _ROTATE_HALVES),
     ),
     "no relu in the indexer": (
@@ -119,15 +119,16 @@ FAULTS: dict[str, tuple[str, Any, str, str, str]] = {
         *("mixed", V4Step, "_row_tiles"),
         *("position - window)", "position - window + 1)"),
     ),
-    "query heads not normed": ("mixed", V4Attention, "_query", "rows /= length", "length"),
+    "query heads not normed": ("mixed", V4Attention, "queries", "rows /= length", "length"),
     "indexer's query not rotated": (
-        *("mixed", V4Attention, "_select"),
+        *("mixed", V4Attention, "index_queries"),
         *("query[:, :, -self._rope_dim :]", "query[:, :, -self._rope_dim :].copy()"),
     ),
     "indexer's query by main frequencies": (
-        *("mixed", V4Attention, "_select", "angles.forward"),
+        *("mixed", V4AttentionBackend, "forward", "projected, rotation)"),
+        "projected, rotation._replace(forward="
         "np.exp(1j * forward_meta.position_ids[:, None, None] * 1e4 ** -(np.arange(4) / 4))"
-        ".astype(np.complex64)",
+        ".astype(np.complex64)))",
     ),
     "indexer chooses the lowest": (
         *("mixed", V4AttentionBackend, "select"),

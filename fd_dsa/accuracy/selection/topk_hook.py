@@ -71,8 +71,9 @@ class RecordingBackend(DSAAttentionBackend):
             trace.index_weights[position] = host_copy(weights[token])
         return selection
 
-    def attend(self, q: Array, selection: Array, layer_id: int, forward_meta: Any) -> Any:
+    def attend(self, q: Array, selection: Array | None, layer_id: int, forward_meta: Any) -> Any:
         out = super().attend(q, selection, layer_id, forward_meta)
+        assert selection is not None
         trace = self.layers.setdefault(layer_id, LayerTrace())
         tokens, position_of_block = self._tokens(forward_meta)
         for token, position in tokens:
@@ -106,6 +107,7 @@ def recording(
 ) -> Iterator[RecordingBackend]:
     """Replace the runner's backend with a recording one for the duration of the context."""
     own = runner.attn_backends[0]
+    assert isinstance(own, DSAAttentionBackend), "only DSA layers select tokens"
     watching = backend(own.config, device)
     runner.attn_backends[0] = watching
     try:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
+from fd_dsa.attention.protocol import LayerStep
 from fd_dsa.models.deepseek_v4.compressor import Compressor
 from fd_dsa.models.deepseek_v4.config import CSA, WINDOW, DeepseekV4Config
 from fd_dsa.models.deepseek_v4.norm import RowNorm, length
@@ -65,45 +64,59 @@ class V4Attention:
         )
 
     def forward(
-        self, x: np.ndarray, angles: Angles, forward_meta: Any, kept: np.ndarray | slice
+        self, x: np.ndarray, angles: Angles, forward_meta: LayerStep, kept: np.ndarray | slice
     ) -> np.ndarray:
-        """Return the attention output, float32 [num_kept, hidden_size].
+        """Compute the attention output of the `kept` tokens.
 
         Args:
             x: float32 [num_tokens, hidden_size], normed.
-            kept: index of the tokens whose output is needed.
+            angles: angles of the step's positions.
+            forward_meta: step whose metadata was built last.
+            kept: index of the tokens whose output is wanted.
+
+        Returns:
+            float32 [number of kept tokens, hidden_size].
         """
-        backend, rank = forward_meta.attn_backend, self._rank
-        projected: np.ndarray = self._in.times(x)
-        kv = self._kv_norm.of(projected[:, rank : rank + self._width])
-        rotate(kv[:, None, -self._rope_dim :], angles.forward)
-        backend.write(kv, self._sources(projected), self, forward_meta)
-        latent = self._q_norm.of(projected[:, :rank])
-        selection = None
-        if self._index_b is not None and backend.chooses(forward_meta):
-            selection = self._select(latent, projected, angles, forward_meta)
-        query = self._query(latent, angles)
-        attended = backend.attend(query, selection, self, forward_meta)
+        attended, _ = forward_meta.attn_backend.forward(self, x, angles, forward_meta)
         attended = attended[kept]
         rotate(attended[:, :, -self._rope_dim :], angles.backward[kept])
         low = self._out_a.times_by_head(attended.reshape(len(attended), self._groups, -1))
         out: np.ndarray = self._out_b.times(low.reshape(len(low), -1))
         return out
 
-    def _sources(self, projected: np.ndarray) -> np.ndarray | None:
-        """Return a view of the sources, [num_tokens, halves, 2, width].
+    @property
+    def has_indexer(self) -> bool:
+        """True if an indexer selects the entries that tokens attend to."""
+        return self._index_b is not None
 
-        None without a compressor.
+    def project(
+        self, x: np.ndarray, angles: Angles
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
+        """Run the one GEMM of the layer's input.
+
+        Args:
+            x, angles: as for `forward`.
+
+        Returns:
+            projected: float32 [num_tokens, all columns], which `index_queries` reads.
+            latent: float32 [num_tokens, q_lora_rank]; normed latents of the queries.
+            kv: float32 [num_tokens, head_dim]; keys, normed and rotated.
+            sources: float32 [num_tokens, halves, 2, width], a view; None without a compressor.
         """
-        if self.compressor is None:
-            return None
-        shape = len(projected), self.compressor.halves, 2, self.compressor.width
-        return projected[:, self._sources_at :].reshape(shape)
+        rank = self._rank
+        projected: np.ndarray = self._in.times(x)
+        kv = self._kv_norm.of(projected[:, rank : rank + self._width])
+        rotate(kv[:, None, -self._rope_dim :], angles.forward)
+        sources = None
+        if self.compressor is not None:
+            shape = len(projected), self.compressor.halves, 2, self.compressor.width
+            sources = projected[:, self._sources_at :].reshape(shape)
+        return projected, self._q_norm.of(projected[:, :rank]), kv, sources
 
-    def _query(self, latent: np.ndarray, angles: Angles) -> np.ndarray:
-        """Return queries of length 1 with rotated last channels.
+    def queries(self, latent: np.ndarray, angles: Angles) -> np.ndarray:
+        """Project latents to queries, whose last channels are rotated.
 
-        Length 1 is RMSNorm times the factor of the scores, width ** -0.5.
+        Heads have length 1: RMSNorm times the factor of the scores, width ** -0.5.
 
         Returns:
             float32 [num_tokens, num_heads, head_dim].
@@ -115,13 +128,21 @@ class V4Attention:
         rotate(heads[:, :, -self._rope_dim :], angles.forward)
         return heads
 
-    def _select(
-        self, latent: np.ndarray, projected: np.ndarray, angles: Angles, forward_meta: Any
-    ) -> Any:
-        """Select the entries of each token, see `V4AttentionBackend.select`."""
+    def index_queries(
+        self, latent: np.ndarray, projected: np.ndarray, angles: Angles
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Project latents to the queries of the indexer.
+
+        Args:
+            latent, projected: results of `project`.
+            angles: as for `forward`.
+
+        Returns:
+            float32 [num_tokens, index_n_heads, index_head_dim], rotated; and the head weights
+            float32 [num_tokens, index_n_heads], with all factors.
+        """
         assert self._index_b is not None
         query = self._index_b.times(latent).reshape(len(latent), self._index_heads, -1)
         rotate(query[:, :, -self._rope_dim :], angles.forward)
         first = self._rank + self._width
-        weights = projected[:, first : first + self._index_heads] * self._index_scale
-        return forward_meta.attn_backend.select(query, weights, self.layer_id, forward_meta)
+        return query, projected[:, first : first + self._index_heads] * self._index_scale

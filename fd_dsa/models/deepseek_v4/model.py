@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from fd_dsa.attention.protocol import LayerStep
+from fd_dsa.device.allocation import Array
 from fd_dsa.models.deepseek_v4.attention import V4Attention
 from fd_dsa.models.deepseek_v4.config import WINDOW, DeepseekV4Config
 from fd_dsa.models.deepseek_v4.hyper import HeadCollapse, HyperConnection
@@ -37,7 +39,7 @@ class DeepseekV4DecoderLayer:
         residual: np.ndarray,
         token_ids: np.ndarray,
         angles: Angles,
-        forward_meta: Any,
+        forward_meta: LayerStep,
         kept: np.ndarray | slice,
     ) -> np.ndarray:
         """Return the residual [num_kept, num_streams + 1, hidden_size] after the layer.
@@ -56,7 +58,14 @@ class DeepseekV4DecoderLayer:
 
 
 class DeepseekV4ForCausalLM:
-    """Model from packed token ids of a step to logits of sampled tokens."""
+    """Model from packed token ids of a step to logits of sampled tokens.
+
+    Attributes:
+        config: sizes of the model.
+        mtp: None, because draft layers are not loaded.
+    """
+
+    mtp: None = None
 
     def __init__(self, config: DeepseekV4Config, weights: HostOnlyWeights) -> None:
         self.config, self._weights = config, weights
@@ -82,8 +91,9 @@ class DeepseekV4ForCausalLM:
         """Function that fills the place of each tensor of a checkpoint, by name."""
         return self._weights.loaders
 
-    def __call__(self, ids_remove_padding: Any, forward_meta: Any) -> np.ndarray:
+    def __call__(self, ids_remove_padding: Array, forward_meta: LayerStep) -> np.ndarray:
         """Return streams after the last layer, [num_tokens, num_streams * hidden_size].
+
 
         Only those of `forward_meta.sampled` have values, because the last layer skips the others.
 

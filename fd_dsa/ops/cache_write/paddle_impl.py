@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -23,6 +23,9 @@ from fd_dsa.tensor import Array
 
 if TYPE_CHECKING:
     from fd_dsa.ops.cache_write import CacheWriteParams
+
+Cells = tuple[np.ndarray, np.ndarray]
+"""Blocks of a cache, and offsets in them."""
 
 
 def bfloat16_bits(x: np.ndarray) -> np.ndarray:
@@ -68,7 +71,7 @@ def store_keys(
     cos_sin: np.ndarray | None,
     latents: np.ndarray | None,
     keys: np.ndarray | None,
-    where: tuple[Any, Any],
+    where: tuple[slice | np.ndarray, Cells],
     params: CacheWriteParams,
 ) -> None:
     """`write_caches` of arguments that were checked.
@@ -102,13 +105,10 @@ def _check_memory(latents: np.ndarray | None, keys: np.ndarray | None) -> None:
             )
 
 
-def places(
-    slots: np.ndarray, num_blocks: int, block_size: int
-) -> tuple[Any, tuple[np.ndarray, np.ndarray]]:
+def places(slots: np.ndarray, num_blocks: int, block_size: int) -> tuple[slice | np.ndarray, Cells]:
     """Which tokens are written, and the block and offset of each of them."""
-    keep: Any = (slots >= 0) & (slots < num_blocks * block_size)
-    if keep.all():
-        keep = slice(None)
+    is_inside = (slots >= 0) & (slots < num_blocks * block_size)
+    keep = slice(None) if is_inside.all() else is_inside
     return keep, np.divmod(slots[keep], block_size)
 
 
@@ -141,7 +141,7 @@ def _index_rows(
     return hadamard(rows) if params.index_hadamard else rows
 
 
-def _store_latent(cache: np.ndarray, place: Any, latent: np.ndarray, k_pe: np.ndarray) -> None:
+def _store_latent(cache: np.ndarray, place: Cells, latent: np.ndarray, k_pe: np.ndarray) -> None:
     """Write rows of the latent cache [num_blocks, block_size, row]."""
     rank = latent.shape[1]
     if cache.dtype != np.uint8:
@@ -156,7 +156,7 @@ def _store_latent(cache: np.ndarray, place: Any, latent: np.ndarray, k_pe: np.nd
     cache[..., LATENT_ROPE_AT:].view(np.int16)[place] = bfloat16_bits(k_pe)
 
 
-def _store_index(cache: np.ndarray, place: Any, keys: np.ndarray, scale_fmt: str | None) -> None:
+def _store_index(cache: np.ndarray, place: Cells, keys: np.ndarray, scale_fmt: str | None) -> None:
     """Write keys of the indexer cache [num_blocks, block_size, row]."""
     if cache.dtype != np.uint8:
         cache[place] = bfloat16_bits(keys) if cache.dtype == np.int16 else keys

@@ -6,7 +6,7 @@ sums and maxima are warp shuffles, and nothing passes through shared memory.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fd_dsa.cache_formats import CACHE_FORMATS, TILE_WIDTH
 from fd_dsa.errors import ShapeError
@@ -252,15 +252,19 @@ def write_caches(
     index_k: Tensor | None,
     position_ids: Tensor | None,
     slot_mapping: Tensor,
-    *others: Any,
+    cos_sin_cache: Tensor | None,
+    latent_cache: Tensor | None,
+    index_cache: Tensor | None,
+    params: CacheWriteParams,
 ) -> None:
     """See `fd_dsa.ops.cache_write.write_caches`."""
     num_tokens = slot_mapping.shape[0]
     if num_tokens == 0:
         return
     block_tokens, num_warps, maxnreg = configuration(rows_of_tiles(num_tokens))
+    rows, caches = (kv_a, index_k, position_ids, slot_mapping), (latent_cache, index_cache)
     write_caches_kernel[(-(-num_tokens // block_tokens),)](
-        **kernel_arguments(kv_a, index_k, position_ids, slot_mapping, *others),
+        **kernel_arguments(*rows, cos_sin_cache, *caches, params),
         BLOCK_TOKENS=block_tokens,
         num_warps=num_warps,
         maxnreg=maxnreg,

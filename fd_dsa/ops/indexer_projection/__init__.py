@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 
 from fd_dsa.ops.arrays import as_numpy, check_writable
-from fd_dsa.ops.linear import linear
+from fd_dsa.ops.host_gemm import HostMatrix
 from fd_dsa.tensor import Array
 
 
@@ -42,9 +42,7 @@ def project_on_host(
     for index, array in enumerate(out or ()):
         check_writable("project_indexer", f"out[{index}]", array)
     x = as_numpy(hidden_states)
-    results: list[Any] = [
-        weight if weight is None else linear(x, weight) for weight in (wk, weights_proj)
-    ]
+    results: list[Any] = [w if w is None else HostMatrix(w).times(x) for w in (wk, weights_proj)]
     if out is None:
         return results[0], results[1]
     for target, result in zip(out, results, strict=True):

@@ -59,6 +59,11 @@ class CustomAttention(LibraryKernel):
     records_alone: ClassVar[bool]
     probed_heads: ClassVar[tuple[int, ...]]
 
+    @staticmethod
+    def is_faster(num_tokens: int, num_heads: int) -> bool:
+        """Return whether the kernel was at least as fast as Triton's on an H200."""
+        raise NotImplementedError
+
     @classmethod
     def cases(cls) -> Iterable[Case]:
         """Attention of few and of padded heads, over every cache that the kernel takes."""
@@ -180,7 +185,7 @@ def choose_attention(
     return choose("sparse_mla", kind, conditions, lambda k: difference(own, k, allocate))
 
 
-def attend_slots(q: Tensor, cache: Tensor, *others: Any, **options: Any) -> None:
+def attend_slots(q: Tensor, cache: Tensor, *others: Tensor, **options: Any) -> None:
     """See `CustomAttention.__call__`; one thread at a time."""
     kind = kind_for(q.shape[1], cache_format(cache).is_fp8)
     assert kind is not None, f"no kernel takes {q.shape[1]} heads"

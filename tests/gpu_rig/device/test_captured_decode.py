@@ -180,7 +180,7 @@ def test_draws_of_graphs_are_those_of_eager_steps(rig: Rig) -> None:
         found: dict[ModelRunner, list[list[int]]] = {eager: [], graphs: []}
         for runner, tokens in found.items():
             for slot, parameters in enumerate(given):
-                runner.draws.set_slot(slot, parameters, [2, 3], [4])
+                runner.set_slot(slot, parameters, [2, 3], [4])
             for index, step in enumerate((STEPS[3], STEPS[4], STEPS[4])):
                 batch = runner.input_batch
                 batch.begin_step()

@@ -1,0 +1,191 @@
+"""Interfaces of an attention backend to the runner, to a step and to layers.
+
+    runner     once               allocate_caches
+               once a step        init_attention_metadata
+    layer      once a step        forward
+    backend    inside of forward  the projections of the layer
+
+A family of models has a backend and layers that fit each other. `DSAAttentionBackend` serves
+`MlaLayer`, `V4AttentionBackend` serves the layers of DeepSeek-V4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import numpy as np
+
+from fd_dsa.attention.indexer import Indexer
+from fd_dsa.cache_formats import CacheLayout
+from fd_dsa.device.allocation import Array
+from fd_dsa.ops.cache_write import CacheWriteParams
+from fd_dsa.ops.linear import Linear
+from fd_dsa.step import ForwardMeta, StepHints
+
+HostLengths = tuple[np.ndarray, ...]
+"""`seq_lens_encoder`, `seq_lens_decoder` and `seq_lens_this_time` in host memory, int32 [B]."""
+
+
+class SelectionRecorder(Protocol):
+    """Collector of the selections of one step, layer by layer."""
+
+    def add(self, slots: Array) -> None:
+        """Record the selection of the next layer, int32 [num_tokens, topk], -1 = padding."""
+
+
+class BackendStep(Protocol):
+    """Step as attention backends see it. B = number of rows of the step.
+
+    Attributes:
+        seq_lens_encoder, seq_lens_decoder, seq_lens_this_time: int32 [B].
+        block_tables: int32 [B, max_blocks_per_seq].
+        position_ids, slot_mapping, indexer_attn_mask_offsets: set by the backend, see ForwardMeta.
+        fd_dsa_step: metadata of the step, set by the backend.
+    """
+
+    position_ids: Array
+    slot_mapping: Array
+    indexer_attn_mask_offsets: Array
+    fd_dsa_step: ForwardMeta | None
+
+    @property
+    def seq_lens_encoder(self) -> Array:
+        """New prefill tokens of each row."""
+
+    @property
+    def seq_lens_decoder(self) -> Array:
+        """Tokens of each row in the cache."""
+
+    @property
+    def seq_lens_this_time(self) -> Array:
+        """Tokens of each row in the step."""
+
+    @property
+    def block_tables(self) -> Array:
+        """Physical blocks of each row, -1 = unused."""
+
+    @property
+    def caches(self) -> Sequence[Any]:
+        """Caches of all layers, in the form that the backend allocates."""
+
+
+class LayerStep(BackendStep, Protocol):
+    """Step that layers are called with."""
+
+    @property
+    def sampled(self) -> Array:
+        """Flat tokens whose logits are wanted, integers [n]."""
+
+    @property
+    def attn_backend(self) -> AttentionBackend:
+        """Backend that all layers call."""
+
+    @property
+    def selections(self) -> SelectionRecorder | None:
+        """Collector of selections, None unless a request asks for them."""
+
+
+class AttentionBackend(Protocol):
+    """Attention of all layers of a model, with the caches and the metadata of a step."""
+
+    @property
+    def shows_selections(self) -> bool:
+        """True if the host can read the selections that `forward` returns."""
+
+    def allocate_caches(self, has_indexer: Sequence[bool]) -> list[Any]:
+        """Allocate the caches of all layers.
+
+        Args:
+            has_indexer: for each layer, whether it selects keys itself.
+        """
+
+    def init_attention_metadata(
+        self,
+        forward_meta: BackendStep,
+        hints: StepHints | None = None,
+        host_lengths: HostLengths | None = None,
+    ) -> None:
+        """Build the metadata of a step, once for each `forward_meta` object.
+
+        Args:
+            forward_meta: step, which every layer is called with.
+            hints: counts that the host knows of the step.
+            host_lengths: lengths of its rows, if the host knows them.
+
+        Raises:
+            ValueError: inconsistent lengths or tables, with row and value.
+        """
+
+    def forward(
+        self,
+        # each family of models has its own layers and rotations
+        layer: Any,
+        hidden: Array,
+        rotation: Any,
+        forward_meta: BackendStep,
+        shared: Array | None = None,
+    ) -> tuple[Array, Array | None]:
+        """Write the keys of a layer, select keys and attend to them.
+
+        Args:
+            layer: weights of the layer.
+            hidden: [num_tokens, hidden_size], normed.
+            rotation: angles of the step's positions.
+            forward_meta: step whose metadata was built last.
+            shared: selection of an earlier layer, for a layer without an indexer.
+
+        Returns:
+            Values of all heads, which the output projection of the layer reads; and the selection.
+        """
+
+    def warm_up(self, num_tokens: int, caches: Sequence[Any]) -> None:
+        """Make the streams of a step of `num_tokens` tokens, before its capture."""
+
+    def as_captured(self) -> AbstractContextManager[None]:
+        """Run the steps inside on the same streams as captured steps."""
+
+
+class WrittenLayer(Protocol):
+    """Layer whose keys are written to caches."""
+
+    @property
+    def layer_id(self) -> int:
+        """Number of the layer."""
+
+    def cache_write_params(self, layout: CacheLayout) -> CacheWriteParams:
+        """Return how the keys of the layer are normed and stored in caches of `layout`."""
+
+
+class MlaLayer(WrittenLayer, Protocol):
+    """Projections of a layer with multi-head latent attention.
+
+    Attributes:
+        nope_dim: width of a head's query without its rotated part.
+        indexer: None in a layer that shares the selection of an earlier one.
+        k_b_proj, v_b_proj: up-projections of keys and values, a matrix for each head.
+        o_proj: output projection.
+    """
+
+    nope_dim: int
+    indexer: Indexer | None
+    k_b_proj: Linear
+    v_b_proj: Linear
+    o_proj: Linear
+
+    def project_qkv_a(self, hidden_states: Array) -> tuple[Array, Array, Array | None]:
+        """Project hidden states to the latents of queries and keys.
+
+        Returns:
+            [num_tokens, q_lora_rank], normed; [num_tokens, kv_lora_rank + qk_rope_head_dim],
+            neither normed nor rotated; and index keys [num_tokens, index_head_dim], or None if the
+            indexer projects them.
+        """
+
+    def queries(self, latent: Array) -> Array:
+        """Project latents to queries.
+
+        Returns:
+            [num_tokens, num_heads, nope_dim + qk_rope_head_dim].
+        """

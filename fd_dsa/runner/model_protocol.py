@@ -1,0 +1,70 @@
+"""Interface of a model to its runner."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from fd_dsa.attention.protocol import LayerStep
+from fd_dsa.device.allocation import Array
+from fd_dsa.ops.linear import Linear
+
+
+class RunConfig(Protocol):
+    """Sizes of a model that its runner depends on."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Columns of the logits of all ranks."""
+
+    @property
+    def index_topk(self) -> int:
+        """Keys or entries that an indexer selects for a token."""
+
+    @property
+    def most_dense_keys(self) -> int:
+        """Tokens of a row up to which its last one attends to all of them."""
+
+    @property
+    def has_indexer(self) -> Sequence[bool]:
+        """True for each layer with an indexer of its own."""
+
+
+class MtpLayer(Protocol):
+    """Layer for multi-token prediction, which drafts the token after the next one."""
+
+    @property
+    def embed_tokens(self) -> Array:
+        """Embedding [vocab_size, hidden_size] of the next tokens."""
+
+    @property
+    def head(self) -> Linear:
+        """Weight from hidden states of the layer to logits."""
+
+    def __call__(self, next_ids: Array, hidden: Array, step: LayerStep) -> Array:
+        """Compute normed hidden states of the layer, [num_tokens, hidden_size].
+
+        Args:
+            next_ids: integers [num_tokens]; the token after each token of the step.
+            hidden: [num_tokens, hidden_size]; normed hidden states of the model, or for a further
+                draft of the layer.
+            step: step whose metadata was built last.
+        """
+
+
+class Model(Protocol):
+    """Decoder that runs on the steps of a runner."""
+
+    @property
+    def config(self) -> RunConfig:
+        """Sizes of the model."""
+
+    @property
+    def mtp(self) -> MtpLayer | None:
+        """Layer for multi-token prediction, None unless it is loaded."""
+
+    def __call__(self, ids_remove_padding: Array, forward_meta: LayerStep) -> Array:
+        """Compute hidden states of all tokens of a step, [num_tokens, width]."""
+
+    def compute_logits(self, hidden_states: Array) -> Array:
+        """Compute logits float32 [n, vocab_size] of hidden states [n, width]."""
