@@ -69,9 +69,9 @@ def interprets(device: str) -> bool:
 def warm_up_kernels(runner: ModelRunner, before_captures: bool = False) -> None:
     """Run steps of all kinds and magnitudes, so that no request waits for a compilation.
 
-    The forms of a kernel change at powers of two of the number of tokens, so a step at each power
-    and one below it compile them all. Results are dropped, and later steps write the caches again
-    before they read them.
+    A kernel may have several forms for different numbers of tokens. The limits between them are
+    powers of two, so steps at and just below each power use all forms. Results are dropped, and
+    later steps write the caches again before they read them.
 
     Args:
         before_captures: True = steps fork to the second stream as captured steps do, which must not
