@@ -32,7 +32,7 @@ def test_a_chat_and_a_decode_step_enter_few_files() -> None:
     assert len(step) <= MAX_FILES_OF_A_STEP, sorted(step)
     assert len(chat) <= MAX_FILES_OF_A_CHAT, sorted(chat)
     # both have gone through the engine and the model
-    assert {"engine/engine.py", "runner/step_runner.py"} <= step <= chat
+    assert {"engine/engine.py", "runner/model_runner.py"} <= step <= chat
 
 
 @pytest.mark.slow

@@ -81,6 +81,11 @@ class InputBatch:
         self.pending = np.full(max_num_tokens, -1, np.int32)
         self.begin_step()
 
+    @property
+    def max_row_len(self) -> int:
+        """Tokens for which a row of the block table has blocks at most."""
+        return self.block_tables.shape[1] * self.block_size
+
     def begin_step(self) -> None:
         """Make every row idle, and keep the block tables."""
         self.seq_lens_encoder[:] = 0

@@ -28,10 +28,6 @@ from fd_dsa.runner.step import Step
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-PROMPT_SIZES = (32, 64, 128, 256)
-"""Captured sizes of short prompts, keys. The device bounds larger prompts, not the launches."""
-MAX_PROMPTS = 8
-"""Rows of a captured step of prompts."""
 _FALLBACK = "FLAGS_enable_api_kernel_fallback"
 # place -> memory pool of all graphs of this process, and one graph that stays alive: on an H200
 # Paddle 3.3.1 jumped to freed memory when it allocated after the last graph of a pool was gone

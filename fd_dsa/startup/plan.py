@@ -17,11 +17,11 @@ from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.tokenizer import Tokenizer
 from fd_dsa.errors import ConfigError
 from fd_dsa.runner.input_batch import InputBatch
+from fd_dsa.startup.graph_sizes import graph_bytes
 from fd_dsa.startup.hardware import choose_device, has_fp8, prepare_paddle
 from fd_dsa.startup.host_memory import available_memory_bytes
 from fd_dsa.startup.memory import (
     MemoryPlan,
-    graph_bytes,
     plan_memory,
     weight_bytes,
 )

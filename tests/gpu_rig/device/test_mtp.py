@@ -29,6 +29,8 @@ from fd_dsa.engine.structured_outputs import StructuredOutputsParams
 from fd_dsa.runner import InputBatch, ModelRunner
 from fd_dsa.runner.device_draws import DeviceDraws
 from fd_dsa.startup import measure
+from fd_dsa.startup.capture import capture_graphs
+from fd_dsa.startup.warm_up import warm_up_kernels
 from fd_dsa.triton_runtime.bound import BoundLaunch
 from fd_dsa.triton_runtime.kernel import Kernel
 from tests.engine.fakes import byte_tokenizer, run_all
@@ -146,7 +148,7 @@ def answers(
     runner = make_runner(device, is_drafted and drafter is None)
     prompts = Counter[int]()
     if rig is not None:
-        runner.capture_graphs((6,), capture_of(rig), prompt_sizes=(12,))
+        capture_graphs(runner, (6,), capture_of(rig), prompt_sizes=(12,))
         graphs: Any = runner.graphs
         (padded,) = (padded for padded in graphs if padded.num_prompts)
         replay = graphs[padded].replay
@@ -234,7 +236,7 @@ def test_a_step_with_drafts_is_a_few_graphs_one_copy_in_one_out_and_one_wait(
 ) -> None:
     """With masks these are a copy in more, and the drafts one out; no wait is."""
     runner, replays = make_runner(rig.device), Counter[str]()
-    runner.capture_graphs((4,), capture_of(rig))
+    capture_graphs(runner, (4,), capture_of(rig))
     is_open = [True]
 
     def counted(name: str, replay: Callable[..., None]) -> Callable[..., None]:
@@ -329,10 +331,10 @@ def test_a_start_runs_the_layer_before_any_request(
             "queue_drafts",
             lambda *one: tokens.add(one[1].hidden_states.shape[0]) or queue(*one),
         )
-        runner.warm_up()
+        warm_up_kernels(runner)
     # its kernels have other forms for other numbers of tokens, as those of any layer
     assert tokens == {1, 2, 3, 4, 7, 8, 12}
-    runner.capture_graphs((2, 6), capture_of(rig))
+    capture_graphs(runner, (2, 6), capture_of(rig))
     costs = measure.measure_step_costs(
         lambda speculator: make_engine(runner, speculator), DeviceMtpDrafter(runner), MOST
     )

@@ -28,6 +28,7 @@ from fd_dsa.models.registry import config_from_dict, create_model
 from fd_dsa.models.weights import HostWeights
 from fd_dsa.runner import InputBatch, ModelRunner
 from fd_dsa.runner.ranks import FollowingRunner, LeadingRunner
+from fd_dsa.startup.capture import capture_graphs
 from tests.engine.drafters import KnowingDrafter
 from tests.engine.fakes import byte_tokenizer, run_all
 from tests.gpu_rig import Rig
@@ -106,7 +107,7 @@ def on_device(kind: type[Any], group: HostGroup, rig: Rig, sizes: tuple[int, ...
     weights = DeviceWeights("float32", paddle_allocator(rig.device), group=there)
     runner = make_runner(kind, weights, rig.device, there)
     if sizes:
-        runner.capture_graphs(sizes, stand_in)
+        capture_graphs(runner, sizes, stand_in)
         assert runner.captured_sizes == sizes
     return runner
 
