@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -28,8 +28,7 @@ from fd_dsa.runner.step_graphs import GraphEntry, GraphKey, StepGraphs
 from fd_dsa.step import StepHints
 
 if TYPE_CHECKING:
-    from fd_dsa.runner.device_draws import DeviceDraws
-    from fd_dsa.runner.device_step import DeviceInputs
+    from fd_dsa.runner.device_steps import DeviceSteps
 
 _NO_INDICES = np.empty(0, np.int64)
 
@@ -60,26 +59,25 @@ def backend_config(
 class ModelRunner:
     """Runner of one model over one batch: a Step, its metadata, one forward, logits.
 
-    Caches, metadata and slots are the attention backend's. A model with other caches has another
-    backend.
+    Caches, metadata and slots belong to the attention backend. A model with other caches has
+    another backend.
 
     Args:
-        model: a model of `fd_dsa.models.registry`, its weights loaded.
+        model: model of `fd_dsa.models.registry` with its weights.
         input_batch: rows that the engine fills.
-        layout: of the caches; None with a `backend`, which has its own.
-        num_blocks: blocks of each cache.
-        device: "cpu", "gpu:0" or a custom device of Paddle, where the model is already.
-        backend: attention backend that fits the layers of the model; None: a DSAAttentionBackend.
-        dtype: of the model's activations.
-        most_drafts: of a row in a step, drawn on a device.
+        layout: layout of the caches; None with a `backend`, which has its own.
+        num_blocks: number of blocks of each cache.
+        device: "cpu", "gpu:0" or a custom device of Paddle, which the model is on.
+        backend: attention backend that fits the layers of the model; None = a DSAAttentionBackend.
+        dtype: dtype of the model's activations.
+        max_drafts: maximum number of drafts of a row in a step on a device.
 
     Attributes:
-        device: as given.
-        attn_backends: the one that serves.
-        forward_meta: the newest step, with its logits and hidden states; None before the first.
-        counters: of the steps that were run.
-        graphs: those of decode steps; None where all steps are eager.
-        draws: draws tokens from logits on a device; None on a CPU.
+        attn_backends: list of one backend, as DSAModelRunnerMixin expects.
+        forward_meta: newest step, with its logits and hidden states; None before the first one.
+        counters: counts of the steps that were run.
+        graphs: captured steps; None if all steps are eager.
+        device_steps: inputs and sampling on a device; None on a CPU.
         graph_key: sizes of the graph that the newest step replayed; None after an eager step.
     """
 
@@ -92,7 +90,7 @@ class ModelRunner:
         device: str = "cpu",
         backend: AttentionBackend | None = None,
         dtype: str = "float32",
-        most_drafts: int = 0,
+        max_drafts: int = 0,
     ) -> None:
         self.model, self.input_batch, self.device = model, input_batch, device
         config = model.config
@@ -107,28 +105,23 @@ class ModelRunner:
         self.counters = StepCounters()
         self.graphs: StepGraphs | None = None
         self.graph_key: GraphKey | None = None
-        self.most_drafts = most_drafts
+        self.max_drafts = max_drafts
         # graphs of the newest step, None after an eager step, and its number of samples
         self._graph: GraphEntry | None = None
         self._num_samples = 0
         self._selections: Selections | None = None
         # layer for multi-token prediction
         self._mtp = model.mtp
-        self._to_device: DeviceInputs | None = None
-        self._to_host: Callable[[Array], np.ndarray] = as_numpy
-        self.draws: DeviceDraws | None = None
+        self.device_steps: DeviceSteps | None = None
         if device != "cpu":
-            # kernels and their launcher are loaded only where a device is asked for
+            # kernels and their launcher are loaded only for a device
             from fd_dsa.device.allocation import paddle_allocator
-            from fd_dsa.runner.device_draws import DeviceDraws
-            from fd_dsa.runner.device_step import DeviceInputs, HostLogits
+            from fd_dsa.runner.device_steps import DeviceSteps
 
-            allocate, rows = paddle_allocator(device), input_batch.max_num_seqs
-            self._to_device = DeviceInputs(
-                input_batch, allocate, most_drafts, reads_next=self._mtp is not None
+            allocate = paddle_allocator(device)
+            self.device_steps = DeviceSteps(
+                input_batch, self.vocab_size, allocate, max_drafts, self._mtp
             )
-            self._to_host = HostLogits(self._to_device.staging.transfers, rows * self.vocab_size)
-            self.draws = DeviceDraws(rows, self.vocab_size, allocate, most_drafts, self._mtp)
 
     def initialize_forward_meta(
         self, sampled: np.ndarray = _NO_INDICES, sampling: SamplingInputs = NO_SAMPLING
@@ -142,31 +135,33 @@ class ModelRunner:
         Raises:
             ValueError: inconsistent lengths or block tables, with row and value.
         """
-        batch = self.input_batch
-        tokens = batch.num_tokens
-        hints = StepHints(tokens, batch.num_prefill_tokens, batch.max_seqlen_k)
+        batch, steps = self.input_batch, self.device_steps
         inputs: Sequence[Array]
-        placed = NO_SAMPLING
-        if self._to_device is not None:
+        if steps is not None:
             lengths = self.stage(sampled, sampling)[1:4]
-            inputs, placed = self._to_device.views(tokens, batch.num_rows, len(sampled))
+            sizes = batch.num_tokens, batch.num_rows, len(sampled)
+            inputs, sampling = steps.inputs.views(*sizes)
         else:
             inputs = batch.arrays(sampled)
-            lengths = inputs[1:4]
+            lengths, sampling = inputs[1:4], NO_SAMPLING
             if self._mtp is not None:
-                # the layer runs when rows that have ended have lost their blocks
+                # the layer runs after rows that have ended have lost their blocks
                 inputs = (*inputs[:-1], inputs[-1].copy())
-        return self._begin(hints, inputs, placed, lengths, has_pending=batch.has_pending)
+        hints = StepHints(batch.num_tokens, batch.num_prefill_tokens, batch.max_seqlen_k)
+        return self._begin(hints, inputs, sampling, lengths, has_pending=batch.has_pending)
 
     def stage(self, sampled: np.ndarray, sampling: SamplingInputs) -> tuple[np.ndarray, ...]:
-        """Enqueue the copy of the step in the batch, and return `InputBatch.arrays`."""
-        assert self._to_device is not None and self.draws is not None
-        batch = self.input_batch
+        """Enqueue the copy of the step in the batch to the device.
+
+        Returns:
+            See `InputBatch.arrays`.
+        """
+        batch, steps = self.input_batch, self._on_device()
         if sampling.slots and self._mtp is not None:
-            next_ids = batch.next_tokens(sampled, self.draws.buffer.sample)
+            next_ids = batch.next_tokens(sampled, steps.buffer.sample)
             sampling = sampling._replace(next_ids=next_ids)
         inputs = batch.arrays(sampled)
-        self._to_device.stage(inputs, sampling)
+        steps.inputs.stage(inputs, sampling)
         return inputs
 
     def _begin(
@@ -184,20 +179,20 @@ class ModelRunner:
 
         Args:
             hints: counts of the step.
-            inputs: fields of the step from `ids_remove_padding` to `block_tables`.
+            inputs: fields of the step from `token_ids` to `block_tables`.
             sampling: how a device samples its tokens.
-            lengths: lengths of its rows in host memory, if they are known.
+            lengths: token counts of its rows in host memory, if they are known.
             has_pending: True if the step may have pending tokens.
         """
-        ids, encoder, decoder, this_time, sampled, follows, tables = inputs
+        backend = self.attn_backends[0]
+        ids, chunks, computed, scheduled, sampled, source, tables = inputs
         self.forward_meta = step = Step(
-            *(hints, ids, encoder, decoder, this_time, sampled, follows, tables),
-            *(self.caches, self.attn_backends[0], sampling),
-            host_lengths=lengths,
+            *(ids, chunks, computed, scheduled, sampled, source, tables),
+            *(self.caches, backend, sampling),
         )
-        if self.draws is not None and has_pending:
-            self.draws.follow(step)
-        step.build_metadata()
+        if self.device_steps is not None and has_pending:
+            self.device_steps.resolve_pending(step)
+        backend.build_step(step, (chunks, computed, scheduled, tables), hints, lengths)
         return step
 
     def run_padded(self, key: GraphKey) -> Step:
@@ -208,9 +203,8 @@ class ModelRunner:
         Returns:
             The step with its logits and hidden states.
         """
-        assert self._to_device is not None
         tokens, rows = key.num_tokens, self.input_batch.max_num_seqs
-        inputs, sampling = self._to_device.views(tokens, rows, key.num_sampled)
+        inputs, sampling = self._on_device().inputs.views(tokens, rows, key.num_sampled)
         is_prompt = key.num_prompts > 0
         lengths = key.prompt_lengths(rows) if is_prompt else None
         hints = StepHints(tokens, is_prompt * tokens, key.max_seqlen_k, tokens)
@@ -222,7 +216,7 @@ class ModelRunner:
     def info(self) -> RunnerInfo:
         """Optional parts of the runner, as they are now."""
         return RunnerInfo(
-            sampling=self if self.draws is not None else None,
+            sampling=self if self.device_steps is not None else None,
             selections=self if self.attn_backends[0].shows_selections else None,
             counters=self.counters,
             captured_sizes=tuple(self.captured_sizes),
@@ -250,8 +244,11 @@ class ModelRunner:
             logits = self.compute_logits(logits_indices)
             if logits is None:
                 return np.empty((0, self.vocab_size), np.float32)
-            # on a device this is the step's one wait
-            return self._to_host(logits[: len(logits_indices)])
+            wanted = logits[: len(logits_indices)]
+            if self.device_steps is None:
+                return as_numpy(wanted)
+            # the one wait of the step
+            return self.device_steps.logits_on_host(wanted)
 
     def enqueue_model(self, logits_indices: np.ndarray, sampling: SamplingInputs) -> None:
         """Enqueue the step in the batch on a device, as SamplingRunner says."""
@@ -261,15 +258,15 @@ class ModelRunner:
 
     def sample(self, masks: Sequence[np.ndarray] = ()) -> StepFuture:
         """Enqueue the sampling of the enqueued step, as SamplingRunner says."""
-        draws = self._device_draws()
+        steps = self._on_device()
         if masks:
-            draws.sampler.set_masks(np.stack(masks))
+            steps.sampler.set_masks(np.stack(masks))
         with paddle.no_grad():
             if self._graph is not None:
                 self._graph.sample()
             else:
-                draws.queue(self._newest_step())
-            return draws.results(self._num_samples)
+                steps.sample(self._newest_step())
+            return steps.samples(self._num_samples)
 
     def set_slot(
         self,
@@ -279,34 +276,34 @@ class ModelRunner:
         output_token_ids: Sequence[int] = (),
     ) -> None:
         """Set how the tokens of a row are sampled, see SamplingRunner."""
-        self._device_draws().sampler.set_slot(slot, parameters, prompt_token_ids, output_token_ids)
+        self._on_device().sampler.set_slot(slot, parameters, prompt_token_ids, output_token_ids)
 
     def read_drafts(self) -> StepFuture:
         """Enqueue a copy of the token buffer, see SamplingRunner."""
-        return self._device_draws().read_drafts()
+        return self._on_device().read_drafts()
 
     @property
     def token_buffer(self) -> TokenBuffer:
         """Layout of the token buffer of a device."""
-        return self._device_draws().buffer
+        return self._on_device().buffer
 
     def seed_drafts(self, next_ids: np.ndarray, places: Sequence[Sequence[int]]) -> None:
         """Set the inputs of `draft` after a step that the host has sampled."""
-        self._device_draws().seed_drafts(self._newest_step(), next_ids, places)
+        self._on_device().seed_drafts(self._newest_step(), next_ids, places)
 
     def draft(self, num_requests: int, count: int) -> None:
         """Enqueue the layer over the newest step, and its drafts, see DeviceMtpRunner."""
-        draws, step, graphs = self._device_draws(), self._newest_step(), self.graphs
+        steps, step, graphs = self._on_device(), self._newest_step(), self.graphs
         longest = min(self.input_batch.max_seqlen_k + count - 1, self.input_batch.max_row_len)
         size = num_requests, longest, count
         with paddle.no_grad():
             if self._graph is not None:
                 self._graph.draft()
             else:
-                draws.queue_drafts(step, num_requests)
+                steps.draft(step, num_requests)
             if count > 1:
                 replay = graphs.more_drafts(*size) if graphs else None
-                (replay or partial(draws.queue_more_drafts, step, *size))()
+                (replay or partial(steps.draft_more, step, *size))()
 
     def compute_logits(
         self, logits_indices: np.ndarray, sampling: SamplingInputs = NO_SAMPLING
@@ -346,10 +343,10 @@ class ModelRunner:
         """Run the model, and set `logits` and `hidden_states` of a step.
 
         Args:
-            step: its metadata is made.
+            step: step with metadata.
             reads_all: True if the logits of all tokens are wanted, in their order.
         """
-        hidden = self.model(step.ids_remove_padding, step)
+        hidden = self.model(step.token_ids, step)
         read = hidden if reads_all else rows_at(hidden, step.sampled)
         if step.sampled.shape[0]:
             step.logits = self.model.compute_logits(read)
@@ -375,23 +372,15 @@ class ModelRunner:
         assert self.forward_meta is not None, "no step has been run"
         return self.forward_meta
 
-    def _device_draws(self) -> DeviceDraws:
-        """Return the sampler of the device, see `info.sampling`."""
-        assert self.draws is not None, "the host samples on a CPU"
-        return self.draws
+    def _on_device(self) -> DeviceSteps:
+        """Return `device_steps` of a runner on a device."""
+        assert self.device_steps is not None, "the host samples on a CPU"
+        return self.device_steps
 
     def execute_watched(
         self, logits_indices: np.ndarray, tokens: Sequence[int] | np.ndarray
     ) -> tuple[np.ndarray, list[list[np.ndarray]]]:
-        """`execute_model`, and what the layers chose for some of the tokens.
-
-        Args:
-            logits_indices: as of `execute_model`.
-            tokens: flat tokens of the step.
-
-        Returns:
-            The logits; and for each token and layer, int64 [n], ascending: positions in its row.
-        """
+        """Run the step and collect selections, see SelectionRunner."""
         selections = self._selections = Selections(tokens)
         try:
             logits = self.execute_model(logits_indices)

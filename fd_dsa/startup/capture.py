@@ -91,21 +91,21 @@ def _fill(graphs: StepGraphs, runner: ModelRunner, capture: Capture) -> None:
         graphs[key] = _capture_step(runner, capture, key)
     if runner.model.mtp is None:
         return
-    draws, step = runner.draws, runner.forward_meta
-    assert draws is not None and step is not None
+    device, step = runner.device_steps, runner.forward_meta
+    assert device is not None and step is not None
     max_rows = min(graphs.sizes[-1], batch.max_num_seqs)
-    # powers of two, so that there are few
+    # only powers of two, so that there are few graphs
     rows = {max_rows, *powers_below(max_rows)}
     lengths = {key.max_seqlen_k for key in steps if not key.num_prompts}
-    counts = range(2, 1 + runner.most_drafts)
+    counts = range(2, 1 + runner.max_drafts)
     for size in sorted(product(rows, lengths, counts), reverse=True):
-        _, graphs.drafts[size] = capture(partial(draws.queue_more_drafts, step, *size))
+        _, graphs.drafts[size] = capture(partial(device.draft_more, step, *size))
 
 
 def _capture_step(runner: ModelRunner, capture: Capture, key: GraphKey) -> GraphEntry:
     """Capture the graphs of a step, which sample only padding during the capture."""
-    draws, rows = runner.draws, min(key.num_sampled, runner.input_batch.max_num_seqs)
-    assert draws is not None
+    device, rows = runner.device_steps, min(key.num_sampled, runner.input_batch.max_num_seqs)
+    assert device is not None
 
     def run() -> tuple[Array | None, Array | None]:
         step = runner.run_padded(key)
@@ -117,9 +117,9 @@ def _capture_step(runner: ModelRunner, capture: Capture, key: GraphKey) -> Graph
 
     (_, hidden), replay = capture(run)
     step = newest()
-    _, sample = capture(lambda: draws.queue(newest()))
-    # without such a layer requests have no drafts from it
+    _, sample = capture(lambda: device.sample(newest()))
+    # never called without a layer that drafts
     draft = replay
     if hidden is not None:
-        _, draft = capture(lambda: draws.queue_drafts(newest(), rows))
+        _, draft = capture(lambda: device.draft(newest(), rows))
     return GraphEntry(step, replay, sample, draft)

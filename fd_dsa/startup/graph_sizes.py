@@ -32,7 +32,7 @@ def graph_bytes(config: ModelConfig, sizes: Sequence[int], max_model_len: int) -
     """
     if not sizes:
         return 0
-    # one for rows of any length, one for rows that need no choice of keys
+    # graphs of each size: for rows of any length, and for rows that need no selection of keys
     lengths = 1 if max_model_len <= config.index_topk else 2
     prompts = [size for size in PROMPT_SIZES if size <= config.index_topk]
     graphs = len(sizes) * lengths + len(prompts)
@@ -47,12 +47,12 @@ def graph_bytes(config: ModelConfig, sizes: Sequence[int], max_model_len: int) -
     query = config.qk_nope_head_dim + config.qk_rope_head_dim
     attention = 2 * (config.q_lora_rank + rank) + heads * (2 * query + 2 * rank)
     attention += 3 * heads * config.v_head_dim + config.index_n_heads * config.index_head_dim
-    # of each chosen expert; then the router's scores
+    # activations of the selected experts, then the router's scores
     moe = config.num_experts_per_tok * (config.moe_intermediate_size + hidden)
     moe += config.n_routed_experts
     dense = 3 * max(config.intermediate_size, config.moe_intermediate_size)
     token = attention + moe + dense + 8 * hidden
     if config.head_rows < config.vocab_size:
-        # logits as each rank computed them, and gathered
+        # logits of one rank, and those gathered from all ranks
         token += config.vocab_size + config.head_rows
     return 4 * (kept + max(*sizes, *prompts) * token) + graphs * _GRAPH_BYTES

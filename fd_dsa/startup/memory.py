@@ -15,7 +15,7 @@ from fd_dsa.startup.host_memory import available_memory_bytes
 
 _DEFAULT_CACHE_BYTES = 4 << 30
 _WIDTHS = {"float32": 4, "bfloat16": 2}
-# the first that fits a tensor's name; ranks split all of them but the embedding
+# parts of a model by the names of their tensors; the first pattern that fits counts
 _PARTS = {
     "routed experts": re.compile(r"\.experts\."),
     "shared experts": re.compile(r"\.shared_experts\."),
@@ -35,7 +35,7 @@ class MemoryPlan:
         weight_bytes: bytes of the weights as held.
         graph_bytes: bytes of captured steps with their activations, 0 without captures.
         state_bytes: bytes of the states that batch rows have in addition to blocks.
-        free_bytes: bytes that the system could give when the plan was made.
+        free_bytes: free bytes of the system when the plan was made.
         bytes_per_block: bytes of one cache block over all layers.
         num_blocks: number of cache blocks.
         block_size: tokens of a block.

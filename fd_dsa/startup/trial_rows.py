@@ -43,6 +43,6 @@ def fill_rows(batch: InputBatch, rows: Sequence[TrialRow], is_pending: bool = Fa
 
 
 def clear_rows(batch: InputBatch) -> None:
-    """Leave a batch without rows and blocks."""
+    """Remove all rows and blocks from a batch."""
     batch.begin_step()
     batch.block_tables[:] = -1

@@ -79,13 +79,14 @@ def warm_up_kernels(runner: ModelRunner, before_captures: bool = False) -> None:
             make its resources during a capture.
     """
     steps = _trial_steps(runner)
-    if runner.draws is not None:
+    device = runner.device_steps
+    if device is not None:
         runner.set_slot(0, SlotParameters())
-        runner.draws.warm_up()
+        device.warm_up()
     forks = runner.attn_backends[0].as_captured() if before_captures else nullcontext()
     with forks:
         for rows in steps:
-            _run_trial(runner, rows, is_pending=runner.draws is not None and rows is steps[-1])
+            _run_trial(runner, rows, is_pending=device is not None and rows is steps[-1])
     clear_rows(runner.input_batch)
     # warm-up steps do not count
     runner.counters = StepCounters()
@@ -136,13 +137,13 @@ def _run_trial(runner: ModelRunner, rows: list[TrialRow], is_pending: bool) -> N
         is_pending: True = the only row continues with the sample of the step before.
     """
     last = np.array([fill_rows(runner.input_batch, rows, is_pending)])
-    if runner.draws is None:
+    if runner.device_steps is None:
         runner.execute_model(last)
         return
     if is_pending:
-        runner.input_batch.follows[0] = 0
+        runner.input_batch.pending_source[0] = 0
     # all kernels of the sampler run for any parameters
     runner.enqueue_model(last, SamplingInputs([0], [0], [0, 1]))
     runner.sample().result()
     if runner.model.mtp is not None:
-        runner.draft(1, runner.most_drafts)
+        runner.draft(1, runner.max_drafts)

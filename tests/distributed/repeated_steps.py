@@ -24,7 +24,7 @@ def split_runner(folder: Path, kv_cache_dtype: str, device: str, group: Any) -> 
     from fd_dsa.models.loader import fp8_tensors, load_weights
     from fd_dsa.models.registry import create_model
     from fd_dsa.runner import InputBatch
-    from fd_dsa.runner.ranks import FollowingRunner
+    from fd_dsa.runner.ranks import WorkerRunner
     from fd_dsa.startup.warm_up import warm_up_kernels
 
     config = read_config(folder)
@@ -38,7 +38,7 @@ def split_runner(folder: Path, kv_cache_dtype: str, device: str, group: Any) -> 
     rows, blocks = len(LENGTHS), _MAX_LEN // _BLOCK_SIZE
     batch = InputBatch(rows, _MAX_LEN, blocks, _BLOCK_SIZE)
     layout = model.config.cache_layout(kv_cache_dtype, _BLOCK_SIZE)
-    runner = FollowingRunner(model, batch, layout, rows * blocks, device, dtype="bfloat16")
+    runner = WorkerRunner(model, batch, layout, rows * blocks, device, dtype="bfloat16")
     shuffled = np.random.default_rng(0).permutation(rows * blocks).tolist()
     warm_up_kernels(runner)
     for row in range(rows):

@@ -27,7 +27,7 @@ from fd_dsa.engine.step_costs import StepCosts
 from fd_dsa.engine.step_sampler import StepSampler
 from fd_dsa.engine.structured_outputs import StructuredOutputsParams
 from fd_dsa.runner import InputBatch, ModelRunner
-from fd_dsa.runner.device_draws import DeviceDraws
+from fd_dsa.runner.device_steps import DeviceSteps
 from fd_dsa.startup import measure
 from fd_dsa.startup.capture import capture_graphs
 from fd_dsa.startup.warm_up import warm_up_kernels
@@ -87,9 +87,9 @@ class Watching:
         elif self.was_ahead and batch.future is None:
             self.num_after += num_drafts
         self.was_ahead = batch.is_in_flight
-        meta, lengths = runner.forward_meta, runner.input_batch.seq_lens_this_time
-        ids, cached = meta.ids_remove_padding, meta.seq_lens_decoder
-        if runner.draws is not None:
+        meta, lengths = runner.forward_meta, runner.input_batch.num_scheduled_tokens
+        ids, cached = meta.token_ids, meta.num_computed_tokens
+        if runner.device_steps is not None:
             # where the tokens on their way are, and how many stood
             ids, cached = (on_host(x, np.empty(x.shape, np.int32)) for x in (ids, cached))
         for request, row in zip(batch.requests, lengths.nonzero()[0].tolist(), strict=True):
@@ -116,7 +116,7 @@ def make_runner(device: str, has_layer: bool = True) -> ModelRunner:
     model = tiny_model(FIELDS, seed=2, device=device, mtp=() if has_layer else None)
     layout = model.config.cache_layout("float32", 8)
     batch = InputBatch(3, 12, 6, 8)
-    runner = ModelRunner(model, batch, layout, NUM_BLOCKS, device, most_drafts=MOST)
+    runner = ModelRunner(model, batch, layout, NUM_BLOCKS, device, max_drafts=MOST)
     for cache in runner.caches:
         poison = np.full(cache.shape, np.nan, np.float32)
         cache.copy_(paddle.to_tensor(poison, place=cache.place), False)
@@ -307,8 +307,8 @@ def test_steps_in_which_no_request_drafts_leave_the_layer_out(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain, _, _ = answers("cpu", is_drafted=False)
-    runs, queue = [], DeviceDraws.queue_drafts
-    monkeypatch.setattr(DeviceDraws, "queue_drafts", lambda *one: runs.append(one) or queue(*one))
+    runs, queue = [], DeviceSteps.draft
+    monkeypatch.setattr(DeviceSteps, "draft", lambda *one: runs.append(one) or queue(*one))
     # with it two drafts pay for three requests while they mostly stand
     costs = StepCosts({1: [1.0, 1.6, 1.65], 3: [1.13, 1.8, 1.95]})
     found, engine, drafter = answers(rig.device, costs=costs)
@@ -324,11 +324,11 @@ def test_a_start_runs_the_layer_before_any_request(
     # kernels may be interpreted
     monkeypatch.setattr(measure, "MAX_MEASURING_S", 60.0)
     runner = make_runner(rig.device)
-    tokens, queue = set(), DeviceDraws.queue_drafts
+    tokens, queue = set(), DeviceSteps.draft
     with monkeypatch.context() as patch:
         patch.setattr(
-            DeviceDraws,
-            "queue_drafts",
+            DeviceSteps,
+            "draft",
             lambda *one: tokens.add(one[1].hidden_states.shape[0]) or queue(*one),
         )
         warm_up_kernels(runner)

@@ -268,7 +268,7 @@ def test_the_warm_up_forks_where_the_capture_forks(
     assert overlap.max_tokens == 2
 
     def stream_for(tensor: Any) -> Any:
-        forked.append(runner.forward_meta.hints.num_tokens)
+        forked.append(runner.forward_meta.token_ids.shape[0])
         return overlap.side_stream
 
     monkeypatch.setattr(overlap, "stream_for", stream_for)
