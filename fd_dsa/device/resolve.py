@@ -28,7 +28,7 @@ def resolve_device(name: str) -> str:
         return "gpu:0" if has_gpu else "cpu"
     if name not in ("gpu", "gpu:0"):
         if name.startswith("gpu:"):
-            # the engine's thread has device 0, as every thread that sets none
+            # the engine's thread has device 0, because it sets no device
             raise BackendUnavailable(
                 f"--device: got {name!r}, allowed is 'gpu'; choose the GPU by CUDA_VISIBLE_DEVICES"
             )

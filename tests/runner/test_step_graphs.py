@@ -178,19 +178,3 @@ def test_what_cannot_be_captured(
     with pytest.raises(error, match=message):
         PaddleCapture(PLACE)(lambda: work(graph.log))
     assert (graph.log[-1] if graph.log else None) == last
-
-
-@pytest.mark.triton
-def test_logits_come_in_memory_that_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fd_dsa.device.transfers import transfers_for
-    from fd_dsa.runner.device_step import HostLogits
-
-    to_host = HostLogits(transfers_for(paddle.zeros([1])), 6)
-    first = to_host(paddle.to_tensor(np.arange(6, dtype=np.float32).reshape(2, 3)))
-    assert first.tolist() == [[0, 1, 2], [3, 4, 5]]
-    second = to_host(paddle.to_tensor(np.float32([[9, 8, 7]])))
-    assert second.tolist() == [[9, 8, 7]]
-    assert second.ctypes.data == first.ctypes.data
-    # prompts all of whose logits are wanted
-    large = np.random.default_rng(0).standard_normal((5, 3)).astype(np.float32)
-    np.testing.assert_array_equal(to_host(paddle.to_tensor(large)), large)
