@@ -27,7 +27,7 @@ from fd_dsa.models.loader import rank_parts
 from fd_dsa.models.registry import config_from_dict, create_model
 from fd_dsa.models.weights import HostWeights
 from fd_dsa.runner import InputBatch, ModelRunner
-from fd_dsa.runner.ranks import WorkerRunner, DriverRunner
+from fd_dsa.runner.ranks import DriverRunner, WorkerRunner
 from fd_dsa.startup.capture import capture_graphs
 from tests.engine.drafters import KnowingDrafter
 from tests.engine.fakes import byte_tokenizer, run_all
