@@ -232,7 +232,7 @@ def _with_index_topk(model_config: Any, index_topk: int | None) -> Any:
     if index_topk > most:
         raise ConfigError(
             f"--index-topk: got {index_topk}, allowed: at most {most}, the model's "
-            "max_position_embeddings, with which every key is chosen; lower it"
+            "max_position_embeddings, with which every key is selected; lower it"
         )
     return replace(model_config, index_topk=index_topk)
 
