@@ -112,7 +112,7 @@ def free_device_bytes(device: str, utilization: float = 1.0) -> int | None:
 
 
 def traits_of(device: str) -> GpuTraits:
-    """Return the traits that kernels are chosen and sized by, for a device other than "cpu"."""
+    """Return the traits of a GPU, by which kernels are selected and sized."""
     from fd_dsa.triton_runtime.driver import cuda
 
     return cuda().traits(_index_of(device))

@@ -101,7 +101,7 @@ class Transfers:
 
     @property
     def traits(self) -> GpuTraits:
-        """Traits of the device, which kernels are chosen and sized by."""
+        """Traits of the device, by which kernels are selected and sized."""
         return cuda().traits(self.device)
 
     def stream(self) -> ctypes.c_void_p:

@@ -307,7 +307,7 @@ class ModelRunner:
     def compute_logits(
         self, logits_indices: np.ndarray, sampling: SamplingInputs = NO_SAMPLING
     ) -> Array | None:
-        """Enqueue the step in the batch, and return its logits where the model runs.
+        """Enqueue the step in the batch, and return its logits on the model's device.
 
         Returns:
             float32 [n, vocab_size], from a graph followed by rows of padding; None if no logits are

@@ -3,7 +3,7 @@
     maker of a field              field                             reader
     engine, by InputBatch.arrays  ids, token counts, tables         staging
     engine, by SamplingInputs     sampling                          staging
-    staging: views of one tensor  the same, where the model runs    embedding, backend, head
+    staging: views of one tensor  the same, on the model's device   embedding, backend, head
     attention backend             caches, metadata, slots           layers
     model                         logits, hidden_states             sampler, MTP layer
 
@@ -26,7 +26,7 @@ from fd_dsa.step import ForwardMeta
 
 @dataclass(slots=True)
 class Step:
-    """Inputs of one step where the model runs, its metadata, and its results.
+    """Inputs of one step on the model's device, its metadata, and its results.
 
     Layers are called with it as `forward_meta`. Every step has a new one, as in FastDeploy
     (docs/design.md, "FastDeploy's contract"). A row has one token and its drafts, or a prefill
@@ -46,8 +46,8 @@ class Step:
         position_ids, slot_mapping, indexer_attn_mask_offsets: as in `fd_dsa_step`.
         fd_dsa_step: metadata of the step; None until the backend has built it.
         selections: collector of each layer's selection, None unless a request asks for them.
-        logits: float32 [num_rows, vocab_size] where the model runs; in a graph followed by rows of
-            padding. None if no token is sampled, or until the model has run.
+        logits: float32 [num_rows, vocab_size], from a graph followed by rows of padding. None if no
+            token is sampled, or until the model has run.
         hidden_states: [num_tokens, hidden_size], normed, which a layer for multi-token prediction
             reads; None without such a layer.
     """

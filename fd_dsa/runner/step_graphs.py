@@ -95,7 +95,7 @@ class StepGraphs(dict[GraphKey, GraphEntry]):
         longest: maximum length of a row, tokens.
         prompt_sizes: numbers of keys that prefill steps are padded to. Sizes above `index_topk` are
             not captured.
-        most_prompts: maximum number of rows of a prefill step.
+        max_prompts: maximum number of rows of a prefill step.
 
     Attributes:
         drafts: graphs of further drafts, by number of rows, length of the longest row, and number
@@ -108,14 +108,14 @@ class StepGraphs(dict[GraphKey, GraphEntry]):
         index_topk: int,
         longest: int,
         prompt_sizes: Sequence[int] = (),
-        most_prompts: int = 1,
+        max_prompts: int = 1,
     ) -> None:
         super().__init__()
         self.drafts: dict[tuple[int, int, int], Callable[[], None]] = {}
         self.sizes = tuple(sorted(sizes))
         self._short, self._longest = min(index_topk, longest), longest
         self._prompts = [
-            GraphKey(size, self._short, most_prompts)
+            GraphKey(size, self._short, max_prompts)
             for size in sorted(prompt_sizes)
             if size <= self._short
         ]
@@ -181,7 +181,7 @@ class PaddleCapture:
 
         Raises:
             CaptureRefused: `work` waits for the host, or the capture cannot begin.
-            DeviceError: the capture failed half-way, and Paddle cannot go on.
+            DeviceError: the capture failed half-way, and Paddle cannot continue.
         """
         import paddle
 

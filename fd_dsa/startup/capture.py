@@ -49,7 +49,7 @@ def capture_graphs(
             out.
 
     Raises:
-        DeviceError: a capture failed half-way, and Paddle cannot go on; has the cure.
+        DeviceError: a capture failed half-way, and Paddle cannot continue. Has the cure.
     """
     import paddle
 

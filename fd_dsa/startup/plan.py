@@ -84,7 +84,7 @@ class EnginePlan:
         )
 
     def describe(self) -> dict[str, Any]:
-        """Return every value that was chosen or resolved, for people and programs."""
+        """Return all values of the plan, for people and programs."""
         config = self.config
         return {
             "model": str(config.model_path),
@@ -232,7 +232,7 @@ def _with_index_topk(model_config: Any, index_topk: int | None) -> Any:
     if index_topk > most:
         raise ConfigError(
             f"--index-topk: got {index_topk}, allowed: at most {most}, the model's "
-            "max_position_embeddings, with which every key is chosen; lower it"
+            "max_position_embeddings, with which every key is selected; lower it"
         )
     return replace(model_config, index_topk=index_topk)
 
@@ -318,7 +318,7 @@ def _plan_memory(
 def workspace_bytes(
     config: EngineConfig, model_config: Any, caches: Caches, traits: GpuTraits
 ) -> int:
-    """Return the bytes that a device needs besides weights, caches and graphs."""
+    """Return the bytes that a device needs in addition to weights, caches and graphs."""
     from fd_dsa.runner.device_steps import sampling_bytes
 
     sizes = config.max_num_seqs, model_config.vocab_size, config.most_drafts

@@ -67,7 +67,7 @@ PROMPTS: dict[str, tuple[list[tuple[int, int, bool]], list[int], int | None]] = 
 def test_prompts_are_padded_by_their_keys(
     rows: list[tuple[int, int, bool]], sampled: list[int], size: int | None
 ) -> None:
-    graphs = StepGraphs((8,), 12, 640, prompt_sizes=(12, 8), most_prompts=2)
+    graphs = StepGraphs((8,), 12, 640, prompt_sizes=(12, 8), max_prompts=2)
     assert fitting(graphs, rows, sampled) == (size and GraphKey(size, 12, 2))
 
 
@@ -75,7 +75,7 @@ def test_the_largest_are_captured_first() -> None:
     steps = StepGraphs((1, 4), index_topk=100, longest=640).steps()
     assert steps == [(4, 640, 0), (4, 100, 0), (1, 640, 0), (1, 100, 0)]
     # every row is short: one graph a size
-    steps = StepGraphs((1, 4), 100, longest=64, prompt_sizes=(2, 65), most_prompts=3).steps()
+    steps = StepGraphs((1, 4), 100, longest=64, prompt_sizes=(2, 65), max_prompts=3).steps()
     assert steps == [(4, 64, 0), (2, 64, 3), (1, 64, 0)]
 
 
