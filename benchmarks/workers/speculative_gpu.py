@@ -36,7 +36,7 @@ class KnownDrafts:
 
     def propose(self, step: Any, counts: Mapping[Any, int]) -> dict[Any, Any]:
         """Propose one token for each request."""
-        from fd_dsa.engine.draft_state import Drafts
+        from fd_dsa.engine.batch import Drafts
 
         if self._drafter is not None:
             self._drafter.propose(step, counts)

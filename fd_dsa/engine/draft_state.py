@@ -1,9 +1,8 @@
-"""Draft tokens of a request, and acceptance statistics that choose their number."""
+"""Acceptance statistics of a request's drafts, which choose the number of drafts."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 from operator import mul
 from typing import Any
@@ -16,29 +15,6 @@ _FIRST_COUNT = 3
 _DRIFT = 1 / 1024
 
 
-@dataclass(frozen=True, slots=True)
-class Drafts:
-    """Draft tokens of a request for one step.
-
-    Attributes:
-        tokens: their ids, or their indices in the `TokenBuffer` if only the device has the ids.
-        is_pending: True if `tokens` are indices.
-    """
-
-    tokens: list[int]
-    is_pending: bool = False
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def first(self, count: int) -> Drafts:
-        """Return the first `count` drafts."""
-        return Drafts(self.tokens[:count], self.is_pending)
-
-
-NO_DRAFTS = Drafts([])
-
-
 class DraftState:
     """Acceptance rates of a request's drafts, by position, and the number of drafts that pays.
 
@@ -49,7 +25,7 @@ class DraftState:
 
     Args:
         most: maximum number of drafts in a step.
-        usual_rate: prior acceptance rate.
+        usual_rate: acceptance rate that is assumed before any draft was verified.
 
     Attributes:
         memory: data that the drafter keeps for the request.
@@ -74,7 +50,7 @@ class DraftState:
             self._rates[place] += _DRIFT * (self._usual_rate - self._rates[place])
         return best
 
-    def observe(self, num_drafts: int, num_accepted: int) -> None:
+    def record(self, num_drafts: int, num_accepted: int) -> None:
         """Record that a step accepted the first `num_accepted` of its drafts."""
         for place in range(min(num_accepted + 1, num_drafts)):
             self._counts[place] += 1

@@ -12,14 +12,13 @@ import numpy as np
 from fd_dsa.engine.batch import ScheduledBatch, offer_tokens
 from fd_dsa.engine.block_manager import BlockManager
 from fd_dsa.engine.grammar import GrammarCompiler
-from fd_dsa.engine.limits import RequestLimits
 from fd_dsa.engine.metrics import EngineMetrics, EngineStats
 from fd_dsa.engine.output import FinishReason, RequestOutput
 from fd_dsa.engine.request import Request, new_group
-from fd_dsa.engine.sampling_params import SamplingParams
+from fd_dsa.engine.sampler import StepSampler
+from fd_dsa.engine.sampling_params import RequestLimits, SamplingParams
 from fd_dsa.engine.scheduler import Scheduler
 from fd_dsa.engine.speculation import Speculator
-from fd_dsa.engine.step_sampler import StepSampler
 from fd_dsa.engine.tokenizer import Tokenizer
 from fd_dsa.errors import is_out_of_memory
 from fd_dsa.ops.sampling.token_buffer import NOT_FINITE
@@ -310,7 +309,7 @@ class LLMEngine:
         ]
         if self.speculator is not None and not batch.is_in_flight:
             self.scheduler.proposals = self.speculator.propose(batch)
-        self.metrics.count_step(len(batch.sampling) - len(batch.prefilled), batch.prefilled)
+        batch.record_latencies(self.metrics, time.monotonic())
         stats.num_steps += 1
         stats.computed_prompt_tokens += batch.num_prefill_tokens
         # the token of a decoding request comes after the one of the step before; without such
@@ -392,7 +391,7 @@ class LLMEngine:
 
     def _drop(self, request: Request) -> None:
         """Count an ended request, and free its row and blocks."""
-        self.metrics.count_end(request)
+        request.record_end(self.metrics)
         self.scheduler.finish(request)
         request_id = request.state.request_id
         self._requests[request_id].remove(request)

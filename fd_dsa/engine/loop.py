@@ -1,4 +1,4 @@
-"""The loop that runs an engine: commands in, events out, one step after another.
+"""Loop that runs an engine: it takes commands between steps, and emits events.
 
 An `AsyncEngine` sends the commands and receives the events. Both may cross a process boundary
 (`fd_dsa.serve.engine_process`), so they are plain values.
@@ -16,21 +16,26 @@ from dataclasses import dataclass
 from typing import Any
 
 from fd_dsa.engine.engine import LLMEngine
-from fd_dsa.engine.limits import RequestLimits
 from fd_dsa.engine.output import Added, RequestOutput
-from fd_dsa.engine.sampling_params import SamplingParams
+from fd_dsa.engine.sampling_params import RequestLimits, SamplingParams
 from fd_dsa.engine.tokenizer import Tokenizer
 from fd_dsa.errors import BusyError, RankError
 
 COMMANDS_S = 0.02
-"""Seconds between two steps in which an engine with running requests takes commands."""
+"""Maximum time between two steps for commands, while requests run, seconds."""
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Add:
-    """Command: queue a request. `key` is its id in the engine; no two requests have the same."""
+class AddRequest:
+    """Command that queues a request.
+
+    Attributes:
+        key: unique id of the request in the engine.
+        prompt_token_ids: tokens of the prompt.
+        params: sampling parameters.
+    """
 
     key: str
     prompt_token_ids: Sequence[int]
@@ -38,10 +43,12 @@ class Add:
 
 
 @dataclass(frozen=True, slots=True)
-class End:
-    """Command: abort a request, or an `Ask` that has not begun.
+class AbortRequest:
+    """Command that aborts a request, or a `UtilityCall` that has not begun.
 
-    With an index, end that one of a request's outputs as if the model had.
+    Attributes:
+        key: id of the request or call.
+        index: index of one output to end as if the model had ended it; None = abort all outputs.
     """
 
     key: str
@@ -49,22 +56,28 @@ class End:
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
-    """Command: answer a question with a `Reply` of the same key; `EngineHost` has the questions."""
+class UtilityCall:
+    """Command that asks for a `UtilityResult` with the same key.
+
+    Attributes:
+        key: id of the call.
+        name: name of a function of the `EngineLoop`.
+        argument: argument of the function.
+    """
 
     key: str
-    question: str
+    name: str
     argument: Any = None
 
 
 @dataclass(frozen=True, slots=True)
-class Stop:
-    """Command: abort everything, then end the loop."""
+class Shutdown:
+    """Command that aborts all requests, then ends the loop."""
 
 
 @dataclass(frozen=True, slots=True)
-class Reply:
-    """Event: the answer to an `Ask`, or the error with which it or an `Add` was refused."""
+class UtilityResult:
+    """Event with the result of a `UtilityCall`, or with the error of a call or an `AddRequest`."""
 
     key: str
     value: Any = None
@@ -72,32 +85,32 @@ class Reply:
 
 
 @dataclass(frozen=True, slots=True)
-class Failed:
-    """Event, the last one: the engine has failed and serves no more requests."""
+class EngineDead:
+    """Last event of an engine that has failed. It serves no more requests."""
 
     error: BaseException
 
 
-MAX_ASKED = 64
-"""Questions that wait for their thread; a grammar takes up to half a second of it."""
-Command = Add | End | Ask | Stop
-Event = list[Added] | Reply | Failed
-"""What a step has added to outputs, the reply to a command, or the end."""
+MAX_WAITING_CALLS = 64
+"""Maximum number of waiting calls. The compilation of a grammar takes up to half a second."""
+Command = AddRequest | AbortRequest | UtilityCall | Shutdown
+Event = list[Added] | UtilityResult | EngineDead
+"""Additions of a step to outputs, the result of a command, or the failure of the engine."""
 
 SNAPSHOT = "snapshot"
-"""Question: `EngineStats` and `EngineMetrics` as they are now; does not wait for a step."""
+"""Call that returns the present `EngineStats` and `EngineMetrics` without waiting for a step."""
 CHECK_FORM = "check_form"
-"""Question: None where the form of an output can be compiled, else a ValueError."""
+"""Call that compiles the form of an output, or raises ValueError."""
 
 
 @dataclass(frozen=True)
-class EngineFacts:
-    """What a server must know of its engine.
+class EngineProperties:
+    """Static information about an engine for its server.
 
     Attributes:
-        limits: what the engine can ever run.
+        limits: limits of its requests.
         sampling_defaults: fields of SamplingParams that the model proposes.
-        captured_sizes: rows of the decode steps that are replayed from graphs.
+        captured_sizes: numbers of rows of the decode steps that are replayed from graphs.
     """
 
     limits: RequestLimits
@@ -105,28 +118,28 @@ class EngineFacts:
     captured_sizes: tuple[int, ...]
 
     @classmethod
-    def of(cls, engine: LLMEngine) -> EngineFacts:
-        """The facts of an engine."""
+    def of(cls, engine: LLMEngine) -> EngineProperties:
+        """Return the properties of an engine."""
         return cls(engine.limits, engine.sampling_defaults, engine.runner.info.captured_sizes)
 
 
-class EngineLink:
-    """Where an `AsyncEngine` finds its engine: a thread of this process runs it, or reads from it.
+class EngineClient:
+    """Access of an `AsyncEngine` to its engine, which runs in a thread or in another process.
 
     Attributes:
-        facts: of the engine.
-        tokenizer: of the engine.
-        pid: number of the engine's process; None where it is this one.
+        properties: static information about the engine.
+        tokenizer: tokenizer of the engine.
+        pid: process id of the engine; None = this process.
     """
 
-    facts: EngineFacts
+    properties: EngineProperties
     tokenizer: Tokenizer
     pid: int | None = None
     _thread: threading.Thread | None = None
 
     @property
     def silent_s(self) -> float:
-        """Seconds since a message was sent to the engine that nothing has come back after."""
+        """Age of the oldest message to the engine without an answer, seconds."""
         return 0.0
 
     @property
@@ -135,7 +148,7 @@ class EngineLink:
         return self._thread is not None and self._thread.is_alive()
 
     def start(self, receive: Callable[[Event], None]) -> None:
-        """Begin to run; `receive` is called in a thread of the link.
+        """Start the thread of the client, which calls `receive` with each event.
 
         Raises:
             RuntimeError: it was started before.
@@ -143,7 +156,7 @@ class EngineLink:
         raise NotImplementedError
 
     def post(self, command: Command) -> None:
-        """Send a command; from any thread, without waiting for the engine."""
+        """Send a command without waiting for the engine. Thread-safe."""
         raise NotImplementedError
 
     def join(self, timeout_s: float) -> None:
@@ -152,7 +165,7 @@ class EngineLink:
             self._thread.join(timeout_s)
 
     def start_thread(self, target: Callable[[], object]) -> None:
-        """Run `target` in the thread of the link.
+        """Run `target` in the thread of the client.
 
         Raises:
             RuntimeError: it was started before.
@@ -163,85 +176,93 @@ class EngineLink:
         self._thread.start()
 
 
-class EngineHost:
+class EngineLoop:
     """Runs one engine in the thread that calls `run`.
 
     Args:
-        engine: used by no one else.
-        emit: takes the events; called in several threads, perhaps at the same time.
-        answers: questions beside `SNAPSHOT` and `CHECK_FORM`, with the functions that answer them
-            from the argument; called in a thread of their own.
+        engine: engine that only this loop uses.
+        emit: called with each event, by several threads at the same time.
+        functions: functions of further utility calls by name, in addition to `SNAPSHOT` and
+            `CHECK_FORM`. They run in a separate thread.
     """
 
     def __init__(
         self,
         engine: LLMEngine,
         emit: Callable[[Event], None],
-        answers: Mapping[str, Callable[[Any], object]] | None = None,
+        functions: Mapping[str, Callable[[Any], object]] | None = None,
     ) -> None:
         self._engine = engine
         self._emit = emit
-        self._answers = {CHECK_FORM: engine.grammars.check, **(answers or {})}
-        # one: what is computed beside the steps takes one processor
-        self._aside = ThreadPoolExecutor(1, thread_name_prefix="fd_dsa-aside")
-        # questions that wait for that thread or are in it, by their keys
-        self._asked: dict[str, Future[None]] = {}
+        self._functions = {CHECK_FORM: engine.grammars.check, **(functions or {})}
+        # one thread, because work alongside the steps may use one processor
+        self._utility_executor = ThreadPoolExecutor(1, thread_name_prefix="fd_dsa-utility")
+        # calls that wait for that thread or run in it, by key
+        self._calls: dict[str, Future[None]] = {}
         self._wake = threading.Condition()
-        # other threads append with _wake held; only this thread takes
-        self._commands: deque[Add | End] = deque()
+        # other threads append while they hold _wake; only this thread removes
+        self._commands: deque[AddRequest | AbortRequest] = deque()
         self._is_stopping = False
         self._failure: BaseException | None = None
 
-    def post(self, command: Command | Failed) -> None:
-        """Take a command, or what has happened to a process of the engine; from any thread."""
-        if isinstance(command, Ask):
-            if command.question == SNAPSHOT:
+    def post(self, command: Command | EngineDead) -> None:
+        """Enqueue a command, or the failure of another process of the engine. Thread-safe."""
+        if isinstance(command, UtilityCall):
+            if command.name == SNAPSHOT:
                 snapshot = (self._engine.stats(), self._engine.metrics)
-                self._emit(Reply(command.key, snapshot))
+                self._emit(UtilityResult(command.key, snapshot))
             elif not self._is_stopping:
-                self._ask(command)
+                self._submit(command)
             return
-        if isinstance(command, End) and (asked := self._asked.get(command.key)) is not None:
-            asked.cancel()
+        if isinstance(command, AbortRequest) and (call := self._calls.get(command.key)) is not None:
+            call.cancel()
             return
         with self._wake:
-            if isinstance(command, Stop):
+            if isinstance(command, Shutdown):
                 self._is_stopping = True
-            elif isinstance(command, Failed):
+            elif isinstance(command, EngineDead):
                 self._failure = command.error
             else:
                 self._commands.append(command)
             self._wake.notify()
 
-    def _ask(self, command: Ask) -> None:
-        """Have a question answered in its thread, after those that came before."""
-        if len(self._asked) >= MAX_ASKED:
-            error = BusyError(f"{len(self._asked)} grammars wait to be compiled; try again later")
-            self._emit(Reply(command.key, error=error))
+    def _submit(self, command: UtilityCall) -> None:
+        """Enqueue a utility call, or refuse it if too many are waiting."""
+        if len(self._calls) >= MAX_WAITING_CALLS:
+            error = BusyError(f"{len(self._calls)} grammars wait to be compiled; try again later")
+            self._emit(UtilityResult(command.key, error=error))
             return
-        asked = self._aside.submit(self._answer, command)
-        self._asked[command.key] = asked
-        asked.add_done_callback(lambda _: self._asked.pop(command.key, None))
+        call = self._utility_executor.submit(self._call, command)
+        self._calls[command.key] = call
+        call.add_done_callback(lambda _: self._calls.pop(command.key, None))
 
     def run(self) -> bool:
-        """Serve until `Stop` or a failure of the engine; False after a failure."""
+        """Serve until `Shutdown` or a failure of the engine.
+
+        Returns:
+            False after a failure.
+        """
         try:
             while self._take_commands():
                 if self._engine.has_unfinished_requests():
                     self._deliver(self._engine.step())
             self._deliver(self._engine.abort_all())
         except BaseException as error:
-            # of a rank that has ended the place says nothing
+            # for a rank that has ended, our own traceback is not informative
             trace = None if isinstance(error, RankError) else error
             logger.error("the engine has failed: %s", error, exc_info=trace)
-            self._emit(Failed(error))
+            self._emit(EngineDead(error))
             return False
         finally:
-            self._aside.shutdown(wait=False, cancel_futures=True)
+            self._utility_executor.shutdown(wait=False, cancel_futures=True)
         return True
 
     def _take_commands(self) -> bool:
-        """Wait for work and run what is queued; False when the loop is to end."""
+        """Wait for work, and run the queued commands.
+
+        Returns:
+            False if the loop must end.
+        """
         with self._wake:
             while not (
                 self._commands
@@ -253,7 +274,7 @@ class EngineHost:
             if self._failure is not None and not self._is_stopping:
                 raise self._failure
             is_stopping = self._is_stopping
-        # hundreds of requests that arrive together would hold up the tokens of running ones
+        # bound the time, because hundreds of new requests would delay the tokens of running ones
         until = time.monotonic() + COMMANDS_S
         while self._commands:
             self._run_command(self._commands.popleft())
@@ -262,29 +283,29 @@ class EngineHost:
                 break
         return not is_stopping
 
-    def _run_command(self, command: Add | End) -> None:
-        """Change the engine as a command says."""
-        if isinstance(command, Add):
+    def _run_command(self, command: AddRequest | AbortRequest) -> None:
+        """Apply a command to the engine."""
+        if isinstance(command, AddRequest):
             prompt_token_ids, params = command.prompt_token_ids, command.params
             try:
                 self._engine.add_request(command.key, prompt_token_ids, params)
             except ValueError as error:
-                self._emit(Reply(command.key, error=error))
+                self._emit(UtilityResult(command.key, error=error))
         elif command.index is None:
             self._deliver(self._engine.abort_request(command.key))
         else:
             self._deliver(self._engine.finish_output(command.key, command.index))
 
     def _deliver(self, outputs: list[RequestOutput]) -> None:
-        """Emit what outputs have gained."""
+        """Emit the additions of a step to outputs."""
         if outputs:
             self._emit([output.added() for output in outputs])
 
-    def _answer(self, command: Ask) -> None:
-        """Emit the reply to a question."""
+    def _call(self, command: UtilityCall) -> None:
+        """Run a utility call, and emit its result."""
         try:
-            value = self._answers[command.question](command.argument)
+            value = self._functions[command.name](command.argument)
         except Exception as error:
-            self._emit(Reply(command.key, error=error))
+            self._emit(UtilityResult(command.key, error=error))
         else:
-            self._emit(Reply(command.key, value))
+            self._emit(UtilityResult(command.key, value))

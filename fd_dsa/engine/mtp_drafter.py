@@ -4,17 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import numpy as np
-import numpy.typing as npt
-
-from fd_dsa.engine.batch import ScheduledBatch
-from fd_dsa.engine.draft_state import Drafts
+from fd_dsa.engine.batch import Drafts, ScheduledBatch
 from fd_dsa.engine.request import Request
-from fd_dsa.engine.step_sampler import StepSampler
+from fd_dsa.engine.sampler import StepSampler
 from fd_dsa.runner.input_batch import InputBatch
 from fd_dsa.runner.protocol import DeviceMtpRunner, MtpRunner
-
-Int64 = npt.NDArray[np.int64]
+from fd_dsa.tensor import Int64
 
 
 class MtpDrafter:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from fd_dsa.engine.batch import ScheduledBatch
-from fd_dsa.engine.draft_state import Drafts
+from fd_dsa.engine.batch import Drafts, ScheduledBatch
 from fd_dsa.engine.request import Request
 
 # maximum number of tokens listed in a step, about 10 ms, so that a long prompt delays no request

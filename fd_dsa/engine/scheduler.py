@@ -9,9 +9,8 @@ from collections import deque
 from collections.abc import Sequence
 from operator import attrgetter
 
-from fd_dsa.engine.batch import ScheduledBatch
+from fd_dsa.engine.batch import NO_DRAFTS, Drafts, ScheduledBatch
 from fd_dsa.engine.block_manager import BlockManager
-from fd_dsa.engine.draft_state import NO_DRAFTS, Drafts
 from fd_dsa.engine.metrics import EngineStats
 from fd_dsa.engine.output import FinishReason
 from fd_dsa.engine.request import Request
@@ -231,7 +230,7 @@ class Scheduler:
     def record_step_time(self, batch: ScheduledBatch, seconds: float) -> None:
         """Record the time of a step, from which chunks of later steps are sized."""
         if self._step_times is not None:
-            self._step_times.observe(
+            self._step_times.record(
                 seconds, batch.num_decode_tokens, batch.num_prefill_tokens, batch.prefill_context
             )
 

@@ -11,8 +11,8 @@ import logging
 from collections.abc import Mapping
 from typing import Protocol
 
-from fd_dsa.engine.batch import ScheduledBatch
-from fd_dsa.engine.draft_state import Drafts, DraftState
+from fd_dsa.engine.batch import Drafts, ScheduledBatch
+from fd_dsa.engine.draft_state import DraftState
 from fd_dsa.engine.metrics import EngineStats
 from fd_dsa.engine.request import Request
 from fd_dsa.engine.step_costs import StepCosts
@@ -115,7 +115,7 @@ class Speculator:
                 continue
             # drafting may have been disabled while these drafts were in flight
             if request.drafts is not None:
-                request.drafts.observe(len(drafts), num_accepted)
+                request.drafts.record(len(drafts), num_accepted)
             stats.count_drafts(len(drafts), num_accepted)
             request.state.num_draft_tokens += len(drafts)
             request.state.num_accepted_tokens += num_accepted

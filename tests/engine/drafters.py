@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 
-from fd_dsa.engine.draft_state import Drafts
+from fd_dsa.engine.batch import Drafts
 from fd_dsa.engine.request import Request
 
 
