@@ -26,7 +26,7 @@ class KnownDrafts:
     """
 
     # it knows which of its drafts stand, so how long an output is whose tokens are on their way
-    is_layer, usual_rate = True, 0.85
+    is_layer, prior_acceptance_rate = True, 0.85
 
     def __init__(self, drafter: Any) -> None:
         self._drafter = drafter

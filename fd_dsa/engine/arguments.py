@@ -192,12 +192,12 @@ def _refusal(
     ]
     if len(args) > len(placed):
         # the first one is self
-        most = len(placed) - 1
+        num_placed = len(placed) - 1
         named = ", ".join(name for name in names if name not in placed) or "those of the others"
         return argument_error(
-            f"argument {most + 1}",
+            f"argument {num_placed + 1}",
             args[len(placed)],
-            f"given by its name, since {owner} takes {most} without one",
+            f"given by its name, since {owner} takes {num_placed} without one",
             f"write NAME=VALUE; the names are {named}",
         )
     for name in placed[: len(args)]:

@@ -22,7 +22,7 @@ from fd_dsa.engine.loop import (
     UtilityResult,
 )
 from fd_dsa.engine.metrics import EngineMetrics, EngineStats
-from fd_dsa.engine.output import Added, OutputState, RequestOutput, take_added
+from fd_dsa.engine.output import Additions, OutputState, RequestOutput, apply_additions
 from fd_dsa.engine.sampling_params import SamplingParams
 
 _JOIN_TIMEOUT_S = 30.0
@@ -252,15 +252,15 @@ class AsyncEngine:
         else:
             self._fail(event.error)
 
-    def _deliver(self, outputs: list[Added]) -> None:
+    def _deliver(self, outputs: list[Additions]) -> None:
         """Send the additions of a step to their streams, and drop streams that have ended."""
         items: list[tuple[_Stream, _Item]] = []
         with self._lock:
-            for key, *added in outputs:
+            for key, *additions in outputs:
                 stream = self._streams.get(key)
                 if stream is None:
                     continue
-                output = take_added(stream.states, *added)
+                output = apply_additions(stream.states, *additions)
                 items.append((stream, output))
                 if output.finished and all(one.finish_time is not None for one in stream.states):
                     self._forget(stream)

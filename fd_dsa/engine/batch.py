@@ -235,7 +235,9 @@ class ScheduledBatch:
         self.late.add(request)
         request.forget_pending()
 
-    def going_on(self, requests: Sequence[Request], drop: Callable[[Request], object]) -> list[int]:
+    def receivers(
+        self, requests: Sequence[Request], drop: Callable[[Request], object]
+    ) -> list[int]:
         """Return the indices of the requests that get a token.
 
         The other requests have ended since the step was enqueued, or their masks are late.

@@ -177,7 +177,7 @@ class BlockManager:
             owner = self._owners[request_id] = _Owner()
         for block in cached:
             self._unowned.pop(block, None)
-        added = [*cached, *(self._take_free() for _ in range(missing))]
+        added = [*cached, *(self._pop_free() for _ in range(missing))]
         for block in added:
             self._num_owners[block] += 1
         owner.blocks += added
@@ -224,7 +224,7 @@ class BlockManager:
         for owner in self._owners.values():
             owner.num_offered = self.num_blocks
 
-    def _take_free(self) -> int:
+    def _pop_free(self) -> int:
         """Take a block without an owner: a free one, or else the next one to evict."""
         if self._free:
             return self._free.pop()

@@ -24,17 +24,20 @@ class DraftState:
     rate, so that the drafts are tried again now and then.
 
     Args:
-        most: maximum number of drafts in a step.
-        usual_rate: acceptance rate that is assumed before any draft was verified.
+        max_drafts: maximum number of drafts in a step.
+        prior_acceptance_rate: acceptance rate that is assumed before any draft was verified.
 
     Attributes:
         memory: data that the drafter keeps for the request.
     """
 
-    def __init__(self, most: int, usual_rate: float) -> None:
+    def __init__(self, max_drafts: int, prior_acceptance_rate: float) -> None:
         self.memory: Any = None
-        self._usual_rate = usual_rate
-        self._rates, self._counts = [usual_rate] * most, [_FIRST_COUNT] * most
+        self._prior_rate = prior_acceptance_rate
+        self._rates, self._counts = (
+            [prior_acceptance_rate] * max_drafts,
+            [_FIRST_COUNT] * max_drafts,
+        )
 
     def length(self, costs: Sequence[float], rows: float = 1.0) -> int:
         """Return the number of drafts that gives the most tokens for the time of a step.
@@ -47,7 +50,7 @@ class DraftState:
         gains = [count / cost for count, cost in zip(tokens, costs, strict=True)]
         best = gains.index(max(gains))
         for place in range(best, len(self._rates)):
-            self._rates[place] += _DRIFT * (self._usual_rate - self._rates[place])
+            self._rates[place] += _DRIFT * (self._prior_rate - self._rates[place])
         return best
 
     def record(self, num_drafts: int, num_accepted: int) -> None:

@@ -150,7 +150,7 @@ class LLMEngine:
         for request in group:
             self.scheduler.add(request)
         if self.speculator is not None:
-            self.speculator.arrived += group
+            self.speculator.new_requests += group
 
     def abort_request(self, request_id: str) -> list[RequestOutput]:
         """End a request now, and return the last state of its unfinished outputs."""
@@ -213,7 +213,7 @@ class LLMEngine:
         scheduler, speculator = self.scheduler, self.speculator
         if speculator is not None:
             num_requests = scheduler.num_running + scheduler.num_waiting
-            speculator.begin(min(num_requests, self._input_batch.max_num_seqs))
+            speculator.admit(min(num_requests, self._input_batch.max_num_seqs))
         batch = scheduler.schedule()
         if batch is None and not may_be_idle:
             if not self.grammars.wait():
@@ -248,7 +248,7 @@ class LLMEngine:
         if batch is None:
             return self._process(before)
         self._stats.num_mask_waits += before is not None and batch.has_late_masks
-        needs_tokens = self.speculator is not None and self.speculator.waits
+        needs_tokens = self.speculator is not None and self.speculator.needs_sync
         if batch.sampling_inputs is None or needs_tokens or not self._is_async:
             return self._synchronous(before, batch)
         run = self._late_masks if batch.has_late_masks else self._overlapped
@@ -330,7 +330,7 @@ class LLMEngine:
             requests = [requests[index] for index in accepted]
             rows = [rows[index] + 1 for index in accepted]
             for request in requests:
-                self.scheduler.take_token(request)
+                self.scheduler.handle_new_token(request)
         self.speculator.record_acceptance(batch, self._stats)
         return outputs
 
@@ -353,7 +353,7 @@ class LLMEngine:
         Returns:
             Outputs of requests that cannot have a token.
         """
-        alive = batch.going_on(requests, self._drop)
+        alive = batch.receivers(requests, self._drop)
         if not alive:
             return []
         if len(alive) < len(requests):
@@ -371,7 +371,7 @@ class LLMEngine:
             if request.finish_reason is not None:
                 self._drop(request)
             else:
-                self.scheduler.take_token(request)
+                self.scheduler.handle_new_token(request)
         return outputs
 
     def _end(

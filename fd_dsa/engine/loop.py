@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fd_dsa.engine.engine import LLMEngine
-from fd_dsa.engine.output import Added, RequestOutput
+from fd_dsa.engine.output import Additions, RequestOutput
 from fd_dsa.engine.sampling_params import RequestLimits, SamplingParams
 from fd_dsa.engine.tokenizer import Tokenizer
 from fd_dsa.errors import BusyError, RankError
@@ -94,7 +94,7 @@ class EngineDead:
 MAX_WAITING_CALLS = 64
 """Maximum number of waiting calls. The compilation of a grammar takes up to half a second."""
 Command = AddRequest | AbortRequest | UtilityCall | Shutdown
-Event = list[Added] | UtilityResult | EngineDead
+Event = list[Additions] | UtilityResult | EngineDead
 """Additions of a step to outputs, the result of a command, or the failure of the engine."""
 
 SNAPSHOT = "snapshot"
@@ -299,7 +299,7 @@ class EngineLoop:
     def _deliver(self, outputs: list[RequestOutput]) -> None:
         """Emit the additions of a step to outputs."""
         if outputs:
-            self._emit([output.added() for output in outputs])
+            self._emit([output.additions() for output in outputs])
 
     def _call(self, command: UtilityCall) -> None:
         """Run a utility call, and emit its result."""

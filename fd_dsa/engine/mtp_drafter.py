@@ -25,7 +25,7 @@ class MtpDrafter:
         runner: runner on a CPU whose model has the layer.
     """
 
-    is_layer, usual_rate = True, 0.85
+    is_layer, prior_acceptance_rate = True, 0.85
 
     def __init__(self, runner: MtpRunner) -> None:
         self._runner, self._input_batch = runner, runner.input_batch
@@ -71,7 +71,7 @@ class DeviceMtpDrafter:
         runner: runner on a device whose model has the layer.
     """
 
-    is_layer, usual_rate = MtpDrafter.is_layer, MtpDrafter.usual_rate
+    is_layer, prior_acceptance_rate = MtpDrafter.is_layer, MtpDrafter.prior_acceptance_rate
 
     def __init__(self, runner: DeviceMtpRunner) -> None:
         self._runner, self._input_batch = runner, runner.input_batch

@@ -12,11 +12,11 @@ import numpy.typing as npt
 from fd_dsa.engine.logprobs import TokenLogprobs
 
 FinishReason = Literal["stop", "length", "abort", "error"]
-Added = tuple[Any, ...]
+Additions = tuple[Any, ...]
 """Additions of a step to an output: request id, index, and arguments of `RequestOutput`.
 
-`RequestOutput.added` makes it, and `take_added` reads it. Further entries follow only if they have
-changed.
+`RequestOutput.additions` makes it, and `apply_additions` reads it. Unchanged entries at the end are
+left out.
 """
 
 
@@ -182,7 +182,7 @@ class RequestOutput:
         """True in the last state of an output."""
         return self.finish_reason is not None
 
-    def added(self) -> Added:
+    def additions(self) -> Additions:
         """Return the additions of the step, for a process that has the state before it."""
         start = (self.new_token_ids, self.new_text)
         is_first = self.num_tokens <= len(self.new_token_ids)
@@ -205,7 +205,7 @@ class RequestOutput:
         )
 
 
-def take_added(
+def apply_additions(
     states: Sequence[OutputState],
     index: int,
     gained: tuple[Any, ...],
@@ -217,7 +217,7 @@ def take_added(
 
     Args:
         states: all outputs of the request before the step; the one with `index` grows.
-        index, gained, ...: entries of `Added` after the request id.
+        index, gained, ...: entries of `Additions` after the request id.
     """
     state = states[index]
     new_token_ids, new_text, *more = gained

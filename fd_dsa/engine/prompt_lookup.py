@@ -55,7 +55,7 @@ class PromptLookup:
     Source: prompt lookup decoding (Saxena 2023), as vLLM's "ngram".
     """
 
-    is_layer, usual_rate = False, 0.6
+    is_layer, prior_acceptance_rate = False, 0.6
 
     def __init__(self, longest: int, shortest: int) -> None:
         self._longest, self._shortest = longest, shortest

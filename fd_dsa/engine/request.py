@@ -174,7 +174,7 @@ class Request:
             self.state.first_token_time = now
         self.token_ids.append(token_id)
         self.output_token_ids.append(token_id)
-        if token_id in self.end_token_ids and not self._must_go_on:
+        if token_id in self.end_token_ids and not self._must_continue:
             self.finish("stop", now, token_id)
             is_shown = self.params.include_stop_str_in_output
             text = self.detokenizer.append(token_id) if is_shown else ""
@@ -187,7 +187,7 @@ class Request:
                 self.finish("length", now)
         if self.logprobs is not None and score is not None:
             self.logprobs.append(token_id, score, len(text))
-        self.take_text(text, now)
+        self.append_text(text, now)
 
     def forget_pending(self) -> None:
         """Drop the pending token, so that a later step computes it again."""
@@ -195,7 +195,7 @@ class Request:
         self.num_computed_tokens = min(self.num_computed_tokens, len(self.token_ids) - 1)
 
     @property
-    def _must_go_on(self) -> bool:
+    def _must_continue(self) -> bool:
         """True if the newest token belongs to the first `min_tokens` of the answer."""
         num_before = len(self.output_token_ids) - 1
         return is_too_short(num_before, self.params.min_tokens, self.answer)
@@ -226,9 +226,9 @@ class Request:
         """End the output without a further token, and show the text that was held back."""
         now = time.monotonic()
         self.finish(reason, now)
-        self.take_text("", now)
+        self.append_text("", now)
 
-    def take_text(self, text: str, now: float) -> None:
+    def append_text(self, text: str, now: float) -> None:
         """Add decoded text to the output, except for text that may belong to a stop string.
 
         An ended request shows all of its text. A stop string that the text completes turns any end
@@ -241,7 +241,7 @@ class Request:
             shown, text = self.answer.append(text, len(self.output_token_ids))
             if self.finish_reason is not None:
                 text += self.answer.flush()
-        if self.stop_checker is not None and not self._must_go_on:
+        if self.stop_checker is not None and not self._must_continue:
             text, matched = self.stop_checker.append(text)
             if matched is not None:
                 self.finish("stop", now, matched)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fd_dsa.engine.batch import NO_DRAFTS, Drafts, ScheduledBatch
+from fd_dsa.engine.batch import Drafts, ScheduledBatch
 from fd_dsa.engine.draws import RowDraw, uniforms
 from fd_dsa.engine.logit_rules import LogitRules, apply_rules
 from fd_dsa.engine.logprobs import TokenScore, score_tokens
@@ -167,7 +167,7 @@ class StepSampler:
             slots = [slot for slot, own in zip(slots, ranges, strict=True) for _ in own]
         if masked := [r for r in sampling if r.rules is not None and r.rules.needs_mask]:
             mask_rows = _mask_rows(batch, masked)
-            own = [batch.drafts.get(request, NO_DRAFTS) for request in masked]
+            own = [batch.drafts_of(request) for request in masked]
             if any(drafts.is_pending for drafts in own):
                 batch.pending_drafts = device.read_drafts()
         batch.sampling_inputs = SamplingInputs(slots, positions, batch.logits_indptr, mask_rows)
@@ -190,13 +190,13 @@ class StepSampler:
 
     def enqueue_late_samples(self, batch: ScheduledBatch) -> None:
         """Enqueue the sampling of an enqueued step, with masks after the tokens known now."""
-        assert self._device is not None, "a step is enqueued on a device only"
+        assert self._device is not None, "only a device has enqueued steps"
         masks: list[npt.NDArray[np.int32]] = []
         if batch.pending_drafts is not None:
             self.read_drafts(batch)
         for request in batch.sampling:
             if request.rules is not None and request.rules.needs_mask:
-                drafts = batch.drafts.get(request, NO_DRAFTS).tokens
+                drafts = batch.drafts_of(request).tokens
                 has_ended = request.finish_reason is not None
                 size = self._vocab_size
                 made = request.rules.masks(size, drafts, has_ended)
@@ -243,8 +243,8 @@ class StepSampler:
         return tokens.tolist(), scores
 
     def sample(
-        self, sampling: Sequence[Request], logits: npt.NDArray[np.float32]
-    ) -> tuple[npt.NDArray[np.int64], list[TokenScore | None]]:
+        self, sampling: Sequence[Request], logits: Float32
+    ) -> tuple[Int64, list[TokenScore | None]]:
         """Sample the next token of each request on the host.
 
         Args:
@@ -272,9 +272,7 @@ class StepSampler:
                 self._owners[request.slot] = -1
         return tokens, scores
 
-    def draft(
-        self, requests: Sequence[Request], logits: npt.NDArray[np.float32], depth: int
-    ) -> npt.NDArray[np.int64]:
+    def draft(self, requests: Sequence[Request], logits: Float32, depth: int) -> Int64:
         """Sample drafts on the host, with the random numbers of the token at their position.
 
         The rules are those of the output without drafts.
@@ -315,10 +313,10 @@ class StepSampler:
         return slots, positions
 
     def _set_slot(self, request: Request) -> None:
-        """Give the parameters of a request to the samplers."""
+        """Set the parameters of a request in both samplers."""
         slot, params, rules = request.slot, request.params, request.rules
         if request.arrival in self._owners:
-            # the request had another row before it was preempted, whose counts end there
+            # the counts of the row that the request had before its preemption are out of date
             self._owners[self._owners.index(request.arrival)] = -1
         self._owners[slot] = request.arrival
         self._sampler.set_slot(slot, params, request.seed, rules)
@@ -328,7 +326,7 @@ class StepSampler:
         given = SlotParameters(*plain)
         if rules is not None:
             banned: tuple[Any, ...] = (rules.banned.tolist(), rules.end_ids.tolist())
-            # the mask has the bans
+            # a mask already excludes the banned tokens
             banned = ((), (), 0) if rules.needs_mask else (*banned, rules.min_tokens)
             given = SlotParameters(*plain, *rules.penalties, params.logit_bias or {}, *banned)
         counted: tuple[list[int], ...] = ()

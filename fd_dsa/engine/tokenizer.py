@@ -303,12 +303,12 @@ class Tokenizer:
 
     @cached_property
     def control_tokens(self) -> ControlTokens:
-        """Added tokens that control the model."""
+        """Additions tokens that control the model."""
         return ControlTokens(self.backend)
 
     @cached_property
     def _added_tokens(self) -> dict[int, tokenizers.AddedToken]:
-        """Added tokens by id."""
+        """Additions tokens by id."""
         return self.backend.get_added_tokens_decoder()
 
     @cached_property

@@ -20,7 +20,7 @@ class KnowingDrafter:
         is_layer: whether it poses as a layer of the model.
     """
 
-    usual_rate = 0.7
+    prior_acceptance_rate = 0.7
 
     def __init__(
         self,
