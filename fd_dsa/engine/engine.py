@@ -1,4 +1,4 @@
-"""The engine: requests in, one step of the runner at a time, tokens and text out."""
+"""Engine: schedules requests, runs one step at a time, and returns tokens and text."""
 
 from __future__ import annotations
 

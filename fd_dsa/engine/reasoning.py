@@ -39,11 +39,11 @@ class Reasoning:
     end: str = THINK_END
 
     def __post_init__(self) -> None:
-        for name, least in (("begin", 0), ("end", 1)):
+        for name, minimum in (("begin", 0), ("end", 1)):
             text = getattr(self, name)
-            if not isinstance(text, str) or not least <= len(text) <= _MAX_MARKER_CHARS:
+            if not isinstance(text, str) or not minimum <= len(text) <= _MAX_MARKER_CHARS:
                 raise ValueError(
-                    f"reasoning.{name}: got {reprlib.repr(text)}; must be a text of {least} to "
+                    f"reasoning.{name}: got {reprlib.repr(text)}; must be a text of {minimum} to "
                     f"{_MAX_MARKER_CHARS} characters"
                 )
 

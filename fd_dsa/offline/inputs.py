@@ -1,4 +1,4 @@
-"""Arguments of the calls of LLM: from every allowed form to the one of the engine."""
+"""Arguments of the calls of LLM, converted from every allowed form to that of the engine."""
 
 from __future__ import annotations
 
@@ -164,9 +164,9 @@ def place_of(name: str, index: int, count: int) -> str:
 
 @contextlib.contextmanager
 def naming(place: str) -> Iterator[None]:
-    """Put the argument in front of an error that its value causes.
+    """Put the name of an argument before the error that its value causes.
 
-    Errors about an argument of SamplingParams begin with the name of that one already.
+    Errors about an argument of SamplingParams have a name already.
     """
     try:
         yield
