@@ -10,14 +10,8 @@ from typing import Any
 from fd_dsa.chat.budget import PromptTooLong, bounded_rendering
 from fd_dsa.chat.control import QUOTED_CHARS, RenderedPrompt, render_prompt, texts_in
 from fd_dsa.chat.grammar import forced_calls_grammar
-from fd_dsa.chat.parser import (
-    AUTO,
-    AnswerFormat,
-    find_tool_format,
-    has_reasoning,
-    opens_reasoning,
-)
-from fd_dsa.chat.template import ChatTemplate
+from fd_dsa.chat.parser import AUTO, AnswerFormat
+from fd_dsa.chat.template import ChatTemplate, opens_reasoning
 from fd_dsa.chat.tool_formats import ToolFormat
 from fd_dsa.engine.reasoning import Reasoning
 from fd_dsa.engine.structured_outputs import StructuredOutputsParams
@@ -62,7 +56,7 @@ def make_job(
     tool_format = _tool_format(state, body, renderer)
     rendered = _render(state, renderer, body)
     answer = AnswerFormat(
-        has_reasoning=has_reasoning(state.options.reasoning_parser, renderer.source),
+        has_reasoning=renderer.has_reasoning(state.options.reasoning_parser),
         in_reasoning=opens_reasoning(
             rendered.masked,
             body.messages[-1].for_template() if body.continue_final_message else None,
@@ -145,7 +139,7 @@ def _tool_format(
     if not body.tools or body.choice.mode == "none":
         return None
     name = state.options.tool_call_parser
-    tool_format = find_tool_format(name, renderer.source, renderer.family_formats)
+    tool_format = renderer.tool_format(name)
     if tool_format is None:
         why = "the model's chat template has no tool-call format this server knows"
         if name != AUTO:

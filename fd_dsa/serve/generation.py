@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from fd_dsa.chat.control import RenderedPrompt
+from fd_dsa.engine.encoding import TooManyTokens
 from fd_dsa.engine.logit_rules import BadWords
 from fd_dsa.engine.output import ConstraintError
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.structured_outputs import StructuredOutputsParams
-from fd_dsa.engine.text_windows import TooManyTokens
 from fd_dsa.errors import BusyError
 from fd_dsa.serve.errors import ApiError, FieldError, request_error
 from fd_dsa.serve.protocol.generation import SAMPLING_FIELDS, GenerationRequest
@@ -161,10 +161,11 @@ def check_jobs(state: ServerState, jobs: Sequence[Job], param: str) -> list[Job]
     for job in jobs:
         with _refusals(param):
             state.engine.validate(job.prompt_token_ids, job.params)
-    with _refusals("bad_words"):
-        words = BadWords.of(jobs[0].params.bad_words, state.engine.tokenizer)
-    if words is None:
+    bad_words = jobs[0].params.bad_words
+    if not bad_words:
         return list(jobs)
+    with _refusals("bad_words"):
+        words = BadWords.of(bad_words, state.engine.tokenizer)
     return [replace(job, params=replace(job.params, bad_words=words)) for job in jobs]
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
+from fd_dsa.chat.template import ChatTemplate
 from fd_dsa.engine.engine import LLMEngine
 from fd_dsa.engine.speculation import Speculator
 from fd_dsa.engine.tokenizer import Tokenizer
@@ -93,14 +94,11 @@ def expected_greedy(prompt: list[int], num_tokens: int, eos: int | None = EOS) -
     return tokens[len(prompt) :]
 
 
-class Conversation:
+class Conversation(ChatTemplate):
     """A chat template that joins the texts of all messages."""
 
-    source, family_formats = "plain", ()
-
-    def render(self, messages: list[dict], add_generation_prompt: bool, **_: object) -> str:
-        """The prompt."""
-        return "".join(message["content"] for message in messages)
+    def __init__(self) -> None:
+        super().__init__("{% for message in messages %}{{ message.content }}{% endfor %}", {})
 
 
 def byte_tokenizer(vocab_size: int = VOCAB_SIZE, chats: bool = False) -> Tokenizer:

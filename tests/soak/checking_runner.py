@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fd_dsa.engine.draft_state import Drafts
+from fd_dsa.engine.batch import Drafts
 from fd_dsa.engine.logit_rules import LogitRules
 from fd_dsa.engine.request import Request
 from fd_dsa.engine.sampler import Sampler
@@ -188,7 +188,7 @@ class DrawingRunner(CheckingRunner):
 
         def give() -> None:
             rules = LogitRules(params, prompt, output, None, given.end_ids)
-            self._sampler.set_slot(slot, params, given.seed, None if rules.is_empty else rules)
+            self._sampler.set_slot(slot, params, given.seed, rules if params.has_rules else None)
 
         give()
         self._counted[slot] = output, give if given.is_penalized else None

@@ -13,18 +13,17 @@ import paddle
 import pytest
 
 from fd_dsa.device.transfers import on_host
-from fd_dsa.engine.batch import ScheduledBatch
-from fd_dsa.engine.draft_state import Drafts
+from fd_dsa.engine.batch import Drafts, ScheduledBatch
 from fd_dsa.engine.engine import LLMEngine
 from fd_dsa.engine.mtp_drafter import DeviceMtpDrafter, MtpDrafter
 from fd_dsa.engine.output import RequestOutput
 from fd_dsa.engine.prompt_lookup import PromptLookup
 from fd_dsa.engine.reasoning import Reasoning
 from fd_dsa.engine.request import Request
+from fd_dsa.engine.sampler import StepSampler
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.speculation import Speculator
 from fd_dsa.engine.step_costs import StepCosts
-from fd_dsa.engine.step_sampler import StepSampler
 from fd_dsa.engine.structured_outputs import StructuredOutputsParams
 from fd_dsa.runner import InputBatch, ModelRunner
 from fd_dsa.runner.device_steps import DeviceSteps
