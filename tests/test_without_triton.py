@@ -104,6 +104,7 @@ def test_a_server_starts_and_answers(tmp_path: Path, without_triton: dict[str, s
     assert len(list(tmp_path.glob("absent-*"))) >= 2
 
 
+@pytest.mark.slow
 def test_the_doctor_checks_every_operator_of_a_cpu(without_triton: dict[str, str]) -> None:
     arguments = ("-m", "fd_dsa.doctor", "--json", "--device", "cpu")
     found = json.loads(python(without_triton, *arguments).stdout)
