@@ -49,7 +49,7 @@ class Both:
         rules = LogitRules(params, prompt, output, None, end_ids)
         self.params[slot] = params, seed
         self.rules[slot] = rules
-        self.cpu.set_slot(slot, params, seed, None if rules.is_empty else rules)
+        self.cpu.set_slot(slot, params, seed, rules if params.has_rules else None)
         on_device = SlotParameters(
             params.temperature, params.min_p, params.top_k, params.top_p, seed,
             params.repetition_penalty, params.frequency_penalty, params.presence_penalty,

@@ -151,7 +151,7 @@ def _plans_as_if_no_draft_stood(original: Callable[..., Any]) -> Callable[..., A
 @pytest.mark.parametrize(
     ("owner", "name", "defect"),
     [
-        (BlockManager, "_take_free", _hands_out_twice),
+        (BlockManager, "_pop_free", _hands_out_twice),
         (BlockKeys, "__init__", _forgets_the_salt),
         (Scheduler, "_schedule_chunk", _shares_before_the_step),
         (Scheduler, "_preempt", _latest_first),
