@@ -212,7 +212,7 @@ def test_what_serves_is_told_once_and_remembered(
     config = OnDevice(kernel_memory, Sizes(8), SHORT_ROWS).world.backend.config
     # the interpreter's tensors are on a CPU, for which the table lists no kernel
     monkeypatch.setattr(device, "device_kind", lambda tensor: "gpu")
-    providers.forget()
+    providers.drop_selections()
     if serves:
         config = on_tensor_cores(config)
     caplog.clear()
@@ -228,13 +228,13 @@ def test_what_serves_is_told_once_and_remembered(
     if serves:
         assert len(said) == 1 and "triton_tensor_core (a device, a" in said[0]
         choice = providers.table()["indexer_logits"]["gpu"]
-        assert (choice.provider, choice.against) == ("triton_tensor_core", {})
+        assert (choice.provider, choice.rejected) == ("triton_tensor_core", {})
     else:
         reason = "the cache is float32, it reads fp8_ds_mla"
         assert len(said) == 1 and said[0].startswith("indexer_logits on gpu: triton (a device, ")
         assert said[0].endswith(f"kernel; not triton_tensor_core: {reason})")
         assert providers.table()["sparse_mla"]["gpu"].provider == "triton"
-        assert providers.table()["indexer_logits"]["gpu"].against == {"triton_tensor_core": reason}
+        assert providers.table()["indexer_logits"]["gpu"].rejected == {"triton_tensor_core": reason}
 
 
 @pytest.mark.parametrize("dtype", ["float32", FP8])

@@ -19,13 +19,13 @@ def fresh() -> Iterator[None]:
     yield
     _custom_ops.library.cache_clear()
     custom_ops.use_library(None)
-    providers.forget()
+    providers.drop_selections()
 
 
 @pytest.mark.parametrize("reason", ["", "slots differ"])
 def test_what_serves_and_what_does_not(reason: str) -> None:
     custom_ops.use_library("libc.so.6")
-    providers.forget()
+    providers.drop_selections()
     providers.choose("topk", "cuda", probe=lambda library: reason)
     assert _custom_ops.serving() == {"topk": reason or True}
 
