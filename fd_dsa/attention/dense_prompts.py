@@ -133,6 +133,7 @@ class DensePrompts:
 
     def of_others(self, x: Tensor) -> Tensor:
         """Return the rows of x [num_tokens, ...] whose tokens do not attend densely."""
+        assert self.others is not None, "only called for a step with such tokens"
         width = int(np.prod(x.shape[1:]))
         rows = rows_at(x.reshape([x.shape[0], width]), self.others)
         return rows.reshape([rows.shape[0], *x.shape[1:]])
