@@ -26,7 +26,7 @@ def serving() -> dict[str, bool | str]:
         operator: choice for operator, by in providers.table().items() for choice in by.values()
     }
     return {
-        operator: choice.provider == CUSTOM_OP or choice.against[CUSTOM_OP]
+        operator: choice.provider == CUSTOM_OP or choice.rejected[CUSTOM_OP]
         for operator, choice in choices.items()
-        if choice.provider == CUSTOM_OP or CUSTOM_OP in choice.against
+        if choice.provider == CUSTOM_OP or CUSTOM_OP in choice.rejected
     }
