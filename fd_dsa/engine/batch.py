@@ -127,7 +127,7 @@ class ScheduledBatch:
                 ids += [0] * len(own) if own.is_pending else own.tokens
                 sampled += range(last, len(ids))
             else:
-                input_batch.following[last] = request.token_ids[end]
+                input_batch.next_prompt_tokens[last] = request.token_ids[end]
             lengths.append(len(ids) - first)
             if request.prompt_logprobs is not None:
                 unscored = request.prompt_logprobs.unscored(begin, end)
@@ -135,7 +135,7 @@ class ScheduledBatch:
                     self.scoring.append((request, len(unscored)))
                     scored += [last + 1 - end + position for position in unscored]
         input_batch.add_rows(slots, lengths, ids, computed, are_prefills, pending)
-        input_batch.follows[slots] = [request.pending_row for request in self.requests]
+        input_batch.pending_source[slots] = [request.pending_row for request in self.requests]
         self._count_tokens(input_batch)
         self.logits_indices = np.array(sampled + scored, np.int64)
 

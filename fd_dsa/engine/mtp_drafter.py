@@ -56,7 +56,7 @@ class MtpDrafter:
                 break
             wanting = [wanting[place] for place in kept]
             tokens = list(range(len(kept)))
-            logits = runner.predict_more(rows.ids_remove_padding[tokens], tokens, kept)
+            logits = runner.predict_more(rows.token_ids[tokens], tokens, kept)
         return {request: Drafts(tokens) for request, tokens in proposals.items()}
 
 
@@ -112,7 +112,7 @@ def next_tokens(rows: InputBatch, batch: ScheduledBatch) -> tuple[Int64, dict[Re
         accepted. Requests that have ended are left out, because they have no row.
     """
     last: dict[Request, int] = {}
-    next_ids, ends = rows.next_tokens(), rows.seq_lens_this_time.cumsum()
+    next_ids, ends = rows.next_tokens(), rows.num_scheduled_tokens.cumsum()
     for request in batch.sampling:
         if request.slot >= 0:
             last[request] = int(ends[request.slot]) - 1 - batch.num_rejected(request)

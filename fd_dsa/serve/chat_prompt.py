@@ -72,12 +72,12 @@ def make_job(
         )
     prompt = encode_prompt(state, rendered, "messages", add_special_tokens=False)
     param = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
-    asked: int | None = getattr(body, param)
+    requested: int | None = getattr(body, param)
     limit = state.options.max_answer_scores
     bounds = (max_scored_tokens(limit, len(prompt), body), max_generated)
     default = min((bound for bound in bounds if bound is not None), default=None)
     max_tokens = resolve_max_tokens(
-        state, len(prompt), asked, default=default, param=param, source="messages"
+        state, len(prompt), requested, default=default, param=param, source="messages"
     )
     params = body.sampling_params(max_tokens, state.engine.sampling_defaults)
     special_ids = tokenizer.special_ids_of(answer.markers)
@@ -188,7 +188,7 @@ def _render(
 
 
 def _form(
-    asked: StructuredOutputsParams | None, body: ChatCompletionRequest, answer: AnswerFormat
+    requested: StructuredOutputsParams | None, body: ChatCompletionRequest, answer: AnswerFormat
 ) -> StructuredOutputsParams | None:
     """Return the form of the whole answer: calls, the requested form, or either.
 
@@ -197,14 +197,14 @@ def _form(
     """
     is_forced = body.choice.mode in ("required", "named")
     if not is_forced:
-        if asked is None:
+        if requested is None:
             return None
         calls = None if answer.tool_format is None else _calls(body, answer)
-        return dataclasses.replace(asked, alternative=calls)
-    if asked is not None and asked.source != "response_format":
+        return dataclasses.replace(requested, alternative=calls)
+    if requested is not None and requested.source != "response_format":
         raise FieldError(
-            f"{asked.source}: got it with a tool_choice that forces calls; must be left out; or "
-            "use tool_choice auto, with which an answer is a call or has this form"
+            f"{requested.source}: got it with a tool_choice that forces calls; must be left out; "
+            "or use tool_choice auto, with which an answer is a call or has this form"
         )
     return _calls(body, answer)
 

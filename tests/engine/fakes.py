@@ -56,18 +56,16 @@ class FakeRunner:
         step = {}
         begin = 0
         for row in range(batch.num_rows):
-            num_new = int(batch.seq_lens_this_time[row])
+            num_new = int(batch.num_scheduled_tokens[row])
             if num_new == 0:
                 continue
-            cached = int(batch.seq_lens_decoder[row])
-            step[row] = (num_new, cached, bool(batch.seq_lens_encoder[row]))
+            cached = int(batch.num_computed_tokens[row])
+            step[row] = (num_new, cached, bool(batch.num_chunk_tokens[row]))
             for j in range(num_new):
                 block = batch.block_tables[row, (cached + j) // self.block_size]
                 assert block >= 0, f"row {row} has no block for token {cached + j}"
                 assert (batch.block_tables == block).sum() == 1, f"block {block} is shared"
-                self.cache[block, (cached + j) % self.block_size] = batch.ids_remove_padding[
-                    begin + j
-                ]
+                self.cache[block, (cached + j) % self.block_size] = batch.token_ids[begin + j]
             table = batch.block_tables[row]
             tokens = self.cache[table[table >= 0]].reshape(-1)
             histories += [tokens[: cached + j + 1].tolist() for j in range(num_new)]

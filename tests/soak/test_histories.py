@@ -16,7 +16,7 @@ from tests.soak.histories import Arrival, History, make_engine, run_alone, run_h
 
 
 def test_random_histories_keep_every_invariant() -> None:
-    counts = run_histories(first=1_000_000, count=60)
+    counts = run_histories(first=1_000_000, count=30)
     # a history in which nothing happens would keep them too
     for what in (
         "aborted outputs",
