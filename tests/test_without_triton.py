@@ -61,8 +61,8 @@ print(json.dumps(refused))
 ON_A_DEVICE = ("fd_dsa.ops.", "fd_dsa.triton_runtime", "fd_dsa.distributed.", *(
     "fd_dsa." + name
     for name in (
-        "attention.dense_prompts", "attention.device", "attention.device_scores",
-        "attention.tensor_core_attention", "device.side_stream", "device.staging",
+        "attention.dense_prompts", "attention.device", "attention.device_memory",
+        "attention.device_scores", "device.side_stream", "device.staging",
         "device.transfers", "device.upload", "models.device_weights", "runner.device_draws",
         "runner.device_step", "step.device_provider", "step.metadata_kernels", "v4_prepare.kernel",
         "v4_prepare.launch",

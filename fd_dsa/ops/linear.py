@@ -12,8 +12,8 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from fd_dsa.device.allocation import Array
 from fd_dsa.ops.arrays import as_numpy, on_device
+from fd_dsa.tensor import StepArray
 
 _Linear = TypeVar("_Linear", bound="Linear")
 
@@ -21,13 +21,13 @@ _Linear = TypeVar("_Linear", bound="Linear")
 class Linear(Protocol):
     """Weight of a GEMM, or a weight for each head: HostMatrix or DeviceMatrix."""
 
-    def times(self, x: Array) -> Array:
+    def times(self, x: StepArray) -> StepArray:
         """Multiply activations x [num_tokens, in] by the weight: [num_tokens, out]."""
 
-    def times_by_head(self, x: Array) -> Array:
+    def times_by_head(self, x: StepArray) -> StepArray:
         """Multiply x [num_tokens, heads, in] by the weight of each head: [..., out]."""
 
-    def heads_joined(self: _Linear, x: Array, reader: _Linear) -> Array:
+    def heads_joined(self: _Linear, x: StepArray, reader: _Linear) -> StepArray:
         """Multiply as `times_by_head`, with the heads of a token side by side.
 
         Args:
@@ -35,7 +35,7 @@ class Linear(Protocol):
             reader: weight that multiplies the result, which has a form that suits it.
         """
 
-    def activated(self, gate_up: Array) -> Array:
+    def activated(self, gate_up: StepArray) -> StepArray:
         """Return silu(gate) * up of gate_up [num_tokens, 2 * in], in a form that suits `times`."""
 
 
@@ -48,7 +48,7 @@ def rows_at(x: Any, index: Any) -> Any:
     return dense_kernels.rows_at(x, index)
 
 
-def linear(x: Array, weight: Linear, bias: Array | None = None) -> Array:
+def linear(x: StepArray, weight: Linear, bias: StepArray | None = None) -> StepArray:
     """Multiply x [num_tokens, in] by a weight and add a bias [out]: [num_tokens, out]."""
     y = weight.times(x)
     return y if bias is None else added(y, bias)

@@ -52,14 +52,16 @@ class HostNorm:
         return rms_norm(x, self.weight, self.epsilon)
 
     def after(
-        self, hidden_states: np.ndarray, change: np.ndarray, group: Reducer
+        self, hidden_states: np.ndarray, change: np.ndarray, group: Reducer | None
     ) -> tuple[np.ndarray, np.ndarray]:
         """The sum of `hidden_states` and of the ranks' changes, and the sum normed.
 
         Args:
             change: this rank's part; overwritten.
+            group: ranks that share the model; None = one rank.
         """
-        change = group.all_reduce(change)
+        if group is not None:
+            change = group.all_reduce(change)
         change += hidden_states
         return change, rms_norm(change, self.weight, self.epsilon)
 

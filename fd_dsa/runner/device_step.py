@@ -9,10 +9,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fd_dsa.device.allocation import Allocate, Array
+from fd_dsa.device.allocation import Allocate
 from fd_dsa.device.staging import StagedInputs
 from fd_dsa.device.transfers import Transfers
 from fd_dsa.runner.input_batch import InputBatch, SamplingInputs
+from fd_dsa.tensor import StepArray as Array
 
 
 class DeviceInputs(StagedInputs):

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fd_dsa.device.allocation import Array
 from fd_dsa.errors import CapacityError
 from fd_dsa.ops.sampling.token_buffer import staged_ids
+from fd_dsa.tensor import StepArray as Array
 
 
 class SamplingInputs(NamedTuple):

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from fd_dsa.attention.protocol import LayerStep
-from fd_dsa.device.allocation import Array
 from fd_dsa.ops.linear import Linear
+from fd_dsa.tensor import StepArray as Array
 
 
 class RunConfig(Protocol):

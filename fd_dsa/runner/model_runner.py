@@ -11,7 +11,6 @@ from itertools import product
 import numpy as np
 import paddle
 
-from fd_dsa.device.allocation import Array
 from fd_dsa.errors import FdDsaError
 from fd_dsa.ops.sampling.parameters import SlotParameters
 from fd_dsa.runner.counters import StepCounters
@@ -28,6 +27,7 @@ from fd_dsa.runner.step_graphs import (
 )
 from fd_dsa.runner.step_runner import StepRunner
 from fd_dsa.step import StepHints
+from fd_dsa.tensor import StepArray as Array
 
 logger = logging.getLogger(__name__)
 

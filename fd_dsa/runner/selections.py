@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fd_dsa.device.allocation import Array
 from fd_dsa.ops.arrays import as_numpy
 from fd_dsa.runner.input_batch import InputBatch
+from fd_dsa.tensor import StepArray as Array
 
 
 class Selections:

@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from fd_dsa.attention.protocol import AttentionBackend, HostLengths
-from fd_dsa.device.allocation import Array
 from fd_dsa.runner.input_batch import NO_SAMPLING, SamplingInputs
 from fd_dsa.runner.selections import Selections
 from fd_dsa.step import ForwardMeta, StepHints
+from fd_dsa.tensor import StepArray as Array
 
 
 @dataclass(slots=True)

@@ -12,7 +12,6 @@ import paddle
 
 from fd_dsa.attention import CacheLayout, DSAAttentionBackend, DSABackendConfig
 from fd_dsa.attention.protocol import AttentionBackend, HostLengths
-from fd_dsa.device.allocation import Array
 from fd_dsa.models.config import ModelConfig
 from fd_dsa.ops.arrays import as_numpy
 from fd_dsa.ops.linear import rows_at
@@ -26,6 +25,7 @@ from fd_dsa.runner.selections import Selections
 from fd_dsa.runner.step import Step
 from fd_dsa.runner.step_graphs import GraphEntry, GraphKey, StepGraphs
 from fd_dsa.step import StepHints
+from fd_dsa.tensor import StepArray as Array
 
 if TYPE_CHECKING:
     from fd_dsa.runner.device_draws import DeviceDraws

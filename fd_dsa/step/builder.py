@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from fd_dsa.device.allocation import Allocate, Array, paddle_allocator
+from fd_dsa.device.allocation import Allocate, paddle_allocator
 from fd_dsa.device.host_tensor import as_tensor
 from fd_dsa.errors import BackendUnavailable
 from fd_dsa.step.checks import StepHints, StepLimits
 from fd_dsa.step.forward_meta import ForwardMeta
 from fd_dsa.step.host_provider import HostProvider
 from fd_dsa.step.views import View
+from fd_dsa.tensor import Array, StepArray
 
 
 class StepMetadataBuilder:
@@ -60,10 +61,10 @@ class StepMetadataBuilder:
 
     def build(
         self,
-        seq_lens_encoder: Array,
-        seq_lens_decoder: Array,
-        seq_lens_this_time: Array,
-        block_tables: Array,
+        seq_lens_encoder: StepArray,
+        seq_lens_decoder: StepArray,
+        seq_lens_this_time: StepArray,
+        block_tables: StepArray,
         num_padded_tokens: int | None = None,
         *,
         num_tokens: int | None = None,

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from fd_dsa.device.allocation import Allocate, Array
+from fd_dsa.device.allocation import Allocate
 from fd_dsa.device.staging import StagedInputs
 from fd_dsa.device.transfers import on_host, transfers_for
 from fd_dsa.environment import switch
@@ -16,6 +16,7 @@ from fd_dsa.step.checks import INPUTS, INT32_MAX, Counts, StepHints, StepLimits
 from fd_dsa.step.forward_meta import ForwardMeta
 from fd_dsa.step.metadata_kernels import decode_step_metadata_kernel, mixed_step_metadata_kernel
 from fd_dsa.step.views import FIELDS, StepViews, new_buffers
+from fd_dsa.tensor import StepArray
 
 # lanes and warps of a program: rows of a decode-only step, tokens of any other
 DECODE_TILE, DECODE_WARPS = 32, 1
@@ -24,7 +25,7 @@ MIXED_TILE, MIXED_WARPS = 64, 8
 _MIN_ROW_TILE, _MAX_ROW_TILE = MIXED_TILE, 1024
 
 _SCALARS = ("num_rows", "num_padded_tokens", "row_stride")
-Buffers = dict[str, Array | None]
+Buffers = dict[str, StepArray | None]
 
 
 class DeviceProvider:
@@ -59,7 +60,7 @@ class DeviceProvider:
         # checks that read device tensors back
         self._reads_back = bool(switch("FD_DSA_CHECK"))
 
-    def build(self, arrays: tuple[Array, ...], hints: StepHints) -> ForwardMeta:
+    def build(self, arrays: tuple[StepArray, ...], hints: StepHints) -> ForwardMeta:
         """Compute a step of four device tensors or NumPy arrays, as `StepMetadataBuilder.build`."""
         kinds_of = {type(array): array for array in arrays}.values()
         is_host = {isinstance(array, np.ndarray) for array in kinds_of}
@@ -78,7 +79,7 @@ class DeviceProvider:
         self._launch(inputs, counts, is_captured)
         return self._views.forward_meta(inputs, counts)
 
-    def _stage(self, arrays: tuple[Array, ...], hints: StepHints) -> tuple[Any, Counts]:
+    def _stage(self, arrays: tuple[StepArray, ...], hints: StepHints) -> tuple[Any, Counts]:
         """Check host arrays in full, and enqueue their copy to the device."""
         (*lengths, tables), counts = checks.check_host_step(arrays, self._limits, hints)
         if self._staging is None:
@@ -87,7 +88,7 @@ class DeviceProvider:
         return self._staging.upload(lengths, tables), counts
 
     def _check_tensors(
-        self, tensors: tuple[Array, ...], hints: StepHints, is_captured: bool
+        self, tensors: tuple[StepArray, ...], hints: StepHints, is_captured: bool
     ) -> Counts:
         """Check shapes, dtypes and counts of device tensors, their values with FD_DSA_CHECK=1."""
         checks.check_arrays(tensors, self._int32, self._limits)
@@ -108,7 +109,7 @@ class DeviceProvider:
             checks.check_values(values, self._limits, hints)
         return counts
 
-    def _launch(self, inputs: tuple[Array, ...], counts: Counts, is_captured: bool) -> None:
+    def _launch(self, inputs: tuple[StepArray, ...], counts: Counts, is_captured: bool) -> None:
         """Enqueue the step of four checked tensors of the same rows, or capture it."""
         _, num_prefill_tokens, _, padded = counts
         tables, has_prefill = inputs[3], num_prefill_tokens > 0
@@ -176,7 +177,7 @@ class BoundStepKernel:
         )
 
     def launch(
-        self, inputs: tuple[Array, ...], num_rows: int, num_padded_tokens: int, row_stride: int
+        self, inputs: tuple[StepArray, ...], num_rows: int, num_padded_tokens: int, row_stride: int
     ) -> None:
         """Enqueue the kernel over rows and padded tokens."""
         read = inputs[self._first :]

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from fd_dsa.device.allocation import CACHED_VIEWS, Array
+from fd_dsa.device.allocation import CACHED_VIEWS
 from fd_dsa.device.host_tensor import Int32Array, Int64Array
 from fd_dsa.step.checks import (
     HostInputs,
@@ -18,6 +18,7 @@ from fd_dsa.step.checks import (
 )
 from fd_dsa.step.forward_meta import ForwardMeta
 from fd_dsa.step.views import StepViews, View, new_buffers
+from fd_dsa.tensor import Array, StepArray
 
 # padding of the four inputs, in their order
 _PADDING = (0, 0, 0, -1)
@@ -118,7 +119,7 @@ class HostProvider:
         self._used_windows = num_tokens
 
 
-def _rows(inputs: HostInputs, view: View, num_rows: int) -> list[Array]:
+def _rows(inputs: HostInputs, view: View, num_rows: int) -> list[StepArray]:
     """Cut the buffers of the inputs to the rows of a step."""
     return [view(buffer[:num_rows]) for buffer in inputs]
 

@@ -6,11 +6,12 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
-from fd_dsa.device.allocation import CACHED_VIEWS, Allocate, Array
+from fd_dsa.device.allocation import CACHED_VIEWS
 from fd_dsa.step.checks import Counts, StepLimits
 from fd_dsa.step.forward_meta import ForwardMeta
+from fd_dsa.tensor import StepArray
 
-View = Callable[[Any], Array]
+View = Callable[[Any], StepArray]
 
 
 class Field(NamedTuple):
@@ -43,8 +44,10 @@ FIELDS = {
 
 
 def new_buffers(
-    limits: StepLimits, allocate: Allocate, int32_position_ids: bool
-) -> dict[str, Array | None]:
+    limits: StepLimits,
+    allocate: Callable[[tuple[int, ...], str], StepArray],
+    int32_position_ids: bool,
+) -> dict[str, StepArray | None]:
     """Allocate the arrays of all fields at full capacity, with None for unused int32 positions.
 
     Args:
@@ -52,7 +55,7 @@ def new_buffers(
         allocate: makes a contiguous array of a shape and dtype.
         int32_position_ids: whether positions are written as int32 too.
     """
-    buffers: dict[str, Array | None] = {"position_ids_int32": None}
+    buffers: dict[str, StepArray | None] = {"position_ids_int32": None}
     for name, field in FIELDS.items():
         size = limits.max_num_seqs if field.of_rows else limits.max_num_tokens
         if name not in buffers or int32_position_ids:
@@ -67,11 +70,11 @@ class StepViews:
         view: how a slice of a buffer becomes an array of the step, sharing its memory.
     """
 
-    def __init__(self, buffers: dict[str, Array | None], view: View) -> None:
+    def __init__(self, buffers: dict[str, StepArray | None], view: View) -> None:
         # a partial of a function, not of a method: the cache then keeps no builder alive
         self._cut = lru_cache(maxsize=CACHED_VIEWS)(partial(_cut, buffers, view))
 
-    def forward_meta(self, inputs: Sequence[Array], counts: Counts) -> ForwardMeta:
+    def forward_meta(self, inputs: Sequence[StepArray], counts: Counts) -> ForwardMeta:
         """Return the metadata of a step, from four inputs of exactly its rows."""
         num_tokens, num_prefill_tokens, max_seqlen_k, padded = counts
         encoder, decoder, this_time, tables = inputs
@@ -89,10 +92,10 @@ class StepViews:
 
 
 def _cut(
-    buffers: dict[str, Array | None], view: View, of_rows: bool, size: int, has_prefill: bool
-) -> list[Array | None]:
+    buffers: dict[str, StepArray | None], view: View, of_rows: bool, size: int, has_prefill: bool
+) -> list[StepArray | None]:
     """Cut the fields of rows or of tokens to the size of a step, with None for absent fields."""
-    views: list[Array | None] = []
+    views: list[StepArray | None] = []
     for name, field in FIELDS.items():
         if field.of_rows == of_rows:
             buffer, end = buffers[name], field.values * size + field.more
