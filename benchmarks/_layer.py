@@ -25,7 +25,7 @@ from fd_dsa.attention.overlap import IndexerOverlap
 from fd_dsa.cache_formats import INDEX_RECORD_BYTES, LATENT_RECORD_BYTES
 from fd_dsa.ops.cache_write import CacheWriteParams
 from fd_dsa.ops.mla_query import prepare_mla_query
-from fd_dsa.ops.query.triton_kernel import prepare_indexer_query
+from fd_dsa.ops.query_kernels import prepare_indexer_query
 
 LAYERS, BLOCK = 61, 64
 Both = tuple[torch.Tensor, torch.Tensor]

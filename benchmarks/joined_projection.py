@@ -65,7 +65,7 @@ class Projections:
 
     def _weights_proj(self, _: Any, weight: Any, tiling: Any) -> Any:
         """The head weights by the launch of both projections, without columns of wk."""
-        scratch = self._scratch if self.num_rows <= self._kernel.MOST_SPLIT_TOKENS else None
+        scratch = self._scratch if self.num_rows <= self._kernel.MAX_SPLIT_TOKENS else None
         arguments = self._kernel.kernel_arguments(self._plain, None, weight, self._out, scratch)
         grid, options = self._kernel.launch_options(arguments, tiling)
         self._kernel.project_indexer_kernel[grid](**arguments, **options)
@@ -78,7 +78,7 @@ class Projections:
         kernel, n = self._kernel, self.num_rows
         run = partial(self._overlap.run, n)
         few = SPLIT[:6] if n <= 32 else SPLIT[6:]
-        tried = (few if n <= kernel.MOST_SPLIT_TOKENS else WHOLE) if tilings else ()
+        tried = (few if n <= kernel.MAX_SPLIT_TOKENS else WHOLE) if tilings else ()
 
         def fork(i: int) -> Any:
             work = partial(self._down, self._split[i])

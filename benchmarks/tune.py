@@ -35,7 +35,7 @@ Case: TypeAlias = tuple[str, Mapping[str, Sequence[_gpu.Call]], str]
 
 def tune_projections() -> Iterator[Case]:
     """Tilings of `project_indexer`; around the limit of split sums, all."""
-    sizes, limit = Sizes(), projection.MOST_SPLIT_TOKENS
+    sizes, limit = Sizes(), projection.MAX_SPLIT_TOKENS
     copies = overlap.copies_of(Weights(sizes, "cuda"))
     for tokens in (1, 16, 32, 64, 128, 256, 512, 1024, 2048):
         x = torch.randn(tokens, sizes.hidden, device="cuda", dtype=torch.bfloat16)

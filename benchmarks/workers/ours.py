@@ -123,8 +123,8 @@ class Engine:
         import paddle
 
         from fd_dsa.ops.arrays import Scratch
-        from fd_dsa.ops.logits.paddle_impl import PagedUnits, score_paged
-        from fd_dsa.ops.topk.paddle_impl import select_positions
+        from fd_dsa.ops.logits.host_scores import PagedUnits, score_paged
+        from fd_dsa.ops.topk import select_positions
 
         runner = self.engine.runner
         config, block = runner.model.config, runner.input_batch.block_size

@@ -12,7 +12,7 @@ from fd_dsa.models.dequantize import BLOCK
 from fd_dsa.models.weights_protocol import Weights
 from fd_dsa.ops.cache_write import CacheWriteParams
 from fd_dsa.ops.host_gemm import HostMatrix
-from fd_dsa.ops.linear import Linear, linear
+from fd_dsa.ops.linear import Linear
 from fd_dsa.ops.providers import serving
 from fd_dsa.tensor import Array, StepArray
 
@@ -105,6 +105,11 @@ class Indexer:
         return self._wq_b.times(latent).reshape([-1, self._heads, self._width])
 
 
+def _biased(y: StepArray, bias: StepArray | None) -> StepArray:
+    """Return y [num_tokens, out] plus a bias [out], or y if there is none."""
+    return y if bias is None else y + bias
+
+
 class DeepseekV32DSAAttention:
     """MLA over the keys that an indexer selects. The attention backend runs its projections.
 
@@ -173,7 +178,7 @@ class DeepseekV32DSAAttention:
         values, indices = forward_meta.attn_backend.forward(
             self, hidden_states, cos_sin, forward_meta, shared_indices
         )
-        return linear(values, self.o_proj, self.o_bias), indices
+        return _biased(self.o_proj.times(values), self.o_bias), indices
 
     def cache_write_params(self, layout: CacheLayout) -> CacheWriteParams:
         """Return the norms and the format with which the layer writes its keys."""
@@ -196,7 +201,7 @@ class DeepseekV32DSAAttention:
             The normed latent of the queries; then the keys for `write_caches`, neither normed nor
             rotated. The index key is None if the indexer must project it.
         """
-        qkv = linear(hidden_states, self.qkv_a_proj, self.qkv_a_bias)
+        qkv = _biased(self.qkv_a_proj.times(hidden_states), self.qkv_a_bias)
         rank, begin = self.q_lora_rank, self._kv_begin
         index_k = qkv[:, rank:begin] if begin > rank else None
         return self.q_a_layernorm.of(qkv[:, :rank]), qkv[:, begin:], index_k

@@ -14,9 +14,10 @@ from fd_dsa.models.deepseek_v4.attention import V4Attention
 from fd_dsa.models.deepseek_v4.config import CSA, DeepseekV4Config
 from fd_dsa.models.deepseek_v4.rotation import Angles
 from fd_dsa.ops.arrays import Scratch, as_numpy
-from fd_dsa.ops.logits.paddle_impl import score_gathered, score_paged
-from fd_dsa.ops.mla.paddle_impl import attend_dense, attend_gathered
-from fd_dsa.ops.topk.paddle_impl import positions_to_slots, select_positions
+from fd_dsa.ops.key_bounds import positions_to_slots
+from fd_dsa.ops.logits.host_scores import score_gathered, score_paged
+from fd_dsa.ops.mla import attend_dense, attend_gathered
+from fd_dsa.ops.topk import select_positions
 from fd_dsa.runner.input_batch import InputBatch
 from fd_dsa.step import StepHints
 from fd_dsa.v4_attention.pools import LayerPools, allocate_pools

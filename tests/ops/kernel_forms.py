@@ -94,9 +94,9 @@ from fd_dsa.ops.cache_write.triton_kernel import write_caches_kernel
 from fd_dsa.ops.logits.triton_kernel import logits_kernel
 from fd_dsa.ops.mla.records import dequantize_kernel as records_kernel
 from fd_dsa.ops.mla.triton_kernel import dequantize_kernel, sparse_mla_kernel
-from fd_dsa.ops.mla_query.triton_kernel import BLOCK_ROWS, NUM_WARPS, prepare_mla_query_kernel
+from fd_dsa.ops.query_kernels import MLA_BLOCK_ROWS, MLA_NUM_WARPS, prepare_mla_query_kernel
 from fd_dsa.ops.positions_kernel import position_ids_kernel
-from fd_dsa.ops.query.triton_kernel import prepare_query_kernel
+from fd_dsa.ops.query_kernels import prepare_query_kernel
 from fd_dsa.ops.mtp_kernels import mtp_inputs_kernel
 from fd_dsa.ops.sampling.bracket_kernels import gather_kernel, masses_kernel
 from fd_dsa.ops.sampling.draw_kernels import draw_kernel
@@ -180,7 +180,7 @@ for positions in ({}, {"position_ids_ptr": None}):
     for dtype in ("float32", "bfloat16"):
         types = dict.fromkeys(("latent_ptr", "pe_ptr", "out_ptr"), dtype)
         compile("mla_query", prepare_mla_query_kernel, types, False, HEADS=128, RANK=512, HALF=32,
-                PADDED_RANK=512, BLOCK_ROWS=BLOCK_ROWS, num_warps=NUM_WARPS, **positions)
+                PADDED_RANK=512, BLOCK_ROWS=MLA_BLOCK_ROWS, num_warps=MLA_NUM_WARPS, **positions)
 plain_caches = dict.fromkeys(("latent_ptr", "index_ptr"), "bfloat16")
 compile("write", write_caches_kernel, plain_caches, False, RANK=512, BLOCK_SIZE=64, TILE=128,
         TILES=4, FP8=False, BLOCK_TOKENS=1, **KEYS)

@@ -187,7 +187,7 @@ REFUSALS: dict[str, list[Row]] = {
             )
         ),
         *(
-            (ShapeError, f"bytes of a block of {name} lie apart", {name: cache})
+            (ShapeError, f"bytes of a block of {name} have gaps", {name: cache})
             for name, cache in (
                 ("index_cache", zeros(BLOCKS, BLOCK, 264, dtype="uint8")[..., ::2]),
                 ("index_cache", zeros(BLOCKS, BLOCK, 140, dtype="uint8")[..., :132]),
@@ -202,8 +202,8 @@ REFUSALS: dict[str, list[Row]] = {
         (DtypeError, r"out\[0\] has dtype int8.*uint8", {"out": (CODES.astype(np.int8), WEIGHTS)}),
         (DtypeError, r"out\[1\] has dtype uint8", {"out": (CODES, CODES[..., 0])}),
         (DtypeError, r"out\[0\] has dtype uint8", {"out": (CODES, WEIGHTS), "quantized": False}),
-        (ShapeError, "out is no pair", {"out": (CODES,)}),
-        (ShapeError, "out is no pair", {"out": CODES}),
+        (ShapeError, "out is not a pair", {"out": (CODES,)}),
+        (ShapeError, "out is not a pair", {"out": CODES}),
         (ShapeError, r"out\[1\] is None", {"out": (CODES, None)}),
         (ValueError, r"out\[1\] is read-only", {"out": (CODES, read_only(TOKENS, HEADS))}),
         (ValueError, "weights_scale is '0.5', allowed is a number", {"weights_scale": "0.5"}),
