@@ -3,10 +3,9 @@
 Every ratio is the time of the other side divided by ours: above 1 fd_dsa is faster. shown.json
 lists them by result under "ratios": "against" names the other side, "labels" are those of which the
 fastest counts (or "cases" is a key of CASES), "ours" is our side where that is not the one that
-serves. The tables "headline" and "without_custom_ops" are those of docs/performance.md, "page" is
-for the result's own page, which has the headlines too. Their rows are [what, where, aim]: a case
-belongs to the group if it has the numbers of "where" from the first to the last of two, and texts
-that begin as there.
+serves. The tables "headline" and "without_custom_ops" are those of docs/performance.md. Their rows
+are [what, where]: a case belongs to the group if it has the numbers of "where" from the first to
+the last of two, and texts that begin as there.
 """
 
 from __future__ import annotations
@@ -69,36 +68,14 @@ def _rows(table: str, result: Result) -> Iterator[dict[str, Any]]:
     """The rows that a table has of a result; those without a case are left out."""
     for entry in RATIOS:
         if entry["result"] == result["name"]:
-            for what, where, *aim in entry.get(table, ()):
+            for what, where in entry.get(table, ()):
                 ratios = _of_group(entry, where, result)
                 if ratios:
-                    yield {"what": what, "against": entry["against"], "aim": aim, "ratios": ratios}
+                    yield {"what": what, "against": entry["against"], "ratios": ratios}
 
 
 def _slower(row: Mapping[str, Any]) -> str:
     return f"{sum(ratio < 1 for ratio, _ in row['ratios'])} of {len(row['ratios'])}"
-
-
-def _end(index: int) -> Any:
-    """A cell: the least or the largest ratio and its case."""
-    return lambda row: "{} ({})".format(
-        three_digits(row["ratios"][index][0]), row["ratios"][index][1]
-    )
-
-
-_OF_PAGE = [
-    *(("what", "{what}"), ("against", "{against}")),
-    *(("least ratio", _end(0)), ("largest", _end(-1)), ("slower in", _slower)),
-    ("aim", lambda row: "".join(f"{aim:g}" for aim in row["aim"])),
-]
-
-
-def ratios(result: Result) -> Iterator[str]:
-    """The table of a result's own page."""
-    rows = [row for table in ("headline", "page") for row in _rows(table, result)]
-    if rows:
-        yield "Time of the other side divided by ours:"
-        yield "\n".join(Table(lambda _: rows, _OF_PAGE).lines(result))
 
 
 def command_of(name: str) -> str:

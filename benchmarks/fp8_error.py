@@ -67,13 +67,13 @@ class Shadowed(DSAAttentionBackend):
         self._shadow: Any = None
         self._selections: tuple[Any, Any] = (None, None)
 
-    def init_attention_metadata(self, forward_meta: Any, *known: Any) -> None:
-        """Of both backends."""
-        super().init_attention_metadata(forward_meta, *known)
+    def build_step(self, forward_meta: Any, *known: Any) -> None:
+        """Build the step of both backends."""
+        super().build_step(forward_meta, *known)
         self._shadow = replace(
             forward_meta, caches=self.other_caches, attn_backend=self.other, fd_dsa_step=None
         )
-        self.other.init_attention_metadata(self._shadow, *known)
+        self.other.build_step(self._shadow, *known)
 
     def write(self, *args: Any) -> None:
         """Into both."""

@@ -15,6 +15,7 @@ from fd_dsa.attention.host import HostAttention
 from fd_dsa.attention.overlap import IndexerOverlap
 from fd_dsa.attention.protocol import (
     BackendStep,
+    FilledStep,
     HostLengths,
     IndexerLayer,
     MlaLayer,
@@ -46,7 +47,7 @@ def cache_of(forward_meta: BackendStep, index: int) -> StepArray:
     return caches[index]
 
 
-def step_inputs(forward_meta: BackendStep) -> tuple[StepArray, ...]:
+def step_inputs(forward_meta: FilledStep) -> tuple[StepArray, ...]:
     """Return the four arrays of a step that the runner has filled.
 
     Raises:
@@ -141,7 +142,7 @@ class DSAAttentionBackend:
 
     def init_attention_metadata(
         self,
-        forward_meta: BackendStep,
+        forward_meta: FilledStep,
         hints: StepHints | None = None,
         host_lengths: HostLengths | None = None,
     ) -> None:

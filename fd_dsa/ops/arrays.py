@@ -38,7 +38,7 @@ def on_device(array: Array) -> TypeGuard[Tensor]:
 
 
 def allocator_beside(tensor: Tensor) -> Callable[[tuple[int, ...], str], Tensor]:
-    """Return an allocator of uninitialised Paddle tensors in the place of a Paddle tensor."""
+    """Return an allocator of uninitialised Paddle tensors on the device of a tensor."""
     import paddle
 
     place = tensor.place

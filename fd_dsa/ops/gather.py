@@ -73,7 +73,7 @@ def gather_index_keys(
         out: float32 [m, index_head_dim], C-contiguous. fp8_ds_mla keys are not yet scaled.
 
     Returns:
-        float32 [m], factors of the scores; None if the format has no scales.
+        float32 [m], factors of the scores; None for a format without scales.
     """
     if cache.dtype != np.uint8:
         gather_rows(cache.reshape(-1, cache.shape[2]), slots, out, scratch)
@@ -96,7 +96,7 @@ def gather_index_blocks(
             scaled.
 
     Returns:
-        float32 [m, block_size], factors of the scores; None if the format has no scales.
+        float32 [m, block_size], factors of the scores; None for a format without scales.
     """
     if cache.dtype != np.uint8:
         gather_rows(cache, blocks, out, scratch)

@@ -35,8 +35,8 @@ def prepare_mla_query(
 
     out[t, h] = q_latent[t, h], then RoPE(q_pe[t, h]) in interleaved pairs
 
-    The rotation is float32 and rounds each product before the sum, so a CPU and a device give the
-    same bytes. The inputs are not changed.
+    The rotation is float32, and each product is rounded before the sum. So a CPU and a device give
+    the same bytes. The inputs are not changed.
 
     Args:
         q_latent: float32, on a device also bfloat16, [num_tokens, num_heads, kv_lora_rank]; may be

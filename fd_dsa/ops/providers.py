@@ -307,7 +307,7 @@ def forget() -> None:
 
 @contextmanager
 def asking_for(asked: Mapping[str, str]) -> Iterator[None]:
-    """Select anew inside the context, by these pairs, or without pairs by FD_DSA_OP_PROVIDER.
+    """Select again inside the context, by these pairs, or without pairs by FD_DSA_OP_PROVIDER.
 
     Selections and refusals of the context end with it. Earlier refusals then apply again.
     """

@@ -20,7 +20,6 @@ def test_a_stack_without_peers_names_what_is_missing(tmp_path: Path) -> None:
     changes |= {"custom_ops": {"topk": True, "sparse_mla": "heads are off"}}
     changes |= {"not_run": ["128 heads, 1 x 4k"]}
     text = shown(tmp_path, result("layer_stack", cases, **changes))
-    assert "| decode step of 61 layers, eager, one row | A | 1.20 (16 heads" in text
     assert "Left out: peers (LookupError: kernels of vLLM)." in text and "fastest of" not in text
     assert "430 launches, 0 copies, 0 host waits, 0 allocations" in text
     assert "Of custom_ops/ did not serve: sparse_mla." in text

@@ -108,7 +108,6 @@ from fd_dsa.ops.sampling.verify_kernel import (
 )
 from fd_dsa.ops.topk.triton_kernel import topk_kernel
 from fd_dsa.step import device_provider as step
-from fd_dsa.step.metadata_kernels import decode_step_metadata_kernel, mixed_step_metadata_kernel
 from fd_dsa.v4_prepare.kernel import csa_rows_kernel
 
 for q, cache, wide in (("float32", "float32", tl.float32), ("float32", "bfloat16", tl.float32),
@@ -226,8 +225,8 @@ for rows in (1, 100, 256, 1024, 4096):
     narrow = {} if rows == 4096 else {"position_ids_int32_ptr": None}
     tile = step.row_tile_for(rows)
     for kernel, size, warps in (
-        (decode_step_metadata_kernel, step.DECODE_TILE, step.DECODE_WARPS),
-        (mixed_step_metadata_kernel, step.MIXED_TILE, step.MIXED_WARPS),
+        (step.decode_step_metadata_kernel, step.DECODE_TILE, step.DECODE_WARPS),
+        (step.mixed_step_metadata_kernel, step.MIXED_TILE, step.MIXED_WARPS),
     ):
         compile("step", kernel, integers(kernel), BLOCK_SIZE=64, ROW_TILE=tile, TILE=size,
                 NUM_ROW_TILES=-(-rows // tile), num_warps=warps, **narrow)

@@ -16,8 +16,8 @@ import pytest
 
 from fd_dsa.attention import step_plan
 from fd_dsa.engine.batch import ScheduledBatch
+from fd_dsa.engine.sampler import StepSampler
 from fd_dsa.engine.sampling_params import SamplingParams
-from fd_dsa.engine.step_sampler import StepSampler
 from fd_dsa.errors import BackendUnavailable, ConfigError
 from fd_dsa.ops import fixed_order
 from fd_dsa.ops import mla as attention
