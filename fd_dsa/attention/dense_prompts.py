@@ -41,7 +41,7 @@ class DensePrompts:
     """Attention of the dense tokens of a step, one object for all layers.
 
     Args:
-        config: configuration that `why_not` supports.
+        config: supported configuration, see `why_not`.
         gpu: traits of the device, whose shared memory bounds the tiles.
 
     Attributes:

@@ -82,7 +82,7 @@ class TensorCoreAttention:
     of prompts are dequantized first if that is faster.
 
     Args:
-        config: configuration that `tensor_core.why_not` supports.
+        config: supported configuration, see `tensor_core.why_not`.
         scratch: float32 [n] for dequantized records, free during `attend`.
         custom: kernel of custom_ops/ for these heads and this cache.
         always_custom: True if Triton's kernel cannot be compiled.
