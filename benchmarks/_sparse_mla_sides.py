@@ -17,8 +17,8 @@ import torch
 
 from benchmarks import _custom_ops, _gpu, _peers
 from benchmarks._logits_sides import codes
-from fd_dsa.attention.device import LOGITS_BYTES
-from fd_dsa.attention.tensor_core_attention import keys_per_token
+from fd_dsa.attention.device import keys_per_token
+from fd_dsa.attention.device_memory import LOGITS_BYTES
 from fd_dsa.cache_formats import LATENT_RECORD_BYTES, LATENT_WIDTH, ROPE_WIDTH
 from fd_dsa.ops.mla.custom_op import kind_for
 from fd_dsa.ops.mla.records import Dequantized, DequantizedRecords
