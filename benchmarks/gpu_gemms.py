@@ -56,8 +56,7 @@ class Bench:
 
         from custom_ops.build_library import build_library
         from fd_dsa import custom_ops
-        from fd_dsa.device.allocation import paddle_allocator
-        from fd_dsa.device.places import paddle_place
+        from fd_dsa.device.allocation import paddle_allocator, paddle_place
 
         custom_ops.use_library(build_library())
         paddle.set_device(self.device)

@@ -135,7 +135,7 @@ class Prompts:
 
 def fill_latents(cache: Any) -> None:
     """Write records of normal latents to every slot."""
-    from fd_dsa.device.upload import Upload
+    from fd_dsa.device.transfers import Upload
     from fd_dsa.ops.cache_write import bfloat16_bits
     from fd_dsa.ops.fp8 import encode_e4m3
 

@@ -63,7 +63,7 @@ ON_A_DEVICE = ("fd_dsa.ops.", "fd_dsa.triton_runtime", "fd_dsa.distributed.", *(
     for name in (
         "attention.dense_prompts", "attention.device", "attention.device_memory",
         "attention.device_scores", "device.side_stream", "device.staging", "device.transfers",
-        "device.upload", "models.device_weights", "runner.device_steps", "step.device_provider",
+        "models.device_weights", "runner.device_steps", "step.device_provider",
         "v4_prepare.kernel", "v4_prepare.launch",
     )
 ))  # fmt: skip

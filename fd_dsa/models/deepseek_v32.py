@@ -105,7 +105,7 @@ class MultiTokenPredictor:
             next_ids: int64, on a device int32, [num_tokens], the token after each one of the step.
             hidden: [num_tokens, hidden_size], normed hidden states of the step's tokens. They are
                 the model's, or for a further draft those of this layer.
-            step: step of the runner, after `init_attention_metadata`.
+            step: step of the runner, with metadata.
         """
         positions, norms = step.position_ids, (self._token_norm, self._hidden_norm)
         pair: Array
@@ -161,7 +161,7 @@ class DeepseekV32ForCausalLM:
 
         Args:
             token_ids: int64, on a device also int32, [num_tokens], rows back to back.
-            forward_meta: step of the runner, after `init_attention_metadata`. Its `selections`
+            forward_meta: step of the runner, with metadata. Its `selections`
                 record the selection of every layer, None = no recording.
         """
         hidden_states = rows_at(self.embed_tokens, token_ids)

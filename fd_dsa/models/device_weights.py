@@ -9,7 +9,7 @@ from math import prod
 import numpy as np
 
 from fd_dsa.device.allocation import Allocate
-from fd_dsa.device.upload import Upload
+from fd_dsa.device.transfers import Upload
 from fd_dsa.distributed import Group
 from fd_dsa.models.dequantize import BLOCK, num_blocks
 from fd_dsa.models.sources import RandomTensor, SourceTensor, WeightLoader

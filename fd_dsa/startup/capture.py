@@ -53,7 +53,7 @@ def capture_graphs(
     """
     import paddle
 
-    from fd_dsa.device.places import paddle_place
+    from fd_dsa.device.allocation import paddle_place
 
     batch, index_topk = runner.input_batch, runner.model.config.index_topk
     prompts = [size for size in prompt_sizes if size <= batch.max_num_tokens]

@@ -99,7 +99,7 @@ class DeepseekV4ForCausalLM:
 
         Args:
             token_ids: int64 [num_tokens], token ids of the step, rows back to back.
-            forward_meta: step of the runner, after `init_attention_metadata`.
+            forward_meta: step of the runner, with metadata.
         """
         ids, positions = as_numpy(token_ids), forward_meta.position_ids
         rows = self._embedding[ids]
