@@ -82,7 +82,7 @@ lint: $(VENV)/.dev ## style, types, spelling and prose of all files, subjects of
 
 bench: $(VENV)/.oracle ## benchmarks on this CPU
 	$(BIN)/python -m benchmarks.engine_cpu $(ARGS)
-	for name in server_overhead growth memory_use step_profile stream_gaps; do \
+	for name in server_overhead growth step_profile stream_gaps; do \
 	  $(BIN)/python -m benchmarks.$$name || exit 1; done
 
 # with the Python that holds torch for CUDA, not that of .venv

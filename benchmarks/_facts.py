@@ -242,9 +242,8 @@ def all_reduce() -> dict[str, float]:
 
 
 def indexer() -> dict[str, int]:
-    """Bytes of DeepSeek-V3.2's indexer projections in bfloat16: of a layer, and of all."""
-    layer = 2 * (V32["index_head_dim"] + V32["index_n_heads"]) * V32["hidden_size"]
-    return {"layer": layer, "all": layer * V32["num_hidden_layers"]}
+    """Return bytes of the indexer's projections of a layer of DeepSeek-V3.2 in bfloat16."""
+    return {"layer": 2 * (V32["index_head_dim"] + V32["index_n_heads"]) * V32["hidden_size"]}
 
 
 def accept_retries() -> float:

@@ -50,9 +50,9 @@ import torch
 from benchmarks._harness import (
     LIMIT_VARIABLE,
     OUT_OF_TIME,
-    RESULTS,
     case_line,
     environment,
+    out_parser,
     write_json,
 )
 from benchmarks._timers import Call, Times, interleaved
@@ -71,8 +71,7 @@ _RESERVE = 0.2
 
 def arguments(description: str | None, argv: Sequence[str] | None) -> argparse.Namespace:
     """The flags of every GPU benchmark."""
-    parser = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result file")
+    parser = out_parser(description)
     parser.add_argument("--quick", action="store_true", help="one or two shapes")
     parser.add_argument("--peers", type=Path, help="folder with other projects' kernels")
     return parser.parse_args(argv)
@@ -104,14 +103,6 @@ def num_sets(bytes_per_set: int) -> int:
     """How many input sets to rotate: together four times the L2, at least one."""
     l2_bytes = torch.cuda.get_device_properties(0).L2_cache_size
     return max(1, min(_MAX_SETS, -(-4 * l2_bytes // max(bytes_per_set, 1))))
-
-
-def warm_host(call: Call) -> None:
-    """A second of a call: the first eager ones of a process are slower than all others."""
-    end = time.monotonic() + 1
-    while time.monotonic() < end:
-        call()
-        torch.cuda.synchronize()
 
 
 def gemm_flops_per_s(kind: torch.dtype, product: Callable[[Any, Any], Any]) -> float:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import json
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,6 +66,22 @@ FP8 = {
 }
 
 
+SMALL = {
+    "hidden_size": 256,
+    "intermediate_size": 256,
+    "moe_intermediate_size": 64,
+    "vocab_size": 4096,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 128,
+    "index_n_heads": 4,
+    "index_topk": 64,
+    "n_routed_experts": 16,
+    "max_position_embeddings": 4096,
+}
+"""Widths of a dry run."""
+
+
 class Shape(NamedTuple):
     """What a model has of DeepSeek-V3.2, and how many GPUs share it."""
 
@@ -116,12 +136,44 @@ FIGURES = {
 }
 
 
-def write_model(folder: str | Path, shape: Shape, fields: dict[str, Any]) -> str:
+def write_model(folder: str | Path, shape: Shape, fields: Mapping[str, Any]) -> str:
     """Write the config.json of a model, some fields of which are others; the folder."""
     config = WIDTHS | {"num_hidden_layers": shape.layers, "first_k_dense_replace": shape.dense}
-    config |= {"n_routed_experts": shape.experts} | fields
+    config |= {"n_routed_experts": shape.experts, **fields}
     Path(folder, "config.json").write_text(json.dumps(config))
     return str(folder)
+
+
+@contextlib.contextmanager
+def engine_options(
+    args: argparse.Namespace,
+    shape: Shape,
+    config: Mapping[str, Any],
+    fields: Mapping[str, Any] | None = None,
+    *,
+    parent: Path | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Yield the options of a worker's engine, whose model folder exists meanwhile.
+
+    Args:
+        args: flags of `rig_parser`. A dry run has small widths, on the CPU.
+        shape: layers, experts and ranks.
+        config: fields of EngineConfig.
+        fields: further fields of config.json; None selects weights in FP8.
+        parent: folder of the model folder; None selects the system's temporary folder.
+    """
+    is_dry = getattr(args, "dry", False)
+    if fields is None:
+        fields = {"quantization_config": FP8}
+    if is_dry:
+        fields = {k: v for k, v in fields.items() if k != "quantization_config"} | SMALL
+    with tempfile.TemporaryDirectory(dir=parent) as folder:
+        yield {
+            "model": write_model(folder, shape, fields),
+            "rig": args.rig,
+            "config": dict(config),
+            "device": "cpu" if is_dry else "gpu",
+        }
 
 
 def floor(case: Case, shape: Shape) -> float | None:

@@ -96,26 +96,43 @@ def write_json(path: Path, result: Any) -> None:
     unfinished.replace(path)
 
 
-def rig_parser(doc: str | None, *, is_dry: bool = True) -> argparse.ArgumentParser:
+def parser_of(doc: str | None) -> argparse.ArgumentParser:
+    """Make a parser whose description is the first line of a module's docstring."""
+    return argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
+
+
+def out_parser(doc: str | None) -> argparse.ArgumentParser:
+    """Make a parser with the flag --out, the folder of the result."""
+    parser = parser_of(doc)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
+    return parser
+
+
+def rig_parser(
+    doc: str | None, *, is_dry: bool = True, is_split: bool = False
+) -> argparse.ArgumentParser:
     """Make a parser with the flags of benchmarks that run on the test plug-in.
 
     Args:
-        doc: text of the benchmark's module, whose first line is the description.
+        doc: docstring of the benchmark's module.
         is_dry: True to add --dry.
+        is_split: True to add --tensor-parallel-size.
     """
-    parser = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
+    parser = out_parser(doc)
     parser.add_argument(
         "--rig", action="store_true", help="Paddle's CPU wheel and the test plug-in"
     )
     if is_dry:
         parser.add_argument("--dry", action="store_true", help="small widths on the CPU")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
+    if is_split:
+        parser.add_argument("--tensor-parallel-size", "-tp", type=int, default=1, metavar="N")
     return parser
 
 
-def tier_of(args: argparse.Namespace) -> str:
-    """Return the tier of a run with the flags of `rig_parser`."""
-    return "dry" if args.dry else "T1p" if args.rig else "T2"
+def rig_result(name: str, args: argparse.Namespace, **fields: Any) -> dict[str, Any]:
+    """Return a result without cases, for the flags of `rig_parser`."""
+    tier = "dry" if getattr(args, "dry", False) else "T1p" if args.rig else "T2"
+    return {"name": name, "env": environment(), "tier": tier, "cases": [], **fields}
 
 
 def write_result(folder: Path, result: Mapping[str, Any]) -> None:
@@ -123,15 +140,12 @@ def write_result(folder: Path, result: Mapping[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{result['name']}.json"
     write_json(path, result)
-    print(f"written: {path}")
+    print(f"written: {path}", flush=True)
 
 
-def save(name: str, result: dict[str, Any]) -> Path:
-    """Write `result` with the environment to benchmarks/results/<name>.json."""
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    path = RESULTS / f"{name}.json"
-    write_json(path, {"name": name, "env": environment()} | result)
-    return path
+def save(name: str, result: Mapping[str, Any]) -> None:
+    """Write a result of a CPU, with the environment, to benchmarks/results."""
+    write_result(RESULTS, {"name": name, "env": environment(), "tier": "T0", **result})
 
 
 def compare_packages(
@@ -140,8 +154,6 @@ def compare_packages(
     measure: Callable[[dict[str, Path], int], dict[str, Any]],
     rounds: int,
     argv: Sequence[str] | None = None,
-    *,
-    needs_baseline: bool = False,
 ) -> int:
     """The command of a CPU benchmark that may compare two packages; returns 0.
 
@@ -154,18 +166,16 @@ def compare_packages(
             other, and of the rounds.
         rounds: where no flag says how many.
     """
-    parser = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
-    parser.add_argument(
-        "--baseline", type=Path, required=needs_baseline, help="checkout that is measured as well"
-    )
+    parser = parser_of(description)
+    parser.add_argument("--baseline", type=Path, help="checkout that is measured as well")
     parser.add_argument("--rounds", type=int, default=rounds, help=f"default: {rounds}")
     args = parser.parse_args(argv)
-    result: dict[str, Any] = {"tier": "T0", "rounds": args.rounds}
+    result: dict[str, Any] = {"rounds": args.rounds}
     checkouts = {"fd_dsa": ROOT}
     if args.baseline:
         checkouts["before"] = args.baseline.resolve()
         result["baseline"] = revision_of(args.baseline)
-    print(f"written: {save(name, result | measure(checkouts, args.rounds))}")
+    save(name, result | measure(checkouts, args.rounds))
     return 0
 
 

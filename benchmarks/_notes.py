@@ -46,27 +46,6 @@ def decode_counts(result: Result) -> Iterator[str]:
         yield f"Failed: {way} ({why})."
 
 
-_VERDICTS = "same", "faster", "slower"
-
-
-def _verdicts(result: Result) -> Iterator[dict[str, Any]]:
-    """How many cases of each benchmark changed, and the smallest and largest change."""
-    for name, entries in result["modules"].items():
-        verdicts = [entry["verdict"] for entry in entries]
-        ratios = sorted(entry["after_us"] / entry["before_us"] for entry in entries)
-        found = {"of": name, "ratios": f"{ratios[0]:.2f} to {ratios[-1]:.2f}"}
-        yield found | {verdict: verdicts.count(verdict) for verdict in _VERDICTS}
-
-
-compared = Table(
-    _verdicts,
-    [
-        *(("benchmark", "{of}"), ("after / before", "{ratios}")),
-        *((f"cases {verdict}", f"{{{verdict}}}") for verdict in _VERDICTS),
-    ],
-)
-
-
 def stalls(kernel: Any) -> str:
     """The two reasons that a kernel's warps wait most for."""
     return ", ".join(list(kernel["stalls"])[:2]).replace("_", " ")
@@ -134,26 +113,6 @@ def missed(result: Result) -> Iterator[str]:
     if shares:
         found = [f"{k} up to {share:.1%} ({where})" for k, (share, where) in sorted(shares.items())]
         yield f"Scores chosen that are not among the best: {', '.join(found)}."
-
-
-def stack_counts(result: Result) -> Iterator[str]:
-    """Effects of the package's part of a step, the peers chosen, and what did not serve."""
-    cases = result["cases"]
-    counted = [case["package_alone"] for case in cases if "package_alone" in case]
-    if counted:
-        names = {"launches": "launches", "copies": "copies", "host_waits": "host waits"}
-        names["allocations"] = "allocations"
-        counts = ", ".join(f"{max(c[key] for c in counted)} {name}" for key, name in names.items())
-        yield (
-            f"A step without torch's GEMMs, which allocate their results, is at most {counts}"
-            "; the columns above count whole eager steps."
-        )
-    made_by = {f"{what} by {who}" for case in cases for what, who in case["made_by"].items()}
-    if made_by:
-        yield f"The fastest of the peers, in one case or another: {', '.join(sorted(made_by))}."
-    others = [name for name, serves in result.get("custom_ops", {}).items() if serves is not True]
-    if others:
-        yield f"Of custom_ops/ did not serve: {', '.join(others)}."
 
 
 def unguarded(result: Result) -> Iterator[str]:

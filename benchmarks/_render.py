@@ -318,8 +318,7 @@ def run_notes(result: Result) -> Iterator[str]:
     left_out = {}
     for case in cases:
         for label, found in case.get("errors", {}).items():
-            error = found["attention"] if isinstance(found, Mapping) else found
-            errors[label] = max(errors.get(label, 0.0), error)
+            errors[label] = max(errors.get(label, 0.0), found)
         left_out |= case.get("left_out", {})
     if errors:
         largest = ", ".join(f"{label} {error:.1e}" for label, error in errors.items())

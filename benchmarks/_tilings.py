@@ -1,4 +1,4 @@
-"""Tilings that the benchmarks time beside those that serve; tests hold them to one result."""
+"""Tilings that benchmarks time alongside the selected ones. Tests hold them to one result."""
 
 from __future__ import annotations
 

@@ -11,13 +11,12 @@ and RMSNorm. Writes all_reduce_<GPUs>.json of benchmarks/results.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks._harness import RESULTS, environment, write_json
+from benchmarks._harness import environment, out_parser, write_result
 from tests.distributed.gpu_ranks import run_ranks
 
 _TIMEOUT_S = 400
@@ -31,10 +30,9 @@ def line(entry: dict[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and write; returns 0."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = out_parser(__doc__)
     parser.add_argument("gpus", type=int, choices=[2, 4, 8])
     parser.add_argument("--peers", type=Path, help="folder with vLLM's library")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
     args = parser.parse_args(argv)
     from custom_ops.build_library import build_library
     from tests.gpu_rig.build import build
@@ -53,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(*map(line, cases), sep="\n")
     name = f"all_reduce_{args.gpus}"
     result = {"name": name, "tier": "T1p", "env": environment(), "gpus": args.gpus, "cases": cases}
-    write_json(args.out / f"{name}.json", result)
+    write_result(args.out, result)
     return 0
 
 

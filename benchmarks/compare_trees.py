@@ -6,12 +6,11 @@ Each round runs every benchmark in the other checkout, then in this one, without
 counts by the smallest median of its rounds; it has changed where the two differ by more than 3 %,
 or by more than 0.3 us where the older one takes less than 10 us. With --earlier the rounds of an
 earlier result count too, and its other benchmarks are kept.
-Writes benchmarks/results/compare_trees.json; returns 1 if a case is slower.
+Writes compare_trees.json to --out; returns 1 if a case is slower.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -20,9 +19,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks._harness import RESULTS, ROOT, environment, write_json
+from benchmarks._harness import ROOT, environment, parser_of, write_json
 
-MODULES = ("topk", "sparse_mla", "indexer_logits", "step_metadata", "cache_write", "layer_stack")
+MODULES = ("topk", "sparse_mla", "indexer_logits", "step_metadata", "cache_write")
 SHARE, SHORT_US, SHORT_BELOW_US = 0.03, 0.3, 10.0
 
 
@@ -54,7 +53,7 @@ def compared(before: dict[str, float], after: dict[str, float]) -> list[dict[str
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run both checkouts in turn; 1 if a case is slower."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = parser_of(__doc__)
     parser.add_argument("baseline", type=Path, help="the other checkout")
     parser.add_argument("--only", nargs="+", default=list(MODULES), metavar="BENCHMARK")
     parser.add_argument("--rounds", type=int, default=2)
@@ -91,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 flush=True,
             )
         print(f"{module}: {len(entries)} cases in both, in one alone: {alone}", flush=True)
-        write_json(RESULTS / "compare_trees.json", result)
+        write_json(args.out / "compare_trees.json", result)
     slower = sum(
         e["verdict"] == "slower" for entries in result["modules"].values() for e in entries
     )

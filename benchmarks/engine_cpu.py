@@ -12,7 +12,6 @@ and never stop early; each has a process of its own, and they take turns.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -21,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks._harness import Worker, in_turns, percentiles, save
+from benchmarks._harness import Worker, in_turns, parser_of, percentiles, save
 
 # (concurrent requests, prompt tokens, new tokens)
 CASES = ((1, 64, 64), (1, 2048, 32), (32, 64, 64), (32, 256, 16))
@@ -75,10 +74,10 @@ def growth(ours: Worker) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark; returns 0."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--skip-hf", action="store_true", help="leave the baseline out")
     args = parser.parse_args(argv)
-    result: dict[str, Any] = {"tier": "T0", "model": "demo model"}
+    result: dict[str, Any] = {"model": "demo model"}
     with ExitStack() as stack:
         ours = stack.enter_context(Worker("benchmarks.workers.ours:Engine"))
         sides = {"candidate": ours}
@@ -87,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
             sides["baseline"] = stack.enter_context(baseline)
         result["cases"] = compare(sides)
         result["growth"] = growth(ours)
-    print(f"written: {save('engine_cpu', result)}")
+    save("engine_cpu", result)
     return 0
 
 

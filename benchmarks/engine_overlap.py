@@ -15,15 +15,14 @@ default (`fd_dsa.environment.DEFAULT_OVERLAP_MAX_TOKENS`).
 from __future__ import annotations
 
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from benchmarks._gpu_engine_model import FP8, Shape, of_ranks, shape_of, write_model
-from benchmarks._harness import Worker, environment, rig_parser, tier_of, write_result
-from benchmarks.once_per_step import DENSE_LAYERS, LAYERS, SMALL
+from benchmarks._gpu_engine_model import Shape, engine_options, of_ranks, shape_of
+from benchmarks._harness import Worker, rig_parser, rig_result, write_result
+from benchmarks.once_per_step import DENSE_LAYERS, LAYERS
 from benchmarks.workers.engine_overlap import ONE, TWO
 from fd_dsa.environment import DEFAULT_OVERLAP_MAX_TOKENS
 
@@ -71,8 +70,7 @@ def limit(cases: Sequence[Mapping[str, Any]]) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and write; returns 0."""
-    parser = rig_parser(__doc__)
-    parser.add_argument("--tensor-parallel-size", "-tp", type=int, default=1, metavar="N")
+    parser = rig_parser(__doc__, is_split=True)
     parser.add_argument("--layers", type=int, help="of a model on several GPUs; default: all 61")
     args = parser.parse_args(argv)
     ranks = args.tensor_parallel_size
@@ -80,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if ranks > 1:
         shape = shape._replace(ranks=ranks) if args.dry else shape_of(ranks, args.layers)
     rows = (1, 4) if args.dry else ROWS
-    # past index_topk, so that keys are scored and selected
+    # more keys than index_topk, so that keys are scored and selected
     prompt, turns, steps = (80, 4, 8) if args.dry else (2304, 16, 20)
     config: dict[str, Any] = {
         "max_model_len": 512 if args.dry else 4096,
@@ -93,17 +91,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args.dry:
         config["kv_cache_dtype"] = "fp8"
     name = of_ranks("engine_overlap", ranks)
-    result: dict[str, Any] = {"name": name, "env": environment(), "cases": []}
-    result["tier"] = tier_of(args)
-    result |= {"shape": shape._asdict(), "prompt_tokens": prompt}
-    with tempfile.TemporaryDirectory() as folder:
-        fields = SMALL if args.dry else {"quantization_config": FP8}
-        options = {
-            "model": write_model(folder, shape, fields),
-            "rig": args.rig,
-            "config": config,
-            "device": "cpu" if args.dry else "gpu",
-        }
+    result = rig_result(name, args, shape=shape._asdict(), prompt_tokens=prompt)
+    with engine_options(args, shape, config) as options:
         if ranks == 1:
             request = {"prompt": prompt, "turns": turns, "steps": steps}
             found = in_turns(options, rows, request)

@@ -13,14 +13,13 @@ the tables of docs/concepts/fp8-cache.md:
 
 from __future__ import annotations
 
-import argparse
 import sys
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from benchmarks._harness import RESULTS, ROOT, environment, write_json
+from benchmarks._harness import RESULTS, ROOT, environment, parser_of, write_json
 from benchmarks.report import region
 from fd_dsa import LLM, SamplingParams
 from fd_dsa.attention import CacheLayout, DSAAttentionBackend, DSABackendConfig
@@ -205,7 +204,7 @@ def retrieval() -> list[dict[str, Any]]:
 
 def main(argv: list[str] | None = None) -> int:
     """Measure and write the result; returns 0."""
-    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args(argv)
+    parser_of(__doc__).parse_args(argv)
     measured = layers_and_logits() | {"retrieval": retrieval()}
     RESULT.parent.mkdir(parents=True, exist_ok=True)
     write_json(RESULT, {"name": "fp8_cache", "env": environment()} | measured)

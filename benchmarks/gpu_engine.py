@@ -37,14 +37,13 @@ from typing import Any
 from benchmarks._gpu_engine_model import (
     CASES,
     FIGURES,
-    FP8,
     Shape,
+    engine_options,
     floor,
     of_ranks,
     shape_of,
-    write_model,
 )
-from benchmarks._harness import Worker, environment, rig_parser, write_json
+from benchmarks._harness import Worker, rig_parser, rig_result, write_json, write_result
 from benchmarks.workers.gpu_engine import by_class
 from benchmarks.workers.stream_client import streams
 from fd_dsa.config import demo_model_path
@@ -57,6 +56,7 @@ CONFIG: dict[str, Any] = {
     "max_num_batched_tokens": 8192,
     "cudagraph_capture_sizes": CAPTURED,
 }
+TARGET = "benchmarks.workers.gpu_engine:Engine"
 OVER_HTTP = "mixed-64x2k, HTTP"
 # of several GPUs, where a case has another number there
 SEVERAL = {"P21": "P28", "P22": "P29", "P23": "P29"}
@@ -202,14 +202,11 @@ def write_profiles(engine: Worker, args: argparse.Namespace, result: Mapping[str
 
 def measure_ours(args: argparse.Namespace, names: Sequence[str], path: Path) -> dict[str, Any]:
     """Our engine's cases and profiles, written as soon as they are there."""
-    result: dict[str, Any] = {"name": path.stem, "env": environment(), "cases": []}
     ranks = args.tensor_parallel_size
     shape, config = shape_of(ranks, args.layers), CONFIG | {"tensor_parallel_size": ranks}
-    result |= {"tier": "T1p" if args.rig else "T2", **shape._asdict()}
-    with tempfile.TemporaryDirectory() as folder:
-        model = write_model(folder, shape, {"quantization_config": FP8})
-        target = "benchmarks.workers.gpu_engine:Engine"
-        with Worker(target, model=model, rig=args.rig, config=config) as engine:
+    result = rig_result(path.stem, args, **shape._asdict())
+    with engine_options(args, shape, config) as options:
+        with Worker(TARGET, **options) as engine:
             result["start"] = engine.call(op="start_up")
             print(result["start"], flush=True)
             for name, ours in measure(engine, names):
@@ -220,39 +217,34 @@ def measure_ours(args: argparse.Namespace, names: Sequence[str], path: Path) -> 
                 write_profiles(engine, args, result)
         # a server starts again, with all weights
         if "mixed-64x2k" in names and ranks == 1:
-            ours = over_http(model, args.rig)
+            ours = over_http(options["model"], args.rig)
             print(f"{OVER_HTTP:<16} {ours:10.2f}", flush=True)
             result["cases"].append(entry(OVER_HTTP, ours, shape))
             write_json(path, result)
     return result
 
 
-def measure_start(args: argparse.Namespace) -> Path:
-    """Write how long the engine takes to its first token from files, which are random."""
+def measure_start(args: argparse.Namespace) -> None:
+    """Write the time from the start to the first token, with random weights in files."""
     from benchmarks.real_widths import write_checkpoint
 
     ranks = args.tensor_parallel_size
     shape, config = shape_of(ranks, args.layers), CONFIG | {"tensor_parallel_size": ranks}
-    name = of_ranks("gpu_start", ranks)
-    result: dict[str, Any] = {"name": name, "env": environment(), **shape._asdict()}
-    result["tier"] = "T1p" if args.rig else "T2"
-    with tempfile.TemporaryDirectory(dir=args.files) as folder:
-        model = write_model(folder, shape, {"quantization_config": FP8})
-        whole = json.loads(Path(model, "config.json").read_text())
-        result["bytes"] = write_checkpoint(Path(folder), whole, "cuda")
-        target = "benchmarks.workers.gpu_engine:Engine"
-        files = config | {"load_format": "auto"}
+    result = rig_result(of_ranks("gpu_start", ranks), args, **shape._asdict())
+    files = config | {"load_format": "auto"}
+    with engine_options(args, shape, files, parent=args.files) as options:
+        folder = Path(options["model"])
+        whole = json.loads((folder / "config.json").read_text())
+        result["bytes"] = write_checkpoint(folder, whole, "cuda")
         # the first start may compile kernels
         for start in ("first", "second"):
-            with Worker(target, model=model, rig=args.rig, config=files) as engine:
+            with Worker(TARGET, **options) as engine:
                 result[start] = engine.call(op="start_up")
             print(f"{result['bytes'] / 1e9:.1f} GB, {start} start: {result[start]}", flush=True)
-    path: Path = args.out / f"{name}.json"
-    write_json(path, result)
-    return path
+    write_result(args.out, result)
 
 
-def measure_invariant(args: argparse.Namespace, names: Sequence[str]) -> Path:
+def measure_invariant(args: argparse.Namespace, names: Sequence[str]) -> None:
     """Write ours with FD_DSA_BATCH_INVARIANT=1 beside ours without it."""
     before = {case["case"]: case for case in measured_before(args.out / "gpu_engine.json")["cases"]}
     os.environ["FD_DSA_BATCH_INVARIANT"] = "1"
@@ -263,13 +255,12 @@ def measure_invariant(args: argparse.Namespace, names: Sequence[str]) -> Path:
             case["peer"] = "without FD_DSA_BATCH_INVARIANT"
             add_peer(case, without["ours_value"], without["ours_taken"])
             print(f"{case['case']:<16} {case['ratio']:.2f} of the speed without it", flush=True)
-    write_json(path, result)
-    return path
+    write_result(args.out, result)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and write; returns 0."""
-    parser = rig_parser(__doc__, is_dry=False)
+    parser = rig_parser(__doc__, is_dry=False, is_split=True)
     parser.add_argument("--peer", type=Path, help="folder with vLLM's run.sh")
     parser.add_argument(
         "--earlier", action="store_true", help="the peer alone, beside ours in --out of this hour"
@@ -285,12 +276,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--files", type=Path, help="folder for weights; the start alone, from them")
     parser.add_argument("--layers", type=int, help="default: as many as fit one GPU, or 61")
-    parser.add_argument("--tensor-parallel-size", "-tp", type=int, default=1, metavar="N")
     args = parser.parse_args(argv)
     names = [name for name in args.cases.split(",") if name]
-    if args.files or args.batch_invariant:
-        path = measure_start(args) if args.files else measure_invariant(args, names)
-        print(f"written: {path}")
+    if args.files:
+        measure_start(args)
+        return 0
+    if args.batch_invariant:
+        measure_invariant(args, names)
         return 0
     ranks = args.tensor_parallel_size
     path = args.out / f"{of_ranks('gpu_engine', ranks)}.json"
@@ -301,7 +293,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 if case["case"].partition(",")[0] == name:
                     add_peer(case, value, taken)
             write_json(path, result)
-    print(f"written: {path}")
+    write_result(args.out, result)
     return 0
 
 

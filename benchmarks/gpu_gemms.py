@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks._harness import environment, rig_parser, run_peer, write_json
+from benchmarks._harness import rig_parser, rig_result, run_peer, write_json
 
 BYTES_PER_US, FP8_OPS_PER_US = 4.3e6, 1.5e9
 # outputs x inputs
@@ -262,8 +262,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     bench = Bench(args.rig)
     for kind, cases in (("experts", partial(expert_cases, peer=args.peer)), ("dense", dense_cases)):
-        name = f"gpu_{kind}"
-        result: dict[str, Any] = {"name": name, "tier": "T1p", "env": environment(), "cases": []}
+        result = rig_result(f"gpu_{kind}", args)
         if args.only in (None, kind):
             for entry in cases(bench, tilings=args.tilings):
                 result["cases"].append(entry)
@@ -271,7 +270,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 for key, value in entry.items():
                     if key.endswith("tilings"):
                         print(*(f"    {key} {best}" for best in value[:5]), sep="\n", flush=True)
-                write_json(args.out / f"{name}.json", result)
+                write_json(args.out / f"gpu_{kind}.json", result)
     return 0
 
 

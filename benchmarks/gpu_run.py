@@ -35,6 +35,7 @@ from benchmarks._harness import (
     ROOT,
     case_line,
     environment,
+    parser_of,
     write_json,
 )
 
@@ -48,8 +49,6 @@ BENCHMARKS = {
     "cache_write": 90,
     "indexer_query": 90,
     "mla_query": 120,
-    "layer_stack": 240,
-    "overlap": 150,
     "device_sampling": 60,
 }
 """Module -> its time limit, seconds, in the order of their importance."""
@@ -62,8 +61,6 @@ _ENGINE = {
     "real_widths": ("real_widths --rig --folder /dev/shm --peer {vllm} --out {out}", 300),
     "once_per_step": ("once_per_step --rig --out {out}", 180),
     "prompt_attention": ("prompt_attention --rig --out {out}", 120),
-    "joined_projection": ("joined_projection --rig --out {out}", 60),
-    "early_launches": ("early_launches --rig --out {out}", 150),
     "gpu_experts": ("gpu_gemms --rig --only experts --peer {vllm} --out {out}", 150),
 }
 """Section -> module and its flags, and its time limit, likewise."""
@@ -140,7 +137,7 @@ def sections(args: argparse.Namespace) -> list[Section]:
         checker("racecheck", kernels),
         # barriers written by hand are those of custom_ops/
         checker("synccheck", [p for p in kernels if "custom_ops" in p] or kernels),
-        Section("repeats", (*subjects, "repeat", *BENCHMARKS), 150),
+        Section("repeats", (*subjects, "repeat", *BENCHMARKS, "tune"), 150),
     ]
 
 
@@ -243,7 +240,7 @@ def table(run: Run) -> str:
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu_run")
     parser.add_argument("--peers", type=Path, help="folder with other projects' kernels")
     parser.add_argument("--rig", action="store_true", help="the embedded engine")

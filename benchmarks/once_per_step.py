@@ -23,27 +23,13 @@ import argparse
 import json
 import statistics
 import sys
-import tempfile
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks._gpu_engine_model import FP8, Shape, of_ranks, shape_of, write_model
-from benchmarks._harness import Worker, environment, rig_parser, tier_of, write_result
+from benchmarks._gpu_engine_model import FP8, SMALL, Shape, engine_options, of_ranks, shape_of
+from benchmarks._harness import Worker, rig_parser, rig_result, write_result
 
 LAYERS, DENSE_LAYERS = 5, 3
-SMALL = {
-    "hidden_size": 256,
-    "intermediate_size": 256,
-    "moe_intermediate_size": 64,
-    "vocab_size": 4096,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "q_lora_rank": 128,
-    "index_n_heads": 4,
-    "index_topk": 64,
-    "n_routed_experts": 16,
-    "max_position_embeddings": 4096,
-}
 TARGET = "benchmarks.workers.once_per_step:Engine"
 ONCE, CHAINS, LOOP = "once", "two chains", "host loop"
 PAIRS = 5
@@ -153,8 +139,7 @@ def earlier_cases(earlier: dict[str, Any], result: dict[str, Any]) -> list[dict[
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and write; returns 0."""
-    parser = rig_parser(__doc__)
-    parser.add_argument("--tensor-parallel-size", "-tp", type=int, default=1, metavar="N")
+    parser = rig_parser(__doc__, is_split=True)
     parser.add_argument("--layers", type=int, metavar="N", help="of a model in FP8")
     parser.add_argument("--experts", type=int, metavar="N", help="of a layer")
     parser.add_argument(
@@ -162,23 +147,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     ranks, layers = args.tensor_parallel_size, args.layers
-    shape, fields = Shape(layers or LAYERS, DENSE_LAYERS, ranks=ranks), {}
+    shape = Shape(layers or LAYERS, DENSE_LAYERS, ranks=ranks)
+    fields: dict[str, Any] = {}
     if args.dry:
-        shape, fields = shape._replace(experts=SMALL["n_routed_experts"]), SMALL
+        shape = shape._replace(experts=SMALL["n_routed_experts"])
     elif ranks > 1 or layers:
-        whole = shape_of(ranks, layers) if ranks > 1 else shape
-        shape, fields = whole, {"quantization_config": FP8}
+        shape = shape_of(ranks, layers) if ranks > 1 else shape
+        fields = {"quantization_config": FP8}
     shape = shape._replace(experts=args.experts or shape.experts)
     name = of_ranks("once_per_step" + (f"_{layers}_layers" if layers else ""), ranks)
-    result: dict[str, Any] = {"name": name, "env": environment()}
-    result["tier"] = tier_of(args)
-    result["model"] = shape._asdict() | {
-        "weights": "random, FP8" if "quantization_config" in fields else "random",
-    }
-    with tempfile.TemporaryDirectory() as folder:
-        model = write_model(folder, shape, fields | {"n_routed_experts": shape.experts})
-        device = "cpu" if args.dry else "gpu"
-        result["cases"] = compared({"model": model, "rig": args.rig, "device": device}, args)
+    weights = "random, FP8" if fields else "random"
+    result = rig_result(name, args, model=shape._asdict() | {"weights": weights})
+    with engine_options(args, shape, {}, fields) as options:
+        result["cases"] = compared(options, args)
     path = args.out / f"{name}.json"
     if args.only and path.exists():
         result["cases"] = earlier_cases(json.loads(path.read_text()), result) + result["cases"]

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks._harness import environment, rig_parser, write_json
+from benchmarks._harness import rig_parser, rig_result, write_json
 from benchmarks.gpu_gemms import Bench
 
 HEADS, NOPE, ROPE, VALUES, RANK, TOPK, BLOCK = 128, 128, 64, 128, 512, 2048, 64
@@ -187,8 +187,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = rig_parser(__doc__, is_dry=False)
     parser.add_argument("--tilings", action="store_true", help="every tiling that may serve")
     args = parser.parse_args(argv)
-    result: dict[str, Any] = {"name": "prompt_attention", "tier": "T1p", "env": environment()}
-    result["cases"] = found = []
+    result = rig_result("prompt_attention", args)
+    found = result["cases"]
     for entry in cases(Bench(args.rig), tilings=args.tilings):
         found.append(entry)
         write_json(args.out / "prompt_attention.json", result)

@@ -9,14 +9,13 @@ return. The count depends on the code alone, not on the machine. Nothing is writ
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections import Counter
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from benchmarks._harness import Worker
+from benchmarks._harness import Worker, parser_of
 
 CONTEXT, WARM_UP = 64, 5
 
@@ -63,7 +62,7 @@ def count_calls() -> Counter[str]:
 
 def main(argv: list[str] | None = None) -> int:
     """Print the count; returns 0."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--baseline", type=Path, help="another checkout")
     parser.add_argument("--by-function", action="store_true", help="the most frequent ones, too")
     args = parser.parse_args(argv)

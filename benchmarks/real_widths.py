@@ -15,7 +15,6 @@ log-probabilities than vLLM, or lose a clearly larger share of the tokens that l
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import subprocess
@@ -28,17 +27,15 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks._gpu_engine_model import FP8, WIDTHS
+from benchmarks._gpu_engine_model import FP8, SMALL, WIDTHS
 from benchmarks._harness import (
-    RESULTS,
     Worker,
-    environment,
     random_prompts,
+    rig_parser,
+    rig_result,
     run_peer,
-    tier_of,
-    write_json,
+    write_result,
 )
-from benchmarks.once_per_step import SMALL
 from benchmarks.workers.vllm_logprobs import NEW_TOKENS, TOP
 from fd_dsa.models.registry import config_from_dict
 
@@ -185,21 +182,15 @@ def started(model: str, rig: bool, device: str) -> Iterator[tuple[Worker, float]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and write; returns 1 where we are worse than the peer."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument(
-        "--rig", action="store_true", help="Paddle's CPU wheel and the test plug-in"
-    )
-    parser.add_argument("--dry", action="store_true", help="small widths on the CPU, no peer")
+    parser = rig_parser(__doc__)
     parser.add_argument("--peer", type=Path, help="folder with vLLM's run.sh")
     parser.add_argument("--folder", type=Path, help="where the checkpoint is written")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
     args = parser.parse_args(argv)
     config = WIDTHS | {"num_hidden_layers": 2, "first_k_dense_replace": 1}
     config |= {"quantization_config": FP8} | (SMALL if args.dry else {})
     lengths = (20, 100, 200) if args.dry else PROMPTS
     prompts = [random_prompts(1, n, config["vocab_size"], n)[0] for n in lengths]
-    result: dict[str, Any] = {"name": "real_widths", "env": environment(), "cases": []}
-    result["tier"] = tier_of(args)
+    result = rig_result("real_widths", args)
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         folder = Path(name)
         size = write_checkpoint(folder, config, "cpu" if args.dry else "cuda")
@@ -239,7 +230,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             result["cases"].append(case | compare(ours, peer, (after_own, after_given)))
     for case in result["cases"]:
         print(case, flush=True)
-    write_json(args.out / "real_widths.json", result)
+    write_result(args.out, result)
     return int(any(map(is_worse, result["cases"])))
 
 

@@ -9,7 +9,6 @@ shown.json describes it, a table of docs/performance.md (`_ratios`), or a plan o
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import sys
@@ -20,7 +19,7 @@ from typing import Any
 
 from benchmarks import _computed, _figures, _notes, _ratios, _render, _v4_shown
 from benchmarks._facts import REGIONS
-from benchmarks._harness import RESULTS, ROOT
+from benchmarks._harness import RESULTS, ROOT, parser_of
 from benchmarks._ratios import SHOWN
 from benchmarks._render import FUNCTIONS, paragraphs, refusal
 
@@ -82,7 +81,7 @@ def filled(page: str, folder: Path = RESULTS) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Rewrite the pages and, where matplotlib is installed, the plots; returns 0."""
-    argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0]).parse_args(argv)
+    parser_of(__doc__).parse_args(argv)
     for page in pages():
         text = page.read_text("utf-8")
         page.write_text(filled(text), "utf-8")

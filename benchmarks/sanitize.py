@@ -15,7 +15,6 @@ runs in turn, and tests that count launches and objects, of which it has some of
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import signal
@@ -28,7 +27,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks._harness import LIMIT_VARIABLE, OUT_OF_TIME, ROOT
+from benchmarks._harness import LIMIT_VARIABLE, OUT_OF_TIME, ROOT, parser_of
 
 _PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "default")
 _LEFT_OUT = ("graph", "capture", "replay", "thousand", "repeated", "every_time", "refus")
@@ -131,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 if every process was clean, 75 if there was no time for all tests, else 1, with the output
         of the processes that were not clean.
     """
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = parser_of(__doc__)
     parser.add_argument("tool", choices=sorted(CLEAN))
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--rig", action="store_true", help="on Paddle tensors of the test plug-in")

@@ -23,12 +23,18 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks._harness import RESULTS, ROOT, environment, in_turns, random_prompts, write_json
+from benchmarks._harness import (
+    ROOT,
+    environment,
+    in_turns,
+    out_parser,
+    random_prompts,
+    write_result,
+)
 from benchmarks.workers.gpu_engine import open_device
 from fd_dsa import LLM, SamplingParams
 from fd_dsa.accuracy.prompts import read_prompts
@@ -187,13 +193,12 @@ def print_acceptance(count: int) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark; returns 0."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = out_parser(__doc__)
     parser.add_argument("--model", help="folder (default: the demo model)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--prompts", type=int, default=40, help="of chats (default: 40)")
     parser.add_argument("--rig", action="store_true", help="a GPU through the test plug-in")
     parser.add_argument("--acceptance", action="store_true", help="by task, on a CPU")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
     args = parser.parse_args(argv)
     if args.acceptance:
         print_acceptance(args.prompts)
@@ -213,7 +218,7 @@ def main(argv: list[str] | None = None) -> int:
     measure = one_by_one if args.rig else by_turns
     rows = [row for case, runs in measure(args, methods, common) for row in measured(case, runs)]
     result = {"name": name, "tier": tier, "env": environment(), "model": folder.name}
-    write_json(args.out / f"{name}.json", result | {"rounds": args.rounds, "cases": rows})
+    write_result(args.out, result | {"rounds": args.rounds, "cases": rows})
     return 0
 
 

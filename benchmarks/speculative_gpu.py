@@ -20,15 +20,13 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks._gpu_engine_model import FP8, Shape, write_model
-from benchmarks._harness import Worker, environment, rig_parser, run_peer, tier_of, write_json
+from benchmarks._gpu_engine_model import FP8, Shape, engine_options
+from benchmarks._harness import Worker, rig_parser, rig_result, run_peer, write_result
 from benchmarks.gpu_engine import CAPTURED, CONFIG
-from benchmarks.once_per_step import SMALL
 from benchmarks.workers.gpu_engine import by_class
 
 TARGET = "benchmarks.workers.speculative_gpu:Engine"
@@ -86,8 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--ways", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--layers", type=int, default=Shape().layers)
     args = parser.parse_args(argv)
-    result: dict[str, Any] = {"name": "speculative_gpu", "env": environment(), "steps": {}}
-    result["tier"] = tier_of(args)
+    result = rig_result("speculative_gpu", args, steps={})
     prompt, steps = (64, 12) if args.dry else (4096, 48)
     config: dict[str, Any] = CONFIG | {
         "max_model_len": 2 * prompt,
@@ -95,43 +92,41 @@ def main(argv: Sequence[str] | None = None) -> int:
         "enable_prefix_caching": True,
         "target_inter_token_latency_ms": 0,
     }
-    path, found = args.out / "speculative_gpu.json", result["steps"]
+    found = result["steps"]
     profiles: dict[str, Any] = {}
     peer: dict[str, float] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        fields = {"num_nextn_predict_layers": 1}
-        fields |= SMALL if args.dry else {"quantization_config": FP8}
-        model = write_model(folder, Shape(2 if args.dry else args.layers), fields)
+    fields = {"num_nextn_predict_layers": 1, "quantization_config": FP8}
+    shape = Shape(2 if args.dry else args.layers)
+    with engine_options(args, shape, config, fields) as options:
         for way in args.ways:
             most = (1 + (way != "plain")) * max(args.rows)
             sizes = [size for size in (*CAPTURED, 256) if size <= most]
-            options = config | {"cudagraph_capture_sizes": sizes}
+            own = config | {"cudagraph_capture_sizes": sizes}
             if METHODS[way]:
                 method = {"method": METHODS[way], "num_speculative_tokens": 1}
-                options |= {"speculative_config": method}
-            device = "cpu" if args.dry else "gpu"
-            with Worker(TARGET, model=model, rig=args.rig, config=options, device=device) as engine:
+                own |= {"speculative_config": method}
+            with Worker(TARGET, **options | {"config": own}) as engine:
                 print(way, flush=True)
                 found[way] = measure(engine, args.rows, prompt, steps)
                 if not args.dry:
                     most = max(args.rows)
                     profiles[way] = engine.call(op="profile", batch=most, prompt=prompt, steps=8)
                 result["classes"] = by_class(profiles)
-                write_json(path, result)
+                write_result(args.out, result)
         if args.peer:
-            steps_path = Path(folder) / "peer.json"
+            model = options["model"]
+            steps_path = Path(model) / "peer.json"
             run_peer(args.peer, "vllm_drafts.py", model, json.dumps(args.rows), steps_path)
             peer = json.loads(steps_path.read_text())
     if found.keys() == METHODS.keys():
         result["cases"] = cases_of(found, args.rows, peer)
-        write_json(path, result)
+        write_result(args.out, result)
         for case in result["cases"]:
             print(
                 f"{case['case']:<16} {case['plain_step_ms']:8.3f} -> {case['step_ms']:8.3f} ms "
                 f"{case['ratio']:6.3f}  by the bytes {case['by_the_bytes']}  "
                 f"accepted {case['accepted']:.2f}"
             )
-    print(f"written: {path}")
     return 0
 
 

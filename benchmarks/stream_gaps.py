@@ -9,7 +9,6 @@ decodes, for which a target changes nothing. Writes benchmarks/results/stream_ga
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import sys
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks._harness import Worker, percentiles, save
+from benchmarks._harness import Worker, parser_of, percentiles, save
 
 MODULE = "benchmarks.workers.ours:Engine"
 # milliseconds; none comes first
@@ -77,12 +76,12 @@ def _spread(gaps: Sequence[float]) -> dict[str, float]:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark; returns 0."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"default: {ROUNDS}")
     args = parser.parse_args(argv)
     sides = measure(args.rounds)
-    result = {"tier": "T0", "prompt_tokens": PROMPT_TOKENS, "alone": ALONE, "rounds": args.rounds}
-    print(f"written: {save('stream_gaps', result | {'sides': sides})}")
+    result = {"prompt_tokens": PROMPT_TOKENS, "alone": ALONE, "rounds": args.rounds}
+    save("stream_gaps", result | {"sides": sides})
     return 0
 
 

@@ -7,7 +7,6 @@ outputs, calls, and compares with the first result, N times; a difference is a r
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import os
 import sys
@@ -18,7 +17,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from benchmarks._gpu import Call, poison
-from benchmarks._harness import LIMIT_VARIABLE, OUT_OF_TIME
+from benchmarks._harness import LIMIT_VARIABLE, OUT_OF_TIME, parser_of
 from benchmarks._torch_device import register
 
 
@@ -107,7 +106,7 @@ def differing(call: Call, outputs: list[torch.Tensor], times: int, end: float) -
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one of the two; returns the exit status."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = parser_of(__doc__)
     parser.add_argument("what", choices=("profile", "repeat"))
     parser.add_argument("modules", nargs="+", help="benchmark modules, for example cache_write")
     parser.add_argument("--times", type=int, default=10_000)

@@ -8,7 +8,6 @@ and are compared before any is timed; then they run in turns. NumPy only, on one
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks._harness import percentiles, save
+from benchmarks._harness import parser_of, percentiles, save
 from fd_dsa.environment import prepare_cpu_runtime
 from fd_dsa.v4_prepare import V4PrepareConfig, builder
 
@@ -146,7 +145,7 @@ def times(case: Case, rounds: int) -> dict[str, dict[str, float]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure all cases; returns 0."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--rounds", type=int, default=15, help="default: 15")
     args = parser.parse_args(argv)
     # glibc's allocator as a server has it
@@ -160,8 +159,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         found.append({"label": case.label, "us": sides, "best_other_over_ours": ratio})
         figures = ", ".join(f"{label} {side['p20']:.1f}" for label, side in sides.items())
         print(f"{case.label:28} {figures} us, best other / ours {ratio:.2f}", flush=True)
-    result = {"tier": "T0", "rounds": args.rounds, "cases": found}
-    print(f"written: {save('v4_host_lists', result)}")
+    result = {"rounds": args.rounds, "cases": found}
+    save("v4_host_lists", result)
     return 0
 
 
