@@ -83,7 +83,7 @@ SMALL = {
 
 
 class Shape(NamedTuple):
-    """What a model has of DeepSeek-V3.2, and how many GPUs share it."""
+    """Layers and experts of a model with DeepSeek-V3.2's widths, and its number of GPUs."""
 
     layers: int = 7
     dense: int = 1
@@ -92,7 +92,7 @@ class Shape(NamedTuple):
 
 
 def shape_of(ranks: int, layers: int | None) -> Shape:
-    """As many layers as one GPU holds, or of several DeepSeek-V3.2-REAP-345B, whole or cut."""
+    """Return the layers that fit one GPU, or DeepSeek-V3.2-REAP-345B, whole or cut, for more."""
     whole = Shape() if ranks == 1 else Shape(61, 3, 128, ranks)
     return (
         whole if layers is None else whole._replace(layers=layers, dense=min(whole.dense, layers))
@@ -100,12 +100,12 @@ def shape_of(ranks: int, layers: int | None) -> Shape:
 
 
 def of_ranks(name: str, ranks: int) -> str:
-    """A result's name; that of several GPUs ends with their number."""
+    """Return the name of a result, which ends with the number of GPUs if there are several."""
     return name if ranks == 1 else f"{name}_{ranks}"
 
 
 class Case(NamedTuple):
-    """What is timed, and how often; the figure of several runs is the median."""
+    """A load, and the number of its runs. The figure of several runs is the median."""
 
     target: str
     kind: str
@@ -128,7 +128,7 @@ CASES = {
     "prefill-4x2k": Case("P22", "prefill", 4, 2048, 1),
     "mixed-64x2k": Case("P23", "mixed", 64, 2048, 128),
 }
-# figure of a kind, its unit, and whether less is better
+# figure of a kind, its unit, and True if less is better
 FIGURES = {
     "decode": ("tpot_ms", "ms a token", True),
     "prefill": ("tok_s", "prompt tokens/s", False),
@@ -137,7 +137,7 @@ FIGURES = {
 
 
 def write_model(folder: str | Path, shape: Shape, fields: Mapping[str, Any]) -> str:
-    """Write the config.json of a model, some fields of which are others; the folder."""
+    """Write the config.json of a model with some fields replaced. Returns the folder."""
     config = WIDTHS | {"num_hidden_layers": shape.layers, "first_k_dense_replace": shape.dense}
     config |= {"n_routed_experts": shape.experts, **fields}
     Path(folder, "config.json").write_text(json.dumps(config))
@@ -177,7 +177,7 @@ def engine_options(
 
 
 def floor(case: Case, shape: Shape) -> float | None:
-    """The least that a case can take, in its unit; None for prompts beside tokens of others.
+    """Return the shortest time of a case in its unit, or None for a mixed load.
 
     Decode: weights, of the experts only those that even routing hits, and caches. Prefill: GEMMs,
     and attention un-absorbed where all keys are attended to. Ranks share heads, experts and the

@@ -24,11 +24,11 @@ _STALLS_SHOWN = 4
 
 
 def kernels(report: str, log: str) -> list[dict[str, Any]]:
-    """The kernels that ncu saw.
+    """Return the kernels that ncu saw.
 
     Args:
         report: printed by `ncu --csv --page raw`.
-        log: of `subjects profile`, which names the subject of every call.
+        log: output of `subjects profile`, which names the subject of every call.
 
     Returns:
         {"subject": label, "kernel": name, "metrics": {text: "value unit"}, "stalls": {reason:

@@ -1,4 +1,4 @@
-"""The parts of docs/results that need more than a template; "@NAME" in shown.json names one."""
+"""Parts of docs/results that need more than a template. shown.json names them by "@NAME"."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from benchmarks._render import Case, Column, Result, Table, labels_of
 
 
 def texts(result: Result) -> Iterator[str]:
-    """Where errors of FP8 caches were measured, and on what."""
+    """Yield the machine and the texts of the errors of FP8 caches."""
     form = "{env[cpu]}, {env[cpus]} processors; paddlepaddle {env[paddlepaddle]}, numpy "
     form += "{env[numpy]}; commit {env[commit]:.12}. Texts of "
     lengths = ", ".join(map(str, result["texts"]))
@@ -35,7 +35,7 @@ step_parts = Table(lambda r: next(iter(r["cases"][0]["us"].values())), _part_col
 
 
 def decode_counts(result: Result) -> Iterator[str]:
-    """What a step does besides launches, and the ways that failed."""
+    """Yield the counts of a step's other work, and the ways that failed."""
     cases = result["cases"]
     for way in labels_of(cases):
         counted = [case["counted"][way] for case in cases if way in case["counted"]]
@@ -47,12 +47,12 @@ def decode_counts(result: Result) -> Iterator[str]:
 
 
 def stalls(kernel: Any) -> str:
-    """The two reasons that a kernel's warps wait most for."""
+    """Return the two largest reasons for which a kernel's warps wait."""
     return ", ".join(list(kernel["stalls"])[:2]).replace("_", " ")
 
 
 def longest_launches(result: Result) -> Iterator[str]:
-    """The longest profiled launch of each kernel."""
+    """Yield the longest profiled launch of each kernel."""
 
     def duration(kernel: Case) -> float:
         return float(kernel["metrics"]["duration"].split()[0].replace(",", ""))
@@ -105,7 +105,7 @@ def siege_table() -> str:
 
 
 def missed(result: Result) -> Iterator[str]:
-    """The largest share of a row's top k that inexact peers miss."""
+    """Yield the largest share of a row's top k that inexact peers miss."""
     shares: dict[str, tuple[float, str]] = {}
     for case in result["cases"]:
         for label, right in case.get("share_right", {}).items():
@@ -116,7 +116,7 @@ def missed(result: Result) -> Iterator[str]:
 
 
 def unguarded(result: Result) -> Iterator[str]:
-    """How many steps are read wrong without guards."""
+    """Yield the number of steps that were read wrong without guards."""
     for case in result["cases"]:
         if case.get("unguarded"):
             found = "; ".join(f"{name}: {wrong}" for name, wrong in case["unguarded"].items())

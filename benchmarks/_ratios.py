@@ -1,12 +1,18 @@
-"""Ratios of groups of cases, and what the pictures of docs/performance.md show of them.
+"""Ratios of groups of cases, and the contents of the pictures of docs/performance.md.
 
-Every ratio is the time of the other side divided by ours: above 1 fd_dsa is faster. shown.json
-lists them by result under "ratios": "against" names the other side, "labels" are those of which the
-fastest counts (or "cases" is a key of CASES), "ours" is our side where that is not the one that
-serves. The tables "headline" and "without_custom_ops" are those of docs/performance.md, "page" is
-for the result's own page, which has the headlines too. Their rows are [what, where, aim]: a case
-belongs to the group if it has the numbers of "where" from the first to the last of two, and texts
-that begin as there.
+A ratio is the time of the other side divided by ours: above 1 fd_dsa is faster. shown.json lists
+the groups under "ratios", with these fields:
+
+- "result": name of the result.
+- "against": name of the other side.
+- "labels": labels of the other side. The fastest counts.
+- "cases": a key of CASES instead, for results without times of sides.
+- "ours": our label, if it is not the side that serves.
+- "headline", "without_custom_ops": rows of the tables of docs/performance.md.
+- "page": further rows of the result's own page.
+
+A row is [what, where, aim]. A case belongs to it if its fields fit "where": a number between two
+numbers, or a text that begins with a text.
 """
 
 from __future__ import annotations
@@ -35,7 +41,7 @@ CASES: dict[str, Callable[[Result], Iterable[float]]] = {
     "engine": lambda result: (case["ratio_p50"] for case in result["cases"]),
     # the share of the engine's tokens per second that the server keeps
     "server": lambda result: (1 - case["servers"][OURS]["loss"] for case in result["cases"]),
-    # gaps of a stream without a target, which comes first, against those with one
+    # gaps without a target, the first side, divided by gaps with a target
     "gaps_with_target": lambda result: (
         result["sides"][0]["gap_ms"]["p99"] / side["gap_ms"]["p99"] for side in result["sides"][1:]
     ),
@@ -47,7 +53,7 @@ CASES: dict[str, Callable[[Result], Iterable[float]]] = {
 
 
 def _of_group(entry: Mapping[str, Any], where: Mapping[str, Any], result: Result) -> list[Ratio]:
-    """The ratio and name of every case of a group that has one of the other sides."""
+    """Return the ratio and name of every case of a group that has one of the other sides."""
     if "cases" in entry:
         return sorted((ratio, "") for ratio in CASES[entry["cases"]](result))
     found = []
@@ -66,7 +72,7 @@ def _fits(value: Any, wanted: Any) -> bool:
 
 
 def _rows(table: str, result: Result) -> Iterator[dict[str, Any]]:
-    """The rows that a table has of a result; those without a case are left out."""
+    """Yield the rows of a table for a result. Groups without a case are omitted."""
     for entry in RATIOS:
         if entry["result"] == result["name"]:
             for what, where, *aim in entry.get(table, ()):
@@ -80,7 +86,7 @@ def _slower(row: Mapping[str, Any]) -> str:
 
 
 def _end(index: int) -> Any:
-    """A cell: the least or the largest ratio and its case."""
+    """Make a cell with the smallest or the largest ratio, and its case."""
     return lambda row: "{} ({})".format(
         three_digits(row["ratios"][index][0]), row["ratios"][index][1]
     )
@@ -94,7 +100,7 @@ _OF_PAGE = [
 
 
 def ratios(result: Result) -> Iterator[str]:
-    """The table of a result's own page."""
+    """Yield the table of a result's own page."""
     rows = [row for table in ("headline", "page") for row in _rows(table, result)]
     if rows:
         yield "Time of the other side divided by ours:"
@@ -102,13 +108,13 @@ def ratios(result: Result) -> Iterator[str]:
 
 
 def command_of(name: str) -> str:
-    """The benchmark that writes a result, and how many GPUs it needs if there are several."""
+    """Return the benchmark that writes a result, with its flag for several GPUs."""
     return re.sub(r"_([248])$", r" -tp \1", name)
 
 
 @cache
 def page_of(name: str) -> str:
-    """The page in docs/results that shows a result."""
+    """Return the page in docs/results that shows a result."""
     mark = f"<!-- result: {name} -->"
     pages = sorted((ROOT / "docs" / "results").glob("*.md"))
     return next(page.name for page in pages if mark in page.read_text("utf-8"))
@@ -131,7 +137,7 @@ _OF_PERFORMANCE = [
 
 
 def region(table: str, folder: Path = RESULTS) -> str:
-    """A table of docs/performance.md, of all results that may be shown."""
+    """Return a table of docs/performance.md, of all results that may be shown."""
     rows: list[dict[str, Any]] = []
     for name in dict.fromkeys(entry["result"] for entry in RATIOS):
         path = folder / f"{name}.json"
@@ -145,7 +151,7 @@ def region(table: str, folder: Path = RESULTS) -> str:
 
 
 def drawn(name: str, result: Result) -> list[dict[str, Any]]:
-    """What a flagship's picture shows, a group a case: times relative to ours and their labels."""
+    """Return the groups of a picture: times relative to ours, with their labels."""
     if name == "engine_cpu":
         return [_engine_group(case) for case in result["cases"]]
     if name == "gpu_engine":
@@ -156,7 +162,7 @@ def drawn(name: str, result: Result) -> list[dict[str, Any]]:
 
 
 def _group(sides: Mapping[str, Iterable[str]], case: Case) -> dict[str, Any]:
-    """A case: ours, and for each other side the fastest of its labels."""
+    """Return a case: ours, and the fastest label of each other side."""
     times = {label: time["p50"] for label, time in case["times"].items()}
     us = {OURS: times[case["ours"]]}
     for side, labels in sides.items():

@@ -16,7 +16,7 @@ _TITLES = {
 
 
 def v4_prepare(result: Result) -> Iterator[str]:
-    """A table a kind over all sizes, what is faster than ours, and further figures."""
+    """Yield a table for each kind over all sizes, faster sides, and further figures."""
     slower = []
     for kind, title in _TITLES.items():
         own = [case for case in result["cases"] if case["kind"] == kind]
@@ -39,7 +39,10 @@ def v4_prepare(result: Result) -> Iterator[str]:
 
 
 def _size_table(cases: Sequence[Case]) -> Table:
-    """Rows and contexts down, sides across; a cell has the figures of all numbers of drafts."""
+    """Return a table with sizes as rows and sides as columns.
+
+    A cell has the figures of all numbers of drafts.
+    """
     first = cases[0]
     columns: list[Column] = [("rows x context", lambda row: _size(row[0]))]
 
@@ -72,7 +75,7 @@ def _size(case: Case) -> str:
 
 
 def _figure(case: Case, *path: str) -> str:
-    """A figure of a case; "-" where it was not measured."""
+    """Return a figure of a case, "-" if it was not measured."""
     for key in path:
         if key not in case:
             return "-"

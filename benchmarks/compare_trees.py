@@ -1,12 +1,12 @@
-"""Our kernels in two checkouts on one GPU, in turn: what a change of the source did to them.
+"""Our kernels in two checkouts on one GPU, in turn: the effect of a change of the source.
 
     python -m benchmarks.compare_trees CHECKOUT --only topk cache_write --rounds 2
 
 Each round runs every benchmark in the other checkout, then in this one, without peers. A case
-counts by the smallest median of its rounds; it has changed where the two differ by more than 3 %,
-or by more than 0.3 us where the older one takes less than 10 us. With --earlier the rounds of an
-earlier result count too, and its other benchmarks are kept.
-Writes compare_trees.json to --out; returns 1 if a case is slower.
+counts by the smallest median of its rounds. It has changed if the two differ by more than 3 %.
+Below 10 us the limit is 0.3 us. With --earlier the rounds of an earlier
+result count too, and its other benchmarks are kept. Writes compare_trees.json to --out; returns 1
+if a case is slower.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SHARE, SHORT_US, SHORT_BELOW_US = 0.03, 0.3, 10.0
 
 
 def medians(tree: Path, module: str, out: Path, quick: bool) -> dict[str, float]:
-    """Microseconds of every own side of every case of one benchmark, run in a checkout."""
+    """Return the microseconds of our side in every case of a benchmark, run in a checkout."""
     command = [sys.executable, "-m", f"benchmarks.{module}", "--out", str(out)]
     command += ["--quick"] if quick else []
     variables = os.environ | {"PYTHONPATH": str(tree)}
@@ -41,7 +41,7 @@ def medians(tree: Path, module: str, out: Path, quick: bool) -> dict[str, float]
 
 
 def compared(before: dict[str, float], after: dict[str, float]) -> list[dict[str, Any]]:
-    """The cases that both checkouts have, with what changed."""
+    """Return the cases of both checkouts, with their changes."""
     entries = []
     for case in before.keys() & after.keys():
         old, new = before[case], after[case]
@@ -52,7 +52,7 @@ def compared(before: dict[str, float], after: dict[str, float]) -> list[dict[str
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run both checkouts in turn; 1 if a case is slower."""
+    """Run both checkouts in turn. Returns 1 if a case is slower."""
     parser = parser_of(__doc__)
     parser.add_argument("baseline", type=Path, help="the other checkout")
     parser.add_argument("--only", nargs="+", default=list(MODULES), metavar="BENCHMARK")

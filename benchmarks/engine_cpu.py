@@ -1,13 +1,13 @@
 """Embedded engine on a CPU against Hugging Face `generate`: same weights, threads and lengths.
 
     python -m benchmarks.engine_cpu            # all; about 20 minutes on 2 cores
-    python -m benchmarks.engine_cpu --skip-hf  # our side alone, where torch is not installed
+    python -m benchmarks.engine_cpu --skip-hf  # our side only, without torch
 
-Prints tokens/s of both sides and their ratio per case, then how the time of a decode step grows
-with the context, next to the indexer's own scan. Writes benchmarks/results/engine_cpu.json.
+Prints tokens/s of both sides and their ratio per case. Then it prints the growth of a decode step
+with the context, and that of the indexer's scan. Writes benchmarks/results/engine_cpu.json.
 
 tokens/s counts new tokens over the whole call, prefill included. Both sides generate greedily
-and never stop early; each has a process of its own, and they take turns.
+and never stop early. Each has its own process, and they take turns.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def compare(
     cases: Sequence[tuple[int, int, int]] = CASES,
     runs: int = RUNS,
 ) -> list[dict[str, Any]]:
-    """tokens/s of each case, the two sides in turn; the first run warms both up."""
+    """Return tokens/s of each case, the two sides in turn. A first round warms both up."""
     rows = []
     for requests, prompt, new in cases:
         case = {"requests": requests, "prompt_tokens": prompt, "new_tokens": new}
@@ -73,7 +73,7 @@ def growth(ours: Worker) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the benchmark; returns 0."""
+    """Run the benchmark. Returns 0."""
     parser = parser_of(__doc__)
     parser.add_argument("--skip-hf", action="store_true", help="leave the baseline out")
     args = parser.parse_args(argv)

@@ -1,21 +1,23 @@
-"""The embedded engine on one GPU beside vLLM: DeepSeek-V3.2's widths, few layers, random weights.
+"""The embedded engine on GPUs and vLLM: DeepSeek-V3.2's widths, random weights.
 
     python -m benchmarks.gpu_engine --rig               # ours, on the test plug-in
     python -m benchmarks.gpu_engine --rig --peer DIR    # then vLLM on the same GPU
-    python -m benchmarks.gpu_engine --rig --batch-invariant     # what that costs, within the hour
+    python -m benchmarks.gpu_engine --rig --batch-invariant     # its cost, within the hour
     python -m benchmarks.gpu_engine --rig --tensor-parallel-size 4 --peer DIR
-    python -m benchmarks.gpu_engine --rig -tp 4 --layers 8 --files /dev/shm   # the start from files
+    python -m benchmarks.gpu_engine --rig -tp 4 --layers 8 --files /dev/shm   # start from files
 
-Token-id prompts of one seed, greedy, no end before the last token; in process, and on one GPU the
-mixed case also over HTTP on our side. DIR has a `run.sh` that answers
-`bench --out FILE.jsonl --scenarios ...` with a record for each case. Writes
-benchmarks/results/gpu_engine.json: a ratio above 1 means that ours is better; the floor is what
-must be read of weights and caches at the copy rate, or multiplied at the rate of the tensor cores;
-and gpu_profile.json: what the kernels of a step are for. With --batch-invariant the peer is ours
-without it, of the same GPU and hour, and the file gpu_engine_invariant.json. On several GPUs the
-model has the shape of DeepSeek-V3.2-REAP-345B, 61 layers of 128 experts, the profile is that of
-rank 0, and the files end with the number of ranks. With --files random weights are written to a
-folder there, the engine starts from them, and gpu_start.json says how long that takes.
+Prompts are token ids of one seed. Answers are greedy and have a fixed length. All runs are in
+process; on one GPU our mixed case also runs over HTTP. DIR has a `run.sh` that answers
+`bench --out FILE.jsonl --scenarios ...` with a record for each case.
+
+Writes benchmarks/results/gpu_engine.json. A ratio above 1 means that ours is better. The floor is
+the time to read weights and caches at the copy rate, or to multiply at the rate of the tensor
+cores. gpu_profile.json has the kernels of a step by purpose. With --batch-invariant the peer is
+ours without it, of the same GPU and hour, and the file is gpu_engine_invariant.json. With --files
+the weights come from a folder there, and gpu_start.json has the time of the start.
+
+On several GPUs the model has the shape of DeepSeek-V3.2-REAP-345B, 61 layers of 128 experts. The
+profile is that of rank 0, and the names of the files end with the number of ranks.
 """
 
 from __future__ import annotations
@@ -58,12 +60,12 @@ CONFIG: dict[str, Any] = {
 }
 TARGET = "benchmarks.workers.gpu_engine:Engine"
 OVER_HTTP = "mixed-64x2k, HTTP"
-# of several GPUs, where a case has another number there
+# target on one GPU -> target on several GPUs
 SEVERAL = {"P21": "P28", "P22": "P29", "P23": "P29"}
 
 
 def gpu_now() -> dict[str, str]:
-    """Which GPU it is and how it is clocked; empty where the driver shows none."""
+    """Return uuid and clocks of the GPU, or {} if the driver shows none."""
     fields = ("uuid", "clocks.sm", "clocks.mem")
     query = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "-i", "0"]
     with contextlib.suppress(OSError):
@@ -74,7 +76,7 @@ def gpu_now() -> dict[str, str]:
 
 
 def over_http(model: str, rig: bool) -> float:
-    """Tokens a second of the mixed case through a server of its own."""
+    """Return tokens a second of the mixed case through a server of its own."""
     module = "benchmarks.workers.rig_serve" if rig else "fd_dsa.serve"
     flags = {k: v for k, v in CONFIG.items() if k != "cudagraph_capture_sizes"}
     flags |= {"load_format": "dummy", "tokenizer": str(demo_model_path()), "port": 0}
@@ -100,7 +102,7 @@ def over_http(model: str, rig: bool) -> float:
 
 
 def measure(engine: Worker, names: Sequence[str]) -> Iterator[tuple[str, float]]:
-    """The figure of each case, as soon as it is there."""
+    """Yield the figure of each case as soon as it is there."""
     engine.call(op="decode", batch=2, prompt=4096, new=16)
     for name in names:
         case, values = CASES[name], []
@@ -113,7 +115,7 @@ def measure(engine: Worker, names: Sequence[str]) -> Iterator[tuple[str, float]]
 def peer_values(
     folder: Path, names: Sequence[str], shape: Shape
 ) -> Iterator[tuple[str, float, dict[str, Any]]]:
-    """vLLM's figures by its own process, as soon as they are there, and when each was taken."""
+    """Yield vLLM's figures and their times, from its own process."""
     model = f"--layers {shape.layers} --dense {shape.dense} --experts {shape.experts}"
     with tempfile.NamedTemporaryFile(suffix=".jsonl") as out:
         command = ["bash", str(folder / "run.sh"), "bench", "--out", out.name]
@@ -130,12 +132,12 @@ def peer_values(
 
 
 def stamp() -> dict[str, Any]:
-    """When a figure was taken, and on what."""
+    """Return time and GPU of a figure."""
     return {"taken": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **gpu_now()}
 
 
 def entry(name: str, ours: float, shape: Shape) -> dict[str, Any]:
-    """One case of the result, without the peer."""
+    """Return the entry of a case, without the peer."""
     case = CASES[name.partition(",")[0]]
     return {
         "case": name,
@@ -151,7 +153,7 @@ def entry(name: str, ours: float, shape: Shape) -> dict[str, Any]:
 
 
 def add_peer(case: dict[str, Any], value: float, taken: dict[str, Any]) -> None:
-    """The peer's figure beside ours."""
+    """Add the peer's figure to a case."""
     less_is_better = FIGURES[CASES[case["case"].partition(",")[0]].kind][2]
     ours = case["ours_value"]
     ratio = value / ours if less_is_better else ours / value
@@ -159,7 +161,7 @@ def add_peer(case: dict[str, Any], value: float, taken: dict[str, Any]) -> None:
 
 
 def show_profile(profile: Mapping[str, Any]) -> None:
-    """The largest kernels of a step."""
+    """Print the largest kernels of a step."""
     print(
         f"  profile: busy {profile['busy_us']:.0f} us of {profile['wall_us']:.0f}, "
         f"{profile['launches']:.0f} launches"
@@ -169,7 +171,7 @@ def show_profile(profile: Mapping[str, Any]) -> None:
 
 
 def measured_before(path: Path) -> dict[str, Any]:
-    """Ours of a result that this GPU gave within the hour.
+    """Return our result, if this GPU gave it within the hour.
 
     Raises:
         SystemExit: it did not.
@@ -201,7 +203,7 @@ def write_profiles(engine: Worker, args: argparse.Namespace, result: Mapping[str
 
 
 def measure_ours(args: argparse.Namespace, names: Sequence[str], path: Path) -> dict[str, Any]:
-    """Our engine's cases and profiles, written as soon as they are there."""
+    """Measure our engine's cases and profiles. Each is written as soon as it is there."""
     ranks = args.tensor_parallel_size
     shape, config = shape_of(ranks, args.layers), CONFIG | {"tensor_parallel_size": ranks}
     result = rig_result(path.stem, args, **shape._asdict())
@@ -259,7 +261,7 @@ def measure_invariant(args: argparse.Namespace, names: Sequence[str]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure and write; returns 0."""
+    """Measure and write. Returns 0."""
     parser = rig_parser(__doc__, is_dry=False, is_split=True)
     parser.add_argument("--peer", type=Path, help="folder with vLLM's run.sh")
     parser.add_argument(

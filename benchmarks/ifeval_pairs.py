@@ -7,11 +7,11 @@
     python -m benchmarks.ifeval_pairs --rig --score-only      # later, elsewhere; build/ is copied
 
 The first pair makes a step's metadata in every layer, then once per step (FastDeploy #7367). The
-second one runs the indexer's projections on one stream, then on two (vLLM #39943); a CPU has one
-stream, so the pair runs on a GPU only. All sides serve with FD_DSA_BATCH_INVARIANT=1, so that no
-answer depends on the requests beside it and a difference can only come from the change. Answers,
-scores and the pages of `accuracy compare` stay in build/ifeval_pairs. A run continues there only on
-the kind of machine and the commit that gave the first answers. Writes
+second pair runs the indexer's projections on one stream, then on two (vLLM #39943). It runs on a
+GPU only, because a CPU has one stream. All sides serve with FD_DSA_BATCH_INVARIANT=1. So an answer
+does not depend on the batch, and a difference can only come from the change. Answers, scores and
+the pages of `accuracy compare` stay in build/ifeval_pairs. A run continues there only on the kind
+of machine and the commit that gave the first answers. Writes
 benchmarks/results/accuracy/ifeval_pairs_cpu.json or ifeval_pairs_gpu.json.
 """
 
@@ -44,7 +44,7 @@ _SAME = ("cpu", "gpu", "commit", "dirty", "python", "paddlepaddle", "numpy", "tr
 
 @contextmanager
 def _server(side: str, rig: bool, log: Path) -> Iterator[str]:
-    """URL of a server in the form of a side; it has ended afterwards."""
+    """Yield the URL of a server in the form of a side. The server ends with the block."""
     form, most_tokens = SIDES[side]
     environ = os.environ | {"FD_DSA_FORM": form, "FD_DSA_BATCH_INVARIANT": "1"}
     if most_tokens is not None:
@@ -118,7 +118,7 @@ def require_same(folder: Path, known: Mapping[str, Any], env: Mapping[str, Any])
 
 
 def compared(before: Path, after: Path, out: Path) -> dict[str, Any]:
-    """The paired verdict of two sides, without the list of settings."""
+    """Return the paired verdict of two sides."""
     _accuracy("compare", before, after, "--out", out)
     found = json.loads((out / "compare.json").read_text())
     return {key: found[key] for key in ("verdict", "prompts", "answers", "metrics", "flips")}

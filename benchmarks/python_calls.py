@@ -21,7 +21,7 @@ CONTEXT, WARM_UP = 64, 5
 
 
 def count_calls() -> Counter[str]:
-    """Calls of a decode step by function, as `file:name` below the package."""
+    """Return calls of a decode step by function, as `file:name` below the package."""
     import numpy as np
 
     import fd_dsa
@@ -42,7 +42,7 @@ def count_calls() -> Counter[str]:
     engine.add_request("0", prompt, SamplingParams(temperature=0, max_tokens=32, ignore_eos=True))
     while not engine.step():
         pass
-    # what is bound and made once is there
+    # bound launches and caches exist after some steps
     for _ in range(WARM_UP):
         engine.step()
     calls: Counter[str] = Counter()
@@ -61,7 +61,7 @@ def count_calls() -> Counter[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the count; returns 0."""
+    """Print the count. Returns 0."""
     parser = parser_of(__doc__)
     parser.add_argument("--baseline", type=Path, help="another checkout")
     parser.add_argument("--by-function", action="store_true", help="the most frequent ones, too")

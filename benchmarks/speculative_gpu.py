@@ -1,18 +1,20 @@
-"""What drafts cost on a GPU: DeepSeek-V3.2's widths, few layers and one for drafts, random weights.
+"""Cost of drafts on a GPU: DeepSeek-V3.2's widths, few layers, random weights.
 
     python -m benchmarks.speculative_gpu --rig                 # on the test plug-in
     python -m benchmarks.speculative_gpu --rig --peer DIR      # then vLLM on the same GPU
     python -m benchmarks.speculative_gpu --dry     # small widths on the CPU: shows that it runs
 
-Decode steps of 1, 8, 32 and 128 rows, greedy, in three engines, each with the GPU for itself:
-without drafts; with one known draft a row; and with the layer for multi-token prediction, whose
-drafts are replaced by the known ones, as random weights accept nothing. A step takes two tokens a
-row, and a ratio is its time over that of a step with one. Known drafts are the tokens of a run
-without drafts; where steps of other sizes round otherwise, random weights soon choose another
-token, and from there on no draft is right, which changes no step's time: `accepted` is the share
-that was, all of them with FD_DSA_BATCH_INVARIANT=1. At the most rows the kernels of a step are
-recorded. DIR has a `run.sh` that runs `python SCRIPT ...` with vLLM's packages, and a
-`vllm_bench.py`. Writes benchmarks/results/speculative_gpu.json.
+Greedy decode steps of 1, 8, 32 and 128 rows run in three engines, each with the GPU for itself. The
+first has no drafts, and the second has one known draft a row. The third runs the layer for
+multi-token prediction too, whose drafts the known ones replace, because random weights accept no
+draft. A step takes two tokens a row. A ratio is its time divided by that of a step with one.
+
+Known drafts are the tokens of a run without drafts. Steps of other sizes may round otherwise, and
+then random weights soon choose another token. From there on every draft is wrong, which changes no
+step's time. `accepted` is the share of right drafts, 1 with FD_DSA_BATCH_INVARIANT=1. At the
+largest number of rows the kernels of a step are recorded. DIR has a `run.sh` that runs `python
+SCRIPT ...` with vLLM's packages, and a `vllm_bench.py`. Writes
+benchmarks/results/speculative_gpu.json.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ METHODS = {"plain": None, "known": "ngram", "mtp": "mtp"}
 
 
 def measure(engine: Worker, rows: Sequence[int], prompt: int, steps: int) -> dict[int, Any]:
-    """Medians of what `Engine.drafted` answers, by rows."""
+    """Return the medians of `Engine.drafted` by rows."""
     engine.call(op="drafted", batch=2, prompt=prompt, steps=8)
     found: dict[int, Any] = {}
     for batch in rows:
@@ -55,7 +57,7 @@ def measure(engine: Worker, rows: Sequence[int], prompt: int, steps: int) -> dic
 def cases_of(
     found: dict[str, dict[int, Any]], rows: Sequence[int], peer: dict[str, float]
 ) -> list[dict[str, Any]]:
-    """Both ways of drafting beside steps without drafts, and beside the peer's where it drafts."""
+    """Return the cases: both ways of drafting, steps without drafts, and the peer's."""
     cases = []
     for way, floors in FLOORS.items():
         for batch in rows:
@@ -77,7 +79,7 @@ def cases_of(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure and write; returns 0."""
+    """Measure and write. Returns 0."""
     parser = rig_parser(__doc__)
     parser.add_argument("--peer", type=Path, help="folder with vLLM's run.sh")
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS)

@@ -1,4 +1,4 @@
-"""One call of every kernel: under ncu, or ten thousand times to see the same bytes.
+"""Calls of every kernel: once for ncu, or ten thousand times to compare the bytes.
 
 `python -m benchmarks.subjects profile MODULE...` makes each call once, warm, between the marks
 that `ncu --profile-from-start off` waits for. `... repeat MODULE... --times N` poisons the
@@ -24,10 +24,10 @@ from benchmarks._torch_device import register
 def subjects_of(
     modules: Sequence[str], failed: list[str]
 ) -> Iterator[tuple[str, Call, list[torch.Tensor]]]:
-    """Label, call and outputs of every subject of these benchmark modules.
+    """Yield label, call and outputs of every subject of these benchmark modules.
 
     Args:
-        modules: of which one that cannot make its subjects is passed over.
+        modules: names. A module that cannot make its subjects is skipped.
         failed: their names are added here.
     """
     register()
@@ -44,7 +44,7 @@ def subjects_of(
 
 
 def profile(modules: Sequence[str]) -> int:
-    """Make every call once between the profiler's marks; prints the labels in that order."""
+    """Make every call once between the profiler's marks, and print the labels in order."""
     failed: list[str] = []
     for label, call, _ in subjects_of(modules, failed):
         # the second call is warm: compiled and loaded
@@ -64,8 +64,8 @@ def repeat(modules: Sequence[str], times: int) -> int:
     """Repeat every call.
 
     Returns:
-        1 if any output ever differs from the first one, or a call fails; 75 if there was no time
-        for all of them; else 0.
+        1 if an output differs from the first one, or a call fails. 75 if there was no time for all
+        calls, else 0.
     """
     failed: list[str] = []
     not_run: list[str] = []
@@ -88,11 +88,11 @@ def repeat(modules: Sequence[str], times: int) -> int:
 
 
 def differing(call: Call, outputs: list[torch.Tensor], times: int, end: float) -> int | None:
-    """How many outputs of so many calls differ from those of the first; None: time was up."""
+    """Count the outputs that differ from those of the first call. None = out of time."""
     first: list[torch.Tensor] = []
     count = torch.zeros((), device="cuda", dtype=torch.int64)
     for n in range(times + 1):
-        # the host is ahead of the device by what a queue holds
+        # the host is ahead of the device by the length of a queue
         if n % 256 == 0 and time.monotonic() > end:
             return None
         poison(*outputs)
@@ -105,7 +105,7 @@ def differing(call: Call, outputs: list[torch.Tensor], times: int, end: float) -
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one of the two; returns the exit status."""
+    """Run one of the two commands. Returns the exit status."""
     parser = parser_of(__doc__)
     parser.add_argument("what", choices=("profile", "repeat"))
     parser.add_argument("modules", nargs="+", help="benchmark modules, for example cache_write")

@@ -93,7 +93,7 @@ _BLOCKS = {255: 2, 168: 3, 128: 4, 96: 5}
 
 
 def tile_forms(shape: Shape) -> dict[str, TileForm]:
-    """The form that scores a shape, and forms that differ from it in one thing; none twice."""
+    """Return the form that scores a shape, and distinct forms that differ in one thing."""
     chosen = form_of(shape)
     forms = {CHOSEN: chosen}
     for registers, blocks in _BLOCKS.items():
@@ -112,7 +112,7 @@ def tile_forms(shape: Shape) -> dict[str, TileForm]:
 
 
 def tune_indexer_logits() -> Iterator[Case]:
-    """Tokens, registers and pages in flight of the indexer's tile kernel."""
+    """Yield forms of the indexer's tile kernel: tokens, registers and pages in flight."""
     chosen = [Shape(h, 1, keys << 10, 2048, True) for h in (64, 32) for keys in (8, 32)]
     chosen += [Shape(64, 1, 8 << 10, 8192, True), Shape(64, 64, 4 << 10, 4)]
     chosen += [Shape(64, 1, 4 << 10), Shape(64, 1, 128 << 10), Shape(64, 32, 4 << 10)]
@@ -143,7 +143,7 @@ _FORMS = (
 def _sparse_mla_sides(
     ours: sparse.Ours, sets: list[sparse.Inputs], heads: int, tokens: int
 ) -> Iterator[tuple[str, list[_gpu.Call]]]:
-    """Calls of the choice, of other forms, and of the chosen form with other splits."""
+    """Yield calls of the selected form, of other forms, and of other splits."""
     fp8, rows = sets[0].fp8, len(ours.partials.lse)
     chosen = form_for(heads, tokens, fp8)
     yield CHOSEN, [ours.call(s, chosen) for s in sets]
@@ -158,7 +158,7 @@ def _sparse_mla_sides(
 
 
 def tune_sparse_mla() -> Iterator[Case]:
-    """Forms of the sparse MLA kernels and numbers of splits."""
+    """Yield forms of the sparse MLA kernels and numbers of splits."""
     records = sparse.record_cache(1 << 20)
     width = sparse.RANK + sparse.ROPE
     latents = torch.randn(1 << 20, width, device="cuda", dtype=torch.bfloat16)
@@ -176,7 +176,7 @@ def tune_sparse_mla() -> Iterator[Case]:
 def _right(
     case: str, sides: Mapping[str, Sequence[_gpu.Call]], inputs: Any, out: Any, most: float
 ) -> Mapping[str, Sequence[_gpu.Call]]:
-    """The forms that run and whose error is at most `most`."""
+    """Return the forms that run and have an error of at most `most`."""
 
     def error(label: str) -> float:
         _gpu.poison(out)
@@ -194,7 +194,7 @@ KERNELS: dict[str, Callable[[], Iterator[Case]]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the times of all forms of the kernels that are named; returns 0."""
+    """Print the times of all forms of the named kernels. Returns 0."""
     parser = parser_of(__doc__)
     parser.add_argument("kernels", nargs="*", metavar="KERNEL", help=", ".join(KERNELS))
     kernels = parser.parse_args(argv).kernels

@@ -61,7 +61,9 @@ class Case:
     """A step: rows of about one context length, each with as many tokens.
 
     Attributes:
-        context, rows, tokens: of a row after the step, of the step, and of a row in the step.
+        context: tokens of a row after the step.
+        rows: rows of the step.
+        tokens: tokens of a row in the step.
         ragged: contexts from half to three halves of that length, instead of some blocks more.
     """
 
@@ -77,7 +79,7 @@ class Case:
         return f"{self.rows} x {self.tokens} at {self.context}{kind}"
 
     def arguments(self) -> tuple[Any, ...]:
-        """What every form takes: configuration, step, offsets and the array of the lists."""
+        """Return the arguments of a form: configuration, step, offsets and the array of lists."""
         rng = np.random.default_rng(self.rows)
         half = self.context // 2
         spread = rng.integers(-half, half + 1, self.rows) if self.ragged else 0
@@ -93,7 +95,7 @@ class Case:
 
 
 def v4_config(rows: int, longest: int, tokens: int) -> V4PrepareConfig:
-    """The sizes of V4-Flash for a step of these rows, in blocks of 256 tokens."""
+    """Return the sizes of V4-Flash for a step of these rows, in blocks of 256 tokens."""
     columns = -(-longest // 256)
     return V4PrepareConfig(
         window_size=128,
@@ -113,14 +115,14 @@ def v4_config(rows: int, longest: int, tokens: int) -> V4PrepareConfig:
 
 
 def cases() -> list[Case]:
-    """All cases; 128 decode rows have ragged contexts, too."""
+    """Return all cases. Those of 128 decode rows also have ragged contexts."""
     decode = [Case(*sizes) for sizes in DECODE]
     ragged = [replace(case, ragged=True) for case in decode if case.rows == 128]
     return [*decode, *ragged, *(Case(*sizes) for sizes in PROMPTS)]
 
 
 def times(case: Case, rounds: int) -> dict[str, dict[str, float]]:
-    """Microseconds of each form, in turns.
+    """Return microseconds of each form, in turns.
 
     Raises:
         AssertionError: two forms wrote other lists.
@@ -144,7 +146,7 @@ def times(case: Case, rounds: int) -> dict[str, dict[str, float]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure all cases; returns 0."""
+    """Measure all cases. Returns 0."""
     parser = parser_of(__doc__)
     parser.add_argument("--rounds", type=int, default=15, help="default: 15")
     args = parser.parse_args(argv)
@@ -153,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = []
     for case in cases():
         sides = times(case, args.rounds)
-        # what else the machine does only adds time
+        # other work of the machine only adds time
         others = min(side["p20"] for label, side in sides.items() if label != OURS)
         ratio = others / sides[OURS]["p20"]
         found.append({"label": case.label, "us": sides, "best_other_over_ours": ratio})

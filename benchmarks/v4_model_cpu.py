@@ -47,7 +47,7 @@ REQUESTS = ((1, 64, 32), (16, 64, 32))
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the benchmark; returns 0."""
+    """Run the benchmark. Returns 0."""
     parser = parser_of(__doc__)
     parser.add_argument("--runs", type=int, default=9, help="rounds that count, of each case")
     args = parser.parse_args(argv)
