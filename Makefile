@@ -86,7 +86,7 @@ bench: $(VENV)/.oracle ## benchmarks on this CPU
 	  $(BIN)/python -m benchmarks.$$name || exit 1; done
 
 # with the Python that holds torch for CUDA, not that of .venv
-bench-gpu: ## tests, benchmarks and profiles of the kernels on one GPU
+bench-gpu: ## tests and benchmarks of the kernels on one GPU
 	$(PYTHON) -m benchmarks.gpu_run $(ARGS)
 
 soak: $(VENV)/.dev ## new random cases for hours; make soak ROUNDS=1 CASES=200 is short

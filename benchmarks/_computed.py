@@ -10,21 +10,16 @@ from benchmarks._harness import RESULTS
 from benchmarks._ratios import headline
 from benchmarks._render import Case, Result, Table
 
-# the two launches of a layer that could be one, the kernels of the shorter or of either, and why
-# they are still two
+# neighbouring launches of a layer that are not joined: the kernels of the shorter or of either
 _PAIRS = (
-    ("the sum of the router's parts, choice of experts", ("splitKreduce",)),
-    ("choice of experts, their groups", ("choose_experts", "group_pairs")),
-    ("SiLU and quantisation, gate and up of dense and shared experts", ("silu_and_mul",)),
-    ("cache writes, the query of MLA", ("write_caches", "prepare_mla_query")),
-    ("sum of the experts, their second GEMM", ("sum_experts",)),
-)
-_WHY = (
-    "the parts are cuBLASLt's, which sums them itself",
-    "an expert's program reads the choices of all tokens",
-    "not tried",
-    "not tried",
-    "a token's experts are in different programs; atomics would lose the order",
+    # sums of cuBLASLt
+    ("splitKreduce",),
+    # a program of the experts reads the choices of all tokens
+    ("choose_experts", "group_pairs"),
+    ("silu_and_mul",),
+    ("write_caches", "prepare_mla_query"),
+    # the experts of a token are in different programs
+    ("sum_experts",),
 )
 
 
@@ -44,8 +39,7 @@ def _saved_us(result: Result, rows: str) -> list[float]:
     """Return the largest saving of each joined pair: the time of its shorter launch."""
     kernels = result["profiles"][rows]["kernels"]
     return [
-        min(us for kernel, us, _ in kernels for name in names if name in kernel)
-        for _, names in _PAIRS
+        min(us for kernel, us, _ in kernels for name in names if name in kernel) for names in _PAIRS
     ]
 
 
@@ -53,23 +47,6 @@ def _launches(result: Result, rows: str) -> int:
     """Return the number of launches of a layer with experts in a decode step."""
     counts = (count for *_, count in result["profiles"][rows]["kernels"])
     return sum(round(count / result["layers"]) for count in counts if count >= result["layers"] - 1)
-
-
-def pairs(result: Result) -> Iterator[str]:
-    """Yield a table of the launches that could be joined."""
-    columns: list[Any] = [("pair", "{pair}")]
-    saved = {rows: _saved_us(result, rows) for rows in ("1", "32")}
-    for rows in saved:
-        columns.append((f"us a step, {rows} row{'s' * (rows != '1')}", f"{{us_{rows}:.1f}}"))
-        columns.append(("of the step", f"{{share_{rows}:.1%}}"))
-    columns.append(("why it was left", "{why}"))
-    found = [
-        {"pair": pair, "why": why}
-        | {f"us_{rows}": us[n] for rows, us in saved.items()}
-        | {f"share_{rows}": us[n] / _step_us(int(rows)) for rows, us in saved.items()}
-        for n, ((pair, _), why) in enumerate(zip(_PAIRS, _WHY, strict=True))
-    ]
-    yield "\n".join(Table(lambda _: found, columns).lines(result))
 
 
 def ifeval(result: Result) -> Iterator[str]:

@@ -135,7 +135,7 @@ def _model(name: str) -> dict[str, Any]:
     return sizes | {
         "moe_layer_bytes": layer["bytes"],
         "others": others,
-        # bytes per GPU with 8 ranks, and the rest of such a GPU; then 16 ranks with a part of the
+        # tensor parallelism of 8, and what it leaves of a GPU; then 16 ranks with a part of the
         # routed experts each
         "bytes_of_8": sizes["bytes"] / 8,
         "left_of_8": 0.9 * 141e9 - sizes["bytes"] / 8,
@@ -190,7 +190,7 @@ def caches() -> dict[str, Any]:
 
 @cache
 def v4() -> dict[str, float]:
-    """Return bytes of DeepSeek-V4-Flash's pools in float32, and those that a token reads."""
+    """Bytes of DeepSeek-V4-Flash's pools in float32."""
     from fd_dsa.cache_formats import V4CacheLayout
     from fd_dsa.models.config_reader import FieldReader
     from fd_dsa.models.deepseek_v4.config import DeepseekV4Config
@@ -221,11 +221,6 @@ def v4() -> dict[str, float]:
         "csa_state": csa.bytes_per_row(),
         "hca_state": hca.bytes_per_row(),
         "states": layout(*flash).bytes_per_row(),
-        # in bfloat16, after 32,768 tokens
-        "read_window": 2 * config.sliding_window * config.head_dim,
-        "read_index": 2 * 32768 // 4 * config.index_head_dim,
-        "read_chosen": 2 * config.index_topk * config.head_dim,
-        "read_hca": 2 * 32768 // 128 * config.head_dim,
     }
 
 
@@ -323,7 +318,7 @@ FACTS: Mapping[str, Any] = _Code(
 
 REGIONS: dict[str, Callable[[], str]] = {
     "other_flags": other_flags,
-    "siege_table": siege_table,
+    "siege_table": lambda: siege_table([*siege().values()][:6]),
     "start_log": start_log,
     "plan_lines": plan_lines,
     "plan_table": plan_table,

@@ -1,18 +1,11 @@
-"""Ratios of groups of cases, and the contents of the pictures of docs/performance.md.
+"""Ratios of groups of cases, and what the pictures of docs/performance.md show of them.
 
-A ratio is the time of the other side divided by ours: above 1 fd_dsa is faster. shown.json lists
-the groups under "ratios", with these fields:
-
-- "result": name of the result.
-- "against": name of the other side.
-- "labels": labels of the other side. The fastest counts.
-- "cases": a key of CASES instead, for results without times of sides.
-- "ours": our label, if it is not the side that serves.
-- "headline", "without_custom_ops": rows of the tables of docs/performance.md.
-- "page": further rows of the result's own page.
-
-A row is [what, where, aim]. A case belongs to it if its fields fit "where": a number between two
-numbers, or a text that begins with a text.
+Every ratio is the time of the other side divided by ours: above 1 fd_dsa is faster. shown.json
+lists them by result under "ratios": "against" names the other side, "labels" are those of which the
+fastest counts (or "cases" is a key of CASES), "ours" is our side where that is not the one that
+serves. The tables "headline" and "without_custom_ops" are those of docs/performance.md. Their rows
+are [what, where]: a case belongs to the group if it has the numbers of "where" from the first to
+the last of two, and texts that begin as there.
 """
 
 from __future__ import annotations
@@ -41,7 +34,7 @@ CASES: dict[str, Callable[[Result], Iterable[float]]] = {
     "engine": lambda result: (case["ratio_p50"] for case in result["cases"]),
     # the share of the engine's tokens per second that the server keeps
     "server": lambda result: (1 - case["servers"][OURS]["loss"] for case in result["cases"]),
-    # gaps without a target, the first side, divided by gaps with a target
+    # gaps of a stream without a target, which comes first, against those with one
     "gaps_with_target": lambda result: (
         result["sides"][0]["gap_ms"]["p99"] / side["gap_ms"]["p99"] for side in result["sides"][1:]
     ),
@@ -75,36 +68,14 @@ def _rows(table: str, result: Result) -> Iterator[dict[str, Any]]:
     """Yield the rows of a table for a result. Groups without a case are omitted."""
     for entry in RATIOS:
         if entry["result"] == result["name"]:
-            for what, where, *aim in entry.get(table, ()):
+            for what, where in entry.get(table, ()):
                 ratios = _of_group(entry, where, result)
                 if ratios:
-                    yield {"what": what, "against": entry["against"], "aim": aim, "ratios": ratios}
+                    yield {"what": what, "against": entry["against"], "ratios": ratios}
 
 
 def _slower(row: Mapping[str, Any]) -> str:
     return f"{sum(ratio < 1 for ratio, _ in row['ratios'])} of {len(row['ratios'])}"
-
-
-def _end(index: int) -> Any:
-    """Make a cell with the smallest or the largest ratio, and its case."""
-    return lambda row: "{} ({})".format(
-        three_digits(row["ratios"][index][0]), row["ratios"][index][1]
-    )
-
-
-_OF_PAGE = [
-    *(("what", "{what}"), ("against", "{against}")),
-    *(("least ratio", _end(0)), ("largest", _end(-1)), ("slower in", _slower)),
-    ("aim", lambda row: "".join(f"{aim:g}" for aim in row["aim"])),
-]
-
-
-def ratios(result: Result) -> Iterator[str]:
-    """Yield the table of a result's own page."""
-    rows = [row for table in ("headline", "page") for row in _rows(table, result)]
-    if rows:
-        yield "Time of the other side divided by ours:"
-        yield "\n".join(Table(lambda _: rows, _OF_PAGE).lines(result))
 
 
 def command_of(name: str) -> str:

@@ -253,7 +253,7 @@ def refusal(result: Result) -> str | None:
 
 
 def ceilings_line(result: Result) -> Iterator[str]:
-    """Yield ceilings, clocks and largest spread of the run."""
+    """The ceilings of the run, and the clocks before and after it."""
     line = "In the same run: copy {copy_bytes_per_s:/1e12:.2f} TB/s read and written, an empty "
     line += "kernel in a graph {node_us:.2f} us"
     found = [
@@ -301,18 +301,24 @@ def _times_columns(result: Result) -> list[Column]:
 def times(result: Result) -> Iterator[str]:
     """Yield all cases, sides and errors of a GPU result, and the missing cases."""
     if result["cases"]:
-        yield from paragraphs(result, [gpu_machine, Table("cases", _times_columns)])
+        yield from paragraphs(result, [gpu_run, Table("cases", _times_columns)])
     yield from run_notes(result)
 
 
-def run_notes(result: Result) -> Iterator[str]:
-    """Yield ceilings, spread and errors of a GPU result, and the missing cases."""
-    cases = result["cases"]
-    if cases:
-        every = [t for case in cases for t in case["times"].values()]
+def gpu_run(result: Result) -> Iterator[str]:
+    """Machine, ceilings and largest spread of a GPU result, in one paragraph."""
+    parts = [*gpu_machine(result)]
+    if result["cases"]:
+        every = [t for case in result["cases"] for t in case["times"].values()]
         spread = max((t["p80"] - t["p20"]) / t["p50"] for t in every)
-        yield f"{next(ceilings_line(result))} Largest spread, p20 to p80: {spread:.1%}."
-    else:
+        parts += [*ceilings_line(result), f"Largest spread, p20 to p80: {spread:.1%}."]
+    yield " ".join(parts)
+
+
+def run_notes(result: Result) -> Iterator[str]:
+    """Errors of a GPU result, and the cases without a time."""
+    cases = result["cases"]
+    if not cases:
         yield "No case was timed."
     errors: dict[str, float] = {}
     left_out = {}

@@ -22,7 +22,7 @@ from benchmarks import _gpu
 from benchmarks._peers import vllm_cache_ops, vllm_writes
 from benchmarks._prepared import MAX_POSITION, ROPE, Launch, angles, as_numpy
 from fd_dsa.cache_formats import INDEX_RECORD_BYTES, LATENT_RECORD_BYTES
-from fd_dsa.ops.cache_write import CacheWriteParams, paddle_impl
+from fd_dsa.ops.cache_write import CacheWriteParams, write_on_host
 from fd_dsa.ops.cache_write.triton_kernel import (
     configuration,
     kernel_arguments,
@@ -114,7 +114,7 @@ class Write(Launch):
         """Return both caches as written by the CPU."""
         caches = as_numpy(*self.outputs)
         inputs = as_numpy(self.kv_a, self.index_k, self.positions, self.slots, angles())
-        paddle_impl.write_caches(*inputs, *caches, params_of(as_numpy(*self.layer.norms)))
+        write_on_host(*inputs, *caches, params_of(as_numpy(*self.layer.norms)))
         return caches
 
     def sides(self, peer: Any) -> dict[str, _gpu.Call]:

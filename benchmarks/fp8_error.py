@@ -13,13 +13,14 @@ the tables of docs/concepts/fp8-cache.md:
 
 from __future__ import annotations
 
+import argparse
 import sys
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from benchmarks._harness import RESULTS, ROOT, environment, parser_of, write_json
+from benchmarks._harness import RESULTS, ROOT, environment, write_json
 from benchmarks.report import region
 from fd_dsa import LLM, SamplingParams
 from fd_dsa.attention import CacheLayout, DSAAttentionBackend, DSABackendConfig
@@ -66,13 +67,13 @@ class Shadowed(DSAAttentionBackend):
         self._shadow: Any = None
         self._selections: tuple[Any, Any] = (None, None)
 
-    def init_attention_metadata(self, forward_meta: Any, *known: Any) -> None:
-        """Initialise both backends."""
-        super().init_attention_metadata(forward_meta, *known)
+    def build_step(self, forward_meta: Any, *known: Any) -> None:
+        """Build the step of both backends."""
+        super().build_step(forward_meta, *known)
         self._shadow = replace(
             forward_meta, caches=self.other_caches, attn_backend=self.other, fd_dsa_step=None
         )
-        self.other.init_attention_metadata(self._shadow, *known)
+        self.other.build_step(self._shadow, *known)
 
     def write(self, *args: Any) -> None:
         """Write into both caches."""
@@ -204,7 +205,7 @@ def retrieval() -> list[dict[str, Any]]:
 
 def main(argv: list[str] | None = None) -> int:
     """Measure and write the result. Returns 0."""
-    parser_of(__doc__).parse_args(argv)
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args(argv)
     measured = layers_and_logits() | {"retrieval": retrieval()}
     RESULT.parent.mkdir(parents=True, exist_ok=True)
     write_json(RESULT, {"name": "fp8_cache", "env": environment()} | measured)

@@ -2,8 +2,8 @@
 
     python -m benchmarks.gpu_run --out DIR --peers DIR --budget-s 560
 
-The sections are ceilings, the library of custom_ops/, correctness, benchmarks, profiles, memory
-checks and repeats, in this order. With --rig they are the tests of the embedded engine on Paddle
+The sections are ceilings, the library of custom_ops/, correctness, benchmarks, memory checks
+and repeats, in this order. With --rig they are the tests of the embedded engine on Paddle
 tensors in CUDA memory, then its benchmarks, with vLLM if --vllm is given.
 
 Every section is a process with its own time limit. Its output is DIR/<section>.log, and after each
@@ -29,13 +29,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from benchmarks import _ncu
 from benchmarks._harness import (
     LIMIT_VARIABLE,
     OUT_OF_TIME,
     ROOT,
     case_line,
-    environment,
     parser_of,
     write_json,
 )
@@ -123,8 +121,7 @@ def sections(args: argparse.Namespace) -> list[Section]:
     quick = (*_PYTEST, "-n", str(args.workers)) if find_spec("xdist") else _PYTEST
     threads = _ONE_THREAD if find_spec("xdist") else {}
     small = threads | _SMALL
-    subjects = (sys.executable, "-m", "benchmarks.subjects")
-    ncu = ("ncu", *_ncu.FLAGS, "--log-file", str(out / "ncu.csv"))
+    repeats = (sys.executable, "-m", "benchmarks.subjects", *BENCHMARKS, "tune")
     # once, not by every process of tests
     library = Section("custom_ops", (sys.executable, "-m", "custom_ops.build_library"), 240)
     return [
@@ -133,12 +130,11 @@ def sections(args: argparse.Namespace) -> list[Section]:
         Section("tests_small", (*quick, "--maxfail=10", *tests), 200, small, True, " passed"),
         Section("tests_all", (*quick, *tests), 400, threads, must_say=" passed"),
         *(module(name, limit_s) for name, limit_s in BENCHMARKS.items()),
-        Section("ncu", (*ncu, *subjects, "profile", *BENCHMARKS), 150),
         checker("memcheck", kernels),
         checker("racecheck", kernels),
         # only custom_ops/ has barriers written by hand
         checker("synccheck", [p for p in kernels if "custom_ops" in p] or kernels),
-        Section("repeats", (*subjects, "repeat", *BENCHMARKS, "tune"), 150),
+        Section("repeats", repeats, 150),
     ]
 
 
@@ -198,10 +194,6 @@ class Run:
             "seconds": round(time.monotonic() - begin, 1),
             "last": text.strip().rpartition("\n")[2][:160],
         }
-        if section.name == "ncu" and (self.out / "ncu.csv").exists():
-            kernels = _ncu.kernels((self.out / "ncu.csv").read_text(errors="replace"), text)
-            result = {"name": "profiles", "env": environment(), "gate": self.gate()}
-            write_json(self.out / "profiles.json", result | {"kernels": kernels})
         self.done[section.name] = entry
         write_json(self._path, self.done)
         return entry
@@ -226,14 +218,14 @@ def _wait(command: Sequence[str], log: Any, variables: Mapping[str, str], limit_
 
 
 def table(run: Run) -> str:
-    """Return a summary of the run: sections, figures, profiles."""
+    """Return a summary of the run: sections and figures."""
     lines = [
         f"{name:<16} {entry['status']:<13} {entry['seconds']:>6.1f} s  {entry['last']}"
         for name, entry in run.done.items()
     ]
     for path in sorted(run.out.glob("*.json")):
         result = json.loads(path.read_text())
-        if result.get("cases") or result.get("kernels") or result.get("failed"):
+        if result.get("cases") or result.get("failed"):
             lines.append(f"-- {path.stem} (gate {result['gate']}) {result.get('error', '')}")
         lines += [f"failed: {name}: {why}" for name, why in result.get("failed", {}).items()]
         lines += [f"not run: {', '.join(result['not_run'])}"] if result.get("not_run") else []

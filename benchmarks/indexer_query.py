@@ -18,9 +18,9 @@ import torch
 from benchmarks import _gpu, _peers
 from benchmarks._prepared import MAX_POSITION, ROPE, Launch, angles, as_numpy
 from fd_dsa.ops.query import prepare_on_host
-from fd_dsa.ops.query.triton_kernel import (
-    configuration,
-    kernel_arguments,
+from fd_dsa.ops.query_kernels import (
+    indexer_configuration,
+    indexer_query_arguments,
     prepare_query_kernel,
 )
 
@@ -57,7 +57,7 @@ class Query(Launch):
             torch.empty_like(self.q, dtype=torch.float8_e4m3fn),
             torch.empty_like(self.weights, dtype=torch.float32),
         )
-        self.chosen = configuration(num_tokens * heads)
+        self.chosen = indexer_configuration(num_tokens * heads)
         self._options: dict[str, Any] = {"rope_interleave": False, "quantized": True}
         self._options |= {"hadamard": False, "scale_fmt": "ue8m0"}
         self._options["weights_scale"] = DIM**-0.5 * heads**-0.5
@@ -70,7 +70,7 @@ class Query(Launch):
     def arguments(self, positions: Any, cos_sin: torch.Tensor, **variant: Any) -> dict[str, Any]:
         """Return the arguments by name. A variant is a keyword of the operator."""
         inputs = self.q, self.weights, positions, cos_sin, self.outputs
-        return kernel_arguments(*inputs, **self._options | variant)
+        return indexer_query_arguments(*inputs, **self._options | variant)
 
     def expected(self, **variant: Any) -> tuple[np.ndarray, np.ndarray]:
         """Return bits of the codes, and folded weights."""

@@ -19,10 +19,10 @@ import torch
 from benchmarks import _gpu
 from benchmarks._prepared import MAX_POSITION, ROPE, Launch, angles, as_numpy
 from fd_dsa.ops.mla_query import prepare_on_host
-from fd_dsa.ops.mla_query.triton_kernel import (
-    BLOCK_ROWS,
-    NUM_WARPS,
-    kernel_arguments,
+from fd_dsa.ops.query_kernels import (
+    MLA_BLOCK_ROWS,
+    MLA_NUM_WARPS,
+    mla_query_arguments,
     prepare_mla_query_kernel,
 )
 
@@ -32,7 +32,7 @@ RANK, NOPE = 512, 128
 class Query(Launch):
     """The query of all heads, as a layer has its parts."""
 
-    kernel, chosen = prepare_mla_query_kernel, (BLOCK_ROWS, NUM_WARPS)
+    kernel, chosen = prepare_mla_query_kernel, (MLA_BLOCK_ROWS, MLA_NUM_WARPS)
     candidates = (
         *((1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4)),
         *((8, 2), (8, 4), (16, 4), (16, 8)),
@@ -61,7 +61,7 @@ class Query(Launch):
 
     def arguments(self, positions: Any, cos_sin: torch.Tensor) -> dict[str, Any]:
         """Return the kernel's arguments by name."""
-        return kernel_arguments(self.latent, self.pe, positions, cos_sin, *self.outputs)
+        return mla_query_arguments(self.latent, self.pe, positions, cos_sin, *self.outputs)
 
     def expected(self) -> list[np.ndarray]:
         """Return the query as made by the CPU."""

@@ -136,7 +136,7 @@ class Prompts:
 def fill_latents(cache: Any) -> None:
     """Write records of normal latents to every slot."""
     from fd_dsa.device.upload import Upload
-    from fd_dsa.ops.cache_write.paddle_impl import bfloat16_bits
+    from fd_dsa.ops.cache_write import bfloat16_bits
     from fd_dsa.ops.fp8 import encode_e4m3
 
     rng, shape = np.random.default_rng(1), tuple(cache.shape)

@@ -26,8 +26,6 @@ from benchmarks._render import FUNCTIONS, paragraphs, refusal
 FUNCTIONS.update(vars(_render) | vars(_notes) | vars(_ratios) | vars(_v4_shown) | vars(_computed))
 DOCS = ROOT / "docs"
 IMAGES = DOCS / "img"
-# regions of shown.json that show a result under another name: region -> result
-_SHOWN_AS = SHOWN["regions"]
 _REGION = re.compile(r"<!-- result: (\w+) -->\n(.*?)<!-- end -->\n", re.DOTALL)
 
 
@@ -48,7 +46,7 @@ def region(name: str, folder: Path = RESULTS) -> str:
         return REGIONS[name]()
     if name in _ratios.TABLES:
         return _ratios.region(name, folder)
-    path = next(folder.rglob(f"{_SHOWN_AS.get(name, name)}.json"), None)
+    path = next(folder.rglob(f"{name}.json"), None)
     if path is None:
         return "Not measured yet.\n"
     result = json.loads(path.read_text())

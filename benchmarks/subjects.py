@@ -1,8 +1,9 @@
-"""Calls of every kernel: once for ncu, or ten thousand times to compare the bytes.
+"""Ten thousand calls of every kernel: a difference between their outputs is a race.
 
-`python -m benchmarks.subjects profile MODULE...` makes each call once, warm, between the marks
-that `ncu --profile-from-start off` waits for. `... repeat MODULE... --times N` poisons the
-outputs, calls, and compares with the first result, N times; a difference is a race.
+    python -m benchmarks.subjects MODULE... --times N
+
+Each call of a benchmark module is repeated N times over poisoned outputs, and every result is
+compared with the first one.
 """
 
 from __future__ import annotations
@@ -41,23 +42,6 @@ def subjects_of(
             continue
         for label, (call, outputs) in found.items():
             yield f"{name}: {label}", call, outputs
-
-
-def profile(modules: Sequence[str]) -> int:
-    """Make every call once between the profiler's marks, and print the labels in order."""
-    failed: list[str] = []
-    for label, call, _ in subjects_of(modules, failed):
-        # the second call is warm: compiled and loaded
-        call()
-        torch.cuda.synchronize()
-        print(f"subject {label}", flush=True)
-        torch.cuda.profiler.start()
-        torch.cuda.nvtx.range_push(label)
-        call()
-        torch.cuda.nvtx.range_pop()
-        torch.cuda.synchronize()
-        torch.cuda.profiler.stop()
-    return int(bool(failed))
 
 
 def repeat(modules: Sequence[str], times: int) -> int:
@@ -105,14 +89,11 @@ def differing(call: Call, outputs: list[torch.Tensor], times: int, end: float) -
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one of the two commands. Returns the exit status."""
+    """Repeat the calls. Returns the exit status."""
     parser = parser_of(__doc__)
-    parser.add_argument("what", choices=("profile", "repeat"))
     parser.add_argument("modules", nargs="+", help="benchmark modules, for example cache_write")
     parser.add_argument("--times", type=int, default=10_000)
     args = parser.parse_args(argv)
-    if args.what == "profile":
-        return profile(args.modules)
     return repeat(args.modules, args.times)
 
 

@@ -68,7 +68,7 @@ def _projections(count: int) -> list[Both]:
 
 def tune_projections() -> Iterator[Case]:
     """Yield the tilings of `project_indexer`: all of them around the limit of split sums."""
-    limit = projection.MOST_SPLIT_TOKENS
+    limit = projection.MAX_SPLIT_TOKENS
     copies = _projections(_gpu.num_sets(2 * _HIDDEN * (_KEYS + _HEADS)))
     for tokens in (1, 16, 32, 64, 128, 256, 512, 1024, 2048):
         x, tried = _hidden_states(tokens), (*SPLIT, *WHOLE) if tokens <= 2 * limit else WHOLE

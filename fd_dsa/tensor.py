@@ -10,6 +10,11 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol, TypeAlias, Union
 
 import numpy as np
+import numpy.typing as npt
+
+Float32: TypeAlias = npt.NDArray[np.float32]
+Float64: TypeAlias = npt.NDArray[np.float64]
+Int64: TypeAlias = npt.NDArray[np.int64]
 
 
 class Place(Protocol):

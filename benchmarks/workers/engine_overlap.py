@@ -36,12 +36,13 @@ class Engine(gpu_engine.Engine):
         for name, most in ((ONE, 0), (TWO, 1 << 30)):
             if sizes:
                 from fd_dsa.runner.step_graphs import PaddleCapture
+                from fd_dsa.startup.capture import capture_graphs
                 from fd_dsa.triton_runtime import warming
 
                 overlap = runner.attn_backends[0].overlap
                 overlap.max_tokens = most
                 with warming(), overlap.as_captured():
-                    runner.capture_graphs(sizes, PaddleCapture)
+                    capture_graphs(runner, sizes, PaddleCapture)
             self._graphs[name] = runner.graphs
         return {"sizes": sizes}
 

@@ -14,6 +14,7 @@ import numpy as np
 from benchmarks._harness import random_prompts
 from fd_dsa import LLM, SamplingParams
 from fd_dsa.config import EngineConfig
+from fd_dsa.engine.batch import ScheduledBatch
 from fd_dsa.startup.build import build_engine
 
 # number of timed decode steps, and of timed scans
@@ -28,7 +29,6 @@ _PARTS = {
     "metadata": "runner.initialize_forward_meta",
     "sampling and outputs": "_append",
     "sampling": "_sampler.sample",
-    "metrics": "metrics.count_step",
 }
 
 
@@ -110,6 +110,9 @@ class Engine:
                 names, _, last = path.rpartition(".")
                 owner = attrgetter(names)(self.engine) if names else self.engine
                 setattr(owner, last, _timed(self._seconds, part, getattr(owner, last)))
+            # every step has a new batch
+            timed = _timed(self._seconds, "metrics", ScheduledBatch.record_latencies)
+            setattr(ScheduledBatch, "record_latencies", timed)  # noqa: B010
         found = []
         with self._decoding(requests, context, steps, sampling):
             for _ in range(steps):
@@ -123,8 +126,8 @@ class Engine:
         import paddle
 
         from fd_dsa.ops.arrays import Scratch
-        from fd_dsa.ops.logits.paddle_impl import PagedUnits, score_paged
-        from fd_dsa.ops.topk.paddle_impl import select_positions
+        from fd_dsa.ops.logits.host_scores import PagedUnits, score_paged
+        from fd_dsa.ops.topk import select_positions
 
         runner = self.engine.runner
         config, block = runner.model.config, runner.input_batch.block_size

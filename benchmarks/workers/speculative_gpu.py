@@ -26,7 +26,7 @@ class KnownDrafts:
     """
 
     # it knows which of its drafts stand, so how long an output is whose tokens are on their way
-    is_layer, usual_rate = True, 0.85
+    is_layer, prior_acceptance_rate = True, 0.85
 
     def __init__(self, drafter: Any) -> None:
         self._drafter = drafter
@@ -36,7 +36,7 @@ class KnownDrafts:
 
     def propose(self, step: Any, counts: Mapping[Any, int]) -> dict[Any, Any]:
         """Propose one token for each request."""
-        from fd_dsa.engine.draft_state import Drafts
+        from fd_dsa.engine.batch import Drafts
 
         if self._drafter is not None:
             self._drafter.propose(step, counts)

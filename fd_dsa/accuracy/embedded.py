@@ -54,7 +54,7 @@ class SingleSequenceRunner:
         with paddle.no_grad():
             runner.initialize_forward_meta()
             meta = runner.forward_meta
-            hidden = runner.model(meta.ids_remove_padding, meta)
+            hidden = runner.model(meta.token_ids, meta)
         self.length = end
         return hidden
 

@@ -16,7 +16,13 @@ from fd_dsa.attention.config import DSABackendConfig
 from fd_dsa.attention.host import HostAttention
 from fd_dsa.attention.indexer import Indexer
 from fd_dsa.attention.overlap import IndexerOverlap
-from fd_dsa.attention.protocol import BackendStep, HostLengths, MlaLayer, WrittenLayer
+from fd_dsa.attention.protocol import (
+    BackendStep,
+    FilledStep,
+    HostLengths,
+    MlaLayer,
+    WrittenLayer,
+)
 from fd_dsa.device.allocation import Allocate, Array
 from fd_dsa.errors import ConfigError, KernelUnavailable, MissingStepError
 from fd_dsa.ops.arrays import check_shape
@@ -44,7 +50,7 @@ def cache_of(forward_meta: BackendStep, index: int) -> Array:
     return caches[index]
 
 
-def step_inputs(forward_meta: BackendStep) -> tuple[Array, ...]:
+def step_inputs(forward_meta: FilledStep) -> tuple[Array, ...]:
     """Return the four arrays of a step that the runner has filled.
 
     Raises:
@@ -137,7 +143,7 @@ class DSAAttentionBackend:
 
     def init_attention_metadata(
         self,
-        forward_meta: BackendStep,
+        forward_meta: FilledStep,
         hints: StepHints | None = None,
         host_lengths: HostLengths | None = None,
     ) -> None:

@@ -17,10 +17,10 @@ from fd_dsa.attention.config import DSABackendConfig
 from fd_dsa.attention.protocol import HostLengths, MlaLayer
 from fd_dsa.device.allocation import Allocate
 from fd_dsa.device.staging import StagedInputs
+from fd_dsa.ops.arrays import rows_at
 from fd_dsa.ops.device_matrix import DeviceMatrix
 from fd_dsa.ops.fixed_order import why_not_by_rows
 from fd_dsa.ops.head_gemm import empty_heads
-from fd_dsa.ops.linear import rows_at
 from fd_dsa.ops.mla.prompt import (
     Group,
     attend_prompts,

@@ -33,15 +33,13 @@ from fd_dsa.attention.tensor_core_attention import TensorCoreAttention
 from fd_dsa.device.allocation import CACHED_VIEWS, Allocate
 from fd_dsa.device.transfers import transfers_for
 from fd_dsa.errors import KernelUnavailable
-from fd_dsa.ops.arrays import check_shape
+from fd_dsa.ops.arrays import check_shape, values_of
 from fd_dsa.ops.cache_write import CacheWriteParams
 from fd_dsa.ops.cache_write.triton_kernel import write_caches
-from fd_dsa.ops.linear import values_of
 from fd_dsa.ops.logits import tile_forms
 from fd_dsa.ops.mla import tensor_core
 from fd_dsa.ops.mla.custom_op import choose_attention, kind_for
 from fd_dsa.ops.mla.triton_kernel import attend_slots
-from fd_dsa.ops.mla_query.triton_kernel import prepare_mla_query
 from fd_dsa.ops.providers import (
     CUSTOM_OP,
     TENSOR_CORE,
@@ -52,7 +50,7 @@ from fd_dsa.ops.providers import (
     refuse,
     settle,
 )
-from fd_dsa.ops.query.triton_kernel import prepare_indexer_query
+from fd_dsa.ops.query_kernels import prepare_indexer_query, prepare_mla_query
 from fd_dsa.ops.topk.custom_op import slot_selector
 from fd_dsa.step import ForwardMeta
 from fd_dsa.tensor import Tensor

@@ -14,14 +14,14 @@ from fd_dsa.attention.step_plan import StepPlan
 from fd_dsa.device.allocation import Array
 from fd_dsa.device.host_tensor import as_tensor
 from fd_dsa.ops.arrays import Scratch, as_numpy, check_shape
-from fd_dsa.ops.cache_write import CacheWriteParams, write_caches
-from fd_dsa.ops.cache_write.paddle_impl import store_keys
-from fd_dsa.ops.logits.paddle_impl import score_gathered, score_paged
-from fd_dsa.ops.mla.paddle_impl import attend_dense, attend_gathered
+from fd_dsa.ops.cache_write import CacheWriteParams, store_keys, write_caches
+from fd_dsa.ops.host_rows import rotate_
+from fd_dsa.ops.key_bounds import positions_to_slots
+from fd_dsa.ops.logits.host_scores import score_gathered, score_paged
+from fd_dsa.ops.mla import attend_dense, attend_gathered
 from fd_dsa.ops.providers import settle
 from fd_dsa.ops.query import prepare_on_host
-from fd_dsa.ops.rotations import rotate_
-from fd_dsa.ops.topk.paddle_impl import positions_to_slots, select_positions
+from fd_dsa.ops.topk import select_positions
 from fd_dsa.step import ForwardMeta
 
 if TYPE_CHECKING:

@@ -1,7 +1,7 @@
 """Interfaces of an attention backend to the runner, to a step and to layers.
 
     runner     once               allocate_caches
-               once a step        init_attention_metadata
+               once a step        build_step
     layer      once a step        forward
     backend    inside of forward  the projections of the layer
 
@@ -25,7 +25,7 @@ from fd_dsa.ops.linear import Linear
 from fd_dsa.step import ForwardMeta, StepHints
 
 HostLengths = tuple[np.ndarray, ...]
-"""`seq_lens_encoder`, `seq_lens_decoder` and `seq_lens_this_time` in host memory, int32 [B]."""
+"""Prefill chunk, computed and scheduled tokens of each row in host memory, int32 [B]."""
 
 
 class SelectionRecorder(Protocol):
@@ -36,11 +36,9 @@ class SelectionRecorder(Protocol):
 
 
 class BackendStep(Protocol):
-    """Step as attention backends see it. B = number of rows of the step.
+    """Step as attention backends see it.
 
     Attributes:
-        seq_lens_encoder, seq_lens_decoder, seq_lens_this_time: int32 [B].
-        block_tables: int32 [B, max_blocks_per_seq].
         position_ids, slot_mapping, indexer_attn_mask_offsets: set by the backend, see ForwardMeta.
         fd_dsa_step: metadata of the step, set by the backend.
     """
@@ -51,24 +49,22 @@ class BackendStep(Protocol):
     fd_dsa_step: ForwardMeta | None
 
     @property
-    def seq_lens_encoder(self) -> Array:
-        """New prefill tokens of each row."""
-
-    @property
-    def seq_lens_decoder(self) -> Array:
-        """Tokens of each row in the cache."""
-
-    @property
-    def seq_lens_this_time(self) -> Array:
-        """Tokens of each row in the step."""
-
-    @property
-    def block_tables(self) -> Array:
-        """Physical blocks of each row, -1 = unused."""
-
-    @property
     def caches(self) -> Sequence[Any]:
         """Caches of all layers, in the form that the backend allocates."""
+
+
+class FilledStep(BackendStep, Protocol):
+    """Step of a foreign runner, which has filled the four arrays. B = number of rows.
+
+    Attributes:
+        seq_lens_encoder, seq_lens_decoder, seq_lens_this_time: int32 [B]; see ForwardMeta.
+        block_tables: int32 [B, max_blocks_per_seq].
+    """
+
+    seq_lens_encoder: Array
+    seq_lens_decoder: Array
+    seq_lens_this_time: Array
+    block_tables: Array
 
 
 class LayerStep(BackendStep, Protocol):
@@ -101,9 +97,10 @@ class AttentionBackend(Protocol):
             has_indexer: for each layer, whether it selects keys itself.
         """
 
-    def init_attention_metadata(
+    def build_step(
         self,
         forward_meta: BackendStep,
+        inputs: Sequence[Array],
         hints: StepHints | None = None,
         host_lengths: HostLengths | None = None,
     ) -> None:
@@ -111,6 +108,7 @@ class AttentionBackend(Protocol):
 
         Args:
             forward_meta: step, which every layer is called with.
+            inputs: the four arrays of `StepMetadataBuilder.build`, in its order.
             hints: counts that the host knows of the step.
             host_lengths: lengths of its rows, if the host knows them.
 

@@ -19,11 +19,10 @@ import numpy as np
 from fd_dsa.attention.config import DSABackendConfig
 from fd_dsa.device.host_tensor import as_tensor
 from fd_dsa.ops.arrays import as_numpy
-from fd_dsa.ops.cache_write.paddle_impl import places
+from fd_dsa.ops.cache_write import places
 from fd_dsa.ops.fixed_order import fixed_order
-from fd_dsa.ops.key_bounds import key_bounds
-from fd_dsa.ops.logits.paddle_impl import PagedUnits
-from fd_dsa.ops.topk.paddle_impl import positions_to_slots
+from fd_dsa.ops.key_bounds import key_bounds, positions_to_slots
+from fd_dsa.ops.logits.host_scores import PagedUnits
 from fd_dsa.step import ForwardMeta
 
 TILE_VALUES = 8 << 20

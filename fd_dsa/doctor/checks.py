@@ -12,7 +12,7 @@ from fd_dsa.ops.cache_probes import CASES, TENSOR_CORE_CASES
 from fd_dsa.ops.probes import Case, Memory, Outputs, require
 from fd_dsa.ops.providers import (
     CUSTOM_OP,
-    PADDLE,
+    NUMPY,
     TENSOR_CORE,
     VARIABLE,
     function,
@@ -87,7 +87,7 @@ def check_float32(device: str) -> dict[str, Any]:
     except Exception as error:
         detail = describe_error(error).removeprefix("CheckFailed: ")
     milliseconds = 1e3 * (time.perf_counter() - begin)
-    return _row("float32 GEMM", device, PADDLE, "no TF32", detail, milliseconds, True)
+    return _row("float32 GEMM", device, "paddle", "no TF32", detail, milliseconds, True)
 
 
 def _row(
@@ -147,7 +147,7 @@ def _checked(
             list(results)
         else:
             _compare(host, out)
-        if provider == PADDLE:
+        if provider == NUMPY:
             host.update(out)
     except Exception as error:
         detail = describe_error(error).removeprefix("CheckFailed: ")

@@ -1,4 +1,4 @@
-"""Names of arguments: errors of wrong calls that say which argument was meant."""
+"""Errors of wrong calls, with hints at the arguments that were meant."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ FORM_HINTS: Mapping[str, str] = {
     "structural_tag": "write grammar",
     "whitespace_pattern": "leave it out, white space in JSON is bounded",
 }
-"""As `SAMPLING_HINTS`, for StructuredOutputsParams."""
+"""The same for StructuredOutputsParams."""
 
 LLM_HINTS: Mapping[str, str] = {
     **dict.fromkeys(("api_key", "host", "port"), _SERVER),
@@ -103,7 +103,7 @@ LLM_HINTS: Mapping[str, str] = {
     "structured_outputs_config": "leave it out, llguidance serves every form",
     "trust_remote_code": "leave it out, no Python file of a folder is run",
 }
-"""As `SAMPLING_HINTS`, for LLM."""
+"""The same for LLM."""
 
 CALL_HINTS: Mapping[str, str] = {
     **dict.fromkeys(("add_generation_prompt", "prefix"), "write continue_final_message"),
@@ -124,7 +124,7 @@ CALL_HINTS: Mapping[str, str] = {
     "tool_choice": "leave tools out for no call; the server's chat completions take tool_choice",
     "use_tqdm": "leave it out, no progress is printed; stream=True gives outputs as they come",
 }
-"""As `SAMPLING_HINTS`, for LLM.generate and LLM.chat."""
+"""The same for LLM.generate and LLM.chat."""
 
 
 def explain_calls(
@@ -132,7 +132,7 @@ def explain_calls(
 ) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
     """Decorate a function so that a call which does not fit its signature raises ArgumentError.
 
-    Calls that fit cost nothing more: the signature is read only after a TypeError.
+    The signature is read only after a TypeError, so calls that fit take no more time.
 
     Args:
         hints: names that callers of other libraries write, and what to write here.
@@ -192,12 +192,12 @@ def _refusal(
     ]
     if len(args) > len(placed):
         # the first one is self
-        most = len(placed) - 1
+        num_placed = len(placed) - 1
         named = ", ".join(name for name in names if name not in placed) or "those of the others"
         return argument_error(
-            f"argument {most + 1}",
+            f"argument {num_placed + 1}",
             args[len(placed)],
-            f"given by its name, since {owner} takes {most} without one",
+            f"given by its name, since {owner} takes {num_placed} without one",
             f"write NAME=VALUE; the names are {named}",
         )
     for name in placed[: len(args)]:

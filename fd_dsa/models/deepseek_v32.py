@@ -15,8 +15,7 @@ from fd_dsa.models.moe import DeepseekMLP, DeepseekMoE
 from fd_dsa.models.rope import cos_sin_table
 from fd_dsa.models.sources import MTP_EMBEDDING, MTP_HEAD, MTP_JOIN, WeightLoader
 from fd_dsa.models.weights_protocol import Weights
-from fd_dsa.ops.arrays import as_numpy
-from fd_dsa.ops.linear import rows_at, values_of
+from fd_dsa.ops.arrays import as_numpy, rows_at, values_of
 
 
 class DeepseekV32DecoderLayer:
@@ -155,15 +154,15 @@ class DeepseekV32ForCausalLM:
         """Function that fills the place of each tensor of a checkpoint, by name."""
         return self._weights.loaders
 
-    def __call__(self, ids_remove_padding: Array, forward_meta: LayerStep) -> Array:
+    def __call__(self, token_ids: Array, forward_meta: LayerStep) -> Array:
         """Return hidden states after the last norm, [num_tokens, hidden_size].
 
         Args:
-            ids_remove_padding: int64, on a device also int32, [num_tokens], rows back to back.
+            token_ids: int64, on a device also int32, [num_tokens], rows back to back.
             forward_meta: step of the runner, after `init_attention_metadata`. Its `selections`
                 record the selection of every layer, None = no recording.
         """
-        hidden_states = rows_at(self.embed_tokens, ids_remove_padding)
+        hidden_states = rows_at(self.embed_tokens, token_ids)
         cos_sin = rows_at(self.cos_sin, forward_meta.position_ids)
         change, indices, selections = None, None, forward_meta.selections
         for layer in self.layers:

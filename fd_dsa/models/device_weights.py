@@ -14,7 +14,7 @@ from fd_dsa.distributed import Group, SingleGroup
 from fd_dsa.models.dequantize import BLOCK, num_blocks
 from fd_dsa.models.sources import RandomTensor, SourceTensor, WeightLoader
 from fd_dsa.models.weights import halves_of_heads
-from fd_dsa.ops.cache_write.paddle_impl import bfloat16_bits
+from fd_dsa.ops.cache_write import bfloat16_bits
 from fd_dsa.ops.device_matrix import DeviceMatrix, DeviceNorm
 from fd_dsa.ops.fill_kernels import fill_constant, fill_random
 from fd_dsa.tensor import Tensor

@@ -13,7 +13,6 @@ from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.dequantize import BLOCK
 from fd_dsa.models.weights_protocol import Weights
 from fd_dsa.ops.cache_write import CacheWriteParams
-from fd_dsa.ops.linear import linear
 
 
 def down_projections(config: ModelConfig, prefix: str, fp8: Collection[str]) -> dict[str, int]:
@@ -37,6 +36,11 @@ def down_projections(config: ModelConfig, prefix: str, fp8: Collection[str]) -> 
     if config.attention_bias or not ends_at_blocks or not all(name in fp8 for name in parts):
         del parts[f"{prefix}indexer.wk.weight"]
     return parts
+
+
+def _biased(y: Array, bias: Array | None) -> Array:
+    """Return y [num_tokens, out] plus a bias [out], or y if there is none."""
+    return y if bias is None else y + bias
 
 
 class DeepseekV32DSAAttention:
@@ -106,7 +110,7 @@ class DeepseekV32DSAAttention:
         values, indices = forward_meta.attn_backend.forward(
             self, hidden_states, cos_sin, forward_meta, shared_indices
         )
-        return linear(values, self.o_proj, self.o_bias), indices
+        return _biased(self.o_proj.times(values), self.o_bias), indices
 
     def cache_write_params(self, layout: CacheLayout) -> CacheWriteParams:
         """Return the norms and the format with which the layer writes its keys."""
@@ -129,7 +133,7 @@ class DeepseekV32DSAAttention:
             The latent of the queries, normed, then the keys for `write_caches`, neither normed nor
             rotated. The index key is None if the indexer projects it itself.
         """
-        qkv = linear(hidden_states, self.qkv_a_proj, self.qkv_a_bias)
+        qkv = _biased(self.qkv_a_proj.times(hidden_states), self.qkv_a_bias)
         rank, begin = self.q_lora_rank, self._kv_begin
         index_k = qkv[:, rank:begin] if begin > rank else None
         return self.q_a_layernorm.of(qkv[:, :rank]), qkv[:, begin:], index_k

@@ -9,8 +9,8 @@ import numpy as np
 
 from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.weights_protocol import Weights
+from fd_dsa.ops.arrays import values_of
 from fd_dsa.ops.host_gemm import HostMatrix, times_of_spans
-from fd_dsa.ops.linear import values_of
 from fd_dsa.tensor import Array, Tensor
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from fd_dsa.errors import CheckpointError
 from fd_dsa.models.moe import gated
 from fd_dsa.models.sources import SourceTensor, WeightLoader
 from fd_dsa.ops.host_gemm import HostMatrix
-from fd_dsa.ops.norm import HostNorm
+from fd_dsa.ops.host_rows import HostNorm
 
 
 class HostWeights:

@@ -1,4 +1,4 @@
-"""Arguments of the calls of LLM: from every allowed form to the one of the engine."""
+"""Arguments of the calls of LLM, converted from every allowed form to that of the engine."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any, get_args
 
 import numpy as np
 
-from fd_dsa.chat.parser import AUTO, AnswerFormat, find_tool_format, has_reasoning, opens_reasoning
-from fd_dsa.chat.template import RESERVED, Role
+from fd_dsa.chat.parser import AnswerFormat
+from fd_dsa.chat.template import RESERVED, Role, opens_reasoning
 from fd_dsa.engine.reasoning import Reasoning
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.tokenizer import Tokenizer
@@ -164,9 +164,9 @@ def place_of(name: str, index: int, count: int) -> str:
 
 @contextlib.contextmanager
 def naming(place: str) -> Iterator[None]:
-    """Put the argument in front of an error that its value causes.
+    """Put the name of an argument before the error that its value causes.
 
-    Errors about an argument of SamplingParams begin with the name of that one already.
+    Errors about an argument of SamplingParams have a name already.
     """
     try:
         yield
@@ -185,27 +185,29 @@ def for_chat(
     prompt: str,
     continued: Message | None,
 ) -> SamplingParams:
-    """Add the markers that separate the parts of an answer.
+    """Add the markers that separate the parts of an answer, if it has several parts.
 
     Args:
-        prompt: its markers show if the answer begins in the reasoning.
-        continued: the message that the answer continues.
+        params: parameters of the request.
+        tokenizer: tokenizer of the model.
+        has_tools: True if the model may call tools.
+        prompt: text of the prompt, whose markers show if the answer begins in the reasoning.
+        continued: message that the answer continues, or None.
     """
     renderer = tokenizer.chat_renderer
     if renderer is None:
         return params
-    source, formats = renderer.source, renderer.family_formats
-    tool_format = find_tool_format(AUTO, source, formats) if has_tools else None
-    answer = AnswerFormat(has_reasoning(AUTO, source), tool_format=tool_format)
-    reasoning = params.reasoning
-    if answer.has_reasoning and reasoning is None:
-        in_reasoning = opens_reasoning(prompt, continued)
-        reasoning = Reasoning.of(replace(answer, in_reasoning=in_reasoning))
+    has_reasoning = renderer.has_reasoning()
+    tool_format = renderer.tool_format() if has_tools else None
+    if not has_reasoning and tool_format is None:
+        return params
+    in_reasoning = opens_reasoning(prompt, continued)
+    answer = AnswerFormat(has_reasoning, in_reasoning, tool_format)
     kept = frozenset(tokenizer.special_ids_of(answer.markers).values())
     return replace(
         params,
         kept_special_token_ids=params.kept_special_token_ids | kept,
-        reasoning=reasoning,
+        reasoning=Reasoning.of(answer) if params.reasoning is None else params.reasoning,
     )
 
 

@@ -1,4 +1,4 @@
-"""The engine without a server: prompts in, outputs back, all in the caller's thread."""
+"""Engine without a server, which runs in the thread of the caller."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class LLM:
 
     _engine: LLMEngine | None
     _calls: itertools.count[int]
-    # where the outputs of an unfinished request go: the queue of its call
+    # request id -> queue of the call, for the outputs of unfinished requests
     _outbox: dict[str, deque[RequestOutput]]
 
     @_EXPLAIN_INIT
@@ -393,7 +393,7 @@ class LLM:
 
 
 def _in_python(text: object, names: Iterable[str]) -> Any:
-    """A message with these names instead of those of the flags."""
+    """Return a message with the names of arguments in place of flags."""
     for name in names:
         flag = f"--{name.replace('_', '-')}"
         text = re.sub(rf"{flag}(?![\w-])", name, str(text))

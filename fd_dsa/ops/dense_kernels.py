@@ -11,9 +11,9 @@ from typing import Any
 
 import paddle
 
+from fd_dsa.ops.device_functions import stored, widened
 from fd_dsa.ops.fp8_rows import GROUP, Fp8Rows, empty_fp8_rows, places_of, store_groups
 from fd_dsa.ops.step_kernel import step_kernel
-from fd_dsa.ops.triton_fp8 import stored, widened
 from fd_dsa.tensor import Tensor
 from fd_dsa.triton_runtime import start_next, wait_for_inputs
 

@@ -15,11 +15,11 @@ from typing import NamedTuple
 
 from fd_dsa.errors import ShapeError
 from fd_dsa.ops.dense_kernels import empty_beside
+from fd_dsa.ops.device_functions import stored
 from fd_dsa.ops.fixed_order import fixed_order, rows_of_tiles
 from fd_dsa.ops.fp8_rows import GROUP, Fp8Rows
 from fd_dsa.ops.split_sums import clear_counters, scratch_beside, splits_of, sum_of_parts
 from fd_dsa.ops.step_kernel import step_kernel
-from fd_dsa.ops.triton_fp8 import stored
 from fd_dsa.tensor import Tensor
 from fd_dsa.triton_runtime import INTERPRETING, start_next, wait_for_inputs
 from fd_dsa.triton_runtime.device_api import traits_for

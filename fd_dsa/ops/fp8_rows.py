@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import paddle
 
 from fd_dsa.ops.cublaslt import padded_rows
-from fd_dsa.ops.triton_fp8 import absolute_maximum, magnitude, over_448, quotient, to_e4m3
+from fd_dsa.ops.device_functions import absolute_maximum, magnitude, over_448, quotient, to_e4m3
 from fd_dsa.tensor import Tensor
 
 import triton  # isort: skip

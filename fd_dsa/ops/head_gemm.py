@@ -10,10 +10,10 @@ from typing import Any
 
 from fd_dsa.ops.arrays import dtype_name
 from fd_dsa.ops.dense_kernels import empty_beside
+from fd_dsa.ops.device_functions import to_bfloat16, widened
 from fd_dsa.ops.fixed_order import rows_of_tiles
 from fd_dsa.ops.fp8_rows import GROUP, Fp8Rows, empty_fp8_rows, places_of, quantized
 from fd_dsa.ops.step_kernel import step_kernel
-from fd_dsa.ops.triton_fp8 import to_bfloat16, widened
 from fd_dsa.tensor import Tensor
 from fd_dsa.triton_runtime import start_next, wait_for_inputs
 

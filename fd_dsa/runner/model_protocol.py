@@ -19,15 +19,15 @@ class RunConfig(Protocol):
 
     @property
     def index_topk(self) -> int:
-        """Keys or entries that an indexer selects for a token."""
+        """Number of keys or entries that an indexer selects for a token."""
 
     @property
     def most_dense_keys(self) -> int:
-        """Tokens of a row up to which its last one attends to all of them."""
+        """Maximum length of a row whose last token attends to all keys, tokens."""
 
     @property
     def has_indexer(self) -> Sequence[bool]:
-        """True for each layer with an indexer of its own."""
+        """Flag of each layer, True if it has an indexer of its own."""
 
 
 class MtpLayer(Protocol):
@@ -63,7 +63,7 @@ class Model(Protocol):
     def mtp(self) -> MtpLayer | None:
         """Layer for multi-token prediction, None unless it is loaded."""
 
-    def __call__(self, ids_remove_padding: Array, forward_meta: LayerStep) -> Array:
+    def __call__(self, token_ids: Array, forward_meta: LayerStep) -> Array:
         """Compute hidden states of all tokens of a step, [num_tokens, width]."""
 
     def compute_logits(self, hidden_states: Array) -> Array:

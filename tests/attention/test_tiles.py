@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import fd_dsa.attention.step_plan as step_plan
-import fd_dsa.ops.logits.paddle_impl as indexer_impl
-import fd_dsa.ops.mla.paddle_impl as sparse_impl
+import fd_dsa.ops.logits.host_scores as indexer_impl
+import fd_dsa.ops.mla as sparse_impl
 from fd_dsa.attention import CacheLayout, DSABackendConfig
 from fd_dsa.attention.step_plan import StepPlan
 from fd_dsa.step import StepMetadataBuilder

@@ -80,7 +80,7 @@ def test_every_pair_serves_or_says_why_not(
     kind: str, operator: str, provider: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FD_DSA_OP_PROVIDER", f"{operator}={provider}")
-    wanted = {("paddle", "cpu"), *((p, "gpu") for p in ("triton", "triton_tensor_core", "gemm"))}
+    wanted = {("numpy", "cpu"), *((p, "gpu") for p in ("triton", "triton_tensor_core", "gemm"))}
     if (provider, kind) in wanted:
         assert choose(operator, kind).provider == provider
         assert table()[operator][kind].against == {}
@@ -88,7 +88,7 @@ def test_every_pair_serves_or_says_why_not(
     if provider == "custom_op" and (kind == "gpu" or operator == "position_ids"):
         reason = "fd_dsa_ops is missing: not installed; .* -m pip install"
     else:
-        reason = f"it serves tensors on {'a CPU' if provider == 'paddle' else 'a device'}"
+        reason = f"it serves tensors on {'a CPU' if provider == 'numpy' else 'a device'}"
     message = f"FD_DSA_OP_PROVIDER: {operator}={provider} cannot serve on {kind}: {reason}"
     with pytest.raises(BackendUnavailable, match=message):
         choose(operator, kind)
@@ -103,16 +103,16 @@ def test_every_function_agrees_with_the_definition(operator: str, provider: str)
         return
     case = topk_case((40, 8), (1104, 7)) if operator == "topk" else CASES[operator]
     case = TENSOR_CORE_CASES[operator] if provider == "triton_tensor_core" else case
-    memory = Memory(None if provider == "paddle" else open_memory("interpreter").poisoned)
+    memory = Memory(None if provider == "numpy" else open_memory("interpreter").poisoned)
     assert case.difference(function(operator, provider), memory) == ""
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("topk", "got 'topk' .*allowed: topk=custom_op, topk=paddle, topk=triton, separated"),
+        ("topk", "got 'topk' .*allowed: topk=custom_op, topk=numpy, topk=triton, separated"),
         ("topk=torch", "got 'topk=torch' .*allowed: topk=custom_op"),
-        ("attention=triton", "got 'attention=triton' .*step_metadata=paddle, .*sparse_mla=triton"),
+        ("attention=triton", "got 'attention=triton' .*step_metadata=numpy, .*sparse_mla=triton"),
         ("topk=triton;a=b", "got 'topk=triton;a=b' in"),
     ],
 )
@@ -124,13 +124,20 @@ def test_a_variable_that_cannot_be_read(
         choose("cache_write", "cpu")
 
 
+def test_the_former_name_of_the_provider_for_cpus_is_accepted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("FD_DSA_OP_PROVIDER", "topk=paddle, mla_query=triton")
+    assert providers.requested() == {"topk": "numpy", "mla_query": "triton"}
+
+
 @pytest.mark.parametrize("tensor", [np.zeros(1), paddle.zeros([1])], ids=["numpy", "paddle"])
 def test_a_choice_is_logged_once(tensor: Any, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="fd_dsa"):
         assert len({serving("cache_write", tensor) for _ in range(3)}) == 1
-    text = "cache_write on cpu: paddle (CPU: NumPy; GEMMs by oneDNN or Paddle)"
+    text = "cache_write on cpu: numpy (CPU: NumPy; GEMMs by oneDNN or Paddle)"
     assert caplog.messages == [text]
-    assert table()["cache_write"]["cpu"].provider == "paddle"
+    assert table()["cache_write"]["cpu"].provider == "numpy"
 
 
 @pytest.mark.parametrize("kind", ["gpu", "hopper", "cuda"])

@@ -8,8 +8,9 @@ tokens of a prompt, on the tensor cores' FP8 path, can replace it without a chan
 from __future__ import annotations
 
 from fd_dsa.ops.arrays import cache_format
+from fd_dsa.ops.device_functions import blocks_of, e4m3_values, key_bounds, stored_values
 from fd_dsa.ops.key_bounds import prompt_windows
-from fd_dsa.ops.step_kernel import blocks_of, e4m3_values, key_bounds, step_kernel, stored_values
+from fd_dsa.ops.step_kernel import step_kernel
 from fd_dsa.step import ForwardMeta
 from fd_dsa.tensor import Tensor
 from fd_dsa.triton_runtime import wait_for_inputs

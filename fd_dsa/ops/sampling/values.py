@@ -76,7 +76,7 @@ def float64_at(pointer):
 
 @triton.jit
 def uniform_of(record, position):
-    """float64 in [0, 1) of a slot's seed and a position; see `fd_dsa.engine.sampler.uniforms`."""
+    """float64 in [0, 1) of a slot's seed and a position; see `fd_dsa.engine.draws.uniforms`."""
     seed = joined(tl.load(record + SEED), tl.load(record + SEED + 1)).to(tl.uint64, bitcast=True)
     step = (position.to(tl.int64) + 1).to(tl.uint64, bitcast=True)
     state = seed + step * 0x9E3779B97F4A7C15

@@ -1,4 +1,4 @@
-"""Make the indexer's queries ready for the format of the keys."""
+"""Operator that brings queries of the indexer into the format of the keys."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from fd_dsa.ops.arrays import (
     result,
 )
 from fd_dsa.ops.fp8 import absolute_maximum, decode_e4m3, index_scale, quantise
+from fd_dsa.ops.host_rows import cos_sin_of, rotate_
+from fd_dsa.ops.host_rows import hadamard as hadamard_rotated
 from fd_dsa.ops.providers import activation_dtypes, device_kind, serving
-from fd_dsa.ops.rotations import cos_sin_of, rotate_
-from fd_dsa.ops.rotations import hadamard as hadamard_rotated
 from fd_dsa.tensor import Array
 
 __all__ = ["indexer_query"]
@@ -45,36 +45,40 @@ def indexer_query(
 ) -> tuple[Any, Any]:
     """Rotate the indexer's queries, quantise them, and fold their scales into the head weights.
 
-    q' = RoPE of the first rope_dim values, Hadamard where asked for
-    q8[t, h] = e4m3(q'[t, h] / s[t, h]), w'[t, h] = (w[t, h] * weights_scale) * s[t, h]
+    q'[t, h] = RoPE of the first rope_dim values of q[t, h], Hadamard if requested.
 
-    with s as of the keys: a / 448, a = max(absmax, 1e-4), up to a power of two with "ue8m0". All
-    in float32, so a CPU and a device give the same bytes. A token's scores are then
+    q8[t, h] = e4m3(q'[t, h] / s[t, h]).
+
+    w'[t, h] = (w[t, h] * weights_scale) * s[t, h].
+
+    s = max(absmax, 1e-4) / 448 as for the keys, rounded up to a power of two with "ue8m0". All
+    arithmetic is float32, so a CPU and a device give the same bytes. The scores of a token are
     k_scale[s] * sum_h w'[t, h] * relu(q8[t, h] . k8[s]).
 
     Args:
         q: float32 or bfloat16 [num_tokens, index_n_heads, index_head_dim]; float32 on a CPU.
         weights: float32 or bfloat16 [num_tokens, index_n_heads].
-        position_ids: int64 [num_tokens]; rows of `cos_sin_cache`. None = row t belongs to token t,
-            as where a step gathers them once for all layers. A device takes a position outside
-            the table for its nearest row.
+        position_ids: int64 [num_tokens], rows of `cos_sin_cache`. None = row t belongs to token t,
+            for a step that gathers the rows once for all layers. A device clamps positions to the
+            table.
         cos_sin_cache: float32 [max_position, rope_dim], cos in the first half, sin in the second.
-        rope_interleave: pairing of the RoPE.
-        quantized: for e4m3 keys; False only rotates.
-        hadamard, scale_fmt: those of the keys in the cache.
-        weights_scale: a number, index_n_heads**-0.5 * index_head_dim**-0.5; 1 where the weights
-            have it.
-        out: where to write the two results, of their shapes and types, on a CPU also float32,
-            the values of the codes; None allocates.
+        rope_interleave: True if RoPE pairs neighbours, False if it pairs the two halves.
+        quantized: True for e4m3 keys; False only rotates.
+        hadamard: `index_hadamard` of the keys in the cache.
+        scale_fmt: `index_scale_fmt` of the keys in the cache.
+        weights_scale: index_n_heads**-0.5 * index_head_dim**-0.5, or 1 if the weights contain it.
+        out: memory of the two results, of their shapes and dtypes. On a CPU the first one may be
+            float32, for the values of the codes. None allocates.
 
     Returns:
-        (q', w'): quantised uint8, e4m3 codes, else of the dtype of `q`; of its shape. And float32
-        [num_tokens, index_n_heads].
+        q' of the shape of `q`: e4m3 codes as uint8 if quantised, else of the dtype of `q`; and w',
+        float32 [num_tokens, index_n_heads].
 
     Raises:
-        ShapeError, DtypeError, ConfigError (an unknown scale_fmt): before any work.
-        ValueError: weights_scale is no number; on a CPU, a position outside `cos_sin_cache` or an
-            array that is read-only; before any work.
+        ShapeError, DtypeError: an argument is not as above.
+        ConfigError: an unknown scale_fmt.
+        ValueError: weights_scale is not a number, or on a CPU a position is outside the table or an
+            array is read-only. All errors are raised before any work.
         BackendUnavailable: the device has no kernel.
 
     Source: DeepSeek-V3.2-Exp, inference/model.py (Indexer).
@@ -92,13 +96,13 @@ def indexer_query(
         dtype = "uint8" if quantized else dtype_name(q.dtype)
         out = result(_NAME, None, q, shape, dtype), result(_NAME, None, q, shape[:2], "float32")
     elif not isinstance(out, tuple | list) or len(out) != 2:
-        raise ShapeError(f"{_NAME}: out is no pair, allowed are queries and head weights, or None")
+        raise ShapeError(f"{_NAME}: out is not a pair; pass queries and head weights, or None")
     else:
         codes = ("float32", "uint8") if len(dtypes) == 1 else ("uint8", "float8_e4m3fn")
         check_array(_NAME, "out[0]", out[0], shape, codes if quantized else dtypes)
         check_array(_NAME, "out[1]", out[1], shape[:2], ("float32",))
     return serving("indexer_query", q)(
-        # NumPy's form works in the memory of the query
+        # a copy, because `prepare_on_host` rotates in place
         as_numpy(q).copy() if device_kind(q) == "cpu" else q,
         weights,
         position_ids,
@@ -125,7 +129,10 @@ def prepare_on_host(
     weights_scale: float = 1.0,
     out: tuple[Array, Array] | None = None,
 ) -> tuple[Any, Any]:
-    """The same on a CPU, in NumPy; `q` is overwritten, and without `out` values are returned."""
+    """Prepare queries as `indexer_query`, on a CPU by NumPy.
+
+    `q` is overwritten. Without `out` the queries are returned as float32 values of the codes.
+    """
     query, head_weights = as_numpy(q), as_numpy(weights)
     for argument, array in zip(("q", "out[0]", "out[1]"), (q, *(out or ())), strict=False):
         check_writable(_NAME, argument, array)

@@ -1,8 +1,9 @@
-"""Device functions of the write path: float32 steps that round as the CPU's do, to the bit.
+"""Device functions that several kernels call: conversions, RoPE, Hadamard, FP8, keys of a step.
 
-No product may be fused with a sum (launch with enable_fp_fusion=False), divisions and roots are
-correctly rounded, and narrow types are rounded to nearest even. The interpreter's own casts to
-bfloat16 and e4m3 truncate, so there the rounding is done on the bits.
+The float32 functions round to the same bits as the CPU's. So a kernel that calls them must be
+launched with `enable_fp_fusion=False`: no product may be fused with a sum. Divisions and roots are
+correctly rounded. Narrow types are rounded to nearest even. The interpreter's casts to bfloat16
+and e4m3 truncate, so in the interpreter these functions round the bits.
 """
 
 from __future__ import annotations
@@ -17,16 +18,16 @@ _INTERPRETING = tl.constexpr(INTERPRETING)
 
 @triton.jit
 def widened(x):
-    """float32 values of a float32 or bfloat16 load; exact for denormal numbers too."""
+    """Convert float32 or bfloat16 to float32, exactly for denormal numbers too."""
     if x.dtype == tl.bfloat16:
-        # one instruction as a cast, whose interpreted form is wrong for denormal numbers
+        # one instruction, as a cast; the interpreter's cast is wrong for denormal numbers
         x = (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     return x
 
 
 @triton.jit
 def to_bfloat16(x):
-    """bfloat16 nearest to float32 `x`, the even one of two; NaN stays NaN."""
+    """Round float32 to bfloat16, nearest even. NaN stays NaN."""
     if _INTERPRETING:
         bits = x.to(tl.uint32, bitcast=True)
         bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), 0x7FC00000)
@@ -36,7 +37,7 @@ def to_bfloat16(x):
 
 @triton.jit
 def to_e4m3(x):
-    """uint8 code of the e4m3 number nearest to float32 `x`; past 448 the largest, NaN 0x7F."""
+    """Round float32 to e4m3 codes (uint8), nearest even. Past 448 is 448, NaN is 0x7F."""
     if _INTERPRETING:
         bits = x.to(tl.uint32, bitcast=True)
         sign = (bits >> 24) & 0x80
@@ -52,10 +53,10 @@ def to_e4m3(x):
 
 @triton.jit
 def _e4m3_pair(first, second):
-    """uint16: the code of `first` below that of `second`, by the one instruction that makes both.
+    """Round pairs to e4m3 by one instruction: uint16, the code of `first` in the low byte.
 
-    Two casts that shifts put together come out wrong: ptxas 12.8 merges the codes of neighbouring
-    pairs with the low half of an unrelated register.
+    Two casts and a shift give wrong codes. ptxas 12.8 then merges the codes of neighbouring pairs
+    with the low half of an unrelated register.
     """
     if _INTERPRETING:
         return to_e4m3(first).to(tl.uint16) | (to_e4m3(second).to(tl.uint16) << 8)
@@ -71,7 +72,7 @@ def _e4m3_pair(first, second):
 
 @triton.jit
 def magnitude(x):
-    """|x|; the maximum of magnitudes then ignores NaN, which a device does by itself."""
+    """Return |x|, in the interpreter with 0 for NaN, because a device's maximum ignores NaN."""
     x = tl.abs(x)
     if _INTERPRETING:
         x = tl.where(x == x, x, 0.0)
@@ -80,19 +81,20 @@ def magnitude(x):
 
 @triton.jit
 def absolute_maximum(magnitudes, AXIS: tl.constexpr):
-    """Largest of `magnitude` values along an axis; NaN does not count, all NaN gives 0."""
+    """Return the maximum of `magnitude` values along an axis without NaN, 0 if all are NaN."""
     largest = tl.max(magnitudes, AXIS)
     return tl.where(largest == largest, largest, 0.0)
 
 
 @triton.jit
 def quotient(x, scale):
-    """x / scale, correctly rounded, of a tile and its one scale [..., 1]; scale is no denormal.
+    """Divide a tile by its scale [..., 1], correctly rounded. The scale is not denormal.
 
-    A reciprocal for all, then a correction by the exact remainder: a third of the instructions of
-    a division. It was compared with the division for every mantissa of a scale at both sides of
-    every number half way between two e4m3 numbers. Source: Markstein, IA-64 and Elementary
-    Functions, theorem 8.4.
+    The tile is multiplied by the scale's reciprocal, then corrected by the exact remainder. This
+    takes a third of the instructions of a division. It was compared with the division for every
+    mantissa of a scale, on both sides of every midpoint of two e4m3 numbers.
+
+    Source: Markstein, IA-64 and Elementary Functions, theorem 8.4.
     """
     if _INTERPRETING:
         return tl.div_rn(x, scale)
@@ -101,7 +103,7 @@ def quotient(x, scale):
     inverse = tl.div_rn(-1.0, scale * raise_by)
     # infinity times the quotient 0 would be NaN
     scale = tl.where(scale == float("inf"), 0.0, scale * raise_by)
-    # the signs are such that a quotient of -0 stays what it is
+    # these signs keep a quotient of -0
     x = x * (raise_by * -1.0)
     q = x * inverse
     return tl.fma(tl.fma(q, scale, x), inverse, q)
@@ -109,7 +111,7 @@ def quotient(x, scale):
 
 @triton.jit
 def over_448(x):
-    """x / 448 of float32 x >= 0, correctly rounded wherever the result is a normal number."""
+    """Divide float32 x >= 0 by 448, correctly rounded if the result is a normal number."""
     if _INTERPRETING:
         return tl.div_rn(x, 448.0)
     q = x * (1.0 / 448.0)
@@ -119,7 +121,7 @@ def over_448(x):
 
 @triton.jit
 def mean_of(total, WIDTH: tl.constexpr):
-    """float32 of total / WIDTH in float64."""
+    """Divide a float64 total by WIDTH and round to float32."""
     if (WIDTH & (WIDTH - 1)) == 0:
         return (total * (1.0 / WIDTH)).to(tl.float32)
     return (total / WIDTH).to(tl.float32)
@@ -127,11 +129,11 @@ def mean_of(total, WIDTH: tl.constexpr):
 
 @triton.jit
 def load_pairs(pointer, mask, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """float32 [ROWS, HALF] firsts and seconds of 2 * HALF values at each `pointer` [ROWS, 1].
+    """Load HALF pairs at each `pointer` [ROWS, 1]: both values, float32 [ROWS, HALF] each.
 
-    `mask` [ROWS, 1] may be None. Pairs are (2j, 2j + 1) if INTERLEAVED, else (j, j + HALF). An
-    interleaved pair is loaded as one integer, so that both of its values reach the same thread:
-    it must be aligned as such.
+    Pairs are (2j, 2j + 1) if INTERLEAVED, else (j, j + HALF). `mask` [ROWS, 1] may be None. An
+    interleaved pair is loaded as one integer, so that both values reach the same thread. It must be
+    aligned like that integer.
     """
     column = tl.arange(0, HALF)[None, :]
     if not INTERLEAVED:
@@ -150,7 +152,7 @@ def load_pairs(pointer, mask, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
 
 @triton.jit
 def store_pairs(pointer, first, second, mask, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """The inverse of `load_pairs`, of values that already have the type of the memory."""
+    """Store pairs in the order of `load_pairs`. The values have the dtype of the memory."""
     column = tl.arange(0, HALF)[None, :]
     if not INTERLEAVED:
         tl.store(pointer + column, first, mask=mask)
@@ -167,7 +169,7 @@ def store_pairs(pointer, first, second, mask, HALF: tl.constexpr, INTERLEAVED: t
 
 @triton.jit
 def store_codes(pointer, first, second, mask, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """e4m3 codes of float32 pairs to uint8 memory, in the order of `load_pairs`."""
+    """Store float32 pairs as e4m3 codes in uint8 memory, in the order of `load_pairs`."""
     column = tl.arange(0, HALF)[None, :]
     if INTERLEAVED:
         both = _e4m3_pair(first, second)
@@ -179,16 +181,16 @@ def store_codes(pointer, first, second, mask, HALF: tl.constexpr, INTERLEAVED: t
 
 @triton.jit
 def rotated(first, second, cos, sin):
-    """The pairs turned by their angles; each product is rounded before the sum."""
+    """Rotate pairs by their angles. Each product is rounded before the sum."""
     return first * cos - second * sin, second * cos + first * sin
 
 
 @triton.jit
 def load_row(pointer, mask, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, HADAMARD: tl.constexpr):
-    """float32 pairs [ROWS, HALF] of the first half of each row, then those of its second half.
+    """Load rows of 4 * HALF values at `pointer` [ROWS, 1] as four float32 [ROWS, HALF].
 
-    Only the first half is rotated; the second is read in the widest way, unless `hadamard` needs
-    it in the order of the first. `pointer` is [ROWS, 1].
+    The first two are the pairs of the rotated half, see `load_pairs`. The other half is loaded with
+    the widest instructions, unless `hadamard` needs it in the order of the first half.
     """
     a, b = load_pairs(pointer, mask, HALF, INTERLEAVED)
     c, d = load_pairs(pointer + 2 * HALF, mask, HALF, INTERLEAVED or not HADAMARD)
@@ -199,7 +201,7 @@ def load_row(pointer, mask, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, HADAM
 def store_row(
     pointer, a, b, c, d, mask, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, HADAMARD: tl.constexpr
 ):
-    """The inverse of `load_row`, into float32, bfloat16 or int16 (bfloat16 bits) memory."""
+    """Store rows in the order of `load_row`, as float32, bfloat16 or int16 (bfloat16 bits)."""
     a, b, c, d = stored(a, pointer), stored(b, pointer), stored(c, pointer), stored(d, pointer)
     store_pairs(pointer, a, b, mask, HALF, INTERLEAVED)
     store_pairs(pointer + 2 * HALF, c, d, mask, HALF, INTERLEAVED or not HADAMARD)
@@ -207,9 +209,9 @@ def store_row(
 
 @triton.jit
 def scale_of_row(a, b, c, d, UE8M0: tl.constexpr):
-    """float32 [ROWS]: scales of index keys or queries that `load_row` gave.
+    """Return the scales of index keys or queries from `load_row`, float32 [ROWS].
 
-    max(largest, 1e-4) / 448, up to a power of two if UE8M0.
+    A scale is max(largest magnitude, 1e-4) / 448, rounded up to a power of two if UE8M0.
     """
     high = tl.maximum(magnitude(a), magnitude(b))
     low = tl.maximum(magnitude(c), magnitude(d))
@@ -235,11 +237,11 @@ def store_row_codes(
     HADAMARD: tl.constexpr,
     UE8M0: tl.constexpr,
 ):
-    """e4m3 codes of rows over their scales [ROWS], to uint8 memory; else as `store_row`."""
+    """Store rows divided by their scales [ROWS] as e4m3 codes, in the order of `store_row`."""
     if UE8M0:
         # the reciprocal of a power of two is exact
         exponent = scale.to(tl.uint32, bitcast=True) >> 23
-        # 1 / infinity is 0; no other scale is as large as 2^127
+        # 1 / infinity is 0, and every other scale is below 2^127
         inverse = tl.where(exponent < 254, 254 - exponent, 0)
         by = (inverse << 23).to(tl.float32, bitcast=True)[:, None]
         a, b, c, d = a * by, b * by, c * by, d * by
@@ -252,7 +254,7 @@ def store_row_codes(
 
 @triton.jit
 def stored(x, pointer):
-    """float32 `x` as the elements of a float32, bfloat16 or int16 (bfloat16 bits) pointer."""
+    """Convert float32 to the float32, bfloat16 or int16 (bfloat16 bits) of a pointer."""
     element = pointer.dtype.element_ty
     if element != tl.float32:
         x = to_bfloat16(x).to(element, bitcast=True)
@@ -261,12 +263,13 @@ def stored(x, pointer):
 
 @triton.jit
 def _butterfly(u, v):
+    """Return the sum and the difference of two values."""
     return u + v, u - v
 
 
 @triton.jit
 def _lane_stages(x, HALF: tl.constexpr):
-    """Butterflies between the columns of `x` [ROWS, HALF]: distances 1, 2, 4 up to HALF / 2."""
+    """Apply butterflies to the columns of `x` [ROWS, HALF], at distances 1, 2 .. HALF / 2."""
     column = tl.arange(0, HALF)[None, :]
     for stage in tl.static_range(8):
         if (1 << stage) < HALF:
@@ -278,9 +281,9 @@ def _lane_stages(x, HALF: tl.constexpr):
 
 @triton.jit
 def hadamard(a, b, c, d, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """Walsh-Hadamard rotation of rows of 4 * HALF values, Sylvester's order, times width^-0.5.
+    """Multiply rows of `load_row` by the orthogonal Hadamard matrix in Sylvester's order.
 
-    Rows are as `load_row` gives them, and stay so. Stages run from distance 1 up, as on the CPU.
+    The result has the order of `load_row`. Stages run from distance 1 up, as on the CPU.
     """
     if INTERLEAVED:
         a, b = _butterfly(a, b)
@@ -296,3 +299,58 @@ def hadamard(a, b, c, d, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
     b, d = _butterfly(b, d)
     norm: tl.constexpr = (4 * HALF) ** -0.5
     return a * norm, b * norm, c * norm, d * norm
+
+
+@triton.jit
+def stored_values(x, WIDE: tl.constexpr):
+    """Convert float32, bfloat16 or int16 (bfloat16 bits) to the type WIDE."""
+    if x.dtype == tl.int16:
+        x = x.to(tl.bfloat16, bitcast=True)
+    return x.to(WIDE)
+
+
+@triton.jit
+def e4m3_values(x, WIDE: tl.constexpr):
+    """Convert e4m3 codes (uint8) to the type WIDE, exactly in float16 and wider types."""
+    return x.to(tl.float8e4nv, bitcast=True).to(tl.float16).to(WIDE)
+
+
+@triton.jit
+def blocks_of(
+    block_tables_ptr, batch_id, positions, mask, table_width, num_blocks, BLOCK_SIZE: tl.constexpr
+):
+    """Return the physical block of each position of a row, int32.
+
+    It is -1 for a masked position, a position past the table and a block outside the cache.
+    """
+    column = positions // BLOCK_SIZE
+    inside = mask & (column < table_width)
+    entry = block_tables_ptr + batch_id.to(tl.int64) * table_width + column
+    block = tl.load(entry, mask=inside, other=-1)
+    return tl.where((block >= 0) & (block < num_blocks), block, -1)
+
+
+@triton.jit
+def key_bounds(
+    token, batch_id, live, position_ids_ptr, offsets_ptr, key_starts_ptr, seq_lens_encoder_ptr
+):
+    """Return the first key of each token and the end of its keys, int32. (0, 0) if not live.
+
+    See `key_bounds.py`. Pointers from `offsets_ptr` on are None in a step without prompt tokens.
+    """
+    row = tl.zeros_like(token) + batch_id
+    live = live & (row >= 0)
+    end = tl.load(position_ids_ptr + token, mask=live, other=-1).to(tl.int32) + 1
+    first = tl.zeros_like(end)
+    if offsets_ptr is not None:
+        is_prompt = tl.load(seq_lens_encoder_ptr + row, mask=live, other=0) > 0
+        start = tl.load(key_starts_ptr + row, mask=live, other=0)
+        count = tl.load(key_starts_ptr + row + 1, mask=live, other=0) - start
+        entry = offsets_ptr + 2 * token
+        begin = tl.load(entry, mask=live, other=0) - start
+        stop = tl.load(entry + 1, mask=live, other=0) - start
+        begin = tl.minimum(tl.maximum(begin, 0), count)
+        stop = tl.maximum(tl.minimum(stop, count), begin)
+        first = tl.where(is_prompt, begin, 0)
+        end = tl.where(is_prompt, stop, end)
+    return first, end

@@ -1,4 +1,4 @@
-"""Put the absorbed query of MLA together: latent part, then rotated part."""
+"""Operator that joins the latent part and the rotated part of MLA's absorbed query."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from fd_dsa.ops.arrays import (
     check_writable,
     dtype_name,
 )
+from fd_dsa.ops.host_rows import cos_sin_of, rotate_
 from fd_dsa.ops.providers import activation_dtypes, serving
-from fd_dsa.ops.rotations import cos_sin_of, rotate_
 from fd_dsa.tensor import Array
 
 __all__ = ["prepare_mla_query"]
@@ -31,33 +31,35 @@ def prepare_mla_query(
     cos_sin_cache: Array,
     out: Array | None = None,
 ) -> Any:
-    """Queries as sparse MLA takes them; one launch on a device, which reads both parts once.
+    """Join both parts of the queries for sparse MLA, and rotate the second part.
 
     out[t, h] = q_latent[t, h], then RoPE(q_pe[t, h]) in interleaved pairs
 
-    The rotation is float32 with each product rounded before the sum, so a CPU and a device give
-    the same bytes. The inputs stay as they are.
+    The rotation is float32, and each product is rounded before the sum. So a CPU and a device give
+    the same bytes. The inputs are not changed.
 
     Args:
         q_latent: float32, on a device also bfloat16, [num_tokens, num_heads, kv_lora_rank]; may be
             a view of [num_heads, num_tokens, kv_lora_rank], as a GEMM by heads returns it.
         q_pe: of the same dtype, [num_tokens, num_heads, rope_dim]; may be the end of wider heads.
-        position_ids: int64 [num_tokens]; rows of `cos_sin_cache`. None = row t belongs to token t,
-            as where a step gathers them once for all layers. A device takes a position outside
-            the table for its nearest row.
+        position_ids: int64 [num_tokens], rows of `cos_sin_cache`. None = row t belongs to token t,
+            for a step that gathers the rows once for all layers. A device clamps positions to the
+            table.
         cos_sin_cache: float32 [max_position, rope_dim], cos in the first half, sin in the second.
         out: [num_tokens, num_heads, kv_lora_rank + rope_dim] of the same dtype, on a device
             contiguous; None allocates.
 
     Returns:
-        `out`; without one a new array, on a CPU of NumPy.
+        `out`, or a new array (NumPy on a CPU) without one.
 
     Raises:
-        ShapeError, DtypeError: before any work.
-        ValueError: on a CPU, a position outside `cos_sin_cache` or an `out` that is read-only;
-            before any work.
+        ShapeError, DtypeError: an argument is not as above.
+        ValueError: on a CPU, a position outside `cos_sin_cache` or a read-only `out`. All errors up
+            to here are raised before any work.
         BackendUnavailable: the device has no kernel.
-        LaunchError: on a device, a tensor that must be contiguous is not.
+        LaunchError: on a device, a tensor that must be contiguous has gaps.
+
+    Cost on a device: one launch, which reads each input once.
 
     Source: DeepSeek-V2 (arXiv 2405.04434) §2.1, absorbed as in its appendix.
     """
@@ -81,7 +83,7 @@ def prepare_on_host(
     cos_sin_cache: Array,
     out: Array | None = None,
 ) -> Any:
-    """The same on a CPU, in NumPy."""
+    """Prepare queries as `prepare_mla_query`, on a CPU by NumPy."""
     if out is not None:
         check_writable(_NAME, "out", out)
     cos_sin = cos_sin_of(_NAME, position_ids, cos_sin_cache)

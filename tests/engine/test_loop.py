@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Sequence
 
-from fd_dsa.engine.host import Add, EngineHost, Stop
+from fd_dsa.engine.loop import AddRequest, EngineLoop, Shutdown
 from fd_dsa.engine.sampling_params import SamplingParams
 from tests.engine.fakes import make_engine
 
@@ -23,16 +23,16 @@ def test_requests_that_arrive_together_do_not_hold_up_the_running_ones() -> None
     def logged_step() -> object:
         log.append("step")
         if log.count("add") == 41:
-            host.post(Stop())
+            loop.post(Shutdown())
         return step()
 
     engine.add_request, engine.step = slow_add, logged_step  # type: ignore[method-assign]
-    host = EngineHost(engine, lambda event: None)
+    loop = EngineLoop(engine, lambda event: None)
     endless = SamplingParams(max_tokens=60, ignore_eos=True)
-    host.post(Add("first", [5], endless))
-    thread = threading.Thread(target=host.run)
+    loop.post(AddRequest("first", [5], endless))
+    thread = threading.Thread(target=loop.run)
     for index in range(40):
-        host.post(Add(str(index), [5], endless))
+        loop.post(AddRequest(str(index), [5], endless))
     thread.start()
     thread.join(60)
     assert not thread.is_alive()
