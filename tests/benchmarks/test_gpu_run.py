@@ -137,6 +137,7 @@ def test_benchmarks_of_the_engine_take_their_flags(capsys: pytest.CaptureFixture
         assert capsys.readouterr().err.endswith(": unrecognized arguments: --none-such\n"), section
 
 
+@pytest.mark.slow
 def test_gpu_tests_are_collected_without_paddle() -> None:
     """And the benchmarks are imported, which `make test` has no torch for."""
     benchmarks = ("ceilings", *gpu_run.BENCHMARKS) if find_spec("torch") else ("gpu_run",)
