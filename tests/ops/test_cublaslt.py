@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def bench() -> Iterator[Bench]:
-    """One device."""
+    """cuBLASLt on one device, with the calls that it gets."""
     with driven_by(Driver()) as driver:
         yield Bench(driver)
 
