@@ -96,7 +96,7 @@ def test_selections_of_other_sizes(kernel_memory: KernelMemory, topk: int) -> No
 def test_scores_in_chunks_of_tokens(
     kernel_memory: KernelMemory, logits_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fd_dsa.attention.device.LOGITS_BYTES", logits_bytes)
+    monkeypatch.setattr("fd_dsa.attention.device_memory.LOGITS_BYTES", logits_bytes)
     case = OnDevice(kernel_memory, Sizes(8), ROWS)
     rows = []
     import fd_dsa.attention.device_scores as module
@@ -166,7 +166,8 @@ def test_workspace_is_the_size_of_the_buffers(
     logits_bytes: int,
     index_heads: int,
 ) -> None:
-    from fd_dsa.attention.device import DeviceAttention, workspace_bytes
+    from fd_dsa.attention.device import DeviceAttention
+    from fd_dsa.attention.device_memory import workspace_bytes
     from fd_dsa.device.transfers import transfers_for
     from fd_dsa.triton_runtime.driver import GpuTraits
 
@@ -174,7 +175,7 @@ def test_workspace_is_the_size_of_the_buffers(
     # the interpreter is one processor
     gpu = GpuTraits(transfers.traits.capability, 132, 227 << 10)
     monkeypatch.setattr(type(transfers), "traits", gpu)
-    monkeypatch.setattr("fd_dsa.attention.device.LOGITS_BYTES", logits_bytes)
+    monkeypatch.setattr("fd_dsa.attention.device_memory.LOGITS_BYTES", logits_bytes)
     widths = {"float32": 4, "bfloat16": 2, "int32": 4, "uint8": 1}
     layout = CacheLayout("float32", 16, 6, 2, 4)
     sizes = DSABackendConfig(2, index_heads, 8, 0.4, layout, 4, 100, 10, tokens_per_row=2)
@@ -204,8 +205,8 @@ def test_what_serves_is_told_once_and_remembered(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     from fd_dsa.attention import device
+    from fd_dsa.attention.device import TensorCoreAttention
     from fd_dsa.attention.device_scores import PageScores, TileScores
-    from fd_dsa.attention.tensor_core_attention import TensorCoreAttention
     from fd_dsa.device.transfers import transfers_for
     from fd_dsa.ops import providers
 
