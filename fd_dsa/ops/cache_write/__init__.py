@@ -1,4 +1,7 @@
-"""Write this step's keys of a layer into its two paged caches."""
+"""Operator that writes a step's keys of a layer to the two paged caches of the layer.
+
+The functions after `write_caches` run it on a CPU, in NumPy.
+"""
 
 from __future__ import annotations
 
