@@ -13,11 +13,10 @@ from fd_dsa.errors import BackendUnavailable, DeviceError
 from fd_dsa.ops.arrays import allocator_beside, dtype_name, matmul, on_device
 from fd_dsa.ops.cublaslt import cublaslt_for
 from fd_dsa.ops.cublaslt_library import why_not_fp8
-from fd_dsa.ops.dense_kernels import quantize_rows, rms_norm, silu_and_mul
+from fd_dsa.ops.dense_kernels import GROUP, Fp8Rows, quantize_rows, rms_norm, silu_and_mul
 from fd_dsa.ops.expert_kernels import expert_gemm
 from fd_dsa.ops.fixed_order import fixed_order
 from fd_dsa.ops.fp8_gemm import fp8_linear
-from fd_dsa.ops.fp8_rows import GROUP, Fp8Rows
 from fd_dsa.ops.head_gemm import head_gemm, linear_in_one_order
 from fd_dsa.ops.linear import values_of
 from fd_dsa.ops.norm import Reducer

@@ -6,9 +6,8 @@ bytes on their way to each processor as it holds. Prompts fill tiles of 128 rows
 
 from __future__ import annotations
 
-from fd_dsa.ops.dense_kernels import sigmoid
+from fd_dsa.ops.dense_kernels import GROUP, quantized, sigmoid
 from fd_dsa.ops.fp8_gemm import Tiling, fp8_pointer, fp8_sums
-from fd_dsa.ops.fp8_rows import GROUP, quantized
 from fd_dsa.ops.step_kernel import step_kernel
 from fd_dsa.ops.triton_fp8 import stored, to_bfloat16, widened
 from fd_dsa.triton_runtime import start_next, wait_for_inputs

@@ -12,8 +12,8 @@ from functools import cache
 
 from fd_dsa import custom_ops
 from fd_dsa.errors import BackendUnavailable
-from fd_dsa.ops.fixed_order import why_not_by_rows
-from fd_dsa.ops.fp8_rows import GROUP
+from fd_dsa.ops.dense_kernels import GROUP
+from fd_dsa.ops.fixed_order import row_dependence_refusal
 from fd_dsa.ops.library_kernel import LibraryKernel, shared_kernel, why_not_compiled
 from fd_dsa.tensor import Tensor
 from fd_dsa.triton_runtime.device_api import traits_for
@@ -93,7 +93,7 @@ def suits(num_rows: int, num_pairs: int, num_experts: int, columns: int, width: 
 
 def kernel_for(codes: Tensor) -> ExpertGemm | None:
     """The kernel for codes on their device; None: Triton's serves. Logged once a device."""
-    reason = why_not_by_rows() or why_not_compiled() or unsupported_reason(codes)
+    reason = row_dependence_refusal() or why_not_compiled() or unsupported_reason(codes)
     return _kernel_for(custom_ops.build().kernels, reason)
 
 

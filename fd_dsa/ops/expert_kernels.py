@@ -14,12 +14,18 @@ import paddle
 
 from fd_dsa.errors import ShapeError
 from fd_dsa.ops.arrays import dtype_name
-from fd_dsa.ops.dense_kernels import empty_beside, sigmoid
+from fd_dsa.ops.dense_kernels import (
+    GROUP,
+    Fp8Rows,
+    empty_beside,
+    empty_fp8_rows,
+    kernel_arguments,
+    sigmoid,
+)
 from fd_dsa.ops.expert_gemm import block_sizes, configuration, expert_gemm_kernel
 from fd_dsa.ops.expert_gemm_cuda import ExpertGemm, kernel_for, suits
-from fd_dsa.ops.fixed_order import rows_of_tiles
 from fd_dsa.ops.fp8_gemm import Tiling, check_weight, native_fp8
-from fd_dsa.ops.fp8_rows import GROUP, Fp8Rows, empty_fp8_rows, places_of
+from fd_dsa.ops.split_sums import rows_of_tiles
 from fd_dsa.ops.step_kernel import step_kernel
 from fd_dsa.ops.triton_fp8 import stored, widened
 from fd_dsa.tensor import Tensor
@@ -222,7 +228,7 @@ def expert_gemm(
             with those of the second half.
     """
     is_fp8, (values, scales) = isinstance(x, Fp8Rows), weight
-    rows, (*_, x_scales, x_stride) = x.codes if isinstance(x, Fp8Rows) else x, places_of(x)
+    rows, (*_, x_scales, x_stride) = x.codes if isinstance(x, Fp8Rows) else x, kernel_arguments(x)
     experts, columns, width = values.shape
     columns //= 1 + gated
     if is_fp8:
@@ -239,7 +245,7 @@ def expert_gemm(
     else:
         out_dtype = "float32" if kind == "float32" else "bfloat16"
         result = empty_beside(rows, num_pairs, columns, dtype=out_dtype)
-    *_, out_scales, out_stride = places_of(result)
+    *_, out_scales, out_stride = kernel_arguments(result)
     out: Tensor = result.codes if isinstance(result, Fp8Rows) else result
     by_library: ExpertGemm | None = None
     sizes = rows.shape[0], num_pairs, experts, columns, width

@@ -14,10 +14,15 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from fd_dsa.errors import ShapeError
-from fd_dsa.ops.dense_kernels import empty_beside
-from fd_dsa.ops.fixed_order import fixed_order, rows_of_tiles
-from fd_dsa.ops.fp8_rows import GROUP, Fp8Rows
-from fd_dsa.ops.split_sums import clear_counters, scratch_beside, splits_of, sum_of_parts
+from fd_dsa.ops.dense_kernels import GROUP, Fp8Rows, empty_beside
+from fd_dsa.ops.fixed_order import fixed_order
+from fd_dsa.ops.split_sums import (
+    clear_counters,
+    rows_of_tiles,
+    scratch_beside,
+    splits_of,
+    sum_of_parts,
+)
 from fd_dsa.ops.step_kernel import step_kernel
 from fd_dsa.ops.triton_fp8 import stored
 from fd_dsa.tensor import Tensor

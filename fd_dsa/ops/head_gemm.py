@@ -9,9 +9,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from fd_dsa.ops.arrays import dtype_name
-from fd_dsa.ops.dense_kernels import empty_beside
-from fd_dsa.ops.fixed_order import rows_of_tiles
-from fd_dsa.ops.fp8_rows import GROUP, Fp8Rows, empty_fp8_rows, places_of, quantized
+from fd_dsa.ops.dense_kernels import (
+    GROUP,
+    Fp8Rows,
+    empty_beside,
+    empty_fp8_rows,
+    kernel_arguments,
+    quantized,
+)
+from fd_dsa.ops.split_sums import rows_of_tiles
 from fd_dsa.ops.step_kernel import step_kernel
 from fd_dsa.ops.triton_fp8 import to_bfloat16, widened
 from fd_dsa.tensor import Tensor
@@ -161,7 +167,7 @@ def _launch(
         grid = -(-out_width // columns), heads, -(-num_tokens // tokens)
         head_gemm_kernel[grid](
             x, x.strides[0], 0 if is_shared else x.strides[1], weight, rows,
-            *places_of(out), num_tokens, IN=width, OUT=out_width, IN_FIRST=in_first,
+            *kernel_arguments(out), num_tokens, IN=width, OUT=out_width, IN_FIRST=in_first,
             ROUND_SCALES=round_scales, BLOCK_TOKENS=tokens, BLOCK_IN=depth, BLOCK_OUT=columns,
             num_warps=4 if few else 8, num_stages=3,
         )  # fmt: skip

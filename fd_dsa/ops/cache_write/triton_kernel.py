@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from fd_dsa.cache_formats import CACHE_FORMATS, TILE_WIDTH
 from fd_dsa.errors import ShapeError
 from fd_dsa.ops.arrays import check_shape, outer_strides
-from fd_dsa.ops.fixed_order import rows_of_tiles
+from fd_dsa.ops.split_sums import rows_of_tiles
 from fd_dsa.ops.step_kernel import step_kernel
 from fd_dsa.ops.triton_fp8 import (
     absolute_maximum,

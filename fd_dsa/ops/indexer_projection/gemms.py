@@ -6,7 +6,7 @@ import paddle
 
 from fd_dsa.errors import BackendUnavailable
 from fd_dsa.ops.arrays import matmul
-from fd_dsa.ops.fixed_order import why_not_by_rows
+from fd_dsa.ops.fixed_order import row_dependence_refusal
 from fd_dsa.tensor import Tensor
 
 
@@ -20,7 +20,7 @@ def project_by_gemms(
     Raises:
         BackendUnavailable: FD_DSA_BATCH_INVARIANT=1, whose sums no GEMM of Paddle makes.
     """
-    if reason := why_not_by_rows():
+    if reason := row_dependence_refusal():
         raise BackendUnavailable(
             f"indexer_projection: Paddle's GEMMs cannot serve: {reason}; leave the variable out"
         )

@@ -9,8 +9,13 @@ from __future__ import annotations
 from typing import Any
 
 from fd_dsa.ops.arrays import outer_strides
-from fd_dsa.ops.fixed_order import rows_of_tiles
-from fd_dsa.ops.split_sums import NUM_COUNTERS, clear_counters, scratch_beside, sum_of_parts
+from fd_dsa.ops.split_sums import (
+    NUM_COUNTERS,
+    clear_counters,
+    rows_of_tiles,
+    scratch_beside,
+    sum_of_parts,
+)
 from fd_dsa.ops.step_kernel import step_kernel, stored_values
 from fd_dsa.ops.triton_fp8 import stored
 from fd_dsa.tensor import Tensor

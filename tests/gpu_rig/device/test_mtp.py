@@ -29,8 +29,8 @@ from fd_dsa.engine.structured_outputs import StructuredOutputsParams
 from fd_dsa.runner import InputBatch, ModelRunner
 from fd_dsa.runner.device_draws import DeviceDraws
 from fd_dsa.startup import measure
-from fd_dsa.triton_runtime.bound import BoundLaunch
 from fd_dsa.triton_runtime.kernel import Kernel
+from fd_dsa.triton_runtime.launch import BoundLaunch
 from tests.engine.fakes import byte_tokenizer, run_all
 from tests.gpu_rig import Rig
 from tests.gpu_rig.captures import capture_of
