@@ -11,7 +11,7 @@ import numpy.typing as npt
 from fd_dsa.engine.draws import RowDraw
 from fd_dsa.engine.logit_rules import LogitRules, apply_rules
 from fd_dsa.engine.sampling_params import SamplingParams
-from fd_dsa.ops.sampling.parameters import GREEDY_BELOW, HOTTEST, mix
+from fd_dsa.ops.sampling.parameters import GREEDY_BELOW, MAX_TEMPERATURE, mix
 from fd_dsa.ops.sampling.token_buffer import NO_TOKEN, NOT_FINITE
 
 Float32 = npt.NDArray[np.float32]
@@ -44,7 +44,7 @@ class Sampler:
         self, slot: int, params: SamplingParams, seed: int, rules: LogitRules | None = None
     ) -> None:
         """Parameters of the request that has taken a slot, and its rules if it has any."""
-        temperature = min(params.temperature, HOTTEST)
+        temperature = min(params.temperature, MAX_TEMPERATURE)
         self._draws[slot] = (temperature, params.min_p, max(params.top_k, 0), params.top_p)
         self._seeds[slot] = seed % 2**64
         self._is_random[slot] = params.temperature >= GREEDY_BELOW

@@ -120,7 +120,7 @@ class DeviceDraws:
             verify_kernel[(self.buffer.max_num_seqs,)](
                 sampler.tokens, step.ids_remove_padding, step.sampled, slots, positions,
                 inputs.logits_indptr, step.seq_lens_decoder, step.seq_lens_this_time, self._next,
-                self._tokens, sampler.records, sampler.counts, STRIDE=self._stride, MOST=most,
+                self._tokens, sampler.records, sampler.counts, STRIDE=self._stride, MAX_DRAFTS=most,
                 VOCAB=logits.shape[1], num_warps=1,
             )  # fmt: skip
 

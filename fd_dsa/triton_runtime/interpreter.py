@@ -55,16 +55,18 @@ class InterpretedVariant(Variant):
         compiled = Compiled(signature.kernel, b"", "", 0, 1, argument_codes(arguments))
         super().__init__(signature, arguments, options, compiled, 0, 0, cuda())
         self._fn, self.enqueue = fn, self._run
+        self._constants = {name: argument.value for name, argument in arguments.items()}
+        # Triton's type of each tensor
+        self._elements = [arguments[p.name].type[1:] for p in self.tensors]
 
     def _run(self, config: ctypes.c_void_p, *_: object) -> int:
         """Run the kernel on the memory of a launch, of which the configuration is a part."""
         start = (config.value or 0) - self.grid_offset
         *passed, x, y, z = self.values.unpack(ctypes.string_at(start, self.values.size))
-        values = {name: argument.value for name, argument in self.arguments.items()}
-        for parameter, value in zip(self.tensors + self.numbers, passed, strict=True):
-            argument = self.arguments[parameter.name]
-            is_pointer = argument.is_pointer
-            values[parameter.name] = _pointer(argument.type[1:], value) if is_pointer else value
+        count = len(self._elements)
+        pointers = map(_pointer, self._elements, passed[:count])
+        names = [p.name for p in self.tensors + self.numbers]
+        values = self._constants | dict(zip(names, [*pointers, *passed[count:]], strict=True))
         run(self._fn, (x, y, z), values)
         return 0
 
