@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fd_dsa.ops.dense_kernels import GROUP
-from fd_dsa.ops.fp8_gemm import Tiling
+from fd_dsa.ops.split_sums import Tiling
 
 _FEW = {
     rows: tuple(

@@ -337,7 +337,8 @@ def workspace_bytes(config: DSABackendConfig, gpu: GpuTraits) -> int:
 def why_not_tiles(config: DSABackendConfig) -> str | None:
     """Return why TileScores cannot serve a configuration, or None if they can."""
     layout = config.cache_layout
-    return tile_forms.why_not(layout.kv_cache_dtype, layout.block_size, config.index_n_heads)
+    sizes = layout.kv_cache_dtype, layout.block_size, config.index_n_heads
+    return tile_forms.unsupported_reason(*sizes)
 
 
 def kernel_types(config: DSABackendConfig) -> tuple[str, str, int, int]:

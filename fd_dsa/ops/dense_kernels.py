@@ -25,7 +25,9 @@ from fd_dsa.ops.triton_fp8 import (
     widened,
 )
 from fd_dsa.tensor import Tensor
-from fd_dsa.triton_runtime import start_next, wait_for_inputs
+from fd_dsa.triton_runtime import INTERPRETING, start_next, wait_for_inputs
+from fd_dsa.triton_runtime.device_api import traits_for
+from fd_dsa.triton_runtime.driver import FP8_CAPABILITY
 
 import triton  # isort: skip
 import triton.language as tl  # isort: skip
@@ -73,6 +75,11 @@ def kernel_arguments(x: Tensor | Fp8Rows | None) -> tuple[Any, Any, Any, int]:
     if isinstance(x, Fp8Rows):
         return None, x.codes, x.scales, x.scales.shape[1]
     return x, None, None, 0
+
+
+def native_fp8(x: Tensor) -> bool:
+    """Return True if the device of a tensor multiplies e4m3 numbers (capability 8.9 and later)."""
+    return not INTERPRETING and traits_for(x).capability >= FP8_CAPABILITY
 
 
 def empty_beside(x: Tensor, *shape: int, dtype: str | None = None) -> Tensor:

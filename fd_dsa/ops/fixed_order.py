@@ -86,8 +86,8 @@ def check_fixed_order(device: str, num_ranks: int = 1) -> None:
     """Refuse a device or a number of ranks without a batch-invariant mode, if the mode is on.
 
     Raises:
-        ConfigError: there are several devices, whose sums over ranks depend on the number of rows,
-            or the matrix library of the CPU gives results that depend on it.
+        ConfigError: sums over several devices depend on the number of rows, or those of the CPU's
+            matrix library do.
     """
     if not fixed_order():
         return

@@ -1,6 +1,7 @@
-"""Sums that are split among programs: each program stores a part, and the last one adds all parts.
+"""Tiles of launches, and sums that are split among programs.
 
-The parts are added in a fixed order, so the order of the programs never changes a bit.
+Each program of a split sum stores a part, and the last program adds all parts. It adds them in a
+fixed order, so the order of the programs never changes a bit.
 
 Source: CUDA samples, `threadFenceReduction` for the count of finished programs.
 """
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 from fd_dsa.device.transfers import transfers_for
 from fd_dsa.ops.fixed_order import fixed_order
@@ -32,6 +33,32 @@ _logger = logging.getLogger(__name__)
 SCRATCH: dict[Any, Any] = {}
 """Scratch memory by operator and device."""
 _COUNTERS = tl.constexpr(NUM_COUNTERS)
+
+
+class Tiling(NamedTuple):
+    """Tiles of a GEMM, and the options of its launch.
+
+    Attributes:
+        rows, columns: size of a tile. In FP8 128 is a multiple of `columns`.
+        num_warps, num_stages: options of a launch. A stage is a group of 128 values along K.
+        programs: maximum number of programs of a launch whose K is split.
+    """
+
+    rows: int
+    columns: int
+    num_warps: int
+    num_stages: int
+    programs: int = 1
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Constants and options of a launch by name."""
+        return {
+            "BLOCK_ROWS": self.rows,
+            "BLOCK_COLUMNS": self.columns,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
 
 
 @triton.jit

@@ -370,7 +370,7 @@ class Kernel:
     def _remember(
         self, api: DeviceApi, variant: Variant, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> None:
-        """Let later calls that are spelled like this one find the variant by their key."""
+        """Remember the variant for later calls that are spelled like this one."""
         values, names = (*args, *kwargs.values()), (*self.arg_names[: len(args)], *kwargs)
         types = [*map(type, values)]
         if not _has_key(variant, names, types):

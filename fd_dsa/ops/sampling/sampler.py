@@ -115,8 +115,8 @@ class DeviceSampler:
         """Enqueue the copy of a step's masks, for `mask_rows` of `sample`.
 
         Args:
-            masks: int32 [n, ceil(vocab_size / 32)], n <= max_rows; bit i % 32 of value i // 32 is 1
-                if token i is allowed, as in masks of grammars.
+            masks: int32 [n, ceil(vocab_size / 32)], n <= max_rows, in the form of grammars. Bit
+                i % 32 of value i // 32 is 1 if token i is allowed.
         """
         self._copy(self._masks, 0, masks.reshape(-1))
 
