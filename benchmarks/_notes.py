@@ -1,19 +1,18 @@
-"""The parts of docs/results that need more than a template; "@NAME" in shown.json names one."""
+"""Parts of docs/results that need more than a template. shown.json names them by "@NAME"."""
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterator
-from functools import partial
-from typing import Any
+import math
+from collections.abc import Iterator, Sequence
+from operator import itemgetter
 
 from benchmarks._harness import RESULTS, three_digits
-from benchmarks._render import Case, Column, Result, Table, labels_of
+from benchmarks._render import Case, Column, Result, Table, fill
 
 
 def texts(result: Result) -> Iterator[str]:
-    """Where errors of FP8 caches were measured, and on what."""
+    """Yield the machine and the texts of the errors of FP8 caches."""
     form = "{env[cpu]}, {env[cpus]} processors; paddlepaddle {env[paddlepaddle]}, numpy "
     form += "{env[numpy]}; commit {env[commit]:.12}. Texts of "
     lengths = ", ".join(map(str, result["texts"]))
@@ -34,132 +33,51 @@ def _part_columns(result: Result) -> list[Column]:
 step_parts = Table(lambda r: next(iter(r["cases"][0]["us"].values())), _part_columns)
 
 
-def decode_counts(result: Result) -> Iterator[str]:
-    """What a step does besides launches, and the ways that failed."""
-    cases = result["cases"]
-    for way in labels_of(cases):
-        counted = [case["counted"][way] for case in cases if way in case["counted"]]
-        names = sorted({name for found in counted for name in found if "bytes" not in name})
-        counts = ", ".join(f"{max(found.get(n, 0) for found in counted)} {n}" for n in names)
-        yield f"A step, {way}, at most: {counts.replace('_', ' ') or 'nothing beside launches'}."
-    for way, why in result.get("failed", {}).items():
-        yield f"Failed: {way} ({why})."
+_SERVERS = {
+    "siege_demo": "demo model",
+    "siege_large": "`--large`",
+    "siege_busy": "demo model, all processors busy",
+    "siege_before": "demo model, before the limits",
+}
 
 
-_VERDICTS = "same", "faster", "slower"
+def _worst(figure: str) -> float:
+    """Return a figure as a number. A server that did not end has "none"."""
+    return math.inf if figure == "none" else float(figure)
 
 
-def _verdicts(result: Result) -> Iterator[dict[str, Any]]:
-    """How many cases of each benchmark changed, and the smallest and largest change."""
-    for name, entries in result["modules"].items():
-        verdicts = [entry["verdict"] for entry in entries]
-        ratios = sorted(entry["after_us"] / entry["before_us"] for entry in entries)
-        found = {"of": name, "ratios": f"{ratios[0]:.2f} to {ratios[-1]:.2f}"}
-        yield found | {verdict: verdicts.count(verdict) for verdict in _VERDICTS}
+def siege_table(bounds: Sequence[float]) -> str:
+    """Return the table of docs/results/reliability.md: bounds, and the worst of each server.
 
-
-compared = Table(
-    _verdicts,
-    [
-        *(("benchmark", "{of}"), ("after / before", "{ratios}")),
-        *((f"cases {verdict}", f"{{{verdict}}}") for verdict in _VERDICTS),
-    ],
-)
-
-
-def stalls(kernel: Any) -> str:
-    """The two reasons that a kernel's warps wait most for."""
-    return ", ".join(list(kernel["stalls"])[:2]).replace("_", " ")
-
-
-def longest_launches(result: Result) -> Iterator[str]:
-    """The longest profiled launch of each kernel."""
-
-    def duration(kernel: Case) -> float:
-        return float(kernel["metrics"]["duration"].split()[0].replace(",", ""))
-
-    longest: dict[str, Case] = {}
-    for kernel in result["kernels"]:
-        before = longest.get(kernel["kernel"])
-        if before is None or duration(kernel) > duration(before):
-            longest[kernel["kernel"]] = kernel
-    columns: list[Column] = [("kernel", "`{kernel}`")]
-    for head in ("duration", "registers a thread", "occupancy reached", "L2 hits"):
-        columns.append((head, f"{{metrics[{head}]}}"))
-    table = Table(lambda _: longest.values(), [*columns, ("waits most for", stalls)])
-    yield "\n".join(table.lines(result))
-
-
-def siege_table() -> str:
-    """Return the table of docs/results/reliability.md: each kind of request on three servers."""
-    names = ("siege_demo", "siege_large", "siege_busy", "siege_before")
-    demo, large, busy, before = (
-        json.loads((RESULTS / "soak" / f"{name}.json").read_text()) for name in names
-    )
-    form = "{env[cpu]}, {env[cpus]} processors; Python {env[python]}, paddlepaddle "
-    form += "{env[paddlepaddle]}; commits "
-    commits = ", ".join(f"{r['env']['commit']:.12}" for r in (demo, large, busy))
-    repeats = ", ".join(str(r["repeats"]) for r in (demo, large, busy))
-    found = [{row["requests"]: row for row in r["rows"]} for r in (demo, large, busy, before)]
-    figures = [key for key in demo["rows"][0] if key not in ("requests", "answers")]
-
-    def cell(row: Case, key: str) -> str:
-        values = [rows[row["requests"]][key].partition(" ")[0] for rows in found[:3]]
-        return " / ".join(values)
-
-    def earlier(row: Case) -> str:
-        old = found[3].get(row["requests"], {})
-        return " / ".join(old[key].partition(" ")[0] for key in figures[:3]) if old else ""
-
-    def answers(row: Case) -> str:
-        # the others are named if their kinds of answers differ
-        each = [rows[row["requests"]]["answers"] for rows in found[:3]]
-        kinds = [re.sub(r": \d+", "", text) for text in each]
-        others = zip(("large", "busy"), kinds[1:], each[1:], strict=True)
-        return "; ".join([each[0], *(f"{k}: {text}" for k, x, text in others if x != kinds[0])])
-
-    columns: list[Column] = [("requests", "{requests}"), ("answers", answers)]
-    columns += [(key.replace(" (alone)", ""), partial(cell, key=key)) for key in figures]
-    columns.append(("before: /health / gap / memory", earlier))
-    table = "\n".join(Table(lambda _: demo["rows"], columns).lines({}))
-    return f"{form.format_map(demo)}{commits}; the worst of {repeats}.\n\n{table}\n"
-
-
-def missed(result: Result) -> Iterator[str]:
-    """The largest share of a row's top k that inexact peers miss."""
-    shares: dict[str, tuple[float, str]] = {}
-    for case in result["cases"]:
-        for label, right in case.get("share_right", {}).items():
-            shares[label] = max(shares.get(label, (0.0, "")), (1 - right, case["case"]))
-    if shares:
-        found = [f"{k} up to {share:.1%} ({where})" for k, (share, where) in sorted(shares.items())]
-        yield f"Scores chosen that are not among the best: {', '.join(found)}."
-
-
-def stack_counts(result: Result) -> Iterator[str]:
-    """Effects of the package's part of a step, the peers chosen, and what did not serve."""
-    cases = result["cases"]
-    counted = [case["package_alone"] for case in cases if "package_alone" in case]
-    if counted:
-        names = {"launches": "launches", "copies": "copies", "host_waits": "host waits"}
-        names["allocations"] = "allocations"
-        counts = ", ".join(f"{max(c[key] for c in counted)} {name}" for key, name in names.items())
-        yield (
-            f"A step without torch's GEMMs, which allocate their results, is at most {counts}"
-            "; the columns above count whole eager steps."
-        )
-    made_by = {f"{what} by {who}" for case in cases for what, who in case["made_by"].items()}
-    if made_by:
-        yield f"The fastest of the peers, in one case or another: {', '.join(sorted(made_by))}."
-    others = [name for name, serves in result.get("custom_ops", {}).items() if serves is not True]
-    if others:
-        yield f"Of custom_ops/ did not serve: {', '.join(others)}."
+    Args:
+        bounds: the largest allowed figures, in the order of a row of the results.
+    """
+    rows: list[dict[str, str]] = []
+    for name, server in _SERVERS.items():
+        result = json.loads((RESULTS / "soak" / f"{name}.json").read_text())
+        row = {"server": server, "commit": result["env"]["commit"][:12]}
+        row["kinds x repeats"] = f"{len(result['rows'])} x {result['repeats']}"
+        figures = [key for key in result["rows"][0] if key not in ("requests", "answers")]
+        for key in figures:
+            found = (kind[key].partition(" ")[0] for kind in result["rows"])
+            row[key] = max(found, key=_worst)
+        rows.append(row)
+    allowed = dict(zip(figures, (f"{bound:g}" for bound in bounds), strict=True))
+    rows.insert(0, dict.fromkeys(row, "") | {"server": "allowed"} | allowed)
+    columns: list[Column] = [(key.replace(" (alone)", ""), itemgetter(key)) for key in row]
+    machine = "{env[cpu]}, {env[cpus]} processors; Python {env[python]}, paddlepaddle "
+    machine += "{env[paddlepaddle]}. The worst of all kinds of requests:"
+    table = "\n".join(Table(lambda _: rows, columns).lines({}))
+    return f"{fill(machine, result)}\n\n{table}\n"
 
 
 def unguarded(result: Result) -> Iterator[str]:
-    """How many steps are read wrong without guards."""
-    for case in result["cases"]:
-        if case.get("unguarded"):
-            found = "; ".join(f"{name}: {wrong}" for name, wrong in case["unguarded"].items())
-            form = "{case} without guards, steps read wrong of {unguarded_steps}: "
-            yield f"{form.format_map(case)}{found}."
+    """Return how many steps are read wrong without guards, by way to the device."""
+    found = [
+        f"{case['case']} {'; '.join(f'{name} {n}' for name, n in case['unguarded'].items())}"
+        for case in result["cases"]
+        if case.get("unguarded")
+    ]
+    if found:
+        steps = result["cases"][0]["unguarded_steps"]
+        yield f"Steps read wrong without guards, of {steps}: {'. '.join(found)}."

@@ -1,70 +1,66 @@
-"""The tables of docs/results/v4_prepare.md."""
+"""The table of docs/results/v4_prepare.md."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from benchmarks._harness import three_digits
-from benchmarks._render import Case, Column, Result, Table, ceilings_line, labels_of, paragraphs
+from benchmarks._render import Case, Column, Result, Table, ceilings_line, gpu_machine, labels_of
 
 _DRAFTS = (0, 1, 3)
-_TITLES = {
-    "host": "Host time of a step, us, with 0 / 1 / 3 drafts",
-    "exposed": "Exposed time of a step, us, with 0 / 1 / 3 drafts",
-    "device": "Device time, us, with 0 / 1 / 3 drafts",
-}
+_KINDS = "host", "exposed", "device"
+_SHOWN = "vectorised", "operators, graph"
+"""Sides with columns of their own, as ratios to ours."""
 
 
 def v4_prepare(result: Result) -> Iterator[str]:
-    """A table a kind over all sizes, what is faster than ours, and further figures."""
+    """Return the machine, times and ratios of all sizes, and further figures."""
+    lead = "Times of ours in us and the other sides divided by ours, with 0 / 1 / 3 drafts:"
+    yield " ".join([*gpu_machine(result), *ceilings_line(result), lead])
+    columns: list[Column] = [("rows x context", lambda row: _size(row[0]))]
     slower = []
-    for kind, title in _TITLES.items():
+    for kind in _KINDS:
         own = [case for case in result["cases"] if case["kind"] == kind]
-        if own:
-            yield from paragraphs(result, [f"{title}:", _size_table(own)])
-            for label in labels_of(own):
-                faster = sum(case["ratios"].get(label, 1) < 1 for case in own)
-                if faster:
-                    slower.append(f"- {kind} time, {label}: {faster} of {len(own)}")
-    lines = "\n".join(slower or ["- none"])
-    yield f"Sizes at which another side takes less time than ours:\n\n{lines}"
+        columns += _columns(kind, own)
+        for label in labels_of(own):
+            faster = sum(case["ratios"].get(label, 1) < 1 for case in own)
+            if faster:
+                slower.append(f"{label} in {faster} of {len(own)} cases ({kind} time)")
+    rows: dict[tuple[int, int], list[Case]] = {}
+    for case in sorted(result["cases"], key=lambda c: (c["batch"], c["context"])):
+        rows.setdefault((case["batch"], case["context"]), []).append(case)
+    yield "\n".join(Table(lambda _: rows.values(), columns).lines(result))
+    yield f"Sides with less time than ours: {', '.join(slower) or 'no other'}."
     for case in result["cases"]:
         if len(case.get("effects", ())) > 1:
             counts = (f"{k} {n['launches']} and {n['copies']}" for k, n in case["effects"].items())
             size = case["case"].removesuffix(f", {case['kind']}")
             yield f"Launches and copies of a step at {size}: {', '.join(counts)}."
-    yield from ceilings_line(result)
     if "error" in result:
         yield f"The run was cut off: {result['error']}."
 
 
-def _size_table(cases: Sequence[Case]) -> Table:
-    """Rows and contexts down, sides across; a cell has the figures of all numbers of drafts."""
-    first = cases[0]
-    columns: list[Column] = [("rows x context", lambda row: _size(row[0]))]
+def _columns(kind: str, own: Sequence[Case]) -> Iterator[Column]:
+    """Yield the columns of a kind of time: ours, its p99 if measured, and the other sides."""
+    if not own:
+        return
+    ours = own[0]["ours"]
+    yield f"{kind}: **ours**", _cell(kind, "times", ours, "p50")
+    if "p99" in own[0]["times"][ours]:
+        yield "p99", _cell(kind, "times", ours, "p99")
+    for label in _SHOWN:
+        if label in own[0]["times"]:
+            yield label, _cell(kind, "ratios", label)
 
-    def add(head: str, *path: str) -> None:
-        def cell(row: Sequence[Case]) -> str:
-            figures = {case["drafts"]: _figure(case, *path) for case in row}
-            return " / ".join(figures.get(drafts, "-") for drafts in _DRAFTS)
 
-        columns.append((head, cell))
+def _cell(kind: str, *path: str) -> Callable[[Sequence[Case]], str]:
+    """Return a cell with the figures of all numbers of drafts."""
 
-    for label in labels_of(cases):
-        add(f"**{label}**" if label == first["ours"] else label, "times", label, "p50")
-        if label in first.get("arrays_us", ()):
-            add(f"{label}, arrays alone", "arrays_us", label, "p50")
-    if "stage_and_expand_us" in first:
-        add("`stage` and `expand` alone", "stage_and_expand_us", "p50")
-    if "p99" in first["times"][first["ours"]]:
-        add("ours, p99", "times", first["ours"], "p99")
-    if first["floor_us"]:
-        add("of the floor, %", "percent_of_floor")
-    columns.append(("tier", lambda row: row[0]["tier"]))
-    rows: dict[tuple[int, int], list[Case]] = {}
-    for case in sorted(cases, key=lambda c: (c["batch"], c["context"], c["drafts"])):
-        rows.setdefault((case["batch"], case["context"]), []).append(case)
-    return Table(lambda _: rows.values(), columns)
+    def cell(row: Sequence[Case]) -> str:
+        figures = {case["drafts"]: _figure(case, *path) for case in row if case["kind"] == kind}
+        return " / ".join(figures.get(drafts, "-") for drafts in _DRAFTS)
+
+    return cell
 
 
 def _size(case: Case) -> str:
@@ -72,7 +68,7 @@ def _size(case: Case) -> str:
 
 
 def _figure(case: Case, *path: str) -> str:
-    """A figure of a case; "-" where it was not measured."""
+    """Return a figure of a case, or "-" if it was not measured."""
     for key in path:
         if key not in case:
             return "-"

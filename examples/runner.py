@@ -43,7 +43,7 @@ class AlphabetRunner:
         """
         # The tokens of all rows, prompts and decodes, follow each other without padding. A model
         # with attention also reads seq_lens_* and block_tables, which say where keys are cached.
-        last = self.input_batch.ids_remove_padding[logits_indices]
+        last = self.input_batch.token_ids[logits_indices]
         return np.eye(self.vocab_size, dtype=np.float32)[np.minimum(last + 1, END)] * 10
 
 

@@ -172,10 +172,16 @@ def fresh_log() -> Iterator[None]:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skip what cannot run here; `network` tests run only when they are asked for by name.
 
-    Files with slow tests come first: of several processes none then works on alone at the end.
+    Files with slow tests come first, longest limits before others. So no process works on alone
+    at the end.
     """
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    limits: dict[Path, float] = {}
+    for item in items:
+        if item.get_closest_marker("slow"):
+            limit = item.get_closest_marker("timeout")
+            seconds = limit.args[0] if limit else 1.0
+            limits[item.path] = max(seconds, limits.get(item.path, 0))
+    items.sort(key=lambda item: -limits.get(item.path, 0))
     for item in items:
         names = {mark.name for mark in item.iter_markers()}
         reasons = [_skip_reason(name) for name in names & REQUIREMENTS.keys()]

@@ -9,6 +9,10 @@ broadcast, so nothing looks at their dimensions.
 Every operation makes a block type and a tensor, and both make a new shape, which is a tuple of the
 language with a type and a name of its own: half the time of a kernel of small blocks. A shape gives
 the same objects each time, and nothing changes them; so they are shared.
+
+Operands of one type need neither promotion nor broadcasting, and two types are always promoted to
+the same third one. A number beside a block is made a block once. A conversion of values of at most
+16 bits is a look-up in the table of all of them, which the interpreter's own conversion fills.
 """
 
 from __future__ import annotations
@@ -26,6 +30,8 @@ from triton.runtime import interpreter
 
 # modules of the language that the launch in progress has made the interpreter's; None between two
 _patched: set[str] | None = None
+NUMBERS = {bool, float, int}
+MAX_CONSTANTS = 4096
 
 
 @cache
@@ -34,7 +40,10 @@ def hurry() -> None:
     _patch_once_a_launch()
     _remember_builtins()
     _remember_array_types()
-    _broadcast_what_differs()
+    _unwrap_quickly()
+    _promote_what_differs()
+    _keep_operands()
+    _convert_by_tables()
     builder = interpreter.interpreter_builder
     # without `debug`, `device_assert` does nothing with what the checks compute
     if not builder.options.debug:
@@ -83,24 +92,144 @@ def _remember_builtins() -> None:
     def builtins_of(package: Any) -> list[tuple[str, Any]]:
         return [(n, m) for n, m in inspect.getmembers(package) if core.is_builtin(m)]
 
-    def patch_builtin(package: Any, *builder_and_scope: Any) -> None:
+    @cache
+    def interpreted(member: Any) -> Any:
+        """A function of the language that calls the interpreter, whatever it is given for it."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            kwargs["_semantic"] = interpreter.interpreter_semantic
+            return member(*args, **kwargs)
+
+        return call
+
+    def patch_builtin(package: Any, builder: Any, *scope: Any) -> None:
         for name, member in builtins_of(package):
-            interpreter._patch_attr(package, name, member, *builder_and_scope)
+            if scope and hasattr(interpreter, "interpreter_semantic"):
+                scope[0].set_attr(package, name, interpreted(member))
+            else:
+                # an older release
+                interpreter._patch_attr(package, name, member, builder, *scope)
 
     interpreter._patch_builtin = patch_builtin
 
 
-def _broadcast_what_differs() -> None:
-    """Leave two blocks of one shape as they are without a look at each dimension."""
-    original = semantic.TritonSemantic.broadcast_impl_value
+def _unwrap_quickly() -> None:
+    """Return numbers, types and tensors, which hold no constant, without a search for one."""
+    original = core._unwrap_if_constexpr
+    plain = {bool, float, int, str, type(None)}
+    plain |= {core.block_type, core.dtype, core.pointer_type, core.tensor}
 
-    def broadcast(self: Any, lhs: Any, rhs: Any) -> tuple[Any, Any]:
-        one, other = lhs.type, rhs.type
-        if one.is_block() and other.is_block() and one.shape.values == other.shape.values:
-            return lhs, rhs
-        return original(self, lhs, rhs)
+    def unwrap(given: Any) -> Any:
+        kind = type(given)
+        if kind in plain:
+            return given
+        return given.value if kind is core.constexpr else original(given)
 
-    semantic.TritonSemantic.broadcast_impl_value = broadcast
+    core._unwrap_if_constexpr = unwrap
+
+
+def _have_one_shape(one: Any, other: Any) -> bool:
+    """Tell if two types are blocks of one shape."""
+    return one.is_block() and other.is_block() and one.shape.values == other.shape.values
+
+
+def _promote_what_differs() -> None:
+    """Leave a value of the wanted type or shape as it is, and remember promotions."""
+    kind = semantic.TritonSemantic
+    broadcast, cast, promote = kind.broadcast_impl_value, kind.cast, kind.computation_type_impl
+    promoted: dict[tuple[Any, ...], Any] = {}
+
+    def broadcasted(self: Any, lhs: Any, rhs: Any) -> tuple[Any, Any]:
+        return (lhs, rhs) if _have_one_shape(lhs.type, rhs.type) else broadcast(self, lhs, rhs)
+
+    def casted(self: Any, given: Any, wanted: Any, *rounding: Any) -> Any:
+        return given if given.dtype is wanted.scalar else cast(self, given, wanted, *rounding)
+
+    def promotion(self: Any, one: Any, is_scalar: bool, other: Any, *more: bool) -> Any:
+        key = one.name, is_scalar, other.name, *more
+        if key not in promoted:
+            promoted[key] = promote(self, one, is_scalar, other, *more)
+        return promoted[key]
+
+    kind.broadcast_impl_value, kind.cast = broadcasted, casted
+    kind.computation_type_impl = promotion
+
+
+def _keep_operands() -> None:
+    """Leave operands of one type as they are, and remember numbers as tensors."""
+    kind = semantic.TritonSemantic
+    original = kind.binary_op_type_checking_impl
+    constants: dict[tuple[Any, ...], Any] = {}
+
+    def keeps_its_type(self: Any, dtype: Any, number: Any, div_or_mod: bool) -> bool:
+        if not (dtype.is_int() or dtype.is_floating()):
+            return False
+        own = self.to_tensor_type(number)
+        return self.computation_type_impl(dtype, False, own, True, div_or_mod) is dtype
+
+    def constant(self: Any, number: Any, like: Any) -> Any:
+        """Make a number a tensor of the type and shape of another one."""
+        shape = tuple(like.type.shape.values) if like.type.is_block() else ()
+        key = type(number), number, like.dtype.name, shape
+        made = constants.get(key)
+        if made is None:
+            scalar = self._cast_to_computation_type(number, like.dtype)
+            made = self.broadcast_impl_value(like, scalar)[1]
+            # zeros of both signs are equal
+            if number != 0 or type(number) is int:
+                constants[key] = made
+                if len(constants) > MAX_CONSTANTS:
+                    constants.clear()
+        return made
+
+    def check(
+        self: Any,
+        lhs: Any,
+        rhs: Any,
+        allow_lhs_ptr: bool = False,
+        allow_rhs_ptr: bool = False,
+        arithmetic_check: bool = True,
+        div_or_mod: bool = False,
+    ) -> tuple[Any, Any]:
+        one, other = type(lhs), type(rhs)
+        if one is other is core.tensor and lhs.dtype is rhs.dtype:
+            # a division of narrow numbers is promoted
+            is_kept = lhs.dtype.is_int() or (lhs.dtype.is_floating() and not div_or_mod)
+            if is_kept and (lhs.type is rhs.type or _have_one_shape(lhs.type, rhs.type)):
+                return lhs, rhs
+        if arithmetic_check and one is core.tensor and other in NUMBERS:
+            if keeps_its_type(self, lhs.dtype, rhs, div_or_mod):
+                return lhs, constant(self, rhs, lhs)
+        elif arithmetic_check and other is core.tensor and one in NUMBERS:  # noqa: SIM102
+            if keeps_its_type(self, rhs.dtype, lhs, div_or_mod):
+                return constant(self, lhs, rhs), rhs
+        how = allow_lhs_ptr, allow_rhs_ptr, arithmetic_check, div_or_mod
+        return original(self, lhs, rhs, *how)
+
+    kind.binary_op_type_checking_impl = check
+
+
+def _convert_by_tables() -> None:
+    """Look the conversions of narrow numbers up, and cut numbers of bfloat16 off."""
+    original = interpreter._convert_float
+    tables: dict[tuple[Any, ...], np.ndarray] = {}
+
+    def convert(given: np.ndarray, of: Any, to: Any, rounding: Any) -> np.ndarray:
+        bits = of.primitive_bitwidth
+        if bits > 16:
+            if of is core.float32 and to is core.bfloat16 and rounding is None:
+                words = given.view(np.uint32)
+                if not ((words << 1) - np.uint32(1) < np.uint32(0xFFFFFF)).any():
+                    # without a number too small for an exponent it is the upper half
+                    return (words >> 16).astype(np.uint16)
+            return original(given, of, to, rounding)
+        key = of.name, to.name, rounding
+        codes = np.dtype(f"uint{bits}")
+        if key not in tables:
+            tables[key] = original(np.arange(1 << bits, dtype=codes), of, to, rounding)
+        return tables[key][given.view(codes)]
+
+    interpreter._convert_float = convert
 
 
 def _remember_array_types() -> None:

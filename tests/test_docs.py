@@ -29,7 +29,8 @@ CHINESE = [page for page in PAGES if page.name.endswith(".zh.md")]
 
 def _documented() -> dict[str, list[str]]:
     """Rows of the tables of docs/flags.md: flag -> its cells."""
-    rows = re.findall(r"^\| `(--[a-z-]+)[^`]*` \|(.*)\|$", FLAGS_PAGE, flags=re.MULTILINE)
+    ours = FLAGS_PAGE.partition("## Flags of other servers")[0]
+    rows = re.findall(r"^\| `(--[a-z-]+)[^`]*` \|(.*)\|$", ours, flags=re.MULTILINE)
     return {flag: [cell.strip() for cell in cells.split("|")] for flag, cells in rows}
 
 

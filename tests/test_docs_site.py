@@ -143,7 +143,7 @@ def browser() -> Iterator[Browser]:
 )
 def test_the_search_finds_words(browser: Browser, site_url: str, query: str, found: str) -> None:
     page = browser.new_page()
-    page.goto(f"{site_url}/docs/index.html")
+    page.goto(f"{site_url}/docs/quickstart.html")
     page.click(".md-search__button")
     page.keyboard.type(query)
     expect(page.locator(f'a[href*="{found}?h="]').first).to_be_visible(timeout=30_000)

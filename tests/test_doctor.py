@@ -63,7 +63,7 @@ TAMPERED = [
 
 @pytest.mark.parametrize(("name", "output", "place"), TAMPERED)
 def test_a_wrong_value_is_found(name: str, output: str, place: int) -> None:
-    results = CASES[name].run(function(name, "paddle"), Memory())
+    results = CASES[name].run(function(name, "numpy"), Memory())
     out = next(results)
     wrong = out[output] = out[output].copy()
     # two bits of the value's second highest byte, which no rounding explains
@@ -81,14 +81,14 @@ def test_a_healthy_machine(
     assert found["healthy"] and found["device"] == "cpu"
     assert found["packages"]["paddlepaddle"] and found["packages"]["triton"]
     assert {check["name"] for check in found["checks"]} == set(CASES)
-    assert {check["provider"] for check in found["checks"]} == {"paddle"}
+    assert {check["provider"] for check in found["checks"]} == {"numpy"}
     assert all(check["reason"] and check["ms"] >= 0 for check in found["checks"])
     monkeypatch.setenv("COLUMNS", "1000")
     text = doctor.as_text(found)
     assert text.endswith("\nhealthy\n") and "FAILED" not in text
     assert "No GPU kernel was run" in text
     assert "\ngraphs     none: a CPU has no graphs\n" in text
-    assert "\n  cache_write        cpu       paddle             ok" in text
+    assert "\n  cache_write        cpu       numpy              ok" in text
     # it fits a narrow terminal, commands excepted, which are pasted
     monkeypatch.setenv("COLUMNS", "60")
     narrow = doctor.as_text(found)

@@ -12,6 +12,15 @@ import pytest
 FOLDER = Path(__file__).resolve().parents[1] / "examples"
 # file -> what its output matches
 PRINTED = {
+    "caches": r"positions: \[2, 3, 4, 4\] slots: \[66, 67, 68, 4\]\n"
+    r"by FastDeploy's operator: \[2, 3, 4, 4, -1, -1\]\n"
+    r"codes: \[4, 64, 128\] folded weights: \[4, 64\]\nerror of a key below 0.2: True\n",
+    "metadata": r"position: \[70\] slot: \[198\]\n",
+    "v4_steps": r"positions: \[126, 127, 128, 129, 8, 9\]\n"
+    r"HCA entries of each token: \[0, 1, 1, 1, 0, 0\]\n"
+    r"CSA entries of each token: \[31, 32, 32, 32, 2, 2\]\n"
+    r"token 1 of row 0 at 127 pools 126 old sources to entry 7\n"
+    r"positions: \[127, 128, 129, 130, 10, 11\] tokens after the step: \[131, 12\]\n",
     "chat": r"assistant: .+\nended by: stop after \d+ tokens\n"
     r"assistant: .*Paris.*\nprompt tokens: \d+ cached: [1-9]\d*\n",
     "operators": r"position and slot of the new token: 4 4\n"
@@ -29,7 +38,8 @@ def test_every_example_has_its_output_here() -> None:
 
 def _by_time(name: str) -> Any:
     """Mark an example that loads the demo model as slow."""
-    marks = () if name in ("operators", "runner") else pytest.mark.slow
+    quick = ("caches", "metadata", "operators", "runner", "v4_steps")
+    marks = () if name in quick else pytest.mark.slow
     return pytest.param(name, marks=marks)
 
 

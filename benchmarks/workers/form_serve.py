@@ -22,7 +22,7 @@ STEP_INPUTS = "seq_lens_encoder", "seq_lens_decoder", "seq_lens_this_time", "blo
 def read_again_in_every_layer() -> None:
     """Change the backend: `write`, the first call of a layer, makes what the layer then reads."""
     from fd_dsa.attention.backend import DSAAttentionBackend
-    from fd_dsa.step import StepMetadataBuilder
+    from fd_dsa.step import StepHints, StepMetadataBuilder
 
     write = DSAAttentionBackend.write
 
@@ -33,15 +33,20 @@ def read_again_in_every_layer() -> None:
     def build_and_write(self: Any, *keys_and_layer: Any) -> None:
         layer, step = keys_and_layer[-2:]
         if layer.layer_id:
-            arrays = tuple(getattr(step, name) for name in STEP_INPUTS)
-            self.attention_metadata = another(self.builder).build_from(arrays, step.hints)
+            meta = step.fd_dsa_step
+            arrays = tuple(getattr(meta, name) for name in STEP_INPUTS)
+            num_tokens = meta.num_prefill_tokens + meta.num_decode_tokens
+            hints = StepHints(
+                num_tokens, meta.num_prefill_tokens, meta.max_seqlen_k, meta.position_ids.shape[0]
+            )
+            self.attention_metadata = another(self.builder).build_from(arrays, hints)
         write(self, *keys_and_layer)
 
     DSAAttentionBackend.write = build_and_write  # type: ignore[method-assign, assignment]
 
 
 def main() -> Any:
-    """Serve, or be the engine of a server; returns the exit status."""
+    """Serve, or run the engine of a server. Returns the exit status."""
     on_rig = "FD_DSA_RIG" in os.environ
     if sys.argv[1:2] != [ENGINE]:
         return serve("benchmarks.workers.form_serve", sys.argv[1:], on_rig=on_rig)

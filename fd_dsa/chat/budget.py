@@ -1,9 +1,14 @@
-"""Budget of one rendering: bytes of values, characters of output, processor time."""
+"""Budget of one rendering: bytes of values, characters of output, processor time.
+
+The operators of templates spend it. If the result of an operator may be much larger than its
+operands, its size is bounded in advance by the sizes of the operands. The sizes of all results are
+counted.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Mapping, ValuesView
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, ValuesView
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -34,8 +39,15 @@ _SCALARS = (str, int, float, bool, type(None))
 _CONTAINERS = (list, tuple, Mapping, AbstractSet, ValuesView)
 SCALAR_BYTES = 32
 """Bytes of a number, and the minimum for any value."""
-
-
+ESCAPED = 6
+"""Maximum bytes of an escaped byte, as in `\\u0000`."""
+_NUMBERS = (int, float)
+_MAX_BITS = 1 << 12
+_SMALL_NUMBER = 1 << 60
+# bytes counted for a step of an iterator
+_ITEM_BYTES = 128
+# shorter results are counted without a check in advance
+_SHORT = 1 << 16
 _T = TypeVar("_T")
 
 
@@ -184,3 +196,158 @@ def _active_budget(budget: Budget) -> Iterator[None]:
         yield
     finally:
         _active.reset(token)
+
+
+def to_text(value: object) -> str:
+    """Return `str(value)`, counted."""
+    if type(value) is str:
+        return value
+    budget = current()
+    if not isinstance(value, _NUMBERS):
+        budget.check_room(ESCAPED * budget.weigh(value))
+    text = str(value)
+    budget.spend(getsizeof(text))
+    return text
+
+
+def to_list(value: Any) -> Any:
+    """Return a list or tuple unchanged, and a list of the items of any other iterable."""
+    if isinstance(value, list | tuple):
+        return value
+    budget = current()
+    size = 0
+    if isinstance(value, str) and not value.isascii():
+        size = 80 * len(value)
+        budget.check_room(size)
+    result = list(value)
+    budget.spend(size + getsizeof(result))
+    return result
+
+
+def counted(items: Iterable[object]) -> Iterator[Any]:
+    """Yield the items and count each as a step of the rendering."""
+    budget = current()
+    for item in items:
+        budget.spend(_ITEM_BYTES + (getsizeof(item) if isinstance(item, list) else 0))
+        yield item
+
+
+def join(separator: str, texts: Sequence[str]) -> str:
+    """Join texts, after a check of their length."""
+    budget = current()
+    length = sum(map(len, texts)) + len(separator) * len(texts)
+    if length > _SHORT:
+        is_ascii = separator.isascii() and all(map(str.isascii, texts))
+        budget.check_room(length if is_ascii else 4 * length)
+    result = separator.join(texts)
+    budget.spend(getsizeof(result))
+    return result
+
+
+def concat(pieces: Iterable[str]) -> str:
+    """Join the output of a block, macro or loop."""
+    texts = pieces if isinstance(pieces, list) else list(pieces)
+    return texts[0] if len(texts) == 1 and type(texts[0]) is str else join("", texts)
+
+
+def concat_values(*values: object) -> str:
+    """Apply the operator `~`."""
+    return join("", [value if type(value) is str else to_text(value) for value in values])
+
+
+def add(*values: Any) -> Any:
+    """Apply the operator `+` to a chain of values. Texts are joined once."""
+    if all(type(value) is str for value in values):
+        return join("", values)
+    result, *others = values
+    for value in others:
+        result = _add(result, value)
+    return result
+
+
+def _add(left: Any, right: Any) -> Any:
+    if isinstance(left, _NUMBERS) and isinstance(right, _NUMBERS):
+        return number_of("+", left + right)
+    budget = current()
+    size = getsizeof(left) + getsizeof(right)
+    # a Markup escapes the other text, and the sum uses the wider of both character sizes
+    budget.check_room(4 * ESCAPED * size if isinstance(left, str) else size)
+    result = left + right
+    budget.spend(getsizeof(result))
+    return result
+
+
+def subtract(left: object, right: object) -> Any:
+    """Apply the operator `-` to numbers.
+
+    Other types that have it, such as sets, are refused.
+    """
+    if not isinstance(left, _NUMBERS) or not isinstance(right, _NUMBERS):
+        raise TypeError(f"'-' takes numbers, not {type(left).__name__} and {type(right).__name__}")
+    return number_of("-", left - right)
+
+
+def multiply(left: Any, right: Any) -> Any:
+    """Apply the operator `*`."""
+    budget = current()
+    if isinstance(left, int) and isinstance(right, int):
+        _check_bits("*", left.bit_length() + right.bit_length())
+        return number_of("*", left * right)
+    for value, times in ((left, right), (right, left)):
+        if isinstance(times, int) and isinstance(value, (str, list, tuple)):
+            is_narrow = isinstance(value, str) and value.isascii()
+            budget.check_room((1 if is_narrow else 8) * len(value) * max(times, 0))
+    result = left * right
+    budget.spend(getsizeof(result))
+    return result
+
+
+def power(left: Any, right: Any) -> Any:
+    """Apply the operator `**`."""
+    if isinstance(left, int) and isinstance(right, int):
+        _check_bits("**", left.bit_length() * right)
+    return number_of("**", left**right)
+
+
+def negate(value: Any) -> Any:
+    """Apply the unary operator `-`."""
+    return number_of("-", -value)
+
+
+def divide(left: Any, right: Any) -> Any:
+    """Apply the operator `//`."""
+    return number_of("//", left // right)
+
+
+def number_of(name: str, value: object) -> Any:
+    """Return the number that an operator has made, counted."""
+    if type(value) is int and not -_SMALL_NUMBER < value < _SMALL_NUMBER:
+        _check_bits(name, value.bit_length())
+        current().spend(getsizeof(value))
+    return value
+
+
+def _check_bits(name: str, bits: int) -> None:
+    if bits > _MAX_BITS:
+        raise OverBudget(f"{name!r} would make a number of more than {_MAX_BITS} bits")
+
+
+def slice_of(value: Any, start: object, stop: object, step: object) -> Any:
+    """Apply the operator `[start:stop:step]`."""
+    result = value[start:stop:step]
+    current().spend(getsizeof(result))
+    return result
+
+
+def compared(value: object) -> Any:
+    """Return an operand of a comparison after a check of its size."""
+    if isinstance(value, _SCALARS):
+        return value
+    budget = current()
+    budget.check_work(budget.weigh(value))
+    return value
+
+
+def finalize(value: object) -> Any:
+    """Return the text of a value in the output, counted."""
+    return value if type(value) is str else to_text(value)

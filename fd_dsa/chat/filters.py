@@ -13,32 +13,26 @@ from typing import Any
 
 from jinja2 import Environment
 from jinja2.filters import FILTERS, make_attrgetter
-from jinja2.utils import pass_context, pass_environment
+from jinja2.utils import pass_environment
 
-from fd_dsa.chat.budget import SCALAR_BYTES, OverBudget, current
+from fd_dsa.chat.budget import (
+    ESCAPED,
+    SCALAR_BYTES,
+    OverBudget,
+    add,
+    counted,
+    current,
+    join,
+    to_list,
+    to_text,
+)
 from fd_dsa.chat.methods import (
     char_bytes,
     count_lines,
+    modulo,
     padded_bytes,
     replaced_bytes,
     stripped_bytes,
-)
-from fd_dsa.chat.operators import (
-    ESCAPED,
-    add,
-    compared,
-    concat_values,
-    counted,
-    divide,
-    join,
-    modulo,
-    multiply,
-    negate,
-    power,
-    slice_of,
-    subtract,
-    to_list,
-    to_text,
 )
 
 _MAX_DIGITS = 4300
@@ -324,36 +318,6 @@ def _text(value: object) -> Any:
     """Return a text or a Markup unchanged, and the text of any other value."""
     return value if isinstance(value, str) else to_text(value)
 
-
-@pass_context
-def _tick(context: object, num_bytes: int) -> None:
-    """Count a step of a loop, or a call of a macro."""
-    current().spend(num_bytes)
-
-
-@pass_context
-def _ticked(context: object, value: object, num_bytes: int) -> Any:
-    current().spend(num_bytes)
-    return value
-
-
-OPERATORS: dict[str, _Filter] = {
-    # names that no template can write
-    "+": add,
-    "-": subtract,
-    "(-)": negate,
-    "//": divide,
-    "*": multiply,
-    "**": power,
-    "%": modulo,
-    "~": concat_values,
-    "[:]": slice_of,
-    "(compared)": compared,
-    "(key)": lambda value: current().check_key(value),
-    "(tick)": _tick,
-    "(ticked)": _ticked,
-}
-"""Operators and steps of the compiled template."""
 
 _SLOW = ("pprint", "striptags", "urlencode", "urlize", "wordwrap", "xmlattr")
 _LAZY = ("map", "reject", "rejectattr", "select", "selectattr")

@@ -11,8 +11,8 @@ from typing import Any
 
 from jinja2.tests import TESTS
 
-from fd_dsa.chat.budget import current
-from fd_dsa.chat.operators import compared, modulo, to_text
+from fd_dsa.chat.budget import compared, current, to_text
+from fd_dsa.chat.methods import modulo
 
 _Test = Callable[..., Any]
 _TESTS: dict[str, Any] = dict(TESTS)

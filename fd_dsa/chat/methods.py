@@ -1,11 +1,12 @@
-"""Methods of values in templates, bounded by the budget of a rendering.
+"""Methods and formats of values in templates, bounded by the budget of a rendering.
 
 Every available method is in a table of this module. Other methods do not exist in templates.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from sys import getsizeof
 from types import BuiltinMethodType, MethodType
 from typing import Any
@@ -15,8 +16,7 @@ from jinja2.exceptions import SecurityError
 from jinja2.sandbox import SandboxedEscapeFormatter, SandboxedFormatter
 from markupsafe import Markup
 
-from fd_dsa.chat.budget import current
-from fd_dsa.chat.operators import ESCAPED, join, to_list
+from fd_dsa.chat.budget import ESCAPED, current, join, number_of, to_list
 
 _LINE_ENDS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"
 _BLANKS = (
@@ -263,3 +263,45 @@ def format_text(
     result = type(text)(formatter.vformat(text, args, kwargs))
     current().spend(getsizeof(result))
     return result
+
+
+def modulo(left: Any, right: Any) -> Any:
+    """Apply the operator `%` to numbers, or to a format and its values."""
+    if not isinstance(left, str):
+        return number_of("%", left % right)
+    budget = current()
+    values = right if isinstance(right, tuple) else (right,)
+    # each conversion takes a while, and a number with a fraction has up to 310 digits
+    budget.check_room(1000 * left.count("%"))
+    specs = list(_percent_specs(left))
+    size = ESCAPED * budget.weigh(values) + 400 * len(specs)
+    if isinstance(right, Mapping):
+        # each conversion may show the whole mapping
+        size *= len(specs) + 1
+    size += sum(number for spec in specs for number in spec if number is not None)
+    if any(None in spec for spec in specs):
+        size += sum(abs(value) for value in values if isinstance(value, int))
+    budget.check_room(4 * (len(left) + size))
+    result = left % right
+    budget.spend(getsizeof(result))
+    return result
+
+
+_SPEC = re.compile(r"[#0\- +]*(\d+|\*)?(?:\.(\d+|\*)?)?")
+
+
+def _percent_specs(text: str) -> Iterator[tuple[int | None, ...]]:
+    """Yield width and precision of each `%` of a format. None = `*`."""
+    place = text.find("%")
+    while place >= 0:
+        place += 1
+        if text[place : place + 1] == "(":
+            # a name with balanced parentheses
+            depth, place = 1, place + 1
+            while depth and place < len(text):
+                depth += {"(": 1, ")": -1}.get(text[place], 0)
+                place += 1
+        found = _SPEC.match(text, place)
+        assert found is not None, "the pattern matches the empty text"
+        yield tuple(None if group == "*" else int(group or 0) for group in found.groups())
+        place = text.find("%", found.end() + 1)

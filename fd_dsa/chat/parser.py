@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,13 +11,7 @@ from fd_dsa.chat.dsml_tools import DeepseekV4Tools, DeepseekV32Tools
 from fd_dsa.chat.events import Event, EventSink, Message, join_events
 from fd_dsa.chat.glm_tools import GlmTools
 from fd_dsa.chat.text_feed import CutOff, Damaged, Steps, TextFeed
-from fd_dsa.chat.tool_formats import (
-    DSML,
-    GLM_KEY,
-    V31_CALLS,
-    DeepseekV31Tools,
-    ToolFormat,
-)
+from fd_dsa.chat.tool_formats import DeepseekV31Tools, ToolFormat
 
 THINK_BEGIN = "<think>"
 THINK_END = "</think>"
@@ -38,13 +32,6 @@ GLM's two names share one.
 REASONING_FORMATS = ("deepseek_v3", "deepseek_v4", "glm45", "glm47")
 """vLLM's names for `--reasoning-parser`. All of them use <think> and </think>."""
 AUTO, NONE = "auto", "none"
-# format -> its sign in the source of a template; the first match counts
-_SIGNS = {
-    "deepseek_v32": DSML,
-    "deepseek_v4": DSML,
-    "deepseek_v31": V31_CALLS,
-    "glm47": GLM_KEY,
-}
 
 
 @dataclass(frozen=True)
@@ -231,64 +218,6 @@ class OutputParser:
             self.is_reasoning = False
             self._feed.release()
             self._sink.commit()
-
-
-def tool_format_name(name: str, source: str, family_formats: Sequence[str] = ()) -> str:
-    """Return the name of the format of tool calls, or `NONE`.
-
-    Args:
-        name: one of `TOOL_FORMATS`, `NONE` or `AUTO`, which uses the other arguments.
-        source: source of the template, which contains the signs of its formats.
-        family_formats: formats of the model's family, newest first. They precede the others and
-            decide between formats with the same sign.
-    """
-    if name != AUTO:
-        return name
-    order = (*family_formats, *_SIGNS)
-    found = next((tool_format for tool_format in order if _SIGNS[tool_format] in source), NONE)
-    # two generations share the sign, but only V3.2 has a section of this name
-    is_unsure = found == "deepseek_v32" and found not in family_formats
-    return "deepseek_v4" if is_unsure and "function_calls" not in source else found
-
-
-def find_tool_format(
-    name: str, source: str, family_formats: Sequence[str] = ()
-) -> ToolFormat | None:
-    """Return the format with the name of `tool_format_name`, or None for `NONE`."""
-    return TOOL_FORMATS.get(tool_format_name(name, source, family_formats))
-
-
-def reasoning_format_name(name: str, source: str, family_formats: Sequence[str] = ()) -> str:
-    """Return the name of the form of reasoning, or `NONE`."""
-    if name != AUTO:
-        return name
-    if THINK_END not in source:
-        return NONE
-    calls = tool_format_name(AUTO, source, family_formats)
-    return {"glm47": "glm45", "deepseek_v4": "deepseek_v4"}.get(calls, "deepseek_v3")
-
-
-def has_reasoning(name: str, source: str) -> bool:
-    """Return True if <think>...</think> at the beginning of an answer is reasoning."""
-    return reasoning_format_name(name, source) != NONE
-
-
-def opens_reasoning(prompt: str, continued: Mapping[str, object] | None) -> bool:
-    """Return True if an answer begins inside the reasoning.
-
-    Args:
-        continued: the last message if the answer continues it.
-    """
-    if continued is not None and is_reasoning_only(continued):
-        return prompt.rfind(THINK_BEGIN) > prompt.rfind(THINK_END)
-    return prompt.rstrip().endswith(THINK_BEGIN)
-
-
-def is_reasoning_only(message: Mapping[str, object]) -> bool:
-    """Return True if a message of the assistant ends inside its reasoning."""
-    return bool(message.get("reasoning_content")) and not (
-        message.get("content") or message.get("tool_calls")
-    )
 
 
 class Arguments(dict[str, Any]):

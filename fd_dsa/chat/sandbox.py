@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from sys import getsizeof
 from types import BuiltinMethodType, MethodType
@@ -14,19 +14,65 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.runtime import Context, LoopContext, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.utils import Namespace, missing
+from jinja2.utils import Namespace, missing, pass_context
 
-from fd_dsa.chat.budget import OverBudget, PromptTooLong, current
-from fd_dsa.chat.filters import OPERATORS, TEMPLATE_FILTERS
+from fd_dsa.chat.budget import (
+    OverBudget,
+    PromptTooLong,
+    add,
+    compared,
+    concat,
+    concat_values,
+    current,
+    divide,
+    finalize,
+    multiply,
+    negate,
+    power,
+    slice_of,
+    subtract,
+    to_text,
+)
+from fd_dsa.chat.filters import TEMPLATE_FILTERS
 from fd_dsa.chat.jinja_tests import TEMPLATE_TESTS
-from fd_dsa.chat.methods import METHODS, call_method, format_text, from_keys, make_dict
-from fd_dsa.chat.operators import compared, concat, finalize, to_text
+from fd_dsa.chat.methods import METHODS, call_method, format_text, from_keys, make_dict, modulo
 from fd_dsa.chat.rewriting import rewrite
 
 _MAX_TIME_FORMAT = 1000
 _NAMES_OF_DICT = frozenset(dir(dict))
 # bytes counted for a call and its overhead
 _CALL_BYTES = 32
+
+
+@pass_context
+def _tick(context: object, num_bytes: int) -> None:
+    """Count a step of a loop, or a call of a macro."""
+    current().spend(num_bytes)
+
+
+@pass_context
+def _ticked(context: object, value: object, num_bytes: int) -> Any:
+    current().spend(num_bytes)
+    return value
+
+
+OPERATORS: dict[str, Callable[..., Any]] = {
+    # names that no template can write
+    "+": add,
+    "-": subtract,
+    "(-)": negate,
+    "//": divide,
+    "*": multiply,
+    "**": power,
+    "%": modulo,
+    "~": concat_values,
+    "[:]": slice_of,
+    "(compared)": compared,
+    "(key)": lambda value: current().check_key(value),
+    "(tick)": _tick,
+    "(ticked)": _ticked,
+}
+"""Operators and steps of the compiled template."""
 
 
 class Sandbox(ImmutableSandboxedEnvironment):

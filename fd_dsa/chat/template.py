@@ -1,4 +1,4 @@
-"""Chat templates: compiled and rendered by Jinja in a sandbox."""
+"""Chat templates, compiled and rendered by Jinja in a sandbox, and the formats of their answers."""
 
 from __future__ import annotations
 
@@ -9,8 +9,16 @@ from jinja2.exceptions import TemplateSyntaxError
 
 from fd_dsa.cancellation import Cancelled
 from fd_dsa.chat.budget import OverBudget, bounded_compilation, bounded_rendering
-from fd_dsa.chat.parser import is_reasoning_only, read_arguments
+from fd_dsa.chat.parser import (
+    AUTO,
+    NONE,
+    THINK_BEGIN,
+    THINK_END,
+    TOOL_FORMATS,
+    read_arguments,
+)
 from fd_dsa.chat.sandbox import Sandbox, render
+from fd_dsa.chat.tool_formats import DSML, GLM_KEY, V31_CALLS, ToolFormat
 from fd_dsa.errors import ConfigError
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
@@ -37,6 +45,13 @@ _MAX_SOURCE_CHARS = 1 << 16
 _MAX_REASON_CHARS = 1000
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Names of the reasoning field of a message. The first one in use counts."""
+# tool format -> its sign in the source of a template; the first match counts
+_SIGNS = {
+    "deepseek_v32": DSML,
+    "deepseek_v4": DSML,
+    "deepseek_v31": V31_CALLS,
+    "glm47": GLM_KEY,
+}
 # marks the place where a final message continues; no text of a conversation contains it
 _CUT = "\ue000\ue001cut\ue001\ue000"
 # texts of an example message, searched in its prompt
@@ -48,8 +63,8 @@ class ChatTemplate:
 
     Args:
         special_tokens: variables for the template, such as bos_token.
-        family_formats: tool-call formats of the model's family, newest first. Together with the
-            source they select the parser of answers.
+        family_formats: tool-call formats of the model's family, newest first. They precede the
+            others, and decide between formats with the same sign in the source.
 
     Raises:
         ConfigError: the template does not compile. The message names the origin.
@@ -133,6 +148,41 @@ class ChatTemplate:
             raise ValueError("chat template: omits the last message, so it cannot be continued")
         return head
 
+    def tool_format_name(self, name: str = AUTO) -> str:
+        """Return the name of the format of tool calls, or `NONE`.
+
+        Args:
+            name: one of `TOOL_FORMATS`, `NONE`, or `AUTO` for the format of the template.
+        """
+        if name != AUTO:
+            return name
+        order = (*self.family_formats, *_SIGNS)
+        found = next((one for one in order if _SIGNS[one] in self.source), NONE)
+        # two generations share the sign, but only V3.2 has a section of this name
+        is_unsure = found == "deepseek_v32" and found not in self.family_formats
+        return "deepseek_v4" if is_unsure and "function_calls" not in self.source else found
+
+    def tool_format(self, name: str = AUTO) -> ToolFormat | None:
+        """Return the format with the name of `tool_format_name`, or None for `NONE`."""
+        return TOOL_FORMATS.get(self.tool_format_name(name))
+
+    def reasoning_format_name(self, name: str = AUTO) -> str:
+        """Return the name of the form of reasoning, or `NONE`.
+
+        Args:
+            name: one of `REASONING_FORMATS`, `NONE`, or `AUTO` for the form of the template.
+        """
+        if name != AUTO:
+            return name
+        if THINK_END not in self.source:
+            return NONE
+        calls = self.tool_format_name()
+        return {"glm47": "glm45", "deepseek_v4": "deepseek_v4"}.get(calls, "deepseek_v3")
+
+    def has_reasoning(self, name: str = AUTO) -> bool:
+        """Return True if <think>...</think> at the beginning of an answer is reasoning."""
+        return self.reasoning_format_name(name) != NONE
+
     def _rendered(self, variables: Mapping[str, object]) -> str:
         try:
             return render(self._template, variables)
@@ -188,6 +238,25 @@ class ChatTemplate:
             return False
         _, first, rest = text.partition(_FIRST)
         return bool(first) and _LAST in rest and _KEY not in text
+
+
+def opens_reasoning(prompt: str, continued: Mapping[str, object] | None) -> bool:
+    """Return True if an answer begins inside the reasoning.
+
+    Args:
+        prompt: text of the prompt.
+        continued: the last message if the answer continues it.
+    """
+    if continued is not None and _is_reasoning_only(continued):
+        return prompt.rfind(THINK_BEGIN) > prompt.rfind(THINK_END)
+    return prompt.rstrip().endswith(THINK_BEGIN)
+
+
+def _is_reasoning_only(message: Mapping[str, object]) -> bool:
+    """Return True if a message of the assistant ends inside its reasoning."""
+    return bool(message.get("reasoning_content")) and not (
+        message.get("content") or message.get("tool_calls")
+    )
 
 
 def with_read_arguments(message: Mapping[str, Any]) -> dict[str, Any]:
@@ -248,7 +317,7 @@ def _with_cut(message: dict[str, Any]) -> dict[str, Any]:
         )
     if message.get("tool_calls"):
         raise ValueError("the last message ends with tool calls, so its text cannot be continued")
-    names = REASONING if is_reasoning_only(message) else ("content",)
+    names = REASONING if _is_reasoning_only(message) else ("content",)
     text = message.get(names[0]) or ""
     if isinstance(text, list):
         if _texts(text) is None:

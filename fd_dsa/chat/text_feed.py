@@ -190,7 +190,7 @@ class TextFeed:
             self.skip_all()
 
     def goes_on(self, text: str, size: int) -> Steps[bool]:
-        """Return True if a text occurs within `size` characters, or if so many follow."""
+        """Return True if a text is within `size` characters, or if as many characters follow."""
         while True:
             has_text = self._text.find(text, self._pos, self._pos + size) >= 0
             if has_text or len(self._text) - self._pos >= size:

@@ -16,7 +16,7 @@ DeepSeek-V3.2, in its markup DSML:
 DeepSeek-V4 writes the same in a section named `tool_calls`.
 
 GLM-4.5 to GLM-5 write strings as plain text and other values as JSON. The tool's schema says
-whether a value is a string:
+if a value is a string:
 
     <tool_call>NAME<arg_key>KEY</arg_key><arg_value>VALUE</arg_value>...</tool_call>
 

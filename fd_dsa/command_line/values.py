@@ -58,8 +58,8 @@ def whole_number(text: str) -> int:
     return int(value)
 
 
-def number(kind: type[float], least: float, forms: str = "") -> Callable[[str], float]:
-    """Make a reader of finite numbers from `least` on.
+def number(kind: type[float], minimum: float, forms: str = "") -> Callable[[str], float]:
+    """Make a reader of finite numbers from `minimum` on.
 
     Args:
         kind: int or float.
@@ -67,7 +67,7 @@ def number(kind: type[float], least: float, forms: str = "") -> Callable[[str], 
     """
     read: Callable[[str], float] = whole_number if kind is int else float
     what = "a whole number" if kind is int else "a number"
-    return reader(read, f"{what} from {least:g} on{forms}", lambda x: least <= x < math.inf)
+    return reader(read, f"{what} from {minimum:g} on{forms}", lambda x: minimum <= x < math.inf)
 
 
 def add_numbers(
@@ -79,11 +79,11 @@ def add_numbers(
     Args:
         rows: name, kind, smallest value, default and help of each flag.
     """
-    for flag, kind, least, default, text in rows:
+    for flag, kind, minimum, default, text in rows:
         shown = text if default is None else f"{text} (default: {default:g})"
         metavar = "N" if kind is int else "X"
         parser.add_argument(
-            flag, metavar=metavar, type=number(kind, least), default=default, help=shown
+            flag, metavar=metavar, type=number(kind, minimum), default=default, help=shown
         )
 
 

@@ -21,12 +21,12 @@ def host_array(name: str, value: Any) -> npt.NDArray[Any]:
     """Return a NumPy array on the memory of `value`.
 
     Args:
-        name: of the argument, for errors.
-        value: a NumPy array, which is returned itself, or a Paddle CPU tensor.
+        name: name of the argument, for errors.
+        value: a Paddle CPU tensor, or a NumPy array, which is returned itself.
 
     Raises:
         BackendUnavailable: a tensor on a device.
-        DtypeError: neither an array nor a tensor.
+        DtypeError: `value` is neither an array nor a tensor.
     """
     if isinstance(value, np.ndarray):
         return value

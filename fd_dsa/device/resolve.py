@@ -28,7 +28,7 @@ def resolve_device(name: str) -> str:
         return "gpu:0" if has_gpu else "cpu"
     if name not in ("gpu", "gpu:0"):
         if name.startswith("gpu:"):
-            # the engine's thread has device 0, as every thread that sets none
+            # the engine's thread has device 0, because it sets no device
             raise BackendUnavailable(
                 f"--device: got {name!r}, allowed is 'gpu'; choose the GPU by CUDA_VISIBLE_DEVICES"
             )
@@ -112,7 +112,7 @@ def free_device_bytes(device: str, utilization: float = 1.0) -> int | None:
 
 
 def traits_of(device: str) -> GpuTraits:
-    """Return the traits that kernels are chosen and sized by, for a device other than "cpu"."""
+    """Return the traits of a GPU, by which kernels are selected and sized."""
     from fd_dsa.triton_runtime.driver import cuda
 
     return cuda().traits(_index_of(device))

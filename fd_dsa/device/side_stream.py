@@ -15,7 +15,7 @@ from fd_dsa.triton_runtime.mode import INTERPRETING
 class SideStream:
     """Stream alongside the current one of a device, with one fork at a time.
 
-    Two events serve all forks, so a fork and its join cost four driver calls and no memory. In a
+    All forks share two events, so a fork and its join cost four driver calls and no memory. In a
     capture they become edges of the graph.
 
     The order of calls is `begin`, work, `end`, `join`. Between `end` and `join` the current stream

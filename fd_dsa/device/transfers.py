@@ -44,7 +44,7 @@ class Transfers:
         self._current_stream, self.device = api.current_stream, device
         self.function = partial(cuda().function, device=device)
         self._capture_status = ctypes.c_int()
-        self._ask = self.function("cuStreamIsCapturing")
+        self._query_capture = self.function("cuStreamIsCapturing")
         self._status_place = ctypes.byref(self._capture_status)
         self._current = 0, ctypes.c_void_p()
 
@@ -94,14 +94,14 @@ class Transfers:
     def is_capturing(self) -> bool:
         """Return True while the current stream is captured into a graph.
 
-        Every step and layer asks.
+        Each step and each layer calls this, so the arguments of the driver call are made once.
         """
-        self._ask(self.stream(), self._status_place)
+        self._query_capture(self.stream(), self._status_place)
         return self._capture_status.value != 0
 
     @property
     def traits(self) -> GpuTraits:
-        """Traits of the device, which kernels are chosen and sized by."""
+        """Traits of the device, by which kernels are selected and sized."""
         return cuda().traits(self.device)
 
     def stream(self) -> ctypes.c_void_p:

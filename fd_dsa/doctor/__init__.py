@@ -175,7 +175,7 @@ def _gpu() -> dict[str, str] | None:
     return {"name": name or "unknown (nvidia-smi does not answer)", "driver": driver or "unknown"}
 
 
-def device_to_check(asked: str | None) -> str:
+def device_to_check(requested: str | None) -> str:
     """Return the device whose kernels are checked: the requested one, or Paddle's best.
 
     Raises:
@@ -186,12 +186,12 @@ def device_to_check(asked: str | None) -> str:
 
     counts = paddle_device_counts()
     devices = [f"{kind}:{number}" for kind, count in counts.items() for number in range(count)]
-    if asked is None:
+    if requested is None:
         return [*devices, "cpu"][0]
-    if asked == "cpu" or asked in devices or f"{asked}:0" in devices:
-        return asked
+    if requested == "cpu" or requested in devices or f"{requested}:0" in devices:
+        return requested
     raise BackendUnavailable(
-        f"--device: got {asked!r}, the installed Paddle has: {', '.join(['cpu', *devices])}"
+        f"--device: got {requested!r}, the installed Paddle has: {', '.join(['cpu', *devices])}"
     )
 
 

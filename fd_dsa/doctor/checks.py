@@ -12,11 +12,11 @@ from fd_dsa.ops.cache_probes import CASES, TENSOR_CORE_CASES
 from fd_dsa.ops.probes import Case, Memory, Outputs, require
 from fd_dsa.ops.providers import (
     CUSTOM_OP,
-    PADDLE,
+    NUMPY,
     TENSOR_CORE,
     VARIABLE,
+    available_providers,
     function,
-    on,
     reason_for,
     requested,
     why_not_library,
@@ -87,7 +87,7 @@ def check_float32(device: str) -> dict[str, Any]:
     except Exception as error:
         detail = describe_error(error).removeprefix("CheckFailed: ")
     milliseconds = 1e3 * (time.perf_counter() - begin)
-    return _row("float32 GEMM", device, PADDLE, "no TF32", detail, milliseconds, True)
+    return _row("float32 GEMM", device, "paddle", "no TF32", detail, milliseconds, True)
 
 
 def _row(
@@ -108,7 +108,7 @@ def _row(
 def _on(operator: str, place: str) -> list[str]:
     """Return the providers for a place, without those of a missing library."""
     kind = place.partition(":")[0]
-    providers = on(operator, kind)
+    providers = available_providers(operator, kind)
     return [p for p in providers if p != CUSTOM_OP or not why_not_library(operator, kind)[0]]
 
 
@@ -147,7 +147,7 @@ def _checked(
             list(results)
         else:
             _compare(host, out)
-        if provider == PADDLE:
+        if provider == NUMPY:
             host.update(out)
     except Exception as error:
         detail = describe_error(error).removeprefix("CheckFailed: ")

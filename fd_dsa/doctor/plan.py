@@ -82,7 +82,8 @@ def _caches(config: EngineConfig, model: ModelConfig, weight_bytes: int) -> dict
     """Return the memory other than weights for one cache dtype, and the fit on each GPU."""
     from fd_dsa.engine.caches import caches_class
     from fd_dsa.runner.input_batch import InputBatch
-    from fd_dsa.startup.memory import graph_bytes, plan_memory
+    from fd_dsa.startup.graph_sizes import graph_bytes
+    from fd_dsa.startup.memory import plan_memory
     from fd_dsa.startup.plan import workspace_bytes
     from fd_dsa.triton_runtime.driver import GpuTraits
 

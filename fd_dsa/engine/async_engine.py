@@ -1,4 +1,4 @@
-"""The engine for callers in asyncio; its steps run in a thread."""
+"""Engine for callers in asyncio, whose steps run in another thread or process."""
 
 from __future__ import annotations
 
@@ -10,55 +10,56 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
-from fd_dsa.engine.host import (
+from fd_dsa.engine.loop import (
     CHECK_FORM,
     SNAPSHOT,
-    Add,
-    Ask,
-    End,
-    EngineLink,
+    AbortRequest,
+    AddRequest,
+    EngineClient,
     Event,
-    Reply,
-    Stop,
+    Shutdown,
+    UtilityCall,
+    UtilityResult,
 )
 from fd_dsa.engine.metrics import EngineMetrics, EngineStats
-from fd_dsa.engine.output import Added, OutputState, RequestOutput, take_added
+from fd_dsa.engine.output import Additions, OutputState, RequestOutput, apply_additions
 from fd_dsa.engine.sampling_params import SamplingParams
 
 _JOIN_TIMEOUT_S = 30.0
 
 
 class AsyncEngine:
-    """Sends requests to an engine and hands its outputs to asyncio tasks.
+    """Sends requests to an engine, and its outputs to asyncio tasks.
 
-    Calls become commands, which the engine takes between two steps; what a step has added comes
-    back once a step and event loop. When a step fails, or the engine's process ends, `errored` is
-    set and every iterator ends with the error; nothing waits indefinitely.
+    Calls become commands, which the engine runs between two steps. The additions of a step come
+    back in one call for each event loop. If a step fails or the engine's process ends, `errored` is
+    set, and every iterator and call ends with the error.
 
     Args:
-        link: to an engine, which may be in another process.
+        client: access to an engine, which may be in another process.
 
     Attributes:
-        errored: why the engine serves no more requests; None while it does.
-        facts: sizes and defaults of the engine.
-        tokenizer: of the model.
-        pid: of the process that the engine has to itself; None in this one.
+        errored: error that has ended the engine, or None.
+        properties: sizes and defaults of the engine.
+        tokenizer: tokenizer of the model.
+        max_model_len, sampling_defaults, captured_sizes: fields of `properties`.
+        pid: process id of the engine; None = this process.
     """
 
-    def __init__(self, link: EngineLink) -> None:
-        self._link = link
+    def __init__(self, client: EngineClient) -> None:
+        self._client = client
         self.errored: BaseException | None = None
-        self.facts = self._link.facts
-        self.tokenizer = self._link.tokenizer
-        self.max_model_len = self.facts.limits.max_model_len
-        self.sampling_defaults = self.facts.sampling_defaults
-        self.captured_sizes = self.facts.captured_sizes
-        self.pid = self._link.pid
+        self.properties = self._client.properties
+        self.tokenizer = self._client.tokenizer
+        self.max_model_len = self.properties.limits.max_model_len
+        self.sampling_defaults = self.properties.sampling_defaults
+        self.captured_sizes = self.properties.captured_sizes
+        self.pid = self._client.pid
         self._numbers = itertools.count()
         self._is_started = False
-        # orders commands, so that one for a request never overtakes the request
+        # keeps the order of commands, so that an abort never overtakes its request
         self._lock = threading.Lock()
-        # guarded by _lock; streams by the key of their request, keys by the caller's name for it
+        # guarded by _lock: streams by the key of their request, keys by the caller's request id
         self._streams: dict[str, _Stream] = {}
         self._keys: dict[str, str] = {}
         self._replies: dict[str, Future[Any]] = {}
@@ -66,42 +67,42 @@ class AsyncEngine:
 
     @property
     def is_running(self) -> bool:
-        """True while the engine serves."""
-        return self._link.is_alive and self.errored is None and not self._is_stopping
+        """True while the engine serves requests."""
+        return self._client.is_alive and self.errored is None and not self._is_stopping
 
     @property
     def silent_s(self) -> float:
-        """Seconds for which the engine's process has not answered; 0 while it does."""
-        return self._link.silent_s
+        """Time for which the engine's process has not answered, seconds. 0 while it answers."""
+        return self._client.silent_s
 
     def start(self) -> None:
-        """Let the engine run.
+        """Start the engine.
 
         Raises:
             RuntimeError: it was started before.
         """
-        self._link.start(self._receive)
+        self._client.start(self._receive)
         self._is_started = True
 
     def validate(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> int:
-        """Output tokens that a request may have; its form is checked by `check_form`.
+        """Return the maximum number of output tokens of a request. `check_form` checks its form.
 
         Raises:
             ValueError: the request can never run; see `RequestLimits.validate`.
         """
-        return self.facts.limits.validate(prompt_token_ids, params)
+        return self.properties.limits.validate(prompt_token_ids, params)
 
     async def check_form(self, params: SamplingParams) -> None:
-        """Let the engine compile the form of an output, which the parameters have.
+        """Compile the form of an output on the engine.
 
         Raises:
-            ValueError: it cannot be compiled; begins with the name of the field.
+            ValueError: the form cannot be compiled. The message begins with the name of the field.
             RuntimeError: the engine is not running or has failed.
         """
         await self.ask(CHECK_FORM, params)
 
     async def snapshot(self) -> tuple[EngineStats, EngineMetrics]:
-        """Load and counters; a figure may be one step old.
+        """Return load and counters of the engine. A figure may be one step old.
 
         Raises:
             RuntimeError: the engine is not running or has failed.
@@ -109,30 +110,34 @@ class AsyncEngine:
         stats, metrics = await self.ask(SNAPSHOT)
         return stats, metrics
 
-    async def ask(self, question: str, argument: object = None) -> Any:
-        """The engine's answer to a question of its host.
+    async def ask(self, name: str, argument: object = None) -> Any:
+        """Return the result of a utility call of the engine.
 
-        A caller that is cancelled takes the question back, unless its answer is being made.
+        If the caller is cancelled, the call is cancelled too unless it has begun.
+
+        Args:
+            name: name of a function of the `EngineLoop`.
+            argument: argument of the function.
 
         Raises:
-            RuntimeError: the engine is not running or has failed; as `BusyError`, too many
-                questions wait for it.
-            Exception: what the question says.
+            BusyError: too many calls are waiting.
+            RuntimeError: the engine is not running or has failed.
+            Exception: error of the function.
         """
         key, reply = str(next(self._numbers)), Future[Any]()
-        # so that only the one who waits can be cancelled, not the reply
+        # only the caller can be cancelled, not the future
         reply.set_running_or_notify_cancel()
         with self._lock:
             self._check_running()
             self._replies[key] = reply
-        self._link.post(Ask(key, question, argument))
+        self._client.post(UtilityCall(key, name, argument))
         try:
             return await asyncio.wrap_future(reply)
         finally:
             with self._lock:
                 is_left = self._replies.pop(key, None) is not None
             if is_left:
-                self._link.post(End(key))
+                self._client.post(AbortRequest(key))
 
     async def generate(
         self,
@@ -140,15 +145,15 @@ class AsyncEngine:
         params: SamplingParams,
         request_id: str | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
-        """Outputs of one request as they come; of n indices each ends with one that is `finished`.
+        """Yield the outputs of a request after each step, until each of the n has `finished`.
 
-        Closing or cancelling the iterator aborts the request before the next step. A request
-        that fails alone ends with finish_reason "error".
+        Closing or cancelling the iterator aborts the request before the next step. If only this
+        request fails, it ends with finish_reason "error".
 
         Args:
-            prompt_token_ids: the prompt, which `validate` has taken.
-            params: how to sample and when to end.
-            request_id: unique among unfinished requests; None = made here.
+            prompt_token_ids: prompt that has passed `validate`.
+            params: sampling parameters.
+            request_id: id that is unique among unfinished requests; None = a new one.
 
         Raises:
             ValueError: the request can never run, or its id is in use.
@@ -167,7 +172,7 @@ class AsyncEngine:
                 raise ValueError(f"request_id {name!r} is in use; choose another one")
             self._streams[key] = stream
             self._keys[name] = key
-            self._link.post(Add(key, prompt_token_ids, params))
+            self._client.post(AddRequest(key, prompt_token_ids, params))
         try:
             num_unread = params.n
             while num_unread:
@@ -180,28 +185,30 @@ class AsyncEngine:
             self._close(stream)
 
     def end(self, request_id: str, index: int | None = None) -> None:
-        """End a request before the next step; what is unfinished of it gets an output "abort".
+        """End a request before the next step. Its unfinished outputs get the reason "abort".
 
-        With an index, end that one of its n outputs alone, as if the model had ("stop").
+        Args:
+            request_id: id of the request.
+            index: index of one output to end with the reason "stop"; None = all outputs.
         """
         with self._lock:
             key = self._keys.get(request_id)
             if key is not None:
-                self._link.post(End(key, index))
+                self._client.post(AbortRequest(key, index))
 
     def stop(self) -> None:
-        """End all requests with finish_reason "abort", then the engine. May be called twice.
+        """End all requests with finish_reason "abort", then the engine.
 
-        Blocks until the step in progress is over.
+        The call waits for the end of the running step, and may be repeated.
         """
         with self._lock:
             self._is_stopping = True
-        if self._link.is_alive:
-            self._link.post(Stop())
-            self._link.join(_JOIN_TIMEOUT_S)
+        if self._client.is_alive:
+            self._client.post(Shutdown())
+            self._client.join(_JOIN_TIMEOUT_S)
 
     def _check_running(self) -> None:
-        """RuntimeError unless the engine takes requests; the caller holds the lock."""
+        """Raise RuntimeError unless the engine takes requests. The caller holds the lock."""
         if self.errored is not None:
             raise _failure(self.errored)
         if self._is_stopping:
@@ -210,23 +217,27 @@ class AsyncEngine:
             raise RuntimeError("the engine is not running; call start() first")
 
     def _close(self, stream: _Stream) -> None:
-        """Forget a stream; abort its request if it still runs."""
+        """Drop a stream, and abort its request if it still runs."""
         with self._lock:
             if self._forget(stream):
-                self._link.post(End(stream.key))
+                self._client.post(AbortRequest(stream.key))
 
     def _forget(self, stream: _Stream) -> bool:
-        """Drop a stream; False where it was dropped before. The caller holds the lock."""
+        """Drop a stream. The caller holds the lock.
+
+        Returns:
+            False if the stream was dropped before.
+        """
         if self._streams.pop(stream.key, None) is None:
             return False
         del self._keys[stream.states[0].request_id]
         return True
 
     def _receive(self, event: Event) -> None:
-        """Take an event; called in a thread of the link."""
+        """Handle an event, in a thread of the client."""
         if isinstance(event, list):
             self._deliver(event)
-        elif isinstance(event, Reply):
+        elif isinstance(event, UtilityResult):
             with self._lock:
                 reply = self._replies.pop(event.key, None)
                 stream = self._streams.get(event.key)
@@ -241,22 +252,22 @@ class AsyncEngine:
         else:
             self._fail(event.error)
 
-    def _deliver(self, outputs: list[Added]) -> None:
-        """Give their streams what a step has added; ended streams are forgotten."""
+    def _deliver(self, outputs: list[Additions]) -> None:
+        """Send the additions of a step to their streams, and drop streams that have ended."""
         items: list[tuple[_Stream, _Item]] = []
         with self._lock:
-            for key, *added in outputs:
+            for key, *additions in outputs:
                 stream = self._streams.get(key)
                 if stream is None:
                     continue
-                output = take_added(stream.states, *added)
+                output = apply_additions(stream.states, *additions)
                 items.append((stream, output))
                 if output.finished and all(one.finish_time is not None for one in stream.states):
                     self._forget(stream)
         self._put(items)
 
     def _fail(self, error: BaseException) -> None:
-        """Set `errored` and end everything with it."""
+        """Set `errored`, and end all streams and calls with the error."""
         failure = _failure(error)
         with self._lock:
             self.errored = error
@@ -275,7 +286,7 @@ class AsyncEngine:
             try:
                 loop.call_soon_threadsafe(_put_all, group)
             except RuntimeError:
-                # the loop is closed, so nobody listens any more
+                # the event loop is closed, so its tasks have ended
                 for stream, _ in group:
                     self._close(stream)
 
@@ -285,12 +296,13 @@ _Item = RequestOutput | Exception
 
 @dataclass(eq=False)
 class _Stream:
-    """Outputs of one request on their way to one task of the running event loop.
+    """Outputs of one request for one task of the running event loop.
 
     Attributes:
         key: id of the request in the engine.
-        states: of each output, as far as the engine has sent it.
-        items: what the task has not read.
+        states: state of each output, as the engine has sent it so far.
+        loop: event loop of the task.
+        items: outputs that the task has not read.
     """
 
     key: str
@@ -300,13 +312,13 @@ class _Stream:
 
 
 def _put_all(items: list[tuple[_Stream, _Item]]) -> None:
-    """Put items into their streams; runs in the event loop."""
+    """Put items into their streams, in the thread of the event loop."""
     for stream, item in items:
         stream.items.put_nowait(item)
 
 
 def _failure(error: BaseException) -> RuntimeError:
-    """What a caller gets after the engine has failed."""
+    """Return the error of a caller after the engine has failed."""
     failure = RuntimeError(
         f"the engine has failed and serves no more requests: {type(error).__name__}: {error}"
     )

@@ -8,11 +8,34 @@ from itertools import accumulate
 
 import numpy as np
 
-from fd_dsa.engine.draft_state import NO_DRAFTS, Drafts
+from fd_dsa.engine.metrics import EngineMetrics
 from fd_dsa.engine.request import Request
 from fd_dsa.ops.sampling.token_buffer import REJECTED
 from fd_dsa.runner.input_batch import InputBatch, SamplingInputs
 from fd_dsa.runner.protocol import Indices, Logits, StepFuture
+
+
+@dataclass(frozen=True, slots=True)
+class Drafts:
+    """Draft tokens of a request for one step.
+
+    Attributes:
+        tokens: their ids, or their indices in the `TokenBuffer` if only the device has the ids.
+        is_pending: True if `tokens` are indices.
+    """
+
+    tokens: list[int]
+    is_pending: bool = False
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def first(self, count: int) -> Drafts:
+        """Return the first `count` drafts."""
+        return Drafts(self.tokens[:count], self.is_pending)
+
+
+NO_DRAFTS = Drafts([])
 
 
 @dataclass(slots=True)
@@ -104,15 +127,15 @@ class ScheduledBatch:
                 ids += [0] * len(own) if own.is_pending else own.tokens
                 sampled += range(last, len(ids))
             else:
-                input_batch.following[last] = request.token_ids[end]
+                input_batch.next_prompt_tokens[last] = request.token_ids[end]
             lengths.append(len(ids) - first)
             if request.prompt_logprobs is not None:
-                unread = request.prompt_logprobs.unread(begin, end)
-                if unread:
-                    self.scoring.append((request, len(unread)))
-                    scored += [last + 1 - end + position for position in unread]
+                unscored = request.prompt_logprobs.unscored(begin, end)
+                if unscored:
+                    self.scoring.append((request, len(unscored)))
+                    scored += [last + 1 - end + position for position in unscored]
         input_batch.add_rows(slots, lengths, ids, computed, are_prefills, pending)
-        input_batch.follows[slots] = [request.pending_row for request in self.requests]
+        input_batch.pending_source[slots] = [request.pending_row for request in self.requests]
         self._count_tokens(input_batch)
         self.logits_indices = np.array(sampled + scored, np.int64)
 
@@ -122,7 +145,7 @@ class ScheduledBatch:
         self.num_decode_tokens = input_batch.num_tokens - self.num_prefill_tokens
         self.logits_indptr = range(len(self.sampling) + 1)
         if self.drafts:
-            counts = [1 + len(self.drafts.get(request, NO_DRAFTS)) for request in self.sampling]
+            counts = [1 + len(self.drafts_of(request)) for request in self.sampling]
             self.logits_indptr = list(accumulate(counts, initial=0))
 
     def advance_optimistically(self) -> None:
@@ -130,7 +153,7 @@ class ScheduledBatch:
         self.is_in_flight = True
         for row, request in enumerate(self.sampling):
             if request.finish_reason is None and request not in self.late:
-                num_drafts = len(self.drafts.get(request, NO_DRAFTS))
+                num_drafts = len(self.drafts_of(request)) if self.drafts else 0
                 request.pending_row, request.num_pending_drafts = row, num_drafts
                 request.num_computed_tokens += num_drafts
 
@@ -157,12 +180,12 @@ class ScheduledBatch:
             rows: row of logits of each token.
 
         Returns:
-            Indices of the requests that go on with the row after it.
+            Indices of the requests that get the token of the next row too.
         """
         running = []
         for index, (request, row) in enumerate(zip(requests, rows, strict=True)):
-            # a request goes on row by row, while its drafts are accepted
-            drafts, depth = self.drafts.get(request, NO_DRAFTS), self.num_accepted[request]
+            # a request gets the tokens of further rows while its drafts are accepted
+            drafts, depth = self.drafts_of(request), self.num_accepted[request]
             is_left_out = request.finish_reason == "error" or request in self.late
             if is_left_out or depth >= len(drafts):
                 continue
@@ -177,26 +200,52 @@ class ScheduledBatch:
                 running.append(index)
         return running
 
+    def drafts_of(self, request: Request) -> Drafts:
+        """Return the drafts of a request, which may be none."""
+        return self.drafts.get(request, NO_DRAFTS)
+
     def num_rejected(self, request: Request) -> int:
         """Return the number of drafts of a request that were rejected."""
-        num_drafts = len(self.drafts.get(request, NO_DRAFTS))
+        num_drafts = len(self.drafts_of(request))
         return num_drafts - self.num_accepted.get(request, num_drafts)
+
+    def record_latencies(self, metrics: EngineMetrics, now: float) -> None:
+        """Record the latency of the tokens that the step has given.
+
+        All decoding requests got their token at the end of the step before, so one interval counts
+        for all of them.
+
+        Args:
+            metrics: histograms of the latencies.
+            now: time at which the host has the tokens, seconds of time.monotonic().
+        """
+        if num_decoding := len(self.sampling) - len(self.prefilled):
+            interval = now - metrics.last_step_time
+            metrics.inter_token_latency.observe(interval, num_decoding)
+        for request in self.prefilled:
+            # after a preemption, the token at the end of a prompt is not the first one
+            if request.preempted_time is not None and len(request.output_token_ids) > 1:
+                metrics.inter_token_latency.observe(now - request.preempted_time)
+            elif (first := request.state.first_token_time) is not None:
+                metrics.time_to_first_token.observe(first - request.state.arrival_time)
+        metrics.last_step_time = now
 
     def postpone(self, request: Request) -> None:
         """Give a request no token, so that a later step computes its last token again."""
         self.late.add(request)
         request.forget_pending()
 
-    def going_on(self, requests: Sequence[Request], drop: Callable[[Request], object]) -> list[int]:
+    def receivers(
+        self, requests: Sequence[Request], drop: Callable[[Request], object]
+    ) -> list[int]:
         """Return the indices of the requests that get a token.
 
-        Others have ended since the launch, at the token before or at the scores of their prompt,
-        or their masks are late.
+        The other requests have ended since the step was enqueued, or their masks are late.
 
         Args:
             requests: requests of `sampling`.
-            drop: called with requests whose grammar was complete with the token before, if its
-                worker was late to tell.
+            drop: called with each request whose grammar was complete with the token before, if the
+                worker of the grammar answered late.
         """
         found = []
         for index, request in enumerate(requests):
@@ -225,7 +274,7 @@ class ScheduledBatch:
         failed = []
         for request, count in self.scoring:
             scores = request.prompt_logprobs
-            if scores is not None and not scores.read(logits[begin : begin + count]):
+            if scores is not None and not scores.append(logits[begin : begin + count]):
                 failed.append(request)
             begin += count
         return failed

@@ -1,7 +1,7 @@
-"""Who owns which block of the paged caches, and which blocks hold which tokens.
+"""Owners and contents of the blocks of the paged caches.
 
-A full block is found by a key that names its tokens and all tokens before them, as in vLLM's
-automatic prefix caching, so requests with the same beginning share it.
+The key of a full block names its tokens and all tokens before them, as in vLLM's automatic prefix
+caching. So requests with the same beginning share the block.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from dataclasses import dataclass, field
 
 
 class BlockKeys:
-    """Keys of one request's full blocks; each block is hashed once, when first asked for.
+    """Keys of the full blocks of a request. Each block is hashed once, at its first use.
 
         key[i] = sha256(key[i - 1] | tokens of block i), key[-1] = sha256(cache_salt)
 
-    After `leave_drafts` a mark follows the tokens. So two blocks have the same key only where their
-    tokens, all tokens before them and the salts of their requests are the same, and a drafter's
-    caches have them both or neither.
+    After `leave_drafts` a mark follows the tokens, because the caches of a drafter may lack the
+    block. Two blocks with the same key have the same tokens, tokens before them, salt and mark.
 
     Args:
-        token_ids: the request's tokens; may grow, and must not change otherwise.
-        cache_salt: keeps the blocks of requests with another one, or none, apart.
+        token_ids: tokens of the request; the list may only grow.
+        block_size: number of tokens of a block.
+        cache_salt: separates the blocks of requests with different salts; None = no salt.
     """
 
     __slots__ = ("_block_size", "_keys", "_mark", "_root", "_token_ids")
@@ -32,7 +32,7 @@ class BlockKeys:
     def __init__(self, token_ids: list[int], block_size: int, cache_salt: str | None) -> None:
         self._token_ids = token_ids
         self._block_size = block_size
-        # without a salt; no text has this digest
+        # root without a salt, which is the digest of no text
         self._root = bytes(32)
         if cache_salt is not None:
             # a JSON body may hold lone surrogates
@@ -41,11 +41,11 @@ class BlockKeys:
         self._mark = b""
 
     def leave_drafts(self) -> None:
-        """From now on a drafter's caches may lack the blocks that are named."""
+        """Mark the blocks from now on, because the caches of a drafter may lack them."""
         self._mark = b"-"
 
     def __getitem__(self, index: int) -> bytes:
-        """Key of block `index`, all of whose tokens must be known."""
+        """Return the key of block `index`, whose tokens must all be known."""
         keys, size = self._keys, self._block_size
         while len(keys) <= index:
             begin = len(keys) * size
@@ -56,35 +56,41 @@ class BlockKeys:
 
 
 def _sha256(data: bytes) -> bytes:
-    """Digest of 32 bytes; a fast hash would let a client choose tokens that collide."""
+    """Return a digest of 32 bytes. With a fast hash, clients could choose tokens that collide."""
     return hashlib.sha256(data).digest()
 
 
 @dataclass(slots=True)
 class _Owner:
-    """Blocks of one request in the order of its tokens, and how many were offered for sharing."""
+    """Blocks of a request in the order of its tokens.
+
+    Attributes:
+        blocks: ids of the blocks.
+        num_offered: number of leading blocks that other requests can find.
+    """
 
     blocks: list[int] = field(default_factory=list)
     num_offered: int = 0
 
 
 class BlockManager:
-    """Free list, owners and shared prefixes of the cache blocks; the only place that knows them.
+    """Free list, owners and shared prefixes of the cache blocks.
 
-    Latent cache and indexer cache use the same ids, so a block stands for its part of both, in
-    all layers: they are shared, kept and taken together.
+    A block id stands for a block of the latent cache and one of the indexer cache, in all layers.
 
     Rules of sharing:
-        - A block can be found once it is full and the step that filled it has finished, and is
-          not written from then on. So one with several owners is never written.
-        - A prompt takes over full blocks of all its tokens but the last, whose logits it needs.
-        - Blocks that hold nothing of use are taken first, then those in the table that nobody
-          owns, the longest unowned first; of one request's blocks the last ones, since earlier
-          ones are found without later ones, but not the other way round.
+        - A block can be found once it is full and the step that filled it has finished. It is not
+          written from then on.
+        - A prompt shares full blocks of all its tokens except for the last token, whose logits it
+          needs.
+        - Free blocks are used first. Then blocks without an owner are evicted, starting with those
+          that have had no owner for the longest time. The last blocks of a request are evicted
+          before earlier ones, because a later block is only found after the earlier ones.
 
     Args:
-        num_blocks: blocks of the caches, ids 0 .. num_blocks - 1.
-        enable_prefix_caching: whether blocks are shared at all.
+        num_blocks: number of blocks of the caches, whose ids are 0 to num_blocks - 1.
+        block_size: number of tokens of a block.
+        enable_prefix_caching: True = requests share blocks.
 
     Raises:
         ValueError: a number is below 1.
@@ -100,39 +106,43 @@ class BlockManager:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
-        # taken from the end, so that low ids are used first
+        # used from the end, so that low ids come first
         self._free = list(range(num_blocks - 1, -1, -1))
-        # the table of blocks that can be found
+        # blocks that can be found, by key, and their keys
         self._block_of: dict[bytes, int] = {}
         self._key_of: dict[int, bytes] = {}
-        # those of them that nobody owns, in the order of their eviction
+        # blocks that can be found and have no owner, in the order of their eviction
         self._unowned: OrderedDict[int, None] = OrderedDict()
         self._num_owners = [0] * num_blocks
         self._owners: dict[Hashable, _Owner] = {}
 
     @property
     def num_free(self) -> int:
-        """Blocks without an owner, those that can be found included."""
+        """Number of blocks without an owner, including blocks that can be found."""
         return len(self._free) + len(self._unowned)
 
     @property
     def num_used(self) -> int:
-        """Blocks with an owner."""
+        """Number of blocks with an owner."""
         return self.num_blocks - self.num_free
 
     def num_needed(self, num_tokens: int) -> int:
-        """Blocks that hold `num_tokens` tokens."""
+        """Return the number of blocks of `num_tokens` tokens."""
         return -(-num_tokens // self.block_size)
 
     def blocks_of(self, request_id: Hashable) -> tuple[int, ...]:
-        """Blocks of a request in the order of its tokens; empty when it owns none."""
+        """Return the blocks of a request in the order of its tokens, which may be none."""
         owner = self._owners.get(request_id)
         return tuple(owner.blocks) if owner else ()
 
     def find_cached_blocks(self, keys: BlockKeys, num_tokens: int) -> list[int]:
-        """Blocks that hold the first tokens of a request that has `num_tokens`, never the last.
+        """Find blocks with the first tokens of a request, without its last token.
 
-        They stay what they are until the next call of another method; `allocate` takes them over.
+        The blocks are valid until the next call of another method. `allocate` shares them.
+
+        Args:
+            keys: keys of the request's blocks.
+            num_tokens: number of tokens of the request.
         """
         blocks: list[int] = []
         if self.enable_prefix_caching:
@@ -146,16 +156,17 @@ class BlockManager:
     def allocate(
         self, request_id: Hashable, num_tokens: int, cached: Sequence[int] = (), spare: int = 0
     ) -> list[int] | None:
-        """Blocks added so that the request can hold `num_tokens` tokens in all.
+        """Grow the blocks of a request to `num_tokens` tokens.
 
         Args:
-            num_tokens: tokens to hold, those of its present blocks included.
-            cached: what `find_cached_blocks` gave; only for a request that owns nothing.
-            spare: free blocks that must be left.
+            request_id: the request.
+            num_tokens: number of tokens, including those of its present blocks.
+            cached: result of `find_cached_blocks`, for a request without blocks.
+            spare: number of blocks that must stay free.
 
         Returns:
-            The added blocks, those of `cached` first, empty when it owns enough; None, and nothing
-            changed, when too few are free.
+            The added blocks, starting with `cached`. None if there are not enough free blocks;
+            the request keeps its blocks then.
         """
         owner = self._owners.get(request_id)
         missing = self.num_needed(num_tokens) - (len(owner.blocks) if owner else len(cached))
@@ -166,7 +177,7 @@ class BlockManager:
             owner = self._owners[request_id] = _Owner()
         for block in cached:
             self._unowned.pop(block, None)
-        added = [*cached, *(self._take_free() for _ in range(missing))]
+        added = [*cached, *(self._pop_free() for _ in range(missing))]
         for block in added:
             self._num_owners[block] += 1
         owner.blocks += added
@@ -174,10 +185,9 @@ class BlockManager:
         return added
 
     def cache_full_blocks(self, request_id: Hashable, keys: BlockKeys, num_tokens: int) -> None:
-        """Let others find the blocks that the first `num_tokens` tokens of a request have filled.
+        """Make the full blocks of the first `num_tokens` tokens of a request available to others.
 
-        Call it when the step that wrote them has finished, and only for tokens that stay: never
-        for drafts that are not verified.
+        Call it after the step that writes them is enqueued, without drafts that are not verified.
         """
         if not self.enable_prefix_caching:
             return
@@ -185,13 +195,13 @@ class BlockManager:
         num_full = num_tokens // self.block_size
         for index in range(owner.num_offered, num_full):
             key, block = keys[index], owner.blocks[index]
-            # unless another block with the same tokens is there
+            # the first of several blocks with the same tokens stays
             if key not in self._block_of:
                 self._block_of[key], self._key_of[block] = block, key
         owner.num_offered = max(owner.num_offered, num_full)
 
     def free(self, request_id: Hashable) -> None:
-        """Take all blocks back from a request; one that owns none is fine."""
+        """Free the blocks of a request, which may have none."""
         owner = self._owners.pop(request_id, None)
         if owner is None:
             return
@@ -204,7 +214,7 @@ class BlockManager:
                     self._free.append(block)
 
     def reset_prefix_cache(self) -> None:
-        """Let nothing be found any more that was computed up to now or will be by present owners.
+        """Make all present blocks, and later ones of present owners, unavailable to others.
 
         Owners keep their blocks.
         """
@@ -214,8 +224,8 @@ class BlockManager:
         for owner in self._owners.values():
             owner.num_offered = self.num_blocks
 
-    def _take_free(self) -> int:
-        """A block without an owner; there is one. Of those that can be found the oldest."""
+    def _pop_free(self) -> int:
+        """Take a block without an owner: a free one, or else the next one to evict."""
         if self._free:
             return self._free.pop()
         block, _ = self._unowned.popitem(last=False)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 
 def byte_table(vocab: Mapping[str, int], added: Mapping[int, str]) -> list[bytes]:
-    """Return the bytes of every token id; ids without a token are empty.
+    """Return the bytes of every token id. Ids without a token have no bytes.
 
     Args:
         vocab: token as it is written -> id, added tokens included.

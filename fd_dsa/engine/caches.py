@@ -15,7 +15,7 @@ from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.deepseek_v4.config import DeepseekV4Config
 from fd_dsa.models.registry import FamilyConfig
 from fd_dsa.runner.input_batch import InputBatch
-from fd_dsa.runner.step_runner import backend_config
+from fd_dsa.runner.model_runner import backend_config
 from fd_dsa.v4_attention import V4AttentionBackend
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class DSACaches:
 
     def workspace_bytes(self, traits: GpuTraits) -> int:
         """Return the device memory of the attention without its caches, bytes."""
-        from fd_dsa.attention.device import workspace_bytes
+        from fd_dsa.attention.device_memory import workspace_bytes
 
         return workspace_bytes(backend_config(*self._parts, dtype=self._dtype), traits)
 

@@ -1,4 +1,4 @@
-"""Token ids to text as they come: whole characters only, and nothing of a stop string."""
+"""Incremental decoding: from token ids to whole characters, up to a stop string."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from functools import partial
 from fd_dsa.engine.tokenizer import Tokenizer
 
 REPLACEMENT = "\ufffd"
-# prompt tokens read before the first output token, so that a space or a character that depends
-# on its left neighbour is decoded as inside the whole text
+# prompt tokens decoded before the first output token, because the text of a token may depend on
+# its left neighbours
 _CONTEXT_TOKENS = 5
-# a character has at most four bytes; more held tokens than this are no character to come
+# a character has at most four bytes, so this number of held tokens forms no character
 _MAX_HELD_TOKENS = 16
 
 
 class ByteDecoder:
-    """Concatenated bytes of the tokens, decoded as UTF-8."""
+    """Decodes the concatenated bytes of the tokens as UTF-8."""
 
     __slots__ = ("_holds_bytes", "_table", "_utf8")
 
@@ -31,12 +31,12 @@ class ByteDecoder:
             self.append(token_id)
 
     def append(self, token_id: int) -> str:
-        """New whole characters; empty while one is incomplete."""
+        """Return new whole characters, which may be none."""
         table = self._table
         new = table[token_id] if token_id < len(table) else b""
         if not self._holds_bytes:
-            # nearly every token is whole characters; the incremental decoder takes three times
-            # as long
+            # nearly every token consists of whole characters, and the incremental decoder takes
+            # three times as long
             try:
                 return new.decode()
             except UnicodeDecodeError:
@@ -46,11 +46,11 @@ class ByteDecoder:
         return text
 
     def flush(self) -> str:
-        """Held bytes as U+FFFD; call it once, at the end."""
+        """Return the held bytes as U+FFFD. Call it once, at the end."""
         return self._utf8.decode(b"", final=True)
 
     def copy(self) -> ByteDecoder:
-        """A copy in the same state."""
+        """Return a copy in the same state."""
         other = ByteDecoder(self._table, [])
         other._utf8.setstate(self._utf8.getstate())
         other._holds_bytes = self._holds_bytes
@@ -58,10 +58,10 @@ class ByteDecoder:
 
 
 class WindowDecoder:
-    """Difference between two decodings of the last tokens.
+    """Decodes the last tokens twice, without and with the new ones, and returns the difference.
 
-    tokens[:read] have been shown; tokens[prefix:read] are decoded again in front of the new ones,
-    because a token's text may depend on its left neighbours (spaces, runs of byte tokens).
+    The last shown tokens are decoded again, because the text of a new token may depend on its left
+    neighbours (spaces, runs of byte tokens).
     """
 
     __slots__ = ("_decode", "_ids", "_num_read", "_prefix_text")
@@ -74,7 +74,7 @@ class WindowDecoder:
         kept: frozenset[int],
     ) -> None:
         self._decode = partial(tokenizer.decode, skip_special_tokens=skip_special, kept=kept)
-        # a context that starts inside a character would spoil the run of bytes after it
+        # a context that starts inside a character would damage the bytes after it
         while context and REPLACEMENT in self._decode(context):
             context.pop(0)
         self._ids = context
@@ -82,7 +82,7 @@ class WindowDecoder:
         self._prefix_text = self._decode(context)
 
     def append(self, token_id: int) -> str:
-        """New whole characters."""
+        """Return new whole characters, which may be none."""
         self._ids.append(token_id)
         text = self._decode(self._ids)
         held = len(self._ids) - self._num_read
@@ -91,24 +91,24 @@ class WindowDecoder:
         return self._show(text)
 
     def flush(self) -> str:
-        """Held tokens as they decode now."""
+        """Return the text of the held tokens."""
         return self._show(self._decode(self._ids))
 
     def copy(self) -> WindowDecoder:
-        """A copy in the same state."""
+        """Return a copy in the same state."""
         other = copy.copy(self)
         other._ids = self._ids.copy()
         return other
 
     def _show(self, text: str) -> str:
-        """Move the window past the shown tokens, unless they have no text yet."""
+        """Return the new text, and move the window past its tokens."""
         new_text = text[len(self._prefix_text) :]
         if new_text:
             del self._ids[: self._num_read]
             self._num_read = len(self._ids)
             self._prefix_text = self._decode(self._ids)
         elif len(self._ids) - self._num_read > _MAX_HELD_TOKENS:
-            # tokens without text, such as skipped special ones, must not pile up
+            # tokens without text, such as skipped special tokens, must not accumulate
             del self._ids[self._num_read :]
         return new_text
 
@@ -122,17 +122,15 @@ def new_detokenizer(
     prompt_token_ids: Sequence[int] = (),
     kept_token_ids: frozenset[int] = frozenset(),
 ) -> Detokenizer:
-    """What makes text of an output token by token, without ever showing half a character.
-
-    Byte-level tokenizers take a direct way through the tokens' bytes; others decode a small
-    window of tokens twice and show the difference.
+    """Return the decoder of one output: by bytes if the tokenizer is byte-level, else by windows.
 
     Args:
-        skip_special_tokens: leave special tokens out of the text.
-        prompt_token_ids: what comes before the first token; only its end is read.
-        kept_token_ids: special tokens that stay in the text nevertheless.
+        tokenizer: tokenizer of the model.
+        skip_special_tokens: True = leave special tokens out of the text.
+        prompt_token_ids: tokens before the first token. Only the last ones are decoded.
+        kept_token_ids: special tokens that stay in the text in any case.
 
-    Cost: one token costs the same however long the text is.
+    Cost of a token: independent of the length of the text.
     """
     table = tokenizer.token_bytes
     if skip_special_tokens:
@@ -144,30 +142,30 @@ def new_detokenizer(
 
 
 class StopChecker:
-    """Holds back text that may become a stop string and cuts at the first one completed.
+    """Holds back text that may become a stop string, and cuts at the first complete one.
 
-    Of several stop strings the one whose end comes first wins, and of those that end together
-    the longest: so the result does not depend on how the text is cut into pieces.
+    The stop string that ends first counts, and the longest of several that end together. So the
+    result does not depend on the pieces of the text.
 
     Args:
         stop_strings: non-empty strings, at least one.
-        include_stop: show the completed stop string too.
+        include_stop: True = show the complete stop string too.
 
-    Cost: new text is compared with each stop string once, whatever is held back; memory is that
-    of the strings, which all checkers share.
+    Cost: new text is compared with each stop string once. The checkers of a request share the
+    strings.
     """
 
     def __init__(self, stop_strings: Sequence[str], include_stop: bool = False) -> None:
-        """Sort the strings, so that those with a common beginning are neighbours."""
         self._include_stop = include_stop
+        # strings with a common beginning are neighbours
         self._stops = sorted(stop_strings)
         self._max_held = max(map(len, stop_strings)) - 1
         self._held = ""
 
     def append(self, text: str) -> tuple[str, str | None]:
-        """Text that may be shown, and the stop string when one is complete.
+        """Return text to show, and the stop string if one is complete.
 
-        After a match nothing is held back and nothing must be appended any more.
+        A match releases all text, and ends the calls.
         """
         if not text:
             return "", None
@@ -177,7 +175,7 @@ class StopChecker:
         stops = self._stops
         ends = []
         for stop in stops:
-            # what was held back holds no whole stop string in it
+            # held text has no complete stop string
             first = num_held - len(stop) + 1
             start = text.find(stop, first) if first > 0 else text.find(stop)
             if start >= 0:
@@ -185,7 +183,7 @@ class StopChecker:
         if ends:
             end, start, stop = min(ends)
             return text[: end if self._include_stop else start], stop
-        # all lengths that fail here are never tried again, as nothing held back can grow longer
+        # longer ends of the text cannot become a stop string later, so each length is tried once
         for length in range(min(self._max_held, len(text)), 0, -1):
             held = text[-length:]
             place = bisect_left(stops, held)
@@ -195,6 +193,6 @@ class StopChecker:
         return text, None
 
     def flush(self) -> str:
-        """The text held back; call it once, at the end."""
+        """Return the held text. Call it once, at the end."""
         held, self._held = self._held, ""
         return held

@@ -1,9 +1,8 @@
-"""Draft tokens of a request, and acceptance statistics that choose their number."""
+"""Acceptance statistics of a request's drafts, which choose the number of drafts."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 from operator import mul
 from typing import Any
@@ -16,29 +15,6 @@ _FIRST_COUNT = 3
 _DRIFT = 1 / 1024
 
 
-@dataclass(frozen=True, slots=True)
-class Drafts:
-    """Draft tokens of a request for one step.
-
-    Attributes:
-        tokens: their ids, or their indices in the `TokenBuffer` if only the device has the ids.
-        is_pending: True if `tokens` are indices.
-    """
-
-    tokens: list[int]
-    is_pending: bool = False
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def first(self, count: int) -> Drafts:
-        """Return the first `count` drafts."""
-        return Drafts(self.tokens[:count], self.is_pending)
-
-
-NO_DRAFTS = Drafts([])
-
-
 class DraftState:
     """Acceptance rates of a request's drafts, by position, and the number of drafts that pays.
 
@@ -48,17 +24,20 @@ class DraftState:
     rate, so that the drafts are tried again now and then.
 
     Args:
-        most: maximum number of drafts in a step.
-        usual_rate: prior acceptance rate.
+        max_drafts: maximum number of drafts in a step.
+        prior_acceptance_rate: acceptance rate that is assumed before any draft was verified.
 
     Attributes:
         memory: data that the drafter keeps for the request.
     """
 
-    def __init__(self, most: int, usual_rate: float) -> None:
+    def __init__(self, max_drafts: int, prior_acceptance_rate: float) -> None:
         self.memory: Any = None
-        self._usual_rate = usual_rate
-        self._rates, self._counts = [usual_rate] * most, [_FIRST_COUNT] * most
+        self._prior_rate = prior_acceptance_rate
+        self._rates, self._counts = (
+            [prior_acceptance_rate] * max_drafts,
+            [_FIRST_COUNT] * max_drafts,
+        )
 
     def length(self, costs: Sequence[float], rows: float = 1.0) -> int:
         """Return the number of drafts that gives the most tokens for the time of a step.
@@ -71,10 +50,10 @@ class DraftState:
         gains = [count / cost for count, cost in zip(tokens, costs, strict=True)]
         best = gains.index(max(gains))
         for place in range(best, len(self._rates)):
-            self._rates[place] += _DRIFT * (self._usual_rate - self._rates[place])
+            self._rates[place] += _DRIFT * (self._prior_rate - self._rates[place])
         return best
 
-    def observe(self, num_drafts: int, num_accepted: int) -> None:
+    def record(self, num_drafts: int, num_accepted: int) -> None:
         """Record that a step accepted the first `num_accepted` of its drafts."""
         for place in range(min(num_accepted + 1, num_drafts)):
             self._counts[place] += 1

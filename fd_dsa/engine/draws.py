@@ -1,7 +1,9 @@
-"""Draws of tokens from rows of logits, with or without min-p, top-k and top-p.
+"""Sampling of a token from a row of logits, with or without min-p, top-k and top-p.
 
-A row is read a few times while it is in the processor's cache, and nothing of its size is sorted:
-a bound leaves the tokens that the cuts may keep, and few more.
+A row is read a few times while it is in the processor's cache. Only candidates are sorted: the
+tokens above a bound, which are those that the cuts may keep and a few more.
+
+Random numbers are counter-based: each is a function of a seed and a position.
 """
 
 from __future__ import annotations
@@ -12,25 +14,57 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from fd_dsa.ops.sampling.parameters import mix
 from fd_dsa.ops.sampling.token_buffer import NOT_FINITE
+from fd_dsa.tensor import Float32, Float64, Int64
 
-Float32 = npt.NDArray[np.float32]
-Float64 = npt.NDArray[np.float64]
-Int64 = npt.NDArray[np.int64]
-
-# weights of a block: what is looked for is in one, so no running sum over all of them is needed
+# weights of a block: a search looks at one block, so only sums of blocks are accumulated
 _BLOCK = 512
-# farther below 1 than rounding brings a sum
+# below 1 by more than the rounding error of a sum
 _NEARLY = 0.999
 _MAX_GROUP_SIZE = 64
 _LOWEST = np.finfo(np.float32).min
+_MASK = 2**64 - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+
+
+def uniforms(seeds: npt.NDArray[np.uint64], positions: Int64) -> Float64:
+    """Return a uniform number in [0, 1) for each pair of a seed and a position.
+
+    u = mix(mix(seed) + (position + 1) * golden) / 2**64, cut to 53 bits.
+
+    Args:
+        seeds: uint64 [n].
+        positions: int64 [n]; position of the token in its output, from 0.
+
+    Returns:
+        float64 [n].
+
+    Source: SplitMix64 (Steele, Lea, Flood 2014). A seed names one of its streams, and a position
+    names the element of the stream.
+    """
+    steps = (positions.astype(np.uint64) + np.uint64(1)) * np.uint64(_GOLDEN)
+    bits = mix(mix(seeds) + steps) >> np.uint64(11)
+    return bits.astype(np.float64) * 2.0**-53
+
+
+def derive_seed(seed: int, number: int) -> int:
+    """Return a seed in [0, 2**64) that differs for each number.
+
+    Args:
+        seed: seed of the engine, or of a request.
+        number: arrival number of a request without a seed, or index of an output.
+    """
+    base: int = mix((seed ^ 0xBF58476D1CE4E5B9) & _MASK)
+    derived: int = mix(base + (number + 1) * _GOLDEN & _MASK)
+    return derived
 
 
 def lower_bound(logits: Float32, width: int) -> Float32:
-    """A value in each row which at least `width` logits reach, and few more.
+    """Return for each row a value that at least `width` logits reach, and only a few more.
 
-    The maxima of disjoint groups of columns are that many logits of their own: their width-th
-    largest is a bound. With few columns for the width, the width-th largest logit itself.
+    The maxima of disjoint groups of columns are distinct logits, so the width-th largest maximum is
+    a bound. If there are few columns for the width, the bound is the width-th largest logit.
     """
     num_rows, vocab_size = logits.shape
     if width >= vocab_size:
@@ -45,17 +79,17 @@ def lower_bound(logits: Float32, width: int) -> Float32:
 
 
 class RowDraw:
-    """Draws from one row after another; weights are exp((logit - largest) / temperature).
+    """Samples tokens from one row after another, by weights exp((logit - largest) / temperature).
 
-    Cuts are exact: bounds decide how many tokens are sorted, never which are kept. Of equal weights
-    the larger logits are kept, which float32 may not distinguish, then the lower ids.
+    Cuts are exact: a bound decides how many tokens are sorted, never which are kept. Among equal
+    weights the larger logits come first, then the lower ids.
     """
 
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
         self._weights = np.empty(vocab_size, np.float32)
         self._marks = np.empty(vocab_size, np.bool_)
-        # of a sample, which takes more time than it saves where there are few
+        # step of the weights in a sorted sample; with few weights a sample takes more than it saves
         self._stride = vocab_size // 1024 if vocab_size > 16384 else 0
 
     def draw(
@@ -67,22 +101,25 @@ class RowDraw:
         top_k: int,
         top_p: float,
     ) -> int:
-        """Token of a row, or NOT_FINITE: min-p, then top-k, then top-p of what they left.
+        """Sample the token of a row: min-p, then top-k, then top-p over the tokens they keep.
 
         Args:
             logits: float32 [vocab_size].
-            uniform: in [0, 1).
+            uniform: random number in [0, 1).
             temperature: > 0.
             min_p: in [0, 1]; 0 = off.
-            top_k: 0 = off, as everything from vocab_size on.
+            top_k: number of tokens; 0 or at least vocab_size = off.
             top_p: in [0, 1]; 1 = off.
+
+        Returns:
+            The token, or NOT_FINITE.
         """
         largest = np.maximum.reduce(logits)
         if not math.isfinite(largest):
             return NOT_FINITE
         if min_p or 0 < top_k < self.vocab_size:
             kept = self._above_bounds(logits, float(largest), temperature, min_p, top_k)
-            return _draw_ranked(logits, *kept, uniform, top_k, top_p)
+            return _sample_ranked(logits, *kept, uniform, top_k, top_p)
         weights = np.subtract(logits, largest, out=self._weights)
         if temperature != 1:
             np.divide(weights, np.float32(temperature), out=weights)
@@ -91,10 +128,10 @@ class RowDraw:
             return _place(weights, uniform)
         mass = float(_sums(weights).sum(dtype=np.float64))
         left_out = _NEARLY * (1 - top_p) * mass
-        # all tokens below it together have less mass than is left out
+        # all tokens below this bound together have less mass than top-p leaves out
         bounds = [left_out / self.vocab_size]
         if self._stride:
-            # those below it two thirds of that or so, thus fewer are sorted
+            # tokens below this bound have about two thirds of that mass, so fewer are sorted
             sample = np.sort(weights[:: self._stride])
             place = sample[:-1].cumsum(dtype=np.float64).searchsorted(0.7 * left_out / self._stride)
             bounds.insert(0, sample[place])
@@ -103,12 +140,16 @@ class RowDraw:
             heavy = weights[ids]
             if heavy.sum(dtype=np.float64) >= mass - left_out:
                 break
-        return _draw_ranked(logits, ids, heavy, uniform, 0, top_p, mass)
+        return _sample_ranked(logits, ids, heavy, uniform, 0, top_p, mass)
 
     def _above_bounds(
         self, logits: Float32, largest: float, temperature: float, min_p: float, top_k: int
     ) -> tuple[Int64, Float64]:
-        """Ids, ascending, and weights of all tokens that min-p and top-k may keep, and few more."""
+        """Return ids and weights of the tokens that min-p and top-k may keep, and a few more.
+
+        Returns:
+            Ids, ascending, and their weights.
+        """
         bound = largest + temperature * np.log(min_p) if min_p else -np.inf
         if 0 < top_k < self.vocab_size:
             bound = max(bound, lower_bound(logits[None], top_k).item())
@@ -120,7 +161,7 @@ class RowDraw:
         return ids, np.exp((logits[ids].astype(np.float64) - largest) / temperature)
 
 
-def _draw_ranked(
+def _sample_ranked(
     logits: Float32,
     ids: Int64,
     weights: Float32 | Float64,
@@ -129,10 +170,13 @@ def _draw_ranked(
     top_p: float,
     mass: float | None = None,
 ) -> int:
-    """Token by top-k and then top-p of some ids, ascending; ties go to the lower id.
+    """Sample one of some tokens by top-k, then top-p. Ties go to the lower id.
 
     Args:
-        mass: that top-p is a share of; None: that of what top-k leaves.
+        logits: float32 [vocab_size].
+        ids: int64 [n], ascending.
+        weights: [n].
+        mass: total mass for top-p; None = the mass of the tokens that top-k keeps.
     """
     if top_k or top_p < 1:
         order: npt.NDArray[Any] = np.sort(weights)[::-1][: top_k or None]
@@ -145,7 +189,7 @@ def _draw_ranked(
             ties = np.flatnonzero(weights == order[last])
             keep[ties[np.lexsort((ties, -logits[ids[ties]]))[-surplus:]]] = False
         weights = weights * keep
-    # in the order of ids, so that rounding in the logits moves no token's place in the sum
+    # sum in the order of ids, so that rounding of the logits never reorders tokens
     return int(ids[_place(weights, uniform)])
 
 
@@ -155,13 +199,13 @@ def _place(
     mass: float | None = None,
     side: Literal["left", "right"] = "right",
 ) -> int:
-    """First place up to which weights have more than a share of a mass.
+    """Return the first place up to which the weights sum to more than a share of a mass.
 
     Args:
         weights: [n], not all 0.
-        share: in [0, 1]; where rounding brings it above all weights, it is just below them.
-        mass: None: that of the weights.
-        side: "left": exactly the share is enough.
+        share: in [0, 1]; a share that rounding brings above all weights counts as just below.
+        mass: total; None = the sum of the weights.
+        side: "left" = a sum equal to the share is enough.
     """
     sums = weights if len(weights) <= _BLOCK else _sums(weights)
     ends = sums.cumsum(dtype=np.float64)
@@ -174,7 +218,7 @@ def _place(
 
 
 def _sums(weights: Float32 | Float64) -> Float32 | Float64:
-    """Those of blocks, the last one of what is left."""
+    """Return the sum of each block of weights. The last block may be shorter."""
     whole = len(weights) // _BLOCK * _BLOCK
     sums = np.einsum("bi->b", weights[:whole].reshape(-1, _BLOCK))
     return np.append(sums, weights[whole:].sum()) if whole < len(weights) else sums

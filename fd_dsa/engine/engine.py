@@ -1,4 +1,4 @@
-"""The engine: requests in, one step of the runner at a time, tokens and text out."""
+"""Engine: schedules requests, runs one step at a time, and returns tokens and text."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ import numpy as np
 from fd_dsa.engine.batch import ScheduledBatch, offer_tokens
 from fd_dsa.engine.block_manager import BlockManager
 from fd_dsa.engine.grammar import GrammarCompiler
-from fd_dsa.engine.limits import RequestLimits
 from fd_dsa.engine.metrics import EngineMetrics, EngineStats
 from fd_dsa.engine.output import FinishReason, RequestOutput
 from fd_dsa.engine.request import Request, new_group
-from fd_dsa.engine.sampling_params import SamplingParams
+from fd_dsa.engine.sampler import StepSampler
+from fd_dsa.engine.sampling_params import RequestLimits, SamplingParams
 from fd_dsa.engine.scheduler import Scheduler
 from fd_dsa.engine.speculation import Speculator
-from fd_dsa.engine.step_sampler import StepSampler
 from fd_dsa.engine.tokenizer import Tokenizer
 from fd_dsa.errors import is_out_of_memory
 from fd_dsa.ops.sampling.token_buffer import NOT_FINITE
@@ -151,7 +150,7 @@ class LLMEngine:
         for request in group:
             self.scheduler.add(request)
         if self.speculator is not None:
-            self.speculator.arrived += group
+            self.speculator.new_requests += group
 
     def abort_request(self, request_id: str) -> list[RequestOutput]:
         """End a request now, and return the last state of its unfinished outputs."""
@@ -214,7 +213,7 @@ class LLMEngine:
         scheduler, speculator = self.scheduler, self.speculator
         if speculator is not None:
             num_requests = scheduler.num_running + scheduler.num_waiting
-            speculator.begin(min(num_requests, self._input_batch.max_num_seqs))
+            speculator.admit(min(num_requests, self._input_batch.max_num_seqs))
         batch = scheduler.schedule()
         if batch is None and not may_be_idle:
             if not self.grammars.wait():
@@ -249,7 +248,7 @@ class LLMEngine:
         if batch is None:
             return self._process(before)
         self._stats.num_mask_waits += before is not None and batch.has_late_masks
-        needs_tokens = self.speculator is not None and self.speculator.waits
+        needs_tokens = self.speculator is not None and self.speculator.needs_sync
         if batch.sampling_inputs is None or needs_tokens or not self._is_async:
             return self._synchronous(before, batch)
         run = self._late_masks if batch.has_late_masks else self._overlapped
@@ -310,7 +309,7 @@ class LLMEngine:
         ]
         if self.speculator is not None and not batch.is_in_flight:
             self.scheduler.proposals = self.speculator.propose(batch)
-        self.metrics.count_step(len(batch.sampling) - len(batch.prefilled), batch.prefilled)
+        batch.record_latencies(self.metrics, time.monotonic())
         stats.num_steps += 1
         stats.computed_prompt_tokens += batch.num_prefill_tokens
         # the token of a decoding request comes after the one of the step before; without such
@@ -331,7 +330,7 @@ class LLMEngine:
             requests = [requests[index] for index in accepted]
             rows = [rows[index] + 1 for index in accepted]
             for request in requests:
-                self.scheduler.take_token(request)
+                self.scheduler.handle_new_token(request)
         self.speculator.record_acceptance(batch, self._stats)
         return outputs
 
@@ -354,7 +353,7 @@ class LLMEngine:
         Returns:
             Outputs of requests that cannot have a token.
         """
-        alive = batch.going_on(requests, self._drop)
+        alive = batch.receivers(requests, self._drop)
         if not alive:
             return []
         if len(alive) < len(requests):
@@ -372,7 +371,7 @@ class LLMEngine:
             if request.finish_reason is not None:
                 self._drop(request)
             else:
-                self.scheduler.take_token(request)
+                self.scheduler.handle_new_token(request)
         return outputs
 
     def _end(
@@ -392,7 +391,7 @@ class LLMEngine:
 
     def _drop(self, request: Request) -> None:
         """Count an ended request, and free its row and blocks."""
-        self.metrics.count_end(request)
+        request.record_end(self.metrics)
         self.scheduler.finish(request)
         request_id = request.state.request_id
         self._requests[request_id].remove(request)

@@ -31,16 +31,16 @@ from fd_dsa.grammars.messages import Done, Kind
 from fd_dsa.grammars.source import one_line
 
 MAX_KEPT = 32
-"""Compiled grammars that are kept for later requests."""
+"""Maximum number of compiled grammars that are kept for later requests."""
 KEPT_FOR_S = 20.0
 """Unused grammars are evicted after one to two of these periods, seconds."""
 MAX_LEXER_STATES = 25_000
-"""States of a grammar's lexer, above which it is too complex."""
-# of a form and its alternatives, and the special tokens that the text shows
+"""Maximum number of lexer states of a grammar. Larger grammars are too complex."""
+# definitions of a form and its alternative, and the special tokens that stay in the text
 _Key = tuple[tuple[tuple[Kind, str], ...], frozenset[int]]
-# time for which steps wait for all grammars: at once, seconds, and as a share of all time
+# maximum time for which steps wait for all grammars: in one step, seconds, and as a share of time
 _PATIENCE_S, _PATIENCE_SHARE = 0.1, 0.25
-# at most this long the engine's thread waits for grammars if it has nothing else to do, seconds
+# maximum time for which an idle engine waits for grammars, seconds
 _IDLE_WAIT_S = 0.05
 
 logger = logging.getLogger(__name__)
@@ -51,11 +51,11 @@ class CompiledGrammar:
     """Worker of a grammar, which the outputs of the grammar share.
 
     Attributes:
-        process: the worker, which keeps the states that outputs have reached.
+        process: worker, which keeps the states of the outputs.
         vocabulary: tokens of the outputs.
-        may_begin: True for texts with which an output may begin, by those asked for.
-        num_tokens: number of tokens that the outputs have taken.
-        since: `time.monotonic()` of the compilation.
+        may_begin: text -> True if an output may begin with it; only texts that were looked up.
+        num_tokens: number of tokens that the outputs have appended.
+        since: time of the compilation, seconds of `time.monotonic()`.
     """
 
     process: GrammarProcess
@@ -66,15 +66,20 @@ class CompiledGrammar:
 
 
 class GrammarCompiler:
-    """Has grammars compiled and followed by workers, and bounds the time that steps wait for them.
+    """Compiles grammars in workers, and bounds the time for which steps wait for them.
 
-    A grammar is compiled once, when a request with it is checked. All of its outputs share a
-    worker. A grammar that was dropped since, as others were asked for, is compiled again when its
-    output is the next to begin.
+    A grammar is compiled when a request with it is checked. All outputs of the grammar share a
+    worker. A grammar that was evicted is compiled again when an output with it is about to begin.
 
     Args:
-        tokenizer, vocab_size, eos_token_ids: of the model.
-        is_patient: True to wait for workers without a bound.
+        tokenizer: tokenizer of the model.
+        vocab_size: number of tokens of the model.
+        eos_token_ids: tokens that end an output.
+        is_patient: True = wait for workers without a bound.
+
+    Attributes:
+        free: int32 [ceil(vocab_size / 32)]; mask that allows all tokens without the end of
+            sequence, which is not allowed before a grammar has begun.
     """
 
     def __init__(
@@ -84,35 +89,33 @@ class GrammarCompiler:
         eos_token_ids: Iterable[int],
         is_patient: bool = True,
     ) -> None:
-        """Nothing is imported before `prepare` or the first grammar."""
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._eos_token_ids = sorted(i for i in eos_token_ids if i < vocab_size)
-        # all but the end of sequence, which may not come before the grammar has begun
         self.free = np.full(-(-vocab_size // 32), -1, np.int32)
         for token_id in self._eos_token_ids:
             self.free.view(np.uint32)[token_id // 32] &= ~np.uint32(1 << token_id % 32)
         self._lock = threading.Lock()
         self._vocabulary_lock = threading.Lock()
         self._checks = threading.BoundedSemaphore(max(1, usable_cpus() // 2))
-        # asked for since `expire` was called last, and only before; and all that outputs follow
+        # used since the last call of `expire`, not used since then, and those of running outputs
         self._recent: dict[_Key, CompiledGrammar] = {}
         self._older: dict[_Key, CompiledGrammar] = {}
         self._in_use: WeakValueDictionary[_Key, CompiledGrammar] = WeakValueDictionary()
         self._is_expiring = False
-        # by the special tokens that the text shows; or the reason why there is none
+        # by the special tokens that stay in the text; or the reason for an error
         self._vocabularies: dict[frozenset[int], GrammarVocabulary | str] = {}
         self._worker = ThreadPoolExecutor(1, "fd_dsa-grammar")
-        # what the worker compiles, never more than one
+        # the one grammar that the thread compiles
         self._pending: tuple[_Key, Future[None]] | None = None
         self._patience = None if is_patient else Patience(_PATIENCE_S, _PATIENCE_SHARE)
-        # workers for which a step did not wait any longer
+        # workers for which a step has stopped to wait
         self._late: WeakSet[GrammarProcess] = WeakSet()
 
     def prepare(self) -> None:
-        """Make the vocabulary of most grammars if llguidance is installed.
+        """Make the usual vocabulary if llguidance is installed, and log an unsupported tokenizer.
 
-        A tokenizer that cannot be used is logged. For 129,280 tokens this takes a second.
+        For 129,280 tokens this takes a second.
         """
         if find_spec("llguidance") is None:
             return
@@ -124,11 +127,11 @@ class GrammarCompiler:
             )
 
     def check(self, params: SamplingParams) -> None:
-        """Compile a grammar unless it is known; for any thread but the engine's and an event loop.
+        """Compile a grammar unless it is known. The call may take a second, so a thread makes it.
 
         Raises:
-            ValueError: it is wrong or too large, llguidance is missing, or the tokenizer cannot be
-                used; begins with the name of the field.
+            ValueError: the grammar is invalid or too large, llguidance is missing, or the tokenizer
+                is not supported. The message begins with the name of the field.
         """
         compiled = self._kept(self._key(params))
         if compiled is None:
@@ -140,10 +143,11 @@ class GrammarCompiler:
     def find(
         self, params: SamplingParams, instead_of: CompiledGrammar | None = None
     ) -> CompiledGrammar:
-        """Return the compiled grammar; this thread waits for its compilation if needed.
+        """Return the compiled grammar, and wait for its compilation if needed.
 
         Args:
-            instead_of: a compiled grammar that is worn out.
+            params: parameters with a form.
+            instead_of: compiled grammar that has used up its states, and is replaced.
 
         Raises:
             ValueError: see `check`.
@@ -157,7 +161,7 @@ class GrammarCompiler:
                 f"{form.source} needs llguidance, which is not installed here; "
                 f"{extra_command('structured')}"
             )
-        # not under the lock, which the engine's thread takes too
+        # without the lock, which the engine's thread needs too
         made = self._compile(*key)
         if isinstance(made, str):
             raise ValueError(self._blame(form, key[1], made))
@@ -168,7 +172,9 @@ class GrammarCompiler:
     def poll(
         self, params: SamplingParams, instead_of: CompiledGrammar | None = None
     ) -> CompiledGrammar | None:
-        """Return the compiled grammar, or None until it is made; for the engine's thread.
+        """Return the compiled grammar, or None while another thread compiles it.
+
+        Only the engine's thread calls it.
 
         Raises:
             ValueError: see `check`.
@@ -177,7 +183,7 @@ class GrammarCompiler:
         if self._pending is not None and self._pending[1].done():
             (done, future), self._pending = self._pending, None
             if done == key:
-                # the error, if there is one
+                # raise the error of the compilation, if it has failed
                 future.result()
         compiled = self._kept(key)
         if compiled is instead_of:
@@ -187,7 +193,7 @@ class GrammarCompiler:
         return compiled
 
     def _make(self, params: SamplingParams, instead_of: CompiledGrammar | None) -> None:
-        """Have a grammar compiled and kept; the result of a thread would hold it for longer."""
+        """Compile and keep a grammar. A return value would keep it alive for longer."""
         self.find(params, instead_of)
 
     def answer(
@@ -197,10 +203,10 @@ class GrammarCompiler:
         needs_mask: bool = False,
         may_wait: bool = True,
     ) -> Done | None:
-        """Return the answer of a worker, or None if the step may not wait for it any longer.
+        """Return the answer of a worker, or None if the time for which the step may wait is over.
 
-        Steps wait for a bounded share of all time, and half of it for one grammar. So a slow
-        grammar soon delays no other request.
+        Steps wait for a bounded share of the time, and for one grammar half of it. So a slow
+        grammar delays other requests only for a short while.
         """
         if (known := pending.done if needs_mask else pending.state) is not None:
             return known
@@ -219,10 +225,10 @@ class GrammarCompiler:
         return done
 
     def wait(self) -> bool:
-        """Block until a grammar is compiled or a late mask has come, for a while at most.
+        """Block until a grammar is compiled or a late mask has come, for `_IDLE_WAIT_S` at most.
 
         Returns:
-            False if there is nothing to wait for.
+            False if no grammar or mask is missing.
         """
         late = list(self._late)
         busy = [process for process in late if process.is_busy]
@@ -236,7 +242,7 @@ class GrammarCompiler:
         return bool(busy) or self._pending is not None
 
     def _kept(self, key: _Key) -> CompiledGrammar | None:
-        """A compiled grammar that need not be made, which is now the last one asked for."""
+        """Return a known compiled grammar, marked as the last one used, or None."""
         with self._lock:
             compiled = self._in_use.get(key)
             if compiled is None or compiled.process.has_ended:
@@ -245,7 +251,7 @@ class GrammarCompiler:
             return compiled
 
     def _keep(self, key: _Key, compiled: CompiledGrammar) -> None:
-        """Note the last grammar asked for, and drop one for it; the caller holds the lock."""
+        """Mark a grammar as the last one used, and evict another. The caller holds the lock."""
         for kept in (self._older, self._recent):
             kept.pop(key, None)
         self._in_use[key] = self._recent[key] = compiled
@@ -257,7 +263,7 @@ class GrammarCompiler:
             _later(self.expire)
 
     def expire(self) -> None:
-        """Drop the grammars that no request has asked for since the last call.
+        """Evict the grammars that were not used since the last call.
 
         The compiler calls it every `KEPT_FOR_S` seconds while it keeps a grammar.
         """
@@ -266,19 +272,19 @@ class GrammarCompiler:
             self._is_expiring = bool(self._older)
             if self._is_expiring:
                 _later(self.expire)
-        # freed one at a time and without the lock: a large one takes milliseconds
+        # free them one by one without the lock, because a large one takes milliseconds
         while dropped:
             dropped.popitem()
 
     def _key(self, params: SamplingParams) -> _Key:
-        """The texts that tell compiled grammars apart, and the tokens of their vocabulary."""
+        """Return the key of a grammar: its definitions, and the special tokens in its texts."""
         shown = self._tokenizer.shown_special_ids(
             params.skip_special_tokens, params.kept_ids(self._tokenizer)
         )
         return tuple(one.definition() for one in form_of(params).either()), shown
 
     def _blame(self, form: StructuredOutputsParams, shown: frozenset[int], reason: str) -> str:
-        """The message for a form that cannot be compiled, or for one of its alternatives."""
+        """Return the message for the form or alternative that cannot be compiled."""
         source = form.source
         if form.alternative is not None:
             for one in form.either():
@@ -291,7 +297,7 @@ class GrammarCompiler:
     def _compile(
         self, forms: tuple[tuple[Kind, str], ...], shown: frozenset[int]
     ) -> CompiledGrammar | str:
-        """A compiled grammar, or what is wrong with it."""
+        """Return a compiled grammar, or the reason for an error."""
         vocabulary = self._vocabulary(shown)
         if isinstance(vocabulary, str):
             return vocabulary
@@ -299,9 +305,9 @@ class GrammarCompiler:
         return made if isinstance(made, str) else CompiledGrammar(made, vocabulary)
 
     def _vocabulary(self, shown: frozenset[int]) -> GrammarVocabulary | str:
-        """The vocabulary of answers that show these special tokens, or why there is none.
+        """Return the vocabulary of answers with these special tokens, or the reason for an error.
 
-        It is made once, which takes half a second for a large one.
+        The first call for a large vocabulary takes half a second.
         """
         with self._vocabulary_lock:
             if shown not in self._vocabularies:
@@ -309,7 +315,7 @@ class GrammarCompiler:
             return self._vocabularies[shown]
 
     def _make_vocabulary(self, shown: frozenset[int]) -> GrammarVocabulary | str:
-        """See `_vocabulary`."""
+        """Make the result of `_vocabulary`."""
         try:
             made = GrammarVocabulary(self._tokenizer, self._vocab_size, self._eos_token_ids, shown)
             reason = WORKERS.add(made)
@@ -326,6 +332,6 @@ def _later(work: Callable[[], None]) -> None:
 
 
 def form_of(params: SamplingParams) -> StructuredOutputsParams:
-    """The form of a request that has one."""
+    """Return the form of a request, which must have one."""
     assert params.structured_outputs is not None, "grammars are made for requests with a form"
     return params.structured_outputs

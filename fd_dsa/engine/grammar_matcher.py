@@ -1,4 +1,4 @@
-"""Progress of one output in its grammar."""
+"""Position of one output in its grammar."""
 
 from __future__ import annotations
 
@@ -17,34 +17,34 @@ from fd_dsa.grammars.messages import Done, Work
 
 RENEWED_AFTER_TOKENS = 1000
 RENEWED_AFTER_S = 60.0
-"""A grammar that reaches its limit of states after fewer tokens and less time is too complex.
+"""A grammar that reaches its limit of states earlier than both is too complex.
 
-Otherwise it is compiled again, which delays other grammars.
+A grammar that reaches it later is compiled again.
 """
 
 
 class GrammarMatcher:
-    """Follows one output through its grammar; for the thread that steps the engine.
+    """Follows one output through its grammar, in the thread that steps the engine.
 
-    The work is done by a worker, whose answers a step awaits for a bounded time. Until the answer
-    has come, the output gets no token.
+    A worker does the work, and a step waits for its answers for a bounded time. The output gets no
+    token before the answer.
 
     Args:
-        compiler: has or makes the compiled grammar when the output is about to begin: requests
-            that wait hold nothing.
-        params: of the request, with a form.
+        compiler: compiles the grammar when the output is about to begin. Waiting requests keep no
+            compiled grammar.
+        params: parameters of the request, with a form.
     """
 
     def __init__(self, compiler: GrammarCompiler, params: SamplingParams) -> None:
         self._compiler = compiler
         self._params = params
-        # place in the reasoning before the form; None = the form has begun
+        # position in the reasoning before the form; None = the form has begun
         self._reading: Reading | None = None
         if params.reasoning is not None:
             self._reading = Reading("start" if params.reasoning.begin else "reasoning")
         # the output so far may also be the beginning of the form
         self._is_form = True
-        # places after tokens that need a decision before the form; None = not known
+        # positions after tokens that need a check before the form; None = unknown
         self._to_check: dict[int, Reading] | None = None
         self._compiled: CompiledGrammar | None = None
         self._worn_out: CompiledGrammar | None = None
@@ -52,16 +52,17 @@ class GrammarMatcher:
         self._failure: str | None = None
         self._taken: list[int] = []
         self._has_offered = False
-        # the latest work if its answers are not known here, and the latest answer
+        # newest work while an answer is missing, and newest answer
         self._pending: Pending | None = None
         self._done = Done()
         self._is_late = False
 
     @property
     def is_ready(self) -> bool:
-        """True if the output can begin; False while another thread compiles the grammar.
+        """True if the output can begin, False while another thread compiles the grammar.
 
-        True also if that has failed: no token may come then, and `error` has the reason.
+        It is also True after a failed compilation. Then no token is allowed, and `error` has the
+        reason.
         """
         if self._compiled is None and self._failure is None:
             try:
@@ -76,25 +77,29 @@ class GrammarMatcher:
 
     @property
     def is_late(self) -> bool:
-        """True if a step did not get the mask in time, and the mask has not come since."""
+        """True while a mask is missing that a step did not get in time."""
         if self._is_late:
             self._is_late = not self._has_mask(may_wait=False)
         return self._is_late
 
     def await_mask(self) -> bool:
-        """Wait for the mask of the next token as long as the step may; returns if it is there."""
+        """Wait for the mask of the next token, as long as the step may.
+
+        Returns:
+            True if the mask has come.
+        """
         self._is_late = not self._has_mask(may_wait=True)
         return not self._is_late
 
     def release(self) -> None:
-        """Let go of the worker when the output has ended; samplers may keep this object."""
+        """Release the worker after the end of the output. Samplers may keep this object."""
         if self._compiled is not None:
             self._compiled.process.drop(self._output)
         self._compiled, self._worn_out, self._pending = None, None, None
         self._failure = self._failure or "the output has ended"
 
     def copy(self) -> GrammarMatcher:
-        """Return another matcher that has taken the same tokens."""
+        """Return another matcher at the same position."""
         other = copy.copy(self)
         other._taken = self._taken.copy()
         if self._compiled is not None:
@@ -103,7 +108,7 @@ class GrammarMatcher:
 
     @property
     def is_finished(self) -> bool:
-        """True when nothing can follow, or the end of sequence was taken."""
+        """True if no token can follow, or the output has its end of sequence."""
         while not self._has_state(may_wait=True):
             self._compiler.wait()
         return self._failure is None and self._may_be_form and self._done.is_finished
@@ -116,15 +121,18 @@ class GrammarMatcher:
 
     @property
     def error(self) -> str | None:
-        """Why the grammar cannot be followed any more: it is too complex, or nothing may follow."""
+        """Reason why the output cannot continue: the grammar is too complex, or allows no token."""
         self._settle()
         return self._failure or self._done.error
 
     def fill_bitmask(self, bitmask: npt.NDArray[np.int32]) -> None:
-        """Write bit i % 32 of int32 i // 32 for every token i: 1 = may come.
+        """Write the mask of the tokens that are allowed next.
 
-        The end of sequence may come only where the grammar is complete. After an error nothing
-        may come.
+        The end of sequence is allowed if the grammar is complete. After an error no token is
+        allowed.
+
+        Args:
+            bitmask: int32 [ceil(vocab_size / 32)]; bit i % 32 of value i // 32 belongs to token i.
         """
         self._settle()
         bitmask[:] = 0
@@ -141,12 +149,12 @@ class GrammarMatcher:
     def _correct_before_form(
         self, bitmask: npt.NDArray[np.int32], to_check: dict[int, Reading]
     ) -> None:
-        """Allow tokens that begin the reasoning, and none that begins another form after it."""
+        """Allow tokens that begin the reasoning, and exclude those that begin another form."""
         assert self._compiled is not None
         bits = bitmask.view(np.uint32)
         for token_id, after in to_check.items():
             if after.state == "answer" and after.rest is None:
-                # for the form to decide
+                # the mask of the form decides
                 continue
             bit = np.uint32(1 << token_id % 32)
             if not after.rest or self._compiled.may_begin[after.rest]:
@@ -155,7 +163,7 @@ class GrammarMatcher:
                 bits[token_id // 32] &= ~bit
 
     def offer(self, token_id: int) -> None:
-        """Have the worker take a token, without waiting for what `accept` returns."""
+        """Give the worker a token, without waiting for the result of `accept`."""
         self._has_offered = True
         before = self._reading
         if before is None:
@@ -165,7 +173,7 @@ class GrammarMatcher:
         assert self._params.reasoning is not None
         after = compiled.vocabulary.reasoning(self._params.reasoning).read(before, token_id)
         if before.state == "start" and after.state != "reasoning" and after.rest is None:
-            # no reasoning has begun
+            # the output has not begun a reasoning
             if self._is_form and after.state == "start":
                 self._is_form = self._form_allows(token_id)
             token_ids = [token_id] if self._is_form else []
@@ -180,12 +188,12 @@ class GrammarMatcher:
         self._take(token_ids)
 
     def send(self) -> None:
-        """Have an idle worker begin with what it was given."""
+        """Send the collected work to an idle worker."""
         if self._compiled is not None:
             self._compiled.process.send()
 
     def accept(self, token_id: int) -> bool | None:
-        """Take a token of the output, unless `offer` has.
+        """Append a token to the output, unless `offer` has.
 
         Returns:
             `is_finished`; None if the worker does not answer in time.
@@ -197,7 +205,7 @@ class GrammarMatcher:
         return None if self._is_late else self.is_finished
 
     def count_allowed(self, token_ids: list[int]) -> int:
-        """Return how many of these tokens, the first ones, may come; nothing is taken.
+        """Return the number of leading tokens that are allowed, without appending them.
 
         The number is smaller if the worker does not answer in time.
         """
@@ -228,7 +236,7 @@ class GrammarMatcher:
         return mask is not None and bool(mask[token_id // 8] >> token_id % 8 & 1)
 
     def _begun(self) -> CompiledGrammar:
-        """Return the compiled grammar; waits for it."""
+        """Wait for the compiled grammar, and return it."""
         while self._compiled is None:
             if not self.is_ready:
                 self._compiler.wait()
@@ -237,26 +245,26 @@ class GrammarMatcher:
         return self._compiled
 
     def _begin(self, compiled: CompiledGrammar) -> None:
-        """Begin the output, or begin it again with the tokens that it has taken."""
+        """Begin the output, or begin it again with its tokens so far."""
         self._follow(compiled, -1)
         self._pending, self._done = None, Done()
         self._ask_for(compiled, self._taken)
 
     def _follow(self, compiled: CompiledGrammar, source: int) -> None:
-        """Have the worker follow this output too, as a copy of another one."""
+        """Start to follow this output in a worker, as a copy of another output."""
         self._compiled, self._output = compiled, compiled.process.copy(source)
         finalizer = weakref.finalize(self, _drop, weakref.ref(compiled.process), self._output)
         finalizer.atexit = False
 
     def _take(self, token_ids: list[int]) -> None:
-        """Take tokens of the form."""
+        """Append tokens of the form."""
         self._taken += token_ids
         if self._compiled is not None:
             self._compiled.num_tokens += len(token_ids)
             self._ask_for(self._compiled, token_ids)
 
     def _ask_for(self, compiled: CompiledGrammar, token_ids: list[int]) -> None:
-        """Have the worker take tokens, then compute the next mask."""
+        """Give the worker tokens, after which it computes the next mask."""
         if token_ids:
             work = Work(self._output, token_ids=tuple(token_ids), needs_mask=True)
             self._pending = compiled.process.ask(work)
@@ -267,7 +275,11 @@ class GrammarMatcher:
             self._compiler.wait()
 
     def _has_mask(self, may_wait: bool) -> bool:
-        """Read the mask of the next token; returns if it is there, or will never be."""
+        """Read the mask of the next token.
+
+        Returns:
+            True if the mask has come, or is not needed.
+        """
         while self._has_state(may_wait):
             if self._failure is not None or self._compiled is None:
                 return True
@@ -285,11 +297,11 @@ class GrammarMatcher:
         return False
 
     def _has_state(self, may_wait: bool) -> bool:
-        """Read what the worker says of the tokens taken; returns if it is known."""
+        """Read the state after the newest tokens, and return True if it has come."""
         return self.is_ready and (self._pending is None or self._read(may_wait, needs_mask=False))
 
     def _read(self, may_wait: bool, needs_mask: bool) -> bool:
-        """Read an answer to the latest work; returns if it has come."""
+        """Read an answer to the newest work, and return True if it has come."""
         assert self._compiled is not None and self._pending is not None
         process = self._compiled.process
         done = self._compiler.answer(process, self._pending, needs_mask, may_wait)
@@ -301,7 +313,11 @@ class GrammarMatcher:
         return True
 
     def _knows_beginnings(self, compiled: CompiledGrammar, may_wait: bool) -> bool:
-        """Find out which tokens need a decision before the form, and which texts may begin it."""
+        """Look up the tokens that need a check before the form, and the texts that may begin it.
+
+        Returns:
+            False if the worker does not answer in time.
+        """
         if self._reading is None or self._params.reasoning is None:
             return True
         if self._to_check is None:
@@ -321,9 +337,12 @@ class GrammarMatcher:
         return True
 
     def _is_renewed(self, compiled: CompiledGrammar) -> bool:
-        """Start over if the states that outputs of one grammar share have reached their limit.
+        """Compile the grammar again if its outputs have used up the states that they share.
 
-        That says nothing of this output, which may have reached few of them itself.
+        This output may be simple, so it continues with the new worker.
+
+        Returns:
+            False if the grammar stays.
         """
         if not self._done.is_worn_out:
             return False
@@ -335,6 +354,6 @@ class GrammarMatcher:
 
 
 def _drop(process: weakref.ref[GrammarProcess], output: int) -> None:
-    """Have a worker forget an output that nobody follows any more."""
+    """Drop an output from its worker, because its matcher is gone."""
     if (alive := process()) is not None:
         alive.drop(output)

@@ -32,11 +32,11 @@ from fd_dsa.grammars.messages import (
 )
 from fd_dsa.processes.parent import ChildProcess
 
-# processor time of late work that is usual for an output, and each further one by which the
-# niceness of a worker grows by 1, seconds
+# usual processor time of an output's work, and further time after which the niceness of a worker
+# grows by 1, seconds
 _USUAL_S, _NICE_EVERY_S = 0.01, 0.01
 _MAX_NICE = 19
-# time for which steps wait for one grammar: at once, seconds, and as a share of all time
+# maximum time for which steps wait for one grammar: in one step, seconds, and as a share of time
 _PATIENCE_S, _PATIENCE_SHARE = 0.05, 0.125
 _TOO_COMPLEX = (
     f"the grammar is too complex: its next token takes more than {TOKENS_S:g} s of processor time "
@@ -45,7 +45,7 @@ _TOO_COMPLEX = (
 
 
 class WorkerSource:
-    """Process that forks a worker for each grammar; one of them serves all engines here.
+    """Process that forks a worker for each grammar, for all engines of this process.
 
     It starts with the first vocabulary, and again if it has ended.
 
@@ -64,14 +64,15 @@ class WorkerSource:
             weakref.WeakKeyDictionary()
         )
         self._next_number = itertools.count()
-        # numbers of vocabularies that are gone, of the process that runs; from any thread
+        # numbers of freed vocabularies in the running process; any thread appends
         self._gone: deque[int] = deque()
         atexit.register(self._close)
 
     def add(self, vocabulary: GrammarVocabulary) -> str | None:
-        """Make a vocabulary known; returns the reason if llguidance refuses it.
+        """Send a vocabulary to the process, which takes half a second for 129,280 tokens.
 
-        For 129,280 tokens this takes half a second.
+        Returns:
+            The reason if llguidance refuses the vocabulary, else None.
         """
         with self._lock:
             connection, number = self._running(), next(self._next_number)
@@ -93,7 +94,11 @@ class WorkerSource:
     def compile(
         self, vocabulary: GrammarVocabulary, forms: tuple[tuple[Kind, str], ...], max_states: int
     ) -> GrammarProcess | str:
-        """Compile a grammar in a new worker; returns the worker, or what is wrong with it."""
+        """Compile a grammar in a new worker.
+
+        Returns:
+            The worker, or the reason for an error.
+        """
         try:
             ours, theirs = socket.socketpair()
             connection = Connection(ours.detach())
@@ -139,7 +144,7 @@ class WorkerSource:
         return self.process.connection
 
     def _close(self) -> None:
-        """End the process; its workers end when their connections are closed."""
+        """End the process. Its workers end when their connections are closed."""
         if self.process is not None:
             self.process.join(0.0)
 
@@ -148,37 +153,37 @@ WORKERS = WorkerSource()
 
 
 class Patience:
-    """Time for which somebody may wait, as a share of the time that passes.
+    """Budget of waiting time, which grows by a share of the time that passes.
 
     Args:
-        most_s: time that is never exceeded, seconds; it is there at the beginning.
-        share: share of the time that passes by which the time grows.
+        max_s: maximum of the budget, and its first value, seconds.
+        share: growth of the budget as a share of the time.
     """
 
-    def __init__(self, most_s: float, share: float) -> None:
-        self._most_s = self._left_s = most_s
+    def __init__(self, max_s: float, share: float) -> None:
+        self._max_s = self._left_s = max_s
         self._share = share
         self._since = time.monotonic()
 
     def left_s(self) -> float:
-        """Return the time that is left, seconds."""
+        """Return the remaining time, seconds."""
         now = time.monotonic()
-        self._left_s = min(self._left_s + self._share * (now - self._since), self._most_s)
+        self._left_s = min(self._left_s + self._share * (now - self._since), self._max_s)
         self._since = now
         return max(self._left_s, 0.0)
 
     def spend(self, seconds: float) -> None:
-        """Take off time that was waited for."""
+        """Subtract time that a step has waited."""
         self._left_s -= seconds
 
 
 class Pending:
-    """Work that a worker has been given.
+    """Work of a worker, with its answers.
 
     Attributes:
         work: the work.
-        state: state of the output after its tokens; None = the answer has not come.
-        done: the same, or the state with the mask if one is needed; None = it has not come.
+        state: state of the output after its tokens; None = not answered yet.
+        done: state, with the mask if one is needed; None = not answered yet.
     """
 
     __slots__ = ("done", "state", "work")
@@ -190,32 +195,32 @@ class Pending:
 
 
 class GrammarProcess:
-    """Worker of one grammar, shared by all outputs of the grammar; for one thread.
+    """Worker of one grammar, shared by all outputs of the grammar and used by one thread.
 
     Work is collected, and sent in one message when the worker is idle.
 
     Args:
-        connection: to the worker, which ends when the connection is closed.
+        connection: connection to the worker, which ends when the connection is closed.
         pid: process id of the worker.
 
     Attributes:
         pid: as given.
-        patience: time for which steps may wait for the worker.
-        has_ended: True if the worker has come to its limits, or was killed.
+        patience: budget of the time for which steps wait for the worker.
+        has_ended: True if the worker has reached its limits, or was killed.
     """
 
     def __init__(self, connection: Connection, pid: int) -> None:
         self._connection, self.pid = connection, pid
-        # faster than `Connection.poll`, which makes one for each call
+        # faster than `Connection.poll`, which makes a poll object for each call
         self._poll = select.poll()
         self._poll.register(connection.fileno(), select.POLLIN)
         self._waiting: list[Pending] = []
-        # work whose states have not come, then work whose masks have not come
+        # sent work whose states are missing, and work whose masks are missing
         self._sent: list[Pending] = []
         self._masked: list[Pending] = []
         self._dropped: deque[int] = deque()
         self._nice = float(os.getpriority(os.PRIO_PROCESS, 0))
-        # processor time of the worker from which on its niceness grows, seconds
+        # processor time of the worker at which its niceness begins to grow, seconds
         self._slow_from_s = 0.0
         self._next_output = itertools.count()
         self.has_ended = False
@@ -223,28 +228,32 @@ class GrammarProcess:
 
     @property
     def is_busy(self) -> bool:
-        """True while answers are missing; reads those that have come."""
+        """True while answers are missing. Answers that have come are read first."""
         while self._is_working and self._read(0.0):
             pass
         return self._is_working
 
     @property
     def _is_working(self) -> bool:
-        """True while answers have not been read."""
+        """True while answers are missing or unread."""
         return bool(self._sent or self._masked)
 
     def copy(self, source: int = -1) -> int:
-        """Add an output where another one stands, -1 = the beginning; returns its number."""
+        """Add an output at the position of another one, and return its number.
+
+        Args:
+            source: number of the other output; -1 = the beginning of the grammar.
+        """
         output = next(self._next_output)
         self.ask(Work(output, source))
         return output
 
     def drop(self, output: int) -> None:
-        """Have an output forgotten with the next work; from any thread."""
+        """Drop an output with the next work. Thread-safe."""
         self._dropped.append(output)
 
     def ask(self, work: Work) -> Pending:
-        """Give work to the worker, which begins at the next `send` or `answer`."""
+        """Add work, which the next `send` or `answer` sends to the worker."""
         while self._dropped:
             self._waiting.append(Pending(Work(self._dropped.popleft(), is_over=True)))
         pending = Pending(work)
@@ -252,7 +261,7 @@ class GrammarProcess:
         return pending
 
     def send(self) -> None:
-        """Have an idle worker begin with the work that it was given."""
+        """Send the collected work to an idle worker."""
         if self.has_ended:
             self._end()
         if not self._waiting or self._is_working:
@@ -268,8 +277,9 @@ class GrammarProcess:
         """Return an answer, or None if it does not come in time.
 
         Args:
+            pending: work of the worker.
             needs_mask: False if the state of the output is enough.
-            timeout_s: time to wait, seconds; None = without end.
+            timeout_s: maximum time to wait, seconds; None = without a bound.
         """
         self.send()
         end_s = None if timeout_s is None else time.monotonic() + timeout_s
@@ -280,9 +290,9 @@ class GrammarProcess:
         return done
 
     def give_way(self) -> None:
-        """Leave the processors to others if an answer is late and has taken much of their time.
+        """Raise the niceness of a worker whose late answer has taken much processor time.
 
-        A worker that is late because it has to wait for a processor keeps its niceness.
+        A worker that is late because it waits for a processor keeps its niceness.
         """
         now_s, before = processor_time(self.pid), int(self._nice)
         self._nice += max(now_s - self._slow_from_s, 0.0) / _NICE_EVERY_S
@@ -292,7 +302,7 @@ class GrammarProcess:
                 os.setpriority(os.PRIO_PROCESS, self.pid, min(int(self._nice), _MAX_NICE))
 
     def _read(self, timeout_s: float | None) -> bool:
-        """Read the next answer if it comes in time; returns if it has come."""
+        """Read the next answer, and return True if it has come in time."""
         if not self._poll.poll(None if timeout_s is None else timeout_s * 1e3):
             return False
         try:
@@ -314,7 +324,7 @@ class GrammarProcess:
         return True
 
     def _end(self) -> None:
-        """Answer all work with the reason why the worker has ended."""
+        """Answer all work with the reason for the end of the worker."""
         self.has_ended = True
         for pending in (*self._sent, *self._masked, *self._waiting):
             counts = (0,) * len(pending.work.counted)
@@ -323,14 +333,14 @@ class GrammarProcess:
 
 
 def processor_time(pid: int) -> float:
-    """Return the processor time that a process has taken, seconds; 0 if it has ended."""
+    """Return the processor time of a process in seconds, 0 if it has ended."""
     try:
-        # the clock of another process, as clock_getcpuclockid(3) names it
+        # number of another process's clock, see clock_getcpuclockid(3)
         return time.clock_gettime(~pid << 3 | 2)
     except OSError:
         return 0.0
 
 
 def wait_for_any(processes: Sequence[GrammarProcess], timeout_s: float | None) -> None:
-    """Wait until one of some busy workers has answered or ended."""
+    """Wait until any of some busy workers has answered or ended."""
     wait([process._connection for process in processes], timeout_s)

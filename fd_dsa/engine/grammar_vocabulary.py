@@ -14,13 +14,13 @@ from fd_dsa.engine.tokenizer import Tokenizer
 
 
 class GrammarVocabulary:
-    """Tokens of a model, for answers that show the same special tokens.
+    """Tokens of a model, for answers with the same special tokens in their text.
 
     Args:
-        tokenizer: of the model.
-        size: number of token ids that the model has; others never come.
+        tokenizer: tokenizer of the model.
+        size: number of token ids of the model.
         eos_token_ids: tokens that end an output and are never part of its text.
-        shown: special tokens that the text of an answer contains.
+        shown: special tokens that stay in the text of an answer.
 
     Attributes:
         texts: bytes that each token id adds to the text; empty for hidden special tokens, ends of
@@ -55,12 +55,15 @@ class GrammarVocabulary:
         self._reasoning: dict[Reasoning, ReasoningTokens] = {}
 
     def spell(self, text: bytes) -> list[int] | None:
-        """Return token ids of a text, the longest first; None if no tokens spell it."""
+        """Return token ids that spell a text, or None if no tokens do.
+
+        Each token is the longest one that fits.
+        """
         if not self._by_text:
             self._by_text = {text: token_id for token_id, text in enumerate(self.texts) if text}
         token_ids = []
         while text:
-            # few texts are spelled, each the end of a token
+            # only a few short texts are spelled: ends of tokens
             length = next((n for n in range(len(text), 0, -1) if text[:n] in self._by_text), 0)
             if not length:
                 return None
@@ -69,7 +72,10 @@ class GrammarVocabulary:
         return token_ids
 
     def reasoning(self, texts: Reasoning) -> ReasoningTokens:
-        """Search for the end of a reasoning; made once, in 0.1 s for a large vocabulary."""
+        """Return the search for the end of a reasoning.
+
+        The first call for a large vocabulary takes 0.1 s.
+        """
         if texts not in self._reasoning:
             self._reasoning[texts] = ReasoningTokens(texts, self.texts)
         return self._reasoning[texts]

@@ -1,7 +1,7 @@
-"""What a request does to its logits before a token is drawn: penalties, bias and bans.
+"""Rules that change the logits of a request before sampling: penalties, bias and bans.
 
-The rules of one request live as long as it does, so preemption does not touch them. Applying
-them is vectorised over all rows of a step that have any; rows without cost nothing.
+Rules live as long as their request, so preemption does not touch them. They are applied to all rows
+of a step together, and rows without rules take no time.
 
 Source of the meanings: the documentation of vLLM's SamplingParams and of the OpenAI API.
 """
@@ -17,26 +17,24 @@ from fd_dsa.engine.grammar_matcher import GrammarMatcher
 from fd_dsa.engine.reasoning import AnswerStart, is_too_short
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.tokenizer import Tokenizer
-
-Float32 = npt.NDArray[np.float32]
-Float64 = npt.NDArray[np.float64]
-Int64 = npt.NDArray[np.int64]
+from fd_dsa.tensor import Float32, Float64, Int64
 
 _LARGEST = float(np.finfo(np.float32).max)
 _NO_IDS = np.empty(0, np.int64)
 
 
 class BadWords(list[str]):
-    """`SamplingParams.bad_words` with their tokens; shared by all outputs of a request.
+    """`SamplingParams.bad_words` with their tokens, shared by all outputs of a request.
 
-    The server makes it of what a client sends, so that the engine's thread tokenizes nothing.
+    The server makes them before a request reaches the engine's thread, which then tokenizes less.
 
     Args:
-        sequences: token ids that never come in a row, each not empty.
+        words: the texts.
+        sequences: non-empty sequences of token ids, none of which an output may contain.
 
     Attributes:
-        single: int64, tokens that are a sequence alone.
-        by_token: the other sequences, by their last token but one.
+        single: int64 [n]; tokens of the sequences with one token.
+        by_token: the longer sequences, by their last token but one.
     """
 
     def __init__(self, words: Iterable[str], sequences: Iterable[Sequence[int]]) -> None:
@@ -49,24 +47,21 @@ class BadWords(list[str]):
                 self.by_token.setdefault(sequence[-2], []).append(sequence)
 
     @classmethod
-    def of(cls, words: Sequence[str] | None, tokenizer: Tokenizer) -> BadWords | None:
-        """The words with their tokens, as at the start of a text and as after a space.
+    def of(cls, words: Sequence[str], tokenizer: Tokenizer) -> BadWords:
+        """Return words with their tokens, as at the start of a text and as after a space.
 
-        Returns:
-            None without words; `words` itself where it has its tokens.
+        Words that have their tokens already are returned as they are.
 
         Raises:
             ValueError: a word is not valid Unicode.
         """
-        if not words:
-            return None
         if isinstance(words, BadWords):
             return words
         texts = [*words, *(" " + word.lstrip() for word in words)]
         return cls(words, filter(None, tokenizer.encode_all(texts)))
 
     def completing(self, output: list[int], begin: int = 0) -> list[int]:
-        """Return tokens that would complete a sequence of several in `output[begin:]`."""
+        """Return tokens that would complete a longer sequence at the end of `output[begin:]`."""
         num_tokens = len(output) - begin
         if num_tokens <= 0:
             return []
@@ -79,11 +74,11 @@ class BadWords(list[str]):
 
 
 class TokenCounts:
-    """How often each token is in a growing output; tokens of the prompt have a place too.
+    """Number of occurrences of each token in a growing output.
 
     Args:
         prompt_token_ids: tokens that are listed from the start, with count 0.
-        output_token_ids: the list that grows; `update` reads what is new in it.
+        output_token_ids: the growing list, whose new tokens `update` reads.
     """
 
     def __init__(self, prompt_token_ids: Sequence[int], output_token_ids: list[int]) -> None:
@@ -95,7 +90,11 @@ class TokenCounts:
         self._num_read = 0
 
     def update(self) -> tuple[Int64, Float64]:
-        """Token ids, distinct, and how often each is in the output now."""
+        """Read new tokens of the output.
+
+        Returns:
+            Distinct token ids, and the number of occurrences of each in the output.
+        """
         for token_id in self._output[self._num_read :]:
             place = self._place_of.setdefault(token_id, len(self._place_of))
             if place >= len(self._ids):
@@ -112,24 +111,27 @@ class TokenCounts:
 
 
 class LogitRules:
-    """The rules of one request.
+    """Rules of one request, see `SamplingParams.has_rules`.
 
     Args:
-        output_token_ids: its output, a list that grows.
-        bad: what bad words forbid.
-        end_token_ids: what min_tokens forbids.
-        grammar: which tokens may come at all; None = all.
-        answer: place where the bans and min_tokens begin; None = with the output.
+        params: parameters of the request.
+        prompt_token_ids: tokens of the prompt.
+        output_token_ids: growing list with the tokens of the output.
+        bad: bad words with their tokens.
+        end_token_ids: tokens that `min_tokens` excludes.
+        grammar: position in the grammar of the output; None = all tokens are allowed.
+        answer: beginning of the answer, from which on bans and min_tokens apply; None = the output.
 
     Attributes:
         output, grammar: as given.
-        penalties: of repetition, frequency and presence.
-        bias_ids, bias: tokens whose logits change by a number.
-        banned, end_ids, min_tokens: tokens that never come, and those that do not before
-            `min_tokens`.
-        num_entries: of the tokens that are listed, at most.
-        needs_mask: whether the host must know the whole output to say which tokens may come.
-        is_empty: whether no rule can ever change a logit.
+        penalties: repetition, frequency and presence penalty.
+        counts: occurrences of the penalized tokens, or None without a penalty.
+        bias_ids, bias: int64 and float64 [n]; tokens, and numbers that are added to their logits.
+        banned: int64 [n]; tokens that are never allowed.
+        end_ids, min_tokens: int64 [n]; tokens that are not allowed before `min_tokens` tokens.
+        num_entries: maximum number of biased or banned tokens.
+        needs_mask: True if the allowed tokens depend on the whole output, so that only the host can
+            tell them.
     """
 
     def __init__(
@@ -142,7 +144,6 @@ class LogitRules:
         grammar: GrammarMatcher | None = None,
         answer: AnswerStart | None = None,
     ) -> None:
-        """Sort the rules by what they need in a step."""
         self.grammar, self._answer = grammar, answer
         self.penalties = (
             params.repetition_penalty,
@@ -162,8 +163,6 @@ class LogitRules:
         self.output = output_token_ids
         self.min_tokens = params.min_tokens
         self.end_ids = np.array(sorted(end_token_ids), np.int64)
-        rules = (self.counts, bias, bad, params.bad_words_token_ids, params.min_tokens, grammar)
-        self.is_empty = not any(rules)
         self.num_entries = len(self.bias_ids) + len(self.banned) + len(self.end_ids)
         starts_later = answer is not None and (len(self.banned) or self.min_tokens)
         has_sequences = bad is not None and bool(bad.by_token)
@@ -172,16 +171,17 @@ class LogitRules:
     def masks(
         self, vocab_size: int, drafts: Sequence[int] = (), has_ended: bool = False
     ) -> list[npt.NDArray[np.int32]] | None:
-        """Return which tokens may come next, and after each draft if it stands.
+        """Return masks of the tokens that are allowed next, and after each accepted draft.
 
         Args:
-            drafts: tokens that may follow the output, negative = none.
-            has_ended: whether the output takes no more tokens.
+            vocab_size: number of tokens.
+            drafts: tokens that may follow the output, negative = unknown.
+            has_ended: True if the output gets no more tokens.
 
         Returns:
-            int32 [1 + len(drafts)][ceil(vocab_size / 32)]; bit i % 32 of value i // 32 is that of
-            token i. All may come where nobody takes one: after the end, and after a draft that
-            may not come. None if the grammar's masks do not come in time.
+            int32 [1 + len(drafts)][ceil(vocab_size / 32)]; bit i % 32 of value i // 32 belongs to
+            token i. Masks that are not used allow all tokens: those after the end, and those after
+            a draft that is not allowed. None if a mask of the grammar is late.
         """
         free = np.full(-(-vocab_size // 32), -1, np.int32)
         masks: list[npt.NDArray[np.int32]] = []
@@ -192,7 +192,7 @@ class LogitRules:
                 if not grammar.await_mask():
                     return None
                 grammar.fill_bitmask(mask)
-            # after the grammar, whose mask may show that it is complete
+            # after the grammar, because its mask may show that it is complete
             ids = self._banned_ids(output, grammar, answer)
             bits = ~(np.uint32(1) << (ids % 32).astype(np.uint32))
             np.bitwise_and.at(mask.view(np.uint32), ids // 32, bits)
@@ -219,7 +219,7 @@ class LogitRules:
         """Return the tokens that may not follow an output with its grammar and answer so far."""
         begin = 0 if answer is None else answer.index
         banned = [_NO_IDS if begin is None else self.banned]
-        # a form that is complete ends the output, however short it is
+        # a complete grammar ends the output, even if it is too short
         is_complete = grammar is not None and grammar.is_finished
         if is_too_short(len(output), self.min_tokens, answer) and not is_complete:
             banned.append(self.end_ids)
@@ -231,30 +231,30 @@ class LogitRules:
 def apply_rules(logits: Float32, rules: Sequence[LogitRules]) -> None:
     """Change logits in place: penalties, then bias, then grammars and bans.
 
-        l = l / r if l > 0 else l * r       tokens of prompt and output, r = repetition_penalty
-        l = l - f * count - p * (count > 0)                tokens of the output
-        l = l + bias;   l = -inf where banned
+    - Repetition penalty r, for tokens of prompt and output: `l / r if l > 0 else l * r`.
+    - Frequency and presence penalty, for tokens of the output: `l - f * count - p * (count > 0)`.
+    - Bias: `l + bias`. Banned tokens: `-inf`.
 
     Args:
-        logits: float32 [n, vocab_size], no NaN, no +inf.
-        rules: of the n rows.
+        logits: float32 [num_rows, vocab_size], without NaN and +inf.
+        rules: rules of each row.
     """
     _apply_penalties(logits, rules)
     rows, ids = _flat([rule.bias_ids for rule in rules])
     if len(ids):
         bias = np.concatenate([rule.bias for rule in rules])
         _store(logits, rows, ids, logits[rows, ids] + bias)
-    # one row at a time stays in the processor's cache; copies of all rows would be 100 MB
+    # one row at a time fits in the processor's cache; copies of all rows would take 100 MB
     for row, rule in enumerate(rules):
         if rule.grammar is not None:
             _apply_grammar(logits[row], rule.grammar)
-    # after the masks, which may find that a grammar is complete
+    # after the masks, because a mask may show that its grammar is complete
     rows, ids = _flat([rule.banned_ids() for rule in rules])
     logits[rows, ids] = -np.inf
 
 
 def _apply_penalties(logits: Float32, rules: Sequence[LogitRules]) -> None:
-    """Repetition, frequency and presence penalty of all rows that have one."""
+    """Apply repetition, frequency and presence penalties of all rows that have some."""
     listed = [(_NO_IDS, _NO_IDS) if r.counts is None else r.counts.update() for r in rules]
     rows, ids = _flat([ids for ids, _ in listed])
     if not len(ids):
@@ -281,12 +281,12 @@ def _apply_grammar(logits: Float32, grammar: GrammarMatcher) -> None:
 
 
 def _flat(ids: list[Int64]) -> tuple[Int64, Int64]:
-    """Row and token of every entry of one list for each row."""
+    """Return row and token of every entry, from one list for each row."""
     rows = np.repeat(np.arange(len(ids)), [len(entry) for entry in ids])
     return rows, np.concatenate(ids)
 
 
 def _store(logits: Float32, rows: Int64, ids: Int64, values: Float64) -> None:
-    """Write values; what is too large for float32 becomes its largest number, not +inf."""
+    """Write values. A value above the largest float32 becomes that number instead of +inf."""
     with np.errstate(over="ignore"):
         logits[rows, ids] = np.minimum(values, _LARGEST)

@@ -1,6 +1,6 @@
-"""Log-probabilities of tokens, and when those of an output may be shown.
+"""Log-probabilities of the tokens of prompts and outputs.
 
-They are of the model's own distribution: before penalties, bias, bans, grammar and temperature.
+They belong to the distribution of the model, before penalties, bias, bans, grammar and temperature.
 """
 
 from __future__ import annotations
@@ -9,25 +9,22 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from fd_dsa.engine.detokenizer import Detokenizer
 from fd_dsa.engine.draws import lower_bound
+from fd_dsa.tensor import Float32, Int64
 
-Float32 = npt.NDArray[np.float32]
-Int64 = npt.NDArray[np.int64]
-
-# rows are taken in groups of so many logits, which bounds the temporaries
+# maximum number of logits scored together, which bounds the temporary arrays
 _GROUP_LOGITS = 2**20
 
 
 class TokenScore(NamedTuple):
-    """What the model thought of one token.
+    """Log-probability of a token, its rank, and the likeliest tokens at its position.
 
     Attributes:
-        logprob: natural logarithm of its probability; -inf where the model excludes it.
-        rank: 1 for the likeliest token.
-        top: the likeliest tokens and their logarithms, in that order, ties to the lower id.
+        logprob: natural logarithm of its probability; -inf if the model excludes the token.
+        rank: rank of the token; 1 = the likeliest one.
+        top: the likeliest tokens and their log-probabilities, likeliest first, ties by lower id.
     """
 
     logprob: float
@@ -39,9 +36,9 @@ class TokenLogprobs(NamedTuple):
     """A token of a prompt or an output with its score.
 
     Attributes:
-        token_id: the token.
-        score: what the model thought of it.
-        text_offset: characters of the prompt's or the output's text in front of the token's own.
+        token_id: id of the token.
+        score: its score.
+        text_offset: number of characters of the prompt or output before the text of the token.
     """
 
     token_id: int
@@ -52,15 +49,15 @@ class TokenLogprobs(NamedTuple):
 def score_tokens(
     logits: Float32, token_ids: Int64, num_top: Sequence[int]
 ) -> list[TokenScore | None]:
-    """Scores of one token in each row.
+    """Score one token in each row.
 
     Args:
-        logits: float32 [n, vocab_size].
-        token_ids: int64 [n].
-        num_top: how many of the likeliest tokens each row is to have, >= 0.
+        logits: float32 [num_rows, vocab_size].
+        token_ids: int64 [num_rows].
+        num_top: number of likeliest tokens to list for each row, >= 0.
 
     Returns:
-        One score for each row, None where the logits hold NaN or +inf, or only -inf.
+        A score for each row; None if its logits have NaN or +inf, or only -inf.
     """
     group_size = max(1, _GROUP_LOGITS // logits.shape[1])
     scores: list[TokenScore | None] = []
@@ -73,7 +70,7 @@ def score_tokens(
 def _score_group(
     logits: Float32, token_ids: Int64, num_top: Sequence[int]
 ) -> list[TokenScore | None]:
-    """Scores of so few rows that temporaries of their size do not matter."""
+    """Score a few rows. Temporary arrays have the size of their logits."""
     largest = logits.max(axis=1)
     usable = np.flatnonzero(np.isfinite(largest))
     scores: list[TokenScore | None] = [None] * len(logits)
@@ -93,7 +90,7 @@ def _score_group(
         top: tuple[tuple[int, float], ...] = ()
         if count:
             ids = np.flatnonzero(logits[i] >= bounds[i])
-            # stable, so that ties go to the lower id
+            # a stable sort lists tied tokens by lower id
             ids = ids[np.argsort(-logits[i, ids], kind="stable")[:count]]
             top_logprobs = logits[i, ids].astype(np.float64) - norm[i]
             top = tuple(zip(ids.tolist(), top_logprobs.tolist(), strict=True))
@@ -102,22 +99,25 @@ def _score_group(
 
 
 class OutputLogprobs:
-    """Log-probabilities of a growing output; each is shown with the text that its token ends.
+    """Log-probabilities of a growing output, each shown together with the text of its token.
 
-    While text is held back (half a character, what may become a stop string), so are they; those
+    Entries are held back with their text: half of a character, or a possible stop string. Entries
     of a stop string that is cut off are never shown.
+
+    Attributes:
+        shown: entries so far.
     """
 
     def __init__(self) -> None:
         self.shown: list[TokenLogprobs] = []
         self._held: list[TokenLogprobs] = []
-        # ends, in characters, of the text of the first held tokens; the others have none yet
+        # end of the text of each held token that has text so far, characters
         self._ends: list[int] = []
         self._num_decoded = 0
         self._num_shown_chars = 0
 
     def append(self, token_id: int, score: TokenScore, num_chars: int) -> None:
-        """Take a token which has brought so many characters of text."""
+        """Append a token that has added `num_chars` characters of text."""
         self._held.append(TokenLogprobs(token_id, score, self._num_decoded))
         self._num_decoded += num_chars
         if num_chars:
@@ -125,12 +125,12 @@ class OutputLogprobs:
             self._ends += [self._num_decoded] * missing
 
     def show(self, num_chars: int, is_finished: bool, is_cut: bool) -> list[TokenLogprobs]:
-        """What may be shown now that so many more characters are.
+        """Show the entries of the text that a step has shown, and return them.
 
         Args:
-            num_chars: of the text shown by this step.
-            is_finished: nothing comes any more.
-            is_cut: what is not shown of the text belongs to a stop string.
+            num_chars: length of the text, characters.
+            is_finished: True if the output has ended.
+            is_cut: True if the rest of the text belongs to a stop string.
         """
         self._num_shown_chars += num_chars
         visible = self._num_shown_chars
@@ -147,15 +147,18 @@ class OutputLogprobs:
 
 
 class PromptLogprobs:
-    """Log-probabilities of a prompt, read chunk by chunk; the first token has none.
+    """Log-probabilities of a prompt, which is scored chunk by chunk.
 
     Args:
-        num_top: likeliest tokens at each position.
-        detokenizer: for the offsets; used by nobody else, and at the start of the prompt.
+        token_ids: tokens of the prompt.
+        num_top: number of likeliest tokens to list at each position.
+        detokenizer: new detokenizer of the prompt, for the text offsets.
+
+    Attributes:
+        entries: entries of the scored tokens, with None for the first token.
     """
 
     def __init__(self, token_ids: list[int], num_top: int, detokenizer: Detokenizer) -> None:
-        """The entry of the first token is there from the start."""
         self.entries: list[TokenLogprobs | None] = [None]
         self._token_ids = token_ids
         self._num_top = num_top
@@ -164,15 +167,22 @@ class PromptLogprobs:
 
     @property
     def is_complete(self) -> bool:
-        """True when all tokens of the prompt are scored."""
+        """True if all tokens of the prompt are scored."""
         return len(self.entries) == len(self._token_ids)
 
-    def unread(self, begin: int, end: int) -> range:
-        """Tokens of [begin, end) whose logits are needed; each scores the next token."""
+    def unscored(self, begin: int, end: int) -> range:
+        """Return tokens of [begin, end) whose logits score a next token without a score."""
         return range(max(begin, len(self.entries) - 1), min(end, len(self._token_ids) - 1))
 
-    def read(self, logits: Float32) -> bool:
-        """Take the logits of the `unread` tokens, float32 [n, vocab_size]; False: not finite."""
+    def append(self, logits: Float32) -> bool:
+        """Score the next tokens by the logits of the `unscored` ones.
+
+        Args:
+            logits: float32 [num_tokens, vocab_size].
+
+        Returns:
+            False if the logits are unusable.
+        """
         begin = len(self.entries)
         following = self._token_ids[begin : begin + len(logits)]
         ids = np.array(following, np.int64)

@@ -1,19 +1,12 @@
-"""What an engine has done and holds, for callers that watch it.
-
-Nothing is done for each token: requests that decode have all got their token at the end of the
-step before, so one interval counts for all of them.
-"""
+"""Counters and histograms of an engine, for monitoring."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fd_dsa.engine.request import Request
 from fd_dsa.runner.counters import Histogram, StepCounters
 
-# bounds of vLLM's histograms of the same names, so that dashboards can be used again
+# bounds of vLLM's histograms of the same names, so that its dashboards fit
 _FIRST_TOKEN_S = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75),
     *(1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0),
@@ -33,19 +26,22 @@ class EngineStats:
     """Counters since the start, and the present load.
 
     Attributes:
-        kv_cache_usage: share of the cache blocks in use, 0 to 1; blocks that are only kept for
-            later requests are not in use.
-        prompt_tokens: of all requests that have come.
-        computed_prompt_tokens: tokens that steps computed before a request's next token was due:
-            prompts after their cached beginnings, and what a preempted request computes again.
-        prefix_cache_queries: prompt tokens looked for in the prefix cache, each request counted
-            when it first runs.
-        prefix_cache_hits: those of them that were there.
+        num_running, num_waiting: requests with and without a batch row.
+        num_blocks, num_used_blocks: blocks of the caches, and blocks that requests own.
+        kv_cache_usage: share of the cache blocks that requests own, 0 to 1.
+        num_steps, num_preemptions: steps and preemptions.
+        prompt_tokens: prompt tokens of all requests so far.
+        computed_prompt_tokens: prefill tokens that steps computed: prompts without their cached
+            beginnings, and tokens that preempted requests computed again.
+        generated_tokens: output tokens.
+        prefix_cache_queries: prompt tokens looked up in the prefix cache, once a request.
+        prefix_cache_hits: prompt tokens found there.
         host_time_s, runner_time_s: seconds spent in steps, outside and inside the runner.
-        num_mask_waits: steps on a device whose draw was queued after the tokens of the step before
-            had come, as grammars and bad words of several tokens need them.
-        num_drafts: times that drafts of a request were verified; `num_draft_tokens` are those
-            drafts, `num_accepted_tokens` those that stood, `accepted_per_position` by place.
+        num_mask_waits: steps whose sampling was enqueued only after the host had the tokens of the
+            step before. Masks of grammars and of bad words with several tokens need them.
+        num_drafts: number of times that a step verified drafts of a request.
+        num_draft_tokens, num_accepted_tokens: verified and accepted drafts.
+        accepted_per_position: accepted drafts by position, the first draft of a request first.
     """
 
     num_running: int = 0
@@ -81,18 +77,20 @@ class EngineStats:
 
 
 class EngineMetrics:
-    """Counts of one engine since its start; written by the engine's thread.
+    """Histograms of one engine since its start, which only the engine's thread writes.
 
-    Times are seconds of time.monotonic(). A request counts where it belongs as soon as it is
-    known: its first token when that is there, all else when it has ended.
+    Values are seconds or tokens. The time to the first token is recorded with that token, all other
+    values of a request are recorded at its end.
 
     Args:
-        max_model_len: longest request, tokens.
-        steps: counts of the runner; None where it keeps none.
+        max_model_len: maximum length of a request, tokens.
+        steps: counters of the runner, if it has some.
 
     Attributes:
+        steps: counters of the runner's steps.
         finished: ended requests by finish_reason.
         cache_config: properties of the caches, by name.
+        last_step_time: when the host got the newest tokens, seconds of time.monotonic().
     """
 
     def __init__(self, max_model_len: int, steps: StepCounters | None = None) -> None:
@@ -105,43 +103,9 @@ class EngineMetrics:
         self.request_queue_time = Histogram(_REQUEST_S)
         self.request_prefill_time = Histogram(_REQUEST_S)
         self.request_decode_time = Histogram(_REQUEST_S)
-        # 1, 2, 5, 10, 20 ... up to ten millions
+        # 1, 2, 5, 10, 20 ... up to 5 * 10**7
         bounds = [digit * 10**power for power in range(8) for digit in (1, 2, 5)]
         bounds = [bound for bound in bounds if bound < max_model_len]
         self.request_prompt_tokens = Histogram((*bounds, max_model_len))
         self.request_generation_tokens = Histogram((*bounds, max_model_len))
-        self._last_step_time = 0.0
-
-    def count_step(self, num_decode_tokens: int, resumed: Sequence[Request]) -> None:
-        """Count the tokens of a step that has just ended.
-
-        Args:
-            num_decode_tokens: requests that got a token after that of the step before.
-            resumed: requests that got theirs at the end of a prompt, the first one or, after a
-                preemption, a later one.
-        """
-        now = time.monotonic()
-        if num_decode_tokens:
-            self.inter_token_latency.observe(now - self._last_step_time, num_decode_tokens)
-        for request in resumed:
-            if request.preempted_time is not None and len(request.output_token_ids) > 1:
-                self.inter_token_latency.observe(now - request.preempted_time)
-            elif (first := request.state.first_token_time) is not None:
-                self.time_to_first_token.observe(first - request.state.arrival_time)
-        self._last_step_time = now
-
-    def count_end(self, request: Request) -> None:
-        """Count a request that has ended, for whatever reason."""
-        state = request.state
-        arrival, first, end = state.arrival_time, state.first_token_time, state.finish_time
-        if request.finish_reason is None or end is None:
-            raise ValueError(f"request {state.request_id!r} has not ended")
-        started = end if request.scheduled_time is None else request.scheduled_time
-        self.finished[request.finish_reason] += 1
-        self.e2e_request_latency.observe(end - arrival)
-        self.request_queue_time.observe(started - arrival)
-        self.request_prompt_tokens.observe(len(state.prompt_token_ids))
-        self.request_generation_tokens.observe(len(state.token_ids))
-        if first is not None:
-            self.request_prefill_time.observe(first - started)
-            self.request_decode_time.observe(end - first)
+        self.last_step_time = 0.0

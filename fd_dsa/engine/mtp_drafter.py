@@ -4,17 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import numpy as np
-import numpy.typing as npt
-
-from fd_dsa.engine.batch import ScheduledBatch
-from fd_dsa.engine.draft_state import Drafts
+from fd_dsa.engine.batch import Drafts, ScheduledBatch
 from fd_dsa.engine.request import Request
-from fd_dsa.engine.step_sampler import StepSampler
+from fd_dsa.engine.sampler import StepSampler
 from fd_dsa.runner.input_batch import InputBatch
 from fd_dsa.runner.protocol import DeviceMtpRunner, MtpRunner
-
-Int64 = npt.NDArray[np.int64]
+from fd_dsa.tensor import Int64
 
 
 class MtpDrafter:
@@ -30,7 +25,7 @@ class MtpDrafter:
         runner: runner on a CPU whose model has the layer.
     """
 
-    is_layer, usual_rate = True, 0.85
+    is_layer, prior_acceptance_rate = True, 0.85
 
     def __init__(self, runner: MtpRunner) -> None:
         self._runner, self._input_batch = runner, runner.input_batch
@@ -61,7 +56,7 @@ class MtpDrafter:
                 break
             wanting = [wanting[place] for place in kept]
             tokens = list(range(len(kept)))
-            logits = runner.predict_more(rows.ids_remove_padding[tokens], tokens, kept)
+            logits = runner.predict_more(rows.token_ids[tokens], tokens, kept)
         return {request: Drafts(tokens) for request, tokens in proposals.items()}
 
 
@@ -76,7 +71,7 @@ class DeviceMtpDrafter:
         runner: runner on a device whose model has the layer.
     """
 
-    is_layer, usual_rate = MtpDrafter.is_layer, MtpDrafter.usual_rate
+    is_layer, prior_acceptance_rate = MtpDrafter.is_layer, MtpDrafter.prior_acceptance_rate
 
     def __init__(self, runner: DeviceMtpRunner) -> None:
         self._runner, self._input_batch = runner, runner.input_batch
@@ -117,7 +112,7 @@ def next_tokens(rows: InputBatch, batch: ScheduledBatch) -> tuple[Int64, dict[Re
         accepted. Requests that have ended are left out, because they have no row.
     """
     last: dict[Request, int] = {}
-    next_ids, ends = rows.next_tokens(), rows.seq_lens_this_time.cumsum()
+    next_ids, ends = rows.next_tokens(), rows.num_scheduled_tokens.cumsum()
     for request in batch.sampling:
         if request.slot >= 0:
             last[request] = int(ends[request.slot]) - 1 - batch.num_rejected(request)

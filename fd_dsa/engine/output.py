@@ -1,4 +1,4 @@
-"""What the engine reports about an output after a step."""
+"""Outputs of requests, as the engine reports them after each step."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ import numpy.typing as npt
 from fd_dsa.engine.logprobs import TokenLogprobs
 
 FinishReason = Literal["stop", "length", "abort", "error"]
-Added = tuple[Any, ...]
-"""What a step has added to an output: its request's id, its index, the arguments of `RequestOutput`
-after the state, and further entries only where there is more: written by `RequestOutput.added`,
-read by `take_added`."""
+Additions = tuple[Any, ...]
+"""Additions of a step to an output: request id, index, and arguments of `RequestOutput`.
+
+`RequestOutput.additions` makes it, and `apply_additions` reads it. Unchanged entries at the end are
+left out.
+"""
 
 
 class ConstraintError(RuntimeError):
-    """What a request asks of its output excludes every token: the caller's mistake, not ours."""
+    """The constraints of a request exclude every token, which is an error of the caller."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,10 +29,10 @@ class TopkPositions:
     """Positions that the indexer selected for one token, by layer.
 
     Attributes:
-        position: place of the token in its sequence, from 0 on.
-        layers: an array for each layer, int64 [n], ascending: the positions that the token attends
-            to, at most `index_topk` of 0 to `position`. A layer without an indexer has the array
-            of the layer whose selection it shares.
+        position: position of the token in its sequence, from 0.
+        layers: for each layer int64 [n], ascending; positions that the token attends to, at most
+            `index_topk` of those up to `position`. A layer without an indexer has the array of the
+            layer whose selection it shares.
     """
 
     position: int
@@ -43,19 +45,19 @@ class OutputState:
 
     Attributes:
         request_id: name of the request.
-        index: number of the output among the n outputs of its request, from 0 on.
+        index: number of the output among the n outputs of its request, from 0.
         prompt_token_ids: token ids of the prompt; callers must not change the list.
-        token_ids: token ids of the output, an end-of-sequence token included.
+        token_ids: token ids of the output, including an end-of-sequence token.
         pieces: text of the output, one entry for each step that added some.
-        logprobs: scores of the output tokens whose text is shown; None unless asked for.
+        logprobs: scores of the output tokens whose text is shown; None if not asked for.
         prompt_logprobs: scores of the prompt tokens, with None for the first one; None before the
-            whole prompt is computed, and unless asked for.
-        num_cached_tokens: leading prompt tokens that came from the prefix cache.
-        num_draft_tokens: drafts that were verified.
-        num_accepted_tokens: drafts that were accepted.
-        arrival_time: time.monotonic() at which the request arrived, seconds.
-        first_token_time: the same for its first token; None before it.
-        finish_time: the same for its end; None before it.
+            whole prompt is computed, or if not asked for.
+        num_cached_tokens: number of leading prompt tokens that came from the prefix cache.
+        num_draft_tokens: number of verified drafts.
+        num_accepted_tokens: number of accepted drafts.
+        arrival_time: when the request arrived, seconds of time.monotonic().
+        first_token_time: when it got its first token, or None.
+        finish_time: when it ended, or None.
     """
 
     request_id: str
@@ -74,32 +76,32 @@ class OutputState:
 
 
 class RequestOutput:
-    """One output of a request after one step; stays valid after later steps.
+    """Output of a request after a step, which stays valid after later steps.
 
-    It also has the attributes of `OutputState` as they were after the step, but not `pieces`.
-    `outputs[0].text` and the other names of vLLM's outputs work as well: see `outputs`.
+    It also has the attributes of `OutputState`, except for `pieces`, as they were after the step.
+    `outputs[0].text` and other names of vLLM's outputs work too, see `outputs`.
 
     Attributes:
-        prompt: text of the prompt, for a conversation as the chat template renders it; None if the
-            caller gave token ids.
+        prompt: text of the prompt, as the chat template rendered it; None if the caller gave token
+            ids.
         text: all text so far, property.
         token_ids: all output tokens so far, property.
         finished: True in the last state of an output, property.
         new_token_ids: tokens added by this step.
-        new_text: text added by this step; may be empty while a character or a possible stop
-            string is incomplete.
-        new_logprobs: scores that this step has shown.
+        new_text: text added by this step; empty while a character or a possible stop string is
+            incomplete.
+        new_logprobs: scores shown by this step.
         finish_reason: None while running; "stop" end-of-sequence or stop string, "length"
-            max_tokens reached, "abort" ended from outside, "error" see `error`.
-        stop_reason: the stop string or the token id which ended the request.
-        error: reason why this output failed, while others go on: its logits were not finite, or
-            `ConstraintError`.
-        topk_positions: positions that the indexer selected for the token before the last one;
-            None before the last state, and unless asked for.
+            max_tokens reached, "abort" ended by the caller, "error" see `error`.
+        stop_reason: the stop string or the token id that ended the request.
+        error: reason why this output failed: its logits were not finite, or a `ConstraintError`.
+            Other requests continue.
+        topk_positions: positions that the indexer selected for the token before the last one; None
+            before the last state, or if not asked for.
         num_tokens: length of `token_ids`.
 
-    Cost: constant in the length of the output. The state's lists are shared and grow; only their
-    lengths at this step are kept, and the properties cut the lists when they are read.
+    Cost: independent of the length of the output. It keeps the growing lists of the state and their
+    lengths after the step. The properties copy the lists up to these lengths.
     """
 
     def __init__(
@@ -113,7 +115,6 @@ class RequestOutput:
         error: RuntimeError | None = None,
         topk_positions: TopkPositions | None = None,
     ) -> None:
-        """Keep the state as it is now, with what is new."""
         self._state = state
         self._others: Sequence[RequestOutput] = ()
         self.prompt: str | None = None
@@ -140,18 +141,17 @@ class RequestOutput:
 
     @staticmethod
     def of_prompt(outputs: Sequence[RequestOutput]) -> RequestOutput:
-        """Join the n finished outputs of a prompt: the first one, with all of them in `outputs`."""
+        """Return the first of the n finished outputs of a prompt, with all of them in `outputs`."""
         first = outputs[0]
         first._others = outputs[1:]
         return first
 
     @property
     def outputs(self) -> list[RequestOutput]:
-        """Outputs of the prompt, by `index`: this one, then the others of a finished call.
+        """Outputs of the prompt by `index`: this one, then the others of a finished call.
 
-        Of the n outputs that `LLM.generate` and `LLM.chat` return for a prompt, the first one has
-        all in `outputs`, so `out.text` is `out.outputs[0].text`. An output of a stream has only
-        itself.
+        `LLM.generate` and `LLM.chat` return the first of the n outputs of a prompt, with all n in
+        `outputs`. So `out.text` is `out.outputs[0].text`. An output of a stream has only itself.
         """
         return [self, *self._others]
 
@@ -182,14 +182,14 @@ class RequestOutput:
         """True in the last state of an output."""
         return self.finish_reason is not None
 
-    def added(self) -> Added:
-        """What the step has added, for a process that keeps what was there before."""
+    def additions(self) -> Additions:
+        """Return the additions of the step, for a process that has the state before it."""
         start = (self.new_token_ids, self.new_text)
         is_first = self.num_tokens <= len(self.new_token_ids)
         if not (is_first or self.finished or self.new_logprobs):
             return self.request_id, self.index, start
         times = (self.arrival_time, self.first_token_time, self.finish_time)
-        # the outputs of a request share the scores of its prompt, which the first of them reads
+        # the outputs of a request share the scores of its prompt, which the first one computes
         prompt_logprobs = self.prompt_logprobs if is_first and self.index == 0 else None
         more = (self.new_logprobs, self.finish_reason, self.stop_reason, self.error)
         gained = (*start, *more, self.topk_positions)
@@ -197,7 +197,7 @@ class RequestOutput:
         return self.request_id, self.index, gained, times, counts, prompt_logprobs
 
     def __repr__(self) -> str:
-        """Short form for logs and the interactive prompt."""
+        """Return a short form for logs and the interactive prompt."""
         return (
             f"RequestOutput(request_id={self.request_id!r}, index={self.index}, "
             f"text={self.text!r}, num_tokens={self.num_tokens}, "
@@ -205,7 +205,7 @@ class RequestOutput:
         )
 
 
-def take_added(
+def apply_additions(
     states: Sequence[OutputState],
     index: int,
     gained: tuple[Any, ...],
@@ -213,11 +213,11 @@ def take_added(
     counts: tuple[int, int, int] = (0, 0, 0),
     prompt_logprobs: list[TokenLogprobs | None] | None = None,
 ) -> RequestOutput:
-    """The output after a step.
+    """Return the output after a step from the state before it.
 
     Args:
-        states: all outputs of the request as they were before the step; that of `index` grows.
-        index, gained, ...: entries of `Added` after the request's id.
+        states: all outputs of the request before the step; the one with `index` grows.
+        index, gained, ...: entries of `Additions` after the request id.
     """
     state = states[index]
     new_token_ids, new_text, *more = gained

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from fd_dsa.engine.batch import ScheduledBatch
-from fd_dsa.engine.draft_state import Drafts
+from fd_dsa.engine.batch import Drafts, ScheduledBatch
 from fd_dsa.engine.request import Request
 
 # maximum number of tokens listed in a step, about 10 ms, so that a long prompt delays no request
@@ -56,7 +55,7 @@ class PromptLookup:
     Source: prompt lookup decoding (Saxena 2023), as vLLM's "ngram".
     """
 
-    is_layer, usual_rate = False, 0.6
+    is_layer, prior_acceptance_rate = False, 0.6
 
     def __init__(self, longest: int, shortest: int) -> None:
         self._longest, self._shortest = longest, shortest

@@ -1,10 +1,10 @@
-"""Reasoning at the beginning of an output, and the place where the answer begins after it.
+"""Reasoning at the beginning of an output, and the beginning of the answer after it.
 
-Stop strings, `min_tokens` and bad words are rules of the answer, and a form is the form of the
-answer. They ignore the reasoning, as the hosted services of reasoning models do.
+Stop strings, `min_tokens`, bad words and structured output apply to the answer. They ignore the
+reasoning, as the hosted services of reasoning models do.
 
-Only the end marker ends the reasoning. A call in the reasoning is no answer as long as a rule of
-the answer is unfulfilled, since models also cite calls.
+Only the end marker ends the reasoning. A call inside the reasoning does not, because models also
+quote calls.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fd_dsa.chat.parser import THINK_BEGIN, THINK_END, AnswerFormat
 from fd_dsa.engine.detokenizer import Detokenizer
 
 _MAX_MARKER_CHARS = 128
-# longer white space before `Reasoning.begin` belongs to the answer, as for parsers of answers
+# after more white space, `Reasoning.begin` belongs to the answer, as for the parser of answers
 MAX_SPACE = 64
 
 
@@ -39,17 +39,17 @@ class Reasoning:
     end: str = THINK_END
 
     def __post_init__(self) -> None:
-        for name, least in (("begin", 0), ("end", 1)):
+        for name, minimum in (("begin", 0), ("end", 1)):
             text = getattr(self, name)
-            if not isinstance(text, str) or not least <= len(text) <= _MAX_MARKER_CHARS:
+            if not isinstance(text, str) or not minimum <= len(text) <= _MAX_MARKER_CHARS:
                 raise ValueError(
-                    f"reasoning.{name}: got {reprlib.repr(text)}; must be a text of {least} to "
+                    f"reasoning.{name}: got {reprlib.repr(text)}; must be a text of {minimum} to "
                     f"{_MAX_MARKER_CHARS} characters"
                 )
 
     @classmethod
     def of(cls, answer: AnswerFormat) -> Reasoning | None:
-        """Return the markers of a chat format; None if its answers have no reasoning."""
+        """Return the markers of a chat format, or None if its answers have no reasoning."""
         if not answer.has_reasoning:
             return None
         return cls("" if answer.in_reasoning else THINK_BEGIN)
@@ -62,16 +62,17 @@ class AnswerStart:
     belongs to the reasoning, because models write it with the end marker.
 
     Args:
-        detokenizer: of the output; copies of it decode drafts.
+        reasoning: texts around the reasoning.
+        detokenizer: detokenizer of the output, whose copies decode drafts.
 
     Attributes:
-        index: index of the answer's first token in the output; None while the output reasons.
+        index: index of the answer's first token in the output; None inside the reasoning.
     """
 
     def __init__(self, reasoning: Reasoning, detokenizer: Detokenizer) -> None:
         self._reasoning, self._detokenizer = reasoning, detokenizer
         self._state: Literal["start", "reasoning", "space", "answer"] = "start"
-        # in the state "start" the whole text, in "reasoning" its end, which is shown already
+        # in the state "start" the whole text, in "reasoning" the end of the shown text
         self._tail = ""
         self.index: int | None = 0
         if not reasoning.begin:
@@ -79,28 +80,30 @@ class AnswerStart:
 
     @property
     def is_found(self) -> bool:
-        """True when further tokens do not move `index`."""
+        """True if further tokens do not change `index`."""
         return self._state in ("space", "answer")
 
     def copy(self) -> AnswerStart:
-        """A copy that follows drafts of the output."""
+        """Return a copy, which reads drafts of the output."""
         other = copy.copy(self)
         other._detokenizer = self._detokenizer.copy()
         return other
 
     def append_draft(self, token_id: int, num_tokens: int) -> None:
-        """Decode a token and take its text; only for a copy.
+        """Decode a draft and append its text. Only copies have drafts.
 
         Args:
+            token_id: the draft.
             num_tokens: length of the output with this token.
         """
         self.append(self._detokenizer.append(token_id), num_tokens)
 
     def append(self, text: str, num_tokens: int) -> tuple[str, str]:
-        """Take more text of the output.
+        """Append more text of the output.
 
         Args:
-            num_tokens: length of the output, the tokens of the text included.
+            text: the text.
+            num_tokens: length of the output with the tokens of the text.
 
         Returns:
             Text of the reasoning and text of the answer. Both are empty while the text may still
@@ -129,16 +132,16 @@ class AnswerStart:
         return before, text
 
     def flush(self) -> str:
-        """Return the held text, which turned out to be the answer; call it once, at the end."""
+        """Return the held text, which belongs to the answer. Call it once, at the end."""
         held = self._tail if self._state == "start" else ""
         self._tail, self._state = "", "answer"
         return held
 
     def _opened(self, text: str) -> str | None:
-        """Text after the marker that opens the reasoning.
+        """Return the text after the marker that opens the reasoning.
 
         Returns:
-            None if the output does not begin with the marker, or may still do so.
+            None if the output does not begin with the marker, or is too short to tell.
         """
         begin, stripped = self._reasoning.begin, text.lstrip()
         if len(text) - len(stripped) <= MAX_SPACE:
@@ -152,7 +155,7 @@ class AnswerStart:
         return None
 
     def _find_end(self, text: str) -> int | None:
-        """Return the offset in `text` after the end of the reasoning; None without it."""
+        """Return the offset in `text` after the end of the reasoning, or None without an end."""
         end, num_shown = self._reasoning.end, len(self._tail)
         text = self._tail + text
         start = text.find(end)

@@ -10,13 +10,12 @@ from fd_dsa.engine.reasoning import MAX_SPACE, Reasoning
 
 
 class Reading(NamedTuple):
-    """Place in an output that may begin with reasoning.
+    """Position in an output that may begin with reasoning.
 
     Attributes:
         state: "start": the reasoning may still begin. "answer": it has ended, or cannot begin.
         tail: bytes of the output, in "start" all of them, in "reasoning" the last ones.
-        rest: bytes after the reasoning, with which the answer begins; None = the answer is the
-            whole output.
+        rest: bytes of the answer that follow the reasoning; None = the whole output is the answer.
     """
 
     state: Literal["start", "reasoning", "answer"]
@@ -25,10 +24,10 @@ class Reading(NamedTuple):
 
 
 class ReasoningTokens:
-    """Finds the beginning of the answer token by token; the same place as `AnswerStart`.
+    """Finds the beginning of the answer token by token, at the same place as `AnswerStart`.
 
-    A grammar needs more than that place: a token may complete a marker and have further bytes,
-    so some tokens are excluded before they come.
+    A grammar must also exclude tokens in advance, because a token may complete a marker and have
+    further bytes.
 
     Args:
         reasoning: texts around the reasoning.
@@ -38,10 +37,10 @@ class ReasoningTokens:
     def __init__(self, reasoning: Reasoning, texts: Sequence[bytes]) -> None:
         self._begin, self._end = reasoning.begin.encode(), reasoning.end.encode()
         self._texts = texts
-        # tokens that may complete the end of the reasoning and have further bytes, by where in
-        # the marker they begin
+        # tokens that may complete the end of the reasoning and have further bytes, by the offset
+        # in the marker at which they begin
         self._longer: dict[int, list[int]] = {}
-        # tokens that go on with the beginning of the reasoning
+        # tokens that continue the beginning of the reasoning, by the offset at which they begin
         self._opening: dict[int, list[int]] = {}
         # tokens that begin with white space and the beginning of the reasoning
         self._spaced: list[int] = []
@@ -67,14 +66,14 @@ class ReasoningTokens:
             self._spaced.append(token_id)
 
     def read(self, reading: Reading, token_id: int) -> Reading:
-        """The place after one more token."""
+        """Return the position after one more token."""
         text = self._texts[token_id] if token_id < len(self._texts) else b""
         if reading.state == "start":
             return self._read_start(reading.tail + text)
         return self._read_reasoning(reading.tail + text)
 
     def _read_start(self, text: bytes) -> Reading:
-        """The place after a whole output in which the reasoning has not begun."""
+        """Return the position after an output in which the reasoning has not begun."""
         num_space, stripped, begun = _without_space(text)
         if num_space <= MAX_SPACE:
             if stripped.startswith(self._begin):
@@ -84,18 +83,18 @@ class ReasoningTokens:
         return Reading("answer")
 
     def _read_reasoning(self, text: bytes) -> Reading:
-        """The place after more bytes of the reasoning, the tail included."""
+        """Return the position after bytes of the reasoning, which start with the tail."""
         _, found, rest = text.partition(self._end)
         if found:
             return Reading("answer", rest=rest)
         return Reading("reasoning", text[-len(self._end) + 1 :] if len(self._end) > 1 else b"")
 
     def to_check(self, reading: Reading) -> dict[int, Reading]:
-        """Tokens that need a decision after a place in the reasoning or before it.
+        """Return the tokens that need a check at a position in the reasoning or before it.
 
         Returns:
-            Place after each token that goes on with the beginning of the reasoning, and after each
-            token that has bytes of the answer after the end of the reasoning.
+            Position after each token that continues the beginning of the reasoning, or that ends
+            the reasoning and has bytes of the answer.
         """
         if reading.state == "start":
             _, stripped, begun = _without_space(reading.tail)

@@ -9,10 +9,12 @@ from functools import partial
 from fd_dsa.engine.block_manager import BlockKeys
 from fd_dsa.engine.detokenizer import Detokenizer, StopChecker, new_detokenizer
 from fd_dsa.engine.draft_state import DraftState
+from fd_dsa.engine.draws import derive_seed
 from fd_dsa.engine.grammar import GrammarCompiler, form_of
 from fd_dsa.engine.grammar_matcher import GrammarMatcher
 from fd_dsa.engine.logit_rules import BadWords, LogitRules
 from fd_dsa.engine.logprobs import OutputLogprobs, PromptLogprobs, TokenScore
+from fd_dsa.engine.metrics import EngineMetrics
 from fd_dsa.engine.output import (
     ConstraintError,
     FinishReason,
@@ -21,9 +23,9 @@ from fd_dsa.engine.output import (
     TopkPositions,
 )
 from fd_dsa.engine.reasoning import AnswerStart, is_too_short
-from fd_dsa.engine.sampler import derive_seed
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.tokenizer import Tokenizer
+from fd_dsa.ops.sampling.parameters import GREEDY_BELOW
 from fd_dsa.ops.sampling.token_buffer import NOT_FINITE
 
 
@@ -123,8 +125,9 @@ class Request:
         begins_later = stops or params.min_tokens or bad_words or params.bad_words_token_ids
         if params.reasoning is not None and begins_later and not params.constrain_reasoning:
             self.answer = AnswerStart(params.reasoning, self.detokenizer)
-        rules = LogitRules(params, prompt, output, bad_words, ends, self.grammar, self.answer)
-        self.rules = None if rules.is_empty else rules
+        if params.has_rules:
+            parts = bad_words, ends, self.grammar, self.answer
+            self.rules = LogitRules(params, prompt, output, *parts)
         if params.logprobs is not None:
             self.logprobs = OutputLogprobs()
             state.logprobs = self.logprobs.shown
@@ -171,7 +174,7 @@ class Request:
             self.state.first_token_time = now
         self.token_ids.append(token_id)
         self.output_token_ids.append(token_id)
-        if token_id in self.end_token_ids and not self._must_go_on:
+        if token_id in self.end_token_ids and not self._must_continue:
             self.finish("stop", now, token_id)
             is_shown = self.params.include_stop_str_in_output
             text = self.detokenizer.append(token_id) if is_shown else ""
@@ -184,7 +187,7 @@ class Request:
                 self.finish("length", now)
         if self.logprobs is not None and score is not None:
             self.logprobs.append(token_id, score, len(text))
-        self.take_text(text, now)
+        self.append_text(text, now)
 
     def forget_pending(self) -> None:
         """Drop the pending token, so that a later step computes it again."""
@@ -192,8 +195,8 @@ class Request:
         self.num_computed_tokens = min(self.num_computed_tokens, len(self.token_ids) - 1)
 
     @property
-    def _must_go_on(self) -> bool:
-        """True if the token just taken belongs to the first `min_tokens` of the answer."""
+    def _must_continue(self) -> bool:
+        """True if the newest token belongs to the first `min_tokens` of the answer."""
         num_before = len(self.output_token_ids) - 1
         return is_too_short(num_before, self.params.min_tokens, self.answer)
 
@@ -205,13 +208,27 @@ class Request:
         self.stop_reason = stop_reason
         self.state.finish_time = now
 
+    def record_end(self, metrics: EngineMetrics) -> None:
+        """Record the lengths and times of the ended request."""
+        state, arrival, end = self.state, self.state.arrival_time, self.state.finish_time
+        assert self.finish_reason is not None and end is not None, "the request has ended"
+        started = end if self.scheduled_time is None else self.scheduled_time
+        metrics.finished[self.finish_reason] += 1
+        metrics.e2e_request_latency.observe(end - arrival)
+        metrics.request_queue_time.observe(started - arrival)
+        metrics.request_prompt_tokens.observe(len(state.prompt_token_ids))
+        metrics.request_generation_tokens.observe(len(state.token_ids))
+        if state.first_token_time is not None:
+            metrics.request_prefill_time.observe(state.first_token_time - started)
+            metrics.request_decode_time.observe(end - state.first_token_time)
+
     def end(self, reason: FinishReason) -> None:
         """End the output without a further token, and show the text that was held back."""
         now = time.monotonic()
         self.finish(reason, now)
-        self.take_text("", now)
+        self.append_text("", now)
 
-    def take_text(self, text: str, now: float) -> None:
+    def append_text(self, text: str, now: float) -> None:
         """Add decoded text to the output, except for text that may belong to a stop string.
 
         An ended request shows all of its text. A stop string that the text completes turns any end
@@ -224,7 +241,7 @@ class Request:
             shown, text = self.answer.append(text, len(self.output_token_ids))
             if self.finish_reason is not None:
                 text += self.answer.flush()
-        if self.stop_checker is not None and not self._must_go_on:
+        if self.stop_checker is not None and not self._must_continue:
             text, matched = self.stop_checker.append(text)
             if matched is not None:
                 self.finish("stop", now, matched)
@@ -249,7 +266,7 @@ class Request:
             return RuntimeError(
                 f"{what}: the logits are not finite; the model or its weights are at fault"
             )
-        reason = "bad_words, min_tokens and the like leave no token that may come; ask for less"
+        reason = "the constraints (bad_words, min_tokens, ...) exclude every token; relax them"
         if self.grammar is not None:
             field = form_of(self.params).source
             reason = f"{self.grammar.error or reason}; so {field} cannot be followed"
@@ -303,9 +320,8 @@ def new_group(
     end_token_ids, now = frozenset(params.stop_token_ids or ()), time.monotonic()
     if not params.ignore_eos:
         end_token_ids |= eos_token_ids
-    seed = derive_seed(seed, arrival) if params.seed is None else params.seed
-    bad_words = BadWords.of(params.bad_words, tokenizer)
-    group: list[Request] = []
+    bad_words = BadWords.of(params.bad_words, tokenizer) if params.bad_words else None
+    seeds, group = _seeds(params, seed, arrival), list[Request]()
     for index in range(params.n):
         request = Request(
             state=OutputState(request_id, index, prompt, arrival_time=now),
@@ -313,7 +329,7 @@ def new_group(
             max_tokens=max_tokens,
             end_token_ids=end_token_ids,
             arrival=arrival + index,
-            seed=derive_seed(seed, index) if index else seed,
+            seed=seeds[index],
             group=group,
             block_size=block_size,
             tokenizer=tokenizer,
@@ -322,3 +338,11 @@ def new_group(
         )
         group.append(request)
     return group
+
+
+def _seeds(params: SamplingParams, engine_seed: int, arrival: int) -> list[int]:
+    """Return the seed of each output of a request. Greedy outputs use no random numbers."""
+    if params.temperature < GREEDY_BELOW:
+        return [0] * params.n
+    seed = derive_seed(engine_seed, arrival) if params.seed is None else params.seed
+    return [seed, *(derive_seed(seed, index) for index in range(1, params.n))]

@@ -1,35 +1,49 @@
-"""From logits to tokens, for all rows of a step at once.
+"""Tokens of a step from its logits, on the host or on the device.
 
-Random numbers are counter-based: each is a function of (seed, position) and of nothing else.
+A token depends only on its logits and the parameters, seed and position of its request. Random
+numbers are counter-based: each is a function of seed and position.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
-from fd_dsa.engine.draws import RowDraw
+from fd_dsa.engine.batch import Drafts, ScheduledBatch
+from fd_dsa.engine.draws import RowDraw, uniforms
 from fd_dsa.engine.logit_rules import LogitRules, apply_rules
+from fd_dsa.engine.logprobs import TokenScore, score_tokens
+from fd_dsa.engine.output import TopkPositions
+from fd_dsa.engine.request import Request
 from fd_dsa.engine.sampling_params import SamplingParams
-from fd_dsa.ops.sampling.parameters import GREEDY_BELOW, MAX_TEMPERATURE, mix
+from fd_dsa.environment import batch_invariant
+from fd_dsa.ops.sampling.parameters import (
+    GREEDY_BELOW,
+    MAX_ENTRIES,
+    MAX_TEMPERATURE,
+    SlotParameters,
+)
 from fd_dsa.ops.sampling.token_buffer import NO_TOKEN, NOT_FINITE
-
-Float32 = npt.NDArray[np.float32]
-Int64 = npt.NDArray[np.int64]
-UInt64 = npt.NDArray[np.uint64]
-
-_MASK = 2**64 - 1
-_GOLDEN = 0x9E3779B97F4A7C15
+from fd_dsa.runner.input_batch import SamplingInputs
+from fd_dsa.runner.protocol import Logits, Runner
+from fd_dsa.tensor import Float32, Int64
 
 
 class Sampler:
-    """Samples one token for each row; parameters are kept by slot.
+    """Sampler of the host: one token for each row, by parameters that are kept for each slot.
 
-    The rules of the request (`logit_rules`), then temperature, then min-p (at least this share of
-    the largest probability), then top-k (the k largest logits, ties to the lower id), then top-p
-    (the fewest largest of those with at least this share of their mass), then one draw by inverse
-    distribution function in the order of ids. Exact: no probability is left out or approximated
-    beyond rounding. A row's token depends on its logits, parameters, seed and position only.
+    The steps are the rules of the request, temperature, and three cuts:
+
+    - min-p: tokens with at least this share of the largest probability,
+    - top-k: the k largest logits, ties to the lower id,
+    - top-p: the fewest largest of the rest with at least this share of their mass.
+
+    The inverse distribution function in the order of ids gives the token. The distribution is exact
+    up to rounding.
     """
 
     def __init__(self, max_num_seqs: int) -> None:
@@ -43,7 +57,7 @@ class Sampler:
     def set_slot(
         self, slot: int, params: SamplingParams, seed: int, rules: LogitRules | None = None
     ) -> None:
-        """Parameters of the request that has taken a slot, and its rules if it has any."""
+        """Set the parameters of the request that has taken a slot, and its rules if it has any."""
         temperature = min(params.temperature, MAX_TEMPERATURE)
         self._draws[slot] = (temperature, params.min_p, max(params.top_k, 0), params.top_p)
         self._seeds[slot] = seed % 2**64
@@ -52,19 +66,19 @@ class Sampler:
         self._rules[slot] = rules
 
     def sample(self, logits: Float32, slots: Int64, positions: Int64) -> Int64:
-        """One token for each row.
+        """Sample one token for each row.
 
         Args:
-            logits: float32 [n, vocab_size]; stay as they are.
-            slots: int64 [n]; slot of each row.
-            positions: int64 [n]; position of the token in the output of its request, from 0.
+            logits: float32 [num_rows, vocab_size]; stay unchanged.
+            slots: int64 [num_rows]; slot of each row.
+            positions: int64 [num_rows]; position of the token in the output of its request, from 0.
 
         Returns:
-            int64 [n]; token ids, NOT_FINITE where the logits are unusable, NO_TOKEN where the
-            rules leave nothing. Greedy ties go to the lowest id.
+            int64 [num_rows]; token ids, NOT_FINITE if the logits are unusable, NO_TOKEN if the
+            rules exclude every token. Greedy ties go to the lowest id.
 
-        Cost: greedy rows one pass; others a few passes, most of them over what is in the
-        processor's cache, and sorts of small candidate sets; rows with rules one copy more.
+        Cost: one pass for greedy rows. Other rows take a few passes, most of them over data in the
+        processor's cache, and sorts of small candidate sets. Rows with rules take one copy more.
         """
         is_random, is_ruled = self._is_random[slots], self._is_ruled[slots]
         if not is_ruled.any():
@@ -80,54 +94,277 @@ class Sampler:
         return tokens
 
     def _choose(
-        self, logits: Float32, slots: Int64, positions: Int64, is_drawn: npt.NDArray[np.bool_]
+        self, logits: Float32, slots: Int64, positions: Int64, is_random: npt.NDArray[np.bool_]
     ) -> Int64:
-        """Drawn tokens of some rows, the largest logit's of the others; no rules."""
+        """Sample tokens of the random rows, and take the largest logits of the others."""
         tokens = np.empty(len(logits), np.int64)
         tokens.fill(NOT_FINITE)
-        (greedy,), (drawn,) = (~is_drawn).nonzero(), is_drawn.nonzero()
+        (greedy,), (sampled,) = (~is_random).nonzero(), is_random.nonzero()
         if len(greedy):
             rows = logits if len(greedy) == len(logits) else logits[greedy]
             best = rows.argmax(axis=1)
             # argmax stops at a NaN, so the largest value shows whether the row is usable
             usable = np.isfinite(rows[np.arange(len(rows)), best])
             tokens[greedy[usable]] = best[usable]
-        if len(drawn):
-            slots = slots[drawn]
-            numbers = uniforms(self._seeds[slots], positions[drawn])
+        if len(sampled):
+            slots = slots[sampled]
+            numbers = uniforms(self._seeds[slots], positions[sampled])
             if self._row_draw is None or self._row_draw.vocab_size != logits.shape[1]:
                 self._row_draw = RowDraw(logits.shape[1])
             draw = self._row_draw.draw
             with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
                 for row, slot, number in zip(
-                    drawn.tolist(), slots.tolist(), numbers.tolist(), strict=True
+                    sampled.tolist(), slots.tolist(), numbers.tolist(), strict=True
                 ):
                     tokens[row] = draw(logits[row], number, *self._draws[slot])
         return tokens
 
 
-def uniforms(seeds: UInt64, positions: Int64) -> npt.NDArray[np.float64]:
-    """Uniform numbers in [0, 1), one for each pair.
+class StepSampler:
+    """Samples the rows of a step on the device if it can, else on the host.
 
-    u = mix(mix(seed) + (position + 1) * golden) / 2**64, cut to 53 bits.
+    A sampler gets the parameters of a request when the request takes a batch row. The device
+    samples steps in which no request asks for log-probabilities, or changes the logits of too many
+    tokens. At a temperature its tokens may differ from the host's within rounding. With
+    FD_DSA_BATCH_INVARIANT=1 the batch must not decide who samples, so the device then samples only
+    greedy requests.
 
     Args:
-        seeds: uint64 [n].
-        positions: int64 [n]; position of the token in its output, from 0.
-
-    Returns:
-        float64 [n].
-
-    Source: SplitMix64 (Steele, Lea, Flood 2014); a seed names one of its streams, a position the
-    element of the stream.
+        runner: see LLMEngine.
+        num_slots: number of batch rows.
     """
-    steps = (positions.astype(np.uint64) + np.uint64(1)) * np.uint64(_GOLDEN)
-    bits = mix(mix(seeds) + steps) >> np.uint64(11)
-    return bits.astype(np.float64) * 2.0**-53
+
+    def __init__(self, runner: Runner, num_slots: int) -> None:
+        self._vocab_size, self._sampler = runner.vocab_size, Sampler(num_slots)
+        self._device = runner.info.sampling
+        self._is_device_greedy_only = batch_invariant()
+        # arrival number of the request whose parameters the samplers have for a batch row
+        self._owners = [-1] * num_slots
+
+    def execute(self, runner: Runner, batch: ScheduledBatch, may_be_watched: bool = False) -> None:
+        """Enqueue a step if the device samples, else run it and wait for its logits.
+
+        Args:
+            runner: runs the step.
+            batch: step in the runner's input batch.
+            may_be_watched: True if a request may ask for its selected keys.
+        """
+        if may_be_watched:
+            batch.logits = _execute_watched(runner, batch)
+        elif not self.enqueue(batch):
+            batch.logits = runner.execute_model(batch.logits_indices)
+            self.read_drafts(batch)
+
+    def enqueue(self, batch: ScheduledBatch) -> bool:
+        """Enqueue a step on the device, with its sampling unless that waits for masks.
+
+        Returns:
+            False if the host must sample; the step is not enqueued then.
+        """
+        sampling, device = batch.sampling, self._device
+        if device is None or not self._may_sample_on_device(batch):
+            return False
+        slots, positions = self._slots_and_positions(sampling)
+        mask_rows: list[int] = []
+        if batch.drafts:
+            ranges = [range(end - first) for first, end in pairwise(batch.logits_indptr)]
+            positions = [p + i for p, own in zip(positions, ranges, strict=True) for i in own]
+            slots = [slot for slot, own in zip(slots, ranges, strict=True) for _ in own]
+        if masked := [r for r in sampling if r.rules is not None and r.rules.needs_mask]:
+            mask_rows = _mask_rows(batch, masked)
+            own = [batch.drafts_of(request) for request in masked]
+            if any(drafts.is_pending for drafts in own):
+                batch.pending_drafts = device.read_drafts()
+        batch.sampling_inputs = SamplingInputs(slots, positions, batch.logits_indptr, mask_rows)
+        device.enqueue_model(batch.logits_indices, batch.sampling_inputs)
+        if not masked:
+            batch.future = device.sample()
+        return True
+
+    def _may_sample_on_device(self, batch: ScheduledBatch) -> bool:
+        """Return True if the device can sample for all requests of a step."""
+        sampling = batch.sampling
+        if batch.scoring or not sampling:
+            return False
+        if any(request.logprobs is not None for request in sampling):
+            return False
+        if self._is_device_greedy_only and any(r.params.temperature for r in sampling):
+            return False
+        rules = [request.rules for request in sampling if request.rules is not None]
+        return all(rule.num_entries <= MAX_ENTRIES for rule in rules)
+
+    def enqueue_late_samples(self, batch: ScheduledBatch) -> None:
+        """Enqueue the sampling of an enqueued step, with masks after the tokens known now."""
+        assert self._device is not None, "only a device has enqueued steps"
+        masks: list[npt.NDArray[np.int32]] = []
+        if batch.pending_drafts is not None:
+            self.read_drafts(batch)
+        for request in batch.sampling:
+            if request.rules is not None and request.rules.needs_mask:
+                drafts = batch.drafts_of(request).tokens
+                has_ended = request.finish_reason is not None
+                size = self._vocab_size
+                made = request.rules.masks(size, drafts, has_ended)
+                if made is None:
+                    # the device samples and counts a token that the request does not get
+                    self._owners[request.slot] = -1
+                    batch.postpone(request)
+                    made = request.rules.masks(size, drafts, has_ended=True) or []
+                masks += made
+        batch.future = self._device.sample(masks)
+
+    def read_drafts(self, batch: ScheduledBatch) -> None:
+        """Replace pending drafts of a step by their ids, for masks or sampling on the host."""
+        if any(drafts.is_pending for drafts in batch.drafts.values()):
+            assert self._device is not None, "only a device has pending drafts"
+            ids = (batch.pending_drafts or self._device.read_drafts()).result()
+            batch.drafts = {
+                request: Drafts(ids[drafts.tokens].tolist())
+                for request, drafts in batch.drafts.items()
+            }
+
+    def invalidate(self) -> None:
+        """Set the parameters of all requests again, because the newest samples were dropped."""
+        self._owners = [-1] * len(self._owners)
+
+    def tokens(
+        self, batch: ScheduledBatch, requests: Sequence[Request], rows: Sequence[int]
+    ) -> tuple[list[int], list[TokenScore | None]]:
+        """Return the token of each request, and scores of requests that ask for them.
+
+        Args:
+            batch: step whose samples or logits the host has.
+            requests: some requests of the step.
+            rows: ascending row of logits of each request.
+        """
+        if (ids := batch.token_ids) is not None:
+            ids = ids if len(rows) == len(ids) else ids[rows]
+            return ids.tolist(), [None] * len(requests)
+        logits = batch.logits
+        assert logits is not None, "the step has neither samples nor logits"
+        # no copy of the logits if all rows are wanted
+        logits = logits if len(rows) == len(logits) else logits[rows]
+        tokens, scores = self.sample(requests, logits)
+        return tokens.tolist(), scores
+
+    def sample(
+        self, sampling: Sequence[Request], logits: Float32
+    ) -> tuple[Int64, list[TokenScore | None]]:
+        """Sample the next token of each request on the host.
+
+        Args:
+            sampling: requests.
+            logits: float32 [num_requests, vocab_size].
+
+        Returns:
+            Tokens, see `Sampler.sample`, and scores of requests that ask for them.
+        """
+        tokens = self._sampler.sample(logits, *map(np.array, self._slots_and_positions(sampling)))
+        scores: list[TokenScore | None] = [None] * len(sampling)
+        scored = [
+            row
+            for row, request in enumerate(sampling)
+            if request.logprobs is not None and tokens[row] >= 0
+        ]
+        if scored:
+            num_top = [sampling[row].params.logprobs or 0 for row in scored]
+            sampled_scores = score_tokens(logits[scored], tokens[scored], num_top)
+            for row, score in zip(scored, sampled_scores, strict=True):
+                scores[row] = score
+        for request in sampling if self._device is not None else ():
+            if request.rules is not None and request.rules.counts is not None:
+                # the device has not counted this token
+                self._owners[request.slot] = -1
+        return tokens, scores
+
+    def draft(self, requests: Sequence[Request], logits: Float32, depth: int) -> Int64:
+        """Sample drafts on the host, with the random numbers of the token at their position.
+
+        The rules are those of the output without drafts.
+
+        Args:
+            requests: requests that want a draft.
+            logits: float32 [num_requests, vocab_size].
+            depth: number of tokens from the next token of the output to the draft.
+
+        Returns:
+            int64 [num_requests]; a negative result code if no token is allowed, the logits are
+            unusable or a mask is late.
+        """
+        slots, positions = map(np.array, self._slots_and_positions(requests))
+        positions += depth
+        grammars = (request.grammar for request in requests)
+        has_mask = np.array([g is None or g.await_mask() for g in grammars], bool)
+        if has_mask.all():
+            # no copy of the logits
+            return self._sampler.sample(logits, slots, positions)
+        tokens = np.full(len(requests), NO_TOKEN, np.int64)
+        tokens[has_mask] = self._sampler.sample(
+            logits[has_mask], slots[has_mask], positions[has_mask]
+        )
+        return tokens
+
+    def _slots_and_positions(self, sampling: Sequence[Request]) -> tuple[list[int], list[int]]:
+        """Return the batch row of each request, and the position of its next token.
+
+        The samplers get the parameters of requests that are new in their row.
+        """
+        slots, positions = [], []
+        for request in sampling:
+            slots.append(request.slot)
+            positions.append(request.num_output_tokens)
+            if self._owners[request.slot] != request.arrival:
+                self._set_slot(request)
+        return slots, positions
+
+    def _set_slot(self, request: Request) -> None:
+        """Set the parameters of a request in both samplers."""
+        slot, params, rules = request.slot, request.params, request.rules
+        if request.arrival in self._owners:
+            # the counts of the row that the request had before its preemption are out of date
+            self._owners[self._owners.index(request.arrival)] = -1
+        self._owners[slot] = request.arrival
+        self._sampler.set_slot(slot, params, request.seed, rules)
+        if self._device is None or (rules is not None and rules.num_entries > MAX_ENTRIES):
+            return
+        plain = (params.temperature, params.min_p, max(params.top_k, 0), params.top_p, request.seed)
+        given = SlotParameters(*plain)
+        if rules is not None:
+            banned: tuple[Any, ...] = (rules.banned.tolist(), rules.end_ids.tolist())
+            # a mask already excludes the banned tokens
+            banned = ((), (), 0) if rules.needs_mask else (*banned, rules.min_tokens)
+            given = SlotParameters(*plain, *rules.penalties, params.logit_bias or {}, *banned)
+        counted: tuple[list[int], ...] = ()
+        if given.is_penalized:
+            counted = request.state.prompt_token_ids, request.output_token_ids
+        self._device.set_slot(slot, given, *counted)
 
 
-def derive_seed(engine_seed: int, arrival: int) -> int:
-    """Seed in [0, 2**64) of a request that brings none, from its arrival number."""
-    base: int = mix((engine_seed ^ 0xBF58476D1CE4E5B9) & _MASK)
-    seed: int = mix(base + (arrival + 1) * _GOLDEN & _MASK)
-    return seed
+def _execute_watched(runner: Runner, batch: ScheduledBatch) -> Logits:
+    """Run a step, and keep the selected keys of requests that ask for them.
+
+    Such requests have no drafts.
+    """
+    rows = zip(batch.sampling, batch.logits_indptr, strict=False)
+    watched = {row: request for request, row in rows if request.params.return_topk_positions}
+    if not watched:
+        return runner.execute_model(batch.logits_indices)
+    shows, indices = runner.info.selections, batch.logits_indices
+    assert shows is not None, "`limits` refuses such requests without it"
+    logits, selections = shows.execute_watched(indices, indices[list(watched)])
+    for request, layers in zip(watched.values(), selections, strict=True):
+        request.topk_positions = TopkPositions(len(request.token_ids) - 1, layers)
+    return logits
+
+
+def _mask_rows(batch: ScheduledBatch, masked: Sequence[Request]) -> list[int]:
+    """Return the index of the mask of each row of logits, -1 = no mask."""
+    rows, num_masks, has_mask = list[int](), 0, set(masked)
+    for (first, end), request in zip(pairwise(batch.logits_indptr), batch.sampling, strict=True):
+        count = end - first
+        if request in has_mask:
+            rows += range(num_masks, num_masks + count)
+            num_masks += count
+        else:
+            rows += [-1] * count
+    return rows

@@ -1,16 +1,26 @@
-"""What a caller may ask of sampler, stop rules and prefix cache, checked when it is made."""
+"""Sampling parameters of a request, checked when they are made, and the limits of an engine."""
 
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
-from fd_dsa.engine.arguments import SAMPLING_HINTS, explain_fields
+from fd_dsa.chat.parser import AnswerFormat
+from fd_dsa.chat.template import opens_reasoning
+from fd_dsa.engine.argument_hints import SAMPLING_HINTS
+from fd_dsa.engine.arguments import (
+    LARGEST,
+    MAX_TEXT_CHARS,
+    Message,
+    check_number,
+    check_texts,
+    check_token_ids,
+    explain_fields,
+    list_entries,
+)
 from fd_dsa.engine.reasoning import Reasoning
 from fd_dsa.engine.structured_outputs import StructuredOutputsParams
 from fd_dsa.engine.tokenizer import Tokenizer
@@ -19,26 +29,23 @@ from fd_dsa.errors import ArgumentError, argument_error
 SEED_MIN = -(2**63)
 SEED_MAX = 2**64 - 1
 LOGIT_BIAS_MAX = 100
-# what one request may make the sampler look at in every step
+# limits of the work that one request may cause in every step
 MAX_BAD_WORDS = 1024
 MAX_STOP_STRINGS = 64
-MAX_TEXT_CHARS = 512
 MAX_STOP_CHARS = 8192
 MAX_BAD_WORD_CHARS = 32_768
 MAX_LOGPROBS = 20
 MAX_CHOICES = 128
-MAX_TOKEN_ID = 2**31 - 1
-_LARGEST = sys.float_info.max
 # smallest and largest value of each number
 _RANGES = {
     "n": (1, MAX_CHOICES),
-    "temperature": (0, _LARGEST),
+    "temperature": (0, LARGEST),
     "top_p": (0, 1),
     "top_k": (-1, math.inf),
     "min_p": (0, 1),
     "presence_penalty": (-2, 2),
     "frequency_penalty": (-2, 2),
-    "repetition_penalty": (0, _LARGEST),
+    "repetition_penalty": (0, LARGEST),
     "min_tokens": (0, math.inf),
     "max_tokens": (1, math.inf),
     "logprobs": (0, MAX_LOGPROBS),
@@ -58,9 +65,9 @@ class SamplingParams:
     meanings are vLLM's.
 
     Args:
-        n: outputs for the prompt, 1 to 128; they share its cache blocks, and all but the first
-            have seeds derived from `seed` and their index.
-        temperature: >= 0; 0 (and anything below 1e-5) is greedy, ties to the lowest id.
+        n: number of outputs for the prompt, 1 to 128, which share its cache blocks. The seeds of
+            all but the first are derived from `seed` and their index.
+        temperature: >= 0; greedy below 1e-5, with ties to the lowest id.
         top_p: in [0, 1]; the smallest set of most likely tokens with this mass. 1 = off.
         top_k: number of most likely tokens kept; -1 or 0 = off.
         min_p: in [0, 1]; drops tokens less likely than this share of the likeliest. 0 = off.
@@ -80,19 +87,19 @@ class SamplingParams:
             after it. In the reasoning, structured output or min_tokens > 0 forbids every end.
             Special tokens that are these texts stay in the text. None = all begin with the output.
         constrain_reasoning: True = `stop`, `bad_words`, `bad_words_token_ids` and `min_tokens`
-            begin with the output nevertheless; structured output does not.
+            begin with the output. Structured output still begins with the answer.
         stop_token_ids: tokens that end the output.
         include_stop_str_in_output: True = keep the stop string, or the text of the stop token.
         ignore_eos: True = an end-of-sequence token does not end the output.
         skip_special_tokens: True = the text has no special tokens.
         logprobs: number of likeliest tokens that are scored with each output token, 0 to 20. The
-            scores are of the model's own distribution, before all of the above. None = no scores.
+            scores are those of the model, before rules and temperature. None = no scores.
         prompt_logprobs: the same for the prompt, whose prefix is then not read from the cache.
         structured_outputs: form that the output must have; the output ends when it is complete.
-        seed: random numbers of the request depend only on it and on the position in the output;
-            None = derived from the engine's seed and the request's arrival number.
-        cache_salt: a text, not empty; the request shares cache blocks only with requests of the
-            same salt. None = with all requests that have none.
+        seed: random numbers of the request depend only on the seed and on the position in the
+            output. None = derived from the engine's seed and the arrival number of the request.
+        cache_salt: non-empty text. The request shares cache blocks only with requests of the same
+            salt. None = with requests without a salt.
         skip_reading_prefix_cache: True = compute the whole prompt; later requests can read it from
             the cache.
         kept_special_token_ids: special tokens that stay in the text for a parser of the caller.
@@ -142,13 +149,13 @@ class SamplingParams:
                 if not isinstance(value, bool):
                     raise argument_error(name, value, "True or False")
             elif value is not None or not optional:
-                _check_number(name, value, *_RANGES[name], kind)
+                check_number(name, value, *_RANGES[name], kind)
         if self.repetition_penalty == 0:
             raise argument_error("repetition_penalty", 0, "a number > 0", "write 1 for none")
         kept = self.kept_special_token_ids
         if not isinstance(kept, (set, frozenset)):
             raise argument_error("kept_special_token_ids", kept, "a frozenset of token ids")
-        _check_token_ids("kept_special_token_ids", list(kept))
+        check_token_ids("kept_special_token_ids", list(kept))
         salt = self.cache_salt
         if salt is not None and (not isinstance(salt, str) or not salt):
             raise argument_error("cache_salt", salt, "a non-empty string")
@@ -169,41 +176,52 @@ class SamplingParams:
         self._check_tokens()
 
     def _check_tokens(self) -> None:
-        """Tokens and texts that are treated apart."""
+        """Check the fields that name tokens or texts."""
         if self.stop is not None and not isinstance(self.stop, (str, Sequence)):
             raise argument_error("stop", self.stop, "a string or a list of strings")
-        _check_texts("stop", self.stop_strings, MAX_STOP_STRINGS, MAX_STOP_CHARS)
+        check_texts("stop", self.stop_strings, MAX_STOP_STRINGS, MAX_STOP_CHARS)
         for name in ("stop_token_ids", "bad_words_token_ids"):
-            _check_token_ids(name, getattr(self, name))
+            check_token_ids(name, getattr(self, name))
         if self.bad_words is not None:
             if isinstance(self.bad_words, str) or not isinstance(self.bad_words, Sequence):
                 raise argument_error("bad_words", self.bad_words, "a list of strings")
-            _check_texts("bad_words", self.bad_words, MAX_BAD_WORDS, MAX_BAD_WORD_CHARS)
+            check_texts("bad_words", self.bad_words, MAX_BAD_WORDS, MAX_BAD_WORD_CHARS)
         if self.logit_bias is None:
             return
         if not isinstance(self.logit_bias, Mapping):
             rule = "a dict from token ids to numbers"
             raise argument_error("logit_bias", self.logit_bias, rule)
-        _check_token_ids("logit_bias", list(self.logit_bias))
+        check_token_ids("logit_bias", list(self.logit_bias))
         for token_id, bias in self.logit_bias.items():
             of = f" for token {token_id}"
-            _check_number("logit_bias", bias, -LOGIT_BIAS_MAX, LOGIT_BIAS_MAX, float, of)
+            check_number("logit_bias", bias, -LOGIT_BIAS_MAX, LOGIT_BIAS_MAX, float, of)
 
     def kept_ids(self, tokenizer: Tokenizer) -> frozenset[int]:
-        """Special tokens that stay in the text, the texts around the reasoning included."""
+        """Return special tokens that stay in the text, also those around the reasoning."""
         if self.reasoning is None:
             return self.kept_special_token_ids
         texts = (self.reasoning.begin, self.reasoning.end)
         return self.kept_special_token_ids.union(tokenizer.special_ids_of(texts).values())
 
     @property
+    def has_rules(self) -> bool:
+        """True if the parameters change logits before sampling, or exclude tokens."""
+        penalties = self.repetition_penalty, self.frequency_penalty, self.presence_penalty
+        excluded = self.bad_words or self.bad_words_token_ids or self.min_tokens
+        has_form = self.structured_outputs is not None
+        return penalties != (1, 0, 0) or has_form or bool(self.logit_bias or excluded)
+
+    @property
     def stop_strings(self) -> tuple[str, ...]:
-        """The stop strings as a tuple, empty when there are none."""
+        """Stop strings as a tuple, which may be empty."""
         if self.stop is None:
             return ()
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
 
+SAMPLING_FIELDS = tuple(one.name for one in fields(SamplingParams))
+"""Names of the arguments of SamplingParams."""
+Params = SamplingParams | Sequence[SamplingParams] | None
 # name, type, and whether None is allowed, of numbers and switches
 _CHECKED = tuple(
     (one.name, kind, one.type == f"{kind.__name__} | None")
@@ -213,56 +231,166 @@ _CHECKED = tuple(
 )
 
 
-def _check_number(name: str, value: Any, low: float, high: float, kind: type, of: str = "") -> None:
-    """Raise ArgumentError unless `value` is a number of this type in [low, high].
+@dataclass(frozen=True)
+class RequestLimits:
+    """Sizes of an engine that bound its requests.
+
+    Attributes:
+        vocab_size: columns of the logits.
+        max_model_len: maximum length of prompt plus output, tokens.
+        num_blocks: blocks of the caches.
+        block_size: tokens per block.
+        shows_selections: True if the runner can show which keys the indexer selected.
+    """
+
+    vocab_size: int
+    max_model_len: int
+    num_blocks: int
+    block_size: int
+    shows_selections: bool = False
+
+    def validate(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> int:
+        """Return the maximum number of output tokens of a request. Thread-safe.
+
+        Raises:
+            ValueError: the prompt is empty or has invalid token ids, or the request can never fit
+                into the context or the cache. Or a parameter names a token that the model lacks, or
+                asks for selections that the runner cannot show. The message has the numbers, and
+                begins with the name of the parameter.
+        """
+        max_tokens = self._room(len(prompt_token_ids), params)
+        self._check_prompt(prompt_token_ids)
+        self._check_token_ids("logit_bias", params.logit_bias)
+        self._check_token_ids("stop_token_ids", params.stop_token_ids)
+        self._check_token_ids("bad_words_token_ids", params.bad_words_token_ids)
+        if params.return_topk_positions and not self.shows_selections:
+            raise ValueError(
+                "return_topk_positions is true; a device keeps the selected keys to itself; leave "
+                "it out or serve with --device cpu"
+            )
+        return max_tokens
+
+    def _room(self, num_prompt: int, params: SamplingParams) -> int:
+        """Return the number of output tokens that fit after a prompt of this length."""
+        if num_prompt == 0:
+            raise ValueError("the prompt has no tokens; it must have at least 1")
+        if num_prompt >= self.max_model_len:
+            raise ValueError(
+                f"the prompt has {num_prompt} tokens, max_model_len is {self.max_model_len} and "
+                "the output needs at least 1; shorten the prompt or raise max_model_len"
+            )
+        room = self.max_model_len - num_prompt
+        max_tokens = room if params.max_tokens is None else params.max_tokens
+        if max_tokens > room:
+            raise ValueError(
+                f"the prompt has {num_prompt} tokens and max_tokens is {max_tokens}, together "
+                f"{num_prompt + max_tokens}; max_model_len is {self.max_model_len}; lower "
+                "max_tokens, shorten the prompt or raise max_model_len"
+            )
+        # the last token is not computed, so it needs no slot of the cache
+        needed = -(-(num_prompt + max_tokens - 1) // self.block_size)
+        if needed > self.num_blocks:
+            raise ValueError(
+                f"the prompt has {num_prompt} tokens and up to {max_tokens} follow, which need "
+                f"{needed} cache blocks of {self.block_size} tokens; there are "
+                f"{self.num_blocks}; lower max_tokens or give the cache more memory"
+            )
+        return max_tokens
+
+    def _check_prompt(self, token_ids: Sequence[int]) -> None:
+        """Raise ValueError unless all ids are integers inside the vocabulary."""
+        ids = np.asarray(token_ids)
+        if ids.ndim != 1 or ids.dtype.kind not in "iu":
+            raise ValueError(
+                f"the prompt has elements of type {ids.dtype}; it must be a flat list of integers"
+            )
+        outside = np.flatnonzero((ids < 0) | (ids >= self.vocab_size))
+        if len(outside):
+            raise ValueError(
+                f"token {outside[0]} of the prompt is {ids[outside[0]]}; token ids of this model "
+                f"are 0 to {self.vocab_size - 1}"
+            )
+
+    def _check_token_ids(self, name: str, token_ids: Iterable[int] | None) -> None:
+        """Raise ValueError unless the model has all of these tokens."""
+        for token_id in token_ids or ():
+            if token_id >= self.vocab_size:
+                raise ValueError(
+                    f"{name} has the token id {token_id}; token ids of this model are 0 to "
+                    f"{self.vocab_size - 1}"
+                )
+
+
+def read_params(
+    params: object, count: int, default: SamplingParams, counted: str
+) -> list[SamplingParams]:
+    """Give each of `count` prompts its SamplingParams.
 
     Args:
-        kind: int or float.
-        of: the entry that the value is of, for the message.
+        counted: name of the argument that has the prompts.
+
+    Raises:
+        ArgumentError: the parameters have another type or number.
     """
-    types, noun = (int, "an integer") if kind is int else ((int, float), "a number")
-    is_number = isinstance(value, types) and not isinstance(value, bool)
-    if not is_number or not low <= value <= high:
-        allowed = f"{noun} in [{low}, {high}]"
-        if high >= _LARGEST:
-            allowed = f"{noun if kind is int else 'a finite number'} >= {low}"
-        raise argument_error(name, value, f"{allowed}{of}", _plain_number(value))
-
-
-def _plain_number(value: object) -> str:
-    """Say what to write for a number of NumPy, which may look like one of Python."""
-    return "write VALUE.item()" if isinstance(value, np.generic) else ""
-
-
-def _check_texts(name: str, texts: Sequence[object], most: int, most_chars: int) -> None:
-    """Raise ArgumentError unless these are non-empty strings, few and short enough."""
-    if len(texts) > most:
-        raise ArgumentError(f"{name}: got {len(texts)} entries; must be at most {most}")
-    num_chars = 0
-    for text in texts:
-        if not isinstance(text, str) or not text:
-            raise argument_error(name, text, "a non-empty string, as every entry")
-        if len(text) > MAX_TEXT_CHARS:
-            raise ArgumentError(
-                f"{name}: got an entry of {len(text)} characters; must be at most {MAX_TEXT_CHARS}"
-            )
-        if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
-            raise argument_error(name, text, "valid Unicode, as every entry")
-        num_chars += len(text)
-    if num_chars > most_chars:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or default] * count
+    rule = "a SamplingParams, or a list with one for each prompt"
+    if isinstance(params, Mapping):
+        given = ", ".join(f"{key}=..." for key in params if key in SAMPLING_FIELDS)
+        raise argument_error("sampling_params", params, rule, f"write SamplingParams({given})")
+    several = list_entries("sampling_params", params, rule, "write SamplingParams(NAME=VALUE)")
+    for index, one in enumerate(several):
+        if not isinstance(one, SamplingParams):
+            name = f"sampling_params[{index}]"
+            raise argument_error(name, one, "a SamplingParams", "write SamplingParams(NAME=VALUE)")
+    if len(several) != count:
         raise ArgumentError(
-            f"{name}: got {num_chars} characters in all; must be at most {most_chars}"
+            f"sampling_params: got {len(several)} entries for {count} {counted}; must be one for "
+            "all, or a list with one for each; write a single SamplingParams"
         )
+    return several
 
 
-def _check_token_ids(name: str, token_ids: object) -> None:
-    """Raise ArgumentError unless this is None or a sequence of possible token ids."""
-    if token_ids is None:
-        return
-    if isinstance(token_ids, str) or not isinstance(token_ids, Sequence):
-        raise argument_error(name, token_ids, "a list of token ids")
-    for token_id in token_ids:
-        integer = isinstance(token_id, int) and not isinstance(token_id, bool)
-        if not integer or not 0 <= token_id <= MAX_TOKEN_ID:
-            rule = f"a token id, 0 to {MAX_TOKEN_ID}, as every entry"
-            raise argument_error(name, token_id, rule, _plain_number(token_id))
+def fit_into_context(
+    params: Sequence[SamplingParams], prompts: Sequence[Sequence[int]], max_model_len: int
+) -> list[SamplingParams]:
+    """Lower each `max_tokens` of a caller without parameters to the room after the prompt."""
+    fitting = []
+    for one, prompt in zip(params, prompts, strict=True):
+        room = max(max_model_len - len(prompt), 1)
+        is_long = one.max_tokens is not None and one.max_tokens > room
+        fitting.append(replace(one, max_tokens=room) if is_long else one)
+    return fitting
+
+
+def for_chat(
+    params: SamplingParams,
+    tokenizer: Tokenizer,
+    has_tools: bool,
+    prompt: str,
+    continued: Message | None,
+) -> SamplingParams:
+    """Add the markers that separate the parts of an answer, if it has several parts.
+
+    Args:
+        params: parameters of the request.
+        tokenizer: tokenizer of the model.
+        has_tools: True if the model may call tools.
+        prompt: text of the prompt, whose markers show if the answer begins in the reasoning.
+        continued: message that the answer continues, or None.
+    """
+    renderer = tokenizer.chat_renderer
+    if renderer is None:
+        return params
+    has_reasoning = renderer.has_reasoning()
+    tool_format = renderer.tool_format() if has_tools else None
+    if not has_reasoning and tool_format is None:
+        return params
+    in_reasoning = opens_reasoning(prompt, continued)
+    answer = AnswerFormat(has_reasoning, in_reasoning, tool_format)
+    kept = frozenset(tokenizer.special_ids_of(answer.markers).values())
+    return replace(
+        params,
+        kept_special_token_ids=params.kept_special_token_ids | kept,
+        reasoning=Reasoning.of(answer) if params.reasoning is None else params.reasoning,
+    )

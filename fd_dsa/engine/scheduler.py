@@ -9,9 +9,8 @@ from collections import deque
 from collections.abc import Sequence
 from operator import attrgetter
 
-from fd_dsa.engine.batch import ScheduledBatch
+from fd_dsa.engine.batch import NO_DRAFTS, Drafts, ScheduledBatch
 from fd_dsa.engine.block_manager import BlockManager
-from fd_dsa.engine.draft_state import NO_DRAFTS, Drafts
 from fd_dsa.engine.metrics import EngineStats
 from fd_dsa.engine.output import FinishReason
 from fd_dsa.engine.request import Request
@@ -94,7 +93,7 @@ class Scheduler:
         self._scheduled: list[Request] = []
         self._held: list[Request] = []
         # lower limits after an out-of-memory error
-        self._most_prompt_tokens, self._most_rows = batch.max_num_tokens, batch.max_num_seqs
+        self._max_prefill_tokens, self._max_rows = batch.max_num_tokens, batch.max_num_seqs
         self._spare_logits = 0
         self._num_decoding = 0
 
@@ -122,8 +121,8 @@ class Scheduler:
         else:
             self.waiting.remove(request)
         if not self.running and not self.waiting:
-            self._most_prompt_tokens = self._batch.max_num_tokens
-            self._most_rows = self._batch.max_num_seqs
+            self._max_prefill_tokens = self._batch.max_num_tokens
+            self._max_rows = self._batch.max_num_seqs
             self._may_draft = True
 
     def schedule(self) -> ScheduledBatch | None:
@@ -204,18 +203,18 @@ class Scheduler:
             self._may_draft = False
             cure = "no drafts are verified now"
         elif num_prompt_tokens > 1:
-            self._most_prompt_tokens = num_prompt_tokens // 2
-            cure = f"prompts are read in steps of at most {self._most_prompt_tokens} tokens now"
+            self._max_prefill_tokens = num_prompt_tokens // 2
+            cure = f"prefill chunks have at most {self._max_prefill_tokens} tokens now"
         elif len(self.running) == 1:
             return latest
         else:
             self._preempt(latest)
-            self._most_rows = len(self.running)
-            cure = f"at most {self._most_rows} requests run at a time now"
+            self._max_rows = len(self.running)
+            cure = f"at most {self._max_rows} requests run at a time now"
         logger.warning("%s; %s", describe_error(error), cure)
         return None
 
-    def take_token(self, request: Request) -> None:
+    def handle_new_token(self, request: Request) -> None:
         """Cache the newest block of a request, if its new token has completed the block."""
         if request.is_unsettled:
             self._unsettled[request.arrival] = request
@@ -231,7 +230,7 @@ class Scheduler:
     def record_step_time(self, batch: ScheduledBatch, seconds: float) -> None:
         """Record the time of a step, from which chunks of later steps are sized."""
         if self._step_times is not None:
-            self._step_times.observe(
+            self._step_times.record(
                 seconds, batch.num_decode_tokens, batch.num_prefill_tokens, batch.prefill_context
             )
 
@@ -241,23 +240,23 @@ class Scheduler:
         for request in decoding:
             # an earlier request may have preempted this one just now; most last blocks have room
             if request.slot >= 0 and (
-                request.num_computed_tokens % block_size or self._grow(request)
+                request.num_computed_tokens % block_size or self._reserve_next_block(request)
             ):
                 request.num_scheduled_tokens = 1
                 taken.append(request)
         # requests that are held back need a token in the step after this one
         budget = self._batch.max_num_tokens - len(taken) - len(self._held)
-        return min(budget, self._most_prompt_tokens)
+        return min(budget, self._max_prefill_tokens)
 
     def _choose_drafts(self, budget: int) -> dict[Request, Drafts]:
         """Return the drafts of decoding requests that there is room for."""
         chosen = dict[Request, Drafts]()
         for request in self._scheduled[: self._num_decoding] if self.proposals else ():
             # the last token of an output is never computed
-            most = min(budget, request.max_tokens - request.num_output_tokens - 1)
-            drafts = self.proposals.get(request, NO_DRAFTS).first(max(most, 0))
+            max_drafts = min(budget, request.max_tokens - request.num_output_tokens - 1)
+            drafts = self.proposals.get(request, NO_DRAFTS).first(max(max_drafts, 0))
             tokens = request.num_tokens + len(drafts)
-            if drafts and not self._allocate(request, tokens, len(self.running)):
+            if drafts and not self._reserve_blocks(request, tokens, len(self.running)):
                 room = len(self._blocks.blocks_of(request.arrival)) * self._blocks.block_size
                 drafts = drafts.first(room - request.num_tokens)
             if drafts:
@@ -265,13 +264,13 @@ class Scheduler:
                 budget -= len(drafts)
         return chosen
 
-    def _grow(self, request: Request) -> bool:
+    def _reserve_next_block(self, request: Request) -> bool:
         """Reserve the block for the next token, and preempt later requests for it if needed.
 
         Returns:
             False if the request is not scheduled now.
         """
-        while not self._allocate(request, request.num_tokens):
+        while not self._reserve_blocks(request, request.num_tokens):
             if request.num_pending_drafts:
                 self._held.append(request)
                 return False
@@ -281,7 +280,7 @@ class Scheduler:
                 return False
         return True
 
-    def _allocate(self, request: Request, num_tokens: int, spare: int = 0) -> bool:
+    def _reserve_blocks(self, request: Request, num_tokens: int, spare: int = 0) -> bool:
         """Grow the block table of a running request to `num_tokens`.
 
         Returns:
@@ -306,7 +305,7 @@ class Scheduler:
                 break
             if request.pending_row >= 0 or request.is_unsettled:
                 break
-            if budget <= 0 or self._spare_logits <= 0 or len(self.running) >= self._most_rows:
+            if budget <= 0 or self._spare_logits <= 0 or len(self.running) >= self._max_rows:
                 break
             # one block for each running request; a new request always needs a block
             spare = len(self.running)

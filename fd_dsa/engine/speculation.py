@@ -11,8 +11,8 @@ import logging
 from collections.abc import Mapping
 from typing import Protocol
 
-from fd_dsa.engine.batch import ScheduledBatch
-from fd_dsa.engine.draft_state import Drafts, DraftState
+from fd_dsa.engine.batch import Drafts, ScheduledBatch
+from fd_dsa.engine.draft_state import DraftState
 from fd_dsa.engine.metrics import EngineStats
 from fd_dsa.engine.request import Request
 from fd_dsa.engine.step_costs import StepCosts
@@ -27,11 +27,11 @@ class Drafter(Protocol):
         is_layer: True for a layer of the model. Its KV cache has entries only for tokens that it
             has processed, and an entry depends on the token after its own. The layer needs no
             tokens on the host.
-        usual_rate: acceptance rate that is assumed before any draft was verified.
+        prior_acceptance_rate: acceptance rate that is assumed before any draft was verified.
     """
 
     is_layer: bool
-    usual_rate: float
+    prior_acceptance_rate: float
 
     def propose(
         self, batch: ScheduledBatch, counts: Mapping[Request, int]
@@ -47,7 +47,7 @@ class Drafter(Protocol):
 class ArbitraryDrafter:
     """Drafter that proposes arbitrary tokens at no cost, to time decode steps."""
 
-    is_layer, usual_rate = False, 0.6
+    is_layer, prior_acceptance_rate = False, 0.6
 
     def propose(
         self, batch: ScheduledBatch, counts: Mapping[Request, int]
@@ -61,23 +61,23 @@ class Speculator:
 
     Args:
         drafter: proposes the drafts.
-        most: maximum number of drafts of a request in a step.
+        max_drafts: maximum number of drafts of a request in a step.
         costs: times of decode steps; None if drafts cost no time.
 
     Attributes:
-        drafter, most, costs: as given.
-        arrived: requests that have computed no token, until `begin`.
-        waits: True if drafts come from the tokens of the next step, so that no later step is
+        drafter, max_drafts, costs: as given.
+        new_requests: requests that have arrived since the last call of `admit`.
+        needs_sync: True if drafts come from the tokens of the next step, so that no later step is
             enqueued before the host has them.
     """
 
-    def __init__(self, drafter: Drafter, most: int, costs: StepCosts | None = None) -> None:
-        self.drafter, self.most = drafter, most
-        self.costs = costs or StepCosts({1: [1.0] * (most + 1)})
-        self.arrived: list[Request] = []
-        self._is_off = self.waits = False
+    def __init__(self, drafter: Drafter, max_drafts: int, costs: StepCosts | None = None) -> None:
+        self.drafter, self.max_drafts = drafter, max_drafts
+        self.costs = costs or StepCosts({1: [1.0] * (max_drafts + 1)})
+        self.new_requests: list[Request] = []
+        self._is_off = self.needs_sync = False
 
-    def begin(self, num_rows: int) -> None:
+    def admit(self, num_rows: int) -> None:
         """Enable drafting for new requests, unless it is disallowed or not worth its cost.
 
         Requests that arrive together are costed with the same batch size.
@@ -85,16 +85,16 @@ class Speculator:
         Args:
             num_rows: number of rows of the steps that the requests will be in.
         """
-        times = self.costs.of(num_rows, num_rows) if self.arrived else []
-        for request in self.arrived:
-            request.drafts = DraftState(self.most, self.drafter.usual_rate)
+        times = self.costs.of(num_rows, num_rows) if self.new_requests else []
+        for request in self.new_requests:
+            request.drafts = DraftState(self.max_drafts, self.drafter.prior_acceptance_rate)
             params, best = request.params, request.drafts.length(times)
             pays = best > 0 or not self.drafter.is_layer
             if not (pays and params.speculative) or params.return_topk_positions:
-                self._leave(request)
-        self.arrived.clear()
+                self._disable_drafts(request)
+        self.new_requests.clear()
 
-    def _leave(self, request: Request) -> None:
+    def _disable_drafts(self, request: Request) -> None:
         """Disable drafting for a request until its end.
 
         Steps without drafts skip the layer, so later blocks of the request get other keys.
@@ -115,14 +115,14 @@ class Speculator:
                 continue
             # drafting may have been disabled while these drafts were in flight
             if request.drafts is not None:
-                request.drafts.observe(len(drafts), num_accepted)
+                request.drafts.record(len(drafts), num_accepted)
             stats.count_drafts(len(drafts), num_accepted)
             request.state.num_draft_tokens += len(drafts)
             request.state.num_accepted_tokens += num_accepted
 
     def propose(self, batch: ScheduledBatch) -> dict[Request, Drafts]:
         """Return drafts for the next step, in the numbers that pay by the rates seen so far."""
-        # also run for requests that leave now: others may share the blocks that the step filled
+        # also for ended requests, because others may share the blocks that the step filled
         runs = not self._is_off and any(request.drafts is not None for request in batch.requests)
         counts = self._counts(batch)
         try:
@@ -132,7 +132,7 @@ class Speculator:
             logger.exception("speculative decoding is off from now on: the drafter failed")
             self._is_off, proposals = True, {}
         if not self.drafter.is_layer:
-            self.waits = any(proposals.values())
+            self.needs_sync = any(proposals.values())
             # these drafts would be placed ahead of tokens that are in flight
             proposals = {} if batch.is_in_flight else proposals
         for request, drafts in proposals.items():
@@ -152,7 +152,7 @@ class Speculator:
         for request in batch.late:
             # masks after its drafts would be late too
             if request.drafts is not None:
-                self._leave(request)
+                self._disable_drafts(request)
         if not states:
             return {}
         num_rows, counts = len(batch.sampling), dict[Request, int]()
@@ -161,5 +161,5 @@ class Speculator:
             if count := state.length(times, share):
                 counts[request] = count
             elif self.drafter.is_layer:
-                self._leave(request)
+                self._disable_drafts(request)
         return counts

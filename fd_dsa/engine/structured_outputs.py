@@ -1,4 +1,4 @@
-"""What form an output must have: a JSON schema, a regular expression, choices or a grammar."""
+"""Form of an output: a JSON schema, a regular expression, choices or a grammar."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Any
 
 from fd_dsa.chat.json_text import json_start
 from fd_dsa.chat.lark import MAX_GRAMMAR_CHARS
-from fd_dsa.engine.arguments import FORM_HINTS, explain_fields
+from fd_dsa.engine.argument_hints import FORM_HINTS
+from fd_dsa.engine.arguments import explain_fields
 from fd_dsa.errors import argument_error
 from fd_dsa.grammars.messages import Kind
 
@@ -30,15 +31,15 @@ class StructuredOutputsParams:
         json_object: True = any JSON object.
         regex: regular expression that the whole output matches, in Rust's syntax, which has no
             look-around.
-        choice: texts; the output is one of them.
+        choice: texts, one of which is the output.
         grammar: context-free grammar in Lark's notation or in GBNF.
-        alternative: another form, without `alternative`; the output has either form. An output
-            that begins like both may be held to one of them.
-        source: name of the object in error messages, the field of a request that it came from.
+        alternative: second form, without an alternative of its own. The output has either form. An
+            output whose beginning fits both may be bound to one of them.
+        source: name of the form in error messages: the field of the request.
 
     Raises:
         ArgumentError: an argument has an unknown name or another type.
-        ValueError: no form or several are given, or the form is wrong or too large; the message
+        ValueError: no form or several are given, or the form is invalid or too large. The message
             begins with `source`.
     """
 
@@ -58,22 +59,22 @@ class StructuredOutputsParams:
             raise argument_error("alternative", self.alternative, rule)
         forms = [name for name in _FORMS if getattr(self, name) not in (None, False)]
         if len(forms) != 1:
-            names = " and ".join(forms) or "nothing"
+            names = " and ".join(forms) or "no form"
             raise ValueError(f"{self.source} has {names}; give one of {', '.join(_FORMS)}")
         if self.alternative is not None and self.alternative.alternative is not None:
             raise ValueError(
                 f"{self.source} has an alternative with an alternative; give one alternative"
             )
-        # fails where the type is wrong
+        # raises an error if the type is wrong
         _, text = self.definition()
         self._check_length(text)
 
     def either(self) -> tuple[StructuredOutputsParams, ...]:
-        """The form, and the alternative if there is one."""
+        """Return the form, and its alternative if it has one."""
         return (self,) if self.alternative is None else (self, self.alternative)
 
     def definition(self) -> tuple[Kind, str]:
-        """How the form is written, and its text."""
+        """Return the notation of the form, and its text."""
         if self.json_object:
             return "json_schema", '{"type": "object"}'
         if self.json is not None:
@@ -89,7 +90,7 @@ class StructuredOutputsParams:
         return kind, self._utf8(text)
 
     def _schema_text(self, schema: object) -> str:
-        """The text of a schema."""
+        """Return the text of a schema."""
         if isinstance(schema, str):
             return self._utf8(schema)
         if not isinstance(schema, Mapping):
@@ -102,7 +103,7 @@ class StructuredOutputsParams:
             raise ValueError(f"{self.source} cannot be written as JSON: {error}") from error
 
     def _choice_text(self, choice: Any) -> str:
-        """A grammar of one token of its own; as rules, many choices would be slow."""
+        """Return a grammar with one terminal, because many choices as rules would be slow."""
         is_list = isinstance(choice, Sequence) and not isinstance(choice, str)
         if not is_list or not choice or not all(isinstance(text, str) and text for text in choice):
             raise ValueError(
@@ -113,7 +114,7 @@ class StructuredOutputsParams:
         return "start: CHOICE\nCHOICE: " + " | ".join(quoted)
 
     def _utf8(self, text: str) -> str:
-        """The text, which must be valid Unicode."""
+        """Return a text after a check that it is valid Unicode."""
         self._check_length(text)
         if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
             raise ValueError(
@@ -122,7 +123,7 @@ class StructuredOutputsParams:
         return text
 
     def _check_length(self, text: str) -> None:
-        """ValueError for a text that is too long to be compiled."""
+        """Raise ValueError if a text is too long to be compiled."""
         if len(text) > MAX_GRAMMAR_CHARS:
             raise ValueError(
                 f"{self.source} has {len(text)} characters or more; at most {MAX_GRAMMAR_CHARS} "

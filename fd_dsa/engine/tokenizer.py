@@ -1,4 +1,4 @@
-"""Tokenizer of a Hugging Face model folder, over the `tokenizers` library."""
+"""Tokenizer of a Hugging Face model folder, based on the `tokenizers` library."""
 
 from __future__ import annotations
 
@@ -17,22 +17,21 @@ from fd_dsa.chat.control import RenderedPrompt, render_prompt
 from fd_dsa.chat.renderers import NO_TEMPLATE, read_renderer, read_special_tokens
 from fd_dsa.chat.template import ChatTemplate
 from fd_dsa.engine.byte_level import byte_table
-from fd_dsa.engine.control_tokens import ControlTokens
-from fd_dsa.engine.text_windows import encode_text
+from fd_dsa.engine.encoding import ControlTokens, encode_text
 from fd_dsa.environment import set_default
 from fd_dsa.errors import ConfigError
 from fd_dsa.models.config_reader import check_file, read_json_object
 
-# how vocabularies with byte fallback write a byte
+# token of a byte in a vocabulary with byte fallback
 _BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
 _SURROGATE = "the text holds half of a surrogate pair, which is no valid Unicode"
-# passes every decoder unchanged, and is in no text: two code points that are no characters
+# two noncharacters, which every decoder leaves unchanged and no text contains
 _MARK = "\U0010fffe\U0010fffe"
-# ids that are decoded with the GIL, which takes less time than giving it up
-_FEW_IDS = 256
-# tokens that are decoded alone in one call
+# up to this number of ids, decoding takes less time than a release of the GIL
+_MAX_IDS_WITH_GIL = 256
+# number of single tokens decoded in one call
 _DECODED_AT_ONCE = 8192
-# tokens that show whether a text is the concatenation of its tokens
+# number of tokens that are compared to see if a text is the concatenation of its tokens
 _COMPARED_TOKENS = 256
 
 
@@ -40,14 +39,15 @@ class Tokenizer:
     """Text to token ids and back, and the chat template of the folder.
 
     Args:
-        backend: the tokenizer read from tokenizer.json.
+        backend: tokenizer that was read from tokenizer.json.
         special_tokens: names such as "bos_token" -> text, as in tokenizer_config.json.
-        chat_renderer: what makes prompts of conversations, or None when the folder has nothing.
-        add_bos_token: put bos_token before a text where the post-processor does not.
-        why_no_chat: the reason in errors of chat requests if there is no renderer.
+        chat_renderer: template that renders conversations, or None.
+        add_bos_token: True = put bos_token before a text, unless the post-processor does.
+        why_no_chat: reason for errors of chat requests if there is no template.
 
     Attributes:
-        backend, special_tokens, chat_renderer: as given.
+        backend, special_tokens, chat_renderer, why_no_chat: as given.
+        bos_token_id, eos_token_id: ids of these special tokens, or None.
     """
 
     def __init__(
@@ -58,14 +58,13 @@ class Tokenizer:
         add_bos_token: bool = False,
         why_no_chat: str = NO_TEMPLATE,
     ) -> None:
-        """Keep the parts and look up the ids of the special tokens."""
-        # all work of a call in the calling thread: the engine needs the others
+        # work only in the calling thread, because the engine needs the other processors
         set_default("TOKENIZERS_PARALLELISM", "false")
         self.backend = backend
         self.special_tokens = dict(special_tokens or {})
         self.chat_renderer = chat_renderer
         self.why_no_chat = why_no_chat
-        # one for each set of markers that requests need; a server has one or two
+        # by the special tokens that a request keeps; a server has one or two such sets
         self._text_tables: dict[frozenset[int], list[bytes] | None] = {}
         self.bos_token_id, self.eos_token_id = (
             backend.token_to_id(self.special_tokens[name]) if name in self.special_tokens else None
@@ -84,12 +83,13 @@ class Tokenizer:
         `fd_dsa.chat.renderers.read_renderer` for chat templates. A broken one disables chat.
 
         Args:
-            chat_template: Jinja file instead of the folder's template.
+            path: folder of the model.
+            chat_template: Jinja file to use instead of the folder's template.
 
         Raises:
             ConfigError: a file is missing or cannot be parsed. The message names the file.
         """
-        # a server imports it while its engine starts
+        # imported late, because a server imports this module before its engine starts
         from fd_dsa.models.registry import FAMILIES
 
         folder = Path(path)
@@ -126,19 +126,19 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Number of tokens, added ones included."""
+        """Number of tokens, including added ones."""
         return self.backend.get_vocab_size(with_added_tokens=True)
 
     @cached_property
     def highest_token_id(self) -> int:
-        """Highest id of a token, added ones included; -1 where there is none."""
+        """Highest id of a token, including added ones. -1 without tokens."""
         if self.token_bytes is not None:
             return len(self.token_bytes) - 1
         return max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1)
 
     @property
     def has_chat_template(self) -> bool:
-        """True when `apply_chat_template` can be used."""
+        """True if `apply_chat_template` can be used."""
         return self.chat_renderer is not None
 
     def encode(
@@ -148,18 +148,18 @@ class Tokenizer:
         max_tokens: int | None = None,
         masked: str | None = None,
     ) -> list[int]:
-        """Token ids of a text; other threads run meanwhile, however long it is.
+        """Return the token ids of a text. Other threads run meanwhile.
 
         Args:
             text: any text; markers of control tokens in it become their ids.
-            add_special_tokens: apply the post-processor and add_bos_token.
-            max_tokens: most ids, but for the one of add_bos_token; None = any number.
-            masked: same as `fd_dsa.chat.control.RenderedPrompt.masked`: markers that are not in it
-                are text. Not with `add_special_tokens`.
+            add_special_tokens: True = apply the post-processor and add_bos_token.
+            max_tokens: maximum number of ids without the one of add_bos_token; None = unlimited.
+            masked: `fd_dsa.chat.control.RenderedPrompt.masked`; markers that are not in it are
+                text. It needs `add_special_tokens` False.
 
         Raises:
-            ValueError: the text holds a lone surrogate and is no valid Unicode; as
-                `TooManyTokens`, it has more tokens, and what is left of it was not read.
+            TooManyTokens: the text has more tokens. The rest of it is not read.
+            ValueError: the text has a lone surrogate, so it is no valid Unicode.
         """
         try:
             if masked is not None and masked != text:
@@ -178,10 +178,10 @@ class Tokenizer:
         return ids
 
     def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of short texts, without special tokens; one call for all of them.
+        """Return the token ids of several short texts in one call, without special tokens.
 
         Raises:
-            ValueError: a text holds a lone surrogate.
+            ValueError: a text has a lone surrogate.
         """
         try:
             encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
@@ -195,15 +195,15 @@ class Tokenizer:
         skip_special_tokens: bool = True,
         kept: frozenset[int] = frozenset(),
     ) -> str:
-        """Decode token ids; bytes that form no character become U+FFFD.
+        """Decode token ids. Bytes that form no character become U+FFFD.
 
-        An added token is its content. `tokenizers` sends the content through the decoder, which
-        changes characters that have another meaning in the vocabulary.
+        An added token decodes to its content. `tokenizers` sends the content through the decoder,
+        which changes characters that have another meaning in the vocabulary.
 
         Args:
-            token_ids: of the text.
-            skip_special_tokens: leave special tokens out.
-            kept: special tokens that stay nevertheless.
+            token_ids: ids of the text.
+            skip_special_tokens: True = leave special tokens out, except for `kept`.
+            kept: special tokens that stay in the text.
         """
         if skip_special_tokens and kept:
             left_out = self._special_ids - kept
@@ -213,13 +213,13 @@ class Tokenizer:
         if not self._changed_tokens.isdisjoint(ids):
             left_out = self._special_ids if skip_special_tokens else frozenset()
             return self._decode_pieces([i for i in ids if i not in left_out])
-        if len(ids) <= _FEW_IDS:
+        if len(ids) <= _MAX_IDS_WITH_GIL:
             return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
         (text,) = self.backend.decode_batch([ids], skip_special_tokens=skip_special_tokens)
         return text
 
     def decode_each(self, token_ids: Sequence[int]) -> list[str]:
-        """Text of each token alone, special tokens included."""
+        """Return the text of each single token, also of special tokens."""
         texts = {i: self._added_tokens[i].content for i in self._changed_tokens}
         distinct = list(set(token_ids) - self._changed_tokens)
         for begin in range(0, len(distinct), _DECODED_AT_ONCE):
@@ -244,7 +244,7 @@ class Tokenizer:
     def apply_chat_template(
         self, messages: Sequence[Mapping[str, object]], *args: Any, **kwargs: Any
     ) -> list[int]:
-        """Token ids of a conversation; the arguments are those of `render_chat`."""
+        """Return the token ids of a conversation. The arguments are those of `render_chat`."""
         prompt = self.render_chat(messages, *args, **kwargs)
         return self.encode(prompt.text, add_special_tokens=False, masked=prompt.masked)
 
@@ -260,13 +260,13 @@ class Tokenizer:
 
         Args:
             messages: dicts with "role" and "content".
-            add_generation_prompt: end with the start of an assistant message.
-            allow_special_tokens_in_text: markers in texts become control tokens too.
+            add_generation_prompt: True = end with the start of an assistant message.
+            allow_special_tokens_in_text: True = markers in texts become control tokens too.
             kwargs: `tools`, `continue_final_message`, and further variables of the template; see
                 `fd_dsa.chat.template.ChatTemplate.render`.
 
         Raises:
-            ValueError: there is no template that works, or the template refuses the messages.
+            ValueError: the folder has no valid template, or the template refuses the messages.
         """
         if self.chat_renderer is None:
             raise ValueError(f"{self.why_no_chat}; send a plain prompt instead of messages")
@@ -274,16 +274,16 @@ class Tokenizer:
         return render_prompt(self.chat_renderer, control, messages, add_generation_prompt, **kwargs)
 
     def special_ids_of(self, texts: Iterable[str]) -> dict[str, int]:
-        """Those of the texts which are special tokens, left out of decoded text, and their ids."""
+        """Return the texts that are special tokens, and their ids."""
         special = {t.content: i for i, t in self._added_tokens.items() if t.special}
         return {text: special[text] for text in texts if text in special}
 
     @cached_property
     def token_bytes(self) -> list[bytes] | None:
-        """Bytes of every token id, special tokens included.
+        """Bytes of every token id, also of special tokens. Ids without a token have no bytes.
 
-        None unless the decoder is byte-level: only there is a text the concatenation of its
-        tokens' bytes. Ids without a token are empty.
+        None if the decoder is not byte-level, because then a text is not the concatenation of the
+        bytes of its tokens.
         """
         if not _is_byte_level(self.backend.decoder):
             return None
@@ -291,7 +291,7 @@ class Tokenizer:
         return byte_table(self.backend.get_vocab(with_added_tokens=True), contents)
 
     def text_token_bytes(self, kept: frozenset[int] = frozenset()) -> list[bytes] | None:
-        """Like `token_bytes`, with nothing for special tokens but those in `kept`."""
+        """Return `token_bytes` without the bytes of special tokens that are not in `kept`."""
         if kept not in self._text_tables:
             table = None
             if self.token_bytes is not None:
@@ -303,12 +303,12 @@ class Tokenizer:
 
     @cached_property
     def control_tokens(self) -> ControlTokens:
-        """Added tokens that control the model."""
+        """Additions tokens that control the model."""
         return ControlTokens(self.backend)
 
     @cached_property
     def _added_tokens(self) -> dict[int, tokenizers.AddedToken]:
-        """Tokens beside the vocabulary, by id."""
+        """Additions tokens by id."""
         return self.backend.get_added_tokens_decoder()
 
     @cached_property
@@ -316,7 +316,7 @@ class Tokenizer:
         """Ids of the added tokens that the decoder of `tokenizers` changes."""
         changed = set()
         for token_id, token in self._added_tokens.items():
-            # at the beginning and after a token
+            # at the beginning of a text and after a token
             text = self.backend.decode([token_id] * 2, skip_special_tokens=False)
             if text not in (token.content * 2, f"{token.content} {token.content}"):
                 changed.add(token_id)
@@ -324,33 +324,32 @@ class Tokenizer:
 
     @cached_property
     def _longest_added_token(self) -> int:
-        """Characters of the longest token beside the vocabulary, 0 without one."""
+        """Length of the longest added token, characters. 0 without added tokens."""
         return max((len(token.content) for token in self._added_tokens.values()), default=0)
 
     @cached_property
     def _special_ids(self) -> frozenset[int]:
-        """Ids that decoded text leaves out."""
+        """Ids of the special tokens."""
         return frozenset(i for i, token in self._added_tokens.items() if token.special)
 
     def shown_special_ids(self, skip_special_tokens: bool, kept: frozenset[int]) -> frozenset[int]:
-        """Ids of the special tokens that a text decoded with these settings contains."""
+        """Return ids of the special tokens that stay in a text decoded with these settings."""
         return self._special_ids & kept if skip_special_tokens else self._special_ids
 
     def pieces(self, shown: frozenset[int]) -> list[bytes]:
-        """Bytes that each token id adds to a text.
+        """Return the bytes that each token id adds to a text.
 
         Args:
-            shown: special tokens that the text contains; the other special tokens add nothing.
+            shown: special tokens that stay in the text. The other special tokens add no bytes.
 
         Raises:
-            ValueError: the decoder changes tokens by their neighbours, so that a token has no
-                bytes of its own.
+            ValueError: the text of a token depends on its neighbours, so it has no fixed bytes.
         """
         table = self.text_token_bytes(shown)
         if table is not None:
             return table.copy()
         pieces = [self.piece_bytes(token_id) for token_id in range(self.highest_token_id + 1)]
-        # a byte of a longer character has no text of its own
+        # leave out bytes of longer characters, because one byte decodes to no text
         ordinary = [
             i
             for i, piece in enumerate(pieces)
@@ -358,7 +357,7 @@ class Tokenizer:
         ]
         some = ordinary[:: len(ordinary) // _COMPARED_TOKENS + 1]
         joined = b"".join([pieces[token_id] for token_id in some]).decode(errors="replace")
-        # a text may lose the space that it begins with
+        # the decoder may drop a space at the beginning of a text
         if joined.strip() != self.decode(some).strip():
             raise ValueError(
                 "the decoder of tokenizer.json writes a token by its neighbours, so that no token "
@@ -369,11 +368,11 @@ class Tokenizer:
         return pieces
 
     def piece_bytes(self, token_id: int) -> bytes:
-        """Bytes of a token by itself, special tokens included.
+        """Return the bytes of a single token, also of a special token.
 
-        Empty for an id without a token. Where the decoder is not byte-level, what a token stands
-        for may depend on its neighbours; then it is the token as it is written in the vocabulary,
-        with its word mark as a space. An added token is its content.
+        An id without a token has no bytes, and an added token has those of its content. If the
+        decoder is not byte-level, the text of a token may depend on its neighbours. The bytes are
+        then those of the token in the vocabulary, with a space for its word mark.
         """
         table = self.token_bytes
         if table is not None:
@@ -386,7 +385,7 @@ class Tokenizer:
 
 
 def _is_byte_level(decoder: Decoder | None) -> bool:
-    """Whether a decoder maps the characters of tokens to bytes and does nothing else."""
+    """Return True if a decoder only maps the characters of tokens to bytes."""
     if decoder is None:
         return False
     state = json.loads(decoder.__getstate__())
@@ -395,5 +394,5 @@ def _is_byte_level(decoder: Decoder | None) -> bool:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    """Object of a JSON file, empty when the file does not exist."""
+    """Return the object of a JSON file, empty if the file does not exist."""
     return read_json_object(file) if file.is_file() else {}

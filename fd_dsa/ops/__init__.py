@@ -1,7 +1,8 @@
-"""Operators of DeepSeek Sparse Attention on Paddle tensors, on a CPU or a GPU; docs/operators.md.
+"""Operators of DeepSeek Sparse Attention on Paddle tensors, on a CPU or a GPU.
 
-Each name of `__all__` is a function that checks its inputs and calls the provider that the table of
-`fd_dsa.ops.providers` names. They are loaded on first use: importing this needs no Paddle.
+The functions of `__all__` check their arguments and call a provider, which
+`fd_dsa.ops.providers` selects. A function's module is imported when the function is first used,
+so that an import of this package works without Paddle. The page is docs/operators.md.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-# name -> module and name there
+# public name -> module, name in the module
 _FUNCTIONS = {
     "step_metadata": ("metadata", "step_metadata"),
     "position_ids": ("positions", "position_ids"),
@@ -25,7 +26,7 @@ __all__ = list(_FUNCTIONS)
 
 
 def __getattr__(name: str) -> Any:
-    """An operator, whose module is loaded by the first use."""
+    """Return an operator and import its module on first use."""
     if name not in _FUNCTIONS:
         raise AttributeError(f"module 'fd_dsa.ops' has no attribute {name!r}")
     module, attribute = _FUNCTIONS[name]

@@ -1,4 +1,4 @@
-"""Zero-copy crossing between Paddle CPU tensors and NumPy, and scratch memory that is kept."""
+"""Arrays of operators: views across NumPy and Paddle, checks, new memory, reused memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fd_dsa.tensor import Array, Tensor
 
 
 def as_numpy(array: Array) -> np.ndarray:
-    """NumPy view of a NumPy array or a Paddle CPU tensor; writes go to the same memory."""
+    """Return a NumPy view of an array or a Paddle CPU tensor. Writes reach the same memory."""
     if isinstance(array, np.ndarray):
         return array
     view = np.from_dlpack(array)  # type: ignore[arg-type]  # Paddle's method takes no arguments
@@ -28,17 +28,17 @@ def as_numpy(array: Array) -> np.ndarray:
     # with NumPy before 2.2.5, or Paddle before 3.3, views of tensors are read-only
     address, _ = view.__array_interface__["data"]
     interface = view.__array_interface__ | {"data": (address, False)}
-    # NumPy keeps the object that it had the interface from, and so the tensor
+    # NumPy keeps a reference to this object, which keeps the tensor alive
     return np.asarray(SimpleNamespace(__array_interface__=interface, view=view))
 
 
 def on_device(array: Array) -> TypeGuard[Tensor]:
-    """True for a tensor in device memory, False for NumPy arrays and Paddle CPU tensors."""
+    """Return True for a tensor in device memory, False for arrays and Paddle CPU tensors."""
     return not isinstance(array, np.ndarray) and not array.place.is_cpu_place()
 
 
 def allocator_beside(tensor: Tensor) -> Callable[[tuple[int, ...], str], Tensor]:
-    """Makes Paddle tensors, uninitialised, where a Paddle tensor is."""
+    """Return an allocator of uninitialised Paddle tensors on the device of a tensor."""
     import paddle
 
     place = tensor.place
@@ -46,22 +46,27 @@ def allocator_beside(tensor: Tensor) -> Callable[[tuple[int, ...], str], Tensor]
 
 
 def readable(tensor: Tensor) -> Array:
-    """What the operators read of a parameter: a NumPy view on a CPU, on a device the tensor."""
+    """Return a parameter as operators read it: a NumPy view on a CPU, the tensor on a device."""
     tensor = tensor.detach()
     return tensor if on_device(tensor) else as_numpy(tensor)
 
 
 def matmul(x: Tensor, y: Tensor, *, transpose_y: bool = False) -> Tensor:
-    """Product of two Paddle tensors; Paddle is imported by the first one."""
+    """Multiply two Paddle tensors. The first call imports Paddle."""
     import paddle
 
     return paddle.matmul(x, y, transpose_y=transpose_y)
 
 
+def values_of(x: Any) -> Any:
+    """Return the values of activations, without the FP8 form that a norm on a device adds."""
+    return getattr(x, "plain", x)
+
+
 def check_shape(
     operator: str, argument: str, value: object, allowed: tuple[int | None, ...]
 ) -> None:
-    """Raise ShapeError unless `value` is an array whose shape fits `allowed` (None = any)."""
+    """Raise ShapeError unless `value` is an array of the shape `allowed` (None = any extent)."""
     shape = getattr(value, "shape", None)
     if shape is not None and len(shape) == len(allowed):
         for extent, expected in zip(shape, allowed, strict=True):
@@ -81,7 +86,7 @@ def _kind_of(value: object) -> str:
 
 
 CACHE_DTYPES = ("float32", "bfloat16", "int16", "uint8")
-"""Names of the dtypes of caches."""
+"""Names of the dtypes that a cache may have."""
 
 
 def cache_format(cache: Array) -> CacheFormat:
@@ -91,7 +96,10 @@ def cache_format(cache: Array) -> CacheFormat:
 
 @cache
 def dtype_name(dtype: object) -> str:
-    """Name of a dtype without its package; making it takes longer than a small sum."""
+    """Return the name of a dtype without its package.
+
+    The names are cached, because making one takes longer than a small sum.
+    """
     return str(dtype).rpartition(".")[2]
 
 
@@ -114,7 +122,7 @@ def check_array(
     shape: tuple[int | None, ...],
     dtypes: tuple[str, ...],
 ) -> None:
-    """`check_shape` and `check_dtype` of one argument; a microsecond."""
+    """Check the shape and the dtype of one argument, in about a microsecond."""
     check_shape(operator, argument, value, shape)
     check_dtype(operator, argument, value, dtypes)
 
@@ -122,10 +130,16 @@ def check_array(
 def check_rope(
     operator: str, position_ids: Array | None, cos_sin_cache: Array, num_tokens: int, width: int
 ) -> None:
-    """Refuse a table of cos and sin without a row a token, or whose pairs are wider than `width`.
+    """Check a table of cos and sin and the positions that select its rows.
 
     Args:
-        position_ids: rows of the table, int64 [num_tokens]; None = row t belongs to token t.
+        position_ids: int64 [num_tokens], rows of the table; None = row t belongs to token t.
+        cos_sin_cache: float32 [num_positions or num_tokens, rope_dim].
+        num_tokens: tokens of the step.
+        width: values of a row that is rotated, at least rope_dim.
+
+    Raises:
+        ShapeError, DtypeError: an argument is not as above.
     """
     rows = num_tokens if position_ids is None else None
     if position_ids is not None:
@@ -133,7 +147,7 @@ def check_rope(
     check_array(operator, "cos_sin_cache", cos_sin_cache, (rows, None), ("float32",))
     num_rows, rope_dim = cos_sin_cache.shape
     if rows is None and num_rows == 0:
-        raise ShapeError(f"{operator}: cos_sin_cache has no row, allowed is one a position")
+        raise ShapeError(f"{operator}: cos_sin_cache is empty, allowed is a row for each position")
     if rope_dim % 2 or not 0 < rope_dim <= width:
         raise ShapeError(
             f"{operator}: cos_sin_cache has rows of {rope_dim} values, allowed are even numbers "
@@ -142,7 +156,7 @@ def check_rope(
 
 
 def outer_strides(operator: str, argument: str, tensor: Tensor) -> list[int]:
-    """Values from one entry to the next along each axis of a device's tensor but the last.
+    """Return the strides of a device tensor, in values, for all axes except the last.
 
     Raises:
         ShapeError: the values of the last axis are not contiguous.
@@ -157,7 +171,7 @@ def outer_strides(operator: str, argument: str, tensor: Tensor) -> list[int]:
 
 
 def check_values(operator: str, argument: str, values: np.ndarray, low: int, stop: int) -> None:
-    """Raise ValueError unless all `values` are in [low, stop); reads every value."""
+    """Raise ValueError unless all `values` are in [low, stop). The check reads every value."""
     if values.size == 0 or (values.min() >= low and values.max() < stop):
         return
     place = tuple(int(i) for i in np.argwhere((values < low) | (values >= stop))[0])
@@ -168,7 +182,7 @@ def check_values(operator: str, argument: str, values: np.ndarray, low: int, sto
 
 
 def check_writable(operator: str, argument: str, value: Array) -> None:
-    """Raise ValueError if `value`, a CPU tensor or a NumPy array, may not be written to."""
+    """Raise ValueError if `value`, a CPU tensor or a NumPy array, is read-only."""
     if not as_numpy(value).flags.writeable:
         raise ValueError(f"{operator}: {argument} is read-only, allowed is a writable array")
 
@@ -181,15 +195,17 @@ def result(
     dtype: str,
     fill: float | None = None,
 ) -> Array:
-    """Where an operator writes: `out` if there is one, checked, else new memory.
+    """Return the memory of an operator's result: `out` after a check, or a new array.
 
     Args:
-        beside: an argument of the operator; new memory is of its kind, and where it is.
-        shape: of the result; with `fill` the last extent of an `out` may be larger.
-        fill: what new memory holds; None = anything.
+        out: memory that the caller gives; None allocates.
+        beside: an argument of the operator, whose library and place a new array gets.
+        shape: shape of the result. If `fill` is given, the last extent of `out` may be larger.
+        dtype: dtype of the result.
+        fill: value of all elements of a new array; None = uninitialised.
 
     Raises:
-        ShapeError, DtypeError, ValueError: `out` has another shape or dtype, gaps between its
+        ShapeError, DtypeError, ValueError: `out` has another shape or dtype, has gaps between its
             values, or is read-only.
     """
     if out is None:
@@ -214,12 +230,12 @@ def result(
 
 
 _STAGED_SHAPES = 1024
-# larger operands are not copied: 256 KiB
+# 256 KiB; larger operands are not copied
 _STAGED_VALUES = 1 << 16
 
 
 class _Stage(threading.local):
-    """A thread's memory for operands of GEMMs, and arrays and tensors that are views of it."""
+    """Memory of one thread for operands of GEMMs, with an array and a tensor for each shape."""
 
     def __init__(self) -> None:
         self.buffer = np.empty(_STAGED_VALUES, np.float32)
@@ -230,11 +246,10 @@ _stage = _Stage()
 
 
 def staged(x: np.ndarray) -> Tensor:
-    """A tensor with the values of `x`, good for one GEMM.
+    """Return a tensor with the values of `x`, valid until the thread calls this again.
 
-    Making a tensor costs more than a small GEMM, copying a few rows does not: the values go
-    to memory that has its tensor already. The tensor is overwritten by the next call of the
-    thread, so it must be consumed at once.
+    A new tensor costs more than a small GEMM, and a copy of a few rows costs less. So the values
+    are copied to memory that already has a tensor.
     """
     if x.size > _STAGED_VALUES:
         return as_tensor(np.ascontiguousarray(x))
@@ -250,9 +265,9 @@ def staged(x: np.ndarray) -> Tensor:
 
 
 class Scratch:
-    """Named buffers that grow and are then reused, so a step allocates none.
+    """Named buffers that are reused by every step and grow as needed.
 
-    Fresh memory of that size costs more in page faults than the arithmetic done in it.
+    Page faults of new memory of this size cost more than the arithmetic on it.
     """
 
     def __init__(self) -> None:
@@ -261,7 +276,7 @@ class Scratch:
     def take(
         self, name: str, shape: tuple[int, ...], dtype: npt.DTypeLike = np.float32
     ) -> np.ndarray:
-        """Uninitialised C-contiguous array of `shape`; valid until the same name is taken again."""
+        """Return an uninitialised C-contiguous array, valid until the name is taken again."""
         size, key = math.prod(shape), (name, dtype)
         buffer = self._buffers.get(key)
         if buffer is None or buffer.size < size:

@@ -1,7 +1,7 @@
-"""Cases of the operators that write and read caches; see `probes.py`.
+"""Self-checks of the operators that write and read caches, see `probes.py`.
 
-Scores and attention are sums whose order a device chooses, so they are compared with their
-definition in float64; written caches, queries and dequantized keys have the CPU's bytes.
+Scores and attention are sums in an order that the device chooses. So they are compared with their
+definition in float64. Written caches, queries and dequantized keys must have the CPU's bytes.
 """
 
 from __future__ import annotations
@@ -31,42 +31,42 @@ _BLOCK, _BLOCKS, _HEADS = 64, 6, 4
 _WIDTH, _RANK, _ROPE, _TILE = INDEX_WIDTH, LATENT_WIDTH, ROPE_WIDTH, TILE_WIDTH
 _SLOTS = np.array([70, 0, -1, 127, 5], np.int64)
 _POSITIONS = np.array([0, 3, 7, 15, 1], np.int64)
-# three tokens of a prompt after a prefix, one of a decode row, a padded one
+# three tokens of a prompt after a prefix, one of a decode row, one of padding
 _STEP = [3, 0], [66, 70], [3, 1]
 _TOKENS = (0, 66), (0, 67), (0, 68), (1, 70), (-1, 0)
 _LONGEST, _SCALE = 71, 0.05
 
 
 def _angles(rng: np.random.Generator) -> np.ndarray:
-    """float32 [16, 64]: cos and sin of random angles."""
+    """Return cos and sin of random angles, float32 [16, 64]."""
     angle = rng.uniform(0, 6, (16, _ROPE // 2))
     return np.concatenate([np.cos(angle), np.sin(angle)], axis=1).astype(np.float32)
 
 
 def _codes(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    """uint8: random e4m3 numbers."""
+    """Return codes of random e4m3 numbers, uint8, without NaN."""
     codes = rng.integers(0, 256, shape, np.uint8)
     return np.where(codes & 0x7F == 0x7F, np.uint8(0), codes)
 
 
 def _floats(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    """float32: random numbers that bfloat16 holds."""
+    """Return random float32 numbers that bfloat16 represents exactly."""
     bits = rng.normal(0, 1, shape).astype(np.float32).view(np.uint32) & 0xFFFF0000
     return bits.view(np.float32)
 
 
 def _bfloat16(values: np.ndarray) -> np.ndarray:
-    """int16 bits of float32 values that bfloat16 holds."""
+    """Return the int16 bits of float32 values that bfloat16 represents exactly."""
     return (np.ascontiguousarray(values).view(np.uint32) >> 16).astype(np.uint16).view(np.int16)
 
 
 def _stored(keys: np.ndarray, form: str) -> np.ndarray:
-    """Keys as a float32 or bfloat16 cache holds them."""
+    """Return keys as a float32 or bfloat16 cache stores them."""
     return keys if form == "float32" else _bfloat16(keys)
 
 
 def _latent_cache(rng: np.random.Generator, form: str) -> tuple[np.ndarray, np.ndarray]:
-    """A cache of latents, a row a slot, and the keys; float64 [num_slots, width]."""
+    """Return a latent cache with one row for each slot, and its keys as float64."""
     num_slots = _BLOCKS * _BLOCK
     keys = _floats(rng, (num_slots, _RANK + _ROPE))
     if form != "fp8_ds_mla":
@@ -80,7 +80,7 @@ def _latent_cache(rng: np.random.Generator, form: str) -> tuple[np.ndarray, np.n
 
 
 def _index_cache(rng: np.random.Generator, form: str) -> tuple[np.ndarray, np.ndarray]:
-    """A cache of index keys, and the keys; float64 [num_slots, width]."""
+    """Return an indexer cache, and its keys as float64 [num_slots, width]."""
     shape = (_BLOCKS, _BLOCK, _WIDTH)
     if form != "fp8_ds_mla":
         keys = _floats(rng, shape)
@@ -94,7 +94,7 @@ def _index_cache(rng: np.random.Generator, form: str) -> tuple[np.ndarray, np.nd
 
 
 def _rotated(x: np.ndarray, cos: np.ndarray, sin: np.ndarray, interleaved: bool) -> np.ndarray:
-    """RoPE of the first values: neighbours are a pair, or the first half with the second."""
+    """Rotate the first values, in pairs of neighbours or of both halves."""
     x, rest = x[..., :_ROPE].astype(np.float64), x[..., _ROPE:]
     first, second = (x[..., ::2], x[..., 1::2]) if interleaved else np.split(x, 2, axis=-1)
     pair = first * cos - second * sin, second * cos + first * sin
@@ -103,23 +103,24 @@ def _rotated(x: np.ndarray, cos: np.ndarray, sin: np.ndarray, interleaved: bool)
 
 
 def _require_e4m3(codes: np.ndarray, scales: np.ndarray, expected: np.ndarray) -> None:
-    """Codes times their scale are within one rounding of the values that they stand for."""
+    """Raise CheckFailed unless codes times scales are within one rounding of `expected`."""
     values = E4M3_VALUES[codes].astype(np.float64) * scales[..., None]
-    # half a step of a normal number, or of a subnormal one, and the rounding of the norms
+    # half a step of a normal or of a subnormal number, and the rounding of the norms
     allowed = 2.0**-4 * abs(expected) + 2.0**-10 * scales[..., None] + 1e-5
     off = abs(values - expected)
     require(off <= allowed, f"e4m3 values are off by {off.max()}")
 
 
 def _drawn(rng: np.random.Generator, *shapes: tuple[int, ...]) -> list[np.ndarray]:
-    """float32: normal numbers around 0."""
+    """Return arrays of normal random numbers, float32."""
     return [rng.normal(0, 2, shape).astype(np.float32) for shape in shapes]
 
 
 def _cache_write(call: Call, memory: Memory) -> Iterator[Outputs]:
-    """Five tokens, one without a slot, into fp8_ds_mla caches of two blocks.
+    """Write five tokens, one of them without a slot, to fp8_ds_mla caches of two blocks.
 
-    Every record is within one step of e4m3 or bfloat16 of its definition; no other changed.
+    Written records must be within one step of e4m3 or bfloat16 of their definition. Other records
+    must keep their bytes.
     """
     rng = np.random.default_rng(2)
     kv_a, index_k, *norms = _drawn(rng, (5, _RANK + _ROPE), (5, _WIDTH), (_RANK,), *2 * [(_WIDTH,)])
@@ -161,9 +162,9 @@ def _cache_write(call: Call, memory: Memory) -> Iterator[Outputs]:
 
 
 def _indexer_query(call: Call, memory: Memory) -> Iterator[Outputs]:
-    """Three tokens of four heads, quantised.
+    """Quantise three tokens of four heads.
 
-    Codes times a power of two are the rotated queries; the weights hold that power.
+    The rotated queries must be codes times a power of two, which is folded into the weights.
     """
     rng = np.random.default_rng(3)
     (q, weights), cos_sin = _drawn(rng, (3, _HEADS, _WIDTH), (3, _HEADS)), _angles(rng)
@@ -179,9 +180,10 @@ def _indexer_query(call: Call, memory: Memory) -> Iterator[Outputs]:
 
 
 def _mla_query(call: Call, memory: Memory) -> Iterator[Outputs]:
-    """Three tokens of four heads, the rotated part a slice of wider heads.
+    """Make the queries of three tokens of four heads. The rotated part is a slice of wider heads.
 
-    The latent part as it came, then neighbouring values turned by their position's angle.
+    The latent part must be unchanged. Neighbours of the other part are rotated by the angle of
+    their position.
     """
     rng = np.random.default_rng(9)
     latent, heads = _drawn(rng, (3, _HEADS, _RANK), (3, _HEADS, 2 * _ROPE))
@@ -200,9 +202,10 @@ def _mla_query(call: Call, memory: Memory) -> Iterator[Outputs]:
 def _logits(
     formats: tuple[str, ...], tolerance: float, call: Call, memory: Memory
 ) -> Iterator[Outputs]:
-    """Scores of five tokens over caches of some formats.
+    """Score five tokens over caches of some formats.
 
-    Every score in a token's window is the weighted sum over heads; nothing else is written.
+    Scores in a token's window must be the weighted sums over heads. Other scores must keep their
+    bytes.
     """
     rng = np.random.default_rng(6)
     tables = rng.permutation(_BLOCKS).astype(np.int32).reshape(2, 3)
@@ -233,16 +236,21 @@ def _logits(
 
 
 def logits_case(formats: tuple[str, ...] = FORMATS, tolerance: float = 1e-5) -> Case:
-    """Scores over caches of some formats, within a part of the sum of their terms."""
+    """Make a case of scores.
+
+    Args:
+        formats: formats of the caches.
+        tolerance: allowed difference, as a fraction of the sum of the magnitudes of all terms.
+    """
     return Case(partial(_logits, formats, tolerance), same_bytes=False)
 
 
 def _mla(
     limits: dict[str, float], heads: int, bfloat16: bool, call: Call, memory: Memory
 ) -> Iterator[Outputs]:
-    """Attention of tokens that see 150, 1, no and 17 keys, over caches of some formats.
+    """Attend for tokens that see 150, 1, no and 17 keys, over caches of some formats.
 
-    The mean of the selected latents, weighted by the softmax of their scores.
+    The expected result is the mean of the selected latents, weighted by the softmax of the scores.
     """
     rng = np.random.default_rng(7)
     q = _floats(rng, (4, heads, _RANK + _ROPE))
@@ -272,17 +280,19 @@ def _mla(
 
 
 def mla_case(tolerance: dict[str, float] | None = None, heads: int = 3) -> Case:
-    """Attention by float32 arithmetic; with a tolerance by tensor cores, from bfloat16 queries.
+    """Make a case of attention, on tensor cores with bfloat16 queries if there is a tolerance.
 
     Args:
-        tolerance: format of the cache -> part of the largest result.
+        tolerance: format of the cache -> allowed difference, as a fraction of the largest result;
+            None = that of float32 arithmetic, for all formats.
+        heads: number of heads.
     """
     limits = tolerance or dict.fromkeys(FORMATS, 1e-5)
     return Case(partial(_mla, limits, heads, tolerance is not None), same_bytes=False)
 
 
 def _dequantize(call: Call, memory: Memory) -> Iterator[Outputs]:
-    """Keys of some slots, one of them twice: code times scale, and the stored numbers otherwise."""
+    """Dequantize keys of some slots, one of them twice."""
     rng, out, known = np.random.default_rng(4), {}, {}
     slots = np.array([70, 0, 383, 5, 70], np.int64)
     for form in FORMATS:
@@ -305,9 +315,9 @@ CASES: dict[str, Case] = {
     "dequantize": Case(_dequantize),
 }
 TENSOR_CORE_TOLERANCE = {"fp8_ds_mla": 4e-3, "bfloat16": 2e-2}
-"""Of attention, as a part of a token's largest result; weights have 8 to 11 bits."""
-# GEMMs on tensor cores have other widths, and take no float32; 20 heads: over records by one
-# kernel of custom_ops/, over bfloat16 latents by the other
+"""Format of the cache -> allowed difference of attention, because weights have 8 to 11 bits."""
+# GEMMs on tensor cores have other widths and do not support float32. 20 heads select one kernel of
+# custom_ops/ over records, and the other one over bfloat16 latents
 TENSOR_CORE_CASES = {
     "indexer_logits": logits_case(("fp8_ds_mla",), 2e-4),
     "sparse_mla": mla_case(TENSOR_CORE_TOLERANCE, 20),

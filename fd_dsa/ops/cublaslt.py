@@ -1,9 +1,9 @@
 """GEMMs by cuBLASLt through ctypes: bfloat16 to float32, and FP8 with block scales on Hopper.
 
-Paddle's `matmul` rounds results of bfloat16 operands to bfloat16 and knows no block scales.
+Paddle's `matmul` rounds results of bfloat16 operands to bfloat16, and supports no block scales.
 
-cuBLASLt's matrices are column-major, so it reads a [rows, columns] tensor as its transpose. Here
-out = x @ weight^T is computed as out^T = weight @ x^T: what it calls A is the weight, B is x.
+Matrices of cuBLASLt are column-major, so it reads a [rows, columns] tensor as the transpose. Here
+out = x @ weight^T is computed as out^T = weight @ x^T. So its operand A is the weight, and B is x.
 
 Source: NVIDIA, cuBLAS documentation, "Using the cuBLASLt API"; scales as in "128-element 1D and
 128x128 2D Block Scaling for FP8 Data Types".
@@ -25,19 +25,19 @@ from fd_dsa.ops.cublaslt_library import Functions, library
 from fd_dsa.tensor import Tensor
 from fd_dsa.triton_runtime.device_api import DeviceApi, api_for_type
 
-_ALIGNMENT, _WORKSPACE_BYTES = 16, 32 << 20
-# values along K that have one scale
-_MOST_ALGORITHMS, _GROUP = 8, 128
+_ALIGNMENT, _WORKSPACE_BYTES, _MAX_ALGORITHMS = 16, 32 << 20, 8
+# inputs that share a scale
+_GROUP = 128
 
 # values of the enumerations in library_types.h, cublas_api.h and cublasLt.h
 _FLOAT32, _BFLOAT16, _FP8 = 0, 14, 28
 _COMPUTE_32F = 68
 _TRANSPOSE_A, _A_SCALE_MODE, _B_SCALE_MODE = 3, 31, 32
-# where scales of x, which is B, and of the weight are
+# attributes of the addresses of the scales of x (B) and of the weight (A)
 _SCALES = 18, 17
 _BLOCKS_OF_128, _VECTORS_OF_128 = 5, 4
 _MAX_WORKSPACE, _REDUCTION_MASK, _MIN_ALIGNMENTS = 1, 3, (5, 6, 7, 8)
-# parts of a sum are stored in float32 and added by a step after them; the other schemes add in the
+# partial sums are stored in float32 and added in a step of their own; the other schemes add in the
 # order in which blocks finish, or round the parts to the type of the result
 _REDUCE_IN_WORKSPACE = 2
 
@@ -49,7 +49,7 @@ _ONE, _ZERO = map(ctypes.byref, _FACTORS)
 
 
 class _Algorithm(ctypes.Structure):
-    """cublasLtMatmulHeuristicResult_t; the algorithm is at its beginning."""
+    """Structure cublasLtMatmulHeuristicResult_t, which begins with the algorithm."""
 
     _fields_ = (
         ("algorithm", ctypes.c_uint64 * 8),
@@ -61,12 +61,19 @@ class _Algorithm(ctypes.Structure):
 
 
 def padded_rows(num_tokens: int) -> int:
-    """Rows of the arrays of `Cublaslt.fp8_linear` for some tokens: a multiple of 4, at least 8."""
+    """Return the rows of `Cublaslt.fp8_linear` for some tokens: a multiple of 4, at least 8."""
     return max(8, -(-num_tokens // 4) * 4)
 
 
 class Gemm(NamedTuple):
-    """What a plan is made for."""
+    """Shape and kind of a GEMM.
+
+    Attributes:
+        rows: rows of x and of the result.
+        inputs: columns of x and of the weight.
+        outputs: rows of the weight.
+        is_fp8: True for block-scaled FP8, False for bfloat16.
+    """
 
     rows: int
     inputs: int
@@ -79,15 +86,15 @@ class Gemm(NamedTuple):
 
 
 class _Plan(NamedTuple):
-    """All arguments of cublasLtMatmul but the stream, for GEMMs of one shape.
+    """Arguments of cublasLtMatmul for GEMMs of one shape, without the stream.
 
     Attributes:
-        gemm: the shape.
-        places: addresses of weight, x, out, workspace, and scales of x and weight, which are
-            written before each launch.
-        pointers: what sets those of scales in cuBLASLt's description of the GEMM, which all plans
-            of the same operands share; a launch reads it at once.
-        arguments: with pointers to the places.
+        gemm: shape and kind.
+        places: addresses of weight, x, out, workspace, and the scales of x and of the weight.
+            Each launch writes them first.
+        pointers: arguments of the calls that set the addresses of scales in the operation
+            descriptor. All plans of a kind share the descriptor, and a launch reads it at once.
+        arguments: arguments with pointers to the places.
     """
 
     gemm: Gemm
@@ -97,14 +104,20 @@ class _Plan(NamedTuple):
 
 
 class Cublaslt:
-    """cuBLASLt on one device, by the C functions of its `library`; one thread at a time.
+    """GEMMs of cuBLASLt on one device, for one thread at a time.
 
-    The first GEMM of a shape makes its plan, and the first on a stream the stream's workspace of
-    32 MiB. All others only launch, on the current stream of the tensors' library, and can be
-    captured in a CUDA graph. Sums have a fixed order. Addresses are multiples of 16 bytes.
+    The first GEMM of a shape makes its plan. The first GEMM on a stream allocates the stream's
+    workspace of 32 MiB. Other GEMMs only launch, on the current stream of the tensors' library, and
+    can be captured in a CUDA graph. Sums have a fixed order. Addresses are multiples of 16 bytes.
 
-    A GEMM raises ShapeError, DtypeError or LaunchError for arguments that do not fit, DeviceError
-    where cuBLASLt refuses, or a plan or workspace is missing inside a capture.
+    A GEMM raises ShapeError, DtypeError or LaunchError for arguments that do not fit. It raises
+    DeviceError if cuBLASLt fails, or if a plan or workspace is missing in a capture.
+
+    Args:
+        api: interface of the tensors' library.
+        device: number of the device.
+        allocate: allocator of tensors on the device.
+        library: cuBLASLt's C functions.
     """
 
     def __init__(
@@ -127,7 +140,7 @@ class Cublaslt:
             self._functions.set(_SET_PREFERENCE, self._preference, attribute, value)
 
     def linear(self, x: Tensor, weight: Tensor, out: Tensor) -> None:
-        """out = x @ weight^T with float32 sums; all contiguous.
+        """Set out = x @ weight^T with float32 sums. All tensors are contiguous.
 
         Args:
             x: bfloat16 [rows, inputs].
@@ -140,11 +153,11 @@ class Cublaslt:
     def fp8_linear(
         self, codes_x: Tensor, scales_x: Tensor, codes_w: Tensor, scales_w: Tensor, out: Tensor
     ) -> None:
-        """out = x @ weight^T of FP8 e4m3 codes with a scale each 128 inputs, and float32 sums.
+        """Set out = x @ weight^T of e4m3 codes, with a scale for each 128 inputs and float32 sums.
 
-        cuBLASLt takes the number of rows for the step of `scales_x`, and has no such GEMM for
-        fewer than 8. So the arrays of tokens have `padded_rows(num_tokens)` rows. Those past the
-        tokens may hold anything, which changes the same rows of `out` alone. All are contiguous.
+        cuBLASLt uses the number of rows as the stride of `scales_x`, and needs at least 8 rows. So
+        the arrays of tokens have `padded_rows(num_tokens)` rows. Rows past the tokens may have any
+        values, and affect only the same rows of `out`. All tensors are contiguous.
 
         Args:
             codes_x: uint8 [rows, inputs], inputs a multiple of 512.
@@ -156,12 +169,12 @@ class Cublaslt:
         self._run(codes_x, codes_w, out, scales_x, scales_w)
 
     def _run(self, x: Tensor, weight: Tensor, out: Tensor, *scales: Tensor) -> None:
-        """Queue a GEMM; scales of x and of the weight make it an FP8 one."""
+        """Enqueue a GEMM, which is an FP8 GEMM if there are scales of x and of the weight."""
         plan = self._plan(x, weight, out, *scales)
         stream = self._transfers.stream()
         workspace = self._workspaces.get(stream.value)
         if workspace is None:
-            # work on another stream may overlap with that on this one
+            # a workspace for each stream, because streams may overlap
             self._refuse_capture("a workspace")
             workspace = self._allocate((_WORKSPACE_BYTES,), "uint8")
             self._workspaces[stream.value] = workspace
@@ -172,15 +185,15 @@ class Cublaslt:
         for place, address in zip(plan.places, addresses, strict=False):
             place.value = address
         for pointer in plan.pointers:
-            # called twice a GEMM, and needs no context
+            # a direct call, because it needs no context and each GEMM makes two
             status = self._set_pointer(*pointer)
             if status:
                 raise self._functions.error(status, plan.gemm, _SET_OPERATION)
         self._functions.call(plan.gemm, "cublasLtMatmul", *plan.arguments, stream)
 
     def _plan(self, x: Tensor, weight: Tensor, out: Tensor, *scales: Tensor) -> _Plan:
-        """The plan for these arguments, which are checked when it is made."""
-        # dtypes by identity: to hash one of Paddle's takes as long as all the rest
+        """Return the plan for these arguments, which are checked when the plan is made."""
+        # dtypes by identity, because the hash of a Paddle dtype takes as long as all the rest
         key = (
             *(*x.shape, *x.stride(), id(x.dtype), *weight.shape, *weight.stride()),
             *(id(weight.dtype), *out.shape, *out.stride(), id(out.dtype)),
@@ -195,7 +208,7 @@ class Cublaslt:
         return plan
 
     def _check_device(self, gemm: Gemm, *tensors: Tensor) -> None:
-        """Refuse tensors that are elsewhere: cuBLASLt would read their addresses here."""
+        """Raise LaunchError for a tensor on another device, because cuBLASLt checks no address."""
         for device in map(self._api.device_of, tensors):
             if device != self._device:
                 raise LaunchError(
@@ -203,11 +216,11 @@ class Cublaslt:
                 )
 
     def _new_plan(self, gemm: Gemm) -> _Plan:
-        """Layouts, and the algorithm that cuBLASLt chooses."""
+        """Make the layouts, and let cuBLASLt select the algorithm."""
         self._refuse_capture(f"a plan for {gemm}")
         operation = self._operation(gemm.is_fp8)
         operand, result = (_FP8, _BFLOAT16) if gemm.is_fp8 else (_BFLOAT16, _FLOAT32)
-        # rows follow each other without a gap
+        # rows without gaps
         layouts = [
             self._functions.made(
                 *("cublasLtMatrixLayoutCreate", kind),
@@ -220,10 +233,10 @@ class Cublaslt:
             )
         ]
         a, b, d = layouts
-        algorithms, count = (_Algorithm * _MOST_ALGORITHMS)(), ctypes.c_int()
+        algorithms, count = (_Algorithm * _MAX_ALGORITHMS)(), ctypes.c_int()
         self._functions.call(
             *(gemm, "cublasLtMatmulAlgoGetHeuristic", self._handle, operation, a, b, d, d),
-            *(self._preference, _MOST_ALGORITHMS, algorithms, ctypes.byref(count)),
+            *(self._preference, _MAX_ALGORITHMS, algorithms, ctypes.byref(count)),
         )
         if not count.value:
             raise DeviceError(f"cuBLASLt: no algorithm serves {gemm}")
@@ -235,19 +248,19 @@ class Cublaslt:
         ]
         matrices = self._handle, operation, _ONE, weight, a, x, b, _ZERO, out, d, out, d
         size = ctypes.c_size_t(_WORKSPACE_BYTES)
-        # the first algorithm is the one that cuBLASLt expects to be the fastest
+        # cuBLASLt expects the first algorithm to be the fastest
         arguments = *matrices, ctypes.byref(algorithms), workspace, size
         return _Plan(gemm, places, pointers, arguments)
 
     def _operation(self, is_fp8: bool) -> ctypes.c_void_p:
-        """cuBLASLt's description of GEMMs of a kind, made at the first call."""
+        """Return the operation descriptor of a kind of GEMMs, made by the first call."""
         if is_fp8 not in self._operations:
             operation = self._functions.made("cublasLtMatmulDescCreate", _COMPUTE_32F, _FLOAT32)
             attributes: dict[int, Any] = {_TRANSPOSE_A: ctypes.c_int32(1)}
             if is_fp8:
                 modes = {_A_SCALE_MODE: _BLOCKS_OF_128, _B_SCALE_MODE: _VECTORS_OF_128}
                 attributes |= {mode: ctypes.c_int32(value) for mode, value in modes.items()}
-                # the heuristic refuses null pointers, and reads nothing there
+                # any address but null, which the heuristic rejects; it reads no scale
                 attributes |= dict.fromkeys(_SCALES, ctypes.c_void_p(_ALIGNMENT))
             for attribute, value in attributes.items():
                 self._functions.set(_SET_OPERATION, operation, attribute, value)
@@ -255,6 +268,7 @@ class Cublaslt:
         return self._operations[is_fp8]
 
     def _refuse_capture(self, what: str) -> None:
+        """Raise DeviceError if the current stream is being captured."""
         if self._transfers.is_capturing():
             raise DeviceError(
                 f"cuBLASLt: {what} cannot be made in a capture; run the GEMM on this stream before"
@@ -262,7 +276,7 @@ class Cublaslt:
 
 
 def _checked(x: Tensor, weight: Tensor, out: Tensor, *scales: Tensor) -> Gemm:
-    """The GEMM of these arguments, which are refused where they do not fit each other."""
+    """Check arguments against each other and return their GEMM."""
     (rows, inputs), outputs = x.shape, weight.shape[0]
     operator, operand, result = "linear", "bfloat16", "float32"
     sides: list[Any] = []
@@ -289,11 +303,11 @@ def _checked(x: Tensor, weight: Tensor, out: Tensor, *scales: Tensor) -> Gemm:
 
 
 def _unaligned(gemm: Gemm, tensors: Iterable[Tensor]) -> LaunchError:
-    """What to say of the first tensor that begins where cuBLASLt cannot read."""
+    """Return the error for the first tensor that is not aligned."""
     shape = next(list(t.shape) for t in tensors if t.data_ptr() % _ALIGNMENT)
     return LaunchError(
-        f"cuBLASLt: {gemm}: the tensor of shape {shape} begins off a multiple of {_ALIGNMENT} "
-        "bytes; copy it first"
+        f"cuBLASLt: {gemm}: the tensor of shape {shape} is not aligned to {_ALIGNMENT} bytes; "
+        "copy it first"
     )
 
 
@@ -301,10 +315,14 @@ _known: dict[tuple[DeviceApi, int], Cublaslt] = {}
 
 
 def cublaslt_for(tensor: Tensor, allocate: Allocate) -> Cublaslt:
-    """cuBLASLt on the device of a tensor, where `allocate` makes others; one object a device.
+    """Return cuBLASLt on the device of a tensor, one object for each device.
+
+    Args:
+        tensor: a tensor on the device.
+        allocate: allocator of tensors on the device.
 
     Raises:
-        BackendUnavailable: there is no cuBLASLt, or no library is known for the tensor's type.
+        BackendUnavailable: cuBLASLt is missing, or the tensor's library is unknown.
         DeviceError: cuBLASLt cannot start.
     """
     api = api_for_type(type(tensor))

@@ -1,4 +1,4 @@
-"""The cuBLASLt that this process has loaded, and its C functions with errors by name.
+"""Library cuBLASLt of this process, and calls of its C functions that raise errors.
 
 Source: NVIDIA, cublasLt.h and the cuBLAS documentation, "Using the cuBLASLt API".
 """
@@ -20,7 +20,7 @@ _BLOCK_SCALES_SINCE, _HOPPER = 120900, 90
 
 
 def library_names(maps: str) -> tuple[str, ...]:
-    """What to load: the cuBLASLt of this process, or that of its cuBLAS, else by name.
+    """Return the libraries to try: the loaded cuBLASLt, or that of the loaded cuBLAS, or names.
 
     Args:
         maps: text of /proc/self/maps.
@@ -38,10 +38,12 @@ def library_names(maps: str) -> tuple[str, ...]:
 
 @cache
 def library() -> ctypes.CDLL:
-    """The cuBLASLt of this process; ask once tensors are on a device, which loads theirs.
+    """Return the cuBLASLt of this process.
+
+    Tensors must be on a device already, because their library loads the cuBLASLt of its release.
 
     Raises:
-        BackendUnavailable: none is loaded or found.
+        BackendUnavailable: cuBLASLt is neither loaded nor found.
     """
     for name in library_names(Path("/proc/self/maps").read_text()):
         with suppress(OSError):
@@ -53,10 +55,10 @@ def library() -> ctypes.CDLL:
 
 
 def why_not_fp8(capability: int) -> str:
-    """Why `fp8_linear` cannot serve on such a GPU, in a line; "" if it can.
+    """Return the reason why a GPU does not support `fp8_linear`, or "".
 
     Args:
-        capability: major * 10 + minor.
+        capability: compute capability, major * 10 + minor.
     """
     if why_not_compiled():
         return why_not_compiled()
@@ -67,15 +69,16 @@ def why_not_fp8(capability: int) -> str:
     if version < _BLOCK_SCALES_SINCE:
         return f"cuBLASLt {version} has no block scales, {_BLOCK_SCALES_SINCE} and newer have"
     if capability != _HOPPER:
-        return f"cuBLASLt has block scales of 128 on GPUs of capability 90 alone, not {capability}"
+        return f"cuBLASLt has block scales of 128 only on GPUs of capability 90, not {capability}"
     return ""
 
 
 class Functions:
-    """cuBLASLt's C functions on one device.
+    """C functions of cuBLASLt on one device.
 
     Args:
-        library: of `library`, or something with the same functions.
+        library: the result of `library`, or an object with the same functions.
+        device: number of the device.
     """
 
     def __init__(self, library: ctypes.CDLL, device: int) -> None:
@@ -83,10 +86,15 @@ class Functions:
         self._several = cuda().num_devices > 1
 
     def call(self, what: object, name: str, *arguments: object) -> None:
-        """Call a function in the device's context with ctypes objects, or ints of 32 bits.
+        """Call a function in the device's context.
+
+        Args:
+            what: description of the work, for the error.
+            name: name of the function.
+            arguments: ctypes objects, or ints of 32 bits.
 
         Raises:
-            DeviceError: function, status and `what`, the work.
+            DeviceError: the function failed.
         """
         function = getattr(self._library, name)
         if self._several and cuda().current_device() != self._device:
@@ -98,12 +106,13 @@ class Functions:
             raise self.error(status, what, name)
 
     def error(self, status: int, what: object, name: str) -> DeviceError:
+        """Return the error of a function that returned `status`."""
         return DeviceError(
             f"{name}: {self._library.cublasLtGetStatusName(status).decode()}: {what}"
         )
 
     def made(self, name: str, *arguments: object) -> ctypes.c_void_p:
-        """What a function makes and writes to its first argument."""
+        """Call a function that creates an object, and return the object."""
         handle = ctypes.c_void_p()
         self.call(f"on device {self._device}", name, ctypes.byref(handle), *arguments)
         return handle

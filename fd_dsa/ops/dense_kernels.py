@@ -14,8 +14,7 @@ from typing import Any, NamedTuple
 import paddle
 
 from fd_dsa.ops.cublaslt import padded_rows
-from fd_dsa.ops.step_kernel import step_kernel
-from fd_dsa.ops.triton_fp8 import (
+from fd_dsa.ops.device_functions import (
     absolute_maximum,
     magnitude,
     over_448,
@@ -24,6 +23,7 @@ from fd_dsa.ops.triton_fp8 import (
     to_e4m3,
     widened,
 )
+from fd_dsa.ops.step_kernel import step_kernel
 from fd_dsa.tensor import Tensor
 from fd_dsa.triton_runtime import INTERPRETING, start_next, wait_for_inputs
 from fd_dsa.triton_runtime.device_api import traits_for

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import paddle
 
 from fd_dsa.errors import BackendUnavailable, DeviceError
-from fd_dsa.ops.arrays import allocator_beside, dtype_name, matmul, on_device
+from fd_dsa.ops.arrays import allocator_beside, dtype_name, matmul, on_device, values_of
 from fd_dsa.ops.cublaslt import cublaslt_for
 from fd_dsa.ops.cublaslt_library import why_not_fp8
 from fd_dsa.ops.dense_kernels import GROUP, Fp8Rows, quantize_rows, rms_norm, silu_and_mul
@@ -18,8 +18,7 @@ from fd_dsa.ops.expert_kernels import expert_gemm
 from fd_dsa.ops.fixed_order import fixed_order
 from fd_dsa.ops.fp8_gemm import fp8_linear
 from fd_dsa.ops.head_gemm import head_gemm, linear_in_one_order
-from fd_dsa.ops.linear import values_of
-from fd_dsa.ops.norm import Reducer
+from fd_dsa.ops.host_rows import Reducer
 from fd_dsa.tensor import Place, Tensor
 from fd_dsa.triton_runtime import INTERPRETING
 from fd_dsa.triton_runtime.device_api import traits_for
@@ -79,10 +78,12 @@ class DeviceNorm:
         return self._sum_and_norm(x, None)[1]
 
     def after(
-        self, hidden_states: Tensor, change: Tensor, group: Reducer
+        self, hidden_states: Tensor, change: Tensor, group: Reducer | None
     ) -> tuple[Tensor | None, Tensor | Normed]:
         """Add and normalize as HostNorm does, in one launch after the all-reduce."""
-        return self._sum_and_norm(hidden_states, group.all_reduce(change))
+        if group is not None:
+            change = group.all_reduce(change)
+        return self._sum_and_norm(hidden_states, change)
 
     def _sum_and_norm(
         self, x: Tensor, delta: Tensor | None

@@ -8,10 +8,10 @@ of 128 rows.
 from __future__ import annotations
 
 from fd_dsa.ops.dense_kernels import GROUP, quantized, sigmoid
+from fd_dsa.ops.device_functions import stored, to_bfloat16, widened
 from fd_dsa.ops.fp8_gemm import fp8_pointer, fp8_sums
 from fd_dsa.ops.split_sums import Tiling
 from fd_dsa.ops.step_kernel import step_kernel
-from fd_dsa.ops.triton_fp8 import stored, to_bfloat16, widened
 from fd_dsa.triton_runtime import start_next, wait_for_inputs
 
 import triton  # isort: skip

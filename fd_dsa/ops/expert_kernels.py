@@ -23,12 +23,12 @@ from fd_dsa.ops.dense_kernels import (
     native_fp8,
     sigmoid,
 )
+from fd_dsa.ops.device_functions import stored, widened
 from fd_dsa.ops.expert_gemm import block_sizes, configuration, expert_gemm_kernel
 from fd_dsa.ops.expert_gemm_cuda import ExpertGemm, kernel_for, suits
 from fd_dsa.ops.fp8_gemm import check_weight
 from fd_dsa.ops.split_sums import Tiling, rows_of_tiles
 from fd_dsa.ops.step_kernel import step_kernel
-from fd_dsa.ops.triton_fp8 import stored, widened
 from fd_dsa.tensor import Tensor
 from fd_dsa.triton_runtime import start_next, wait_for_inputs
 from fd_dsa.triton_runtime.device_api import traits_for

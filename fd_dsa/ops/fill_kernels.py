@@ -1,11 +1,11 @@
-"""Constants and random numbers written on a device, in the types that weights are held in."""
+"""Kernel that fills weights on a device with a constant or with random numbers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from fd_dsa.ops.device_functions import to_bfloat16, to_e4m3
 from fd_dsa.ops.step_kernel import step_kernel
-from fd_dsa.ops.triton_fp8 import to_bfloat16, to_e4m3
 from fd_dsa.tensor import Tensor
 
 import triton  # isort: skip
@@ -18,7 +18,7 @@ _BLOCK = 1024
 def fill_kernel(
     out_ptr, start, count, seed, mean, deviation, RANDOM: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Block `program 0` of `count` values from `start` on; uint8: e4m3 codes."""
+    """Fill block `program 0` of `count` values from `start` on. uint8 values are e4m3 codes."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     values = tl.zeros([BLOCK], tl.float32) + mean
     if RANDOM:
@@ -34,10 +34,11 @@ def fill_random(out: Tensor, start: int, count: int, seed: Sequence[int], deviat
     """Fill `count` values of a contiguous tensor with normal numbers of mean 0.
 
     Args:
-        out: float32, bfloat16, or uint8 for e4m3 codes.
-        start: first value, in memory order.
-        seed: integers that name the sequence of numbers; at most 2^32 of them are distinct.
-        deviation: of the numbers.
+        out: float32, bfloat16, or uint8 (e4m3 codes).
+        start: index of the first value, in memory order.
+        count: number of values.
+        seed: integers that select the sequence. After 2^32 values the sequence repeats.
+        deviation: standard deviation of the numbers.
     """
     mixed = 0
     for number in seed:

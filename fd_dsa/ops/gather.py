@@ -1,10 +1,10 @@
-"""Rows of paged caches on a CPU, gathered as float32 whatever the cache stores.
+"""Rows of paged caches on a CPU, gathered as float32 from every format.
 
-The format is known by the dtype: float32, int16 (bfloat16 bits) or uint8 (fp8_ds_mla).
+The dtype of a cache tells its format: float32, int16 (bfloat16 bits) or uint8 (fp8_ds_mla).
 
-fp8_ds_mla latents become float32(code) * scale, in float32: on a CPU queries and weights of the
-softmax are float32 too. A kernel with bfloat16 GEMMs rounds that number once more, by at most 2^-9
-of the value, where the code itself has lost up to 2^-4.
+fp8_ds_mla latents become float32(code) * scale, because queries and softmax weights are float32 on
+a CPU. A kernel with bfloat16 GEMMs rounds that number once more, by at most 2^-9 of the value. The
+code itself has lost up to 2^-4.
 """
 
 from __future__ import annotations
@@ -24,12 +24,11 @@ from fd_dsa.ops.fp8 import decode_e4m3
 
 
 def gather_rows(cache: np.ndarray, index: np.ndarray, out: np.ndarray, scratch: Scratch) -> None:
-    """`out[i] = cache[index[i]]` as float32 along the first axis.
+    """Set `out[i] = cache[index[i]]` as float32 along the first axis.
 
     Args:
-        cache: [n, ...] float32, or int16 holding bfloat16 bits.
-        index: int64 [m]; entries are in [0, n), which the operators check: one outside would be
-            clamped, not refused.
+        cache: float32 or int16 (bfloat16 bits) [n, ...].
+        index: int64 [m], entries in [0, n). The operators check them. Other entries are clamped.
         out: float32 [m, ...], C-contiguous.
     """
     if cache.dtype == np.float32:
@@ -41,11 +40,11 @@ def gather_rows(cache: np.ndarray, index: np.ndarray, out: np.ndarray, scratch: 
 
 
 def gather_latents(rows: np.ndarray, index: np.ndarray, out: np.ndarray, scratch: Scratch) -> None:
-    """`out[i]` = the latent and k_pe at slot `index[i]`.
+    """Set `out[i]` to the latent and k_pe at slot `index[i]`.
 
     Args:
-        rows: [num_slots, row] float32, int16 (bfloat16 bits), or uint8 fp8_ds_mla records.
-        index: int64 [m]; as in `gather_rows`.
+        rows: float32, int16 (bfloat16 bits) or uint8 (fp8_ds_mla records) [num_slots, row].
+        index: int64 [m], see `gather_rows`.
         out: float32 [m, kv_lora_rank + rope_dim], C-contiguous.
     """
     if rows.dtype != np.uint8:
@@ -57,7 +56,7 @@ def gather_latents(rows: np.ndarray, index: np.ndarray, out: np.ndarray, scratch
     values = scratch.take("gather_values", (len(index), LATENT_TILES, TILE_WIDTH))
     decode_e4m3(records[:, :LATENT_WIDTH], values.reshape(-1, LATENT_WIDTH))
     tiles = out[:, :LATENT_WIDTH].reshape(values.shape)
-    # a slot that nobody wrote may hold any bits, and the scale of a broken token is infinite
+    # an unwritten slot may hold any bits, and the scale of a broken token is infinite
     with np.errstate(invalid="ignore", over="ignore"):
         np.multiply(values, scales[:, :, None], out=tiles)
     _widen(records[:, LATENT_ROPE_AT:].view(np.int16), out[:, LATENT_WIDTH:])
@@ -66,15 +65,15 @@ def gather_latents(rows: np.ndarray, index: np.ndarray, out: np.ndarray, scratch
 def gather_index_keys(
     cache: np.ndarray, slots: np.ndarray, out: np.ndarray, scratch: Scratch
 ) -> np.ndarray | None:
-    """`out[i]` = the index key at `slots[i]`, and the factor of its scores.
+    """Set `out[i]` to the index key at `slots[i]`. Return the scales of the keys.
 
     Args:
-        cache: [num_blocks, block_size, row] float32, int16 (bfloat16 bits), or uint8 fp8_ds_mla.
-        slots: int64 [m]; block * block_size + offset, all valid.
-        out: float32 [m, index_head_dim], C-contiguous; of fp8_ds_mla keys the codes' values.
+        cache: float32, int16 (bfloat16 bits) or uint8 (fp8_ds_mla) [num_blocks, block_size, row].
+        slots: int64 [m], block * block_size + offset, all valid.
+        out: float32 [m, index_head_dim], C-contiguous. fp8_ds_mla keys are not yet scaled.
 
     Returns:
-        float32 [m], scales of the keys; None where the cache has none.
+        float32 [m], factors of the scores; None for a format without scales.
     """
     if cache.dtype != np.uint8:
         gather_rows(cache.reshape(-1, cache.shape[2]), slots, out, scratch)
@@ -88,14 +87,16 @@ def gather_index_keys(
 def gather_index_blocks(
     cache: np.ndarray, blocks: np.ndarray, out: np.ndarray, scratch: Scratch
 ) -> np.ndarray | None:
-    """`out[i]` = all index keys of block `blocks[i]`; else as `gather_index_keys`.
+    """Set `out[i]` to all index keys of block `blocks[i]`. Return the scales of the keys.
 
     Args:
+        cache: see `gather_index_keys`.
         blocks: int64 [m].
-        out: float32 [m, block_size, index_head_dim], C-contiguous.
+        out: float32 [m, block_size, index_head_dim], C-contiguous. fp8_ds_mla keys are not yet
+            scaled.
 
     Returns:
-        float32 [m, block_size], or None.
+        float32 [m, block_size], factors of the scores; None for a format without scales.
     """
     if cache.dtype != np.uint8:
         gather_rows(cache, blocks, out, scratch)
@@ -108,7 +109,7 @@ def gather_index_blocks(
 
 
 def index_planes(cache: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Views of an fp8_ds_mla indexer cache: its codes and its scales.
+    """Return views of an fp8_ds_mla indexer cache: codes and scales.
 
     Args:
         cache: uint8 [num_blocks, block_size, 132], each block contiguous.
@@ -123,7 +124,7 @@ def index_planes(cache: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _widen(bits: np.ndarray, out: np.ndarray) -> None:
-    """float32 `out` of bfloat16 `bits`, int16."""
+    """Set float32 `out` to the numbers of int16 `bits`, which are bfloat16."""
     wide = out.view(np.uint32)
     wide[...] = bits.view(np.uint16)
     np.left_shift(wide, np.uint32(16), out=wide)

@@ -17,9 +17,9 @@ from fd_dsa.ops.dense_kernels import (
     kernel_arguments,
     quantized,
 )
+from fd_dsa.ops.device_functions import to_bfloat16, widened
 from fd_dsa.ops.split_sums import rows_of_tiles
 from fd_dsa.ops.step_kernel import step_kernel
-from fd_dsa.ops.triton_fp8 import to_bfloat16, widened
 from fd_dsa.tensor import Tensor
 from fd_dsa.triton_runtime import start_next, wait_for_inputs
 

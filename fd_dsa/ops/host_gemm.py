@@ -1,12 +1,12 @@
-"""Float32 GEMMs on a CPU, by a plain C function that Paddle's x86 wheels bring.
+"""Float32 GEMMs on a CPU, by the C function `dnnl_sgemm` in Paddle's x86 wheels.
 
-Paddle's own operator takes ten microseconds longer, most of it to wrap arrays as tensors, and its
-MKL is capped at AVX2 on AMD processors: on one, oneDNN's function took a quarter to three quarters
-of the time for 8 rows, and for batches of small matrices a sixth to a half. Without it, or where
-one order of sums is asked for, the operator serves.
+Paddle's own operator takes ten microseconds longer, mostly to wrap arrays as tensors. Its MKL is
+limited to AVX2 on AMD processors. There oneDNN's function took a quarter to three quarters of the
+time for 8 rows. For batches of small matrices it took a sixth to a half. Paddle's operator is used
+if the wheel has no oneDNN, or if sums must have a fixed order.
 
-oneDNN's kernel for AVX-512 lets the stack pointer point into its workspace on the heap, so a signal
-handler that ran below it would destroy what other memory holds: handlers get a stack of their own.
+oneDNN's kernel for AVX-512 moves the stack pointer into its workspace on the heap. A signal handler
+on that stack would overwrite other memory. So handlers get a stack of their own.
 
 Source: oneDNN's `dnnl_sgemm` (oneapi/dnnl/dnnl.h).
 """
@@ -31,15 +31,19 @@ from fd_dsa.ops.packed_weights import OneDNN, onednn
 
 _INT, _FLOAT, _POINTER, _CHAR = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p, ctypes.c_char
 MIN_SGEMM_PRODUCTS = 1 << 19
-"""Multiplications below which NumPy's GEMM is faster, because its BLAS takes one thread."""
+"""Multiplications below which NumPy's GEMM is faster, because its BLAS uses one thread."""
 MIN_PACKED_VALUES = 1 << 17
-"""Values of a weight from which packing is worthwhile."""
+"""Minimum values of a weight that is packed."""
 _FLOAT32, _ONE = np.dtype(np.float32), np.float32(1.0)
 
 
 @cache
 def load_libraries() -> tuple[Any, Any, Any] | None:
-    """oneDNN's function, the OpenMP runtime that it runs on, oneDNN; None where Paddle has none."""
+    """Load oneDNN and the OpenMP runtime that it runs on.
+
+    Returns:
+        `dnnl_sgemm`, `omp_set_num_threads` and the library; None if Paddle has no oneDNN.
+    """
     import paddle
 
     folder = Path(paddle.__file__).parent / "libs"
@@ -66,9 +70,9 @@ _stack_memory = ctypes.create_string_buffer(1 << 16)
 
 
 def _separate_signal_stack() -> None:
-    """Have Python's signal handlers run on a stack of their own in the main thread.
+    """Run Python's signal handlers on a stack of their own in the main thread.
 
-    A signal that is sent to a process goes to its main thread.
+    The main thread receives the signals of a process.
     """
     if threading.current_thread() is not threading.main_thread():
         return
@@ -80,12 +84,16 @@ def _separate_signal_stack() -> None:
 
 
 class ThreadState(threading.local):
-    """A thread's `sgemm`, None without one: OpenMP counts threads for each thread that calls it."""
+    """Thread-local `sgemm`, because OpenMP sets its number of threads for each calling thread.
+
+    Attributes:
+        sgemm: oneDNN's function, None if it is missing or sums must have a fixed order.
+    """
 
     sgemm: Callable[..., int] | None
 
     def __getattr__(self, name: str) -> Any:
-        """Bind it in the thread's first GEMM: Paddle is imported by that, not by this module."""
+        """Bind `sgemm` in the thread's first GEMM, because that imports Paddle."""
         if name != "sgemm":
             raise AttributeError(name)
         self.sgemm, libraries = None, None if fixed_order() else load_libraries()
@@ -102,11 +110,11 @@ thread_state = ThreadState()
 
 
 class HostMatrix:
-    """A weight in host memory, or one for each head, as GEMMs read it.
+    """Weight of a GEMM in host memory, or one weight for each head.
 
     Args:
         tensor: float32 [in, out] or [heads, in, out], a Paddle CPU tensor that never moves.
-        transposed: the tensor is [out, in] and is read in that order: it is not copied.
+        transposed: True if the tensor is [out, in]. It is read in that order, without a copy.
     """
 
     __slots__ = (
@@ -128,7 +136,7 @@ class HostMatrix:
         self._few = 0 if fixed_order() else MIN_SGEMM_PRODUCTS // max(1, rows * self._leading)
 
     def pack(self) -> None:
-        """Bring a large weight into the order of oneDNN's kernels: it cannot be loaded again."""
+        """Reorder a large weight for oneDNN's kernels. It cannot be loaded again afterwards."""
         libraries = None if fixed_order() else load_libraries()
         if libraries is None or self.array.size < MIN_PACKED_VALUES or self._mode == b"T":
             return
@@ -138,9 +146,14 @@ class HostMatrix:
             self._packed, self._few = (engine, memory), 0
 
     def times(self, x: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-        """float32 x [num_tokens, in] times the weight: float32 [num_tokens, out].
+        """Multiply x [num_tokens, in] by the weight: float32 [num_tokens, out].
 
-        `x` may be columns of wider rows; `out` is C-contiguous, None = a new array.
+        Args:
+            x: float32, may be columns of wider rows.
+            out: C-contiguous memory of the result; None allocates.
+
+        Raises:
+            ShapeError: x has another width.
         """
         num_tokens, width = x.shape
         if width != self.in_width:
@@ -169,16 +182,16 @@ class HostMatrix:
         return out
 
     def heads_joined(self, x: np.ndarray, reader: HostMatrix) -> np.ndarray:
-        """`times_by_head`, the heads of a token side by side."""
+        """Multiply as `times_by_head`: [num_tokens, heads * out]."""
         return self.times_by_head(x).reshape(len(x), -1)
 
     @staticmethod
     def activated(gate_up: np.ndarray) -> np.ndarray:
-        """silu(gate) * up of [num_tokens, 2 * in] whose halves are gate and up."""
+        """Return silu(gate) * up of gate_up [num_tokens, 2 * in]."""
         width = gate_up.shape[1] // 2
         gate = gate_up[:, :width]
         activated = np.negative(gate)
-        # exp(-x) may overflow to inf for very negative x: x / inf is the right 0
+        # exp(-x) may overflow to inf for very negative x, and x / inf is the correct 0
         with np.errstate(over="ignore"):
             np.exp(activated, out=activated)
         activated += _ONE
@@ -187,9 +200,16 @@ class HostMatrix:
         return activated
 
     def times_by_head(self, x: np.ndarray) -> np.ndarray:
-        """Each head's own GEMM: x [num_tokens, heads, in] to float32 [num_tokens, heads, out].
+        """Multiply each head of x by its own weight: float32 [num_tokens, heads, out].
 
-        `x` may be a view whose last axis is contiguous; the result may not be contiguous.
+        Args:
+            x: float32 [num_tokens, heads, in], may be a view whose last axis is contiguous.
+
+        Returns:
+            An array that may have gaps.
+
+        Raises:
+            ShapeError: x has other heads or another width.
         """
         num_tokens, heads, width = x.shape
         if (heads, width) != (len(self.array), self.in_width):
@@ -224,15 +244,15 @@ class HostMatrix:
 def times_of_spans(
     x: np.ndarray, out: np.ndarray, spans: Sequence[tuple[HostMatrix, int, int]]
 ) -> None:
-    """Multiply rows of `x` by weights of one size, each its own rows.
+    """Multiply rows of `x` by weights of one size, each weight by rows of its own.
 
     Args:
-        x: float32 [num_rows, in]; each row contiguous.
-        out: float32 [num_rows, out], C-contiguous; where the results go.
-        spans: of each weight the first and the end of its rows.
+        x: float32 [num_rows, in], each row contiguous.
+        out: float32 [num_rows, out], C-contiguous memory of the results.
+        spans: for each weight the weight, its first row and the end of its rows.
     """
     packed = spans[0][0]._packed
-    # the thread's first GEMM binds its number of processors
+    # the attribute's first use sets the thread's number of processors
     if packed is None or thread_state.sgemm is None:
         for weight, start, end in spans:
             rows, result = x[start:end], out[start:end]
@@ -241,16 +261,20 @@ def times_of_spans(
             else:
                 weight.times(rows, out=result)
     else:
-        # weights of one size are packed alike
+        # weights of one size have one packed order
         memories = [(w._packed[1], start, end) for w, start, end in spans]  # type: ignore[index]
         packed[0].times(x, out, memories)
 
 
 def batched(x: np.ndarray, y: np.ndarray, *, transpose_y: bool = False) -> np.ndarray:
-    """Multiply n pairs of matrices: x [n, rows, k] by y [n, k, columns], float32.
+    """Multiply n pairs of matrices: float32 [n, rows, columns].
 
-    With `transpose_y` y is [n, columns, k]. y is C-contiguous, or the first columns of wider rows.
-    Of values that are not finite NumPy may warn.
+    NumPy may warn about values that are not finite.
+
+    Args:
+        x: float32 [n, rows, k].
+        y: float32 [n, k, columns], C-contiguous or the first columns of wider rows.
+        transpose_y: True if y is [n, columns, k].
     """
     count, rows, width = x.shape
     columns, leading = y.shape[1 if transpose_y else 2], y.strides[1] >> 2

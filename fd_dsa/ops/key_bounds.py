@@ -1,11 +1,11 @@
-"""Bounds of the keys that the indexer scores for each token of a step.
+"""Keys that the tokens of a step see: bounds as positions of their row, and cache slots.
 
-A prompt token sees the keys `[ks, ke)` of its entry in `indexer_attn_mask_offsets`. They count the
-step's gathered keys, of which row b has those from `cu_seqlens_kg[b]` on, so the bounds are the
+A prompt token sees the keys `[ks, ke)` of its entry in `indexer_attn_mask_offsets`. Both count the
+gathered keys of the step, and those of row b begin at `cu_seqlens_kg[b]`. So the bounds are the
 positions `ks - cu_seqlens_kg[b]` and `ke - cu_seqlens_kg[b]` of the row. A bound outside of the
 row's gathered keys is clipped to them. A decode token sees all keys up to its own position.
 
-Device code reads the same arrays, see `key_bounds` of `step_kernel.py`.
+Device code reads the same arrays, see `key_bounds` of `device_functions.py`.
 
 Source: `ks` and `ke` of PaddlePaddle/FastDeploy #7598.
 """
@@ -24,12 +24,12 @@ from fd_dsa.step import ForwardMeta
 class PromptWindows(NamedTuple):
     """Arrays of a `ForwardMeta` that bound the keys of its prompt tokens.
 
-    All are None in a step without prompt tokens.
+    They are None in a step without prompt tokens.
 
     Attributes:
         offsets: int32 [2 T], `indexer_attn_mask_offsets`.
         key_starts: int32 [B + 1], `cu_seqlens_kg`.
-        seq_lens_encoder: int32 [B]; above 0 for a prompt row.
+        seq_lens_encoder: int32 [B], above 0 for a prompt row.
     """
 
     offsets: Any
@@ -41,7 +41,7 @@ NO_WINDOWS = PromptWindows(None, None, None)
 
 
 def prompt_windows(step: ForwardMeta) -> PromptWindows:
-    """Return the windows of a step, NO_WINDOWS for a step of decode tokens only.
+    """Return the windows of a step, or NO_WINDOWS if all its tokens are decode tokens.
 
     Raises:
         MissingStepError: the step has prompt tokens, and a field of its windows is None.
@@ -80,7 +80,7 @@ def key_bounds(step: ForwardMeta, num_tokens: int) -> tuple[np.ndarray, np.ndarr
         return np.zeros(num_tokens, np.int64), end
     offsets, starts, encoder = map(as_numpy, windows)
     rows = as_numpy(step.batch_id_per_token)[:num_tokens]
-    # no int32 may wrap into a plausible bound
+    # int64, because an int32 could wrap into a plausible bound
     start, count = starts.astype(np.int64)[rows], np.diff(starts)[rows]
     first = np.minimum(np.maximum(offsets[: 2 * num_tokens : 2] - start, 0), count)
     stop = np.maximum(np.minimum(offsets[1 : 2 * num_tokens : 2] - start, count), first)
@@ -88,3 +88,22 @@ def key_bounds(step: ForwardMeta, num_tokens: int) -> tuple[np.ndarray, np.ndarr
     if is_prompt.all():
         return first, stop
     return first * is_prompt, np.where(is_prompt, stop, end)
+
+
+def positions_to_slots(
+    positions: np.ndarray, batch_ids: np.ndarray, block_tables: np.ndarray, block_size: int
+) -> np.ndarray:
+    """Return the cache slots of positions: int32 [num_rows, k].
+
+    slot = block_tables[b, p // block_size] * block_size + p % block_size
+
+    Args:
+        positions: int32 [num_rows, k], positions in a request; -1 gives slot -1.
+        batch_ids: int [num_rows], rows of `block_tables`.
+        block_tables: int32 [num_requests, max_blocks].
+        block_size: tokens of a block.
+    """
+    block = block_tables[batch_ids[:, None], positions // block_size]
+    return np.where(positions >= 0, block * block_size + positions % block_size, -1).astype(
+        np.int32
+    )

@@ -1,4 +1,4 @@
-"""Kernels of custom_ops/ through their C ABI: their structures, and the probe before one serves."""
+"""Launches of the kernels of custom_ops/ through their C ABI, and their self-checks."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from fd_dsa.triton_runtime.driver import cuda
 
 
 class LibraryKernel:
-    """A kernel of a loaded library; one of these serves one thread at a time.
+    """Kernel of a loaded library, for one thread at a time.
 
-    A call raises LaunchError for a tensor that is not contiguous, or not on the device of the
-    others, and DeviceError where the CUDA runtime refuses the launch, or earlier work has failed.
+    A call raises LaunchError for a tensor with gaps, and for one on another device than the others.
+    It raises DeviceError if the CUDA runtime rejects the launch, or if earlier work has failed.
 
     Attributes:
-        launcher: name of its C function.
-        size: name of the C function that gives the bytes of its structure.
-        structure: what it is called with.
-        cases: small cases on which it has to agree with the definition before it serves.
-        job: the structure that the next launch reads.
+        launcher: name of the kernel's C function.
+        size: name of the C function that returns the size of the structure.
+        structure: type of the C function's argument.
+        cases: makes the self-checks that the kernel must pass before it is selected.
+        job: structure that the next launch reads.
 
     Raises:
         BackendUnavailable: the library is of another release.
@@ -41,10 +41,10 @@ class LibraryKernel:
     cases: ClassVar[Callable[[], Iterable[Case]]]
 
     def __init__(self, kernels: ctypes.CDLL) -> None:
-        # a library of an earlier release has no function of this name
+        # a library of an earlier release may lack the function
         if getattr(kernels, self.size, int)() != ctypes.sizeof(self.structure):
             raise BackendUnavailable(
-                f"fd_dsa_ops: {self.launcher} takes another structure than this fd_dsa passes; "
+                f"fd_dsa_ops: {self.launcher} expects another structure than this fd_dsa passes; "
                 f"build it again: {build_command()}"
             )
         self._kernels, self.job = kernels, self.structure()
@@ -54,19 +54,19 @@ class LibraryKernel:
         self._device = -1
 
     def bind(self, tensor: Tensor) -> None:
-        """Launch on the device of a tensor."""
+        """Set the device of the next launches to that of a tensor."""
         api = api_for_type(type(tensor))
         device = api.device_of(tensor)
         if (api, device) != (self._api, self._device):
             self._api, self._device, self._stream = api, device, Transfers(api, device).stream
 
     def launch(self) -> None:
-        """Queue the kernel on the current stream of the device that was bound last.
+        """Enqueue the kernel on the current stream of the device that was bound last.
 
-        The structure is read during the call, so it may change between two calls.
+        The call reads the structure, so the structure may change between two calls.
         """
         driver = cuda()
-        # the runtime takes the device of the thread's context, or the first where it has none
+        # the runtime uses the device of the thread's context, or the first one without a context
         if driver.num_devices > 1 and driver.current_device() != self._device:
             with driver.context(self._device):
                 code = self._function(self._argument, self._stream())
@@ -80,7 +80,7 @@ class LibraryKernel:
     def _address(
         self, name: str, tensor: Tensor, *, multiple: int = 1, may_have_gaps: bool = False
     ) -> int:
-        """Address of a tensor on the device of the launch, a multiple of some bytes."""
+        """Return the address of a tensor, after checks of device, gaps and alignment."""
         device = self._api.device_of(tensor)
         if device != self._device:
             raise LaunchError(
@@ -94,21 +94,21 @@ class LibraryKernel:
         address = int(tensor.data_ptr())
         if address % multiple:
             raise LaunchError(
-                f"{self.launcher}: {name} begins off a multiple of {multiple} bytes; copy it first"
+                f"{self.launcher}: {name} is not aligned to {multiple} bytes; copy it first"
             )
         return address
 
 
 shared_kernel = cache(lambda kind, kernels: kind(kernels))
-"""The kernel of a type and a library that callers without one of their own share."""
+"""Kernel of a type and a library, shared by callers without one of their own."""
 
 _differences: dict[tuple[Any, Any], str] = {}
 
 
 def difference(kind: Any, kernels: ctypes.CDLL | None, allocate: Allocate) -> str:
-    """How a kernel's results differ from the definition; "" if they do not.
+    """Return the difference of a kernel's results from the definition, or "".
 
-    The thread waits for the device at the first call for a kernel and a library.
+    The first call for a kernel and a library waits for the device.
     """
     if (kind, kernels) not in _differences:
         kernel, memory = kind(kernels), Memory(allocate)
@@ -118,5 +118,5 @@ def difference(kind: Any, kernels: ctypes.CDLL | None, allocate: Allocate) -> st
 
 
 def why_not_compiled() -> str:
-    """Why no compiled kernel reads the tensors of this process; "" if it does."""
+    """Return the reason why compiled kernels cannot read this process's tensors, or ""."""
     return "Triton kernels are interpreted here, on host memory" if INTERPRETING else ""

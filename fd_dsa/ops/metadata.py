@@ -1,4 +1,4 @@
-"""The metadata of a step from its four arrays, for those who keep no builder."""
+"""Operator that builds the metadata of one step without a builder of the caller."""
 
 from __future__ import annotations
 
@@ -21,22 +21,23 @@ def step_metadata(
     max_seqlen_k: int | None = None,
     out: StepMetadataBuilder | None = None,
 ) -> ForwardMeta:
-    """Positions, rows, slots and windows of a step's tokens, which every layer reads.
+    """Build the positions, rows, slots and windows of a step's tokens for all layers.
 
     Args:
-        seq_lens_encoder, seq_lens_decoder, seq_lens_this_time: int32 [num_rows], as of
+        seq_lens_encoder, seq_lens_decoder, seq_lens_this_time: int32 [num_rows], see
             `StepMetadataBuilder.build`.
-        block_tables: int32 [num_rows, max_blocks]; physical block of each logical block.
+        block_tables: int32 [num_rows, max_blocks], physical block of each logical block.
         block_size: tokens of a block.
-        num_blocks: blocks of the cache, for the check of the tables; None = no upper bound.
-        num_tokens, num_prefill_tokens, max_seqlen_k: tokens of the step, those of prompts, and
-            keys of the longest row; on a device upper bounds do. What is None is computed, which
-            waits for a device.
-        out: a builder for tensors of this place, whose buffers are filled; with `block_size` and
-            `num_blocks` of its own. None makes one for this step alone.
+        num_blocks: blocks of the cache, to check the tables; None = no upper bound.
+        num_tokens: tokens of the step. This and the next two may be upper bounds on a device. The
+            operator computes those that are None, and waits for the device to do so.
+        num_prefill_tokens: tokens of prompt rows.
+        max_seqlen_k: keys of the longest row.
+        out: builder for tensors of this place, whose buffers are filled. It has a `block_size` and
+            `num_blocks` of its own. None makes a builder for this step only.
 
     Returns:
-        ForwardMeta, of Paddle tensors; valid until `out` builds another step.
+        ForwardMeta of Paddle tensors, valid until `out` builds another step.
 
     Raises:
         ShapeError, DtypeError, CapacityError, ValueError: see `StepMetadataBuilder.build`.

@@ -1,12 +1,12 @@
-"""What the layer for multi-token prediction reads, in one launch."""
+"""Kernel that makes the input of the layer for multi-token prediction (MTP)."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from fd_dsa.ops.dense_kernels import empty_beside
+from fd_dsa.ops.device_functions import stored, widened
 from fd_dsa.ops.step_kernel import step_kernel
-from fd_dsa.ops.triton_fp8 import stored, widened
 from fd_dsa.tensor import Tensor
 from fd_dsa.triton_runtime import start_next, wait_for_inputs
 
@@ -31,14 +31,14 @@ def mtp_inputs_kernel(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Half `program 1` of row `program 0`: its token's embedding, or its hidden state, normed."""
+    """Norm half `program 1` of row `program 0`: the token's embedding or the hidden state."""
     wait_for_inputs()
     start_next()
     row, half = tl.program_id(0).to(tl.int64), tl.program_id(1)
     column = tl.arange(0, BLOCK)
     inside = column < WIDTH
     if half == 0:
-        # one beside every column: a mask of a scalar and a block is none to some interpreters
+        # a vector, because some interpreters support no mask of a scalar and a block
         source = tl.load(ids_ptr + row).to(tl.int64) + tl.zeros([BLOCK], tl.int64)
         position = tl.load(positions_ptr + row) + tl.zeros([BLOCK], tl.int64)
         exists = (source >= 0) & (source < table_rows) & (position > 0)
@@ -60,16 +60,19 @@ def mtp_inputs(
     token_norm: DeviceNorm,
     hidden_norm: DeviceNorm,
 ) -> Tensor:
-    """concat(norm(table[next_ids]), norm(hidden)), [n, 2 * width] in the type of the table.
+    """Return concat(norm(table[next_ids]), norm(hidden)): [n, 2 * width].
 
-    The embedding is 0 at position 0, and of an id that the table has not.
+    The embedding is 0 at position 0 and for an id outside the table. The result has the dtype of
+    the table.
 
     Args:
-        table: float32 or bfloat16 [vocab_size, width].
-        next_ids: int32 or int64 [n].
+        table: float32 or bfloat16 [vocab_size, width], embeddings.
+        next_ids: int32 or int64 [n], the token after each row's.
         positions: int64 [n].
-        hidden: of the type of the table, [n, width].
-        token_norm, hidden_norm: DeviceNorm, of one epsilon.
+        hidden: [n, width] of the dtype of the table.
+        token_norm, hidden_norm: norms with the same epsilon.
+
+    Cost: one launch.
     """
     rows, width = hidden.shape
     out = empty_beside(table, rows, 2 * width)

@@ -1,8 +1,8 @@
-"""Weights of GEMMs in the order in which oneDNN's kernels read them, by its C API.
+"""GEMMs with weights that are packed once, by the C API of oneDNN.
 
-`dnnl_sgemm` copies a weight into that order in every call. With few rows this is most of its work:
-on a processor with AVX-512 and one thread, a packed weight of 512 x 512 took 0.55 of the time for 4
-rows and 0.7 for 16, from memory. From 64 rows on there is no difference.
+`dnnl_sgemm` copies a weight into the order of its kernels in every call. For few rows the copy is
+most of the work. Packing was measured with AVX-512, one thread and a weight of 512 x 512 in memory.
+It took the time down to 0.55 for 4 rows, and to 0.7 for 16 rows. From 64 rows on it changes little.
 
 Source: oneDNN 3, oneapi/dnnl/dnnl.h, `dnnl_matmul`.
 """
@@ -22,27 +22,27 @@ _SIZES = ctypes.c_int64 * 12
 _CPU, _IN_ORDER, _FLOAT32, _ANY = 1, 1, 3, 1
 _SOURCE, _TARGET, _WEIGHT = 1, 17, 33
 _QUERY_NAME, _QUERY_WEIGHT = 8, 131
-# kernels that were measured
+# name of the kernels for which packing was measured
 _KERNELS = b"avx512"
-# rows for which the order is chosen; calls of many rows are cut into multiples of both
+# rows for which the order is chosen, and rows that a kernel is made for; see `_pieces`
 _ROWS, _MANY_ROWS = 16, 64
 
 
 class _Argument(ctypes.Structure):
-    """A memory of a call, and what it is for."""
+    """Memory of a call and its purpose, `dnnl_exec_arg_t`."""
 
     _fields_ = (("purpose", _INT), ("memory", _POINTER))
 
 
 class _Calls(threading.local):
-    """The GEMMs of a thread, by shape: the primitive, its memories and its arguments."""
+    """GEMMs of a thread, by shape: the primitive, two memories and the arguments."""
 
     def __init__(self) -> None:
         self.made: dict[tuple[int, int, int, int], tuple[Any, Any, Any, Any]] = {}
 
 
 class OneDNN:
-    """The engine and the stream of this process."""
+    """Engine and stream of oneDNN in this process."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library, self._calls = library, _Calls()
@@ -55,7 +55,7 @@ class OneDNN:
         self._stream = self._make("stream_create", self._engine, _IN_ORDER)
 
     def _make(self, name: str, *args: object) -> Any:
-        """What a function that creates something writes to its first argument."""
+        """Call a function that creates an object, and return the object."""
         made = _POINTER()
         status = getattr(self._library, f"dnnl_{name}")(ctypes.byref(made), *args)
         if status:
@@ -70,7 +70,7 @@ class OneDNN:
         return self._make("matmul_primitive_desc_create", self._engine, x, weight, None, out, None)
 
     def _order(self, rows: int, columns: int) -> Any:
-        """Description of a packed weight [rows, columns]; None where packing was not measured."""
+        """Return the layout of a packed weight [rows, columns], None if packing is not measured."""
         if (rows, columns) not in self._orders:
             any_order = self._make(
                 "memory_desc_create_with_tag", 2, _SIZES(rows, columns), _FLOAT32, _ANY
@@ -85,10 +85,10 @@ class OneDNN:
         return self._orders[rows, columns]
 
     def pack(self, array: np.ndarray) -> Any:
-        """Bring a weight [in, out] into its order, in its own memory.
+        """Pack a weight [in, out] in its own memory.
 
         Returns:
-            The memory for `times`; None where the array has been left as it is.
+            The memory for `times`; None if the array is unchanged.
         """
         rows, columns = array.shape
         order = self._order(rows, columns)
@@ -108,17 +108,19 @@ class OneDNN:
         return memory
 
     def _memory(self, description: object, array: np.ndarray | None = None) -> Any:
-        """An array as oneDNN's memory; None = set in each call."""
+        """Wrap an array as memory of oneDNN. Without an array each call sets the address."""
         address = 0 if array is None else array.ctypes.data
         return self._make("memory_create", description, self._engine, _POINTER(address))
 
     def times(
         self, x: np.ndarray, out: np.ndarray, spans: Iterable[tuple[object, int, int]]
     ) -> None:
-        """Rows of x [num_rows, in], each contiguous, times packed weights, to out [num_rows, out].
+        """Multiply rows of x by packed weights.
 
         Args:
-            spans: of each weight its memory and the first and the end of its rows.
+            x: float32 [num_rows, in], each row contiguous.
+            out: float32 [num_rows, out], memory of the result.
+            spans: for each weight its memory, its first row and the end of its rows.
         """
         width, columns, made = x.shape[1], out.shape[1], self._calls.made
         stride = max(x.strides[0] >> 2, width)
@@ -139,7 +141,7 @@ class OneDNN:
                 start += rows
 
     def _new_call(self, rows: int, stride: int, width: int, columns: int) -> Any:
-        """A GEMM of a shape; its operands are set in each call."""
+        """Make the GEMM of a shape. Each call sets its operands."""
         x, out = self._matrix(rows, width, stride), self._matrix(rows, columns, columns)
         gemm = self._gemm(x, self._orders[width, columns], out)
         primitive = self._make("primitive_create", gemm)
@@ -152,9 +154,9 @@ class OneDNN:
 
 @lru_cache(1 << 12)
 def _pieces(rows: int) -> tuple[int, ...]:
-    """Up to three numbers of rows whose sum is `rows`, out of few: each has a kernel of its own.
+    """Split rows into up to three counts, so that few distinct counts occur.
 
-    A kernel takes a quarter of a MiB.
+    Each count has a kernel of its own, and a kernel takes a quarter of a MiB.
     """
     many, few = rows - rows % _MANY_ROWS, rows % _MANY_ROWS
     return tuple(filter(None, (many, few - few % _ROWS, few % _ROWS)))
@@ -162,4 +164,5 @@ def _pieces(rows: int) -> tuple[int, ...]:
 
 @cache
 def onednn(library: ctypes.CDLL) -> OneDNN:
+    """Return the engine of a loaded oneDNN, one for each process."""
     return OneDNN(library)

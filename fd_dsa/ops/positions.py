@@ -1,4 +1,4 @@
-"""Positions of a step's tokens, as FastDeploy's `get_position_ids_and_mask_encoder_batch`."""
+"""Operator that writes the positions of a step's tokens, as FastDeploy's custom op does."""
 
 from __future__ import annotations
 
@@ -17,24 +17,25 @@ from fd_dsa.tensor import Array
 def position_ids(
     seq_lens_encoder: Array, seq_lens_decoder: Array, seq_lens_this_time: Array, position_ids: Array
 ) -> Any:
-    """Write the positions of a step's tokens: token j of row b has seq_lens_decoder[b] + j.
+    """Write the positions of a step's tokens: seq_lens_decoder[b] + j for token j of row b.
 
     Args:
-        seq_lens_encoder, seq_lens_decoder, seq_lens_this_time: int32 [num_rows]; tokens of a
-            prompt's chunk, those in the cache already, and those in this step.
-        position_ids: int32 [num_tokens or more], contiguous, written in place; what is past the
-            step's tokens stays as it is.
+        seq_lens_encoder: int32 [num_rows], tokens of a prompt's chunk.
+        seq_lens_decoder: int32 [num_rows], tokens in the cache before the step.
+        seq_lens_this_time: int32 [num_rows], tokens of the step.
+        position_ids: int32 [num_tokens or more], contiguous, written in place. Entries after the
+            step's tokens keep their values.
 
     Returns:
         `position_ids`.
 
     Raises:
         ShapeError, DtypeError: an argument is not as above; before any work.
-        ValueError: on a CPU, a negative length, or more tokens than `position_ids` holds; a
-            device writes no further than it.
+        ValueError: on a CPU, a negative length, or more tokens than `position_ids` holds. A device
+            ignores tokens that do not fit.
         ConfigError, BackendUnavailable: FD_DSA_OP_PROVIDER, see `fd_dsa.ops.providers.choose`.
 
-    Source: PaddlePaddle/FastDeploy #7367.
+    Source: PaddlePaddle/FastDeploy #7367, `get_position_ids_and_mask_encoder_batch`.
     """
     name = "position_ids"
     check_array(name, "seq_lens_this_time", seq_lens_this_time, (None,), ("int32",))
@@ -62,7 +63,7 @@ def position_ids(
 
 
 def registered_position_ids(*tensors: Array) -> None:
-    """The same by the operator of fd_dsa_ops, which is registered with Paddle."""
+    """Write positions by the operator of fd_dsa_ops, which is registered with Paddle."""
     write = import_module(custom_ops.PACKAGE).get_position_ids_and_mask_encoder_batch
     write(*(as_tensor(x) if isinstance(x, np.ndarray) else x for x in tensors))
 
@@ -70,6 +71,7 @@ def registered_position_ids(*tensors: Array) -> None:
 def position_ids_on_host(
     seq_lens_encoder: Array, seq_lens_decoder: Array, seq_lens_this_time: Array, position_ids: Array
 ) -> None:
+    """Write positions on a CPU by NumPy."""
     known, new = as_numpy(seq_lens_decoder), as_numpy(seq_lens_this_time)
     first = np.cumsum(new) - new
     as_numpy(position_ids)[: new.sum()] = np.arange(new.sum()) + np.repeat(known - first, new)

@@ -1,4 +1,4 @@
-"""Positions of a step's tokens on a device: a program a row."""
+"""Kernel that writes the positions of a step's tokens, with one program for each row."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _BLOCK = tl.constexpr(256)
 
 @step_kernel()
 def position_ids_kernel(seq_lens_decoder_ptr, seq_lens_this_time_ptr, position_ids_ptr, num_tokens):
-    """See `position_ids`; the tokens before a row's own are added up by its program."""
+    """Write the positions of row `program 0`, after a sum of the tokens of earlier rows."""
     row = tl.program_id(0)
     first = tl.full([], 0, tl.int32)
     for start in range(0, row, _BLOCK):
@@ -32,7 +32,7 @@ def position_ids(
     seq_lens_this_time: Tensor,
     position_ids: Tensor,
 ) -> None:
-    """See `fd_dsa.ops.positions.position_ids`."""
+    """Write positions as `fd_dsa.ops.positions.position_ids`, in one launch."""
     num_rows = seq_lens_this_time.shape[0]
     if num_rows:
         tensors = seq_lens_decoder, seq_lens_this_time, position_ids

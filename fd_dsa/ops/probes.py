@@ -1,7 +1,8 @@
-"""A small case of every operator, and whether a provider's result agrees with the definition.
+"""Self-checks: a small case of every operator, compared with the operator's definition.
 
-The definitions are written again here, in float64 and without the package's arithmetic. A kernel
-of fd_dsa_ops serves after it has passed its case; `fd-dsa doctor` runs those of all providers.
+The definitions are written a second time here, in float64 and without the package's arithmetic. A
+kernel of fd_dsa_ops is selected only after it has passed its case. `fd-dsa doctor` runs the cases
+of all providers.
 """
 
 from __future__ import annotations
@@ -23,24 +24,24 @@ Outputs = dict[str, np.ndarray]
 Call = Callable[..., Any]
 
 UNTOUCHED = 0xA5
-"""Every byte of the memory that a case lets an operator fill."""
+"""Value of every byte of the memory that an operator fills in a case."""
 
 
 class CheckFailed(Exception):
-    """An operator's result is not that of its definition."""
+    """Error for a result that differs from the operator's definition."""
 
 
 def require(condition: Any, message: str) -> None:
-    """Raise CheckFailed unless all of `condition` holds."""
+    """Raise CheckFailed unless all elements of `condition` are true."""
     if not np.all(condition):
         raise CheckFailed(message)
 
 
 class Memory:
-    """Where the arrays of a case are.
+    """Memory of the arrays of a case.
 
     Args:
-        allocate: makes a tensor of a shape and dtype on a device; None = NumPy's memory.
+        allocate: allocator of tensors on a device; None = NumPy arrays.
     """
 
     def __init__(self, allocate: Allocate | None = None) -> None:
@@ -48,20 +49,25 @@ class Memory:
 
     @property
     def on_host(self) -> bool:
-        """Whether arrays are NumPy's."""
+        """True if the arrays are NumPy arrays."""
         return self.allocate is None
 
     def put(self, array: np.ndarray, dtype: str = "") -> Any:
-        """A copy of an array; on a device as another dtype of the same width."""
+        """Return a copy of an array.
+
+        Args:
+            array: values.
+            dtype: dtype of the copy on a device, of the same width as the array's; "" = the same.
+        """
         if self.allocate is None:
             return array.copy()
-        # kernels and their launcher are loaded only where there is a device
+        # imported only if there is a device, because it loads the launcher of kernels
         from fd_dsa.device.transfers import uploaded
 
         return uploaded(self.allocate, array, dtype)
 
     def get(self, array: Array) -> np.ndarray:
-        """The values of what `put` made or an operator returned."""
+        """Return the values of an array that `put` made or an operator returned."""
         if isinstance(array, np.ndarray):
             return array
         if self.allocate is None:
@@ -71,14 +77,14 @@ class Memory:
         return on_host(array, np.empty(tuple(array.shape), dtype_name(array.dtype)))
 
     def blank(self, shape: tuple[int, ...], dtype: type) -> Any:
-        """Memory whose every byte is UNTOUCHED."""
+        """Return an array whose bytes are all UNTOUCHED."""
         size = int(np.prod(shape)) * np.dtype(dtype).itemsize
         return self.put(np.full(size, UNTOUCHED, np.uint8).view(dtype).reshape(shape))
 
     def step(
         self, lengths: tuple[list[int], ...], tables: np.ndarray, block: int, tokens: int
     ) -> ForwardMeta:
-        """ForwardMeta of encoder, decoder and new lengths, padded to a number of tokens."""
+        """Return the ForwardMeta of encoder, decoder and new lengths, padded to `tokens`."""
         encoder, decoder, new = (np.array(values, np.int32) for values in lengths)
         device = "numpy" if self.on_host else "gpu"
         builder = StepMetadataBuilder(
@@ -92,16 +98,16 @@ class Case:
     """A small case of an operator.
 
     Attributes:
-        run: calls a provider's function and yields its results, then, with what these hold by
-            now, raises CheckFailed unless they agree with the definition.
-        same_bytes: on a device every output has the CPU's bytes.
+        run: calls a provider's function and yields its results. Its second part raises CheckFailed
+            unless the results, which may have changed since, agree with the definition.
+        same_bytes: True if every output on a device must have the CPU's bytes.
     """
 
     run: Callable[[Call, Memory], Iterator[Outputs]]
     same_bytes: bool = True
 
     def difference(self, call: Call, memory: Memory) -> str:
-        """How the result of a function differs from the definition; "" if it does not."""
+        """Return the difference of a function's result from the definition, or ""."""
         try:
             for _ in self.run(call, memory):
                 pass
@@ -110,20 +116,20 @@ class Case:
         return ""
 
 
-# a prompt after a cached prefix, a decode row, an idle one
+# a prompt after a cached prefix, a decode row, an idle row
 _LENGTHS = [3, 0, 0], [2, 4, 0], [3, 1, 0]
 _POSITION_IDS = [2, 3, 4, 4]
 
 
 def _require_equal(out: Outputs, expected: dict[str, list[int]]) -> None:
-    """Refuse other numbers than the expected ones."""
+    """Raise CheckFailed unless the outputs are the expected numbers."""
     for name, values in expected.items():
         got = out[name].tolist()
         require(got == values, f"{name}: got {got}, expected {values}")
 
 
 def _step_metadata(call: Call, memory: Memory) -> Iterator[Outputs]:
-    """The numbers of that step, by hand; `call` is StepMetadataBuilder, whatever the provider."""
+    """Compare the metadata of `_LENGTHS` with numbers made by hand. `call` is not used."""
     tables = np.random.default_rng(1).permutation(12).astype(np.int32).reshape(3, 4)
     rows = [0, 0, 0, 1]
     expected = {
@@ -143,7 +149,7 @@ def _step_metadata(call: Call, memory: Memory) -> Iterator[Outputs]:
 
 
 def _position_ids(call: Call, memory: Memory) -> Iterator[Outputs]:
-    """Positions of that step, and nothing written after them."""
+    """Compare the positions of `_LENGTHS`. Entries after them must keep their values."""
     positions = memory.put(np.full(6, -7, np.int32))
     call(*(memory.put(np.array(values, np.int32)) for values in _LENGTHS), positions)
     out = {"positions": memory.get(positions)}
@@ -152,11 +158,11 @@ def _position_ids(call: Call, memory: Memory) -> Iterator[Outputs]:
 
 
 def _indexer_projection(call: Call, memory: Memory) -> Iterator[Outputs]:
-    """Three tokens of 320 values, to keys of 128 and weights of four heads, summed in float32."""
+    """Project three tokens of 320 values to keys of 128 values and weights of four heads."""
     rng = np.random.default_rng(8)
     shapes = (3, 320), (320, 128), (320, 4)
     hidden, *weights = (rng.normal(0, 1, shape).astype(np.float32) for shape in shapes)
-    # parameters are Paddle's on a CPU, too
+    # parameters are Paddle tensors on a CPU too
     parameters = map(as_tensor if memory.on_host else memory.put, weights)
     made = memory.blank((3, 128), np.float32), memory.blank((3, 4), np.float32)
     call(memory.put(hidden), *parameters, made)
@@ -169,12 +175,14 @@ def _indexer_projection(call: Call, memory: Memory) -> Iterator[Outputs]:
 
 
 def _topk(sizes: tuple[tuple[int, int], ...], call: Call, memory: Memory) -> Iterator[Outputs]:
-    """Rows with all, k, no and many keys: a plateau, both signs and numbers below the normal ones.
+    """Select from rows with all, k, no and many keys.
 
-    A sort by score, then by position, gives the same slots in ascending position.
+    The scores have a plateau, both signs and subnormal numbers. The expected slots are those of a
+    sort by score, then by position, in ascending position.
 
     Args:
-        sizes: widths of the scores, and k.
+        sizes: pairs of a width of the scores, and k.
+        call, memory: see `Case.run`.
     """
     rng = np.random.default_rng(0)
     out: Outputs = {}
@@ -201,7 +209,11 @@ def _topk(sizes: tuple[tuple[int, int], ...], call: Call, memory: Memory) -> Ite
 
 
 def topk_case(*sizes: tuple[int, int]) -> Case:
-    """Selections of k among so many scores."""
+    """Make a case of selections.
+
+    Args:
+        sizes: pairs of a number of scores, and k.
+    """
     return Case(partial(_topk, sizes))
 
 

@@ -1,7 +1,8 @@
-"""Which implementation of an operator serves where its tensors are, and why not a faster one.
+"""Selection of the implementation ("provider") of each operator, by the device of its tensors.
 
 `OPERATORS` is the table: operator -> provider -> function, the fastest provider first. The first
-one that can serve does, unless FD_DSA_OP_PROVIDER asks for another. A choice is logged once.
+supported provider is selected, unless FD_DSA_OP_PROVIDER names another one. Each selection is
+logged once, with the reason against every faster provider.
 """
 
 from __future__ import annotations
@@ -25,56 +26,58 @@ from fd_dsa.tensor import Array
 
 logger = logging.getLogger(__name__)
 
-PADDLE, TRITON, TENSOR_CORE, CUSTOM_OP = "paddle", "triton", "triton_tensor_core", "custom_op"
+NUMPY, TRITON, TENSOR_CORE, CUSTOM_OP = "numpy", "triton", "triton_tensor_core", "custom_op"
 GEMM = "gemm"
+# names that FD_DSA_OP_PROVIDER also accepts
+_FORMER_NAMES = {"paddle": NUMPY}
 VARIABLE = "FD_DSA_OP_PROVIDER"
 
-# functions of one operator take the same arguments
+# all functions of an operator have the same arguments
 OPERATORS: dict[str, dict[str, str]] = {
     "step_metadata": {
-        PADDLE: "step.builder.StepMetadataBuilder",
+        NUMPY: "step.builder.StepMetadataBuilder",
         TRITON: "step.builder.StepMetadataBuilder",
     },
     "position_ids": {
         CUSTOM_OP: "ops.positions.registered_position_ids",
-        PADDLE: "ops.positions.position_ids_on_host",
+        NUMPY: "ops.positions.position_ids_on_host",
         TRITON: "ops.positions_kernel.position_ids",
     },
     "indexer_projection": {
-        PADDLE: "ops.indexer_projection.project_on_host",
+        NUMPY: "ops.indexer_projection.project_on_host",
         TRITON: "ops.indexer_projection.triton_kernel.project_indexer",
-        GEMM: "ops.indexer_projection.gemms.project_by_gemms",
+        GEMM: "ops.indexer_projection.project_by_gemms",
     },
     "cache_write": {
-        PADDLE: "ops.cache_write.paddle_impl.write_caches",
+        NUMPY: "ops.cache_write.write_on_host",
         TRITON: "ops.cache_write.triton_kernel.write_caches",
     },
     "indexer_query": {
-        PADDLE: "ops.query.prepare_on_host",
-        TRITON: "ops.query.triton_kernel.prepare_indexer_query",
+        NUMPY: "ops.query.prepare_on_host",
+        TRITON: "ops.query_kernels.prepare_indexer_query",
     },
     "indexer_logits": {
         TENSOR_CORE: "ops.logits.tile_kernel.score_step",
-        PADDLE: "ops.logits.paddle_impl.score_step",
+        NUMPY: "ops.logits.host_scores.score_step",
         TRITON: "ops.logits.triton_kernel.score_pages",
     },
     "topk": {
         CUSTOM_OP: "ops.topk.custom_op.select_slots",
-        PADDLE: "ops.topk.paddle_impl.select_slots",
+        NUMPY: "ops.topk.select_on_host",
         TRITON: "ops.topk.triton_kernel.select_slots",
     },
     "mla_query": {
-        PADDLE: "ops.mla_query.prepare_on_host",
-        TRITON: "ops.mla_query.triton_kernel.prepare_mla_query",
+        NUMPY: "ops.mla_query.prepare_on_host",
+        TRITON: "ops.query_kernels.prepare_mla_query",
     },
     "sparse_mla": {
         CUSTOM_OP: "ops.mla.custom_op.attend_slots",
         TENSOR_CORE: "ops.mla.tensor_core.attend_slots",
-        PADDLE: "ops.mla.paddle_impl.attend_slots",
+        NUMPY: "ops.mla.attend_on_host",
         TRITON: "ops.mla.triton_kernel.attend_slots",
     },
     "dequantize": {
-        PADDLE: "ops.mla.paddle_impl.dequantize",
+        NUMPY: "ops.mla.dequantize_on_host",
         TRITON: "ops.mla.triton_kernel.dequantize",
     },
 }
@@ -82,34 +85,34 @@ OPERATORS: dict[str, dict[str, str]] = {
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What serves an operator on one kind of device.
+    """Selected provider of an operator on one kind of device.
 
     Attributes:
         provider: a key of `OPERATORS[operator]`.
-        reason: why it serves.
-        against: faster provider -> why it does not.
+        reason: description of the provider.
+        rejected: faster provider -> reason against it.
     """
 
     provider: str
     reason: str
-    against: dict[str, str] = field(default_factory=dict)
+    rejected: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        refused = (f"not {provider}: {reason}" for provider, reason in self.against.items())
+        refused = (f"not {provider}: {reason}" for provider, reason in self.rejected.items())
         return f"{self.provider} ({'; '.join([self.reason, *refused])})"
 
 
 _choices: dict[tuple[str, str], Choice] = {}
-# (operator, kind of device, provider) -> why it was refused, until `asking_for` ends
+# (operator, kind of device, provider) -> reason of the refusal, until `asking_for` ends
 _refused: dict[tuple[str, str, str], str] = {}
 _asked: dict[str, str] | None = None
 
 
 def device_kind(tensor: Any) -> str:
-    """Where a tensor is: "cpu", or the name of its device without a number.
+    """Return the kind of device of a tensor: "cpu", or the device's name without a number.
 
     Args:
-        tensor: a NumPy array, a Paddle tensor, or anything with a `device` that has a `type`.
+        tensor: a NumPy array, a Paddle tensor, or an object with a `device.type`.
     """
     if isinstance(tensor, np.ndarray):
         return "cpu"
@@ -119,32 +122,36 @@ def device_kind(tensor: Any) -> str:
 
 
 def device_name(tensor: Any) -> str:
-    """Where a Paddle tensor is: "cpu", "gpu:0" or "name:0"."""
-    # a place prints as Place(name:0)
+    """Return the device of a Paddle tensor: "cpu", "gpu:0" or "name:0"."""
+    # str() of a place is Place(name:0)
     return str(tensor.place).removeprefix("Place(").removesuffix(")")
 
 
 def activation_dtypes(tensor: Array) -> tuple[str, ...]:
-    """Dtypes of activations that operators take where `tensor` is; NumPy has no bfloat16."""
+    """Return the dtypes of activations that operators support on the device of `tensor`.
+
+    NumPy has no bfloat16, so a CPU supports float32 only.
+    """
     return ("float32",) if device_kind(tensor) == "cpu" else ("float32", "bfloat16")
 
 
 def function(operator: str, provider: str) -> Callable[..., Any]:
-    """The function of a provider; its module is imported by the first call."""
+    """Return the function of a provider. The first call imports its module."""
     return getattr(*_place(operator, provider))
 
 
 @cache
 def _place(operator: str, provider: str) -> tuple[Any, str]:
-    """Module and name of a provider's function."""
+    """Return the module of a provider's function, and its name there."""
     module, _, name = OPERATORS[operator][provider].rpartition(".")
     return import_module(f"fd_dsa.{module}"), name
 
 
 def serving(operator: str, tensor: Array) -> Callable[..., Any]:
-    """The function that serves an operator where `tensor` is; for operators without conditions.
+    """Return the selected function of an operator for the device of `tensor`.
 
-    It checks nothing: the layers of the engine call it with what they made themselves.
+    The operator must be one without conditions, see `choose`. The function checks no arguments,
+    because layers of the engine pass what they made themselves.
 
     Raises:
         ConfigError, BackendUnavailable: see `choose`.
@@ -155,23 +162,24 @@ def serving(operator: str, tensor: Array) -> Callable[..., Any]:
 
 
 def provider_of(operator: str, tensor: Array) -> str:
-    """Name of the provider that `serving` gives; the same errors and cost."""
+    """Return the provider whose function `serving` returns, with the same errors and cost."""
     kind = device_kind(tensor)
     return (_choices.get((operator, kind)) or choose(operator, kind)).provider
 
 
 def refuse(operator: str, kind: str, provider: str, error: KernelUnavailable) -> None:
-    """Serve an operator by another provider from now on; the next `choose` logs a warning.
+    """Exclude a provider whose kernel cannot be compiled. The next `choose` logs a warning.
 
     Args:
-        kind: of device, as `device_kind` names it.
-        provider: the one whose kernel cannot be compiled.
+        kind: kind of device, as `device_kind` names it.
+        provider: the provider.
+        error: the compilation's error.
 
     Raises:
-        KernelUnavailable: `error`, if no other provider may serve: FD_DSA_OP_PROVIDER asks for
-            this one, or it is the last one.
+        KernelUnavailable: `error`, if FD_DSA_OP_PROVIDER names this provider, or if it is the last
+            one.
     """
-    others = [other for other in on(operator, kind) if other != provider]
+    others = [other for other in available_providers(operator, kind) if other != provider]
     left = [other for other in others if (operator, kind, other) not in _refused]
     if requested().get(operator) == provider or not left:
         raise error
@@ -182,12 +190,12 @@ def refuse(operator: str, kind: str, provider: str, error: KernelUnavailable) ->
 def call(
     operator: str, kind: str, provider: Callable[[], str], *arguments: object, **options: object
 ) -> Any:
-    """Call the function that serves; of the next provider if a kernel cannot be compiled.
+    """Call the selected function, or the next provider's if a kernel cannot be compiled.
 
     Args:
-        kind: of device, as `device_kind` names it.
-        provider: chooses; asked again after a refusal.
-        arguments, options: of the function.
+        kind: kind of device, as `device_kind` names it.
+        provider: selects the provider, also once more after a refusal.
+        arguments, options: arguments of the function.
 
     Raises:
         KernelUnavailable: see `refuse`.
@@ -201,7 +209,7 @@ def call(
 
 
 def is_refused(operator: str, kind: str, provider: str) -> bool:
-    """True if `refuse` was called for a provider."""
+    """Return whether `refuse` was called for a provider."""
     return (operator, kind, provider) in _refused
 
 
@@ -211,18 +219,18 @@ def choose(
     conditions: Mapping[str, str | None] = MappingProxyType({}),
     probe: Callable[[ctypes.CDLL], str] | None = None,
 ) -> Choice:
-    """The provider that serves; remembered for `table`, and logged where it is new.
+    """Select a provider, keep it for `table`, and log it if it is new.
 
     Args:
-        kind: of device, as `device_kind` names it.
-        conditions: provider -> why it cannot serve these shapes, types and this GPU; None or "" if
-            it can.
-        probe: runs the kernel of the library that it is given on small cases; returns what is
-            wrong, or "". None: nothing of the library needs to agree first.
+        kind: kind of device, as `device_kind` names it.
+        conditions: provider -> reason why it does not support these shapes, dtypes or this GPU;
+            None or "" = supported.
+        probe: runs the kernel of a library on small cases and returns the fault, or "". None = the
+            library needs no check.
 
     Raises:
-        ConfigError: FD_DSA_OP_PROVIDER cannot be read.
-        BackendUnavailable: it asks for a provider that cannot serve.
+        ConfigError: FD_DSA_OP_PROVIDER has an invalid value.
+        BackendUnavailable: FD_DSA_OP_PROVIDER names a provider that cannot serve.
     """
     choice, level, is_new = _decide(operator, kind, conditions, probe)
     if is_new:
@@ -236,44 +244,44 @@ def _decide(
     conditions: Mapping[str, str | None] = MappingProxyType({}),
     probe: Callable[[ctypes.CDLL], str] | None = None,
 ) -> tuple[Choice, int, bool]:
-    """Choose as `choose` does, without a line in the log.
+    """Select as `choose`, without a log line.
 
     Returns:
-        The choice, the level of its line, and False if the log has the line already.
+        The selection, the level of its log line, and whether the selection is new.
     """
-    asked, against, level = requested().get(operator), {}, logging.INFO
-    for provider in [asked] if asked else on(operator, kind):
+    asked, rejected, level = requested().get(operator), {}, logging.INFO
+    for provider in [asked] if asked else available_providers(operator, kind):
         reason = conditions.get(provider)
         if not reason and is_refused(operator, kind, provider):
             reason, level = _refused[operator, kind, provider], logging.WARNING
-        if provider not in on(operator, kind):
-            reason = f"it serves tensors on {'a CPU' if provider == PADDLE else 'a device'}"
+        if provider not in available_providers(operator, kind):
+            reason = f"it serves tensors on {'a CPU' if provider == NUMPY else 'a device'}"
         if not reason and provider == CUSTOM_OP:
             reason, is_fault = why_not_library(operator, kind, probe)
             level = logging.WARNING if is_fault else level
         if reason:
-            against[provider] = reason
+            rejected[provider] = reason
             continue
-        choice = Choice(provider, reason_for(provider), against)
+        choice = Choice(provider, reason_for(provider), rejected)
         is_new = _choices.get((operator, kind)) != choice
         _choices[operator, kind] = choice
         return choice, level, is_new
     raise BackendUnavailable(
-        f"{VARIABLE}: {operator}={asked} cannot serve on {kind}: {', '.join(against.values())}"
+        f"{VARIABLE}: {operator}={asked} cannot serve on {kind}: {', '.join(rejected.values())}"
     )
 
 
 def settle(kind: str) -> None:
-    """Choose for all operators without conditions, when an attention is made.
+    """Select the providers of all operators without conditions, when an attention is made.
 
-    The log gets one line for all operators that are served alike.
+    Operators with the same provider and reason share a log line.
 
     Raises:
         ConfigError, BackendUnavailable: see `choose`.
     """
     alike: dict[tuple[int, str], list[str]] = {}
     for operator in OPERATORS:
-        if not {CUSTOM_OP, TENSOR_CORE} & set(on(operator, kind)):
+        if not {CUSTOM_OP, TENSOR_CORE} & set(available_providers(operator, kind)):
             choice, level, is_new = _decide(operator, kind)
             if is_new:
                 alike.setdefault((level, str(choice)), []).append(operator)
@@ -282,40 +290,40 @@ def settle(kind: str) -> None:
 
 
 def table() -> dict[str, dict[str, Choice]]:
-    """Choices made so far: operator -> kind of device -> Choice."""
+    """Return the selections made so far: operator -> kind of device -> Choice."""
     by_operator: dict[str, dict[str, Choice]] = {}
     for (operator, kind), choice in sorted(_choices.items()):
         by_operator.setdefault(operator, {})[kind] = choice
     return by_operator
 
 
-def forget() -> None:
-    """Forget what was chosen, where another library of custom_ops/ is taken."""
+def drop_selections() -> None:
+    """Drop all selections, because another library of custom_ops/ is loaded."""
     _choices.clear()
 
 
 @contextmanager
 def asking_for(asked: Mapping[str, str]) -> Iterator[None]:
-    """Choose again inside: by these pairs, or without pairs by FD_DSA_OP_PROVIDER.
+    """Select again inside the context, by these pairs, or without pairs by FD_DSA_OP_PROVIDER.
 
-    Choices and refusals end with it. Refusals of before hold again after it.
+    Selections and refusals of the context end with it. Earlier refusals then apply again.
     """
     global _asked, _refused
     before = _asked, _refused
     _asked, _refused = dict(asked) or None, {}
-    forget()
+    drop_selections()
     try:
         yield
     finally:
         _asked, _refused = before
-        forget()
+        drop_selections()
 
 
 def requested() -> dict[str, str]:
-    """Operator -> provider that `asking_for` or FD_DSA_OP_PROVIDER asks for.
+    """Return operator -> provider as `asking_for` or FD_DSA_OP_PROVIDER names them.
 
     Raises:
-        ConfigError: a pair of another form, an unknown operator, or a provider that it has not.
+        ConfigError: a pair has another form, or names an unknown operator or provider.
     """
     if _asked is not None:
         return _asked
@@ -324,18 +332,20 @@ def requested() -> dict[str, str]:
 
 
 def parse(pairs: Iterable[str], source: str, text: str) -> dict[str, str]:
-    """Operator -> provider of pairs such as `topk=triton`; empty ones do not count.
+    """Return operator -> provider of pairs such as `topk=triton`.
 
     Args:
+        pairs: pairs as text. Empty ones are ignored.
         source: name of the variable or flag, for errors.
-        text: what the user wrote, likewise.
+        text: text of the user, for errors.
 
     Raises:
-        ConfigError: as of `requested`.
+        ConfigError: see `requested`.
     """
     asked = {}
     for pair in filter(None, map(str.strip, pairs)):
         operator, _, provider = pair.partition("=")
+        provider = _FORMER_NAMES.get(provider, provider)
         if provider not in OPERATORS.get(operator, ()):
             known = {operator: OPERATORS[operator]} if operator in OPERATORS else OPERATORS
             allowed = ", ".join(f"{op}={p}" for op, served in known.items() for p in served)
@@ -347,29 +357,33 @@ def parse(pairs: Iterable[str], source: str, text: str) -> dict[str, str]:
 
 
 def reason_for(provider: str) -> str:
-    """Why a provider serves where it does, in words."""
-    if provider == PADDLE:
+    """Return the description of a provider."""
+    if provider == NUMPY:
         return "CPU: NumPy; GEMMs by oneDNN or Paddle"
     if provider == GEMM:
         return "a device, Paddle's GEMMs"
     if provider == CUSTOM_OP:
         return "of fd_dsa_ops, agrees with the definition"
-    # asked here, not at import: a process that stays on the CPU decides nothing about Triton
+    # not at import, so that a process on a CPU does not decide about Triton
     kernel = f"{'an interpreted' if choose_triton_mode() else 'a compiled'} Triton kernel"
     return f"a device, {kernel}{' for tensor cores' if provider == TENSOR_CORE else ''}"
 
 
-def on(operator: str, kind: str) -> list[str]:
-    """Providers of an operator for tensors on a kind of device, the fastest first."""
-    on_host = (PADDLE, CUSTOM_OP) if operator == "position_ids" else (PADDLE,)
+def available_providers(operator: str, kind: str) -> list[str]:
+    """Return the providers of an operator for a kind of device, the fastest first."""
+    on_host = (NUMPY, CUSTOM_OP) if operator == "position_ids" else (NUMPY,)
     names = OPERATORS[operator]
-    return [p for p in names if (p in on_host if kind == "cpu" else p != PADDLE)]
+    return [p for p in names if (p in on_host if kind == "cpu" else p != NUMPY)]
 
 
 def why_not_library(
     operator: str, kind: str, probe: Callable[[ctypes.CDLL], str] | None = None
 ) -> tuple[str, bool]:
-    """Why fd_dsa_ops does not serve, "" if it does; and whether something is wrong with it."""
+    """Return the reason why fd_dsa_ops cannot serve an operator, or "", and whether it is broken.
+
+    Args:
+        operator, kind, probe: see `choose`.
+    """
     build = custom_ops.build()
     if build.state != custom_ops.BUILT:
         return f"{custom_ops.PACKAGE} is {build.state}: {build.reason}", (

@@ -1,7 +1,6 @@
 """Counts of the engine's work: plain numbers, written by one thread, read by any.
 
-An observation costs a fraction of a microsecond; callers that export the numbers format them
-themselves, when they need them.
+An observation costs a fraction of a microsecond. Callers that export the numbers also format them.
 """
 
 from __future__ import annotations
@@ -19,8 +18,8 @@ class Histogram:
     """Histogram of values by upper bounds, and their sum.
 
     Attributes:
-        bounds: upper bounds of the buckets, ascending; a last bucket takes what is above.
-        counts: values of each bucket alone, len(bounds) + 1.
+        bounds: upper bounds of the buckets, ascending. Larger values are in one more bucket.
+        counts: number of values in each bucket, len(bounds) + 1.
         total: sum of all values.
     """
 
@@ -32,7 +31,7 @@ class Histogram:
         self.total = 0.0
 
     def observe(self, value: float, times: int = 1) -> None:
-        """Count a value, `times` times."""
+        """Count a value `times` times."""
         self.counts[bisect_left(self.bounds, value)] += times
         self.total += value * times
 
@@ -41,8 +40,8 @@ class StepCounters:
     """Counts of the steps of a runner.
 
     Attributes:
-        prepare_s: host seconds of the metadata of a step, by its kind.
-        sparse_tokens: tokens that had more keys than the indexer chooses.
+        prepare_s: host seconds of the metadata of a step, by kind of the step.
+        sparse_tokens: number of tokens that had more keys than the indexer selects.
     """
 
     def __init__(self) -> None:
@@ -55,12 +54,12 @@ class StepCounters:
 
     @property
     def mask_offsets_launched(self) -> int:
-        """Steps with the windows of prefill tokens."""
+        """Number of steps with prefill tokens, which have windows."""
         return sum(sum(self.prepare_s[kind].counts) for kind in ("prefill", "mixed"))
 
     @property
     def mask_offsets_skipped(self) -> int:
-        """Steps without them, which only decode."""
+        """Number of steps that only decode, which have no windows."""
         return sum(self.prepare_s["decode"].counts)
 
     def count_step(
@@ -70,7 +69,13 @@ class StepCounters:
         num_prefill_tokens: int,
         num_sparse_tokens: int,
     ) -> None:
-        """Count one step."""
+        """Count one step.
+
+        Args:
+            prepare_s: host seconds of its metadata.
+            num_tokens, num_prefill_tokens: number of its tokens, and of those of prefill rows.
+            num_sparse_tokens: number of its tokens that have more keys than the indexer selects.
+        """
         kind = "mixed"
         if num_prefill_tokens in (0, num_tokens):
             kind = "prefill" if num_prefill_tokens else "decode"

@@ -1,9 +1,8 @@
-"""Persistent host state of the rows of a step: lengths, block tables and token ids.
+"""Persistent host state of the rows of a step: numbers of tokens, block tables and token ids.
 
 The buffers are allocated once. The engine fills them with `begin_step` and `add_rows`. The runner
-gives them to the attention backend, which makes the metadata of the step. Row states follow
-FastDeploy's `share_inputs` (worker/input_batch.py): a prefill row has
-`seq_lens_encoder == seq_lens_this_time > 0`, a decode row has `seq_lens_encoder == 0`.
+gives them to the attention backend, which makes the metadata of the step. A prefill row has
+`num_chunk_tokens == num_scheduled_tokens > 0`, and a decode row has `num_chunk_tokens == 0`.
 """
 
 from __future__ import annotations
@@ -14,9 +13,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fd_dsa.device.allocation import Array
 from fd_dsa.errors import CapacityError
 from fd_dsa.ops.sampling.token_buffer import staged_ids
+from fd_dsa.tensor import StepArray
 
 
 class SamplingInputs(NamedTuple):
@@ -34,11 +33,11 @@ class SamplingInputs(NamedTuple):
         next_ids: values of `InputBatch.next_tokens`; empty without a layer that reads them.
     """
 
-    slots: Array = ()
-    positions: Array = ()
-    logits_indptr: Array = ()
-    mask_rows: Array = ()
-    next_ids: Array = ()
+    slots: StepArray = ()
+    positions: StepArray = ()
+    logits_indptr: StepArray = ()
+    mask_rows: StepArray = ()
+    next_ids: StepArray = ()
 
 
 NO_SAMPLING = SamplingInputs()
@@ -46,24 +45,26 @@ NO_SAMPLING = SamplingInputs()
 
 
 class InputBatch:
-    """Rows, block tables and packed token ids of the step which is being assembled.
+    """Rows, block tables and packed token ids of the step that is being assembled.
 
     Attributes:
-        seq_lens_encoder: int32 [max_num_seqs]; new prefill tokens of a row in this step, else 0.
-        seq_lens_decoder: int32 [max_num_seqs]; tokens of the row in the cache before this step.
-        seq_lens_this_time: int32 [max_num_seqs]; tokens of the row in this step, 0 when idle.
-        block_tables: int32 [max_num_seqs, max_blocks_per_seq]; physical blocks, -1 = none.
-        ids_remove_padding: int64 [max_num_tokens]; token ids of the step, packed in row order.
+        num_chunk_tokens: int32 [max_num_seqs]; tokens of the row's prefill chunk in this step, 0
+            for a decode or idle row.
+        num_computed_tokens: int32 [max_num_seqs]; tokens of the row in the cache before this step.
+        num_scheduled_tokens: int32 [max_num_seqs]; tokens of the row in this step, 0 = idle.
+        block_tables: int32 [max_num_seqs, max_blocks_per_seq]; physical blocks, -1 = unused.
+        token_ids: int64 [max_num_tokens]; token ids of the step, packed in row order.
         pending: int32 [max_num_tokens]; index of each pending token in the `TokenBuffer`, -1 = the
             id is known.
         has_pending: True if the step has a pending token.
         num_tokens, num_prefill_tokens: tokens of this step so far.
         max_seqlen_k: longest row after this step, tokens; 0 without rows.
         num_rows: 1 + the highest row that has tokens in this step.
-        follows: int32 [max_num_seqs]; index into the requests that the step before sampled, if a
-            row depends on its sample, else -1. `seq_lens_decoder` of such a row is an upper bound.
-        following: token after a chunk that ends inside of a prompt, by the last flat token of the
-            chunk.
+        pending_source: int32 [max_num_seqs]; index of the request, among those that the step before
+            sampled, whose sample a row depends on, else -1. `num_computed_tokens` of such a row is
+            an upper bound.
+        next_prompt_tokens: token after a chunk that ends inside of a prompt, by the last flat token
+            of the chunk.
     """
 
     def __init__(
@@ -72,27 +73,32 @@ class InputBatch:
         self.max_num_seqs = max_num_seqs
         self.max_num_tokens = max_num_tokens
         self.block_size = block_size
-        self.seq_lens_encoder = np.zeros(max_num_seqs, np.int32)
-        self.seq_lens_decoder = np.zeros(max_num_seqs, np.int32)
-        self.seq_lens_this_time = np.zeros(max_num_seqs, np.int32)
-        self.follows = np.full(max_num_seqs, -1, np.int32)
+        self.num_chunk_tokens = np.zeros(max_num_seqs, np.int32)
+        self.num_computed_tokens = np.zeros(max_num_seqs, np.int32)
+        self.num_scheduled_tokens = np.zeros(max_num_seqs, np.int32)
+        self.pending_source = np.full(max_num_seqs, -1, np.int32)
         self.block_tables = np.full((max_num_seqs, max_blocks_per_seq), -1, np.int32)
-        self.ids_remove_padding = np.zeros(max_num_tokens, np.int64)
+        self.token_ids = np.zeros(max_num_tokens, np.int64)
         self.pending = np.full(max_num_tokens, -1, np.int32)
         self.begin_step()
 
+    @property
+    def max_row_len(self) -> int:
+        """Maximum length of a row, tokens: that of its block table."""
+        return self.block_tables.shape[1] * self.block_size
+
     def begin_step(self) -> None:
         """Make every row idle, and keep the block tables."""
-        self.seq_lens_encoder[:] = 0
-        self.seq_lens_decoder[:] = 0
-        self.seq_lens_this_time[:] = 0
-        self.follows[:] = -1
+        self.num_chunk_tokens[:] = 0
+        self.num_computed_tokens[:] = 0
+        self.num_scheduled_tokens[:] = 0
+        self.pending_source[:] = -1
         self.num_tokens = 0
         self.has_pending = False
         self.num_prefill_tokens = 0
         self.max_seqlen_k = 0
         self.num_rows = 0
-        self.following: dict[int, int] = {}
+        self.next_prompt_tokens: dict[int, int] = {}
 
     def add_row(
         self, row: int, token_ids: Sequence[int], num_computed_tokens: int, is_prefill: bool
@@ -130,7 +136,7 @@ class InputBatch:
             pending: index of each pending token in `token_ids` -> its index in the `TokenBuffer`.
 
         Raises:
-            ValueError: rows out of order, or one without a token.
+            ValueError: rows out of order, or a row without a token.
             CapacityError: more tokens than `max_num_tokens`.
         """
         begin, end = self.num_tokens, self.num_tokens + len(token_ids)
@@ -148,21 +154,23 @@ class InputBatch:
                 f"token_ids: rows {rows[0]} to {last} bring the step to {end} tokens, "
                 f"max_num_tokens is {self.max_num_tokens}"
             )
-        prompts = [new if is_one else 0 for new, is_one in zip(num_new, are_prefills, strict=True)]
-        self.ids_remove_padding[begin:end] = token_ids
+        chunks = [
+            new if is_prefill else 0 for new, is_prefill in zip(num_new, are_prefills, strict=True)
+        ]
+        self.token_ids[begin:end] = token_ids
         self.pending[begin:end] = -1
         if pending:
             self.pending[begin:end][list(pending)] = list(pending.values())
             self.has_pending = True
-        self.seq_lens_encoder[rows] = prompts
-        self.seq_lens_decoder[rows] = num_computed_tokens
-        self.seq_lens_this_time[rows] = num_new
+        self.num_chunk_tokens[rows] = chunks
+        self.num_computed_tokens[rows] = num_computed_tokens
+        self.num_scheduled_tokens[rows] = num_new
         self.num_tokens, self.num_rows = end, last + 1
-        self.num_prefill_tokens += sum(prompts)
+        self.num_prefill_tokens += sum(chunks)
         self.max_seqlen_k = max(self.max_seqlen_k, *map(add, num_computed_tokens, num_new))
 
     def arrays(self, sampled: np.ndarray) -> tuple[np.ndarray, ...]:
-        """Return the fields of a `Step` from `ids_remove_padding` to `block_tables`.
+        """Return the inputs of a `Step` as they are staged, from `token_ids` to `block_tables`.
 
         They are arrays of the batch without padding, valid until the next `begin_step`.
 
@@ -172,17 +180,17 @@ class InputBatch:
         rows = self.num_rows
         return (
             self.staged_ids(),
-            self.seq_lens_encoder[:rows],
-            self.seq_lens_decoder[:rows],
-            self.seq_lens_this_time[:rows],
+            self.num_chunk_tokens[:rows],
+            self.num_computed_tokens[:rows],
+            self.num_scheduled_tokens[:rows],
             sampled,
-            self.follows[:rows],
+            self.pending_source[:rows],
             self.block_tables[:rows],
         )
 
     def staged_ids(self) -> np.ndarray:
         """Return the token ids of the step as a device takes them, int64 [num_tokens]."""
-        ids = self.ids_remove_padding[: self.num_tokens]
+        ids = self.token_ids[: self.num_tokens]
         return staged_ids(ids, self.pending[: self.num_tokens]) if self.has_pending else ids
 
     def next_tokens(
@@ -199,10 +207,10 @@ class InputBatch:
         if len(sampled) == self.num_tokens:
             # a decode step, in which every token is followed by a sample
             return staged_ids(samples, samples)
-        tokens, following = slice(self.num_tokens), list(self.following)
-        next_ids = np.roll(self.ids_remove_padding[tokens], -1)
+        tokens, ends = slice(self.num_tokens), list(self.next_prompt_tokens)
+        next_ids = np.roll(self.token_ids[tokens], -1)
         pending = np.roll(self.pending[tokens], -1)
-        next_ids[following], pending[following] = list(self.following.values()), -1
+        next_ids[ends], pending[ends] = list(self.next_prompt_tokens.values()), -1
         pending[np.asarray(sampled, np.int64)] = samples
         return staged_ids(next_ids, pending)
 
@@ -211,11 +219,11 @@ class InputBatch:
         rows, columns = self.num_rows, -(-self.max_seqlen_k // self.block_size)
         return (
             (self.num_tokens, self.num_prefill_tokens, self.max_seqlen_k, rows),
-            self.ids_remove_padding[: self.num_tokens],
+            self.token_ids[: self.num_tokens],
             self.pending[: self.num_tokens],
-            self.seq_lens_encoder[:rows],
-            self.seq_lens_decoder[:rows],
-            self.seq_lens_this_time[:rows],
+            self.num_chunk_tokens[:rows],
+            self.num_computed_tokens[:rows],
+            self.num_scheduled_tokens[:rows],
             self.block_tables[:rows, :columns],
         )
 
@@ -225,9 +233,9 @@ class InputBatch:
         self.begin_step()
         self.num_tokens, self.num_prefill_tokens, self.max_seqlen_k, rows = counts
         self.num_rows = rows
-        self.ids_remove_padding[: len(ids)], self.pending[: len(ids)] = ids, pending
+        self.token_ids[: len(ids)], self.pending[: len(ids)] = ids, pending
         self.has_pending = bool((pending >= 0).any())
-        own = (self.seq_lens_encoder, self.seq_lens_decoder, self.seq_lens_this_time)
+        own = (self.num_chunk_tokens, self.num_computed_tokens, self.num_scheduled_tokens)
         for target, values in zip(own, lengths, strict=True):
             target[:rows] = values
         self.block_tables[:rows, : tables.shape[1]] = tables
@@ -236,8 +244,8 @@ class InputBatch:
         """Return the number of tokens of this step that attend to more than `num_keys` keys."""
         if self.max_seqlen_k <= num_keys:
             return 0
-        new = self.seq_lens_this_time[: self.num_rows]
-        past = self.seq_lens_decoder[: self.num_rows] + new - num_keys
+        new = self.num_scheduled_tokens[: self.num_rows]
+        past = self.num_computed_tokens[: self.num_rows] + new - num_keys
         # np.clip takes three times as long for so few numbers
         return int(np.maximum(np.minimum(past, new), 0).sum())
 
@@ -245,7 +253,7 @@ class InputBatch:
         """Write `block_ids` into the block table of `row` from logical block `start` on.
 
         Raises:
-            CapacityError: the table of a row has fewer columns than that.
+            CapacityError: the table has too few columns.
         """
         end = start + len(block_ids)
         if end > self.block_tables.shape[1]:

@@ -11,12 +11,12 @@ class DSAModelRunnerMixin:
     """Mixin before a runner class whose `initialize_forward_meta` sets `forward_meta`.
 
     The runner keeps its backends in `self.attn_backends`. If the first one is a
-    DSAAttentionBackend, the mixin tells it what the host knows of the step, and makes sure that
-    the metadata exists afterwards. Without a backend, or with a foreign one, the step stays as it
-    is.
+    DSAAttentionBackend, the mixin gives it the counts that the host knows of the step. It also
+    makes sure that the metadata exists afterwards. Without a backend, or with a foreign one, the
+    step stays as it is.
 
     Attributes:
-        backend_class: class of the backends that the mixin serves.
+        backend_class: class of the backends that get metadata.
         attn_backends: backends of the runner; empty until the runner has made them.
         forward_meta: newest step.
 
@@ -38,7 +38,7 @@ class DSAModelRunnerMixin:
         return None
 
     def initialize_forward_meta(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the runner's own hook, then see to it that the step's metadata is there.
+        """Run the runner's own hook, then build the metadata unless the hook has built it.
 
         Raises:
             ValueError: inconsistent lengths or block tables, with row and value.

@@ -72,7 +72,7 @@ class SamplingRunner(Protocol):
 
         Args:
             slot: batch row.
-            parameters: of the request in the row.
+            parameters: parameters of the request in the row.
             prompt_token_ids, output_token_ids: known tokens, if the parameters penalize them.
         """
 
@@ -108,9 +108,10 @@ class MtpRunner(Runner, Protocol):
 
         Args:
             next_ids: int64 [num_tokens]; the token after each token of the step.
-            tokens: flat tokens to go on from, n may be 0.
-            follows: run the layer over the step in the batch instead, on its own hidden states. For
-                each token the place among `tokens` of the call before.
+            tokens: flat tokens whose logits are wanted, n may be 0.
+            follows: empty = run the layer on the hidden states of the model. Otherwise run it over
+                the step in the batch, on its own hidden states. Then `follows` has, for each token
+                of the step, its index among `tokens` of the call before.
 
         Returns:
             float32 [n, vocab_size]; logits of the token after the next one.
@@ -137,8 +138,8 @@ class DeviceMtpRunner(Runner, Protocol):
         """Enqueue the layer over the newest step, and its drafts.
 
         Args:
-            num_requests: maximum number of requests that go on.
-            count: number of drafts of each; the layer makes the first one in any case.
+            num_requests: maximum number of requests that continue.
+            count: number of drafts of each request. The layer makes the first one in any case.
         """
 
 

@@ -20,7 +20,7 @@ from fd_dsa.runner.model_runner import ModelRunner
 from fd_dsa.runner.protocol import OtherRanks, RunnerInfo, StepFuture
 
 
-class LeadingRunner(ModelRunner):
+class DriverRunner(ModelRunner):
     """Runner of rank 0. Until `lead`, every rank makes the same calls by itself.
 
     Attributes:
@@ -64,7 +64,7 @@ class LeadingRunner(ModelRunner):
         """See ModelRunner."""
         with self._sent("sample", masks, has_step=False):
             future = super().sample(masks)
-        return future if self.ranks is None else RankedFuture(future, self.ranks)
+        return future if self.ranks is None else AllRanksFuture(future, self.ranks)
 
     @contextmanager
     def _sent(self, name: str, *arguments: object, has_step: bool = True) -> Iterator[None]:
@@ -77,12 +77,12 @@ class LeadingRunner(ModelRunner):
             yield
 
 
-class RankedFuture:
+class AllRanksFuture:
     """StepFuture of a step that all ranks run.
 
     Args:
         future: handle of this rank.
-        ranks: see `LeadingRunner.lead`.
+        ranks: see `DriverRunner.lead`.
     """
 
     def __init__(self, future: StepFuture, ranks: OtherRanks) -> None:
@@ -98,14 +98,14 @@ class RankedFuture:
             return self._future.result()
 
 
-class FollowingRunner(ModelRunner):
+class WorkerRunner(ModelRunner):
     """Runner of any rank but 0."""
 
-    def follow(self, receive: Callable[[], bytes]) -> None:
+    def serve(self, receive: Callable[[], bytes]) -> None:
         """Make the calls of rank 0, until an error ends the loop.
 
         Args:
-            receive: waits for the next message of a LeadingRunner.
+            receive: waits for the next message of a DriverRunner.
         """
         calls: dict[str, Callable[..., object]] = {
             "run": self.run,

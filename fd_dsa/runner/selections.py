@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fd_dsa.device.allocation import Array
 from fd_dsa.ops.arrays import as_numpy
 from fd_dsa.runner.input_batch import InputBatch
+from fd_dsa.tensor import StepArray
 
 
 class Selections:
@@ -22,12 +22,12 @@ class Selections:
         self._tokens = np.asarray(tokens, np.int64)
         self._layers: list[np.ndarray] = []
 
-    def add(self, slots: Array) -> None:
+    def add(self, slots: StepArray) -> None:
         """Keep a copy of the tokens' rows of a layer.
 
         Args:
-            slots: int32 [num_tokens, topk]; physical slots, -1 = none. The buffer is the
-                backend's, and the next layer writes to it.
+            slots: int32 [num_tokens, topk]; physical slots, -1 = padding. They are copied, because
+                the next layer writes to the same buffer of the backend.
         """
         array = as_numpy(slots)
         self._layers.append(array.reshape(-1, array.shape[-1])[self._tokens].copy())
@@ -36,9 +36,9 @@ class Selections:
         """Return the selected positions of each token and layer, ascending int64 [n].
 
         Args:
-            batch: of the step, as it was run.
+            batch: input batch of the step, as it was run.
         """
-        ends = np.cumsum(batch.seq_lens_this_time[: batch.num_rows])
+        ends = np.cumsum(batch.num_scheduled_tokens[: batch.num_rows])
         selections = []
         for i, row in enumerate(np.searchsorted(ends, self._tokens, side="right")):
             table = batch.block_tables[row]

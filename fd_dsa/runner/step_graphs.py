@@ -1,14 +1,14 @@
 """CUDA graphs of short steps: their sizes, the choice of a graph for a step, and the capture.
 
-Decode steps have two graphs per padded number of tokens. One is for steps in which all rows have at
-most `index_topk` keys, so that it scores and selects no keys. The other one is for rows of any
-length. Prefill steps of rows within `index_topk` have one graph for each of a few numbers of keys.
-Grids and buffers fit the longest rows that a graph may be replayed with, and lengths are read on
-the device.
+Decode steps have two graphs per padded number of tokens. The short graph is for steps whose rows
+all have at most `index_topk` keys, so it scores and selects no keys. The long graph is for rows of
+any length. Prefill steps of rows within `index_topk` have one graph for each of a few numbers of
+keys. Grids and buffers fit the longest rows that a graph may be replayed with, and lengths are read
+on the device.
 
-The graph of a step contains everything but the copy of its inputs, to addresses that never change.
-Sampling is a graph of its own. It is enqueued with the graph of the step, or later if a row needs a
-mask that depends on the tokens of the step before. Drafts after the first one of each
+The graph of a step contains all work but the copy of its inputs, to addresses that never change.
+Sampling is a graph of its own, enqueued with the graph of the step. It is enqueued later if a row
+needs a mask that depends on the tokens of the step before. Drafts after the first one of each
 request are graphs of their own too.
 """
 
@@ -28,13 +28,9 @@ from fd_dsa.runner.step import Step
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-PROMPT_SIZES = (32, 64, 128, 256)
-"""Captured sizes of short prompts, keys. The device bounds larger prompts, not the launches."""
-MAX_PROMPTS = 8
-"""Rows of a captured step of prompts."""
 _FALLBACK = "FLAGS_enable_api_kernel_fallback"
-# place -> memory pool of all graphs of this process, and one graph that stays alive: on an H200
-# Paddle 3.3.1 jumped to freed memory when it allocated after the last graph of a pool was gone
+# place -> memory pool of all graphs of this process, and one graph that stays alive, because on an
+# H200 Paddle 3.3.1 jumped to freed memory when it allocated after the last graph of a pool was gone
 MEMORY_POOLS: dict[str, int] = {}
 LASTING_GRAPHS: dict[str, Any] = {}
 
@@ -83,12 +79,12 @@ class GraphEntry(NamedTuple):
 
 
 Captured = tuple[Any, Callable[[], None]]
-"""Tensors that captured work returned, which every replay fills, and the replay."""
+"""Tensors that captured work returned, and the replay, which fills them again."""
 Capture = Callable[[Callable[[], Any]], Captured]
 
 
 class CaptureRefused(RuntimeError):
-    """Error of a step that cannot be captured, after which the process is still usable."""
+    """Error of a step that cannot be captured. The process is still usable."""
 
 
 class StepGraphs(dict[GraphKey, GraphEntry]):
@@ -99,7 +95,7 @@ class StepGraphs(dict[GraphKey, GraphEntry]):
         longest: maximum length of a row, tokens.
         prompt_sizes: numbers of keys that prefill steps are padded to. Sizes above `index_topk` are
             not captured.
-        most_prompts: maximum number of rows of a prefill step.
+        max_prompts: maximum number of rows of a prefill step.
 
     Attributes:
         drafts: graphs of further drafts, by number of rows, length of the longest row, and number
@@ -112,14 +108,14 @@ class StepGraphs(dict[GraphKey, GraphEntry]):
         index_topk: int,
         longest: int,
         prompt_sizes: Sequence[int] = (),
-        most_prompts: int = 1,
+        max_prompts: int = 1,
     ) -> None:
         super().__init__()
         self.drafts: dict[tuple[int, int, int], Callable[[], None]] = {}
         self.sizes = tuple(sorted(sizes))
         self._short, self._longest = min(index_topk, longest), longest
         self._prompts = [
-            GraphKey(size, self._short, most_prompts)
+            GraphKey(size, self._short, max_prompts)
             for size in sorted(prompt_sizes)
             if size <= self._short
         ]
@@ -144,8 +140,8 @@ class StepGraphs(dict[GraphKey, GraphEntry]):
         """
         tokens, length = batch.num_tokens, batch.max_seqlen_k
         if batch.num_prefill_tokens:
-            keys = tokens + batch.seq_lens_decoder.sum()
-            rows = max(int(np.count_nonzero(batch.seq_lens_this_time)), len(sampled))
+            keys = tokens + batch.num_computed_tokens.sum()
+            rows = max(int(np.count_nonzero(batch.num_scheduled_tokens)), len(sampled))
             if batch.num_prefill_tokens < tokens or length > self._short or not len(sampled):
                 return None
             prompts = (p for p in self._prompts if keys <= p.num_tokens and rows <= p.num_prompts)
@@ -181,11 +177,11 @@ class PaddleCapture:
         """Run `work` once, then capture it.
 
         Args:
-            work: queues launches and returns tensors.
+            work: enqueues launches and returns tensors.
 
         Raises:
             CaptureRefused: `work` waits for the host, or the capture cannot begin.
-            DeviceError: the capture failed half-way, and Paddle cannot go on.
+            DeviceError: the capture failed half-way, and Paddle cannot continue.
         """
         import paddle
 

@@ -10,14 +10,8 @@ from typing import Any
 from fd_dsa.chat.budget import PromptTooLong, bounded_rendering
 from fd_dsa.chat.control import QUOTED_CHARS, RenderedPrompt, render_prompt, texts_in
 from fd_dsa.chat.grammar import forced_calls_grammar
-from fd_dsa.chat.parser import (
-    AUTO,
-    AnswerFormat,
-    find_tool_format,
-    has_reasoning,
-    opens_reasoning,
-)
-from fd_dsa.chat.template import ChatTemplate
+from fd_dsa.chat.parser import AUTO, AnswerFormat
+from fd_dsa.chat.template import ChatTemplate, opens_reasoning
 from fd_dsa.chat.tool_formats import ToolFormat
 from fd_dsa.engine.reasoning import Reasoning
 from fd_dsa.engine.structured_outputs import StructuredOutputsParams
@@ -62,7 +56,7 @@ def make_job(
     tool_format = _tool_format(state, body, renderer)
     rendered = _render(state, renderer, body)
     answer = AnswerFormat(
-        has_reasoning=has_reasoning(state.options.reasoning_parser, renderer.source),
+        has_reasoning=renderer.has_reasoning(state.options.reasoning_parser),
         in_reasoning=opens_reasoning(
             rendered.masked,
             body.messages[-1].for_template() if body.continue_final_message else None,
@@ -78,12 +72,12 @@ def make_job(
         )
     prompt = encode_prompt(state, rendered, "messages", add_special_tokens=False)
     param = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
-    asked: int | None = getattr(body, param)
+    requested: int | None = getattr(body, param)
     limit = state.options.max_answer_scores
     bounds = (max_scored_tokens(limit, len(prompt), body), max_generated)
     default = min((bound for bound in bounds if bound is not None), default=None)
     max_tokens = resolve_max_tokens(
-        state, len(prompt), asked, default=default, param=param, source="messages"
+        state, len(prompt), requested, default=default, param=param, source="messages"
     )
     params = body.sampling_params(max_tokens, state.engine.sampling_defaults)
     special_ids = tokenizer.special_ids_of(answer.markers)
@@ -145,7 +139,7 @@ def _tool_format(
     if not body.tools or body.choice.mode == "none":
         return None
     name = state.options.tool_call_parser
-    tool_format = find_tool_format(name, renderer.source, renderer.family_formats)
+    tool_format = renderer.tool_format(name)
     if tool_format is None:
         why = "the model's chat template has no tool-call format this server knows"
         if name != AUTO:
@@ -194,7 +188,7 @@ def _render(
 
 
 def _form(
-    asked: StructuredOutputsParams | None, body: ChatCompletionRequest, answer: AnswerFormat
+    requested: StructuredOutputsParams | None, body: ChatCompletionRequest, answer: AnswerFormat
 ) -> StructuredOutputsParams | None:
     """Return the form of the whole answer: calls, the requested form, or either.
 
@@ -203,14 +197,14 @@ def _form(
     """
     is_forced = body.choice.mode in ("required", "named")
     if not is_forced:
-        if asked is None:
+        if requested is None:
             return None
         calls = None if answer.tool_format is None else _calls(body, answer)
-        return dataclasses.replace(asked, alternative=calls)
-    if asked is not None and asked.source != "response_format":
+        return dataclasses.replace(requested, alternative=calls)
+    if requested is not None and requested.source != "response_format":
         raise FieldError(
-            f"{asked.source}: got it with a tool_choice that forces calls; must be left out; or "
-            "use tool_choice auto, with which an answer is a call or has this form"
+            f"{requested.source}: got it with a tool_choice that forces calls; must be left out; "
+            "or use tool_choice auto, with which an answer is a call or has this form"
         )
     return _calls(body, answer)
 

@@ -72,7 +72,7 @@ class CompletionRequest(GenerationRequest, json_schema_extra={"examples": [_EXAM
     prompt: _PromptField
     echo: bool | None = Field(None, description="Put the prompt in front of its answer.")
     logprobs: int | None = Field(
-        None, description="Likeliest tokens scored beside each token of the text, 0 to 20."
+        None, description="Likeliest tokens scored for each token of the text, 0 to 20."
     )
 
     @property
@@ -118,8 +118,8 @@ def _read_prompts(
         if isinstance(prompt, str):
             prompt = encode_prompt(state, prompt, "prompt", add_special_tokens=True)
         # the step that computes the last prompt token also samples one output token
-        asked = 1 if body.only_echo else body.max_tokens
-        max_tokens = resolve_max_tokens(state, len(prompt), asked, default=_DEFAULT_MAX_TOKENS)
+        requested = 1 if body.only_echo else body.max_tokens
+        max_tokens = resolve_max_tokens(state, len(prompt), requested, default=_DEFAULT_MAX_TOKENS)
         params = body.sampling_params(max_tokens, state.engine.sampling_defaults)
         jobs.append(Job(f"{completion_id}-{index}", prompt, params))
     check_answer_size(state.options.max_answer_scores, jobs, body, echo=bool(body.echo))

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
 
-from fd_dsa.engine.host import EngineFacts, EngineHost, Event, Failed
+from fd_dsa.engine.loop import EngineDead, EngineLoop, EngineProperties, Event
 from fd_dsa.errors import describe_error
 from fd_dsa.processes.child import connect_to_parent
 from fd_dsa.serve.heaps import keep_heaps_trimmed, share_heaps, trim_heaps
@@ -30,12 +30,12 @@ logger = logging.getLogger("fd_dsa.serve")
 
 
 def _sender(connection: Connection) -> Callable[[Event], None]:
-    """Return a thread-safe function that sends the events of the host."""
+    """Return a thread-safe function that sends the events of the loop."""
     lock = threading.Lock()
 
     def emit(event: Event) -> None:
-        if isinstance(event, Failed):
-            event = Failed(_portable(event.error))
+        if isinstance(event, EngineDead):
+            event = EngineDead(_portable(event.error))
         # the server may be gone; the thread that reads the socket then ends the process
         with lock, contextlib.suppress(OSError):
             connection.send(event)
@@ -55,9 +55,9 @@ def main() -> int:
     set_up_logging(log_level, as_json=log_json)
     share_heaps()
     keep_heaps_trimmed()
-    hosts: SimpleQueue[EngineHost] = SimpleQueue()
+    loops: SimpleQueue[EngineLoop] = SimpleQueue()
     threading.Thread(
-        target=_read, args=(connection, hosts), name="fd_dsa-commands", daemon=True
+        target=_read, args=(connection, loops), name="fd_dsa-commands", daemon=True
     ).start()
     try:
         # imported late, because these imports take seconds
@@ -71,31 +71,31 @@ def main() -> int:
         return 0
     # the files of weights and tokenizer have been read and freed
     trim_heaps()
-    host = EngineHost(engine, _sender(connection), {INFO: lambda _: engine_info(config)})
-    hosts.put(host)
+    loop = EngineLoop(engine, _sender(connection), {INFO: lambda _: engine_info(config)})
+    loops.put(loop)
     ranks = engine.runner.info.ranks
     if ranks is not None:
-        ranks.on_failure(lambda error: host.post(Failed(error)))
-    connection.send(EngineFacts.of(engine))
-    return 0 if host.run() else 1
+        ranks.on_failure(lambda error: loop.post(EngineDead(error)))
+    connection.send(EngineProperties.of(engine))
+    return 0 if loop.run() else 1
 
 
-def _read(connection: Connection, hosts: SimpleQueue[EngineHost]) -> None:
+def _read(connection: Connection, loops: SimpleQueue[EngineLoop]) -> None:
     """Run the thread that receives commands, and end the process when the socket closes.
 
     Args:
-        connection: to the server, which sends its first command after it has received the facts.
-        hosts: receives the host when the engine is built.
+        connection: to the server, which sends its first command after the properties.
+        loops: receives the loop when the engine is built.
     """
-    host: EngineHost | None = None
+    loop: EngineLoop | None = None
     while True:
         try:
             command = connection.recv()
         except (EOFError, OSError):
             # the main thread may be inside a step, so there is no orderly end
             os._exit(0)
-        host = host or hosts.get()
-        host.post(command)
+        loop = loop or loops.get()
+        loop.post(command)
 
 
 def _portable(error: BaseException) -> Exception:

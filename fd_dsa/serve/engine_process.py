@@ -15,15 +15,15 @@ from concurrent.futures import ThreadPoolExecutor
 from queue import Empty, SimpleQueue
 
 from fd_dsa.config import EngineConfig
-from fd_dsa.engine.host import (
+from fd_dsa.engine.loop import (
     SNAPSHOT,
-    Ask,
     Command,
-    EngineFacts,
-    EngineLink,
+    EngineClient,
+    EngineDead,
+    EngineProperties,
     Event,
-    Failed,
-    Stop,
+    Shutdown,
+    UtilityCall,
 )
 from fd_dsa.engine.tokenizer import Tokenizer
 from fd_dsa.errors import FdDsaError
@@ -35,11 +35,11 @@ _LAST_EVENT_S = 5.0
 HEARTBEAT_S = 1.0
 """Time between two heartbeat calls to the process, seconds."""
 # any answer shows that the process is alive
-_HEARTBEAT = Ask("heartbeat", SNAPSHOT)
+_HEARTBEAT = UtilityCall("heartbeat", SNAPSHOT)
 
 
-class EngineProcess(EngineLink):
-    """A link to an engine in its own process.
+class EngineProcess(EngineClient):
+    """Client of an engine in its own process.
 
     The process ends when this one does, because its end of the socket closes.
 
@@ -69,7 +69,7 @@ class EngineProcess(EngineLink):
             loading = ThreadPoolExecutor(1).submit(
                 Tokenizer.from_folder, config.tokenizer_path, config.chat_template
             )
-            self.facts = self._wait_until_ready(progress)
+            self.properties = self._wait_until_ready(progress)
             self.tokenizer = loading.result()
         except BaseException:
             self._process.join(0.0)
@@ -80,7 +80,7 @@ class EngineProcess(EngineLink):
 
     @property
     def silent_s(self) -> float:
-        """See `EngineLink`. A frozen process is noticed after `HEARTBEAT_S`."""
+        """See `EngineClient`. A frozen process is noticed after `HEARTBEAT_S`."""
         since = self._waiting_since
         return 0.0 if since is None else time.monotonic() - since
 
@@ -100,11 +100,11 @@ class EngineProcess(EngineLink):
         self._process.join(timeout_s)
         super().join(_LAST_EVENT_S)
 
-    def _wait_until_ready(self, progress: StartupProgress) -> EngineFacts:
-        """Wait for the engine's facts and report the progress of its start.
+    def _wait_until_ready(self, progress: StartupProgress) -> EngineProperties:
+        """Wait for the engine's properties and report the progress of its start.
 
-        The process sends each phase with its number and progress, and at the end its facts or the
-        exception that ended the start.
+        The process sends each phase with its number and progress. At the end it sends the
+        properties, or the exception that ended the start.
         """
         while True:
             try:
@@ -113,7 +113,7 @@ class EngineProcess(EngineLink):
                 raise self._ended("before it was ready") from None
             if isinstance(message, Exception):
                 raise message
-            if isinstance(message, EngineFacts):
+            if isinstance(message, EngineProperties):
                 return message
             progress.follow(*message)
 
@@ -128,7 +128,7 @@ class EngineProcess(EngineLink):
                 command: Command = self._commands.get(timeout=HEARTBEAT_S)
             except Empty:
                 command = _HEARTBEAT
-            if isinstance(command, Stop):
+            if isinstance(command, Shutdown):
                 self._is_stopping = True
             now = time.monotonic()
             commands = [command]
@@ -152,7 +152,7 @@ class EngineProcess(EngineLink):
                 break
             self._waiting_since = None
             receive(event)
-            if isinstance(event, Failed):
+            if isinstance(event, EngineDead):
                 return
         if not self._is_stopping:
-            receive(Failed(self._ended("while it served")))
+            receive(EngineDead(self._ended("while it served")))

@@ -110,41 +110,41 @@ _FLAGS = {
     "model": {
         "MODEL": "folder in Hugging Face format (default: the demo model of the package)",
         "--model DIR": "the same as MODEL",
-        "--download": "MODEL is the name of a hub's model, such as org/name; download what is not "
-        "there yet",
+        "--download": "MODEL is the name of a hub's model, such as org/name; download the missing "
+        "files",
         "--served-model-name NAME": "name for the `model` field of requests; may be repeated "
         "(default: folder name)",
         "--tokenizer DIR": "folder of the tokenizer (default: the model's)",
         "--load-format FORMAT": "auto, safetensors, or dummy for random weights (default: auto)",
-        "--index-topk N": "keys that the indexer chooses for a token (default: the model's)",
+        "--index-topk N": "keys that the indexer selects for a token (default: the model's)",
         "--allow-unknown-config-fields": "load a model whose config.json has fields that fd_dsa "
         "does not know, and that may change its results",
-        "--device": "where the model runs; auto is a GPU where Paddle has one (default: auto)",
+        "--device": "device of the model; auto is a GPU if Paddle has one (default: auto)",
         "--dtype": "auto, float32 or bfloat16 (default: auto, bfloat16 on a GPU)",
-        "--engine": "what runs the model: embedded, or fastdeploy, an installed FastDeploy; auto "
+        "--engine": "engine of the model: embedded, or fastdeploy, an installed FastDeploy; auto "
         "is fastdeploy for flags that only FastDeploy has (default: auto)",
-        "--generation-config": "defaults of requests: auto, what the folder's "
-        "generation_config.json proposes, or vllm, only those of the API (default: auto)",
+        "--generation-config": "defaults of requests: auto, those of generation_config.json in the "
+        "folder, or vllm, only those of the API (default: auto)",
         "--seed": "seed of requests without one (default: 0)",
     },
     "chat": {
-        "--chat-template FILE": "Jinja template of conversations (default: what the folder has)",
-        "--trust-request-chat-template": "let requests bring templates; one can keep a processor "
-        "busy for 10 seconds",
+        "--chat-template FILE": "Jinja template of conversations (default: the folder's)",
+        "--trust-request-chat-template": "accept templates in requests; a template can keep a "
+        "processor busy for 10 seconds",
         "--allow-special-tokens-in-text": "markers of control tokens in messages and tools become "
         "these tokens, so that a text can begin a message of another role",
-        "--tool-call-parser NAME": f"how answers call tools: {', '.join(TOOL_FORMATS)}, none, or "
+        "--tool-call-parser NAME": f"format of tool calls: {', '.join(TOOL_FORMATS)}, none, or "
         "auto, by the template and the model's generation (default: auto)",
-        "--reasoning-parser NAME": f"how answers reason: {', '.join(REASONING_FORMATS)}, none, or "
+        "--reasoning-parser NAME": f"format of reasoning: {', '.join(REASONING_FORMATS)}, none, or "
         "auto, by the template and the model's generation (default: auto)",
     },
     "server": {
         "--host": "interface (default: 127.0.0.1)",
-        "--port": "0 takes any free port (default: 8000)",
+        "--port": "port; 0 = any free port (default: 8000)",
         "--shutdown-timeout S": "seconds that running requests get after the first signal "
         "(default: 30)",
         "--api-key KEY": "key that requests must send; may be repeated, and FD_DSA_API_KEY, with "
-        "commas between keys, keeps it out of the list of processes (default: none is asked for)",
+        "commas between keys, keeps it out of the list of processes (default: no key)",
         "--max-body-size BYTES": "longest body of a request, for example 32M; longer ones are a "
         "413 (default: 16M)",
         "--max-body-values N": "values in a body, each number counted once, each text, name, list "
@@ -157,14 +157,14 @@ _FLAGS = {
         "--max-concurrency N": "running and waiting outputs at a time; more are a 429 "
         "(default: 512)",
         "--max-connections N": "connections that may have a request in progress; idle ones are "
-        "closed to make room, any other request is a 503 (default: 4096, fewer where ulimit -n is "
+        "closed to make room, any other request is a 503 (default: 4096, fewer if ulimit -n is "
         "lower)",
         "--timeout-keep-alive S": "seconds for which a connection stays open without a request; "
         "longer than a proxy in front keeps its connections (default: 75)",
         "--sse-ping-interval S": "seconds without a chunk after which a stream gets a comment, so "
         "that proxies keep it; 0 for none (default: 15)",
-        "--allowed-host NAME": "name that the Host header of requests may have, beside localhost "
-        "and --host; may be repeated, * allows all (default: checked on loopback addresses only)",
+        "--allowed-host NAME": "name that the Host header of requests may have, like localhost and "
+        "--host; may be repeated, * allows all (default: checked on loopback addresses only)",
         "--disable-ui": "do not serve the chat page at /",
     },
     "cache": {
@@ -185,14 +185,15 @@ _FLAGS = {
         "--max-num-seqs N": "sequences in a step (default: 64)",
         "--max-num-batched-tokens N": "tokens in a step; longer prompts are split (default: 512 "
         "and --max-num-seqs)",
-        "--target-inter-token-latency-ms MS": "most time between two tokens of an answer while "
-        f"prompts are computed beside it, 0 for no target (default: {DEFAULT_TARGET_MS:g})",
+        "--target-inter-token-latency-ms MS": "longest time between two tokens of an answer in "
+        f"steps with prompts, 0 for no target (default: {DEFAULT_TARGET_MS:g})",
         "--enable-chunked-prefill": "split prompts at --max-num-batched-tokens; always on "
         "(default: enabled)",
         "--speculative-config JSON": "draft tokens and verify them in the next step, as "
-        """'{"method": "ngram", "num_speculative_tokens": 3}', or none; no token changes (default:
-        the demo model's own layer on a CPU, otherwise none)""",
-        "--async-scheduling": "on a GPU, queue a step while the one before runs (default: enabled)",
+        """'{"method": "ngram", "num_speculative_tokens": 3}', or none; """
+        "tokens stay the same (default: the demo model's own layer on a CPU, otherwise none)",
+        "--async-scheduling": "on a GPU, enqueue a step while the one before runs "
+        "(default: enabled)",
     },
     "CUDA graphs (on a GPU)": {
         "--enforce-eager": "launch all steps kernel by kernel, without CUDA graphs",
@@ -261,7 +262,7 @@ _READERS: dict[str, Callable[[str], Any]] = {
     "device": lambda text: "gpu" if text == "cuda" else text,
     **{flag: _parser_name(names) for flag, names in _PARSERS.items()},
     "api_key": _key,
-    # for the system an empty name, as of an unset variable, is every interface
+    # the system reads an empty name, such as that of an unset variable, as every interface
     "host": values.reader(str, "a name or an address, 0.0.0.0 for all interfaces", str.strip),
     "port": values.reader(values.digits, "0 to 65535", lambda value: value <= 65535),
     **dict.fromkeys(("shutdown_timeout", "sse_ping_interval"), values.number(float, 0)),

@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from fd_dsa.chat.control import RenderedPrompt
+from fd_dsa.engine.encoding import TooManyTokens
 from fd_dsa.engine.logit_rules import BadWords
 from fd_dsa.engine.output import ConstraintError
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.structured_outputs import StructuredOutputsParams
-from fd_dsa.engine.text_windows import TooManyTokens
 from fd_dsa.errors import BusyError
 from fd_dsa.serve.errors import ApiError, FieldError, request_error
 from fd_dsa.serve.protocol.generation import SAMPLING_FIELDS, GenerationRequest
@@ -111,7 +111,7 @@ class Job:
 def resolve_max_tokens(
     state: ServerState,
     num_prompt_tokens: int,
-    asked: int | None,
+    requested: int | None,
     *,
     default: int | None = None,
     param: str = "max_tokens",
@@ -136,16 +136,16 @@ def resolve_max_tokens(
     longest = limit - num_prompt_tokens
     if longest < 1:
         raise too_many_tokens(state, num_prompt_tokens, source)
-    if asked is None:
+    if requested is None:
         bounds = (longest, default, state.engine.sampling_defaults.get("max_tokens"))
         return min(bound for bound in bounds if bound is not None)
-    if asked > longest:
+    if requested > longest:
         raise FieldError(
-            f"{param}: got {asked} after a prompt of {num_prompt_tokens} tokens, "
+            f"{param}: got {requested} after a prompt of {num_prompt_tokens} tokens, "
             f"max_model_len is {limit}; allowed is at most {longest} with this prompt",
             code="context_length_exceeded",
         )
-    return asked
+    return requested
 
 
 def check_jobs(state: ServerState, jobs: Sequence[Job], param: str) -> list[Job]:
@@ -161,10 +161,11 @@ def check_jobs(state: ServerState, jobs: Sequence[Job], param: str) -> list[Job]
     for job in jobs:
         with _refusals(param):
             state.engine.validate(job.prompt_token_ids, job.params)
-    with _refusals("bad_words"):
-        words = BadWords.of(jobs[0].params.bad_words, state.engine.tokenizer)
-    if words is None:
+    bad_words = jobs[0].params.bad_words
+    if not bad_words:
         return list(jobs)
+    with _refusals("bad_words"):
+        words = BadWords.of(bad_words, state.engine.tokenizer)
     return [replace(job, params=replace(job.params, bad_words=words)) for job in jobs]
 
 
@@ -354,11 +355,11 @@ def max_scored_tokens(limit: int, num_prompt_tokens: int, body: GenerationReques
         ApiError: 400 if the number of log-probabilities is out of range.
     """
     fields = body.score_fields()
-    beside, of_prompt = fields["logprobs"], fields["prompt_logprobs"]
-    if beside is None:
+    likeliest, of_prompt = fields["logprobs"], fields["prompt_logprobs"]
+    if likeliest is None:
         return None
     room = limit if of_prompt is None else limit - num_prompt_tokens * (1 + of_prompt)
-    return max(1, room // (max(body.n or 1, 1) * (1 + beside)))
+    return max(1, room // (max(body.n or 1, 1) * (1 + likeliest)))
 
 
 def _scores_of(job: Job, body: GenerationRequest, echo: bool, shows_prompt_once: bool) -> int:

@@ -54,8 +54,8 @@ def host_rule(host: str, bound: str, allowed: Sequence[str]) -> Callable[[str], 
     def check(value: str) -> None:
         match = _HOST.fullmatch(value)
         name = match[1].strip("[]").lower().rstrip(".") if match else ""
-        asked = _address(name)
-        is_allowed = asked is not None and (not is_loopback or asked.is_loopback)
+        requested = _address(name)
+        is_allowed = requested is not None and (not is_loopback or requested.is_loopback)
         if name not in names and not is_allowed:
             raise ApiError(
                 403,

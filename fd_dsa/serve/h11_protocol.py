@@ -56,7 +56,7 @@ STALLED_S = 60.0
 HEAD_TIMEOUT_S = 60.0
 """Time that a client has for the head of a request, from the start of a new connection, seconds."""
 
-# between two checks whether a client that has ended its sending has left
+# time between two checks of a client that has ended its sending: it may have left
 _RESET_CHECK_S = 0.05
 # time in which a refused client may read its answer, which a close while it still sends would
 # discard

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from typing_extensions import TypedDict
 
 import fd_dsa
-from fd_dsa.chat.parser import AUTO, NONE, reasoning_format_name, tool_format_name
+from fd_dsa.chat.parser import AUTO, NONE
 from fd_dsa.chat.renderers import NO_TEMPLATE
 from fd_dsa.config import EngineConfig
 from fd_dsa.environment import batch_invariant, nvidia_smi, variable
@@ -89,7 +89,7 @@ def engine_info(config: EngineConfig) -> EngineInfo:
             op: {kind: c.provider for kind, c in by.items()} for op, by in choices.items()
         },
         "provider_reasons": {
-            op: {kind: c.against for kind, c in by.items() if c.against}
+            op: {kind: c.rejected for kind, c in by.items() if c.rejected}
             for op, by in choices.items()
         },
     }
@@ -134,11 +134,10 @@ def chat_formats(tokenizer: Tokenizer, options: ServerOptions) -> ChatFormats:
     renderer = tokenizer.chat_renderer
     if renderer is None:
         return {"chat_template": None, "tool_call_parser": None, "reasoning_parser": None}
-    template = (renderer.source, renderer.family_formats)
     return {
         "chat_template": renderer.origin,
-        "tool_call_parser": tool_format_name(options.tool_call_parser, *template),
-        "reasoning_parser": reasoning_format_name(options.reasoning_parser, *template),
+        "tool_call_parser": renderer.tool_format_name(options.tool_call_parser),
+        "reasoning_parser": renderer.reasoning_format_name(options.reasoning_parser),
     }
 
 

@@ -1,7 +1,8 @@
 """Flags of other servers, and the effect of each on this server's command line.
 
 A flag of this module is removed from the command line if it changes no answer. Otherwise it is
-refused with the flag of this server for the same purpose. docs/flags.md lists both kinds.
+refused with the flag of this server for the same purpose. docs/flags.md lists the flags that have
+another name here.
 
 Sources: `vllm serve --help`, `python -m sglang.launch_server --help`, and `EngineArgs` of
 FastDeploy.
@@ -311,18 +312,6 @@ def check_value(flag: str, value: str, known: Known, is_off: bool) -> str:
 
 
 def rows() -> Iterator[tuple[str, str]]:
-    """Yield each rule of this server with the flags of other servers that it covers."""
+    """Yield each flag of this server that has other names elsewhere, with these names."""
     for ours, names in OTHER_NAMES.items():
-        yield f"the name here is `{ours}`".replace(" or ", "` or `"), _shown(names)
-    for reason, names in NOT_NEEDED.items():
-        yield f"not needed: {reason}", _shown(names)
-    for reason, names in REFUSED.items():
-        yield f"refused: {reason}", _shown(names)
-
-
-def _shown(forms: Sequence[str]) -> str:
-    names = []
-    for form in forms:
-        name, _, values = form.partition("=")
-        names.append(f"`{f'{_flag(name)} {values}'.rstrip()}`".replace("|", "` or `"))
-    return ", ".join(names)
+        yield f"`{ours}`".replace(" or ", "` or `"), ", ".join(f"`{_flag(name)}`" for name in names)

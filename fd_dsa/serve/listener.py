@@ -215,18 +215,19 @@ class Listener:
             self._loop.add_reader(self._sock.fileno(), self._accept)
 
 
-def connection_limit(asked: int | None) -> int:
+def connection_limit(requested: int | None) -> int:
     """Raise RLIMIT_NOFILE to its hard limit and divide the descriptors.
 
     Args:
-        asked: value of --max-connections, or None without it.
+        requested: value of --max-connections, or None without it.
 
     Returns:
-        `asked`, or `DEFAULT_MAX_CONNECTIONS`, or fewer if the process may not open so many files.
+        `requested`, or `DEFAULT_MAX_CONNECTIONS`, or fewer if the process may not open that many
+        files.
 
     Raises:
-        ConfigError: the process may not open as many files as `asked` needs, or as the server
-            keeps.
+        ConfigError: the process may not open as many files as `requested` needs, or as the
+            server keeps.
     """
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     # the kernel refuses a hard limit above fs.nr_open
@@ -239,11 +240,11 @@ def connection_limit(asked: int | None) -> int:
     if files <= kept:
         raise ConfigError(
             f"ulimit -n: the process may open {files} files, the server keeps {kept} of them for "
-            "other things than connections; raise the limit"
+            "files other than connections; raise the limit"
         )
-    if asked is not None and asked > files - kept:
+    if requested is not None and requested > files - kept:
         raise ConfigError(
-            f"--max-connections: got {asked}, allowed: at most {files - kept}, as the process may "
-            f"open {files} files and keeps {kept} of them for other things; raise ulimit -n"
+            f"--max-connections: got {requested}, allowed: at most {files - kept}, as the process "
+            f"may open {files} files and keeps {kept} of them for other things; raise ulimit -n"
         )
-    return asked or min(DEFAULT_MAX_CONNECTIONS, files - kept)
+    return requested or min(DEFAULT_MAX_CONNECTIONS, files - kept)

@@ -61,20 +61,23 @@ _GAUGES = {
     "kv_cache_usage": ("kv_cache_usage_perc", "share of the cache blocks in use, 0 to 1"),
 }
 _COUNTERS = {
-    "prompt_tokens": ("prompt_tokens", "prompt tokens of the requests that have come"),
+    "prompt_tokens": ("prompt_tokens", "prompt tokens of all received requests"),
     "generated_tokens": ("generation_tokens", "tokens generated"),
-    "num_preemptions": ("num_preemptions", "requests that gave up their cache blocks"),
-    "num_mask_waits": ("mask_waits", "steps whose sampling waited for earlier tokens"),
-    "prefix_cache_queries": ("prefix_cache_queries", "prompt tokens looked for in the cache"),
-    "prefix_cache_hits": ("prefix_cache_hits", "prompt tokens found in the cache"),
-    "num_drafts": ("spec_decode_num_drafts", "times that drafts of a request were verified"),
-    "num_draft_tokens": ("spec_decode_num_draft_tokens", "drafts that were verified"),
-    "num_accepted_tokens": ("spec_decode_num_accepted_tokens", "drafts that were accepted"),
+    "num_preemptions": ("num_preemptions", "preempted requests"),
+    "num_mask_waits": (
+        "mask_waits",
+        "steps whose sampling waited for the tokens of the previous step",
+    ),
+    "prefix_cache_queries": ("prefix_cache_queries", "prompt tokens looked up in the prefix cache"),
+    "prefix_cache_hits": ("prefix_cache_hits", "prompt tokens found in the prefix cache"),
+    "num_drafts": ("spec_decode_num_drafts", "verifications of the drafts of a request"),
+    "num_draft_tokens": ("spec_decode_num_draft_tokens", "verified drafts"),
+    "num_accepted_tokens": ("spec_decode_num_accepted_tokens", "accepted drafts"),
 }
 _STEP_COUNTERS = {
     "mask_offsets_launched": ("mask_offsets_launched", "steps with prefill tokens, with windows"),
-    "mask_offsets_skipped": ("mask_offsets_skipped", "steps that only decoded, without windows"),
-    "sparse_tokens": ("sparse_tokens", "tokens that had more keys than the indexer chooses"),
+    "mask_offsets_skipped": ("mask_offsets_skipped", "decode-only steps, without windows"),
+    "sparse_tokens": ("sparse_tokens", "tokens with more keys than the indexer selects"),
 }
 
 
@@ -121,9 +124,12 @@ class _EngineCollector(Collector):
                 yield self._family(kind, name, text, {"": getattr(source, attribute)})
         ended, text = counts.finished, "ended requests"
         yield self._family(CounterMetricFamily, "request_success", text, ended, "finished_reason")
-        name, text = "spec_decode_num_accepted_tokens_per_pos", "accepted drafts by their place"
-        places = {str(i): count for i, count in enumerate(self._stats.accepted_per_position)}
-        yield self._family(CounterMetricFamily, name, text, places, "position")
+        name, text = (
+            "spec_decode_num_accepted_tokens_per_pos",
+            "accepted drafts by position in the step",
+        )
+        by_position = {str(i): count for i, count in enumerate(self._stats.accepted_per_position)}
+        yield self._family(CounterMetricFamily, name, text, by_position, "position")
         times, text = counts.steps.prepare_s, "host time of a step's metadata"
         yield self._family(HistogramMetricFamily, "step_prepare_seconds", text, times, "kind")
         caches = {"": counts.cache_config}

@@ -63,7 +63,7 @@ class ResponseAnswer(BlockAnswer):
         self, state: ServerState, body: ResponsesRequest, job: Job, answer_format: AnswerFormat
     ) -> None:
         super().__init__(state, body.chat, job, answer_format)
-        self._asked = body
+        self._responses_body = body
         self._num_events = 0
         # scores of ended blocks, packed once because several events repeat them
         self._packed: dict[int, Scores] = {}
@@ -146,7 +146,7 @@ class ResponseAnswer(BlockAnswer):
 
     def _response(self, status: str, **fields: object) -> dict[str, Any]:
         """Return the response object: its own fields, and the repeated ones of the request."""
-        asked, params = self._asked, self.jobs[0].params
+        body, params = self._responses_body, self.jobs[0].params
         return {
             "id": self.head["id"],
             "object": "response",
@@ -159,7 +159,7 @@ class ResponseAnswer(BlockAnswer):
             "metadata": {},
             "model": self.head["model"],
             "output": [self._item(block, _status(block)) for block in self.blocks],
-            "parallel_tool_calls": asked.parallel_tool_calls is not False,
+            "parallel_tool_calls": body.parallel_tool_calls is not False,
             "previous_response_id": None,
             "reasoning": {"effort": self.body.reasoning_effort, "summary": None},
             "service_tier": "default",
@@ -168,11 +168,11 @@ class ResponseAnswer(BlockAnswer):
             "text": {"format": {"type": "text"}},
             "tool_choice": "auto",
             "tools": [],
-            "top_logprobs": asked.top_logprobs or 0,
+            "top_logprobs": body.top_logprobs or 0,
             "top_p": params.top_p,
             "truncation": "disabled",
             "usage": None,
-            **asked.repeated,
+            **body.repeated,
             **fields,
         }
 

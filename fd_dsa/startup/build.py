@@ -29,13 +29,14 @@ _Runner = TypeVar("_Runner", bound="ModelRunner")
 def build_engine(config: EngineConfig, progress: StartupProgress | None = None) -> LLMEngine:
     """Build an engine over the model of `config`, ready for requests.
 
-    Everything that can be refused is refused before memory is taken. Then weights are loaded.
+    Flags, files and memory are checked first. Then memory is taken and weights are loaded.
 
     Args:
-        progress: follows the phases; None = only the log does.
+        progress: gets the phases; None = they are only logged.
 
     Raises:
-        ConfigError: a flag, the folder, its checkpoint or the memory; says which and what to do.
+        ConfigError: a flag, the folder, its checkpoint or the memory is wrong. The message has the
+            cure.
         BackendUnavailable: Paddle is missing, or has no such device.
     """
     progress = progress or StartupProgress()
@@ -55,14 +56,14 @@ def _build(config: EngineConfig, ranks: Ranks | None, progress: StartupProgress)
     progress.done(plan.summary())
     # these import paddle, after `make_plan` has set its environment
     from fd_dsa.runner.model_runner import ModelRunner
-    from fd_dsa.runner.ranks import LeadingRunner
+    from fd_dsa.runner.ranks import DriverRunner
 
     runner: ModelRunner
     if ranks is None:
         runner = build_runner(plan, group, progress, ModelRunner)
     else:
-        runner = leading = build_runner(plan, group, progress, LeadingRunner)
-        leading.lead(ranks)
+        runner = driver = build_runner(plan, group, progress, DriverRunner)
+        driver.lead(ranks)
         weakref.finalize(runner, ranks.close)
     make_engine = partial(
         LLMEngine,
@@ -100,10 +101,10 @@ def build_runner(
     backend = plan.caches.backend(num_blocks, plan.device)
     drafts = plan.config.most_drafts
     batch, device = plan.input_batch, plan.device
-    runner = kind(model, batch, None, num_blocks, device, backend, most_drafts=drafts)
+    runner = kind(model, batch, None, num_blocks, device, backend, max_drafts=drafts)
     progress.done(plan.memory.summary())
     if group is not None:
-        # a warm-up waits for the other ranks on the device, where a missing rank goes unnoticed
+        # a warm-up waits for the other ranks on the device, which does not notice a missing rank
         group.barrier()
     progress.done(warm_up(runner, plan))
     if group is not None:
@@ -131,5 +132,5 @@ def _make_speculator(
         costs = measure_step_costs(make_measured, make_drafter(), most)
     if asked.method == "ngram":
         make_drafter = partial(PromptLookup, asked.prompt_lookup_max, asked.prompt_lookup_min)
-    # not the measured drafter, which remembers its requests
+    # a new drafter, because the measured one remembers its requests
     return Speculator(make_drafter(), most, costs)

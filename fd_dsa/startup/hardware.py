@@ -38,7 +38,7 @@ def _check_version(name: str) -> None:
     numbers = tuple(int(word) for word in installed.split(".")[:2] if word.isdigit())
     if numbers != (0, 0) and numbers < _OLDEST_PADDLE:
         oldest = ".".join(map(str, _OLDEST_PADDLE))
-        # no public index but Paddle's own has the builds for GPUs
+        # only Paddle's own index has the builds for GPUs
         cure = f"install a newer {name} from Paddle's own package index"
         if name == "paddlepaddle":
             cure = pip_command("--upgrade", f"{name}>={oldest}")
@@ -54,7 +54,7 @@ def choose_device(config: EngineConfig, rank: int) -> tuple[EngineConfig, int]:
         The configuration with device, types and drafts resolved; and the number of CPU threads.
 
     Raises:
-        ConfigError: the device does not serve a flag.
+        ConfigError: the device does not support a flag.
         BackendUnavailable: there is no such device, or kernels cannot run on it.
     """
     from fd_dsa.device.resolve import device_of_rank, keep_float32, resolve_device

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fd_dsa.config import EngineConfig
@@ -12,12 +11,11 @@ from fd_dsa.errors import ConfigError
 from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.dequantize import BLOCK, num_blocks
 from fd_dsa.models.expected_tensors import expected_tensors
-from fd_dsa.runner.step_graphs import MAX_PROMPTS, PROMPT_SIZES
 from fd_dsa.startup.host_memory import available_memory_bytes
 
 _DEFAULT_CACHE_BYTES = 4 << 30
 _WIDTHS = {"float32": 4, "bfloat16": 2}
-# the first that fits a tensor's name; ranks split all of them but the embedding
+# parts of a model by the names of their tensors; the first pattern that fits counts
 _PARTS = {
     "routed experts": re.compile(r"\.experts\."),
     "shared experts": re.compile(r"\.shared_experts\."),
@@ -27,8 +25,6 @@ _PARTS = {
     "embedding": re.compile(r"embed_tokens\."),
 }
 _OTHERS = "indexers, routers, others"
-# what the driver keeps for a graph of some thousand launches
-_GRAPH_BYTES = 4 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +35,7 @@ class MemoryPlan:
         weight_bytes: bytes of the weights as held.
         graph_bytes: bytes of captured steps with their activations, 0 without captures.
         state_bytes: bytes of the states that batch rows have in addition to blocks.
-        free_bytes: bytes that the system could give when the plan was made.
+        free_bytes: free bytes of the system when the plan was made.
         bytes_per_block: bytes of one cache block over all layers.
         num_blocks: number of cache blocks.
         block_size: tokens of a block.
@@ -111,45 +107,6 @@ def weight_parts(
             size = width * tensor.num_elements
         parts[next((p for p, names in _PARTS.items() if names.search(name)), _OTHERS)] += size
     return parts
-
-
-def graph_bytes(config: ModelConfig, sizes: Sequence[int], max_model_len: int) -> int:
-    """Return an upper bound of the bytes of captured steps: decode steps and short prompts.
-
-    Each graph keeps its logits and the driver's own data. All graphs share the activations of the
-    largest one, counted as if a layer freed no activation before its end.
-
-    Args:
-        config: configuration of the model, or of one rank's part.
-        sizes: captured numbers of tokens of decode steps.
-        max_model_len: longest prompt plus output, tokens.
-    """
-    if not sizes:
-        return 0
-    # one for rows of any length, one for rows that need no choice of keys
-    lengths = 1 if max_model_len <= config.index_topk else 2
-    prompts = [size for size in PROMPT_SIZES if size <= config.index_topk]
-    graphs = len(sizes) * lengths + len(prompts)
-    rows = lengths * sum(sizes) + len(prompts) * MAX_PROMPTS
-    kept = rows * config.vocab_size
-    heads, rank, hidden = config.num_attention_heads, config.kv_lora_rank, config.hidden_size
-    if config.mtp is not None:
-        # those of drafts, and hidden states that one graph gives another; the second and the third
-        # draft have graphs for powers of two of rows
-        kept = 2 * kept + 3 * (rows + sum(prompts)) * hidden
-        graphs = 2 * (graphs + lengths * (1 + (max(sizes) - 1).bit_length()))
-    query = config.qk_nope_head_dim + config.qk_rope_head_dim
-    attention = 2 * (config.q_lora_rank + rank) + heads * (2 * query + 2 * rank)
-    attention += 3 * heads * config.v_head_dim + config.index_n_heads * config.index_head_dim
-    # of each chosen expert; then the router's scores
-    moe = config.num_experts_per_tok * (config.moe_intermediate_size + hidden)
-    moe += config.n_routed_experts
-    dense = 3 * max(config.intermediate_size, config.moe_intermediate_size)
-    token = attention + moe + dense + 8 * hidden
-    if config.head_rows < config.vocab_size:
-        # logits as each rank computed them, and gathered
-        token += config.vocab_size + config.head_rows
-    return 4 * (kept + max(*sizes, *prompts) * token) + graphs * _GRAPH_BYTES
 
 
 def plan_memory(

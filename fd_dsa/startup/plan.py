@@ -1,6 +1,6 @@
 """Plan of an engine, made before memory is taken: device, folder, limits, sizes.
 
-Everything that can be refused is refused here.
+All checks of flags, files and memory are here.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.tokenizer import Tokenizer
 from fd_dsa.errors import ConfigError
 from fd_dsa.runner.input_batch import InputBatch
+from fd_dsa.startup.graph_sizes import graph_bytes
 from fd_dsa.startup.hardware import choose_device, has_fp8, prepare_paddle
 from fd_dsa.startup.host_memory import available_memory_bytes
 from fd_dsa.startup.memory import (
     MemoryPlan,
-    graph_bytes,
     plan_memory,
     weight_bytes,
 )
@@ -72,7 +72,7 @@ class EnginePlan:
         return self.memory.max_model_len
 
     def summary(self) -> str:
-        """Model, device and limits in one line."""
+        """Return model, device and limits in one line."""
         where = f"the CPU, {self.num_threads} threads" if self.device == "cpu" else self.device
         if self.config.tensor_parallel_size > 1:
             where += f", rank 0 of {self.config.tensor_parallel_size}"
@@ -84,7 +84,7 @@ class EnginePlan:
         )
 
     def describe(self) -> dict[str, Any]:
-        """Every value that was chosen or resolved, for people and programs."""
+        """Return all values of the plan, for people and programs."""
         config = self.config
         return {
             "model": str(config.model_path),
@@ -119,7 +119,7 @@ class EnginePlan:
 
 
 def make_plan(config: EngineConfig, group: Group | None = None) -> EnginePlan:
-    """Plan the engine of `config`, and refuse what cannot be served.
+    """Plan the engine of `config`, and check that it can be served.
 
     The files of the folder are read and compared, then memory is planned, but not taken. Call this
     before anything imports Paddle, which reads its settings from the environment.
@@ -129,7 +129,8 @@ def make_plan(config: EngineConfig, group: Group | None = None) -> EnginePlan:
             plans, without the others.
 
     Raises:
-        ConfigError: a flag, the folder, its checkpoint or the memory; says which and what to do.
+        ConfigError: a flag, the folder, its checkpoint or the memory is wrong. The message has the
+            cure.
         BackendUnavailable: Paddle is missing or too old, or has no such device.
     """
     prepare_paddle()
@@ -231,18 +232,18 @@ def _with_index_topk(model_config: Any, index_topk: int | None) -> Any:
     if index_topk > most:
         raise ConfigError(
             f"--index-topk: got {index_topk}, allowed: at most {most}, the model's "
-            "max_position_embeddings, with which every key is chosen; lower it"
+            "max_position_embeddings, with which every key is selected; lower it"
         )
     return replace(model_config, index_topk=index_topk)
 
 
 def sampling_defaults(config: EngineConfig, model_config: Any) -> dict[str, Any]:
-    """Return what generation_config.json proposes for parameters that a request leaves out.
+    """Return values of generation_config.json for parameters that a request leaves out.
 
     It is empty with `--generation-config vllm`.
 
     Raises:
-        ConfigError: a proposal that no request could make; names the file.
+        ConfigError: a value that a request could not have either. The message names the file.
     """
     if config.generation_config != "auto":
         return {}
@@ -257,7 +258,7 @@ def sampling_defaults(config: EngineConfig, model_config: Any) -> dict[str, Any]
 
 
 def _check_vocabulary(config: EngineConfig, model: Any, tokenizer: Tokenizer) -> None:
-    """Refuse a tokenizer that makes ids for which there is no embedding."""
+    """Refuse a tokenizer with ids that have no embedding."""
     if tokenizer.highest_token_id < model.vocab_size:
         return
     file = config.tokenizer_path / "tokenizer.json"
@@ -278,7 +279,7 @@ def _plan_memory(
     fp8: frozenset[str],
     group: Group | None,
 ) -> MemoryPlan:
-    """Share out the memory between weights and caches, as the rank with the least memory can."""
+    """Plan the memory of weights and caches, by the rank with the least memory."""
     from fd_dsa.device.resolve import free_device_bytes, traits_of
 
     device, size = config.device, config.tensor_parallel_size
@@ -297,7 +298,7 @@ def _plan_memory(
     if size > 1:
         if free_bytes is None:
             free_bytes = available_memory_bytes() // size
-        # caches are as large on every rank, so the smallest memory counts
+        # caches have the same size on every rank, so the smallest memory counts
         everywhere = np.array([free_bytes])
         if group is not None:
             everywhere = group.all_gather(everywhere)
@@ -317,8 +318,8 @@ def _plan_memory(
 def workspace_bytes(
     config: EngineConfig, model_config: Any, caches: Caches, traits: GpuTraits
 ) -> int:
-    """Return the bytes that a device needs besides weights, caches and graphs."""
-    from fd_dsa.runner.device_draws import draw_bytes
+    """Return the bytes that a device needs in addition to weights, caches and graphs."""
+    from fd_dsa.runner.device_steps import sampling_bytes
 
-    attention = caches.workspace_bytes(traits)
-    return attention + draw_bytes(config.max_num_seqs, model_config.vocab_size, config.most_drafts)
+    sizes = config.max_num_seqs, model_config.vocab_size, config.most_drafts
+    return caches.workspace_bytes(traits) + sampling_bytes(*sizes)

@@ -16,7 +16,7 @@ from fd_dsa.startup.memory import format_bytes
 logger = logging.getLogger(__name__)
 
 _LINE_PERCENT = 25
-# the line at the end is enough for a quick load
+# a quick load has only the line at its end
 _LINE_EVERY_S = 5.0
 _TELL_EVERY_S = 0.1
 PHASES = ("config", "weights", "kv cache", "warm-up", "ready")

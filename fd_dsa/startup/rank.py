@@ -50,11 +50,11 @@ def main() -> None:
         from fd_dsa.startup.progress import StartupProgress
 
         plan = make_plan(config, group)
-        from fd_dsa.runner.ranks import FollowingRunner
+        from fd_dsa.runner.ranks import WorkerRunner
 
         log.setLevel(logging.DEBUG if debug else logging.WARNING)
-        runner = build_runner(plan, group, StartupProgress(), FollowingRunner)
-        runner.follow(group.receive)
+        runner = build_runner(plan, group, StartupProgress(), WorkerRunner)
+        runner.serve(group.receive)
     except BaseException as error:
         relay.enqueue(str(error) if isinstance(error, FdDsaError) else describe_error(error))
     finally:

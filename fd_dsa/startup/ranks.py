@@ -139,7 +139,7 @@ class Ranks:
             else:
                 reason = f"failed: {message}"
         else:
-            reason = f"was stopped for {_PATIENCE_S:g} s by a signal, as SIGSTOP"
+            reason = f"was stopped for {_PATIENCE_S:g} s by a signal such as SIGSTOP"
         reason = reason or "".join(process.how_ended())
         self._fail(RankError(f"rank {rank} (process {process.pid}) {reason}"))
         deadline = time.monotonic() + _NOTICE_S

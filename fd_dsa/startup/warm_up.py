@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from fd_dsa.errors import DeviceError
+from fd_dsa.ops.sampling.parameters import SlotParameters
+from fd_dsa.runner.counters import StepCounters
+from fd_dsa.runner.input_batch import SamplingInputs
+from fd_dsa.startup.capture import capture_graphs
+from fd_dsa.startup.graph_sizes import powers_below
 from fd_dsa.startup.plan import EnginePlan
+from fd_dsa.startup.trial_rows import TrialRow, clear_rows, fill_rows
 
 if TYPE_CHECKING:
     from fd_dsa.runner.model_runner import ModelRunner
@@ -32,10 +41,10 @@ def warm_up(runner: ModelRunner, plan: EnginePlan) -> str:
     start = time.perf_counter()
     # another engine of this process may have frozen the kernels
     with warming():
-        runner.warm_up(before_captures=not plan.config.enforce_eager)
+        warm_up_kernels(runner, before_captures=not plan.config.enforce_eager)
         ready = time.perf_counter()
         if not plan.config.enforce_eager:
-            runner.capture_graphs(plan.config.capture_sizes, PaddleCapture)
+            capture_graphs(runner, plan.config.capture_sizes, PaddleCapture)
             if not runner.captured_sizes and plan.config.tensor_parallel_size > 1:
                 # the other ranks may have captured
                 raise DeviceError("steps cannot be captured; start with --enforce-eager")
@@ -56,3 +65,85 @@ def interprets(device: str) -> bool:
     from fd_dsa.triton_runtime import INTERPRETING
 
     return INTERPRETING
+
+
+def warm_up_kernels(runner: ModelRunner, before_captures: bool = False) -> None:
+    """Run steps of all kinds and magnitudes, so that no request waits for a compilation.
+
+    A kernel may have several forms for different numbers of tokens. The limits between them are
+    powers of two, so steps at and just below each power use all forms. Results are dropped, and
+    later steps write the caches again before they read them.
+
+    Args:
+        before_captures: True = steps fork to the second stream as captured steps do, which must not
+            make its resources during a capture.
+    """
+    steps = _trial_steps(runner)
+    device = runner.device_steps
+    if device is not None:
+        runner.set_slot(0, SlotParameters())
+        device.warm_up()
+    forks = runner.attn_backends[0].as_captured() if before_captures else nullcontext()
+    with forks:
+        for rows in steps:
+            _run_trial(runner, rows, is_pending=device is not None and rows is steps[-1])
+    clear_rows(runner.input_batch)
+    # warm-up steps do not count
+    runner.counters = StepCounters()
+
+
+def _trial_steps(runner: ModelRunner) -> list[list[TrialRow]]:
+    """Return the rows of all warm-up steps. The last step can continue the one before it."""
+    batch, longest = runner.input_batch, runner.input_batch.max_row_len
+    chunk = min(batch.max_num_tokens, longest)
+    # longer rows score and select keys, and their prompts attend in another form
+    cached = min(runner.model.config.index_topk, longest - 1)
+    chunks = _sizes_up_to(chunk)
+    prompts = [
+        [TrialRow(size, before, True)]
+        for before in (0, cached)
+        for size in chunks
+        if size <= longest - before
+    ]
+    # several prompts together may have more tokens than a row
+    max_tokens = min(batch.max_num_tokens, longest * batch.max_num_seqs)
+    for size in [size for size in _sizes_up_to(max_tokens) if size > chunk]:
+        begins = range(0, size, longest)
+        prompts.append([TrialRow(min(longest, size - begin), 0, True) for begin in begins])
+    # decode rows alongside a prompt, all of them within the selection
+    max_rows = min(batch.max_num_seqs, batch.max_num_tokens)
+    mixed = []
+    for i in range(max(max_rows, cached).bit_length()):
+        decode = TrialRow(1, max(min(1 << i, cached) - 1, 0), False)
+        mixed.append([decode] * min(1 << i, max_rows - 1) + [TrialRow(1, 0, True)])
+    return [
+        *prompts,
+        *mixed,
+        [TrialRow(1, max(cached - 1, 0), False)],
+        [TrialRow(1, cached, False)],
+    ]
+
+
+def _sizes_up_to(limit: int) -> list[int]:
+    """Return a limit, and the numbers at and just below each power of two below it, ascending."""
+    powers = powers_below(limit)
+    return sorted({*powers, *(power - 1 for power in powers[1:]), limit})
+
+
+def _run_trial(runner: ModelRunner, rows: list[TrialRow], is_pending: bool) -> None:
+    """Run a step of these rows.
+
+    Args:
+        is_pending: True = the only row continues with the sample of the step before.
+    """
+    last = np.array([fill_rows(runner.input_batch, rows, is_pending)])
+    if runner.device_steps is None:
+        runner.execute_model(last)
+        return
+    if is_pending:
+        runner.input_batch.pending_source[0] = 0
+    # all kernels of the sampler run for any parameters
+    runner.enqueue_model(last, SamplingInputs([0], [0], [0, 1]))
+    runner.sample().result()
+    if runner.model.mtp is not None:
+        runner.draft(1, runner.max_drafts)

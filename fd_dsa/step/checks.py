@@ -18,14 +18,10 @@ INT32_MAX = 2**31 - 1
 
 @dataclass(frozen=True, slots=True)
 class StepLimits:
-    """Sizes that every step of one builder keeps to.
-
-    Args:
-        max_num_tokens: tokens of a step, padding included.
-        num_blocks: physical blocks of the cache; None = ids have no upper bound.
+    """Sizes that every step of one builder keeps to. Arguments are those of the builder.
 
     Raises:
-        ValueError: a size that is no integer, below 1, or whose indices would not fit int32.
+        ValueError: a size is no integer, is below 1, or has indices that do not fit int32.
     """
 
     max_num_seqs: int
@@ -48,7 +44,7 @@ class StepLimits:
 
     @property
     def max_seq_len(self) -> int:
-        """Tokens that the widest row can hold."""
+        """Maximum length of a row, tokens."""
         return self.max_blocks_per_seq * self.block_size
 
 
@@ -62,13 +58,12 @@ Counts = tuple[int, int, int, int]
 class StepHints(NamedTuple):
     """Counts of a step that the runner knows without reading the lengths, None = not known.
 
-    With tensors on a device the first three are needed, and each may be an upper bound. On a CPU
-    the lengths themselves are read: the token counts are exact or None, `max_seqlen_k` is at
-    least the longest row or None.
+    With tensors on a device the first three are required, and each may be an upper bound. On a CPU
+    the lengths are read, so a token count must be exact, and `max_seqlen_k` is an upper bound.
 
     Attributes:
-        num_tokens, num_prefill_tokens: tokens of the step, and those of its prefill rows.
-        max_seqlen_k: keys of the longest row.
+        num_tokens, num_prefill_tokens: number of tokens of the step, and of its prefill rows.
+        max_seqlen_k: number of keys of the longest row.
         num_padded_tokens: T of the token arrays; None = `num_tokens`.
     """
 
@@ -78,7 +73,7 @@ class StepHints(NamedTuple):
     num_padded_tokens: int | None = None
 
     def check_types(self) -> None:
-        """Raise ValueError for a count that is no integer."""
+        """Refuse a count that is no integer, by a ValueError."""
         for name, count in zip(self._fields, self, strict=True):
             if count is not None and not isinstance(count, int | np.integer):
                 raise ValueError(f"{name}: got {count!r}, allowed are integers and None")
@@ -97,8 +92,8 @@ def check_host_step(
         DtypeError: neither arrays nor tensors, or not of int32.
         ShapeError, CapacityError, ValueError: names the field, the found and the allowed.
     """
-    encoder, decoder, this_time, tables = map(host_array, INPUTS, arrays)
-    inputs = encoder, decoder, this_time, tables
+    chunks, computed, scheduled, tables = map(host_array, INPUTS, arrays)
+    inputs = chunks, computed, scheduled, tables
     check_arrays(inputs, np.int32, limits)
     return inputs, check_values(inputs, limits, hints)
 
@@ -107,7 +102,9 @@ def check_arrays(arrays: Sequence[Array], int32: object, limits: StepLimits) -> 
     """Check dtypes and shapes of the four inputs of a step, arrays or tensors.
 
     Args:
-        int32: as the library of the arrays has it.
+        arrays: see `INPUTS`.
+        int32: dtype int32 of the library of the arrays.
+        limits: sizes of the builder.
 
     Raises:
         DtypeError, ShapeError, CapacityError: names the field, the found and the allowed.
@@ -134,33 +131,33 @@ def check_arrays(arrays: Sequence[Array], int32: object, limits: StepLimits) -> 
 
 
 def check_values(inputs: HostInputs, limits: StepLimits, hints: StepHints) -> Counts:
-    """Refuse inconsistent lengths and block ids, and count the tokens and keys of the step.
+    """Check lengths and block ids, and count the tokens and keys of the step.
 
     Sums are int64, so that no int32 input can wrap into a plausible number.
 
     Raises:
-        ValueError: a negative length, an encoder length that is neither 0 nor the row's tokens,
-            a block id that a row needs and that is no block, or a hint that disagrees.
+        ValueError: a negative length, or a prefill chunk that is neither 0 nor all of the row's
+            tokens. Or a row needs a block id that is no block, or a hint disagrees.
         CapacityError: too many tokens, keys, blocks or padding.
     """
-    encoder, decoder, this_time, _ = inputs
+    chunks, computed, scheduled, _ = inputs
     # the sign bit of the union is set if any of the three is negative
-    if ((encoder | decoder | this_time) < 0).any():
+    if ((chunks | computed | scheduled) < 0).any():
         _raise_negative(inputs)
-    num_prefill_tokens = int(encoder.sum(dtype=np.int64))
+    num_prefill_tokens = int(chunks.sum(dtype=np.int64))
     if num_prefill_tokens:
-        inconsistent = (encoder != 0) & (encoder != this_time)
+        inconsistent = (chunks != 0) & (chunks != scheduled)
         if inconsistent.any():
             _raise_inconsistent(inputs, int(inconsistent.argmax()))
-    num_tokens = int(this_time.sum(dtype=np.int64))
+    num_tokens = int(scheduled.sum(dtype=np.int64))
     if num_tokens > limits.max_num_tokens:
         raise CapacityError(
             f"seq_lens_this_time: the rows hold {num_tokens} tokens "
-            f"(most in row {int(this_time.argmax())}: {int(this_time.max())}), allowed are at most "
+            f"(most in row {int(scheduled.argmax())}: {int(scheduled.max())}), allowed are at most "
             f"max_num_tokens = {limits.max_num_tokens}; schedule fewer tokens or raise it"
         )
-    seq_lens_k = np.add(decoder, this_time, dtype=np.int64)
-    seq_lens_k *= this_time > 0
+    seq_lens_k = np.add(computed, scheduled, dtype=np.int64)
+    seq_lens_k *= scheduled > 0
     max_seqlen_k = int(seq_lens_k.max(initial=0))
     _check_blocks(inputs, limits, seq_lens_k, max_seqlen_k)
     if num_prefill_tokens and (gathered := gathered_keys(inputs)).sum() > INT32_MAX:
@@ -194,16 +191,17 @@ def gathered_keys(inputs: HostInputs) -> Int64Array:
 
     A prefill row gathers all of its keys. Decode rows reserve one key for each token.
     """
-    encoder, decoder, this_time, _ = inputs
-    seq_lens_k = np.add(decoder, this_time, dtype=np.int64)
-    return np.where(encoder > 0, seq_lens_k, this_time)
+    chunks, computed, scheduled, _ = inputs
+    seq_lens_k = np.add(computed, scheduled, dtype=np.int64)
+    return np.where(chunks > 0, seq_lens_k, scheduled)
 
 
 def check_device_counts(limits: StepLimits, hints: StepHints) -> Counts:
-    """Check and return the counts of a step whose arrays are on a device and are not read.
+    """Check and return the counts of a step whose arrays stay unread on a device.
 
     Raises:
-        ValueError: one of the three is missing, negative, or more prefill tokens than tokens.
+        ValueError: one of the first three is missing or negative, or there are more prefill tokens
+            than tokens.
         CapacityError: more tokens or padding than `max_num_tokens`.
     """
     num_tokens, num_prefill_tokens, max_seqlen_k, _ = hints
@@ -266,7 +264,7 @@ def _check_blocks(
         )
     num_columns = -(-max_seqlen_k // block_size)
     num_blocks = INT32_MAX + 1 if limits.num_blocks is None else limits.num_blocks
-    # read as unsigned, a negative id lies past every bound
+    # as an unsigned number a negative id is above every bound, so one comparison finds both errors
     *_, tables = inputs
     bad = tables[:, :num_columns].view(np.uint32) >= num_blocks
     bad &= np.arange(0, num_columns * block_size, block_size) < seq_lens_k[:, None]
@@ -282,11 +280,13 @@ def _check_blocks(
 
 
 def _length_of(inputs: HostInputs, row: int) -> str:
-    _, decoder, this_time, _ = inputs
-    return f"the {int(decoder[row])} cached + {int(this_time[row])} new tokens of row {row}"
+    """Describe the length of a row for an error message."""
+    _, computed, scheduled, _ = inputs
+    return f"the {int(computed[row])} cached + {int(scheduled[row])} new tokens of row {row}"
 
 
 def _raise_negative(inputs: HostInputs) -> NoReturn:
+    """Raise the error about the first negative length."""
     lengths = np.stack(inputs[:3], axis=1)
     row, field = (int(i) for i in np.argwhere(lengths < 0)[0])
     raise ValueError(
@@ -296,9 +296,10 @@ def _raise_negative(inputs: HostInputs) -> NoReturn:
 
 
 def _raise_inconsistent(inputs: HostInputs, row: int) -> NoReturn:
-    encoder, _, this_time, _ = inputs
+    """Raise the error about a row whose prefill chunk is only a part of its tokens."""
+    chunks, _, scheduled, _ = inputs
     raise ValueError(
-        f"seq_lens_encoder: row {row} is {int(encoder[row])} with "
-        f"seq_lens_this_time {int(this_time[row])}, allowed is 0 (decode or idle "
+        f"seq_lens_encoder: row {row} is {int(chunks[row])} with "
+        f"seq_lens_this_time {int(scheduled[row])}, allowed is 0 (decode or idle "
         "row) or all of the row's tokens (prefill row); check the scheduler"
     )

@@ -71,7 +71,7 @@ class Parameter:
         name: name in the kernel's signature.
         is_constexpr: True if the value is compiled in.
         specialize: True if an int of value 1 is compiled in.
-        specialize_alignment: True if the compiler is told that a pointer or int is divisible by 16.
+        specialize_alignment: True if the compiler may use that a pointer or int is divisible by 16.
         contiguous: True if only contiguous tensors are accepted.
     """
 
@@ -84,7 +84,7 @@ class Parameter:
 
 @lru_cache(maxsize=256)
 def _element_type(dtype: object) -> str | None:
-    """Return Triton's name of a dtype (a name or a library's object), None if it has no name."""
+    """Return Triton's name of a dtype (a name or a library's object), None without one."""
     return ELEMENT_TYPES.get(str(dtype).rpartition(".")[2])
 
 

@@ -14,11 +14,13 @@ from fd_dsa.models.deepseek_v4.attention import V4Attention
 from fd_dsa.models.deepseek_v4.config import CSA, DeepseekV4Config
 from fd_dsa.models.deepseek_v4.rotation import Angles
 from fd_dsa.ops.arrays import Scratch, as_numpy
-from fd_dsa.ops.logits.paddle_impl import score_gathered, score_paged
-from fd_dsa.ops.mla.paddle_impl import attend_dense, attend_gathered
-from fd_dsa.ops.topk.paddle_impl import positions_to_slots, select_positions
+from fd_dsa.ops.key_bounds import positions_to_slots
+from fd_dsa.ops.logits.host_scores import score_gathered, score_paged
+from fd_dsa.ops.mla import attend_dense, attend_gathered
+from fd_dsa.ops.topk import select_positions
 from fd_dsa.runner.input_batch import InputBatch
 from fd_dsa.step import StepHints
+from fd_dsa.tensor import StepArray
 from fd_dsa.v4_attention.pools import LayerPools, allocate_pools
 from fd_dsa.v4_attention.step import Tile, V4Step
 from fd_dsa.v4_prepare import V4Prepare, V4PrepareConfig
@@ -81,9 +83,10 @@ class V4AttentionBackend:
         """See AttentionBackend. A CPU has one stream."""
         return nullcontext()
 
-    def init_attention_metadata(
+    def build_step(
         self,
         forward_meta: BackendStep,
+        inputs: Sequence[StepArray],
         hints: StepHints | None = None,
         host_lengths: HostLengths | None = None,
     ) -> None:
@@ -92,14 +95,7 @@ class V4AttentionBackend:
         Raises:
             ValueError: inconsistent lengths or block tables. The message has row and value.
         """
-        before, q, tables = map(
-            as_numpy,
-            (
-                forward_meta.seq_lens_decoder,
-                forward_meta.seq_lens_this_time,
-                forward_meta.block_tables,
-            ),
-        )
+        _, before, q, tables = map(as_numpy, inputs)
         self._prepare.stage(before + q, q, self._slots[: len(q)], tables)
         out = self._prepare.expand()
         self._step = step = V4Step(out, before, q, tables, self._num_heads)
@@ -110,7 +106,7 @@ class V4AttentionBackend:
         if self._built_for is not forward_meta or self._step is None:
             raise MissingStepError(
                 "the backend holds no step or another step: "
-                "V4AttentionBackend.init_attention_metadata(forward_meta) must be called first"
+                "V4AttentionBackend.build_step must be called first"
             )
         return self._step
 

@@ -11,8 +11,8 @@ import numpy.typing as npt
 
 from fd_dsa.models.deepseek_v4.config import CSA, HCA
 from fd_dsa.ops.fixed_order import fixed_order
-from fd_dsa.ops.logits.paddle_impl import PagedUnits
-from fd_dsa.ops.mla.paddle_impl import KeyLists
+from fd_dsa.ops.logits.host_scores import PagedUnits
+from fd_dsa.ops.mla import KeyLists
 from fd_dsa.v4_attention.pooling import PoolingPlan, RecordPlan
 from fd_dsa.v4_prepare import V4Arrays
 

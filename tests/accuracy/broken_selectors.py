@@ -8,7 +8,7 @@ import numpy as np
 
 from fd_dsa.accuracy.selection.topk_hook import RecordingBackend
 from fd_dsa.ops.arrays import as_numpy
-from fd_dsa.ops.topk.paddle_impl import positions_to_slots
+from fd_dsa.ops.key_bounds import positions_to_slots
 
 
 class Broken(RecordingBackend):

@@ -26,6 +26,7 @@ def written(folder: Path, rows: Sequence[Any]) -> Path:
     return file
 
 
+@pytest.mark.slow
 def test_published_answers_in_any_order_give_the_published_counts(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -15,13 +15,12 @@ from typing import Any
 import numpy as np
 
 from fd_dsa.attention import CacheLayout, DSAAttentionBackend, DSABackendConfig, StepHints
-from fd_dsa.ops.cache_write import CacheWriteParams, write_caches
-from fd_dsa.ops.cache_write.paddle_impl import bfloat16_bits
-from fd_dsa.ops.cache_write.paddle_impl import write_caches as cpu_cache_write
+from fd_dsa.ops.cache_write import CacheWriteParams, bfloat16_bits, write_caches
+from fd_dsa.ops.cache_write import write_on_host as cpu_cache_write
 from fd_dsa.ops.mla_query import prepare_mla_query
 from fd_dsa.ops.mla_query import prepare_on_host as cpu_mla_query
 from fd_dsa.ops.query import prepare_on_host as cpu_indexer_query
-from fd_dsa.ops.query.triton_kernel import prepare_indexer_query
+from fd_dsa.ops.query_kernels import prepare_indexer_query
 from fd_dsa.step import ForwardMeta, StepMetadataBuilder
 from tests.kernel_memory import KernelMemory
 from tests.ops.e4m3 import E4M3_VALUES

@@ -45,7 +45,7 @@ def check_batch(batch: StepBatch, sizes: Sizes, seed: int = 0) -> None:
     seed=st.integers(0, 2**32 - 1),
     poison_first_block=st.booleans(),
 )
-@settings(max_examples=200)
+@settings(max_examples=100)
 def test_any_step(
     dtype: str, batch: StepBatch, topk: int, seed: int, poison_first_block: bool
 ) -> None:

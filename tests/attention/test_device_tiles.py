@@ -13,8 +13,8 @@ pytest.importorskip("paddle", reason="the steps are on Paddle's tensors")
 
 from fd_dsa.attention.config import DSABackendConfig
 from fd_dsa.cache_formats import CacheLayout
-from fd_dsa.ops.key_bounds import PromptWindows, key_bounds
-from fd_dsa.ops.topk.paddle_impl import positions_to_slots, select_positions
+from fd_dsa.ops.key_bounds import PromptWindows, key_bounds, positions_to_slots
+from fd_dsa.ops.topk import select_positions
 from fd_dsa.step import StepMetadataBuilder
 from tests.kernel_memory import KernelMemory
 from tests.strategies import make_batch
@@ -91,7 +91,7 @@ class Tiles:
     def view(self, name: str, *counts: int) -> Any:
         if name == "logits":
             self.shapes.append(counts)
-        from fd_dsa.attention.device import buffer_view
+        from fd_dsa.attention.device_memory import buffer_view
 
         return buffer_view(self._buffers, name, *counts)
 

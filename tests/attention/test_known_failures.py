@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-import fd_dsa.ops.logits.paddle_impl as scoring
+import fd_dsa.ops.logits.host_scores as scoring
 from tests.attention.harness import Sizes, World, rows_of, world_of
 from tests.strategies import make_batch
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks._notes import siege_table
+from benchmarks import _notes
 from benchmarks._render import Grid, paragraphs
 from tests.benchmarks.results import case, result, shown
 
@@ -52,7 +52,11 @@ def test_topk_names_the_fastest_exact_peer(tmp_path: Path) -> None:
 
 
 def test_the_siege_is_one_table() -> None:
-    lines = siege_table().splitlines()
-    assert "| requests | answers | /health, s | gap, s |" in lines[2]
-    assert all(line.count("|") == lines[2].count("|") for line in lines[2:])
-    assert all(line.split(" | ")[2].count(" / ") == 2 for line in lines[4:])
+    lines = _notes.siege_table([0.5, 0.5, 200, 50, 1024, 35]).splitlines()
+    assert "| server | commit | kinds x repeats | /health, s | gap, s |" in lines[2]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[4:]]
+    assert rows[0] == ["allowed", "", "", "0.5", "0.5", "200", "50", "1024", "35"]
+    # the worst of all kinds, as a number and not as a text
+    assert rows[1][:1] + rows[1][2:6] == ["demo model", "41 x 3", "0.16", "0.25", "171"]
+    # the server before the limits did not end
+    assert rows[-1][-1] == "none"

@@ -16,18 +16,9 @@ from fd_dsa.chat.deepseek_encoding import (
     read_v4_words,
 )
 from fd_dsa.chat.events import Message
-from fd_dsa.chat.parser import (
-    REASONING_FORMATS,
-    AnswerFormat,
-    OutputParser,
-    find_tool_format,
-    has_reasoning,
-    opens_reasoning,
-    reasoning_format_name,
-    tool_format_name,
-)
+from fd_dsa.chat.parser import REASONING_FORMATS, AnswerFormat, OutputParser
 from fd_dsa.chat.renderers import read_renderer
-from fd_dsa.chat.template import ChatTemplate
+from fd_dsa.chat.template import ChatTemplate, opens_reasoning
 from fd_dsa.errors import ConfigError
 from fd_dsa.models.registry import FAMILIES
 from tests.chat import templates
@@ -124,18 +115,18 @@ def test_other_models_and_vocabularies_have_no_encoding(tmp_path: Path) -> None:
 def test_parsers_are_chosen_by_the_template(
     renderer: ChatTemplate, tools: str | None, reasoning: str
 ) -> None:
-    found = find_tool_format("auto", renderer.source)
+    found = renderer.tool_format("auto")
     assert (found and found.name) == tools
-    assert has_reasoning("auto", renderer.source) is (reasoning != "none")
-    assert reasoning_format_name("auto", renderer.source) == reasoning
-    assert tool_format_name("auto", renderer.source) == (tools or "none")
-    assert tool_format_name("glm45", renderer.source) == "glm45"
-    assert find_tool_format("none", renderer.source) is None
-    assert not has_reasoning("none", renderer.source)
-    named = find_tool_format("glm45", renderer.source)
+    assert renderer.has_reasoning("auto") is (reasoning != "none")
+    assert renderer.reasoning_format_name("auto") == reasoning
+    assert renderer.tool_format_name("auto") == (tools or "none")
+    assert renderer.tool_format_name("glm45") == "glm45"
+    assert renderer.tool_format("none") is None
+    assert not renderer.has_reasoning("none")
+    named = renderer.tool_format("glm45")
     assert named is not None
     assert named.name == "glm47"
-    assert all(has_reasoning(name, renderer.source) for name in REASONING_FORMATS)
+    assert all(renderer.has_reasoning(name) for name in REASONING_FORMATS)
 
 
 _DSML_BY_NAME = "{%- set mark = '｜DSML｜' -%}{%- set section = 'tool' ~ '_calls' -%}</think>"
@@ -166,8 +157,8 @@ def test_formats_that_share_a_sign_are_chosen_by_the_generation(
     formats = FAMILIES[model_type].chat_formats if model_type else ()
     renderer = renderer_of(tmp_path, tokenizer_config=config, family_formats=formats)
     assert renderer is not None
-    assert tool_format_name("auto", renderer.source, renderer.family_formats) == tools
-    assert reasoning_format_name("auto", renderer.source, renderer.family_formats) == reasoning
+    assert renderer.tool_format_name() == tools
+    assert renderer.reasoning_format_name() == reasoning
 
 
 def test_where_an_answer_begins() -> None:
@@ -198,9 +189,9 @@ def test_there_and_back(name: str, renderer: ChatTemplate) -> None:
     prompt = renderer.render([HI], **kwargs)
     assert opens_reasoning(prompt, None) is thinking
     answer_format = AnswerFormat(
-        has_reasoning("auto", renderer.source),
+        renderer.has_reasoning("auto"),
         thinking,
-        find_tool_format("auto", renderer.source),
+        renderer.tool_format("auto"),
         SCHEMAS,
     )
     answer = OutputParser(answer_format).parse(recorded.text)

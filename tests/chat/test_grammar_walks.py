@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import jsonschema
@@ -69,9 +70,20 @@ def fields_of(walks: Walks, answer: AnswerFormat) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("begins", BEFORE)
-@pytest.mark.parametrize("tool_format", FORMATS)
-@pytest.mark.parametrize("kind", KINDS)
+def in_pairs(answers: Sequence[Any]) -> list[tuple[str, Any, str]]:
+    """List tokenizers and answers, each answer with each tokenizer and with each beginning."""
+    begins = list(BEFORE)
+    return [
+        (kind, answer, begins[(number + place) % len(begins)])
+        for number, kind in enumerate(KINDS)
+        for place, answer in enumerate(answers)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "tool_format", "begins"),
+    in_pairs(FORMATS),
+)
 def test_any_allowed_tokens_are_calls(kind: str, tool_format: str, begins: str) -> None:
     """Random tokens under the masks are calls, and so is the tokenizer's way to write them."""
     walks, rng = walks_of(kind), np.random.default_rng(len(begins))
@@ -99,9 +111,10 @@ def test_any_allowed_tokens_are_calls(kind: str, tool_format: str, begins: str) 
         assert walks.accepts(form, text, **kept) == (True, True)
 
 
-@pytest.mark.parametrize("begins", BEFORE)
-@pytest.mark.parametrize(("tool_format", "calls"), ANSWERS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "tool_format", "calls", "begins"),
+    [(kind, *answer, begins) for kind, answer, begins in in_pairs(ANSWERS)],
+)
 def test_calls_as_models_write_them(kind: str, tool_format: str, calls: str, begins: str) -> None:
     """The tokenizer's tokens of a whole answer, and those of its letters."""
     walks, answer = walks_of(kind), answer_of(tool_format, begins, SCHEMAS)

@@ -13,10 +13,10 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.tests import TESTS
 
 from fd_dsa.chat.budget import bounded_compilation, bounded_rendering
-from fd_dsa.chat.filters import OPERATORS, TEMPLATE_FILTERS
+from fd_dsa.chat.filters import TEMPLATE_FILTERS
 from fd_dsa.chat.jinja_tests import TEMPLATE_TESTS
 from fd_dsa.chat.methods import METHODS
-from fd_dsa.chat.sandbox import Sandbox, render
+from fd_dsa.chat.sandbox import OPERATORS, Sandbox, render
 from fd_dsa.chat.template import ChatTemplate
 from fd_dsa.errors import ConfigError
 

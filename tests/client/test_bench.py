@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fd_dsa.cli import main
 from fd_dsa.client.bench import random_prompts, start_times
 from fd_dsa.client.load import Sender
 from fd_dsa.client.timing import LATENCIES, Timing, measure, summarise, tables
@@ -110,7 +111,7 @@ def test_failures_inside_a_stream_are_told() -> None:
         asyncio.run(measure(Sender(f"{live.url}/v1"), "other", [[101]], [0.0], 5))
 
 
-def test_starts_that_fail_are_one_line(tmp_path: Path) -> None:
+def test_starts_that_fail_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     with running(AnyTokens(max_model_len=100)) as live:
         cases = {
             ("--request-rate", "0"): "--request-rate: got '0'",
@@ -121,10 +122,10 @@ def test_starts_that_fail_are_one_line(tmp_path: Path) -> None:
             ("--base-url", live.url, "--model", "other"): "--model: got 'other'",
         }
         for arguments, reason in cases.items():
-            done = run_console(tmp_path, "bench", *arguments)
-            assert (done.returncode, done.stdout) == (2, "")
-            assert reason in done.stderr
-            assert done.stderr.count("\n") == 1
+            assert main(["bench", *arguments]) == 2
+            shown = capsys.readouterr()
+            assert shown.out == "" and reason in shown.err
+            assert shown.err.count("\n") == 1
 
 
 def test_a_full_disk_names_the_file_behind_the_table(tmp_path: Path) -> None:

@@ -174,7 +174,7 @@ def test_what_the_launcher_refuses(paddle_memory: KernelMemory, launches: list[i
             call(*sizes)
     with pytest.raises(DeviceError, match="CUDA error"):
         call(128, 128, experts=1025)
-    with pytest.raises(LaunchError, match="out begins off a multiple of 16 bytes"):
+    with pytest.raises(LaunchError, match="out is not aligned to 16 bytes"):
         call(128, 128, m.poisoned((513,), "bfloat16")[1:].reshape([4, 128]))
 
 

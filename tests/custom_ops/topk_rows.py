@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from fd_dsa.ops.topk import ordered_bits
 from fd_dsa.ops.topk.custom_op import TopkRows
-from fd_dsa.ops.topk.paddle_impl import ordered_bits
 
 DENORMAL = float(np.uint32(1).view(np.float32))
 SPECIAL = np.float32(

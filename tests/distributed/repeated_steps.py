@@ -24,7 +24,8 @@ def split_runner(folder: Path, kv_cache_dtype: str, device: str, group: Any) -> 
     from fd_dsa.models.loader import fp8_tensors, load_weights
     from fd_dsa.models.registry import create_model
     from fd_dsa.runner import InputBatch
-    from fd_dsa.runner.ranks import FollowingRunner
+    from fd_dsa.runner.ranks import WorkerRunner
+    from fd_dsa.startup.warm_up import warm_up_kernels
 
     config = read_config(folder)
     with Checkpoint.open(folder) as checkpoint:
@@ -37,9 +38,9 @@ def split_runner(folder: Path, kv_cache_dtype: str, device: str, group: Any) -> 
     rows, blocks = len(LENGTHS), _MAX_LEN // _BLOCK_SIZE
     batch = InputBatch(rows, _MAX_LEN, blocks, _BLOCK_SIZE)
     layout = model.config.cache_layout(kv_cache_dtype, _BLOCK_SIZE)
-    runner = FollowingRunner(model, batch, layout, rows * blocks, device, dtype="bfloat16")
+    runner = WorkerRunner(model, batch, layout, rows * blocks, device, dtype="bfloat16")
     shuffled = np.random.default_rng(0).permutation(rows * blocks).tolist()
-    runner.warm_up()
+    warm_up_kernels(runner)
     for row in range(rows):
         batch.set_blocks(row, shuffled[row * blocks : (row + 1) * blocks])
     return runner
@@ -63,9 +64,11 @@ def repeat(
         times: how often the step runs.
         kept: steps that follow each other without a look from the host.
     """
+    from fd_dsa.startup.capture import capture_graphs
+
     batch, rows = runner.input_batch, len(LENGTHS)
     tables = batch.block_tables.copy()
-    runner.capture_graphs((rows,), capture, ())
+    capture_graphs(runner, (rows,), capture, ())
     # the capture took the blocks of row 0
     batch.set_blocks(0, tables[0].tolist())
     ids = np.random.default_rng(1).integers(3, runner.vocab_size, (rows, _MAX_LEN)).tolist()

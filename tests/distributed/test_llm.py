@@ -171,15 +171,15 @@ factory.warm_up = warm_up
 IN_STEP = """
 from fd_dsa.environment import prepare_cpu_runtime
 prepare_cpu_runtime()
-from fd_dsa.runner.ranks import FollowingRunner
-run = FollowingRunner.run
+from fd_dsa.runner.ranks import WorkerRunner
+run = WorkerRunner.run
 steps = []
 def slow(self, indices):
     steps.append(indices)
     if len(steps) == 3:
         {what}
     run(self, indices)
-FollowingRunner.run = slow
+WorkerRunner.run = slow
 """
 KILL, STOP = (f"os.kill(os.getpid(), signal.{name})" for name in ("SIGKILL", "SIGSTOP"))
 NO_MEMORY = "raise MemoryError('no page is free')"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 
-from fd_dsa.engine.draft_state import Drafts
+from fd_dsa.engine.batch import Drafts
 from fd_dsa.engine.request import Request
 
 
@@ -20,7 +20,7 @@ class KnowingDrafter:
         is_layer: whether it poses as a layer of the model.
     """
 
-    usual_rate = 0.7
+    prior_acceptance_rate = 0.7
 
     def __init__(
         self,

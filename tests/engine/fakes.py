@@ -10,6 +10,7 @@ import numpy as np
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
+from fd_dsa.chat.template import ChatTemplate
 from fd_dsa.engine.engine import LLMEngine
 from fd_dsa.engine.speculation import Speculator
 from fd_dsa.engine.tokenizer import Tokenizer
@@ -55,18 +56,16 @@ class FakeRunner:
         step = {}
         begin = 0
         for row in range(batch.num_rows):
-            num_new = int(batch.seq_lens_this_time[row])
+            num_new = int(batch.num_scheduled_tokens[row])
             if num_new == 0:
                 continue
-            cached = int(batch.seq_lens_decoder[row])
-            step[row] = (num_new, cached, bool(batch.seq_lens_encoder[row]))
+            cached = int(batch.num_computed_tokens[row])
+            step[row] = (num_new, cached, bool(batch.num_chunk_tokens[row]))
             for j in range(num_new):
                 block = batch.block_tables[row, (cached + j) // self.block_size]
                 assert block >= 0, f"row {row} has no block for token {cached + j}"
                 assert (batch.block_tables == block).sum() == 1, f"block {block} is shared"
-                self.cache[block, (cached + j) % self.block_size] = batch.ids_remove_padding[
-                    begin + j
-                ]
+                self.cache[block, (cached + j) % self.block_size] = batch.token_ids[begin + j]
             table = batch.block_tables[row]
             tokens = self.cache[table[table >= 0]].reshape(-1)
             histories += [tokens[: cached + j + 1].tolist() for j in range(num_new)]
@@ -95,14 +94,11 @@ def expected_greedy(prompt: list[int], num_tokens: int, eos: int | None = EOS) -
     return tokens[len(prompt) :]
 
 
-class Conversation:
+class Conversation(ChatTemplate):
     """A chat template that joins the texts of all messages."""
 
-    source, family_formats = "plain", ()
-
-    def render(self, messages: list[dict], add_generation_prompt: bool, **_: object) -> str:
-        """The prompt."""
-        return "".join(message["content"] for message in messages)
+    def __init__(self) -> None:
+        super().__init__("{% for message in messages %}{{ message.content }}{% endfor %}", {})
 
 
 def byte_tokenizer(vocab_size: int = VOCAB_SIZE, chats: bool = False) -> Tokenizer:

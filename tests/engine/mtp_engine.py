@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fd_dsa.engine.batch import ScheduledBatch
-from fd_dsa.engine.draft_state import Drafts
+from fd_dsa.engine.batch import Drafts, ScheduledBatch
 from fd_dsa.engine.engine import LLMEngine
 from fd_dsa.engine.mtp_drafter import MtpDrafter
 from fd_dsa.engine.output import RequestOutput

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from fd_dsa.engine.async_engine import AsyncEngine
-from fd_dsa.engine.host import MAX_ASKED
+from fd_dsa.engine.loop import MAX_WAITING_CALLS
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.errors import BusyError
 from tests.engine.fakes import expected_greedy, make_engine
@@ -273,10 +273,10 @@ def test_questions_whose_callers_have_left_are_not_answered():
     async def ask_and_leave():
         tasks = [
             asyncio.create_task(asking.check_form(SamplingParams(seed=seed)))
-            for seed in range(MAX_ASKED)
+            for seed in range(MAX_WAITING_CALLS)
         ]
         await asyncio.sleep(0.05)
-        with pytest.raises(BusyError, match=f"{MAX_ASKED} grammars wait to be compiled"):
+        with pytest.raises(BusyError, match=f"{MAX_WAITING_CALLS} grammars wait to be compiled"):
             await asking.check_form(SamplingParams(seed=-1))
         for task in tasks[:-1]:
             task.cancel()
@@ -287,4 +287,4 @@ def test_questions_whose_callers_have_left_are_not_answered():
 
     asyncio.run(asyncio.wait_for(ask_and_leave(), TIMEOUT_S))
     asking.stop()
-    assert checked == [0, MAX_ASKED - 1, -2]
+    assert checked == [0, MAX_WAITING_CALLS - 1, -2]

@@ -45,7 +45,7 @@ class GreedyRunner(FakeRunner):
     def execute_model(self, logits_indices: np.ndarray) -> np.ndarray:
         batch = self.input_batch
         deferred = np.flatnonzero(batch.pending[: batch.num_tokens] >= 0)
-        batch.ids_remove_padding[deferred] = self._drawn[batch.pending[deferred]]
+        batch.token_ids[deferred] = self._drawn[batch.pending[deferred]]
         self.log.append("run")
         return super().execute_model(logits_indices)
 

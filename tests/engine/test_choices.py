@@ -8,7 +8,7 @@ from contextlib import aclosing
 
 import pytest
 
-from fd_dsa.engine.sampler import derive_seed
+from fd_dsa.engine.draws import derive_seed
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.offline.llm import LLM
 from tests.engine.fakes import make_engine, run_all

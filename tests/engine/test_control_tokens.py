@@ -15,7 +15,7 @@ from fd_dsa.chat.budget import OverBudget
 from fd_dsa.chat.control import MASK, render_prompt
 from fd_dsa.chat.deepseek_encoding import DeepseekV4Encoding, DeepseekV32Encoding
 from fd_dsa.chat.template import ChatTemplate
-from fd_dsa.engine import control_tokens
+from fd_dsa.engine import encoding
 from fd_dsa.engine.tokenizer import Tokenizer
 from tests.chat import templates
 from tests.chat.v4_oracle import PLACEHOLDERS
@@ -301,7 +301,7 @@ def test_a_prompt_whose_check_is_too_much_is_refused(monkeypatch: pytest.MonkeyP
 
 
 def test_long_texts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(control_tokens, "WINDOW_CHARS", 64)
+    monkeypatch.setattr(encoding, "SEARCH_CHARS", 64)
     tokenizer = published.demo_with(("<|user|>", "[[", "[gMASK]"))
     tokenizer.chat_renderer = ChatTemplate("[gMASK]{{ messages[0].content }}[gMASK]", {})
     pick = random.Random(5)

@@ -145,7 +145,7 @@ def test_steps_are_measured_when_an_engine_starts() -> None:
         lambda speculator: make_engine(runner, speculator, 40), MtpDrafter(runner), 3
     )
     batch = runner.input_batch
-    assert (batch.block_tables == -1).all() and not batch.seq_lens_this_time.any()
+    assert (batch.block_tables == -1).all() and not batch.num_scheduled_tokens.any()
     assert runner.counters.mask_offsets_launched == runner.counters.mask_offsets_skipped == 0
     assert costs is not None
     one, *more = costs.of(4, 4)

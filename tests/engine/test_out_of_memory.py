@@ -22,7 +22,7 @@ def with_memory_for(engine: LLMEngine, tokens: int, rows: int) -> list[tuple[int
 
     def execute_model(logits_indices: np.ndarray) -> np.ndarray:
         batch = runner.input_batch
-        size = batch.num_tokens, int((batch.seq_lens_this_time > 0).sum())
+        size = batch.num_tokens, int((batch.num_scheduled_tokens > 0).sum())
         if size[0] > tokens or size[1] > rows:
             refused.append(size)
             raise RuntimeError("ResourceExhaustedError: Out of memory error on GPU 0")

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fd_dsa.engine.sampler import Sampler, derive_seed, uniforms
+from fd_dsa.engine.draws import derive_seed, uniforms
+from fd_dsa.engine.sampler import Sampler
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.ops.sampling.token_buffer import NOT_FINITE
 from tests.engine.reference_sampler import ref_distribution, ref_token, ref_uniform

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from fd_dsa.engine.draft_state import Drafts, DraftState
+from fd_dsa.engine.batch import Drafts
+from fd_dsa.engine.draft_state import DraftState
 from fd_dsa.engine.engine import LLMEngine
 from fd_dsa.engine.output import RequestOutput
 from fd_dsa.engine.prompt_lookup import LookupIndex, PromptLookup
@@ -192,7 +193,7 @@ def test_the_number_of_drafts_is_nearly_the_best(
         num_accepted = [*(draw.random() < rate for _ in range(length)), False].index(False)
         seen.append((length, num_accepted))
         if len(seen) > is_ahead and (found := seen.pop(0))[0]:
-            state.observe(*found)
+            state.record(*found)
         tokens += 1 + num_accepted
         seconds += costs[length]
     fixed = [sum(rate**place for place in range(n + 1)) / costs[n] for n in range(4)]
@@ -204,7 +205,7 @@ def test_drafts_that_are_never_right_cost_little() -> None:
     state, costs, seconds = DraftState(3, 0.85), [1, 1.45, 1.75, 2.0], 0.0
     for _ in range(96):
         if length := state.length(costs):
-            state.observe(length, 0)
+            state.record(length, 0)
         seconds += costs[length]
     assert seconds < 96 / 0.95
 
@@ -214,17 +215,17 @@ def test_a_draft_that_would_not_pay_if_it_stood_is_not_tried() -> None:
     state, costs = DraftState(3, 0.85), [1, 1.3, 7.0, 13.0]
     for _ in range(1000):
         assert state.length(costs) == 1
-        state.observe(1, 1)
+        state.record(1, 1)
 
 
 def test_a_request_that_gets_predictable_drafts_again() -> None:
     state, costs = DraftState(2, 0.85), [1, 1.1, 1.2]
     for _ in range(200):
         if length := state.length(costs):
-            state.observe(length, 0)
+            state.record(length, 0)
     for _ in range(600):
         if length := state.length(costs):
-            state.observe(length, length)
+            state.record(length, length)
     assert state.length(costs) == 2
 
 

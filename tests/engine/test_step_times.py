@@ -47,7 +47,7 @@ class Host:
         """Run a step; returns its seconds."""
         factor = 1 + self._noise * self._random.uniform(-1, 1)
         seconds = factor * self.model(rows, tokens, context)
-        self.times.observe(seconds, rows, tokens, context)
+        self.times.record(seconds, rows, tokens, context)
         return seconds
 
     def prompt(self, length: int, limit_s: float, rows: int = 1) -> list[tuple[int, float]]:
@@ -125,7 +125,7 @@ def test_where_nothing_fits_prompts_go_on_and_cost_streams_little(model: Model) 
 def test_a_slow_first_step_does_not_spoil_later_chunks() -> None:
     """A server's first prompt is short and slow; where contexts grow its time was multiplied."""
     host = Host(small_cpu)
-    host.times.observe(20 * small_cpu(0, 4, 0), 0, 4)
+    host.times.record(20 * small_cpu(0, 4, 0), 0, 4)
     host.step(1)
     for _ in range(2):
         steps = host.prompt(8000, 0.2)
@@ -139,9 +139,9 @@ def test_short_chunks_that_seemed_to_cost_nothing_do_not_allow_a_long_one() -> N
     """Steps that only decode were slow for a moment, so what prompts added was next to nothing."""
     host = Host(small_cpu)
     for _ in range(20):
-        host.times.observe(0.027, 1)
+        host.times.record(0.027, 1)
     for tokens in (16, 32):
-        host.times.observe(0.028, 1, tokens)
+        host.times.record(0.028, 1, tokens)
     assert host.times.expected(1, 512, 48) < 0.1
     assert all(seconds <= 0.2 for _, seconds in host.prompt(8000, 0.2))
 
@@ -151,7 +151,7 @@ def test_one_pause_does_not_stay() -> None:
     host.step(1)
     before = host.prompt(8000, 0.2)
     chunk = host.times.longest_chunk(1, 0, 0.2)
-    host.times.observe(30.0, 1, chunk, 0)
+    host.times.record(30.0, 1, chunk, 0)
     host.prompt(8000, 0.2)
     after = host.prompt(8000, 0.2)
     assert sum(s for _, s in after) < 1.1 * sum(s for _, s in before)
@@ -209,6 +209,6 @@ def test_any_times_give_a_chunk_that_fits_a_step(
     times = StepTimes(40)
     for seconds, rows, tokens, context in steps:
         if rows + tokens:
-            times.observe(seconds, rows, tokens, context)
+            times.record(seconds, rows, tokens, context)
         assert times.expected(rows, tokens or 1, context) >= 0
         assert SMALLEST_CHUNK <= times.longest_chunk(rows, context, limit_s) <= 40

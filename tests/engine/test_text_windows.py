@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fd_dsa.cancellation import Cancelled, cancelled_by
-from fd_dsa.engine import text_windows
-from fd_dsa.engine.text_windows import WINDOW_CHARS, TooManyTokens, encode_text
+from fd_dsa.engine import encoding
+from fd_dsa.engine.encoding import WINDOW_CHARS, TooManyTokens, encode_text
 from fd_dsa.engine.tokenizer import Tokenizer
 from tests.engine.tokenizer_kinds import CORPUS, KINDS
 
@@ -69,9 +69,9 @@ def test_windows_give_the_tokens_of_the_whole_text(kind, pool, seed, length, win
 def test_windows_are_used_where_there_are_words(kind, monkeypatch):
     """So that the test above is one of windows, and a long text needs little memory."""
     sizes = []
-    window = text_windows.Window
+    window = encoding.Window
     monkeypatch.setattr(
-        text_windows,
+        encoding,
         "Window",
         lambda *args: sizes.append(args[3] - args[2]) or window(*args),
     )
@@ -107,14 +107,14 @@ def test_a_text_is_given_up_when_it_has_too_many_tokens(kind):
 
 def test_a_text_is_not_read_further_when_its_client_leaves(monkeypatch):
     stop, windows = threading.Event(), []
-    window = text_windows.Window
+    window = encoding.Window
 
     def read(*args):
         windows.append(window(*args))
         stop.set()
         return windows[-1]
 
-    monkeypatch.setattr(text_windows, "Window", read)
+    monkeypatch.setattr(encoding, "Window", read)
     with cancelled_by(stop), pytest.raises(Cancelled):
         encode("deepseek", "fox " * 9_000, True, window_chars=2_000)
     assert len(windows) == 1
@@ -122,8 +122,8 @@ def test_a_text_is_not_read_further_when_its_client_leaves(monkeypatch):
 
 def test_what_is_left_of_a_text_is_not_read(monkeypatch):
     ends = []
-    window = text_windows.Window
-    monkeypatch.setattr(text_windows, "Window", lambda *args: ends.append(args[3]) or window(*args))
+    window = encoding.Window
+    monkeypatch.setattr(encoding, "Window", lambda *args: ends.append(args[3]) or window(*args))
     tokenizer = Tokenizer(BACKENDS["deepseek"])
     text = "".join(CORPUS) * 400
     with pytest.raises(TooManyTokens, match="or more tokens"):

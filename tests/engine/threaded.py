@@ -6,24 +6,24 @@ from collections.abc import Callable
 
 from fd_dsa.engine.async_engine import AsyncEngine
 from fd_dsa.engine.engine import LLMEngine
-from fd_dsa.engine.host import Command, EngineFacts, EngineHost, EngineLink, Event
+from fd_dsa.engine.loop import Command, EngineClient, EngineLoop, EngineProperties, Event
 
 
-class EngineThread(EngineLink):
-    """A link to an engine that no one else uses."""
+class EngineThread(EngineClient):
+    """Client of an engine that no one else uses."""
 
     def __init__(self, engine: LLMEngine) -> None:
-        self.facts, self.tokenizer = EngineFacts.of(engine), engine.tokenizer
-        self._engine, self._host = engine, None
+        self.properties, self.tokenizer = EngineProperties.of(engine), engine.tokenizer
+        self._engine, self._loop = engine, None
 
     def start(self, receive: Callable[[Event], None]) -> None:
-        self._host = self._host or EngineHost(self._engine, receive)
-        self.start_thread(self._host.run)
+        self._loop = self._loop or EngineLoop(self._engine, receive)
+        self.start_thread(self._loop.run)
 
     def post(self, command: Command) -> None:
         """Nothing happens before `start`."""
-        if self._host is not None:
-            self._host.post(command)
+        if self._loop is not None:
+            self._loop.post(command)
 
 
 def threaded(engine: LLMEngine) -> AsyncEngine:

@@ -18,7 +18,6 @@ from tests.fastdeploy_plugin.demo_prompts import demo_prompts
 from tests.fastdeploy_plugin.engines import make_engine, ours
 from tests.fastdeploy_plugin.watching import Watch, watch_steps
 
-SERVED = ["pr7367", "develop"]
 SIZES = {"max_model_len": 1024, "max_num_seqs": 5, "max_num_batched_tokens": 200}
 NUM_BLOCKS = 40
 
@@ -98,8 +97,18 @@ MODES = {
 ALWAYS = {"prefill", "decode", "mixed", "later chunk", "idle row between others"}
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("tree", SERVED)
+@pytest.mark.parametrize(
+    ("tree", "mode"),
+    [
+        ("pr7367", "eager"),
+        ("develop", "graphs"),
+        ("develop", "drafts"),
+        *(
+            pytest.param(tree, mode, marks=pytest.mark.slow)
+            for tree, mode in (("pr7367", "graphs"), ("pr7367", "drafts"), ("develop", "eager"))
+        ),
+    ],
+)
 def test_answers_are_those_of_hugging_face(tree: str, mode: str, prompts: Any) -> None:
     wanted = [one.token_ids + one.answer for one in prompts.values()]
     drafts = oracle(wanted, 4) if mode == "drafts" else None

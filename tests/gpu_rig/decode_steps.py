@@ -30,6 +30,7 @@ _DROPPED_STEPS = 4
 def open_engine(rig: Rig, way: str, sizes: tuple[int, ...], max_model_len: int) -> Any:
     """The demo model in an engine whose decode steps are eager, or graphs of these sizes."""
     from fd_dsa import LLM
+    from fd_dsa.startup.capture import capture_graphs
     from tests.gpu_rig.captures import stand_in
 
     options: dict[str, Any] = {"cudagraph_capture_sizes": sizes} if way == GRAPH else {}
@@ -46,7 +47,7 @@ def open_engine(rig: Rig, way: str, sizes: tuple[int, ...], max_model_len: int) 
     )
     runner = llm.engine.runner
     if way == GRAPH and not rig.is_real:
-        runner.capture_graphs(sizes, stand_in)
+        capture_graphs(runner, sizes, stand_in)
     if way == GRAPH and runner.captured_sizes != sizes:
         raise RuntimeError("decode steps were not captured; the log says why")
     return llm
@@ -132,10 +133,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     rig = load(args.form)
     if rig.is_real:
-        from benchmarks import _custom_ops
+        from custom_ops.build_library import build_library
         from fd_dsa import custom_ops
 
-        custom_ops.use_library(_custom_ops.library())
+        custom_ops.use_library(build_library())
     prompts = LEADING_PROMPTS if rig.is_real else SHORT_PROMPTS
     sizes = tuple(sorted({*args.rows, len(prompts)}))
     llms = {way: open_engine(rig, way, sizes, args.max_model_len) for way in (EAGER, GRAPH)}

@@ -15,7 +15,7 @@ import paddle
 from fd_dsa.device.allocation import paddle_allocator
 from fd_dsa.device.staging import InputStaging
 from fd_dsa.runner import InputBatch
-from fd_dsa.runner.device_step import DeviceInputs
+from fd_dsa.runner.device_steps import DeviceInputs
 from fd_dsa.runner.input_batch import SamplingInputs
 from fd_dsa.triton_runtime import paddle_jit
 from fd_dsa.v4_prepare import V4Prepare

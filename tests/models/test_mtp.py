@@ -110,7 +110,7 @@ class Case:
         runner.input_batch.begin_step()
         runner.input_batch.add_row(0, IDS.tolist(), 0, True)
         step = runner.initialize_forward_meta()
-        self.hidden = self.model(step.ids_remove_padding, step)[:-1]
+        self.hidden = self.model(step.token_ids, step)[:-1]
         self.normed, self.logits = self.wanted(IDS[1:], self.hidden)
 
     def wanted(self, next_ids: np.ndarray, hidden: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fd_dsa.ops.cache_write import CacheWriteParams, paddle_impl
+from fd_dsa.ops.cache_write import CacheWriteParams, write_on_host
 from tests.kernel_memory import POISON, KernelMemory
 from tests.ops.e4m3 import E4M3_VALUES
 from tests.reference.bfloat16 import upper_half
@@ -94,7 +94,7 @@ def on_cpu(case: Case) -> tuple[np.ndarray, np.ndarray]:
     """Both caches as the CPU writes them."""
     caches = case.poisoned_caches()
     with np.errstate(all="ignore"):
-        paddle_impl.write_caches(
+        write_on_host(
             case.kv_a,
             case.index_k,
             case.position_ids,

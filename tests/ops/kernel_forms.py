@@ -94,9 +94,9 @@ from fd_dsa.ops.cache_write.triton_kernel import write_caches_kernel
 from fd_dsa.ops.logits.triton_kernel import logits_kernel
 from fd_dsa.ops.mla.records import dequantize_kernel as records_kernel
 from fd_dsa.ops.mla.triton_kernel import dequantize_kernel, sparse_mla_kernel
-from fd_dsa.ops.mla_query.triton_kernel import BLOCK_ROWS, NUM_WARPS, prepare_mla_query_kernel
+from fd_dsa.ops.query_kernels import MLA_BLOCK_ROWS, MLA_NUM_WARPS, prepare_mla_query_kernel
 from fd_dsa.ops.positions_kernel import position_ids_kernel
-from fd_dsa.ops.query.triton_kernel import prepare_query_kernel
+from fd_dsa.ops.query_kernels import prepare_query_kernel
 from fd_dsa.ops.mtp_kernels import mtp_inputs_kernel
 from fd_dsa.ops.sampling.cut_kernels import draw_kernel, gather_kernel, masses_kernel
 from fd_dsa.ops.sampling.scan_kernels import scan_kernel, settle_kernel
@@ -107,7 +107,6 @@ from fd_dsa.ops.sampling.verify_kernel import (
 )
 from fd_dsa.ops.topk.triton_kernel import topk_kernel
 from fd_dsa.step import device_provider as step
-from fd_dsa.step.metadata_kernels import decode_step_metadata_kernel, mixed_step_metadata_kernel
 from fd_dsa.v4_prepare.kernel import csa_rows_kernel
 
 for q, cache, wide in (("float32", "float32", tl.float32), ("float32", "bfloat16", tl.float32),
@@ -179,7 +178,7 @@ for positions in ({}, {"position_ids_ptr": None}):
     for dtype in ("float32", "bfloat16"):
         types = dict.fromkeys(("latent_ptr", "pe_ptr", "out_ptr"), dtype)
         compile("mla_query", prepare_mla_query_kernel, types, False, HEADS=128, RANK=512, HALF=32,
-                PADDED_RANK=512, BLOCK_ROWS=BLOCK_ROWS, num_warps=NUM_WARPS, **positions)
+                PADDED_RANK=512, BLOCK_ROWS=MLA_BLOCK_ROWS, num_warps=MLA_NUM_WARPS, **positions)
 plain_caches = dict.fromkeys(("latent_ptr", "index_ptr"), "bfloat16")
 compile("write", write_caches_kernel, plain_caches, False, RANK=512, BLOCK_SIZE=64, TILE=128,
         TILES=4, FP8=False, BLOCK_TOKENS=1, **KEYS)
@@ -225,8 +224,8 @@ for rows in (1, 100, 256, 1024, 4096):
     narrow = {} if rows == 4096 else {"position_ids_int32_ptr": None}
     tile = step.row_tile_for(rows)
     for kernel, size, warps in (
-        (decode_step_metadata_kernel, step.DECODE_TILE, step.DECODE_WARPS),
-        (mixed_step_metadata_kernel, step.MIXED_TILE, step.MIXED_WARPS),
+        (step.decode_step_metadata_kernel, step.DECODE_TILE, step.DECODE_WARPS),
+        (step.mixed_step_metadata_kernel, step.MIXED_TILE, step.MIXED_WARPS),
     ):
         compile("step", kernel, integers(kernel), BLOCK_SIZE=64, ROW_TILE=tile, TILE=size,
                 NUM_ROW_TILES=-(-rows // tile), num_warps=warps, **narrow)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fd_dsa.ops.cache_write.paddle_impl import bfloat16_bits
+from fd_dsa.ops.cache_write import bfloat16_bits
 from tests.kernel_memory import POISON, KernelMemory
 from tests.ops.e4m3 import E4M3_VALUES
 from tests.ops.paged_rows import PagedRows

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fd_dsa.ops.cache_write.paddle_impl import bfloat16_bits
+from fd_dsa.ops.cache_write import bfloat16_bits
 from tests.kernel_memory import KernelMemory
 from tests.ops.tensor_core_case import records, softmax, widened
 

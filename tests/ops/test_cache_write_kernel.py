@@ -81,7 +81,7 @@ def test_bfloat16_activations(kernel_memory: KernelMemory, dtype: str, interleav
 @pytest.mark.parametrize(("rank", "rope"), [(100, 16), (16, 4), (300, 32)])
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_other_widths(kernel_memory: KernelMemory, rank: int, rope: int, interleaved: bool) -> None:
-    from fd_dsa.ops.cache_write import CacheWriteParams, paddle_impl, triton_kernel
+    from fd_dsa.ops.cache_write import CacheWriteParams, triton_kernel, write_on_host
 
     m, rng = kernel_memory, np.random.default_rng(rank)
     rows, keys, weight, k_weight, k_bias, angles = (
@@ -91,7 +91,7 @@ def test_other_widths(kernel_memory: KernelMemory, rank: int, rope: int, interle
     given = (rows, keys, np.array([8, 0, 3]), np.array([5, 0, 2]), angles)
     wanted = np.zeros((2, 1, 4, rank + rope), np.float32), np.zeros((2, 4, 2 * rope), np.float32)
     norms = (weight, 1e-6, k_weight, k_bias, 1e-5, interleaved)
-    paddle_impl.write_caches(*given, *wanted, CacheWriteParams("float32", *norms))
+    write_on_host(*given, *wanted, CacheWriteParams("float32", *norms))
     caches = [m.put(np.zeros_like(cache)) for cache in wanted]
     norms = tuple(m.put(x) if isinstance(x, np.ndarray) else x for x in norms)
     params = CacheWriteParams("float32", *norms)
@@ -254,7 +254,7 @@ def test_refusals(kernel_memory: KernelMemory) -> None:
     with pytest.raises(ShapeError, match=r"kv_norm_weight has shape \[448\], allowed is \[512\]"):
         write_caches(*given[:4], None, *given[5:7], short)
     small = m.put(np.zeros((1, BLOCK, 132), np.uint8))
-    with pytest.raises(ShapeError, match="caches of"):
+    with pytest.raises(ShapeError, match="caches have"):
         write_caches(*given[:6], small, given[7])
     apart = m.put(np.zeros((case.num_blocks, 1, BLOCK, 700), np.uint8))[..., :656]
     with pytest.raises(LaunchError, match="latent_ptr"):

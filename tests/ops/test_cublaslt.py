@@ -97,7 +97,7 @@ def test_a_machine_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
         (120804, 90, "cuBLASLt 120804 has no block scales, 120900 and newer have"),
         (120900, 90, ""),
         (130100, 90, ""),
-        (130100, 100, "on GPUs of capability 90 alone, not 100"),
+        (130100, 100, "only on GPUs of capability 90, not 100"),
     ],
 )
 def test_why_not_fp8(
@@ -182,8 +182,8 @@ def changed(position: int, **fields: Any) -> list[Tensor]:
         (changed(0, dtype="fake.bfloat16"), DtypeError, "x has dtype bfloat16, allowed is uint8"),
         (changed(4, dtype="fake.float32"), DtypeError, "out has dtype float32"),
         (changed(4, shape=(8, 128)), ShapeError, r"out has shape \[8, 128\], allowed is \[8, 136"),
-        (changed(2, address=0x3008), LaunchError, r"\[136, 512\] begins off a multiple of 16"),
-        (changed(3, address=0x4004), LaunchError, r"\[2, 4\] begins off a multiple of 16"),
+        (changed(2, address=0x3008), LaunchError, r"\[136, 512\] is not aligned to 16 bytes"),
+        (changed(3, address=0x4004), LaunchError, r"\[2, 4\] is not aligned to 16 bytes"),
         (changed(1, device=1), LaunchError, "a tensor is on device 1, not 0"),
         (changed(2, device=-1), LaunchError, "the tensor is in host memory"),
     ],

@@ -15,8 +15,7 @@ from fd_dsa.device.host_tensor import as_tensor
 from fd_dsa.ops import dense_kernels as dense
 from fd_dsa.ops.device_matrix import DeviceMatrix
 from fd_dsa.ops.host_gemm import HostMatrix
-from fd_dsa.ops.linear import joined, linear, rows_at
-from fd_dsa.ops.norm import layer_norm, rms_norm
+from fd_dsa.ops.host_rows import layer_norm, rms_norm, rows_at
 from tests.kernel_memory import KernelMemory
 from tests.ops import block_fp8
 from tests.reference.indexer import ref_layer_norm, ref_rms_norm
@@ -24,13 +23,6 @@ from tests.reference.indexer import ref_layer_norm, ref_rms_norm
 TOLERANCE = 1e-6
 EPSILON = 1e-6
 DTYPES = ["float32", "bfloat16"]
-
-
-@pytest.fixture(autouse=True)
-def every_tensor_is_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter's too; NumPy arrays are the host's."""
-    name = "fd_dsa.ops.linear.on_device"
-    monkeypatch.setattr(name, lambda array: not isinstance(array, np.ndarray))
 
 
 def floats(*shape: int, seed: int = 0) -> np.ndarray:
@@ -45,10 +37,9 @@ def close(found: Any, wanted: np.ndarray) -> None:
 
 @pytest.mark.parametrize("num_tokens", [1, 7])
 def test_products(paddle_memory: KernelMemory, num_tokens: int) -> None:
-    m, x, stored, bias = paddle_memory, floats(num_tokens, 6), floats(4, 6), floats(4)
+    m, x, stored = paddle_memory, floats(num_tokens, 6), floats(4, 6)
     weight, on_host = DeviceMatrix(m.put(stored)), HostMatrix(as_tensor(stored), transposed=True)
-    close(linear(m.put(x), weight), linear(x, on_host))
-    close(linear(m.put(x), weight, m.put(bias)), linear(x, on_host, bias))
+    close(weight.times(m.put(x)), on_host.times(x))
     by_head, weights = floats(num_tokens, 3, 6), floats(3, 6, 5)
     found = DeviceMatrix(m.put(weights)).times_by_head(m.put(by_head))
     close(found, HostMatrix(as_tensor(weights)).times_by_head(by_head))
@@ -180,9 +171,3 @@ def test_scales_are_padded_for_cublaslt(paddle_memory: KernelMemory, rows: int) 
     found = dense.quantize_rows(paddle_memory.put(floats(rows, 130)), False)
     assert list(found.codes.shape) == [rows, 130]
     assert list(found.scales.shape) == [2, {0: 8, 8: 8, 13: 16}[rows]]
-
-
-def test_parts_side_by_side(paddle_memory: KernelMemory) -> None:
-    left, right = floats(4, 2, 3), floats(2, 4, 5).transpose(1, 0, 2)
-    found = joined(paddle_memory.put(left), paddle_memory.put(right))
-    close(found, joined(left, right))

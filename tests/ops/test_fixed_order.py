@@ -16,12 +16,12 @@ import pytest
 
 from fd_dsa.attention import step_plan
 from fd_dsa.engine.batch import ScheduledBatch
+from fd_dsa.engine.sampler import StepSampler
 from fd_dsa.engine.sampling_params import SamplingParams
-from fd_dsa.engine.step_sampler import StepSampler
 from fd_dsa.errors import BackendUnavailable, ConfigError
 from fd_dsa.ops import fixed_order
-from fd_dsa.ops.logits import paddle_impl as scoring
-from fd_dsa.ops.mla import paddle_impl as attention
+from fd_dsa.ops import mla as attention
+from fd_dsa.ops.logits import host_scores as scoring
 from fd_dsa.runner.protocol import RunnerInfo
 from tests.attention.harness import Sizes, rows_of, world_of
 from tests.strategies import make_batch

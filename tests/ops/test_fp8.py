@@ -15,10 +15,10 @@ from fd_dsa.ops.arrays import Scratch
 from fd_dsa.ops.cache_write import CacheWriteParams, write_caches
 from fd_dsa.ops.fp8 import absolute_maximum, decode_e4m3, encode_e4m3, index_scale, raw_scale
 from fd_dsa.ops.gather import gather_index_keys, gather_latents
-from fd_dsa.ops.logits.paddle_impl import PagedUnits, score_gathered, score_paged
-from fd_dsa.ops.mla.paddle_impl import attend_dense, attend_gathered
+from fd_dsa.ops.host_rows import hadamard
+from fd_dsa.ops.logits.host_scores import PagedUnits, score_gathered, score_paged
+from fd_dsa.ops.mla import attend_dense, attend_gathered
 from fd_dsa.ops.query import prepare_on_host as prepare_indexer_query
-from fd_dsa.ops.rotations import hadamard
 from tests.kernel_memory import KernelMemory
 from tests.ops.e4m3 import E4M3_VALUES
 from tests.ops.fp8_goldens import NAMES, Golden
@@ -142,14 +142,14 @@ def test_every_byte_of_the_queries(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_byte_of_the_queries_by_the_kernel(kernel_memory: KernelMemory, name: str) -> None:
-    from fd_dsa.ops.query import triton_kernel
+    from fd_dsa.ops import query_kernels
 
     m, golden = kernel_memory, Golden.load(name)
     wanted = golden.arrays["q_codes"], golden.arrays["q_weights"]
     arrays, how = golden.query_arguments()
     out = m.poisoned(wanted[0].shape, "uint8"), m.poisoned(wanted[1].shape, "float32")
     with np.errstate(all="ignore"):
-        triton_kernel.prepare_indexer_query(*map(m.put, arrays), **how, out=out)
+        query_kernels.prepare_indexer_query(*map(m.put, arrays), **how, out=out)
     for found, array in zip(out, wanted, strict=True):
         np.testing.assert_array_equal(m.get(found).view(np.uint8), array.view(np.uint8))
 

@@ -9,8 +9,8 @@ import paddle
 import pytest
 
 from fd_dsa.ops.arrays import Scratch
-from fd_dsa.ops.logits import paddle_impl
-from fd_dsa.ops.logits.paddle_impl import PagedUnits, score_gathered, score_paged
+from fd_dsa.ops.logits import host_scores
+from fd_dsa.ops.logits.host_scores import PagedUnits, score_gathered, score_paged
 from tests.reference.bfloat16 import ref_array, upper_half
 from tests.reference.indexer import ref_score
 from tests.reference.topk import ref_slot
@@ -57,7 +57,7 @@ def test_memory_for_scores_is_bounded_and_changes_none(
     cache = rng.standard_normal((4, 5, 8)).astype(np.float32)
     slots = rng.permutation(20).astype(np.int64)
     wanted = score_gathered(q, weights, cache, slots).copy()
-    monkeypatch.setattr(paddle_impl, "TILE_BYTES", tile_bytes)
+    monkeypatch.setattr(host_scores, "TILE_BYTES", tile_bytes)
     scratch = Scratch()
     assert_scores(score_gathered(q, weights, cache, slots, scratch), wanted)
     keys_at_once = scratch.take("indexer_keys", (0,)).base.size // 8
@@ -144,7 +144,7 @@ def test_scratch_that_a_larger_step_filled() -> None:
 
 def test_more_units_than_one_tile_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     # 14 units of 256 keys of 8 values, 4 of them gathered at once
-    monkeypatch.setattr(paddle_impl, "TILE_BYTES", 4 * 256 * 8 * 4)
+    monkeypatch.setattr(host_scores, "TILE_BYTES", 4 * 256 * 8 * 4)
     case = PagedCase([1200, 1, 1200, 700], 1, 64, np.int16)
     scratch = Scratch()
     case.check(case.run(scratch))

@@ -77,6 +77,7 @@ def test_every_form_compiles() -> None:
         assert form["shared"] <= most, form["label"]
 
 
+@pytest.mark.slow
 def test_tuned_forms_are_what_they_are_chosen_for() -> None:
     made = compiled(TUNED)
     assert len(made) == 4 + 1 + 9 + 4 + 8 + 2 + 5 + 9 + 2 + 7

@@ -78,5 +78,5 @@ def test_tensors_of_another_device_are_launched_there() -> None:
 
 
 def test_a_library_without_the_function_is_refused() -> None:
-    with pytest.raises(BackendUnavailable, match="launch takes another structure"):
+    with pytest.raises(BackendUnavailable, match="launch expects another structure"):
         Launch(SimpleNamespace())

@@ -17,7 +17,6 @@ from fd_dsa.models.weights import HostWeights
 from fd_dsa.ops import host_gemm
 from fd_dsa.ops.arrays import staged
 from fd_dsa.ops.host_gemm import HostMatrix
-from fd_dsa.ops.linear import joined, linear
 
 
 def operands(seed: int, *shapes: tuple[int, ...]) -> list[np.ndarray]:
@@ -46,19 +45,18 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 @pytest.mark.parametrize("rows", [0, 1, 2, 5, 70, 600])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_a_weight(way: str, rows: int, transposed: bool) -> None:
-    x, w, bias = operands(rows, (rows, 24), (24, 10), (10,))
+    x, w = operands(rows, (rows, 24), (24, 10))
     tensor = paddle.to_tensor(np.ascontiguousarray(w.T) if transposed else w)
     weight = HostMatrix(tensor, transposed=transposed)
     wide = np.full((rows, 40), np.nan, np.float32)
     wide[:, 9:33] = x
     for view in (x, wide[:, 9:33], np.asfortranarray(x)):
-        found = linear(view, weight)
+        found = weight.times(view)
         assert found.flags.c_contiguous and found.dtype == np.float32
         close(found, x @ w)
-        close(linear(view, weight, bias), x @ w + bias)
     # a weight that is loaded again is read at the same address
     tensor.set_value(2 * tensor)
-    close(linear(x, weight), 2 * (x @ w))
+    close(weight.times(x), 2 * (x @ w))
 
 
 @pytest.mark.parametrize("rows", [1, 15, 64, 79])
@@ -98,7 +96,7 @@ def test_a_batch(way: str, count: int, rows: int, transpose_y: bool) -> None:
 @pytest.mark.parametrize("rows", [1, 3, 600])
 def test_results_outlive_later_ones(way: str, rows: int) -> None:
     pairs = [operands(seed, (rows, 128), (128, 8)) for seed in range(4)]
-    found = [linear(x, HostMatrix(paddle.to_tensor(w))) for x, w in pairs]
+    found = [HostMatrix(paddle.to_tensor(w)).times(x) for x, w in pairs]
     for (x, w), y in zip(pairs, found, strict=True):
         close(y, x @ w)
 
@@ -108,7 +106,7 @@ def test_threads(way: str) -> None:
         x, w = operands(seed, (9, 32), (32, 16))
         weight = HostMatrix(paddle.to_tensor(w))
         for _ in range(200):
-            close(linear(x, weight), x @ w)
+            close(weight.times(x), x @ w)
             close(shared.times(x), x @ common)
 
     (common,) = operands(9, (32, 16))
@@ -121,8 +119,8 @@ def test_more_shapes_than_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host_gemm.thread_state, "sgemm", None)
     weight = HostMatrix(paddle.ones([2, 1]))
     for rows in range(1, 1200):
-        assert linear(np.ones((rows, 2), np.float32), weight).shape == (rows, 1)
-    assert (linear(np.full((7, 2), 3, np.float32), weight) == 6).all()
+        assert weight.times(np.ones((rows, 2), np.float32)).shape == (rows, 1)
+    assert (weight.times(np.full((7, 2), 3, np.float32)) == 6).all()
 
 
 def test_a_staged_tensor_is_a_copy() -> None:
@@ -137,14 +135,6 @@ def test_weights_of_another_width_are_refused() -> None:
         HostMatrix(paddle.ones([4, 2])).times(np.ones((1, 5), np.float32))
     with pytest.raises(ShapeError, match=r"\(1, 2, 4\)"):
         HostMatrix(paddle.ones([3, 4, 2])).times_by_head(np.ones((1, 2, 4), np.float32))
-
-
-def test_parts_side_by_side() -> None:
-    wide = np.arange(2 * 3 * 4, dtype=np.float32).reshape(2, 3, 4)
-    latent, q_pe = wide.transpose(1, 0, 2), 100 + wide[:, :, :2].transpose(1, 0, 2)
-    found = joined(latent, paddle.to_tensor(q_pe))
-    assert found.flags.c_contiguous
-    np.testing.assert_array_equal(found, np.concatenate([latent, q_pe], axis=2))
 
 
 def test_silu_of_extremes() -> None:

@@ -10,8 +10,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fd_dsa.ops.logits.paddle_impl import score_gathered
-from fd_dsa.ops.topk.paddle_impl import positions_to_slots, select_positions
+from fd_dsa.ops.key_bounds import positions_to_slots
+from fd_dsa.ops.logits.host_scores import score_gathered
+from fd_dsa.ops.topk import select_positions
 from tests.kernel_memory import KernelMemory
 from tests.ops.logits_case import CODES, DIM, FP8, POISONED, Case, Scorer, make
 from tests.ops.paged_rows import LARGE_ROWS, SMALL_ROWS, paged_rows

@@ -185,13 +185,14 @@ def test_results_are_written_where_they_are_asked_for() -> None:
 
 
 PAGE = (Path(__file__).parents[2] / "docs/operators.md").read_text("utf-8")
-EXAMPLES = dict(re.findall(r"^## (\w+)\n.*?^```py\n(.*?)^```", PAGE, re.M | re.S))
+EXAMPLES = [path.read_text("utf-8") for path in (Path(__file__).parents[2] / "examples").iterdir()]
 
 
 @pytest.mark.parametrize("name", [n for n in ops.__all__ if n != "CacheWriteParams"])
-def test_the_example_of_the_page_runs(name: str) -> None:
-    assert f"| [`{name}`](#{name}) |" in PAGE
-    exec(EXAMPLES[name], {})
+def test_the_page_and_an_example_have_the_operator(name: str) -> None:
+    # tests/test_examples.py runs the examples
+    assert f"\n| `{name}` | " in PAGE
+    assert any(re.search(rf"\b{name}\(", text) for text in EXAMPLES)
 
 
 def test_the_table_of_the_page_is_that_of_the_code() -> None:
@@ -200,7 +201,9 @@ def test_the_table_of_the_page_is_that_of_the_code() -> None:
         op: [cell.split(", ") for cell in cells] for ops_, *cells in rows for op in ops_.split(", ")
     }
     served = {
-        f"`{op}`": [[f"`{p}`" for p in providers.on(op, kind)] for kind in ("cpu", "gpu")]
+        f"`{op}`": [
+            [f"`{p}`" for p in providers.available_providers(op, kind)] for kind in ("cpu", "gpu")
+        ]
         for op in providers.OPERATORS
     }
     assert told == served

@@ -22,7 +22,15 @@ from fd_dsa.errors import BackendUnavailable, ConfigError, KernelUnavailable
 from fd_dsa.ops import providers
 from fd_dsa.ops.cache_probes import CASES, TENSOR_CORE_CASES
 from fd_dsa.ops.probes import Memory, topk_case
-from fd_dsa.ops.providers import OPERATORS, choose, function, on, serving, settle, table
+from fd_dsa.ops.providers import (
+    OPERATORS,
+    available_providers,
+    choose,
+    function,
+    serving,
+    settle,
+    table,
+)
 from tests.custom_ops.building import emulated_library
 from tests.kernel_memory import open_memory
 
@@ -80,15 +88,15 @@ def test_every_pair_serves_or_says_why_not(
     kind: str, operator: str, provider: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FD_DSA_OP_PROVIDER", f"{operator}={provider}")
-    wanted = {("paddle", "cpu"), *((p, "gpu") for p in ("triton", "triton_tensor_core", "gemm"))}
+    wanted = {("numpy", "cpu"), *((p, "gpu") for p in ("triton", "triton_tensor_core", "gemm"))}
     if (provider, kind) in wanted:
         assert choose(operator, kind).provider == provider
-        assert table()[operator][kind].against == {}
+        assert table()[operator][kind].rejected == {}
         return
     if provider == "custom_op" and (kind == "gpu" or operator == "position_ids"):
         reason = "fd_dsa_ops is missing: not installed; .* -m pip install"
     else:
-        reason = f"it serves tensors on {'a CPU' if provider == 'paddle' else 'a device'}"
+        reason = f"it serves tensors on {'a CPU' if provider == 'numpy' else 'a device'}"
     message = f"FD_DSA_OP_PROVIDER: {operator}={provider} cannot serve on {kind}: {reason}"
     with pytest.raises(BackendUnavailable, match=message):
         choose(operator, kind)
@@ -103,16 +111,16 @@ def test_every_function_agrees_with_the_definition(operator: str, provider: str)
         return
     case = topk_case((40, 8), (1104, 7)) if operator == "topk" else CASES[operator]
     case = TENSOR_CORE_CASES[operator] if provider == "triton_tensor_core" else case
-    memory = Memory(None if provider == "paddle" else open_memory("interpreter").poisoned)
+    memory = Memory(None if provider == "numpy" else open_memory("interpreter").poisoned)
     assert case.difference(function(operator, provider), memory) == ""
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("topk", "got 'topk' .*allowed: topk=custom_op, topk=paddle, topk=triton, separated"),
+        ("topk", "got 'topk' .*allowed: topk=custom_op, topk=numpy, topk=triton, separated"),
         ("topk=torch", "got 'topk=torch' .*allowed: topk=custom_op"),
-        ("attention=triton", "got 'attention=triton' .*step_metadata=paddle, .*sparse_mla=triton"),
+        ("attention=triton", "got 'attention=triton' .*step_metadata=numpy, .*sparse_mla=triton"),
         ("topk=triton;a=b", "got 'topk=triton;a=b' in"),
     ],
 )
@@ -124,13 +132,20 @@ def test_a_variable_that_cannot_be_read(
         choose("cache_write", "cpu")
 
 
+def test_the_former_name_of_the_provider_for_cpus_is_accepted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("FD_DSA_OP_PROVIDER", "topk=paddle, mla_query=triton")
+    assert providers.requested() == {"topk": "numpy", "mla_query": "triton"}
+
+
 @pytest.mark.parametrize("tensor", [np.zeros(1), paddle.zeros([1])], ids=["numpy", "paddle"])
 def test_a_choice_is_logged_once(tensor: Any, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="fd_dsa"):
         assert len({serving("cache_write", tensor) for _ in range(3)}) == 1
-    text = "cache_write on cpu: paddle (CPU: NumPy; GEMMs by oneDNN or Paddle)"
+    text = "cache_write on cpu: numpy (CPU: NumPy; GEMMs by oneDNN or Paddle)"
     assert caplog.messages == [text]
-    assert table()["cache_write"]["cpu"].provider == "paddle"
+    assert table()["cache_write"]["cpu"].provider == "numpy"
 
 
 @pytest.mark.parametrize("kind", ["gpu", "hopper", "cuda"])
@@ -171,11 +186,11 @@ def test_a_faster_provider_that_cannot_serve_is_named(caplog: pytest.LogCaptureF
         choice = choose("indexer_logits", "gpu", reasons)
         assert choose("indexer_logits", "gpu", reasons) == choice
         assert choose("indexer_logits", "gpu").provider == "triton_tensor_core"
-    assert choice.against == {"triton_tensor_core": "the cache is float32"}
+    assert choice.rejected == {"triton_tensor_core": "the cache is float32"}
     first, second = caplog.messages
     assert first.endswith(" Triton kernel; not triton_tensor_core: the cache is float32)")
     assert "triton_tensor_core (a device, a" in second
-    assert on("indexer_logits", "gpu") == ["triton_tensor_core", "triton"]
+    assert available_providers("indexer_logits", "gpu") == ["triton_tensor_core", "triton"]
 
 
 def agrees(kernels: Any) -> str:
@@ -218,7 +233,7 @@ def test_a_kernel_of_custom_ops(
         choices = [choose("topk", "gpu", probe=probe) for _ in range(2)]
     assert [record.levelname for record in caplog.records] == [level]
     assert choices[0].provider == ("triton" if reason else "custom_op")
-    assert reason in choices[0].against.get("custom_op", "")
+    assert reason in choices[0].rejected.get("custom_op", "")
     monkeypatch.setenv("FD_DSA_OP_PROVIDER", "topk=custom_op")
     if reason:
         with pytest.raises(BackendUnavailable, match=f"topk=custom_op cannot serve .*{reason}"):
@@ -229,9 +244,9 @@ def test_the_registered_operator_needs_no_kernels_on_a_cpu(monkeypatch: pytest.M
     install(monkeypatch)
     assert choose("position_ids", "cpu").provider == "custom_op"
     choice = choose("position_ids", "gpu")
-    assert choice.provider == "triton" and "without CUDA" in choice.against["custom_op"]
+    assert choice.provider == "triton" and "without CUDA" in choice.rejected["custom_op"]
     custom_ops.use_library(emulated_library("position_ids"))
-    assert "without Paddle's operators" in choose("position_ids", "gpu").against["custom_op"]
+    assert "without Paddle's operators" in choose("position_ids", "gpu").rejected["custom_op"]
 
 
 def test_a_library_that_is_none_is_refused(tmp_path: Path) -> None:

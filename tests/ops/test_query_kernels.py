@@ -76,7 +76,7 @@ class IndexerQuery:
         self, m: KernelMemory, inputs: Inputs, dtype: str = "float32"
     ) -> list[np.ndarray]:
         """The same in the kernel, written over poison."""
-        from fd_dsa.ops.query.triton_kernel import prepare_indexer_query
+        from fd_dsa.ops.query_kernels import prepare_indexer_query
 
         codes = "float8_e4m3fn" if self.how["scale_fmt"] else "uint8"
         out = (
@@ -132,11 +132,11 @@ class MlaQuery:
 
 def mla_kernel(m: KernelMemory, *arguments: Any) -> Any:
     """The kernel; in the interpreter, whose tensors are on a CPU, without choosing a provider."""
-    from fd_dsa.ops.mla_query import triton_kernel
+    from fd_dsa.ops import query_kernels
 
     if m.name != "interpreter":
         return prepare_mla_query(*arguments)
-    return triton_kernel.prepare_mla_query(*arguments)
+    return query_kernels.prepare_mla_query(*arguments)
 
 
 def bfloat16_bits(values: np.ndarray) -> np.ndarray:
@@ -297,7 +297,7 @@ def test_codes_of_extreme_numbers(kernel_memory: KernelMemory, scale_fmt: str | 
 
 
 def test_what_the_kernels_cannot_read_is_refused(kernel_memory: KernelMemory) -> None:
-    from fd_dsa.ops.query.triton_kernel import prepare_indexer_query
+    from fd_dsa.ops.query_kernels import prepare_indexer_query
 
     m = kernel_memory
     mla_out = m.poisoned((2, 3, 12), "float32")

@@ -146,7 +146,7 @@ REFUSALS: dict[str, list[Row]] = {
         (ShapeError, "cos_sin_cache has rows of 63 values.*even", {"cos_sin_cache": zeros(9, 63)}),
         (ShapeError, "cos_sin_cache has rows of 130 .* to 128", {"cos_sin_cache": zeros(9, 130)}),
         (ShapeError, r"cos_sin_cache has shape \[9, 32\].*64", {"cos_sin_cache": zeros(9, 32)}),
-        (ShapeError, "cos_sin_cache has no row", {"cos_sin_cache": zeros(0, 64)}),
+        (ShapeError, "cos_sin_cache is empty", {"cos_sin_cache": zeros(0, 64)}),
         (ShapeError, "latent_cache is None", {"latent_cache": None}),
         (ShapeError, "index_cache is None", {"index_cache": None}),
         (ShapeError, r"latent_cache .* 1, 64, 656\]", {"latent_cache": zeros(BLOCKS, 1, 32, 656)}),
@@ -187,7 +187,7 @@ REFUSALS: dict[str, list[Row]] = {
             )
         ),
         *(
-            (ShapeError, f"bytes of a block of {name} lie apart", {name: cache})
+            (ShapeError, f"bytes of a block of {name} have gaps", {name: cache})
             for name, cache in (
                 ("index_cache", zeros(BLOCKS, BLOCK, 264, dtype="uint8")[..., ::2]),
                 ("index_cache", zeros(BLOCKS, BLOCK, 140, dtype="uint8")[..., :132]),
@@ -202,8 +202,8 @@ REFUSALS: dict[str, list[Row]] = {
         (DtypeError, r"out\[0\] has dtype int8.*uint8", {"out": (CODES.astype(np.int8), WEIGHTS)}),
         (DtypeError, r"out\[1\] has dtype uint8", {"out": (CODES, CODES[..., 0])}),
         (DtypeError, r"out\[0\] has dtype uint8", {"out": (CODES, WEIGHTS), "quantized": False}),
-        (ShapeError, "out is no pair", {"out": (CODES,)}),
-        (ShapeError, "out is no pair", {"out": CODES}),
+        (ShapeError, "out is not a pair", {"out": (CODES,)}),
+        (ShapeError, "out is not a pair", {"out": CODES}),
         (ShapeError, r"out\[1\] is None", {"out": (CODES, None)}),
         (ValueError, r"out\[1\] is read-only", {"out": (CODES, read_only(TOKENS, HEADS))}),
         (ValueError, "weights_scale is '0.5', allowed is a number", {"weights_scale": "0.5"}),
@@ -225,7 +225,7 @@ REFUSALS: dict[str, list[Row]] = {
         (DtypeError, "position_ids has dtype int32.*int64", {"position_ids": ints(0, 1, 2, 3)}),
         (ValueError, r"position_ids\[1\] is 5.*0 to 4", {"position_ids": np.array([0, 5, 0, 0])}),
         (ShapeError, r"cos_sin_cache has shape \[5, 4\].*\[4, \*\]", {"position_ids": None}),
-        (ShapeError, "cos_sin_cache has no row", {"cos_sin_cache": zeros(0, 4)}),
+        (ShapeError, "cos_sin_cache is empty", {"cos_sin_cache": zeros(0, 4)}),
         (ShapeError, r"cos_sin_cache.*\[\*, 4\]", {"cos_sin_cache": zeros(5, 2)}),
         (ShapeError, "cos_sin_cache has rows of 8", {"cos_sin_cache": zeros(5, 8)}),
         (ShapeError, r"out has shape \[4, 2, 9\]", {"out": zeros(4, 2, 9)}),
@@ -312,8 +312,8 @@ def test_refusals(call: str, error: type[Exception], message: str, changes: dict
     [
         ({"kv_cache_dtype": "int8"}, "kv_cache_dtype: got 'int8', allowed are float32, bfloat16,"),
         ({"index_scale_fmt": "e8m0"}, "index_scale_fmt: got 'e8m0', allowed are 'ue8m0' and None"),
-        ({"k_norm_weight": zeros(DIM)}, "k_norm_bias: got None, allowed are both"),
-        ({"k_norm_bias": zeros(DIM)}, "k_norm_weight: got None, allowed are both"),
+        ({"k_norm_weight": zeros(DIM)}, "k_norm_bias: got None, allowed are k_norm_weight"),
+        ({"k_norm_bias": zeros(DIM)}, "k_norm_weight: got None, allowed are k_norm_weight"),
     ],
 )
 def test_params(fields: dict[str, Any], message: str) -> None:

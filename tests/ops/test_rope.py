@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fd_dsa.ops.rotations import cos_sin_of, rotate_
+from fd_dsa.ops.host_rows import cos_sin_of, rotate_
 from tests.reference.rope import ref_rotate
 
 

@@ -9,7 +9,7 @@ import paddle
 import pytest
 
 from fd_dsa.ops.arrays import Scratch
-from fd_dsa.ops.mla.paddle_impl import attend_dense, attend_gathered
+from fd_dsa.ops.mla import attend_dense, attend_gathered
 from tests.reference.bfloat16 import ref_array, upper_half
 from tests.reference.sparse_mla import ref_attend
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fd_dsa.ops.cache_write.paddle_impl import bfloat16_bits
-from fd_dsa.ops.mla.paddle_impl import attend_gathered
+from fd_dsa.ops.cache_write import bfloat16_bits
+from fd_dsa.ops.mla import attend_gathered
 from tests.kernel_memory import KernelMemory
 from tests.ops.tensor_core_case import records, widened
 from tests.reference.sparse_mla import ref_attend

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fd_dsa.ops.topk.paddle_impl import positions_to_slots, select_positions
+from fd_dsa.ops.key_bounds import positions_to_slots
+from fd_dsa.ops.topk import select_positions
 from tests.reference.topk import ref_slot, ref_topk
 
 NEGATIVE_NAN = np.uint32(0xFFC00000).view(np.float32)
@@ -140,7 +141,7 @@ def test_rows_past_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
     scores = np.random.default_rng(5).standard_normal((7, 50)).astype(np.float32)
     lengths = np.array([50, 3, 0, 50, 20, 1, 49])
     whole = select_positions(scores, lengths, 6)
-    monkeypatch.setattr("fd_dsa.ops.topk.paddle_impl.TILE_KEYS", 110)
+    monkeypatch.setattr("fd_dsa.ops.topk.TILE_KEYS", 110)
     np.testing.assert_array_equal(select_positions(scores, lengths, 6), whole)
 
 

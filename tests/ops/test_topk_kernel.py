@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fd_dsa.ops.topk.paddle_impl import positions_to_slots, select_positions
+from fd_dsa.ops.key_bounds import positions_to_slots
+from fd_dsa.ops.topk import select_positions
 from tests.kernel_memory import POISON, KernelMemory
 from tests.ops.paged_rows import LARGE_ROWS, SMALL_ROWS, PagedRows, paged_rows
 from tests.reference.topk import ref_slot, ref_topk

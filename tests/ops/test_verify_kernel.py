@@ -84,7 +84,7 @@ def test_penalties_count_the_drafts_in_front(
             presence_penalty=presence,
         )
         rules = LogitRules(params, prompt, outputs[slot] + drafts[slot][: row - slots.index(slot)])
-        host.set_slot(slot, params, slot, None if rules.is_empty else rules)
+        host.set_slot(slot, params, slot, rules if params.has_rules else None)
         one = slice(row, row + 1)
         assert found[one] == host.sample(logits[one], np.array([slot]), positions[one]), row
     assert (m.get(device.counts) == before).all()

@@ -13,8 +13,7 @@ import numpy as np
 from fd_dsa.attention import DSAAttentionBackend, DSABackendConfig
 from fd_dsa.models.moe import NoAuxTopkGate
 from fd_dsa.ops.arrays import as_numpy
-from fd_dsa.ops.linear import linear
-from fd_dsa.ops.topk.paddle_impl import positions_to_slots
+from fd_dsa.ops.key_bounds import positions_to_slots
 from fd_dsa.runner import ModelRunner
 from tests.parity.choices import Choice
 
@@ -72,7 +71,7 @@ def route(
     experts, weights = own(x)
     for token, chosen in backend.fed("router", layer):
         experts[token] = chosen
-        scores = 1.0 / (1.0 + np.exp(-linear(x[token : token + 1], gate.weight)[0, chosen]))
+        scores = 1.0 / (1.0 + np.exp(-gate.weight.times(x[token : token + 1])[0, chosen]))
         share = scores / (scores.sum() + 1e-20) if gate.norm_topk_prob else scores
         weights[token] = share * gate.scaling
     return experts, weights

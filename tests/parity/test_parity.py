@@ -189,6 +189,7 @@ def test_greedy_tokens_alone(both: SideBySide) -> None:
     check_greedy(both, beside=0)
 
 
+@pytest.mark.parametrize("both", MOST_SLOW, indirect=True)
 def test_greedy_tokens_beside_prefills(both: SideBySide) -> None:
     check_greedy(both, beside=6)
 

@@ -13,11 +13,11 @@ from fd_dsa.runner import InputBatch
 
 def state(batch: InputBatch) -> dict[str, object]:
     """Everything a step reads, copied."""
-    names = ("seq_lens_encoder", "seq_lens_decoder", "seq_lens_this_time", "block_tables")
+    names = ("num_chunk_tokens", "num_computed_tokens", "num_scheduled_tokens", "block_tables")
     counts = ("num_tokens", "num_prefill_tokens", "max_seqlen_k", "num_rows")
     found: dict[str, object] = {name: getattr(batch, name).tolist() for name in names}
     found |= {name: getattr(batch, name) for name in counts}
-    return found | {"ids": batch.ids_remove_padding[: batch.num_tokens].tolist()}
+    return found | {"ids": batch.token_ids[: batch.num_tokens].tolist()}
 
 
 @given(st.data())
@@ -34,8 +34,8 @@ def test_steps_of_any_rows(data: st.DataObject) -> None:
             ids += new
             assert batch.add_row(row, new, cached, prefill) == len(ids) - 1
             lengths[row] = (len(new) if prefill else 0, cached, len(new))
-        assert batch.ids_remove_padding[: batch.num_tokens].tolist() == ids
-        found = (batch.seq_lens_encoder, batch.seq_lens_decoder, batch.seq_lens_this_time)
+        assert batch.token_ids[: batch.num_tokens].tolist() == ids
+        found = (batch.num_chunk_tokens, batch.num_computed_tokens, batch.num_scheduled_tokens)
         np.testing.assert_array_equal(np.stack(found, axis=1), lengths)
         assert batch.num_prefill_tokens == lengths[:, 0].sum()
         assert batch.max_seqlen_k == (lengths[:, 1] + lengths[:, 2]).max()
@@ -107,10 +107,10 @@ def test_pending_tokens_are_staged_by_their_index() -> None:
     batch.add_rows([0], [2], [3, 4], [0], [True])
     assert batch.staged_ids().tolist() == [3, 4]
     batch.add_rows([1, 3], [1, 2], [0, 5, 0], [8, 9], [False, False], {0: 2, 2: 8})
-    assert batch.ids_remove_padding[:5].tolist() == [3, 4, 0, 5, 0]
+    assert batch.token_ids[:5].tolist() == [3, 4, 0, 5, 0]
     assert batch.pending[:5].tolist() == [-1, -1, 2, -1, 8]
     assert batch.staged_ids().tolist() == [3, 4, -3, 5, -9]
-    batch.following[1] = 6
+    batch.next_prompt_tokens[1] = 6
     # the token after a pending one of the same row may be pending itself
     assert batch.next_tokens()[[0, 1, 3]].tolist() == [4, 6, -9]
     assert batch.next_tokens([2, 3, 4], 10).tolist() == [4, 6, -11, -12, -13]

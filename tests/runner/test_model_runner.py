@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from fd_dsa.runner import InputBatch, ModelRunner
+from fd_dsa.startup.warm_up import warm_up_kernels
 from tests.attention.harness import record_plans
 from tests.runner.tiny import (
     BLOCK_SIZE,
@@ -180,7 +181,7 @@ def test_a_warm_up_leaves_an_empty_batch_and_no_trace(model: Any) -> None:
     wanted = in_chunks(tiny_runner(model), 0, [20, 25], 45)
     runner = tiny_runner(model, poison=True)
     tables = runner.input_batch.block_tables.copy()
-    runner.warm_up()
+    warm_up_kernels(runner)
     assert runner.input_batch.num_tokens == 0 and runner.input_batch.num_rows == 0
     assert (runner.input_batch.block_tables[0] == -1).all()
     runner.input_batch.block_tables[:] = tables
@@ -191,14 +192,14 @@ def test_a_warm_up_of_more_rows_than_tokens(model: Any) -> None:
     batch = InputBatch(9, 4, BLOCKS_PER_ROW, BLOCK_SIZE)
     layout = model.config.cache_layout("float32", BLOCK_SIZE)
     runner = ModelRunner(model, batch, layout, BLOCKS_PER_ROW + 1)
-    runner.warm_up()
+    warm_up_kernels(runner)
     assert batch.num_tokens == 0 and (batch.block_tables == -1).all()
 
 
 def test_a_warm_up_scores_keys(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     runner = tiny_runner(model)
     plans = record_plans(monkeypatch)
-    runner.warm_up()
+    warm_up_kernels(runner)
     longest = BLOCK_SIZE * BLOCKS_PER_ROW
     powers = [size for size in (1, 2, 4, 8, 16, 32, 64, 128) if size < longest]
     sizes = sorted({*powers, *(size - 1 for size in powers[1:]), longest})

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from fd_dsa.runner import InputBatch
-from fd_dsa.runner.device_step import DeviceInputs
+from fd_dsa.runner.device_steps import DeviceInputs
 from fd_dsa.runner.input_batch import SamplingInputs
 from tests.kernel_memory import KernelMemory
 
@@ -34,7 +34,7 @@ def filled(batch: InputBatch, rng: np.random.Generator) -> np.ndarray:
             ids = rng.integers(0, 1000, count).tolist()
             last = batch.add_row(row, ids, int(rng.integers(0, 50)), bool(rng.integers(2)))
             wanted.append(last)
-            batch.follows[row] = int(rng.integers(-1, 4))
+            batch.pending_source[row] = int(rng.integers(-1, 4))
     if not wanted:
         wanted.append(batch.add_row(MAX_ROWS - 1, [1], 0, True))
     return np.array(wanted[: int(rng.integers(0, len(wanted) + 1))], np.int64)
@@ -44,12 +44,12 @@ def check(found: list[np.ndarray], batch: InputBatch, sampled: np.ndarray) -> No
     """Every field against the batch."""
     rows, tokens = batch.num_rows, batch.num_tokens
     expected = (
-        batch.ids_remove_padding[:tokens],
-        batch.seq_lens_encoder[:rows],
-        batch.seq_lens_decoder[:rows],
-        batch.seq_lens_this_time[:rows],
+        batch.token_ids[:tokens],
+        batch.num_chunk_tokens[:rows],
+        batch.num_computed_tokens[:rows],
+        batch.num_scheduled_tokens[:rows],
         sampled,
-        batch.follows[:rows],
+        batch.pending_source[:rows],
         batch.block_tables[:rows],
     )
     for array, values in zip(found, expected, strict=True):
@@ -86,7 +86,7 @@ def test_a_step_in_flight_keeps_its_values(kernel_memory: KernelMemory) -> None:
 
 def test_rows_of_one_token_and_three_drafts_are_all_sampled(kernel_memory: KernelMemory) -> None:
     m, batch = kernel_memory, InputBatch(MAX_ROWS, MAX_TOKENS, COLUMNS, 16)
-    inputs = DeviceInputs(batch, m.poisoned, most_drafts=3)
+    inputs = DeviceInputs(batch, m.poisoned, max_drafts=3)
     for row in range(MAX_ROWS):
         batch.add_row(row, [row] * 4, 9, is_prefill=False)
     sampled = np.arange(4 * MAX_ROWS)

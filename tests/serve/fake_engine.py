@@ -8,10 +8,10 @@ from typing import Any
 
 from fd_dsa.chat.renderers import NO_TEMPLATE
 from fd_dsa.chat.template import ChatTemplate
+from fd_dsa.engine.encoding import TooManyTokens
 from fd_dsa.engine.metrics import EngineMetrics, EngineStats
 from fd_dsa.engine.output import FinishReason, OutputState, RequestOutput
 from fd_dsa.engine.sampling_params import SamplingParams
-from fd_dsa.engine.text_windows import TooManyTokens
 
 WORDS = ("Hello", " wörld", " 🙂", " of", " sparse", " attention", ".")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import shutil
@@ -13,24 +12,25 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import httpx
 import pytest
 import yaml
 
 from fd_dsa import __version__
-from fd_dsa.cli import COMMANDS, main
 from fd_dsa.commands import own_command
 from fd_dsa.config import EngineConfig
 from fd_dsa.fastdeploy_plugin.launch import choice
 from fd_dsa.serve import cli
+from fd_dsa.serve.engine_process import EngineProcess
 from fd_dsa.serve.flag_sources import parse_args
+from fd_dsa.startup import hardware
 from tests.serve.conftest import held_port
 from tests.serve.processes import (
     FAKE,
     TIMEOUT_S,
     command,
-    console,
     error_line,
     finish,
     run,
@@ -39,40 +39,77 @@ from tests.serve.processes import (
 )
 from tests.serve.test_errors import error_of
 
-WITHOUT_PADDLE = """
-    import importlib.util as u
-    real = u.find_spec
-    u.find_spec = lambda name, *a: None if name == "paddle" else real(name, *a)
-    from fd_dsa.startup.plan import make_plan
-    make_plan(config)
-"""
 DAMAGED = """
     from fd_dsa.errors import CheckpointError
     raise CheckpointError("model.safetensors: tensor x has shape [1], expected [2]")
 """
 BUG = "raise KeyError('surprise')"
-FULL_HOST = (
-    r"raise MemoryError('\n---\nC++ Traceback\n0 f()\n\nResourceExhaustedError: Out of memory.')"
-)
+FULL_HOST = MemoryError("\n---\nC++ Traceback\n0 f()\n\nResourceExhaustedError: Out of memory.")
 FULL_GPU = r"raise OSError('\n---\nExternalError: CUDA error(2), out of memory.\n  [x]')"
 NO_MEMORY = "lower --gpu-memory-utilization, --kv-cache-memory-bytes"
 
 
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command leaves the settings of this process as they are."""
+    for name in ("set_up_logging", "share_heaps", "keep_heaps_trimmed"):
+        monkeypatch.setattr(cli, name, lambda *_, **__: None)
+    # an engine that is loaded is an error
+    monkeypatch.setattr(EngineProcess, "COMMAND", (shutil.which("false"),))
+
+
+def error_of_main(capsys: pytest.CaptureFixture[str], *args: str, status: int = 2) -> str:
+    """Run the command in this process and return the only line that it prints."""
+    assert cli.main(args) == status
+    shown = capsys.readouterr()
+    assert shown.out == "" and shown.err.count("\n") == 1
+    assert shown.err.startswith("fd_dsa: error: ")
+    return shown.err.removeprefix("fd_dsa: error: ")
+
+
 @pytest.mark.parametrize(
-    ("body", "status", "texts"),
+    ("body", "texts"),
     [
-        (WITHOUT_PADDLE, 2, ["-m pip install ", "paddlepaddle"]),
-        (DAMAGED, 2, ["model.safetensors: tensor x has shape [1], expected [2]"]),
-        (BUG, 1, ["unexpected KeyError: 'surprise'", "--log-level debug"]),
-        (FULL_HOST, 2, ["not enough memory (", "Out of memory", NO_MEMORY]),
-        (FULL_GPU, 2, ["not enough memory (", "out of memory", NO_MEMORY]),
+        (DAMAGED, ["model.safetensors: tensor x has shape [1], expected [2]"]),
+        (FULL_GPU, ["not enough memory (", "out of memory", NO_MEMORY]),
     ],
+    ids=["damaged", "full"],
 )
 def test_an_engine_that_is_not_built_is_one_line(
-    tmp_path: Path, body: str, status: int, texts: list[str]
+    tmp_path: Path, body: str, texts: list[str]
 ) -> None:
-    line = error_line(run(tmp_path, "--port", "0", body=body, status=status))
+    line = error_line(run(tmp_path, "--port", "0", body=body))
     assert all(text in line for text in texts)
+
+
+@pytest.mark.usefixtures("in_this_process")
+@pytest.mark.parametrize(
+    ("error", "status", "texts"),
+    [
+        (KeyError("surprise"), 1, ["unexpected KeyError: 'surprise'", "--log-level debug"]),
+        (FULL_HOST, 2, ["not enough memory (", "Out of memory", NO_MEMORY]),
+    ],
+    ids=["bug", "full"],
+)
+def test_any_other_error_of_a_start_is_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: Exception,
+    status: int,
+    texts: list[str],
+) -> None:
+    monkeypatch.setattr(choice, "choose_engine", Mock(side_effect=error))
+    line = error_of_main(capsys, "--port", "0", status=status)
+    assert all(text in line for text in texts)
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_without_paddle_the_error_names_its_installation(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(hardware, "find_spec", lambda _: None)
+    line = error_of_main(capsys, "--dry-run")
+    assert "-m pip install " in line and "paddlepaddle" in line
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
@@ -118,6 +155,7 @@ def test_help_lists_every_engine_flag_and_imports_little(tmp_path: Path) -> None
         assert f"\n{group}\n" in done.stdout
 
 
+@pytest.mark.usefixtures("in_this_process")
 @pytest.mark.parametrize(
     ("args", "text"),
     [
@@ -160,7 +198,7 @@ def test_help_lists_every_engine_flag_and_imports_little(tmp_path: Path) -> None
             # another server may have the default port
             ["--engine", "fastdeploy", "--port", "0"],
             "FastDeploy is not installed in this Python; install it from Paddle's own package "
-            "index (docs/fastdeploy.md has the commands), then fd_dsa beside it",
+            "index (docs/fastdeploy.md has the commands), then fd_dsa into the same Python",
         ),
         (
             ["--data-parallel-size", "8"],
@@ -168,7 +206,7 @@ def test_help_lists_every_engine_flag_and_imports_little(tmp_path: Path) -> None
             "this Python; install it from",
         ),
         (["--device", "hopper:0"], "--device: got 'hopper:0', allowed: auto, cpu, gpu"),
-        (["--", "--num-servers", "8"], "--num-servers stands after --, which needs FastDeploy"),
+        (["--", "--num-servers", "8"], "--num-servers is given after --, which needs FastDeploy"),
         (["--engine", "embedded", "--data-parallel-size", "8"], "is 8, which --engine embedded"),
         (["-tp", "9"], "--tensor-parallel-size: got 9, allowed: at most 8, the GPUs of one mach"),
         (
@@ -176,7 +214,7 @@ def test_help_lists_every_engine_flag_and_imports_little(tmp_path: Path) -> None
             "--tensor-parallel-size: got 3, allowed: a divisor of the model's num_attention_heads, "
             "8; take another one",
         ),
-        (["--engine", "embedded", "--", "--ips", "a"], "--ips stands after --, which --engine"),
+        (["--engine", "embedded", "--", "--ips", "a"], "--ips is given after --, which --engine"),
         (["--tensor-parallel-size", "0"], "--tensor-parallel-size/-tp: got '0'; must be a who"),
         # of a script whose variable is not set
         (["--api-key", ""], "--api-key: allowed is a text of one character or more, none a space"),
@@ -200,69 +238,9 @@ def test_bad_flags_are_one_line(
     args: list[str],
     text: str,
 ) -> None:
-    # they change the whole process
-    for name in ("set_up_logging", "share_heaps", "keep_heaps_trimmed"):
-        monkeypatch.setattr(cli, name, lambda *_, **__: None)
     monkeypatch.setattr(choice, "find_spec", lambda _: None)
-    assert cli.main(args) == 2
-    shown = capsys.readouterr()
-    assert shown.out == "" and shown.err.count("\n") == 1
-    assert shown.err.startswith("fd_dsa: error: ") and text in shown.err
-    assert "secret" not in shown.err
-
-
-@pytest.mark.parametrize(
-    ("args", "status", "text"),
-    [
-        (["version"], 0, f"fd_dsa {__version__}"),
-        (["serve", "--version"], 0, f"fd_dsa {__version__}"),
-        ([], 0, f"usage: {own_command()} "),
-        (["dance"], 2, "unknown command 'dance', allowed: serve, chat, run-batch"),
-        (["srve"], 2, "; did you mean serve?"),
-        (
-            ["chat", "--tempera", "1"],
-            2,
-            "unknown flag --tempera; did you mean --temperature?",
-        ),
-        (["accuracy", "compere"], 2, "unknown command 'compere', allowed: ifeval, score, compare"),
-        (["accuracy", "perplexity", "--contxt"], 2, "--contxt; did you mean --context?"),
-        (["doctor", "--jsn"], 2, "unknown flag --jsn; did you mean --json?"),
-        (["bench", "--trust-remote-code"], 2, "--trust-remote-code; --help lists the flags"),
-        (["serve", "--help=max-num"], 0, "--max-num-seqs N"),
-        (["serve", "--zzz"], 2, "fd_dsa: error: unknown flag --zzz"),
-    ],
-)
-def test_console_script(
-    capsys: pytest.CaptureFixture[str], args: list[str], status: int, text: str
-) -> None:
-    with contextlib.suppress(SystemExit):
-        assert main(args) == status
-    shown = capsys.readouterr()
-    assert text in (shown.err if status else shown.out)
-
-
-def test_the_package_is_the_console_script(tmp_path: Path) -> None:
-    for module in ("fd_dsa", "fd_dsa.cli"):
-        done = finish(tmp_path, [sys.executable, "-m", module, "version"], 0)
-        assert done.stdout == f"fd_dsa {__version__}\n"
-
-
-def test_every_usage_shows_a_command_that_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    for name in COMMANDS:
-        with pytest.raises(SystemExit):
-            main([name, "--help"])
-        assert capsys.readouterr().out.startswith(f"usage: {own_command(name)} ")
-
-
-def test_help_of_a_topic_has_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
-    for topic, shown, other in (
-        ("cache", "--block-size", "--port"),
-        ("--Max_Num", "--max-num-seqs", "--max-model-len"),
-    ):
-        with pytest.raises(SystemExit):
-            main(["serve", f"--help={topic}"])
-        out = capsys.readouterr().out
-        assert shown in out and other not in out
+    line = error_of_main(capsys, *args)
+    assert text in line and "secret" not in line
 
 
 def test_integers_may_have_a_unit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,38 +251,13 @@ def test_integers_may_have_a_unit(monkeypatch: pytest.MonkeyPatch) -> None:
     assert parse_args([]).max_num_seqs == 1000
 
 
-@pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
-def test_bash_completes_commands_flags_and_choices(tmp_path: Path) -> None:
-    pytest.importorskip("shtab", reason="shtab is not installed: make test installs it")
-    script = finish(tmp_path, console("completion", "bash"), 0).stdout
-    cases = {
-        "serv": "serve",
-        "serve --max-num-s": "--max-num-seqs",
-        "serve --engine e": "embedded",
-        "accuracy perplexity --conte": "--context",
-        "run-batch --inp": "--input-file",
-    }
-    for words, completed in cases.items():
-        line = f"COMP_WORDS=(fd-dsa {words}); COMP_CWORD={len(words.split())}; _shtab_fd_dsa"
-        shell = ["bash", "-c", f'{script}\n{line}; echo "${{COMPREPLY[@]}}"']
-        assert finish(tmp_path, shell, 0).stdout == f"{completed}\n"
-
-
-@pytest.mark.parametrize("shell", ["bash", "fish", "zsh", "tcsh"])
-def test_completion_scripts_are_for_the_plain_name(tmp_path: Path, shell: str) -> None:
-    pytest.importorskip("shtab", reason="shtab is not installed: make test installs it")
-    script = finish(tmp_path, console("completion", shell), 0).stdout
-    assert "fd-dsa" in script and "bin/fd-dsa" not in script
-    assert "max-num-seqs" in script
-    if shutil.which(shell) and shell != "tcsh":
-        subprocess.run([shell, "-n"], input=script, text=True, check=True)
-
-
-def test_port_in_use_is_found_before_the_model_is_loaded(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("in_this_process")
+def test_port_in_use_is_found_before_the_model_is_loaded(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        body = "raise SystemExit('the model was loaded')"
-        line = error_line(run(tmp_path, "--port", str(port), body=body))
+        line = error_of_main(capsys, "--port", str(port))
     # the process that has it is this one, and may be looked at
     owner = f"by process {os.getpid()} ("
     assert line.startswith(f"127.0.0.1:{port}: address already in use {owner}")
@@ -313,6 +266,8 @@ def test_port_in_use_is_found_before_the_model_is_loaded(tmp_path: Path) -> None
 
 def test_start_serve_and_stop_from_another_folder(tmp_path: Path) -> None:
     flags = "--served-model-name first --served-model-name second --tool-call-parser deepseek_v32"
+    # a drain that waits for no request would take longer than the test has
+    flags += " --shutdown-timeout 3600"
     # nearly the name of a flag's variable
     env = {"FD_DSA_MAX_MODEL_LENGTH": "5"}
     with serving(tmp_path, *flags.split(), body=FAKE, env=env) as server:
@@ -338,11 +293,14 @@ def test_flags_of_a_file_and_of_variables_are_served(tmp_path: Path) -> None:
     folder = tmp_path / "tokenizer"
     folder.mkdir()
     shutil.copy(EngineConfig().model_path / "tokenizer.json", folder)
-    flags = ("--config", "serve.yaml", "--tokenizer", str(folder))
+    flags = ("--config", "serve.yaml", "--tokenizer", str(folder), "--allowed-host", "box.example")
     with serving(tmp_path, *flags, body=FAKE, env={"FD_DSA_PORT": "0"}) as server:
         assert " serves of-the-file on http://127.0.0.1:" in server.ready
         # the folder has no chat template
         assert "/v1/completions " in server.line()
+        for host, status in (("evil.com", 403), ("box.example", 200), ("localhost:1", 200)):
+            answer = httpx.get(f"{server.url}/v1/models", headers={"Host": host}, timeout=60)
+            assert answer.status_code == status
         log = server.ends()
     assert "INFO chat: none, the model folder has no chat template" in log
 
@@ -357,24 +315,23 @@ def test_a_server_needs_no_open_streams(tmp_path: Path) -> None:
         server.ends()
 
 
-def test_dry_run_prints_the_plan_and_loads_nothing(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("in_this_process")
+def test_dry_run_prints_the_plan_and_loads_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     flags = ("--dry-run", "--device", "cpu", "--max-model-len", "512", "--api-key", "the-key")
-    done = run(tmp_path, *flags, body="raise SystemExit('it was loaded')", status=0)
-    plan = yaml.safe_load(done.stdout)
+    assert cli.main(flags) == 0
+    done = capsys.readouterr()
+    plan = yaml.safe_load(done.out)
     assert (plan["max_model_len"], plan["num_api_keys"], plan["port"]) == (512, 1, 8000)
     assert plan["max_prompt_bytes"] == 16 * 512
     assert plan["memory"]["num_blocks"] > 0
     # a server has a target where the configuration has none
     assert plan["target_inter_token_latency_ms"] == 200
     assert (plan["chat_template"], plan["tool_call_parser"]) == ("tokenizer_config.json", "none")
-    assert "the-key" not in done.stdout + done.stderr
-    assert done.stdout.startswith("# deepseek_v32 on the CPU")
+    assert "the-key" not in done.out + done.err
+    assert done.out.startswith("# deepseek_v32 on the CPU")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_health_tells_the_phase_while_the_model_loads(
-    tmp_path: Path, number: signal.Signals
-) -> None:
+def test_health_tells_the_phase_while_the_model_loads(tmp_path: Path) -> None:
     body = """
         progress.done("read")
         progress.note("3 of 8 GiB")
@@ -395,6 +352,6 @@ def test_health_tells_the_phase_while_the_model_loads(
             assert http.get("/livez").status_code == 200
             assert http.get("/version").json() == {"version": __version__}
             assert "fd_dsa:" not in http.get("/metrics").text
-        log = server.ends(128 + number, number)
+        log = server.ends(128 + signal.SIGTERM)
         assert log.splitlines()[-1] == "fd_dsa: error: interrupted while starting"
         assert "Traceback" not in log

@@ -176,12 +176,14 @@ def crowd(url: str, num: int, sent: bytes, stack: ExitStack) -> Sequence[socket.
 
 
 def test_idle_clients_keep_no_probe_out_and_fill_no_log(tmp_path: Path) -> None:
-    with serving(tmp_path, body=FAKE, open_files=64) as server, ExitStack() as stack:
+    # bodies that do not come are given up after this time
+    before = "from fd_dsa.serve import server\nserver.LAST_RESPONSES_S = 0.5"
+    how: dict[str, Any] = {"body": FAKE, "before": before, "open_files": 64}
+    with serving(tmp_path, **how) as server, ExitStack() as stack:
         for sent in (b"", HEAD, HEAD + b"Content-Length: 5\r\n\r\n"):
             crowd(server.url, 100, sent, stack)
             for path in PROBE_PATHS:
                 assert httpx.get(f"{server.url}{path}", timeout=TIMEOUT_S).status_code == 200
-        # bodies that do not come are given up after five seconds
         log = server.ends()
     assert "Traceback" not in log
     assert len(log.splitlines()) < 20, log

@@ -12,7 +12,7 @@ import numpy as np
 import orjson
 import pytest
 
-from fd_dsa.engine.sampler import derive_seed
+from fd_dsa.engine.draws import derive_seed
 from fd_dsa.serve.logprobs import chat_logprobs, completion_logprobs
 from tests.engine.fakes import expected_greedy, make_engine
 from tests.engine.test_engine import find_eos_prompt, letters

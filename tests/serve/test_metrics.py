@@ -113,7 +113,8 @@ def test_counts_are_those_of_the_requests() -> None:
 
 def test_prefix_hits_and_load() -> None:
     engine = make_engine()
-    with running(threaded(engine)) as live:
+    # a client that has left is noticed by a ping
+    with running(threaded(engine), sse_ping_interval=0.2) as live:
         prompt = [5 + i % 30 for i in range(18)]
         cached = [
             complete(live, prompt=prompt, max_tokens=2).json()["usage"]["prompt_tokens_details"]

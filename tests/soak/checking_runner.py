@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fd_dsa.engine.draft_state import Drafts
+from fd_dsa.engine.batch import Drafts
 from fd_dsa.engine.logit_rules import LogitRules
 from fd_dsa.engine.request import Request
 from fd_dsa.engine.sampler import Sampler
@@ -69,7 +69,7 @@ class CheckingRunner:
         self._hashes: dict[Request, list[int]] = {}
         # tokens that the engine does not know yet, and tokens in the cache before the step, by row
         self.on_the_way: dict[Request, list[int]] = {}
-        self._cached = input_batch.seq_lens_decoder
+        self._cached = input_batch.num_computed_tokens
 
     def execute_model(self, logits_indices: np.ndarray) -> np.ndarray:
         """Write the step's tokens, check all that its rows read, answer by what they hold."""
@@ -80,7 +80,7 @@ class CheckingRunner:
         self.num_tokens = batch.num_tokens
         seen: list[int] = []
         for row in range(batch.num_rows):
-            if batch.seq_lens_this_time[row]:
+            if batch.num_scheduled_tokens[row]:
                 seen += self._run_row(row, running[row], len(seen))
         assert len(seen) == batch.num_tokens
         if self.fails:
@@ -95,15 +95,15 @@ class CheckingRunner:
         """Write and read one row; the hashes of its new tokens."""
         batch, size = self.input_batch, self.block_size
         cached = int(self._cached[row])
-        num_new = int(batch.seq_lens_this_time[row])
-        given = batch.ids_remove_padding[begin : begin + num_new].tolist()
+        num_new = int(batch.num_scheduled_tokens[row])
+        given = batch.token_ids[begin : begin + num_new].tolist()
         end = cached + num_new
         token_ids = request.token_ids[:end]
         if request.pending_row >= 0:
             token_ids += self.on_the_way[request]
         hashes = self._hashes.setdefault(request, [])
         extend_hashes(hashes, token_ids, request.params.cache_salt)
-        if len(token_ids) < end and not batch.seq_lens_encoder[row]:
+        if len(token_ids) < end and not batch.num_chunk_tokens[row]:
             # drafts, which are forgotten with the step
             assert cached == len(token_ids) - 1, f"row {row} has drafts after other tokens"
             token_ids += given[1:]
@@ -133,9 +133,9 @@ class CheckingRunner:
         """What the blocks hold after a step broke off: what it had written is garbage."""
         batch, size = self.input_batch, self.block_size
         content = self.cache[blocks].copy()
-        for row in np.flatnonzero(batch.seq_lens_this_time):
+        for row in np.flatnonzero(batch.num_scheduled_tokens):
             cached = int(self._cached[row])
-            for position in range(cached, cached + int(batch.seq_lens_this_time[row])):
+            for position in range(cached, cached + int(batch.num_scheduled_tokens[row])):
                 block = int(batch.block_tables[row, position // size])
                 content[blocks.index(block), position % size] = GARBAGE
         return content
@@ -188,7 +188,7 @@ class DrawingRunner(CheckingRunner):
 
         def give() -> None:
             rules = LogitRules(params, prompt, output, None, given.end_ids)
-            self._sampler.set_slot(slot, params, given.seed, None if rules.is_empty else rules)
+            self._sampler.set_slot(slot, params, given.seed, rules if params.has_rules else None)
 
         give()
         self._counted[slot] = output, give if given.is_penalized else None
@@ -196,16 +196,16 @@ class DrawingRunner(CheckingRunner):
     def execute_model(self, logits_indices: np.ndarray) -> np.ndarray:
         """Put the tokens in, and how long rows are, then run the step."""
         batch = self.input_batch
-        ids, pending = batch.ids_remove_padding, batch.pending[: batch.num_tokens]
+        ids, pending = batch.token_ids, batch.pending[: batch.num_tokens]
         for token in np.flatnonzero(pending >= 0):
             place = int(pending[token])
             is_draft = place >= batch.max_num_seqs
             ids[token] = (
                 self.drafts[place - batch.max_num_seqs] if is_draft else self._newest[place]
             )
-        self._cached, follows = batch.seq_lens_decoder.copy(), batch.follows >= 0
-        self._cached[follows] = self._known[batch.follows[follows]]
-        self._shifts = batch.seq_lens_decoder - self._cached
+        self._cached, follows = batch.num_computed_tokens.copy(), batch.pending_source >= 0
+        self._cached[follows] = self._known[batch.pending_source[follows]]
+        self._shifts = batch.num_computed_tokens - self._cached
         assert (self._shifts >= 0).all(), "a plan has fewer tokens than there are"
         return super().execute_model(logits_indices)
 
@@ -242,7 +242,7 @@ class DrawingRunner(CheckingRunner):
         self._newest, self._known = np.zeros((2, len(firsts) - 1), np.int64)
         self.on_the_way, running, batch = {}, self._running(), self.input_batch
         for place, (first, end) in enumerate(pairwise(firsts)):
-            own = batch.ids_remove_padding[self._sampled[first:end]][1:]
+            own = batch.token_ids[self._sampled[first:end]][1:]
             wrong = np.flatnonzero(own != drawn[first : end - 1])
             last = first + int(wrong[0]) if len(wrong) else end - 1
             drawn[last + 1 : end] = REJECTED
@@ -250,7 +250,7 @@ class DrawingRunner(CheckingRunner):
             del self._counted[slot][0][int(positions[last]) + 1 :]
             self._newest[place] = taken[-1]
             self._known[place] = (
-                self._cached[slot] + batch.seq_lens_this_time[slot] + last + 1 - end
+                self._cached[slot] + batch.num_scheduled_tokens[slot] + last + 1 - end
             )
             if slot in running:
                 self.on_the_way[running[slot]] = taken.tolist()

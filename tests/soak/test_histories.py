@@ -16,7 +16,7 @@ from tests.soak.histories import Arrival, History, make_engine, run_alone, run_h
 
 
 def test_random_histories_keep_every_invariant() -> None:
-    counts = run_histories(first=1_000_000, count=60)
+    counts = run_histories(first=1_000_000, count=30)
     # a history in which nothing happens would keep them too
     for what in (
         "aborted outputs",
@@ -151,7 +151,7 @@ def _plans_as_if_no_draft_stood(original: Callable[..., Any]) -> Callable[..., A
 @pytest.mark.parametrize(
     ("owner", "name", "defect"),
     [
-        (BlockManager, "_take_free", _hands_out_twice),
+        (BlockManager, "_pop_free", _hands_out_twice),
         (BlockKeys, "__init__", _forgets_the_salt),
         (Scheduler, "_schedule_chunk", _shares_before_the_step),
         (Scheduler, "_preempt", _latest_first),

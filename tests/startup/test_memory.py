@@ -10,11 +10,11 @@ import pytest
 from fd_dsa.config import EngineConfig
 from fd_dsa.errors import ConfigError
 from fd_dsa.models.registry import config_from_dict
+from fd_dsa.startup.graph_sizes import graph_bytes
 from fd_dsa.startup.host_memory import available_memory_bytes
 from fd_dsa.startup.memory import (
     MemoryPlan,
     format_bytes,
-    graph_bytes,
     plan_memory,
     weight_bytes,
 )

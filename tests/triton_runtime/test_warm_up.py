@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fd_dsa.errors import DeviceError, KernelUnavailable, LaunchError
-from fd_dsa.startup import build
+from fd_dsa.startup import warm_up
 from fd_dsa.triton_runtime import Pointer, freeze, num_late_compilations
 from fd_dsa.triton_runtime import kernel as runtime_kernel
 from tests.triton_runtime.fakes import FakeLibrary, FakeTensor, X, Y, scale_kernel
@@ -67,13 +67,18 @@ class Runner:
 
 @pytest.mark.parametrize("eager", [False, True])
 def test_an_engine_warns_of_what_compiles_after_its_warm_up(
-    library: FakeLibrary, caplog: pytest.LogCaptureFixture, eager: bool
+    library: FakeLibrary,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    eager: bool,
 ) -> None:
     config = SimpleNamespace(enforce_eager=eager, capture_sizes=Runner.captured_sizes)
     plan: Any = SimpleNamespace(device="gpu:0", config=config)
+    monkeypatch.setattr(warm_up, "warm_up_kernels", Runner.warm_up)
+    monkeypatch.setattr(warm_up, "capture_graphs", Runner.capture_graphs)
     runners = [Runner(), Runner()]
     for runner in runners:
-        build.warm_up(runner, plan)
+        warm_up.warm_up(runner, plan)
     assert len(library.loaded) == (2 if eager else 4) and not caplog.records
     # a step forks in the warm-up only if captures follow
     assert all(runner.before_captures != eager for runner in runners)

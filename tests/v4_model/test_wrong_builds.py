@@ -20,7 +20,7 @@ from fd_dsa.models.deepseek_v4.hyper import HyperConnection
 from fd_dsa.models.deepseek_v4.model import DeepseekV4ForCausalLM
 from fd_dsa.models.deepseek_v4.moe import V4Gate, V4MoE
 from fd_dsa.models.deepseek_v4.rotation import Rotation
-from fd_dsa.ops.logits import paddle_impl
+from fd_dsa.ops.logits import host_scores
 from fd_dsa.v4_attention.backend import V4AttentionBackend
 from fd_dsa.v4_attention.pooling import PoolingPlan, RecordPlan
 from fd_dsa.v4_attention.step import V4Step
@@ -46,7 +46,7 @@ FAULTS: dict[str, tuple[str, Any, str, str, str]] = {
         *("rotate(heads[:, :, -self._rope_dim :], angles.forward)", _ROTATE_HALVES),
     ),
     "no relu in the indexer": (
-        *("mixed", paddle_impl, "weighted_scores"),
+        *("mixed", host_scores, "weighted_scores"),
         *("np.clip(dots, 0.0, np.inf, out=dots)", "pass"),
     ),
     "entry rotated at its last position": (

@@ -108,14 +108,14 @@ def test_staged_steps_serve_any_history(swa: str, late: bool, by_cells: bool, se
 
 @kinds
 def test_histories_hold_what_an_engine_does(swa: str) -> None:
-    events: Counter[str] = Counter()
-    for seed in range(20):
+    num, events = 12, Counter[str]()
+    for seed in range(num):
         cfg = small(seed, swa=swa)
         played = simulate(cfg, reusing_arrays(cfg), seed, NUM_STEPS)
         # a seed plays the same history again
         assert seed or played == simulate(cfg, naive, seed, NUM_STEPS)
         events += played
-    assert events["steps"] == 20 * NUM_STEPS
+    assert events["steps"] == num * NUM_STEPS
     wanted = ["arrivals", "drafts refused", "empty steps", "hits", "mixed steps", "preemptions"]
     if swa == "ring":
         wanted.append("blocks run again without a window")

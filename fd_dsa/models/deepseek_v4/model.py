@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 
 from fd_dsa.attention.protocol import LayerStep
-from fd_dsa.device.allocation import Array
 from fd_dsa.models.deepseek_v4.attention import V4Attention
 from fd_dsa.models.deepseek_v4.config import WINDOW, DeepseekV4Config
 from fd_dsa.models.deepseek_v4.hyper import HeadCollapse, HyperConnection
@@ -18,6 +17,7 @@ from fd_dsa.models.deepseek_v4.tensors import FINAL_NORM, HEAD_HC
 from fd_dsa.models.sources import EMBEDDING, LM_HEAD, WeightLoader
 from fd_dsa.models.weights_protocol import HostOnlyWeights
 from fd_dsa.ops.arrays import as_numpy
+from fd_dsa.tensor import Array
 
 
 class DeepseekV4DecoderLayer:
@@ -91,18 +91,18 @@ class DeepseekV4ForCausalLM:
         """Function that fills the place of each tensor of a checkpoint, by name."""
         return self._weights.loaders
 
-    def __call__(self, ids_remove_padding: Array, forward_meta: LayerStep) -> np.ndarray:
+    def __call__(self, token_ids: Array, forward_meta: LayerStep) -> np.ndarray:
         """Return streams after the last layer, [num_tokens, num_streams * hidden_size].
 
 
         Only those of `forward_meta.sampled` have values, because the last layer skips the others.
 
         Args:
-            ids_remove_padding: int64 [num_tokens], token ids of the step, rows back to back.
+            token_ids: int64 [num_tokens], token ids of the step, rows back to back.
             forward_meta: step of the runner, after `init_attention_metadata`.
         """
-        token_ids, positions = as_numpy(ids_remove_padding), forward_meta.position_ids
-        rows = self._embedding[token_ids]
+        ids, positions = as_numpy(token_ids), forward_meta.position_ids
+        rows = self._embedding[ids]
         # a token's streams, and a row for the output of a block
         residual = np.repeat(rows[:, None], self.config.hc_mult + 1, axis=1)
         angles = [rotation.of_step(positions) for rotation in self._rotations]
@@ -115,7 +115,7 @@ class DeepseekV4ForCausalLM:
         with np.errstate(over="ignore"):
             for layer, is_window in zip(self.layers, self._is_window, strict=True):
                 kept = asked if layer is self.layers[-1] else everything
-                step = token_ids, angles[is_window], forward_meta
+                step = ids, angles[is_window], forward_meta
                 residual = layer.forward(residual, *step, kept)
         streams = np.empty((len(rows), self.config.hc_mult, rows.shape[1]), np.float32)
         streams[kept] = residual[:, :-1]

@@ -1,7 +1,7 @@
 """Cache writes on a device: norms, RoPE, quantisation and both scatters in one launch.
 
-A program takes BLOCK_TOKENS tokens. With as many warps as tokens each warp owns a token: its
-sums and maxima are warp shuffles, and nothing passes through shared memory.
+A program processes BLOCK_TOKENS tokens. If it has one warp for each token, sums and maxima of a
+token are warp shuffles, and no value passes through shared memory.
 """
 
 from __future__ import annotations
@@ -11,9 +11,7 @@ from typing import TYPE_CHECKING
 from fd_dsa.cache_formats import CACHE_FORMATS, TILE_WIDTH
 from fd_dsa.errors import ShapeError
 from fd_dsa.ops.arrays import check_shape, outer_strides
-from fd_dsa.ops.split_sums import rows_of_tiles
-from fd_dsa.ops.step_kernel import step_kernel
-from fd_dsa.ops.triton_fp8 import (
+from fd_dsa.ops.device_functions import (
     absolute_maximum,
     hadamard,
     load_pairs,
@@ -31,6 +29,8 @@ from fd_dsa.ops.triton_fp8 import (
     to_e4m3,
     widened,
 )
+from fd_dsa.ops.split_sums import rows_of_tiles
+from fd_dsa.ops.step_kernel import step_kernel
 from fd_dsa.tensor import Tensor
 from fd_dsa.triton_runtime import start_next, wait_for_inputs
 
@@ -44,7 +44,7 @@ _SMALLEST_NORMAL = tl.constexpr(2.0**-126)
 
 
 def configuration(num_tokens: int) -> tuple[int, int, int | None]:
-    """BLOCK_TOKENS, num_warps and maxnreg: a warp a token, then all programs in one wave."""
+    """Return BLOCK_TOKENS, num_warps and maxnreg, so that all programs fit one wave."""
     if num_tokens <= 2048:
         return 1, 1, None
     return (2, 1, None) if num_tokens <= 4096 else (4, 1, 128)
@@ -52,9 +52,9 @@ def configuration(num_tokens: int) -> tuple[int, int, int | None]:
 
 @triton.jit
 def _load_latent(row, RANK: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr):
-    """Values of each row by tile, [TOKENS, TILES, TILE]; of a weight too, if `row` repeats it.
+    """Load each row by tiles, [TOKENS, TILES, TILE].
 
-    A weight with an element for each token is in the same threads as the tokens' values.
+    A weight is loaded for each token, so that its values are in the threads of the token's values.
     """
     column = tl.arange(0, TILES)[None, :, None] * TILE + tl.arange(0, TILE)[None, None, :]
     return widened(tl.load(row[:, None, None] + column, mask=column < RANK, other=0.0))
@@ -62,7 +62,7 @@ def _load_latent(row, RANK: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexp
 
 @triton.jit
 def _inverse_rms(x, eps, RANK: tl.constexpr):
-    """float32 [TOKENS]: rsqrt(mean(x^2) + eps) of [TOKENS, TILES, TILE]."""
+    """Return rsqrt(mean(x^2) + eps) of x [TOKENS, TILES, TILE], float32 [TOKENS]."""
     wide = x.to(tl.float64)
     total = tl.sum(tl.sum(wide * wide, 2), 1)
     return tl.div_rn(1.0, tl.sqrt_rn(mean_of(total, RANK) + eps))
@@ -82,7 +82,7 @@ def _store_latent(
     TILES: tl.constexpr,
     FP8: tl.constexpr,
 ):
-    """Finished latents and k_pe of the `live` tokens, and in FP8 the scales of the tiles."""
+    """Store latents and k_pe of the `live` tokens, and in FP8 the scales of the tiles."""
     tile = tl.arange(0, TILES)[None, :]
     column = tile[:, :, None] * TILE + tl.arange(0, TILE)[None, None, :]
     mask = live[:, None, None] & (column < RANK)
@@ -104,7 +104,7 @@ def _store_latent(
 
 @triton.jit
 def _standardised(a, b, c, d, eps, HALF: tl.constexpr):
-    """(x - mean) * rsqrt(variance + eps) of rows that `load_row` gave."""
+    """Return (x - mean) * rsqrt(variance + eps) of the rows that `load_row` loaded."""
     total = (a.to(tl.float64) + b.to(tl.float64)) + (c.to(tl.float64) + d.to(tl.float64))
     mean = mean_of(tl.sum(total, 1), 4 * HALF)[:, None]
     a, b, c, d = a - mean, b - mean, c - mean, d - mean
@@ -130,10 +130,10 @@ def _store_index(
     HADAMARD: tl.constexpr,
     UE8M0: tl.constexpr,
 ):
-    """Finished index keys of the `live` tokens, and in FP8 their scales."""
+    """Store index keys of the `live` tokens, and in FP8 their scales."""
     out = index_ptr + slot * (4 * HALF)
     if FP8:
-        # a block is its keys, then its scales: 4 bytes a token more
+        # a block has its keys, then its scales of 4 bytes each
         block, offset = slot // BLOCK_SIZE, slot % BLOCK_SIZE
         out = (out + block * (4 * BLOCK_SIZE))[:, None]
         scales = index_ptr + block * (BLOCK_SIZE * (4 * HALF + 4)) + BLOCK_SIZE * 4 * HALF
@@ -146,7 +146,7 @@ def _store_index(
 
 @triton.jit
 def _load_angles(cos_sin_ptr, row, HALF: tl.constexpr):
-    """cos and sin [TOKENS, HALF] in rows of the table."""
+    """Load cos and sin [TOKENS, HALF] from rows of the table."""
     angle = (cos_sin_ptr + row * (2 * HALF))[:, None] + tl.arange(0, HALF)[None, :]
     return tl.load(angle), tl.load(angle + HALF)
 
@@ -183,11 +183,11 @@ def write_caches_kernel(
     UE8M0: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
 ):
-    """See `write_caches`; a pointer that is None leaves its step out.
+    """Write the keys of BLOCK_TOKENS tokens. A pointer that is None leaves its part out.
 
-    All loads come before the first store, which they could not pass, and those that need nothing
-    but the token's number come first. So rows of tokens without a slot are loaded as well. Only
-    weights wait where many tokens need the registers: they come from the L1 cache.
+    All loads are before the first store, because a store would delay them. Loads that depend only
+    on the token's number are first, so rows of tokens without a slot are loaded too. Weights are
+    loaded later if many tokens need the registers, because weights are in the L1 cache.
     """
     wait_for_inputs()
     start_next()
@@ -195,7 +195,7 @@ def write_caches_kernel(
     token = tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
     known = token < num_tokens
     token = tl.minimum(token, num_tokens - 1).to(tl.int64)
-    # the same address for each token
+    # zeros, so that the address of a weight is the same for each token
     none = token * 0
     slot = tl.load(slot_mapping_ptr + token)
     if position_ids_ptr is not None:
@@ -217,7 +217,7 @@ def write_caches_kernel(
                 wa, wb, wc, wd = load_row(k_weight_row, None, HALF, INTERLEAVED, HADAMARD)
                 ba, bb, bc, bd = load_row(k_bias_row, None, HALF, INTERLEAVED, HADAMARD)
     live = known & (slot >= 0) & (slot < num_slots)
-    # a dead slot must not even be an address, nor must a position past the table
+    # an invalid slot or position must not become an address
     slot = tl.where(live, slot, 0)
     if position_ids_ptr is not None:
         position = tl.minimum(tl.maximum(position, 0), num_positions - 1)
@@ -257,7 +257,7 @@ def write_caches(
     index_cache: Tensor | None,
     params: CacheWriteParams,
 ) -> None:
-    """See `fd_dsa.ops.cache_write.write_caches`."""
+    """Write the caches as `fd_dsa.ops.cache_write.write_caches`, in one launch."""
     num_tokens = slot_mapping.shape[0]
     if num_tokens == 0:
         return
@@ -282,11 +282,12 @@ def kernel_arguments(
     index_cache: Tensor | None,
     params: CacheWriteParams,
 ) -> dict[str, object]:
-    """Arguments of `write_caches_kernel` by name, but for BLOCK_TOKENS; launch without fusion.
+    """Return the arguments of `write_caches_kernel` by name, without BLOCK_TOKENS.
+
+    The launch must have `enable_fp_fusion=False`.
 
     Raises:
-        ShapeError: a width that the kernel has no tiles for, a table without a row, or caches of
-            different sizes.
+        ShapeError: the kernel has no tiles for a width, or the caches have different sizes.
     """
     half = _rope_half(kv_a, index_k, cos_sin_cache, params)
     rank = kv_a.shape[1] - 2 * half if kv_a is not None else TILE_WIDTH
@@ -299,7 +300,7 @@ def kernel_arguments(
     caches = [cache for cache in (latent_cache, index_cache) if cache is not None]
     sizes = {cache.shape[0] * cache.shape[-2] for cache in caches}
     if len(sizes) > 1:
-        raise ShapeError(f"write_caches: caches of {sorted(sizes)} slots; a step has one table")
+        raise ShapeError(f"write_caches: caches have {sorted(sizes)} slots, allowed is one size")
     return {
         "kv_a_ptr": kv_a,
         "kv_a_stride": _row_stride("kv_a", kv_a),
@@ -336,7 +337,13 @@ def _rope_half(
     cos_sin_cache: Tensor | None,
     params: CacheWriteParams,
 ) -> int:
-    """Pairs of a RoPE slice; where nothing is rotated, any width that splits the rows."""
+    """Return the pairs of a RoPE slice, half of rope_dim.
+
+    Without a rotation the number only splits the rows for loads.
+
+    Raises:
+        ShapeError: the kernel has no tiles for the width.
+    """
     if cos_sin_cache is not None:
         half = cos_sin_cache.shape[1] // 2
     elif index_k is not None:
@@ -355,7 +362,11 @@ def _rope_half(
 
 
 def _row_stride(name: str, rows: Tensor | None) -> int:
-    """Values from one row to the next; rows are dense and start where a pair of values may."""
+    """Return the stride of rows, in values.
+
+    Raises:
+        ShapeError: a row has gaps, or pairs of its values are not aligned.
+    """
     if rows is None:
         return 0
     (stride,) = outer_strides("write_caches", name, rows)

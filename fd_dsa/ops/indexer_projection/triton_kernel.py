@@ -1,7 +1,7 @@
-"""Projections of the indexer on a device: both products in one launch.
+"""Kernel of the indexer's projections: both products in one launch.
 
-Few tokens make this a read of the weights, 192 columns of them in V3.2, so the sum over the hidden
-size is split among programs until they fill the device. Many tokens fill the device unsplit.
+With few tokens the time is that of reading the weights, 192 columns in V3.2. So the sum over the
+hidden size is split among programs until they fill the device. Many tokens fill it without splits.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from fd_dsa.ops.arrays import outer_strides
+from fd_dsa.ops.device_functions import stored, stored_values
 from fd_dsa.ops.split_sums import (
     NUM_COUNTERS,
     clear_counters,
@@ -16,8 +17,7 @@ from fd_dsa.ops.split_sums import (
     scratch_beside,
     sum_of_parts,
 )
-from fd_dsa.ops.step_kernel import step_kernel, stored_values
-from fd_dsa.ops.triton_fp8 import stored
+from fd_dsa.ops.step_kernel import step_kernel
 from fd_dsa.tensor import Tensor
 from fd_dsa.triton_runtime import start_next, wait_for_inputs
 
@@ -25,23 +25,25 @@ import triton  # isort: skip
 import triton.language as tl  # isort: skip
 
 NUM_PARTIALS = 1 << 20
-"""float32 sums: 4 MiB, in the L2 of a Hopper GPU many times over."""
+"""Number of float32 partial sums: 4 MiB, a small part of a Hopper GPU's L2 cache."""
 
 _NAME = "project_indexer"
 Tiling = tuple[int, int, int, int, int, int]
-MOST_SPLIT_TOKENS = 512
+MAX_SPLIT_TOKENS = 512
 
 
 def configuration(num_tokens: int) -> Tiling:
-    """The fastest of those that benchmarks/tune.py times for this many tokens, in bfloat16.
+    """Return the fastest tiling of benchmarks/tune.py for a number of tokens, in bfloat16.
 
-    BLOCK_TOKENS, _COLUMNS and _HIDDEN, programs that share the hidden size, num_warps, num_stages.
+    Returns:
+        BLOCK_TOKENS, BLOCK_COLUMNS, BLOCK_HIDDEN, programs that share the hidden size, num_warps
+        and num_stages.
     """
     if num_tokens <= 64:
         return 16, 32, 128, 14, 4, 5
     if num_tokens <= 128:
         return 64, 32, 128, 7, 4, 5
-    if num_tokens <= MOST_SPLIT_TOKENS:
+    if num_tokens <= MAX_SPLIT_TOKENS:
         return 64, 64, 128, 7, 8, 4
     return (64, 32, 128, 1, 4, 4) if num_tokens <= 1024 else (64, 64, 64, 1, 4, 5)
 
@@ -72,9 +74,10 @@ def project_indexer_kernel(
     STEPS: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """See `project_indexer`; the second axis of the grid is the columns of wk, then the heads.
+    """Project a tile of tokens to a tile of columns, over a part of the hidden size.
 
-    The third is the parts of the hidden size, STEPS tiles each. `scratch_ptr`: see `sum_of_parts`.
+    The axes of the grid are tokens, columns of wk and then of weights_proj, and parts of the hidden
+    size with STEPS tiles each. `scratch_ptr`: see `sum_of_parts`.
     """
     wait_for_inputs()
     key_tiles: tl.constexpr = (WIDTH + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
@@ -125,11 +128,11 @@ def project_indexer(
     out: tuple[Tensor, Tensor],
     scratch: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See `fd_dsa.ops.indexer_projection`."""
+    """Project on a device in one launch, see `fd_dsa.ops.indexer_projection`."""
     num_tokens = hidden_states.shape[0]
     if num_tokens:
         rows = rows_of_tiles(num_tokens)
-        if scratch is None and rows <= MOST_SPLIT_TOKENS:
+        if scratch is None and rows <= MAX_SPLIT_TOKENS:
             scratch = scratch_beside(out[1], _NAME, NUM_PARTIALS)
         arguments = kernel_arguments(hidden_states, wk, weights_proj, out, scratch)
         grid, options = launch_options(arguments, configuration(rows))
@@ -148,13 +151,13 @@ def kernel_arguments(
     out: tuple[Tensor, Tensor],
     scratch: Tensor | None,
 ) -> dict[str, Any]:
-    """Arguments of `project_indexer_kernel` by name, but for its tiling.
+    """Return the arguments of `project_indexer_kernel` by name, without its tiling.
 
     Raises:
-        ShapeError: the values of a row are not contiguous.
+        ShapeError: the values of a row have gaps.
     """
     width, keys = (0, out[1]) if wk is None else (wk.shape[1], out[0])
-    # without columns nothing is read or written there
+    # a width of 0 columns, so that this pointer is not read
     wk = weights_proj if wk is None else wk
     matrices = ("hidden", hidden_states), ("wk", wk), ("weights_proj", weights_proj)
     strides = {name: outer_strides(_NAME, name, matrix)[0] for name, matrix in matrices}
@@ -180,20 +183,20 @@ def kernel_arguments(
 def launch_options(
     arguments: dict[str, Any], tiling: Tiling
 ) -> tuple[tuple[int, int, int], dict[str, int]]:
-    """Grid and tile sizes of a launch with a tiling; without scratch memory unsplit."""
+    """Return the grid and the tile sizes of a launch, without splits if there is no scratch."""
     tokens, columns, hidden, splits, num_warps, num_stages = tiling
     if arguments["WIDE"] is tl.float32:
-        # products without tensor cores keep a whole tile in registers
+        # products without tensor cores hold a whole tile in registers
         tokens, columns, hidden = min(tokens, 32), min(columns, 32), 32
     hidden = min(hidden, max(16, triton.next_power_of_2(arguments["HIDDEN"])))
     tiles = -(-arguments["WIDTH"] // columns) + -(-arguments["HEADS"] // columns)
     token_tiles = -(-arguments["num_tokens"] // tokens)
-    most = NUM_PARTIALS // (token_tiles * tiles * tokens * columns)
+    max_splits = NUM_PARTIALS // (token_tiles * tiles * tokens * columns)
     if arguments["scratch_ptr"] is None or token_tiles * tiles > NUM_COUNTERS:
-        most = 1
+        max_splits = 1
     steps = -(-arguments["HIDDEN"] // hidden)
-    # every split has work
-    steps_each = -(-steps // max(1, min(splits, most)))
+    # so that every split has work
+    steps_each = -(-steps // max(1, min(splits, max_splits)))
     splits = -(-steps // steps_each)
     options = {
         "BLOCK_TOKENS": tokens,

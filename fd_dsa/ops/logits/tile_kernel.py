@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from fd_dsa.cache_formats import INDEX_WIDTH
 from fd_dsa.ops.arrays import allocator_beside
+from fd_dsa.ops.device_functions import key_bounds
 from fd_dsa.ops.key_bounds import prompt_windows
 from fd_dsa.ops.logits.tile_forms import BLOCK_SIZE, decode_form, padded_heads, prompt_form
 from fd_dsa.ops.logits.tile_schedule import TileSchedule
-from fd_dsa.ops.step_kernel import key_bounds, step_kernel
+from fd_dsa.ops.step_kernel import step_kernel
 from fd_dsa.step import ForwardMeta
 from fd_dsa.tensor import Tensor
 from fd_dsa.triton_runtime import start_next, wait_for_inputs

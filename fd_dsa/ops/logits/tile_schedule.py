@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from fd_dsa.device.allocation import Allocate
+from fd_dsa.ops.device_functions import key_bounds
 from fd_dsa.ops.key_bounds import prompt_windows
 from fd_dsa.ops.logits.tile_forms import BLOCK_SIZE, TileForm
-from fd_dsa.ops.step_kernel import key_bounds, step_kernel
+from fd_dsa.ops.step_kernel import step_kernel
 from fd_dsa.step import ForwardMeta
 from fd_dsa.triton_runtime import start_next, wait_for_inputs
 

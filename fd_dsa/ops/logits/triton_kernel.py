@@ -7,15 +7,16 @@ alike. Each token reads its keys again. For fp8_ds_mla caches `tile_kernel.py` i
 from __future__ import annotations
 
 from fd_dsa.ops.arrays import cache_format
+from fd_dsa.ops.device_functions import blocks_of, e4m3_values, key_bounds, stored_values
 from fd_dsa.ops.key_bounds import prompt_windows
-from fd_dsa.ops.step_kernel import blocks_of, e4m3_values, key_bounds, step_kernel, stored_values
+from fd_dsa.ops.step_kernel import step_kernel
 from fd_dsa.step import ForwardMeta
 from fd_dsa.tensor import Tensor
 from fd_dsa.triton_runtime import wait_for_inputs
 
 import triton.language as tl  # isort: skip
 
-# sizes of a product: keys, heads and values of a head
+# tile sizes of a GEMM: keys, heads and values of a head
 BLOCK_N = 64
 _BLOCK_N, _BLOCK_H, _BLOCK_D = tl.constexpr(BLOCK_N), tl.constexpr(16), tl.constexpr(32)
 

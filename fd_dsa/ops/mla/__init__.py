@@ -1,4 +1,4 @@
-"""Attention over the selected keys only, in MLA's absorbed (latent) form."""
+"""Operators for attention over selected keys in MLA's absorbed form, and for dequantization."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from fd_dsa.cache_formats import LATENT_RECORD_BYTES, LATENT_WIDTH, ROPE_WIDTH
 from fd_dsa.errors import ShapeError
 from fd_dsa.ops.arrays import (
     CACHE_DTYPES,
+    Scratch,
     allocator_beside,
     as_numpy,
     cache_format,
@@ -21,10 +22,21 @@ from fd_dsa.ops.arrays import (
     dtype_name,
     result,
 )
+from fd_dsa.ops.fixed_order import fixed_order, row_sums, weighted_sum
+from fd_dsa.ops.gather import gather_latents
+from fd_dsa.ops.host_gemm import batched
 from fd_dsa.ops.providers import activation_dtypes, call, choose, device_kind, function
 from fd_dsa.tensor import Array
 
 __all__ = ["dequantize", "sparse_mla"]
+
+TILE_BYTES = 8 << 20
+"""Maximum bytes of the latents that one pass gathers."""
+# a row that attends to an infinite or NaN key becomes NaN, and the sampler reports it
+_quiet = np.errstate(invalid="ignore", over="ignore")
+# magnitude of scores whose exp is far from the limits of float32
+_SMALL = np.float32(40.0)
+_HIDDEN, _SEEN = np.float32(-np.inf), np.float32(0.0)
 
 
 def sparse_mla(
@@ -36,27 +48,27 @@ def sparse_mla(
     kv_lora_rank: int = LATENT_WIDTH,
     out: Array | None = None,
 ) -> Any:
-    """Attention of each token over the cache slots that its row names.
+    """Attend to the cache slots that each token's row names.
 
     out[t, h] = sum_s softmax_s(softmax_scale * q[t, h] . kv[s]) * kv[s, :kv_lora_rank]
 
     Args:
         q: float32, on a device also bfloat16, [num_tokens, num_heads, kv_lora_rank + rope_dim];
-            absorbed, its last part rotated.
-        cache: the layer's latent cache, [..., row] with a row a slot: float32 or bfloat16 (or
-            int16, its bits) of the width of q, or uint8 with row = 656, fp8_ds_mla records.
-        slots: int32 [num_tokens, topk]; -1 = none, after all others.
+            absorbed queries whose last part is rotated.
+        cache: the layer's latent cache, [..., row] with one row for each slot: float32, bfloat16 or
+            int16 (bfloat16 bits) of the width of q, or uint8 with row = 656, fp8_ds_mla records.
+        slots: int32 [num_tokens, topk]; unused entries are -1, after all others.
         softmax_scale: factor of the scores.
-        kv_lora_rank: width of the value part; 512 with records.
+        kv_lora_rank: width of the value part; 512 for records.
         out: [num_tokens, num_heads, kv_lora_rank] float32, on a device also bfloat16, contiguous;
-            None allocates, of the dtype of q.
+            None allocates, with the dtype of q.
 
     Returns:
-        `out`; zeros where a row names no slot.
+        `out`, with zeros for a row without a slot.
 
     Raises:
-        ShapeError, DtypeError: an argument is not as above; before any work.
-        ValueError: on a CPU, a slot below -1 or past the cache; a device leaves it out.
+        ShapeError, DtypeError: an argument is not as above, before any work.
+        ValueError: on a CPU, a slot below -1 or past the cache. A device ignores such a slot.
         ConfigError, BackendUnavailable: FD_DSA_OP_PROVIDER, see `fd_dsa.ops.providers.choose`.
 
     Source: DeepSeek-V2 (arXiv 2405.04434) §2.1, over the keys chosen as in arXiv 2512.02556.
@@ -82,7 +94,7 @@ def sparse_mla(
         check_values(name, "slots", as_numpy(slots), -1, as_numpy(cache)[..., 0].size)
         choice = partial(choose, name, kind)
     else:
-        # kernels are loaded only where there is a device
+        # imported only if there is a device, because it loads kernels
         from fd_dsa.ops.mla.custom_op import choose_attention
         from fd_dsa.triton_runtime.device_api import traits_for
 
@@ -99,13 +111,13 @@ def sparse_mla(
 
 
 def dequantize(cache: Array, slots: Array, out: Array | None = None) -> Any:
-    """Keys of a latent cache as float32, whatever it stores.
+    """Return keys of a latent cache of any format as float32.
 
-    Of an fp8_ds_mla record the first 512 values are float32(code) * scale, the last 64 its
-    bfloat16.
+    The first 512 values of an fp8_ds_mla record are float32(code) * scale. The last 64 values are
+    its bfloat16 numbers.
 
     Args:
-        cache: [num_slots, row]: float32 or bfloat16 (or int16, its bits), or uint8 with row = 656.
+        cache: [num_slots, row]: float32, bfloat16, int16 (bfloat16 bits), or uint8 with row = 656.
         slots: int64 [num_keys].
         out: float32 [num_keys, width of a key], contiguous; None allocates.
 
@@ -113,8 +125,8 @@ def dequantize(cache: Array, slots: Array, out: Array | None = None) -> Any:
         `out`.
 
     Raises:
-        ShapeError, DtypeError: an argument is not as above; before any work.
-        ValueError: on a CPU, a slot outside the cache; on a device its key is zeros.
+        ShapeError, DtypeError: an argument is not as above, before any work.
+        ValueError: on a CPU, a slot outside the cache. On a device the key of such a slot is zeros.
         ConfigError, BackendUnavailable: FD_DSA_OP_PROVIDER, see `fd_dsa.ops.providers.choose`.
 
     Source: FlashMLA (README, "FP8 KV cache") for the record.
@@ -134,7 +146,7 @@ def dequantize(cache: Array, slots: Array, out: Array | None = None) -> Any:
 
 
 def _check_cache(operator: str, cache: Array, width: int) -> None:
-    """Refuse a cache whose rows are not keys of so many values."""
+    """Check that the rows of a cache are keys of `width` values."""
     check_dtype(operator, "cache", cache, CACHE_DTYPES)
     if cache_format(cache).is_fp8:
         if width != LATENT_WIDTH + ROPE_WIDTH:
@@ -144,3 +156,168 @@ def _check_cache(operator: str, cache: Array, width: int) -> None:
             )
         width = LATENT_RECORD_BYTES
     check_shape(operator, "cache", cache, (*(None,) * (len(cache.shape) - 1), width))
+
+
+def _softmax(scores: np.ndarray, mask: np.ndarray | None, sinks: np.ndarray | None) -> None:
+    """Apply the softmax to the last axis in place. A row of only -inf becomes zeros.
+
+    Args:
+        scores: float32 [n, heads, num_keys].
+        mask: float32 [n, num_keys], added to the scores of all heads; None = 0.
+        sinks: float32 [heads], logit of one more key of each head, whose weight is dropped.
+    """
+    # the maximum of each row takes longer than exp, and few scores need it
+    max_sink = -np.inf if sinks is None else sinks.max()
+    is_small = not fixed_order() and max(scores.max(), -scores.min(), max_sink) < _SMALL
+    top: Any = np.float32(0.0)
+    if mask is not None:
+        scores += mask[:, None, :]
+    if not is_small:
+        top = scores.max(axis=-1, keepdims=True)
+        top = np.where(np.isneginf(top), np.float32(0.0), top)
+        if sinks is not None:
+            top = np.maximum(top, sinks[:, None])
+        scores -= top
+    np.exp(scores, out=scores)
+    total = row_sums(scores) if fixed_order() else scores.sum(axis=-1, keepdims=True)
+    if sinks is None:
+        total[total == 0] = 1.0
+    else:
+        total += np.exp(sinks[:, None] - top)
+    scores /= total
+
+
+def _scaled(query: Array, factor: float) -> np.ndarray:
+    """Return queries times the factor of the scores."""
+    return as_numpy(query) if factor == 1.0 else as_numpy(query) * np.float32(factor)
+
+
+def _weighted(probabilities: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """Multiply `probabilities` [n, rows, num_keys] by `keys`: [n, rows, width]."""
+    return weighted_sum(probabilities, keys) if fixed_order() else batched(probabilities, keys)
+
+
+class KeyLists:
+    """Slots of each query's keys in the form of `attend_gathered`, shared by layers.
+
+    Args:
+        slots: int32 [num_tokens, topk], valid entries first, then -1.
+
+    Attributes:
+        index: int64 [num_tokens, topk], slots without -1.
+        mask: float32 [num_tokens, topk], 0 or -inf; None if all entries are valid.
+        is_empty: bool [num_tokens], True for a row without a slot; None if every row has one.
+    """
+
+    def __init__(self, slots: np.ndarray) -> None:
+        hidden = slots < 0
+        self.mask = self.is_empty = None
+        if hidden.any():
+            # an unused entry reads the row's first key, which is finite if the row's result is
+            slots = np.where(hidden, np.maximum(slots[:, :1], 0), slots)
+            self.mask = np.where(hidden, _HIDDEN, _SEEN)
+            if hidden[:, 0].any():
+                self.is_empty = hidden[:, 0]
+        self.index = slots.astype(np.int64)
+
+
+@_quiet
+def attend_gathered(
+    q: Array,
+    cache: Array,
+    indices: Array,
+    *,
+    softmax_scale: float,
+    kv_lora_rank: int,
+    scratch: Scratch | None = None,
+    sinks: np.ndarray | None = None,
+) -> np.ndarray:
+    """Attend to the cache slots that each query's row of `indices` names.
+
+    Args:
+        q: float32 [num_tokens, num_heads, kv_lora_rank + qk_rope_head_dim], absorbed queries.
+        cache: [num_slots, row]: float32, int16 (bfloat16 bits) or uint8 (fp8_ds_mla records).
+        indices: KeyLists, or the slots to make them of.
+        softmax_scale: factor of the scores.
+        kv_lora_rank: width of the value part.
+        scratch: buffers to reuse between calls; None = new ones.
+        sinks: float32 [num_heads], logit of a key without a value, for each head; None = without.
+
+    Returns:
+        float32 [num_tokens, num_heads, kv_lora_rank], zeros for a row without a slot.
+    """
+    latents, query, scratch = as_numpy(cache), _scaled(q, softmax_scale), scratch or Scratch()
+    lists = indices if isinstance(indices, KeyLists) else KeyLists(as_numpy(indices))
+    (num_tokens, topk), width, mask = lists.index.shape, query.shape[2], lists.mask
+    out = np.empty((num_tokens, query.shape[1], kv_lora_rank), np.float32)
+    step = max(1, TILE_BYTES // max(1, topk * width * 4))
+    for start in range(0, num_tokens, step):
+        tile = slice(start, start + step)
+        index = lists.index[tile]
+        kv = scratch.take("latents", (*index.shape, width))
+        gather_latents(latents, index.ravel(), kv.reshape(-1, width), scratch)
+        probabilities = batched(query[tile], kv, transpose_y=True)
+        _softmax(probabilities, None if mask is None else mask[tile], sinks)
+        out[tile] = _weighted(probabilities, kv[:, :, :kv_lora_rank])
+    if lists.is_empty is not None:
+        out[lists.is_empty] = 0.0
+    return out
+
+
+@_quiet
+def attend_dense(
+    q: Array,
+    cache: Array,
+    key_slots: np.ndarray,
+    mask: np.ndarray,
+    *,
+    softmax_scale: float,
+    kv_lora_rank: int,
+    scratch: Scratch | None = None,
+    sinks: np.ndarray | None = None,
+) -> np.ndarray:
+    """Attend as `attend_gathered` for neighbouring tokens that share a short list of keys.
+
+    One GEMM multiplies all queries by all keys, and `mask` hides keys that are not selected. This
+    is cheaper than a gather for each token if the list is not much longer than the selection.
+
+    Args:
+        key_slots: int64 [num_keys], slots of the cache.
+        mask: float32 [num_tokens, num_keys], 0 for selected keys, else -inf. Each row has a 0.
+        q, cache, softmax_scale, kv_lora_rank, scratch, sinks: see `attend_gathered`.
+    """
+    latents, query, scratch = as_numpy(cache), _scaled(q, softmax_scale), scratch or Scratch()
+    num_tokens, heads, width = query.shape
+    kv = scratch.take("latents", (len(key_slots), width))
+    gather_latents(latents, key_slots, kv, scratch)
+    rows = query.reshape(1, -1, width)
+    mask = as_numpy(mask)
+
+    def attended() -> np.ndarray:
+        scores = batched(rows, kv[None], transpose_y=True)
+        probabilities = scores.reshape(num_tokens, heads, -1)
+        _softmax(probabilities, mask, sinks)
+        values = kv[None, :, :kv_lora_rank]
+        return _weighted(scores, values).reshape(num_tokens, heads, -1)
+
+    # a hidden key that is not finite makes NaN of its score or its weight
+    out = attended()
+    if np.isfinite(out).all():
+        return out
+    spoiled = ~np.isfinite(kv).all(axis=1)
+    kv[spoiled] = 0.0
+    out = attended()
+    out[np.isfinite(mask[:, spoiled]).any(axis=1)] = np.nan
+    return out
+
+
+def attend_on_host(q: Array, cache: Array, slots: Array, out: Array, **options: Any) -> None:
+    """Attend as `sparse_mla`, on a CPU, to `out`. Valid slots are first."""
+    rows = as_numpy(cache)
+    rows = rows.reshape(-1, rows.shape[-1])
+    as_numpy(out)[...] = attend_gathered(q, rows, slots, **options)
+
+
+def dequantize_on_host(cache: Array, slots: Array, out: Array) -> None:
+    """Dequantize as `dequantize`, on a CPU, to `out`."""
+    gather_latents(as_numpy(cache), as_numpy(slots), as_numpy(out), Scratch())

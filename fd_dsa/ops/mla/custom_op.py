@@ -1,8 +1,8 @@
 """Sparse MLA by the CUDA C++ kernels of custom_ops/, through their C ABI.
 
-The arguments and results are those of `attend_on_tensor_cores`. Few heads over FP8 records: codes
-of latents are exact in float16, and scales stay float32 up to the weights, which are float16:
-within 2^-11. Blocks of 64 heads: rounded where `attend_on_tensor_cores` says.
+Arguments and results are those of `attend_on_tensor_cores`. The kernel for few heads over FP8
+records keeps codes exactly in float16 and scales in float32. Its weights are float16, within 2^-11.
+The kernel for blocks of 64 heads rounds as `attend_on_tensor_cores` does.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from fd_dsa.ops.probes import Case
 from fd_dsa.ops.providers import CUSTOM_OP, TENSOR_CORE, Choice, choose
 from fd_dsa.tensor import Tensor
 
-MOST_HEADS = 32
-"""Of the kernel for few heads over FP8 records."""
-FEW_HEADS = 16
-"""Of those that are too few to be padded to 64 over bfloat16 latents."""
+MAX_NARROW_HEADS = 32
+"""Maximum heads of the kernel for few heads over FP8 records."""
+MIN_WIDE_HEADS = 17
+"""Minimum heads that are worth padding to 64, over bfloat16 latents."""
 
 
 class SparseMla(ctypes.Structure):
-    """FdDsaSparseMla of custom_ops/csrc/sparse_mla.h, which says what each field is."""
+    """Structure FdDsaSparseMla of custom_ops/csrc/sparse_mla.h, which documents the fields."""
 
     _fields_ = (
         *((n, ctypes.c_void_p) for n in ("q", "cache", "slots", "out", "lse")),
@@ -46,13 +46,12 @@ class SparseMla(ctypes.Structure):
 
 
 class CustomAttention(LibraryKernel):
-    """A kernel of sparse MLA.
+    """Kernel for sparse MLA.
 
     Attributes:
-        records_alone: it reads neither bfloat16 latents nor records that were dequantized before.
-        probed_heads: of the small cases on which it has to agree before it serves.
-        is_faster: of tokens and heads, whether it was at least as fast on an H200; with more tokens
-            it stays so.
+        records_alone: True if the kernel reads only FP8 records: no bfloat16 latents, and no
+            dequantized records.
+        probed_heads: numbers of heads of the self-checks.
     """
 
     size, structure = "fd_dsa_sparse_mla_bytes", SparseMla
@@ -61,12 +60,15 @@ class CustomAttention(LibraryKernel):
 
     @staticmethod
     def is_faster(num_tokens: int, num_heads: int) -> bool:
-        """Return whether the kernel was at least as fast as Triton's on an H200."""
+        """Return whether the kernel was at least as fast as Triton's on an H200.
+
+        If it is faster for a number of tokens, it is for more tokens too.
+        """
         raise NotImplementedError
 
     @classmethod
     def cases(cls) -> Iterable[Case]:
-        """Attention of few and of padded heads, over every cache that the kernel takes."""
+        """Return cases of few and of padded heads, over every supported cache."""
         limits = dict(TENSOR_CORE_TOLERANCE)
         if cls.records_alone:
             del limits["bfloat16"]
@@ -85,22 +87,22 @@ class CustomAttention(LibraryKernel):
         splits: int = 0,
         dequantized: Dequantized | None = None,
     ) -> None:
-        """See `attend_on_tensor_cores`, for the heads and caches of this kernel.
+        """Attend as `attend_on_tensor_cores`, for the heads and caches of this kernel.
 
         Args:
-            splits: blocks that share a token, see csrc/sparse_mla.h; 0: as suits the device.
-            dequantized: records of the cache that were dequantized, for a kernel that takes them;
-                what it names gives the same bits faster. A token of a row that was dequantized
-                must name slots of that row's blocks alone; others are skipped, or are wrong.
+            splits: blocks that share a token, see csrc/sparse_mla.h; 0 = chosen for the device.
+            dequantized: records of the cache that are dequantized, if the kernel supports them.
+                They give the same bits faster. Tokens of a dequantized row must name only slots of
+                the row's blocks. Other slots are skipped or give wrong results.
 
-        Cost: one launch, of blocks of 64 heads at most two; no allocation, no wait.
+        Cost: one launch, for blocks of 64 heads up to two, without an allocation or a wait.
         """
         num_tokens, num_heads, _ = q.shape
         if num_tokens == 0 or num_heads == 0:
             return
         job = self.job
         self.bind(q)
-        # read 16 bytes at a time
+        # the kernel reads 16 bytes at a time
         for name, tensor in (("q", q), ("cache", cache), ("out", out)):
             setattr(job, name, self._address(name, tensor, multiple=16))
         job.slots = self._address("slots", slots)
@@ -112,11 +114,11 @@ class CustomAttention(LibraryKernel):
         job.out_is_bfloat16 = str(out.dtype).endswith("bfloat16")
         job.dequantized = None
         if dequantized is not None:
-            self._name_dequantized(dequantized)
+            self._set_dequantized(dequantized)
         self.launch()
 
-    def _name_dequantized(self, records: Dequantized) -> None:
-        """Put addresses and sizes of dequantized records into the structure."""
+    def _set_dequantized(self, records: Dequantized) -> None:
+        """Write addresses and sizes of dequantized records to the structure."""
         job = self.job
         job.dequantized = self._address("values", records.values, multiple=16)
         job.dequantized_blocks = self._address("blocks", records.blocks)
@@ -127,7 +129,7 @@ class CustomAttention(LibraryKernel):
 
 
 class NarrowAttention(CustomAttention):
-    """The kernel for 1 to 32 heads over FP8 records."""
+    """Kernel for 1 to 32 heads over FP8 records."""
 
     launcher = "fd_dsa_sparse_mla_narrow_cuda"
     records_alone = True
@@ -135,12 +137,13 @@ class NarrowAttention(CustomAttention):
 
     @staticmethod
     def is_faster(num_tokens: int, num_heads: int) -> bool:
-        """With more heads Triton's splits fill the device better for a few tokens."""
-        return num_heads <= 16 or (num_heads <= MOST_HEADS and num_tokens >= 8)
+        """See CustomAttention."""
+        # with more heads and few tokens Triton's splits fill the device better
+        return num_heads <= 16 or (num_heads <= MAX_NARROW_HEADS and num_tokens >= 8)
 
 
 class WideAttention(CustomAttention):
-    """The kernel for blocks of 64 heads; a multiple of 64 goes without padding."""
+    """Kernel for blocks of 64 heads, which pads other numbers of heads."""
 
     launcher = "fd_dsa_sparse_mla_wide_cuda"
     records_alone = False
@@ -148,18 +151,19 @@ class WideAttention(CustomAttention):
 
     @staticmethod
     def is_faster(num_tokens: int, num_heads: int) -> bool:
-        """For fewer blocks Triton's splits fill the device better than clusters do."""
-        if num_heads <= MOST_HEADS:
-            # bfloat16 latents: it was faster for prompts, though half of its GEMM rows were padding
-            return num_heads > FEW_HEADS and num_tokens >= 1024
+        """See CustomAttention."""
+        if num_heads <= MAX_NARROW_HEADS:
+            # bfloat16 latents: faster for prompts, although half of the GEMM rows are padding
+            return num_heads >= MIN_WIDE_HEADS and num_tokens >= 1024
+        # for fewer blocks Triton's splits fill the device better than clusters do
         return num_tokens * -(-num_heads // 64) > 4
 
 
 def kind_for(num_heads: int, is_fp8: bool) -> type[CustomAttention] | None:
-    """The kernel of custom_ops/ for so many heads over a cache; None: there is none."""
-    if is_fp8 and num_heads <= MOST_HEADS:
+    """Return the kernel of custom_ops/ for a number of heads and a cache, None without one."""
+    if is_fp8 and num_heads <= MAX_NARROW_HEADS:
         return NarrowAttention
-    return WideAttention if num_heads > FEW_HEADS else None
+    return WideAttention if num_heads >= MIN_WIDE_HEADS else None
 
 
 def choose_attention(
@@ -172,24 +176,24 @@ def choose_attention(
     capability: int,
     allocate: Allocate,
 ) -> Choice:
-    """What `providers.choose` takes for these sizes and types, as of `tensor_core.why_not`.
+    """Select the provider of sparse MLA for sizes and types, see `tensor_core.why_not`.
 
-    A kernel of custom_ops/ is compared with the definition first, for which the thread waits.
+    The first call compares a kernel of custom_ops/ with the definition, and waits for the device.
     """
     reason = tensor_core.why_not(capability, dtype, cache_dtype, rank, rope)
     conditions, own = {TENSOR_CORE: reason}, kind_for(num_heads, cache_dtype == "fp8_ds_mla")
     conditions[CUSTOM_OP] = reason or row_dependence_refusal() or why_not_compiled()
     if own is None:
-        few = f"{num_heads} heads over bfloat16 latents, it takes more than {FEW_HEADS}"
+        few = f"{num_heads} heads over bfloat16 latents, it takes more than {MIN_WIDE_HEADS - 1}"
         conditions[CUSTOM_OP] = conditions[CUSTOM_OP] or few
     return choose("sparse_mla", kind, conditions, lambda k: difference(own, k, allocate))
 
 
 def attend_slots(q: Tensor, cache: Tensor, *others: Tensor, **options: Any) -> None:
-    """See `CustomAttention.__call__`; one thread at a time."""
+    """Attend by the kernel that all callers share, one thread at a time."""
     kind = kind_for(q.shape[1], cache_format(cache).is_fp8)
     assert kind is not None, f"no kernel takes {q.shape[1]} heads"
     kernels = custom_ops.build().kernels
-    # a class is hashable, which mypy does not see
+    # mypy does not know that a class is hashable
     kernel = shared_kernel(kind, kernels)  # type: ignore[arg-type]
     kernel(q, cache, *others, **options)

@@ -1,4 +1,4 @@
-"""Launches of dense attention of prompts, and the form of its tiles; see `prompt_kernel`."""
+"""Launches of dense attention for prompts, and their tile sizes."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ _GATHERED = 16
 
 
 class Tiling(NamedTuple):
-    """How a launch is cut.
+    """Tile sizes of a launch.
 
     Attributes:
-        block_m, block_n: tokens of a program, keys of a tile.
-        num_warps, num_stages: as of a launch.
+        block_m: tokens of a program.
+        block_n: keys of a tile.
+        num_warps, num_stages: options of the launch.
     """
 
     block_m: int
@@ -47,15 +48,15 @@ CANDIDATES = (
     Tiling(64, 32, 4, 2),
     Tiling(32, 32, 4, 2),
 )
-"""In the order in which they are taken; benchmarks/prompt_attention.py times them."""
+"""Tile sizes in order of preference, timed by benchmarks/prompt_attention.py."""
 
 
 class Group(NamedTuple):
-    """Rows of a step whose keys are held at once.
+    """Rows of a step whose keys are in memory at the same time.
 
     Attributes:
-        first_row, end_row: of the batch; rows between that do not attend densely count for nothing.
-        num_keys: of all of them.
+        first_row, end_row: range of batch rows. It may include rows that do not attend densely.
+        num_keys: keys of all rows of the group.
         counts: tokens of each row that attends densely.
     """
 
@@ -66,7 +67,7 @@ class Group(NamedTuple):
 
 
 def fitting(nope: int, rope: int, values: int, shared_bytes: int) -> Iterator[Tiling]:
-    """The candidates whose operands fit the shared memory of a block."""
+    """Yield the candidates whose operands fit the shared memory of a block."""
     keys = triton.next_power_of_2(nope) + rope
     for tiling in CANDIDATES:
         stage = 2 * tiling.block_n * (keys + triton.next_power_of_2(values))
@@ -83,11 +84,18 @@ def gather_keys(
     rope: Tensor,
     rows: int,
 ) -> None:
-    """Fill bfloat16 latents [num_keys, rank] and rope [num_keys, rope_dim] of a group; one launch.
+    """Gather the keys of a group from the cache.
 
     Args:
         cache: bfloat16 or int16 [num_blocks, ..., block_size, width], or fp8_ds_mla records.
-        rows: a power of two, at least those of the step.
+        step: metadata of the step.
+        group: rows of the step.
+        index_topk: maximum keys of a token that attends densely.
+        latents: bfloat16 [num_keys, rank], filled.
+        rope: bfloat16 [num_keys, rope_dim], filled.
+        rows: a power of two, at least the rows of the step.
+
+    Cost: one launch.
     """
     num_blocks, block_size = cache.shape[0], cache.shape[-2]
     gather_keys_kernel[(-(-group.num_keys // _GATHERED),)](
@@ -105,10 +113,12 @@ def gather_keys(
 
 
 def keys_and_values(latents: Tensor, k_b: Tensor, v_b: Tensor) -> tuple[Tensor, Tensor]:
-    """Those of every head: [num_keys, heads, width] of latents [num_keys, rank].
+    """Project latents to keys and values of every head, [num_keys, heads, width] each.
 
     Args:
-        k_b, v_b: [heads, width, rank] and [heads, rank, width].
+        latents: [num_keys, rank].
+        k_b: up-projection of keys, [heads, width, rank].
+        v_b: up-projection of values, [heads, rank, width].
     """
     heads, width, rank = k_b.shape
     keys = matmul(latents, k_b.reshape([heads * width, rank]), transpose_y=True)
@@ -131,17 +141,27 @@ def attend_prompts(
     tiling: Tiling,
     round_scales: bool = False,
 ) -> None:
-    """Attention of a group's dense tokens to their rows of `out`; one launch.
+    """Attend for the dense tokens of a group, see `prompt_kernel`.
 
-    Scores and sums are float32; roped queries and weights are rounded to bfloat16.
+    Scores and sums are float32. Rotated queries and weights are rounded to bfloat16.
 
     Args:
         q: bfloat16 [num_tokens, heads, nope + rope_dim], the last part not yet rotated.
-        cos_sin: float32 [num_tokens, rope_dim]; cos, then sin.
-        keys, values: as of `keys_and_values`, of the group; [num_keys, heads * nope] is the same.
+        cos_sin: float32 [num_tokens, rope_dim], cos, then sin.
+        keys, values: keys and values of the group, see `keys_and_values`. Both may also be
+            [num_keys, heads * width].
         rope: bfloat16 [num_keys, rope_dim].
-        out: bfloat16 [num_tokens, heads, width], or Fp8Rows as of `head_gemm`.
-        rows: as of `gather_keys`.
+        step: metadata of the step.
+        group: rows of the step.
+        out: bfloat16 [num_tokens, heads, width], or Fp8Rows, see `head_gemm`. Only rows of the
+            group's dense tokens are written.
+        index_topk: maximum keys of a token that attends densely.
+        softmax_scale: factor of the scores.
+        rows: see `gather_keys`.
+        tiling: tile sizes.
+        round_scales: True if the scales of Fp8Rows are powers of two.
+
+    Cost: one launch.
     """
     _, heads, width = q.shape
     rope_dim, value_width = rope.shape[1], values.shape[-1]

@@ -1,19 +1,26 @@
-"""Dense attention of prompts in MLA's plain form: keys and values of every head, causal.
+"""Kernels for dense, causal attention of prompts, with keys and values of every head.
 
-Tokens whose keys all fit `index_topk` see all of them, so nothing is chosen, and a key of 192 and a
-value of 128 cost a third of the 576 and 512 of the absorbed form. Which tokens these are follows
-from the lengths of the rows alone: those of a prompt row at positions below `index_topk`. Their
-keys are those of their windows, among the keys up to the last of these tokens.
+A token with at most `index_topk` keys attends to all of them, so a selection is not needed. Keys of
+192 and values of 128 cost a third of the 576 and 512 of the absorbed form. These dense tokens are
+the tokens of prompt rows at positions below `index_topk`, so the device finds them from the lengths
+of the rows. They see the keys of their windows, up to the last dense token of the row.
 
 Source: the online softmax over tiles of keys is that of FlashAttention-2 (Dao 2023).
 """
 
 from __future__ import annotations
 
+from fd_dsa.ops.device_functions import (
+    blocks_of,
+    key_bounds,
+    load_pairs,
+    rotated,
+    stored,
+    to_bfloat16,
+)
 from fd_dsa.ops.head_gemm import store_heads
 from fd_dsa.ops.mla.triton_kernel import latents_of, roped_of
-from fd_dsa.ops.step_kernel import blocks_of, key_bounds, step_kernel
-from fd_dsa.ops.triton_fp8 import load_pairs, rotated, stored, to_bfloat16
+from fd_dsa.ops.step_kernel import step_kernel
 from fd_dsa.triton_runtime import start_next, wait_for_inputs
 
 import triton  # isort: skip
@@ -24,7 +31,7 @@ import triton.language as tl  # isort: skip
 def _dense_tokens(
     seq_lens_encoder_ptr, seq_lens_decoder_ptr, row, first_row, end_row, index_topk
 ):  # fmt: skip
-    """Of each row of a group: tokens that attend densely, and those cached before."""
+    """Return the dense tokens and the cached tokens of each row of a group."""
     is_row = (row >= first_row) & (row < end_row)
     new = tl.load(seq_lens_encoder_ptr + row, mask=is_row, other=0)
     cached = tl.load(seq_lens_decoder_ptr + row, mask=is_row, other=0)
@@ -33,13 +40,13 @@ def _dense_tokens(
 
 @triton.jit
 def _keys(dense, cached):
-    """Keys that the dense tokens of each row see."""
+    """Return the number of keys that the dense tokens of each row see."""
     return tl.where(dense > 0, cached + dense, 0)
 
 
 @triton.jit
 def _item(values, mine):
-    """The value of the row that is `mine`."""
+    """Return the value of the one row in the mask `mine`."""
     return tl.sum(tl.where(mine, values, 0))
 
 
@@ -64,10 +71,10 @@ def gather_keys_kernel(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """Keys KEYS * program on of a group's rows, back to back: bfloat16 latents and roped values.
+    """Gather KEYS keys of a group, from key KEYS * `program 0` on, as bfloat16.
 
-    A table entry that is no block of the cache gives zeros. Places after the last key, which the
-    grid of a captured launch may reach, are left alone.
+    The keys of the rows are contiguous in the result. A table entry outside the cache gives zeros.
+    The grid of a captured launch may reach places after the last key, which are not written.
     """
     wait_for_inputs()
     start_next()
@@ -80,7 +87,7 @@ def gather_keys_kernel(
     key = tl.program_id(0) * KEYS + tl.arange(0, KEYS)
     live = key < tl.sum(num_keys)
     before = ends[None, :] <= key[:, None]
-    # rows without keys end where the one before them does
+    # a row without keys has the end of the row before it
     start = tl.max(tl.where(before, ends[None, :], 0), 1)
     own = tl.sum(before.to(tl.int32), 1)
     position = key - start
@@ -100,7 +107,7 @@ def gather_keys_kernel(
 
 @triton.jit
 def _tile(pointer, seen, WIDTH: tl.constexpr, PADDED: tl.constexpr, IS_EDGE: tl.constexpr):
-    """bfloat16 [keys, PADDED] of rows at `pointer` [keys]."""
+    """Load bfloat16 [keys, PADDED] from rows at `pointer` [keys]."""
     column = tl.arange(0, PADDED)
     if IS_EDGE or PADDED != WIDTH:
         mask = seen[:, None] & (column < WIDTH)[None, :]
@@ -116,7 +123,7 @@ def _attend_tile(
     NOPE: tl.constexpr, ROPE: tl.constexpr, VALUES: tl.constexpr, NOPE_PADDED: tl.constexpr,
     VALUES_PADDED: tl.constexpr, BLOCK_N: tl.constexpr, IS_EDGE: tl.constexpr,
 ):  # fmt: skip
-    """The state of the softmax after the keys from `start` on; IS_EDGE: not all of them count."""
+    """Add the keys from `start` on to the softmax. With IS_EDGE some of them are masked."""
     k_ptr, v_ptr, rope_ptr, first_key = keys
     key = start + tl.arange(0, BLOCK_N)
     seen, place = key < end, (first_key + key).to(tl.int64)
@@ -131,7 +138,7 @@ def _attend_tile(
     new_top = tl.maximum(top, tl.max(scores, 1) * scale_log2)
     finite_top = new_top
     if IS_EDGE:
-        # a token may see no key up to here: no difference of infinities
+        # 0 if a token has not seen a key, to avoid a difference of infinities
         finite_top = tl.where(new_top == float("-inf"), 0.0, new_top)
     weight = tl.exp2(scores * scale_log2 - finite_top[:, None])
     shrink = tl.exp2(top - finite_top)
@@ -172,9 +179,10 @@ def attend_prompts_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """A tile of the tokens of a row, for head `program 1`; those with most keys begin first.
+    """Attend for a tile of tokens of a row, for head `program 1`.
 
-    The grid of a captured launch may have more tiles than the rows: these read and write nothing.
+    Tiles with the most keys start first. The grid of a captured launch may have more tiles than the
+    rows, and these neither read nor write.
     """
     wait_for_inputs()
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -200,7 +208,7 @@ def attend_prompts_kernel(
     cos = tl.load(angle, mask=live[:, None], other=0.0)
     sin = tl.load(angle + HALF, mask=live[:, None], other=0.0)
     a, b = load_pairs((query + NOPE)[:, None], live[:, None], HALF, True)
-    # a query that is not there has any values
+    # zeros, because a masked load may return any values
     a, b = tl.where(live[:, None], a, 0.0), tl.where(live[:, None], b, 0.0)
     a, b = rotated(a, b, cos, sin)
     q_rope = tl.reshape(tl.join(stored(a, q_ptr), stored(b, q_ptr)), [BLOCK_M, 2 * HALF])
@@ -214,7 +222,7 @@ def attend_prompts_kernel(
     )
     stops = tl.minimum(stops, dense_keys)
     bounds = begins, stops
-    # keys that all tokens of the tile see, in whole tiles; then the others
+    # first whole tiles of keys that all tokens see, then the other keys
     end = tl.max(stops)
     whole = tl.min(tl.where(live, stops, dense_keys)) // BLOCK_N * BLOCK_N
     whole = tl.where(tl.max(begins) > 0, 0, whole)
@@ -230,7 +238,7 @@ def attend_prompts_kernel(
         )  # fmt: skip
     start_next()
     column = tl.arange(0, VALUES_PADDED)
-    # a token without keys gets zeros
+    # zeros for a token without keys
     total = tl.where(total == 0.0, 1.0, total)
     store_heads(
         out / total[:, None], token, column, head, heads, live, column < VALUES,

@@ -1,8 +1,8 @@
-"""FP8 records of prompts as rows of 16-bit values, for many tokens that read the same records.
+"""Dequantization of the FP8 records of prompts, for many tokens that read the same records.
 
-A token of a prompt reads 2,048 records, and its neighbours read mostly the same ones: a kernel that
-turns codes into numbers for each token does for thousands of them what can be done once. Which rows
-of a step are worth it, and fit, is decided on the device.
+A token of a prompt reads 2,048 records, and its neighbours read mostly the same ones. A kernel that
+converts codes for each token repeats the work thousands of times. Here records become rows of
+16-bit values once. The device decides which rows of a step are worth it, and fit the memory.
 """
 
 from __future__ import annotations
@@ -18,34 +18,37 @@ from fd_dsa.cache_formats import (
     LATENT_WIDTH,
     ROPE_WIDTH,
 )
-from fd_dsa.ops.step_kernel import e4m3_values, step_kernel
+from fd_dsa.ops.device_functions import e4m3_values
+from fd_dsa.ops.step_kernel import step_kernel
 from fd_dsa.step import ForwardMeta
 from fd_dsa.tensor import Tensor
 
 import triton  # isort: skip
 import triton.language as tl  # isort: skip
 
-# float32 numbers that hold a row of 16-bit values, and a line of the L2
+# size of a row of 16-bit values, and of a line of the L2 cache, in float32 words
 _ROW_WORDS, _LINE_WORDS = (LATENT_WIDTH + ROPE_WIDTH) // 2, 32
 _RECORD, _SCALES_AT = tl.constexpr(LATENT_RECORD_BYTES), tl.constexpr(LATENT_SCALES_AT)
 _RANK, _ROPE_AT = tl.constexpr(LATENT_WIDTH), tl.constexpr(LATENT_ROPE_AT)
 _WIDTH = tl.constexpr(LATENT_WIDTH + ROPE_WIDTH)
 _PROGRAMS, _NUM_WARPS, _RECORDS = 528, 8, tl.constexpr(16)
-# as many allocations of blocks and numbers of rows as a server has
+# a server has few sizes of caches and numbers of rows
 _CACHED_LAYOUTS = 64
 
 
 class Dequantized(NamedTuple):
-    """What `fd_dsa_sparse_mla_wide_cuda` reads instead of records.
+    """Values that `fd_dsa_sparse_mla_wide_cuda` reads instead of records.
+
+    The first three are float32 tensors, whose memory has other types.
 
     Attributes:
-        values: float32 memory of 16-bit [dequantized_slots, 576]: float16 latents, bfloat16 rope.
-        blocks: float32 memory of int32 [num_blocks]: which block of `values` has those of a block
-            of the cache; of the blocks of rows that were dequantized.
-        is_dequantized: float32 memory of int32 [num_rows]: 1 where a row was.
-        batch_id_per_token: int32 [num_tokens]: row of each token.
+        values: 16-bit [num_slots, 576], float16 latents and bfloat16 rotated values.
+        blocks: int32 [num_blocks], block of `values` for each block of the cache. Only entries of
+            dequantized rows are valid.
+        is_dequantized: int32 [num_rows], 1 for a dequantized row.
+        batch_id_per_token: int32 [num_tokens], row of each token.
         block_size: slots of a block.
-        num_slots: that `values` has room for.
+        num_slots: capacity of `values`.
     """
 
     values: Any
@@ -58,8 +61,8 @@ class Dequantized(NamedTuple):
 
 @triton.jit
 def _dequantize_slots(cache_ptr, values_ptr, slot, target, mask):
-    """Records of `slot` as rows of `target`; both int64."""
-    # a record is four parts of 128 latents, each with its scale
+    """Dequantize the records at `slot` to the rows `target`, both int64."""
+    # a record has four parts of 128 latents, each with a scale
     part, column = tl.arange(0, 4)[None, :], tl.arange(0, 128)[None, None, :]
     is_part = tl.broadcast_to(mask[:, None], [slot.shape[0], 4])
     record = cache_ptr + slot * _RECORD
@@ -67,7 +70,7 @@ def _dequantize_slots(cache_ptr, values_ptr, slot, target, mask):
     codes = tl.load((record[:, None] + part * 128)[:, :, None] + column, mask=is_part[:, :, None])
     scales = (record + _SCALES_AT).to(tl.pointer_type(tl.float32))[:, None] + part
     scale = (tl.load(scales, mask=is_part) * 256.0).to(tl.float16).to(tl.float32)
-    # exact in float32 up to the last step, as sparse MLA rounds it
+    # exact in float32 up to the last rounding, which is that of sparse MLA
     latents = (e4m3_values(codes, tl.float32) * (1.0 / 256.0) * scale[:, :, None]).to(tl.float16)
     tl.store(
         (row[:, None] + part * 128)[:, :, None] + column,
@@ -99,7 +102,7 @@ def dequantize_kernel(
     BLOCK_SIZE: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """See `DequantizedRecords.fill`; a program takes every `num_programs`th block."""
+    """Dequantize every `num_programs`th block of a step, see `DequantizedRecords.fill`."""
     row = tl.arange(0, ROWS)
     is_row = row < num_rows
     new = tl.load(seq_lens_encoder_ptr + row, mask=is_row, other=0)
@@ -127,21 +130,21 @@ def dequantize_kernel(
             offset = first + tl.arange(0, _RECORDS)
             slot = tl.where(is_block, block, 0).to(tl.int64) * BLOCK_SIZE + offset
             target = (place * BLOCK_SIZE + offset).to(tl.int64)
-            # a vector throughout: Triton 3.9 interprets no mixed masks
+            # a vector, because Triton 3.9's interpreter supports no mask of a scalar and a block
             mask = (offset < tl.minimum(left, BLOCK_SIZE)) & (offset * 0 <= block)
             mask &= offset * 0 + block < num_blocks
             _dequantize_slots(cache_ptr, values_ptr, slot, target, mask)
 
 
 class DequantizedRecords:
-    """Memory for the dequantized records of a step's prompts, and what fills it.
+    """Memory for the dequantized records of a step's prompts.
 
     Args:
-        memory: contiguous float32 [n] on the device, which nothing else uses between `fill` and
-            the launch that reads what it returns.
-        keys_per_token: a row is dequantized if it has at most so many keys for each of its new
-            tokens.
-        max_rows: of a step; the kernel has one form up to there, and for more rows others.
+        memory: contiguous float32 [n] on the device. It must not be used otherwise between `fill`
+            and the launch that reads the result.
+        keys_per_token: maximum keys of a row for each of its new tokens. A row with more keys is
+            not dequantized.
+        max_rows: usual maximum of rows. The kernel is compiled again for steps with more rows.
     """
 
     def __init__(self, memory: Tensor, keys_per_token: int, max_rows: int = 1) -> None:
@@ -152,21 +155,20 @@ class DequantizedRecords:
     def fill(self, cache: Tensor, step: ForwardMeta) -> Dequantized | None:
         """Dequantize the records of a step's prefill rows.
 
-        Latents are float16(code / 256 * float16(256 * scale)), rounded once: the numbers that
-        sparse MLA makes of the same records by itself.
+        Latents are float16(code / 256 * float16(256 * scale)), rounded once. Sparse MLA itself
+        makes the same numbers from the records.
 
-        A row is left out if it has more keys than `keys_per_token` times its new tokens, or if its
-        blocks do not fit after those of the rows before it. A table entry that is no block of the
-        cache is skipped.
+        A row with more keys than `keys_per_token` times its new tokens is skipped. So is a row
+        whose blocks do not fit after those of earlier rows, and a table entry outside the cache.
 
         Args:
             cache: uint8 [num_blocks, ..., block_size, 656] fp8_ds_mla records.
 
         Returns:
-            Views of the memory; valid until the next call. None if not one block would fit.
+            Views of the memory, valid until the next call; None if the memory fits no block.
 
         Cost: one launch.
-        Source: vLLM's cp_gather_and_upconvert_fp8_kv_cache does it for bfloat16 rows.
+        Source: vLLM's cp_gather_and_upconvert_fp8_kv_cache, which makes bfloat16 rows.
         """
         num_blocks, block_size = cache.shape[0], prod(cache.shape[1:-1])
         num_rows, table_width = step.block_tables.shape
@@ -188,7 +190,7 @@ class DequantizedRecords:
     def _laid_out(
         self, num_blocks: int, num_rows: int, block_size: int
     ) -> tuple[Any, Any, Any, int]:
-        """Views for values, blocks and flags, and the blocks that there is room for."""
+        """Return views for values, blocks and flags, and the capacity in blocks."""
         first = -(-(num_blocks + num_rows) // _LINE_WORDS) * _LINE_WORDS
         room = max(prod(self._memory.shape) - first, 0)
         capacity = min(room // (block_size * _ROW_WORDS), (2**31 - 1) // block_size)

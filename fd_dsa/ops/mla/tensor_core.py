@@ -1,9 +1,8 @@
-"""Sparse MLA on tensor cores: which form serves, into how many splits, and the launches.
+"""Sparse MLA on tensor cores: tile sizes, splits and launches.
 
-Few heads: keys are the rows of the GEMMs, so that no row is padding. Many heads: heads are.
-Few tokens: the entries of a token are split among programs until they fill the device. What is
-chosen follows from the shapes alone, so a captured graph has it for good and repeats give the
-same bits.
+With few heads the rows of the GEMMs are keys, so that no row is padding. With many heads they are
+heads. With few tokens the entries of a token are split among programs until they fill the device.
+All sizes depend only on shapes, so a captured graph stays valid and repeats give the same bits.
 """
 
 from __future__ import annotations
@@ -24,22 +23,23 @@ MAX_SPLITS = 32
 _HOPPER = range(90, 100)
 # multiprocessors of an H100 or H200; elsewhere the splits fit less well
 _PROCESSORS = 132
-# what a program costs beside its tiles, and a second launch, in tiles
+# cost of a program in addition to its tiles, and of a second launch, in tiles
 _START_TILES, _COMBINE_TILES = 1.5, 2.0
 COMBINE_FORMS = ((4, RANK, 4), (MAX_SPLITS, 128, 4))
-"""(max splits, columns of a program, num_warps) of the launch that adds the splits."""
+"""(max splits, columns of a program, num_warps) of the launch that combines the splits."""
 
 
 class Form(NamedTuple):
-    """How a launch is cut; the choices are those of benchmarks/tune.py.
+    """Tile sizes of a launch, tuned by benchmarks/tune.py.
 
     Attributes:
-        copied: bfloat16 latents are copied to shared memory by the hardware, `num_stages` tiles
-            ahead; else keys pass registers, as FP8 records have to.
-        block_h, block_n: heads of a program, keys of a tile.
-        swapped: keys are the rows of the GEMMs.
-        num_warps, num_stages: as of a launch.
-        per_processor: programs that a multiprocessor holds.
+        copied: True if the hardware copies bfloat16 latents to shared memory, `num_stages` tiles
+            ahead. Otherwise keys pass through registers, as FP8 records must.
+        block_h: heads of a program.
+        block_n: keys of a tile.
+        swapped: True if the rows of the GEMMs are keys.
+        num_warps, num_stages: options of the launch.
+        per_processor: programs that fit a multiprocessor.
     """
 
     copied: bool
@@ -52,11 +52,11 @@ class Form(NamedTuple):
 
 
 class Partials(NamedTuple):
-    """Memory for the results of splits; one launch at a time may use it.
+    """Memory for the partial results of splits, used by one launch at a time.
 
     Attributes:
         values: float32 [rows * 512].
-        lse: float32 [rows]; base 2.
+        lse: float32 [rows], logarithm of the sum of exponentials, base 2.
     """
 
     values: Any
@@ -64,11 +64,11 @@ class Partials(NamedTuple):
 
 
 def form_for(num_heads: int, num_tokens: int, fp8: bool) -> Form:
-    """The form that was fastest on an H200 for these heads and tokens of a step."""
+    """Return the tile sizes that were fastest on an H200 for these heads and tokens."""
     if num_heads <= 8:
         return Form(False, 8, 64, True, 4, 1, 2)
     if num_heads <= 16 or num_tokens == 1:
-        # one token: many small programs, each with few keys to wait for
+        # one token: many small programs, each of which waits for few keys
         return Form(False, 16, 64, True, 4, 1, 2) if fp8 else Form(True, 16, 64, False, 4, 2, 2)
     if num_heads <= 32 or (fp8 and num_tokens <= 8):
         return Form(not fp8, 32, 128, True, 8, 1, 1)
@@ -76,37 +76,39 @@ def form_for(num_heads: int, num_tokens: int, fp8: bool) -> Form:
 
 
 def partial_rows(num_heads: int) -> int:
-    """Rows of Partials that every number of tokens can do with."""
+    """Return the rows of Partials that suffice for every number of tokens."""
     few = num_heads <= 16
     return 2 * _PROCESSORS * (2 if few else 1) * min(num_heads, 64)
 
 
 def new_partials(num_heads: int, allocate: Allocate) -> Partials:
-    """Memory for splits; see `partial_rows`."""
+    """Allocate memory for splits, see `partial_rows`."""
     rows = partial_rows(num_heads)
     return Partials(allocate((rows * RANK,), "float32"), allocate((rows,), "float32"))
 
 
 @lru_cache(maxsize=4096)
 def num_splits(num_tokens: int, num_heads: int, topk: int, form: Form, rows: int) -> int:
-    """Among how many programs the entries of a token are split.
+    """Return the number of programs that share the entries of a token.
 
-    The least estimate of: rounds of programs on the device, times the tiles of a program and what
-    it costs beside them; and a second launch.
+    It minimises the estimated time: rounds of programs on the device times the cost of a program,
+    plus a second launch.
 
     Args:
-        rows: those of the Partials; 0 for none.
+        num_tokens, num_heads, topk: shape of the step.
+        form: tile sizes.
+        rows: rows of the Partials, 0 without.
     """
     groups, tiles = -(-num_heads // form.block_h), -(-topk // form.block_n)
     at_once = _PROCESSORS * form.per_processor
-    most = min(MAX_SPLITS, tiles, rows // (num_tokens * num_heads))
+    limit = min(MAX_SPLITS, tiles, rows // (num_tokens * num_heads))
 
     def estimate(splits: int) -> float:
         rounds = -(-num_tokens * groups * splits // at_once)
         cost = rounds * (-(-tiles // splits) + _START_TILES)
         return cost + (_COMBINE_TILES if splits > 1 else 0)
 
-    return min(range(1, max(1, most) + 1), key=estimate)
+    return min(range(1, max(1, limit) + 1), key=estimate)
 
 
 def attend_on_tensor_cores(
@@ -121,23 +123,25 @@ def attend_on_tensor_cores(
     form: Form | None = None,
     splits: int | None = None,
 ) -> None:
-    """Fill `out` with the attention of each token over its slots; see `fd_dsa.ops.sparse_mla`.
+    """Attend to the slots of each token's row, as `fd_dsa.ops.sparse_mla`, to `out`.
+
+    Rounding with FP8 records: a scale is rounded to float16, its exact product with a code to
+    float16, and a weight to float16, each within 2^-11. Latents past 65504 become infinite, and
+    latents below 2^-25 become 0. With bfloat16 latents weights are rounded to bfloat16, within
+    2^-9. Sums are float32.
 
     Args:
         q: bfloat16 [num_tokens, num_heads, 576].
         cache: bfloat16 or int16 [..., 576], or uint8 [..., 656], 16-byte aligned.
-        slots: -1 (or past the cache) = none, at any place; never read.
-        lse: float32 [num_tokens, num_heads] or None; natural logarithm of the sum of the
-            exponentials of the scores, -inf where a row names no slot.
-        partials: memory for splits; None: nothing is split.
-        form, splits: other than those chosen, for benchmarks and tests.
+        slots: int32 [num_tokens, topk]. Entries of -1 or past the cache are ignored at any place.
+        out: [num_tokens, num_heads, 512], float32 or bfloat16.
+        softmax_scale: factor of the scores.
+        lse: float32 [num_tokens, num_heads], natural logarithm of the sum of the exponentials of
+            the scores, -inf for a row without a slot; None = not written.
+        partials: memory for splits; None = no splits.
+        form, splits: tile sizes and splits of benchmarks and tests; None = the tuned ones.
 
-    FP8: latents are rounded to float16 after an exact product of code and scale, the scale to
-    float16 before, weights to float16: each within 2^-11. Magnitudes of latents past 65504 become
-    infinite, and what is below 2^-25 is lost. bfloat16: weights are rounded to bfloat16, 2^-9.
-    Sums are float32.
-
-    Cost: one launch, with splits two; no allocation, no wait.
+    Cost: one launch, or two with splits, without an allocation or a wait.
     """
     fp8 = cache_format(cache).is_fp8
     num_tokens, num_heads, _ = q.shape
@@ -165,21 +169,22 @@ def attend_on_tensor_cores(
         num_stages=form.num_stages,
     )
     if is_split:
-        most, columns, num_warps = next(x for x in COMBINE_FORMS if x[0] >= splits)
+        max_splits, columns, num_warps = next(x for x in COMBINE_FORMS if x[0] >= splits)
         combine_kernel[(num_tokens * num_heads, RANK // columns)](
             *(values, partial_lse, out, lse, splits),
-            MAX_SPLITS=most,
+            MAX_SPLITS=max_splits,
             COLUMNS=columns,
             num_warps=num_warps,
         )
 
 
 def why_not(capability: int, dtype: str, cache_dtype: str, rank: int, rope: int) -> str | None:
-    """Why attention on tensor cores cannot serve; None if it can.
+    """Return the reason why attention on tensor cores is unsupported, or None.
 
     Args:
-        capability: of the GPU, 90 on Hopper.
-        dtype, cache_dtype: of activations, and "float32", "bfloat16" or "fp8_ds_mla".
+        capability: compute capability of the GPU, 90 on Hopper.
+        dtype: dtype of activations.
+        cache_dtype: "float32", "bfloat16" or "fp8_ds_mla".
         rank, rope: values of a latent and of its rotated part.
     """
     if capability not in _HOPPER:
@@ -202,6 +207,6 @@ def attend_slots(
     softmax_scale: float,
     kv_lora_rank: int = RANK,
 ) -> None:
-    """`attend_on_tensor_cores` with memory for splits of its own."""
+    """Attend by `attend_on_tensor_cores`, with new memory for splits."""
     partials = new_partials(q.shape[1], allocator_beside(q))
     attend_on_tensor_cores(q, cache, slots, out, softmax_scale=softmax_scale, partials=partials)

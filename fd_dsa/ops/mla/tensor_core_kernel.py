@@ -1,15 +1,16 @@
-"""Sparse MLA on tensor cores: bfloat16 queries over FP8 records or bfloat16 latents.
+"""Kernels for sparse MLA on tensor cores: bfloat16 queries over FP8 records or bfloat16 latents.
 
-A program attends for one token, a group of heads, and a share of the token's entries ("split"),
-with an online softmax over tiles of keys. Each tile of latents is brought to shared memory once
-and is both operand of the scores and of the result. Partial results of splits are put together by
-a second launch, in the order of the splits.
+A program attends for one token, a group of heads and a share of the token's entries, its split. It
+applies an online softmax over tiles of keys. Each tile of latents is loaded to shared memory once,
+for the scores and for the result. A second launch combines the partial results of the splits, in
+their order.
 
 Source: the online softmax over splits is that of Flash-Decoding (Dao et al. 2023).
 """
 
 from __future__ import annotations
 
+from fd_dsa.ops.device_functions import stored, to_bfloat16
 from fd_dsa.ops.mla.tiles import (
     RANK,
     ROPE,
@@ -30,7 +31,6 @@ from fd_dsa.ops.mla.tiles import (
     zeros,
 )
 from fd_dsa.ops.step_kernel import step_kernel
-from fd_dsa.ops.triton_fp8 import stored, to_bfloat16
 from fd_dsa.triton_runtime import start_next, wait_for_inputs
 
 import triton  # isort: skip
@@ -38,13 +38,13 @@ import triton.language as tl  # isort: skip
 
 _RANK, _WIDTH = tl.constexpr(RANK), tl.constexpr(RANK + ROPE)
 _LN_2 = tl.constexpr(0.6931471805599453)
-# entries of a row that are looked at at once for the last one that is a slot
+# entries of a row that are checked at a time, in the search for the last slot
 _LOOK = tl.constexpr(1024)
 
 
 @triton.jit
 def _place(groups, splits, num_heads, BLOCK_H: tl.constexpr):
-    """Token, heads, which of them exist, and split of a program; a token's are neighbours."""
+    """Return token, heads, a mask of valid heads and split of a program, tokens in order."""
     program = tl.program_id(0)
     split = program % splits
     program = program // splits
@@ -57,11 +57,11 @@ def _finish(
     out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, row, is_head, split, splits, column,
     o0, o1, o2, o3, top, total, SWAPPED: tl.constexpr,
 ):  # fmt: skip
-    """Write the result of rows [heads], or this split's part of it."""
+    """Store the result of rows [heads], or the partial result of this split."""
     if SWAPPED:
         total = tl.sum(total, 0)
     factor = 1.0 / tl.where(total == 0.0, 1.0, total)
-    # -inf where there was no key
+    # -inf without a key
     lse = top + tl.log2(tl.where(total == 0.0, 1.0, total))
     if partial_ptr is not None:
         row = row * splits + split
@@ -82,8 +82,11 @@ def _scores(
     k0, k1, k2, k3, k_rope, q0, q1, q2, q3, q_rope, latent_factor, rope_factor,
     SWAPPED: tl.constexpr,
 ):  # fmt: skip
-    """Scores of a tile. The GEMMs are added here: where one accumulates onto another, Triton gives
-    both to fewer warps than there are."""
+    """Return the scores of a tile.
+
+    The GEMMs are added here, because Triton runs GEMMs that accumulate onto each other on fewer
+    warps than there are.
+    """
     scores = product(k0, q0, SWAPPED) * latent_factor
     scores += product(k1, q1, SWAPPED) * latent_factor
     scores += product(k2, q2, SWAPPED) * latent_factor
@@ -96,7 +99,7 @@ def _accumulate(
     k0, k1, k2, k3, scores, seen, top, total, o0, o1, o2, o3,
     FP8: tl.constexpr, SWAPPED: tl.constexpr,
 ):  # fmt: skip
-    """The state of the softmax after a tile."""
+    """Return the state of the softmax after a tile."""
     weight, shrink, top, total = softmax_step(scores, seen, top, total, SWAPPED)
     weight = weight.to(tl.float16) if FP8 else to_bfloat16(weight)
     o0 = weighted(k0, weight, o0, shrink, SWAPPED)
@@ -108,7 +111,7 @@ def _accumulate(
 
 @triton.jit
 def _start(BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, SWAPPED: tl.constexpr):
-    """The state of the softmax before the first tile."""
+    """Return the state of the softmax before the first tile."""
     top = tl.full([BLOCK_H], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_N, BLOCK_H], tl.float32) if SWAPPED else tl.zeros([BLOCK_H], tl.float32)
     o0, o1 = zeros(128, BLOCK_H, SWAPPED), zeros(128, BLOCK_H, SWAPPED)
@@ -117,7 +120,7 @@ def _start(BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, SWAPPED: tl.constexpr):
 
 @triton.jit
 def _load_queries(query, is_head, column, SWAPPED: tl.constexpr):
-    """Operands of the four tiles of latents, and of the roped values."""
+    """Load the query operands of the four tiles of latents and of the rotated values."""
     q0 = load_query(query, is_head, column, 0, SWAPPED)
     q1 = load_query(query, is_head, column, 128, SWAPPED)
     q2 = load_query(query, is_head, column, 256, SWAPPED)
@@ -127,7 +130,7 @@ def _load_queries(query, is_head, column, SWAPPED: tl.constexpr):
 
 @triton.jit
 def _float16_queries(q0, q1, q2, q3, SWAPPED: tl.constexpr):
-    """Operands in float16, and the factor [heads] that takes their scaling back."""
+    """Scale queries to float16. Return them, and the factor [heads] that undoes the scaling."""
     top = tl.maximum(largest(q0, SWAPPED), largest(q1, SWAPPED))
     top = tl.maximum(top, tl.maximum(largest(q2, SWAPPED), largest(q3, SWAPPED)))
     up, back = half_range(top)
@@ -138,7 +141,7 @@ def _float16_queries(q0, q1, q2, q3, SWAPPED: tl.constexpr):
 
 @triton.jit
 def _bfloat16_keys(key, seen, column, first: tl.constexpr):
-    """bfloat16 [keys, columns] of a bfloat16 or int16 (bfloat16 bits) cache; `key` [keys]."""
+    """Load keys at `key` [keys] from a bfloat16 or int16 cache: bfloat16 [keys, columns]."""
     x = tl.load(key[:, None] + first + column[None, :], mask=seen[:, None], other=0)
     if x.dtype == tl.int16:
         x = x.to(tl.bfloat16, bitcast=True)
@@ -167,11 +170,13 @@ def attend_kernel(
     FP8: tl.constexpr,
     SWAPPED: tl.constexpr,
 ):
-    """Keys come through registers, one tile ahead.
+    """Attend for one token, a group of heads and a split.
 
-    COPIED: bfloat16 latents are copied to shared memory some tiles ahead instead, for few heads.
-    FP8: latents become float16, which holds codes times scales more exactly than bfloat16 would;
-    queries are brought into its range by a power of two a head. The roped part stays bfloat16.
+    Keys pass through registers, one tile ahead. With COPIED, for few heads, the hardware copies
+    bfloat16 latents to shared memory some tiles ahead.
+
+    With FP8 latents become float16, which represents codes times scales more exactly than bfloat16.
+    A power of two for each head brings the queries into its range. The rotated part stays bfloat16.
     """
     wait_for_inputs()
     token, head, is_head, split = _place(groups, splits, num_heads, BLOCK_H)
@@ -208,17 +213,17 @@ def attend_kernel(
             q0, q1, q2, q3, back = _float16_queries(q0, q1, q2, q3, SWAPPED)
             latent_factor = of_heads(back, SWAPPED) * scale_log2
         top, total, o0, o1, o2, o3 = _start(BLOCK_H, BLOCK_N, SWAPPED)
-        # 1, which the compiler learns late. Triton keeps the left operand of a GEMM in shared
-        # memory if it comes into a loop, and not if it was just made; and it gives scores to all
-        # warps if it does not see from their GEMM that another one needs them
+        # 1, in a form that the compiler does not see through. Triton keeps the left operand of a
+        # GEMM in shared memory if the operand enters a loop, but not if it was just made. And it
+        # distributes scores to all warps unless it sees that another GEMM needs them
         once = 1 + (tl.program_id(0) >> 31)
         for start in range(begin, end, BLOCK_N):
             k0, k1 = latents(x0, scales, 0, FP8), latents(x1, scales, 1, FP8)
             k2, k3 = latents(x2, scales, 2, FP8), latents(x3, scales, 3, FP8)
             scores = zeros(BLOCK_N, BLOCK_H, SWAPPED)
             for i in range(once):
-                # made here, it is an operand from registers: weights follow it in shared memory,
-                # and ptxas of CUDA 12.8 loses the address of what products read there in two ways
+                # made here, so that it is an operand in registers. Otherwise weights follow it in
+                # shared memory, and ptxas of CUDA 12.8 loses the address of operands there
                 k_rope = bfloat16_pairs(x_rope)
                 scores += _scores(
                     k0, k1, k2, k3, k_rope, q0, q1, q2, q3, q_rope, latent_factor, scale_log2,
@@ -259,7 +264,7 @@ def combine_kernel(
     MAX_SPLITS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Some columns of the result of one token and head, from those of its splits."""
+    """Combine some columns of one token and head from the partial results of the splits."""
     wait_for_inputs()
     start_next()
     row = tl.program_id(0).to(tl.int64)

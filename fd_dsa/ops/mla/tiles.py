@@ -1,8 +1,7 @@
-"""Device functions of the sparse MLA kernels for tensor cores: tiles of keys, queries, softmax.
+"""Device functions of sparse MLA on tensor cores: tiles of keys, queries and softmax.
 
-A tile is [keys, heads] where SWAPPED, else [heads, keys]. Instructions of Hopper's tensor cores
-take 64 rows: heads where there are as many, and keys where there are few heads, so that no row is
-padding.
+A tile is [keys, heads] if SWAPPED, else [heads, keys]. Instructions of Hopper's tensor cores have
+64 rows. With few heads the rows are keys, so that no row is padding.
 """
 
 from __future__ import annotations
@@ -15,8 +14,7 @@ from fd_dsa.cache_formats import (
     ROPE_WIDTH,
     TILE_WIDTH,
 )
-from fd_dsa.ops.step_kernel import e4m3_values
-from fd_dsa.ops.triton_fp8 import stored
+from fd_dsa.ops.device_functions import e4m3_values, stored
 from fd_dsa.triton_runtime import INTERPRETING
 
 import triton  # isort: skip
@@ -25,42 +23,42 @@ import triton.language as tl  # isort: skip
 RANK, ROPE, RECORD = LATENT_WIDTH, ROPE_WIDTH, LATENT_RECORD_BYTES
 _RANK, _ROPE, _RECORD = tl.constexpr(RANK), tl.constexpr(ROPE), tl.constexpr(RECORD)
 _SCALES_AT, _ROPE_AT = tl.constexpr(LATENT_SCALES_AT), tl.constexpr(LATENT_ROPE_AT)
-# latents that share a scale in a record; in all forms the width of a tile of latents
+# latents that share a scale in a record, and the width of a tile of latents in all formats
 _TILE = tl.constexpr(TILE_WIDTH)
 _INTERPRETING = tl.constexpr(INTERPRETING)
 
 
 @triton.jit
 def of_keys(x, SWAPPED: tl.constexpr):
-    """A value a key, beside every head."""
+    """Broadcast a value of each key over heads."""
     return x[:, None] if SWAPPED else x[None, :]
 
 
 @triton.jit
 def of_heads(x, SWAPPED: tl.constexpr):
-    """A value a head, beside every key."""
+    """Broadcast a value of each head over keys."""
     return x[None, :] if SWAPPED else x[:, None]
 
 
 @triton.jit
 def latent_order(FP8: tl.constexpr):
-    """int32 [128]: the latent of a tile that each column holds.
+    """Return the latent of a tile that each column has, int32 [128].
 
-    A thread makes 16 neighbouring numbers of 16 codes and writes them to shared memory as two
-    vectors. Side by side these would meet vectors of other threads in the same banks; so the
-    second ones are 64 columns after the first. A sum over latents has any order.
+    A thread converts 16 neighbouring codes and writes them to shared memory as two vectors.
+    Neighbouring vectors would be in the same banks as those of other threads. So the second vector
+    is 64 columns after the first one. The order does not matter for a sum over latents.
     """
     column = tl.arange(0, _TILE)
     if FP8:
         column = column % 64 // 8 * 16 + column // 64 * 8 + column % 8
-        # runs of 8, which the compiler does not find out
+        # runs of 8, which the compiler does not find by itself
         column = tl.max_contiguous(tl.multiple_of(column, 8), 8)
     return column
 
 
 @triton.jit
 def load_query(row, is_head, column, first: tl.constexpr, SWAPPED: tl.constexpr):
-    """bfloat16 values `first + column` of the queries at `row` [heads], as an operand."""
+    """Load the values `first + column` of the queries at `row` [heads] as a bfloat16 operand."""
     if SWAPPED:
         x = tl.load(row[None, :] + first + column[:, None], mask=is_head[None, :], other=0.0)
     else:
@@ -70,16 +68,16 @@ def load_query(row, is_head, column, first: tl.constexpr, SWAPPED: tl.constexpr)
 
 @triton.jit
 def largest(q, SWAPPED: tl.constexpr):
-    """float32 [heads]: largest magnitude of each query's values."""
+    """Return the largest magnitude of each query's values, float32 [heads]."""
     return tl.max(tl.abs(q.to(tl.float32)), 0 if SWAPPED else 1)
 
 
 @triton.jit
 def half_range(top):
-    """Powers of two that bring numbers of at most `top` below 2^15, and back.
+    """Return a power of two that scales numbers up to `top` below 2^15, and its inverse.
 
-    float16 then holds bfloat16 numbers down to 2^-29 of the largest exactly, and the others to
-    within 2^-40 of it.
+    float16 then represents bfloat16 numbers down to 2^-29 of the largest exactly, and smaller ones
+    within 2^-40 of the largest.
     """
     exponent = tl.maximum((top.to(tl.uint32, bitcast=True) >> 23).to(tl.int32), 64)
     up = ((268 - exponent) << 23).to(tl.float32, bitcast=True)
@@ -88,14 +86,14 @@ def half_range(top):
 
 @triton.jit
 def slots_at(slots_ptr, entry, end, num_slots):
-    """Slots of some entries of a row, and which of them are slots."""
+    """Load the slots of some entries of a row. Return them and a mask of valid slots."""
     slot = tl.load(slots_ptr + entry, mask=entry < end, other=-1)
     return slot, (slot >= 0) & (slot < num_slots)
 
 
 @triton.jit
 def last_entry(slots_ptr, begin, end, num_slots, BLOCK: tl.constexpr):
-    """The end of the entries `begin` to `end` without those after the last slot."""
+    """Return the end of the entries from `begin` on, without entries after the last slot."""
     last = begin
     for start in range(begin, end, BLOCK):
         entry = start + tl.arange(0, BLOCK)
@@ -106,21 +104,24 @@ def last_entry(slots_ptr, begin, end, num_slots, BLOCK: tl.constexpr):
 
 @triton.jit
 def _words(record, seen, first: tl.constexpr, WORDS: tl.constexpr):
-    """int32 [keys, WORDS] from byte `first` on; narrower numbers would fill a register each."""
+    """Load int32 words of each record from byte `first` on: [keys, WORDS].
+
+    Words, because narrower numbers would take a register each.
+    """
     pointer = (record + first).to(tl.pointer_type(tl.int32))
     return tl.load(pointer[:, None] + tl.arange(0, WORDS)[None, :], mask=seen[:, None], other=0)
 
 
 @triton.jit
 def _scale_bits(record, seen, i: tl.constexpr):
-    """int64 [keys]: 256 times a scale of each record, in float16."""
+    """Load scale i of each record: float16 bits of 256 times the scale, in int64 [keys]."""
     scale = tl.load((record + _SCALES_AT).to(tl.pointer_type(tl.float32)) + i, mask=seen, other=0.0)
     return (scale * 256.0).to(tl.float16).to(tl.uint16, bitcast=True).to(tl.int64) << (16 * i)
 
 
 @triton.jit
 def load_keys(cache_ptr, slot, seen, FP8: tl.constexpr):
-    """Keys as they lie: four tiles of latents, the roped values, and four scales in an int64."""
+    """Load keys as words: four tiles of latents, rotated values, four scales in an int64."""
     if FP8:
         record = cache_ptr + slot.to(tl.int64) * _RECORD
         low = _scale_bits(record, seen, 0) | _scale_bits(record, seen, 1)
@@ -129,7 +130,7 @@ def load_keys(cache_ptr, slot, seen, FP8: tl.constexpr):
         x2, x3 = _words(record, seen, 256, 32), _words(record, seen, 384, 32)
         x_rope = _words(record, seen, _ROPE_AT, 32)
     else:
-        # steps of a pointer to 16-bit numbers
+        # the pointer counts 16-bit numbers
         record = cache_ptr + slot.to(tl.int64) * (_RANK + _ROPE)
         scales = slot.to(tl.int64)
         x0, x1 = _words(record, seen, 0, 64), _words(record, seen, 128, 64)
@@ -140,16 +141,16 @@ def load_keys(cache_ptr, slot, seen, FP8: tl.constexpr):
 
 @triton.jit
 def _scaled_code(words, scale):
-    """float16 value of the lowest code in each word, times `scale` / 256; interpreted alone."""
+    """Convert the lowest code in each word, times `scale` / 256, to float16 (interpreter)."""
     code = (words & 0xFF).to(tl.uint8)
-    # neither a cast of the interpreter's keeps what is no number
+    # the interpreter's casts lose NaN
     value = tl.where((code & 0x7F) == 0x7F, float("nan"), e4m3_values(code, tl.float32))
     return (value * 0.00390625).to(tl.float16) * scale
 
 
 @triton.jit
 def _scaled_codes(words, scale):
-    """float16 values of the four codes in each word, times `scale` / 256; NaN stays NaN."""
+    """Convert the four codes in each word, times `scale` / 256, to float16. NaN stays NaN."""
     if _INTERPRETING:
         a, b = _scaled_code(words, scale), _scaled_code(words >> 8, scale)
         return a, b, _scaled_code(words >> 16, scale), _scaled_code(words >> 24, scale)
@@ -180,9 +181,12 @@ def _scaled_codes(words, scale):
 
 @triton.jit
 def latents(words, scales, i: tl.constexpr, FP8: tl.constexpr):
-    """[keys, 128] latents of tile i, in the order of `latent_order`; float16 where FP8."""
+    """Return the latents of tile i, [keys, 128] in the order of `latent_order`.
+
+    They are float16 if FP8, else bfloat16.
+    """
     if FP8:
-        # widened before the shift: one change of layout then serves all four tiles
+        # broadcast before the shift, so that all four tiles share one change of layout
         bits = tl.broadcast_to(scales[:, None], words.shape) >> (16 * i)
         scale = (bits & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True)
         a, b, c, d = _scaled_codes(words, scale)
@@ -195,7 +199,7 @@ def latents(words, scales, i: tl.constexpr, FP8: tl.constexpr):
 
 @triton.jit
 def bfloat16_pairs(words):
-    """bfloat16: the two numbers of each word, lower half first."""
+    """Return the two bfloat16 numbers of each word, lower half first."""
     if _INTERPRETING:
         a = (words & 0xFFFF).to(tl.uint16).to(tl.bfloat16, bitcast=True)
         b = ((words >> 16) & 0xFFFF).to(tl.uint16).to(tl.bfloat16, bitcast=True)
@@ -214,26 +218,29 @@ def bfloat16_pairs(words):
 
 @triton.jit
 def product(k, q, SWAPPED: tl.constexpr):
-    """float32 products of keys and queries over a tile of latents."""
+    """Multiply keys and queries over a tile of latents, in float32."""
     return tl.dot(k, q) if SWAPPED else tl.dot(q, tl.trans(k))
 
 
 @triton.jit
 def weighted(k, weight, out, shrink, SWAPPED: tl.constexpr):
-    """`out` times `shrink`, plus the latents of a tile times their weights."""
+    """Return `out` times `shrink`, plus the latents of a tile times their weights."""
     out = out * of_heads(shrink, SWAPPED)
     return tl.dot(tl.trans(k), weight, acc=out) if SWAPPED else tl.dot(weight, k, acc=out)
 
 
 @triton.jit
 def softmax_step(scores, seen, top, total, SWAPPED: tl.constexpr):
-    """Weights of a tile of scores in powers of two, what to shrink older sums by, new top, sums.
+    """Apply one step of the online softmax, in powers of two, to a tile of scores.
 
-    Where SWAPPED, sums stay apart for each row of the tile; they are added once at the end.
+    If SWAPPED, each row of the tile has a sum of its own. The sums are added once at the end.
+
+    Returns:
+        Weights of the tile, factor of older sums, new maximum, new sums.
     """
     scores = tl.where(of_keys(seen, SWAPPED), scores, float("-inf"))
     new_top = tl.maximum(top, tl.max(scores, 0 if SWAPPED else 1))
-    # all scores so far -inf: nothing to subtract, and no difference of infinities
+    # 0 if all scores so far are -inf, to avoid a difference of infinities
     base = tl.where(new_top == float("-inf"), 0.0, new_top)
     shrink = tl.exp2(top - base)
     weight = tl.exp2(scores - of_heads(base, SWAPPED))
@@ -243,7 +250,7 @@ def softmax_step(scores, seen, top, total, SWAPPED: tl.constexpr):
 
 @triton.jit
 def zeros(ROWS: tl.constexpr, BLOCK_H: tl.constexpr, SWAPPED: tl.constexpr):
-    """float32 zeros: [ROWS, heads] where SWAPPED, else [heads, ROWS]."""
+    """Return float32 zeros: [ROWS, heads] if SWAPPED, else [heads, ROWS]."""
     return (
         tl.zeros([ROWS, BLOCK_H], tl.float32) if SWAPPED else tl.zeros([BLOCK_H, ROWS], tl.float32)
     )
@@ -251,7 +258,7 @@ def zeros(ROWS: tl.constexpr, BLOCK_H: tl.constexpr, SWAPPED: tl.constexpr):
 
 @triton.jit
 def store_tile(row, is_head, column, first: tl.constexpr, out, factor, SWAPPED: tl.constexpr):
-    """A tile of the result times `factor` [heads], to `row` [heads] + first + column."""
+    """Store a tile of the result times `factor` [heads] at `row` [heads] + first + column."""
     out = out * of_heads(factor, SWAPPED)
     if SWAPPED:
         pointer, mask = row[None, :] + first + column[:, None], is_head[None, :]

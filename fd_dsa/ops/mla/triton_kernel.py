@@ -1,8 +1,8 @@
-"""Sparse MLA on a device, over cache slots; correct first, not tuned.
+"""Kernels for sparse MLA and dequantization on every device and dtype. They are not tuned.
 
-One program attends for one token and one group of heads, with an online softmax over tiles of
-the selected keys. A provider that keeps a tile of keys in shared memory for all heads, or splits
-long selections between programs, can replace it without a change to callers.
+One program attends for one token and one group of heads, with an online softmax over tiles of the
+selected keys. The other providers keep a tile of keys in shared memory for more heads, and split
+long selections among programs.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from math import prod
 
 from fd_dsa.cache_formats import LATENT_WIDTH, ROPE_WIDTH, TILE_WIDTH
 from fd_dsa.ops.arrays import cache_format
-from fd_dsa.ops.step_kernel import e4m3_values, step_kernel, stored_values
+from fd_dsa.ops.device_functions import e4m3_values, stored_values
+from fd_dsa.ops.step_kernel import step_kernel
 from fd_dsa.tensor import Tensor
 from fd_dsa.triton_runtime import wait_for_inputs
 
@@ -29,7 +30,7 @@ def latents_of(
     cache_ptr, slot, dim, mask, RANK: tl.constexpr, ROPE: tl.constexpr, FP8: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Latent values `dim` of the keys in `slot`; the two broadcast, and so does `mask`."""
+    """Load latent values `dim` of the keys in `slot`. Both and `mask` are broadcast."""
     if FP8:
         record = slot * (RANK + RANK // _TILE * 4 + ROPE * 2)
         values = e4m3_values(tl.load(cache_ptr + record + dim, mask=mask, other=0), tl.float32)
@@ -43,7 +44,7 @@ def roped_of(
     cache_ptr, slot, dim, mask, RANK: tl.constexpr, ROPE: tl.constexpr, FP8: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Roped values `dim` of the keys in `slot`."""
+    """Load rotated values `dim` of the keys in `slot`."""
     if FP8:
         record = slot * (RANK + RANK // _TILE * 4 + ROPE * 2)
         start = cache_ptr + record + (RANK + RANK // _TILE * 4)
@@ -71,7 +72,7 @@ def sparse_mla_kernel(
     FP8: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Attention of token `program 0` for the heads of group `program 1`."""
+    """Attend for token `program 0` and the heads of group `program 1`."""
     wait_for_inputs()
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * _BLOCK_H + tl.arange(0, _BLOCK_H)
@@ -91,7 +92,7 @@ def sparse_mla_kernel(
         entry = start + tl.arange(0, _BLOCK_N)
         slot = tl.load(slots_ptr + token * topk + entry, mask=entry < topk, other=-1)
         seen = (slot >= 0) & (slot < num_slots)
-        # a row ends with its unused entries: tiles of nothing else cost one look
+        # a row ends with unused entries, and a tile of them is skipped
         if tl.max(seen.to(tl.int32), axis=0) > 0:
             key = slot.to(tl.int64)
             scores = tl.zeros([_BLOCK_H, _BLOCK_N], tl.float32)
@@ -111,7 +112,7 @@ def sparse_mla_kernel(
             scores = tl.dot(q_rope, k, acc=scores, input_precision="ieee")
             scores = tl.where(seen[None, :], scores * softmax_scale, float("-inf"))
             new_top = tl.maximum(top, tl.max(scores, axis=1))
-            # all scores so far -inf: nothing to subtract, and no difference of infinities
+            # 0 if all scores so far are -inf, to avoid a difference of infinities
             base = tl.where(new_top == float("-inf"), 0.0, new_top)
             shrink = tl.exp(top - base)
             weight = tl.where(seen[None, :], tl.exp(scores - base[:, None]), 0.0)
@@ -131,13 +132,12 @@ def sparse_mla_kernel(
 def attend_slots(
     q: Tensor, cache: Tensor, slots: Tensor, out: Tensor, *, softmax_scale: float, kv_lora_rank: int
 ) -> None:
-    """Fill `out` with the attention of each token over its slots; see `fd_dsa.ops.sparse_mla`.
+    """Attend to the slots of each token's row, as `fd_dsa.ops.sparse_mla`, to `out`.
 
-    A slot of -1 or past the cache is none, at any place of a row. Products are made in bfloat16
-    where the query is, with latents rounded to it, and in float32 (no TF32) otherwise; sums are
-    float32.
+    Slots of -1 or past the cache are ignored at any place of a row. Products are bfloat16 if the
+    query is, with latents rounded to bfloat16, and float32 (not TF32) otherwise. Sums are float32.
 
-    Cost: one launch; no allocation, no wait.
+    Cost: one launch, without an allocation or a wait.
     """
     num_tokens, num_heads, width = q.shape
     if num_tokens == 0:
@@ -170,7 +170,7 @@ def dequantize_kernel(
     FP8: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """See `dequantize`; a program takes BLOCK_N keys."""
+    """Dequantize BLOCK_N keys."""
     key = tl.program_id(0) * _BLOCK_N + tl.arange(0, _BLOCK_N)
     slot = tl.load(slots_ptr + key, mask=key < num_keys, other=-1)[:, None]
     held = (slot >= 0) & (slot < num_slots)
@@ -185,14 +185,14 @@ def dequantize_kernel(
 
 
 def dequantize(cache: Tensor, slots: Tensor, out: Tensor) -> None:
-    """See `fd_dsa.ops.mla.dequantize`, with a result to write."""
+    """Dequantize as `fd_dsa.ops.mla.dequantize`, in one launch, to `out`."""
     num_keys, width = out.shape
     if num_keys == 0:
         return
     fp8 = cache_format(cache).is_fp8
     dequantize_kernel[(-(-num_keys // BLOCK_N),)](
         *(cache, slots, out, num_keys, cache.shape[0]),
-        # the parts of other caches are alike
+        # caches of other formats have one part
         RANK=LATENT_WIDTH if fp8 else width,
         ROPE=ROPE_WIDTH if fp8 else 0,
         FP8=fp8,

@@ -91,7 +91,7 @@ def float64_at(pointer):
 def uniform_of(record, position):
     """Return the float64 in [0, 1) of a slot's seed and a position.
 
-    It is the number of `fd_dsa.engine.sampler.uniforms`.
+    It is the number of `fd_dsa.engine.draws.uniforms`.
     """
     seed = joined(tl.load(record + SEED), tl.load(record + SEED + 1)).to(tl.uint64, bitcast=True)
     step = (position.to(tl.int64) + 1).to(tl.uint64, bitcast=True)

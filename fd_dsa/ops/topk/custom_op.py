@@ -1,8 +1,8 @@
 """Exact top-k on a device by the CUDA C++ kernel of custom_ops/, called through its C ABI.
 
-One pass over a row: scores above a bound taken from samples are kept in shared memory, where the
-best are found; a row whose bound fails is read again, digit by digit. The result is that of
-`triton_kernel`, bit by bit.
+The kernel estimates a bound from samples of a row. One pass keeps the scores above the bound in
+shared memory and selects the best of them. If the bound fails, the row is read again, digit by
+digit. The result has the same bits as that of `triton_kernel`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _NUMBERS = (
 
 
 class TopkRows(ctypes.Structure):
-    """FdDsaTopk of custom_ops/csrc/topk.h, which says what each field is."""
+    """Structure FdDsaTopk of custom_ops/csrc/topk.h, which documents the fields."""
 
     _fields_ = (
         *((n, ctypes.c_void_p) for n in ("logits", "lengths", "position_ids", "batch_ids")),
@@ -45,14 +45,14 @@ class TopkRows(ctypes.Structure):
 
 
 class SlotSelector(LibraryKernel):
-    """`triton_kernel.select_slots` of a loaded library."""
+    """Kernel of a loaded library with the arguments of `triton_kernel.select_slots`."""
 
     launcher, size, structure = "fd_dsa_topk_cuda", "fd_dsa_topk_bytes", TopkRows
     _tensors: tuple[Any, ...] = (None,) * len(_TENSORS + _WINDOWS)
 
     @classmethod
     def cases(cls) -> Iterable[Case]:
-        """Rows that one pass finds, and others that are read again."""
+        """Return cases of rows that one pass selects, and of rows that are read again."""
         return [topk_case((40, 5), (9000, 7), (20000, 2048))]
 
     def __call__(
@@ -65,14 +65,14 @@ class SlotSelector(LibraryKernel):
         first_token: int = 0,
         num_rows: int | None = None,
     ) -> None:
-        """See `triton_kernel.select_slots`: the same arguments, results and cost."""
+        """Select as `triton_kernel.select_slots`, at the same cost."""
         read = tensors + windows
         for tensor, known in zip(read, self._tensors, strict=True):
             if tensor is not known:
-                self._take(read)
+                self._set_tensors(read)
                 break
         rows = self.job
-        # not held: a step's scores are large, and another step may reuse their memory
+        # no reference to a step's scores, so that another step can reuse their memory
         rows.row_stride, rows.width = logits.stride()[0], logits.shape[1]
         rows.logits = self._address("logits", logits, may_have_gaps=True)
         rows.num_rows = logits.shape[0] if num_rows is None else num_rows
@@ -80,34 +80,34 @@ class SlotSelector(LibraryKernel):
         rows.block_size, rows.num_blocks = block_size, num_blocks
         self.launch()
 
-    def _take(self, tensors: tuple[Tensor, ...]) -> None:
-        """Remember other tensors than those of the call before."""
+    def _set_tensors(self, tensors: tuple[Tensor, ...]) -> None:
+        """Write the addresses of new tensors to the structure."""
         self._tensors = (None,) * len(tensors)
         slots, rows = tensors[3], self.job
         self.bind(slots)
         for name, tensor in zip(_TENSORS + _WINDOWS, tensors, strict=True):
             setattr(rows, name, None if tensor is None else self._address(name, tensor))
         rows.k, rows.table_width = slots.shape[1], tensors[2].shape[1]
-        # held, so that no other tensor gets these addresses
+        # references, so that the allocator does not reuse these addresses
         self._tensors = tensors
 
 
 def choose_topk(kind: str, allocate: Allocate) -> Choice:
-    """What `providers.choose` is given for a kind of device.
+    """Select the provider of top-k for a kind of device.
 
-    A kernel of fd_dsa_ops is compared with the definition first, for which the thread waits.
+    The first call compares a kernel of fd_dsa_ops with the definition, and waits for the device.
     """
     conditions = {CUSTOM_OP: why_not_compiled()}
     return choose("topk", kind, conditions, lambda k: difference(SlotSelector, k, allocate))
 
 
 def slot_selector(kind: str, allocate: Allocate) -> Callable[..., None]:
-    """A `select_slots` for one thread at a time, as `choose_topk` chooses."""
+    """Return the selected `select_slots`, for one thread at a time."""
     if choose_topk(kind, allocate).provider == CUSTOM_OP:
         return SlotSelector(custom_ops.build().kernels)
     return triton_kernel.select_slots
 
 
 def select_slots(*tensors: Tensor, **options: Any) -> None:
-    """See `SlotSelector.__call__`; one thread at a time."""
+    """Select by the kernel that all callers share, one thread at a time."""
     shared_kernel(SlotSelector, custom_ops.build().kernels)(*tensors, **options)

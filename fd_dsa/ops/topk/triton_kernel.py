@@ -1,14 +1,15 @@
-"""Exact top-k on a device, written as cache slots; correct first, not tuned.
+"""Kernel for exact top-k on a device, as cache slots. It is not tuned.
 
-One program serves one token: it finds the k-th best score bit by bit over an order-preserving
-image of the scores, then writes the winners in ascending position. Nothing depends on the order
-of threads. A provider with fewer passes over the row can replace it without a change to callers.
+One program selects for one token. It finds the k-th best score bit by bit, over an image of the
+scores in the same order. Then it writes the slots in ascending position. The result does not depend
+on the order of threads. A faster provider needs fewer passes over the row.
 """
 
 from __future__ import annotations
 
+from fd_dsa.ops.device_functions import blocks_of, key_bounds
 from fd_dsa.ops.key_bounds import NO_WINDOWS, PromptWindows
-from fd_dsa.ops.step_kernel import blocks_of, key_bounds, step_kernel
+from fd_dsa.ops.step_kernel import step_kernel
 from fd_dsa.tensor import Tensor
 from fd_dsa.triton_runtime import wait_for_inputs
 
@@ -20,8 +21,8 @@ _BLOCK = tl.constexpr(1024)
 
 @triton.jit
 def _ordered_bits(scores):
-    """uint32 image: larger = higher score; NaN is 0, below -inf, and -0.0 equals +0.0."""
-    # integers alone: no comparison of floats may take a denormal number for zero
+    """Map scores to uint32 in the same order. NaN is 0, below -inf. -0.0 equals +0.0."""
+    # integers only, because a comparison of floats may flush denormal numbers to zero
     bits = scores.to(tl.uint32, bitcast=True)
     bits = tl.where(bits == 0x80000000, tl.zeros_like(bits), bits)
     image = tl.where((bits >> 31) != 0, bits ^ 0xFFFFFFFF, bits | 0x80000000)
@@ -31,9 +32,9 @@ def _ordered_bits(scores):
 
 @triton.jit
 def _kth_best(row_ptr, window, k):
-    """Largest image that at least k of the row's scores reach, and how many exceed it.
+    """Return the largest image that at least k scores of a row reach, and how many exceed it.
 
-    Built from the highest bit down: a bit is set while k scores still reach the value.
+    From the highest bit down, a bit is set if k scores still reach the value.
     """
     kth = tl.full([], 0, tl.uint32)
     above = tl.full([], 0, tl.int32)
@@ -45,7 +46,7 @@ def _kth_best(row_ptr, window, k):
             image = _ordered_bits(tl.load(row_ptr + column, mask=column < window, other=0.0))
             hit = (column < window) & (image >= candidate)
             reached += tl.sum(hit.to(tl.int32), axis=0)
-        # where the bit stays clear, `reached` counts scores above every value still possible
+        # if the bit stays clear, `reached` counts the scores above all values that remain
         above = tl.where(reached >= k, above, reached)
         kth = tl.where(reached >= k, candidate, kth)
     return kth, above
@@ -69,7 +70,7 @@ def topk_kernel(
     num_blocks,
     BLOCK_SIZE: tl.constexpr,
 ):
-    """Slots of the k best keys of token `first_token + program 0`."""
+    """Write the slots of the k best keys of token `first_token + program 0`."""
     wait_for_inputs()
     row = tl.program_id(0).to(tl.int64)
     token = first_token + row
@@ -86,7 +87,7 @@ def topk_kernel(
     if window > k:
         window = tl.minimum(window, tl.maximum(logits_width - begin, 0))
         kth, above = _kth_best(row_ptr, window, k)
-    # scores equal to the k-th best fill what the better ones leave, lowest positions first
+    # scores equal to the k-th best fill the remaining entries, lowest positions first
     wanted_ties = k - above
     scored_end = tl.where(window > k, window, 0)
     unscored_end = window - scored_end
@@ -130,15 +131,19 @@ def select_slots(
     """Fill rows of `slots` with the cache slots of the best keys of consecutive tokens.
 
     Ranks and order are those of `fd_dsa.ops.topk_indices`. A token with at most k keys gets all of
-    them, without a look at its scores.
+    them, and its scores are not read.
 
     Args:
-        logits: float32 [num_rows, width], of the tokens from `first_token` on; rows may have gaps.
-        position_ids, batch_id_per_token, block_tables: as of a ForwardMeta; rows of padding are -1.
-        slots: int32 [num_tokens, k]; -1 also for a key without a block of 0..num_blocks - 1.
-        windows: `prompt_windows` of the step; without them every token sees all keys up to its own.
-        num_rows: how many tokens; None is the rows of `logits`. May be more where no token has
-            more than k keys: the scores are not read then.
+        logits: float32 [num_rows, width], scores of the tokens from `first_token` on; rows may have
+            gaps.
+        position_ids, batch_id_per_token, block_tables: see ForwardMeta.
+        slots: int32 [num_tokens, k]; -1 for an unused entry and for a key without a block of the
+            cache.
+        block_size, num_blocks: size of the cache.
+        windows: `prompt_windows` of the step; NO_WINDOWS = all keys up to the token's own.
+        first_token: first token whose row is filled.
+        num_rows: number of tokens; None = rows of `logits`. It may exceed these rows if no token
+            has more than k keys.
 
     Cost: one launch; no allocation, no wait.
     """

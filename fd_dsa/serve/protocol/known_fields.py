@@ -2,8 +2,7 @@
 
 The models of the requests have the supported fields. A field of this module is ignored if no value
 of it can change an answer. Otherwise it is refused unless its value is neutral. docs/api.md lists
-both kinds. Other unknown fields are reported in the header `X-Ignored-Fields`.
-`X-Ignored-Fields`.
+the ignored fields. Other unknown fields are reported in the header `X-Ignored-Fields`.
 
 Sources: the request models of vLLM, SGLang, FastDeploy, llama.cpp and Ollama, the `openai` package,
 and the hosted APIs of DeepSeek, Z.ai, Mistral and OpenRouter.

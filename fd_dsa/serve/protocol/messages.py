@@ -156,11 +156,11 @@ class CountTokensRequest(TranslatedRequest, json_schema_extra={"examples": [_EXA
                 f"output_config.effort: got {show(effort)}; allowed are {', '.join(_EFFORTS)}"
             )
         made.fields["reasoning_effort"] = effort
-        places = {
+        given = {
             "output_config.format": config.fields.get("format"),
             "output_format": self.output_format,
         }
-        forms = {path: value for path, value in places.items() if value is not None}
+        forms = {path: value for path, value in given.items() if value is not None}
         if len(forms) > 1:
             raise FieldError("output_format: given with output_config.format; leave it out")
         for path, value in forms.items():

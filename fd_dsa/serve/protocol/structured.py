@@ -65,15 +65,15 @@ def _check_names(value: dict[str, object], allowed: Sequence[str], what: str) ->
 def _structured_outputs(value: object) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise refuse(f"got {show(value)}; allowed is an object with one of {', '.join(_FORMS)}")
-    asked = {
+    requested = {
         name: form
         for name, form in value.items()
         if form not in (None, False) and name not in IGNORED_STRUCTURED_OUTPUTS
     }
-    _check_names(asked, _FORMS, "")
-    if not asked:
+    _check_names(requested, _FORMS, "")
+    if not requested:
         raise refuse(f"has no form; give one of {', '.join(_FORMS)}")
-    return asked
+    return requested
 
 
 def _json_schema(value: object) -> dict[str, Any] | str:
@@ -151,13 +151,13 @@ class StructuredFields(Body):
         for field, kind in _GUIDED.items():
             value = getattr(self, field)
             forms[field] = {kind: value} if value not in (None, False) else None
-        asked = {name: form for name, form in forms.items() if form is not None}
-        if not asked:
+        requested = {name: form for name, form in forms.items() if form is not None}
+        if not requested:
             return None
-        if len(asked) > 1:
-            first, second, *_ = asked
+        if len(requested) > 1:
+            first, second, *_ = requested
             raise FieldError(f"{second}: given with {first}; an answer has one form")
-        ((name, form),) = asked.items()
+        ((name, form),) = requested.items()
         try:
             return StructuredOutputsParams(**form, source=name)
         except ValueError as error:

@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fd_dsa.ops.cache_write import CacheWriteParams
-from fd_dsa.ops.cache_write.paddle_impl import bfloat16_bits
-from fd_dsa.ops.cache_write.paddle_impl import write_caches as cpu_cache_write
+from fd_dsa.ops.cache_write import CacheWriteParams, bfloat16_bits
+from fd_dsa.ops.cache_write import write_on_host as cpu_cache_write
 from tests.attention.bfloat16_case import DIM, RANK, ROPE, Bfloat16World, rounded
 from tests.attention.harness import FinishedKeys
 from tests.gpu_rig import Rig

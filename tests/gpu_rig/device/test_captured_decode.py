@@ -24,7 +24,9 @@ from fd_dsa.ops.sampling.parameters import SlotParameters
 from fd_dsa.runner import InputBatch, ModelRunner
 from fd_dsa.runner.input_batch import SamplingInputs
 from fd_dsa.runner.step_graphs import Captured, CaptureRefused, PaddleCapture
-from fd_dsa.startup.memory import graph_bytes
+from fd_dsa.startup.capture import capture_graphs
+from fd_dsa.startup.graph_sizes import graph_bytes
+from fd_dsa.startup.warm_up import warm_up_kernels
 from tests.demo.samples import PROSE
 from tests.gpu_rig import Rig
 from tests.gpu_rig.captures import capture_of
@@ -51,7 +53,7 @@ STEPS = (
 @contextmanager
 def captured(rig: Rig, runner: ModelRunner, sizes: tuple[int, ...] = SIZES) -> Iterator[Any]:
     """The runner with graphs, which are gone before the process ends."""
-    runner.capture_graphs(sizes, capture_of(rig))
+    capture_graphs(runner, sizes, capture_of(rig))
     assert runner.captured_sizes == sizes
     try:
         yield runner
@@ -258,7 +260,7 @@ def test_what_cannot_be_captured_is_one_warning(rig: Rig, caplog: pytest.LogCapt
         return capture
 
     with caplog.at_level("INFO", logger="fd_dsa"):
-        runner.capture_graphs(SIZES, refusing)
+        capture_graphs(runner, SIZES, refusing)
     (warning,) = (r for r in caplog.records if r.levelname == "WARNING")
     assert "stay eager" in warning.getMessage() and "no graphs today" in warning.getMessage()
     assert runner.captured_sizes == () and runner.graphs is None
@@ -267,7 +269,7 @@ def test_what_cannot_be_captured_is_one_warning(rig: Rig, caplog: pytest.LogCapt
     # what nobody foresaw ends the start, with the cure
     error = SystemError("stack\n\nFatalError: the graph is gone\n")
     with pytest.raises(DeviceError, match=r"FatalError: the graph is gone; .*--enforce-eager"):
-        runner.capture_graphs(SIZES, refusing)
+        capture_graphs(runner, SIZES, refusing)
 
 
 @pytest.mark.parametrize(("most", "made"), [(0, 0), (3, 0), (4, 1)])
@@ -285,7 +287,7 @@ def test_a_second_stream_is_made_before_steps_that_fork_alone(
 
         return capture
 
-    runner.capture_graphs((4, 8), refusing)
+    capture_graphs(runner, (4, 8), refusing)
     assert len(calls) == made
 
 
@@ -322,7 +324,7 @@ def test_tokens_of_the_demo_model(rig: Rig, demo_folder: Path) -> None:
             with LLM(str(demo_folder), **options) as llm:
                 runner = llm.engine.runner
                 if graphs:
-                    runner.capture_graphs(sizes, capture_of(rig))
+                    capture_graphs(runner, sizes, capture_of(rig))
                     assert runner.captured_sizes == sizes
                 answers.append([one.token_ids for one in llm.generate(prompts, params)])
                 runner.graphs = None
@@ -353,7 +355,7 @@ def test_memory_of_graphs_is_within_the_plan(real_rig: Rig) -> None:
     model = create_model(config, DeviceWeights("float32", paddle_allocator(real_rig.device)))
     batch = InputBatch(64, 64, 32, 64)
     runner = ModelRunner(model, batch, config.cache_layout("float32", 64), 40, real_rig.device)
-    runner.warm_up()
+    warm_up_kernels(runner)
     sizes = (1, 2, 4, 8, 16, 32, 64)
     before = free_device_bytes(real_rig.device) or 0
     with captured(real_rig, runner, sizes):

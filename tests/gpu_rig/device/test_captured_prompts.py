@@ -12,6 +12,7 @@ import paddle
 import pytest
 
 from fd_dsa.runner import ModelRunner
+from fd_dsa.startup.capture import capture_graphs
 from tests.gpu_rig import Rig
 from tests.gpu_rig.captures import capture_of
 from tests.gpu_rig.device.test_demo_end_to_end import tiny_runner
@@ -66,7 +67,7 @@ def test_logits_are_those_of_eager_steps(
     folder = folder_of(tmp_path, fields, "fp8")
     eager, graphs = make(rig, folder), make(rig, folder)
     tables = graphs.input_batch.block_tables.copy()
-    graphs.capture_graphs((1,), capture_of(rig), prompt_sizes=(8, 12))
+    capture_graphs(graphs, (1,), capture_of(rig), prompt_sizes=(8, 12))
     graphs.input_batch.block_tables[:] = tables
     for runner in (eager, graphs):
         for cache in runner.caches:

@@ -101,8 +101,10 @@ def test_logits_in_fp8(rig: Rig, tmp_path: Path, fields: dict[str, Any], kernel:
     folder, other = (tmp_path / name for name in ("model", "other"))
     folder_of(folder, fields, "fp8")
     folder_of(other, fields, "fp8", lambda scales: scales.T.reshape(scales.shape))
+    num_tokens = sum(int(tokens_of(step, 0).sum()) for step in STEPS)
+    # it may skip the test, so it comes before the kernels that may be interpreted
+    wanted, wanted_of_other = by_hugging_face(kernel, IDS[:num_tokens], folder, other)
     found, of_other = (logits_on(one, rig) for one in (folder, other))
-    wanted, wanted_of_other = by_hugging_face(kernel, IDS[: len(found)], folder, other)
     bound = BOUNDS["fp8"] * np.abs(wanted).max()
     check(found, wanted, bound)
     for wrong in (of_other - wanted, found - wanted_of_other):

@@ -13,22 +13,23 @@ import paddle
 import pytest
 
 from fd_dsa.device.transfers import on_host
-from fd_dsa.engine.batch import ScheduledBatch
-from fd_dsa.engine.draft_state import Drafts
+from fd_dsa.engine.batch import Drafts, ScheduledBatch
 from fd_dsa.engine.engine import LLMEngine
 from fd_dsa.engine.mtp_drafter import DeviceMtpDrafter, MtpDrafter
 from fd_dsa.engine.output import RequestOutput
 from fd_dsa.engine.prompt_lookup import PromptLookup
 from fd_dsa.engine.reasoning import Reasoning
 from fd_dsa.engine.request import Request
+from fd_dsa.engine.sampler import StepSampler
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.speculation import Speculator
 from fd_dsa.engine.step_costs import StepCosts
-from fd_dsa.engine.step_sampler import StepSampler
 from fd_dsa.engine.structured_outputs import StructuredOutputsParams
 from fd_dsa.runner import InputBatch, ModelRunner
-from fd_dsa.runner.device_draws import DeviceDraws
+from fd_dsa.runner.device_steps import DeviceSteps
 from fd_dsa.startup import measure
+from fd_dsa.startup.capture import capture_graphs
+from fd_dsa.startup.warm_up import warm_up_kernels
 from fd_dsa.triton_runtime.kernel import Kernel
 from fd_dsa.triton_runtime.launch import BoundLaunch
 from tests.engine.fakes import byte_tokenizer, run_all
@@ -85,9 +86,9 @@ class Watching:
         elif self.was_ahead and batch.future is None:
             self.num_after += num_drafts
         self.was_ahead = batch.is_in_flight
-        meta, lengths = runner.forward_meta, runner.input_batch.seq_lens_this_time
-        ids, cached = meta.ids_remove_padding, meta.seq_lens_decoder
-        if runner.draws is not None:
+        meta, lengths = runner.forward_meta, runner.input_batch.num_scheduled_tokens
+        ids, cached = meta.token_ids, meta.num_computed_tokens
+        if runner.device_steps is not None:
             # where the tokens on their way are, and how many stood
             ids, cached = (on_host(x, np.empty(x.shape, np.int32)) for x in (ids, cached))
         for request, row in zip(batch.requests, lengths.nonzero()[0].tolist(), strict=True):
@@ -114,7 +115,7 @@ def make_runner(device: str, has_layer: bool = True) -> ModelRunner:
     model = tiny_model(FIELDS, seed=2, device=device, mtp=() if has_layer else None)
     layout = model.config.cache_layout("float32", 8)
     batch = InputBatch(3, 12, 6, 8)
-    runner = ModelRunner(model, batch, layout, NUM_BLOCKS, device, most_drafts=MOST)
+    runner = ModelRunner(model, batch, layout, NUM_BLOCKS, device, max_drafts=MOST)
     for cache in runner.caches:
         poison = np.full(cache.shape, np.nan, np.float32)
         cache.copy_(paddle.to_tensor(poison, place=cache.place), False)
@@ -146,7 +147,7 @@ def answers(
     runner = make_runner(device, is_drafted and drafter is None)
     prompts = Counter[int]()
     if rig is not None:
-        runner.capture_graphs((6,), capture_of(rig), prompt_sizes=(12,))
+        capture_graphs(runner, (6,), capture_of(rig), prompt_sizes=(12,))
         graphs: Any = runner.graphs
         (padded,) = (padded for padded in graphs if padded.num_prompts)
         replay = graphs[padded].replay
@@ -234,7 +235,7 @@ def test_a_step_with_drafts_is_a_few_graphs_one_copy_in_one_out_and_one_wait(
 ) -> None:
     """With masks these are a copy in more, and the drafts one out; no wait is."""
     runner, replays = make_runner(rig.device), Counter[str]()
-    runner.capture_graphs((4,), capture_of(rig))
+    capture_graphs(runner, (4,), capture_of(rig))
     is_open = [True]
 
     def counted(name: str, replay: Callable[..., None]) -> Callable[..., None]:
@@ -305,8 +306,8 @@ def test_steps_in_which_no_request_drafts_leave_the_layer_out(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain, _, _ = answers("cpu", is_drafted=False)
-    runs, queue = [], DeviceDraws.queue_drafts
-    monkeypatch.setattr(DeviceDraws, "queue_drafts", lambda *one: runs.append(one) or queue(*one))
+    runs, queue = [], DeviceSteps.draft
+    monkeypatch.setattr(DeviceSteps, "draft", lambda *one: runs.append(one) or queue(*one))
     # with it two drafts pay for three requests while they mostly stand
     costs = StepCosts({1: [1.0, 1.6, 1.65], 3: [1.13, 1.8, 1.95]})
     found, engine, drafter = answers(rig.device, costs=costs)
@@ -322,17 +323,17 @@ def test_a_start_runs_the_layer_before_any_request(
     # kernels may be interpreted
     monkeypatch.setattr(measure, "MAX_MEASURING_S", 60.0)
     runner = make_runner(rig.device)
-    tokens, queue = set(), DeviceDraws.queue_drafts
+    tokens, queue = set(), DeviceSteps.draft
     with monkeypatch.context() as patch:
         patch.setattr(
-            DeviceDraws,
-            "queue_drafts",
+            DeviceSteps,
+            "draft",
             lambda *one: tokens.add(one[1].hidden_states.shape[0]) or queue(*one),
         )
-        runner.warm_up()
+        warm_up_kernels(runner)
     # its kernels have other forms for other numbers of tokens, as those of any layer
     assert tokens == {1, 2, 3, 4, 7, 8, 12}
-    runner.capture_graphs((2, 6), capture_of(rig))
+    capture_graphs(runner, (2, 6), capture_of(rig))
     costs = measure.measure_step_costs(
         lambda speculator: make_engine(runner, speculator), DeviceMtpDrafter(runner), MOST
     )

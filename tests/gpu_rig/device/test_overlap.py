@@ -14,6 +14,7 @@ from fd_dsa.device import side_stream
 from fd_dsa.ops.indexer_projection.triton_kernel import project_indexer
 from fd_dsa.ops.split_sums import new_scratch
 from fd_dsa.runner import InputBatch, ModelRunner
+from fd_dsa.startup.warm_up import warm_up_kernels
 from fd_dsa.triton_runtime.device_api import PaddleApi
 from tests.gpu_rig import Rig, RigError
 from tests.gpu_rig.device.test_capture import add_kernel
@@ -267,13 +268,13 @@ def test_the_warm_up_forks_where_the_capture_forks(
     assert overlap.max_tokens == 2
 
     def stream_for(tensor: Any) -> Any:
-        forked.append(runner.forward_meta.hints.num_tokens)
+        forked.append(runner.forward_meta.token_ids.shape[0])
         return overlap.side_stream
 
     monkeypatch.setattr(overlap, "stream_for", stream_for)
-    runner.warm_up()
+    warm_up_kernels(runner)
     assert forked == []
-    runner.warm_up(before_captures=True)
+    warm_up_kernels(runner, before_captures=True)
     assert set(forked) == {1, 2}
     assert len(overlap.side_stream.calls) == 3 * len(forked)
     forked.clear()

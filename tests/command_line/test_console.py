@@ -1,0 +1,100 @@
+"""The console script: its commands, their help, and completion in shells."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fd_dsa import __version__
+from fd_dsa.cli import COMMANDS, main
+from fd_dsa.commands import own_command
+from tests.serve.processes import console, finish
+
+
+@pytest.mark.parametrize(
+    ("args", "status", "text"),
+    [
+        (["version"], 0, f"fd_dsa {__version__}"),
+        (["serve", "--version"], 0, f"fd_dsa {__version__}"),
+        ([], 0, f"usage: {own_command()} "),
+        (["dance"], 2, "unknown command 'dance', allowed: serve, chat, run-batch"),
+        (["srve"], 2, "; did you mean serve?"),
+        (
+            ["chat", "--tempera", "1"],
+            2,
+            "unknown flag --tempera; did you mean --temperature?",
+        ),
+        (["accuracy", "compere"], 2, "unknown command 'compere', allowed: ifeval, score, compare"),
+        (["accuracy", "selection", "--lenghts"], 2, "--lenghts; did you mean --lengths?"),
+        (["doctor", "--jsn"], 2, "unknown flag --jsn; did you mean --json?"),
+        (["bench", "--trust-remote-code"], 2, "--trust-remote-code; --help lists the flags"),
+        (["serve", "--help=max-num"], 0, "--max-num-seqs N"),
+        (["serve", "--zzz"], 2, "fd_dsa: error: unknown flag --zzz"),
+    ],
+)
+def test_console_script(
+    capsys: pytest.CaptureFixture[str], args: list[str], status: int, text: str
+) -> None:
+    with contextlib.suppress(SystemExit):
+        assert main(args) == status
+    shown = capsys.readouterr()
+    assert text in (shown.err if status else shown.out)
+
+
+def test_the_package_is_the_console_script(tmp_path: Path) -> None:
+    for module in ("fd_dsa", "fd_dsa.cli"):
+        done = finish(tmp_path, [sys.executable, "-m", module, "version"], 0)
+        assert done.stdout == f"fd_dsa {__version__}\n"
+
+
+def test_every_usage_shows_a_command_that_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in COMMANDS:
+        with pytest.raises(SystemExit):
+            main([name, "--help"])
+        assert capsys.readouterr().out.startswith(f"usage: {own_command(name)} ")
+
+
+def test_help_of_a_topic_has_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
+    for topic, shown, other in (
+        ("cache", "--block-size", "--port"),
+        ("--Max_Num", "--max-num-seqs", "--max-model-len"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["serve", f"--help={topic}"])
+        out = capsys.readouterr().out
+        assert shown in out and other not in out
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
+def test_bash_completes_commands_flags_and_choices(tmp_path: Path) -> None:
+    pytest.importorskip("shtab", reason="shtab is not installed: make test installs it")
+    script = finish(tmp_path, console("completion", "bash"), 0).stdout
+    cases = {
+        "serv": "serve",
+        "serve --max-num-s": "--max-num-seqs",
+        "serve --engine e": "embedded",
+        "accuracy selection --leng": "--lengths",
+        "run-batch --inp": "--input-file",
+    }
+    for words, completed in cases.items():
+        line = f"COMP_WORDS=(fd-dsa {words}); COMP_CWORD={len(words.split())}; _shtab_fd_dsa"
+        shell = ["bash", "-c", f'{script}\n{line}; echo "${{COMPREPLY[@]}}"']
+        assert finish(tmp_path, shell, 0).stdout == f"{completed}\n"
+
+
+@pytest.mark.parametrize("shell", ["bash", "fish", "zsh", "tcsh"])
+def test_completion_scripts_are_for_the_plain_name(
+    capsys: pytest.CaptureFixture[str], shell: str
+) -> None:
+    pytest.importorskip("shtab", reason="shtab is not installed: make test installs it")
+    assert main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    assert "fd-dsa" in script and "bin/fd-dsa" not in script
+    assert "max-num-seqs" in script
+    if shutil.which(shell) and shell != "tcsh":
+        subprocess.run([shell, "-n"], input=script, text=True, check=True)

@@ -1,0 +1,65 @@
+"""Sessions of the forms that need no GPU, each in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.gpu_rig.session import VARIABLE, built
+
+ROOT = Path(__file__).parents[2]
+DEVICE = "tests/gpu_rig/device"
+# seconds; a test that runs a session needs more than the usual limit
+TIMEOUT_S = 3600
+# tests that take another test's way with another type or composition; a GPU runs all of them
+TWINS = (
+    "test_batch_invariance.py::test_answers_do_not_depend_on_company[glm-fp8]",
+    "test_batch_invariance.py::test_answers_do_not_depend_on_company[v32-bfloat16]",
+    "test_captured_decode.py::test_logits_are_those_of_eager_steps[v32]",
+    "test_captured_decode.py::test_tokens_of_the_demo_model",
+    "test_demo_end_to_end.py::test_drafts_change_no_token_on_the_device[0.0]",
+    "test_demo_end_to_end.py::test_every_write_leaves_the_bytes_of_the_cpu[float32]",
+    "test_demo_end_to_end.py::test_greedy_tokens_of_the_demo_model[float32]",
+    "test_formats.py::test_logits_are_those_of_the_cpu[glm-fp8]",
+    "test_formats.py::test_logits_are_those_of_the_cpu[v32-bfloat16]",
+    "test_formats.py::test_logits_are_those_of_the_cpu[v32-wide-keys-bfloat16]",
+    "test_mtp.py::test_a_step_with_drafts_is_a_few_graphs_one_copy_in_one_out_and_one_wait[one]",
+    "test_mtp.py::test_outputs_are_those_without_drafts_and_drafts_those_of_the_cpu[eager]",
+)
+# device tests of the first of the two guarded sessions, which take about equally long
+FIRST = (
+    "test_batch_invariance.py",
+    "test_captured_decode.py",
+    "test_captured_prompts.py",
+    "test_demo_end_to_end.py",
+    "test_mtp.py",
+    "test_ranks.py",
+)
+
+
+def run_session(form: str, *arguments: str) -> int:
+    """Run tests on a form in a process of its own.
+
+    Returns:
+        The number of tests that passed.
+
+    Raises:
+        AssertionError: a test failed; the message is the report of the session.
+    """
+    built(form)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {VARIABLE: form}, capture_output=True, text=True
+    )
+    report = f"{done.stdout}{done.stderr}"
+    assert done.returncode == 0, report
+    passed = re.search(r"(\d+) passed", report)
+    return int(passed[1]) if passed else 0
+
+
+def run_guarded(*arguments: str) -> int:
+    """Run tests, without twins, on the form in which host access faults; see `run_session`."""
+    return run_session("guard", *arguments, *(f"--deselect={DEVICE}/{test}" for test in TWINS))
