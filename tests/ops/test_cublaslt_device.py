@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from fd_dsa.device.transfers import transfers_for
-from fd_dsa.ops.cublaslt import Cublaslt, cublaslt_for, padded_rows
+from fd_dsa.ops.cublaslt import Cublaslt, cublaslt_for
 from fd_dsa.ops.cublaslt_library import why_not_fp8
+from fd_dsa.ops.dense_kernels import padded_rows
 from tests.kernel_memory import KernelMemory, open_memory
 from tests.ops.e4m3 import E4M3_VALUES
 from tests.reference.bfloat16 import upper_half, widened
