@@ -195,7 +195,8 @@ def _forms(config: DSABackendConfig) -> tuple[TileForm, TileForm]:
 def why_not_tiles(config: DSABackendConfig) -> str | None:
     """Return why TileScores do not support a configuration, or None if they do."""
     layout = config.cache_layout
-    return tile_forms.why_not(layout.kv_cache_dtype, layout.block_size, config.index_n_heads)
+    sizes = layout.kv_cache_dtype, layout.block_size, config.index_n_heads
+    return tile_forms.unsupported_reason(*sizes)
 
 
 def tile_sizes(config: DSABackendConfig, num_logits: int, num_processors: int) -> Sizes:

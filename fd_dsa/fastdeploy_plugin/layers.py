@@ -21,7 +21,7 @@ from fd_dsa.fastdeploy_plugin.backend import PluginBackend
 from fd_dsa.fastdeploy_plugin.settings import interleaves_indexer_rope, shares_selection
 from fd_dsa.fastdeploy_plugin.upstream import FDConfig, ForwardMeta
 from fd_dsa.ops.mla_query import prepare_mla_query
-from fd_dsa.ops.providers import serving
+from fd_dsa.ops.providers import selected_function
 from fd_dsa.tensor import Tensor
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class PluginIndexer(AdoptedIndexer):
             int32 [num_tokens, topk]; physical slots in ascending position, -1 = padding.
         """
         core, layout = backend.current_core(), backend.config.cache_layout
-        q, weights = serving("indexer_query", qr)(
+        q, weights = selected_function("indexer_query", qr)(
             self.wq_b(qr).reshape([-1, self.index_n_heads, self.index_head_dim]),
             weights,
             core.current_step(forward_meta).position_ids,

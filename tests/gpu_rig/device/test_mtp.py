@@ -30,8 +30,8 @@ from fd_dsa.runner.device_steps import DeviceSteps
 from fd_dsa.startup import measure
 from fd_dsa.startup.capture import capture_graphs
 from fd_dsa.startup.warm_up import warm_up_kernels
-from fd_dsa.triton_runtime.bound import BoundLaunch
 from fd_dsa.triton_runtime.kernel import Kernel
+from fd_dsa.triton_runtime.launch import BoundLaunch
 from tests.engine.fakes import byte_tokenizer, run_all
 from tests.gpu_rig import Rig
 from tests.gpu_rig.captures import capture_of
