@@ -105,8 +105,16 @@ def _uses_in(path: str, tree: ast.Module, defined: set[str]) -> Iterator[Use]:
 def _attribute_names(tree: ast.Module) -> Iterator[ast.expr]:
     """Find the arguments that name an attribute, as in `getattr(owner, name)`."""
     for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in BY_NAME:
+        if isinstance(node, ast.Call) and _called(node) in BY_NAME:
             yield from node.args[1:2]
+
+
+def _called(node: ast.Call) -> str:
+    """Return the last part of the name of a called function, "" if it has none."""
+    function = node.func
+    if isinstance(function, ast.Attribute):
+        return function.attr
+    return function.id if isinstance(function, ast.Name) else ""
 
 
 def _parts_of_text(tree: ast.Module) -> Iterator[ast.expr]:
@@ -116,7 +124,7 @@ def _parts_of_text(tree: ast.Module) -> Iterator[ast.expr]:
             yield node.value
         elif isinstance(node, ast.JoinedStr):
             yield from node.values
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in OF_TEXTS:
+        elif isinstance(node, ast.Call) and _called(node) in OF_TEXTS:
             yield from node.args
 
 
@@ -170,7 +178,7 @@ def _members(tree: ast.Module) -> Iterator[str]:
         elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
             if isinstance(node.value, ast.Name) and node.value.id in ("self", "cls"):
                 yield node.attr
-        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "SimpleNamespace":
+        elif isinstance(node, ast.Call) and _called(node) == "SimpleNamespace":
             yield from (keyword.arg for keyword in node.keywords if keyword.arg)
 
 

@@ -1,16 +1,14 @@
-"""Types of arrays and allocators, and the allocator of Paddle tensors on a device."""
+"""Type of allocators, and the allocator of Paddle tensors on a device."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from fd_dsa.device.places import paddle_place
+from fd_dsa.tensor import Tensor
 
-Array = Any
-"""A paddle.Tensor, a numpy.ndarray, or the tensor type that an `Allocate` returns."""
-Allocate = Callable[[tuple[int, ...], str], Array]
-"""Makes an uninitialised, contiguous array of a shape and a dtype name."""
+Allocate = Callable[[tuple[int, ...], str], Tensor]
+"""Makes an uninitialised, contiguous tensor of a shape and a dtype name."""
 # a view is small, and a server sees few row counts and, in decode steps, few token counts
 CACHED_VIEWS = 512
 

@@ -187,9 +187,9 @@ def routed(
     """
     num_tokens, top_k = chosen.shape
     widest = max(x.shape[1], experts[0][0].out_width)
-    most = max(1, EXPERT_BYTES // (x.itemsize * top_k * widest))
-    if num_tokens > most:
-        chunks = [slice(i, i + most) for i in range(0, num_tokens, most)]
+    max_tokens = max(1, EXPERT_BYTES // (x.itemsize * top_k * widest))
+    if num_tokens > max_tokens:
+        chunks = [slice(i, i + max_tokens) for i in range(0, num_tokens, max_tokens)]
         return np.concatenate(
             [routed(x[c], chosen[c], weights[c], experts, activated) for c in chunks]
         )
@@ -213,15 +213,15 @@ def routed(
     return total
 
 
-def _groups(spans: Sequence[_Span], most: int) -> Iterator[list[_Span]]:
-    """Yield groups of neighbouring experts with at most `most` rows, or one expert.
+def _groups(spans: Sequence[_Span], max_rows: int) -> Iterator[list[_Span]]:
+    """Yield groups of neighbouring experts with at most `max_rows` rows, or one expert.
 
     Args:
         spans: each expert with its first row and the end of its rows.
     """
     group: list[_Span] = []
     for span in spans:
-        if group and span[2] - group[0][1] > most:
+        if group and span[2] - group[0][1] > max_rows:
             yield group
             group = []
         group.append(span)

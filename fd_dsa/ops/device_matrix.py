@@ -79,10 +79,12 @@ class DeviceNorm:
         return self._sum_and_norm(x, None)[1]
 
     def after(
-        self, hidden_states: Tensor, change: Tensor, group: Reducer
+        self, hidden_states: Tensor, change: Tensor, group: Reducer | None
     ) -> tuple[Tensor | None, Tensor | Normed]:
         """As of HostNorm; one launch after the all-reduce."""
-        return self._sum_and_norm(hidden_states, group.all_reduce(change))
+        if group is not None:
+            change = group.all_reduce(change)
+        return self._sum_and_norm(hidden_states, change)
 
     def _sum_and_norm(
         self, x: Tensor, delta: Tensor | None

@@ -1,4 +1,4 @@
-"""Norms and rotations of rows in host memory: RMSNorm, LayerNorm, RoPE, Walsh-Hadamard.
+"""Rows in host memory: look-up, RMSNorm, LayerNorm, RoPE, Walsh-Hadamard.
 
 They run in NumPy, because the arrays are small and Paddle starts a thread pool for each norm. That
 costs more than the work, and far more on a busy machine.
@@ -18,6 +18,19 @@ from fd_dsa.tensor import Array
 
 # values that are converted to float64 at a time, so that they stay in a core's cache
 _CHUNK = 1 << 16
+
+
+def rows_at(x: Any, index: Any) -> Any:
+    """Return rows `index`, integers [n], of x [num_rows, width].
+
+    A tensor on a device is read by a kernel, see `dense_kernels.rows_at`.
+    """
+    if isinstance(x, np.ndarray):
+        return x[as_numpy(index)]
+    # imported only if there is a device, because it loads kernels
+    from fd_dsa.ops import dense_kernels
+
+    return dense_kernels.rows_at(x, index)
 
 
 class Reducer(Protocol):
@@ -52,16 +65,17 @@ class HostNorm:
         return rms_norm(x, self.weight, self.epsilon)
 
     def after(
-        self, hidden_states: np.ndarray, change: np.ndarray, group: Reducer
+        self, hidden_states: np.ndarray, change: np.ndarray, group: Reducer | None
     ) -> tuple[np.ndarray, np.ndarray]:
         """Add the ranks' changes to `hidden_states`. Return the sum, and the sum normed.
 
         Args:
             hidden_states: float32 [num_tokens, width].
             change: this rank's part of the change, overwritten.
-            group: ranks whose changes are added.
+            group: ranks whose changes are added; None = one rank.
         """
-        change = group.all_reduce(change)
+        if group is not None:
+            change = group.all_reduce(change)
         change += hidden_states
         return change, rms_norm(change, self.weight, self.epsilon)
 

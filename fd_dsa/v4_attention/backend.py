@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from fd_dsa.attention.protocol import BackendStep, HostLengths
-from fd_dsa.device.allocation import Array
 from fd_dsa.errors import MissingStepError
 from fd_dsa.models.deepseek_v4.attention import V4Attention
 from fd_dsa.models.deepseek_v4.config import CSA, DeepseekV4Config
@@ -21,6 +20,7 @@ from fd_dsa.ops.mla import attend_dense, attend_gathered
 from fd_dsa.ops.topk import select_positions
 from fd_dsa.runner.input_batch import InputBatch
 from fd_dsa.step import StepHints
+from fd_dsa.tensor import StepArray
 from fd_dsa.v4_attention.pools import LayerPools, allocate_pools
 from fd_dsa.v4_attention.step import Tile, V4Step
 from fd_dsa.v4_prepare import V4Prepare, V4PrepareConfig
@@ -86,7 +86,7 @@ class V4AttentionBackend:
     def build_step(
         self,
         forward_meta: BackendStep,
-        inputs: Sequence[Array],
+        inputs: Sequence[StepArray],
         hints: StepHints | None = None,
         host_lengths: HostLengths | None = None,
     ) -> None:

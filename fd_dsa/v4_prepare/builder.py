@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from fd_dsa.device.allocation import Allocate, Array
+from fd_dsa.device.allocation import Allocate
 from fd_dsa.device.host_tensor import Int32Array
 from fd_dsa.errors import DtypeError, ShapeError
+from fd_dsa.tensor import Array, StepArray
 from fd_dsa.v4_prepare.checks import Integers, check_step, step_inputs
 from fd_dsa.v4_prepare.config import OUTPUT_SHAPES, V4PrepareConfig
 
@@ -54,26 +55,26 @@ class V4Arrays:
             undefined. `v4_prepare_np` does not write it.
     """
 
-    positions: Array
-    req_of_token: Array
-    cu_q: Array
-    ctx: Array
-    win_idx: Array
-    win_len: Array
-    ext_len: Array
-    swa_write: Array
-    hca_indptr: Array
-    hca_idx: Array | None = None
-    csa_visible: Array
-    csa_indptr: Array
-    plan_r1: Array
-    plan_r2: Array
-    plan_dst_r1: Array
-    plan_dst_r2: Array
-    wplan_r1: Array
-    wplan_r2: Array
-    counts: Array
-    block_table: Array
+    positions: StepArray
+    req_of_token: StepArray
+    cu_q: StepArray
+    ctx: StepArray
+    win_idx: StepArray
+    win_len: StepArray
+    ext_len: StepArray
+    swa_write: StepArray
+    hca_indptr: StepArray
+    hca_idx: StepArray | None = None
+    csa_visible: StepArray
+    csa_indptr: StepArray
+    plan_r1: StepArray
+    plan_r2: StepArray
+    plan_dst_r1: StepArray
+    plan_dst_r2: StepArray
+    wplan_r1: StepArray
+    wplan_r2: StepArray
+    counts: StepArray
+    block_table: StepArray
 
     def __init__(self, cfg: V4PrepareConfig, allocate: Allocate | None = None) -> None:
         self.config = cfg

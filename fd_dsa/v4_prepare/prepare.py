@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fd_dsa.device.allocation import Allocate, Array
+from fd_dsa.device.allocation import Allocate
 from fd_dsa.device.host_tensor import as_tensor, host_array
 from fd_dsa.errors import BackendUnavailable, DtypeError
+from fd_dsa.tensor import Array
 from fd_dsa.v4_prepare.builder import V4Arrays, csa_translate, v4_prepare_np
 from fd_dsa.v4_prepare.checks import (
     Integers,

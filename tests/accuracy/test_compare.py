@@ -107,7 +107,7 @@ def test_no_difference_shown_says_what_it_leaves_open(worse: int, better: int) -
 
 
 @given(pairs())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 def test_swapping_the_runs_swaps_everything(both: tuple[Scores, Scores]) -> None:
     there, back = compare(*both), compare(*reversed(both))
     for name in METRICS:

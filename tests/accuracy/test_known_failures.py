@@ -26,7 +26,7 @@ from fd_dsa.accuracy.selection.measure import (
 from fd_dsa.errors import ConfigError
 from tests.accuracy.broken_selectors import TrailingKeysOnly
 
-LENGTH, CHUNK = 640, 256
+LENGTH, CHUNK = 448, 176
 
 
 @pytest.fixture(scope="module")

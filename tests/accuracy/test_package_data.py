@@ -42,6 +42,7 @@ def _build(source: Path, kind: str) -> Path:
     return source / "dist" / result.stdout.split()[-1]
 
 
+@pytest.mark.slow
 def test_wheel_and_sdist_hold_the_prompts(source: Path) -> None:
     folders = (DATA, Path("fd_dsa/accuracy/retrieval/data"))
     wanted = sorted(str(f / path.name) for f in folders for path in (ROOT / f).iterdir())

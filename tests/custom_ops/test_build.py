@@ -244,9 +244,9 @@ def test_the_c_library_needs_no_paddle_and_is_found_again(
         custom_ops.use_library(None)
 
 
-def test_all_kernels_compile_for_all_gpus_that_the_compiler_knows() -> None:
+def test_all_kernels_make_one_library() -> None:
     toolkit()
-    assert build_library.build_library().is_file()
+    assert build_library.build_library(["90"]).is_file()
 
 
 @pytest.mark.parametrize(("name", "kernels"), [("wide", 6), ("narrow", 4)])

@@ -109,11 +109,11 @@ def test_a_finished_output_has_its_form(name, seed, temperature, min_tokens, ign
 
 def test_most_outputs_finish():
     for name, form in FORMS.items():
-        ends = [answers(form, seed=seed)[0].finish_reason for seed in range(8)]
-        assert ends.count("stop") > 2, name
+        ends = [answers(form, seed=seed)[0].finish_reason for seed in range(4)]
+        assert ends.count("stop") > 1, name
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     requests=st.lists(
         st.tuples(st.sampled_from(sorted(FORMS)), st.integers(1, 3), st.integers(0, 50)),

@@ -94,6 +94,7 @@ def test_without_a_model_it_makes_a_tiny_one(tmp_path: Path) -> None:
     assert f"| `{line}` | 1 |" in report
 
 
+@pytest.mark.slow
 def test_the_tiny_model_is_one(tmp_path: Path) -> None:
     """DSA's widths, all expected weights, and a best token that leads by more than rounding."""
     folder = write_tiny_model(tmp_path / "tiny")

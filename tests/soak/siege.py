@@ -87,7 +87,6 @@ QUICK = (
     "8 x 64 stops of 512, n = 32",
     "350,000 messages",
     "n = 128, echo, logprobs 20",
-    "1,100 idle sockets, ulimit -n 64",
     "4 ladders of alternatives, left",
     "schemas that repeat their parts, GLM",
     "64 clients that end their sending",
