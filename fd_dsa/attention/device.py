@@ -70,7 +70,7 @@ _KEYS_PER_TOKEN = 128
 
 
 def keys_per_token(num_heads: int) -> int:
-    """Return the max keys of a row, for each of its new tokens, whose records are dequantized."""
+    """Return the max keys per new token of a row whose records are dequantized first."""
     return _KEYS_PER_TOKEN * -(-num_heads // 64)
 
 
