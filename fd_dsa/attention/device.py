@@ -70,7 +70,7 @@ _KEYS_PER_TOKEN = 128
 
 
 def keys_per_token(num_heads: int) -> int:
-    """Return the max keys of a row, for each of its new tokens, whose records are dequantized."""
+    """Return the max keys per new token of a row whose records are dequantized first."""
     return _KEYS_PER_TOKEN * -(-num_heads // 64)
 
 
@@ -369,5 +369,5 @@ class DeviceAttention:
         num_tokens = step.position_ids.shape[0]
         width = rounded_length(step.max_seqlen_k, self.config.index_topk)
         slots = self._view("slots", num_tokens, width)
-        self.scores.choose(step, self._view("logits", 1, 1), cache, slots, num_rows=num_tokens)
+        self.scores.select_by(step, self._view("logits", 1, 1), cache, slots, num_rows=num_tokens)
         return slots

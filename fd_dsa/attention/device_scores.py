@@ -66,9 +66,9 @@ class PageScores:
         for first in range(0, num_tokens, rows):
             logits = self._logits(min(rows, num_tokens - first), stride, width)
             self._score(step, q, weights, cache, logits, first, rows)
-            self.choose(step, logits, cache, slots, first_token=first)
+            self.select_by(step, logits, cache, slots, first_token=first)
 
-    def choose(
+    def select_by(
         self, step: ForwardMeta, logits: Tensor, cache: Tensor, slots: Tensor, **which: int
     ) -> None:
         """Fill rows of `slots` with the keys of the best `logits`."""

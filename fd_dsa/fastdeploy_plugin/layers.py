@@ -118,8 +118,8 @@ class PluginAttention(Attention):
         else:
             qr = self._select(backend, hidden_states, forward_meta)
         query = self._absorbed_query(backend, qr, forward_meta)
-        chosen, core = backend.shared_selection, backend.current_core()
-        latent = core.attend(query, chosen, self.layer_id, forward_meta)
+        selection, core = backend.shared_selection, backend.current_core()
+        latent = core.attend(query, selection, self.layer_id, forward_meta)
         by_head = latent.reshape([-1, self.num_attention_heads_tp, self.kv_lora_rank])
         values = self.kv_b_proj_bmm(by_head.transpose([1, 0, 2]), proj_type="v")
         width = self.num_attention_heads_tp * self.v_head_dim
