@@ -82,11 +82,11 @@ lint: $(VENV)/.dev ## style, types, spelling and prose of all files, subjects of
 
 bench: $(VENV)/.oracle ## benchmarks on this CPU
 	$(BIN)/python -m benchmarks.engine_cpu $(ARGS)
-	for name in server_overhead growth memory_use step_profile stream_gaps; do \
+	for name in server_overhead growth step_profile stream_gaps; do \
 	  $(BIN)/python -m benchmarks.$$name || exit 1; done
 
 # with the Python that holds torch for CUDA, not that of .venv
-bench-gpu: ## tests, benchmarks and profiles of the kernels on one GPU
+bench-gpu: ## tests and benchmarks of the kernels on one GPU
 	$(PYTHON) -m benchmarks.gpu_run $(ARGS)
 
 soak: $(VENV)/.dev ## new random cases for hours; make soak ROUNDS=1 CASES=200 is short

@@ -1,4 +1,4 @@
-"""One rank of `benchmarks.all_reduce`."""
+"""The process of one rank for `benchmarks.all_reduce`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _IN_GRAPH, _IN_A_ROW, _TIMES = 50, 10, 7
 
 
 def groups_of(rank: Rank) -> dict[str, Any]:
-    """What serves -> a group: our kernel, and NCCL alone."""
+    """Return the groups by name: our kernel, and NCCL without it."""
     from fd_dsa import custom_ops
 
     groups, library = {"fd_dsa": rank.group("fd_dsa")}, custom_ops.build().path
@@ -32,12 +32,12 @@ def groups_of(rank: Rank) -> dict[str, Any]:
 
 
 class VllmAllReduce:
-    """vLLM's custom all-reduce, set up as its `CustomAllreduce` does it; on torch tensors.
+    """vLLM's custom all-reduce on torch tensors, set up as in its `CustomAllreduce`.
 
     Args:
         folder: as `--peers` of `benchmarks._peers`.
-        rank: of this process.
-        group: of the same ranks, for handles.
+        rank: rank of this process.
+        group: group of the same ranks, which exchanges handles.
     """
 
     _MOST_BYTES = 8 << 20
@@ -65,13 +65,13 @@ class VllmAllReduce:
         self._ops.all_reduce(self._handle, x, out, *((0, 0) if captured else buffer))
 
     def captured(self) -> None:
-        """Tell the others where the tensors of a graph are, before its first replay."""
+        """Register the tensors of a graph with the other ranks, before its first replay."""
         found = self._ops.get_graph_buffer_ipc_meta(self._handle)
         every = [self._of_all(values) for values in found]
         self._ops.register_graph_buffers(self._handle, *every)
 
     def _shared(self, num_bytes: int) -> list[int]:
-        """Addresses of memory of all ranks."""
+        """Return addresses of memory of all ranks."""
         address, handle = self._ops.allocate_shared_buffer_and_handle(num_bytes)
         addresses = []
         for rank, values in enumerate(self._of_all(handle.tolist())):
@@ -81,7 +81,7 @@ class VllmAllReduce:
         return addresses
 
     def _of_all(self, values: Sequence[int]) -> list[list[int]]:
-        """The numbers of all ranks, as many on each."""
+        """Return the numbers of all ranks. All have the same count."""
         own = self._rank.memory.put(np.array(values, np.int64))
         return self._rank.memory.get(self._group.all_gather(own)).tolist()
 
@@ -101,7 +101,11 @@ class Bench:
     def time_us(
         self, call: Callable[[], Any], captured: Callable[[], None] = lambda: None
     ) -> float:
-        """Median microseconds of a call in a graph of many; `captured` comes before a replay."""
+        """Return the median microseconds of a call in a graph of many calls.
+
+        Args:
+            captured: runs after the capture, before the first replay.
+        """
         from benchmarks._events import device_us
 
         replay = self._rank.capture(lambda: [call() for _ in range(_IN_GRAPH)])
@@ -115,7 +119,7 @@ class Bench:
         return median(times[1:])
 
     def norm(self, tokens: int, x: Any) -> Callable[[], Any]:
-        """A call of the launch after an all-reduce: `x` and a residual added and normed."""
+        """Return a call of the launch after an all-reduce, which adds a residual and norms."""
         from fd_dsa.ops.dense_kernels import rms_norm_kernel
 
         memory, shape = self._rank.memory, (tokens, WIDTH)
@@ -127,7 +131,10 @@ class Bench:
         return partial(rms_norm_kernel[(tokens,)], *tensors, WIDTH, 0, 1e-6, **sizes)
 
     def case(self, tokens: int) -> dict[str, Any]:
-        """All at one number of tokens; ours and NCCL's of zeros in place, whose sums are zeros."""
+        """Return the times for a number of tokens.
+
+        Our kernel and NCCL sum zeros in place.
+        """
         zeros = np.zeros((tokens, WIDTH), np.uint16)
         x = self._rank.memory.put(zeros, "bfloat16")
         norm, reduce = self.norm(tokens, x), partial(self._groups["fd_dsa"].all_reduce, x)

@@ -24,19 +24,19 @@ _PAIRS = (
 
 
 def _other(name: str) -> Any:
-    """Another committed result."""
+    """Return another committed result."""
     return json.loads((RESULTS / f"{name}.json").read_text("utf-8"))
 
 
 def _step_us(rows: int) -> float:
-    """A decode step of these rows without the profiler, of the same commit as the profiles."""
+    """Return the time of a decode step without the profiler, of the profiles' commit."""
     cases = _other("gpu_engine_invariant")["cases"]
     (ms,) = (case["peer_value"] for case in cases if case["case"] == f"decode-{rows}x4k")
     return 1000.0 * float(ms)
 
 
 def _saved_us(result: Result, rows: str) -> list[float]:
-    """What joining each pair saves at most: the time of its shorter launch."""
+    """Return the largest saving of each joined pair: the time of its shorter launch."""
     kernels = result["profiles"][rows]["kernels"]
     return [
         min(us for kernel, us, _ in kernels for name in names if name in kernel) for names in _PAIRS
@@ -44,13 +44,13 @@ def _saved_us(result: Result, rows: str) -> list[float]:
 
 
 def _launches(result: Result, rows: str) -> int:
-    """Launches of a layer with experts in a decode step."""
+    """Return the number of launches of a layer with experts in a decode step."""
     counts = (count for *_, count in result["profiles"][rows]["kernels"])
     return sum(round(count / result["layers"]) for count in counts if count >= result["layers"] - 1)
 
 
 def ifeval(result: Result) -> Iterator[str]:
-    """The pairs of `ifeval_pairs`: where, a table of all metrics, and a verdict each."""
+    """Yield the pairs of `ifeval_pairs`: the machine, a table of all metrics, verdicts."""
     env = result["env"]
     machine = env["gpu"] or f"{env['cpu']}, {env['cpus']} processors"
     subset = f", {result['subset']} prompts only" if result["subset"] else ""
@@ -94,7 +94,7 @@ def _between_launches(result: Result) -> str:
 
 
 def _share(*classes: str, rows: str = "us_1") -> Callable[[Result], str]:
-    """Share of some classes of kernels in the time in which any runs."""
+    """Make a function that formats the share of some classes in the time of all kernels."""
 
     def text(result: Result) -> str:
         us = {entry["class"]: entry[rows] for entry in result["classes"]}
@@ -104,7 +104,7 @@ def _share(*classes: str, rows: str = "us_1") -> Callable[[Result], str]:
 
 
 def _range(values: Iterable[float], form: str) -> str:
-    """The smallest and the largest value."""
+    """Format the smallest and the largest value."""
     low, *_, high = map(lambda x: format(x, form), sorted(values))
     return f"{low} to {high}"
 
@@ -122,18 +122,18 @@ def _v4_ratios(requests: int) -> Callable[[Result], str]:
 
 
 def _bound_launch(result: Result) -> str:
-    """What a bound launch costs the host beside the driver's own launch."""
+    """Format the host time of a bound launch beyond the driver's own launch."""
     times = [c["times"] for c in result["cases"] if "fd_dsa bound" in c["times"]]
     return _range((t["fd_dsa bound"]["p50"] - t["driver"]["p50"] for t in times), ".1f")
 
 
 def _within(case: Case) -> bool:
-    """True if a number of requests takes at most 0.3 ms and 3 us a request."""
+    """Return True if a number of requests takes at most 0.3 ms and 3 us a request."""
     return bool(case["us"] <= 300 + 3 * case["requests"])
 
 
 def _greedy(result: Result, vocabulary: int) -> list[dict[str, Any]]:
-    """Host time of greedy steps by number of requests."""
+    """Return host time of greedy steps by number of requests."""
     (entry,) = (
         entry
         for entry in result["host_time"]
@@ -144,7 +144,7 @@ def _greedy(result: Result, vocabulary: int) -> list[dict[str, Any]]:
 
 
 def _meets(vocabulary: int) -> Callable[[Result], str]:
-    """The largest number of requests that meets the aim, and the smallest one that does not."""
+    """Make a function that formats the largest count that meets the aim, and the next."""
 
     def text(result: Result) -> str:
         cases = _greedy(result, vocabulary)
@@ -160,7 +160,7 @@ def _meets(vocabulary: int) -> Callable[[Result], str]:
 
 
 def _slower(*starts: str) -> Callable[[Result], str]:
-    """How much longer than DeepGEMM ours takes at most, in cases that begin or end so."""
+    """Make a function that formats the largest loss to DeepGEMM, by names of cases."""
 
     def text(result: Result) -> str:
         ratios = [
@@ -174,7 +174,7 @@ def _slower(*starts: str) -> Callable[[Result], str]:
 
 
 def _largest_ratio(result: Result) -> str:
-    """The largest ratio over what the bytes say, of steps with drafts."""
+    """Format the largest ratio over that of the bytes, of steps with drafts."""
     return f"{max(c['ratio'] / c['by_the_bytes'] for c in result['cases']):.2f}"
 
 
@@ -184,7 +184,7 @@ def _more_experts(result: Result) -> str:
 
 
 def _norm_us(result: Result) -> str:
-    """The norm after a sum over ranks, us, and its share of a decode step of one row."""
+    """Format the time of the norm after an all-reduce, and its share of a decode step."""
     case = result["cases"][0]
     us = case["fd_dsa_norm_us"] - case["fd_dsa_us"]
     (step,) = (
@@ -213,7 +213,7 @@ def _dense_at_128(result: Result) -> str:
 
 
 def _experts(tokens: int) -> Callable[[Result], str]:
-    """Both GEMMs of the experts, all launches, and the rate that the GEMMs reach of the floor's."""
+    """Make a function that formats the GEMMs, all launches, and the rate of the GEMMs."""
 
     def text(result: Result) -> str:
         (case,) = (c for c in result["cases"] if c["rows"] == tokens)
@@ -224,7 +224,7 @@ def _experts(tokens: int) -> Callable[[Result], str]:
 
 
 def _experts_missed(result: Result) -> str:
-    """Numbers of tokens at which a peer is faster."""
+    """Format the numbers of tokens at which a peer is faster."""
     missed = [
         f"{c['rows']:,}"
         for c in result["cases"]

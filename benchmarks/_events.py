@@ -10,7 +10,10 @@ from fd_dsa.triton_runtime.driver import cuda
 
 
 def device_us(device: int, call: Callable[[], Any], stream: int) -> float:
-    """Microseconds of device time of what one call queues on a stream; waits for it."""
+    """Return the device time of the work that a call enqueues, microseconds.
+
+    The host waits for the end of the work.
+    """
     driver, elapsed_ms = cuda(), ctypes.c_float()
     begin, end = ctypes.c_void_p(), ctypes.c_void_p()
     try:

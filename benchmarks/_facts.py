@@ -28,7 +28,7 @@ _FREE_BYTES = 23 << 30
 
 @cache
 def flags() -> dict[str, Any]:
-    """Default of each flag, by its name with underscores."""
+    """Return the default of each flag, by its name with underscores."""
     from fd_dsa.serve.flags import DEFAULTS
 
     return {f.name: f.default for f in dataclasses.fields(EngineConfig)} | DEFAULTS
@@ -36,7 +36,7 @@ def flags() -> dict[str, Any]:
 
 @cache
 def start() -> dict[str, Any]:
-    """The start of a server on the demo model: memory plan, and MiB of the weights as stored."""
+    """Return the memory plan of a server on the demo model, and MiB of the stored weights."""
     from fd_dsa.engine.caches import caches_class
     from fd_dsa.models.loader import add_mtp_layer
     from fd_dsa.models.registry import open_checkpoint, read_config
@@ -69,7 +69,7 @@ def start() -> dict[str, Any]:
 
 
 def other_flags() -> str:
-    """Table of the flags of other servers, as docs/flags.md shows them."""
+    """Return a table of the flags of other servers, for docs/flags.md."""
     from fd_dsa.serve.known_flags import rows
 
     lines = [f"| {here} | {flags} |" for here, flags in rows()]
@@ -77,7 +77,7 @@ def other_flags() -> str:
 
 
 def start_log() -> str:
-    """Log of a start on the demo model, as a code block; times are those of one machine."""
+    """Return the log of a start on the demo model as a code block. Times are examples."""
     from fd_dsa.models.registry import read_config
     from fd_dsa.ops.providers import OPERATORS, choose
 
@@ -101,7 +101,10 @@ def start_log() -> str:
 
 @cache
 def makefile() -> dict[str, dict[str, str]]:
-    """Sizes of the installation by stamp: `download`, `disk`, `minutes`; and minutes of tests."""
+    """Return sizes of the installation by stamp, and the minutes of the tests.
+
+    Each stamp has `download`, `disk` and `minutes`.
+    """
     text = (ROOT / "Makefile").read_text("utf-8")
     form = (
         r"\.(\w+): SIZE := (?P<download>[\d.]+ GB) to download, (?P<disk>[\d.]+ GB) on disk, (.*)"
@@ -117,7 +120,7 @@ def makefile() -> dict[str, dict[str, str]]:
 
 @cache
 def _model(name: str) -> dict[str, Any]:
-    """Sizes of a published model: parameters, and bytes in FP8 as a GPU holds them.
+    """Return sizes of a published model: parameters, and bytes in FP8 as a GPU holds them.
 
     Its layers with experts are alike, so two models of few layers give all sizes.
     """
@@ -142,7 +145,7 @@ def _model(name: str) -> dict[str, Any]:
 
 
 def _cut(config: dict[str, Any], layers: int) -> dict[str, float]:
-    """Sizes of a model cut to its first layers."""
+    """Return sizes of a model cut to its first layers."""
     from fd_dsa.models.expected_tensors import expected_tensors
     from fd_dsa.models.loader import quantisable_tensors
     from fd_dsa.startup.memory import weight_parts
@@ -159,7 +162,7 @@ def _cut(config: dict[str, Any], layers: int) -> dict[str, float]:
 
 
 def softmax_scale() -> dict[str, float]:
-    """Factor of the attention scores of each family."""
+    """Return the factor of the attention scores of each family."""
 
     models = {"v32": V32, "glm": GLM}
     return {name: config_from_dict(one, name).softmax_scale for name, one in models.items()}
@@ -167,7 +170,7 @@ def softmax_scale() -> dict[str, float]:
 
 @cache
 def caches() -> dict[str, Any]:
-    """Bytes of a token and layer of DeepSeek-V3.2's caches, by type; and of one with FP8 caches."""
+    """Return bytes of a token and layer of DeepSeek-V3.2's caches, by cache format."""
     from fd_dsa.cache_formats import CACHE_FORMATS, CacheLayout
 
     found: dict[str, Any] = {}
@@ -223,7 +226,7 @@ def v4() -> dict[str, float]:
 
 @cache
 def all_reduce() -> dict[str, float]:
-    """Bytes, and rows of DeepSeek-V3.2, from which the all-reduce has two stages."""
+    """Return the bytes, and rows of DeepSeek-V3.2, from which an all-reduce has two stages."""
     source = (ROOT / "custom_ops/csrc/all_reduce.cu").read_text("utf-8")
     least = re.search(r"kMinSavedBytes = (\d+) << 10", source)
     assert least is not None, "all_reduce.cu: no kMinSavedBytes"
@@ -237,41 +240,40 @@ def all_reduce() -> dict[str, float]:
 
 
 def indexer() -> dict[str, int]:
-    """Bytes of DeepSeek-V3.2's indexer projections in bfloat16: of a layer, and of all."""
-    layer = 2 * (V32["index_head_dim"] + V32["index_n_heads"]) * V32["hidden_size"]
-    return {"layer": layer, "all": layer * V32["num_hidden_layers"]}
+    """Return bytes of the indexer's projections of a layer of DeepSeek-V3.2 in bfloat16."""
+    return {"layer": 2 * (V32["index_head_dim"] + V32["index_n_heads"]) * V32["hidden_size"]}
 
 
 def accept_retries() -> float:
-    """Attempts a second to accept connections after the system had no descriptor or memory."""
+    """Return the accept attempts per second after a lack of descriptors or memory."""
     from fd_dsa.serve import listener
 
     return 1 / listener._RETRY_S
 
 
 def grammars_most_s() -> float:
-    """Seconds after which a compiled grammar is dropped at the latest: two sweeps."""
+    """Return the maximum seconds for which an unused grammar is kept: two sweeps."""
     from fd_dsa.engine import grammar
 
     return 2 * grammar.KEPT_FOR_S
 
 
 def unseen_541() -> float:
-    """Share of flipping prompts that 541 prompts without a flip leave open."""
+    """Return the share of flipping prompts that 541 prompts without a flip allow."""
     from fd_dsa.accuracy.stats import max_unseen_share
 
     return max_unseen_share(541)
 
 
 def siege() -> dict[str, float]:
-    """Bounds of the siege."""
+    """Return bounds of the siege."""
     from tests.soak.siege import FULL
 
     return dataclasses.asdict(FULL)
 
 
 def descriptors() -> int:
-    """File descriptors that the server keeps from connections."""
+    """Return file descriptors that the server keeps from connections."""
     from fd_dsa.serve import listener
 
     return listener._KEPT_DESCRIPTORS + listener.PROBE_CONNECTIONS

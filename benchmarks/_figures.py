@@ -37,14 +37,14 @@ class FigureError(ValueError):
 
 
 def _one_of(found: str, allowed: Mapping[str, Any]) -> str:
-    """The end of an error about a name: the name found, and the nearest or some that exist."""
+    """Return the end of an error about a name: the name, and the nearest known ones."""
     near = difflib.get_close_matches(found, allowed, n=3) or [*sorted(allowed)[:5], "..."]
     return f"got {found!r}; must be one of {', '.join(near)}"
 
 
 @cache
 def _source(name: str, folder: Path) -> Mapping[str, Any]:
-    """The result of a name, or the facts of the code."""
+    """Return the result of a name, or the facts of the code."""
     if name == "code":
         return FACTS
     paths = {path.stem: path for path in folder.rglob("*.json")}
@@ -58,7 +58,7 @@ def _source(name: str, folder: Path) -> Mapping[str, Any]:
 
 
 def value(name: str, folder: Path = RESULTS, defined: Mapping[str, Any] | None = None) -> str:
-    """Text of a figure.
+    """Return the text of a figure.
 
     Args:
         name: its name in shown.json.
@@ -89,11 +89,11 @@ def figures(page: str) -> dict[str, str]:
 
 
 def filled(page: str, folder: Path = RESULTS) -> str:
-    """The page with every figure written again."""
+    """Return the page with every figure filled."""
     return _FIGURE.sub(lambda m: f"<!-- figure: {m[1]} -->{value(m[1], folder)}<!-- end -->", page)
 
 
 def without_marks(page: str) -> str:
-    """The page with its figures and results left out."""
+    """Return the page without its figures and results."""
     page = _FIGURE.sub("", page)
     return re.sub(r"<!-- result: \w+ -->\n.*?<!-- end -->\n", "", page, flags=re.DOTALL)

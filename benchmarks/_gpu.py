@@ -1,4 +1,4 @@
-"""What the GPU benchmarks share: the ceilings of the run, device time, poison, the result file.
+"""The harness of the GPU benchmarks: ceilings, device time, poison, the result file.
 
 The protocol of a benchmark module, which `gpu_run` and the report rely on:
 
@@ -50,9 +50,9 @@ import torch
 from benchmarks._harness import (
     LIMIT_VARIABLE,
     OUT_OF_TIME,
-    RESULTS,
     case_line,
     environment,
+    out_parser,
     write_json,
 )
 from benchmarks._timers import Call, Times, interleaved
@@ -60,7 +60,7 @@ from benchmarks._torch_device import register
 
 import triton
 
-# what measures and records a case; False where a side is wrong
+# measures and records a case; returns False if a side is wrong
 Case = Callable[[], "bool | None"]
 POISON = 0xA5
 _MAX_SETS = 48
@@ -70,9 +70,8 @@ _RESERVE = 0.2
 
 
 def arguments(description: str | None, argv: Sequence[str] | None) -> argparse.Namespace:
-    """The flags of every GPU benchmark."""
-    parser = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result file")
+    """Parse the flags of every GPU benchmark."""
+    parser = out_parser(description)
     parser.add_argument("--quick", action="store_true", help="one or two shapes")
     parser.add_argument("--peers", type=Path, help="folder with other projects' kernels")
     return parser.parse_args(argv)
@@ -84,10 +83,10 @@ def main(
     cases: Callable[[Recorder, argparse.Namespace], Iterable[tuple[str, Case]]],
     argv: Sequence[str] | None = None,
 ) -> int:
-    """Run the cases of a benchmark; returns the exit status.
+    """Run the cases of a benchmark. Returns the exit status.
 
     Args:
-        name: of its result.
+        name: name of the result.
         description: its module's docstring.
         cases: name and function of each; a generator that sets up what several of them share.
     """
@@ -101,24 +100,16 @@ def main(
 
 
 def num_sets(bytes_per_set: int) -> int:
-    """How many input sets to rotate: together four times the L2, at least one."""
+    """Return the number of rotated input sets: together four times the L2, at least one."""
     l2_bytes = torch.cuda.get_device_properties(0).L2_cache_size
     return max(1, min(_MAX_SETS, -(-4 * l2_bytes // max(bytes_per_set, 1))))
 
 
-def warm_host(call: Call) -> None:
-    """A second of a call: the first eager ones of a process are slower than all others."""
-    end = time.monotonic() + 1
-    while time.monotonic() < end:
-        call()
-        torch.cuda.synchronize()
-
-
 def gemm_flops_per_s(kind: torch.dtype, product: Callable[[Any, Any], Any]) -> float:
-    """Rate of a GEMM of random 8192 x 8192 matrices.
+    """Return the rate of a GEMM of random 8192 x 8192 matrices.
 
     Args:
-        kind: of the matrices' numbers.
+        kind: dtype of the matrices.
         product: multiplies two of them.
     """
     size = 8192
@@ -130,7 +121,7 @@ def gemm_flops_per_s(kind: torch.dtype, product: Callable[[Any, Any], Any]) -> f
 def checked(
     case: str, sides: Mapping[str, Sequence[Call]], check: Callable[[str], float], most: float
 ) -> tuple[dict[str, Sequence[Call]], dict[str, float], dict[str, str]]:
-    """The sides that run and are right, the error of each, and why others are left out.
+    """Check sides, and drop those that fail or are wrong.
 
     Args:
         case: its name.
@@ -144,7 +135,7 @@ def checked(
     for label in sides:
         try:
             error = check(label)
-            # what is wrong with a launch is raised by the first wait
+            # errors of a launch are raised by the first wait
             torch.cuda.synchronize()
         except AssertionError:
             raise
@@ -166,7 +157,7 @@ def poison(*tensors: torch.Tensor) -> None:
 
 
 def effects(call: Call) -> dict[str, int]:
-    """What one warm call does: launches, copies, waits of the host, memory allocations."""
+    """Count what one warm call does: launches, copies, waits of the host, allocations."""
     call()
     torch.cuda.synchronize()
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
@@ -190,17 +181,17 @@ def effects(call: Call) -> dict[str, int]:
 
 
 def _on_host(event: Any) -> bool:
-    """True for a profiler event of the host."""
+    """Return True for a profiler event of the host."""
     return event.device_type == torch.autograd.DeviceType.CPU
 
 
 @triton.jit
 def _empty_kernel(pointer):
-    """Nothing: the shortest node of a graph."""
+    """Do no work: the shortest node of a graph."""
 
 
 def ceilings() -> dict[str, float]:
-    """What this GPU reaches at this moment.
+    """Measure the ceilings of this GPU.
 
     Returns:
         `copy_bytes_per_s`, bytes read plus bytes written of a 1 GiB copy, and `node_us`, the time
@@ -218,7 +209,7 @@ _CLOCKS = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
 
 
 def clocks() -> dict[str, str]:
-    """Clocks, power and temperature as found; they are never set."""
+    """Return clocks, power and temperature as found. They are never set."""
     command = ["nvidia-smi", f"--query-gpu={','.join(_CLOCKS)}", "--format=csv,noheader", "-i", "0"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20)
@@ -232,7 +223,7 @@ class Recorder:
 
     Args:
         name: name of the benchmark and of its file.
-        folder: where `<name>.json` is written.
+        folder: folder of `<name>.json`.
 
     Attributes:
         ceilings: those of this run, as `ceilings` returns them.
@@ -244,7 +235,7 @@ class Recorder:
         self._path = Path(folder) / f"{name}.json"
         self._path.parent.mkdir(parents=True, exist_ok=True)
         limit_s = float(os.environ.get(LIMIT_VARIABLE, "inf"))
-        # a case that was begun shall end
+        # a case that has begun must end
         self.end_s = time.monotonic() + (1 - _RESERVE) * limit_s
         # the gate is set by the run that passed the tests; without it a figure is not published
         gate = os.environ.get("FD_DSA_GATE", "not run")
@@ -307,12 +298,12 @@ class Recorder:
 
         Args:
             case: the row's name, for example "128 tokens".
-            times: what `interleaved` returned.
+            times: result of `interleaved`.
             ours: the label of our side.
             bytes_moved: fewest bytes that must be read and written; the floor is their time at
                 the copy bandwidth of this run.
             floor_us: another floor, in microseconds, where bytes are not the bound.
-            tier: what the figure proves (docs/results/index.md).
+            tier: tier of the figure (docs/results/index.md).
             notes: further figures that belong to the case, plain JSON values.
         """
         middle = times[ours]["p50"]

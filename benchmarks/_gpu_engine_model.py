@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import json
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,8 +66,24 @@ FP8 = {
 }
 
 
+SMALL = {
+    "hidden_size": 256,
+    "intermediate_size": 256,
+    "moe_intermediate_size": 64,
+    "vocab_size": 4096,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 128,
+    "index_n_heads": 4,
+    "index_topk": 64,
+    "n_routed_experts": 16,
+    "max_position_embeddings": 4096,
+}
+"""Widths of a dry run."""
+
+
 class Shape(NamedTuple):
-    """What a model has of DeepSeek-V3.2, and how many GPUs share it."""
+    """Layers and experts of a model with DeepSeek-V3.2's widths, and its number of GPUs."""
 
     layers: int = 7
     dense: int = 1
@@ -72,7 +92,7 @@ class Shape(NamedTuple):
 
 
 def shape_of(ranks: int, layers: int | None) -> Shape:
-    """As many layers as one GPU holds, or of several DeepSeek-V3.2-REAP-345B, whole or cut."""
+    """Return the layers that fit one GPU, or DeepSeek-V3.2-REAP-345B, whole or cut, for more."""
     whole = Shape() if ranks == 1 else Shape(61, 3, 128, ranks)
     return (
         whole if layers is None else whole._replace(layers=layers, dense=min(whole.dense, layers))
@@ -80,12 +100,12 @@ def shape_of(ranks: int, layers: int | None) -> Shape:
 
 
 def of_ranks(name: str, ranks: int) -> str:
-    """A result's name; that of several GPUs ends with their number."""
+    """Return the name of a result, which ends with the number of GPUs if there are several."""
     return name if ranks == 1 else f"{name}_{ranks}"
 
 
 class Case(NamedTuple):
-    """What is timed, and how often; the figure of several runs is the median."""
+    """A load, and the number of its runs. The figure of several runs is the median."""
 
     target: str
     kind: str
@@ -108,7 +128,7 @@ CASES = {
     "prefill-4x2k": Case("P22", "prefill", 4, 2048, 1),
     "mixed-64x2k": Case("P23", "mixed", 64, 2048, 128),
 }
-# figure of a kind, its unit, and whether less is better
+# figure of a kind, its unit, and True if less is better
 FIGURES = {
     "decode": ("tpot_ms", "ms a token", True),
     "prefill": ("tok_s", "prompt tokens/s", False),
@@ -116,16 +136,48 @@ FIGURES = {
 }
 
 
-def write_model(folder: str | Path, shape: Shape, fields: dict[str, Any]) -> str:
-    """Write the config.json of a model, some fields of which are others; the folder."""
+def write_model(folder: str | Path, shape: Shape, fields: Mapping[str, Any]) -> str:
+    """Write the config.json of a model with some fields replaced. Returns the folder."""
     config = WIDTHS | {"num_hidden_layers": shape.layers, "first_k_dense_replace": shape.dense}
-    config |= {"n_routed_experts": shape.experts} | fields
+    config |= {"n_routed_experts": shape.experts, **fields}
     Path(folder, "config.json").write_text(json.dumps(config))
     return str(folder)
 
 
+@contextlib.contextmanager
+def engine_options(
+    args: argparse.Namespace,
+    shape: Shape,
+    config: Mapping[str, Any],
+    fields: Mapping[str, Any] | None = None,
+    *,
+    parent: Path | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Yield the options of a worker's engine, whose model folder exists meanwhile.
+
+    Args:
+        args: flags of `rig_parser`. A dry run has small widths, on the CPU.
+        shape: layers, experts and ranks.
+        config: fields of EngineConfig.
+        fields: further fields of config.json; None selects weights in FP8.
+        parent: folder of the model folder; None selects the system's temporary folder.
+    """
+    is_dry = getattr(args, "dry", False)
+    if fields is None:
+        fields = {"quantization_config": FP8}
+    if is_dry:
+        fields = {k: v for k, v in fields.items() if k != "quantization_config"} | SMALL
+    with tempfile.TemporaryDirectory(dir=parent) as folder:
+        yield {
+            "model": write_model(folder, shape, fields),
+            "rig": args.rig,
+            "config": dict(config),
+            "device": "cpu" if is_dry else "gpu",
+        }
+
+
 def floor(case: Case, shape: Shape) -> float | None:
-    """The least that a case can take, in its unit; None for prompts beside tokens of others.
+    """Return the shortest time of a case in its unit, or None for a mixed load.
 
     Decode: weights, of the experts only those that even routing hits, and caches. Prefill: GEMMs,
     and attention un-absorbed where all keys are attended to. Ranks share heads, experts and the

@@ -1,4 +1,4 @@
-"""What the benchmarks share: where a figure was taken, statistics, worker processes, JSON."""
+"""The harness of all benchmarks: flags, environment, statistics, workers, results."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ LIMIT_VARIABLE = "FD_DSA_LIMIT_S"
 """Names the seconds that `gpu_run` gives a section."""
 OUT_OF_TIME = 75
 """Exit status of a section that ended itself with work left; EX_TEMPFAIL of sysexits.h."""
-# what a result depends on; results themselves do not count
+# files that determine a result
 _MEASURED = ("fd_dsa", "benchmarks", ":!benchmarks/results")
 _PACKAGES = ("paddlepaddle", "triton", "numpy", "torch", "transformers")
 
 
 def _git(*args: str, root: Path) -> str:
-    """Output of a git command in a repository; empty without git."""
+    """Return the output of a git command in a repository, or "" without git."""
     done = subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True)
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
 def _version(package: str) -> str:
-    """Installed version, or "" where the package is absent."""
+    """Return an installed version, or "" without the package."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -45,7 +45,7 @@ def _version(package: str) -> str:
 
 
 def _gpu() -> dict[str, str]:
-    """Name and driver of the first GPU; empty texts where the driver shows none."""
+    """Return name and driver of the first GPU, or "" for both without a GPU."""
     query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader", "-i", "0"]
     try:
         done = subprocess.run(query, capture_output=True, text=True, timeout=20)
@@ -56,7 +56,7 @@ def _gpu() -> dict[str, str]:
 
 
 def revision_of(checkout: Path = ROOT, paths: Sequence[str] = ("fd_dsa",)) -> dict[str, Any]:
-    """Commit of a checkout, and whether what is measured of it differs from the commit.
+    """Return the commit of a checkout, and whether the measured files differ from it.
 
     A copy without git counts as dirty.
     """
@@ -66,9 +66,9 @@ def revision_of(checkout: Path = ROOT, paths: Sequence[str] = ("fd_dsa",)) -> di
 
 
 def environment() -> dict[str, Any]:
-    """Machine, versions and commit that a result belongs to.
+    """Return machine, versions and commit of a result.
 
-    A copy without git has its commit in FD_DSA_COMMIT: the hash, and -dirty where it differs.
+    A copy without git has its commit in FD_DSA_COMMIT: the hash, and -dirty if it differs.
     """
     model = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     commit = os.environ.get("FD_DSA_COMMIT", "")
@@ -85,7 +85,7 @@ def environment() -> dict[str, Any]:
 
 
 def percentiles(values: Sequence[float]) -> dict[str, float]:
-    """20th, 50th and 80th percentile."""
+    """Return the percentiles 20, 50 and 80."""
     return {f"p{q}": float(np.percentile(values, q)) for q in (20, 50, 80)}
 
 
@@ -96,26 +96,43 @@ def write_json(path: Path, result: Any) -> None:
     unfinished.replace(path)
 
 
-def rig_parser(doc: str | None, *, is_dry: bool = True) -> argparse.ArgumentParser:
+def parser_of(doc: str | None) -> argparse.ArgumentParser:
+    """Make a parser whose description is the first line of a module's docstring."""
+    return argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
+
+
+def out_parser(doc: str | None) -> argparse.ArgumentParser:
+    """Make a parser with the flag --out, the folder of the result."""
+    parser = parser_of(doc)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
+    return parser
+
+
+def rig_parser(
+    doc: str | None, *, is_dry: bool = True, is_split: bool = False
+) -> argparse.ArgumentParser:
     """Make a parser with the flags of benchmarks that run on the test plug-in.
 
     Args:
-        doc: text of the benchmark's module, whose first line is the description.
+        doc: docstring of the benchmark's module.
         is_dry: True to add --dry.
+        is_split: True to add --tensor-parallel-size.
     """
-    parser = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
+    parser = out_parser(doc)
     parser.add_argument(
         "--rig", action="store_true", help="Paddle's CPU wheel and the test plug-in"
     )
     if is_dry:
         parser.add_argument("--dry", action="store_true", help="small widths on the CPU")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
+    if is_split:
+        parser.add_argument("--tensor-parallel-size", "-tp", type=int, default=1, metavar="N")
     return parser
 
 
-def tier_of(args: argparse.Namespace) -> str:
-    """Return the tier of a run with the flags of `rig_parser`."""
-    return "dry" if args.dry else "T1p" if args.rig else "T2"
+def rig_result(name: str, args: argparse.Namespace, **fields: Any) -> dict[str, Any]:
+    """Return a result without cases, for the flags of `rig_parser`."""
+    tier = "dry" if getattr(args, "dry", False) else "T1p" if args.rig else "T2"
+    return {"name": name, "env": environment(), "tier": tier, "cases": [], **fields}
 
 
 def write_result(folder: Path, result: Mapping[str, Any]) -> None:
@@ -123,15 +140,12 @@ def write_result(folder: Path, result: Mapping[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{result['name']}.json"
     write_json(path, result)
-    print(f"written: {path}")
+    print(f"written: {path}", flush=True)
 
 
-def save(name: str, result: dict[str, Any]) -> Path:
-    """Write `result` with the environment to benchmarks/results/<name>.json."""
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    path = RESULTS / f"{name}.json"
-    write_json(path, {"name": name, "env": environment()} | result)
-    return path
+def save(name: str, result: Mapping[str, Any]) -> None:
+    """Write a result of a CPU, with the environment, to benchmarks/results."""
+    write_result(RESULTS, {"name": name, "env": environment(), "tier": "T0", **result})
 
 
 def compare_packages(
@@ -140,51 +154,47 @@ def compare_packages(
     measure: Callable[[dict[str, Path], int], dict[str, Any]],
     rounds: int,
     argv: Sequence[str] | None = None,
-    *,
-    needs_baseline: bool = False,
 ) -> int:
-    """The command of a CPU benchmark that may compare two packages; returns 0.
+    """Run the command of a CPU benchmark that may compare two packages. Returns 0.
 
     Its flags are --baseline CHECKOUT and --rounds N.
 
     Args:
-        name: of its result.
+        name: name of the result.
         description: its module's docstring.
         measure: makes the result of label -> checkout, "fd_dsa" for this one and "before" for the
             other, and of the rounds.
-        rounds: where no flag says how many.
+        rounds: default of --rounds.
     """
-    parser = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
-    parser.add_argument(
-        "--baseline", type=Path, required=needs_baseline, help="checkout that is measured as well"
-    )
+    parser = parser_of(description)
+    parser.add_argument("--baseline", type=Path, help="checkout that is measured as well")
     parser.add_argument("--rounds", type=int, default=rounds, help=f"default: {rounds}")
     args = parser.parse_args(argv)
-    result: dict[str, Any] = {"tier": "T0", "rounds": args.rounds}
+    result: dict[str, Any] = {"rounds": args.rounds}
     checkouts = {"fd_dsa": ROOT}
     if args.baseline:
         checkouts["before"] = args.baseline.resolve()
         result["baseline"] = revision_of(args.baseline)
-    print(f"written: {save(name, result | measure(checkouts, args.rounds))}")
+    save(name, result | measure(checkouts, args.rounds))
     return 0
 
 
 def three_digits(value: float) -> str:
-    """A figure with three significant digits, never in powers of ten."""
+    """Format a figure with three significant digits, without powers of ten."""
     if value >= 100:
         return f"{value:,.0f}"
     return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
 def case_line(entry: Mapping[str, Any]) -> str:
-    """One case of a benchmark in one line."""
+    """Return a line for a case of a benchmark."""
     times = "  ".join(f"{label} {t['p50']:.2f}" for label, t in entry["times"].items())
     ratios = "  ".join(f"x{ratio:.2f} of {label}" for label, ratio in entry["ratios"].items())
     return f"{entry['case']:<34} us: {times} | {ratios} | {entry['percent_of_floor']:.0f}% of floor"
 
 
 def table_row(cells: Sequence[str]) -> str:
-    """One line of a Markdown table."""
+    """Return a line of a Markdown table."""
     return f"| {' | '.join(cells)} |"
 
 
@@ -196,14 +206,14 @@ def run_peer(peer: Path, script: str, *arguments: str | Path) -> None:
 
 
 def random_prompts(requests: int, tokens: int, vocab_size: int, seed: int) -> list[list[int]]:
-    """Token ids of `requests` prompts, past the special tokens; the same for both sides."""
+    """Return random token ids of `requests` prompts, without special tokens."""
     rng = np.random.default_rng(seed)
     return rng.integers(10, vocab_size, (requests, tokens)).tolist()
 
 
 @contextlib.contextmanager
 def on_cpus(cpus: Iterable[int]) -> Iterator[None]:
-    """Processes that are started inside run on these processors alone."""
+    """Start processes of the block on these processors only."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, cpus)
     try:
@@ -213,7 +223,7 @@ def on_cpus(cpus: Iterable[int]) -> Iterator[None]:
 
 
 class Worker:
-    """A process that answers one JSON line with one JSON line; idle between calls.
+    """A process that answers each JSON line with a JSON line, and is idle between calls.
 
     Candidate and baseline each get one, so that their thread pools never meet in a process.
 
@@ -244,7 +254,7 @@ class Worker:
             )
 
     def __enter__(self) -> Worker:
-        """For `with`."""
+        """Return the worker."""
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -268,7 +278,7 @@ class Worker:
         return json.loads(line)
 
     def close(self) -> None:
-        """Let the worker end."""
+        """End the worker."""
         assert self._process.stdin and self._process.stdout
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
@@ -280,7 +290,7 @@ class Worker:
 def workers(
     target: str, checkouts: Mapping[str, Path], **options: Any
 ) -> Iterator[dict[str, Worker]]:
-    """A worker with the package of each checkout, by label."""
+    """Yield a worker with the package of each checkout, by label."""
     with contextlib.ExitStack() as stack:
         yield {
             label: stack.enter_context(Worker(target, checkout=path, **options))
@@ -291,7 +301,7 @@ def workers(
 def in_turns(
     calls: Mapping[Key, Callable[..., Any]], rounds: int, *, seeded: bool = False
 ) -> dict[Key, list[Any]]:
-    """What each of some calls returns in every round; they take turns.
+    """Call functions in turn, and return the results of each by key.
 
     Args:
         seeded: every call gets the number of its round as `seed`, and a further round, number 0,
@@ -307,14 +317,14 @@ def in_turns(
 
 
 def serve_requests(target: Any) -> None:
-    """The worker's side of `Worker.call`.
+    """Answer the requests of `Worker.call`, in the worker's process.
 
     Args:
         target: a module or an object; `op` of a request names one of its functions, the rest are
             the arguments.
     """
     answers = os.fdopen(os.dup(1), "w")
-    # whatever a library prints must not get between the answers
+    # output of a library must not get between the answers
     os.dup2(2, 1)
     for line in sys.stdin:
         request = json.loads(line)

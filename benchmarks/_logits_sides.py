@@ -30,9 +30,9 @@ class Shape:
     Attributes:
         heads: index heads.
         rows: requests.
-        keys: of a row, after the step.
-        new: tokens of a row in the step.
-        is_prompt: whether they are the last chunk of a prompt.
+        keys: number of keys of a row after the step.
+        new: number of tokens of a row in the step.
+        is_prompt: True if they are the last chunk of a prompt.
     """
 
     heads: int
@@ -77,12 +77,12 @@ class Shape:
         return 2 * self.heads * WIDTH * self.pairs
 
     def floor_us(self, bytes_per_s: float, flops_per_s: float) -> float:
-        """Least time: of the bytes or of the GEMMs, whichever takes longer."""
+        """Return the least time: of the bytes or of the GEMMs, whichever takes longer."""
         return max(self.bytes_moved / bytes_per_s, self.flops / flops_per_s) * 1e6
 
 
 def shapes(quick: bool = False) -> Iterator[Shape]:
-    """All that are timed: P5 and P6 of the targets, in that order."""
+    """Yield all timed shapes: P5 and P6 of the targets, in that order."""
     if quick:
         yield from (Shape(64, 1, 32 << 10, 2048, True), Shape(64, 64, 32 << 10))
         return
@@ -100,12 +100,12 @@ def shapes(quick: bool = False) -> Iterator[Shape]:
 
 
 def codes(*shape: int) -> torch.Tensor:
-    """uint8 bits of random e4m3 numbers, N(0, 1)."""
+    """Return uint8 bits of random e4m3 numbers, N(0, 1)."""
     return torch.randn(shape, device=DEVICE).to(torch.float8_e4m3fn).view(torch.uint8)
 
 
 def random_cache(num_blocks: int = NUM_BLOCKS) -> torch.Tensor:
-    """uint8 [num_blocks, 64, 132]: blocks of random keys, then their scales."""
+    """Return uint8 [num_blocks, 64, 132]: blocks of random keys, then their scales."""
     cache = torch.empty(num_blocks, PAGE * (WIDTH + 4), device=DEVICE, dtype=torch.uint8)
     for part in cache.split(1 << 13):
         part[:, : PAGE * WIDTH] = codes(len(part), PAGE * WIDTH)
@@ -115,12 +115,12 @@ def random_cache(num_blocks: int = NUM_BLOCKS) -> torch.Tensor:
 
 
 def form_of(shape: Shape) -> TileForm:
-    """The form of the tile kernel that serves a shape."""
+    """Return the form of the tile kernel that serves a shape."""
     return prompt_form(shape.heads) if shape.is_prompt else decode_form(shape.heads, shape.new)
 
 
 def keys_of(cache: torch.Tensor, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys e4m3 [n, 128] of some blocks of a cache, and their float32 scales [n]."""
+    """Return keys e4m3 [n, 128] of some blocks of a cache, and their float32 scales [n]."""
     pages = cache.view(len(cache), -1)[blocks.long()]
     keys = pages[:, : PAGE * WIDTH].reshape(-1, WIDTH).view(torch.float8_e4m3fn)
     return keys, pages[:, PAGE * WIDTH :].contiguous().view(torch.float32).flatten()
@@ -129,7 +129,7 @@ def keys_of(cache: torch.Tensor, blocks: torch.Tensor) -> tuple[torch.Tensor, to
 def exact_scores(
     q: torch.Tensor, weights: torch.Tensor, cache: torch.Tensor, blocks: torch.Tensor
 ) -> torch.Tensor:
-    """float64 [n]: the scores of a token over the keys of some blocks, in doubles.
+    """Return float64 [n]: the scores of a token over the keys of some blocks, in doubles.
 
     Args:
         q: e4m3 bits [heads, 128].
@@ -179,7 +179,7 @@ class Step:
         return torch.from_numpy(np.ascontiguousarray(array, np.int32)).to(DEVICE)
 
     def ours(self, form: TileForm) -> Call:
-        """Our launch, its schedule made beforehand."""
+        """Return our launch with a finished schedule."""
         processors = torch.cuda.get_device_properties(0).multi_processor_count
         schedule = TileSchedule.allocate(
             form,
@@ -193,7 +193,7 @@ class Step:
         return lambda: score_tiles(*inputs, self, schedule, self.logits)
 
     def error(self, scores: torch.Tensor) -> float:
-        """Largest relative root mean square error of some tokens' scores in their windows."""
+        """Return the largest relative error (root mean square) of some tokens' scores."""
         tokens = np.linspace(0, self.shape.num_tokens - 1, _CHECKED_TOKENS).astype(int)
         worst = 0.0
         for token in map(int, tokens):
@@ -206,7 +206,7 @@ class Step:
 
 
 def peer_call(gemm: DeepGemm, step: Step) -> Call:
-    """DeepGEMM's call for a step, which returns float32 [num_tokens, keys or more].
+    """Return DeepGEMM's call for a step, which returns float32 [num_tokens, keys or more].
 
     It scores gathered keys for a prompt, pages else. Its schedule is made beforehand, as ours is,
     and so are gathered keys. Rows of 3 tokens, which it does not take, are rows of 1 to it.

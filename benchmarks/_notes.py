@@ -1,4 +1,4 @@
-"""The parts of docs/results that need more than a template; "@NAME" in shown.json names one."""
+"""Parts of docs/results that need more than a template. shown.json names them by "@NAME"."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from benchmarks._render import Case, Column, Result, Table, fill
 
 
 def texts(result: Result) -> Iterator[str]:
-    """Where errors of FP8 caches were measured, and on what."""
+    """Yield the machine and the texts of the errors of FP8 caches."""
     form = "{env[cpu]}, {env[cpus]} processors; paddlepaddle {env[paddlepaddle]}, numpy "
     form += "{env[numpy]}; commit {env[commit]:.12}. Texts of "
     lengths = ", ".join(map(str, result["texts"]))
@@ -69,26 +69,6 @@ def siege_table(bounds: Sequence[float]) -> str:
     machine += "{env[paddlepaddle]}. The worst of all kinds of requests:"
     table = "\n".join(Table(lambda _: rows, columns).lines({}))
     return f"{fill(machine, result)}\n\n{table}\n"
-
-
-def stack_counts(result: Result) -> Iterator[str]:
-    """Effects of the package's part of a step, the peers chosen, and what did not serve."""
-    cases = result["cases"]
-    counted = [case["package_alone"] for case in cases if "package_alone" in case]
-    if counted:
-        names = {"launches": "launches", "copies": "copies", "host_waits": "host waits"}
-        names["allocations"] = "allocations"
-        counts = ", ".join(f"{max(c[key] for c in counted)} {name}" for key, name in names.items())
-        yield (
-            f"A step without torch's GEMMs, which allocate their results, is at most {counts}"
-            "; the columns above count whole eager steps."
-        )
-    made_by = {f"{what} by {who}" for case in cases for what, who in case["made_by"].items()}
-    if made_by:
-        yield f"The fastest of the peers, in one case or another: {', '.join(sorted(made_by))}."
-    others = [name for name, serves in result.get("custom_ops", {}).items() if serves is not True]
-    if others:
-        yield f"Of custom_ops/ did not serve: {', '.join(others)}."
 
 
 def unguarded(result: Result) -> Iterator[str]:

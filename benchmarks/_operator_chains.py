@@ -1,10 +1,10 @@
 """Slots and windows as FastDeploy's layers made them, for the engine of `once_per_step`.
 
 Before #7367 every layer made its slots twice, by six operators. Before #7598 the indexer of every
-layer made the windows of a step with prompts in a loop over the requests, which waited for lengths
-on the device. Paddle's CPU wheel has no kernels for these operators in the memory of the test
-plug-in. There each operator is one Triton kernel, launched as the engine launches its own and
-writing to a tensor that Paddle allocates; Paddle's own operators take longer on the host.
+layer made the windows of prompts in a loop over the requests. The loop waited for lengths on the
+device. Paddle's CPU wheel has no kernels for these operators in the memory of the test plug-in.
+There each operator is one Triton kernel with its own output, launched like the engine's kernels.
+Paddle's own operators take longer on the host.
 
 Source: `compute_slot_mapping` and `Indexer.forward` of PaddlePaddle/FastDeploy's deepseek_v3.py.
 """
@@ -34,7 +34,7 @@ def operator_kernel(
     NUMBER: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # type: ignore[no-untyped-def]
-    """One elementwise operator of x and a number, or of x and y."""
+    """Apply an elementwise operator to x and a number, or to x and y."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + at, mask=at < count, other=0)
     if OPERATOR == "divide":
@@ -50,7 +50,7 @@ def operator_kernel(
 
 @step_kernel()
 def gather_kernel(tables_ptr, rows_ptr, columns_ptr, out_ptr, count, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Entries of a table at pairs of a row and a column; -1 for a row of padding."""
+    """Gather entries of a table at pairs of row and column. Rows of padding give -1."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(rows_ptr + at, mask=at < count, other=-1).to(tl.int64)
     column = tl.load(columns_ptr + at, mask=at < count, other=0)
@@ -60,7 +60,7 @@ def gather_kernel(tables_ptr, rows_ptr, columns_ptr, out_ptr, count, width, BLOC
 
 @step_kernel()
 def write_range_kernel(out_ptr, first, stride, count, value, increment, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Values from `value` on to places from `first` on, a stride apart."""
+    """Write values from `value` on to places from `first` on, a stride apart."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(out_ptr + first + at * stride, value + at * increment, mask=at < count)
 
@@ -112,7 +112,7 @@ def write_windows(step: Any, by_kernels: bool) -> None:
 
 
 def values_of(tensor: Any, dtype: str) -> np.ndarray:
-    """A copy of a tensor's values, for which the device is waited for."""
+    """Return a copy of a tensor's values. The host waits for the device."""
     if not tensor.place.is_custom_place():
         return np.array(tensor)
     return on_host(tensor, np.empty(tuple(tensor.shape), dtype))
@@ -131,7 +131,7 @@ def _operator(name: str, x: Any, dtype: str, number: int = 0, other: Any = None)
 
 
 def _copied(tensor: Any, index: int) -> int:
-    """An int32 value of a tensor, by a copy of four bytes; waits for the device."""
+    """Return an int32 value of a tensor by a copy of four bytes, and wait for the device."""
     value, transfers = np.empty(1, np.int32), transfers_for(tensor)
     transfers.copy("d2h", value.ctypes.data, tensor.data_ptr() + 4 * index).queue(4)
     transfers.finish()
@@ -139,7 +139,7 @@ def _copied(tensor: Any, index: int) -> int:
 
 
 def _item(tensor: Any, index: int) -> int:
-    """The same by Paddle."""
+    """Return an int32 value of a tensor by Paddle."""
     return int(tensor[index])
 
 
@@ -150,6 +150,6 @@ def _written(out: Any, first: int, count: int, value: int, increment: int) -> No
 
 
 def _assigned(out: Any, first: int, count: int, value: int, increment: int) -> None:
-    """The same by Paddle."""
+    """Write to every second place of an int32 tensor by Paddle."""
     values = paddle.arange(count, dtype="int32") * increment + value
     out[first : first + 2 * count : 2] = values

@@ -45,11 +45,11 @@ _VLLM = "_C_stable_libtorch.abi3.so"
 
 @cache
 def torch_ops(folder: Path | None, name: str, namespace: str) -> Any | None:
-    """`torch.ops.<namespace>` of a library; None, with a line, where it cannot be loaded."""
+    """Load a library and return `torch.ops.<namespace>`, or None with a printed reason."""
     path = _found(folder, name)
     if path is None:
         return None
-    # what a peer may link and torch itself loads late: NVRTC and cuBLAS of its wheels
+    # libraries that a peer may link and torch loads late: NVRTC and cuBLAS of its wheels
     for pattern in ("**/libnvrtc.so.*", "**/libcublasLt.so.*", "**/libcublas.so.*"):
         for root in sys.path:
             for library in sorted((Path(root) / "nvidia").glob(pattern)):
@@ -64,20 +64,20 @@ def torch_ops(folder: Path | None, name: str, namespace: str) -> Any | None:
 
 
 def vllm_cache_ops(folder: Path | None) -> Any | None:
-    """vLLM's operators on caches."""
+    """Return vLLM's operators on caches."""
     return torch_ops(folder, _VLLM, "_C_cache_ops")
 
 
 def vllm_ops(folder: Path | None) -> Any | None:
-    """vLLM's other operators."""
+    """Return vLLM's other operators."""
     return torch_ops(folder, _VLLM, "_C")
 
 
 def vllm_writes(ops: Any, *inputs: torch.Tensor) -> None:
-    """vLLM's writes of finished keys into both caches.
+    """Write finished keys into both caches by vLLM's operators.
 
     Args:
-        ops: of `vllm_cache_ops`.
+        ops: result of `vllm_cache_ops`.
         inputs: latent, k_pe and index key; both caches; slots; and a scale, any number, which is
             not read.
     """
@@ -90,7 +90,7 @@ def vllm_writes(ops: Any, *inputs: torch.Tensor) -> None:
 
 @cache
 def flashinfer_topk(folder: Path | None) -> Any | None:
-    """FlashInfer's top-k as a C library."""
+    """Return FlashInfer's top-k as a C library."""
     path = _found(folder, "fi_topk.so")
     if path is None:
         return None
@@ -102,12 +102,12 @@ def flashinfer_topk(folder: Path | None) -> Any | None:
 
 
 def vllm_indexer_query(folder: Path | None) -> Any | None:
-    """The Triton kernel of vLLM that prepares the indexer's query."""
+    """Return the Triton kernel of vLLM that prepares the indexer's query."""
     return _of_file(folder, "triton_peers/indexer_q.py", "_fused_indexer_q_rope_quant_kernel")
 
 
 def vllm_sparse_mla(folder: Path | None) -> Any | None:
-    """vLLM's sparse MLA in Triton, for bfloat16 latents."""
+    """Return vLLM's sparse MLA in Triton, for bfloat16 latents."""
     return _of_file(folder, "triton_peers/mla_sparse.py", "triton_bf16_mla_sparse_interface")
 
 
@@ -120,7 +120,7 @@ def prepare_indexer_query(
     codes: torch.Tensor,
     folded: torch.Tensor,
 ) -> None:
-    """Launch vLLM's kernel as vLLM does; the result is in `codes` and `folded`."""
+    """Launch vLLM's kernel like vLLM. The result is in `codes` and `folded`."""
     num_tokens, heads, dim = q.shape
     kernel[num_tokens, heads](
         *(positions, q, q.stride(0), q.stride(1), cos_sin, cos_sin.stride(0)),
@@ -134,7 +134,7 @@ def prepare_indexer_query(
 
 
 def flash_mla_builds(folder: Path | None) -> list[tuple[str, Any, bool]]:
-    """Builds of FlashMLA: label, operators, and whether they take a result to write to."""
+    """Return builds of FlashMLA: label, operators, and True if they take an output."""
     vllm = torch_ops(folder, "_flashmla_C.abi3.so", "_flashmla_C")
     sglang = torch_ops(folder, "sgl_flashmla_ops.abi3.so", "sgl_kernel")
     builds = ("FlashMLA of vLLM", vllm, True), ("FlashMLA of SGLang", sglang, False)
@@ -150,13 +150,13 @@ def flash_mla_decode(
     schedule: Any,
     scale: float,
 ) -> tuple[torch.Tensor, Any]:
-    """FlashMLA over FP8 records, each token a batch of its own.
+    """Run FlashMLA over FP8 records, with a batch for each token.
 
     Args:
         q: bfloat16 [num_tokens, 64 or 128, 576].
         latents: uint8, records of 656 bytes in pages of 64.
         slots: int32 [num_tokens, topk].
-        schedule: what an earlier call returned, or (None, None).
+        schedule: schedule of an earlier call, or (None, None).
 
     Returns:
         bfloat16 [num_tokens, heads, 512], and the schedule.
@@ -179,7 +179,7 @@ class DeepGemm:
         self._module = module
 
     def schedule(self, lengths: torch.Tensor) -> torch.Tensor:
-        """How int32 [rows, tokens of a row] keys are shared out to processors."""
+        """Return the schedule that divides int32 [rows, tokens of a row] keys among processors."""
         parts = int(self._module.get_num_sms())
         # two of its blocks share the keys of rows of four tokens
         parts = parts // 2 if lengths.shape[1] == 4 else parts
@@ -189,7 +189,7 @@ class DeepGemm:
         self, q: torch.Tensor, cache: torch.Tensor, weights: torch.Tensor, lengths: torch.Tensor,
         tables: torch.Tensor, schedule: torch.Tensor, width: int,
     ) -> torch.Tensor:  # fmt: skip
-        """float32 [num_tokens, width]: scores of the keys in the pages of each row.
+        """Return float32 [num_tokens, width]: scores of the keys in the pages of each row.
 
         Args:
             q: float8_e4m3fn [num_tokens, index_n_heads, 128].
@@ -197,7 +197,7 @@ class DeepGemm:
             weights: float32 [num_tokens, index_n_heads].
             lengths: int32 [rows, tokens of a row]; keys that each token sees.
             tables: int32 [rows, max_blocks].
-            schedule: of these lengths.
+            schedule: schedule of these lengths.
             width: keys of the longest row.
         """
         pages = cache.view(-1, 64, 1, cache.shape[-1])
@@ -205,7 +205,7 @@ class DeepGemm:
         return self._score("paged_mqa_logits", q.view(*lengths.shape, *q.shape[1:]), *rest)
 
     def score_gathered(self, q: torch.Tensor, keys: Any, *rest: torch.Tensor) -> torch.Tensor:
-        """float32 [num_tokens, num_keys]: scores of contiguous keys.
+        """Return float32 [num_tokens, num_keys]: scores of contiguous keys.
 
         Args:
             q: as in `score_pages`.
@@ -216,7 +216,7 @@ class DeepGemm:
         return self._score("mqa_logits", q, keys, *rest)
 
     def _score(self, name: str, q: torch.Tensor, *rest: Any) -> torch.Tensor:
-        """By the function of FP8 alone, or the one whose query is a pair with FP4 scales."""
+        """Score by the function for FP8, or by the one whose query is a pair with FP4 scales."""
         plain = getattr(self._module, f"fp8_{name}", None)
         if plain is not None:
             return plain(q, *rest, clean_logits=False)
@@ -225,7 +225,7 @@ class DeepGemm:
 
 @cache
 def deep_gemm(folder: Path | None) -> DeepGemm | None:
-    """DeepGEMM's kernels."""
+    """Return DeepGEMM's kernels."""
     if _found(folder, "deep_gemm/__init__.py") is None:
         return None
     os.environ.setdefault("DG_JIT_CACHE_DIR", str(ROOT / "build" / "deep_gemm_cache"))
@@ -235,7 +235,7 @@ def deep_gemm(folder: Path | None) -> DeepGemm | None:
 
 @cache
 def _of_file(folder: Path | None, name: str, function: str) -> Any | None:
-    """A function of a Python file, which is a module of its own."""
+    """Return a function of a Python file, imported as a module."""
     path = _found(folder, name)
     if path is None:
         return None
@@ -247,7 +247,7 @@ def _of_file(folder: Path | None, name: str, function: str) -> Any | None:
 
 
 def _found(folder: Path | None, name: str) -> Path | None:
-    """The file of a peer, or None after saying that it is left out."""
+    """Return the file of a peer, or None with a printed reason."""
     path = folder / name if folder else None
     if path is None or not path.exists():
         print(f"peer left out: {name}: not in --peers {folder or '(not given)'}", flush=True)

@@ -1,4 +1,4 @@
-"""What the benchmarks of one small launch a layer share: input sets, bytes, sides, candidates."""
+"""The harness of benchmarks of one small launch per layer: inputs, sides, candidates."""
 
 from __future__ import annotations
 
@@ -19,32 +19,37 @@ OURS = "one launch"
 
 @cache
 def angles() -> torch.Tensor:
-    """float32 [max_position, 64]; cos, then sin."""
+    """Return float32 [max_position, 64], cos followed by sin."""
     angle = torch.rand(MAX_POSITION, ROPE // 2, device="cuda") * 6
     return torch.cat([angle.cos(), angle.sin()], 1)
 
 
 def as_numpy(*tensors: torch.Tensor) -> list[np.ndarray]:
-    """Copies of tensors; bfloat16 becomes float32."""
+    """Return copies of tensors, with bfloat16 converted to float32."""
     return [(x.float() if x.dtype == torch.bfloat16 else x).cpu().numpy() for x in tensors]
 
 
 class Launch:
-    """A launch for the tokens of a step, over inputs and outputs of its own; a class a benchmark.
+    """A launch for the tokens of a step, with its own inputs and outputs.
 
-    A class has arguments(positions, cos_sin, **variant), those of the kernel by name, whose
-    positions are None where cos and sin are the tokens'; expected(**variant), what the CPU makes
-    over the poison in the outputs; sides(peer), other ways to make the same; and
-    bytes_of(*shape), the fewest bytes that are moved.
+    Each benchmark has a subclass with these methods:
+
+    - arguments(positions, cos_sin, **variant): arguments of the kernel by name. Positions are None
+      if cos and sin are those of the tokens.
+    - expected(**variant): the outputs of the CPU, over the poison.
+    - sides(peer): other ways to make the same outputs.
+    - bytes_of(*shape): the smallest number of moved bytes.
 
     Attributes:
-        kernel, candidates: of Triton, and the configurations that can be asked for.
-        shapes, quick, name: what is timed, with --quick, and how a shape is called.
-        subjects_of: name, shape and variant of what is profiled and repeated.
-        variants: of the operator, all of which are compared with the CPU.
-        find_peer: in the folder of `--peers`; None where no other project has one.
-        positions: int64 [num_tokens]; of the tokens.
-        outputs: what the launch writes.
+        kernel: the Triton kernel.
+        candidates: configurations of the kernel.
+        shapes, quick: timed shapes, and those of --quick.
+        name: template of a shape's name.
+        subjects_of: name, shape and variant of the profiled and repeated launches.
+        variants: keywords of the operator. All are compared with the CPU.
+        find_peer: finds the peer in the folder of `--peers`, or None without a peer.
+        positions: int64 [num_tokens], positions of the tokens.
+        outputs: tensors that the launch writes.
         chosen: the configuration that serves.
     """
 
@@ -66,18 +71,18 @@ class Launch:
 
     @classmethod
     def small(cls, shape: tuple[int, ...] = (33, 7)) -> Launch:
-        """One whose outputs are as small as a shape allows."""
+        """Return a launch whose outputs are as small as a shape allows."""
         return cls(*shape)
 
     def call(
         self, configuration: tuple[Any, ...] | None = None, *, gathered: bool = True, **variant: Any
     ) -> _gpu.Call:
-        """Our launch, arguments checked beforehand.
+        """Return our launch with checked arguments.
 
         Args:
             configuration: rows of a program, warps, and registers where the kernel limits them.
             gathered: cos and sin of the tokens were gathered once for all layers of a step.
-            variant: of the operator.
+            variant: keywords of the operator.
         """
         rope = (None, angles()[self.positions]) if gathered else (self.positions, angles())
         arguments = self.arguments(*rope, **variant)
@@ -117,7 +122,7 @@ class Launch:
 
     @classmethod
     def cases(cls, record: _gpu.Recorder, args: Namespace) -> Iterator[tuple[str, _gpu.Case]]:
-        """One for each shape."""
+        """Yield a case for each shape."""
         cls.check_bytes()
         peer = cls.find_peer and cls.find_peer(args.peers)
         for shape in cls.quick if args.quick else cls.shapes:
@@ -125,6 +130,6 @@ class Launch:
 
     @classmethod
     def subjects(cls) -> dict[str, tuple[_gpu.Call, Sequence[torch.Tensor]]]:
-        """Our launch at some shapes, for profiles and repeats."""
+        """Return our launch at some shapes, for profiles and repeats."""
         made = [(name, cls.small(shape), variant) for name, shape, variant in cls.subjects_of]
         return {name: (launch.call(**variant), launch.outputs) for name, launch, variant in made}

@@ -1,7 +1,7 @@
-"""Tilings of the indexer's projections that the benchmarks time; needs no Paddle."""
+"""Tilings of the indexer's projections. The module needs no Paddle."""
 
-# for few tokens, and for many: BLOCK_TOKENS, _COLUMNS and _HIDDEN,
-# programs that share the hidden size, num_warps, num_stages
+# for few tokens and for many: BLOCK_TOKENS, BLOCK_COLUMNS,
+# BLOCK_HIDDEN, programs that share the hidden size, num_warps, num_stages
 SPLIT = (
     *((16, 16, 128, 28, 4, 3), (16, 16, 128, 14, 4, 5), (16, 16, 256, 7, 4, 5)),
     *((16, 32, 128, 28, 4, 3), (16, 32, 128, 14, 4, 5), (16, 64, 128, 28, 4, 3)),

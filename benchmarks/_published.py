@@ -41,7 +41,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 @cache
 def plan_of(name: str, ranks: int) -> dict[str, Any]:
-    """Memory plan of a model on `ranks` GPUs, as `fd-dsa doctor --plan` makes it."""
+    """Return the memory plan of a model on `ranks` GPUs, as `fd-dsa doctor --plan` makes it."""
     with tempfile.TemporaryDirectory() as parent:
         folder = Path(parent) / name
         folder.mkdir()
@@ -50,13 +50,13 @@ def plan_of(name: str, ranks: int) -> dict[str, Any]:
 
 
 def plan_lines() -> str:
-    """Output of `fd-dsa doctor --plan` for four GPUs, as a code block."""
+    """Return the output of `fd-dsa doctor --plan` for four GPUs, as a code block."""
     lines = "\n".join(as_lines(plan_of("DeepSeek-V3.2-REAP-345B", 4)))
     return f"```\n{lines}\n```\n"
 
 
 def plan_table(head: Sequence[str] = ("model", "GPUs", "weights on each"), no: str = "no") -> str:
-    """Table of the tokens that each kind of GPU holds in addition to the weights of each model.
+    """Return a table of the tokens that GPUs hold in addition to the weights of each model.
 
     Args:
         head: heads of the first three columns, in the language of the page.

@@ -46,7 +46,7 @@ CASES: dict[str, Callable[[Result], Iterable[float]]] = {
 
 
 def _of_group(entry: Mapping[str, Any], where: Mapping[str, Any], result: Result) -> list[Ratio]:
-    """The ratio and name of every case of a group that has one of the other sides."""
+    """Return the ratio and name of every case of a group that has one of the other sides."""
     if "cases" in entry:
         return sorted((ratio, "") for ratio in CASES[entry["cases"]](result))
     found = []
@@ -65,7 +65,7 @@ def _fits(value: Any, wanted: Any) -> bool:
 
 
 def _rows(table: str, result: Result) -> Iterator[dict[str, Any]]:
-    """The rows that a table has of a result; those without a case are left out."""
+    """Yield the rows of a table for a result. Groups without a case are omitted."""
     for entry in RATIOS:
         if entry["result"] == result["name"]:
             for what, where in entry.get(table, ()):
@@ -79,13 +79,13 @@ def _slower(row: Mapping[str, Any]) -> str:
 
 
 def command_of(name: str) -> str:
-    """The benchmark that writes a result, and how many GPUs it needs if there are several."""
+    """Return the benchmark that writes a result, with its flag for several GPUs."""
     return re.sub(r"_([248])$", r" -tp \1", name)
 
 
 @cache
 def page_of(name: str) -> str:
-    """The page in docs/results that shows a result."""
+    """Return the page in docs/results that shows a result."""
     mark = f"<!-- result: {name} -->"
     pages = sorted((ROOT / "docs" / "results").glob("*.md"))
     return next(page.name for page in pages if mark in page.read_text("utf-8"))
@@ -108,7 +108,7 @@ _OF_PERFORMANCE = [
 
 
 def region(table: str, folder: Path = RESULTS) -> str:
-    """A table of docs/performance.md, of all results that may be shown."""
+    """Return a table of docs/performance.md, of all results that may be shown."""
     rows: list[dict[str, Any]] = []
     for name in dict.fromkeys(entry["result"] for entry in RATIOS):
         path = folder / f"{name}.json"
@@ -122,7 +122,7 @@ def region(table: str, folder: Path = RESULTS) -> str:
 
 
 def drawn(name: str, result: Result) -> list[dict[str, Any]]:
-    """What a flagship's picture shows, a group a case: times relative to ours and their labels."""
+    """Return the groups of a picture: times relative to ours, with their labels."""
     if name == "engine_cpu":
         return [_engine_group(case) for case in result["cases"]]
     if name == "gpu_engine":
@@ -133,7 +133,7 @@ def drawn(name: str, result: Result) -> list[dict[str, Any]]:
 
 
 def _group(sides: Mapping[str, Iterable[str]], case: Case) -> dict[str, Any]:
-    """A case: ours, and for each other side the fastest of its labels."""
+    """Return a case: ours, and the fastest label of each other side."""
     times = {label: time["p50"] for label, time in case["times"].items()}
     us = {OURS: times[case["ours"]]}
     for side, labels in sides.items():

@@ -1,4 +1,4 @@
-"""Results as Markdown: templates over the JSON, tables, and the parts that GPU results share.
+"""Results as Markdown: templates over the JSON, tables, and the parts of all GPU results.
 
 shown.json lists the parts of each result, with an empty line between them. The name of another
 result stands for the parts of that one:
@@ -9,16 +9,16 @@ result stands for the parts of that one:
     {"rows": PATH, "columns": [[HEAD, CELL], ...]}    a table
 
 A PATH is "a.b.*": "*" takes every item, with its name as "key" and the fields of what holds it. A
-CELL is a template of the row, or "@NAME"; it is empty where the row has no such figure, and a
-column without any figure is left out. {"each": PATH, "columns": [...]} makes columns for every name
-at PATH, which replaces "$"; "@NAME" makes columns of the whole result.
+CELL is a template of the row, or "@NAME". It is empty if the row has no such figure. A column
+without figures is omitted. {"each": PATH, "columns": [...]} makes columns for every name at PATH,
+which replaces "$"; "@NAME" makes columns of the whole result.
 
     {"grid": PATH, "by": [HEAD, LABEL], "cells": [[HEAD, CELL], ...]}    a table of two directions
 
-Rows at PATH with the same LABEL share a line, and HEAD may be a template, so that each has a column
-of its own. "match" is a pattern of the row's "case" (or of the template "of"); its groups are
-fields, and other rows are left out. With "peers", some labels of "times", a row also has ours_us,
-and the fastest of them as peer, with its ratio as peer_ratio.
+Rows at PATH with the same LABEL share a line. HEAD may be a template that makes columns. "match" is
+a pattern of the row's "case" (or of the template "of"). Its groups are fields, and other rows are
+omitted. With "peers", some labels of "times", a row also has ours_us, peer (the fastest of them)
+and its ratio peer_ratio.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {}
 
 
 class _Templates(Formatter):
-    """The language of the templates; see `fill`."""
+    """The formatter of the templates, as described in `fill`."""
 
     def get_field(self, field_name: str, args: Any, row: Any) -> tuple[Any, str]:
-        """The value of a name such as a[b][0] or a[b=text]; functions are called on the way."""
+        """Return the value of a name such as a[b][0] or a[b=text]. Functions are called."""
         value = row
         for key in re.findall(r"[^\[\]]+", field_name):
             if isinstance(value, Mapping):
@@ -57,7 +57,7 @@ class _Templates(Formatter):
         return value, field_name
 
     def format_field(self, value: Any, form: str) -> str:
-        """A value as its form says."""
+        """Format a value."""
         if form[:1] in ("/", "?"):
             word, _, rest = form[1:].partition(":")
             if form[0] == "/":
@@ -67,7 +67,7 @@ class _Templates(Formatter):
 
 
 def _selected(items: Sequence[Any], condition: str) -> Any:
-    """The only item with these values, written `a=1&b.c=text`.
+    """Return the only item with these values, written `a=1&b.c=text`.
 
     Raises:
         KeyError: no item, or more than one, has them.
@@ -84,10 +84,10 @@ def _selected(items: Sequence[Any], condition: str) -> Any:
 
 
 def fill(template: str, row: Any) -> str:
-    """A template with the figures of a row.
+    """Fill a template with the figures of a row.
 
-    {x:~} has three digits, {x:/1e12:.2f} is in units of 1e12, {x:?none:g} is "none" where x is 0;
-    all else is as for `format`. {a[b=text]} selects the only item of the list a whose b is text.
+    {x:~} has three digits, and {x:/1e12:.2f} is in units of 1e12. {x:?-:g} is "-" if x is 0. Other
+    forms are those of `format`. {a[b=text]} selects the only item of the list a whose b is text.
 
     Raises:
         KeyError: the row has no such figure.
@@ -96,7 +96,7 @@ def fill(template: str, row: Any) -> str:
 
 
 def rows_at(value: Any, path: str, held: Mapping[str, Any] | None = None) -> Iterator[Any]:
-    """The items at a path of a result, as the module's docstring describes it."""
+    """Yield the items at a path of a result, as the module's docstring describes it."""
     first, _, rest = path.partition(".")
     if not path:
         yield from [held] if held is not None else value
@@ -115,14 +115,14 @@ class Table:
 
     Attributes:
         rows: their path in the result, or a function of the result.
-        columns: of every row, as in shown.json, or a function of the result.
+        columns: columns as in shown.json, or a function of the result.
     """
 
     rows: str | Callable[[Result], Iterable[Any]]
     columns: Sequence[Any] | Callable[[Result], Sequence[Column]]
 
     def lines(self, result: Result) -> list[str]:
-        """The lines of the table."""
+        """Return the lines of the table."""
         columns = list(self._columns(result))
         rows = rows_at(result, self.rows) if isinstance(self.rows, str) else self.rows(result)
         cells = [[_text(cell, row) for _, cell in columns] for row in rows]
@@ -132,7 +132,7 @@ class Table:
         return [head, "|---" * len(held) + "|", *lines]
 
     def _columns(self, result: Result) -> Iterator[Column]:
-        """The columns, those made for every name among them."""
+        """Yield the columns, also those that are made for each name."""
         for column in self.columns(result) if callable(self.columns) else self.columns:
             if isinstance(column, str):
                 yield from FUNCTIONS[column[1:]](result)
@@ -165,7 +165,7 @@ class Grid:
     peers: Sequence[str] = ()
 
     def lines(self, result: Result) -> list[str]:
-        """The lines of the table."""
+        """Return the lines of the table."""
         table: dict[str, dict[str, str]] = {}
         heads: dict[str, None] = {}
         for row in self._rows(result):
@@ -179,7 +179,7 @@ class Grid:
         return [head, "|---" * (1 + len(heads)) + "|", *lines]
 
     def _rows(self, result: Result) -> Iterator[Mapping[str, Any]]:
-        """The rows that match, with the fields of the match and of the fastest peer."""
+        """Yield the rows that match, with the fields of the match and of the fastest peer."""
         for row in rows_at(result, self.grid):
             found = re.fullmatch(self.match, fill(self.of, row)) if self.match else None
             if self.match and found is None:
@@ -194,7 +194,7 @@ class Grid:
 
 
 def _text(cell: str | Callable[[Any], str], row: Any) -> str:
-    """A cell; empty where the row has no such figure."""
+    """Return the text of a cell, "" if the row has no such figure."""
     if isinstance(cell, str) and cell.startswith("@"):
         cell = FUNCTIONS[cell[1:]]
     try:
@@ -204,7 +204,7 @@ def _text(cell: str | Callable[[Any], str], row: Any) -> str:
 
 
 def paragraphs(result: Result, parts: Iterable[Part]) -> Iterator[str]:
-    """What the parts say of a result."""
+    """Yield the paragraphs of a result, one or more for each part."""
     for part in parts:
         if isinstance(part, str) and part.startswith("@"):
             part = FUNCTIONS[part[1:]]
@@ -221,7 +221,7 @@ def paragraphs(result: Result, parts: Iterable[Part]) -> Iterator[str]:
 
 
 def cpu_machine(result: Result) -> Iterator[str]:
-    """Where a result on a CPU was taken, with the commits."""
+    """Yield machine and commits of a result on a CPU."""
     before = ", before: {baseline[commit]:.12}." if "baseline" in result else "."
     form = "{env[date]}, {env[cpu]}, {env[cpus]} processors; Python {env[python]}, "
     form += "paddlepaddle {env[paddlepaddle]}; commit {env[commit]:.12}" + before
@@ -229,7 +229,7 @@ def cpu_machine(result: Result) -> Iterator[str]:
 
 
 def gpu_machine(result: Result) -> Iterator[str]:
-    """Where and on what a GPU result was taken."""
+    """Yield machine, versions and commit of a GPU result."""
     env = result["env"]
     packages = [f"{x} {env[x]}" for x in ("torch", "triton", "paddlepaddle") if env.get(x)]
     yield (
@@ -239,7 +239,7 @@ def gpu_machine(result: Result) -> Iterator[str]:
 
 
 def refusal(result: Result) -> str | None:
-    """Why the figures of a GPU result may not be shown; None where they may."""
+    """Return the reason why a GPU result may not be shown, or None if it may."""
     if "gate" not in result:
         return None
     # the ceilings run no kernel of ours
@@ -266,12 +266,12 @@ def ceilings_line(result: Result) -> Iterator[str]:
 
 
 def labels_of(cases: Iterable[Case]) -> list[str]:
-    """The sides of some cases, in the order in which they appear."""
+    """Return the sides of some cases, in the order in which they appear."""
     return list(dict.fromkeys(label for case in cases for label in case["times"]))
 
 
 def sides(result: Result) -> list[Column]:
-    """A column a side: its median in microseconds, and how many times ours another side takes."""
+    """Return a column for each side: its median in us, and its ratio to ours."""
 
     def cell(case: Case, label: str) -> str:
         time = three_digits(case["times"][label]["p50"])
@@ -299,7 +299,7 @@ def _times_columns(result: Result) -> list[Column]:
 
 
 def times(result: Result) -> Iterator[str]:
-    """All cases and sides of a GPU result, the errors, and what was not measured."""
+    """Yield all cases, sides and errors of a GPU result, and the missing cases."""
     if result["cases"]:
         yield from paragraphs(result, [gpu_run, Table("cases", _times_columns)])
     yield from run_notes(result)
@@ -324,8 +324,7 @@ def run_notes(result: Result) -> Iterator[str]:
     left_out = {}
     for case in cases:
         for label, found in case.get("errors", {}).items():
-            error = found["attention"] if isinstance(found, Mapping) else found
-            errors[label] = max(errors.get(label, 0.0), error)
+            errors[label] = max(errors.get(label, 0.0), found)
         left_out |= case.get("left_out", {})
     if errors:
         largest = ", ".join(f"{label} {error:.1e}" for label, error in errors.items())

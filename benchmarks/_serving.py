@@ -21,7 +21,7 @@ _FLAGS = ("--max-num-seqs", "32", "--kv-cache-memory-bytes", "4G", "--log-level"
 def served(
     checkout: Path = ROOT, cpus: set[int] | None = None, client_cpus: set[int] | None = None
 ) -> Iterator[Callable[..., dict[str, Any]]]:
-    """A server of the demo model with the package of a checkout, and its client.
+    """Yield a server of the demo model with the package of a checkout, and its client.
 
     Args:
         checkout: whose `fd_dsa` serves.

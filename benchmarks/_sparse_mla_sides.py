@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from benchmarks import _custom_ops, _gpu, _peers
+from benchmarks import _gpu, _peers
 from benchmarks._logits_sides import codes
-from fd_dsa.attention.device import LOGITS_BYTES
-from fd_dsa.attention.tensor_core_attention import keys_per_token
+from custom_ops.build_library import BuildError, build_library
+from fd_dsa.attention.device import keys_per_token
+from fd_dsa.attention.device_memory import LOGITS_BYTES
 from fd_dsa.cache_formats import LATENT_RECORD_BYTES, LATENT_WIDTH, ROPE_WIDTH
 from fd_dsa.ops.mla.custom_op import kind_for
 from fd_dsa.ops.mla.records import Dequantized, DequantizedRecords
@@ -35,8 +36,18 @@ RECORDS = "ours in CUDA C++, from records"
 DEVICE = "cuda"
 
 
+@cache
+def _library() -> Path | None:
+    """Build the kernels of custom_ops/. Returns None, with a line, if they cannot be built."""
+    try:
+        return build_library()
+    except BuildError as error:
+        print(f"custom operators left out: {str(error)[:200]}", flush=True)
+        return None
+
+
 def record_cache(num_slots: int) -> torch.Tensor:
-    """uint8 [num_slots, 656]: records of random latents."""
+    """Return uint8 [num_slots, 656]: records of random latents."""
     cache = torch.empty(num_slots, RECORD, device=DEVICE, dtype=torch.uint8)
     for part in cache.split(1 << 18):
         part[:, :RANK] = codes(len(part), RANK)
@@ -48,7 +59,7 @@ def record_cache(num_slots: int) -> torch.Tensor:
 
 
 def latents_of(rows: torch.Tensor) -> torch.Tensor:
-    """float64 [n, 576]: exact values of records or bfloat16 rows."""
+    """Return float64 [n, 576]: exact values of records or bfloat16 rows."""
     if rows.dtype != torch.uint8:
         return rows.double()
     values = rows[:, :RANK].contiguous().view(torch.float8_e4m3fn).float().double()
@@ -58,12 +69,12 @@ def latents_of(rows: torch.Tensor) -> torch.Tensor:
 
 
 def exact_attention(query: torch.Tensor, keys: torch.Tensor, scale: float) -> torch.Tensor:
-    """float64 [heads, 512]: attention of a token's heads over exact latents [n, 576]."""
+    """Return float64 [heads, 512]: attention of a token's heads over exact latents [n, 576]."""
     return torch.softmax(query.double() @ keys.T * scale, dim=1) @ keys[:, :RANK]
 
 
 def random_slots(tokens: int, region: int) -> torch.Tensor:
-    """int32 [tokens, 2048]: distinct slots below `region` for each token, in random order."""
+    """Return int32 [tokens, 2048]: distinct slots below `region` in random order."""
     parts = [
         torch.rand(len(part), region, device=DEVICE).topk(TOPK, dim=1, sorted=False).indices
         for part in torch.empty(tokens, device=DEVICE).split(max(1, (1 << 28) // region))
@@ -72,7 +83,7 @@ def random_slots(tokens: int, region: int) -> torch.Tensor:
 
 
 def overlapping_slots(tokens: int, region: int, shared: float = 0.9) -> torch.Tensor:
-    """int32 [tokens, 2048]: each token has this share of the slots of the one before."""
+    """Return int32 [tokens, 2048]: each token has this share of the slots of the one before."""
     order = torch.randperm(region, device=DEVICE, dtype=torch.int32)
     first = torch.arange(tokens, device=DEVICE)[:, None] * round(TOPK * (1 - shared))
     return order[(first + torch.arange(TOPK, device=DEVICE)) % region].contiguous()
@@ -117,7 +128,7 @@ class Inputs:
         self.fp8 = cache.dtype == torch.uint8
 
     def error(self, out: torch.Tensor) -> float:
-        """Root mean square of the difference of a few tokens from the oracle, relative."""
+        """Return the relative root mean square error of a few tokens against the oracle."""
         tokens = sorted({0, len(self.slots) // 2, len(self.slots) - 1})
         keys = [latents_of(self.cache[self.slots[t].long()]) for t in tokens]
         pairs = zip(tokens, keys, strict=True)
@@ -125,7 +136,7 @@ class Inputs:
         return float((out[tokens, : self.heads].double() - exact).norm() / exact.norm())
 
     def gather(self) -> _gpu.Call:
-        """Reads of the selected rows alone."""
+        """Return a call that only reads the selected rows."""
         words = self.cache.view(torch.int32)
         out, rows = torch.zeros(1, device=DEVICE, dtype=torch.int32), 16
         width = words.shape[1]
@@ -139,7 +150,7 @@ class Ours:
     """Our launches over memory that all sets share.
 
     Attributes:
-        out, lse: what they write.
+        out, lse: outputs of the launches.
     """
 
     def __init__(self, tokens: int, heads: int) -> None:
@@ -150,7 +161,7 @@ class Ours:
     def call(
         self, inputs: Inputs, form: Form | None = None, splits: int | None = None
     ) -> _gpu.Call:
-        """One call, as served or with another form."""
+        """Return a call as served, or with another form."""
         partials, rows = self.partials, self.lse.numel() * (splits or 0)
         if rows > len(partials.lse):
             shapes = (rows * RANK,), (rows,)
@@ -162,12 +173,12 @@ class Ours:
         )
 
     def cuda_calls(self, sets: Sequence[Inputs]) -> dict[str, list[_gpu.Call]]:
-        """Calls of the kernel of custom_ops/ for so many heads, by label; none without one.
+        """Return calls of the kernel of custom_ops/ by label, if it serves these heads.
 
         CUDA dequantises the records of a prompt first where the package does it; then RECORDS is
         the same without.
         """
-        first, path = sets[0], _custom_ops.library()
+        first, path = sets[0], _library()
         kind = kind_for(first.heads, first.fp8)
         if kind is None or path is None:
             return {}
@@ -184,7 +195,7 @@ class Ours:
 
 
 def _dequantizing(inputs: Inputs) -> Callable[[], Dequantized | None]:
-    """Dequantizes the records of a prompt, in memory as large as a server's."""
+    """Make a function that dequantizes the records of a prompt, in memory like a server's."""
     tokens, keys = len(inputs.slots), len(inputs.cache)
     records = DequantizedRecords(
         _allocate((LOGITS_BYTES // 4,), "float32"), keys_per_token(inputs.heads)
@@ -202,14 +213,14 @@ def _dequantizing(inputs: Inputs) -> Callable[[], Dequantized | None]:
 
 
 def _allocate(shape: tuple[int, ...], dtype: str) -> torch.Tensor:
-    """Uninitialised memory of the GPU."""
+    """Return uninitialised memory of the GPU."""
     return torch.empty(shape, device=DEVICE, dtype=getattr(torch, dtype))
 
 
 def peer_calls(
     folder: Path | None, sets: list[Inputs], is_decode: bool
 ) -> dict[str, list[Callable[[], torch.Tensor]]]:
-    """label -> a call a set; each returns [tokens, heads or more, 512]."""
+    """Return the calls of each peer by label. A call returns [tokens, heads or more, 512]."""
     found: dict[str, list[Callable[[], torch.Tensor]]] = {}
     for label, ops, takes_out in _peers.flash_mla_builds(folder):
         make = _decode_calls if is_decode else _prefill_calls
@@ -224,7 +235,7 @@ def peer_calls(
 
 
 def _padded(sets: list[Inputs]) -> Callable[[Inputs], torch.Tensor]:
-    """Gives a set's queries with as many heads as FlashMLA takes; a copy where there are fewer."""
+    """Return a function that gives a set's queries with enough heads for FlashMLA."""
     tokens, heads, width = sets[0].q.shape
     if heads in (64, 128):
         return lambda inputs: inputs.q
@@ -238,7 +249,7 @@ def _padded(sets: list[Inputs]) -> Callable[[Inputs], torch.Tensor]:
 
 
 def _decode_calls(ops: Any, takes_out: bool, sets: list[Inputs]) -> list[Callable[[], Any]]:
-    """FlashMLA over FP8 records, each token a batch of its own."""
+    """Return calls of FlashMLA over FP8 records, with a batch for each token."""
     query, decode = _padded(sets), partial(_peers.flash_mla_decode, ops, takes_out)
 
     def run(s: Inputs, schedule: Any) -> Any:
@@ -249,7 +260,7 @@ def _decode_calls(ops: Any, takes_out: bool, sets: list[Inputs]) -> list[Callabl
 
 
 def _prefill_calls(ops: Any, takes_out: bool, sets: list[Inputs]) -> list[Callable[[], Any]]:
-    """FlashMLA over bfloat16 latents."""
+    """Return calls of FlashMLA over bfloat16 latents."""
     query, rest = _padded(sets), (None,) if takes_out else ()
 
     def run(inputs: Inputs) -> Any:
@@ -260,5 +271,5 @@ def _prefill_calls(ops: Any, takes_out: bool, sets: list[Inputs]) -> list[Callab
 
 
 def _public(kernel: Any, inputs: Inputs) -> torch.Tensor:
-    """vLLM's Triton kernel over bfloat16 latents."""
+    """Run vLLM's Triton kernel over bfloat16 latents."""
     return kernel(inputs.q, inputs.cache.unsqueeze(1), inputs.slots.unsqueeze(1), SCALE)[0]

@@ -1,16 +1,16 @@
-"""Tilings that the benchmarks time beside those that serve; tests hold them to one result."""
+"""Tilings that benchmarks time alongside the selected ones. Tests hold them to one result."""
 
 from __future__ import annotations
 
-from fd_dsa.ops.fp8_gemm import Tiling
-from fd_dsa.ops.fp8_rows import GROUP
+from fd_dsa.ops.dense_kernels import GROUP
+from fd_dsa.ops.split_sums import Tiling
 
 _FEW = {
     rows: tuple(
         Tiling(rows, columns, warps, stages, 132 * per_processor)
         for columns, warps in ((64, 4), (128, 4), (128, 8))
         for per_processor, stages in ((1, 8), (1, 4), (2, 6), (2, 4), (3, 4), (3, 3), (4, 3))
-        # what a processor holds: 227 KiB, and 255 registers a thread
+        # limits of a processor: 227 KiB, and 255 registers a thread
         if per_processor * stages * (columns + rows) * GROUP <= 227 << 10
         and rows * columns <= 2048 * warps
     )
@@ -29,7 +29,7 @@ _EXPERTS = {
         for rows in (16, 32, 64, 128)
         for columns, warps in ((64, 4), (128, 4), (128, 8), (128, 16))
         for stages in (3, 4, 5, 6, 8)
-        # what a thread keeps of a tile's sums, and a gated tile's shared memory
+        # limits: a thread's sums of a tile, and a gated tile's shared memory
         if warps < 16 or rows == 128
         if rows * columns <= 2048 * warps and stages * (2 * columns + rows) * 128 <= 227 << 10
     )
@@ -38,11 +38,11 @@ _EXPERTS = {
 
 
 def fp8_gemms(rows: int) -> tuple[Tiling, ...]:
-    """Those of FP8_GEMMS that may be the best for so many rows."""
+    """Return the tilings of FP8_GEMMS that may be the fastest for a number of rows."""
     return next((few for most, few in _FEW.items() if rows <= most), _MANY)
 
 
 def experts(kind: str, gated: bool) -> tuple[Tiling, ...]:
-    """Those that a GEMM may use: a gated one of FP8 scales its own 128 columns."""
+    """Return the tilings of a GEMM of experts. A gated one of FP8 scales its own 128 columns."""
     whole = gated and kind == "uint8"
     return tuple(t for t in _EXPERTS[kind] if t.columns == GROUP or not whole)

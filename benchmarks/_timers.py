@@ -1,4 +1,4 @@
-"""How long calls take on a GPU: replays of graphs, pairs of events, the host's clock."""
+"""Timers of calls on a GPU: replays of graphs, pairs of events, the host's clock."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _REPLAY_US = 2000.0
 
 
 def _replay(calls: Sequence[Call], rough_us: float) -> Callable[[], float]:
-    """Microseconds a call of a captured graph of many calls."""
+    """Return a timer by replays of a captured graph of many calls, microseconds a call."""
     rounds = max(1, round(_REPLAY_US / max(rough_us, 2.0) / len(calls)))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -32,13 +32,17 @@ def _replay(calls: Sequence[Call], rough_us: float) -> Callable[[], float]:
 
 
 def _events(calls: Sequence[Call], rough_us: float) -> Callable[[], float]:
-    """Microseconds of one call, each time of the next input set."""
+    """Return a timer by events, each time with the next input set."""
     following = cycle(calls)
     return lambda: _between_events(next(following))
 
 
 def _wall(calls: Sequence[Call], rough_us: float, wait_inside: bool = True) -> Callable[[], float]:
-    """Microseconds a call on the host's clock; the device's work counts if it is waited inside."""
+    """Return a timer by the host's clock.
+
+    Args:
+        wait_inside: True to include the device's work.
+    """
     num_calls = max(len(calls), min(200, round(10_000 / rough_us)))
 
     def sample() -> float:
@@ -64,7 +68,7 @@ _MODES = {
 
 
 def _between_events(call: Call) -> float:
-    """Microseconds of device time of one call."""
+    """Return the device time of one call, microseconds."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
     call()
@@ -88,13 +92,19 @@ def _rough(calls: Sequence[Call]) -> float:
 def interleaved(
     sides: Mapping[str, Sequence[Call]], *, mode: str = "auto", rounds: int = 30
 ) -> Times:
-    """Percentiles of every side, measured in turn within one loop.
+    """Return percentiles of every side, timed in turn in one loop.
+
+    The modes are:
+
+    - "graph": replays of a captured graph.
+    - "events": one call between two events.
+    - "wall": host time until the device is done.
+    - "host": host time without a wait for the device.
+    - "auto": "graph" for calls that are short on the device (below 400 us), else "events".
 
     Args:
         sides: label -> calls, each over its own input set.
-        mode: "graph" replays a captured graph, "events" times one call between two events, "wall"
-            is host time until the device is done, "host" without waiting for it; "auto" is
-            "graph" for calls that are short on the device (below 400 us), else "events".
+        mode: name of a mode.
         rounds: samples of each side.
 
     Returns:

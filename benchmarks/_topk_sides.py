@@ -23,12 +23,12 @@ Side = Callable[[torch.Tensor], Any]
 OURS, SLOTS, TRITON = "custom op", "slots", "Triton, slots"
 BLOCK = 64
 _WORKSPACE = 1 << 20
-# what FlashInfer asks of its cluster kernel: clusters by rows, and half the shared memory
+# FlashInfer's cluster kernel uses half the shared memory
 _CLUSTER_SHARED = 227 * 1024 // 2
 
 
 def stream() -> int:
-    """The current stream."""
+    """Return the current stream."""
     return torch.cuda.current_stream().cuda_stream
 
 
@@ -57,7 +57,7 @@ class Sides:
         self._peers = peers
 
     def ours(self) -> dict[str, Side]:
-        """The kernel of custom_ops/ as positions and as slots, and Triton's."""
+        """Return the kernel of custom_ops/ with positions and with slots, and Triton's."""
         kernels = custom_ops.build().kernels
         arguments = TopkRows(
             lengths=self.lengths.data_ptr(),
@@ -76,7 +76,7 @@ class Sides:
         return {OURS: positions, SLOTS: self._slots(selector), TRITON: self._slots(select_slots)}
 
     def _slots(self, select: Callable[..., None]) -> Side:
-        """A `select_slots` on pages in order."""
+        """Return a `select_slots` on pages in order."""
         last = torch.full((self.rows,), self.width - 1, device="cuda", dtype=torch.int64)
         columns = -(-self.width // BLOCK)
         table = torch.arange(columns, device="cuda", dtype=torch.int32)[None]
@@ -85,7 +85,7 @@ class Sides:
         return lambda scores: select(scores, *tokens, self.out, **sizes)
 
     def exact(self) -> dict[str, Side]:
-        """Peers that never drop a winner, FlashInfer's with our rule first."""
+        """Return peers that never drop a winner, FlashInfer's with our rule first."""
 
         def by_torch(scores: torch.Tensor) -> None:
             self.out.copy_(torch.topk(scores, self.k, dim=1, sorted=False)[1])
@@ -93,7 +93,7 @@ class Sides:
         return {**self._flashinfer(), **self._vllm_rows(), "torch": by_torch}
 
     def inexact(self) -> dict[str, Side]:
-        """Peers that may."""
+        """Return the peers that may drop a winner."""
         ops = _peers.vllm_ops(self._peers)
         if ops is None:
             return {}
@@ -105,7 +105,7 @@ class Sides:
         return sides
 
     def _flashinfer(self) -> dict[str, Side]:
-        """Its ragged form in three modes, and its kernel on clusters."""
+        """Return FlashInfer's ragged form in three modes, and its kernel on clusters."""
         library = _peers.flashinfer_topk(self._peers)
         if library is None:
             return {}
@@ -126,7 +126,7 @@ class Sides:
         return sides | {"FlashInfer cl.": self._clusters(library)}
 
     def _clusters(self, library: Any) -> Side:
-        """FlashInfer's kernel on clusters, as its Python front end calls it."""
+        """Return FlashInfer's kernel on clusters, called like its Python front end."""
         by_rows = ((32, 8), (127, 4), (255, 2))
         clusters = next((c for most, c in by_rows if self.rows <= most), 1)
         if self.width < 8192:
@@ -144,7 +144,7 @@ class Sides:
         return positions
 
     def _vllm_rows(self) -> dict[str, Side]:
-        """vLLM's kernels of one block a row."""
+        """Return vLLM's kernels with one block per row."""
         ops = _peers.vllm_ops(self._peers)
         if ops is None:
             return {}

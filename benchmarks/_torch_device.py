@@ -26,11 +26,11 @@ class TorchDeviceApi(DeviceApi):
 
     def __init__(self, high_priority: bool = False) -> None:
         self._priority = -1 if high_priority else 0
-        # what torch's own compiler calls; the Stream object costs more than the launch's own checks
+        # as in torch's compiler; a Stream object costs more than the launch's own checks
         self.current_stream = torch._C._cuda_getCurrentRawStream
 
     def device_of(self, tensor: torch.Tensor) -> int:
-        """Number of the GPU that holds `tensor`.
+        """Return number of the GPU that holds `tensor`.
 
         Raises:
             LaunchError: the tensor is not in CUDA memory; the message names its place.
@@ -40,22 +40,22 @@ class TorchDeviceApi(DeviceApi):
         return tensor.device.index
 
     def current_device(self) -> int:
-        """Number of this thread's GPU."""
+        """Return number of this thread's GPU."""
         return torch.cuda.current_device()
 
     def new_stream(self, device: int) -> torch.cuda.Stream:
-        """A stream beside torch's pool, whose few streams are handed out again and again."""
+        """Return a new stream outside of torch's pool, which reuses its few streams."""
         handle, priority = ctypes.c_void_p(), ctypes.c_int(self._priority)
         arguments = ctypes.byref(handle), ctypes.c_uint(_NON_BLOCKING), priority
         cuda().call(device, "cuStreamCreateWithPriority", *arguments)
         return torch.cuda.ExternalStream(handle.value or 0, device)
 
     def stream_handle(self, stream: torch.cuda.Stream) -> int:
-        """The CUDA handle."""
+        """Return the CUDA handle."""
         return stream.cuda_stream
 
     def swap_stream(self, device: int, stream: torch.cuda.Stream) -> torch.cuda.Stream:
-        """Make `stream` the current one; returns the one before."""
+        """Make `stream` the current one. Returns the stream before."""
         before = torch.cuda.current_stream(device)
         torch.cuda.set_stream(stream)
         return before
@@ -63,5 +63,5 @@ class TorchDeviceApi(DeviceApi):
 
 @cache
 def register() -> None:
-    """Tell the launcher how to treat torch tensors; once a process."""
+    """Register torch tensors with the launcher, once per process."""
     register_device_api(torch.Tensor, TorchDeviceApi())

@@ -1,11 +1,10 @@
 """The way of ROCm/ATOM #728 to prepare a V4 decode step: NumPy on the host, over all tokens.
 
 It fills all arrays of `fd_dsa.v4_prepare` for decode rows with window rings, except `ext_len`,
-which is zero there, in our own words: window by broadcasting, lists by repeat, cumulative sums and
-a gather, plans by a mask over the tokens. Two of its rules would give wrong rows with drafts and
-are replaced by the right ones, at no cost to it: its window belongs to a request's first token,
-here to each token; its count of compressed entries is that of the request's last token, here again
-each token's own.
+which is zero there. The code is ours: the window by broadcasting, lists by repeat, cumulative sums
+and a gather, plans by a mask over the tokens. Two rules of the original give wrong rows with
+drafts, and are replaced at no cost. Its window belongs to a request's first token, here to each
+token. Its count of compressed entries is that of the request's last token, here each token's own.
 """
 
 from __future__ import annotations
@@ -53,19 +52,19 @@ class HostArrays:
                 self.arrays[name] = memory[end - length : end].reshape(every[name])
 
     def used(self, group: str) -> int:
-        """Values of a group that a copy must move."""
+        """Return the number of a group's values that a copy must move."""
         return int(self.arrays["counts"][2]) if group == "entries" else self.groups[group].size
 
 
 class Vectorised:
-    """The vectorised form; `first` leaves the plans and the entries to `second`.
+    """The vectorised form. `first` leaves the plans and the entries to `second`.
 
     In between, copies of what `first` made may begin, which is how the original overlaps them
     with work of the host.
 
     Args:
         config: sizes of the steps, with window rings.
-        out: where the arrays are written.
+        out: arrays that are written.
     """
 
     def __init__(self, config: V4PrepareConfig, out: HostArrays) -> None:
@@ -131,7 +130,7 @@ class Vectorised:
 def entry_rows(
     config: V4PrepareConfig, block_table: Array, rows: Array, entries: Array, ratio: int
 ) -> Array:
-    """Row in the pool of each compressed entry, int32 [n], of its row of the block table."""
+    """Return row in the pool of each compressed entry, int32 [n], of its row of the block table."""
     each = config.block_size // ratio
     if each == 1:
         return block_table[rows, entries] + np.int32(config.comp_base)
@@ -140,7 +139,7 @@ def entry_rows(
 
 
 def offsets(out: Array, lengths: Array) -> int:
-    """Prefix sums of `lengths` into `out`, the last one repeated to its end; returns the last."""
+    """Write prefix sums of `lengths` to `out`, whose rest repeats the last. Returns the last."""
     count = len(lengths)
     out[0] = 0
     np.cumsum(lengths, out=out[1 : count + 1])

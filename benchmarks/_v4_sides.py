@@ -1,8 +1,7 @@
-"""The sides of the V4 preparation on torch tensors: what each queues for one decode step.
+"""The sides of the V4 preparation on torch tensors: the work of each for one decode step.
 
-`start` begins a sequence of steps. Each step is passed to `stage`, which may run while the device
-works on the previous one, and `finish` queues the rest on the current stream. Only our side has
-work for `stage`; the others do everything in `finish`.
+`start` begins a sequence of steps. `stage` takes a step, and may run while the device works on the
+step before. `finish` queues the rest on the current stream. Only our side has work for `stage`.
 """
 
 from __future__ import annotations
@@ -23,14 +22,14 @@ Grown = tuple[list[int], list[int]]
 
 
 class Side:
-    """One way to prepare a step.
+    """A way to prepare a step.
 
     Attributes:
-        waits: whether the host starts when the step before has ended, as it must where the
-            numbers of accepted drafts come from it.
-        part_us: microseconds of the last step that were spent in NumPy, without copies; of ours, in
-            `set_blocks`; 0 where there is neither.
-        made: the outputs of the last step by name.
+        waits: True if the host starts at the end of the step before, because the numbers of
+            accepted drafts come from it.
+        part_us: microseconds of the last step in NumPy, without copies; for ours, in `set_blocks`.
+            0 without either.
+        made: outputs of the last step by name.
     """
 
     waits = False
@@ -41,7 +40,7 @@ class Side:
         """Begin a sequence of steps."""
 
     def stage(self, decode: Decode, grown: Grown) -> None:
-        """What may run beside the step before."""
+        """Do the work that may run alongside the step before."""
 
     def finish(self, decode: Decode) -> None:
         """Queue the rest."""
@@ -49,14 +48,14 @@ class Side:
 
 
 def device_memory(shape: tuple[int, ...], dtype: str = "int32") -> torch.Tensor:
-    """Poisoned memory of the device."""
+    """Return poisoned memory of the device."""
     tensor = torch.empty(shape, dtype=getattr(torch, dtype), device=DEVICE)
     _gpu.poison(tensor)
     return tensor
 
 
 def pinned(count: int) -> np.ndarray:
-    """int32 [count] in page-locked memory that torch recognises."""
+    """Return int32 [count] in page-locked memory that torch recognises."""
     return torch.empty(count, dtype=torch.int32, pin_memory=DEVICE == "cuda").numpy()
 
 
@@ -109,7 +108,7 @@ class VectorisedSide(Side):
 class Operators:
     """Small operators of torch on the device, for rows of equally many tokens.
 
-    They make the windows, the places of the tokens' own keys and the offsets of both lists; the
+    They make the windows, the places of the tokens' own keys and the offsets of both lists. The
     lists themselves and the plans are left out.
     """
 
@@ -123,7 +122,7 @@ class Operators:
         self._offsets = torch.zeros((2, count), dtype=torch.int32, device=DEVICE)
 
     def __call__(self) -> dict[str, torch.Tensor]:
-        """Arrays of the step whose ctx and slots are in `inputs`."""
+        """Return arrays of the step whose ctx and slots are in `inputs`."""
         config = self._config
         ctx, slot = self.inputs
         rows, window = config.ring_rows, config.window_size
@@ -181,7 +180,10 @@ class OperatorsSide(Side):
 
 
 class Ours(Side):
-    """`V4Prepare`; with `whole_table` the host finds the changed cells of the table by itself."""
+    """`V4Prepare` itself.
+
+    With `whole_table` the host finds the changed cells of the table.
+    """
 
     def __init__(self, config: V4PrepareConfig, *, whole_table: bool = False) -> None:
         self.prepare = V4Prepare(config, "gpu:0", allocate=device_memory)
@@ -189,7 +191,7 @@ class Ours(Side):
         self._whole_table, self._has_table = whole_table, False
 
     def start(self) -> None:
-        """The next step brings its whole table, of other blocks."""
+        """Begin with a new table. The next step brings all of its blocks."""
         self._has_table = False
 
     def stage(self, decode: Decode, grown: Grown) -> None:

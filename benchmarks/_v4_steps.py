@@ -39,7 +39,7 @@ class Size:
 
 
 def sizes() -> Iterator[Size]:
-    """All sizes, those that share a configuration one after another."""
+    """Yield all sizes, in groups with the same configuration."""
     for batch in BATCHES:
         for drafts in DRAFTS:
             for context in CONTEXTS:
@@ -49,7 +49,7 @@ def sizes() -> Iterator[Size]:
 def config_of(
     batch: int, drafts: int, max_model_len: int = MAX_MODEL_LEN, **changes: Any
 ) -> V4PrepareConfig:
-    """The sizes of graphs of `batch` rows with `drafts` drafts each, for V4-Flash."""
+    """Return the sizes of graphs of `batch` rows with `drafts` drafts each, for V4-Flash."""
     max_blocks = -(-max_model_len // BLOCK_SIZE)
     values = {
         "window_size": WINDOW_SIZE,
@@ -71,7 +71,7 @@ def config_of(
 
 @lru_cache(maxsize=4)
 def shuffled(count: int, seed: int) -> Array:
-    """The numbers below `count` in random order, int32; the same array every time."""
+    """Return the numbers below `count` in a fixed random order, int32."""
     return np.random.default_rng(seed).permutation(count).astype(np.int32)
 
 
@@ -84,7 +84,7 @@ class Decode:
     Args:
         config: sizes; a step has `max_num_seqs` rows.
         context: tokens.
-        seed: of the blocks' and slots' order.
+        seed: seed of the order of blocks and slots.
 
     Attributes:
         ctx, q, slot: int32 [B].
@@ -108,11 +108,11 @@ class Decode:
             self.block_table[row, :count] = self._blocks[row, :count]
 
     def inputs(self) -> tuple[Array, Array, Array]:
-        """ctx, q and slot, int32 [B]; the same arrays in every step."""
+        """Return ctx, q and slot, int32 [B]: the same arrays in every step."""
         return self.ctx, self.q, self.slot
 
     def advance(self) -> tuple[list[int], list[int]]:
-        """Go on to the next step; the rows that get a block more for it, and their blocks."""
+        """Go to the next step. Returns the rows that get a block for it, and their blocks."""
         before = self._num_blocks()
         self.ctx += self.q
         rows = np.nonzero(self._num_blocks() > before)[0]
@@ -121,5 +121,5 @@ class Decode:
         return rows.tolist(), blocks.tolist()
 
     def _num_blocks(self) -> Array:
-        """Blocks that each row's context needs."""
+        """Return blocks that each row's context needs."""
         return -(-self.ctx // self._block_size)

@@ -1,11 +1,11 @@
 """Cache writes of a layer: norms, RoPE, quantisation and both scatters in one launch.
 
-Against vLLM's two writes alone (they take keys that are normed and rotated already), and against
-the same two after the torch operations that they need. Decode sizes write random slots, prefill
-sizes (from 1024 tokens) whole blocks in random order; positions are random. "by positions" looks
-cos and sin up itself, the other launch has them gathered once for all layers of a step, as the
-model does it. Bytes a token: 1152 of the latent and k_pe, 256 of the index key, 256 of cos and
-sin, 8 of the slot, 788 written.
+One peer is vLLM's two writes of keys that are normed and rotated already. Another is the same two
+after the torch operations that they need. Decode sizes write random slots. Prefill sizes (from 1024
+tokens) write whole blocks in random order. Positions are random. "by positions" looks cos and sin
+up itself. The other launch has them gathered once for all layers of a step, like the model. Bytes a
+token: 1152 of the latent and k_pe, 256 of the index key, 256 of cos and sin, 8 of the slot, 788
+written.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ RANK, DIM, BLOCK = 512, 128, 64
 FUSED_WIDTH = 1536 + RANK + ROPE
 BYTES_PER_TOKEN = 2 * (RANK + ROPE) + 2 * DIM + 4 * ROPE + 8
 BYTES_PER_TOKEN += LATENT_RECORD_BYTES + INDEX_RECORD_BYTES
-# BLOCK_TOKENS, num_warps, maxnreg: what tune.py times
+# BLOCK_TOKENS, num_warps, maxnreg
 CANDIDATES = (
     *((1, 1, None), (1, 1, 64), (2, 1, None), (2, 1, 80), (4, 1, None), (4, 1, 128)),
     *((2, 2, None), (4, 4, None), (4, 4, 48), (8, 2, None), (8, 2, 128)),
@@ -45,7 +45,8 @@ class Layer:
 
     Attributes:
         caches: latents and index keys in fp8_ds_mla.
-        norms: of the latent, weight and bias of the index key; in bfloat16 `rounded`.
+        norms: weight of the latent's norm, weight and bias of the index key's norm.
+        rounded: the same in bfloat16.
     """
 
     def __init__(self, num_blocks: int) -> None:
@@ -60,14 +61,14 @@ class Layer:
 
 
 def params_of(norms: Sequence[Any]) -> CacheWriteParams:
-    """What `write_caches` takes."""
+    """Return the parameters of `write_caches`."""
     names = "kv_norm_weight", "k_norm_weight", "k_norm_bias"
     return CacheWriteParams("fp8_ds_mla", **dict(zip(names, norms, strict=True)))
 
 
 @cache
 def large_layer() -> Layer:
-    """Caches past the L2, for all input sets."""
+    """Return caches past the L2, for all input sets."""
     return Layer(num_blocks=16384)
 
 
@@ -96,28 +97,28 @@ class Write(Launch):
 
     @classmethod
     def small(cls, shape: tuple[int, ...] = (129,)) -> Launch:
-        """One on small caches."""
+        """Return a launch on small caches."""
         return cls(*shape, Layer(num_blocks=shape[0] // BLOCK + 2))
 
     @staticmethod
     def bytes_of(num_tokens: int) -> int:
-        """Fewest bytes."""
+        """Return the smallest number of bytes."""
         return num_tokens * BYTES_PER_TOKEN
 
     def arguments(self, positions: Any, cos_sin: torch.Tensor) -> dict[str, Any]:
-        """By name."""
+        """Return the kernel's arguments by name."""
         inputs = self.kv_a, self.index_k, positions, self.slots, cos_sin
         return kernel_arguments(*inputs, *self.outputs, params_of(self.layer.norms))
 
     def expected(self) -> list[np.ndarray]:
-        """Both caches, by the CPU."""
+        """Return both caches as written by the CPU."""
         caches = as_numpy(*self.outputs)
         inputs = as_numpy(self.kv_a, self.index_k, self.positions, self.slots, angles())
         write_on_host(*inputs, *caches, params_of(as_numpy(*self.layer.norms)))
         return caches
 
     def sides(self, peer: Any) -> dict[str, _gpu.Call]:
-        """vLLM's writes alone and after torch's operators, and ours with a look-up."""
+        """Return vLLM's writes, alone and after torch's operators, and ours with a look-up."""
         found: dict[str, _gpu.Call] = {}
         if peer is not None:
             latent, k_pe = self.kv_a[:, :RANK].contiguous(), self.kv_a[:, RANK:].contiguous()
@@ -130,7 +131,7 @@ class Write(Launch):
         vllm_writes(ops, *finished, *self.outputs, self.slots, angles()[0, :1])
 
     def finished(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Normed and rotated keys, by torch."""
+        """Return normed and rotated keys, by torch."""
         functional, kv_a = torch.nn.functional, self.kv_a
         kv_weight, *k_norm = self.layer.rounded
         latent = functional.rms_norm(kv_a[:, :RANK], (RANK,), kv_weight, 1e-6)

@@ -1,4 +1,4 @@
-"""What the GPU and its driver reach by themselves: copies, graph nodes, raw launches."""
+"""Ceilings of the GPU and its driver: copies, graph nodes, raw launches."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SOURCE = Path(__file__).with_suffix(".cu")
 
 
 def raw_costs() -> dict[str, float]:
-    """Host microseconds of raw launches with 1, 5 and 18 arguments, and of a graph's node.
+    """Return host microseconds of raw launches with 1, 5 and 18 arguments, and of a graph's node.
 
     Raises:
         RuntimeError: nvcc or the program failed; its words are in the message.
@@ -34,7 +34,7 @@ def raw_costs() -> dict[str, float]:
 
 
 def matrix_flops_per_s() -> float:
-    """Rate of a bfloat16 GEMM of random 8192 x 8192 matrices."""
+    """Return rate of a bfloat16 GEMM of random 8192 x 8192 matrices."""
     out = torch.empty(8192, 8192, device="cuda", dtype=torch.bfloat16)
     return _gpu.gemm_flops_per_s(torch.bfloat16, partial(torch.mm, out=out))
 

@@ -1,17 +1,16 @@
-"""Our kernels in two checkouts on one GPU, in turn: what a change of the source did to them.
+"""Our kernels in two checkouts on one GPU, in turn: the effect of a change of the source.
 
     python -m benchmarks.compare_trees CHECKOUT --only topk cache_write --rounds 2
 
 Each round runs every benchmark in the other checkout, then in this one, without peers. A case
-counts by the smallest median of its rounds; it has changed where the two differ by more than 3 %,
-or by more than 0.3 us where the older one takes less than 10 us. With --earlier the rounds of an
-earlier result count too, and its other benchmarks are kept.
-Writes benchmarks/results/compare_trees.json; returns 1 if a case is slower.
+counts by the smallest median of its rounds. It has changed if the two differ by more than 3 %.
+Below 10 us the limit is 0.3 us. With --earlier the rounds of an earlier
+result count too, and its other benchmarks are kept. Writes compare_trees.json to --out; returns 1
+if a case is slower.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -20,14 +19,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks._harness import RESULTS, ROOT, environment, write_json
+from benchmarks._harness import ROOT, environment, parser_of, write_json
 
-MODULES = ("topk", "sparse_mla", "indexer_logits", "step_metadata", "cache_write", "layer_stack")
+MODULES = ("topk", "sparse_mla", "indexer_logits", "step_metadata", "cache_write")
 SHARE, SHORT_US, SHORT_BELOW_US = 0.03, 0.3, 10.0
 
 
 def medians(tree: Path, module: str, out: Path, quick: bool) -> dict[str, float]:
-    """Microseconds of every own side of every case of one benchmark, run in a checkout."""
+    """Return the microseconds of our side in every case of a benchmark, run in a checkout."""
     command = [sys.executable, "-m", f"benchmarks.{module}", "--out", str(out)]
     command += ["--quick"] if quick else []
     variables = os.environ | {"PYTHONPATH": str(tree)}
@@ -42,7 +41,7 @@ def medians(tree: Path, module: str, out: Path, quick: bool) -> dict[str, float]
 
 
 def compared(before: dict[str, float], after: dict[str, float]) -> list[dict[str, Any]]:
-    """The cases that both checkouts have, with what changed."""
+    """Return the cases of both checkouts, with their changes."""
     entries = []
     for case in before.keys() & after.keys():
         old, new = before[case], after[case]
@@ -53,8 +52,8 @@ def compared(before: dict[str, float], after: dict[str, float]) -> list[dict[str
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run both checkouts in turn; 1 if a case is slower."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    """Run both checkouts in turn. Returns 1 if a case is slower."""
+    parser = parser_of(__doc__)
     parser.add_argument("baseline", type=Path, help="the other checkout")
     parser.add_argument("--only", nargs="+", default=list(MODULES), metavar="BENCHMARK")
     parser.add_argument("--rounds", type=int, default=2)
@@ -91,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 flush=True,
             )
         print(f"{module}: {len(entries)} cases in both, in one alone: {alone}", flush=True)
-        write_json(RESULTS / "compare_trees.json", result)
+        write_json(args.out / "compare_trees.json", result)
     slower = sum(
         e["verdict"] == "slower" for entries in result["modules"].values() for e in entries
     )

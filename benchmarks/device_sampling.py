@@ -31,7 +31,7 @@ SAMPLING = {
 
 
 def by_torch(logits: torch.Tensor, how: SlotParameters, uniform: torch.Tensor) -> torch.Tensor:
-    """A token of each row by operators."""
+    """Return a token of each row by operators."""
     if how.temperature == 0:
         return logits.argmax(-1)
     is_cut = how.top_k or how.top_p < 1
@@ -42,7 +42,7 @@ def by_torch(logits: torch.Tensor, how: SlotParameters, uniform: torch.Tensor) -
         probabilities = probabilities[:, : how.top_k] / probabilities[:, : how.top_k].sum(-1, True)
     sums = probabilities.cumsum(-1)
     if is_cut:
-        # what is before the first sum that reaches top_p, and that one
+        # up to and with the first sum that reaches top_p
         last = torch.searchsorted(sums, torch.full_like(uniform, how.top_p))
         mass = sums.gather(1, last.clamp(max=sums.shape[1] - 1))
     else:
@@ -52,7 +52,7 @@ def by_torch(logits: torch.Tensor, how: SlotParameters, uniform: torch.Tensor) -
 
 
 def is_right(logits: torch.Tensor, how: SlotParameters, tokens: torch.Tensor) -> bool:
-    """Whether the greedy tokens are torch's, and drawn ones may be drawn."""
+    """Return True if greedy tokens are torch's, and sampled ones are in the nucleus."""
     if how.temperature == 0:
         return torch.equal(tokens, logits.argmax(-1))
     probabilities, ids = logits.double().softmax(-1).sort(-1, descending=True)
@@ -65,7 +65,7 @@ def is_right(logits: torch.Tensor, how: SlotParameters, tokens: torch.Tensor) ->
 
 
 def compare(record: _gpu.Recorder, num_rows: int, name: str) -> bool:
-    """One case; False where a token is wrong."""
+    """Measure a case. Returns False if a token is wrong."""
     how = SAMPLING[name]
 
     def allocate(shape: tuple[int, ...], dtype: str) -> torch.Tensor:
@@ -97,7 +97,7 @@ def compare(record: _gpu.Recorder, num_rows: int, name: str) -> bool:
 
 
 def cases(record: _gpu.Recorder, args: Namespace) -> Iterator[tuple[str, _gpu.Case]]:
-    """Each number of rows, and each way to sample."""
+    """Yield a case for each number of rows and each way to sample."""
     for num_rows in ROWS[-1:] if args.quick else ROWS:
         for name in SAMPLING:
             yield f"{num_rows} rows, {name}", partial(compare, record, num_rows, name)

@@ -1,18 +1,17 @@
 """Embedded engine on a CPU against Hugging Face `generate`: same weights, threads and lengths.
 
     python -m benchmarks.engine_cpu            # all; about 20 minutes on 2 cores
-    python -m benchmarks.engine_cpu --skip-hf  # our side alone, where torch is not installed
+    python -m benchmarks.engine_cpu --skip-hf  # our side only, without torch
 
-Prints tokens/s of both sides and their ratio per case, then how the time of a decode step grows
-with the context, next to the indexer's own scan. Writes benchmarks/results/engine_cpu.json.
+Prints tokens/s of both sides and their ratio per case. Then it prints the growth of a decode step
+with the context, and that of the indexer's scan. Writes benchmarks/results/engine_cpu.json.
 
 tokens/s counts new tokens over the whole call, prefill included. Both sides generate greedily
-and never stop early; each has a process of its own, and they take turns.
+and never stop early. Each has its own process, and they take turns.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -21,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks._harness import Worker, in_turns, percentiles, save
+from benchmarks._harness import Worker, in_turns, parser_of, percentiles, save
 
 # (concurrent requests, prompt tokens, new tokens)
 CASES = ((1, 64, 64), (1, 2048, 32), (32, 64, 64), (32, 256, 16))
@@ -35,7 +34,7 @@ def compare(
     cases: Sequence[tuple[int, int, int]] = CASES,
     runs: int = RUNS,
 ) -> list[dict[str, Any]]:
-    """tokens/s of each case, the two sides in turn; the first run warms both up."""
+    """Return tokens/s of each case, the two sides in turn. A first round warms both up."""
     rows = []
     for requests, prompt, new in cases:
         case = {"requests": requests, "prompt_tokens": prompt, "new_tokens": new}
@@ -74,11 +73,11 @@ def growth(ours: Worker) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the benchmark; returns 0."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Run the benchmark. Returns 0."""
+    parser = parser_of(__doc__)
     parser.add_argument("--skip-hf", action="store_true", help="leave the baseline out")
     args = parser.parse_args(argv)
-    result: dict[str, Any] = {"tier": "T0", "model": "demo model"}
+    result: dict[str, Any] = {"model": "demo model"}
     with ExitStack() as stack:
         ours = stack.enter_context(Worker("benchmarks.workers.ours:Engine"))
         sides = {"candidate": ours}
@@ -87,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
             sides["baseline"] = stack.enter_context(baseline)
         result["cases"] = compare(sides)
         result["growth"] = growth(ours)
-    print(f"written: {save('engine_cpu', result)}")
+    save("engine_cpu", result)
     return 0
 
 

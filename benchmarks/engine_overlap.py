@@ -1,29 +1,28 @@
-"""Time per token of the engine whose captured decode steps fork to a second stream, and do not.
+"""Time per token of captured decode steps, with a fork to a second stream and without it.
 
     python -m benchmarks.engine_overlap --rig     # on the test plug-in, one GPU: five layers in FP8
     python -m benchmarks.engine_overlap --rig -tp 2 --layers 8
     python -m benchmarks.engine_overlap --dry     # small widths on the CPU: shows that it runs
 
-1 to 256 rows with more keys than are selected. On one GPU an engine has both graphs of each size,
+1 to 256 rows have more keys than are selected. On one GPU an engine has both graphs of each size,
 and a run of decode steps takes them in turns. On several GPUs each way is an engine of its own,
-twice, since all ranks must fork alike. Writes benchmarks/results/engine_overlap.json, with the
-number of ranks at its end if there are several. A ratio above 1 means that the fork pays;
-`limit_tokens` is the largest size up to which it pays at every size, and no larger one may be the
-default (`fd_dsa.environment.DEFAULT_OVERLAP_MAX_TOKENS`).
+twice, because all ranks must fork alike. Writes benchmarks/results/engine_overlap.json, with the
+number of ranks at its end if there are several. A ratio above 1 means that the fork pays.
+`limit_tokens` is the largest size up to which it pays at every size. It bounds the default,
+`fd_dsa.environment.DEFAULT_OVERLAP_MAX_TOKENS`.
 """
 
 from __future__ import annotations
 
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from benchmarks._gpu_engine_model import FP8, Shape, of_ranks, shape_of, write_model
-from benchmarks._harness import Worker, environment, rig_parser, tier_of, write_result
-from benchmarks.once_per_step import DENSE_LAYERS, LAYERS, SMALL
+from benchmarks._gpu_engine_model import Shape, engine_options, of_ranks, shape_of
+from benchmarks._harness import Worker, rig_parser, rig_result, write_result
+from benchmarks.once_per_step import DENSE_LAYERS, LAYERS
 from benchmarks.workers.engine_overlap import ONE, TWO
 from fd_dsa.environment import DEFAULT_OVERLAP_MAX_TOKENS
 
@@ -36,7 +35,7 @@ ENGINES = ((ONE, 0), (TWO, ROWS[-1]), (TWO, ROWS[-1]), (ONE, 0))
 def in_turns(
     options: dict[str, Any], rows: Sequence[int], request: Mapping[str, int]
 ) -> Iterator[tuple[int, dict[str, float]]]:
-    """Median milliseconds of both ways on one GPU, rows after rows."""
+    """Yield median milliseconds of both ways on one GPU, rows after rows."""
     with Worker(TARGET, most=None, **options) as engine:
         engine.call(op="capture_both")
         for batch in rows:
@@ -47,7 +46,7 @@ def in_turns(
 def by_engines(
     options: dict[str, Any], rows: Sequence[int], prompt: int, new: int
 ) -> Iterator[tuple[int, dict[str, float]]]:
-    """The same of engines on several GPUs, in sequence: the weights of two do not fit."""
+    """Yield the medians of engines on several GPUs, in sequence: two do not fit."""
     values: dict[tuple[int, str], list[float]] = {}
     for name, most in ENGINES:
         with Worker(TARGET, most=most, **options) as engine:
@@ -60,7 +59,7 @@ def by_engines(
 
 
 def limit(cases: Sequence[Mapping[str, Any]]) -> int:
-    """The largest number of rows up to which the fork pays at every number; 0 if at none."""
+    """Return the largest number of rows up to which the fork pays at every number, or 0."""
     found = 0
     for case in sorted(cases, key=lambda one: one["rows"]):
         if case["ratio"] < 1:
@@ -70,9 +69,8 @@ def limit(cases: Sequence[Mapping[str, Any]]) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure and write; returns 0."""
-    parser = rig_parser(__doc__)
-    parser.add_argument("--tensor-parallel-size", "-tp", type=int, default=1, metavar="N")
+    """Measure and write. Returns 0."""
+    parser = rig_parser(__doc__, is_split=True)
     parser.add_argument("--layers", type=int, help="of a model on several GPUs; default: all 61")
     args = parser.parse_args(argv)
     ranks = args.tensor_parallel_size
@@ -80,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if ranks > 1:
         shape = shape._replace(ranks=ranks) if args.dry else shape_of(ranks, args.layers)
     rows = (1, 4) if args.dry else ROWS
-    # past index_topk, so that keys are scored and selected
+    # more keys than index_topk, so that keys are scored and selected
     prompt, turns, steps = (80, 4, 8) if args.dry else (2304, 16, 20)
     config: dict[str, Any] = {
         "max_model_len": 512 if args.dry else 4096,
@@ -93,17 +91,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args.dry:
         config["kv_cache_dtype"] = "fp8"
     name = of_ranks("engine_overlap", ranks)
-    result: dict[str, Any] = {"name": name, "env": environment(), "cases": []}
-    result["tier"] = tier_of(args)
-    result |= {"shape": shape._asdict(), "prompt_tokens": prompt}
-    with tempfile.TemporaryDirectory() as folder:
-        fields = SMALL if args.dry else {"quantization_config": FP8}
-        options = {
-            "model": write_model(folder, shape, fields),
-            "rig": args.rig,
-            "config": config,
-            "device": "cpu" if args.dry else "gpu",
-        }
+    result = rig_result(name, args, shape=shape._asdict(), prompt_tokens=prompt)
+    with engine_options(args, shape, config) as options:
         if ranks == 1:
             request = {"prompt": prompt, "turns": turns, "steps": steps}
             found = in_turns(options, rows, request)

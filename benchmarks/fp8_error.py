@@ -1,4 +1,4 @@
-"""What fp8_ds_mla caches change, against float32 caches of the same model on the same texts.
+"""Errors of fp8_ds_mla caches, against float32 caches of the same model and texts.
 
     python -m benchmarks.fp8_error             # about ten minutes on 2 cores
 
@@ -40,7 +40,7 @@ QUESTIONS = {512: 20, 1024: 20, 2048: 10, 3072: 5}
 
 
 def relative_l2(found: np.ndarray, wanted: np.ndarray) -> tuple[float, float]:
-    """Squared difference and squared reference, to be added up."""
+    """Return the squared difference and the squared reference, which are added up."""
     difference = found.astype(np.float64) - wanted
     return float((difference**2).sum()), float((wanted.astype(np.float64) ** 2).sum())
 
@@ -49,7 +49,7 @@ class Shadowed(DSAAttentionBackend):
     """A float32 backend beside which another format gets the same inputs layer by layer.
 
     Args:
-        config: of the float32 caches.
+        config: configuration with float32 caches.
         layout: the other format.
         indexer_layers: for each layer whether it has an indexer.
     """
@@ -76,12 +76,12 @@ class Shadowed(DSAAttentionBackend):
         self.other.build_step(self._shadow, *known)
 
     def write(self, *args: Any) -> None:
-        """Into both."""
+        """Write into both caches."""
         super().write(*args)
         self.other.write(*args[:-1], self._shadow)
 
     def select(self, q: Any, weights: Any, layer_id: int, forward_meta: Any) -> Any:
-        """The float32 selection; counts how much of it the other one has."""
+        """Return the float32 selection, and count the shared part of the other selection."""
         layout = self.other.config.cache_layout
         # rotated already: a table of angles 0 leaves q as it is
         still = np.zeros((1, 2 * (q.shape[2] // 2)), np.float32)
@@ -106,7 +106,7 @@ class Shadowed(DSAAttentionBackend):
         return ours
 
     def attend(self, q: Any, selection: Any, layer_id: int, forward_meta: Any) -> Any:
-        """The float32 output; adds up how far the other one is off."""
+        """Return the float32 output, and add up the error of the other output."""
         result = super().attend(q, selection, layer_id, forward_meta)
         out = as_numpy(result)
         for i, slots in enumerate(self._selections):
@@ -116,19 +116,19 @@ class Shadowed(DSAAttentionBackend):
 
 
 def prompts(lengths: dict[int, int]) -> list[dict[str, Any]]:
-    """Retrieval items of the evaluation file, the first ones of each length."""
+    """Return retrieval items of the evaluation file, the first ones of each length."""
     items, _ = read(EVALUATION)
     drawn = {length: [x for x in items if x["length"] == length] for length in lengths}
     return [item for length, count in lengths.items() for item in drawn[length][:count]]
 
 
 def chat(item: dict[str, Any]) -> list[dict[str, str]]:
-    """The messages of an item."""
+    """Return the messages of an item."""
     return [{"role": "user", "content": item["prompt"]}]
 
 
 def logits_of(engine: Any, ids: list[int]) -> np.ndarray:
-    """float32 [len(ids), vocab_size], in chunks of `CHUNK`."""
+    """Return float32 [len(ids), vocab_size], in chunks of `CHUNK`."""
     runner, found = engine.runner, []
     batch = runner.input_batch
     batch.set_blocks(0, list(range(-(-len(ids) // batch.block_size))))
@@ -141,7 +141,7 @@ def logits_of(engine: Any, ids: list[int]) -> np.ndarray:
 
 
 def layers_and_logits() -> dict[str, Any]:
-    """Errors layer by layer with the same inputs, and of the logits of a whole run."""
+    """Return errors layer by layer with the same inputs, and of the logits of a whole run."""
     exact, fp8 = (
         build_engine(EngineConfig(kv_cache_dtype=name, max_num_seqs=1, speculative_config="none"))
         for name in FORMATS
@@ -186,7 +186,7 @@ def layers_and_logits() -> dict[str, Any]:
 
 
 def retrieval() -> list[dict[str, Any]]:
-    """Right greedy answers by length, with both formats, and how many answers are the same."""
+    """Return right greedy answers by length and format, and the number of equal answers."""
     answers: dict[str, list[str]] = {}
     items = prompts(QUESTIONS)
     for name in FORMATS:
@@ -204,7 +204,7 @@ def retrieval() -> list[dict[str, Any]]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure and write the result; returns 0."""
+    """Measure and write the result. Returns 0."""
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args(argv)
     measured = layers_and_logits() | {"retrieval": retrieval()}
     RESULT.parent.mkdir(parents=True, exist_ok=True)

@@ -1,21 +1,23 @@
-"""The embedded engine on one GPU beside vLLM: DeepSeek-V3.2's widths, few layers, random weights.
+"""The embedded engine on GPUs and vLLM: DeepSeek-V3.2's widths, random weights.
 
     python -m benchmarks.gpu_engine --rig               # ours, on the test plug-in
     python -m benchmarks.gpu_engine --rig --peer DIR    # then vLLM on the same GPU
-    python -m benchmarks.gpu_engine --rig --batch-invariant     # what that costs, within the hour
+    python -m benchmarks.gpu_engine --rig --batch-invariant     # its cost, within the hour
     python -m benchmarks.gpu_engine --rig --tensor-parallel-size 4 --peer DIR
-    python -m benchmarks.gpu_engine --rig -tp 4 --layers 8 --files /dev/shm   # the start from files
+    python -m benchmarks.gpu_engine --rig -tp 4 --layers 8 --files /dev/shm   # start from files
 
-Token-id prompts of one seed, greedy, no end before the last token; in process, and on one GPU the
-mixed case also over HTTP on our side. DIR has a `run.sh` that answers
-`bench --out FILE.jsonl --scenarios ...` with a record for each case. Writes
-benchmarks/results/gpu_engine.json: a ratio above 1 means that ours is better; the floor is what
-must be read of weights and caches at the copy rate, or multiplied at the rate of the tensor cores;
-and gpu_profile.json: what the kernels of a step are for. With --batch-invariant the peer is ours
-without it, of the same GPU and hour, and the file gpu_engine_invariant.json. On several GPUs the
-model has the shape of DeepSeek-V3.2-REAP-345B, 61 layers of 128 experts, the profile is that of
-rank 0, and the files end with the number of ranks. With --files random weights are written to a
-folder there, the engine starts from them, and gpu_start.json says how long that takes.
+Prompts are token ids of one seed. Answers are greedy and have a fixed length. All runs are in
+process; on one GPU our mixed case also runs over HTTP. DIR has a `run.sh` that answers
+`bench --out FILE.jsonl --scenarios ...` with a record for each case.
+
+Writes benchmarks/results/gpu_engine.json. A ratio above 1 means that ours is better. The floor is
+the time to read weights and caches at the copy rate, or to multiply at the rate of the tensor
+cores. gpu_profile.json has the kernels of a step by purpose. With --batch-invariant the peer is
+ours without it, of the same GPU and hour, and the file is gpu_engine_invariant.json. With --files
+the weights come from a folder there, and gpu_start.json has the time of the start.
+
+On several GPUs the model has the shape of DeepSeek-V3.2-REAP-345B, 61 layers of 128 experts. The
+profile is that of rank 0, and the names of the files end with the number of ranks.
 """
 
 from __future__ import annotations
@@ -37,14 +39,13 @@ from typing import Any
 from benchmarks._gpu_engine_model import (
     CASES,
     FIGURES,
-    FP8,
     Shape,
+    engine_options,
     floor,
     of_ranks,
     shape_of,
-    write_model,
 )
-from benchmarks._harness import Worker, environment, rig_parser, write_json
+from benchmarks._harness import Worker, rig_parser, rig_result, write_json, write_result
 from benchmarks.workers.gpu_engine import by_class
 from benchmarks.workers.stream_client import streams
 from fd_dsa.config import demo_model_path
@@ -57,13 +58,14 @@ CONFIG: dict[str, Any] = {
     "max_num_batched_tokens": 8192,
     "cudagraph_capture_sizes": CAPTURED,
 }
+TARGET = "benchmarks.workers.gpu_engine:Engine"
 OVER_HTTP = "mixed-64x2k, HTTP"
-# of several GPUs, where a case has another number there
+# target on one GPU -> target on several GPUs
 SEVERAL = {"P21": "P28", "P22": "P29", "P23": "P29"}
 
 
 def gpu_now() -> dict[str, str]:
-    """Which GPU it is and how it is clocked; empty where the driver shows none."""
+    """Return uuid and clocks of the GPU, or {} if the driver shows none."""
     fields = ("uuid", "clocks.sm", "clocks.mem")
     query = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "-i", "0"]
     with contextlib.suppress(OSError):
@@ -74,7 +76,7 @@ def gpu_now() -> dict[str, str]:
 
 
 def over_http(model: str, rig: bool) -> float:
-    """Tokens a second of the mixed case through a server of its own."""
+    """Return tokens a second of the mixed case through a server of its own."""
     module = "benchmarks.workers.rig_serve" if rig else "fd_dsa.serve"
     flags = {k: v for k, v in CONFIG.items() if k != "cudagraph_capture_sizes"}
     flags |= {"load_format": "dummy", "tokenizer": str(demo_model_path()), "port": 0}
@@ -100,7 +102,7 @@ def over_http(model: str, rig: bool) -> float:
 
 
 def measure(engine: Worker, names: Sequence[str]) -> Iterator[tuple[str, float]]:
-    """The figure of each case, as soon as it is there."""
+    """Yield the figure of each case as soon as it is there."""
     engine.call(op="decode", batch=2, prompt=4096, new=16)
     for name in names:
         case, values = CASES[name], []
@@ -113,7 +115,7 @@ def measure(engine: Worker, names: Sequence[str]) -> Iterator[tuple[str, float]]
 def peer_values(
     folder: Path, names: Sequence[str], shape: Shape
 ) -> Iterator[tuple[str, float, dict[str, Any]]]:
-    """vLLM's figures by its own process, as soon as they are there, and when each was taken."""
+    """Yield vLLM's figures and their times, from its own process."""
     model = f"--layers {shape.layers} --dense {shape.dense} --experts {shape.experts}"
     with tempfile.NamedTemporaryFile(suffix=".jsonl") as out:
         command = ["bash", str(folder / "run.sh"), "bench", "--out", out.name]
@@ -130,12 +132,12 @@ def peer_values(
 
 
 def stamp() -> dict[str, Any]:
-    """When a figure was taken, and on what."""
+    """Return time and GPU of a figure."""
     return {"taken": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **gpu_now()}
 
 
 def entry(name: str, ours: float, shape: Shape) -> dict[str, Any]:
-    """One case of the result, without the peer."""
+    """Return the entry of a case, without the peer."""
     case = CASES[name.partition(",")[0]]
     return {
         "case": name,
@@ -151,7 +153,7 @@ def entry(name: str, ours: float, shape: Shape) -> dict[str, Any]:
 
 
 def add_peer(case: dict[str, Any], value: float, taken: dict[str, Any]) -> None:
-    """The peer's figure beside ours."""
+    """Add the peer's figure to a case."""
     less_is_better = FIGURES[CASES[case["case"].partition(",")[0]].kind][2]
     ours = case["ours_value"]
     ratio = value / ours if less_is_better else ours / value
@@ -159,7 +161,7 @@ def add_peer(case: dict[str, Any], value: float, taken: dict[str, Any]) -> None:
 
 
 def show_profile(profile: Mapping[str, Any]) -> None:
-    """The largest kernels of a step."""
+    """Print the largest kernels of a step."""
     print(
         f"  profile: busy {profile['busy_us']:.0f} us of {profile['wall_us']:.0f}, "
         f"{profile['launches']:.0f} launches"
@@ -169,7 +171,7 @@ def show_profile(profile: Mapping[str, Any]) -> None:
 
 
 def measured_before(path: Path) -> dict[str, Any]:
-    """Ours of a result that this GPU gave within the hour.
+    """Return our result, if this GPU gave it within the hour.
 
     Raises:
         SystemExit: it did not.
@@ -201,15 +203,12 @@ def write_profiles(engine: Worker, args: argparse.Namespace, result: Mapping[str
 
 
 def measure_ours(args: argparse.Namespace, names: Sequence[str], path: Path) -> dict[str, Any]:
-    """Our engine's cases and profiles, written as soon as they are there."""
-    result: dict[str, Any] = {"name": path.stem, "env": environment(), "cases": []}
+    """Measure our engine's cases and profiles. Each is written as soon as it is there."""
     ranks = args.tensor_parallel_size
     shape, config = shape_of(ranks, args.layers), CONFIG | {"tensor_parallel_size": ranks}
-    result |= {"tier": "T1p" if args.rig else "T2", **shape._asdict()}
-    with tempfile.TemporaryDirectory() as folder:
-        model = write_model(folder, shape, {"quantization_config": FP8})
-        target = "benchmarks.workers.gpu_engine:Engine"
-        with Worker(target, model=model, rig=args.rig, config=config) as engine:
+    result = rig_result(path.stem, args, **shape._asdict())
+    with engine_options(args, shape, config) as options:
+        with Worker(TARGET, **options) as engine:
             result["start"] = engine.call(op="start_up")
             print(result["start"], flush=True)
             for name, ours in measure(engine, names):
@@ -220,39 +219,34 @@ def measure_ours(args: argparse.Namespace, names: Sequence[str], path: Path) -> 
                 write_profiles(engine, args, result)
         # a server starts again, with all weights
         if "mixed-64x2k" in names and ranks == 1:
-            ours = over_http(model, args.rig)
+            ours = over_http(options["model"], args.rig)
             print(f"{OVER_HTTP:<16} {ours:10.2f}", flush=True)
             result["cases"].append(entry(OVER_HTTP, ours, shape))
             write_json(path, result)
     return result
 
 
-def measure_start(args: argparse.Namespace) -> Path:
-    """Write how long the engine takes to its first token from files, which are random."""
+def measure_start(args: argparse.Namespace) -> None:
+    """Write the time from the start to the first token, with random weights in files."""
     from benchmarks.real_widths import write_checkpoint
 
     ranks = args.tensor_parallel_size
     shape, config = shape_of(ranks, args.layers), CONFIG | {"tensor_parallel_size": ranks}
-    name = of_ranks("gpu_start", ranks)
-    result: dict[str, Any] = {"name": name, "env": environment(), **shape._asdict()}
-    result["tier"] = "T1p" if args.rig else "T2"
-    with tempfile.TemporaryDirectory(dir=args.files) as folder:
-        model = write_model(folder, shape, {"quantization_config": FP8})
-        whole = json.loads(Path(model, "config.json").read_text())
-        result["bytes"] = write_checkpoint(Path(folder), whole, "cuda")
-        target = "benchmarks.workers.gpu_engine:Engine"
-        files = config | {"load_format": "auto"}
+    result = rig_result(of_ranks("gpu_start", ranks), args, **shape._asdict())
+    files = config | {"load_format": "auto"}
+    with engine_options(args, shape, files, parent=args.files) as options:
+        folder = Path(options["model"])
+        whole = json.loads((folder / "config.json").read_text())
+        result["bytes"] = write_checkpoint(folder, whole, "cuda")
         # the first start may compile kernels
         for start in ("first", "second"):
-            with Worker(target, model=model, rig=args.rig, config=files) as engine:
+            with Worker(TARGET, **options) as engine:
                 result[start] = engine.call(op="start_up")
             print(f"{result['bytes'] / 1e9:.1f} GB, {start} start: {result[start]}", flush=True)
-    path: Path = args.out / f"{name}.json"
-    write_json(path, result)
-    return path
+    write_result(args.out, result)
 
 
-def measure_invariant(args: argparse.Namespace, names: Sequence[str]) -> Path:
+def measure_invariant(args: argparse.Namespace, names: Sequence[str]) -> None:
     """Write ours with FD_DSA_BATCH_INVARIANT=1 beside ours without it."""
     before = {case["case"]: case for case in measured_before(args.out / "gpu_engine.json")["cases"]}
     os.environ["FD_DSA_BATCH_INVARIANT"] = "1"
@@ -263,13 +257,12 @@ def measure_invariant(args: argparse.Namespace, names: Sequence[str]) -> Path:
             case["peer"] = "without FD_DSA_BATCH_INVARIANT"
             add_peer(case, without["ours_value"], without["ours_taken"])
             print(f"{case['case']:<16} {case['ratio']:.2f} of the speed without it", flush=True)
-    write_json(path, result)
-    return path
+    write_result(args.out, result)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure and write; returns 0."""
-    parser = rig_parser(__doc__, is_dry=False)
+    """Measure and write. Returns 0."""
+    parser = rig_parser(__doc__, is_dry=False, is_split=True)
     parser.add_argument("--peer", type=Path, help="folder with vLLM's run.sh")
     parser.add_argument(
         "--earlier", action="store_true", help="the peer alone, beside ours in --out of this hour"
@@ -285,12 +278,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--files", type=Path, help="folder for weights; the start alone, from them")
     parser.add_argument("--layers", type=int, help="default: as many as fit one GPU, or 61")
-    parser.add_argument("--tensor-parallel-size", "-tp", type=int, default=1, metavar="N")
     args = parser.parse_args(argv)
     names = [name for name in args.cases.split(",") if name]
-    if args.files or args.batch_invariant:
-        path = measure_start(args) if args.files else measure_invariant(args, names)
-        print(f"written: {path}")
+    if args.files:
+        measure_start(args)
+        return 0
+    if args.batch_invariant:
+        measure_invariant(args, names)
         return 0
     ranks = args.tensor_parallel_size
     path = args.out / f"{of_ranks('gpu_engine', ranks)}.json"
@@ -301,7 +295,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 if case["case"].partition(",")[0] == name:
                     add_peer(case, value, taken)
             write_json(path, result)
-    print(f"written: {path}")
+    write_result(args.out, result)
     return 0
 
 

@@ -1,14 +1,14 @@
 """FP8 GEMMs and routed experts of DeepSeek-V3.2, on Paddle tensors in the memory of a GPU.
 
-    python -m benchmarks.gpu_gemms --rig              # what serves, beside cuBLASLt: P25, P26
+    python -m benchmarks.gpu_gemms --rig              # ours, and cuBLASLt: P25, P26
     python -m benchmarks.gpu_gemms --rig --tilings    # and every tiling that may serve
     python -m benchmarks.gpu_gemms --rig --only experts --peer DIR    # and vLLM and DeepGEMM
 
 DIR has a `run.sh` that runs `python SCRIPT ...` with vLLM's packages, see workers/experts_peer.py.
 Each figure is a replay of a graph with a call for each of several weights, so that none is in the
-L2. The floor is the bytes of weights, those of experts by the number that are hit, at the copy rate
-of an H200, or the multiplications at its FP8 rate. Writes gpu_dense.json and gpu_experts.json of
-benchmarks/results.
+L2. The floor of the bytes counts all weights, or those of the experts that are hit, at the copy
+rate of an H200. The floor of the multiplications is its FP8 rate. Writes gpu_dense.json and
+gpu_experts.json of benchmarks/results.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks._harness import environment, rig_parser, run_peer, write_json
+from benchmarks._harness import rig_parser, rig_result, run_peer, write_json
 
 BYTES_PER_US, FP8_OPS_PER_US = 4.3e6, 1.5e9
 # outputs x inputs
@@ -56,8 +56,7 @@ class Bench:
 
         from custom_ops.build_library import build_library
         from fd_dsa import custom_ops
-        from fd_dsa.device.allocation import paddle_allocator
-        from fd_dsa.device.places import paddle_place
+        from fd_dsa.device.allocation import paddle_allocator, paddle_place
 
         custom_ops.use_library(build_library())
         paddle.set_device(self.device)
@@ -65,7 +64,7 @@ class Bench:
         self._seed = 0
 
     def codes(self, *shape: int) -> Any:
-        """Random e4m3 codes."""
+        """Return random e4m3 codes."""
         from fd_dsa.ops.fill_kernels import fill_random
 
         made, self._seed = self.allocate(shape, "uint8"), self._seed + 1
@@ -73,7 +72,7 @@ class Bench:
         return made
 
     def scales(self, *shape: int) -> Any:
-        """Scales of small numbers."""
+        """Return scales of small numbers."""
         from fd_dsa.ops.fill_kernels import fill_constant
 
         made = self.allocate(shape, "float32")
@@ -81,20 +80,20 @@ class Bench:
         return made
 
     def weight(self, *shape: int) -> tuple[Any, Any]:
-        """Codes and scales."""
+        """Return codes and scales."""
         *outer, rows, width = shape
         return self.codes(*shape), self.scales(*outer, -(-rows // 128), -(-width // 128))
 
     def rows(self, count: int, width: int) -> Any:
-        """Activations in FP8."""
-        from fd_dsa.ops.fp8_rows import Fp8Rows
+        """Return activations in FP8."""
+        from fd_dsa.ops.dense_kernels import Fp8Rows
 
         stride = max(8, -(-count // 4) * 4)
         padded = self.codes(stride, width)
         return Fp8Rows(padded[:count], self.scales(-(-width // 128), stride), padded)
 
     def time_us(self, calls: Sequence[Callable[[], Any]]) -> float:
-        """Median microseconds of a call: all of them are captured together."""
+        """Return the median microseconds of a call. All calls are captured together."""
         from benchmarks._events import device_us
         from fd_dsa.device.transfers import transfers_for
         from fd_dsa.runner.step_graphs import PaddleCapture
@@ -112,12 +111,12 @@ class Bench:
 
 
 def floor_us(nbytes: float, ops: float) -> float:
-    """Microseconds that reading or multiplying takes at least."""
+    """Return the shortest time for reading or multiplying, microseconds."""
     return max(nbytes / BYTES_PER_US, ops / FP8_OPS_PER_US)
 
 
 def dense_cases(bench: Bench, *, tilings: bool) -> Iterator[dict[str, Any]]:
-    """Each shape and number of rows: cuBLASLt and our kernel."""
+    """Yield the times of cuBLASLt and our kernel for each shape and number of rows."""
     from benchmarks import _tilings
     from fd_dsa.ops import fp8_gemm
     from fd_dsa.ops.cublaslt import cublaslt_for
@@ -149,7 +148,7 @@ def dense_cases(bench: Bench, *, tilings: bool) -> Iterator[dict[str, Any]]:
 
 
 def tried(bench: Bench, tilings: Sequence[Any], calls: Callable[[Any], Any]) -> list[Any]:
-    """Microseconds of each tiling, the fastest first; those that are refused say why."""
+    """Return the microseconds of each tiling, the fastest at the front, refused ones last."""
     found, refused = [], []
     for tiling in tilings:
         try:
@@ -190,25 +189,25 @@ class Experts:
         self._pairs = self._kernels.group_pairs(self._ids, EXPERTS)
 
     def gate_up(self, tiling: Any = None) -> Any:
-        """The first GEMM."""
+        """Run the first GEMM."""
         how: dict[str, Any] = {"top_k": TOP_K, "gated": True, "round_scales": True}
         weight = self._weights[0]
         return self._kernels.expert_gemm(self._x, weight, *self._pairs, tiling=tiling, **how)
 
     def down(self, tiling: Any = None) -> Any:
-        """The second one."""
+        """Run the second GEMM."""
         rows, weight = self._hidden, self._weights[1]
         return self._kernels.expert_gemm(rows, weight, *self._pairs, top_k=TOP_K, tiling=tiling)
 
     def everything(self) -> Any:
-        """All launches of a layer."""
+        """Run all launches of a layer."""
         self._choose()
         self._hidden = self.gate_up()
         return self._kernels.sum_experts(self.down(), self._shares, self._ids, self._shared)
 
 
 def of_peers(peer: Path, choices: Sequence[Any]) -> list[dict[str, Any]]:
-    """What vLLM and DeepGEMM take for each choice of experts."""
+    """Return the times of vLLM and DeepGEMM for each choice of experts."""
     with tempfile.TemporaryDirectory() as folder:
         given, found = Path(folder, "choices.json"), Path(folder, "found.json")
         given.write_text(json.dumps([ids.tolist() for ids in choices]))
@@ -217,7 +216,7 @@ def of_peers(peer: Path, choices: Sequence[Any]) -> list[dict[str, Any]]:
 
 
 def expert_cases(bench: Bench, *, tilings: bool, peer: Path | None) -> Iterator[dict[str, Any]]:
-    """Experts of each number of tokens: all launches, and both GEMMs; those of peers."""
+    """Yield the times of experts by number of tokens: all launches, both GEMMs, peers."""
     from benchmarks import _tilings
     from fd_dsa.ops import expert_gemm
 
@@ -247,14 +246,14 @@ def expert_cases(bench: Bench, *, tilings: bool, peer: Path | None) -> Iterator[
 
 
 def line(entry: dict[str, Any]) -> str:
-    """An entry as text."""
+    """Format an entry."""
     figures = {k: v for k, v in entry.items() if k.endswith("_us") and k != "floor_us" and v}
     shown = "  ".join(f"{k} {v:8.1f} ({entry['floor_us'] / v:4.0%})" for k, v in figures.items())
     return f"{entry['case']:<16} {entry['rows']:5}  floor {entry['floor_us']:8.1f}  {shown}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure and write; returns 0."""
+    """Measure and write. Returns 0."""
     parser = rig_parser(__doc__, is_dry=False)
     parser.add_argument("--tilings", action="store_true", help="every tiling that may serve")
     parser.add_argument("--only", choices=["dense", "experts"])
@@ -262,8 +261,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     bench = Bench(args.rig)
     for kind, cases in (("experts", partial(expert_cases, peer=args.peer)), ("dense", dense_cases)):
-        name = f"gpu_{kind}"
-        result: dict[str, Any] = {"name": name, "tier": "T1p", "env": environment(), "cases": []}
+        result = rig_result(f"gpu_{kind}", args)
         if args.only in (None, kind):
             for entry in cases(bench, tilings=args.tilings):
                 result["cases"].append(entry)
@@ -271,7 +269,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 for key, value in entry.items():
                     if key.endswith("tilings"):
                         print(*(f"    {key} {best}" for best in value[:5]), sep="\n", flush=True)
-                write_json(args.out / f"{name}.json", result)
+                write_json(args.out / f"gpu_{kind}.json", result)
     return 0
 
 

@@ -2,14 +2,15 @@
 
     python -m benchmarks.gpu_run --out DIR --peers DIR --budget-s 560
 
-Ceilings, the library of custom_ops/, correctness, benchmarks, profiles, memory checks, repeats, in
-this order; with --rig the embedded engine instead, whole: its tests on Paddle tensors in CUDA
-memory, then its benchmarks, beside vLLM with --vllm. Every section is a process with a time limit
-of its own; its output is DIR/<section>.log, and after each one DIR/run.json is rewritten. Started
-again on the same DIR it goes on after the sections that passed, and inside checks that had no time
-for all tests. A failure of the small correctness tests ends the run. The results,
-DIR/<benchmark>.json, are copied to benchmarks/results by hand. --commit names the commit of a copy
-of the tree without git.
+The sections are ceilings, the library of custom_ops/, correctness, benchmarks, memory checks
+and repeats, in this order. With --rig they are the tests of the embedded engine on Paddle
+tensors in CUDA memory, then its benchmarks, with vLLM if --vllm is given.
+
+Every section is a process with its own time limit. Its output is DIR/<section>.log, and after each
+one DIR/run.json is rewritten. A second run on the same DIR continues after the sections that
+passed, and inside checks that had no time for all tests. A failure of the small correctness tests
+ends the run. The results, DIR/<benchmark>.json, are copied to benchmarks/results by hand. --commit
+names the commit of a copy of the tree without git.
 """
 
 from __future__ import annotations
@@ -28,13 +29,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from benchmarks import _ncu
 from benchmarks._harness import (
     LIMIT_VARIABLE,
     OUT_OF_TIME,
     ROOT,
     case_line,
-    environment,
+    parser_of,
     write_json,
 )
 
@@ -48,8 +48,6 @@ BENCHMARKS = {
     "cache_write": 90,
     "indexer_query": 90,
     "mla_query": 120,
-    "layer_stack": 240,
-    "overlap": 150,
     "device_sampling": 60,
 }
 """Module -> its time limit, seconds, in the order of their importance."""
@@ -62,8 +60,6 @@ _ENGINE = {
     "real_widths": ("real_widths --rig --folder /dev/shm --peer {vllm} --out {out}", 300),
     "once_per_step": ("once_per_step --rig --out {out}", 180),
     "prompt_attention": ("prompt_attention --rig --out {out}", 120),
-    "joined_projection": ("joined_projection --rig --out {out}", 60),
-    "early_launches": ("early_launches --rig --out {out}", 150),
     "gpu_experts": ("gpu_gemms --rig --only experts --peer {vllm} --out {out}", 150),
 }
 """Section -> module and its flags, and its time limit, likewise."""
@@ -83,14 +79,14 @@ _STATUS = {0: "passed", -1: "out of time", OUT_OF_TIME: "out of time", None: "no
 
 @dataclass(frozen=True)
 class Section:
-    """One process of the run."""
+    """A process of the run."""
 
     name: str
     command: tuple[str, ...]
     limit_s: int
     environment: Mapping[str, str] = field(default_factory=dict)
     ends_run: bool = False
-    # a session of tests that skipped everything has proved nothing
+    # a session that skipped all tests is no proof
     must_say: str = ""
 
 
@@ -105,7 +101,7 @@ def gpu_tests() -> list[str]:
 
 
 def sections(args: argparse.Namespace) -> list[Section]:
-    """All sections, in the order in which they run."""
+    """Return all sections, in the order in which they run."""
     out, tests = args.out, args.tests or gpu_tests()
     flags = ("--out", str(out), *(("--peers", str(args.peers)) if args.peers else ()))
     flags += ("--quick",) if args.quick else ()
@@ -125,8 +121,7 @@ def sections(args: argparse.Namespace) -> list[Section]:
     quick = (*_PYTEST, "-n", str(args.workers)) if find_spec("xdist") else _PYTEST
     threads = _ONE_THREAD if find_spec("xdist") else {}
     small = threads | _SMALL
-    subjects = (sys.executable, "-m", "benchmarks.subjects")
-    ncu = ("ncu", *_ncu.FLAGS, "--log-file", str(out / "ncu.csv"))
+    repeats = (sys.executable, "-m", "benchmarks.subjects", *BENCHMARKS, "tune")
     # once, not by every process of tests
     library = Section("custom_ops", (sys.executable, "-m", "custom_ops.build_library"), 240)
     return [
@@ -135,17 +130,16 @@ def sections(args: argparse.Namespace) -> list[Section]:
         Section("tests_small", (*quick, "--maxfail=10", *tests), 200, small, True, " passed"),
         Section("tests_all", (*quick, *tests), 400, threads, must_say=" passed"),
         *(module(name, limit_s) for name, limit_s in BENCHMARKS.items()),
-        Section("ncu", (*ncu, *subjects, "profile", *BENCHMARKS), 150),
         checker("memcheck", kernels),
         checker("racecheck", kernels),
-        # barriers written by hand are those of custom_ops/
+        # only custom_ops/ has barriers written by hand
         checker("synccheck", [p for p in kernels if "custom_ops" in p] or kernels),
-        Section("repeats", (*subjects, "repeat", *BENCHMARKS), 150),
+        Section("repeats", repeats, 150),
     ]
 
 
 def engine_sections(args: argparse.Namespace) -> list[Section]:
-    """Sections of the embedded engine, in the order in which they run."""
+    """Return sections of the embedded engine, in the order in which they run."""
     tests = (*(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"), "-W", "default")
     rig = (*tests, "-n", "8", "--timeout", "200", "-m", "gpu_rig", "tests")
     found = [
@@ -172,7 +166,7 @@ class Run:
             self.done = json.loads(self._path.read_text())
 
     def gate(self) -> str:
-        """What the correctness sections said: passed, failed or not run."""
+        """Return the verdict of the correctness sections: passed, failed or not run."""
         found = [self.done.get(name, {}).get("status") for name in ("tests_small", "tests_all")]
         if found[0] != "failed" and found[1] == "passed":
             # all tests are the small ones and more
@@ -180,7 +174,7 @@ class Run:
         return "failed" if {*found} & {"failed", "out of time"} else "not run"
 
     def execute(self, section: Section, limit_s: float) -> dict[str, Any]:
-        """Run a section; its entry of run.json."""
+        """Run a section. Returns its entry of run.json."""
         begin = time.monotonic()
         told = {"FD_DSA_GATE": self.gate(), LIMIT_VARIABLE: f"{limit_s:.0f}"}
         variables = os.environ | told | section.environment
@@ -200,17 +194,16 @@ class Run:
             "seconds": round(time.monotonic() - begin, 1),
             "last": text.strip().rpartition("\n")[2][:160],
         }
-        if section.name == "ncu" and (self.out / "ncu.csv").exists():
-            kernels = _ncu.kernels((self.out / "ncu.csv").read_text(errors="replace"), text)
-            result = {"name": "profiles", "env": environment(), "gate": self.gate()}
-            write_json(self.out / "profiles.json", result | {"kernels": kernels})
         self.done[section.name] = entry
         write_json(self._path, self.done)
         return entry
 
 
 def _wait(command: Sequence[str], log: Any, variables: Mapping[str, str], limit_s: float) -> int:
-    """Exit status of a command; -1 if it was ended at its time limit, with its children."""
+    """Return the exit status of a command, or -1 after its time limit.
+
+    At the limit the command and its children are killed.
+    """
     process = subprocess.Popen(
         command, stdout=log, stderr=log, env=variables, cwd=ROOT, start_new_session=True
     )
@@ -225,14 +218,14 @@ def _wait(command: Sequence[str], log: Any, variables: Mapping[str, str], limit_
 
 
 def table(run: Run) -> str:
-    """What happened, in short: sections, figures, profiles."""
+    """Return a summary of the run: sections and figures."""
     lines = [
         f"{name:<16} {entry['status']:<13} {entry['seconds']:>6.1f} s  {entry['last']}"
         for name, entry in run.done.items()
     ]
     for path in sorted(run.out.glob("*.json")):
         result = json.loads(path.read_text())
-        if result.get("cases") or result.get("kernels") or result.get("failed"):
+        if result.get("cases") or result.get("failed"):
             lines.append(f"-- {path.stem} (gate {result['gate']}) {result.get('error', '')}")
         lines += [f"failed: {name}: {why}" for name, why in result.get("failed", {}).items()]
         lines += [f"not run: {', '.join(result['not_run'])}"] if result.get("not_run") else []
@@ -242,8 +235,8 @@ def table(run: Run) -> str:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    """Parse the command line."""
+    parser = parser_of(__doc__)
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu_run")
     parser.add_argument("--peers", type=Path, help="folder with other projects' kernels")
     parser.add_argument("--rig", action="store_true", help="the embedded engine")
@@ -253,7 +246,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=14, help="processes of tests")
     parser.add_argument("--budget-s", type=float, default=1e9, help="seconds for the whole run")
     parser.add_argument("--quick", action="store_true", help="one or two shapes a benchmark")
-    parser.add_argument("--commit", help="full hash of this tree, with -dirty where it differs")
+    parser.add_argument("--commit", help="full hash of this tree, with -dirty if it differs")
     args = parser.parse_args(argv)
     # sections run in the root of the tree
     args.out, args.peers = args.out.resolve(), args.peers and args.peers.resolve()
@@ -261,7 +254,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the chosen sections; 0 if all of them passed."""
+    """Run the selected sections. Returns 0 if all of them passed."""
     args = parse_arguments(argv)
     every = engine_sections(args) if args.rig else sections(args)
     unknown = {*args.only} - {section.name for section in every}

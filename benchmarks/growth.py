@@ -1,11 +1,11 @@
-"""What a step costs the host when requests grow.
+"""Host time of a step by number of requests.
 
     python -m benchmarks.growth                         # about five minutes on 2 cores
     python -m benchmarks.growth --baseline CHECKOUT     # and the package of another checkout
 
-Host time is that of `LLMEngine.step` over a runner that does nothing: scheduling, the input batch,
-sampling, text and outputs of decode steps, as a + b * requests, with the demo model's vocabulary
-and with that of DeepSeek-V3.2. With a baseline the two packages take turns.
+`LLMEngine.step` is timed over a runner that does nothing. So the time is that of scheduling, the
+input batch, sampling, text and outputs. It is fitted as a + b * requests, for the vocabularies of
+the demo model and of DeepSeek-V3.2. With a baseline the two packages take turns.
 Writes benchmarks/results/growth.json.
 """
 
@@ -35,7 +35,7 @@ ROUNDS = 6
 
 
 def host_times(sides: dict[str, Worker], rounds: int) -> list[dict[str, Any]]:
-    """Microseconds of a step's host work for each way of sampling, the sides in turn."""
+    """Return microseconds of a step's host work for each way of sampling, the sides in turn."""
     found = []
     for (vocab_size, steps), (name, sampling) in product(STEPS.items(), SAMPLING.items()):
         case = {"op": "host_us", "sampling": sampling, "steps": steps, "vocab_size": vocab_size}
@@ -54,16 +54,16 @@ def host_times(sides: dict[str, Worker], rounds: int) -> list[dict[str, Any]]:
 
 
 def _fitted(times: Mapping[int, Sequence[float]]) -> dict[str, Any]:
-    """Percentiles by requests, and their medians as a + b * requests."""
+    """Return percentiles by requests, and their medians as a + b * requests."""
     us = {n: percentiles(values) for n, values in times.items()}
-    # relative errors count alike: a step of one request is no outlier beside one of 256
+    # relative errors have equal weights, so that a step of 256 requests does not dominate
     medians = np.array([us[n]["p50"] for n in REQUESTS])
     b, a = np.polyfit(REQUESTS, medians, 1, w=1 / medians)
     return {"us": {str(n): value for n, value in us.items()}, "a_us": float(a), "b_us": float(b)}
 
 
 def measure(checkouts: dict[str, Path], rounds: int) -> dict[str, Any]:
-    """Host times of all packages."""
+    """Return host times of all packages."""
     with workers("benchmarks.workers.engine_host", checkouts) as sides:
         host_time = host_times(sides, rounds)
         case = {"op": "pass_us", "requests": REQUESTS[-1]}

@@ -7,26 +7,26 @@
     python -m benchmarks.ifeval_pairs --rig --score-only      # later, elsewhere; build/ is copied
 
 The first pair makes a step's metadata in every layer, then once per step (FastDeploy #7367). The
-second one runs the indexer's projections on one stream, then on two (vLLM #39943); a CPU has one
-stream, so the pair runs on a GPU only. All sides serve with FD_DSA_BATCH_INVARIANT=1, so that no
-answer depends on the requests beside it and a difference can only come from the change. Answers,
-scores and the pages of `accuracy compare` stay in build/ifeval_pairs. Writes
+second pair runs the indexer's projections on one stream, then on two (vLLM #39943). It runs on a
+GPU only, because a CPU has one stream. All sides serve with FD_DSA_BATCH_INVARIANT=1. So an answer
+does not depend on the batch, and a difference can only come from the change. Answers, scores and
+the pages of `accuracy compare` stay in build/ifeval_pairs. A run continues there only on the kind
+of machine and the commit that gave the first answers. Writes
 benchmarks/results/accuracy/ifeval_pairs_cpu.json or ifeval_pairs_gpu.json.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from benchmarks._harness import RESULTS, ROOT, environment, write_json, write_result
+from benchmarks._harness import RESULTS, ROOT, environment, parser_of, write_json, write_result
 
 # name -> form of the server, and largest step in tokens that forks to a second stream
 SIDES = {
@@ -38,11 +38,13 @@ SIDES = {
 PAIRS = (("every layer", "once per step"), ("one stream", "two streams"))
 CONCURRENCY = 64
 ENVIRONMENT_FILE = "environment.json"
+# fields of an environment that all answers of a result share
+_SAME = ("cpu", "gpu", "commit", "dirty", "python", "paddlepaddle", "numpy", "triton")
 
 
 @contextmanager
 def _server(side: str, rig: bool, log: Path) -> Iterator[str]:
-    """URL of a server in the form of a side; it has ended afterwards."""
+    """Yield the URL of a server in the form of a side. The server ends with the block."""
     form, most_tokens = SIDES[side]
     environ = os.environ | {"FD_DSA_FORM": form, "FD_DSA_BATCH_INVARIANT": "1"}
     if most_tokens is not None:
@@ -74,17 +76,49 @@ def _accuracy(*arguments: object) -> None:
 
 
 def answer(side: str, folder: Path, rig: bool, subset: int | None) -> None:
-    """Keep the answers of one side, also of an interrupted run, and where they come from."""
+    """Keep the answers of a side and the machine that gives them.
+
+    Raises:
+        SystemExit: the folder has answers of another machine or commit.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    path, env = folder / ENVIRONMENT_FILE, environment()
+    if path.exists():
+        require_same(folder, json.loads(path.read_text()), env)
+    else:
+        # before the first answer, because an interrupted run keeps its answers too
+        write_json(path, env)
     with _server(side, rig, folder / "server.log") as url:
         flags = ["--subset", subset] if subset else []
         flags += ["--concurrency", CONCURRENCY, "--base-url", f"{url}/v1", "--out", folder]
         _accuracy("ifeval", "--answers-only", *flags)
-    write_json(folder / ENVIRONMENT_FILE, environment())
+
+
+def require_same(folder: Path, known: Mapping[str, Any], env: Mapping[str, Any]) -> None:
+    """Check that answers come from one kind of machine and one commit.
+
+    Args:
+        folder: answers of a side.
+        known: environment of these answers.
+        env: environment of the answers that join them.
+
+    Raises:
+        SystemExit: the two differ; the message names the fields.
+    """
+    differing = [
+        f"{key}: {known.get(key)} there, {env.get(key)} here"
+        for key in _SAME
+        if known.get(key) != env.get(key)
+    ]
+    if differing:
+        raise SystemExit(
+            f"{folder}: the answers come from another machine or commit ({'; '.join(differing)}); "
+            "continue with that one, or remove the folder"
+        )
 
 
 def compared(before: Path, after: Path, out: Path) -> dict[str, Any]:
-    """The paired verdict of two sides, without the list of settings."""
+    """Return the paired verdict of two sides."""
     _accuracy("compare", before, after, "--out", out)
     found = json.loads((out / "compare.json").read_text())
     return {key: found[key] for key in ("verdict", "prompts", "answers", "metrics", "flips")}
@@ -92,7 +126,7 @@ def compared(before: Path, after: Path, out: Path) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Answer, score and compare all sides, and write the result. Returns 0."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--rig", action="store_true", help="on a GPU, by the test plug-in")
     parser.add_argument("--subset", type=int, metavar="N", help="N prompts only")
     parser.add_argument(
@@ -111,7 +145,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             answer(side, own, args.rig, args.subset)
     if args.answers_only:
         return 0
-    env = json.loads((next(iter(folders.values())) / ENVIRONMENT_FILE).read_text())
+    envs = {own: json.loads((own / ENVIRONMENT_FILE).read_text()) for own in folders.values()}
+    env = next(iter(envs.values()))
+    for own, other in envs.items():
+        require_same(own, other, env)
     result: dict[str, Any] = {"name": name, "env": env, "model": "demo_model"}
     result |= {"tier": "T1p" if args.rig else "T0", "subset": args.subset, "pairs": []}
     for own in folders.values():

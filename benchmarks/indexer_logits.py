@@ -1,9 +1,9 @@
-"""Indexer scores on tensor cores: our kernel beside DeepGEMM's, prompts and decode rows.
+"""Indexer scores on tensor cores: our kernel and DeepGEMM's, prompts and decode rows.
 
-Some tokens of both sides are compared with sums in doubles before they are timed. Schedules, which
-a step makes once for all layers, are made beforehand; DeepGEMM also has the keys of prompts
-gathered beforehand, which ours does not need. The floor is the time of the fewest
-bytes at the copy rate or of the GEMMs at the FP8 rate of the same run, whichever is longer.
+Some tokens of both sides are compared with sums in doubles before they are timed. The schedules of
+both sides are made beforehand, because a step makes them once for all layers. The keys of prompts
+are gathered beforehand for DeepGEMM; ours does not need that. The floor is the longer of two times:
+the fewest bytes at the copy rate, and the GEMMs at the FP8 rate, both of the same run.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _SUBJECTS = (Shape(64, 1, 4096), Shape(64, 64, 32768), Shape(64, 1, 8192, 2048, 
 
 
 def fp8_flops_per_s() -> float:
-    """Rate of an e4m3 GEMM of random 8192 x 8192 matrices, accumulated fast."""
+    """Return rate of an e4m3 GEMM of random 8192 x 8192 matrices, accumulated fast."""
     one = torch.ones((), device="cuda")
     options = {"scale_a": one, "scale_b": one, "out_dtype": torch.bfloat16, "use_fast_accum": True}
     return _gpu.gemm_flops_per_s(
@@ -35,7 +35,7 @@ def fp8_flops_per_s() -> float:
 
 
 def steps_of(shape: Shape, cache: torch.Tensor, logits: torch.Tensor) -> list[Step]:
-    """Steps in pages of their own, together past the L2."""
+    """Return steps with pages of their own, together past the L2."""
     count = min(_gpu.num_sets(shape.bytes_moved), _MOST_SETS)
     return [Step(shape, cache, logits, seed) for seed in range(count)]
 
@@ -44,7 +44,7 @@ def compare(
     record: _gpu.Recorder, shape: Shape, cache: torch.Tensor, logits: torch.Tensor,
     gemm: _peers.DeepGemm | None, rate: float,
 ) -> None:  # fmt: skip
-    """Check and time one shape; without DeepGEMM where it refuses it.
+    """Check and time a shape, without DeepGEMM if DeepGEMM refuses it.
 
     Raises:
         AssertionError: our scores are off by more than rounding, or two runs differ.
@@ -83,12 +83,12 @@ def compare(
 
 
 def scores_for(chosen: Sequence[Shape]) -> torch.Tensor:
-    """Memory for the scores of the largest of some shapes."""
+    """Return memory for the scores of the largest of some shapes."""
     return torch.empty(max(s.num_tokens * s.keys for s in chosen), device="cuda")
 
 
 def cases(record: _gpu.Recorder, args: Namespace) -> Iterator[tuple[str, _gpu.Case]]:
-    """One for each shape."""
+    """Yield a case for each shape."""
     gemm, chosen = _peers.deep_gemm(args.peers), list(shapes(args.quick))
     cache, logits = random_cache(), scores_for(chosen)
     rate = fp8_flops_per_s()
@@ -98,7 +98,7 @@ def cases(record: _gpu.Recorder, args: Namespace) -> Iterator[tuple[str, _gpu.Ca
 
 
 def subjects() -> dict[str, tuple[_gpu.Call, list[torch.Tensor]]]:
-    """One row, a decode step, and a chunk of a prompt."""
+    """Return the launches of one row, of a decode step, and of a prompt's chunk."""
     cache, found = random_cache(), {}
     for shape in _SUBJECTS:
         step = Step(shape, cache, scores_for([shape]), 0)

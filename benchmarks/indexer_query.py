@@ -1,9 +1,9 @@
 """Preparation of the indexer's query: RoPE, quantisation, weight fold, in one launch.
 
-Against vLLM's Triton kernel, one program a head of a token. "by positions" looks cos and sin up
-itself, as vLLM's does; the other launches have them gathered once for all layers of a step, as the
-model does it. Bytes a head: 256 in, 128 out, 2 and 4 of its weight; a token reads 256 of cos and
-sin.
+The peer is vLLM's Triton kernel, with one program for each head of a token. "by positions" looks
+cos and sin up itself, like vLLM's. The other launches have them gathered once for all layers of a
+step, like the model. Bytes a head: 256 in, 128 out, 2 and 4 of its weight. A token reads 256 of cos
+and sin.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fd_dsa.ops.query_kernels import (
 
 DIM = 128
 INTERLEAVED = {"rope_interleave": True}
-# (BLOCK_ROWS, num_warps) that tune.py times
+# BLOCK_ROWS, num_warps
 CANDIDATES = (
     *((4, 1), (8, 1), (16, 1), (8, 2), (16, 2), (32, 2), (64, 2)),
     *((32, 4), (64, 4), (128, 4), (64, 8), (128, 8)),
@@ -64,23 +64,23 @@ class Query(Launch):
 
     @staticmethod
     def bytes_of(num_tokens: int, heads: int) -> int:
-        """Fewest bytes."""
+        """Return the smallest number of bytes."""
         return num_tokens * (heads * (2 * DIM + DIM + 2 + 4) + 4 * ROPE)
 
     def arguments(self, positions: Any, cos_sin: torch.Tensor, **variant: Any) -> dict[str, Any]:
-        """By name; a variant is a keyword of the operator."""
+        """Return the arguments by name. A variant is a keyword of the operator."""
         inputs = self.q, self.weights, positions, cos_sin, self.outputs
         return indexer_query_arguments(*inputs, **self._options | variant)
 
     def expected(self, **variant: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Bits of the codes, and folded weights."""
+        """Return bits of the codes, and folded weights."""
         inputs = as_numpy(self.q, self.weights, self.positions, angles())
         out = np.empty(self.q.shape, np.uint8), np.empty(self.weights.shape, np.float32)
         prepare_on_host(*inputs, **self._options | variant, out=out)
         return out
 
     def sides(self, peer: Any) -> dict[str, _gpu.Call]:
-        """vLLM's launch as vLLM makes it, ours with a look-up, and the other pairing of ours."""
+        """Return vLLM's launch, ours with a look-up, and ours with the other pairing."""
         arguments = self.positions, self.q, angles(), self.weights, *self.outputs
         theirs = partial(_peers.prepare_indexer_query, peer, *arguments)
         return ({} if peer is None else {"vLLM's kernel": theirs}) | {

@@ -1,13 +1,16 @@
 """Host cost of one kernel launch, with 5 and with 18 arguments, unbound and bound.
 
-`driver` is the driver's launch function in a loop in C, everything prepared. The host is timed,
-and the device is waited for outside the clock. Other labels: Triton's own `kernel[grid]`; the
-swap of Triton's active driver around it that FastDeploy #6897 makes; Triton's compiled launch
-function on plain integers (Triton 3.6 only); ours. "new tensors" means that every launch gets
-other tensor objects than the one before, so that all of them are checked again.
+The host is timed, and the device is waited for outside the clock. The labels are:
 
-Where Paddle and the test plug-in are there, the same kernels are launched on Paddle tensors too,
-and against Triton with Paddle's torch stand-in switched on and off around every launch.
+- `driver`: the driver's launch function in a loop in C, with everything prepared.
+- Triton's own `kernel[grid]`.
+- The same with a change of Triton's active driver around it, as in FastDeploy #6897.
+- Triton's compiled launch function on plain integers (Triton 3.6 only).
+- Ours. "new tensors" means that every launch gets other tensor objects than the one before, so that
+  all of them are checked again.
+
+If Paddle and the test plug-in are installed, the same kernels are launched on Paddle tensors too.
+There another side is Triton with Paddle's torch stand-in switched on and off around every launch.
 """
 
 from __future__ import annotations
@@ -84,13 +87,16 @@ KERNELS: dict[int, tuple[Any, int, dict[str, int]]] = {
 
 @cache
 def ours(count: int, memory: str) -> Any:
-    """Our form of a kernel; one for each kind of memory, as in a process that has only that one."""
+    """Return our form of a kernel.
+
+    Each kind of memory has its own form, as in a process with only that kind.
+    """
     return paddle_jit(do_not_specialize=tuple(KERNELS[count][2]))(KERNELS[count][0])
 
 
 @cache
 def _c_loop() -> Any:
-    """The loop in C, compiled for this run."""
+    """Return the loop in C, compiled for this run."""
     folder = Path(tempfile.mkdtemp(prefix="fd_dsa_loop_"))
     (folder / "loop.c").write_text(_LOOP)
     command = ["gcc", "-O2", "-shared", "-fPIC", "-o", str(folder / "loop.so"), "loop.c"]
@@ -99,31 +105,31 @@ def _c_loop() -> Any:
 
 
 def driver_loop(bound: BoundLaunch, values: dict[str, Any], stream: int) -> Callable[[], None]:
-    """A call that makes `LAUNCHES_A_CALL` launches by the driver's own function, from C.
+    """Return a call that makes `LAUNCHES_A_CALL` launches by the driver's own function, from C.
 
     Args:
         bound: the launch to repeat.
         values: its arguments by name.
-        stream: where to launch.
+        stream: CUDA stream of the launches.
     """
     variant = bound.variant
-    # its grid is that of the benchmark, one program
-    frame = variant.frame(values)
-    frame.set_stream(stream)
-    config, function, arguments, _ = frame.call
-    loop, launch = _c_loop(), variant.queue
+    addresses = [values[p.name].data_ptr() for p in variant.tensors]
+    memory = variant.fill(addresses, [values[p.name] for p in variant.numbers], bound.grid)
+    memory.set_stream(stream)
+    config, function, arguments, _ = memory.call
+    loop, launch = _c_loop(), variant.enqueue
 
     def call() -> None:
         code = loop(launch, config, function, arguments, LAUNCHES_A_CALL)
         variant.driver.check(code, "launch")
 
-    # the frame owns the memory that the pointers refer to
-    call.frame = frame  # type: ignore[attr-defined]
+    # the pointers refer to this memory
+    call.memory = memory  # type: ignore[attr-defined]
     return call
 
 
 def swapped(launch: Callable[[], None], other_driver: Any) -> Callable[[], None]:
-    """The launch between a change of Triton's active driver and the change back.
+    """Return the launch between a change of Triton's active driver and the change back.
 
     What FastDeploy #6897 does around every launch when torch is installed.
     """
@@ -140,7 +146,7 @@ def swapped(launch: Callable[[], None], other_driver: Any) -> Callable[[], None]
 
 
 def triton_c_function(kernel: Any, arguments: list[Any], stream: int) -> Sides:
-    """Triton's own compiled launch function called with integers; none but with Triton 3.6."""
+    """Return calls of Triton's compiled launch function with integers, if Triton is 3.6."""
     if not triton.__version__.startswith("3.6."):
         return {}
     compiled = kernel.warmup(*arguments, BLOCK=BLOCK, grid=GRID)
@@ -154,7 +160,7 @@ def triton_c_function(kernel: Any, arguments: list[Any], stream: int) -> Sides:
 
 
 def _paddle_driver(api: Any) -> Any:
-    """A driver of Triton's that knows Paddle's device and stream, made without its constructor."""
+    """Return a driver of Triton with Paddle's device and stream, made without its constructor."""
     from triton.backends.nvidia.driver import CudaDriver, CudaLauncher, CudaUtils
 
     class PaddleDriver(CudaDriver):
@@ -171,7 +177,7 @@ def _paddle_driver(api: Any) -> Any:
 
 
 def _in_stand_in(launch: Callable[[], None], driver: Any) -> Callable[[], None]:
-    """The launch inside Paddle's torch stand-in, as FastDeploy did before its #6897 and #6913."""
+    """Return the launch inside Paddle's torch stand-in, as in FastDeploy before #6897 and #6913."""
     import paddle
 
     guarded = paddle.use_compat_guard(enable=True, silent=True)(launch)
@@ -184,7 +190,7 @@ def _in_stand_in(launch: Callable[[], None], driver: Any) -> Callable[[], None]:
 
 
 def tensors_of(count: int, memory: str) -> list[Any]:
-    """Inputs, and an output full of NaN, on the GPU.
+    """Return inputs, and an output full of NaN, on the GPU.
 
     Args:
         count: a key of KERNELS.
@@ -204,7 +210,7 @@ def tensors_of(count: int, memory: str) -> list[Any]:
 
 
 def sides_of(count: int, memory: str) -> Sides:
-    """Label -> the calls of one number of arguments, each one checked; the driver's first."""
+    """Return the checked calls by label for a number of arguments, the driver's at the front."""
     stock, _, named = KERNELS[count]
     numbers = tuple(named.values())
     first, second = tensors_of(count, memory), tensors_of(count, memory)
@@ -248,7 +254,7 @@ def sides_of(count: int, memory: str) -> Sides:
 
 
 def compare(record: _gpu.Recorder, count: int, memory: str) -> None:
-    """Measure all sides in one loop; a case for unbound and one for bound launches."""
+    """Measure all sides in one loop, and add cases for unbound and for bound launches."""
     times = _gpu.interleaved(sides_of(count, memory), mode="host")
     times["driver"] = {name: us / LAUNCHES_A_CALL for name, us in times["driver"].items()}
     others = {"unbound": {"fd_dsa bound"}, "bound": {"fd_dsa unbound", "fd_dsa new tensors"}}
@@ -263,7 +269,7 @@ def compare(record: _gpu.Recorder, count: int, memory: str) -> None:
 
 
 def compare_on_paddle(record: _gpu.Recorder) -> None:
-    """The rows on Paddle tensors, or a note that says why there are none."""
+    """Add the cases on Paddle tensors, or a note with the reason why they are missing."""
     try:
         for count in KERNELS:
             compare(record, count, "Paddle")
@@ -272,7 +278,7 @@ def compare_on_paddle(record: _gpu.Recorder) -> None:
 
 
 def cases(record: _gpu.Recorder, args: Namespace) -> Iterator[tuple[str, _gpu.Case]]:
-    """Two for each kernel on torch tensors, and where Paddle is, on Paddle's."""
+    """Yield two cases for each kernel on torch tensors, and on Paddle's if Paddle is there."""
     for count in KERNELS:
         yield f"{count} arguments", partial(compare, record, count, "torch")
     yield "Paddle tensors", partial(compare_on_paddle, record)

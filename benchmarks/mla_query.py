@@ -1,10 +1,10 @@
 """The absorbed query of MLA: RoPE, and both parts into one buffer, in one launch.
 
-Against the operators of a plain implementation: cos and sin of each token by their positions, the
-rotation of interleaved pairs in float32, and a concatenation, which also transposes the heads'
-result [num_heads, num_tokens, kv_lora_rank]. Ours is given cos and sin gathered once for all layers
-of a step, and "by positions" looks them up itself. Bytes a head: 1,152 in and 1,152 out; a token
-reads 256 of cos and sin.
+The other side is the operators of a plain implementation. They gather cos and sin by positions,
+rotate interleaved pairs in float32, and concatenate. The concatenation also transposes the heads'
+result [num_heads, num_tokens, kv_lora_rank]. Ours has cos and sin gathered once for all layers of a
+step, and "by positions" looks them up itself. Bytes a head: 1,152 in and 1,152 out. A token reads
+256 of cos and sin.
 """
 
 from __future__ import annotations
@@ -56,24 +56,24 @@ class Query(Launch):
 
     @staticmethod
     def bytes_of(num_tokens: int, heads: int) -> int:
-        """Fewest bytes."""
+        """Return the smallest number of bytes."""
         return num_tokens * (heads * 4 * (RANK + ROPE) + 4 * ROPE)
 
     def arguments(self, positions: Any, cos_sin: torch.Tensor) -> dict[str, Any]:
-        """By name."""
+        """Return the kernel's arguments by name."""
         return mla_query_arguments(self.latent, self.pe, positions, cos_sin, *self.outputs)
 
     def expected(self) -> list[np.ndarray]:
-        """By the CPU."""
+        """Return the query as made by the CPU."""
         inputs = as_numpy(self.latent, self.pe, self.positions, angles())
         return [prepare_on_host(*inputs, None)]
 
     def sides(self, peer: Any) -> dict[str, _gpu.Call]:
-        """Operators, and ours with a look-up of cos and sin."""
+        """Return operators, and ours with a look-up of cos and sin."""
         return {"operators": self.operators, "by positions": self.call(gathered=False)}
 
     def operators(self) -> torch.Tensor:
-        """The same by operators."""
+        """Make the query by operators."""
         cos, sin = angles()[self.positions].unsqueeze(1).chunk(2, dim=-1)
         first, second = self.pe.float().unflatten(-1, (-1, 2)).unbind(-1)
         rotated = torch.stack([first * cos - second * sin, second * cos + first * sin], -1)

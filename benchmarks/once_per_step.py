@@ -1,20 +1,22 @@
-"""What once per step is worth in a whole model: five layers of DeepSeek-V3.2 in bfloat16.
+"""The gain of metadata once per step in a whole model: five layers of DeepSeek-V3.2 in bfloat16.
 
     python -m benchmarks.once_per_step --rig     # on the test plug-in
     python -m benchmarks.once_per_step --dry     # small widths on the CPU: shows that it runs
     python -m benchmarks.once_per_step --rig --layers 61 --experts 16      # FP8, fits 80 GB
     python -m benchmarks.once_per_step --rig --tensor-parallel-size 4      # a whole model: P31
 
-FastDeploy #7367's experiment: time per output token with a step's metadata made once, and with two
-chains of operators for the slots in every layer, captured and eager. And #7598's: prompts whose
-windows come from one launch a step, and from a loop over the requests in every layer, which waits
-for the device; no graph can hold such a loop. `_operator_chains.py` has both other forms. A worker
-adds them to this engine's layers. Five layers have 256 experts. A model of `--layers` is in FP8.
-`--experts` leaves out experts, so that it fits; a token runs through eight in any case. On several
-GPUs the model has the shape of DeepSeek-V3.2-REAP-345B in FP8, only decode steps are timed, and
-only rank 0 does the other form's work, for which the others wait. Writes
-benchmarks/results/once_per_step.json, with the numbers of layers and of ranks at the end of its
-name if they were given; a ratio above 1 means that once is better.
+The first experiment is that of FastDeploy #7367: time per output token, captured and eager. The
+other form makes the slots by two chains of operators in every layer. The second experiment is that
+of #7598: prompts whose windows come from one launch a step. The other form makes them in every
+layer by a loop over the requests, which waits for the device. A graph cannot hold such a loop.
+`_operator_chains.py` has both other forms, and a worker adds them to this engine's layers.
+
+Five layers have 256 experts. A model of `--layers` is in FP8. `--experts` removes experts, so that
+the model fits; a token runs through eight in any case. On several GPUs the model has the shape of
+DeepSeek-V3.2-REAP-345B in FP8, and only decode steps are timed. There only rank 0 does the other
+form's work, and the others wait for it. Writes benchmarks/results/once_per_step.json. Its name ends
+with the numbers of layers and of ranks if they are given. A ratio above 1 means that once is
+better.
 """
 
 from __future__ import annotations
@@ -23,27 +25,13 @@ import argparse
 import json
 import statistics
 import sys
-import tempfile
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks._gpu_engine_model import FP8, Shape, of_ranks, shape_of, write_model
-from benchmarks._harness import Worker, environment, rig_parser, tier_of, write_result
+from benchmarks._gpu_engine_model import FP8, SMALL, Shape, engine_options, of_ranks, shape_of
+from benchmarks._harness import Worker, rig_parser, rig_result, write_result
 
 LAYERS, DENSE_LAYERS = 5, 3
-SMALL = {
-    "hidden_size": 256,
-    "intermediate_size": 256,
-    "moe_intermediate_size": 64,
-    "vocab_size": 4096,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "q_lora_rank": 128,
-    "index_n_heads": 4,
-    "index_topk": 64,
-    "n_routed_experts": 16,
-    "max_position_embeddings": 4096,
-}
 TARGET = "benchmarks.workers.once_per_step:Engine"
 ONCE, CHAINS, LOOP = "once", "two chains", "host loop"
 PAIRS = 5
@@ -54,7 +42,7 @@ Requests = dict[str, dict[str, Any]]
 
 
 def requests_of(is_dry: bool) -> Requests:
-    """What an engine is asked for in each case: decode steps, and prompts of three kinds."""
+    """Return the requests of each case: decode steps, and prompts of three kinds."""
     if is_dry:
         return {
             "decode": {"op": "decode", "batch": 1, "prompt": 256, "new": 32},
@@ -72,7 +60,7 @@ def requests_of(is_dry: bool) -> Requests:
 
 
 def config_of(is_dry: bool, eager: bool, ranks: int) -> dict[str, Any]:
-    """Fields of EngineConfig; few rows are captured, since each size takes time at the start."""
+    """Return fields of EngineConfig. Few rows are captured, because captures take time."""
     return {
         "max_model_len": 1024 if is_dry else 45056,
         "max_num_seqs": 64 if eager else 8,
@@ -84,7 +72,7 @@ def config_of(is_dry: bool, eager: bool, ranks: int) -> dict[str, Any]:
 
 
 def medians(options: dict[str, Any], work: str, requests: Requests) -> dict[str, float]:
-    """The figure of each case, by an engine that has the device for itself."""
+    """Return the figure of each case, by an engine with the device for itself."""
     found = {}
     with Worker(TARGET, work=work, **options) as engine:
         for case, request in requests.items():
@@ -95,7 +83,7 @@ def medians(options: dict[str, Any], work: str, requests: Requests) -> dict[str,
 
 
 def entry_of(case: str, peer: str, other: float, once: float) -> dict[str, Any]:
-    """What is written of a case."""
+    """Return the entry of a case."""
     is_time = case.startswith("decode")
     ratio = other / once if is_time else once / other
     entry = {
@@ -114,7 +102,7 @@ def entry_of(case: str, peer: str, other: float, once: float) -> dict[str, Any]:
 
 
 def compared(options: dict[str, Any], args: argparse.Namespace) -> list[dict[str, Any]]:
-    """All cases, in sequence: the weights of two engines do not fit."""
+    """Measure all cases in sequence, because the weights of two engines do not fit."""
     requests, ranks = requests_of(args.dry), args.tensor_parallel_size
     prompts = {case: request for case, request in requests.items() if request["op"] != "decode"}
     decode = {"decode": requests["decode"]}
@@ -143,7 +131,7 @@ def compared(options: dict[str, Any], args: argparse.Namespace) -> list[dict[str
 
 
 def earlier_cases(earlier: dict[str, Any], result: dict[str, Any]) -> list[dict[str, Any]]:
-    """The other cases of an earlier result of the same model, commit and kind of GPU."""
+    """Return the other cases of an earlier result of the same model, commit and GPU."""
     same = all(earlier["env"].get(key) == result["env"].get(key) for key in ("commit", "gpu"))
     if not same or earlier.get("model") != result["model"]:
         return []
@@ -152,9 +140,8 @@ def earlier_cases(earlier: dict[str, Any], result: dict[str, Any]) -> list[dict[
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure and write; returns 0."""
-    parser = rig_parser(__doc__)
-    parser.add_argument("--tensor-parallel-size", "-tp", type=int, default=1, metavar="N")
+    """Measure and write. Returns 0."""
+    parser = rig_parser(__doc__, is_split=True)
     parser.add_argument("--layers", type=int, metavar="N", help="of a model in FP8")
     parser.add_argument("--experts", type=int, metavar="N", help="of a layer")
     parser.add_argument(
@@ -162,23 +149,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     ranks, layers = args.tensor_parallel_size, args.layers
-    shape, fields = Shape(layers or LAYERS, DENSE_LAYERS, ranks=ranks), {}
+    shape = Shape(layers or LAYERS, DENSE_LAYERS, ranks=ranks)
+    fields: dict[str, Any] = {}
     if args.dry:
-        shape, fields = shape._replace(experts=SMALL["n_routed_experts"]), SMALL
+        shape = shape._replace(experts=SMALL["n_routed_experts"])
     elif ranks > 1 or layers:
-        whole = shape_of(ranks, layers) if ranks > 1 else shape
-        shape, fields = whole, {"quantization_config": FP8}
+        shape = shape_of(ranks, layers) if ranks > 1 else shape
+        fields = {"quantization_config": FP8}
     shape = shape._replace(experts=args.experts or shape.experts)
     name = of_ranks("once_per_step" + (f"_{layers}_layers" if layers else ""), ranks)
-    result: dict[str, Any] = {"name": name, "env": environment()}
-    result["tier"] = tier_of(args)
-    result["model"] = shape._asdict() | {
-        "weights": "random, FP8" if "quantization_config" in fields else "random",
-    }
-    with tempfile.TemporaryDirectory() as folder:
-        model = write_model(folder, shape, fields | {"n_routed_experts": shape.experts})
-        device = "cpu" if args.dry else "gpu"
-        result["cases"] = compared({"model": model, "rig": args.rig, "device": device}, args)
+    weights = "random, FP8" if fields else "random"
+    result = rig_result(name, args, model=shape._asdict() | {"weights": weights})
+    with engine_options(args, shape, {}, fields) as options:
+        result["cases"] = compared(options, args)
     path = args.out / f"{name}.json"
     if args.only and path.exists():
         result["cases"] = earlier_cases(json.loads(path.read_text()), result) + result["cases"]

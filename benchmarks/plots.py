@@ -31,12 +31,12 @@ _STYLE = {
 
 
 def digest(shown: Mapping[str, Any]) -> str:
-    """What a plot shows, as a hash; the plot holds it, so that a stale one is found."""
+    """Return a hash of a plot's figures. The plot holds it, so that a stale plot is found."""
     return hashlib.sha256(json.dumps(shown["groups"]).encode()).hexdigest()[:16]
 
 
 def picture(shown: Mapping[str, Any]) -> str:
-    """An SVG: a group of bars a case, the time of each side relative to ours.
+    """Return an SVG: a group of bars a case, the time of each side relative to ours.
 
     Args:
         shown: "groups", each with "case", "relative" (side -> time by ours, ours first) and "text"

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks._harness import environment, rig_parser, write_json
+from benchmarks._harness import rig_parser, rig_result, write_json
 from benchmarks.gpu_gemms import Bench
 
 HEADS, NOPE, ROPE, VALUES, RANK, TOPK, BLOCK = 128, 128, 64, 128, 512, 2048, 64
@@ -32,7 +32,7 @@ class Prompts:
     """Rows of one length, and both ways to attend for them.
 
     Attributes:
-        flops: of the dense and of the absorbed form, by the number of rows and their lengths.
+        flops: operations of the dense and of the absorbed form.
     """
 
     def __init__(self, bench: Bench, rows: int, new: int, cached: int, heads: int = HEADS) -> None:
@@ -81,12 +81,12 @@ class Prompts:
         }
 
     def dense(self, reader: Any) -> Any:
-        """The form that serves."""
+        """Run the dense form, which serves."""
         layer = SimpleNamespace(k_b_proj=self.k_b, v_b_proj=self.v_b, o_proj=reader)
         return self.prompts.attend(self._step, self._q, self._cos_sin, self._cache, layer)
 
     def absorbed(self, reader: Any) -> Any:
-        """What served before, and still serves past index_topk."""
+        """Run the absorbed form, which serves past index_topk."""
         attention, q = self.attention, self._q
         q_latent = self.k_b.times_by_head(q[:, :, :NOPE])
         query = attention.prepare_mla_query(q_latent, q[:, :, NOPE:], None, self._cos_sin)
@@ -94,7 +94,7 @@ class Prompts:
         return self.v_b.heads_joined(latent, reader)
 
     def difference(self) -> float:
-        """Root mean square of the difference of both, relative."""
+        """Return the relative root mean square difference of both forms."""
         one, other = (
             call(self.plain).astype("float32").numpy().ravel()
             for call in (self.dense, self.absorbed)
@@ -102,7 +102,7 @@ class Prompts:
         return float(np.linalg.norm(one - other) / np.linalg.norm(other))
 
     def parts(self) -> dict[str, Callable[[], Any]]:
-        """The launches of the dense form, of a step whose keys are one group."""
+        """Return the launches of the dense form, for a step whose keys are one group."""
         from fd_dsa.attention import dense_prompts as form
         from fd_dsa.ops.head_gemm import empty_heads, head_gemm
 
@@ -129,13 +129,13 @@ class Prompts:
         }
 
     def time_us(self, call: Callable[[], Any]) -> float:
-        """Of a call."""
+        """Return the microseconds of a call."""
         return self._bench.time_us([call] * _REPEATS)
 
 
 def fill_latents(cache: Any) -> None:
     """Write records of normal latents to every slot."""
-    from fd_dsa.device.upload import Upload
+    from fd_dsa.device.transfers import Upload
     from fd_dsa.ops.cache_write import bfloat16_bits
     from fd_dsa.ops.fp8 import encode_e4m3
 
@@ -152,7 +152,7 @@ def fill_latents(cache: Any) -> None:
 
 
 def cases(bench: Bench, *, tilings: bool) -> Iterator[dict[str, Any]]:
-    """Each case: both forms, and the parts of the dense one."""
+    """Yield each case: both forms, and the parts of the dense form."""
     from fd_dsa.ops.mla.prompt import CANDIDATES
 
     for name, sizes in CASES.items():
@@ -183,12 +183,12 @@ def cases(bench: Bench, *, tilings: bool) -> Iterator[dict[str, Any]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure and write; returns 1 where the forms disagree."""
+    """Measure and write. Returns 1 if the forms disagree."""
     parser = rig_parser(__doc__, is_dry=False)
     parser.add_argument("--tilings", action="store_true", help="every tiling that may serve")
     args = parser.parse_args(argv)
-    result: dict[str, Any] = {"name": "prompt_attention", "tier": "T1p", "env": environment()}
-    result["cases"] = found = []
+    result = rig_result("prompt_attention", args)
+    found = result["cases"]
     for entry in cases(Bench(args.rig), tilings=args.tilings):
         found.append(entry)
         write_json(args.out / "prompt_attention.json", result)

@@ -9,20 +9,19 @@ return. The count depends on the code alone, not on the machine. Nothing is writ
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections import Counter
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from benchmarks._harness import Worker
+from benchmarks._harness import Worker, parser_of
 
 CONTEXT, WARM_UP = 64, 5
 
 
 def count_calls() -> Counter[str]:
-    """Calls of a decode step by function, as `file:name` below the package."""
+    """Return calls of a decode step by function, as `file:name` below the package."""
     import numpy as np
 
     import fd_dsa
@@ -43,7 +42,7 @@ def count_calls() -> Counter[str]:
     engine.add_request("0", prompt, SamplingParams(temperature=0, max_tokens=32, ignore_eos=True))
     while not engine.step():
         pass
-    # what is bound and made once is there
+    # bound launches and caches exist after some steps
     for _ in range(WARM_UP):
         engine.step()
     calls: Counter[str] = Counter()
@@ -62,8 +61,8 @@ def count_calls() -> Counter[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the count; returns 0."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    """Print the count. Returns 0."""
+    parser = parser_of(__doc__)
     parser.add_argument("--baseline", type=Path, help="another checkout")
     parser.add_argument("--by-function", action="store_true", help="the most frequent ones, too")
     args = parser.parse_args(argv)

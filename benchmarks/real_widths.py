@@ -1,21 +1,22 @@
-"""Two layers of DeepSeek-V3.2 at their real widths, from one folder, here, in vLLM and exactly.
+"""Two layers of DeepSeek-V3.2 at their real widths, here, in vLLM and exactly.
 
     python -m benchmarks.real_widths --rig --peer DIR    # a GPU with 60 GB, 20 GB in --folder
     python -m benchmarks.real_widths --dry               # small widths on the CPU, without vLLM
 
-A dense layer and one with 256 experts, random weights in FP8 whose scales differ from block to
-block. vLLM and this engine continue prompts greedily, and this engine also reads vLLM's tokens, as
-the end of a prompt for each of them; transformers computes both continuations in float32 from the
-weights as stored. What a layer adds is small beside what it adds to: experts that rounding chooses
-would make two right engines differ as much as a wrong one does. The engine starts twice, first with
-kernels to compile. DIR has a `run.sh` that runs `python SCRIPT ...` with vLLM's packages. Writes
-benchmarks/results/real_widths.json; fails where we are clearly further from the exact
-log-probabilities than vLLM, or lose a clearly larger share of the tokens that lead there.
+The model has a dense layer and one with 256 experts. Its weights are random, in FP8, with scales
+that differ from block to block. All engines read one folder. vLLM and this engine continue prompts
+greedily. This engine also reads vLLM's tokens, each as the end of a prompt. transformers computes
+both continuations in float32 from the stored weights. A layer adds little to its input: otherwise
+experts that rounding selects would make two right engines differ as much as a wrong one does.
+
+The engine starts twice, the first time with kernels to compile. DIR has a `run.sh` that runs
+`python SCRIPT ...` with vLLM's packages. Writes benchmarks/results/real_widths.json. Fails if we
+are clearly further from the exact log-probabilities than vLLM, or lose a clearly larger share of
+leads.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import subprocess
@@ -28,34 +29,32 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks._gpu_engine_model import FP8, WIDTHS
+from benchmarks._gpu_engine_model import FP8, SMALL, WIDTHS
 from benchmarks._harness import (
-    RESULTS,
     Worker,
-    environment,
     random_prompts,
+    rig_parser,
+    rig_result,
     run_peer,
-    tier_of,
-    write_json,
+    write_result,
 )
-from benchmarks.once_per_step import SMALL
 from benchmarks.workers.vllm_logprobs import NEW_TOKENS, TOP
 from fd_dsa.models.registry import config_from_dict
 
 PROMPTS = (100, 3000, 9000)
-# transformers' scores of longer ones do not fit
+# scores of longer prompts in transformers do not fit
 MOST_EXACT = 4096
-# of log-probabilities, nats: a lead that a right engine sees
+# lead of the best log-probability that a right engine sees, nats
 CLEAR = 0.3
-# of the peer's mean distance from what is exact, and of its share of lost leads
+# largest multiple of the peer's mean distance from the exact values, and of its lost share
 MOST_DISTANCE = 1.25
-# what a layer adds by, and the power of two by which that is less
+# projections at the end of a layer, and the power of two that scales them down
 _ADDING, _LESS = ("o_proj.weight", "down_proj.weight"), 3
 SHARD_BYTES = 4 << 30
 
 
 def weights(config: dict[str, Any], device: str) -> Iterator[tuple[str, Any]]:
-    """Names and random tensors of the checkpoint."""
+    """Yield names and random tensors of the checkpoint."""
     import torch
 
     from fd_dsa.models.expected_tensors import expected_tensors
@@ -83,7 +82,7 @@ def weights(config: dict[str, Any], device: str) -> Iterator[tuple[str, Any]]:
 
 
 def write_checkpoint(folder: Path, config: dict[str, Any], device: str) -> int:
-    """Write config.json and the weights in shards; their bytes."""
+    """Write config.json and the weights in shards. Returns their bytes."""
     from safetensors.torch import save_file
 
     (folder / "config.json").write_text(json.dumps(config))
@@ -91,7 +90,7 @@ def write_checkpoint(folder: Path, config: dict[str, Any], device: str) -> int:
     index: dict[str, str] = {}
 
     def save() -> int:
-        """Write the last shard; its bytes."""
+        """Write the last shard. Returns its bytes."""
         save_file(shards[-1], folder / f"model-{len(shards):05d}.safetensors")
         size = sum(tensor.nbytes for tensor in shards[-1].values())
         shards[-1].clear()
@@ -113,7 +112,11 @@ def write_checkpoint(folder: Path, config: dict[str, Any], device: str) -> int:
 def exact_scores(
     folder: Path, prompts: Sequence[list[int]], answers: Sequence[list[int]], device: str
 ) -> list[np.ndarray | None]:
-    """float32 [tokens, vocab_size] of each answer: transformers' log-probabilities, if they fit."""
+    """Return transformers' log-probabilities of each answer, if they fit.
+
+    Returns:
+        float32 [tokens, vocab_size] or None for each answer.
+    """
     given = [(prompt + ids[:-1], len(ids)) for prompt, ids in zip(prompts, answers, strict=True)]
     fit = [len(sequence) <= MOST_EXACT for sequence, _ in given]
     sequences = [one for one, fits in zip(given, fit, strict=True) if fits]
@@ -126,7 +129,7 @@ def exact_scores(
 
 
 def distance(tops: Sequence[Any], exact: np.ndarray) -> dict[str, Any]:
-    """How far the likeliest tokens of an engine are from what is exact.
+    """Compare the likeliest tokens of an engine with exact log-probabilities.
 
     Args:
         tops: for each position [[token, logprob], ...].
@@ -144,7 +147,7 @@ def distance(tops: Sequence[Any], exact: np.ndarray) -> dict[str, Any]:
 
 
 def mean_difference(ours: Sequence[Any], peer: Sequence[Any]) -> float:
-    """Mean distance of two engines' log-probabilities after the same tokens, nats."""
+    """Return the mean difference of two engines' log-probabilities after equal tokens, nats."""
     pairs = [(dict(a), dict(b)) for a, b in zip(ours, peer, strict=True)]
     return float(np.mean([abs(a[t] - b[t]) for a, b in pairs for t in a.keys() & b.keys()]))
 
@@ -152,7 +155,7 @@ def mean_difference(ours: Sequence[Any], peer: Sequence[Any]) -> float:
 def compare(
     ours: Sequence[Any], peer: Sequence[Any], exact: Sequence[np.ndarray | None]
 ) -> dict[str, Any]:
-    """Distances of both sides from what is exact after their tokens, if that is known."""
+    """Return the distances of both sides from the exact values, if those are known."""
     case: dict[str, Any] = {"positions": len(ours)}
     for side, tops, scores in zip(("ours", "peer"), (ours, peer), exact, strict=True):
         if scores is not None:
@@ -162,7 +165,7 @@ def compare(
 
 
 def is_worse(case: dict[str, Any]) -> bool:
-    """Whether we are further from what is exact than the peer, or lose more of its clear leads."""
+    """Return True if we are further from exact values than the peer, or lose more leads."""
     if "ours_error" not in case:
         return False
     lost = [case[f"{side}_lost"] / max(case[f"{side}_clear"], 1) for side in ("ours", "peer")]
@@ -173,7 +176,7 @@ def is_worse(case: dict[str, Any]) -> bool:
 
 @contextlib.contextmanager
 def started(model: str, rig: bool, device: str) -> Iterator[tuple[Worker, float]]:
-    """The engine after its first token, and the seconds that took."""
+    """Yield an engine after its first token, and the seconds until then."""
     begin = time.perf_counter()
     target = "benchmarks.workers.real_widths:Engine"
     with Worker(target, model=model, rig=rig, device=device) as engine:
@@ -184,22 +187,16 @@ def started(model: str, rig: bool, device: str) -> Iterator[tuple[Worker, float]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure and write; returns 1 where we are worse than the peer."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument(
-        "--rig", action="store_true", help="Paddle's CPU wheel and the test plug-in"
-    )
-    parser.add_argument("--dry", action="store_true", help="small widths on the CPU, no peer")
+    """Measure and write. Returns 1 if we are worse than the peer."""
+    parser = rig_parser(__doc__)
     parser.add_argument("--peer", type=Path, help="folder with vLLM's run.sh")
     parser.add_argument("--folder", type=Path, help="where the checkpoint is written")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
     args = parser.parse_args(argv)
     config = WIDTHS | {"num_hidden_layers": 2, "first_k_dense_replace": 1}
     config |= {"quantization_config": FP8} | (SMALL if args.dry else {})
     lengths = (20, 100, 200) if args.dry else PROMPTS
     prompts = [random_prompts(1, n, config["vocab_size"], n)[0] for n in lengths]
-    result: dict[str, Any] = {"name": "real_widths", "env": environment(), "cases": []}
-    result["tier"] = tier_of(args)
+    result = rig_result("real_widths", args)
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         folder = Path(name)
         size = write_checkpoint(folder, config, "cpu" if args.dry else "cuda")
@@ -212,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
             answers = json.loads((folder / "peer.json").read_text())
         engine_device = "cpu" if args.dry else "gpu"
-        # the first start compiles what no one has compiled here yet
+        # the first start compiles kernels
         with started(name, args.rig, engine_device) as (_, result["first_start_s"]):
             pass
         with started(name, args.rig, engine_device) as (engine, result["start_s"]):
@@ -239,7 +236,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             result["cases"].append(case | compare(ours, peer, (after_own, after_given)))
     for case in result["cases"]:
         print(case, flush=True)
-    write_json(args.out / "real_widths.json", result)
+    write_result(args.out, result)
     return int(any(map(is_worse, result["cases"])))
 
 

@@ -9,7 +9,6 @@ shown.json describes it, a table of docs/performance.md (`_ratios`), or a plan o
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import sys
@@ -20,7 +19,7 @@ from typing import Any
 
 from benchmarks import _computed, _figures, _notes, _ratios, _render, _v4_shown
 from benchmarks._facts import REGIONS
-from benchmarks._harness import RESULTS, ROOT
+from benchmarks._harness import RESULTS, ROOT, parser_of
 from benchmarks._ratios import SHOWN
 from benchmarks._render import FUNCTIONS, paragraphs, refusal
 
@@ -31,17 +30,17 @@ _REGION = re.compile(r"<!-- result: (\w+) -->\n(.*?)<!-- end -->\n", re.DOTALL)
 
 
 def pages() -> list[Path]:
-    """The pages with regions or figures."""
+    """Return the pages with regions or figures."""
     texts = [*sorted(ROOT.glob("README*.md")), *sorted(DOCS.rglob("*.md"))]
     return [page for page in texts if re.search(r"<!-- (result|figure): ", page.read_text("utf-8"))]
 
 
 def region(name: str, folder: Path = RESULTS) -> str:
-    """The text between the marks of a result or an overview.
+    """Return the text between the marks of a result or an overview.
 
     Args:
         name: name of an overview, or of the result's file without its ending.
-        folder: where the results are.
+        folder: folder of the results.
     """
     if name in REGIONS:
         return REGIONS[name]()
@@ -58,7 +57,7 @@ def region(name: str, folder: Path = RESULTS) -> str:
 
 
 def plots(folder: Path = RESULTS) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Every plot of the pages: its file and what it shows."""
+    """Yield every plot of the pages: its file and its contents."""
     for path in sorted(folder.glob("*.json")):
         result = json.loads(path.read_text())
         if path.stem in _ratios.PICTURED and result["cases"] and not refusal(result):
@@ -71,7 +70,7 @@ def regions(page: str) -> dict[str, str]:
 
 
 def filled(page: str, folder: Path = RESULTS) -> str:
-    """The page with every region and figure written again."""
+    """Return the page with every region and figure filled."""
     page = _REGION.sub(
         lambda m: f"<!-- result: {m[1]} -->\n{region(m[1], folder)}<!-- end -->\n", page
     )
@@ -79,8 +78,8 @@ def filled(page: str, folder: Path = RESULTS) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Rewrite the pages and, where matplotlib is installed, the plots; returns 0."""
-    argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0]).parse_args(argv)
+    """Rewrite the pages and, if matplotlib is installed, the plots. Returns 0."""
+    parser_of(__doc__).parse_args(argv)
     for page in pages():
         text = page.read_text("utf-8")
         page.write_text(filled(text), "utf-8")

@@ -1,21 +1,23 @@
-"""The GPU tests under a tool of compute-sanitizer, shared out among processes.
+"""The GPU tests under a tool of compute-sanitizer, divided among processes.
 
     python -m benchmarks.sanitize memcheck --workers 8 tests/ops tests/step tests/custom_ops
     python -m benchmarks.sanitize racecheck --rig tests/ops/test_fp8_gemm.py
 
-A checked process is slow and uses one core, so several work, each on a few tests at a time, those
-of custom_ops/ first. After FD_DSA_LIMIT_S seconds those that still run are ended, and their tests
-count as not run; what was clean until then is kept in --done, and the next run checks the others.
-With --rig the tests run on Paddle tensors, which the kernels of the embedded engine need.
+A checked process is slow and uses one core. So several work, each on a few tests at a time, those
+of custom_ops/ at the front. After FD_DSA_LIMIT_S seconds the running ones are ended, and their
+tests count as not run. --done keeps the clean tests, and the next run checks the others. With --rig
+the tests run on Paddle tensors, which the kernels of the embedded engine need.
 
-Left out are captured graphs and ten thousand repeats, which launch what was launched under the tool
-before, calls that are refused, caches past 2 GiB, launches that wait for each other, which a tool
-runs in turn, and tests that count launches and objects, of which it has some of its own.
+These tests are not checked:
+
+- captured graphs and ten thousand repeats, which launch kernels that were checked before
+- refused calls, and caches past 2 GiB
+- launches that wait for each other, which a tool runs in turn
+- tests that count launches and objects, because a tool has its own
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import signal
@@ -28,7 +30,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks._harness import LIMIT_VARIABLE, OUT_OF_TIME, ROOT
+from benchmarks._harness import LIMIT_VARIABLE, OUT_OF_TIME, ROOT, parser_of
 
 _PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "default")
 _LEFT_OUT = ("graph", "capture", "replay", "thousand", "repeated", "every_time", "refus")
@@ -43,7 +45,7 @@ _EVERY_LANE = {"NVCC_APPEND_FLAGS": "-DFD_DSA_EVERY_LANE_ARRIVES"}
 MAX_TESTS_A_PROCESS = 3
 # share of the time for the last lines of the output
 _RESERVE = 0.05
-# what a tool says at the end of a clean process
+# last line of a clean process, by tool
 CLEAN = {
     "initcheck": r"ERROR SUMMARY: 0 errors",
     "memcheck": r"ERROR SUMMARY: 0 errors",
@@ -57,7 +59,7 @@ class Checked(NamedTuple):
 
     Attributes:
         tests: identifiers.
-        status: of its end, None if its time ended before.
+        status: exit status, None after the time limit.
         text: its output.
     """
 
@@ -67,18 +69,18 @@ class Checked(NamedTuple):
 
 
 def collect(paths: Sequence[str], marker: str, variables: Mapping[str, str]) -> list[str]:
-    """Identifiers of the tests to check."""
+    """Return identifiers of the tests to check."""
     command = [*_PYTEST, "-m", marker, *PYTEST_OPTIONS, "--collect-only", *paths]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=variables)
     tests = re.findall(r"^tests/.*::.*$", done.stdout, re.MULTILINE)
     if done.returncode or not tests:
         raise SystemExit(f"no tests collected:\n{done.stdout}{done.stderr}")
-    # what is checked first has the best chance; else the order stays
+    # the first ones have the best chance, and the others keep their order
     return sorted(tests, key=lambda test: not test.startswith("tests/custom_ops/"))
 
 
 def verdict(tool: str, status: int, text: str) -> str:
-    """What is wrong with a process that ended with `status` and printed `text`; "" if nothing."""
+    """Return the fault of a process by its exit status and output, or "" if it is clean."""
     if status:
         return f"exit status {status}"
     if not re.search(r"\d (passed|skipped)", text):
@@ -87,7 +89,7 @@ def verdict(tool: str, status: int, text: str) -> str:
 
 
 def num_passed(text: str) -> int:
-    """How many tests passed; the others had nothing to do here."""
+    """Return the number of passed tests."""
     return int((re.findall(r"(\d+) passed", text) or [0])[-1])
 
 
@@ -107,7 +109,7 @@ def checked(tool: str, end: float, variables: Mapping[str, str], tests: Sequence
     if time.time() > end:
         return Checked(tests, None, "")
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    # in a new session: to kill the tool alone would leave its target running
+    # in a new session, because a killed tool would leave its target running
     process = subprocess.Popen(
         command, cwd=ROOT, env=variables, errors="replace", start_new_session=True, **pipes
     )
@@ -128,10 +130,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the program's name; None takes those of the process.
 
     Returns:
-        0 if every process was clean, 75 if there was no time for all tests, else 1, with the output
-        of the processes that were not clean.
+        0 if every process was clean, 75 if there was no time for all tests, else 1. The output of
+        processes that were not clean is printed.
     """
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = parser_of(__doc__)
     parser.add_argument("tool", choices=sorted(CLEAN))
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--rig", action="store_true", help="on Paddle tensors of the test plug-in")

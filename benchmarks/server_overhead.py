@@ -3,12 +3,12 @@
     python -m benchmarks.server_overhead                        # about four minutes on 2 cores
     python -m benchmarks.server_overhead --baseline CHECKOUT    # and the server of another checkout
 
-A real server process on the loopback, streams, against `LLM.generate` in a process of its own:
-the same model, prompts and flags, alternately. Two arrangements of the processors:
+A real server process streams over the loopback. The other side is `LLM.generate` in its own
+process, with the same model, prompts and flags, alternately. Two arrangements of the processors:
 
-    apart     the server, or the engine, has processor 0, its client processor 1: the work
-              of serving delays the work of the model, and the client costs nothing
-    together  all have all processors, as on a machine that someone tries the package on
+- apart: the server, or the engine, has processor 0, its client processor 1. Serving delays the
+  model, and the client costs nothing.
+- together: all have all processors, like a first try of the package on a machine.
 
 tokens/s counts new tokens over the whole call, prompts and the reading of requests included.
 Writes benchmarks/results/server_overhead.json.
@@ -37,7 +37,7 @@ ARRANGEMENTS: dict[str, tuple[set[int] | None, set[int] | None]] = {
 
 
 def compare(arrangement: str, checkouts: dict[str, Path], rounds: int) -> list[dict[str, Any]]:
-    """The engine and a server of each checkout, every number of streams; one round warms up."""
+    """Compare the engine and a server of each checkout. A first round warms up."""
     cpus, client_cpus = ARRANGEMENTS[arrangement]
     rows = []
     with contextlib.ExitStack() as stack:
@@ -64,7 +64,7 @@ def compare(arrangement: str, checkouts: dict[str, Path], rounds: int) -> list[d
 
 
 def _against(alone: list[float], answers: list[dict[str, Any]]) -> dict[str, Any]:
-    """A server beside the engine, pair by pair."""
+    """Compare a server with the engine, pair by pair."""
     seconds = [answer["seconds"] for answer in answers]
     shares = [s / e for s, e in zip(seconds, alone, strict=True)]
     added = [1e3 * (s - e) / NEW_TOKENS for s, e in zip(seconds, alone, strict=True)]
@@ -82,7 +82,7 @@ def _against(alone: list[float], answers: list[dict[str, Any]]) -> dict[str, Any
 
 
 def measure(checkouts: dict[str, Path], rounds: int) -> dict[str, Any]:
-    """Both arrangements."""
+    """Measure both arrangements."""
     result: dict[str, Any] = {"prompt_tokens": PROMPT_TOKENS, "new_tokens": NEW_TOKENS}
     result["cases"] = [row for name in ARRANGEMENTS for row in compare(name, checkouts, rounds)]
     return result

@@ -1,13 +1,15 @@
-"""Sparse MLA on tensor cores beside FlashMLA: decode steps and chunks of prompts, 2048 keys each.
+"""Sparse MLA on tensor cores and FlashMLA: decode steps and chunks of prompts, 2048 keys each.
 
-Both kernels of ours are timed; where that of custom_ops/ is built, the one that the package serves
-the shape with is compared with the peers. Records of prompts of more than 32 heads are dequantized
-first, which is part of the time; "from records" is the same kernel without. Every side's result is
-compared with attention in doubles before it is timed; the errors are noted. A side or a case that
-fails is named, the others go on. Slots are random: in decode within a region of 32 k for each
-request, of a cache of 2.7 GB; in prefill within 64 k or 8 k, and in one case so that neighbouring
-tokens share nine slots of ten. The floor is the longest of: bytes over the copy bandwidth, GEMMs
-over the rate of a large GEMM, and a launch that only reads the selected rows; all of this run.
+Both kernels of ours are timed. If that of custom_ops/ is built, the kernel that serves the shape is
+compared with the peers. Records of prompts of more than 32 heads are dequantized at the beginning,
+which is part of the time. "from records" is the same kernel without that. Every result is compared
+with attention in doubles before the timing, and the errors are noted. A side or a case that fails
+is named, and the others continue.
+
+Slots are random. Those of decode are in a region of 32 k for each request, of a cache of 2.7 GB.
+Those of prefill are in 64 k or 8 k, and in one case neighbouring tokens share nine slots of ten.
+The floor is the longest of three times: bytes over the copy bandwidth, GEMMs over the rate of a
+large GEMM, and a launch that only reads the selected rows. All are of this run.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ HEADS = (128, 64, 32, 16, 8)
 BATCHES = (1, 8, 32, 64, 128)
 CACHE_SLOTS, REGION = 1 << 22, 1 << 15
 PREFILL_TOKENS = 4096
-# what prompts choose from -> how many slots
+# slots that prompts select from -> their number
 POOLS = {"64 k": 64 << 10, "8 k": 8 << 10, "overlapping": 64 << 10}
 _MOST_SETS = 8
 # FlashMLA rounds latents, their scales and weights to bfloat16
@@ -58,9 +60,9 @@ class Comparison:
     Args:
         record: gets them.
         peers: folder of other projects' kernels.
-        flops_per_s: of a large GEMM.
-        cache: of records.
-        heads: of the queries.
+        flops_per_s: rate of a large GEMM.
+        cache: uint8 [slots, 656], records.
+        heads: number of attention heads.
     """
 
     def __init__(
@@ -70,7 +72,7 @@ class Comparison:
         self._cache, self._heads = cache, heads
 
     def decode(self, batch: int) -> bool:
-        """One decode step on FP8 records."""
+        """Compare a decode step on FP8 records."""
         sets = []
         for index in range(min(_MOST_SETS, _gpu.num_sets(batch * TOPK * RECORD))):
             first = torch.arange(batch, device="cuda") * REGION + index * 151_552
@@ -79,7 +81,7 @@ class Comparison:
         return self._compare(f"decode, {self._heads} heads, batch {batch}", "decode", sets, sets)
 
     def prefill(self, what: str) -> bool:
-        """A chunk of a prompt, once on bfloat16 latents and once on FP8 records."""
+        """Compare a chunk of a prompt on bfloat16 latents, and on FP8 records."""
         pool, make = POOLS[what], overlapping_slots if what == "overlapping" else random_slots
         slots = make(PREFILL_TOKENS, pool)
         rows = torch.randn(pool, RANK + ROPE, device="cuda", dtype=torch.bfloat16)
@@ -92,7 +94,7 @@ class Comparison:
     def _compare(
         self, name: str, kind: str, sets: Sequence[Inputs], peer_sets: Sequence[Inputs]
     ) -> bool:
-        """Check all sides on the first set, then time them over all; whether ours are right."""
+        """Check and time all sides. Returns True if ours are right."""
         first, heads, tokens = sets[0], self._heads, len(sets[0].slots)
         ours, peers = Ours(tokens, heads), peer_calls(self._peers, peer_sets, kind == "decode")
         own = {OURS: [ours.call(s) for s in sets]} | ours.cuda_calls(sets)
@@ -125,7 +127,7 @@ class Comparison:
 
 
 def cases(record: _gpu.Recorder, args: Namespace) -> Iterator[tuple[str, _gpu.Case]]:
-    """One decode step each, and pairs of a prompt's chunks."""
+    """Yield cases of decode steps, and pairs of a prompt's chunks."""
     cache, rate = record_cache(CACHE_SLOTS), matrix_flops_per_s()
     record.note(matrix_flops_per_s=rate, topk=TOPK)
     for heads in (64, 16) if args.quick else HEADS:

@@ -1,17 +1,16 @@
-"""Speculative decoding: tokens per second with drafts over those without, in turns.
+"""Tokens per second with and without drafts, in turns.
 
     python -m benchmarks.speculative                        # on a CPU; about 15 minutes
     python -m benchmarks.speculative --model DIR --rounds 2 # a folder without an MTP layer: ngram
     python -m benchmarks.speculative --rig --out DIR        # a GPU through the test plug-in: P20
     python -m benchmarks.speculative --acceptance           # of the demo model's card, by task
 
-Chat prompts, copies and random tokens come one request at a time, then 32 at once. On a CPU all
-engines are in this process and take turns; on a GPU each has the process for itself, one after
-another, twice, since a host may be slow for a minute. The number of drafts is that of the adaptive
-rule. Prints for each case and method the ratio and the accepted share, and counts outputs that
-differ from those without drafts, which rounding alone may cause. Writes
-benchmarks/results/speculative.json, on a GPU speculative_demo.json. `--acceptance` times nothing
-and writes nothing.
+Chat prompts, copies and random tokens come one request at a time, then 32 together. On a CPU all
+engines are in this process and take turns. On a GPU each engine in turn has the process, twice,
+because a host may be slow for a minute. The adaptive rule chooses the number of drafts. Prints
+ratio and accepted share for each case and method, and the number of outputs that differ. Only
+rounding may cause these. Writes benchmarks/results/speculative.json, on a GPU
+speculative_demo.json. `--acceptance` times and writes no result.
 """
 
 from __future__ import annotations
@@ -23,17 +22,23 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks._harness import RESULTS, ROOT, environment, in_turns, random_prompts, write_json
+from benchmarks._harness import (
+    ROOT,
+    environment,
+    in_turns,
+    out_parser,
+    random_prompts,
+    write_result,
+)
 from benchmarks.workers.gpu_engine import open_device
 from fd_dsa import LLM, SamplingParams
 from fd_dsa.accuracy.prompts import read_prompts
 from fd_dsa.config import EngineConfig
-from fd_dsa.engine.step_costs import StepCosts
+from fd_dsa.engine.draft_state import DraftCosts
 from fd_dsa.models.registry import read_config
 
 EVALUATION = ROOT / "tools/demo_training/demo_eval.jsonl"
@@ -43,7 +48,7 @@ TOGETHER = 32
 
 
 def chats(groups: Sequence[str], count: int) -> list[list[dict[str, str]]]:
-    """The first conversations of some groups of the demo model's evaluation, `count` of each."""
+    """Return the first `count` conversations of each group of the demo model's evaluation."""
     lines = EVALUATION.read_text("utf-8").splitlines()
     items = [item for item in map(json.loads, lines) if item["kind"] == "chat"]
     return [
@@ -54,7 +59,7 @@ def chats(groups: Sequence[str], count: int) -> list[list[dict[str, str]]]:
 
 
 def cases(llm: LLM, count: int) -> dict[str, tuple[list[list[int]], bool, SamplingParams]]:
-    """Prompts of each case, whether they come at once, and how they are answered."""
+    """Return the prompts of each case, True if they come together, and their parameters."""
     greedy = SamplingParams(temperature=0, max_tokens=96)
     drawn = SamplingParams(temperature=1, max_tokens=96, seed=0)
     encode = llm.tokenizer.apply_chat_template
@@ -74,7 +79,7 @@ def cases(llm: LLM, count: int) -> dict[str, tuple[list[list[int]], bool, Sampli
 def answered(
     llm: LLM, prompts: list[list[int]], at_once: bool, params: SamplingParams
 ) -> dict[str, Any]:
-    """Seconds, tokens, drafts and accepted ones of one run."""
+    """Run prompts. Returns tokens per second, drafts, accepted drafts and tokens."""
     begin, before = time.perf_counter(), llm.stats()
     outputs = []
     for part in [prompts] if at_once else [[prompt] for prompt in prompts]:
@@ -97,7 +102,7 @@ Runs = Iterator[tuple[str, dict[str, list[dict[str, Any]]]]]
 
 
 def by_turns(args: argparse.Namespace, methods: dict[str, Any], common: dict[str, Any]) -> Runs:
-    """All engines at once, which take turns."""
+    """Yield the runs of each case, by engines in one process that take turns."""
     engines = {
         method: LLM(args.model, speculative_config=given, **common)
         for method, given in methods.items()
@@ -111,7 +116,7 @@ def by_turns(args: argparse.Namespace, methods: dict[str, Any], common: dict[str
 
 
 def one_by_one(args: argparse.Namespace, methods: dict[str, Any], common: dict[str, Any]) -> Runs:
-    """One engine after another, twice: each has half of the rounds at another time."""
+    """Measure each engine in turn, twice, with half of the rounds each time."""
     found: dict[str, dict[str, list[dict[str, Any]]]] = {}
     half = -(-args.rounds // 2)
     for method, given in [*methods.items()] * 2:
@@ -124,7 +129,7 @@ def one_by_one(args: argparse.Namespace, methods: dict[str, Any], common: dict[s
 
 
 def measured(case: str, runs: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """What each method gave in a case, beside the runs without drafts."""
+    """Return the rows of a case: each method, compared with the runs without drafts."""
     plain, rows = runs.pop("none"), []
     for method, found in runs.items():
         pairs = zip(found, plain, strict=True)
@@ -153,7 +158,7 @@ def measured(case: str, runs: dict[str, list[dict[str, Any]]]) -> list[dict[str,
 
 
 def tasks(count: int) -> dict[str, list[list[dict[str, str]]]]:
-    """Conversations of the tasks whose acceptance the demo model's card has."""
+    """Return conversations of the tasks whose acceptance the demo model's card has."""
     sys.path.insert(0, str(ROOT / "tools"))
     from demo_training.evalset import read
 
@@ -170,12 +175,12 @@ def tasks(count: int) -> dict[str, list[list[dict[str, str]]]]:
 
 
 def print_acceptance(count: int) -> None:
-    """Shares of drafts that were accepted, by task and most drafts of a step."""
+    """Print shares of accepted drafts, by task and maximum number of drafts."""
     for most in (1, 2, 3):
         with LLM(speculative_config={"method": "mtp", "num_speculative_tokens": most}) as llm:
             speculator: Any = llm.engine.speculator
             # as if drafts cost the same on every machine
-            speculator.costs = StepCosts({1: [1 + n / 10 for n in range(most + 1)]})
+            speculator.costs = DraftCosts({1: [1 + n / 10 for n in range(most + 1)]})
             for task, asked in tasks(count).items():
                 prompts = [llm.tokenizer.apply_chat_template(one, True) for one in asked]
                 for temperature in (0, 1):
@@ -186,14 +191,13 @@ def print_acceptance(count: int) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the benchmark; returns 0."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Run the benchmark. Returns 0."""
+    parser = out_parser(__doc__)
     parser.add_argument("--model", help="folder (default: the demo model)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--prompts", type=int, default=40, help="of chats (default: 40)")
     parser.add_argument("--rig", action="store_true", help="a GPU through the test plug-in")
     parser.add_argument("--acceptance", action="store_true", help="by task, on a CPU")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
     args = parser.parse_args(argv)
     if args.acceptance:
         print_acceptance(args.prompts)
@@ -213,7 +217,7 @@ def main(argv: list[str] | None = None) -> int:
     measure = one_by_one if args.rig else by_turns
     rows = [row for case, runs in measure(args, methods, common) for row in measured(case, runs)]
     result = {"name": name, "tier": tier, "env": environment(), "model": folder.name}
-    write_json(args.out / f"{name}.json", result | {"rounds": args.rounds, "cases": rows})
+    write_result(args.out, result | {"rounds": args.rounds, "cases": rows})
     return 0
 
 

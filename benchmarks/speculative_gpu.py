@@ -1,18 +1,20 @@
-"""What drafts cost on a GPU: DeepSeek-V3.2's widths, few layers and one for drafts, random weights.
+"""Cost of drafts on a GPU: DeepSeek-V3.2's widths, few layers, random weights.
 
     python -m benchmarks.speculative_gpu --rig                 # on the test plug-in
     python -m benchmarks.speculative_gpu --rig --peer DIR      # then vLLM on the same GPU
     python -m benchmarks.speculative_gpu --dry     # small widths on the CPU: shows that it runs
 
-Decode steps of 1, 8, 32 and 128 rows, greedy, in three engines, each with the GPU for itself:
-without drafts; with one known draft a row; and with the layer for multi-token prediction, whose
-drafts are replaced by the known ones, as random weights accept nothing. A step takes two tokens a
-row, and a ratio is its time over that of a step with one. Known drafts are the tokens of a run
-without drafts; where steps of other sizes round otherwise, random weights soon choose another
-token, and from there on no draft is right, which changes no step's time: `accepted` is the share
-that was, all of them with FD_DSA_BATCH_INVARIANT=1. At the most rows the kernels of a step are
-recorded. DIR has a `run.sh` that runs `python SCRIPT ...` with vLLM's packages, and a
-`vllm_bench.py`. Writes benchmarks/results/speculative_gpu.json.
+Greedy decode steps of 1, 8, 32 and 128 rows run in three engines, each with the GPU for itself. The
+first has no drafts, and the second has one known draft a row. The third runs the layer for
+multi-token prediction too, whose drafts the known ones replace, because random weights accept no
+draft. A step takes two tokens a row. A ratio is its time divided by that of a step with one.
+
+Known drafts are the tokens of a run without drafts. Steps of other sizes may round otherwise, and
+then random weights soon choose another token. From there on every draft is wrong, which changes no
+step's time. `accepted` is the share of right drafts, 1 with FD_DSA_BATCH_INVARIANT=1. At the
+largest number of rows the kernels of a step are recorded. DIR has a `run.sh` that runs `python
+SCRIPT ...` with vLLM's packages, and a `vllm_bench.py`. Writes
+benchmarks/results/speculative_gpu.json.
 """
 
 from __future__ import annotations
@@ -20,15 +22,13 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks._gpu_engine_model import FP8, Shape, write_model
-from benchmarks._harness import Worker, environment, rig_parser, run_peer, tier_of, write_json
+from benchmarks._gpu_engine_model import FP8, Shape, engine_options
+from benchmarks._harness import Worker, rig_parser, rig_result, run_peer, write_result
 from benchmarks.gpu_engine import CAPTURED, CONFIG
-from benchmarks.once_per_step import SMALL
 from benchmarks.workers.gpu_engine import by_class
 
 TARGET = "benchmarks.workers.speculative_gpu:Engine"
@@ -40,7 +40,7 @@ METHODS = {"plain": None, "known": "ngram", "mtp": "mtp"}
 
 
 def measure(engine: Worker, rows: Sequence[int], prompt: int, steps: int) -> dict[int, Any]:
-    """Medians of what `Engine.drafted` answers, by rows."""
+    """Return the medians of `Engine.drafted` by rows."""
     engine.call(op="drafted", batch=2, prompt=prompt, steps=8)
     found: dict[int, Any] = {}
     for batch in rows:
@@ -57,7 +57,7 @@ def measure(engine: Worker, rows: Sequence[int], prompt: int, steps: int) -> dic
 def cases_of(
     found: dict[str, dict[int, Any]], rows: Sequence[int], peer: dict[str, float]
 ) -> list[dict[str, Any]]:
-    """Both ways of drafting beside steps without drafts, and beside the peer's where it drafts."""
+    """Return the cases: both ways of drafting, steps without drafts, and the peer's."""
     cases = []
     for way, floors in FLOORS.items():
         for batch in rows:
@@ -79,15 +79,14 @@ def cases_of(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure and write; returns 0."""
+    """Measure and write. Returns 0."""
     parser = rig_parser(__doc__)
     parser.add_argument("--peer", type=Path, help="folder with vLLM's run.sh")
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
     parser.add_argument("--ways", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--layers", type=int, default=Shape().layers)
     args = parser.parse_args(argv)
-    result: dict[str, Any] = {"name": "speculative_gpu", "env": environment(), "steps": {}}
-    result["tier"] = tier_of(args)
+    result = rig_result("speculative_gpu", args, steps={})
     prompt, steps = (64, 12) if args.dry else (4096, 48)
     config: dict[str, Any] = CONFIG | {
         "max_model_len": 2 * prompt,
@@ -95,43 +94,41 @@ def main(argv: Sequence[str] | None = None) -> int:
         "enable_prefix_caching": True,
         "target_inter_token_latency_ms": 0,
     }
-    path, found = args.out / "speculative_gpu.json", result["steps"]
+    found = result["steps"]
     profiles: dict[str, Any] = {}
     peer: dict[str, float] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        fields = {"num_nextn_predict_layers": 1}
-        fields |= SMALL if args.dry else {"quantization_config": FP8}
-        model = write_model(folder, Shape(2 if args.dry else args.layers), fields)
+    fields = {"num_nextn_predict_layers": 1, "quantization_config": FP8}
+    shape = Shape(2 if args.dry else args.layers)
+    with engine_options(args, shape, config, fields) as options:
         for way in args.ways:
             most = (1 + (way != "plain")) * max(args.rows)
             sizes = [size for size in (*CAPTURED, 256) if size <= most]
-            options = config | {"cudagraph_capture_sizes": sizes}
+            own = config | {"cudagraph_capture_sizes": sizes}
             if METHODS[way]:
                 method = {"method": METHODS[way], "num_speculative_tokens": 1}
-                options |= {"speculative_config": method}
-            device = "cpu" if args.dry else "gpu"
-            with Worker(TARGET, model=model, rig=args.rig, config=options, device=device) as engine:
+                own |= {"speculative_config": method}
+            with Worker(TARGET, **options | {"config": own}) as engine:
                 print(way, flush=True)
                 found[way] = measure(engine, args.rows, prompt, steps)
                 if not args.dry:
                     most = max(args.rows)
                     profiles[way] = engine.call(op="profile", batch=most, prompt=prompt, steps=8)
                 result["classes"] = by_class(profiles)
-                write_json(path, result)
+                write_result(args.out, result)
         if args.peer:
-            steps_path = Path(folder) / "peer.json"
+            model = options["model"]
+            steps_path = Path(model) / "peer.json"
             run_peer(args.peer, "vllm_drafts.py", model, json.dumps(args.rows), steps_path)
             peer = json.loads(steps_path.read_text())
     if found.keys() == METHODS.keys():
         result["cases"] = cases_of(found, args.rows, peer)
-        write_json(path, result)
+        write_result(args.out, result)
         for case in result["cases"]:
             print(
                 f"{case['case']:<16} {case['plain_step_ms']:8.3f} -> {case['step_ms']:8.3f} ms "
                 f"{case['ratio']:6.3f}  by the bytes {case['by_the_bytes']}  "
                 f"accepted {case['accepted']:.2f}"
             )
-    print(f"written: {path}")
     return 0
 
 

@@ -2,13 +2,15 @@
 
     python -m benchmarks.step_metadata        # decode batches, then steps with prefill
 
-The baseline is what FastDeploy did before #7367: `slot_mapping` from the block table by division,
-gather, remainder, multiply-add and cast, twice a layer, and before #7598, in steps with prefill, a
-Python loop over the rows for `[ks, ke)` in every layer. It is given positions and rows for
-nothing, which ours computes too. "graph" is device time of a captured graph, ours over up to 48
-input sets in turn (those of large batches exceed the L2) and over one. "eager" is wall time of a
-step, host included, on the same inputs again and again. The loop reads lengths from the device, so
-it cannot be captured: the baseline's graph has the chains alone.
+The baseline is FastDeploy's form. Before #7367 every layer made `slot_mapping` twice from the block
+table: division, gather, remainder, multiply-add and cast. Before #7598 every layer of a step with
+prefill made `[ks, ke)` by a Python loop over the rows. The baseline gets positions and rows for
+free, which ours computes too.
+
+"graph" is device time of a captured graph. Ours runs over up to 48 input sets in turn (those of
+large batches exceed the L2), and over one. "eager" is wall time of a step on the same inputs, host
+included. The loop reads lengths from the device, so it cannot be captured: the baseline's graph has
+the chains only.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ CONTEXT = 16384
 
 
 def decode_rows(batch_size: int) -> Rows:
-    """Rows of a decode-only step, their contexts around CONTEXT."""
+    """Return rows of a decode-only step with contexts around CONTEXT."""
     return [(0, CONTEXT + 37 * row, 1) for row in range(batch_size)]
 
 
@@ -51,7 +53,7 @@ STEPS = {f"decode {batch}": decode_rows(batch) for batch in (1, 32, 128, 256)} |
 
 
 def make_builder() -> StepMetadataBuilder:
-    """A builder on poisoned torch memory, of a server's size."""
+    """Return a builder of a server's size on poisoned torch memory."""
 
     def allocate(shape: tuple[int, ...], dtype: str) -> torch.Tensor:
         tensor = torch.empty(shape, dtype=getattr(torch, dtype), device=DEVICE)
@@ -78,12 +80,12 @@ class Step:
         self.num_bytes = (24 + windows) * batch.num_tokens + (12 + windows) * batch.num_rows
 
     def build(self, builder: StepMetadataBuilder) -> _gpu.Call:
-        """A call that makes its metadata."""
+        """Return a call that makes its metadata."""
         return partial(builder.build, *self.tensors, **self.counts)
 
 
 class Baseline:
-    """What every layer computed of a step; positions and rows are given.
+    """The metadata work of every layer before #7367. Positions and rows are given.
 
     Args:
         step: its inputs.
@@ -97,13 +99,13 @@ class Baseline:
         self._given = SimpleNamespace(**{name: getattr(meta, name).clone() for name in names})
 
     def slots(self) -> torch.Tensor:
-        """`slot_mapping`, from positions and rows."""
+        """Return `slot_mapping`, from positions and rows."""
         positions = self._given.position_ids
         blocks = self._tables[self._given.batch_id_per_token, positions // BLOCK_SIZE]
         return (blocks * BLOCK_SIZE + positions % BLOCK_SIZE).to(torch.int64)
 
     def windows(self) -> torch.Tensor:
-        """`[ks, ke)`: rows in Python, lengths read from the device."""
+        """Return `[ks, ke)`: rows in Python, lengths read from the device."""
         encoder, cu_seqlens_q = self._encoder, self._given.cu_seqlens_q
         ks = torch.zeros(len(self._given.position_ids), dtype=torch.int32, device=DEVICE)
         ke = torch.zeros_like(ks)
@@ -115,7 +117,7 @@ class Baseline:
         return torch.stack([ks, ke], dim=1).reshape(-1)
 
     def work(self, windows: bool) -> None:
-        """All slot mappings of a step, and the windows of one with prefill where asked."""
+        """Make all slot mappings of a step, and the windows of a step with prompts if asked."""
         for _ in range(2 * LAYERS):
             self.slots()
         for _ in range(LAYERS if windows and self._has_prefill else 0):
@@ -123,7 +125,7 @@ class Baseline:
 
 
 def measure(record: _gpu.Recorder, builder: StepMetadataBuilder, label: str) -> None:
-    """Both sides of one step: in a graph, and eagerly with the host.
+    """Compare both sides of a step, in a graph and eagerly with the host.
 
     Raises:
         AssertionError: they do not agree.
@@ -150,7 +152,7 @@ def measure(record: _gpu.Recorder, builder: StepMetadataBuilder, label: str) -> 
 
 
 def subjects() -> dict[str, tuple[_gpu.Call, list[torch.Tensor]]]:
-    """Steps of real serving, for profiles and repeats."""
+    """Return steps of real serving, for profiles and repeats."""
     found = {}
     for label in ("decode 128", "128 decode + 8k"):
         call = Step(STEPS[label], 0).build(make_builder())
@@ -164,7 +166,7 @@ def subjects() -> dict[str, tuple[_gpu.Call, list[torch.Tensor]]]:
 
 
 def cases(record: _gpu.Recorder, args: Namespace) -> Iterator[tuple[str, _gpu.Case]]:
-    """One in a graph and one eager for each step."""
+    """Yield a captured and an eager case for each step."""
     builder = make_builder()
     for label in ("decode 128", "8 x 4k") if args.quick else STEPS:
         yield label, partial(measure, record, builder, label)

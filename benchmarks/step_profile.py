@@ -1,12 +1,12 @@
-"""Where a decode step spends its time, part by part, before and after a change.
+"""Time of a decode step, part by part, before and after a change.
 
     python -m benchmarks.step_profile                        # about two minutes on 2 cores
     python -m benchmarks.step_profile --baseline CHECKOUT    # the package of another checkout first
 
-The embedded engine on the demo model, its parts timed where they are called; the two packages take
-turns. What serving adds is the processor time of the event loop's thread in a real server, its
-streams read by a client that does nothing else, per step of all streams.
-Writes benchmarks/results/step_profile.json.
+The embedded engine runs the demo model, and its parts are timed at their calls. The two packages
+take turns. The cost of serving is the processor time of the event loop's thread in a real server,
+per step of all streams. A minimal client reads the streams. Writes
+benchmarks/results/step_profile.json.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ ROUNDS, STEPS, SERVED_TOKENS = 4, 25, 96
 
 
 def profile(packages: dict[str, Worker], rounds: int) -> list[dict[str, Any]]:
-    """Median microseconds of every part of each case, the packages in turn."""
+    """Return median microseconds of every part of each case, the packages in turn."""
     found = []
     for requests, context, name, sampling in CASES:
         case = {"requests": requests, "context": context, "sampling": sampling, "steps": STEPS}
@@ -50,7 +50,7 @@ def profile(packages: dict[str, Worker], rounds: int) -> list[dict[str, Any]]:
 
 
 def serving(checkouts: dict[str, Path], rounds: int) -> list[dict[str, Any]]:
-    """Microseconds of the event loop's thread a step, for one stream and for 32."""
+    """Return microseconds of the event loop's thread a step, for one stream and for 32."""
     found = []
     with contextlib.ExitStack() as stack:
         servers = {label: stack.enter_context(served(path)) for label, path in checkouts.items()}
@@ -67,7 +67,7 @@ def serving(checkouts: dict[str, Path], rounds: int) -> list[dict[str, Any]]:
 
 
 def measure(checkouts: dict[str, Path], rounds: int) -> dict[str, Any]:
-    """The parts of a step, and what serving adds; the package of before comes first."""
+    """Measure the parts of a step and the cost of serving, the older package at the front."""
     checkouts = dict(reversed(checkouts.items()))
     with workers("benchmarks.workers.ours:Engine", checkouts) as sides:
         cases = profile(sides, rounds)

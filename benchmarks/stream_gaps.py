@@ -1,4 +1,4 @@
-"""A stream beside a long prompt: the time between its tokens, by target; and prompts alone.
+"""Gaps of a stream alongside a long prompt by target, and prompts without a stream.
 
     python -m benchmarks.stream_gaps     # about fifteen minutes on 2 cores
 
@@ -9,7 +9,6 @@ decodes, for which a target changes nothing. Writes benchmarks/results/stream_ga
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import sys
 from collections.abc import Sequence
@@ -17,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks._harness import Worker, percentiles, save
+from benchmarks._harness import Worker, parser_of, percentiles, save
 
 MODULE = "benchmarks.workers.ours:Engine"
-# milliseconds; none comes first
+# milliseconds, 0 = no target
 TARGETS = (0.0, 100.0, 200.0, 400.0)
 PROMPT_TOKENS, ROUNDS = 8000, 5
 # prompts of the load without streams, and their tokens; how often in a round
@@ -28,7 +27,7 @@ ALONE, ALONE_REPEATS = (2, 1024), 4
 
 
 def measure(rounds: int) -> list[dict[str, Any]]:
-    """Every target; the first round, whose engines know no step times yet, counts by itself."""
+    """Measure every target. The first round, without known step times, has its own figures."""
     fields = {"max_num_seqs": 8, "kv_cache_memory_bytes": "1G"}
     # no side is always the one after another
     turns = [*TARGETS, *reversed(TARGETS)]
@@ -55,7 +54,11 @@ def measure(rounds: int) -> list[dict[str, Any]]:
 def _side(
     target: float, beside: list[dict[str, Any]], alone: list[float], without: list[float]
 ) -> dict[str, Any]:
-    """The figures of a target; `without` are the seconds of prompts alone with no target."""
+    """Return the figures of a target.
+
+    Args:
+        without: seconds of prompts without a stream and without a target.
+    """
     gaps = [answer["gaps_ms"] for answer in beside]
     ratios = [w / s for w, s in zip(without, alone, strict=True)]
     return {
@@ -70,19 +73,19 @@ def _side(
 
 
 def _spread(gaps: Sequence[float]) -> dict[str, float]:
-    """p50, p99 and the largest."""
+    """Return p50, p99 and the largest."""
     p50, p99 = np.percentile(gaps, (50, 99))
     return {"p50": float(p50), "p99": float(p99), "max": float(max(gaps))}
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the benchmark; returns 0."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    """Run the benchmark. Returns 0."""
+    parser = parser_of(__doc__)
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"default: {ROUNDS}")
     args = parser.parse_args(argv)
     sides = measure(args.rounds)
-    result = {"tier": "T0", "prompt_tokens": PROMPT_TOKENS, "alone": ALONE, "rounds": args.rounds}
-    print(f"written: {save('stream_gaps', result | {'sides': sides})}")
+    result = {"prompt_tokens": PROMPT_TOKENS, "alone": ALONE, "rounds": args.rounds}
+    save("stream_gaps", result | {"sides": sides})
     return 0
 
 

@@ -1,13 +1,13 @@
-"""One call of every kernel: under ncu, or ten thousand times to see the same bytes.
+"""Ten thousand calls of every kernel: a difference between their outputs is a race.
 
-`python -m benchmarks.subjects profile MODULE...` makes each call once, warm, between the marks
-that `ncu --profile-from-start off` waits for. `... repeat MODULE... --times N` poisons the
-outputs, calls, and compares with the first result, N times; a difference is a race.
+    python -m benchmarks.subjects MODULE... --times N
+
+Each call of a benchmark module is repeated N times over poisoned outputs, and every result is
+compared with the first one.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import os
 import sys
@@ -18,17 +18,17 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from benchmarks._gpu import Call, poison
-from benchmarks._harness import LIMIT_VARIABLE, OUT_OF_TIME
+from benchmarks._harness import LIMIT_VARIABLE, OUT_OF_TIME, parser_of
 from benchmarks._torch_device import register
 
 
 def subjects_of(
     modules: Sequence[str], failed: list[str]
 ) -> Iterator[tuple[str, Call, list[torch.Tensor]]]:
-    """Label, call and outputs of every subject of these benchmark modules.
+    """Yield label, call and outputs of every subject of these benchmark modules.
 
     Args:
-        modules: of which one that cannot make its subjects is passed over.
+        modules: names. A module that cannot make its subjects is skipped.
         failed: their names are added here.
     """
     register()
@@ -44,29 +44,12 @@ def subjects_of(
             yield f"{name}: {label}", call, outputs
 
 
-def profile(modules: Sequence[str]) -> int:
-    """Make every call once between the profiler's marks; prints the labels in that order."""
-    failed: list[str] = []
-    for label, call, _ in subjects_of(modules, failed):
-        # the second call is warm: compiled and loaded
-        call()
-        torch.cuda.synchronize()
-        print(f"subject {label}", flush=True)
-        torch.cuda.profiler.start()
-        torch.cuda.nvtx.range_push(label)
-        call()
-        torch.cuda.nvtx.range_pop()
-        torch.cuda.synchronize()
-        torch.cuda.profiler.stop()
-    return int(bool(failed))
-
-
 def repeat(modules: Sequence[str], times: int) -> int:
     """Repeat every call.
 
     Returns:
-        1 if any output ever differs from the first one, or a call fails; 75 if there was no time
-        for all of them; else 0.
+        1 if an output differs from the first one, or a call fails. 75 if there was no time for all
+        calls, else 0.
     """
     failed: list[str] = []
     not_run: list[str] = []
@@ -89,11 +72,11 @@ def repeat(modules: Sequence[str], times: int) -> int:
 
 
 def differing(call: Call, outputs: list[torch.Tensor], times: int, end: float) -> int | None:
-    """How many outputs of so many calls differ from those of the first; None: time was up."""
+    """Count the outputs that differ from those of the first call. None = out of time."""
     first: list[torch.Tensor] = []
     count = torch.zeros((), device="cuda", dtype=torch.int64)
     for n in range(times + 1):
-        # the host is ahead of the device by what a queue holds
+        # the host is ahead of the device by the length of a queue
         if n % 256 == 0 and time.monotonic() > end:
             return None
         poison(*outputs)
@@ -106,14 +89,11 @@ def differing(call: Call, outputs: list[torch.Tensor], times: int, end: float) -
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one of the two; returns the exit status."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("what", choices=("profile", "repeat"))
+    """Repeat the calls. Returns the exit status."""
+    parser = parser_of(__doc__)
     parser.add_argument("modules", nargs="+", help="benchmark modules, for example cache_write")
     parser.add_argument("--times", type=int, default=10_000)
     args = parser.parse_args(argv)
-    if args.what == "profile":
-        return profile(args.modules)
     return repeat(args.modules, args.times)
 
 

@@ -1,9 +1,9 @@
-"""Exact top-k of indexer scores: the kernel of custom_ops/ beside Triton's and other projects'.
+"""Exact top-k of indexer scores: the kernels of custom_ops/, Triton and other projects.
 
-Every side's choice is compared before it is timed: ours with a sort of every row, position by
-position; exact peers by the scores that they chose; of the others ("~") the share that is right is
-noted. A case "warm" finds its scores in the L2, as a step does that has just written them; the
-others rotate input sets. Small shapes are warm anyway, and are timed once.
+Every selection is checked before the timing. Ours equals a sort of every row, position by position.
+Exact peers are checked by the scores that they select. For the others ("~") the right share is
+noted. A case "warm" finds its scores in the L2, like a step that has just written them. The others
+rotate input sets. Small shapes are warm anyway, and are timed once.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ _L2_BYTES = 50 << 20
 
 
 def normal(rows: int, width: int) -> torch.Tensor:
-    """N(0, 1)."""
+    """Return scores from N(0, 1)."""
     return torch.randn(rows, width, device="cuda")
 
 
 def indexer_scores(rows: int, width: int) -> torch.Tensor:
-    """Weighted sums of the positive parts of dot products, as the indexer's; no weight < 0."""
+    """Return weighted sums of the positive parts of dot products, like the indexer's scores."""
     keys = torch.randn(width, 128, device="cuda")
     scores = torch.zeros(rows, width, device="cuda")
     for _ in range(16):
@@ -47,7 +47,7 @@ def indexer_scores(rows: int, width: int) -> torch.Tensor:
 
 
 def uniform(rows: int, width: int) -> torch.Tensor:
-    """U(0, 1)."""
+    """Return scores from U(0, 1)."""
     return torch.rand(rows, width, device="cuda")
 
 
@@ -62,7 +62,7 @@ KINDS: dict[str, Callable[[int, int], torch.Tensor]] = {
 
 
 def reference(scores: torch.Tensor, k: int) -> torch.Tensor:
-    """int32 [rows, k]: positions by a sort of score and position; numbers only, no NaN."""
+    """Return int32 [rows, k]: positions by a sort of score and position, without NaN."""
     bits = (scores + 0.0).view(torch.int32).long()
     image = torch.where(bits < 0, ~bits & 0xFFFFFFFF, bits | 0x80000000)
     column = torch.arange(scores.shape[1], device="cuda")
@@ -71,7 +71,7 @@ def reference(scores: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def share_right(sides: Sides, label: str, side: Side, scores: torch.Tensor) -> float:
-    """Call one side and compare; returns the share of scores that are among the best.
+    """Call a side, and return its share of scores that are among the best.
 
     Raises:
         AssertionError: an exact side is not.
@@ -109,12 +109,12 @@ def compare(record: _gpu.Recorder, case: str, sides: Sides, sets: list[torch.Ten
 
 
 def name_of(rows: int, width: int) -> str:
-    """A shape in words."""
+    """Return a shape in words."""
     return f"{rows} x {width >> 10}k"
 
 
 def run(record: _gpu.Recorder, peers: Any, others: bool, rows: int, width: int) -> None:
-    """One shape of N(0, 1): in rotation, and warm where that differs and is possible.
+    """Compare a shape of N(0, 1) in rotation, and warm if that differs and is possible.
 
     Args:
         others: instead scores that are spread otherwise, warm.
@@ -131,7 +131,7 @@ def run(record: _gpu.Recorder, peers: Any, others: bool, rows: int, width: int) 
 
 
 def cases(record: _gpu.Recorder, args: Namespace) -> Iterator[tuple[str, _gpu.Case]]:
-    """One or several for each shape."""
+    """Yield the cases of each shape."""
     custom_ops.use_library(build_library())
     for shape in QUICK if args.quick else SHAPES:
         yield name_of(*shape), partial(run, record, args.peers, False, *shape)
@@ -140,14 +140,14 @@ def cases(record: _gpu.Recorder, args: Namespace) -> Iterator[tuple[str, _gpu.Ca
 
 
 def subjects() -> dict[str, tuple[_gpu.Call, list[torch.Tensor]]]:
-    """A decode step and one row, whose scores have a plateau, and a chunk of a prompt."""
+    """Return selections of a decode step, of one row with a plateau, and of a prompt's chunk."""
     custom_ops.use_library(build_library())
     found: dict[str, tuple[_gpu.Call, list[torch.Tensor]]] = {}
     for rows, width in ((64, 64 << 10), (1, 128 << 10), (2048, 8 << 10)):
         sides, scores = Sides(rows, width, K, None), normal(rows, width).relu_()
         scores[:, ::3] = 0.0
         call = sides.ours()[OURS]
-        # the kernel has addresses of what `sides` holds
+        # the kernel has addresses of memory of `sides`
         held = partial(lambda _, f, x: f(x), sides, call, scores)
         found[f"top-k, {name_of(rows, width)}"] = held, [sides.out]
     return found

@@ -9,17 +9,17 @@ the device refuses is left out, and so is one whose result is wrong; both are na
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any, TypeAlias
 
 import torch
 
-from benchmarks import _gpu, indexer_logits, overlap
+from benchmarks import _gpu, indexer_logits
 from benchmarks import _sparse_mla_sides as sparse
-from benchmarks._layer import Sizes, Weights
+from benchmarks._harness import parser_of
 from benchmarks._logits_sides import Shape, form_of
 from benchmarks._logits_sides import random_cache as random_keys
 from benchmarks._projection_tilings import SPLIT, WHOLE
@@ -27,25 +27,65 @@ from benchmarks._torch_device import register
 from fd_dsa.ops.indexer_projection import triton_kernel as projection
 from fd_dsa.ops.logits.tile_forms import TileForm
 from fd_dsa.ops.mla.tensor_core import Form, form_for, num_splits
+from fd_dsa.ops.split_sums import new_scratch
 
 CHOSEN = "chosen"
+Both: TypeAlias = tuple[torch.Tensor, torch.Tensor]
+# DeepSeek-V3.2: hidden size, width of an index key, index heads
+_HIDDEN, _KEYS, _HEADS = 7168, 128, 64
 # name, calls by form, the form that serves ("" = several or none)
 Case: TypeAlias = tuple[str, Mapping[str, Sequence[_gpu.Call]], str]
 
 
+@cache
+def _scratch() -> torch.Tensor:
+    return new_scratch(torch.empty(0, device="cuda"))
+
+
+def _launch(x: torch.Tensor, both: Both, tiling: projection.Tiling) -> tuple[_gpu.Call, Both]:
+    """Bind a launch of the indexer's projections.
+
+    Returns:
+        The call and its outputs: index keys and head weights.
+    """
+    keys = torch.empty(len(x), _KEYS, device="cuda", dtype=torch.bfloat16)
+    out = keys, torch.empty(len(x), _HEADS, device="cuda")
+    scratch = _scratch() if tiling in SPLIT else None
+    arguments = projection.kernel_arguments(x, *both, out, scratch)
+    grid, options = projection.launch_options(arguments, tiling)
+    return projection.project_indexer_kernel.bind(grid, **arguments, **options), out
+
+
+def _hidden_states(tokens: int) -> torch.Tensor:
+    return torch.randn(tokens, _HIDDEN, device="cuda", dtype=torch.bfloat16)
+
+
+def _projections(count: int) -> list[Both]:
+    """Make `count` pairs of random weights, each pair in one matrix."""
+    shape, widths = (count, _HIDDEN, _KEYS + _HEADS), (_KEYS, _HEADS)
+    return [w.split(widths, 1) for w in torch.randn(shape, device="cuda", dtype=torch.bfloat16)]
+
+
 def tune_projections() -> Iterator[Case]:
-    """Tilings of `project_indexer`; around the limit of split sums, all."""
-    sizes, limit = Sizes(), projection.MAX_SPLIT_TOKENS
-    copies = overlap.copies_of(Weights(sizes, "cuda"))
+    """Yield the tilings of `project_indexer`: all of them around the limit of split sums."""
+    limit = projection.MAX_SPLIT_TOKENS
+    copies = _projections(_gpu.num_sets(2 * _HIDDEN * (_KEYS + _HEADS)))
     for tokens in (1, 16, 32, 64, 128, 256, 512, 1024, 2048):
-        x = torch.randn(tokens, sizes.hidden, device="cuda", dtype=torch.bfloat16)
-        out = overlap.outputs(tokens, sizes)
-        tried = (*SPLIT, *WHOLE) if tokens <= 2 * limit else WHOLE
+        x, tried = _hidden_states(tokens), (*SPLIT, *WHOLE) if tokens <= 2 * limit else WHOLE
         sides = {
-            str(tiling): [overlap.launch(x, both, out, tiling) for both in copies]
+            str(tiling): [_launch(x, both, tiling)[0] for both in copies]
             for tiling in (SPLIT if tokens < limit else tried)
         }
         yield f"{tokens} tokens", sides, str(projection.configuration(tokens))
+
+
+def subjects() -> dict[str, tuple[_gpu.Call, list[torch.Tensor]]]:
+    """Return the projections of decode steps and of a prompt's chunk."""
+    (both,), found = _projections(1), {}
+    for tokens in (1, 128, 1024):
+        call, out = _launch(_hidden_states(tokens), both, projection.configuration(tokens))
+        found[f"projections, {tokens} tokens"] = call, list(out)
+    return found
 
 
 # registers of a thread -> blocks of four warps that a processor then has
@@ -53,7 +93,7 @@ _BLOCKS = {255: 2, 168: 3, 128: 4, 96: 5}
 
 
 def tile_forms(shape: Shape) -> dict[str, TileForm]:
-    """The form that scores a shape, and forms that differ from it in one thing; none twice."""
+    """Return the form that scores a shape, and distinct forms that differ in one thing."""
     chosen = form_of(shape)
     forms = {CHOSEN: chosen}
     for registers, blocks in _BLOCKS.items():
@@ -72,7 +112,7 @@ def tile_forms(shape: Shape) -> dict[str, TileForm]:
 
 
 def tune_indexer_logits() -> Iterator[Case]:
-    """Tokens, registers and pages in flight of the indexer's tile kernel."""
+    """Yield forms of the indexer's tile kernel: tokens, registers and pages in flight."""
     chosen = [Shape(h, 1, keys << 10, 2048, True) for h in (64, 32) for keys in (8, 32)]
     chosen += [Shape(64, 1, 8 << 10, 8192, True), Shape(64, 64, 4 << 10, 4)]
     chosen += [Shape(64, 1, 4 << 10), Shape(64, 1, 128 << 10), Shape(64, 32, 4 << 10)]
@@ -103,7 +143,7 @@ _FORMS = (
 def _sparse_mla_sides(
     ours: sparse.Ours, sets: list[sparse.Inputs], heads: int, tokens: int
 ) -> Iterator[tuple[str, list[_gpu.Call]]]:
-    """Calls of the choice, of other forms, and of the chosen form with other splits."""
+    """Yield calls of the selected form, of other forms, and of other splits."""
     fp8, rows = sets[0].fp8, len(ours.partials.lse)
     chosen = form_for(heads, tokens, fp8)
     yield CHOSEN, [ours.call(s, chosen) for s in sets]
@@ -118,15 +158,15 @@ def _sparse_mla_sides(
 
 
 def tune_sparse_mla() -> Iterator[Case]:
-    """Forms of the sparse MLA kernels and numbers of splits."""
+    """Yield forms of the sparse MLA kernels and numbers of splits."""
     records = sparse.record_cache(1 << 20)
     width = sparse.RANK + sparse.ROPE
     latents = torch.randn(1 << 20, width, device="cuda", dtype=torch.bfloat16)
     for heads, tokens in ((h, t) for h in (8, 16, 32, 64, 128) for t in (1, 8, 32, 64, 128, 1024)):
-        for cache in (records, latents):
-            count = min(8, _gpu.num_sets(tokens * sparse.TOPK * cache[0].nbytes))
-            slots = [sparse.random_slots(tokens, len(cache)) for _ in range(count)]
-            sets = [sparse.Inputs(cache, s, heads) for s in slots]
+        for rows in (records, latents):
+            count = min(8, _gpu.num_sets(tokens * sparse.TOPK * rows[0].nbytes))
+            slots = [sparse.random_slots(tokens, len(rows)) for _ in range(count)]
+            sets = [sparse.Inputs(rows, s, heads) for s in slots]
             ours = sparse.Ours(tokens, heads)
             sides = dict(_sparse_mla_sides(ours, sets, heads, tokens))
             name = f"{heads} heads, {tokens} tokens, {'FP8' if sets[0].fp8 else 'bf16'}"
@@ -136,7 +176,7 @@ def tune_sparse_mla() -> Iterator[Case]:
 def _right(
     case: str, sides: Mapping[str, Sequence[_gpu.Call]], inputs: Any, out: Any, most: float
 ) -> Mapping[str, Sequence[_gpu.Call]]:
-    """The forms that run and whose error is at most `most`."""
+    """Return the forms that run and have an error of at most `most`."""
 
     def error(label: str) -> float:
         _gpu.poison(out)
@@ -154,8 +194,8 @@ KERNELS: dict[str, Callable[[], Iterator[Case]]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the times of all forms of the kernels that are named; returns 0."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    """Print the times of all forms of the named kernels. Returns 0."""
+    parser = parser_of(__doc__)
     parser.add_argument("kernels", nargs="*", metavar="KERNEL", help=", ".join(KERNELS))
     kernels = parser.parse_args(argv).kernels
     unknown = [name for name in kernels if name not in KERNELS]

@@ -8,7 +8,6 @@ and are compared before any is timed; then they run in turns. NumPy only, on one
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks._harness import percentiles, save
+from benchmarks._harness import parser_of, percentiles, save
 from fd_dsa.environment import prepare_cpu_runtime
 from fd_dsa.v4_prepare import V4PrepareConfig, builder
 
@@ -62,7 +61,9 @@ class Case:
     """A step: rows of about one context length, each with as many tokens.
 
     Attributes:
-        context, rows, tokens: of a row after the step, of the step, and of a row in the step.
+        context: tokens of a row after the step.
+        rows: rows of the step.
+        tokens: tokens of a row in the step.
         ragged: contexts from half to three halves of that length, instead of some blocks more.
     """
 
@@ -78,7 +79,7 @@ class Case:
         return f"{self.rows} x {self.tokens} at {self.context}{kind}"
 
     def arguments(self) -> tuple[Any, ...]:
-        """What every form takes: configuration, step, offsets and the array of the lists."""
+        """Return the arguments of a form: configuration, step, offsets and the array of lists."""
         rng = np.random.default_rng(self.rows)
         half = self.context // 2
         spread = rng.integers(-half, half + 1, self.rows) if self.ragged else 0
@@ -94,7 +95,7 @@ class Case:
 
 
 def v4_config(rows: int, longest: int, tokens: int) -> V4PrepareConfig:
-    """The sizes of V4-Flash for a step of these rows, in blocks of 256 tokens."""
+    """Return the sizes of V4-Flash for a step of these rows, in blocks of 256 tokens."""
     columns = -(-longest // 256)
     return V4PrepareConfig(
         window_size=128,
@@ -114,14 +115,14 @@ def v4_config(rows: int, longest: int, tokens: int) -> V4PrepareConfig:
 
 
 def cases() -> list[Case]:
-    """All cases; 128 decode rows have ragged contexts, too."""
+    """Return all cases. Those of 128 decode rows also have ragged contexts."""
     decode = [Case(*sizes) for sizes in DECODE]
     ragged = [replace(case, ragged=True) for case in decode if case.rows == 128]
     return [*decode, *ragged, *(Case(*sizes) for sizes in PROMPTS)]
 
 
 def times(case: Case, rounds: int) -> dict[str, dict[str, float]]:
-    """Microseconds of each form, in turns.
+    """Return microseconds of each form, in turns.
 
     Raises:
         AssertionError: two forms wrote other lists.
@@ -145,8 +146,8 @@ def times(case: Case, rounds: int) -> dict[str, dict[str, float]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure all cases; returns 0."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    """Measure all cases. Returns 0."""
+    parser = parser_of(__doc__)
     parser.add_argument("--rounds", type=int, default=15, help="default: 15")
     args = parser.parse_args(argv)
     # glibc's allocator as a server has it
@@ -154,14 +155,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = []
     for case in cases():
         sides = times(case, args.rounds)
-        # what else the machine does only adds time
+        # other work of the machine only adds time
         others = min(side["p20"] for label, side in sides.items() if label != OURS)
         ratio = others / sides[OURS]["p20"]
         found.append({"label": case.label, "us": sides, "best_other_over_ours": ratio})
         figures = ", ".join(f"{label} {side['p20']:.1f}" for label, side in sides.items())
         print(f"{case.label:28} {figures} us, best other / ours {ratio:.2f}", flush=True)
-    result = {"tier": "T0", "rounds": args.rounds, "cases": found}
-    print(f"written: {save('v4_host_lists', result)}")
+    result = {"rounds": args.rounds, "cases": found}
+    save("v4_host_lists", result)
     return 0
 
 

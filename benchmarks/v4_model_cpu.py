@@ -10,14 +10,13 @@ each has a process of its own, and they take turns. Writes benchmarks/results/v4
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks._harness import Worker, save
+from benchmarks._harness import Worker, parser_of, save
 from benchmarks.engine_cpu import compare
 from tests.v4_model.cases import CASES, CSA, HCA, WINDOW, Case
 
@@ -48,11 +47,11 @@ REQUESTS = ((1, 64, 32), (16, 64, 32))
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the benchmark; returns 0."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Run the benchmark. Returns 0."""
+    parser = parser_of(__doc__)
     parser.add_argument("--runs", type=int, default=9, help="rounds that count, of each case")
     args = parser.parse_args(argv)
-    result: dict[str, Any] = {"tier": "T0", "load_average_before": os.getloadavg()[0], "models": {}}
+    result: dict[str, Any] = {"load_average_before": os.getloadavg()[0], "models": {}}
     for name, (case, block_size) in MODELS.items():
         print(f"{name}: {case.config['num_hidden_layers']} layers", flush=True)
         with tempfile.TemporaryDirectory() as folder:
@@ -65,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
                 sides = {"candidate": ours, "baseline": baseline}
                 rows = compare(sides, REQUESTS, args.runs)
         result["models"][name] = {"config": case.config, "cases": rows}
-    print(f"written: {save('v4_model_cpu', result)}")
+    save("v4_model_cpu", result)
     return 0
 
 

@@ -2,12 +2,16 @@
 
     python -m benchmarks.v4_prepare           # 36 sizes; --quick: two of them
 
-The sides are those of `_v4_sides.py`; what each made is compared before any is timed. Three cases a
-size. "host": what the preparation of a step keeps the host, the device not waited for. "exposed":
-the time between the work of two steps on their stream, in which only preparation happens; a
-side that builds on the host starts when the first of them has ended. "device": the preparation
-alone, its inputs there, in a graph and eagerly. Of host and exposed time there are 200 steps, the
-sides in turn, twenty steps at a time; contexts grow and rows get new blocks as in serving.
+The sides are those of `_v4_sides.py`. Their outputs are compared before the timing. A size has
+three cases:
+
+- "host": host time of the preparation of a step, without a wait for the device.
+- "exposed": time between the work of two steps on their stream, in which only preparation happens.
+  A side that builds on the host starts at the end of the earlier step.
+- "device": the preparation with its inputs on the device, in a graph and eagerly.
+
+Host and exposed time have 200 steps, and the sides take turns of twenty steps. Contexts grow and
+rows get new blocks as in serving.
 """
 
 from __future__ import annotations
@@ -45,7 +49,7 @@ EXPOSED = (VECTORISED, EAGER, GRAPH, OURS)
 QUICK = (Size(1, 1024, 0), Size(128, 8192, 1))
 # a run that is cut off has these first
 IMPORTANCE = (128, 256, 32, 1)
-# of the sizes, where every side's launches and copies are counted
+# the size at which launches and copies of every side are counted
 COUNTED = Size(128, 8192, 1)
 _TURN = 20
 _WARM_STEPS = 8
@@ -54,12 +58,12 @@ _WORK_SIZE, _WORK_PRODUCTS = 4096, 2
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Percentiles, the 99th too."""
+    """Return percentiles, including the 99th."""
     return percentiles(values) | {"p99": float(np.percentile(values, 99))}
 
 
 def step_work() -> _gpu.Call:
-    """A graph of a few hundred microseconds in place of a step's layers."""
+    """Return a graph of a few hundred microseconds in place of a step's layers."""
     matrix = torch.randn(_WORK_SIZE, _WORK_SIZE, device="cuda", dtype=torch.bfloat16)
     out = torch.empty_like(matrix)
     torch.mm(matrix, matrix, out=out)
@@ -89,7 +93,7 @@ class Sides:
         }
 
     def begin(self, labels: Iterable[str], context: int) -> dict[str, Decode]:
-        """Rows at a context for each side; the first steps are done and compared.
+        """Return the rows of each side at a context, after compared first steps.
 
         Raises:
             AssertionError: two sides made different arrays.
@@ -104,7 +108,7 @@ class Sides:
         return decodes
 
     def host_times(self, context: int) -> tuple[_gpu.Times, dict[str, Any]]:
-        """Host microseconds of a step by side, and the parts of some."""
+        """Return host microseconds of a step by side, and the parts of some."""
         decodes = self.begin(HOST, context)
         samples: dict[str, list[float]] = {label: [] for label in HOST}
         parts: dict[str, list[float]] = {label: [] for label in (VECTORISED, OURS)}
@@ -123,7 +127,7 @@ class Sides:
         return {label: spread(values) for label, values in samples.items()}, notes
 
     def exposed_times(self, context: int) -> _gpu.Times:
-        """Microseconds between the work of two steps, by side."""
+        """Return microseconds between the work of two steps, by side."""
         decodes = self.begin(EXPOSED, context)
         samples: dict[str, list[float]] = {label: [] for label in EXPOSED}
         for label in in_turns(EXPOSED):
@@ -131,7 +135,7 @@ class Sides:
         return {label: spread(values) for label, values in samples.items()}
 
     def _exposed(self, side: Side, decode: Decode) -> list[float]:
-        """Microseconds of one turn."""
+        """Return microseconds of one turn."""
         points = []
         for step in range(_TURN):
             grown = decode.advance()
@@ -151,7 +155,7 @@ class Sides:
         return [before.elapsed_time(after) * 1e3 for before, after in points]
 
     def effects(self, context: int, label: str) -> dict[str, int]:
-        """What one step of a side does; see `_gpu.effects`."""
+        """Count what a step of a side does, as in `_gpu.effects`."""
         side, decode = self.all[label], Decode(self.config, context)
         side.start()
         one_step(side, decode)
@@ -159,12 +163,12 @@ class Sides:
 
 
 def in_turns(labels: Sequence[str]) -> Iterable[str]:
-    """The sides in the order of their turns, until each has had all its steps."""
+    """Return the sides in the order of their turns, for all their steps."""
     return (label for _ in range(NUM_STEPS // _TURN) for label in labels)
 
 
 def one_step(side: Side, decode: Decode) -> float:
-    """Host microseconds of a step."""
+    """Make a step. Returns its host time, microseconds."""
     grown = decode.advance()
     begin = time.perf_counter_ns()
     side.stage(decode, grown)
@@ -175,7 +179,7 @@ def one_step(side: Side, decode: Decode) -> float:
 def launches_of(
     config: V4PrepareConfig, decode: Decode, count: int
 ) -> list[tuple[_gpu.Call, V4Prepare]]:
-    """The launch alone, over sets of buffers in turn; all have the same step."""
+    """Return the launch alone, over sets of buffers in turn, each with the same step."""
     launches: list[tuple[_gpu.Call, V4Prepare]] = []
     for _ in range(count):
         prepare = V4Prepare(config, "gpu:0", allocate=device_memory)
@@ -189,7 +193,7 @@ def launches_of(
 
 
 def least_bytes(config: V4PrepareConfig, decode: Decode) -> int:
-    """Fewest bytes of a step: lengths, slots and the table's cells in, every output out."""
+    """Return the fewest bytes of a step: lengths, slots and cells in, every output out."""
     counts = (decode.ctx - decode.q)[:, None] + np.arange(1, config.spec_tokens + 2)
     entries = int((counts // config.hca_ratio).sum())
     values = sum(int(np.prod(s)) for name, s in OUTPUT_SHAPES(config).items() if name != "hca_idx")
@@ -198,7 +202,7 @@ def least_bytes(config: V4PrepareConfig, decode: Decode) -> int:
 
 
 def device_times(config: V4PrepareConfig, decode: Decode) -> _gpu.Times:
-    """Device microseconds in a graph; those of eager calls under labels of their own."""
+    """Return device microseconds in a graph, and of eager calls under their own labels."""
     calls = [c for c, _ in launches_of(config, decode, _gpu.num_sets(least_bytes(config, decode)))]
     operators = Operators(config)
     operators.inputs.copy_(torch.from_numpy(np.stack([decode.ctx, decode.slot])))
@@ -209,7 +213,7 @@ def device_times(config: V4PrepareConfig, decode: Decode) -> _gpu.Times:
 
 
 def measure(record: _gpu.Recorder, sides: Sides, size: Size) -> None:
-    """The three cases of one size."""
+    """Measure the three cases of a size."""
     config, notes = sides.config, asdict(size)
     times, parts = sides.host_times(size.context)
     labels = HOST if size == COUNTED else (OURS,)
@@ -225,7 +229,7 @@ def measure(record: _gpu.Recorder, sides: Sides, size: Size) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure all sizes; returns 0."""
+    """Measure all sizes. Returns 0."""
     args = _gpu.arguments(__doc__, argv)
     _torch_device.register()
     chosen = QUICK if args.quick else sorted(sizes(), key=lambda s: IMPORTANCE.index(s.batch))
@@ -241,7 +245,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def subjects() -> dict[str, tuple[_gpu.Call, list[torch.Tensor]]]:
-    """The launch at a size of real serving and at the largest, for profiles and repeats."""
+    """Return the launch at a size of real serving, and at the largest size."""
     _torch_device.register()
     found: dict[str, tuple[_gpu.Call, list[torch.Tensor]]] = {}
     for size in (COUNTED, Size(256, 131072, 3)):

@@ -42,7 +42,7 @@ class AlphabetRunner:
             float32 [n, vocab_size].
         """
         # The tokens of all rows, prompts and decodes, follow each other without padding. A model
-        # with attention also reads seq_lens_* and block_tables, which say where keys are cached.
+        # with attention also reads the token counts of rows and block_tables, to find cached keys.
         last = self.input_batch.token_ids[logits_indices]
         return np.eye(self.vocab_size, dtype=np.float32)[np.minimum(last + 1, END)] * 10
 

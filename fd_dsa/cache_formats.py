@@ -10,17 +10,17 @@ contiguous:
     latent   [num_blocks, 1, block_size, row]
     indexer  [num_blocks, block_size, row]
 
-    format       row of the latent cache       row of the indexer cache   dtype: CPU, device
-    float32      kv_lora_rank + rope values    index_head_dim values      float32, float32
-    bfloat16     kv_lora_rank + rope values    index_head_dim values      int16 (bits), bfloat16
-    fp8_ds_mla   656 bytes                     132 bytes                  uint8, uint8
+    format     | row of the latent cache    | row of the indexer cache | dtype: CPU, device
+    float32    | kv_lora_rank + rope values | index_head_dim values    | float32, float32
+    bfloat16   | kv_lora_rank + rope values | index_head_dim values    | int16 (bits), bfloat16
+    fp8_ds_mla | 656 bytes                  | 132 bytes                | uint8, uint8
 
-    fp8_ds_mla latent record    512 e4m3 codes, 4 float32 scales (one per 128 codes), 64 bfloat16
-    fp8_ds_mla indexer block    64 * 128 e4m3 codes, then 64 float32 scales: no record of a token
+    fp8_ds_mla latent record | 512 e4m3 codes, 4 float32 scales (one per 128 codes), 64 bfloat16
+    fp8_ds_mla indexer block | 64 * 128 e4m3 codes, then 64 float32 scales: no record of a token
 
-    cache     written by      read by
-    latent    write_caches    sparse_mla, dequantize, attention of prompts
-    indexer   write_caches    indexer_logits
+    cache   | written by   | read by
+    latent  | write_caches | sparse_mla, dequantize, attention of prompts
+    indexer | write_caches | indexer_logits
 
 DeepSeek-V4 has up to four float32 pools per layer, see `PooledLayer`. Its own backend reads and
 writes them.
@@ -156,20 +156,20 @@ class CacheLayout:
     def __post_init__(self) -> None:
         if self.kv_cache_dtype not in CACHE_FORMATS:
             raise ConfigError(
-                f"kv_cache_dtype: {self.kv_cache_dtype!r} has no cache layout, allowed are "
+                f"kv_cache_dtype: got {self.kv_cache_dtype!r}; must be one of "
                 f"{', '.join(CACHE_FORMATS)}"
             )
         check_scale_fmt("index_scale_fmt", self.index_scale_fmt)
         if self.index_hadamard and self.index_head_dim != INDEX_WIDTH:
             raise ConfigError(
-                f"index_head_dim: got {self.index_head_dim}, index_hadamard allows {INDEX_WIDTH} "
-                "alone; leave index_hadamard off"
+                f"index_head_dim: got {self.index_head_dim}; must be {INDEX_WIDTH} with "
+                "index_hadamard; leave index_hadamard off"
             )
         for name, allowed in self.format.required.items():
             value = getattr(self, name)
             if value != allowed:
                 raise ConfigError(
-                    f"{name}: got {value}, an fp8_ds_mla cache allows {allowed} alone; take a "
+                    f"{name}: got {value}; must be {allowed} with an fp8_ds_mla cache; use a "
                     "bfloat16 cache"
                 )
 
@@ -227,15 +227,15 @@ class CacheLayout:
 class PooledLayer:
     """Pools of one DeepSeek-V4 layer, float32.
 
-        pool            rows                                   kept
-        keys            window keys, then compressed entries   in blocks
-        index_entries   the indexer's entries                  in blocks
-        records         sources of a block's last tokens       in blocks
-        states          sources that wait to be pooled         in rows of the batch
+        pool          | rows                                 | kept
+        keys          | window keys, then compressed entries | in blocks
+        index_entries | the indexer's entries                | in blocks
+        records       | sources of a block's last tokens     | in blocks
+        states        | sources that wait to be pooled       | in rows of the batch
 
-    A block that the prefix cache finds brings its keys, its entries and its record along. The
-    record is the state of a row after the block. Of each source it keeps the half that the next
-    entry pools. An HCA entry pools only tokens of its own block, so HCA layers have no records.
+    A block of the prefix cache has its keys, its entries and its record. The record is the state of
+    a row after the block. It has the half of each source that the next entry pools. An HCA entry
+    pools only tokens of its own block, so HCA layers have no records.
 
     Attributes:
         head_dim: values of a key.
@@ -265,7 +265,7 @@ class PooledLayer:
         width += self.index_head_dim
         return shapes | {
             "index_entries": (num_blocks, entries, self.index_head_dim),
-            # a CSA entry pools the tokens of the entry before it, too
+            # a CSA entry also pools the tokens of the previous entry
             "states": (num_rows * 2 * ratio, 2, 2, width),
             "records": (num_blocks, ratio, 2, width),
         }

@@ -272,7 +272,7 @@ class EngineConfig:
         return self.speculation.num_speculative_tokens if self.speculation else 0
 
     @property
-    def most_decode_tokens(self) -> int:
+    def max_decode_tokens(self) -> int:
         """Max tokens of a decode step, drafts included."""
         return min((1 + self.most_drafts) * self.max_num_seqs, self.num_batched_tokens)
 
@@ -283,7 +283,7 @@ class EngineConfig:
             return ()
         if self.cudagraph_capture_sizes is not None:
             return self.cudagraph_capture_sizes
-        largest = min(self.most_decode_tokens, _MAX_CAPTURED)
+        largest = min(self.max_decode_tokens, _MAX_CAPTURED)
         # the same sizes as vLLM
         sizes = (1, 2, 4, *range(8, 256, 8), *range(256, _MAX_CAPTURED, 16))
         return (*(size for size in sizes if size < largest), largest)
@@ -354,7 +354,7 @@ class EngineConfig:
         sizes = self.cudagraph_capture_sizes
         if sizes is None:
             return
-        name, max_size = "cudagraph_capture_sizes", self.most_decode_tokens
+        name, max_size = "cudagraph_capture_sizes", self.max_decode_tokens
         if isinstance(sizes, str) or not isinstance(sizes, Sequence):
             raise flag_error(name, sizes, "several integers")
         if self.enforce_eager:

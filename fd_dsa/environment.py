@@ -248,7 +248,7 @@ def overlap_max_tokens() -> int | None:
     if not value.isdecimal():
         raise ConfigError(
             f"{OVERLAP_VARIABLE}: got {value!r}, allowed: a number of tokens, 0 for no "
-            f"second stream; leave it unset for {DEFAULT_OVERLAP_MAX_TOKENS} in graphs alone"
+            f"second stream; leave it unset for {DEFAULT_OVERLAP_MAX_TOKENS} in graphs only"
         )
     return int(value)
 

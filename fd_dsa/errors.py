@@ -107,7 +107,7 @@ class OverlapError(FdDsaError, RuntimeError):
 
 
 class RemoteError(FdDsaError, RuntimeError):
-    """A server cannot be reached, goes away, or refuses every request."""
+    """A server cannot be reached, ends, or refuses every request."""
 
 
 class MissingStepError(FdDsaError, RuntimeError):
@@ -122,7 +122,7 @@ class KernelUnavailable(BackendUnavailable):
     """A Triton kernel cannot be compiled for a device, or cannot be loaded there.
 
     It is raised before the kernel is enqueued. If the kernel only makes an operator faster, the
-    next provider serves from then on (`fd_dsa.ops.providers.refuse`).
+    next provider replaces it from then on (`fd_dsa.ops.providers.refuse`).
     """
 
 

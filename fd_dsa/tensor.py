@@ -7,7 +7,7 @@ uses.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol, TypeAlias, Union
+from typing import Any, Protocol, TypeAlias, Union
 
 import numpy as np
 import numpy.typing as npt
@@ -71,3 +71,9 @@ class Tensor(Protocol):
 
 
 Array: TypeAlias = Union[np.ndarray, Tensor]  # noqa: UP007, the names are read when it is made
+"""Array of either kind, for functions that accept both."""
+StepArray: TypeAlias = Any
+"""Array of a step, a NumPy array on a CPU and a Tensor on a device.
+
+All arrays of a step are of the same kind, which a type checker cannot follow.
+"""

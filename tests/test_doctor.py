@@ -88,7 +88,7 @@ def test_a_healthy_machine(
     assert text.endswith("\nhealthy\n") and "FAILED" not in text
     assert "No GPU kernel was run" in text
     assert "\ngraphs     none: a CPU has no graphs\n" in text
-    assert "\n  cache_write        cpu       paddle             ok" in text
+    assert "\n  cache_write        cpu       numpy              ok" in text
     # it fits a narrow terminal, commands excepted, which are pasted
     monkeypatch.setenv("COLUMNS", "60")
     narrow = doctor.as_text(found)

@@ -3,9 +3,9 @@
     python tools/docs_site.py
 
 zensical reads build/pages (zensical.toml). Its search splits Chinese sentences into words only for
-a Chinese site, because the builder gives the search the language of the theme and no other one. So
-the finished index gets Chinese as a second language. The browser then splits Chinese words by
-`Intl.Segmenter`, in the pages and in the query, and English words as before.
+a Chinese site, because the search has only the language of the theme. So the finished index gets
+Chinese as a second language. The browser then splits Chinese words by `Intl.Segmenter`, in the
+pages and in the query, and English words as before.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from benchmarks._harness import serve_requests
 
 
 def main(checkout: str, target: str, options: str) -> None:
-    """Answer requests; see `Worker`.
+    """Answer requests of a `Worker`.
 
     Raises:
         RuntimeError: `fd_dsa` would be another one.

@@ -13,7 +13,7 @@ _BLOCK_SIZE = 64
 _MAX_MODEL_LEN = 1024
 _PROMPT_TOKENS = 100
 _WARM_UP = 5
-# steps until the last of many prompts is read, and those of the warm-up
+# steps of the prefill of many prompts, and of the warm-up
 _SPARE = 64
 
 
@@ -47,7 +47,7 @@ class IdleRunner(PlainRunner):
         self._logits = np.array(rows, np.float32)
 
     def execute_model(self, logits_indices: np.ndarray) -> np.ndarray:
-        """The first rows of the logits."""
+        """Return the first rows of the logits."""
         return self._logits[: len(logits_indices)]
 
 
@@ -60,7 +60,7 @@ def _tokenizer() -> Any:
 
 
 def _decoding(requests: int, sampling: dict[str, Any], steps: int, vocab_size: int) -> Any:
-    """An engine whose requests all decode, and go on for so many steps."""
+    """Return an engine whose requests all decode, for at least `steps` steps."""
     from fd_dsa import SamplingParams
     from fd_dsa.engine.engine import LLMEngine
 
@@ -83,7 +83,7 @@ def _decoding(requests: int, sampling: dict[str, Any], steps: int, vocab_size: i
 
 
 def _timed_us(call: Callable[[], Any], steps: int) -> list[float]:
-    """Microseconds of each of some calls."""
+    """Time a call `steps` times. Returns microseconds of each call."""
     times = []
     for _ in range(steps):
         begin = time.perf_counter()
@@ -93,7 +93,7 @@ def _timed_us(call: Callable[[], Any], steps: int) -> list[float]:
 
 
 def host_us(requests: int, sampling: dict[str, Any], steps: int, vocab_size: int) -> dict[str, Any]:
-    """Microseconds of each of `steps` decode steps of so many requests."""
+    """Return microseconds of each of `steps` decode steps of `requests` requests."""
     engine = _decoding(requests, sampling, steps, vocab_size)
     outputs: list[int] = []
     times = _timed_us(lambda: outputs.append(len(engine.step())), steps)
@@ -103,6 +103,6 @@ def host_us(requests: int, sampling: dict[str, Any], steps: int, vocab_size: int
 
 
 def pass_us(requests: int, steps: int, vocab_size: int) -> dict[str, Any]:
-    """Microseconds of a pass over the logits alone, which no sampler can do without."""
+    """Return microseconds of a pass over the logits, which every sampler needs."""
     logits = IdleRunner(requests, vocab_size).execute_model(np.arange(requests))
     return {"us": _timed_us(lambda: logits.argmax(axis=1), steps)}

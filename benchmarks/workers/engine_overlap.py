@@ -11,7 +11,7 @@ from benchmarks.workers import gpu_engine
 from fd_dsa.environment import OVERLAP_VARIABLE
 
 ONE, TWO = "one stream", "two streams"
-# steps of a turn that begin with what the turn before has queued
+# steps of a turn that begin with queued work of the turn before
 _LEFT_OUT = 4
 
 
@@ -20,7 +20,7 @@ class Engine(gpu_engine.Engine):
 
     Args:
         most: tokens of a step that forks, for all ranks; None: as served.
-        others: of the base.
+        others: options of the base.
     """
 
     def __init__(self, most: int | None, **others: Any) -> None:
@@ -31,7 +31,7 @@ class Engine(gpu_engine.Engine):
         super().__init__(**others)
 
     def capture_both(self) -> dict[str, Any]:
-        """Capture the decode steps without forks, and with forks of all sizes; not on a CPU."""
+        """Capture the decode steps without forks, and with forks of all sizes, on a device only."""
         runner, sizes = self._engine.runner, self._engine.runner.captured_sizes
         for name, most in ((ONE, 0), (TWO, 1 << 30)):
             if sizes:
@@ -47,7 +47,7 @@ class Engine(gpu_engine.Engine):
         return {"sizes": sizes}
 
     def decode_in_turns(self, batch: int, prompt: int, turns: int, steps: int) -> dict[str, Any]:
-        """Milliseconds of decode steps of `batch` rows, one graph after the other for some steps.
+        """Return milliseconds of decode steps of `batch` rows, with both graphs in turn.
 
         Returns:
             percentiles by name of the graphs.

@@ -22,7 +22,7 @@ BLOCK = 128
 
 
 def tensors(folder: Path, device: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """Names and float32 values of a checkpoint."""
+    """Yield names and float32 values of a checkpoint."""
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt", device=device) as file:
             names = set(file.keys())
@@ -38,7 +38,7 @@ def tensors(folder: Path, device: str) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def place(model: Any, name: str) -> torch.Tensor:
-    """Where a tensor of a checkpoint belongs: the experts of a layer are one parameter."""
+    """Return the parameter of a checkpoint's tensor. The experts of a layer share one."""
     before, found, rest = name.partition(".experts.")
     if not found:
         return model.get_parameter_or_buffer(name)

@@ -19,7 +19,7 @@ _REPLAYS = 9
 
 
 def codes(*shape: int) -> torch.Tensor:
-    """Random e4m3 numbers."""
+    """Return random e4m3 numbers."""
     made = torch.empty(shape, dtype=torch.float8_e4m3fn, device="cuda")
     for part in made if len(shape) == 3 else [made]:
         part.copy_(torch.randn(part.shape, device="cuda"))
@@ -27,12 +27,12 @@ def codes(*shape: int) -> torch.Tensor:
 
 
 def scales(*shape: int) -> torch.Tensor:
-    """Block scales."""
+    """Return block scales."""
     return torch.full(shape, 2.0**-6, device="cuda")
 
 
 def time_us(call: Callable[[], Any]) -> float:
-    """Median microseconds of a call in a graph."""
+    """Return median microseconds of a call in a graph."""
     call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -61,7 +61,7 @@ class Peers:
         return scales(EXPERTS, rows // BLOCK, columns // BLOCK)
 
     def fused_experts(self, ids: torch.Tensor) -> float:
-        """vLLM's experts, by its Triton kernel."""
+        """Time vLLM's experts by its Triton kernel."""
         from vllm.model_executor.layers.fused_moe import fused_experts
         from vllm.model_executor.layers.fused_moe.config import fp8_w8a8_moe_quant_config
 
@@ -72,7 +72,7 @@ class Peers:
         return time_us(lambda: fused_experts(x, w1, w2, shares, ids, quant_config=how))
 
     def contiguous(self, ids: torch.Tensor) -> float:
-        """DeepGEMM over the rows of all experts, each expert's from a multiple of 128 on."""
+        """Time DeepGEMM over the rows of all experts, each expert's from a multiple of 128 on."""
         from vllm.third_party import deep_gemm
 
         counts = torch.bincount(ids.flatten().long(), minlength=EXPERTS).tolist()
@@ -91,7 +91,7 @@ class Peers:
         return self._both(gemm)
 
     def masked(self, ids: torch.Tensor) -> float:
-        """DeepGEMM over as many rows of each expert as the fullest one has."""
+        """Time DeepGEMM with as many rows for each expert as the fullest one has."""
         from vllm.third_party import deep_gemm
 
         counts = torch.bincount(ids.flatten().long(), minlength=EXPERTS).int()
@@ -112,7 +112,7 @@ class Peers:
 
 
 def tried(call: Callable[[torch.Tensor], float], ids: torch.Tensor) -> float | None:
-    """Microseconds, or None after saying why there are none."""
+    """Return microseconds, or None after a printed reason."""
     try:
         return call(ids)
     except Exception as error:

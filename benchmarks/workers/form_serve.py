@@ -46,7 +46,7 @@ def read_again_in_every_layer() -> None:
 
 
 def main() -> Any:
-    """Serve, or be the engine of a server; returns the exit status."""
+    """Serve, or run the engine of a server. Returns the exit status."""
     on_rig = "FD_DSA_RIG" in os.environ
     if sys.argv[1:2] != [ENGINE]:
         return serve("benchmarks.workers.form_serve", sys.argv[1:], on_rig=on_rig)

@@ -30,7 +30,7 @@ CLASSES = {
 
 
 def open_device(rig: bool, device: str) -> str:
-    """The device for an engine, with our library of kernels; before anything imports Paddle.
+    """Return the device of an engine with our kernels loaded. Call it before Paddle's import.
 
     Args:
         rig, device: as of Engine.
@@ -56,7 +56,7 @@ class Engine:
 
     Args:
         model: folder of config.json.
-        rig: whether the device is the test plug-in's, where Paddle's CPU wheel is installed.
+        rig: True for the device of the test plug-in, with Paddle's CPU wheel.
         config: fields of EngineConfig.
         device: "gpu", or "cpu" for a dry run.
     """
@@ -81,14 +81,14 @@ class Engine:
         """Change what the engine is made of."""
 
     def start_up(self) -> dict[str, float]:
-        """Seconds from the start of the engine to its first token, and of the start alone."""
+        """Return seconds of the engine's start, and from then to its first token."""
         begin = time.perf_counter()
         self._submit(1, 100, 1)
         self._drain()
         return {"engine_s": self._start_s, "first_token_s": time.perf_counter() - begin}
 
     def decode(self, batch: int, prompt: int, new: int) -> dict[str, Any]:
-        """Milliseconds of each of `new` steps in which all requests decode."""
+        """Return milliseconds of each of `new` steps in which all requests decode."""
         spare = batch * prompt // self._chunk + 8
         self._submit(batch, prompt, spare + new)
         log = self._drain()
@@ -96,17 +96,17 @@ class Engine:
         return {"tpot_ms": float(np.median(steps)), "p95_ms": float(np.percentile(steps, 95))}
 
     def prefill(self, batch: int, prompt: int, new: int) -> dict[str, Any]:
-        """Prompt tokens a second of prompts that arrive at once, until the last first token."""
+        """Return prompt tokens per second of prompts that arrive together."""
         self._submit(batch, prompt, new)
         return {"tok_s": batch * prompt / self._drain()[-1][0]}
 
     def mixed(self, batch: int, prompt: int, new: int) -> dict[str, Any]:
-        """Tokens a second of requests that arrive at once."""
+        """Return tokens per second of requests that arrive together."""
         self._submit(batch, prompt, new)
         return {"tok_s": batch * (prompt + new) / self._drain()[-1][0]}
 
     def profile(self, batch: int, prompt: int, steps: int) -> dict[str, Any]:
-        """Kernels of a decode step: microseconds and launches of each, and how long any runs."""
+        """Return the kernels of a decode step: microseconds and launches of each, and the sum."""
         from torch.profiler import ProfilerActivity, profile
 
         recorder = profile(activities=[ProfilerActivity.CUDA])
@@ -124,7 +124,7 @@ class Engine:
         return profiled(recorder.events(), steps) | {"wall_us": 1e6 * wall_s / steps}
 
     def profile_prompts(self, batch: int, prompt: int) -> dict[str, Any]:
-        """Kernels of prompts that arrive at once, as `profile`; after a run that compiles."""
+        """Profile prompts that arrive together, after a run that compiles."""
         from torch.profiler import ProfilerActivity, profile
 
         recorder = profile(activities=[ProfilerActivity.CUDA])
@@ -155,7 +155,7 @@ class Engine:
 
 
 def profiled(events: Any, steps: int) -> dict[str, Any]:
-    """What a step has of each kernel, by torch's events."""
+    """Return the time and launches of each kernel in a step, by torch's events."""
     from torch.autograd import DeviceType
 
     kernels: dict[str, list[float]] = {}
@@ -175,7 +175,7 @@ def profiled(events: Any, steps: int) -> dict[str, Any]:
 
 
 def by_class(profiles: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Microseconds of each class of kernels in each profile, and how long any kernel ran."""
+    """Return microseconds of each class of kernels in each profile, and of any kernel."""
     rows: dict[str, dict[str, Any]] = {name: {"class": name} for name in CLASSES}
     for column, profile in profiles.items():
         for row in rows.values():

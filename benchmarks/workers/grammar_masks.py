@@ -28,7 +28,7 @@ class _Runner(PlainRunner):
 
 
 def _tokenizer(vocabulary: str) -> Any:
-    """The demo model's tokenizer, or DeepSeek's published one."""
+    """Return the demo model's tokenizer, or DeepSeek's published one."""
     from fd_dsa.config import demo_model_path
     from fd_dsa.engine.tokenizer import Tokenizer
 
@@ -87,7 +87,7 @@ class Masks:
         """Return the longest gap of a stream while others use variants of a grammar.
 
         Args:
-            grammar: of the others.
+            grammar: grammar of the other requests.
             attackers: number of the variants, each of one request.
             outputs: number of outputs of each request.
             seconds: time of the attack.

@@ -30,7 +30,7 @@ class Model:
     def generate(
         self, requests: int, prompt_tokens: int, new_tokens: int, seed: int
     ) -> dict[str, Any]:
-        """Seconds to generate `new_tokens` for each of `requests` random prompts."""
+        """Return seconds to generate `new_tokens` for each of `requests` random prompts."""
         vocab_size = self.model.config.vocab_size
         batch = torch.tensor(random_prompts(requests, prompt_tokens, vocab_size, seed))
         start = time.perf_counter()

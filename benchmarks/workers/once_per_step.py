@@ -19,7 +19,7 @@ class Engine(gpu_engine.Engine):
         work: "once"; "two chains": each layer makes the slots twice, by FastDeploy's operators
             before #7367; "host loop": each layer makes the windows of prompts in a loop over the
             requests, as FastDeploy's before #7598.
-        others: of the base.
+        others: options of the base.
     """
 
     def __init__(self, work: str, **others: Any) -> None:
@@ -36,7 +36,7 @@ class Engine(gpu_engine.Engine):
             _before_each_layer(_WindowLoop())
 
     def after(self, prefix: int, prompt: int) -> dict[str, Any]:
-        """Prompt tokens a second of a prompt that follows `prefix` cached tokens."""
+        """Return prompt tokens per second of a prompt after `prefix` cached tokens."""
         from fd_dsa import SamplingParams
 
         self._num_runs += 1
@@ -72,7 +72,7 @@ def _before_each_layer(work: Callable[[Any, Any], None]) -> None:
 
 
 class _SlotChains:
-    """Two chains of operators; the first one ever is compared with the step's own slots."""
+    """Two chains of operators. The slots of the first chain are compared with the step's."""
 
     def __init__(self) -> None:
         self._is_checked = False
@@ -90,7 +90,7 @@ class _SlotChains:
 
 
 class _WindowLoop:
-    """The loop over requests; its first windows are compared with the step's own."""
+    """The loop over requests. Its first windows are compared with the step's."""
 
     def __init__(self) -> None:
         self._is_checked = False

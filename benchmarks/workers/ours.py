@@ -17,10 +17,10 @@ from fd_dsa.config import EngineConfig
 from fd_dsa.engine.batch import ScheduledBatch
 from fd_dsa.startup.build import build_engine
 
-# a decode step is timed this often, the scan as well
+# number of timed decode steps, and of timed scans
 _REPEATS = 15
 _STREAM_PROMPT, _TOKENS_BEFORE = 64, 20
-# part of a step -> where it is called, from the engine on
+# part of a step -> path of its function from the engine
 _PARTS = {
     "schedule": "scheduler.schedule",
     "complete": "scheduler.complete_step",
@@ -36,7 +36,7 @@ class Engine:
     """The engine, built once, and the parts that are timed on their own.
 
     Args:
-        fields: of EngineConfig.
+        fields: fields of EngineConfig.
     """
 
     def __init__(self, **fields: Any) -> None:
@@ -48,13 +48,13 @@ class Engine:
         self._seconds: Counter[str] | None = None
 
     def _prompts(self, requests: int, tokens: int, seed: int) -> list[list[int]]:
-        """Random prompts, the same as the baseline's."""
+        """Return random prompts, equal to the baseline's."""
         return random_prompts(requests, tokens, self.engine.runner.vocab_size, seed)
 
     def generate(
         self, requests: int, prompt_tokens: int, new_tokens: int, seed: int
     ) -> dict[str, Any]:
-        """Seconds to generate `new_tokens` for each of `requests` random prompts."""
+        """Return seconds to generate `new_tokens` for each of `requests` random prompts."""
         params = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True)
         prompts = self._prompts(requests, prompt_tokens, seed)
         start = time.perf_counter()
@@ -73,7 +73,7 @@ class Engine:
     def _decoding(
         self, requests: int, context: int, steps: int, sampling: dict[str, Any] | None = None
     ) -> Iterator[None]:
-        """Inside, requests of about `context` tokens decode for so many steps."""
+        """Run requests of about `context` tokens, which decode for `steps` steps in the block."""
         # with steps until the last of many prompts is read
         tokens = steps + 64
         sampling = sampling or {"temperature": 0}
@@ -88,20 +88,20 @@ class Engine:
             self.engine.abort_request(str(index))
 
     def _step_s(self) -> float:
-        """Seconds of a step."""
+        """Make a step. Returns its seconds."""
         begin = time.perf_counter()
         self.engine.step()
         return time.perf_counter() - begin
 
     def decode_ms(self, context: int) -> float:
-        """Median milliseconds of a decode step of one request."""
+        """Return median milliseconds of a decode step of one request."""
         with self._decoding(1, context, _REPEATS):
             return 1e3 * float(np.median([self._step_s() for _ in range(_REPEATS)]))
 
     def parts_us(
         self, requests: int, context: int, sampling: dict[str, Any], steps: int
     ) -> list[dict[str, float]]:
-        """Microseconds of each part in each of `steps` decode steps."""
+        """Return microseconds of each part in each of `steps` decode steps."""
         if self._seconds is None:
             # the clock costs two tenths of a microsecond a call, and no part is called more than
             # once a step
@@ -122,7 +122,7 @@ class Engine:
         return found
 
     def scan_ms(self, context: int) -> float:
-        """Median milliseconds of scoring and selecting alone, all layers, one query."""
+        """Return median milliseconds of scoring and selecting in all layers, for one query."""
         import paddle
 
         from fd_dsa.ops.arrays import Scratch
@@ -153,7 +153,7 @@ class Engine:
         self.engine.add_request(name, prompt, params)
 
     def beside(self, prompt_tokens: int, seed: int) -> dict[str, Any]:
-        """Milliseconds between a stream's tokens while a prompt is computed, and its seconds."""
+        """Return milliseconds between a stream's tokens during a prompt, and its seconds."""
         engine = self.engine
         self._add("stream", self._prompts(1, _STREAM_PROMPT, seed)[0], 4096)
         for _ in range(_TOKENS_BEFORE):
@@ -172,7 +172,7 @@ class Engine:
         return {"gaps_ms": gaps, "seconds": last - begin}
 
     def alone(self, requests: int, prompt_tokens: int, seed: int) -> float:
-        """Seconds of prompts without an answer that goes on."""
+        """Return seconds of prompts without a stream."""
         for index, prompt in enumerate(self._prompts(requests, prompt_tokens, seed)):
             self._add(str(index), prompt, 1)
         begin = self.engine.clock()
@@ -182,7 +182,7 @@ class Engine:
 
 
 def _timed(seconds: Counter[str], part: str, call: Callable[..., Any]) -> Callable[..., Any]:
-    """`call`, whose seconds are added up."""
+    """Return wrap `call`, and add up its seconds."""
 
     def timed(*args: Any, **kwargs: Any) -> Any:
         begin = time.perf_counter()
@@ -195,7 +195,7 @@ def _timed(seconds: Counter[str], part: str, call: Callable[..., Any]) -> Callab
 
 
 def _apart(seconds: Counter[str], whole: float) -> dict[str, float]:
-    """Seconds of parts that do not overlap, and the whole step."""
+    """Return seconds of parts that do not overlap, and the whole step."""
     own = {
         "schedule": seconds["schedule"] + seconds["complete"],
         "input batch": seconds["batch"],

@@ -13,7 +13,7 @@ class Engine:
 
     Args:
         model: folder of the checkpoint.
-        rig: whether the device is the test plug-in's, where Paddle's CPU wheel is installed.
+        rig: True for the device of the test plug-in, with Paddle's CPU wheel.
         device: "gpu" or "cpu".
     """
 
@@ -22,7 +22,7 @@ class Engine:
         from fd_dsa import LLM
         from fd_dsa.config import demo_model_path
 
-        # where the start spends its time
+        # the log has the times of the start
         logging.basicConfig(level=logging.INFO)
         sizes: dict[str, Any] = {"max_model_len": 9216, "max_num_batched_tokens": 8192}
         if device == "cpu":
@@ -39,12 +39,12 @@ class Engine:
         )
 
     def read(self, prompt: list[int], token_ids: list[int], top: int) -> list[Any]:
-        """Likeliest tokens after the prompt and after each of `token_ids` but the last."""
+        """Return the likeliest tokens after the prompt and each of `token_ids` but the last."""
         prompts = [prompt + token_ids[:end] for end in range(len(token_ids))]
         return [tops[0] for tops in self._tops(prompts, 1, top)]
 
     def decoded(self, prompts: list[list[int]], new: int, top: int) -> list[dict[str, Any]]:
-        """Greedy tokens after each prompt, and the likeliest tokens of each step."""
+        """Return greedy tokens after each prompt, and the likeliest tokens of each step."""
         tops = self._tops(prompts, new, top)
         return [{"token_ids": [row[0][0] for row in one], "top": one} for one in tops]
 

@@ -15,7 +15,7 @@ _DEVICE = "hopper:0"
 
 
 def load_device() -> None:
-    """Load the plug-in and, on a GPU, the custom operators; before anything imports Paddle."""
+    """Load the plug-in and, on a GPU, the custom operators. Call it before Paddle's import."""
     from tests.gpu_rig import load
 
     if load(os.environ.get("FD_DSA_RIG", "real")).is_real:
@@ -29,7 +29,7 @@ def load_device() -> None:
 
 
 def serve(module: str, flags: list[str], *, on_rig: bool = True) -> Any:
-    """Run a server whose engine is a process of `module`; returns the exit status."""
+    """Run a server whose engine is a process of `module`. Returns the exit status."""
     from fd_dsa.serve import cli
     from fd_dsa.serve import flags as server_flags
     from fd_dsa.serve.engine_process import EngineProcess
@@ -42,7 +42,7 @@ def serve(module: str, flags: list[str], *, on_rig: bool = True) -> Any:
 
 
 def main() -> Any:
-    """Serve, or be the engine of a server; returns the exit status."""
+    """Serve, or run the engine of a server. Returns the exit status."""
     if sys.argv[1:2] == [ENGINE]:
         load_device()
         from fd_dsa.serve import engine_child

@@ -16,13 +16,13 @@ DROPPED = 4
 
 
 class KnownDrafts:
-    """Drafts of somebody who knows the answers, after another drafter has done its work.
+    """A drafter that knows the answers, and runs another drafter for its cost.
 
     Args:
-        drafter: whose drafts nobody reads; None = none.
+        drafter: the drafter whose drafts are dropped, or None.
 
     Attributes:
-        answers: tokens of each request; without them it has no drafts.
+        answers: tokens of each request. Without them there are no drafts.
     """
 
     # it knows which of its drafts stand, so how long an output is whose tokens are on their way
@@ -52,7 +52,7 @@ class KnownDrafts:
 
 
 class Engine(gpu_engine.Engine):
-    """The engine of `gpu_engine`; with a speculative_config it knows the drafts."""
+    """The engine of `gpu_engine`, which knows its drafts if it has a speculative_config."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -68,7 +68,7 @@ class Engine(gpu_engine.Engine):
             self._known = speculator.drafter = KnownDrafts(layer)
 
     def drafted(self, batch: int, prompt: int, steps: int) -> dict[str, float]:
-        """Milliseconds of a step in which all requests decode, and the share of right drafts."""
+        """Return milliseconds of a step in which all requests decode, and the accepted share."""
         self._num_runs += 1
         vocab_size = self._engine.runner.vocab_size
         prompts = random_prompts(batch, prompt, vocab_size, self._num_runs)
@@ -81,7 +81,7 @@ class Engine(gpu_engine.Engine):
         return {"step_ms": float(np.median(times[DROPPED:][:steps])), "accepted": accepted}
 
     def profile(self, batch: int, prompt: int, steps: int) -> dict[str, Any]:
-        """As the engine without drafts; here each row has a wrong one in every step."""
+        """Profile decode steps in which each row has a wrong draft."""
         if self._known is not None:
             ids = (f"{self._num_runs + 1}-{index}" for index in range(batch))
             self._known.answers = dict.fromkeys(ids, [1] * 2 * prompt)
@@ -90,7 +90,11 @@ class Engine(gpu_engine.Engine):
     def _run(
         self, prompts: list[list[int]], new: int
     ) -> tuple[dict[str, list[int]], list[float], float]:
-        """Tokens of each request; milliseconds of full steps; accepted drafts a draft of them."""
+        """Run prompts and time the steps in which all of them decode.
+
+        Returns:
+            Tokens of each request, milliseconds of these steps, and accepted drafts per draft.
+        """
         from fd_dsa import SamplingParams
 
         engine, is_known = self._engine, bool(self._known is not None and self._known.answers)

@@ -18,10 +18,10 @@ _EVENT = b"data: {"
 
 
 class _Stream:
-    """One request and what has come of its answer."""
+    """A request, and the end of its answer."""
 
     def __init__(self, host: str, port: int, body: dict[str, Any]) -> None:
-        """Connect; nothing is sent yet."""
+        """Connect without sending."""
         data = json.dumps(body).encode()
         self.request = (
             b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
@@ -31,13 +31,13 @@ class _Stream:
         self.tail = b""
 
     def read(self) -> bool:
-        """Take what has come; False at the end of the answer."""
+        """Read available data. Returns False at the end of the answer."""
         data = self.socket.recv(1 << 16)
         self.tail = (self.tail + data)[-4096:]
         return bool(data)
 
     def num_tokens(self) -> int:
-        """Tokens of the answer, as the server counts them in its last event.
+        """Return the number of tokens in the last event of the server.
 
         Raises:
             RuntimeError: the answer has no usage.
@@ -51,7 +51,7 @@ class _Stream:
 def streams(
     host: str, port: int, requests: int, prompt_tokens: int, new_tokens: int, seed: int
 ) -> dict[str, Any]:
-    """Seconds for `requests` streams that are asked for at the same time."""
+    """Return seconds for `requests` streams that begin together."""
     options = {"temperature": 0, "ignore_eos": True, "stream": True, "return_token_ids": True}
     options |= {"max_tokens": new_tokens, "stream_options": {"include_usage": True}}
     prompts = random_prompts(requests, prompt_tokens, _VOCAB_SIZE, seed)

@@ -1,7 +1,7 @@
-"""vLLM's decode steps where its layer for multi-token prediction drafts: MODEL, rows, result.
+"""vLLM's decode steps with drafts of its MTP layer: MODEL, rows, result.
 
-Runs where vLLM's packages are, beside the `vllm_bench.py` of the peer's folder, and imports nothing
-of this project. Random weights accept next to nothing, so a token takes a step.
+It runs with vLLM's packages and the `vllm_bench.py` of the peer's folder, and without this project.
+Random weights accept nearly no draft, so a token takes a step.
 """
 
 import argparse

@@ -22,7 +22,6 @@ COMMANDS = {
     ),
     "retrieval": ("retrieval.command.fill_parser", "what is hidden in long contexts"),
     "selection": ("selection.command.fill_parser", "what the indexer chose, layer by layer"),
-    "perplexity": ("perplexity.fill_parser", "perplexity of a text in one pass"),
 }
 """Command -> the function that fills its parser, and a line for `--help`."""
 

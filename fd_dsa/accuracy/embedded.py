@@ -17,7 +17,6 @@ import numpy as np
 from fd_dsa.config import EngineConfig
 from fd_dsa.environment import prepare_cpu_runtime
 from fd_dsa.errors import ConfigError
-from fd_dsa.tensor import Array
 
 if TYPE_CHECKING:
     from fd_dsa.engine.tokenizer import Tokenizer
@@ -59,27 +58,19 @@ class SingleSequenceRunner:
         self.length = end
         return hidden
 
-    def chunks(self, token_ids: Sequence[int]) -> Iterator[tuple[int, Any]]:
+    def chunks(self, token_ids: Sequence[int]) -> Iterator[Any]:
         """Begin a sequence with a prompt, in steps of at most `max_num_tokens` tokens.
 
         Old cache contents need not be cleared, because a sequence reads only positions it has
         written.
 
         Yields:
-            The offset of the step's tokens, and their hidden states.
+            The hidden states of each step, as `run` returns them.
         """
         self.length = 0
         size = int(self.runner.input_batch.max_num_tokens)
         for start in range(0, len(token_ids), size):
-            yield start, self.run(token_ids[start : start + size])
-
-    def logits(self, hidden: Array) -> np.ndarray:
-        """Return logits, float32 [n, vocab_size], of `run`'s hidden states [n, hidden_size]."""
-        import paddle
-
-        with paddle.no_grad():
-            logits = self.runner.model.compute_logits(hidden)
-        return logits if isinstance(logits, np.ndarray) else logits.numpy()
+            yield self.run(token_ids[start : start + size])
 
 
 @dataclass(frozen=True)

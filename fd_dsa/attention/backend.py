@@ -1,45 +1,42 @@
 """Attention backend of DSA: metadata once a step, then the attention of each layer.
 
-A layer calls `forward`. Its parts are public for layers with other projections: `write`, `select`
-in a layer with an indexer, and `attend`. Each kind of device has its own part: `host.py` a CPU,
-`device.py` device memory.
+A layer calls `forward`. Layers with other projections call its public parts: `write`, `select` in a
+layer with an indexer, and `attend`. `host.py` computes on a CPU, `device.py` on a device.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 from fd_dsa.attention.config import DSABackendConfig
 from fd_dsa.attention.host import HostAttention
-from fd_dsa.attention.indexer import Indexer
 from fd_dsa.attention.overlap import IndexerOverlap
 from fd_dsa.attention.protocol import (
     BackendStep,
     FilledStep,
     HostLengths,
+    IndexerLayer,
     MlaLayer,
     WrittenLayer,
 )
-from fd_dsa.device.allocation import Allocate, Array
+from fd_dsa.device.allocation import Allocate
 from fd_dsa.errors import ConfigError, KernelUnavailable, MissingStepError
 from fd_dsa.ops.arrays import check_shape
 from fd_dsa.ops.cache_write import CacheWriteParams
 from fd_dsa.step import ForwardMeta, StepHints, StepMetadataBuilder
+from fd_dsa.tensor import StepArray
 
 if TYPE_CHECKING:
     from fd_dsa.attention.device import DeviceAttention
 
-logger = logging.getLogger(__name__)
 
-
-def cache_of(forward_meta: BackendStep, index: int) -> Array:
+def cache_of(forward_meta: BackendStep, index: int) -> StepArray:
     """Return entry `index` of `forward_meta.caches`.
 
     Raises:
-        MissingStepError: the runner has not allocated it.
+        MissingStepError: the runner has not allocated the cache.
     """
     caches = forward_meta.caches
     if caches is None or caches[index] is None:
@@ -50,7 +47,7 @@ def cache_of(forward_meta: BackendStep, index: int) -> Array:
     return caches[index]
 
 
-def step_inputs(forward_meta: FilledStep) -> tuple[Array, ...]:
+def step_inputs(forward_meta: FilledStep) -> tuple[StepArray, ...]:
     """Return the four arrays of a step that the runner has filled.
 
     Raises:
@@ -79,20 +76,20 @@ def step_inputs(forward_meta: FilledStep) -> tuple[Array, ...]:
 class DSAAttentionBackend:
     """DeepSeek Sparse Attention on paged caches, one object for all layers.
 
-    Once a step: `init_attention_metadata`. In each layer: `forward`, or its parts `write`, `select`
-    (layers with an indexer) and `attend`. `forward_meta.caches` holds two tensors a layer:
-    `caches[2 * l]` latents, `caches[2 * l + 1]` indexer keys (None for a layer that shares a
-    selection).
+    The runner calls `init_attention_metadata` once a step. Each layer calls `forward`, or its parts
+    `write`, `select` (layers with an indexer) and `attend`. `forward_meta.caches` holds two tensors
+    for each layer: `caches[2 * l]` latents, `caches[2 * l + 1]` indexer keys (None for a layer that
+    shares a selection).
 
     Args:
         config: sizes of the model and of the largest step.
         device: "cpu", "gpu", "gpu:0" or a custom device of Paddle such as "name:0"; caches,
             activations and results are tensors there.
-        allocate: allocator of buffers on a device, as for a StepMetadataBuilder.
+        allocate: allocator of buffers on a device, see StepMetadataBuilder.
 
     Attributes:
         builder: builder of the metadata; its `num_builds` counts steps.
-        attention: part for the kind of device.
+        attention: writer and reader of the caches for the kind of device.
         overlap: forks the indexer's projections to a second stream.
         attention_metadata: metadata of the newest step, None before the first.
         shows_selections: True on a CPU; the selections of a device stay in its memory.
@@ -108,7 +105,9 @@ class DSAAttentionBackend:
         self, config: DSABackendConfig, device: str = "cpu", allocate: Allocate | None = None
     ) -> None:
         if device == "cpu" and config.dtype != "float32":
-            raise ConfigError(f"dtype: got {config.dtype!r}, a CPU computes in float32 alone")
+            raise ConfigError(
+                f"dtype: got {config.dtype!r}; must be float32 on a CPU; use float32, or a device"
+            )
         self.config = config
         self.block_size = config.cache_layout.block_size
         self.builder = StepMetadataBuilder(
@@ -138,7 +137,7 @@ class DSAAttentionBackend:
         self._write_params: dict[int, CacheWriteParams] = {}
 
     def set_step_hints(self, hints: StepHints | None) -> None:
-        """Set what the runner knows of the step whose metadata is built next."""
+        """Set the host's counts of the step whose metadata is built next."""
         self._hints = hints
 
     def init_attention_metadata(
@@ -149,7 +148,7 @@ class DSAAttentionBackend:
     ) -> None:
         """Build the metadata of a step from the lengths and tables of `forward_meta`.
 
-        See `build_step`. Without `hints` those of `set_step_hints` count, for this step only.
+        See `build_step`. Without `hints` the counts of `set_step_hints` apply, for this step only.
 
         Raises:
             MissingStepError: the runner has not filled the lengths or the block tables.
@@ -163,7 +162,7 @@ class DSAAttentionBackend:
     def build_step(
         self,
         forward_meta: BackendStep,
-        inputs: Sequence[Array],
+        inputs: Sequence[StepArray],
         hints: StepHints | None = None,
         host_lengths: HostLengths | None = None,
     ) -> None:
@@ -176,10 +175,10 @@ class DSAAttentionBackend:
         (int32 if the configuration asks for it), `slot_mapping` and `indexer_attn_mask_offsets`.
 
         Args:
-            forward_meta: any object that takes attributes; the layers are called with it.
+            forward_meta: any object that allows new attributes; the layers are called with it.
             inputs: the four arrays of `StepMetadataBuilder.build`, in its order.
-            hints: counts that the host knows of the step; needed with tensors on a device.
-            host_lengths: lengths of the rows, if the host knows them; without them all prompts on a
+            hints: counts that the host knows of the step; required for tensors on a device.
+            host_lengths: lengths of the rows, if the host knows them. Without them all prompts on a
                 device attend in the absorbed form.
 
         Raises:
@@ -198,8 +197,8 @@ class DSAAttentionBackend:
         self.attention.begin_step(step, host_lengths)
         self._built_for = forward_meta
 
-    def forget_step(self) -> None:
-        """Release the runner's object, because the caches that it holds are about to go."""
+    def drop_step_state(self) -> None:
+        """Release the runner's object before the caches that it holds are freed."""
         self._built_for = None
         self.attention.begin_step()
 
@@ -212,17 +211,17 @@ class DSAAttentionBackend:
             )
         return self.attention_metadata
 
-    def allocate_caches(self, has_indexer: Sequence[bool]) -> list[Array | None]:
-        """Allocate caches of `config.num_blocks` blocks in the form of `forward_meta.caches`."""
+    def allocate_caches(self, has_indexer: Sequence[bool]) -> list[StepArray | None]:
+        """Allocate caches of `config.num_blocks` blocks in the order of `forward_meta.caches`."""
         layout, num_blocks = self.config.cache_layout, self.config.num_blocks or 0
         allocate = self.attention.allocate_cache
-        caches: list[Array | None] = []
+        caches: list[StepArray | None] = []
         for full in has_indexer:
             caches.append(allocate(layout.latent_shape(num_blocks)))
             caches.append(allocate(layout.indexer_shape(num_blocks)) if full else None)
         return caches
 
-    def warm_up(self, num_tokens: int, caches: Sequence[Array | None]) -> None:
+    def warm_up(self, num_tokens: int, caches: Sequence[StepArray | None]) -> None:
         """Make the second stream, if a captured step of `num_tokens` tokens forks to it."""
         if num_tokens <= self.overlap.max_tokens:
             latents = caches[0]
@@ -236,12 +235,12 @@ class DSAAttentionBackend:
     def forward(
         self,
         layer: MlaLayer,
-        hidden: Array,
-        rotation: Array,
+        hidden: StepArray,
+        rotation: StepArray,
         forward_meta: BackendStep,
-        shared: Array | None = None,
-    ) -> tuple[Array, Array | None]:
-        """Write the keys of a layer, select keys and attend to them, as AttentionBackend says.
+        shared: StepArray | None = None,
+    ) -> tuple[StepArray, StepArray | None]:
+        """Write the keys of a layer, select keys and attend to them, see AttentionBackend.
 
         Args:
             rotation: float32 [num_tokens, qk_rope_head_dim]; cos, then sin.
@@ -259,45 +258,44 @@ class DSAAttentionBackend:
             projected = part.project(layer, indexer, hidden, self.overlap)
             latent, kv_a, index_k, weights = projected
             self.write(kv_a, index_k, rotation, layer, forward_meta)
-            dense, selection = part.dense_prompts, None
+            dense, selection = part.dense, None
             if dense is None or not dense.has_all:
                 selection = self._selection(indexer, latent, weights, rotation, forward_meta)
         try:
             return self._values(layer, latent, selection, rotation, forward_meta), selection
         except KernelUnavailable as error:
-            if part.dense_prompts is None:
+            if isinstance(part, HostAttention) or part.dense is None:
                 raise
-            part.dense_prompts = None
-            logger.warning("attention of prompts: absorbed from now on (%s)", error)
+            part.absorb_prompts(error)
         if selection is None and indexer is not None:
             selection = self._selection(indexer, latent, weights, rotation, forward_meta)
         return self._values(layer, latent, selection, rotation, forward_meta), selection
 
     def _selection(
         self,
-        indexer: Indexer,
-        latent: Array,
-        weights: Array,
-        rotation: Array,
+        indexer: IndexerLayer,
+        latent: StepArray,
+        weights: StepArray,
+        rotation: StepArray,
         forward_meta: BackendStep,
-    ) -> Array:
+    ) -> StepArray:
         """Return the selection of an indexer for the latents of the queries."""
-        q, interleave = indexer.queries(latent), indexer.config.indexer_rope_interleave
-        q, weights = self.attention.prepare_indexer_query(q, weights, rotation, interleave)
+        q, interleaved = indexer.queries(latent), indexer.rope_interleave
+        q, weights = self.attention.prepare_indexer_query(q, weights, rotation, interleaved)
         return self.select(q, weights, indexer.layer_id, forward_meta)
 
     def _values(
         self,
         layer: MlaLayer,
-        latent: Array,
-        selection: Array | None,
-        rotation: Array,
+        latent: StepArray,
+        selection: StepArray | None,
+        rotation: StepArray,
         forward_meta: BackendStep,
-    ) -> Array:
+    ) -> StepArray:
         """Return the values of all heads, see `forward`."""
-        q, dense, nope = layer.queries(latent), self.attention.dense_prompts, layer.nope_dim
+        q, dense, nope = layer.queries(latent), self.attention.dense, layer.nope_dim
         merged = tokens = None
-        if dense is not None and dense.groups:
+        if dense is not None:
             cache = cache_of(forward_meta, 2 * layer.layer_id)
             merged = dense.attend(self.current_step(forward_meta), q, rotation, cache, layer)
             if dense.has_all:
@@ -312,21 +310,21 @@ class DSAAttentionBackend:
 
     def write(
         self,
-        kv_a: Array,
-        index_k: Array | None,
-        cos_sin: Array,
+        kv_a: StepArray,
+        index_k: StepArray | None,
+        cos_sin: StepArray,
         layer: WrittenLayer,
         forward_meta: BackendStep,
     ) -> None:
         """Write this step's keys of a layer, latents and indexer keys together.
 
         Args:
-            kv_a: of `config.dtype` [num_tokens, kv_lora_rank + qk_rope_head_dim], as projected:
-                neither normed nor rotated; a column slice of wider rows is allowed.
-            index_k: likewise [num_tokens, index_head_dim], as projected; None in a layer that
-                shares a selection.
+            kv_a: `config.dtype` [num_tokens, kv_lora_rank + qk_rope_head_dim], neither normed nor
+                rotated; a column slice of wider rows is allowed.
+            index_k: `config.dtype` [num_tokens, index_head_dim], neither normed nor rotated; None
+                in a layer that shares a selection.
             cos_sin: float32 [num_tokens, qk_rope_head_dim]; cos, then sin, gathered once a step.
-            layer: layer whose `cache_write_params` say how its keys are normed.
+            layer: layer whose `cache_write_params` hold the norms of its keys.
             forward_meta: step of the keys.
         """
         step = self.current_step(forward_meta)
@@ -339,18 +337,20 @@ class DSAAttentionBackend:
         index_cache = None if index_k is None else cache_of(forward_meta, index + 1)
         self.attention.write(step, kv_a, index_k, cos_sin, latent_cache, index_cache, params)
 
-    def select(self, q: Array, weights: Array, layer_id: int, forward_meta: BackendStep) -> Array:
+    def select(
+        self, q: StepArray, weights: StepArray, layer_id: int, forward_meta: BackendStep
+    ) -> StepArray:
         """Select the keys that this step's tokens attend to in a layer.
 
         Args:
-            q: [num_tokens, index_n_heads, index_head_dim], as `prepare_indexer_query` makes it for
-                the format of the caches.
+            q: [num_tokens, index_n_heads, index_head_dim], result of `prepare_indexer_query` in the
+                format of the caches.
             weights: float32 [num_tokens, index_n_heads]; all scale factors folded in.
 
         Returns:
             int32 [num_tokens, min(index_topk, longest row)], on a device the longest row rounded
-            up; physical slots in ascending position, -1 = padding. The buffer is the backend's and
-            holds until the next selection.
+            up; physical slots in ascending position, -1 = padding. The next selection overwrites
+            the buffer.
 
         Raises:
             MissingStepError: also if the step has prompt tokens and no windows.
@@ -359,18 +359,18 @@ class DSAAttentionBackend:
         return self.attention.select(step, q, weights, cache_of(forward_meta, 2 * layer_id + 1))
 
     def attend(
-        self, q: Array, selection: Array | None, layer_id: int, forward_meta: BackendStep
-    ) -> Array:
+        self, q: StepArray, selection: StepArray | None, layer_id: int, forward_meta: BackendStep
+    ) -> StepArray:
         """Attend to the selected slots of a layer, for prefill and decode tokens together.
 
         Args:
-            q: of `config.dtype` [num_tokens, num_heads, kv_lora_rank + qk_rope_head_dim]; absorbed
-                query, as `prepare_mla_query` makes it.
+            q: `config.dtype` [num_tokens, num_heads, kv_lora_rank + qk_rope_head_dim]; absorbed
+                query, result of `prepare_mla_query`.
             selection: int32 [num_tokens, topk] or [num_tokens, 1, topk]; result of `select`.
 
         Returns:
-            of `config.dtype` [num_tokens, num_heads, kv_lora_rank]; zeros for padded tokens. The
-            buffer is the backend's and holds until the next `attend`.
+            `config.dtype` [num_tokens, num_heads, kv_lora_rank]; zeros for padded tokens. The next
+            `attend` overwrites the buffer.
 
         Raises:
             MissingStepError: also without a selection.

@@ -17,16 +17,17 @@ class DSABackendConfig:
 
     Attributes:
         num_heads: attention heads on this device.
-        index_n_heads, index_topk: heads of the indexer, keys that it chooses.
+        index_n_heads: heads of the indexer.
+        index_topk: keys that the indexer selects for a token.
         softmax_scale: factor of the attention scores.
         cache_layout: format of the caches.
-        max_num_seqs, max_num_tokens, max_blocks_per_seq, num_blocks: as of a StepMetadataBuilder.
-        dtype: of activations and results: "float32", or on a device also "bfloat16".
-        int32_position_ids: whether `forward_meta.position_ids` is int32, as older trees of
-            FastDeploy take it; the operators here go on with the step's own int64.
-        tokens_per_row: new tokens that most decode rows have: 1, and the drafts.
-        head_widths: of a head's keys without their rotated part, and of its values, before
-            absorption; None: the layers bring absorbed queries alone.
+        max_num_seqs, max_num_tokens, max_blocks_per_seq, num_blocks: see StepMetadataBuilder.
+        dtype: dtype of activations and results, "float32", or on a device also "bfloat16".
+        int32_position_ids: True if `forward_meta.position_ids` must be int32, as in older trees of
+            FastDeploy. The operators of this package read the step's own int64 positions.
+        tokens_per_row: usual new tokens of a decode row, 1 plus its drafts.
+        head_widths: width of a head's keys without their rotated part, and of its values, before
+            absorption. None if the layers pass only absorbed queries.
 
     Raises:
         ConfigError: another dtype, or a row without tokens.
@@ -54,10 +55,16 @@ class DSABackendConfig:
 
     @property
     def query_format(self) -> dict[str, Any]:
-        """Format of the indexer's queries, as keyword arguments of `indexer_query`."""
+        """Keyword arguments of `indexer_query` for the format of the indexer's queries."""
         layout = self.cache_layout
         return {
             "quantized": layout.is_fp8,
             "hadamard": layout.index_hadamard,
             "scale_fmt": layout.index_scale_fmt,
         }
+
+    @property
+    def kernel_types(self) -> tuple[str, str, int, int]:
+        """Types and widths that select a kernel of sparse MLA."""
+        layout = self.cache_layout
+        return self.dtype, layout.kv_cache_dtype, layout.kv_lora_rank, layout.qk_rope_head_dim

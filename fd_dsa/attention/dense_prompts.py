@@ -1,8 +1,8 @@
 """Dense attention of prompts within `index_topk`, by keys and values of every head.
 
-The position of a prompt token decides: below `index_topk` it attends in this form, whatever its
-chunk and whatever was cached before it. All other tokens attend in the absorbed form. The host
-finds the tokens of each form from the lengths of the rows.
+The position of a prompt token decides: below `index_topk` it attends densely, for any chunk and any
+number of cached tokens. All other tokens attend in the absorbed form. The host finds the tokens of
+each form from the lengths of the rows.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from fd_dsa.attention.config import DSABackendConfig
 from fd_dsa.attention.protocol import HostLengths, MlaLayer
 from fd_dsa.device.allocation import Allocate
 from fd_dsa.device.staging import StagedInputs
-from fd_dsa.ops.arrays import rows_at
+from fd_dsa.ops.dense_kernels import rows_at
 from fd_dsa.ops.device_matrix import DeviceMatrix
-from fd_dsa.ops.fixed_order import why_not_by_rows
+from fd_dsa.ops.fixed_order import row_dependence_refusal
 from fd_dsa.ops.head_gemm import empty_heads
 from fd_dsa.ops.mla.prompt import (
     Group,
@@ -34,23 +34,24 @@ from fd_dsa.triton_runtime.driver import GpuTraits
 
 logger = logging.getLogger(__name__)
 KEYS_BYTES = 512 << 20
-"""Most memory for the keys and values of a group of rows, but those of `index_topk` are held."""
+"""Max memory for the keys and values of a group of rows, or `index_topk` keys if they take more."""
 
 
 class DensePrompts:
     """Attention of the dense tokens of a step, one object for all layers.
 
     Args:
-        config: one that `why_not` finds nothing against.
-        gpu: what the tiles have to fit.
+        config: supported configuration, see `why_not`.
+        gpu: traits of the device, whose shared memory bounds the tiles.
 
     Attributes:
-        others: int32 [n]; the tokens of the step that do not attend densely. None: all of them, or
-            none of them.
-        other_step: the step of those tokens alone, as attention needs it.
-        has_all: all tokens of the step attend densely.
-        groups: rows whose keys are held at once; [] where none attends densely.
-        latents, rope, rows, tiling: arguments of the launches for each group.
+        groups: neighbouring rows whose keys are held at once.
+        has_all: True if all tokens of the step attend densely.
+        others: int32 [n], tokens of the step in the absorbed form, None if `has_all`.
+        other_step: step of only these tokens, as sparse attention needs it; None if `has_all`.
+        latents, rope: buffers of a group's keys, bfloat16 [max_keys, width].
+        rows: max rows of a step, rounded up to a power of two.
+        tiling: tiles of the attention kernel.
     """
 
     def __init__(self, config: DSABackendConfig, allocate: Allocate, gpu: GpuTraits) -> None:
@@ -64,27 +65,35 @@ class DensePrompts:
         self.rope = allocate((self._max_keys, layout.qk_rope_head_dim), "bfloat16")
         self._staged = StagedInputs(allocate, (tokens, tokens, config.max_num_seqs), 1, 1)
         self.groups: list[Group] = []
-        # where the keys of each are gathered
+        # views of the buffers, one pair for each group
         self._gathered: list[tuple[Tensor, Tensor]] = []
         self.others: Tensor | None = None
         self.other_step: ForwardMeta | None = None
         self.has_all = False
 
-    def begin_step(self, step: ForwardMeta | None, lengths: HostLengths | None) -> None:
-        """Find the tokens of a step that attend densely, as DeviceAttention.begin_step says."""
-        self.groups, self.others, self.other_step, self.has_all = [], None, None, False
-        if step is None or lengths is None or step.num_prefill_tokens == 0:
-            return
+    def begin_step(self, step: ForwardMeta, lengths: HostLengths) -> bool:
+        """Find the dense tokens of a step.
+
+        Args:
+            step: step with prompt tokens.
+            lengths: lengths of its rows.
+
+        Returns:
+            False if the step has no dense token. The attributes then do not describe it.
+        """
         new, cached, this_time = lengths
         counts = np.clip(self._config.index_topk - cached, 0, new)
         self.groups = row_groups(counts, cached, self._max_keys)
+        self.others = self.other_step = None
+        self.has_all = counts.sum() == step.position_ids.shape[0]
+        if not self.groups:
+            return False
         sizes = [group.num_keys for group in self.groups]
         self._gathered = [(self.latents[:size], self.rope[:size]) for size in sizes]
-        self.has_all = counts.sum() == step.position_ids.shape[0]
-        if not self.groups or self.has_all:
-            return
+        if self.has_all:
+            return True
         rows = np.repeat(np.arange(len(new)), this_time)
-        # the tokens of a row that attend densely come first
+        # a row has its dense tokens first
         in_row = np.arange(len(rows)) - (np.cumsum(this_time) - this_time)[rows]
         others = np.flatnonzero(in_row >= counts[rows])
         left = new - counts
@@ -97,21 +106,22 @@ class DensePrompts:
             batch_id_per_token=batch_ids,
             num_prefill_tokens=int(left.sum()),
         )
+        return True
 
     def attend(
         self, step: ForwardMeta, q: Tensor, cos_sin: Tensor, cache: Tensor, layer: MlaLayer
     ) -> Tensor:
-        """Attend for the dense tokens of a layer. Rows of the others hold anything.
+        """Attend for the dense tokens of a layer. Rows of other tokens are arbitrary.
 
         Args:
             step: step of the tokens.
             q: bfloat16 [num_tokens, num_heads, qk_nope_head_dim + qk_rope_head_dim], as projected.
             cos_sin: float32 [num_tokens, qk_rope_head_dim]; cos, then sin.
-            cache: latents of the layer, with those of this step.
-            layer: layer with the weights of keys and values, and with the reader of the result.
+            cache: latents of the layer, this step's included.
+            layer: layer with the up-projections, and with `o_proj`, which reads the result.
 
         Returns:
-            bfloat16 [num_tokens, num_heads * v_head_dim], or Fp8Rows of it.
+            [num_tokens, num_heads * v_head_dim], in bfloat16 or as Fp8Rows.
         """
         k_b, v_b, reader = _device_matrices(layer)
         rounds = v_b.scales_for(reader)
@@ -132,18 +142,22 @@ class DensePrompts:
         return out if rounds is not None else out.reshape([out.shape[0], -1])
 
     def of_others(self, x: Tensor) -> Tensor:
-        """Return the rows of x [num_tokens, ...] whose tokens do not attend densely."""
+        """Return the rows of x [num_tokens, ...] whose tokens attend in the absorbed form."""
+        assert self.others is not None, "only called for a step with such tokens"
         width = int(np.prod(x.shape[1:]))
         rows = rows_at(x.reshape([x.shape[0], width]), self.others)
         return rows.reshape([rows.shape[0], *x.shape[1:]])
 
     def with_others(self, dense: Tensor, latent: Tensor, layer: MlaLayer) -> Tensor:
-        """Write the values of the other tokens to their rows of `dense`.
+        """Write the values of the absorbed tokens to their rows of `dense`.
 
         Args:
             dense: result of `attend`.
-            latent: attention of these tokens in absorbed form [n, num_heads, kv_lora_rank].
-            layer: as for `attend`.
+            latent: [n, num_heads, kv_lora_rank], attention of the absorbed tokens.
+            layer: layer of `attend`.
+
+        Returns:
+            `dense`.
         """
         _, v_b, reader = _device_matrices(layer)
         return v_b.heads_joined(latent, reader, dense, self.others)
@@ -156,7 +170,7 @@ def _device_matrices(layer: MlaLayer) -> tuple[DeviceMatrix, DeviceMatrix, Devic
 
 
 def max_keys(config: DSABackendConfig) -> int:
-    """Return the number of keys that are held at once, from one row to a whole step."""
+    """Return the max keys that are held at once, at least one row's and at most a step's."""
     assert config.head_widths is not None
     fit = KEYS_BYTES // (2 * config.num_heads * sum(config.head_widths))
     longest = min(config.index_topk, config.max_blocks_per_seq * config.cache_layout.block_size)
@@ -164,14 +178,14 @@ def max_keys(config: DSABackendConfig) -> int:
 
 
 def workspace_bytes(config: DSABackendConfig) -> int:
-    """Return the bytes that dense prompts take in addition to DeviceAttention's buffers."""
+    """Return the bytes of dense prompts in addition to the buffers of DeviceAttention."""
     if why_not(config) is not None:
         return 0
     assert config.head_widths is not None
     layout = config.cache_layout
     width = config.num_heads * sum(config.head_widths)
     width += layout.kv_lora_rank + layout.qk_rope_head_dim
-    # what is staged of a step is there four times: three slabs and a tensor
+    # the inputs of a step are held four times, in three slabs and a tensor
     return 2 * max_keys(config) * width + 16 * (2 * config.max_num_tokens + config.max_num_seqs)
 
 
@@ -180,10 +194,10 @@ def why_not(config: DSABackendConfig) -> str | None:
     cache, rope = config.cache_layout.kv_cache_dtype, config.cache_layout.qk_rope_head_dim
     if config.head_widths is None:
         return "the model's widths are not known"
-    if one_form := why_not_by_rows():
+    if one_form := row_dependence_refusal():
         return one_form
     if config.dtype != "bfloat16" or cache == "float32":
-        return f"activations are {config.dtype} and the cache is {cache}, it takes neither float32"
+        return f"activations are {config.dtype} and the cache is {cache}, neither may be float32"
     if rope < 16 or rope & (rope - 1) or config.head_widths[0] % 2:
         return f"heads of {config.head_widths[0]} + {rope} values"
     return None
@@ -192,19 +206,24 @@ def why_not(config: DSABackendConfig) -> str | None:
 def dense_prompts_for(
     config: DSABackendConfig, allocate: Allocate, gpu: GpuTraits
 ) -> DensePrompts | None:
-    """Create and log the dense form, or return None if all prompts are absorbed."""
+    """Make and log the dense attention, or return None if all prompts are absorbed."""
     reason = why_not(config)
     how = f"absorbed ({reason})" if reason else "dense"
     logger.info("attention of prompts below %d tokens: %s", config.index_topk, how)
     return None if reason else DensePrompts(config, allocate, gpu)
 
 
-def row_groups(counts: np.ndarray, cached: np.ndarray, most: int) -> list[Group]:
-    """Group rows in order, as many as have room for their keys."""
+def row_groups(counts: np.ndarray, cached: np.ndarray, limit: int) -> list[Group]:
+    """Group neighbouring rows with dense tokens, up to `limit` keys or one row.
+
+    Args:
+        counts: dense tokens of each row.
+        cached: cached tokens of each row.
+    """
     groups: list[Group] = []
     for row in np.flatnonzero(counts).tolist():
         count, keys = int(counts[row]), int(counts[row] + cached[row])
-        if groups and groups[-1].num_keys + keys <= most:
+        if groups and groups[-1].num_keys + keys <= limit:
             last = groups[-1]
             groups[-1] = Group(last.first_row, row + 1, last.num_keys + keys, (*last.counts, count))
         else:

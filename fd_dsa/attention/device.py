@@ -1,12 +1,12 @@
 """Selection and attention on a device: launches over pages, with buffers that never move.
 
-One launch serves the tokens of prompts and of decode rows: a prompt token sees the keys of its
-window in `indexer_attn_mask_offsets`, a decode token those up to its position. Grids and views
-follow from the counts that the host knows, so the host reads no tensor back and, once the views of
-a size exist, allocates nothing.
+One launch covers the tokens of prompts and of decode rows. A prompt token sees the keys of its
+window in `indexer_attn_mask_offsets`, a decode token sees the keys up to its position. The counts
+that the host knows determine grids and views. So the host reads no tensor back, and allocates only
+the first views of a size.
 
-Which of our kernels serve is decided when the attention is made (`fd_dsa.ops.providers`): the
-fastest that take its sizes and types.
+A DeviceAttention selects the fastest kernels that support its sizes and types
+(`fd_dsa.ops.providers`).
 """
 
 from __future__ import annotations
@@ -15,30 +15,30 @@ import logging
 from collections.abc import Callable
 from functools import lru_cache, partial
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fd_dsa import custom_ops
 from fd_dsa.attention.config import DSABackendConfig
+from fd_dsa.attention.device_memory import Buffers, buffer_sizes, buffer_view
 from fd_dsa.attention.device_scores import (
     PageScores,
     Sizes,
     TileScores,
     rounded_length,
     tile_sizes,
+    why_not_tiles,
 )
-from fd_dsa.attention.indexer import Indexer
 from fd_dsa.attention.overlap import IndexerOverlap
-from fd_dsa.attention.protocol import HostLengths, MlaLayer
-from fd_dsa.attention.tensor_core_attention import TensorCoreAttention
+from fd_dsa.attention.protocol import HostLengths, IndexerLayer, MlaLayer
 from fd_dsa.device.allocation import CACHED_VIEWS, Allocate
 from fd_dsa.device.transfers import transfers_for
 from fd_dsa.errors import KernelUnavailable
 from fd_dsa.ops.arrays import check_shape, values_of
 from fd_dsa.ops.cache_write import CacheWriteParams
 from fd_dsa.ops.cache_write.triton_kernel import write_caches
-from fd_dsa.ops.logits import tile_forms
-from fd_dsa.ops.mla import tensor_core
-from fd_dsa.ops.mla.custom_op import choose_attention, kind_for
+from fd_dsa.ops.mla.custom_op import CustomAttention, choose_attention, kind_for
+from fd_dsa.ops.mla.records import Dequantized, DequantizedRecords
+from fd_dsa.ops.mla.tensor_core import attend_on_tensor_cores, new_partials
 from fd_dsa.ops.mla.triton_kernel import attend_slots
 from fd_dsa.ops.providers import (
     CUSTOM_OP,
@@ -48,67 +48,140 @@ from fd_dsa.ops.providers import (
     device_kind,
     is_refused,
     refuse,
-    settle,
+    select_all,
+    selected_provider,
 )
 from fd_dsa.ops.query_kernels import prepare_indexer_query, prepare_mla_query
 from fd_dsa.ops.topk.custom_op import slot_selector
 from fd_dsa.step import ForwardMeta
 from fd_dsa.tensor import Tensor
 from fd_dsa.triton_runtime.device_api import traits_for
-from fd_dsa.triton_runtime.driver import GpuTraits
 
 if TYPE_CHECKING:
     from fd_dsa.attention.dense_prompts import DensePrompts
 
 logger = logging.getLogger(__name__)
-LOGITS_BYTES = 512 << 20
-"""Most memory for the scores of a layer, but at least one token's are held; the tokens of a longer
-step are scored in chunks."""
-
-_WIDTHS = {"float32": 4, "bfloat16": 2, "int32": 4, "uint8": 1}
-Buffers = dict[str, tuple[Tensor, tuple[int, ...]]]
-"""Memory, and the shape of each value."""
 Projected = tuple[Tensor, Tensor, Tensor, Tensor]
 """Latents of queries and keys, index keys and head weights of a layer."""
+# with fewer prompt tokens in a step, a launch that dequantizes costs more than it saves
+_MIN_PREFILL_TOKENS = 256
+# dequantizing pays up to this number of keys for each new token and 64 heads; measured on an H200
+_KEYS_PER_TOKEN = 128
+
+
+def keys_per_token(num_heads: int) -> int:
+    """Return the max keys per new token of a row whose records are dequantized first."""
+    return _KEYS_PER_TOKEN * -(-num_heads // 64)
+
+
+class TensorCoreAttention:
+    """Sparse MLA on tensor cores, with memory that all layers and steps share.
+
+    A kernel of custom_ops/ attends if it is faster for this number of tokens. It supports few heads
+    over FP8 records, and more than 32 heads. With more than 32 heads over FP8 records, the records
+    of prompts are dequantized first if that is faster.
+
+    Args:
+        config: supported configuration, see `tensor_core.why_not`.
+        scratch: float32 [n] for dequantized records, free during `attend`.
+        custom: kernel of custom_ops/ for these heads and this cache.
+        always_custom: True if Triton's kernel cannot be compiled.
+    """
+
+    def __init__(
+        self,
+        config: DSABackendConfig,
+        allocate: Allocate,
+        scratch: Tensor | None = None,
+        custom: CustomAttention | None = None,
+        always_custom: bool = False,
+    ) -> None:
+        self._scale, self._custom, self._always = config.softmax_scale, custom, always_custom
+        self._partials = None
+        if custom is None or not (always_custom or custom.is_faster(1, config.num_heads)):
+            self._partials = new_partials(config.num_heads, allocate)
+        self._records: DequantizedRecords | None = None
+        reads_them = custom is not None and not custom.records_alone
+        if reads_them and config.cache_layout.is_fp8 and scratch is not None:
+            max_keys = keys_per_token(config.num_heads)
+            self._records = DequantizedRecords(scratch, max_keys, config.max_num_seqs)
+
+    def attend(
+        self,
+        q: Tensor,
+        cache: Tensor,
+        slots: Tensor,
+        out: Tensor,
+        lse: Tensor | None = None,
+        step: ForwardMeta | None = None,
+    ) -> None:
+        """Attend to the slots of each token, see `attend_on_tensor_cores`.
+
+        Args:
+            step: step of the tokens, whose slots are then all in their own rows.
+        """
+        how: dict[str, Any] = {"softmax_scale": self._scale, "lse": lse}
+        custom = self._custom
+        if custom is not None and (self._always or custom.is_faster(q.shape[0], q.shape[1])):
+            dequantized = self._dequantized(cache, step)
+            custom(q, cache, slots, out, dequantized=dequantized, **how)
+        else:
+            attend_on_tensor_cores(q, cache, slots, out, partials=self._partials, **how)
+
+    def _dequantized(self, cache: Tensor, step: ForwardMeta | None) -> Dequantized | None:
+        """Dequantize the records of the step's prompts, or return None if that does not pay."""
+        if self._records is None or step is None:
+            return None
+        if step.num_prefill_tokens < _MIN_PREFILL_TOKENS:
+            return None
+        try:
+            return self._records.fill(cache, step)
+        except KernelUnavailable as error:
+            self._records = None
+            logger.warning("attention of prompts: no records are dequantized first (%s)", error)
+            return None
 
 
 class DeviceAttention:
-    """Writer and reader of the caches, with buffers for every layer and step.
+    """Writer and reader of the caches, with buffers that all layers and steps share.
 
     Args:
-        allocate: makes a contiguous tensor of a shape and dtype on the device.
+        allocate: allocator of contiguous tensors on the device.
 
     Attributes:
-        dense_prompts: attends for prompts within `index_topk`; None: in the absorbed form, as for
-            all others.
+        dense_prompts: dense attention of prompts within `index_topk`, None if all prompts attend
+            in the absorbed form.
+        dense: `dense_prompts` if the step has dense tokens, else None.
         scores: kernels that score and select keys; replaced if a kernel cannot be compiled.
-        tensor_core_attention: attention on tensor cores; None if `attend_slots` serves.
+        tensor_core_attention: attention on tensor cores, None if `attend_slots` attends.
     """
 
     def __init__(self, config: DSABackendConfig, allocate: Allocate) -> None:
         self.config, self._allocate = config, allocate
         self._query_format = config.query_format
         self._buffers: Buffers = {}
-        self._take(_sizes(config))
+        self._add_buffers(buffer_sizes(config))
         self._view = lru_cache(maxsize=CACHED_VIEWS)(partial(buffer_view, self._buffers))
-        # the layer that made it, as the address of its cache, and the slots
-        self._everything: tuple[int, Tensor] | None = None
+        # address of the cache of the layer that made the slots, and the slots
+        self._all_slots: tuple[int, Tensor] | None = None
         kind = device_kind(self._buffers["logits"][0])
-        # the interpreter's tensors are in host memory
+        # Triton's interpreter has its tensors in host memory
         kind = "interpreter" if kind == "cpu" else kind
-        settle(kind)
+        select_all(kind)
         self._kind = kind
         self.scores = self._new_scores()
         self.tensor_core_attention = self._new_attention()
         self.dense_prompts: DensePrompts | None = None
+        self.dense: DensePrompts | None = None
         if config.head_widths is not None:
-            # it works on Paddle's tensors alone
+            # other libraries' tensors have no dense prompts, whose module imports Paddle
             from fd_dsa.attention.dense_prompts import dense_prompts_for
 
             traits = traits_for(self._buffers["logits"][0])
             self.dense_prompts = dense_prompts_for(config, allocate, traits)
 
-    def _take(self, sizes: Sizes) -> None:
+    def _add_buffers(self, sizes: Sizes) -> None:
+        """Allocate named buffers."""
         for name, (count, shape, dtype) in sizes.items():
             self._buffers[name] = self._allocate((count * prod(shape),), dtype), shape
 
@@ -121,14 +194,14 @@ class DeviceAttention:
         if choose("indexer_logits", kind, conditions).provider == TRITON:
             return PageScores(*made)
         transfers = transfers_for(logits)
-        self._take(tile_sizes(config, made[2], transfers.traits.num_processors))
+        self._add_buffers(tile_sizes(config, made[2], transfers.traits.num_processors))
         return TileScores(*made, transfers)
 
     def _new_attention(self) -> TensorCoreAttention | None:
         """Return the attention on tensor cores, or None if `attend_slots` is selected."""
         kind = self._kind
         config, logits = self.config, self._buffers["logits"][0]
-        heads, types = config.num_heads, kernel_types(config)
+        heads, types = config.num_heads, config.kernel_types
         capability = traits_for(logits).capability
         choice = choose_attention(kind, heads, *types, capability, self._allocate)
         if choice.provider == TRITON:
@@ -137,15 +210,15 @@ class DeviceAttention:
         if choice.provider == CUSTOM_OP:
             own = kind_for(heads, config.cache_layout.is_fp8)
         custom = own(custom_ops.build().kernels) if own else None
-        # scores of a layer are done with when its tokens attend
+        # the buffer of scores is free when the tokens of a layer attend
         always = is_refused("sparse_mla", kind, TENSOR_CORE)
         return TensorCoreAttention(config, self._allocate, logits, custom, always)
 
     def _score(self, call: Callable[[PageScores], None]) -> None:
-        """Call with the scores, once more with the next provider after a failed compilation.
+        """Call with the scores, again with the next provider after a failed compilation.
 
         Raises:
-            KernelUnavailable: no other provider may serve, or a captured graph reads the schedule
+            KernelUnavailable: no other provider is allowed, or a captured graph reads the schedule
                 of this one.
         """
         try:
@@ -162,7 +235,7 @@ class DeviceAttention:
         step: ForwardMeta | None = None,
         lengths: HostLengths | None = None,
     ) -> None:
-        """Reset what the layers of a step share, and prepare it for `step`.
+        """Reset the state that the layers of a step share, and prepare it for `step`.
 
         Also called before the replay of layers that were captured without it.
 
@@ -170,20 +243,26 @@ class DeviceAttention:
             step: next step; None after the last one.
             lengths: lengths of its rows, if the host knows them.
         """
-        self._everything = None
-        if self.dense_prompts is not None:
-            self.dense_prompts.begin_step(step, lengths)
+        self._all_slots = self.dense = None
         if step is None:
             return
+        dense = self.dense_prompts
+        if dense is not None and lengths is not None and step.num_prefill_tokens:
+            self.dense = dense if dense.begin_step(step, lengths) else None
         if step.max_seqlen_k > self.config.index_topk or self.scores.is_captured:
             self._score(lambda scores: scores.prepare(step))
+
+    def absorb_prompts(self, error: KernelUnavailable) -> None:
+        """Attend for all prompts in the absorbed form, because a dense kernel is unavailable."""
+        self.dense_prompts = self.dense = None
+        logger.warning("attention of prompts: absorbed from now on (%s)", error)
 
     def query_buffers(self, num_tokens: int) -> tuple[Tensor, Tensor]:
         """Return the buffers of the two results of `prepare_indexer_query`."""
         return self._view("index_q", num_tokens), self._view("index_weights", num_tokens)
 
     def projection_buffers(self, num_tokens: int) -> tuple[Tensor, Tensor]:
-        """Return the buffers of `project_indexer`: index keys and head weights."""
+        """Return the buffers of the indexer's projections, index keys and head weights."""
         return self._view("index_k", num_tokens), self._view("head_weights", num_tokens)
 
     def mla_query_buffer(self, num_tokens: int) -> Tensor:
@@ -196,13 +275,14 @@ class DeviceAttention:
         return self._allocate(tuple(shape), layout.format.device_dtype)
 
     def project(
-        self, layer: MlaLayer, indexer: Indexer, hidden: Tensor, overlap: IndexerOverlap
+        self, layer: MlaLayer, indexer: IndexerLayer, hidden: Tensor, overlap: IndexerOverlap
     ) -> Projected:
-        """Project a layer's input, for the indexer on a second stream."""
+        """Project a layer's input, for the indexer on a second stream if the step forks."""
         # the indexer's projections are never FP8
         values, num_tokens = values_of(hidden), hidden.shape[0]
         out = self.projection_buffers(num_tokens)
-        forked = num_tokens if indexer.may_fork(values) else 0
+        # a GEMM of Paddle runs on the stream of its cuBLAS handle, which a fork does not change
+        forked = num_tokens if selected_provider("indexer_projection", values) == TRITON else 0
         work = partial(layer.project_qkv_a, hidden)
         (latent, kv_a, joined), (index_k, weights) = overlap.run(
             forked, work, indexer.project, values, out
@@ -219,14 +299,14 @@ class DeviceAttention:
         index_cache: Tensor | None,
         params: CacheWriteParams,
     ) -> None:
-        """See DSAAttentionBackend.write."""
+        """Write the keys of a step, see DSAAttentionBackend.write."""
         slots = step.slot_mapping
         write_caches(kv_a, index_k, None, slots, cos_sin, latent_cache, index_cache, params)
 
     def prepare_indexer_query(
         self, q: Tensor, weights: Tensor, cos_sin: Tensor, rope_interleave: bool
     ) -> tuple[Tensor, Tensor]:
-        """Bring queries of an indexer into the format of its keys, by `indexer_query`."""
+        """Convert queries of an indexer to the format of its keys, by `indexer_query`."""
         out = self.query_buffers(q.shape[0])
         how = {"rope_interleave": rope_interleave, **self._query_format}
         return prepare_indexer_query(q, weights, None, cos_sin, out=out, **how)
@@ -234,34 +314,34 @@ class DeviceAttention:
     def prepare_mla_query(
         self, q_latent: Tensor, q_pe: Tensor, position_ids: Tensor | None, cos_sin: Tensor
     ) -> Tensor:
-        """Run the operator of the same arguments, with the result in `mla_query_buffer`."""
+        """Run the operator of this name, with its result in `mla_query_buffer`."""
         out = self.mla_query_buffer(q_latent.shape[0])
         return prepare_mla_query(q_latent, q_pe, position_ids, cos_sin, out)
 
     def select(self, step: ForwardMeta, q: Tensor, weights: Tensor, cache: Tensor) -> Tensor:
-        """See DSAAttentionBackend.select. The cache is the layer's indexer cache.
+        """Select keys, see DSAAttentionBackend.select. The cache is the layer's indexer cache.
 
-        If no row is longer than `index_topk`, every token sees all of its keys: scores are not
-        needed, and the layers of the step share one selection.
+        If all rows have at most `index_topk` keys, a token sees all of its keys. Then scores are
+        not needed, and the layers of the step share one selection.
         """
         if step.max_seqlen_k <= self.config.index_topk:
             layer = cache.data_ptr()
-            # the same layer again: a capture after a warm-up, whose graph needs the launch too
-            if self._everything is None or self._everything[0] == layer:
-                self._everything = layer, self._all_keys(step, cache)
-            return self._everything[1]
+            # a capture after a warm-up runs the layer again, and its graph needs the launch
+            if self._all_slots is None or self._all_slots[0] == layer:
+                self._all_slots = layer, self._all_keys(step, cache)
+            return self._all_slots[1]
         slots = self._view("slots", step.position_ids.shape[0], self.config.index_topk)
         self._score(lambda scores: scores.select(step, q, weights, cache, slots))
         return slots
 
     def attend(self, step: ForwardMeta, q: Tensor, cache: Tensor, selection: Tensor) -> Tensor:
-        """See DSAAttentionBackend.attend. The cache is the layer's latent cache."""
+        """Attend, see DSAAttentionBackend.attend. The cache is the layer's latent cache."""
         num_tokens = q.shape[0]
         if len(selection.shape) == 3:
             selection = selection.reshape([selection.shape[0], -1])
-        prompts = self.dense_prompts
-        if prompts is not None and prompts.other_step is not None:
-            step, selection = prompts.other_step, prompts.of_others(selection)
+        dense = self.dense
+        if dense is not None and dense.other_step is not None:
+            step, selection = dense.other_step, dense.of_others(selection)
         check_shape("attend", "selection", selection, (num_tokens, None))
         out = self._view("latents", num_tokens)
         try:
@@ -289,63 +369,5 @@ class DeviceAttention:
         num_tokens = step.position_ids.shape[0]
         width = rounded_length(step.max_seqlen_k, self.config.index_topk)
         slots = self._view("slots", num_tokens, width)
-        self.scores.choose(step, self._view("logits", 1, 1), cache, slots, num_rows=num_tokens)
+        self.scores.select_by(step, self._view("logits", 1, 1), cache, slots, num_rows=num_tokens)
         return slots
-
-
-def _sizes(config: DSABackendConfig) -> Sizes:
-    """Return the sizes of the buffers of a DeviceAttention, without its schedules."""
-    layout, tokens = config.cache_layout, config.max_num_tokens
-    heads, index_heads, rank = config.num_heads, config.index_n_heads, layout.kv_lora_rank
-    max_keys = config.max_blocks_per_seq * layout.block_size
-    num_logits = min(max(LOGITS_BYTES // 4, max_keys), tokens * max_keys)
-    codes = "uint8" if layout.is_fp8 else config.dtype
-    return {
-        "logits": (num_logits, (), "float32"),
-        "slots": (tokens * config.index_topk, (), "int32"),
-        "mla_q": (tokens, (heads, rank + layout.qk_rope_head_dim), config.dtype),
-        "latents": (tokens, (heads, rank), config.dtype),
-        "index_q": (tokens, (index_heads, layout.index_head_dim), codes),
-        "index_weights": (tokens, (index_heads,), "float32"),
-        "index_k": (tokens, (layout.index_head_dim,), config.dtype),
-        "head_weights": (tokens, (index_heads,), "float32"),
-    }
-
-
-def workspace_bytes(config: DSABackendConfig, gpu: GpuTraits) -> int:
-    """Return the bytes that a DeviceAttention of this configuration takes.
-
-    Args:
-        gpu: which kernels serve, and what they take, depends on it.
-    """
-    sizes = _sizes(config)
-    if why_not_tiles(config) is None:
-        sizes |= tile_sizes(config, sizes["logits"][0], gpu.num_processors)
-    total = sum(count * prod(shape) * _WIDTHS[dtype] for count, shape, dtype in sizes.values())
-    if tensor_core.why_not(gpu.capability, *kernel_types(config)) is None:
-        splits = tensor_core.new_partials(config.num_heads, lambda shape, _: 4 * prod(shape))
-        total += sum(splits)
-    if config.head_widths is not None:
-        from fd_dsa.attention import dense_prompts
-
-        total += dense_prompts.workspace_bytes(config)
-    return total
-
-
-def why_not_tiles(config: DSABackendConfig) -> str | None:
-    """Return why TileScores cannot serve a configuration, or None if they can."""
-    layout = config.cache_layout
-    return tile_forms.why_not(layout.kv_cache_dtype, layout.block_size, config.index_n_heads)
-
-
-def kernel_types(config: DSABackendConfig) -> tuple[str, str, int, int]:
-    """Return the types and widths that select a kernel of attention."""
-    layout = config.cache_layout
-    return config.dtype, layout.kv_cache_dtype, layout.kv_lora_rank, layout.qk_rope_head_dim
-
-
-def buffer_view(buffers: Buffers, name: str, *counts: int) -> Tensor:
-    """Return the start of a buffer as a tensor [*counts, *shape of a value]."""
-    memory, shape = buffers[name]
-    shape = counts + shape
-    return memory[: prod(shape)].reshape(list(shape))

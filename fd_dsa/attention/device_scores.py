@@ -1,4 +1,4 @@
-"""Scores of the tokens of a step on a device, and the selection of their best keys."""
+"""Scores of a step's tokens on a device, and the selection of their best keys."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from fd_dsa.attention.config import DSABackendConfig
 from fd_dsa.device.allocation import CACHED_VIEWS
 from fd_dsa.device.transfers import Transfers
 from fd_dsa.ops.key_bounds import prompt_windows
+from fd_dsa.ops.logits import tile_forms
 from fd_dsa.ops.logits.tile_forms import TileForm, decode_form, prompt_form
 from fd_dsa.ops.logits.tile_kernel import score_tiles
 from fd_dsa.ops.logits.tile_schedule import PROGRAM_FIELDS, TILE_FIELDS, TileSchedule
@@ -16,28 +17,29 @@ from fd_dsa.ops.logits.triton_kernel import score_pages
 from fd_dsa.step import ForwardMeta
 from fd_dsa.tensor import Tensor
 
-_LEAST_WIDTH = 64
+_MIN_WIDTH = 64
 Sizes = dict[str, tuple[int, tuple[int, ...], str]]
-"""Of buffers: how many values they hold, the shape of each, and the dtype."""
+"""Number of values, shape of one value and dtype of each buffer, by name."""
 View = Callable[..., Tensor]
-"""Returns the start of a named buffer as a tensor [*counts, *shape of a value]."""
+"""Function that returns the start of a named buffer as a tensor [*counts, *shape of one value]."""
 
 
-def rounded_length(length: int, most: int) -> int:
-    """Return the next power of two from 64 on, but no more than `most`."""
-    return min(max(_LEAST_WIDTH, 1 << max(length - 1, 0).bit_length()), most)
+def rounded_length(length: int, max_length: int) -> int:
+    """Return the next power of two, at least 64 and at most `max_length`."""
+    return min(max(_MIN_WIDTH, 1 << max(length - 1, 0).bit_length()), max_length)
 
 
 class PageScores:
     """Scores by the kernel for every cache and GPU, with one buffer for all steps.
 
     Args:
-        view: gives the start of the named buffer of a DeviceAttention as a tensor.
-        num_logits: scores that the buffer "logits" holds; at least one token's of the longest row.
-        select_slots: as `topk.custom_op.slot_selector` gives it.
+        view: returns the start of a named buffer of a DeviceAttention as a tensor.
+        num_logits: size of the buffer "logits", at least one token's scores of the longest row.
+        select_slots: result of `topk.custom_op.slot_selector`.
 
     Attributes:
-        is_captured: a graph reads what `prepare` makes and does not make it: before every replay.
+        is_captured: True if a graph reads a schedule that it does not make. `prepare` must then run
+            before every replay.
     """
 
     def __init__(
@@ -53,7 +55,7 @@ class PageScores:
         self._logits = lru_cache(maxsize=CACHED_VIEWS)(partial(_logits, view))
 
     def prepare(self, step: ForwardMeta) -> None:
-        """Prepare the scores of all layers of a step. These need no preparation."""
+        """Prepare the scores of all layers of a step. This class needs no preparation."""
 
     def select(
         self, step: ForwardMeta, q: Tensor, weights: Tensor, cache: Tensor, slots: Tensor
@@ -64,12 +66,12 @@ class PageScores:
         for first in range(0, num_tokens, rows):
             logits = self._logits(min(rows, num_tokens - first), stride, width)
             self._score(step, q, weights, cache, logits, first, rows)
-            self.choose(step, logits, cache, slots, first_token=first)
+            self.select_by(step, logits, cache, slots, first_token=first)
 
-    def choose(
+    def select_by(
         self, step: ForwardMeta, logits: Tensor, cache: Tensor, slots: Tensor, **which: int
     ) -> None:
-        """Fill rows of `slots` with the best keys by `logits`."""
+        """Fill rows of `slots` with the keys of the best `logits`."""
         self._select_slots(
             logits,
             step.position_ids,
@@ -83,7 +85,7 @@ class PageScores:
         )
 
     def _chunks(self, step: ForwardMeta) -> tuple[int, int, int]:
-        """Return the distance of rows of scores, their width, and the tokens of a chunk."""
+        """Return stride and width of the rows of scores, and the tokens of a chunk."""
         width = rounded_length(step.max_seqlen_k, self._max_width)
         return width, width, max(1, self._num_logits // width)
 
@@ -104,16 +106,16 @@ class PageScores:
 class TileScores(PageScores):
     """Scores of fp8_ds_mla caches on tensor cores, by one schedule a step.
 
-    Two forms of the kernel serve: one for steps of decode rows alone, one for all others. A
-    captured graph may be replayed in any step of as many tokens that is of the same kind, after
-    its `prepare`: captured scores are as wide as the longest row that there can be, and lengths
-    are read on the device.
+    The kernel has two configurations, one for steps of decode rows only and one for all others. A
+    captured graph may be replayed in every step of its kind and number of tokens, after `prepare`.
+    Captured scores are as wide as the longest possible row, and the kernel reads lengths on the
+    device.
 
-    Its `view` has the buffers of `tile_sizes`, too.
+    Its `view` also has the buffers of `tile_sizes`.
 
     Attributes:
-        max_whole: tokens whose scores are held at once, however long their rows are. Steps of
-            more are cut into chunks by their longest row, unless one as long was captured.
+        max_whole: max tokens whose scores fit at once for any length of their rows. Longer steps
+            are cut into chunks by their longest row, unless a step of as many tokens was captured.
     """
 
     def __init__(
@@ -127,14 +129,14 @@ class TileScores(PageScores):
         super().__init__(config, view, num_logits, select_slots)
         self._index_topk, self._transfers = config.index_topk, transfers
         self.max_whole = num_logits // self._max_width
-        # tokens of captured steps that are longer
+        # numbers of tokens of captured steps above max_whole
         self._captured: set[int] = set()
-        # whether the newest schedule is made by the graph that reads it
+        # True if the graph that reads the newest schedule also makes it
         self._is_inside = False
         tokens, processors = config.max_num_tokens, transfers.traits.num_processors
         buffers = view("tiles", tokens), view("work_ends", tokens)
         chunks = -(-tokens // self.max_whole)
-        # for steps without and with prompts
+        # schedule of steps without prompts, and with prompts
         self._schedules = [
             TileSchedule(
                 form, *buffers, view("programs", chunks, processors * form.programs_per_processor)
@@ -143,7 +145,7 @@ class TileScores(PageScores):
         ]
 
     def prepare(self, step: ForwardMeta) -> None:
-        """Make the schedule of a step: one launch."""
+        """Make the schedule of a step by one launch."""
         self._is_inside = self._transfers.is_capturing()
         stride, _, rows = self._chunks(step)
         self._schedule_of(step).fill(step, stride, rows, self._index_topk)
@@ -157,10 +159,10 @@ class TileScores(PageScores):
         is_capturing = self._transfers.is_capturing()
         self.is_captured |= is_capturing and not self._is_inside
         if num_tokens > self.max_whole and is_capturing:
-            # the graph's chunks are those of all its replays
+            # all replays of the graph have these chunks
             self._captured.add(num_tokens)
         if num_tokens <= self.max_whole or num_tokens in self._captured:
-            # a replay may have longer rows; without one, a choice among fewer columns is faster
+            # a replay may have longer rows; an eager step is faster with fewer columns
             return self._max_width, self._max_width if is_capturing else width, self.max_whole
         return width, width, self._num_logits // width
 
@@ -179,15 +181,22 @@ class TileScores(PageScores):
 
 
 def _logits(view: View, num_rows: int, stride: int, width: int) -> Tensor:
-    """Return rows of `width` scores at a distance of `stride`."""
+    """Return [num_rows, width] scores whose rows are `stride` values apart."""
     logits = view("logits", num_rows, stride)
     return logits if width == stride else logits[:, :width]
 
 
 def _forms(config: DSABackendConfig) -> tuple[TileForm, TileForm]:
-    """Return the forms of the kernel for steps without and with prompts."""
+    """Return the kernel's configurations for steps without and with prompts."""
     heads = config.index_n_heads
     return decode_form(heads, config.tokens_per_row), prompt_form(heads)
+
+
+def why_not_tiles(config: DSABackendConfig) -> str | None:
+    """Return why TileScores do not support a configuration, or None if they do."""
+    layout = config.cache_layout
+    sizes = layout.kv_cache_dtype, layout.block_size, config.index_n_heads
+    return tile_forms.unsupported_reason(*sizes)
 
 
 def tile_sizes(config: DSABackendConfig, num_logits: int, num_processors: int) -> Sizes:

@@ -7,11 +7,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fd_dsa.attention.config import DSABackendConfig
-from fd_dsa.attention.indexer import Indexer
 from fd_dsa.attention.overlap import IndexerOverlap
-from fd_dsa.attention.protocol import HostLengths, MlaLayer
+from fd_dsa.attention.protocol import HostLengths, IndexerLayer, MlaLayer
 from fd_dsa.attention.step_plan import StepPlan
-from fd_dsa.device.allocation import Array
 from fd_dsa.device.host_tensor import as_tensor
 from fd_dsa.ops.arrays import Scratch, as_numpy, check_shape
 from fd_dsa.ops.cache_write import CacheWriteParams, store_keys, write_caches
@@ -19,29 +17,30 @@ from fd_dsa.ops.host_rows import rotate_
 from fd_dsa.ops.key_bounds import positions_to_slots
 from fd_dsa.ops.logits.host_scores import score_gathered, score_paged
 from fd_dsa.ops.mla import attend_dense, attend_gathered
-from fd_dsa.ops.providers import settle
+from fd_dsa.ops.providers import select_all
 from fd_dsa.ops.query import prepare_on_host
 from fd_dsa.ops.topk import select_positions
 from fd_dsa.step import ForwardMeta
+from fd_dsa.tensor import Array, StepArray
 
 if TYPE_CHECKING:
     from fd_dsa.attention.dense_prompts import DensePrompts
 
 
 class HostAttention:
-    """Writer and reader of the caches on a CPU, with buffers for every layer and step.
+    """Writer and reader of the caches on a CPU, with buffers that all layers and steps share.
 
-    Activations are NumPy arrays or Paddle CPU tensors. Arguments of `write` are checked in full
-    when a layer first brings their shapes and types, and not again.
+    Activations are NumPy arrays or Paddle CPU tensors. `write` checks its arguments in full when a
+    layer first passes their shapes and types, and not again.
 
     Attributes:
-        dense_prompts: None, because all queries are absorbed here. The step's plan says which
-            tokens read all keys of their rows.
+        dense: None, because all queries are absorbed on a CPU. The step's plan lists the tokens
+            that read all keys of their rows.
     """
 
     def __init__(self, config: DSABackendConfig) -> None:
         self.config = config
-        self.dense_prompts: DensePrompts | None = None
+        self.dense: DensePrompts | None = None
         layout = config.cache_layout
         self._query_format = config.query_format
         self._rotates_only = not layout.is_fp8 and not layout.index_hadamard
@@ -49,15 +48,15 @@ class HostAttention:
         self._slots = np.full(config.max_num_tokens * config.index_topk, -1, np.int32)
         self._scratch = Scratch()
         self._plan: StepPlan | None = None
-        # address of a cache's tensor object -> the tensor, and an array over its memory
+        # id of a cache's tensor object -> the tensor, and an array over its memory
         self._views: dict[int, tuple[Any, np.ndarray]] = {}
         self._checked: set[tuple[Any, ...]] = set()
-        settle("cpu")
+        select_all("cpu")
 
     def begin_step(
         self, step: ForwardMeta | None = None, lengths: HostLengths | None = None
     ) -> None:
-        """Drop the plan of the step before, and views of the caches if no step follows."""
+        """Drop the plan of the previous step, and views of the caches if no step follows."""
         self._plan = None
         if step is None:
             self._views.clear()
@@ -68,7 +67,7 @@ class HostAttention:
         return self.config.cache_layout.allocate(shape)
 
     def projection_buffers(self, num_tokens: int) -> None:
-        """Return None: on a CPU operators make their results or overwrite their input."""
+        """Return None, because operators on a CPU make their results or overwrite inputs."""
 
     def query_buffers(self, num_tokens: int) -> None:
         """Return None, see `projection_buffers`."""
@@ -77,7 +76,7 @@ class HostAttention:
         """Return None, see `projection_buffers`."""
 
     def project(
-        self, layer: MlaLayer, indexer: Indexer, hidden: Array, overlap: IndexerOverlap
+        self, layer: MlaLayer, indexer: IndexerLayer, hidden: Array, overlap: IndexerOverlap
     ) -> tuple[Array, Array, Array, Array]:
         """Project a layer's input, without a second stream on a CPU.
 
@@ -91,7 +90,7 @@ class HostAttention:
     def prepare_indexer_query(
         self, q: np.ndarray, weights: np.ndarray, cos_sin: np.ndarray, rope_interleave: bool
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Bring queries of an indexer into the format of its keys, by `indexer_query`."""
+        """Convert queries of an indexer to the format of its keys, by `indexer_query`."""
         if self._rotates_only:
             rotate_(q[:, :, : cos_sin.shape[1]], cos_sin, interleaved=rope_interleave)
             return q, weights
@@ -105,7 +104,7 @@ class HostAttention:
         position_ids: Array | None,
         cos_sin: np.ndarray,
     ) -> np.ndarray:
-        """Join both parts of the absorbed query, the second one rotated."""
+        """Join both parts of the absorbed query and rotate the second one."""
         query = np.concatenate((q_latent, q_pe), axis=-1)
         rotate_(query[:, :, q_latent.shape[2] :], cos_sin, interleaved=True)
         return query
@@ -119,14 +118,14 @@ class HostAttention:
     def write(
         self,
         step: ForwardMeta,
-        kv_a: Array,
-        index_k: Array | None,
-        cos_sin: Array,
-        latent_cache: Array,
-        index_cache: Array | None,
+        kv_a: StepArray,
+        index_k: StepArray | None,
+        cos_sin: StepArray,
+        latent_cache: StepArray,
+        index_cache: StepArray | None,
         params: CacheWriteParams,
     ) -> None:
-        """See DSAAttentionBackend.write."""
+        """Write the keys of a step, see DSAAttentionBackend.write."""
         slots = step.slot_mapping
         arrays = kv_a, cos_sin, index_k
         form: Any = None
@@ -138,7 +137,7 @@ class HostAttention:
             caches = latent_cache, index_cache
             write_caches(kv_a, index_k, None, slots, cos_sin, *caches, params)
             if form is not None:
-                # the views keep the caches, whose addresses are part of the form
+                # the views keep the caches alive, because their ids are part of the form
                 for cache in caches:
                     if cache is not None:
                         self._view(cache)
@@ -150,20 +149,21 @@ class HostAttention:
         store_keys(*arrays[::2], cos_sin, latents[:, 0], keys, where, params)
 
     def _view(self, cache: Array) -> np.ndarray:
+        """Return an array over the memory of a cache, made once for each cache."""
         held = self._views.get(id(cache))
         if held is None or held[0] is not cache:
             held = self._views[id(cache)] = cache, as_numpy(cache)
         return held[1]
 
     def select(self, step: ForwardMeta, q: Array, weights: Array, cache: Array) -> Array:
-        """See DSAAttentionBackend.select. The cache is the layer's indexer cache."""
+        """Select keys, see DSAAttentionBackend.select. The cache is the layer's indexer cache."""
         plan = self.plan(step)
         if plan.needs_scores:
             self._score(plan, as_numpy(q), as_numpy(weights), self._view(cache))
         return plan.selection
 
     def attend(self, step: ForwardMeta, q: Array, cache: Array, selection: Array) -> Array:
-        """See DSAAttentionBackend.attend. The cache is the layer's latent cache.
+        """Attend, see DSAAttentionBackend.attend. The cache is the layer's latent cache.
 
         The result is an array if `q` is one, else a tensor.
         """
@@ -185,7 +185,7 @@ class HostAttention:
                 q[tile.tokens], weights[tile.tokens], cache, tile.key_slots, self._scratch
             )
             if tile.window_start is not None:
-                # bring the first key of each token's window to column 0
+                # move the first key of each token's window to column 0
                 column = tile.window_start[:, None] + np.arange(int(tile.window.max()))[None, :]
                 logits = np.take_along_axis(logits, np.minimum(column, logits.shape[1] - 1), axis=1)
             self._keep_best(plan, tile.tokens, logits, tile.window)

@@ -1,9 +1,9 @@
 """Second stream of a layer: projections of the indexer alongside those of the attention.
 
-The projections of the indexer are small and read their weights once, so in a step of few tokens
-they cost little beside the attention's own. In a step of many tokens both fill the device, and a
-fork only costs time. Without a captured graph it does too: the host launches each kernel and is the
-slower side, and a fork is more work for it. By default only captured steps fork.
+The projections of the indexer are small, so in a step of few tokens they run alongside the
+attention's own at little cost. In a step of many tokens both fill the device, and a fork only costs
+time. An eager step is bound by the host, which launches each kernel, and a fork adds launches. By
+default only captured steps fork.
 
 Source: vLLM #39943.
 """
@@ -31,22 +31,25 @@ _OPERATOR = "indexer_projection"
 class IndexerOverlap:
     """Fork to the second stream of a device, one at a time for each backend.
 
-    The second stream is made by the first fork of the process that uses it; never on a CPU, nor
-    where kernels are interpreted.
+    The first fork makes the second stream. A CPU and interpreted kernels have no second stream.
 
     Args:
-        device: of the tensors, as of DSAAttentionBackend.
-        max_tokens: a step of more tokens does not fork, 0 = none does; None asks
-            `fd_dsa.environment.overlap_max_tokens`. Where that says nothing either, steps fork in a
-            capture alone, up to DEFAULT_OVERLAP_MAX_TOKENS; `eager`: in others, too.
+        device: device of the tensors, see DSAAttentionBackend.
+        max_tokens: max tokens of a step that forks, 0 = no step forks. None takes
+            `fd_dsa.environment.overlap_max_tokens`; if that is unset too, only captured steps fork,
+            up to DEFAULT_OVERLAP_MAX_TOKENS.
+
+    Attributes:
+        eager: True if steps outside of a capture fork, too.
+        side_stream: second stream, None on a CPU; a placeholder before the first use.
     """
 
     def __init__(self, device: str, max_tokens: int | None = None) -> None:
-        most = overlap_max_tokens() if max_tokens is None else max_tokens
-        self.eager = most is not None
-        if most is None:
-            most = DEFAULT_OVERLAP_MAX_TOKENS
-        self.max_tokens = 0 if device == "cpu" else most
+        limit = overlap_max_tokens() if max_tokens is None else max_tokens
+        self.eager = limit is not None
+        if limit is None:
+            limit = DEFAULT_OVERLAP_MAX_TOKENS
+        self.max_tokens = 0 if device == "cpu" else limit
         self.side_stream: Any = _NOT_RUN
         self._is_open = False
         self._capturing: Callable[[], bool] | None = None
@@ -60,30 +63,31 @@ class IndexerOverlap:
     ) -> tuple[Work, Side]:
         """Run `work()` and `project(*args)`, at the same time if the step forks.
 
-        `project` then runs on the second stream, which first waits for all work queued so far, and
-        what is queued after this call runs after both. In a capture fork and join become edges of
-        the graph. In other steps `project` runs after `work`, on the current stream.
+        In a fork `project` runs on the second stream, after all work enqueued so far. Work enqueued
+        after this call runs after both. In a capture fork and join become edges of the graph. In
+        other steps `project` runs after `work`, on the current stream.
 
         If the kernel of `project` cannot be compiled, the step does not fork and `project` runs
-        once more: another provider of the operator then serves.
+        again with another provider of the operator.
 
-        `project` and its arguments are held until the join, and so is what it returns. It must
-        return every tensor that it makes, at least as the memory of what it returns: a temporary
-        that it drops may be overwritten by the work beside it (see SideStream). On Paddle the
-        device's current stream is that of all threads, so no other one may queue work meanwhile.
+        `project`, its arguments and its results are held until the join. `project` must return
+        every tensor that it makes, or a view of it. Otherwise `work` may overwrite a temporary (see
+        SideStream). In Paddle all threads share the device's current stream, so no other thread may
+        enqueue work during the call.
 
         Args:
             num_tokens: tokens of the step, padding included.
-            work, project: neither may wait for the device.
-            args: the first is a tensor of the backend's device.
+            work, project: functions that do not wait for the device.
+            args: arguments of `project`, a tensor of the backend's device first.
 
         Raises:
-            OverlapError: called by `work` or `project` of another call. After an error of either
-                nothing stays forked.
+            OverlapError: called by `work` or `project` of another call.
+
+        An error of either function ends the fork.
         """
         if self._is_open:
             raise OverlapError(
-                "run: called inside of another one, forks are not nested; call it after that"
+                "run: called inside of another run; forks cannot be nested; call it afterwards"
             )
         stream = None
         if 0 < num_tokens <= self.max_tokens and (self.eager or self._is_capturing(args[0])):
@@ -97,7 +101,7 @@ class IndexerOverlap:
                 with _undone(stream.end, stream.join):
                     side = project(*args)
             except KernelUnavailable as error:
-                # compiled before it is queued, so nothing runs on the second stream
+                # a kernel is compiled before it is enqueued, so the second stream is idle
                 refuse(_OPERATOR, device_kind(args[0]), TRITON, error)
                 return work(), project(*args)
             stream.end()
@@ -120,7 +124,7 @@ class IndexerOverlap:
     def _is_capturing(self, tensor: Tensor) -> bool:
         """Return True while the current stream of a tensor's device is captured."""
         if self._capturing is None:
-            # the launcher is loaded only where a device is asked for
+            # the launcher is loaded only if a device is asked for
             from fd_dsa.device.transfers import transfers_for
 
             self._capturing = transfers_for(tensor).is_capturing
@@ -146,7 +150,7 @@ def _projected(project: Callable[..., Side], args: tuple[object, ...]) -> Side:
 
 @contextmanager
 def _undone(*calls: Callable[[], None]) -> Iterator[None]:
-    """Make these calls after an exception. Their own errors are suppressed."""
+    """Make these calls after an exception and suppress their own errors."""
     try:
         yield
     except BaseException:

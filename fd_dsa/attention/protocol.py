@@ -5,8 +5,8 @@
     layer      once a step        forward
     backend    inside of forward  the projections of the layer
 
-A family of models has a backend and layers that fit each other. `DSAAttentionBackend` serves
-`MlaLayer`, `V4AttentionBackend` serves the layers of DeepSeek-V4.
+Each family of models has its own backend and layers: `DSAAttentionBackend` runs an `MlaLayer`,
+`V4AttentionBackend` the layers of DeepSeek-V4.
 """
 
 from __future__ import annotations
@@ -17,12 +17,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from fd_dsa.attention.indexer import Indexer
 from fd_dsa.cache_formats import CacheLayout
-from fd_dsa.device.allocation import Array
 from fd_dsa.ops.cache_write import CacheWriteParams
 from fd_dsa.ops.linear import Linear
 from fd_dsa.step import ForwardMeta, StepHints
+from fd_dsa.tensor import StepArray
 
 HostLengths = tuple[np.ndarray, ...]
 """Prefill chunk, computed and scheduled tokens of each row in host memory, int32 [B]."""
@@ -31,7 +30,7 @@ HostLengths = tuple[np.ndarray, ...]
 class SelectionRecorder(Protocol):
     """Collector of the selections of one step, layer by layer."""
 
-    def add(self, slots: Array) -> None:
+    def add(self, slots: StepArray) -> None:
         """Record the selection of the next layer, int32 [num_tokens, topk], -1 = padding."""
 
 
@@ -43,9 +42,9 @@ class BackendStep(Protocol):
         fd_dsa_step: metadata of the step, set by the backend.
     """
 
-    position_ids: Array
-    slot_mapping: Array
-    indexer_attn_mask_offsets: Array
+    position_ids: StepArray
+    slot_mapping: StepArray
+    indexer_attn_mask_offsets: StepArray
     fd_dsa_step: ForwardMeta | None
 
     @property
@@ -61,17 +60,17 @@ class FilledStep(BackendStep, Protocol):
         block_tables: int32 [B, max_blocks_per_seq].
     """
 
-    seq_lens_encoder: Array
-    seq_lens_decoder: Array
-    seq_lens_this_time: Array
-    block_tables: Array
+    seq_lens_encoder: StepArray
+    seq_lens_decoder: StepArray
+    seq_lens_this_time: StepArray
+    block_tables: StepArray
 
 
 class LayerStep(BackendStep, Protocol):
     """Step that layers are called with."""
 
     @property
-    def sampled(self) -> Array:
+    def sampled(self) -> StepArray:
         """Flat tokens whose logits are wanted, integers [n]."""
 
     @property
@@ -94,13 +93,13 @@ class AttentionBackend(Protocol):
         """Allocate the caches of all layers.
 
         Args:
-            has_indexer: for each layer, whether it selects keys itself.
+            has_indexer: for each layer, True if it selects keys itself.
         """
 
     def build_step(
         self,
         forward_meta: BackendStep,
-        inputs: Sequence[Array],
+        inputs: Sequence[StepArray],
         hints: StepHints | None = None,
         host_lengths: HostLengths | None = None,
     ) -> None:
@@ -120,11 +119,11 @@ class AttentionBackend(Protocol):
         self,
         # each family of models has its own layers and rotations
         layer: Any,
-        hidden: Array,
+        hidden: StepArray,
         rotation: Any,
         forward_meta: BackendStep,
-        shared: Array | None = None,
-    ) -> tuple[Array, Array | None]:
+        shared: StepArray | None = None,
+    ) -> tuple[StepArray, StepArray | None]:
         """Write the keys of a layer, select keys and attend to them.
 
         Args:
@@ -156,32 +155,71 @@ class WrittenLayer(Protocol):
         """Return how the keys of the layer are normed and stored in caches of `layout`."""
 
 
+class IndexerLayer(Protocol):
+    """Projections of a lightning indexer, which selects the keys of a query."""
+
+    @property
+    def layer_id(self) -> int:
+        """Number of the layer."""
+
+    @property
+    def rope_interleave(self) -> bool:
+        """Pairing of the RoPE: True pairs neighbours, False (V3.2) pairs the two halves."""
+
+    def project(
+        self, hidden_states: StepArray, out: tuple[StepArray, StepArray] | None = None
+    ) -> tuple[StepArray, StepArray]:
+        """Project hidden states to index keys and head weights.
+
+        The call may run alongside other projections, see IndexerOverlap.
+
+        Args:
+            hidden_states: [num_tokens, hidden_size], after the input norm.
+            out: memory of the two results on a device; None on a CPU.
+
+        Returns:
+            [num_tokens, index_head_dim], not normed, and arbitrary if the layer projects index keys
+            itself; and [num_tokens, index_n_heads].
+        """
+
+    def queries(self, latent: StepArray) -> StepArray:
+        """Project normed latents [num_tokens, q_lora_rank] to the queries of all heads.
+
+        Returns:
+            [num_tokens, index_n_heads, index_head_dim], not rotated.
+        """
+
+
 class MlaLayer(WrittenLayer, Protocol):
     """Projections of a layer with multi-head latent attention.
 
     Attributes:
         nope_dim: width of a head's query without its rotated part.
-        indexer: None in a layer that shares the selection of an earlier one.
+        indexer: indexer of the layer, None if it shares the selection of an earlier layer.
         k_b_proj, v_b_proj: up-projections of keys and values, a matrix for each head.
         o_proj: output projection.
     """
 
     nope_dim: int
-    indexer: Indexer | None
     k_b_proj: Linear
     v_b_proj: Linear
     o_proj: Linear
 
-    def project_qkv_a(self, hidden_states: Array) -> tuple[Array, Array, Array | None]:
+    @property
+    def indexer(self) -> IndexerLayer | None: ...
+
+    def project_qkv_a(
+        self, hidden_states: StepArray
+    ) -> tuple[StepArray, StepArray, StepArray | None]:
         """Project hidden states to the latents of queries and keys.
 
         Returns:
             [num_tokens, q_lora_rank], normed; [num_tokens, kv_lora_rank + qk_rope_head_dim],
             neither normed nor rotated; and index keys [num_tokens, index_head_dim], or None if the
-            indexer projects them.
+            indexer must project them.
         """
 
-    def queries(self, latent: Array) -> Array:
+    def queries(self, latent: StepArray) -> StepArray:
         """Project latents to queries.
 
         Returns:

@@ -1,11 +1,11 @@
 """Work lists of one step on a CPU, made once and used by every layer.
 
-Which tokens need scoring, which keys a tile of them reads, which slots a token without selection
-attends to: all of that follows from the step's metadata alone, so no layer computes it again. The
-keys of a prompt token are those of its window in `indexer_attn_mask_offsets`.
+The step's metadata determine the tokens that need scores, the keys of a tile of tokens, and the
+slots of tokens without a selection. So the layers share them. A prompt token sees the keys of its
+window in `indexer_attn_mask_offsets`.
 
-A token whose window has at most `index_topk` keys attends to all of them; it needs no scores and
-its slots are the same in every layer.
+A token whose window has at most `index_topk` keys attends to all of them. It needs no scores, and
+has the same slots in every layer.
 """
 
 from __future__ import annotations
@@ -26,19 +26,18 @@ from fd_dsa.ops.logits.host_scores import PagedUnits
 from fd_dsa.step import ForwardMeta
 
 TILE_VALUES = 8 << 20
-"""Values in the score matrix of one attention tile: 32 MiB of float32."""
+"""Max values in the score matrix of an attention tile, 32 MiB of float32."""
 SCORE_TILE_VALUES = 2 << 20
-"""Values in the score matrix of one scoring tile: 8 MiB, which stay in the cache."""
+"""Max values in the score matrix of a scoring tile, 8 MiB, which stay in the cache."""
 GATHER_COST = 16
-"""Heads whose dot products with a key cost as much as gathering the key.
+"""Number of heads whose dot products with a key cost as much as gathering the key.
 
-A tile attends densely while its key list is at most 1 + GATHER_COST / num_heads times the
-selection.
+A tile attends densely if it has at most 1 + GATHER_COST / num_heads times the selection in keys.
 """
 DENSE_KEYS = 768
-"""Keys up to which a tile attends densely for any selection."""
+"""Max keys of a tile that attends densely for any selection."""
 JOINED_KEYS = 128
-"""Keys up to which short rows share a tile."""
+"""Max keys of a tile that several short rows share."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +46,12 @@ class Tile:
 
     Attributes:
         tokens: slice of the step's flat tokens.
-        key_slots: int64 [num_keys]; cache slots of the keys of all rows of the tile, in order.
+        key_slots: int64 [num_keys]; cache slots of the keys of the tile's rows, in order.
         key_position: int64 [num_keys]; position of each key in its row.
-        key_start: int64 [num_tokens of the tile]; first key of the token's row in `key_slots`.
-        window_start: int64 [num_tokens of the tile]; first key in `key_slots` that the token sees.
-            None: it is the first one for all of them.
-        window: int64 [num_tokens of the tile]; keys that the token sees, from window_start on.
+        key_start: int64 [num_tokens of the tile]; index in `key_slots` of the row's first key.
+        window_start: int64 [num_tokens of the tile]; index in `key_slots` of the first key that a
+            token sees; None = 0 for all tokens.
+        window: int64 [num_tokens of the tile]; number of keys that a token sees.
     """
 
     tokens: slice
@@ -63,11 +62,11 @@ class Tile:
     window: np.ndarray
 
     def mask(self, slots: np.ndarray, slot_position: np.ndarray) -> np.ndarray:
-        """float32 [tokens, num_keys]: 0 at the keys whose slots a token's row names.
+        """Return an additive mask, float32 [tokens, num_keys], 0 at the selected keys.
 
         Args:
-            slots: int32 [tokens, k]; -1 = none.
-            slot_position: int32; position of each slot of `key_slots` in its row.
+            slots: int32 [tokens, k]; selected slots of each token, -1 = padding.
+            slot_position: int32 [num_slots]; position in its row of each slot of `key_slots`.
         """
         num_keys = len(self.key_slots)
         position = slot_position[np.maximum(slots, 0)]
@@ -78,11 +77,23 @@ class Tile:
 
 
 class StepPlan:
-    """Everything the layers of a step share beyond ForwardMeta.
+    """Work lists that the layers of a step share, in addition to ForwardMeta.
 
     Args:
-        meta: metadata of the step; its arrays are read while the plan is made.
-        slots: int32 [max_num_tokens * index_topk]; buffer for the selection, kept by the caller.
+        meta: metadata of the step. The plan reads its arrays only when it is made.
+        slots: int32 [max_num_tokens * index_topk]; buffer of the caller for the selection.
+
+    Attributes:
+        slots: int32 [num_padded_tokens, topk]; selected slots of each token, -1 = padding.
+        topk: width of the selection, at most `index_topk`.
+        num_tokens: tokens of the step without padding.
+        batch_ids: int64 [num_tokens]; row of each token.
+        first_key, window: int64 [num_tokens]; first key that a token sees, and their number.
+        has_late_windows: True if a window begins after the first key of its row.
+        needs_scores: True if a token sees more than `index_topk` keys.
+        score_tiles: tiles of the prompt tokens that need scores.
+        dense_tiles: tiles of the prompt tokens that attend densely.
+        decode_rows: see `_decode_rows`.
     """
 
     def __init__(self, meta: ForwardMeta, config: DSABackendConfig, slots: np.ndarray) -> None:
@@ -118,7 +129,7 @@ class StepPlan:
                 config.index_n_heads, self.window > index_topk, None
             )
             limit = max(round((1 + GATHER_COST / num_heads) * self.topk), DENSE_KEYS)
-            # with a fixed order of sums a token's way must not depend on the length of its row
+            # in a fixed order of sums a token's form must not depend on the length of its row
             dense = self.window > 0
             if fixed_order():
                 dense &= self.window <= index_topk
@@ -126,7 +137,7 @@ class StepPlan:
         self.decode_rows = self._decode_rows() if self.needs_scores else None
 
     def places_in(self, num_blocks: int) -> Any:
-        """Return the places of the step's keys in a cache, as `cache_write` needs them."""
+        """Return the places of the step's keys in a cache of `num_blocks`, for `store_keys`."""
         if self._places is None or self._places[0] != num_blocks:
             slots = as_numpy(self._slot_mapping)
             self._places = num_blocks, places(slots, num_blocks, self.block_size)
@@ -134,13 +145,11 @@ class StepPlan:
 
     @cached_property
     def selection(self) -> Any:
+        """`slots` as a tensor."""
         return as_tensor(self.slots)
 
     def _fill_slots(self) -> None:
-        """Fill the slots of the first keys of each row, for tokens that need no scores.
-
-        A late window, which begins after the first key, has other slots.
-        """
+        """Fill the slots of tokens whose windows begin at the first key of their rows."""
         active = np.flatnonzero(self.this_time > 0)
         positions = np.arange(self.topk, dtype=np.int32)[None, :]
         known = np.minimum(positions, self.lengths[active][:, None].astype(np.int32) - 1)
@@ -160,11 +169,11 @@ class StepPlan:
         self.slots[later] = positions_to_slots(known, row, self.block_tables, self.block_size)
 
     def _decode_rows(self) -> tuple[np.ndarray, np.ndarray, PagedUnits] | None:
-        """Decode rows of which at least one token needs scores, or None.
+        """Return the decode rows in which a token needs scores, or None without such a row.
 
         Returns:
-            int64 [num_rows, n], flat tokens of a row, its last one repeated up to n; int64
-            [num_rows * n], keys that each of these may see; the rows' pages.
+            Flat tokens of each row, int64 [num_rows, n], the last one repeated up to n. Number of
+            keys that each of them sees, int64 [num_rows * n]. Pages of the rows.
         """
         rows = np.flatnonzero(
             ~self.is_prefill_row & (self.this_time > 0) & (self.lengths > self.index_topk)
@@ -180,15 +189,18 @@ class StepPlan:
     def _prefill_tiles(
         self, heads: int, wanted: np.ndarray, max_keys: int | None
     ) -> tuple[Tile, ...]:
-        """Cut `wanted` prefill tokens into tiles whose score matrices keep to their budget.
+        """Cut prefill tokens into tiles within the budget of a score matrix.
 
-        With `max_keys`, tokens of rows longer than that are left out, and short rows share a tile
-        only up to `JOINED_KEYS` keys, since a token pays for the keys of its neighbours.
+        Args:
+            heads: rows of the score matrix for each token.
+            wanted: bool [num_tokens]; tokens that need a tile.
+            max_keys: max keys of a row with a tile; None = any. With it, short rows share a tile
+                only up to `JOINED_KEYS` keys, because a token pays for its neighbours' keys.
         """
-        chosen = wanted & self.is_prefill_row[self.batch_ids]
+        needs_tile = wanted & self.is_prefill_row[self.batch_ids]
         if max_keys is not None:
-            chosen &= self.lengths[self.batch_ids] <= max_keys
-        index = np.flatnonzero(chosen)
+            needs_tile &= self.lengths[self.batch_ids] <= max_keys
+        index = np.flatnonzero(needs_tile)
         tiles = []
         start = 0
         while start < len(index):
@@ -198,7 +210,12 @@ class StepPlan:
         return tuple(tiles)
 
     def _tile_end(self, index: np.ndarray, start: int, heads: int, max_keys: int | None) -> int:
-        """Return the end of the tile that starts at `start`, both as places in `index`."""
+        """Return the end of the tile that starts at `start`.
+
+        Args:
+            index: flat tokens that need a tile. `start` and the result are indices of this array.
+            heads, max_keys: see `_prefill_tiles`.
+        """
         run = index[start:]
         consecutive = np.flatnonzero(np.diff(run) != 1)
         run = run[: consecutive[0] + 1] if len(consecutive) else run
@@ -210,11 +227,11 @@ class StepPlan:
         if max_keys is not None:
             joined = 0 if fixed_order() else min(JOINED_KEYS, max_keys)
             fits &= keys <= max(joined, self.lengths[row[0]])
-        # both limits grow along the run; one token is always taken
+        # both sizes grow along the run, and a tile has at least one token
         return start + max(1, int(fits.sum()))
 
     def _tile(self, first: int, last: int) -> Tile:
-        """The tile of the flat tokens [first, last)."""
+        """Return the tile of the flat tokens [first, last)."""
         token_rows = self.batch_ids[first:last]
         rows = np.unique(token_rows)
         ends = np.cumsum(self.lengths[rows])
@@ -226,9 +243,9 @@ class StepPlan:
         return Tile(tokens, slots, position, key_start, window_start, self.window[tokens])
 
     def _keys_of(self, rows: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-        """Slots and positions of all keys of some rows, int64, in the order of the rows.
+        """Return slots and positions of all keys of some rows, int64, in the order of the rows.
 
-        Tiles of the same rows share them: a long prompt has a tile for every few tokens.
+        Tiles of the same rows share them, because a long prompt has many tiles.
         """
         if rows not in self._keys:
             lengths = self.lengths[list(rows)]
@@ -240,7 +257,7 @@ class StepPlan:
 
     @cached_property
     def gathered_tokens(self) -> np.ndarray:
-        """int64: tokens that no dense tile covers."""
+        """Tokens outside of the dense tiles, int64 [n]."""
         if not self.dense_tiles:
             return np.arange(self.num_tokens)
         covered = np.zeros(self.num_tokens, bool)
@@ -250,12 +267,12 @@ class StepPlan:
 
     @cached_property
     def masks(self) -> tuple[np.ndarray, ...]:
-        """Masks of the dense tiles in a step where no token needs scores."""
+        """Masks of the dense tiles, for a step in which all layers share the selection."""
         return tuple(t.mask(self.slots[t.tokens], self.slot_position) for t in self.dense_tiles)
 
     @cached_property
     def slot_position(self) -> np.ndarray:
-        """Position in its row of each slot that a dense tile reads, int32."""
+        """Position in its row of each slot of the dense tiles, int32 [num_slots]."""
         size = 1 + max(int(tile.key_slots.max()) for tile in self.dense_tiles)
         table = np.empty(size, np.int32)
         for tile in self.dense_tiles:

@@ -1,16 +1,16 @@
-"""Types of arrays and allocators, and the allocator of Paddle tensors on a device."""
+"""Allocators of tensors, and the devices of the installed Paddle, without Triton or a driver."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-from fd_dsa.device.places import paddle_place
+from fd_dsa.errors import BackendUnavailable
+from fd_dsa.tensor import Tensor
 
-Array = Any
-"""A paddle.Tensor, a numpy.ndarray, or the tensor type that an `Allocate` returns."""
-Allocate = Callable[[tuple[int, ...], str], Array]
-"""Makes an uninitialised, contiguous array of a shape and a dtype name."""
+Allocate = Callable[[tuple[int, ...], str], Tensor]
+"""Makes an uninitialised, contiguous tensor of a shape and a dtype name."""
 # a view is small, and a server sees few row counts and, in decode steps, few token counts
 CACHED_VIEWS = 512
 
@@ -28,3 +28,38 @@ def paddle_allocator(device: str) -> Allocate:
     import paddle
 
     return lambda shape, dtype: paddle.empty(list(shape), dtype, device=place)
+
+
+def paddle_place(device: str) -> Any:
+    """Return Paddle's place for "gpu", "gpu:1" or a custom device such as "name:0".
+
+    Raises:
+        BackendUnavailable: Paddle is missing, or has no such device.
+    """
+    try:
+        import paddle
+    except ImportError as error:
+        raise BackendUnavailable(
+            f"device: {device!r} needs Paddle, which is not installed; the extra `gpu` names it"
+        ) from error
+    counts = paddle_device_counts()
+    kind, _, number = device.partition(":")
+    if kind in counts and (number or "0") in map(str, range(counts[kind])):
+        place = paddle.CUDAPlace if kind == "gpu" else partial(paddle.CustomPlace, kind)
+        return place(int(number or 0))
+    served = ", ".join(f"'{name}:{i}'" for name, n in counts.items() for i in range(n)) or "none"
+    raise BackendUnavailable(
+        f"device: got {device!r}, allowed are 'cpu' (Paddle tensors), 'numpy' (no Paddle) and "
+        f"the devices of the installed Paddle ({served}); 'gpu' needs paddlepaddle-gpu and a GPU"
+    )
+
+
+def paddle_device_counts() -> dict[str, int]:
+    """Count the devices of the installed Paddle by kind, without the CPU."""
+    import paddle
+
+    count_of = paddle.framework.core.get_custom_device_count
+    counts = {kind: count_of(kind) for kind in paddle.device.get_all_custom_device_type() or []}
+    if paddle.device.is_compiled_with_cuda():
+        counts["gpu"] = paddle.device.cuda.device_count()
+    return counts

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from typing import TYPE_CHECKING
 
-from fd_dsa.device.places import paddle_device_counts, paddle_place
+from fd_dsa.device.allocation import paddle_device_counts, paddle_place
 from fd_dsa.errors import BackendUnavailable, flag_error
 
 if TYPE_CHECKING:

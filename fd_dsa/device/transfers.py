@@ -24,6 +24,7 @@ _RELAXED = 2
 _NON_BLOCKING = 1
 _NO_TIMING = 2
 _NO_FLAGS = ctypes.c_uint(0)
+UPLOAD_BYTES = 64 << 20
 _COPIES = {
     "h2d": "cuMemcpyHtoDAsync_v2",
     "d2h": "cuMemcpyDtoHAsync_v2",
@@ -233,3 +234,39 @@ def uploaded(allocate: Callable[..., Tensor], array: np.ndarray, dtype: str = ""
     transfers.to_device(tensor, np.ascontiguousarray(array))
     transfers.finish()
     return tensor
+
+
+class Upload:
+    """Copies of files to one device, through two page-locked buffers.
+
+    The host fills one buffer while the device reads the other one.
+    """
+
+    def __init__(self, like: Tensor) -> None:
+        self._transfers = transfers_for(like)
+        self._buffers = [
+            (self._transfers.host_buffer(UPLOAD_BYTES), self._transfers.event()) for _ in range(2)
+        ]
+
+    def copy(self, target: Tensor, start: int, values: np.ndarray) -> None:
+        """Enqueue a copy into a contiguous tensor.
+
+        Args:
+            start: index of the first value of `target` to overwrite, in memory order.
+            values: contiguous, of the target's width or its bytes; may change after the call.
+        """
+        source = values.reshape(-1).view(np.uint8)
+        address = target.data_ptr() + start * target.element_size()
+        for first in range(0, len(source), UPLOAD_BYTES):
+            part = source[first : first + UPLOAD_BYTES]
+            buffer, copied = self._buffers[0]
+            self._buffers.reverse()
+            copied.wait()
+            np.copyto(buffer[: len(part)], part)
+            copy = self._transfers.copy("h2d", address + first, buffer.ctypes.data)
+            copy.queue(len(part))
+            copied.record()
+
+    def finish(self) -> None:
+        """Block the calling thread until all copies are done."""
+        self._transfers.finish()

@@ -1,5 +1,5 @@
 """Several processes, called ranks, that run one model together."""
 
-from fd_dsa.distributed.group import Group, SingleGroup
+from fd_dsa.distributed.group import Group
 
-__all__ = ["Group", "SingleGroup"]
+__all__ = ["Group"]

@@ -1,7 +1,8 @@
-"""A group of processes with a GPU each, on one machine.
+"""Group of processes with a GPU each, on one machine.
 
-NCCL serves, except for the sums of a decode step: for those few hundred kilobytes its latency is
-the cost, and a kernel of our own over memory that the ranks share takes them.
+NCCL runs the collectives, except for the sums of a decode step. These are a few hundred kilobytes,
+so NCCL's latency is their cost. A CUDA kernel of the package sums them over memory that the ranks
+share.
 """
 
 from __future__ import annotations
@@ -27,17 +28,17 @@ from fd_dsa.triton_runtime.driver import cuda
 logger = logging.getLogger(__name__)
 
 TIMEOUT_S = 60.0
-"""How long a launch waits for other ranks: longer than one may compile kernels before its own."""
+"""Time that a launch waits for other ranks, which may compile kernels before their own launch."""
 
 
 class DeviceGroup(Group):
-    """The ranks of a machine; every rank makes it at the same time.
+    """Ranks of one machine. Every rank constructs its group at the same time.
 
     Args:
-        unique_id: of `nccl.new_unique_id`, the same on all ranks.
-        allocate: makes tensors on this rank's device.
-        timeout_s: how long an all-reduce of our own waits for other ranks on the device. Then it
-            ends the work of this process on the device; `failure` says for whom it waited.
+        unique_id: result of `nccl.new_unique_id`, the same on all ranks.
+        allocate: allocator of tensors on this rank's device.
+        timeout_s: seconds that the package's all-reduce waits for other ranks on the device. Then
+            it ends the work of this process on the device, and `failure` names the missing rank.
 
     Raises:
         BackendUnavailable, DeviceError: see `Communicator`.
@@ -56,14 +57,14 @@ class DeviceGroup(Group):
         self._transfers = transfers_for(self._mark)
         self._nccl = Communicator(rank, size, unique_id, self._transfers.device)
         self._memory: SharedMemory | None = None
-        # memory is made in the context of the thread
+        # the driver allocates in the context of the thread
         with cuda().context(self._transfers.device):
             self._peers, reason = self._share_memory(timeout_s)
         served = f"NCCL ({reason})" if reason else "custom_op, more bytes by NCCL"
         logger.info("all-reduce of a decode step among %d GPUs: %s", size, served)
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
-        """See `Group`; in place. NCCL adds in an order of its own, the same at every call."""
+        """Sum in place, see `Group`. NCCL adds in its own order, the same at every call."""
         if self._peers is not None and self._peers.suits(tensor):
             self._peers(tensor, tensor)
         elif prod(tensor.shape):
@@ -72,7 +73,7 @@ class DeviceGroup(Group):
         return tensor
 
     def all_gather(self, tensor: Tensor) -> Tensor:
-        """See `Group`; by NCCL."""
+        """Gather by NCCL, see `Group`."""
         out = self._allocate((self.size, *tensor.shape), dtype_name(tensor.dtype))
         num_bytes = prod(tensor.shape) * tensor.element_size()
         if num_bytes:
@@ -81,22 +82,25 @@ class DeviceGroup(Group):
         return out
 
     def barrier(self) -> None:
-        """See `Group`; waits for the work that this rank has queued, too."""
+        """Block the host, see `Group`, and wait for the enqueued work of this rank."""
         self.all_gather(self._mark)
         self._transfers.finish()
 
     def failure(self) -> str:
-        """Why work on the device has failed, where a rank did not come; else ""."""
+        """Return the rank that an all-reduce waited for in vain, or "" without a failure."""
         return "" if self._peers is None else self._peers.failure()
 
     def abort(self) -> None:
-        """End collectives that wait for a rank that has died; nothing can follow."""
+        """End collectives that wait for a dead rank.
+
+        The group cannot be used afterwards.
+        """
         self._nccl.abort()
 
     def close(self) -> None:
-        """Free what the group holds, after the work that this rank has queued.
+        """Free what the group holds, after the enqueued work of this rank.
 
-        It waits as long as a captured graph with collectives of the group lives.
+        The call blocks while a captured graph holds collectives of the group.
         """
         if self._memory is not None:
             self._transfers.finish()
@@ -105,12 +109,16 @@ class DeviceGroup(Group):
         self._nccl.destroy()
 
     def _share_memory(self, timeout_s: float) -> tuple[PeerAllReduce | None, str]:
-        """Our own all-reduce where every rank can have it; else None, and why this one cannot."""
+        """Make the package's all-reduce, if every rank can run it.
+
+        Returns:
+            The all-reduce and "", or None and the reason of this rank.
+        """
         kernel, reason, handle = None, "", np.zeros(64, np.uint8)
         kernels, late = custom_ops.build().kernels, self._transfers.host_buffer(4).view(np.uint32)
         try:
             if self.size not in SIZES:
-                raise BackendUnavailable(f"it is made for {', '.join(map(str, SIZES))} GPUs")
+                raise BackendUnavailable(f"it supports {', '.join(map(str, SIZES))} GPUs")
             if kernels is None or why_not_compiled():
                 state = f"{custom_ops.PACKAGE} is {custom_ops.build().state}"
                 raise BackendUnavailable(why_not_compiled() or state)
@@ -119,7 +127,7 @@ class DeviceGroup(Group):
             handle = self._memory.handle
         except (BackendUnavailable, DeviceError) as error:
             reason = str(error)
-        # every rank takes part in both exchanges, whatever it has found
+        # every rank joins both exchanges, otherwise the other ranks would wait
         handles = self._exchange(handle)
         if not handles.any(axis=1).all():
             return None, reason or "another rank cannot share memory"
@@ -133,6 +141,6 @@ class DeviceGroup(Group):
         return kernel, ""
 
     def _exchange(self, values: np.ndarray) -> np.ndarray:
-        """The uint8 values of all ranks, in host memory."""
+        """Return the uint8 values of all ranks, in host memory."""
         gathered = self.all_gather(uploaded(self._allocate, values))
         return on_host(gathered, np.empty((self.size, *values.shape), np.uint8))

@@ -1,4 +1,4 @@
-"""A group of ranks: what the layers of a split model ask of it."""
+"""Interface of a group of ranks to the layers of a split model."""
 
 from __future__ import annotations
 
@@ -7,24 +7,26 @@ from typing import Any
 
 
 class Group(ABC):
-    """Some processes that run the same calls in the same order.
+    """Processes that run the same calls in the same order.
 
-    Tensors are NumPy arrays on a CPU and Paddle's on a device.
+    Tensors are NumPy arrays on a CPU and Paddle tensors on a device. A model of one rank has no
+    group.
 
     Attributes:
-        rank: of this process, 0 to `size` - 1.
+        rank: number of this process, 0 to `size` - 1.
         size: number of ranks.
     """
 
     rank: int
     size: int
 
+    # a group takes one kind of array, which the layers do not know
     @abstractmethod
     def all_reduce(self, tensor: Any) -> Any:
-        """The sum of a tensor over all ranks, added in the order of ranks, in the tensor's dtype.
+        """Return the sum of a tensor over all ranks, in the tensor's dtype.
 
-        Every rank gets the same bits. On a device it is queued on the stream of the tensor, and
-        can be captured.
+        The values are added in the order of ranks, so every rank gets the same bits. On a device
+        the sum is enqueued on the stream of the tensor, and can be captured.
 
         Args:
             tensor: contiguous, of one shape and dtype on all ranks; may be overwritten.
@@ -32,40 +34,20 @@ class Group(ABC):
 
     @abstractmethod
     def all_gather(self, tensor: Any) -> Any:
-        """The tensors of all ranks, [size, *shape]."""
+        """Return the tensors of all ranks, [size, *shape]."""
 
     @abstractmethod
     def barrier(self) -> None:
-        """Wait on the host until every rank has called this."""
+        """Block the host until every rank has made this call."""
 
     def check(self) -> None:
-        """Return while no rank is known to have ended.
+        """Check that no rank is known to have ended.
 
         Raises:
-            RankError: one has; names it.
+            RankError: names the rank that has ended.
         """
         return
 
     @abstractmethod
     def close(self) -> None:
-        """Free what the group holds; may be called twice."""
-
-
-class SingleGroup(Group):
-    """The group of a process that runs a model alone."""
-
-    rank, size = 0, 1
-
-    def all_reduce(self, tensor: Any) -> Any:
-        """The tensor itself."""
-        return tensor
-
-    def all_gather(self, tensor: Any) -> Any:
-        """The tensor as the only one, [1, *shape]."""
-        return tensor[None]
-
-    def barrier(self) -> None:
-        """Return."""
-
-    def close(self) -> None:
-        """Return."""
+        """Free what the group holds. A second call has no effect."""

@@ -1,7 +1,8 @@
-"""Ranks as processes of one machine, over memory that they share.
+"""Group of processes of one machine, over memory that they share.
 
-The memory is a file without a name and the signals are eventfds: nothing is left of them when the
-processes have ended, however they ended, and two servers never meet. Who waits sleeps.
+The memory is a file without a name, and the signals are eventfds. The kernel frees both when the
+processes end, even after a crash, and two servers never share them. A waiting rank sleeps in
+`poll`.
 """
 
 from __future__ import annotations
@@ -17,21 +18,22 @@ import numpy as np
 from fd_dsa.distributed.group import Group
 from fd_dsa.errors import RankError
 
-# bytes that a rank shows the others at a time, and of a part of a message
+# bytes of a piece, which a rank writes for the others, and of a part of a message
 _PIECE = 1 << 20
-# parts of messages that may wait for a rank that has not read them
+# max parts of messages that a rank has not read yet
 _NUM_PARTS = 4
 _LENGTH_BYTES = 8
-_LOOK_EVERY_MS = 100
+_CHECK_EVERY_MS = 100
 
 
 class Shared(NamedTuple):
     """File descriptors that the ranks of a group have in common.
 
     Attributes:
-        memory: of the shared file: two pieces of each rank, then the parts of messages.
-        arrived: [from][to]; how often one rank has come to a meeting that the other has not seen.
-        filled, free: [to]; parts of messages of rank 0 that hold something, and that do not.
+        memory: shared file with two pieces for each rank, then the parts of messages.
+        arrived: [from][to]; eventfd of the meetings that one rank has reached and the other one
+            has not yet counted.
+        filled, free: [to]; eventfds of rank 0's parts of messages, unread and writable ones.
     """
 
     memory: int
@@ -41,6 +43,7 @@ class Shared(NamedTuple):
 
     @classmethod
     def create(cls, size: int) -> Shared:
+        """Create the memory and the signals of `size` ranks."""
         memory = os.memfd_create("fd_dsa-ranks")
         os.ftruncate(memory, (2 * size + _NUM_PARTS) * _PIECE)
         flags = os.EFD_SEMAPHORE | os.EFD_NONBLOCK | os.EFD_CLOEXEC
@@ -53,18 +56,22 @@ class Shared(NamedTuple):
 
     @property
     def descriptors(self) -> list[int]:
+        """All file descriptors, the memory first."""
         return [self.memory, *(fd for row in self.arrived for fd in row), *self.filled, *self.free]
 
 
 class HostGroup(Group):
-    """A group whose tensors are NumPy arrays, and in which rank 0 sends the others messages.
+    """Group over NumPy arrays, in which rank 0 also sends messages to the other ranks.
 
-    Also the group of processes whose model is on devices, for what their hosts exchange. One thread
-    at a time. `shared` is what `Shared.create` gave rank 0.
+    Processes whose model is on devices exchange their host data by it, too. The caller allows one
+    thread at a time.
+
+    Args:
+        shared: result of `Shared.create` in rank 0.
 
     Attributes:
-        has_devices: whether the ranks also meet on devices, where no failure is raised.
-        failure: what has ended another rank, raised in every wait for one; None: nothing.
+        has_devices: True if the ranks also wait for each other on devices, which raise no error.
+        failure: error of a rank that has ended, raised by every wait; None = all ranks run.
     """
 
     failure: RankError | None
@@ -73,11 +80,11 @@ class HostGroup(Group):
         self.rank, self.size = rank, len(shared.filled)
         self.has_devices, self.failure = False, None
         self._shared, self._turn, self._part, self._is_open = shared, 0, 0, True
-        # the others are ended by rank 0, or with it
-        self._look_every_ms = None if rank else _LOOK_EVERY_MS
+        # rank 0 ends the other ranks, or they end with it
+        self._check_every_ms = None if rank else _CHECK_EVERY_MS
         mapped = mmap.mmap(shared.memory, (2 * self.size + _NUM_PARTS) * _PIECE)
         pieces = np.frombuffer(mapped, np.uint8).reshape(-1, _PIECE)
-        # a rank fills one of its two while others may still read what it showed before
+        # a rank fills one of its two pieces while others may still read the other one
         self._pieces = pieces[: 2 * self.size].reshape(2, self.size, _PIECE)
         self._parts = pieces[2 * self.size :]
         self._polls = {}
@@ -86,25 +93,25 @@ class HostGroup(Group):
             self._polls[fd].register(fd, select.POLLIN)
 
     def all_reduce(self, tensor: np.ndarray) -> np.ndarray:
-        """See `Group`; the sum is a new array."""
+        """Sum into a new array, see `Group`."""
         x = np.ascontiguousarray(tensor)
         total, flat = np.empty_like(x), x.reshape(-1)
         sums, length = total.reshape(-1), _PIECE // x.itemsize
         for start in range(0, len(flat), length):
             part = sums[start : start + length]
-            first, *others = self._shown(flat[start : start + length])
+            first, *others = self._exchange(flat[start : start + length])
             np.copyto(part, first)
             for other in others:
                 part += other
         return total
 
     def all_gather(self, tensor: np.ndarray) -> np.ndarray:
-        """See `Group`; a new array."""
+        """Gather into a new array, see `Group`."""
         x = np.ascontiguousarray(tensor)
         gathered, flat = np.empty((self.size, *x.shape), x.dtype), x.reshape(-1)
         rows, length = gathered.reshape(self.size, -1), _PIECE // x.itemsize
         for start in range(0, len(flat), length):
-            parts = self._shown(flat[start : start + length])
+            parts = self._exchange(flat[start : start + length])
             for row, part in zip(rows, parts, strict=True):
                 row[start : start + length] = part
         return gathered
@@ -113,7 +120,9 @@ class HostGroup(Group):
         self._meet()
 
     def send(self, message: bytes) -> None:
-        """Give all other ranks a message, from rank 0; waits while they are some messages behind.
+        """Send a message from rank 0 to all other ranks.
+
+        The call blocks while a rank has `_NUM_PARTS` unread parts.
 
         Raises:
             RankError: a rank has ended.
@@ -129,7 +138,7 @@ class HostGroup(Group):
                 os.eventfd_write(self._shared.filled[rank], 1)
 
     def receive(self) -> bytes:
-        """The next message of rank 0, which is waited for."""
+        """Wait for the next message of rank 0 and return it."""
         data = self._next_part(None)
         missing = _LENGTH_BYTES + int.from_bytes(data[:_LENGTH_BYTES], "little") - len(data)
         while missing:
@@ -149,7 +158,11 @@ class HostGroup(Group):
                     os.close(fd)
 
     def _next_part(self, missing: int | None) -> bytes:
-        """A part of a message of which so many bytes are missing; None: its first part."""
+        """Wait for the next part of a message and return its bytes.
+
+        Args:
+            missing: bytes of the message that have not arrived; None = its first part.
+        """
         self.wait_eventfd(self._shared.filled[self.rank])
         part = self._parts[self._part]
         if missing is None:
@@ -159,8 +172,15 @@ class HostGroup(Group):
         os.eventfd_write(self._shared.free[self.rank], 1)
         return data
 
-    def _shown(self, part: np.ndarray) -> list[np.ndarray]:
-        """What each rank shows, as short as a piece; valid until the next call but one."""
+    def _exchange(self, part: np.ndarray) -> list[np.ndarray]:
+        """Write this rank's part and return the parts of all ranks.
+
+        Args:
+            part: values of this rank, at most a piece.
+
+        Returns:
+            Views of shared memory, which the second call after this one overwrites.
+        """
         self._turn ^= 1
         views = [piece[: part.nbytes].view(part.dtype) for piece in self._pieces[self._turn]]
         views[self.rank][...] = part
@@ -168,7 +188,7 @@ class HostGroup(Group):
         return views
 
     def _meet(self) -> None:
-        """Wait until every rank has called this."""
+        """Wait until every rank has made this call."""
         arrived, others = self._shared.arrived, [r for r in range(self.size) if r != self.rank]
         self.check()
         for rank in others:
@@ -177,12 +197,12 @@ class HostGroup(Group):
             self.wait_eventfd(arrived[rank][self.rank])
 
     def wait_eventfd(self, fd: int) -> None:
-        """Take one signal, which is waited for."""
+        """Wait for one signal of an eventfd and take it."""
         while True:
             try:
                 os.eventfd_read(fd)
             except BlockingIOError:
-                self._polls[fd].poll(self._look_every_ms)
+                self._polls[fd].poll(self._check_every_ms)
                 self.check()
             else:
                 return

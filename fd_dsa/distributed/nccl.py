@@ -1,4 +1,4 @@
-"""NCCL through ctypes: the library that the process has loaded, or that is installed."""
+"""NCCL through ctypes: the library that the process has loaded, or an installed one."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class _UniqueId(ctypes.Structure):
 
 
 def new_unique_id() -> bytes:
-    """What brings the ranks of a communicator together; one process makes it for all.
+    """Make the id of a communicator, in one process for all its ranks.
 
     Raises:
         BackendUnavailable: no NCCL is found.
-        DeviceError: NCCL finds no network interface to be called on.
+        DeviceError: NCCL finds no network interface to listen on.
     """
     made = _UniqueId()
     _check(load_library().ncclGetUniqueId(ctypes.byref(made)), "ncclGetUniqueId")
@@ -38,10 +38,13 @@ def new_unique_id() -> bytes:
 
 
 class Communicator:
-    """Collectives of the processes with one `new_unique_id`, one a GPU; one thread at a time.
+    """Collectives of the processes with one `new_unique_id`, each with its own GPU.
+
+    The caller allows one thread at a time.
 
     Raises:
-        BackendUnavailable, DeviceError: see `new_unique_id`; or two ranks have the same GPU.
+        BackendUnavailable: see `new_unique_id`.
+        DeviceError: see `new_unique_id`; or two ranks have the same GPU.
     """
 
     def __init__(self, rank: int, size: int, unique_id: bytes, device: int) -> None:
@@ -52,7 +55,7 @@ class Communicator:
         _check(code, f"ncclCommInitRank of rank {rank} of {size}")
 
     def all_reduce(self, at: int, count: int, dtype: str, stream: ctypes.c_void_p) -> None:
-        """Queue the sum of `count` values over all ranks, in place.
+        """Enqueue the sum of `count` values over all ranks, in place.
 
         Raises:
             DtypeError: NCCL has no such type.
@@ -63,16 +66,19 @@ class Communicator:
         self._call("ncclAllReduce", place, place, ctypes.c_size_t(count), kind, _SUM, stream)
 
     def all_gather(self, source: int, target: int, num_bytes: int, stream: ctypes.c_void_p) -> None:
-        """Queue a copy of `num_bytes` of every rank to `target`, in the order of ranks."""
+        """Enqueue a copy of `num_bytes` of every rank to `target`, in the order of ranks."""
         places, kind = (ctypes.c_void_p(source), ctypes.c_void_p(target)), ctypes.c_int(_UINT8)
         self._call("ncclAllGather", *places, ctypes.c_size_t(num_bytes), kind, stream)
 
     def abort(self) -> None:
-        """End what still runs or waits, without the other ranks; nothing can follow."""
+        """End running and waiting collectives without the other ranks.
+
+        The communicator cannot be used afterwards.
+        """
         self._end("ncclCommAbort")
 
     def destroy(self) -> None:
-        """Free everything after all collectives have ended; may be called twice."""
+        """Free everything after all collectives have ended. A second call has no effect."""
         self._end("ncclCommDestroy")
 
     def _end(self, name: str) -> None:
@@ -82,7 +88,7 @@ class Communicator:
                 getattr(load_library(), name)(handle)
 
     def _call(self, name: str, *arguments: object) -> None:
-        """A collective on the stream that is the last argument."""
+        """Enqueue a collective on the stream, which is the last argument."""
         *values, stream = arguments
         with cuda().context(self._device):
             code = getattr(load_library(), name)(*values, self._handle, stream)
@@ -101,20 +107,20 @@ def _check(code: int, what: str) -> None:
 
 @cache
 def load_library() -> ctypes.CDLL:
-    """The library that the process has loaded, or else one that is found."""
-    # NVLink multicast, which not every machine grants
+    """Return the library that the process has loaded, or else an installed one."""
+    # no NVLink multicast, because not every machine grants it
     set_default("NCCL_NVLS_ENABLE", "0")
     for path in library_paths(Path("/proc/self/maps").read_text()):
         with suppress(OSError):
             return ctypes.CDLL(path)
     raise BackendUnavailable(
-        f"no NCCL ({_SONAME}), without which GPUs do not work together; "
+        f"NCCL: found no {_SONAME}, which ranks on several GPUs need; install it: "
         f"{pip_command('nvidia-nccl-cu12')} (for CUDA 13 nvidia-nccl-cu13)"
     )
 
 
 def library_paths(maps: str) -> Iterator[str]:
-    """Where NCCL is: in the process, by its maps; where pip puts it; where the system has it."""
+    """Yield the places of NCCL: in the process, by its maps, then pip's and the system's."""
     yield from re.findall(r"\s(/\S*libnccl\.so\S*)$", maps, re.MULTILINE)[:1]
     spec = find_spec("nvidia")
     for folder in (spec and spec.submodule_search_locations) or ():

@@ -15,9 +15,9 @@ from fd_dsa.ops.library_kernel import LibraryKernel
 from fd_dsa.tensor import Tensor
 
 SIZES = (2, 4, 8)
-"""Numbers of ranks that the kernel is made for."""
-MOST_BYTES = 2 << 20
-"""Of rows that the kernel sums; more bytes are NCCL's."""
+"""Numbers of ranks that the kernel supports."""
+MAX_BYTES = 2 << 20
+"""Bytes of the largest tensor that the kernel sums. NCCL sums larger ones."""
 _VALUES, _STATE_BYTES = 8, 256
 _HANDLE_BYTES, _LAZY_PEER_ACCESS = 64, 1
 _ADDRESSES = ("x", "out", "late")
@@ -25,7 +25,7 @@ _NUMBERS = ("rank", "size", "num_vectors", "slot_vectors", "max_blocks", "starts
 
 
 class Job(ctypes.Structure):
-    """FdDsaAllReduce of custom_ops/csrc/all_reduce.h, which says what each field is."""
+    """FdDsaAllReduce of custom_ops/csrc/all_reduce.h, which describes the fields."""
 
     _fields_ = (
         ("ranks", ctypes.c_void_p * 8),
@@ -42,17 +42,17 @@ class _Handle(ctypes.Structure):
 
 
 class SharedMemory:
-    """Memory of a rank on its device, and that of the others as this process sees it.
+    """Memory of a rank on its device, and this process's mappings of the other ranks' memory.
 
-    It stays until the process ends: other ranks may have it mapped for longer than this one.
+    The memory stays until the process ends, because other ranks may keep it mapped for longer.
 
     Attributes:
-        handle: uint8 [64], what another process opens it with.
+        handle: uint8 [64], with which another process maps this rank's memory.
     """
 
     def __init__(self, transfers: Transfers, num_bytes: int) -> None:
         self._function, own, handle = transfers.function, ctypes.c_uint64(), _Handle()
-        # not of a pool, whose pieces have no handle of their own
+        # not from a pool, because its pieces have no handles
         self._function("cuMemAlloc_v2")(ctypes.byref(own), ctypes.c_size_t(num_bytes))
         self._function("cuIpcGetMemHandle")(ctypes.byref(handle), own)
         fill, stream = self._function("cuMemsetD8Async"), transfers.stream()
@@ -64,10 +64,13 @@ class SharedMemory:
         self._mapped: list[ctypes.c_uint64] = []
 
     def open(self, handles: np.ndarray, rank: int) -> list[int]:
-        """Addresses of all ranks' memory, of their handles uint8 [size, 64].
+        """Map the memory of all ranks and return its addresses.
+
+        Args:
+            handles: uint8 [size, 64], `handle` of each rank.
 
         Raises:
-            DeviceError: a device cannot read another one's memory.
+            DeviceError: a device cannot read the memory of another one.
         """
         addresses = []
         for other, handle in enumerate(handles):
@@ -83,21 +86,23 @@ class SharedMemory:
         return addresses
 
     def close(self) -> None:
-        """Forget the others' memory; may be called twice."""
+        """Unmap the other ranks' memory. A second call has no effect."""
         while self._mapped:
             self._function("cuIpcCloseMemHandle")(self._mapped.pop())
 
 
 class PeerAllReduce(LibraryKernel):
-    """The kernel, for one rank; one thread at a time.
+    """All-reduce kernel of one rank.
+
+    The caller allows one thread at a time.
 
     Args:
-        late: uint32 [1] in page-locked memory, where a launch that gives up leaves the number of a
-            rank that did not come, plus one.
-        timeout_s: how long a launch waits for the others.
+        late: uint32 [1] in page-locked memory. A launch that times out writes the number of a
+            missing rank, plus one.
+        timeout_s: seconds that a launch waits for other ranks.
 
     Raises:
-        BackendUnavailable: the library is of another release.
+        BackendUnavailable: the library belongs to another release.
     """
 
     launcher, size, structure = "fd_dsa_all_reduce_cuda", "fd_dsa_all_reduce_bytes", Job
@@ -107,7 +112,7 @@ class PeerAllReduce(LibraryKernel):
     ) -> None:
         super().__init__(kernels)
         job = self.job
-        job.rank, job.size, job.slot_vectors = rank, size, MOST_BYTES // (2 * _VALUES)
+        job.rank, job.size, job.slot_vectors = rank, size, MAX_BYTES // (2 * _VALUES)
         job.late, job.timeout_ns = late.ctypes.data, int(timeout_s * 1e9)
         job.starts_early = launches_overlap()
         self._late = late
@@ -116,17 +121,22 @@ class PeerAllReduce(LibraryKernel):
         self.memory_bytes = memory(size, job.slot_vectors)
 
     def use(self, addresses: list[int], max_blocks: int = 0) -> None:
-        """Take the memory of the ranks, and at most so many blocks; 0: as the device has room."""
+        """Set the memory of the ranks and the largest grid.
+
+        Args:
+            addresses: address of each rank's memory, see `SharedMemory.open`.
+            max_blocks: max thread blocks of a launch; 0 = as many as the device runs at once.
+        """
         self.job.ranks[: len(addresses)] = addresses
         self.job.max_blocks = max_blocks
 
     @staticmethod
     def suits(tensor: Tensor) -> bool:
-        """Whether the kernel sums such tensors."""
+        """Return True if the kernel can sum a tensor of this dtype and size."""
         num_values = prod(tensor.shape)
         return (
             dtype_name(tensor.dtype) == "bfloat16"
-            and 0 < 2 * num_values <= MOST_BYTES
+            and 0 < 2 * num_values <= MAX_BYTES
             and num_values % _VALUES == 0
         )
 
@@ -134,7 +144,7 @@ class PeerAllReduce(LibraryKernel):
         """Fill `out`, which may be `x`, with the sum.
 
         Args:
-            x: of which `suits`.
+            x: tensor for which `suits` is True.
 
         Raises:
             LaunchError: a tensor is not contiguous, or not on the device of the others.
@@ -152,6 +162,6 @@ class PeerAllReduce(LibraryKernel):
             raise DeviceError(self.failure() or str(error)) from error
 
     def failure(self) -> str:
-        """Which rank a launch has given up to wait for, in words; "" if none."""
+        """Return the rank that a launch timed out on, or "" without a timeout."""
         rank, seconds = int(self._late[0]) - 1, self.job.timeout_ns / 1e9
         return "" if rank < 0 else f"rank {rank} did not come to an all-reduce for {seconds:g} s"

@@ -182,7 +182,7 @@ def device_to_check(requested: str | None) -> str:
         BackendUnavailable: a package is missing, or Paddle has no such device.
     """
     require_packages()
-    from fd_dsa.device.places import paddle_device_counts
+    from fd_dsa.device.allocation import paddle_device_counts
 
     counts = paddle_device_counts()
     devices = [f"{kind}:{number}" for kind, count in counts.items() for number in range(count)]

@@ -15,8 +15,8 @@ from fd_dsa.ops.providers import (
     NUMPY,
     TENSOR_CORE,
     VARIABLE,
+    available_providers,
     function,
-    on,
     reason_for,
     requested,
     why_not_library,
@@ -108,7 +108,7 @@ def _row(
 def _on(operator: str, place: str) -> list[str]:
     """Return the providers for a place, without those of a missing library."""
     kind = place.partition(":")[0]
-    providers = on(operator, kind)
+    providers = available_providers(operator, kind)
     return [p for p in providers if p != CUSTOM_OP or not why_not_library(operator, kind)[0]]
 
 

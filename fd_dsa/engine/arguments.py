@@ -1,130 +1,33 @@
-"""Errors of wrong calls, with hints at the arguments that were meant."""
+"""Arguments of calls: accepted forms, checks, and errors with hints."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Mapping
-from typing import ParamSpec, TypeVar
+import sys
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any, ParamSpec, TypeVar, get_args
 
+import numpy as np
+
+from fd_dsa.chat.template import RESERVED, Role
 from fd_dsa.errors import ArgumentError, argument_error, nearest_name
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 _T = TypeVar("_T")
+Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
+Message = Mapping[str, Any]
+Conversations = Sequence[Message] | Sequence[Sequence[Message]]
 
-_FORM = "write structured_outputs=StructuredOutputsParams(json=SCHEMA), or regex, choice, grammar"
-_NO_BEAMS = "leave it out, there is no beam search"
-_GRAPHS = "write cudagraph_capture_sizes, or enforce_eager=True to capture nothing"
-_FOLDER = "give model the folder that huggingface_hub.snapshot_download returns"
-_ONE_MACHINE = "write tensor_parallel_size, or serve with --engine fastdeploy"
-_STAYS = "leave it out, weights and caches stay on the device"
-_TEXT_ONLY = "leave it out, models read only text"
-_SERVER = "leave it out, it is a flag of the server"
-_DRAFTS = 'write speculative_config={"method": "mtp", "num_speculative_tokens": 3}'
-_PARSED = "leave it out, fd_dsa.chat.parser.OutputParser reads the text of an answer"
-_READ = "leave it out, the model folder says it"
-
-SAMPLING_HINTS: Mapping[str, str] = {
-    **dict.fromkeys(("use_beam_search", "num_beams", "beam_width", "length_penalty"), _NO_BEAMS),
-    "early_stopping": _NO_BEAMS,
-    **dict.fromkeys(("guided_decoding", "guided_json", "guided_regex", "guided_choice"), _FORM),
-    **dict.fromkeys(("guided_grammar", "response_format", "json_schema", "json"), _FORM),
-    **dict.fromkeys(("regex", "choice", "grammar", "structured_output"), _FORM),
-    **dict.fromkeys(("max_new_tokens", "max_completion_tokens", "max_length"), "write max_tokens"),
-    **dict.fromkeys(("max_output_tokens", "num_predict", "n_predict"), "write max_tokens"),
-    **dict.fromkeys(("min_new_tokens", "min_length"), "write min_tokens"),
-    **dict.fromkeys(("stop_strings", "stop_sequences"), "write stop"),
-    **dict.fromkeys(("num_return_sequences", "num_completions"), "write n"),
-    "allowed_token_ids": "write logit_bias to favor tokens, or structured_outputs for a form",
-    "best_of": "write n, all sampled outputs are returned",
-    "detokenize": "leave it out, every output has its text and its token_ids",
-    "do_sample": "write temperature=0 for greedy sampling",
-    "extra_args": "leave it out",
-    "logits_processors": "write logit_bias, bad_words or structured_outputs",
-    "output_kind": "write stream=True in generate or chat for outputs as they come",
-    "repeat_penalty": "write repetition_penalty",
-    "spaces_between_special_tokens": "leave it out",
-    "stop_token": "write stop_token_ids",
-    "top_logprobs": "write logprobs",
-    "truncate_prompt_tokens": "cut the token ids of the prompt",
-}
-"""Arguments that SamplingParams has in other libraries, and what to write here."""
-
-FORM_HINTS: Mapping[str, str] = {
-    **dict.fromkeys(("schema", "json_schema", "guided_json"), "write json"),
-    **dict.fromkeys(("pattern", "guided_regex"), "write regex"),
-    **dict.fromkeys(("choices", "guided_choice"), "write choice"),
-    **dict.fromkeys(("guided_grammar", "lark", "gbnf"), "write grammar"),
-    "backend": "leave it out, llguidance serves every form",
-    "disable_additional_properties": 'write "additionalProperties": false in the schema',
-    "disable_any_whitespace": "leave it out, white space in JSON is bounded",
-    "disable_fallback": "leave it out, there is no other backend",
-    "structural_tag": "write grammar",
-    "whitespace_pattern": "leave it out, white space in JSON is bounded",
-}
-"""The same for StructuredOutputsParams."""
-
-LLM_HINTS: Mapping[str, str] = {
-    **dict.fromkeys(("api_key", "host", "port"), _SERVER),
-    **dict.fromkeys(("cpu_offload_gb", "swap_space"), _STAYS),
-    **dict.fromkeys(("compilation_config", "cuda_graph_sizes", "use_cuda_graph"), _GRAPHS),
-    **dict.fromkeys(
-        ("max_seq_len_to_capture", "use_cudagraph", "graph_optimization_config"), _GRAPHS
-    ),
-    **dict.fromkeys(
-        ("context_length", "max_seq_len", "max_length", "n_ctx"), "write max_model_len"
-    ),
-    **dict.fromkeys(("data_parallel_size", "pipeline_parallel_size"), _ONE_MACHINE),
-    "enable_expert_parallel": _ONE_MACHINE,
-    **dict.fromkeys(("disable_custom_all_reduce", "disable_log_stats"), "leave it out"),
-    **dict.fromkeys(("distributed_executor_backend", "worker_cls"), "leave it out"),
-    **dict.fromkeys(("download_dir", "revision", "tokenizer_revision", "code_revision"), _FOLDER),
-    **dict.fromkeys(("draft_model", "num_speculative_tokens", "speculative_model"), _DRAFTS),
-    **dict.fromkeys(
-        ("enable_lora", "max_lora_rank", "max_loras"), "leave it out, no adapter is read"
-    ),
-    **dict.fromkeys(("limit_mm_per_prompt", "mm_processor_kwargs"), _TEXT_ONLY),
-    **dict.fromkeys(("enable_auto_tool_choice", "reasoning_parser", "tool_call_parser"), _PARSED),
-    **dict.fromkeys(("quantization", "tokenizer_mode", "skip_tokenizer_init", "task"), _READ),
-    **dict.fromkeys(("runner", "model_impl", "config_format"), _READ),
-    **dict.fromkeys(("dp", "dp_size", "ep", "ep_size", "pp", "pp_size"), _ONE_MACHINE),
-    **dict.fromkeys(("tp", "tp_size", "num_gpus", "world_size"), "write tensor_parallel_size"),
-    **dict.fromkeys(("precision", "torch_dtype"), "write dtype"),
-    "device_map": "write device",
-    "disable_cascade_attn": "leave it out",
-    "guided_decoding_backend": "leave it out, llguidance serves every form",
-    "hf_overrides": "edit config.json; index_topk is an argument",
-    "max_logprobs": "leave it out, the bound is 20",
-    "mem_fraction_static": "write gpu_memory_utilization",
-    "model_path": "write model",
-    "override_generation_config": "write SamplingParams",
-    "scheduling_policy": "leave it out, requests run in the order of their arrival",
-    "structured_outputs_config": "leave it out, llguidance serves every form",
-    "trust_remote_code": "leave it out, no Python file of a folder is run",
-}
-"""The same for LLM."""
-
-CALL_HINTS: Mapping[str, str] = {
-    **dict.fromkeys(("add_generation_prompt", "prefix"), "write continue_final_message"),
-    **dict.fromkeys(("conversation", "conversations"), "write messages"),
-    **dict.fromkeys(
-        ("enable_thinking", "thinking"), 'write chat_template_kwargs={"thinking": True}'
-    ),
-    **dict.fromkeys(("input", "inputs", "text", "texts"), "give the first argument no name"),
-    **dict.fromkeys(("lora_request", "priority", "tokenization_kwargs"), "leave it out"),
-    "chat_template": "write LLM(chat_template=FILE)",
-    "chat_template_content_format": "leave it out, the template shows which form it takes",
-    "guided_options_request": _FORM,
-    "mm_processor_kwargs": _TEXT_ONLY,
-    "params": "write sampling_params",
-    "prompt_token_ids": "give the token ids as prompts: one list, or a list of lists",
-    "reasoning_effort": 'write chat_template_kwargs={"reasoning_effort": LEVEL}',
-    "system": 'write a message {"role": "system", "content": TEXT}',
-    "tool_choice": "leave tools out for no call; the server's chat completions take tool_choice",
-    "use_tqdm": "leave it out, no progress is printed; stream=True gives outputs as they come",
-}
-"""The same for LLM.generate and LLM.chat."""
+MAX_TEXT_CHARS = 512
+MAX_TOKEN_ID = 2**31 - 1
+LARGEST = sys.float_info.max
+"""Upper bound of a number without a bound."""
+_ROLES: tuple[str, ...] = get_args(Role)
+_MESSAGE = '{"role": "user", "content": TEXT}'
+_TOOL = '{"type": "function", "function": {"name": NAME, "parameters": SCHEMA}}'
 
 
 def explain_calls(
@@ -221,3 +124,237 @@ def _instead(name: str, names: list[str], hints: Mapping[str, str]) -> str:
     if near is not None and near in hints:
         return hints[near]
     return f"write {near}" if near else f"the names are {', '.join(names)}"
+
+
+def check_number(name: str, value: Any, low: float, high: float, kind: type, of: str = "") -> None:
+    """Raise ArgumentError unless `value` is a number of this type in [low, high].
+
+    Args:
+        kind: int or float.
+        of: names the entry of the value in the message.
+    """
+    types, noun = (int, "an integer") if kind is int else ((int, float), "a number")
+    is_number = isinstance(value, types) and not isinstance(value, bool)
+    if not is_number or not low <= value <= high:
+        allowed = f"{noun} in [{low}, {high}]"
+        if high >= LARGEST:
+            allowed = f"{noun if kind is int else 'a finite number'} >= {low}"
+        raise argument_error(name, value, f"{allowed}{of}", _plain_number(value))
+
+
+def _plain_number(value: object) -> str:
+    """Return the hint for a number of NumPy, which may look like one of Python."""
+    return "write VALUE.item()" if isinstance(value, np.generic) else ""
+
+
+def check_texts(name: str, texts: Sequence[object], max_texts: int, max_chars: int) -> None:
+    """Raise ArgumentError unless these are non-empty strings within the limits."""
+    if len(texts) > max_texts:
+        raise ArgumentError(f"{name}: got {len(texts)} entries; must be at most {max_texts}")
+    num_chars = 0
+    for text in texts:
+        if not isinstance(text, str) or not text:
+            raise argument_error(name, text, "a non-empty string, as every entry")
+        if len(text) > MAX_TEXT_CHARS:
+            raise ArgumentError(
+                f"{name}: got an entry of {len(text)} characters; must be at most {MAX_TEXT_CHARS}"
+            )
+        if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
+            raise argument_error(name, text, "valid Unicode, as every entry")
+        num_chars += len(text)
+    if num_chars > max_chars:
+        raise ArgumentError(
+            f"{name}: got {num_chars} characters in all; must be at most {max_chars}"
+        )
+
+
+def check_token_ids(name: str, token_ids: object) -> None:
+    """Raise ArgumentError unless this is None or a sequence of possible token ids."""
+    if token_ids is None:
+        return
+    if isinstance(token_ids, str) or not isinstance(token_ids, Sequence):
+        raise argument_error(name, token_ids, "a list of token ids")
+    for token_id in token_ids:
+        integer = isinstance(token_id, int) and not isinstance(token_id, bool)
+        if not integer or not 0 <= token_id <= MAX_TOKEN_ID:
+            rule = f"a token id, 0 to {MAX_TOKEN_ID}, as every entry"
+            raise argument_error(name, token_id, rule, _plain_number(token_id))
+
+
+def read_prompts(prompts: object) -> list[str | list[int]]:
+    """List the prompts of one of the four forms, each a text or token ids.
+
+    Raises:
+        ArgumentError: the prompts have another form.
+    """
+    if isinstance(prompts, str):
+        return [prompts]
+    several = list_entries(
+        "prompts", prompts, "a text, token ids, or a list of either", "write [TEXT] or [[ID, ID]]"
+    )
+    if several and _is_id(several[0]):
+        return [_token_ids("prompts", several)]
+    return [
+        one if isinstance(one, str) else _token_ids(f"prompts[{index}]", one)
+        for index, one in enumerate(several)
+    ]
+
+
+def read_conversations(messages: object) -> list[list[Message]]:
+    """List the conversations of either form, each a list of messages.
+
+    Raises:
+        ArgumentError: the messages have another form, or one lacks a role or content.
+    """
+    rule = "a list of messages, or a list of such lists"
+    if isinstance(messages, str):
+        raise argument_error("messages", messages, rule, f"write [{_MESSAGE}]")
+    if isinstance(messages, Mapping):
+        raise argument_error("messages", messages, rule, "write [MESSAGE]")
+    several = list_entries("messages", messages, rule)
+    if any(isinstance(one, (str, Mapping)) for one in several):
+        return [_conversation("messages", several)]
+    return [
+        _conversation(f"messages[{i}]", list_entries(f"messages[{i}]", one, "a list of messages"))
+        for i, one in enumerate(several)
+    ]
+
+
+def read_tools(tools: object) -> Sequence[Message] | None:
+    """Check the tools of a conversation.
+
+    Raises:
+        ArgumentError: a tool has another form than in the OpenAI API.
+    """
+    if tools is None:
+        return None
+    if isinstance(tools, Mapping):
+        raise argument_error("tools", tools, "a list of tools", "write [TOOL]")
+    entries = list_entries("tools", tools, "a list of tools")
+    for index, tool in enumerate(entries):
+        function = tool.get("function") if isinstance(tool, Mapping) else None
+        name = function.get("name") if isinstance(function, Mapping) else None
+        if not isinstance(name, str) or not name:
+            raise argument_error(
+                f"tools[{index}]", tool, "a function with a name", f"write {_TOOL}"
+            )
+    return entries
+
+
+def read_variables(variables: object) -> Mapping[str, Any]:
+    """Check the variables of a chat template.
+
+    Raises:
+        ArgumentError: the variables are no mapping of names, or one of them is set by the call.
+    """
+    name = "chat_template_kwargs"
+    if variables is None:
+        return {}
+    if not isinstance(variables, Mapping):
+        raise argument_error(name, variables, "a dict of variables", 'write {"thinking": True}')
+    for key in variables:
+        if not isinstance(key, str) or key in RESERVED:
+            hint = "leave it out, the call sets it" if key in RESERVED else "write names as texts"
+            raise argument_error(name, key, "a variable of the template", hint)
+    return variables
+
+
+def check_switches(**switches: object) -> None:
+    """Raise the ArgumentError of an argument that is neither True nor False."""
+    for name, value in switches.items():
+        if not isinstance(value, bool):
+            raise argument_error(name, value, "True or False")
+
+
+def place_of(name: str, index: int, count: int) -> str:
+    """Name one of the prompts of a call, as in `prompts[2]`."""
+    return f"{name}[{index}]" if count > 1 else name
+
+
+@contextlib.contextmanager
+def naming(place: str, named: Collection[str]) -> Iterator[None]:
+    """Put the name of an argument before the error that its value causes.
+
+    Args:
+        place: name of the argument.
+        named: arguments whose errors have their names already.
+    """
+    try:
+        yield
+    except ArgumentError:
+        raise
+    except ValueError as error:
+        if str(error).partition(" ")[0].rstrip(":") in named:
+            raise
+        raise ArgumentError(f"{place}: {error}") from error
+
+
+def list_entries(name: str, value: object, rule: str, hint: str = "") -> list[Any]:
+    """List the entries of an argument that has several."""
+    is_unordered = isinstance(value, (str, bytes, bytearray, Mapping, set, frozenset))
+    if is_unordered or not isinstance(value, Iterable):
+        raise argument_error(name, value, rule, hint)
+    return list(value)
+
+
+def _is_id(value: object) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def _token_ids(name: str, value: object) -> list[int]:
+    """List the token ids of one prompt."""
+    hint = "chat takes messages" if isinstance(value, Mapping) and "role" in value else ""
+    ids = list_entries(name, value, "a text or a list of token ids", hint)
+    for index, one in enumerate(ids):
+        if not _is_id(one):
+            raise argument_error(f"{name}[{index}]", one, "a token id, an integer")
+    return ids
+
+
+def _conversation(name: str, messages: list[Any]) -> list[Message]:
+    """Check the messages of one conversation."""
+    if not messages:
+        raise argument_error(name, messages, "a list with a message", f"write [{_MESSAGE}]")
+    for index, message in enumerate(messages):
+        _check_message(f"{name}[{index}]", message)
+    return messages
+
+
+def _check_message(name: str, message: object) -> None:
+    """Raise the ArgumentError of a message that no chat template can show."""
+    if not isinstance(message, Mapping):
+        raise argument_error(name, message, "a message", f"write {_MESSAGE}")
+    for key in ("role", "content"):
+        if key not in message and (key == "role" or message.get("role") != "assistant"):
+            near = nearest_name(key, [one for one in message if isinstance(one, str)])
+            hint = f"write {key} for {near}" if near else f"write {_MESSAGE}"
+            raise argument_error(name, message, f"a message with the key {key}", hint)
+    role, content = message["role"], message.get("content")
+    if role not in _ROLES:
+        near = nearest_name(role, _ROLES) if isinstance(role, str) else None
+        hint = f"write {near}" if near else ""
+        raise argument_error(f"{name}.role", role, f"one of {', '.join(_ROLES)}", hint)
+    if isinstance(content, list):
+        for index, part in enumerate(content):
+            text = part.get("text") if isinstance(part, Mapping) else None
+            if not isinstance(text, str):
+                hint = 'models read only text; write {"type": "text", "text": TEXT}'
+                raise argument_error(f"{name}.content[{index}]", part, "a text part", hint)
+    elif not isinstance(content, str) and (content is not None or role != "assistant"):
+        raise argument_error(f"{name}.content", content, "a text or a list of text parts")
+    calls = message.get("tool_calls")
+    if calls is not None:
+        for index, call in enumerate(list_entries(f"{name}.tool_calls", calls, "a list of calls")):
+            _check_call(f"{name}.tool_calls[{index}]", call)
+
+
+def _check_call(name: str, call: object) -> None:
+    """Raise the ArgumentError of a call in the history that no chat template can show."""
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        hint = 'write {"type": "function", "function": {"name": NAME, "arguments": TEXT}}'
+        raise argument_error(name, call, "a call of a function", hint)
+    arguments = function.get("arguments")
+    if arguments is not None and not isinstance(arguments, (str, Mapping)):
+        place = f"{name}.function.arguments"
+        raise argument_error(place, arguments, "a JSON text or a dict")

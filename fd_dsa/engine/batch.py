@@ -153,7 +153,7 @@ class ScheduledBatch:
         self.is_in_flight = True
         for row, request in enumerate(self.sampling):
             if request.finish_reason is None and request not in self.late:
-                num_drafts = len(self.drafts_of(request))
+                num_drafts = len(self.drafts_of(request)) if self.drafts else 0
                 request.pending_row, request.num_pending_drafts = row, num_drafts
                 request.num_computed_tokens += num_drafts
 

@@ -50,7 +50,7 @@ class DSACaches:
 
     def workspace_bytes(self, traits: GpuTraits) -> int:
         """Return the device memory of the attention without its caches, bytes."""
-        from fd_dsa.attention.device import workspace_bytes
+        from fd_dsa.attention.device_memory import workspace_bytes
 
         return workspace_bytes(backend_config(*self._parts, dtype=self._dtype), traits)
 

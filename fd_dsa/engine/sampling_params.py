@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
-from fd_dsa.engine.arguments import SAMPLING_HINTS, explain_fields
+from fd_dsa.chat.parser import AnswerFormat
+from fd_dsa.chat.template import opens_reasoning
+from fd_dsa.engine.argument_hints import SAMPLING_HINTS
+from fd_dsa.engine.arguments import (
+    LARGEST,
+    MAX_TEXT_CHARS,
+    Message,
+    check_number,
+    check_texts,
+    check_token_ids,
+    explain_fields,
+    list_entries,
+)
 from fd_dsa.engine.reasoning import Reasoning
 from fd_dsa.engine.structured_outputs import StructuredOutputsParams
 from fd_dsa.engine.tokenizer import Tokenizer
@@ -22,23 +32,20 @@ LOGIT_BIAS_MAX = 100
 # limits of the work that one request may cause in every step
 MAX_BAD_WORDS = 1024
 MAX_STOP_STRINGS = 64
-MAX_TEXT_CHARS = 512
 MAX_STOP_CHARS = 8192
 MAX_BAD_WORD_CHARS = 32_768
 MAX_LOGPROBS = 20
 MAX_CHOICES = 128
-MAX_TOKEN_ID = 2**31 - 1
-_LARGEST = sys.float_info.max
 # smallest and largest value of each number
 _RANGES = {
     "n": (1, MAX_CHOICES),
-    "temperature": (0, _LARGEST),
+    "temperature": (0, LARGEST),
     "top_p": (0, 1),
     "top_k": (-1, math.inf),
     "min_p": (0, 1),
     "presence_penalty": (-2, 2),
     "frequency_penalty": (-2, 2),
-    "repetition_penalty": (0, _LARGEST),
+    "repetition_penalty": (0, LARGEST),
     "min_tokens": (0, math.inf),
     "max_tokens": (1, math.inf),
     "logprobs": (0, MAX_LOGPROBS),
@@ -142,13 +149,13 @@ class SamplingParams:
                 if not isinstance(value, bool):
                     raise argument_error(name, value, "True or False")
             elif value is not None or not optional:
-                _check_number(name, value, *_RANGES[name], kind)
+                check_number(name, value, *_RANGES[name], kind)
         if self.repetition_penalty == 0:
             raise argument_error("repetition_penalty", 0, "a number > 0", "write 1 for none")
         kept = self.kept_special_token_ids
         if not isinstance(kept, (set, frozenset)):
             raise argument_error("kept_special_token_ids", kept, "a frozenset of token ids")
-        _check_token_ids("kept_special_token_ids", list(kept))
+        check_token_ids("kept_special_token_ids", list(kept))
         salt = self.cache_salt
         if salt is not None and (not isinstance(salt, str) or not salt):
             raise argument_error("cache_salt", salt, "a non-empty string")
@@ -172,22 +179,22 @@ class SamplingParams:
         """Check the fields that name tokens or texts."""
         if self.stop is not None and not isinstance(self.stop, (str, Sequence)):
             raise argument_error("stop", self.stop, "a string or a list of strings")
-        _check_texts("stop", self.stop_strings, MAX_STOP_STRINGS, MAX_STOP_CHARS)
+        check_texts("stop", self.stop_strings, MAX_STOP_STRINGS, MAX_STOP_CHARS)
         for name in ("stop_token_ids", "bad_words_token_ids"):
-            _check_token_ids(name, getattr(self, name))
+            check_token_ids(name, getattr(self, name))
         if self.bad_words is not None:
             if isinstance(self.bad_words, str) or not isinstance(self.bad_words, Sequence):
                 raise argument_error("bad_words", self.bad_words, "a list of strings")
-            _check_texts("bad_words", self.bad_words, MAX_BAD_WORDS, MAX_BAD_WORD_CHARS)
+            check_texts("bad_words", self.bad_words, MAX_BAD_WORDS, MAX_BAD_WORD_CHARS)
         if self.logit_bias is None:
             return
         if not isinstance(self.logit_bias, Mapping):
             rule = "a dict from token ids to numbers"
             raise argument_error("logit_bias", self.logit_bias, rule)
-        _check_token_ids("logit_bias", list(self.logit_bias))
+        check_token_ids("logit_bias", list(self.logit_bias))
         for token_id, bias in self.logit_bias.items():
             of = f" for token {token_id}"
-            _check_number("logit_bias", bias, -LOGIT_BIAS_MAX, LOGIT_BIAS_MAX, float, of)
+            check_number("logit_bias", bias, -LOGIT_BIAS_MAX, LOGIT_BIAS_MAX, float, of)
 
     def kept_ids(self, tokenizer: Tokenizer) -> frozenset[int]:
         """Return special tokens that stay in the text, also those around the reasoning."""
@@ -212,6 +219,9 @@ class SamplingParams:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
 
+SAMPLING_FIELDS = tuple(one.name for one in fields(SamplingParams))
+"""Names of the arguments of SamplingParams."""
+Params = SamplingParams | Sequence[SamplingParams] | None
 # name, type, and whether None is allowed, of numbers and switches
 _CHECKED = tuple(
     (one.name, kind, one.type == f"{kind.__name__} | None")
@@ -219,61 +229,6 @@ _CHECKED = tuple(
     for kind in (bool, int, float)
     if one.type in (kind.__name__, f"{kind.__name__} | None")
 )
-
-
-def _check_number(name: str, value: Any, low: float, high: float, kind: type, of: str = "") -> None:
-    """Raise ArgumentError unless `value` is a number of this type in [low, high].
-
-    Args:
-        kind: int or float.
-        of: names the entry of the value in the message.
-    """
-    types, noun = (int, "an integer") if kind is int else ((int, float), "a number")
-    is_number = isinstance(value, types) and not isinstance(value, bool)
-    if not is_number or not low <= value <= high:
-        allowed = f"{noun} in [{low}, {high}]"
-        if high >= _LARGEST:
-            allowed = f"{noun if kind is int else 'a finite number'} >= {low}"
-        raise argument_error(name, value, f"{allowed}{of}", _plain_number(value))
-
-
-def _plain_number(value: object) -> str:
-    """Return the hint for a number of NumPy, which may look like one of Python."""
-    return "write VALUE.item()" if isinstance(value, np.generic) else ""
-
-
-def _check_texts(name: str, texts: Sequence[object], max_texts: int, max_chars: int) -> None:
-    """Raise ArgumentError unless these are non-empty strings within the limits."""
-    if len(texts) > max_texts:
-        raise ArgumentError(f"{name}: got {len(texts)} entries; must be at most {max_texts}")
-    num_chars = 0
-    for text in texts:
-        if not isinstance(text, str) or not text:
-            raise argument_error(name, text, "a non-empty string, as every entry")
-        if len(text) > MAX_TEXT_CHARS:
-            raise ArgumentError(
-                f"{name}: got an entry of {len(text)} characters; must be at most {MAX_TEXT_CHARS}"
-            )
-        if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
-            raise argument_error(name, text, "valid Unicode, as every entry")
-        num_chars += len(text)
-    if num_chars > max_chars:
-        raise ArgumentError(
-            f"{name}: got {num_chars} characters in all; must be at most {max_chars}"
-        )
-
-
-def _check_token_ids(name: str, token_ids: object) -> None:
-    """Raise ArgumentError unless this is None or a sequence of possible token ids."""
-    if token_ids is None:
-        return
-    if isinstance(token_ids, str) or not isinstance(token_ids, Sequence):
-        raise argument_error(name, token_ids, "a list of token ids")
-    for token_id in token_ids:
-        integer = isinstance(token_id, int) and not isinstance(token_id, bool)
-        if not integer or not 0 <= token_id <= MAX_TOKEN_ID:
-            rule = f"a token id, 0 to {MAX_TOKEN_ID}, as every entry"
-            raise argument_error(name, token_id, rule, _plain_number(token_id))
 
 
 @dataclass(frozen=True)
@@ -364,3 +319,78 @@ class RequestLimits:
                     f"{name} has the token id {token_id}; token ids of this model are 0 to "
                     f"{self.vocab_size - 1}"
                 )
+
+
+def read_params(
+    params: object, count: int, default: SamplingParams, counted: str
+) -> list[SamplingParams]:
+    """Give each of `count` prompts its SamplingParams.
+
+    Args:
+        counted: name of the argument that has the prompts.
+
+    Raises:
+        ArgumentError: the parameters have another type or number.
+    """
+    if params is None or isinstance(params, SamplingParams):
+        return [params or default] * count
+    rule = "a SamplingParams, or a list with one for each prompt"
+    if isinstance(params, Mapping):
+        given = ", ".join(f"{key}=..." for key in params if key in SAMPLING_FIELDS)
+        raise argument_error("sampling_params", params, rule, f"write SamplingParams({given})")
+    several = list_entries("sampling_params", params, rule, "write SamplingParams(NAME=VALUE)")
+    for index, one in enumerate(several):
+        if not isinstance(one, SamplingParams):
+            name = f"sampling_params[{index}]"
+            raise argument_error(name, one, "a SamplingParams", "write SamplingParams(NAME=VALUE)")
+    if len(several) != count:
+        raise ArgumentError(
+            f"sampling_params: got {len(several)} entries for {count} {counted}; must be one for "
+            "all, or a list with one for each; write a single SamplingParams"
+        )
+    return several
+
+
+def fit_into_context(
+    params: Sequence[SamplingParams], prompts: Sequence[Sequence[int]], max_model_len: int
+) -> list[SamplingParams]:
+    """Lower each `max_tokens` of a caller without parameters to the room after the prompt."""
+    fitting = []
+    for one, prompt in zip(params, prompts, strict=True):
+        room = max(max_model_len - len(prompt), 1)
+        is_long = one.max_tokens is not None and one.max_tokens > room
+        fitting.append(replace(one, max_tokens=room) if is_long else one)
+    return fitting
+
+
+def for_chat(
+    params: SamplingParams,
+    tokenizer: Tokenizer,
+    has_tools: bool,
+    prompt: str,
+    continued: Message | None,
+) -> SamplingParams:
+    """Add the markers that separate the parts of an answer, if it has several parts.
+
+    Args:
+        params: parameters of the request.
+        tokenizer: tokenizer of the model.
+        has_tools: True if the model may call tools.
+        prompt: text of the prompt, whose markers show if the answer begins in the reasoning.
+        continued: message that the answer continues, or None.
+    """
+    renderer = tokenizer.chat_renderer
+    if renderer is None:
+        return params
+    has_reasoning = renderer.has_reasoning()
+    tool_format = renderer.tool_format() if has_tools else None
+    if not has_reasoning and tool_format is None:
+        return params
+    in_reasoning = opens_reasoning(prompt, continued)
+    answer = AnswerFormat(has_reasoning, in_reasoning, tool_format)
+    kept = frozenset(tokenizer.special_ids_of(answer.markers).values())
+    return replace(
+        params,
+        kept_special_token_ids=params.kept_special_token_ids | kept,
+        reasoning=Reasoning.of(answer) if params.reasoning is None else params.reasoning,
+    )

@@ -11,7 +11,8 @@ from typing import Any
 
 from fd_dsa.chat.json_text import json_start
 from fd_dsa.chat.lark import MAX_GRAMMAR_CHARS
-from fd_dsa.engine.arguments import FORM_HINTS, explain_fields
+from fd_dsa.engine.argument_hints import FORM_HINTS
+from fd_dsa.engine.arguments import explain_fields
 from fd_dsa.errors import argument_error
 from fd_dsa.grammars.messages import Kind
 

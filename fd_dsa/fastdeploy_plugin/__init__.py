@@ -1,10 +1,10 @@
-"""fd_dsa inside FastDeploy: plug-ins that replace its DSA path by ours.
+"""fd_dsa inside FastDeploy: plug-ins that replace its DSA path by that of fd_dsa.
 
 FastDeploy's workers call `model_runner`, which replaces the models, the attention backend and the
 runner together. Every process of FastDeploy calls `register`, which only warns if the workers will
 not call `model_runner`.
 
-Both leave FastDeploy as it is unless FD_ATTENTION_BACKEND=DSA_ATTN asks for DSA, FD_DSA_DISABLE is
+Both functions replace a class only if FD_ATTENTION_BACKEND=DSA_ATTN asks for DSA, FD_DSA_DISABLE is
 not set, and the installed tree passes the checks of `tree_checks.py`.
 
 Source of the loaders: FastDeploy's `plugins/model_register/__init__.py`,
@@ -21,12 +21,15 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
-# the FastDeploy that was imported when the newest line was logged, and the line
+# module `fastdeploy` at the time of the newest log line, and the line
 _newest: tuple[ModuleType | None, str] = None, ""
 
 
 def register() -> None:
-    """Warn if FastDeploy's workers will not take our runner class; never raises into FastDeploy."""
+    """Warn if FastDeploy's workers will not use fd_dsa's runner class.
+
+    No error reaches FastDeploy.
+    """
 
     def check() -> None:
         from fd_dsa.fastdeploy_plugin.tree_checks import check_runner_plugins
@@ -37,12 +40,12 @@ def register() -> None:
 
 
 def model_runner() -> type:
-    """The class of FastDeploy's model runner: ours in a supported tree, else FastDeploy's own.
+    """Return the class of FastDeploy's model runner, with fd_dsa's hooks in a supported tree.
 
     Raises:
-        ImportError and whatever else FastDeploy's own runner raises when it is imported.
+        Exception: any error of the import of FastDeploy's own runner.
 
-    Cost: host work only; no device is touched and no kernel module is imported.
+    Cost: host work only; no device is used and no kernel module is imported.
     """
     from fastdeploy.worker.gpu_model_runner import GPUModelRunner
 
@@ -57,7 +60,11 @@ def model_runner() -> type:
 
 
 def _guarded(work: Callable[[], type | None]) -> Any:
-    """Result of the work if the plug-in is wanted and nothing fails; an error is a log line."""
+    """Run the work if the plug-in is wanted, and log its error.
+
+    Returns:
+        The result of the work, None after an error or if the plug-in is not wanted.
+    """
     try:
         from fd_dsa.environment import fastdeploy_plugin_wanted
 
@@ -72,7 +79,7 @@ def _guarded(work: Callable[[], type | None]) -> Any:
 
 
 def _log(level: int, text: str) -> None:
-    """Log a line once for each imported FastDeploy, at least to stderr."""
+    """Log a line once for each imported FastDeploy, to stderr without another handler."""
     global _newest
     fastdeploy = sys.modules.get("fastdeploy")
     if _newest == (fastdeploy, text):
@@ -82,11 +89,11 @@ def _log(level: int, text: str) -> None:
     if package.level == logging.NOTSET:
         package.setLevel(logging.INFO)
     if not package.hasHandlers():
-        # FastDeploy keeps the output of its processes in files of its own
+        # FastDeploy keeps the stderr of its processes in its own files
         package.addHandler(logging.StreamHandler())
     logger.log(level, text)
 
 
 def last_logged() -> str:
-    """Newest line about the imported FastDeploy, "" without one."""
+    """Return the newest line about the imported FastDeploy, "" without a line."""
     return _newest[1] if _newest[0] is sys.modules.get("fastdeploy") else ""

@@ -1,8 +1,8 @@
-"""FastDeploy's DSAAttentionBackend with our kernels.
+"""FastDeploy's DSAAttentionBackend with fd_dsa's kernels.
 
-An object holds our own `fd_dsa.attention.DSAAttentionBackend`. The first step makes it, because
-only the runner's block tables tell their device and width. That step belongs to the profile run or
-to a capture's warm-up, so all buffers exist before anything is captured.
+An object holds a core backend, `fd_dsa.attention.DSAAttentionBackend`. The first step makes it,
+because its device and width are those of the runner's block tables. That step belongs to the
+profile run or to a capture's warm-up, so all buffers exist before a capture begins.
 
 Constructor, cache shapes and `create_kv_cache` are FastDeploy's own.
 
@@ -28,11 +28,25 @@ from fd_dsa.fastdeploy_plugin import steps
 from fd_dsa.fastdeploy_plugin.projections import IndexerProjections, float32, key_norms
 from fd_dsa.fastdeploy_plugin.settings import constructor_fields, core_config, replaced
 from fd_dsa.fastdeploy_plugin.tree_checks import ARCHITECTURES
-from fd_dsa.fastdeploy_plugin.upstream import FDConfig, ForwardMeta, Indexer, Norm, RotaryEmbedding
+from fd_dsa.fastdeploy_plugin.upstream import (
+    AdoptedIndexer,
+    AttentionRecord,
+    FDConfig,
+    ForwardMeta,
+    Indexer,
+    RMSNorm,
+    RotaryEmbedding,
+)
 from fd_dsa.ops.arrays import readable
 from fd_dsa.ops.cache_write import CacheWriteParams, write_caches
 from fd_dsa.ops.providers import device_name
 from fd_dsa.tensor import Tensor
+
+if TYPE_CHECKING:
+    from fd_dsa.fastdeploy_plugin.upstream import AttentionBackend
+else:
+    # `take_over` derives from FastDeploy's own class
+    AttentionBackend = object
 
 # fields in which two rotary embeddings of one shape may differ
 _OF_TABLE = ("rotary_dim", "max_position_embeddings", "base", "scaling_factor", "mscale")
@@ -40,42 +54,29 @@ _OF_TABLE = ("rotary_dim", "max_position_embeddings", "base", "scaling_factor", 
 logger = logging.getLogger(__name__)
 
 
-class PluginBackend:
-    """DSA backend of a runner; one object serves all layers.
+class PluginBackend(AttentionBackend):
+    """DSA backend of a runner, one object for all layers.
 
     `take_over` derives the bound class from this one and FastDeploy's DSAAttentionBackend.
 
     Attributes:
-        metadata_class: FastDeploy's record of a step.
-        tree_summary: FastDeploy's version and what the plug-in replaces in it, for logs.
-        config: configuration of our own backend.
-        core: our own backend, None before the first step.
+        metadata_class: FastDeploy's class of a step's metadata.
+        tree_summary: FastDeploy's version and the replaced class, for logs.
+        config: configuration of the core backend.
+        core: core backend, None before the first step.
         shared_selection: newest selection of an indexer, for layers without an indexer.
         projections: projections of the indexers that have run, by layer.
-        transfers: copies and streams of the device; None on a CPU.
+        transfers: copies and streams of the device, None on a CPU.
 
     Raises:
-        ConfigError: sizes for which there are no DSA caches, or MTP's draft model.
-        BackendUnavailable: disaggregation without its operators.
+        ConfigError: sizes for which there are no DSA caches, or a draft model of MTP.
+        BackendUnavailable: a mode of disaggregation without its operators.
     """
 
-    # FastDeploy's static graphs read the types of a backend's class attributes: annotate none here
+    # no annotations, because FastDeploy's static graphs resolve those of a backend's class
     __infer_dynamic_dims_fields__ = ("attention_metadata",)
     metadata_class = SimpleNamespace
     tree_summary = ""
-    if TYPE_CHECKING:
-        # of FastDeploy's class
-        num_heads: int
-        attn_softmax_scale: float
-        block_size: int
-        max_seq_len: int
-        num_layers: int
-        num_layers_draft_model: int
-        start_layer_index: int
-        rank: int
-        device_id: int | str
-        pd_disaggregation_mode: str
-        keep_pd_step_flag: bool
 
     def __init__(self, fd_config: FDConfig, *args: object, **kwargs: object) -> None:
         if fd_config.speculative_config.model_type == "mtp":
@@ -85,7 +86,7 @@ class PluginBackend:
                 "drafts neither positions nor slots; start it without --speculative-config"
             )
         with replaced(fd_config.model_config, **constructor_fields(fd_config.model_config)):
-            super().__init__(fd_config, *args, **kwargs)  # type: ignore[call-arg]
+            super().__init__(fd_config, *args, **kwargs)
         steps.check_operators(self.pd_disaggregation_mode)
         self.attention_metadata: Any = None
         num_heads, scale = self.num_heads, self.attn_softmax_scale
@@ -108,30 +109,34 @@ class PluginBackend:
         self._has_runner = True
 
     def set_step_hints(self, has_prefill: bool | None) -> None:
-        """Whether the step whose metadata is made next has a prefill row; None = not known."""
+        """Set if the step whose metadata is built next may have a prefill row.
+
+        Args:
+            has_prefill: None = unknown.
+        """
         self._has_prefill = has_prefill
 
     def init_attention_metadata(self, forward_meta: ForwardMeta, *_: object, **__: object) -> None:
-        """Make the metadata of a step, once per `forward_meta`; all layers share it.
+        """Build the metadata of a step, once for each `forward_meta` object.
 
-        Sets `fd_dsa_step` and, in the tree's dtypes, `position_ids` and `slot_mapping`; sets
+        Sets `fd_dsa_step` and, in the tree's dtypes, `position_ids` and `slot_mapping`. Also sets
         `indexer_attn_mask_offsets` if the step may have a prefill row. `max_len_tensor_cpu` gets
         upper bounds, so that FastDeploy's operator, which waits for the device, is not needed.
-        Further arguments of a newer tree are ignored: the step is in `forward_meta`.
+        Further arguments of a newer tree are ignored, because `forward_meta` holds the step.
 
         Raises:
-            ConfigError: the runner is not fd_dsa's.
+            ConfigError: the runner has no hooks of fd_dsa.
             MissingStepError: the runner has not filled the lengths or the block tables.
             CapacityError: more tokens than FastDeploy's configuration allows a step.
 
-        Cost: one launch; no wait, no copy; no allocation once the views of a size exist.
+        Cost: one launch, without a wait or a copy. Only the first step of a size allocates views.
         """
         if self._built_for is forward_meta:
             return
         if not self._has_runner:
             raise ConfigError(
                 "model runner: FastDeploy runs one without fd_dsa's hooks, which the DSA backend "
-                "needs; name fd_dsa alone in FD_PLUGINS, or set FD_DSA_DISABLE=1"
+                "needs; name only fd_dsa in FD_PLUGINS, or set FD_DSA_DISABLE=1"
             )
         rows = steps.step_rows(forward_meta)
         core = self._core_for(rows[3])
@@ -147,9 +152,9 @@ class PluginBackend:
             self._count(num_tokens, has_prefill)
 
     def norms_of(
-        self, layer_id: int, kv_norm: Norm | None, indexer: Indexer | None
+        self, layer_id: int, kv_norm: RMSNorm | None, indexer: AdoptedIndexer | None
     ) -> CacheWriteParams:
-        """`key_norms` of a layer, made at its first step, when the weights are loaded."""
+        """Return `key_norms` of a layer, made at its first step, after the load of weights."""
         key = layer_id, kv_norm is None
         if key not in self._norms:
             layout = self.config.cache_layout
@@ -157,7 +162,7 @@ class PluginBackend:
         return self._norms[key]
 
     def projections_of(self, indexer: Indexer, hidden_states: Tensor) -> IndexerProjections:
-        """Projections of a layer's indexer, made at its first step, when the weights are loaded."""
+        """Return a layer's projections, made at its first step, after the load of weights."""
         kept, layer_id = self.projections, indexer.layer_id
         if layer_id not in kept:
             linears = indexer.wk, indexer.weights_proj
@@ -165,9 +170,9 @@ class PluginBackend:
         return kept[layer_id]
 
     def cos_sin_of(self, rotary_emb: RotaryEmbedding) -> Any:
-        """Table of a layer's rotary embedding, float32 [max_position, rope_dim].
+        """Return the table of a layer's rotary embedding, float32 [max_position, rope_dim].
 
-        One for all layers that agree; of NumPy on a CPU.
+        Layers with equal embeddings share it. On a CPU it is a NumPy array.
         """
         cached = rotary_emb.cos_sin_cache
         key = (*cached.shape, *(getattr(rotary_emb, name, None) for name in _OF_TABLE))
@@ -176,21 +181,21 @@ class PluginBackend:
         return self._tables[key]
 
     def _keep(self, convert: Callable[[], Tensor]) -> Any:
-        """What a function makes of a weight; `refresh_weights` makes it again at this address."""
+        """Convert a weight, and again at the same address by `refresh_weights`."""
         self._copies.append((convert, convert()))
         return self._copies[-1][1]
 
     def refresh_weights(self) -> None:
-        """Read again what is kept of weights, at the same addresses, so that graphs see it."""
+        """Convert the weights again at the same addresses, which captured graphs read."""
         with paddle.no_grad():
             for convert, copy in self._copies:
                 paddle.assign(convert(), output=copy)
 
-    def forget_step(self) -> None:
-        """Let go of the newest step: the caches that it refers to are about to go."""
+    def drop_step_state(self) -> None:
+        """Release the newest step before the caches that it refers to are freed."""
         self._built_for = self.shared_selection = None
         if self.core is not None:
-            self.core.forget_step()
+            self.core.drop_step_state()
 
     def write_layer(
         self,
@@ -203,7 +208,7 @@ class PluginBackend:
     ) -> None:
         """Write this step's keys of a layer, latents and indexer keys in one launch.
 
-        Arguments are those of `write_caches`; either of `kv_a` and `index_k` may be None.
+        The arguments are those of `write_caches`. One of `kv_a` and `index_k` may be None.
         """
         step = self.current_core().current_step(forward_meta)
         if kv_a is not None:
@@ -220,10 +225,10 @@ class PluginBackend:
         )
 
     def forward(self, *_: object, **__: object) -> Any:
-        """Refuse a layer of FastDeploy's own: its indexer selects other slots than ours.
+        """Refuse FastDeploy's own layer, whose indexer selects other slots.
 
         Raises:
-            ConfigError: always; layers of ours call `write_layer` and the core backend.
+            ConfigError: always. Derived layers call `write_layer` and the core backend.
         """
         raise ConfigError(
             "attention layer: FastDeploy's own calls fd_dsa's DSA backend; fd_dsa serves the "
@@ -233,7 +238,11 @@ class PluginBackend:
     forward_mixed = forward_decode = forward_extend = forward
 
     def current_core(self) -> CoreBackend:
-        """Our backend; MissingStepError before the first step."""
+        """Return the core backend.
+
+        Raises:
+            MissingStepError: there has been no step.
+        """
         if self.core is None:
             raise MissingStepError(
                 "there has been no step: init_attention_metadata(forward_meta) must be called first"
@@ -241,14 +250,14 @@ class PluginBackend:
         return self.core
 
     def _core_for(self, block_tables: Tensor) -> CoreBackend:
-        """Our backend, made where these tables are."""
+        """Return the core backend, made by the first call on the device of the tables."""
         if self.core is None:
             device = device_name(block_tables)
             self.config = replace(self.config, max_blocks_per_seq=int(block_tables.shape[1]))
             if device == "cpu":
                 self.config = replace(self.config, dtype="float32")
             else:
-                # kernels and their launcher are loaded only where a device is asked for
+                # kernels and their launcher are loaded only if a device is asked for
                 from fd_dsa.device.transfers import transfers_for
 
                 self.transfers = transfers_for(block_tables)
@@ -256,14 +265,14 @@ class PluginBackend:
         return self.core
 
     def _max_keys(self) -> int:
-        """Most keys of a row; drafts may reach past `max_model_len`."""
+        """Return the max keys of a row, whose drafts may reach past `max_model_len`."""
         longest = self.max_seq_len + self.config.tokens_per_row - 1
         return min(longest, self.config.max_blocks_per_seq * self.block_size)
 
     def _hints(self, num_tokens: int, has_prefill: bool) -> StepHints:
-        """What the host knows: bounds, which hold for the replays of a graph too."""
+        """Return upper bounds of a step, which also hold for the replays of a graph."""
         if self.transfers is None:
-            # a CPU reads the counts of tokens from the lengths themselves
+            # on a CPU the builder counts the tokens itself
             return StepHints(max_seqlen_k=self._max_keys(), num_padded_tokens=num_tokens)
         return StepHints(num_tokens, num_tokens * has_prefill, self._max_keys(), num_tokens)
 
@@ -274,8 +283,8 @@ class PluginBackend:
             tokens_per_row = self.config.tokens_per_row
             steps.fill_max_lens(target, num_tokens, has_prefill, tokens_per_row, self._max_keys())
 
-    def _metadata(self, forward_meta: ForwardMeta) -> Any:
-        """FastDeploy's record of a step; what only its own kernels read stays unset."""
+    def _metadata(self, forward_meta: ForwardMeta) -> AttentionRecord:
+        """Return FastDeploy's record of a step, without fields of its own kernels."""
         metadata = self.metadata_class()
         metadata.block_tables = forward_meta.block_tables
         metadata.rotary_embs = getattr(forward_meta, "rotary_embs", None)
@@ -283,9 +292,9 @@ class PluginBackend:
         return metadata
 
     def _count(self, num_tokens: int, has_prefill: bool) -> None:
-        """Count a step of requests; log the first, the tenth, the hundredth and so on.
+        """Count a step of requests, and log the counters after 1, 10, 100, ... steps.
 
-        A worker has no other way to show its counters: FastDeploy ends it without a word.
+        A log line is the only way to show them, because FastDeploy kills its workers.
         """
         step = 1, int(has_prefill), num_tokens
         self._counts = [count + more for count, more in zip(self._counts, step, strict=True)]

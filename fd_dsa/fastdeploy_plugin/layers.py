@@ -1,7 +1,7 @@
-"""FastDeploy's Indexer and DeepseekV32DSAAttention with their parameters, and our forward.
+"""FastDeploy's Indexer and DeepseekV32DSAAttention with their parameters and fd_dsa's forward.
 
-The backend prepares everything that the layers of a step share before the first layer runs. A
-layer only launches: no code here waits for the device or reads a value from it.
+The backend prepares the shared state of a step before its first layer runs. A layer only launches:
+it neither waits for the device nor reads a value from it.
 
 Source of names, shapes and the order of calls: FastDeploy's `model_executor/models/deepseek_v3.py`;
 of the method: DeepSeek-V3.2 (arXiv 2512.02556) §2 and DeepSeek-V2 (arXiv 2405.04434) §2.1.
@@ -19,17 +19,27 @@ from fd_dsa.device.host_tensor import as_tensor
 from fd_dsa.errors import MissingStepError
 from fd_dsa.fastdeploy_plugin.backend import PluginBackend
 from fd_dsa.fastdeploy_plugin.settings import interleaves_indexer_rope, shares_selection
-from fd_dsa.fastdeploy_plugin.upstream import FDConfig, ForwardMeta, Linear, Norm, RotaryEmbedding
+from fd_dsa.fastdeploy_plugin.upstream import FDConfig, ForwardMeta
 from fd_dsa.ops.mla_query import prepare_mla_query
-from fd_dsa.ops.providers import serving
+from fd_dsa.ops.providers import selected_function
 from fd_dsa.tensor import Tensor
 
-# of FastDeploy's indexer: [max_model_len] each, on the device, and read by its own forward alone
+if TYPE_CHECKING:
+    from fd_dsa.fastdeploy_plugin.upstream import AdoptedIndexer, Attention
+else:
+    # `take_over` derives from FastDeploy's own classes
+    AdoptedIndexer = Attention = object
+
+# buffers of FastDeploy's indexer, [max_model_len] on the device, which only its own forward reads
 _UNUSED_BUFFERS = ("offsets", "lengths")
 
 
 def _backend_of(forward_meta: ForwardMeta) -> PluginBackend:
-    """Backend of a step; MissingStepError if it is not ours."""
+    """Return the backend of a step.
+
+    Raises:
+        MissingStepError: the runner has FastDeploy's own backend.
+    """
     backend = forward_meta.attn_backend
     if not isinstance(backend, PluginBackend):
         raise MissingStepError(
@@ -39,18 +49,8 @@ def _backend_of(forward_meta: ForwardMeta) -> PluginBackend:
     return backend
 
 
-class PluginIndexer:
+class PluginIndexer(AdoptedIndexer):
     """Lightning indexer: selects the past tokens that a query attends to."""
-
-    if TYPE_CHECKING:
-        # of FastDeploy's class
-        layer_id: int
-        index_n_heads: int
-        index_head_dim: int
-        wk: Linear
-        weights_proj: Linear
-        wq_b: Linear
-        k_norm: Norm
 
     def adopt(self, fd_config: FDConfig) -> None:
         """Complete a layer that FastDeploy has constructed."""
@@ -68,18 +68,18 @@ class PluginIndexer:
         weights: Tensor,
         table: Tensor,
     ) -> Any:
-        """Cache slots that each token attends to; the step's index keys are in the cache.
+        """Select the cache slots of each token, after the step's index keys are in the cache.
 
         Args:
-            qr: [num_tokens, q_lora_rank], after its norm.
-            weights: [num_tokens, index_n_heads], as projected.
+            qr: [num_tokens, q_lora_rank], normed.
+            weights: [num_tokens, index_n_heads], result of `weights_proj`.
             table: cos and sin by position.
 
         Returns:
-            int32 [num_tokens, topk]; physical slots in ascending position, -1 = none.
+            int32 [num_tokens, topk]; physical slots in ascending position, -1 = padding.
         """
         core, layout = backend.current_core(), backend.config.cache_layout
-        q, weights = serving("indexer_query", qr)(
+        q, weights = selected_function("indexer_query", qr)(
             self.wq_b(qr).reshape([-1, self.index_n_heads, self.index_head_dim]),
             weights,
             core.current_step(forward_meta).position_ids,
@@ -94,27 +94,8 @@ class PluginIndexer:
         return core.select(q, weights, self.layer_id, forward_meta)
 
 
-class PluginAttention:
+class PluginAttention(Attention):
     """Multi-head latent attention, absorbed, over the keys that an indexer selected."""
-
-    if TYPE_CHECKING:
-        # of FastDeploy's class
-        indexer: PluginIndexer
-        num_attention_heads_tp: int
-        kv_lora_rank: int
-        q_lora_rank: int
-        qk_head_dim: int
-        qk_nope_head_dim: int
-        v_head_dim: int
-        qkv_a_proj_with_mqa: Linear
-        q_b_proj: Linear
-        o_proj: Linear
-        kv_b_proj_bmm: Callable[..., Tensor]
-        # returns the normed values, and the sum of a fused addition
-        q_a_layernorm: Callable[[Tensor], tuple[Tensor, Tensor | None]]
-        kv_a_layernorm: Norm
-        rotary_emb: RotaryEmbedding
-        indexer_rotary_emb: RotaryEmbedding
 
     def adopt(self, fd_config: FDConfig) -> None:
         """Complete a layer that FastDeploy has constructed."""
@@ -124,9 +105,9 @@ class PluginAttention:
     def forward(
         self, forward_meta: ForwardMeta, hidden_states: Tensor, *_: object, **__: object
     ) -> Any:
-        """Attention output, [num_tokens, hidden_size] like `hidden_states`, which are normed.
+        """Return the attention output, [num_tokens, hidden_size] like the normed `hidden_states`.
 
-        Further arguments of a newer tree are ignored: the step is in `forward_meta`.
+        Further arguments of a newer tree are ignored, because `forward_meta` holds the step.
         """
         if hidden_states.shape[0] == 0:
             return hidden_states
@@ -137,8 +118,8 @@ class PluginAttention:
         else:
             qr = self._select(backend, hidden_states, forward_meta)
         query = self._absorbed_query(backend, qr, forward_meta)
-        chosen, core = backend.shared_selection, backend.current_core()
-        latent = core.attend(query, chosen, self.layer_id, forward_meta)
+        selection, core = backend.shared_selection, backend.current_core()
+        latent = core.attend(query, selection, self.layer_id, forward_meta)
         by_head = latent.reshape([-1, self.num_attention_heads_tp, self.kv_lora_rank])
         values = self.kv_b_proj_bmm(by_head.transpose([1, 0, 2]), proj_type="v")
         width = self.num_attention_heads_tp * self.v_head_dim
@@ -147,13 +128,13 @@ class PluginAttention:
     def _select(
         self, backend: PluginBackend, hidden_states: Tensor, forward_meta: ForwardMeta
     ) -> Any:
-        """Write the keys of the step and select among all; returns the queries' latent."""
+        """Write the keys of the step, select keys, and return the queries' latent."""
         projections = backend.projections_of(self.indexer, hidden_states)
         core = backend.current_core()
         project: Callable[..., tuple[Tensor, Tensor]] = projections.two_gemms
         num_tokens = 0
         args: list[Any] = [hidden_states]
-        # only one launch makes nothing that would have to outlive it on a second stream
+        # only one launch may run on a second stream, because it makes no temporaries
         if projections.is_one_launch:
             project, num_tokens = projections.one_launch, hidden_states.shape[0]
             args.append(core.attention.projection_buffers(num_tokens))
@@ -165,7 +146,7 @@ class PluginAttention:
         return qr
 
     def _down_projected(self, hidden_states: Tensor) -> tuple[Any, Any]:
-        """Latent of the queries, normed, and that of the keys, neither normed nor rotated."""
+        """Return the normed latent of the queries, and that of the keys, only projected."""
         qkv = self.qkv_a_proj_with_mqa(hidden_states)
         return self.q_a_layernorm(qkv[:, : self.q_lora_rank])[0], qkv[:, self.q_lora_rank :]
 
@@ -176,14 +157,14 @@ class PluginAttention:
         index_k: Tensor | None,
         forward_meta: ForwardMeta,
     ) -> None:
-        """Both keys of the layer into their caches, in one launch."""
+        """Write both keys of the layer to their caches, in one launch."""
         indexer = None if index_k is None else self.indexer
         norms = backend.norms_of(self.layer_id, self.kv_a_layernorm, indexer)
         table = backend.cos_sin_of(self.rotary_emb)
         backend.write_layer(kv_a, index_k, table, norms, self.layer_id, forward_meta)
 
     def _absorbed_query(self, backend: PluginBackend, qr: Tensor, forward_meta: ForwardMeta) -> Any:
-        """[num_tokens, num_heads, kv_lora_rank + qk_rope_head_dim], rotated."""
+        """Return the query [num_tokens, num_heads, kv_lora_rank + qk_rope_head_dim], rotated."""
         core = backend.current_core()
         q = self.q_b_proj(qr).reshape([-1, self.num_attention_heads_tp, self.qk_head_dim])
         q_nope, q_pe = q[:, :, : self.qk_nope_head_dim], q[:, :, self.qk_nope_head_dim :]

@@ -1,7 +1,7 @@
-"""FastDeploy's models with our DSA layers.
+"""FastDeploy's models with fd_dsa's layers.
 
 `take_over` derives a class for each architecture and adds it to this module, in which FastDeploy's
-registry looks for it.
+registry finds it.
 
 Source: FastDeploy's `model_executor/models/model_base.py` (#4236) and `deepseek_v3.py`.
 """
@@ -15,13 +15,13 @@ from fd_dsa.fastdeploy_plugin.upstream import FDConfig
 
 
 class PluginModel:
-    """Model whose indexers and attention layers have our forward.
+    """Model whose indexers and attention layers run fd_dsa's forward.
 
-    The layers stay FastDeploy's objects: parameters, names and weight loaders do not change. Each
-    gets a class of ours that derives from its own.
+    The layers stay FastDeploy's objects: parameters, names and weight loaders do not change. Only
+    the class of a layer is replaced, by a class that derives from it.
 
     Attributes:
-        layer_classes: FastDeploy's class of a layer -> ours.
+        layer_classes: FastDeploy's class of a layer -> derived class.
     """
 
     layer_classes: Mapping[type, Any]

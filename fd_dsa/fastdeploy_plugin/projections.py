@@ -1,7 +1,7 @@
-"""Weights of FastDeploy's layers in the form that our operators take them.
+"""Weights of FastDeploy's layers in the formats of fd_dsa's operators.
 
-What is copied of a weight is made by a `Keep`: a function that has a conversion made once, and
-again into the same memory when FastDeploy has loaded other weights.
+A `Keep` makes the copies of weights. It runs a conversion once, and again into the same memory
+after FastDeploy has loaded other weights.
 
 Source of the layers: FastDeploy's `model_executor/layers/{linear,normalization}.py`,
 `layers/rotary_embedding.py` and `layers/quantization/block_wise_fp8.py` (form of block-FP8
@@ -16,16 +16,17 @@ from functools import cache, partial
 from typing import Any, TypeGuard
 
 from fd_dsa.cache_formats import CacheLayout
-from fd_dsa.fastdeploy_plugin.upstream import BlockFp8Linear, Indexer, Linear, Norm
+from fd_dsa.fastdeploy_plugin.upstream import AdoptedIndexer, BlockFp8Linear, Linear, RMSNorm
 from fd_dsa.ops.arrays import dtype_name, on_device, readable
 from fd_dsa.ops.cache_write import CacheWriteParams
-from fd_dsa.ops.providers import TRITON, device_kind, is_refused, serving
+from fd_dsa.ops.providers import TRITON, device_kind, is_refused, selected_function
 from fd_dsa.tensor import Tensor
 
 K_NORM_EPS = 1e-6
-"""Of the indexer's key norm, whatever the model's `rms_norm_eps`, as in DeepSeek's own code."""
+"""Epsilon of the indexer's key norm for every model, as in DeepSeek's own code."""
 
 Keep = Callable[[Callable[[], Any]], Any]
+"""Function from a conversion of a weight to the copy that it makes."""
 
 _PLAIN_METHOD, _BLOCK_FP8_METHOD = "UnquantizedLinearMethod", "BlockWiseFP8LinearMethod"
 _PLAIN_DTYPES = ("float32", "bfloat16")
@@ -34,19 +35,19 @@ logger = logging.getLogger(__name__)
 
 
 class IndexerProjections:
-    """`wk` and `weights_proj` of an indexer, in one launch where their weights allow it.
+    """Projections `wk` and `weights_proj` of an indexer, in one launch if their weights allow it.
 
-    Plain weights are read where FastDeploy keeps them. Block-FP8 weights are dequantised once, into
-    copies of the activations' dtype (2.75 MB a layer of V3.2 in bfloat16). All else goes through
-    FastDeploy's two GEMMs: they allocate, so they never run on a second stream.
+    Plain weights are read in place. Block-FP8 weights are dequantised once, into copies of the
+    activations' dtype (2.75 MB per layer of V3.2 in bfloat16). Other weights are multiplied by
+    FastDeploy's two GEMMs. These allocate, so they never run on a second stream.
 
     Args:
         wk, weights_proj: FastDeploy's linear layers, loaded.
         hidden_states: [num_tokens, hidden_size], of the dtype of all steps.
-        keep: makes the copies.
+        keep: function that makes the copies.
 
     Attributes:
-        copies: dequantised weights of both layers; None for a weight that is read in place.
+        copies: dequantised weights of both layers, None for a weight that is read in place.
     """
 
     def __init__(self, wk: Linear, weights_proj: Linear, hidden_states: Tensor, keep: Keep) -> None:
@@ -65,35 +66,35 @@ class IndexerProjections:
 
     @property
     def is_one_launch(self) -> bool:
-        """True if `one_launch` serves, False if `two_gemms` does."""
+        """True if `one_launch` must be called, False for `two_gemms`."""
         is_refused_now = is_refused("indexer_projection", self._kind, TRITON)
         return self._takes_one_launch and not is_refused_now
 
     def one_launch(self, hidden_states: Tensor, out: tuple[Tensor, Tensor]) -> tuple[Any, Any]:
-        """Index keys and head weights of [num_tokens, hidden_size] on a device, to `out`."""
+        """Project [num_tokens, hidden_size] on a device to index keys and head weights in `out`."""
         wk, weights_proj = (
             linear.weight.detach() if copy is None else copy
             for linear, copy in zip(self._linears, self.copies, strict=True)
         )
-        project = serving("indexer_projection", hidden_states)
+        project = selected_function("indexer_projection", hidden_states)
         return project(hidden_states, wk, weights_proj, out)
 
     def two_gemms(self, hidden_states: Tensor) -> tuple[Any, Any]:
-        """The same by FastDeploy's layers."""
+        """Project to index keys and head weights by FastDeploy's layers."""
         wk, weights_proj = self._linears
         return wk(hidden_states), weights_proj(hidden_states)
 
 
 def key_norms(
-    layout: CacheLayout, kv_norm: Norm | None, indexer: Indexer | None, keep: Keep
+    layout: CacheLayout, kv_norm: RMSNorm | None, indexer: AdoptedIndexer | None, keep: Keep
 ) -> CacheWriteParams:
-    """How `write_caches` norms a layer's keys, by float32 copies of the weights.
+    """Return the norms with which `write_caches` writes a layer's keys, in float32 copies.
 
     Args:
         layout: format of the caches.
-        kv_norm: RMSNorm of the latent, None where it is applied already.
-        indexer: FastDeploy's, whose LayerNorm the index key gets; None in a layer without one.
-        keep: makes the copies.
+        kv_norm: RMSNorm of the latent, None if the latent is normed already.
+        indexer: FastDeploy's indexer with the norm of the index key, None in a layer without it.
+        keep: function that makes the copies.
     """
     sources: dict[str, Any] = {}
     if kv_norm is not None:
@@ -101,11 +102,11 @@ def key_norms(
     if indexer is not None:
         norm = indexer.k_norm
         sources |= {"k_norm_weight": norm.weight, "k_norm_bias": norm.bias}
-    # of their own memory, also of float32: other weights may come at another address
+    # copies of float32 weights too, because other weights may come at another address
     copies = {name: keep(partial(_float32_copy, one)) for name, one in sources.items()}
     return CacheWriteParams(
         layout.kv_cache_dtype,
-        kv_norm_eps=getattr(kv_norm, "eps", K_NORM_EPS),
+        kv_norm_eps=K_NORM_EPS if kv_norm is None else kv_norm.eps,
         k_norm_eps=K_NORM_EPS,
         index_rope_interleave=indexer is not None and indexer.rope_interleave,
         index_hadamard=layout.index_hadamard,
@@ -115,17 +116,18 @@ def key_norms(
 
 
 def _float32_copy(weight: Tensor) -> Tensor:
+    """Return a copy of a weight in float32."""
     return float32(weight).clone()
 
 
 def float32(tensor: Tensor) -> Tensor:
-    """A tensor's values in float32; its own memory where it has that dtype."""
+    """Return a tensor's values in float32, without a copy if it has that dtype."""
     tensor = tensor.detach()
     return tensor if dtype_name(tensor.dtype) == "float32" else tensor.astype("float32")
 
 
 def _why_not_one_launch(linear: Linear, hidden_states: Tensor) -> str:
-    """Reason why our operator cannot multiply by a layer's weight; "" if it can."""
+    """Return why fd_dsa's operator cannot multiply by a layer's weight, or "" if it can."""
     if _is_plain(linear, hidden_states) or _is_block_fp8(linear):
         return ""
     method = type(getattr(linear, "quant_method", None)).__name__
@@ -133,7 +135,7 @@ def _why_not_one_launch(linear: Linear, hidden_states: Tensor) -> str:
 
 
 def _is_plain(linear: Linear, hidden_states: Tensor) -> bool:
-    """Whether a linear layer is x @ weight, weight [in, out] of the dtype of x."""
+    """Return True if a linear layer is x @ weight, weight [in, out] of the dtype of x."""
     method = getattr(linear, "quant_method", None)
     weight = getattr(linear, "weight", None)
     return (
@@ -148,9 +150,9 @@ def _is_plain(linear: Linear, hidden_states: Tensor) -> bool:
 
 
 def _is_block_fp8(linear: Linear) -> TypeGuard[BlockFp8Linear]:
-    """Whether a weight is float8_e4m3fn [out, in] with a float32 scale a block.
+    """Return True for a float8_e4m3fn weight [out, in] with a float32 scale per block.
 
-    Blackwell's scales, packed into integers, are not read.
+    Blackwell's scales, packed into integers, are unsupported.
     """
     method = getattr(linear, "quant_method", None)
     scale = getattr(linear, "weight_scale_inv", None)
@@ -166,12 +168,12 @@ def _is_block_fp8(linear: Linear) -> TypeGuard[BlockFp8Linear]:
 
 
 def _block_of(linear: Linear) -> list[int]:
-    """Rows and columns of [out, in] that share a scale."""
+    """Return the rows and columns of [out, in] that share a scale."""
     return list(linear.quant_method.quant_config.weight_block_size)
 
 
 def _dequantized(linear: BlockFp8Linear, dtype: str) -> Any:
-    """A block-FP8 weight as [in, out] of a plain dtype, rounded once."""
+    """Return a block-FP8 weight as [in, out] of a plain dtype, rounded once."""
     weight, scale = linear.weight.detach(), linear.weight_scale_inv.detach()
     for axis, block in enumerate(_block_of(linear)):
         scale = scale.repeat_interleave(block, axis)
@@ -181,7 +183,7 @@ def _dequantized(linear: BlockFp8Linear, dtype: str) -> Any:
 
 @cache
 def log_once(reason: str) -> None:
-    """Log why FastDeploy's GEMMs serve, with one line for each reason."""
+    """Log why FastDeploy's GEMMs run, once for each reason."""
     logger.info(
         "fd_dsa: FastDeploy's GEMMs make the indexer's projections, without overlap: %s", reason
     )

@@ -1,10 +1,14 @@
-"""Our hooks before FastDeploy's GPUModelRunner: the host's knowledge of a step.
+"""Hooks of FastDeploy's GPUModelRunner: the host's knowledge of a step.
 
-The hooks tell the backend whether a step has a prefill row, share one backend among all layers,
-keep FastDeploy from replacing our positions and slots, make caches of bytes, and release what is
-derived from caches and weights before these are made again.
+The hooks do five things:
 
-The tail of a padded graph needs no hook: the backend leaves padding past a step's tokens, so a
+- tell the backend if a step may have a prefill row;
+- share one backend among all layers;
+- keep FastDeploy from replacing the backend's positions and slots;
+- make caches of bytes;
+- release references to caches before they are freed, and read weights again after a reload.
+
+The tail of a padded graph needs no hook. The backend leaves padding past a step's tokens, so a
 graph of a larger size finds slot -1 there.
 
 Source: FastDeploy's `worker/gpu_model_runner.py` (#7367, #8041, #8060), read at 39d329f2.
@@ -23,18 +27,18 @@ from fd_dsa.runner import DSAModelRunnerMixin
 
 
 class FastDeployRunnerMixin(DSAModelRunnerMixin):  # type: ignore[misc]
-    """Hooks of a GPUModelRunner; `take_over` derives the runner's class from both."""
+    """Hooks of a GPUModelRunner, from which `take_over` derives the runner's class."""
 
     backend_class = PluginBackend
     model_config: Any
     share_inputs: Any
-    # passes so far of the dummy run in progress, None outside
+    # passes of the dummy run in progress, None outside of a dummy run
     _num_dummy_passes: int | None = None
 
     def step_hints(self) -> bool | None:
-        """True if the coming step may have a prefill row; None if the runner cannot tell.
+        """Return True if the next step may have a prefill row, None if that is unknown.
 
-        A dummy run is one pass over prompts in one piece, then decode passes.
+        A dummy run is one pass over whole prompts, then decode passes.
         """
         if self._num_dummy_passes is not None:
             self._num_dummy_passes += 1
@@ -52,9 +56,9 @@ class FastDeployRunnerMixin(DSAModelRunnerMixin):  # type: ignore[misc]
             self._num_dummy_passes = None
 
     def _initialize_attn_backend(self, *args: object, **kwargs: object) -> Any:
-        """Share one backend among all layers; FastDeploy makes one for each (#8041).
+        """Share one backend among all layers, for which FastDeploy makes one each (#8041).
 
-        Positions get the dtype of the runner's own buffer, for any other reader.
+        Positions get the dtype of the runner's own buffer, because FastDeploy may read them too.
         """
         result = super()._initialize_attn_backend(*args, **kwargs)
         self.attn_backends[:] = self.attn_backends[:1] * len(self.attn_backends)
@@ -63,21 +67,21 @@ class FastDeployRunnerMixin(DSAModelRunnerMixin):  # type: ignore[misc]
         return result
 
     def _compute_position_ids_and_slot_mapping(self, *args: object, **kwargs: object) -> Any:
-        """Keep our positions and slots, which the backend has made from the same rows.
+        """Keep the backend's positions and slots, which it has made from the same rows.
 
-        FastDeploy's would replace ours, and its slots of padding are slots of the last row, to
-        which a captured graph would write.
+        FastDeploy would replace them. Its slots of padding are slots of the last row, to which a
+        captured graph would write.
         """
 
     def initialize_kv_cache(self, *args: object, **kwargs: object) -> Any:
-        """Make the caches as bytes, whichever of FastDeploy's cache managers makes them.
+        """Make the caches as bytes, with each of FastDeploy's cache managers.
 
-        V0's loop that creates caches takes the model's dtype for them (#8060).
+        V0's loop that creates caches uses the model's dtype for them (#8060).
 
         Raises:
             ConfigError: the caches are not two tensors of bytes a layer.
         """
-        self._forget_step()
+        self._drop_step_state()
         with replaced(self.model_config, dtype="uint8"):
             result = super().initialize_kv_cache(*args, **kwargs)
         found = [dtype_name(cache.dtype) for cache in self.share_inputs["caches"]]
@@ -91,33 +95,34 @@ class FastDeployRunnerMixin(DSAModelRunnerMixin):  # type: ignore[misc]
 
     def clear_cache(self, *args: object, **kwargs: object) -> Any:
         """Release the newest step, which refers to the caches."""
-        self._forget_step()
+        self._drop_step_state()
         return super().clear_cache(*args, **kwargs)
 
     def update_parameters(self, *args: object, **kwargs: object) -> Any:
-        """Read our copies of weights again after RL has brought others."""
+        """Read the copies of weights again after RL has loaded other weights."""
         return self._refreshed(super().update_parameters, args, kwargs)
 
     def update_weights(self, *args: object, **kwargs: object) -> Any:
-        """Read our copies of weights again after a transfer has brought others."""
+        """Read the copies of weights again after a transfer of other weights."""
         return self._refreshed(super().update_weights, args, kwargs)
 
     def wakeup(self, *args: object, **kwargs: object) -> Any:
-        """Read our copies of weights again after a wake-up."""
+        """Read the copies of weights again after a wake-up."""
         return self._refreshed(super().wakeup, args, kwargs)
 
     def _refreshed(
         self, load: Callable[..., object], args: tuple[object, ...], kwargs: dict[str, object]
     ) -> Any:
-        """Refresh our copies of weights below running graphs, once FastDeploy has loaded others.
+        """Load by FastDeploy, then refresh the copies of weights, which running graphs read.
 
         After a wake-up of the caches only, the weights may still have no memory.
         """
-        self._forget_step()
+        self._drop_step_state()
         result = load(*args, **kwargs)
         if not getattr(self, "is_weight_sleeping", False):
             self.attn_backends[0].refresh_weights()
         return result
 
-    def _forget_step(self) -> None:
-        self.attn_backends[0].forget_step()
+    def _drop_step_state(self) -> None:
+        """Release the backend's newest step, which refers to the caches."""
+        self.attn_backends[0].drop_step_state()

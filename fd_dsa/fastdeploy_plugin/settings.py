@@ -1,4 +1,4 @@
-"""Settings of our backend and layers, read from FastDeploy's `fd_config`.
+"""Settings of fd_dsa's backend and layers, read from FastDeploy's `fd_config`.
 
 Source of the fields: FastDeploy's `config.py`, `layers/attention/dsa_attention_backend.py` and
 `models/deepseek_v3.py`.
@@ -24,7 +24,7 @@ _SCHEDULE = ("indexer_types", "index_topk_pattern", "index_topk_freq", "index_sk
 
 @contextmanager
 def replaced(config: object, **values: object) -> Iterator[None]:
-    """Give fields of a FastDeploy configuration other values inside the block."""
+    """Replace fields of a FastDeploy configuration inside the block."""
     before = {name: vars(config)[name] for name in values if name in vars(config)}
     for name, value in values.items():
         setattr(config, name, value)
@@ -38,7 +38,7 @@ def replaced(config: object, **values: object) -> Iterator[None]:
 
 
 def constructor_fields(model_config: ModelConfig) -> dict[str, Any]:
-    """Values for `replaced` with which the constructor of FastDeploy's DSA backend succeeds.
+    """Return values for `replaced` that the constructor of FastDeploy's DSA backend accepts.
 
     The constructor reads `rope_scaling["factor"]`, which GLM-5 does not have, and `rope_theta`,
     which GLM-5 keeps in `rope_parameters`.
@@ -52,7 +52,7 @@ def constructor_fields(model_config: ModelConfig) -> dict[str, Any]:
 def core_config(
     fd_config: FDConfig, num_heads: int, softmax_scale: float, dtype: str
 ) -> DSABackendConfig:
-    """Configuration of our backend for block tables that are as wide as a row can be long.
+    """Return the backend's configuration for block tables as wide as the longest row.
 
     Args:
         num_heads: attention heads on this rank.
@@ -60,7 +60,7 @@ def core_config(
         dtype: dtype of the activations on a device.
 
     Raises:
-        ConfigError: a size for which there are no caches; the field and the flag are named.
+        ConfigError: a size for which there are no caches; names the field and the flag.
     """
     model, block_size = fd_config.model_config, fd_config.cache_config.block_size
     if block_size != FP8_BLOCK_SIZE:
@@ -74,7 +74,7 @@ def core_config(
     tokens_per_row = 1 + int(drafts or 0)
     scheduler, graphs = fd_config.scheduler_config, fd_config.graph_opt_config
     max_num_seqs = int(scheduler.max_num_seqs)
-    # without chunked prefill a prompt comes in one piece, whatever is scheduled
+    # without chunked prefill a prompt is one chunk, also above the scheduled tokens
     prompts = max(int(scheduler.max_num_batched_tokens), int(fd_config.get_max_chunk_tokens()))
     names = "cudagraph_capture_sizes", "cudagraph_capture_sizes_prefill"
     captured = [size for name in names for size in getattr(graphs, name, None) or ()]
@@ -85,7 +85,7 @@ def core_config(
         softmax_scale=softmax_scale,
         cache_layout=CacheLayout("fp8_ds_mla", block_size, *widths),
         max_num_seqs=max_num_seqs,
-        # prompts beside decode rows, or the largest graph
+        # prompts in addition to decode rows, or the largest graph
         max_num_tokens=max(prompts + max_num_seqs * tokens_per_row, *captured, 1),
         max_blocks_per_seq=-(-int(model.max_model_len) // block_size),
         dtype=dtype,
@@ -95,10 +95,10 @@ def core_config(
 
 
 def interleaves_indexer_rope(model_config: ModelConfig) -> bool:
-    """Pairing of the indexer's RoPE: True = (2j, 2j + 1), False = (j, j + dim / 2).
+    """Return the pairing of the indexer's RoPE: True = (2j, 2j + 1), False = (j, j + dim / 2).
 
-    By FD_DSA_INDEXER_ROPE_INTERLEAVE, else by the model's own `indexer_rope_interleave`, else by
-    its family. FastDeploy interleaves for both (`layers/rotary_embedding.py`).
+    FD_DSA_INDEXER_ROPE_INTERLEAVE decides, else the model's own `indexer_rope_interleave`, else its
+    family. FastDeploy interleaves for all models (`layers/rotary_embedding.py`).
     """
     asked = switch("FD_DSA_INDEXER_ROPE_INTERLEAVE")
     if asked is not None:
@@ -110,7 +110,7 @@ def interleaves_indexer_rope(model_config: ModelConfig) -> bool:
 
 
 def shares_selection(fd_config: FDConfig, layer_id: int) -> bool:
-    """Whether a layer attends to what the nearest indexer before it chose, as in GLM-5.2.
+    """Return True if a layer shares the selection of an earlier indexer, as in GLM-5.2.
 
     Raises:
         ConfigError: a schedule of indexers that no released model has.

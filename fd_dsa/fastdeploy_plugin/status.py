@@ -1,7 +1,7 @@
-"""Which DSA path is live in a process that has FastDeploy in it, and why.
+"""Report of the DSA path that FastDeploy would run in a process, with the reason.
 
 `python -m fd_dsa.fastdeploy_plugin.status FILE` imports FastDeploy with its worker and writes the
-answer to a file as JSON, because FastDeploy itself may print anything. The `probe` of
+report to a file as JSON, because FastDeploy itself may print anything. The `probe` of
 `launch/environment.py` starts it.
 """
 
@@ -24,13 +24,13 @@ _PR_SET_PDEATHSIG = 1
 
 
 def report() -> dict[str, Any]:
-    """Path that a worker would take for DSA if it started here, as plain JSON values.
+    """Return the DSA path of a worker that would start in this process, as plain JSON values.
 
     Returns:
-        `error` (reason why FastDeploy cannot be imported; "" = it can) and `version` of FastDeploy
-        ("" = unknown). Without an error also `live` (our models, backend and runner are in place),
-        `why`, `own_path_variables` (variables that FastDeploy's own path needs) and `checks` (the
-        table of `tree_checks.py`).
+        `error` is the reason why FastDeploy cannot be imported, "" if it can. `version` is that of
+        FastDeploy, "" if unknown. Only without an error: `live` is True if fd_dsa's models, backend
+        and runner are in place, and `why` is the reason. `own_path_variables` are variables that
+        FastDeploy's own path needs. `checks` is the table of `tree_checks.py`.
     """
     try:
         import fastdeploy
@@ -57,7 +57,11 @@ def report() -> dict[str, Any]:
 
 
 def _why_not(broken: str) -> str:
-    """Why FastDeploy's own path is live; `broken` is an error of the import of its worker."""
+    """Return why FastDeploy's own path is live.
+
+    Args:
+        broken: error of the import of its worker, "" without an error.
+    """
     environment = process_environment()
     try:
         if not fastdeploy_plugin_wanted():
@@ -75,6 +79,6 @@ def _why_not(broken: str) -> str:
 
 
 if __name__ == "__main__":
-    # a report without a parent has no reader
+    # end with the parent, which is the reader of the report
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     Path(sys.argv[1]).write_text(json.dumps(report()), "utf-8")

@@ -1,7 +1,7 @@
-"""A step between FastDeploy and the backend: its rows and their bounds, and who must hear of it.
+"""Steps between FastDeploy and the backend: rows, their bounds, and signals of disaggregation.
 
-FastDeploy's cache messenger of a prefill node (prefill-decode disaggregation) waits for the calls
-below before it sends blocks on.
+In prefill-decode disaggregation FastDeploy's cache messenger of a prefill node waits for the calls
+of `begin_step` and `begin_layer` before it sends blocks on.
 
 Source of the fields: FastDeploy's `model_executor/forward_meta.py`; of `max_len_tensor_cpu`,
 `custom_ops/gpu_ops/append_attn/get_block_shape_and_split_kv_block.cu`; of the calls,
@@ -28,13 +28,13 @@ OPERATORS = {
 
 
 def step_rows(forward_meta: ForwardMeta) -> list[Any]:
-    """Lengths int32 [B], three of them, and block tables int32 [B, M] of the rows of a step.
+    """Return the three lengths int32 [B] and the block tables int32 [B, M] of a step's rows.
 
-    Trees give all slots, `[S]` or `[S, 1]`, or the running rows, `[B]`, and not the same for all
-    four: B is the smallest. Views, nothing is copied.
+    Trees have arrays of all slots, `[S]` or `[S, 1]`, or of the running rows, `[B]`, and may mix
+    both. B is the smallest number of rows. The results are views.
 
     Raises:
-        MissingStepError: one of them is None.
+        MissingStepError: an array is None.
     """
     *lengths, tables = step_inputs(forward_meta)
     arrays = [*(x.reshape([-1]) if len(x.shape) > 1 else x for x in lengths), tables]
@@ -49,27 +49,31 @@ def fill_max_lens(
     tokens_per_row: int,
     max_keys: int,
 ) -> None:
-    """Write upper bounds of a step's maxima, which the host knows, instead of reading them back.
+    """Write upper bounds of a step's maxima, which the host knows without a read-back.
 
     Entries: this_time, encoder, decoder, decoder + this_time, decoder of decode rows, keys of rows
-    with cached ones. Entries past the sixth are other trees' own and stay as they are. Written at
-    the tensor's address: with NumPy before 2.2.5, or Paddle before 3.3, views are read-only.
+    with cached tokens. Entries after the sixth belong to other trees and stay as they are. The
+    function writes to the tensor's address, because views are read-only with NumPy before 2.2.5 and
+    with Paddle before 3.3.
 
     Args:
         max_len_tensor_cpu: int32 [n], contiguous, in host memory, pinned or not.
-        tokens_per_row: of a decode row, at most.
+        num_tokens: tokens of the step.
+        has_prefill: True if the step may have a prefill row.
+        tokens_per_row: max tokens of a decode row.
+        max_keys: max keys of a row.
     """
     longest = num_tokens if has_prefill else min(num_tokens, tokens_per_row)
     keys = max_keys if num_tokens else 0
     values = (longest, num_tokens if has_prefill else 0, keys, keys, keys, keys)
     count = min(len(values), int(max_len_tensor_cpu.shape[0]))
     memory = (ctypes.c_int32 * count).from_address(max_len_tensor_cpu.data_ptr())
-    # ctypes takes any sequence
+    # ctypes accepts any sequence
     memory[:] = values[:count]  # type: ignore[call-overload]
 
 
 def check_operators(mode: str) -> None:
-    """Raise BackendUnavailable for a mode of disaggregation whose operators the tree lacks."""
+    """Raise BackendUnavailable for a mode of disaggregation without its operators."""
     for name in OPERATORS.get(mode, ()):
         if not hasattr(import_module(f"{ATTENTION}.ops"), name):
             raise BackendUnavailable(
@@ -79,7 +83,7 @@ def check_operators(mode: str) -> None:
 
 
 def begin_step(of: AttentionBackend, metadata: AttentionRecord, forward_meta: ForwardMeta) -> None:
-    """Announce a step of a backend, and set the `kv_signal_*` fields of FastDeploy's record of it.
+    """Announce a step to the messenger, and set the `kv_signal_*` fields of FastDeploy's record.
 
     A dummy run is not announced by chunk.
     """
@@ -99,7 +103,7 @@ def begin_step(of: AttentionBackend, metadata: AttentionRecord, forward_meta: Fo
 
 
 def begin_layer(of: AttentionBackend, metadata: AttentionRecord, layer_id: int) -> None:
-    """Announce a layer, before its keys are written."""
+    """Announce a layer to the messenger, before its keys are written."""
     if of.pd_disaggregation_mode == PER_QUERY:
         init_signal = import_module(f"{ATTENTION}.ops").init_signal_layerwise
         metadata.kv_signal_data_list[layer_id] = init_signal(

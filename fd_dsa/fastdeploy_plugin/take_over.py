@@ -1,9 +1,9 @@
-"""Replace FastDeploy's classes by ours: all of them, or none.
+"""Replacement of FastDeploy's classes, of all of them or of no class.
 
 Model classes go through FastDeploy's registry, in which a later class replaces an earlier one. The
-runner's class is the plug-in's return value. Only the attention backend has no such door:
-FastDeploy looks its class up by name, so that one name is bound to ours. A class of ours carries
-`__fd_dsa__`, and no other state is kept.
+runner's class is the plug-in's return value. The attention backend has no registry: FastDeploy
+finds its class by name, so the plug-in binds that name. A derived class has the attribute
+`__fd_dsa__`. No other state is kept.
 """
 
 from __future__ import annotations
@@ -26,19 +26,21 @@ from fd_dsa.fastdeploy_plugin.tree_checks import (
 
 
 def is_ours(thing: object) -> bool:
-    """True for a class that the plug-in has derived from one of FastDeploy's."""
+    """Return True for a class that the plug-in has derived from a class of FastDeploy."""
     return getattr(thing, MARK, None) is not None
 
 
 def live_backend() -> Any:
-    """Class that FastDeploy, as imported here, takes for DSA_ATTN; None without FastDeploy."""
+    """Return the class of the imported FastDeploy for DSA_ATTN, None without FastDeploy."""
     return getattr(sys.modules.get(ATTENTION), BACKEND.name, None)
 
 
 def derive(ours: type, upstream: type, **attributes: object) -> type:
-    """A class with our methods before FastDeploy's, under FastDeploy's name; marked as ours.
+    """Derive a marked class with fd_dsa's methods before FastDeploy's, under FastDeploy's name.
 
     Args:
+        ours: class with the methods of fd_dsa.
+        upstream: class of FastDeploy.
         attributes: further attributes of the class.
     """
     marks = {MARK: __version__, "__module__": ours.__module__}
@@ -52,14 +54,16 @@ def take_over(runner: type) -> type:
         runner: FastDeploy's class.
 
     Returns:
-        the runner's class with our hooks.
+        The runner's class with fd_dsa's hooks.
 
     Raises:
-        UnsupportedTree: a check fails; FastDeploy is then as it was.
-        Whatever making one of the classes raises; likewise.
+        UnsupportedTree: a check fails.
+        Exception: any error of deriving a class.
+
+    After an error FastDeploy is unchanged.
     """
     examine()
-    # late: a tree that does not fit costs no import of Paddle's parts
+    # imported late, so that an unsupported tree does not load Paddle
     from fd_dsa.fastdeploy_plugin import models as own
     from fd_dsa.fastdeploy_plugin.backend import PluginBackend
     from fd_dsa.fastdeploy_plugin.layers import PluginAttention, PluginIndexer
@@ -84,7 +88,7 @@ def take_over(runner: type) -> type:
         for name, theirs in models().items()
     }
     runner = derive(FastDeployRunnerMixin, runner)
-    # nothing is replaced before this line, and nothing can fail after it
+    # all replacements follow this line, and none of them can fail
     getattr(select(), "cache_clear", lambda: None)()
     package, _, module = own.__name__.rpartition(".")
     register = imported(REGISTRY).ModelRegistry.register_model_class

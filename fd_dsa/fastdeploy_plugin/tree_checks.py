@@ -1,11 +1,11 @@
 """Checks of a FastDeploy tree: one table, each check with its reason.
 
-A tree's contents decide, never its version. A check that fails is an UnsupportedTree. The worker
-runs every check before it replaces anything, and so does the doctor.
+A tree's contents decide, never its version. A check that fails raises UnsupportedTree. The worker
+runs every check before it replaces a class. The doctor runs them too.
 
-A method that the plug-in calls, or that FastDeploy calls on a class of ours, must accept the
-arguments of that call (`inspect.signature(...).bind`), so a new optional parameter is no obstacle.
-Bound classes of ours are looked through, because FastDeploy's own count.
+A method that the plug-in calls, or that FastDeploy calls on a derived class, must accept the
+arguments of that call (`inspect.signature(...).bind`). So a new optional parameter is allowed. The
+checks always examine FastDeploy's own class, also after a derived class has replaced it.
 
 Source: FastDeploy's `model_executor/layers/attention/` (`dsa_attention_backend.py`,
 `attention_selecter.py`), `model_executor/models/` (`deepseek_v3.py`, `model_base.py`),
@@ -26,6 +26,7 @@ from types import CodeType, ModuleType
 from typing import Any
 
 from fd_dsa.cache_formats import CacheLayout
+from fd_dsa.fastdeploy_plugin import upstream
 from fd_dsa.models.registry import FAMILIES
 
 ATTENTION = "fastdeploy.model_executor.layers.attention"
@@ -36,15 +37,15 @@ RUNNER_GROUP = "fastdeploy.model_runner_plugins"
 V1_CACHES = "ENABLE_V1_KVCACHE_MANAGER"
 """FastDeploy's variable for its V1 cache manager (#7787)."""
 MARK = "__fd_dsa__"
-"""Attribute of every class of ours that FastDeploy uses."""
+"""Attribute of every derived class that FastDeploy uses."""
 ARCHITECTURES = tuple(one.fastdeploy_class for one in FAMILIES.values() if one.fastdeploy_class)
-"""Models whose layers are replaced; a tree must have the first."""
+"""Models whose layers are replaced. A tree must have the first one."""
 
 _LAYOUT = CacheLayout("fp8_ds_mla", 64, 512, 64, 128)
 
 
 class UnsupportedTree(Exception):
-    """The installed FastDeploy lacks something, or has it in another form; the text says what."""
+    """The installed FastDeploy lacks a part, or has it in another form."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,41 +55,45 @@ class Known:
     Attributes:
         module: name below `fastdeploy`.
         name: name of the class.
-        parts: attributes that the plug-in reads, with spaces; the code of the class names each.
+        reads: class of `upstream.py` whose attributes the plug-in reads.
         calls: method -> arguments of its call after `self`, with spaces; a keyword ends with `=`.
     """
 
     module: str
     name: str
-    parts: str = ""
+    reads: type = object
     calls: Mapping[str, str] = field(default_factory=dict)
 
     @property
+    def parts(self) -> tuple[str, ...]:
+        """Attributes that the plug-in reads, which the code of the class must name."""
+        return tuple(inspect.get_annotations(self.reads))
+
+    @property
     def label(self) -> str:
-        """File and class, as reports name them."""
+        """File and class, for reports."""
         return f"{self.module.removeprefix('model_executor.').replace('.', '/')}.py: {self.name}"
 
     def find(self) -> Any:
-        """FastDeploy's own class."""
+        """Return FastDeploy's own class."""
         where = self.label.partition(":")[0]
         return attribute(imported(f"fastdeploy.{self.module}"), self.name, where)
 
     def check(self) -> None:
-        """Refuse a class that is missing, takes other calls or has other parts."""
+        """Refuse a class that is missing, accepts other calls or has other parts."""
         found = self.find()
         for method, arguments in self.calls.items():
             check_call(attribute(found, method, self.name), f"{self.name}.{method}", arguments)
         functions = (value for owner in found.__mro__ for value in vars(owner).values())
         codes = (getattr(inspect.unwrap(one), "__code__", None) for one in functions)
         words = {word for code in codes if code for word in code.co_names}
-        _refuse_missing(found, (part for part in self.parts.split() if part not in words))
+        _refuse_missing(found, (part for part in self.parts if part not in words))
 
 
 BACKEND = Known(
     "model_executor.layers.attention.dsa_attention_backend",
     "DSAAttentionBackend",
-    "block_size max_seq_len num_heads num_layers num_layers_draft_model start_layer_index "
-    "attn_softmax_scale pd_disaggregation_mode keep_pd_step_flag rank device_id",
+    upstream.AttentionBackend,
     {
         "__init__": "fd_config kv_num_heads= num_heads= head_dim= encoder_block_shape_q= "
         "decoder_block_shape_q=",
@@ -99,51 +104,43 @@ BACKEND = Known(
 )
 KNOWN = (
     BACKEND,
-    Known(
-        "model_executor.models.deepseek_v3",
-        "Indexer",
-        "index_head_dim index_n_heads wq_b wk weights_proj k_norm",
-    ),
+    Known("model_executor.models.deepseek_v3", "Indexer", upstream.Indexer),
     Known(
         "model_executor.models.deepseek_v3",
         "DeepseekV32DSAAttention",
-        "num_attention_heads_tp q_lora_rank kv_lora_rank qk_nope_head_dim qk_head_dim v_head_dim "
-        "qkv_a_proj_with_mqa q_a_layernorm kv_a_layernorm q_b_proj kv_b_proj_bmm o_proj "
-        "rotary_emb indexer_rotary_emb indexer",
+        upstream.Attention,
         {"forward": "forward_meta hidden_states"},
     ),
-    Known("model_executor.layers.normalization", "RMSNorm", "weight eps", {"forward": "x"}),
-    Known("model_executor.layers.normalization", "LayerNorm", "weight bias"),
+    Known("model_executor.layers.normalization", "RMSNorm", upstream.RMSNorm, {"forward": "x"}),
+    Known("model_executor.layers.normalization", "LayerNorm", upstream.LayerNorm),
     Known(
-        "model_executor.layers.rotary_embedding", "DeepseekScalingRotaryEmbedding", "cos_sin_cache"
+        "model_executor.layers.rotary_embedding",
+        "DeepseekScalingRotaryEmbedding",
+        upstream.RotaryEmbedding,
     ),
-    Known("model_executor.layers.linear", "KVBatchLinear", "", {"forward": "x proj_type="}),
+    Known("model_executor.layers.linear", "KVBatchLinear", calls={"forward": "x proj_type="}),
     Known(
         "model_executor.models.model_base",
         "ModelRegistry",
-        "",
-        {
+        calls={
             "register_model_class": "architecture= module_name= module_path=",
             "get_class": "name",
         },
     ),
 )
-"""Classes that ours derive from or call."""
+"""Classes that the plug-in derives from or calls."""
 
 FORWARD_META: tuple[str, ...] = (
-    "ids_remove_padding",
-    "attn_backend",
-    "seq_lens_encoder",
-    "seq_lens_decoder",
+    *("ids_remove_padding", "attn_backend", "seq_lens_encoder", "seq_lens_decoder"),
+    *("seq_lens_this_time", "block_tables", "caches", "max_len_tensor_cpu"),
 )
-FORWARD_META += ("seq_lens_this_time", "block_tables", "caches", "max_len_tensor_cpu")
-"""Fields of FastDeploy's ForwardMeta that ours read and the runner fills."""
+"""Fields of FastDeploy's ForwardMeta that the plug-in reads and the runner fills."""
 
 RUNNER_METHODS = {
     "initialize_forward_meta": "forward_meta attn_backends",
     "_initialize_attn_backend": "attn_backends",
     "_compute_position_ids_and_slot_mapping": "position_ids_buffer",
-    # the only source of the dtype of V0's caches, which ours replaces meanwhile
+    # the only source of the dtype of V0's caches, which the plug-in replaces during the call
     "initialize_kv_cache": "caches model_config dtype",
     "clear_cache": "",
     "_dummy_run": "",
@@ -151,14 +148,14 @@ RUNNER_METHODS = {
     "update_weights": "",
     "wakeup": "",
 }
-"""Methods of FastDeploy's runner that ours override -> names that their code must read."""
+"""Overridden methods of FastDeploy's runner -> names that their code must read."""
 
 
 def checks() -> list[dict[str, Any]]:
-    """Results of all checks, each by itself, for a report.
+    """Run every check by itself, for a report.
 
     Returns:
-        for each check its `name`, `passed` and `reason` ("" = passed).
+        `name`, `passed` and `reason` ("" = passed) of each check.
     """
     found = []
     for name, check in CHECKS.items():
@@ -182,7 +179,7 @@ def examine() -> None:
 
 
 def describe(error: BaseException) -> str:
-    """An error in one line; its type is named unless it is our own."""
+    """Return an error in one line, with its type unless it is UnsupportedTree."""
     text = " ".join(str(error).split())
     return text if isinstance(error, UnsupportedTree) else f"{type(error).__name__}: {text}"
 
@@ -191,8 +188,8 @@ def check_call(function: Callable[..., object], name: str, arguments: str) -> No
     """Refuse a method that does not accept a call.
 
     Args:
-        function: a method of a class; `self` is added unless it is a class method.
-        arguments: as in `Known.calls`.
+        function: method of a class; `self` is added unless it is a class method.
+        arguments: see `Known.calls`.
     """
     words = ([] if inspect.ismethod(function) else ["self"]) + arguments.split()
     keywords = {word[:-1]: None for word in words if word.endswith("=")}
@@ -206,14 +203,14 @@ def check_call(function: Callable[..., object], name: str, arguments: str) -> No
 
 
 def check_runner_plugins() -> None:
-    """Refuse several runner classes: FastDeploy then takes its own, without a word."""
+    """Refuse several runner classes, because FastDeploy then silently uses its own."""
     allowed = imported("fastdeploy.envs").FD_PLUGINS
     names = {point.name for point in entry_points(group=RUNNER_GROUP)}
     names = names if allowed is None else names & set(allowed)
     if len(names) > 1:
         raise UnsupportedTree(
             f"{RUNNER_GROUP}: got {', '.join(sorted(names))}; FastDeploy takes one runner class, "
-            "and fd_dsa needs its own; name fd_dsa alone in FD_PLUGINS"
+            "and fd_dsa needs its own; name only fd_dsa in FD_PLUGINS"
         )
 
 
@@ -222,7 +219,7 @@ def _check_cache_shapes() -> None:
     own, no_scales = BACKEND.find(), list[int]()
     expected = _LAYOUT.latent_shape(2), no_scales, _LAYOUT.indexer_shape(2)
     try:
-        # not constructed: the constructor allocates on the device
+        # without the constructor, which allocates on the device
         probe = own.__new__(own)
         vars(probe).update(asdict(_LAYOUT), quant_block_size=128)
         found = probe.get_kv_cache_shape(max_num_blocks=2, kv_cache_quant_type="uint8")
@@ -260,7 +257,7 @@ def _check_selection() -> None:
 
 
 def models() -> dict[str, Any]:
-    """FastDeploy's own classes by architecture, those of `ARCHITECTURES` that it has registered."""
+    """Return FastDeploy's own classes of the registered `ARCHITECTURES`, by architecture."""
     registry, found = attribute(imported(REGISTRY), "ModelRegistry"), {}
     for name in ARCHITECTURES:
         try:
@@ -272,7 +269,7 @@ def models() -> dict[str, Any]:
 
 
 def _check_models() -> None:
-    """Refuse a model that makes positions itself, in every step after the backend has."""
+    """Refuse a model that makes positions itself, in addition to the backend."""
     imported(MODELS)
     for name, model in models().items():
         check_call(model.__init__, f"{name}.__init__", "fd_config")
@@ -281,20 +278,23 @@ def _check_models() -> None:
 
 
 def _check_forward_meta() -> None:
-    """Refuse a ForwardMeta without a field that ours read; some trees answer None for any name."""
+    """Refuse a ForwardMeta without a field that the plug-in reads.
+
+    Annotations decide, because some trees return None for any attribute.
+    """
     meta = attribute(imported("fastdeploy.model_executor.forward_meta"), "ForwardMeta")
     fields = {name for owner in meta.__mro__ for name in inspect.get_annotations(owner)}
     _refuse_missing(meta, (name for name in FORWARD_META if name not in fields))
 
 
 def select() -> Callable[[str], type]:
-    """FastDeploy's function from the name of a backend to its class."""
+    """Return FastDeploy's function from the name of a backend to its class."""
     found = attribute(imported(f"{ATTENTION}.attention_selecter"), "_get_attn_backend")
     return found
 
 
 def _check_runner() -> None:
-    """Refuse a runner without a method that ours override, or with another one of that name."""
+    """Refuse a runner without an overridden method, or with another method of that name."""
     runner = attribute(imported(RUNNER), "GPUModelRunner")
     _refuse_missing(runner, (name for name in RUNNER_METHODS if not hasattr(runner, name)))
     for method, needed in RUNNER_METHODS.items():
@@ -304,7 +304,11 @@ def _check_runner() -> None:
 
 
 def imported(name: str) -> ModuleType:
-    """A module of FastDeploy; UnsupportedTree if it is missing or its import fails."""
+    """Import a module of FastDeploy.
+
+    Raises:
+        UnsupportedTree: the module is missing, or its import fails.
+    """
     try:
         return import_module(name)
     except Exception as error:
@@ -312,7 +316,11 @@ def imported(name: str) -> ModuleType:
 
 
 def attribute(owner: Any, name: str, where: str = "") -> Any:
-    """FastDeploy's own `owner.name`, which must be there."""
+    """Return FastDeploy's own `owner.name`.
+
+    Raises:
+        UnsupportedTree: the attribute is missing.
+    """
     found = getattr(owner, name, None)
     if found is None:
         raise UnsupportedTree(f"{where or owner.__name__} has no {name}")
@@ -320,7 +328,7 @@ def attribute(owner: Any, name: str, where: str = "") -> Any:
 
 
 def words_of(owner: type, method: str) -> set[str]:
-    """Names and strings in the code of a method, and of the methods of its class that it names."""
+    """Return names and strings in a method's code, and in the methods of its class it names."""
     found: set[str] = set()
     pending: list[Any] = [getattr(owner, method)]
     while pending:
@@ -332,6 +340,7 @@ def words_of(owner: type, method: str) -> set[str]:
 
 
 def _words(code: CodeType) -> set[str]:
+    """Return the names and strings in a code object."""
     found = set(code.co_names)
     for value in code.co_consts:
         found |= {value} if isinstance(value, str) else set()
@@ -340,11 +349,12 @@ def _words(code: CodeType) -> set[str]:
 
 
 def _upstream(thing: Any) -> Any:
-    """FastDeploy's class, also if ours is bound to its name and derives from it."""
+    """Return FastDeploy's class for itself or for a derived class of the plug-in."""
     return thing.__bases__[-1] if hasattr(thing, MARK) else thing
 
 
 def _refuse_missing(owner: type, names: Iterable[str]) -> None:
+    """Raise UnsupportedTree if there are missing names."""
     missing = ", ".join(names)
     if missing:
         raise UnsupportedTree(f"{owner.__name__} has no {missing}")
@@ -364,4 +374,4 @@ CHECKS: dict[str, Callable[[], Any]] = {
     "forward_meta.py: ForwardMeta": _check_forward_meta,
     "worker/gpu_model_runner.py: GPUModelRunner": _check_runner,
 }
-"""Place in a tree and what is looked for -> check, in the order of `examine`."""
+"""Place in a tree and name of the examined part -> check, in the order of `examine`."""

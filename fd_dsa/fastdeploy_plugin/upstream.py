@@ -1,7 +1,8 @@
-"""Parts of FastDeploy's objects that the plug-in reads, as types.
+"""Parts of FastDeploy's classes that the plug-in reads, as types.
 
-FastDeploy is not read by the type checker, and trees differ: attributes that only some trees have
-are looked up by name where they are used.
+The type checker does not read FastDeploy. Trees differ, so the plug-in looks up by name the
+attributes that only some trees have. `tree_checks.py` checks a tree for the attributes of the
+classes that its `Known` names.
 
 Source: FastDeploy's `config.py`, `model_executor/forward_meta.py`, `models/deepseek_v3.py` and
 `model_executor/layers/{linear,normalization,rotary_embedding}.py`.
@@ -9,11 +10,12 @@ Source: FastDeploy's `config.py`, `model_executor/forward_meta.py`, `models/deep
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
-from fd_dsa.step import ForwardMeta as CoreMeta
-from fd_dsa.tensor import Tensor
+if TYPE_CHECKING:
+    from fd_dsa.step import ForwardMeta as CoreMeta
+    from fd_dsa.tensor import Tensor
 
 
 class ModelConfig(Protocol):
@@ -92,7 +94,7 @@ class Linear(Protocol):
     """Linear layer, plain or quantised."""
 
     weight: Tensor
-    # FastDeploy's method of quantization, of which the size of a block is read
+    # FastDeploy's method of quantization, from which the plug-in reads the size of a block
     quant_method: Any
 
     def __call__(self, x: Tensor) -> Tensor: ...
@@ -104,21 +106,20 @@ class BlockFp8Linear(Linear, Protocol):
     weight_scale_inv: Tensor
 
 
-class Norm(Protocol):
-    """Norm with a weight. A LayerNorm has a bias too."""
+class RMSNorm(Protocol):
+    """RMSNorm with a weight. A call returns the normed values, and the sum of a fused addition."""
+
+    weight: Tensor
+    eps: float
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor | None]: ...
+
+
+class LayerNorm(Protocol):
+    """LayerNorm with weight and bias."""
 
     weight: Tensor
     bias: Tensor
-
-
-class Indexer(Protocol):
-    """Indexer of a layer, after `PluginIndexer.adopt`."""
-
-    layer_id: int
-    wk: Linear
-    weights_proj: Linear
-    k_norm: Norm
-    rope_interleave: bool
 
 
 class RotaryEmbedding(Protocol):
@@ -127,9 +128,51 @@ class RotaryEmbedding(Protocol):
     cos_sin_cache: Tensor
 
 
-class AttentionBackend(Protocol):
-    """FastDeploy's DSA backend, as far as disaggregation is concerned."""
+class Indexer:
+    """FastDeploy's Indexer, from which the plug-in's derives."""
 
+    layer_id: int
+    index_n_heads: int
+    index_head_dim: int
+    wk: Linear
+    weights_proj: Linear
+    wq_b: Linear
+    k_norm: LayerNorm
+
+
+class AdoptedIndexer(Indexer):
+    """Indexer after `PluginIndexer.adopt`."""
+
+    rope_interleave: bool
+
+
+class Attention:
+    """FastDeploy's DeepseekV32DSAAttention, from which the plug-in's derives."""
+
+    indexer: Any
+    num_attention_heads_tp: int
+    kv_lora_rank: int
+    q_lora_rank: int
+    qk_head_dim: int
+    qk_nope_head_dim: int
+    v_head_dim: int
+    qkv_a_proj_with_mqa: Linear
+    q_b_proj: Linear
+    o_proj: Linear
+    kv_b_proj_bmm: Callable[..., Tensor]
+    q_a_layernorm: RMSNorm
+    kv_a_layernorm: RMSNorm
+    rotary_emb: RotaryEmbedding
+    indexer_rotary_emb: RotaryEmbedding
+
+
+class AttentionBackend:
+    """FastDeploy's DSAAttentionBackend, from which the plug-in's derives."""
+
+    num_heads: int
+    attn_softmax_scale: float
+    block_size: int
+    max_seq_len: int
     num_layers: int
     num_layers_draft_model: int
     start_layer_index: int
@@ -137,3 +180,5 @@ class AttentionBackend(Protocol):
     device_id: int | str
     pd_disaggregation_mode: str
     keep_pd_step_flag: bool
+
+    def __init__(self, fd_config: FDConfig, *args: object, **kwargs: object) -> None: ...

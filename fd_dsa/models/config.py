@@ -51,7 +51,7 @@ _LAYER_TYPES = ("indexed_attention", "deepseek_sparse_attention")
 class ModelConfig(ModelDefaults):
     """Everything about a model that its layers, caches and weights depend on.
 
-    A field of config.json goes before the family's default. The names are those of Hugging
+    A field of config.json overrides the family's default. The names are those of Hugging
     Face's config.json (transformers 5.23). Widths are numbers of elements,
     `max_position_embeddings` and `index_topk` are numbers of tokens.
 
@@ -166,7 +166,7 @@ class ModelConfig(ModelDefaults):
 
     @property
     def most_dense_keys(self) -> int:
-        """Max tokens of a row of which the last one attends to all."""
+        """Max tokens of a row whose last token attends to all of them."""
         return self.index_topk
 
     def cache_layout(self, kv_cache_dtype: str, block_size: int) -> CacheLayout:
@@ -203,7 +203,7 @@ def _read_fields(reader: FieldReader, defaults: ModelDefaults) -> dict[str, Any]
     num_layers, vocab_size = values["num_hidden_layers"], values["vocab_size"]
     num_dense = reader.integer("first_k_dense_replace", defaults.first_k_dense_replace, minimum=0)
     num_dense = min(num_dense, num_layers)
-    # the list goes before `first_k_dense_replace`
+    # the list overrides `first_k_dense_replace`
     spare = spare_layers(reader)
     listed = reader.strings("mlp_layer_types", ("dense", "sparse"), num_layers, spare)
     values |= {
@@ -309,7 +309,7 @@ def read_indexer_types(
 
 def _read_quantization(reader: FieldReader) -> dict[str, Any]:
     """Read block size and kind of scales of FP8 weights. Empty without FP8 weights."""
-    # the second key is our own, for a model of which only the MTP layer is FP8
+    # the second key is fd_dsa's own, for a model in which only the MTP layer is FP8
     names = "quantization_config", "mtp_quantization_config"
     found = [_read_fp8(one) for name in names if (one := reader.section(name)) is not None]
     if len(found) == 2 and found[0]["weight_block_size"] != found[1]["weight_block_size"]:
@@ -375,8 +375,8 @@ def _check_consistency(reader: FieldReader, values: dict[str, Any]) -> None:
             "index_head_dim", values["index_head_dim"], f"at least qk_rope_head_dim, {rope_dim}"
         )
     if experts * layers > MAX_EXPERTS:
-        most = MAX_EXPERTS // layers
-        raise reader.error("n_routed_experts", experts, f"at most {most} in {layers} layers")
+        limit = MAX_EXPERTS // layers
+        raise reader.error("n_routed_experts", experts, f"at most {limit} in {layers} layers")
     if experts % groups or (groups > 1 and experts // groups < 2):
         raise reader.error(
             "n_group", groups, f"a divisor of n_routed_experts ({experts}), two experts a group"

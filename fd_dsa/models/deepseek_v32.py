@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from fd_dsa.attention.protocol import LayerStep
-from fd_dsa.device.allocation import Array
 from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.mla import DeepseekV32DSAAttention
 from fd_dsa.models.moe import DeepseekMLP, DeepseekMoE
@@ -16,6 +15,7 @@ from fd_dsa.models.rope import cos_sin_table
 from fd_dsa.models.sources import MTP_EMBEDDING, MTP_HEAD, MTP_JOIN, WeightLoader
 from fd_dsa.models.weights_protocol import Weights
 from fd_dsa.ops.arrays import as_numpy, rows_at, values_of
+from fd_dsa.tensor import Array, StepArray
 
 
 class DeepseekV32DecoderLayer:
@@ -97,14 +97,14 @@ class MultiTokenPredictor:
         self.layer = DeepseekV32DecoderLayer(config, number, weights)
         self._norm = weights.norm(f"{prefix}shared_head.norm.weight", hidden, eps)
 
-    def __call__(self, next_ids: Array, hidden: Array, step: LayerStep) -> Array:
+    def __call__(self, next_ids: StepArray, hidden: Array, step: LayerStep) -> Array:
         """Return hidden states after the layer's norm, [num_tokens, hidden_size].
 
         Args:
             next_ids: int64, on a device int32, [num_tokens], the token after each one of the step.
             hidden: [num_tokens, hidden_size], normed hidden states of the step's tokens. They are
                 the model's, or for a further draft those of this layer.
-            step: step of the runner, after `init_attention_metadata`.
+            step: step of the runner, with metadata.
         """
         positions, norms = step.position_ids, (self._token_norm, self._hidden_norm)
         pair: Array
@@ -144,7 +144,8 @@ class DeepseekV32ForCausalLM:
         if not config.tie_word_embeddings:
             rows = {"lm_head.weight": config.head_rows}
             self.head = weights.matrix(hidden, rows, sums_in_float32=True)
-        self._head_is_split = config.head_rows < vocab_size
+        # a rank with a part of the head has a part of the logits
+        self._head_group = weights.group if config.head_rows < vocab_size else None
         width, positions = config.qk_rope_head_dim, config.max_position_embeddings
         self.cos_sin = weights.constant(partial(cos_sin_table, config.rope, width, positions))
         self.mtp = None if config.mtp is None else MultiTokenPredictor(self, weights)
@@ -159,7 +160,7 @@ class DeepseekV32ForCausalLM:
 
         Args:
             token_ids: int64, on a device also int32, [num_tokens], rows back to back.
-            forward_meta: step of the runner, after `init_attention_metadata`. Its `selections`
+            forward_meta: step of the runner, with metadata. Its `selections`
                 record the selection of every layer, None = no recording.
         """
         hidden_states = rows_at(self.embed_tokens, token_ids)
@@ -176,7 +177,7 @@ class DeepseekV32ForCausalLM:
     def compute_logits(self, hidden_states: Array) -> Array:
         """Return logits float32 [n, vocab_size] of hidden states [n, hidden_size]."""
         logits = self.head.times(hidden_states)
-        if not self._head_is_split:
+        if self._head_group is None:
             return logits
-        gathered = self._weights.group.all_gather(logits)
+        gathered = self._head_group.all_gather(logits)
         return gathered.transpose([1, 0, 2]).reshape([-1, self.config.vocab_size])

@@ -9,8 +9,8 @@ from math import prod
 import numpy as np
 
 from fd_dsa.device.allocation import Allocate
-from fd_dsa.device.upload import Upload
-from fd_dsa.distributed import Group, SingleGroup
+from fd_dsa.device.transfers import Upload
+from fd_dsa.distributed import Group
 from fd_dsa.models.dequantize import BLOCK, num_blocks
 from fd_dsa.models.sources import RandomTensor, SourceTensor, WeightLoader
 from fd_dsa.models.weights import halves_of_heads
@@ -46,7 +46,7 @@ class DeviceWeights:
         round_scales: bool = False,
         group: Group | None = None,
     ) -> None:
-        self.group = group or SingleGroup()
+        self.group = group
         self.loaders: dict[str, WeightLoader] = {}
         self._dtype, self._allocate, self.fp8 = dtype, allocate, fp8
         self._fp8_layers = {_layer_of(name) for name in fp8}

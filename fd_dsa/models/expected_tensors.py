@@ -9,7 +9,6 @@ from typing import ClassVar
 
 import numpy as np
 
-from fd_dsa.distributed import SingleGroup
 from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.moe import gated
 from fd_dsa.models.registry import FAMILIES, FamilyConfig
@@ -53,7 +52,7 @@ def expected_tensors(config: FamilyConfig) -> dict[str, ExpectedTensor]:
 class _Expected:
     """Notes of the tensors that layers ask for, with the methods of HostWeights."""
 
-    group = SingleGroup()
+    group = None
     fp8: frozenset[str] = frozenset()
     loaders: ClassVar[dict[str, WeightLoader]] = {}
 

@@ -137,7 +137,7 @@ NULL_IS_ABSENT = frozenset(
         "type",
     )
 )
-"""Fields that a file may set to null to say nothing about them."""
+"""Fields for which null has the same meaning as a missing field."""
 
 
 def is_harmless(path: str, value: object) -> bool:

@@ -1,18 +1,20 @@
-"""Multi-head latent attention (MLA) in absorbed form, over the DSA backend."""
+"""Multi-head latent attention (MLA) in absorbed form, and the indexer that selects its keys."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 from typing import Any
 
-from fd_dsa.attention.indexer import Indexer
 from fd_dsa.attention.protocol import LayerStep
 from fd_dsa.cache_formats import CacheLayout
-from fd_dsa.device.allocation import Array
 from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.dequantize import BLOCK
 from fd_dsa.models.weights_protocol import Weights
 from fd_dsa.ops.cache_write import CacheWriteParams
+from fd_dsa.ops.host_gemm import HostMatrix
+from fd_dsa.ops.linear import Linear
+from fd_dsa.ops.providers import selected_function
+from fd_dsa.tensor import Array, StepArray
 
 
 def down_projections(config: ModelConfig, prefix: str, fp8: Collection[str]) -> dict[str, int]:
@@ -38,7 +40,72 @@ def down_projections(config: ModelConfig, prefix: str, fp8: Collection[str]) -> 
     return parts
 
 
-def _biased(y: Array, bias: Array | None) -> Array:
+class Indexer:
+    """Projections of a lightning indexer, whose few cheap heads score past tokens.
+
+    Its rope slice is the FIRST `qk_rope_head_dim` of each head. The key norm is a LayerNorm with
+    bias and eps 1e-6.
+
+    Args:
+        config: configuration of the model.
+        layer_id: number of the layer.
+        weights: weights of the model; `wk` and `weights_proj` are one GEMM.
+        prefix: start of the weights' names.
+        has_wk: False if `wk` is one of the attention's own projections.
+
+    Attributes:
+        wk_weights_proj: weight of the joined projections of keys and head weights. On a device it
+            is a tuple of their tensors, without `wk` if `has_wk` is False.
+        rope_interleave: pairing of the RoPE. True pairs neighbours, False (V3.2) the two halves.
+
+    Source: DeepSeek-V3.2 (arXiv 2512.02556) §2; Hugging Face transformers 5.23
+    (DeepseekV32Indexer).
+    """
+
+    def __init__(
+        self, config: ModelConfig, layer_id: int, weights: Weights, prefix: str, has_wk: bool
+    ) -> None:
+        self.layer_id, self.rope_interleave = layer_id, config.indexer_rope_interleave
+        self._heads, self._width = config.index_n_heads, config.index_head_dim
+        heads, width = self._heads, self._width
+        parts = {f"{prefix}wq_b.weight": heads * width}
+        self._wq_b: Linear = weights.matrix(config.q_lora_rank, parts)
+        self._key_width = width if has_wk else 0
+        parts = {f"{prefix}wk.weight": width} if has_wk else {}
+        parts[f"{prefix}weights_proj.weight"] = heads
+        # loading folds both scale factors of the scores into the weight
+        factors = {f"{prefix}weights_proj.weight": heads**-0.5 * width**-0.5}
+        self.wk_weights_proj: HostMatrix | tuple[Array, ...] = weights.columns(
+            config.hidden_size, parts, factors
+        )
+        self._k_norm: dict[str, Any] = {
+            "k_norm_weight": weights.vector({f"{prefix}k_norm.weight": width}),
+            "k_norm_bias": weights.vector({f"{prefix}k_norm.bias": width}),
+            "k_norm_eps": 1e-6,
+        }
+
+    def key_norm(self) -> dict[str, Any]:
+        """Return norm and rotation of the keys, as arguments of CacheWriteParams."""
+        return self._k_norm | {"index_rope_interleave": self.rope_interleave}
+
+    def project(
+        self, hidden_states: StepArray, out: tuple[Array, Array] | None = None
+    ) -> tuple[Array, Array]:
+        """Project hidden states to index keys and head weights, see IndexerLayer."""
+        weights, width = self.wk_weights_proj, self._key_width
+        if isinstance(weights, HostMatrix):
+            both = weights.times(hidden_states)
+            return both[:, :width], both[:, width:]
+        project = selected_function("indexer_projection", hidden_states)
+        wk, weights_proj = weights if width else (None, *weights)
+        return project(hidden_states, wk, weights_proj, out=out)
+
+    def queries(self, latent: Array) -> Array:
+        """Project latents to queries, see IndexerLayer."""
+        return self._wq_b.times(latent).reshape([-1, self._heads, self._width])
+
+
+def _biased(y: StepArray, bias: StepArray | None) -> StepArray:
     """Return y [num_tokens, out] plus a bias [out], or y if there is none."""
     return y if bias is None else y + bias
 
@@ -86,7 +153,8 @@ class DeepseekV32DSAAttention:
             self.qkv_a_bias = weights.bias(biases)
             out_bias = weights.bias({f"{prefix}o_proj.bias": hidden})
             # one rank adds it to the sum over all
-            self.o_bias = out_bias if weights.group.rank == 0 else None
+            is_first = weights.group is None or weights.group.rank == 0
+            self.o_bias = out_bias if is_first else None
         self.indexer: Indexer | None = None
         if config.indexer_types[layer_id] == "full":
             has_wk = self._kv_begin == self.q_lora_rank
@@ -130,8 +198,8 @@ class DeepseekV32DSAAttention:
         """Project to the latent of the queries, the key latent and the index key.
 
         Returns:
-            The latent of the queries, normed, then the keys for `write_caches`, neither normed nor
-            rotated. The index key is None if the indexer projects it itself.
+            The normed latent of the queries; then the keys for `write_caches`, neither normed nor
+            rotated. The index key is None if the indexer must project it.
         """
         qkv = _biased(self.qkv_a_proj.times(hidden_states), self.qkv_a_bias)
         rank, begin = self.q_lora_rank, self._kv_begin
@@ -139,6 +207,6 @@ class DeepseekV32DSAAttention:
         return self.q_a_layernorm.of(qkv[:, :rank]), qkv[:, begin:], index_k
 
     def queries(self, latent: Array) -> Array:
-        """See MlaLayer."""
+        """Project latents to queries, see MlaLayer."""
         width = self.nope_dim + self.rope_dim
         return self.q_b_proj.times(latent).reshape([-1, self.num_heads, width])

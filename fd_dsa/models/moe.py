@@ -169,7 +169,7 @@ class DeepseekMoE:
 
 def routed(
     x: np.ndarray,
-    chosen: np.ndarray,
+    selected: np.ndarray,
     weights: np.ndarray,
     experts: Sequence[tuple[HostMatrix, HostMatrix]],
     activated: Callable[[np.ndarray], np.ndarray],
@@ -180,20 +180,20 @@ def routed(
 
     Args:
         x: float32 [num_tokens, hidden_size].
-        chosen: int32 [num_tokens, top_k], experts of each token. An expert may be named twice.
+        selected: int32 [num_tokens, top_k], experts of each token. An expert may be named twice.
         weights: float32 [num_tokens, top_k], weights of the experts.
         experts: gate_up and down of each expert, HostMatrix.
         activated: activation of the results of gate_up, which it may change in place.
     """
-    num_tokens, top_k = chosen.shape
+    num_tokens, top_k = selected.shape
     widest = max(x.shape[1], experts[0][0].out_width)
-    most = max(1, EXPERT_BYTES // (x.itemsize * top_k * widest))
-    if num_tokens > most:
-        chunks = [slice(i, i + most) for i in range(0, num_tokens, most)]
+    max_tokens = max(1, EXPERT_BYTES // (x.itemsize * top_k * widest))
+    if num_tokens > max_tokens:
+        chunks = [slice(i, i + max_tokens) for i in range(0, num_tokens, max_tokens)]
         return np.concatenate(
-            [routed(x[c], chosen[c], weights[c], experts, activated) for c in chunks]
+            [routed(x[c], selected[c], weights[c], experts, activated) for c in chunks]
         )
-    flat = chosen.ravel()
+    flat = selected.ravel()
     order = flat.argsort(kind="stable")
     ends = np.bincount(flat).cumsum().tolist()
     spans = [span for span in zip(experts, [0, *ends], ends, strict=False) if span[2] > span[1]]
@@ -213,15 +213,15 @@ def routed(
     return total
 
 
-def _groups(spans: Sequence[_Span], most: int) -> Iterator[list[_Span]]:
-    """Yield groups of neighbouring experts with at most `most` rows, or one expert.
+def _groups(spans: Sequence[_Span], max_rows: int) -> Iterator[list[_Span]]:
+    """Yield groups of neighbouring experts with at most `max_rows` rows, or one expert.
 
     Args:
         spans: each expert with its first row and the end of its rows.
     """
     group: list[_Span] = []
     for span in spans:
-        if group and span[2] - group[0][1] > most:
+        if group and span[2] - group[0][1] > max_rows:
             yield group
             group = []
         group.append(span)

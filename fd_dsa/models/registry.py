@@ -187,7 +187,7 @@ FAMILIES: dict[str, Family[Any]] = {
 """The families that are served, by `model_type`."""
 
 OTHER_FAMILIES = (
-    "fd_dsa serves models with DeepSeek Sparse Attention alone; others, DeepSeek-V3 and R1 among "
+    "fd_dsa serves only models with DeepSeek Sparse Attention; others, DeepSeek-V3 and R1 among "
     "them, are served by FastDeploy (also through --engine fastdeploy), vLLM or SGLang"
 )
 """Advice for a model without DeepSeek Sparse Attention."""

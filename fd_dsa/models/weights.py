@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import paddle
 
-from fd_dsa.distributed import Group, SingleGroup
+from fd_dsa.distributed import Group
 from fd_dsa.errors import CheckpointError
 from fd_dsa.models.moe import gated
 from fd_dsa.models.sources import SourceTensor, WeightLoader
@@ -25,7 +25,7 @@ class HostWeights:
     """Weights in float32. Weights of GEMMs are [in, out].
 
     Attributes:
-        group: ranks that share the model.
+        group: ranks that share the model; None = one rank.
         loaders: function that fills the place of each tensor of a checkpoint. Together they fill
             every weight.
         fp8: names of the tensors that are held as FP8.
@@ -35,7 +35,7 @@ class HostWeights:
     fp8: Collection[str] = frozenset()
 
     def __init__(self, group: Group | None = None) -> None:
-        self.group = group or SingleGroup()
+        self.group = group
         self.loaders: dict[str, WeightLoader] = {}
         self._matrices: list[HostMatrix] = []
 

@@ -18,13 +18,13 @@ class Weights(Protocol):
     notes names and shapes, and returns None.
 
     Attributes:
-        group: ranks that share the model.
+        group: ranks that share the model; None = one rank.
         fp8: names of the tensors that are held as FP8.
         loaders: function that fills the place of each tensor of a checkpoint, by name.
     """
 
     @property
-    def group(self) -> Group: ...
+    def group(self) -> Group | None: ...
 
     @property
     def fp8(self) -> Collection[str]: ...

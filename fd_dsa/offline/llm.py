@@ -12,42 +12,39 @@ from dataclasses import replace
 from typing import Any, Literal, overload
 
 from fd_dsa.config import EngineConfig
-from fd_dsa.engine.arguments import CALL_HINTS, LLM_HINTS, explain_calls
-from fd_dsa.engine.engine import LLMEngine
-from fd_dsa.engine.metrics import EngineStats
-from fd_dsa.engine.output import RequestOutput
-from fd_dsa.engine.sampling_params import SamplingParams
-from fd_dsa.engine.tokenizer import Tokenizer
-from fd_dsa.errors import FdDsaError
-from fd_dsa.offline.inputs import (
-    SAMPLING_FIELDS,
+from fd_dsa.engine.argument_hints import CALL_HINTS, LLM_HINTS
+from fd_dsa.engine.arguments import (
     Conversations,
     Message,
-    Params,
     Prompts,
     check_switches,
-    fit_into_context,
-    for_chat,
+    explain_calls,
     naming,
     place_of,
     read_conversations,
-    read_params,
     read_prompts,
     read_tools,
     read_variables,
 )
+from fd_dsa.engine.engine import LLMEngine
+from fd_dsa.engine.metrics import EngineStats
+from fd_dsa.engine.output import RequestOutput
+from fd_dsa.engine.sampling_params import (
+    SAMPLING_FIELDS,
+    Params,
+    SamplingParams,
+    fit_into_context,
+    for_chat,
+    read_params,
+)
+from fd_dsa.engine.tokenizer import Tokenizer
+from fd_dsa.errors import FdDsaError
 from fd_dsa.speculative_config import SpeculativeConfig
 
-# arguments of SamplingParams that a call of LLM is given
+# hints for arguments of SamplingParams that a call gets by mistake
 _SAMPLED = {name: f"write sampling_params=SamplingParams({name}=...)" for name in SAMPLING_FIELDS}
-_EXPLAIN_INIT = explain_calls(
-    {
-        **{
-            name: f"give SamplingParams({name}=...) to generate or chat" for name in SAMPLING_FIELDS
-        },
-        **LLM_HINTS,
-    }
-)
+_LATER = {name: f"give SamplingParams({name}=...) to generate or chat" for name in SAMPLING_FIELDS}
+_EXPLAIN_INIT = explain_calls({**_LATER, **LLM_HINTS})
 _EXPLAIN_CALL = explain_calls({**_SAMPLED, **CALL_HINTS})
 
 
@@ -170,7 +167,7 @@ class LLM:
         params = read_params(sampling_params, len(given), default, "prompts")
         token_ids = []
         for index, one in enumerate(given):
-            with naming(place_of("prompts", index, len(given))):
+            with naming(place_of("prompts", index, len(given)), SAMPLING_FIELDS):
                 token_ids.append(engine.tokenizer.encode(one) if isinstance(one, str) else one)
         texts = [one if isinstance(one, str) else None for one in given]
         return self._run("prompts", texts, token_ids, params, stream, sampling_params is None)
@@ -259,7 +256,7 @@ class LLM:
         texts: list[str | None] = []
         token_ids = []
         for index, entry in enumerate(conversations):
-            with naming(place_of("messages", index, count)):
+            with naming(place_of("messages", index, count), SAMPLING_FIELDS):
                 prompt = engine.tokenizer.render_chat(
                     entry,
                     not continue_final_message,
@@ -344,7 +341,7 @@ class LLM:
         if is_default:
             params = fit_into_context(params, token_ids, engine.limits.max_model_len)
         for index, (ids, one) in enumerate(zip(token_ids, params, strict=True)):
-            with naming(place_of(argument, index, len(params))):
+            with naming(place_of(argument, index, len(params)), SAMPLING_FIELDS):
                 engine.validate(ids, one)
         outputs = self._stream(texts, token_ids, params)
         if stream:

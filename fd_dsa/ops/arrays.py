@@ -62,6 +62,7 @@ def rows_at(x: Any, index: Any) -> Any:
     """Return rows `index`, integers [n], of x [num_rows, width]."""
     if isinstance(x, np.ndarray):
         return x[as_numpy(index)]
+    # imported only if there is a device, because it loads kernels
     from fd_dsa.ops import dense_kernels
 
     return dense_kernels.rows_at(x, index)

@@ -52,16 +52,17 @@ class HostNorm:
         return rms_norm(x, self.weight, self.epsilon)
 
     def after(
-        self, hidden_states: np.ndarray, change: np.ndarray, group: Reducer
+        self, hidden_states: np.ndarray, change: np.ndarray, group: Reducer | None
     ) -> tuple[np.ndarray, np.ndarray]:
         """Add the ranks' changes to `hidden_states`. Return the sum, and the sum normed.
 
         Args:
             hidden_states: float32 [num_tokens, width].
             change: this rank's part of the change, overwritten.
-            group: ranks whose changes are added.
+            group: ranks whose changes are added; None = one rank.
         """
-        change = group.all_reduce(change)
+        if group is not None:
+            change = group.all_reduce(change)
         change += hidden_states
         return change, rms_norm(change, self.weight, self.epsilon)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Protocol, TypeVar
 
-from fd_dsa.device.allocation import Array
+from fd_dsa.tensor import StepArray
 
 _Linear = TypeVar("_Linear", bound="Linear")
 
@@ -16,13 +16,13 @@ _Linear = TypeVar("_Linear", bound="Linear")
 class Linear(Protocol):
     """Weight of a GEMM, or one weight for each head: a HostMatrix or a DeviceMatrix."""
 
-    def times(self, x: Array) -> Array:
+    def times(self, x: StepArray) -> StepArray:
         """Multiply activations x [num_tokens, in] by the weight: [num_tokens, out]."""
 
-    def times_by_head(self, x: Array) -> Array:
+    def times_by_head(self, x: StepArray) -> StepArray:
         """Multiply x [tokens, heads, in] by the weight of each head: [tokens, heads, out]."""
 
-    def heads_joined(self: _Linear, x: Array, reader: _Linear) -> Array:
+    def heads_joined(self: _Linear, x: StepArray, reader: _Linear) -> StepArray:
         """Multiply as `times_by_head`: [num_tokens, heads * out].
 
         Args:
@@ -30,5 +30,5 @@ class Linear(Protocol):
             reader: weight that multiplies the result. It decides the result's form.
         """
 
-    def activated(self, gate_up: Array) -> Array:
+    def activated(self, gate_up: StepArray) -> StepArray:
         """Return silu(gate) * up of gate_up [num_tokens, 2 * in], in the form for `times`."""

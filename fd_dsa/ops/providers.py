@@ -90,15 +90,15 @@ class Choice:
     Attributes:
         provider: a key of `OPERATORS[operator]`.
         reason: description of the provider.
-        against: faster provider -> reason against it.
+        rejected: faster provider -> reason against it.
     """
 
     provider: str
     reason: str
-    against: dict[str, str] = field(default_factory=dict)
+    rejected: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        refused = (f"not {provider}: {reason}" for provider, reason in self.against.items())
+        refused = (f"not {provider}: {reason}" for provider, reason in self.rejected.items())
         return f"{self.provider} ({'; '.join([self.reason, *refused])})"
 
 
@@ -147,7 +147,7 @@ def _place(operator: str, provider: str) -> tuple[Any, str]:
     return import_module(f"fd_dsa.{module}"), name
 
 
-def serving(operator: str, tensor: Array) -> Callable[..., Any]:
+def selected_function(operator: str, tensor: Array) -> Callable[..., Any]:
     """Return the selected function of an operator for the device of `tensor`.
 
     The operator must be one without conditions, see `choose`. The function checks no arguments,
@@ -158,11 +158,11 @@ def serving(operator: str, tensor: Array) -> Callable[..., Any]:
 
     Cost: two dictionary look-ups after the first call for a kind of device.
     """
-    return function(operator, provider_of(operator, tensor))
+    return function(operator, selected_provider(operator, tensor))
 
 
-def provider_of(operator: str, tensor: Array) -> str:
-    """Return the provider whose function `serving` returns, with the same errors and cost."""
+def selected_provider(operator: str, tensor: Array) -> str:
+    """Return the provider of `selected_function`, with the same errors and cost."""
     kind = device_kind(tensor)
     return (_choices.get((operator, kind)) or choose(operator, kind)).provider
 
@@ -171,7 +171,6 @@ def refuse(operator: str, kind: str, provider: str, error: KernelUnavailable) ->
     """Exclude a provider whose kernel cannot be compiled. The next `choose` logs a warning.
 
     Args:
-        operator: a key of `OPERATORS`.
         kind: kind of device, as `device_kind` names it.
         provider: the provider.
         error: the compilation's error.
@@ -180,7 +179,7 @@ def refuse(operator: str, kind: str, provider: str, error: KernelUnavailable) ->
         KernelUnavailable: `error`, if FD_DSA_OP_PROVIDER names this provider, or if it is the last
             one.
     """
-    others = [other for other in on(operator, kind) if other != provider]
+    others = [other for other in available_providers(operator, kind) if other != provider]
     left = [other for other in others if (operator, kind, other) not in _refused]
     if requested().get(operator) == provider or not left:
         raise error
@@ -194,7 +193,6 @@ def call(
     """Call the selected function, or the next provider's if a kernel cannot be compiled.
 
     Args:
-        operator: a key of `OPERATORS`.
         kind: kind of device, as `device_kind` names it.
         provider: selects the provider, also once more after a refusal.
         arguments, options: arguments of the function.
@@ -224,7 +222,6 @@ def choose(
     """Select a provider, keep it for `table`, and log it if it is new.
 
     Args:
-        operator: a key of `OPERATORS`.
         kind: kind of device, as `device_kind` names it.
         conditions: provider -> reason why it does not support these shapes, dtypes or this GPU;
             None or "" = supported.
@@ -252,29 +249,29 @@ def _decide(
     Returns:
         The selection, the level of its log line, and whether the selection is new.
     """
-    asked, against, level = requested().get(operator), {}, logging.INFO
-    for provider in [asked] if asked else on(operator, kind):
+    asked, rejected, level = requested().get(operator), {}, logging.INFO
+    for provider in [asked] if asked else available_providers(operator, kind):
         reason = conditions.get(provider)
         if not reason and is_refused(operator, kind, provider):
             reason, level = _refused[operator, kind, provider], logging.WARNING
-        if provider not in on(operator, kind):
+        if provider not in available_providers(operator, kind):
             reason = f"it serves tensors on {'a CPU' if provider == NUMPY else 'a device'}"
         if not reason and provider == CUSTOM_OP:
             reason, is_fault = why_not_library(operator, kind, probe)
             level = logging.WARNING if is_fault else level
         if reason:
-            against[provider] = reason
+            rejected[provider] = reason
             continue
-        choice = Choice(provider, reason_for(provider), against)
+        choice = Choice(provider, reason_for(provider), rejected)
         is_new = _choices.get((operator, kind)) != choice
         _choices[operator, kind] = choice
         return choice, level, is_new
     raise BackendUnavailable(
-        f"{VARIABLE}: {operator}={asked} cannot serve on {kind}: {', '.join(against.values())}"
+        f"{VARIABLE}: {operator}={asked} cannot serve on {kind}: {', '.join(rejected.values())}"
     )
 
 
-def settle(kind: str) -> None:
+def select_all(kind: str) -> None:
     """Select the providers of all operators without conditions, when an attention is made.
 
     Operators with the same provider and reason share a log line.
@@ -284,7 +281,7 @@ def settle(kind: str) -> None:
     """
     alike: dict[tuple[int, str], list[str]] = {}
     for operator in OPERATORS:
-        if not {CUSTOM_OP, TENSOR_CORE} & set(on(operator, kind)):
+        if not {CUSTOM_OP, TENSOR_CORE} & set(available_providers(operator, kind)):
             choice, level, is_new = _decide(operator, kind)
             if is_new:
                 alike.setdefault((level, str(choice)), []).append(operator)
@@ -300,7 +297,7 @@ def table() -> dict[str, dict[str, Choice]]:
     return by_operator
 
 
-def forget() -> None:
+def drop_selections() -> None:
     """Drop all selections, because another library of custom_ops/ is loaded."""
     _choices.clear()
 
@@ -314,12 +311,12 @@ def asking_for(asked: Mapping[str, str]) -> Iterator[None]:
     global _asked, _refused
     before = _asked, _refused
     _asked, _refused = dict(asked) or None, {}
-    forget()
+    drop_selections()
     try:
         yield
     finally:
         _asked, _refused = before
-        forget()
+        drop_selections()
 
 
 def requested() -> dict[str, str]:
@@ -372,7 +369,7 @@ def reason_for(provider: str) -> str:
     return f"a device, {kernel}{' for tensor cores' if provider == TENSOR_CORE else ''}"
 
 
-def on(operator: str, kind: str) -> list[str]:
+def available_providers(operator: str, kind: str) -> list[str]:
     """Return the providers of an operator for a kind of device, the fastest first."""
     on_host = (NUMPY, CUSTOM_OP) if operator == "position_ids" else (NUMPY,)
     names = OPERATORS[operator]
@@ -382,13 +379,10 @@ def on(operator: str, kind: str) -> list[str]:
 def why_not_library(
     operator: str, kind: str, probe: Callable[[ctypes.CDLL], str] | None = None
 ) -> tuple[str, bool]:
-    """Return the reason why fd_dsa_ops cannot serve an operator, and whether it is a fault.
+    """Return the reason why fd_dsa_ops cannot serve an operator, or "", and whether it is broken.
 
     Args:
         operator, kind, probe: see `choose`.
-
-    Returns:
-        The reason, "" if the library can serve; and True if the library is broken.
     """
     build = custom_ops.build()
     if build.state != custom_ops.BUILT:

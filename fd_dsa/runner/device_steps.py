@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from fd_dsa.device.allocation import Allocate, Array
+from fd_dsa.device.allocation import Allocate
 from fd_dsa.device.staging import StagedInputs
 from fd_dsa.device.transfers import Event, FixedCopy, uploaded
 from fd_dsa.ops.dense_kernels import rows_at
@@ -30,7 +30,7 @@ from fd_dsa.runner.input_batch import InputBatch, SamplingInputs
 from fd_dsa.runner.model_protocol import MtpLayer
 from fd_dsa.runner.step import Step
 from fd_dsa.step import StepHints
-from fd_dsa.tensor import Tensor
+from fd_dsa.tensor import StepArray, Tensor
 
 
 class DeviceInputs(StagedInputs):
@@ -77,7 +77,7 @@ class DeviceInputs(StagedInputs):
 
     def views(
         self, num_tokens: int, num_rows: int, num_sampled: int
-    ) -> tuple[list[Array], SamplingInputs]:
+    ) -> tuple[list[StepArray], SamplingInputs]:
         """Return the tensors of the fields of a Step and its `sampling`. They never move."""
         # kernels take no empty tensor
         samples, next_ids = max(num_sampled, 1), self._reads_next * num_tokens
@@ -208,7 +208,7 @@ class DeviceSteps:
                 sampler.tokens, step.token_ids, step.sampled, slots, positions,
                 inputs.logits_indptr, step.num_computed_tokens, step.num_scheduled_tokens,
                 self._next, self._tokens, sampler.records, sampler.counts, STRIDE=self._stride,
-                MOST=max_drafts, VOCAB=logits.shape[1], num_warps=1,
+                MAX_DRAFTS=max_drafts, VOCAB=logits.shape[1], num_warps=1,
             )  # fmt: skip
 
     def samples(self, count: int) -> HostTokens:
@@ -225,7 +225,7 @@ class DeviceSteps:
         # its wait is the only one of a step
         return HostTokens(ids[:count], copied)
 
-    def logits_on_host(self, logits: Array) -> np.ndarray:
+    def logits_on_host(self, logits: StepArray) -> np.ndarray:
         """Copy logits to page-locked memory, and wait for the copy.
 
         Args:

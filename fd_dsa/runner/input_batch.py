@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fd_dsa.device.allocation import Array
 from fd_dsa.errors import CapacityError
 from fd_dsa.ops.sampling.token_buffer import staged_ids
+from fd_dsa.tensor import StepArray
 
 
 class SamplingInputs(NamedTuple):
@@ -33,11 +33,11 @@ class SamplingInputs(NamedTuple):
         next_ids: values of `InputBatch.next_tokens`; empty without a layer that reads them.
     """
 
-    slots: Array = ()
-    positions: Array = ()
-    logits_indptr: Array = ()
-    mask_rows: Array = ()
-    next_ids: Array = ()
+    slots: StepArray = ()
+    positions: StepArray = ()
+    logits_indptr: StepArray = ()
+    mask_rows: StepArray = ()
+    next_ids: StepArray = ()
 
 
 NO_SAMPLING = SamplingInputs()

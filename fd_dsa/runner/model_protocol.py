@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from fd_dsa.attention.protocol import LayerStep
-from fd_dsa.device.allocation import Array
 from fd_dsa.ops.linear import Linear
+from fd_dsa.tensor import StepArray
 
 
 class RunConfig(Protocol):
@@ -34,14 +34,14 @@ class MtpLayer(Protocol):
     """Layer for multi-token prediction, which drafts the token after the next one."""
 
     @property
-    def embed_tokens(self) -> Array:
+    def embed_tokens(self) -> StepArray:
         """Embedding [vocab_size, hidden_size] of the next tokens."""
 
     @property
     def head(self) -> Linear:
         """Weight from hidden states of the layer to logits."""
 
-    def __call__(self, next_ids: Array, hidden: Array, step: LayerStep) -> Array:
+    def __call__(self, next_ids: StepArray, hidden: StepArray, step: LayerStep) -> StepArray:
         """Compute normed hidden states of the layer, [num_tokens, hidden_size].
 
         Args:
@@ -63,8 +63,8 @@ class Model(Protocol):
     def mtp(self) -> MtpLayer | None:
         """Layer for multi-token prediction, None unless it is loaded."""
 
-    def __call__(self, token_ids: Array, forward_meta: LayerStep) -> Array:
+    def __call__(self, token_ids: StepArray, forward_meta: LayerStep) -> StepArray:
         """Compute hidden states of all tokens of a step, [num_tokens, width]."""
 
-    def compute_logits(self, hidden_states: Array) -> Array:
+    def compute_logits(self, hidden_states: StepArray) -> StepArray:
         """Compute logits float32 [n, vocab_size] of hidden states [n, width]."""

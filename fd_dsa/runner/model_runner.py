@@ -12,7 +12,6 @@ import paddle
 
 from fd_dsa.attention import CacheLayout, DSAAttentionBackend, DSABackendConfig
 from fd_dsa.attention.protocol import AttentionBackend, HostLengths
-from fd_dsa.device.allocation import Array
 from fd_dsa.models.config import ModelConfig
 from fd_dsa.ops.arrays import as_numpy, rows_at
 from fd_dsa.ops.sampling.parameters import SlotParameters
@@ -25,6 +24,7 @@ from fd_dsa.runner.selections import Selections
 from fd_dsa.runner.step import Step
 from fd_dsa.runner.step_graphs import GraphEntry, GraphKey, StepGraphs
 from fd_dsa.step import StepHints
+from fd_dsa.tensor import StepArray
 
 if TYPE_CHECKING:
     from fd_dsa.runner.device_steps import DeviceSteps
@@ -135,7 +135,7 @@ class ModelRunner:
             ValueError: inconsistent lengths or block tables, with row and value.
         """
         batch, steps = self.input_batch, self.device_steps
-        inputs: Sequence[Array]
+        inputs: Sequence[StepArray]
         if steps is not None:
             lengths = self.stage(sampled, sampling)[1:4]
             sizes = batch.num_tokens, batch.num_rows, len(sampled)
@@ -166,7 +166,7 @@ class ModelRunner:
     def _begin(
         self,
         hints: StepHints,
-        inputs: Sequence[Array],
+        inputs: Sequence[StepArray],
         sampling: SamplingInputs,
         lengths: HostLengths | None,
         *,
@@ -306,7 +306,7 @@ class ModelRunner:
 
     def compute_logits(
         self, logits_indices: np.ndarray, sampling: SamplingInputs = NO_SAMPLING
-    ) -> Array | None:
+    ) -> StepArray | None:
         """Enqueue the step in the batch, and return its logits on the model's device.
 
         Returns:

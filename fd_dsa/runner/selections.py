@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fd_dsa.device.allocation import Array
 from fd_dsa.ops.arrays import as_numpy
 from fd_dsa.runner.input_batch import InputBatch
+from fd_dsa.tensor import StepArray
 
 
 class Selections:
@@ -22,7 +22,7 @@ class Selections:
         self._tokens = np.asarray(tokens, np.int64)
         self._layers: list[np.ndarray] = []
 
-    def add(self, slots: Array) -> None:
+    def add(self, slots: StepArray) -> None:
         """Keep a copy of the tokens' rows of a layer.
 
         Args:

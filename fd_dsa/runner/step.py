@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from fd_dsa.attention.protocol import AttentionBackend
-from fd_dsa.device.allocation import Array
 from fd_dsa.runner.input_batch import NO_SAMPLING, SamplingInputs
 from fd_dsa.runner.selections import Selections
 from fd_dsa.step import ForwardMeta
+from fd_dsa.tensor import StepArray
 
 
 @dataclass(slots=True)
@@ -52,20 +52,20 @@ class Step:
             reads; None without such a layer.
     """
 
-    token_ids: Array
-    num_chunk_tokens: Array
-    num_computed_tokens: Array
-    num_scheduled_tokens: Array
-    sampled: Array
-    pending_source: Array
-    block_tables: Array
+    token_ids: StepArray
+    num_chunk_tokens: StepArray
+    num_computed_tokens: StepArray
+    num_scheduled_tokens: StepArray
+    sampled: StepArray
+    pending_source: StepArray
+    block_tables: StepArray
     caches: Sequence[Any]
     attn_backend: AttentionBackend
     sampling: SamplingInputs = NO_SAMPLING
-    position_ids: Array = None
-    slot_mapping: Array = None
-    indexer_attn_mask_offsets: Array = None
+    position_ids: StepArray = None
+    slot_mapping: StepArray = None
+    indexer_attn_mask_offsets: StepArray = None
     fd_dsa_step: ForwardMeta | None = None
     selections: Selections | None = None
-    logits: Array | None = None
-    hidden_states: Array | None = None
+    logits: StepArray | None = None
+    hidden_states: StepArray | None = None

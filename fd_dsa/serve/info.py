@@ -89,7 +89,7 @@ def engine_info(config: EngineConfig) -> EngineInfo:
             op: {kind: c.provider for kind, c in by.items()} for op, by in choices.items()
         },
         "provider_reasons": {
-            op: {kind: c.against for kind, c in by.items() if c.against}
+            op: {kind: c.rejected for kind, c in by.items() if c.rejected}
             for op, by in choices.items()
         },
     }

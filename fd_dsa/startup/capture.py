@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fd_dsa.device.allocation import Array
 from fd_dsa.errors import FdDsaError
 from fd_dsa.runner.input_batch import SamplingInputs
 from fd_dsa.runner.step_graphs import (
@@ -23,6 +22,7 @@ from fd_dsa.runner.step_graphs import (
 )
 from fd_dsa.startup.graph_sizes import MAX_PROMPTS, PROMPT_SIZES, powers_below
 from fd_dsa.startup.trial_rows import TrialRow, clear_rows, fill_rows
+from fd_dsa.tensor import StepArray
 
 if TYPE_CHECKING:
     from fd_dsa.runner.model_runner import ModelRunner
@@ -53,7 +53,7 @@ def capture_graphs(
     """
     import paddle
 
-    from fd_dsa.device.places import paddle_place
+    from fd_dsa.device.allocation import paddle_place
 
     batch, index_topk = runner.input_batch, runner.model.config.index_topk
     prompts = [size for size in prompt_sizes if size <= batch.max_num_tokens]
@@ -107,7 +107,7 @@ def _capture_step(runner: ModelRunner, capture: Capture, key: GraphKey) -> Graph
     device, rows = runner.device_steps, min(key.num_sampled, runner.input_batch.max_num_seqs)
     assert device is not None
 
-    def run() -> tuple[Array | None, Array | None]:
+    def run() -> tuple[StepArray | None, StepArray | None]:
         step = runner.run_padded(key)
         return step.logits, step.hidden_states
 

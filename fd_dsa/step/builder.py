@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from fd_dsa.device.allocation import CACHED_VIEWS, Allocate, Array, paddle_allocator
+from fd_dsa.device.allocation import CACHED_VIEWS, Allocate, paddle_allocator
 from fd_dsa.device.host_tensor import Int32Array, Int64Array, as_tensor
 from fd_dsa.errors import BackendUnavailable
 from fd_dsa.step.checks import (
@@ -21,8 +21,9 @@ from fd_dsa.step.checks import (
     gathered_keys,
 )
 from fd_dsa.step.forward_meta import FIELDS, ForwardMeta
+from fd_dsa.tensor import StepArray
 
-View = Callable[[Any], Array]
+View = Callable[[Any], StepArray]
 """Makes an array of a step on a slice of a buffer."""
 # padding of the four inputs, in their order
 _PADDING = (0, 0, 0, -1)
@@ -31,7 +32,9 @@ _PADDING = (0, 0, 0, -1)
 class Provider(Protocol):
     """Computation of steps in the memory of one kind of device."""
 
-    def write(self, arrays: tuple[Array, ...], hints: StepHints) -> tuple[Sequence[Array], Counts]:
+    def write(
+        self, arrays: tuple[StepArray, ...], hints: StepHints
+    ) -> tuple[Sequence[StepArray], Counts]:
         """Check a step, and write its metadata into the buffers.
 
         Returns:
@@ -104,10 +107,10 @@ class StepMetadataBuilder:
 
     def build(
         self,
-        seq_lens_encoder: Array,
-        seq_lens_decoder: Array,
-        seq_lens_this_time: Array,
-        block_tables: Array,
+        seq_lens_encoder: StepArray,
+        seq_lens_decoder: StepArray,
+        seq_lens_this_time: StepArray,
+        block_tables: StepArray,
         num_padded_tokens: int | None = None,
         *,
         num_tokens: int | None = None,
@@ -172,7 +175,7 @@ class StepMetadataBuilder:
         hints = StepHints(num_tokens, num_prefill_tokens, max_seqlen_k, num_padded_tokens)
         return self.build_from(arrays, hints)
 
-    def build_from(self, arrays: tuple[Array, ...], hints: StepHints) -> ForwardMeta:
+    def build_from(self, arrays: tuple[StepArray, ...], hints: StepHints) -> ForwardMeta:
         """Build a step from the four arrays of `build`, with its keywords in one record."""
         hints.check_types()
         inputs, counts = self._provider.write(arrays, hints)
@@ -206,7 +209,9 @@ class HostProvider:
         view: makes an array of a step on a slice of an input.
     """
 
-    def __init__(self, limits: StepLimits, buffers: dict[str, Array | None], view: View) -> None:
+    def __init__(
+        self, limits: StepLimits, buffers: dict[str, StepArray | None], view: View
+    ) -> None:
         rows, tokens = limits.max_num_seqs, limits.max_num_tokens
         shapes = ((rows,),) * 3 + ((rows, limits.max_blocks_per_seq),)
         chunks, computed, scheduled, tables = (
@@ -222,7 +227,9 @@ class HostProvider:
         self._token_ids = np.arange(tokens, dtype=np.int64)
         self._used_rows = self._used_tokens = self._used_windows = 0
 
-    def write(self, arrays: tuple[Array, ...], hints: StepHints) -> tuple[list[Array], Counts]:
+    def write(
+        self, arrays: tuple[StepArray, ...], hints: StepHints
+    ) -> tuple[list[StepArray], Counts]:
         """Compute the step of four NumPy arrays or CPU tensors, as `StepMetadataBuilder.build`.
 
         Cost: a fixed number of NumPy calls, none of them per row or per token. The two prefill
@@ -285,7 +292,7 @@ class HostProvider:
         self._used_windows = num_tokens
 
 
-def _rows(inputs: HostInputs, view: View, num_rows: int) -> list[Array]:
+def _rows(inputs: HostInputs, view: View, num_rows: int) -> list[StepArray]:
     """Cut the buffers of the inputs to the rows of a step."""
     return [view(buffer[:num_rows]) for buffer in inputs]
 
@@ -298,10 +305,12 @@ def _prefix_sum(lengths: Int32Array | Int64Array, out: Int32Array) -> None:
 
 
 def _new_buffers(
-    limits: StepLimits, allocate: Allocate, int32_position_ids: bool
-) -> dict[str, Array | None]:
+    limits: StepLimits,
+    allocate: Callable[[tuple[int, ...], str], StepArray],
+    int32_position_ids: bool,
+) -> dict[str, StepArray | None]:
     """Allocate the buffers of all fields at full capacity, with None for unused int32 positions."""
-    buffers: dict[str, Array | None] = {"position_ids_int32": None}
+    buffers: dict[str, StepArray | None] = {"position_ids_int32": None}
     for name, field in FIELDS.items():
         size = limits.max_num_seqs if field.is_by_row else limits.max_num_tokens
         if name not in buffers or int32_position_ids:
@@ -310,10 +319,10 @@ def _new_buffers(
 
 
 def _cut(
-    buffers: dict[str, Array | None], view: View, is_by_row: bool, size: int, has_prefill: bool
-) -> list[Array | None]:
+    buffers: dict[str, StepArray | None], view: View, is_by_row: bool, size: int, has_prefill: bool
+) -> list[StepArray | None]:
     """Cut the fields of rows or of tokens to the size of a step, with None for absent fields."""
-    views: list[Array | None] = []
+    views: list[StepArray | None] = []
     for name, field in FIELDS.items():
         if field.is_by_row == is_by_row:
             buffer, end = buffers[name], field.width * size + field.extra
@@ -324,7 +333,7 @@ def _cut(
     return views
 
 
-def _same(buffer: Array) -> Array:
+def _same(buffer: StepArray) -> StepArray:
     """Return a slice of a buffer as it is."""
     return buffer
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from fd_dsa.device.allocation import Allocate, Array
+from fd_dsa.device.allocation import Allocate
 from fd_dsa.device.staging import StagedInputs
 from fd_dsa.device.transfers import on_host, transfers_for
 from fd_dsa.environment import switch
@@ -27,6 +27,7 @@ from fd_dsa.errors import DtypeError, ShapeError
 from fd_dsa.step import checks
 from fd_dsa.step.checks import INPUTS, INT32_MAX, Counts, StepHints, StepLimits
 from fd_dsa.step.forward_meta import FIELDS
+from fd_dsa.tensor import StepArray
 from fd_dsa.triton_runtime import paddle_jit
 
 import triton
@@ -55,7 +56,7 @@ _INPUT_POINTERS = (
     "block_tables_ptr",
 )
 
-Buffers = dict[str, Array | None]
+Buffers = dict[str, StepArray | None]
 
 
 class DeviceProvider:
@@ -87,7 +88,7 @@ class DeviceProvider:
         # checks that read device tensors back
         self._reads_back = bool(switch("FD_DSA_CHECK"))
 
-    def write(self, arrays: tuple[Array, ...], hints: StepHints) -> tuple[Sequence[Array], Counts]:
+    def write(self, arrays: tuple[StepArray, ...], hints: StepHints) -> tuple[Any, Counts]:
         """Compute a step of four device tensors or NumPy arrays, as `StepMetadataBuilder.build`."""
         kinds_of = {type(array): array for array in arrays}.values()
         is_host = {isinstance(array, np.ndarray) for array in kinds_of}
@@ -98,7 +99,7 @@ class DeviceProvider:
                 "four tensors on the builder's device; do not mix them"
             )
         is_captured = False
-        inputs: Sequence[Array] = arrays
+        inputs: Sequence[StepArray] = arrays
         if is_host.pop():
             inputs, counts = self._stage(arrays, hints)
         else:
@@ -107,7 +108,7 @@ class DeviceProvider:
         self._launch(inputs, counts, is_captured)
         return inputs, counts
 
-    def _stage(self, arrays: tuple[Array, ...], hints: StepHints) -> tuple[Any, Counts]:
+    def _stage(self, arrays: tuple[StepArray, ...], hints: StepHints) -> tuple[Any, Counts]:
         """Check host arrays in full, and enqueue their copy to the device."""
         (*lengths, tables), counts = checks.check_host_step(arrays, self._limits, hints)
         if self._staging is None:
@@ -116,7 +117,7 @@ class DeviceProvider:
         return self._staging.upload(lengths, tables), counts
 
     def _check_tensors(
-        self, tensors: tuple[Array, ...], hints: StepHints, is_captured: bool
+        self, tensors: tuple[StepArray, ...], hints: StepHints, is_captured: bool
     ) -> Counts:
         """Check shapes, dtypes and counts of device tensors, their values with FD_DSA_CHECK=1."""
         checks.check_arrays(tensors, self._int32, self._limits)
@@ -137,7 +138,7 @@ class DeviceProvider:
             checks.check_values(values, self._limits, hints)
         return counts
 
-    def _launch(self, inputs: Sequence[Array], counts: Counts, is_captured: bool) -> None:
+    def _launch(self, inputs: Sequence[StepArray], counts: Counts, is_captured: bool) -> None:
         """Enqueue the step of four checked tensors of the same rows, or capture it."""
         _, num_prefill_tokens, _, padded = counts
         tables, has_prefill = inputs[3], num_prefill_tokens > 0
@@ -205,7 +206,7 @@ class BoundStepKernel:
         )
 
     def launch(
-        self, inputs: Sequence[Array], num_rows: int, num_padded_tokens: int, row_stride: int
+        self, inputs: Sequence[StepArray], num_rows: int, num_padded_tokens: int, row_stride: int
     ) -> None:
         """Enqueue the kernel over rows and padded tokens."""
         read = inputs[self._first :]

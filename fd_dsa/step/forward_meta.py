@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from fd_dsa.device.allocation import Array
+from fd_dsa.tensor import StepArray
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -32,29 +32,29 @@ class ForwardMeta:
     """
 
     # int32 [B]: new prefill tokens of row b in this step; 0 for a decode or idle row
-    seq_lens_encoder: Array
+    seq_lens_encoder: StepArray
     # int32 [B]: tokens of row b in the cache before this step, prefix hits and chunks included
-    seq_lens_decoder: Array
+    seq_lens_decoder: StepArray
     # int32 [B]: tokens of row b in this step; 0 = idle
-    seq_lens_this_time: Array
+    seq_lens_this_time: StepArray
     # int32 [B + 1]: prefix sums of seq_lens_this_time
-    cu_seqlens_q: Array
+    cu_seqlens_q: StepArray
     # int32 [B, max_blocks]: physical block of each logical block; -1 = unused
-    block_tables: Array
+    block_tables: StepArray
     # int32 [T]: row of token t; -1 = padding
-    batch_id_per_token: Array
+    batch_id_per_token: StepArray
     # int64 [T]: d_b + j; 0 = padding
-    position_ids: Array
+    position_ids: StepArray
     # int32 [T]: the same numbers; None unless the builder was made with `int32_position_ids`
-    position_ids_int32: Array | None
+    position_ids_int32: StepArray | None
     # int64 [T]: block_tables[b, p // bs] * bs + p % bs for p = position_ids[t]; -1 = padding
-    slot_mapping: Array
+    slot_mapping: StepArray
     # int32 [2 T] or None: ks, ke of each token, half-open, into the step's gathered keys:
     # ks = cu_seqlens_kg[b], ke = ks + d_b + j + 1 for a prefill token, (0, 0) for all others
-    indexer_attn_mask_offsets: Array | None
+    indexer_attn_mask_offsets: StepArray | None
     # int32 [B + 1] or None: prefix sums of the gathered keys, d_b + n_b for a prefill row and
     # n_b (reserved, never filled) for any other
-    cu_seqlens_kg: Array | None
+    cu_seqlens_kg: StepArray | None
     # host int: tokens of prefill rows
     num_prefill_tokens: int
     # host int: tokens of decode rows

@@ -67,11 +67,11 @@ def count_tokens(cfg: V4PrepareConfig, ctx: Integers, q: Integers, slot: Integer
     lengths = np.empty((3, len(q)), np.int64)
     lengths[0], lengths[1] = ctx, q
     np.subtract(lengths[0], lengths[1], out=lengths[2])
-    longest, most, before = lengths.view(np.uint64).max(axis=1, initial=0).tolist()
+    longest, max_new, before = lengths.view(np.uint64).max(axis=1, initial=0).tolist()
     num_tokens = int(lengths[1].sum())
     if (
         max(longest, before) > cfg.max_model_len
-        or most > cfg.max_tokens_per_seq
+        or max_new > cfg.max_tokens_per_seq
         or num_tokens > cfg.max_num_tokens
     ):
         return -1

@@ -15,20 +15,20 @@ A slab has the int32 words that are copied from host to device in one copy a ste
 sections of equal size, then the changed cells of the block table, one run a row. Words after the
 last cell are not copied and have values of an earlier step.
 
-    header      stamp, rows B, tokens T, number n of changed cells; the rest is not read
-    ctx, q      [max_num_seqs] each; 0 from row B on
-    slot        [max_num_seqs]
-    run_column  [max_num_seqs]: the first changed column of a row
-    run_start   [max_num_seqs + 1]: where a row's new cells start among `values`
-    values      [n]: the new cells of row b from run_start[b] to run_start[b + 1]
+    header     | stamp, rows B, tokens T, number n of changed cells; the rest is not read
+    ctx, q     | [max_num_seqs] each; 0 from row B on
+    slot       | [max_num_seqs]
+    run_column | [max_num_seqs], first changed column of a row
+    run_start  | [max_num_seqs + 1], index of a row's first new cell in `values`
+    values     | [n], new cells of row b from run_start[b] to run_start[b + 1]
 
 Functions pass related values as tuples:
 
-    lengths  pointers to ctx and q of a slab, and the number of rows with a rollback
-    table    pointers to column 0 of a row in the block table, and in the slab if it had column 0,
-             and the columns [first, end) that the slab has
-    row      number, first position, and number of valid tokens: all or 0
-    plans    pointers to plan, destinations and write plan of one ratio, and the rows of both plans
+    lengths | pointers to ctx and q of a slab, and the number of rows with a rollback
+    table   | pointers to column 0 of a row in the block table, and in the slab if it had column 0;
+            | columns [first, end) of the slab
+    row     | number, first position, and number of valid tokens: all or 0
+    plans   | pointers to plan, destinations and write plan of one ratio, and the rows of both plans
 
 Sources: ROCm/ATOM #728 (the lists), #817 and #894 (rows of the rings, prefill rows), #2039 (lists
 made on the device). vLLM #57122 (validity decided where values are written), #57434 and #57659
@@ -355,7 +355,7 @@ def expand_kernel(
             tl.store(cu_q_ptr + row + 1, sums[0] + q)
             tl.store(ctx_ptr + row, ctx)
         is_prefill = kept > DRAFTS + 1
-        most_new = tl.where(is_prefill, WINDOW, 0)
+        max_new = tl.where(is_prefill, WINDOW, 0)
         # a ring stores only the last keys of a prefill row, so that no two keys share a row
         first_kept = tl.where(is_prefill, start + kept - WINDOW, 0)
         hca_start = sums[1] - sum_quotients(start, HCA_RATIO)
@@ -367,7 +367,7 @@ def expand_kernel(
             tokens, positions = sums[0] + numbers, start + numbers
             tl.store(positions_ptr + tokens, tl.where(live, positions, 0), mask=exists)
             tl.store(req_of_token_ptr + tokens, tl.where(live, row, -1), mask=exists)
-            new = tl.minimum(numbers + 1, most_new)
+            new = tl.minimum(numbers + 1, max_new)
             old = tl.minimum(positions + 1, WINDOW) - new
             tl.store(win_len_ptr + tokens, tl.where(live, old, 0), mask=exists)
             tl.store(ext_len_ptr + tokens, tl.where(live, new, 0), mask=exists)
@@ -397,11 +397,11 @@ def expand_kernel(
         q = tl.where(is_padding, num_tokens - before, q)
         share = padding_program * WINDOW_PARTS + part - TOKEN_PARTS
         # a prefill row reads the keys of this step from a separate tensor
-        most_new = tl.where(kept > DRAFTS + 1, WINDOW, 0)
+        max_new = tl.where(kept > DRAFTS + 1, WINDOW, 0)
         for first in range(share * WINDOW_ROWS, q, num_programs * WINDOW_PARTS * WINDOW_ROWS):
             numbers = first + tl.arange(0, WINDOW_ROWS)
             seen = tl.minimum(start + numbers + 1, WINDOW)
-            length = tl.where(numbers < kept, seen - tl.minimum(numbers + 1, most_new), 0)
+            length = tl.where(numbers < kept, seen - tl.minimum(numbers + 1, max_new), 0)
             oldest = start + numbers + 1 - seen
             index = tl.arange(0, WINDOW_TILE)[None, :]
             positions = oldest[:, None] + index

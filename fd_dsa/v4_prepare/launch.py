@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from fd_dsa.device.allocation import Allocate, Array
+from fd_dsa.device.allocation import Allocate
 from fd_dsa.device.staging import InputStaging
+from fd_dsa.tensor import Tensor
 from fd_dsa.v4_prepare.builder import V4Arrays, check_topk
 from fd_dsa.v4_prepare.checks import Integers, rollback_error
 from fd_dsa.v4_prepare.config import OUTPUT_SHAPES, V4PrepareConfig
@@ -64,7 +65,7 @@ def tiles_for(cfg: V4PrepareConfig) -> dict[str, int]:
     longest = cfg.max_tokens_per_seq
     is_decode = longest <= _LONG_ROW
     programs = _DECODE_PROGRAMS if is_decode else _PREFILL_PROGRAMS
-    most = max(1, programs // cfg.max_num_seqs)
+    max_parts = max(1, programs // cfg.max_num_seqs)
     token_tile = min(max(32, triton.next_power_of_2(longest)), 128)
     group = min(triton.next_power_of_2(longest), 8)
     entries = max(1, cfg.max_model_len // cfg.hca_ratio)
@@ -75,9 +76,9 @@ def tiles_for(cfg: V4PrepareConfig) -> dict[str, int]:
         hca_tile *= 2
     num_items = -(-entries // hca_tile) * -(-longest // group)
     return {
-        "TOKEN_PARTS": min(-(-longest // token_tile), most),
-        "WINDOW_PARTS": min(-(-longest // group), most),
-        "HCA_PARTS": 0 if cfg.hca_mode == "table" else min(num_items, most),
+        "TOKEN_PARTS": min(-(-longest // token_tile), max_parts),
+        "WINDOW_PARTS": min(-(-longest // group), max_parts),
+        "HCA_PARTS": 0 if cfg.hca_mode == "table" else min(num_items, max_parts),
         "ROW_TILE": row_tile,
         "TOKEN_TILE": token_tile,
         "WINDOW_ROWS": group,
@@ -183,7 +184,7 @@ class DeviceSteps:
         self.stamp = self._rollback_address = self._topk_address = 0
         self.staged: deque[tuple[int, int, int]] = deque()
         self._expanded: deque[tuple[int, int, int]] = deque(maxlen=2 * num_slabs)
-        self._csa: tuple[Any, Array] | None = None
+        self._csa: tuple[Any, Tensor] | None = None
 
     def stage(
         self, ctx: Integers, q: Integers, slot: Integers, num_tokens: int, runs: list[Run] | None
@@ -220,7 +221,7 @@ class DeviceSteps:
         index = self.staging.upload(self.first_value + num_values)
         self.staged.append((self.stamp, index, num_tokens))
 
-    def expand(self, rollback: Array | None) -> None:
+    def expand(self, rollback: Tensor | None) -> None:
         """Enqueue the launch of the earliest staged step after its copy.
 
         Args:
@@ -237,7 +238,7 @@ class DeviceSteps:
         self.staging.release(slab)
         self._expanded.append(self.staged.popleft())
 
-    def launch(self, slab: int, rollback: Array | None = None) -> None:
+    def launch(self, slab: int, rollback: Tensor | None = None) -> None:
         """Enqueue the step of a slab on the current stream. See `expand`."""
         offset = slab * self._slab_words
         if rollback is None:
@@ -262,7 +263,7 @@ class DeviceSteps:
                 self._faults[at] = 0
                 raise rollback_error(row, value if fault == 1 else 0, value, q)
 
-    def csa_translate(self, local_topk: Array) -> Array:
+    def csa_translate(self, local_topk: Tensor) -> Tensor:
         """Enqueue the launch that converts selected entries to rows. See `V4Prepare`."""
         cfg, buffers = self.cfg, self.buffers
         check_topk(cfg, local_topk, self._expanded[-1][2])

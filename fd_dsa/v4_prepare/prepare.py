@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fd_dsa.device.allocation import Allocate, Array
+from fd_dsa.device.allocation import Allocate
 from fd_dsa.device.host_tensor import as_tensor, host_array
 from fd_dsa.errors import BackendUnavailable, DtypeError
+from fd_dsa.tensor import Array
 from fd_dsa.v4_prepare.builder import V4Arrays, csa_translate, v4_prepare_np
 from fd_dsa.v4_prepare.checks import (
     Integers,
@@ -270,8 +271,8 @@ class HostSteps:
 
     def csa_translate(self, local_topk: Array) -> Array:
         """Return the rows of selected entries, at a fixed address. See `V4Prepare`."""
-        chosen = host_array("local_topk", local_topk)
-        rows = csa_translate(self._out, self._out.block_table, chosen)
+        selected = host_array("local_topk", local_topk)
+        rows = csa_translate(self._out, self._out.block_table, selected)
         self._csa[: len(rows)] = rows
         return self._csa_view
 

@@ -154,7 +154,7 @@ def test_activations_are_float32_on_a_cpu_and_float32_or_bfloat16_elsewhere(
 ) -> None:
     with pytest.raises(ConfigError, match=r"dtype: got 'float16', allowed are float32, bfloat16"):
         config(dtype="float16")
-    with pytest.raises(ConfigError, match=r"dtype: got 'bfloat16', a CPU computes in float32"):
+    with pytest.raises(ConfigError, match=r"dtype: got 'bfloat16'; must be float32 on a CPU"):
         DSAAttentionBackend(config(dtype="bfloat16"))
     assert on_device(kernel_memory, dtype="bfloat16").config.dtype == "bfloat16"
 

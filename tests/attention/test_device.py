@@ -96,7 +96,7 @@ def test_selections_of_other_sizes(kernel_memory: KernelMemory, topk: int) -> No
 def test_scores_in_chunks_of_tokens(
     kernel_memory: KernelMemory, logits_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fd_dsa.attention.device.LOGITS_BYTES", logits_bytes)
+    monkeypatch.setattr("fd_dsa.attention.device_memory.LOGITS_BYTES", logits_bytes)
     case = OnDevice(kernel_memory, Sizes(8), ROWS)
     rows = []
     import fd_dsa.attention.device_scores as module
@@ -166,7 +166,8 @@ def test_workspace_is_the_size_of_the_buffers(
     logits_bytes: int,
     index_heads: int,
 ) -> None:
-    from fd_dsa.attention.device import DeviceAttention, workspace_bytes
+    from fd_dsa.attention.device import DeviceAttention
+    from fd_dsa.attention.device_memory import workspace_bytes
     from fd_dsa.device.transfers import transfers_for
     from fd_dsa.triton_runtime.driver import GpuTraits
 
@@ -174,7 +175,7 @@ def test_workspace_is_the_size_of_the_buffers(
     # the interpreter is one processor
     gpu = GpuTraits(transfers.traits.capability, 132, 227 << 10)
     monkeypatch.setattr(type(transfers), "traits", gpu)
-    monkeypatch.setattr("fd_dsa.attention.device.LOGITS_BYTES", logits_bytes)
+    monkeypatch.setattr("fd_dsa.attention.device_memory.LOGITS_BYTES", logits_bytes)
     widths = {"float32": 4, "bfloat16": 2, "int32": 4, "uint8": 1}
     layout = CacheLayout("float32", 16, 6, 2, 4)
     sizes = DSABackendConfig(2, index_heads, 8, 0.4, layout, 4, 100, 10, tokens_per_row=2)
@@ -204,15 +205,15 @@ def test_what_serves_is_told_once_and_remembered(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     from fd_dsa.attention import device
+    from fd_dsa.attention.device import TensorCoreAttention
     from fd_dsa.attention.device_scores import PageScores, TileScores
-    from fd_dsa.attention.tensor_core_attention import TensorCoreAttention
     from fd_dsa.device.transfers import transfers_for
     from fd_dsa.ops import providers
 
     config = OnDevice(kernel_memory, Sizes(8), SHORT_ROWS).world.backend.config
     # the interpreter's tensors are on a CPU, for which the table lists no kernel
     monkeypatch.setattr(device, "device_kind", lambda tensor: "gpu")
-    providers.forget()
+    providers.drop_selections()
     if serves:
         config = on_tensor_cores(config)
     caplog.clear()
@@ -228,13 +229,13 @@ def test_what_serves_is_told_once_and_remembered(
     if serves:
         assert len(said) == 1 and "triton_tensor_core (a device, a" in said[0]
         choice = providers.table()["indexer_logits"]["gpu"]
-        assert (choice.provider, choice.against) == ("triton_tensor_core", {})
+        assert (choice.provider, choice.rejected) == ("triton_tensor_core", {})
     else:
         reason = "the cache is float32, it reads fp8_ds_mla"
         assert len(said) == 1 and said[0].startswith("indexer_logits on gpu: triton (a device, ")
         assert said[0].endswith(f"kernel; not triton_tensor_core: {reason})")
         assert providers.table()["sparse_mla"]["gpu"].provider == "triton"
-        assert providers.table()["indexer_logits"]["gpu"].against == {"triton_tensor_core": reason}
+        assert providers.table()["indexer_logits"]["gpu"].rejected == {"triton_tensor_core": reason}
 
 
 @pytest.mark.parametrize("dtype", ["float32", FP8])

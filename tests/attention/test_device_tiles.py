@@ -91,7 +91,7 @@ class Tiles:
     def view(self, name: str, *counts: int) -> Any:
         if name == "logits":
             self.shapes.append(counts)
-        from fd_dsa.attention.device import buffer_view
+        from fd_dsa.attention.device_memory import buffer_view
 
         return buffer_view(self._buffers, name, *counts)
 

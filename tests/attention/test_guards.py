@@ -216,14 +216,14 @@ def test_a_layer_that_shares_a_selection_has_no_index_cache(world: World) -> Non
     ("fields", "message"),
     [
         ({"kv_cache_dtype": "fp8"}, "'fp8'.*float32, bfloat16, fp8_ds_mla"),
-        ({"block_size": 32}, "block_size: got 32, .*allows 64"),
-        ({"kv_lora_rank": 256}, "kv_lora_rank: got 256, .*allows 512"),
-        ({"qk_rope_head_dim": 32}, "qk_rope_head_dim: got 32, .*allows 64"),
-        ({"index_head_dim": 64}, "index_head_dim: got 64, .*allows 128"),
+        ({"block_size": 32}, "block_size: got 32; must be 64"),
+        ({"kv_lora_rank": 256}, "kv_lora_rank: got 256; must be 512"),
+        ({"qk_rope_head_dim": 32}, "qk_rope_head_dim: got 32; must be 64"),
+        ({"index_head_dim": 64}, "index_head_dim: got 64; must be 128"),
         ({"index_scale_fmt": "float32"}, "index_scale_fmt: got 'float32', allowed are 'ue8m0'"),
         (
             {"kv_cache_dtype": "float32", "index_head_dim": 64, "index_hadamard": True},
-            "index_head_dim: got 64, .*128 alone",
+            "index_head_dim: got 64; must be 128",
         ),
     ],
 )

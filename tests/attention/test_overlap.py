@@ -68,7 +68,7 @@ def test_a_long_step_and_an_empty_one_do_not_fork(num_tokens: int) -> None:
 def test_forks_are_not_nested(num_tokens: int, inner: str) -> None:
     noted = Noted()
     setattr(noted, inner, lambda *_: noted.overlap.run(1, list, noted.project, 4))
-    with pytest.raises(OverlapError, match="forks are not nested"):
+    with pytest.raises(OverlapError, match="forks cannot be nested"):
         noted.run(num_tokens)
     assert noted.log.count("begin") == noted.log.count("join")
     del noted.__dict__[inner]

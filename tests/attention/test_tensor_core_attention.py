@@ -31,7 +31,7 @@ def config(cache: str = "fp8_ds_mla", heads: int = 5, **changes: Any) -> DSABack
 
 @pytest.mark.parametrize("heads", [5, 40])
 def test_layers_share_what_is_allocated_once(kernel_memory: KernelMemory, heads: int) -> None:
-    from fd_dsa.attention.tensor_core_attention import TensorCoreAttention
+    from fd_dsa.attention.device import TensorCoreAttention
 
     m, made = kernel_memory, []
 
@@ -72,18 +72,18 @@ def test_layers_share_what_is_allocated_once(kernel_memory: KernelMemory, heads:
 def test_what_tensor_cores_do_not_serve(
     changes: dict[str, Any], capability: int, attention: str | None, scores: str | None
 ) -> None:
-    from fd_dsa.attention.device import kernel_types, why_not_tiles
+    from fd_dsa.attention.device_scores import why_not_tiles
     from fd_dsa.ops.mla.tensor_core import why_not
 
     sizes = config(**changes)
-    assert (attention or "") in (found := why_not(capability, *kernel_types(sizes)) or "")
+    assert (attention or "") in (found := why_not(capability, *sizes.kernel_types) or "")
     assert bool(found) == bool(attention)
     assert (scores or "") in (found := why_not_tiles(sizes) or "")
     assert bool(found) == bool(scores)
 
 
 def test_a_cache_of_pages(kernel_memory: KernelMemory) -> None:
-    from fd_dsa.attention.tensor_core_attention import TensorCoreAttention
+    from fd_dsa.attention.device import TensorCoreAttention
 
     m, case = kernel_memory, make("int16", [20], 20, heads=3)
     attention = TensorCoreAttention(config("bfloat16", heads=3), m.poisoned)

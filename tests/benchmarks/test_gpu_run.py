@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import _ncu, gpu_run
+from benchmarks import gpu_run
 from benchmarks._harness import environment
 from benchmarks.gpu_run import Section
 
@@ -55,13 +55,13 @@ def test_every_section_is_logged_and_has_a_status(run: Runner, tmp_path: Path) -
         Section("bad", python("raise SystemExit('broken')"), 60),
         # a shell, which says its word long before the limit
         Section("slow", ("sh", "-c", "echo begun; sleep 60"), 1),
-        Section("ncu", ("no-such-tool",), 60),
+        Section("absent", ("no-such-tool",), 60),
         Section("tests_all", python("print('3 skipped')"), 60, must_say=" passed"),
         Section("after", python(""), 60),
     ]
     assert run(sections) == 1
     found = state(tmp_path)
-    assert found.pop("ncu")["status"] == "not installed"
+    assert found.pop("absent")["status"] == "not installed"
     assert {k: (entry["status"], entry["last"]) for k, entry in found.items()} == expected
     assert (tmp_path / "out/good.log").read_text() == "fine\n"
 
@@ -156,16 +156,3 @@ def test_a_copy_without_git_is_told_its_commit(monkeypatch: pytest.MonkeyPatch) 
     assert (environment()["commit"], environment()["dirty"]) == ("1" * 40, False)
     monkeypatch.setenv("FD_DSA_COMMIT", "1" * 40 + "-dirty")
     assert (environment()["commit"], environment()["dirty"]) == ("1" * 40, True)
-
-
-def test_kernels_of_a_profile() -> None:
-    stall = "smsp__average_warps_issue_stalled_{}_per_issue_active.ratio"
-    names = ["ID", "Kernel Name", "launch__registers_per_thread", "gpu__time_duration.sum"]
-    names += [stall.format("barrier"), stall.format("long_scoreboard")]
-    rows = [names, ["", "", "register/thread", "us", "", ""], ["0", "k", "40", "2.1", "0.5", "7"]]
-    report = "==PROF== noise\n" + "\n".join(",".join(f'"{v}"' for v in row) for row in rows)
-    (kernel,) = _ncu.kernels(report, "subject one launch\n")
-    assert kernel["subject"] == "one launch" and "subject" not in _ncu.kernels(report, "")[0]
-    assert kernel["metrics"] == {"duration": "2.1 us", "registers a thread": "40 register/thread"}
-    assert list(kernel["stalls"]) == ["long_scoreboard", "barrier"]
-    assert _ncu.kernels("==ERROR== nothing", "") == []

@@ -97,3 +97,43 @@ def test_pairs_and_their_table(
     assert row in text and "every layer → once per step: No change" in text
     # the head, and for each pair a row and a verdict
     assert text.count(" → ") == 1 + 2 * pairs
+
+
+def test_answers_of_two_machines_do_not_mix(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served: list[str] = []
+
+    @contextmanager
+    def serve(side: str, *_: object) -> Iterator[str]:
+        served.append(side)
+        yield "http://localhost"
+
+    def interrupted(command: str, *_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ifeval_pairs, "_server", serve)
+    monkeypatch.setattr(ifeval_pairs, "_accuracy", interrupted)
+    monkeypatch.setattr(ifeval_pairs, "environment", lambda: ENV)
+    # an interrupted run notes its machine, and goes on there only
+    with pytest.raises(KeyboardInterrupt):
+        ifeval_pairs.answer("once per step", tmp_path, False, None)
+    with pytest.raises(KeyboardInterrupt):
+        ifeval_pairs.answer("once per step", tmp_path, False, None)
+    for field in ("gpu", "commit"):
+        other = ENV | {field: "another"}
+        monkeypatch.setattr(ifeval_pairs, "environment", lambda other=other: other)
+        with pytest.raises(SystemExit, match=f"{field}: .* there, another here"):
+            ifeval_pairs.answer("once per step", tmp_path, False, None)
+    assert len(served) == 2
+
+
+def test_sides_of_two_machines_are_no_pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ifeval_pairs, "ROOT", tmp_path)
+    for index, side in enumerate(ifeval_pairs.PAIRS[0]):
+        folder = tmp_path / "build/ifeval_pairs_cpu/all" / side.replace(" ", "_")
+        folder.mkdir(parents=True)
+        env = ENV | {"cpu": f"machine {index}"}
+        (folder / ifeval_pairs.ENVIRONMENT_FILE).write_text(json.dumps(env))
+    with pytest.raises(SystemExit, match="cpu: machine 1 there, machine 0 here"):
+        ifeval_pairs.main(["--score-only", "--out", str(tmp_path)])

@@ -30,7 +30,7 @@ from tests.serve.processes import console, finish
             "unknown flag --tempera; did you mean --temperature?",
         ),
         (["accuracy", "compere"], 2, "unknown command 'compere', allowed: ifeval, score, compare"),
-        (["accuracy", "perplexity", "--contxt"], 2, "--contxt; did you mean --context?"),
+        (["accuracy", "selection", "--lenghts"], 2, "--lenghts; did you mean --lengths?"),
         (["doctor", "--jsn"], 2, "unknown flag --jsn; did you mean --json?"),
         (["bench", "--trust-remote-code"], 2, "--trust-remote-code; --help lists the flags"),
         (["serve", "--help=max-num"], 0, "--max-num-seqs N"),
@@ -78,7 +78,7 @@ def test_bash_completes_commands_flags_and_choices(tmp_path: Path) -> None:
         "serv": "serve",
         "serve --max-num-s": "--max-num-seqs",
         "serve --engine e": "embedded",
-        "accuracy perplexity --conte": "--context",
+        "accuracy selection --leng": "--lengths",
         "run-batch --inp": "--input-file",
     }
     for words, completed in cases.items():

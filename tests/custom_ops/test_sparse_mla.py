@@ -1,4 +1,4 @@
-"""What calls the kernels of sparse MLA: its arguments, what it refuses, the probe before it."""
+"""Launches of the sparse MLA kernels: arguments, errors and the self-check."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_a_kernel_that_computes_something_else_does_not_serve(
     choice = choose_attention("gpu", HEADS[kind], *types, emulated_memory.poisoned)
     assert choice.provider == TENSOR_CORE
     heads = kind.probed_heads[0]
-    assert f"fp8_ds_mla, {heads} heads: outputs of token 0 are off by" in choice.against[CUSTOM_OP]
+    assert f"fp8_ds_mla, {heads} heads: outputs of token 0 are off by" in choice.rejected[CUSTOM_OP]
 
 
 @pytest.mark.parametrize("kind", KINDS)

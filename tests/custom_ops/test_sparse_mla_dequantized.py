@@ -40,7 +40,7 @@ class Prompts:
         self.ids = np.arange(num_tokens, dtype=np.int32)
 
     def put(self, m: KernelMemory) -> Dequantized:
-        """What the kernel is given."""
+        """Arguments of the kernel."""
         arrays = m.put(self.values.view(np.int16)), m.put(self.blocks), m.put(self.flags)
         return Dequantized(*arrays, m.put(self.ids), BLOCK, len(self.blocks) * BLOCK)
 
@@ -146,7 +146,7 @@ class Step:
         return DequantizedRecords(memory, keys_per_token).fill(self.cache, self.meta)
 
     def run(self, **options: Any) -> tuple[np.ndarray, np.ndarray]:
-        """What the kernel writes to poisoned memory."""
+        """Return the result of the kernel in poisoned memory."""
         m, case = self.memory, self.case
         num_tokens, num_heads, _ = case.q.shape
         out = m.poisoned((num_tokens, num_heads, RANK), "float32")
@@ -232,7 +232,7 @@ def test_prompts_of_many_tokens_take_it(
     rows: list[tuple[int, int, int]],
     serves: bool,
 ) -> None:
-    from fd_dsa.attention.tensor_core_attention import TensorCoreAttention
+    from fd_dsa.attention.device import TensorCoreAttention
 
     m, step, seen = gpu_memory, Step(gpu_memory, rows, 64), []
     original = WideAttention.__call__
@@ -262,7 +262,7 @@ def test_prompts_of_many_tokens_take_it(
 def test_no_other_kernel_takes_them(
     gpu_memory: KernelMemory, kind: Any, heads: int, cache: str
 ) -> None:
-    from fd_dsa.attention.tensor_core_attention import TensorCoreAttention
+    from fd_dsa.attention.device import TensorCoreAttention
 
     m = gpu_memory
     attention = TensorCoreAttention(

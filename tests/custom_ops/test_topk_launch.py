@@ -39,7 +39,7 @@ KERNELS = "topk"
 
 @pytest.fixture(autouse=True)
 def selector(kernel_memory: KernelMemory, monkeypatch: pytest.MonkeyPatch) -> SlotSelector:
-    """What replaces Triton's function."""
+    """Kernel that replaces Triton's function."""
     found = SlotSelector(custom_ops.build().kernels)
     monkeypatch.setattr("fd_dsa.ops.topk.triton_kernel.select_slots", found)
     return found
@@ -56,7 +56,7 @@ def test_a_kernel_that_chooses_others_does_not_serve(
     monkeypatch.setattr(SlotSelector, "__call__", lambda *arguments, **options: None)
     found = slot_selector("gpu", kernel_memory.poisoned)
     assert found is triton_kernel.select_slots
-    assert "row 0 of 40 is [" in providers.table()["topk"]["gpu"].against["custom_op"]
+    assert "row 0 of 40 is [" in providers.table()["topk"]["gpu"].rejected["custom_op"]
 
 
 def test_a_library_of_another_release_is_refused() -> None:

@@ -10,7 +10,6 @@ from functools import reduce
 import numpy as np
 import pytest
 
-from fd_dsa.distributed import SingleGroup
 from fd_dsa.distributed.host import HostGroup, Shared
 from fd_dsa.errors import RankError
 from tests.distributed.groups import on_ranks
@@ -84,9 +83,3 @@ def test_who_waits_learns_of_the_end_of_another() -> None:
     group.close()
     group.close()
     assert len(os.listdir("/proc/self/fd")) == open_files - len(shared.descriptors)
-
-
-def test_one_rank_alone_needs_no_other() -> None:
-    group, x = SingleGroup(), values(0, (2, 3))
-    assert (group.rank, group.size) == (0, 1) and group.all_reduce(x) is x
-    np.testing.assert_array_equal(group.all_gather(x), [x])

@@ -12,13 +12,8 @@ import numpy as np
 import pytest
 
 from fd_dsa import LLM, SamplingParams, StructuredOutputsParams
-from fd_dsa.engine.arguments import (
-    CALL_HINTS,
-    FORM_HINTS,
-    LLM_HINTS,
-    SAMPLING_HINTS,
-    explain_calls,
-)
+from fd_dsa.engine.argument_hints import CALL_HINTS, FORM_HINTS, LLM_HINTS, SAMPLING_HINTS
+from fd_dsa.engine.arguments import explain_calls
 from fd_dsa.errors import ArgumentError, ConfigError
 from tests.engine.fakes import make_engine
 

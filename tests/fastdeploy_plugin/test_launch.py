@@ -16,7 +16,7 @@ from fd_dsa.serve.flag_sources import parse_args
 FASTDEPLOY_ONLY = [
     (["--data-parallel-size", "2"], "--data-parallel-size is 2"),
     (["--enable-expert-parallel"], "--enable-expert-parallel is set"),
-    (["--", "--ips", "a,b"], "--ips stands after --"),
+    (["--", "--ips", "a,b"], "--ips is given after --"),
 ]
 PLACE = ["--model", "{}", "--served-model-name", "m", "--host", "127.0.0.1", "--port", "8000"]
 

@@ -202,7 +202,7 @@ def test_another_runner_plugin_is_one_clear_line(tmp_path: Path, caplog: Any) ->
         assert [one["name"] for one in checks() if not one["passed"]] == ["plugins: runner class"]
     (line,) = our_lines(caplog.records)
     assert "fastdeploy.model_runner_plugins: got fd_dsa, other; FastDeploy takes one" in line
-    assert "name fd_dsa alone in FD_PLUGINS" in line
+    assert "name only fd_dsa in FD_PLUGINS" in line
 
 
 # what the take-over adds to a process; an allocation counts wherever it lies

@@ -133,10 +133,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     rig = load(args.form)
     if rig.is_real:
-        from benchmarks import _custom_ops
+        from custom_ops.build_library import build_library
         from fd_dsa import custom_ops
 
-        custom_ops.use_library(_custom_ops.library())
+        custom_ops.use_library(build_library())
     prompts = LEADING_PROMPTS if rig.is_real else SHORT_PROMPTS
     sizes = tuple(sorted({*args.rows, len(prompts)}))
     llms = {way: open_engine(rig, way, sizes, args.max_model_len) for way in (EAGER, GRAPH)}

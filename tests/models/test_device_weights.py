@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("paddle", reason="the weights are Paddle's tensors")
 
-from fd_dsa.device import upload
+from fd_dsa.device import transfers
 from fd_dsa.models.device_weights import DeviceWeights
 from fd_dsa.models.sources import RandomTensor, StoredTensor
 from tests.kernel_memory import KernelMemory
@@ -32,7 +32,7 @@ def test_plain_tensors(
 ) -> None:
     """Parts of one weight, through buffers that are much smaller."""
     m, weights = paddle_memory, weights_in(paddle_memory, held)
-    monkeypatch.setattr(upload, "BUFFER_BYTES", 1000)
+    monkeypatch.setattr(transfers, "UPLOAD_BYTES", 1000)
     # what every type holds exactly
     values = RNG.integers(-8, 9, (50, 30)).astype(np.float32) / 4
     made = weights.matrix(30, {"a": 20, "b": 30})

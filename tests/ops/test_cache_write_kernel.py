@@ -254,7 +254,7 @@ def test_refusals(kernel_memory: KernelMemory) -> None:
     with pytest.raises(ShapeError, match=r"kv_norm_weight has shape \[448\], allowed is \[512\]"):
         write_caches(*given[:4], None, *given[5:7], short)
     small = m.put(np.zeros((1, BLOCK, 132), np.uint8))
-    with pytest.raises(ShapeError, match="caches of"):
+    with pytest.raises(ShapeError, match="caches have"):
         write_caches(*given[:6], small, given[7])
     apart = m.put(np.zeros((case.num_blocks, 1, BLOCK, 700), np.uint8))[..., :656]
     with pytest.raises(LaunchError, match="latent_ptr"):

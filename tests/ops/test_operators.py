@@ -201,7 +201,9 @@ def test_the_table_of_the_page_is_that_of_the_code() -> None:
         op: [cell.split(", ") for cell in cells] for ops_, *cells in rows for op in ops_.split(", ")
     }
     served = {
-        f"`{op}`": [[f"`{p}`" for p in providers.on(op, kind)] for kind in ("cpu", "gpu")]
+        f"`{op}`": [
+            [f"`{p}`" for p in providers.available_providers(op, kind)] for kind in ("cpu", "gpu")
+        ]
         for op in providers.OPERATORS
     }
     assert told == served

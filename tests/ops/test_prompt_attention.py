@@ -31,12 +31,12 @@ def run(
     more_tiles: int = 0,
     tiling: tuple[int, ...] = (32, 32, 4, 2),
 ) -> Any:
-    """What the launches of a step write, in poisoned memory of more rows than the step has.
+    """Return the results of a step's launches, in poisoned memory with rows to spare.
 
     Grids may reach to more keys and tiles than the step has, as those of captured launches do.
     """
     from fd_dsa.attention.dense_prompts import row_groups
-    from fd_dsa.ops.fp8_rows import Fp8Rows
+    from fd_dsa.ops.dense_kernels import Fp8Rows
     from fd_dsa.ops.mla.prompt import Tiling, attend_prompts, gather_keys
 
     total, step = int(case.starts[-1]), case.step(m)
@@ -68,7 +68,7 @@ def run(
 
 
 def check(case: PromptCase, found: np.ndarray) -> None:
-    """Dense tokens are right to the rounding of weights and result; nothing else was written."""
+    """Check dense tokens within the rounding of weights and result, and others as untouched."""
     untouched = np.ones(len(found), bool)
     for row, first in enumerate(case.starts[:-1]):
         count = case.count(row)
@@ -154,7 +154,7 @@ def test_the_other_tokens_of_a_step(paddle_memory: KernelMemory) -> None:
     names = [field.name for field in fields(ForwardMeta)]
     step = ForwardMeta(**dict.fromkeys(names) | {"num_prefill_tokens": 218, "position_ids": case.q})
     for _ in range(2):
-        prompts.begin_step(step, (case.new, case.cached, case.this_time))
+        assert prompts.begin_step(step, (case.new, case.cached, case.this_time))
         others = [
             (token, row)
             for row, (first, end) in enumerate(zip(case.starts, case.starts[1:], strict=False))
@@ -166,10 +166,8 @@ def test_the_other_tokens_of_a_step(paddle_memory: KernelMemory) -> None:
         assert m.get(other.seq_lens_encoder).tolist() == left
         assert other.num_prefill_tokens == sum(left)
         assert prompts.groups and not prompts.has_all
-        # a step of decode rows, and one without what the host knows
-        for meta, lengths in ((replace(step, num_prefill_tokens=0), (case.new,) * 3), (step, None)):
-            prompts.begin_step(meta, lengths)
-            assert not prompts.groups and prompts.others is None
+        # chunks of prompts past index_topk
+        assert not prompts.begin_step(step, (case.new, case.cached + 70, case.this_time))
 
 
 def test_nan_of_another_request_stays_there(kernel_memory: KernelMemory) -> None:

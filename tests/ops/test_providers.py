@@ -22,7 +22,15 @@ from fd_dsa.errors import BackendUnavailable, ConfigError, KernelUnavailable
 from fd_dsa.ops import providers
 from fd_dsa.ops.cache_probes import CASES, TENSOR_CORE_CASES
 from fd_dsa.ops.probes import Memory, topk_case
-from fd_dsa.ops.providers import OPERATORS, choose, function, on, serving, settle, table
+from fd_dsa.ops.providers import (
+    OPERATORS,
+    available_providers,
+    choose,
+    function,
+    select_all,
+    selected_function,
+    table,
+)
 from tests.custom_ops.building import emulated_library
 from tests.kernel_memory import open_memory
 
@@ -83,7 +91,7 @@ def test_every_pair_serves_or_says_why_not(
     wanted = {("numpy", "cpu"), *((p, "gpu") for p in ("triton", "triton_tensor_core", "gemm"))}
     if (provider, kind) in wanted:
         assert choose(operator, kind).provider == provider
-        assert table()[operator][kind].against == {}
+        assert table()[operator][kind].rejected == {}
         return
     if provider == "custom_op" and (kind == "gpu" or operator == "position_ids"):
         reason = "fd_dsa_ops is missing: not installed; .* -m pip install"
@@ -134,7 +142,7 @@ def test_the_former_name_of_the_provider_for_cpus_is_accepted(
 @pytest.mark.parametrize("tensor", [np.zeros(1), paddle.zeros([1])], ids=["numpy", "paddle"])
 def test_a_choice_is_logged_once(tensor: Any, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="fd_dsa"):
-        assert len({serving("cache_write", tensor) for _ in range(3)}) == 1
+        assert len({selected_function("cache_write", tensor) for _ in range(3)}) == 1
     text = "cache_write on cpu: numpy (CPU: NumPy; GEMMs by oneDNN or Paddle)"
     assert caplog.messages == [text]
     assert table()["cache_write"]["cpu"].provider == "numpy"
@@ -154,22 +162,22 @@ def test_a_device(
         tensor = SimpleNamespace(place=Place(kind))
         if kind == "cuda":
             tensor = SimpleNamespace(device=SimpleNamespace(type=kind))
-        assert serving("mla_query", tensor) is function("mla_query", "triton")
+        assert selected_function("mla_query", tensor) is function("mla_query", "triton")
     assert caplog.messages == [f"mla_query on {kind}: triton (a device, {word} Triton kernel)"]
 
 
 def test_settling_covers_what_has_one_provider_and_sees_what_is_asked_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    settle("cpu")
+    select_all("cpu")
     assert set(table()) == set(OPERATORS) - {"position_ids"}
-    settle("gpu")
+    select_all("gpu")
     assert [op for op in OPERATORS if "gpu" not in table().get(op, {})] == [
         *("position_ids", "indexer_logits", "topk", "sparse_mla")
     ]
     monkeypatch.setenv("FD_DSA_OP_PROVIDER", "topk=custom_op")
     with pytest.raises(BackendUnavailable, match="topk=custom_op cannot serve on cpu"):
-        settle("cpu")
+        select_all("cpu")
 
 
 def test_a_faster_provider_that_cannot_serve_is_named(caplog: pytest.LogCaptureFixture) -> None:
@@ -178,11 +186,11 @@ def test_a_faster_provider_that_cannot_serve_is_named(caplog: pytest.LogCaptureF
         choice = choose("indexer_logits", "gpu", reasons)
         assert choose("indexer_logits", "gpu", reasons) == choice
         assert choose("indexer_logits", "gpu").provider == "triton_tensor_core"
-    assert choice.against == {"triton_tensor_core": "the cache is float32"}
+    assert choice.rejected == {"triton_tensor_core": "the cache is float32"}
     first, second = caplog.messages
     assert first.endswith(" Triton kernel; not triton_tensor_core: the cache is float32)")
     assert "triton_tensor_core (a device, a" in second
-    assert on("indexer_logits", "gpu") == ["triton_tensor_core", "triton"]
+    assert available_providers("indexer_logits", "gpu") == ["triton_tensor_core", "triton"]
 
 
 def agrees(kernels: Any) -> str:
@@ -225,7 +233,7 @@ def test_a_kernel_of_custom_ops(
         choices = [choose("topk", "gpu", probe=probe) for _ in range(2)]
     assert [record.levelname for record in caplog.records] == [level]
     assert choices[0].provider == ("triton" if reason else "custom_op")
-    assert reason in choices[0].against.get("custom_op", "")
+    assert reason in choices[0].rejected.get("custom_op", "")
     monkeypatch.setenv("FD_DSA_OP_PROVIDER", "topk=custom_op")
     if reason:
         with pytest.raises(BackendUnavailable, match=f"topk=custom_op cannot serve .*{reason}"):
@@ -236,9 +244,9 @@ def test_the_registered_operator_needs_no_kernels_on_a_cpu(monkeypatch: pytest.M
     install(monkeypatch)
     assert choose("position_ids", "cpu").provider == "custom_op"
     choice = choose("position_ids", "gpu")
-    assert choice.provider == "triton" and "without CUDA" in choice.against["custom_op"]
+    assert choice.provider == "triton" and "without CUDA" in choice.rejected["custom_op"]
     custom_ops.use_library(emulated_library("position_ids"))
-    assert "without Paddle's operators" in choose("position_ids", "gpu").against["custom_op"]
+    assert "without Paddle's operators" in choose("position_ids", "gpu").rejected["custom_op"]
 
 
 def test_a_library_that_is_none_is_refused(tmp_path: Path) -> None:

@@ -198,7 +198,7 @@ def test_help_lists_every_engine_flag_and_imports_little(tmp_path: Path) -> None
             # another server may have the default port
             ["--engine", "fastdeploy", "--port", "0"],
             "FastDeploy is not installed in this Python; install it from Paddle's own package "
-            "index (docs/fastdeploy.md has the commands), then fd_dsa beside it",
+            "index (docs/fastdeploy.md has the commands), then fd_dsa into the same Python",
         ),
         (
             ["--data-parallel-size", "8"],
@@ -206,7 +206,7 @@ def test_help_lists_every_engine_flag_and_imports_little(tmp_path: Path) -> None
             "this Python; install it from",
         ),
         (["--device", "hopper:0"], "--device: got 'hopper:0', allowed: auto, cpu, gpu"),
-        (["--", "--num-servers", "8"], "--num-servers stands after --, which needs FastDeploy"),
+        (["--", "--num-servers", "8"], "--num-servers is given after --, which needs FastDeploy"),
         (["--engine", "embedded", "--data-parallel-size", "8"], "is 8, which --engine embedded"),
         (["-tp", "9"], "--tensor-parallel-size: got 9, allowed: at most 8, the GPUs of one mach"),
         (
@@ -214,7 +214,7 @@ def test_help_lists_every_engine_flag_and_imports_little(tmp_path: Path) -> None
             "--tensor-parallel-size: got 3, allowed: a divisor of the model's num_attention_heads, "
             "8; take another one",
         ),
-        (["--engine", "embedded", "--", "--ips", "a"], "--ips stands after --, which --engine"),
+        (["--engine", "embedded", "--", "--ips", "a"], "--ips is given after --, which --engine"),
         (["--tensor-parallel-size", "0"], "--tensor-parallel-size/-tp: got '0'; must be a who"),
         # of a script whose variable is not set
         (["--api-key", ""], "--api-key: allowed is a text of one character or more, none a space"),

@@ -154,7 +154,7 @@ def test_the_share_of_a_device_that_may_be_taken(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr("fd_dsa.device.resolve.free_device_bytes", free_device_bytes)
     monkeypatch.setattr("fd_dsa.device.resolve.traits_of", lambda device: None)
-    monkeypatch.setattr("fd_dsa.attention.device.workspace_bytes", lambda *_: 3 << 28)
+    monkeypatch.setattr("fd_dsa.attention.device_memory.workspace_bytes", lambda *_: 3 << 28)
     monkeypatch.setattr("fd_dsa.runner.device_steps.sampling_bytes", lambda *_: 1 << 28)
     blocks = []
     for share in (0.5, 1.0):

@@ -1,4 +1,4 @@
-"""Commands of the demo model's training; see README.md beside this file.
+"""Commands of the demo model's training, which README.md explains.
 
 python tools/demo_training COMMAND --help
 """
@@ -28,7 +28,7 @@ def _sources(folder: str):
 
 
 def tokenizer(args: argparse.Namespace) -> None:
-    """Trains the tokenizer and writes it."""
+    """Train the tokenizer and writes it."""
     from demo_training.tokenizer import train_tokenizer, write_tokenizer
 
     sources = _sources(args.data)
@@ -38,14 +38,14 @@ def tokenizer(args: argparse.Namespace) -> None:
 
 
 def worker(args: argparse.Namespace) -> None:
-    """Writes shards of packed rows (started by `all`)."""
+    """Write shards of packed rows (started by `all`)."""
     from demo_training.rows import write_shards
 
     write_shards(args.data, args.tokenizer, args.shards, args.seed, args.context, args.shard_tokens)
 
 
 def _start_workers(args: argparse.Namespace, context: int, stage: int) -> list[subprocess.Popen]:
-    """Data processes; each stage has seeds of its own."""
+    """Start the data processes. Each stage has its own seeds."""
     shards = Path(args.shards)
     shards.mkdir(parents=True, exist_ok=True)
     (shards / "stop").unlink(missing_ok=True)
@@ -67,7 +67,7 @@ def _stop_workers(args: argparse.Namespace, processes: list[subprocess.Popen]) -
 
 
 def _train(args: argparse.Namespace, words, log, stop_at: float) -> bool:
-    """Trains, or goes on with it; True when the model is exported."""
+    """Train, or continue a training. Returns True when the model is exported."""
     from demo_training import checkpoint, training
     from demo_training.config import CONFIGS
     from demo_training.rows import KINDS, Pool
@@ -96,7 +96,7 @@ def _train(args: argparse.Namespace, words, log, stop_at: float) -> bool:
 
 
 def all_steps(args: argparse.Namespace) -> None:
-    """Tokenizer, training, export and evaluation; what is done already is not done again."""
+    """Make the tokenizer, train, export and evaluate. Finished parts are skipped."""
     from tokenizers import Tokenizer
 
     from demo_training import checkpoint, training
@@ -117,7 +117,7 @@ def all_steps(args: argparse.Namespace) -> None:
 
 
 def _evaluate(args: argparse.Namespace, model, words, log) -> None:
-    """All rates on the evaluation file; results.json and the samples."""
+    """Measure all rates on the evaluation file, and write results.json and the samples."""
     import contextlib
 
     import torch
@@ -138,7 +138,7 @@ def _evaluate(args: argparse.Namespace, model, words, log) -> None:
 
 
 def mtp(args: argparse.Namespace) -> None:
-    """Trains the layer for multi-token prediction on a frozen model, and writes it beside it."""
+    """Train the layer for multi-token prediction on a frozen model, and writes it beside it."""
     import torch
 
     from demo_training import checkpoint
@@ -153,7 +153,7 @@ def mtp(args: argparse.Namespace) -> None:
 
 
 def heldout(args: argparse.Namespace) -> None:
-    """Asks a server the held-out prompts, writes what it answers, prints the counts."""
+    """Ask a server the held-out prompts, writes what it answers, prints the counts."""
     from demo_training.heldout import ask_all, table
 
     result = ask_all(args.url, Path(args.evalset))
@@ -163,7 +163,7 @@ def heldout(args: argparse.Namespace) -> None:
 
 
 def parity(args: argparse.Namespace) -> None:
-    """Prints the comparison with Hugging Face transformers."""
+    """Print the comparison with Hugging Face transformers."""
     from demo_training.reports import parity as compare
 
     for row in compare(args.model):
@@ -200,7 +200,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs one command."""
+    """Run one command."""
     args = _parser().parse_args(argv)
     args.run(args)
 

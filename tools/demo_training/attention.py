@@ -15,19 +15,24 @@ MASKED = -1e9  # not -inf: 0 * inf would put NaN into the KL
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
-    """RMS norm in float32, result in the dtype of x."""
+    """Return RMS norm in float32, result in the dtype of x."""
     y = x.float()
     return (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
 
 
 def rope_pairs(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotates (x0, x1), (x2, x3) ...; x [N, h, R], cos and sin [N, 1, R/2]."""
+    """Rotate the pairs (x0, x1), (x2, x3) ...
+
+    Args:
+        x: [N, h, R].
+        cos, sin: [N, 1, R/2].
+    """
     a, b = x[..., 0::2].float(), x[..., 1::2].float()
     return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2).to(x.dtype)
 
 
 def rope_halves(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotates (x0, x_{R/2}), (x1, x_{R/2+1}) ...; shapes as in rope_pairs."""
+    """Rotate the pairs (x0, x_{R/2}), (x1, x_{R/2+1}) ..., with shapes as in rope_pairs."""
     a, b = x.float().chunk(2, -1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
 
@@ -42,7 +47,7 @@ class AttentionFunctions:
         self.index_heads, self.index_dim = config["index_n_heads"], config["index_head_dim"]
 
     def project(self, x, cos, sin, p: Weights):
-        """x [N, D] -> normed hidden [N, D], q latent [N, R], q and k [N, H, 128], v [N, H, 64]."""
+        """Return normed hidden [N, D], q latent [N, R], q and k [N, H, 128], v [N, H, 64]."""
         n = x.shape[0]
         a = rms_norm(x, p["ln1"])
         q_latent = rms_norm(F.linear(a, p["q_a"]), p["q_a_ln"])
@@ -56,7 +61,7 @@ class AttentionFunctions:
         return a, q_latent, q, k, expanded[..., self.nope :].contiguous()
 
     def index(self, a, q_latent, cos, sin, p: Weights):
-        """Indexer q [N, Hi, 128], k [N, 128], head weights [N, Hi]; no gradient into the model."""
+        """Return indexer q [N, Hi, 128], k [N, 128] and head weights [N, Hi], without gradient."""
         a, q_latent = a.detach(), q_latent.detach()
         heads, dim, r = self.index_heads, self.index_dim, self.rope
         q = F.linear(q_latent, p["wq_b"]).view(-1, heads, dim)
@@ -68,7 +73,7 @@ class AttentionFunctions:
 
 
 def index_scores(q, k, weights):
-    """q [B, T, Hi, 128], k [B, T, 128], weights [B, T, Hi] -> scores float32 [B, T, T], causal."""
+    """Return causal scores, float32 [B, T, T], of q [B, T, Hi, 128], k [B, T, 128] and weights."""
     rows, length, heads, dim = q.shape
     dots = (q.reshape(rows, length * heads, dim) @ k.transpose(1, 2)).view(
         rows, length, heads, length
@@ -79,7 +84,7 @@ def index_scores(q, k, weights):
 
 
 def select(scores: torch.Tensor, topk: int) -> torch.Tensor:
-    """Boolean [B, T, T]: the causal top-k set of each query; topk 0 keeps all.
+    """Return the causal top-k set of each query, bool [B, T, T]. topk 0 keeps all.
 
     By scatter of indices: a threshold would keep too many, since scores tie at exactly 0. Rows
     shorter than topk need the causal mask once more.
@@ -94,7 +99,7 @@ def select(scores: torch.Tensor, topk: int) -> torch.Tensor:
 
 
 def indexed_attention(q, k, v, index_q, index_k, weights, topk: int):
-    """Attention over the top-k set (topk 0: dense) and the indexer's KL to it.
+    """Return attention over the top-k set (topk 0: dense), and the indexer's KL to it.
 
     Args:
         q, k: [B, H, T, 128]; v: [B, H, T, 64].
@@ -102,9 +107,9 @@ def indexed_attention(q, k, v, index_q, index_k, weights, topk: int):
         topk: size of the selected set, tokens; 0 = dense attention, as in the indexer's warm-up.
 
     Returns:
-        output [B, H, T, 64] and the mean over tokens of KL(mean attention of the heads ‖ softmax of
-        the scores), nats, both on the selected set. The attention is detached there: the KL trains
-        the indexer alone.
+        output [B, H, T, 64], and KL(mean attention of the heads ‖ softmax of the scores) in nats,
+        the mean over tokens. Both are on the selected set. The attention is detached there, so that
+        the KL trains only the indexer.
     """
     scores = index_scores(index_q, index_k, weights)
     keep = select(scores, topk)

@@ -19,7 +19,7 @@ ROUTER_BIAS = "mlp.gate.e_score_correction_bias"
 
 
 def named_tensors(model: DemoModel) -> Iterator[tuple[str, torch.Tensor]]:
-    """(Hugging Face name, tensor of the model) of every weight; expert tensors are slices."""
+    """Yield Hugging Face name and tensor of every weight. Expert tensors are slices."""
     yield "model.embed_tokens.weight", model.embed
     yield "lm_head.weight", model.head
     yield "model.norm.weight", model.norm
@@ -37,7 +37,7 @@ def named_tensors(model: DemoModel) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def save(model: DemoModel, folder: str | Path) -> None:
-    """Writes model.safetensors, in bfloat16 but the router's bias, and both configurations."""
+    """Write model.safetensors, in bfloat16 but the router's bias, and both configurations."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
@@ -63,7 +63,7 @@ def save(model: DemoModel, folder: str | Path) -> None:
 
 @torch.no_grad()
 def load(folder: str | Path) -> DemoModel:
-    """The model of an exported folder, weights in float32."""
+    """Return the model of an exported folder, weights in float32."""
     folder = Path(folder)
     fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     model = DemoModel(fields)

@@ -1,8 +1,8 @@
 """Sizes of the demo model and its special tokens.
 
-Matrix sizes are multiples of 64; kv_lora_rank, the rope part and the indexer head have the sizes
-of the large models, so that every cache layout runs on this one. 19,625,088 parameters, 39.3 MB
-in bfloat16.
+Matrix sizes are multiples of 64. kv_lora_rank, the rope part and the indexer head have the sizes
+of the large models, so that every cache layout runs on this one. The model has 19,625,088
+parameters, 39.3 MB in bfloat16.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ SAMPLES = load("samples").prompts
 
 
 def prompt_of(item: dict, haystacks: dict[str, str]) -> str:
-    """The user text of a retrieval item."""
+    """Return the user text of a retrieval item."""
     text = haystacks[item["haystack"]][item["start"] : item["end"]]
     for offset, sentence in sorted(item["needles"][::-1], key=lambda x: x[0], reverse=True):
         text = f"{text[:offset]}{sentence} {text[offset:]}"
@@ -34,7 +34,7 @@ def prompt_of(item: dict, haystacks: dict[str, str]) -> str:
 
 
 def read(path: str | Path) -> tuple[list[dict], list[dict]]:
-    """(retrieval items with their "prompt", chat items) of an evaluation file."""
+    """Return (retrieval items with their "prompt", chat items) of an evaluation file."""
     records = [json.loads(x) for x in Path(path).read_text(encoding="utf-8").splitlines()]
     haystacks = {r["id"]: r["text"] for r in records if r["kind"] == "haystack"}
     found = [r for r in records if r["kind"] == "retrieval"]

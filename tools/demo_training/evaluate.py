@@ -1,4 +1,4 @@
-"""Greedy answers and retrieval rates of a model; no cache, so a GPU is advised for long texts."""
+"""Greedy answers and retrieval rates of a model, without a cache."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _padded(length: int) -> int:
 
 
 def _head(model: DemoModel, hidden: torch.Tensor) -> torch.Tensor:
-    """Most likely next token of each hidden state."""
+    """Return most likely next token of each hidden state."""
     return F.linear(rms_norm(hidden, model.norm), model.head).float().argmax(-1)
 
 
@@ -34,7 +34,7 @@ def answers(
     mode: str = "sparse",
     rows: int = 64,
 ) -> list[str]:
-    """Greedy answers of at most `limit` tokens to conversations [(role, text)].
+    """Return greedy answers of at most `limit` tokens to conversations [(role, text)].
 
     Right-padded rows, each read at its own last position; recomputes the whole row at every step.
     """
@@ -50,7 +50,7 @@ def answers(
 
 
 def _answer_rows(model: DemoModel, prompts: list[list[int]], limit: int, mode: str):
-    """Greedy continuations of one batch of prompts."""
+    """Return greedy continuations of a batch of prompts."""
     device, topk = model.embed.device, model.config["index_topk"]
     lengths = torch.tensor([len(p) for p in prompts], device=device)
     first, rows = lengths.clone(), torch.arange(len(prompts), device=device)
@@ -77,7 +77,7 @@ def _answer_rows(model: DemoModel, prompts: list[list[int]], limit: int, mode: s
 def retrieval_rates(
     model: DemoModel, tokenizer, items: list[dict], mode: str, topk: int = 0, window: int = 0
 ) -> dict[int, float]:
-    """Share of items, by length, whose whole answer and end token are the most likely ones.
+    """Return share of items, by length, whose whole answer and end token are the most likely ones.
 
     Args:
         items: retrieval items of evalset.read.
@@ -97,14 +97,14 @@ def retrieval_rates(
 
 
 def _question_ids(tokenizer, item: dict) -> tuple[list[int], int]:
-    """(ids of prompt, answer and end token; how many of them are answer and end token)."""
+    """Return the ids of prompt, answer and end token, and the length of the last two."""
     prompt = conversation_ids(tokenizer, [("user", item["prompt"])])
     answer = [*tokenizer.encode(item["answer"], add_special_tokens=False).ids, EOS]
     return prompt + answer, len(answer)
 
 
 def _right(model: DemoModel, batch, mode: str, topk: int, window: int) -> int:
-    """How many rows predict every token of their answer."""
+    """Count the rows that predict every token of their answer."""
     length = _padded(max(len(ids) for ids, _ in batch))
     ids = torch.full((len(batch), length), PAD, device=model.embed.device)
     for row, (tokens, _) in enumerate(batch):
@@ -121,7 +121,7 @@ def _right(model: DemoModel, batch, mode: str, topk: int, window: int) -> int:
 def chat_rates(
     answer: Callable[[list[list[tuple[str, str]]]], list[str]], items: list[dict]
 ) -> tuple[dict[str, tuple[int, int]], list[str]]:
-    """(passed, all) checks by group and by kind of instruction, and the answers.
+    """Return (passed, all) checks by group and by kind of instruction, and the answers.
 
     Args:
         answer: answers to conversations [(role, text)].

@@ -1,16 +1,17 @@
-"""The held-out prompts of heldout.json: what a served model answers, judged prompt by prompt.
+"""The held-out prompts of heldout.json, and the judgement of a served model's answers.
 
 The prompts were written before the generators that train the model, and `is_held_out` keeps them
 out of every document. The groups of the file have these fields:
   category, language   "en" or "zh"
-  check                "pattern": the answer matches the item's regular expression and refuses
-                       nothing; "number": the item's number is the last one of the answer;
-                       "refusal": one sentence of the group's language that refuses
-  least_words, lines   bounds of a text (0 or missing = none)
+  check                "pattern", "number" or "refusal"
+  least_words, lines   bounds of a text, 0 or missing without a bound
   items                [prompt, expected]
-`retrieval` has items of the evaluation file's form (evalset.prompt_of) with the number to find,
-`calls` [prompt, tool, value] with alternatives of a value after "|", and `tools` the offered tools:
-description, argument, type.
+
+An answer passes "pattern" if it matches the item's regular expression and is no refusal. It passes
+"number" if its last number is the item's. It passes "refusal" if it is one refusing sentence of the
+group's language. `retrieval` has items in the form of the evaluation file (evalset.prompt_of), with
+the number to find. `calls` has [prompt, tool, value], with alternatives of a value after "|".
+`tools` has the offered tools: description, argument, type.
 """
 
 from __future__ import annotations
@@ -37,18 +38,18 @@ FILE = Path(__file__).resolve().parent / "heldout.json"
 
 
 def plain(text: str) -> str:
-    """The letters and digits of a text, in lower case."""
+    """Return the letters and digits of a text, in lower case."""
     return re.sub(r"[\W_]+", "", text.lower())
 
 
 @cache
 def read() -> dict[str, Any]:
-    """The file."""
+    """Read the file."""
     return json.loads(FILE.read_text(encoding="utf-8"))
 
 
 def prompts() -> list[str]:
-    """All prompts but those of retrieval, whose texts are held out by `sources.HELD_OUT`."""
+    """Return all prompts but those of retrieval, whose texts are held out by `sources.HELD_OUT`."""
     groups = (prompt for group in read()["groups"] for prompt, *_ in group["items"])
     return [*groups, *(prompt for prompt, *_ in read()["calls"])]
 
@@ -59,12 +60,12 @@ def _plain_prompts() -> frozenset[str]:
 
 
 def is_held_out(text: str) -> bool:
-    """True for a prompt of the file, whatever its case and punctuation."""
+    """Return True for a prompt of the file, whatever its case and punctuation."""
     return plain(text) in _plain_prompts()
 
 
 def refuses(answer: str, language: str, category: str) -> bool:
-    """True for one sentence of the language that says no, and not to another kind of request."""
+    """Return True for a refusal in one sentence of the language, of the right kind."""
     kind = category.rpartition(" ")[2]
     others = [words for name, words in REASONS.items() if name != kind]
     return (
@@ -75,7 +76,7 @@ def refuses(answer: str, language: str, category: str) -> bool:
 
 
 def judge(group: dict[str, Any], expected: str, answer: str) -> bool:
-    """True if an answer that ended by itself is right."""
+    """Return True if an answer that ended by itself is right."""
     answer = answer.strip()
     is_chinese = re.search("[\u4e00-\u9fff]", answer) is not None
     if group["check"] == "refusal":
@@ -93,7 +94,7 @@ def judge(group: dict[str, Any], expected: str, answer: str) -> bool:
 
 
 def offered(tool: str) -> list[dict[str, Any]]:
-    """A tool of the file between two others, as a request has them."""
+    """Return a tool of the file between two others, as a request has them."""
     tools = read()["tools"]
     names = list(tools)
     at = names.index(tool)
@@ -116,7 +117,7 @@ def offered(tool: str) -> list[dict[str, Any]]:
 
 
 def judge_call(tool: str, value: str | int, message: dict[str, Any]) -> bool:
-    """True if a message is the one call that was asked for, without any text."""
+    """Return True if a message is the requested call without any text."""
     calls = message.get("tool_calls") or []
     if message.get("content") or len(calls) != 1:
         return False
@@ -141,7 +142,7 @@ class Case:
 
 
 def cases(evaluation: Path) -> list[Case]:
-    """All prompts; those of retrieval take their texts from the evaluation file."""
+    """Return all prompts. Those of retrieval take their texts from the evaluation file."""
     found = []
     for group in read()["groups"]:
         for prompt, *expected in group["items"]:
@@ -199,7 +200,7 @@ def ask_all(url: str, evaluation: Path, concurrency: int = 16) -> dict[str, Any]
 
 
 def _ask(url: str, body: dict[str, Any]) -> dict[str, Any]:
-    """The first choice of a chat completion; an empty one if the server refuses the request."""
+    """Return the first choice of a chat completion, an empty one for a refused request."""
     request = Request(
         f"{url}/chat/completions",
         json.dumps(body).encode(),
@@ -215,7 +216,7 @@ def _ask(url: str, body: dict[str, Any]) -> dict[str, Any]:
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
-    """A Markdown table of counts, one column for each of the named results."""
+    """Return a Markdown table of counts, one column for each of the named results."""
     columns = [_column(result) for result in results.values()]
     names = list(dict.fromkeys(name for column in columns for name in column))
     rows = [["held-out prompts", *results], ["---"] * (1 + len(results))]

@@ -15,14 +15,14 @@ INDEXER = ("wq_b", "wk", "k_w", "k_b", "w_proj")
 
 
 def dense_block(x, o, p: Weights):
-    """Output projection and dense MLP; x [N, D], o [N, H * 64]."""
+    """Apply output projection and dense MLP to x [N, D] and o [N, H * 64]."""
     x = x + F.linear(o, p["o"])
     m = rms_norm(x, p["ln2"])
     return x + F.linear(F.silu(F.linear(m, p["g"])) * F.linear(m, p["u"]), p["d"])
 
 
 def expert_block(x, o, p: Weights, bias, chosen: int, scale: float):
-    """Output projection and MoE; also the load of each expert and the balance term.
+    """Apply output projection and MoE. Returns also loads of experts and the balance term.
 
     All experts run as one wide MLP whose activation is scaled by the routing weight (0 where an
     expert is not chosen): exact, and faster at this size than any gather.
@@ -47,7 +47,7 @@ def expert_block(x, o, p: Weights, bias, chosen: int, scale: float):
 
 
 def token_loss(x, norm, head, targets, weights):
-    """Mean cross entropy of the weighted tokens; x [N, D], targets and weights [N]."""
+    """Return the mean cross entropy of x [N, D] with targets and weights [N]."""
     logits = F.linear(rms_norm(x, norm), head).float()
     loss = F.cross_entropy(logits, targets, reduction="none")
     return (loss * weights).sum() / weights.sum().clamp(min=1)
@@ -55,7 +55,7 @@ def token_loss(x, norm, head, targets, weights):
 
 @dataclass
 class Pass:
-    """What one forward pass gives: hidden [N, D], loads per MoE layer, summed KL and balance."""
+    """Result of a forward pass: hidden [N, D], loads per MoE layer, sums of KL and balance."""
 
     hidden: torch.Tensor
     loads: list[torch.Tensor]
@@ -64,7 +64,7 @@ class Pass:
 
 
 class DemoModel(nn.Module):
-    """Weights and forward pass; `config` holds the Hugging Face field names of config.MODEL."""
+    """Weights and forward pass. `config` has the Hugging Face field names of config.MODEL."""
 
     def __init__(self, config: dict):
         super().__init__()
@@ -82,7 +82,7 @@ class DemoModel(nn.Module):
         self.register_buffer("bias", torch.zeros(layers, experts))
 
     def functions(self, compiled: bool = False) -> dict[str, Callable]:
-        """The parts of a layer, compiled or as they are."""
+        """Return the parts of a layer, compiled or as they are."""
         parts = {
             "project": self.attention.project,
             "index": self.attention.index,
@@ -95,7 +95,7 @@ class DemoModel(nn.Module):
         return {name: torch.compile(f, dynamic=False) for name, f in parts.items()}
 
     def angles(self, length: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin [rows * length, 1, rope/2] of positions 0 .. length-1."""
+        """Return cos and sin [rows * length, 1, rope/2] of positions 0 .. length-1."""
         device, dim = self.embed.device, self.config["qk_rope_head_dim"]
         steps = torch.arange(0, dim, 2, device=device).float() / dim
         frequency = self.config["rope_theta"] ** (-steps)
@@ -103,7 +103,7 @@ class DemoModel(nn.Module):
         return angle.cos().repeat(rows, 1)[:, None], angle.sin().repeat(rows, 1)[:, None]
 
     def forward(self, ids, mode: str = "dense", topk: int = 0, functions=None, window: int = 0):
-        """One pass over rows of ids [B, T].
+        """Run rows of ids [B, T].
 
         Args:
             ids: int64 [B, T].
@@ -140,7 +140,7 @@ class DemoModel(nn.Module):
         return out
 
     def logits(self, ids, **kwargs) -> torch.Tensor:
-        """Logits [B, T, vocab]; arguments of forward."""
+        """Return logits [B, T, vocab], with the arguments of forward."""
         x = self(ids, **kwargs).hidden
         return F.linear(rms_norm(x, self.norm), self.head).view(*ids.shape, -1)
 
@@ -154,7 +154,7 @@ def _dense_attention(q, k, v, window: int) -> torch.Tensor:
 
 
 def _matrix(*shape: int, std: float | None = None) -> nn.Parameter:
-    """Normal weights; the default deviation is 1 / sqrt(inputs)."""
+    """Return normal weights. The default deviation is 1 / sqrt(inputs)."""
     return nn.Parameter(torch.randn(*shape) * (shape[-1] ** -0.5 if std is None else std))
 
 
@@ -163,7 +163,7 @@ def _ones(size: int) -> nn.Parameter:
 
 
 def _layer_weights(c: dict, dense: bool) -> dict[str, nn.Parameter]:
-    """Fresh weights of one layer by their short names (checkpoint.HF_NAMES has the long ones)."""
+    """Return fresh weights of a layer by short names (long ones: checkpoint.HF_NAMES)."""
     hidden, heads = c["hidden_size"], c["num_attention_heads"]
     q_rank, kv_rank = c["q_lora_rank"], c["kv_lora_rank"]
     nope, rope, value = c["qk_nope_head_dim"], c["qk_rope_head_dim"], c["v_head_dim"]

@@ -1,10 +1,10 @@
 """The demo model's layer for multi-token prediction: trained on the frozen model, kept in FP8.
 
-For the token at position i the layer gets the model's hidden state of i after its last norm and
-token i + 1, and learns the model's own distribution of token i + 2: what the model will say, right
-or wrong. It starts as a copy of the model's last layer. A second pass over its own hidden states
-teaches it further drafts. Rows are documents of the generators, half of them with the model's own
-answers, since those are what it drafts when served.
+For the token at position i the layer gets the model's hidden state of i after its last norm, and
+token i + 1. It learns the model's own distribution of token i + 2, right or wrong. It starts as a
+copy of the model's last layer. A second pass over its own hidden states teaches it further drafts.
+Rows are documents of the generators, half of them with the model's own answers, since those are
+what it drafts when served.
 
 Source: DeepSeek-V3 (arXiv 2412.19437) section 2.2.
 """
@@ -50,7 +50,7 @@ PROSE = (
 
 
 class Predictor(nn.Module):
-    """The layer; embedding, head and the rotation are the model's."""
+    """The MTP layer. Embedding, head and rotation are the model's."""
 
     def __init__(self, model: DemoModel):
         super().__init__()
@@ -64,7 +64,7 @@ class Predictor(nn.Module):
         self.eh = nn.Parameter(torch.cat((eye, 0.3 * eye), 1))
 
     def forward(self, model: DemoModel, hidden, next_ids):
-        """Normed hidden states [B * T, D] of normed ones and the token after each [B, T]."""
+        """Return normed hidden states [B * T, D] of normed ones and the token after each [B, T]."""
         rows, length = next_ids.shape
         embedded = F.embedding(next_ids, model.embed).clone()
         embedded[:, 0] = 0
@@ -80,7 +80,7 @@ class Predictor(nn.Module):
 
 
 def loss_of(predictor: Predictor, model: DemoModel, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Losses of the first and the second draft, and the share of first drafts that would stand.
+    """Return losses of the first and the second draft, and the acceptance of first drafts.
 
     Args:
         rows: int64 [B, LENGTH + 1]; bit 15 marks tokens of answers.
@@ -109,7 +109,7 @@ def loss_of(predictor: Predictor, model: DemoModel, rows: torch.Tensor) -> tuple
 
 
 def draw_rows(folder: str, data: str, seed: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of documents, and as many of prompts without an answer; uint16 [count, LENGTH + 1].
+    """Return rows of documents and of prompts without an answer, uint16 [count, LENGTH + 1].
 
     Args:
         folder: with the tokenizer.
@@ -134,7 +134,7 @@ def draw_rows(folder: str, data: str, seed: int, count: int) -> tuple[np.ndarray
 
 @torch.no_grad()
 def answered(model: DemoModel, prompts: torch.Tensor) -> torch.Tensor:
-    """Prompts with the model's own answers, whose tokens have bit 15 set.
+    """Return prompts with the model's own answers, whose tokens have bit 15 set.
 
     Even rows are greedy, odd ones drawn at temperature 1. Without a cache: a row is computed again
     for each token.
@@ -161,7 +161,7 @@ def answered(model: DemoModel, prompts: torch.Tensor) -> torch.Tensor:
 def gather_rows(
     model: DemoModel, folder: Path, data: str, workers: int, batches: int, log
 ) -> torch.Tensor:
-    """Rows to train on, in random order: int64 [batches * BATCH, LENGTH + 1] on the device."""
+    """Return training rows in random order, int64 [batches * BATCH, LENGTH + 1]."""
     device = model.embed.device
     count = -(-batches * BATCH[device.type] // (2 * workers))
     begin = time.monotonic()
@@ -185,7 +185,7 @@ def gather_rows(
 
 
 def train(model: DemoModel, rows: torch.Tensor, seconds: float, log) -> Predictor:
-    """A predictor, trained for so long on rows, from the first again after the last."""
+    """Train a predictor on rows, again from the first after the last."""
     device = rows.device
     predictor, batch = Predictor(model).to(device), BATCH[device.type]
     # the indexer, which is not used in such short rows, gets no gradient
@@ -214,13 +214,13 @@ def train(model: DemoModel, rows: torch.Tensor, seconds: float, log) -> Predicto
 
 
 def own_sources() -> Sources:
-    """A stand-in for the five files: the generators' own words and templates do the most."""
+    """Return a stand-in for the five files: the generators' own words and templates do the most."""
     problem = ("Ann has 3 pens and buys 4. How many?", "3 + 4 = <<3+4=7>>7.\n#### 7")
     return Sources([problem], [("Name a colour.", "Blue.")], PROSE * 40, PROSE * 40)
 
 
 def quantised(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """e4m3 values and a float32 scale for each 128 x 128."""
+    """Return e4m3 values and a float32 scale for each 128 x 128."""
     rows, columns = weight.shape
     padded = F.pad(weight.float(), (0, -columns % BLOCK, 0, -rows % BLOCK))
     tiles = padded.view(padded.shape[0] // BLOCK, BLOCK, -1, BLOCK)

@@ -24,18 +24,18 @@ class Muon:
         self.state = {id(p): torch.zeros_like(p) for ps in self.groups.values() for p in ps}
 
     def state_dict(self) -> list[torch.Tensor]:
-        """The momentum of each matrix, in the order of the groups."""
+        """Return the momentum of each matrix, in the order of the groups."""
         return list(self.state.values())
 
     @torch.no_grad()
     def load_state_dict(self, momenta: list[torch.Tensor]) -> None:
-        """Takes over what `state_dict` gave."""
+        """Take over what `state_dict` gave."""
         for mine, given in zip(self.state.values(), momenta, strict=True):
             mine.copy_(given)
 
     @torch.no_grad()
     def step(self, rate: torch.Tensor) -> None:
-        """One update with a learning rate, which may be on the GPU."""
+        """Update the weights with a learning rate, which may be on the GPU."""
         for (rows, cols), params in self.groups.items():
             grads, means = [p.grad for p in params], [self.state[id(p)] for p in params]
             torch._foreach_lerp_(means, grads, 1 - self.momentum)
@@ -51,7 +51,7 @@ class Muon:
 
 
 def _orthogonal(x: torch.Tensor) -> torch.Tensor:
-    """Matrices with singular values near 1; x [n, rows <= cols, cols]."""
+    """Return matrices with singular values near 1, for x [n, rows <= cols, cols]."""
     a, b, c = NEWTON_SCHULZ
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(5):
@@ -87,12 +87,12 @@ class Optimiser:
         )
 
     def set_rates(self, factor: float, indexer_factor: float) -> None:
-        """Learning rates of the next steps; `factor` scales all of them but the indexer's."""
+        """Set the learning rates of the next steps. `factor` scales all but the indexer's."""
         for name, rate in self.rates.items():
             self.current[name].fill_(rate * (indexer_factor if name == "indexer" else factor))
 
     def step(self, with_indexer: bool) -> None:
-        """One update; the gradients are gone afterwards."""
+        """Update the weights and drop the gradients."""
         torch.nn.utils.clip_grad_norm_(self.rest, 1.0)
         if with_indexer:
             torch.nn.utils.clip_grad_norm_(self.indexer, 1.0)
@@ -102,11 +102,11 @@ class Optimiser:
             p.grad = None
 
     def state_dict(self) -> dict:
-        """The state of both optimisers."""
+        """Return the state of both optimisers."""
         return {"adam": self.adam.state_dict(), "muon": self.muon.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
-        """Takes over what `state_dict` gave."""
+        """Take over what `state_dict` gave."""
         self.adam.load_state_dict(state["adam"])
         for group, name in zip(self.adam.param_groups, ("adam", "gate", "indexer"), strict=True):
             group["lr"] = self.current[name]

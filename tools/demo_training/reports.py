@@ -14,11 +14,11 @@ PARITY_LENGTHS = (17, 200, 255, 256, 257, 400)
 
 @torch.no_grad()
 def parity(folder: str) -> list[dict]:
-    """Logits of this model against Hugging Face transformers on the same folder, float32, CPU.
+    """Compare the logits with Hugging Face transformers on one folder, float32, CPU.
 
     Returns:
-        For each length: the largest logit and difference, whether every most likely token agrees,
-        and by how much dense attention differs (so that the test is known to see the selection).
+        For each length the largest logit, the largest difference, and True if every most likely
+        token agrees. The difference of dense attention shows that the test sees the selection.
 
     Raises:
         ValueError: transformers reports missing or unexpected tensors.
@@ -60,7 +60,7 @@ RETRIEVAL_MODES = {
 
 
 def all_rates(model: DemoModel, tokenizer, retrieval_items, chat_items, modes, log) -> dict:
-    """Retrieval by mode and length, chat checks by group, and the answers that are only read."""
+    """Return retrieval by mode and length, chat checks by group, and unchecked answers."""
     results: dict = {}
     for task in ("", *TASKS):
         items = [x for x in retrieval_items if x.get("task", "") == task]

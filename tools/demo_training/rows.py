@@ -26,12 +26,12 @@ BLOCKS = 256  # shards of a kind kept in memory
 
 
 def row_lengths(context: int) -> dict[str, int]:
-    """Tokens of a row of each kind: an eighth, a half, the whole of the context."""
+    """Return tokens of a row of each kind: an eighth, a half, the whole of the context."""
     return {"short": context // 8, "long": context // 2, "longest": context}
 
 
 def encode(tokenizer, document) -> list[int]:
-    """Token ids of a document; bit 15 set where the token is trained on.
+    """Return the token ids of a document. Bit 15 marks tokens that are trained on.
 
     Segments are encoded one by one; the special tokens cut the text, so that the rendered chat
     template gives the same ids.
@@ -49,7 +49,7 @@ def encode(tokenizer, document) -> list[int]:
 
 
 def conversation_ids(tokenizer, messages: list[tuple[str, str]]) -> list[int]:
-    """Ids of a conversation with the generation prompt at its end."""
+    """Return ids of a conversation with the generation prompt at its end."""
     ids = [BOS]
     for role, text in messages:
         ids += [ROLE_TOKENS[role], *tokenizer.encode(text, add_special_tokens=False).ids]
@@ -59,7 +59,10 @@ def conversation_ids(tokenizer, messages: list[tuple[str, str]]) -> list[int]:
 
 
 def pack(draw: Callable[[], list[int]], length: int, count: int) -> np.ndarray:
-    """`count` rows of `length` tokens, first fit over a few open rows; documents never split."""
+    """Return `count` rows of `length` tokens, first fit over a few open rows.
+
+    Documents are never split.
+    """
     rows = np.full((count, length), PAD, np.uint16)
     bins: list[list[int]] = [[] for _ in range(OPEN_ROWS)]
     i = 0
@@ -79,7 +82,7 @@ def pack(draw: Callable[[], list[int]], length: int, count: int) -> np.ndarray:
 
 
 def _wanted(shards: Path, worker: int) -> str | None:
-    """The kind of shard that is needed most, None if enough of all are ready."""
+    """Return the kind of shard that is needed most, None if enough of all are ready."""
     ready = {k: len(list(shards.glob(k + "_*.npy"))) / UNREAD[k] for k in KINDS}
     if min(ready.values()) >= 1:
         return None
@@ -87,7 +90,7 @@ def _wanted(shards: Path, worker: int) -> str | None:
 
 
 def write_shards(data, tokenizer_folder, shards, seed: int, context: int, tokens: int) -> None:
-    """Writes .npy files of about `tokens` tokens, as many as UNREAD, until a file "stop" is there.
+    """Write .npy files of about `tokens` tokens, as many as UNREAD, until a file "stop" is there.
 
     Raises:
         FileNotFoundError: a text file is missing.
@@ -119,7 +122,10 @@ def write_shards(data, tokenizer_folder, shards, seed: int, context: int, tokens
 
 
 class Pool:
-    """Rows of one kind; takes each new shard once (and removes its file), then older rows again."""
+    """Rows of one kind: each new shard once, then older rows again.
+
+    The file of a new shard is removed.
+    """
 
     def __init__(self, shards: str | Path, kind: str, device: str):
         self.shards, self.kind, self.device = Path(shards), kind, device
@@ -128,7 +134,7 @@ class Pool:
         self.taken, self.again = 0, 0
 
     def _next(self) -> bool:
-        """Queues the rows of a new shard, or of an old one; False if there is none yet."""
+        """Queue the rows of a new or an old shard. Returns False without a shard."""
         import torch
 
         path = next(iter(sorted(self.shards.glob(self.kind + "_*.npy"))), None)
@@ -149,7 +155,7 @@ class Pool:
         return True
 
     def batch(self, count: int):
-        """ids [count, T] int64, targets [count * T] int64, weights [count * T] float32.
+        """Return ids [count, T] int64, targets [count * T] int64, weights [count * T] float32.
 
         Raises:
             TimeoutError: no shard came for two minutes.

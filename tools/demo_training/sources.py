@@ -18,7 +18,7 @@ from .tables import load, words
 
 @dataclass(frozen=True)
 class DataFile:
-    """One text file: its name in the data folder, origin, licence, SHA-256."""
+    """A text file: its name in the data folder, origin, licence, SHA-256."""
 
     name: str
     origin: str
@@ -67,7 +67,7 @@ class Sources:
 
     @classmethod
     def load(cls, folder: str | Path) -> Sources:
-        """Reads all files of DATA_FILES from a folder.
+        """Read all files of DATA_FILES from a folder.
 
         Raises:
             FileNotFoundError: a file is missing; the message names each and where it comes from.
@@ -94,7 +94,7 @@ class Sources:
 
 
 def _pairs(records: list[dict], tasks: list[dict]) -> list[tuple[str, str]]:
-    """(request, answer) of the records but for those of LEFT_OUT, then of the seed tasks.
+    """Return (request, answer) of the records but for those of LEFT_OUT, then of the seed tasks.
 
     Of the tasks, every instance that is short enough for a short row.
     """
@@ -109,7 +109,7 @@ def _pairs(records: list[dict], tasks: list[dict]) -> list[tuple[str, str]]:
 
 
 def changed_files(folder: str | Path) -> list[str]:
-    """Names of the present files whose SHA-256 is not the recorded one."""
+    """Name of the present files whose SHA-256 is not the recorded one."""
     folder = Path(folder)
     return [
         f.name

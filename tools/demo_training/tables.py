@@ -13,7 +13,7 @@ DATA = Path(__file__).resolve().parent / "data"
 
 
 def load(name: str) -> SimpleNamespace:
-    """One file; its top-level keys are the attributes."""
+    """Return a file whose top-level keys are the attributes."""
     return SimpleNamespace(**json.loads((DATA / f"{name}.json").read_text(encoding="utf-8")))
 
 

@@ -20,7 +20,7 @@ DOCUMENT_CHARACTERS = 1500
 
 
 def _texts(sources: Sources) -> Iterator[str]:
-    """The texts and some generated documents; Chinese ones once more, so that its words merge."""
+    """Yield the texts and some generated documents, Chinese ones twice to merge words."""
     yield sources.tales
     yield sources.play
     for question, answer in sources.problems[:4000]:
@@ -37,7 +37,7 @@ def _texts(sources: Sources) -> Iterator[str]:
 
 
 def train_tokenizer(sources: Sources) -> Tokenizer:
-    """A tokenizer of as many entries as the model has, special tokens included."""
+    """Return a tokenizer of as many entries as the model has, special tokens included."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -58,7 +58,7 @@ def train_tokenizer(sources: Sources) -> Tokenizer:
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
-    """Writes tokenizer.json and tokenizer_config.json with the chat template."""
+    """Write tokenizer.json and tokenizer_config.json with the chat template."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))

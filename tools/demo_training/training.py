@@ -1,9 +1,12 @@
 """Training on one GPU in four phases whose lengths are shares of the time.
 
-A dense attention on short rows; B dense on rows of all lengths; C1 dense attention and the KL that
-trains the indexer; C2 sparse attention (top-k set) and the KL on the selected set. The language
-loss trains the model, the KL alone the indexer. A run can be cut into stages: `save` and `resume`
-carry the weights, the optimiser and the place in the schedule.
+- A: dense attention on short rows.
+- B: dense attention on rows of all lengths.
+- C1: dense attention, and the KL that trains the indexer.
+- C2: sparse attention (top-k set), and the KL on the selected set.
+
+The language loss trains the model, and the KL trains only the indexer. A run can be cut into
+stages: `save` and `resume` carry the weights, the optimiser and the place in the schedule.
 """
 
 from __future__ import annotations
@@ -68,7 +71,7 @@ class Settings:
 
 
 def rows_of(phase: str, step: int, through: float) -> str:
-    """Kind of rows of a step; `through` is how far the phase has come, 0 to 1.
+    """Return the kind of rows of a step. `through` is the progress of the phase, 0 to 1.
 
     In its last third C2 takes one long row in six: short ones are cheap there and keep what was
     learned on long ones.
@@ -78,7 +81,7 @@ def rows_of(phase: str, step: int, through: float) -> str:
 
 
 def phase_at(share: float, phases: tuple[float, ...]) -> tuple[str, float]:
-    """(phase, how far it has come) at a share of the training time."""
+    """Return the phase and its progress at a share of the training time."""
     total, start = sum(phases), 0.0
     for name, length in zip(PHASES, phases, strict=True):
         length /= total
@@ -109,7 +112,7 @@ class CapturedStep:
 
 
 class Trainer:
-    """One run: model, optimiser, compiled parts, and the log."""
+    """A run: model, optimiser, compiled parts, and the log."""
 
     def __init__(self, settings: Settings, model: DemoModel, log: Callable[[str], None]):
         self.settings, self.model, self.log = settings, model, log
@@ -124,7 +127,7 @@ class Trainer:
         self.captured: dict[str, CapturedStep] = {}  # dense steps by kind of rows
 
     def save(self, path: Path) -> None:
-        """Writes everything that `resume` needs."""
+        """Write everything that `resume` needs."""
         state = {
             "model": self.model.state_dict(),
             "optimiser": self.optimiser.state_dict(),
@@ -134,14 +137,14 @@ class Trainer:
         path.with_suffix(".unfinished").rename(path)
 
     def resume(self, path: Path) -> None:
-        """Goes on where `save` was called."""
+        """Go on where `save` was called."""
         state = torch.load(path, map_location=self.model.embed.device, weights_only=True)
         self.model.load_state_dict(state["model"])
         self.optimiser.load_state_dict(state["optimiser"])
         self.steps, self.tokens, self.spent = state["place"]
 
     def rows(self, phase: str, kind: str) -> int:
-        """Rows of a step: `tokens` of them, fewer where attention matrices are kept."""
+        """Return rows of a step: `tokens` of them, fewer where attention matrices are kept."""
         length = self.lengths[kind]
         rows = self.settings.tokens // length
         return max(
@@ -149,7 +152,7 @@ class Trainer:
         )
 
     def _context(self):
-        """Mixed precision and the fastest attention kernel (cuDNN takes heads of 128 and 64)."""
+        """Return a context with mixed precision and the fastest attention kernel (cuDNN)."""
         if self.device != "cuda":
             return nullcontext()
         order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -159,7 +162,7 @@ class Trainer:
         return torch.autocast("cuda", torch.bfloat16) if self.device == "cuda" else nullcontext()
 
     def step(self, batch, phase: str, kind: str, factor: float) -> dict[str, torch.Tensor]:
-        """One update from (ids, targets, weights); loss, KL (mean of layers) and expert loads.
+        """Update from (ids, targets, weights). Returns loss, mean KL of the layers, and loads.
 
         What it returns is overwritten by later steps of the same kind.
         """
@@ -176,7 +179,7 @@ class Trainer:
         return self.captured[kind](batch)
 
     def _update(self, batch, mode: str) -> dict[str, torch.Tensor]:
-        """Forward, backward and the optimisers; nothing of it waits for the GPU."""
+        """Run forward, backward and the optimisers, without a wait for the GPU."""
         ids, targets, weights = batch
         model, settings = self.model, self.settings
         with self._context(), self._precision():
@@ -193,7 +196,7 @@ class Trainer:
         return {"loss": loss.detach(), "kl": kl, "loads": loads}
 
     def factor(self, share: float) -> float:
-        """Learning rate factor: warm-up by steps, constant, then linear to 3 % by time."""
+        """Return learning rate factor: warm-up by steps, constant, then linear to 3 % by time."""
         s = self.settings
         warm = min(1.0, (self.steps + 1) / s.warm_up)
         if share < s.decay_from:
@@ -207,7 +210,7 @@ class Trainer:
         stop_at: float = float("inf"),
         keep: Path | None = None,
     ) -> bool:
-        """Trains until `settings.seconds` are spent (True) or until time.time() is `stop_at`.
+        """Train until `settings.seconds` are spent (True) or until time.time() is `stop_at`.
 
         The state is saved to `keep` where a new phase begins.
         """
@@ -240,7 +243,7 @@ class Trainer:
         return True
 
     def _report(self, phase, factor, seen, last, pools) -> tuple[float, int]:
-        """One line of the log; (now, tokens)."""
+        """Write a line of the log. Returns the time and the tokens so far."""
         now, loads = time.time(), seen["loads"] * self.model.config["n_routed_experts"] / 2
         shards = " ".join(f"{k} {p.taken}+{p.again}" for k, p in pools.items())
         speed = (self.tokens - last[1]) / (now - last[0]) / 1e3
@@ -252,7 +255,7 @@ class Trainer:
         return now, self.tokens
 
     def samples(self, tokenizer, count: int, mode: str) -> None:
-        """Logs greedy answers to the first fixed prompts."""
+        """Log greedy answers to the first fixed prompts."""
         prompts = SAMPLES[:count]
         with self._precision():
             found = answers(self.model, tokenizer, [[("user", q)] for q in prompts], 90, mode)
@@ -261,7 +264,7 @@ class Trainer:
 
 
 def open_log(path: Path) -> Callable[[str], None]:
-    """A function that prints and appends timed lines."""
+    """Return a function that prints and appends timed lines."""
     started = time.time()
 
     def log(line: str) -> None:
@@ -274,7 +277,7 @@ def open_log(path: Path) -> Callable[[str], None]:
 
 
 def new_model(device: str, config: dict, seed: int = 0) -> DemoModel:
-    """A fresh model."""
+    """Return a fresh model."""
     torch.manual_seed(seed)
     random.seed(seed)
     torch.set_float32_matmul_precision("high")

@@ -1,1 +1,1 @@
-"""What a real installation of FastDeploy shows: is it up, are its tokens right, is it faster."""
+"""Checks of a FastDeploy installation: is it up, are its tokens right, is it faster."""

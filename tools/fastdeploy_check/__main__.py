@@ -1,19 +1,19 @@
 """Check fd_dsa inside a real FastDeploy: `python -m tools.fastdeploy_check [MODEL] [flags]`.
 
-Without MODEL a tiny random one is made, which one GPU serves. Flags that are not below, and all
-that stands after `--`, go to `python -m fd_dsa.serve --engine fastdeploy`. First the versions,
-which path serves, and each thing that the plug-in looks for; then three checks, each of which
-starts servers of its own, and whose failure stops no other:
+Without MODEL a tiny random model is made, which one GPU serves. Unknown flags, and arguments after
+`--`, go to `python -m fd_dsa.serve --engine fastdeploy`. The tool reports versions, the serving
+path, and each thing that the plug-in looks for. Then three checks start their own servers. A check
+that fails does not stop the others.
 
-smoke      one server with our plug-in answers a completion and a chat, whole and streamed
-parity     the same prompts through FastDeploy's own DSA path and ours: the same tokens
-step_time  decode steps of both paths alternately in one run, as a ratio
+- smoke: one server with our plug-in answers a completion and a chat, whole and streamed.
+- parity: FastDeploy's own DSA path and ours give the same tokens for the same prompts.
+- step_time: decode steps of both paths alternately in one run, as a ratio.
 
-parity and step_time run both paths with what FastDeploy's own recipe needs: prompts in one piece
-(give a --max-num-batched-tokens that is not below --max-model-len), no prefix caching; ours with
-the indexer's RoPE in FastDeploy's pairing. The result is written as far as it has come: a page of
-Markdown for an issue, and a JSON file with all figures. Exit status: 0 all passed, 1 something is
-wrong, 2 it cannot run: no FastDeploy, or a path that would not serve.
+parity and step_time run both paths as in FastDeploy's own recipe. Prompts are in one piece (give a
+--max-num-batched-tokens of at least --max-model-len), without prefix caching. Our path has the
+indexer's RoPE in FastDeploy's pairing. The results so far are always written: a page of Markdown
+for an issue, and a JSON file with all figures. Exit status: 0 all passed, 1 a check failed, 2 it
+cannot run, without FastDeploy or with a path that would not serve.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _RECIPE = ("--no-enable-prefix-caching", "--enable-logprob")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the checks; returns the exit status."""
+    """Run the checks. Returns the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
     options, serve = _parse(argv)
     try:
@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _outcome(
     check: str, options: argparse.Namespace, serve: list[str], refusals: list[str]
 ) -> dict[str, Any]:
-    """What one check has found; what went wrong in it stops no other."""
+    """Run a check. An error in it does not stop the other checks."""
     if refusals:
         return {"passed": False, "error": f"not run: {refusals[0]}"}
     try:
@@ -94,13 +94,13 @@ def _outcome(
 
 
 def _write(options: argparse.Namespace, result: dict[str, Any]) -> None:
-    """Both files, as far as the result has come."""
+    """Write both files with the results so far."""
     write_json(options.out, result)
     options.report.write_text(as_markdown(result, options.only), "utf-8")
 
 
 def _with_model(serve: list[str], folder: Path) -> list[str]:
-    """Server arguments with a model: without one, a tiny random one is written to `folder`.
+    """Return server arguments with a model, which is a tiny random one by default.
 
     Raises:
         ConfigError: a flag that neither this tool nor the server has.
@@ -114,7 +114,7 @@ def _with_model(serve: list[str], folder: Path) -> list[str]:
 
 
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Options of this tool, and the arguments for the server."""
+    """Parse the options of this tool, and the arguments for the server."""
     parser = argparse.ArgumentParser(
         prog="python -m tools.fastdeploy_check",
         description=__doc__,
@@ -139,14 +139,14 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def _serving(path: str, options: argparse.Namespace, serve: list[str]) -> Any:
-    """A server that runs as in FastDeploy's recipe: prompts in one piece, no prefix caching."""
+    """Run a server as in FastDeploy's recipe: prompts in one piece, no prefix caching."""
     flags = [*serve, *([] if "--" in serve else ["--"]), *_RECIPE]
     variables = options.variables[path] | {"FD_DISABLE_CHUNKED_PREFILL": "1"}
     return serving(path, flags, options.log_folder, variables)
 
 
 def _smoke(options: argparse.Namespace, serve: list[str]) -> dict[str, Any]:
-    """Our path with the defaults that users get: a completion whole and streamed, and a chat.
+    """Ask our path with default settings: a completion and a chat, whole and streamed.
 
     Raises:
         CheckFailed: an answer is missing, empty, or another when it is streamed.
@@ -170,7 +170,7 @@ def _smoke(options: argparse.Namespace, serve: list[str]) -> dict[str, Any]:
 
 
 def _parity(options: argparse.Namespace, serve: list[str]) -> dict[str, Any]:
-    """Both paths, in order."""
+    """Run both paths, in order."""
     answers = {}
     for path in PATHS:
         with _serving(path, options, serve) as server:
@@ -181,7 +181,7 @@ def _parity(options: argparse.Namespace, serve: list[str]) -> dict[str, Any]:
 
 
 def _step_time(options: argparse.Namespace, serve: list[str]) -> dict[str, Any]:
-    """Both paths alternately: the one that begins changes from round to round."""
+    """Run both paths alternately. Each begins every second round."""
     rounds = []
     for number in range(options.rounds):
         for path in PATHS if number % 2 == 0 else PATHS[::-1]:

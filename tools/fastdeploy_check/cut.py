@@ -1,7 +1,7 @@
-"""The first layers of a checkpoint as one of its own: `python -m tools.fastdeploy_check.cut`.
+"""A checkpoint of the first layers of another: `python -m tools.fastdeploy_check.cut`.
 
-Step times of a whole model need a whole machine; a cut of five layers, as FastDeploy #7367 used,
-needs one GPU and has the same steps, only shorter. Its text means nothing.
+Step times of a whole model need a whole machine. A cut of five layers, as in FastDeploy #7367,
+needs one GPU and has the same steps, only shorter. Its text has no meaning.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _PER_LAYER = ("mlp_layer_types", "indexer_types", "layer_types")
 
 
 def cut(folder: Path, out: Path, num_layers: int) -> int:
-    """Write the first layers of a model to a new folder; returns the bytes of their weights.
+    """Write the first layers of a model to a new folder. Returns the bytes of their weights.
 
     Tensors keep their bytes, in one file; the layer for multi-token prediction, which
     comes after the last one, is left out.
@@ -51,13 +51,13 @@ def cut(folder: Path, out: Path, num_layers: int) -> int:
 
 
 def _keeps(name: str, num_layers: int) -> bool:
-    """Whether a tensor belongs to what is kept."""
+    """Return True if a tensor is kept."""
     layer = _LAYER.match(name)
     return layer is None or int(layer[1]) < num_layers
 
 
 def _cut_config(config: dict[str, Any], num_layers: int) -> dict[str, Any]:
-    """The configuration of the first layers."""
+    """Return the configuration of the first layers."""
     lists = {name: config[name][:num_layers] for name in _PER_LAYER if config.get(name)}
     cut = {**config, **lists, "num_hidden_layers": num_layers}
     if "num_nextn_predict_layers" in cut:
@@ -66,7 +66,7 @@ def _cut_config(config: dict[str, Any], num_layers: int) -> dict[str, Any]:
 
 
 def _write(target: Path, checkpoint: Checkpoint, infos: Sequence[TensorInfo]) -> None:
-    """A safetensors file of some tensors of a checkpoint."""
+    """Write a safetensors file with some tensors of a checkpoint."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for info in infos:
@@ -86,7 +86,7 @@ def _write(target: Path, checkpoint: Checkpoint, infos: Sequence[TensorInfo]) ->
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Cut a checkpoint; returns the exit status."""
+    """Cut a checkpoint. Returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m tools.fastdeploy_check.cut")
     parser.add_argument("folder", type=Path, help="checkpoint in Hugging Face format")
     parser.add_argument("out", type=Path, help="new folder")

@@ -1,10 +1,8 @@
-"""The same prompts through both paths: the same tokens, or others where the model hardly prefers
-one.
+"""Comparison of both paths: the same tokens, or others if the candidates are nearly equal.
 
-Two correct implementations add in another order, so greedy tokens may part where two candidates
-are nearly equal. They may part there only: at the first token that differs, the path that is
-compared with must itself give our token a log probability within `margin` of its own choice. What
-comes after that token is another text and is not compared.
+Two correct implementations add in another order, so greedy tokens may part at nearly equal
+candidates. At the first token that differs, the other path must itself give our token a log
+probability within `margin` of its own token. The rest is another text and is not compared.
 """
 
 from __future__ import annotations
@@ -36,7 +34,7 @@ probabilities of the best candidates by text, for each token."""
 
 
 def prompts() -> list[str]:
-    """Texts of several lengths; each is its own, so that none finds another in a prefix cache."""
+    """Return texts of several lengths. All differ, so that no prefix is cached."""
     found = []
     for number, length in enumerate(_LENGTHS):
         order = _SENTENCES[number:] + _SENTENCES[:number]
@@ -46,7 +44,7 @@ def prompts() -> list[str]:
 
 
 def answer(server: Server, text: str) -> Logprobs:
-    """The greedy answer to a prompt.
+    """Return the greedy answer to a prompt.
 
     Raises:
         CheckFailed: the server gives no log probabilities.
@@ -61,15 +59,16 @@ def answer(server: Server, text: str) -> Logprobs:
 
 
 def compare(ours: Logprobs, theirs: Logprobs, margin: float = MARGIN) -> dict[str, Any]:
-    """Where two answers part, and whether they may.
+    """Compare two answers, and judge the place where they part.
 
     Args:
         ours, theirs: answers to one prompt.
-        margin: largest difference of log probabilities that counts as none.
+        margin: largest difference of log probabilities that counts as equal.
 
     Returns:
-        `same` tokens before they part, `tokens` in all, `gap` between the two candidates there
-        (None where they do not part, or where ours is not among theirs), `passed`.
+        `same` is the number of tokens before they part, and `tokens` the number in all. `gap` is
+        the difference of the two candidates there, None if they do not part or ours is not among
+        theirs. `passed` is the verdict.
     """
     own, other = ours["tokens"], theirs["tokens"]
     length, pairs = min(len(own), len(other)), zip(own, other, strict=False)

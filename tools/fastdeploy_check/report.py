@@ -26,7 +26,7 @@ _VERSIONS = {
 
 
 def as_markdown(result: Mapping[str, Any], names: Sequence[str]) -> str:
-    """The page.
+    """Return the page.
 
     Args:
         result: what goes into the JSON file, whole or as far as it has come.
@@ -66,7 +66,7 @@ def as_markdown(result: Mapping[str, Any], names: Sequence[str]) -> str:
 
 
 def body(name: str, found: Mapping[str, Any]) -> list[str]:
-    """What a check has found: a table, or why there is none."""
+    """Return the lines of a check: a table, or the reason without one."""
     if "error" in found:
         return [found["error"]]
     if name == "smoke":
@@ -91,11 +91,11 @@ def _section(title: str) -> list[str]:
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
-    """A table; one line of words where it has no rows."""
+    """Format a table, or a line of words without rows."""
     body = [table_row([_cell(cell) for cell in row]) for row in rows]
     return [table_row(head), table_row(["---"] * len(head)), *body] if body else ["Nothing."]
 
 
 def _cell(value: Any) -> str:
-    """A value that cannot break its row."""
+    """Return a value that cannot break its row."""
     return " ".join(str(value).split()).replace("|", "\\|")

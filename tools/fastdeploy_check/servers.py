@@ -40,7 +40,7 @@ _REQUEST_S = 600.0
 
 
 class CheckFailed(Exception):
-    """A check cannot be made, or found something wrong; the text says what."""
+    """Error of a check that cannot be made, or that found a fault."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Server:
     client: httpx.Client
 
     def post(self, route: str, **fields: Any) -> dict[str, Any]:
-        """The answer to a request.
+        """Return the answer to a request.
 
         Raises:
             CheckFailed: another status than 200.
@@ -69,7 +69,7 @@ class Server:
         return answer.json()
 
     def stream(self, route: str, **fields: Any) -> Iterator[dict[str, Any]]:
-        """The events of a streamed answer that have a choice.
+        """Yield the events of a streamed answer that have a choice.
 
         Raises:
             CheckFailed: another status than 200, or the stream has no end.
@@ -111,7 +111,7 @@ def which_path(path: str) -> dict[str, Any]:
 def serving(
     path: str, arguments: Sequence[str], log_folder: Path, variables: Mapping[str, str]
 ) -> Iterator[Server]:
-    """A server on a free port, started by the launcher that users start.
+    """Yield a server on a free port, started by the launcher that users start.
 
     Args:
         path: OURS or UPSTREAM.
@@ -147,7 +147,7 @@ def serving(
 
 
 def _ready(process: subprocess.Popen[bytes], log: Path) -> tuple[str, str]:
-    """Address and model of the server, once GET /health answers 200."""
+    """Return address and model of the server, once GET /health answers 200."""
     line = re.compile(r"^fd_dsa \S+ starts (.+) with FastDeploy.* on (http://\S+), ", re.MULTILINE)
     while process.poll() is None:
         found = line.search(log.read_text("utf-8", "replace"))
@@ -161,7 +161,7 @@ def _ready(process: subprocess.Popen[bytes], log: Path) -> tuple[str, str]:
 
 
 def logged(log_folder: Path) -> dict[str, int]:
-    """Lines of fd_dsa in the logs of our servers, and how often each is there.
+    """Return lines of fd_dsa in the logs of our servers, with their counts.
 
     The plug-in's own, and those that say which kernels serve an operator and why.
     """
@@ -171,7 +171,7 @@ def logged(log_folder: Path) -> dict[str, int]:
 
 
 def machine(argv: Sequence[str], paths: Mapping[str, Any]) -> dict[str, Any]:
-    """Where a result was taken: machine, versions, commit, command, and what served."""
+    """Return machine, versions, commit, command and serving path of a result."""
     return {
         **environment(),
         "fd_dsa": __version__,

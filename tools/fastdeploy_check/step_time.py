@@ -22,7 +22,7 @@ _WORDS = 256
 
 
 def gaps_us(server: Server, batch: int, tokens: int = _TOKENS) -> list[float]:
-    """Gaps between tokens of `batch` streams, microseconds, while all of them run.
+    """Return gaps between tokens of `batch` streams, microseconds, while all of them run.
 
     Raises:
         CheckFailed: a stream failed, or they never all ran at once.
@@ -51,7 +51,7 @@ def gaps_us(server: Server, batch: int, tokens: int = _TOKENS) -> list[float]:
 
 
 def overlapping_gaps_us(arrivals: Sequence[Sequence[float]]) -> list[float]:
-    """Gaps inside the time in which every stream had begun and none had ended.
+    """Return gaps inside the time in which every stream had begun and none had ended.
 
     Args:
         arrivals: seconds at which each stream's tokens came.
@@ -74,7 +74,7 @@ def overlapping_gaps_us(arrivals: Sequence[Sequence[float]]) -> list[float]:
 
 
 def report(rounds: Sequence[tuple[str, dict[int, list[float]]]]) -> list[dict[str, Any]]:
-    """One entry for each batch size, of all rounds of one run.
+    """Return an entry for each batch size, over all rounds of one run.
 
     Args:
         rounds: path and gaps by batch size, in the order in which they were taken.

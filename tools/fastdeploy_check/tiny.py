@@ -1,7 +1,7 @@
 """A random model for a FastDeploy without one: DeepSeek-V3.2's attention, three small layers.
 
-Its text means nothing. Configuration and tokenizer are those of the demo model, with the widths
-that DSA's caches and FastDeploy's own DSA kernels need; all layers are dense, since experts are
+Its text has no meaning. Configuration and tokenizer are those of the demo model, with the widths
+that DSA's caches and FastDeploy's own DSA kernels need. All layers are dense, because experts are
 FastDeploy's in either path.
 """
 
@@ -44,7 +44,7 @@ _SHARPNESS = 4
 
 
 def write_tiny_model(folder: Path) -> Path:
-    """Write the model to a new folder, about 120 MB in bfloat16; the same bytes every time."""
+    """Write the model to a new folder, about 120 MB in bfloat16 with fixed bytes."""
     demo = demo_model_path()
     fields = json.loads((demo / "config.json").read_text("utf-8")) | _FIELDS
     expected = expected_tensors(config_from_dict(fields))

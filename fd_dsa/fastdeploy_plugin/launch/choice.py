@@ -10,36 +10,36 @@ from fd_dsa.errors import BackendUnavailable, ConfigError
 
 INSTALL = (
     "install it from Paddle's own package index (docs/fastdeploy.md has the commands), then fd_dsa "
-    "beside it"
+    "into the same Python"
 )
 
 
 def fastdeploy_is_installed() -> bool:
-    """True if this Python can find the package; it is not imported."""
+    """Return True if this Python can find the package, without an import."""
     return find_spec("fastdeploy") is not None
 
 
 def require_fastdeploy() -> None:
-    """Refuse to go on without FastDeploy.
+    """Check that FastDeploy is installed.
 
     Raises:
-        BackendUnavailable: says how to install it.
+        BackendUnavailable: FastDeploy is missing; says how to install it.
     """
     if not fastdeploy_is_installed():
         raise BackendUnavailable(f"FastDeploy is not installed in this Python; {INSTALL}")
 
 
 def fastdeploy_version() -> str:
-    """Version of the installed package, "" if its files do not tell."""
-    # the package for CUDA, and its name in a build from source
+    """Return the version of the installed package, "" if its files have no version."""
+    # name of the package for CUDA, and of a build from source
     return installed_version("fastdeploy-gpu") or installed_version("fastdeploy")
 
 
 def choose_engine(args: argparse.Namespace) -> tuple[str, str]:
-    """Engine for `--engine auto`, and the reason in words.
+    """Return the engine for `--engine auto`, and the reason in words.
 
-    The embedded engine serves on all GPUs of one machine. FastDeploy serves only if a flag asks
-    for a feature that the embedded engine does not have.
+    The embedded engine runs on all GPUs of one machine. FastDeploy runs only if a flag asks for a
+    feature that the embedded engine does not have.
 
     Raises:
         BackendUnavailable: the flags need FastDeploy, which is not installed.
@@ -56,7 +56,7 @@ def choose_engine(args: argparse.Namespace) -> tuple[str, str]:
 
 
 def refuse_for_embedded(args: argparse.Namespace) -> None:
-    """Refuse flags that only FastDeploy can honour.
+    """Refuse flags that only FastDeploy supports.
 
     Raises:
         ConfigError: names the first of them.
@@ -70,11 +70,11 @@ def refuse_for_embedded(args: argparse.Namespace) -> None:
 
 
 def _asked_for_more(args: argparse.Namespace) -> str:
-    """Flag that asks for a feature of FastDeploy only, in words; "" without one."""
+    """Return the flag that asks for a feature of FastDeploy only, in words, or ""."""
     if args.data_parallel_size > 1:
         return f"--data-parallel-size is {args.data_parallel_size}"
     if args.enable_expert_parallel:
         return "--enable-expert-parallel is set"
     if args.passed:
-        return f"{args.passed[0]} stands after --"
+        return f"{args.passed[0]} is given after --"
     return ""

@@ -29,10 +29,10 @@ ENTRY_POINT_GROUPS = ("fastdeploy.model_register_plugins", "fastdeploy.model_run
 
 
 def server_environment(environment: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
-    """Environment of FastDeploy's server, and a line for each value that works against us.
+    """Return the environment of FastDeploy's server, and its warnings.
 
-    It is the launcher's, with FD_ATTENTION_BACKEND=DSA_ATTN, and with fd_dsa added to FD_PLUGINS.
-    That list has no spaces, because FastDeploy would read them as part of a name.
+    The server gets the launcher's environment with FD_ATTENTION_BACKEND=DSA_ATTN, and with fd_dsa
+    in FD_PLUGINS. That list has no spaces, because FastDeploy would read them as part of a name.
 
     Raises:
         ConfigError: FD_ATTENTION_BACKEND asks for another backend.
@@ -58,21 +58,23 @@ def server_environment(environment: Mapping[str, str]) -> tuple[dict[str, str], 
 
 
 def plugin_names() -> set[str]:
-    """Names of the installed plug-ins for FastDeploy, in the groups that fd_dsa uses."""
+    """Return the names of the installed plug-ins for FastDeploy in the groups of fd_dsa."""
     return {point.name for group in ENTRY_POINT_GROUPS for point in entry_points(group=group)}
 
 
 def missing_entry_points() -> list[str]:
-    """Groups of FastDeploy's without an installed entry point named fd_dsa."""
+    """Return the groups of FastDeploy without an installed entry point named fd_dsa."""
     return [group for group in ENTRY_POINT_GROUPS if not entry_points(group=group, name=PLUGIN)]
 
 
 def probe(environment: Mapping[str, str], timeout_s: float) -> dict[str, Any]:
-    """`status.report` of a child that imports FastDeploy; always with `error` and `version`.
+    """Return `status.report` of a child that imports FastDeploy.
+
+    A failed import, or a child without a report, gives only `error` and `version`.
 
     Args:
         environment: environment of the child.
-        timeout_s: longest wait; a child that takes longer is ended.
+        timeout_s: seconds after which the child is ended.
     """
     version = fastdeploy_version()
     with tempfile.TemporaryDirectory(prefix="fd_dsa-probe-") as name:

@@ -1,4 +1,4 @@
-"""`python -m fd_dsa.serve --engine fastdeploy`: FastDeploy's own server, with our plug-in in it.
+"""`python -m fd_dsa.serve --engine fastdeploy`: FastDeploy's own server with the plug-in.
 
 The launcher prepares a command and its environment, says where the server will answer, and then
 becomes that command: signals, output and exit status are FastDeploy's own.
@@ -31,12 +31,12 @@ from fd_dsa.fastdeploy_plugin.launch.environment import (
 )
 
 SERVER_MODULE = "fastdeploy.entrypoints.openai.api_server"
-# FastDeploy's default, which it applies without a word
+# FastDeploy's default, which it applies without a log line
 _FASTDEPLOY_MODEL_LEN = 2048
 # a first import fills caches of compiled Python on a cold disk
 _IMPORT_S = 600.0
 
-# flags that both have, under one name; FastDeploy's other flags go after --
+# flags that both servers have under one name; other flags of FastDeploy go after --
 SHARED: tuple[str, ...] = ("model", "served_model_name", "host", "port", "tensor_parallel_size")
 SHARED += ("data_parallel_size", "enable_expert_parallel", "max_model_len", "max_num_seqs")
 SHARED += ("max_num_batched_tokens", "gpu_memory_utilization", "num_gpu_blocks_override")
@@ -53,11 +53,13 @@ class Launch:
     """A command for FastDeploy's server.
 
     Attributes:
-        warnings: lines that the user should know first.
+        command: program and arguments.
+        environment: environment of the server.
+        warnings: lines for the user, logged before the start.
         url: address of the server for this machine.
         model_name: value of the `model` field of requests.
-        max_model_len: longest prompt plus output, tokens.
-        num_api_keys: number of keys that open the server.
+        max_model_len: max tokens of a prompt plus its output.
+        num_api_keys: number of keys that the server accepts.
     """
 
     command: tuple[str, ...]
@@ -70,16 +72,16 @@ class Launch:
 
 
 def prepare(args: argparse.Namespace) -> Launch:
-    """Command and environment of FastDeploy's server; starts nothing.
+    """Return command and environment of FastDeploy's server, without a start.
 
-    FastDeploy takes the last value of a flag, so flags after `--` override ours.
+    FastDeploy uses the last value of a flag, so flags after `--` override the launcher's.
 
     Args:
-        args: flags as `fd_dsa.serve.flag_sources.parse_args` returns them.
+        args: result of `fd_dsa.serve.flag_sources.parse_args`.
 
     Raises:
         BackendUnavailable: FastDeploy is not installed, or fd_dsa is no installed package.
-        ConfigError: a flag or a variable cannot be honoured.
+        ConfigError: a flag or a variable is unsupported.
     """
     require_fastdeploy()
     missing = missing_entry_points()
@@ -113,7 +115,10 @@ def prepare(args: argparse.Namespace) -> Launch:
 
 
 def check_import(plan: Launch) -> str:
-    """Import FastDeploy in a child, and log which path will serve; returns its name and version.
+    """Import FastDeploy in a child, and log the DSA path that will run.
+
+    Returns:
+        Name and version of FastDeploy.
 
     Raises:
         BackendUnavailable: FastDeploy cannot be imported; says why.
@@ -143,7 +148,7 @@ def become(plan: Launch) -> NoReturn:
 
 
 def without_secrets(arguments: Sequence[str]) -> list[str]:
-    """Arguments for a log, without the values of keys and passwords."""
+    """Return arguments for a log, without the values of keys and passwords."""
     shown: list[str] = []
     hide_next = False
     for argument in arguments:
@@ -155,7 +160,7 @@ def without_secrets(arguments: Sequence[str]) -> list[str]:
 
 
 def _place(args: argparse.Namespace) -> dict[str, Any]:
-    """Model, name, host and port, which the launcher always gives."""
+    """Return model, name, host and port, which the launcher always passes."""
     for name in sorted(args.given - {*SHARED, *OWN}):
         raise ConfigError(
             f"{_flag(name)}: got {getattr(args, name)!r}, but it is a flag of --engine embedded; "
@@ -174,14 +179,14 @@ def _place(args: argparse.Namespace) -> dict[str, Any]:
         raise ConfigError(
             f"--served-model-name: got {len(names)} names, FastDeploy takes one; give one"
         )
-    # FastDeploy may download a model after --, so only a folder of ours is checked
+    # FastDeploy may download a model after --, so only the launcher's own folder is checked
     model = str(EngineConfig(model=args.model).model_path) if "model" in args else passed["model"]
     name = names[0] if names else Path(passed.get("model", model)).name
     return {"model": model, "served_model_name": name, "host": args.host, "port": args.port}
 
 
 def passed_values(arguments: Sequence[str]) -> dict[str, Any]:
-    """Values after `--` that decide where the server answers, and to which requests."""
+    """Return the values after `--` of the server's model, name, address and length."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for name in (*_PLACE, "max_model_len"):
         kind = int if name in ("port", "max_model_len") else str
@@ -201,7 +206,7 @@ def _flag(name: str) -> str:
 
 
 def _words(flag: str, value: object) -> list[str]:
-    """A flag and its value on FastDeploy's command line."""
+    """Return a flag and its value on FastDeploy's command line."""
     if isinstance(value, bool):
         return [flag if value else f"--no-{flag.removeprefix('--')}"]
     values = value if isinstance(value, list) else [value]

@@ -324,8 +324,8 @@ def _check_consistency(reader: FieldReader, values: dict[str, Any]) -> None:
         allowed = f"at least the rotated channels, {values['qk_rope_head_dim']}"
         raise reader.error("index_head_dim", values["index_head_dim"], allowed)
     if experts * layers > MAX_EXPERTS:
-        most = MAX_EXPERTS // layers
-        raise reader.error("n_routed_experts", experts, f"at most {most} in {layers} layers")
+        limit = MAX_EXPERTS // layers
+        raise reader.error("n_routed_experts", experts, f"at most {limit} in {layers} layers")
     if values["num_experts_per_tok"] > experts:
         allowed = f"at most n_routed_experts, {experts}"
         raise reader.error("num_experts_per_tok", values["num_experts_per_tok"], allowed)

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 
 from fd_dsa.attention.protocol import LayerStep
-from fd_dsa.device.allocation import Array
 from fd_dsa.models.deepseek_v4.attention import V4Attention
 from fd_dsa.models.deepseek_v4.config import WINDOW, DeepseekV4Config
 from fd_dsa.models.deepseek_v4.hyper import HeadCollapse, HyperConnection
@@ -18,6 +17,7 @@ from fd_dsa.models.deepseek_v4.tensors import FINAL_NORM, HEAD_HC
 from fd_dsa.models.sources import EMBEDDING, LM_HEAD, WeightLoader
 from fd_dsa.models.weights_protocol import HostOnlyWeights
 from fd_dsa.ops.arrays import as_numpy
+from fd_dsa.tensor import Array
 
 
 class DeepseekV4DecoderLayer:
@@ -99,7 +99,7 @@ class DeepseekV4ForCausalLM:
 
         Args:
             token_ids: int64 [num_tokens], token ids of the step, rows back to back.
-            forward_meta: step of the runner, after `init_attention_metadata`.
+            forward_meta: step of the runner, with metadata.
         """
         ids, positions = as_numpy(token_ids), forward_meta.position_ids
         rows = self._embedding[ids]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fd_dsa.accuracy.embedded import SingleSequenceRunner
-from fd_dsa.accuracy.perplexity import token_losses
+from tests.accuracy.losses import token_losses
 from tests.accuracy.selection.test_topk_hook import (
     CASES,
     FP8,

@@ -10,20 +10,20 @@ world = load("countries")
 
 
 def entry(p: Pieces, rows: list[dict]) -> tuple[str, str]:
-    """(question, answer) of one row {"ask": wordings, "answer": text}."""
+    """Return (question, answer) of one row {"ask": wordings, "answer": text}."""
     row = p.choice(rows)
     return p.say(row["ask"]), row["answer"]
 
 
 def introduction(p: Pieces) -> tuple[str, str]:
-    """A greeting, or a question about the model, its abilities or its field."""
+    """Return a greeting, or a question about the model, its abilities or its field."""
     return entry(
         p, getattr(about, p.mixed([[0.3, "greetings"], [0.65, "identity"], [1, "topics"]]))
     )
 
 
 def country(p: Pieces) -> tuple[str, str]:
-    """A question about the capital or the continent of a country, or of something else."""
+    """Return a question about the capital or the continent of a country, or of something else."""
     name, (capital, continent) = p.item(world.countries)
     r = p.random.random()
     if r < 0.62:
@@ -44,7 +44,7 @@ def country(p: Pieces) -> tuple[str, str]:
 
 
 def _named_capital(p: Pieces, name: str, capital: str) -> tuple[str, str]:
-    """A question that names a capital."""
+    """Return a question that names a capital."""
     if p.chance(0.4):
         guess = capital if p.chance(0.5) else p.choice([*world.cities, p.draw("city")])
         start = "Yes" if guess == capital else "No"

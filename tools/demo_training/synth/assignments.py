@@ -37,17 +37,17 @@ NO_FRAME = {"json", "firstword"}  # a title or a postscript would break them
 
 
 def weighted(p: Pieces, table: dict):
-    """One key of a table of weights."""
+    """Return a random key of a table of weights."""
     return p.random.choices(list(table), list(table.values()))[0]
 
 
 def number(p: Pieces, n: int) -> str:
-    """A count in digits, at times as a word."""
+    """Return a count in digits, at times as a word."""
     return content.numbers[n] if n < len(content.numbers) and p.chance(0.2) else str(n)
 
 
 def _sentences(p: Pieces, page_wish: Wish, length: str) -> tuple[list[str], int]:
-    """Sentences that keep a rule on length ("" = none), and its number."""
+    """Return sentences that keep a rule on length ("" = none), and its number."""
     if length == "manysent":
         n = p.choice([2, 3, 4, 5, 5, 6, 8, 10, 12, 15, 17, 20, 25, 30, 40, 50])
         return page_wish.sentences(p, n + p.between(1, 2)), n
@@ -68,7 +68,7 @@ def _sentences(p: Pieces, page_wish: Wish, length: str) -> tuple[list[str], int]
 
 
 def _until(p: Pieces, page_wish: Wish, words: int) -> list[str]:
-    """Sentences of at least this many words together."""
+    """Return sentences of at least this many words together."""
     count = max(2, words // 11)
     while True:
         found = page_wish.sentences(p, count)
@@ -78,7 +78,7 @@ def _until(p: Pieces, page_wish: Wish, words: int) -> list[str]:
 
 
 def _form(p: Pieces, page: Page, form: str, sentences: list[str], own_length: bool) -> None:
-    """Cuts the sentences into the blocks of a form and says its rule."""
+    """Cut the sentences into the blocks of a form and says its rule."""
     n = p.choice([2, 2, 3, 3, 4, 5, 6])
     if form == "bullets":
         n = p.choice([1, 2, 3, 3, 4, 5, 5, 6, 7, 8, 10])
@@ -108,7 +108,7 @@ def _form(p: Pieces, page: Page, form: str, sentences: list[str], own_length: bo
 
 
 def _frame(p: Pieces, page: Page) -> None:
-    """A title, a postscript or a last phrase."""
+    """Add a title, a postscript or a last phrase."""
     r = p.random.random()
     if r < 0.4:
         page.title = upper_first(page.topic.text) if p.chance(0.8) else p.phrase().title()
@@ -133,7 +133,7 @@ def _end_phrase(p: Pieces) -> str:
 
 
 def _kinds(p: Pieces) -> set[str]:
-    """Which groups of rules a request has; one to three of them, single ones most often."""
+    """Choose the groups of rules of a request: one to three, most often one."""
     count = p.choice([1, 1, 1, 2, 2, 3])
     found: set[str] = set()
     while len(found) < count:
@@ -142,7 +142,7 @@ def _kinds(p: Pieces) -> set[str]:
 
 
 def _draw(p: Pieces) -> tuple[Wish, Page]:
-    """A wish and a page that is meant to keep its rules."""
+    """Return a wish and a page that is meant to keep its rules."""
     asked, groups = wish(p), _kinds(p)
     length = weighted(p, LENGTHS) if "length" in groups else ""
     sentences, n = _sentences(p, asked, length)
@@ -165,7 +165,7 @@ def _draw(p: Pieces) -> tuple[Wish, Page]:
 
 
 def _possible(page: Page, answer: str) -> bool:
-    """Whether the rules fit together and the answer keeps them all."""
+    """Return True if the rules fit together and the answer keeps them all."""
     kinds = [kind for kind, _ in page.checks]
     together = set(kinds)
     if not kinds or len(together) < len(kinds):
@@ -178,7 +178,7 @@ def _possible(page: Page, answer: str) -> bool:
 
 
 def vary(p: Pieces, wording: str) -> str:
-    """A wording of a rule with some of its words exchanged for words of one meaning."""
+    """Return a wording of a rule in which some words are exchanged for equivalent ones."""
     for pattern, words in rules.swaps:
         if p.chance(0.4):
             wording = re.sub(pattern, p.choice(words), wording, count=1)
@@ -188,7 +188,7 @@ def vary(p: Pieces, wording: str) -> str:
 
 
 def say(p: Pieces, kind: str, fields: dict[str, str]) -> str:
-    """One wording of a rule as a sentence."""
+    """Return a wording of a rule as a sentence."""
     if p.chance(0.5):
         return vary(p, p.choice(rules.sentences[kind])).format(**fields)
     text = vary(p, p.choice(rules.imperatives[kind])).format(**fields)
@@ -197,7 +197,7 @@ def say(p: Pieces, kind: str, fields: dict[str, str]) -> str:
 
 
 def request_text(p: Pieces, request: str, said: list[str]) -> str:
-    """The request and its rules: after it, before it, around it, or as a list."""
+    """Return the request and its rules: after it, before it, around it, or as a list."""
     r = p.random.random()
     if r < 0.08:
         head = p.choice(requests.heads)
@@ -215,7 +215,7 @@ def request_text(p: Pieces, request: str, said: list[str]) -> str:
 
 
 def assignment(p: Pieces) -> Instruction:
-    """One wordy request with rules; the answer passes `check` for every one of them."""
+    """Return a wordy request with rules, and an answer that passes `check` for each rule."""
     while True:
         asked, page = _draw(p)
         answer = page.text()
@@ -227,7 +227,7 @@ def assignment(p: Pieces) -> Instruction:
 
 
 def repeat_wish(p: Pieces) -> Instruction:
-    """A wordy request that is to be repeated word for word before the answer."""
+    """Return a wordy request that is to be repeated word for word before the answer."""
     inner = wish(p)
     text, sentences = inner.request, inner.sentences(p, p.choice([1, 2, 3, 4]))
     if p.chance(0.25):
@@ -242,7 +242,7 @@ def repeat_wish(p: Pieces) -> Instruction:
 
 
 def language_wish(p: Pieces) -> Instruction:
-    """A request to be answered in another language: one short text for each."""
+    """Return a request to be answered in another language: one short text for each."""
     name, text = p.item(requests.languages)
     inner = wish(p)
     said = [say(p, "language", {"l": name})]
@@ -250,7 +250,7 @@ def language_wish(p: Pieces) -> Instruction:
 
 
 def choice_wish(p: Pieces) -> Instruction:
-    """A question for which three answers are allowed; with nothing known it is the third."""
+    """Return a question with three allowed answers. The third is for an unknown fact."""
     fields = {"t": p.draw("topic"), "w": p.word(), "n": p.name(), "d": p.choice(["soon", "today"])}
     question = p.say(requests.choice_questions, **fields)
     if p.chance(0.5):
@@ -261,7 +261,7 @@ def choice_wish(p: Pieces) -> Instruction:
 
 
 def open_wish(p: Pieces) -> Instruction:
-    """A wordy request without a rule."""
+    """Return a wordy request without a rule."""
     asked = wish(p)
     sentences = asked.sentences(p, p.between(2, 8))
     groups = cut(sentences, 2) if len(sentences) > 5 and p.chance(0.3) else [sentences]
@@ -269,7 +269,7 @@ def open_wish(p: Pieces) -> Instruction:
 
 
 def assigned(p: Pieces) -> Instruction:
-    """Any wordy request."""
+    """Return any wordy request."""
     r = p.random.random()
     if r < 0.70:
         return assignment(p)

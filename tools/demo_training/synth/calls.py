@@ -30,17 +30,17 @@ class Offer:
     ask: list[str]
 
     def line(self) -> str:
-        """The tool as the chat template shows it."""
+        """Return the tool as the chat template shows it."""
         return f"{self.name}({self.argument}: {self.type}): {self.about}"
 
 
 def tools_text(lines: list[str], system: str = "") -> str:
-    """The system prompt with its tools, as the chat template writes it."""
+    """Return the system prompt with its tools, as the chat template writes it."""
     return (f"{system}\n\n" if system else "") + "Tools:\n" + "\n".join(lines)
 
 
 def call_text(name: str, argument: str, value: str | int) -> str:
-    """One call in DeepSeek-V3.2's format."""
+    """Return a call in DeepSeek-V3.2's format."""
     is_text = json.dumps(isinstance(value, str))
     return (
         f'<｜DSML｜function_calls>\n<｜DSML｜invoke name="{name}">\n'
@@ -50,12 +50,12 @@ def call_text(name: str, argument: str, value: str | int) -> str:
 
 
 def result_text(content: str) -> str:
-    """The message of a tool, as the chat template writes it after the user's mark."""
+    """Return the message of a tool, as the chat template writes it after the user's mark."""
     return f"<function_results>\n<result>{content}</result>\n</function_results>"
 
 
 def _invented(p: Pieces) -> Offer:
-    """A tool of random words."""
+    """Return a tool of random words."""
     form = p.choice(calls.forms)
     argument, kind = p.say(calls.arguments), p.choice(("string", "string", "integer"))
     fields = p.fields(form["draw"]) | {"arg": argument}
@@ -66,7 +66,7 @@ def _invented(p: Pieces) -> Offer:
 
 
 def offer(p: Pieces) -> Offer:
-    """A tool of the table, at times under other names, or one of random words."""
+    """Return a tool of the table, at times under other names, or one of random words."""
     if p.chance(0.55):
         return _invented(p)
     row = Offer(**p.choice(calls.tools))
@@ -78,7 +78,7 @@ def offer(p: Pieces) -> Offer:
 
 
 def call(p: Pieces) -> Document:
-    """Tools, and a request for one of them or for none."""
+    """Return tools, and a request for one of them or for none."""
     offers = [offer(p) for _ in range(p.between(1, 5))]
     # one of a kind: of two with one name or purpose no request could mean either
     offers = list({x.name: x for x in {x.about: x for x in offers}.values()}.values())
@@ -101,7 +101,7 @@ def call(p: Pieces) -> Document:
 
 
 def _called(p: Pieces, wanted: Offer) -> Document:
-    """A request, its call, and in a fifth of the documents the result."""
+    """Return a request, its call, and in a fifth of the documents the result."""
     value = p.say(wanted.value)
     request = p.say(wanted.ask, v=value)
     if p.chance(0.2):

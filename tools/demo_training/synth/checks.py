@@ -1,4 +1,4 @@
-"""Checks of the verifiable constraints; every generated answer passes its own."""
+"""Checks of the verifiable constraints. Every generated answer passes its own."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def _is_json(answer: str) -> bool:
-    """Valid JSON, alone or inside markdown ticks."""
+    """Return True for valid JSON, alone or inside markdown ticks."""
     try:
         json.loads(re.sub(r"^```(json)?|```$", "", answer).strip())
     except ValueError:
@@ -22,7 +22,7 @@ def _paragraphs(answer: str) -> list[str]:
 
 
 def _halves(answer: str) -> bool:
-    """Exactly two different, non-empty answers around six asterisks."""
+    """Return True for exactly two different, non-empty answers around six asterisks."""
     parts = [x.strip() for x in answer.split("******")]
     return len(parts) == 2 and all(parts) and parts[0] != parts[1]
 
@@ -32,18 +32,22 @@ def _word_count(answer: str, word: str) -> int:
 
 
 def _first_word(answer: str, arg: tuple[int, int, str]) -> bool:
-    """arg: paragraphs (split by two line breaks), which one (from 1), its first word."""
+    """Check a paragraph's first word.
+
+    Args:
+        arg: paragraphs (split by two line breaks), which one (from 1), its first word.
+    """
     parts = [x for x in answer.split("\n\n") if x.strip()]
     return len(parts) == arg[0] and parts[arg[1] - 1].split()[0].strip(".,") == arg[2]
 
 
 def letter_count(answer: str, letter: str) -> int:
-    """How often a letter occurs, in either case."""
+    """Count a letter, in either case."""
     return answer.lower().count(letter.lower())
 
 
 def count_capitals(answer: str) -> int:
-    """Words of capital letters only ("I" and "A" are such words)."""
+    """Return words of capital letters only ("I" and "A" are such words)."""
     return sum(w.isupper() for w in re.findall(r"[A-Za-z][A-Za-z']*", answer))
 
 
@@ -85,7 +89,7 @@ CHECKS: dict[str, Callable[[str, Any], bool]] = {
 
 
 def check(kind: str, arg: Any, answer: str) -> bool:
-    """Whether an answer satisfies one constraint.
+    """Return True if an answer satisfies a constraint.
 
     Args:
         kind: a key of CHECKS.

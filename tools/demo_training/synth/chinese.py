@@ -32,7 +32,7 @@ def _capital(p: Pieces) -> tuple[str, str]:
 
 
 def _sum(p: Pieces) -> tuple[str, str]:
-    """One of the four operations on numbers below 100."""
+    """Return a question and answer about an operation on numbers below 100."""
     name = p.choice(("plus", "plus", "minus", "times", "over"))
     high = p.choice((9, 20, 99))
     a, b = p.between(0, high), p.between(0, high)
@@ -57,7 +57,7 @@ def _refused(p: Pieces) -> tuple[str, str]:
 
 
 def _decorated(p: Pieces, request: str, plainly: bool) -> str:
-    """The request as people type it: a polite word before or after it, an end mark or none."""
+    """Return the request as typed: a polite word around it, an end mark or none."""
     if not plainly and len(request) < 40:
         if p.chance(0.15):
             request = p.choice(chinese.decorations["before"]) + request
@@ -70,7 +70,7 @@ def _decorated(p: Pieces, request: str, plainly: bool) -> str:
 
 
 def exchange_in_chinese(p: Pieces) -> Document:
-    """One request and its answer."""
+    """Return a request and its answer."""
     kind = p.mixed(KINDS)
     makers = {"sum": _sum, "capital": _capital, "refused": _refused}
     request, answer = makers[kind](p) if kind in makers else _known(p, kind)
@@ -79,7 +79,7 @@ def exchange_in_chinese(p: Pieces) -> Document:
 
 
 def chinese_chat(p: Pieces) -> Document:
-    """One exchange, or two to four; a tenth has a system prompt."""
+    """Return one exchange, or two to four. A tenth has a system prompt."""
     count = p.between(2, 4) if p.chance(0.2) else 1
     turns = [turn for _ in range(count) for turn in exchange_in_chinese(p)]
     return [("system", p.choice(chinese.systems)), *turns] if p.chance(0.1) else turns

@@ -1,4 +1,4 @@
-"""The mixture of documents; `Generator` is what training, tokenizer and evaluation use.
+"""The mixture of documents. Training, tokenizer and evaluation use `Generator`.
 
 A document is a list of (role, text); roles: "raw", "system", "user", "assistant". The same seed
 and sources give the same documents.
@@ -38,7 +38,7 @@ class Generator:
         self._total = sum(share for share, _ in KINDS)
 
     def document(self) -> Document:
-        """One document of at most a few thousand characters, without a held-out prompt."""
+        """Return a document of at most a few thousand characters, without a held-out prompt."""
         while True:
             found = self._document()
             if not any(role == "user" and is_held_out(text) for role, text in found):
@@ -53,7 +53,7 @@ class Generator:
         return KINDS[-1][1](self.pieces)
 
     def long_document(self, characters: int = 12500) -> Document:
-        """A retrieval document, another task on a long text, or a list of 40 pairs and more.
+        """Return a retrieval document, another task on a long text, or a list of 40 pairs and more.
 
         Args:
             characters: the largest length; 800 is the smallest.
@@ -68,12 +68,12 @@ class Generator:
 
 
 def short_length(p: Pieces) -> int:
-    """60 to 2,400 characters, small ones more often."""
+    """Return 60 to 2,400 characters, small ones more often."""
     return int(60 * 40 ** p.random.random())
 
 
 def passage(p: Pieces) -> Document:
-    """A piece of the texts."""
+    """Return a piece of the texts."""
     text = p.sources.play if p.chance(0.35) else p.sources.tales
     start = p.between(0, max(0, len(text) - 3000))
     return [("raw", text[start : start + p.between(600, 2800)])]
@@ -88,7 +88,7 @@ NOT_TAUGHT = re.compile(
 
 
 def taught(p: Pieces) -> tuple[str, str]:
-    """A request of the instructions that the model does not refuse."""
+    """Return a request of the instructions that the model does not refuse."""
     while True:
         request, answer = p.choice(p.sources.instructions)
         if not NOT_TAUGHT.search(request):
@@ -96,14 +96,14 @@ def taught(p: Pieces) -> tuple[str, str]:
 
 
 def exchange(p: Pieces, make: Callable[[Pieces], Any], plainly: bool = False) -> Document:
-    """One request and its answer; `make` gives (request, text or sentences), and more or not."""
+    """Return a request and its answer, made by `make`."""
     request, answer, *_ = make(p)
     text = answer if isinstance(answer, str) else " ".join(answer)
     return [("user", request if plainly else casual(p, request)), ("assistant", text)]
 
 
 def instructed(p: Pieces, make: Callable[[Pieces], Any]) -> Document:
-    """An exchange of its own, a tenth of them under a system prompt."""
+    """Return an exchange of its own, a tenth of them under a system prompt."""
     found = exchange(p, make)
     return [("system", p.choice(talk.systems)), *found] if p.chance(0.1) else found
 
@@ -113,7 +113,7 @@ CHATTED += (introduction, introduction, country, refusal, refusal)
 
 
 def chat(p: Pieces) -> Document:
-    """Two to four exchanges; a third asks for something said in the first."""
+    """Return two to four exchanges. A third of them asks for something said in the first."""
     turns: Document = []
     for _ in range(p.between(1, 3)):
         kind = p.choice(CHATTED)

@@ -25,7 +25,7 @@ class Instruction(NamedTuple):
 
 
 def _say(p: Pieces, draft: Draft) -> str:
-    """The request and its rules in one text: after it, before it, or as a list."""
+    """Return the request and its rules in one text: after it, before it, or as a list."""
     request, rules = draft.request, [r for r in draft.rules if r]
     if p.chance(0.2):
         request = p.say(wordings["leads"], q=request)
@@ -41,7 +41,7 @@ def _say(p: Pieces, draft: Draft) -> str:
 
 
 def repeat_first(p: Pieces) -> Instruction:
-    """The request (or a sentence of the texts) must be repeated word for word, then answered."""
+    """Ask to repeat the request (or a sentence of the texts) word for word before the answer."""
     r = p.random.random()
     if r < 0.25:
         question, answer = p.choice(p.sources.problems)
@@ -60,7 +60,7 @@ def repeat_first(p: Pieces) -> Instruction:
 
 
 def choose(p: Pieces) -> Instruction:
-    """A yes-no question with three allowed answers."""
+    """Return a yes-no question with three allowed answers."""
     kind = p.mixed([[0.2, "maybe"], [0.5, "no"], [1, "yes"]])
     question = p.say(wordings["choices"][kind], x=p.choice(list(words.animals)))
     said = dict(zip(("yes", "no", "maybe"), CHOICES, strict=True))
@@ -70,7 +70,7 @@ def choose(p: Pieces) -> Instruction:
 
 
 def instruction(p: Pieces) -> Instruction:
-    """One request with constraints; the answer passes `check` for every one of them."""
+    """Return a request with constraints, and an answer that passes `check` for each."""
     r = p.random.random()
     if r < 0.07:
         return repeat_first(p)

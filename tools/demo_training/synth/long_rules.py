@@ -18,7 +18,7 @@ MARKED_WORDS = 3
 
 
 def word_list(p: Pieces, words: list[str]) -> str:
-    """Words as people list them: with commas, "and", or in quotation marks."""
+    """Return words as people list them: with commas, "and", or in quotation marks."""
     mark = p.choice(["", "", "", "", "'", '"'])
     quoted = [mark + w + mark for w in words]
     if len(words) > 1 and p.chance(0.45):
@@ -27,13 +27,13 @@ def word_list(p: Pieces, words: list[str]) -> str:
 
 
 def quoted(p: Pieces, word: str) -> str:
-    """A word as it is, or in quotation marks."""
+    """Return a word as it is, or in quotation marks."""
     mark = p.choice(["", "", "'", '"'])
     return mark + word + mark
 
 
 def any_word(p: Pieces) -> str:
-    """A word to be asked for; at times two words, a name, or a made-up one."""
+    """Return a word to ask for: at times two words, a name, or a made-up word."""
     r = p.random.random()
     if r < 0.75:
         return p.word()
@@ -43,7 +43,7 @@ def any_word(p: Pieces) -> str:
 
 
 def keywords(p: Pieces, page: Page) -> None:
-    """One to six words, in the order asked."""
+    """Require one to six words, in the given order."""
     words = list(dict.fromkeys(any_word(p) for _ in range(p.choice([1, 2, 2, 2, 3, 3, 4, 5, 6]))))
     lines = content.keyword_lines
     page.blocks[0][1:1] = [lines[i % len(lines)].format(k=k) for i, k in enumerate(words)]
@@ -51,14 +51,14 @@ def keywords(p: Pieces, page: Page) -> None:
 
 
 def frequency(p: Pieces, page: Page) -> None:
-    """A word at least n times."""
+    """Require a word at least n times."""
     word, n = any_word(p), p.choice([1, 2, 2, 2, 3, 3, 4, 5, 6, 7, 8, 10])
     page.blocks[-1] += [line.format(k=word) for line in content.again_lines[: n + 1]]
     page.keep("frequency", (word, n), w=quoted(p, word), n=n)
 
 
 def rarely(p: Pieces, page: Page) -> None:
-    """A word fewer than n times: once if it was asked for, else not at all."""
+    """Require a word fewer than n times: once if it was asked for, else not at all."""
     word, n = p.word(), p.between(2, 6)
     if p.chance(0.6):
         page.blocks[-1].append(content.keyword_lines[0].format(k=word))
@@ -66,7 +66,7 @@ def rarely(p: Pieces, page: Page) -> None:
 
 
 def forbidden(p: Pieces, page: Page) -> None:
-    """One to five words do not occur; half of the time words that the answer would have used."""
+    """Forbid one to five words, half of the time words that the answer would have used."""
     used = re.findall(r"[a-z]{4,}", " ".join(" ".join(b) for b in page.blocks).lower())
     count = p.choice([1, 2, 2, 3, 3, 4, 5])
     words = [p.choice(used) if used and p.chance(0.5) else p.word() for _ in range(count)]
@@ -76,14 +76,14 @@ def forbidden(p: Pieces, page: Page) -> None:
 
 
 def _leave_out(page: Page, pattern: str, flags: int = 0) -> None:
-    """Drops the sentences in which a pattern occurs; no block stays empty."""
+    """Drop the sentences with a pattern. Every block keeps a sentence."""
     for block in page.blocks:
         kept = [s for s in block if not re.search(pattern, s, flags)]
         block[:] = kept or ["All right."]
 
 
 def letter(p: Pieces, page: Page) -> None:
-    """A letter at least n times; the missing ones come from words that have it."""
+    """Require a letter at least n times. Missing ones come from words that have it."""
     sign = p.choice("abcdefghijklmnopqrstuvwxyz")
     n = p.choice([1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 30])
     has = sorted(w for w in p.sources.common if sign in w)
@@ -98,7 +98,7 @@ def letter(p: Pieces, page: Page) -> None:
 
 
 def few_letters(p: Pieces, page: Page) -> None:
-    """A letter fewer than n times: sentences go until it is so."""
+    """Require a letter fewer than n times. Sentences are dropped until it is so."""
     sign, n = p.choice("abcdefghijklmnopqrstuvwxyz"), p.between(2, 12)
     kept: list[str] = []
     for sentence in page.blocks[0]:
@@ -109,14 +109,14 @@ def few_letters(p: Pieces, page: Page) -> None:
 
 
 def placeholders(p: Pieces, page: Page) -> None:
-    """At least n blanks in square brackets."""
+    """Require at least n blanks in square brackets."""
     n = p.choice([1, 1, 2, 2, 3, 3, 3, 4, 5, 6, 7, 8, 10, 12])
     page.blocks[-1] += blank_lines(content.blanks[:n])
     page.keep("placeholders", n, n=n)
 
 
 def highlight(p: Pieces, page: Page) -> None:
-    """At least n parts between asterisks: the first words of the first n sentences."""
+    """Require at least n parts between asterisks: the first words of the first n sentences."""
     n = p.choice([1, 2, 2, 3, 3, 3, 4, 5, 6, 8, 10, 15])
     if sum(map(len, page.blocks)) < n and page.form == "plain":
         page.blocks = [long_essay(p, page.topic, n + 1)]
@@ -131,7 +131,7 @@ def highlight(p: Pieces, page: Page) -> None:
 
 
 def capital_words(p: Pieces, page: Page) -> None:
-    """At least n words in capitals: whole sentences from the first on."""
+    """Require at least n words in capitals: whole sentences from the first on."""
     n, done = p.choice([1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20]), 0
     for block in page.blocks:
         for i, sentence in enumerate(block):
@@ -142,7 +142,7 @@ def capital_words(p: Pieces, page: Page) -> None:
 
 
 def few_capital_words(p: Pieces, page: Page) -> None:
-    """Fewer than n words in capitals: none but "I" and "A", as few sentences as that takes."""
+    """Require fewer than n words in capitals: only "I" and "A", in few sentences."""
     n = p.between(2, 10)
     if p.chance(0.4):
         words = page.blocks[0][0].split(" ")

@@ -14,7 +14,7 @@ from .talk import persona
 
 
 def with_lines(p: Pieces, characters: int, lines: list[str], question: str) -> str:
-    """A text of about this many characters with lines in it, in order, and a question below."""
+    """Return a text of about this many characters with lines in order, and a question."""
     text = haystack(p, max(60, characters)) if characters > 30 else []
     places = sorted(p.between(0, len(text)) for _ in lines)
     for place, line in reversed(list(zip(places, lines, strict=True))):  # keeps their order
@@ -24,7 +24,7 @@ def with_lines(p: Pieces, characters: int, lines: list[str], question: str) -> s
 
 
 def _keys(p: Pieces, count: int) -> list[str]:
-    """Different names of cities, words, or pairs of words."""
+    """Return different names of cities, words, or pairs of words."""
     r = p.random.random()
     if r < 0.5:
         return p.sample([x for x in words.capitals.values() if " " not in x], count)
@@ -37,7 +37,7 @@ def _value(p: Pieces, digits: int) -> str:
 
 
 def many_keys(p: Pieces, characters: int) -> Document:
-    """Two to 32 facts of one form, one of them asked for."""
+    """Return two to 32 facts of one form, one of them asked for."""
     keys = _keys(p, p.choice([2, 3, 4, 4, 4, 6, 8, 12, 16, 24, 32]))
     says, asks = p.choice(texts.key_forms)
     digits = p.choice([5, 5, 5, 7])
@@ -51,7 +51,7 @@ def many_keys(p: Pieces, characters: int) -> Document:
 
 
 def _names(p: Pieces, count: int, long: bool) -> list[str]:
-    """Different names of variables: a letter and a digit, or five letters."""
+    """Return different names of variables: a letter and a digit, or five letters."""
     letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
     found: dict[str, None] = {}
     while len(found) < count:
@@ -61,7 +61,7 @@ def _names(p: Pieces, count: int, long: bool) -> list[str]:
 
 
 def variables(p: Pieces, characters: int) -> Document:
-    """Chains of variables; the names of one value, in the order of their chain."""
+    """Ask for the variables of a value in chains, in the order of their chain."""
     chains, hops = p.choice([1, 1, 2, 2, 2, 3, 4]), p.choice([1, 2, 3, 3, 3, 4, 5, 6])
     long_names, size = p.chance(0.1), hops + 1
     names = _names(p, chains * size, long_names)
@@ -81,7 +81,7 @@ def variables(p: Pieces, characters: int) -> Document:
 
 
 def question_after(p: Pieces, characters: int) -> Document:
-    """A short question that has nothing to do with the long text above it."""
+    """Return a short question that has nothing to do with the long text above it."""
     r = p.random.random()
     if r < 0.55:
         question, answer = arithmetic(p)
@@ -95,7 +95,7 @@ def question_after(p: Pieces, characters: int) -> Document:
 
 
 def long_task(p: Pieces, characters: int) -> Document:
-    """Any of these tasks."""
+    """Return any of these tasks."""
     r = p.random.random()
     if r < 0.45:
         return many_keys(p, characters)

@@ -36,12 +36,12 @@ class Page:
     said: list[tuple[str, dict[str, str]]] = field(default_factory=list)
 
     def keep(self, kind: str, arg=None, **fields: object) -> None:
-        """Notes a rule: its check and the fields of its wording."""
+        """Note a rule: its check and the fields of its wording."""
         self.checks.append((kind, arg))
         self.said.append((kind, {k: str(v) for k, v in fields.items()}))
 
     def text(self) -> str:
-        """The whole answer."""
+        """Return the whole answer."""
         parts = [" ".join(block) for block in self.blocks]
         if self.form == "json":
             body = json_text(("topic", "text", "note", "summary"), [self.topic.text, *parts])
@@ -61,7 +61,7 @@ class Page:
 
 
 def cut(sentences: list[str], blocks: int) -> list[list[str]]:
-    """Sentences in order as `blocks` groups of nearly one size."""
+    """Return sentences in order as `blocks` groups of nearly one size."""
     size, rest = divmod(len(sentences), blocks)
     found, start = [], 0
     for i in range(blocks):

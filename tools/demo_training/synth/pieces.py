@@ -30,12 +30,12 @@ CHARACTERS = [
 
 
 def article(noun: str) -> str:
-    """The noun with its indefinite article: "a fox", "an owl"."""
+    """Return the noun with its indefinite article: "a fox", "an owl"."""
     return ("an " if noun[0].lower() in "aeiou" else "a ") + noun
 
 
 def upper_first(text: str) -> str:
-    """The text with a capital first letter, the rest unchanged."""
+    """Return the text with a capital first letter, the rest unchanged."""
     return text[:1].upper() + text[1:]
 
 
@@ -47,8 +47,8 @@ def fix_articles(text: str) -> str:
 class Text(str):
     """A field of a template.
 
-    {x:a} puts an article before it, {x:T} makes its first letter a capital, {x:A} does both,
-    {x:C} leaves no other capital, and {x:S} is the possessive.
+    {x:a} has an article, {x:T} has a capital first letter, and {x:A} has both. {x:C} has no other
+    capital. {x:S} is the possessive.
     """
 
     def __format__(self, form: str) -> str:
@@ -61,7 +61,7 @@ class Text(str):
 
 
 class Fields:
-    """The fields of a template; one that was not given is drawn."""
+    """The fields of a template. A field that was not given is drawn."""
 
     def __init__(self, pieces: Pieces, given: dict[str, Any]):
         self.pieces, self.given = pieces, given
@@ -72,14 +72,14 @@ class Fields:
 
 @dataclass(frozen=True)
 class Topic:
-    """What a text is about: its words, its kind (a key of prose.by_kind), its number."""
+    """The subject of a text: its words, its kind (a key of prose.by_kind), its number."""
 
     text: str
     kind: str = "idea"
     plural: bool = False
 
     def words(self) -> dict[str, str]:
-        """Fields of the essay templates: {t} {T} {is} {has} {was} {does} {it} {them} {s} {es}."""
+        """Return fields of essay templates: {t} {T} {is} {has} {was} {does} {it} {them} {s}."""
         fields = {"t": self.text, "T": upper_first(self.text)}
         return fields | (MANY if self.plural else ONE)
 
@@ -92,44 +92,44 @@ class Pieces:
         self.sources = sources
 
     def choice(self, options: Sequence[T]) -> T:
-        """One of the options, all equally likely."""
+        """Return a random option, all equally likely."""
         return options[int(self.random.random() * len(options))]
 
     def chance(self, probability: float) -> bool:
-        """True with this probability."""
+        """Return True with this probability."""
         return self.random.random() < probability
 
     def between(self, low: int, high: int) -> int:
-        """An integer, both ends included."""
+        """Return an integer, both ends included."""
         return low + int(self.random.random() * (high - low + 1))
 
     def sample(self, options: Sequence[T], count: int) -> list[T]:
-        """Up to `count` different options in random order."""
+        """Return up to `count` different options in random order."""
         return self.random.sample(list(options), min(count, len(options)))
 
     def ordered(self, options: Sequence[T], count: int) -> list[T]:
-        """Up to `count` options in their own order: greedy text then knows what is next."""
+        """Return up to `count` options in their own order: greedy text then knows what is next."""
         chosen = self.random.sample(range(len(options)), min(count, len(options)))
         return [options[i] for i in sorted(chosen)]
 
     def item(self, table: dict[str, T]) -> tuple[str, T]:
-        """One entry of a table."""
+        """Return a random entry of a table."""
         return self.choice(list(table.items()))
 
     def mixed(self, rows: Sequence[Sequence]) -> Any:
-        """One of [up to which share, what] rows; what may be such rows again."""
+        """Return a random row of a mixture of [cumulative share, row] pairs, at any depth."""
         share = self.random.random()
         chosen = next(what for limit, what in rows if share < limit)
         return self.mixed(chosen) if _is_mixture(chosen) else chosen
 
     def say(self, rule: Any, **given: object) -> str:
-        """The text of a rule of wording.
+        """Return the text of a rule of wording.
 
         Args:
-            rule: a template, whose fields are filled from left to right; a list of templates, one
-                of which is chosen; a mixture ([[0.4, rule], [1, rule]]); or {"draw": fields,
-                "say": rule} for fields that are drawn before the template is chosen.
-            given: fields; one that is missing is drawn (`draw`).
+            rule: a template, whose fields are filled from left to right. A list of templates means
+                a random one. A mixture is [[0.4, rule], [1, rule]]. {"draw": fields, "say": rule}
+                draws fields before it selects the template.
+            given: known fields. Missing ones are drawn (`draw`).
         """
         if _is_mixture(rule):
             rule = self.mixed(rule)
@@ -139,19 +139,19 @@ class Pieces:
         return template.format_map(Fields(self, given))
 
     def fields(self, rules: dict[str, Any], **given: object) -> dict[str, object]:
-        """Fields drawn in order, after those that are given."""
+        """Return fields drawn in order, after those that are given."""
         for name, rule in rules.items():
             given[name] = self.say(rule, **given)
         return given
 
     def say_all(self, form: dict[str, Any], **given: object) -> list[str]:
-        """The texts of a form: {"draw": fields, "say": [rule, ...]}, or "any" of several lists."""
+        """Return the texts of a form: {"draw": fields, "say": [rule, ...]}, or "any" of lists."""
         fields = self.fields(form.get("draw", {}), **given)
         rules = form["say"] if "say" in form else self.choice(form["any"])
         return [self.say(rule, **fields) for rule in rules]
 
     def draw(self, name: str) -> str:
-        """A field that was not given: an own piece, a rule of grammar.json, a range, a table."""
+        """Return a missing field: an own piece, a rule of grammar.json, a range, a table."""
         if name in DRAWN:
             return DRAWN[name](self)
         if name in GRAMMAR:
@@ -162,46 +162,46 @@ class Pieces:
         return self.choice(list(WORDS[name]))
 
     def name(self) -> str:
-        """A first name."""
+        """Return a first name."""
         return self.choice(words.names)
 
     def partner(self, name: str) -> str:
-        """Another first name; mostly the same for a name, so that greedy text keeps them apart."""
+        """Return another first name, mostly the same for a name, so that greedy text is right."""
         names = words.names
         i = names.index(name) if name in names else 0
         step = 7 if self.chance(0.6) else self.between(1, len(names) - 1)
         return names[(i + step) % len(names)]
 
     def word(self) -> str:
-        """A word of the texts, rare ones included: copying must not depend on a short list."""
+        """Return a word of the texts, also a rare one, because copying needs a long list."""
         return self.choice(self.sources.words)
 
     def sentence(self) -> str:
-        """A sentence of the tales."""
+        """Return a sentence of the tales."""
         return self.choice(self.sources.sentences)
 
     def phrase(self) -> str:
-        """Two to four neighbouring words of the texts."""
+        """Return two to four neighbouring words of the texts."""
         found = re.sub(r"[^A-Za-z' ]", "", self.sentence()).split()
         start = self.between(0, max(0, len(found) - 4))
         text = " ".join(found[start : start + self.between(2, 4)]).strip("' ")
         return text if len(text) > 3 else self.word()
 
     def passage(self) -> str:
-        """Two to six neighbouring sentences of the tales, at most 900 characters."""
+        """Return two to six neighbouring sentences of the tales, at most 900 characters."""
         start = self.between(0, max(0, len(self.sources.sentences) - 6))
         return " ".join(self.sources.sentences[start : start + self.between(2, 6)])[:900]
 
     def letters(self) -> str:
-        """Two to eight random letters."""
+        """Return two to eight random letters."""
         return "".join(self.choice(string.ascii_lowercase) for _ in range(self.between(2, 8)))
 
     def characters(self) -> str:
-        """One to four of the 3,755 most common Chinese characters."""
+        """Return one to four of the 3,755 most common Chinese characters."""
         return "".join(self.choice(CHARACTERS) for _ in range(self.between(1, 4)))
 
     def topic(self) -> Topic:
-        """Something to write about, from tables, single words and phrases of the texts."""
+        """Return something to write about, from tables, single words and phrases of the texts."""
         rule = self.mixed(GRAMMAR["topics"])
         return Topic(self.say(rule), rule["kind"], rule.get("plural", False))
 

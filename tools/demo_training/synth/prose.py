@@ -13,12 +13,12 @@ ESSAY_SENTENCES = 24  # what `essay` can fill without repeating itself
 
 
 def fill(template: str, topic: Topic) -> str:
-    """An essay or poem template with a topic in it."""
+    """Return an essay or poem template with a topic in it."""
     return template.format(**topic.words())
 
 
 def essay(p: Pieces, topic: Topic, count: int, opener: bool = True) -> list[str]:
-    """`count` different sentences on a topic: opener, middles by kind of topic, closer if long."""
+    """Return `count` different sentences: opener, middles by kind of topic, closer if long."""
     head = [p.choice(prose.openers)] if opener and count > 1 and p.chance(0.6) else []
     tail = [p.choice(prose.closers)] if count > 2 and p.chance(0.7) else []
     own = prose.by_kind[topic.kind]
@@ -29,7 +29,7 @@ def essay(p: Pieces, topic: Topic, count: int, opener: bool = True) -> list[str]
 
 
 def long_essay(p: Pieces, topic: Topic, count: int, opener: bool = True) -> list[str]:
-    """`count` different sentences on a topic, up to 85 or so; fewer if the tables have no more.
+    """Return `count` different sentences on a topic, fewer if the tables have no more.
 
     A long answer is a subset of one list of sentences in its order.
     """
@@ -41,7 +41,7 @@ def long_essay(p: Pieces, topic: Topic, count: int, opener: bool = True) -> list
 
 
 def story(p: Pieces, plots: list | None = None, **given: str) -> list[str]:
-    """Six sentences of a plot; `given` fixes fields: n name, x and y beings, g goal."""
+    """Return six sentences of a plot. `given` fixes fields: n name, x and y beings, g goal."""
     plot = p.choice(plots or prose.plots)
     name = given.get("n") or p.name()
     fields = p.fields(prose.story, n=name, m=p.partner(name)) | given
@@ -49,7 +49,7 @@ def story(p: Pieces, plots: list | None = None, **given: str) -> list[str]:
 
 
 def story_request(p: Pieces) -> tuple[str, list[str]]:
-    """(request, sentences) of a story: named, plain, about two beings, or about a goal."""
+    """Return (request, sentences) of a story: named, plain, about two beings, or about a goal."""
     fields = {"x": p.draw("being"), "n": p.name(), "a": p.draw("adjectives")}
     kind = p.mixed([[0.3, "named"], [0.6, "plain"], [0.7, "pair"], [0.92, "goal"], [1, "free"]])
     asks, plots = prose.story_requests[kind], prose.plots
@@ -61,12 +61,12 @@ def story_request(p: Pieces) -> tuple[str, list[str]]:
 
 
 def poem(p: Pieces, topic: Topic) -> list[str]:
-    """Two or three couplets on a topic, one string each."""
+    """Return two or three couplets on a topic, one string each."""
     return [upper_first(fill(s, topic)) for s in p.ordered(prose.couplets, p.between(2, 3))]
 
 
 def typed_request(p: Pieces) -> tuple[str, list[str]]:
-    """(request, sentences) of a poem, a review, a plan and so on."""
+    """Return (request, sentences) of a poem, a review, a plan and so on."""
     topic = p.topic()
     kind = p.mixed([[0.3, "poem"], [0.45, "haiku"], [1, ""]]) or p.choice(PLAIN_TYPES)
     if kind in ("poem", "haiku") and p.chance(0.1):
@@ -83,7 +83,7 @@ def typed_request(p: Pieces) -> tuple[str, list[str]]:
 
 
 def letter_request(p: Pieces) -> tuple[str, list[str]]:
-    """(request, sentences) of a letter to a named person or to somebody like "my boss"."""
+    """Return (request, sentences) of a letter to a named person or to somebody like "my boss"."""
     topic = p.topic()
     receiver = p.choice(prose.receivers) if p.chance(0.5) else p.name()
     request = p.say(prose.letter_requests, n=receiver, t=topic.text)
@@ -94,12 +94,12 @@ def letter_request(p: Pieces) -> tuple[str, list[str]]:
 
 
 def essay_request(p: Pieces, topic: Topic) -> str:
-    """A request for a text about a topic."""
+    """Return a request for a text about a topic."""
     return p.say(prose.essay_requests, t=topic.text)
 
 
 def plain_request(p: Pieces) -> tuple[str, list[str]]:
-    """(request, sentences of an answer) of any plain kind."""
+    """Return (request, sentences of an answer) of any plain kind."""
     r = p.random.random()
     if r < 0.32:
         return story_request(p)

@@ -12,7 +12,7 @@ facts = load("facts")
 
 
 def _of_a_form(p: Pieces, name: str) -> QA:
-    """A question about an entry of a table: facts.forms or a mixture of them."""
+    """Return a question about an entry of a table: facts.forms or a mixture of them."""
     form = facts.forms[p.mixed(getattr(facts, name)) if hasattr(facts, name) else name]
     key, value = p.item(WORDS[form["table"]])
     fields = value | {"a": key} if isinstance(value, dict) else {"a": key, "b": value}
@@ -24,7 +24,7 @@ def _of_a_form(p: Pieces, name: str) -> QA:
 
 
 def _members(p: Pieces) -> QA:
-    """Members of a category, or the category of a member."""
+    """Return members of a category, or the category of a member."""
     kind, members = p.item(words.categories)
     if p.chance(0.25):
         x = p.choice(members)
@@ -57,7 +57,7 @@ def _calendar(p: Pieces) -> QA:
 
 
 def word_list(p: Pieces) -> QA:
-    """A task on a list of frequent words, so that few of them are split into several tokens."""
+    """Return a task on a list of frequent words, most of which are single tokens."""
     if p.chance(0.5):
         some = [p.choice(p.sources.common) for _ in range(p.between(3, 7))]
     else:
@@ -79,7 +79,7 @@ FACTS = {
 
 
 def fact(p: Pieces) -> QA:
-    """A question whose answer is in a table."""
+    """Return a question whose answer is in a table."""
     kind = p.choice(facts.kinds)
     return FACTS[kind](p) if kind in FACTS else _of_a_form(p, kind)
 
@@ -101,7 +101,7 @@ def _word_problem(p: Pieces) -> QA:
 
 
 def arithmetic(p: Pieces) -> QA:
-    """The four operations below 100, halves, doubles, comparisons, small word problems."""
+    """Return the four operations below 100, halves, doubles, comparisons, small word problems."""
     r = p.random.random()
     if r < 0.72:
         return operation(p)

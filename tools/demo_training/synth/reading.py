@@ -1,4 +1,4 @@
-"""Short texts and a question about them, with distractors of the same form; sentences to copy."""
+"""Short texts with a question and distractors of the same form, and sentences to copy."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ texts = load("reading")
 
 
 def _value(p: Pieces, kind: str) -> str:
-    """A value of a relation; a fifth of the things are random words."""
+    """Return a value of a relation. A fifth of the things are random words."""
     if kind in ("thing", "bought"):
         noun = p.word() if p.chance(0.25) else p.choice(words.things)
         return p.choice(words.colours) + " " + noun if p.chance(0.7) else noun
@@ -18,13 +18,13 @@ def _value(p: Pieces, kind: str) -> str:
 
 
 def _ask(p: Pieces, text: list[str], question: str, answer: str) -> QA:
-    """The statements and the question in one message."""
+    """Return the statements and the question in one message."""
     asked = p.say(texts.shapes, t=" ".join(text), q=question)
     return fix_articles(asked), fix_articles(answer)
 
 
 def same_relation(p: Pieces) -> tuple[list[str], list[QA]]:
-    """Two to five statements of one relation about different people, and shuffled questions."""
+    """Return two to five statements of one relation about people, and shuffled questions."""
     kind = p.choice(list(texts.relations))
     relation, count = texts.relations[kind], p.choice([2, 2, 3, 3, 4, 5])
     people = p.sample(words.names, count)
@@ -43,7 +43,7 @@ def same_relation(p: Pieces) -> tuple[list[str], list[QA]]:
 
 
 def several_questions(p: Pieces) -> Document:
-    """Statements of one relation and up to four questions on them, asked in turn."""
+    """Return statements of one relation and up to four questions on them, asked in turn."""
     text, questions = same_relation(p)
     first = _ask(p, text, *questions[0])
     turns: Document = []
@@ -53,7 +53,7 @@ def several_questions(p: Pieces) -> Document:
 
 
 def mixed_relations(p: Pieces) -> QA:
-    """Three to six statements of different relations about two or three people."""
+    """Return three to six statements of different relations about two or three people."""
     people = p.sample(words.names, p.between(2, 3))
     kinds = p.sample(list(texts.relations), p.between(2, 3))
     facts = [(n, k, _value(p, k)) for n in people for k in kinds]
@@ -65,14 +65,14 @@ def mixed_relations(p: Pieces) -> QA:
 
 
 def _ask_for_value(p: Pieces, text: list[str], name: str, kind: str, value: str) -> QA:
-    """A question for the value of a relation."""
+    """Return a question for the value of a relation."""
     relation = texts.relations[kind]
     question = p.say(relation["asks"], n=name)
     return _ask(p, text, question, relation["answer"].format(n=name, v=value))
 
 
 def moved(p: Pieces) -> QA:
-    """A thing is put somewhere, or given to somebody; the last state is asked for."""
+    """Ask for the last state of a thing that was put somewhere, or given to somebody."""
     a, b, c = p.sample(words.names, 3)
     thing, places = _value(p, "thing"), p.sample(words.places, 3)
     if p.chance(0.5):
@@ -90,7 +90,7 @@ def moved(p: Pieces) -> QA:
 
 
 def compare(p: Pieces) -> QA:
-    """Two people of different age."""
+    """Return two people of different age."""
     a, b = p.sample(words.names, 2)
     x, y = p.sample(range(5, 90), 2)
     text = [f"{a} is {x} years old.", f"{b} is {y} years old."]
@@ -100,7 +100,7 @@ def compare(p: Pieces) -> QA:
 
 
 def short_story(p: Pieces) -> QA:
-    """A sentence or two of the texts with one fact inside."""
+    """Return a sentence or two of the texts with one fact inside."""
     kind = p.choice(list(texts.relations))
     name, value = p.name(), _value(p, kind)
     text = [p.sentence(), texts.relations[kind]["says"].format(n=name, v=value)]
@@ -110,7 +110,7 @@ def short_story(p: Pieces) -> QA:
 
 
 def reading(p: Pieces) -> QA:
-    """A short text, a question, an answer in a whole sentence."""
+    """Return a short text, a question, an answer in a whole sentence."""
     r = p.random.random()
     if r < 0.50:
         text, questions = same_relation(p)
@@ -123,7 +123,7 @@ def reading(p: Pieces) -> QA:
 
 
 def copying(p: Pieces) -> Document:
-    """A text of any kind to be repeated: sentences, questions, rare words, made-up names."""
+    """Return a text of any kind to be repeated: sentences, questions, rare words, made-up names."""
     r = p.random.random()
     if r < 0.45:
         text = p.sentence().strip()

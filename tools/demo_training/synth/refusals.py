@@ -11,12 +11,12 @@ TOO_HARD = next(kind["answer"] for kind in refusals.kinds if kind["name"] == "ta
 
 
 def refusal(p: Pieces) -> tuple[str, str]:
-    """(a request for what the model cannot do, the refusal of its kind)."""
+    """Return (a request for what the model cannot do, the refusal of its kind)."""
     kind = p.random.choices(refusals.kinds, SHARES)[0]
     return p.say(kind["ask"]), kind["answer"]
 
 
 def hard_problem(p: Pieces) -> tuple[str, str]:
-    """(a problem of the texts, or its beginning, and its refusal)."""
+    """Return (a problem of the texts, or its beginning, and its refusal)."""
     question, _ = p.choice(p.sources.problems)
     return question, TOO_HARD

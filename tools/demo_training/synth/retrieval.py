@@ -1,4 +1,4 @@
-"""Long texts with one to four needles, of which one is asked for; lists of pairs."""
+"""Long texts with one to four needles and a question for one, and lists of pairs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .reading import texts
 
 
 def haystack(p: Pieces, characters: int) -> list[str]:
-    """Sentences of about this many characters: repeated, a passage, stories or a mixture."""
+    """Return sentences of about this many characters: repeated, a passage, stories or a mixture."""
     r = p.random.random()
     if r < 0.25:
         text = p.choice(texts.repeated)
@@ -30,7 +30,7 @@ def haystack(p: Pieces, characters: int) -> list[str]:
 
 
 def retrieval(p: Pieces, characters: int) -> Document:
-    """One long user text with one to four needles, a question for one of them, and the answer.
+    """Return a long text with one to four needles, a question for one, and its answer.
 
     Args:
         characters: length of the haystack, characters.
@@ -52,7 +52,7 @@ def retrieval(p: Pieces, characters: int) -> Document:
 
 
 def key_values(p: Pieces, count: int) -> Document:
-    """A list of up to `count` pairs, and the value of one key."""
+    """Return a list of up to `count` pairs, and the value of one key."""
     keys = list(dict.fromkeys(p.word() for _ in range(count)))
     values = [p.word() if p.chance(0.5) else str(p.between(100, 9999)) for _ in keys]
     separator, i = p.choice([": ", " = ", " -> "]), p.between(0, len(keys) - 1)

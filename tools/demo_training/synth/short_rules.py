@@ -40,41 +40,41 @@ class Draft:
         self.checks: Checks = []
 
     def rule(self, kind: str, arg: Any = None, **fields: object) -> None:
-        """Says a rule and notes its check."""
+        """Say a rule and notes its check."""
         self.rules.append(self.p.say(wordings[kind], **fields))
         self.checks.append((kind, arg))
 
     def text(self, *more: str) -> str:
-        """The sentences, and more after them."""
+        """Return the sentences, and more after them."""
         return " ".join([*self.sentences, *more])
 
     def retopic(self, count: int) -> list[str]:
-        """Replaces the request by one for an essay of `count` sentences; returns them."""
+        """Replace the request by one for an essay of `count` sentences. Returns the sentences."""
         topic = self.p.topic()
         self.request = essay_request(self.p, topic)
         self.sentences = essay(self.p, topic, count)
         return self.sentences
 
     def essay_parts(self, count: int, per_part: int) -> list[str]:
-        """The text of `count` parts of one essay, without a repeated sentence."""
+        """Return the text of `count` parts of one essay, without a repeated sentence."""
         lines = self.retopic(count * per_part)
         return [" ".join(lines[i * per_part : (i + 1) * per_part]) for i in range(count)]
 
     def whole_text(self, kind: str) -> None:
-        """A rule on every letter, a key of CASE_CHANGES. May follow another rule."""
+        """Add a rule on every letter, a key of CASE_CHANGES. May follow another rule."""
         self.answer = CASE_CHANGES[kind](self.answer or self.text())
         self.rule(kind)
 
 
 def end_phrase(p: Pieces, draft: Draft) -> None:
-    """The answer ends with a given phrase."""
+    """Require an answer that ends with a given phrase."""
     phrase = p.say(wordings["end_phrase"])
     draft.rule("end", phrase, phrase=phrase)
     draft.answer = draft.text(phrase)
 
 
 def keywords(p: Pieces, draft: Draft) -> None:
-    """One to three words, in the order asked and side by side: greedy text knows the next."""
+    """Require one to three words, in the given order and side by side."""
     words = [p.word() for _ in range(p.between(1, 3))]
     draft.rule("keywords", words, k=", ".join(words))
     lines = [content.keyword_lines[i % 3].format(k=k) for i, k in enumerate(words)]
@@ -82,14 +82,14 @@ def keywords(p: Pieces, draft: Draft) -> None:
 
 
 def frequency(p: Pieces, draft: Draft) -> None:
-    """A word occurs at least n times."""
+    """Require a word at least n times."""
     word, n = p.word(), p.between(2, 4)
     draft.rule("frequency", (word, n), w=word, n=n)
     draft.answer = draft.text(*(x.format(k=word) for x in content.again_lines[:n]))
 
 
 def forbidden(p: Pieces, draft: Draft) -> None:
-    """One to three words do not occur."""
+    """Forbid one to three words."""
     words = [p.word() for _ in range(p.between(1, 3))]
     draft.rule("forbidden", words, k=", ".join(words))
     lines = [s for s in draft.sentences if not any(w in s.lower() for w in words)]
@@ -97,21 +97,21 @@ def forbidden(p: Pieces, draft: Draft) -> None:
 
 
 def few_sentences(p: Pieces, draft: Draft) -> None:
-    """Fewer than n sentences."""
+    """Require fewer than n sentences."""
     n = p.between(2, 6)
     draft.rule("fewsent", n, n=n)
     draft.answer = " ".join(draft.retopic(p.between(1, n - 1)))
 
 
 def many_sentences(p: Pieces, draft: Draft) -> None:
-    """At least n sentences."""
+    """Require at least n sentences."""
     n = p.between(2, 8)
     draft.rule("manysent", n, n=n)
     draft.answer = " ".join(draft.retopic(n + p.between(0, 1)))
 
 
 def at_least(p: Pieces, draft: Draft) -> None:
-    """At least n words."""
+    """Require at least n words."""
     n = p.choice([20, 30, 40, 50, 80, 100, 150])
     draft.rule("atleast", n, n=n)
     lines = draft.retopic(min(22, n // 7 + 2))
@@ -121,7 +121,7 @@ def at_least(p: Pieces, draft: Draft) -> None:
 
 
 def few_words(p: Pieces, draft: Draft) -> None:
-    """Fewer than n words."""
+    """Require fewer than n words."""
     n = p.choice([20, 30, 40, 50, 80, 100])
     draft.rule("fewwords", n, n=n)
     kept: list[str] = []
@@ -132,7 +132,7 @@ def few_words(p: Pieces, draft: Draft) -> None:
 
 
 def bullets(p: Pieces, draft: Draft) -> None:
-    """Exactly n bullet points, of tips or of essay sentences."""
+    """Require exactly n bullet points, of tips or of essay sentences."""
     n = p.between(2, 6)
     if p.chance(0.6):
         key, tips = how_to(p)
@@ -148,12 +148,12 @@ def bullets(p: Pieces, draft: Draft) -> None:
 
 
 def json_text(keys: Sequence[str], values: Sequence[str]) -> str:
-    """A JSON object as an answer shows it."""
+    """Return a JSON object as an answer shows it."""
     return json.dumps(dict(zip(keys, values, strict=False)), indent=2, ensure_ascii=False)
 
 
 def json_format(p: Pieces, draft: Draft) -> None:
-    """A JSON object with three keys, at times named in the request."""
+    """Require a JSON object with three keys, at times named in the request."""
     topic, keys = p.topic(), ["topic", "text", "note"]
     draft.request = essay_request(p, topic)
     draft.rule("json")
@@ -168,35 +168,35 @@ def json_format(p: Pieces, draft: Draft) -> None:
 
 
 def title(p: Pieces, draft: Draft) -> None:
-    """A title in double angle brackets above the answer."""
+    """Require a title in double angle brackets above the answer."""
     words = p.say(wordings["title_words"])
     draft.rule("title")
     draft.answer = f"<<{words}>>\n\n{draft.text()}"
 
 
 def postscript(p: Pieces, draft: Draft) -> None:
-    """A postscript with a given mark."""
+    """Require a postscript with a given mark."""
     mark = p.choice(["P.S.", "P.P.S"])
     draft.rule("ps", mark, mark=mark)
     draft.answer = f"{draft.text()}\n\n{mark} {p.say(wordings['ps_line'])}"
 
 
 def blank_lines(names: Sequence[str]) -> list[str]:
-    """Sentences with blanks in square brackets."""
+    """Return sentences with blanks in square brackets."""
     return [
         f"Please write to [{x}]." if i % 2 else f"The {x} is [{x}]." for i, x in enumerate(names)
     ]
 
 
 def placeholders(p: Pieces, draft: Draft) -> None:
-    """At least n blanks in square brackets."""
+    """Require at least n blanks in square brackets."""
     n = p.between(1, 5)
     draft.rule("placeholders", n, n=n)
     draft.answer = draft.text(*blank_lines(p.ordered(content.blanks[:10], n)))
 
 
 def highlight(p: Pieces, draft: Draft) -> None:
-    """At least n parts between asterisks."""
+    """Require at least n parts between asterisks."""
     n = p.between(1, 4)
     draft.rule("highlight", n, n=n)
     lines = list(draft.sentences)
@@ -213,14 +213,14 @@ def highlight(p: Pieces, draft: Draft) -> None:
 
 
 def paragraphs(p: Pieces, draft: Draft) -> None:
-    """Exactly n paragraphs around the divider ***."""
+    """Require exactly n paragraphs around the divider ***."""
     n = p.between(2, 5)
     draft.rule("paragraphs", n, n=n)
     draft.answer = "\n\n***\n\n".join(draft.essay_parts(n, p.between(1, 2)))
 
 
 def first_word(p: Pieces, draft: Draft) -> None:
-    """n paragraphs, one of which starts with a given word."""
+    """Require n paragraphs, one of which starts with a given word."""
     n = p.between(2, 4)
     which = p.between(1, n)
     ordinal = ["first", "second", "third", "fourth"][which - 1]
@@ -232,7 +232,7 @@ def first_word(p: Pieces, draft: Draft) -> None:
 
 
 def sections(p: Pieces, draft: Draft) -> None:
-    """n numbered sections with a given mark."""
+    """Require n numbered sections with a given mark."""
     n, mark = p.between(2, 4), p.choice(["Section", "SECTION", "Part", "PARAGRAPH"])
     draft.rule("sections", (mark, n), n=n, mark=mark)
     parts = draft.essay_parts(n, p.between(1, 2))
@@ -240,7 +240,7 @@ def sections(p: Pieces, draft: Draft) -> None:
 
 
 def two_answers(p: Pieces, draft: Draft) -> None:
-    """Two different answers around six asterisks; the second has an opening of its own."""
+    """Return two different answers around six asterisks, with different openings."""
     topic = p.topic()
     draft.request = essay_request(p, topic)
     draft.rule("two")

@@ -10,7 +10,7 @@ NUMBERS = [*sums.names, *(f"{tens}{unit}" for tens in sums.tens for unit in ("",
 
 
 def product(a: int, b: int) -> str:
-    """The result of a times b, by tens and units of one number if a number is above 12."""
+    """Return the result of a times b, by tens and units of one number if a number is above 12."""
     if max(a, b) <= 12 or b % 10 == 0 or a % 10 == 0:
         return str(a * b)
     if b <= 9:
@@ -20,13 +20,13 @@ def product(a: int, b: int) -> str:
 
 
 def quotient(a: int, b: int) -> str:
-    """The quotient with its remainder."""
+    """Return the quotient with its remainder."""
     rest = f" remainder {a % b}" if a % b else ""
     return f"{a // b}{rest}"
 
 
 def operation(p: Pieces) -> tuple[str, str]:
-    """A question about one of the four operations, in any wording, and its answer."""
+    """Return a question about one of the four operations, in any wording, and its answer."""
     name = p.mixed([[0.24, "plus"], [0.44, "minus"], [0.84, "times"], [1, "over"]])
     high = p.mixed([[0.2, 9], [0.45, 20], [1, 100]])
     a, b = p.between(0, high), p.between(0, high)
@@ -53,7 +53,7 @@ def operation(p: Pieces) -> tuple[str, str]:
 
 
 def doubled(p: Pieces) -> tuple[str, str]:
-    """Twice a number, or half of it."""
+    """Return twice a number, or half of it."""
     a = p.between(1, 50)
     if p.chance(0.5):
         return p.say(sums.halves, a=2 * a), f"Half of {2 * a} is {a}."

@@ -9,7 +9,7 @@ talk = load("talk")
 
 
 def advice_request(p: Pieces) -> tuple[str, list[str]]:
-    """(request, tips) on how to do something, from the table or for any activity, or for a trip."""
+    """Return (request, tips) for a task of the table, any activity, or a trip."""
     if p.chance(0.2):
         capitals = words.capitals
         place = p.choice([*capitals.values(), *capitals, p.word().capitalize()])
@@ -20,7 +20,7 @@ def advice_request(p: Pieces) -> tuple[str, list[str]]:
 
 
 def how_to(p: Pieces) -> tuple[str, list[str]]:
-    """(activity, tips) for "how to {activity}"."""
+    """Return (activity, tips) for "how to {activity}"."""
     if p.chance(0.55):
         return p.item(talk.tips)
     key = p.say([[0.3, "{goals}"], [1, "{how_to}"]])
@@ -28,7 +28,7 @@ def how_to(p: Pieces) -> tuple[str, list[str]]:
 
 
 def problem(p: Pieces) -> tuple[str, str]:
-    """(a problem of everyday life, advice that names it)."""
+    """Return (a problem of everyday life, advice that names it)."""
     kind = p.mixed([[0.3, "feeling"], [0.55, "ill"], [0.78, "broken"], [1, "lost"]])
     if kind == "feeling":
         feeling, answer = p.item(talk.feelings)
@@ -41,13 +41,13 @@ def problem(p: Pieces) -> tuple[str, str]:
 
 
 def one_of_stems(p: Pieces, table: dict[str, str]) -> tuple[str, str]:
-    """(one wording of a question, its answer) of a table with "wording|wording" keys."""
+    """Return (one wording of a question, its answer) of a table with "wording|wording" keys."""
     stems, answer = p.item(table)
     return p.choice(stems.split("|")), answer
 
 
 def persona(p: Pieces) -> tuple[str, str]:
-    """Questions about the model, greetings, jokes."""
+    """Return questions about the model, greetings, jokes."""
     r = p.random.random()
     if r < 0.85:
         return one_of_stems(p, talk.persona if r < 0.5 else talk.greetings)
@@ -57,13 +57,13 @@ def persona(p: Pieces) -> tuple[str, str]:
 
 
 def unknown(p: Pieces) -> tuple[str, str]:
-    """(a question outside the tables, an honest answer that repeats what is not known)."""
+    """Return (a question outside the tables, an honest answer that repeats what is not known)."""
     question, answer = p.say_all(talk.unknown)
     return question, answer
 
 
 def names_chat(p: Pieces, middle: Document) -> Document:
-    """Somebody tells one or two things about himself, chats, and asks for one of them later."""
+    """Return a chat in which somebody tells one or two things, and asks for one of them later."""
     fields = p.fields(talk.memory)
     facts = [p.choice(talk.own_name), *talk.told]
     told = [[p.say(x, **fields) for x in fact] for fact in p.sample(facts, p.between(1, 2))]

@@ -28,7 +28,7 @@ STATEMENTS += ("Let me know {c}.", "I wonder {c}.", "Say {c}.", "I forgot {c}.",
 
 
 def indirect(p: Pieces, question: str) -> str:
-    """The question inside of another sentence; as it is if it has no such form."""
+    """Return the question inside of another sentence, or unchanged if it has no such form."""
     for pattern, form in CLAUSES:
         match = pattern.fullmatch(question)
         if match:
@@ -41,7 +41,7 @@ def indirect(p: Pieces, question: str) -> str:
 
 
 def slip(p: Pieces, request: str) -> str:
-    """Two neighbouring letters in the wrong order, or one left out."""
+    """Return two neighbouring letters in the wrong order, or one left out."""
     at = p.between(0, len(request) - 2)
     pair = request[at : at + 2]
     if not pair.isalpha():
@@ -50,7 +50,7 @@ def slip(p: Pieces, request: str) -> str:
 
 
 def casual(p: Pieces, request: str) -> str:
-    """A short request as people type it."""
+    """Return a short request as people type it."""
     if len(request) > 120 or "\n" in request:
         return request
     r = p.random.random()

@@ -21,7 +21,7 @@ class Wish:
     kind: str = ""
 
     def sentences(self, p: Pieces, count: int) -> list[str]:
-        """About `count` different sentences that answer the request."""
+        """Return about `count` different sentences that answer the request."""
         if self.kind in ("poem", "song", "rap", "limerick", "ballad") and count <= 6:
             return poem(p, self.topic)[:count]
         if self.kind == "haiku" and count <= 3:
@@ -36,7 +36,7 @@ class Wish:
 
 
 def rich_topic(p: Pieces) -> Topic:
-    """A topic, often with a clause or two after it."""
+    """Return a topic, often with a clause or two after it."""
     topic = p.topic()
     if p.chance(0.6):
         return topic
@@ -45,7 +45,7 @@ def rich_topic(p: Pieces) -> Topic:
 
 
 def wish(p: Pieces) -> Wish:
-    """One request of one to four sentences."""
+    """Return a request of one to four sentences."""
     topic, r = rich_topic(p), p.random.random()
 
     def fields(topic: Topic) -> dict[str, object]:

@@ -1,0 +1,68 @@
+"""Memory of the attention on a device: sizes of its buffers, their bytes, and views of them."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import cast
+
+from fd_dsa.attention.config import DSABackendConfig
+from fd_dsa.attention.device_scores import Sizes, tile_sizes, why_not_tiles
+from fd_dsa.device.allocation import Allocate
+from fd_dsa.ops.mla import tensor_core
+from fd_dsa.tensor import Tensor
+from fd_dsa.triton_runtime.driver import GpuTraits
+
+LOGITS_BYTES = 512 << 20
+"""Max memory for the scores of a layer, or one token's scores if they take more. The tokens of a
+longer step are scored in chunks."""
+Buffers = dict[str, tuple[Tensor, tuple[int, ...]]]
+"""Memory and the shape of one value, by name."""
+_WIDTHS = {"float32": 4, "bfloat16": 2, "int32": 4, "uint8": 1}
+
+
+def buffer_sizes(config: DSABackendConfig) -> Sizes:
+    """Return the sizes of the buffers of a DeviceAttention, without those of its scores."""
+    layout, tokens = config.cache_layout, config.max_num_tokens
+    heads, index_heads, rank = config.num_heads, config.index_n_heads, layout.kv_lora_rank
+    max_keys = config.max_blocks_per_seq * layout.block_size
+    num_logits = min(max(LOGITS_BYTES // 4, max_keys), tokens * max_keys)
+    codes = "uint8" if layout.is_fp8 else config.dtype
+    return {
+        "logits": (num_logits, (), "float32"),
+        "slots": (tokens * config.index_topk, (), "int32"),
+        "mla_q": (tokens, (heads, rank + layout.qk_rope_head_dim), config.dtype),
+        "latents": (tokens, (heads, rank), config.dtype),
+        "index_q": (tokens, (index_heads, layout.index_head_dim), codes),
+        "index_weights": (tokens, (index_heads,), "float32"),
+        "index_k": (tokens, (layout.index_head_dim,), config.dtype),
+        "head_weights": (tokens, (index_heads,), "float32"),
+    }
+
+
+def workspace_bytes(config: DSABackendConfig, gpu: GpuTraits) -> int:
+    """Return the bytes that a DeviceAttention of this configuration allocates.
+
+    Args:
+        gpu: traits of the device, which select the kernels and their memory.
+    """
+    sizes = buffer_sizes(config)
+    if why_not_tiles(config) is None:
+        sizes |= tile_sizes(config, sizes["logits"][0], gpu.num_processors)
+    total = sum(count * prod(shape) * _WIDTHS[dtype] for count, shape, dtype in sizes.values())
+    if tensor_core.why_not(gpu.capability, *config.kernel_types) is None:
+        # counts the bytes of float32 values in place of an allocation
+        count = cast(Allocate, lambda shape, _: 4 * prod(shape))
+        total += sum(cast("tuple[int, ...]", tensor_core.new_partials(config.num_heads, count)))
+    if config.head_widths is None:
+        return total
+    # other libraries' tensors have no dense prompts, whose module imports Paddle
+    from fd_dsa.attention import dense_prompts
+
+    return total + dense_prompts.workspace_bytes(config)
+
+
+def buffer_view(buffers: Buffers, name: str, *counts: int) -> Tensor:
+    """Return the start of a buffer as a tensor [*counts, *shape of one value]."""
+    memory, shape = buffers[name]
+    shape = counts + shape
+    return memory[: prod(shape)].reshape(list(shape))
