@@ -31,7 +31,6 @@ TWINS = (
 )
 # device tests of the first of the two guarded sessions, which take about equally long
 FIRST = (
-    "test_batch_invariance.py",
     "test_captured_decode.py",
     "test_captured_prompts.py",
     "test_demo_end_to_end.py",
