@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import paddle
-
 from fd_dsa.ops.device_functions import stored, widened
 from fd_dsa.ops.fp8_rows import GROUP, Fp8Rows, empty_fp8_rows, places_of, store_groups
 from fd_dsa.ops.step_kernel import step_kernel
@@ -25,6 +23,8 @@ _BLOCK = 1024
 
 def empty_beside(x: Tensor, *shape: int, dtype: str | None = None) -> Tensor:
     """An uninitialised tensor on the device of `x`, of its type unless another one is named."""
+    import paddle
+
     return paddle.empty(list(shape), dtype or x.dtype, device=x.place)
 
 

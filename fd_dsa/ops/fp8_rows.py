@@ -10,8 +10,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import paddle
-
 from fd_dsa.ops.cublaslt import padded_rows
 from fd_dsa.ops.device_functions import absolute_maximum, magnitude, over_448, quotient, to_e4m3
 from fd_dsa.tensor import Tensor
@@ -42,6 +40,8 @@ class Fp8Rows(NamedTuple):
 
 def empty_fp8_rows(beside: Tensor, rows: int, width: int) -> Fp8Rows:
     """Uninitialised Fp8Rows on the device of a tensor."""
+    import paddle
+
     place = beside.place
     groups, stride = -(-width // GROUP), padded_rows(rows)
     padded = paddle.empty([stride, width], "uint8", device=place)
