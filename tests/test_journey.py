@@ -15,9 +15,9 @@ from tests.journey import files_entered
 
 ROOT = Path(__file__).parents[1]
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
-MAX_FILES_OF_A_STEP = 30
-MAX_FILES_OF_A_DEVICE_STEP = 64
-MAX_FILES_OF_A_CHAT = 41
+MAX_FILES_OF_A_STEP = 28
+MAX_FILES_OF_A_DEVICE_STEP = 60
+MAX_FILES_OF_A_CHAT = 38
 
 
 def test_a_chat_and_a_decode_step_enter_few_files() -> None:
