@@ -11,8 +11,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import paddle
-
 from fd_dsa.ops.device_functions import (
     absolute_maximum,
     magnitude,
@@ -66,6 +64,8 @@ class Fp8Rows(NamedTuple):
 
 def empty_fp8_rows(beside: Tensor, rows: int, width: int) -> Fp8Rows:
     """Allocate Fp8Rows on the device of a tensor, without values."""
+    import paddle
+
     place = beside.place
     groups, stride = -(-width // GROUP), padded_rows(rows)
     padded = paddle.empty([stride, width], "uint8", device=place)
@@ -91,6 +91,8 @@ def native_fp8(x: Tensor) -> bool:
 
 def empty_beside(x: Tensor, *shape: int, dtype: str | None = None) -> Tensor:
     """Allocate a tensor on the device of `x`, of its dtype unless another one is named."""
+    import paddle
+
     return paddle.empty(list(shape), dtype or x.dtype, device=x.place)
 
 
