@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from fd_dsa.ops.fp8_gemm import Tiling
-from fd_dsa.ops.fp8_rows import GROUP
+from fd_dsa.ops.dense_kernels import GROUP
+from fd_dsa.ops.split_sums import Tiling
 
 _FEW = {
     rows: tuple(

@@ -113,18 +113,18 @@ def driver_loop(bound: BoundLaunch, values: dict[str, Any], stream: int) -> Call
         stream: CUDA stream of the launches.
     """
     variant = bound.variant
-    # its grid is that of the benchmark, one program
-    frame = variant.frame(values)
-    frame.set_stream(stream)
-    config, function, arguments, _ = frame.call
-    loop, launch = _c_loop(), variant.queue
+    addresses = [values[p.name].data_ptr() for p in variant.tensors]
+    memory = variant.fill(addresses, [values[p.name] for p in variant.numbers], bound.grid)
+    memory.set_stream(stream)
+    config, function, arguments, _ = memory.call
+    loop, launch = _c_loop(), variant.enqueue
 
     def call() -> None:
         code = loop(launch, config, function, arguments, LAUNCHES_A_CALL)
         variant.driver.check(code, "launch")
 
-    # the frame owns the memory that the pointers refer to
-    call.frame = frame  # type: ignore[attr-defined]
+    # the pointers refer to this memory
+    call.memory = memory  # type: ignore[attr-defined]
     return call
 
 

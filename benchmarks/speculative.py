@@ -38,7 +38,7 @@ from benchmarks.workers.gpu_engine import open_device
 from fd_dsa import LLM, SamplingParams
 from fd_dsa.accuracy.prompts import read_prompts
 from fd_dsa.config import EngineConfig
-from fd_dsa.engine.step_costs import StepCosts
+from fd_dsa.engine.draft_state import DraftCosts
 from fd_dsa.models.registry import read_config
 
 EVALUATION = ROOT / "tools/demo_training/demo_eval.jsonl"
@@ -180,7 +180,7 @@ def print_acceptance(count: int) -> None:
         with LLM(speculative_config={"method": "mtp", "num_speculative_tokens": most}) as llm:
             speculator: Any = llm.engine.speculator
             # as if drafts cost the same on every machine
-            speculator.costs = StepCosts({1: [1 + n / 10 for n in range(most + 1)]})
+            speculator.costs = DraftCosts({1: [1 + n / 10 for n in range(most + 1)]})
             for task, asked in tasks(count).items():
                 prompts = [llm.tokenizer.apply_chat_template(one, True) for one in asked]
                 for temperature in (0, 1):

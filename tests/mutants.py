@@ -19,6 +19,7 @@ import argparse
 import ast
 import copy
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -146,13 +147,19 @@ def mutants_of(path: Path, text: str) -> list[Mutant]:
         after = before[: node.col_offset] + source + before[node.end_col_offset :]
         kernel = any("jit" in ast.unparse(d) for d in function.decorator_list)
         key = (line, node.col_offset, type(node).__name__)
-        mutant = Mutant(str(path), line, before, after, kernel)
-        try:
-            ast.parse("\n".join([*lines[: line - 1], after, *lines[line:]]))
-        except SyntaxError:
-            continue
-        made[key] = mutant
+        made[key] = Mutant(str(path), line, before, after, kernel)
     return list(made.values())
+
+
+def is_python(tree: Path, mutant: Mutant) -> bool:
+    """Tell if a file of the tree with the mutant in it can be parsed."""
+    lines = (tree / mutant.path).read_text().splitlines()
+    lines[mutant.line - 1] = mutant.after
+    try:
+        ast.parse("\n".join(lines))
+    except SyntaxError:
+        return False
+    return True
 
 
 def lines_of(tree: Path) -> Counter[str]:
@@ -181,7 +188,8 @@ def draw(tree: Path, baseline: Path, seed: int, count: int) -> list[Mutant]:
             if of_tree[mutant.before.strip()] == of_baseline[mutant.before.strip()] == 1
         ]
         share = count // len(ROOMS) + (index < count % len(ROOMS))
-        drawn += sorted(candidates, key=rank)[:share]
+        valid = (one for one in sorted(candidates, key=rank) if is_python(tree, one))
+        drawn += itertools.islice(valid, share)
     return drawn
 
 

@@ -57,7 +57,7 @@ def test_headline_figures_are_those_of_their_results(tmp_path: Path) -> None:
     write_json(tmp_path / "topk.json", result("topk", cases, gate="failed"))
     head, _, *rows = region("headline", tmp_path).splitlines()
     assert head.startswith("| what | against | ratio |") and len(rows) == 1
-    assert "| vLLM's two writes alone | 0.50 to 2.00 | 1 of 2 | NVIDIA H200 |" in rows[0]
+    assert "| only vLLM's two writes | 0.50 to 2.00 | 1 of 2 | NVIDIA H200 |" in rows[0]
     assert "`.venv/bin/python -m benchmarks.cache_write`" in rows[0]
 
 

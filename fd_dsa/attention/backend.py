@@ -197,7 +197,7 @@ class DSAAttentionBackend:
         self.attention.begin_step(step, host_lengths)
         self._built_for = forward_meta
 
-    def forget_step(self) -> None:
+    def drop_step_state(self) -> None:
         """Release the runner's object before the caches that it holds are freed."""
         self._built_for = None
         self.attention.begin_step()

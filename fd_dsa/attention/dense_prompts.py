@@ -19,7 +19,7 @@ from fd_dsa.device.allocation import Allocate
 from fd_dsa.device.staging import StagedInputs
 from fd_dsa.ops.dense_kernels import rows_at
 from fd_dsa.ops.device_matrix import DeviceMatrix
-from fd_dsa.ops.fixed_order import why_not_by_rows
+from fd_dsa.ops.fixed_order import row_dependence_refusal
 from fd_dsa.ops.head_gemm import empty_heads
 from fd_dsa.ops.mla.prompt import (
     Group,
@@ -194,7 +194,7 @@ def why_not(config: DSABackendConfig) -> str | None:
     cache, rope = config.cache_layout.kv_cache_dtype, config.cache_layout.qk_rope_head_dim
     if config.head_widths is None:
         return "the model's widths are not known"
-    if one_form := why_not_by_rows():
+    if one_form := row_dependence_refusal():
         return one_form
     if config.dtype != "bfloat16" or cache == "float32":
         return f"activations are {config.dtype} and the cache is {cache}, neither may be float32"

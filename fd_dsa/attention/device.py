@@ -47,9 +47,9 @@ from fd_dsa.ops.providers import (
     choose,
     device_kind,
     is_refused,
-    provider_of,
     refuse,
-    settle,
+    select_all,
+    selected_provider,
 )
 from fd_dsa.ops.query_kernels import prepare_indexer_query, prepare_mla_query
 from fd_dsa.ops.topk.custom_op import slot_selector
@@ -70,7 +70,7 @@ _KEYS_PER_TOKEN = 128
 
 
 def keys_per_token(num_heads: int) -> int:
-    """Return the max keys of a row, for each of its new tokens, whose records are dequantized."""
+    """Return the max keys per new token of a row whose records are dequantized first."""
     return _KEYS_PER_TOKEN * -(-num_heads // 64)
 
 
@@ -167,7 +167,7 @@ class DeviceAttention:
         kind = device_kind(self._buffers["logits"][0])
         # Triton's interpreter has its tensors in host memory
         kind = "interpreter" if kind == "cpu" else kind
-        settle(kind)
+        select_all(kind)
         self._kind = kind
         self.scores = self._new_scores()
         self.tensor_core_attention = self._new_attention()
@@ -282,7 +282,7 @@ class DeviceAttention:
         values, num_tokens = values_of(hidden), hidden.shape[0]
         out = self.projection_buffers(num_tokens)
         # a GEMM of Paddle runs on the stream of its cuBLAS handle, which a fork does not change
-        forked = num_tokens if provider_of("indexer_projection", values) == TRITON else 0
+        forked = num_tokens if selected_provider("indexer_projection", values) == TRITON else 0
         work = partial(layer.project_qkv_a, hidden)
         (latent, kv_a, joined), (index_k, weights) = overlap.run(
             forked, work, indexer.project, values, out
@@ -369,5 +369,5 @@ class DeviceAttention:
         num_tokens = step.position_ids.shape[0]
         width = rounded_length(step.max_seqlen_k, self.config.index_topk)
         slots = self._view("slots", num_tokens, width)
-        self.scores.choose(step, self._view("logits", 1, 1), cache, slots, num_rows=num_tokens)
+        self.scores.select_by(step, self._view("logits", 1, 1), cache, slots, num_rows=num_tokens)
         return slots

@@ -66,9 +66,9 @@ class PageScores:
         for first in range(0, num_tokens, rows):
             logits = self._logits(min(rows, num_tokens - first), stride, width)
             self._score(step, q, weights, cache, logits, first, rows)
-            self.choose(step, logits, cache, slots, first_token=first)
+            self.select_by(step, logits, cache, slots, first_token=first)
 
-    def choose(
+    def select_by(
         self, step: ForwardMeta, logits: Tensor, cache: Tensor, slots: Tensor, **which: int
     ) -> None:
         """Fill rows of `slots` with the keys of the best `logits`."""
@@ -195,7 +195,8 @@ def _forms(config: DSABackendConfig) -> tuple[TileForm, TileForm]:
 def why_not_tiles(config: DSABackendConfig) -> str | None:
     """Return why TileScores do not support a configuration, or None if they do."""
     layout = config.cache_layout
-    return tile_forms.why_not(layout.kv_cache_dtype, layout.block_size, config.index_n_heads)
+    sizes = layout.kv_cache_dtype, layout.block_size, config.index_n_heads
+    return tile_forms.unsupported_reason(*sizes)
 
 
 def tile_sizes(config: DSABackendConfig, num_logits: int, num_processors: int) -> Sizes:

@@ -17,7 +17,7 @@ from fd_dsa.ops.host_rows import rotate_
 from fd_dsa.ops.key_bounds import positions_to_slots
 from fd_dsa.ops.logits.host_scores import score_gathered, score_paged
 from fd_dsa.ops.mla import attend_dense, attend_gathered
-from fd_dsa.ops.providers import settle
+from fd_dsa.ops.providers import select_all
 from fd_dsa.ops.query import prepare_on_host
 from fd_dsa.ops.topk import select_positions
 from fd_dsa.step import ForwardMeta
@@ -51,7 +51,7 @@ class HostAttention:
         # id of a cache's tensor object -> the tensor, and an array over its memory
         self._views: dict[int, tuple[Any, np.ndarray]] = {}
         self._checked: set[tuple[Any, ...]] = set()
-        settle("cpu")
+        select_all("cpu")
 
     def begin_step(
         self, step: ForwardMeta | None = None, lengths: HostLengths | None = None

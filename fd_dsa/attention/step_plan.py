@@ -197,10 +197,10 @@ class StepPlan:
             max_keys: max keys of a row with a tile; None = any. With it, short rows share a tile
                 only up to `JOINED_KEYS` keys, because a token pays for its neighbours' keys.
         """
-        chosen = wanted & self.is_prefill_row[self.batch_ids]
+        needs_tile = wanted & self.is_prefill_row[self.batch_ids]
         if max_keys is not None:
-            chosen &= self.lengths[self.batch_ids] <= max_keys
-        index = np.flatnonzero(chosen)
+            needs_tile &= self.lengths[self.batch_ids] <= max_keys
+        index = np.flatnonzero(needs_tile)
         tiles = []
         start = 0
         while start < len(index):

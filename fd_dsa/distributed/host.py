@@ -173,13 +173,13 @@ class HostGroup(Group):
         return data
 
     def _exchange(self, part: np.ndarray) -> list[np.ndarray]:
-        """Return the part of every rank, one for each.
+        """Write this rank's part and return the parts of all ranks.
 
         Args:
             part: values of this rank, at most a piece.
 
         Returns:
-            views of shared memory, which the second call after this one overwrites.
+            Views of shared memory, which the second call after this one overwrites.
         """
         self._turn ^= 1
         views = [piece[: part.nbytes].view(part.dtype) for piece in self._pieces[self._turn]]

@@ -1,11 +1,13 @@
-"""Acceptance statistics of a request's drafts, which choose the number of drafts."""
+"""Number of drafts that pays: acceptance rates of a request, and costs of steps with drafts."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from operator import mul
 from typing import Any
+
+import numpy as np
 
 # minimum weight of a new observation
 _WEIGHT = 0.05
@@ -13,6 +15,8 @@ _WEIGHT = 0.05
 _FIRST_COUNT = 3
 # share of the difference to the prior rate that a rate loses in a step without its draft
 _DRIFT = 1 / 1024
+# row count above that of any step
+_FAR = 1 << 20
 
 
 class DraftState:
@@ -59,3 +63,33 @@ class DraftState:
             self._counts[place] += 1
             weight = max(_WEIGHT, 1 / self._counts[place])
             self._rates[place] += weight * ((place < num_accepted) - self._rates[place])
+
+
+class DraftCosts:
+    """Table of the time of a decode step by its rows and drafts, seconds.
+
+    Args:
+        seconds: number of rows -> times of a step with 0, 1, ... drafts a row, seconds.
+    """
+
+    def __init__(self, seconds: Mapping[int, Sequence[float]]) -> None:
+        # times must not fall with the size, so a faster larger step corrects smaller ones
+        lowest = np.array([*seconds.values()])[::-1, ::-1]
+        lowest = np.minimum.accumulate(np.minimum.accumulate(lowest, 0), 1)[::-1, ::-1]
+        # extrapolate along the last two measured sizes
+        rows, lowest = np.array([0, *seconds]), np.vstack([np.zeros_like(lowest[:1]), lowest])
+        a_row = (lowest[-1] - lowest[-2]) / (rows[-1] - rows[-2])
+        self._rows = [*seconds, _FAR]
+        self._seconds = np.vstack([lowest[1:], lowest[-1] + (_FAR - rows[-1]) * a_row])
+
+    def of(self, num_rows: int, num_drafting: int) -> list[float]:
+        """Return the times of a step whose drafting rows have 0, 1, ... drafts each, seconds.
+
+        Args:
+            num_rows: rows of the step.
+            num_drafting: rows that have drafts.
+        """
+        # use the cost of a smaller step with the same number of tokens in which all rows draft
+        rows = [(num_rows + n * num_drafting) / (1 + n) for n in range(self._seconds.shape[1])]
+        columns = zip(rows, self._seconds.T, strict=True)
+        return [float(np.interp(count, self._rows, seconds)) for count, seconds in columns]

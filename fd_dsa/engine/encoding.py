@@ -1,10 +1,10 @@
 """From text to token ids: long texts in overlapping windows, and markers of control tokens as text.
 
-A tokenizer splits a text into words by rules that depend on the text around a word, and computes
-the tokens of a word from that word only. So if two windows both begin a word at some character,
-they have the same tokens from there on, except for words that the first window cuts off. The ids of
-a window are followed by those of the next one from such a character, the seam. The result equals
-the tokens of the whole text, and takes little memory.
+A tokenizer splits a text into words, and computes the tokens of a word from that word only. If two
+windows both begin a word at some character, they have the same tokens from there on. Only words
+that the first window cuts off differ. At such a character, the seam, the ids of a window are
+followed by those of the next one. The result equals the tokens of the whole text, and takes little
+memory.
 """
 
 from __future__ import annotations

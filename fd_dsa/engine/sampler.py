@@ -21,7 +21,12 @@ from fd_dsa.engine.output import TopkPositions
 from fd_dsa.engine.request import Request
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.environment import batch_invariant
-from fd_dsa.ops.sampling.parameters import GREEDY_BELOW, HOTTEST, MAX_ENTRIES, SlotParameters
+from fd_dsa.ops.sampling.parameters import (
+    GREEDY_BELOW,
+    MAX_ENTRIES,
+    MAX_TEMPERATURE,
+    SlotParameters,
+)
 from fd_dsa.ops.sampling.token_buffer import NO_TOKEN, NOT_FINITE
 from fd_dsa.runner.input_batch import SamplingInputs
 from fd_dsa.runner.protocol import Logits, Runner
@@ -53,7 +58,7 @@ class Sampler:
         self, slot: int, params: SamplingParams, seed: int, rules: LogitRules | None = None
     ) -> None:
         """Set the parameters of the request that has taken a slot, and its rules if it has any."""
-        temperature = min(params.temperature, HOTTEST)
+        temperature = min(params.temperature, MAX_TEMPERATURE)
         self._draws[slot] = (temperature, params.min_p, max(params.top_k, 0), params.top_p)
         self._seeds[slot] = seed % 2**64
         self._is_random[slot] = params.temperature >= GREEDY_BELOW

@@ -14,7 +14,7 @@ from fd_dsa.engine.block_manager import BlockManager
 from fd_dsa.engine.metrics import EngineStats
 from fd_dsa.engine.output import FinishReason
 from fd_dsa.engine.request import Request
-from fd_dsa.engine.step_times import StepTimes
+from fd_dsa.engine.step_times import StepTimeModel
 from fd_dsa.errors import describe_error
 from fd_dsa.runner.input_batch import InputBatch
 
@@ -84,7 +84,7 @@ class Scheduler:
         self._batch = batch
         self._stats = stats
         self._target_gap_s = target_gap_s
-        self._step_times = StepTimes(batch.max_num_tokens) if target_gap_s else None
+        self._step_times = StepTimeModel(batch.max_num_tokens) if target_gap_s else None
         self.free_slots = list(range(batch.max_num_seqs))
         self.running: dict[int, Request] = {}
         self.waiting: deque[Request] = deque()

@@ -12,10 +12,9 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from fd_dsa.engine.batch import Drafts, ScheduledBatch
-from fd_dsa.engine.draft_state import DraftState
+from fd_dsa.engine.draft_state import DraftCosts, DraftState
 from fd_dsa.engine.metrics import EngineStats
 from fd_dsa.engine.request import Request
-from fd_dsa.engine.step_costs import StepCosts
 
 logger = logging.getLogger(__name__)
 
@@ -71,9 +70,9 @@ class Speculator:
             enqueued before the host has them.
     """
 
-    def __init__(self, drafter: Drafter, max_drafts: int, costs: StepCosts | None = None) -> None:
+    def __init__(self, drafter: Drafter, max_drafts: int, costs: DraftCosts | None = None) -> None:
         self.drafter, self.max_drafts = drafter, max_drafts
-        self.costs = costs or StepCosts({1: [1.0] * (max_drafts + 1)})
+        self.costs = costs or DraftCosts({1: [1.0] * (max_drafts + 1)})
         self.new_requests: list[Request] = []
         self._is_off = self.needs_sync = False
 

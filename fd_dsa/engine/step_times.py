@@ -29,7 +29,7 @@ _MIN_S, _MAX_S = 1e-9, 1e6
 _FIRST_CONTEXT = 1024
 
 
-class StepTimes:
+class StepTimeModel:
     """Time of a step by its numbers of decode and prefill tokens, and by the context.
 
     The model has a mean time of steps with decode tokens only, for each doubling of their number.

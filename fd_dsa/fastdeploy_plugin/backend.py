@@ -191,11 +191,11 @@ class PluginBackend(AttentionBackend):
             for convert, copy in self._copies:
                 paddle.assign(convert(), output=copy)
 
-    def forget_step(self) -> None:
+    def drop_step_state(self) -> None:
         """Release the newest step before the caches that it refers to are freed."""
         self._built_for = self.shared_selection = None
         if self.core is not None:
-            self.core.forget_step()
+            self.core.drop_step_state()
 
     def write_layer(
         self,

@@ -21,7 +21,7 @@ from fd_dsa.fastdeploy_plugin.backend import PluginBackend
 from fd_dsa.fastdeploy_plugin.settings import interleaves_indexer_rope, shares_selection
 from fd_dsa.fastdeploy_plugin.upstream import FDConfig, ForwardMeta
 from fd_dsa.ops.mla_query import prepare_mla_query
-from fd_dsa.ops.providers import serving
+from fd_dsa.ops.providers import selected_function
 from fd_dsa.tensor import Tensor
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class PluginIndexer(AdoptedIndexer):
             int32 [num_tokens, topk]; physical slots in ascending position, -1 = padding.
         """
         core, layout = backend.current_core(), backend.config.cache_layout
-        q, weights = serving("indexer_query", qr)(
+        q, weights = selected_function("indexer_query", qr)(
             self.wq_b(qr).reshape([-1, self.index_n_heads, self.index_head_dim]),
             weights,
             core.current_step(forward_meta).position_ids,
@@ -118,8 +118,8 @@ class PluginAttention(Attention):
         else:
             qr = self._select(backend, hidden_states, forward_meta)
         query = self._absorbed_query(backend, qr, forward_meta)
-        chosen, core = backend.shared_selection, backend.current_core()
-        latent = core.attend(query, chosen, self.layer_id, forward_meta)
+        selection, core = backend.shared_selection, backend.current_core()
+        latent = core.attend(query, selection, self.layer_id, forward_meta)
         by_head = latent.reshape([-1, self.num_attention_heads_tp, self.kv_lora_rank])
         values = self.kv_b_proj_bmm(by_head.transpose([1, 0, 2]), proj_type="v")
         width = self.num_attention_heads_tp * self.v_head_dim

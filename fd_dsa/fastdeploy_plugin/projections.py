@@ -19,7 +19,7 @@ from fd_dsa.cache_formats import CacheLayout
 from fd_dsa.fastdeploy_plugin.upstream import AdoptedIndexer, BlockFp8Linear, Linear, RMSNorm
 from fd_dsa.ops.arrays import dtype_name, on_device, readable
 from fd_dsa.ops.cache_write import CacheWriteParams
-from fd_dsa.ops.providers import TRITON, device_kind, is_refused, serving
+from fd_dsa.ops.providers import TRITON, device_kind, is_refused, selected_function
 from fd_dsa.tensor import Tensor
 
 K_NORM_EPS = 1e-6
@@ -76,7 +76,7 @@ class IndexerProjections:
             linear.weight.detach() if copy is None else copy
             for linear, copy in zip(self._linears, self.copies, strict=True)
         )
-        project = serving("indexer_projection", hidden_states)
+        project = selected_function("indexer_projection", hidden_states)
         return project(hidden_states, wk, weights_proj, out)
 
     def two_gemms(self, hidden_states: Tensor) -> tuple[Any, Any]:

@@ -81,7 +81,7 @@ class FastDeployRunnerMixin(DSAModelRunnerMixin):  # type: ignore[misc]
         Raises:
             ConfigError: the caches are not two tensors of bytes a layer.
         """
-        self._forget_step()
+        self._drop_step_state()
         with replaced(self.model_config, dtype="uint8"):
             result = super().initialize_kv_cache(*args, **kwargs)
         found = [dtype_name(cache.dtype) for cache in self.share_inputs["caches"]]
@@ -95,7 +95,7 @@ class FastDeployRunnerMixin(DSAModelRunnerMixin):  # type: ignore[misc]
 
     def clear_cache(self, *args: object, **kwargs: object) -> Any:
         """Release the newest step, which refers to the caches."""
-        self._forget_step()
+        self._drop_step_state()
         return super().clear_cache(*args, **kwargs)
 
     def update_parameters(self, *args: object, **kwargs: object) -> Any:
@@ -117,12 +117,12 @@ class FastDeployRunnerMixin(DSAModelRunnerMixin):  # type: ignore[misc]
 
         After a wake-up of the caches only, the weights may still have no memory.
         """
-        self._forget_step()
+        self._drop_step_state()
         result = load(*args, **kwargs)
         if not getattr(self, "is_weight_sleeping", False):
             self.attn_backends[0].refresh_weights()
         return result
 
-    def _forget_step(self) -> None:
+    def _drop_step_state(self) -> None:
         """Release the backend's newest step, which refers to the caches."""
-        self.attn_backends[0].forget_step()
+        self.attn_backends[0].drop_step_state()

@@ -309,7 +309,7 @@ def read_indexer_types(
 
 def _read_quantization(reader: FieldReader) -> dict[str, Any]:
     """Read block size and kind of scales of FP8 weights. Empty without FP8 weights."""
-    # the second key is our own, for a model of which only the MTP layer is FP8
+    # the second key is fd_dsa's own, for a model in which only the MTP layer is FP8
     names = "quantization_config", "mtp_quantization_config"
     found = [_read_fp8(one) for name in names if (one := reader.section(name)) is not None]
     if len(found) == 2 and found[0]["weight_block_size"] != found[1]["weight_block_size"]:

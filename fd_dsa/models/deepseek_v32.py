@@ -14,8 +14,7 @@ from fd_dsa.models.moe import DeepseekMLP, DeepseekMoE
 from fd_dsa.models.rope import cos_sin_table
 from fd_dsa.models.sources import MTP_EMBEDDING, MTP_HEAD, MTP_JOIN, WeightLoader
 from fd_dsa.models.weights_protocol import Weights
-from fd_dsa.ops.arrays import as_numpy, values_of
-from fd_dsa.ops.host_rows import rows_at
+from fd_dsa.ops.arrays import as_numpy, rows_at, values_of
 from fd_dsa.tensor import Array, StepArray
 
 

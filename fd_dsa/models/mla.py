@@ -13,7 +13,7 @@ from fd_dsa.models.weights_protocol import Weights
 from fd_dsa.ops.cache_write import CacheWriteParams
 from fd_dsa.ops.host_gemm import HostMatrix
 from fd_dsa.ops.linear import Linear
-from fd_dsa.ops.providers import serving
+from fd_dsa.ops.providers import selected_function
 from fd_dsa.tensor import Array, StepArray
 
 
@@ -96,7 +96,7 @@ class Indexer:
         if isinstance(weights, HostMatrix):
             both = weights.times(hidden_states)
             return both[:, :width], both[:, width:]
-        project = serving("indexer_projection", hidden_states)
+        project = selected_function("indexer_projection", hidden_states)
         wk, weights_proj = weights if width else (None, *weights)
         return project(hidden_states, wk, weights_proj, out=out)
 

@@ -169,7 +169,7 @@ class DeepseekMoE:
 
 def routed(
     x: np.ndarray,
-    chosen: np.ndarray,
+    selected: np.ndarray,
     weights: np.ndarray,
     experts: Sequence[tuple[HostMatrix, HostMatrix]],
     activated: Callable[[np.ndarray], np.ndarray],
@@ -180,20 +180,20 @@ def routed(
 
     Args:
         x: float32 [num_tokens, hidden_size].
-        chosen: int32 [num_tokens, top_k], experts of each token. An expert may be named twice.
+        selected: int32 [num_tokens, top_k], experts of each token. An expert may be named twice.
         weights: float32 [num_tokens, top_k], weights of the experts.
         experts: gate_up and down of each expert, HostMatrix.
         activated: activation of the results of gate_up, which it may change in place.
     """
-    num_tokens, top_k = chosen.shape
+    num_tokens, top_k = selected.shape
     widest = max(x.shape[1], experts[0][0].out_width)
     max_tokens = max(1, EXPERT_BYTES // (x.itemsize * top_k * widest))
     if num_tokens > max_tokens:
         chunks = [slice(i, i + max_tokens) for i in range(0, num_tokens, max_tokens)]
         return np.concatenate(
-            [routed(x[c], chosen[c], weights[c], experts, activated) for c in chunks]
+            [routed(x[c], selected[c], weights[c], experts, activated) for c in chunks]
         )
-    flat = chosen.ravel()
+    flat = selected.ravel()
     order = flat.argsort(kind="stable")
     ends = np.bincount(flat).cumsum().tolist()
     spans = [span for span in zip(experts, [0, *ends], ends, strict=False) if span[2] > span[1]]

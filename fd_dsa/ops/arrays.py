@@ -58,6 +58,16 @@ def matmul(x: Tensor, y: Tensor, *, transpose_y: bool = False) -> Tensor:
     return paddle.matmul(x, y, transpose_y=transpose_y)
 
 
+def rows_at(x: Any, index: Any) -> Any:
+    """Return rows `index`, integers [n], of x [num_rows, width]."""
+    if isinstance(x, np.ndarray):
+        return x[as_numpy(index)]
+    # imported only if there is a device, because it loads kernels
+    from fd_dsa.ops import dense_kernels
+
+    return dense_kernels.rows_at(x, index)
+
+
 def values_of(x: Any) -> Any:
     """Return the values of activations, without the FP8 form that a norm on a device adds."""
     return getattr(x, "plain", x)

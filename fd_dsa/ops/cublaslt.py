@@ -22,12 +22,11 @@ from fd_dsa.device.transfers import Transfers
 from fd_dsa.errors import DeviceError, LaunchError, ShapeError
 from fd_dsa.ops.arrays import check_array
 from fd_dsa.ops.cublaslt_library import Functions, library
+from fd_dsa.ops.dense_kernels import GROUP, padded_rows
 from fd_dsa.tensor import Tensor
 from fd_dsa.triton_runtime.device_api import DeviceApi, api_for_type
 
 _ALIGNMENT, _WORKSPACE_BYTES, _MAX_ALGORITHMS = 16, 32 << 20, 8
-# inputs that share a scale
-_GROUP = 128
 
 # values of the enumerations in library_types.h, cublas_api.h and cublasLt.h
 _FLOAT32, _BFLOAT16, _FP8 = 0, 14, 28
@@ -58,11 +57,6 @@ class _Algorithm(ctypes.Structure):
         ("waves", ctypes.c_float),
         ("reserved", ctypes.c_int * 4),
     )
-
-
-def padded_rows(num_tokens: int) -> int:
-    """Return the rows of `Cublaslt.fp8_linear` for some tokens: a multiple of 4, at least 8."""
-    return max(8, -(-num_tokens // 4) * 4)
 
 
 class Gemm(NamedTuple):
@@ -282,13 +276,13 @@ def _checked(x: Tensor, weight: Tensor, out: Tensor, *scales: Tensor) -> Gemm:
     sides: list[Any] = []
     if scales:
         operator, operand, result = "fp8_linear", "uint8", "bfloat16"
-        if inputs % (4 * _GROUP) or outputs % 8 or rows != padded_rows(rows):
+        if inputs % (4 * GROUP) or outputs % 8 or rows != padded_rows(rows):
             raise ShapeError(
                 f"fp8_linear: got {rows} rows of x and a weight of {[outputs, inputs]}, allowed "
-                f"are padded_rows(num_tokens), a multiple of 8 and one of {4 * _GROUP}"
+                f"are padded_rows(num_tokens), a multiple of 8 and one of {4 * GROUP}"
             )
-        groups = inputs // _GROUP
-        shapes = (groups, rows), (-(-outputs // _GROUP), groups)
+        groups = inputs // GROUP
+        shapes = (groups, rows), (-(-outputs // GROUP), groups)
         sides = [*zip(("scales_x", "scales_w"), scales, shapes, ["float32"] * 2, strict=True)]
     for name, tensor, shape, dtype in (
         ("x", x, (rows, inputs), operand),

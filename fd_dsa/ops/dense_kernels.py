@@ -1,31 +1,131 @@
-"""Launches of the operations between two GEMMs of a layer: one each, no wait for the device.
+"""Activations in block FP8, and the operations between two GEMMs of a layer, one launch each.
 
-Activations are float32 or bfloat16; sums are in float32, and results have the type of the
-activations, rounded once. The quantised forms write FP8 of the rounded values in the same launch.
-Each allocates its result, so a capture by Paddle has it in the memory of the graph.
+Activations are float32 or bfloat16. Sums are in float32, and results are rounded once to the type
+of the activations. The quantized forms write FP8 of the rounded values in the same launch. Each
+call allocates its result, so in a capture by Paddle the graph owns the memory.
+
+Source: DeepSeek-V3 (arXiv 2412.19437) §3.3.2, fine-grained quantization.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
-import paddle
-
-from fd_dsa.ops.device_functions import stored, widened
-from fd_dsa.ops.fp8_rows import GROUP, Fp8Rows, empty_fp8_rows, places_of, store_groups
+from fd_dsa.ops.device_functions import (
+    absolute_maximum,
+    magnitude,
+    over_448,
+    quotient,
+    stored,
+    to_e4m3,
+    widened,
+)
 from fd_dsa.ops.step_kernel import step_kernel
 from fd_dsa.tensor import Tensor
-from fd_dsa.triton_runtime import start_next, wait_for_inputs
+from fd_dsa.triton_runtime import INTERPRETING, start_next, wait_for_inputs
+from fd_dsa.triton_runtime.device_api import traits_for
+from fd_dsa.triton_runtime.driver import FP8_CAPABILITY
 
 import triton  # isort: skip
 import triton.language as tl  # isort: skip
 
 _BLOCK = 1024
+GROUP = 128
+"""Number of values of a row that share a scale. Blocks of a weight are GROUP x GROUP."""
+_GROUP = tl.constexpr(GROUP)
+
+
+def padded_rows(num_tokens: int) -> int:
+    """Return the rows of Fp8Rows for some tokens, as cuBLASLt needs them.
+
+    It is a multiple of 4, at least 8.
+    """
+    return max(8, -(-num_tokens // 4) * 4)
+
+
+class Fp8Rows(NamedTuple):
+    """Rows of FP8 values: value c of row r is e4m3(codes[r, c]) * scales[c // 128, r].
+
+    The scales are stored group by group, as cuBLASLt reads them (VEC128_32F). So a GEMM reads the
+    scales of its rows for 128 values along K at once.
+
+    Attributes:
+        codes: uint8 [rows, width], e4m3 bits, contiguous.
+        scales: float32 [ceil(width / 128), padded_rows(rows)], contiguous. Columns from `rows` on
+            are padding with any values.
+        padded: uint8 [padded_rows(rows), width]; `codes` and rows of padding with any values. None
+            if `codes` has memory of its own.
+    """
+
+    codes: Any
+    scales: Any
+    padded: Any = None
+
+
+def empty_fp8_rows(beside: Tensor, rows: int, width: int) -> Fp8Rows:
+    """Allocate Fp8Rows on the device of a tensor, without values."""
+    import paddle
+
+    place = beside.place
+    groups, stride = -(-width // GROUP), padded_rows(rows)
+    padded = paddle.empty([stride, width], "uint8", device=place)
+    scales = paddle.empty([groups, stride], "float32", device=place)
+    return Fp8Rows(padded if rows == stride else padded[:rows], scales, padded)
+
+
+def kernel_arguments(x: Tensor | Fp8Rows | None) -> tuple[Any, Any, Any, int]:
+    """Return (tensor, codes, scales, stride of scales) of a tensor or Fp8Rows for a kernel.
+
+    The stride is the distance from the scales of a group to those of the next group. Entries that
+    do not apply are None, or 0 for the stride.
+    """
+    if isinstance(x, Fp8Rows):
+        return None, x.codes, x.scales, x.scales.shape[1]
+    return x, None, None, 0
+
+
+def native_fp8(x: Tensor) -> bool:
+    """Return True if the device of a tensor multiplies e4m3 numbers (capability 8.9 and later)."""
+    return not INTERPRETING and traits_for(x).capability >= FP8_CAPABILITY
 
 
 def empty_beside(x: Tensor, *shape: int, dtype: str | None = None) -> Tensor:
-    """An uninitialised tensor on the device of `x`, of its type unless another one is named."""
+    """Allocate a tensor on the device of `x`, of its dtype unless another one is named."""
+    import paddle
+
     return paddle.empty(list(shape), dtype or x.dtype, device=x.place)
+
+
+@triton.jit
+def quantized(groups, ROUND_SCALES: tl.constexpr):
+    """Return uint8 codes of `groups` of values [N, M], and the float32 scale of each group [N].
+
+    A scale is the largest magnitude of its group / 448, at least 1e-12. With ROUND_SCALES it is
+    rounded up to a power of two.
+    """
+    scale = tl.maximum(over_448(absolute_maximum(magnitude(groups), 1)), 1e-12)
+    if ROUND_SCALES:
+        bits = scale.to(tl.uint32, bitcast=True)
+        exponent = (bits >> 23) + ((bits & 0x7FFFFF) != 0).to(tl.uint32)
+        scale = (exponent << 23).to(tl.float32, bitcast=True)
+    return to_e4m3(quotient(groups, scale[:, None])), scale
+
+
+@triton.jit
+def store_groups(
+    values, codes, scales, stride, left, BLOCK: tl.constexpr, ROUND_SCALES: tl.constexpr
+):
+    """Quantize and store the first `left` of `values` [BLOCK], a part of a row.
+
+    Values past them are zero. `codes` and `scales` point to the first code and the first scale.
+    `stride` is the distance from the scale of a group to that of the next group.
+    """
+    groups: tl.constexpr = BLOCK // _GROUP
+    own, scale = quantized(tl.reshape(values, [groups, _GROUP]), ROUND_SCALES)
+    group = tl.arange(0, groups)
+    tl.store(scales + group * stride, scale, mask=group * _GROUP < left)
+    column = group[:, None] * _GROUP + tl.arange(0, _GROUP)[None, :]
+    tl.store(codes + column, own, mask=column < left)
 
 
 @step_kernel(strided=("x_ptr",), waits=True)
@@ -44,7 +144,10 @@ def rms_norm_kernel(
     BLOCK: tl.constexpr,
     ROUND_SCALES: tl.constexpr,
 ):
-    """Row `program 0`; `delta_ptr` and `sum_ptr`, `codes_ptr` and `scales_ptr` may be None."""
+    """Compute row `program 0` of `rms_norm`.
+
+    `delta_ptr` and `sum_ptr` may be None together, and so may `codes_ptr` and `scales_ptr`.
+    """
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < WIDTH
@@ -72,23 +175,28 @@ def rms_norm(
     epsilon: float,
     round_scales: bool | None = None,
 ) -> tuple[Tensor | None, Tensor, Fp8Rows | None]:
-    """x + delta, that sum's norm, and the norm in FP8; one launch.
+    """Add a residual and normalize the sum, in one launch.
 
-    The sum is rounded to the type of `x`; of that, sum * rsqrt(mean(sum^2) + epsilon) * weight.
+    The sum is rounded to the type of `x`, and then becomes
+    sum * rsqrt(mean(sum^2) + epsilon) * weight.
 
     Args:
-        x: float32 or bfloat16 [num_tokens, width]; there may be gaps between its rows.
-        delta: like `x`, contiguous; None: the norm is that of `x`, and the sum None.
+        x: float32 or bfloat16 [num_tokens, width]. There may be gaps between rows.
+        delta: like `x`, contiguous. None normalizes `x` itself.
         weight: float32 [width].
-        epsilon: added to the mean square.
-        round_scales: whether scales are powers of two (`scale_fmt` "ue8m0"); None: no FP8.
+        epsilon: term added to the mean square.
+        round_scales: True for scales that are powers of two (`scale_fmt` "ue8m0"). None makes no
+            FP8.
+
+    Returns:
+        (sum, norm, norm in FP8); the sum is None without `delta`, the last without `round_scales`.
     """
     rows, width = x.shape
     out = empty_beside(x, rows, width)
     total = None if delta is None else empty_beside(x, rows, width)
     quantized = None if round_scales is None else empty_fp8_rows(x, rows, width)
     if rows and width:
-        _, codes, scales, scale_stride = places_of(quantized)
+        _, codes, scales, scale_stride = kernel_arguments(quantized)
         block = max(GROUP, triton.next_power_of_2(width))
         rms_norm_kernel[(rows,)](
             x,
@@ -104,7 +212,7 @@ def rms_norm(
             WIDTH=width,
             BLOCK=block,
             ROUND_SCALES=bool(round_scales),
-            # a few rows wait for memory alone: more threads have more of the row on its way
+            # a few rows are bound by memory latency, and more threads have more loads in flight
             num_warps=4 if block <= 2048 else 8 if block <= 4096 else 16,
         )
     return total, out, quantized
@@ -112,7 +220,7 @@ def rms_norm(
 
 @triton.jit
 def sigmoid(x):
-    """1 / (1 + exp(-x)); no intermediate overflows."""
+    """Return 1 / (1 + exp(-x)), without an intermediate that overflows."""
     small = tl.exp(-tl.abs(x))
     return tl.where(x >= 0, 1.0, small) / (1.0 + small)
 
@@ -129,9 +237,10 @@ def activate_kernel(
     BLOCK: tl.constexpr,
     ROUND_SCALES: tl.constexpr,
 ):
-    """Block `program 1` of row `program 0`; with `codes_ptr` the result is written in FP8 alone.
+    """Compute block `program 1` of row `program 0`, and write it in FP8 if there is `codes_ptr`.
 
-    GATED: silu of the first half of a row times the second one; else the row as it is.
+    With GATED the result is silu of the first half of a row times the second half, else the row
+    itself.
     """
     wait_for_inputs()
     start_next()
@@ -153,35 +262,36 @@ def activate_kernel(
 
 
 def silu_and_mul(gate_up: Tensor, round_scales: bool | None = None) -> Tensor | Fp8Rows:
-    """silu(gate) * up of the two halves of each row, in the type of `gate_up` or as Fp8Rows.
+    """Return silu(gate) * up of the two halves of each row, in the type of `gate_up` or as Fp8Rows.
 
     Args:
         gate_up: float32 or bfloat16 [num_tokens, 2 * width], contiguous.
-        round_scales: of FP8, as of `rms_norm`.
+        round_scales: as for `rms_norm`. None returns the type of `gate_up`.
     """
     return _activated(gate_up, gate_up.shape[1] // 2, round_scales, gated=True)
 
 
 def quantize_rows(x: Tensor, round_scales: bool) -> Fp8Rows:
-    """FP8 of rows: codes by rounding to nearest even, past 448 the largest, NaN 0x7F.
+    """Return rows in FP8, rounded to nearest even.
 
-    A scale is a 448th of its group's largest magnitude, at least 1e-12; NaN does not count.
+    A scale is the largest magnitude of its group / 448, at least 1e-12, and ignores NaN. Values
+    past 448 become the largest code, NaN becomes 0x7F.
 
     Args:
         x: float32 or bfloat16 [rows, width], contiguous.
-        round_scales: scales are rounded up to powers of two (`scale_fmt` "ue8m0").
+        round_scales: True to round scales up to powers of two (`scale_fmt` "ue8m0").
     """
     return _activated(x, x.shape[1], round_scales, gated=False)
 
 
 def _activated(x: Tensor, width: int, round_scales: bool | None, *, gated: bool) -> Any:
-    """A launch over `x`, whose result has `width` columns."""
+    """Launch `activate_kernel` over `x` for a result of `width` columns."""
     rows, empty = x.shape[0], empty_beside if round_scales is None else empty_fp8_rows
     out = empty(x, rows, width)
     if rows and width:
         block = min(_BLOCK, max(GROUP, triton.next_power_of_2(width)))
         activate_kernel[rows, -(-width // block)](
-            x, *places_of(out), width, gated, block, bool(round_scales), num_warps=4
+            x, *kernel_arguments(out), width, gated, block, bool(round_scales), num_warps=4
         )
     return out
 
@@ -190,13 +300,13 @@ def _activated(x: Tensor, width: int, round_scales: bool | None, *, gated: bool)
 def rows_at_kernel(
     table_ptr, index_ptr, out_ptr, table_rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Block `program 1` of row `program 0`; zeros where the table has no such row."""
+    """Copy block `program 1` of row `program 0`, or zeros for an index outside of the table."""
     wait_for_inputs()
     start_next()
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < WIDTH
-    # one beside every column: a mask of a scalar and a block is none to some interpreters
+    # a vector, because some versions of the interpreter refuse masks of a scalar and a vector
     source = tl.load(index_ptr + row).to(tl.int64) + tl.zeros([BLOCK], tl.int64)
     exists = (source >= 0) & (source < table_rows)
     values = tl.load(table_ptr + source * WIDTH + column, mask=inside & exists, other=0.0)
@@ -204,12 +314,12 @@ def rows_at_kernel(
 
 
 def rows_at(table: Tensor, index: Tensor, out: Tensor | None = None) -> Tensor:
-    """Rows `index` of a table, [n, width] in its type; zeros for an index that it has not.
+    """Gather rows of a table: [n, width] of its dtype.
 
     Args:
         table: float32 or bfloat16 [num_rows, width], contiguous.
-        index: int32 or int64 [n].
-        out: what they are written to; None: a new tensor.
+        index: int32 or int64 [n]. An index outside of the table gives a row of zeros.
+        out: tensor for the result. None allocates.
     """
     width = table.shape[1]
     out = empty_beside(table, index.shape[0], width) if out is None else out

@@ -1,4 +1,4 @@
-"""Weights in device memory, float32, bfloat16 or block FP8, and the launches that read them."""
+"""Weights in device memory in float32, bfloat16 or block FP8, and their GEMMs."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from fd_dsa.errors import BackendUnavailable, DeviceError
 from fd_dsa.ops.arrays import allocator_beside, dtype_name, matmul, on_device, values_of
 from fd_dsa.ops.cublaslt import cublaslt_for
 from fd_dsa.ops.cublaslt_library import why_not_fp8
-from fd_dsa.ops.dense_kernels import quantize_rows, rms_norm, silu_and_mul
+from fd_dsa.ops.dense_kernels import GROUP, Fp8Rows, quantize_rows, rms_norm, silu_and_mul
 from fd_dsa.ops.expert_kernels import expert_gemm
 from fd_dsa.ops.fixed_order import fixed_order
 from fd_dsa.ops.fp8_gemm import fp8_linear
-from fd_dsa.ops.fp8_rows import GROUP, Fp8Rows
 from fd_dsa.ops.head_gemm import head_gemm, linear_in_one_order
 from fd_dsa.ops.host_rows import Reducer
 from fd_dsa.tensor import Place, Tensor
@@ -26,12 +25,12 @@ from fd_dsa.triton_runtime.device_api import traits_for
 
 logger = logging.getLogger(__name__)
 OWN_ROWS = 32
-"""Up to so many rows our own FP8 GEMM is faster than cuBLASLt's; `benchmarks.gpu_gemms`."""
+"""Maximum number of rows for our own FP8 GEMM, which is then faster (`benchmarks.gpu_gemms`)."""
 
 
 @cache
 def _cublaslt(kind: type, place: Place) -> tuple[Any, bool]:
-    """What serves cuBLASLt's GEMMs on a device, None without it, and whether it takes block FP8."""
+    """Return cuBLASLt on a device, None if it is missing, and True if it supports block FP8."""
     example = paddle.empty([1], "float32", device=place)
     if not on_device(example) or INTERPRETING:
         return None, False
@@ -47,10 +46,10 @@ def _cublaslt(kind: type, place: Place) -> tuple[Any, bool]:
 
 
 class Normed(NamedTuple):
-    """Activations of which some GEMMs read the values, others a quantised form.
+    """Activations with a quantized form, for GEMMs of both kinds.
 
     Attributes:
-        plain: [num_tokens, width].
+        plain: float32 or bfloat16 [num_tokens, width].
         fp8: the same values in FP8.
     """
 
@@ -63,25 +62,25 @@ class Normed(NamedTuple):
 
 
 class DeviceNorm:
-    """RMSNorm of rows on a device; what has FP8 weights after it gets both forms.
+    """RMSNorm of rows on a device. If FP8 weights read the result, it has both forms.
 
     Args:
         weight: float32 [width].
-        epsilon: added to the mean square.
-        round_scales: as of a DeviceMatrix; None: no FP8 weight reads the result.
+        epsilon: term added to the mean square.
+        round_scales: as for DeviceMatrix; None if no FP8 weight reads the result.
     """
 
     def __init__(self, weight: Tensor, epsilon: float, round_scales: bool | None) -> None:
         self.weight, self.epsilon, self._round_scales = weight, epsilon, round_scales
 
     def of(self, x: Tensor) -> Tensor | Normed:
-        """x [num_tokens, width], normed; may be columns of wider rows."""
+        """Normalize x [num_tokens, width], which may be columns of wider rows."""
         return self._sum_and_norm(x, None)[1]
 
     def after(
         self, hidden_states: Tensor, change: Tensor, group: Reducer | None
     ) -> tuple[Tensor | None, Tensor | Normed]:
-        """As of HostNorm; one launch after the all-reduce."""
+        """Add and normalize as HostNorm does, in one launch after the all-reduce."""
         if group is not None:
             change = group.all_reduce(change)
         return self._sum_and_norm(hidden_states, change)
@@ -94,14 +93,14 @@ class DeviceNorm:
 
 
 class DeviceMatrix:
-    """The weight of a GEMM, one for each head, or a stack of those of experts.
+    """Weight of a GEMM, of a GEMM for each head, or of a grouped GEMM of experts.
 
     Args:
-        values: float32 or bfloat16 [out, in], or e4m3 codes, uint8; of heads [heads, in, out]; of
-            experts [experts, out, in].
-        scales: of codes, float32 [..., ceil(out / 128), ceil(in / 128)], multipliers of the blocks.
-        round_scales: whether the scales of activations are rounded up to powers of two.
-        sums_in_float32: whether results are float32 whatever the type of the weight.
+        values: float32 or bfloat16, or e4m3 codes in uint8. Shape [out, in], for heads
+            [heads, in, out], for experts [experts, out, in].
+        scales: float32 [..., ceil(out / 128), ceil(in / 128)], factors of the blocks of codes.
+        round_scales: True if scales of activations are rounded up to powers of two.
+        sums_in_float32: True if results are float32 for every dtype of the weight.
     """
 
     __slots__ = ("round_scales", "scales", "sums_in_float32", "values")
@@ -118,7 +117,7 @@ class DeviceMatrix:
         self.sums_in_float32 = sums_in_float32 and dtype_name(values.dtype) != "float32"
 
     def times(self, x: Tensor | Normed | Fp8Rows) -> Tensor:
-        """x [num_tokens, in], Normed or Fp8Rows of it, times the weight: [num_tokens, out]."""
+        """Multiply x [num_tokens, in], also as Normed or Fp8Rows, by the weight: [..., out]."""
         rows = self._read(x)
         if self.scales is not None:
             return self._times_fp8(rows, self.scales)
@@ -137,7 +136,7 @@ class DeviceMatrix:
         return out
 
     def _times_fp8(self, rows: Fp8Rows, scales: Tensor) -> Tensor:
-        """By cuBLASLt where there are many rows, and it takes them; else by our own kernel."""
+        """Multiply by cuBLASLt if there are many rows and it supports them, else by our kernel."""
         num_rows, x = rows.codes.shape[0], rows.padded
         if num_rows > OWN_ROWS and x is not None and self._suits_cublaslt:
             library, takes_fp8 = _cublaslt(x.__class__, x.place)
@@ -150,28 +149,30 @@ class DeviceMatrix:
 
     @property
     def _suits_cublaslt(self) -> bool:
-        """Whether cuBLASLt may serve, and reads the codes and scales as they are."""
+        """True if cuBLASLt may be used, and reads the codes and scales without a copy."""
         outputs, width = self.values.shape
         return not fixed_order() and outputs % 8 == 0 and width % (4 * GROUP) == 0
 
     def times_by_head(self, x: Tensor) -> Tensor:
-        """Each head's own GEMM: x [num_tokens, heads, in], which may be a view, to [..., out]."""
+        """Multiply x [num_tokens, heads, in], maybe a view, by each head's weight: [..., out]."""
         return head_gemm(x, self.values)
 
     def heads_joined(
         self, x: Tensor, reader: DeviceMatrix, out: Tensor | None = None, rows: Tensor | None = None
     ) -> Any:
-        """`times_by_head`, the heads of a token side by side, in the form that `reader` reads.
+        """Multiply as `times_by_head`, with the heads of a token side by side, for `reader`.
 
         Args:
-            out, rows: as of `head_gemm`.
+            x: [num_tokens, heads, in], may be a view.
+            reader: weight that multiplies the result. An FP8 weight gets FP8 if possible.
+            out, rows: as for `head_gemm`.
         """
         rounds = self.scales_for(reader)
         out = head_gemm(x, self.values, rounds, out, rows)
         return out.reshape([out.shape[0], -1]) if rounds is None else out
 
     def scales_for(self, reader: DeviceMatrix) -> bool | None:
-        """How `heads_joined` quantises, as of `head_gemm`; None: not at all."""
+        """Return `round_scales` of `heads_joined` for a reader, None if it does not quantize."""
         is_fp8 = reader.scales is not None and self.values.shape[2] == GROUP
         return reader.round_scales if is_fp8 else None
 
@@ -184,20 +185,20 @@ class DeviceMatrix:
         top_k: int,
         gated: bool = False,
     ) -> Tensor | Fp8Rows:
-        """Each pair's row times its expert's weight; see `expert_gemm`, whose arguments these are.
+        """Multiply the row of each pair by its expert's weight, as `expert_gemm` does.
 
-        Gated, FP8 weights give Fp8Rows.
+        A gated GEMM of FP8 weights returns Fp8Rows.
         """
         weight, rounds = (self.values, self.scales), self.round_scales
         how: dict[str, Any] = {"top_k": top_k, "gated": gated, "round_scales": rounds}
         return expert_gemm(self._read(x), weight, pairs, counts, **how)
 
     def activated(self, gate_up: Tensor) -> Tensor | Fp8Rows:
-        """silu(gate) * up of [num_tokens, 2 * in], in the form that `times` reads."""
+        """Return silu(gate) * up of [num_tokens, 2 * in] in the form that `times` reads."""
         return silu_and_mul(gate_up, None if self.scales is None else self.round_scales)
 
     def _read(self, x: Tensor | Normed | Fp8Rows) -> Any:
-        """`x` in the form that GEMMs with the weight read."""
+        """Return `x` in the form that GEMMs with the weight read."""
         if self.scales is None or isinstance(x, Fp8Rows):
             return values_of(x)
         return x.fp8 if isinstance(x, Normed) else quantize_rows(x, self.round_scales)

@@ -1,15 +1,16 @@
-"""The grouped GEMM of routed experts: its kernel, and how a launch is cut.
+"""Grouped GEMM of routed experts: its kernel and its tilings.
 
-Few tokens make it a read of the weights of the experts that have any: tiles of 16 rows, and as many
-bytes on their way to each processor as it holds. Prompts fill tiles of 128 rows.
+With few tokens the time is that of reading the weights of the selected experts. Tiles then have 16
+rows, and each processor has as many bytes in flight as its shared memory holds. Prompts fill tiles
+of 128 rows.
 """
 
 from __future__ import annotations
 
-from fd_dsa.ops.dense_kernels import sigmoid
+from fd_dsa.ops.dense_kernels import GROUP, quantized, sigmoid
 from fd_dsa.ops.device_functions import stored, to_bfloat16, widened
-from fd_dsa.ops.fp8_gemm import Tiling, fp8_pointer, fp8_sums
-from fd_dsa.ops.fp8_rows import GROUP, quantized
+from fd_dsa.ops.fp8_gemm import fp8_pointer, fp8_sums
+from fd_dsa.ops.split_sums import Tiling
 from fd_dsa.ops.step_kernel import step_kernel
 from fd_dsa.triton_runtime import start_next, wait_for_inputs
 
@@ -22,44 +23,44 @@ _GROUP = tl.constexpr(GROUP)
 def configuration(
     kind: str, num_pairs: int, num_experts: int, gated: bool, shared_bytes: int
 ) -> Tiling:
-    """The tiling for so many pairs, whose stages fit a block's shared memory.
+    """Return the tiling for a number of pairs, with stages that fit the shared memory of a block.
 
-    A stage is 128 bytes along K; a gated tile of FP8 has 128 columns.
+    A stage is 128 bytes along K. A gated tile in FP8 has 128 columns.
     """
     tiling = _fastest(kind, num_pairs, num_experts, gated)
     stage_bytes = (tiling.columns * (1 + gated) + tiling.rows) * 128
-    # of the stages asked for, one is in registers on GPUs whose shared memory is the limit
-    most = 1 + shared_bytes // stage_bytes
-    return tiling._replace(num_stages=min(tiling.num_stages, most))
+    # if shared memory is the limit, one more stage is in registers
+    max_stages = 1 + shared_bytes // stage_bytes
+    return tiling._replace(num_stages=min(tiling.num_stages, max_stages))
 
 
 def _fastest(kind: str, num_pairs: int, num_experts: int, gated: bool) -> Tiling:
-    """What was the fastest on Hopper of those that `benchmarks.gpu_gemms` times."""
+    """Return the fastest tiling of `benchmarks.gpu_gemms` on Hopper."""
     mean = num_pairs / num_experts
     if kind == "float32":
         return Tiling(16 if mean <= 16 else 32, 64, 4, 3)
-    # the tile that most experts' pairs fit in: their number varies like its own root
+    # a tile that holds the pairs of nearly all experts, whose number varies around the mean
     rows = next((rows for rows in (16, 32, 64) if mean <= rows / 2), 128)
     if rows == 128:
-        # with 8 warps the sums of both halves do not stay in registers
+        # with 8 warps the registers do not hold the sums of both halves
         return Tiling(128, 128, 16 if gated else 8, 4)
-    # a gated tile for each processor has all of its shared memory; of others several share it
+    # with at most 8 pairs each processor has one gated tile, which may take all shared memory
     return Tiling(rows, 128, 8, 6 if gated and num_pairs <= 8 else 3)
 
 
 def block_sizes(kind: str, columns: int, width: int, tiling: Tiling) -> dict[str, int]:
-    """Constants and options of a launch with a tiling."""
+    """Return the constants and options of a launch with a tiling."""
     block_columns, block_width = tiling.columns, GROUP
     if kind != "uint8":
         block_columns = min(block_columns, max(16, triton.next_power_of_2(columns)))
-        most = 32 if kind == "float32" else 64
-        block_width = min(most, max(16, triton.next_power_of_2(width)))
+        max_width = 32 if kind == "float32" else 64
+        block_width = min(max_width, max(16, triton.next_power_of_2(width)))
     return tiling.options | {"BLOCK_COLUMNS": block_columns, "BLOCK_WIDTH": block_width}
 
 
 @triton.jit
 def _added_dot(rows, columns, total):
-    """`total` plus the dots of tiles [rows, K] and [columns, K]; transposed of few rows."""
+    """Add the dots of tiles [rows, K] and [columns, K] to `total`, transposed if rows are few."""
     if rows.shape[0] < 128:
         return tl.dot(columns, tl.trans(rows), acc=total, input_precision="ieee")
     else:
@@ -78,7 +79,7 @@ def _plain_sums(
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
 ):
-    """`fp8_sums` along all of K for operands of float32 or bfloat16."""
+    """Return the sums of `fp8_sums` along all of K, for operands in float32 or bfloat16."""
     place = tl.arange(0, BLOCK_WIDTH)[None, :]
     if BLOCK_ROWS < 128:
         total = tl.zeros([BLOCK_COLUMNS, BLOCK_ROWS], tl.float32)
@@ -107,9 +108,9 @@ def _own_tile(
     EXPERTS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
 ):
-    """Expert of a tile, its first pair in the expert's list, and the length of that list.
+    """Return the expert of a tile, its first place in the expert's list, and the list's length.
 
-    An expert has as many tiles as its pairs fill; past the last tile it is NUM_EXPERTS or more.
+    An expert has as many tiles as its pairs fill. Past the last tile the expert is NUM_EXPERTS.
     """
     expert_ids = tl.arange(0, EXPERTS)
     counts = tl.load(counts_ptr + expert_ids, mask=expert_ids < NUM_EXPERTS, other=0)
@@ -146,15 +147,15 @@ def expert_gemm_kernel(
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
 ):
-    """Column block `program 0` of tile `program 1`; row of `x`: pair // ROW_PAIRS.
+    """Compute column block `program 0` of tile `program 1`. A pair reads row pair // ROW_PAIRS.
 
-    GATED: silu of the first COLUMNS columns times the second ones; with `out_scales_ptr` it is
-    rounded to bfloat16 and stored as FP8.
+    With GATED the result is silu of the first COLUMNS columns times the second ones. With
+    `out_scales_ptr` it is rounded to bfloat16 and stored in FP8.
     """
     wait_for_inputs()
     expert, first, count = _own_tile(counts_ptr, tl.program_id(1), NUM_EXPERTS, EXPERTS, BLOCK_ROWS)
     if expert < NUM_EXPERTS:
-        # a weight of all experts has more values than 32 bits count
+        # offsets in the weight of all experts need 64 bits
         wide = expert.to(tl.int64)
         place = first + tl.arange(0, BLOCK_ROWS)
         live = place < count
@@ -163,7 +164,7 @@ def expert_gemm_kernel(
         first_column = tl.program_id(0) * BLOCK_COLUMNS
         column = first_column + tl.arange(0, BLOCK_COLUMNS)
         stride: tl.constexpr = 2 * COLUMNS if GATED else COLUMNS
-        # past the last column it is the last one again, which needs no mask
+        # columns past the end repeat the last column, so that loads need no mask
         source = wide * stride + tl.minimum(column, COLUMNS - 1)
         if x_scales_ptr is None:
             total, up = _plain_sums(

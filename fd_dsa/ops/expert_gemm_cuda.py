@@ -1,6 +1,6 @@
-"""The grouped GEMM of routed experts by the CUDA C++ kernel of custom_ops/, for prompts in FP8.
+"""Grouped GEMM of routed experts by the CUDA C++ kernel of custom_ops/, for prompts in FP8.
 
-It is for Hopper, and for experts that have many pairs: tiles are 128 rows, whatever is in them. A
+The kernel is for Hopper and for experts with many pairs, because a tile always has 128 rows. A
 tile's products over 128 values are scaled and added in the order of Triton's kernel.
 """
 
@@ -12,8 +12,8 @@ from functools import cache
 
 from fd_dsa import custom_ops
 from fd_dsa.errors import BackendUnavailable
-from fd_dsa.ops.fixed_order import why_not_by_rows
-from fd_dsa.ops.fp8_rows import GROUP
+from fd_dsa.ops.dense_kernels import GROUP
+from fd_dsa.ops.fixed_order import row_dependence_refusal
 from fd_dsa.ops.library_kernel import LibraryKernel, shared_kernel, why_not_compiled
 from fd_dsa.tensor import Tensor
 from fd_dsa.triton_runtime.device_api import traits_for
@@ -21,16 +21,16 @@ from fd_dsa.triton_runtime.device_api import traits_for
 logger = logging.getLogger(__name__)
 
 MANY_PAIRS = 32
-"""Mean number of an expert's pairs from which on the kernel serves."""
-# sizes that the launcher takes, see csrc/expert_gemm.cu
-_MOST_EXPERTS, _MOST_WEIGHT_ROWS, _MOST_CHUNKS = 1024, 2**31 - 1, 2**32 - 1
+"""Minimum mean number of pairs of an expert for this kernel."""
+# limits of the launcher in csrc/expert_gemm.cu
+_MAX_EXPERTS, _MAX_WEIGHT_ROWS, _MAX_CHUNKS = 1024, 2**31 - 1, 2**32 - 1
 _HOPPER = 90
 _ADDRESSES = ("x", "x_scales", "weight", "weight_scales", "pairs", "counts", "out", "out_scales")
 _SIZES = ("num_tokens", "num_pairs", "row_pairs", "num_experts", "width", "columns")
 
 
 class Experts(ctypes.Structure):
-    """FdDsaExpertGemm of custom_ops/csrc/expert_gemm.h, which says what each field is."""
+    """FdDsaExpertGemm of custom_ops/csrc/expert_gemm.h, which describes the fields."""
 
     _fields_ = (
         *((n, ctypes.c_void_p) for n in (*_ADDRESSES, "taken")),
@@ -40,7 +40,7 @@ class Experts(ctypes.Structure):
 
 
 class ExpertGemm(LibraryKernel):
-    """`_expert_kernels.expert_gemm` of a loaded library, for operands in FP8."""
+    """Kernel of a loaded library for `expert_kernels.expert_gemm` with operands in FP8."""
 
     launcher, size, structure = "fd_dsa_expert_gemm_cuda", "fd_dsa_expert_gemm_bytes", Experts
 
@@ -56,10 +56,13 @@ class ExpertGemm(LibraryKernel):
         *,
         round_scales: bool,
     ) -> None:
-        """Fill `out`, and `out_scales` of a gated GEMM, which for others is None.
+        """Enqueue the GEMM, a memset and one launch.
 
-        `x` and `weight` are codes and scales, see `expert_gemm`; `taken` is int32 [1], of this
-        launch alone. Cost: a memset and one launch; no allocation, no wait.
+        Args:
+            x, weight: codes and scales, as for `expert_gemm`.
+            out: result, or its codes for a gated GEMM.
+            out_scales: scales of the result of a gated GEMM, else None.
+            taken: int32 [1], scratch memory of only this launch.
         """
         job = self.job
         self.bind(out)
@@ -81,25 +84,25 @@ class ExpertGemm(LibraryKernel):
 
 
 def suits(num_rows: int, num_pairs: int, num_experts: int, columns: int, width: int) -> bool:
-    """Whether the kernel takes these sizes, and is made for so many pairs of an expert."""
+    """Return True if the kernel supports these sizes, and experts have many pairs."""
     return (
         num_pairs >= MANY_PAIRS * num_experts
         and width % GROUP == columns % GROUP == 0
-        and num_experts <= _MOST_EXPERTS
-        and 2 * num_experts * columns <= _MOST_WEIGHT_ROWS
-        and num_rows * (width // 16) <= _MOST_CHUNKS
+        and num_experts <= _MAX_EXPERTS
+        and 2 * num_experts * columns <= _MAX_WEIGHT_ROWS
+        and num_rows * (width // 16) <= _MAX_CHUNKS
     )
 
 
 def kernel_for(codes: Tensor) -> ExpertGemm | None:
-    """The kernel for codes on their device; None: Triton's serves. Logged once a device."""
-    reason = why_not_by_rows() or why_not_compiled() or unsupported_reason(codes)
+    """Return the kernel for codes on their device, None to use Triton's. The choice is logged."""
+    reason = row_dependence_refusal() or why_not_compiled() or unsupported_reason(codes)
     return _kernel_for(custom_ops.build().kernels, reason)
 
 
 @cache
 def _kernel_for(kernels: ctypes.CDLL | None, reason: str) -> ExpertGemm | None:
-    """What serves with a library, unless there is a reason against it."""
+    """Return the kernel of a library, None if there is a reason against it."""
     found = None
     if not reason and kernels is None:
         reason = f"{custom_ops.PACKAGE} is {custom_ops.build().state}"
@@ -108,12 +111,12 @@ def _kernel_for(kernels: ctypes.CDLL | None, reason: str) -> ExpertGemm | None:
             found = shared_kernel(ExpertGemm, kernels)
         except BackendUnavailable as error:
             reason = str(error)
-    served = "custom_op" if found else f"triton (not custom_op: {reason})"
-    logger.info("experts of %d pairs and more on average, in FP8: %s", MANY_PAIRS, served)
+    provider = "custom_op" if found else f"triton (not custom_op: {reason})"
+    logger.info("experts of %d pairs and more on average, in FP8: %s", MANY_PAIRS, provider)
     return found
 
 
 def unsupported_reason(codes: Tensor) -> str:
-    """Why the kernel does not run where a tensor is; "" if it does."""
+    """Return why the device of a tensor does not support the kernel, "" if it does."""
     capability = traits_for(codes).capability
     return "" if capability == _HOPPER else f"the GPU is of capability {capability}, not {_HOPPER}"

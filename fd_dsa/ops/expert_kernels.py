@@ -1,9 +1,9 @@
-"""Routed experts on a device: choice, grouping, grouped GEMMs and weighted sum, five launches.
+"""Routed experts on a device: selection, grouping, two grouped GEMMs and weighted sum.
 
-A (token, choice) pair is a row of the grouped GEMMs. One launch lists the pairs of each expert, in
-order; a GEMM reads its rows through that list and writes them where the pair is, so nothing is
-copied and nothing is read back. Grids depend on the number of tokens alone, so a step of them can
-be captured, and every sum has a fixed order. Tokens of padding take no expert: they have ids of -1.
+A pair is a token and one of its experts, and a row of the grouped GEMMs. One launch lists the pairs
+of each expert in order. A GEMM reads its rows through that list and writes them at the places of
+the pairs, so rows are never copied. Grids depend only on the number of tokens, so the five launches
+can be captured. Every sum has a fixed order. Tokens of padding have expert ids of -1.
 """
 
 from __future__ import annotations
@@ -14,13 +14,20 @@ import paddle
 
 from fd_dsa.errors import ShapeError
 from fd_dsa.ops.arrays import dtype_name
-from fd_dsa.ops.dense_kernels import empty_beside, sigmoid
+from fd_dsa.ops.dense_kernels import (
+    GROUP,
+    Fp8Rows,
+    empty_beside,
+    empty_fp8_rows,
+    kernel_arguments,
+    native_fp8,
+    sigmoid,
+)
 from fd_dsa.ops.device_functions import stored, widened
 from fd_dsa.ops.expert_gemm import block_sizes, configuration, expert_gemm_kernel
 from fd_dsa.ops.expert_gemm_cuda import ExpertGemm, kernel_for, suits
-from fd_dsa.ops.fixed_order import rows_of_tiles
-from fd_dsa.ops.fp8_gemm import Tiling, check_weight, native_fp8
-from fd_dsa.ops.fp8_rows import GROUP, Fp8Rows, empty_fp8_rows, places_of
+from fd_dsa.ops.fp8_gemm import check_weight
+from fd_dsa.ops.split_sums import Tiling, rows_of_tiles
 from fd_dsa.ops.step_kernel import step_kernel
 from fd_dsa.tensor import Tensor
 from fd_dsa.triton_runtime import start_next, wait_for_inputs
@@ -30,13 +37,13 @@ import triton  # isort: skip
 import triton.language as tl  # isort: skip
 
 _BLOCK = 1024
-# pairs of a prompt that an expert's program looks through at a time
-_MOST_PAIRS = 4096
+# maximum number of pairs that the program of an expert scans at a time
+_MAX_PAIRS = 4096
 
 
 @triton.jit
 def _are_best(values, exists, k, SIZE: tl.constexpr):
-    """Which of `values` [SIZE] are among the k largest that exist; ties go to the lower place."""
+    """Return a mask of the k largest existing `values` [SIZE]. Of equal values the first counts."""
     place = tl.arange(0, SIZE)
     mine, other = values[:, None], values[None, :]
     ahead = (other > mine) | ((other == mine) & (place[None, :] < place[:, None]))
@@ -60,7 +67,10 @@ def choose_experts_kernel(
     GROUPS: tl.constexpr,
     SIZE: tl.constexpr,
 ):
-    """Token `program 0`; experts as GROUPS groups of SIZE places, both powers of two."""
+    """Select the experts of token `program 0`, from GROUPS groups of SIZE places.
+
+    GROUPS and SIZE are powers of two.
+    """
     row = tl.program_id(0).to(tl.int64) * NUM_EXPERTS
     own: tl.constexpr = NUM_EXPERTS // NUM_GROUPS
     group, place = tl.arange(0, GROUPS), tl.arange(0, SIZE)
@@ -74,7 +84,7 @@ def choose_experts_kernel(
     choice = tl.where(exists, scores + bias, float("-inf"))
     if NUM_GROUPS > 1:
         best = tl.max(choice, axis=1)
-        # the first of equal ones is the best, another one the second
+        # of equal values the first is the best, and another one the second best
         first = tl.min(tl.where(choice == best[:, None], place[None, :], SIZE), axis=1)
         others = tl.where(place[None, :] == first[:, None], float("-inf"), choice)
         pair = best
@@ -89,7 +99,7 @@ def choose_experts_kernel(
     if NORM:
         weights = weights / (tl.sum(weights, axis=0) + 1e-20)
     place = tl.cumsum(chosen.to(tl.int32), axis=0) - 1
-    # a NaN is among the best, however many there are
+    # NaN counts as best, so more than TOP_K may be selected
     chosen = chosen & (place < TOP_K)
     place += tl.program_id(0) * TOP_K
     expert = tl.reshape(expert, [GROUPS * SIZE])
@@ -111,21 +121,23 @@ def choose_experts(
     scaling: float,
     slot_mapping: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Experts of each token, int32 [num_tokens, top_k], ascending, and their weights, float32.
+    """Select experts by sigmoid scores plus a correction bias, which does not enter the weights.
 
-    A token of padding has ids of -1 and weights of 0.
-
-    Sigmoid scores; the correction bias chooses and does not weigh; with groups, one counts by its
-    two best experts and only the best `topk_group` take part. Ties go to the lower expert.
+    With groups, the score of a group is that of its two best experts, and only experts of the best
+    `topk_group` groups are selected. Of equal scores the lower expert is selected.
 
     Args:
         logits: float32 [num_tokens, num_experts], contiguous.
         bias: float32 [num_experts].
-        top_k: experts of a token.
-        n_group, topk_group: groups, and those that take part; 1 and 1: no groups.
-        norm: weights are shares of their sum.
+        top_k: number of experts of a token.
+        n_group, topk_group: number of groups, and of selected groups; 1 and 1 = no groups.
+        norm: True if the weights of a token are divided by their sum.
         scaling: factor of the weights.
         slot_mapping: int64 [num_tokens], below 0 for padding.
+
+    Returns:
+        Expert ids, int32 [num_tokens, top_k], ascending, and their weights, float32. Padding has
+        ids of -1 and weights of 0.
 
     Source: DeepSeek-V3 (arXiv 2412.19437) §2.1.2.
     """
@@ -148,8 +160,8 @@ def choose_experts(
             GROUPS=triton.next_power_of_2(n_group),
             SIZE=triton.next_power_of_2(experts // n_group),
             num_warps=8,
-            # a score is computed once for each layout that needs it; with the division's product
-            # fused into the sum in one of them, it would not be equal to itself
+            # the compiler computes a score once for each layout; with a fused product in only one
+            # of them, a score would not equal itself
             enable_fp_fusion=False,
         )
     return ids, weights
@@ -157,7 +169,7 @@ def choose_experts(
 
 @step_kernel(waits=True)
 def group_pairs_kernel(ids_ptr, pairs_ptr, counts_ptr, num_pairs, num_tokens, BLOCK: tl.constexpr):
-    """The pairs of expert `program 0`; at most one a token."""
+    """List the pairs of expert `program 0`, at most one for each token."""
     wait_for_inputs()
     start_next()
     expert = tl.program_id(0)
@@ -172,17 +184,19 @@ def group_pairs_kernel(ids_ptr, pairs_ptr, counts_ptr, num_pairs, num_tokens, BL
 
 
 def group_pairs(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """Pairs of each expert in order, int32 [num_experts, num_tokens], and how many, [num_experts].
-
-    Pair i is choice i % top_k of token i // top_k.
+    """List the pairs of each expert. Pair i is expert i % top_k of token i // top_k.
 
     Args:
-        ids: int32 [num_tokens, top_k], contiguous; no expert twice in a row, -1 for none.
+        ids: int32 [num_tokens, top_k], contiguous. The experts of a row are distinct, -1 = padding.
+
+    Returns:
+        Pairs of each expert in order, int32 [num_experts, num_tokens], and their numbers, int32
+        [num_experts].
     """
     rows, top_k = ids.shape
     pairs = paddle.empty([num_experts, rows], "int32", device=ids.place)
     counts = paddle.empty([num_experts], "int32", device=ids.place)
-    block = min(_MOST_PAIRS, triton.next_power_of_2(max(rows * top_k, 1)))
+    block = min(_MAX_PAIRS, triton.next_power_of_2(max(rows * top_k, 1)))
     group_pairs_kernel[(num_experts,)](
         ids, pairs, counts, rows * top_k, rows, BLOCK=block, num_warps=8 if block > _BLOCK else 4
     )
@@ -200,29 +214,30 @@ def expert_gemm(
     round_scales: bool | None = None,
     tiling: Tiling | None = None,
 ) -> Tensor | Fp8Rows:
-    """Each pair's row of `x` times its expert's weight^T, [num_tokens * top_k, columns].
+    """Multiply the row of each pair by its expert's weight^T: [num_tokens * top_k, columns].
 
-    float32 operands give float32, all others bfloat16, but a gated GEMM of FP8 gives FP8 of the
-    values rounded to bfloat16. Rows of pairs without an expert are not written.
+    Operands in float32 give float32, others bfloat16. A gated GEMM in FP8 gives FP8 of the values
+    rounded to bfloat16. Rows of pairs without an expert are not written.
 
     Args:
         x: float32 or bfloat16 [num_tokens, width], contiguous, or its Fp8Rows; or a row for each
             pair, [num_tokens * top_k, width].
-        weight: values of the type of `x` [num_experts, columns, width], contiguous, and None;
-            `gated` 2 * columns, first those of the gate. For Fp8Rows codes, uint8 of that shape,
-            and scales, float32 [num_experts, ceil(rows of an expert / 128), ceil(width / 128)].
-        pairs, counts: of `group_pairs`.
-        gated: silu of the first half of the columns times the second half.
-        round_scales: scales of a result in FP8 are powers of two.
-        tiling: of Triton's kernel; None chooses by the shape, and may leave prompts in FP8 to the
-            kernel of custom_ops/.
+        weight: values of the dtype of `x` [num_experts, columns, width], contiguous, and None. With
+            Fp8Rows: codes, uint8 of that shape, and scales, float32
+            [num_experts, ceil(columns / 128), ceil(width / 128)]. A gated weight has 2 * columns,
+            first those of the gate.
+        pairs, counts: results of `group_pairs`.
+        gated: True for silu of the first half of the columns times the second half.
+        round_scales: True if scales of a result in FP8 are powers of two.
+        tiling: tiling of Triton's kernel. None selects it by the shape, and may use the kernel of
+            custom_ops/ for prompts in FP8.
 
     Raises:
-        ShapeError: an FP8 weight does not fit, or is gated with columns that share a block of 128
-            with those of the second half.
+        ShapeError: an FP8 weight does not fit, or a block of 128 columns of a gated weight has
+            columns of both halves.
     """
     is_fp8, (values, scales) = isinstance(x, Fp8Rows), weight
-    rows, (*_, x_scales, x_stride) = x.codes if isinstance(x, Fp8Rows) else x, places_of(x)
+    rows, (*_, x_scales, x_stride) = x.codes if isinstance(x, Fp8Rows) else x, kernel_arguments(x)
     experts, columns, width = values.shape
     columns //= 1 + gated
     if is_fp8:
@@ -239,7 +254,7 @@ def expert_gemm(
     else:
         out_dtype = "float32" if kind == "float32" else "bfloat16"
         result = empty_beside(rows, num_pairs, columns, dtype=out_dtype)
-    *_, out_scales, out_stride = places_of(result)
+    *_, out_scales, out_stride = kernel_arguments(result)
     out: Tensor = result.codes if isinstance(result, Fp8Rows) else result
     by_library: ExpertGemm | None = None
     sizes = rows.shape[0], num_pairs, experts, columns, width
@@ -255,8 +270,8 @@ def expert_gemm(
         shape = rows_of_tiles(num_pairs), experts, gated, shared_bytes
         tiling = tiling or configuration(kind, *shape)
         options = block_sizes(kind, columns, width, tiling)
-        most_tiles = min(experts, num_pairs) + num_pairs // tiling.rows
-        expert_gemm_kernel[-(-columns // options["BLOCK_COLUMNS"]), most_tiles](
+        max_tiles = min(experts, num_pairs) + num_pairs // tiling.rows
+        expert_gemm_kernel[-(-columns // options["BLOCK_COLUMNS"]), max_tiles](
             rows, x_scales, values, scales, pairs, counts, out, out_scales, num_tokens,
             x_stride, out_stride, ROW_PAIRS=num_pairs // rows.shape[0], NUM_EXPERTS=experts,
             WIDTH=width, COLUMNS=columns, GATED=gated, ROUND_SCALES=bool(round_scales),
@@ -276,17 +291,17 @@ def sum_experts_kernel(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Block `program 1` of token `program 0`; experts are added in the order of the token's."""
+    """Sum block `program 1` of token `program 0` over its experts, in the order of their ids."""
     wait_for_inputs()
     start_next()
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < WIDTH
     total = widened(tl.load(base_ptr + token * WIDTH + column, mask=inside, other=0.0))
-    # unrolled: all parts are on their way before the first is added
+    # unrolled, so that all loads are in flight before the first sum
     for choice in tl.static_range(TOP_K):
         pair = token * TOP_K + choice
-        # one beside every column: a mask of a scalar and a block is none to some interpreters
+        # a vector, because some versions of the interpreter refuse masks of a scalar and a vector
         expert = tl.load(ids_ptr + pair) + tl.zeros([BLOCK], tl.int32)
         part = tl.load(parts_ptr + pair * WIDTH + column, mask=inside & (expert >= 0), other=0.0)
         total += widened(part) * tl.load(weights_ptr + pair)
@@ -294,14 +309,14 @@ def sum_experts_kernel(
 
 
 def sum_experts(parts: Tensor, weights: Tensor, ids: Tensor, base: Tensor) -> Tensor:
-    """`base` plus what the experts of a token give, weighted; float32 sums, rounded to its type.
+    """Add the weighted results of a token's experts to `base`, in float32, rounded to its dtype.
 
     Args:
-        parts: float32 or bfloat16 [num_tokens * top_k, width], contiguous; rows of ids of -1 are
+        parts: float32 or bfloat16 [num_tokens * top_k, width], contiguous. Rows with ids of -1 are
             not read.
         weights: float32 [num_tokens, top_k].
-        ids: int32 [num_tokens, top_k]; -1 for no expert.
-        base: float32 or bfloat16 [num_tokens, width], contiguous: the shared expert's result.
+        ids: int32 [num_tokens, top_k]; -1 = padding.
+        base: float32 or bfloat16 [num_tokens, width], contiguous; result of the shared expert.
     """
     (rows, top_k), width = weights.shape, parts.shape[1]
     out = empty_beside(base, rows, width)

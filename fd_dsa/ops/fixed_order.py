@@ -1,15 +1,15 @@
-"""Sums whose order does not depend on what else a step holds, where that is asked for.
+"""Batch-invariant mode: sums whose order does not depend on batch composition.
 
-A float32 sum depends on its order, and a matrix library chooses the order by the sizes of both
-factors. So the last bits of a token's numbers depend on how many tokens share its step: on chunk
+A float32 sum depends on its order, and a matrix library selects the order by the sizes of both
+factors. So the last bits of a token's numbers depend on the number of tokens in its step: on chunk
 sizes, prefix hits, preemption and the batch. With FD_DSA_BATCH_INVARIANT=1 they do not.
 
-On a CPU, MKL keeps one order for all numbers of rows (its "strict" reproducible mode), products
-over keys go chunk by chunk, and a token attends in the same way however long its prompt is.
+On a CPU, MKL keeps one order for all numbers of rows (its "strict" reproducible mode). Products
+over keys go chunk by chunk, and a token attends in the same way for every length of its prompt.
 
-On a device, every GEMM, every attention and every score is by one kernel of ours, compiled in one
-form: tiles as for many rows, and no sum split among programs. cuBLASLt, Paddle's matmul and the
-kernels of custom_ops/ that choose by the number of rows serve nothing.
+On a device, one kernel of fd_dsa in one compiled form computes every GEMM, attention and score. Its
+tiles are those for many rows, and no sum is split among programs. cuBLASLt, Paddle's matmul and the
+kernels of custom_ops/ that depend on the number of rows are not used.
 """
 
 from __future__ import annotations
@@ -25,44 +25,39 @@ from fd_dsa.errors import ConfigError
 from fd_dsa.ops.arrays import as_numpy, matmul, staged
 
 logger = logging.getLogger(__name__)
-# rows that a launch on a device is cut for in one order: so many that no sum is split
-_MANY_ROWS = 8192
-# keys of a chunk: on every processor that was tried, the library adds this many up in order
+# keys of a chunk, which the library adds in order on all processors that were tried
 _KEYS = 256
-# rows, and (in, out) of GEMMs that are tried
+# numbers of rows, and (in, out) of the GEMMs that `check_fixed_order` tries
 _PROBE_ROWS = (1, 2, 7, 64)
 _PROBE_SIZES = ((384, 256), (1024, 128), (64, 512))
 
 
 @cache
 def fixed_order() -> bool:
-    """True if this process keeps one order; read from the environment once."""
+    """Return True in batch-invariant mode. Only the first call reads the environment."""
     return batch_invariant()
 
 
-def rows_of_tiles(num_rows: int) -> int:
-    """Rows that the tiles of a launch on a device are chosen for; in one order always as many."""
-    return _MANY_ROWS if fixed_order() else num_rows
-
-
-def why_not_by_rows() -> str:
-    """Why what adds in another order for other numbers of rows cannot serve; "" if it can."""
+def row_dependence_refusal() -> str:
+    """Return why a kernel whose order of sums depends on the number of rows is refused, else ""."""
     return "FD_DSA_BATCH_INVARIANT=1 keeps one form" if fixed_order() else ""
 
 
 def two_rows(x: np.ndarray) -> np.ndarray:
-    """`x` with its only row twice: for a single row the library runs another kind of GEMM.
+    """Return `x` with its row repeated if it has one row, else `x`.
+
+    For a single row the library runs another kind of GEMM.
 
     Args:
-        x: [..., rows, width].
+        x: array [..., rows, width].
     """
     return np.repeat(x, 2, axis=-2) if x.shape[-2] == 1 else x
 
 
 def weighted_sum(weights: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """weights [..., rows, keys] times values [..., keys, width], chunk after chunk of the keys.
+    """Return weights [..., rows, keys] times values [..., keys, width], chunk by chunk of keys.
 
-    Keys of weight zero at the end change nothing, whatever their number.
+    Any number of keys with weight zero at the end leaves the result as it is.
     """
     total = None
     for start in range(0, weights.shape[-1], _KEYS):
@@ -76,7 +71,7 @@ def weighted_sum(weights: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 
 def row_sums(x: np.ndarray) -> np.ndarray:
-    """Sums of the last axis, kept as an axis; zeros at its end change nothing."""
+    """Return sums over the last axis [..., 1], which do not depend on zeros at its end."""
     total = np.zeros((*x.shape[:-1], 1), x.dtype)
     for start in range(0, x.shape[-1], _KEYS):
         part = x[..., start : start + _KEYS]
@@ -88,11 +83,11 @@ def row_sums(x: np.ndarray) -> np.ndarray:
 
 
 def check_fixed_order(device: str, num_ranks: int = 1) -> None:
-    """Refuse a device, or a number of ranks, where one order is asked for and cannot be had.
+    """Refuse a device or a number of ranks without a batch-invariant mode, if the mode is on.
 
     Raises:
-        ConfigError: several devices, whose sums are made in one of two ways by the number of rows,
-            or a CPU's matrix library whose rows depend on their number.
+        ConfigError: sums over several devices depend on the number of rows, or those of the CPU's
+            matrix library do.
     """
     if not fixed_order():
         return
@@ -116,7 +111,7 @@ def check_fixed_order(device: str, num_ranks: int = 1) -> None:
 
 
 def rows_agree(width: int, out: int, transpose_y: bool) -> bool:
-    """Whether rows of a GEMM have the same bits beside any number of other rows."""
+    """Return True if the rows of a GEMM have the same bits for all numbers of rows."""
     rng = np.random.default_rng(0)
     x = rng.standard_normal((max(_PROBE_ROWS), width)).astype(np.float32)
     shape = (out, width) if transpose_y else (width, out)

@@ -1,77 +1,53 @@
 """GEMM of FP8 activations and an FP8 weight, with scales for each 128 values along K.
 
-Tensor cores multiply the codes; each group of 128 along K is scaled and added in float32.
+Tensor cores multiply the codes. Each group of 128 along K is scaled and added in float32.
 
-Few rows make it a read of the weight: their columns are the rows of the instructions, of which
-there are 64 at least, and K is split among programs until they fill the device. Many rows fill the
-device unsplit.
+With few rows the time is that of reading the weight. The kernel then computes the transpose,
+because the instructions have at least 64 rows, and splits K among programs until they fill the
+device. Many rows fill the device without a split.
 
 Source: DeepSeek-V3 (arXiv 2412.19437) §3.3.2, promotion of partial sums every 128 values.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from fd_dsa.errors import ShapeError
-from fd_dsa.ops.dense_kernels import empty_beside
+from fd_dsa.ops.dense_kernels import GROUP, Fp8Rows, empty_beside, native_fp8
 from fd_dsa.ops.device_functions import stored
-from fd_dsa.ops.fixed_order import fixed_order, rows_of_tiles
-from fd_dsa.ops.fp8_rows import GROUP, Fp8Rows
-from fd_dsa.ops.split_sums import clear_counters, scratch_beside, splits_of, sum_of_parts
+from fd_dsa.ops.fixed_order import fixed_order
+from fd_dsa.ops.split_sums import (
+    Tiling,
+    clear_counters,
+    rows_of_tiles,
+    scratch_beside,
+    splits_of,
+    sum_of_parts,
+)
 from fd_dsa.ops.step_kernel import step_kernel
 from fd_dsa.tensor import Tensor
-from fd_dsa.triton_runtime import INTERPRETING, start_next, wait_for_inputs
-from fd_dsa.triton_runtime.device_api import traits_for
-from fd_dsa.triton_runtime.driver import FP8_CAPABILITY
+from fd_dsa.triton_runtime import start_next, wait_for_inputs
 
 import triton  # isort: skip
 import triton.language as tl  # isort: skip
 
 _GROUP = tl.constexpr(GROUP)
-# row tiles whose programs are neighbours: together they read few rows and few columns
+# row tiles of a band, whose programs are neighbours and so read the same rows and columns
 _BAND = tl.constexpr(8)
 
 
-class Tiling(NamedTuple):
-    """How a launch is cut.
-
-    Attributes:
-        rows, columns: of a tile; of FP8 128 is a multiple of `columns`.
-        num_warps, num_stages: as of a launch; a stage is a group of 128 along K.
-        programs: K is split as long as a launch has no more of them.
-    """
-
-    rows: int
-    columns: int
-    num_warps: int
-    num_stages: int
-    programs: int = 1
-
-    @property
-    def options(self) -> dict[str, int]:
-        """Constants and options of a launch."""
-        return {
-            "BLOCK_ROWS": self.rows,
-            "BLOCK_COLUMNS": self.columns,
-            "num_warps": self.num_warps,
-            "num_stages": self.num_stages,
-        }
-
-
 def configuration(rows: int) -> Tiling:
-    """The tiling for so many rows: the fastest of those that `benchmarks.gpu_gemms` times."""
+    """Return the tiling for a number of rows that is the fastest in `benchmarks.gpu_gemms`."""
     tile = next((tile for tile in (16, 32, 64) if rows <= tile), 128)
     if rows > 32:
         return Tiling(tile, 128, 8, 4, 132)
-    # of 32 rows four stages leave room for four programs on a processor: the 576 of the largest
-    # weight are more than a Hopper GPU runs at once then
+    # with four stages and 32 rows a processor has room for only four programs, so that the 576
+    # programs of the largest weight would not run at once
     return Tiling(tile, 64, 4, 4 if tile == 16 else 3, 396)
 
 
 @triton.jit
 def operand(codes, NATIVE: tl.constexpr):
-    """A tile of e4m3 codes for `tl.dot`: unchanged, or float16, which holds all of their values."""
+    """Return a tile of e4m3 codes for `tl.dot`, as float16 if not NATIVE. The values are exact."""
     if not NATIVE:
         bits = codes.to(tl.uint16)
         # the exponents' biases differ by 8
@@ -82,13 +58,13 @@ def operand(codes, NATIVE: tl.constexpr):
 
 @triton.jit
 def fp8_pointer(pointer, NATIVE: tl.constexpr):
-    """Where codes begin, as tensor cores read them or as bytes."""
+    """Return a pointer to codes, of Triton's e4m3 type if NATIVE, else to bytes."""
     return pointer.to(tl.pointer_type(tl.float8e4nv)) if NATIVE else pointer
 
 
 @triton.jit
 def _scaled_dot(rows, columns, scale):
-    """Products of tiles [rows, K] and [columns, K] times `scale` [rows]; transposed of few rows."""
+    """Multiply tiles [rows, K] and [columns, K], and scale rows. Few rows give the transpose."""
     if rows.shape[0] < 128:
         return tl.dot(columns, tl.trans(rows)) * scale[None, :]
     else:
@@ -113,14 +89,18 @@ def fp8_sums(
     BLOCK_COLUMNS: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
-    """float32 [rows, columns] sums over the groups from `first` to `last` along K, and, if GATED,
-    those of the weight's second half, which is `to_up` values and `to_up_scales` scales away.
+    """Return float32 [rows, columns] sums over the groups from `first` to `last` along K.
+
+    With GATED also the sums of the second half of the weight are returned.
 
     Args:
-        x: pointers [rows, 1] to the first code of each row, x_scales [rows] to its first scale;
-            from a group's scale to the next one's it is `x_stride`.
-        live: which rows are there.
-        weight: pointers [columns, 1], scales a pointer to the first scale of these columns.
+        x: pointers [rows, 1] to the first code of each row.
+        x_scales: pointers [rows] to the first scale of each row.
+        x_stride: distance from the scale of a group to that of the next group.
+        live: mask [rows] of the rows to load.
+        weight: pointers [columns, 1] to the first code of each column.
+        scales: pointer to the first scale of these columns.
+        to_up, to_up_scales: distances to the second half, in codes and in scales.
     """
     place = tl.arange(0, _GROUP)[None, :]
     if BLOCK_ROWS < 128:
@@ -140,7 +120,7 @@ def fp8_sums(
         else:
             rows = tl.load(x + at, mask=live[:, None] & (at < WIDTH), other=0.0)
             columns = tl.load(weight + at, mask=at < WIDTH, other=0.0)
-        # scales are read a group ahead: a wait for them would end the copies ahead
+        # scales are loaded one group ahead, because a wait for them would stall the copies ahead
         ahead = tl.minimum(group + 1, last - 1)
         next_row_scale = tl.load(x_scales + ahead * x_stride, mask=live, other=0.0)
         next_scale = tl.load(scales + ahead)
@@ -178,7 +158,7 @@ def fp8_linear_kernel(
     STEPS: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """Tile `program 0` of the result; `program 1` adds STEPS groups of 128 along K."""
+    """Compute tile `program 0` of the result from the groups of 128 along K of `program 1`."""
     wait_for_inputs()
     row_tiles = (num_rows + BLOCK_ROWS - 1) // BLOCK_ROWS
     in_band: tl.constexpr = (COLUMNS + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS * _BAND
@@ -192,7 +172,7 @@ def fp8_linear_kernel(
     groups: tl.constexpr = (WIDTH + _GROUP - 1) // _GROUP
     first = tl.program_id(1) * STEPS
     x = fp8_pointer(x_ptr, NATIVE) + row[:, None] * WIDTH
-    # past the last column it is the last one again, which needs no mask
+    # columns past the end repeat the last column, so that loads need no mask
     source = tl.minimum(column, COLUMNS - 1).to(tl.int64)
     weight = fp8_pointer(weight_ptr, NATIVE) + source[:, None] * WIDTH
     scales = weight_scales_ptr + first_column // _GROUP * groups
@@ -210,23 +190,18 @@ def fp8_linear_kernel(
         tl.store(to, stored(total, out_ptr), mask=mask)
 
 
-def native_fp8(x: Tensor) -> bool:
-    """Whether the device of a tensor multiplies e4m3 numbers: from compute capability 8.9 on."""
-    return not INTERPRETING and traits_for(x).capability >= FP8_CAPABILITY
-
-
 def launch_options(
     num_rows: int, columns: int, width: int, tiling: Tiling
 ) -> tuple[tuple[int, int], dict[str, int]]:
-    """Grid and sizes of a launch with a tiling."""
+    """Return the grid of a launch with a tiling, and its constants and options."""
     tiles = -(-num_rows // tiling.rows) * -(-columns // tiling.columns)
     tile_size, steps = tiling.rows * tiling.columns, -(-width // GROUP)
-    splits, each = splits_of(steps, tiles, tile_size, tiling.programs)
-    return (tiles, splits), tiling.options | {"STEPS": each, "SPLITS": splits}
+    splits, steps_of_part = splits_of(steps, tiles, tile_size, tiling.programs)
+    return (tiles, splits), tiling.options | {"STEPS": steps_of_part, "SPLITS": splits}
 
 
 def check_weight(codes: Tensor, scales: Tensor, width: int) -> None:
-    """Raise ShapeError unless a weight has rows of `width` and its scales fit it."""
+    """Raise ShapeError unless a weight has rows of `width` codes and scales that fit."""
     *outer, columns, own = codes.shape
     wanted = [*outer, -(-columns // GROUP), -(-own // GROUP)]
     if own != width or list(scales.shape) != wanted:
@@ -245,18 +220,18 @@ def fp8_linear(
     tiling: Tiling | None = None,
     scratch: Tensor | None = None,
 ) -> Tensor:
-    """rows times weight^T, [num_rows, out] in `out_dtype`; sums in float32, in a fixed order.
+    """Multiply rows by weight^T: [num_rows, out]. Sums are in float32, in a fixed order.
 
     Args:
-        rows: activations, [num_rows, width].
+        rows: activations [num_rows, width].
         codes: uint8 [out, width], contiguous, e4m3 bits.
         scales: float32 [ceil(out / 128), ceil(width / 128)], contiguous.
-        out_dtype: "bfloat16" or "float32".
-        tiling: another than that of `configuration`, for benchmarks and tests.
-        scratch: of `new_scratch`, for launches beside those that use the device's own.
+        out_dtype: dtype of the result, "bfloat16" or "float32".
+        tiling: tiling for benchmarks and tests. None takes that of `configuration`.
+        scratch: memory of `new_scratch`, for launches alongside others. None takes the device's.
 
     Raises:
-        ShapeError: the weight does not fit the rows, or its scales not its codes.
+        ShapeError: the weight does not fit the rows, or its scales do not fit its codes.
     """
     (num_rows, width), columns = rows.codes.shape, codes.shape[0]
     check_weight(codes, scales, width)

@@ -1,6 +1,6 @@
-"""GEMMs of heads on a device: each head of a token times that head's own weight, one launch.
+"""GEMMs of heads on a device, one launch: each head of a token times the weight of that head.
 
-The same kernel multiplies by a whole weight where sums must not depend on the number of rows.
+In batch-invariant mode the same kernel multiplies by whole weights.
 """
 
 from __future__ import annotations
@@ -9,10 +9,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from fd_dsa.ops.arrays import dtype_name
-from fd_dsa.ops.dense_kernels import empty_beside
+from fd_dsa.ops.dense_kernels import (
+    GROUP,
+    Fp8Rows,
+    empty_beside,
+    empty_fp8_rows,
+    kernel_arguments,
+    quantized,
+)
 from fd_dsa.ops.device_functions import to_bfloat16, widened
-from fd_dsa.ops.fixed_order import rows_of_tiles
-from fd_dsa.ops.fp8_rows import GROUP, Fp8Rows, empty_fp8_rows, places_of, quantized
+from fd_dsa.ops.split_sums import rows_of_tiles
 from fd_dsa.ops.step_kernel import step_kernel
 from fd_dsa.tensor import Tensor
 from fd_dsa.triton_runtime import start_next, wait_for_inputs
@@ -26,9 +32,9 @@ def store_heads(
     values, token, column, head, heads, live, inside, out_ptr, codes_ptr, scales_ptr,
     scales_stride, OUT: tl.constexpr, ROUND_SCALES: tl.constexpr,
 ):  # fmt: skip
-    """Write float32 `values` [tokens, columns] of a head to rows [heads * OUT] of `token`.
+    """Store float32 `values` [tokens, columns] of a head to rows [heads * OUT] of `token`.
 
-    Without `out_ptr` they are quantised: the columns are one group of values.
+    Without `out_ptr` the values are quantized. The columns are then one group.
     """
     place = (token[:, None] * heads + head) * OUT + column[None, :]
     if out_ptr is not None:
@@ -36,7 +42,7 @@ def store_heads(
             values = to_bfloat16(values)
         tl.store(out_ptr + place, values, mask=live[:, None] & inside[None, :])
     else:
-        # what a plain result would hold
+        # quantize the values that a result without FP8 has
         values = widened(to_bfloat16(values))
         codes, scale = quantized(values, ROUND_SCALES)
         tl.store(scales_ptr + head * scales_stride + token, scale, mask=live)
@@ -63,11 +69,10 @@ def head_gemm_kernel(
     BLOCK_IN: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
 ):
-    """Block `program 0` of the outputs of head `program 1`, token tile `program 2`.
+    """Compute block `program 0` of the outputs of head `program 1` for token tile `program 2`.
 
-    A head's weight is [IN, OUT], without IN_FIRST [OUT, IN].
-
-    Without `out_ptr` the block is quantised: it is one group of values.
+    The weight of a head is [IN, OUT], or [OUT, IN] without IN_FIRST. Without `out_ptr` the block,
+    which is one group, is quantized.
     """
     wait_for_inputs()
     head, heads = tl.program_id(1).to(tl.int64), tl.num_programs(1)
@@ -103,16 +108,16 @@ def head_gemm(
     out: Tensor | Fp8Rows | None = None,
     rows: Tensor | None = None,
 ) -> Any:
-    """x [num_tokens, heads, in] times weight [heads, in, out]: [num_tokens, heads, out].
+    """Multiply x [num_tokens, heads, in] by weight [heads, in, out]: [num_tokens, heads, out].
 
     Args:
-        x: float32 or bfloat16; the values of a head are contiguous. [num_tokens, in]: all heads
-            have the same.
-        weight: of the same type, contiguous.
-        round_scales: Fp8Rows of [num_tokens, heads * out] with such scales instead, of bfloat16
-            with `out` of 128; None: a tensor of the type of x.
-        out: where the result goes, of at least as many rows; None allocates.
-        rows: integers [num_tokens], row of `out` of each token; None: the first ones, in order.
+        x: float32 or bfloat16. The values of a head are contiguous. All heads share an x of
+            [num_tokens, in].
+        weight: contiguous, of the dtype of x.
+        round_scales: None returns a tensor of the dtype of x. Otherwise x is bfloat16, `out` is
+            128, and the result is Fp8Rows [num_tokens, heads * out] with such scales.
+        out: memory of the result with at least num_tokens rows. None allocates.
+        rows: integers [num_tokens], row of `out` for each token. None = the first rows in order.
     """
     heads, _, out_width = weight.shape
     if out is None:
@@ -122,14 +127,14 @@ def head_gemm(
 
 
 def linear_in_one_order(x: Tensor, weight: Tensor, dtype: str) -> Tensor:
-    """x [num_tokens, in] times weight^T: [num_tokens, out], sums in float32.
+    """Multiply x [num_tokens, in] by weight^T: [num_tokens, out]. Sums are in float32.
 
-    With FD_DSA_BATCH_INVARIANT=1 a row has the same bits beside any number of other rows.
+    In batch-invariant mode a row has the same bits for every number of rows.
 
     Args:
-        x: float32 or bfloat16; the values of a row are contiguous.
-        weight: of the same type [out, in], contiguous.
-        dtype: of the result, "float32" or that of x.
+        x: float32 or bfloat16. The values of a row are contiguous.
+        weight: [out, in], contiguous, of the dtype of x.
+        dtype: dtype of the result, "float32" or that of x.
     """
     out_width, width = weight.shape
     out = empty_beside(x, x.shape[0], out_width, dtype=dtype)
@@ -141,13 +146,13 @@ def _launch(
     x: Tensor,
     weight: Tensor,
     shape: Sequence[int],
-    out: Tensor | Fp8Rows | Fp8Rows | None,
+    out: Tensor | Fp8Rows,
     rows: Tensor | None = None,
     *,
     in_first: bool = True,
     round_scales: bool = False,
 ) -> None:
-    """Fill `out`; `shape` is heads, in and out of the weight."""
+    """Launch the kernel that fills `out`, for a weight of `shape` (heads, in, out)."""
     num_tokens, is_shared, (heads, width, out_width) = x.shape[0], len(x.shape) == 2, shape
     if num_tokens:
         tiled = rows_of_tiles(num_tokens)
@@ -156,12 +161,12 @@ def _launch(
         columns = min(128, max(16, triton.next_power_of_2(out_width)))
         depth = min(128 if few else 64, max(16, triton.next_power_of_2(width)))
         if dtype_name(x.dtype) == "float32":
-            # products without tensor cores keep a whole tile in registers
+            # without tensor cores the registers hold the whole tile
             tokens, columns, depth = min(tokens, 32), min(columns, 32), min(depth, 32)
         grid = -(-out_width // columns), heads, -(-num_tokens // tokens)
         head_gemm_kernel[grid](
             x, x.strides[0], 0 if is_shared else x.strides[1], weight, rows,
-            *places_of(out), num_tokens, IN=width, OUT=out_width, IN_FIRST=in_first,
+            *kernel_arguments(out), num_tokens, IN=width, OUT=out_width, IN_FIRST=in_first,
             ROUND_SCALES=round_scales, BLOCK_TOKENS=tokens, BLOCK_IN=depth, BLOCK_OUT=columns,
             num_warps=4 if few else 8, num_stages=3,
         )  # fmt: skip
@@ -170,7 +175,7 @@ def _launch(
 def empty_heads(
     beside: Tensor, num_tokens: int, heads: int, width: int, round_scales: bool | None
 ) -> Any:
-    """An uninitialised result of `head_gemm`."""
+    """Allocate a result of `head_gemm`."""
     if round_scales is None:
         return empty_beside(beside, num_tokens, heads, width)
     assert width == GROUP and dtype_name(beside.dtype) == "bfloat16", width

@@ -1,4 +1,4 @@
-"""Rows in host memory: look-up, RMSNorm, LayerNorm, RoPE, Walsh-Hadamard.
+"""Norms and rotations of rows in host memory: RMSNorm, LayerNorm, RoPE, Walsh-Hadamard.
 
 They run in NumPy, because the arrays are small and Paddle starts a thread pool for each norm. That
 costs more than the work, and far more on a busy machine.
@@ -18,19 +18,6 @@ from fd_dsa.tensor import Array
 
 # values that are converted to float64 at a time, so that they stay in a core's cache
 _CHUNK = 1 << 16
-
-
-def rows_at(x: Any, index: Any) -> Any:
-    """Return rows `index`, integers [n], of x [num_rows, width].
-
-    A tensor on a device is read by a kernel, see `dense_kernels.rows_at`.
-    """
-    if isinstance(x, np.ndarray):
-        return x[as_numpy(index)]
-    # imported only if there is a device, because it loads kernels
-    from fd_dsa.ops import dense_kernels
-
-    return dense_kernels.rows_at(x, index)
 
 
 class Reducer(Protocol):

@@ -16,7 +16,7 @@ from fd_dsa.ops.arrays import (
     dtype_name,
 )
 from fd_dsa.ops.host_rows import cos_sin_of, rotate_
-from fd_dsa.ops.providers import activation_dtypes, serving
+from fd_dsa.ops.providers import activation_dtypes, selected_function
 from fd_dsa.tensor import Array
 
 __all__ = ["prepare_mla_query"]
@@ -73,7 +73,9 @@ def prepare_mla_query(
     check_shape(_NAME, "cos_sin_cache", cos_sin_cache, (None, rope_dim))
     if out is not None:
         check_array(_NAME, "out", out, (num_tokens, num_heads, rank + rope_dim), same)
-    return serving("mla_query", q_latent)(q_latent, q_pe, position_ids, cos_sin_cache, out)
+    return selected_function("mla_query", q_latent)(
+        q_latent, q_pe, position_ids, cos_sin_cache, out
+    )
 
 
 def prepare_on_host(

@@ -147,7 +147,7 @@ def _place(operator: str, provider: str) -> tuple[Any, str]:
     return import_module(f"fd_dsa.{module}"), name
 
 
-def serving(operator: str, tensor: Array) -> Callable[..., Any]:
+def selected_function(operator: str, tensor: Array) -> Callable[..., Any]:
     """Return the selected function of an operator for the device of `tensor`.
 
     The operator must be one without conditions, see `choose`. The function checks no arguments,
@@ -158,11 +158,11 @@ def serving(operator: str, tensor: Array) -> Callable[..., Any]:
 
     Cost: two dictionary look-ups after the first call for a kind of device.
     """
-    return function(operator, provider_of(operator, tensor))
+    return function(operator, selected_provider(operator, tensor))
 
 
-def provider_of(operator: str, tensor: Array) -> str:
-    """Return the provider whose function `serving` returns, with the same errors and cost."""
+def selected_provider(operator: str, tensor: Array) -> str:
+    """Return the provider of `selected_function`, with the same errors and cost."""
     kind = device_kind(tensor)
     return (_choices.get((operator, kind)) or choose(operator, kind)).provider
 
@@ -271,7 +271,7 @@ def _decide(
     )
 
 
-def settle(kind: str) -> None:
+def select_all(kind: str) -> None:
     """Select the providers of all operators without conditions, when an attention is made.
 
     Operators with the same provider and reason share a log line.

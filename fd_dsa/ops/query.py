@@ -22,7 +22,7 @@ from fd_dsa.ops.arrays import (
 from fd_dsa.ops.fp8 import absolute_maximum, decode_e4m3, index_scale, quantise
 from fd_dsa.ops.host_rows import cos_sin_of, rotate_
 from fd_dsa.ops.host_rows import hadamard as hadamard_rotated
-from fd_dsa.ops.providers import activation_dtypes, device_kind, serving
+from fd_dsa.ops.providers import activation_dtypes, device_kind, selected_function
 from fd_dsa.tensor import Array
 
 __all__ = ["indexer_query"]
@@ -101,7 +101,7 @@ def indexer_query(
         codes = ("float32", "uint8") if len(dtypes) == 1 else ("uint8", "float8_e4m3fn")
         check_array(_NAME, "out[0]", out[0], shape, codes if quantized else dtypes)
         check_array(_NAME, "out[1]", out[1], shape[:2], ("float32",))
-    return serving("indexer_query", q)(
+    return selected_function("indexer_query", q)(
         # a copy, because `prepare_on_host` rotates in place
         as_numpy(q).copy() if device_kind(q) == "cpu" else q,
         weights,

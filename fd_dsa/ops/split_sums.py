@@ -1,17 +1,19 @@
-"""Sums that several programs share: each leaves its part, and the last to arrive adds them.
+"""Tiles of launches, and sums that are split among programs.
 
-Parts are added in their own order, so which program comes last never changes a bit.
+Each program of a split sum stores a part, and the last program adds all parts. It adds them in a
+fixed order, so the order of the programs never changes a bit.
 
-Source: the count of arrivals, CUDA samples `threadFenceReduction`.
+Source: CUDA samples, `threadFenceReduction` for the count of finished programs.
 """
 
 from __future__ import annotations
 
 import logging
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 from fd_dsa.device.transfers import transfers_for
+from fd_dsa.ops.fixed_order import fixed_order
 from fd_dsa.tensor import Tensor
 from fd_dsa.triton_runtime import INTERPRETING
 from fd_dsa.triton_runtime.device_api import api_for_type
@@ -20,10 +22,12 @@ import triton  # isort: skip
 import triton.language as tl  # isort: skip
 
 NUM_COUNTERS = 1024
-"""Tiles of a result whose sums may be split."""
+"""Maximum number of tiles of a result whose sums are split."""
 NUM_PARTIALS = 1 << 22
-"""float32 sums: 16 MiB, a third of the L2 of a Hopper GPU."""
-MOST_SPLITS = 16
+"""Number of float32 parts: 16 MiB, a third of the L2 cache of a Hopper GPU."""
+MAX_SPLITS = 16
+# rows for which tiles are chosen in batch-invariant mode: enough to split no sum
+_MANY_ROWS = 8192
 
 _logger = logging.getLogger(__name__)
 SCRATCH: dict[Any, Any] = {}
@@ -31,11 +35,37 @@ SCRATCH: dict[Any, Any] = {}
 _COUNTERS = tl.constexpr(NUM_COUNTERS)
 
 
+class Tiling(NamedTuple):
+    """Tiles of a GEMM, and the options of its launch.
+
+    Attributes:
+        rows, columns: size of a tile. In FP8 128 is a multiple of `columns`.
+        num_warps, num_stages: options of a launch. A stage is a group of 128 values along K.
+        programs: maximum number of programs of a launch whose K is split.
+    """
+
+    rows: int
+    columns: int
+    num_warps: int
+    num_stages: int
+    programs: int = 1
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Constants and options of a launch by name."""
+        return {
+            "BLOCK_ROWS": self.rows,
+            "BLOCK_COLUMNS": self.columns,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
+
+
 @triton.jit
 def sum_of_parts(total, scratch_ptr, tile, split, SPLITS: tl.constexpr, mask=None):
-    """The sum over SPLITS programs of `total` [M, N], and whether this program has it.
+    """Return the sum over SPLITS programs of `total` [M, N], and True in the program that has it.
 
-    `tile` numbers the sums of a launch; only values where `mask` is set are summed.
+    `tile` is the number of the sum in its launch. Only values with a set `mask` are summed.
     """
     rows: tl.constexpr = total.shape[0]
     columns: tl.constexpr = total.shape[1]
@@ -43,55 +73,64 @@ def sum_of_parts(total, scratch_ptr, tile, split, SPLITS: tl.constexpr, mask=Non
     part = scratch_ptr + _COUNTERS + tile.to(tl.int64) * (SPLITS * size)
     part += tl.arange(0, rows)[:, None] * columns + tl.arange(0, columns)[None, :]
     tl.store(part + split * size, total, mask=mask)
-    # all threads have stored before one of them lets the other programs know
+    # all threads must have stored their values before one of them counts this program
     tl.debug_barrier()
     last = tl.atomic_add(scratch_ptr + tile, 1.0, sem="acq_rel") == SPLITS - 1
     if last:
         total = tl.zeros([rows, columns], tl.float32)
         for other in tl.static_range(SPLITS):
-            # past the L1, which other programs' stores do not reach
+            # bypass the L1 cache, because stores of other programs do not reach it
             total += tl.load(part + other * size, mask=mask, cache_modifier=".cg")
         tl.store(scratch_ptr + tile, 0.0)
     return total, last
 
 
+def rows_of_tiles(num_rows: int) -> int:
+    """Return the number of rows for which a launch on a device chooses its tiles.
+
+    In batch-invariant mode it is a constant, so that all launches have the same tiles.
+    """
+    return _MANY_ROWS if fixed_order() else num_rows
+
+
 def splits_of(steps: int, tiles: int, tile_size: int, programs: int) -> tuple[int, int]:
-    """Into how many parts to cut the steps of a sum, and the steps of each; none has no step.
+    """Return the number of parts of each sum, and the steps of a part, at least one.
 
     Args:
-        steps: of each sum.
-        tiles: sums of the launch.
+        steps: steps of each sum.
+        tiles: number of sums in the launch.
         tile_size: values of a tile.
-        programs: that the launch should have at most, if it has fewer tiles.
+        programs: maximum number of programs if the launch has fewer tiles.
     """
-    most = min(MOST_SPLITS, NUM_PARTIALS // (tiles * tile_size), programs // tiles)
+    max_splits = min(MAX_SPLITS, NUM_PARTIALS // (tiles * tile_size), programs // tiles)
     if tiles > NUM_COUNTERS:
-        most = 1
-    each = -(-steps // max(1, most))
-    return -(-steps // each), each
+        max_splits = 1
+    steps_of_part = -(-steps // max(1, max_splits))
+    return -(-steps // steps_of_part), steps_of_part
 
 
 def new_scratch(like: Tensor, num_partials: int = NUM_PARTIALS) -> Tensor:
-    """Scratch memory for launches that run one at a time.
+    """Allocate scratch memory for launches that run one at a time.
 
     Args:
-        like: a float32 tensor on the device.
+        like: float32 tensor on the device.
 
     Returns:
-        float32 [NUM_COUNTERS + num_partials]. Counters are float32 as the sums are, so that one
-        tensor of any library holds both; they are zero between launches.
+        float32 [NUM_COUNTERS + num_partials]. Counters are float32 like the sums, so that one
+        tensor of any library holds both. They are zero between launches.
     """
     return like.new_zeros([NUM_COUNTERS + num_partials])
 
 
 def scratch_beside(like: Tensor, operator: str, num_partials: int = NUM_PARTIALS) -> Tensor | None:
-    """The device's own scratch memory for an operator, made at the first call, or None.
+    """Return the scratch memory of an operator on a device, which the first call allocates.
 
-    None in a capture before any launch outside of one: memory of a graph is no memory to keep, and
-    its zeros would be written by a replay.
+    Returns:
+        The memory. None in a capture before any launch outside of a capture: the memory would
+        belong to the graph, and each replay would write zeros to it.
     """
     api = api_for_type(type(like))
-    # interpreted kernels also run on what has no number, such as a CPU's memory
+    # interpreted kernels also run on memory without a device number, such as a CPU's
     place = str(getattr(like, "place", "")) if INTERPRETING else api.device_of(like)
     key = operator, api, place
     scratch = SCRATCH.get(key)
@@ -108,10 +147,10 @@ def scratch_beside(like: Tensor, operator: str, num_partials: int = NUM_PARTIALS
 
 
 def clear_counters(scratch: Tensor | None) -> None:
-    """Undo what a launch with an error has counted, which would make every later sum wrong.
+    """Reset the counters after a launch with an error, otherwise all later sums are wrong.
 
-    An interpreted launch may end midway; a GPU runs a launch whole, or its error ends the use of
-    the device.
+    Only an interpreted launch can end midway. A GPU runs a launch to its end, or the error ends the
+    use of the device.
     """
     if scratch is not None:
         with suppress(Exception):

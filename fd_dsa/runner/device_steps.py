@@ -209,7 +209,7 @@ class DeviceSteps:
                 sampler.tokens, step.token_ids, step.sampled, slots, positions,
                 inputs.logits_indptr, step.num_computed_tokens, step.num_scheduled_tokens,
                 self._next, self._tokens, sampler.records, sampler.counts, STRIDE=self._stride,
-                MOST=max_drafts, VOCAB=logits.shape[1], num_warps=1,
+                MAX_DRAFTS=max_drafts, VOCAB=logits.shape[1], num_warps=1,
             )  # fmt: skip
 
     def samples(self, count: int) -> HostTokens:

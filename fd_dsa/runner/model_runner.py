@@ -13,8 +13,7 @@ import paddle
 from fd_dsa.attention import CacheLayout, DSAAttentionBackend, DSABackendConfig
 from fd_dsa.attention.protocol import AttentionBackend, HostLengths
 from fd_dsa.models.config import ModelConfig
-from fd_dsa.ops.arrays import as_numpy
-from fd_dsa.ops.host_rows import rows_at
+from fd_dsa.ops.arrays import as_numpy, rows_at
 from fd_dsa.ops.sampling.parameters import SlotParameters
 from fd_dsa.ops.sampling.token_buffer import TokenBuffer
 from fd_dsa.runner.counters import StepCounters

@@ -35,7 +35,7 @@ class Known(NamedTuple):
 
 NOT_NEEDED: Mapping[str, tuple[str, ...]] = {
     "no code of a model's folder runs": ("trust-remote-code",),
-    "the folder says which tokenizer and template it has": (
+    "the folder determines tokenizer and template": (
         *("tokenizer-mode=auto|hf|fast|deepseek_v32|deepseek_v4", "config-format=auto|hf"),
         *("chat-template-content-format=auto|string", "response-role=assistant"),
     ),
@@ -49,20 +49,20 @@ NOT_NEEDED: Mapping[str, tuple[str, ...]] = {
     "--download takes the main revision": (
         *("revision=main", "tokenizer-revision=main", "code-revision=main"),
     ),
-    "weights are read in one way": (
+    "the server has one way to read weights": (
         *("safetensors-load-strategy=", "model-loader-extra-config=", "use-tqdm-on-load"),
         *("max-parallel-loading-workers=", "ignore-patterns=", "load-choices=default|default_v1"),
         *("weight-loader-disable-mmap",),
     ),
-    "tool calls and reasoning are read if the template has a form of them": (
+    "answers are parsed for tool calls and reasoning if the template has them": (
         *("enable-auto-tool-choice", "enable-reasoning"),
     ),
-    "forms of answers are always enforced by llguidance": (
+    "llguidance always enforces structured output": (
         "guided-decoding-backend=auto|guidance|llguidance|xgrammar|outlines|off",
         "grammar-backend=auto|llguidance|xgrammar|outlines",
         "guided-decoding-disable-fallback",
     ),
-    "answers always have it": (
+    "every answer has this": (
         *("enable-prompt-tokens-details", "enable-request-id-headers", "enable-cache-report"),
         "enable-logprob",
     ),
@@ -71,12 +71,12 @@ NOT_NEEDED: Mapping[str, tuple[str, ...]] = {
         *("kv-cache-metrics", "cudagraph-metrics", "enable-server-load-tracking"),
         *("enable-mfu-metrics", "decode-log-interval="),
     ),
-    "the log is short; --log-level warning leaves out all that is no warning": (
+    "the log is short; --log-level warning keeps only warnings and errors": (
         *("disable-log-requests", "disable-log-stats", "disable-uvicorn-access-log"),
         *("disable-access-log-for-endpoints=", "max-log-len=", "aggregate-engine-logging"),
         *("log-level-http=", "uvicorn-log-level="),
     ),
-    "the scheduler has no such choice": (
+    "the scheduler lacks this option": (
         *("swap-space=", "cpu-offload-gb=0", "preemption-mode=recompute", "stream-interval=1"),
         *("scheduling-policy=fcfs", "schedule-policy=fcfs|lpm", "schedule-conservativeness="),
         *("num-scheduler-steps=1", "num-lookahead-slots=", "multi-step-stream-outputs"),
@@ -86,7 +86,7 @@ NOT_NEEDED: Mapping[str, tuple[str, ...]] = {
         *("prefix-caching-hash-algo=", "calculate-kv-scales", "disable-overlap-schedule"),
         "num-continuous-decode-steps=",
     ),
-    "kernels are chosen at the start; FD_DSA_OP_PROVIDER asks for others": (
+    "the server selects kernels at the start; FD_DSA_OP_PROVIDER selects others": (
         *("attention-backend=", "prefill-attention-backend=", "decode-attention-backend="),
         *("nsa-prefill-backend=", "nsa-decode-backend=", "dsa-prefill-backend="),
         *("dsa-decode-backend=", "sampling-backend=", "moe-runner-backend=", "moe-backend="),
@@ -106,7 +106,7 @@ NOT_NEEDED: Mapping[str, tuple[str, ...]] = {
         *("engine-worker-queue-port=", "cache-queue-port=", "controller-port="),
         *("skip-server-warmup", "use-warmup=", "tokenizer-worker-num="),
     ),
-    "heads have bounds of their own (docs/operations.md)": (
+    "request heads have fixed bounds (docs/operations.md)": (
         *("h11-max-incomplete-event-size=", "h11-max-header-count="),
     ),
     "generation_config.json gives the defaults": ("sampling-defaults=model",),
@@ -145,10 +145,10 @@ OTHER_NAMES: Mapping[str, tuple[str, ...]] = {
 """Names that other servers have for the same or the nearest flag, by the flag of this server."""
 
 REFUSED: Mapping[str, tuple[str, ...]] = {
-    "weights are served in the form that config.json names; give the folder of a quantised model": (
+    "config.json determines the form of the weights; give the folder of a quantised model": (
         *("quantization", "-q", "torchao-config", "quantization-param-path"),
     ),
-    "a model is served as its config.json says; change that file in a copy of the folder": (
+    "config.json determines the model; change that file in a copy of the folder": (
         *("hf-overrides", "json-model-override-args", "rope-scaling", "rope-theta"),
         *("override-attention-dtype", "override-neuron-config", "hf-config-path"),
     ),
@@ -169,7 +169,7 @@ REFUSED: Mapping[str, tuple[str, ...]] = {
         *("max-cpu-loras", "fully-sharded-loras", "lora-backend", "max-loras-per-batch"),
         *("enable-prompt-adapter", "qlora-adapter-name-or-path"),
     ),
-    "code from outside of the package is not loaded": (
+    "the server loads no code from outside of the package": (
         *("tool-parser-plugin", "reasoning-parser-plugin", "tool-server", "middleware"),
         *("logits-processors", "logits-processor-pattern", "worker-cls", "scheduler-cls"),
         *("worker-extension-cls", "io-processor-plugin", "enable-custom-logit-processor"),
@@ -190,7 +190,7 @@ REFUSED: Mapping[str, tuple[str, ...]] = {
         *("kv-transfer-config", "kv-events-config", "ec-transfer-config", "disaggregation-mode"),
         *("splitwise-role", "innode-prefill-ports", "rdma-comm-ports", "pd-comm-port"),
     ),
-    "caches stay in the memory of the device": (
+    "caches stay in device memory": (
         *("cpu-offload-gb", "kv-offloading-size", "kv-offloading-backend", "preemption-mode"),
         *("enable-hierarchical-cache", "hicache-ratio", "enable-sleep-mode", "enable-lmcache"),
         *("enable-memory-saver", "dynamic-load-weight"),
@@ -199,22 +199,22 @@ REFUSED: Mapping[str, tuple[str, ...]] = {
         *("scheduling-policy", "schedule-policy", "num-scheduler-steps", "scheduler-delay-factor"),
         *("stream-interval", "enable-priority-scheduling"),
     ),
-    "models of this server read and generate text": (
+    "models of this server handle only text": (
         *("task", "runner", "convert", "model-impl", "is-embedding", "pooler-config", "enable-mm"),
         *("enable-multimodal", "skip-tokenizer-init", "enable-prompt-embeds", "tokens-only"),
     ),
-    "a folder is read in one way": (
+    "the server has one way to read a folder": (
         *("tokenizer-mode", "config-format", "load-choices", "chat-template-content-format"),
         "response-role",
     ),
     "requests may ask for up to 20 log-probabilities of a token": ("max-logprobs",),
-    "requests ask for it themselves (docs/api.md)": (
+    "each request asks for it (docs/api.md)": (
         *("enable-force-include-usage", "return-tokens-as-token-ids", "logprobs-mode"),
         *("exclude-tools-when-tool-choice-none", "structured-outputs-config"),
         *("guided-decoding-backend", "grammar-backend", "early-stop-config"),
         *("guided-decoding-disable-any-whitespace", "constrained-json-disable-any-whitespace"),
     ),
-    "texts are never logged, and there are no traces": (
+    "the log never has texts, and the server has no traces": (
         *("enable-log-outputs", "enable-log-deltas", "log-config-file", "log-error-stack"),
         *("otlp-traces-endpoint", "collect-detailed-traces", "enable-trace", "profiler-config"),
     ),

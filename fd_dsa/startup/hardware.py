@@ -77,13 +77,13 @@ def _check_capability(config: EngineConfig) -> None:
     if config.device == "cpu":
         return
     from fd_dsa.device.resolve import traits_of
-    from fd_dsa.triton_runtime.driver import LEAST_CAPABILITY
+    from fd_dsa.triton_runtime.driver import MIN_CAPABILITY
 
     device, capability = config.device, traits_of(config.device).capability
-    if capability < LEAST_CAPABILITY:
+    if capability < MIN_CAPABILITY:
         raise BackendUnavailable(
             f"--device: got {device}, a GPU of compute capability {capability / 10}; kernels need "
-            f"{LEAST_CAPABILITY / 10} (A100) or later; take --device cpu"
+            f"{MIN_CAPABILITY / 10} (A100) or later; take --device cpu"
         )
     if config.kv_cache_dtype == "fp8_ds_mla" and not has_fp8(device):
         from fd_dsa.triton_runtime.driver import FP8_CAPABILITY

@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 import numpy as np
 
+from fd_dsa.engine.draft_state import DraftCosts
 from fd_dsa.engine.engine import LLMEngine
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.speculation import Drafter, Speculator
-from fd_dsa.engine.step_costs import StepCosts
 
 MAX_MEASURING_S = 3.0
 """Stop measuring larger batches after this time, because large models on a CPU are slow."""
@@ -26,7 +26,7 @@ _MANY_ROWS = 16
 
 def measure_step_costs(
     make_engine: Callable[[Speculator], LLMEngine], drafter: Drafter, num_drafts: int
-) -> StepCosts | None:
+) -> DraftCosts | None:
     """Measure decode steps of 1, 4, 16, ... rows, each with 0 to `num_drafts` drafts a row.
 
     Call it before the first request, because the measured requests overwrite the caches.
@@ -52,7 +52,7 @@ def measure_step_costs(
         for count in range(num_drafts + 1):
             # with these costs `count` drafts are the best
             costs = {1: [1.0] * (count + 1) + [math.inf] * (num_drafts - count)}
-            speculator.costs = StepCosts(costs)
+            speculator.costs = DraftCosts(costs)
             times.append(_step_seconds(engine, num_rows, num_rows * count))
         if math.inf in times:
             break
@@ -60,7 +60,7 @@ def measure_step_costs(
     # warm-up steps do not count
     if info.counters is not None:
         info.counters.reset()
-    return StepCosts(seconds) if seconds else None
+    return DraftCosts(seconds) if seconds else None
 
 
 def _step_seconds(engine: LLMEngine, num_rows: int, num_drafts: int) -> float:

@@ -1,26 +1,26 @@
 """Triton kernels on Paddle tensors, without torch and without touching Triton's active driver.
 
-Import this module before `triton`: on a machine without a GPU it selects Triton's interpreter,
-which has to be done before Triton is loaded.
+Import this module before `triton`: on a machine without a GPU it selects Triton's interpreter
+before Triton is loaded.
 """
 
 from __future__ import annotations
 
-# first, as it decides what the import of triton in all others will do
+# first, because it decides the mode of Triton before other modules import it
 from fd_dsa.triton_runtime.mode import INTERPRETING  # isort: skip
 
-from fd_dsa.triton_runtime.bound import BoundLaunch
-from fd_dsa.triton_runtime.compiler import Compiled
-from fd_dsa.triton_runtime.device_api import DeviceApi, register_device_api
-from fd_dsa.triton_runtime.early import start_next, wait_for_inputs
-from fd_dsa.triton_runtime.kernel import Kernel, paddle_jit
-from fd_dsa.triton_runtime.parameters import Pointer
-from fd_dsa.triton_runtime.serving import (
+from fd_dsa.triton_runtime.compile_freeze import (
     freeze,
     num_late_compilations,
     unfreeze,
     warming,
 )
+from fd_dsa.triton_runtime.compiler import Compiled
+from fd_dsa.triton_runtime.device_api import DeviceApi, register_device_api
+from fd_dsa.triton_runtime.kernel import Kernel, paddle_jit
+from fd_dsa.triton_runtime.launch import BoundLaunch
+from fd_dsa.triton_runtime.parameters import Pointer
+from fd_dsa.triton_runtime.pdl import start_next, wait_for_inputs
 
 __all__ = [
     "INTERPRETING",

@@ -1,7 +1,7 @@
-"""Compiling a kernel for a stated target: no driver, no GPU and no active Triton driver needed.
+"""Compilation of a kernel for a given target, without a GPU, a driver or Triton's active driver.
 
-Results land in Triton's own cache on disk (`TRITON_CACHE_DIR`), so a second process compiles
-nothing.
+Results are written to Triton's own cache on disk (`TRITON_CACHE_DIR`), where later processes find
+them.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from fd_dsa.errors import BackendUnavailable
 
 import triton
 
-# Triton's compiler was not made for several threads before 3.6
+# before 3.6 Triton's compiler does not support several threads
 _COMPILING = threading.Lock()
 
-# scalar type -> its code in `struct`; pointers are "Q"
+# type of a number -> its code in `struct`; pointers are "Q"
 _CODES = {"i1": "?", "i32": "i", "i64": "q", "u64": "Q", "fp32": "f"}
 
 
 class Argument(NamedTuple):
-    """What the compiler knows of one argument; a part of the launch cache's key.
+    """Properties of one argument that the compiler uses, a part of the launch cache's key.
 
     Attributes:
-        type: Triton's type such as "*bf16" or "i32"; "constexpr" where the value is compiled in.
-        divisible: the address or the int is a multiple of 16.
+        type: Triton's type such as "*bf16" or "i32"; "constexpr" if the value is compiled in.
+        divisible: True if the address or the int is known to be a multiple of 16.
         value: the constant; None for other arguments.
-        kind: of the constant, what equality leaves out: its type, as True, 1 and 1.0 are equal, and
-            of a float its text, as 0.0 and -0.0 are.
+        kind: difference between constants that are equal: the type, because True, 1 and 1.0 are
+            equal, and the text of a float, because 0.0 and -0.0 are.
     """
 
     type: str
@@ -38,17 +38,25 @@ class Argument(NamedTuple):
     value: Any = None
     kind: object = None
 
+    @property
+    def is_constant(self) -> bool:
+        return self.type == "constexpr"
+
+    @property
+    def is_pointer(self) -> bool:
+        return self.type.startswith("*")
+
 
 @dataclass(frozen=True)
 class Compiled:
-    """A kernel compiled for one target, not loaded yet.
+    """Kernel compiled for one target, before it is loaded.
 
     Attributes:
         name: symbol in the image.
         image: the cubin.
-        ptx: its assembly.
-        shared_bytes: dynamic shared memory a block.
-        num_warps: warps a block, those that the compiler added included.
+        ptx: assembly of the image.
+        shared_bytes: dynamic shared memory of a block.
+        num_warps: warps of a block, with those that the compiler added.
         codes: `struct` codes of the arguments that are passed, in order.
     """
 
@@ -61,14 +69,14 @@ class Compiled:
 
     @property
     def waits(self) -> bool:
-        """True if the kernel waits for those before it, so that it may be launched early."""
+        """True if the kernel waits for earlier kernels, so that PDL is safe."""
         return "griddepcontrol.wait" in self.ptx
 
 
 def argument_codes(arguments: Mapping[str, Argument]) -> str:
-    """`struct` codes of the arguments that a launch passes, in order."""
-    types = (argument.type for argument in arguments.values())
-    return "".join(_CODES.get(kind, "Q") for kind in types if kind != "constexpr")
+    """Return the `struct` codes of the arguments that a launch passes, in order."""
+    passed = (argument.type for argument in arguments.values() if not argument.is_constant)
+    return "".join(_CODES.get(kind, "Q") for kind in passed)
 
 
 def compile_kernel(
@@ -77,12 +85,14 @@ def compile_kernel(
     options: Mapping[str, object],
     capability: int,
 ) -> Compiled:
-    """Compile for a GPU's capability, 90 on Hopper, or take the result from the cache on disk.
+    """Compile a kernel, or take the result from the cache on disk.
+
+    Args:
+        capability: compute capability, 90 for Hopper.
 
     Raises:
-        BackendUnavailable: the kernel uses a feature that needs scratch memory on the host, or
-            the cache on disk cannot be written.
-        Exception: what Triton's compiler raises about the kernel.
+        BackendUnavailable: the kernel needs scratch memory, or the cache on disk cannot be written.
+        Exception: error of Triton's compiler.
     """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -91,9 +101,9 @@ def compile_kernel(
     constants = {
         (i,): argument.value
         for i, argument in enumerate(arguments.values())
-        if argument.type == "constexpr"
+        if argument.is_constant
     }
-    # spelled as Triton's own launcher spells them, which makes cache entries common
+    # the form of Triton's own launcher, so that both find the same cache entries
     attributes = {
         (i,): [["tt.divisibility", 16]] if argument.divisible else []
         for i, argument in enumerate(arguments.values())
@@ -108,7 +118,7 @@ def compile_kernel(
             )
     except OSError as error:
         raise BackendUnavailable(
-            f"kernel {fn.__name__}: Triton cannot write what it compiles: {error}; set "
+            f"kernel {fn.__name__}: Triton cannot write its cache: {error}; set "
             "TRITON_CACHE_DIR (~/.triton/cache by default) and TMPDIR to folders that this "
             "process can write to"
         ) from error

@@ -1,10 +1,12 @@
-"""Where tensors live: one small interface per tensor library, Paddle's built in.
+"""Interfaces to tensor libraries, which tell device and stream of a launch. Paddle's is built in.
 
-The library of a launch is that of its first tensor argument.
+The first tensor argument selects the library of a launch.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from operator import methodcaller
 from typing import Any
 
 from fd_dsa.environment import has_nvidia_gpu
@@ -13,36 +15,48 @@ from fd_dsa.tensor import Tensor
 from fd_dsa.triton_runtime.driver import GpuTraits, cuda
 from fd_dsa.triton_runtime.mode import INTERPRETING
 
+# calls of Paddle's places: whether a place is of this kind, and the index of its device
+_GPU = methodcaller("is_gpu_place"), methodcaller("gpu_device_id")
+_CUSTOM = methodcaller("is_custom_place"), methodcaller("custom_device_id")
+
 
 class DeviceApi:
-    """What the launcher asks of a tensor library; subclass it for another one."""
+    """Interface to a tensor library, a base class for other libraries."""
 
     def device_of(self, tensor: Tensor) -> int:
-        """Index of the CUDA device that holds the tensor.
+        """Return the index of the CUDA device that holds a tensor.
 
         Raises:
-            LaunchError: the tensor is elsewhere; the message says where.
+            LaunchError: the tensor is elsewhere. The message says where.
         """
         raise NotImplementedError
 
+    def are_on(self, tensors: Iterable[Tensor], device: int) -> bool:
+        """Return True if a device holds all of these tensors. Every launch asks.
+
+        Raises:
+            LaunchError: a tensor is not on any device.
+        """
+        return all(self.device_of(tensor) == device for tensor in tensors)
+
     def current_device(self) -> int:
-        """Index of the calling thread's current device, asked only where there are several."""
+        """Return the index of the thread's current device. Launches ask if there are several."""
         return cuda().current_device()
 
     def current_stream(self, device: int) -> int:
-        """The library's current stream of a device in this thread: a CUDA stream handle."""
+        """Return the handle of the library's current stream of a device in this thread."""
         raise NotImplementedError
 
     def new_stream(self, device: int) -> Any:
-        """A stream of the library that waits for no other one by itself; for the whole process."""
+        """Make a stream that waits for no other stream by itself, for the life of the process."""
         raise NotImplementedError
 
     def stream_handle(self, stream: Any) -> int:
-        """The CUDA handle of a stream of the library."""
+        """Return the CUDA handle of a stream of the library."""
         raise NotImplementedError
 
     def swap_stream(self, device: int, stream: Any) -> Any:
-        """Make a stream of the library the device's current one; returns the one before."""
+        """Make a stream of the library the current one of a device. Returns the previous one."""
         raise NotImplementedError
 
 
@@ -57,7 +71,7 @@ class PaddleApi(DeviceApi):
         self._custom_type: str | None = None
         raw_stream = getattr(libpaddle, "_get_current_raw_stream", None)
         if raw_stream is not None:
-            # from Paddle 3.3 on: one native call without a stream object, half the time
+            # from Paddle 3.3 on this native call without a stream object takes half the time
             self.current_stream = raw_stream  # type: ignore[method-assign]
 
     def device_of(self, tensor: Tensor) -> int:
@@ -75,8 +89,17 @@ class PaddleApi(DeviceApi):
             )
         raise LaunchError(f"the tensor is on {place}, but kernels run on GPU memory")
 
+    def are_on(self, tensors: Iterable[Tensor], device: int) -> bool:
+        """Return True if a device holds all of these tensors."""
+        # each call of Paddle takes a good part of a launch: `map` saves the Python between them
+        places = [tensor.place for tensor in tensors]
+        is_held, index_of = _GPU if self._custom_type is None else _CUSTOM
+        if not all(map(is_held, places)):
+            return False
+        return cuda().num_devices == 1 or all(index == device for index in map(index_of, places))
+
     def current_device(self) -> int:
-        """Paddle's current device; the CUDA driver's where that is the CPU."""
+        """Return Paddle's current device, or the CUDA driver's if Paddle's is the CPU."""
         import paddle
 
         place = paddle.framework._current_expected_place_()
@@ -85,17 +108,17 @@ class PaddleApi(DeviceApi):
         return place.get_device_id()
 
     def current_stream(self, device: int) -> int:
-        """Paddle's current stream; in a capture, the captured one."""
+        """Return Paddle's current stream, which in a capture is the captured stream."""
         if self._custom_type is None:
             return self._core._get_current_stream(device).cuda_stream
         return self._core._get_current_custom_device_stream(self._custom_type, device).raw_stream
 
     def new_stream(self, device: int) -> Any:
-        """The stream as Paddle's core knows it."""
+        """Make a stream of Paddle's core."""
         import paddle
 
-        # a GEMM on the current stream first: Paddle's cuBLAS handles stay for good on the
-        # stream that is current when the first GEMM of the process makes them
+        # the first GEMM of the process binds Paddle's cuBLAS handles to its current stream for
+        # good, so a GEMM runs on the main stream first
         core, kind = self._core, self._custom_type
         place = core.CUDAPlace(device) if kind is None else core.CustomPlace(kind, device)
         one = paddle.ones([1, 1], "float32", device=place)
@@ -103,11 +126,11 @@ class PaddleApi(DeviceApi):
         return paddle.device.Stream(place, priority=2).stream_base
 
     def stream_handle(self, stream: Any) -> int:
-        """`raw_stream`, which older releases of Paddle call `cuda_stream` on a GPU."""
+        """Return `raw_stream`, which older releases of Paddle call `cuda_stream` on a GPU."""
         return getattr(stream, "raw_stream", None) or stream.cuda_stream
 
     def swap_stream(self, device: int, stream: Any) -> Any:
-        """Paddle's own calls below `paddle.device.set_stream`, at a fraction of its time."""
+        """Swap streams by the calls below `paddle.device.set_stream`, at a fraction of its time."""
         core, kind = self._core, self._custom_type
         if kind is None:
             return core._set_current_stream(stream)
@@ -117,10 +140,10 @@ class PaddleApi(DeviceApi):
 
 
 class HostApi(DeviceApi):
-    """Tensors in host memory, in a process whose kernels are interpreted; device 0."""
+    """Tensors in host memory, as device 0 of a process that interprets its kernels."""
 
     def device_of(self, tensor: Tensor) -> int:
-        """0, if the tensor is a CPU's."""
+        """Return 0 for a CPU tensor."""
         if not tensor.place.is_cpu_place():
             raise LaunchError(
                 f"the tensor is on {tensor.place}, but kernels run in Triton's interpreter in "
@@ -129,7 +152,7 @@ class HostApi(DeviceApi):
         return 0
 
     def current_stream(self, device: int) -> int:
-        """Work is done at once."""
+        """Return 0, because work is done at once."""
         return 0
 
 
@@ -137,17 +160,17 @@ DEVICE_APIS: dict[type, DeviceApi] = {}
 
 
 def register_device_api(tensor_type: type, api: DeviceApi) -> None:
-    """Launch kernels on tensors of this type, and of types derived from it, through `api`."""
+    """Launch kernels on tensors of this type and its subclasses through `api`."""
     for known in [t for t in DEVICE_APIS if issubclass(t, tensor_type)]:
         del DEVICE_APIS[known]
     DEVICE_APIS[tensor_type] = api
 
 
 def api_for_type(tensor_type: type) -> DeviceApi:
-    """The interface to tensors of this type.
+    """Return the interface to tensors of this type.
 
     Raises:
-        BackendUnavailable: no library was registered for it.
+        BackendUnavailable: the type is not registered.
     """
     for base in tensor_type.__mro__:
         if base in DEVICE_APIS:
@@ -163,10 +186,10 @@ def api_for_type(tensor_type: type) -> DeviceApi:
 
 
 def traits_for(tensor: Tensor) -> GpuTraits:
-    """Return the traits of the device of a tensor, which kernels are chosen and sized by.
+    """Return the traits of the device of a tensor, which kernels are selected and sized by.
 
     Raises:
         LaunchError: the tensor is not in the memory that kernels of this process use.
-        BackendUnavailable: no library is registered for its type, or no CUDA driver is found.
+        BackendUnavailable: its type is not registered, or the CUDA driver is missing.
     """
     return cuda().traits(api_for_type(type(tensor)).device_of(tensor))

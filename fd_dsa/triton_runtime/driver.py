@@ -1,7 +1,7 @@
-"""The CUDA driver through ctypes: contexts, modules, launches. Nothing is compiled for it.
+"""The CUDA driver through ctypes: contexts, modules and launches, without a compiler.
 
-A launch is one call of `cuLaunchKernelEx` with four pointers that were made before, which costs
-about as much from ctypes as from C, and is the same for every version of Triton.
+A launch is one call of `cuLaunchKernelEx` with four pointers that exist before it. The call takes
+about the same time from ctypes as from C, and does not depend on the version of Triton.
 """
 
 from __future__ import annotations
@@ -16,28 +16,28 @@ from fd_dsa.errors import BackendUnavailable, DeviceError, LaunchError
 from fd_dsa.triton_runtime.compiler import Compiled
 from fd_dsa.triton_runtime.mode import INTERPRETING
 
-# no context was made yet, none is the thread's, and a handle or function of another one
+# errors if the process or thread has no context, or a handle belongs to another context
 _NO_CONTEXT, _WRONG_CONTEXT = (3, 201), (201, 400, 709)
 _PROCESSORS, _MAJOR, _MINOR, _SHARED_OPTIN = 16, 75, 76, 97
 _FUNCTION_SHARED_BYTES = 1
 _FUNCTION_MAX_DYNAMIC_SHARED = 8
-# a kernel may use this much shared memory without asking
+# more shared memory than this needs an attribute of the kernel
 _SHARED_BYTES_WITHOUT_OPTIN = 48 << 10
 
 
-LEAST_CAPABILITY = 80
-"""The least compute capability that kernels are compiled for: Triton's own."""
+MIN_CAPABILITY = 80
+"""Minimum compute capability of Triton, and so of all kernels."""
 FP8_CAPABILITY = 89
-"""The least compute capability with instructions of e4m3 numbers."""
+"""Minimum compute capability with instructions for e4m3 numbers."""
 
 
 class GpuTraits(NamedTuple):
-    """What kernels are chosen and sized by.
+    """Traits of a GPU, by which kernels are selected and sized.
 
     Attributes:
         capability: major * 10 + minor, 90 on Hopper.
-        num_processors: multiprocessors.
-        shared_bytes: shared memory that a block may use.
+        num_processors: number of multiprocessors.
+        shared_bytes: maximum shared memory of a block.
     """
 
     capability: int
@@ -46,10 +46,10 @@ class GpuTraits(NamedTuple):
 
 
 class HostLibrary:
-    """What stands for `libcuda.so.1` where kernels are interpreted: one device in host memory.
+    """Stand-in for `libcuda.so.1` if kernels are interpreted, with one device in host memory.
 
-    Those that are not here succeed and do nothing: whatever an event or a stream could wait for is
-    done. Kernels are not loaded: `InterpretedVariant` runs them.
+    Functions that are not defined here succeed without work, because all that an event or a stream
+    could wait for is complete. `InterpretedVariant` runs kernels, so they are not loaded.
     """
 
     def __init__(self) -> None:
@@ -65,7 +65,7 @@ class HostLibrary:
         return 0
 
     def cuDeviceGetAttribute(self, value: Any, attribute: int, device: int) -> int:
-        # Hopper, for which kernels are made, with one multiprocessor
+        # a Hopper GPU with one multiprocessor, so that kernels run in their usual form
         hopper = {_MAJOR: 9, _MINOR: 0, _PROCESSORS: 1, _SHARED_OPTIN: 227 << 10}
         value._obj.value = hopper[attribute]
         return 0
@@ -88,20 +88,22 @@ class HostLibrary:
     cuMemcpyDtoHAsync_v2 = cuMemcpyDtoDAsync_v2 = cuMemcpyHtoDAsync_v2
 
     def host_address(self, address: int) -> int:
-        """Where host code finds what is at an address of the device."""
+        """Return the address at which host code reads an address of the device."""
         return address
 
 
 class Driver:
-    """The loaded driver library; one a process.
+    """Loaded driver library of the process.
 
     Attributes:
-        library: its functions as they are; arguments are ready ctypes objects.
-        num_devices: CUDA devices that this process sees.
+        library: functions of the driver, whose arguments are ctypes objects.
+        num_devices: number of CUDA devices that this process sees.
+
+    Raises:
+        BackendUnavailable: there is no usable device.
     """
 
     def __init__(self, library: ctypes.CDLL | HostLibrary) -> None:
-        """Initialise `libcuda.so.1`, or what stands for it; BackendUnavailable without a device."""
         self.library = library
         self._contexts: dict[int, int] = {}
         self._traits: dict[int, GpuTraits] = {}
@@ -111,7 +113,7 @@ class Driver:
         self.num_devices = self._integer("cuDeviceGetCount")
 
     def _error_text(self, code: int) -> str:
-        """`CUDA error 201: invalid device context`, for a code that the driver returned."""
+        """Return `CUDA error 201: invalid device context` for such a code of the driver."""
         text = ctypes.c_char_p()
         self.library.cuGetErrorString(code, ctypes.byref(text))
         return f"CUDA error {code}: {(text.value or b'unknown').decode()}"
@@ -122,9 +124,10 @@ class Driver:
             raise DeviceError(f"{what}: {self._error_text(code)}")
 
     def function(self, name: str, device: int) -> Callable[..., None]:
-        """A function of the driver that works on a device and raises its errors.
+        """Return a function of the driver that works on a device and raises its errors.
 
-        A thread without a context gets the device's; another context is put back afterwards.
+        A thread without a context gets the device's. Another context of the thread is put back
+        afterwards.
         """
         function = getattr(self.library, name)
 
@@ -136,7 +139,7 @@ class Driver:
         return call
 
     def call(self, device: int, name: str, *arguments: object) -> None:
-        """Call a function of the driver once; see `function`."""
+        """Call a function of the driver once, as `function` describes."""
         self.function(name, device)(*arguments)
 
     def recover(
@@ -147,7 +150,7 @@ class Driver:
         function: Callable[..., int],
         arguments: tuple[object, ...],
     ) -> None:
-        """Call again if it failed because another context, or none, is the thread's.
+        """Call a function again if it failed because the thread lacks the device's context.
 
         Any other error of the call, or of earlier work on the device, is a DeviceError.
         """
@@ -157,7 +160,7 @@ class Driver:
         self.check(code, what)
 
     def _integer(self, function: str, *args: object) -> int:
-        """The int that a driver function writes to its first argument."""
+        """Return the int that a driver function writes to its first argument."""
         value = ctypes.c_int()
         self.check(getattr(self.library, function)(ctypes.byref(value), *args), function)
         return value.value
@@ -166,7 +169,7 @@ class Driver:
         return self._integer("cuDeviceGetAttribute", number, self._integer("cuDeviceGet", device))
 
     def current_device(self) -> int:
-        """Device of the calling thread's context; 0 where the thread has none."""
+        """Return the device of the calling thread's context, 0 if it has no context."""
         device = ctypes.c_int()
         code = self.library.cuCtxGetDevice(ctypes.byref(device))
         if code in _NO_CONTEXT:
@@ -175,7 +178,7 @@ class Driver:
         return device.value
 
     def traits(self, device: int) -> GpuTraits:
-        """What kernels for a device are chosen and sized by; no tensor has to be there yet."""
+        """Return the traits of a device."""
         if device not in self._traits:
             major, minor, num_processors, shared_bytes = (
                 self._attribute(device, number)
@@ -186,9 +189,9 @@ class Driver:
 
     @contextmanager
     def context(self, device: int) -> Iterator[None]:
-        """The device's primary context, the one all libraries share, as this thread's inside.
+        """Make the primary context of a device, which all libraries share, current inside.
 
-        Afterwards the thread has the context that it had; if it had none, it keeps this one.
+        Afterwards the thread has its earlier context again. Without one it keeps this context.
         """
         before, own = ctypes.c_void_p(), ctypes.c_void_p(self._primary_context(device))
         self.library.cuCtxGetCurrent(ctypes.byref(before))
@@ -200,20 +203,20 @@ class Driver:
                 self.library.cuCtxSetCurrent(before)
 
     def _primary_context(self, device: int) -> int:
-        """Handle of the device's primary context, which stays alive from now on."""
+        """Return the handle of the device's primary context, which then stays alive."""
         if device not in self._contexts:
             context, number = ctypes.c_void_p(), self._integer("cuDeviceGet", device)
             code = self.library.cuDevicePrimaryCtxRetain(ctypes.byref(context), number)
             self.check(code, f"context of device {device}")
-            # of two threads that ask at once both get the same one
+            # two threads at once get the same context
             self._contexts[device] = context.value or 0
         return self._contexts[device]
 
     def load(self, compiled: Compiled, device: int) -> int:
-        """Load a compiled kernel and everything its launch needs; the context is left as it was.
+        """Load a compiled kernel, without a change of the thread's context.
 
         Returns:
-            The driver's handle of the kernel, good for the life of the process.
+            Handle of the kernel, valid for the life of the process.
 
         Raises:
             LaunchError: the kernel needs more shared memory than the device has.
@@ -238,17 +241,17 @@ class Driver:
                 own = self._integer("cuFuncGetAttribute", _FUNCTION_SHARED_BYTES, function)
                 call("cuFuncSetAttribute", function, _FUNCTION_MAX_DYNAMIC_SHARED, limit - own)
             if hasattr(self.library, "cuFuncLoad"):
-                # lazy loading would load at the first launch, which may be inside a capture
+                # otherwise the first launch loads the kernel, and it may be inside a capture
                 call("cuFuncLoad", function)
         return function.value or 0
 
 
 @cache
 def cuda() -> Driver:
-    """The driver of this process, started at first use.
+    """Return the driver of this process, which the first call starts.
 
     Raises:
-        BackendUnavailable: no driver library, or no usable device.
+        BackendUnavailable: the driver library or a usable device is missing.
     """
     try:
         return Driver(open_library())
@@ -260,5 +263,5 @@ def cuda() -> Driver:
 
 
 def open_library() -> ctypes.CDLL | HostLibrary:
-    """The driver library, or what stands for it; tests put another one in its place."""
+    """Open the driver library or its stand-in. Tests replace this function."""
     return HostLibrary() if INTERPRETING else ctypes.CDLL("libcuda.so.1")

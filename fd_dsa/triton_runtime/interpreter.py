@@ -1,6 +1,6 @@
-"""Kernels in Triton's interpreter, launched as compiled ones are, and two repairs of it.
+"""Kernels in Triton's interpreter, launched like compiled ones, and two repairs of it.
 
-* `range` with a bound known only at run time fails from NumPy 2.4 on (Triton up to 3.8);
+* `range` with a bound known only at run time fails from NumPy 2.4 on (Triton up to 3.8).
 * `tl.dot` multiplies the raw 16-bit patterns of bfloat16 operands.
 """
 
@@ -18,17 +18,23 @@ import numpy as np
 from fd_dsa.errors import BackendUnavailable
 from fd_dsa.triton_runtime.compiler import Argument, Compiled, argument_codes
 from fd_dsa.triton_runtime.driver import cuda
+from fd_dsa.triton_runtime.launch import Variant
 from fd_dsa.triton_runtime.parameters import Signature
-from fd_dsa.triton_runtime.variant import Variant
 
+import triton  # isort: skip
 from triton.language import core  # isort: skip
 
 # the interpreter keeps its state (program ids, patched language) in module globals
 _LOCK = threading.RLock()
 
 
+@triton.jit
+def no_instruction():
+    """Do nothing, in place of an instruction that the interpreter or Triton lacks."""
+
+
 class InterpretedVariant(Variant):
-    """A kernel that Triton's interpreter runs: packed and launched like a compiled one.
+    """Kernel that Triton's interpreter runs, packed and launched like a compiled one.
 
     Raises:
         BackendUnavailable: the kernel was decorated after Triton had been loaded to compile.
@@ -48,16 +54,19 @@ class InterpretedVariant(Variant):
             )
         compiled = Compiled(signature.kernel, b"", "", 0, 1, argument_codes(arguments))
         super().__init__(signature, arguments, options, compiled, 0, 0, cuda())
-        self._fn, self.queue = fn, self._run
+        self._fn, self.enqueue = fn, self._run
+        self._constants = {name: argument.value for name, argument in arguments.items()}
+        # Triton's type of each tensor
+        self._elements = [arguments[p.name].type[1:] for p in self.tensors]
 
     def _run(self, config: ctypes.c_void_p, *_: object) -> int:
-        """Run the kernel on the values of a frame, of which the configuration is a part."""
+        """Run the kernel on the memory of a launch, of which the configuration is a part."""
         start = (config.value or 0) - self.grid_offset
         *passed, x, y, z = self.values.unpack(ctypes.string_at(start, self.values.size))
-        values = {name: argument.value for name, argument in self.arguments.items()}
-        for parameter, value in zip(self.passed, passed, strict=True):
-            kind = self.arguments[parameter.name].type
-            values[parameter.name] = _pointer(kind[1:], value) if kind[0] == "*" else value
+        count = len(self._elements)
+        pointers = map(_pointer, self._elements, passed[:count])
+        names = [p.name for p in self.tensors + self.numbers]
+        values = self._constants | dict(zip(names, [*pointers, *passed[count:]], strict=True))
         run(self._fn, (x, y, z), values)
         return 0
 
@@ -69,7 +78,7 @@ def _pointer_type(element: str) -> Any:
 
 
 def _pointer(element: str, address: int) -> Any:
-    """An address as the interpreter holds it."""
+    """Return an address in the form that the interpreter holds it in."""
     from triton.runtime.interpreter import TensorHandle
 
     kind = _pointer_type(element)
@@ -81,11 +90,11 @@ def run(fn: Any, grid: tuple[int, ...], values: Mapping[str, object]) -> None:
     """Run an interpreted kernel on every program of the grid, in order.
 
     Args:
-        fn: what `triton.jit` made of the kernel in an interpreting process.
+        fn: result of `triton.jit` for the kernel, in an interpreting process.
         grid: one to three numbers of programs.
-        values: of all parameters, in order.
+        values: values of all parameters, in order.
     """
-    # a GPU warns of nothing, and padding may hold anything: NaN alone, or what overflows
+    # a GPU does not warn, and padding may hold any bits, such as rows of NaN
     with _LOCK, warnings.catch_warnings(), np.errstate(over="ignore", invalid="ignore"):
         warnings.filterwarnings("ignore", "All-NaN slice encountered", RuntimeWarning)
         repair()
@@ -94,7 +103,7 @@ def run(fn: Any, grid: tuple[int, ...], values: Mapping[str, object]) -> None:
 
 @cache
 def repair() -> None:
-    """Make the repairs, once a process."""
+    """Make the repairs. Only the first call of the process does."""
     from triton.runtime import interpreter
 
     _patch_index(interpreter)
@@ -102,7 +111,8 @@ def repair() -> None:
 
 
 def _patch_index(interpreter: Any) -> None:
-    """Convert a bound of `range` by `.item()`; the interpreter's own is back at every launch."""
+    """Make `range` convert its bound by `.item()`."""
+    # the interpreter sets its own conversion in every launch
     original = interpreter._patch_lang_tensor
 
     def index(self: Any) -> int:

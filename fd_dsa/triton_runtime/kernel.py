@@ -1,34 +1,43 @@
-"""`paddle_jit`: a decorator that launches Triton kernels on Paddle tensors."""
+"""`paddle_jit`, a decorator that launches Triton kernels on Paddle tensors."""
 
 from __future__ import annotations
 
+import struct
 import threading
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from functools import partial
+from functools import partial, reduce
+from operator import attrgetter, itemgetter, methodcaller, or_
 from typing import Any, overload
 
 from fd_dsa.environment import launches_overlap
-from fd_dsa.errors import KernelUnavailable, LaunchError, describe_error, is_out_of_memory
-from fd_dsa.triton_runtime import fastpath, serving
-from fd_dsa.triton_runtime.bound import BoundLaunch
+from fd_dsa.errors import (
+    FdDsaError,
+    KernelUnavailable,
+    LaunchError,
+    describe_error,
+    is_out_of_memory,
+)
+from fd_dsa.triton_runtime import compile_freeze
 from fd_dsa.triton_runtime.compiler import Argument, Compiled, compile_kernel
 from fd_dsa.triton_runtime.device_api import DeviceApi
 from fd_dsa.triton_runtime.driver import cuda
-from fd_dsa.triton_runtime.grid import Grid, resolve_grid
 from fd_dsa.triton_runtime.interpreter import InterpretedVariant
+from fd_dsa.triton_runtime.launch import BoundLaunch, Grid, Variant, resolve_grid
 from fd_dsa.triton_runtime.mode import INTERPRETING
-from fd_dsa.triton_runtime.parameters import MISSING, OPTIONS, Signature
-from fd_dsa.triton_runtime.variant import Variant
+from fd_dsa.triton_runtime.parameters import Signature
 
 import triton
 
-# from here on a kernel can be launched while the one before it runs, and wait for its end
+# compute capability from which a kernel can be launched while the previous kernel runs
 _OVERLAPS_FROM = 90
-# generated functions that are tried in order; some twenty in vain take as long as a look-up with
-# all checks
-_MAX_CHAIN = 16
-# such chains, by the constants and options that callers name
-_MAX_CHAINS = 256
+# variants that one spelling of a call may find by its key; others pass all checks in every launch
+_MAX_KNOWN = 4096
+_ADDRESS, _DTYPE = methodcaller("data_ptr"), attrgetter("dtype")
+_IS_CONTIGUOUS = methodcaller("is_contiguous")
+_Values = Sequence[Any]
+_Picker = Callable[[_Values], Any]
+# exact types of numbers; NumPy's numbers and subclasses pass all checks in every launch
+_NUMBERS = (int, float, bool, type(None))
 
 
 @overload
@@ -59,20 +68,21 @@ def paddle_jit(
     contiguous: Iterable[str] = (),
     waits: bool = False,
 ) -> Kernel | Callable[[Callable[..., object]], Kernel]:
-    """A kernel that is launched by `kernel[grid](...)` on Paddle tensors.
+    """Make a kernel that `kernel[grid](...)` launches on Paddle tensors.
 
     Args:
-        fn: a Python function in Triton's language, or what `triton.jit` made of one.
-        do_not_specialize: ints whose value never selects another compiled kernel; name every
+        fn: Python function in Triton's language, or the result of `triton.jit` for one.
+        do_not_specialize: ints whose value never selects another compiled kernel. Name every
             length here that changes from step to step.
-        do_not_specialize_on_alignment: pointers and ints whose alignment never does.
+        do_not_specialize_on_alignment: pointers and ints whose alignment never selects another
+            compiled kernel.
         contiguous: tensors that must be contiguous.
-        waits: every program calls `wait_for_inputs` ahead of its first write, and of its first
-            read of anything but weights that were there before the step. From compute capability
-            9.0 on the kernel is launched while the one before it runs.
+        waits: True if every program calls `wait_for_inputs` before its first write, and before
+            its first read of anything but weights. From compute capability 9.0 on such a kernel
+            is launched while the previous one runs.
 
     Returns:
-        A `Kernel`, or with options only, the decorator that makes one.
+        The kernel, or a decorator that makes one if only options are given.
 
     Raises:
         LaunchError: a declared name is no parameter.
@@ -82,8 +92,91 @@ def paddle_jit(
     return make if fn is None else make(fn)
 
 
+class _Spelling:
+    """Calls of a kernel with the same argument names and types.
+
+    Its functions take arguments out of the values of a call.
+
+    Attributes:
+        api: interface to the library of the tensors.
+        tensors: function for the tensors, in the order of `Variant.tensors`.
+        known: by the key of a call its variant, the function for its numbers, and the dtypes of
+            its tensors. The key has the identity of each dtype, so the dtypes are kept alive.
+    """
+
+    def __init__(
+        self, api: DeviceApi, signature: Signature, names: Sequence[str], types: Sequence[type]
+    ) -> None:
+        places = {name: place for place, name in enumerate(names)}
+        given = [p for p in signature.parameters.values() if p.name in places]
+        passed = [p for p in given if not p.is_constexpr]
+        tensors = [p for p in passed if hasattr(types[places[p.name]], "data_ptr")]
+        ints = [p for p in passed if types[places[p.name]] is int]
+        constants = places.keys() - {p.name for p in passed}
+        self.api = api
+        self.tensors = _picker(places[p.name] for p in tensors)
+        self._contiguous = _picker(i for i, p in enumerate(tensors) if p.contiguous)
+        self._aligned = _picker(i for i, p in enumerate(tensors) if p.specialize_alignment)
+        self._constants = _picker(sorted(places[name] for name in constants))
+        self._specialized = _picker(
+            places[p.name] for p in ints if p.specialize or p.specialize_alignment
+        )
+        self.known: dict[Hashable, tuple[Variant, _Picker, list[object]]] = {}
+
+    def key(self, values: _Values, tensors: _Values, addresses: list[int]) -> Hashable:
+        """Return the key of a call. Calls with the same key, on one device, share a variant."""
+        aligned = self._aligned(addresses)
+        return (
+            *self._constants(values),
+            *map(id, map(_DTYPE, tensors)),
+            *map(_specialization, self._specialized(values)),
+            # one test for all, which is true for most calls
+            reduce(or_, aligned, 0) & 15 and tuple(address & 15 == 0 for address in aligned),
+        )
+
+    def can_launch(self, variant: Variant, tensors: _Values) -> bool:
+        """Return True if the tensors are where a variant runs, and contiguous where declared."""
+        device = variant.device
+        return (
+            self.api.are_on(tensors, device)
+            and all(map(_IS_CONTIGUOUS, self._contiguous(tensors)))
+            and (variant.driver.num_devices == 1 or self.api.current_device() == device)
+        )
+
+
+def _picker(places: Iterable[int]) -> _Picker:
+    """Return a function that takes the values at some places out of a sequence."""
+    chosen = list(places)
+    if len(chosen) > 1:
+        return itemgetter(*chosen)
+    # a slice, because `itemgetter` returns a single item bare
+    start = chosen[0] if chosen else 0
+    return itemgetter(slice(start, start + len(chosen)))
+
+
+def _specialization(value: int) -> int:
+    """Return 1 for the int 1, 16 for another int divisible by 16, 0 for other ints."""
+    return 1 if value == 1 else 0 if value & 15 else 16
+
+
+def _has_key(variant: Variant, names: Sequence[str], types: Sequence[type]) -> bool:
+    """Return True if calls that are spelled like one of a variant tell by a key that it serves."""
+    parameters, arguments = variant.signature.parameters, variant.arguments
+    for name, kind in zip(names, types, strict=True):
+        parameter = parameters.get(name)
+        if parameter is None or parameter.is_constexpr:
+            # zeros of two signs are equal, and NaN equals no float
+            is_plain = kind is not float
+        else:
+            is_plain = kind in _NUMBERS or hasattr(kind, "data_ptr")
+        if not is_plain:
+            return False
+    passed = {p.name: arguments[p.name].type for p in variant.tensors + variant.numbers}
+    return passed.keys() <= set(names) and not {"i64", "u64"} & set(passed.values())
+
+
 class Kernel:
-    """A Triton kernel and its launches; made by `paddle_jit`.
+    """Triton kernel and its launches, made by `paddle_jit`.
 
     Attributes:
         fn: the `triton.jit` function, for calls from other kernels.
@@ -96,7 +189,7 @@ class Kernel:
         declared: tuple[Iterable[str], Iterable[str], Iterable[str]],
         waits: bool,
     ) -> None:
-        # what `triton.jit` made has `run`
+        # a result of `triton.jit` has `run`
         made: Any = fn if hasattr(fn, "run") else None
         function = fn if made is None else made.fn
         self.signature, self._waits = Signature(function, *declared), waits
@@ -105,62 +198,71 @@ class Kernel:
         self.__name__ = self.signature.kernel
         self.__doc__ = function.__doc__
         self._lock = threading.RLock()
-        self._variants: dict[Any, Variant] = {}
-        self._chains: dict[Any, list[Any]] = {}
-        self._chained: set[Any] = set()
-        parameters = self.signature.parameters.values()
-        self._constants = {p.name for p in parameters if p.is_constexpr} | OPTIONS.keys()
-        # what calls go to: all checks; the only function; the chain of their constants
-        self._launch: Callable[..., None] = self.run
+        self._variants: dict[Hashable, Variant] = {}
+        self._spellings: dict[Hashable, _Spelling] = {}
 
     def __getitem__(self, grid: Grid) -> Callable[..., None]:
-        """The launch on this grid; call it with the kernel's arguments.
+        """Return the launch on this grid, which is called with the kernel's arguments.
 
         Args:
             grid: one to three numbers of programs, or a function that makes them of a dict of all
                 arguments and options by name.
         """
-        if not callable(grid):
-            grid = resolve_grid(self.__name__, grid, {}, {})
-        return partial(self._launch, grid)
+        if callable(grid):
+            return partial(self.run, grid)
+        return partial(self._launch, resolve_grid(self.__name__, grid, {}, {}))
 
     def __call__(self, *_: object, **__: object) -> None:
         """Refuse a call without a grid.
 
         Raises:
-            LaunchError: always; says how to launch.
+            LaunchError: always. The message says how to launch.
         """
         name = self.__name__
         raise LaunchError(f"kernel {name}: called without a grid; launch it as {name}[grid](...)")
 
+    def _launch(self, grid: tuple[int, int, int], *args: Any, **kwargs: Any) -> None:
+        """Launch like an earlier call with such arguments, else with all checks."""
+        values = (*args, *kwargs.values())
+        memory = None
+        try:
+            spelling = self._spellings[(*kwargs, *map(type, values))]
+            tensors = spelling.tensors(values)
+            addresses = [*map(_ADDRESS, tensors)]
+            variant, numbers, _ = spelling.known[spelling.key(values, tensors, addresses)]
+            if spelling.can_launch(variant, tensors):
+                if 0 in grid:
+                    return
+                memory = variant.fill(addresses, numbers(values), grid)
+        except (KeyError, TypeError, struct.error, FdDsaError):
+            # the checks below find the same problem and name it
+            pass
+        if memory is None:
+            self.run(grid, *args, **kwargs)
+        else:
+            variant.launch(memory, spelling.api.current_stream(variant.device))
+
     def run(self, grid: Grid, *args: object, **kwargs: object) -> None:
-        """Launch; the same as `kernel[grid](*args, **kwargs)`, with all checks.
+        """Launch as `kernel[grid](*args, **kwargs)` does, with all checks.
 
         Raises:
-            LaunchError: an argument or the grid cannot be used; it is named.
-            BackendUnavailable: no GPU, and no interpreter either.
+            LaunchError: an argument or the grid cannot be used. The message names it.
+            BackendUnavailable: there is neither a GPU nor an interpreter.
             DeviceError: the driver refuses the launch.
         """
-        self._run(self._key(kwargs), grid, args, kwargs)
-
-    def _run(
-        self, key: Hashable, grid: Grid, args: Sequence[object], kwargs: Mapping[str, object]
-    ) -> None:
-        """See `run`; the next launch like this one finds a function by `key`."""
         values, options = self.signature.bind(args, kwargs)
-        spelled = {name: kwargs[name] for name in kwargs if name in OPTIONS}
         api, variant = self._variant_for(values, options)
-        self._extend_chain(api, variant, spelled, key)
+        self._remember(api, variant, args, kwargs)
         BoundLaunch(api, variant, grid, values, options)()
 
     def bind(
         self, grid: Grid, *args: object, scalars: tuple[str, ...] = (), **kwargs: object
     ) -> BoundLaunch:
-        """A launch whose arguments are checked once, for buffers that never move.
+        """Make a launch whose arguments are checked once, for buffers that never move.
 
         Args:
-            grid: as for a launch; may be replaced in every call.
-            args, kwargs: as for a launch; tensors are kept alive.
+            grid: as for a launch. Every call may replace it.
+            args, kwargs: as for a launch. Tensors are kept alive.
             scalars: names of numbers that every call passes, in this order. Ints among them
                 must be declared in `do_not_specialize`.
 
@@ -175,15 +277,16 @@ class Kernel:
     def warmup(
         self, *args: object, capability: int | None = None, device: int = 0, **kwargs: object
     ) -> Compiled | None:
-        """Compile ahead; load too, where a device is there, so that a launch has nothing to do.
+        """Compile and load a variant before its first launch.
 
         Args:
             args, kwargs: as for a launch, with `Pointer` instead of tensors, or tensors.
-            capability: compile for this one without a device, 90 for Hopper, and load nothing.
+            capability: compute capability to compile for, without a device and without loading;
+                90 for Hopper.
             device: index of the device to load on.
 
         Returns:
-            What was compiled; None in an interpreting process, which has nothing to compile.
+            The compiled kernel. None if this process interprets its kernels.
 
         Raises:
             LaunchError: as for a launch.
@@ -195,24 +298,24 @@ class Kernel:
             return None
         if capability is not None:
             return self._compile(arguments, options, capability)[0]
-        with serving.warming():
+        with compile_freeze.warming():
             return self._variant(arguments, options, device).compiled
 
     def _compile(
         self, arguments: Mapping[str, Argument], options: Mapping[str, object], capability: int
     ) -> tuple[Compiled, Mapping[str, object]]:
-        """What is compiled, and the options of its launches: early if it waits on the device."""
+        """Compile a variant. Returns it and the options of its launches, with or without PDL."""
         if not (self._waits and capability >= _OVERLAPS_FROM and launches_overlap()):
             return compile_kernel(self.fn, arguments, options, capability), options
-        early = {**options, "launch_pdl": True}
-        compiled = compile_kernel(self.fn, arguments, early, capability)
-        # a Triton without the instruction makes none: then it must not start before its inputs
-        return compiled, early if compiled.waits else options
+        overlapping = {**options, "launch_pdl": True}
+        compiled = compile_kernel(self.fn, arguments, overlapping, capability)
+        # Triton before 3.5 emits no wait, so the kernel would start before its inputs are written
+        return compiled, overlapping if compiled.waits else options
 
     def _variant_for(
         self, values: Mapping[str, object], options: Mapping[str, object]
     ) -> tuple[DeviceApi, Variant]:
-        """The variant that serves these arguments, made if it is new."""
+        """Return the variant for these arguments, and the interface to their library."""
         arguments = self.signature.describe_all(values)
         api, device = self.signature.place_of(values, arguments)
         if cuda().num_devices > 1 and api.current_device() != device:
@@ -225,9 +328,9 @@ class Kernel:
     def _variant(
         self, arguments: dict[str, Argument], options: Mapping[str, object], device: int
     ) -> Variant:
-        """The variant of the launch cache, compiled and loaded first if need be.
+        """Return a variant of the launch cache, compiled and loaded first if it is new.
 
-        It is visible to other threads only when it is complete.
+        Other threads see it when it is complete.
 
         Raises:
             KernelUnavailable: it cannot be compiled or loaded.
@@ -240,7 +343,7 @@ class Kernel:
             if key in self._variants:
                 return self._variants[key]
             if not INTERPRETING:
-                serving.announce_compilation(self.__name__, arguments, options)
+                compile_freeze.announce_compilation(self.__name__, arguments, options)
             try:
                 variant = self._new_variant(arguments, options, device)
             except Exception as error:
@@ -257,55 +360,28 @@ class Kernel:
     def _new_variant(
         self, arguments: dict[str, Argument], options: Mapping[str, object], device: int
     ) -> Variant:
-        """A variant that is compiled and loaded, or that the interpreter runs."""
+        """Make a variant that is compiled and loaded, or that the interpreter runs."""
         if INTERPRETING:
             return InterpretedVariant(self.fn, self.signature, arguments, options)
         compiled, launched = self._compile(arguments, options, cuda().traits(device).capability)
         function = cuda().load(compiled, device)
         return Variant(self.signature, arguments, launched, compiled, function, device, cuda())
 
-    def _key(self, kwargs: Mapping[str, object]) -> Hashable:
-        """What a call's chain is found by: its named arguments, if they are all constants."""
-        return tuple(kwargs.items()) if kwargs.keys() <= self._constants else ()
-
-    def _dispatch(self, grid: Grid, *args: object, **kwargs: object) -> None:
-        """Launch by the chain of the call's constants."""
-        try:
-            chain = self._chains.get(self._key(kwargs))
-        except TypeError:
-            # one of them is none: `run` names it
-            chain = None
-        (chain[0] if chain else self.run)(grid, *args, **kwargs)
-
-    def _extend_chain(
-        self, api: DeviceApi, variant: Variant, spelled: dict[str, object], key: Hashable
+    def _remember(
+        self, api: DeviceApi, variant: Variant, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> None:
-        """Give calls spelled like this one their own generated function."""
-        spelling = (variant, api, tuple(spelled.items()), key)
+        """Remember the variant for later calls that are spelled like this one."""
+        values, names = (*args, *kwargs.values()), (*self.arg_names[: len(args)], *kwargs)
+        types = [*map(type, values)]
+        if not _has_key(variant, names, types):
+            return
         with self._lock:
-            chain = self._chains.get(key, [])
-            most = _MAX_CHAIN if chain or len(self._chains) < _MAX_CHAINS else 0
-            if spelling in self._chained or len(chain) >= most:
-                return
-            miss = partial(self._after, key, len(chain))
-            chain.append(fastpath.generate(variant, api, spelled, miss))
-            self._launch = self._dispatch if self._chained else chain[0]
-            self._chained.add(spelling)
-            self._chains[key] = chain
-
-    def _after(
-        self,
-        key: Hashable,
-        position: int,
-        grid: Grid,
-        values: tuple[object, ...],
-        spelled: dict[str, object],
-    ) -> None:
-        """Try the next generated function, and after the last one the long way."""
-        chain = self._chains[key]
-        if position + 1 < len(chain):
-            chain[position + 1](grid, *values, **spelled)
-        else:
-            given = zip(self.arg_names, values, strict=True)
-            named = {name: v for name, v in given if v is not MISSING}
-            self._run(key, grid, (), named | spelled)
+            spelling = self._spellings.get((*kwargs, *types))
+            if spelling is None:
+                spelling = _Spelling(api, self.signature, names, types)
+            if len(spelling.known) < _MAX_KNOWN:
+                tensors = spelling.tensors(values)
+                key = spelling.key(values, tensors, [*map(_ADDRESS, tensors)])
+                numbers = _picker(names.index(p.name) for p in variant.numbers)
+                spelling.known[key] = variant, numbers, [*map(_DTYPE, tensors)]
+                self._spellings[(*kwargs, *types)] = spelling

@@ -1,4 +1,4 @@
-"""How kernels run in this process, decided before Triton is loaded, and by which Triton."""
+"""Mode of the kernels of this process, decided before Triton is loaded, and Triton's version."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fd_dsa.errors import BackendUnavailable
 
 _INSTALL = f"run {pip_command('triton>=3.3,<3.10')}"
 INTERPRETING: bool = choose_triton_mode()
-"""True where kernels run in Triton's interpreter on CPU tensors, False where they are compiled."""
+"""True if kernels run in Triton's interpreter on CPU tensors, False if they are compiled."""
 
 try:
     import triton
@@ -20,7 +20,7 @@ except ImportError as error:
         "compute on a CPU, which needs none (--device cpu)"
     ) from error
 
-# versions whose internals were read and tried
+# the launcher depends on internals of Triton, which were read and tried in these versions
 if not (3, 3) <= tuple(map(int, re.findall(r"\d+", triton.__version__)[:2])) <= (3, 9):
     raise BackendUnavailable(
         f"triton {triton.__version__}: the launcher is tested with 3.3 to 3.9; {_INSTALL}"

@@ -1,4 +1,4 @@
-"""The parameters of a kernel: what each may be given, and errors that name them."""
+"""Parameters of a kernel: checks of their arguments, and errors that name them."""
 
 from __future__ import annotations
 
@@ -15,10 +15,7 @@ from fd_dsa.tensor import Tensor
 from fd_dsa.triton_runtime.compiler import Argument
 from fd_dsa.triton_runtime.device_api import DeviceApi, api_for_type
 
-MISSING = inspect.Parameter.empty
-"""Stands for an argument that was not given."""
-
-# options of a launch with the values used when none is given; Triton's own defaults change
+# default options of a launch, fixed here because Triton's own defaults change
 OPTIONS: dict[str, Any] = {
     "num_warps": 4,
     "num_stages": 3,
@@ -26,8 +23,8 @@ OPTIONS: dict[str, Any] = {
     "maxnreg": None,
     "launch_pdl": False,
 }
-_MOST_WARPS = 32
-# name of a dtype, as Paddle, torch and NumPy spell it -> Triton's element type
+_MAX_WARPS = 32
+# name of a dtype in Paddle, torch and NumPy -> Triton's element type
 ELEMENT_TYPES = {
     "bool": "i1",
     "int8": "i8",
@@ -55,11 +52,11 @@ _NAN = float("nan")
 
 @dataclass(frozen=True)
 class Pointer:
-    """Stands for a tensor in `Kernel.warmup`.
+    """Stand-in for a tensor in `Kernel.warmup`.
 
     Attributes:
-        dtype: its name, such as "bfloat16".
-        aligned: its address is a multiple of 16, as that of a whole tensor always is.
+        dtype: name of the dtype, such as "bfloat16".
+        aligned: True if the address is a multiple of 16, like that of every whole tensor.
     """
 
     dtype: str
@@ -68,15 +65,14 @@ class Pointer:
 
 @dataclass(frozen=True)
 class Parameter:
-    """One parameter of a kernel.
+    """Parameter of a kernel.
 
     Attributes:
-        name: as in the kernel's signature.
-        is_constexpr: its value is compiled in.
-        specialize: an int of value 1 is compiled in, one divisible by 16 is known to the compiler.
-        specialize_alignment: a pointer or int divisible by 16 is known to the compiler.
-        contiguous: only contiguous tensors are accepted.
-        default: value if none is given; `MISSING` where one must be.
+        name: name in the kernel's signature.
+        is_constexpr: True if the value is compiled in.
+        specialize: True if an int of value 1 is compiled in.
+        specialize_alignment: True if the compiler may use that a pointer or int is divisible by 16.
+        contiguous: True if only contiguous tensors are accepted.
     """
 
     name: str
@@ -84,21 +80,20 @@ class Parameter:
     specialize: bool
     specialize_alignment: bool
     contiguous: bool
-    default: Any
 
 
 @lru_cache(maxsize=256)
 def _element_type(dtype: object) -> str | None:
-    """Triton's name of a dtype, given as a name or a library's object; None without one."""
+    """Return Triton's name of a dtype (a name or a library's object), None without one."""
     return ELEMENT_TYPES.get(str(dtype).rpartition(".")[2])
 
 
 class Signature:
-    """The parameters of one kernel, and what the compiler knows of their arguments.
+    """Parameters of one kernel, and checks of their arguments.
 
     Attributes:
-        kernel: its name.
-        parameters: by name, in order.
+        kernel: name of the kernel.
+        parameters: parameters by name, in order of their declaration.
     """
 
     def __init__(
@@ -121,7 +116,6 @@ class Signature:
                 specialize=name not in plain,
                 specialize_alignment=name not in plain | unaligned,
                 contiguous=name in dense,
-                default=parameter.default,
             )
             for name, parameter in self._call.parameters.items()
         }
@@ -132,7 +126,7 @@ class Signature:
     def bind(
         self, args: Sequence[object], kwargs: Mapping[str, object]
     ) -> tuple[dict[str, object], dict[str, object]]:
-        """Values of all parameters in order, and the options of the launch.
+        """Return the values of all parameters in order, and the options of the launch.
 
         Raises:
             LaunchError: an argument is missing, unknown or given twice, or an option is out of
@@ -149,12 +143,12 @@ class Signature:
             ) from None
         bound.apply_defaults()
         warps = options.get("num_warps", 1)
-        if type(warps) is not int or not 1 <= warps <= _MOST_WARPS or warps & (warps - 1):
+        if type(warps) is not int or not 1 <= warps <= _MAX_WARPS or warps & (warps - 1):
             raise LaunchError(
                 f"kernel {self.kernel}: option num_warps is {warps!r}, allowed are the powers of "
-                f"two from 1 to {_MOST_WARPS}"
+                f"two from 1 to {_MAX_WARPS}"
             )
-        # NumPy's scalars become Python's
+        # convert scalars of NumPy, which have other types than Python's
         values = {
             name: value.item() if isinstance(value, np.generic) else value
             for name, value in bound.arguments.items()
@@ -162,10 +156,10 @@ class Signature:
         return values, OPTIONS | options
 
     def describe(self, parameter: Parameter, value: object) -> Argument:
-        """What the compiler knows of a value given for a parameter; tensors may be `Pointer`.
+        """Return the properties of an argument, a value, tensor or `Pointer`.
 
         Raises:
-            LaunchError: the value cannot be passed, or has gaps where none may be.
+            LaunchError: the argument cannot be passed, or is not contiguous but must be.
         """
         if parameter.is_constexpr:
             return self._constant(parameter, value)
@@ -174,7 +168,7 @@ class Signature:
             return Argument(self._pointer_type(parameter, value), aligns and value.aligned)
         if not hasattr(value, "data_ptr"):
             return self._scalar(parameter, value)
-        # of any library, known by this method
+        # a tensor of any library has this method
         tensor: Any = value
         if parameter.contiguous and not tensor.is_contiguous():
             raise self.error(
@@ -186,7 +180,7 @@ class Signature:
         return Argument(self._pointer_type(parameter, tensor), is_aligned)
 
     def _pointer_type(self, parameter: Parameter, tensor: Tensor | Pointer) -> str:
-        """Triton's type of the address of a tensor."""
+        """Return Triton's type of the address of a tensor."""
         element = _element_type(tensor.dtype)
         if element is None:
             raise self.error(
@@ -197,7 +191,7 @@ class Signature:
         return "*" + element
 
     def _constant(self, parameter: Parameter, value: object) -> Argument:
-        """The value of a `tl.constexpr` parameter, which is a key of the launch cache."""
+        """Return the properties of a `tl.constexpr` argument, a key of the launch cache."""
         try:
             hash(value)
             is_constant = not hasattr(value, "data_ptr")
@@ -210,12 +204,12 @@ class Signature:
                 "dtypes, tuples and None",
             )
         if isinstance(value, float):
-            # a NaN is found by identity alone: one object for all finds what was compiled
+            # NaN equals only itself, so one NaN object stands for all in the launch cache
             return Argument("constexpr", False, value if value == value else _NAN, repr(value))
         return Argument("constexpr", False, value, type(value))
 
     def _scalar(self, parameter: Parameter, value: object) -> Argument:
-        """A number, or None, which is compiled in as an int of value 1 is."""
+        """Return the properties of a number or None. An int of value 1 may be compiled in."""
         if isinstance(value, bool):
             return Argument("i1")
         if isinstance(value, float):
@@ -237,10 +231,10 @@ class Signature:
         return {name: self.describe(p, values[name]) for name, p in self.parameters.items()}
 
     def device_of(self, name: str, tensor: Tensor, api: DeviceApi) -> int:
-        """Device that holds a tensor given for a parameter.
+        """Return the device that holds the tensor of a parameter.
 
         Raises:
-            LaunchError: it is not on a device.
+            LaunchError: the tensor is not on a device.
         """
         try:
             return api.device_of(tensor)
@@ -250,14 +244,14 @@ class Signature:
     def place_of(
         self, values: Mapping[str, object], arguments: Mapping[str, Argument]
     ) -> tuple[DeviceApi, int]:
-        """Tensor library and device of all tensors among the arguments.
+        """Return the tensor library and the device of all tensors among the arguments.
 
         Raises:
-            LaunchError: tensors of two libraries or devices meet, or there is no tensor.
+            LaunchError: tensors have different libraries or devices, or there is no tensor.
         """
         first, place = "", None
         for name, argument in arguments.items():
-            if argument.type[0] != "*":
+            if not argument.is_pointer:
                 continue
             tensor: Any = values[name]
             api = api_for_type(type(tensor))
@@ -276,10 +270,11 @@ class Signature:
         return place
 
     def check_changing(self, scalars: Sequence[str], values: Mapping[str, object]) -> None:
-        """Refuse names whose value cannot change from launch to launch of one variant.
+        """Refuse scalars whose value may not change between launches of one variant.
 
         Raises:
-            LaunchError: no parameter, a constant, a tensor, or an int that is specialised.
+            LaunchError: a name is no parameter, a constant, a tensor, or an int that is
+                specialized.
         """
         for name in scalars:
             if name not in self.parameters:

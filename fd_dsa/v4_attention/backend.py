@@ -126,12 +126,12 @@ class V4AttentionBackend:
         """
         projected, latent, kv, sources = layer.project(hidden, rotation)
         self.write(kv, sources, layer, forward_meta)
-        chosen = None
-        if layer.has_indexer and self.current_step(forward_meta).chooses:
+        selection = None
+        if layer.has_indexer and self.current_step(forward_meta).needs_selection:
             queries = layer.index_queries(latent, projected, rotation)
-            chosen = self.select(*queries, layer.layer_id, forward_meta)
+            selection = self.select(*queries, layer.layer_id, forward_meta)
         query = layer.queries(latent, rotation)
-        return self.attend(query, chosen, layer, forward_meta), chosen
+        return self.attend(query, selection, layer, forward_meta), selection
 
     def write(
         self,
@@ -188,23 +188,23 @@ class V4AttentionBackend:
         """
         step = self.current_step(forward_meta)
         cache = forward_meta.caches[layer_id].index_entries
-        chosen = np.full((step.num_tokens, self._topk), -1, np.int32)
+        selection = np.full((step.num_tokens, self._topk), -1, np.int32)
         for tokens, row in step.prompt_rows():
             visible = step.visible[tokens]
             slots = step.entry_rows(CSA, [row], int(visible[-1]))[0]
             if len(slots):
                 scores = score_gathered(q[tokens], weights[tokens], cache, slots, self._scratch)
-                chosen[tokens] = select_positions(scores, visible, self._topk)
+                selection[tokens] = select_positions(scores, visible, self._topk)
         if step.units is not None:
             at, units = step.units
             scores = score_paged(q[at, None], weights[at, None], cache, units, self._scratch)
-            chosen[at] = select_positions(scores[:, 0], step.visible[at], self._topk)
-        return chosen
+            selection[at] = select_positions(scores[:, 0], step.visible[at], self._topk)
+        return selection
 
     def attend(
         self,
         q: np.ndarray,
-        chosen: np.ndarray | None,
+        selection: np.ndarray | None,
         layer: V4Attention,
         forward_meta: BackendStep,
     ) -> np.ndarray:
@@ -212,7 +212,7 @@ class V4AttentionBackend:
 
         Args:
             q: float32 [num_tokens, num_heads, head_dim], rotated; times the factor of the scores.
-            chosen: result of `select`; None: every token attends to all entries that it sees.
+            selection: result of `select`; None: every token attends to all entries that it sees.
             layer: layer with the sinks of its heads.
             forward_meta: step of the tokens.
 
@@ -230,7 +230,11 @@ class V4AttentionBackend:
         at = step.gathered
         slots: Any = None
         if len(at):
-            slots = step.key_lists(kind) if chosen is None else self._chosen_list(step, chosen[at])
+            slots = (
+                step.key_lists(kind)
+                if selection is None
+                else self._selected_list(step, selection[at])
+            )
             if len(at) == step.num_tokens:
                 return attend_gathered(q, keys, slots, **options)
         out = self._scratch.take("v4_attention", q.shape)
@@ -238,25 +242,25 @@ class V4AttentionBackend:
             out[at] = attend_gathered(q[at], keys, slots, **options)
         for tile in step.tiles(kind):
             mask = tile.mask
-            if chosen is not None:
-                mask = _mask_of_chosen(tile, chosen[tile.tokens])
+            if selection is not None:
+                mask = _mask_of_selected(tile, selection[tile.tokens])
             out[tile.tokens] = attend_dense(q[tile.tokens], keys, tile.keys, mask, **options)
         return out
 
-    def _chosen_list(self, step: V4Step, chosen: np.ndarray) -> np.ndarray:
+    def _selected_list(self, step: V4Step, selection: np.ndarray) -> np.ndarray:
         """Return window and selected-entry rows of the gathering tokens, padded with -1."""
         entries = positions_to_slots(
-            chosen, step.rows[step.gathered], step.block_table, step.entries_per_block(CSA)
+            selection, step.rows[step.gathered], step.block_table, step.entries_per_block(CSA)
         )
         entries[entries >= 0] += self._comp_base
         return np.concatenate((step.window_list, entries), axis=1)
 
 
-def _mask_of_chosen(tile: Tile, chosen: np.ndarray) -> np.ndarray:
+def _mask_of_selected(tile: Tile, selection: np.ndarray) -> np.ndarray:
     """Return the mask of a tile in which only selected entries are visible."""
     mask: np.ndarray = tile.mask.copy()
     entries = mask[:, tile.num_window :]
     entries[:] = -np.inf
-    token, column = (chosen >= 0).nonzero()
-    entries[token, chosen[token, column]] = 0.0
+    token, column = (selection >= 0).nonzero()
+    entries[token, selection[token, column]] = 0.0
     return mask

@@ -94,7 +94,7 @@ class V4Step:
         return self._out.csa_visible[: self.num_tokens]
 
     @cached_property
-    def chooses(self) -> bool:
+    def needs_selection(self) -> bool:
         """True if a token sees more CSA entries than the indexer selects."""
         return bool(self.visible.max(initial=0) > self._out.config.index_topk)
 

@@ -301,13 +301,13 @@ def _write_plans(
     pool, position = cfg.pool(ratio), step.position
     finished = ((position + 1) % ratio == 0).nonzero()[0]
     kept = (position >= (step.ctx - pool)[step.row]).nonzero()[0]
-    for array, chosen in ((plan, finished), (wplan, kept)):
+    for array, tokens in ((plan, finished), (wplan, kept)):
         # the step's own tokens up to this one are read from the step, older ones from the ring
-        from_ring = np.maximum(pool - 1 - step.number[chosen], 0)
-        columns = (chosen, step.row[chosen], position[chosen], from_ring)
+        from_ring = np.maximum(pool - 1 - step.number[tokens], 0)
+        columns = (tokens, step.row[tokens], position[tokens], from_ring)
         for column, values in enumerate(columns):
-            array[: len(chosen), column] = values
-        array[len(chosen) :] = -1
+            array[: len(tokens), column] = values
+        array[len(tokens) :] = -1
     entries = position[finished] // ratio
     per_block = cfg.block_size // ratio
     rows = _pool_rows(step.block_table, step.row[finished], entries, per_block)
@@ -338,18 +338,18 @@ def csa_translate(
     """
     cfg = out.config
     num_rows, num_tokens = int(out.counts[0]), int(out.counts[1])
-    table, chosen = np.asarray(block_table), np.asarray(local_topk)
-    for name, array in (("block_table", table), ("local_topk", chosen)):
+    table, selected = np.asarray(block_table), np.asarray(local_topk)
+    for name, array in (("block_table", table), ("local_topk", selected)):
         if array.size and array.dtype.kind not in "iu":
             raise DtypeError(f"{name}: got {array.dtype}, must be an integer dtype; convert it")
-    check_topk(cfg, chosen, num_tokens)
+    check_topk(cfg, selected, num_tokens)
     if num_rows and (table.ndim != 2 or len(table) < num_rows):
         raise ShapeError(
             f"block_table: got {table.shape}, must be [{num_rows} or more, columns]; pass the "
             "table of the step"
         )
     visible = out.csa_visible[:num_tokens, None]
-    entry = chosen[:num_tokens][np.arange(cfg.index_topk) < visible]
+    entry = selected[:num_tokens][np.arange(cfg.index_topk) < visible]
     token = np.repeat(np.arange(num_tokens), np.diff(out.csa_indptr[: num_tokens + 1]))
     seen = (entry >= 0) & (entry < out.csa_visible[token])
     rows = np.full(len(entry), -1, np.int32)

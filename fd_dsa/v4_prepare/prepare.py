@@ -271,8 +271,8 @@ class HostSteps:
 
     def csa_translate(self, local_topk: Array) -> Array:
         """Return the rows of selected entries, at a fixed address. See `V4Prepare`."""
-        chosen = host_array("local_topk", local_topk)
-        rows = csa_translate(self._out, self._out.block_table, chosen)
+        selected = host_array("local_topk", local_topk)
+        rows = csa_translate(self._out, self._out.block_table, selected)
         self._csa[: len(rows)] = rows
         return self._csa_view
 

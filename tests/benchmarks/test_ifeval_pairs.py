@@ -15,7 +15,7 @@ import pytest
 from benchmarks import ifeval_pairs
 from benchmarks.workers import form_serve
 from fd_dsa.attention.backend import DSAAttentionBackend
-from fd_dsa.step import StepHints, StepMetadataBuilder
+from fd_dsa.step import StepMetadataBuilder
 from tests.benchmarks.results import ENV, shown
 
 
@@ -28,10 +28,9 @@ def test_each_layer_reads_metadata_that_it_made_again(monkeypatch: pytest.Monkey
     builder = StepMetadataBuilder(2, 8, 2, 4, device="numpy")
     lengths = [np.array(x, np.int32) for x in ((3, 0), (0, 5), (3, 1))]
     arrays = (*lengths, np.array([[1, -1], [2, 3]], np.int32))
-    inputs = dict(zip(form_serve.STEP_INPUTS, arrays, strict=True))
-    step = SimpleNamespace(hints=StepHints(), **inputs)
     backend: Any = SimpleNamespace(builder=builder)
     backend.attention_metadata = first = builder.build(*arrays)
+    step = SimpleNamespace(fd_dsa_step=first)
     slots = first.slot_mapping.copy()
     for layer_id in range(3):
         # what the first layer had is spoiled: others do not read it

@@ -23,7 +23,7 @@ EMULATED = Path(__file__).with_name("emulated")
 
 
 def compiler() -> str:
-    """Path of the C++ compiler; skips the test where there is none."""
+    """Return the path of the C++ compiler, or skip the test without one."""
     found = shutil.which(os.environ.get("CXX", "g++"))
     if found is None:
         pytest.skip("THE CUSTOM OPERATORS CANNOT BE BUILT HERE: no C++ compiler")
@@ -37,7 +37,7 @@ def copy_sources(folder: Path) -> Path:
 
 
 def run_setup(sources: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run setup.py of a copy; the caller looks at what came of it."""
+    """Run setup.py of a copy. The caller checks the result."""
     return subprocess.run(
         [sys.executable, "-W", "ignore", "setup.py", *arguments],
         cwd=sources,
@@ -48,7 +48,7 @@ def run_setup(sources: Path, *arguments: str, **variables: str) -> subprocess.Co
 
 
 def sources_of_the_package() -> list[Path]:
-    """All files that a build reads; none that one left there."""
+    """Return all files that a build reads, without files that a build wrote."""
     patterns = ("*.*", "csrc/*.*", "fd_dsa_ops/*.py")
     return sorted(path for pattern in patterns for path in SOURCES.glob(pattern) if path.is_file())
 
@@ -63,7 +63,7 @@ def key_of(*parts: object) -> str:
 
 
 def pip_install(sources: Path, target: Path, *flags: str) -> None:
-    """Let pip build and install the package into a folder."""
+    """Build and install the package into a folder by pip."""
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", *flags]
     command += ["--disable-pip-version-check", "--target", str(target), str(sources)]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -86,7 +86,7 @@ def build_package() -> Path:
 
 
 def keep(made: Path, folder: Path) -> None:
-    """Put a build in its place; of two processes that make it, the first one's stays."""
+    """Move a build to its place. If two processes make it, the first one's is kept."""
     try:
         made.rename(folder)
     except OSError:

@@ -24,7 +24,7 @@ def run(
     kernels: Any = None,
     **options: Any,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What a kernel writes to poisoned memory: result and logarithms."""
+    """Return result and logarithms that a kernel writes to poisoned memory."""
     num_tokens, num_heads, _ = case.q.shape
     out = m.poisoned((num_tokens, num_heads, RANK), dtype)
     lse = m.poisoned((num_tokens, num_heads), "float32")

@@ -22,7 +22,7 @@ def lengths_of(rows: Rows) -> list[np.ndarray]:
 
 
 def expected(rows: Rows, size: int) -> np.ndarray:
-    """Positions of all tokens, as a step has them; after them what was there."""
+    """Return the positions of a step's tokens, then the entries that stay unchanged."""
     tables = np.zeros((len(rows), 1), np.int32)
     wide = ref_step_metadata(*lengths_of(rows), tables, 2**30)
     found = np.full(size, -91, np.int32)

@@ -137,7 +137,7 @@ def test_no_second_standard_library_is_linked_in(tmp_path: Path) -> None:
 
 
 def toolkit() -> str:
-    """Folder of the CUDA toolkit; skips the test where there is none."""
+    """Return the folder of the CUDA toolkit, or skip the test without one."""
     nvcc = build_library.find_nvcc()
     home = Path(nvcc or "", "..", "..").resolve()
     if not (home / "include" / "cuda_runtime.h").is_file():
@@ -184,7 +184,7 @@ def small_sources(folder: Path) -> Path:
 
 
 def build_with_cuda(tmp_path: Path, home: str) -> tuple[str, dict[str, Any]]:
-    """What a build beside a Paddle that says that it has CUDA prints, and its record.
+    """Return the output and the record of a build for a Paddle that claims to have CUDA.
 
     The flags of such a build are tested; a Paddle with CUDA would also have to be there to run it.
     """

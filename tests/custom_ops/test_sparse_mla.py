@@ -1,4 +1,4 @@
-"""What calls the kernels of sparse MLA: its arguments, what it refuses, the probe before it."""
+"""Launches of the sparse MLA kernels: arguments, errors and the self-check."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ class Prompts:
         self.ids = np.arange(num_tokens, dtype=np.int32)
 
     def put(self, m: KernelMemory) -> Dequantized:
-        """What the kernel is given."""
+        """Arguments of the kernel."""
         arrays = m.put(self.values.view(np.int16)), m.put(self.blocks), m.put(self.flags)
         return Dequantized(*arrays, m.put(self.ids), BLOCK, len(self.blocks) * BLOCK)
 
@@ -146,7 +146,7 @@ class Step:
         return DequantizedRecords(memory, keys_per_token).fill(self.cache, self.meta)
 
     def run(self, **options: Any) -> tuple[np.ndarray, np.ndarray]:
-        """What the kernel writes to poisoned memory."""
+        """Return the result of the kernel in poisoned memory."""
         m, case = self.memory, self.case
         num_tokens, num_heads, _ = case.q.shape
         out = m.poisoned((num_tokens, num_heads, RANK), "float32")

@@ -105,7 +105,7 @@ def expected_slots(scores: np.ndarray, bounds: np.ndarray, k: int) -> np.ndarray
 def test_tokens_of_prompts_choose_within_their_windows(
     data: st.DataObject, cluster: int, wide: bool, width: int, k: int, num_prompts: int
 ) -> None:
-    """Four rows of one token; those that are no prompts see all keys up to their own."""
+    """Four rows of one token. Decode rows see all keys up to their own."""
     count = st.one_of(st.just(width), st.integers(1, width))
     counts = np.array([data.draw(count) for _ in range(4)], np.int32)
     is_prompt, starts = np.arange(4) < num_prompts, np.zeros(5, np.int32)

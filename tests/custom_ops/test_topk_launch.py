@@ -39,7 +39,7 @@ KERNELS = "topk"
 
 @pytest.fixture(autouse=True)
 def selector(kernel_memory: KernelMemory, monkeypatch: pytest.MonkeyPatch) -> SlotSelector:
-    """What replaces Triton's function."""
+    """Kernel that replaces Triton's function."""
     found = SlotSelector(custom_ops.build().kernels)
     monkeypatch.setattr("fd_dsa.ops.topk.triton_kernel.select_slots", found)
     return found

@@ -51,7 +51,7 @@ def scores_of(kind: str, rows: int, width: int, seed: int) -> np.ndarray:
 
 
 def best(scores: np.ndarray, lengths: Any, k: int) -> np.ndarray:
-    """int32 [rows, k] by a sort of score and position; lengths may be any numbers."""
+    """Select by a sort of score and position: int32 [rows, k]. Lengths may be any numbers."""
     width = scores.shape[1]
     image = ordered_bits(scores).astype(np.uint64)
     image[np.isnan(scores)] = 0
@@ -64,7 +64,7 @@ def best(scores: np.ndarray, lengths: Any, k: int) -> np.ndarray:
 
 
 def rows_of(logits: Any, lengths: Any, out: Any, width: int, row_stride: int) -> TopkRows:
-    """The argument of the C ABI for tensors or arrays; it does not hold them."""
+    """Return the argument of the C ABI for tensors or arrays, without a reference to them."""
     address = [a.ctypes.data if isinstance(a, np.ndarray) else a.data_ptr() for a in (logits, out)]
     counts = lengths.ctypes.data if isinstance(lengths, np.ndarray) else lengths.data_ptr()
     return TopkRows(

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from fd_dsa.engine.batch import Drafts, ScheduledBatch
+from fd_dsa.engine.draft_state import DraftCosts
 from fd_dsa.engine.engine import LLMEngine
 from fd_dsa.engine.mtp_drafter import MtpDrafter
 from fd_dsa.engine.output import RequestOutput
@@ -15,7 +16,6 @@ from fd_dsa.engine.prompt_lookup import PromptLookup
 from fd_dsa.engine.request import Request
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.speculation import Speculator
-from fd_dsa.engine.step_costs import StepCosts
 from fd_dsa.runner import InputBatch, ModelRunner
 from tests.engine.fakes import byte_tokenizer, run_all
 from tests.runner.tiny import tiny_model
@@ -33,10 +33,10 @@ KINDS: list[dict[str, Any]] = [
 ]
 
 
-def dear_layer(most: int) -> StepCosts:
+def dear_layer(most: int) -> DraftCosts:
     """Requests whose first drafts are rejected leave with it, and others begin after them."""
     seconds = {1: [1.0, 1.1, 1.16, 1.22], 4: [1.14, 1.33, 1.48, 1.62]}
-    return StepCosts({rows: times[: most + 1] for rows, times in seconds.items()})
+    return DraftCosts({rows: times[: most + 1] for rows, times in seconds.items()})
 
 
 class WatchedDrafter(MtpDrafter):
@@ -89,7 +89,7 @@ def make_engine(runner: ModelRunner, speculator: Speculator | None, num_blocks: 
 
 
 def answers(
-    model: Any, method: str | None, most: int = 3, costs: StepCosts | None = None
+    model: Any, method: str | None, most: int = 3, costs: DraftCosts | None = None
 ) -> tuple[dict[tuple[str, int], RequestOutput], LLMEngine, Any]:
     """The last state of every output, with an engine so small that requests are preempted."""
     runner = make_runner(model, NUM_BLOCKS)

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fd_dsa.engine.draft_state import DraftCosts
 from fd_dsa.engine.mtp_drafter import MtpDrafter
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.speculation import Speculator
-from fd_dsa.engine.step_costs import StepCosts
 from fd_dsa.runner import ModelRunner
 from fd_dsa.startup.measure import measure_step_costs
 from tests.engine.mtp_engine import (
@@ -61,7 +61,7 @@ def test_no_bit_depends_on_drafts() -> None:
 
 
 @pytest.mark.parametrize("costs", [None, dear_layer(3)], ids=["always", "while it pays"])
-def test_drafts_are_those_of_an_offline_computation(costs: StepCosts | None) -> None:
+def test_drafts_are_those_of_an_offline_computation(costs: DraftCosts | None) -> None:
     model = make_model(V32)
     _, engine, drafter = answers(model, "mtp", costs=costs)
     stats = engine.stats()
@@ -126,7 +126,7 @@ def test_a_drafter_that_gives_nan_or_fails_changes_nothing(
 
 
 def test_prompts_that_came_together_have_no_drafts_where_those_of_one_alone_pay() -> None:
-    costs = StepCosts({1: [1.0, 1.1], 2: [1.1, 10.0]})
+    costs = DraftCosts({1: [1.0, 1.1], 2: [1.1, 10.0]})
     runs = []
     for count in (1, 2):
         runner = make_runner(make_model(V32), 20)

@@ -9,14 +9,13 @@ from typing import Any
 import pytest
 
 from fd_dsa.engine.batch import Drafts
-from fd_dsa.engine.draft_state import DraftState
+from fd_dsa.engine.draft_state import DraftCosts, DraftState
 from fd_dsa.engine.engine import LLMEngine
 from fd_dsa.engine.output import RequestOutput
 from fd_dsa.engine.prompt_lookup import LookupIndex, PromptLookup
 from fd_dsa.engine.reasoning import Reasoning
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.speculation import ArbitraryDrafter, Drafter, Speculator
-from fd_dsa.engine.step_costs import StepCosts
 from fd_dsa.engine.structured_outputs import StructuredOutputsParams
 from fd_dsa.startup.measure import measure_step_costs
 from tests.engine.byte_model import TOKENIZER, VOCAB_SIZE, make_engine
@@ -168,7 +167,7 @@ def test_the_lookup_proposes_what_a_search_finds_whatever_happened_before() -> N
 
 def test_nothing_is_looked_up_where_no_draft_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LookupIndex, "following", lambda *_: pytest.fail("looked up"))
-    run(Speculator(PromptLookup(3, 1), 3, StepCosts({1: [1.0, 2.0, 3.0, 4.0]})))
+    run(Speculator(PromptLookup(3, 1), 3, DraftCosts({1: [1.0, 2.0, 3.0, 4.0]})))
 
 
 def test_a_long_prompt_is_listed_over_several_steps() -> None:
@@ -230,16 +229,16 @@ def test_a_request_that_gets_predictable_drafts_again() -> None:
 
 
 def test_costs_of_steps_between_measured_ones() -> None:
-    costs = StepCosts({1: [1.0, 1.3], 4: [1.3, 1.9], 16: [4.0, 7.9]})
+    costs = DraftCosts({1: [1.0, 1.3], 4: [1.3, 1.9], 16: [4.0, 7.9]})
     assert costs.of(1, 1) == pytest.approx([1.0, 1.3])
     assert costs.of(10, 10) == pytest.approx([2.65, 4.9])
     # past the last as much for each row as before it, or in proportion to one that is alone
     assert costs.of(32, 32) == pytest.approx([7.6, 15.9])
-    assert StepCosts({1: [1.0, 1.3]}).of(3, 3) == pytest.approx([3.0, 3.9])
+    assert DraftCosts({1: [1.0, 1.3]}).of(3, 3) == pytest.approx([3.0, 3.9])
     # 2 of 4 rows have drafts: as many tokens as 3 that all do
     assert costs.of(4, 2) == pytest.approx([1.3, 1.7])
     # what is more work took no less time
-    assert StepCosts({1: [1.0, 3.0, 2.0], 4: [1.5, 1.8, 4.0]}).of(1, 1) == [1.0, 1.8, 2.0]
+    assert DraftCosts({1: [1.0, 3.0, 2.0], 4: [1.5, 1.8, 4.0]}).of(1, 1) == [1.0, 1.8, 2.0]
 
 
 class CountedLayer(KnowingDrafter):
@@ -257,7 +256,7 @@ def test_no_step_of_a_full_batch_runs_a_layer_whose_drafts_do_not_pay(
     seconds: float, pays: bool
 ) -> None:
     """Prompts take several steps."""
-    costs = StepCosts({1: [1.0, 1.1], 8: [1.0, seconds]})
+    costs = DraftCosts({1: [1.0, 1.1], 8: [1.0, seconds]})
     answers = {(str(n), 0): [9] * 12 for n in range(8)}
     drafter = CountedLayer(answers, 1.0, VOCAB_SIZE, is_layer=True)
     engine = make_engine(max_num_seqs=8, budget=24, speculator=Speculator(drafter, 1, costs))

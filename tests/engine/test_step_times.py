@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from fd_dsa.engine.step_times import SMALLEST_CHUNK, StepTimes
+from fd_dsa.engine.step_times import SMALLEST_CHUNK, StepTimeModel
 
 Model = Callable[[int, int, int], float]
 
@@ -37,7 +37,7 @@ class Host:
     """
 
     def __init__(self, model: Model, budget: int = 512, noise: float = 0.0) -> None:
-        self.times = StepTimes(budget)
+        self.times = StepTimeModel(budget)
         self.model = model
         self._budget = budget
         self._noise = noise
@@ -62,8 +62,8 @@ class Host:
 
 
 def test_nothing_is_known_at_first() -> None:
-    assert StepTimes(5).longest_chunk(1, 0, 1e6) == 5
-    times = StepTimes(512)
+    assert StepTimeModel(5).longest_chunk(1, 0, 1e6) == 5
+    times = StepTimeModel(512)
     assert times.expected(1) == times.expected(1, 16) == math.inf
     assert times.longest_chunk(1, 0, 1e6) == SMALLEST_CHUNK
 
@@ -206,7 +206,7 @@ def test_a_long_context_that_nothing_is_known_of_counts_in_proportion() -> None:
 def test_any_times_give_a_chunk_that_fits_a_step(
     steps: list[tuple[float, int, int, int]], limit_s: float
 ) -> None:
-    times = StepTimes(40)
+    times = StepTimeModel(40)
     for seconds, rows, tokens, context in steps:
         if rows + tokens:
             times.record(seconds, rows, tokens, context)

@@ -113,7 +113,7 @@ def test_a_step_is_made_once_and_let_go_with_its_caches() -> None:
             backend.init_attention_metadata(meta)
         assert backend.core.builder.num_builds == 1
         references = sys.getrefcount(meta)
-        backend.forget_step()
+        backend.drop_step_state()
         # the plug-in's and the core's own
         assert sys.getrefcount(meta) == references - 2
         with pytest.raises(MissingStepError, match="another step"):

@@ -15,7 +15,7 @@ import pytest
 from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.mla import DeepseekV32DSAAttention
 from fd_dsa.models.rope import inverse_frequencies
-from fd_dsa.ops.host_rows import rows_at
+from fd_dsa.ops.arrays import rows_at
 from tests.reference.indexer import ref_layer_norm, ref_rms_norm, ref_score
 from tests.reference.rope import ref_rotate
 from tests.reference.sparse_mla import ref_expanded

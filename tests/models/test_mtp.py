@@ -12,7 +12,7 @@ import pytest
 
 from fd_dsa import LLM, SamplingParams
 from fd_dsa.config import EngineConfig, demo_model_path
-from fd_dsa.engine.step_costs import StepCosts
+from fd_dsa.engine.draft_state import DraftCosts
 from fd_dsa.errors import ConfigError
 from fd_dsa.models.checkpoint import Checkpoint
 from fd_dsa.models.config import ModelConfig
@@ -279,7 +279,7 @@ def test_a_checkpoint_without_the_layer_is_refused_with_what_it_has(tmp_path: Pa
 def test_drafts_of_the_demo_models_layer_stand(monkeypatch: pytest.MonkeyPatch) -> None:
     # whatever else this machine does now
     monkeypatch.setattr(
-        build, "measure_step_costs", lambda *_: StepCosts({1: [1.0, 1.1, 1.2, 1.3]})
+        build, "measure_step_costs", lambda *_: DraftCosts({1: [1.0, 1.1, 1.2, 1.3]})
     )
     drafts = {"method": "mtp", "num_speculative_tokens": 3}
     greedy = SamplingParams(temperature=0, max_tokens=64)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from fd_dsa.ops.cache_write import bfloat16_bits
-from fd_dsa.ops.fp8_rows import Fp8Rows
+from fd_dsa.ops.dense_kernels import Fp8Rows
 from tests.kernel_memory import KernelMemory
 from tests.ops.e4m3 import E4M3_VALUES
 from tests.reference.bfloat16 import widened
@@ -61,7 +61,7 @@ def weight_values(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
 
 
 def activations(rng: np.random.Generator, rows: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Codes and scales of Fp8Rows; scales of rows that are not there are NaN."""
+    """Return codes and scales of Fp8Rows, with NaN as the scales of padding."""
     stride = max(8, -(-rows // 4) * 4)
     every = np.full((-(-width // GROUP), stride), np.nan, np.float32)
     every[:, :rows] = scales(rng, len(every), rows)

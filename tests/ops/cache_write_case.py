@@ -31,7 +31,7 @@ NORMS = ("kv_norm_weight", "k_norm_weight", "k_norm_bias")
 
 @dataclass(frozen=True)
 class Case:
-    """Arguments of `write_caches` but for the caches; all arrays NumPy, all values float32."""
+    """Arguments of `write_caches` without the caches, as float32 NumPy arrays."""
 
     kv_a: np.ndarray | None
     index_k: np.ndarray | None
@@ -134,7 +134,7 @@ def arguments(m: KernelMemory, case: Case, dtype: str = "float32") -> tuple[Any,
 
 
 def in_kernel(m: KernelMemory, case: Case, dtype: str = "float32") -> tuple[np.ndarray, np.ndarray]:
-    """Both caches as the kernel writes them; a cache that it is not given stays poisoned."""
+    """Return both caches after the kernel. A cache that it does not get stays poisoned."""
     from fd_dsa.ops.cache_write.triton_kernel import write_caches
 
     given = arguments(m, case, dtype)
@@ -148,7 +148,7 @@ def in_kernel(m: KernelMemory, case: Case, dtype: str = "float32") -> tuple[np.n
 
 
 def assert_same_bytes(found: Any, wanted: Any) -> None:
-    """Both caches equal byte by byte; the first differences are named."""
+    """Compare both caches byte by byte, and report the first differences."""
     for name, left, right in zip(("latent", "index"), found, wanted, strict=True):
         left, right = (x.view(np.uint8).reshape(x.shape[0], -1) for x in (left, right))
         different = np.argwhere(left != right)

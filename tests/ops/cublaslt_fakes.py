@@ -15,7 +15,7 @@ WORKSPACE = 32 << 20
 
 @dataclass(frozen=True)
 class Tensor:
-    """An address with a shape; the address is given to cuBLASLt and read by nobody."""
+    """Address with a shape, which cuBLASLt gets and does not read."""
 
     address: int
     shape: tuple[int, ...]

@@ -6,7 +6,7 @@ import numpy as np
 
 
 def _value(bits: int) -> float:
-    """Sign, 4 exponent bits with bias 7, 3 mantissa bits; 0x7F is NaN, there is no infinity."""
+    """Value of a code with a sign, 4 exponent bits (bias 7) and 3 mantissa bits. 0x7F is NaN."""
     sign = -1.0 if bits & 0x80 else 1.0
     exponent, mantissa = bits >> 3 & 15, bits & 7
     if exponent == 15 and mantissa == 7:

@@ -17,7 +17,7 @@ UNTOUCHED = 0xA5
 
 @dataclass(frozen=True)
 class Golden:
-    """One file: its arrays, and its options by name."""
+    """Arrays and options of one file, by name."""
 
     arrays: dict[str, np.ndarray]
     options: dict[str, Any]
@@ -35,7 +35,7 @@ class Golden:
         return cls(arrays, options)
 
     def params(self) -> CacheWriteParams:
-        """How the keys of this case are written."""
+        """Return the parameters that write the keys of this case."""
         given, arrays = self.options, self.arrays
         norms = {}
         if not given["ready"]:
@@ -61,7 +61,7 @@ class Golden:
         return given | {"params": self.params()}
 
     def query_arguments(self) -> tuple[list[np.ndarray], dict[str, Any]]:
-        """Arguments of `prepare_indexer_query`; on a CPU it writes to the first array."""
+        """Return the arguments of `prepare_indexer_query`, which overwrites the first on a CPU."""
         names = ("q", "weights", "position_ids", "cos_sin_cache")
         return [self.arrays[name].copy() for name in names], {
             "rope_interleave": self.options["interleave"],

@@ -98,8 +98,7 @@ from fd_dsa.ops.query_kernels import MLA_BLOCK_ROWS, MLA_NUM_WARPS, prepare_mla_
 from fd_dsa.ops.positions_kernel import position_ids_kernel
 from fd_dsa.ops.query_kernels import prepare_query_kernel
 from fd_dsa.ops.mtp_kernels import mtp_inputs_kernel
-from fd_dsa.ops.sampling.bracket_kernels import gather_kernel, masses_kernel
-from fd_dsa.ops.sampling.draw_kernels import draw_kernel
+from fd_dsa.ops.sampling.cut_kernels import draw_kernel, gather_kernel, masses_kernel
 from fd_dsa.ops.sampling.scan_kernels import scan_kernel, settle_kernel
 from fd_dsa.ops.sampling.verify_kernel import (
     extend_kernel,
@@ -197,7 +196,7 @@ for vocab, block in (50, 64), (129280, 4096), (262144, 4096):
     whole = dict(BLOCKS=padded, **parts)
     for most in (0, 3):
         compile("scan", scan_kernel, SAMPLED, False, num_warps=8, VOCAB=vocab, BLOCK=block,
-                PART=min(block, 1024), MOST=most)
+                PART=min(block, 1024), MAX_DRAFTS=most)
     for counts in (False, True):
         compile("settle", settle_kernel, SAMPLED, False, num_warps=8, COUNTS=counts, **whole)
         compile("draw", draw_kernel, SAMPLED, False, num_warps=16, maxnreg=64, COUNTS=counts,
@@ -208,11 +207,11 @@ for vocab, block in (50, 64), (129280, 4096), (262144, 4096):
         compile("gather", gather_kernel, SAMPLED, False, num_warps=warps, BLOCK=block,
                 PART=min(block, 128 * warps), **whole)
 PLACED = dict.fromkeys(("ids_ptr", "sampled_ptr", "slots_ptr", "positions_ptr", "firsts_ptr",
-                        "cached_ptr", "lengths_ptr", "going_on_ptr", "follows_ptr",
+                        "cached_ptr", "lengths_ptr", "next_ptr", "follows_ptr",
                         "known_ptr", "records_ptr", "outputs_ptr"), "int32")
 for most in (1, 2, 3):
     compile("verify", verify_kernel, PLACED | dict.fromkeys(("tokens_ptr", "newest_ptr"), "int64"),
-            False, num_warps=1, STRIDE=128, MOST=most, VOCAB=129280)
+            False, num_warps=1, STRIDE=128, MAX_DRAFTS=most, VOCAB=129280)
 compile("extend", extend_kernel, PLACED, False, num_warps=4, STRIDE=128, BLOCK=256)
 compile("follow", follow_kernel, PLACED | {"tokens_ptr": "int64"}, False, num_warps=4, BLOCK=256)
 for dtype in ("float32", "bfloat16"):

@@ -119,7 +119,7 @@ class Scorer:
         form: first and other tokens of a tile.
         chunk_tokens: tokens scored in a launch; None = all.
         num_programs: that the pages are shared out to.
-        least: as `least_keys` of the schedule.
+        least: as `min_keys` of the schedule.
         width: of the scores; None = three more than the longest window.
     """
 

@@ -47,7 +47,7 @@ class PagedRows:
         return len(self.batch_ids)
 
     def meta(self, m: KernelMemory, max_seqlen_k: int = 1 << 30) -> Any:
-        """What kernels read of a ForwardMeta, in a memory."""
+        """Copy the fields of a ForwardMeta that kernels read to a memory."""
         counts = np.bincount(self.batch_ids[self.batch_ids >= 0], minlength=len(self.block_tables))
         has_prompts = self.offsets is not None
         return SimpleNamespace(
@@ -94,7 +94,7 @@ class PagedRows:
         return replace(made, offsets=offsets.ravel())
 
     def key_slots(self, token: int) -> np.ndarray:
-        """int64 [window of the token]; the slots of the keys it sees, in order."""
+        """Return the slots of the keys that a token sees, in order: int64 [window]."""
         position = self.first[token] + np.arange(self.window[token])
         blocks = self.block_tables[self.batch_ids[token], position // self.block_size]
         return blocks.astype(np.int64) * self.block_size + position % self.block_size

@@ -128,7 +128,7 @@ class PromptCase:
         return rounded(keys), rounded(np.einsum("kr,hrd->khd", wide, self.v_b))
 
     def step(self, m: KernelMemory) -> Any:
-        """What the launches read of the step's metadata."""
+        """Return the fields of the step's metadata that the launches read."""
         return SimpleNamespace(
             seq_lens_encoder=m.put(self.new),
             seq_lens_decoder=m.put(self.cached),

@@ -155,7 +155,7 @@ def records(
 def make(
     cache_dtype: str, counts: list[int], topk: int, *, heads: int, num_slots: int = 256
 ) -> Case:
-    """Token t names counts[t] random slots; those that nobody may name hold NaN."""
+    """Make a case in which token t names counts[t] random slots. Other slots have NaN."""
     rng = np.random.default_rng(heads)
     q_bits = bfloat16_bits(
         rng.standard_normal((len(counts), heads, RANK + ROPE)).astype(np.float32)

@@ -113,7 +113,7 @@ def inputs(num_tokens: int = 5, seed: int = 0) -> dict[str, Any]:
 
 
 def ref_latent(given: dict[str, Any], token: int) -> np.ndarray:
-    """What the latent cache should hold of a token."""
+    """Return the expected record of a token in the latent cache."""
     row, p = given["kv_a"][token].astype(np.float64), given["params"]
     cos, sin = np.split(given["cos_sin_cache"][given["position_ids"][token]].astype(float), 2)
     latent = ref_rms_norm(row[:RANK], p.kv_norm_weight, p.kv_norm_eps)
@@ -121,7 +121,7 @@ def ref_latent(given: dict[str, Any], token: int) -> np.ndarray:
 
 
 def ref_key(given: dict[str, Any], token: int) -> np.ndarray:
-    """What the indexer cache should hold of a token."""
+    """Return the expected key of a token in the indexer cache."""
     p = given["params"]
     key = ref_layer_norm(
         given["index_k"][token].astype(np.float64), p.k_norm_weight, p.k_norm_bias, p.k_norm_eps

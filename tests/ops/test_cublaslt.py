@@ -14,8 +14,9 @@ import pytest
 
 from fd_dsa.errors import BackendUnavailable, DeviceError, DtypeError, LaunchError, ShapeError
 from fd_dsa.ops import cublaslt, cublaslt_library
-from fd_dsa.ops.cublaslt import cublaslt_for, padded_rows
+from fd_dsa.ops.cublaslt import cublaslt_for
 from fd_dsa.ops.cublaslt_library import library, library_names, why_not_fp8
+from fd_dsa.ops.dense_kernels import padded_rows
 from fd_dsa.triton_runtime import register_device_api
 from tests.ops.cublaslt_fakes import WORKSPACE, Bench, Blas, Driver, Tensor
 from tests.triton_runtime.fakes import FakeApi, driven_by
@@ -28,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def bench() -> Iterator[Bench]:
-    """One device."""
+    """cuBLASLt on one device, with the calls that it gets."""
     with driven_by(Driver()) as driver:
         yield Bench(driver)
 

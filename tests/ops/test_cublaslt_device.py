@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from fd_dsa.device.transfers import transfers_for
-from fd_dsa.ops.cublaslt import Cublaslt, cublaslt_for, padded_rows
+from fd_dsa.ops.cublaslt import Cublaslt, cublaslt_for
 from fd_dsa.ops.cublaslt_library import why_not_fp8
+from fd_dsa.ops.dense_kernels import padded_rows
 from tests.kernel_memory import KernelMemory, open_memory
 from tests.ops.e4m3 import E4M3_VALUES
 from tests.reference.bfloat16 import upper_half, widened
@@ -36,7 +37,7 @@ def memory(request: pytest.FixtureRequest) -> KernelMemory:
 
 
 def cublaslt(memory: KernelMemory) -> Cublaslt:
-    """That of the memory's device."""
+    """Return cuBLASLt on the memory's device."""
     return cublaslt_for(memory.put(np.zeros(1, np.float32)), memory.poisoned)
 
 
@@ -79,7 +80,7 @@ class Fp8(NamedTuple):
 
 
 def fp8(m: KernelMemory, num_tokens: int, size: tuple[int, int], seed: int = 0) -> Fp8:
-    """Scales differ by up to 2^8 from block to block; rows past the tokens are NaN."""
+    """Make operands whose scales differ by up to 2^8. Rows of padding are NaN."""
     rng, (outputs, inputs), rows = np.random.default_rng(seed), size, padded_rows(num_tokens)
     groups, blocks = inputs // 128, -(-outputs // 128)
     codes = [rng.integers(0, 0x60, shape) | rng.integers(0, 2, shape) << 7 for shape in

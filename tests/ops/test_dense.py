@@ -13,9 +13,10 @@ import paddle
 
 from fd_dsa.device.host_tensor import as_tensor
 from fd_dsa.ops import dense_kernels as dense
+from fd_dsa.ops.arrays import rows_at
 from fd_dsa.ops.device_matrix import DeviceMatrix
 from fd_dsa.ops.host_gemm import HostMatrix
-from fd_dsa.ops.host_rows import layer_norm, rms_norm, rows_at
+from fd_dsa.ops.host_rows import layer_norm, rms_norm
 from tests.kernel_memory import KernelMemory
 from tests.ops import block_fp8
 from tests.reference.indexer import ref_layer_norm, ref_rms_norm

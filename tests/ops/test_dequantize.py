@@ -52,7 +52,7 @@ class World:
             self.tables[row, :count], free = free[:count], free[count:]
 
     def fill(self, m: KernelMemory, capacity: int, keys_per_token: int = 1 << 20) -> Any:
-        """What is there afterwards, in poisoned memory for so many blocks."""
+        """Fill poisoned memory for some blocks and return it."""
         from fd_dsa.ops.mla.records import DequantizedRecords
 
         memory = m.poisoned((words(self.num_blocks, len(self.rows), capacity),), "float32")

@@ -13,7 +13,8 @@ from benchmarks import _tilings
 from fd_dsa.device.transfers import Transfers
 from fd_dsa.errors import ShapeError
 from fd_dsa.ops import split_sums
-from fd_dsa.ops.fp8_gemm import Tiling, configuration, fp8_linear
+from fd_dsa.ops.fp8_gemm import configuration, fp8_linear
+from fd_dsa.ops.split_sums import Tiling
 from tests.kernel_memory import KernelMemory, ending_midway
 from tests.ops import block_fp8
 from tests.ops.block_fp8 import put_pair, row_values, weight_values

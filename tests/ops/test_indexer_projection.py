@@ -46,7 +46,7 @@ def in_kernel(
     dtype: str = "float32",
     scratch: Any = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The launch over poison, on slices of one weight; keys as float32."""
+    """Launch on slices of one weight, to poisoned memory. Return keys as float32."""
     from fd_dsa.ops.indexer_projection.triton_kernel import project_indexer as launch
 
     put = [in_memory(m, array, dtype) for array in (x, weight)]

@@ -30,7 +30,7 @@ def close(found: Any, wanted: np.ndarray) -> None:
 
 @pytest.fixture(params=["NumPy", "sgemm", "operator"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Which function serves a GEMM: NumPy's, where it is small, oneDNN's, or Paddle's operator."""
+    """Select the function of a GEMM: NumPy's (small GEMMs), oneDNN's, or Paddle's operator."""
     if request.param == "operator":
         # of all threads
         monkeypatch.setattr(host_gemm, "load_libraries", lambda: None)
@@ -61,7 +61,7 @@ def test_a_weight(way: str, rows: int, transposed: bool) -> None:
 
 @pytest.mark.parametrize("rows", [1, 15, 64, 79])
 def test_packed_weights(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once a model is loaded, some weights are in another order; the results are the same."""
+    """After loading, some weights are in another order. The results stay the same."""
     monkeypatch.setattr(host_gemm, "MIN_PACKED_VALUES", 1)
     weights = HostWeights()
     for columns in (192, 24):

@@ -20,7 +20,7 @@ SMALL, LARGE = (30, 6), (131_072 - 16_416, 16_416)
 
 
 def empty(m: KernelMemory, shape: tuple[int, int]) -> Any:
-    """Poisoned float32; a large one is made on the device."""
+    """Return poisoned float32 memory, made on the device if it is large."""
     if m.name != "torch":
         return m.poisoned(shape, "float32")
     import torch
@@ -58,7 +58,7 @@ def scored(m: KernelMemory) -> tuple[PagedRows, Any]:
 
 
 def best_positions(step: PagedRows) -> dict[int, list[int]]:
-    """Of some tokens, at 2^31 scores too: the needle and the last keys, whose scores grow."""
+    """Return the expected keys of some tokens, at 2^31 scores too: the needle and the last keys."""
     edge, new = 2**31 // int(step.window.max()), step.num_tokens
     tokens = {0, 1, new - 2, new - 1, edge - 1, edge, edge + 1} & set(range(new))
     ends = {token: int(step.position_ids[token]) + 1 for token in tokens}

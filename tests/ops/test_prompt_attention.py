@@ -31,12 +31,12 @@ def run(
     more_tiles: int = 0,
     tiling: tuple[int, ...] = (32, 32, 4, 2),
 ) -> Any:
-    """What the launches of a step write, in poisoned memory of more rows than the step has.
+    """Return the results of a step's launches, in poisoned memory with rows to spare.
 
     Grids may reach to more keys and tiles than the step has, as those of captured launches do.
     """
     from fd_dsa.attention.dense_prompts import row_groups
-    from fd_dsa.ops.fp8_rows import Fp8Rows
+    from fd_dsa.ops.dense_kernels import Fp8Rows
     from fd_dsa.ops.mla.prompt import Tiling, attend_prompts, gather_keys
 
     total, step = int(case.starts[-1]), case.step(m)
@@ -68,7 +68,7 @@ def run(
 
 
 def check(case: PromptCase, found: np.ndarray) -> None:
-    """Dense tokens are right to the rounding of weights and result; nothing else was written."""
+    """Check dense tokens within the rounding of weights and result, and others as untouched."""
     untouched = np.ones(len(found), bool)
     for row, first in enumerate(case.starts[:-1]):
         count = case.count(row)

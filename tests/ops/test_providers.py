@@ -27,8 +27,8 @@ from fd_dsa.ops.providers import (
     available_providers,
     choose,
     function,
-    serving,
-    settle,
+    select_all,
+    selected_function,
     table,
 )
 from tests.custom_ops.building import emulated_library
@@ -142,7 +142,7 @@ def test_the_former_name_of_the_provider_for_cpus_is_accepted(
 @pytest.mark.parametrize("tensor", [np.zeros(1), paddle.zeros([1])], ids=["numpy", "paddle"])
 def test_a_choice_is_logged_once(tensor: Any, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="fd_dsa"):
-        assert len({serving("cache_write", tensor) for _ in range(3)}) == 1
+        assert len({selected_function("cache_write", tensor) for _ in range(3)}) == 1
     text = "cache_write on cpu: numpy (CPU: NumPy; GEMMs by oneDNN or Paddle)"
     assert caplog.messages == [text]
     assert table()["cache_write"]["cpu"].provider == "numpy"
@@ -162,22 +162,22 @@ def test_a_device(
         tensor = SimpleNamespace(place=Place(kind))
         if kind == "cuda":
             tensor = SimpleNamespace(device=SimpleNamespace(type=kind))
-        assert serving("mla_query", tensor) is function("mla_query", "triton")
+        assert selected_function("mla_query", tensor) is function("mla_query", "triton")
     assert caplog.messages == [f"mla_query on {kind}: triton (a device, {word} Triton kernel)"]
 
 
 def test_settling_covers_what_has_one_provider_and_sees_what_is_asked_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    settle("cpu")
+    select_all("cpu")
     assert set(table()) == set(OPERATORS) - {"position_ids"}
-    settle("gpu")
+    select_all("gpu")
     assert [op for op in OPERATORS if "gpu" not in table().get(op, {})] == [
         *("position_ids", "indexer_logits", "topk", "sparse_mla")
     ]
     monkeypatch.setenv("FD_DSA_OP_PROVIDER", "topk=custom_op")
     with pytest.raises(BackendUnavailable, match="topk=custom_op cannot serve on cpu"):
-        settle("cpu")
+        select_all("cpu")
 
 
 def test_a_faster_provider_that_cannot_serve_is_named(caplog: pytest.LogCaptureFixture) -> None:

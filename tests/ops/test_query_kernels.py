@@ -90,7 +90,7 @@ class IndexerQuery:
         return [m.get(out[0]), m.get(out[1])]
 
     def rounded(self, results: list[np.ndarray]) -> list[np.ndarray]:
-        """What bfloat16 activations give: rotated queries are rounded once."""
+        """Return the expected results for bfloat16: rotated queries, rounded once."""
         query, weights = results
         return results if self.how["quantized"] else [bfloat16_bits(query), weights]
 
@@ -131,7 +131,7 @@ class MlaQuery:
 
 
 def mla_kernel(m: KernelMemory, *arguments: Any) -> Any:
-    """The kernel; in the interpreter, whose tensors are on a CPU, without choosing a provider."""
+    """Call the kernel, without a selection if the interpreter has the tensors on a CPU."""
     from fd_dsa.ops import query_kernels
 
     if m.name != "interpreter":

@@ -1,4 +1,4 @@
-"""What the public operators refuse on a CPU, before they write: one table for all of them."""
+"""Errors of the public operators on a CPU, before they write, in one table."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def read_only(*shape: int, dtype: str = "float32") -> np.ndarray:
 
 
 def write_arguments() -> dict[str, Any]:
-    """Of `write_caches`, fp8_ds_mla; the caches poisoned."""
+    """Return arguments of `write_caches` for poisoned fp8_ds_mla caches."""
     latent, index = CASE.poisoned_caches()
     names = "kv_a", "index_k", "position_ids", "slot_mapping", "cos_sin_cache"
     arrays = {name: getattr(CASE, name) for name in names}

@@ -62,7 +62,7 @@ class Case:
         return m.put(array.view(np.uint16), dtype) if dtype == "bfloat16" else m.put(array)
 
     def wanted(self, token: int) -> np.ndarray:
-        """float64 [num_heads, rank]; the oracle's output of a token."""
+        """Return the oracle's output of a token: float64 [num_heads, rank]."""
         chosen = self.slots[token][self.slots[token] >= 0].tolist()
         return ref_attend(self.q[token], self.latents, chosen, SCALE, self.rank)
 
@@ -79,7 +79,7 @@ def make(
     num_slots: int = 96,
     seed: int = 0,
 ) -> Case:
-    """Token t attends to counts[t] random slots; the slots that nobody names hold NaN."""
+    """Make a case in which token t attends to counts[t] random slots. Other slots have NaN."""
     rng = np.random.default_rng(seed)
     q = q_stored = (0.5 * rng.standard_normal((len(counts), heads, rank + rope))).astype(np.float32)
     if q_dtype == "bfloat16":
@@ -108,7 +108,7 @@ def make(
 
 
 def check(case: Case, m: KernelMemory, times: int = 1) -> None:
-    """Every output within `times` the tolerance; exact zeros where nothing was selected."""
+    """Check outputs within `times` the tolerance, and zeros for tokens without keys."""
     found, tolerance = case.run(m), times * TOLERANCE[case.q_dtype, case.cache_dtype]
     if case.q_dtype == "bfloat16" and not m.on_gpu:
         # Triton's interpreter cuts off where a GPU rounds to the nearest bfloat16

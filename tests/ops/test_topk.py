@@ -21,7 +21,7 @@ SPECIAL = [
 
 
 def check(scores: np.ndarray, lengths: list[int], k: int) -> np.ndarray:
-    """Compare with the oracle row by row; returns what was found."""
+    """Compare with the oracle row by row, and return the result."""
     before = scores.tobytes()
     found = select_positions(scores, np.array(lengths, np.int32), k)
     assert scores.tobytes() == before

@@ -29,7 +29,7 @@ KINDS = {
 
 
 def scores_of(kind: str, step: PagedRows, seed: int = 0) -> np.ndarray:
-    """float32 [num_tokens, longest window + 5]; infinities and NaN where no token looks."""
+    """Return scores [num_tokens, longest window + 5], infinities and NaN in unused columns."""
     rng = np.random.default_rng(seed)
     ends, first = (step.first + step.window)[:, None], step.first[:, None]
     shape = (step.num_tokens, int(ends.max()) + 5)

@@ -40,7 +40,7 @@ def test_what_follows_a_wrong_draft_is_marked(kernel_memory: KernelMemory) -> No
     records = np.zeros((6, RECORD), np.int32)
     records[[1, 4], FLAGS] = PENALIZED
     verify_kernel[(6,)](
-        found, *put, going_on, newest, m.put(records), counts, STRIDE=32, MOST=3, VOCAB=50,
+        found, *put, going_on, newest, m.put(records), counts, STRIDE=32, MAX_DRAFTS=3, VOCAB=50,
         num_warps=1,
     )  # fmt: skip
     # the token of slot 1 is none

@@ -1,4 +1,4 @@
-"""What only a GPU shows of the write path: large addresses, captured launches, repeats."""
+"""Write path on a GPU: large addresses, captured launches, repeats."""
 
 from __future__ import annotations
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import sys
 import weakref
-from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
@@ -13,16 +12,13 @@ import numpy as np
 import pytest
 
 from fd_dsa.errors import DeviceError, LaunchError
-from fd_dsa.triton_runtime import Compiled, paddle_jit
-from fd_dsa.triton_runtime import kernel as runtime_kernel
-from fd_dsa.triton_runtime.driver import GpuTraits
+from fd_dsa.triton_runtime import paddle_jit
 from tests.triton_runtime.fakes import (
     FakeApi,
     FakeLibrary,
     FakeTensor,
     X,
     Y,
-    fake_compile,
     in_threads,
     scale_kernel,
 )
@@ -98,14 +94,11 @@ def fill_kernel(out_ptr, VALUE: tl.constexpr):
     tl.store(out_ptr + tl.arange(0, 16), VALUE)
 
 
-def test_a_nan_constant_is_compiled_once(library: FakeLibrary, api: FakeApi) -> None:
+def test_a_nan_constant_is_compiled_once(library: FakeLibrary) -> None:
     library.codes = "Q"
     for _ in range(3):
         fill_kernel[(1,)](X, float("nan"))
     assert (len(library.loaded), len(library.launches)) == (1, 3)
-    asked = api.asked
-    fill_kernel[(1,)](X, float("nan"))
-    assert api.asked == asked
     fill_kernel[(1,)](X, 1.0)
     assert len(library.loaded) == 2
 
@@ -125,69 +118,79 @@ DEFAULTS = {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": True, "maxnreg"
 SPELLINGS = [dict(part) for n in range(5) for part in combinations(DEFAULTS.items(), n)]
 
 
-def test_sixteen_spellings_are_found_without_checks(library: FakeLibrary, api: FakeApi) -> None:
+def count_checks(kernel: Any, monkeypatch: pytest.MonkeyPatch) -> list[None]:
+    """Return a list that gets an entry for each launch of a kernel that passes all checks."""
+    checked: list[None] = []
+    bind = kernel.signature.bind
+
+    def counted(*given: Any) -> Any:
+        checked.append(None)
+        return bind(*given)
+
+    monkeypatch.setattr(kernel.signature, "bind", counted)
+    return checked
+
+
+def test_each_spelling_passes_all_checks_once(
+    library: FakeLibrary, monkeypatch: pytest.MonkeyPatch
+) -> None:
     kernel = scale_kernel()
+    checked = count_checks(kernel, monkeypatch)
     for _ in range(3):
-        asked = []
-        for spelling in [*SPELLINGS, {**DEFAULTS, "launch_pdl": False}]:
-            before = api.asked
+        for spelling in SPELLINGS:
             kernel[(1,)](**BASE, **spelling)
-            asked.append(api.asked - before)
-    assert (len(library.loaded), len(library.launches)) == (1, 3 * 17)
-    assert asked[:16] == [0] * 16 and asked[16] > 0
+    assert (len(library.loaded), len(library.launches)) == (1, 48)
+    assert len(checked) == 16
 
 
-def test_all_constants_are_found_without_checks(library: FakeLibrary, api: FakeApi) -> None:
+def test_each_constant_passes_all_checks_once(
+    library: FakeLibrary, monkeypatch: pytest.MonkeyPatch
+) -> None:
     kernel, library.codes = paddle_jit(fill_kernel.fn), "Q"
+    checked = count_checks(kernel, monkeypatch)
     for _ in range(4):
-        asked = api.asked
-        # the last ones equal a number before them
-        for value in (*range(40), True, 1.0):
+        # True equals a number before it
+        for value in (*range(40), True):
             kernel[(1,)](X, VALUE=value, num_warps=8)
-    assert (len(library.loaded), api.asked) == (42, asked)
+    assert len(library.loaded) == len(checked) == 41
     functions = [launch.function for launch in library.launches]
-    assert functions[:42] == functions[-42:]
+    assert functions[:41] == functions[-41:]
     with pytest.raises(LaunchError, match="'VALUE' is a list, but it is compiled in"):
         kernel[(1,)](X, VALUE=[1], num_warps=8)
 
 
-@pytest.mark.parametrize("spelling", [SPELLINGS[0], SPELLINGS[7]])
-def test_a_refusal_is_found_once_after_many_spellings(
-    library: FakeLibrary, api: FakeApi, spelling: dict
+def test_ints_that_select_no_variant_pass_all_checks_once(
+    library: FakeLibrary, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kernel, grids = scale_kernel(), []
-    for options in SPELLINGS[:8]:
-        kernel[(1,)](**BASE, **options)
-
-    def wrong_grid(meta: dict) -> tuple[int]:
-        grids.append(meta)
-        return (-1,)
-
-    before = api.asked
-    with pytest.raises(LaunchError, match="x_ptr"):
-        kernel[(1,)](**BASE | {"x_ptr": FakeTensor(0x7000, device=-1)}, **spelling)
-    # by the function of this spelling, and by the call with all checks
-    assert api.asked - before == 2
-    with pytest.raises(LaunchError, match="wanted one to three numbers"):
-        kernel[wrong_grid](**BASE, **spelling)
-    assert len(grids) == 2
-
-
-def test_new_tensors_are_checked_and_known_ones_are_not(library: FakeLibrary, api: FakeApi) -> None:
     kernel = scale_kernel()
-    launch = kernel[(1,)]
-    launch(X, Y, 5, 0.5, True, 7, BLOCK=64)
-    kernel[(1,)](X, Y, 5, 0.5, True, 7, BLOCK=64)
-    asked = api.asked
-    kernel[(1,)](X, Y, 6, 0.5, True, 7, BLOCK=64)
-    assert api.asked == asked
+    checked = count_checks(kernel, monkeypatch)
+    for n in (5, 1, 16, -3, 0, (1 << 31) - 1, -(1 << 31)):
+        kernel[(1,)](X, Y, n, 0.5, True, 7, BLOCK=64)
+    assert len(checked) == len(library.loaded) == 1
+    # one more variant for each of these, and a launch of 64 bits passes all checks every time
+    for _ in range(2):
+        for stride in (1, 32, 7):
+            kernel[(1,)](X, Y, 5, 0.5, True, stride, BLOCK=64)
+        kernel[(1,)](X, Y, 1 << 31, 0.5, True, 7, BLOCK=64)
+        kernel[(1,)](X, Y, 6, 0.5, True, 7, BLOCK=64)
+    assert (len(checked), len(library.loaded)) == (5, 4)
+
+
+def test_the_tensors_of_every_launch_are_checked(library: FakeLibrary) -> None:
+    kernel = scale_kernel()
+    for _ in range(2):
+        kernel[(1,)](X, Y, 5, 0.5, True, 7, BLOCK=64)
     moved = FakeTensor(0x9000)
     kernel[(1,)](moved, Y, 6, 0.5, True, 7, BLOCK=64)
-    assert api.asked == asked + 1
     moved.address, moved.device = 0xA000, -1
-    with pytest.raises(LaunchError, match=r"scale_kernel: argument 'x_ptr'.*host memory"):
-        kernel[(1,)](moved, Y, 6, 0.5, True, 7, BLOCK=64)
-    assert library.launches[-1].values[0] == 0x9000
+    for tensor, message in (
+        (moved, r"scale_kernel: argument 'x_ptr'.*host memory"),
+        (FakeTensor(0x9000, dense=False), "'x_ptr' .*not contiguous"),
+        (FakeTensor(0x9000, "fake.complex64"), "'x_ptr' has dtype complex64"),
+    ):
+        with pytest.raises(LaunchError, match=message):
+            kernel[(1,)](tensor, Y, 6, 0.5, True, 7, BLOCK=64)
+    assert [launch.values[0] for launch in library.launches] == [0x7000, 0x7000, 0x9000]
 
 
 def test_an_address_used_again_by_another_tensor_is_checked(library: FakeLibrary) -> None:
@@ -288,60 +291,6 @@ def test_numpy_scalars(library: FakeLibrary) -> None:
     for _ in range(2):
         kernel[(1,)](X, Y, np.int64(5), np.float32(0.5), np.bool_(True), np.int32(7), BLOCK=64)
     assert library.launches[1].values == (0x7000, 0x8000, 5, 0.5, True, 7)
-
-
-def test_launch_attributes(library: FakeLibrary) -> None:
-    kernel = scale_kernel()
-    for _ in range(2):
-        kernel[(3,)](X, Y, 5, 0.5, True, 7, BLOCK=64, launch_pdl=True)
-    for launch in library.launches:
-        assert launch.grid == (3, 1, 1)
-        assert [(number, value[:4]) for number, value in launch.attributes] == [(6, b"\1\0\0\0")]
-
-
-@pytest.mark.parametrize(
-    ("waits", "instruction", "capability", "switch", "early"),
-    [
-        (True, True, 90, None, True),
-        (True, True, 100, "1", True),
-        (True, True, 90, "0", False),
-        (True, True, 89, None, False),
-        # a Triton without the instruction
-        (True, False, 90, None, False),
-        (False, True, 90, None, False),
-    ],
-)
-def test_kernels_that_wait_are_launched_early(
-    library: FakeLibrary,
-    monkeypatch: pytest.MonkeyPatch,
-    waits: bool,
-    instruction: bool,
-    capability: int,
-    switch: str | None,
-    early: bool,
-) -> None:
-    compilations = []
-
-    def compile_kernel(fn: Any, arguments: Any, options: Any, capability: int) -> Compiled:
-        compilations.append(options["launch_pdl"])
-        ptx = "griddepcontrol.wait;" if instruction and options["launch_pdl"] else ""
-        return replace(fake_compile(fn, arguments, options, capability), ptx=ptx)
-
-    if switch is None:
-        monkeypatch.delenv("FD_DSA_PDL", raising=False)
-    else:
-        monkeypatch.setenv("FD_DSA_PDL", switch)
-    monkeypatch.setattr(runtime_kernel, "compile_kernel", compile_kernel)
-    traits = GpuTraits(capability, 132, 227 << 10)
-    monkeypatch.setattr(runtime_kernel.cuda(), "traits", lambda device: traits)
-    kernel = scale_kernel(waits=waits)
-    for _ in range(2):
-        kernel[(1,)](X, Y, 5, 0.5, True, 7, BLOCK=64)
-    kernel.bind((1,), X, Y, 5, 0.5, True, 7, BLOCK=64)()
-    numbers = [[number for number, _ in launch.attributes] for launch in library.launches]
-    assert numbers == [[6] if early else []] * 3
-    # the compiled form is found again, whatever it was made with
-    assert compilations == [waits and capability >= 90 and switch != "0"]
 
 
 def test_first_launches_of_many_threads_compile_once(library: FakeLibrary) -> None:

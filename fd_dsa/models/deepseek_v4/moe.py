@@ -75,9 +75,9 @@ class V4MoE:
         experts, weights = self._gate.forward(x, token_ids)
         shape = len(x), experts.shape[1] + 1
         # every token selects the shared expert
-        chosen, factors = np.full(shape, self._shared, np.int32), np.ones(shape, np.float32)
-        chosen[:, :-1], factors[:, :-1] = experts, weights
-        return routed(x, chosen, factors, self._experts, self._activated)
+        selected, factors = np.full(shape, self._shared, np.int32), np.ones(shape, np.float32)
+        selected[:, :-1], factors[:, :-1] = experts, weights
+        return routed(x, selected, factors, self._experts, self._activated)
 
     def _activated(self, gate_up: np.ndarray) -> np.ndarray:
         """Return silu(min(gate, limit)) * clip(up, -limit, limit)."""

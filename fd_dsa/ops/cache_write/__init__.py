@@ -1,4 +1,7 @@
-"""Write this step's keys of a layer into its two paged caches."""
+"""Operator that writes a step's keys of a layer to the two paged caches of the layer.
+
+The functions after `write_caches` run it on a CPU, in NumPy.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ from fd_dsa.ops.arrays import (
 from fd_dsa.ops.fp8 import absolute_maximum, index_scale, quantise, raw_scale
 from fd_dsa.ops.gather import index_planes
 from fd_dsa.ops.host_rows import cos_sin_of, hadamard, layer_norm, rms_norm, rotate_
-from fd_dsa.ops.providers import activation_dtypes, serving
+from fd_dsa.ops.providers import activation_dtypes, selected_function
 from fd_dsa.tensor import Array
 
 __all__ = ["CacheWriteParams", "write_caches"]
@@ -186,7 +189,7 @@ def write_caches(
             if norm is not None:
                 check_array(_NAME, argument, norm, (index_k.shape[1],), ("float32",))
     arguments = kv_a, index_k, position_ids, slot_mapping, cos_sin_cache, latent_cache, index_cache
-    serving("cache_write", slot_mapping)(*arguments, params)
+    selected_function("cache_write", slot_mapping)(*arguments, params)
 
 
 def bfloat16_bits(x: np.ndarray) -> np.ndarray:

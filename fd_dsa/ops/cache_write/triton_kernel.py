@@ -29,7 +29,7 @@ from fd_dsa.ops.device_functions import (
     to_e4m3,
     widened,
 )
-from fd_dsa.ops.fixed_order import rows_of_tiles
+from fd_dsa.ops.split_sums import rows_of_tiles
 from fd_dsa.ops.step_kernel import step_kernel
 from fd_dsa.tensor import Tensor
 from fd_dsa.triton_runtime import start_next, wait_for_inputs

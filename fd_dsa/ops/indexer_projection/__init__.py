@@ -36,7 +36,7 @@ import numpy as np
 
 from fd_dsa.errors import BackendUnavailable
 from fd_dsa.ops.arrays import as_numpy, check_writable, matmul
-from fd_dsa.ops.fixed_order import why_not_by_rows
+from fd_dsa.ops.fixed_order import row_dependence_refusal
 from fd_dsa.ops.host_gemm import HostMatrix
 from fd_dsa.tensor import Array, Tensor
 
@@ -69,7 +69,7 @@ def project_by_gemms(
         BackendUnavailable: FD_DSA_BATCH_INVARIANT=1, because Paddle's GEMMs have no fixed order of
             sums.
     """
-    if reason := why_not_by_rows():
+    if reason := row_dependence_refusal():
         raise BackendUnavailable(
             f"indexer_projection: Paddle's GEMMs cannot serve: {reason}; leave the variable out"
         )

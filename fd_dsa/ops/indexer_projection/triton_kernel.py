@@ -10,8 +10,13 @@ from typing import Any
 
 from fd_dsa.ops.arrays import outer_strides
 from fd_dsa.ops.device_functions import stored, stored_values
-from fd_dsa.ops.fixed_order import rows_of_tiles
-from fd_dsa.ops.split_sums import NUM_COUNTERS, clear_counters, scratch_beside, sum_of_parts
+from fd_dsa.ops.split_sums import (
+    NUM_COUNTERS,
+    clear_counters,
+    rows_of_tiles,
+    scratch_beside,
+    sum_of_parts,
+)
 from fd_dsa.ops.step_kernel import step_kernel
 from fd_dsa.tensor import Tensor
 from fd_dsa.triton_runtime import start_next, wait_for_inputs

@@ -6,7 +6,7 @@ from typing import Any
 
 from fd_dsa.cache_formats import INDEX_WIDTH
 from fd_dsa.ops.arrays import CACHE_DTYPES, cache_format, check_array, check_shape, result
-from fd_dsa.ops.logits.tile_forms import why_not
+from fd_dsa.ops.logits.tile_forms import unsupported_reason
 from fd_dsa.ops.providers import TENSOR_CORE, activation_dtypes, call, choose, device_kind
 from fd_dsa.step import ForwardMeta
 from fd_dsa.tensor import Array
@@ -18,30 +18,30 @@ _NAME = "indexer_logits"
 def indexer_logits(
     q: Array, weights: Array, cache: Array, step: ForwardMeta, out: Array | None = None
 ) -> Any:
-    """Scores of every token of a step against the keys of its own row, straight from the pages.
+    """Score every token of a step against the keys of its own row, directly from the cache blocks.
 
     out[t, s] = scale[s] * sum_h weights[t, h] * relu(q[t, h] . k[s])
 
-    A token of a decode row has scores for the positions s = 0 .. its own. A prompt token has them
-    for the positions of its window, `[ks, ke)` of `step.indexer_attn_mask_offsets` less the start
-    of its row's keys in `step.cu_seqlens_kg`.
+    A token of a decode row has scores for the positions s from 0 to its own. A prompt token has
+    scores for the positions of its window, `[ks, ke)` of `step.indexer_attn_mask_offsets` less the
+    start of its row's keys in `step.cu_seqlens_kg`.
 
     Args:
-        q: [num_tokens, index_n_heads, index_head_dim], roped: float32, on a device also bfloat16;
-            for an fp8_ds_mla cache uint8, e4m3 codes as `indexer_query` makes them.
-        weights: float32 [num_tokens, index_n_heads]; all scales of the query folded in.
-        cache: the layer's indexer cache, whose keys of the step are written: float32 or bfloat16
+        q: [num_tokens, index_n_heads, index_head_dim], with RoPE: float32, on a device also
+            bfloat16. For an fp8_ds_mla cache uint8, the e4m3 codes of `indexer_query`.
+        weights: float32 [num_tokens, index_n_heads], which include all scales of the query.
+        cache: the layer's indexer cache with the keys of the step. float32 or bfloat16
             (or int16, its bits) [num_blocks, block_size, index_head_dim], or uint8
-            [num_blocks, 64, 132], fp8_ds_mla.
-        step: of `step_metadata`.
-        out: float32 [num_tokens, width], contiguous, width at least `step.max_seqlen_k`; what is
-            outside of a token's window stays as it is. None allocates, with -inf there.
+            [num_blocks, 64, 132] for fp8_ds_mla.
+        step: result of `step_metadata`.
+        out: float32 [num_tokens, width], contiguous, width at least `step.max_seqlen_k`. Entries
+            outside of a token's window stay as they are. None allocates, with -inf there.
 
     Returns:
         `out`.
 
     Raises:
-        ShapeError, DtypeError: an argument is not as above; before any work.
+        ShapeError, DtypeError: an argument is not as above. It is raised before any work.
         MissingStepError: the step has prompt tokens and no windows.
         ConfigError, BackendUnavailable: FD_DSA_OP_PROVIDER, see `fd_dsa.ops.providers.choose`.
 
@@ -57,7 +57,7 @@ def indexer_logits(
     check_array(_NAME, "weights", weights, tuple(q.shape[:2]), ("float32",))
     shape = num_tokens, max(step.max_seqlen_k, 1)
     out = result(_NAME, out, q, shape, "float32", fill=float("-inf"))
-    reason = why_not(cache_format(cache).name, cache.shape[1], q.shape[1])
+    reason = unsupported_reason(cache_format(cache).name, cache.shape[1], q.shape[1])
     kind = device_kind(q)
 
     def provider() -> str:
@@ -66,6 +66,6 @@ def indexer_logits(
     if num_tokens:
         call(_NAME, kind, provider, q, weights, cache, step, out)
     else:
-        # a provider that was asked for and cannot serve is an error for no token, too
+        # a requested provider that is unsupported is an error for a step without tokens too
         provider()
     return out

@@ -1,8 +1,8 @@
 """Indexer scores on a CPU: keys gathered by NumPy, GEMMs by Paddle.
 
-Rows of a decode step differ in length. Padding them to the longest wastes work, and a GEMM for each
-block is too small for the matrix library. So each row is cut into units of a few blocks (about 256
-keys), and all units form one batched GEMM.
+Rows of a decode step have different lengths. Padding to the longest row wastes work, and a GEMM for
+each block is too small for the matrix library. So each row is cut into units of a few blocks (about
+256 keys), and all units form one batched GEMM.
 """
 
 from __future__ import annotations
@@ -22,20 +22,22 @@ from fd_dsa.step import ForwardMeta
 from fd_dsa.tensor import Array
 
 UNIT_KEYS = 256
-"""Keys that are gathered and scored as one unit."""
+"""Number of keys that are gathered and scored as one unit."""
 TILE_BYTES = 8 << 20
-"""Memory of the keys or scores of one pass."""
+"""Memory of the keys or scores of one pass, in bytes."""
 
 
 @dataclass(frozen=True, slots=True)
 class PagedUnits:
-    """Decode rows cut into units of `blocks_per_unit` blocks; the same for all layers of a step.
+    """Units of `blocks_per_unit` blocks of decode rows, the same for all layers of a step.
 
     Attributes:
         row: int64 [num_units]; row of each unit.
-        blocks: int64 [num_units, blocks_per_unit]; physical blocks, 0 where the row has ended.
-        column: int64 [num_units]; unit number within its row.
-        num_rows, units_per_row, block_size: extents; width = units_per_row * keys of a unit.
+        blocks: int64 [num_units, blocks_per_unit]; physical blocks, 0 past the end of the row.
+        column: int64 [num_units]; index of the unit in its row.
+        num_rows: number of rows.
+        units_per_row: maximum number of units of a row.
+        block_size: keys of a block.
     """
 
     row: np.ndarray
@@ -55,7 +57,7 @@ class PagedUnits:
 
     @classmethod
     def build(cls, lengths: np.ndarray, block_tables: np.ndarray, block_size: int) -> PagedUnits:
-        """Units of rows with `lengths` keys each (int [num_rows], all > 0)."""
+        """Cut rows with `lengths` keys (int [num_rows], all > 0) into units."""
         longest = -(-int(lengths.max()) // block_size)
         per_unit = min(longest, max(1, UNIT_KEYS // block_size))
         counts = -(-lengths.astype(np.int64) // (per_unit * block_size))
@@ -64,22 +66,25 @@ class PagedUnits:
         column = np.arange(len(row)) - first[row]
         logical = column[:, None] * per_unit + np.arange(per_unit)[None, :]
         inside = logical * block_size < lengths[row][:, None]
-        # the clip only serves entries that `inside` replaces
+        # the minimum only concerns entries that `inside` replaces
         logical = np.minimum(logical, block_tables.shape[1] - 1)
         blocks = np.where(inside, block_tables[row[:, None], logical], 0).astype(np.int64)
         return cls(row, blocks, column, len(counts), int(counts.max()), block_size)
 
 
 def weighted_scores(q: np.ndarray, weights: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """float32 [batch, queries, num_keys] of q [batch, queries, heads, dim], keys [batch, n, dim].
+    """Return the scores of queries against keys, float32 [batch, queries, num_keys].
 
-    `weights` is [batch, queries, heads].
+    Args:
+        q: [batch, queries, heads, dim].
+        weights: [batch, queries, heads].
+        keys: [batch, num_keys, dim].
     """
     batch, queries, heads, dim = q.shape
     rows = weights.reshape(batch * queries, 1, heads)
     if fixed_order():
         rows = two_rows(rows)
-    # a key that is not finite is for the reader of the result to judge
+    # the caller handles keys that are not finite
     with np.errstate(invalid="ignore"):
         dots = batched(q.reshape(batch, queries * heads, dim), keys, transpose_y=True)
         np.clip(dots, 0.0, np.inf, out=dots)
@@ -88,9 +93,9 @@ def weighted_scores(q: np.ndarray, weights: np.ndarray, keys: np.ndarray) -> np.
 
 
 def _scaled(scores: np.ndarray, scales: np.ndarray | None) -> np.ndarray:
-    """`scores` times the scales of their keys, in place."""
+    """Multiply `scores` by the scales of their keys, in place."""
     if scales is not None:
-        # slots that no row owns may hold any bits
+        # unused slots may hold any bits
         with np.errstate(invalid="ignore", over="ignore"):
             scores *= scales
     return scores
@@ -99,17 +104,17 @@ def _scaled(scores: np.ndarray, scales: np.ndarray | None) -> np.ndarray:
 def score_gathered(
     q: Array, weights: Array, cache: Array, key_slots: np.ndarray, scratch: Scratch | None = None
 ) -> np.ndarray:
-    """Scores of every query against the keys at `key_slots`, in tiles of keys to bound memory.
+    """Score every query against the keys at `key_slots`, in tiles of keys to bound memory.
 
     Args:
-        q: float32 [num_queries, index_n_heads, index_head_dim], roped; for an fp8_ds_mla cache the
-            values of its codes.
-        weights: float32 [num_queries, index_n_heads]; head weights, all scale factors folded in.
-        cache, key_slots, scratch: as of `gather_index_keys`.
+        q: float32 [num_queries, index_n_heads, index_head_dim], with RoPE. For an fp8_ds_mla cache
+            it has the values of the codes.
+        weights: float32 [num_queries, index_n_heads]; head weights, which include all scales.
+        cache, key_slots, scratch: as for `gather_index_keys`.
 
     Returns:
-        float32 [num_queries, num_keys], valid until the next call with `scratch`; windows are
-        applied by the reader.
+        float32 [num_queries, num_keys], valid until the next call with `scratch`. The caller
+        applies windows.
     """
     queries, heads, dim = q.shape
     scratch = scratch or Scratch()
@@ -129,14 +134,14 @@ def score_gathered(
 def score_paged(
     q: Array, weights: Array, cache: Array, units: PagedUnits, scratch: Scratch | None = None
 ) -> np.ndarray:
-    """Scores of the queries of decode rows against their own pages.
+    """Score the queries of decode rows against the blocks of their rows.
 
     Args:
-        q, weights: as of `score_gathered`, with two axes [num_rows, queries_per_row] of queries.
+        q, weights: as for `score_gathered`, with two axes [num_rows, queries_per_row] of queries.
 
     Returns:
-        float32 [num_rows, queries_per_row, units.width], column = position in the row; columns
-        past a row's keys hold garbage. Valid until the next call with `scratch`.
+        float32 [num_rows, queries_per_row, units.width], a column for each position in the row.
+        Columns past a row's keys have any values. Valid until the next call with `scratch`.
     """
     blocks, q_rows, w_rows = as_numpy(cache), as_numpy(q), as_numpy(weights)
     _, queries, _, dim = q_rows.shape
@@ -151,7 +156,7 @@ def score_paged(
         keys = scratch.take("indexer_keys", (len(index), units.block_size, dim))
         scales = gather_index_blocks(blocks, index, keys, scratch)
         if units.num_rows == 1 and not fixed_order():
-            # units of one row are contiguous, and make one GEMM
+            # the units of one row are contiguous, so one GEMM scores them
             scores = weighted_scores(q_rows, w_rows, keys.reshape(1, -1, dim))
             if scales is not None:
                 scales = scales.reshape(1, 1, -1)
@@ -167,7 +172,7 @@ def score_paged(
 
 
 def score_step(q: Array, weights: Array, cache: Array, step: ForwardMeta, logits: Array) -> None:
-    """See `fd_dsa.ops.logits.indexer_logits`, with a result to write."""
+    """Write the scores of a step to `logits`, as `fd_dsa.ops.logits.indexer_logits` describes."""
     query, head_weights, blocks, out = map(as_numpy, (q, weights, cache, logits))
     if query.dtype == np.uint8:
         query = decode_e4m3(query)

@@ -1,9 +1,9 @@
-"""Indexer scores of fp8_ds_mla caches on tensor cores, straight from the pages.
+"""Indexer scores of fp8_ds_mla caches on tensor cores, directly from the pages.
 
-A program keeps the queries of a tile of tokens and lets the pages of their request go by, through
-asynchronous copies into shared memory. Keys are the rows of a GEMM and (token, head) pairs its
-columns, so that a warp holds all heads of a key: their sum stays in registers. Which program scores
-what is in a schedule that is made once a step (`tile_schedule.py`).
+A program keeps the queries of a tile of tokens, and copies the pages of their request to shared
+memory asynchronously. Keys are the rows of a GEMM and (token, head) pairs its columns. So a warp
+holds all heads of a key, and their sum stays in registers. A schedule, made once a step, assigns
+pages to programs (`tile_schedule.py`).
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ def _queries(
     HEADS: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    """Queries, head weights, first key and end of the keys of `num` tokens from `first` on."""
+    """Load queries, head weights, first keys and ends of keys of `num` tokens from `first` on."""
     column = tl.arange(0, TOKENS * HEADS)
     token, head = column // HEADS, column % HEADS
     live = (token < num) & (head < NUM_HEADS)
     row = (first + token).to(tl.int64) * NUM_HEADS + head
     value = row[:, None] * _WIDTH + tl.arange(0, _WIDTH)[None, :]
-    # heads and tokens that are not there have queries and weights of 0
+    # missing heads and tokens have queries and weights of 0
     q = tl.load(q_ptr + value, mask=live[:, None], other=0.0)
     weights = tl.load(weights_ptr + row, mask=live, other=0.0)
     token = tl.arange(0, TOKENS)
@@ -77,11 +77,11 @@ def _score(
 ):
     """Store the scores of some tokens for the keys of a page."""
     dots = tl.dot(k, q)
-    # one instruction; a NaN stays one
+    # one instruction, which keeps NaN
     dots = tl.maximum(dots, 0.0, propagate_nan=tl.PropagateNan.ALL)
     by_token = tl.reshape(dots * weights[None, :], [_PAGE, TOKENS, HEADS])
     scores = tl.sum(by_token, axis=2) * scale[:, None]
-    # a key without a block exists for nobody
+    # keys without a block are masked
     scores = tl.where(held, scores, float("-inf"))
     row = tl.arange(0, TOKENS).to(tl.int64) * logits_stride
     out = out_ptr + row[None, :] + key[:, None]
@@ -93,25 +93,25 @@ def _score(
 
 @triton.jit
 def _entry(table_ptr, column, table_width):
-    """What a row of the table holds in a column; -1 past its end."""
+    """Load a block table's entry, -1 past the end of its row."""
     return tl.load(table_ptr + column, mask=column < table_width, other=-1)
 
 
 @triton.jit
 def _block_of(entry, num_blocks):
-    """The block of an entry; -1 where it is none of the cache."""
+    """Return the block of an entry, -1 for an entry outside of the cache."""
     return tl.where((entry >= 0) & (entry < num_blocks), entry, -1)
 
 
 @triton.jit
 def _page(cache_ptr, block):
-    """Where a block begins; block 0 replaces one that is not there."""
+    """Return the address of a block, that of block 0 for a missing block."""
     return cache_ptr + tl.maximum(block, 0).to(tl.int64) * (_PAGE * (_WIDTH + 4))
 
 
 @triton.jit
 def _scales(cache_ptr, block):
-    """float32 [PAGE]: the scales of a block's keys."""
+    """Load the scales of a block's keys, float32 [PAGE]."""
     start = _page(cache_ptr, block) + _PAGE * _WIDTH
     return tl.load(start.to(tl.pointer_type(tl.float32)) + tl.arange(0, _PAGE))
 
@@ -141,10 +141,10 @@ def _score_pages(
     FIRST: tl.constexpr,
     REST: tl.constexpr,
 ):
-    """Score pages of one request for the FIRST + REST tokens of a tile, of which there are `num`.
+    """Score pages of one request for `num` tokens of a tile, at most FIRST + REST.
 
-    The compiler copies pages ahead only if nothing else in the loop waits for memory: the table is
-    read two pages ahead, and scales one.
+    The compiler copies pages ahead only if no other load in the loop waits for memory. So the table
+    is read two pages ahead, and scales one page.
     """
     row = tl.arange(0, _PAGE)
     at = row[:, None] * _WIDTH + tl.arange(0, _WIDTH)[None, :]
@@ -208,7 +208,7 @@ def tile_kernel(
     FIRST: tl.constexpr,
     REST: tl.constexpr,
 ):
-    """The pages that the schedule gives to program 0: of one tile, or of several in a row."""
+    """Score the pages of program `program 0` in the schedule, of one or more successive tiles."""
     wait_for_inputs()
     q_ptr = q_ptr.to(tl.pointer_type(tl.float8e4nv))
     own = programs_ptr + (chunk * tl.num_programs(0) + tl.program_id(0)) * 8
@@ -216,7 +216,7 @@ def tile_kernel(
     token, num = tl.load(own + 4), tl.load(own + 5)
     request, num_pages = tl.load(own + 6), tl.load(own + 7)
     while left > 0:
-        # only rows of the scores are written, whatever the schedule holds
+        # the schedule may have tokens without a row of scores, which must not be written
         num = tl.where(token < first_token, 0, tl.minimum(num, first_token + num_rows - token))
         count = tl.minimum(num_pages - page, left)
         table_ptr = block_tables_ptr + request.to(tl.int64) * table_width
@@ -228,7 +228,7 @@ def tile_kernel(
                 table_width, logits_width, logits_stride, num_blocks, NUM_HEADS, HEADS, FIRST, REST,
             )  # fmt: skip
         else:
-            # all tiles, or among prompts those of decode rows
+            # every tile without REST, and tiles of decode rows among prompts
             _score_pages(
                 q_ptr, weights_ptr, cache_ptr, position_ids_ptr, offsets_ptr, key_starts_ptr,
                 seq_lens_encoder_ptr, table_ptr, out_ptr, request, token, num, page, page + count,
@@ -255,20 +255,22 @@ def score_tiles(
     first_token: int = 0,
     chunk: int = 0,
 ) -> None:
-    """Fill `logits` with the scores of a chunk of tokens; see `fd_dsa.ops.indexer_logits`.
+    """Write the scores of a chunk of tokens, as `fd_dsa.ops.indexer_logits` describes.
 
-    Products of e4m3 numbers are exact, their sums have the width of the processor's FP8 path.
+    Products of e4m3 numbers are exact. Their sums have the precision of the processor's FP8 path.
     Results do not depend on the other tokens of a step.
 
     Args:
         q: uint8 or float8_e4m3fn.
-        step, schedule, chunk: of the step, what was filled for it, and which of its chunks.
-        logits: float32 [num_rows, width], of the tokens from `first_token` on; rows may have gaps.
-            Entries outside of a token's window, and rows of padding and those that the schedule
-            leaves out, stay as they are. A key whose block is -1 or past the cache gets -inf.
+        schedule: schedule that was filled for `step`.
+        logits: float32 [num_rows, width], scores of the tokens from `first_token` on. There may be
+            gaps between rows. Entries outside of a token's window, rows of padding, and rows that
+            are not in the schedule stay as they are. A key whose block is -1 or past the cache gets
+            -inf.
+        chunk: index of the chunk in the schedule.
 
-    Cost: one launch of as many programs as the schedule has; no allocation, no wait.
-    Source: sharing work out to fixed programs as DeepGEMM's paged_mqa_logits does.
+    Cost: one launch of the programs of the schedule.
+    Source: DeepGEMM's paged_mqa_logits, for the fixed programs that share the work.
     """
     num_heads, form = q.shape[1], schedule.form
     num_rows, width = logits.shape
@@ -292,7 +294,7 @@ def score_tiles(
 def score_step(
     q: Tensor, weights: Tensor, cache: Tensor, step: ForwardMeta, logits: Tensor
 ) -> None:
-    """`score_tiles` with a schedule of its own."""
+    """Write the scores of a step by `score_tiles`, with a new schedule."""
     num_tokens, heads, _ = q.shape
     form = prompt_form(heads) if step.num_prefill_tokens else decode_form(heads, 1)
     programs = traits_for(q).num_processors * form.programs_per_processor

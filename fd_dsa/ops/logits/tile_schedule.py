@@ -1,8 +1,8 @@
-"""How the scores of a step are shared out to programs: made once a step, the same in every layer.
+"""Distribution of the scores of a step over programs, made once a step for all layers.
 
-A *query tile* is a few consecutive tokens of one request, whose queries stay in place while the
-request's pages go by. Every program gets the same share of the work in one piece, whatever the
-lengths of the requests are: a page is a unit of work, and to begin a tile takes as long as some.
+A *query tile* is a few consecutive tokens of one request. A program keeps their queries while it
+loads the request's pages. Every program gets the same share of the work in one piece, for all
+lengths of requests. A page is a unit of work, and the start of a tile costs a few units.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fd_dsa.triton_runtime import start_next, wait_for_inputs
 import triton  # isort: skip
 import triton.language as tl  # isort: skip
 
-# tokens, and programs, that a program of the schedule's kernel takes at a time
+# tokens or programs that the schedule's kernel handles at a time
 _LANES, _NUM_WARPS = tl.constexpr(1024), 8
 _PAGE = tl.constexpr(BLOCK_SIZE)
 TILE_FIELDS, PROGRAM_FIELDS = 4, 8
@@ -29,10 +29,10 @@ TILE_FIELDS, PROGRAM_FIELDS = 4, 8
 
 @triton.jit
 def _place(work_ends_ptr, num_tiles, work, exists, begin_pages, search_steps):
-    """Of amounts of work: the tile that each ends in, its pages there, and in all tiles."""
+    """Return for amounts of work the tile where each ends, its page there, and pages so far."""
     low = tl.zeros_like(work)
     high = low + num_tiles
-    # tiles that end at or before
+    # binary search for the number of tiles that end at `work` or before
     for _ in range(search_steps):
         middle = (low + high) // 2
         open_ = exists & (low < high)
@@ -58,13 +58,13 @@ def tile_schedule_kernel(
     num_tokens,
     chunk_tokens,
     max_keys,
-    least_keys,
+    min_keys,
     num_programs,
     tile_tokens,
     begin_pages,
     search_steps,
 ):
-    """The tiles of chunk `program 0`, and where each of its programs begins."""
+    """Make the tiles of chunk `program 0`, and the start of each of its programs."""
     wait_for_inputs()
     start_next()
     first = tl.program_id(0) * chunk_tokens
@@ -82,7 +82,7 @@ def tile_schedule_kernel(
         is_first = live & (index >= 0) & (index % tile_tokens == 0)
         count = tl.minimum(tl.minimum(stop, end) - token, tile_tokens)
         is_first = is_first & (count > 0)
-        # among tokens without windows the last one of a tile sees most
+        # without windows the last token of a tile has the most keys
         _, keys = key_bounds(
             token + count - 1, request, is_first, position_ids_ptr,
             offsets_ptr, key_starts_ptr, seq_lens_encoder_ptr,
@@ -95,7 +95,7 @@ def tile_schedule_kernel(
                 )  # fmt: skip
                 keys = tl.maximum(keys, end_of_keys)
         keys = tl.minimum(keys, max_keys)
-        scored = is_first & (keys > least_keys)
+        scored = is_first & (keys > min_keys)
         pages = tl.where(scored, (keys + _PAGE - 1) // _PAGE, 0)
         tile = first + num_tiles + tl.cumsum(scored.to(tl.int32)) - 1
         entry = tiles_ptr + tile * 4
@@ -107,16 +107,16 @@ def tile_schedule_kernel(
         tl.store(work_ends_ptr + tile, all_work + tl.cumsum(work), mask=scored)
         num_tiles += tl.sum(scored.to(tl.int32))
         all_work += tl.sum(work)
-    # what other threads wrote is read below
+    # values of other threads are read below
     tl.debug_barrier()
     for start in range(0, num_programs, _LANES):
         program = start + lane
         exists = program < num_programs
-        # the first programs, which are on processors of their own, have one more
+        # the first programs start on idle processors, so they get one unit more
         share, more = all_work // num_programs, all_work % num_programs
         own_begin = program * share + tl.minimum(program, more)
         own_end = own_begin + share + (program < more).to(tl.int32)
-        # both searches in one loop: each step of it waits for memory
+        # both searches share a loop, because each step waits for memory
         tile_of, page_of, done = _place(
             work_ends_ptr + first, num_tiles, tl.join(own_begin, own_end), exists[:, None],
             begin_pages, search_steps,
@@ -138,16 +138,17 @@ def tile_schedule_kernel(
 class TileSchedule:
     """Tiles of the chunks of a step, in buffers that never move.
 
-    The tiles of the chunk that begins at token t begin at entry t: none has more tiles than tokens.
+    A chunk has at most as many tiles as tokens. So the tiles of the chunk that begins at token t
+    begin at entry t.
 
     Attributes:
-        form: of the kernel that scores.
+        form: form of the kernel that scores.
         tiles: int32 [max_num_tokens, 4]; first token, number of tokens, request and number of pages
             of each tile that is scored.
         work_ends: int32 [max_num_tokens]; the work of a chunk's tiles up to and with this one.
-        programs: int32 [max_num_chunks, num_programs, 8]; the entry of a program's first tile, its
-            first page there, how many pages are its own, nothing, then that entry itself: what a
-            program must know first it reads at once.
+        programs: int32 [max_num_chunks, num_programs, 8]; index of a program's first tile, first
+            page there, number of pages, an unused value, and the entry of the tile. A program loads
+            all of it at once.
     """
 
     form: TileForm
@@ -159,7 +160,7 @@ class TileSchedule:
     def allocate(
         cls, form: TileForm, max_tokens: int, max_chunks: int, num_programs: int, allocate: Allocate
     ) -> TileSchedule:
-        """Buffers for steps of at most so many tokens, made by `(shape, dtype name) -> tensor`."""
+        """Allocate buffers for steps of at most `max_tokens` tokens in `max_chunks` chunks."""
         return cls(
             form,
             allocate((max_tokens, TILE_FIELDS), "int32"),
@@ -172,19 +173,19 @@ class TileSchedule:
         step: ForwardMeta,
         max_keys: int,
         chunk_tokens: int | None = None,
-        least_keys: int = 0,
+        min_keys: int = 0,
     ) -> None:
-        """Share out the scores of a step's tokens, in chunks that are scored in order.
+        """Distribute the scores of a step's tokens, in chunks that are scored in order.
 
         Args:
-            step: whose tokens are scored; padding is in no tile.
-            max_keys: most keys that are looked at of a request; the width of its scores.
-            chunk_tokens: tokens of a chunk, but the last; None = all are one chunk.
-            least_keys: a tile none of whose tokens sees more keys is not scored: index_topk, if the
-                selection then takes all keys without a look at their scores.
+            step: step whose tokens are scored. Padding belongs to no tile.
+            max_keys: maximum number of keys of a request that are scored, the width of its scores.
+            chunk_tokens: number of tokens of a chunk except the last. None = one chunk.
+            min_keys: a tile is scored only if a token of it has more keys. Set it to index_topk if
+                the selection then takes all keys without their scores.
 
-        Cost: one launch; no allocation, no wait. Lengths are read when the kernel runs: captured
-        into a graph, or ahead of one, it serves any lengths of that many tokens.
+        Cost: one launch. The kernel reads lengths when it runs, so a captured launch serves all
+        lengths of that number of tokens.
         """
         num_tokens = step.position_ids.shape[0]
         if num_tokens == 0:
@@ -195,7 +196,7 @@ class TileSchedule:
             *(step.position_ids, step.batch_id_per_token, step.cu_seqlens_q),
             *prompt_windows(step),
             *(self.tiles, self.work_ends, self.programs),
-            *(num_tokens, chunk_tokens, max_keys, least_keys),
+            *(num_tokens, chunk_tokens, max_keys, min_keys),
             *(self.programs.shape[1], self.form.tile_tokens, self.form.begin_pages, search_steps),
             num_warps=_NUM_WARPS,
         )

@@ -1,8 +1,7 @@
-"""Indexer scores on a device, straight from the pages; correct first, not tuned.
+"""Indexer scores on a device, directly from the pages, for all formats of the cache.
 
 One program scores one token against one tile of its row's keys, so prefill and decode tokens are
-alike and keys are read once for each token. A provider that shares a tile of keys between the
-tokens of a prompt, on the tensor cores' FP8 path, can replace it without a change to callers.
+alike. Each token reads its keys again. For fp8_ds_mla caches `tile_kernel.py` is faster.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from fd_dsa.triton_runtime import wait_for_inputs
 
 import triton.language as tl  # isort: skip
 
-# keys, heads and values that are multiplied at a time
+# tile sizes of a GEMM: keys, heads and values of a head
 BLOCK_N = 64
 _BLOCK_N, _BLOCK_H, _BLOCK_D = tl.constexpr(BLOCK_N), tl.constexpr(16), tl.constexpr(32)
 
@@ -44,10 +43,10 @@ def logits_kernel(
     FP8: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Scores of token `first_token + program 0` for the keys of tile `program 1`.
+    """Score token `first_token + program 0` against the keys of tile `program 1`.
 
-    A float32 GEMM reads its operands as full float32 (no TF32). FP8 values are exact in float16,
-    and their GEMM adds up in float32.
+    A float32 GEMM reads its operands as float32, without TF32. FP8 values are exact in float16, and
+    their GEMM has sums in float32.
     """
     wait_for_inputs()
     row = tl.program_id(0).to(tl.int64)
@@ -97,15 +96,15 @@ def logits_kernel(
                 q, k = stored_values(q, WIDE), stored_values(k, WIDE)
             dots = tl.dot(q, k, acc=dots, input_precision="ieee")
         weight = tl.load(weights_ptr + token * num_heads + head, mask=head < num_heads, other=0.0)
-        # a comparison, not a maximum: a NaN stays one
+        # a comparison instead of a maximum keeps NaN
         rectified = tl.where(dots < 0.0, 0.0, dots)
-        # rows past the last head have no query and no weight: they add 0
+        # rows past the last head have queries and weights of 0
         scores += tl.sum(rectified * weight.to(tl.float32)[:, None], axis=0)
     if FP8:
         scale_start = block_start + BLOCK_SIZE * HEAD_DIM + offset * 4
         scale_ptr = (cache_ptr + scale_start).to(tl.pointer_type(tl.float32))
         scores *= tl.load(scale_ptr, mask=held, other=0.0)
-    # a key without a block exists for nobody
+    # keys without a block are masked
     scores = tl.where(held, scores, float("-inf"))
     tl.store(logits_ptr + row * logits_width + key, scores, mask=seen)
 
@@ -118,16 +117,16 @@ def score_pages(
     logits: Tensor,
     first_token: int = 0,
 ) -> None:
-    """Fill `logits` with the scores of consecutive tokens; see `fd_dsa.ops.indexer_logits`.
+    """Write the scores of consecutive tokens, as `fd_dsa.ops.indexer_logits` describes.
 
     Args:
         q: may also be bfloat16 over a float32 cache, and float8_e4m3fn.
-        step: no more than `max_seqlen_k` keys of a row are looked at.
-        logits: float32 [num_rows, width], of the tokens from `first_token` on. Entries outside
-            of a token's window, and rows of padding, stay as they are. A key whose block is -1 or
-            past the cache gets -inf.
+        step: step whose `max_seqlen_k` bounds the keys of a row.
+        logits: float32 [num_rows, width], scores of the tokens from `first_token` on. Entries
+            outside of a token's window, and rows of padding, stay as they are. A key whose block is
+            -1 or past the cache gets -inf.
 
-    Cost: one launch; no allocation, no wait.
+    Cost: one launch.
     """
     fp8 = cache_format(cache).is_fp8
     num_rows, width = logits.shape

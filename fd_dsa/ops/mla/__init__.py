@@ -1,4 +1,7 @@
-"""Operators for attention over selected keys in MLA's absorbed form, and for dequantization."""
+"""Operators for attention over selected keys in MLA's absorbed form, and for dequantization.
+
+The functions after the public ones run them on a CPU, in NumPy.
+"""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from math import e, log2
 from typing import NamedTuple
 
 from fd_dsa.ops.arrays import cache_format, matmul
-from fd_dsa.ops.fp8_rows import places_of
+from fd_dsa.ops.dense_kernels import kernel_arguments
 from fd_dsa.ops.head_gemm import head_gemm
 from fd_dsa.ops.key_bounds import prompt_windows
 from fd_dsa.ops.mla.prompt_kernel import attend_prompts_kernel, gather_keys_kernel
@@ -172,7 +172,7 @@ def attend_prompts(
         *(q, cos_sin, keys, values, rope),
         *(encoder, step.seq_lens_decoder, step.cu_seqlens_q),
         *(step.position_ids, offsets, key_starts),
-        *places_of(out),
+        *kernel_arguments(out),
         *(softmax_scale * log2(e), group.first_row, group.end_row, index_topk),
         NOPE=nope,
         HALF=rope_dim // 2,

@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 
 from fd_dsa.device.allocation import Allocate
 from fd_dsa.ops.arrays import allocator_beside, cache_format
-from fd_dsa.ops.fixed_order import fixed_order, rows_of_tiles
+from fd_dsa.ops.fixed_order import fixed_order
 from fd_dsa.ops.mla.tensor_core_kernel import attend_kernel, combine_kernel
 from fd_dsa.ops.mla.tiles import RANK, ROPE
+from fd_dsa.ops.split_sums import rows_of_tiles
 from fd_dsa.tensor import Tensor
 
 MAX_SPLITS = 32

@@ -1,6 +1,6 @@
-"""Sampling parameters of one request, and their place in the device's record of its slot.
+"""Sampling parameters of one request, and their layout in the device's record of its slot.
 
-The module needs no kernels, because the sampler of a CPU uses its numbers too.
+The module imports no kernels, because the sampler of a CPU uses its numbers too.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-# places in a record, in int32 values; the first seven numbers have 64 bits
+# indices of a record, in int32 values; the first seven numbers have 64 bits
 SCALE, MARGIN, TOP_P, REPETITION, FREQUENCY, PRESENCE, SEED = range(0, 14, 2)
 TOP_K, FLAGS, NUM_ENTRIES, HEADER = 14, 15, 16, 20
-# of each entry: token, first position at which it may come, and a float64 bias
+# entry of a token: token, first position at which it is allowed, and a float64 bias
 ENTRY = 4
 MAX_ENTRIES = 4096
 RECORD = HEADER + ENTRY * MAX_ENTRIES
@@ -27,25 +27,25 @@ IN_PROMPT = 1 << 30
 
 _INT32_MAX = 2**31 - 1
 GREEDY_BELOW = 1e-5
-# all tokens are equally likely long before; what float32 cannot hold would make NaN of -inf
-HOTTEST = 1e30
+# all tokens are equally likely at this temperature; a larger one would overflow float32
+MAX_TEMPERATURE = 1e30
 _MASK = 2**64 - 1
 
 
 @dataclass(frozen=True)
 class SlotParameters:
-    """How the rows of a slot are sampled; meanings are those of `engine.SamplingParams`.
+    """Sampling parameters of the rows of a slot, with the meanings of `engine.SamplingParams`.
 
     Args:
-        temperature: below 1e-5 is greedy.
-        min_p, top_p: in [0, 1]; 0 and 1 = off.
-        top_k: 0 = off.
-        seed: of the draws, modulo 2**64.
-        repetition: > 0; penalty of tokens in prompt or output. 1 = off.
-        frequency, presence: penalties of a token in the output, each time and once.
-        bias: token id -> what is added to its logit.
-        banned: token ids that never come.
-        end_ids: token ids that may not come at a position below `min_tokens`.
+        temperature: greedy below 1e-5.
+        min_p, top_p: shares in [0, 1]; 0 and 1 = off.
+        top_k: number of tokens, 0 = off.
+        seed: seed of the random numbers, modulo 2**64.
+        repetition: penalty of tokens in prompt or output, > 0; 1 = off.
+        frequency, presence: penalties of a token for each and for its first place in the output.
+        bias: term added to the logit of a token id.
+        banned: token ids that are never sampled.
+        end_ids: token ids that are not sampled at positions below `min_tokens`.
     """
 
     temperature: float = 1.0
@@ -63,11 +63,11 @@ class SlotParameters:
 
     @property
     def is_penalized(self) -> bool:
-        """Whether logits depend on the tokens so far."""
+        """True if logits depend on the tokens so far."""
         return (self.repetition, self.frequency, self.presence) != (1, 0, 0)
 
     def record(self, vocab_size: int) -> npt.NDArray[np.int32]:
-        """The part of the device's record of the slot that is in use.
+        """Return the used part of the device's record of the slot.
 
         Raises:
             ValueError: more than MAX_ENTRIES tokens are biased or banned.
@@ -79,11 +79,11 @@ class SlotParameters:
                 f"{MAX_ENTRIES}"
             )
         record = np.zeros(HEADER + ENTRY * len(entries), np.int32)
-        temperature = min(self.temperature, HOTTEST)
+        temperature = min(self.temperature, MAX_TEMPERATURE)
         is_random = self.temperature >= GREEDY_BELOW
         if is_random:
             is_ranked = self.min_p > 0 or 0 < self.top_k < vocab_size
-            # the CPU divides by a float32, except where it ranks candidates
+            # the CPU divides by a float32, unless it ranks candidates
             divisor = temperature if is_ranked else float(np.float32(temperature))
             margin = temperature * float(np.log(self.min_p)) if self.min_p else -math.inf
             record[SCALE:TOP_P].view(np.float64)[:] = math.log2(math.e) / divisor, margin
@@ -100,7 +100,7 @@ class SlotParameters:
         return record
 
     def _entries(self) -> dict[int, tuple[int, float]]:
-        """Token -> first position at which it may come, and its bias."""
+        """Return the first allowed position and the bias of each token that has one."""
         until = dict.fromkeys(self.end_ids, min(self.min_tokens, _INT32_MAX))
         until |= dict.fromkeys(self.banned, _INT32_MAX)
         tokens = [token for token in until if until[token] > 0]
@@ -111,7 +111,7 @@ class SlotParameters:
 
 
 def mix(state: Any) -> Any:
-    """SplitMix64's output function, of an int in [0, 2**64) or of uint64."""
+    """Return SplitMix64's output for an int in [0, 2**64) or uint64."""
     state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
     state = (state ^ (state >> 27)) * 0x94D049BB133111EB & _MASK
     return state ^ (state >> 31)

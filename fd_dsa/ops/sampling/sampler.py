@@ -1,4 +1,4 @@
-"""The sampler of a device: fixed buffers, parameters by slot, five launches a step."""
+"""Sampler of a device, with fixed buffers, parameters by slot, and five launches a step."""
 
 from __future__ import annotations
 
@@ -10,45 +10,46 @@ import numpy.typing as npt
 from fd_dsa.device.allocation import Allocate
 from fd_dsa.device.staging import InputStaging
 from fd_dsa.errors import ShapeError
-from fd_dsa.ops.sampling.bracket_kernels import gather_kernel, masses_kernel
-from fd_dsa.ops.sampling.draw_kernels import draw_kernel
+from fd_dsa.ops.sampling.cut_kernels import draw_kernel, gather_kernel, masses_kernel
 from fd_dsa.ops.sampling.parameters import IN_PROMPT, RECORD, SlotParameters
-from fd_dsa.ops.sampling.scan_kernels import scan_kernel, settle_kernel
-from fd_dsa.ops.sampling.values import LEVELS, STATE
+from fd_dsa.ops.sampling.scan_kernels import LEVELS, STATE, scan_kernel, settle_kernel
 from fd_dsa.tensor import Tensor
 
 import triton  # isort: skip
 
+# tokens of a block, and of the part of a block to which rules are applied at a time
 _MAX_BLOCK = 4096
 _MIN_BLOCK = 64
 _PART = 1024
+# rows that fill the device with programs of one warp
 _MANY_ROWS = 128
 
 
 class DeviceSampler:
-    """Samples one token for each row on a device, as `fd_dsa.engine.sampler.Sampler` does on a CPU.
+    """Sampler of one token a row on a device, like `fd_dsa.engine.sampler.Sampler` on a CPU.
 
-    Rules of the slot (penalties, masks, bias, bans), temperature, min-p, top-k, top-p, one draw by
-    inverse distribution function in the order of ids. Given equal logits, greedy tokens and codes
-    are equal to the CPU's, and draws are where the number is not within 1e-6 of a border: weights
-    are float32 exponentials, whose sums are exact.
+    A row passes the rules of its slot (penalties, masks, bias, bans), temperature, min-p, top-k and
+    top-p. Its token is found by the inverse distribution function in the order of ids. With equal
+    logits, greedy tokens and codes are equal to the CPU's. Random tokens are equal unless the
+    random number is within 1e-6 of a border, because weights are float32 exponentials. Their sums
+    are exact.
 
-    `sample` reads nothing back and allocates nothing, and its grids depend on the number of rows
-    alone, so it may be captured; `set_slot` and `set_masks` must not be. They copy in the order of
-    the current stream.
+    `sample` may be captured: it does not wait for the device, it allocates no memory, and its grids
+    depend only on the number of rows. `set_slot` and `set_masks` must not be captured. They copy in
+    the order of the current stream.
 
-    Memory: 8 bytes for each logit of `max_rows` rows, 4 for each of `max_num_seqs`, and 66 kB a
-    slot.
+    Memory: 8 bytes for each logit of `max_rows` rows, 4 for each of `max_num_seqs`, and 66 kB for
+    each slot.
 
     Args:
         allocate: makes a contiguous tensor of a shape and dtype on the device.
-        max_rows: most rows of a step; None: as many as slots.
+        max_rows: maximum number of rows of a step. None = `max_num_seqs`.
 
     Attributes:
         tokens: int64 [max_rows] on the device; token of each row, NOT_FINITE or NO_TOKEN.
         records: int32 [max_num_seqs, RECORD] on the device; parameters of each slot.
-        counts: int32 [max_num_seqs, vocab_size] on the device; how often a token is in the output
-            of a slot with penalties, and IN_PROMPT.
+        counts: int32 [max_num_seqs, vocab_size] on the device; number of occurrences of a token in
+            the output of a slot with penalties, and the flag IN_PROMPT.
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class DeviceSampler:
         self._sums = allocate((rows, 2, num_blocks), "int64")
         self._lengths = allocate((rows, num_blocks), "int32")
         self._list = allocate((rows, num_blocks, self._block), "float32")
-        # the largest copies are the masks of a step and the counts of a slot
+        # the slab holds the largest copy: a record, the counts of a slot, or the masks of a step
         self._slab_size = max(RECORD, vocab_size, rows * self._num_words)
         self._staging = InputStaging(allocate, self._slab_size)
 
@@ -83,12 +84,12 @@ class DeviceSampler:
         prompt_token_ids: Sequence[int] = (),
         output_token_ids: Sequence[int] = (),
     ) -> None:
-        """Queue the copies of what the rows of a slot are sampled by from now on.
+        """Enqueue copies of the parameters of a slot, for the steps after this call.
 
         Args:
-            slot: in [0, max_num_seqs).
-            prompt_token_ids, output_token_ids: read if the request has penalties; tokens that are
-                sampled from now on are counted on the device.
+            slot: slot in [0, max_num_seqs).
+            prompt_token_ids, output_token_ids: tokens so far, for a request with penalties. The
+                device counts tokens that are sampled later.
 
         Raises:
             ValueError: too many tokens are biased or banned.
@@ -103,7 +104,7 @@ class DeviceSampler:
             self._copy(self.counts, slot * size, counts)
 
     def warm_up(self, padding: Tensor) -> None:
-        """Queue the launches of `max_rows` rows, which have forms of their own, on padding.
+        """Enqueue the launches of `max_rows` rows of padding, which compiles their kernels.
 
         Args:
             padding: int32 [max_rows] or longer on the device, all -1.
@@ -111,11 +112,11 @@ class DeviceSampler:
         self.sample(self._adjusted, padding, padding, padding)
 
     def set_masks(self, masks: npt.NDArray[np.int32]) -> None:
-        """Queue the copy of a step's masks, which `mask_rows` of `sample` refers to.
+        """Enqueue the copy of a step's masks, for `mask_rows` of `sample`.
 
         Args:
-            masks: int32 [n, ceil(vocab_size / 32)], n <= max_rows; bit i % 32 of value i // 32
-                says whether token i may come, as grammars write them.
+            masks: int32 [n, ceil(vocab_size / 32)], n <= max_rows, in the form of grammars. Bit
+                i % 32 of value i // 32 is 1 if token i is allowed.
         """
         self._copy(self._masks, 0, masks.reshape(-1))
 
@@ -128,25 +129,25 @@ class DeviceSampler:
         drafts: Tensor | None = None,
         verified: tuple[Tensor, Tensor, int] | None = None,
     ) -> None:
-        """Queue the launches that write `tokens` for the rows of a step.
+        """Enqueue the launches that write `tokens` for the rows of a step.
 
         Args:
-            logits: float32 [num_rows, vocab_size], contiguous; stay as they are.
+            logits: float32 [num_rows, vocab_size], contiguous. They stay unchanged.
             slots: int32 [num_rows]; slot of each row, -1 = padding, which gets no token.
             positions: int32 or int64 [num_rows]; position of the token in the output of its
                 request, from 0.
-            mask_rows: int32 [num_rows]; row of the masks, -1 = every token may come.
-            drafts: int64 [num_rows], written instead of `tokens`, and nothing is counted.
-            verified: int32 token ids of the step and the flat token of each row, and most drafts
-                of a slot: its further rows come after its drafts, and `verify_kernel` counts. None:
-                a slot has one row.
+            mask_rows: int32 [num_rows]; row of the masks, -1 = all tokens are allowed.
+            drafts: int64 [num_rows], written instead of `tokens`. Drafts are not counted.
+            verified: int32 token ids of the step, the flat token of each row, and the maximum
+                number of drafts of a slot. A slot then has a row for each draft too, and
+                `verify_kernel` counts its tokens. None if each slot has one row.
 
         Raises:
-            ShapeError: more rows than `max_rows`.
+            ShapeError: there are more rows than `max_rows`.
             LaunchError: a tensor is not contiguous, or not on the device.
 
-        Cost: five launches. Greedy rows are read by the first one alone, rows with a temperature
-        alone by two; those with top-k or top-p by three.
+        Cost: five launches. The first one reads greedy rows. Two read rows with only a temperature,
+        and three read rows with top-k or top-p.
         """
         rows = logits.shape[0]
         if not rows:
@@ -157,26 +158,26 @@ class DeviceSampler:
             )
         tokens = self.tokens if drafts is None else drafts
         vocab, block, num_blocks = self._vocab_size, self._block, self._num_blocks
-        # what no kernel reads without drafts
-        ids, sampled, most = verified or (slots, slots, 0)
-        counts_here = drafts is None and not most
+        # without drafts no kernel reads `ids` and `sampled`
+        ids, sampled, max_drafts = verified or (slots, slots, 0)
+        counts_here = drafts is None and not max_drafts
         blocks, parts = triton.next_power_of_2(num_blocks), (rows, num_blocks)
         # a weight must be the same number in every launch, and penalties round as on a CPU
         options = {"VOCAB": vocab, "num_warps": 8, "enable_fp_fusion": False}
         scan_kernel[parts](
             logits, self._adjusted, slots, positions, self._masks, mask_rows, self.records,
-            self.counts, ids, sampled, self._best, BLOCK=block, PART=min(block, _PART), MOST=most,
-            **options,
+            self.counts, ids, sampled, self._best, BLOCK=block, PART=min(block, _PART),
+            MAX_DRAFTS=max_drafts, **options,
         )  # fmt: skip
         options |= {"NUM_BLOCKS": num_blocks}
         settle_kernel[(rows,)](
             logits, self._adjusted, slots, mask_rows, self.records, self.counts, self._best,
             self._state, tokens, BLOCKS=blocks, COUNTS=counts_here, **options,
         )  # fmt: skip
-        # in programs of one warp no sum waits for another one: faster where rows fill the device
+        # programs of one warp never wait for another warp: faster if the rows fill the device
         warps = 1 if rows >= _MANY_ROWS else 4
         options |= {"BLOCK": block, "num_warps": warps}
-        # these masses are not those that a token is drawn by
+        # these masses only bracket the cuts, so they need not be exact
         masses_kernel[parts](
             logits, self._adjusted, slots, self.records, self._state, self._masses, self._sizes,
             PART=min(block, 1024 * warps), **options | {"enable_fp_fusion": True},
@@ -193,7 +194,7 @@ class DeviceSampler:
         )  # fmt: skip
 
     def _copy(self, target: Tensor, offset: int, values: np.ndarray) -> None:
-        """Queue a copy to int32 values of a buffer, after the launches that read them so far."""
+        """Enqueue a copy to int32 values of a buffer, after all launches so far."""
         staging, size = self._staging, len(values)
         staging.next_slab()[:size] = values
         index = staging.upload(size)

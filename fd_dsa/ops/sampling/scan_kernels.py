@@ -1,43 +1,37 @@
-"""The first two launches of sampling: rules and maxima of blocks, then what they decide.
+"""Values of a row, and the first two launches of sampling: rules and maxima, then their results.
 
-Greedy rows and unusable ones end here. A row that is drawn gets thresholds by which the next
-launches divide it: the floor of min-p, and values at some ranks of a sample of it.
+Greedy rows end here, and so do rows without a finite logit or an allowed token. A row that is
+sampled gets thresholds by which the next launches divide it: the floor of min-p, and values at some
+ranks of a sample of the row.
 """
 
 from __future__ import annotations
 
 from fd_dsa.ops.sampling import parameters as places
-from fd_dsa.ops.sampling.values import (
-    FLAGS,
-    INFINITY,
-    IS_DRAWN,
-    IS_RULED,
-    LARGEST,
-    LEVELS,
-    LISTED,
-    MARGIN,
-    MAXIMUM,
-    MINUS_INFINITY,
-    NAN,
-    NO_TOKEN,
-    NOT_FINITE,
-    PENALIZED,
-    RANDOM,
-    RECORD,
-    SAMPLE,
-    STATE,
-    finish_row,
-    float64_at,
-    image_of,
-    joined,
-    rank_of,
-    value_of,
-)
+from fd_dsa.ops.sampling import token_buffer as results
 from fd_dsa.ops.step_kernel import step_kernel
 
 import triton  # isort: skip
 import triton.language as tl  # isort: skip
 
+NOT_FINITE, NO_TOKEN = tl.constexpr(results.NOT_FINITE), tl.constexpr(results.NO_TOKEN)
+SCALE, MARGIN, TOP_P = map(tl.constexpr, (places.SCALE, places.MARGIN, places.TOP_P))
+SEED, TOP_K, FLAGS = map(tl.constexpr, (places.SEED, places.TOP_K, places.FLAGS))
+RANDOM, PENALIZED = tl.constexpr(places.RANDOM), tl.constexpr(places.PENALIZED)
+LISTED, RECORD = tl.constexpr(places.LISTED), tl.constexpr(places.RECORD)
+
+INFINITY, NAN = tl.constexpr(0x7F800000), tl.constexpr(0x7FFFFFFF)
+"""Images of +inf and of NaN, which is the only larger image."""
+MINUS_INFINITY = tl.constexpr(-0x7F800001)
+LARGEST = tl.constexpr(3.4028234663852886e38)
+_ONE = tl.constexpr(float(1 << 40))
+_LN2 = tl.constexpr(0.6931471805599453)
+# layout of a row's state: falling thresholds, of which the last is the floor, then these places
+LEVELS = tl.constexpr(16)
+MAXIMUM, IS_RANDOM, IS_RULED = (tl.constexpr(LEVELS.value + i) for i in range(3))
+STATE = tl.constexpr(2 * LEVELS.value)
+# tokens of a row whose values become thresholds
+SAMPLE = tl.constexpr(256)
 _REPETITION, _FREQUENCY, _PRESENCE, _NUM_ENTRIES = map(
     tl.constexpr, (places.REPETITION, places.FREQUENCY, places.PRESENCE, places.NUM_ENTRIES)
 )
@@ -47,15 +41,101 @@ _ENTRIES = tl.constexpr(256)
 
 
 @triton.jit
+def image_of(values):
+    """Return int32 images, which have the order of the values.
+
+    -0.0 equals +0.0, and NaN is above all values.
+    """
+    bits = values.to(tl.int32, bitcast=True)
+    bits = tl.where(bits == -0x80000000, 0, bits)
+    image = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    return tl.where((bits & 0x7FFFFFFF) > INFINITY, 0x7FFFFFFF, image)
+
+
+@triton.jit
+def value_of(image):
+    """Return the float32 value of an image."""
+    return tl.where(image < 0, image ^ 0x7FFFFFFF, image).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def weights_of(values, largest, scale):
+    """Return int64 weights 2^((value - largest) * scale), in units of 2^-40.
+
+    The exponent may be large, so the rounding of its float32 multiplication is corrected. Launches
+    must not fuse operations, so that a weight is the same number in each of them.
+    """
+    high = scale.to(tl.float32)
+    low = (scale - high.to(tl.float64)).to(tl.float32)
+    # lower values have weight 0
+    below = tl.maximum(values - largest, -48.0 / high)
+    exponent = below * high
+    rest = tl.fma(below, high, -exponent) + below * low
+    weights = tl.exp2(exponent) * (1.0 + rest * _LN2)
+    return (weights * _ONE + 0.5).to(tl.int64)
+
+
+@triton.jit
+def joined(low, high):
+    """Return the int64 of two int32 halves."""
+    return low.to(tl.uint32, bitcast=True).to(tl.int64) | (high.to(tl.int64) << 32)
+
+
+@triton.jit
+def float64_at(pointer):
+    """Load a float64 at an address of int32 values."""
+    return joined(tl.load(pointer), tl.load(pointer + 1)).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def uniform_of(record, position):
+    """Return the float64 in [0, 1) of a slot's seed and a position.
+
+    It is the number of `fd_dsa.engine.draws.uniforms`.
+    """
+    seed = joined(tl.load(record + SEED), tl.load(record + SEED + 1)).to(tl.uint64, bitcast=True)
+    step = (position.to(tl.int64) + 1).to(tl.uint64, bitcast=True)
+    state = seed + step * 0x9E3779B97F4A7C15
+    state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9
+    state = (state ^ (state >> 27)) * 0x94D049BB133111EB
+    state = (state ^ (state >> 31)) >> 11
+    return state.to(tl.int64).to(tl.float64) * (2.0**-53)
+
+
+@triton.jit
+def rank_of(level):
+    """Return the rank of a level's threshold in the sample. Low ranks are closer together."""
+    return level * (level + 2) * SAMPLE // (LEVELS * LEVELS)
+
+
+@triton.jit
+def row_of(logits_ptr, adjusted_ptr, state, row, VOCAB: tl.constexpr):
+    """Return the address of the logits of a row, with its rules applied."""
+    pointer = adjusted_ptr if tl.load(state + IS_RULED) != 0 else logits_ptr
+    return pointer + row * VOCAB
+
+
+@triton.jit
+def finish_row(
+    tokens_ptr, counts_ptr, row, slot, flags, token, VOCAB: tl.constexpr, COUNTS: tl.constexpr
+):
+    """Store a row's token. With COUNTS, count it if the slot has penalties."""
+    tl.store(tokens_ptr + row, token.to(tl.int64))
+    if ((flags & PENALIZED) != 0) & (token >= 0) & COUNTS:
+        cell = counts_ptr + slot * VOCAB + token
+        tl.store(cell, tl.load(cell) + 1)
+
+
+@triton.jit
 def _narrowed(values):
-    """float32 of float64 values; what is too large is float32's largest number, not +inf."""
+    """Return float32 of float64 values. A large value becomes the largest number, not +inf."""
     inside = tl.minimum(tl.maximum(values, -LARGEST), LARGEST).to(tl.float32)
     return tl.where(values < -LARGEST, float("-inf"), inside)
 
 
 @triton.jit
 def _penalized(values, cells, record):
-    """float32 values after repetition, frequency and presence penalty, in float64 as on a CPU."""
+    """Apply repetition, frequency and presence penalty in float64, as on a CPU."""
     repetition = float64_at(record + _REPETITION)
     count = (cells & (_IN_PROMPT - 1)).to(tl.float64)
     wide = values.to(tl.float64)
@@ -67,7 +147,7 @@ def _penalized(values, cells, record):
 
 @triton.jit
 def _apply_entries(row_ptr, record, position, begin, end):
-    """Add biases to the logits of tokens begin to end - 1 in memory, and ban those that are."""
+    """Add biases to the logits of tokens begin to end - 1 in memory, and apply bans."""
     num_entries = tl.load(record + _NUM_ENTRIES)
     for start in range(0, num_entries, _ENTRIES):
         place = start + tl.arange(0, _ENTRIES)
@@ -98,12 +178,13 @@ def scan_kernel(
     VOCAB: tl.constexpr,
     BLOCK: tl.constexpr,
     PART: tl.constexpr,
-    MOST: tl.constexpr,
+    MAX_DRAFTS: tl.constexpr,
 ):
-    """Block `program 1` of row `program 0`: image of its maximum, with rules too, and its token.
+    """Find the maxima of block `program 1` of row `program 0`, without and with rules.
 
-    The order of rules: penalties, mask, bias, bans; a mask's -inf stays what it is. Rows of a slot
-    in front of this one are up to MOST; the draft after each of them counts as a token.
+    The order of the rules is penalties, mask, bias, bans. Tokens that the mask excludes keep -inf.
+    A slot has up to MAX_DRAFTS rows before this row. The draft after each of them counts as a token
+    of the output.
     """
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + row).to(tl.int64)
@@ -121,14 +202,14 @@ def scan_kernel(
         mask_row = tl.load(mask_rows_ptr + row).to(tl.int64)
         if ((flags & (PENALIZED | LISTED)) != 0) | (mask_row >= 0):
             own = adjusted_ptr + row * VOCAB
-            # a part at a time, whose float64 values take few registers from rows without rules
+            # one part at a time, because float64 values of a whole block need many registers
             for start in range(begin, begin + BLOCK, PART):
                 part = start + tl.arange(0, PART)
                 inside = part < VOCAB
                 values = tl.load(logits_ptr + row * VOCAB + part, mask=inside, other=0.0)
                 if (flags & PENALIZED) != 0:
                     cells = tl.load(counts_ptr + slot * VOCAB + part, mask=inside, other=0)
-                    for back in tl.static_range(1, MOST + 1):
+                    for back in tl.static_range(1, MAX_DRAFTS + 1):
                         before = tl.maximum(row - back, 0)
                         is_own = (row >= back) & (tl.load(slots_ptr + before) == slot)
                         place = ids_ptr + tl.load(sampled_ptr + before) + 1
@@ -140,7 +221,7 @@ def scan_kernel(
                     word = tl.load(words + part // 32, mask=inside, other=0)
                     values = tl.where(((word >> (part % 32)) & 1) != 0, values, float("-inf"))
                 tl.store(own + part, values, mask=inside)
-            # the program's threads read what others of them have stored
+            # threads of the program read values that other threads have stored
             tl.debug_barrier()
             if (flags & LISTED) != 0:
                 position = tl.load(positions_ptr + row)
@@ -154,8 +235,8 @@ def scan_kernel(
 
 @triton.jit
 def _thresholds(row_ptr, largest, margin, VOCAB: tl.constexpr):
-    """int32 [LEVELS], falling: images at ranks of a sample; last the floor."""
-    # as min-p on a CPU: the lowest float32 that is not below the bound
+    """Return falling images at ranks of a sample, then the floor: int32 [LEVELS]."""
+    # min-p as on a CPU: the floor is the lowest float32 from the bound on
     bound = tl.maximum(value_of(largest).to(tl.float64) + margin, -LARGEST)
     nearest = bound.to(tl.float32)
     floor = image_of(nearest) + (nearest.to(tl.float64) < bound).to(tl.int32)
@@ -184,11 +265,11 @@ def settle_kernel(
     NUM_BLOCKS: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    """Row `program 0`: its token where nothing is drawn, and its state for the next launches."""
+    """Store the token of row `program 0` if it is greedy or an error, else its state."""
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + row).to(tl.int64)
     state = state_ptr + row * STATE
-    is_drawn = slot >= 0
+    is_random = slot >= 0
     if slot >= 0:
         record = records_ptr + slot * RECORD
         flags = tl.load(record + FLAGS)
@@ -202,8 +283,8 @@ def settle_kernel(
         token = tl.min(tl.where(images == largest, firsts, VOCAB), axis=0)
         token = tl.where(largest == MINUS_INFINITY, NO_TOKEN, token)
         token = tl.where((raw == MINUS_INFINITY) | (raw >= INFINITY), NOT_FINITE, token)
-        is_drawn = (token >= 0) & ((flags & RANDOM) != 0)
-        if is_drawn:
+        is_random = (token >= 0) & ((flags & RANDOM) != 0)
+        if is_random:
             ruled = ((flags & (PENALIZED | LISTED)) != 0) | (tl.load(mask_rows_ptr + row) >= 0)
             pointer = adjusted_ptr if ruled else logits_ptr
             margin = float64_at(record + MARGIN)
@@ -213,4 +294,4 @@ def settle_kernel(
             tl.store(state + IS_RULED, ruled.to(tl.int32))
         else:
             finish_row(tokens_ptr, counts_ptr, row, slot, flags, token, VOCAB, COUNTS)
-    tl.store(state + IS_DRAWN, is_drawn.to(tl.int32))
+    tl.store(state + IS_RANDOM, is_random.to(tl.int32))

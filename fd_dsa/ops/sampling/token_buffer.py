@@ -19,17 +19,15 @@ NO_TOKEN = -2
 REJECTED = -3
 """Result of a row after a rejected draft."""
 
-# kernels have one form for all views that begin at multiples of 16 bytes
+# tokens; sections begin at multiples, so that one form of a kernel serves all of them
 _ALIGNED = 32
 
 
 class TokenBuffer:
     """Layout of the token buffer: samples and drafts of one step, int64.
 
-        section        index              without drafts
-        newest token   row of a request   the same section as the samples
-        samples        sample + row       0 + row
-        drafts         draft(depth, row)  none
+    The section of the newest tokens has index `row` for each request. The samples have index
+    `sample + row`, and the drafts `draft(depth, row)`. Without drafts the buffer has only samples.
 
     Args:
         max_num_seqs: requests of a step.

@@ -1,4 +1,7 @@
-"""Operator for exact, deterministic top-k of indexer logits."""
+"""Operator for exact, deterministic top-k of indexer logits.
+
+The functions after `topk_indices` run it on a CPU, in NumPy.
+"""
 
 from __future__ import annotations
 

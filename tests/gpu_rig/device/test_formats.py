@@ -259,7 +259,7 @@ def test_prompts_attend_densely_up_to_index_topk(
     layers = fields["num_hidden_layers"]
     assert counts == [(12, 7, 12)] * layers + [(5,)] * layers
     chunks = logits_of(runner_on(folder, rig.device), IN_CHUNKS)
-    monkeypatch.setattr(dense_prompts, "why_not_by_rows", lambda: "one form")
+    monkeypatch.setattr(dense_prompts, "row_dependence_refusal", lambda: "one form")
     counts.clear()
     absorbed = logits_of(runner_on(folder, rig.device), CROSSING)
     assert not counts

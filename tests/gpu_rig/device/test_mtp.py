@@ -14,6 +14,7 @@ import pytest
 
 from fd_dsa.device.transfers import on_host
 from fd_dsa.engine.batch import Drafts, ScheduledBatch
+from fd_dsa.engine.draft_state import DraftCosts
 from fd_dsa.engine.engine import LLMEngine
 from fd_dsa.engine.mtp_drafter import DeviceMtpDrafter, MtpDrafter
 from fd_dsa.engine.output import RequestOutput
@@ -23,15 +24,14 @@ from fd_dsa.engine.request import Request
 from fd_dsa.engine.sampler import StepSampler
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.speculation import Speculator
-from fd_dsa.engine.step_costs import StepCosts
 from fd_dsa.engine.structured_outputs import StructuredOutputsParams
 from fd_dsa.runner import InputBatch, ModelRunner
 from fd_dsa.runner.device_steps import DeviceSteps
 from fd_dsa.startup import measure
 from fd_dsa.startup.capture import capture_graphs
 from fd_dsa.startup.warm_up import warm_up_kernels
-from fd_dsa.triton_runtime.bound import BoundLaunch
 from fd_dsa.triton_runtime.kernel import Kernel
+from fd_dsa.triton_runtime.launch import BoundLaunch
 from tests.engine.fakes import byte_tokenizer, run_all
 from tests.gpu_rig import Rig
 from tests.gpu_rig.captures import capture_of
@@ -138,7 +138,7 @@ def answers(
     device: str,
     rig: Rig | None = None,
     is_drafted: bool = True,
-    costs: StepCosts | None = None,
+    costs: DraftCosts | None = None,
     kinds: list[dict[str, Any]] = KINDS,
     drafter: Any = None,
     **more: Any,
@@ -309,7 +309,7 @@ def test_steps_in_which_no_request_drafts_leave_the_layer_out(
     runs, queue = [], DeviceSteps.draft
     monkeypatch.setattr(DeviceSteps, "draft", lambda *one: runs.append(one) or queue(*one))
     # with it two drafts pay for three requests while they mostly stand
-    costs = StepCosts({1: [1.0, 1.6, 1.65], 3: [1.13, 1.8, 1.95]})
+    costs = DraftCosts({1: [1.0, 1.6, 1.65], 3: [1.13, 1.8, 1.95]})
     found, engine, drafter = answers(rig.device, costs=costs)
     # also those that were in flight when their requests left
     assert engine.stats().num_draft_tokens == drafter.num_ahead

@@ -1,4 +1,6 @@
-"""What kernels call that are launched before the kernel ahead of them has ended.
+"""Device functions of programmatic dependent launch (PDL).
+
+A kernel with PDL is launched before the previous kernel has ended.
 
 Source: PTX ISA, `griddepcontrol`; CUDA C++ programming guide, programmatic dependent launch.
 """
@@ -8,26 +10,21 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from fd_dsa.triton_runtime.interpreter import no_instruction
 from fd_dsa.triton_runtime.mode import INTERPRETING
 
-import triton  # isort: skip
 import triton.language as tl  # isort: skip
 from triton.language.extra import cuda  # isort: skip
 
 
-@triton.jit
-def _nothing():
-    """What stands for an instruction where kernels are interpreted, or Triton has it not."""
-
-
 def _instruction(name: str) -> Any:
-    """A device function: an instruction in kernels that are launched early, in others nothing."""
+    """Make a device function for an instruction, which only kernels with PDL contain."""
     instruction = getattr(cuda, name, None)
     if INTERPRETING or instruction is None:
-        return _nothing
+        return no_instruction
     if "_semantic" not in inspect.signature(instruction).parameters:
         # Triton 3.4 calls device functions with other arguments
-        return _nothing
+        return no_instruction
 
     @tl.core.extern
     def emit(_semantic: Any = None) -> None:
@@ -38,14 +35,14 @@ def _instruction(name: str) -> Any:
 
 
 wait_for_inputs = _instruction("gdc_wait")
-"""Wait until all kernels before have ended, and what they wrote can be read.
+"""Wait until all earlier kernels have ended and their writes can be read.
 
-Every program of a kernel that `waits` calls it. Ahead of it only weights are read, and nothing is
-written: kernels before may still read what this one overwrites.
+Every program of a kernel that `waits` calls it. Before the call a program may read weights, but
+must not write, because an earlier kernel may still read that memory.
 """
 start_next = _instruction("gdc_launch_dependents")
-"""Let the next kernel start, if it waits too, once every program has come here or has ended.
+"""Let the next kernel start, if it `waits` too, when every program has called this or has ended.
 
-It takes what this kernel leaves free of the processors. So it is called after the wait, and by a
-program that has much to read after that too.
+The next kernel occupies the space that this kernel leaves free on the processors. So a program
+calls it after the wait, and a program that reads much calls it after its last reads.
 """

@@ -1,4 +1,4 @@
-"""No step compiles unnoticed: after `freeze()` a compilation is an event, or an error."""
+"""Detection of compilations after the warm-up, which are a warning or an error."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _late = 0
 
 
 def freeze(*, strict: bool = False) -> None:
-    """Say that warm-up is over, and that no launch should have to compile or load from now on.
+    """End the warm-up. Launches should neither compile nor load from now on.
 
-    A launch that has to do it all the same logs a warning with the kernel and its arguments, once,
-    and goes on: a slow step is better than a failed request. `num_late_compilations` counts them.
+    A launch that still has to logs a warning with the kernel and its arguments, and continues: a
+    slow step is better than a failed request. `num_late_compilations` counts such launches.
 
     Args:
-        strict: raise LaunchError instead; for tests and for checks before a release.
+        strict: raise LaunchError instead, for tests and for checks before a release.
     """
     global _frozen
     _frozen = "strict" if strict else "warn"
@@ -36,13 +36,13 @@ def unfreeze() -> None:
 
 
 def num_late_compilations() -> int:
-    """How many launches after `freeze` had to compile, or to load."""
+    """Return the number of launches after `freeze` that had to compile or load."""
     return _late
 
 
 @contextmanager
 def warming() -> Iterator[None]:
-    """Compile without notice inside, in this thread, even after `freeze`."""
+    """Compile without a warning inside, in this thread, even after `freeze`."""
     before = getattr(_state, "warming", False)
     _state.warming = True
     try:
@@ -54,7 +54,9 @@ def warming() -> Iterator[None]:
 def announce_compilation(
     kernel: str, arguments: Mapping[str, Argument], options: Mapping[str, object]
 ) -> None:
-    """Called before a launch compiles or loads: after `freeze()`, outside `warming()`, it counts.
+    """Report that a launch is about to compile or load.
+
+    After `freeze()` and outside `warming()` it is a late compilation.
 
     Raises:
         LaunchError: after `freeze(strict=True)`.
@@ -64,7 +66,7 @@ def announce_compilation(
         return
     types = ", ".join(
         f"{name}={argument.value!r}"
-        if argument.type == "constexpr"
+        if argument.is_constant
         else f"{name}={argument.type}{' (divisible by 16)' if argument.divisible else ''}"
         for name, argument in arguments.items()
     )
