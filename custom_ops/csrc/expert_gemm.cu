@@ -222,7 +222,7 @@ __device__ __forceinline__ void copy_tiles(const Job& job, const TensorMap& weig
 
 // ---- the warpgroups that multiply
 
-// Returns the scale x / 448 with the same bits as `group_scales` of fd_dsa/ops/fp8_rows.py.
+// Returns the scale x / 448 with the same bits as `quantized` of fd_dsa/ops/dense_kernels.py.
 __device__ __forceinline__ float scale_of(float largest, bool round) {
   const float scale = fmaxf(largest / 448.0f, 1e-12f);
   if (!round) return scale;

@@ -136,7 +136,7 @@ __device__ __forceinline__ void fail(uint32_t* at, uint32_t value) {
   __trap();
 }
 
-// fd_dsa.triton_runtime.early explains programmatic dependent launch.
+// fd_dsa.triton_runtime.pdl explains programmatic dependent launch.
 __device__ __forceinline__ void wait_for_inputs() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");

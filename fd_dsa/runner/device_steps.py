@@ -26,7 +26,7 @@ from fd_dsa.ops.sampling.verify_kernel import (
     follow_kernel,
     verify_kernel,
 )
-from fd_dsa.runner.input_batch import InputBatch, SamplingInputs
+from fd_dsa.runner.input_batch import InputBatch, SamplingInputs, StepInputs
 from fd_dsa.runner.model_protocol import MtpLayer
 from fd_dsa.runner.step import Step
 from fd_dsa.step import StepHints
@@ -34,7 +34,7 @@ from fd_dsa.tensor import StepArray, Tensor
 
 
 class DeviceInputs(StagedInputs):
-    """Fields of a Step on a device: sections of one tensor, which one copy fills.
+    """Inputs of a step on a device: sections of one tensor, which one copy fills.
 
     Args:
         batch: input batch of the runner.
@@ -60,7 +60,7 @@ class DeviceInputs(StagedInputs):
         sampling = samples, samples, rows + 1, samples, max_next
         super().__init__(allocate, (*sizes, *sampling), rows, columns)
 
-    def stage(self, inputs: Sequence[np.ndarray], sampling: SamplingInputs) -> None:
+    def stage(self, inputs: StepInputs, sampling: SamplingInputs) -> None:
         """Enqueue the copy of `InputBatch.arrays` and of sampling inputs.
 
         The arrays may change afterwards.
@@ -77,14 +77,15 @@ class DeviceInputs(StagedInputs):
 
     def views(
         self, num_tokens: int, num_rows: int, num_sampled: int
-    ) -> tuple[list[StepArray], SamplingInputs]:
-        """Return the tensors of the fields of a Step and its `sampling`. They never move."""
+    ) -> tuple[StepInputs, SamplingInputs]:
+        """Return the tensors of a step, which never move."""
         # kernels take no empty tensor
         samples, next_ids = max(num_sampled, 1), self._reads_next * num_tokens
         sizes = (num_tokens, *[num_rows] * 3, num_sampled, num_rows)
         sampling = samples, samples, self._max_rows + 1, samples, next_ids
         *values, tables = self.views_of((*sizes, *sampling, num_rows))
-        return [*values[:6], tables], SamplingInputs(*values[6:])
+        inputs = StepInputs._make((*values[:6], tables))
+        return inputs, SamplingInputs(*values[6:])
 
 
 def _padded(values: Sequence[int], size: int) -> np.ndarray:

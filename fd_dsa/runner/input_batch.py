@@ -44,6 +44,27 @@ NO_SAMPLING = SamplingInputs()
 """Inputs of a step that the host samples."""
 
 
+class StepInputs(NamedTuple):
+    """Arrays of a step, in host memory or on the model's device. B = number of rows of the step.
+
+    Attributes:
+        token_ids: int64, on a device int32, [num_tokens]; ids of all rows, one row after another.
+            On a device zeros follow up to the padded number of tokens.
+        num_chunk_tokens, num_computed_tokens, num_scheduled_tokens: int32 [B]; see InputBatch.
+        sampled: int64, on a device int32, [n]; flat tokens whose logits are asked for.
+        pending_source: int32 [B]; see InputBatch.
+        block_tables: int32 [B, max_blocks_per_seq].
+    """
+
+    token_ids: StepArray
+    num_chunk_tokens: StepArray
+    num_computed_tokens: StepArray
+    num_scheduled_tokens: StepArray
+    sampled: StepArray
+    pending_source: StepArray
+    block_tables: StepArray
+
+
 class InputBatch:
     """Rows, block tables and packed token ids of the step that is being assembled.
 
@@ -169,16 +190,14 @@ class InputBatch:
         self.num_prefill_tokens += sum(chunks)
         self.max_seqlen_k = max(self.max_seqlen_k, *map(add, num_computed_tokens, num_new))
 
-    def arrays(self, sampled: np.ndarray) -> tuple[np.ndarray, ...]:
-        """Return the inputs of a `Step` as they are staged, from `token_ids` to `block_tables`.
-
-        They are arrays of the batch without padding, valid until the next `begin_step`.
+    def arrays(self, sampled: np.ndarray) -> StepInputs:
+        """Return the arrays of the step without padding, valid until the next `begin_step`.
 
         Args:
             sampled: int64 [n]; flat tokens whose logits are wanted.
         """
         rows = self.num_rows
-        return (
+        return StepInputs(
             self.staged_ids(),
             self.num_chunk_tokens[:rows],
             self.num_computed_tokens[:rows],

@@ -17,7 +17,7 @@ from fd_dsa.ops.arrays import as_numpy, rows_at
 from fd_dsa.ops.sampling.parameters import SlotParameters
 from fd_dsa.ops.sampling.token_buffer import TokenBuffer
 from fd_dsa.runner.counters import StepCounters
-from fd_dsa.runner.input_batch import NO_SAMPLING, InputBatch, SamplingInputs
+from fd_dsa.runner.input_batch import NO_SAMPLING, InputBatch, SamplingInputs, StepInputs
 from fd_dsa.runner.model_protocol import Model
 from fd_dsa.runner.protocol import RunnerInfo, StepFuture
 from fd_dsa.runner.selections import Selections
@@ -135,26 +135,23 @@ class ModelRunner:
             ValueError: inconsistent lengths or block tables, with row and value.
         """
         batch, steps = self.input_batch, self.device_steps
-        inputs: Sequence[StepArray]
         if steps is not None:
-            lengths = self.stage(sampled, sampling)[1:4]
+            on_host = self.stage(sampled, sampling)
             sizes = batch.num_tokens, batch.num_rows, len(sampled)
             inputs, sampling = steps.inputs.views(*sizes)
         else:
-            inputs = batch.arrays(sampled)
-            lengths, sampling = inputs[1:4], NO_SAMPLING
+            inputs = on_host = batch.arrays(sampled)
+            sampling = NO_SAMPLING
             if self._mtp is not None:
                 # the layer runs after rows that have ended have lost their blocks
-                inputs = (*inputs[:-1], inputs[-1].copy())
+                inputs = inputs._replace(block_tables=inputs.block_tables.copy())
+        _, chunks, computed, scheduled, *_ = on_host
+        lengths = chunks, computed, scheduled
         hints = StepHints(batch.num_tokens, batch.num_prefill_tokens, batch.max_seqlen_k)
         return self._begin(hints, inputs, sampling, lengths, has_pending=batch.has_pending)
 
-    def stage(self, sampled: np.ndarray, sampling: SamplingInputs) -> tuple[np.ndarray, ...]:
-        """Enqueue the copy of the step in the batch to the device.
-
-        Returns:
-            See `InputBatch.arrays`.
-        """
+    def stage(self, sampled: np.ndarray, sampling: SamplingInputs) -> StepInputs:
+        """Enqueue the copy of the step in the batch to the device, and return its host arrays."""
         batch, steps = self.input_batch, self._on_device()
         if sampling.slots and self._mtp is not None:
             next_ids = batch.next_tokens(sampled, steps.buffer.sample)
@@ -166,7 +163,7 @@ class ModelRunner:
     def _begin(
         self,
         hints: StepHints,
-        inputs: Sequence[StepArray],
+        inputs: StepInputs,
         sampling: SamplingInputs,
         lengths: HostLengths | None,
         *,
@@ -178,19 +175,16 @@ class ModelRunner:
 
         Args:
             hints: counts of the step.
-            inputs: fields of the step from `token_ids` to `block_tables`.
+            inputs: arrays of the step on the model's device.
             sampling: how a device samples its tokens.
             lengths: token counts of its rows in host memory, if they are known.
             has_pending: True if the step may have pending tokens.
         """
         backend = self.attn_backends[0]
-        ids, chunks, computed, scheduled, sampled, source, tables = inputs
-        self.forward_meta = step = Step(
-            *(ids, chunks, computed, scheduled, sampled, source, tables),
-            *(self.caches, backend, sampling),
-        )
+        self.forward_meta = step = Step(*inputs, self.caches, backend, sampling)
         if self.device_steps is not None and has_pending:
             self.device_steps.resolve_pending(step)
+        _, chunks, computed, scheduled, *_, tables = inputs
         backend.build_step(step, (chunks, computed, scheduled, tables), hints, lengths)
         return step
 

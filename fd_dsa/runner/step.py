@@ -30,15 +30,11 @@ class Step:
 
     Layers are called with it as `forward_meta`. Every step has a new one, as in FastDeploy
     (docs/design.md, "FastDeploy's contract"). A row has one token and its drafts, or a prefill
-    chunk. B = number of rows of the step.
+    chunk.
 
     Attributes:
-        token_ids: int64, on a device int32, [num_tokens]; ids of all rows, one row after another.
-            On a device zeros follow up to the padded number of tokens.
-        num_chunk_tokens, num_computed_tokens, num_scheduled_tokens: int32 [B]; see InputBatch.
-        sampled: int64, on a device int32, [n]; flat tokens whose logits are asked for.
-        pending_source: int32 [B]; see InputBatch.
-        block_tables: int32 [B, max_blocks_per_seq].
+        token_ids, num_chunk_tokens, num_computed_tokens, num_scheduled_tokens, sampled,
+            pending_source, block_tables: see StepInputs.
         caches: caches of the attention backend; for DSA two tensors a layer, latents and indexer
             keys.
         attn_backend: attention backend that all layers call.

@@ -30,7 +30,7 @@ import triton
 
 # compute capability from which a kernel can be launched while the previous kernel runs
 _OVERLAPS_FROM = 90
-# variants that one spelling of a call may find by its key; others pass all checks in every launch
+# keys that are kept for a spelling; calls with other keys pass all checks in every launch
 _MAX_KNOWN = 4096
 _ADDRESS, _DTYPE = methodcaller("data_ptr"), attrgetter("dtype")
 _IS_CONTIGUOUS = methodcaller("is_contiguous")
@@ -100,8 +100,8 @@ class _Spelling:
     Attributes:
         api: interface to the library of the tensors.
         tensors: function for the tensors, in the order of `Variant.tensors`.
-        known: by the key of a call its variant, the function for its numbers, and the dtypes of
-            its tensors. The key has the identity of each dtype, so the dtypes are kept alive.
+        known: variant, function for its numbers and dtypes of the tensors, by the key of a call.
+            The key has the identity of each dtype, so the dtypes are kept alive.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class _Spelling:
             *self._constants(values),
             *map(id, map(_DTYPE, tensors)),
             *map(_specialization, self._specialized(values)),
-            # one test for all, which is true for most calls
+            # most calls have only aligned tensors, which one test of all addresses shows
             reduce(or_, aligned, 0) & 15 and tuple(address & 15 == 0 for address in aligned),
         )
 
@@ -160,12 +160,12 @@ def _specialization(value: int) -> int:
 
 
 def _has_key(variant: Variant, names: Sequence[str], types: Sequence[type]) -> bool:
-    """Return True if calls that are spelled like one of a variant tell by a key that it serves."""
+    """Return True if a key selects this variant for calls with such names and types."""
     parameters, arguments = variant.signature.parameters, variant.arguments
     for name, kind in zip(names, types, strict=True):
         parameter = parameters.get(name)
         if parameter is None or parameter.is_constexpr:
-            # zeros of two signs are equal, and NaN equals no float
+            # a key does not distinguish 0.0 and -0.0, and does not find NaN
             is_plain = kind is not float
         else:
             is_plain = kind in _NUMBERS or hasattr(kind, "data_ptr")
