@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -86,12 +85,12 @@ def other_pairing(model: OpenModel) -> Iterator[None]:
     """The demo model's indexers with the pairing that is not theirs."""
     runner = model.sequence.runner
     indexers = [layer.self_attn.indexer for layer in runner.model.layers]
-    own = [indexer.config for indexer in indexers]
-    for indexer, config in zip(indexers, own, strict=True):
-        indexer.config = replace(config, indexer_rope_interleave=not config.indexer_rope_interleave)
+    own = [indexer.rope_interleave for indexer in indexers]
+    for indexer, interleaves in zip(indexers, own, strict=True):
+        indexer.rope_interleave = not interleaves
     yield
-    for indexer, config in zip(indexers, own, strict=True):
-        indexer.config = config
+    for indexer, interleaves in zip(indexers, own, strict=True):
+        indexer.rope_interleave = interleaves
 
 
 @pytest.fixture(scope="module")
