@@ -93,7 +93,8 @@ def test_after_the_timeout_the_rest_is_aborted_but_answered(
 ) -> None:
     with serving(tmp_path, "--shutdown-timeout", "0.5", body=SLOW) as live:
         whole, stream = (ask(live, clients, **ENDLESS, stream=is_on) for is_on in (False, True))
-        # 60 steps of 50 ms before its first token
+        wait_for_running(live, 2)
+        # 60 steps of 50 ms before its first token; if it came first, the others would wait for it
         prefill = ask(live, clients, prompt="a" * 960, max_tokens=9)
         wait_for_running(live, 3)
         live.process.terminate()
