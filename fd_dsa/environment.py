@@ -14,9 +14,10 @@ import sys
 import tempfile
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from fd_dsa.errors import ConfigError
@@ -87,6 +88,29 @@ def set_heaps(name: str, parameter: int, value: int) -> bool:
     return mallopt is not None and bool(mallopt(parameter, value))
 
 
+class _SignalKeeper:
+    """Finder that finds no module, but sets signal handlers before each import.
+
+    Paddle's import sets its own handlers by sigaction(2), about a second before it ends.
+    """
+
+    def __init__(self, numbers: Iterable[signal.Signals]) -> None:
+        self.numbers, self.caught = tuple(numbers), list[int]()
+        self.set_handlers()
+
+    def set_handlers(self) -> None:
+        """Collect the signals of the keeper instead of acting on them."""
+        for number in self.numbers:
+            signal.signal(number, lambda caught, _: self.caught.append(caught))
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> None:
+        """Set the handlers again, and leave the search to other finders."""
+        if threading.current_thread() is threading.main_thread():
+            self.set_handlers()
+
+
 def _import_paddle() -> None:
     """Import Paddle if it is installed, and keep the caller's signal handlers.
 
@@ -94,20 +118,24 @@ def _import_paddle() -> None:
     a damaged heap, so signals are delivered after it. Blocking them here is not enough, because
     another thread would receive them.
     """
+    keeper: _SignalKeeper | None = None
     handlers: dict[signal.Signals, Any] = {}
-    late: list[int] = []
     # only the main thread can set signal handlers
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            handlers[number] = signal.signal(number, lambda caught, _: late.append(caught))
+        numbers = signal.SIGINT, signal.SIGTERM
+        handlers = {number: signal.getsignal(number) for number in numbers}
+        keeper = _SignalKeeper(numbers)
+        sys.meta_path.insert(0, keeper)
     try:
         with suppress(ImportError):
             import paddle  # noqa: F401
     finally:
+        if keeper is not None:
+            sys.meta_path.remove(keeper)
         for number, handler in handlers.items():
             # a handler that was not set by Python is unknown and cannot be restored
             signal.signal(number, handler or signal.SIG_DFL)
-    for caught in late:
+    for caught in keeper.caught if keeper else ():
         signal.raise_signal(caught)
 
 
