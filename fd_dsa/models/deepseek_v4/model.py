@@ -94,7 +94,6 @@ class DeepseekV4ForCausalLM:
     def __call__(self, token_ids: Array, forward_meta: LayerStep) -> np.ndarray:
         """Return streams after the last layer, [num_tokens, num_streams * hidden_size].
 
-
         Only those of `forward_meta.sampled` have values, because the last layer skips the others.
 
         Args:
