@@ -14,11 +14,10 @@ import sys
 import tempfile
 import threading
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 from fd_dsa.errors import ConfigError
 
@@ -94,8 +93,8 @@ class _SignalKeeper:
     Paddle's import sets its own handlers by sigaction(2), about a second before it ends.
     """
 
-    def __init__(self, numbers: Iterable[signal.Signals]) -> None:
-        self.numbers, self.caught = tuple(numbers), list[int]()
+    def __init__(self, numbers: Sequence[signal.Signals]) -> None:
+        self.numbers, self.caught = numbers, list[int]()
         self.set_handlers()
 
     def set_handlers(self) -> None:
@@ -118,24 +117,21 @@ def _import_paddle() -> None:
     a damaged heap, so signals are delivered after it. Blocking them here is not enough, because
     another thread would receive them.
     """
-    keeper: _SignalKeeper | None = None
-    handlers: dict[signal.Signals, Any] = {}
     # only the main thread can set signal handlers
-    if threading.current_thread() is threading.main_thread():
-        numbers = signal.SIGINT, signal.SIGTERM
-        handlers = {number: signal.getsignal(number) for number in numbers}
-        keeper = _SignalKeeper(numbers)
-        sys.meta_path.insert(0, keeper)
+    is_main = threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGINT, signal.SIGTERM) if is_main else ()
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    keeper = _SignalKeeper(numbers)
+    sys.meta_path.insert(0, keeper)
     try:
         with suppress(ImportError):
             import paddle  # noqa: F401
     finally:
-        if keeper is not None:
-            sys.meta_path.remove(keeper)
+        sys.meta_path.remove(keeper)
         for number, handler in handlers.items():
             # a handler that was not set by Python is unknown and cannot be restored
             signal.signal(number, handler or signal.SIG_DFL)
-    for caught in keeper.caught if keeper else ():
+    for caught in keeper.caught:
         signal.raise_signal(caught)
 
 
