@@ -64,6 +64,11 @@ class StepInputs(NamedTuple):
     pending_source: StepArray
     block_tables: StepArray
 
+    @property
+    def lengths(self) -> tuple[StepArray, StepArray, StepArray]:
+        """Three token counts of the rows: of prefill chunks, computed and scheduled."""
+        return self.num_chunk_tokens, self.num_computed_tokens, self.num_scheduled_tokens
+
 
 class InputBatch:
     """Rows, block tables and packed token ids of the step that is being assembled.

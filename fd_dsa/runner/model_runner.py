@@ -145,9 +145,8 @@ class ModelRunner:
             if self._mtp is not None:
                 # the layer runs after rows that have ended have lost their blocks
                 inputs = inputs._replace(block_tables=inputs.block_tables.copy())
-        _, chunks, computed, scheduled, *_ = on_host
-        lengths = chunks, computed, scheduled
         hints = StepHints(batch.num_tokens, batch.num_prefill_tokens, batch.max_seqlen_k)
+        lengths = on_host.lengths
         return self._begin(hints, inputs, sampling, lengths, has_pending=batch.has_pending)
 
     def stage(self, sampled: np.ndarray, sampling: SamplingInputs) -> StepInputs:
@@ -184,8 +183,7 @@ class ModelRunner:
         self.forward_meta = step = Step(*inputs, self.caches, backend, sampling)
         if self.device_steps is not None and has_pending:
             self.device_steps.resolve_pending(step)
-        _, chunks, computed, scheduled, *_, tables = inputs
-        backend.build_step(step, (chunks, computed, scheduled, tables), hints, lengths)
+        backend.build_step(step, (*inputs.lengths, inputs.block_tables), hints, lengths)
         return step
 
     def run_padded(self, key: GraphKey) -> Step:

@@ -29,8 +29,7 @@ class Step:
     """Inputs of one step on the model's device, its metadata, and its results.
 
     Layers are called with it as `forward_meta`. Every step has a new one, as in FastDeploy
-    (docs/design.md, "FastDeploy's contract"). A row has one token and its drafts, or a prefill
-    chunk.
+    (docs/concepts/fastdeploy-contract.md). A row has one token and its drafts, or a prefill chunk.
 
     Attributes:
         token_ids, num_chunk_tokens, num_computed_tokens, num_scheduled_tokens, sampled,
