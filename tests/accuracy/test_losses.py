@@ -49,7 +49,7 @@ def test_a_sequence_longer_than_the_caches_is_refused() -> None:
 
 
 def test_no_jump_at_the_selection_s_size() -> None:
-    """Losses before, at and after index_topk follow dense attention; a collapse would not."""
+    """Compare losses before, at and after index_topk with those of dense attention."""
 
     def losses(model: OpenModel) -> np.ndarray:
         return token_losses(model.sequence, model.tokenizer.encode(PROSE * 3))

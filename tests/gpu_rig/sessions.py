@@ -60,5 +60,5 @@ def run_session(form: str, *arguments: str) -> int:
 
 
 def run_guarded(*arguments: str) -> int:
-    """Run tests, without twins, on the form in which host access faults; see `run_session`."""
+    """Run tests without twins by `run_session`, on the form in which host access faults."""
     return run_session("guard", *arguments, *(f"--deselect={DEVICE}/{test}" for test in TWINS))
