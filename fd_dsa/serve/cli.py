@@ -22,7 +22,7 @@ from fd_dsa.errors import ConfigError, FdDsaError, describe_error, flag_error, i
 from fd_dsa.serve.flag_sources import parse_args, unused_variables
 from fd_dsa.serve.flags import ServerOptions
 from fd_dsa.serve.flags import build_parser as build_parser
-from fd_dsa.serve.heaps import keep_heaps_trimmed, share_heaps
+from fd_dsa.serve.heap import keep_heap_trimmed, share_heap
 from fd_dsa.serve.listener import connection_limit
 from fd_dsa.serve.logs import set_up_logging
 from fd_dsa.signals import discard, open_missing_streams, signal_end, signals_exit_at_once
@@ -55,8 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for flag, reason in args.not_needed.items():
         # as one argument, so that lines about other flags do not count as repeated
         logger.info("%s", f"{flag} is not needed here: {reason}")
-    share_heaps()
-    keep_heaps_trimmed()
+    share_heap()
+    keep_heap_trimmed()
     try:
         return _serve(args)
     except KeyboardInterrupt as stop:

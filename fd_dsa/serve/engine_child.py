@@ -21,7 +21,7 @@ from queue import SimpleQueue
 from fd_dsa.engine.loop import EngineDead, EngineLoop, EngineProperties, Event
 from fd_dsa.errors import describe_error
 from fd_dsa.processes.child import connect_to_parent
-from fd_dsa.serve.heaps import keep_heaps_trimmed, share_heaps, trim_heaps
+from fd_dsa.serve.heap import keep_heap_trimmed, share_heap, trim_heap
 from fd_dsa.serve.info import INFO, engine_info
 from fd_dsa.serve.logs import set_up_logging
 from fd_dsa.startup.progress import StartupProgress
@@ -53,8 +53,8 @@ def main() -> int:
     connection = connect_to_parent()
     config, log_level, log_json = connection.recv()
     set_up_logging(log_level, as_json=log_json)
-    share_heaps()
-    keep_heaps_trimmed()
+    share_heap()
+    keep_heap_trimmed()
     loops: SimpleQueue[EngineLoop] = SimpleQueue()
     threading.Thread(
         target=_read, args=(connection, loops), name="fd_dsa-commands", daemon=True
@@ -70,7 +70,7 @@ def main() -> int:
         connection.send(_portable(error))
         return 0
     # the files of weights and tokenizer have been read and freed
-    trim_heaps()
+    trim_heap()
     loop = EngineLoop(engine, _sender(connection), {INFO: lambda _: engine_info(config)})
     loops.put(loop)
     ranks = engine.runner.info.ranks

@@ -30,7 +30,7 @@ from fd_dsa.engine.tokenizer import Tokenizer
 from fd_dsa.runner.input_batch import InputBatch
 from fd_dsa.serve.app import create_app
 from fd_dsa.serve.errors import is_anthropic
-from fd_dsa.serve.heaps import share_heaps
+from fd_dsa.serve.heap import share_heap
 from fd_dsa.serve.state import ServerState
 from tests.engine.threaded import threaded
 from tests.soak import report
@@ -197,5 +197,5 @@ def run(first: int, count: int) -> Counter[str]:
 
 if __name__ == "__main__":
     # as a server does
-    share_heaps()
+    share_heap()
     report.main(__doc__, "requests", 100_000, run)

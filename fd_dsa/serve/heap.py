@@ -1,4 +1,4 @@
-"""Heaps of glibc's allocator: few of them, trimmed to return freed memory."""
+"""The heap of glibc's allocator: one for all threads, trimmed to return freed memory."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from fd_dsa.environment import set_heaps
 
 # parameter of mallopt(3)
 _M_ARENA_MAX = -8
-_NUM_ARENAS = 2
+_NUM_ARENAS = 1
 TRIM_EVERY_S = 10.0
 """Seconds between two calls of malloc_trim."""
 
 
-def share_heaps() -> bool:
-    """Limit this process to two shared heaps. Call it before the first thread starts.
+def share_heap() -> bool:
+    """Limit this process to one heap. Call it before the first thread starts.
 
     By default each thread gets its own heap, up to eight for each processor. Many threads parse
-    bodies and compile grammars, and each leaves holes in its heap. `python -m tests.soak.fuzz`
-    measures the effect; MALLOC_ARENA_MAX=16 shows it without the limit.
+    bodies, render templates and compile grammars, and each leaves holes in its heap. Also,
+    `trim_heap` only frees the end of the first heap. `python -m tests.soak.siege` measures the
+    effect; MALLOC_ARENA_MAX=16 shows it without the limit.
 
     Returns:
         False if the environment sets the number of heaps, or the allocator is not glibc's.
@@ -30,7 +31,7 @@ def share_heaps() -> bool:
     return set_heaps("arena_max", _M_ARENA_MAX, _NUM_ARENAS)
 
 
-def trim_heaps() -> None:
+def trim_heap() -> None:
     """Return free pages to the system.
 
     glibc itself only returns the end of a heap, so one living tensor or string keeps all freed
@@ -43,12 +44,12 @@ def trim_heaps() -> None:
         trim(0)
 
 
-def keep_heaps_trimmed() -> None:
-    """Start a thread that calls `trim_heaps` every ten seconds until the process ends."""
+def keep_heap_trimmed() -> None:
+    """Start a thread that calls `trim_heap` every ten seconds until the process ends."""
 
     def work() -> None:
         while True:
             time.sleep(TRIM_EVERY_S)
-            trim_heaps()
+            trim_heap()
 
-    threading.Thread(target=work, name="heaps", daemon=True).start()
+    threading.Thread(target=work, name="heap", daemon=True).start()

@@ -1,4 +1,4 @@
-"""Settings of glibc's allocator: heaps that threads share, and memory that is kept."""
+"""Settings of glibc's allocator: the heap that threads share, and memory that is kept."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ pytestmark = pytest.mark.skipif(
 # threads that take memory at the same time, then glibc's own account of its heaps
 PROGRAM = """
 import ctypes, threading
-from fd_dsa.serve.heaps import share_heaps
-print(share_heaps())
+from fd_dsa.serve.heap import share_heap
+print(share_heap())
 libc = ctypes.CDLL(None)
 libc.malloc.restype = ctypes.c_void_p
 together = threading.Barrier(6)
@@ -37,17 +37,23 @@ libc.fflush(out)
 """
 
 
-def heaps_of(variables: dict[str, str]) -> tuple[str, int]:
-    """What `share_heaps` returned in a new process, and how many heaps that has afterwards."""
+def run(program: str, variables: dict[str, str]) -> str:
+    """Return the output of a program whose heaps only `variables` configure."""
     names = {"MALLOC_ARENA_MAX", "GLIBC_TUNABLES"}
     environment = {k: v for k, v in os.environ.items() if k not in names} | variables
-    command = [sys.executable, "-u", "-c", PROGRAM]
+    command = [sys.executable, "-u", "-c", program]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
-    return done.stdout.split("\n")[0], done.stdout.count("<heap ")
+    return done.stdout
 
 
-def test_threads_share_two_heaps() -> None:
-    assert heaps_of({}) == ("True", 2)
+def heaps_of(variables: dict[str, str]) -> tuple[str, int]:
+    """Return the result of `share_heap` in a new process, and its number of heaps afterwards."""
+    output = run(PROGRAM, variables)
+    return output.split("\n")[0], output.count("<heap ")
+
+
+def test_threads_share_a_heap() -> None:
+    assert heaps_of({}) == ("True", 1)
 
 
 @pytest.mark.parametrize(
@@ -61,8 +67,8 @@ def test_the_environment_decides(variables: dict[str, str]) -> None:
 HOLE = """
 import ctypes, time
 from pathlib import Path
-from fd_dsa.serve import heaps
-heaps.TRIM_EVERY_S = 0.05
+from fd_dsa.serve import heap
+heap.TRIM_EVERY_S = 0.05
 libc = ctypes.CDLL(None)
 libc.malloc.restype = ctypes.c_void_p
 assert libc.mallopt(-3, 1 << 25)
@@ -75,7 +81,7 @@ full = resident()
 for block in blocks[:-1]:
     libc.free(block)
 assert full - resident() < 8 << 20
-heaps.keep_heaps_trimmed()
+heap.keep_heap_trimmed()
 end = time.monotonic() + 30
 while full - resident() < 56 << 20 and time.monotonic() < end:
     time.sleep(0.05)
@@ -86,6 +92,42 @@ print(full - resident() >> 20)
 def test_holes_are_given_back() -> None:
     done = subprocess.run([sys.executable, "-c", HOLE], capture_output=True, text=True, check=True)
     assert int(done.stdout) >= 56
+
+
+# memory that threads have taken and freed at the same time, with the settings of a server
+THREADS = """
+import ctypes, threading
+from pathlib import Path
+from fd_dsa.environment import prepare_cpu_runtime
+from fd_dsa.serve.heap import share_heap, trim_heap
+share_heap()
+prepare_cpu_runtime()
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+together = threading.Barrier(4)
+def take():
+    blocks = [ctypes.c_void_p(libc.malloc(100_000)) for _ in range(200)]
+    for block in blocks:
+        ctypes.memset(block, 1, 100_000)
+    together.wait()
+    for block in blocks:
+        libc.free(block)
+before = resident()
+threads = [threading.Thread(target=take) for _ in range(4)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+trim_heap()
+print(resident() - before >> 20)
+"""
+
+
+def test_memory_of_threads_is_given_back() -> None:
+    assert int(run(THREADS, {})) < 20
+    assert int(run(THREADS, {"MALLOC_ARENA_MAX": "4"})) > 40
 
 
 # page faults of arrays of 10 MiB together, taken and freed twice, when heaps have grown
