@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fd_dsa.errors import CapacityError
-from fd_dsa.ops.sampling.token_buffer import staged_ids
 from fd_dsa.tensor import StepArray
 
 
@@ -30,7 +29,8 @@ class SamplingInputs(NamedTuple):
         logits_indptr: first row of logits of each request, then the number of rows. The rows of
             drafts follow the row of their request. On a device padded by -1.
         mask_rows: row of each mask in the masks of the step, -1 = no mask; empty without masks.
-        next_ids: values of `InputBatch.next_tokens`; empty without a layer that reads them.
+        next_ids: values of `InputBatch.next_tokens`, which the runner adds in a `Step`; empty
+            without a layer that reads them.
     """
 
     slots: StepArray = ()
@@ -215,7 +215,7 @@ class InputBatch:
     def staged_ids(self) -> np.ndarray:
         """Return the token ids of the step as a device takes them, int64 [num_tokens]."""
         ids = self.token_ids[: self.num_tokens]
-        return staged_ids(ids, self.pending[: self.num_tokens]) if self.has_pending else ids
+        return _staged(ids, self.pending[: self.num_tokens]) if self.has_pending else ids
 
     def next_tokens(
         self, sampled: Sequence[int] | np.ndarray = (), first_sample: int = 0
@@ -230,13 +230,13 @@ class InputBatch:
         samples = np.arange(first_sample, first_sample + len(sampled), dtype=np.int32)
         if len(sampled) == self.num_tokens:
             # a decode step, in which every token is followed by a sample
-            return staged_ids(samples, samples)
+            return _staged(samples, samples)
         tokens, ends = slice(self.num_tokens), list(self.next_prompt_tokens)
         next_ids = np.roll(self.token_ids[tokens], -1)
         pending = np.roll(self.pending[tokens], -1)
         next_ids[ends], pending[ends] = list(self.next_prompt_tokens.values()), -1
         pending[np.asarray(sampled, np.int64)] = samples
-        return staged_ids(next_ids, pending)
+        return _staged(next_ids, pending)
 
     def state(self) -> tuple[Any, ...]:
         """Return the step for `restore` in another process."""
@@ -290,3 +290,19 @@ class InputBatch:
     def clear_row(self, row: int) -> None:
         """Clear the block table of `row`."""
         self.block_tables[row] = -1
+
+
+def _staged(token_ids: np.ndarray, pending: np.ndarray) -> np.ndarray:
+    """Return the values from which `follow_kernel` makes the token ids of a step.
+
+    Ids are never negative, so one value has either the id or the index of a pending token.
+
+    Args:
+        token_ids: integers [n]; ids of tokens that the host knows.
+        pending: int32 [n]; index of each pending token in the `TokenBuffer`, -1 = the host knows
+            it.
+
+    Returns:
+        int64 [n]; the id, or -1 - index of a pending token.
+    """
+    return np.where(pending < 0, token_ids, -1 - pending.astype(np.int64))

@@ -1,16 +1,10 @@
 """Tokens that a step samples on a device, and how later steps name them before the host has them.
 
 A pending token is one that a device has sampled or will sample before the step that reads it. The
-host names it by its index in the token buffer. Ids of tokens are never negative, so a copy to the
-device carries either the id or the index in one int32 value.
+host names it by its index in the token buffer.
 """
 
 from __future__ import annotations
-
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
 
 NOT_FINITE = -1
 """Result of a row whose logits hold NaN or +inf, or only -inf."""
@@ -56,18 +50,3 @@ class TokenBuffer:
 
 def _aligned(count: int) -> int:
     return -(-count // _ALIGNED) * _ALIGNED
-
-
-def staged_ids(
-    token_ids: npt.NDArray[np.integer[Any]], pending: npt.NDArray[np.int32]
-) -> npt.NDArray[np.int64]:
-    """Return the values from which `follow_kernel` makes the token ids of a step.
-
-    Args:
-        token_ids: integers [n]; ids of tokens that the host knows.
-        pending: int32 [n]; index of each pending token in the buffer, -1 = the host knows it.
-
-    Returns:
-        int64 [n]; the id, or -1 - index of a pending token.
-    """
-    return np.where(pending < 0, token_ids, -1 - pending.astype(np.int64))

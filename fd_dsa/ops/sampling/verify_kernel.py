@@ -94,9 +94,9 @@ def follow_kernel(
 ):
     """Resolve the pending tokens of a step. Program p handles ids [p * BLOCK, (p + 1) * BLOCK).
 
-    A value of -1 - i, made by `staged_ids`, becomes token i of the token buffer. Program 0 also
-    corrects all rows: row i continues request `follows[i]` of the step before, if any, which has
-    `known` tokens in the cache. The host has planned with the maximum, so the positions of the
+    A value of -1 - i, made by `InputBatch.staged_ids`, becomes token i of the token buffer. Program
+    0 also corrects all rows: row i continues request `follows[i]` of the step before, if any, which
+    has `known` tokens in the cache. The host has planned with the maximum, so the positions of the
     slot's samples become smaller by the difference.
     """
     program, lane = tl.program_id(0), tl.arange(0, BLOCK)
