@@ -7,6 +7,8 @@ of 128 rows.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from fd_dsa.ops.dense_kernels import GROUP, quantized, sigmoid
 from fd_dsa.ops.device_functions import stored, to_bfloat16, widened
 from fd_dsa.ops.fp8_gemm import fp8_pointer, fp8_sums
@@ -20,6 +22,7 @@ import triton.language as tl  # isort: skip
 _GROUP = tl.constexpr(GROUP)
 
 
+@lru_cache(maxsize=4096)
 def configuration(
     kind: str, num_pairs: int, num_experts: int, gated: bool, shared_bytes: int
 ) -> Tiling:

@@ -11,6 +11,8 @@ Source: DeepSeek-V3 (arXiv 2412.19437) §3.3.2, promotion of partial sums every 
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from fd_dsa.errors import ShapeError
 from fd_dsa.ops.dense_kernels import GROUP, Fp8Rows, empty_beside, native_fp8
 from fd_dsa.ops.device_functions import stored
@@ -35,6 +37,7 @@ _GROUP = tl.constexpr(GROUP)
 _BAND = tl.constexpr(8)
 
 
+@lru_cache(maxsize=4096)
 def configuration(rows: int) -> Tiling:
     """Return the tiling for a number of rows that is the fastest in `benchmarks.gpu_gemms`."""
     tile = next((tile for tile in (16, 32, 64) if rows <= tile), 128)

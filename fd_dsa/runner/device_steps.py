@@ -60,20 +60,23 @@ class DeviceInputs(StagedInputs):
         sampling = samples, samples, rows + 1, samples, max_next
         super().__init__(allocate, (*sizes, *sampling), rows, columns)
 
-    def stage(self, inputs: StepInputs, sampling: SamplingInputs) -> None:
-        """Enqueue the copy of `InputBatch.arrays` and of sampling inputs.
+    def stage(
+        self,
+        inputs: StepInputs,
+        sampling: SamplingInputs,
+        next_ids: Sequence[int] | np.ndarray = (),
+    ) -> None:
+        """Enqueue the copy of the inputs of a step. The arrays may change afterwards.
 
-        The arrays may change afterwards.
+        Args:
+            inputs: result of `InputBatch.arrays`.
+            sampling: how a token is sampled from each row of logits.
+            next_ids: result of `InputBatch.next_tokens`, if a layer reads them.
         """
         (*values, tables), samples = inputs, self._max_samples
-        padded = SamplingInputs(
-            _padded(sampling.slots, samples),
-            sampling.positions,
-            _padded(sampling.logits_indptr, self._max_rows + 1) if self._has_drafts else (),
-            _padded(sampling.mask_rows, samples),
-            sampling.next_ids,
-        )
-        self.queue((*values, *padded), tables)
+        firsts = _padded(sampling.logits_indptr, self._max_rows + 1) if self._has_drafts else ()
+        slots, mask_rows = _padded(sampling.slots, samples), _padded(sampling.mask_rows, samples)
+        self.queue((*values, slots, sampling.positions, firsts, mask_rows, next_ids), tables)
 
     def views(
         self, num_tokens: int, num_rows: int, num_sampled: int

@@ -152,11 +152,11 @@ class ModelRunner:
     def stage(self, sampled: np.ndarray, sampling: SamplingInputs) -> StepInputs:
         """Enqueue the copy of the step in the batch to the device, and return its host arrays."""
         batch, steps = self.input_batch, self._on_device()
+        next_ids: Sequence[int] | np.ndarray = ()
         if sampling.slots and self._mtp is not None:
             next_ids = batch.next_tokens(sampled, steps.buffer.sample)
-            sampling = sampling._replace(next_ids=next_ids)
         inputs = batch.arrays(sampled)
-        steps.inputs.stage(inputs, sampling)
+        steps.inputs.stage(inputs, sampling, next_ids)
         return inputs
 
     def _begin(

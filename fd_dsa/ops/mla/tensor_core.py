@@ -63,6 +63,7 @@ class Partials(NamedTuple):
     lse: Any
 
 
+@lru_cache(maxsize=4096)
 def form_for(num_heads: int, num_tokens: int, fp8: bool) -> Form:
     """Return the tile sizes that were fastest on an H200 for these heads and tokens."""
     if num_heads <= 8:
