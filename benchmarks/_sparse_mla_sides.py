@@ -18,11 +18,10 @@ import torch
 from benchmarks import _gpu, _peers
 from benchmarks._logits_sides import codes
 from custom_ops.build_library import BuildError, build_library
-from fd_dsa.attention.device import keys_per_token
 from fd_dsa.attention.device_memory import LOGITS_BYTES
 from fd_dsa.cache_formats import LATENT_RECORD_BYTES, LATENT_WIDTH, ROPE_WIDTH
 from fd_dsa.ops.mla.custom_op import kind_for
-from fd_dsa.ops.mla.records import Dequantized, DequantizedRecords
+from fd_dsa.ops.mla.records import Dequantized, DequantizedRecords, keys_per_token
 from fd_dsa.ops.mla.tensor_core import Form, Partials, attend_on_tensor_cores, new_partials
 
 import triton  # isort: skip

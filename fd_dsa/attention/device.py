@@ -24,9 +24,9 @@ from fd_dsa.attention.device_scores import (
     PageScores,
     Sizes,
     TileScores,
-    rounded_length,
     tile_sizes,
     why_not_tiles,
+    widths_up_to,
 )
 from fd_dsa.attention.overlap import IndexerOverlap
 from fd_dsa.attention.protocol import HostLengths, IndexerLayer, MlaLayer
@@ -36,8 +36,9 @@ from fd_dsa.errors import KernelUnavailable
 from fd_dsa.ops.arrays import check_shape, values_of
 from fd_dsa.ops.cache_write import CacheWriteParams
 from fd_dsa.ops.cache_write.triton_kernel import write_caches
+from fd_dsa.ops.key_bounds import prompt_windows
 from fd_dsa.ops.mla.custom_op import CustomAttention, choose_attention, kind_for
-from fd_dsa.ops.mla.records import Dequantized, DequantizedRecords
+from fd_dsa.ops.mla.records import Dequantized, DequantizedRecords, keys_per_token
 from fd_dsa.ops.mla.tensor_core import attend_on_tensor_cores, new_partials
 from fd_dsa.ops.mla.triton_kernel import attend_slots
 from fd_dsa.ops.providers import (
@@ -46,10 +47,10 @@ from fd_dsa.ops.providers import (
     TRITON,
     choose,
     device_kind,
+    function,
     is_refused,
     refuse,
     select_all,
-    selected_provider,
 )
 from fd_dsa.ops.query_kernels import prepare_indexer_query, prepare_mla_query
 from fd_dsa.ops.topk.custom_op import slot_selector
@@ -65,13 +66,7 @@ Projected = tuple[Tensor, Tensor, Tensor, Tensor]
 """Latents of queries and keys, index keys and head weights of a layer."""
 # with fewer prompt tokens in a step, a launch that dequantizes costs more than it saves
 _MIN_PREFILL_TOKENS = 256
-# dequantizing pays up to this number of keys for each new token and 64 heads; measured on an H200
-_KEYS_PER_TOKEN = 128
-
-
-def keys_per_token(num_heads: int) -> int:
-    """Return the max keys per new token of a row whose records are dequantized first."""
-    return _KEYS_PER_TOKEN * -(-num_heads // 64)
+_PROJECTION = "indexer_projection"
 
 
 class TensorCoreAttention:
@@ -169,6 +164,9 @@ class DeviceAttention:
         kind = "interpreter" if kind == "cpu" else kind
         select_all(kind)
         self._kind = kind
+        self._choose_projection()
+        self._slot_widths = widths_up_to(config.index_topk)
+        self._select_slots = slot_selector(kind, allocate)
         self.scores = self._new_scores()
         self.tensor_core_attention = self._new_attention()
         self.dense_prompts: DensePrompts | None = None
@@ -189,7 +187,7 @@ class DeviceAttention:
         """Return the selected kernels that score and select on this kind of device."""
         kind = self._kind
         config, logits = self.config, self._buffers["logits"][0]
-        made = config, self._view, int(logits.shape[0]), slot_selector(kind, self._allocate)
+        made = config, self._view, int(logits.shape[0])
         conditions = {TENSOR_CORE: why_not_tiles(config)}
         if choose("indexer_logits", kind, conditions).provider == TRITON:
             return PageScores(*made)
@@ -213,6 +211,18 @@ class DeviceAttention:
         # the buffer of scores is free when the tokens of a layer attend
         always = is_refused("sparse_mla", kind, TENSOR_CORE)
         return TensorCoreAttention(config, self._allocate, logits, custom, always)
+
+    def _choose_projection(self) -> None:
+        """Select the provider of the indexer's projections."""
+        provider = choose(_PROJECTION, self._kind).provider
+        self._project_indexer = function(_PROJECTION, provider)
+        # a GEMM of Paddle runs on the stream of its cuBLAS handle, which a fork does not change
+        self._may_fork = provider == TRITON
+
+    def _refuse_projection(self, error: KernelUnavailable) -> None:
+        """Select the next provider of the indexer's projections."""
+        refuse(_PROJECTION, self._kind, TRITON, error)
+        self._choose_projection()
 
     def _score(self, call: Callable[[PageScores], None]) -> None:
         """Call with the scores, again with the next provider after a failed compilation.
@@ -280,12 +290,14 @@ class DeviceAttention:
         """Project a layer's input, for the indexer on a second stream if the step forks."""
         # the indexer's projections are never FP8
         values, num_tokens = values_of(hidden), hidden.shape[0]
-        out = self.projection_buffers(num_tokens)
-        # a GEMM of Paddle runs on the stream of its cuBLAS handle, which a fork does not change
-        forked = num_tokens if selected_provider("indexer_projection", values) == TRITON else 0
-        work = partial(layer.project_qkv_a, hidden)
+        out, work = self.projection_buffers(num_tokens), partial(layer.project_qkv_a, hidden)
+
+        def project(x: Tensor) -> tuple[Tensor, Tensor]:
+            return indexer.project(x, self._project_indexer, out)
+
+        forked = num_tokens if self._may_fork else 0
         (latent, kv_a, joined), (index_k, weights) = overlap.run(
-            forked, work, indexer.project, values, out
+            forked, work, project, values, refuse=self._refuse_projection
         )
         return latent, kv_a, index_k if joined is None else joined, weights
 
@@ -331,7 +343,8 @@ class DeviceAttention:
                 self._all_slots = layer, self._all_keys(step, cache)
             return self._all_slots[1]
         slots = self._view("slots", step.position_ids.shape[0], self.config.index_topk)
-        self._score(lambda scores: scores.select(step, q, weights, cache, slots))
+        use = partial(self._fill_slots, slots, step, cache)
+        self._score(lambda scores: scores.compute(step, q, weights, cache, use))
         return slots
 
     def attend(self, step: ForwardMeta, q: Tensor, cache: Tensor, selection: Tensor) -> Tensor:
@@ -367,7 +380,20 @@ class DeviceAttention:
     def _all_keys(self, step: ForwardMeta, cache: Tensor) -> Tensor:
         """Return the selection of a step whose tokens see all of their keys."""
         num_tokens = step.position_ids.shape[0]
-        width = rounded_length(step.max_seqlen_k, self.config.index_topk)
+        width = next(width for width in self._slot_widths if width >= step.max_seqlen_k)
         slots = self._view("slots", num_tokens, width)
-        self.scores.select_by(step, self._view("logits", 1, 1), cache, slots, num_rows=num_tokens)
+        self._fill_slots(slots, step, cache, self._view("logits", 1, 1), num_rows=num_tokens)
         return slots
+
+    def _fill_slots(
+        self, slots: Tensor, step: ForwardMeta, cache: Tensor, logits: Tensor, **rows: int
+    ) -> None:
+        """Fill rows of `slots` with the keys of the best `logits`, by `select_slots`."""
+        self._select_slots(
+            logits,
+            *(step.position_ids, step.batch_id_per_token, step.block_tables, slots),
+            block_size=self.config.cache_layout.block_size,
+            num_blocks=cache.shape[0],
+            windows=prompt_windows(step),
+            **rows,
+        )

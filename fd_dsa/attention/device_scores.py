@@ -1,14 +1,14 @@
-"""Scores of a step's tokens on a device, and the selection of their best keys."""
+"""Scores of a step's tokens on a device, in chunks that fit one buffer."""
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable
 from functools import lru_cache, partial
 
 from fd_dsa.attention.config import DSABackendConfig
 from fd_dsa.device.allocation import CACHED_VIEWS
 from fd_dsa.device.transfers import Transfers
-from fd_dsa.ops.key_bounds import prompt_windows
 from fd_dsa.ops.logits import tile_forms
 from fd_dsa.ops.logits.tile_forms import TileForm, decode_form, prompt_form
 from fd_dsa.ops.logits.tile_kernel import score_tiles
@@ -22,11 +22,20 @@ Sizes = dict[str, tuple[int, tuple[int, ...], str]]
 """Number of values, shape of one value and dtype of each buffer, by name."""
 View = Callable[..., Tensor]
 """Function that returns the start of a named buffer as a tensor [*counts, *shape of one value]."""
+Use = Callable[..., None]
+"""Function of the scores of a chunk, and by name of its `first_token`.
+
+It reads the scores, float32 [rows, width], before the next chunk overwrites them.
+"""
 
 
-def rounded_length(length: int, max_length: int) -> int:
-    """Return the next power of two, at least 64 and at most `max_length`."""
-    return min(max(_MIN_WIDTH, 1 << max(length - 1, 0).bit_length()), max_length)
+def widths_up_to(max_width: int) -> list[int]:
+    """Return the widths of rows of scores or slots, ascending: powers of two, and `max_width`.
+
+    Rows of few widths have few views, and launches of few forms.
+    """
+    powers = (_MIN_WIDTH << i for i in range(max_width.bit_length()))
+    return [*(power for power in powers if power < max_width), max_width]
 
 
 class PageScores:
@@ -35,58 +44,39 @@ class PageScores:
     Args:
         view: returns the start of a named buffer of a DeviceAttention as a tensor.
         num_logits: size of the buffer "logits", at least one token's scores of the longest row.
-        select_slots: result of `topk.custom_op.slot_selector`.
 
     Attributes:
         is_captured: True if a graph reads a schedule that it does not make. `prepare` must then run
             before every replay.
     """
 
-    def __init__(
-        self,
-        config: DSABackendConfig,
-        view: View,
-        num_logits: int,
-        select_slots: Callable[..., None],
-    ) -> None:
-        self._block_size, self._num_logits = config.cache_layout.block_size, num_logits
-        self._max_width = config.max_blocks_per_seq * self._block_size
-        self._select_slots, self.is_captured = select_slots, False
+    def __init__(self, config: DSABackendConfig, view: View, num_logits: int) -> None:
+        self._num_logits, self.is_captured = num_logits, False
+        self._max_width = config.max_blocks_per_seq * config.cache_layout.block_size
+        self._widths = widths_up_to(self._max_width)
         self._logits = lru_cache(maxsize=CACHED_VIEWS)(partial(_logits, view))
 
     def prepare(self, step: ForwardMeta) -> None:
         """Prepare the scores of all layers of a step. This class needs no preparation."""
 
-    def select(
-        self, step: ForwardMeta, q: Tensor, weights: Tensor, cache: Tensor, slots: Tensor
+    def compute(
+        self, step: ForwardMeta, q: Tensor, weights: Tensor, cache: Tensor, use: Use
     ) -> None:
-        """Fill `slots` with the best keys of every token of the step prepared last."""
+        """Score every token of the step prepared last, chunk by chunk."""
         num_tokens = step.position_ids.shape[0]
         stride, width, rows = self._chunks(step)
         for first in range(0, num_tokens, rows):
             logits = self._logits(min(rows, num_tokens - first), stride, width)
             self._score(step, q, weights, cache, logits, first, rows)
-            self.select_by(step, logits, cache, slots, first_token=first)
+            use(logits, first_token=first)
 
-    def select_by(
-        self, step: ForwardMeta, logits: Tensor, cache: Tensor, slots: Tensor, **which: int
-    ) -> None:
-        """Fill rows of `slots` with the keys of the best `logits`."""
-        self._select_slots(
-            logits,
-            step.position_ids,
-            step.batch_id_per_token,
-            step.block_tables,
-            slots,
-            block_size=self._block_size,
-            num_blocks=cache.shape[0],
-            windows=prompt_windows(step),
-            **which,
-        )
+    def _width(self, step: ForwardMeta) -> int:
+        """Return the width of the rows of scores, at least the longest row of the step."""
+        return self._widths[bisect_left(self._widths, min(step.max_seqlen_k, self._max_width))]
 
     def _chunks(self, step: ForwardMeta) -> tuple[int, int, int]:
         """Return stride and width of the rows of scores, and the tokens of a chunk."""
-        width = rounded_length(step.max_seqlen_k, self._max_width)
+        width = self._width(step)
         return width, width, max(1, self._num_logits // width)
 
     def _score(
@@ -123,10 +113,9 @@ class TileScores(PageScores):
         config: DSABackendConfig,
         view: View,
         num_logits: int,
-        select_slots: Callable[..., None],
         transfers: Transfers,
     ) -> None:
-        super().__init__(config, view, num_logits, select_slots)
+        super().__init__(config, view, num_logits)
         self._index_topk, self._transfers = config.index_topk, transfers
         self.max_whole = num_logits // self._max_width
         # numbers of tokens of captured steps above max_whole
@@ -154,8 +143,7 @@ class TileScores(PageScores):
         return self._schedules[step.num_prefill_tokens > 0]
 
     def _chunks(self, step: ForwardMeta) -> tuple[int, int, int]:
-        num_tokens = step.position_ids.shape[0]
-        width = rounded_length(step.max_seqlen_k, self._max_width)
+        num_tokens, width = step.position_ids.shape[0], self._width(step)
         is_capturing = self._transfers.is_capturing()
         self.is_captured |= is_capturing and not self._is_inside
         if num_tokens > self.max_whole and is_capturing:

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from fd_dsa.environment import DEFAULT_OVERLAP_MAX_TOKENS, overlap_max_tokens
 from fd_dsa.errors import DeviceError, KernelUnavailable, OverlapError
-from fd_dsa.ops.providers import TRITON, device_kind, refuse
 from fd_dsa.tensor import Tensor
 
 if TYPE_CHECKING:
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
 Work = TypeVar("Work")
 Side = TypeVar("Side")
 _NOT_RUN: Any = object()
-_OPERATOR = "indexer_projection"
 
 
 class IndexerOverlap:
@@ -60,6 +58,7 @@ class IndexerOverlap:
         work: Callable[[], Work],
         project: Callable[..., Side],
         *args: Any,
+        refuse: Callable[[KernelUnavailable], object] | None = None,
     ) -> tuple[Work, Side]:
         """Run `work()` and `project(*args)`, at the same time if the step forks.
 
@@ -67,8 +66,8 @@ class IndexerOverlap:
         after this call runs after both. In a capture fork and join become edges of the graph. In
         other steps `project` runs after `work`, on the current stream.
 
-        If the kernel of `project` cannot be compiled, the step does not fork and `project` runs
-        again with another provider of the operator.
+        If the kernel of `project` cannot be compiled, the step does not fork. `refuse` then selects
+        another kernel, and `project` runs again.
 
         `project`, its arguments and its results are held until the join. `project` must return
         every tensor that it makes, or a view of it. Otherwise `work` may overwrite a temporary (see
@@ -79,6 +78,8 @@ class IndexerOverlap:
             num_tokens: tokens of the step, padding included.
             work, project: functions that do not wait for the device.
             args: arguments of `project`, a tensor of the backend's device first.
+            refuse: called with the error of a failed compilation. It raises the error if there is
+                no other kernel, as does None.
 
         Raises:
             OverlapError: called by `work` or `project` of another call.
@@ -95,14 +96,16 @@ class IndexerOverlap:
         self._is_open = True
         try:
             if stream is None:
-                return work(), _projected(project, args)
+                return work(), _projected(project, args, refuse)
             stream.begin()
             try:
                 with _undone(stream.end, stream.join):
                     side = project(*args)
             except KernelUnavailable as error:
+                if refuse is None:
+                    raise
                 # a kernel is compiled before it is enqueued, so the second stream is idle
-                refuse(_OPERATOR, device_kind(args[0]), TRITON, error)
+                refuse(error)
                 return work(), project(*args)
             stream.end()
             with _undone(stream.join):
@@ -139,12 +142,18 @@ class IndexerOverlap:
         return self.side_stream
 
 
-def _projected(project: Callable[..., Side], args: tuple[object, ...]) -> Side:
+def _projected(
+    project: Callable[..., Side],
+    args: tuple[object, ...],
+    refuse: Callable[[KernelUnavailable], object] | None,
+) -> Side:
     """Run `project(*args)` without a fork, again after a failed compilation."""
     try:
         return project(*args)
     except KernelUnavailable as error:
-        refuse(_OPERATOR, device_kind(args[0]), TRITON, error)
+        if refuse is None:
+            raise
+        refuse(error)
         return project(*args)
 
 

@@ -11,7 +11,7 @@ Each family of models has its own backend and layers: `DSAAttentionBackend` runs
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -167,7 +167,10 @@ class IndexerLayer(Protocol):
         """Pairing of the RoPE: True pairs neighbours, False (V3.2) pairs the two halves."""
 
     def project(
-        self, hidden_states: StepArray, out: tuple[StepArray, StepArray] | None = None
+        self,
+        hidden_states: StepArray,
+        by: Callable[..., tuple[StepArray, StepArray]] | None = None,
+        out: tuple[StepArray, StepArray] | None = None,
     ) -> tuple[StepArray, StepArray]:
         """Project hidden states to index keys and head weights.
 
@@ -175,6 +178,7 @@ class IndexerLayer(Protocol):
 
         Args:
             hidden_states: [num_tokens, hidden_size], after the input norm.
+            by: function of a provider of `indexer_projection` on a device; None on a CPU.
             out: memory of the two results on a device; None on a CPU.
 
         Returns:

@@ -139,7 +139,9 @@ class PluginAttention(Attention):
             project, num_tokens = projections.one_launch, hidden_states.shape[0]
             args.append(core.attention.projection_buffers(num_tokens))
         work = partial(self._down_projected, hidden_states)
-        (qr, kv_a), (index_k, weights) = core.overlap.run(num_tokens, work, project, *args)
+        (qr, kv_a), (index_k, weights) = core.overlap.run(
+            num_tokens, work, project, *args, refuse=projections.refuse
+        )
         self._write(backend, kv_a, index_k, forward_meta)
         table = backend.cos_sin_of(self.indexer_rotary_emb)
         backend.shared_selection = self.indexer.select(backend, forward_meta, qr, weights, table)

@@ -16,10 +16,11 @@ from functools import cache, partial
 from typing import Any, TypeGuard
 
 from fd_dsa.cache_formats import CacheLayout
+from fd_dsa.errors import KernelUnavailable
 from fd_dsa.fastdeploy_plugin.upstream import AdoptedIndexer, BlockFp8Linear, Linear, RMSNorm
 from fd_dsa.ops.arrays import dtype_name, on_device, readable
 from fd_dsa.ops.cache_write import CacheWriteParams
-from fd_dsa.ops.providers import TRITON, device_kind, is_refused, selected_function
+from fd_dsa.ops.providers import TRITON, device_kind, is_refused, refuse, selected_function
 from fd_dsa.tensor import Tensor
 
 K_NORM_EPS = 1e-6
@@ -28,6 +29,7 @@ K_NORM_EPS = 1e-6
 Keep = Callable[[Callable[[], Any]], Any]
 """Function from a conversion of a weight to the copy that it makes."""
 
+_OPERATOR = "indexer_projection"
 _PLAIN_METHOD, _BLOCK_FP8_METHOD = "UnquantizedLinearMethod", "BlockWiseFP8LinearMethod"
 _PLAIN_DTYPES = ("float32", "bfloat16")
 
@@ -67,8 +69,12 @@ class IndexerProjections:
     @property
     def is_one_launch(self) -> bool:
         """True if `one_launch` must be called, False for `two_gemms`."""
-        is_refused_now = is_refused("indexer_projection", self._kind, TRITON)
+        is_refused_now = is_refused(_OPERATOR, self._kind, TRITON)
         return self._takes_one_launch and not is_refused_now
+
+    def refuse(self, error: KernelUnavailable) -> None:
+        """Project by GEMMs from now on, because the kernel cannot be compiled."""
+        refuse(_OPERATOR, self._kind, TRITON, error)
 
     def one_launch(self, hidden_states: Tensor, out: tuple[Tensor, Tensor]) -> tuple[Any, Any]:
         """Project [num_tokens, hidden_size] on a device to index keys and head weights in `out`."""
@@ -76,7 +82,7 @@ class IndexerProjections:
             linear.weight.detach() if copy is None else copy
             for linear, copy in zip(self._linears, self.copies, strict=True)
         )
-        project = selected_function("indexer_projection", hidden_states)
+        project = selected_function(_OPERATOR, hidden_states)
         return project(hidden_states, wk, weights_proj, out)
 
     def two_gemms(self, hidden_states: Tensor) -> tuple[Any, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 from fd_dsa.attention.protocol import LayerStep
@@ -13,7 +13,6 @@ from fd_dsa.models.weights_protocol import Weights
 from fd_dsa.ops.cache_write import CacheWriteParams
 from fd_dsa.ops.host_gemm import HostMatrix
 from fd_dsa.ops.linear import Linear
-from fd_dsa.ops.providers import selected_function
 from fd_dsa.tensor import Array, StepArray
 
 
@@ -89,16 +88,19 @@ class Indexer:
         return self._k_norm | {"index_rope_interleave": self.rope_interleave}
 
     def project(
-        self, hidden_states: StepArray, out: tuple[Array, Array] | None = None
+        self,
+        hidden_states: StepArray,
+        by: Callable[..., tuple[Array, Array]] | None = None,
+        out: tuple[Array, Array] | None = None,
     ) -> tuple[Array, Array]:
         """Project hidden states to index keys and head weights, see IndexerLayer."""
         weights, width = self.wk_weights_proj, self._key_width
         if isinstance(weights, HostMatrix):
             both = weights.times(hidden_states)
             return both[:, :width], both[:, width:]
-        project = selected_function("indexer_projection", hidden_states)
+        assert by is not None, "the attention of a device selects the function"
         wk, weights_proj = weights if width else (None, *weights)
-        return project(hidden_states, wk, weights_proj, out=out)
+        return by(hidden_states, wk, weights_proj, out=out)
 
     def queries(self, latent: Array) -> Array:
         """Project latents to queries, see IndexerLayer."""

@@ -158,13 +158,9 @@ def selected_function(operator: str, tensor: Array) -> Callable[..., Any]:
 
     Cost: two dictionary look-ups after the first call for a kind of device.
     """
-    return function(operator, selected_provider(operator, tensor))
-
-
-def selected_provider(operator: str, tensor: Array) -> str:
-    """Return the provider of `selected_function`, with the same errors and cost."""
     kind = device_kind(tensor)
-    return (_choices.get((operator, kind)) or choose(operator, kind)).provider
+    choice = _choices.get((operator, kind)) or choose(operator, kind)
+    return function(operator, choice.provider)
 
 
 def refuse(operator: str, kind: str, provider: str, error: KernelUnavailable) -> None:

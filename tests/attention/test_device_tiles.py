@@ -13,7 +13,7 @@ pytest.importorskip("paddle", reason="the steps are on Paddle's tensors")
 
 from fd_dsa.attention.config import DSABackendConfig
 from fd_dsa.cache_formats import CacheLayout
-from fd_dsa.ops.key_bounds import PromptWindows, key_bounds, positions_to_slots
+from fd_dsa.ops.key_bounds import PromptWindows, key_bounds, positions_to_slots, prompt_windows
 from fd_dsa.ops.topk import select_positions
 from fd_dsa.step import StepMetadataBuilder
 from tests.kernel_memory import KernelMemory
@@ -84,8 +84,7 @@ class Tiles:
             for name, (n, shape, dtype) in buffers.items()
         }
         self.shapes: list[tuple[int, ...]] = []
-        scores = self.config, self.view, num_logits, self.choose, self.device
-        self.scores = TileScores(*scores)
+        self.scores = TileScores(self.config, self.view, num_logits, self.device)
         self.max_width = BLOCK * sizes[2]
 
     def view(self, name: str, *counts: int) -> Any:
@@ -136,13 +135,25 @@ class Tiles:
         live = int((step.batch_id_per_token >= 0).sum())
         return [np.pad(bound, (0, PADDING)) for bound in key_bounds(step, live)]
 
-    def select(self, scores: Any = None, prepare: bool = True, **changes: Any) -> np.ndarray:
-        """The slots of the step, some of whose fields are others."""
+    def select(
+        self, scores: Any = None, prepare: bool = True, choose: Any = None, **changes: Any
+    ) -> np.ndarray:
+        """The slots of the step, some of whose fields are others; `choose` selects them."""
         scores, step = scores or self.scores, SimpleNamespace(**(vars(self.step) | changes))
         if prepare:
             scores.prepare(step)
         slots = self.m.poisoned((self.config.max_num_tokens, TOPK), "int32")
-        scores.select(step, self.index_q, self.weights, self.keys, slots)
+
+        def use(logits: Any, *, first_token: int) -> None:
+            (choose or self.choose)(
+                *(logits, step.position_ids, step.batch_id_per_token, step.block_tables, slots),
+                block_size=BLOCK,
+                num_blocks=self.keys.shape[0],
+                windows=prompt_windows(step),
+                first_token=first_token,
+            )
+
+        scores.compute(step, self.index_q, self.weights, self.keys, use)
         return self.m.get(slots)
 
 
@@ -155,7 +166,7 @@ def test_the_choice_of_the_other_kernel(
 
     tiles = Tiles(kernel_memory, rows, drafts=drafts)
     choose = slot_selector("gpu", kernel_memory.poisoned)
-    wanted = tiles.select(PageScores(tiles.config, tiles.view, 1 << 12, choose))
+    wanted = tiles.select(PageScores(tiles.config, tiles.view, 1 << 12), choose=choose)
     # scores of small integers are the same in every order of sums
     np.testing.assert_array_equal(tiles.select(), wanted)
     # a schedule serves all layers

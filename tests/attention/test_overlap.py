@@ -13,7 +13,7 @@ import pytest
 
 from fd_dsa.attention.overlap import IndexerOverlap
 from fd_dsa.environment import DEFAULT_OVERLAP_MAX_TOKENS, overlap_max_tokens
-from fd_dsa.errors import ConfigError, DeviceError, OverlapError
+from fd_dsa.errors import ConfigError, DeviceError, KernelUnavailable, OverlapError
 
 FORKED, IN_LINE = 8, 9
 
@@ -94,6 +94,26 @@ def test_an_exception_of_the_work_joins_back_and_goes_on(
     assert noted.log == (["begin", "project", "end", "join"] if num_tokens == FORKED else [])
     if not refuses:
         assert noted.run() == ("done", 5)
+
+
+@pytest.mark.parametrize("num_tokens", [FORKED, IN_LINE])
+def test_a_failed_compilation_selects_another_kernel(num_tokens: int) -> None:
+    noted, errors = Noted(), [KernelUnavailable("ptxas died") for _ in range(2)]
+
+    def project(x: int) -> int:
+        if errors:
+            raise errors.pop()
+        return noted.project(x)
+
+    with pytest.raises(KernelUnavailable, match="ptxas died"):
+        noted.overlap.run(num_tokens, noted.work, project, 4)
+    noted.log.clear()
+    found = noted.overlap.run(
+        num_tokens, noted.work, project, 4, refuse=lambda error: noted.log.append(str(error))
+    )
+    assert found == ("done", 5)
+    forked = ["begin", "end", "join", "ptxas died", "work", "project"]
+    assert noted.log == (forked if num_tokens == FORKED else ["work", "ptxas died", "project"])
 
 
 def test_arguments_and_results_are_held_until_the_join_and_not_longer() -> None:
