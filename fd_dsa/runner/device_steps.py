@@ -60,12 +60,7 @@ class DeviceInputs(StagedInputs):
         sampling = samples, samples, rows + 1, samples, max_next
         super().__init__(allocate, (*sizes, *sampling), rows, columns)
 
-    def stage(
-        self,
-        inputs: StepInputs,
-        sampling: SamplingInputs,
-        next_ids: Sequence[int] | np.ndarray = (),
-    ) -> None:
+    def stage(self, inputs: StepInputs, sampling: SamplingInputs, next_ids: StepArray = ()) -> None:
         """Enqueue the copy of the inputs of a step. The arrays may change afterwards.
 
         Args:
@@ -74,7 +69,9 @@ class DeviceInputs(StagedInputs):
             next_ids: result of `InputBatch.next_tokens`, if a layer reads them.
         """
         (*values, tables), samples = inputs, self._max_samples
-        firsts = _padded(sampling.logits_indptr, self._max_rows + 1) if self._has_drafts else ()
+        firsts: StepArray = ()
+        if self._has_drafts:
+            firsts = _padded(sampling.logits_indptr, self._max_rows + 1)
         slots, mask_rows = _padded(sampling.slots, samples), _padded(sampling.mask_rows, samples)
         self.queue((*values, slots, sampling.positions, firsts, mask_rows, next_ids), tables)
 

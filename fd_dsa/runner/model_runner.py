@@ -152,7 +152,7 @@ class ModelRunner:
     def stage(self, sampled: np.ndarray, sampling: SamplingInputs) -> StepInputs:
         """Enqueue the copy of the step in the batch to the device, and return its host arrays."""
         batch, steps = self.input_batch, self._on_device()
-        next_ids: Sequence[int] | np.ndarray = ()
+        next_ids: StepArray = ()
         if sampling.slots and self._mtp is not None:
             next_ids = batch.next_tokens(sampled, steps.buffer.sample)
         inputs = batch.arrays(sampled)
