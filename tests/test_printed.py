@@ -211,8 +211,9 @@ def test_the_line_of_a_server_with_keys_is_answered(tmp_path: Path) -> None:
     """tests/serve/test_cli.py has a server without keys."""
     keys = ("secret-1", "secret-2")
     with serving(tmp_path, body=FAKE, env={"FD_DSA_API_KEY": ",".join(keys)}) as server:
-        ready, curl = server.ready, server.line().strip()
-        assert "to a key of this server (export FD_DSA_API_KEY=KEY):" in ready
+        ready, curl = server.ready, server.curl.strip()
+        assert "to a key of this server (export FD_DSA_API_KEY=KEY), try:" in ready
+        assert max(map(len, (ready + curl).splitlines())) <= 80
         # the variable of the shell may have one key, or the value that the server has
         for value, status in ((keys[1], 0), (",".join(keys), 0), ("another", 22)):
             done = _run(f"{curl} --fail --silent", tmp_path, FD_DSA_API_KEY=value)
@@ -225,7 +226,10 @@ def test_the_line_of_a_server_with_keys_is_answered(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_log_of_a_start_has_a_line_for_each_fact(tmp_path: Path) -> None:
     with serving(tmp_path) as server:
-        log = server.ends()
+        shown, log = server.ready, server.ends()
+    # the time of the start is one of them
+    assert len(re.findall(r"\bready\b", shown + log)) == 1
+    assert re.search(r"\[5/5\] ready    in \d+\.\d s\n", log)
     messages = [line.split(" ", 2)[2] for line in log.splitlines()]
     facts = [re.sub(r"[\d.]+", "0", text.partition(": ")[2] or text) for text in messages]
     assert len(facts) == len(set(facts)), log

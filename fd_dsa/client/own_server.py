@@ -25,7 +25,8 @@ _POLL_S = 0.05
 # so that every prompt is computed in full. The user's flags come later and take precedence
 _FLAGS = ("--port", "0", "--shutdown-timeout", "1", "--no-enable-prefix-caching")
 _END_TIMEOUT_S = 30.0
-_READY = re.compile(rb"^fd_dsa \S+ serves .* on (http://\S+) \(ready", re.MULTILINE)
+# the line break shows that the line is complete
+_READY = re.compile(rb"^fd_dsa \S+ serves .* on (http://\S+)\n", re.MULTILINE)
 _ERROR = re.compile(rb"^fd_dsa: error: (.*)$", re.MULTILINE)
 _PR_SET_PDEATHSIG = 1
 # loaded before the fork, because little code may run in the child after it
