@@ -58,9 +58,16 @@ def parse_flags(
     """
     own, passed = split_flags(arguments)
     args = parser.parse_args(own)
-    if args.base_url is not None and passed:
-        raise ConfigError("flags after --: they are for a server of our own; leave --base-url out")
+    check_passed(args.base_url, passed)
     return args, passed
+
+
+def check_passed(base_url: str | None, passed: Sequence[str]) -> None:
+    """Raise ConfigError if there are flags for a server of our own, but a running one is used."""
+    if base_url is not None and passed:
+        raise ConfigError(
+            "flags after --: they are for a server of our own; leave out the address of another one"
+        )
 
 
 @dataclass(frozen=True)
