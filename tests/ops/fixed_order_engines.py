@@ -12,9 +12,8 @@ from fd_dsa.startup.build import build_engine
 from tests.engine.fakes import random_clock
 
 # of the second prompt the selection leaves keys out
-LENGTHS = (70, 330)
+LENGTHS = (70, 300)
 FORMS: tuple[dict[str, Any], ...] = (
-    {"max_num_batched_tokens": 48},
     {"max_num_seqs": 1},
     {"max_num_batched_tokens": 48, "num_gpu_blocks_override": 7, "enable_prefix_caching": True},
 )
