@@ -202,8 +202,12 @@ def tokens(count: int) -> np.ndarray:
     return np.random.default_rng([count, 1]).standard_normal(shape).astype(np.float32)
 
 
-@pytest.mark.parametrize("num_tokens", [1, 2, 9])
-@pytest.mark.parametrize("rule", RULES, ids=repr)
+# shares that are normed or not, scaled, of all experts, of groups; the gate has tests of its own
+@pytest.mark.parametrize(
+    ("rule", "num_tokens"),
+    [(RULES[0], 1), (RULES[1], 2), (RULES[2], 9), (RULES[5], 9)],
+    ids=repr,
+)
 @pytest.mark.parametrize("place", PLACES)
 def test_mixture(place: str, rule: GateRule, num_tokens: int) -> None:
     run, tensors = mixture(place, rule, num_tokens)

@@ -28,20 +28,19 @@ from tests.strategies import make_batch
 
 ROOT = Path(__file__).parents[2]
 # every logit of two prompts, read and answered by engines of many forms: all bits must be equal;
-# random clocks give chunks of other sizes
+# a random clock gives chunks of other sizes
 PROGRAM = """
 import numpy as np
-from tests.ops.fixed_order_engines import CLOCKS, FORMS, PACED, logits_of
+from tests.ops.fixed_order_engines import CLOCK, FORMS, PACED, logits_of
 wanted, _ = logits_of({})
-sequences = set()
-for form, clock in [*((form, None) for form in FORMS), *((PACED, clock) for clock in CLOCKS)]:
+sequences = []
+for form, clock in [*((form, None) for form in FORMS), (PACED, CLOCK)]:
     found, chunks = logits_of(form, clock)
     for one, other in zip(wanted, found, strict=True):
         assert len(one) == 6
         np.testing.assert_array_equal(one, other, err_msg=str((form, clock)))
-    if clock is not None:
-        sequences.add(tuple(chunks))
-assert len(sequences) == len(CLOCKS), sequences
+    sequences.append(chunks)
+assert len(set(sequences[-1])) > 3 and sequences[-1] not in sequences[:-1], sequences
 print("equal")
 """
 

@@ -178,7 +178,7 @@ SMALL: Cases = {
     "router": (21, lambda m, n: linear(m, n, "bfloat16", 40, 328, sums_in_float32=True)),
     "heads": (21, lambda m, n: heads(m, n, "bfloat16", 3, 72, 40)),
     "experts": (21, lambda m, n: experts(m, n, "bfloat16", 6, 72, 40)),
-    "experts in fp8": (21, lambda m, n: experts(m, n, "uint8", 6, 256, 128)),
+    "experts in fp8": (21, lambda m, n: experts(m, n, "uint8", 3, 256, 128)),
     "projection": (21, lambda m, n: projection(m, n, "bfloat16", 328)),
     "attention": (7, lambda m, n: attention(m, n, "fp8_ds_mla", 3, 200)),
     "scores": (7, lambda m, n: scores(m, n, 5, 130)),
