@@ -25,7 +25,7 @@ def test_builds_are_found_again_and_not_shared() -> None:
 
 def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     built("fake")
-    with pytest.raises(BuildError, match="got 'cuda', allowed: fake, guard, real"):
+    with pytest.raises(BuildError, match="got 'cuda', allowed: fake, guard, null, real"):
         build("cuda")
     (tmp_path / "g++").symlink_to("/bin/true")
     monkeypatch.setattr("tests.gpu_rig.build.CUDA_FOLDER", str(tmp_path))
