@@ -27,7 +27,7 @@ from benchmarks._harness import Worker, compare_packages, in_turns, percentiles,
 from benchmarks.workers.host_time import LOOP_TURNS
 
 TARGET = "benchmarks.workers.host_time:Engine"
-ROUNDS, STEPS, PROFILED_MS = 3, 20, 4000
+ROUNDS, STEPS, PROFILED_MS = 3, 10, 4000
 
 
 class Model(NamedTuple):
