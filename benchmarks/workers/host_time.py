@@ -181,7 +181,7 @@ class _Held:
 
 
 def fixed_loop_ms() -> float:
-    """Return milliseconds of the processor for a fixed loop, which tells how fast it is now."""
+    """Return milliseconds of a fixed loop, by which times of a busy machine are compared."""
     begin = time.thread_time()
     known: dict[int, int] = {}
     held: Any = _Held(1)
