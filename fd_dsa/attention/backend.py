@@ -301,12 +301,12 @@ class DSAAttentionBackend:
             if dense.has_all:
                 return merged
             q, tokens = dense.of_others(q), dense.others
-        absorbed = layer.k_b_proj.times_by_head(q[:, :, :nope])
+        absorbed = layer.k_b_proj.matmul_by_head(q[:, :, :nope])
         query = self.attention.prepare_mla_query(absorbed, q[:, :, nope:], tokens, rotation)
         found = self.attend(query, selection, layer.layer_id, forward_meta)
         if dense is not None and merged is not None:
             return dense.with_others(merged, found, layer)
-        return layer.v_b_proj.heads_joined(found, layer.o_proj)
+        return layer.v_b_proj.matmul_join_heads(found, layer.o_proj)
 
     def write(
         self,

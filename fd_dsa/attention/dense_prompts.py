@@ -160,7 +160,7 @@ class DensePrompts:
             `dense`.
         """
         _, v_b, reader = _device_matrices(layer)
-        return v_b.heads_joined(latent, reader, dense, self.others)
+        return v_b.matmul_join_heads(latent, reader, dense, self.others)
 
 
 def _device_matrices(layer: MlaLayer) -> tuple[DeviceMatrix, DeviceMatrix, DeviceMatrix]:

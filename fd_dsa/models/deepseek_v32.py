@@ -117,7 +117,7 @@ class MultiTokenPredictor:
 
             pair = mtp_inputs(self.embed_tokens, next_ids, positions, hidden, *norms)
         cos_sin = rows_at(self._cos_sin, positions)
-        states, change, _ = self.layer.forward(self._join.times(pair), None, cos_sin, step, None)
+        states, change, _ = self.layer.forward(self._join.matmul(pair), None, cos_sin, step, None)
         return values_of(self._norm.after(states, change, self._group)[1])
 
 
@@ -176,7 +176,7 @@ class DeepseekV32ForCausalLM:
 
     def compute_logits(self, hidden_states: Array) -> Array:
         """Return logits float32 [n, vocab_size] of hidden states [n, hidden_size]."""
-        logits = self.head.times(hidden_states)
+        logits = self.head.matmul(hidden_states)
         if self._head_group is None:
             return logits
         gathered = self._head_group.all_gather(logits)

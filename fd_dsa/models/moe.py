@@ -10,7 +10,7 @@ import numpy as np
 from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.weights_protocol import Weights
 from fd_dsa.ops.arrays import values_of
-from fd_dsa.ops.host_gemm import HostMatrix, times_of_spans
+from fd_dsa.ops.host_gemm import HostMatrix, matmul_spans
 from fd_dsa.tensor import Array, Tensor
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class DeepseekMLP:
 
     def forward(self, x: Activations, forward_meta: Any = None) -> Any:
         """Return the output [num_tokens, hidden_size] of an input of the same shape."""
-        return self.down_proj.times(self.down_proj.activated(self.gate_up_proj.times(x)))
+        return self.down_proj.matmul(self.down_proj.activated(self.gate_up_proj.matmul(x)))
 
 
 class NoAuxTopkGate:
@@ -70,7 +70,7 @@ class NoAuxTopkGate:
         Returns:
             Experts int32 [num_tokens, top_k], ascending, and their weights, float32, same shape.
         """
-        logits = self.weight.times(x)
+        logits = self.weight.matmul(x)
         with np.errstate(over="ignore"):
             scores = np.float32(1.0) / (np.float32(1.0) + np.exp(-logits))
         choice = scores + self.bias
@@ -151,7 +151,7 @@ class DeepseekMoE:
         from fd_dsa.ops import expert_kernels as kernels
 
         ids, weights = kernels.choose_experts(
-            gate.weight.times(x),
+            gate.weight.matmul(x),
             gate.bias,
             top_k=gate.top_k,
             n_group=gate.n_group,
@@ -162,8 +162,8 @@ class DeepseekMoE:
         )
         pairs = kernels.group_pairs(ids, self.num_experts)
         gate_up, down = self.experts
-        hidden = gate_up.times_grouped(x, *pairs, top_k=gate.top_k, gated=True)
-        parts = down.times_grouped(hidden, *pairs, top_k=gate.top_k)
+        hidden = gate_up.grouped_matmul(x, *pairs, top_k=gate.top_k, gated=True)
+        parts = down.grouped_matmul(hidden, *pairs, top_k=gate.top_k)
         return kernels.sum_experts(parts, weights, ids, shared)
 
 
@@ -204,10 +204,10 @@ def routed(
         rows = x.take(tokens[first:last], axis=0)
         gate_up = np.empty((len(rows), out_width), np.float32)
         places = [(*expert, start - first, end - first) for expert, start, end in group]
-        times_of_spans(rows, gate_up, [(gate, start, end) for gate, _, start, end in places])
+        matmul_spans(rows, gate_up, [(gate, start, end) for gate, _, start, end in places])
         inner = activated(gate_up)
         inner *= factors[first:last]
-        times_of_spans(inner, rows, [(down, start, end) for _, down, start, end in places])
+        matmul_spans(inner, rows, [(down, start, end) for _, down, start, end in places])
         parts[order[first:last]] = rows
     total: np.ndarray = np.add.reduce(parts.reshape(num_tokens, top_k, -1), axis=1)
     return total

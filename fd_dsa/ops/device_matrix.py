@@ -116,11 +116,11 @@ class DeviceMatrix:
         self.values, self.scales, self.round_scales = values, scales, round_scales
         self.sums_in_float32 = sums_in_float32 and dtype_name(values.dtype) != "float32"
 
-    def times(self, x: Tensor | Normed | Fp8Rows) -> Tensor:
+    def matmul(self, x: Tensor | Normed | Fp8Rows) -> Tensor:
         """Multiply x [num_tokens, in], also as Normed or Fp8Rows, by the weight: [..., out]."""
         rows = self._read(x)
         if self.scales is not None:
-            return self._times_fp8(rows, self.scales)
+            return self._matmul_fp8(rows, self.scales)
         if fixed_order():
             dtype = "float32" if self.sums_in_float32 else dtype_name(self.values.dtype)
             return linear_in_one_order(rows, self.values, dtype)
@@ -135,7 +135,7 @@ class DeviceMatrix:
         library.linear(rows, self.values, out)
         return out
 
-    def _times_fp8(self, rows: Fp8Rows, scales: Tensor) -> Tensor:
+    def _matmul_fp8(self, rows: Fp8Rows, scales: Tensor) -> Tensor:
         """Multiply by cuBLASLt if there are many rows and it supports them, else by our kernel."""
         num_rows, x = rows.codes.shape[0], rows.padded
         if num_rows > OWN_ROWS and x is not None and self._suits_cublaslt:
@@ -153,14 +153,14 @@ class DeviceMatrix:
         outputs, width = self.values.shape
         return not fixed_order() and outputs % 8 == 0 and width % (4 * GROUP) == 0
 
-    def times_by_head(self, x: Tensor) -> Tensor:
+    def matmul_by_head(self, x: Tensor) -> Tensor:
         """Multiply x [num_tokens, heads, in], maybe a view, by each head's weight: [..., out]."""
         return head_gemm(x, self.values)
 
-    def heads_joined(
+    def matmul_join_heads(
         self, x: Tensor, reader: DeviceMatrix, out: Tensor | None = None, rows: Tensor | None = None
     ) -> Any:
-        """Multiply as `times_by_head`, with the heads of a token side by side, for `reader`.
+        """Multiply as `matmul_by_head`, with the heads of a token side by side, for `reader`.
 
         Args:
             x: [num_tokens, heads, in], may be a view.
@@ -172,11 +172,11 @@ class DeviceMatrix:
         return out.reshape([out.shape[0], -1]) if rounds is None else out
 
     def scales_for(self, reader: DeviceMatrix) -> bool | None:
-        """Return `round_scales` of `heads_joined` for a reader, None if it does not quantize."""
+        """Return `round_scales` of a reader of `matmul_join_heads`, None if it reads no FP8."""
         is_fp8 = reader.scales is not None and self.values.shape[2] == GROUP
         return reader.round_scales if is_fp8 else None
 
-    def times_grouped(
+    def grouped_matmul(
         self,
         x: Tensor | Normed | Fp8Rows,
         pairs: Tensor,
@@ -194,7 +194,7 @@ class DeviceMatrix:
         return expert_gemm(self._read(x), weight, pairs, counts, **how)
 
     def activated(self, gate_up: Tensor) -> Tensor | Fp8Rows:
-        """Return silu(gate) * up of [num_tokens, 2 * in] in the form that `times` reads."""
+        """Return silu(gate) * up of [num_tokens, 2 * in] in the form that `matmul` reads."""
         return silu_and_mul(gate_up, None if self.scales is None else self.round_scales)
 
     def _read(self, x: Tensor | Normed | Fp8Rows) -> Any:

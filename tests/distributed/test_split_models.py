@@ -153,11 +153,11 @@ def parts_of_layers(m: KernelMemory, folder: Path, rank: int, size: int) -> dict
         attention = layer.self_attn
         split = attention.q_b_proj, attention.o_proj, *split_matrices(layer.mlp)
         assert all(one.scales is not None for one in split)
-        queries = attention.q_b_proj.times(qr).reshape([9, -1, 128])
-        keys = attention.k_b_proj.times_by_head(nope[:, own])
-        merged = attention.v_b_proj.heads_joined(latent[:, own], attention.o_proj)
+        queries = attention.q_b_proj.matmul(qr).reshape([9, -1, 128])
+        keys = attention.k_b_proj.matmul_by_head(nope[:, own])
+        merged = attention.v_b_proj.matmul_join_heads(latent[:, own], attention.o_proj)
         normed = layer.post_attention_layernorm.of(hidden)
-        sums = attention.o_proj.times(merged), layer.mlp.forward(normed, meta)
+        sums = attention.o_proj.matmul(merged), layer.mlp.forward(normed, meta)
         found |= {f"{number} heads": (queries, keys), f"{number} sums": sums}
     return {name: [block_fp8.get(m, one) for one in results] for name, results in found.items()}
 

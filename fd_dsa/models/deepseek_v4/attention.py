@@ -80,8 +80,8 @@ class V4Attention:
         attended, _ = forward_meta.attn_backend.forward(self, x, angles, forward_meta)
         attended = attended[kept]
         rotate(attended[:, :, -self._rope_dim :], angles.backward[kept])
-        low = self._out_a.times_by_head(attended.reshape(len(attended), self._groups, -1))
-        out: np.ndarray = self._out_b.times(low.reshape(len(low), -1))
+        low = self._out_a.matmul_by_head(attended.reshape(len(attended), self._groups, -1))
+        out: np.ndarray = self._out_b.matmul(low.reshape(len(low), -1))
         return out
 
     @property
@@ -104,7 +104,7 @@ class V4Attention:
             sources: float32 [num_tokens, halves, 2, width], a view; None without a compressor.
         """
         rank = self._rank
-        projected: np.ndarray = self._in.times(x)
+        projected: np.ndarray = self._in.matmul(x)
         kv = self._kv_norm.of(projected[:, rank : rank + self._width])
         rotate(kv[:, None, -self._rope_dim :], angles.forward)
         sources = None
@@ -121,7 +121,7 @@ class V4Attention:
         Returns:
             float32 [num_tokens, num_heads, head_dim].
         """
-        query: np.ndarray = self._q_b.times(latent)
+        query: np.ndarray = self._q_b.matmul(latent)
         rows = query.reshape(-1, self._width)
         rows /= length(rows, self._eps)
         heads = query.reshape(-1, self._heads, self._width)
@@ -142,7 +142,7 @@ class V4Attention:
             float32 [num_tokens, index_n_heads], with all factors.
         """
         assert self._index_b is not None
-        query = self._index_b.times(latent).reshape(len(latent), self._index_heads, -1)
+        query = self._index_b.matmul(latent).reshape(len(latent), self._index_heads, -1)
         rotate(query[:, :, -self._rope_dim :], angles.forward)
         first = self._rank + self._width
         return query, projected[:, first : first + self._index_heads] * self._index_scale

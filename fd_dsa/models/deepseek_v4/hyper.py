@@ -147,7 +147,7 @@ class HeadCollapse:
 def _mixes(streams: np.ndarray, fn: HostMatrix, scale: np.ndarray, epsilon: float) -> np.ndarray:
     """Return `fn` of streams z / length(z), times `scale`: [num_tokens, mixes]."""
     flat = streams.reshape(len(streams), -1)
-    mixed: np.ndarray = fn.times(flat)
+    mixed: np.ndarray = fn.matmul(flat)
     mixed *= scale / length(flat, epsilon)
     return mixed
 

@@ -125,5 +125,5 @@ class DeepseekV4ForCausalLM:
         streams = hidden_states.reshape(len(hidden_states), self.config.hc_mult, -1)
         with np.errstate(over="ignore"):
             collapsed = self._collapse.of(streams)
-        logits: np.ndarray = self._head.times(self._norm.of(collapsed))
+        logits: np.ndarray = self._head.matmul(self._norm.of(collapsed))
         return logits

@@ -41,7 +41,7 @@ class V4Gate:
         Returns:
             Experts int32 [num_tokens, top_k], ascending, and their weights, float32, same shape.
         """
-        scores = self._scores(self._weight.times(x))
+        scores = self._scores(self._weight.matmul(x))
         if self._by_id is not None:
             # ascending, so that the order of sums does not depend on the batch composition
             experts = np.sort(self._by_id.take(token_ids, axis=0), axis=1)

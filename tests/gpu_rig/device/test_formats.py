@@ -103,14 +103,14 @@ class RoundingMatrix:
     def __init__(self, inner: Any) -> None:
         self.inner, self.activated, self.out_width = inner, inner.activated, inner.out_width
 
-    def times(self, x: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+    def matmul(self, x: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         """The GEMM of rounded activations."""
         width = x.shape[1]
         padded = np.pad(x, ((0, 0), (0, -width % 128))).reshape(len(x), -1, 128)
         scale = np.maximum(np.abs(padded).max(axis=2, keepdims=True) / np.float32(448), 1e-12)
         scale = np.exp2(np.ceil(np.log2(scale))).astype(np.float32)
         rounded = E4M3_VALUES[encode_e4m3(padded / scale)].astype(np.float32) * scale
-        return self.inner.times(np.ascontiguousarray(rounded.reshape(len(x), -1)[:, :width]), out)
+        return self.inner.matmul(np.ascontiguousarray(rounded.reshape(len(x), -1)[:, :width]), out)
 
 
 class RoundingWeights(HostWeights):
