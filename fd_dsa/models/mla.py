@@ -204,7 +204,7 @@ class DeepseekV32DSAAttention:
         qkv = _biased(self.qkv_a_proj.matmul(hidden_states), self.qkv_a_bias)
         rank, begin = self.q_lora_rank, self._kv_begin
         index_k = qkv[:, rank:begin] if begin > rank else None
-        return self.q_a_layernorm.of(qkv[:, :rank]), qkv[:, begin:], index_k
+        return self.q_a_layernorm.normalize(qkv[:, :rank]), qkv[:, begin:], index_k
 
     def queries(self, latent: Array) -> Array:
         """Project latents to queries, see MlaLayer."""

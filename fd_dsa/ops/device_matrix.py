@@ -73,11 +73,11 @@ class DeviceNorm:
     def __init__(self, weight: Tensor, epsilon: float, round_scales: bool | None) -> None:
         self.weight, self.epsilon, self._round_scales = weight, epsilon, round_scales
 
-    def of(self, x: Tensor) -> Tensor | Normed:
+    def normalize(self, x: Tensor) -> Tensor | Normed:
         """Normalize x [num_tokens, width], which may be columns of wider rows."""
         return self._sum_and_norm(x, None)[1]
 
-    def after(
+    def add_and_normalize(
         self, hidden_states: Tensor, change: Tensor, group: Reducer | None
     ) -> tuple[Tensor | None, Tensor | Normed]:
         """Add and normalize as HostNorm does, in one launch after the all-reduce."""

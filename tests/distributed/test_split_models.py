@@ -156,7 +156,7 @@ def parts_of_layers(m: KernelMemory, folder: Path, rank: int, size: int) -> dict
         queries = attention.q_b_proj.matmul(qr).reshape([9, -1, 128])
         keys = attention.k_b_proj.matmul_by_head(nope[:, own])
         merged = attention.v_b_proj.matmul_join_heads(latent[:, own], attention.o_proj)
-        normed = layer.post_attention_layernorm.of(hidden)
+        normed = layer.post_attention_layernorm.normalize(hidden)
         sums = attention.o_proj.matmul(merged), layer.mlp.forward(normed, meta)
         found |= {f"{number} heads": (queries, keys), f"{number} sums": sums}
     return {name: [block_fp8.get(m, one) for one in results] for name, results in found.items()}

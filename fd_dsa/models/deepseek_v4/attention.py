@@ -105,13 +105,13 @@ class V4Attention:
         """
         rank = self._rank
         projected: np.ndarray = self._in.matmul(x)
-        kv = self._kv_norm.of(projected[:, rank : rank + self._width])
+        kv = self._kv_norm.normalize(projected[:, rank : rank + self._width])
         rotate(kv[:, None, -self._rope_dim :], angles.forward)
         sources = None
         if self.compressor is not None:
             shape = len(projected), self.compressor.halves, 2, self.compressor.width
             sources = projected[:, self._sources_at :].reshape(shape)
-        return projected, self._q_norm.of(projected[:, :rank]), kv, sources
+        return projected, self._q_norm.normalize(projected[:, :rank]), kv, sources
 
     def queries(self, latent: np.ndarray, angles: Angles) -> np.ndarray:
         """Project latents to queries, whose last channels are rotated.

@@ -80,7 +80,7 @@ class Compressor:
         """
         turns, found = self._rotation.at(positions), []
         for norm, (_, first, width) in zip(self._norms, self.names, strict=True):
-            entry = norm.of(pooled[:, first : first + width])
+            entry = norm.normalize(pooled[:, first : first + width])
             rotate(entry[:, None, -self._rope_dim :], turns)
             found.append(entry)
         return found

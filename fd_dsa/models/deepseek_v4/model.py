@@ -50,10 +50,10 @@ class DeepseekV4DecoderLayer:
             kept: index of the tokens whose streams are needed.
         """
         x, mixture = self._attn_hc.read(residual[:, :-1])
-        attended = self.attn.forward(self._attn_norm.of(x), angles, forward_meta, kept)
+        attended = self.attn.forward(self._attn_norm.normalize(x), angles, forward_meta, kept)
         residual = self._attn_hc.expand(attended, residual[kept], mixture[kept])
         x, mixture = self._ffn_hc.read(residual[:, :-1])
-        out = self.ffn.forward(self._ffn_norm.of(x), token_ids[kept])
+        out = self.ffn.forward(self._ffn_norm.normalize(x), token_ids[kept])
         return self._ffn_hc.expand(out, residual, mixture)
 
 
@@ -124,6 +124,6 @@ class DeepseekV4ForCausalLM:
         """Return logits [n, vocab_size] of streams [n, num_streams * hidden_size]."""
         streams = hidden_states.reshape(len(hidden_states), self.config.hc_mult, -1)
         with np.errstate(over="ignore"):
-            collapsed = self._collapse.of(streams)
-        logits: np.ndarray = self._head.matmul(self._norm.of(collapsed))
+            collapsed = self._collapse.weighted_sum(streams)
+        logits: np.ndarray = self._head.matmul(self._norm.normalize(collapsed))
         return logits

@@ -18,7 +18,7 @@ class RowNorm:
     def __init__(self, weights: HostOnlyWeights, name: str, width: int, epsilon: float) -> None:
         self._weight, self._epsilon = weights.vector({name: width}, factor=width**0.5), epsilon
 
-    def of(self, x: np.ndarray) -> np.ndarray:
+    def normalize(self, x: np.ndarray) -> np.ndarray:
         """Return x [n, width] normed. It may be columns of wider rows."""
         out = x / length(x, self._epsilon)
         out *= self._weight

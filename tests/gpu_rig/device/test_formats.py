@@ -206,7 +206,7 @@ def test_norms_are_quantised_in_layers_that_have_fp8_weights(rig: Rig) -> None:
     weights = DeviceWeights("bfloat16", paddle_allocator(rig.device), fp8)
     x = paddle.zeros([3, 128], "bfloat16")
     names = [f"model.layers.{layer}.self_attn.q_a_layernorm.weight" for layer in (0, 1, 10)]
-    norms = [weights.norm(name, 128, 1e-6).of(x) for name in (*names, "model.norm.weight")]
+    norms = [weights.norm(name, 128, 1e-6).normalize(x) for name in (*names, "model.norm.weight")]
     assert [isinstance(normed, Normed) for normed in norms] == [False, True, False, False]
 
 
