@@ -6,7 +6,7 @@ from typing import Any
 
 from fd_dsa.cache_formats import INDEX_WIDTH
 from fd_dsa.ops.arrays import CACHE_DTYPES, cache_format, check_array, check_shape, result
-from fd_dsa.ops.logits.tile_forms import unsupported_reason
+from fd_dsa.ops.logits.tile_configs import unsupported_reason
 from fd_dsa.ops.providers import TENSOR_CORE, activation_dtypes, call, choose, device_kind
 from fd_dsa.step import ForwardMeta
 from fd_dsa.tensor import Array
