@@ -22,7 +22,7 @@ from fd_dsa.ops.library_kernel import LibraryKernel, difference, shared_kernel, 
 from fd_dsa.ops.mla import tensor_core
 from fd_dsa.ops.mla.records import Dequantized
 from fd_dsa.ops.probes import Case
-from fd_dsa.ops.providers import CUSTOM_OP, TENSOR_CORE, Choice, choose
+from fd_dsa.ops.providers import CUSTOM_OP, TENSOR_CORE, SelectedProvider, select_provider
 from fd_dsa.tensor import Tensor
 
 MAX_NARROW_HEADS = 32
@@ -166,7 +166,7 @@ def kind_for(num_heads: int, is_fp8: bool) -> type[CustomAttention] | None:
     return WideAttention if num_heads >= MIN_WIDE_HEADS else None
 
 
-def choose_attention(
+def select_attention(
     kind: str,
     num_heads: int,
     dtype: str,
@@ -175,7 +175,7 @@ def choose_attention(
     rope: int,
     capability: int,
     allocate: Allocate,
-) -> Choice:
+) -> SelectedProvider:
     """Select the provider of sparse MLA for sizes and types, see `tensor_core.why_not`.
 
     The first call compares a kernel of custom_ops/ with the definition, and waits for the device.
@@ -186,7 +186,7 @@ def choose_attention(
     if own is None:
         few = f"{num_heads} heads over bfloat16 latents, it takes more than {MIN_WIDE_HEADS - 1}"
         conditions[CUSTOM_OP] = conditions[CUSTOM_OP] or few
-    return choose("sparse_mla", kind, conditions, lambda k: difference(own, k, allocate))
+    return select_provider("sparse_mla", kind, conditions, lambda k: difference(own, k, allocate))
 
 
 def attend_slots(q: Tensor, cache: Tensor, *others: Tensor, **options: Any) -> None:
