@@ -26,7 +26,7 @@ from fd_dsa.attention.device_scores import (
     TileScores,
     rounded_length,
     tile_sizes,
-    why_not_tiles,
+    tiles_unsupported_reason,
 )
 from fd_dsa.attention.overlap import IndexerOverlap
 from fd_dsa.attention.protocol import HostLengths, IndexerLayer, MlaLayer
@@ -82,7 +82,7 @@ class TensorCoreAttention:
     of prompts are dequantized first if that is faster.
 
     Args:
-        config: supported configuration, see `tensor_core.why_not`.
+        config: supported configuration, see `tensor_core.unsupported_reason`.
         scratch: float32 [n] for dequantized records, free during `attend`.
         custom: kernel of custom_ops/ for these heads and this cache.
         always_custom: True if Triton's kernel cannot be compiled.
@@ -190,7 +190,7 @@ class DeviceAttention:
         kind = self._kind
         config, logits = self.config, self._buffers["logits"][0]
         made = config, self._view, int(logits.shape[0]), slot_selector(kind, self._allocate)
-        conditions = {TENSOR_CORE: why_not_tiles(config)}
+        conditions = {TENSOR_CORE: tiles_unsupported_reason(config)}
         if select_provider("indexer_logits", kind, conditions).provider == TRITON:
             return PageScores(*made)
         transfers = transfers_for(logits)

@@ -192,7 +192,7 @@ def _tile_configs(config: DSABackendConfig) -> tuple[TileConfig, TileConfig]:
     return decode_config(heads, config.tokens_per_row), prompt_config(heads)
 
 
-def why_not_tiles(config: DSABackendConfig) -> str | None:
+def tiles_unsupported_reason(config: DSABackendConfig) -> str | None:
     """Return why TileScores do not support a configuration, or None if they do."""
     layout = config.cache_layout
     sizes = layout.kv_cache_dtype, layout.block_size, config.index_n_heads

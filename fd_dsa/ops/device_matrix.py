@@ -12,7 +12,7 @@ import paddle
 from fd_dsa.errors import BackendUnavailable, DeviceError
 from fd_dsa.ops.arrays import allocator_beside, dtype_name, matmul, on_device, values_of
 from fd_dsa.ops.cublaslt import cublaslt_for
-from fd_dsa.ops.cublaslt_library import why_not_fp8
+from fd_dsa.ops.cublaslt_library import fp8_unsupported_reason
 from fd_dsa.ops.dense_kernels import GROUP, Fp8Rows, quantize_rows, rms_norm, silu_and_mul
 from fd_dsa.ops.expert_kernels import expert_gemm
 from fd_dsa.ops.fixed_order import fixed_order
@@ -39,7 +39,7 @@ def _cublaslt(kind: type, place: Place) -> tuple[Any, bool]:
     except (BackendUnavailable, DeviceError) as error:
         logger.warning("GEMMs with float32 results convert their operands: %s", error)
         return None, False
-    against = why_not_fp8(traits_for(example).capability)
+    against = fp8_unsupported_reason(traits_for(example).capability)
     many = f"our own kernel ({against})" if against else "cuBLASLt"
     logger.info("FP8 GEMMs of more than %d rows: %s", OWN_ROWS, many)
     return library, not against

@@ -257,7 +257,7 @@ def _select(
         if provider not in available_providers(operator, kind):
             reason = f"it serves tensors on {'a CPU' if provider == NUMPY else 'a device'}"
         if not reason and provider == CUSTOM_OP:
-            reason, is_fault = why_not_library(operator, kind, probe)
+            reason, is_fault = library_refusal(operator, kind, probe)
             level = logging.WARNING if is_fault else level
         if reason:
             rejected[provider] = reason
@@ -376,7 +376,7 @@ def available_providers(operator: str, kind: str) -> list[str]:
     return [p for p in names if (p in on_host if kind == "cpu" else p != NUMPY)]
 
 
-def why_not_library(
+def library_refusal(
     operator: str, kind: str, probe: Callable[[ctypes.CDLL], str] | None = None
 ) -> tuple[str, bool]:
     """Return the reason why fd_dsa_ops cannot serve an operator, or "", and whether it is broken.

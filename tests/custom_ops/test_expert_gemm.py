@@ -187,10 +187,10 @@ def test_what_suits_it() -> None:
 
 
 @pytest.mark.triton
-def test_the_log_says_once_why_not(
+def test_the_log_has_the_reason_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(expert_gemm_cuda, "why_not_compiled", lambda: "for this test")
+    monkeypatch.setattr(expert_gemm_cuda, "interpreter_refusal", lambda: "for this test")
     with caplog.at_level(logging.INFO, logger="fd_dsa.ops.expert_gemm_cuda"):
         for _ in range(2):
             assert kernel_for(None) is None

@@ -84,7 +84,7 @@ def test_refusals_end_with_the_block_that_asks() -> None:
 
 @pytest.mark.parametrize(("operator", "provider"), PAIRS)
 @pytest.mark.parametrize("kind", ["cpu", "gpu"])
-def test_every_pair_serves_or_says_why_not(
+def test_every_pair_serves_or_has_a_reason(
     kind: str, operator: str, provider: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FD_DSA_OP_PROVIDER", f"{operator}={provider}")

@@ -18,7 +18,7 @@ from fd_dsa.device.allocation import Allocate
 from fd_dsa.ops.arrays import cache_format
 from fd_dsa.ops.cache_probes import TENSOR_CORE_TOLERANCE, mla_case
 from fd_dsa.ops.fixed_order import row_dependence_refusal
-from fd_dsa.ops.library_kernel import LibraryKernel, difference, shared_kernel, why_not_compiled
+from fd_dsa.ops.library_kernel import LibraryKernel, difference, interpreter_refusal, shared_kernel
 from fd_dsa.ops.mla import tensor_core
 from fd_dsa.ops.mla.records import Dequantized
 from fd_dsa.ops.probes import Case
@@ -176,13 +176,13 @@ def select_attention(
     capability: int,
     allocate: Allocate,
 ) -> SelectedProvider:
-    """Select the provider of sparse MLA for sizes and types, see `tensor_core.why_not`.
+    """Select the provider of sparse MLA for sizes and types, see `tensor_core.unsupported_reason`.
 
     The first call compares a kernel of custom_ops/ with the definition, and waits for the device.
     """
-    reason = tensor_core.why_not(capability, dtype, cache_dtype, rank, rope)
+    reason = tensor_core.unsupported_reason(capability, dtype, cache_dtype, rank, rope)
     conditions, own = {TENSOR_CORE: reason}, kind_for(num_heads, cache_dtype == "fp8_ds_mla")
-    conditions[CUSTOM_OP] = reason or row_dependence_refusal() or why_not_compiled()
+    conditions[CUSTOM_OP] = reason or row_dependence_refusal() or interpreter_refusal()
     if own is None:
         few = f"{num_heads} heads over bfloat16 latents, it takes more than {MIN_WIDE_HEADS - 1}"
         conditions[CUSTOM_OP] = conditions[CUSTOM_OP] or few

@@ -182,7 +182,9 @@ def attend_on_tensor_cores(
         )
 
 
-def why_not(capability: int, dtype: str, cache_dtype: str, rank: int, rope: int) -> str | None:
+def unsupported_reason(
+    capability: int, dtype: str, cache_dtype: str, rank: int, rope: int
+) -> str | None:
     """Return the reason why attention on tensor cores is unsupported, or None.
 
     Args:

@@ -14,7 +14,7 @@ from typing import Any
 from fd_dsa import custom_ops
 from fd_dsa.device.allocation import Allocate
 from fd_dsa.ops.key_bounds import NO_WINDOWS, PromptWindows
-from fd_dsa.ops.library_kernel import LibraryKernel, difference, shared_kernel, why_not_compiled
+from fd_dsa.ops.library_kernel import LibraryKernel, difference, interpreter_refusal, shared_kernel
 from fd_dsa.ops.probes import Case, topk_case
 from fd_dsa.ops.providers import CUSTOM_OP, SelectedProvider, select_provider
 from fd_dsa.ops.topk import triton_kernel
@@ -97,7 +97,7 @@ def select_topk(kind: str, allocate: Allocate) -> SelectedProvider:
 
     The first call compares a kernel of fd_dsa_ops with the definition, and waits for the device.
     """
-    conditions = {CUSTOM_OP: why_not_compiled()}
+    conditions = {CUSTOM_OP: interpreter_refusal()}
     return select_provider(
         "topk", kind, conditions, lambda k: difference(SlotSelector, k, allocate)
     )
