@@ -99,7 +99,7 @@ def build_runner(
     model = load_model(plan, group, progress)
     num_blocks = plan.memory.num_blocks
     backend = plan.caches.backend(num_blocks, plan.device)
-    drafts = plan.config.most_drafts
+    drafts = plan.config.max_drafts
     batch, device = plan.input_batch, plan.device
     runner = kind(model, batch, None, num_blocks, device, backend, max_drafts=drafts)
     progress.done(plan.memory.summary())
@@ -123,14 +123,14 @@ def _make_speculator(
     if asked.method == "mtp":
         on_host = runner.info.sampling is None
         make_drafter = partial(MtpDrafter if on_host else DeviceMtpDrafter, runner)
-    most, costs = asked.num_speculative_tokens, None
+    max_drafts, costs = asked.num_speculative_tokens, None
     if not interprets(plan.device):
 
         def make_measured(speculator: Speculator) -> LLMEngine:
             return make_engine(speculator=speculator, enable_prefix_caching=True)
 
-        costs = measure_step_costs(make_measured, make_drafter(), most)
+        costs = measure_step_costs(make_measured, make_drafter(), max_drafts)
     if asked.method == "ngram":
         make_drafter = partial(PromptLookup, asked.prompt_lookup_max, asked.prompt_lookup_min)
     # a new drafter, because the measured one remembers its requests
-    return Speculator(make_drafter(), most, costs)
+    return Speculator(make_drafter(), max_drafts, costs)

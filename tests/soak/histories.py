@@ -62,7 +62,7 @@ class History:
     arrivals: tuple[Arrival, ...]
     draws_on_device: bool
     async_scheduling: bool
-    most_drafts: int
+    max_drafts: int
     right_share: float | None
     drafts_on_device: bool
 
@@ -107,7 +107,7 @@ def draw_history(number: int) -> History:
         arrivals=arrivals,
         draws_on_device=draws_on_device,
         async_scheduling=draw.random() < 0.8,
-        most_drafts=draw.choice([0, 0, 1, 2, 3]),
+        max_drafts=draw.choice([0, 0, 1, 2, 3]),
         # None: prompt lookup
         right_share=draw.choice([None, 0.0, 0.7, 1.0]),
         drafts_on_device=draws_on_device and draw.random() < 0.7,
@@ -161,9 +161,9 @@ def make_drafter(history: History) -> Drafter:
 def make_engine(history: History) -> LLMEngine:
     """The engine of a history over a checking runner."""
     speculator = None
-    if history.most_drafts:
+    if history.max_drafts:
         drafter = make_drafter(history)
-        speculator = Speculator(drafter, history.most_drafts)
+        speculator = Speculator(drafter, history.max_drafts)
     batch = InputBatch(
         history.max_num_seqs,
         history.max_num_batched_tokens,
@@ -172,7 +172,7 @@ def make_engine(history: History) -> LLMEngine:
     )
     kind = DrawingRunner if history.draws_on_device else CheckingRunner
     runner = kind(batch, history.num_blocks, lambda: running_requests(engine), history.nan_share)
-    if history.most_drafts and isinstance(drafter, AheadDrafter):
+    if history.max_drafts and isinstance(drafter, AheadDrafter):
         drafter.runner = runner
     engine = LLMEngine(
         runner,
@@ -312,7 +312,7 @@ def run_alone(one: Arrival, history: History) -> list[tuple[list[int], str | Non
         max_num_batched_tokens=2 * MAX_MODEL_LEN,
         draws_on_device=False,
         drafts_on_device=False,
-        most_drafts=0,
+        max_drafts=0,
     )
     engine = make_engine(ample)
     engine.add_request("alone", one.prompt, one.params)

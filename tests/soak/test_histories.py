@@ -47,7 +47,7 @@ def one_request(**options: Any) -> History:
         arrivals=(Arrival((5, 6, 7), params, 0, None),),
         draws_on_device=True,
         async_scheduling=True,
-        most_drafts=3,
+        max_drafts=3,
         **options,
     )
 
