@@ -102,7 +102,7 @@ class LLMEngine:
         )
         self._num_arrived, self._last_end = 0, 0.0
         # True once a request has asked for the selected keys
-        self._has_watched = False
+        self._wants_selections = False
 
     def validate(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> int:
         """Return the maximum number of output tokens of a request. Thread-safe.
@@ -145,7 +145,7 @@ class LLMEngine:
         )
         self._num_arrived += params.n
         self._stats.prompt_tokens += len(prompt_token_ids)
-        self._has_watched |= params.return_topk_positions
+        self._wants_selections |= params.return_topk_positions
         self._requests[request_id] = list(group)
         for request in group:
             self.scheduler.add(request)
@@ -225,7 +225,7 @@ class LLMEngine:
         """Enqueue a step if the device samples, else run it and wait for its logits."""
         batch.fill(self._input_batch)
         batch.ready_time = self.clock()
-        self._sampler.execute(self.runner, batch, self._has_watched)
+        self._sampler.execute(self.runner, batch, self._wants_selections)
         self._stats.runner_time_s += self.clock() - batch.ready_time
         self.scheduler.complete_step(batch)
 

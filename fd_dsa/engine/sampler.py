@@ -141,16 +141,16 @@ class StepSampler:
         # arrival number of the request whose parameters the samplers have for a batch row
         self._owners = [-1] * num_slots
 
-    def execute(self, runner: Runner, batch: ScheduledBatch, may_be_watched: bool = False) -> None:
+    def execute(self, runner: Runner, batch: ScheduledBatch, may_ask: bool = False) -> None:
         """Enqueue a step if the device samples, else run it and wait for its logits.
 
         Args:
             runner: runs the step.
             batch: step in the runner's input batch.
-            may_be_watched: True if a request may ask for its selected keys.
+            may_ask: True if a request may ask for its selected keys.
         """
-        if may_be_watched:
-            batch.logits = _execute_watched(runner, batch)
+        if may_ask:
+            batch.logits = _execute_with_selections(runner, batch)
         elif not self.enqueue(batch):
             batch.logits = runner.execute_model(batch.logits_indices)
             self.read_drafts(batch)
@@ -340,19 +340,19 @@ class StepSampler:
         self._device.set_slot(slot, given, *counted)
 
 
-def _execute_watched(runner: Runner, batch: ScheduledBatch) -> Logits:
+def _execute_with_selections(runner: Runner, batch: ScheduledBatch) -> Logits:
     """Run a step, and keep the selected keys of requests that ask for them.
 
     Such requests have no drafts.
     """
     rows = zip(batch.sampling, batch.logits_indptr, strict=False)
-    watched = {row: request for request, row in rows if request.params.return_topk_positions}
-    if not watched:
+    asking = {row: request for request, row in rows if request.params.return_topk_positions}
+    if not asking:
         return runner.execute_model(batch.logits_indices)
-    shows, indices = runner.info.selections, batch.logits_indices
-    assert shows is not None, "`limits` refuses such requests without it"
-    logits, selections = shows.execute_watched(indices, indices[list(watched)])
-    for request, layers in zip(watched.values(), selections, strict=True):
+    collector, indices = runner.info.selections, batch.logits_indices
+    assert collector is not None, "`limits` refuses such requests without it"
+    logits, selections = collector.execute_with_selections(indices, indices[list(asking)])
+    for request, layers in zip(asking.values(), selections, strict=True):
         request.topk_positions = TopkPositions(len(request.token_ids) - 1, layers)
     return logits
 

@@ -368,7 +368,7 @@ class ModelRunner:
         assert self.device_steps is not None, "the host samples on a CPU"
         return self.device_steps
 
-    def execute_watched(
+    def execute_with_selections(
         self, logits_indices: np.ndarray, tokens: Sequence[int] | np.ndarray
     ) -> tuple[np.ndarray, list[list[np.ndarray]]]:
         """Run the step and collect selections, see SelectionRunner."""

@@ -146,7 +146,7 @@ class DeviceMtpRunner(Runner, Protocol):
 class SelectionRunner(Protocol):
     """Runner that shows which keys the indexer selected."""
 
-    def execute_watched(
+    def execute_with_selections(
         self, logits_indices: Indices, tokens: Sequence[int] | Indices
     ) -> tuple[Logits, list[list[Indices]]]:
         """Run the step as `execute_model` does, and collect selections.

@@ -69,7 +69,7 @@ def run(config: ModelConfig, group: HostGroup | None, folder: Path | None) -> li
             ids = draw.integers(0, config.vocab_size, count).tolist()
             runner.input_batch.add_row(row, ids, done, is_prefill)
         tokens = np.arange(runner.input_batch.num_tokens)
-        found.append(runner.execute_watched(tokens, tokens.tolist()))
+        found.append(runner.execute_with_selections(tokens, tokens.tolist()))
     return found
 
 
