@@ -14,7 +14,7 @@ from fd_dsa.engine.detokenizer import new_detokenizer
 from fd_dsa.engine.engine import LLMEngine
 from fd_dsa.engine.reasoning import AnswerStart, Reasoning
 from fd_dsa.engine.sampling_params import SamplingParams
-from fd_dsa.engine.speculation import Speculator
+from fd_dsa.engine.speculation import SpecDecoder
 from fd_dsa.engine.tokenizer import Tokenizer
 from fd_dsa.ops.sampling.parameters import SlotParameters
 from fd_dsa.runner.input_batch import InputBatch, SamplingInputs
@@ -103,8 +103,8 @@ def found_by(engine: LLMEngine) -> list[Answer]:
 def test_outputs_follow_the_plain_rules(most: int) -> None:
     answers = {(str(number), 0): answer[0] for number, (_, answer) in enumerate(cases())}
     drafter = KnowingDrafter(answers, 0.8, VOCAB_SIZE)
-    speculator = Speculator(drafter, most) if most else None
-    assert found_by(make_engine(speculator=speculator)) == [answer for _, answer in cases()]
+    spec_decoder = SpecDecoder(drafter, most) if most else None
+    assert found_by(make_engine(spec_decoder=spec_decoder)) == [answer for _, answer in cases()]
 
 
 class RuledRunner(GreedyRunner):

@@ -16,7 +16,7 @@ from fd_dsa.engine.engine import LLMEngine
 from fd_dsa.engine.output import RequestOutput
 from fd_dsa.engine.prompt_lookup import PromptLookup
 from fd_dsa.engine.sampling_params import SamplingParams
-from fd_dsa.engine.speculation import Drafter, Speculator
+from fd_dsa.engine.speculation import Drafter, SpecDecoder
 from fd_dsa.runner.input_batch import InputBatch
 from tests.engine.drafters import KnowingDrafter
 from tests.engine.fakes import byte_tokenizer, random_clock
@@ -160,10 +160,10 @@ def make_drafter(history: History) -> Drafter:
 
 def make_engine(history: History) -> LLMEngine:
     """The engine of a history over a checking runner."""
-    speculator = None
+    spec_decoder = None
     if history.max_drafts:
         drafter = make_drafter(history)
-        speculator = Speculator(drafter, history.max_drafts)
+        spec_decoder = SpecDecoder(drafter, history.max_drafts)
     batch = InputBatch(
         history.max_num_seqs,
         history.max_num_batched_tokens,
@@ -183,7 +183,7 @@ def make_engine(history: History) -> LLMEngine:
         target_gap_s=history.target_gap_s,
         enable_prefix_caching=history.enable_prefix_caching,
         async_scheduling=history.async_scheduling,
-        speculator=speculator,
+        spec_decoder=spec_decoder,
     )
     # chunks follow measured times; no output may
     engine.clock = random_clock(history.clock_seed)
