@@ -137,7 +137,7 @@ class LLMEngine:
             params,
             max_tokens=max_tokens,
             eos_token_ids=self._eos_token_ids,
-            arrival=self._num_arrived,
+            first_seq_id=self._num_arrived,
             seed=self._seed,
             block_size=self._input_batch.block_size,
             tokenizer=self.tokenizer,

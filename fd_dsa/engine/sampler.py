@@ -138,7 +138,7 @@ class StepSampler:
         self._vocab_size, self._sampler = runner.vocab_size, Sampler(num_slots)
         self._device = runner.info.sampling
         self._is_device_greedy_only = batch_invariant()
-        # arrival number of the request whose parameters the samplers have for a batch row
+        # `seq_id` of the request whose parameters the samplers have for a batch row
         self._owners = [-1] * num_slots
 
     def execute(self, runner: Runner, batch: ScheduledBatch, may_ask: bool = False) -> None:
@@ -313,17 +313,17 @@ class StepSampler:
         for request in sampling:
             slots.append(request.slot)
             positions.append(request.num_output_tokens)
-            if self._owners[request.slot] != request.arrival:
+            if self._owners[request.slot] != request.seq_id:
                 self._set_slot(request)
         return slots, positions
 
     def _set_slot(self, request: Request) -> None:
         """Set the parameters of a request in both samplers."""
         slot, params, rules = request.slot, request.params, request.rules
-        if request.arrival in self._owners:
+        if request.seq_id in self._owners:
             # the counts of the row that the request had before its preemption are out of date
-            self._owners[self._owners.index(request.arrival)] = -1
-        self._owners[slot] = request.arrival
+            self._owners[self._owners.index(request.seq_id)] = -1
+        self._owners[slot] = request.seq_id
         self._sampler.set_slot(slot, params, request.seed, rules)
         if self._device is None or (rules is not None and rules.num_entries > MAX_ENTRIES):
             return

@@ -65,7 +65,7 @@ class Scheduler:
 
     Attributes:
         proposals: drafts that follow the tokens of the newest step, by request.
-        running: requests with a row by arrival number, in order of arrival.
+        running: requests with a row by `seq_id`, in order of arrival.
         waiting: requests without a row, in order of arrival.
         free_slots: heap of the batch rows without a request.
     """
@@ -88,7 +88,7 @@ class Scheduler:
         self.free_slots = list(range(batch.max_num_seqs))
         self.running: dict[int, Request] = {}
         self.waiting: deque[Request] = deque()
-        # requests that have their last allowed token, by arrival number; see `settled`
+        # requests that have their last allowed token, by `seq_id`; see `settled`
         self._unsettled: dict[int, Request] = {}
         self._scheduled: list[Request] = []
         self._held: list[Request] = []
@@ -108,14 +108,14 @@ class Scheduler:
         return len(self.waiting)
 
     def add(self, request: Request) -> None:
-        """Queue a request, whose arrival number must be the largest so far."""
+        """Queue a request, whose `seq_id` must be the largest so far."""
         self.waiting.append(request)
 
     def finish(self, request: Request) -> None:
         """Drop an ended or aborted request, and free its row and blocks."""
         if request.grammar is not None:
             request.grammar.release()
-            self._unsettled.pop(request.arrival, None)
+            self._unsettled.pop(request.seq_id, None)
         if request.slot >= 0:
             self._release(request)
         else:
@@ -217,7 +217,7 @@ class Scheduler:
     def handle_new_token(self, request: Request) -> None:
         """Cache the newest block of a request, if its new token has completed the block."""
         if request.is_unsettled:
-            self._unsettled[request.arrival] = request
+            self._unsettled[request.seq_id] = request
         known = len(request.token_ids) - self._lookahead
         if request.slot >= 0 and known % self._blocks.block_size == 0:
             self._cache_blocks(request)
@@ -225,7 +225,7 @@ class Scheduler:
     def _cache_blocks(self, request: Request) -> None:
         """Make full blocks of computed and known tokens available to other requests."""
         known = min(request.num_computed_tokens, len(request.token_ids) - self._lookahead)
-        self._blocks.cache_full_blocks(request.arrival, request.block_keys, known)
+        self._blocks.cache_full_blocks(request.seq_id, request.block_keys, known)
 
     def record_step_time(self, batch: ScheduledBatch, seconds: float) -> None:
         """Record the time of a step, from which chunks of later steps are sized."""
@@ -257,7 +257,7 @@ class Scheduler:
             drafts = self.proposals.get(request, NO_DRAFTS).first(max(max_drafts, 0))
             tokens = request.num_tokens + len(drafts)
             if drafts and not self._reserve_blocks(request, tokens, len(self.running)):
-                room = len(self._blocks.blocks_of(request.arrival)) * self._blocks.block_size
+                room = len(self._blocks.blocks_of(request.seq_id)) * self._blocks.block_size
                 drafts = drafts.first(room - request.num_tokens)
             if drafts:
                 chosen[request] = drafts
@@ -286,7 +286,7 @@ class Scheduler:
         Returns:
             False if there are not enough free blocks beyond `spare`.
         """
-        added = self._blocks.allocate(request.arrival, num_tokens, spare=spare)
+        added = self._blocks.allocate(request.seq_id, num_tokens, spare=spare)
         if added:
             start = self._blocks.num_needed(num_tokens) - len(added)
             self._batch.set_blocks(request.slot, added, start)
@@ -314,14 +314,14 @@ class Scheduler:
             cached = self._find_computed_blocks(request)
             if cached is None:
                 break
-            added = self._blocks.allocate(request.arrival, len(request.token_ids), cached, spare)
+            added = self._blocks.allocate(request.seq_id, len(request.token_ids), cached, spare)
             if added is None:
                 break
             self.waiting.popleft()
             request.slot = heapq.heappop(self.free_slots)
             self._spare_logits -= 1
             self._batch.set_blocks(request.slot, added)
-            self.running[request.arrival] = request
+            self.running[request.seq_id] = request
             self._count_hits(request, len(cached) * self._blocks.block_size)
             budget = self._schedule_chunk(request, budget)
         return budget
@@ -338,7 +338,7 @@ class Scheduler:
         running = [other for other in request.group if other.slot >= 0]
         for other in running:
             if other.num_computed_tokens >= num_shared * self._blocks.block_size:
-                return list(self._blocks.blocks_of(other.arrival)[:num_shared])
+                return list(self._blocks.blocks_of(other.seq_id)[:num_shared])
         return None if running else cached
 
     def _reads_prefix_cache(self, request: Request) -> bool:
@@ -386,8 +386,8 @@ class Scheduler:
         self._batch.clear_row(request.slot)
         heapq.heappush(self.free_slots, request.slot)
         request.slot = -1
-        self._blocks.free(request.arrival)
-        del self.running[request.arrival]
+        self._blocks.free(request.seq_id)
+        del self.running[request.seq_id]
 
 
 def _mean_context(prefilling: Sequence[Request]) -> int:

@@ -150,7 +150,7 @@ def test_uniform_is_splitmix64(seed, position):
 
 
 def test_derived_seeds_differ_by_arrival_and_by_engine_seed():
-    seeds = {derive_seed(engine, arrival) for engine in range(20) for arrival in range(500)}
+    seeds = {derive_seed(engine, number) for engine in range(20) for number in range(500)}
     assert len(seeds) == 20 * 500
 
 

@@ -153,7 +153,7 @@ def test_a_device_draws_for_greedy_requests_alone(temperature: float, is_drawn: 
             logprobs=None,
             params=SamplingParams(temperature=each),
             slot=slot,
-            arrival=slot,
+            seq_id=slot,
             seed=0,
             num_output_tokens=3,
         )

@@ -124,7 +124,7 @@ class CheckingRunner:
         read = self.cache[blocks, offsets]
         wrong = np.flatnonzero(read != expected)
         assert not len(wrong), (
-            f"request {request.arrival} reads a wrong slot at token {wrong[0]} of {end}, "
+            f"request {request.seq_id} reads a wrong slot at token {wrong[0]} of {end}, "
             f"{cached} of them from the cache"
         )
         return hashes[cached:end]

@@ -245,7 +245,7 @@ def _step(run: Run, history: History, fails: bool) -> None:
     engine = run.engine
     keys = evictable_keys(engine)
     everyone = [*running_requests(engine).values(), *waiting_requests(engine)]
-    earliest = min(everyone, key=lambda request: request.arrival)
+    earliest = min(everyone, key=lambda request: request.seq_id)
     before = (
         earliest.num_computed_tokens - earliest.num_pending_drafts,
         len(earliest.token_ids),
@@ -264,7 +264,7 @@ def _step(run: Run, history: History, fails: bool) -> None:
         len(earliest.token_ids),
     )
     # so nobody waits for more steps than those in front of it have tokens
-    assert earliest.finish_reason or before < after, f"request {earliest.arrival} was left out"
+    assert earliest.finish_reason or before < after, f"request {earliest.seq_id} was left out"
     if all(output.finish_reason != "error" for output in outputs):
         run.counts["evicted blocks"] += len(keys - evictable_keys(engine))
     ahead = engine.in_flight

@@ -109,7 +109,7 @@ def _shares_before_the_step(original: Callable[..., Any]) -> Callable[..., Any]:
     def take(self: Scheduler, request: Any, budget: int) -> int:
         taken: int = original(self, request, budget)
         end = request.num_computed_tokens + taken
-        self._blocks.cache_full_blocks(request.arrival, request.block_keys, end)
+        self._blocks.cache_full_blocks(request.seq_id, request.block_keys, end)
         return taken
 
     return take
