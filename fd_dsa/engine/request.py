@@ -53,7 +53,7 @@ class Request:
         num_pending_drafts: number of drafts in flight, which may be rejected. All counts of tokens
             include them, so they are upper bounds then.
         block_keys: names of the full blocks of `token_ids` in the prefix cache.
-        slot: batch row; -1 while waiting.
+        batch_row: row in the input batch; -1 while waiting.
         scheduled_time, preempted_time: when it first got a row, and last lost one; seconds of
             time.monotonic(), None before.
         logprobs: scores of the output; None if not asked for.
@@ -92,7 +92,7 @@ class Request:
     answer: AnswerStart | None = None
     rules: LogitRules | None = None
     drafts: DraftState | None = None
-    slot: int = -1
+    batch_row: int = -1
     scheduled_time: float | None = None
     preempted_time: float | None = None
     finish_reason: FinishReason | None = None

@@ -20,7 +20,7 @@ from fd_dsa.runner.input_batch import InputBatch
 
 logger = logging.getLogger(__name__)
 
-_slot = attrgetter("slot")
+_batch_row = attrgetter("batch_row")
 
 
 class Scheduler:
@@ -67,7 +67,7 @@ class Scheduler:
         proposals: drafts that follow the tokens of the newest step, by request.
         running: requests with a row by `seq_id`, in order of arrival.
         waiting: requests without a row, in order of arrival.
-        free_slots: heap of the batch rows without a request.
+        free_rows: heap of the batch rows without a request.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Scheduler:
         self._stats = stats
         self._target_gap_s = target_gap_s
         self._step_times = StepTimeModel(batch.max_num_tokens) if target_gap_s else None
-        self.free_slots = list(range(batch.max_num_seqs))
+        self.free_rows = list(range(batch.max_num_seqs))
         self.running: dict[int, Request] = {}
         self.waiting: deque[Request] = deque()
         # requests that have their last allowed token, by `seq_id`; see `settled`
@@ -116,7 +116,7 @@ class Scheduler:
         if request.grammar is not None:
             request.grammar.release()
             self._unsettled.pop(request.seq_id, None)
-        if request.slot >= 0:
+        if request.batch_row >= 0:
             self._release(request)
         else:
             self.waiting.remove(request)
@@ -148,10 +148,10 @@ class Scheduler:
                 self._held.append(request)
         budget = self._schedule_decode(decoding)
         self._num_decoding = len(self._scheduled)
-        self._spare_logits = len(self.free_slots)
+        self._spare_logits = len(self.free_rows)
         for request in prefilling:
             # a decoding request may have preempted this one just now
-            if budget and request.slot >= 0:
+            if budget and request.batch_row >= 0:
                 budget = self._schedule_chunk(request, budget)
         if self.waiting:
             budget = self._admit(budget)
@@ -160,7 +160,7 @@ class Scheduler:
         drafts = self._choose_drafts(budget) if self._may_draft else {}
         prompts = self._scheduled[self._num_decoding :]
         context = 0 if self._step_times is None else _mean_context(prompts)
-        self._scheduled.sort(key=_slot)
+        self._scheduled.sort(key=_batch_row)
         return ScheduledBatch(self._scheduled, drafts, context)
 
     def settled(self) -> list[tuple[Request, FinishReason]]:
@@ -219,7 +219,7 @@ class Scheduler:
         if request.is_unsettled:
             self._unsettled[request.seq_id] = request
         known = len(request.token_ids) - self._lookahead
-        if request.slot >= 0 and known % self._blocks.block_size == 0:
+        if request.batch_row >= 0 and known % self._blocks.block_size == 0:
             self._cache_blocks(request)
 
     def _cache_blocks(self, request: Request) -> None:
@@ -239,7 +239,7 @@ class Scheduler:
         block_size, taken = self._blocks.block_size, self._scheduled
         for request in decoding:
             # an earlier request may have preempted this one just now; most last blocks have room
-            if request.slot >= 0 and (
+            if request.batch_row >= 0 and (
                 request.num_computed_tokens % block_size or self._reserve_next_block(request)
             ):
                 request.num_scheduled_tokens = 1
@@ -289,7 +289,7 @@ class Scheduler:
         added = self._blocks.allocate(request.seq_id, num_tokens, spare=spare)
         if added:
             start = self._blocks.num_needed(num_tokens) - len(added)
-            self._batch.set_blocks(request.slot, added, start)
+            self._batch.set_blocks(request.batch_row, added, start)
         return added is not None
 
     def _admit(self, budget: int) -> int:
@@ -318,9 +318,9 @@ class Scheduler:
             if added is None:
                 break
             self.waiting.popleft()
-            request.slot = heapq.heappop(self.free_slots)
+            request.batch_row = heapq.heappop(self.free_rows)
             self._spare_logits -= 1
-            self._batch.set_blocks(request.slot, added)
+            self._batch.set_blocks(request.batch_row, added)
             self.running[request.seq_id] = request
             self._count_hits(request, len(cached) * self._blocks.block_size)
             budget = self._schedule_chunk(request, budget)
@@ -335,7 +335,7 @@ class Scheduler:
         num_shared = (len(request.state.prompt_token_ids) - 1) // self._blocks.block_size
         if len(cached) >= num_shared:
             return cached
-        running = [other for other in request.group if other.slot >= 0]
+        running = [other for other in request.group if other.batch_row >= 0]
         for other in running:
             if other.num_computed_tokens >= num_shared * self._blocks.block_size:
                 return list(self._blocks.blocks_of(other.seq_id)[:num_shared])
@@ -383,9 +383,9 @@ class Scheduler:
 
     def _release(self, request: Request) -> None:
         """Take row and blocks from a running request."""
-        self._batch.clear_row(request.slot)
-        heapq.heappush(self.free_slots, request.slot)
-        request.slot = -1
+        self._batch.clear_row(request.batch_row)
+        heapq.heappush(self.free_rows, request.batch_row)
+        request.batch_row = -1
         self._blocks.free(request.seq_id)
         del self.running[request.seq_id]
 

@@ -16,7 +16,7 @@ from fd_dsa.engine.reasoning import AnswerStart, Reasoning
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.speculation import SpecDecoder
 from fd_dsa.engine.tokenizer import Tokenizer
-from fd_dsa.ops.sampling.parameters import SlotParameters
+from fd_dsa.ops.sampling.parameters import RowParameters
 from fd_dsa.runner.input_batch import InputBatch, SamplingInputs
 from tests.engine import tokenizer_kinds
 from tests.engine.drafters import KnowingDrafter
@@ -108,20 +108,20 @@ def test_outputs_follow_the_plain_rules(most: int) -> None:
 
 
 class RuledRunner(GreedyRunner):
-    """Changes logits by the parameters of a slot, as the kernels of a device do."""
+    """Changes logits by the parameters of a batch row, as the kernels of a device do."""
 
     def __init__(self) -> None:
         super().__init__(InputBatch(4, 128, 16, 4), 256, VOCAB_SIZE)
-        self._given: dict[int, SlotParameters] = {}
+        self._given: dict[int, RowParameters] = {}
 
-    def set_slot(self, slot: int, given: SlotParameters, *_: Any) -> None:
-        self._given[slot] = given
+    def set_parameters(self, batch_row: int, given: RowParameters, *_: Any) -> None:
+        self._given[batch_row] = given
 
     def enqueue_model(self, logits_indices: np.ndarray, sampling: SamplingInputs) -> None:
         super().enqueue_model(logits_indices, sampling)
-        places = sampling.slots, sampling.positions
-        for row, slot, position in zip(self._unsampled[0], *places, strict=True):
-            given = self._given[slot]
+        places = sampling.batch_rows, sampling.positions
+        for row, batch_row, position in zip(self._unsampled[0], *places, strict=True):
+            given = self._given[batch_row]
             for token, bias in given.bias.items():
                 row[token] += bias
             row[[*given.banned, *(given.end_ids if position < given.min_tokens else ())]] = -np.inf

@@ -185,8 +185,8 @@ compile("write", write_caches_kernel, plain_caches, False, RANK=512, BLOCK_SIZE=
 compile("query", prepare_query_kernel, dict.fromkeys(("q_ptr", "q_out_ptr"), "bfloat16"), False,
         HEADS=64, QUANTIZED=False, BLOCK_ROWS=8, **KEYS)
 # vocabularies of one block, of DeepSeek-V3.2, and of twice as many tokens
-SAMPLED = dict.fromkeys(("slots_ptr", "mask_rows_ptr", "records_ptr", "masks_ptr", "counts_ptr",
-                         "best_ptr", "state_ptr", "sizes_ptr", "lengths_ptr",
+SAMPLED = dict.fromkeys(("batch_rows_ptr", "mask_rows_ptr", "records_ptr", "masks_ptr",
+                         "counts_ptr", "best_ptr", "state_ptr", "sizes_ptr", "lengths_ptr",
                          "sampled_ptr"), "int32")
 SAMPLED |= dict.fromkeys(("positions_ptr", "sums_ptr", "tokens_ptr"), "int64")
 for vocab, block in (50, 64), (129280, 4096), (262144, 4096):
@@ -206,7 +206,7 @@ for vocab, block in (50, 64), (129280, 4096), (262144, 4096):
                 PART=min(block, 1024 * warps), **parts)
         compile("gather", gather_kernel, SAMPLED, False, num_warps=warps, BLOCK=block,
                 PART=min(block, 128 * warps), **whole)
-PLACED = dict.fromkeys(("ids_ptr", "sampled_ptr", "slots_ptr", "positions_ptr", "firsts_ptr",
+PLACED = dict.fromkeys(("ids_ptr", "sampled_ptr", "batch_rows_ptr", "positions_ptr", "firsts_ptr",
                         "cached_ptr", "lengths_ptr", "next_ptr", "follows_ptr",
                         "known_ptr", "records_ptr", "outputs_ptr"), "int32")
 for most in (1, 2, 3):

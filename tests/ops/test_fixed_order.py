@@ -140,7 +140,7 @@ def test_a_kernel_that_chooses_by_the_number_of_tokens_is_refused() -> None:
 def test_a_device_draws_for_greedy_requests_alone(temperature: float, is_drawn: bool) -> None:
     queued: list[Any] = []
     runner = SimpleNamespace(
-        set_slot=lambda *given: None,
+        set_parameters=lambda *given: None,
         vocab_size=32,
         enqueue_model=lambda rows, sampling: queued.append(sampling),
         sample=lambda: None,
@@ -152,12 +152,12 @@ def test_a_device_draws_for_greedy_requests_alone(temperature: float, is_drawn: 
             rules=None,
             logprobs=None,
             params=SamplingParams(temperature=each),
-            slot=slot,
-            seq_id=slot,
+            batch_row=batch_row,
+            seq_id=batch_row,
             seed=0,
             num_output_tokens=3,
         )
-        for slot, each in enumerate((0.0, temperature))
+        for batch_row, each in enumerate((0.0, temperature))
     ]
     batch = ScheduledBatch(requests, {}, sampling=requests, logits_indptr=range(3))
     batch.logits_indices = np.arange(2)

@@ -14,7 +14,7 @@ from fd_dsa.engine.request import Request
 
 def running_requests(engine: LLMEngine) -> dict[int, Request]:
     """Requests with a row, by row."""
-    return {request.slot: request for request in engine.scheduler.running.values()}
+    return {request.batch_row: request for request in engine.scheduler.running.values()}
 
 
 def waiting_requests(engine: LLMEngine) -> list[Request]:
@@ -62,7 +62,7 @@ def _audit_rows(engine: LLMEngine) -> None:
     blocks, batch = engine.block_manager, engine.runner.input_batch
     running = running_requests(engine)
     assert len(running) == engine.scheduler.num_running <= batch.max_num_seqs
-    free = engine.scheduler.free_slots
+    free = engine.scheduler.free_rows
     assert sorted([*free, *running]) == list(range(batch.max_num_seqs)), "a row is lost"
     for row in range(batch.max_num_seqs):
         owned = blocks.blocks_of(running[row].seq_id) if row in running else ()
