@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias, Union
 
 import numpy as np
 
 from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.weights_protocol import Weights
-from fd_dsa.ops.arrays import values_of
+from fd_dsa.ops.arrays import Normed, values_of
 from fd_dsa.ops.host_gemm import HostMatrix, matmul_spans
 from fd_dsa.tensor import Array, Tensor
 
-if TYPE_CHECKING:
-    from fd_dsa.ops.device_matrix import Normed
-
 EXPERT_BYTES = 1 << 30
 """Max bytes of one activation of the selected experts. A longer step is split."""
-Activations: TypeAlias = "np.ndarray | Tensor | Normed"
+Activations: TypeAlias = Union[np.ndarray, Tensor, Normed]  # noqa: UP007, as in fd_dsa.tensor
 """Input of an MLP: on a device also in the form of a norm that quantises."""
 _Span: TypeAlias = tuple[tuple[HostMatrix, HostMatrix], int, int]
 """Weights of an expert, its first row and the end of its rows."""

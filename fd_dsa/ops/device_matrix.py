@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import paddle
 
 from fd_dsa.errors import BackendUnavailable, DeviceError
-from fd_dsa.ops.arrays import allocator_beside, dtype_name, matmul, on_device, values_of
+from fd_dsa.ops.arrays import (
+    Fp8Rows,
+    Normed,
+    allocator_beside,
+    dtype_name,
+    matmul,
+    on_device,
+    values_of,
+)
 from fd_dsa.ops.cublaslt import cublaslt_for
 from fd_dsa.ops.cublaslt_library import fp8_unsupported_reason
-from fd_dsa.ops.dense_kernels import GROUP, Fp8Rows, quantize_rows, rms_norm, silu_and_mul
+from fd_dsa.ops.dense_kernels import GROUP, quantize_rows, rms_norm, silu_and_mul
 from fd_dsa.ops.expert_kernels import expert_gemm
 from fd_dsa.ops.fixed_order import fixed_order
 from fd_dsa.ops.fp8_gemm import fp8_linear
@@ -43,22 +50,6 @@ def _cublaslt(kind: type, place: Place) -> tuple[Any, bool]:
     many = f"our own kernel ({against})" if against else "cuBLASLt"
     logger.info("FP8 GEMMs of more than %d rows: %s", OWN_ROWS, many)
     return library, not against
-
-
-class Normed(NamedTuple):
-    """Activations with a quantized form, for GEMMs of both kinds.
-
-    Attributes:
-        plain: float32 or bfloat16 [num_tokens, width].
-        fp8: the same values in FP8.
-    """
-
-    plain: Tensor
-    fp8: Fp8Rows
-
-    @property
-    def shape(self) -> Sequence[int]:
-        return self.plain.shape
 
 
 class DeviceNorm:
@@ -199,6 +190,8 @@ class DeviceMatrix:
 
     def _read(self, x: Tensor | Normed | Fp8Rows) -> Any:
         """Return `x` in the form that GEMMs with the weight read."""
-        if self.scales is None or isinstance(x, Fp8Rows):
+        if isinstance(x, Fp8Rows):
+            return x
+        if self.scales is None:
             return values_of(x)
         return x.fp8 if isinstance(x, Normed) else quantize_rows(x, self.round_scales)

@@ -13,10 +13,9 @@ from typing import Any
 import paddle
 
 from fd_dsa.errors import ShapeError
-from fd_dsa.ops.arrays import dtype_name
+from fd_dsa.ops.arrays import Fp8Rows, dtype_name
 from fd_dsa.ops.dense_kernels import (
     GROUP,
-    Fp8Rows,
     empty_beside,
     empty_fp8_rows,
     kernel_arguments,

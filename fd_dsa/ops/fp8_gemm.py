@@ -12,7 +12,8 @@ Source: DeepSeek-V3 (arXiv 2412.19437) §3.3.2, promotion of partial sums every 
 from __future__ import annotations
 
 from fd_dsa.errors import ShapeError
-from fd_dsa.ops.dense_kernels import GROUP, Fp8Rows, empty_beside, native_fp8
+from fd_dsa.ops.arrays import Fp8Rows
+from fd_dsa.ops.dense_kernels import GROUP, empty_beside, native_fp8
 from fd_dsa.ops.device_functions import stored
 from fd_dsa.ops.fixed_order import fixed_order
 from fd_dsa.ops.split_sums import (

@@ -8,10 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fd_dsa.ops.arrays import dtype_name
+from fd_dsa.ops.arrays import Fp8Rows, dtype_name
 from fd_dsa.ops.dense_kernels import (
     GROUP,
-    Fp8Rows,
     empty_beside,
     empty_fp8_rows,
     kernel_arguments,

@@ -16,7 +16,7 @@ pytest.importorskip("paddle", reason="the launches take Paddle's tensors")
 from fd_dsa import custom_ops
 from fd_dsa.errors import DeviceError, LaunchError
 from fd_dsa.ops import expert_gemm_cuda
-from fd_dsa.ops.dense_kernels import Fp8Rows
+from fd_dsa.ops.arrays import Fp8Rows
 from fd_dsa.ops.expert_gemm_cuda import ExpertGemm, kernel_for, suits
 from fd_dsa.ops.expert_kernels import expert_gemm, group_pairs
 from fd_dsa.ops.split_sums import Tiling

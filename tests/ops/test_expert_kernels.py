@@ -15,7 +15,7 @@ pytest.importorskip("paddle", reason="the launches take Paddle's tensors")
 from benchmarks import _tilings
 from fd_dsa.device.host_tensor import as_tensor
 from fd_dsa.errors import ShapeError
-from fd_dsa.ops.dense_kernels import Fp8Rows
+from fd_dsa.ops.arrays import Fp8Rows
 from fd_dsa.ops.expert_gemm import configuration
 from fd_dsa.ops.expert_kernels import choose_experts, expert_gemm, group_pairs, sum_experts
 from fd_dsa.ops.split_sums import Tiling

@@ -16,7 +16,7 @@ import pytest
 
 pytest.importorskip("paddle", reason="the launches take Paddle's tensors")
 
-from fd_dsa.ops.dense_kernels import Fp8Rows
+from fd_dsa.ops.arrays import Fp8Rows
 from fd_dsa.ops.device_matrix import DeviceMatrix
 from fd_dsa.ops.fixed_order import fixed_order
 from tests.kernel_memory import KernelMemory

@@ -18,7 +18,7 @@ from fd_dsa.models.loader import fp8_tensors, load_dummy_weights, load_weights, 
 from fd_dsa.models.registry import config_from_dict, create_model, read_config
 from fd_dsa.models.sources import EMBEDDING
 from fd_dsa.models.weights import HostWeights
-from fd_dsa.ops.device_matrix import Normed
+from fd_dsa.ops.arrays import Normed
 from fd_dsa.ops.fp8 import encode_e4m3
 from fd_dsa.runner import InputBatch, ModelRunner
 from tests.gpu_rig import Rig
