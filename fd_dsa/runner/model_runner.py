@@ -93,7 +93,7 @@ class ModelRunner:
     ) -> None:
         self.model, self.input_batch, self.device = model, input_batch, device
         config = model.config
-        self.vocab_size, self._most_dense_keys = config.vocab_size, config.most_dense_keys
+        self.vocab_size, self._max_dense_keys = config.vocab_size, config.max_dense_keys
         if backend is None:
             assert layout is not None and isinstance(config, ModelConfig)
             sizes = backend_config(config, layout, input_batch, num_blocks, dtype)
@@ -322,7 +322,7 @@ class ModelRunner:
             time.perf_counter() - begin,
             batch.num_tokens,
             batch.num_prefill_tokens,
-            batch.num_tokens_past(self._most_dense_keys),
+            batch.num_tokens_past(self._max_dense_keys),
         )
         if graph is not None:
             self.forward_meta = step

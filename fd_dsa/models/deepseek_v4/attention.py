@@ -1,4 +1,4 @@
-"""Attention of DeepSeek-V4: one key head over a window and entries, with sinks."""
+"""Attention of DeepSeek-V4: one key head, a window, compressed entries and sinks."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from fd_dsa.models.weights_protocol import HostOnlyWeights
 
 
 class V4Attention:
-    """Attention of one layer, with caches and indices of the backend.
+    """Attention of one layer. The backend owns its caches and indices.
 
-    All projections of the layer's input are one GEMM: the query's latent, the key, head weights of
-    the indexer, sources of the compressors.
+    A single GEMM computes all projections of the layer's input: latents of the queries, keys, head
+    weights of the indexer, and sources of the compressors.
 
     Attributes:
         sinks: float32 [num_heads], logit of a key without a value.
-        compressor: maker of the layer's entries, None in a window-only layer.
+        compressor: makes the layer's entries; None in a window-only layer.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class V4Attention:
             x: float32 [num_tokens, hidden_size], normed.
             angles: angles of the step's positions.
             forward_meta: step whose metadata was built last.
-            kept: index of the tokens whose output is wanted.
+            kept: index of the tokens whose output is computed.
 
         Returns:
             float32 [number of kept tokens, hidden_size].
@@ -92,7 +92,7 @@ class V4Attention:
     def project(
         self, x: np.ndarray, angles: Angles
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
-        """Run the one GEMM of the layer's input.
+        """Compute all projections of the layer's input.
 
         Args:
             x, angles: as for `forward`.
@@ -116,7 +116,7 @@ class V4Attention:
     def queries(self, latent: np.ndarray, angles: Angles) -> np.ndarray:
         """Project latents to queries, whose last channels are rotated.
 
-        Heads have length 1: RMSNorm times the factor of the scores, width ** -0.5.
+        Each head is scaled to length 1, which is RMSNorm times the score factor width ** -0.5.
 
         Returns:
             float32 [num_tokens, num_heads, head_dim].
@@ -138,8 +138,8 @@ class V4Attention:
             angles: as for `forward`.
 
         Returns:
-            float32 [num_tokens, index_n_heads, index_head_dim], rotated; and the head weights
-            float32 [num_tokens, index_n_heads], with all factors.
+            Rotated queries, float32 [num_tokens, index_n_heads, index_head_dim]; and head weights,
+            float32 [num_tokens, index_n_heads], which include the factors of the scores.
         """
         assert self._index_b is not None
         query = self._index_b.matmul(latent).reshape(len(latent), self._index_heads, -1)

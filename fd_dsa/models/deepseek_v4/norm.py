@@ -1,4 +1,4 @@
-"""RMSNorm of DeepSeek-V4 in float32. No other kernel has to give the same bits."""
+"""RMSNorm of DeepSeek-V4, with float32 sums: no other kernel must match its bits."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class RowNorm:
         self._weight, self._epsilon = weights.vector({name: width}, factor=width**0.5), epsilon
 
     def normalize(self, x: np.ndarray) -> np.ndarray:
-        """Return x [n, width] normed. It may be columns of wider rows."""
+        """Normalize x [n, width], which may be columns of wider rows."""
         out = x / length(x, self._epsilon)
         out *= self._weight
         return out
