@@ -1,7 +1,7 @@
 """Fields of config.json that change no result of the main model.
 
-Source: config.json of DeepSeek-V3.1, V3.2, V3.2-Exp, V4-Flash, GLM-5, GLM-5.1, GLM-5.2 and GLM-5.3;
-`save_pretrained` of Hugging Face transformers 4.44 to 5.23.
+Source: config.json of DeepSeek-V3.1, V3.2, V3.2-Exp, V4-Flash, GLM-5, GLM-5.1, GLM-5.2 and GLM-5.3.
+Hugging Face transformers 4.44 to 5.23 add fields in `save_pretrained`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""RMSNorm of DeepSeek-V4, with float32 sums: no other kernel must match its bits."""
+"""RMSNorm of DeepSeek-V4 in float32, because no kernel must match its bits."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from fd_dsa.models.registry import read_config
 from fd_dsa.ops.sampling.parameters import RowParameters
 from fd_dsa.runner import InputBatch, ModelRunner
 from fd_dsa.runner.input_batch import SamplingInputs
-from fd_dsa.runner.step_graphs import Captured, CaptureRefused, PaddleCapture
+from fd_dsa.runner.step_graphs import Captured, CaptureError, PaddleCapture
 from fd_dsa.startup.capture import capture_graphs
 from fd_dsa.startup.graph_sizes import graph_bytes
 from fd_dsa.startup.warm_up import warm_up_kernels
@@ -250,7 +250,7 @@ def test_what_cannot_be_captured_is_one_warning(rig: Rig, caplog: pytest.LogCapt
     runner = filled(tiny_runner(V32, "float32", rig.device))
     wanted = np.array(run_rows(runner, rows_of(STEPS[4])))
 
-    error: Exception = CaptureRefused("RuntimeError: no graphs today")
+    error: Exception = CaptureError("RuntimeError: no graphs today")
 
     def refusing(place: Any) -> Any:
         def capture(work: Callable[[], Any]) -> Captured:
@@ -283,7 +283,7 @@ def test_a_second_stream_is_made_before_steps_that_fork_alone(
 
     def refusing(place: Any) -> Any:
         def capture(work: Callable[[], Any]) -> Captured:
-            raise CaptureRefused("not today")
+            raise CaptureError("not today")
 
         return capture
 
@@ -294,7 +294,7 @@ def test_a_second_stream_is_made_before_steps_that_fork_alone(
 def test_work_that_waits_for_the_host_is_refused_before_a_capture(rig: Rig) -> None:
     capture = PaddleCapture(rig.place)
     x = paddle.ones([4])
-    with pytest.raises(CaptureRefused, match="exp"):
+    with pytest.raises(CaptureError, match="exp"):
         capture(lambda: x.exp())
     # the process goes on, with what it had before
     assert x.exp().numpy().shape == (4,)
