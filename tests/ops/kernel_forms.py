@@ -206,9 +206,9 @@ for vocab, block in (50, 64), (129280, 4096), (262144, 4096):
                 PART=min(block, 1024 * warps), **parts)
         compile("gather", gather_kernel, SAMPLED, False, num_warps=warps, BLOCK=block,
                 PART=min(block, 128 * warps), **whole)
-PLACED = dict.fromkeys(("ids_ptr", "sampled_ptr", "batch_rows_ptr", "positions_ptr", "firsts_ptr",
-                        "cached_ptr", "lengths_ptr", "next_ptr", "follows_ptr",
-                        "known_ptr", "records_ptr", "outputs_ptr"), "int32")
+PLACED = dict.fromkeys(("ids_ptr", "sampled_ptr", "batch_rows_ptr", "positions_ptr",
+                        "logits_indptr_ptr", "cached_ptr", "lengths_ptr", "next_ptr",
+                        "pending_source_ptr", "known_ptr", "records_ptr", "outputs_ptr"), "int32")
 for most in (1, 2, 3):
     compile("verify", verify_kernel, PLACED | dict.fromkeys(("tokens_ptr", "newest_ptr"), "int64"),
             False, num_warps=1, STRIDE=128, MAX_DRAFTS=most, VOCAB=129280)

@@ -23,7 +23,7 @@ def verify_kernel(
     sampled_ptr,
     batch_rows_ptr,
     positions_ptr,
-    firsts_ptr,
+    logits_indptr_ptr,
     cached_ptr,
     lengths_ptr,
     next_ptr,
@@ -36,7 +36,7 @@ def verify_kernel(
 ):
     """Mark the samples of request `program 0` after its first rejected draft.
 
-    The request has the rows from `firsts[program 0]` on, one for itself and one for each draft.
+    The request has the rows from `logits_indptr[program 0]` on: its own, then one for each draft.
 
     `next` describes the next draft by four rows of STRIDE values: the flat token before it, the
     batch row (-1 = no request), the position of the draft, and the number of tokens in the cache.
@@ -44,10 +44,10 @@ def verify_kernel(
     penalties.
     """
     program = tl.program_id(0)
-    first = tl.load(firsts_ptr + program)
+    first = tl.load(logits_indptr_ptr + program)
     last, batch_row, position, cached = first * 0, first * 0 - 1, first * 0, first * 0
     # the first row of all requests is followed by the number of rows, then by -1
-    count = tl.load(firsts_ptr + program + 1) - first - 1
+    count = tl.load(logits_indptr_ptr + program + 1) - first - 1
     if count >= 0:
         accepted = first * 0
         for place in range(MAX_DRAFTS):
@@ -87,7 +87,7 @@ def follow_kernel(
     known_ptr,
     num_ids,
     cached_ptr,
-    follows_ptr,
+    pending_source_ptr,
     batch_rows_ptr,
     positions_ptr,
     num_rows,
@@ -97,8 +97,8 @@ def follow_kernel(
     """Resolve the pending tokens of a step. Program p handles ids [p * BLOCK, (p + 1) * BLOCK).
 
     A value of -1 - i, made by `staged_ids`, becomes token i of the token buffer. Program 0 also
-    corrects all rows: row i continues request `follows[i]` of the step before, if any, which has
-    `known` tokens in the cache. The host has planned with the maximum, so the positions of the
+    corrects all rows: row i continues request `pending_source[i]` of the step before, if any, which
+    has `known` tokens in the cache. The host has planned with the maximum, so the positions of the
     batch row's samples become smaller by the difference.
     """
     program, lane = tl.program_id(0), tl.arange(0, BLOCK)
@@ -111,7 +111,7 @@ def follow_kernel(
             row = start + lane
             batch_row = tl.load(batch_rows_ptr + row, mask=row < num_samples, other=-1)
             position = tl.load(positions_ptr + row, mask=batch_row >= 0, other=0)
-            source = tl.load(follows_ptr + batch_row, mask=batch_row >= 0, other=-1)
+            source = tl.load(pending_source_ptr + batch_row, mask=batch_row >= 0, other=-1)
             planned = tl.load(cached_ptr + batch_row, mask=source >= 0, other=0)
             known = tl.load(known_ptr + source, mask=source >= 0, other=0)
             tl.store(positions_ptr + row, position - (planned - known), mask=batch_row >= 0)
@@ -119,7 +119,7 @@ def follow_kernel(
         tl.debug_barrier()
         for start in range(0, num_rows, BLOCK):
             row = start + lane
-            source = tl.load(follows_ptr + row, mask=row < num_rows, other=-1)
+            source = tl.load(pending_source_ptr + row, mask=row < num_rows, other=-1)
             known = tl.load(known_ptr + source, mask=source >= 0, other=0)
             tl.store(cached_ptr + row, known, mask=source >= 0)
 
