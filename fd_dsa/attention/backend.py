@@ -92,7 +92,7 @@ class DSAAttentionBackend:
         attention: writer and reader of the caches for the kind of device.
         overlap: forks the indexer's projections to a second stream.
         attention_metadata: metadata of the newest step, None before the first.
-        shows_selections: True on a CPU; the selections of a device stay in its memory.
+        can_read_selections: True on a CPU; the selections of a device stay in its memory.
 
     Raises:
         ConfigError: bfloat16 activations on a CPU.
@@ -121,7 +121,7 @@ class DSAAttentionBackend:
             int32_position_ids=config.int32_position_ids,
         )
         self.attention_metadata: ForwardMeta | None = None
-        self.shows_selections = device == "cpu"
+        self.can_read_selections = device == "cpu"
         self.attention: HostAttention | DeviceAttention
         if device == "cpu":
             self.attention = HostAttention(config)

@@ -208,7 +208,7 @@ class ModelRunner:
         """Optional parts of the runner, as they are now."""
         return RunnerInfo(
             sampling=self if self.device_steps is not None else None,
-            selections=self if self.attn_backends[0].shows_selections else None,
+            selections=self if self.attn_backends[0].can_read_selections else None,
             counters=self.counters,
             captured_sizes=tuple(self.captured_sizes),
         )

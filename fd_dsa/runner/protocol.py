@@ -144,7 +144,7 @@ class DeviceMtpRunner(Runner, Protocol):
 
 
 class SelectionRunner(Protocol):
-    """Runner that shows which keys the indexer selected."""
+    """Runner that can return the keys that the indexer selected."""
 
     def execute_with_selections(
         self, logits_indices: Indices, tokens: Sequence[int] | Indices
