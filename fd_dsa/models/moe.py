@@ -9,9 +9,9 @@ import numpy as np
 
 from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.weights_protocol import Weights
-from fd_dsa.ops.arrays import Normed, values_of
+from fd_dsa.ops.arrays import values_of
 from fd_dsa.ops.host_gemm import HostMatrix, matmul_spans
-from fd_dsa.tensor import Array, Tensor
+from fd_dsa.tensor import Array, Normed, Tensor
 
 EXPERT_BYTES = 1 << 30
 """Max bytes of one activation of the selected experts. A longer step is split."""

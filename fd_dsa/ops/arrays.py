@@ -1,13 +1,13 @@
-"""Arrays of operators: views across NumPy and Paddle, FP8 forms, checks, memory."""
+"""Arrays of operators: views across NumPy and Paddle, checks, new memory, reused memory."""
 
 from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 from types import SimpleNamespace
-from typing import Any, NamedTuple, TypeGuard, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +15,7 @@ import numpy.typing as npt
 from fd_dsa.cache_formats import FORMAT_OF_DTYPE, CacheFormat
 from fd_dsa.device.host_tensor import as_tensor
 from fd_dsa.errors import DtypeError, ShapeError
-from fd_dsa.tensor import Array, Tensor
+from fd_dsa.tensor import Array, Normed, Tensor
 
 ArrayOrTensor = TypeVar("ArrayOrTensor", np.ndarray, Tensor)
 
@@ -68,41 +68,6 @@ def rows_at(x: Any, index: Any) -> Any:
     from fd_dsa.ops import dense_kernels
 
     return dense_kernels.rows_at(x, index)
-
-
-class Fp8Rows(NamedTuple):
-    """Rows of FP8 values: value c of row r is e4m3(codes[r, c]) * scales[c // 128, r].
-
-    The scales are stored group by group, as cuBLASLt reads them (VEC128_32F). So a GEMM reads the
-    scales of its rows for 128 values along K at once.
-
-    Attributes:
-        codes: uint8 [rows, width], e4m3 bits, contiguous.
-        scales: float32 [ceil(width / 128), n], contiguous. n is `dense_kernels.padded_rows(rows)`;
-            columns from `rows` on are padding with any values.
-        padded: uint8 [n, width]; `codes` and rows of padding with any values. None if `codes` has
-            memory of its own.
-    """
-
-    codes: Any
-    scales: Any
-    padded: Any = None
-
-
-class Normed(NamedTuple):
-    """Activations with a quantized form, for GEMMs of both kinds.
-
-    Attributes:
-        plain: float32 or bfloat16 [num_tokens, width].
-        fp8: the same values in FP8.
-    """
-
-    plain: Tensor
-    fp8: Fp8Rows
-
-    @property
-    def shape(self) -> Sequence[int]:
-        return self.plain.shape
 
 
 def values_of(x: ArrayOrTensor | Normed) -> ArrayOrTensor | Tensor:

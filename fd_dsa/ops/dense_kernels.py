@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from fd_dsa.ops.arrays import Fp8Rows
 from fd_dsa.ops.device_functions import (
     absolute_maximum,
     magnitude,
@@ -22,7 +21,7 @@ from fd_dsa.ops.device_functions import (
     widened,
 )
 from fd_dsa.ops.step_kernel import step_kernel
-from fd_dsa.tensor import Tensor
+from fd_dsa.tensor import Fp8Rows, Tensor
 from fd_dsa.triton_runtime import INTERPRETING, start_next, wait_for_inputs
 from fd_dsa.triton_runtime.device_api import traits_for
 from fd_dsa.triton_runtime.driver import FP8_CAPABILITY

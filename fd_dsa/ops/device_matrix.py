@@ -10,8 +10,6 @@ import paddle
 
 from fd_dsa.errors import BackendUnavailable, DeviceError
 from fd_dsa.ops.arrays import (
-    Fp8Rows,
-    Normed,
     allocator_beside,
     dtype_name,
     matmul,
@@ -26,7 +24,7 @@ from fd_dsa.ops.fixed_order import fixed_order
 from fd_dsa.ops.fp8_gemm import fp8_linear
 from fd_dsa.ops.head_gemm import head_gemm, linear_in_one_order
 from fd_dsa.ops.host_rows import Reducer
-from fd_dsa.tensor import Place, Tensor
+from fd_dsa.tensor import Fp8Rows, Normed, Place, Tensor
 from fd_dsa.triton_runtime import INTERPRETING
 from fd_dsa.triton_runtime.device_api import traits_for
 

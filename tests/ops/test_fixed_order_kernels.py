@@ -16,9 +16,9 @@ import pytest
 
 pytest.importorskip("paddle", reason="the launches take Paddle's tensors")
 
-from fd_dsa.ops.arrays import Fp8Rows
 from fd_dsa.ops.device_matrix import DeviceMatrix
 from fd_dsa.ops.fixed_order import fixed_order
+from fd_dsa.tensor import Fp8Rows
 from tests.kernel_memory import KernelMemory
 from tests.ops import block_fp8, logits_case, tensor_core_case
 from tests.ops.paged_rows import paged_rows

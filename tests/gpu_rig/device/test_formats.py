@@ -18,9 +18,9 @@ from fd_dsa.models.loader import fp8_tensors, load_dummy_weights, load_weights, 
 from fd_dsa.models.registry import config_from_dict, create_model, read_config
 from fd_dsa.models.sources import EMBEDDING
 from fd_dsa.models.weights import HostWeights
-from fd_dsa.ops.arrays import Normed
 from fd_dsa.ops.fp8 import encode_e4m3
 from fd_dsa.runner import InputBatch, ModelRunner
+from fd_dsa.tensor import Normed
 from tests.gpu_rig import Rig
 from tests.models.folders import Stored, bf16, f8, f32, write_folder
 from tests.ops.e4m3 import E4M3_VALUES
