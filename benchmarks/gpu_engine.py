@@ -87,7 +87,7 @@ def over_http(model: str, rig: bool) -> float:
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         try:
             for line in server.stdout or ():
-                if url := re.search(r" on http://([^:]+):(\d+) \(ready", line):
+                if url := re.search(r" serves .* on http://([^:]+):(\d+)$", line):
                     break
             else:
                 raise RuntimeError(f"the server ended with status {server.wait()}")

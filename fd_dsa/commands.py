@@ -31,6 +31,11 @@ def pip_command(*requirements: str) -> str:
     return python_command("-m", "pip", "install", *requirements)
 
 
+def triton_command() -> str:
+    """Return a shell line that installs a supported Triton into this Python."""
+    return pip_command("triton>=3.3,<3.10")
+
+
 def extra_command(extra: str) -> str:
     """Return a shell line that installs the packages of an extra into this Python.
 

@@ -92,6 +92,9 @@ def _refusal(words: list[str], is_activated: bool) -> str:
         return _refusal_of_packages(rest)
     if name == "make":
         return _refusal_of_targets(rest)
+    if name == "git" and rest[0] == "clone":
+        addresses = [word for word in rest[1:] if word.startswith("https://")]
+        return "" if addresses else "git clone without an address"
     return ""
 
 
@@ -173,10 +176,24 @@ def test_commands_of_a_page_can_be_pasted(page: Path) -> None:
         (".venv/bin/pip install '.[structure]'", "not in the project"),
         (".venv/bin/python -m benchmarks.no_such", "no module benchmarks.no_such"),
         ("make server", "no target server"),
+        ("git clone REPOSITORY_URL fd_dsa", "git clone without an address"),
     ],
 )
 def test_commands_that_cannot_be_pasted_are_found(line: str, said: str) -> None:
     assert said in _refusal(shlex.split(line), False)
+
+
+def test_pages_have_the_address_of_the_project_or_none() -> None:
+    """`urls.Repository` of pyproject.toml is the address in every page that needs one."""
+    project = (ROOT / "pyproject.toml").read_text("utf-8")
+    addresses = re.findall(r'(?m)^Repository = "(https://\S+)"$', project)
+    for name in ("README.md", "README.zh.md"):
+        text = (ROOT / name).read_text("utf-8")
+        assert re.findall(r"(?m)^git clone (\S+)", text) == addresses, name
+    advisory = re.findall(
+        r"\((https://\S+)/security/advisories/new\)", (ROOT / "SECURITY.md").read_text("utf-8")
+    )
+    assert advisory == addresses
 
 
 def _run(line: str, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -211,8 +228,9 @@ def test_the_line_of_a_server_with_keys_is_answered(tmp_path: Path) -> None:
     """tests/serve/test_cli.py has a server without keys."""
     keys = ("secret-1", "secret-2")
     with serving(tmp_path, body=FAKE, env={"FD_DSA_API_KEY": ",".join(keys)}) as server:
-        ready, curl = server.ready, server.line().strip()
-        assert "to a key of this server (export FD_DSA_API_KEY=KEY):" in ready
+        ready, curl = server.ready, server.curl.strip()
+        assert "to a key of this server (export FD_DSA_API_KEY=KEY), try:" in ready
+        assert max(map(len, (ready + curl).splitlines())) <= 80
         # the variable of the shell may have one key, or the value that the server has
         for value, status in ((keys[1], 0), (",".join(keys), 0), ("another", 22)):
             done = _run(f"{curl} --fail --silent", tmp_path, FD_DSA_API_KEY=value)
@@ -225,7 +243,10 @@ def test_the_line_of_a_server_with_keys_is_answered(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_log_of_a_start_has_a_line_for_each_fact(tmp_path: Path) -> None:
     with serving(tmp_path) as server:
-        log = server.ends()
+        shown, log = server.ready, server.ends()
+    # the time of the start is one of them
+    assert len(re.findall(r"\bready\b", shown + log)) == 1
+    assert re.search(r"\[5/5\] ready    in \d+\.\d s\n", log)
     messages = [line.split(" ", 2)[2] for line in log.splitlines()]
     facts = [re.sub(r"[\d.]+", "0", text.partition(": ")[2] or text) for text in messages]
     assert len(facts) == len(set(facts)), log

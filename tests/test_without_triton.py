@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from fd_dsa.config import demo_model_path
 from tests.serve.processes import TIMEOUT_S, environment, serving
 
 pytest.importorskip("paddle", reason="the engine computes on Paddle")
@@ -120,6 +121,15 @@ def test_only_modules_for_devices_need_it(without_triton: dict[str, str]) -> Non
     assert all(CURE in message for message in refused.values())
     public = {"fd_dsa.ops", "fd_dsa.ops.topk", "fd_dsa.ops.mla", "fd_dsa.distributed"}
     assert public & set(refused) == set()
+
+
+def test_a_plan_of_gpus_names_the_cure(tmp_path: Path, without_triton: dict[str, str]) -> None:
+    (tmp_path / "config.json").write_text((demo_model_path() / "config.json").read_text())
+    arguments = ("-m", "fd_dsa", "doctor", "--plan", str(tmp_path), "-tp", "2")
+    done = python(without_triton, *arguments, status=2)
+    assert done.stderr.startswith("fd_dsa: error: --plan: triton is not installed, and the plan")
+    assert CURE in done.stderr and done.stderr.endswith("; a GPU is not needed\n")
+    assert done.stdout == "" and done.stderr.count("\n") == 1
 
 
 def test_the_embedded_engine_computes_on_a_cpu_and_names_the_cure_for_a_gpu(

@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 
 from fd_dsa import __version__
+from fd_dsa.client import bench_flags
 from fd_dsa.client.load import Sender
-from fd_dsa.client.own_server import add_server_flags, parse_flags, server_at
+from fd_dsa.client.own_server import add_server_flags, check_passed, parse_flags, server_at
 from fd_dsa.client.remote import ServerInfo, examine_server
 from fd_dsa.client.timing import Timing, measure, summarise, tables
 from fd_dsa.command_line.failures import reports_failures
-from fd_dsa.command_line.parser import Parser
+from fd_dsa.command_line.parser import Parser, split_flags
 from fd_dsa.command_line.report import as_json, show
 from fd_dsa.command_line.values import add_numbers, number, reader
 from fd_dsa.commands import own_command
@@ -60,7 +61,34 @@ def build_parser() -> Parser:
         help="requests in flight (default: no limit)",
     )
     parser.add_argument("--output", metavar="FILE", help="write all figures as JSON")
+    bench_flags.add_flags(parser)
     return parser
+
+
+def parse_args(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Read the flags of the command, in which those of other benchmarks have been replaced.
+
+    Returns:
+        The flags, with `not_needed` for the reasons of removed flags, and the flags of the server
+        that is started.
+
+    Raises:
+        ConfigError: a flag has a wrong value, is unknown, or would change the figures.
+    """
+    own, passed = split_flags(arguments)
+    own, not_needed = bench_flags.translate(own)
+    args, passed = parse_flags(build_parser(), [*own, "--", *passed])
+    running = bench_flags.running_server(args)
+    if running is not None and args.serve is not None:
+        raise ConfigError("--serve: got it with --host, --port or --backend; leave one of them out")
+    check_passed(running, passed)
+    if args.base_url is not None:
+        named = {"--host": args.host, "--port": args.port}
+        not_needed |= {flag: "--base-url has it" for flag, value in named.items() if value}
+    args.base_url = running or args.base_url
+    args.output = bench_flags.result_file(args) or args.output
+    args.not_needed = not_needed
+    return args, passed
 
 
 @reports_failures
@@ -71,12 +99,14 @@ def main(arguments: list[str]) -> int:
         Exit status: 0 if every request was answered, 1 if some failed or the server went away, 2 if
             it cannot begin.
     """
-    args, passed = parse_flags(build_parser(), arguments)
+    args, passed = parse_args(arguments)
+    for flag, reason in args.not_needed.items():
+        sys.stderr.write(f"{flag} is not needed here: {reason}\n")
     # check before the measurement, which may take an hour
     if args.output is not None and not Path(args.output).absolute().parent.is_dir():
         raise ConfigError(f"{args.output}: the folder does not exist; make it first")
     with server_at(args.base_url, args.serve or None, passed, "--serve") as base_url:
-        info = examine_server(base_url, args.model)
+        info = examine_server(base_url, args.served_model_name or args.model)
         total = args.random_input_len + args.random_output_len
         if info.max_model_len is not None and total > info.max_model_len:
             raise ConfigError(
@@ -154,4 +184,6 @@ def _report(
         }
         with writing("--output", args.output):
             Path(args.output).write_text(as_json(report), "utf-8")
+        if args.save_result:
+            sys.stderr.write(f"the figures are in {args.output}\n")
     return 0 if result["failed"] == 0 else 1

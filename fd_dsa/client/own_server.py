@@ -25,7 +25,8 @@ _POLL_S = 0.05
 # so that every prompt is computed in full. The user's flags come later and take precedence
 _FLAGS = ("--port", "0", "--shutdown-timeout", "1", "--no-enable-prefix-caching")
 _END_TIMEOUT_S = 30.0
-_READY = re.compile(rb"^fd_dsa \S+ serves .* on (http://\S+) \(ready", re.MULTILINE)
+# the line break shows that the line is complete
+_READY = re.compile(rb"^fd_dsa \S+ serves .* on (http://\S+)\n", re.MULTILINE)
 _ERROR = re.compile(rb"^fd_dsa: error: (.*)$", re.MULTILINE)
 _PR_SET_PDEATHSIG = 1
 # loaded before the fork, because little code may run in the child after it
@@ -57,9 +58,16 @@ def parse_flags(
     """
     own, passed = split_flags(arguments)
     args = parser.parse_args(own)
-    if args.base_url is not None and passed:
-        raise ConfigError("flags after --: they are for a server of our own; leave --base-url out")
+    check_passed(args.base_url, passed)
     return args, passed
+
+
+def check_passed(base_url: str | None, passed: Sequence[str]) -> None:
+    """Raise ConfigError if there are flags for a server of our own, but a running one is used."""
+    if base_url is not None and passed:
+        raise ConfigError(
+            "flags after --: they are for a server of our own; leave out the address of another one"
+        )
 
 
 @dataclass(frozen=True)

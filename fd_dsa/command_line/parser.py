@@ -34,6 +34,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**{**kwargs, "add_help": False, "allow_abbrev": False})
+        self._words: list[str] = []
         self.add_argument(
             "-h",
             "--help",
@@ -52,19 +53,32 @@ class Parser(argparse.ArgumentParser):
             what = "unknown command " if where == "COMMAND: " else f"{where}got "
             hint = nearest(got, known, "")
             message = f"{what}{got!r}, allowed: {', '.join(known)}" + (hint and f"; {hint}")
+        if "arguments are required: " in message:
+            for word in self._words:
+                # a short flag may have its value in the same word
+                flag = word.partition("=")[0] if word.startswith("--") else word[:2]
+                if re.match("-+[a-zA-Z]", word) and flag not in self._option_string_actions:
+                    # a mistyped flag is mostly the reason
+                    raise self._unknown(word)
+            message += "; --help shows the usage"
         raise ConfigError(message)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse the flags, and refuse other words with the nearest flag of this command."""
+        self._words = split_flags(args or ())[0]
         found, rest = super().parse_known_args(args, namespace)
         for word in rest:
             if word.startswith("-"):
-                flag = word.partition("=")[0]
-                hint = nearest(flag, self._option_string_actions, "--help lists the flags")
-                raise ConfigError(f"unknown flag {flag}; {hint}")
+                raise self._unknown(word)
         if rest:
             raise ConfigError(f"unexpected argument {rest[0]!r}; --help shows the usage")
         return found, rest
+
+    def _unknown(self, word: str) -> ConfigError:
+        """Return the error for an unknown flag, with the nearest one."""
+        flag = word.partition("=")[0]
+        hint = nearest(flag, self._option_string_actions, "--help lists the flags")
+        return ConfigError(f"unknown flag {flag}; {hint}")
 
     def format_topic(self, topic: str) -> str:
         """Format the help of one group, or else of the flags whose names contain a text."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import re
 import shutil
 import sys
 import textwrap
@@ -15,7 +16,13 @@ from typing import Any
 from fd_dsa import __version__
 from fd_dsa.command_line.failures import fail, reports_failures
 from fd_dsa.command_line.parser import Parser
-from fd_dsa.commands import extra_command, own_command, pip_command, python_command
+from fd_dsa.commands import (
+    extra_command,
+    own_command,
+    pip_command,
+    python_command,
+    triton_command,
+)
 from fd_dsa.config import EngineConfig
 from fd_dsa.environment import (
     has_nvidia_gpu,
@@ -94,9 +101,14 @@ def _plan(args: argparse.Namespace) -> int:
     require_packages()
     from fd_dsa.doctor.plan import as_lines, plan
 
-    with quiet():
-        allow_unknown = args.allow_unknown_config_fields
-        found = plan(args.plan, args.tensor_parallel_size, allow_unknown=allow_unknown)
+    require_triton()
+    try:
+        with quiet():
+            allow_unknown = args.allow_unknown_config_fields
+            found = plan(args.plan, args.tensor_parallel_size, allow_unknown=allow_unknown)
+    except ConfigError as error:
+        # the folder is a value of another flag here
+        raise ConfigError(re.sub("^--model: ", "--plan: ", str(error))) from error
     text = json.dumps(found, indent=1) if args.json else "\n".join(as_lines(found))
     sys.stdout.write(f"{text}\n")
     return _OK
@@ -206,6 +218,23 @@ def require_packages() -> None:
             cure = pip_command("numpy") if package == "numpy" else extra_command("cpu")
             raise BackendUnavailable(f"{package} is not installed; {cure}, then run this again")
     prepare_cpu_runtime()
+
+
+def require_triton() -> None:
+    """Import the Triton runtime, whose kernels determine the work memory of a plan.
+
+    Raises:
+        BackendUnavailable: Triton is missing or of an unsupported version.
+    """
+    try:
+        import fd_dsa.triton_runtime  # noqa: F401
+    except BackendUnavailable as error:
+        if not isinstance(error.__cause__, ImportError):
+            raise
+        raise BackendUnavailable(
+            "--plan: triton is not installed, and the plan counts the work memory of its kernels; "
+            f"run {triton_command()}, then run this again; a GPU is not needed"
+        ) from error
 
 
 def not_checked(device: str, gpu: dict[str, str] | None, interpreting: bool) -> str:

@@ -146,7 +146,7 @@ def _serve_with_fastdeploy(args: argparse.Namespace) -> int:
         prepare,
         without_secrets,
     )
-    from fd_dsa.serve.server import bind_socket, curl_line, key_hint
+    from fd_dsa.serve.server import bind_socket, curl_command, try_line
 
     if not args.dry_run:
         # refuse a used address like the other engine, and resolve --port 0
@@ -162,11 +162,11 @@ def _serve_with_fastdeploy(args: argparse.Namespace) -> int:
     engine = check_import(plan)
     # folders of DeepSeek-V3.2 have no chat template, and a completion always works
     num_keys = plan.num_api_keys
-    curl = curl_line(plan.url, plan.model_name, plan.max_model_len, False, num_keys)
     _print(
-        f"fd_dsa {__version__} starts {plan.model_name} with {engine} on {plan.url}, max_model_len "
-        f"{plan.max_model_len}; {plan.url}/health answers 200 when it is ready. Then try"
-        f"{key_hint(num_keys)}:\n{curl}"
+        f"fd_dsa {__version__} starts {plan.model_name} with {engine} on {plan.url}\n"
+        f"max_model_len {plan.max_model_len}; {plan.url}/health answers 200 when it is ready.\n"
+        f"{try_line(num_keys)}\n"
+        + curl_command(plan.url, plan.model_name, plan.max_model_len, False, num_keys)
     )
     become(plan)
 
@@ -220,29 +220,30 @@ def _serve_embedded(args: argparse.Namespace, started: float) -> int:
         options = replace(options, hosts=host_rule(args.host, sock.getsockname()[0], allowed))
 
         def on_ready() -> None:
-            engine, url = loaded[0], local_url(args.host, sock.getsockname()[1])
-            seconds = time.monotonic() - started
-            _print_ready(engine, name, url, seconds, options)
+            _print_ready(loaded[0], name, local_url(args.host, sock.getsockname()[1]), options)
 
         state = ServerState(
             config.served_model_name, lambda: server_info(config, loaded[0], options), options
         )
+        # the imports of this process are part of the start
+        state.startup.began = started
         return DrainingServer(state, load, args.shutdown_timeout, on_ready).serve_on(sock)
 
 
-def _print_ready(
-    engine: AsyncEngine, name: str, url: str, seconds: float, options: ServerOptions
-) -> None:
-    from fd_dsa.serve.server import curl_line, key_hint
+def _print_ready(engine: AsyncEngine, name: str, url: str, options: ServerOptions) -> None:
+    from fd_dsa.serve.server import curl_command, try_line
 
     length, num_keys = engine.max_model_len, len(options.api_key)
-    curl = curl_line(url, name, length, engine.tokenizer.has_chat_template, num_keys)
-    page = "" if options.disable_ui else f"chat page {url}/, "
-    _print(
-        f"fd_dsa {__version__} serves {name} on {url} (ready in {seconds:.1f} s, max_model_len "
-        f"{length}, {page}API page {url}/docs, metrics {url}/metrics, Ctrl-C stops). Try"
-        f"{key_hint(num_keys)}:\n{curl}"
-    )
+    pages = {} if options.disable_ui else {"chat page": "/"}
+    pages |= {"API page": "/docs", "metrics": "/metrics"}
+    lines = [
+        f"fd_dsa {__version__} serves {name} on {url}",
+        *(f"  {page:<10} {url}{path}" for page, path in pages.items()),
+        "  Ctrl-C     stops the server",
+        try_line(num_keys),
+        curl_command(url, name, length, engine.tokenizer.has_chat_template, num_keys),
+    ]
+    _print("\n".join(lines))
 
 
 def _print(text: str) -> None:

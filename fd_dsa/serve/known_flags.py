@@ -226,14 +226,18 @@ REFUSED: Mapping[str, tuple[str, ...]] = {
 """Refused flags, by the reason and what to do. Some have accepted values in `NOT_NEEDED`."""
 
 
-def _known() -> dict[str, Known]:
-    """Return the flags of all tables by name on the command line."""
+def collect(
+    not_needed: Mapping[str, tuple[str, ...]],
+    refused: Mapping[str, tuple[str, ...]],
+    other_names: Mapping[str, tuple[str, ...]],
+) -> dict[str, Known]:
+    """Return the flags of tables like those of this module, by name on the command line."""
     found: dict[str, Known] = {}
-    for ours, names in OTHER_NAMES.items():
+    for ours, names in other_names.items():
         found |= {_flag(name): Known("", f"the flag for this is {ours}") for name in names}
-    for reason, names in REFUSED.items():
+    for reason, names in refused.items():
         found |= {_flag(name): Known("", f"not supported: {reason}") for name in names}
-    for reason, forms in NOT_NEEDED.items():
+    for reason, forms in not_needed.items():
         for form in forms:
             name, equals, values = form.partition("=")
             neutral = tuple(values.split("|")) if values else ()
@@ -246,12 +250,17 @@ def _flag(name: str) -> str:
     return name if name.startswith("-") else f"--{name}"
 
 
-KNOWN = _known()
+KNOWN = collect(NOT_NEEDED, REFUSED, OTHER_NAMES)
 """Flags of other servers, by name on a command line."""
 
 
-def remove_known_flags(words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+def remove_known_flags(
+    words: Sequence[str], table: Mapping[str, Known] = KNOWN
+) -> tuple[list[str], dict[str, str]]:
     """Remove flags of other servers from a command line.
+
+    Args:
+        table: flags of other programs, a result of `collect`.
 
     Returns:
         The remaining words, and for each removed flag the reason why it is not needed.
@@ -265,7 +274,7 @@ def remove_known_flags(words: Sequence[str]) -> tuple[list[str], dict[str, str]]
     while rest:
         word = rest.pop()
         flag, equals, value = word.partition("=")
-        found = find(flag) if word.startswith("-") else None
+        found = find(flag, table) if word.startswith("-") else None
         if found is None:
             left.append(word)
             continue
@@ -277,15 +286,15 @@ def remove_known_flags(words: Sequence[str]) -> tuple[list[str], dict[str, str]]
     return left, reasons
 
 
-def find(flag: str) -> tuple[Known, bool] | None:
+def find(flag: str, table: Mapping[str, Known] = KNOWN) -> tuple[Known, bool] | None:
     """Return a flag of another server, and True if `flag` is its opposite, `--no-...`.
 
     As in vLLM, names may have underscores, and a key of a JSON value may follow a dot.
     """
     name = flag.partition(".")[0].replace("_", "-")
-    if name in KNOWN:
-        return KNOWN[name], False
-    opposite = KNOWN.get(f"--{name.removeprefix('--no-')}")
+    if name in table:
+        return table[name], False
+    opposite = table.get(f"--{name.removeprefix('--no-')}")
     return None if opposite is None or not name.startswith("--no-") else (opposite, True)
 
 

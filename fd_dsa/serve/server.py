@@ -103,39 +103,41 @@ def _bind_error(host: str, port: int, error: OSError) -> ConfigError:
     return ConfigError(f"{where}: {reason}{by}; {cure}")
 
 
-def curl_line(url: str, model: str, max_model_len: int, chat: bool, num_keys: int = 0) -> str:
-    """Return a shell command that asks the server a question.
+def curl_command(url: str, model: str, max_model_len: int, chat: bool, num_keys: int = 0) -> str:
+    """Return a shell command that asks the server a question, in lines that fit a terminal.
 
     Args:
         max_model_len: maximum sequence length in tokens. The answer takes at most an eighth of it.
         chat: True if the model has a chat template.
         num_keys: number of API keys. With keys the command reads one from `KEY_VARIABLE`, because
-            the line may end in a log.
+            the command may end in a log.
     """
-    question = "Hello! What can you do?"
-    body: dict[str, object] = {"model": model}
+    path, asked = "/v1/completions", '"prompt": "Once upon a time"'
     if chat:
         path = "/v1/chat/completions"
-        body["messages"] = [{"role": "user", "content": question}]
-    else:
-        path = "/v1/completions"
-        body["prompt"] = "Once upon a time"
-    body.update(max_tokens=max(1, min(64, max_model_len // 8)), temperature=0)
-    data = shlex.quote(json.dumps(body, ensure_ascii=False))
-    headers = "-H 'Content-Type: application/json'"
+        asked = '"messages": [{"role": "user", "content": "Hello! What can you do?"}]'
+    limit = max(1, min(64, max_model_len // 8))
+    fields = (
+        f'"model": {json.dumps(model, ensure_ascii=False)}',
+        asked,
+        f'"max_tokens": {limit}, "temperature": 0',
+    )
+    headers = ["-H 'Content-Type: application/json'"]
     if num_keys:
         # a server's variable may hold several keys, separated by commas
         key = f"${KEY_VARIABLE}" if num_keys == 1 else f"${{{KEY_VARIABLE}%%,*}}"
-        headers += f' -H "Authorization: Bearer {key}"'
+        headers.append(f'-H "Authorization: Bearer {key}"')
+    data = "{" + ",\n  ".join(fields) + "}"
     # quoted, because zsh expands the brackets of an IPv6 address
-    return f"curl {shlex.quote(url + path)} {headers} -d {data}"
+    first, last = f"curl {shlex.quote(url + path)}", f"-d {shlex.quote(data)}"
+    return " \\\n  ".join([first, *headers, last])
 
 
-def key_hint(num_keys: int) -> str:
-    """Return the instruction before the `curl` line, "" for a server without keys."""
+def try_line(num_keys: int) -> str:
+    """Return the line before the `curl` command of a server with a number of API keys."""
     if not num_keys:
-        return ""
-    return f", with {KEY_VARIABLE} set to a key of this server (export {KEY_VARIABLE}=KEY)"
+        return "Try:"
+    return f"Set {KEY_VARIABLE} to a key of this server (export {KEY_VARIABLE}=KEY), try:"
 
 
 class DrainingServer(uvicorn.Server):

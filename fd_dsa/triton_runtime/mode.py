@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 
-from fd_dsa.commands import pip_command
+from fd_dsa.commands import triton_command
 from fd_dsa.environment import choose_triton_mode
 from fd_dsa.errors import BackendUnavailable
 
-_INSTALL = f"run {pip_command('triton>=3.3,<3.10')}"
+_INSTALL = f"run {triton_command()}"
 INTERPRETING: bool = choose_triton_mode()
 """True if kernels run in Triton's interpreter on CPU tensors, False if they are compiled."""
 

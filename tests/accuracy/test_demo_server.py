@@ -39,7 +39,7 @@ def test_a_killed_run_goes_on_and_loses_no_answer(
     run.wait()
     kept = answers.read_bytes().split(b"\n")[:-1]
     assert len(kept) < 1 + NUM_PROMPTS, "the run was over before it was killed"
-    host, port = re.search(r"on http://(\S+):(\d+) \(ready", log.read_text()).groups()  # type: ignore[union-attr]
+    host, port = re.search(r" on http://(\S+):(\d+)\n", log.read_text()).groups()  # type: ignore[union-attr]
     with pytest.raises(ConnectionError):
         while time.monotonic() < deadline:
             socket.create_connection((host, int(port)), timeout=5).close()

@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 
 from tests.fakes import trees
+from tests.serve.banner import read_banner
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 180
@@ -33,14 +34,13 @@ class Launcher:
     process: subprocess.Popen[str]
     dump_file: Path
 
-    def start_line(self) -> str:
-        """The line on stdout that says where the server will be; the curl line is read."""
+    def banner(self) -> str:
+        """The lines on stdout that say where the server will be; the command after it is read."""
         assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if line.startswith("fd_dsa "):
-                assert self.process.stdout.readline().startswith("curl ")
-                return line
-        raise AssertionError(self.process.communicate())
+        before, curl = read_banner(self.process.stdout.readline)
+        if not curl:
+            raise AssertionError(self.process.communicate())
+        return before[before.index("fd_dsa ") :]
 
     def wait(self, url: str) -> dict[str, Any]:
         """Wait for the server; returns what it was started with."""

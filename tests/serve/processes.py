@@ -17,6 +17,7 @@ from typing import Any
 import httpx
 import openai
 
+from tests.serve.banner import read_banner
 from tests.serve.conftest import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -116,13 +117,15 @@ class Server:
     Attributes:
         process: the process.
         log: file with its stderr.
-        ready: the line that it printed when it served.
-        url: taken from that line.
+        ready: the lines that it printed when it served, without the command after them.
+        curl: that command.
+        url: taken from the first line.
     """
 
     process: subprocess.Popen[str]
     log: Path
     ready: str = ""
+    curl: str = ""
     url: str = ""
 
     def line(self) -> str:
@@ -198,7 +201,7 @@ def serving(folder: Path, *flags: str, **more: Any) -> Iterator[Server]:
     """A server on a free port that serves; `more` as in `started`."""
     where = () if "FD_DSA_PORT" in more.get("env", ()) else ("--port", "0")
     with started(folder, *where, *flags, **more) as server:
-        server.ready = server.line()
+        server.ready, server.curl = read_banner(server.line)
         url = re.search(r"http://[\d.]+:\d+", server.ready)
         assert url is not None, server.log.read_text()
         server.url = url[0]

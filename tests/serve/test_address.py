@@ -15,7 +15,7 @@ import pytest
 
 from fd_dsa.environment import format_address, local_url
 from fd_dsa.errors import ConfigError
-from fd_dsa.serve.server import bind_socket, curl_line, key_hint
+from fd_dsa.serve.server import bind_socket, curl_command, try_line
 
 
 @pytest.mark.parametrize(
@@ -32,8 +32,8 @@ def test_url_is_one_that_this_machine_reaches(host: str, shown: str) -> None:
 
 @pytest.mark.parametrize("chat", [True, False])
 @pytest.mark.parametrize("name", ["demo", "it's", 'a "b" c', "模型"])
-def test_curl_line_is_quoted_for_a_shell(name: str, chat: bool) -> None:
-    words = shlex.split(curl_line("http://127.0.0.1:1", name, 8, chat))
+def test_the_curl_command_is_quoted_for_a_shell(name: str, chat: bool) -> None:
+    words = shlex.split(curl_command("http://127.0.0.1:1", name, 8, chat))
     assert words[0] == "curl"
     assert words[1] == f"http://127.0.0.1:1/v1/{'chat/' if chat else ''}completions"
     body = json.loads(words[-1])
@@ -44,15 +44,15 @@ def test_curl_line_is_quoted_for_a_shell(name: str, chat: bool) -> None:
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
 @pytest.mark.parametrize("keys", [["k"], ["k1", "k2"]])
-def test_curl_line_reads_the_key_from_the_variable_of_the_server(keys: list[str]) -> None:
-    line = curl_line("http://[::1]:1", "it's", 8, True, len(keys))
+def test_the_curl_command_reads_the_key_from_the_variable_of_the_server(keys: list[str]) -> None:
+    line = curl_command("http://[::1]:1", "it's", 8, True, len(keys))
     # a shell may look for files in brackets
     assert "'http://[::1]:1/v1/chat/completions'" in line
     asked = ["bash", "-c", f"curl() {{ printf '%s\\n' \"$@\"; }}; {line}"]
     env = {"FD_DSA_API_KEY": ",".join(keys)}
     said = subprocess.run(asked, env=env, capture_output=True, text=True, check=True).stdout
     assert f"Authorization: Bearer {keys[0]}\n" in said
-    assert (key_hint(0), "FD_DSA_API_KEY=" in key_hint(len(keys))) == ("", True)
+    assert (try_line(0), "FD_DSA_API_KEY=" in try_line(len(keys))) == ("Try:", True)
 
 
 @pytest.mark.parametrize(

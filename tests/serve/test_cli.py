@@ -271,17 +271,26 @@ def test_start_serve_and_stop_from_another_folder(tmp_path: Path) -> None:
     # nearly the name of a flag's variable
     env = {"FD_DSA_MAX_MODEL_LENGTH": "5"}
     with serving(tmp_path, *flags.split(), body=FAKE, env=env) as server:
-        assert server.ready.startswith(f"fd_dsa {__version__} serves first on {server.url} ")
+        first, *rest = server.ready.splitlines()
+        assert first == f"fd_dsa {__version__} serves first on {server.url}"
+        assert [line.split()[-1] for line in rest[:3]] == [
+            f"{server.url}{path}" for path in ("/", "/docs", "/metrics")
+        ]
+        # nothing is printed twice, and lines fit a terminal
+        assert "ready" not in server.ready and "max_model_len" not in server.ready
+        assert max(map(len, (server.ready + server.curl).splitlines())) <= 80
         models = httpx.get(f"{server.url}/v1/models", timeout=TIMEOUT_S).json()["data"]
         assert [m["id"] for m in models] == ["first", "second"]
-        curl = server.line()
-        assert curl.startswith(f"curl {server.url}/v1/chat/completions ")
+        assert server.curl.startswith(f"curl {server.url}/v1/chat/completions ")
         if shutil.which("curl"):
-            subprocess.run(curl.strip() + " --fail", shell=True, check=True, capture_output=True)
+            line = f"{server.curl.strip()} --fail"
+            subprocess.run(line, shell=True, check=True, capture_output=True)
         log = server.ends()
         assert server.line() == ""
     # one access line per request, none of uvicorn's own lines
     assert log.count("GET /v1/models") == 1
+    # the time of the start; this engine has no phases
+    assert len(re.findall(r"INFO \[\d/5\] \w+ +in \d+\.\d s\n", log)) == 1
     assert "Uvicorn" not in log
     assert log.count("INFO chat: prompts by tokenizer_config.json, tool calls deepseek_v32") == 1
     assert "WARNING chat: --tool-call-parser deepseek_v32 reads calls, but the chat" in log
@@ -297,7 +306,7 @@ def test_flags_of_a_file_and_of_variables_are_served(tmp_path: Path) -> None:
     with serving(tmp_path, *flags, body=FAKE, env={"FD_DSA_PORT": "0"}) as server:
         assert " serves of-the-file on http://127.0.0.1:" in server.ready
         # the folder has no chat template
-        assert "/v1/completions " in server.line()
+        assert "/v1/completions " in server.curl
         for host, status in (("evil.com", 403), ("box.example", 200), ("localhost:1", 200)):
             answer = httpx.get(f"{server.url}/v1/models", headers={"Host": host}, timeout=60)
             assert answer.status_code == status

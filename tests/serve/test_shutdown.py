@@ -157,7 +157,6 @@ def test_requests_that_are_not_in_the_engine_yet_are_waited_for(
         slow = clients.submit(httpx.post, url, content=parts(), headers=kind, timeout=TIMEOUT_S)
         assert sent.wait(TIMEOUT_S)
         held = [ask(live, clients, prompt="held", max_tokens=3) for _ in range(3)]
-        assert live.line().startswith("curl ")
         assert [live.line() for _ in range(3)] == ["held\n"] * 3
         live.process.terminate()
         wait_until_draining(live)
@@ -179,7 +178,7 @@ def test_a_tokenizer_that_stalls_holds_up_nothing_else(
     flags = ("--shutdown-timeout", "0.5")
     with serving(tmp_path, *flags, body=SLOW, before=STALLING) as live:
         stalled = [ask(live, clients, prompt="stall") for _ in range(40)]
-        assert live.line().startswith("curl ") and live.line() == "stalled\n"
+        assert live.line() == "stalled\n"
         for path in ("/health", "/metrics", "/v1/models"):
             assert httpx.get(f"{live.url}{path}", timeout=TIMEOUT_S).status_code == 200
         log = live.ends()

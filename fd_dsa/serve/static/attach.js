@@ -7,6 +7,8 @@ import { contextLength } from "./settings.js";
 // of the largest text that fills a context
 const BYTES_PER_TOKEN = 4;
 const MAX_NAME = 100;
+// shows whether a file is text
+const SAMPLE_BYTES = 65536;
 const BLOCK = /^(\x60{3,})file: ([^\n]+)\n([\s\S]*?)\n\1(?:\n+|$)/;
 // a text has tabs, line breaks and form feeds, and a log has escape sequences
 const BINARY = /[\0-\x08\x0e-\x1a\x1c-\x1f\x7f]/;
@@ -38,7 +40,23 @@ export function splitFiles(message) {
 
 // --- the next message
 
+// Refuses bytes that are no text: of a file, or of its beginning, which may end inside a character.
+function decode(bytes, isWhole) {
+  // a text in UTF-16 begins with this mark, and has zeros
+  const isUtf16 = ["255,254", "254,255"].includes(new Uint8Array(bytes.slice(0, 2)).join());
+  let content = null;
+  try {
+    content = new TextDecoder("utf-8", { fatal: true }).decode(bytes, { stream: !isWhole });
+  } catch { /* refused below */ }
+  if (!isUtf16 && BINARY.test(content ?? new TextDecoder("latin1").decode(bytes))) throw new Error(t("attachBinary"));
+  if (content === null) throw new Error(t("attachNotText"));
+  return content;
+}
+
 async function read(file) {
+  const bytes = (part) => part.arrayBuffer().catch((error) => { throw new Error(t("attachUnreadable", { reason: error.message })); });
+  // what a file is counts before its size
+  if (file.size) decode(await bytes(file.slice(0, SAMPLE_BYTES)), file.size <= SAMPLE_BYTES);
   const tokens = contextLength();
   if (!tokens) throw new Error(t("attachLater"));
   const limit = tokens * BYTES_PER_TOKEN;
@@ -48,14 +66,7 @@ async function read(file) {
     throw new Error(t(key, { size: file.size, used, limit, factor: BYTES_PER_TOKEN, tokens }));
   }
   if (!file.size) throw new Error(t("attachEmpty"));
-  const bytes = await file.arrayBuffer().catch((error) => { throw new Error(t("attachUnreadable", { reason: error.message })); });
-  let content;
-  try {
-    content = new TextDecoder("utf-8", { fatal: true }).decode(bytes);
-  } catch {
-    throw new Error(t("attachNotText"));
-  }
-  if (BINARY.test(content)) throw new Error(t("attachNotText"));
+  const content = decode(await bytes(file), true);
   return { name: file.name.replace(/[\x60\p{Cc}]/gu, "_").slice(0, MAX_NAME), content: content.replaceAll("\r\n", "\n") };
 }
 

@@ -77,8 +77,7 @@ async function upload() {
   $("file").value = "";
   try {
     if (file.size > MOST_IMPORTED_BYTES) throw new Error(t("fileTooLarge", { size: file.size, limit: MOST_IMPORTED_BYTES }));
-    const count = await importText(await file.text());
-    toast(t("imported", { count }));
+    toast(t("imported", await importText(await file.text())));
     drawChats(current);
   } catch (error) {
     notice(t("notImported", { reason: error.message }));

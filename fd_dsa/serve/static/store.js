@@ -167,8 +167,9 @@ async function add(read) {
   return isKept;
 }
 
-export const visible = () =>
-  [...chats.values()].filter((chat) => !chat.deleted && tree(chat.id).size).sort((a, b) => b.updated - a.updated);
+const isVisible = (chat) => Boolean(chat) && !chat.deleted && tree(chat.id).size > 0;
+
+export const visible = () => [...chats.values()].filter(isVisible).sort((a, b) => b.updated - a.updated);
 
 export function exportText() {
   const all = visible().map(({ deleted, ...chat }) => ({
@@ -177,7 +178,19 @@ export function exportText() {
   return JSON.stringify({ format: FORMAT, version: 1, chats: all }, null, 1);
 }
 
-// Number of conversations read; nothing is added where anything is wrong.
+// Numbers of conversations that are new here, have new messages, and have only known ones.
+function compare(read) {
+  const states = new Map();
+  for (const { chat: { id }, messages } of read.filter((one) => one.messages.length)) {
+    const hasNew = messages.some((message) => !tree(id).has(message.id));
+    states.set(id, isVisible(chats.get(id)) ? hasNew || states.get(id) === "extended" ? "extended" : "known" : "added");
+  }
+  const counts = { added: 0, extended: 0, known: 0 };
+  for (const state of states.values()) counts[state] += 1;
+  return counts;
+}
+
+// See `compare` for the result; nothing is added where anything is wrong.
 export async function importText(content) {
   let file;
   try { file = JSON.parse(content); } catch { throw new Error(t("fileNotJson")); }
@@ -187,8 +200,9 @@ export async function importText(content) {
   const read = file.chats.map((chat, i) => readChat(chat, `chats[${i}]`));
   const count = read.reduce((sum, one) => sum + one.messages.length, 0);
   if (count > MOST_IMPORTED) throw new Error(t("tooManyMessages", { count, limit: MOST_IMPORTED }));
+  const counts = compare(read);
   await add(read);
-  return read.length;
+  return counts;
 }
 
 // Versions before kept all conversations as one list in localStorage. The ids depend on it alone:

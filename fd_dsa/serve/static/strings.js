@@ -17,7 +17,10 @@ export const STRINGS = {
   export: ["Export", "导出"],
   import: ["Import", "导入"],
   fileToImport: ["File to import", "要导入的文件"],
-  imported: ["Conversations imported: {count}.", "已导入对话：{count}。"],
+  imported: [
+    "Conversations: {added} new, {extended} with new messages, {known} already here.",
+    "对话：新增 {added} 个，补充新消息 {extended} 个，已存在 {known} 个。",
+  ],
   notImported: ["Nothing was imported: {reason}.", "没有导入任何内容：{reason}。"],
   fileTooLarge: [
     "the file has {size} bytes; must have at most {limit}",
@@ -79,9 +82,13 @@ export const STRINGS = {
   ],
   attachEmpty: ["the file is empty", "文件为空"],
   attachUnreadable: ["the file cannot be read ({reason})", "无法读取文件（{reason}）"],
+  attachBinary: [
+    "images and other binary files are not supported; attach plain text",
+    "不支持图片和其他二进制文件；请添加纯文本文件",
+  ],
   attachNotText: [
-    "the file is not plain text in UTF-8; convert it to plain text",
-    "文件不是 UTF-8 纯文本；请先转换为纯文本",
+    "the file is not plain text in UTF-8; convert it to UTF-8",
+    "文件不是 UTF-8 纯文本；请先转换为 UTF-8",
   ],
   keys: [
     "Enter sends, Shift+Enter is a new line, Esc stops",
@@ -91,10 +98,10 @@ export const STRINGS = {
   copied: ["Copied", "已复制"],
   emptyTitle: ["What would you like to know?", "想了解什么？"],
   emptyText: ["Type a message below, or begin with one of these.", "在下方输入消息，或从这些例子开始。"],
-  example1: ["Hello! What can you do?", "你好！你能做什么？"],
+  example1: ["Hello! What can you do?", "你好，你能做什么？"],
   example2: ["What is the capital of France?", "法国的首都是哪里？"],
   example3: ["Write a short poem about the sea.", "什么是稀疏注意力？"],
-  example4: ["List three colours of the rainbow.", "7 加 5 等于多少？"],
+  example4: ["List three colours of the rainbow.", "7加5等于多少？"],
   exampleNeedle: ["Find the number hidden in a long text, and see where the model looks", "在长文本中找出隐藏的数字，并查看模型读取的位置"],
 
   // --- messages

@@ -164,6 +164,12 @@ def test_a_phone_shows_the_way_back_over_the_list(browser: Browser, live: Live) 
         expect(page.locator("article.user")).to_contain_text("About the sea")
 
 
+def imported(page: Page, *, new: int, extended: int, known: int) -> None:
+    """The page tells these numbers of conversations of the last import."""
+    counts = f"{new} new, {extended} with new messages, {known} already here."
+    expect(page.locator("#toast")).to_contain_text(f"Conversations: {counts}")
+
+
 @needs_chromium
 def test_files_go_out_and_in(browser: Browser, live: Live, tmp_path: Path) -> None:
     path = tmp_path / "chats.json"
@@ -174,10 +180,29 @@ def test_files_go_out_and_in(browser: Browser, live: Live, tmp_path: Path) -> No
         download.value.save_as(path)
         # what is here already stays once
         page.set_input_files("#file", path)
-        expect(page.locator("#toast")).to_contain_text("Conversations imported: 1.")
+        imported(page, new=0, extended=0, known=1)
         titles(page, "Keep me")
-    exported = json.loads(path.read_text())
-    assert [m["content"] for m in exported["chats"][0]["messages"]] == ["Keep me", TEXT]
+        exported = json.loads(path.read_text())
+        (chat,) = exported["chats"]
+        assert [m["content"] for m in chat["messages"]] == ["Keep me", TEXT]
+        other = {"id": "other", "title": "Other", "messages": [{"id": "1", "parent": None}]}
+        other["messages"][0] |= {"role": "user", "content": "x"}
+        # an empty conversation is not shown, so it is not counted
+        (tmp_path / "three.json").write_text(
+            json.dumps(exported | {"chats": [chat, other, other, {"id": "empty", "messages": []}]})
+        )
+        page.set_input_files("#file", tmp_path / "three.json")
+        imported(page, new=1, extended=0, known=1)
+        chat["messages"].append({"id": "2", "parent": None, "role": "user", "content": "more"})
+        (tmp_path / "more.json").write_text(json.dumps(exported))
+        page.set_input_files("#file", tmp_path / "more.json")
+        imported(page, new=0, extended=1, known=0)
+        chat["messages"].pop()
+        # a deleted conversation that comes back is new
+        page.click("text=Keep me")
+        page.click("text=Delete")
+        page.set_input_files("#file", path)
+        imported(page, new=1, extended=0, known=0)
     broken = json.loads(path.read_text())
     broken["chats"].append({"id": "x", "messages": [{"id": "1", "parent": "2", "role": "user"}]})
     with opened(browser, live) as page:

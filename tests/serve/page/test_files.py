@@ -71,10 +71,15 @@ def test_a_file_goes_with_a_message(browser: Browser, tmp_path: Path) -> None:
     [
         (b"x" * 1025, "the file has 1025 bytes; must have at most 1024, 4 for each of the 256 tok"),
         (b"", "the file is empty"),
-        (b"\x89PNG\r\n\x1a\n\0\0", "the file is not plain text in UTF-8"),
+        (b"\x89PNG\r\n\x1a\n\0\0", "images and other binary files are not supported"),
+        # what a file is counts before its size
+        (b"\xff\xd8\xff\xe0\0\x10JFIF" + b"x" * 200_000, "images and other binary files are not"),
+        ("Grüße".encode("latin-1") * 200, "the file is not plain text in UTF-8; convert it"),
+        # a character across the end of the part that is looked at
+        (b"x" * 65535 + "ü".encode(), "the file has 65537 bytes; must have at most 1024"),
         ("Grüße".encode("latin-1"), "the file is not plain text in UTF-8"),
         ("text".encode("utf-16"), "the file is not plain text in UTF-8"),
-        (b"plain\0text", "the file is not plain text in UTF-8"),
+        (b"plain\0text", "images and other binary files are not supported"),
     ],
 )
 def test_a_file_that_is_refused(
