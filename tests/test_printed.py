@@ -69,7 +69,7 @@ def _commands(page: Path) -> Iterator[Printed]:
 ALL = [command for page in PAGES for command in _commands(page)]
 
 
-def _why_not(words: list[str], is_activated: bool) -> str:
+def _refusal(words: list[str], is_activated: bool) -> str:
     """Return why a command cannot be pasted, or ""."""
     while words and re.match(r"\w+=", words[0]):
         words = words[1:]
@@ -157,7 +157,7 @@ def test_commands_of_a_page_can_be_pasted(page: Path) -> None:
     for command in ALL:
         if command.page == page:
             words = shlex.split(command.line, comments=True)
-            why = _why_not(words, command.is_activated)
+            why = _refusal(words, command.is_activated)
             refused += [f"{command.line}: {why}"] if why else []
     assert refused == []
 
@@ -179,7 +179,7 @@ def test_commands_of_a_page_can_be_pasted(page: Path) -> None:
     ],
 )
 def test_commands_that_cannot_be_pasted_are_found(line: str, said: str) -> None:
-    assert said in _why_not(shlex.split(line), False)
+    assert said in _refusal(shlex.split(line), False)
 
 
 def test_pages_have_the_address_of_the_project_or_none() -> None:

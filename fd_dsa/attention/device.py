@@ -26,7 +26,7 @@ from fd_dsa.attention.device_scores import (
     TileScores,
     rounded_length,
     tile_sizes,
-    why_not_tiles,
+    tiles_unsupported_reason,
 )
 from fd_dsa.attention.overlap import IndexerOverlap
 from fd_dsa.attention.protocol import HostLengths, IndexerLayer, MlaLayer
@@ -36,7 +36,7 @@ from fd_dsa.errors import KernelUnavailable
 from fd_dsa.ops.arrays import check_shape, values_of
 from fd_dsa.ops.cache_write import CacheWriteParams
 from fd_dsa.ops.cache_write.triton_kernel import write_caches
-from fd_dsa.ops.mla.custom_op import CustomAttention, choose_attention, kind_for
+from fd_dsa.ops.mla.custom_op import CustomAttention, kind_for, select_attention
 from fd_dsa.ops.mla.records import Dequantized, DequantizedRecords
 from fd_dsa.ops.mla.tensor_core import attend_on_tensor_cores, new_partials
 from fd_dsa.ops.mla.triton_kernel import attend_slots
@@ -44,11 +44,11 @@ from fd_dsa.ops.providers import (
     CUSTOM_OP,
     TENSOR_CORE,
     TRITON,
-    choose,
     device_kind,
     is_refused,
     refuse,
     select_all,
+    select_provider,
     selected_provider,
 )
 from fd_dsa.ops.query_kernels import prepare_indexer_query, prepare_mla_query
@@ -82,7 +82,7 @@ class TensorCoreAttention:
     of prompts are dequantized first if that is faster.
 
     Args:
-        config: supported configuration, see `tensor_core.why_not`.
+        config: supported configuration, see `tensor_core.unsupported_reason`.
         scratch: float32 [n] for dequantized records, free during `attend`.
         custom: kernel of custom_ops/ for these heads and this cache.
         always_custom: True if Triton's kernel cannot be compiled.
@@ -190,8 +190,8 @@ class DeviceAttention:
         kind = self._kind
         config, logits = self.config, self._buffers["logits"][0]
         made = config, self._view, int(logits.shape[0]), slot_selector(kind, self._allocate)
-        conditions = {TENSOR_CORE: why_not_tiles(config)}
-        if choose("indexer_logits", kind, conditions).provider == TRITON:
+        conditions = {TENSOR_CORE: tiles_unsupported_reason(config)}
+        if select_provider("indexer_logits", kind, conditions).provider == TRITON:
             return PageScores(*made)
         transfers = transfers_for(logits)
         self._add_buffers(tile_sizes(config, made[2], transfers.traits.num_processors))
@@ -203,11 +203,11 @@ class DeviceAttention:
         config, logits = self.config, self._buffers["logits"][0]
         heads, types = config.num_heads, config.kernel_types
         capability = traits_for(logits).capability
-        choice = choose_attention(kind, heads, *types, capability, self._allocate)
-        if choice.provider == TRITON:
+        selected = select_attention(kind, heads, *types, capability, self._allocate)
+        if selected.provider == TRITON:
             return None
         own = None
-        if choice.provider == CUSTOM_OP:
+        if selected.provider == CUSTOM_OP:
             own = kind_for(heads, config.cache_layout.is_fp8)
         custom = own(custom_ops.build().kernels) if own else None
         # the buffer of scores is free when the tokens of a layer attend

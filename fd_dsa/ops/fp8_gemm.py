@@ -12,7 +12,7 @@ Source: DeepSeek-V3 (arXiv 2412.19437) §3.3.2, promotion of partial sums every 
 from __future__ import annotations
 
 from fd_dsa.errors import ShapeError
-from fd_dsa.ops.dense_kernels import GROUP, Fp8Rows, empty_beside, native_fp8
+from fd_dsa.ops.dense_kernels import GROUP, empty_beside, native_fp8
 from fd_dsa.ops.device_functions import stored
 from fd_dsa.ops.fixed_order import fixed_order
 from fd_dsa.ops.split_sums import (
@@ -24,7 +24,7 @@ from fd_dsa.ops.split_sums import (
     sum_of_parts,
 )
 from fd_dsa.ops.step_kernel import step_kernel
-from fd_dsa.tensor import Tensor
+from fd_dsa.tensor import Fp8Rows, Tensor
 from fd_dsa.triton_runtime import start_next, wait_for_inputs
 
 import triton  # isort: skip

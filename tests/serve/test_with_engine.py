@@ -9,7 +9,7 @@ import openai
 import pytest
 
 import fd_dsa
-from fd_dsa.engine.speculation import Speculator
+from fd_dsa.engine.speculation import SpecDecoder
 from tests.engine.drafters import KnowingDrafter
 from tests.engine.fakes import EOS, byte_tokenizer, expected_greedy, make_engine
 from tests.engine.threaded import threaded
@@ -40,7 +40,7 @@ def test_drafts_come_several_in_an_event_and_are_in_the_usage() -> None:
     tokens = expected_greedy([5, 6, 7], 40, eos=None)
     drafter = KnowingDrafter({}, 1.0, 40)
     drafter.answer = lambda request: tokens
-    with running(threaded(make_engine(speculator=Speculator(drafter, 3)))) as live:
+    with running(threaded(make_engine(spec_decoder=SpecDecoder(drafter, 3)))) as live:
         fields = {"prompt": [5, 6, 7], "logprobs": 1, "ignore_eos": True, **GREEDY}
         fields |= {"return_token_ids": True}
         answer = complete(live, **fields).json()
