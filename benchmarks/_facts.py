@@ -79,7 +79,7 @@ def other_flags() -> str:
 def start_log() -> str:
     """Return the log of a start on the demo model as a code block. Times are examples."""
     from fd_dsa.models.registry import read_config
-    from fd_dsa.ops.providers import OPERATORS, choose
+    from fd_dsa.ops.providers import OPERATORS, select_provider
 
     config = EngineConfig()
     defaults = dict(read_config(config.model_path).generation)
@@ -89,7 +89,7 @@ def start_log() -> str:
         f"sampling defaults of generation_config.json: {defaults}",
         f"[1/5] config   {start()['model']}",
         f"[2/5] weights  {start()['stored']} read in 0.1 s",
-        f"{', '.join(OPERATORS)} on cpu: {choose('topk', 'cpu')}",
+        f"{', '.join(OPERATORS)} on cpu: {select_provider('topk', 'cpu')}",
         f"[3/5] kv cache {start()['summary']}",
         "[4/5] warm-up  not needed on this device",
         "chat: prompts by tokenizer_config.json, tool calls none, reasoning none",

@@ -11,7 +11,7 @@ import torch
 from benchmarks._gpu import Call
 from benchmarks._peers import DeepGemm
 from fd_dsa.cache_formats import INDEX_RECORD_BYTES
-from fd_dsa.ops.logits.tile_forms import TileForm, decode_form, prompt_form
+from fd_dsa.ops.logits.tile_configs import TileConfig, decode_config, prompt_config
 from fd_dsa.ops.logits.tile_kernel import score_tiles
 from fd_dsa.ops.logits.tile_schedule import TileSchedule
 
@@ -114,9 +114,9 @@ def random_cache(num_blocks: int = NUM_BLOCKS) -> torch.Tensor:
     return cache.view(num_blocks, PAGE, WIDTH + 4)
 
 
-def form_of(shape: Shape) -> TileForm:
-    """Return the form of the tile kernel that serves a shape."""
-    return prompt_form(shape.heads) if shape.is_prompt else decode_form(shape.heads, shape.new)
+def config_of(shape: Shape) -> TileConfig:
+    """Return the configuration of the tile kernel that serves a shape."""
+    return prompt_config(shape.heads) if shape.is_prompt else decode_config(shape.heads, shape.new)
 
 
 def keys_of(cache: torch.Tensor, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -178,14 +178,14 @@ class Step:
     def _int32(array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array, np.int32)).to(DEVICE)
 
-    def ours(self, form: TileForm) -> Call:
+    def ours(self, config: TileConfig) -> Call:
         """Return our launch with a finished schedule."""
         processors = torch.cuda.get_device_properties(0).multi_processor_count
         schedule = TileSchedule.allocate(
-            form,
+            config,
             self.shape.num_tokens,
             1,
-            processors * form.programs_per_processor,
+            processors * config.programs_per_processor,
             lambda size, dtype: torch.empty(size, device=DEVICE, dtype=getattr(torch, dtype)),
         )
         schedule.fill(self, self.shape.keys)

@@ -22,7 +22,7 @@ from fd_dsa.attention.device_memory import LOGITS_BYTES
 from fd_dsa.cache_formats import LATENT_RECORD_BYTES, LATENT_WIDTH, ROPE_WIDTH
 from fd_dsa.ops.mla.custom_op import kind_for
 from fd_dsa.ops.mla.records import Dequantized, DequantizedRecords, keys_per_token
-from fd_dsa.ops.mla.tensor_core import Form, Partials, attend_on_tensor_cores, new_partials
+from fd_dsa.ops.mla.tensor_core import KernelConfig, Partials, attend_on_tensor_cores, new_partials
 
 import triton  # isort: skip
 import triton.language as tl  # isort: skip
@@ -158,14 +158,14 @@ class Ours:
         self.partials = new_partials(heads, _allocate)
 
     def call(
-        self, inputs: Inputs, form: Form | None = None, splits: int | None = None
+        self, inputs: Inputs, config: KernelConfig | None = None, splits: int | None = None
     ) -> _gpu.Call:
-        """Return a call as served, or with another form."""
+        """Return a call as served, or with another configuration."""
         partials, rows = self.partials, self.lse.numel() * (splits or 0)
         if rows > len(partials.lse):
             shapes = (rows * RANK,), (rows,)
             partials = Partials(*(_allocate(shape, "float32") for shape in shapes))
-        options: dict[str, Any] = {"partials": partials, "form": form, "splits": splits}
+        options: dict[str, Any] = {"partials": partials, "config": config, "splits": splits}
         options |= {"softmax_scale": SCALE, "lse": self.lse}
         return lambda: attend_on_tensor_cores(
             inputs.q, inputs.cache, inputs.slots, self.out, **options

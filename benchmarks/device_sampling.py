@@ -17,20 +17,20 @@ from typing import Any
 import torch
 
 from benchmarks import _gpu
-from fd_dsa.ops.sampling.parameters import SlotParameters
+from fd_dsa.ops.sampling.parameters import RowParameters
 from fd_dsa.ops.sampling.sampler import DeviceSampler
 
 VOCAB = 129_280
 ROWS = (1, 32, 256)
 SAMPLING = {
-    "greedy": SlotParameters(temperature=0.0),
-    "temperature 1": SlotParameters(),
-    "top-p 0.95": SlotParameters(top_p=0.95),
-    "top-k 50, top-p 0.9": SlotParameters(top_k=50, top_p=0.9),
+    "greedy": RowParameters(temperature=0.0),
+    "temperature 1": RowParameters(),
+    "top-p 0.95": RowParameters(top_p=0.95),
+    "top-k 50, top-p 0.9": RowParameters(top_k=50, top_p=0.9),
 }
 
 
-def by_torch(logits: torch.Tensor, how: SlotParameters, uniform: torch.Tensor) -> torch.Tensor:
+def by_torch(logits: torch.Tensor, how: RowParameters, uniform: torch.Tensor) -> torch.Tensor:
     """Return a token of each row by operators."""
     if how.temperature == 0:
         return logits.argmax(-1)
@@ -51,7 +51,7 @@ def by_torch(logits: torch.Tensor, how: SlotParameters, uniform: torch.Tensor) -
     return (place if ids is None else ids.gather(1, place))[:, 0]
 
 
-def is_right(logits: torch.Tensor, how: SlotParameters, tokens: torch.Tensor) -> bool:
+def is_right(logits: torch.Tensor, how: RowParameters, tokens: torch.Tensor) -> bool:
     """Return True if greedy tokens are torch's, and sampled ones are in the nucleus."""
     if how.temperature == 0:
         return torch.equal(tokens, logits.argmax(-1))
@@ -72,16 +72,16 @@ def compare(record: _gpu.Recorder, num_rows: int, name: str) -> bool:
         return torch.zeros(shape, device="cuda", dtype=getattr(torch, dtype))
 
     sampler = DeviceSampler(num_rows, VOCAB, allocate)
-    for slot in range(num_rows):
-        sampler.set_slot(slot, how)
+    for batch_row in range(num_rows):
+        sampler.set_parameters(batch_row, how)
     nbytes = 4 * num_rows * VOCAB
     sets = [3 * torch.randn(num_rows, VOCAB, device="cuda") for _ in range(_gpu.num_sets(nbytes))]
     uniform = torch.rand(num_rows, 1, device="cuda")
-    slots = torch.arange(num_rows, device="cuda", dtype=torch.int32)
-    positions, masks = torch.zeros_like(slots), torch.full_like(slots, -1)
+    batch_rows = torch.arange(num_rows, device="cuda", dtype=torch.int32)
+    positions, masks = torch.zeros_like(batch_rows), torch.full_like(batch_rows, -1)
 
     def ours(logits: torch.Tensor) -> None:
-        sampler.sample(logits, slots, positions, masks)
+        sampler.sample(logits, batch_rows, positions, masks)
 
     ours(sets[0])
     tokens = sampler.tokens.clone()

@@ -86,7 +86,7 @@ class Bench:
 
     def rows(self, count: int, width: int) -> Any:
         """Return activations in FP8."""
-        from fd_dsa.ops.dense_kernels import Fp8Rows
+        from fd_dsa.tensor import Fp8Rows
 
         stride = max(8, -(-count // 4) * 4)
         padded = self.codes(stride, width)

@@ -16,7 +16,7 @@ from functools import partial
 import torch
 
 from benchmarks import _gpu, _peers
-from benchmarks._logits_sides import Shape, Step, form_of, peer_call, random_cache, shapes
+from benchmarks._logits_sides import Shape, Step, config_of, peer_call, random_cache, shapes
 
 OURS, THEIRS = "tiles", "DeepGEMM"
 # of scores against doubles; FP8 GEMMs are summed with fewer bits than float32 has
@@ -49,8 +49,8 @@ def compare(
     Raises:
         AssertionError: our scores are off by more than rounding, or two runs differ.
     """
-    steps, form = steps_of(shape, cache, logits), form_of(shape)
-    ours, refused = [step.ours(form) for step in steps], {}
+    steps, config = steps_of(shape, cache, logits), config_of(shape)
+    ours, refused = [step.ours(config) for step in steps], {}
     sides: dict[str, Sequence[_gpu.Call]] = {OURS: ours}
     try:
         if gemm is not None:
@@ -102,7 +102,7 @@ def subjects() -> dict[str, tuple[_gpu.Call, list[torch.Tensor]]]:
     cache, found = random_cache(), {}
     for shape in _SUBJECTS:
         step = Step(shape, cache, scores_for([shape]), 0)
-        found[shape.label] = step.ours(form_of(shape)), [step.logits]
+        found[shape.label] = step.ours(config_of(shape)), [step.logits]
     return found
 
 

@@ -88,10 +88,10 @@ class Prompts:
     def absorbed(self, reader: Any) -> Any:
         """Run the absorbed form, which serves past index_topk."""
         attention, q = self.attention, self._q
-        q_latent = self.k_b.times_by_head(q[:, :, :NOPE])
+        q_latent = self.k_b.matmul_by_head(q[:, :, :NOPE])
         query = attention.prepare_mla_query(q_latent, q[:, :, NOPE:], None, self._cos_sin)
         latent = attention.attend(self._step, query, self._cache, self._slots)
-        return self.v_b.heads_joined(latent, reader)
+        return self.v_b.matmul_join_heads(latent, reader)
 
     def difference(self) -> float:
         """Return the relative root mean square difference of both forms."""

@@ -178,9 +178,9 @@ def print_acceptance(count: int) -> None:
     """Print shares of accepted drafts, by task and maximum number of drafts."""
     for most in (1, 2, 3):
         with LLM(speculative_config={"method": "mtp", "num_speculative_tokens": most}) as llm:
-            speculator: Any = llm.engine.speculator
+            spec_decoder: Any = llm.engine.spec_decoder
             # as if drafts cost the same on every machine
-            speculator.costs = DraftCosts({1: [1 + n / 10 for n in range(most + 1)]})
+            spec_decoder.costs = DraftCosts({1: [1 + n / 10 for n in range(most + 1)]})
             for task, asked in tasks(count).items():
                 prompts = [llm.tokenizer.apply_chat_template(one, True) for one in asked]
                 for temperature in (0, 1):

@@ -1,10 +1,10 @@
-"""Other forms of our kernels beside the ones that serve: device time of each.
+"""Device time of other configurations of our kernels than the selected ones.
 
     python -m benchmarks.tune                     # all kernels of KERNELS
     python -m benchmarks.tune indexer_logits      # one of them
 
-The numbers of tiles, warps and stages in `fd_dsa` come from these tables. A form that a compiler or
-the device refuses is left out, and so is one whose result is wrong; both are named.
+The numbers of tiles, warps and stages in `fd_dsa` come from these tables. A configuration is left
+out and named if a compiler or the device refuses it, or if its result is wrong.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ import torch
 from benchmarks import _gpu, indexer_logits
 from benchmarks import _sparse_mla_sides as sparse
 from benchmarks._harness import parser_of
-from benchmarks._logits_sides import Shape, form_of
+from benchmarks._logits_sides import Shape, config_of
 from benchmarks._logits_sides import random_cache as random_keys
 from benchmarks._projection_tilings import SPLIT, WHOLE
 from benchmarks._torch_device import register
 from fd_dsa.ops.indexer_projection import triton_kernel as projection
-from fd_dsa.ops.logits.tile_forms import TileForm
-from fd_dsa.ops.mla.tensor_core import Form, form_for, num_splits
+from fd_dsa.ops.logits.tile_configs import TileConfig
+from fd_dsa.ops.mla.tensor_core import KernelConfig, kernel_config, num_splits
 from fd_dsa.ops.split_sums import new_scratch
 
 CHOSEN = "chosen"
 Both: TypeAlias = tuple[torch.Tensor, torch.Tensor]
 # DeepSeek-V3.2: hidden size, width of an index key, index heads
 _HIDDEN, _KEYS, _HEADS = 7168, 128, 64
-# name, calls by form, the form that serves ("" = several or none)
+# name, calls by configuration, the selected configuration ("" = several or none)
 Case: TypeAlias = tuple[str, Mapping[str, Sequence[_gpu.Call]], str]
 
 
@@ -92,27 +92,29 @@ def subjects() -> dict[str, tuple[_gpu.Call, list[torch.Tensor]]]:
 _BLOCKS = {255: 2, 168: 3, 128: 4, 96: 5}
 
 
-def tile_forms(shape: Shape) -> dict[str, TileForm]:
-    """Return the form that scores a shape, and distinct forms that differ in one thing."""
-    chosen = form_of(shape)
-    forms = {CHOSEN: chosen}
+def tile_configs(shape: Shape) -> dict[str, TileConfig]:
+    """Return the selected configuration of a shape, and others that differ in one thing."""
+    chosen = config_of(shape)
+    configs = {CHOSEN: chosen}
     for registers, blocks in _BLOCKS.items():
-        form = replace(chosen, maxnreg=registers, programs_per_processor=blocks)
-        forms[f"{registers} registers"] = form
-    forms |= {f"{n} stages": replace(chosen, num_stages=n) for n in (2, 4, 5)}
-    forms |= {f"{n} pages to begin": replace(chosen, begin_pages=n) for n in (0, 1, 3, 4)}
-    forms |= {f"{n} programs": replace(chosen, programs_per_processor=n) for n in (1, 2, 8)}
+        config = replace(chosen, maxnreg=registers, programs_per_processor=blocks)
+        configs[f"{registers} registers"] = config
+    configs |= {f"{n} stages": replace(chosen, num_stages=n) for n in (2, 4, 5)}
+    configs |= {f"{n} pages to begin": replace(chosen, begin_pages=n) for n in (0, 1, 3, 4)}
+    configs |= {f"{n} programs": replace(chosen, programs_per_processor=n) for n in (1, 2, 8)}
     first, half = chosen.first_tokens, max(chosen.first_tokens // 2, 1)
     for tokens in ((first, 0), (first, first), (2 * first, 0), (half, half)):
         for registers in (255, 168):
-            form = TileForm(*tokens, maxnreg=registers, programs_per_processor=_BLOCKS[registers])
-            forms[f"{tokens[0]} + {tokens[1]} tokens, {registers} registers"] = form
-    names = {form: label for label, form in reversed(forms.items())}
-    return {label: form for label, form in forms.items() if names[form] == label}
+            config = TileConfig(
+                *tokens, maxnreg=registers, programs_per_processor=_BLOCKS[registers]
+            )
+            configs[f"{tokens[0]} + {tokens[1]} tokens, {registers} registers"] = config
+    names = {config: label for label, config in reversed(configs.items())}
+    return {label: config for label, config in configs.items() if names[config] == label}
 
 
 def tune_indexer_logits() -> Iterator[Case]:
-    """Yield forms of the indexer's tile kernel: tokens, registers and pages in flight."""
+    """Yield configurations of the indexer's tile kernel: tokens, registers and pages in flight."""
     chosen = [Shape(h, 1, keys << 10, 2048, True) for h in (64, 32) for keys in (8, 32)]
     chosen += [Shape(64, 1, 8 << 10, 8192, True), Shape(64, 64, 4 << 10, 4)]
     chosen += [Shape(64, 1, 4 << 10), Shape(64, 1, 128 << 10), Shape(64, 32, 4 << 10)]
@@ -121,36 +123,40 @@ def tune_indexer_logits() -> Iterator[Case]:
     for shape in chosen:
         steps = indexer_logits.steps_of(shape, cache, logits)
         sides = {
-            label: [step.ours(form) for step in steps] for label, form in tile_forms(shape).items()
+            label: [step.ours(config) for step in steps]
+            for label, config in tile_configs(shape).items()
         }
         right = _right(shape.label, sides, steps[0], steps[0].logits, indexer_logits.TOLERANCE)
         yield shape.label, right, CHOSEN
 
 
-_FORMS = (
-    *(Form(False, h, 64, True, 4, 1, 2) for h in (8, 16, 32)),
-    *(Form(False, h, 128, True, 8, 1, 1) for h in (8, 16, 32)),
-    *(Form(False, h, 64, True, 8, 1, 1) for h in (16, 32)),
-    *(Form(False, 16, n, False, 4, 1, p) for n, p in ((32, 2), (64, 1))),
-    *(Form(False, 64, n, False, 8, 1, 1) for n in (32, 64)),
-    *(Form(True, h, 64, True, 4, 2, 1) for h in (16, 32)),
-    *(Form(True, h, 128, True, 8, 1, 1) for h in (16, 32)),
-    *(Form(True, 16, n, False, 4, s, p) for n, s, p in ((64, 2, 2), (32, 3, 2), (32, 2, 4))),
-    *(Form(True, 64, n, False, 8, s, 1) for n, s in ((64, 2), (32, 3))),
+_CONFIGS = (
+    *(KernelConfig(False, h, 64, True, 4, 1, 2) for h in (8, 16, 32)),
+    *(KernelConfig(False, h, 128, True, 8, 1, 1) for h in (8, 16, 32)),
+    *(KernelConfig(False, h, 64, True, 8, 1, 1) for h in (16, 32)),
+    *(KernelConfig(False, 16, n, False, 4, 1, p) for n, p in ((32, 2), (64, 1))),
+    *(KernelConfig(False, 64, n, False, 8, 1, 1) for n in (32, 64)),
+    *(KernelConfig(True, h, 64, True, 4, 2, 1) for h in (16, 32)),
+    *(KernelConfig(True, h, 128, True, 8, 1, 1) for h in (16, 32)),
+    *(
+        KernelConfig(True, 16, n, False, 4, s, p)
+        for n, s, p in ((64, 2, 2), (32, 3, 2), (32, 2, 4))
+    ),
+    *(KernelConfig(True, 64, n, False, 8, s, 1) for n, s in ((64, 2), (32, 3))),
 )
 
 
 def _sparse_mla_sides(
     ours: sparse.Ours, sets: list[sparse.Inputs], heads: int, tokens: int
 ) -> Iterator[tuple[str, list[_gpu.Call]]]:
-    """Yield calls of the selected form, of other forms, and of other splits."""
+    """Yield calls of the selected configuration, of other ones, and of other splits."""
     fp8, rows = sets[0].fp8, len(ours.partials.lse)
-    chosen = form_for(heads, tokens, fp8)
+    chosen = kernel_config(heads, tokens, fp8)
     yield CHOSEN, [ours.call(s, chosen) for s in sets]
-    for form in _FORMS:
-        fits = min(heads, 16) <= form.block_h < max(2 * heads, 17)
-        if form != chosen and fits and not (fp8 and form.copied):
-            yield "/".join(str(int(x)) for x in form), [ours.call(s, form) for s in sets]
+    for config in _CONFIGS:
+        fits = min(heads, 16) <= config.block_h < max(2 * heads, 17)
+        if config != chosen and fits and not (fp8 and config.copied):
+            yield "/".join(str(int(x)) for x in config), [ours.call(s, config) for s in sets]
     splits_now = num_splits(tokens, heads, sparse.TOPK, chosen, rows)
     for splits in (1, 2, 3, 4, 6, 8, 12, 16, 32):
         if splits != splits_now and splits * tokens * heads <= 4 * rows:
@@ -158,7 +164,7 @@ def _sparse_mla_sides(
 
 
 def tune_sparse_mla() -> Iterator[Case]:
-    """Yield forms of the sparse MLA kernels and numbers of splits."""
+    """Yield configurations of the sparse MLA kernels and numbers of splits."""
     records = sparse.record_cache(1 << 20)
     width = sparse.RANK + sparse.ROPE
     latents = torch.randn(1 << 20, width, device="cuda", dtype=torch.bfloat16)
@@ -176,7 +182,7 @@ def tune_sparse_mla() -> Iterator[Case]:
 def _right(
     case: str, sides: Mapping[str, Sequence[_gpu.Call]], inputs: Any, out: Any, most: float
 ) -> Mapping[str, Sequence[_gpu.Call]]:
-    """Return the forms that run and have an error of at most `most`."""
+    """Return the configurations that run and have an error of at most `most`."""
 
     def error(label: str) -> float:
         _gpu.poison(out)
@@ -194,7 +200,7 @@ KERNELS: dict[str, Callable[[], Iterator[Case]]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the times of all forms of the named kernels. Returns 0."""
+    """Print the times of all configurations of the named kernels. Returns 0."""
     parser = parser_of(__doc__)
     parser.add_argument("kernels", nargs="*", metavar="KERNEL", help=", ".join(KERNELS))
     kernels = parser.parse_args(argv).kernels

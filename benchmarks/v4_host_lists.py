@@ -2,8 +2,8 @@
 
     python -m benchmarks.v4_host_lists           # some minutes; --rounds 3 is quick
 
-A case is a step of decode rows, with or without drafts, or of prompts. All forms write one array
-and are compared before any is timed; then they run in turns. NumPy only, on one processor.
+A case is a step of decode rows, with or without drafts, or of prompts. All functions write the same
+array. Their results are compared first, then they run in turns. NumPy only, on one processor.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from benchmarks._harness import parser_of, percentiles, save
 from fd_dsa.environment import prepare_cpu_runtime
 from fd_dsa.v4_prepare import V4PrepareConfig, builder
 
-Form = Callable[..., None]
+Writer = Callable[..., None]
 OURS = "ours"
 # context lengths, rows and tokens of a row; then steps of prompts
 DECODE = tuple(product((1024, 8192, 32768, 131072), (1, 32, 128, 256), (1, 4)))
@@ -49,7 +49,7 @@ def by_entry(cfg: V4PrepareConfig, step: Any, hca_indptr: np.ndarray, hca_idx: n
     hca_idx[:total] = blocks * np.int32(per_block) + number % per_block + np.int32(cfg.comp_base)
 
 
-FORMS: dict[str, Form] = {
+WRITERS: dict[str, Writer] = {
     "one copy a token": by_token,
     "gather of entries": by_entry,
     OURS: builder.write_hca_list,
@@ -129,18 +129,18 @@ def times(case: Case, rounds: int) -> dict[str, dict[str, float]]:
     """
     *inputs, out = case.arguments()
     written = []
-    for form in FORMS.values():
+    for write in WRITERS.values():
         out.fill(-1)
-        form(*inputs, out)
+        write(*inputs, out)
         written.append(out.copy())
     for other in written[1:]:
         np.testing.assert_array_equal(other, written[0])
-    samples: dict[str, list[float]] = {label: [] for label in FORMS}
+    samples: dict[str, list[float]] = {label: [] for label in WRITERS}
     for _ in range(rounds):
-        for label, form in FORMS.items():
+        for label, write in WRITERS.items():
             begin = time.perf_counter_ns()
             for _ in range(_CALLS):
-                form(*inputs, out)
+                write(*inputs, out)
             samples[label].append((time.perf_counter_ns() - begin) / 1e3 / _CALLS)
     return {label: percentiles(values) for label, values in samples.items()}
 

@@ -267,14 +267,14 @@ class EngineConfig:
         return given if isinstance(given, SpeculativeConfig) else None
 
     @property
-    def most_drafts(self) -> int:
+    def max_drafts(self) -> int:
         """Max drafts of a request in a step."""
         return self.speculation.num_speculative_tokens if self.speculation else 0
 
     @property
     def max_decode_tokens(self) -> int:
         """Max tokens of a decode step, drafts included."""
-        return min((1 + self.most_drafts) * self.max_num_seqs, self.num_batched_tokens)
+        return min((1 + self.max_drafts) * self.max_num_seqs, self.num_batched_tokens)
 
     @property
     def capture_sizes(self) -> tuple[int, ...]:

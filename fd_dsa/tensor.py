@@ -1,4 +1,4 @@
-"""Types of the arrays that operators and kernels take: NumPy arrays, and tensors of a library.
+"""Types of the arrays that operators take: NumPy arrays, tensors, and FP8 activations.
 
 The type checker does not read Paddle, so a tensor is described here by the members that the package
 uses.
@@ -7,7 +7,7 @@ uses.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol, TypeAlias, Union
+from typing import Any, NamedTuple, Protocol, TypeAlias, Union
 
 import numpy as np
 import numpy.typing as npt
@@ -77,3 +77,38 @@ StepArray: TypeAlias = Any
 
 All arrays of a step are of the same kind, which a type checker cannot follow.
 """
+
+
+class Fp8Rows(NamedTuple):
+    """Rows of FP8 values: value c of row r is e4m3(codes[r, c]) * scales[c // 128, r].
+
+    The scales are stored group by group, as cuBLASLt reads them (VEC128_32F). So a GEMM reads the
+    scales of its rows for 128 values along K at once.
+
+    Attributes:
+        codes: uint8 [rows, width], e4m3 bits, contiguous.
+        scales: float32 [ceil(width / 128), n], contiguous. n is `dense_kernels.padded_rows(rows)`;
+            columns from `rows` on are padding with any values.
+        padded: uint8 [n, width]; `codes` and rows of padding with any values. None if `codes` has
+            memory of its own.
+    """
+
+    codes: Any
+    scales: Any
+    padded: Any = None
+
+
+class Normed(NamedTuple):
+    """Activations with a quantized form, for GEMMs of both kinds.
+
+    Attributes:
+        plain: float32 or bfloat16 [num_tokens, width].
+        fp8: the same values in FP8.
+    """
+
+    plain: Tensor
+    fp8: Fp8Rows
+
+    @property
+    def shape(self) -> Sequence[int]:
+        return self.plain.shape

@@ -20,7 +20,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from fd_dsa.environment import choose_triton_mode
-from tests.gpu_rig.session import open_session, why_not
+from tests.gpu_rig.session import open_session, skip_reason
 
 # before any test module imports Triton, alone or through torch
 choose_triton_mode()
@@ -62,7 +62,7 @@ def _no_gpu(*modules: str) -> str | None:
 # marker -> why its tests cannot run here, None where they can
 REQUIREMENTS: dict[str, Callable[[], str | None]] = {
     "gpu": lambda: _no_gpu("torch", "triton"),
-    "gpu_rig": lambda: why_not() or _missing("paddle", "triton"),
+    "gpu_rig": lambda: skip_reason() or _missing("paddle", "triton"),
     "triton": lambda: _missing("triton"),
     "fastdeploy": lambda: _missing("fastdeploy"),
     "oracle": lambda: _missing("torch", "transformers"),

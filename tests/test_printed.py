@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -25,7 +24,7 @@ from fd_dsa.cli import COMMANDS, build_parser
 from fd_dsa.command_line.parser import split_flags
 from fd_dsa.errors import FdDsaError
 from fd_dsa.serve.flag_sources import parse_args
-from tests.serve.processes import FAKE, console, environment, finish, serving
+from tests.serve.processes import console, environment, finish, serving
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [
@@ -70,7 +69,7 @@ def _commands(page: Path) -> Iterator[Printed]:
 ALL = [command for page in PAGES for command in _commands(page)]
 
 
-def _why_not(words: list[str], is_activated: bool) -> str:
+def _refusal(words: list[str], is_activated: bool) -> str:
     """Return why a command cannot be pasted, or ""."""
     while words and re.match(r"\w+=", words[0]):
         words = words[1:]
@@ -158,7 +157,7 @@ def test_commands_of_a_page_can_be_pasted(page: Path) -> None:
     for command in ALL:
         if command.page == page:
             words = shlex.split(command.line, comments=True)
-            why = _why_not(words, command.is_activated)
+            why = _refusal(words, command.is_activated)
             refused += [f"{command.line}: {why}"] if why else []
     assert refused == []
 
@@ -180,7 +179,7 @@ def test_commands_of_a_page_can_be_pasted(page: Path) -> None:
     ],
 )
 def test_commands_that_cannot_be_pasted_are_found(line: str, said: str) -> None:
-    assert said in _why_not(shlex.split(line), False)
+    assert said in _refusal(shlex.split(line), False)
 
 
 def test_pages_have_the_address_of_the_project_or_none() -> None:
@@ -221,23 +220,6 @@ def test_modules_of_the_pages_know_their_flags() -> None:
             shown = _run(f"{BIN}python -m {module} --help", ROOT)
             assert shown.returncode == 0, shown.stderr
             assert named <= set(re.findall(r"(?<![\w-])--?[a-z][\w-]*", shown.stdout)), module
-
-
-@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
-def test_the_line_of_a_server_with_keys_is_answered(tmp_path: Path) -> None:
-    """tests/serve/test_cli.py has a server without keys."""
-    keys = ("secret-1", "secret-2")
-    with serving(tmp_path, body=FAKE, env={"FD_DSA_API_KEY": ",".join(keys)}) as server:
-        ready, curl = server.ready, server.curl.strip()
-        assert "to a key of this server (export FD_DSA_API_KEY=KEY), try:" in ready
-        assert max(map(len, (ready + curl).splitlines())) <= 80
-        # the variable of the shell may have one key, or the value that the server has
-        for value, status in ((keys[1], 0), (",".join(keys), 0), ("another", 22)):
-            done = _run(f"{curl} --fail --silent", tmp_path, FD_DSA_API_KEY=value)
-            assert done.returncode == status
-            assert ('"choices":' in done.stdout) == (status == 0)
-        log = server.ends()
-    assert not [key for key in keys if key in ready + curl + log]
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
 """Run a worker with a checkout: `python -m benchmarks.workers CHECKOUT TARGET OPTIONS`.
 
-`benchmarks` itself is imported already, so the checkout may be one that has no such worker.
+`benchmarks` and `tests` are imported already, so the checkout may be one that has no such worker.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
+import tests  # noqa: F401
 from benchmarks._harness import serve_requests
 
 

@@ -57,15 +57,15 @@ class Engine(gpu_engine.Engine):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self._known: KnownDrafts | None = None
-        speculator = self._engine.speculator
-        if speculator is not None:
+        spec_decoder = self._engine.spec_decoder
+        if spec_decoder is not None:
             from fd_dsa.engine.draft_state import DraftState
 
             # whatever drafts cost, everybody has one in every step
             DraftState.length = lambda *_: 1  # type: ignore[method-assign]
             has_layer = self._engine.runner.model.mtp is not None
-            layer = speculator.drafter if has_layer else None
-            self._known = speculator.drafter = KnownDrafts(layer)
+            layer = spec_decoder.drafter if has_layer else None
+            self._known = spec_decoder.drafter = KnownDrafts(layer)
 
     def drafted(self, batch: int, prompt: int, steps: int) -> dict[str, float]:
         """Return milliseconds of a step in which all requests decode, and the accepted share."""

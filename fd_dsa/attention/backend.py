@@ -92,7 +92,7 @@ class DSAAttentionBackend:
         attention: writer and reader of the caches for the kind of device.
         overlap: forks the indexer's projections to a second stream.
         attention_metadata: metadata of the newest step, None before the first.
-        shows_selections: True on a CPU; the selections of a device stay in its memory.
+        can_read_selections: True on a CPU; the selections of a device stay in its memory.
 
     Raises:
         ConfigError: bfloat16 activations on a CPU.
@@ -121,7 +121,7 @@ class DSAAttentionBackend:
             int32_position_ids=config.int32_position_ids,
         )
         self.attention_metadata: ForwardMeta | None = None
-        self.shows_selections = device == "cpu"
+        self.can_read_selections = device == "cpu"
         self.attention: HostAttention | DeviceAttention
         if device == "cpu":
             self.attention = HostAttention(config)
@@ -301,12 +301,12 @@ class DSAAttentionBackend:
             if dense.has_all:
                 return merged
             q, tokens = dense.of_others(q), dense.others
-        absorbed = layer.k_b_proj.times_by_head(q[:, :, :nope])
+        absorbed = layer.k_b_proj.matmul_by_head(q[:, :, :nope])
         query = self.attention.prepare_mla_query(absorbed, q[:, :, nope:], tokens, rotation)
         found = self.attend(query, selection, layer.layer_id, forward_meta)
         if dense is not None and merged is not None:
             return dense.with_others(merged, found, layer)
-        return layer.v_b_proj.heads_joined(found, layer.o_proj)
+        return layer.v_b_proj.matmul_join_heads(found, layer.o_proj)
 
     def write(
         self,

@@ -41,7 +41,7 @@ class DensePrompts:
     """Attention of the dense tokens of a step, one object for all layers.
 
     Args:
-        config: supported configuration, see `why_not`.
+        config: supported configuration, see `unsupported_reason`.
         gpu: traits of the device, whose shared memory bounds the tiles.
 
     Attributes:
@@ -160,7 +160,7 @@ class DensePrompts:
             `dense`.
         """
         _, v_b, reader = _device_matrices(layer)
-        return v_b.heads_joined(latent, reader, dense, self.others)
+        return v_b.matmul_join_heads(latent, reader, dense, self.others)
 
 
 def _device_matrices(layer: MlaLayer) -> tuple[DeviceMatrix, DeviceMatrix, DeviceMatrix]:
@@ -179,7 +179,7 @@ def max_keys(config: DSABackendConfig) -> int:
 
 def workspace_bytes(config: DSABackendConfig) -> int:
     """Return the bytes of dense prompts in addition to the buffers of DeviceAttention."""
-    if why_not(config) is not None:
+    if unsupported_reason(config) is not None:
         return 0
     assert config.head_widths is not None
     layout = config.cache_layout
@@ -189,7 +189,7 @@ def workspace_bytes(config: DSABackendConfig) -> int:
     return 2 * max_keys(config) * width + 16 * (2 * config.max_num_tokens + config.max_num_seqs)
 
 
-def why_not(config: DSABackendConfig) -> str | None:
+def unsupported_reason(config: DSABackendConfig) -> str | None:
     """Return why all prompts attend in the absorbed form, or None if some attend densely."""
     cache, rope = config.cache_layout.kv_cache_dtype, config.cache_layout.qk_rope_head_dim
     if config.head_widths is None:
@@ -207,7 +207,7 @@ def dense_prompts_for(
     config: DSABackendConfig, allocate: Allocate, gpu: GpuTraits
 ) -> DensePrompts | None:
     """Make and log the dense attention, or return None if all prompts are absorbed."""
-    reason = why_not(config)
+    reason = unsupported_reason(config)
     how = f"absorbed ({reason})" if reason else "dense"
     logger.info("attention of prompts below %d tokens: %s", config.index_topk, how)
     return None if reason else DensePrompts(config, allocate, gpu)

@@ -25,7 +25,7 @@ from fd_dsa.attention.device_scores import (
     Sizes,
     TileScores,
     tile_sizes,
-    why_not_tiles,
+    tiles_unsupported_reason,
     widths_up_to,
 )
 from fd_dsa.attention.overlap import IndexerOverlap
@@ -37,7 +37,7 @@ from fd_dsa.ops.arrays import check_shape, values_of
 from fd_dsa.ops.cache_write import CacheWriteParams
 from fd_dsa.ops.cache_write.triton_kernel import write_caches
 from fd_dsa.ops.key_bounds import prompt_windows
-from fd_dsa.ops.mla.custom_op import CustomAttention, choose_attention, kind_for
+from fd_dsa.ops.mla.custom_op import CustomAttention, kind_for, select_attention
 from fd_dsa.ops.mla.records import Dequantized, DequantizedRecords, keys_per_token
 from fd_dsa.ops.mla.tensor_core import attend_on_tensor_cores, new_partials
 from fd_dsa.ops.mla.triton_kernel import attend_slots
@@ -45,12 +45,12 @@ from fd_dsa.ops.providers import (
     CUSTOM_OP,
     TENSOR_CORE,
     TRITON,
-    choose,
     device_kind,
     function,
     is_refused,
     refuse,
     select_all,
+    select_provider,
 )
 from fd_dsa.ops.query_kernels import prepare_indexer_query, prepare_mla_query
 from fd_dsa.ops.topk.custom_op import slot_selector
@@ -77,7 +77,7 @@ class TensorCoreAttention:
     of prompts are dequantized first if that is faster.
 
     Args:
-        config: supported configuration, see `tensor_core.why_not`.
+        config: supported configuration, see `tensor_core.unsupported_reason`.
         scratch: float32 [n] for dequantized records, free during `attend`.
         custom: kernel of custom_ops/ for these heads and this cache.
         always_custom: True if Triton's kernel cannot be compiled.
@@ -164,7 +164,7 @@ class DeviceAttention:
         kind = "interpreter" if kind == "cpu" else kind
         select_all(kind)
         self._kind = kind
-        self._choose_projection()
+        self._select_projection()
         self._slot_widths = widths_up_to(config.index_topk)
         self._select_slots = slot_selector(kind, allocate)
         self.scores = self._new_scores()
@@ -188,8 +188,8 @@ class DeviceAttention:
         kind = self._kind
         config, logits = self.config, self._buffers["logits"][0]
         made = config, self._view, int(logits.shape[0])
-        conditions = {TENSOR_CORE: why_not_tiles(config)}
-        if choose("indexer_logits", kind, conditions).provider == TRITON:
+        conditions = {TENSOR_CORE: tiles_unsupported_reason(config)}
+        if select_provider("indexer_logits", kind, conditions).provider == TRITON:
             return PageScores(*made)
         transfers = transfers_for(logits)
         self._add_buffers(tile_sizes(config, made[2], transfers.traits.num_processors))
@@ -201,20 +201,20 @@ class DeviceAttention:
         config, logits = self.config, self._buffers["logits"][0]
         heads, types = config.num_heads, config.kernel_types
         capability = traits_for(logits).capability
-        choice = choose_attention(kind, heads, *types, capability, self._allocate)
-        if choice.provider == TRITON:
+        selected = select_attention(kind, heads, *types, capability, self._allocate)
+        if selected.provider == TRITON:
             return None
         own = None
-        if choice.provider == CUSTOM_OP:
+        if selected.provider == CUSTOM_OP:
             own = kind_for(heads, config.cache_layout.is_fp8)
         custom = own(custom_ops.build().kernels) if own else None
         # the buffer of scores is free when the tokens of a layer attend
         always = is_refused("sparse_mla", kind, TENSOR_CORE)
         return TensorCoreAttention(config, self._allocate, logits, custom, always)
 
-    def _choose_projection(self) -> None:
+    def _select_projection(self) -> None:
         """Select the provider of the indexer's projections."""
-        provider = choose(_PROJECTION, self._kind).provider
+        provider = select_provider(_PROJECTION, self._kind).provider
         self._project_indexer = function(_PROJECTION, provider)
         # a GEMM of Paddle runs on the stream of its cuBLAS handle, which a fork does not change
         self._may_fork = provider == TRITON
@@ -222,7 +222,7 @@ class DeviceAttention:
     def _refuse_projection(self, error: KernelUnavailable) -> None:
         """Select the next provider of the indexer's projections."""
         refuse(_PROJECTION, self._kind, TRITON, error)
-        self._choose_projection()
+        self._select_projection()
 
     def _score(self, call: Callable[[PageScores], None]) -> None:
         """Call with the scores, again with the next provider after a failed compilation.

@@ -6,7 +6,7 @@ from math import prod
 from typing import cast
 
 from fd_dsa.attention.config import DSABackendConfig
-from fd_dsa.attention.device_scores import Sizes, tile_sizes, why_not_tiles
+from fd_dsa.attention.device_scores import Sizes, tile_sizes, tiles_unsupported_reason
 from fd_dsa.device.allocation import Allocate
 from fd_dsa.ops.mla import tensor_core
 from fd_dsa.tensor import Tensor
@@ -46,10 +46,10 @@ def workspace_bytes(config: DSABackendConfig, gpu: GpuTraits) -> int:
         gpu: traits of the device, which select the kernels and their memory.
     """
     sizes = buffer_sizes(config)
-    if why_not_tiles(config) is None:
+    if tiles_unsupported_reason(config) is None:
         sizes |= tile_sizes(config, sizes["logits"][0], gpu.num_processors)
     total = sum(count * prod(shape) * _WIDTHS[dtype] for count, shape, dtype in sizes.values())
-    if tensor_core.why_not(gpu.capability, *config.kernel_types) is None:
+    if tensor_core.unsupported_reason(gpu.capability, *config.kernel_types) is None:
         # counts the bytes of float32 values in place of an allocation
         count = cast(Allocate, lambda shape, _: 4 * prod(shape))
         total += sum(cast("tuple[int, ...]", tensor_core.new_partials(config.num_heads, count)))

@@ -9,8 +9,8 @@ from functools import lru_cache, partial
 from fd_dsa.attention.config import DSABackendConfig
 from fd_dsa.device.allocation import CACHED_VIEWS
 from fd_dsa.device.transfers import Transfers
-from fd_dsa.ops.logits import tile_forms
-from fd_dsa.ops.logits.tile_forms import TileForm, decode_form, prompt_form
+from fd_dsa.ops.logits import tile_configs
+from fd_dsa.ops.logits.tile_configs import TileConfig, decode_config, prompt_config
 from fd_dsa.ops.logits.tile_kernel import score_tiles
 from fd_dsa.ops.logits.tile_schedule import PROGRAM_FIELDS, TILE_FIELDS, TileSchedule
 from fd_dsa.ops.logits.triton_kernel import score_pages
@@ -128,9 +128,9 @@ class TileScores(PageScores):
         # schedule of steps without prompts, and with prompts
         self._schedules = [
             TileSchedule(
-                form, *buffers, view("programs", chunks, processors * form.programs_per_processor)
+                tile, *buffers, view("programs", chunks, processors * tile.programs_per_processor)
             )
-            for form in _forms(config)
+            for tile in _tile_configs(config)
         ]
 
     def prepare(self, step: ForwardMeta) -> None:
@@ -174,17 +174,17 @@ def _logits(view: View, num_rows: int, stride: int, width: int) -> Tensor:
     return logits if width == stride else logits[:, :width]
 
 
-def _forms(config: DSABackendConfig) -> tuple[TileForm, TileForm]:
+def _tile_configs(config: DSABackendConfig) -> tuple[TileConfig, TileConfig]:
     """Return the kernel's configurations for steps without and with prompts."""
     heads = config.index_n_heads
-    return decode_form(heads, config.tokens_per_row), prompt_form(heads)
+    return decode_config(heads, config.tokens_per_row), prompt_config(heads)
 
 
-def why_not_tiles(config: DSABackendConfig) -> str | None:
+def tiles_unsupported_reason(config: DSABackendConfig) -> str | None:
     """Return why TileScores do not support a configuration, or None if they do."""
     layout = config.cache_layout
     sizes = layout.kv_cache_dtype, layout.block_size, config.index_n_heads
-    return tile_forms.unsupported_reason(*sizes)
+    return tile_configs.unsupported_reason(*sizes)
 
 
 def tile_sizes(config: DSABackendConfig, num_logits: int, num_processors: int) -> Sizes:
@@ -192,7 +192,7 @@ def tile_sizes(config: DSABackendConfig, num_logits: int, num_processors: int) -
     tokens = config.max_num_tokens
     max_width = config.max_blocks_per_seq * config.cache_layout.block_size
     chunks = -(-tokens // (num_logits // max_width))
-    programs = num_processors * max(form.programs_per_processor for form in _forms(config))
+    programs = num_processors * max(tile.programs_per_processor for tile in _tile_configs(config))
     return {
         "tiles": (tokens, (TILE_FIELDS,), "int32"),
         "work_ends": (tokens, (), "int32"),

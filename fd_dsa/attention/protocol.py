@@ -86,7 +86,7 @@ class AttentionBackend(Protocol):
     """Attention of all layers of a model, with the caches and the metadata of a step."""
 
     @property
-    def shows_selections(self) -> bool:
+    def can_read_selections(self) -> bool:
         """True if the host can read the selections that `forward` returns."""
 
     def allocate_caches(self, has_indexer: Sequence[bool]) -> list[Any]:

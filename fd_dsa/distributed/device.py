@@ -21,7 +21,7 @@ from fd_dsa.distributed.nccl import Communicator
 from fd_dsa.distributed.shared_memory import SIZES, PeerAllReduce, SharedMemory
 from fd_dsa.errors import BackendUnavailable, DeviceError
 from fd_dsa.ops.arrays import dtype_name
-from fd_dsa.ops.library_kernel import why_not_compiled
+from fd_dsa.ops.library_kernel import interpreter_refusal
 from fd_dsa.tensor import Tensor
 from fd_dsa.triton_runtime.driver import cuda
 
@@ -119,9 +119,9 @@ class DeviceGroup(Group):
         try:
             if self.size not in SIZES:
                 raise BackendUnavailable(f"it supports {', '.join(map(str, SIZES))} GPUs")
-            if kernels is None or why_not_compiled():
+            if kernels is None or interpreter_refusal():
                 state = f"{custom_ops.PACKAGE} is {custom_ops.build().state}"
-                raise BackendUnavailable(why_not_compiled() or state)
+                raise BackendUnavailable(interpreter_refusal() or state)
             kernel = PeerAllReduce(kernels, self.rank, self.size, late, timeout_s)
             self._memory = SharedMemory(self._transfers, kernel.memory_bytes)
             handle = self._memory.handle

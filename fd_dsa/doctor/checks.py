@@ -17,9 +17,9 @@ from fd_dsa.ops.providers import (
     VARIABLE,
     available_providers,
     function,
+    library_refusal,
     reason_for,
     requested,
-    why_not_library,
 )
 
 
@@ -109,7 +109,7 @@ def _on(operator: str, place: str) -> list[str]:
     """Return the providers for a place, without those of a missing library."""
     kind = place.partition(":")[0]
     providers = available_providers(operator, kind)
-    return [p for p in providers if p != CUSTOM_OP or not why_not_library(operator, kind)[0]]
+    return [p for p in providers if p != CUSTOM_OP or not library_refusal(operator, kind)[0]]
 
 
 def _unsupported_reason(operator: str, provider: str, memory: Memory) -> str:
@@ -118,15 +118,15 @@ def _unsupported_reason(operator: str, provider: str, memory: Memory) -> str:
         return ""
     if provider not in (TENSOR_CORE, CUSTOM_OP):
         return ""
-    from fd_dsa.ops.library_kernel import why_not_compiled
-    from fd_dsa.ops.mla.tensor_core import why_not
+    from fd_dsa.ops.library_kernel import interpreter_refusal
+    from fd_dsa.ops.mla.tensor_core import unsupported_reason
     from fd_dsa.triton_runtime.device_api import traits_for
 
-    reason = why_not_compiled() if provider == CUSTOM_OP else ""
+    reason = interpreter_refusal() if provider == CUSTOM_OP else ""
     if operator == "topk" or reason:
         return reason
     capability = traits_for(memory.allocate((1,), "int32")).capability
-    return why_not(capability, "bfloat16", "fp8_ds_mla", 512, 64) or ""
+    return unsupported_reason(capability, "bfloat16", "fp8_ds_mla", 512, 64) or ""
 
 
 def _checked(

@@ -40,7 +40,7 @@ def plan(folder: Path, ranks: int, *, allow_unknown: bool = False) -> dict[str, 
         `max_model_len`, `has_weights`, `parts` (part of the model -> bytes of weights on each GPU),
         and `caches`. For each cache dtype `caches` has `bytes_per_token`, `graph_bytes`,
         `workspace_bytes` and `gpus`: memory in GiB -> `tokens` in the caches (0 if the model does
-        not fit) and `why_not`.
+        not fit) and `why_not`, the reason if it does not fit.
 
     Raises:
         ConfigError: an invalid flag, config.json or checkpoint, or a model that cannot be split.
@@ -101,13 +101,13 @@ def _caches(config: EngineConfig, model: ModelConfig, weight_bytes: int) -> dict
     }
     gpus = {}
     for gib in GPU_GIB:
-        free, tokens, why_not = int(config.gpu_memory_utilization * (gib << 30)), 0, ""
+        free, tokens, reason = int(config.gpu_memory_utilization * (gib << 30)), 0, ""
         try:
             memory = plan_memory(config, **sizes, free_bytes=free - workspace, takes_all=True)
             tokens = memory.num_blocks * memory.block_size
         except ConfigError as error:
-            why_not = str(error)
-        gpus[gib] = {"tokens": tokens, "why_not": why_not}
+            reason = str(error)
+        gpus[gib] = {"tokens": tokens, "why_not": reason}
     return {
         "bytes_per_token": caches.bytes_per_block // config.block_size,
         "graph_bytes": sizes["graph_bytes"],

@@ -98,7 +98,7 @@ class ScheduledBatch:
     def fill(self, input_batch: InputBatch) -> None:
         """Write the tokens of the step into the runner's input batch."""
         input_batch.begin_step()
-        slots, lengths, computed = list[int](), list[int](), list[int]()
+        batch_rows, lengths, computed = list[int](), list[int](), list[int]()
         ids, are_prefills, pending = list[int](), list[bool](), dict[int, int]()
         sampled, scored = list[int](), list[int]()
         sampling, prefilled, drafts = self.sampling, self.prefilled, self.drafts
@@ -106,7 +106,7 @@ class ScheduledBatch:
             first, begin = len(ids), request.num_computed_tokens
             end = begin + request.num_scheduled_tokens
             samples = end == request.num_tokens
-            slots.append(request.slot)
+            batch_rows.append(request.batch_row)
             computed.append(begin)
             # same as Request.is_decode, for the chunk: only the token sampled last is missing
             is_decode = samples and end - begin == 1 and request.num_output_tokens > 0
@@ -134,8 +134,8 @@ class ScheduledBatch:
                 if unscored:
                     self.scoring.append((request, len(unscored)))
                     scored += [last + 1 - end + position for position in unscored]
-        input_batch.add_rows(slots, lengths, ids, computed, are_prefills, pending)
-        input_batch.pending_source[slots] = [request.pending_row for request in self.requests]
+        input_batch.add_rows(batch_rows, lengths, ids, computed, are_prefills, pending)
+        input_batch.pending_source[batch_rows] = [request.pending_row for request in self.requests]
         self._count_tokens(input_batch)
         self.logits_indices = np.array(sampled + scored, np.int64)
 
@@ -196,7 +196,7 @@ class ScheduledBatch:
             self.num_accepted[request] += is_accepted
             if is_accepted and request.finish_reason is None:
                 # the draft is computed, unless the request was preempted since
-                request.num_computed_tokens += request.slot >= 0
+                request.num_computed_tokens += request.batch_row >= 0
                 running.append(index)
         return running
 

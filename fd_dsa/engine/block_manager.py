@@ -130,9 +130,9 @@ class BlockManager:
         """Return the number of blocks of `num_tokens` tokens."""
         return -(-num_tokens // self.block_size)
 
-    def blocks_of(self, request_id: Hashable) -> tuple[int, ...]:
+    def blocks_of(self, seq_id: Hashable) -> tuple[int, ...]:
         """Return the blocks of a request in the order of its tokens, which may be none."""
-        owner = self._owners.get(request_id)
+        owner = self._owners.get(seq_id)
         return tuple(owner.blocks) if owner else ()
 
     def find_cached_blocks(self, keys: BlockKeys, num_tokens: int) -> list[int]:
@@ -154,12 +154,12 @@ class BlockManager:
         return blocks
 
     def allocate(
-        self, request_id: Hashable, num_tokens: int, cached: Sequence[int] = (), spare: int = 0
+        self, seq_id: Hashable, num_tokens: int, cached: Sequence[int] = (), spare: int = 0
     ) -> list[int] | None:
         """Grow the blocks of a request to `num_tokens` tokens.
 
         Args:
-            request_id: the request.
+            seq_id: sequence that owns the blocks.
             num_tokens: number of tokens, including those of its present blocks.
             cached: result of `find_cached_blocks`, for a request without blocks.
             spare: number of blocks that must stay free.
@@ -168,13 +168,13 @@ class BlockManager:
             The added blocks, starting with `cached`. None if there are not enough free blocks;
             the request keeps its blocks then.
         """
-        owner = self._owners.get(request_id)
+        owner = self._owners.get(seq_id)
         missing = self.num_needed(num_tokens) - (len(owner.blocks) if owner else len(cached))
         num_revived = sum(not self._num_owners[block] for block in cached)
         if missing + num_revived > 0 and missing + num_revived + spare > self.num_free:
             return None
         if owner is None:
-            owner = self._owners[request_id] = _Owner()
+            owner = self._owners[seq_id] = _Owner()
         for block in cached:
             self._unowned.pop(block, None)
         added = [*cached, *(self._pop_free() for _ in range(missing))]
@@ -184,14 +184,14 @@ class BlockManager:
         owner.num_offered = max(owner.num_offered, len(cached))
         return added
 
-    def cache_full_blocks(self, request_id: Hashable, keys: BlockKeys, num_tokens: int) -> None:
+    def cache_full_blocks(self, seq_id: Hashable, keys: BlockKeys, num_tokens: int) -> None:
         """Make the full blocks of the first `num_tokens` tokens of a request available to others.
 
         Call it after the step that writes them is enqueued, without drafts that are not verified.
         """
         if not self.enable_prefix_caching:
             return
-        owner = self._owners[request_id]
+        owner = self._owners[seq_id]
         num_full = num_tokens // self.block_size
         for index in range(owner.num_offered, num_full):
             key, block = keys[index], owner.blocks[index]
@@ -200,9 +200,9 @@ class BlockManager:
                 self._block_of[key], self._key_of[block] = block, key
         owner.num_offered = max(owner.num_offered, num_full)
 
-    def free(self, request_id: Hashable) -> None:
+    def free(self, seq_id: Hashable) -> None:
         """Free the blocks of a request, which may have none."""
-        owner = self._owners.pop(request_id, None)
+        owner = self._owners.pop(seq_id, None)
         if owner is None:
             return
         for block in reversed(owner.blocks):

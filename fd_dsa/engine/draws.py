@@ -53,7 +53,7 @@ def derive_seed(seed: int, number: int) -> int:
 
     Args:
         seed: seed of the engine, or of a request.
-        number: arrival number of a request without a seed, or index of an output.
+        number: `seq_id` of a request without a seed, or index of an output.
     """
     base: int = mix((seed ^ 0xBF58476D1CE4E5B9) & _MASK)
     derived: int = mix(base + (number + 1) * _GOLDEN & _MASK)

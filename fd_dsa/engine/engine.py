@@ -18,7 +18,7 @@ from fd_dsa.engine.request import Request, new_group
 from fd_dsa.engine.sampler import StepSampler
 from fd_dsa.engine.sampling_params import RequestLimits, SamplingParams
 from fd_dsa.engine.scheduler import Scheduler
-from fd_dsa.engine.speculation import Speculator
+from fd_dsa.engine.speculation import SpecDecoder
 from fd_dsa.engine.tokenizer import Tokenizer
 from fd_dsa.errors import is_out_of_memory
 from fd_dsa.ops.sampling.token_buffer import NOT_FINITE
@@ -45,7 +45,7 @@ class LLMEngine:
             does not apply them.
         async_scheduling: True if a step may be enqueued before the host has the tokens of the step
             before. It needs sampling on the device, and drafts that do not depend on them.
-        speculator: decides on drafts; None = no drafts.
+        spec_decoder: decides on drafts; None = no drafts.
 
     Attributes:
         clock: times steps, seconds.
@@ -70,7 +70,7 @@ class LLMEngine:
         seed: int = 0,
         sampling_defaults: Mapping[str, float | int] | None = None,
         async_scheduling: bool = True,
-        speculator: Speculator | None = None,
+        spec_decoder: SpecDecoder | None = None,
     ) -> None:
         self.runner, self.tokenizer = runner, tokenizer
         # load it now, not in the step of the first request
@@ -86,11 +86,11 @@ class LLMEngine:
         self._seed, self._eos_token_ids = seed, frozenset(eos_token_ids)
         end_ids = self._eos_token_ids
         self.grammars = GrammarCompiler(tokenizer, runner.vocab_size, end_ids, is_patient=False)
-        lookahead = int(speculator is not None and speculator.drafter.is_layer)
+        lookahead = int(spec_decoder is not None and spec_decoder.drafter.is_layer)
         parts = self.block_manager, self._input_batch, self._stats
         self.scheduler = Scheduler(*parts, target_gap_s, lookahead)
         self._sampler = StepSampler(runner, num_rows)
-        self._is_async, self.speculator = async_scheduling, speculator
+        self._is_async, self.spec_decoder = async_scheduling, spec_decoder
         self.in_flight: ScheduledBatch | None = None
         # unfinished requests by the caller's id
         self._requests: dict[str, list[Request]] = {}
@@ -102,7 +102,7 @@ class LLMEngine:
         )
         self._num_arrived, self._last_end = 0, 0.0
         # True once a request has asked for the selected keys
-        self._has_watched = False
+        self._wants_selections = False
 
     def validate(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> int:
         """Return the maximum number of output tokens of a request. Thread-safe.
@@ -137,7 +137,7 @@ class LLMEngine:
             params,
             max_tokens=max_tokens,
             eos_token_ids=self._eos_token_ids,
-            arrival=self._num_arrived,
+            first_seq_id=self._num_arrived,
             seed=self._seed,
             block_size=self._input_batch.block_size,
             tokenizer=self.tokenizer,
@@ -145,12 +145,12 @@ class LLMEngine:
         )
         self._num_arrived += params.n
         self._stats.prompt_tokens += len(prompt_token_ids)
-        self._has_watched |= params.return_topk_positions
+        self._wants_selections |= params.return_topk_positions
         self._requests[request_id] = list(group)
         for request in group:
             self.scheduler.add(request)
-        if self.speculator is not None:
-            self.speculator.new_requests += group
+        if self.spec_decoder is not None:
+            self.spec_decoder.new_requests += group
 
     def abort_request(self, request_id: str) -> list[RequestOutput]:
         """End a request now, and return the last state of its unfinished outputs."""
@@ -210,10 +210,10 @@ class LLMEngine:
         Returns:
             The step; None if it may be idle, or if it has waited for a grammar.
         """
-        scheduler, speculator = self.scheduler, self.speculator
-        if speculator is not None:
+        scheduler, spec_decoder = self.scheduler, self.spec_decoder
+        if spec_decoder is not None:
             num_requests = scheduler.num_running + scheduler.num_waiting
-            speculator.admit(min(num_requests, self._input_batch.max_num_seqs))
+            spec_decoder.admit(min(num_requests, self._input_batch.max_num_seqs))
         batch = scheduler.schedule()
         if batch is None and not may_be_idle:
             if not self.grammars.wait():
@@ -225,7 +225,7 @@ class LLMEngine:
         """Enqueue a step if the device samples, else run it and wait for its logits."""
         batch.fill(self._input_batch)
         batch.ready_time = self.clock()
-        self._sampler.execute(self.runner, batch, self._has_watched)
+        self._sampler.execute(self.runner, batch, self._wants_selections)
         self._stats.runner_time_s += self.clock() - batch.ready_time
         self.scheduler.complete_step(batch)
 
@@ -248,7 +248,7 @@ class LLMEngine:
         if batch is None:
             return self._process(before)
         self._stats.num_mask_waits += before is not None and batch.has_late_masks
-        needs_tokens = self.speculator is not None and self.speculator.needs_sync
+        needs_tokens = self.spec_decoder is not None and self.spec_decoder.needs_sync
         if batch.sampling_inputs is None or needs_tokens or not self._is_async:
             return self._synchronous(before, batch)
         run = self._late_masks if batch.has_late_masks else self._overlapped
@@ -278,8 +278,8 @@ class LLMEngine:
         """Leave the tokens of a step to the next call, which schedules without them."""
         self.in_flight = batch
         batch.advance_optimistically()
-        if self.speculator is not None:
-            self.scheduler.proposals = self.speculator.propose(batch)
+        if self.spec_decoder is not None:
+            self.scheduler.proposals = self.spec_decoder.propose(batch)
 
     def _forget(self, *batches: ScheduledBatch | None) -> None:
         """Drop steps whose tokens will not come, so that requests compute them again."""
@@ -307,8 +307,8 @@ class LLMEngine:
             for request in alive
             if request.finish_reason != "error" and request not in batch.late
         ]
-        if self.speculator is not None and not batch.is_in_flight:
-            self.scheduler.proposals = self.speculator.propose(batch)
+        if self.spec_decoder is not None and not batch.is_in_flight:
+            self.scheduler.proposals = self.spec_decoder.propose(batch)
         batch.record_latencies(self.metrics, time.monotonic())
         stats.num_steps += 1
         stats.computed_prompt_tokens += batch.num_prefill_tokens
@@ -321,7 +321,7 @@ class LLMEngine:
 
     def _append_all(self, batch: ScheduledBatch) -> list[RequestOutput]:
         """Give each request of a step its token and its accepted drafts, as `_append` does."""
-        if self.speculator is None or not batch.drafts:
+        if self.spec_decoder is None or not batch.drafts:
             return self._append(batch, batch.sampling, range(len(batch.sampling)))
         outputs, (requests, rows) = list[RequestOutput](), batch.begin_verification()
         while requests:
@@ -331,7 +331,7 @@ class LLMEngine:
             rows = [rows[index] + 1 for index in accepted]
             for request in requests:
                 self.scheduler.handle_new_token(request)
-        self.speculator.record_acceptance(batch, self._stats)
+        self.spec_decoder.record_acceptance(batch, self._stats)
         return outputs
 
     def stats(self) -> EngineStats:

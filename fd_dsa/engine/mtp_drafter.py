@@ -48,9 +48,9 @@ class MtpDrafter:
                 if token >= 0:
                     proposals[request].append(token)
                     position = len(request.token_ids) + depth - 1
-                    block = rows.block_tables[request.slot, position // rows.block_size :][:1]
+                    block = rows.block_tables[request.batch_row, position // rows.block_size :][:1]
                     if counts[request] > depth + 1 and (block >= 0).any():
-                        rows.add_row(request.slot, [token], position, is_prefill=False)
+                        rows.add_row(request.batch_row, [token], position, is_prefill=False)
                         kept.append(place)
             if not kept:
                 break
@@ -85,7 +85,7 @@ class DeviceMtpDrafter:
             next_ids, last = next_tokens(self._input_batch, batch)
             requests = list(last)
             places = [
-                (place, request.slot, request.num_output_tokens, len(request.token_ids) - 1)
+                (place, request.batch_row, request.num_output_tokens, len(request.token_ids) - 1)
                 for request, place in last.items()
             ]
             runner.seed_drafts(next_ids, places)
@@ -114,7 +114,7 @@ def next_tokens(rows: InputBatch, batch: ScheduledBatch) -> tuple[Int64, dict[Re
     last: dict[Request, int] = {}
     next_ids, ends = rows.next_tokens(), rows.num_scheduled_tokens.cumsum()
     for request in batch.sampling:
-        if request.slot >= 0:
-            last[request] = int(ends[request.slot]) - 1 - batch.num_rejected(request)
+        if request.batch_row >= 0:
+            last[request] = int(ends[request.batch_row]) - 1 - batch.num_rejected(request)
             next_ids[last[request]] = request.token_ids[-1]
     return next_ids, last

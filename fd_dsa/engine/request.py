@@ -38,8 +38,8 @@ class Request:
     Attributes:
         state: the part of the output that callers see.
         group: all objects of the group in order, this one included.
-        arrival: number of the object, counted from 0. It is the order of service, and the owner's
-            name in the block manager.
+        seq_id: number of the object in order of arrival, from 0. It is the order of service, and
+            names the owner in the block manager.
         max_tokens: maximum number of output tokens, already resolved against the context.
         end_token_ids: tokens that end the output.
         block_size, tokenizer, grammars, bad_words: block size of the cache, tokenizer of the texts,
@@ -53,7 +53,7 @@ class Request:
         num_pending_drafts: number of drafts in flight, which may be rejected. All counts of tokens
             include them, so they are upper bounds then.
         block_keys: names of the full blocks of `token_ids` in the prefix cache.
-        slot: batch row; -1 while waiting.
+        batch_row: row in the input batch; -1 while waiting.
         scheduled_time, preempted_time: when it first got a row, and last lost one; seconds of
             time.monotonic(), None before.
         logprobs: scores of the output; None if not asked for.
@@ -69,7 +69,7 @@ class Request:
     params: SamplingParams
     max_tokens: int
     end_token_ids: frozenset[int]
-    arrival: int
+    seq_id: int
     seed: int
     group: list[Request]
     block_size: InitVar[int]
@@ -92,7 +92,7 @@ class Request:
     answer: AnswerStart | None = None
     rules: LogitRules | None = None
     drafts: DraftState | None = None
-    slot: int = -1
+    batch_row: int = -1
     scheduled_time: float | None = None
     preempted_time: float | None = None
     finish_reason: FinishReason | None = None
@@ -299,7 +299,7 @@ def new_group(
     *,
     max_tokens: int,
     eos_token_ids: frozenset[int],
-    arrival: int,
+    first_seq_id: int,
     seed: int,
     block_size: int,
     tokenizer: Tokenizer,
@@ -313,7 +313,7 @@ def new_group(
         params: parameters of all of them.
         max_tokens: number of output tokens allowed, see Request.
         eos_token_ids: tokens that end an output, unless `params` ignores them.
-        arrival: arrival number of the first request; the others follow it.
+        first_seq_id: `seq_id` of the first request; the others follow it.
         seed: seed of the engine, used if `params` has none.
         block_size, tokenizer, grammars: see Request.
     """
@@ -321,14 +321,14 @@ def new_group(
     if not params.ignore_eos:
         end_token_ids |= eos_token_ids
     bad_words = BadWords.of(params.bad_words, tokenizer) if params.bad_words else None
-    seeds, group = _seeds(params, seed, arrival), list[Request]()
+    seeds, group = _seeds(params, seed, first_seq_id), list[Request]()
     for index in range(params.n):
         request = Request(
             state=OutputState(request_id, index, prompt, arrival_time=now),
             params=params,
             max_tokens=max_tokens,
             end_token_ids=end_token_ids,
-            arrival=arrival + index,
+            seq_id=first_seq_id + index,
             seed=seeds[index],
             group=group,
             block_size=block_size,
@@ -340,9 +340,9 @@ def new_group(
     return group
 
 
-def _seeds(params: SamplingParams, engine_seed: int, arrival: int) -> list[int]:
+def _seeds(params: SamplingParams, engine_seed: int, first_seq_id: int) -> list[int]:
     """Return the seed of each output of a request. Greedy outputs use no random numbers."""
     if params.temperature < GREEDY_BELOW:
         return [0] * params.n
-    seed = derive_seed(engine_seed, arrival) if params.seed is None else params.seed
+    seed = derive_seed(engine_seed, first_seq_id) if params.seed is None else params.seed
     return [seed, *(derive_seed(seed, index) for index in range(1, params.n))]

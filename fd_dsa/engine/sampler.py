@@ -25,7 +25,7 @@ from fd_dsa.ops.sampling.parameters import (
     GREEDY_BELOW,
     MAX_ENTRIES,
     MAX_TEMPERATURE,
-    SlotParameters,
+    RowParameters,
 )
 from fd_dsa.ops.sampling.token_buffer import NO_TOKEN, NOT_FINITE
 from fd_dsa.runner.input_batch import SamplingInputs
@@ -34,7 +34,7 @@ from fd_dsa.tensor import Float32, Int64
 
 
 class Sampler:
-    """Sampler of the host: one token for each row, by parameters that are kept for each slot.
+    """Sampler of the host: one token for each row, by the parameters of its batch row.
 
     The steps are the rules of the request, temperature, and three cuts:
 
@@ -54,23 +54,23 @@ class Sampler:
         self._rules: list[LogitRules | None] = [None] * max_num_seqs
         self._row_draw: RowDraw | None = None
 
-    def set_slot(
-        self, slot: int, params: SamplingParams, seed: int, rules: LogitRules | None = None
+    def set_parameters(
+        self, batch_row: int, params: SamplingParams, seed: int, rules: LogitRules | None = None
     ) -> None:
-        """Set the parameters of the request that has taken a slot, and its rules if it has any."""
+        """Set the parameters of the request in a batch row, and its rules if it has any."""
         temperature = min(params.temperature, MAX_TEMPERATURE)
-        self._draws[slot] = (temperature, params.min_p, max(params.top_k, 0), params.top_p)
-        self._seeds[slot] = seed % 2**64
-        self._is_random[slot] = params.temperature >= GREEDY_BELOW
-        self._is_ruled[slot] = rules is not None
-        self._rules[slot] = rules
+        self._draws[batch_row] = (temperature, params.min_p, max(params.top_k, 0), params.top_p)
+        self._seeds[batch_row] = seed % 2**64
+        self._is_random[batch_row] = params.temperature >= GREEDY_BELOW
+        self._is_ruled[batch_row] = rules is not None
+        self._rules[batch_row] = rules
 
-    def sample(self, logits: Float32, slots: Int64, positions: Int64) -> Int64:
+    def sample(self, logits: Float32, batch_rows: Int64, positions: Int64) -> Int64:
         """Sample one token for each row.
 
         Args:
             logits: float32 [num_rows, vocab_size]; stay unchanged.
-            slots: int64 [num_rows]; slot of each row.
+            batch_rows: int64 [num_rows]; batch row of each row of logits.
             positions: int64 [num_rows]; position of the token in the output of its request, from 0.
 
         Returns:
@@ -80,21 +80,21 @@ class Sampler:
         Cost: one pass for greedy rows. Other rows take a few passes, most of them over data in the
         processor's cache, and sorts of small candidate sets. Rows with rules take one copy more.
         """
-        is_random, is_ruled = self._is_random[slots], self._is_ruled[slots]
+        is_random, is_ruled = self._is_random[batch_rows], self._is_ruled[batch_rows]
         if not is_ruled.any():
-            return self._choose(logits, slots, positions, is_random)
-        tokens = self._choose(logits, slots, positions, is_random & ~is_ruled)
+            return self._choose(logits, batch_rows, positions, is_random)
+        tokens = self._choose(logits, batch_rows, positions, is_random & ~is_ruled)
         ruled = np.flatnonzero(is_ruled & (tokens != NOT_FINITE))
         if len(ruled):
             adjusted = logits[ruled]
-            rules = [self._rules[slot] for slot in slots[ruled].tolist()]
+            rules = [self._rules[batch_row] for batch_row in batch_rows[ruled].tolist()]
             apply_rules(adjusted, [rule for rule in rules if rule is not None])
-            chosen = self._choose(adjusted, slots[ruled], positions[ruled], is_random[ruled])
+            chosen = self._choose(adjusted, batch_rows[ruled], positions[ruled], is_random[ruled])
             tokens[ruled] = np.where(chosen == NOT_FINITE, NO_TOKEN, chosen)
         return tokens
 
     def _choose(
-        self, logits: Float32, slots: Int64, positions: Int64, is_random: npt.NDArray[np.bool_]
+        self, logits: Float32, batch_rows: Int64, positions: Int64, is_random: npt.NDArray[np.bool_]
     ) -> Int64:
         """Sample tokens of the random rows, and take the largest logits of the others."""
         tokens = np.empty(len(logits), np.int64)
@@ -107,16 +107,16 @@ class Sampler:
             usable = np.isfinite(rows[np.arange(len(rows)), best])
             tokens[greedy[usable]] = best[usable]
         if len(sampled):
-            slots = slots[sampled]
-            numbers = uniforms(self._seeds[slots], positions[sampled])
+            batch_rows = batch_rows[sampled]
+            numbers = uniforms(self._seeds[batch_rows], positions[sampled])
             if self._row_draw is None or self._row_draw.vocab_size != logits.shape[1]:
                 self._row_draw = RowDraw(logits.shape[1])
             draw = self._row_draw.draw
             with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-                for row, slot, number in zip(
-                    sampled.tolist(), slots.tolist(), numbers.tolist(), strict=True
+                for row, batch_row, number in zip(
+                    sampled.tolist(), batch_rows.tolist(), numbers.tolist(), strict=True
                 ):
-                    tokens[row] = draw(logits[row], number, *self._draws[slot])
+                    tokens[row] = draw(logits[row], number, *self._draws[batch_row])
         return tokens
 
 
@@ -131,26 +131,26 @@ class StepSampler:
 
     Args:
         runner: see LLMEngine.
-        num_slots: number of batch rows.
+        num_rows: number of batch rows.
     """
 
-    def __init__(self, runner: Runner, num_slots: int) -> None:
-        self._vocab_size, self._sampler = runner.vocab_size, Sampler(num_slots)
+    def __init__(self, runner: Runner, num_rows: int) -> None:
+        self._vocab_size, self._sampler = runner.vocab_size, Sampler(num_rows)
         self._device = runner.info.sampling
         self._is_device_greedy_only = batch_invariant()
-        # arrival number of the request whose parameters the samplers have for a batch row
-        self._owners = [-1] * num_slots
+        # `seq_id` of the request whose parameters the samplers have for a batch row
+        self._owners = [-1] * num_rows
 
-    def execute(self, runner: Runner, batch: ScheduledBatch, may_be_watched: bool = False) -> None:
+    def execute(self, runner: Runner, batch: ScheduledBatch, may_ask: bool = False) -> None:
         """Enqueue a step if the device samples, else run it and wait for its logits.
 
         Args:
             runner: runs the step.
             batch: step in the runner's input batch.
-            may_be_watched: True if a request may ask for its selected keys.
+            may_ask: True if a request may ask for its selected keys.
         """
-        if may_be_watched:
-            batch.logits = _execute_watched(runner, batch)
+        if may_ask:
+            batch.logits = _execute_with_selections(runner, batch)
         elif not self.enqueue(batch):
             batch.logits = runner.execute_model(batch.logits_indices)
             self.read_drafts(batch)
@@ -164,18 +164,22 @@ class StepSampler:
         sampling, device = batch.sampling, self._device
         if device is None or not self._may_sample_on_device(batch):
             return False
-        slots, positions = self._slots_and_positions(sampling)
+        batch_rows, positions = self._rows_and_positions(sampling)
         mask_rows: list[int] = []
         if batch.drafts:
             ranges = [range(end - first) for first, end in pairwise(batch.logits_indptr)]
             positions = [p + i for p, own in zip(positions, ranges, strict=True) for i in own]
-            slots = [slot for slot, own in zip(slots, ranges, strict=True) for _ in own]
+            batch_rows = [
+                batch_row for batch_row, own in zip(batch_rows, ranges, strict=True) for _ in own
+            ]
         if masked := [r for r in sampling if r.rules is not None and r.rules.needs_mask]:
             mask_rows = _mask_rows(batch, masked)
             own = [batch.drafts_of(request) for request in masked]
             if any(drafts.is_pending for drafts in own):
                 batch.pending_drafts = device.read_drafts()
-        batch.sampling_inputs = SamplingInputs(slots, positions, batch.logits_indptr, mask_rows)
+        batch.sampling_inputs = SamplingInputs(
+            batch_rows, positions, batch.logits_indptr, mask_rows
+        )
         device.enqueue_model(batch.logits_indices, batch.sampling_inputs)
         if not masked:
             batch.future = device.sample()
@@ -207,7 +211,7 @@ class StepSampler:
                 made = request.rules.masks(size, drafts, has_ended)
                 if made is None:
                     # the device samples and counts a token that the request does not get
-                    self._owners[request.slot] = -1
+                    self._owners[request.batch_row] = -1
                     batch.postpone(request)
                     made = request.rules.masks(size, drafts, has_ended=True) or []
                 masks += made
@@ -259,7 +263,7 @@ class StepSampler:
         Returns:
             Tokens, see `Sampler.sample`, and scores of requests that ask for them.
         """
-        tokens = self._sampler.sample(logits, *map(np.array, self._slots_and_positions(sampling)))
+        tokens = self._sampler.sample(logits, *map(np.array, self._rows_and_positions(sampling)))
         scores: list[TokenScore | None] = [None] * len(sampling)
         scored = [
             row
@@ -274,7 +278,7 @@ class StepSampler:
         for request in sampling if self._device is not None else ():
             if request.rules is not None and request.rules.counts is not None:
                 # the device has not counted this token
-                self._owners[request.slot] = -1
+                self._owners[request.batch_row] = -1
         return tokens, scores
 
     def draft(self, requests: Sequence[Request], logits: Float32, depth: int) -> Int64:
@@ -291,68 +295,68 @@ class StepSampler:
             int64 [num_requests]; a negative result code if no token is allowed, the logits are
             unusable or a mask is late.
         """
-        slots, positions = map(np.array, self._slots_and_positions(requests))
+        batch_rows, positions = map(np.array, self._rows_and_positions(requests))
         positions += depth
         grammars = (request.grammar for request in requests)
         has_mask = np.array([g is None or g.await_mask() for g in grammars], bool)
         if has_mask.all():
             # no copy of the logits
-            return self._sampler.sample(logits, slots, positions)
+            return self._sampler.sample(logits, batch_rows, positions)
         tokens = np.full(len(requests), NO_TOKEN, np.int64)
         tokens[has_mask] = self._sampler.sample(
-            logits[has_mask], slots[has_mask], positions[has_mask]
+            logits[has_mask], batch_rows[has_mask], positions[has_mask]
         )
         return tokens
 
-    def _slots_and_positions(self, sampling: Sequence[Request]) -> tuple[list[int], list[int]]:
+    def _rows_and_positions(self, sampling: Sequence[Request]) -> tuple[list[int], list[int]]:
         """Return the batch row of each request, and the position of its next token.
 
         The samplers get the parameters of requests that are new in their row.
         """
-        slots, positions = [], []
+        batch_rows, positions = [], []
         for request in sampling:
-            slots.append(request.slot)
+            batch_rows.append(request.batch_row)
             positions.append(request.num_output_tokens)
-            if self._owners[request.slot] != request.arrival:
-                self._set_slot(request)
-        return slots, positions
+            if self._owners[request.batch_row] != request.seq_id:
+                self._set_parameters(request)
+        return batch_rows, positions
 
-    def _set_slot(self, request: Request) -> None:
+    def _set_parameters(self, request: Request) -> None:
         """Set the parameters of a request in both samplers."""
-        slot, params, rules = request.slot, request.params, request.rules
-        if request.arrival in self._owners:
+        batch_row, params, rules = request.batch_row, request.params, request.rules
+        if request.seq_id in self._owners:
             # the counts of the row that the request had before its preemption are out of date
-            self._owners[self._owners.index(request.arrival)] = -1
-        self._owners[slot] = request.arrival
-        self._sampler.set_slot(slot, params, request.seed, rules)
+            self._owners[self._owners.index(request.seq_id)] = -1
+        self._owners[batch_row] = request.seq_id
+        self._sampler.set_parameters(batch_row, params, request.seed, rules)
         if self._device is None or (rules is not None and rules.num_entries > MAX_ENTRIES):
             return
         plain = (params.temperature, params.min_p, max(params.top_k, 0), params.top_p, request.seed)
-        given = SlotParameters(*plain)
+        given = RowParameters(*plain)
         if rules is not None:
             banned: tuple[Any, ...] = (rules.banned.tolist(), rules.end_ids.tolist())
             # a mask already excludes the banned tokens
             banned = ((), (), 0) if rules.needs_mask else (*banned, rules.min_tokens)
-            given = SlotParameters(*plain, *rules.penalties, params.logit_bias or {}, *banned)
+            given = RowParameters(*plain, *rules.penalties, params.logit_bias or {}, *banned)
         counted: tuple[list[int], ...] = ()
         if given.is_penalized:
             counted = request.state.prompt_token_ids, request.output_token_ids
-        self._device.set_slot(slot, given, *counted)
+        self._device.set_parameters(batch_row, given, *counted)
 
 
-def _execute_watched(runner: Runner, batch: ScheduledBatch) -> Logits:
+def _execute_with_selections(runner: Runner, batch: ScheduledBatch) -> Logits:
     """Run a step, and keep the selected keys of requests that ask for them.
 
     Such requests have no drafts.
     """
     rows = zip(batch.sampling, batch.logits_indptr, strict=False)
-    watched = {row: request for request, row in rows if request.params.return_topk_positions}
-    if not watched:
+    asking = {row: request for request, row in rows if request.params.return_topk_positions}
+    if not asking:
         return runner.execute_model(batch.logits_indices)
-    shows, indices = runner.info.selections, batch.logits_indices
-    assert shows is not None, "`limits` refuses such requests without it"
-    logits, selections = shows.execute_watched(indices, indices[list(watched)])
-    for request, layers in zip(watched.values(), selections, strict=True):
+    collector, indices = runner.info.selections, batch.logits_indices
+    assert collector is not None, "`limits` refuses such requests without it"
+    logits, selections = collector.execute_with_selections(indices, indices[list(asking)])
+    for request, layers in zip(asking.values(), selections, strict=True):
         request.topk_positions = TopkPositions(len(request.token_ids) - 1, layers)
     return logits
 

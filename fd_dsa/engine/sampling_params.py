@@ -240,14 +240,14 @@ class RequestLimits:
         max_model_len: maximum length of prompt plus output, tokens.
         num_blocks: blocks of the caches.
         block_size: tokens per block.
-        shows_selections: True if the runner can show which keys the indexer selected.
+        can_read_selections: True if the runner can return the keys that the indexer selected.
     """
 
     vocab_size: int
     max_model_len: int
     num_blocks: int
     block_size: int
-    shows_selections: bool = False
+    can_read_selections: bool = False
 
     def validate(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> int:
         """Return the maximum number of output tokens of a request. Thread-safe.
@@ -263,7 +263,7 @@ class RequestLimits:
         self._check_token_ids("logit_bias", params.logit_bias)
         self._check_token_ids("stop_token_ids", params.stop_token_ids)
         self._check_token_ids("bad_words_token_ids", params.bad_words_token_ids)
-        if params.return_topk_positions and not self.shows_selections:
+        if params.return_topk_positions and not self.can_read_selections:
             raise ValueError(
                 "return_topk_positions is true; a device keeps the selected keys to itself; leave "
                 "it out or serve with --device cpu"

@@ -20,7 +20,7 @@ from fd_dsa.runner.input_batch import InputBatch
 
 logger = logging.getLogger(__name__)
 
-_slot = attrgetter("slot")
+_batch_row = attrgetter("batch_row")
 
 
 class Scheduler:
@@ -65,9 +65,9 @@ class Scheduler:
 
     Attributes:
         proposals: drafts that follow the tokens of the newest step, by request.
-        running: requests with a row by arrival number, in order of arrival.
+        running: requests with a row by `seq_id`, in order of arrival.
         waiting: requests without a row, in order of arrival.
-        free_slots: heap of the batch rows without a request.
+        free_rows: heap of the batch rows without a request.
     """
 
     def __init__(
@@ -85,10 +85,10 @@ class Scheduler:
         self._stats = stats
         self._target_gap_s = target_gap_s
         self._step_times = StepTimeModel(batch.max_num_tokens) if target_gap_s else None
-        self.free_slots = list(range(batch.max_num_seqs))
+        self.free_rows = list(range(batch.max_num_seqs))
         self.running: dict[int, Request] = {}
         self.waiting: deque[Request] = deque()
-        # requests that have their last allowed token, by arrival number; see `settled`
+        # requests that have their last allowed token, by `seq_id`; see `settled`
         self._unsettled: dict[int, Request] = {}
         self._scheduled: list[Request] = []
         self._held: list[Request] = []
@@ -108,15 +108,15 @@ class Scheduler:
         return len(self.waiting)
 
     def add(self, request: Request) -> None:
-        """Queue a request, whose arrival number must be the largest so far."""
+        """Queue a request, whose `seq_id` must be the largest so far."""
         self.waiting.append(request)
 
     def finish(self, request: Request) -> None:
         """Drop an ended or aborted request, and free its row and blocks."""
         if request.grammar is not None:
             request.grammar.release()
-            self._unsettled.pop(request.arrival, None)
-        if request.slot >= 0:
+            self._unsettled.pop(request.seq_id, None)
+        if request.batch_row >= 0:
             self._release(request)
         else:
             self.waiting.remove(request)
@@ -148,10 +148,10 @@ class Scheduler:
                 self._held.append(request)
         budget = self._schedule_decode(decoding)
         self._num_decoding = len(self._scheduled)
-        self._spare_logits = len(self.free_slots)
+        self._spare_logits = len(self.free_rows)
         for request in prefilling:
             # a decoding request may have preempted this one just now
-            if budget and request.slot >= 0:
+            if budget and request.batch_row >= 0:
                 budget = self._schedule_chunk(request, budget)
         if self.waiting:
             budget = self._admit(budget)
@@ -160,7 +160,7 @@ class Scheduler:
         drafts = self._choose_drafts(budget) if self._may_draft else {}
         prompts = self._scheduled[self._num_decoding :]
         context = 0 if self._step_times is None else _mean_context(prompts)
-        self._scheduled.sort(key=_slot)
+        self._scheduled.sort(key=_batch_row)
         return ScheduledBatch(self._scheduled, drafts, context)
 
     def settled(self) -> list[tuple[Request, FinishReason]]:
@@ -217,15 +217,15 @@ class Scheduler:
     def handle_new_token(self, request: Request) -> None:
         """Cache the newest block of a request, if its new token has completed the block."""
         if request.is_unsettled:
-            self._unsettled[request.arrival] = request
+            self._unsettled[request.seq_id] = request
         known = len(request.token_ids) - self._lookahead
-        if request.slot >= 0 and known % self._blocks.block_size == 0:
+        if request.batch_row >= 0 and known % self._blocks.block_size == 0:
             self._cache_blocks(request)
 
     def _cache_blocks(self, request: Request) -> None:
         """Make full blocks of computed and known tokens available to other requests."""
         known = min(request.num_computed_tokens, len(request.token_ids) - self._lookahead)
-        self._blocks.cache_full_blocks(request.arrival, request.block_keys, known)
+        self._blocks.cache_full_blocks(request.seq_id, request.block_keys, known)
 
     def record_step_time(self, batch: ScheduledBatch, seconds: float) -> None:
         """Record the time of a step, from which chunks of later steps are sized."""
@@ -239,7 +239,7 @@ class Scheduler:
         block_size, taken = self._blocks.block_size, self._scheduled
         for request in decoding:
             # an earlier request may have preempted this one just now; most last blocks have room
-            if request.slot >= 0 and (
+            if request.batch_row >= 0 and (
                 request.num_computed_tokens % block_size or self._reserve_next_block(request)
             ):
                 request.num_scheduled_tokens = 1
@@ -257,7 +257,7 @@ class Scheduler:
             drafts = self.proposals.get(request, NO_DRAFTS).first(max(max_drafts, 0))
             tokens = request.num_tokens + len(drafts)
             if drafts and not self._reserve_blocks(request, tokens, len(self.running)):
-                room = len(self._blocks.blocks_of(request.arrival)) * self._blocks.block_size
+                room = len(self._blocks.blocks_of(request.seq_id)) * self._blocks.block_size
                 drafts = drafts.first(room - request.num_tokens)
             if drafts:
                 chosen[request] = drafts
@@ -286,10 +286,10 @@ class Scheduler:
         Returns:
             False if there are not enough free blocks beyond `spare`.
         """
-        added = self._blocks.allocate(request.arrival, num_tokens, spare=spare)
+        added = self._blocks.allocate(request.seq_id, num_tokens, spare=spare)
         if added:
             start = self._blocks.num_needed(num_tokens) - len(added)
-            self._batch.set_blocks(request.slot, added, start)
+            self._batch.set_blocks(request.batch_row, added, start)
         return added is not None
 
     def _admit(self, budget: int) -> int:
@@ -314,14 +314,14 @@ class Scheduler:
             cached = self._find_computed_blocks(request)
             if cached is None:
                 break
-            added = self._blocks.allocate(request.arrival, len(request.token_ids), cached, spare)
+            added = self._blocks.allocate(request.seq_id, len(request.token_ids), cached, spare)
             if added is None:
                 break
             self.waiting.popleft()
-            request.slot = heapq.heappop(self.free_slots)
+            request.batch_row = heapq.heappop(self.free_rows)
             self._spare_logits -= 1
-            self._batch.set_blocks(request.slot, added)
-            self.running[request.arrival] = request
+            self._batch.set_blocks(request.batch_row, added)
+            self.running[request.seq_id] = request
             self._count_hits(request, len(cached) * self._blocks.block_size)
             budget = self._schedule_chunk(request, budget)
         return budget
@@ -335,10 +335,10 @@ class Scheduler:
         num_shared = (len(request.state.prompt_token_ids) - 1) // self._blocks.block_size
         if len(cached) >= num_shared:
             return cached
-        running = [other for other in request.group if other.slot >= 0]
+        running = [other for other in request.group if other.batch_row >= 0]
         for other in running:
             if other.num_computed_tokens >= num_shared * self._blocks.block_size:
-                return list(self._blocks.blocks_of(other.arrival)[:num_shared])
+                return list(self._blocks.blocks_of(other.seq_id)[:num_shared])
         return None if running else cached
 
     def _reads_prefix_cache(self, request: Request) -> bool:
@@ -383,11 +383,11 @@ class Scheduler:
 
     def _release(self, request: Request) -> None:
         """Take row and blocks from a running request."""
-        self._batch.clear_row(request.slot)
-        heapq.heappush(self.free_slots, request.slot)
-        request.slot = -1
-        self._blocks.free(request.arrival)
-        del self.running[request.arrival]
+        self._batch.clear_row(request.batch_row)
+        heapq.heappush(self.free_rows, request.batch_row)
+        request.batch_row = -1
+        self._blocks.free(request.seq_id)
+        del self.running[request.seq_id]
 
 
 def _mean_context(prefilling: Sequence[Request]) -> int:

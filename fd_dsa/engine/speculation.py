@@ -55,7 +55,7 @@ class ArbitraryDrafter:
         return {request: Drafts([0] * count) for request, count in counts.items()}
 
 
-class Speculator:
+class SpecDecoder:
     """Decides on drafts after each step, which the next step verifies.
 
     Args:

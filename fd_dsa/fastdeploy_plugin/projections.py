@@ -54,7 +54,7 @@ class IndexerProjections:
 
     def __init__(self, wk: Linear, weights_proj: Linear, hidden_states: Tensor, keep: Keep) -> None:
         self._linears, self.copies = (wk, weights_proj), [None, None]
-        reasons = [_why_not_one_launch(one, hidden_states) for one in self._linears]
+        reasons = [_one_launch_refusal(one, hidden_states) for one in self._linears]
         self._kind = device_kind(hidden_states)
         self._takes_one_launch = on_device(hidden_states) and not any(reasons)
         if self._takes_one_launch:
@@ -132,7 +132,7 @@ def float32(tensor: Tensor) -> Tensor:
     return tensor if dtype_name(tensor.dtype) == "float32" else tensor.astype("float32")
 
 
-def _why_not_one_launch(linear: Linear, hidden_states: Tensor) -> str:
+def _one_launch_refusal(linear: Linear, hidden_states: Tensor) -> str:
     """Return why fd_dsa's operator cannot multiply by a layer's weight, or "" if it can."""
     if _is_plain(linear, hidden_states) or _is_block_fp8(linear):
         return ""

@@ -50,13 +50,13 @@ def report() -> dict[str, Any]:
         "error": "",
         "version": str(getattr(fastdeploy, "__version__", None) or ""),
         "live": live,
-        "why": live_backend().tree_summary if live else _why_not(broken),
+        "why": live_backend().tree_summary if live else _inactive_reason(broken),
         "own_path_variables": variables,
         "checks": checks(),
     }
 
 
-def _why_not(broken: str) -> str:
+def _inactive_reason(broken: str) -> str:
     """Return why FastDeploy's own path is live.
 
     Args:

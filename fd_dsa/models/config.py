@@ -165,7 +165,7 @@ class ModelConfig(ModelDefaults):
         return sum(self.has_indexer)
 
     @property
-    def most_dense_keys(self) -> int:
+    def max_dense_keys(self) -> int:
         """Max tokens of a row whose last token attends to all of them."""
         return self.index_topk
 

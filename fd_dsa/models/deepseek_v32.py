@@ -55,12 +55,14 @@ class DeepseekV32DecoderLayer:
             Hidden states, this rank's part of the MLP output, and the layer's selection.
         """
         if change is None:
-            normed = self.input_layernorm.of(hidden_states)
+            normed = self.input_layernorm.normalize(hidden_states)
         else:
-            hidden_states, normed = self.input_layernorm.after(hidden_states, change, self._group)
+            hidden_states, normed = self.input_layernorm.add_and_normalize(
+                hidden_states, change, self._group
+            )
         attended, indices = self.self_attn.forward(normed, cos_sin, forward_meta, shared_indices)
         norm = self.post_attention_layernorm
-        hidden_states, normed = norm.after(hidden_states, attended, self._group)
+        hidden_states, normed = norm.add_and_normalize(hidden_states, attended, self._group)
         return hidden_states, self.mlp.forward(normed, forward_meta), indices
 
 
@@ -111,14 +113,16 @@ class MultiTokenPredictor:
         if isinstance(hidden, np.ndarray):
             embedded = rows_at(self.embed_tokens, next_ids)
             embedded[as_numpy(positions) == 0] = 0
-            pair = np.concatenate([norms[0].of(embedded), norms[1].of(hidden)], axis=1)
+            pair = np.concatenate(
+                [norms[0].normalize(embedded), norms[1].normalize(hidden)], axis=1
+            )
         else:
             from fd_dsa.ops.mtp_kernels import mtp_inputs
 
             pair = mtp_inputs(self.embed_tokens, next_ids, positions, hidden, *norms)
         cos_sin = rows_at(self._cos_sin, positions)
-        states, change, _ = self.layer.forward(self._join.times(pair), None, cos_sin, step, None)
-        return values_of(self._norm.after(states, change, self._group)[1])
+        states, change, _ = self.layer.forward(self._join.matmul(pair), None, cos_sin, step, None)
+        return values_of(self._norm.add_and_normalize(states, change, self._group)[1])
 
 
 class DeepseekV32ForCausalLM:
@@ -172,11 +176,11 @@ class DeepseekV32ForCausalLM:
             )
             if selections is not None:
                 selections.add(indices)
-        return self.norm.after(hidden_states, change, self._weights.group)[1]
+        return self.norm.add_and_normalize(hidden_states, change, self._weights.group)[1]
 
     def compute_logits(self, hidden_states: Array) -> Array:
         """Return logits float32 [n, vocab_size] of hidden states [n, hidden_size]."""
-        logits = self.head.times(hidden_states)
+        logits = self.head.matmul(hidden_states)
         if self._head_group is None:
             return logits
         gathered = self._head_group.all_gather(logits)

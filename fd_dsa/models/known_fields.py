@@ -1,7 +1,7 @@
 """Fields of config.json that change no result of the main model.
 
 Source: config.json of DeepSeek-V3.1, V3.2, V3.2-Exp, V4-Flash, GLM-5, GLM-5.1, GLM-5.2 and GLM-5.3.
-Files that `save_pretrained` of Hugging Face transformers 4.44 to 5.23 writes.
+Hugging Face transformers 4.44 to 5.23 add fields in `save_pretrained`.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _METADATA = (
     "use_bfloat16",
     "use_cache",
 )
-# read in training only
+# used only in training
 _TRAINING = (
     "attention_dropout",
     "aux_loss_alpha",
@@ -57,10 +57,10 @@ _TRAINING = (
     "router_jitter_noise",
     "seq_aux",
 )
-# repeat another field, or belong to layers for multi-token prediction, whose drafts are verified
+# fields that repeat another one, or describe MTP layers, whose drafts the model verifies
 _REPEATED = ("head_dim", "index_share_for_mtp_iteration")
-# defaults of `generate`, which transformers 4 also wrote into config.json; sampling parameters are
-# read from generation_config.json
+# defaults of `generate`, which transformers 4 also wrote into config.json. Sampling parameters come
+# from generation_config.json
 _GENERATION = (
     "bad_words_ids",
     "begin_suppress_tokens",
@@ -93,7 +93,7 @@ _GENERATION = (
     "top_p",
     "typical_p",
 )
-# the type of each stored tensor says which modules are quantised
+# lists of quantised modules, which the dtypes of the stored tensors show too
 _QUANTIZATION = (
     "quantization_config.dequantize",
     "quantization_config.ignored_layers",
@@ -102,7 +102,7 @@ _QUANTIZATION = (
 )
 _HARMLESS = frozenset((*_METADATA, *_TRAINING, *_REPEATED, *_GENERATION, *_QUANTIZATION))
 
-# field -> values that leave every result as it is without the field
+# field -> values with the same meaning as a missing field
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,),
     "first_k_dense_replace": (0,),
@@ -137,14 +137,14 @@ NULL_IS_ABSENT = frozenset(
         "type",
     )
 )
-"""Fields for which null has the same meaning as a missing field."""
+"""Fields whose value null has the same meaning as a missing field."""
 
 
 def is_harmless(path: str, value: object) -> bool:
-    """Return True if a field that no reader asked for changes no result.
+    """Return True if every result stays the same when a field is ignored.
 
     Args:
-        path: name of the field, after the names of the objects around it and dots.
+        path: dotted path of the field, such as `quantization_config.dequantize`.
     """
     if value is None or path in _HARMLESS:
         return True
@@ -154,7 +154,7 @@ def is_harmless(path: str, value: object) -> bool:
 def same_value(value: object, other: object) -> bool:
     """Return True if two JSON values are equal.
 
-    1 equals 1.0, and true equals neither.
+    1 equals 1.0. true equals neither of these numbers.
     """
     numbers = int, float
     comparable = type(value) is type(other) or (type(value) in numbers and type(other) in numbers)

@@ -96,7 +96,7 @@ class Indexer:
         """Project hidden states to index keys and head weights, see IndexerLayer."""
         weights, width = self.wk_weights_proj, self._key_width
         if isinstance(weights, HostMatrix):
-            both = weights.times(hidden_states)
+            both = weights.matmul(hidden_states)
             return both[:, :width], both[:, width:]
         assert by is not None, "the attention of a device selects the function"
         wk, weights_proj = weights if width else (None, *weights)
@@ -104,7 +104,7 @@ class Indexer:
 
     def queries(self, latent: Array) -> Array:
         """Project latents to queries, see IndexerLayer."""
-        return self._wq_b.times(latent).reshape([-1, self._heads, self._width])
+        return self._wq_b.matmul(latent).reshape([-1, self._heads, self._width])
 
 
 def _biased(y: StepArray, bias: StepArray | None) -> StepArray:
@@ -180,7 +180,7 @@ class DeepseekV32DSAAttention:
         values, indices = forward_meta.attn_backend.forward(
             self, hidden_states, cos_sin, forward_meta, shared_indices
         )
-        return _biased(self.o_proj.times(values), self.o_bias), indices
+        return _biased(self.o_proj.matmul(values), self.o_bias), indices
 
     def cache_write_params(self, layout: CacheLayout) -> CacheWriteParams:
         """Return the norms and the format with which the layer writes its keys."""
@@ -203,12 +203,12 @@ class DeepseekV32DSAAttention:
             The normed latent of the queries; then the keys for `write_caches`, neither normed nor
             rotated. The index key is None if the indexer must project it.
         """
-        qkv = _biased(self.qkv_a_proj.times(hidden_states), self.qkv_a_bias)
+        qkv = _biased(self.qkv_a_proj.matmul(hidden_states), self.qkv_a_bias)
         rank, begin = self.q_lora_rank, self._kv_begin
         index_k = qkv[:, rank:begin] if begin > rank else None
-        return self.q_a_layernorm.of(qkv[:, :rank]), qkv[:, begin:], index_k
+        return self.q_a_layernorm.normalize(qkv[:, :rank]), qkv[:, begin:], index_k
 
     def queries(self, latent: Array) -> Array:
         """Project latents to queries, see MlaLayer."""
         width = self.nope_dim + self.rope_dim
-        return self.q_b_proj.times(latent).reshape([-1, self.num_heads, width])
+        return self.q_b_proj.matmul(latent).reshape([-1, self.num_heads, width])

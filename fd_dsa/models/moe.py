@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias, Union
 
 import numpy as np
 
 from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.weights_protocol import Weights
 from fd_dsa.ops.arrays import values_of
-from fd_dsa.ops.host_gemm import HostMatrix, times_of_spans
-from fd_dsa.tensor import Array, Tensor
-
-if TYPE_CHECKING:
-    from fd_dsa.ops.device_matrix import Normed
+from fd_dsa.ops.host_gemm import HostMatrix, matmul_spans
+from fd_dsa.tensor import Array, Normed, Tensor
 
 EXPERT_BYTES = 1 << 30
 """Max bytes of one activation of the selected experts. A longer step is split."""
-Activations: TypeAlias = "np.ndarray | Tensor | Normed"
+Activations: TypeAlias = Union[np.ndarray, Tensor, Normed]  # noqa: UP007, as in fd_dsa.tensor
 """Input of an MLP: on a device also in the form of a norm that quantises."""
 _Span: TypeAlias = tuple[tuple[HostMatrix, HostMatrix], int, int]
 """Weights of an expert, its first row and the end of its rows."""
@@ -41,7 +38,7 @@ class DeepseekMLP:
 
     def forward(self, x: Activations, forward_meta: Any = None) -> Any:
         """Return the output [num_tokens, hidden_size] of an input of the same shape."""
-        return self.down_proj.times(self.down_proj.activated(self.gate_up_proj.times(x)))
+        return self.down_proj.matmul(self.down_proj.activated(self.gate_up_proj.matmul(x)))
 
 
 class NoAuxTopkGate:
@@ -70,7 +67,7 @@ class NoAuxTopkGate:
         Returns:
             Experts int32 [num_tokens, top_k], ascending, and their weights, float32, same shape.
         """
-        logits = self.weight.times(x)
+        logits = self.weight.matmul(x)
         with np.errstate(over="ignore"):
             scores = np.float32(1.0) / (np.float32(1.0) + np.exp(-logits))
         choice = scores + self.bias
@@ -151,7 +148,7 @@ class DeepseekMoE:
         from fd_dsa.ops import expert_kernels as kernels
 
         ids, weights = kernels.choose_experts(
-            gate.weight.times(x),
+            gate.weight.matmul(x),
             gate.bias,
             top_k=gate.top_k,
             n_group=gate.n_group,
@@ -162,8 +159,8 @@ class DeepseekMoE:
         )
         pairs = kernels.group_pairs(ids, self.num_experts)
         gate_up, down = self.experts
-        hidden = gate_up.times_grouped(x, *pairs, top_k=gate.top_k, gated=True)
-        parts = down.times_grouped(hidden, *pairs, top_k=gate.top_k)
+        hidden = gate_up.grouped_matmul(x, *pairs, top_k=gate.top_k, gated=True)
+        parts = down.grouped_matmul(hidden, *pairs, top_k=gate.top_k)
         return kernels.sum_experts(parts, weights, ids, shared)
 
 
@@ -204,10 +201,10 @@ def routed(
         rows = x.take(tokens[first:last], axis=0)
         gate_up = np.empty((len(rows), out_width), np.float32)
         places = [(*expert, start - first, end - first) for expert, start, end in group]
-        times_of_spans(rows, gate_up, [(gate, start, end) for gate, _, start, end in places])
+        matmul_spans(rows, gate_up, [(gate, start, end) for gate, _, start, end in places])
         inner = activated(gate_up)
         inner *= factors[first:last]
-        times_of_spans(inner, rows, [(down, start, end) for _, down, start, end in places])
+        matmul_spans(inner, rows, [(down, start, end) for _, down, start, end in places])
         parts[order[first:last]] = rows
     total: np.ndarray = np.add.reduce(parts.reshape(num_tokens, top_k, -1), axis=1)
     return total

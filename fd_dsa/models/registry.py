@@ -29,10 +29,10 @@ _Given = TypeVar("_Given", contravariant=True)
 
 
 class ConfigClass(Protocol[_Given]):
-    """Class of configurations that reads config.json."""
+    """Configuration class of a family."""
 
     def read(self, reader: FieldReader, defaults: _Given) -> FamilyConfig:
-        """Return the configuration in a config.json."""
+        """Read a configuration from config.json."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,14 +40,15 @@ class Family(Generic[Defaults]):
     """Entry of one family.
 
     Attributes:
-        defaults: `model_type`, and a value of each field that config.json may leave out.
-        config: class of its configurations. `config.cache_layout` describes the caches, and
-            `fd_dsa.engine.caches` has the attention backend of each such class.
+        defaults: `model_type`, and the value of each field that config.json may omit.
+        config: configuration class. Its `cache_layout` describes the caches, and
+            `fd_dsa.engine.caches` has an attention backend for each configuration class.
         model: constructor of the model, from a configuration and the weights.
-        tensor_name: name here of a tensor as stored; None = the same.
-        chat_formats: names in `fd_dsa.chat.parser.TOOL_FORMATS` of the tool calls that the family
-            writes, newest first. The first one also names the encoding of a folder without a
-            chat template.
+        tensor_name: function from the name of a tensor in a checkpoint to its name in fd_dsa; None
+            = the names are equal.
+        chat_formats: tool-call formats that the family writes, newest first; keys of
+            `fd_dsa.chat.parser.TOOL_FORMATS`. The first one also selects the prompt encoding of a
+            model folder without a chat template.
         fastdeploy_class: FastDeploy's model class whose layers the plug-in replaces; "" = none.
     """
 
@@ -59,7 +60,7 @@ class Family(Generic[Defaults]):
     fastdeploy_class: str = ""
 
 
-# layers are imported when a model is created: a process that only tokenizes does without them
+# layers are imported when a model is created, so that a process that only tokenizes loads none
 def _deepseek_v32(config: ModelConfig, weights: Weights) -> FamilyModel:
     from fd_dsa.models.deepseek_v32 import DeepseekV32ForCausalLM
 
@@ -108,7 +109,7 @@ FAMILIES: dict[str, Family[Any]] = {
                 max_position_embeddings=163840,
                 rms_norm_eps=1e-6,
                 rope_theta=10000.0,
-                # half-split, as DeepSeek's own inference code pairs them
+                # half-split pairs, as in DeepSeek's own inference code
                 indexer_rope_interleave=False,
                 shares_selections=False,
             ),
@@ -184,7 +185,7 @@ FAMILIES: dict[str, Family[Any]] = {
         ),
     )
 }
-"""The families that are served, by `model_type`."""
+"""Supported model families by `model_type`."""
 
 OTHER_FAMILIES = (
     "fd_dsa serves only models with DeepSeek Sparse Attention; others, DeepSeek-V3 and R1 among "
@@ -192,9 +193,9 @@ OTHER_FAMILIES = (
 )
 """Advice for a model without DeepSeek Sparse Attention."""
 
-# families with DeepSeek Sparse Attention that are not served, and what they have in addition
+# unsupported family with DeepSeek Sparse Attention -> its additional layers and inputs
 # Source: Hugging Face transformers 5.23, one folder of models/ each
-_NOT_SERVED = {
+_UNSUPPORTED = {
     "axk2": "low-rank gates in its norms and a gate on the output of attention",
     "deepseek_v41": (
         "compressed keys that groups of layers share, selection in two levels, n-gram memories "
@@ -222,15 +223,15 @@ def find_family(reader: FieldReader) -> Family[Any]:
         reader: top level of the file.
 
     Raises:
-        ConfigError: the family is not served. The message says what it has in addition, or which
-            program serves it.
+        ConfigError: the family is unsupported. The message names its additional parts, or
+            programs that serve it.
     """
     model_type = reader.raw("model_type")
     if model_type is None:
         raise reader.error("model_type", None, " or ".join(FAMILIES), "is this a model's file?")
     if isinstance(model_type, str) and model_type in FAMILIES:
         return FAMILIES[model_type]
-    different = _NOT_SERVED.get(str(model_type).removesuffix("_text"), "")
+    different = _UNSUPPORTED.get(str(model_type).removesuffix("_text"), "")
     inner = reader.raw("text_config")
     found = [reader.raw("index_topk"), inner.get("index_topk") if isinstance(inner, dict) else None]
     if not different and found != [None, None]:
@@ -250,11 +251,11 @@ def read_config(folder: str | os.PathLike[str], *, allow_unknown: bool = False) 
     Reads config.json and generation_config.json, if there is one.
 
     Args:
-        folder: in Hugging Face format.
-        allow_unknown: same as of `config_from_dict`.
+        folder: model folder in Hugging Face format.
+        allow_unknown: see `config_from_dict`.
 
     Raises:
-        ConfigError: a file is missing or damaged, or a value is not supported. The message names
+        ConfigError: a file is missing or damaged, or a value is unsupported. The message names
             the file and the field.
     """
     path, generation = Path(folder) / "config.json", Path(folder) / "generation_config.json"
@@ -275,13 +276,13 @@ def config_from_dict(
     """Return the configuration in parsed JSON.
 
     Args:
-        data, generation: objects of config.json and generation_config.json.
+        data, generation: parsed config.json and generation_config.json.
         source, generation_source: names of the files in messages.
-        allow_unknown: list unknown fields in `unknown_fields`. Otherwise they are refused, except
-            for those that are known to be harmless.
+        allow_unknown: True lists unknown fields in `unknown_fields`. False refuses them, except
+            for fields of `known_fields`.
 
     Raises:
-        ConfigError: a value is not supported, or a field is unknown.
+        ConfigError: a value is unsupported, or a field is unknown.
     """
     reader = FieldReader(data, source)
     family = find_family(reader)
@@ -294,24 +295,25 @@ def config_from_dict(
 
 
 def open_checkpoint(config: FamilyConfig, folder: str | os.PathLike[str]) -> Checkpoint:
-    """Open the weights in a model's folder, by the names of `expected_tensors`."""
+    """Open the weights of a model folder, under the names of `expected_tensors`."""
     from fd_dsa.models.checkpoint import Checkpoint
 
     return Checkpoint.open(folder, FAMILIES[config.model_type].tensor_name)
 
 
 def create_model(config: FamilyConfig, weights: Weights | None = None) -> FamilyModel:
-    """Return the model of `config`, whose weights `loaders` will fill.
+    """Create the model of a configuration. Its `loaders` fill the weights later.
 
     Args:
-        weights: HostWeights or DeviceWeights; None = HostWeights of a single process.
+        weights: HostWeights or DeviceWeights, which allocate the weights; None = HostWeights of a
+            single process.
     """
     import paddle
 
     from fd_dsa.models.weights import HostWeights
 
     before = paddle.device.get_device()
-    # otherwise Paddle makes tensors on its own device
+    # otherwise Paddle creates tensors on its default device
     paddle.set_device("cpu")
     try:
         return FAMILIES[config.model_type].model(config, weights or HostWeights())

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from functools import cache
 from types import SimpleNamespace
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +15,9 @@ import numpy.typing as npt
 from fd_dsa.cache_formats import FORMAT_OF_DTYPE, CacheFormat
 from fd_dsa.device.host_tensor import as_tensor
 from fd_dsa.errors import DtypeError, ShapeError
-from fd_dsa.tensor import Array, Tensor
+from fd_dsa.tensor import Array, Normed, Tensor
+
+ArrayOrTensor = TypeVar("ArrayOrTensor", np.ndarray, Tensor)
 
 
 def as_numpy(array: Array) -> np.ndarray:
@@ -68,9 +70,9 @@ def rows_at(x: Any, index: Any) -> Any:
     return dense_kernels.rows_at(x, index)
 
 
-def values_of(x: Any) -> Any:
+def values_of(x: ArrayOrTensor | Normed) -> ArrayOrTensor | Tensor:
     """Return the values of activations, without the FP8 form that a norm on a device adds."""
-    return getattr(x, "plain", x)
+    return x.plain if isinstance(x, Normed) else x
 
 
 def check_shape(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fd_dsa.errors import BackendUnavailable, DeviceError
-from fd_dsa.ops.library_kernel import why_not_compiled
+from fd_dsa.ops.library_kernel import interpreter_refusal
 from fd_dsa.triton_runtime.driver import cuda
 
 _NAMES = "libcublasLt.so.13", "libcublasLt.so.12"
@@ -54,14 +54,14 @@ def library() -> ctypes.CDLL:
     raise BackendUnavailable(f"no cuBLASLt is loaded or installed ({' or '.join(_NAMES)})")
 
 
-def why_not_fp8(capability: int) -> str:
+def fp8_unsupported_reason(capability: int) -> str:
     """Return the reason why a GPU does not support `fp8_linear`, or "".
 
     Args:
         capability: compute capability, major * 10 + minor.
     """
-    if why_not_compiled():
-        return why_not_compiled()
+    if interpreter_refusal():
+        return interpreter_refusal()
     try:
         version = library().cublasLtGetVersion()
     except BackendUnavailable as error:

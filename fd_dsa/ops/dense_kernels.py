@@ -9,7 +9,7 @@ Source: DeepSeek-V3 (arXiv 2412.19437) §3.3.2, fine-grained quantization.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 from fd_dsa.ops.device_functions import (
     absolute_maximum,
@@ -21,7 +21,7 @@ from fd_dsa.ops.device_functions import (
     widened,
 )
 from fd_dsa.ops.step_kernel import step_kernel
-from fd_dsa.tensor import Tensor
+from fd_dsa.tensor import Fp8Rows, Tensor
 from fd_dsa.triton_runtime import INTERPRETING, start_next, wait_for_inputs
 from fd_dsa.triton_runtime.device_api import traits_for
 from fd_dsa.triton_runtime.driver import FP8_CAPABILITY
@@ -41,25 +41,6 @@ def padded_rows(num_tokens: int) -> int:
     It is a multiple of 4, at least 8.
     """
     return max(8, -(-num_tokens // 4) * 4)
-
-
-class Fp8Rows(NamedTuple):
-    """Rows of FP8 values: value c of row r is e4m3(codes[r, c]) * scales[c // 128, r].
-
-    The scales are stored group by group, as cuBLASLt reads them (VEC128_32F). So a GEMM reads the
-    scales of its rows for 128 values along K at once.
-
-    Attributes:
-        codes: uint8 [rows, width], e4m3 bits, contiguous.
-        scales: float32 [ceil(width / 128), padded_rows(rows)], contiguous. Columns from `rows` on
-            are padding with any values.
-        padded: uint8 [padded_rows(rows), width]; `codes` and rows of padding with any values. None
-            if `codes` has memory of its own.
-    """
-
-    codes: Any
-    scales: Any
-    padded: Any = None
 
 
 def empty_fp8_rows(beside: Tensor, rows: int, width: int) -> Fp8Rows:

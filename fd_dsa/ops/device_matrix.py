@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import paddle
 
 from fd_dsa.errors import BackendUnavailable, DeviceError
-from fd_dsa.ops.arrays import allocator_beside, dtype_name, matmul, on_device, values_of
+from fd_dsa.ops.arrays import (
+    allocator_beside,
+    dtype_name,
+    matmul,
+    on_device,
+    values_of,
+)
 from fd_dsa.ops.cublaslt import cublaslt_for
-from fd_dsa.ops.cublaslt_library import why_not_fp8
-from fd_dsa.ops.dense_kernels import GROUP, Fp8Rows, quantize_rows, rms_norm, silu_and_mul
+from fd_dsa.ops.cublaslt_library import fp8_unsupported_reason
+from fd_dsa.ops.dense_kernels import GROUP, quantize_rows, rms_norm, silu_and_mul
 from fd_dsa.ops.expert_kernels import expert_gemm
 from fd_dsa.ops.fixed_order import fixed_order
 from fd_dsa.ops.fp8_gemm import fp8_linear
 from fd_dsa.ops.head_gemm import head_gemm, linear_in_one_order
 from fd_dsa.ops.host_rows import Reducer
-from fd_dsa.tensor import Place, Tensor
+from fd_dsa.tensor import Fp8Rows, Normed, Place, Tensor
 from fd_dsa.triton_runtime import INTERPRETING
 from fd_dsa.triton_runtime.device_api import traits_for
 
@@ -39,26 +44,10 @@ def _cublaslt(kind: type, place: Place) -> tuple[Any, bool]:
     except (BackendUnavailable, DeviceError) as error:
         logger.warning("GEMMs with float32 results convert their operands: %s", error)
         return None, False
-    against = why_not_fp8(traits_for(example).capability)
+    against = fp8_unsupported_reason(traits_for(example).capability)
     many = f"our own kernel ({against})" if against else "cuBLASLt"
     logger.info("FP8 GEMMs of more than %d rows: %s", OWN_ROWS, many)
     return library, not against
-
-
-class Normed(NamedTuple):
-    """Activations with a quantized form, for GEMMs of both kinds.
-
-    Attributes:
-        plain: float32 or bfloat16 [num_tokens, width].
-        fp8: the same values in FP8.
-    """
-
-    plain: Tensor
-    fp8: Fp8Rows
-
-    @property
-    def shape(self) -> Sequence[int]:
-        return self.plain.shape
 
 
 class DeviceNorm:
@@ -73,11 +62,11 @@ class DeviceNorm:
     def __init__(self, weight: Tensor, epsilon: float, round_scales: bool | None) -> None:
         self.weight, self.epsilon, self._round_scales = weight, epsilon, round_scales
 
-    def of(self, x: Tensor) -> Tensor | Normed:
+    def normalize(self, x: Tensor) -> Tensor | Normed:
         """Normalize x [num_tokens, width], which may be columns of wider rows."""
         return self._sum_and_norm(x, None)[1]
 
-    def after(
+    def add_and_normalize(
         self, hidden_states: Tensor, change: Tensor, group: Reducer | None
     ) -> tuple[Tensor | None, Tensor | Normed]:
         """Add and normalize as HostNorm does, in one launch after the all-reduce."""
@@ -116,11 +105,11 @@ class DeviceMatrix:
         self.values, self.scales, self.round_scales = values, scales, round_scales
         self.sums_in_float32 = sums_in_float32 and dtype_name(values.dtype) != "float32"
 
-    def times(self, x: Tensor | Normed | Fp8Rows) -> Tensor:
+    def matmul(self, x: Tensor | Normed | Fp8Rows) -> Tensor:
         """Multiply x [num_tokens, in], also as Normed or Fp8Rows, by the weight: [..., out]."""
         rows = self._read(x)
         if self.scales is not None:
-            return self._times_fp8(rows, self.scales)
+            return self._matmul_fp8(rows, self.scales)
         if fixed_order():
             dtype = "float32" if self.sums_in_float32 else dtype_name(self.values.dtype)
             return linear_in_one_order(rows, self.values, dtype)
@@ -135,7 +124,7 @@ class DeviceMatrix:
         library.linear(rows, self.values, out)
         return out
 
-    def _times_fp8(self, rows: Fp8Rows, scales: Tensor) -> Tensor:
+    def _matmul_fp8(self, rows: Fp8Rows, scales: Tensor) -> Tensor:
         """Multiply by cuBLASLt if there are many rows and it supports them, else by our kernel."""
         num_rows, x = rows.codes.shape[0], rows.padded
         if num_rows > OWN_ROWS and x is not None and self._suits_cublaslt:
@@ -153,14 +142,14 @@ class DeviceMatrix:
         outputs, width = self.values.shape
         return not fixed_order() and outputs % 8 == 0 and width % (4 * GROUP) == 0
 
-    def times_by_head(self, x: Tensor) -> Tensor:
+    def matmul_by_head(self, x: Tensor) -> Tensor:
         """Multiply x [num_tokens, heads, in], maybe a view, by each head's weight: [..., out]."""
         return head_gemm(x, self.values)
 
-    def heads_joined(
+    def matmul_join_heads(
         self, x: Tensor, reader: DeviceMatrix, out: Tensor | None = None, rows: Tensor | None = None
     ) -> Any:
-        """Multiply as `times_by_head`, with the heads of a token side by side, for `reader`.
+        """Multiply as `matmul_by_head`, with the heads of a token side by side, for `reader`.
 
         Args:
             x: [num_tokens, heads, in], may be a view.
@@ -172,11 +161,11 @@ class DeviceMatrix:
         return out.reshape([out.shape[0], -1]) if rounds is None else out
 
     def scales_for(self, reader: DeviceMatrix) -> bool | None:
-        """Return `round_scales` of `heads_joined` for a reader, None if it does not quantize."""
+        """Return `round_scales` of a reader of `matmul_join_heads`, None if it reads no FP8."""
         is_fp8 = reader.scales is not None and self.values.shape[2] == GROUP
         return reader.round_scales if is_fp8 else None
 
-    def times_grouped(
+    def grouped_matmul(
         self,
         x: Tensor | Normed | Fp8Rows,
         pairs: Tensor,
@@ -194,11 +183,13 @@ class DeviceMatrix:
         return expert_gemm(self._read(x), weight, pairs, counts, **how)
 
     def activated(self, gate_up: Tensor) -> Tensor | Fp8Rows:
-        """Return silu(gate) * up of [num_tokens, 2 * in] in the form that `times` reads."""
+        """Return silu(gate) * up of [num_tokens, 2 * in] in the form that `matmul` reads."""
         return silu_and_mul(gate_up, None if self.scales is None else self.round_scales)
 
     def _read(self, x: Tensor | Normed | Fp8Rows) -> Any:
         """Return `x` in the form that GEMMs with the weight read."""
-        if self.scales is None or isinstance(x, Fp8Rows):
+        if isinstance(x, Fp8Rows):
+            return x
+        if self.scales is None:
             return values_of(x)
         return x.fp8 if isinstance(x, Normed) else quantize_rows(x, self.round_scales)

@@ -14,7 +14,7 @@ from fd_dsa import custom_ops
 from fd_dsa.errors import BackendUnavailable
 from fd_dsa.ops.dense_kernels import GROUP
 from fd_dsa.ops.fixed_order import row_dependence_refusal
-from fd_dsa.ops.library_kernel import LibraryKernel, shared_kernel, why_not_compiled
+from fd_dsa.ops.library_kernel import LibraryKernel, interpreter_refusal, shared_kernel
 from fd_dsa.tensor import Tensor
 from fd_dsa.triton_runtime.device_api import traits_for
 
@@ -96,7 +96,7 @@ def suits(num_rows: int, num_pairs: int, num_experts: int, columns: int, width: 
 
 def kernel_for(codes: Tensor) -> ExpertGemm | None:
     """Return the kernel for codes on their device, None to use Triton's. The choice is logged."""
-    reason = row_dependence_refusal() or why_not_compiled() or unsupported_reason(codes)
+    reason = row_dependence_refusal() or interpreter_refusal() or unsupported_reason(codes)
     return _kernel_for(custom_ops.build().kernels, reason)
 
 

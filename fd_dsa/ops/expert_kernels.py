@@ -16,7 +16,6 @@ from fd_dsa.errors import ShapeError
 from fd_dsa.ops.arrays import dtype_name
 from fd_dsa.ops.dense_kernels import (
     GROUP,
-    Fp8Rows,
     empty_beside,
     empty_fp8_rows,
     kernel_arguments,
@@ -29,7 +28,7 @@ from fd_dsa.ops.expert_gemm_cuda import ExpertGemm, kernel_for, suits
 from fd_dsa.ops.fp8_gemm import check_weight
 from fd_dsa.ops.split_sums import Tiling, rows_of_tiles
 from fd_dsa.ops.step_kernel import step_kernel
-from fd_dsa.tensor import Tensor
+from fd_dsa.tensor import Fp8Rows, Tensor
 from fd_dsa.triton_runtime import start_next, wait_for_inputs
 from fd_dsa.triton_runtime.device_api import traits_for
 

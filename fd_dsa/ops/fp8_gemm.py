@@ -14,7 +14,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 from fd_dsa.errors import ShapeError
-from fd_dsa.ops.dense_kernels import GROUP, Fp8Rows, empty_beside, native_fp8
+from fd_dsa.ops.dense_kernels import GROUP, empty_beside, native_fp8
 from fd_dsa.ops.device_functions import stored
 from fd_dsa.ops.fixed_order import fixed_order
 from fd_dsa.ops.split_sums import (
@@ -26,7 +26,7 @@ from fd_dsa.ops.split_sums import (
     sum_of_parts,
 )
 from fd_dsa.ops.step_kernel import step_kernel
-from fd_dsa.tensor import Tensor
+from fd_dsa.tensor import Fp8Rows, Tensor
 from fd_dsa.triton_runtime import start_next, wait_for_inputs
 
 import triton  # isort: skip

@@ -11,7 +11,6 @@ from typing import Any
 from fd_dsa.ops.arrays import dtype_name
 from fd_dsa.ops.dense_kernels import (
     GROUP,
-    Fp8Rows,
     empty_beside,
     empty_fp8_rows,
     kernel_arguments,
@@ -20,7 +19,7 @@ from fd_dsa.ops.dense_kernels import (
 from fd_dsa.ops.device_functions import to_bfloat16, widened
 from fd_dsa.ops.split_sums import rows_of_tiles
 from fd_dsa.ops.step_kernel import step_kernel
-from fd_dsa.tensor import Tensor
+from fd_dsa.tensor import Fp8Rows, Tensor
 from fd_dsa.triton_runtime import start_next, wait_for_inputs
 
 import triton  # isort: skip

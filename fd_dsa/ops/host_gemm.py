@@ -145,7 +145,7 @@ class HostMatrix:
         if memory is not None:
             self._packed, self._few = (engine, memory), 0
 
-    def times(self, x: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+    def matmul(self, x: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         """Multiply x [num_tokens, in] by the weight: float32 [num_tokens, out].
 
         Args:
@@ -171,7 +171,7 @@ class HostMatrix:
             x = np.ascontiguousarray(x, np.float32)
         if self._packed is not None:
             engine, memory = self._packed
-            engine.times(x, out, ((memory, 0, num_tokens),))
+            engine.matmul(x, out, ((memory, 0, num_tokens),))
             return out
         sgemm(
             *(b"N", self._mode, num_tokens, self.out_width, width, 1.0),
@@ -181,9 +181,9 @@ class HostMatrix:
         )
         return out
 
-    def heads_joined(self, x: np.ndarray, reader: HostMatrix) -> np.ndarray:
-        """Multiply as `times_by_head`: [num_tokens, heads * out]."""
-        return self.times_by_head(x).reshape(len(x), -1)
+    def matmul_join_heads(self, x: np.ndarray, reader: HostMatrix) -> np.ndarray:
+        """Multiply as `matmul_by_head`: [num_tokens, heads * out]."""
+        return self.matmul_by_head(x).reshape(len(x), -1)
 
     @staticmethod
     def activated(gate_up: np.ndarray) -> np.ndarray:
@@ -199,7 +199,7 @@ class HostMatrix:
         activated *= gate_up[:, width:]
         return activated
 
-    def times_by_head(self, x: np.ndarray) -> np.ndarray:
+    def matmul_by_head(self, x: np.ndarray) -> np.ndarray:
         """Multiply each head of x by its own weight: float32 [num_tokens, heads, out].
 
         Args:
@@ -241,7 +241,7 @@ class HostMatrix:
         return out
 
 
-def times_of_spans(
+def matmul_spans(
     x: np.ndarray, out: np.ndarray, spans: Sequence[tuple[HostMatrix, int, int]]
 ) -> None:
     """Multiply rows of `x` by weights of one size, each weight by rows of its own.
@@ -259,11 +259,11 @@ def times_of_spans(
             if end - start < weight._few:
                 rows.dot(weight._operand, result)
             else:
-                weight.times(rows, out=result)
+                weight.matmul(rows, out=result)
     else:
         # weights of one size have one packed order
         memories = [(w._packed[1], start, end) for w, start, end in spans]  # type: ignore[index]
-        packed[0].times(x, out, memories)
+        packed[0].matmul(x, out, memories)
 
 
 def batched(x: np.ndarray, y: np.ndarray, *, transpose_y: bool = False) -> np.ndarray:

@@ -47,11 +47,11 @@ class HostNorm:
     def __init__(self, weight: np.ndarray, epsilon: float) -> None:
         self.weight, self.epsilon = weight, epsilon
 
-    def of(self, x: np.ndarray) -> np.ndarray:
+    def normalize(self, x: np.ndarray) -> np.ndarray:
         """Norm x [num_tokens, width], which may be columns of wider rows."""
         return rms_norm(x, self.weight, self.epsilon)
 
-    def after(
+    def add_and_normalize(
         self, hidden_states: np.ndarray, change: np.ndarray, group: Reducer | None
     ) -> tuple[np.ndarray, np.ndarray]:
         """Add the ranks' changes to `hidden_states`. Return the sum, and the sum normed.

@@ -117,6 +117,6 @@ def difference(kind: Any, kernels: ctypes.CDLL | None, allocate: Allocate) -> st
     return _differences[kind, kernels]
 
 
-def why_not_compiled() -> str:
+def interpreter_refusal() -> str:
     """Return the reason why compiled kernels cannot read this process's tensors, or ""."""
     return "Triton kernels are interpreted here, on host memory" if INTERPRETING else ""

@@ -16,14 +16,14 @@ _Linear = TypeVar("_Linear", bound="Linear")
 class Linear(Protocol):
     """Weight of a GEMM, or one weight for each head: a HostMatrix or a DeviceMatrix."""
 
-    def times(self, x: StepArray) -> StepArray:
+    def matmul(self, x: StepArray) -> StepArray:
         """Multiply activations x [num_tokens, in] by the weight: [num_tokens, out]."""
 
-    def times_by_head(self, x: StepArray) -> StepArray:
+    def matmul_by_head(self, x: StepArray) -> StepArray:
         """Multiply x [tokens, heads, in] by the weight of each head: [tokens, heads, out]."""
 
-    def heads_joined(self: _Linear, x: StepArray, reader: _Linear) -> StepArray:
-        """Multiply as `times_by_head`: [num_tokens, heads * out].
+    def matmul_join_heads(self: _Linear, x: StepArray, reader: _Linear) -> StepArray:
+        """Multiply as `matmul_by_head`: [num_tokens, heads * out].
 
         Args:
             x: [num_tokens, heads, in].
@@ -31,4 +31,4 @@ class Linear(Protocol):
         """
 
     def activated(self, gate_up: StepArray) -> StepArray:
-        """Return silu(gate) * up of gate_up [num_tokens, 2 * in], in the form for `times`."""
+        """Return silu(gate) * up of gate_up [num_tokens, 2 * in], in the form for `matmul`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fd_dsa.ops.arrays import as_numpy, check_array, on_device
-from fd_dsa.ops.providers import choose, device_kind, device_name, function
+from fd_dsa.ops.providers import device_kind, device_name, function, select_provider
 from fd_dsa.step import ForwardMeta, StepMetadataBuilder
 from fd_dsa.tensor import Array
 
@@ -41,7 +41,7 @@ def step_metadata(
 
     Raises:
         ShapeError, DtypeError, CapacityError, ValueError: see `StepMetadataBuilder.build`.
-        ConfigError, BackendUnavailable: FD_DSA_OP_PROVIDER, see `fd_dsa.ops.providers.choose`.
+        ConfigError, BackendUnavailable: FD_DSA_OP_PROVIDER, see `providers.select_provider`.
 
     Source: PaddlePaddle/FastDeploy #7367 and #7598.
     """
@@ -64,7 +64,7 @@ def step_metadata(
         num_tokens = computed[0] if num_tokens is None else num_tokens
         known = zip(counts.items(), computed[1:], strict=True)
         counts = {key: other if value is None else value for (key, value), other in known}
-    builder = function(name, choose(name, kind).provider)
+    builder = function(name, select_provider(name, kind).provider)
     if out is None:
         sizes = max(num_rows, 1), max(num_tokens, 1), max(max_blocks, 1), block_size, num_blocks
         out = builder(*sizes, device="cpu" if kind == "cpu" else device_name(block_tables))

@@ -88,7 +88,7 @@ class OneDNN:
         """Pack a weight [in, out] in its own memory.
 
         Returns:
-            The memory for `times`; None if the array is unchanged.
+            The memory for `matmul`; None if the array is unchanged.
         """
         rows, columns = array.shape
         order = self._order(rows, columns)
@@ -112,7 +112,7 @@ class OneDNN:
         address = 0 if array is None else array.ctypes.data
         return self._make("memory_create", description, self._engine, _POINTER(address))
 
-    def times(
+    def matmul(
         self, x: np.ndarray, out: np.ndarray, spans: Iterable[tuple[object, int, int]]
     ) -> None:
         """Multiply rows of x by packed weights.

@@ -10,7 +10,7 @@ import numpy as np
 from fd_dsa import custom_ops
 from fd_dsa.device.host_tensor import as_tensor
 from fd_dsa.ops.arrays import as_numpy, check_array, check_values, check_writable
-from fd_dsa.ops.providers import choose, device_kind, function
+from fd_dsa.ops.providers import device_kind, function, select_provider
 from fd_dsa.tensor import Array
 
 
@@ -33,7 +33,7 @@ def position_ids(
         ShapeError, DtypeError: an argument is not as above; before any work.
         ValueError: on a CPU, a negative length, or more tokens than `position_ids` holds. A device
             ignores tokens that do not fit.
-        ConfigError, BackendUnavailable: FD_DSA_OP_PROVIDER, see `fd_dsa.ops.providers.choose`.
+        ConfigError, BackendUnavailable: FD_DSA_OP_PROVIDER, see `providers.select_provider`.
 
     Source: PaddlePaddle/FastDeploy #7367, `get_position_ids_and_mask_encoder_batch`.
     """
@@ -57,7 +57,7 @@ def position_ids(
                 f"{name}: position_ids holds {room} tokens, allowed are at least the {total} of "
                 "seq_lens_this_time"
             )
-    write = function(name, choose(name, kind).provider)
+    write = function(name, select_provider(name, kind).provider)
     write(seq_lens_encoder, seq_lens_decoder, seq_lens_this_time, position_ids)
     return position_ids
 

@@ -84,7 +84,7 @@ OPERATORS: dict[str, dict[str, str]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class SelectedProvider:
     """Selected provider of an operator on one kind of device.
 
     Attributes:
@@ -102,7 +102,7 @@ class Choice:
         return f"{self.provider} ({'; '.join([self.reason, *refused])})"
 
 
-_choices: dict[tuple[str, str], Choice] = {}
+_selected: dict[tuple[str, str], SelectedProvider] = {}
 # (operator, kind of device, provider) -> reason of the refusal, until `asking_for` ends
 _refused: dict[tuple[str, str, str], str] = {}
 _asked: dict[str, str] | None = None
@@ -150,21 +150,21 @@ def _place(operator: str, provider: str) -> tuple[Any, str]:
 def selected_function(operator: str, tensor: Array) -> Callable[..., Any]:
     """Return the selected function of an operator for the device of `tensor`.
 
-    The operator must be one without conditions, see `choose`. The function checks no arguments,
-    because layers of the engine pass what they made themselves.
+    The operator must be one without conditions, see `select_provider`. The function checks no
+    arguments, because layers of the engine pass arrays that they made.
 
     Raises:
-        ConfigError, BackendUnavailable: see `choose`.
+        ConfigError, BackendUnavailable: see `select_provider`.
 
     Cost: two dictionary look-ups after the first call for a kind of device.
     """
     kind = device_kind(tensor)
-    choice = _choices.get((operator, kind)) or choose(operator, kind)
-    return function(operator, choice.provider)
+    selected = _selected.get((operator, kind)) or select_provider(operator, kind)
+    return function(operator, selected.provider)
 
 
 def refuse(operator: str, kind: str, provider: str, error: KernelUnavailable) -> None:
-    """Exclude a provider whose kernel cannot be compiled. The next `choose` logs a warning.
+    """Exclude a provider whose kernel cannot be compiled. The next selection logs a warning.
 
     Args:
         kind: kind of device, as `device_kind` names it.
@@ -180,7 +180,7 @@ def refuse(operator: str, kind: str, provider: str, error: KernelUnavailable) ->
     if requested().get(operator) == provider or not left:
         raise error
     _refused[operator, kind, provider] = str(error)
-    _choices.pop((operator, kind), None)
+    _selected.pop((operator, kind), None)
 
 
 def call(
@@ -209,12 +209,12 @@ def is_refused(operator: str, kind: str, provider: str) -> bool:
     return (operator, kind, provider) in _refused
 
 
-def choose(
+def select_provider(
     operator: str,
     kind: str,
     conditions: Mapping[str, str | None] = MappingProxyType({}),
     probe: Callable[[ctypes.CDLL], str] | None = None,
-) -> Choice:
+) -> SelectedProvider:
     """Select a provider, keep it for `table`, and log it if it is new.
 
     Args:
@@ -228,19 +228,19 @@ def choose(
         ConfigError: FD_DSA_OP_PROVIDER has an invalid value.
         BackendUnavailable: FD_DSA_OP_PROVIDER names a provider that cannot serve.
     """
-    choice, level, is_new = _decide(operator, kind, conditions, probe)
+    selected, level, is_new = _select(operator, kind, conditions, probe)
     if is_new:
-        logger.log(level, "%s on %s: %s", operator, kind, choice)
-    return choice
+        logger.log(level, "%s on %s: %s", operator, kind, selected)
+    return selected
 
 
-def _decide(
+def _select(
     operator: str,
     kind: str,
     conditions: Mapping[str, str | None] = MappingProxyType({}),
     probe: Callable[[ctypes.CDLL], str] | None = None,
-) -> tuple[Choice, int, bool]:
-    """Select as `choose`, without a log line.
+) -> tuple[SelectedProvider, int, bool]:
+    """Select as `select_provider`, without a log line.
 
     Returns:
         The selection, the level of its log line, and whether the selection is new.
@@ -253,15 +253,15 @@ def _decide(
         if provider not in available_providers(operator, kind):
             reason = f"it serves tensors on {'a CPU' if provider == NUMPY else 'a device'}"
         if not reason and provider == CUSTOM_OP:
-            reason, is_fault = why_not_library(operator, kind, probe)
+            reason, is_fault = library_refusal(operator, kind, probe)
             level = logging.WARNING if is_fault else level
         if reason:
             rejected[provider] = reason
             continue
-        choice = Choice(provider, reason_for(provider), rejected)
-        is_new = _choices.get((operator, kind)) != choice
-        _choices[operator, kind] = choice
-        return choice, level, is_new
+        selected = SelectedProvider(provider, reason_for(provider), rejected)
+        is_new = _selected.get((operator, kind)) != selected
+        _selected[operator, kind] = selected
+        return selected, level, is_new
     raise BackendUnavailable(
         f"{VARIABLE}: {operator}={asked} cannot serve on {kind}: {', '.join(rejected.values())}"
     )
@@ -273,29 +273,29 @@ def select_all(kind: str) -> None:
     Operators with the same provider and reason share a log line.
 
     Raises:
-        ConfigError, BackendUnavailable: see `choose`.
+        ConfigError, BackendUnavailable: see `select_provider`.
     """
     alike: dict[tuple[int, str], list[str]] = {}
     for operator in OPERATORS:
         if not {CUSTOM_OP, TENSOR_CORE} & set(available_providers(operator, kind)):
-            choice, level, is_new = _decide(operator, kind)
+            selected, level, is_new = _select(operator, kind)
             if is_new:
-                alike.setdefault((level, str(choice)), []).append(operator)
-    for (level, choice_text), operators in alike.items():
-        logger.log(level, "%s on %s: %s", ", ".join(operators), kind, choice_text)
+                alike.setdefault((level, str(selected)), []).append(operator)
+    for (level, text), operators in alike.items():
+        logger.log(level, "%s on %s: %s", ", ".join(operators), kind, text)
 
 
-def table() -> dict[str, dict[str, Choice]]:
-    """Return the selections made so far: operator -> kind of device -> Choice."""
-    by_operator: dict[str, dict[str, Choice]] = {}
-    for (operator, kind), choice in sorted(_choices.items()):
-        by_operator.setdefault(operator, {})[kind] = choice
+def table() -> dict[str, dict[str, SelectedProvider]]:
+    """Return the selections made so far: operator -> kind of device -> provider."""
+    by_operator: dict[str, dict[str, SelectedProvider]] = {}
+    for (operator, kind), selected in sorted(_selected.items()):
+        by_operator.setdefault(operator, {})[kind] = selected
     return by_operator
 
 
 def drop_selections() -> None:
     """Drop all selections, because another library of custom_ops/ is loaded."""
-    _choices.clear()
+    _selected.clear()
 
 
 @contextmanager
@@ -372,13 +372,13 @@ def available_providers(operator: str, kind: str) -> list[str]:
     return [p for p in names if (p in on_host if kind == "cpu" else p != NUMPY)]
 
 
-def why_not_library(
+def library_refusal(
     operator: str, kind: str, probe: Callable[[ctypes.CDLL], str] | None = None
 ) -> tuple[str, bool]:
     """Return the reason why fd_dsa_ops cannot serve an operator, or "", and whether it is broken.
 
     Args:
-        operator, kind, probe: see `choose`.
+        operator, kind, probe: see `select_provider`.
     """
     build = custom_ops.build()
     if build.state != custom_ops.BUILT:

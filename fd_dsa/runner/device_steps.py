@@ -72,8 +72,9 @@ class DeviceInputs(StagedInputs):
         firsts: StepArray = ()
         if self._has_drafts:
             firsts = _padded(sampling.logits_indptr, self._max_rows + 1)
-        slots, mask_rows = _padded(sampling.slots, samples), _padded(sampling.mask_rows, samples)
-        self.queue((*values, slots, sampling.positions, firsts, mask_rows, next_ids), tables)
+        batch_rows = _padded(sampling.batch_rows, samples)
+        mask_rows = _padded(sampling.mask_rows, samples)
+        self.queue((*values, batch_rows, sampling.positions, firsts, mask_rows, next_ids), tables)
 
     def views(
         self, num_tokens: int, num_rows: int, num_sampled: int
@@ -186,8 +187,8 @@ class DeviceSteps:
             step: Step whose metadata is not made yet.
         """
         cached, inputs = step.num_computed_tokens, step.sampling
-        sizes = (cached.shape[0], inputs.slots.shape[0]) if self.buffer.max_drafts else (0, 0)
-        rows = cached, step.pending_source, inputs.slots, inputs.positions
+        sizes = (cached.shape[0], inputs.batch_rows.shape[0]) if self.buffer.max_drafts else (0, 0)
+        rows = cached, step.pending_source, inputs.batch_rows, inputs.positions
         self._follow(step.token_ids, *rows, *sizes)
 
     def sample(self, step: Step) -> None:
@@ -199,14 +200,14 @@ class DeviceSteps:
             step: Step with logits, float32 [num_padded_rows, vocab_size], contiguous.
         """
         sampler, max_drafts, inputs = self.sampler, self.buffer.max_drafts, step.sampling
-        logits, slots, positions = step.logits, inputs.slots, inputs.positions
+        logits, batch_rows, positions = step.logits, inputs.batch_rows, inputs.positions
         assert logits is not None, "the model has not run"
         verified = (step.token_ids, step.sampled, max_drafts) if max_drafts else None
-        sampler.sample(logits, slots, positions, inputs.mask_rows, verified=verified)
+        sampler.sample(logits, batch_rows, positions, inputs.mask_rows, verified=verified)
         if max_drafts:
             # the launch covers all requests, because a step of further drafts may have more rows
             verify_kernel[(self.buffer.max_num_seqs,)](
-                sampler.tokens, step.token_ids, step.sampled, slots, positions,
+                sampler.tokens, step.token_ids, step.sampled, batch_rows, positions,
                 inputs.logits_indptr, step.num_computed_tokens, step.num_scheduled_tokens,
                 self._next, self._tokens, sampler.records, sampler.counts, STRIDE=self._stride,
                 MAX_DRAFTS=max_drafts, VOCAB=logits.shape[1], num_warps=1,
@@ -301,9 +302,9 @@ class DeviceSteps:
     def _sample_drafts(self, states: Tensor, depth: int) -> None:
         """Enqueue the sampling of one draft of each request, after `depth` other drafts."""
         rows, stride, begin = states.shape[0], self._stride, self.buffer.draft(depth, 0)
-        slots, positions = (self._next[i * stride : i * stride + rows] for i in (1, 2))
-        logits, drafts = self._layer().head.times(states), self._tokens[begin : begin + rows]
-        self.sampler.sample(logits, slots, positions, self._no_masks[:rows], drafts)
+        batch_rows, positions = (self._next[i * stride : i * stride + rows] for i in (1, 2))
+        logits, drafts = self._layer().head.matmul(states), self._tokens[begin : begin + rows]
+        self.sampler.sample(logits, batch_rows, positions, self._no_masks[:rows], drafts)
 
     def read_drafts(self) -> HostTokens:
         """Enqueue the copy of the token buffer, which a wait for the newest samples covers too.

@@ -23,7 +23,7 @@ class SamplingInputs(NamedTuple):
     An engine gives sequences. In a `Step` on a device the fields are int32 tensors.
 
     Attributes:
-        slots: batch row of each row of logits; -1 = padding, which gets no token.
+        batch_rows: batch row of each row of logits; -1 = padding, which gets no token.
         positions: position of each token in its output. Like the lengths of the step it is an upper
             bound while drafts are pending.
         logits_indptr: first row of logits of each request, then the number of rows. The rows of
@@ -33,7 +33,7 @@ class SamplingInputs(NamedTuple):
             without a layer that reads them.
     """
 
-    slots: StepArray = ()
+    batch_rows: StepArray = ()
     positions: StepArray = ()
     logits_indptr: StepArray = ()
     mask_rows: StepArray = ()

@@ -22,7 +22,7 @@ class RunConfig(Protocol):
         """Number of keys or entries that an indexer selects for a token."""
 
     @property
-    def most_dense_keys(self) -> int:
+    def max_dense_keys(self) -> int:
         """Maximum length of a row whose last token attends to all keys, tokens."""
 
     @property

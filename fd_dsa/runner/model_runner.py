@@ -14,7 +14,7 @@ from fd_dsa.attention import CacheLayout, DSAAttentionBackend, DSABackendConfig
 from fd_dsa.attention.protocol import AttentionBackend, HostLengths
 from fd_dsa.models.config import ModelConfig
 from fd_dsa.ops.arrays import as_numpy, rows_at
-from fd_dsa.ops.sampling.parameters import SlotParameters
+from fd_dsa.ops.sampling.parameters import RowParameters
 from fd_dsa.ops.sampling.token_buffer import TokenBuffer
 from fd_dsa.runner.counters import StepCounters
 from fd_dsa.runner.input_batch import NO_SAMPLING, InputBatch, SamplingInputs, StepInputs
@@ -93,7 +93,7 @@ class ModelRunner:
     ) -> None:
         self.model, self.input_batch, self.device = model, input_batch, device
         config = model.config
-        self.vocab_size, self._most_dense_keys = config.vocab_size, config.most_dense_keys
+        self.vocab_size, self._max_dense_keys = config.vocab_size, config.max_dense_keys
         if backend is None:
             assert layout is not None and isinstance(config, ModelConfig)
             sizes = backend_config(config, layout, input_batch, num_blocks, dtype)
@@ -153,7 +153,7 @@ class ModelRunner:
         """Enqueue the copy of the step in the batch to the device, and return its host arrays."""
         batch, steps = self.input_batch, self._on_device()
         next_ids: StepArray = ()
-        if sampling.slots and self._mtp is not None:
+        if sampling.batch_rows and self._mtp is not None:
             next_ids = batch.next_tokens(sampled, steps.buffer.sample)
         inputs = batch.arrays(sampled)
         steps.inputs.stage(inputs, sampling, next_ids)
@@ -208,7 +208,7 @@ class ModelRunner:
         """Optional parts of the runner, as they are now."""
         return RunnerInfo(
             sampling=self if self.device_steps is not None else None,
-            selections=self if self.attn_backends[0].shows_selections else None,
+            selections=self if self.attn_backends[0].can_read_selections else None,
             counters=self.counters,
             captured_sizes=tuple(self.captured_sizes),
         )
@@ -245,7 +245,7 @@ class ModelRunner:
         """Enqueue the step in the batch on a device, as SamplingRunner says."""
         with paddle.no_grad():
             self.compute_logits(logits_indices, sampling)
-            self._num_samples = len(sampling.slots)
+            self._num_samples = len(sampling.batch_rows)
 
     def sample(self, masks: Sequence[np.ndarray] = ()) -> StepFuture:
         """Enqueue the sampling of the enqueued step, as SamplingRunner says."""
@@ -259,15 +259,17 @@ class ModelRunner:
                 steps.sample(self._newest_step())
             return steps.samples(self._num_samples)
 
-    def set_slot(
+    def set_parameters(
         self,
-        slot: int,
-        parameters: SlotParameters,
+        batch_row: int,
+        parameters: RowParameters,
         prompt_token_ids: Sequence[int] = (),
         output_token_ids: Sequence[int] = (),
     ) -> None:
         """Set how the tokens of a row are sampled, see SamplingRunner."""
-        self._on_device().sampler.set_slot(slot, parameters, prompt_token_ids, output_token_ids)
+        self._on_device().sampler.set_parameters(
+            batch_row, parameters, prompt_token_ids, output_token_ids
+        )
 
     def read_drafts(self) -> StepFuture:
         """Enqueue a copy of the token buffer, see SamplingRunner."""
@@ -320,7 +322,7 @@ class ModelRunner:
             time.perf_counter() - begin,
             batch.num_tokens,
             batch.num_prefill_tokens,
-            batch.num_tokens_past(self._most_dense_keys),
+            batch.num_tokens_past(self._max_dense_keys),
         )
         if graph is not None:
             self.forward_meta = step
@@ -356,7 +358,7 @@ class ModelRunner:
                 self.initialize_forward_meta()
             step = self._newest_step()
             step.hidden_states = mtp(next_ids, hidden, step)[tokens]
-            return mtp.head.times(step.hidden_states)
+            return mtp.head.matmul(step.hidden_states)
 
     def _newest_step(self) -> Step:
         """Return the newest step, which has been run or enqueued."""
@@ -368,7 +370,7 @@ class ModelRunner:
         assert self.device_steps is not None, "the host samples on a CPU"
         return self.device_steps
 
-    def execute_watched(
+    def execute_with_selections(
         self, logits_indices: np.ndarray, tokens: Sequence[int] | np.ndarray
     ) -> tuple[np.ndarray, list[list[np.ndarray]]]:
         """Run the step and collect selections, see SelectionRunner."""

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fd_dsa.errors import RankError
-from fd_dsa.ops.sampling.parameters import SlotParameters
+from fd_dsa.ops.sampling.parameters import RowParameters
 from fd_dsa.ops.sampling.token_buffer import TokenBuffer
 from fd_dsa.runner.counters import StepCounters
 from fd_dsa.runner.input_batch import InputBatch, SamplingInputs
@@ -61,17 +61,17 @@ class StepFuture(Protocol):
 class SamplingRunner(Protocol):
     """Runner that samples on its device, so the host need not wait for the logits."""
 
-    def set_slot(
+    def set_parameters(
         self,
-        slot: int,
-        parameters: SlotParameters,
+        batch_row: int,
+        parameters: RowParameters,
         prompt_token_ids: Sequence[int] = (),
         output_token_ids: Sequence[int] = (),
     ) -> None:
         """Set how the tokens of a row are sampled from the next sampling on.
 
         Args:
-            slot: batch row.
+            batch_row: row of the request in the input batch.
             parameters: parameters of the request in the row.
             prompt_token_ids, output_token_ids: known tokens, if the parameters penalize them.
         """
@@ -144,9 +144,9 @@ class DeviceMtpRunner(Runner, Protocol):
 
 
 class SelectionRunner(Protocol):
-    """Runner that shows which keys the indexer selected."""
+    """Runner that can return the keys that the indexer selected."""
 
-    def execute_watched(
+    def execute_with_selections(
         self, logits_indices: Indices, tokens: Sequence[int] | Indices
     ) -> tuple[Logits, list[list[Indices]]]:
         """Run the step as `execute_model` does, and collect selections.

@@ -14,7 +14,7 @@ from dataclasses import replace
 import numpy as np
 import paddle
 
-from fd_dsa.ops.sampling.parameters import SlotParameters
+from fd_dsa.ops.sampling.parameters import RowParameters
 from fd_dsa.runner.input_batch import SamplingInputs
 from fd_dsa.runner.model_runner import ModelRunner
 from fd_dsa.runner.protocol import OtherRanks, RunnerInfo, StepFuture
@@ -38,17 +38,17 @@ class DriverRunner(ModelRunner):
         """Send every later step to the other ranks."""
         self.ranks = ranks
 
-    def set_slot(
+    def set_parameters(
         self,
-        slot: int,
-        parameters: SlotParameters,
+        batch_row: int,
+        parameters: RowParameters,
         prompt_token_ids: Sequence[int] = (),
         output_token_ids: Sequence[int] = (),
     ) -> None:
         """See ModelRunner."""
-        given = slot, parameters, prompt_token_ids, output_token_ids
-        with self._sent("set_slot", *given, has_step=False):
-            super().set_slot(*given)
+        given = batch_row, parameters, prompt_token_ids, output_token_ids
+        with self._sent("set_parameters", *given, has_step=False):
+            super().set_parameters(*given)
 
     def execute_model(self, logits_indices: np.ndarray) -> np.ndarray:
         """See ModelRunner."""
@@ -111,7 +111,7 @@ class WorkerRunner(ModelRunner):
             "run": self.run,
             "enqueue_model": self.enqueue_model,
             "sample": self.sample,
-            "set_slot": self.set_slot,
+            "set_parameters": self.set_parameters,
         }
         while True:
             name, arguments, state = pickle.loads(receive())

@@ -83,7 +83,7 @@ Captured = tuple[Any, Callable[[], None]]
 Capture = Callable[[Callable[[], Any]], Captured]
 
 
-class CaptureRefused(RuntimeError):
+class CaptureError(RuntimeError):
     """Error of a step that cannot be captured. The process is still usable."""
 
 
@@ -159,7 +159,7 @@ class PaddleCapture:
     before it, and raises there if Paddle would compute on the host instead of the device.
 
     Raises:
-        CaptureRefused: this Paddle has no graphs.
+        CaptureError: this Paddle has no graphs.
     """
 
     def __init__(self, place: object) -> None:
@@ -167,7 +167,7 @@ class PaddleCapture:
         from paddle.device.cuda import graphs
 
         if not graphs.is_cuda_graph_supported():
-            raise CaptureRefused("this build of Paddle has no CUDA graphs")
+            raise CaptureError("this build of Paddle has no CUDA graphs")
         self._place, self._new = place, graphs.CUDAGraph
         if str(place) not in MEMORY_POOLS:
             MEMORY_POOLS[str(place)] = core.CUDAGraph.gen_new_memory_pool_id()
@@ -180,7 +180,7 @@ class PaddleCapture:
             work: enqueues launches and returns tensors.
 
         Raises:
-            CaptureRefused: `work` waits for the host, or the capture cannot begin.
+            CaptureError: `work` waits for the host, or the capture cannot begin.
             DeviceError: the capture failed half-way, and Paddle cannot continue.
         """
         import paddle
@@ -189,13 +189,13 @@ class PaddleCapture:
             try:
                 work()
             except Exception as error:
-                raise CaptureRefused(describe_error(error)) from error
+                raise CaptureError(describe_error(error)) from error
         paddle.device.synchronize(self._place)
         graph = self._new(place=self._place, mode="thread_local", pool_id=self._pool)
         try:
             graph.capture_begin()
         except Exception as error:
-            raise CaptureRefused(describe_error(error)) from error
+            raise CaptureError(describe_error(error)) from error
         try:
             result = work()
         except Exception as error:

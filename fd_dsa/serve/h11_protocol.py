@@ -83,6 +83,10 @@ class StrictConnection(h11.Connection):
         self._refuse = refuse
         self._num_searched = self._num_chunks = self._num_chunk_bytes = 0
 
+    def drop_callbacks(self) -> None:
+        """Forget the callbacks, because no more data comes."""
+        self._admit = self._refuse = _ignore
+
     def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
         """Return the client's next event. Exceptions become a refusal."""
         try:
@@ -126,6 +130,10 @@ class StrictConnection(h11.Connection):
                 f"the body has more than {_MANY_CHUNKS} chunks, and they are shorter than "
                 f"{_MIN_CHUNK_BYTES} bytes; send longer ones",
             )
+
+
+def _ignore(_: h11.Request | ApiError) -> None:
+    """Take the place of a callback after the end of a connection."""
 
 
 def check_head(head: bytes) -> None:
@@ -180,6 +188,10 @@ class _BoundedFlow(FlowControl):
         super().__init__(transport)
         self._has_enough = has_enough
 
+    def drop_callbacks(self) -> None:
+        """Forget the callback, because no more data comes."""
+        self._has_enough = lambda: False
+
     def resume_reading(self) -> None:
         """Continue reading unless the next requests are in memory already."""
         if not self._has_enough():
@@ -189,6 +201,8 @@ class _BoundedFlow(FlowControl):
 class StrictH11Protocol(H11Protocol):
     """uvicorn's protocol of one connection."""
 
+    conn: StrictConnection
+    flow: _BoundedFlow
     stalled_s = STALLED_S
     head_timeout_s = HEAD_TIMEOUT_S
 
@@ -373,6 +387,14 @@ class StrictH11Protocol(H11Protocol):
             self._reset_timer.cancel()
         self._listener.remove(self)
         super().connection_lost(exc)
+        # uvicorn leaves the timer of a connection that was reset
+        self._unset_keepalive_if_required()
+        # the parts refer back to this connection; without these references its memory is free at
+        # once, and not only after a full garbage collection
+        self.conn.drop_callbacks()
+        self.flow.drop_callbacks()
+        if self.cycle is not None:
+            self.cycle.on_response = lambda: None
 
     def _cancel_stall_timer(self) -> None:
         if self._stall_timer is not None:

@@ -12,7 +12,7 @@ from fd_dsa.distributed.host import HostGroup
 from fd_dsa.engine.engine import LLMEngine
 from fd_dsa.engine.mtp_drafter import DeviceMtpDrafter, MtpDrafter
 from fd_dsa.engine.prompt_lookup import PromptLookup
-from fd_dsa.engine.speculation import ArbitraryDrafter, Drafter, Speculator
+from fd_dsa.engine.speculation import ArbitraryDrafter, Drafter, SpecDecoder
 from fd_dsa.startup.load import load_model
 from fd_dsa.startup.measure import measure_step_costs
 from fd_dsa.startup.plan import EnginePlan, make_plan
@@ -78,7 +78,7 @@ def _build(config: EngineConfig, ranks: Ranks | None, progress: StartupProgress)
         sampling_defaults=plan.sampling_defaults,
         async_scheduling=config.async_scheduling,
     )
-    engine = make_engine(speculator=_make_speculator(runner, plan, make_engine))
+    engine = make_engine(spec_decoder=_make_spec_decoder(runner, plan, make_engine))
     engine.grammars.prepare()
     engine.metrics.cache_config["cache_dtype"] = plan.config.kv_cache_dtype
     if ranks is not None:
@@ -99,7 +99,7 @@ def build_runner(
     model = load_model(plan, group, progress)
     num_blocks = plan.memory.num_blocks
     backend = plan.caches.backend(num_blocks, plan.device)
-    drafts = plan.config.most_drafts
+    drafts = plan.config.max_drafts
     batch, device = plan.input_batch, plan.device
     runner = kind(model, batch, None, num_blocks, device, backend, max_drafts=drafts)
     progress.done(plan.memory.summary())
@@ -112,10 +112,10 @@ def build_runner(
     return runner
 
 
-def _make_speculator(
+def _make_spec_decoder(
     runner: ModelRunner, plan: EnginePlan, make_engine: Callable[..., LLMEngine]
-) -> Speculator | None:
-    """Make the speculator with a measured cost table, or None without drafts."""
+) -> SpecDecoder | None:
+    """Make the SpecDecoder with a measured cost table, or return None without drafts."""
     asked = plan.config.speculation
     if asked is None:
         return None
@@ -123,14 +123,14 @@ def _make_speculator(
     if asked.method == "mtp":
         on_host = runner.info.sampling is None
         make_drafter = partial(MtpDrafter if on_host else DeviceMtpDrafter, runner)
-    most, costs = asked.num_speculative_tokens, None
+    max_drafts, costs = asked.num_speculative_tokens, None
     if not interprets(plan.device):
 
-        def make_measured(speculator: Speculator) -> LLMEngine:
-            return make_engine(speculator=speculator, enable_prefix_caching=True)
+        def make_measured(spec_decoder: SpecDecoder) -> LLMEngine:
+            return make_engine(spec_decoder=spec_decoder, enable_prefix_caching=True)
 
-        costs = measure_step_costs(make_measured, make_drafter(), most)
+        costs = measure_step_costs(make_measured, make_drafter(), max_drafts)
     if asked.method == "ngram":
         make_drafter = partial(PromptLookup, asked.prompt_lookup_max, asked.prompt_lookup_min)
     # a new drafter, because the measured one remembers its requests
-    return Speculator(make_drafter(), most, costs)
+    return SpecDecoder(make_drafter(), max_drafts, costs)

@@ -14,7 +14,7 @@ from fd_dsa.errors import FdDsaError
 from fd_dsa.runner.input_batch import SamplingInputs
 from fd_dsa.runner.step_graphs import (
     Capture,
-    CaptureRefused,
+    CaptureError,
     GraphEntry,
     GraphKey,
     StepGraphs,
@@ -62,7 +62,7 @@ def capture_graphs(
     try:
         with paddle.no_grad():
             _fill(graphs, runner, make_capture(paddle_place(runner.device)))
-    except CaptureRefused as error:
+    except CaptureError as error:
         logger.warning(
             "all steps stay eager, they cannot be captured: %s; with --enforce-eager "
             "nothing is captured",

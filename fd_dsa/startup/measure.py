@@ -10,7 +10,7 @@ import numpy as np
 from fd_dsa.engine.draft_state import DraftCosts
 from fd_dsa.engine.engine import LLMEngine
 from fd_dsa.engine.sampling_params import SamplingParams
-from fd_dsa.engine.speculation import Drafter, Speculator
+from fd_dsa.engine.speculation import Drafter, SpecDecoder
 
 MAX_MEASURING_S = 3.0
 """Stop measuring larger batches after this time, because large models on a CPU are slow."""
@@ -25,7 +25,7 @@ _MANY_ROWS = 16
 
 
 def measure_step_costs(
-    make_engine: Callable[[Speculator], LLMEngine], drafter: Drafter, num_drafts: int
+    make_engine: Callable[[SpecDecoder], LLMEngine], drafter: Drafter, num_drafts: int
 ) -> DraftCosts | None:
     """Measure decode steps of 1, 4, 16, ... rows, each with 0 to `num_drafts` drafts a row.
 
@@ -39,8 +39,8 @@ def measure_step_costs(
     Returns:
         The table, or None if no such step fits into the caches.
     """
-    speculator = Speculator(drafter, num_drafts)
-    engine = make_engine(speculator)
+    spec_decoder = SpecDecoder(drafter, num_drafts)
+    engine = make_engine(spec_decoder)
     info, max_rows = engine.runner.info, engine.runner.input_batch.max_num_seqs
     if info.sampling is None:
         max_rows = min(max_rows, _MANY_ROWS)
@@ -52,7 +52,7 @@ def measure_step_costs(
         for count in range(num_drafts + 1):
             # with these costs `count` drafts are the best
             costs = {1: [1.0] * (count + 1) + [math.inf] * (num_drafts - count)}
-            speculator.costs = DraftCosts(costs)
+            spec_decoder.costs = DraftCosts(costs)
             times.append(_step_seconds(engine, num_rows, num_rows * count))
         if math.inf in times:
             break

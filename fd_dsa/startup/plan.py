@@ -321,5 +321,5 @@ def workspace_bytes(
     """Return the bytes that a device needs in addition to weights, caches and graphs."""
     from fd_dsa.runner.device_steps import sampling_bytes
 
-    sizes = config.max_num_seqs, model_config.vocab_size, config.most_drafts
+    sizes = config.max_num_seqs, model_config.vocab_size, config.max_drafts
     return caches.workspace_bytes(traits) + sampling_bytes(*sizes)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fd_dsa.errors import DeviceError
-from fd_dsa.ops.sampling.parameters import SlotParameters
+from fd_dsa.ops.sampling.parameters import RowParameters
 from fd_dsa.runner.counters import StepCounters
 from fd_dsa.runner.input_batch import SamplingInputs
 from fd_dsa.startup.capture import capture_graphs
@@ -81,7 +81,7 @@ def warm_up_kernels(runner: ModelRunner, before_captures: bool = False) -> None:
     steps = _trial_steps(runner)
     device = runner.device_steps
     if device is not None:
-        runner.set_slot(0, SlotParameters())
+        runner.set_parameters(0, RowParameters())
         device.warm_up()
     forks = runner.attn_backends[0].as_captured() if before_captures else nullcontext()
     with forks:

@@ -75,13 +75,13 @@ class DeviceProvider:
 
     def __init__(self, limits: StepLimits, buffers: Buffers, allocate: Allocate) -> None:
         self._limits, self._allocate = limits, allocate
-        self._forms = tuple(
+        self._kernels = tuple(
             BoundStepKernel(limits, buffers, has_prefill) for has_prefill in (False, True)
         )
         self._tokens, self._windows = _Extent(), _Extent()
         empty = (buffers["cu_seqlens_q"],) * len(INPUTS)
-        for form in self._forms:
-            form.launch(empty, 0, limits.max_num_tokens, 0)
+        for kernel in self._kernels:
+            kernel.launch(empty, 0, limits.max_num_tokens, 0)
         a_buffer: Any = buffers["cu_seqlens_q"]
         self._int32, self._transfers = a_buffer.dtype, transfers_for(a_buffer)
         self._staging: StagedInputs | None = None
@@ -147,7 +147,7 @@ class DeviceProvider:
         if not is_captured:
             for extent in extents:
                 written = max(written, extent.used)
-        self._forms[has_prefill].launch(
+        self._kernels[has_prefill].launch(
             inputs, int(tables.shape[0]), written, int(tables.stride()[0])
         )
         for extent in extents:

@@ -35,10 +35,10 @@ class V4AttentionBackend:
         num_blocks: blocks of the pools, of `batch.block_size` tokens.
 
     Attributes:
-        shows_selections: False, because layers select compressed entries instead of tokens.
+        can_read_selections: False, because layers select compressed entries instead of tokens.
     """
 
-    shows_selections = False
+    can_read_selections = False
 
     def __init__(self, config: DeepseekV4Config, batch: InputBatch, num_blocks: int) -> None:
         self._kinds = config.layer_types

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from fd_dsa.errors import V4PrepareError
 from fd_dsa.v4_prepare.config import V4PrepareConfig
 
-# of any integer dtype
+# array of any integer dtype
 Integers: TypeAlias = npt.NDArray[Any]
 
 _NAMES = ("ctx", "q", "slot", "block_table")
@@ -27,7 +27,7 @@ def step_inputs(
     slot: npt.ArrayLike,
     block_table: npt.ArrayLike,
 ) -> list[Integers]:
-    """Return the inputs as arrays: [B] three times and [B, columns], of integers.
+    """Return the inputs as integer arrays: three [B], and a table [B, columns].
 
     Raises:
         V4PrepareError: E_SHAPE, E_DTYPE or E_BATCH.
@@ -36,7 +36,7 @@ def step_inputs(
     arrays = [_as_array(name, value) for name, value in pairs]
     rows = arrays[0].shape
     if arrays[3].shape == (0,) == rows:
-        # the table of no rows, given as a list
+        # an empty list has one axis, a table has two
         arrays[3] = arrays[3].reshape(0, 0)
     shapes = [array.shape for array in arrays]
     is_table = len(shapes[3]) == 2 and shapes[3][:1] == rows
@@ -55,10 +55,13 @@ def step_inputs(
 
 
 def count_tokens(cfg: V4PrepareConfig, ctx: Integers, q: Integers, slot: Integers) -> int:
-    """Return the tokens of a step with valid lengths, slots and total, otherwise -1.
+    """Count the tokens of a step, and check its lengths, slots and total.
 
     Args:
         ctx, q, slot: [B].
+
+    Returns:
+        The number of tokens; -1 for an invalid step.
 
     Cost: about 12 NumPy calls on [B], a few microseconds at B = 256.
     """
@@ -86,7 +89,7 @@ def count_tokens(cfg: V4PrepareConfig, ctx: Integers, q: Integers, slot: Integer
 
 
 def num_blocks_needed(cfg: V4PrepareConfig, ctx: Integers, q: Integers) -> npt.NDArray[np.int64]:
-    """Return the blocks that each row needs, [B], 0 for idle rows."""
+    """Return the number of blocks that each row needs: [B], 0 for idle rows."""
     return -(-ctx.astype(np.int64) // cfg.block_size) * (q > 0)
 
 
@@ -98,7 +101,7 @@ def cells_are_good(cells: Integers, num_blocks: int) -> npt.NDArray[np.bool_]:
 def check_step(
     cfg: V4PrepareConfig, ctx: Integers, q: Integers, slot: Integers, table: Integers
 ) -> int:
-    """Return the tokens of a step that passes all checks of rows, table and tokens.
+    """Check the rows, table and total of a step, and return its number of tokens.
 
     Raises:
         V4PrepareError: E_QLEN, E_CTX, E_SLOT, E_TABLE, E_BLOCK of the first row at fault, or
@@ -160,7 +163,12 @@ def raise_first_fault(
 def check_cells(
     cfg: V4PrepareConfig, row: int, cells: list[int], needed: int, columns: int, first: int = 0
 ) -> None:
-    """Refuse the cells from column `first` on, of a row that needs `needed` blocks.
+    """Check cells of a row of the block table.
+
+    Args:
+        cells: values of the cells from column `first` on.
+        needed: number of blocks that the row needs.
+        columns: number of columns of the table.
 
     Raises:
         V4PrepareError: E_TABLE or E_BLOCK.
@@ -180,7 +188,7 @@ def rollback_error(row: int, rollback: int, left: int, q: int) -> V4PrepareError
 
 
 def _as_array(name: str, value: npt.ArrayLike) -> Integers:
-    """Return an array or a list as an array."""
+    """Convert an array, a list or a tuple to an array."""
     if isinstance(value, np.ndarray):
         return value
     if not isinstance(value, (list, tuple)):

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 
+from fd_dsa.accuracy import stats
 from fd_dsa.accuracy.cli import main
 from fd_dsa.accuracy.compare import verdict
 from fd_dsa.accuracy.paired import compare, setting_changes
@@ -18,6 +19,12 @@ from fd_dsa.errors import ConfigError
 from tests.accuracy.scored import SETTINGS, pairs, passing, prompt, run, write
 
 GOOD = [True] * 60 + [False] * 40
+
+
+@pytest.fixture(autouse=True)
+def _few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test here is about a bound of a bootstrap; tests/accuracy/test_stats.py has them."""
+    monkeypatch.setattr(stats, "RESAMPLES", 100)
 
 
 def _worse(count: int, better: int = 0) -> list[bool]:

@@ -72,13 +72,13 @@ def test_layers_share_what_is_allocated_once(kernel_memory: KernelMemory, heads:
 def test_what_tensor_cores_do_not_serve(
     changes: dict[str, Any], capability: int, attention: str | None, scores: str | None
 ) -> None:
-    from fd_dsa.attention.device_scores import why_not_tiles
-    from fd_dsa.ops.mla.tensor_core import why_not
+    from fd_dsa.attention.device_scores import tiles_unsupported_reason
+    from fd_dsa.ops.mla.tensor_core import unsupported_reason
 
     sizes = config(**changes)
-    assert (attention or "") in (found := why_not(capability, *sizes.kernel_types) or "")
+    assert (attention or "") in (found := unsupported_reason(capability, *sizes.kernel_types) or "")
     assert bool(found) == bool(attention)
-    assert (scores or "") in (found := why_not_tiles(sizes) or "")
+    assert (scores or "") in (found := tiles_unsupported_reason(sizes) or "")
     assert bool(found) == bool(scores)
 
 

@@ -44,8 +44,8 @@ def test_every_shape_has_a_name_of_its_own() -> None:
 @pytest.mark.triton
 @pytest.mark.parametrize("shape", [DECODE, DRAFTS, PROMPT])
 def test_forms_differ_from_the_one_that_serves(shape: Shape) -> None:
-    from benchmarks.tune import CHOSEN, tile_forms
+    from benchmarks.tune import CHOSEN, tile_configs
 
-    tried = tile_forms(shape)
-    assert next(iter(tried.items())) == (CHOSEN, logits.form_of(shape))
+    tried = tile_configs(shape)
+    assert next(iter(tried.items())) == (CHOSEN, logits.config_of(shape))
     assert len(set(tried.values())) == len(tried) > 8

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pty
@@ -11,7 +12,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -27,6 +28,7 @@ from tests.serve.fake_engine import WORDS, FakeEngine
 from tests.serve.processes import console, environment, run_console
 
 ANSWER = "".join(WORDS)
+Pipe = Callable[..., tuple[int, str, str]]
 
 
 def prompts(live: Live) -> list[str]:
@@ -34,14 +36,26 @@ def prompts(live: Live) -> list[str]:
     return [bytes(prompt).decode() for prompt, _ in live.engine.requests.values()]
 
 
-def test_lines_of_a_pipe_are_messages(tmp_path: Path) -> None:
+@pytest.fixture
+def pipe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Pipe:
+    """`fd-dsa chat` in this process, `said` on its stdin: status, stdout and stderr."""
+
+    def run(*arguments: str, said: str) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(said.encode())))
+        status = main(["chat", *arguments])
+        shown = capsys.readouterr()
+        return status, shown.out, shown.err
+
+    return run
+
+
+def test_lines_of_a_pipe_are_messages(pipe: Pipe) -> None:
     said = "Hi\n\nAnd?\n/reset\n/rest\nAgain\n/system Be brief.\nOnce more\n/exit\nnever\n"
     with running(FakeEngine()) as live:
         flags = ("--base-url", live.url, "--temperature", "0.5", "--seed", "3", "--system", "Hm.")
-        done = run_console(tmp_path, "chat", *flags, "--max-tokens", "50", said=said)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout == f"{ANSWER}\n" * 4
-        assert done.stderr.startswith("unknown command '/rest'; did you mean /reset?")
+        status, out, errors = pipe(*flags, "--max-tokens", "50", said=said)
+        assert (status, out) == (0, f"{ANSWER}\n" * 4), errors
+        assert errors.startswith("unknown command '/rest'; did you mean /reset?")
         assert prompts(live) == [
             "system:Hm.\nuser:Hi\n>",
             f"system:Hm.\nuser:Hi\nassistant:{ANSWER}\nuser:And?\n>",
@@ -91,17 +105,19 @@ def test_reasoning_of_a_server_is_told_from_the_content() -> None:
         assert re.fullmatch(r"prompt \d+ · output 3 · [\d.]+ tok/s · TTFT \d+ ms", session.figures)
 
 
-def test_one_message(tmp_path: Path) -> None:
+def test_one_message(pipe: Pipe) -> None:
     with running(FakeEngine(max_model_len=60)) as live:
         flags = ("--base-url", live.url, "--system", "Hm.", "--top-k", "5", "-q")
-        done = run_console(tmp_path, "chat", *flags, "Hi\nyou", said="not read\n")
-        assert (done.returncode, done.stdout, done.stderr) == (0, f"{ANSWER}\n", "")
+        assert pipe(*flags, "Hi\nyou", said="not read\n") == (0, f"{ANSWER}\n", "")
         assert prompts(live) == ["system:Hm.\nuser:Hi\nyou\n>"]
         assert next(iter(live.engine.requests.values()))[1].top_k == 5
-        assert run_console(tmp_path, "chat", *flags, "long " * 20).returncode == 1
+        assert pipe(*flags, "long " * 20, said="")[0] == 1
 
 
-def test_settings_and_saved_conversations(tmp_path: Path) -> None:
+def test_settings_and_saved_conversations(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pipe: Pipe
+) -> None:
+    monkeypatch.chdir(tmp_path)
     said = [
         "/set",
         "/set temperature 0.5",
@@ -122,8 +138,8 @@ def test_settings_and_saved_conversations(tmp_path: Path) -> None:
     ]
     with running(FakeEngine()) as live:
         text = "\n".join(said).replace("\\", "") + "\n"
-        done = run_console(tmp_path, "chat", "--base-url", live.url, said=text)
-        assert (done.returncode, done.stdout) == (0, f"{ANSWER}\n" * 2)
+        status, out, errors = pipe("--base-url", live.url, said=text)
+        assert (status, out) == (0, f"{ANSWER}\n" * 2)
         assert prompts(live)[1] == f"user:Hi\nassistant:{ANSWER}\nuser:one\ntwo\n>"
         first, second = (params for _, params in live.engine.requests.values())
         assert (first.temperature, first.top_p) == (0.5, 0.9)
@@ -136,7 +152,7 @@ def test_settings_and_saved_conversations(tmp_path: Path) -> None:
         "one\ntwo",
         ANSWER,
     ]
-    lines = done.stderr.splitlines()
+    lines = errors.splitlines()
     assert lines[:2] == ["all settings are those of the server", "temperature 0.5, top_p 0.9"]
     assert lines[2] == "4 messages are in talk.json"
     assert lines[3] == "fd_dsa: error: /save: talk.json cannot be written (file exists)"
@@ -161,12 +177,13 @@ def test_a_pasted_text_is_one_message(tmp_path: Path) -> None:
         assert prompts(live) == ["user:one\ntwo\nthree\n>"]
 
 
-def test_a_failed_answer_ends_a_pipe_with_status_one(tmp_path: Path) -> None:
+def test_a_failed_answer_ends_a_pipe_with_status_one(
+    pipe: Pipe,
+) -> None:
     with running(FakeEngine(max_model_len=20)) as live:
-        done = run_console(tmp_path, "chat", "--base-url", live.url, said=f"{'long ' * 20}\nHi\n")
-        assert done.returncode == 1
-        assert done.stdout == ""
-        assert "fd_dsa: error: status 400: prompt has" in done.stderr
+        status, out, errors = pipe("--base-url", live.url, said=f"{'long ' * 20}\nHi\n")
+        assert (status, out) == (1, "")
+        assert "fd_dsa: error: status 400: prompt has" in errors
 
 
 def test_starts_that_fail_are_one_line(

@@ -16,10 +16,10 @@ pytest.importorskip("paddle", reason="the launches take Paddle's tensors")
 from fd_dsa import custom_ops
 from fd_dsa.errors import DeviceError, LaunchError
 from fd_dsa.ops import expert_gemm_cuda
-from fd_dsa.ops.dense_kernels import Fp8Rows
 from fd_dsa.ops.expert_gemm_cuda import ExpertGemm, kernel_for, suits
 from fd_dsa.ops.expert_kernels import expert_gemm, group_pairs
 from fd_dsa.ops.split_sums import Tiling
+from fd_dsa.tensor import Fp8Rows
 from tests.kernel_memory import KernelMemory
 from tests.ops import block_fp8
 from tests.ops.block_fp8 import put_pair
@@ -187,10 +187,10 @@ def test_what_suits_it() -> None:
 
 
 @pytest.mark.triton
-def test_the_log_says_once_why_not(
+def test_the_log_has_the_reason_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(expert_gemm_cuda, "why_not_compiled", lambda: "for this test")
+    monkeypatch.setattr(expert_gemm_cuda, "interpreter_refusal", lambda: "for this test")
     with caplog.at_level(logging.INFO, logger="fd_dsa.ops.expert_gemm_cuda"):
         for _ in range(2):
             assert kernel_for(None) is None

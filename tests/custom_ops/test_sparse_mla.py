@@ -16,8 +16,8 @@ from fd_dsa.ops.mla.custom_op import (
     NarrowAttention,
     SparseMla,
     WideAttention,
-    choose_attention,
     kind_for,
+    select_attention,
 )
 from fd_dsa.ops.mla.records import Dequantized
 from fd_dsa.ops.providers import CUSTOM_OP, TENSOR_CORE
@@ -59,7 +59,7 @@ def test_a_kernel_that_computes_something_else_does_not_serve(
 ) -> None:
     monkeypatch.setattr(kind, "__call__", lambda *arguments, **options: None)
     types = "bfloat16", FP8, RANK, 64, 90
-    choice = choose_attention("gpu", HEADS[kind], *types, emulated_memory.poisoned)
+    choice = select_attention("gpu", HEADS[kind], *types, emulated_memory.poisoned)
     assert choice.provider == TENSOR_CORE
     heads = kind.probed_heads[0]
     assert f"fp8_ds_mla, {heads} heads: outputs of token 0 are off by" in choice.rejected[CUSTOM_OP]

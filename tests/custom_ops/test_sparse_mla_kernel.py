@@ -18,7 +18,7 @@ from fd_dsa.ops.mla.custom_op import (
     NarrowAttention,
     SparseMla,
     WideAttention,
-    choose_attention,
+    select_attention,
 )
 from fd_dsa.ops.providers import CUSTOM_OP
 from tests.custom_ops.building import emulated_library
@@ -276,7 +276,7 @@ def test_it_serves_where_it_agrees(
     kernel_memory: KernelMemory, heads: int, cache_dtype: str
 ) -> None:
     types = "bfloat16", cache_dtype, RANK, 64, 90
-    choice = choose_attention("gpu", heads, *types, kernel_memory.poisoned)
+    choice = select_attention("gpu", heads, *types, kernel_memory.poisoned)
     assert choice.provider == CUSTOM_OP, choice
 
 

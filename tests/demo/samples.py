@@ -1,4 +1,4 @@
-"""Texts of our own for the generators, and a digest of what they draw; runs without pytest."""
+"""Texts of our own for the generators, and a digest of what they draw."""
 
 from __future__ import annotations
 
@@ -56,7 +56,3 @@ def draw(seed, sources, count=3000):
 def digest(documents) -> str:
     """A hash of documents."""
     return hashlib.sha256(repr(documents).encode()).hexdigest()
-
-
-if __name__ == "__main__":
-    print(digest(draw(3, sample_sources())))

@@ -35,7 +35,7 @@ def all_bytes_tokenizer(*added):
 TOKENIZER = all_bytes_tokenizer()
 
 
-def make_engine(num_blocks=512, max_num_seqs=4, budget=16, speculator=None):
+def make_engine(num_blocks=512, max_num_seqs=4, budget=16, spec_decoder=None):
     """An engine whose model knows nothing, over all bytes; the vocabulary has unused ids."""
     return fakes.make_engine(
         num_blocks=num_blocks,
@@ -44,5 +44,5 @@ def make_engine(num_blocks=512, max_num_seqs=4, budget=16, speculator=None):
         max_num_batched_tokens=budget,
         vocab_size=VOCAB_SIZE,
         tokenizer=TOKENIZER,
-        speculator=speculator,
+        spec_decoder=spec_decoder,
     )

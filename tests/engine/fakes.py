@@ -12,7 +12,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from fd_dsa.chat.template import ChatTemplate
 from fd_dsa.engine.engine import LLMEngine
-from fd_dsa.engine.speculation import Speculator
+from fd_dsa.engine.speculation import SpecDecoder
 from fd_dsa.engine.tokenizer import Tokenizer
 from fd_dsa.runner.input_batch import InputBatch
 from fd_dsa.runner.protocol import RunnerInfo
@@ -127,7 +127,7 @@ def make_engine(
     chats: bool = False,
     vocab_size: int = VOCAB_SIZE,
     tokenizer: Tokenizer | None = None,
-    speculator: Speculator | None = None,
+    spec_decoder: SpecDecoder | None = None,
 ) -> LLMEngine:
     """Engine over a fake runner; `engine.runner` is that runner."""
     blocks_per_seq = -(-max_model_len // block_size)
@@ -141,7 +141,7 @@ def make_engine(
         target_gap_s=target_gap_s,
         enable_prefix_caching=enable_prefix_caching,
         seed=seed,
-        speculator=speculator,
+        spec_decoder=spec_decoder,
     )
 
 

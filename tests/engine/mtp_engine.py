@@ -15,7 +15,7 @@ from fd_dsa.engine.output import RequestOutput
 from fd_dsa.engine.prompt_lookup import PromptLookup
 from fd_dsa.engine.request import Request
 from fd_dsa.engine.sampling_params import SamplingParams
-from fd_dsa.engine.speculation import Speculator
+from fd_dsa.engine.speculation import SpecDecoder
 from fd_dsa.runner import InputBatch, ModelRunner
 from tests.engine.fakes import byte_tokenizer, run_all
 from tests.runner.tiny import tiny_model
@@ -76,7 +76,9 @@ def make_model(fields: dict[str, Any]) -> Any:
     return tiny_model(fields | {"num_nextn_predict_layers": 1}, seed=2, mtp=())
 
 
-def make_engine(runner: ModelRunner, speculator: Speculator | None, num_blocks: int) -> LLMEngine:
+def make_engine(
+    runner: ModelRunner, spec_decoder: SpecDecoder | None, num_blocks: int
+) -> LLMEngine:
     """The engine of that runner."""
     return LLMEngine(
         runner,
@@ -84,7 +86,7 @@ def make_engine(runner: ModelRunner, speculator: Speculator | None, num_blocks: 
         num_blocks=num_blocks,
         max_model_len=MAX_MODEL_LEN,
         eos_token_ids=[EOS],
-        speculator=speculator,
+        spec_decoder=spec_decoder,
     )
 
 
@@ -94,7 +96,7 @@ def answers(
     """The last state of every output, with an engine so small that requests are preempted."""
     runner = make_runner(model, NUM_BLOCKS)
     drafter: Any = PromptLookup(3, 1) if method == "ngram" else WatchedDrafter(runner, most)
-    engine = make_engine(runner, Speculator(drafter, most, costs) if method else None, NUM_BLOCKS)
+    engine = make_engine(runner, SpecDecoder(drafter, most, costs) if method else None, NUM_BLOCKS)
     draw = np.random.default_rng(0)
     stem = draw.integers(2, 40, 30).tolist()
     for number in range(len(KINDS)):

@@ -39,8 +39,8 @@ class GreedyRunner(FakeRunner):
         self.info = RunnerInfo(sampling=self)
         self._drawn = np.zeros(0, np.int64)
 
-    def set_slot(self, *parameters: Any) -> None:
-        """All slots are greedy."""
+    def set_parameters(self, *parameters: Any) -> None:
+        """All batch rows are greedy."""
 
     def execute_model(self, logits_indices: np.ndarray) -> np.ndarray:
         batch = self.input_batch

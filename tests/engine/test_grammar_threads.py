@@ -42,11 +42,12 @@ def compiler_with_a_follower(monkeypatch):
 
 
 def test_grammars_that_were_dropped_are_compiled_beside_the_steps(monkeypatch):
-    """96 requests over 48 grammars, of which 32 are kept, and a stream that never waits."""
+    """24 requests over 12 grammars, of which 8 are kept, and a stream that never waits."""
+    monkeypatch.setattr("fd_dsa.engine.grammar.MAX_KEPT", 8)
     threads = record_compilers(monkeypatch)
     engine = make_engine(num_blocks=2048, max_num_seqs=6)
-    forms = [StructuredOutputsParams(regex=f"[a-c]{{{2 + i % 7}}}-{i}") for i in range(48)]
-    requests = {str(i): params(forms[i % 48], seed=i, max_tokens=30) for i in range(96)}
+    forms = [StructuredOutputsParams(regex=f"[a-c]{{{2 + i % 7}}}-{i}") for i in range(12)]
+    requests = {str(i): params(forms[i % 12], seed=i, max_tokens=30) for i in range(24)}
     with ThreadPoolExecutor(3) as pool:
         # as a server's threads check them
         assert list(pool.map(lambda one: engine.validate([5, 6], one), requests.values()))

@@ -24,7 +24,7 @@ from fd_dsa.engine.output import ConstraintError, RequestOutput
 from fd_dsa.engine.prompt_lookup import PromptLookup
 from fd_dsa.engine.reasoning import Reasoning
 from fd_dsa.engine.sampling_params import SamplingParams
-from fd_dsa.engine.speculation import Speculator
+from fd_dsa.engine.speculation import SpecDecoder
 from fd_dsa.engine.structured_outputs import StructuredOutputsParams
 from fd_dsa.grammars.messages import Done
 from tests.engine.byte_model import EOS, TOKENIZER, VOCAB_SIZE, all_bytes_tokenizer, make_engine
@@ -77,9 +77,9 @@ KINDS: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
-def outputs_of(speculator: Speculator | None = None) -> tuple[dict[Any, RequestOutput], Any]:
+def outputs_of(spec_decoder: SpecDecoder | None = None) -> tuple[dict[Any, RequestOutput], Any]:
     """Last state of every output, in an engine so small that requests are preempted."""
-    engine = make_engine(num_blocks=22, max_num_seqs=5, budget=13, speculator=speculator)
+    engine = make_engine(num_blocks=22, max_num_seqs=5, budget=13, spec_decoder=spec_decoder)
     for number, kind in enumerate(KINDS):
         params = SamplingParams(**{"max_tokens": 50, "seed": number, **kind})
         engine.add_request(str(number), [5, 6, 7, 8, 20 + number, 5, 6], params)
@@ -116,7 +116,7 @@ def test_late_masks_change_no_output(
         "lookup": PromptLookup(3, 1),
         "layer": KnowingDrafter(answers, 0.8, VOCAB_SIZE, is_layer=True),
     }[drafts]
-    found, _ = outputs_of(drafter and Speculator(drafter, 2))
+    found, _ = outputs_of(drafter and SpecDecoder(drafter, 2))
     assert len(late) > 20 and found.keys() == in_time.keys()
     for key, output in found.items():
         for field in ("token_ids", "text", "finish_reason", "stop_reason", "logprobs"):

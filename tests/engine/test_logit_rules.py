@@ -86,15 +86,15 @@ def test_rows_that_mix_all_rules_draw_what_the_plain_rules_draw(batch, seed):
     logits = (rng.normal(size=(len(batch), VOCAB_SIZE)) * 3).astype(np.float32)
     before = logits.copy()
     sampler = Sampler(len(batch))
-    for slot, (params, prompt, output, bad, allowed, has_rules) in enumerate(batch):
+    for batch_row, (params, prompt, output, bad, allowed, has_rules) in enumerate(batch):
         grammar = None if allowed is None else AllowedTokens(allowed)
         bans = BadWords((), bad)
         rules = LogitRules(params, prompt, output, bans, END_IDS, grammar) if has_rules else None
-        sampler.set_slot(slot, params, seed + slot, rules)
+        sampler.set_parameters(batch_row, params, seed + batch_row, rules)
     positions = np.array([len(row[2]) for row in batch])
     tokens = sampler.sample(logits, np.arange(len(batch)), positions)
-    for slot, row in enumerate(batch):
-        check_row(int(tokens[slot]), logits[slot], row, seed + slot)
+    for batch_row, row in enumerate(batch):
+        check_row(int(tokens[batch_row]), logits[batch_row], row, seed + batch_row)
     assert (logits == before).all()
 
 
@@ -114,7 +114,7 @@ def test_counts_follow_a_growing_output(prompt, pieces):
 def test_a_penalty_beyond_float32_does_not_spoil_a_row(penalty):
     params = SamplingParams(temperature=0, repetition_penalty=penalty)
     sampler = Sampler(1)
-    sampler.set_slot(0, params, 0, LogitRules(params, [0, 1], []))
+    sampler.set_parameters(0, params, 0, LogitRules(params, [0, 1], []))
     logits = np.array([[1.0, -1.0, 0.5]], np.float32)
     token = sampler.sample(logits, np.array([0]), np.array([0]))[0]
     assert token == (0 if penalty < 1 else 2)
@@ -123,8 +123,8 @@ def test_a_penalty_beyond_float32_does_not_spoil_a_row(penalty):
 def test_unusable_logits_are_told_from_rules_that_leave_nothing():
     params = SamplingParams(bad_words_token_ids=[0, 1, 2])
     sampler = Sampler(2)
-    for slot in (0, 1):
-        sampler.set_slot(slot, params, 0, LogitRules(params, [0], []))
+    for batch_row in (0, 1):
+        sampler.set_parameters(batch_row, params, 0, LogitRules(params, [0], []))
     logits = np.array([[1.0, 2.0, 3.0], [1.0, np.nan, 3.0]], np.float32)
     tokens = sampler.sample(logits, np.array([0, 1]), np.array([0, 0]))
     assert tokens.tolist() == [NO_TOKEN, NOT_FINITE]
@@ -136,14 +136,14 @@ def test_rows_without_rules_draw_the_same_beside_rows_that_have_some():
     plain = SamplingParams(temperature=0.9)
     biased = SamplingParams(temperature=0.9, logit_bias={7: 3.0})
     alone, mixed = Sampler(6), Sampler(6)
-    for slot in range(6):
-        alone.set_slot(slot, plain, slot)
-        rules = LogitRules(biased, [1], []) if slot % 2 else None
-        mixed.set_slot(slot, biased if slot % 2 else plain, slot, rules)
+    for batch_row in range(6):
+        alone.set_parameters(batch_row, plain, batch_row)
+        rules = LogitRules(biased, [1], []) if batch_row % 2 else None
+        mixed.set_parameters(batch_row, biased if batch_row % 2 else plain, batch_row, rules)
     rows, zeros = np.arange(6), np.zeros(6, np.int64)
     expected = alone.sample(logits, rows, zeros)
     assert (mixed.sample(logits, rows, zeros)[::2] == expected[::2]).all()
-    # the slot's next request has no rules
-    for slot in range(6):
-        mixed.set_slot(slot, plain, slot)
+    # the batch row's next request has no rules
+    for batch_row in range(6):
+        mixed.set_parameters(batch_row, plain, batch_row)
     assert (mixed.sample(logits, rows, zeros) == expected).all()

@@ -14,7 +14,7 @@ import pytest
 from fd_dsa.engine.draft_state import DraftCosts
 from fd_dsa.engine.mtp_drafter import MtpDrafter
 from fd_dsa.engine.sampling_params import SamplingParams
-from fd_dsa.engine.speculation import Speculator
+from fd_dsa.engine.speculation import SpecDecoder
 from fd_dsa.runner import ModelRunner
 from fd_dsa.startup.measure import measure_step_costs
 from tests.engine.mtp_engine import (
@@ -131,7 +131,7 @@ def test_prompts_that_came_together_have_no_drafts_where_those_of_one_alone_pay(
     for count in (1, 2):
         runner = make_runner(make_model(V32), 20)
         drafter = WatchedDrafter(runner, 1)
-        engine = make_engine(runner, Speculator(drafter, 1, costs), 20)
+        engine = make_engine(runner, SpecDecoder(drafter, 1, costs), 20)
         for number in range(count):
             engine.add_request(str(number), [*range(2, 9)], SamplingParams(max_tokens=1))
         engine.step()
@@ -142,7 +142,7 @@ def test_prompts_that_came_together_have_no_drafts_where_those_of_one_alone_pay(
 def test_steps_are_measured_when_an_engine_starts() -> None:
     runner = make_runner(make_model(V32), 40)
     costs = measure_step_costs(
-        lambda speculator: make_engine(runner, speculator, 40), MtpDrafter(runner), 3
+        lambda spec_decoder: make_engine(runner, spec_decoder, 40), MtpDrafter(runner), 3
     )
     batch = runner.input_batch
     assert (batch.block_tables == -1).all() and not batch.num_scheduled_tokens.any()

@@ -7,7 +7,7 @@ import pytest
 
 from fd_dsa.engine.engine import LLMEngine
 from fd_dsa.engine.sampling_params import SamplingParams
-from fd_dsa.engine.speculation import Speculator
+from fd_dsa.engine.speculation import SpecDecoder
 from tests.engine.drafters import KnowingDrafter
 from tests.engine.fakes import make_engine, run_all
 
@@ -61,7 +61,7 @@ def test_less_memory_gives_the_same_tokens(
 def test_drafts_are_left_out_first(caplog: pytest.LogCaptureFixture) -> None:
     expected = answers(make_engine())
     known = {(name, 0): tokens for name, (tokens, _) in expected.items()}
-    engine = make_engine(speculator=Speculator(KnowingDrafter(known, 1.0, 2), 3))
+    engine = make_engine(spec_decoder=SpecDecoder(KnowingDrafter(known, 1.0, 2), 3))
     # prompts of 8 tokens fit, and so do four rows
     with_memory_for(engine, 8, 4)
     assert answers(engine) == expected

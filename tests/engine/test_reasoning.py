@@ -14,9 +14,9 @@ from fd_dsa.engine.detokenizer import new_detokenizer
 from fd_dsa.engine.engine import LLMEngine
 from fd_dsa.engine.reasoning import AnswerStart, Reasoning
 from fd_dsa.engine.sampling_params import SamplingParams
-from fd_dsa.engine.speculation import Speculator
+from fd_dsa.engine.speculation import SpecDecoder
 from fd_dsa.engine.tokenizer import Tokenizer
-from fd_dsa.ops.sampling.parameters import SlotParameters
+from fd_dsa.ops.sampling.parameters import RowParameters
 from fd_dsa.runner.input_batch import InputBatch, SamplingInputs
 from tests.engine import tokenizer_kinds
 from tests.engine.drafters import KnowingDrafter
@@ -103,25 +103,25 @@ def found_by(engine: LLMEngine) -> list[Answer]:
 def test_outputs_follow_the_plain_rules(most: int) -> None:
     answers = {(str(number), 0): answer[0] for number, (_, answer) in enumerate(cases())}
     drafter = KnowingDrafter(answers, 0.8, VOCAB_SIZE)
-    speculator = Speculator(drafter, most) if most else None
-    assert found_by(make_engine(speculator=speculator)) == [answer for _, answer in cases()]
+    spec_decoder = SpecDecoder(drafter, most) if most else None
+    assert found_by(make_engine(spec_decoder=spec_decoder)) == [answer for _, answer in cases()]
 
 
 class RuledRunner(GreedyRunner):
-    """Changes logits by the parameters of a slot, as the kernels of a device do."""
+    """Changes logits by the parameters of a batch row, as the kernels of a device do."""
 
     def __init__(self) -> None:
         super().__init__(InputBatch(4, 128, 16, 4), 256, VOCAB_SIZE)
-        self._given: dict[int, SlotParameters] = {}
+        self._given: dict[int, RowParameters] = {}
 
-    def set_slot(self, slot: int, given: SlotParameters, *_: Any) -> None:
-        self._given[slot] = given
+    def set_parameters(self, batch_row: int, given: RowParameters, *_: Any) -> None:
+        self._given[batch_row] = given
 
     def enqueue_model(self, logits_indices: np.ndarray, sampling: SamplingInputs) -> None:
         super().enqueue_model(logits_indices, sampling)
-        places = sampling.slots, sampling.positions
-        for row, slot, position in zip(self._unsampled[0], *places, strict=True):
-            given = self._given[slot]
+        places = sampling.batch_rows, sampling.positions
+        for row, batch_row, position in zip(self._unsampled[0], *places, strict=True):
+            given = self._given[batch_row]
             for token, bias in given.bias.items():
                 row[token] += bias
             row[[*given.banned, *(given.end_ids if position < given.min_tokens else ())]] = -np.inf

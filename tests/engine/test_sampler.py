@@ -18,8 +18,8 @@ def sample(logits, params, seeds=None, positions=None):
     """Tokens of rows of logits, one SamplingParams a row."""
     n = len(logits)
     sampler = Sampler(n)
-    for slot, one in enumerate(params):
-        sampler.set_slot(slot, one, slot if seeds is None else seeds[slot])
+    for batch_row, one in enumerate(params):
+        sampler.set_parameters(batch_row, one, batch_row if seeds is None else seeds[batch_row])
     positions = np.zeros(n, np.int64) if positions is None else np.asarray(positions, np.int64)
     return sampler.sample(logits, np.arange(n), positions)
 
@@ -133,8 +133,8 @@ def test_a_nucleus_is_of_the_largest_logits_where_their_weights_are_equal(temper
 def test_seeds_draw_independently_of_each_other():
     num_seeds = 20_000
     sampler = Sampler(num_seeds)
-    for slot in range(num_seeds):
-        sampler.set_slot(slot, SamplingParams(), slot)
+    for batch_row in range(num_seeds):
+        sampler.set_parameters(batch_row, SamplingParams(), batch_row)
     logits = np.zeros((num_seeds, 10), np.float32)
     first = sampler.sample(logits, np.arange(num_seeds), np.zeros(num_seeds, np.int64))
     second = sampler.sample(logits, np.arange(num_seeds), np.ones(num_seeds, np.int64))
@@ -149,8 +149,8 @@ def test_uniform_is_splitmix64(seed, position):
     assert uniforms(seeds, np.array([position]))[0] == ref_uniform(seed, position)
 
 
-def test_derived_seeds_differ_by_arrival_and_by_engine_seed():
-    seeds = {derive_seed(engine, arrival) for engine in range(20) for arrival in range(500)}
+def test_derived_seeds_differ_by_number_and_by_engine_seed():
+    seeds = {derive_seed(engine, number) for engine in range(20) for number in range(500)}
     assert len(seeds) == 20 * 500
 
 

@@ -15,7 +15,7 @@ from fd_dsa.engine.output import RequestOutput
 from fd_dsa.engine.prompt_lookup import LookupIndex, PromptLookup
 from fd_dsa.engine.reasoning import Reasoning
 from fd_dsa.engine.sampling_params import SamplingParams
-from fd_dsa.engine.speculation import ArbitraryDrafter, Drafter, Speculator
+from fd_dsa.engine.speculation import ArbitraryDrafter, Drafter, SpecDecoder
 from fd_dsa.engine.structured_outputs import StructuredOutputsParams
 from fd_dsa.startup.measure import measure_step_costs
 from tests.engine.byte_model import TOKENIZER, VOCAB_SIZE, make_engine
@@ -48,9 +48,9 @@ KINDS: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
-def run(speculator: Speculator | None) -> tuple[dict[tuple[str, int], list[RequestOutput]], Any]:
+def run(spec_decoder: SpecDecoder | None) -> tuple[dict[tuple[str, int], list[RequestOutput]], Any]:
     """All steps of every output, in an engine so small that requests are preempted."""
-    engine = make_engine(num_blocks=32, max_num_seqs=5, budget=13, speculator=speculator)
+    engine = make_engine(num_blocks=32, max_num_seqs=5, budget=13, spec_decoder=spec_decoder)
     for number, kind in enumerate(KINDS):
         prompt = [5, 6, 7, 8, 9, 5, 6, 7, 20 + number, 5, 6]
         params = SamplingParams(**{"max_tokens": 40, "seed": number, **kind})
@@ -78,7 +78,7 @@ ANSWERS = {name: steps[-1].token_ids for name, steps in PLAIN.items()}
     ids=["lookup", "wrong", "often right", "right"],
 )
 def test_every_output_is_that_without_drafts(drafter: Callable[[], Drafter], most: int) -> None:
-    steps, stats = run(Speculator(drafter(), most))
+    steps, stats = run(SpecDecoder(drafter(), most))
     assert stats.num_preemptions and stats.num_draft_tokens
     assert steps.keys() == PLAIN.keys()
     for name, outputs in steps.items():
@@ -99,8 +99,8 @@ def test_every_output_is_that_without_drafts(drafter: Callable[[], Drafter], mos
 
 
 def test_right_drafts_save_steps_and_are_counted() -> None:
-    def steps_of(speculator: Speculator | None) -> Any:
-        engine = make_engine(budget=64, speculator=speculator)
+    def steps_of(spec_decoder: SpecDecoder | None) -> Any:
+        engine = make_engine(budget=64, spec_decoder=spec_decoder)
         params = SamplingParams(temperature=0, max_tokens=41, ignore_eos=True)
         engine.add_request("r", [5, 6, 7], params)
         outputs = run_all(engine)["r"]
@@ -108,7 +108,7 @@ def test_right_drafts_save_steps_and_are_counted() -> None:
 
     before, outputs = steps_of(None)
     answers = {("r", 0): outputs[-1].token_ids}
-    now, outputs = steps_of(Speculator(KnowingDrafter(answers, 1.0, VOCAB_SIZE), 3))
+    now, outputs = steps_of(SpecDecoder(KnowingDrafter(answers, 1.0, VOCAB_SIZE), 3))
     # one token of the prompt's step, then ten steps of four
     assert (before.num_steps, now.num_steps) == (41, 11)
     assert now.num_accepted_tokens == now.num_draft_tokens == 30
@@ -118,7 +118,9 @@ def test_right_drafts_save_steps_and_are_counted() -> None:
 
 def test_drafts_that_a_grammar_refuses_are_not_computed() -> None:
     form = StructuredOutputsParams(regex="[a-c]{30}")
-    engine = make_engine(speculator=Speculator(KnowingDrafter({("r", 0): [250] * 40}, 1.0, 300), 3))
+    engine = make_engine(
+        spec_decoder=SpecDecoder(KnowingDrafter({("r", 0): [250] * 40}, 1.0, 300), 3)
+    )
     engine.add_request("r", [5], SamplingParams(max_tokens=40, structured_outputs=form))
     assert len(run_all(engine)["r"][-1].text) == 30
     assert engine.stats().num_draft_tokens == 0
@@ -161,13 +163,13 @@ def searched(tokens: list[int], count: int) -> list[int]:
 
 def test_the_lookup_proposes_what_a_search_finds_whatever_happened_before() -> None:
     drafter = CheckedLookup(3, 1)
-    _, stats = run(Speculator(drafter, 3))
+    _, stats = run(SpecDecoder(drafter, 3))
     assert stats.num_preemptions and drafter.num_drafts > 100
 
 
 def test_nothing_is_looked_up_where_no_draft_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LookupIndex, "following", lambda *_: pytest.fail("looked up"))
-    run(Speculator(PromptLookup(3, 1), 3, DraftCosts({1: [1.0, 2.0, 3.0, 4.0]})))
+    run(SpecDecoder(PromptLookup(3, 1), 3, DraftCosts({1: [1.0, 2.0, 3.0, 4.0]})))
 
 
 def test_a_long_prompt_is_listed_over_several_steps() -> None:
@@ -259,7 +261,7 @@ def test_no_step_of_a_full_batch_runs_a_layer_whose_drafts_do_not_pay(
     costs = DraftCosts({1: [1.0, 1.1], 8: [1.0, seconds]})
     answers = {(str(n), 0): [9] * 12 for n in range(8)}
     drafter = CountedLayer(answers, 1.0, VOCAB_SIZE, is_layer=True)
-    engine = make_engine(max_num_seqs=8, budget=24, speculator=Speculator(drafter, 1, costs))
+    engine = make_engine(max_num_seqs=8, budget=24, spec_decoder=SpecDecoder(drafter, 1, costs))
     for number in range(8):
         engine.add_request(str(number), [5] * 9, SamplingParams(max_tokens=12, ignore_eos=True))
     run_all(engine)
@@ -280,8 +282,8 @@ class TimedDrafts(ArbitraryDrafter):
 def test_steps_of_requests_are_measured_with_all_that_they_take() -> None:
     drafter, engines = TimedDrafts(), []
 
-    def make(speculator: Speculator) -> LLMEngine:
-        engine = make_engine(max_num_seqs=20, budget=64, speculator=speculator)
+    def make(spec_decoder: SpecDecoder) -> LLMEngine:
+        engine = make_engine(max_num_seqs=20, budget=64, spec_decoder=spec_decoder)
         engine.clock = lambda: drafter.now
         engines.append(engine)
         return engine

@@ -51,7 +51,7 @@ def long_text(pool, seed, length):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     pool=st.lists(st.sampled_from(FRAGMENTS) | st.text(max_size=4), min_size=2, max_size=20),
     seed=st.integers(0, 2**32),
@@ -142,7 +142,7 @@ def test_a_lone_surrogate_is_a_value_error_wherever_it_is(place):
 def test_other_threads_run_while_a_text_is_tokenized_and_decoded(kind):
     """`tokenizers` gives up the GIL in some calls alone; in the others a thread is of no use."""
     tokenizer = Tokenizer(BACKENDS[kind])
-    text = "the weather there " * 40_000
+    text = "the weather there " * 10_000
     num_turns = 0
     is_done = threading.Event()
 
@@ -162,7 +162,7 @@ def test_other_threads_run_while_a_text_is_tokenized_and_decoded(kind):
     thread.start()
     try:
         ids = turns_during(lambda: tokenizer.encode(text))
-        assert turns_during(lambda: tokenizer.decode(ids * 5)).count("weather") == 200_000
+        assert turns_during(lambda: tokenizer.decode(ids * 5)).count("weather") == 50_000
     finally:
         is_done.set()
         thread.join()

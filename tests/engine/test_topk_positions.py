@@ -142,7 +142,7 @@ def test_nothing_is_kept_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> No
     def refuse(*_: Any) -> None:
         raise AssertionError("a step that nobody watches")
 
-    monkeypatch.setattr(engine.runner, "execute_watched", refuse)
+    monkeypatch.setattr(engine.runner, "execute_with_selections", refuse)
     monkeypatch.setattr("fd_dsa.runner.selections.Selections.add", refuse)
     engine.add_request("silent", prompt(30), replace(ASKING, return_topk_positions=False))
     assert run_all(engine)["silent"][-1].finish_reason == "length"

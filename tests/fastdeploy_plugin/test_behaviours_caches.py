@@ -16,7 +16,6 @@ from tests.fastdeploy_plugin.watching import answers, small_engine, watch_steps
 GRAPHS = {"use_cudagraph": True, "cudagraph_capture_sizes": [4, 2, 1]}
 SERVED = [
     pytest.param("pr7367", GRAPHS, id="pr7367-graphs"),
-    pytest.param("develop", {}, id="develop-eager"),
     pytest.param("develop", GRAPHS, id="develop-graphs"),
 ]
 
@@ -30,8 +29,6 @@ def two_jobs() -> list[Any]:
     [
         # FastDeploy keeps the graphs when the caches alone sleep, so that is for eager steps
         ("develop", {}, "kv_cache"),
-        ("develop", {}, "kv_cache,weight"),
-        ("develop", {}, "kv_cache weight"),
         ("pr7367", GRAPHS, "kv_cache,weight"),
         ("develop", GRAPHS, "kv_cache weight"),
     ],

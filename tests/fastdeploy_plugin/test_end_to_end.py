@@ -101,11 +101,16 @@ ALWAYS = {"prefill", "decode", "mixed", "later chunk", "idle row between others"
     ("tree", "mode"),
     [
         ("pr7367", "eager"),
-        ("develop", "graphs"),
+        # steps of graphs as well
         ("develop", "drafts"),
         *(
             pytest.param(tree, mode, marks=pytest.mark.slow)
-            for tree, mode in (("pr7367", "graphs"), ("pr7367", "drafts"), ("develop", "eager"))
+            for tree, mode in (
+                ("pr7367", "graphs"),
+                ("pr7367", "drafts"),
+                ("develop", "eager"),
+                ("develop", "graphs"),
+            )
         ),
     ],
 )

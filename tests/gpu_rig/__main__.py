@@ -1,4 +1,4 @@
-"""`python -m tests.gpu_rig [fake] [guard] [real]` builds these forms, all if none is named."""
+"""`python -m tests.gpu_rig [FORM ...]` builds these forms, all if none is named."""
 
 import sys
 

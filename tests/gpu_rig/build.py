@@ -1,6 +1,6 @@
-"""Builds the plug-in's three forms with g++, and nvcc for the one on a GPU.
+"""Builds the plug-in's four forms with g++, and nvcc for the one on a GPU.
 
-    python -m tests.gpu_rig [fake] [guard] [real]
+    python -m tests.gpu_rig [fake] [guard] [null] [real]
 
 A build lands in `build/gpu_rig/<form>-<hash>/librig.so`, which git ignores. The hash covers the
 sources, the flags and Paddle's version, so nothing is built twice and nothing stale is loaded.
@@ -19,7 +19,7 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
-FORMS = ("fake", "guard", "real")
+FORMS = ("fake", "guard", "null", "real")
 LIBRARY = "librig.so"
 SOURCES = Path(__file__).parent / "plugin"
 CACHE = Path(__file__).parents[2] / "build" / "gpu_rig"
@@ -27,6 +27,7 @@ CUDA_FOLDER = "/usr/local/cuda"
 
 COMMON = ("plugin.cc", "view_kernels.cc", "op_kernels.cc")
 HOST = ("host_runtime.cc",)
+NULL = ("null_kernels.cc",)
 CUDA = ("cuda_runtime.cc", "cuda_graphs.cc", "cublas.cc")
 # loops for g++, kernels for nvcc
 BOTH = "elementwise.cu"
@@ -119,9 +120,13 @@ def _key(form: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def _run(command: list[str]) -> None:
-    """One compiler call; what it wrote is in the error."""
-    done = subprocess.run(command, cwd=SOURCES, capture_output=True, text=True)
+def run_compiler(command: list[str], folder: Path = SOURCES) -> None:
+    """Call a compiler in the folder of its sources.
+
+    Raises:
+        BuildError: it refused a source; has what it wrote.
+    """
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     if done.returncode:
         raise BuildError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
 
@@ -132,13 +137,15 @@ def _compile(form: str, tools: Tools, folder: Path) -> None:
     command = [tools.cxx, *CXX_FLAGS, *paddle_flags, *COMMON]
     if form == "real":
         kernels = folder / "elementwise.o"
-        _run([str(tools.nvcc), *NVCC_FLAGS, "-c", BOTH, "-o", str(kernels)])
+        run_compiler([str(tools.nvcc), *NVCC_FLAGS, "-c", BOTH, "-o", str(kernels)])
         command += ["-isystem", f"{tools.cuda}/include", *CUDA, str(kernels)]
         command += [f"-L{tools.cuda}/lib64", *CUDA_LINK_FLAGS]
+    elif form == "null":
+        command += ["-DRIG_NULL", *HOST, *NULL]
     else:
         guard = ["-DRIG_GUARD"] if form == "guard" else []
         command += [*guard, *HOST, "-x", "c++", BOTH, "-x", "none"]
-    _run([*command, *LINK_FLAGS, "-o", str(folder / LIBRARY)])
+    run_compiler([*command, *LINK_FLAGS, "-o", str(folder / LIBRARY)])
 
 
 def folder_of(form: str) -> Path:
@@ -150,7 +157,7 @@ def build(form: str) -> Path:
     """Folder with the library of a form, built now if it is not there yet.
 
     Args:
-        form: "fake", "guard" or "real".
+        form: "fake", "guard", "null" or "real".
 
     Raises:
         BuildError: a tool is missing, or a compiler refused a source.

@@ -210,7 +210,7 @@ def load(form: str) -> Rig:
     """Build a form if needed and make it this process's device "hopper".
 
     Args:
-        form: "fake", "guard" or "real".
+        form: "fake", "guard", "null" or "real".
 
     Raises:
         BuildError: it cannot be built here.
@@ -231,7 +231,7 @@ def load(form: str) -> Rig:
     if cublas is not None:
         os.environ.setdefault("RIG_CUBLAS", str(cublas))
     rig = Rig(form, folder)
-    if not rig.is_real:
+    if form in ("fake", "guard"):
         from tests.gpu_rig.interpreted import register
 
         register(rig)

@@ -36,7 +36,7 @@ def open_session(markexpr: str) -> None:
         raise pytest.UsageError(f"test plug-in, form {form!r}: {error}") from error
 
 
-def why_not() -> str | None:
+def skip_reason() -> str | None:
     """The reason to skip tests that need the plug-in, None in a session that has it."""
     if current() is not None:
         return None

@@ -165,24 +165,6 @@ def test_generation_config_without_sampling_is_greedy() -> None:
     assert read(TINY).generation == {}
 
 
-def test_unknown_fields_that_are_accepted_are_named() -> None:
-    quantization = {"quant_method": "fp8", "strange_quant": 1}
-    fields = TINY | {
-        "strange_field": 1,
-        "another_one": 2,
-        "rope_scaling": {"rope_type": "default", "strange_rope": 3},
-        "quantization_config": quantization,
-        "torch_dtype": "bfloat16",
-        "num_nextn_predict_layers": 1,
-    }
-    assert config_from_dict(fields, allow_unknown=True).unknown_fields == (
-        "another_one",
-        "quantization_config.strange_quant",
-        "rope_scaling.strange_rope",
-        "strange_field",
-    )
-
-
 @pytest.mark.parametrize(
     ("model_type", "layers", "parameters", "gigabytes", "moe_layer", "outside"),
     [("deepseek_v32", 61, 672e9, 674, 11.5, 3.7), ("glm_moe_dsa", 78, 744e9, 746, 9.9, 3.8)],

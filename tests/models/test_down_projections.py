@@ -19,8 +19,8 @@ from fd_dsa.models.mla import DeepseekV32DSAAttention, down_projections
 from fd_dsa.models.registry import config_from_dict, create_model
 from fd_dsa.models.weights import HostWeights
 from fd_dsa.ops.dense_kernels import quantize_rows
-from fd_dsa.ops.device_matrix import Normed
 from fd_dsa.startup.memory import weight_bytes
+from fd_dsa.tensor import Normed
 from tests.kernel_memory import KernelMemory
 from tests.models.folders import TINY_FP8, f8, f32
 from tests.ops import block_fp8

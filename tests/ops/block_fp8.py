@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from fd_dsa.ops.cache_write import bfloat16_bits
-from fd_dsa.ops.dense_kernels import Fp8Rows
+from fd_dsa.tensor import Fp8Rows
 from tests.kernel_memory import KernelMemory
 from tests.ops.e4m3 import E4M3_VALUES
 from tests.reference.bfloat16 import widened

@@ -185,8 +185,8 @@ compile("write", write_caches_kernel, plain_caches, False, RANK=512, BLOCK_SIZE=
 compile("query", prepare_query_kernel, dict.fromkeys(("q_ptr", "q_out_ptr"), "bfloat16"), False,
         HEADS=64, QUANTIZED=False, BLOCK_ROWS=8, **KEYS)
 # vocabularies of one block, of DeepSeek-V3.2, and of twice as many tokens
-SAMPLED = dict.fromkeys(("slots_ptr", "mask_rows_ptr", "records_ptr", "masks_ptr", "counts_ptr",
-                         "best_ptr", "state_ptr", "sizes_ptr", "lengths_ptr",
+SAMPLED = dict.fromkeys(("batch_rows_ptr", "mask_rows_ptr", "records_ptr", "masks_ptr",
+                         "counts_ptr", "best_ptr", "state_ptr", "sizes_ptr", "lengths_ptr",
                          "sampled_ptr"), "int32")
 SAMPLED |= dict.fromkeys(("positions_ptr", "sums_ptr", "tokens_ptr"), "int64")
 for vocab, block in (50, 64), (129280, 4096), (262144, 4096):
@@ -206,9 +206,9 @@ for vocab, block in (50, 64), (129280, 4096), (262144, 4096):
                 PART=min(block, 1024 * warps), **parts)
         compile("gather", gather_kernel, SAMPLED, False, num_warps=warps, BLOCK=block,
                 PART=min(block, 128 * warps), **whole)
-PLACED = dict.fromkeys(("ids_ptr", "sampled_ptr", "slots_ptr", "positions_ptr", "firsts_ptr",
-                        "cached_ptr", "lengths_ptr", "next_ptr", "follows_ptr",
-                        "known_ptr", "records_ptr", "outputs_ptr"), "int32")
+PLACED = dict.fromkeys(("ids_ptr", "sampled_ptr", "batch_rows_ptr", "positions_ptr",
+                        "logits_indptr_ptr", "cached_ptr", "lengths_ptr", "next_ptr",
+                        "pending_source_ptr", "known_ptr", "records_ptr", "outputs_ptr"), "int32")
 for most in (1, 2, 3):
     compile("verify", verify_kernel, PLACED | dict.fromkeys(("tokens_ptr", "newest_ptr"), "int64"),
             False, num_warps=1, STRIDE=128, MAX_DRAFTS=most, VOCAB=129280)
@@ -241,7 +241,7 @@ from fd_dsa.ops.mla.prompt_kernel import attend_prompts_kernel, gather_keys_kern
 from fd_dsa.ops import expert_gemm as experts, fp8_gemm as gemm
 from fd_dsa.ops.head_gemm import head_gemm_kernel
 from fd_dsa.ops.indexer_projection import triton_kernel as projection
-from fd_dsa.ops.logits.tile_forms import decode_form, padded_heads, prompt_form
+from fd_dsa.ops.logits.tile_configs import decode_config, padded_heads, prompt_config
 from fd_dsa.ops.logits.tile_kernel import tile_kernel
 from fd_dsa.ops.logits.tile_schedule import tile_schedule_kernel
 from fd_dsa.ops.mla import tensor_core as core, tensor_core_kernel as kernels
@@ -299,27 +299,27 @@ compile("schedule", tile_schedule_kernel, num_warps=8)
 compile("schedule", tile_schedule_kernel, num_warps=8, **NO_WINDOWS)
 # heads, and tokens of a decode row or 0 for a step with prompts
 for heads, tokens in (64, 0), (32, 0), (64, 1), (64, 2), (64, 3):
-    form = decode_form(heads, tokens) if tokens else prompt_form(heads)
+    config = decode_config(heads, tokens) if tokens else prompt_config(heads)
     compile(f"tiles {heads} {tokens}", tile_kernel, {"q_ptr": "uint8", "cache_ptr": "uint8"},
-            blocks=form.programs_per_processor, NUM_HEADS=heads, HEADS=padded_heads(heads),
-            FIRST=form.first_tokens, REST=form.rest_tokens, num_warps=form.num_warps,
-            num_stages=form.num_stages, maxnreg=form.maxnreg, **NO_WINDOWS if tokens else {})
+            blocks=config.programs_per_processor, NUM_HEADS=heads, HEADS=padded_heads(heads),
+            FIRST=config.first_tokens, REST=config.rest_tokens, num_warps=config.num_warps,
+            num_stages=config.num_stages, maxnreg=config.maxnreg, **NO_WINDOWS if tokens else {})
 # heads, tokens, whether the cache holds records, whether the entries are split
 for heads, tokens, fp8, split in ((8, 9, True, False), (16, 9, True, False), (32, 9, True, True),
                                   (64, 9, True, False), (64, 2, True, True), (8, 9, False, True),
                                   (16, 9, False, False), (32, 9, False, True),
                                   (64, 9, False, False)):
-    form = core.form_for(heads, tokens, fp8)
+    config = core.kernel_config(heads, tokens, fp8)
     absent = ("out_ptr", "lse_ptr") if split else ("partial_ptr", "partial_lse_ptr")
     types = dict.fromkeys(("q_ptr", "out_ptr"), "bfloat16")
     # keys copied ahead or not; rows of an instruction: 64 keys or heads, or 16 heads
-    label = "mla ahead" if form.copied and form.num_stages > 1 else "mla now"
-    label += f",{heads},{min(form.block_n if form.swapped else form.block_h, 64)}"
+    label = "mla ahead" if config.copied and config.num_stages > 1 else "mla now"
+    label += f",{heads},{min(config.block_n if config.swapped else config.block_h, 64)}"
     compile(label, kernels.attend_kernel, types | {"cache_ptr": "uint8" if fp8 else "bfloat16"},
-            blocks=form.per_processor, num_warps=form.num_warps, num_stages=form.num_stages,
-            BLOCK_H=form.block_h, BLOCK_N=form.block_n, SWAPPED=form.swapped, FP8=fp8,
-            COPIED=form.copied, **dict.fromkeys(absent))
-for most, columns, warps in core.COMBINE_FORMS:
+            blocks=config.per_processor, num_warps=config.num_warps, num_stages=config.num_stages,
+            BLOCK_H=config.block_h, BLOCK_N=config.block_n, SWAPPED=config.swapped, FP8=fp8,
+            COPIED=config.copied, **dict.fromkeys(absent))
+for most, columns, warps in core.COMBINE_CONFIGS:
     compile("combine", kernels.combine_kernel, {"out_ptr": "bfloat16"}, num_warps=warps, blocks=4,
             num_stages=1, MAX_SPLITS=most, COLUMNS=columns)
 decode = serving_config(256, 131072, 3)

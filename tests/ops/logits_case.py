@@ -135,14 +135,14 @@ class Scorer:
         least: int = 0,
         width: int | None = None,
     ) -> None:
-        from fd_dsa.ops.logits.tile_forms import TileForm
+        from fd_dsa.ops.logits.tile_configs import TileConfig
         from fd_dsa.ops.logits.tile_schedule import TileSchedule
 
         step, self.m, self.least = case.step, m, least
         self.case, self.is_tiled, tokens = case, kernel == "tiles", step.num_tokens
         self.chunk_tokens = chunk_tokens or tokens
         chunks = -(-tokens // self.chunk_tokens)
-        sizes = TileForm(*form, num_stages=3), tokens, chunks, num_programs
+        sizes = TileConfig(*form, num_stages=3), tokens, chunks, num_programs
         self.schedule = TileSchedule.allocate(*sizes, m.poisoned)
         self.logits = m.poisoned(
             (tokens, width or int((step.first + step.window).max()) + 3), "float32"

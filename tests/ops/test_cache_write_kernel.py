@@ -35,8 +35,18 @@ def sizes(m: KernelMemory) -> tuple[int, ...]:
     return (1, 63, 700, 4097) if m.large else (1, 5)
 
 
-@pytest.mark.parametrize("params", FORMATS.values(), ids=FORMATS.keys())
-@pytest.mark.parametrize("dtype", BITS)
+# the choices of a layer's indexer in records, and with each type of a cache
+KINDS = [
+    *(("fp8_ds_mla", params) for params in FORMATS.values()),
+    *(
+        (dtype, FORMATS[name])
+        for dtype in ("float32", "bfloat16")
+        for name in ("half-split", "hadamard")
+    ),
+]
+
+
+@pytest.mark.parametrize(("dtype", "params"), KINDS, ids=str)
 def test_bytes_are_those_of_the_cpu(
     kernel_memory: KernelMemory, dtype: str, params: dict[str, Any]
 ) -> None:
@@ -99,8 +109,7 @@ def test_other_widths(kernel_memory: KernelMemory, rank: int, rope: int, interle
     assert_same_bytes([m.get(cache) for cache in caches], wanted)
 
 
-@pytest.mark.parametrize("params", FORMATS.values(), ids=FORMATS.keys())
-@pytest.mark.parametrize("dtype", BITS)
+@pytest.mark.parametrize(("dtype", "params"), KINDS, ids=str)
 def test_programs_of_several_tokens(
     kernel_memory: KernelMemory,
     monkeypatch: pytest.MonkeyPatch,

@@ -15,7 +15,7 @@ import pytest
 from fd_dsa.errors import BackendUnavailable, DeviceError, DtypeError, LaunchError, ShapeError
 from fd_dsa.ops import cublaslt, cublaslt_library
 from fd_dsa.ops.cublaslt import cublaslt_for
-from fd_dsa.ops.cublaslt_library import library, library_names, why_not_fp8
+from fd_dsa.ops.cublaslt_library import fp8_unsupported_reason, library, library_names
 from fd_dsa.ops.dense_kernels import padded_rows
 from fd_dsa.triton_runtime import register_device_api
 from tests.ops.cublaslt_fakes import WORKSPACE, Bench, Blas, Driver, Tensor
@@ -85,11 +85,11 @@ def test_a_machine_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError(name)
 
     monkeypatch.setattr(ctypes, "CDLL", refuse)
-    monkeypatch.setattr(cublaslt_library, "why_not_compiled", lambda: "")
+    monkeypatch.setattr(cublaslt_library, "interpreter_refusal", lambda: "")
     library.cache_clear()
     with pytest.raises(BackendUnavailable, match="no cuBLASLt is loaded or installed"):
         library()
-    assert why_not_fp8(90).startswith("no cuBLASLt is loaded or installed")
+    assert fp8_unsupported_reason(90).startswith("no cuBLASLt is loaded or installed")
 
 
 @pytest.mark.parametrize(
@@ -101,17 +101,17 @@ def test_a_machine_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
         (130100, 100, "only on GPUs of capability 90, not 100"),
     ],
 )
-def test_why_not_fp8(
+def test_fp8_unsupported_reason(
     monkeypatch: pytest.MonkeyPatch, version: int, capability: int, reason: str
 ) -> None:
     blas = Blas(Driver())
     monkeypatch.setattr(blas, "cublasLtGetVersion", lambda: version)
     monkeypatch.setattr(cublaslt_library, "library", lambda: blas)
-    monkeypatch.setattr(cublaslt_library, "why_not_compiled", lambda: "")
-    found = why_not_fp8(capability)
+    monkeypatch.setattr(cublaslt_library, "interpreter_refusal", lambda: "")
+    found = fp8_unsupported_reason(capability)
     assert found.endswith(reason) and bool(found) == bool(reason)
-    monkeypatch.setattr(cublaslt_library, "why_not_compiled", lambda: "interpreted")
-    assert why_not_fp8(capability) == "interpreted"
+    monkeypatch.setattr(cublaslt_library, "interpreter_refusal", lambda: "interpreted")
+    assert fp8_unsupported_reason(capability) == "interpreted"
 
 
 def test_rows_and_scales_as_cublaslt_wants_them() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from fd_dsa.device.transfers import transfers_for
 from fd_dsa.ops.cublaslt import Cublaslt, cublaslt_for
-from fd_dsa.ops.cublaslt_library import why_not_fp8
+from fd_dsa.ops.cublaslt_library import fp8_unsupported_reason
 from fd_dsa.ops.dense_kernels import padded_rows
 from tests.kernel_memory import KernelMemory, open_memory
 from tests.ops.e4m3 import E4M3_VALUES
@@ -101,7 +101,7 @@ def fp8(m: KernelMemory, num_tokens: int, size: tuple[int, int], seed: int = 0) 
 
 
 def skip_without_block_scales(m: KernelMemory) -> None:
-    reason = why_not_fp8(transfers_for(m.put(np.zeros(1, np.float32))).traits.capability)
+    reason = fp8_unsupported_reason(transfers_for(m.put(np.zeros(1, np.float32))).traits.capability)
     if reason:
         pytest.skip(reason)
 

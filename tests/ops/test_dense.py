@@ -40,10 +40,10 @@ def close(found: Any, wanted: np.ndarray) -> None:
 def test_products(paddle_memory: KernelMemory, num_tokens: int) -> None:
     m, x, stored = paddle_memory, floats(num_tokens, 6), floats(4, 6)
     weight, on_host = DeviceMatrix(m.put(stored)), HostMatrix(as_tensor(stored), transposed=True)
-    close(weight.times(m.put(x)), on_host.times(x))
+    close(weight.matmul(m.put(x)), on_host.matmul(x))
     by_head, weights = floats(num_tokens, 3, 6), floats(3, 6, 5)
-    found = DeviceMatrix(m.put(weights)).times_by_head(m.put(by_head))
-    close(found, HostMatrix(as_tensor(weights)).times_by_head(by_head))
+    found = DeviceMatrix(m.put(weights)).matmul_by_head(m.put(by_head))
+    close(found, HostMatrix(as_tensor(weights)).matmul_by_head(by_head))
 
 
 @pytest.mark.parametrize("epsilon", [1e-6, 1e-2])

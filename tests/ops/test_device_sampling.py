@@ -15,7 +15,7 @@ from fd_dsa.engine import sampler as cpu
 from fd_dsa.engine.logit_rules import LogitRules, apply_rules
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.errors import ShapeError
-from fd_dsa.ops.sampling.parameters import SlotParameters
+from fd_dsa.ops.sampling.parameters import RowParameters
 from fd_dsa.ops.sampling.sampler import DeviceSampler
 from fd_dsa.ops.sampling.token_buffer import NO_TOKEN, NOT_FINITE
 from tests.engine.reference_sampler import ref_uniform
@@ -26,7 +26,7 @@ NEAR = 1e-6
 
 
 class Both:
-    """The samplers of both sides with the same slots."""
+    """The samplers of both sides with the same batch rows."""
 
     def __init__(self, memory: KernelMemory, max_num_seqs: int, vocab_size: int) -> None:
         self.memory, self.vocab_size = memory, vocab_size
@@ -35,9 +35,9 @@ class Both:
         self.params: dict[int, tuple[SamplingParams, int]] = {}
         self.rules: dict[int, LogitRules] = {}
 
-    def set_slot(
+    def set_parameters(
         self,
-        slot: int,
+        batch_row: int,
         params: SamplingParams,
         seed: int,
         prompt: tuple[int, ...] = (),
@@ -47,40 +47,40 @@ class Both:
         """Give both a request; `output` grows with what is drawn."""
         output = [] if output is None else output
         rules = LogitRules(params, prompt, output, None, end_ids)
-        self.params[slot] = params, seed
-        self.rules[slot] = rules
-        self.cpu.set_slot(slot, params, seed, rules if params.has_rules else None)
-        on_device = SlotParameters(
+        self.params[batch_row] = params, seed
+        self.rules[batch_row] = rules
+        self.cpu.set_parameters(batch_row, params, seed, rules if params.has_rules else None)
+        on_device = RowParameters(
             params.temperature, params.min_p, params.top_k, params.top_p, seed,
             params.repetition_penalty, params.frequency_penalty, params.presence_penalty,
             params.logit_bias or {}, params.bad_words_token_ids or (), end_ids, params.min_tokens,
         )  # fmt: skip
-        self.device.set_slot(slot, on_device, prompt, output)
+        self.device.set_parameters(batch_row, on_device, prompt, output)
 
     def sample(
-        self, logits: np.ndarray, slots: Any, positions: Any, mask_rows: Any = None
+        self, logits: np.ndarray, batch_rows: Any, positions: Any, mask_rows: Any = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """Tokens of the CPU and of the device; padding has the CPU's NOT_FINITE."""
         n, put = len(logits), self.memory.put
-        slots, positions = np.array(slots), np.array(positions)
+        batch_rows, positions = np.array(batch_rows), np.array(positions)
         mask_rows = np.full(n, -1) if mask_rows is None else np.array(mask_rows)
         self.device.sample(
-            put(logits), put(slots, "int32"), put(positions, "int64"), put(mask_rows, "int32")
+            put(logits), put(batch_rows, "int32"), put(positions, "int64"), put(mask_rows, "int32")
         )
         expected = np.full(n, NOT_FINITE)
-        live = slots >= 0
-        expected[live] = self.cpu.sample(logits[live], slots[live], positions[live])
+        live = batch_rows >= 0
+        expected[live] = self.cpu.sample(logits[live], batch_rows[live], positions[live])
         return expected, self.memory.get(self.device.tokens)[:n]
 
-    def check(self, logits: np.ndarray, slots: Any, positions: Any) -> None:
+    def check(self, logits: np.ndarray, batch_rows: Any, positions: Any) -> None:
         """Equal tokens, or draws near a border of one that may be drawn."""
-        expected, found = self.sample(logits, slots, positions)
-        for row, slot in enumerate(slots):
+        expected, found = self.sample(logits, batch_rows, positions)
+        for row, batch_row in enumerate(batch_rows):
             if expected[row] != found[row]:
                 assert min(expected[row], found[row]) >= 0, (row, expected[row], found[row])
                 adjusted = logits[row : row + 1].copy()
-                apply_rules(adjusted, [self.rules[slot]])
-                params, seed = self.params[slot]
+                apply_rules(adjusted, [self.rules[batch_row]])
+                params, seed = self.params[batch_row]
                 number = ref_uniform(seed, int(positions[row]))
                 distance = border_distance(adjusted[0], params, number)
                 assert distance < NEAR, (row, params, expected[row], found[row])
@@ -146,10 +146,12 @@ def test_tokens_are_those_of_the_cpu(kernel_memory: KernelMemory, vocab_size: in
     ) -> None:
         rng = np.random.default_rng(seed)
         outputs: list[list[int]] = []
-        for slot, one in enumerate(params):
+        for batch_row, one in enumerate(params):
             prompt, output = rng.integers(0, vocab_size, (2, 4)).tolist()
-            outputs.append(output[: slot % 3])
-            both.set_slot(slot, one, seed + slot, tuple(prompt), outputs[slot], (1, 2))
+            outputs.append(output[: batch_row % 3])
+            both.set_parameters(
+                batch_row, one, seed + batch_row, tuple(prompt), outputs[batch_row], (1, 2)
+            )
         for _ in range(2):
             logits = normal(rng, len(params), vocab_size, scale).round(decimals)
             logits[rng.random(logits.shape) < masked] = -np.inf
@@ -171,8 +173,8 @@ def test_a_cut_among_most_of_the_tokens(kernel_memory: KernelMemory, scale: floa
     shares = [(0.2, 0), (0.999, 0), (0.5, 4100), (0.8, 0), (1.0, 4100), (0.9, 30)]
     rows = len(shares) if kernel_memory.large else 3
     both, rng = Both(kernel_memory, rows, vocab_size), np.random.default_rng(5)
-    for slot, (top_p, top_k) in enumerate(shares[:rows]):
-        both.set_slot(slot, SamplingParams(top_p=top_p, top_k=top_k), slot)
+    for batch_row, (top_p, top_k) in enumerate(shares[:rows]):
+        both.set_parameters(batch_row, SamplingParams(top_p=top_p, top_k=top_k), batch_row)
     both.check(normal(rng, rows, vocab_size, scale), range(rows), [3] * rows)
 
 
@@ -188,8 +190,8 @@ def test_codes_of_rows_without_a_token(kernel_memory: KernelMemory, bad: float) 
         {"bad_words_token_ids": every},
         {"temperature": 0.0, "bad_words_token_ids": every, "presence_penalty": 1.0},
     ]
-    for slot, one in enumerate(kinds):
-        both.set_slot(slot, SamplingParams(**one), slot)
+    for batch_row, one in enumerate(kinds):
+        both.set_parameters(batch_row, SamplingParams(**one), batch_row)
     logits = normal(np.random.default_rng(1), 5, vocab_size)
     expected, found = both.sample(logits, range(5), [0] * 5)
     assert found.tolist() == expected.tolist()
@@ -202,16 +204,16 @@ def test_codes_of_rows_without_a_token(kernel_memory: KernelMemory, bad: float) 
 def test_padding_slots_and_masks(kernel_memory: KernelMemory) -> None:
     vocab_size = 130
     both, rng = Both(kernel_memory, 6, vocab_size), np.random.default_rng(2)
-    for slot in range(6):
-        both.set_slot(slot, SamplingParams(temperature=float(slot % 2)), slot)
+    for batch_row in range(6):
+        both.set_parameters(batch_row, SamplingParams(temperature=float(batch_row % 2)), batch_row)
     logits = normal(rng, 6, vocab_size)
     logits[3] = logits[5] = np.sort(logits[3])
     allowed = np.zeros((2, 160), np.uint8)
     allowed[0, :40] = 1
     masks = np.packbits(allowed, axis=1, bitorder="little").view(np.int32)
     both.device.set_masks(masks)
-    slots = [5, -1, 0, 2, 4, 2]
-    expected, found = both.sample(logits, slots, range(6), [-1, -1, -1, 0, 1, -1])
+    batch_rows = [5, -1, 0, 2, 4, 2]
+    expected, found = both.sample(logits, batch_rows, range(6), [-1, -1, -1, 0, 1, -1])
     live = [0, 2, 5]
     assert found[live].tolist() == expected[live].tolist()
     assert found[3] == logits[3, :40].argmax() and found[4] == NO_TOKEN
@@ -219,10 +221,10 @@ def test_padding_slots_and_masks(kernel_memory: KernelMemory) -> None:
 
 def test_extreme_logits_and_equal_weights(kernel_memory: KernelMemory) -> None:
     both = Both(kernel_memory, 4, 3)
-    for slot, one in enumerate(
+    for batch_row, one in enumerate(
         [{"temperature": 2e-5}, {"top_p": 0.4}, {"temperature": 1e300, "top_k": 2}, {"min_p": 1.0}]
     ):
-        both.set_slot(slot, SamplingParams(**one), slot)
+        both.set_parameters(batch_row, SamplingParams(**one), batch_row)
     row = [-3e38, 3e38, 0.0]
     logits = np.array([row, [3e38, -3e38, 3e38], row, [0.0, -0.0, -1e-45]], np.float32)
     for position in range(10 if kernel_memory.large else 3):
@@ -235,21 +237,23 @@ def test_a_real_vocabulary(kernel_memory: KernelMemory) -> None:
     # an interpreted program takes milliseconds for each block of a row
     rows = len(kinds) if kernel_memory.large else 1
     both, rng = Both(kernel_memory, rows, vocab_size), np.random.default_rng(3)
-    for slot, one in enumerate(kinds[:rows]):
-        both.set_slot(slot, SamplingParams(**one), slot)
+    for batch_row, one in enumerate(kinds[:rows]):
+        both.set_parameters(batch_row, SamplingParams(**one), batch_row)
     both.check(normal(rng, rows, vocab_size), range(rows), [7] * rows)
 
 
 def test_too_many_entries_are_refused(kernel_memory: KernelMemory) -> None:
     sampler = DeviceSampler(1, 50, kernel_memory.poisoned)
     with pytest.raises(ValueError, match="5000 tokens are biased or banned"):
-        sampler.set_slot(0, SlotParameters(banned=range(5000)))
+        sampler.set_parameters(0, RowParameters(banned=range(5000)))
 
 
 def test_more_rows_than_slots_are_refused(kernel_memory: KernelMemory) -> None:
     sampler, put = DeviceSampler(1, 50, kernel_memory.poisoned), kernel_memory.put
     rows = put(np.zeros(2, np.int32))
-    with pytest.raises(ShapeError, match="sampling 2 rows of 2 slots; this sampler has 1"):
+    with pytest.raises(
+        ShapeError, match="sampling 2 rows of logits with 2 batch rows; this sampler has 1"
+    ):
         sampler.sample(put(np.zeros((2, 50), np.float32)), rows, rows, rows)
 
 
@@ -270,8 +274,8 @@ def compare_many(memory: KernelMemory, rows: int, vocab_size: int, steps: int) -
     both, rng = Both(memory, rows, vocab_size), np.random.default_rng(9)
     logits = normal(rng, rows, vocab_size) * rng.choice([0.1, 0.5, 1, 2], (rows, 1))
     logits = logits.astype(np.float32)
-    for slot in range(rows):
-        both.set_slot(slot, SamplingParams(**MANY[slot % len(MANY)]), slot)
+    for batch_row in range(rows):
+        both.set_parameters(batch_row, SamplingParams(**MANY[batch_row % len(MANY)]), batch_row)
     for position in range(steps):
         both.check(logits, range(rows), [position] * rows)
 
@@ -285,7 +289,7 @@ def test_a_nucleus_that_lies_deep_in_the_top_k(kernel_memory: KernelMemory) -> N
     rng = np.random.default_rng(9)
     logits = normal(rng, 1024, 4096) * rng.choice([0.1, 0.5, 1, 2], (1024, 1))
     both = Both(kernel_memory, 1, 4096)
-    both.set_slot(0, SamplingParams(temperature=2, top_k=1000, top_p=0.8, min_p=0.001), 398)
+    both.set_parameters(0, SamplingParams(temperature=2, top_k=1000, top_p=0.8, min_p=0.001), 398)
     both.check(logits[398:399].astype(np.float32), [0], [0])
 
 
@@ -301,19 +305,22 @@ def test_a_captured_step_draws_what_its_launches_do() -> None:
 
     memory, rng = open_memory("torch"), np.random.default_rng(4)
     both = Both(memory, 16, 129_280)
-    for slot in range(16):
-        both.set_slot(slot, SamplingParams(**MANY[slot % len(MANY)]), slot)
+    for batch_row in range(16):
+        both.set_parameters(batch_row, SamplingParams(**MANY[batch_row % len(MANY)]), batch_row)
     logits = memory.put(normal(rng, 16, 129_280))
-    slots, masks = memory.put(np.arange(16, dtype=np.int32)), memory.put(np.full(16, -1, np.int32))
+    batch_rows, masks = (
+        memory.put(np.arange(16, dtype=np.int32)),
+        memory.put(np.full(16, -1, np.int32)),
+    )
     positions = memory.put(np.zeros(16, np.int64))
-    both.device.sample(logits, slots, positions, masks)
+    both.device.sample(logits, batch_rows, positions, masks)
     memory.sync()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        both.device.sample(logits, slots, positions, masks)
+        both.device.sample(logits, batch_rows, positions, masks)
     for position in (3, 4):
         positions.fill_(position)
         graph.replay()
         replayed = memory.get(both.device.tokens)
-        both.device.sample(logits, slots, positions, masks)
+        both.device.sample(logits, batch_rows, positions, masks)
         assert replayed.tolist() == memory.get(both.device.tokens).tolist()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from itertools import chain, pairwise
-from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +18,6 @@ from fd_dsa.ops.host_rows import hadamard
 from fd_dsa.ops.logits.host_scores import PagedUnits, score_gathered, score_paged
 from fd_dsa.ops.mla import attend_dense, attend_gathered
 from fd_dsa.ops.query import prepare_on_host as prepare_indexer_query
-from tests.kernel_memory import KernelMemory
 from tests.ops.e4m3 import E4M3_VALUES
 from tests.ops.fp8_goldens import NAMES, Golden
 from tests.reference.float32 import ref_hadamard
@@ -52,7 +50,7 @@ def test_both_sides_of_every_boundary() -> None:
 
 
 @given(st.lists(st.floats(width=32), min_size=1, max_size=20))
-@settings(max_examples=500)
+@settings(max_examples=150)
 def test_codes_of_any_float32(values: list[float]) -> None:
     found = encode_e4m3(np.array(values, np.float32))
     assert found.tolist() == [ref_e4m3(x) for x in values]
@@ -79,7 +77,7 @@ def test_codes_at_the_limits(bits: int, code: int) -> None:
 
 
 @given(st.floats(0, 2.0**127, width=32))
-@settings(max_examples=500)
+@settings(max_examples=150)
 def test_index_scales(absmax: float) -> None:
     row = [absmax, 0.0]
     for scale_fmt in ("ue8m0", None):
@@ -98,10 +96,6 @@ def test_scales_of_tiles_without_numbers() -> None:
     assert raw_scale(absmax).tolist() == [2.0**-126, 2.0**-126, np.float32(3 / 448)]
 
 
-def in_memory(m: KernelMemory, array: Any) -> Any:
-    return m.put(array) if isinstance(array, np.ndarray) else array
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_every_byte_of_both_caches(name: str) -> None:
     golden = Golden.load(name)
@@ -109,20 +103,6 @@ def test_every_byte_of_both_caches(name: str) -> None:
     write_caches(**arguments)
     for cache in ("latent_cache", "index_cache"):
         np.testing.assert_array_equal(arguments[cache], golden.arrays[cache], err_msg=cache)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_every_byte_of_both_caches_by_the_kernel(kernel_memory: KernelMemory, name: str) -> None:
-    from fd_dsa.ops.cache_write import triton_kernel
-
-    m, golden = kernel_memory, Golden.load(name)
-    *arrays, params = golden.write_arguments().values()
-    tensors = [in_memory(m, array) for array in arrays]
-    norms = {key: in_memory(m, getattr(params, key)) for key in CacheWriteParams.__slots__}
-    with np.errstate(all="ignore"):
-        triton_kernel.write_caches(*tensors, CacheWriteParams(**norms))
-    for tensor, cache in zip(tensors[-2:], ("latent_cache", "index_cache"), strict=True):
-        np.testing.assert_array_equal(m.get(tensor), golden.arrays[cache], err_msg=cache)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -138,31 +118,6 @@ def test_every_byte_of_the_queries(name: str) -> None:
     values, weights = prepare_indexer_query(*arrays, **how)
     np.testing.assert_array_equal(values, decode_e4m3(wanted[0]))
     np.testing.assert_array_equal(weights, wanted[1])
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_every_byte_of_the_queries_by_the_kernel(kernel_memory: KernelMemory, name: str) -> None:
-    from fd_dsa.ops import query_kernels
-
-    m, golden = kernel_memory, Golden.load(name)
-    wanted = golden.arrays["q_codes"], golden.arrays["q_weights"]
-    arrays, how = golden.query_arguments()
-    out = m.poisoned(wanted[0].shape, "uint8"), m.poisoned(wanted[1].shape, "float32")
-    with np.errstate(all="ignore"):
-        query_kernels.prepare_indexer_query(*map(m.put, arrays), **how, out=out)
-    for found, array in zip(out, wanted, strict=True):
-        np.testing.assert_array_equal(m.get(found).view(np.uint8), array.view(np.uint8))
-
-
-def test_goldens_have_what_they_are_for() -> None:
-    """The special rows reach the quantiser: NaN codes, an infinite scale, codes of both signs."""
-    ready = Golden.load("ready-made").arrays
-    records = ready["latent_cache"].reshape(-1, 656)
-    slots = ready["slot_mapping"]
-    assert (records[slots[5], :512] == 0x7F).sum() == 1
-    assert np.isinf(records[slots[4], 512:528].copy().view(np.float32)).any()
-    assert set(records[slots[0], :512]) == {0x00, 0x80}
-    assert len(np.unique(records[slots[3], :512])) > 50
 
 
 def test_a_token_of_nan_spoils_itself_only() -> None:

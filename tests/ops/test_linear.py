@@ -51,12 +51,12 @@ def test_a_weight(way: str, rows: int, transposed: bool) -> None:
     wide = np.full((rows, 40), np.nan, np.float32)
     wide[:, 9:33] = x
     for view in (x, wide[:, 9:33], np.asfortranarray(x)):
-        found = weight.times(view)
+        found = weight.matmul(view)
         assert found.flags.c_contiguous and found.dtype == np.float32
         close(found, x @ w)
     # a weight that is loaded again is read at the same address
     tensor.set_value(2 * tensor)
-    close(weight.times(x), 2 * (x @ w))
+    close(weight.matmul(x), 2 * (x @ w))
 
 
 @pytest.mark.parametrize("rows", [1, 15, 64, 79])
@@ -73,8 +73,8 @@ def test_packed_weights(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
         if columns == 192 and with_avx512 and host_gemm.thread_state.sgemm is not None:
             assert (matrix.array == w).mean() < 0.1
         for x in (wide[:, 5:133], wide[:, :128].copy()):
-            close(matrix.times(x), x @ w)
-            close(matrix.times(x, np.empty((rows, columns), np.float32)), x @ w)
+            close(matrix.matmul(x), x @ w)
+            close(matrix.matmul(x, np.empty((rows, columns), np.float32)), x @ w)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 70])
@@ -82,7 +82,7 @@ def test_weights_of_heads(way: str, rows: int) -> None:
     wide, w = operands(rows, (rows, 3, 9), (3, 6, 4))
     tensor = paddle.to_tensor(w)
     for x in (wide[:, :, 2:8], wide[:, :, :6].copy()):
-        close(HostMatrix(tensor).times_by_head(x), np.einsum("nhi,hio->nho", x, w))
+        close(HostMatrix(tensor).matmul_by_head(x), np.einsum("nhi,hio->nho", x, w))
 
 
 @pytest.mark.parametrize(("count", "rows"), [(1, 3), (4, 1), (5, 1), (5, 3)])
@@ -96,7 +96,7 @@ def test_a_batch(way: str, count: int, rows: int, transpose_y: bool) -> None:
 @pytest.mark.parametrize("rows", [1, 3, 600])
 def test_results_outlive_later_ones(way: str, rows: int) -> None:
     pairs = [operands(seed, (rows, 128), (128, 8)) for seed in range(4)]
-    found = [HostMatrix(paddle.to_tensor(w)).times(x) for x, w in pairs]
+    found = [HostMatrix(paddle.to_tensor(w)).matmul(x) for x, w in pairs]
     for (x, w), y in zip(pairs, found, strict=True):
         close(y, x @ w)
 
@@ -105,9 +105,9 @@ def test_threads(way: str) -> None:
     def work(seed: int) -> None:
         x, w = operands(seed, (9, 32), (32, 16))
         weight = HostMatrix(paddle.to_tensor(w))
-        for _ in range(200):
-            close(weight.times(x), x @ w)
-            close(shared.times(x), x @ common)
+        for _ in range(60):
+            close(weight.matmul(x), x @ w)
+            close(shared.matmul(x), x @ common)
 
     (common,) = operands(9, (32, 16))
     shared = HostMatrix(paddle.to_tensor(common))
@@ -119,8 +119,8 @@ def test_more_shapes_than_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host_gemm.thread_state, "sgemm", None)
     weight = HostMatrix(paddle.ones([2, 1]))
     for rows in range(1, 1200):
-        assert weight.times(np.ones((rows, 2), np.float32)).shape == (rows, 1)
-    assert (weight.times(np.full((7, 2), 3, np.float32)) == 6).all()
+        assert weight.matmul(np.ones((rows, 2), np.float32)).shape == (rows, 1)
+    assert (weight.matmul(np.full((7, 2), 3, np.float32)) == 6).all()
 
 
 def test_a_staged_tensor_is_a_copy() -> None:
@@ -132,9 +132,9 @@ def test_a_staged_tensor_is_a_copy() -> None:
 
 def test_weights_of_another_width_are_refused() -> None:
     with pytest.raises(ShapeError, match="x has 5 columns, the weight takes 4"):
-        HostMatrix(paddle.ones([4, 2])).times(np.ones((1, 5), np.float32))
+        HostMatrix(paddle.ones([4, 2])).matmul(np.ones((1, 5), np.float32))
     with pytest.raises(ShapeError, match=r"\(1, 2, 4\)"):
-        HostMatrix(paddle.ones([3, 4, 2])).times_by_head(np.ones((1, 2, 4), np.float32))
+        HostMatrix(paddle.ones([3, 4, 2])).matmul_by_head(np.ones((1, 2, 4), np.float32))
 
 
 def test_silu_of_extremes() -> None:
@@ -151,7 +151,7 @@ x, y = np.ones((1, 32, 512), "f"), np.ones((1, 512, 256), "f")
 signal.signal(signal.SIGALRM, lambda *_: None)
 batched(x, y)
 signal.setitimer(signal.ITIMER_REAL, 3e-4, 3e-4)
-memory, end = [], time.monotonic() + 2
+memory, end = [], time.monotonic() + 1
 while time.monotonic() < end:
     assert (batched(x, y) == 512).all()
     memory = [*memory[-50:], bytearray(1000 + len(memory))]

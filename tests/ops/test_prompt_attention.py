@@ -36,8 +36,8 @@ def run(
     Grids may reach to more keys and tiles than the step has, as those of captured launches do.
     """
     from fd_dsa.attention.dense_prompts import row_groups
-    from fd_dsa.ops.dense_kernels import Fp8Rows
     from fd_dsa.ops.mla.prompt import Tiling, attend_prompts, gather_keys
+    from fd_dsa.tensor import Fp8Rows
 
     total, step = int(case.starts[-1]), case.step(m)
     counts = np.array([case.count(row) for row in range(len(case.rows))])
@@ -190,11 +190,13 @@ def test_nan_of_another_request_stays_there(kernel_memory: KernelMemory) -> None
     ],
 )
 def test_what_is_dense_and_what_it_takes(changes: dict[str, Any], reason: str | None) -> None:
-    from fd_dsa.attention.dense_prompts import max_keys, why_not, workspace_bytes
+    from fd_dsa.attention.dense_prompts import max_keys, unsupported_reason, workspace_bytes
 
     sizes = (128, 64, 2048, 0.1, CacheLayout("fp8_ds_mla", 64, 512, 64, 128), 128, 8192, 512)
     config = replace(DSABackendConfig(*sizes, dtype="bfloat16", head_widths=(128, 128)), **changes)
-    assert (reason or "") in (found := why_not(config) or "") and bool(found) == bool(reason)
+    assert (reason or "") in (found := unsupported_reason(config) or "") and bool(found) == bool(
+        reason
+    )
     assert (workspace_bytes(config) > 0) == (reason is None)
     if reason is None:
         assert max_keys(config) == 8192

@@ -25,9 +25,9 @@ from fd_dsa.ops.probes import Memory, topk_case
 from fd_dsa.ops.providers import (
     OPERATORS,
     available_providers,
-    choose,
     function,
     select_all,
+    select_provider,
     selected_function,
     table,
 )
@@ -84,13 +84,13 @@ def test_refusals_end_with_the_block_that_asks() -> None:
 
 @pytest.mark.parametrize(("operator", "provider"), PAIRS)
 @pytest.mark.parametrize("kind", ["cpu", "gpu"])
-def test_every_pair_serves_or_says_why_not(
+def test_every_pair_serves_or_has_a_reason(
     kind: str, operator: str, provider: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FD_DSA_OP_PROVIDER", f"{operator}={provider}")
     wanted = {("numpy", "cpu"), *((p, "gpu") for p in ("triton", "triton_tensor_core", "gemm"))}
     if (provider, kind) in wanted:
-        assert choose(operator, kind).provider == provider
+        assert select_provider(operator, kind).provider == provider
         assert table()[operator][kind].rejected == {}
         return
     if provider == "custom_op" and (kind == "gpu" or operator == "position_ids"):
@@ -99,7 +99,7 @@ def test_every_pair_serves_or_says_why_not(
         reason = f"it serves tensors on {'a CPU' if provider == 'numpy' else 'a device'}"
     message = f"FD_DSA_OP_PROVIDER: {operator}={provider} cannot serve on {kind}: {reason}"
     with pytest.raises(BackendUnavailable, match=message):
-        choose(operator, kind)
+        select_provider(operator, kind)
     assert table() == {}
 
 
@@ -129,7 +129,7 @@ def test_a_variable_that_cannot_be_read(
 ) -> None:
     monkeypatch.setenv("FD_DSA_OP_PROVIDER", text)
     with pytest.raises(ConfigError, match=f"FD_DSA_OP_PROVIDER: {message}"):
-        choose("cache_write", "cpu")
+        select_provider("cache_write", "cpu")
 
 
 def test_the_former_name_of_the_provider_for_cpus_is_accepted(
@@ -183,9 +183,9 @@ def test_settling_covers_what_has_one_provider_and_sees_what_is_asked_for(
 def test_a_faster_provider_that_cannot_serve_is_named(caplog: pytest.LogCaptureFixture) -> None:
     reasons = {"triton_tensor_core": "the cache is float32"}
     with caplog.at_level(logging.INFO, logger="fd_dsa"):
-        choice = choose("indexer_logits", "gpu", reasons)
-        assert choose("indexer_logits", "gpu", reasons) == choice
-        assert choose("indexer_logits", "gpu").provider == "triton_tensor_core"
+        choice = select_provider("indexer_logits", "gpu", reasons)
+        assert select_provider("indexer_logits", "gpu", reasons) == choice
+        assert select_provider("indexer_logits", "gpu").provider == "triton_tensor_core"
     assert choice.rejected == {"triton_tensor_core": "the cache is float32"}
     first, second = caplog.messages
     assert first.endswith(" Triton kernel; not triton_tensor_core: the cache is float32)")
@@ -230,23 +230,25 @@ def test_a_kernel_of_custom_ops(
     elif state == "kernels":
         custom_ops.use_library(emulated_library("position_ids"))
     with caplog.at_level(logging.INFO, "fd_dsa"):
-        choices = [choose("topk", "gpu", probe=probe) for _ in range(2)]
+        choices = [select_provider("topk", "gpu", probe=probe) for _ in range(2)]
     assert [record.levelname for record in caplog.records] == [level]
     assert choices[0].provider == ("triton" if reason else "custom_op")
     assert reason in choices[0].rejected.get("custom_op", "")
     monkeypatch.setenv("FD_DSA_OP_PROVIDER", "topk=custom_op")
     if reason:
         with pytest.raises(BackendUnavailable, match=f"topk=custom_op cannot serve .*{reason}"):
-            choose("topk", "gpu", probe=probe)
+            select_provider("topk", "gpu", probe=probe)
 
 
 def test_the_registered_operator_needs_no_kernels_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch)
-    assert choose("position_ids", "cpu").provider == "custom_op"
-    choice = choose("position_ids", "gpu")
+    assert select_provider("position_ids", "cpu").provider == "custom_op"
+    choice = select_provider("position_ids", "gpu")
     assert choice.provider == "triton" and "without CUDA" in choice.rejected["custom_op"]
     custom_ops.use_library(emulated_library("position_ids"))
-    assert "without Paddle's operators" in choose("position_ids", "gpu").rejected["custom_op"]
+    assert (
+        "without Paddle's operators" in select_provider("position_ids", "gpu").rejected["custom_op"]
+    )
 
 
 def test_a_library_that_is_none_is_refused(tmp_path: Path) -> None:

@@ -72,12 +72,12 @@ def fill(
     max_keys: int = 1 << 21, least: int = 0,
 ) -> Any:  # fmt: skip
     """The schedule of a step, as NumPy arrays; poison where nothing was written."""
-    from fd_dsa.ops.logits.tile_forms import TileForm
+    from fd_dsa.ops.logits.tile_configs import TileConfig
     from fd_dsa.ops.logits.tile_schedule import TileSchedule
 
     num_chunks, first = -(-step.num_tokens // step.chunk_tokens), -(-tile_tokens // 2)
     sizes = max(step.num_tokens, 1), max(num_chunks, 1), num_programs
-    schedule = TileSchedule.allocate(TileForm(first, tile_tokens - first), *sizes, m.poisoned)
+    schedule = TileSchedule.allocate(TileConfig(first, tile_tokens - first), *sizes, m.poisoned)
     arrays = {name: m.put(x) for name, x in step.arrays().items()}
     tensors: Any = SimpleNamespace(**arrays, num_prefill_tokens=0)
     schedule.fill(tensors, max_keys, step.chunk_tokens, least)
@@ -90,7 +90,7 @@ def check(found: Any, wanted: list[Any], chunk_tokens: int, num_programs: int) -
         first = chunk * chunk_tokens
         held = found.tiles[first : first + len(tiles)]
         assert list(map(tuple, held.tolist())) == tiles
-        begins = [-1] * found.form.begin_pages
+        begins = [-1] * found.config.begin_pages
         work = [(i, page) for i, tile in enumerate(tiles) for page in (*begins, *range(tile[3]))]
         least, more = divmod(len(work), num_programs)
         for program, row in enumerate(found.programs[chunk].tolist()):

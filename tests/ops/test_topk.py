@@ -42,7 +42,7 @@ def score_rows(draw: st.DrawFn) -> tuple[np.ndarray, list[int], int]:
 
 
 @given(score_rows())
-@settings(max_examples=400)
+@settings(max_examples=150)
 def test_set_and_order_of_any_row(case: tuple[np.ndarray, list[int], int]) -> None:
     check(*case)
 

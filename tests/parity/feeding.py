@@ -71,7 +71,7 @@ def route(
     experts, weights = own(x)
     for token, chosen in backend.fed("router", layer):
         experts[token] = chosen
-        scores = 1.0 / (1.0 + np.exp(-gate.weight.times(x[token : token + 1])[0, chosen]))
+        scores = 1.0 / (1.0 + np.exp(-gate.weight.matmul(x[token : token + 1])[0, chosen]))
         share = scores / (scores.sum() + 1e-20) if gate.norm_topk_prob else scores
         weights[token] = share * gate.scaling
     return experts, weights

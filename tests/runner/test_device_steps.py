@@ -10,7 +10,7 @@ from tests.kernel_memory import KernelMemory
 
 
 def test_the_warm_up_samples_no_token(paddle_memory: KernelMemory) -> None:
-    """160 rows of padding, more than there are slots: no token is written."""
+    """160 rows of padding, more than there are batch rows: no token is written."""
     from fd_dsa.runner.device_steps import DeviceSteps
 
     batch = InputBatch(40, 40, 1, 16)

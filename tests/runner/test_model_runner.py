@@ -46,39 +46,6 @@ def in_chunks(runner: ModelRunner, row: int, chunks: list[int], decode_from: int
     return np.concatenate(logits)
 
 
-@pytest.mark.parametrize("kv_cache_dtype", ["float32", "bfloat16"])
-def test_logits_in_any_chunks(model: Any, kv_cache_dtype: str) -> None:
-    wanted = in_chunks(tiny_runner(model, kv_cache_dtype), 0, [45], 45)
-    for chunks, decode_from in (
-        ([16, 16, 13], 45),
-        ([11, 1, 33], 45),
-        ([1] * 45, 45),
-        ([20] + [1] * 25, 20),
-        ([12] + [3] * 11, 12),
-    ):
-        runner = tiny_runner(model, kv_cache_dtype, poison=True)
-        assert_same(in_chunks(runner, 0, chunks, decode_from), wanted)
-
-
-def test_logits_beside_other_rows(model: Any) -> None:
-    wanted = in_chunks(tiny_runner(model), 0, [45], 45)
-    runner = tiny_runner(model, poison=True)
-    others = np.random.default_rng(8).integers(2, 50, (3, 45)).tolist()
-    run_rows(runner, [(0, PROMPT[:20], 0, True), (3, others[0][:30], 0, True)])
-    logits = run_rows(
-        runner,
-        [
-            (0, PROMPT[20:44], 20, True),
-            (1, others[1], 0, True),
-            (3, others[0][30:32], 30, False),
-            (4, others[2][:7], 0, True),
-        ],
-    )
-    assert_same(logits[:24], wanted[20:44])
-    logits = run_rows(runner, [(0, PROMPT[44:], 44, False), (1, [5], 45, False)])
-    assert_same(logits[:1], wanted[44:])
-
-
 @pytest.mark.parametrize("num_layers", [2, 6])
 def test_metadata_of_a_step_is_computed_once(
     monkeypatch: pytest.MonkeyPatch, num_layers: int

@@ -14,7 +14,7 @@ from paddle.device.cuda import graphs as paddle_graphs
 
 from fd_dsa.errors import DeviceError
 from fd_dsa.runner import InputBatch, step_graphs
-from fd_dsa.runner.step_graphs import CaptureRefused, GraphKey, PaddleCapture, StepGraphs
+from fd_dsa.runner.step_graphs import CaptureError, GraphKey, PaddleCapture, StepGraphs
 
 PLACE = paddle.CPUPlace()
 
@@ -150,7 +150,7 @@ def test_graphs_are_freed_but_for_one_that_keeps_their_pool(graph: type[Graph]) 
 def test_a_build_without_graphs_is_refused() -> None:
     if paddle_graphs.is_cuda_graph_supported():
         pytest.skip("this session has a device with graphs")
-    with pytest.raises(CaptureRefused, match="no CUDA graphs"):
+    with pytest.raises(CaptureError, match="no CUDA graphs"):
         PaddleCapture(PLACE)
 
 
@@ -163,8 +163,8 @@ def fails_in_the_capture(log: list[str]) -> None:
     ("fails", "work", "error", "message", "last"),
     [
         # before or at its begin: the process goes on
-        ("", lambda log: 1 // 0, CaptureRefused, "ZeroDivisionError", None),
-        ("begin", list, CaptureRefused, "OSError: FatalError: begin is not permitted", "begin"),
+        ("", lambda log: 1 // 0, CaptureError, "ZeroDivisionError", None),
+        ("begin", list, CaptureError, "OSError: FatalError: begin is not permitted", "begin"),
         # inside or at its end: Paddle cannot
         ("", fails_in_the_capture, DeviceError, "not permitted .*--enforce-eager", "end"),
         ("end", list, DeviceError, "FatalError: end is not permitted; .*--enforce-eager", "end"),

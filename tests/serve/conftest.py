@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import json
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +26,17 @@ from tests.serve.fake_engine import FakeEngine
 
 # far longer than anything takes that a test waits for, also on a machine that starves it
 TIMEOUT_S = 60.0
+# each client reads the certificates of all authorities, which takes 50 ms of processor time
+ssl.create_default_context = functools.cache(ssl.create_default_context)
+
+
+class PromptServer(DrainingServer):
+    """A server that looks ten times as often whether it has to end."""
+
+    async def main_loop(self) -> None:
+        """Tick until the end."""
+        while not await self.on_tick(0):
+            await asyncio.sleep(0.01)
 
 
 @dataclass
@@ -57,7 +71,7 @@ def running(
     sock = bind_socket("127.0.0.1", 0)
     state = ServerState(names, info, ServerOptions(**options))
     ready = threading.Event()
-    server = DrainingServer(state, lambda _: engine, 1.0, ready.set)
+    server = PromptServer(state, lambda _: engine, 1.0, ready.set)
     server.config.timeout_graceful_shutdown = 2
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
     url = f"http://127.0.0.1:{sock.getsockname()[1]}"
@@ -79,6 +93,16 @@ def running(
 def live() -> Iterator[Live]:
     """A server for tests that leave it as it was; names `demo` and `alias`."""
     with running(FakeEngine()) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def v32() -> Iterator[Live]:
+    """A server of DeepSeek-V3.2's encoding."""
+    # the module imports this one
+    from tests.serve.test_tool_calls import V32, engine_of
+
+    with running(engine_of(V32)) as server:
         yield server
 
 

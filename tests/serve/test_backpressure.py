@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import http.client
 import json
 import socket
@@ -18,7 +19,7 @@ import pytest
 
 from fd_dsa.serve import generation
 from fd_dsa.serve.h11_protocol import StrictH11Protocol
-from tests.serve.conftest import TIMEOUT_S, Live, running, wait_until
+from tests.serve.conftest import TIMEOUT_S, Live, connected, running, wait_until
 from tests.serve.fake_engine import FakeEngine
 from tests.serve.test_errors import complete
 
@@ -55,6 +56,26 @@ def test_a_client_that_stops_waiting_aborts(slow: Live) -> None:
     wait_until(lambda: len(slow.engine.closed) == 2)
     wait_until(lambda: not slow.state.active)
     assert slow.http.get("/health").status_code == 200
+
+
+def num_connections() -> int:
+    """Return the number of connections of the server that are in memory."""
+    return sum(type(found) is StrictH11Protocol for found in gc.get_objects())
+
+
+def test_closed_connections_need_no_garbage_collection() -> None:
+    engine = FakeEngine(step_s=0.02, max_model_len=1_000_000)
+    with running(engine) as live:
+        gc.collect()
+        gc.disable()
+        try:
+            with httpx.Client() as client, connected(live.url), silent_client(live.url):
+                client.post(f"{live.url}/v1/completions", json={"prompt": "a", "max_tokens": 3})
+                wait_until(lambda: len(engine.requests) == 2)
+                assert num_connections() >= 2
+            wait_until(lambda: not num_connections(), 20)
+        finally:
+            gc.enable()
 
 
 LONG = ("x" * 20_000,)

@@ -87,13 +87,13 @@ def test_a_client_that_leaves_in_its_body_gives_its_memory_back(
     assert not [r for r in caplog.records if r.exc_info]
 
 
-@pytest.mark.parametrize("encoding", ["gzip", "deflate", "br", "gzip, gzip", "x" * 500])
-def test_a_compressed_body_is_a_415_and_is_never_unpacked(live: Live, encoding: str) -> None:
+def test_a_compressed_body_is_a_415_and_is_never_unpacked(live: Live) -> None:
     content = gzip.compress(json.dumps({"prompt": "a" * (32 << 20)}).encode())
-    headers = {**JSON, "Content-Encoding": encoding}
-    error = error_of(live.http.post("/v1/completions", content=content, headers=headers), 415)
-    assert error["message"].startswith(f'Content-Encoding: got "{encoding[:50]}')
-    assert "send the body as it is" in error["message"]
+    for encoding in ("gzip", "deflate", "br", "gzip, gzip", "x" * 500):
+        headers = {**JSON, "Content-Encoding": encoding}
+        error = error_of(live.http.post("/v1/completions", content=content, headers=headers), 415)
+        assert error["message"].startswith(f'Content-Encoding: got "{encoding[:50]}')
+        assert "send the body as it is" in error["message"]
 
 
 def test_identity_is_no_compression(live: Live) -> None:
@@ -107,7 +107,7 @@ ANY = 1 << 62
 JSON_VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
     lambda children: st.lists(children) | st.dictionaries(st.text(), children),
-    max_leaves=30,
+    max_leaves=12,
 )
 # bytes that matter, often next to each other
 HOSTILE_BYTES = st.lists(

@@ -312,9 +312,6 @@ def test_a_template_of_the_request_needs_trust() -> None:
         broken = {**body, "chat_template": "{% for %}"}
         error = live.http.post("/v1/chat/completions", json=broken).json()["error"]
         assert error["param"] == "chat_template"
-        nested = {**body, "chat_template": "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}"}
-        error = live.http.post("/v1/chat/completions", json=nested).json()["error"]
-        assert error["message"] == ("chat_template: chat template of the request: nests too deeply")
         giant = {**body, "chat_template": "{{ 'a' * 10**11 }}"}
         answer = live.http.post("/v1/chat/completions", json=giant)
         assert answer.status_code == 400 and "would make texts and" in answer.text

@@ -15,7 +15,7 @@ pytest.importorskip("llguidance", reason="the extra [structured] is not installe
 from tests.serve.test_forced_calls import body_of, check_calls, serving
 
 Parts = tuple[str, str, list[list[str]], str | None]
-PAIRS = [("special", "deepseek_v31"), ("deepseek", "deepseek_v4"), ("glm", "glm47")]
+PAIRS = [("special", "deepseek_v31"), ("not special", "deepseek_v4"), ("glm", "glm47")]
 STOPS = {
     "deepseek_v31": ["<｜tool▁sep｜>", "ls▁begin｜>", '"}', '": '],
     "deepseek_v4": ["</｜DSML｜parameter>", "｜DSML｜", '">', "\n\n<"],

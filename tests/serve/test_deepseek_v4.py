@@ -77,28 +77,6 @@ def test_reasoning_and_its_effort(fields: dict[str, Any], prompt: str, v4: Live)
     assert prompt_of(v4) == prompt
 
 
-def test_an_answer_with_tools_whole_and_streamed(v4: Live) -> None:
-    calls = [(call.name, call.arguments) for call in V4.message.tool_calls]
-    request = {**asked(V4), "extra_body": {}}
-    message = v4.client.chat.completions.create(**request).choices[0].message
-    assert prompt_of(v4).startswith(f"{START}\n\nUse <｜DSML｜x> in <think>.\n" + '{"name": "get_w')
-    with v4.client.chat.completions.stream(**request) as stream:
-        streamed = stream.get_final_completion().choices[0].message
-    for one in (message, streamed):
-        made = [(c.function.name, c.function.arguments) for c in one.tool_calls or []]
-        assert made == calls
-        assert one.content == V4.message.content
-    assert message.model_dump()["reasoning_content"] == V4.message.reasoning
-
-
-def test_a_forced_call_has_a_grammar_of_the_generation(v4: Live) -> None:
-    v4.client.chat.completions.create(**asked(V4, tool_choice="required"))
-    _, params = list(v4.engine.requests.values())[-1]
-    assert params.structured_outputs is not None
-    assert "tool_calls>" in params.structured_outputs.grammar
-    assert "function_calls" not in params.structured_outputs.grammar
-
-
 def test_a_bad_level_is_refused_by_its_field(v4: Live) -> None:
     body = {"messages": HI, "chat_template_kwargs": {"reasoning_effort": "most"}, "tools": TOOLS}
     answer = v4.http.post("/v1/chat/completions", json=body)

@@ -60,6 +60,15 @@ def process_of(body: str) -> Iterator[AsyncEngine]:
         assert not engine.is_running
 
 
+@pytest.fixture(scope="module")
+def processed() -> Iterator[AsyncEngine]:
+    """An engine in a process, for tests that leave it as it was."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine_process, "HEARTBEAT_S", 0.05)
+        with process_of(BODY) as engine:
+            yield engine
+
+
 def run(coroutine: Any) -> Any:
     """The result of a test's coroutine, within a limit."""
     return asyncio.run(asyncio.wait_for(coroutine, TIMEOUT_S))
@@ -86,7 +95,7 @@ REQUESTS = [
 ]
 
 
-def test_outputs_are_those_of_the_engine_itself() -> None:
+def test_outputs_are_those_of_the_engine_itself(processed: AsyncEngine) -> None:
     """In a thread and in a process, where each step sends what it has added."""
     prompt = [5, 9, 7, 5, 9, 7, 30]
 
@@ -102,9 +111,7 @@ def test_outputs_are_those_of_the_engine_itself() -> None:
     inside.start()
     in_thread = run(outputs_of(inside))
     inside.stop()
-    with process_of(BODY) as engine:
-        processed = run(outputs_of(engine))
-    for all_outputs in (in_thread, processed):
+    for all_outputs in (in_thread, run(outputs_of(processed))):
         for outputs, twins in zip(all_outputs, expected, strict=True):
             assert shown(outputs) == shown(twins)
             assert outputs[-1].finished
@@ -114,7 +121,7 @@ def test_outputs_are_those_of_the_engine_itself() -> None:
                 assert first is None or output.arrival_time < first
 
 
-def test_one_process_serves_many_and_frees_what_is_left() -> None:
+def test_one_process_serves_many_and_frees_what_is_left(processed: AsyncEngine) -> None:
     async def main(engine: AsyncEngine) -> None:
         async def leave(number: int) -> None:
             stream = engine.generate([5, number], ENDLESS)
@@ -129,6 +136,7 @@ def test_one_process_serves_many_and_frees_what_is_left() -> None:
                     engine.end("aborted")
             return outputs[-1].finish_reason
 
+        before = dict((await engine.snapshot())[1].finished)
         whole = SamplingParams(temperature=0, max_tokens=50, ignore_eos=True)
         ended = await asyncio.gather(
             *(leave(number) for number in range(5, 25)),
@@ -147,10 +155,10 @@ def test_one_process_serves_many_and_frees_what_is_left() -> None:
             await asyncio.sleep(0.01)
         stats, metrics = await engine.snapshot()
         assert stats.num_running == stats.num_waiting == 0
-        assert metrics.finished["length"] == 20 and metrics.finished["abort"] == 21
+        counts = {reason: metrics.finished[reason] - count for reason, count in before.items()}
+        assert counts["length"] == 20 and counts["abort"] == 21
 
-    with process_of(BODY) as engine:
-        run(main(engine))
+    run(main(processed))
 
 
 def test_a_process_that_is_killed_ends_every_request_with_an_error() -> None:
@@ -172,21 +180,17 @@ def test_a_process_that_is_killed_ends_every_request_with_an_error() -> None:
         assert isinstance(engine.errored, FdDsaError)
 
 
-def test_a_process_that_is_frozen_is_noticed_until_it_goes_on(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(engine_process, "HEARTBEAT_S", 0.05)
-    with process_of(BODY) as engine:
-        assert engine.pid is not None
-        time.sleep(0.3)
-        assert engine.silent_s < 0.3
-        os.kill(engine.pid, signal.SIGSTOP)
-        wait_until(lambda: engine.silent_s > 1.0)
-        # commands fill the socket, and the thread that writes them waits
-        for _ in range(100):
-            engine.end("nothing")
-        os.kill(engine.pid, signal.SIGCONT)
-        wait_until(lambda: engine.silent_s < 0.2)
+def test_a_process_that_is_frozen_is_noticed_until_it_goes_on(processed: AsyncEngine) -> None:
+    assert processed.pid is not None
+    time.sleep(0.3)
+    assert processed.silent_s < 0.3
+    os.kill(processed.pid, signal.SIGSTOP)
+    wait_until(lambda: processed.silent_s > 1.0)
+    # commands fill the socket, and the thread that writes them waits
+    for _ in range(100):
+        processed.end("nothing")
+    os.kill(processed.pid, signal.SIGCONT)
+    wait_until(lambda: processed.silent_s < 0.2)
 
 
 @pytest.mark.parametrize(
@@ -202,31 +206,23 @@ def test_a_process_that_does_not_come_up_is_one_error(body: str, text: str) -> N
         pass
 
 
-@pytest.mark.parametrize("state", ["loading", "stepping"])
-def test_the_engines_process_ends_with_the_servers(state: str, tmp_path: Path) -> None:
+def test_the_engines_process_ends_with_the_servers(tmp_path: Path) -> None:
     """However the server ends, and whatever the engine does."""
     pid_file = tmp_path / "pid"
     body = f"open({str(pid_file)!r}, 'w').write(str(os.getpid()))\n"
     # a call of a library that holds Python's lock
-    hang = "ctypes.PyDLL(None).sleep(3600)"
-    body += f"import ctypes\n{hang if state == 'loading' else BODY.strip()}"
+    body += "import ctypes\nctypes.PyDLL(None).sleep(3600)"
     code = f"""
-import asyncio, sys
-from tests.serve.test_engine_process import ENDLESS, process_of
-async def main(engine):
-    print("ready", flush=True)
-    async for output in engine.generate([5], ENDLESS):
-        pass
-with process_of({body!r}) as engine:
-    asyncio.run(main(engine))
+import sys
+from fd_dsa.config import EngineConfig
+from fd_dsa.serve.engine_process import EngineProcess
+from fd_dsa.startup.progress import StartupProgress
+EngineProcess.COMMAND = (sys.executable, "-c", {child_of(body)!r})
+EngineProcess(EngineConfig(device="cpu"), StartupProgress())
 """
-    server = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    server = subprocess.Popen([sys.executable, "-c", code])
     try:
         wait_until(lambda: pid_file.exists() and pid_file.read_text() != "")
-        if state == "stepping":
-            assert server.stdout is not None
-            assert server.stdout.readline() == "ready\n"
-            time.sleep(0.2)
     finally:
         server.kill()
         server.communicate()

@@ -69,27 +69,6 @@ def test_texts_and_keys_are_in_no_line(caplog: pytest.LogCaptureFixture) -> None
         assert not any(word in line for line in ours)
 
 
-def test_a_json_log_has_one_object_a_line(tmp_path: Path) -> None:
-    with serving(tmp_path, "--log-json", "--log-requests", body=FAKE) as server:
-        for path in ("/health", "/metrics", "/livez", "/readyz", "/startupz", "/v1/models"):
-            httpx.get(f"{server.url}{path}", timeout=TIMEOUT_S)
-        body = {"prompt": "a", "ignore_eos": True}
-        httpx.post(f"{server.url}/v1/completions", json=body, timeout=TIMEOUT_S)
-        log = server.ends()
-    lines = [json.loads(line) for line in log.splitlines()]
-    for line in lines:
-        assert {"time", "level", "logger", "message"} <= line.keys()
-    ended = [line for line in lines if line["logger"] == "fd_dsa.requests"]
-    assert [(line["finish_reason"], line["completion_tokens"]) for line in ended] == [
-        ("length", 16)
-    ]
-    access = [line["message"] for line in lines if line["logger"] == "uvicorn.access"]
-    assert [re.search(r"/\S+", line)[0] for line in access] == [  # type: ignore[index]
-        "/v1/models",
-        "/v1/completions",
-    ]
-
-
 def test_json_of_exceptions_and_of_what_is_no_text() -> None:
     try:
         raise ValueError("\ud800 is no text")
@@ -152,8 +131,8 @@ def test_what_is_no_repetition_is_all_written() -> None:
 
 
 def test_a_flood_of_hostile_requests_leaves_a_short_log(tmp_path: Path) -> None:
-    """The lines of requests that were served are all there."""
-    with serving(tmp_path, "--log-requests", body=FAKE) as server:
+    """The lines of requests that were served are all there, each an object of JSON."""
+    with serving(tmp_path, "--log-json", "--log-requests", body=FAKE) as server:
         begin = time.monotonic()
         with httpx.Client(base_url=server.url, timeout=TIMEOUT_S) as client:
             for number in range(40):
@@ -163,13 +142,24 @@ def test_a_flood_of_hostile_requests_leaves_a_short_log(tmp_path: Path) -> None:
                 client.get(f"/nothing/{number}")
                 client.post("/v1/completions", json={"prompt": "a", "n": -number})
                 client.get("/v1/models")
+            for path in ("/health", "/metrics", "/livez", "/readyz", "/startupz"):
+                client.get(path)
             for _ in range(20):
-                client.post("/v1/completions", json={"prompt": "a"})
+                client.post("/v1/completions", json={"prompt": "a", "ignore_eos": True})
         seconds = time.monotonic() - begin
         log = server.ends()
-    lines = log.splitlines()
-    assert sum("finish_reason " in line for line in lines) == 20, log
-    assert sum('"POST /v1/completions HTTP/1.1" 200' in line for line in lines) == 20
+    lines = [json.loads(line) for line in log.splitlines()]
+    for line in lines:
+        assert {"time", "level", "logger", "message"} <= line.keys()
+    ended = [line for line in lines if line["logger"] == "fd_dsa.requests"]
+    told = [(line["finish_reason"], line["completion_tokens"]) for line in ended]
+    assert told == [("length", 16)] * 20
+    access = [line["message"] for line in lines if line["logger"] == "uvicorn.access"]
+    assert sum('"POST /v1/completions HTTP/1.1" 200' in line for line in access) == 20
+    # no probe has a line
+    paths = {re.search(r"/\S+", line)[0] for line in access}  # type: ignore[index]
+    assert "/v1/models" in paths
+    assert not paths & {"/health", "/metrics", "/livez", "/readyz", "/startupz"}
     # of the 200 others four kinds are refused, and one is no POST
     assert len(lines) < 40 + 20 + 5 * (seconds + 1)
 

@@ -45,13 +45,6 @@ def client_of(live: Live, **kwargs: Any) -> Iterator[anthropic.Anthropic]:
 
 
 @pytest.fixture(scope="module")
-def v32() -> Iterator[Live]:
-    """A server of DeepSeek-V3.2's encoding."""
-    with running(engine_of(V32)) as live:
-        yield live
-
-
-@pytest.fixture(scope="module")
 def client(v32: Live) -> Iterator[anthropic.Anthropic]:
     """A client of that server."""
     with client_of(v32) as made:

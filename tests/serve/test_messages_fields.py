@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +18,7 @@ from fd_dsa.serve.protocol.translation import EXTENSIONS
 from tests.serve.conftest import Live, exchange, running
 from tests.serve.fake_engine import FakeEngine
 from tests.serve.test_messages import client_of
-from tests.serve.test_tool_calls import HI, V32, engine_of
-
-
-@pytest.fixture(scope="module")
-def v32() -> Iterator[Live]:
-    """A server of DeepSeek-V3.2's encoding."""
-    with running(engine_of(V32)) as live:
-        yield live
+from tests.serve.test_tool_calls import HI
 
 
 def error_of(answer: Any) -> dict[str, Any]:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
 import pytest
 
+from fd_dsa.config import demo_model_path
 from fd_dsa.engine.tokenizer import Tokenizer
+from fd_dsa.serve.flags import ServerOptions
+from fd_dsa.serve.info import log_chat
 from tests.chat.recorded import TOOLS
 from tests.engine import byte_model
 from tests.engine.fakes import make_engine
@@ -289,3 +294,20 @@ def test_variables_of_any_name_reach_the_template() -> None:
         allowed = {"allow_special_tokens_in_text": True}
         error = error_of(tokenize(live, **{**fields, "chat_template_kwargs": allowed}), 400)
         assert "allow_special_tokens_in_text" in error["message"]
+
+
+def test_a_broken_template_of_the_folder_disables_chat_only(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copy(demo_model_path() / "tokenizer.json", tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("{{ bos_token }}\n\n{% unknown %}")
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    log_chat(tokenizer, ServerOptions())
+    reason = "chat template of chat_template.jinja: line 3 is no valid Jinja"
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert record.getMessage().startswith(f"chat: none, {reason}")
+    with running(threaded(make_engine(tokenizer=tokenizer, vocab_size=5000))) as live:
+        error = error_of(live.http.post("/v1/chat/completions", json={"messages": CHAT}), 400)
+        assert error["message"].startswith(f"messages: {reason}")
+        assert complete(live).status_code == 200

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,13 +11,6 @@ from tests.chat.recorded import RECORDED, Recorded
 from tests.serve.conftest import Live, running
 from tests.serve.fake_engine import FakeEngine
 from tests.serve.test_tool_calls import HI, V32, asked, engine_of, prompt_of
-
-
-@pytest.fixture(scope="module")
-def v32() -> Iterator[Live]:
-    """A server of DeepSeek-V3.2's encoding."""
-    with running(engine_of(V32)) as live:
-        yield live
 
 
 def test_reasoning_effort_switches_the_reasoning(v32: Live) -> None:

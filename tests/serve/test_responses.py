@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import openai
@@ -29,13 +28,6 @@ def asked(recorded: Recorded, **fields: Any) -> dict[str, Any]:
     """A request for that answer."""
     effort = "high" if recorded.in_reasoning else "none"
     return {**V32_FIELDS, "reasoning": {"effort": effort}, **fields}
-
-
-@pytest.fixture(scope="module")
-def v32() -> Iterator[Live]:
-    """A server of DeepSeek-V3.2's encoding."""
-    with running(engine_of(V32)) as live:
-        yield live
 
 
 def parts_of(response: Response) -> dict[str, Any]:

@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fd_dsa.serve.protocol.responses import IGNORED, REFUSED, REFUSED_IN, ResponsesRequest
-from tests.serve.conftest import Live, running
+from tests.serve.conftest import Live
 from tests.serve.test_responses import FUNCTIONS
-from tests.serve.test_tool_calls import HI, V32, engine_of
-
-
-@pytest.fixture(scope="module")
-def v32() -> Iterator[Live]:
-    """A server of DeepSeek-V3.2's encoding."""
-    with running(engine_of(V32)) as live:
-        yield live
+from tests.serve.test_tool_calls import HI
 
 
 def error_of(live: Live, **fields: Any) -> dict[str, Any]:

@@ -302,13 +302,6 @@ def test_bad_requests(fields: dict[str, Any], param: str, text: str, v32: Live) 
     assert text in error["message"]
 
 
-@pytest.fixture(scope="module")
-def v32() -> Any:
-    """A server of DeepSeek-V3.2's format."""
-    with running(engine_of(V32)) as server:
-        yield server
-
-
 @pytest.mark.parametrize("choice", ["required", tool(name="now")])
 def test_forced_calls_have_a_grammar(choice: Any, v32: Live) -> None:
     v32.client.chat.completions.create(**asked(V32, tool_choice=choice))

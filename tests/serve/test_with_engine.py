@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +9,11 @@ import openai
 import pytest
 
 import fd_dsa
-from fd_dsa.engine.speculation import Speculator
+from fd_dsa.engine.speculation import SpecDecoder
 from tests.engine.drafters import KnowingDrafter
 from tests.engine.fakes import EOS, byte_tokenizer, expected_greedy, make_engine
 from tests.engine.threaded import threaded
-from tests.serve.conftest import chunks_of, running, wait_until
+from tests.serve.conftest import chunks_of, running
 from tests.serve.test_errors import complete, error_of
 
 GREEDY = {"temperature": 0, "max_tokens": 40}
@@ -41,7 +40,7 @@ def test_drafts_come_several_in_an_event_and_are_in_the_usage() -> None:
     tokens = expected_greedy([5, 6, 7], 40, eos=None)
     drafter = KnowingDrafter({}, 1.0, 40)
     drafter.answer = lambda request: tokens
-    with running(threaded(make_engine(speculator=Speculator(drafter, 3)))) as live:
+    with running(threaded(make_engine(spec_decoder=SpecDecoder(drafter, 3)))) as live:
         fields = {"prompt": [5, 6, 7], "logprobs": 1, "ignore_eos": True, **GREEDY}
         fields |= {"return_token_ids": True}
         answer = complete(live, **fields).json()
@@ -138,25 +137,6 @@ def test_usage_tells_what_was_cached_and_salts_keep_apart() -> None:
         for salt in ("", 3, ["a"]):
             error = error_of(complete(live, **fields, cache_salt=salt), 400)
             assert error["param"] == "cache_salt"
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_drain_ends_running_requests_with_abort(stream: bool) -> None:
-    inner = make_engine(max_model_len=100_000, num_blocks=25_001)
-    with running(threaded(inner)) as live:
-        state = live.state
-
-        async def ask_and_drain() -> str:
-            loop = asyncio.get_running_loop()
-            fields = {"prompt": [5], "max_tokens": 99_000, "ignore_eos": True, "stream": stream}
-            answer = loop.run_in_executor(None, lambda: complete(live, **fields).text)
-            await loop.run_in_executor(None, wait_until, lambda: inner.stats().num_running == 1)
-            await state.drain(0.2)
-            return await answer
-
-        text = asyncio.run(ask_and_drain())
-        assert '"finish_reason":"abort"' in text
-        assert live.http.get("/health").status_code == 503
 
 
 def test_only_created_follows_the_clock_on_the_wall() -> None:

@@ -14,7 +14,7 @@ from fd_dsa.engine.request import Request
 
 def running_requests(engine: LLMEngine) -> dict[int, Request]:
     """Requests with a row, by row."""
-    return {request.slot: request for request in engine.scheduler.running.values()}
+    return {request.batch_row: request for request in engine.scheduler.running.values()}
 
 
 def waiting_requests(engine: LLMEngine) -> list[Request]:
@@ -52,7 +52,7 @@ def _audit_blocks(engine: LLMEngine) -> None:
     assert not parts[0] & blocks._key_of.keys(), "a free block can be found"
     salts: dict[int, str | None] = {}
     for request in running_requests(engine).values():
-        for block in blocks.blocks_of(request.arrival):
+        for block in blocks.blocks_of(request.seq_id):
             salt = request.params.cache_salt
             assert salts.setdefault(block, salt) == salt, f"block {block} crosses cache salts"
 
@@ -62,15 +62,15 @@ def _audit_rows(engine: LLMEngine) -> None:
     blocks, batch = engine.block_manager, engine.runner.input_batch
     running = running_requests(engine)
     assert len(running) == engine.scheduler.num_running <= batch.max_num_seqs
-    free = engine.scheduler.free_slots
+    free = engine.scheduler.free_rows
     assert sorted([*free, *running]) == list(range(batch.max_num_seqs)), "a row is lost"
     for row in range(batch.max_num_seqs):
-        owned = blocks.blocks_of(running[row].arrival) if row in running else ()
+        owned = blocks.blocks_of(running[row].seq_id) if row in running else ()
         table = batch.block_tables[row]
         assert tuple(table[: len(owned)].tolist()) == owned, f"row {row} shows other blocks"
         assert (table[len(owned) :] == -1).all(), f"row {row} shows blocks it does not own"
-    names = {request.arrival for request in running.values()}
+    names = {request.seq_id for request in running.values()}
     assert blocks._owners.keys() <= names, "a request without a row owns blocks"
-    arrivals = [request.arrival for request in engine.scheduler.running.values()]
-    arrivals += [request.arrival for request in waiting_requests(engine)]
+    arrivals = [request.seq_id for request in engine.scheduler.running.values()]
+    arrivals += [request.seq_id for request in waiting_requests(engine)]
     assert arrivals == sorted(set(arrivals)), f"served out of order: {arrivals}"

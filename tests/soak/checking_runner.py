@@ -15,7 +15,7 @@ from fd_dsa.engine.logit_rules import LogitRules
 from fd_dsa.engine.request import Request
 from fd_dsa.engine.sampler import Sampler
 from fd_dsa.engine.sampling_params import SamplingParams
-from fd_dsa.ops.sampling.parameters import SlotParameters
+from fd_dsa.ops.sampling.parameters import RowParameters
 from fd_dsa.ops.sampling.token_buffer import REJECTED
 from fd_dsa.runner.input_batch import InputBatch, SamplingInputs
 from fd_dsa.runner.protocol import RunnerInfo, StepFuture
@@ -124,7 +124,7 @@ class CheckingRunner:
         read = self.cache[blocks, offsets]
         wrong = np.flatnonzero(read != expected)
         assert not len(wrong), (
-            f"request {request.arrival} reads a wrong slot at token {wrong[0]} of {end}, "
+            f"request {request.seq_id} reads a wrong slot at token {wrong[0]} of {end}, "
             f"{cached} of them from the cache"
         )
         return hashes[cached:end]
@@ -158,19 +158,19 @@ class DrawingRunner(CheckingRunner):
         # by how much less than planned that is, by row
         self._shifts = np.zeros(self.input_batch.max_num_seqs, np.int64)
         self._unsampled: Any = None
-        # of each slot its output as the device knows it, and what gives the sampler its rules where
-        # that changes logits
+        # batch row -> its output as the device knows it, and a function that gives the sampler its
+        # rules, if they change logits
         self._counted: dict[int, tuple[list[int], Callable[[], None] | None]] = {}
         self.fails_late = False
 
-    def set_slot(
+    def set_parameters(
         self,
-        slot: int,
-        given: SlotParameters,
+        batch_row: int,
+        given: RowParameters,
         prompt: Sequence[int] = (),
         output: Sequence[int] = (),
     ) -> None:
-        """How the rows of a slot are sampled; what is drawn is counted here from then on."""
+        """Set the sampling of a batch row, and count its samples from then on."""
         params = SamplingParams(
             temperature=given.temperature,
             min_p=given.min_p,
@@ -188,10 +188,12 @@ class DrawingRunner(CheckingRunner):
 
         def give() -> None:
             rules = LogitRules(params, prompt, output, None, given.end_ids)
-            self._sampler.set_slot(slot, params, given.seed, rules if params.has_rules else None)
+            self._sampler.set_parameters(
+                batch_row, params, given.seed, rules if params.has_rules else None
+            )
 
         give()
-        self._counted[slot] = output, give if given.is_penalized else None
+        self._counted[batch_row] = output, give if given.is_penalized else None
 
     def execute_model(self, logits_indices: np.ndarray) -> np.ndarray:
         """Put the tokens in, and how long rows are, then run the step."""
@@ -217,27 +219,27 @@ class DrawingRunner(CheckingRunner):
     def sample(self, masks: Sequence[np.ndarray] = ()) -> StepFuture:
         """Sample from the step's logits. The host gets the tokens when it asks for them."""
         (logits, sampling), self._unsampled = self._unsampled, None
-        slots, firsts = np.array(sampling.slots), sampling.logits_indptr
-        positions = np.array(sampling.positions) - self._shifts[slots]
+        batch_rows, firsts = np.array(sampling.batch_rows), sampling.logits_indptr
+        positions = np.array(sampling.positions) - self._shifts[batch_rows]
         masked = [row for row, index in enumerate(sampling.mask_rows) if index >= 0]
         for row, mask in zip(masked, masks, strict=True):
             allowed = np.unpackbits(mask.view(np.uint8), bitorder="little")
             # a mask leaves rows with unusable logits as they are
             if np.isfinite(logits[row]).all():
                 logits[row, allowed[: self.vocab_size] == 0] = -np.inf
-        drawn = np.empty(len(slots), np.int64)
-        for row, (slot, position) in enumerate(
-            zip(slots.tolist(), positions.tolist(), strict=True)
+        drawn = np.empty(len(batch_rows), np.int64)
+        for row, (batch_row, position) in enumerate(
+            zip(batch_rows.tolist(), positions.tolist(), strict=True)
         ):
-            output, give = self._counted[slot]
+            output, give = self._counted[batch_row]
             if give is not None:
-                assert len(output) == position, f"slot {slot} has other counts"
+                assert len(output) == position, f"batch row {batch_row} has other counts"
                 # tokens that were counted may not have stood
                 give()
             # bans go by position
             output[:] = output[:position] + [0] * (position - len(output))
             one = slice(row, row + 1)
-            drawn[one] = self._sampler.sample(logits[one], slots[one], positions[one])
+            drawn[one] = self._sampler.sample(logits[one], batch_rows[one], positions[one])
             output.append(max(int(drawn[row]), 0))
         self._newest, self._known = np.zeros((2, len(firsts) - 1), np.int64)
         self.on_the_way, running, batch = {}, self._running(), self.input_batch
@@ -246,14 +248,14 @@ class DrawingRunner(CheckingRunner):
             wrong = np.flatnonzero(own != drawn[first : end - 1])
             last = first + int(wrong[0]) if len(wrong) else end - 1
             drawn[last + 1 : end] = REJECTED
-            slot, taken = int(slots[first]), np.maximum(drawn[first : last + 1], 0)
-            del self._counted[slot][0][int(positions[last]) + 1 :]
+            batch_row, taken = int(batch_rows[first]), np.maximum(drawn[first : last + 1], 0)
+            del self._counted[batch_row][0][int(positions[last]) + 1 :]
             self._newest[place] = taken[-1]
             self._known[place] = (
-                self._cached[slot] + batch.num_scheduled_tokens[slot] + last + 1 - end
+                self._cached[batch_row] + batch.num_scheduled_tokens[batch_row] + last + 1 - end
             )
-            if slot in running:
-                self.on_the_way[running[slot]] = taken.tolist()
+            if batch_row in running:
+                self.on_the_way[running[batch_row]] = taken.tolist()
         return Tokens(drawn, lambda: self.fails_late)
 
     def read_drafts(self) -> StepFuture:

@@ -16,7 +16,7 @@ from fd_dsa.engine.engine import LLMEngine
 from fd_dsa.engine.output import RequestOutput
 from fd_dsa.engine.prompt_lookup import PromptLookup
 from fd_dsa.engine.sampling_params import SamplingParams
-from fd_dsa.engine.speculation import Drafter, Speculator
+from fd_dsa.engine.speculation import Drafter, SpecDecoder
 from fd_dsa.runner.input_batch import InputBatch
 from tests.engine.drafters import KnowingDrafter
 from tests.engine.fakes import byte_tokenizer, random_clock
@@ -62,7 +62,7 @@ class History:
     arrivals: tuple[Arrival, ...]
     draws_on_device: bool
     async_scheduling: bool
-    most_drafts: int
+    max_drafts: int
     right_share: float | None
     drafts_on_device: bool
 
@@ -107,7 +107,7 @@ def draw_history(number: int) -> History:
         arrivals=arrivals,
         draws_on_device=draws_on_device,
         async_scheduling=draw.random() < 0.8,
-        most_drafts=draw.choice([0, 0, 1, 2, 3]),
+        max_drafts=draw.choice([0, 0, 1, 2, 3]),
         # None: prompt lookup
         right_share=draw.choice([None, 0.0, 0.7, 1.0]),
         drafts_on_device=draws_on_device and draw.random() < 0.7,
@@ -160,10 +160,10 @@ def make_drafter(history: History) -> Drafter:
 
 def make_engine(history: History) -> LLMEngine:
     """The engine of a history over a checking runner."""
-    speculator = None
-    if history.most_drafts:
+    spec_decoder = None
+    if history.max_drafts:
         drafter = make_drafter(history)
-        speculator = Speculator(drafter, history.most_drafts)
+        spec_decoder = SpecDecoder(drafter, history.max_drafts)
     batch = InputBatch(
         history.max_num_seqs,
         history.max_num_batched_tokens,
@@ -172,7 +172,7 @@ def make_engine(history: History) -> LLMEngine:
     )
     kind = DrawingRunner if history.draws_on_device else CheckingRunner
     runner = kind(batch, history.num_blocks, lambda: running_requests(engine), history.nan_share)
-    if history.most_drafts and isinstance(drafter, AheadDrafter):
+    if history.max_drafts and isinstance(drafter, AheadDrafter):
         drafter.runner = runner
     engine = LLMEngine(
         runner,
@@ -183,7 +183,7 @@ def make_engine(history: History) -> LLMEngine:
         target_gap_s=history.target_gap_s,
         enable_prefix_caching=history.enable_prefix_caching,
         async_scheduling=history.async_scheduling,
-        speculator=speculator,
+        spec_decoder=spec_decoder,
     )
     # chunks follow measured times; no output may
     engine.clock = random_clock(history.clock_seed)
@@ -245,7 +245,7 @@ def _step(run: Run, history: History, fails: bool) -> None:
     engine = run.engine
     keys = evictable_keys(engine)
     everyone = [*running_requests(engine).values(), *waiting_requests(engine)]
-    earliest = min(everyone, key=lambda request: request.arrival)
+    earliest = min(everyone, key=lambda request: request.seq_id)
     before = (
         earliest.num_computed_tokens - earliest.num_pending_drafts,
         len(earliest.token_ids),
@@ -264,7 +264,7 @@ def _step(run: Run, history: History, fails: bool) -> None:
         len(earliest.token_ids),
     )
     # so nobody waits for more steps than those in front of it have tokens
-    assert earliest.finish_reason or before < after, f"request {earliest.arrival} was left out"
+    assert earliest.finish_reason or before < after, f"request {earliest.seq_id} was left out"
     if all(output.finish_reason != "error" for output in outputs):
         run.counts["evicted blocks"] += len(keys - evictable_keys(engine))
     ahead = engine.in_flight
@@ -312,7 +312,7 @@ def run_alone(one: Arrival, history: History) -> list[tuple[list[int], str | Non
         max_num_batched_tokens=2 * MAX_MODEL_LEN,
         draws_on_device=False,
         drafts_on_device=False,
-        most_drafts=0,
+        max_drafts=0,
     )
     engine = make_engine(ample)
     engine.add_request("alone", one.prompt, one.params)

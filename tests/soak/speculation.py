@@ -26,7 +26,7 @@ from fd_dsa.engine.mtp_drafter import MtpDrafter  # noqa: E402
 from fd_dsa.engine.output import RequestOutput  # noqa: E402
 from fd_dsa.engine.prompt_lookup import PromptLookup  # noqa: E402
 from fd_dsa.engine.sampling_params import SamplingParams  # noqa: E402
-from fd_dsa.engine.speculation import Speculator  # noqa: E402
+from fd_dsa.engine.speculation import SpecDecoder  # noqa: E402
 from fd_dsa.engine.structured_outputs import StructuredOutputsParams  # noqa: E402
 from tests.engine.drafters import KnowingDrafter  # noqa: E402
 from tests.engine.fakes import byte_tokenizer  # noqa: E402
@@ -93,7 +93,7 @@ def run(
         num_blocks=NUM_BLOCKS,
         max_model_len=MAX_MODEL_LEN,
         eos_token_ids=[EOS],
-        speculator=None if method == "none" else Speculator(drafter, most, costs),
+        spec_decoder=None if method == "none" else SpecDecoder(drafter, most, costs),
     )
     for index, (prompt, params, _) in enumerate(asked):
         engine.add_request(str(index), prompt, params)

@@ -47,7 +47,7 @@ def one_request(**options: Any) -> History:
         arrivals=(Arrival((5, 6, 7), params, 0, None),),
         draws_on_device=True,
         async_scheduling=True,
-        most_drafts=3,
+        max_drafts=3,
         **options,
     )
 
@@ -109,7 +109,7 @@ def _shares_before_the_step(original: Callable[..., Any]) -> Callable[..., Any]:
     def take(self: Scheduler, request: Any, budget: int) -> int:
         taken: int = original(self, request, budget)
         end = request.num_computed_tokens + taken
-        self._blocks.cache_full_blocks(request.arrival, request.block_keys, end)
+        self._blocks.cache_full_blocks(request.seq_id, request.block_keys, end)
         return taken
 
     return take

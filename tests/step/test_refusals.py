@@ -332,9 +332,15 @@ def test_counts_that_are_no_integers_are_refused(name: str, value: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "size", ["max_num_seqs", "max_num_tokens", "max_blocks_per_seq", "block_size", "num_blocks"]
+    ("size", "value"),
+    [
+        *(
+            (size, 0)
+            for size in ("max_num_tokens", "max_blocks_per_seq", "block_size", "num_blocks")
+        ),
+        *(("max_num_seqs", value) for value in (0, -3, 2**31, 4.0, "4")),
+    ],
 )
-@pytest.mark.parametrize("value", [0, -3, 2**31, 4.0, "4"])
 def test_sizes_are_checked(size: str, value: Any) -> None:
     sizes = {"max_num_seqs": 1, "max_num_tokens": 1, "max_blocks_per_seq": 1, "block_size": 1}
     with pytest.raises(

@@ -11,11 +11,9 @@ import pytest
 
 from fd_dsa.errors import BackendUnavailable, LaunchError
 from fd_dsa.triton_runtime import INTERPRETING, paddle_jit
-from tests.quick_interpreter import hurry
 
 import triton
 import triton.language as tl
-import triton.runtime.interpreter as triton_interpreter
 
 paddle = pytest.importorskip("paddle", reason="the kernels are on Paddle's tensors")
 
@@ -56,23 +54,6 @@ def dot_kernel(a_ptr, b_ptr, out_ptr, SIZE: tl.constexpr):
     tl.store(_matrix(out_ptr, SIZE), product)
 
 
-@paddle_jit
-def many_calls_kernel(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
-    x = tl.load(x_ptr + tl.arange(0, BLOCK))
-    total = tl.zeros((BLOCK,), tl.float32)
-    for _ in range(n):
-        total += x / tl.sum(x, axis=0)
-    tl.store(out_ptr + tl.arange(0, BLOCK), total)
-
-
-@paddle_jit
-def shapes_kernel(x_ptr, out_ptr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    row, column = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
-    x = tl.load(x_ptr + row[:, None] * COLUMNS + column[None, :])
-    turned = tl.reshape(tl.trans(x), [ROWS * COLUMNS])
-    tl.store(out_ptr + tl.arange(0, ROWS * COLUMNS), turned + tl.max(x))
-
-
 def _added(n: int) -> tuple[np.ndarray, paddle.Tensor, paddle.Tensor, paddle.Tensor]:
     """The expected sum, two operands and an output full of NaN."""
     x, y = np.arange(n, dtype=np.float32), np.full(n, 0.5, np.float32)
@@ -105,25 +86,6 @@ def test_range_with_a_run_time_bound(n: int) -> None:
     assert out.item() == x.sum()
 
 
-def test_a_launch_prepares_the_language_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = triton_interpreter._patch_builtin
-    packages: list[object] = []
-
-    def patch_builtin(package: object, *rest: object) -> None:
-        packages.append(package)
-        original(package, *rest)
-
-    monkeypatch.setattr(triton_interpreter, "_patch_builtin", patch_builtin)
-    x, out, counts = np.arange(1, 9, dtype=np.float32), paddle.zeros([8]), []
-    # the first launch rewrites the functions that it calls
-    for n in (2, 1, 9):
-        packages.clear()
-        many_calls_kernel[(2,)](paddle.to_tensor(x), out, n, BLOCK=8)
-        np.testing.assert_allclose(out.numpy(), n * x / x.sum(), rtol=1e-6)
-        counts.append(len(packages))
-    assert counts[1] == counts[2] > 0
-
-
 def test_bfloat16_product() -> None:
     rng = np.random.default_rng(0)
     a, b = (
@@ -154,15 +116,6 @@ def test_bound_launch() -> None:
     np.testing.assert_array_equal(other.numpy(), expected)
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (1, 8), (8, 1), (2, 4), (4, 2)])
-@pytest.mark.parametrize("dtype", ["float32", "int32", "uint8"])
-def test_blocks_of_one_size_and_other_shapes(shape: tuple[int, int], dtype: str) -> None:
-    x = np.arange(np.prod(shape)).reshape(shape).astype(dtype)
-    out = paddle.zeros([x.size], dtype)
-    shapes_kernel[(1,)](paddle.to_tensor(x), out, ROWS=shape[0], COLUMNS=shape[1])
-    np.testing.assert_array_equal(out.numpy(), (x.T + x.max()).ravel())
-
-
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
 def test_sums_that_are_too_large_wrap_as_on_a_device() -> None:
     largest = np.iinfo(np.int32).max
@@ -170,22 +123,6 @@ def test_sums_that_are_too_large_wrap_as_on_a_device() -> None:
     out = paddle.zeros([1], "int32")
     add_kernel[(1,)](x, y, out, 1, BLOCK=1)
     assert out.tolist() == [-largest]
-
-
-def test_types_of_one_shape_share_it() -> None:
-    hurry()
-    first, second = tl.block_type(tl.int32, [2, 4]), tl.block_type(tl.int32, (2, 4))
-    assert first.shape is second.shape and first == second
-    assert first != tl.block_type(tl.int32, [4, 2])
-    assert first != tl.block_type(tl.float32, [2, 4])
-    one, other = tl.tensor(None, first), tl.tensor(None, second)
-    assert one.shape is other.shape and [size.value for size in one.shape] == [2, 4]
-    assert one.numel.value == 8 and one.dtype == tl.int32
-    assert tl.tensor(None, tl.int32).numel.value == 1
-    for wrong, error in (([], TypeError), ([3], ValueError)):
-        for _ in range(2):
-            with pytest.raises(error):
-                tl.block_type(tl.int32, wrong)
 
 
 NO_TORCH = """

@@ -55,7 +55,7 @@ def test_forms_of_one_model(form: str, caplog: pytest.LogCaptureFixture) -> None
     assert config == config_from_dict(RELEASED)
     assert config.layer_types == tuple(SAVED["layer_types"])
     assert config.mlp_layer_types == tuple(SAVED["mlp_layer_types"])
-    assert (config.qk_rope_head_dim, config.most_dense_keys) == (64, 2051)
+    assert (config.qk_rope_head_dim, config.max_dense_keys) == (64, 2051)
     assert (config.main_rope.type, config.main_rope.theta) == ("default", 10000)
     rope = config.compress_rope
     assert (rope.type, rope.theta, rope.factor) == ("yarn", 160000, 16)

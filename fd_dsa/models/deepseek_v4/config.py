@@ -1,4 +1,4 @@
-"""Configuration of DeepSeek-V4 models, read from every form of config.json."""
+"""Configuration of DeepSeek-V4 models, as DeepSeek or Hugging Face writes it."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ WINDOW, CSA, HCA = (
 _TYPE_OF_RATIO = {0: WINDOW, 4: CSA, 128: HCA}
 _RATES = {CSA: 4, HCA: 128}
 _OLD_RATES = {CSA: "compress_rate_csa", HCA: "compress_rate_hca"}
-# transformers has no softmax here
+# softmax is unsupported, as in transformers
 _SCORES = ("sqrtsoftplus", "sigmoid")
 
-# other names of a field
+# another name of a field -> the field
 _SAME = {
     "num_local_experts": "n_routed_experts",
     "num_experts": "n_routed_experts",
     "intermediate_size": "moe_intermediate_size",
 }
-# fields with one supported value: any other would change the result, or Hugging Face ignores it
+# fields with one supported value, because another value changes results or transformers ignores it
 _FIXED: dict[str, Any] = {
     "num_key_value_heads": 1,
     "n_shared_experts": 1,
@@ -43,10 +43,10 @@ _FIXED: dict[str, Any] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeepseekV4Defaults:
-    """Numbers that a config.json of DeepSeek-V4 may leave out, under its names.
+    """Numbers that config.json of a DeepSeek-V4 model may omit, under their names there.
 
-    Widths are numbers of elements, `sliding_window` and `max_position_embeddings` tokens,
-    `index_topk` CSA entries. No field has a default here.
+    Widths count elements. `sliding_window` and `max_position_embeddings` count tokens, and
+    `index_topk` counts CSA entries. `registry.FAMILIES` has the values.
     """
 
     model_type: str
@@ -76,7 +76,7 @@ class DeepseekV4Defaults:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeepseekV4Config(DeepseekV4Defaults):
-    """Everything that layers, caches and weights of a DeepSeek-V4 model depend on.
+    """Settings that layers, caches and weights of a DeepSeek-V4 model depend on.
 
     The names are those of Hugging Face's config.json (transformers 5.23).
 
@@ -87,7 +87,7 @@ class DeepseekV4Config(DeepseekV4Defaults):
         compress_rates: tokens per entry of a CSA and of an HCA layer.
         mlp_layer_types: `hash_moe` (experts by token id) or `moe`, one per layer.
         main_rope, compress_rope: angles of window-only layers, and of the others.
-        eos_token_ids, generation, unknown_fields: same as of `ModelConfig`.
+        eos_token_ids, generation, unknown_fields: see `ModelConfig`.
     """
 
     qk_rope_head_dim: int
@@ -103,7 +103,7 @@ class DeepseekV4Config(DeepseekV4Defaults):
     pad_token_id: int | None
     generation: Mapping[str, float] = field(default_factory=dict)
     unknown_fields: tuple[str, ...] = field(default=(), compare=False)
-    # FP8 checkpoints are refused
+    # always these values, because FP8 checkpoints are refused
     weight_block_size: None = None
     round_scales: bool = False
 
@@ -116,7 +116,7 @@ class DeepseekV4Config(DeepseekV4Defaults):
             defaults: values of the numbers that the file leaves out.
 
         Raises:
-            ConfigError: a value is not supported. The message names the file and the field.
+            ConfigError: a value is unsupported. The message names the file and the field.
         """
         return cls(**_read_fields(reader, defaults))
 
@@ -126,8 +126,8 @@ class DeepseekV4Config(DeepseekV4Defaults):
         return [kind == CSA for kind in self.layer_types]
 
     @property
-    def most_dense_keys(self) -> int:
-        """Max tokens of a row of which the last one attends to every CSA entry."""
+    def max_dense_keys(self) -> int:
+        """Max tokens of a row whose last token still attends to every CSA entry."""
         return (self.index_topk + 1) * self.compress_rates[CSA] - 1
 
     def cache_layout(self, kv_cache_dtype: str, block_size: int) -> V4CacheLayout:
@@ -138,7 +138,7 @@ class DeepseekV4Config(DeepseekV4Defaults):
             block_size: tokens of a block.
 
         Raises:
-            ConfigError: another format, or a block that does not hold whole entries.
+            ConfigError: the format is unsupported, or a block does not hold whole entries.
         """
         if kv_cache_dtype != "float32":
             raise flag_error(
@@ -192,7 +192,7 @@ def _read_fields(reader: FieldReader, defaults: DeepseekV4Defaults) -> dict[str,
 
 
 def _read_rope_dim(reader: FieldReader, head_dim: int) -> int:
-    """Read the rotated channels, given as a number or as a fraction of the head."""
+    """Read the number of rotated channels, also given as a fraction of the head."""
     factor = None
     if reader.raw("partial_rotary_factor") is not None:
         factor = reader.positive("partial_rotary_factor", None)
@@ -211,22 +211,25 @@ def _read_rope_dim(reader: FieldReader, head_dim: int) -> int:
 
 
 def _read_layer_types(reader: FieldReader, num_layers: int) -> tuple[str, ...]:
-    """Read the kinds of layers, without further entries of MTP layers."""
+    """Read the kind of each layer, without the entries of MTP layers."""
     name, allowed = "layer_types", _TYPE_OF_RATIO.values()
     listed, ratios = reader.raw(name), reader.raw("compress_ratios")
     if listed is None and ratios is not None:
         name = "compress_ratios"
         own = [as_integer(one) for one in ratios] if isinstance(ratios, (list, tuple)) else [None]
         if None in own:
-            raise reader.error(name, ratios, "a list of one integer a layer")
+            raise reader.error(name, ratios, "a list of one integer per layer")
         if odd := [ratio for ratio in own[:num_layers] if ratio not in _TYPE_OF_RATIO]:
             raise reader.error(
-                name, odd[0], "0, 4 or 128", "other ratios are layer_types with compress_rates"
+                name, odd[0], "0, 4 or 128", "set others by layer_types and compress_rates"
             )
         listed = [_TYPE_OF_RATIO[ratio] for ratio in own[:num_layers] if ratio is not None]
     if listed is None:
         raise reader.error(
-            name, None, "layer_types or compress_ratios", "no default fits every model; copy them"
+            name,
+            None,
+            "layer_types or compress_ratios",
+            "no default fits every model; add either one",
         )
     if not isinstance(listed, (list, tuple)) or len(listed) < num_layers:
         raise reader.error(name, reader.raw(name), f"a list of at least {num_layers}, one a layer")
@@ -237,7 +240,7 @@ def _read_layer_types(reader: FieldReader, num_layers: int) -> tuple[str, ...]:
 
 
 def _read_rates(reader: FieldReader) -> dict[str, int]:
-    """Read the tokens per entry, by kind of layer."""
+    """Read the number of tokens per entry, by kind of layer."""
     section = reader.section("compress_rates")
     rates = {}
     for kind, default in _RATES.items():
@@ -272,13 +275,13 @@ def _read_ropes(reader: FieldReader, longest: int, share: float) -> tuple[RopeCo
     sections = [one for name in names if (one := reader.section(name)) is not None]
     factor = reader.raw("partial_rotary_factor")
     share = share if factor is None else factor
-    forms = [_read_form(one, thetas, longest, share) for one in sections]
-    if len(forms) == 2 and forms[0] != forms[1]:
-        raise reader.error(names[1], forms[1], f"the same as {names[0]}, {forms[0]}", "remove one")
-    return forms[0] if forms else (RopeConfig(theta=thetas[0]), RopeConfig(theta=thetas[1]))
+    pairs = [_read_rope_pair(one, thetas, longest, share) for one in sections]
+    if len(pairs) == 2 and pairs[0] != pairs[1]:
+        raise reader.error(names[1], pairs[1], f"the same as {names[0]}, {pairs[0]}", "remove one")
+    return pairs[0] if pairs else (RopeConfig(theta=thetas[0]), RopeConfig(theta=thetas[1]))
 
 
-def _read_form(
+def _read_rope_pair(
     section: FieldReader, thetas: tuple[float, float], longest: int, share: float
 ) -> tuple[RopeConfig, RopeConfig]:
     """Read both angles from one object, with or without `main` and `compress`."""
@@ -287,12 +290,12 @@ def _read_form(
         section.raw("rope_theta")
         return RopeConfig(theta=thetas[0]), _read_rope(section, thetas[1], longest)
     for name in (*ROPE_FIELDS, "rope_theta", "partial_rotary_factor"):
-        # transformers drops them
+        # transformers ignores these fields beside `main` and `compress`
         section.raw(name)
     main.choice("rope_type", "default", ("default",))
     for one in (main, compress):
         one.choice("partial_rotary_factor", share, (share,), "as at the top of the file")
-    # with neither, transformers scales cos and sin, which no V4 model is trained for
+    # without this factor transformers scales cos and sin, and no V4 model is trained that way
     if compress.raw("rope_type") == "yarn" and compress.raw("attention_factor") is None:
         raise compress.error("attention_factor", None, "1.0")
     ropes = [

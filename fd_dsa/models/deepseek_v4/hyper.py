@@ -137,7 +137,7 @@ class HeadCollapse:
         self._base = weights.vector({f"{prefix}base": streams})
         self._scale = weights.vector({f"{prefix}scale": 1}, factor=width**0.5)
 
-    def of(self, streams: np.ndarray) -> np.ndarray:
+    def weighted_sum(self, streams: np.ndarray) -> np.ndarray:
         """Sum [num_tokens, num_streams, hidden_size] to [num_tokens, hidden_size]."""
         mixed = _mixes(streams, self._fn, self._scale, self._norm_eps)
         mixed += self._base
@@ -147,7 +147,7 @@ class HeadCollapse:
 def _mixes(streams: np.ndarray, fn: HostMatrix, scale: np.ndarray, epsilon: float) -> np.ndarray:
     """Return `fn` of streams z / length(z), times `scale`: [num_tokens, mixes]."""
     flat = streams.reshape(len(streams), -1)
-    mixed: np.ndarray = fn.times(flat)
+    mixed: np.ndarray = fn.matmul(flat)
     mixed *= scale / length(flat, epsilon)
     return mixed
 

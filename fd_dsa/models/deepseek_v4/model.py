@@ -44,16 +44,16 @@ class DeepseekV4DecoderLayer:
     ) -> np.ndarray:
         """Return the residual [num_kept, num_streams + 1, hidden_size] after the layer.
 
-        The last row is free.
+        The last row is scratch memory of the next block.
 
         Args:
             kept: index of the tokens whose streams are needed.
         """
         x, mixture = self._attn_hc.read(residual[:, :-1])
-        attended = self.attn.forward(self._attn_norm.of(x), angles, forward_meta, kept)
+        attended = self.attn.forward(self._attn_norm.normalize(x), angles, forward_meta, kept)
         residual = self._attn_hc.expand(attended, residual[kept], mixture[kept])
         x, mixture = self._ffn_hc.read(residual[:, :-1])
-        out = self.ffn.forward(self._ffn_norm.of(x), token_ids[kept])
+        out = self.ffn.forward(self._ffn_norm.normalize(x), token_ids[kept])
         return self._ffn_hc.expand(out, residual, mixture)
 
 
@@ -88,13 +88,13 @@ class DeepseekV4ForCausalLM:
 
     @property
     def loaders(self) -> dict[str, WeightLoader]:
-        """Function that fills the place of each tensor of a checkpoint, by name."""
+        """Loader of each checkpoint tensor, by name."""
         return self._weights.loaders
 
     def __call__(self, token_ids: Array, forward_meta: LayerStep) -> np.ndarray:
         """Return streams after the last layer, [num_tokens, num_streams * hidden_size].
 
-        Only those of `forward_meta.sampled` have values, because the last layer skips the others.
+        Only tokens of `forward_meta.sampled` have values, because the last layer skips the others.
 
         Args:
             token_ids: int64 [num_tokens], token ids of the step, rows back to back.
@@ -102,10 +102,10 @@ class DeepseekV4ForCausalLM:
         """
         ids, positions = as_numpy(token_ids), forward_meta.position_ids
         rows = self._embedding[ids]
-        # a token's streams, and a row for the output of a block
+        # for each token its streams, and a row for the output of a block
         residual = np.repeat(rows[:, None], self.config.hc_mult + 1, axis=1)
         angles = [rotation.of_step(positions) for rotation in self._rotations]
-        # the last layer continues with the sampled tokens, or with any one
+        # the last layer computes only sampled tokens, or a single token if the step samples none
         sampled, everything = as_numpy(forward_meta.sampled), slice(None)
         asked: Any = sampled if len(sampled) else slice(1)
         if len(sampled) == len(rows):
@@ -124,6 +124,6 @@ class DeepseekV4ForCausalLM:
         """Return logits [n, vocab_size] of streams [n, num_streams * hidden_size]."""
         streams = hidden_states.reshape(len(hidden_states), self.config.hc_mult, -1)
         with np.errstate(over="ignore"):
-            collapsed = self._collapse.of(streams)
-        logits: np.ndarray = self._head.times(self._norm.of(collapsed))
+            collapsed = self._collapse.weighted_sum(streams)
+        logits: np.ndarray = self._head.matmul(self._norm.normalize(collapsed))
         return logits

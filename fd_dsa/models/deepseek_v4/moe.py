@@ -13,9 +13,9 @@ _ONE = np.float32(1.0)
 
 
 class V4Gate:
-    """Router: selects experts by a table of token ids, or by the best scores.
+    """Router that selects experts by a table of token ids, or by score.
 
-    The bias counts only for the selection. The selected scores are normalised for every scoring
+    The bias changes only the selection. The selected scores are normalised for every scoring
     function.
     """
 
@@ -41,7 +41,7 @@ class V4Gate:
         Returns:
             Experts int32 [num_tokens, top_k], ascending, and their weights, float32, same shape.
         """
-        scores = self._scores(self._weight.times(x))
+        scores = self._scores(self._weight.matmul(x))
         if self._by_id is not None:
             # ascending, so that the order of sums does not depend on the batch composition
             experts = np.sort(self._by_id.take(token_ids, axis=0), axis=1)
@@ -93,7 +93,7 @@ class V4MoE:
 
 
 def _softplus(x: np.ndarray) -> np.ndarray:
-    """Return log(1 + exp(x)), in an eighth of the time of logaddexp."""
+    """Return log(1 + exp(x)), eight times as fast as logaddexp."""
     return np.log1p(np.exp(-np.abs(x))) + np.clip(x, 0.0, np.inf)
 
 

@@ -1,4 +1,4 @@
-"""RMSNorm of DeepSeek-V4 in float32. No other kernel has to give the same bits."""
+"""RMSNorm of DeepSeek-V4 in float32, because no kernel must match its bits."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class RowNorm:
     def __init__(self, weights: HostOnlyWeights, name: str, width: int, epsilon: float) -> None:
         self._weight, self._epsilon = weights.vector({name: width}, factor=width**0.5), epsilon
 
-    def of(self, x: np.ndarray) -> np.ndarray:
-        """Return x [n, width] normed. It may be columns of wider rows."""
+    def normalize(self, x: np.ndarray) -> np.ndarray:
+        """Normalize x [n, width], which may be columns of wider rows."""
         out = x / length(x, self._epsilon)
         out *= self._weight
         return out

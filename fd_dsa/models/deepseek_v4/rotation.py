@@ -11,17 +11,22 @@ from fd_dsa.models.rope_config import RopeConfig
 
 
 class Angles(NamedTuple):
-    """Turns of each token's position, and of minus the position, for `rotate`."""
+    """Angles of each token's position as complex numbers, and their conjugates.
+
+    Attributes:
+        forward: complex64 [num_tokens, 1, rope_dim / 2], rotates keys and queries.
+        backward: complex64 of the same shape, reverts the rotation in attention outputs.
+    """
 
     forward: np.ndarray
     backward: np.ndarray
 
 
 class Rotation:
-    """Set of frequencies of a model, with unscaled cos and sin.
+    """Frequencies of a RoPE setting, with unscaled cos and sin.
 
     Args:
-        rope: settings.
+        rope: setting.
         width: number of rotated channels.
     """
 
@@ -50,11 +55,11 @@ class Rotation:
 
 
 def rotate(x: np.ndarray, turns: np.ndarray) -> None:
-    """Rotate the pairs (x[2j], x[2j+1]) of `x` in place, each a complex number.
+    """Rotate the pairs (x[2j], x[2j+1]) of `x` in place, as complex numbers.
 
     Args:
         x: float32 [n, num_heads, rope_dim], a view whose last axis is contiguous.
-        turns: turns of `Rotation.at`.
+        turns: complex64 [n, 1, rope_dim / 2], see `Rotation.at`.
     """
     pairs = x.view(np.complex64)
     np.multiply(pairs, turns, out=pairs)

@@ -12,7 +12,7 @@ from fd_dsa.models.sources import EMBEDDING, LM_HEAD
 
 FINAL_NORM = "model.norm.weight"
 HEAD_HC = "model.hc_head.hc_"
-# names in DeepSeek's checkpoints, or in those that `save_pretrained` writes
+# name in a checkpoint of DeepSeek, or of `save_pretrained` -> name in fd_dsa
 _OTHER_NAMES = {
     "embed.weight": EMBEDDING,
     "head.weight": LM_HEAD,
@@ -23,7 +23,7 @@ _LAYER = re.compile(r"(?:model\.)?layers\.(\d+)\.(.*)")
 
 
 def tensor_name(stored: str) -> str:
-    """Return the name here of a tensor under either of its two names in checkpoints."""
+    """Return the name in fd_dsa of a tensor with a name of either kind of checkpoint."""
     if match := _LAYER.fullmatch(stored):
         leaf = match[2]
         if leaf == "attn.norm.weight":

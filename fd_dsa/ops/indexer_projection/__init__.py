@@ -48,7 +48,7 @@ def project_on_host(
     for index, array in enumerate(out or ()):
         check_writable("project_indexer", f"out[{index}]", array)
     x = as_numpy(hidden_states)
-    results: list[Any] = [w if w is None else HostMatrix(w).times(x) for w in (wk, weights_proj)]
+    results: list[Any] = [w if w is None else HostMatrix(w).matmul(x) for w in (wk, weights_proj)]
     if out is None:
         return results[0], results[1]
     for target, result in zip(out, results, strict=True):

@@ -6,8 +6,8 @@ from typing import Any
 
 from fd_dsa.cache_formats import INDEX_WIDTH
 from fd_dsa.ops.arrays import CACHE_DTYPES, cache_format, check_array, check_shape, result
-from fd_dsa.ops.logits.tile_forms import unsupported_reason
-from fd_dsa.ops.providers import TENSOR_CORE, activation_dtypes, call, choose, device_kind
+from fd_dsa.ops.logits.tile_configs import unsupported_reason
+from fd_dsa.ops.providers import TENSOR_CORE, activation_dtypes, call, device_kind, select_provider
 from fd_dsa.step import ForwardMeta
 from fd_dsa.tensor import Array
 
@@ -43,7 +43,7 @@ def indexer_logits(
     Raises:
         ShapeError, DtypeError: an argument is not as above. It is raised before any work.
         MissingStepError: the step has prompt tokens and no windows.
-        ConfigError, BackendUnavailable: FD_DSA_OP_PROVIDER, see `fd_dsa.ops.providers.choose`.
+        ConfigError, BackendUnavailable: FD_DSA_OP_PROVIDER, see `providers.select_provider`.
 
     Source: DeepSeek-V3.2 (arXiv 2512.02556) §2, eq. 1; the FP8 form is that of DeepGEMM's
     fp8_mqa_logits.
@@ -61,7 +61,7 @@ def indexer_logits(
     kind = device_kind(q)
 
     def provider() -> str:
-        return choose(_NAME, kind, {TENSOR_CORE: reason}).provider
+        return select_provider(_NAME, kind, {TENSOR_CORE: reason}).provider
 
     if num_tokens:
         call(_NAME, kind, provider, q, weights, cache, step, out)

@@ -12,7 +12,7 @@ from fd_dsa.cache_formats import INDEX_WIDTH
 from fd_dsa.ops.arrays import allocator_beside
 from fd_dsa.ops.device_functions import key_bounds
 from fd_dsa.ops.key_bounds import prompt_windows
-from fd_dsa.ops.logits.tile_forms import BLOCK_SIZE, decode_form, padded_heads, prompt_form
+from fd_dsa.ops.logits.tile_configs import BLOCK_SIZE, decode_config, padded_heads, prompt_config
 from fd_dsa.ops.logits.tile_schedule import TileSchedule
 from fd_dsa.ops.step_kernel import step_kernel
 from fd_dsa.step import ForwardMeta
@@ -272,7 +272,7 @@ def score_tiles(
     Cost: one launch of the programs of the schedule.
     Source: DeepGEMM's paged_mqa_logits, for the fixed programs that share the work.
     """
-    num_heads, form = q.shape[1], schedule.form
+    num_heads, config = q.shape[1], schedule.config
     num_rows, width = logits.shape
     if num_rows == 0 or width == 0:
         return
@@ -283,11 +283,11 @@ def score_tiles(
         *(chunk, first_token, num_rows, *sizes),
         NUM_HEADS=num_heads,
         HEADS=padded_heads(num_heads),
-        FIRST=form.first_tokens,
-        REST=form.rest_tokens,
-        num_warps=form.num_warps,
-        num_stages=form.num_stages,
-        maxnreg=form.maxnreg,
+        FIRST=config.first_tokens,
+        REST=config.rest_tokens,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        maxnreg=config.maxnreg,
     )
 
 
@@ -296,8 +296,8 @@ def score_step(
 ) -> None:
     """Write the scores of a step by `score_tiles`, with a new schedule."""
     num_tokens, heads, _ = q.shape
-    form = prompt_form(heads) if step.num_prefill_tokens else decode_form(heads, 1)
-    programs = traits_for(q).num_processors * form.programs_per_processor
-    schedule = TileSchedule.allocate(form, num_tokens, 1, programs, allocator_beside(q))
+    config = prompt_config(heads) if step.num_prefill_tokens else decode_config(heads, 1)
+    programs = traits_for(q).num_processors * config.programs_per_processor
+    schedule = TileSchedule.allocate(config, num_tokens, 1, programs, allocator_beside(q))
     schedule.fill(step, logits.shape[1])
     score_tiles(q, weights, cache, step, schedule, logits)

@@ -13,7 +13,7 @@ from typing import Any
 from fd_dsa.device.allocation import Allocate
 from fd_dsa.ops.device_functions import key_bounds
 from fd_dsa.ops.key_bounds import prompt_windows
-from fd_dsa.ops.logits.tile_forms import BLOCK_SIZE, TileForm
+from fd_dsa.ops.logits.tile_configs import BLOCK_SIZE, TileConfig
 from fd_dsa.ops.step_kernel import step_kernel
 from fd_dsa.step import ForwardMeta
 from fd_dsa.triton_runtime import start_next, wait_for_inputs
@@ -142,7 +142,7 @@ class TileSchedule:
     begin at entry t.
 
     Attributes:
-        form: form of the kernel that scores.
+        config: configuration of the kernel that scores.
         tiles: int32 [max_num_tokens, 4]; first token, number of tokens, request and number of pages
             of each tile that is scored.
         work_ends: int32 [max_num_tokens]; the work of a chunk's tiles up to and with this one.
@@ -151,18 +151,23 @@ class TileSchedule:
             all of it at once.
     """
 
-    form: TileForm
+    config: TileConfig
     tiles: Any
     work_ends: Any
     programs: Any
 
     @classmethod
     def allocate(
-        cls, form: TileForm, max_tokens: int, max_chunks: int, num_programs: int, allocate: Allocate
+        cls,
+        config: TileConfig,
+        max_tokens: int,
+        max_chunks: int,
+        num_programs: int,
+        allocate: Allocate,
     ) -> TileSchedule:
         """Allocate buffers for steps of at most `max_tokens` tokens in `max_chunks` chunks."""
         return cls(
-            form,
+            config,
             allocate((max_tokens, TILE_FIELDS), "int32"),
             allocate((max_tokens,), "int32"),
             allocate((max_chunks, num_programs, PROGRAM_FIELDS), "int32"),
@@ -197,6 +202,11 @@ class TileSchedule:
             *prompt_windows(step),
             *(self.tiles, self.work_ends, self.programs),
             *(num_tokens, chunk_tokens, max_keys, min_keys),
-            *(self.programs.shape[1], self.form.tile_tokens, self.form.begin_pages, search_steps),
+            *(
+                self.programs.shape[1],
+                self.config.tile_tokens,
+                self.config.begin_pages,
+                search_steps,
+            ),
             num_warps=_NUM_WARPS,
         )

@@ -28,7 +28,7 @@ from fd_dsa.ops.arrays import (
 from fd_dsa.ops.fixed_order import fixed_order, row_sums, weighted_sum
 from fd_dsa.ops.gather import gather_latents
 from fd_dsa.ops.host_gemm import batched
-from fd_dsa.ops.providers import activation_dtypes, call, choose, device_kind, function
+from fd_dsa.ops.providers import activation_dtypes, call, device_kind, function, select_provider
 from fd_dsa.tensor import Array
 
 __all__ = ["dequantize", "sparse_mla"]
@@ -72,7 +72,7 @@ def sparse_mla(
     Raises:
         ShapeError, DtypeError: an argument is not as above, before any work.
         ValueError: on a CPU, a slot below -1 or past the cache. A device ignores such a slot.
-        ConfigError, BackendUnavailable: FD_DSA_OP_PROVIDER, see `fd_dsa.ops.providers.choose`.
+        ConfigError, BackendUnavailable: FD_DSA_OP_PROVIDER, see `providers.select_provider`.
 
     Source: DeepSeek-V2 (arXiv 2405.04434) §2.1, over the keys chosen as in arXiv 2512.02556.
     """
@@ -95,21 +95,21 @@ def sparse_mla(
     sizes = num_heads, dtype_name(q.dtype), stored, kv_lora_rank, width - kv_lora_rank
     if kind == "cpu":
         check_values(name, "slots", as_numpy(slots), -1, as_numpy(cache)[..., 0].size)
-        choice = partial(choose, name, kind)
+        selected = partial(select_provider, name, kind)
     else:
         # imported only if there is a device, because it loads kernels
-        from fd_dsa.ops.mla.custom_op import choose_attention
+        from fd_dsa.ops.mla.custom_op import select_attention
         from fd_dsa.triton_runtime.device_api import traits_for
 
         assert not isinstance(q, np.ndarray)
         capability = traits_for(q).capability
-        choice = partial(choose_attention, kind, *sizes, capability, allocator_beside(q))
+        selected = partial(select_attention, kind, *sizes, capability, allocator_beside(q))
     if num_tokens and num_heads:
         how = {"softmax_scale": softmax_scale, "kv_lora_rank": kv_lora_rank}
-        call(name, kind, lambda: choice().provider, q, cache, slots, out, **how)
+        call(name, kind, lambda: selected().provider, q, cache, slots, out, **how)
     else:
         # a provider that was asked for and cannot serve is an error for no token, too
-        choice()
+        selected()
     return out
 
 
@@ -130,7 +130,7 @@ def dequantize(cache: Array, slots: Array, out: Array | None = None) -> Any:
     Raises:
         ShapeError, DtypeError: an argument is not as above, before any work.
         ValueError: on a CPU, a slot outside the cache. On a device the key of such a slot is zeros.
-        ConfigError, BackendUnavailable: FD_DSA_OP_PROVIDER, see `fd_dsa.ops.providers.choose`.
+        ConfigError, BackendUnavailable: FD_DSA_OP_PROVIDER, see `providers.select_provider`.
 
     Source: FlashMLA (README, "FP8 KV cache") for the record.
     """
@@ -144,7 +144,7 @@ def dequantize(cache: Array, slots: Array, out: Array | None = None) -> Any:
     kind = device_kind(cache)
     if kind == "cpu":
         check_values(name, "slots", as_numpy(slots), 0, cache.shape[0])
-    function(name, choose(name, kind).provider)(cache, slots, out)
+    function(name, select_provider(name, kind).provider)(cache, slots, out)
     return out
 
 

@@ -18,11 +18,11 @@ from fd_dsa.device.allocation import Allocate
 from fd_dsa.ops.arrays import cache_format
 from fd_dsa.ops.cache_probes import TENSOR_CORE_TOLERANCE, mla_case
 from fd_dsa.ops.fixed_order import row_dependence_refusal
-from fd_dsa.ops.library_kernel import LibraryKernel, difference, shared_kernel, why_not_compiled
+from fd_dsa.ops.library_kernel import LibraryKernel, difference, interpreter_refusal, shared_kernel
 from fd_dsa.ops.mla import tensor_core
 from fd_dsa.ops.mla.records import Dequantized
 from fd_dsa.ops.probes import Case
-from fd_dsa.ops.providers import CUSTOM_OP, TENSOR_CORE, Choice, choose
+from fd_dsa.ops.providers import CUSTOM_OP, TENSOR_CORE, SelectedProvider, select_provider
 from fd_dsa.tensor import Tensor
 
 MAX_NARROW_HEADS = 32
@@ -166,7 +166,7 @@ def kind_for(num_heads: int, is_fp8: bool) -> type[CustomAttention] | None:
     return WideAttention if num_heads >= MIN_WIDE_HEADS else None
 
 
-def choose_attention(
+def select_attention(
     kind: str,
     num_heads: int,
     dtype: str,
@@ -175,18 +175,18 @@ def choose_attention(
     rope: int,
     capability: int,
     allocate: Allocate,
-) -> Choice:
-    """Select the provider of sparse MLA for sizes and types, see `tensor_core.why_not`.
+) -> SelectedProvider:
+    """Select the provider of sparse MLA for sizes and types, see `tensor_core.unsupported_reason`.
 
     The first call compares a kernel of custom_ops/ with the definition, and waits for the device.
     """
-    reason = tensor_core.why_not(capability, dtype, cache_dtype, rank, rope)
+    reason = tensor_core.unsupported_reason(capability, dtype, cache_dtype, rank, rope)
     conditions, own = {TENSOR_CORE: reason}, kind_for(num_heads, cache_dtype == "fp8_ds_mla")
-    conditions[CUSTOM_OP] = reason or row_dependence_refusal() or why_not_compiled()
+    conditions[CUSTOM_OP] = reason or row_dependence_refusal() or interpreter_refusal()
     if own is None:
         few = f"{num_heads} heads over bfloat16 latents, it takes more than {MIN_WIDE_HEADS - 1}"
         conditions[CUSTOM_OP] = conditions[CUSTOM_OP] or few
-    return choose("sparse_mla", kind, conditions, lambda k: difference(own, k, allocate))
+    return select_provider("sparse_mla", kind, conditions, lambda k: difference(own, k, allocate))
 
 
 def attend_slots(q: Tensor, cache: Tensor, *others: Tensor, **options: Any) -> None:

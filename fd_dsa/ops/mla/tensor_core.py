@@ -25,11 +25,11 @@ _HOPPER = range(90, 100)
 _PROCESSORS = 132
 # cost of a program in addition to its tiles, and of a second launch, in tiles
 _START_TILES, _COMBINE_TILES = 1.5, 2.0
-COMBINE_FORMS = ((4, RANK, 4), (MAX_SPLITS, 128, 4))
+COMBINE_CONFIGS = ((4, RANK, 4), (MAX_SPLITS, 128, 4))
 """(max splits, columns of a program, num_warps) of the launch that combines the splits."""
 
 
-class Form(NamedTuple):
+class KernelConfig(NamedTuple):
     """Tile sizes of a launch, tuned by benchmarks/tune.py.
 
     Attributes:
@@ -64,16 +64,20 @@ class Partials(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def form_for(num_heads: int, num_tokens: int, fp8: bool) -> Form:
+def kernel_config(num_heads: int, num_tokens: int, fp8: bool) -> KernelConfig:
     """Return the tile sizes that were fastest on an H200 for these heads and tokens."""
     if num_heads <= 8:
-        return Form(False, 8, 64, True, 4, 1, 2)
+        return KernelConfig(False, 8, 64, True, 4, 1, 2)
     if num_heads <= 16 or num_tokens == 1:
         # one token: many small programs, each of which waits for few keys
-        return Form(False, 16, 64, True, 4, 1, 2) if fp8 else Form(True, 16, 64, False, 4, 2, 2)
+        return (
+            KernelConfig(False, 16, 64, True, 4, 1, 2)
+            if fp8
+            else KernelConfig(True, 16, 64, False, 4, 2, 2)
+        )
     if num_heads <= 32 or (fp8 and num_tokens <= 8):
-        return Form(not fp8, 32, 128, True, 8, 1, 1)
-    return Form(False, 64, 64, False, 8, 1, 1)
+        return KernelConfig(not fp8, 32, 128, True, 8, 1, 1)
+    return KernelConfig(False, 64, 64, False, 8, 1, 1)
 
 
 def partial_rows(num_heads: int) -> int:
@@ -89,7 +93,7 @@ def new_partials(num_heads: int, allocate: Allocate) -> Partials:
 
 
 @lru_cache(maxsize=4096)
-def num_splits(num_tokens: int, num_heads: int, topk: int, form: Form, rows: int) -> int:
+def num_splits(num_tokens: int, num_heads: int, topk: int, config: KernelConfig, rows: int) -> int:
     """Return the number of programs that share the entries of a token.
 
     It minimises the estimated time: rounds of programs on the device times the cost of a program,
@@ -97,11 +101,11 @@ def num_splits(num_tokens: int, num_heads: int, topk: int, form: Form, rows: int
 
     Args:
         num_tokens, num_heads, topk: shape of the step.
-        form: tile sizes.
+        config: tile sizes.
         rows: rows of the Partials, 0 without.
     """
-    groups, tiles = -(-num_heads // form.block_h), -(-topk // form.block_n)
-    at_once = _PROCESSORS * form.per_processor
+    groups, tiles = -(-num_heads // config.block_h), -(-topk // config.block_n)
+    at_once = _PROCESSORS * config.per_processor
     limit = min(MAX_SPLITS, tiles, rows // (num_tokens * num_heads))
 
     def estimate(splits: int) -> float:
@@ -121,7 +125,7 @@ def attend_on_tensor_cores(
     softmax_scale: float,
     lse: Tensor | None = None,
     partials: Partials | None = None,
-    form: Form | None = None,
+    config: KernelConfig | None = None,
     splits: int | None = None,
 ) -> None:
     """Attend to the slots of each token's row, as `fd_dsa.ops.sparse_mla`, to `out`.
@@ -140,7 +144,7 @@ def attend_on_tensor_cores(
         lse: float32 [num_tokens, num_heads], natural logarithm of the sum of the exponentials of
             the scores, -inf for a row without a slot; None = not written.
         partials: memory for splits; None = no splits.
-        form, splits: tile sizes and splits of benchmarks and tests; None = the tuned ones.
+        config, splits: tile sizes and splits of benchmarks and tests; None = the tuned ones.
 
     Cost: one launch, or two with splits, without an allocation or a wait.
     """
@@ -149,28 +153,28 @@ def attend_on_tensor_cores(
     topk = slots.shape[1]
     if num_tokens == 0 or num_heads == 0:
         return
-    form = form or form_for(num_heads, rows_of_tiles(num_tokens), fp8)
+    config = config or kernel_config(num_heads, rows_of_tiles(num_tokens), fp8)
     rows = 0 if partials is None or fixed_order() else partials.lse.shape[0]
     if splits is None:
-        splits = num_splits(num_tokens, num_heads, topk, form, rows)
+        splits = num_splits(num_tokens, num_heads, topk, config, rows)
     is_split = splits > 1
     values, partial_lse = partials if is_split and partials else (None, None)
-    groups = -(-num_heads // form.block_h)
-    tiles = -(-topk // form.block_n)
+    groups = -(-num_heads // config.block_h)
+    tiles = -(-topk // config.block_n)
     attend_kernel[(num_tokens * groups * splits,)](
         *(q, cache, slots, *((None, None) if is_split else (out, lse)), values, partial_lse),
         *(softmax_scale * log2(e), topk, num_heads, prod(cache.shape[:-1])),
-        *(groups, splits, -(-tiles // splits) * form.block_n),
-        BLOCK_H=form.block_h,
-        BLOCK_N=form.block_n,
-        COPIED=form.copied,
+        *(groups, splits, -(-tiles // splits) * config.block_n),
+        BLOCK_H=config.block_h,
+        BLOCK_N=config.block_n,
+        COPIED=config.copied,
         FP8=fp8,
-        SWAPPED=form.swapped,
-        num_warps=form.num_warps,
-        num_stages=form.num_stages,
+        SWAPPED=config.swapped,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
     )
     if is_split:
-        max_splits, columns, num_warps = next(x for x in COMBINE_FORMS if x[0] >= splits)
+        max_splits, columns, num_warps = next(x for x in COMBINE_CONFIGS if x[0] >= splits)
         combine_kernel[(num_tokens * num_heads, RANK // columns)](
             *(values, partial_lse, out, lse, splits),
             MAX_SPLITS=max_splits,
@@ -179,7 +183,9 @@ def attend_on_tensor_cores(
         )
 
 
-def why_not(capability: int, dtype: str, cache_dtype: str, rank: int, rope: int) -> str | None:
+def unsupported_reason(
+    capability: int, dtype: str, cache_dtype: str, rank: int, rope: int
+) -> str | None:
     """Return the reason why attention on tensor cores is unsupported, or None.
 
     Args:

@@ -39,7 +39,7 @@ _MAX_IMAGE = tl.constexpr(0x7FFFFFFF)
 
 @triton.jit
 def cuts_of(record, VOCAB: tl.constexpr):
-    """Return two flags: top-k of a slot may cut tokens, and top-p may."""
+    """Return two flags: top-k of a batch row may cut tokens, and top-p may."""
     top_k = tl.load(record + TOP_K)
     return (top_k > 0) & (top_k < VOCAB), float64_at(record + TOP_P) < 1
 
@@ -96,7 +96,7 @@ def bracket(masses_ptr, sizes_ptr, state, record, row, VOCAB: tl.constexpr,
 def masses_kernel(
     logits_ptr,
     adjusted_ptr,
-    slots_ptr,
+    batch_rows_ptr,
     records_ptr,
     state_ptr,
     masses_ptr,
@@ -110,7 +110,7 @@ def masses_kernel(
     row = tl.program_id(0).to(tl.int64)
     state = state_ptr + row * STATE
     if tl.load(state + IS_RANDOM) != 0:
-        record = records_ptr + tl.load(slots_ptr + row).to(tl.int64) * RECORD
+        record = records_ptr + tl.load(batch_rows_ptr + row).to(tl.int64) * RECORD
         has_k, has_p = cuts_of(record, VOCAB)
         if has_k | has_p:
             source = row_of(logits_ptr, adjusted_ptr, state, row, VOCAB)
@@ -138,7 +138,7 @@ def masses_kernel(
 def gather_kernel(
     logits_ptr,
     adjusted_ptr,
-    slots_ptr,
+    batch_rows_ptr,
     records_ptr,
     state_ptr,
     masses_ptr,
@@ -160,7 +160,7 @@ def gather_kernel(
     row = tl.program_id(0).to(tl.int64)
     state = state_ptr + row * STATE
     if tl.load(state + IS_RANDOM) != 0:
-        record = records_ptr + tl.load(slots_ptr + row).to(tl.int64) * RECORD
+        record = records_ptr + tl.load(batch_rows_ptr + row).to(tl.int64) * RECORD
         source = row_of(logits_ptr, adjusted_ptr, state, row, VOCAB)
         block = tl.program_id(1)
         place = row * NUM_BLOCKS + block
@@ -296,7 +296,7 @@ def _find(
 def draw_kernel(
     logits_ptr,
     adjusted_ptr,
-    slots_ptr,
+    batch_rows_ptr,
     positions_ptr,
     records_ptr,
     counts_ptr,
@@ -317,8 +317,8 @@ def draw_kernel(
     row = tl.program_id(0).to(tl.int64)
     state = state_ptr + row * STATE
     if tl.load(state + IS_RANDOM) != 0:
-        slot = tl.load(slots_ptr + row).to(tl.int64)
-        record = records_ptr + slot * RECORD
+        batch_row = tl.load(batch_rows_ptr + row).to(tl.int64)
+        record = records_ptr + batch_row * RECORD
         scale, top_p = float64_at(record + SCALE), float64_at(record + TOP_P)
         largest = value_of(tl.load(state + MAXIMUM))
         source = row_of(logits_ptr, adjusted_ptr, state, row, VOCAB)
@@ -360,4 +360,4 @@ def draw_kernel(
             source, masses, uniform, cut, num_ties, largest, scale, VOCAB, BLOCK, BLOCKS
         )  # fmt: skip
         flags = tl.load(record + FLAGS)
-        finish_row(tokens_ptr, counts_ptr, row, slot, flags, token, VOCAB, COUNTS)
+        finish_row(tokens_ptr, counts_ptr, row, batch_row, flags, token, VOCAB, COUNTS)

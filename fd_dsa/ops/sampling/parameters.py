@@ -1,4 +1,4 @@
-"""Sampling parameters of one request, and their layout in the device's record of its slot.
+"""Sampling parameters of one request, and their layout in the device's record of its batch row.
 
 The module imports no kernels, because the sampler of a CPU uses its numbers too.
 """
@@ -33,8 +33,8 @@ _MASK = 2**64 - 1
 
 
 @dataclass(frozen=True)
-class SlotParameters:
-    """Sampling parameters of the rows of a slot, with the meanings of `engine.SamplingParams`.
+class RowParameters:
+    """Sampling parameters of a batch row, with the meanings of `engine.SamplingParams`.
 
     Args:
         temperature: greedy below 1e-5.
@@ -67,7 +67,7 @@ class SlotParameters:
         return (self.repetition, self.frequency, self.presence) != (1, 0, 0)
 
     def record(self, vocab_size: int) -> npt.NDArray[np.int32]:
-        """Return the used part of the device's record of the slot.
+        """Return the used part of the device's record of the batch row.
 
         Raises:
             ValueError: more than MAX_ENTRIES tokens are biased or banned.

@@ -89,7 +89,7 @@ def float64_at(pointer):
 
 @triton.jit
 def uniform_of(record, position):
-    """Return the float64 in [0, 1) of a slot's seed and a position.
+    """Return the float64 in [0, 1) of a batch row's seed and a position.
 
     It is the number of `fd_dsa.engine.draws.uniforms`.
     """
@@ -117,12 +117,12 @@ def row_of(logits_ptr, adjusted_ptr, state, row, VOCAB: tl.constexpr):
 
 @triton.jit
 def finish_row(
-    tokens_ptr, counts_ptr, row, slot, flags, token, VOCAB: tl.constexpr, COUNTS: tl.constexpr
+    tokens_ptr, counts_ptr, row, batch_row, flags, token, VOCAB: tl.constexpr, COUNTS: tl.constexpr
 ):
-    """Store a row's token. With COUNTS, count it if the slot has penalties."""
+    """Store a row's token. With COUNTS, count it if the batch row has penalties."""
     tl.store(tokens_ptr + row, token.to(tl.int64))
     if ((flags & PENALIZED) != 0) & (token >= 0) & COUNTS:
-        cell = counts_ptr + slot * VOCAB + token
+        cell = counts_ptr + batch_row * VOCAB + token
         tl.store(cell, tl.load(cell) + 1)
 
 
@@ -166,7 +166,7 @@ def _apply_entries(row_ptr, record, position, begin, end):
 def scan_kernel(
     logits_ptr,
     adjusted_ptr,
-    slots_ptr,
+    batch_rows_ptr,
     positions_ptr,
     masks_ptr,
     mask_rows_ptr,
@@ -183,12 +183,12 @@ def scan_kernel(
     """Find the maxima of block `program 1` of row `program 0`, without and with rules.
 
     The order of the rules is penalties, mask, bias, bans. Tokens that the mask excludes keep -inf.
-    A slot has up to MAX_DRAFTS rows before this row. The draft after each of them counts as a token
-    of the output.
+    A batch row has up to MAX_DRAFTS rows before this row. The draft after each of them counts as a
+    token of the output.
     """
     row = tl.program_id(0).to(tl.int64)
-    slot = tl.load(slots_ptr + row).to(tl.int64)
-    if slot >= 0:
+    batch_row = tl.load(batch_rows_ptr + row).to(tl.int64)
+    if batch_row >= 0:
         begin = tl.program_id(1) * BLOCK
         token = begin + tl.arange(0, BLOCK)
         raw = logits_ptr + row * VOCAB + token
@@ -197,7 +197,7 @@ def scan_kernel(
         has_nan = tl.max((logits != logits).to(tl.int32), axis=0) != 0
         best = best_ptr + (row * tl.num_programs(1) + tl.program_id(1)) * 3
         tl.store(best, tl.where(has_nan, NAN, image_of(largest)))
-        record = records_ptr + slot * RECORD
+        record = records_ptr + batch_row * RECORD
         flags = tl.load(record + FLAGS)
         mask_row = tl.load(mask_rows_ptr + row).to(tl.int64)
         if ((flags & (PENALIZED | LISTED)) != 0) | (mask_row >= 0):
@@ -208,10 +208,10 @@ def scan_kernel(
                 inside = part < VOCAB
                 values = tl.load(logits_ptr + row * VOCAB + part, mask=inside, other=0.0)
                 if (flags & PENALIZED) != 0:
-                    cells = tl.load(counts_ptr + slot * VOCAB + part, mask=inside, other=0)
+                    cells = tl.load(counts_ptr + batch_row * VOCAB + part, mask=inside, other=0)
                     for back in tl.static_range(1, MAX_DRAFTS + 1):
                         before = tl.maximum(row - back, 0)
-                        is_own = (row >= back) & (tl.load(slots_ptr + before) == slot)
+                        is_own = (row >= back) & (tl.load(batch_rows_ptr + before) == batch_row)
                         place = ids_ptr + tl.load(sampled_ptr + before) + 1
                         draft = tl.load(place, mask=is_own, other=-1)
                         cells += (part == draft).to(tl.int32)
@@ -253,7 +253,7 @@ def _thresholds(row_ptr, largest, margin, VOCAB: tl.constexpr):
 def settle_kernel(
     logits_ptr,
     adjusted_ptr,
-    slots_ptr,
+    batch_rows_ptr,
     mask_rows_ptr,
     records_ptr,
     counts_ptr,
@@ -267,11 +267,11 @@ def settle_kernel(
 ):
     """Store the token of row `program 0` if it is greedy or an error, else its state."""
     row = tl.program_id(0).to(tl.int64)
-    slot = tl.load(slots_ptr + row).to(tl.int64)
+    batch_row = tl.load(batch_rows_ptr + row).to(tl.int64)
     state = state_ptr + row * STATE
-    is_random = slot >= 0
-    if slot >= 0:
-        record = records_ptr + slot * RECORD
+    is_random = batch_row >= 0
+    if batch_row >= 0:
+        record = records_ptr + batch_row * RECORD
         flags = tl.load(record + FLAGS)
         block = tl.arange(0, BLOCKS)
         live = block < NUM_BLOCKS
@@ -293,5 +293,5 @@ def settle_kernel(
             tl.store(state + MAXIMUM, largest)
             tl.store(state + IS_RULED, ruled.to(tl.int32))
         else:
-            finish_row(tokens_ptr, counts_ptr, row, slot, flags, token, VOCAB, COUNTS)
+            finish_row(tokens_ptr, counts_ptr, row, batch_row, flags, token, VOCAB, COUNTS)
     tl.store(state + IS_RANDOM, is_random.to(tl.int32))

@@ -21,9 +21,9 @@ def verify_kernel(
     tokens_ptr,
     ids_ptr,
     sampled_ptr,
-    slots_ptr,
+    batch_rows_ptr,
     positions_ptr,
-    firsts_ptr,
+    logits_indptr_ptr,
     cached_ptr,
     lengths_ptr,
     next_ptr,
@@ -36,18 +36,18 @@ def verify_kernel(
 ):
     """Mark the samples of request `program 0` after its first rejected draft.
 
-    The request has the rows from `firsts[program 0]` on, one for itself and one for each draft.
+    The request has the rows from `logits_indptr[program 0]` on: its own, then one for each draft.
 
     `next` describes the next draft by four rows of STRIDE values: the flat token before it, the
-    slot (-1 = no request), the position of the draft, and the number of tokens in the cache.
-    `newest` gets the last accepted token. `outputs` counts all accepted tokens of slots with
+    batch row (-1 = no request), the position of the draft, and the number of tokens in the cache.
+    `newest` gets the last accepted token. `outputs` counts all accepted tokens of batch rows with
     penalties.
     """
     program = tl.program_id(0)
-    first = tl.load(firsts_ptr + program)
-    last, slot, position, cached = first * 0, first * 0 - 1, first * 0, first * 0
+    first = tl.load(logits_indptr_ptr + program)
+    last, batch_row, position, cached = first * 0, first * 0 - 1, first * 0, first * 0
     # the first row of all requests is followed by the number of rows, then by -1
-    count = tl.load(firsts_ptr + program + 1) - first - 1
+    count = tl.load(logits_indptr_ptr + program + 1) - first - 1
     if count >= 0:
         accepted = first * 0
         for place in range(MAX_DRAFTS):
@@ -60,17 +60,19 @@ def verify_kernel(
             if (place < count) & (accepted <= place):
                 tl.store(tokens_ptr + row + 1, _REJECTED)
         last = tl.load(sampled_ptr + first + accepted)
-        slot = tl.load(slots_ptr + first)
+        batch_row = tl.load(batch_rows_ptr + first)
         position = tl.load(positions_ptr + first + accepted) + 1
-        cached = tl.load(cached_ptr + slot) + tl.load(lengths_ptr + slot) - (count - accepted)
+        cached = (
+            tl.load(cached_ptr + batch_row) + tl.load(lengths_ptr + batch_row) - (count - accepted)
+        )
         tl.store(newest_ptr + program, tl.load(tokens_ptr + first + accepted))
-        if (tl.load(records_ptr + slot.to(tl.int64) * RECORD + FLAGS) & PENALIZED) != 0:
+        if (tl.load(records_ptr + batch_row.to(tl.int64) * RECORD + FLAGS) & PENALIZED) != 0:
             for place in range(MAX_DRAFTS + 1):
                 token = tl.load(tokens_ptr + first + tl.minimum(place, accepted))
-                cell = outputs_ptr + slot.to(tl.int64) * VOCAB + token
+                cell = outputs_ptr + batch_row.to(tl.int64) * VOCAB + token
                 tl.atomic_add(cell, 1, mask=(place <= accepted) & (token >= 0))
     tl.store(next_ptr + program, last)
-    tl.store(next_ptr + STRIDE + program, slot)
+    tl.store(next_ptr + STRIDE + program, batch_row)
     tl.store(next_ptr + 2 * STRIDE + program, position)
     tl.store(next_ptr + 3 * STRIDE + program, cached)
 
@@ -85,8 +87,8 @@ def follow_kernel(
     known_ptr,
     num_ids,
     cached_ptr,
-    follows_ptr,
-    slots_ptr,
+    pending_source_ptr,
+    batch_rows_ptr,
     positions_ptr,
     num_rows,
     num_samples,
@@ -95,9 +97,9 @@ def follow_kernel(
     """Resolve the pending tokens of a step. Program p handles ids [p * BLOCK, (p + 1) * BLOCK).
 
     A value of -1 - i, made by `InputBatch.staged_ids`, becomes token i of the token buffer. Program
-    0 also corrects all rows: row i continues request `follows[i]` of the step before, if any, which
-    has `known` tokens in the cache. The host has planned with the maximum, so the positions of the
-    slot's samples become smaller by the difference.
+    0 also corrects all rows: row i continues request `pending_source[i]` of the step before, if
+    any, which has `known` tokens in the cache. The host has planned with the maximum, so the
+    positions of the batch row's samples become smaller by the difference.
     """
     program, lane = tl.program_id(0), tl.arange(0, BLOCK)
     place = program * BLOCK + lane
@@ -107,17 +109,17 @@ def follow_kernel(
     if program == 0:
         for start in range(0, num_samples, BLOCK):
             row = start + lane
-            slot = tl.load(slots_ptr + row, mask=row < num_samples, other=-1)
-            position = tl.load(positions_ptr + row, mask=slot >= 0, other=0)
-            source = tl.load(follows_ptr + slot, mask=slot >= 0, other=-1)
-            planned = tl.load(cached_ptr + slot, mask=source >= 0, other=0)
+            batch_row = tl.load(batch_rows_ptr + row, mask=row < num_samples, other=-1)
+            position = tl.load(positions_ptr + row, mask=batch_row >= 0, other=0)
+            source = tl.load(pending_source_ptr + batch_row, mask=batch_row >= 0, other=-1)
+            planned = tl.load(cached_ptr + batch_row, mask=source >= 0, other=0)
             known = tl.load(known_ptr + source, mask=source >= 0, other=0)
-            tl.store(positions_ptr + row, position - (planned - known), mask=slot >= 0)
+            tl.store(positions_ptr + row, position - (planned - known), mask=batch_row >= 0)
         # the loop above must have read all lengths before the next one writes them
         tl.debug_barrier()
         for start in range(0, num_rows, BLOCK):
             row = start + lane
-            source = tl.load(follows_ptr + row, mask=row < num_rows, other=-1)
+            source = tl.load(pending_source_ptr + row, mask=row < num_rows, other=-1)
             known = tl.load(known_ptr + source, mask=source >= 0, other=0)
             tl.store(cached_ptr + row, known, mask=source >= 0)
 
@@ -135,8 +137,9 @@ def extend_kernel(
 ):
     """Set the lengths of the step of a further draft, which has one token of each request.
 
-    `next` is the result of `verify_kernel`. Its slots ascend, and its positions become those of the
-    new drafts. A request has the row of its slot. `depth` drafts come before the new one.
+    `next` is the result of `verify_kernel`. Its batch rows ascend, and its positions become
+    those of the new drafts. Lengths are indexed by batch row. `depth` drafts come before the new
+    one.
     """
     lane = tl.arange(0, BLOCK)
     for start in range(0, num_rows, BLOCK):
@@ -147,10 +150,10 @@ def extend_kernel(
     for start in range(0, num_requests, BLOCK):
         request = start + lane
         inside = request < num_requests
-        slot = tl.load(next_ptr + STRIDE + request, mask=inside, other=-1)
+        batch_row = tl.load(next_ptr + STRIDE + request, mask=inside, other=-1)
         positions = next_ptr + 2 * STRIDE + request
         position = tl.load(positions, mask=inside, other=0)
         cached = tl.load(next_ptr + 3 * STRIDE + request, mask=inside, other=0)
         tl.store(positions, position + 1, mask=inside)
-        tl.store(cached_ptr + slot, cached + depth - 1, mask=slot >= 0)
-        tl.store(lengths_ptr + slot, tl.full([BLOCK], 1, tl.int32), mask=slot >= 0)
+        tl.store(cached_ptr + batch_row, cached + depth - 1, mask=batch_row >= 0)
+        tl.store(lengths_ptr + batch_row, tl.full([BLOCK], 1, tl.int32), mask=batch_row >= 0)

@@ -12,7 +12,7 @@ import numpy as np
 from fd_dsa.errors import ShapeError
 from fd_dsa.ops.arrays import allocator_beside, as_numpy, check_array, check_values, result
 from fd_dsa.ops.key_bounds import positions_to_slots
-from fd_dsa.ops.providers import choose, device_kind, function
+from fd_dsa.ops.providers import device_kind, function, select_provider
 from fd_dsa.tensor import Array
 
 __all__ = ["topk_indices"]
@@ -59,7 +59,7 @@ def topk_indices(
 
     Raises:
         ShapeError, DtypeError, ValueError: an argument is not as above, before any work.
-        ConfigError, BackendUnavailable: FD_DSA_OP_PROVIDER, see `fd_dsa.ops.providers.choose`.
+        ConfigError, BackendUnavailable: FD_DSA_OP_PROVIDER, see `providers.select_provider`.
 
     Cost on a device: three launches without a wait; one of them is the selection.
     Source: DeepSeek-V3.2 (arXiv 2512.02556) §2; order: docs/concepts/dsa.md.
@@ -94,13 +94,13 @@ def topk_indices(
         places = {"block_size": block_size, "num_blocks": num_blocks}
         positions = lengths.astype("int64") - 1
         if kind == "cpu":
-            provider = choose("topk", kind).provider
+            provider = select_provider("topk", kind).provider
         else:
             # imported only if there is a device, because it loads the library
-            from fd_dsa.ops.topk.custom_op import choose_topk
+            from fd_dsa.ops.topk.custom_op import select_topk
 
             assert not isinstance(logits, np.ndarray)
-            provider = choose_topk(kind, allocator_beside(logits)).provider
+            provider = select_topk(kind, allocator_beside(logits)).provider
         select = function("topk", provider)
         select(logits, positions, batch_ids, block_tables, out, **places)
     return out

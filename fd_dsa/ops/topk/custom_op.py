@@ -14,9 +14,9 @@ from typing import Any
 from fd_dsa import custom_ops
 from fd_dsa.device.allocation import Allocate
 from fd_dsa.ops.key_bounds import NO_WINDOWS, PromptWindows
-from fd_dsa.ops.library_kernel import LibraryKernel, difference, shared_kernel, why_not_compiled
+from fd_dsa.ops.library_kernel import LibraryKernel, difference, interpreter_refusal, shared_kernel
 from fd_dsa.ops.probes import Case, topk_case
-from fd_dsa.ops.providers import CUSTOM_OP, Choice, choose
+from fd_dsa.ops.providers import CUSTOM_OP, SelectedProvider, select_provider
 from fd_dsa.ops.topk import triton_kernel
 from fd_dsa.tensor import Tensor
 
@@ -92,18 +92,20 @@ class SlotSelector(LibraryKernel):
         self._tensors = tensors
 
 
-def choose_topk(kind: str, allocate: Allocate) -> Choice:
+def select_topk(kind: str, allocate: Allocate) -> SelectedProvider:
     """Select the provider of top-k for a kind of device.
 
     The first call compares a kernel of fd_dsa_ops with the definition, and waits for the device.
     """
-    conditions = {CUSTOM_OP: why_not_compiled()}
-    return choose("topk", kind, conditions, lambda k: difference(SlotSelector, k, allocate))
+    conditions = {CUSTOM_OP: interpreter_refusal()}
+    return select_provider(
+        "topk", kind, conditions, lambda k: difference(SlotSelector, k, allocate)
+    )
 
 
 def slot_selector(kind: str, allocate: Allocate) -> Callable[..., None]:
     """Return the selected `select_slots`, for one thread at a time."""
-    if choose_topk(kind, allocate).provider == CUSTOM_OP:
+    if select_topk(kind, allocate).provider == CUSTOM_OP:
         return SlotSelector(custom_ops.build().kernels)
     return triton_kernel.select_slots
 

@@ -20,10 +20,10 @@ import fd_dsa.attention.device_scores as device_scores
 from fd_dsa import LLM, SamplingParams
 from fd_dsa.errors import DeviceError
 from fd_dsa.models.registry import read_config
-from fd_dsa.ops.sampling.parameters import SlotParameters
+from fd_dsa.ops.sampling.parameters import RowParameters
 from fd_dsa.runner import InputBatch, ModelRunner
 from fd_dsa.runner.input_batch import SamplingInputs
-from fd_dsa.runner.step_graphs import Captured, CaptureRefused, PaddleCapture
+from fd_dsa.runner.step_graphs import Captured, CaptureError, PaddleCapture
 from fd_dsa.startup.capture import capture_graphs
 from fd_dsa.startup.graph_sizes import graph_bytes
 from fd_dsa.startup.warm_up import warm_up_kernels
@@ -169,28 +169,28 @@ def test_draws_of_graphs_are_those_of_eager_steps(rig: Rig) -> None:
     """Greedy, drawn, penalised and masked rows; the mask comes after the step is queued."""
     eager, graphs = (filled(tiny_runner(V32, "float32", rig.device)) for _ in range(2))
     given = [
-        SlotParameters(temperature=0.0),
-        SlotParameters(seed=5, top_p=0.9, top_k=20),
-        SlotParameters(seed=6, repetition=2.0, presence=1.0, bias={3: 2.0}),
-        SlotParameters(seed=7, banned=[1, 2], end_ids=[4], min_tokens=9),
+        RowParameters(temperature=0.0),
+        RowParameters(seed=5, top_p=0.9, top_k=20),
+        RowParameters(seed=6, repetition=2.0, presence=1.0, bias={3: 2.0}),
+        RowParameters(seed=7, banned=[1, 2], end_ids=[4], min_tokens=9),
     ]
     mask = np.full(-(-eager.vocab_size // 32), 0b1000100, np.int32)
     with captured(rig, graphs, (4,)):
         filled(graphs)
         found: dict[ModelRunner, list[list[int]]] = {eager: [], graphs: []}
         for runner, tokens in found.items():
-            for slot, parameters in enumerate(given):
-                runner.set_slot(slot, parameters, [2, 3], [4])
+            for batch_row, parameters in enumerate(given):
+                runner.set_parameters(batch_row, parameters, [2, 3], [4])
             for index, step in enumerate((STEPS[3], STEPS[4], STEPS[4])):
                 batch = runner.input_batch
                 batch.begin_step()
                 for row in rows_of(step):
                     batch.add_row(*row)
-                slots = [row for row, _ in step]
+                batch_rows = [row for row, _ in step]
                 masked = [1] if index else []
                 positions = [3 + place for place in range(len(step))]
                 mask_rows = [0 if row in masked else -1 for row in range(len(step))]
-                sampling = SamplingInputs(slots, positions, mask_rows=mask_rows)
+                sampling = SamplingInputs(batch_rows, positions, mask_rows=mask_rows)
                 with rig.strict(), rig.counting() as counted:
                     runner.enqueue_model(np.arange(len(step)), sampling)
                     future = runner.sample([mask] * len(masked))
@@ -250,7 +250,7 @@ def test_what_cannot_be_captured_is_one_warning(rig: Rig, caplog: pytest.LogCapt
     runner = filled(tiny_runner(V32, "float32", rig.device))
     wanted = np.array(run_rows(runner, rows_of(STEPS[4])))
 
-    error: Exception = CaptureRefused("RuntimeError: no graphs today")
+    error: Exception = CaptureError("RuntimeError: no graphs today")
 
     def refusing(place: Any) -> Any:
         def capture(work: Callable[[], Any]) -> Captured:
@@ -283,7 +283,7 @@ def test_a_second_stream_is_made_before_steps_that_fork_alone(
 
     def refusing(place: Any) -> Any:
         def capture(work: Callable[[], Any]) -> Captured:
-            raise CaptureRefused("not today")
+            raise CaptureError("not today")
 
         return capture
 
@@ -294,7 +294,7 @@ def test_a_second_stream_is_made_before_steps_that_fork_alone(
 def test_work_that_waits_for_the_host_is_refused_before_a_capture(rig: Rig) -> None:
     capture = PaddleCapture(rig.place)
     x = paddle.ones([4])
-    with pytest.raises(CaptureRefused, match="exp"):
+    with pytest.raises(CaptureError, match="exp"):
         capture(lambda: x.exp())
     # the process goes on, with what it had before
     assert x.exp().numpy().shape == (4,)

@@ -13,7 +13,7 @@ import pytest
 
 from fd_dsa import LLM, SamplingParams
 from fd_dsa.attention import device
-from fd_dsa.engine.speculation import Speculator
+from fd_dsa.engine.speculation import SpecDecoder
 from fd_dsa.ops.cache_write import write_caches
 from fd_dsa.runner import InputBatch, ModelRunner
 from tests.demo.samples import LEADING_PROMPTS, SHORT_PROMPTS
@@ -203,7 +203,7 @@ def test_drafts_change_no_token_on_the_device(
         engine = llm.engine
         answers = {(f"0-{i}", 0): tokens for i, tokens in enumerate(wanted)}
         # no measured costs of steps decide how many drafts there are
-        engine.speculator = Speculator(KnowingDrafter(answers, right_share, 4096), 3)
+        engine.spec_decoder = SpecDecoder(KnowingDrafter(answers, right_share, 4096), 3)
         assert [output.token_ids for output in llm.generate(SHORT_PROMPTS, params)] == wanted
         stats = engine.stats()
     assert stats.num_draft_tokens >= 6

@@ -18,9 +18,9 @@ from fd_dsa.models.loader import fp8_tensors, load_dummy_weights, load_weights, 
 from fd_dsa.models.registry import config_from_dict, create_model, read_config
 from fd_dsa.models.sources import EMBEDDING
 from fd_dsa.models.weights import HostWeights
-from fd_dsa.ops.device_matrix import Normed
 from fd_dsa.ops.fp8 import encode_e4m3
 from fd_dsa.runner import InputBatch, ModelRunner
+from fd_dsa.tensor import Normed
 from tests.gpu_rig import Rig
 from tests.models.folders import Stored, bf16, f8, f32, write_folder
 from tests.ops.e4m3 import E4M3_VALUES
@@ -103,14 +103,14 @@ class RoundingMatrix:
     def __init__(self, inner: Any) -> None:
         self.inner, self.activated, self.out_width = inner, inner.activated, inner.out_width
 
-    def times(self, x: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+    def matmul(self, x: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         """The GEMM of rounded activations."""
         width = x.shape[1]
         padded = np.pad(x, ((0, 0), (0, -width % 128))).reshape(len(x), -1, 128)
         scale = np.maximum(np.abs(padded).max(axis=2, keepdims=True) / np.float32(448), 1e-12)
         scale = np.exp2(np.ceil(np.log2(scale))).astype(np.float32)
         rounded = E4M3_VALUES[encode_e4m3(padded / scale)].astype(np.float32) * scale
-        return self.inner.times(np.ascontiguousarray(rounded.reshape(len(x), -1)[:, :width]), out)
+        return self.inner.matmul(np.ascontiguousarray(rounded.reshape(len(x), -1)[:, :width]), out)
 
 
 class RoundingWeights(HostWeights):
@@ -206,7 +206,7 @@ def test_norms_are_quantised_in_layers_that_have_fp8_weights(rig: Rig) -> None:
     weights = DeviceWeights("bfloat16", paddle_allocator(rig.device), fp8)
     x = paddle.zeros([3, 128], "bfloat16")
     names = [f"model.layers.{layer}.self_attn.q_a_layernorm.weight" for layer in (0, 1, 10)]
-    norms = [weights.norm(name, 128, 1e-6).of(x) for name in (*names, "model.norm.weight")]
+    norms = [weights.norm(name, 128, 1e-6).normalize(x) for name in (*names, "model.norm.weight")]
     assert [isinstance(normed, Normed) for normed in norms] == [False, True, False, False]
 
 

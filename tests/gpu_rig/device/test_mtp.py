@@ -23,7 +23,7 @@ from fd_dsa.engine.reasoning import Reasoning
 from fd_dsa.engine.request import Request
 from fd_dsa.engine.sampler import StepSampler
 from fd_dsa.engine.sampling_params import SamplingParams
-from fd_dsa.engine.speculation import Speculator
+from fd_dsa.engine.speculation import SpecDecoder
 from fd_dsa.engine.structured_outputs import StructuredOutputsParams
 from fd_dsa.runner import InputBatch, ModelRunner
 from fd_dsa.runner.device_steps import DeviceSteps
@@ -122,7 +122,7 @@ def make_runner(device: str, has_layer: bool = True) -> ModelRunner:
     return runner
 
 
-def make_engine(runner: ModelRunner, speculator: Speculator | None) -> LLMEngine:
+def make_engine(runner: ModelRunner, spec_decoder: SpecDecoder | None) -> LLMEngine:
     """The engine of that runner."""
     return LLMEngine(
         runner,
@@ -130,7 +130,7 @@ def make_engine(runner: ModelRunner, speculator: Speculator | None) -> LLMEngine
         num_blocks=NUM_BLOCKS,
         max_model_len=48,
         eos_token_ids=[1],
-        speculator=speculator,
+        spec_decoder=spec_decoder,
     )
 
 
@@ -154,7 +154,7 @@ def answers(
         graphs[padded] = graphs[padded]._replace(replay=lambda: prompts.update([12]) or replay())
     if drafter is None:
         drafter = HostDrafter(runner) if device == "cpu" else DeviceDrafter(runner)
-    engine = make_engine(runner, Speculator(drafter, MOST, costs) if is_drafted else None)
+    engine = make_engine(runner, SpecDecoder(drafter, MOST, costs) if is_drafted else None)
     draw = np.random.default_rng(SEED)
     for number, kind in enumerate(kinds):
         prompt = draw.integers(2, 40, 9 + 3 * number).tolist()
@@ -266,7 +266,7 @@ def test_a_step_with_drafts_is_a_few_graphs_one_copy_in_one_out_and_one_wait(
         monkeypatch.setattr(kind, name, launch)
     drafter = FixedDrafts(runner)
     drafter.count = count
-    engine = make_engine(runner, Speculator(drafter, count))
+    engine = make_engine(runner, SpecDecoder(drafter, count))
     params = SamplingParams(temperature=0, max_tokens=24, bad_words=bad_words)
     engine.add_request("r", [*range(2, 12)], params)
     copies, num_steps, num_more = 2 if bad_words else 1, 0, 0
@@ -335,7 +335,7 @@ def test_a_start_runs_the_layer_before_any_request(
     assert tokens == {1, 2, 3, 4, 7, 8, 12}
     capture_graphs(runner, (2, 6), capture_of(rig))
     costs = measure.measure_step_costs(
-        lambda speculator: make_engine(runner, speculator), DeviceMtpDrafter(runner), MOST
+        lambda spec_decoder: make_engine(runner, spec_decoder), DeviceMtpDrafter(runner), MOST
     )
     assert (runner.input_batch.block_tables == -1).all()
     assert costs is not None

@@ -20,7 +20,7 @@ from fd_dsa.device.allocation import paddle_allocator
 from fd_dsa.distributed import Group
 from fd_dsa.distributed.host import HostGroup, Shared
 from fd_dsa.engine.engine import LLMEngine
-from fd_dsa.engine.speculation import Speculator
+from fd_dsa.engine.speculation import SpecDecoder
 from fd_dsa.engine.structured_outputs import StructuredOutputsParams
 from fd_dsa.models.device_weights import DeviceWeights
 from fd_dsa.models.loader import rank_parts
@@ -119,17 +119,17 @@ def answers(runner: Any, known: list[Any] | None = None) -> list[tuple[list[int]
         runner: of the engine.
         known: what they will be, of which drafts are made.
     """
-    speculator = None
+    spec_decoder = None
     if known:
         tokens = {(str(number), 0): one for number, (one, _) in enumerate(known)}
-        speculator = Speculator(KnowingDrafter(tokens, 0.7, 250), 2)
+        spec_decoder = SpecDecoder(KnowingDrafter(tokens, 0.7, 250), 2)
     engine = LLMEngine(
         runner,
         byte_tokenizer(),
         num_blocks=NUM_BLOCKS,
         max_model_len=MAX_LEN,
         eos_token_ids=[1],
-        speculator=speculator,
+        spec_decoder=spec_decoder,
     )
     prompts = np.random.default_rng(4).integers(2, 250, (5, 18)).tolist()
     rules = {"repetition_penalty": 1.3, "logit_bias": {9: 3.0}}

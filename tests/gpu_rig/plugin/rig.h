@@ -1,9 +1,10 @@
-// What the files of the plug-in share: its name, its counters, and the three forms' common calls.
+// What the files of the plug-in share: its name, its counters, and the forms' common calls.
 //
-// The plug-in is a Paddle CustomDevice. One set of sources builds three forms of it:
+// The plug-in is a Paddle CustomDevice. One set of sources builds four forms of it:
 //   real   CUDA memory, streams and graphs
 //   fake   host memory from malloc; no GPU needed
 //   guard  host memory mapped twice, so that host code touching a device pointer faults
+//   null   address space; kernels do nothing, so that a step has only the time of the host
 #pragma once
 
 #include <atomic>

@@ -1,4 +1,4 @@
-"""Forms of the tile kernel: tokens of a tile, warps, pages in flight."""
+"""Configurations of the tile kernel: tokens of a tile, warps, pages in flight."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _MIN_COLUMNS, _COLUMNS = 16, 128
 
 
 @dataclass(frozen=True)
-class TileForm:
-    """Form of the tile kernel.
+class TileConfig:
+    """Configuration of the tile kernel.
 
     Attributes:
         first_tokens: number of tokens of a tile that the first GEMM scores; a power of two.
@@ -62,8 +62,8 @@ def padded_heads(num_heads: int) -> int:
     return max(_MIN_COLUMNS, _power(num_heads))
 
 
-def decode_form(num_heads: int, tokens_per_row: int) -> TileForm:
-    """Return the form for steps with only decode rows.
+def decode_config(num_heads: int, tokens_per_row: int) -> TileConfig:
+    """Return the configuration for steps with only decode rows.
 
     Args:
         num_heads: number of index heads.
@@ -78,24 +78,24 @@ def decode_form(num_heads: int, tokens_per_row: int) -> TileForm:
     return _placed(num_heads, first, min(_power(tokens_per_row - first), widest))
 
 
-def prompt_form(num_heads: int) -> TileForm:
-    """Return the form for steps with prompts, with as many GEMMs a page as registers allow."""
+def prompt_config(num_heads: int) -> TileConfig:
+    """Return the configuration for steps with prompts: as many GEMMs a page as registers allow."""
     if fixed_order():
-        return decode_form(num_heads, 1)
+        return decode_config(num_heads, 1)
     widest = _widest(num_heads)
     return _placed(num_heads, widest, widest)
 
 
-def _placed(num_heads: int, first: int, rest: int) -> TileForm:
-    """Return the form with the maximum number of blocks that share 65,536 registers."""
+def _placed(num_heads: int, first: int, rest: int) -> TileConfig:
+    """Return the configuration with the maximum number of blocks that share 65,536 registers."""
     columns = padded_heads(num_heads)
     many_sums = first * columns == _COLUMNS and columns == _MIN_COLUMNS
     if many_sums:
         # their sums leave too few registers for a second GEMM
         rest = 0
     if rest or many_sums:
-        return TileForm(first, rest, maxnreg=168, programs_per_processor=3)
-    return TileForm(first, maxnreg=128)
+        return TileConfig(first, rest, maxnreg=168, programs_per_processor=3)
+    return TileConfig(first, maxnreg=128)
 
 
 def _widest(num_heads: int) -> int:

@@ -1,0 +1,26 @@
+// The kernels of custom_ops/, which do nothing.
+
+#include "all_reduce.h"
+#include "expert_gemm.h"
+#include "launches.h"
+#include "sparse_mla.h"
+#include "topk.h"
+
+extern "C" {
+
+const char* fd_dsa_cuda_error(int) { return "null kernels"; }
+
+int fd_dsa_all_reduce_cuda(const FdDsaAllReduce*, void*) { return launches++, 0; }
+int64_t fd_dsa_all_reduce_memory(int, int) { return 1 << 20; }
+int fd_dsa_all_reduce_bytes() { return sizeof(FdDsaAllReduce); }
+
+int fd_dsa_expert_gemm_cuda(const FdDsaExpertGemm*, void*) { return launches++, 0; }
+int fd_dsa_expert_gemm_bytes() { return sizeof(FdDsaExpertGemm); }
+
+int fd_dsa_sparse_mla_narrow_cuda(const FdDsaSparseMla*, void*) { return launches++, 0; }
+int fd_dsa_sparse_mla_wide_cuda(const FdDsaSparseMla*, void*) { return launches++, 0; }
+int fd_dsa_sparse_mla_bytes() { return sizeof(FdDsaSparseMla); }
+
+int fd_dsa_topk_cuda(const FdDsaTopk*, void*) { return launches++, 0; }
+int fd_dsa_topk_bytes() { return sizeof(FdDsaTopk); }
+}
