@@ -34,7 +34,7 @@ from fd_dsa.processes.parent import ChildProcess
 
 # usual processor time of an output's work, and further time after which the niceness of a worker
 # grows by 1, seconds
-_USUAL_S, _NICE_EVERY_S = 0.01, 0.01
+_USUAL_S, _NICE_EVERY_S = 0.002, 0.01
 _MAX_NICE = 19
 # maximum time for which steps wait for one grammar: in one step, seconds, and as a share of time
 _PATIENCE_S, _PATIENCE_SHARE = 0.05, 0.125
