@@ -3,7 +3,7 @@
 PYTHON ?= python3
 ARGS ?=
 # processes of `make test`; each may take 5 GB
-WORKERS ?= 2
+WORKERS ?= 3
 # each round of `make soak` draws new random cases; its other parts take the seed, so that another
 # one gives others. All of it in some minutes: make soak ROUNDS=1 CASES=200 SECONDS=10 SIEGE=--quick \
 # MODES='--requests 8 --longest 200'
@@ -45,7 +45,7 @@ endif
 .DELETE_ON_ERROR:
 
 help: ## this list
-	@echo "make TARGET [ARGS=...] [PYTHON=python3.12] [WORKERS=2]; .venv is made on first use"
+	@echo "make TARGET [ARGS=...] [PYTHON=python3.12] [WORKERS=3]; .venv is made on first use"
 	@sed -n 's/^\([a-z0-9-]*\):.* ## \(.*\)/  \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
 
 serve: $(VENV)/.serve ## start the server on the demo model; flags: make serve ARGS="--port 9000"

@@ -17,7 +17,8 @@ from random import Random
 import httpx
 import pytest
 
-from fd_dsa.serve.h11_protocol import MAX_HEAD_BYTES, MAX_HEADERS, StrictH11Protocol
+from fd_dsa.serve.h11_connection import MAX_HEAD_BYTES, MAX_HEADERS
+from fd_dsa.serve.h11_protocol import StrictH11Protocol
 from tests.serve.conftest import TIMEOUT_S, Live, connected, exchange, running, wait_until
 from tests.serve.fake_engine import WORDS, FakeEngine
 from tests.soak.fuzz import check_error
