@@ -148,7 +148,7 @@ def serving(
 
 def _ready(process: subprocess.Popen[bytes], log: Path) -> tuple[str, str]:
     """Return address and model of the server, once GET /health answers 200."""
-    line = re.compile(r"^fd_dsa \S+ starts (.+) with FastDeploy.* on (http://\S+), ", re.MULTILINE)
+    line = re.compile(r"^fd_dsa \S+ starts (.+) with FastDeploy.* on (http://\S+)$", re.MULTILINE)
     while process.poll() is None:
         found = line.search(log.read_text("utf-8", "replace"))
         with suppress(httpx.TransportError):
