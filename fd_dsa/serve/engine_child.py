@@ -21,7 +21,7 @@ from queue import SimpleQueue
 from fd_dsa.engine.loop import EngineDead, EngineLoop, EngineProperties, Event
 from fd_dsa.errors import describe_error
 from fd_dsa.processes.child import connect_to_parent
-from fd_dsa.serve.heap import keep_heap_trimmed, settle_heap, share_heap
+from fd_dsa.serve.heap import keep_heap_trimmed, share_heap, trim_heap
 from fd_dsa.serve.info import INFO, engine_info
 from fd_dsa.serve.logs import set_up_logging
 from fd_dsa.startup.progress import StartupProgress
@@ -70,7 +70,7 @@ def main() -> int:
         connection.send(_portable(error))
         return 0
     # the files of weights and tokenizer have been read and freed
-    settle_heap()
+    trim_heap()
     loop = EngineLoop(engine, _sender(connection), {INFO: lambda _: engine_info(config)})
     loops.put(loop)
     ranks = engine.runner.info.ranks

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 import threading
 import time
 
@@ -43,20 +42,6 @@ def trim_heap() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
-
-
-def settle_heap() -> None:
-    """Free the garbage of a start, and exempt the living objects from later collections.
-
-    A full collection holds the GIL for tens of milliseconds if it visits all imported modules.
-    Afterwards a collection only visits the objects of requests. So it is short, and it comes often
-    enough to free the connections of a burst.
-
-    Source: gc.freeze in Python's documentation.
-    """
-    gc.collect()
-    gc.freeze()
-    trim_heap()
 
 
 def keep_heap_trimmed() -> None:

@@ -22,7 +22,6 @@ from fd_dsa.environment import format_address
 from fd_dsa.errors import ConfigError
 from fd_dsa.serve.app import create_app
 from fd_dsa.serve.h11_protocol import StrictH11Protocol
-from fd_dsa.serve.heap import settle_heap
 from fd_dsa.serve.listener import BACKLOG, Listener
 from fd_dsa.serve.metrics import log_while_busy
 from fd_dsa.serve.state import ServerState
@@ -231,7 +230,6 @@ class DrainingServer(uvicorn.Server):
         try:
             engine = await asyncio.to_thread(self._load, self._state.startup)
             engine.start()
-            settle_heap()
             self._state.loaded_engine = engine
             self._state.startup.done(f"in {self._state.startup.elapsed_s:.1f} s")
             self._on_ready()
