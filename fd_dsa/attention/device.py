@@ -26,14 +26,13 @@ from fd_dsa.attention.device_scores import (
     TileScores,
     tile_sizes,
     tiles_unsupported_reason,
-    widths_up_to,
 )
 from fd_dsa.attention.overlap import IndexerOverlap
 from fd_dsa.attention.protocol import HostLengths, IndexerLayer, MlaLayer
 from fd_dsa.device.allocation import CACHED_VIEWS, Allocate
 from fd_dsa.device.transfers import transfers_for
 from fd_dsa.errors import KernelUnavailable
-from fd_dsa.ops.arrays import check_shape, values_of
+from fd_dsa.ops.arrays import check_shape, rounded_length, values_of
 from fd_dsa.ops.cache_write import CacheWriteParams
 from fd_dsa.ops.cache_write.triton_kernel import write_caches
 from fd_dsa.ops.key_bounds import prompt_windows
@@ -165,7 +164,6 @@ class DeviceAttention:
         select_all(kind)
         self._kind = kind
         self._select_projection()
-        self._slot_widths = widths_up_to(config.index_topk)
         self._select_slots = slot_selector(kind, allocate)
         self.scores = self._new_scores()
         self.tensor_core_attention = self._new_attention()
@@ -380,7 +378,7 @@ class DeviceAttention:
     def _all_keys(self, step: ForwardMeta, cache: Tensor) -> Tensor:
         """Return the selection of a step whose tokens see all of their keys."""
         num_tokens = step.position_ids.shape[0]
-        width = next(width for width in self._slot_widths if width >= step.max_seqlen_k)
+        width = rounded_length(step.max_seqlen_k, self.config.index_topk)
         slots = self._view("slots", num_tokens, width)
         self._fill_slots(slots, step, cache, self._view("logits", 1, 1), num_rows=num_tokens)
         return slots

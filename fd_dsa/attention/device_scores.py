@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Callable
 from functools import lru_cache, partial
 
 from fd_dsa.attention.config import DSABackendConfig
 from fd_dsa.device.allocation import CACHED_VIEWS
 from fd_dsa.device.transfers import Transfers
+from fd_dsa.ops.arrays import rounded_length
 from fd_dsa.ops.logits import tile_configs
 from fd_dsa.ops.logits.tile_configs import TileConfig, decode_config, prompt_config
 from fd_dsa.ops.logits.tile_kernel import score_tiles
@@ -17,7 +17,6 @@ from fd_dsa.ops.logits.triton_kernel import score_pages
 from fd_dsa.step import ForwardMeta
 from fd_dsa.tensor import Tensor
 
-_MIN_WIDTH = 64
 Sizes = dict[str, tuple[int, tuple[int, ...], str]]
 """Number of values, shape of one value and dtype of each buffer, by name."""
 View = Callable[..., Tensor]
@@ -27,15 +26,6 @@ Use = Callable[..., None]
 
 It reads the scores, float32 [rows, width], before the next chunk overwrites them.
 """
-
-
-def widths_up_to(max_width: int) -> list[int]:
-    """Return the widths of rows of scores or slots, ascending: powers of two, and `max_width`.
-
-    Rows of few widths have few views, and launches of few forms.
-    """
-    powers = (_MIN_WIDTH << i for i in range(max_width.bit_length()))
-    return [*(power for power in powers if power < max_width), max_width]
 
 
 class PageScores:
@@ -53,7 +43,6 @@ class PageScores:
     def __init__(self, config: DSABackendConfig, view: View, num_logits: int) -> None:
         self._num_logits, self.is_captured = num_logits, False
         self._max_width = config.max_blocks_per_seq * config.cache_layout.block_size
-        self._widths = widths_up_to(self._max_width)
         self._logits = lru_cache(maxsize=CACHED_VIEWS)(partial(_logits, view))
 
     def prepare(self, step: ForwardMeta) -> None:
@@ -70,13 +59,9 @@ class PageScores:
             self._score(step, q, weights, cache, logits, first, rows)
             use(logits, first_token=first)
 
-    def _width(self, step: ForwardMeta) -> int:
-        """Return the width of the rows of scores, at least the longest row of the step."""
-        return self._widths[bisect_left(self._widths, min(step.max_seqlen_k, self._max_width))]
-
     def _chunks(self, step: ForwardMeta) -> tuple[int, int, int]:
         """Return stride and width of the rows of scores, and the tokens of a chunk."""
-        width = self._width(step)
+        width = rounded_length(step.max_seqlen_k, self._max_width)
         return width, width, max(1, self._num_logits // width)
 
     def _score(
@@ -143,7 +128,8 @@ class TileScores(PageScores):
         return self._schedules[step.num_prefill_tokens > 0]
 
     def _chunks(self, step: ForwardMeta) -> tuple[int, int, int]:
-        num_tokens, width = step.position_ids.shape[0], self._width(step)
+        num_tokens = step.position_ids.shape[0]
+        width = rounded_length(step.max_seqlen_k, self._max_width)
         is_capturing = self._transfers.is_capturing()
         self.is_captured |= is_capturing and not self._is_inside
         if num_tokens > self.max_whole and is_capturing:

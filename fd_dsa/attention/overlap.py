@@ -26,6 +26,11 @@ Side = TypeVar("Side")
 _NOT_RUN: Any = object()
 
 
+def _raised(error: KernelUnavailable) -> None:
+    """Raise the error of a kernel without an alternative."""
+    raise error
+
+
 class IndexerOverlap:
     """Fork to the second stream of a device, one at a time for each backend.
 
@@ -58,7 +63,7 @@ class IndexerOverlap:
         work: Callable[[], Work],
         project: Callable[..., Side],
         *args: Any,
-        refuse: Callable[[KernelUnavailable], object] | None = None,
+        refuse: Callable[[KernelUnavailable], object] = _raised,
     ) -> tuple[Work, Side]:
         """Run `work()` and `project(*args)`, at the same time if the step forks.
 
@@ -79,7 +84,7 @@ class IndexerOverlap:
             work, project: functions that do not wait for the device.
             args: arguments of `project`, a tensor of the backend's device first.
             refuse: called with the error of a failed compilation. It raises the error if there is
-                no other kernel, as does None.
+                no other kernel, as the default always does.
 
         Raises:
             OverlapError: called by `work` or `project` of another call.
@@ -102,8 +107,6 @@ class IndexerOverlap:
                 with _undone(stream.end, stream.join):
                     side = project(*args)
             except KernelUnavailable as error:
-                if refuse is None:
-                    raise
                 # a kernel is compiled before it is enqueued, so the second stream is idle
                 refuse(error)
                 return work(), project(*args)
@@ -145,14 +148,12 @@ class IndexerOverlap:
 def _projected(
     project: Callable[..., Side],
     args: tuple[object, ...],
-    refuse: Callable[[KernelUnavailable], object] | None,
+    refuse: Callable[[KernelUnavailable], object],
 ) -> Side:
     """Run `project(*args)` without a fork, again after a failed compilation."""
     try:
         return project(*args)
     except KernelUnavailable as error:
-        if refuse is None:
-            raise
         refuse(error)
         return project(*args)
 

@@ -17,6 +17,7 @@ from fd_dsa.device.host_tensor import as_tensor
 from fd_dsa.errors import DtypeError, ShapeError
 from fd_dsa.tensor import Array, Normed, Tensor
 
+_MIN_WIDTH = 64
 ArrayOrTensor = TypeVar("ArrayOrTensor", np.ndarray, Tensor)
 
 
@@ -73,6 +74,14 @@ def rows_at(x: Any, index: Any) -> Any:
 def values_of(x: ArrayOrTensor | Normed) -> ArrayOrTensor | Tensor:
     """Return the values of activations, without the FP8 form that a norm on a device adds."""
     return x.plain if isinstance(x, Normed) else x
+
+
+def rounded_length(length: int, max_length: int) -> int:
+    """Return the next power of two, at least 64 and at most `max_length`.
+
+    Rows of scores and of slots have these widths, so buffers have few views, and kernels few forms.
+    """
+    return min(max(_MIN_WIDTH, 1 << max(length - 1, 0).bit_length()), max_length)
 
 
 def check_shape(
