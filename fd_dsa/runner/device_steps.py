@@ -69,12 +69,13 @@ class DeviceInputs(StagedInputs):
             next_ids: result of `InputBatch.next_tokens`, if a layer reads them.
         """
         (*values, tables), samples = inputs, self._max_samples
-        firsts: StepArray = ()
+        logits_indptr: StepArray = ()
         if self._has_drafts:
-            firsts = _padded(sampling.logits_indptr, self._max_rows + 1)
+            logits_indptr = _padded(sampling.logits_indptr, self._max_rows + 1)
         batch_rows = _padded(sampling.batch_rows, samples)
         mask_rows = _padded(sampling.mask_rows, samples)
-        self.queue((*values, batch_rows, sampling.positions, firsts, mask_rows, next_ids), tables)
+        sampled = batch_rows, sampling.positions, logits_indptr, mask_rows
+        self.queue((*values, *sampled, next_ids), tables)
 
     def views(
         self, num_tokens: int, num_rows: int, num_sampled: int
