@@ -17,7 +17,7 @@ import numpy as np
 from fd_dsa import __version__
 from fd_dsa.client import bench_flags
 from fd_dsa.client.load import Sender
-from fd_dsa.client.own_server import add_server_flags, check_passed, parse_flags, server_at
+from fd_dsa.client.own_server import add_server_flags, check_passed, server_at
 from fd_dsa.client.remote import ServerInfo, examine_server
 from fd_dsa.client.timing import Timing, measure, summarise, tables
 from fd_dsa.command_line.failures import reports_failures
@@ -77,11 +77,11 @@ def parse_args(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """
     own, passed = split_flags(arguments)
     own, not_needed = bench_flags.translate(own)
-    args, passed = parse_flags(build_parser(), [*own, "--", *passed])
+    args = build_parser().parse_args(own)
     running = bench_flags.running_server(args)
     if running is not None and args.serve is not None:
         raise ConfigError("--serve: got it with --host, --port or --backend; leave one of them out")
-    check_passed(running, passed)
+    check_passed(running or args.base_url, passed)
     if args.base_url is not None:
         named = {"--host": args.host, "--port": args.port}
         not_needed |= {flag: "--base-url has it" for flag, value in named.items() if value}
