@@ -38,7 +38,13 @@ class Model(NamedTuple):
 
 
 class Case(NamedTuple):
-    """Rows that decode, the tokens of each, and the tokens of a new prompt; 0 = no prompt."""
+    """Rows of a step.
+
+    Attributes:
+        rows: number of rows that decode.
+        context: tokens of each such row before the step.
+        prompt: tokens of a new prompt, 0 without one.
+    """
 
     rows: int
     context: int

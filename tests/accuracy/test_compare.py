@@ -23,7 +23,7 @@ GOOD = [True] * 60 + [False] * 40
 
 @pytest.fixture(autouse=True)
 def _few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test here is about a bound of a bootstrap; tests/accuracy/test_stats.py has them."""
+    """Draw few resamples, because tests/accuracy/test_stats.py checks the bounds of a bootstrap."""
     monkeypatch.setattr(stats, "RESAMPLES", 100)
 
 

@@ -138,7 +138,7 @@ class Tiles:
     def select(
         self, scores: Any = None, prepare: bool = True, choose: Any = None, **changes: Any
     ) -> np.ndarray:
-        """The slots of the step, some of whose fields are others; `choose` selects them."""
+        """Return the slots that `choose` selects, in the step with `changes` of its fields."""
         scores, step = scores or self.scores, SimpleNamespace(**(vars(self.step) | changes))
         if prepare:
             scores.prepare(step)

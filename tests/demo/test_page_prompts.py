@@ -30,7 +30,7 @@ def in_english(generator: Generator) -> Iterator[str]:
 
 
 def in_chinese(generator: Generator) -> Iterator[str]:
-    """The same of the Chinese kinds, which have sums, and no poems; a question mark may follow."""
+    """Yield the Chinese prompts, sums among them, each with and without a question mark."""
     say, chinese = generator.pieces.say, load("chinese")
     asks = [ask for row in chinese.known for ask in row["ask"]]
     asks += [say(x, a=a) for x, a in product(chinese.capital, load("countries").chinese)]

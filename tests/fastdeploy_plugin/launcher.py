@@ -35,7 +35,7 @@ class Launcher:
     dump_file: Path
 
     def banner(self) -> str:
-        """The lines on stdout that say where the server will be; the command after it is read."""
+        """Return the lines on stdout before the `curl` command, which is read too."""
         assert self.process.stdout is not None
         before, curl = read_banner(self.process.stdout.readline)
         if not curl:
