@@ -140,8 +140,15 @@ def exchange(url: str, data: bytes) -> bytes:
     return answer
 
 
+def stream_data(text: str) -> list[str]:
+    """The data of a stream's events, without the pings that a busy server sends."""
+    events = [event for event in text.strip().split("\n\n") if not event.startswith(":")]
+    assert all("data: " in event for event in events), events
+    return [event.partition("data: ")[2] for event in events]
+
+
 def chunks_of(answer: httpx.Response) -> list[dict[str, Any]]:
     """The chunks of a stream that came to its end."""
-    events = answer.text.strip().split("\n\n")
-    assert events[-1] == "data: [DONE]"
-    return [json.loads(event.removeprefix("data: ")) for event in events[:-1]]
+    *chunks, end = stream_data(answer.text)
+    assert end == "[DONE]"
+    return [json.loads(chunk) for chunk in chunks]

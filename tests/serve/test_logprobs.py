@@ -18,7 +18,7 @@ from tests.engine.fakes import expected_greedy, make_engine
 from tests.engine.test_engine import find_eos_prompt, letters
 from tests.engine.test_logprobs import ref_logprobs
 from tests.engine.threaded import threaded
-from tests.serve.conftest import Live, chunks_of, running
+from tests.serve.conftest import Live, chunks_of, running, stream_data
 from tests.serve.test_errors import complete, error_of
 
 PROMPT = [5, 6, 7]
@@ -213,8 +213,8 @@ def test_a_response_has_the_scores_of_a_chat_answer(letters_live: Live) -> None:
     post = letters_live.http.post
     (item,) = post("/v1/responses", json=body).json()["output"]
     assert item["content"][0]["logprobs"] == expected
-    lines = post("/v1/responses", json={**body, "stream": True}).text.split("\n\n")
-    events = [json.loads(line.partition("data: ")[2]) for line in lines if line]
+    text = post("/v1/responses", json={**body, "stream": True}).text
+    events = [json.loads(data) for data in stream_data(text)]
     deltas = [event for event in events if event["type"] == "response.output_text.delta"]
     assert joined(delta["logprobs"] for delta in deltas) == expected
     assert all(

@@ -17,7 +17,7 @@ from fd_dsa.serve.info import INFO, engine_info, server_info
 from fd_dsa.startup.build import build_engine
 from tests.chat.recorded import TOOLS
 from tests.engine.threaded import threaded
-from tests.serve.conftest import Live, running
+from tests.serve.conftest import Live, running, stream_data
 from tests.serve.fake_engine import FakeEngine
 from tests.serve.test_messages import OWN_TOOLS
 from tests.serve.test_tool_calls import HI, V32, engine_of
@@ -138,8 +138,7 @@ def post(checker: Checker, live: Live, path: str, status: int = 200, **body: Any
     if kind != "text/event-stream":
         checker.check(path, "post", answer.status_code, kind, answer.json())
         return answer
-    for event in answer.text.strip().split("\n\n"):
-        data = event.partition("data: ")[2]
+    for data in stream_data(answer.text):
         if data != "[DONE]":
             checker.check(path, "post", 200, kind, json.loads(data))
     return answer

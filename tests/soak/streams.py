@@ -31,10 +31,11 @@ from tests.soak.hostile import draw_request
 
 NUM_CLIENTS = 64
 NUM_QUESTIONS = 32
-# few blocks, so that requests are preempted and cached prefixes evicted
+# few blocks, so that requests are preempted and cached prefixes evicted; pings between the chunks
 FLAGS = (
     *("--max-model-len", "256", "--max-num-seqs", "24", "--block-size", "8"),
     *("--max-num-batched-tokens", "64", "--num-gpu-blocks-override", "80"),
+    *("--sse-ping-interval", "0.1"),
 )
 ANSWER_WITHIN_S = 240.0
 KINDS = ("whole", "stream", "disconnect", "give up", "bad")
