@@ -16,7 +16,7 @@ from fd_dsa.ops.cache_write import CacheWriteParams, store_keys, write_caches
 from fd_dsa.ops.host_rows import rotate_
 from fd_dsa.ops.key_bounds import positions_to_slots
 from fd_dsa.ops.logits.host_scores import score_gathered, score_paged
-from fd_dsa.ops.mla import attend_dense, attend_gathered
+from fd_dsa.ops.mla import KeyLists, attend_dense, attend_gathered
 from fd_dsa.ops.providers import select_all
 from fd_dsa.ops.query import prepare_on_host
 from fd_dsa.ops.topk import select_positions
@@ -221,8 +221,14 @@ class HostAttention:
         scale, rank = config.softmax_scale, config.cache_layout.kv_lora_rank
         options: dict[str, Any] = {"softmax_scale": scale, "kv_lora_rank": rank, "scratch": scratch}
         tokens = plan.gathered_tokens
-        if slots is plan.slots and len(tokens) == len(q):
-            return attend_gathered(q, rows, slots, **options)
+        has_all = len(tokens) == len(q)
+        lists: np.ndarray | KeyLists = slots
+        if slots is plan.slots and not plan.needs_scores:
+            lists = plan.key_lists
+        elif not has_all:
+            lists = slots[tokens]
+        if slots is plan.slots and has_all:
+            return attend_gathered(q, rows, lists, **options)
         out = scratch.take("attention", (q.shape[0], q.shape[1], rank))
         out[plan.num_tokens :] = 0.0
         for i, tile in enumerate(plan.dense_tiles):
@@ -231,8 +237,8 @@ class HostAttention:
             else:
                 mask = plan.masks[i]
             out[tile.tokens] = attend_dense(q[tile.tokens], rows, tile.key_slots, mask, **options)
-        if len(tokens) == len(q):
-            out[:] = attend_gathered(q, rows, slots, **options)
+        if has_all:
+            out[:] = attend_gathered(q, rows, lists, **options)
         elif len(tokens):
-            out[tokens] = attend_gathered(q[tokens], rows, slots[tokens], **options)
+            out[tokens] = attend_gathered(q[tokens], rows, lists, **options)
         return out

@@ -23,6 +23,7 @@ from fd_dsa.ops.cache_write import places
 from fd_dsa.ops.fixed_order import fixed_order
 from fd_dsa.ops.key_bounds import key_bounds, positions_to_slots
 from fd_dsa.ops.logits.host_scores import PagedUnits
+from fd_dsa.ops.mla import KeyLists
 from fd_dsa.step import ForwardMeta
 
 TILE_VALUES = 8 << 20
@@ -264,6 +265,11 @@ class StepPlan:
         for tile in self.dense_tiles:
             covered[tile.tokens] = True
         return np.flatnonzero(~covered)
+
+    @cached_property
+    def key_lists(self) -> KeyLists:
+        """Slots of the gathered tokens, for a step in which all layers share the selection."""
+        return KeyLists(self.slots[self.gathered_tokens])
 
     @cached_property
     def masks(self) -> tuple[np.ndarray, ...]:

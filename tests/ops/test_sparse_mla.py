@@ -9,7 +9,7 @@ import paddle
 import pytest
 
 from fd_dsa.ops.arrays import Scratch
-from fd_dsa.ops.mla import attend_dense, attend_gathered
+from fd_dsa.ops.mla import KeyLists, attend_dense, attend_gathered
 from tests.reference.bfloat16 import ref_array, upper_half
 from tests.reference.sparse_mla import ref_attend
 
@@ -65,6 +65,30 @@ def test_selected_slots_of_ragged_rows(dtype: str, topk: int, garbage: float) ->
     assert (found.shape, found.dtype) == ((7, 3, RANK), np.float32)
     np.testing.assert_allclose(found, wanted, rtol=0, atol=TOLERANCE)
     assert (found[[2, 5]] == 0).all()
+
+
+@pytest.mark.parametrize("garbage", GARBAGE)
+def test_short_and_long_rows_with_holes(garbage: float) -> None:
+    rng = np.random.default_rng(3)
+    used = rng.permutation(900)[:600]
+    latents, counts = Latents(used, 900, garbage=garbage), [0, 300, 1, 31, 32, 33, 0, 64, 65, 299]
+    indices = np.full((len(counts), 310), -1, np.int32)
+    chosen = [rng.permutation(used)[:count] for count in counts]
+    for row, slots in zip(indices, chosen, strict=True):
+        # the first entry is valid, later ones may have holes between them
+        places = np.sort(rng.permutation(np.arange(1, len(slots) + 10))[: max(len(slots) - 1, 0)])
+        row[[0, *places][: len(slots)]] = slots
+    q = queries(len(counts))
+    found = run_sparse(q, latents.cache, indices)
+    wanted = np.array([latents.attend(q[t], c.tolist()) for t, c in enumerate(chosen)])
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=TOLERANCE)
+
+
+def test_a_long_row_leaves_the_short_ones_short() -> None:
+    slots = np.full((64, 2048), -1, np.int32)
+    slots[:, :20] = slots[7] = 3
+    lists = KeyLists(slots)
+    assert sorted(group.index.shape for group in lists.groups) == [(1, 2048), (63, 20)]
 
 
 def test_no_tokens() -> None:

@@ -5,6 +5,7 @@ The functions after the public ones run them on a CPU, in NumPy.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -39,6 +40,8 @@ TILE_BYTES = 8 << 20
 _quiet = np.errstate(invalid="ignore", over="ignore")
 # magnitude of scores whose exp is far from the limits of float32
 _SMALL = np.float32(40.0)
+# lists up to this length form one group
+_FEW_KEYS = 32
 _HIDDEN, _SEEN = np.float32(-np.inf), np.float32(0.0)
 
 
@@ -200,35 +203,65 @@ def _weighted(probabilities: np.ndarray, keys: np.ndarray) -> np.ndarray:
     return weighted_sum(probabilities, keys) if fixed_order() else batched(probabilities, keys)
 
 
+@dataclass(frozen=True, slots=True)
+class KeyGroup:
+    """Queries with a similar number of keys.
+
+    Attributes:
+        tokens: all queries, or the places of these, int64 [n].
+        index: int64 [n, longest list of the group], slots without -1.
+        mask: float32 like `index`, 0 or -inf; None if all entries are valid.
+    """
+
+    tokens: slice | np.ndarray
+    index: np.ndarray
+    mask: np.ndarray | None
+
+
 class KeyLists:
     """Slots of each query's keys in the form of `attend_gathered`, shared by layers.
 
+    A query gathers as many keys as the longest list of its group, which is at most twice as long
+    as its own or `_FEW_KEYS`. So one long row does not slow down the short rows of a batch.
+
     Args:
-        slots: int32 [num_tokens, topk], valid entries first, then -1.
+        slots: int32 [num_tokens, topk], -1 = no key.
 
     Attributes:
-        index: int64 [num_tokens, topk], slots without -1.
-        mask: float32 [num_tokens, topk], 0 or -inf; None if all entries are valid.
+        groups: all queries, by the length of their lists.
         is_empty: bool [num_tokens], True for a row without a slot; None if every row has one.
     """
 
     def __init__(self, slots: np.ndarray) -> None:
-        hidden = slots < 0
-        self.mask = self.is_empty = None
-        if hidden.any():
-            # an unused entry reads the row's first key, which is finite if the row's result is
-            slots = np.where(hidden, np.maximum(slots[:, :1], 0), slots)
-            self.mask = np.where(hidden, _HIDDEN, _SEEN)
-            if hidden[:, 0].any():
-                self.is_empty = hidden[:, 0]
-        self.index = slots.astype(np.int64)
+        self.is_empty: np.ndarray | None = None
+        self.groups: list[KeyGroup] = []
+        if not len(slots):
+            return
+        seen = slots >= 0
+        if seen.all():
+            self.groups.append(KeyGroup(slice(None), slots.astype(np.int64), None))
+            return
+        is_empty = np.logical_not(seen.any(axis=1))
+        if is_empty.any():
+            self.is_empty = is_empty
+        ends = np.where(is_empty, 1, slots.shape[1] - seen[:, ::-1].argmax(axis=1))
+        # an unused entry reads the row's first key, which is finite if the row's result is
+        index = np.where(seen, slots, np.maximum(slots[:, :1], 0)).astype(np.int64)
+        sizes = np.ceil(np.log2(np.maximum(ends, _FEW_KEYS)))
+        found = np.unique(sizes)
+        for size in found:
+            at = slice(None) if len(found) == 1 else (sizes == size).nonzero()[0]
+            width = ends[at].max()
+            is_full = seen[at, :width]
+            mask = None if is_full.all() else np.where(is_full, _SEEN, _HIDDEN)
+            self.groups.append(KeyGroup(at, index[at, :width], mask))
 
 
 @_quiet
 def attend_gathered(
     q: Array,
     cache: Array,
-    indices: Array,
+    indices: Array | KeyLists,
     *,
     softmax_scale: float,
     kv_lora_rank: int,
@@ -251,17 +284,22 @@ def attend_gathered(
     """
     latents, query, scratch = as_numpy(cache), _scaled(q, softmax_scale), scratch or Scratch()
     lists = indices if isinstance(indices, KeyLists) else KeyLists(as_numpy(indices))
-    (num_tokens, topk), width, mask = lists.index.shape, query.shape[2], lists.mask
-    out = np.empty((num_tokens, query.shape[1], kv_lora_rank), np.float32)
-    step = max(1, TILE_BYTES // max(1, topk * width * 4))
-    for start in range(0, num_tokens, step):
-        tile = slice(start, start + step)
-        index = lists.index[tile]
-        kv = scratch.take("latents", (*index.shape, width))
-        gather_latents(latents, index.ravel(), kv.reshape(-1, width), scratch)
-        probabilities = batched(query[tile], kv, transpose_y=True)
-        _softmax(probabilities, None if mask is None else mask[tile], sinks)
-        out[tile] = _weighted(probabilities, kv[:, :, :kv_lora_rank])
+    num_tokens, heads, width = query.shape
+    out = np.empty((num_tokens, heads, kv_lora_rank), np.float32)
+    for group in lists.groups:
+        own, (count, num_keys) = query[group.tokens], group.index.shape
+        found = out if len(lists.groups) == 1 else np.empty((count, *out.shape[1:]), np.float32)
+        step = max(1, TILE_BYTES // (num_keys * width * 4))
+        for start in range(0, count, step):
+            tile = slice(start, start + step)
+            index = group.index[tile]
+            kv = scratch.take("latents", (*index.shape, width))
+            gather_latents(latents, index.ravel(), kv.reshape(-1, width), scratch)
+            probabilities = batched(own[tile], kv, transpose_y=True)
+            _softmax(probabilities, None if group.mask is None else group.mask[tile], sinks)
+            found[tile] = _weighted(probabilities, kv[:, :, :kv_lora_rank])
+        if found is not out:
+            out[group.tokens] = found
     if lists.is_empty is not None:
         out[lists.is_empty] = 0.0
     return out
