@@ -22,7 +22,7 @@ from fd_dsa.errors import ConfigError, FdDsaError, describe_error, flag_error, i
 from fd_dsa.serve.flag_sources import parse_args, unused_variables
 from fd_dsa.serve.flags import ServerOptions
 from fd_dsa.serve.flags import build_parser as build_parser
-from fd_dsa.serve.heap import keep_heap_trimmed, share_heap
+from fd_dsa.serve.heap import freeze_objects, keep_heap_trimmed, share_heap
 from fd_dsa.serve.listener import connection_limit
 from fd_dsa.serve.logs import set_up_logging
 from fd_dsa.signals import discard, open_missing_streams, signal_end, signals_exit_at_once
@@ -220,6 +220,7 @@ def _serve_embedded(args: argparse.Namespace, started: float) -> int:
         options = replace(options, hosts=host_rule(args.host, sock.getsockname()[0], allowed))
 
         def on_ready() -> None:
+            freeze_objects()
             _print_ready(loaded[0], name, local_url(args.host, sock.getsockname()[1]), options)
 
         state = ServerState(

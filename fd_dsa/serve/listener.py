@@ -27,8 +27,8 @@ PROBE_CONNECTIONS = 8
 """Connections beyond the limit, on which probes are still answered."""
 # files of the model, pipes of the engine, and compilers
 _KEPT_DESCRIPTORS = 40
-# connections accepted, and opened, in one turn of the loop; accepting one takes 20 us
-_ACCEPTS_AT_ONCE, _OPENED_AT_ONCE = 64, 4
+# connections accepted in one turn of the loop; accepting one takes 20 us
+_ACCEPTS_AT_ONCE = 64
 _PEEKED_BYTES = 64
 _RETRY_S = 0.02
 
@@ -167,8 +167,12 @@ class Listener:
         return self.is_probe(target.partition(b" ")[0])
 
     def _open_accepted(self) -> None:
-        """Open the next connections, and the others in later turns of the loop."""
-        for _ in range(min(_OPENED_AT_ONCE, len(self._accepted))):
+        """Open the next connection, and the others in later turns of the loop.
+
+        A turn also begins one request (`Turns`). So few opened connections, which take memory, wait
+        for their request.
+        """
+        if self._accepted:
             self._open(self._accepted.popleft())
         if self._accepted:
             self._loop.call_soon(self._open_accepted)

@@ -56,8 +56,9 @@ class ServerState:
         self.options = options or ServerOptions()
         self.startup = StartupProgress()
         self.num_admitted = self.num_body_bytes = 0
-        # tasks of bounded length: bodies and answers
-        self.workers = Workers("front", 2)
+        # tasks of bounded length: bodies and answers. A long body holds the GIL for tens of
+        # milliseconds, and the event loop would wait for several of them in turn.
+        self.workers = Workers("front", 1)
         # templates, tokenizers and grammars, which may take long
         self.prompt_workers = Workers("prompts", 4)
         self.draining = self.is_closed = False

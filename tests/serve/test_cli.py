@@ -48,7 +48,7 @@ NO_MEMORY = "lower --gpu-memory-utilization, --kv-cache-memory-bytes"
 @pytest.fixture
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """The command leaves the settings of this process as they are."""
-    for name in ("set_up_logging", "share_heap", "keep_heap_trimmed"):
+    for name in ("set_up_logging", "share_heap", "keep_heap_trimmed", "freeze_objects"):
         monkeypatch.setattr(cli, name, lambda *_, **__: None)
     # an engine that is loaded is an error
     monkeypatch.setattr(EngineProcess, "COMMAND", (shutil.which("false"),))

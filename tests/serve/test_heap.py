@@ -112,7 +112,7 @@ def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 together = threading.Barrier(4)
 def take():
-    blocks = [ctypes.c_void_p(libc.malloc(100_000)) for _ in range(200)]
+    blocks = [ctypes.c_void_p(libc.malloc(100_000)) for _ in range(400)]
     for block in blocks:
         ctypes.memset(block, 1, 100_000)
     together.wait()
@@ -131,7 +131,8 @@ print(resident() - before >> 20)
 
 def test_memory_of_threads_is_given_back() -> None:
     assert int(run(WITHOUT_PADDLE + THREADS, {})) < 20
-    assert int(run(WITHOUT_PADDLE + THREADS, {"MALLOC_ARENA_MAX": "4"})) > 40
+    # a heap of one thread keeps 40 MB; two or three threads may share the first one
+    assert int(run(WITHOUT_PADDLE + THREADS, {"MALLOC_ARENA_MAX": "4"})) > 30
 
 
 # page faults of arrays of 10 MiB together, taken and freed twice, when heaps have grown
@@ -159,3 +160,14 @@ def test_memory_of_a_step_is_kept_for_the_next(variables: dict[str, str], keeps:
     environment = os.environ | variables
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
     assert (int(done.stdout) < 500) == keeps
+
+
+def test_a_frozen_object_is_in_no_collection() -> None:
+    program = """
+import gc
+from fd_dsa.serve.heap import freeze_objects
+kept = [[] for _ in range(100_000)]
+freeze_objects()
+print(gc.get_freeze_count() > 100_000, len(gc.get_objects()) < 1000)
+"""
+    assert run(program, {}) == "True True\n"

@@ -40,6 +40,14 @@ def test_many_blocks_of_a_message_are_joined_once(kind: str) -> None:
     assert sum(map(len, texts_in(body.chat.messages[1].for_template()))) > 12_000_000
 
 
+def test_further_fields_of_a_message_are_not_copied() -> None:
+    numbers = [0] * 1_000_000
+    message = read("/v1/chat/completions", {"messages": [{**USER, "x": numbers, "y": None}]})
+    (turn,) = message.messages
+    fields = turn.for_template()
+    assert fields["x"] is turn.model_extra["x"] and "y" not in fields
+
+
 def test_many_items_of_a_message_are_joined_once() -> None:
     call = {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}
     item = {"type": "message", "role": "assistant", "content": "a" * 3000}

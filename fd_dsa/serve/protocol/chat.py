@@ -172,10 +172,13 @@ class ChatMessage(Body):
 
     def for_template(self) -> dict[str, Any]:
         """Return the message for the template, without refusal and with one reasoning field."""
-        fields = self.model_dump(exclude_none=True, exclude={"refusal", *REASONING})
+        # a copy of a client's long list would hold the interpreter for a long time
+        further = {k: v for k, v in (self.model_extra or {}).items() if v is not None}
+        fields = self.model_dump(exclude_none=True, exclude={"refusal", *REASONING, *further})
         reasoning = next(filter(None, (getattr(self, name) for name in REASONING)), None)
         return {
             **fields,
+            **further,
             "content": self.content or self.refusal or "",
             **({"reasoning_content": reasoning} if reasoning else {}),
         }
