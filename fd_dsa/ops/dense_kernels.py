@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from fd_dsa.device.allocation import empty
 from fd_dsa.ops.device_functions import (
     absolute_maximum,
     magnitude,
@@ -22,7 +23,7 @@ from fd_dsa.ops.device_functions import (
 )
 from fd_dsa.ops.step_kernel import step_kernel
 from fd_dsa.tensor import Fp8Rows, Tensor
-from fd_dsa.triton_runtime import INTERPRETING, start_next, wait_for_inputs
+from fd_dsa.triton_runtime import INTERPRETING, next_power_of_2, start_next, wait_for_inputs
 from fd_dsa.triton_runtime.device_api import traits_for
 from fd_dsa.triton_runtime.driver import FP8_CAPABILITY
 
@@ -45,12 +46,10 @@ def padded_rows(num_tokens: int) -> int:
 
 def empty_fp8_rows(beside: Tensor, rows: int, width: int) -> Fp8Rows:
     """Allocate Fp8Rows on the device of a tensor, without values."""
-    import paddle
-
     place = beside.place
     groups, stride = -(-width // GROUP), padded_rows(rows)
-    padded = paddle.empty([stride, width], "uint8", device=place)
-    scales = paddle.empty([groups, stride], "float32", device=place)
+    padded = empty((stride, width), "uint8", place)
+    scales = empty((groups, stride), "float32", place)
     return Fp8Rows(padded if rows == stride else padded[:rows], scales, padded)
 
 
@@ -72,9 +71,7 @@ def native_fp8(x: Tensor) -> bool:
 
 def empty_beside(x: Tensor, *shape: int, dtype: str | None = None) -> Tensor:
     """Allocate a tensor on the device of `x`, of its dtype unless another one is named."""
-    import paddle
-
-    return paddle.empty(list(shape), dtype or x.dtype, device=x.place)
+    return empty(shape, dtype or x.dtype, x.place)
 
 
 @triton.jit
@@ -178,7 +175,7 @@ def rms_norm(
     quantized = None if round_scales is None else empty_fp8_rows(x, rows, width)
     if rows and width:
         _, codes, scales, scale_stride = kernel_arguments(quantized)
-        block = max(GROUP, triton.next_power_of_2(width))
+        block = max(GROUP, next_power_of_2(width))
         rms_norm_kernel[(rows,)](
             x,
             delta,
@@ -270,7 +267,7 @@ def _activated(x: Tensor, width: int, round_scales: bool | None, *, gated: bool)
     rows, empty = x.shape[0], empty_beside if round_scales is None else empty_fp8_rows
     out = empty(x, rows, width)
     if rows and width:
-        block = min(_BLOCK, max(GROUP, triton.next_power_of_2(width)))
+        block = min(_BLOCK, max(GROUP, next_power_of_2(width)))
         activate_kernel[rows, -(-width // block)](
             x, *kernel_arguments(out), width, gated, block, bool(round_scales), num_warps=4
         )
@@ -305,7 +302,7 @@ def rows_at(table: Tensor, index: Tensor, out: Tensor | None = None) -> Tensor:
     width = table.shape[1]
     out = empty_beside(table, index.shape[0], width) if out is None else out
     if index.shape[0] and width:
-        block = min(_BLOCK, triton.next_power_of_2(width))
+        block = min(_BLOCK, next_power_of_2(width))
         grid = index.shape[0], -(-width // block)
         rows_at_kernel[grid](table, index, out, table.shape[0], width, BLOCK=block, num_warps=4)
     return out

@@ -8,6 +8,7 @@ from typing import Any
 
 import paddle
 
+from fd_dsa.device.allocation import empty
 from fd_dsa.errors import BackendUnavailable, DeviceError
 from fd_dsa.ops.arrays import (
     allocator_beside,
@@ -36,7 +37,7 @@ OWN_ROWS = 32
 @cache
 def _cublaslt(kind: type, place: Place) -> tuple[Any, bool]:
     """Return cuBLASLt on a device, None if it is missing, and True if it supports block FP8."""
-    example = paddle.empty([1], "float32", device=place)
+    example = empty((1,), "float32", place)
     if not on_device(example) or INTERPRETING:
         return None, False
     try:
@@ -119,8 +120,8 @@ class DeviceMatrix:
         if library is None:
             wide = paddle.cast(rows, "float32"), paddle.cast(self.values, "float32")
             return matmul(*wide, transpose_y=True)
-        shape = [rows.shape[0], self.values.shape[0]]
-        out = paddle.empty(shape, "float32", device=rows.place)
+        shape = rows.shape[0], self.values.shape[0]
+        out = empty(shape, "float32", rows.place)
         library.linear(rows, self.values, out)
         return out
 
@@ -130,8 +131,8 @@ class DeviceMatrix:
         if num_rows > OWN_ROWS and x is not None and self._suits_cublaslt:
             library, takes_fp8 = _cublaslt(x.__class__, x.place)
             if takes_fp8:
-                shape = [x.shape[0], self.values.shape[0]]
-                out = paddle.empty(shape, "bfloat16", device=x.place)
+                shape = x.shape[0], self.values.shape[0]
+                out = empty(shape, "bfloat16", x.place)
                 library.fp8_linear(x, rows.scales, self.values, scales, out)
                 return out if num_rows == shape[0] else out[:num_rows]
         return fp8_linear(rows, self.values, scales)

@@ -14,7 +14,7 @@ from fd_dsa.ops.device_functions import stored, to_bfloat16, widened
 from fd_dsa.ops.fp8_gemm import fp8_pointer, fp8_sums
 from fd_dsa.ops.split_sums import Tiling
 from fd_dsa.ops.step_kernel import step_kernel
-from fd_dsa.triton_runtime import start_next, wait_for_inputs
+from fd_dsa.triton_runtime import next_power_of_2, start_next, wait_for_inputs
 
 import triton  # isort: skip
 import triton.language as tl  # isort: skip
@@ -55,9 +55,9 @@ def block_sizes(kind: str, columns: int, width: int, tiling: Tiling) -> dict[str
     """Return the constants and options of a launch with a tiling."""
     block_columns, block_width = tiling.columns, GROUP
     if kind != "uint8":
-        block_columns = min(block_columns, max(16, triton.next_power_of_2(columns)))
+        block_columns = min(block_columns, max(16, next_power_of_2(columns)))
         max_width = 32 if kind == "float32" else 64
-        block_width = min(max_width, max(16, triton.next_power_of_2(width)))
+        block_width = min(max_width, max(16, next_power_of_2(width)))
     return tiling.options | {"BLOCK_COLUMNS": block_columns, "BLOCK_WIDTH": block_width}
 
 

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import paddle
-
 from fd_dsa.errors import ShapeError
 from fd_dsa.ops.arrays import dtype_name
 from fd_dsa.ops.dense_kernels import (
@@ -29,7 +27,7 @@ from fd_dsa.ops.fp8_gemm import check_weight
 from fd_dsa.ops.split_sums import Tiling, rows_of_tiles
 from fd_dsa.ops.step_kernel import step_kernel
 from fd_dsa.tensor import Fp8Rows, Tensor
-from fd_dsa.triton_runtime import start_next, wait_for_inputs
+from fd_dsa.triton_runtime import next_power_of_2, start_next, wait_for_inputs
 from fd_dsa.triton_runtime.device_api import traits_for
 
 import triton  # isort: skip
@@ -141,7 +139,7 @@ def choose_experts(
     Source: DeepSeek-V3 (arXiv 2412.19437) §2.1.2.
     """
     rows, experts = logits.shape
-    ids = paddle.empty([rows, top_k], "int32", device=logits.place)
+    ids = empty_beside(logits, rows, top_k, dtype="int32")
     weights = empty_beside(logits, rows, top_k)
     if rows:
         choose_experts_kernel[(rows,)](
@@ -156,8 +154,8 @@ def choose_experts(
             NUM_GROUPS=n_group,
             TOP_GROUPS=topk_group,
             NORM=norm,
-            GROUPS=triton.next_power_of_2(n_group),
-            SIZE=triton.next_power_of_2(experts // n_group),
+            GROUPS=next_power_of_2(n_group),
+            SIZE=next_power_of_2(experts // n_group),
             num_warps=8,
             # the compiler computes a score once for each layout; with a fused product in only one
             # of them, a score would not equal itself
@@ -193,9 +191,9 @@ def group_pairs(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
         [num_experts].
     """
     rows, top_k = ids.shape
-    pairs = paddle.empty([num_experts, rows], "int32", device=ids.place)
-    counts = paddle.empty([num_experts], "int32", device=ids.place)
-    block = min(_MAX_PAIRS, triton.next_power_of_2(max(rows * top_k, 1)))
+    pairs = empty_beside(ids, num_experts, rows)
+    counts = empty_beside(ids, num_experts)
+    block = min(_MAX_PAIRS, next_power_of_2(max(rows * top_k, 1)))
     group_pairs_kernel[(num_experts,)](
         ids, pairs, counts, rows * top_k, rows, BLOCK=block, num_warps=8 if block > _BLOCK else 4
     )
@@ -262,7 +260,7 @@ def expert_gemm(
     if by_library is not None:
         by_library(
             (rows, x_scales), weight, pairs, counts, out, out_scales,
-            paddle.empty([1], "int32", device=rows.place), round_scales=bool(round_scales),
+            empty_beside(rows, 1, dtype="int32"), round_scales=bool(round_scales),
         )  # fmt: skip
     elif num_pairs and columns:
         shared_bytes = traits_for(rows).shared_bytes
@@ -274,7 +272,7 @@ def expert_gemm(
             rows, x_scales, values, scales, pairs, counts, out, out_scales, num_tokens,
             x_stride, out_stride, ROW_PAIRS=num_pairs // rows.shape[0], NUM_EXPERTS=experts,
             WIDTH=width, COLUMNS=columns, GATED=gated, ROUND_SCALES=bool(round_scales),
-            NATIVE=native_fp8(rows), EXPERTS=triton.next_power_of_2(experts), **options,
+            NATIVE=native_fp8(rows), EXPERTS=next_power_of_2(experts), **options,
         )  # fmt: skip
     return result
 
@@ -320,7 +318,7 @@ def sum_experts(parts: Tensor, weights: Tensor, ids: Tensor, base: Tensor) -> Te
     (rows, top_k), width = weights.shape, parts.shape[1]
     out = empty_beside(base, rows, width)
     if rows and width:
-        block = min(_BLOCK, triton.next_power_of_2(width))
+        block = min(_BLOCK, next_power_of_2(width))
         grid = rows, -(-width // block)
         sum_experts_kernel[grid](
             parts, weights, ids, base, out, TOP_K=top_k, WIDTH=width, BLOCK=block, num_warps=4

@@ -20,7 +20,7 @@ from fd_dsa.ops.device_functions import to_bfloat16, widened
 from fd_dsa.ops.split_sums import rows_of_tiles
 from fd_dsa.ops.step_kernel import step_kernel
 from fd_dsa.tensor import Fp8Rows, Tensor
-from fd_dsa.triton_runtime import start_next, wait_for_inputs
+from fd_dsa.triton_runtime import next_power_of_2, start_next, wait_for_inputs
 
 import triton  # isort: skip
 import triton.language as tl  # isort: skip
@@ -156,9 +156,9 @@ def _launch(
     if num_tokens:
         tiled = rows_of_tiles(num_tokens)
         few = tiled <= 64
-        tokens = min(64 if few else 128, max(16, triton.next_power_of_2(tiled)))
-        columns = min(128, max(16, triton.next_power_of_2(out_width)))
-        depth = min(128 if few else 64, max(16, triton.next_power_of_2(width)))
+        tokens = min(64 if few else 128, max(16, next_power_of_2(tiled)))
+        columns = min(128, max(16, next_power_of_2(out_width)))
+        depth = min(128 if few else 64, max(16, next_power_of_2(width)))
         if dtype_name(x.dtype) == "float32":
             # without tensor cores the registers hold the whole tile
             tokens, columns, depth = min(tokens, 32), min(columns, 32), min(depth, 32)

@@ -8,9 +8,8 @@ from fd_dsa.ops.dense_kernels import empty_beside
 from fd_dsa.ops.device_functions import stored, widened
 from fd_dsa.ops.step_kernel import step_kernel
 from fd_dsa.tensor import Tensor
-from fd_dsa.triton_runtime import start_next, wait_for_inputs
+from fd_dsa.triton_runtime import next_power_of_2, start_next, wait_for_inputs
 
-import triton  # isort: skip
 import triton.language as tl  # isort: skip
 
 if TYPE_CHECKING:
@@ -76,7 +75,7 @@ def mtp_inputs(
     """
     rows, width = hidden.shape
     out = empty_beside(table, rows, 2 * width)
-    block = triton.next_power_of_2(width)
+    block = next_power_of_2(width)
     mtp_inputs_kernel[(rows, 2)](
         table, next_ids, positions, hidden, token_norm.weight, hidden_norm.weight, out,
         table.shape[0], token_norm.epsilon, WIDTH=width, BLOCK=block,

@@ -25,9 +25,8 @@ from fd_dsa.ops.device_functions import (
 )
 from fd_dsa.ops.step_kernel import step_kernel
 from fd_dsa.tensor import Tensor
-from fd_dsa.triton_runtime import start_next, wait_for_inputs
+from fd_dsa.triton_runtime import next_power_of_2, start_next, wait_for_inputs
 
-import triton  # isort: skip
 import triton.language as tl  # isort: skip
 
 _INDEXER, _MLA = "indexer_query", "prepare_mla_query"
@@ -281,5 +280,5 @@ def mla_query_arguments(
         "HEADS": num_heads,
         "RANK": rank,
         "HALF": half,
-        "PADDED_RANK": triton.next_power_of_2(rank),
+        "PADDED_RANK": next_power_of_2(rank),
     }

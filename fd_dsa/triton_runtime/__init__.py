@@ -18,7 +18,7 @@ from fd_dsa.triton_runtime.compile_freeze import (
 from fd_dsa.triton_runtime.compiler import Compiled
 from fd_dsa.triton_runtime.device_api import DeviceApi, register_device_api
 from fd_dsa.triton_runtime.kernel import Kernel, paddle_jit
-from fd_dsa.triton_runtime.launch import BoundLaunch
+from fd_dsa.triton_runtime.launch import BoundLaunch, next_power_of_2
 from fd_dsa.triton_runtime.parameters import Pointer
 from fd_dsa.triton_runtime.pdl import start_next, wait_for_inputs
 
@@ -30,6 +30,7 @@ __all__ = [
     "Kernel",
     "Pointer",
     "freeze",
+    "next_power_of_2",
     "num_late_compilations",
     "paddle_jit",
     "register_device_api",

@@ -64,10 +64,13 @@ class PaddleApi(DeviceApi):
     """Paddle tensors in GPU memory, or in CUDA memory of a custom device of Paddle."""
 
     def __init__(self) -> None:
-        from paddle.base import core, libpaddle
+        from paddle.base import core, framework, libpaddle
 
         # Paddle describes no part of its core
         self._core: Any = core
+        self._expected_place = framework._current_expected_place_
+        # Paddle's current place, and the index of its device
+        self._current: tuple[object, int] = None, 0
         self._custom_type: str | None = None
         raw_stream = getattr(libpaddle, "_get_current_raw_stream", None)
         if raw_stream is not None:
@@ -100,12 +103,13 @@ class PaddleApi(DeviceApi):
 
     def current_device(self) -> int:
         """Return Paddle's current device, or the CUDA driver's if Paddle's is the CPU."""
-        import paddle
-
-        place = paddle.framework._current_expected_place_()
+        place, (known, index) = self._expected_place(), self._current
+        if place is known:
+            return index
         if isinstance(place, self._core.CPUPlace):
             return super().current_device()
-        return place.get_device_id()
+        self._current = place, place.get_device_id()
+        return self._current[1]
 
     def current_stream(self, device: int) -> int:
         """Return Paddle's current stream, which in a capture is the captured stream."""

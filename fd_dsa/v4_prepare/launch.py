@@ -13,6 +13,7 @@ import numpy as np
 from fd_dsa.device.allocation import Allocate
 from fd_dsa.device.staging import InputStaging
 from fd_dsa.tensor import Tensor
+from fd_dsa.triton_runtime import next_power_of_2
 from fd_dsa.v4_prepare.builder import V4Arrays, check_topk
 from fd_dsa.v4_prepare.checks import Integers, rollback_error
 from fd_dsa.v4_prepare.config import OUTPUT_SHAPES, V4PrepareConfig
@@ -24,8 +25,6 @@ from fd_dsa.v4_prepare.kernel import (
     expand_kernel,
 )
 from fd_dsa.v4_prepare.table import BlockTable, Run
-
-import triton
 
 # a large value, so that offsets and addresses are bound as 64-bit scalars
 _WIDE = 1 << 40
@@ -66,11 +65,11 @@ def tiles_for(cfg: V4PrepareConfig) -> dict[str, int]:
     is_decode = longest <= _LONG_ROW
     programs = _DECODE_PROGRAMS if is_decode else _PREFILL_PROGRAMS
     max_parts = max(1, programs // cfg.max_num_seqs)
-    token_tile = min(max(32, triton.next_power_of_2(longest)), 128)
-    group = min(triton.next_power_of_2(longest), 8)
+    token_tile = min(max(32, next_power_of_2(longest)), 128)
+    group = min(next_power_of_2(longest), 8)
     entries = max(1, cfg.max_model_len // cfg.hca_ratio)
-    hca_tile = min(max(32, triton.next_power_of_2(entries)), 128)
-    row_tile = min(max(32, triton.next_power_of_2(cfg.max_num_seqs)), _MAX_ROW_TILE)
+    hca_tile = min(max(32, next_power_of_2(entries)), 128)
+    row_tile = min(max(32, next_power_of_2(cfg.max_num_seqs)), _MAX_ROW_TILE)
     if hca_tile == row_tile:
         # tiles of equal shape share a layout, and the layout of rows does not suit unaligned lists
         hca_tile *= 2
@@ -108,7 +107,7 @@ def expand_arguments(cfg: V4PrepareConfig) -> dict[str, int | bool]:
         # no token has more entries, and RATIO * TOPK fits int32
         "TOPK": min(cfg.index_topk, cfg.max_model_len // cfg.csa_ratio + 1),
         "IS_PAGED": cfg.swa == "paged",
-        "WINDOW_TILE": triton.next_power_of_2(cfg.window_size),
+        "WINDOW_TILE": next_power_of_2(cfg.window_size),
         "RUN_TILE": _RUN_TILE,
         **tiles_for(cfg),
     }
@@ -282,7 +281,7 @@ class DeviceSteps:
                 comp_base=cfg.comp_base,
                 TOPK=cfg.index_topk,
                 ENTRIES_PER_BLOCK=cfg.block_size // cfg.csa_ratio,
-                TILE=min(triton.next_power_of_2(cfg.index_topk), _CSA_TILE),
+                TILE=min(next_power_of_2(cfg.index_topk), _CSA_TILE),
                 scalars=("num_given",),
             )
             self._csa = launch, rows

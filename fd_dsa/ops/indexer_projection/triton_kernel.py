@@ -19,9 +19,8 @@ from fd_dsa.ops.split_sums import (
 )
 from fd_dsa.ops.step_kernel import step_kernel
 from fd_dsa.tensor import Tensor
-from fd_dsa.triton_runtime import start_next, wait_for_inputs
+from fd_dsa.triton_runtime import next_power_of_2, start_next, wait_for_inputs
 
-import triton  # isort: skip
 import triton.language as tl  # isort: skip
 
 NUM_PARTIALS = 1 << 20
@@ -188,7 +187,7 @@ def launch_options(
     if arguments["WIDE"] is tl.float32:
         # products without tensor cores hold a whole tile in registers
         tokens, columns, hidden = min(tokens, 32), min(columns, 32), 32
-    hidden = min(hidden, max(16, triton.next_power_of_2(arguments["HIDDEN"])))
+    hidden = min(hidden, max(16, next_power_of_2(arguments["HIDDEN"])))
     tiles = -(-arguments["WIDTH"] // columns) + -(-arguments["HEADS"] // columns)
     token_tiles = -(-arguments["num_tokens"] // tokens)
     max_splits = NUM_PARTIALS // (token_tiles * tiles * tokens * columns)

@@ -13,8 +13,7 @@ from fd_dsa.ops.key_bounds import prompt_windows
 from fd_dsa.ops.mla.prompt_kernel import attend_prompts_kernel, gather_keys_kernel
 from fd_dsa.step import ForwardMeta
 from fd_dsa.tensor import Tensor
-
-import triton  # isort: skip
+from fd_dsa.triton_runtime import next_power_of_2
 
 _GATHERED = 16
 
@@ -68,9 +67,9 @@ class Group(NamedTuple):
 
 def fitting(nope: int, rope: int, values: int, shared_bytes: int) -> Iterator[Tiling]:
     """Yield the candidates whose operands fit the shared memory of a block."""
-    keys = triton.next_power_of_2(nope) + rope
+    keys = next_power_of_2(nope) + rope
     for tiling in CANDIDATES:
-        stage = 2 * tiling.block_n * (keys + triton.next_power_of_2(values))
+        stage = 2 * tiling.block_n * (keys + next_power_of_2(values))
         if 2 * tiling.block_m * keys + tiling.num_stages * stage <= shared_bytes:
             yield tiling
 
@@ -104,7 +103,7 @@ def gather_keys(
         BLOCK_SIZE=block_size,
         RANK=latents.shape[1],
         ROPE=rope.shape[1],
-        RANK_PADDED=triton.next_power_of_2(latents.shape[1]),
+        RANK_PADDED=next_power_of_2(latents.shape[1]),
         FP8=cache_format(cache).is_fp8,
         ROWS=rows,
         KEYS=_GATHERED,
@@ -177,8 +176,8 @@ def attend_prompts(
         NOPE=nope,
         HALF=rope_dim // 2,
         VALUES=value_width,
-        NOPE_PADDED=max(16, triton.next_power_of_2(nope)),
-        VALUES_PADDED=max(16, triton.next_power_of_2(value_width)),
+        NOPE_PADDED=max(16, next_power_of_2(nope)),
+        VALUES_PADDED=max(16, next_power_of_2(value_width)),
         ROUND_SCALES=round_scales,
         ROWS=rows,
         BLOCK_M=tiling.block_m,

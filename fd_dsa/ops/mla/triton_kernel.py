@@ -14,7 +14,7 @@ from fd_dsa.ops.arrays import cache_format
 from fd_dsa.ops.device_functions import e4m3_values, stored_values
 from fd_dsa.ops.step_kernel import step_kernel
 from fd_dsa.tensor import Tensor
-from fd_dsa.triton_runtime import wait_for_inputs
+from fd_dsa.triton_runtime import next_power_of_2, wait_for_inputs
 
 import triton  # isort: skip
 import triton.language as tl  # isort: skip
@@ -150,8 +150,8 @@ def attend_slots(
         *(slots.shape[1], num_heads, prod(cache.shape[:-1])),
         RANK=kv_lora_rank,
         ROPE=rope_dim,
-        RANK_PADDED=max(16, triton.next_power_of_2(kv_lora_rank)),
-        ROPE_PADDED=max(16, triton.next_power_of_2(rope_dim)),
+        RANK_PADDED=max(16, next_power_of_2(kv_lora_rank)),
+        ROPE_PADDED=max(16, next_power_of_2(rope_dim)),
         FP8=fp8,
         WIDE=tl.bfloat16 if both_bfloat16 else tl.float32,
         num_warps=4,
@@ -196,6 +196,6 @@ def dequantize(cache: Tensor, slots: Tensor, out: Tensor) -> None:
         RANK=LATENT_WIDTH if fp8 else width,
         ROPE=ROPE_WIDTH if fp8 else 0,
         FP8=fp8,
-        WIDTH=triton.next_power_of_2(width),
+        WIDTH=next_power_of_2(width),
         num_warps=4,
     )

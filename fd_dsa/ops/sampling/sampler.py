@@ -14,8 +14,7 @@ from fd_dsa.ops.sampling.cut_kernels import draw_kernel, gather_kernel, masses_k
 from fd_dsa.ops.sampling.parameters import IN_PROMPT, RECORD, RowParameters
 from fd_dsa.ops.sampling.scan_kernels import LEVELS, STATE, scan_kernel, settle_kernel
 from fd_dsa.tensor import Tensor
-
-import triton  # isort: skip
+from fd_dsa.triton_runtime import next_power_of_2
 
 # tokens of a block, and of the part of a block to which rules are applied at a time
 _MAX_BLOCK = 4096
@@ -55,7 +54,7 @@ class DeviceSampler:
     def __init__(
         self, max_num_seqs: int, vocab_size: int, allocate: Allocate, max_rows: int | None = None
     ) -> None:
-        block = triton.next_power_of_2(-(-vocab_size // 8))
+        block = next_power_of_2(-(-vocab_size // 8))
         self._block = min(max(block, _MIN_BLOCK), _MAX_BLOCK)
         self._num_blocks = num_blocks = -(-vocab_size // self._block)
         self.max_rows = rows = max_rows or max_num_seqs
@@ -162,7 +161,7 @@ class DeviceSampler:
         # without drafts no kernel reads `ids` and `sampled`
         ids, sampled, max_drafts = verified or (batch_rows, batch_rows, 0)
         counts_here = drafts is None and not max_drafts
-        blocks, parts = triton.next_power_of_2(num_blocks), (rows, num_blocks)
+        blocks, parts = next_power_of_2(num_blocks), (rows, num_blocks)
         # a weight must be the same number in every launch, and penalties round as on a CPU
         options = {"VOCAB": vocab, "num_warps": 8, "enable_fp_fusion": False}
         scan_kernel[parts](
