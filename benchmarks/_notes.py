@@ -55,7 +55,8 @@ def siege_table(bounds: Sequence[float]) -> str:
     rows: list[dict[str, str]] = []
     for name, server in _SERVERS.items():
         result = json.loads((RESULTS / "soak" / f"{name}.json").read_text())
-        row = {"server": server, "commit": result["env"]["commit"][:12]}
+        env = result["env"]
+        row = {"server": server, "processor": env["cpu"], "commit": env["commit"][:12]}
         row["kinds x repeats"] = f"{len(result['rows'])} x {result['repeats']}"
         figures = [key for key in result["rows"][0] if key not in ("requests", "answers")]
         for key in figures:
@@ -65,7 +66,7 @@ def siege_table(bounds: Sequence[float]) -> str:
     allowed = dict(zip(figures, (f"{bound:g}" for bound in bounds), strict=True))
     rows.insert(0, dict.fromkeys(row, "") | {"server": "allowed"} | allowed)
     columns: list[Column] = [(key.replace(" (alone)", ""), itemgetter(key)) for key in row]
-    machine = "{env[cpu]}, {env[cpus]} processors; Python {env[python]}, paddlepaddle "
+    machine = "{env[cpus]} processors; Python {env[python]}, paddlepaddle "
     machine += "{env[paddlepaddle]}. The worst of all kinds of requests:"
     table = "\n".join(Table(lambda _: rows, columns).lines({}))
     return f"{fill(machine, result)}\n\n{table}\n"
