@@ -192,7 +192,7 @@ def test_a_line_while_busy_and_none_while_idle(
         lines = lines_after(3)
         pattern = (
             r"running \d+, waiting \d+, prefill ([\d,]+) tok/s, decode ([\d,]+) tok/s, "
-            r"kv \d+ %, prefix hits (?:\d+ %|none asked)"
+            r"kv \d+ %, prefix hits (?:\d+ %|no queries)"
         )
         rates = [re.fullmatch(pattern, line).groups() for line in lines]  # type: ignore[union-attr]
         assert any(rate != ("0", "0") for rate in rates)
