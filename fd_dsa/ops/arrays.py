@@ -13,7 +13,6 @@ import numpy as np
 import numpy.typing as npt
 
 from fd_dsa.cache_formats import FORMAT_OF_DTYPE, CacheFormat
-from fd_dsa.device.allocation import empty
 from fd_dsa.device.host_tensor import as_tensor
 from fd_dsa.errors import DtypeError, ShapeError
 from fd_dsa.tensor import Array, Normed, Tensor
@@ -43,8 +42,10 @@ def on_device(array: Array) -> TypeGuard[Tensor]:
 
 def allocator_beside(tensor: Tensor) -> Callable[[tuple[int, ...], str], Tensor]:
     """Return an allocator of uninitialised Paddle tensors on the device of a tensor."""
+    import paddle
+
     place = tensor.place
-    return lambda shape, dtype: empty(shape, dtype, place)
+    return lambda shape, dtype: paddle.empty(list(shape), dtype, device=place)
 
 
 def readable(tensor: Tensor) -> Array:

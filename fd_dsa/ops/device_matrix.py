@@ -8,7 +8,6 @@ from typing import Any
 
 import paddle
 
-from fd_dsa.device.allocation import empty
 from fd_dsa.errors import BackendUnavailable, DeviceError
 from fd_dsa.ops.arrays import (
     allocator_beside,
@@ -19,7 +18,7 @@ from fd_dsa.ops.arrays import (
 )
 from fd_dsa.ops.cublaslt import cublaslt_for
 from fd_dsa.ops.cublaslt_library import fp8_unsupported_reason
-from fd_dsa.ops.dense_kernels import GROUP, quantize_rows, rms_norm, silu_and_mul
+from fd_dsa.ops.dense_kernels import GROUP, empty, quantize_rows, rms_norm, silu_and_mul
 from fd_dsa.ops.expert_kernels import expert_gemm
 from fd_dsa.ops.fixed_order import fixed_order
 from fd_dsa.ops.fp8_gemm import fp8_linear
