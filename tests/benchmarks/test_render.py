@@ -53,10 +53,10 @@ def test_topk_names_the_fastest_exact_peer(tmp_path: Path) -> None:
 
 def test_the_siege_is_one_table() -> None:
     lines = _notes.siege_table([0.5, 0.5, 200, 50, 1024, 35]).splitlines()
-    assert "| server | commit | kinds x repeats | /health, s | gap, s |" in lines[2]
+    assert "| server | processor | commit | kinds x repeats | /health, s | gap, s |" in lines[2]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[4:]]
-    assert rows[0] == ["allowed", "", "", "0.5", "0.5", "200", "50", "1024", "35"]
+    assert rows[0] == ["allowed", "", "", "", "0.5", "0.5", "200", "50", "1024", "35"]
     # the worst of all kinds, as a number and not as a text
-    assert rows[1][:1] + rows[1][2:6] == ["demo model", "41 x 3", "0.16", "0.25", "171"]
+    assert rows[1][:1] + rows[1][3:7] == ["demo model", "58 x 1", "0.47", "0.33", "192"]
     # the server before the limits did not end
     assert rows[-1][-1] == "none"
