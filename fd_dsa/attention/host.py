@@ -227,7 +227,7 @@ class HostAttention:
             lists = plan.key_lists
         elif not has_all:
             lists = slots[tokens]
-        if slots is plan.slots and has_all:
+        if has_all:
             return attend_gathered(q, rows, lists, **options)
         out = scratch.take("attention", (q.shape[0], q.shape[1], rank))
         out[plan.num_tokens :] = 0.0
@@ -237,8 +237,6 @@ class HostAttention:
             else:
                 mask = plan.masks[i]
             out[tile.tokens] = attend_dense(q[tile.tokens], rows, tile.key_slots, mask, **options)
-        if has_all:
-            out[:] = attend_gathered(q, rows, lists, **options)
-        elif len(tokens):
+        if len(tokens):
             out[tokens] = attend_gathered(q[tokens], rows, lists, **options)
         return out

@@ -32,7 +32,7 @@ from fd_dsa.ops.device_functions import (
 from fd_dsa.ops.split_sums import rows_of_tiles
 from fd_dsa.ops.step_kernel import step_kernel
 from fd_dsa.tensor import Tensor
-from fd_dsa.triton_runtime import start_next, wait_for_inputs
+from fd_dsa.triton_runtime import next_power_of_2, start_next, wait_for_inputs
 
 import triton  # isort: skip
 import triton.language as tl  # isort: skip
@@ -291,7 +291,7 @@ def kernel_arguments(
     """
     half = _rope_half(kv_a, index_k, cos_sin_cache, params)
     rank = kv_a.shape[1] - 2 * half if kv_a is not None else TILE_WIDTH
-    tile = min(TILE_WIDTH, 1 << (rank - 1).bit_length())
+    tile = min(TILE_WIDTH, next_power_of_2(rank))
     if kv_a is not None and params.kv_norm_weight is not None:
         check_shape("write_caches", "kv_norm_weight", params.kv_norm_weight, (rank,))
     positions, num_positions = None, 0
@@ -323,7 +323,7 @@ def kernel_arguments(
         "HALF": half,
         "BLOCK_SIZE": caches[0].shape[-2],
         "TILE": tile,
-        "TILES": 1 << (-(-rank // tile) - 1).bit_length(),
+        "TILES": next_power_of_2(-(-rank // tile)),
         "FP8": CACHE_FORMATS[params.kv_cache_dtype].is_fp8,
         "INTERLEAVED": params.index_rope_interleave,
         "HADAMARD": params.index_hadamard,

@@ -225,7 +225,7 @@ class KeyLists:
     as its own or `_FEW_KEYS`. So one long row does not slow down the short rows of a batch.
 
     Args:
-        slots: int32 [num_tokens, topk], -1 = no key.
+        slots: int32 [num_tokens, topk], -1 = no key. The first entry of a row with keys is one.
 
     Attributes:
         groups: all queries, by the length of their lists.
@@ -241,7 +241,7 @@ class KeyLists:
         if seen.all():
             self.groups.append(KeyGroup(slice(None), slots.astype(np.int64), None))
             return
-        is_empty = np.logical_not(seen.any(axis=1))
+        is_empty = ~seen[:, 0]
         if is_empty.any():
             self.is_empty = is_empty
         ends = np.where(is_empty, 1, slots.shape[1] - seen[:, ::-1].argmax(axis=1))

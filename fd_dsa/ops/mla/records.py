@@ -22,6 +22,7 @@ from fd_dsa.ops.device_functions import e4m3_values
 from fd_dsa.ops.step_kernel import step_kernel
 from fd_dsa.step import ForwardMeta
 from fd_dsa.tensor import Tensor
+from fd_dsa.triton_runtime import next_power_of_2
 
 import triton  # isort: skip
 import triton.language as tl  # isort: skip
@@ -188,7 +189,7 @@ class DequantizedRecords:
             *(values, blocks, flags),
             *(num_rows, table_width, num_blocks, capacity, self._keys_per_token),
             BLOCK_SIZE=block_size,
-            ROWS=1 << (max(num_rows, self._max_rows) - 1).bit_length(),
+            ROWS=next_power_of_2(max(num_rows, self._max_rows)),
             num_warps=_NUM_WARPS,
         )
         ids, num_slots = step.batch_id_per_token, capacity * block_size
