@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from fd_dsa import LLM, SamplingParams
+
 FOLDER = Path(__file__).resolve().parents[1] / "examples"
 # file -> what its output matches
 PRINTED = {
@@ -28,6 +30,9 @@ PRINTED = {
     "runner": "abc -> defghi length\nm -> nopqrs length\nwxy -> z stop\n",
     "stream": r"(?s)\[0\] .*\[1\] .*\[[01]\] complete: .*\[[01]\] complete: .*"
     r"running requests after close: 0\n",
+    "tools": r"user: What is the weather in Paris\?\nassistant: \n"
+    r"  calls get_weather \{\"city\": \"Paris\"\}\ntool: (It is sunny, 21 degrees\.)\n"
+    r"assistant: The tool says: \1\n",
     "structured": r"ended by: stop\nkeys: \['city', 'is_capital'\]\nchoice: (Paris|Rome|Berlin)\n",
 }
 
@@ -38,7 +43,7 @@ def test_every_example_has_its_output_here() -> None:
 
 def _by_time(name: str) -> Any:
     """Mark an example that loads the demo model as slow."""
-    quick = ("caches", "metadata", "operators", "runner", "v4_steps")
+    quick = ("caches", "metadata", "operators", "runner", "tools", "v4_steps")
     marks = () if name in quick else pytest.mark.slow
     return pytest.param(name, marks=marks)
 
@@ -50,6 +55,20 @@ def test_an_example_runs(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
     printed = capsys.readouterr().out
     assert re.fullmatch(PRINTED[name], printed), printed
+
+
+@pytest.mark.slow
+def test_the_recorded_answers_are_those_of_the_demo_model() -> None:
+    example = runpy.run_path(str(FOLDER / "tools.py"))
+    user, call, result, answer = example["conversation"]()
+    params = SamplingParams(temperature=0, max_tokens=64)
+    with LLM(max_num_seqs=1) as llm:
+        for turns, recorded in zip(
+            ([user], [user, call, result]), example["RECORDED"], strict=True
+        ):
+            output = llm.chat(turns, params, tools=example["TOOLS"])[0].outputs[0]
+            assert (output.text, output.finish_reason) == (recorded, "stop")
+    assert answer["content"] == example["RECORDED"][1]
 
 
 def test_an_example_is_short_and_says_how_it_is_started() -> None:

@@ -13,10 +13,7 @@ from demo_training import heldout
 from demo_training.heldout import ask_all, is_held_out, judge, judge_call, read, table
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools/demo_training"
-RESULTS = {
-    "shipped": TOOLS / "heldout_shipped.json",
-    "third training": TOOLS / "heldout_third.json",
-}
+RESULTS = {name: TOOLS / f"heldout_{name}.json" for name in ("first", "third", "shipped")}
 
 
 def group(category: str, language: str = "en") -> dict:
@@ -170,7 +167,7 @@ def test_the_card_has_the_counts_of_its_model():
     card = (TOOLS.parents[1] / "fd_dsa/demo_model/README.md").read_text(encoding="utf-8")
     (right, total), (chinese, all_chinese) = counts["en"], counts["zh"]
     assert f"Of {total} held-out requests in English it answers {right} rightly" in card
-    assert f"of {all_chinese} in Chinese {chinese}\n" in card
+    assert f"of {all_chinese} in Chinese {chinese}." in card
 
 
 def test_the_pages_table_is_that_of_the_recorded_counts():

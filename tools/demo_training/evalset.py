@@ -11,7 +11,8 @@ One JSON object a line, by its field "kind":
              `answer` is one right answer; a model is judged by `checks` (synth.checks.check).
              Group "sample" has no checks: it is there to be read.
 
-Its items were drawn once by generators of the documents, and stay as they are.
+The items were drawn once by generators of the documents. They stay as they are, but for the form of
+19 sums, which follows the documents.
 """
 
 from __future__ import annotations
