@@ -45,14 +45,13 @@ def _version(package: str) -> str:
 
 
 def _gpu() -> dict[str, str]:
-    """Return name and driver of the first GPU, or "" for both without a GPU."""
-    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader", "-i", "0"]
-    try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return {"gpu": "", "driver": ""}
-    name, _, driver = done.stdout.strip().partition(", ")
-    return {"gpu": name, "driver": driver} if done.returncode == 0 else {"gpu": "", "driver": ""}
+    """Return name and driver of the first GPU, or "" for both if this process sees no GPU."""
+    # imported late, because a worker may have another checkout's package
+    from fd_dsa.environment import has_nvidia_gpu, nvidia_smi
+
+    found = nvidia_smi("name,driver_version", "0") if has_nvidia_gpu() else []
+    name, _, driver = "".join(found).partition(", ")
+    return {"gpu": name, "driver": driver}
 
 
 def revision_of(checkout: Path = ROOT, paths: Sequence[str] = ("fd_dsa",)) -> dict[str, Any]:

@@ -6,8 +6,8 @@ The host is timed, and the device is waited for outside the clock. The labels ar
 - Triton's own `kernel[grid]`.
 - The same with a change of Triton's active driver around it, as in FastDeploy #6897.
 - Triton's compiled launch function on plain integers (Triton 3.6 only).
-- Ours. "new tensors" means that every launch gets other tensor objects than the one before, so that
-  all of them are checked again.
+- Ours. "new tensors" means that every launch gets other tensor objects than the one before. An
+  unbound launch checks all its tensors, a bound one checked them when it was made.
 
 If Paddle and the test plug-in are installed, the same kernels are launched on Paddle tensors too.
 There another side is Triton with Paddle's torch stand-in switched on and off around every launch.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -156,3 +157,18 @@ def test_a_copy_without_git_is_told_its_commit(monkeypatch: pytest.MonkeyPatch) 
     assert (environment()["commit"], environment()["dirty"]) == ("1" * 40, False)
     monkeypatch.setenv("FD_DSA_COMMIT", "1" * 40 + "-dirty")
     assert (environment()["commit"], environment()["dirty"]) == ("1" * 40, True)
+
+
+@pytest.mark.parametrize(("visible", "gpu"), [("0", "NVIDIA H200"), ("", ""), ("-1", "")])
+def test_a_gpu_that_is_hidden_is_not_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, visible: str, gpu: str
+) -> None:
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho 'NVIDIA H200, 580.159.04'\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    # the machine has a device file
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: iter([self / "nvidia0"]))
+    found = environment()
+    assert (found["gpu"], found["driver"]) == (gpu, "580.159.04" if gpu else "")
