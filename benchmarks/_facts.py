@@ -19,6 +19,7 @@ from benchmarks._notes import siege_table
 from benchmarks._published import GLM, V32, plan_lines, plan_table
 from fd_dsa import __version__
 from fd_dsa.config import EngineConfig
+from fd_dsa.engine import Tokenizer
 from fd_dsa.models.registry import config_from_dict
 
 _KIB, _MIB = 1 << 10, 1 << 20
@@ -80,8 +81,11 @@ def start_log() -> str:
     """Return the log of a start on the demo model as a code block. Times are examples."""
     from fd_dsa.models.registry import read_config
     from fd_dsa.ops.providers import OPERATORS, select_provider
+    from fd_dsa.serve.flags import ServerOptions
+    from fd_dsa.serve.info import chat_formats
 
     config = EngineConfig()
+    chat = chat_formats(Tokenizer.from_folder(config.model_path), ServerOptions())
     defaults = dict(read_config(config.model_path).generation)
     lines = [
         "engine embedded: no flag asks for FastDeploy",
@@ -92,7 +96,8 @@ def start_log() -> str:
         f"{', '.join(OPERATORS)} on cpu: {select_provider('topk', 'cpu')}",
         f"[3/5] kv cache {start()['summary']}",
         "[4/5] warm-up  not needed on this device",
-        "chat: prompts by tokenizer_config.json, tool calls none, reasoning none",
+        f"chat: prompts by {chat['chat_template']}, tool calls {chat['tool_call_parser']}, "
+        f"reasoning {chat['reasoning_parser']}",
         "[5/5] ready    in 0.9 s",
     ]
     text = "\n".join(f"07:05:09 INFO {line}" for line in lines)

@@ -250,7 +250,10 @@ def test_port_in_use_is_found_before_the_model_is_loaded(
 
 
 def test_start_serve_and_stop_from_another_folder(tmp_path: Path) -> None:
+    # a template without tools, beside a parser of calls
+    (tmp_path / "plain.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
     flags = "--served-model-name first --served-model-name second --tool-call-parser deepseek_v32"
+    flags += " --chat-template plain.jinja"
     # a drain that waits for no request would take longer than the test has
     flags += " --shutdown-timeout 3600 --trust-remote-code --swap-space=4"
     # nearly the name of a flag's variable
@@ -277,7 +280,7 @@ def test_start_serve_and_stop_from_another_folder(tmp_path: Path) -> None:
     # the time of the start; this engine has no phases
     assert len(re.findall(r"INFO \[\d/5\] \w+ +in \d+\.\d s\n", log)) == 1
     assert "Uvicorn" not in log
-    assert log.count("INFO chat: prompts by tokenizer_config.json, tool calls deepseek_v32") == 1
+    assert log.count(", tool calls deepseek_v32, reasoning none\n") == 1
     assert "WARNING chat: --tool-call-parser deepseek_v32 reads calls, but the chat" in log
     assert "WARNING the variable FD_DSA_MAX_MODEL_LENGTH is unknown; did you mean" in log
     why = "--trust-remote-code is not needed here: no code of a model's folder runs"
@@ -339,7 +342,10 @@ def test_dry_run_prints_the_plan_and_loads_nothing(capsys: pytest.CaptureFixture
     assert plan["memory"]["num_blocks"] > 0
     # a server has a target where the configuration has none
     assert plan["target_inter_token_latency_ms"] == 200
-    assert (plan["chat_template"], plan["tool_call_parser"]) == ("tokenizer_config.json", "none")
+    assert (plan["chat_template"], plan["tool_call_parser"]) == (
+        "tokenizer_config.json",
+        "deepseek_v32",
+    )
     assert "the-key" not in done.out + done.err
     assert done.out.startswith("# deepseek_v32 on the CPU")
 
