@@ -101,7 +101,7 @@ export const STRINGS = {
   example1: ["Hello! What can you do?", "你好，你能做什么？"],
   example2: ["What is the capital of France?", "法国的首都是哪里？"],
   example3: ["Write a short poem about the sea.", "什么是稀疏注意力？"],
-  example4: ["List three colours of the rainbow.", "7加5等于多少？"],
+  example4: ["What are the colours of the rainbow?", "7加5等于多少？"],
   exampleNeedle: ["Find the number hidden in a long text, and see where the model looks", "在长文本中找出隐藏的数字，并查看模型读取的位置"],
 
   // --- messages
