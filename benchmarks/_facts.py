@@ -51,7 +51,7 @@ def start() -> dict[str, Any]:
             model = add_mtp_layer(checkpoint, model)
     longest = model.max_position_embeddings
     blocks = -(-longest // config.block_size)
-    batch = InputBatch(config.max_num_seqs, config.num_batched_tokens, blocks, config.block_size)
+    batch = InputBatch(config.num_seqs, config.num_batched_tokens, blocks, config.block_size)
     plan = plan_memory(
         config,
         weight_bytes=weight_bytes(model),

@@ -14,8 +14,14 @@ from fd_dsa.cache_formats import CACHE_FORMATS
 from fd_dsa.errors import ConfigError, flag_error
 from fd_dsa.speculative_config import SpeculativeConfig
 
-DEFAULT_PROMPT_TOKENS = 512
-"""Prompt tokens of a step: enough for fast GEMMs on a CPU, few enough for smooth streams."""
+CPU_SEQS, GPU_SEQS = 64, 256
+"""Default largest number of sequences in a step, by device."""
+
+CPU_PROMPT_TOKENS = 512
+"""Prompt tokens of a step on a CPU: enough for fast GEMMs, few enough for smooth streams."""
+
+GPU_STEP_TOKENS = 8192
+"""Tokens of a step on a GPU: a prompt's GEMMs are at their best from a few thousand rows on."""
 
 DEFAULT_TARGET_MS = 200.0
 """Target milliseconds between two tokens of a server, about the speed of reading."""
@@ -84,8 +90,9 @@ _RULES: dict[str, _Rule] = {
     "kv_cache_dtype": (", ".join(_CACHE_DTYPES), _CACHE_DTYPES.__contains__),
     "generation_config": (", ".join(GENERATION_CONFIGS), GENERATION_CONFIGS.__contains__),
     "load_format": (", ".join(_LOAD_FORMATS), _LOAD_FORMATS.__contains__),
-    **dict.fromkeys(("max_num_seqs", "block_size"), _POSITIVE),
-    **dict.fromkeys(("max_model_len", "max_num_batched_tokens", "index_topk"), _OPTIONAL),
+    "block_size": _POSITIVE,
+    **dict.fromkeys(("max_model_len", "max_num_seqs", "max_num_batched_tokens"), _OPTIONAL),
+    "index_topk": _OPTIONAL,
     **dict.fromkeys(("kv_cache_memory_bytes", "num_gpu_blocks_override"), _OPTIONAL),
     **dict.fromkeys(("allow_unknown_config_fields", "async_scheduling", "enforce_eager"), _SWITCH),
     **dict.fromkeys(("enable_chunked_prefill", "enable_prefix_caching"), _SWITCH),
@@ -122,9 +129,9 @@ class EngineConfig:
         kv_cache_dtype: format of the caches, see `fd_dsa.cache_formats`. "auto" is the dtype of
             the activations.
         max_model_len: longest prompt plus output in tokens, None = the model's own limit.
-        max_num_seqs: max sequences in one step.
+        max_num_seqs: max sequences in one step, None = 64 on a CPU and 256 on a GPU.
         max_num_batched_tokens: max tokens in one step, None = 512 of prompts plus one of each
-            sequence.
+            sequence on a CPU, and 8,192 on a GPU.
         target_inter_token_latency_ms: max milliseconds between two tokens of an answer while
             prompts are computed, 0 = no target. The default of a server is `DEFAULT_TARGET_MS`. A
             program that waits for whole answers needs no target.
@@ -160,7 +167,7 @@ class EngineConfig:
     dtype: str = "auto"
     kv_cache_dtype: str = "auto"
     max_model_len: int | None = None
-    max_num_seqs: int = 64
+    max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
     target_inter_token_latency_ms: float = 0.0
     block_size: int = 64
@@ -199,8 +206,6 @@ class EngineConfig:
         for name, (allowed, is_allowed) in _RULES.items():
             if not is_allowed(getattr(self, name)):
                 raise flag_error(name, getattr(self, name), allowed)
-        if self.max_num_batched_tokens is None:
-            self._set("max_num_batched_tokens", DEFAULT_PROMPT_TOKENS + self.max_num_seqs)
         given = self.speculative_config
         if given not in (None, NO_DRAFTS) and not isinstance(given, SpeculativeConfig):
             self._set("speculative_config", SpeculativeConfig.read(given))
@@ -227,7 +232,7 @@ class EngineConfig:
         return self.model_path if self.tokenizer is None else Path(self.tokenizer)
 
     def on_device(self, device: str) -> EngineConfig:
-        """Return the settings with `device`, and with dtypes and drafts resolved for it.
+        """Return the settings with `device`, and with sizes, dtypes and drafts resolved for it.
 
         Raises:
             ConfigError: the device does not support `dtype`.
@@ -248,7 +253,10 @@ class EngineConfig:
         is_whole = self.tensor_parallel_size == 1 and self.load_format != "dummy"
         if drafts is None and device == "cpu" and is_whole and self.model_path == demo_model_path():
             drafts = SpeculativeConfig("mtp", 3)
+        num_seqs, num_tokens = self._step_sizes(device)
         resolved: dict[str, Any] = {
+            "max_num_seqs": num_seqs,
+            "max_num_batched_tokens": num_tokens,
             "dtype": dtype,
             "kv_cache_dtype": cache_dtype,
             "speculative_config": drafts,
@@ -256,8 +264,13 @@ class EngineConfig:
         return replace(self, device=device, **resolved)
 
     @property
+    def num_seqs(self) -> int:
+        """`max_num_seqs`, which `on_device` resolves."""
+        return int(self.max_num_seqs)  # type: ignore[arg-type]
+
+    @property
     def num_batched_tokens(self) -> int:
-        """`max_num_batched_tokens`, which is an int after construction."""
+        """`max_num_batched_tokens`, which `on_device` resolves."""
         return int(self.max_num_batched_tokens)  # type: ignore[arg-type]
 
     @property
@@ -274,7 +287,7 @@ class EngineConfig:
     @property
     def max_decode_tokens(self) -> int:
         """Max tokens of a decode step, drafts included."""
-        return min((1 + self.max_drafts) * self.max_num_seqs, self.num_batched_tokens)
+        return min((1 + self.max_drafts) * self.num_seqs, self.num_batched_tokens)
 
     @property
     def capture_sizes(self) -> tuple[int, ...]:
@@ -304,6 +317,17 @@ class EngineConfig:
                 "lower it",
             )
         return self.max_model_len
+
+    def _step_sizes(self, device: str) -> tuple[int, int]:
+        """Return `max_num_seqs` and `max_num_batched_tokens`, given or the device's defaults."""
+        if device == "cpu":
+            num_seqs = self.max_num_seqs or CPU_SEQS
+            num_tokens = CPU_PROMPT_TOKENS + num_seqs
+        else:
+            num_seqs = self.max_num_seqs or GPU_SEQS
+            # a decode step has a token of each sequence
+            num_tokens = max(GPU_STEP_TOKENS, num_seqs)
+        return num_seqs, self.max_num_batched_tokens or num_tokens
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
@@ -354,7 +378,10 @@ class EngineConfig:
         sizes = self.cudagraph_capture_sizes
         if sizes is None:
             return
-        name, max_size = "cudagraph_capture_sizes", self.max_decode_tokens
+        # only a GPU captures steps
+        num_seqs, num_tokens = self._step_sizes("gpu")
+        max_size = min((1 + self.max_drafts) * num_seqs, num_tokens)
+        name = "cudagraph_capture_sizes"
         if isinstance(sizes, str) or not isinstance(sizes, Sequence):
             raise flag_error(name, sizes, "several integers")
         if self.enforce_eager:

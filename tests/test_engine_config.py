@@ -37,7 +37,12 @@ def test_defaults_serve_the_demo_on_a_cpu() -> None:
     assert (there.device, there.dtype, there.kv_cache_dtype) == ("gpu:0", "bfloat16", "bfloat16")
     with pytest.raises(ConfigError, match=r"--dtype: got 'bfloat16'.*no bfloat16 kernels"):
         EngineConfig(dtype="bfloat16").on_device("cpu")
-    assert config.num_batched_tokens == 512 + 64
+    assert (here.num_seqs, here.num_batched_tokens) == (64, 512 + 64)
+    assert (there.num_seqs, there.num_batched_tokens) == (256, 8192)
+    more = EngineConfig(max_num_seqs=9000).on_device("gpu:0")
+    assert (more.num_seqs, more.num_batched_tokens) == (9000, 9000)
+    less = EngineConfig(max_num_batched_tokens=100).on_device("gpu:0")
+    assert (less.num_seqs, less.num_batched_tokens) == (256, 100)
     assert config.resolve_max_model_len(4096) == 4096
     with pytest.raises(FrozenInstanceError):
         config.seed = 1  # type: ignore[misc]
@@ -63,14 +68,14 @@ def test_defaults_serve_the_demo_on_a_cpu() -> None:
     ],
 )
 def test_sizes_of_captured_steps(fields: dict[str, Any], sizes: tuple[int, ...]) -> None:
-    assert EngineConfig(**fields).capture_sizes == sizes
+    assert EngineConfig(**fields).on_device("gpu:0").capture_sizes == sizes
 
 
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"cudagraph_capture_sizes": (0,)}, "got 0, allowed: integers from 1 to 64"),
-        ({"cudagraph_capture_sizes": (65,)}, "got 65, allowed: integers from 1 to 64"),
+        ({"cudagraph_capture_sizes": (0,)}, "got 0, allowed: integers from 1 to 256"),
+        ({"cudagraph_capture_sizes": (257,)}, "got 257, allowed: integers from 1 to 256"),
         ({"cudagraph_capture_sizes": (True,)}, "got True"),
         ({"cudagraph_capture_sizes": ()}, "at least one integer; or take --enforce-eager"),
         ({"cudagraph_capture_sizes": 4}, "got 4, allowed: several integers"),
@@ -237,8 +242,8 @@ def test_speculative_config_is_read_as_vllm_writes_it() -> None:
     assert (one.prompt_lookup_max, one.prompt_lookup_min) == (3, 3)
     assert EngineConfig().speculation is None
     # steps of drafts are captured too
-    assert EngineConfig(max_num_seqs=4).capture_sizes == (1, 2, 4)
-    assert config.capture_sizes[-1] == 256
+    assert EngineConfig(max_num_seqs=4).on_device("gpu:0").capture_sizes == (1, 2, 4)
+    assert config.on_device("gpu:0").capture_sizes[-1] == 512
 
 
 @pytest.mark.parametrize(

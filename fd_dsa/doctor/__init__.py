@@ -266,7 +266,10 @@ def graph_facts(device: str, interpreting: bool) -> dict[str, Any]:
 
         if not is_cuda_graph_supported():
             reason = "this build of Paddle has no CUDA graphs"
-    return {"sizes": [] if reason else list(EngineConfig().capture_sizes), "reason": reason}
+    return {
+        "sizes": [] if reason else list(EngineConfig().on_device("gpu:0").capture_sizes),
+        "reason": reason,
+    }
 
 
 def as_text(found: dict[str, Any], with_tree: bool = False) -> str:

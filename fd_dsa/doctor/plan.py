@@ -90,7 +90,7 @@ def _caches(config: EngineConfig, model: ModelConfig, weight_bytes: int) -> dict
     longest = model.max_position_embeddings
     caches_class(model).check_flags(config, model)
     blocks = -(-longest // config.block_size)
-    batch = InputBatch(config.max_num_seqs, config.num_batched_tokens, blocks, config.block_size)
+    batch = InputBatch(config.num_seqs, config.num_batched_tokens, blocks, config.block_size)
     caches = caches_class(model)(config, model, batch)
     workspace = workspace_bytes(config, model, caches, GpuTraits(*_TRAITS))
     sizes = {

@@ -87,7 +87,7 @@ class LLM:
         dtype: str = "auto",
         kv_cache_dtype: str = "auto",
         max_model_len: int | None = None,
-        max_num_seqs: int = 64,
+        max_num_seqs: int | None = None,
         max_num_batched_tokens: int | None = None,
         target_inter_token_latency_ms: float = 0.0,
         block_size: int = 64,

@@ -182,9 +182,9 @@ _FLAGS = {
     "scheduler": {
         "--max-model-len N": f"longest prompt plus output, tokens; {_SIZE_FORMS} "
         "(default: the model's)",
-        "--max-num-seqs N": "sequences in a step (default: 64)",
+        "--max-num-seqs N": "sequences in a step (default: 64 on a CPU, 256 on a GPU)",
         "--max-num-batched-tokens N": "tokens in a step; longer prompts are split (default: 512 "
-        "and --max-num-seqs)",
+        "and --max-num-seqs on a CPU, 8192 on a GPU)",
         "--target-inter-token-latency-ms MS": "longest time between two tokens of an answer in "
         f"steps with prompts, 0 for no target (default: {DEFAULT_TARGET_MS:g})",
         "--enable-chunked-prefill": "split prompts at --max-num-batched-tokens; always on "

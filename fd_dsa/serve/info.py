@@ -38,6 +38,8 @@ class EngineInfo(TypedDict):
     dtype: str
     kv_cache_dtype: str
     speculative_config: dict[str, Any] | None
+    max_num_seqs: int
+    max_num_batched_tokens: int
     sampling: str
     providers: dict[str, dict[str, str]]
     provider_reasons: dict[str, dict[str, dict[str, str]]]
@@ -59,8 +61,6 @@ class ServerInfo(EngineInfo, Limits, ChatFormats):
     commit: str | None
     tensor_parallel_size: int
     max_model_len: int
-    max_num_seqs: int
-    max_num_batched_tokens: int
     target_inter_token_latency_ms: float
     block_size: int
     has_chat_template: bool
@@ -84,6 +84,8 @@ def engine_info(config: EngineConfig) -> EngineInfo:
         "dtype": here.dtype,
         "kv_cache_dtype": here.kv_cache_dtype,
         "speculative_config": None if here.speculation is None else asdict(here.speculation),
+        "max_num_seqs": here.num_seqs,
+        "max_num_batched_tokens": here.num_batched_tokens,
         "sampling": "NumPy" if here.device == "cpu" else "Triton",
         "providers": {
             op: {kind: c.provider for kind, c in by.items()} for op, by in choices.items()
@@ -112,8 +114,6 @@ async def server_info(
         **facts,
         "tensor_parallel_size": config.tensor_parallel_size,
         "max_model_len": engine.max_model_len,
-        "max_num_seqs": config.max_num_seqs,
-        "max_num_batched_tokens": config.num_batched_tokens,
         "target_inter_token_latency_ms": config.target_inter_token_latency_ms,
         "block_size": config.block_size,
         **options.limits(engine.max_model_len),

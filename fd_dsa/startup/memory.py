@@ -150,7 +150,7 @@ def plan_memory(
         room = max(free_bytes - weight_bytes - graph_bytes - state_bytes, 0)
         if not takes_all:
             room = min(room // 2, max(_DEFAULT_CACHE_BYTES, needed_blocks * bytes_per_block))
-        num_blocks = min(config.max_num_seqs * needed_blocks, room // bytes_per_block)
+        num_blocks = min(config.num_seqs * needed_blocks, room // bytes_per_block)
     plan = MemoryPlan(
         weight_bytes=weight_bytes,
         graph_bytes=graph_bytes,

@@ -99,7 +99,7 @@ class EnginePlan:
             "block_size": config.block_size,
             "enable_prefix_caching": config.enable_prefix_caching,
             "max_model_len": self.max_model_len,
-            "max_num_seqs": config.max_num_seqs,
+            "max_num_seqs": config.num_seqs,
             "max_num_batched_tokens": config.num_batched_tokens,
             "target_inter_token_latency_ms": config.target_inter_token_latency_ms,
             "index_topk": self.model_config.index_topk,
@@ -145,7 +145,7 @@ def make_plan(config: EngineConfig, group: Group | None = None) -> EnginePlan:
     _check_vocabulary(config, model_config, tokenizer)
     blocks_per_seq = -(-max_model_len // config.block_size)
     input_batch = InputBatch(
-        config.max_num_seqs, config.num_batched_tokens, blocks_per_seq, config.block_size
+        config.num_seqs, config.num_batched_tokens, blocks_per_seq, config.block_size
     )
     whole_config, fp8 = _check_weights(config, model_config)
     size = config.tensor_parallel_size
@@ -321,5 +321,5 @@ def workspace_bytes(
     """Return the bytes that a device needs in addition to weights, caches and graphs."""
     from fd_dsa.runner.device_steps import sampling_bytes
 
-    sizes = config.max_num_seqs, model_config.vocab_size, config.max_drafts
+    sizes = config.num_seqs, model_config.vocab_size, config.max_drafts
     return caches.workspace_bytes(traits) + sampling_bytes(*sizes)
