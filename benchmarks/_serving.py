@@ -1,17 +1,21 @@
-"""A served model for the benchmarks: the process, its client, and the processor time of both."""
+"""Served models for the benchmarks: the process, its client, and the processor time of both."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
+import subprocess
+import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from benchmarks._harness import ROOT, Worker, on_cpus
 from fd_dsa.client.own_server import own_server
+from fd_dsa.config import demo_model_path
 
 # as the worker `ours` builds its engine
 _FLAGS = ("--max-num-seqs", "32", "--kv-cache-memory-bytes", "4G", "--log-level", "warning")
@@ -56,3 +60,29 @@ def served(
             return {**answer, "serve_cpu_s": cpu_s() - before}
 
         yield generate
+
+
+@contextlib.contextmanager
+def model_server(model: str, config: Mapping[str, Any], rig: bool) -> Iterator[tuple[str, int]]:
+    """Yield host and port of a server of a model folder without weights and without a tokenizer.
+
+    Args:
+        config: fields of EngineConfig.
+        rig: True = on the test plug-in.
+    """
+    module = "benchmarks.workers.rig_serve" if rig else "fd_dsa.serve"
+    fields = {**config, "load_format": "dummy", "tokenizer": demo_model_path(), "port": 0}
+    command = [sys.executable, "-m", module, model]
+    for name, value in fields.items():
+        flag = f"--{name.replace('_', '-')}"
+        command += [flag, *map(str, value)] if isinstance(value, tuple) else [f"{flag}={value}"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as server:
+        try:
+            for line in server.stdout or ():
+                if url := re.search(r" serves .* on http://([^:]+):(\d+)$", line):
+                    break
+            else:
+                raise RuntimeError(f"the server ended with status {server.wait()}")
+            yield url[1], int(url[2])
+        finally:
+            server.terminate()

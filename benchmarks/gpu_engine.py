@@ -27,7 +27,6 @@ import calendar
 import contextlib
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -46,9 +45,9 @@ from benchmarks._gpu_engine_model import (
     shape_of,
 )
 from benchmarks._harness import Worker, rig_parser, rig_result, write_json, write_result
+from benchmarks._serving import model_server
 from benchmarks.workers.gpu_engine import by_class
 from benchmarks.workers.stream_client import streams
-from fd_dsa.config import demo_model_path
 
 CAPTURED = (1, 2, 4, 8, 16, 32, 64, 128)
 CONFIG: dict[str, Any] = {
@@ -77,27 +76,12 @@ def gpu_now() -> dict[str, str]:
 
 def over_http(model: str, rig: bool) -> float:
     """Return tokens a second of the mixed case through a server of its own."""
-    module = "benchmarks.workers.rig_serve" if rig else "fd_dsa.serve"
-    flags = {k: v for k, v in CONFIG.items() if k != "cudagraph_capture_sizes"}
-    flags |= {"load_format": "dummy", "tokenizer": str(demo_model_path()), "port": 0}
-    command = [sys.executable, "-m", module, model]
-    command += [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
-    command += ["--cudagraph-capture-sizes", *map(str, CAPTURED)]
-    case = CASES["mixed-64x2k"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
-        try:
-            for line in server.stdout or ():
-                if url := re.search(r" serves .* on http://([^:]+):(\d+)$", line):
-                    break
-            else:
-                raise RuntimeError(f"the server ended with status {server.wait()}")
-            host, port, seconds = url[1], int(url[2]), []
-            for seed in range(1 + case.runs):
-                size = {"requests": case.batch, "prompt_tokens": case.prompt}
-                done = streams(host, port, new_tokens=case.new, seed=seed, **size)
-                seconds.append(done["seconds"])
-        finally:
-            server.terminate()
+    case, seconds = CASES["mixed-64x2k"], []
+    with model_server(model, CONFIG, rig) as (host, port):
+        for seed in range(1 + case.runs):
+            size = {"requests": case.batch, "prompt_tokens": case.prompt}
+            done = streams(host, port, new_tokens=case.new, seed=seed, **size)
+            seconds.append(done["seconds"])
     return case.batch * (case.prompt + case.new) / min(seconds[1:])
 
 
