@@ -92,8 +92,7 @@ _RULES: dict[str, _Rule] = {
     "load_format": (", ".join(_LOAD_FORMATS), _LOAD_FORMATS.__contains__),
     "block_size": _POSITIVE,
     **dict.fromkeys(("max_model_len", "max_num_seqs", "max_num_batched_tokens"), _OPTIONAL),
-    "index_topk": _OPTIONAL,
-    **dict.fromkeys(("kv_cache_memory_bytes", "num_gpu_blocks_override"), _OPTIONAL),
+    **dict.fromkeys(("index_topk", "kv_cache_memory_bytes", "num_gpu_blocks_override"), _OPTIONAL),
     **dict.fromkeys(("allow_unknown_config_fields", "async_scheduling", "enforce_eager"), _SWITCH),
     **dict.fromkeys(("enable_chunked_prefill", "enable_prefix_caching"), _SWITCH),
     "seed": ("an integer of at least 0", lambda value: _is_integer(value, 0)),
@@ -320,13 +319,11 @@ class EngineConfig:
 
     def _step_sizes(self, device: str) -> tuple[int, int]:
         """Return `max_num_seqs` and `max_num_batched_tokens`, given or the device's defaults."""
-        if device == "cpu":
-            num_seqs = self.max_num_seqs or CPU_SEQS
-            num_tokens = CPU_PROMPT_TOKENS + num_seqs
-        else:
-            num_seqs = self.max_num_seqs or GPU_SEQS
-            # a decode step has a token of each sequence
-            num_tokens = max(GPU_STEP_TOKENS, num_seqs)
+        num_seqs = self.max_num_seqs or (CPU_SEQS if device == "cpu" else GPU_SEQS)
+        # a decode step has a token of each sequence
+        num_tokens = (
+            num_seqs + CPU_PROMPT_TOKENS if device == "cpu" else max(GPU_STEP_TOKENS, num_seqs)
+        )
         return num_seqs, self.max_num_batched_tokens or num_tokens
 
     def _set(self, name: str, value: object) -> None:
