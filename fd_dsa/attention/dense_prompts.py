@@ -142,11 +142,9 @@ class DensePrompts:
         return out if rounds is not None else out.reshape([out.shape[0], -1])
 
     def of_others(self, x: Tensor) -> Tensor:
-        """Return the rows of x [num_tokens, ...] whose tokens attend in the absorbed form."""
+        """Return the rows of x [num_tokens, ...] of the tokens that attend in the absorbed form."""
         assert self.others is not None, "only called for a step with such tokens"
-        width = int(np.prod(x.shape[1:]))
-        rows = rows_at(x.reshape([x.shape[0], width]), self.others)
-        return rows.reshape([rows.shape[0], *x.shape[1:]])
+        return rows_at(x, self.others)
 
     def with_others(self, dense: Tensor, latent: Tensor, layer: MlaLayer) -> Tensor:
         """Write the values of the absorbed tokens to their rows of `dense`.

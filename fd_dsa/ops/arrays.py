@@ -62,7 +62,7 @@ def matmul(x: Tensor, y: Tensor, *, transpose_y: bool = False) -> Tensor:
 
 
 def rows_at(x: Any, index: Any) -> Any:
-    """Return rows `index`, integers [n], of x [num_rows, width]."""
+    """Return rows `index`, integers [n], of x [num_rows, ...]."""
     if isinstance(x, np.ndarray):
         return x[as_numpy(index)]
     # imported only if there is a device, because it loads kernels

@@ -5,7 +5,8 @@ The first tensor argument selects the library of a launch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Sequence
 from operator import methodcaller
 from typing import Any
 
@@ -18,6 +19,8 @@ from fd_dsa.triton_runtime.mode import INTERPRETING
 # calls of Paddle's places: whether a place is of this kind, and the index of its device
 _GPU = methodcaller("is_gpu_place"), methodcaller("gpu_device_id")
 _CUSTOM = methodcaller("is_custom_place"), methodcaller("custom_device_id")
+# number of addresses that are remembered of a device; then all are forgotten
+_MAX_ADDRESSES = 1 << 16
 
 
 class DeviceApi:
@@ -31,8 +34,13 @@ class DeviceApi:
         """
         raise NotImplementedError
 
-    def are_on(self, tensors: Iterable[Tensor], device: int) -> bool:
+    def are_on(self, tensors: Sequence[Tensor], addresses: Sequence[int], device: int) -> bool:
         """Return True if a device holds all of these tensors. Every launch asks.
+
+        Args:
+            tensors: any number of them.
+            addresses: their addresses.
+            device: index of the device.
 
         Raises:
             LaunchError: a tensor is not on any device.
@@ -72,6 +80,9 @@ class PaddleApi(DeviceApi):
         # Paddle's current place, and the index of its device
         self._current: tuple[object, int] = None, 0
         self._custom_type: str | None = None
+        self._memory_bytes = core.device_memory_stat_current_value
+        # by device: bytes that Paddle holds, addresses that were found on the device since then
+        self._found: dict[int, tuple[int, set[int]]] = defaultdict(lambda: (-1, set()))
         raw_stream = getattr(libpaddle, "_get_current_raw_stream", None)
         if raw_stream is not None:
             # from Paddle 3.3 on this native call without a stream object takes half the time
@@ -92,14 +103,32 @@ class PaddleApi(DeviceApi):
             )
         raise LaunchError(f"the tensor is on {place}, but kernels run on GPU memory")
 
-    def are_on(self, tensors: Iterable[Tensor], device: int) -> bool:
-        """Return True if a device holds all of these tensors."""
-        # each call of Paddle takes a good part of a launch: `map` saves the Python between them
+    def are_on(self, tensors: Sequence[Tensor], addresses: Sequence[int], device: int) -> bool:
+        """Return True if a device holds all of these tensors.
+
+        Paddle takes a good part of a launch to tell the places of its tensors. An address that was
+        found on a device stays there until Paddle returns its memory to the driver.
+        """
+        held_bytes = self._memory_bytes("Reserved", device)
+        before, found = self._found[device]
+        if held_bytes != before:
+            # the host or another device may have got what Paddle returned; a thread that still
+            # asks for places notes them in the old set
+            found = set()
+            self._found[device] = held_bytes, found
+        if found.issuperset(addresses):
+            return True
         places = [tensor.place for tensor in tensors]
         is_held, index_of = _GPU if self._custom_type is None else _CUSTOM
         if not all(map(is_held, places)):
             return False
-        return cuda().num_devices == 1 or all(index == device for index in map(index_of, places))
+        if cuda().num_devices > 1 and any(index != device for index in map(index_of, places)):
+            return False
+        if len(found) > _MAX_ADDRESSES:
+            found.clear()
+        # an empty tensor has no memory, whatever its address is
+        found.update(a for a, t in zip(addresses, tensors, strict=True) if 0 not in t.shape)
+        return True
 
     def current_device(self) -> int:
         """Return Paddle's current device, or the CUDA driver's if Paddle's is the CPU."""

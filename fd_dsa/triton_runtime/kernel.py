@@ -134,11 +134,11 @@ class _Spelling:
             reduce(or_, aligned, 0) & 15 and tuple(address & 15 == 0 for address in aligned),
         )
 
-    def can_launch(self, variant: Variant, tensors: _Values) -> bool:
+    def can_launch(self, variant: Variant, tensors: _Values, addresses: list[int]) -> bool:
         """Return True if the tensors are where a variant runs, and contiguous where declared."""
         device = variant.device
         return (
-            self.api.are_on(tensors, device)
+            self.api.are_on(tensors, addresses, device)
             and all(map(_IS_CONTIGUOUS, self._contiguous(tensors)))
             and (variant.driver.num_devices == 1 or self.api.current_device() == device)
         )
@@ -230,7 +230,7 @@ class Kernel:
             tensors = spelling.tensors(values)
             addresses = [*map(_ADDRESS, tensors)]
             variant, numbers, _ = spelling.known[spelling.key(values, tensors, addresses)]
-            if spelling.can_launch(variant, tensors):
+            if spelling.can_launch(variant, tensors, addresses):
                 if 0 in grid:
                     return
                 memory = variant.fill(addresses, numbers(values), grid)

@@ -71,9 +71,10 @@ def test_norms_of_column_slices(paddle_memory: KernelMemory, shape: tuple[int, i
     close(found, rms_norm(x[:, : shape[1]], weight, 1e-5))
 
 
+@pytest.mark.parametrize("shape", [(9, 4), (9, 3, 700), (9, 0)])
 @pytest.mark.parametrize("dtype", ["int32", "int64"])
-def test_rows(paddle_memory: KernelMemory, dtype: str) -> None:
-    weight, ids = floats(9, 4), np.array([8, 0, 3, 3], dtype)
+def test_rows(paddle_memory: KernelMemory, dtype: str, shape: tuple[int, ...]) -> None:
+    weight, ids = floats(*shape), np.array([8, 0, 3, 3], dtype)
     tensors = paddle_memory.put(weight), paddle_memory.put(ids)
     close(rows_at(*tensors), rows_at(weight, ids))
 

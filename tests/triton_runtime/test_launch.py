@@ -6,7 +6,6 @@ import gc
 import sys
 import weakref
 from itertools import combinations
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,6 @@ import pytest
 
 from fd_dsa.errors import DeviceError, LaunchError
 from fd_dsa.triton_runtime import paddle_jit
-from fd_dsa.triton_runtime.device_api import PaddleApi
 from tests.triton_runtime.fakes import (
     FakeApi,
     FakeLibrary,
@@ -349,38 +347,3 @@ def test_a_call_without_a_grid_says_how_to_launch():
 
     with pytest.raises(LaunchError, match=r"kernel kernel: called without a grid; launch .*\[grid"):
         kernel(5)
-
-
-class Place:
-    """Place of a Paddle tensor, of one kind."""
-
-    def __init__(self, kind: str, index: int = 0) -> None:
-        self.kind, self.index = kind, index
-
-    def is_gpu_place(self) -> bool:
-        return self.kind == "gpu"
-
-    def is_custom_place(self) -> bool:
-        return self.kind == "custom"
-
-    def custom_device_type(self) -> str:
-        return "hopper"
-
-    # Paddle answers for places of all kinds
-    def gpu_device_id(self) -> int:
-        return self.index
-
-    custom_device_id = gpu_device_id
-
-
-@pytest.mark.parametrize("kind", ["gpu", "custom"])
-def test_paddle_tensors_of_several_places(library: FakeLibrary, kind: str) -> None:
-    library.num_devices = 2
-    api = PaddleApi()
-    first, second, host = (
-        SimpleNamespace(place=place) for place in (Place(kind), Place(kind, 1), Place("cpu"))
-    )
-    assert (api.device_of(first), api.device_of(second)) == (0, 1)
-    assert api.are_on([first, first], 0) and api.are_on([second], 1)
-    for others in ([first, second], [first, host], [host]):
-        assert not api.are_on(others, 0)
