@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from fd_dsa.errors import CheckpointError, shorten
 from fd_dsa.models.config_reader import parse_json, read_json_object
-from fd_dsa.models.dequantize import SCALE_SUFFIX, TensorInfo
+from fd_dsa.models.dequantize import FP4, FP8, SCALE_SUFFIX, TensorInfo
 from fd_dsa.models.sources import StoredTensor
 
 __all__ = ["Checkpoint", "TensorInfo"]
@@ -139,10 +139,12 @@ class Checkpoint:
             CheckpointError: unknown name.
         """
         info = self.info(name)
-        if info.dtype != "F8_E4M3":
+        if info.dtype not in (FP8, FP4):
             return StoredTensor(info, self.raw(name))
-        assert weight_block_size is not None, name
         scale = self.tensor(name + SCALE_SUFFIX)
+        if info.dtype == FP4:
+            return StoredTensor(info, self.raw(name), scale)
+        assert weight_block_size is not None, name
         return StoredTensor(info, self.raw(name), scale, weight_block_size)
 
     def release(self, name: str) -> None:

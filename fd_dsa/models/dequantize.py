@@ -1,6 +1,7 @@
-"""Conversion of stored tensors (bfloat16, float16, block FP8) to float32.
+"""Conversion of stored tensors (bfloat16, float16, block FP8, FP4) to float32.
 
-Source: README_WEIGHTS.md of deepseek-ai/DeepSeek-V3 ("FP8 Weight Documentation").
+Source: README_WEIGHTS.md of deepseek-ai/DeepSeek-V3 ("FP8 Weight Documentation"); inference code of
+DeepSeek-V4 for FP4.
 """
 
 from __future__ import annotations
@@ -13,12 +14,19 @@ from pathlib import Path
 import numpy as np
 
 from fd_dsa.errors import CheckpointError
+from fd_dsa.ops.fp4 import E8M0_NAN, E8M0_VALUES, decode_e2m1
 from fd_dsa.ops.fp8 import decode_e4m3
 
 SCALE_SUFFIX = "_scale_inv"
 FLOAT_DTYPES = ("F32", "BF16", "F16")
+FP8, FP4, POWER = "F8_E4M3", "I8", "F8_E8M0"
+"""Names in the safetensors format of FP8 and FP4 weights, and of scales that are powers of two."""
 BLOCK = 128
 """Rows and columns of a block of FP8 weights with one scale, the only size for GPU kernels."""
+FP4_GROUP = 32
+"""Values of a row of FP4 weights with one scale."""
+# exponents by which scales of one block may differ, so that e4m3 codes still hold every value
+_MAX_SPREAD = 14
 _OWN_PAGES_BYTES = 1 << 20
 
 
@@ -41,13 +49,13 @@ class TensorInfo:
 
 
 def to_float32(raw: np.ndarray, info: TensorInfo) -> np.ndarray:
-    """Convert the bytes of an F32, BF16 or F16 tensor, uint8 [nbytes].
+    """Convert the bytes of an F32, BF16, F16 or F8_E8M0 tensor, uint8 [nbytes].
 
     Returns:
         float32 of `info.shape`: a view of `raw` for aligned F32, else a new array.
 
     Raises:
-        CheckpointError: another dtype.
+        CheckpointError: another dtype, or a NaN in F8_E8M0.
     """
     if info.dtype == "F32":
         return np.require(raw.view("<f4"), np.float32, "A").reshape(info.shape)
@@ -55,6 +63,14 @@ def to_float32(raw: np.ndarray, info: TensorInfo) -> np.ndarray:
         values = _empty(info.shape)
         values.reshape(-1)[...] = raw.view("<f2")
         return values
+    if info.dtype == POWER:
+        if (found := np.flatnonzero(raw == E8M0_NAN)).size:
+            place = [int(i) for i in np.unravel_index(found[0], info.shape)]
+            raise CheckpointError(
+                f"{info.file}: tensor {info.name!r}: got code 255 (NaN) at {place}, allowed: codes "
+                "0 to 254 in F8_E8M0 scales; fetch the file again"
+            )
+        return E8M0_VALUES[raw].reshape(info.shape)
     if info.dtype != "BF16":
         raise CheckpointError(
             f"{info.file}: tensor {info.name!r}: got dtype {info.dtype}, allowed: "
@@ -92,6 +108,48 @@ def dequantize_blocks(
         decode_e4m3(codes[first : first + rows], part)
         part *= np.repeat(scales[strip], columns)[: codes.shape[1]]
     return values
+
+
+def dequantize_groups(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """Return W[n, k] = e2m1(code k of row n) * scales[n, k // 32], float32 [out, in].
+
+    Args:
+        codes: uint8 [out, in / 2], two codes a byte.
+        scales: float32 [out, in / 32], multipliers.
+    """
+    rows, width = codes.shape
+    values = _empty((rows, 2 * width))
+    # strips, so that the index array of `take` stays small
+    for first in range(0, rows, BLOCK):
+        part = values[first : first + BLOCK]
+        decode_e2m1(codes[first : first + BLOCK], part)
+        groups = part.reshape(len(part), -1, FP4_GROUP)
+        groups *= scales[first : first + BLOCK, :, None]
+    return values
+
+
+def wide_blocks(codes: np.ndarray, exponents: np.ndarray) -> tuple[int, int]:
+    """Count the blocks of an FP4 matrix that FP8 with one scale per block would round.
+
+    FP8 holds a block of 128 x 128 exactly if the exponents of its scales differ by at most 14.
+    Groups of zeros do not count.
+
+    Args:
+        codes: uint8 [out, in / 2], two codes a byte.
+        exponents: uint8 [out, in / 32], e8m0 codes.
+
+    Returns:
+        Number of such blocks, and of all blocks.
+    """
+    # without the signs of both codes
+    has_values = (codes & 0x77).reshape(*exponents.shape, -1).any(axis=2)
+    highest = np.where(has_values, exponents.astype(np.int16), -1)
+    lowest = np.where(has_values, exponents.astype(np.int16), 256)
+    for axis, step in enumerate((BLOCK, BLOCK // FP4_GROUP)):
+        starts = np.arange(0, exponents.shape[axis], step)
+        highest = np.maximum.reduceat(highest, starts, axis)
+        lowest = np.minimum.reduceat(lowest, starts, axis)
+    return int(np.count_nonzero(highest - lowest > _MAX_SPREAD)), highest.size
 
 
 def _empty(shape: tuple[int, ...]) -> np.ndarray:

@@ -9,7 +9,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fd_dsa.models.dequantize import TensorInfo, dequantize_blocks, to_float32
+from fd_dsa.models.dequantize import (
+    FP4,
+    TensorInfo,
+    dequantize_blocks,
+    dequantize_groups,
+    to_float32,
+    wide_blocks,
+)
 
 LM_HEAD = "lm_head.weight"
 EMBEDDING = "model.embed_tokens.weight"
@@ -25,9 +32,9 @@ class StoredTensor:
     """A tensor of a checkpoint before conversion.
 
     Attributes:
-        info: dtype, shape and place.
+        info: dtype, shape and place. The shape of FP4 counts bytes of two values.
         raw: uint8 [nbytes], the bytes, a read-only view of the file.
-        scale: scales of an FP8 tensor, float32 [blocks of rows, blocks of columns].
+        scale: scales of an FP8 or FP4 tensor [blocks of rows, blocks of columns].
         block_size: rows and columns of a block of an FP8 tensor.
     """
 
@@ -37,18 +44,27 @@ class StoredTensor:
     block_size: tuple[int, int] = (1, 1)
 
     def float32(self) -> np.ndarray:
-        """Return float32 in the stored shape.
+        """Return float32 in the stored shape, of FP4 twice as many columns.
 
         Returns:
             A read-only view of the file for F32, else a new array.
 
         Raises:
-            CheckpointError: a dtype that is not supported.
+            CheckpointError: a dtype that is not supported, or a scale that is NaN.
         """
         if self.scale is None:
             return to_float32(self.raw, self.info)
         codes = self.raw.reshape(self.info.shape)
+        if self.info.dtype == FP4:
+            return dequantize_groups(codes, self.scale.float32())
         return dequantize_blocks(codes, self.scale.float32(), self.block_size)
+
+    def wide_blocks(self) -> tuple[int, int]:
+        """Return the result of `dequantize.wide_blocks`, (0, 0) without FP4."""
+        if self.scale is None or self.info.dtype != FP4:
+            return 0, 0
+        exponents = self.scale.raw.reshape(self.scale.info.shape)
+        return wide_blocks(self.raw.reshape(self.info.shape), exponents)
 
     def ids(self) -> np.ndarray:
         """Return int64 in the stored shape."""
@@ -57,7 +73,8 @@ class StoredTensor:
     def narrowed(self, axis: int, start: int, stop: int) -> StoredTensor:
         """Return rows (axis 0) or columns (axis 1) of a matrix.
 
-        The others are not read. An FP8 matrix whose blocks the borders cut becomes float32.
+        The others are not read. An FP8 matrix whose blocks the borders cut becomes float32. FP4 is
+        not supported.
         """
         source, scale, block = self, None, self.block_size[axis]
         if self.scale is not None:
