@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any
 
@@ -311,20 +311,24 @@ def _read_quantization(reader: FieldReader) -> dict[str, Any]:
     """Read block size and kind of scales of FP8 weights. Empty without FP8 weights."""
     # the second key is fd_dsa's own, for a model in which only the MTP layer is FP8
     names = "quantization_config", "mtp_quantization_config"
-    found = [_read_fp8(one) for name in names if (one := reader.section(name)) is not None]
+    found = [read_fp8(one) for name in names if (one := reader.section(name)) is not None]
     if len(found) == 2 and found[0]["weight_block_size"] != found[1]["weight_block_size"]:
         size = found[0]["weight_block_size"]
         raise reader.error(names[1], reader.raw(names[1]), f"blocks of {size}, as in {names[0]}")
     return found[0] if found else {}
 
 
-def _read_fp8(section: FieldReader) -> dict[str, Any]:
-    """Read block size and kind of scales from one object."""
+def read_fp8(section: FieldReader, expert_dtypes: Sequence[str] = ("fp8",)) -> dict[str, Any]:
+    """Read block size and kind of scales from one object.
+
+    Args:
+        expert_dtypes: supported types of routed experts.
+    """
     section.choice("quant_method", None, ("fp8",))
     section.choice("fmt", "e4m3", ("e4m3",))
     section.choice("activation_scheme", "dynamic", ("dynamic",))
     scale_fmt = section.choice("scale_fmt", None, (None, "ue8m0", "float"))
-    section.choice("expert_dtype", "fp8", ("fp8",))
+    section.choice("expert_dtype", "fp8", expert_dtypes)
     size = section.raw("weight_block_size", [128, 128])
     blocks = [as_integer(n) or 0 for n in size] if isinstance(size, (list, tuple)) else []
     if len(blocks) != 2 or min(blocks) < 1:

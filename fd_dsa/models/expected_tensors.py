@@ -9,10 +9,15 @@ from typing import ClassVar
 
 import numpy as np
 
-from fd_dsa.models.config import ModelConfig
+from fd_dsa.models.deepseek_v4.config import DeepseekV4Config
 from fd_dsa.models.moe import gated
 from fd_dsa.models.registry import FAMILIES, FamilyConfig
 from fd_dsa.models.sources import MTP_JOIN, WeightLoader
+
+EXPERT = ".experts."
+"""Part of the names of routed experts."""
+# projections of DeepSeek-V4 that share a GEMM with FP8 ones
+_NEVER_FP8 = ".compressor.", ".weights_proj."
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,12 +27,14 @@ class ExpectedTensor:
     Attributes:
         shape: stored shape. Weights of GEMMs are [out, in].
         quantisable: True if it may be stored as FP8 with a `_scale_inv` companion.
+        may_be_fp4: True if it may be stored as FP4 with such a companion.
         ids_below: one more than the largest of its int64 ids, 0 = floating-point values.
     """
 
     shape: tuple[int, ...]
     quantisable: bool = False
     ids_below: int = 0
+    may_be_fp4: bool = False
 
     @property
     def num_elements(self) -> int:
@@ -44,7 +51,8 @@ def expected_tensors(config: FamilyConfig) -> dict[str, ExpectedTensor]:
 
     Cost: the model is built without weights, and Paddle is not imported.
     """
-    weights = _Expected(may_be_fp8=isinstance(config, ModelConfig))
+    fp4_experts = isinstance(config, DeepseekV4Config) and config.expert_dtype == "fp4"
+    weights = _Expected(fp4_experts)
     FAMILIES[config.model_type].model(config, weights)
     return weights.tensors
 
@@ -56,9 +64,9 @@ class _Expected:
     fp8: frozenset[str] = frozenset()
     loaders: ClassVar[dict[str, WeightLoader]] = {}
 
-    def __init__(self, may_be_fp8: bool) -> None:
+    def __init__(self, fp4_experts: bool) -> None:
         self.tensors: dict[str, ExpectedTensor] = {}
-        self._may_be_fp8 = may_be_fp8
+        self._fp4_experts = fp4_experts
 
     def vector(self, parts: Mapping[str, int], factor: float = 1.0) -> None:
         self.tensors |= {name: ExpectedTensor((length,)) for name, length in parts.items()}
@@ -75,10 +83,10 @@ class _Expected:
     def matrix(
         self, in_width: int, parts: Mapping[str, int], *, sums_in_float32: bool = False
     ) -> None:
-        may_be_fp8 = self._may_be_fp8 and not sums_in_float32
         for name, width in parts.items():
-            fp8 = may_be_fp8 and not name.endswith(MTP_JOIN)
-            self.tensors[name] = ExpectedTensor((width, in_width), fp8)
+            fp4 = self._fp4_experts and EXPERT in name
+            fp8 = not (fp4 or sums_in_float32 or name.endswith(MTP_JOIN))
+            self.tensors[name] = ExpectedTensor((width, in_width), fp8, may_be_fp4=fp4)
 
     def columns(
         self, in_width: int, parts: Mapping[str, int], factors: Mapping[str, float]
@@ -88,7 +96,9 @@ class _Expected:
 
     def placed(self, in_width: int, places: Mapping[str, Sequence[tuple[int, int]]]) -> None:
         for name, pieces in places.items():
-            self.matrix(in_width, {name: sum(width for _, width in pieces)})
+            in_float = any(part in name for part in _NEVER_FP8)
+            widths = {name: sum(width for _, width in pieces)}
+            self.matrix(in_width, widths, sums_in_float32=in_float)
 
     def grouped(self, name: str, groups: int, in_width: int, out_width: int) -> None:
         self.matrix(in_width, {name: groups * out_width})

@@ -58,7 +58,14 @@ _TRAINING = (
     "seq_aux",
 )
 # fields that repeat another one, or describe MTP layers, whose drafts the model verifies
-_REPEATED = ("head_dim", "index_share_for_mtp_iteration")
+_REPEATED = (
+    "dspark_block_size",
+    "dspark_markov_rank",
+    "dspark_noise_token_id",
+    "dspark_target_layer_ids",
+    "head_dim",
+    "index_share_for_mtp_iteration",
+)
 # defaults of `generate`, which transformers 4 also wrote into config.json. Sampling parameters come
 # from generation_config.json
 _GENERATION = (

@@ -10,8 +10,17 @@ from fd_dsa.distributed import Group
 from fd_dsa.errors import CheckpointError, flag_error, shorten
 from fd_dsa.models.checkpoint import Checkpoint
 from fd_dsa.models.config import ModelConfig
-from fd_dsa.models.dequantize import BLOCK, FLOAT_DTYPES, SCALE_SUFFIX, num_blocks
-from fd_dsa.models.expected_tensors import ExpectedTensor, expected_tensors
+from fd_dsa.models.dequantize import (
+    BLOCK,
+    FLOAT_DTYPES,
+    FP4,
+    FP4_GROUP,
+    FP8,
+    POWER,
+    SCALE_SUFFIX,
+    num_blocks,
+)
+from fd_dsa.models.expected_tensors import EXPERT, ExpectedTensor, expected_tensors
 from fd_dsa.models.mla import down_projections
 from fd_dsa.models.registry import FamilyConfig
 from fd_dsa.models.sources import (
@@ -44,7 +53,8 @@ def validate(checkpoint: Checkpoint, config: ModelConfig) -> None:
 
     Raises:
         CheckpointError: a tensor is missing, unexpected, of another shape or of an unsupported
-            dtype, or FP8 scales do not fit. The message names file, tensor, expected and found.
+            dtype, or scales of FP8 or FP4 do not fit. The message names file, tensor, expected and
+            found.
 
     Cost: headers only. A tied head that is stored nevertheless is compared with the embedding.
     """
@@ -59,7 +69,7 @@ def validate(checkpoint: Checkpoint, config: ModelConfig) -> None:
     companions = {
         name + SCALE_SUFFIX
         for name in expected
-        if name in present and checkpoint.info(name).dtype == "F8_E4M3"
+        if name in present and checkpoint.info(name).dtype in (FP8, FP4)
     }
     tied = {LM_HEAD} if config.tie_word_embeddings else set()
     skipped -= companions
@@ -68,7 +78,7 @@ def validate(checkpoint: Checkpoint, config: ModelConfig) -> None:
     for name in unexpected:
         info = checkpoint.info(name)
         problems.append(
-            f"{info.file}: tensor {shorten(name)}: unexpected, found {info.dtype} "
+            f"{info.file}: tensor {shorten(info.name)}: unexpected, found {info.dtype} "
             f"{list(info.shape)}"
         )
     problems += _tied_head_problems(checkpoint, config)
@@ -158,6 +168,8 @@ def load_weights(
     Raises:
         ValueError: `loaders` has other names.
 
+    A log line counts the blocks of FP4 experts that FP8 would round.
+
     Cost: one pass over the files, and memory for one tensor in addition to the weights.
     """
     expected = expected_tensors(config)
@@ -172,15 +184,23 @@ def load_weights(
         for name in checkpoint.names()
         if name in expected
     }
-    total, done = sum(sizes.values()), 0
+    total, done, wide, blocks = sum(sizes.values()), 0, 0, 0
     progress(done, total)
     for name, size in sizes.items():
-        loaders[name](part_of(name, checkpoint.tensor(name, config.weight_block_size)))
+        tensor = checkpoint.tensor(name, config.weight_block_size)
+        found = tensor.wide_blocks()
+        wide, blocks = wide + found[0], blocks + found[1]
+        loaders[name](part_of(name, tensor))
         for stored in (name, name + SCALE_SUFFIX):
             if stored in checkpoint:
                 checkpoint.release(stored)
         done += size
         progress(done, total)
+    if blocks:
+        logger.info(
+            "%s: FP4 experts: FP8 would round %d of %d blocks of %d x %d",
+            *(checkpoint.folder, wide, blocks, BLOCK, BLOCK),
+        )
 
 
 def _problems(
@@ -195,35 +215,46 @@ def _problems(
             )
             continue
         info = checkpoint.info(name)
-        where = f"{info.file}: tensor {shorten(name)}"
-        if info.shape != tensor.shape:
+        where, shape = f"{info.file}: tensor {shorten(info.name)}", list(tensor.shape)
+        quantised = [FP8] * tensor.quantisable + [FP4] * tensor.may_be_fp4
+        allowed = ["I64"] if tensor.ids_below else [*FLOAT_DTYPES, *quantised]
+        if info.dtype == FP4 and tensor.may_be_fp4:
+            # two values a byte
+            shape[1] //= 2
+        if info.dtype not in allowed:
+            is_expert = info.dtype == FP4 and EXPERT in name
+            hint = " (FP4 needs expert_dtype fp4 in config.json)" if is_expert else ""
+            yield f"{where}: expected dtype {' or '.join(allowed)}, found {info.dtype}{hint}"
+        elif list(info.shape) != shape:
             hint = f" (vocab_size is {config.vocab_size})" if name in (EMBEDDING, LM_HEAD) else ""
-            yield f"{where}: expected shape {list(tensor.shape)}{hint}, found {list(info.shape)}"
-        elif info.dtype == "F8_E4M3" and tensor.quantisable:
-            yield from _scale_problems(checkpoint, config, name, where)
-        elif info.dtype not in (("I64",) if tensor.ids_below else FLOAT_DTYPES):
-            allowed = [*FLOAT_DTYPES, "F8_E4M3"] if tensor.quantisable else FLOAT_DTYPES
-            allowed = ["I64"] if tensor.ids_below else allowed
-            yield f"{where}: expected dtype {' or '.join(allowed)}, found {info.dtype}"
+            yield f"{where}: expected shape {shape}{hint}, found {list(info.shape)}"
+        elif info.dtype in quantised:
+            yield from _scale_problems(checkpoint, config, name, tensor, where)
 
 
 def _scale_problems(
-    checkpoint: Checkpoint, config: ModelConfig, name: str, where: str
+    checkpoint: Checkpoint, config: ModelConfig, name: str, tensor: ExpectedTensor, where: str
 ) -> Iterator[str]:
-    """Yield a message if the scales of an FP8 tensor are missing or do not fit."""
-    if config.weight_block_size is None:
-        yield f"{where}: found dtype F8_E4M3, but config.json has no quantization_config"
+    """Yield a message if the scales of an FP8 or FP4 tensor are missing or do not fit."""
+    info, block, allowed = checkpoint.info(name), config.weight_block_size, [*FLOAT_DTYPES, POWER]
+    if info.dtype == FP4:
+        block, allowed = (1, FP4_GROUP), [POWER]
+    if block is None:
+        yield f"{where}: found dtype {FP8}, but config.json has no quantization_config"
         return
-    expected = list(num_blocks(checkpoint.info(name).shape, config.weight_block_size))
+    expected = list(num_blocks(tensor.shape, block))
     scale_name = name + SCALE_SUFFIX
     if scale_name not in checkpoint:
+        if info.name != name:
+            # DeepSeek's name
+            scale_name = f"{info.name.removesuffix('.weight')}.scale"
         yield f"{where}: its scales {scale_name!r} are missing, expected shape {expected}"
         return
     scale = checkpoint.info(scale_name)
-    if list(scale.shape) != expected or scale.dtype not in FLOAT_DTYPES:
+    if list(scale.shape) != expected or scale.dtype not in allowed:
         yield (
-            f"{scale.file}: tensor {scale_name!r}: expected {' or '.join(FLOAT_DTYPES)} "
-            f"{expected}, found {scale.dtype} {list(scale.shape)}"
+            f"{scale.file}: tensor {scale.name!r}: expected {' or '.join(allowed)} {expected}, "
+            f"found {scale.dtype} {list(scale.shape)}"
         )
 
 
@@ -317,7 +348,7 @@ def fp8_tensors(checkpoint: Checkpoint, config: ModelConfig) -> frozenset[str]:
     """Return the names of the checkpoint's tensors that a device holds as FP8."""
     # a checkpoint may hold tensors that the model does not have
     names = (name for name in expected_tensors(config) if name in checkpoint)
-    return _held(config, (n for n in names if checkpoint.info(n).dtype == "F8_E4M3"))
+    return _held(config, (n for n in names if checkpoint.info(n).dtype == FP8))
 
 
 def _held(config: ModelConfig, names: Iterable[str]) -> frozenset[str]:

@@ -197,6 +197,7 @@ OTHER_FAMILIES = (
 # Source: Hugging Face transformers 5.23, one folder of models/ each
 _UNSUPPORTED = {
     "axk2": "low-rank gates in its norms and a gate on the output of attention",
+    "deepseek_v4_vision": "images",
     "deepseek_v41": (
         "compressed keys that groups of layers share, selection in two levels, n-gram memories "
         "(engram), and images"

@@ -132,6 +132,7 @@ V4_FLASH = {
     "compress_ratios": [0, 0, *([4, 128] * 20), 4, 0],
     "compress_rope_theta": 160000,
     "eos_token_id": 1,
+    "expert_dtype": "fp4",
     "hc_eps": 1e-6,
     "hc_mult": 4,
     "hc_sinkhorn_iters": 20,
@@ -158,6 +159,7 @@ V4_FLASH = {
     "o_lora_rank": 1024,
     "q_lora_rank": 1024,
     "qk_rope_head_dim": 64,
+    "quantization_config": _FP8 | {"scale_fmt": "ue8m0"},
     "rms_norm_eps": 1e-6,
     "rope_scaling": {
         "beta_fast": 32,
@@ -178,6 +180,13 @@ V4_FLASH = {
     "use_cache": True,
     "vocab_size": 129280,
 }
+V4_FLASH_0731 = V4_FLASH | {
+    "compress_ratios": [0, 0, *([4, 128] * 20), 4, 0, 0, 0],
+    "dspark_block_size": 5,
+    "dspark_markov_rank": 256,
+    "dspark_noise_token_id": 128799,
+    "dspark_target_layer_ids": [40, 41, 42],
+}
 PUBLISHED = {
     "DeepSeek-V3.2": V32,
     "DeepSeek-V3.1 with an indexer": V32_FROM_V31,
@@ -185,6 +194,6 @@ PUBLISHED = {
     "GLM-5.1-FP8": GLM_51_FP8,
     "GLM-5.2": GLM_52,
     "GLM-5.3-FP8": GLM_53_FP8,
-    # the release has quantised weights too, which are refused
     "DeepSeek-V4-Flash": V4_FLASH,
+    "DeepSeek-V4-Flash-0731": V4_FLASH_0731,
 }

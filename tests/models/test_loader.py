@@ -271,7 +271,8 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Stored], str]] = {
     "FP8 with other scales": (
         TINY_FP8,
         FP8 | {KV_A + SCALE_SUFFIX: f32(np.ones((1, 2)))},
-        f"tensor {KV_A + SCALE_SUFFIX!r}: expected F32 or BF16 or F16 [2, 2], found F32 [1, 2]",
+        f"tensor {KV_A + SCALE_SUFFIX!r}: expected F32 or BF16 or F16 or F8_E8M0 [2, 2], found F32 "
+        "[1, 2]",
     ),
     "FP8 where no release has it": (
         TINY_FP8,

@@ -72,8 +72,6 @@ def test_what_transformers_writes() -> None:
 
 
 REFUSED: dict[str, Any] = {
-    "quantization_config": {"quant_method": "fp8"},
-    "expert_dtype": "fp4",
     "compress_ratios": [0, 2, 4],
     "n_shared_experts": 2,
     "norm_topk_prob": False,
@@ -97,7 +95,7 @@ REFUSED: dict[str, Any] = {
 def test_refused_by_name(field: str) -> None:
     with pytest.raises(ConfigError) as caught:
         config_from_dict(RELEASED | {field: REFUSED[field]})
-    named = {"expert_dtype": "quantization_config", "partial_rotary_factor": "qk_rope_head_dim"}
+    named = {"partial_rotary_factor": "qk_rope_head_dim"}
     text = str(caught.value)
     assert text.startswith("config.json: ") and named.get(field, field) in text
     assert "\n" not in text and "allowed: " in text

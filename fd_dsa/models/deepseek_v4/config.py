@@ -8,8 +8,9 @@ from typing import Any
 
 from fd_dsa.cache_formats import PooledLayer, V4CacheLayout
 from fd_dsa.errors import flag_error
-from fd_dsa.models.config import MAX_EXPERTS, read_plain, spare_layers
+from fd_dsa.models.config import MAX_EXPERTS, read_fp8, read_plain, spare_layers
 from fd_dsa.models.config_reader import FieldReader, as_integer
+from fd_dsa.models.dequantize import FP4_GROUP
 from fd_dsa.models.rope_config import ROPE_FIELDS, RopeConfig, read_section
 
 WINDOW, CSA, HCA = (
@@ -22,6 +23,9 @@ _RATES = {CSA: 4, HCA: 128}
 _OLD_RATES = {CSA: "compress_rate_csa", HCA: "compress_rate_hca"}
 # softmax is unsupported, as in transformers
 _SCORES = ("sqrtsoftplus", "sigmoid")
+_EXPERT_DTYPES = ("fp4", "fp8")
+# fields of checkpoints with a vision encoder, as transformers and as DeepSeek write them
+_VISION = ("vision_config", "vision_dim", "vision_n_layers")
 
 # another name of a field -> the field
 _SAME = {
@@ -87,7 +91,9 @@ class DeepseekV4Config(DeepseekV4Defaults):
         compress_rates: tokens per entry of a CSA and of an HCA layer.
         mlp_layer_types: `hash_moe` (experts by token id) or `moe`, one per layer.
         main_rope, compress_rope: angles of window-only layers, and of the others.
-        eos_token_ids, generation, unknown_fields: see `ModelConfig`.
+        expert_dtype: type of quantised routed experts, "fp4" or "fp8"; None = not given.
+        weight_block_size, round_scales, eos_token_ids, generation, unknown_fields: see
+            `ModelConfig`.
     """
 
     qk_rope_head_dim: int
@@ -103,8 +109,8 @@ class DeepseekV4Config(DeepseekV4Defaults):
     pad_token_id: int | None
     generation: Mapping[str, float] = field(default_factory=dict)
     unknown_fields: tuple[str, ...] = field(default=(), compare=False)
-    # always these values, because FP8 checkpoints are refused
-    weight_block_size: None = None
+    expert_dtype: str | None = None
+    weight_block_size: tuple[int, int] | None = None
     round_scales: bool = False
 
     @classmethod
@@ -158,13 +164,10 @@ class DeepseekV4Config(DeepseekV4Defaults):
 
 def _read_fields(reader: FieldReader, defaults: DeepseekV4Defaults) -> dict[str, Any]:
     """Read all fields of config.json and check them against each other."""
-    if reader.raw("quantization_config") is not None or reader.raw("expert_dtype") is not None:
-        raise reader.error(
-            "quantization_config",
-            reader.raw("quantization_config", {"expert_dtype": reader.raw("expert_dtype")}),
-            "none",
-            "deepseek_v4 is served from float32 or bfloat16 weights; dequantise the checkpoint",
-        )
+    for name in _VISION:
+        if reader.raw(name) is not None:
+            hint = "DeepSeek-V4 with images is not served; vLLM or SGLang may serve it"
+            raise reader.error(name, reader.raw(name), "no fields of a vision model", hint)
     numbers = ((one, getattr(defaults, one.name)) for one in fields(DeepseekV4Defaults))
     values = {"model_type": defaults.model_type, **read_plain(reader, numbers)}
     for name, same in _SAME.items():
@@ -187,8 +190,22 @@ def _read_fields(reader: FieldReader, defaults: DeepseekV4Defaults) -> dict[str,
     values["main_rope"], values["compress_rope"] = _read_ropes(
         reader, values["max_position_embeddings"], share
     )
+    values |= _read_quantization(reader)
     _check_consistency(reader, values)
     return values
+
+
+def _read_quantization(reader: FieldReader) -> dict[str, Any]:
+    """Read the types of quantised weights. DeepSeek puts the experts' at the top of the file."""
+    name, section = "expert_dtype", reader.section("quantization_config")
+    experts = reader.choice(name, None, (None, *_EXPERT_DTYPES))
+    if section is None:
+        return {name: experts}
+    found = read_fp8(section, _EXPERT_DTYPES)
+    own = section.raw(name)
+    if None not in (own, experts) and own != experts:
+        raise section.error(name, own, f"{experts!r}, as at the top of the file")
+    return {**found, name: experts or own}
 
 
 def _read_rope_dim(reader: FieldReader, head_dim: int) -> int:
@@ -323,6 +340,10 @@ def _check_consistency(reader: FieldReader, values: dict[str, Any]) -> None:
     experts, layers = values["n_routed_experts"], values["num_hidden_layers"]
     if heads % groups:
         raise reader.error("o_groups", groups, f"a divisor of num_attention_heads, {heads}")
+    for name in ("hidden_size", "moe_intermediate_size"):
+        if values["expert_dtype"] == "fp4" and values[name] % FP4_GROUP:
+            hint = "FP4 experts have a scale for each of these groups"
+            raise reader.error(name, values[name], f"a multiple of {FP4_GROUP}", hint)
     if values["index_head_dim"] < values["qk_rope_head_dim"]:
         allowed = f"at least the rotated channels, {values['qk_rope_head_dim']}"
         raise reader.error("index_head_dim", values["index_head_dim"], allowed)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 
+from fd_dsa.models.dequantize import SCALE_SUFFIX
 from fd_dsa.models.sources import EMBEDDING, LM_HEAD
 
 FINAL_NORM = "model.norm.weight"
@@ -19,6 +20,8 @@ _OTHER_NAMES = {
     "norm.weight": FINAL_NORM,
     **{f"hc_head_{part}": f"{HEAD_HC}{part}" for part in ("fn", "base", "scale")},
 }
+# scales of a quantised weight, in place of `.weight`
+_SCALE = ".scale"
 _LAYER = re.compile(r"(?:model\.)?layers\.(\d+)\.(.*)")
 
 
@@ -28,5 +31,7 @@ def tensor_name(stored: str) -> str:
         leaf = match[2]
         if leaf == "attn.norm.weight":
             leaf = "attn.kv_norm.weight"
+        elif leaf.endswith(_SCALE):
+            leaf = f"{leaf.removesuffix(_SCALE)}.weight{SCALE_SUFFIX}"
         return f"model.layers.{match[1]}.{leaf}"
     return _OTHER_NAMES.get(stored, stored)
