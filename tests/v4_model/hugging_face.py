@@ -7,16 +7,31 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
-from transformers import DeepseekV4ForCausalLM
+from transformers import DeepseekV4ForCausalLM, FineGrainedFP8Config
+from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 
 
-def load(folder: Path) -> Any:
+def load_dequantised(folder: Path) -> Any:
+    """The model of a folder with FP8 or FP4 weights, which transformers dequantises."""
+    # it asks for a library that a CPU does not need
+    with mock.patch.object(FineGrainedFP8HfQuantizer, "validate_environment", lambda *a, **k: None):
+        model = load(folder, quantization_config=FineGrainedFP8Config(dequantize=True))
+    # tensors that are not quantised are still in the type of the file
+    return model.float()
+
+
+def load(folder: Path, **options: Any) -> Any:
     """The model of a folder, float32, eager."""
     model, info = DeepseekV4ForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+        folder,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        output_loading_info=True,
+        **options,
     )
     left = {key: info[key] for key in ("missing_keys", "unexpected_keys") if info[key]}
     if left:
