@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -177,6 +179,17 @@ class DeepseekV32ForCausalLM:
             if selections is not None:
                 selections.add(indices)
         return self.norm.add_and_normalize(hidden_states, change, self._weights.group)[1]
+
+    @contextmanager
+    def one_layer_of_each_kind(self) -> Iterator[None]:
+        """Run steps through the first layer of each kind of MLP and attention inside."""
+        layers = self.layers
+        first = {(type(x.mlp), x.self_attn.indexer is None): x for x in reversed(layers)}
+        self.layers = [layer for layer in layers if layer in first.values()]
+        try:
+            yield
+        finally:
+            self.layers = layers
 
     def compute_logits(self, hidden_states: Array) -> Array:
         """Return logits float32 [n, vocab_size] of hidden states [n, hidden_size]."""

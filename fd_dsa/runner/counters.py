@@ -42,6 +42,7 @@ class StepCounters:
     Attributes:
         prepare_s: host seconds of the metadata of a step, by kind of the step.
         sparse_tokens: number of tokens that had more keys than the indexer selects.
+        late_compilations: number of launches after the warm-up that had to compile a kernel.
     """
 
     def __init__(self) -> None:
@@ -51,6 +52,7 @@ class StepCounters:
         """Set all counts to zero."""
         self.prepare_s = {kind: Histogram(_STEP_SECONDS) for kind in ("prefill", "decode", "mixed")}
         self.sparse_tokens = 0
+        self.late_compilations = 0
 
     @property
     def mask_offsets_launched(self) -> int:
@@ -61,6 +63,10 @@ class StepCounters:
     def mask_offsets_skipped(self) -> int:
         """Number of steps that only decode, which have no windows."""
         return sum(self.prepare_s["decode"].counts)
+
+    def count_late_compilation(self) -> None:
+        """Count a launch after the warm-up that has to compile a kernel."""
+        self.late_compilations += 1
 
     def count_step(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 from fd_dsa.attention.protocol import LayerStep
@@ -65,6 +66,9 @@ class Model(Protocol):
 
     def __call__(self, token_ids: StepArray, forward_meta: LayerStep) -> StepArray:
         """Compute hidden states of all tokens of a step, [num_tokens, width]."""
+
+    def one_layer_of_each_kind(self) -> AbstractContextManager[None]:
+        """Run steps through one layer of each kind inside. Others launch the same kernels."""
 
     def compute_logits(self, hidden_states: StepArray) -> StepArray:
         """Compute logits float32 [n, vocab_size] of hidden states [n, width]."""

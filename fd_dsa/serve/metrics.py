@@ -78,6 +78,7 @@ _STEP_COUNTERS = {
     "mask_offsets_launched": ("mask_offsets_launched", "steps with prefill tokens, with windows"),
     "mask_offsets_skipped": ("mask_offsets_skipped", "decode-only steps, without windows"),
     "sparse_tokens": ("sparse_tokens", "tokens with more keys than the indexer selects"),
+    "late_compilations": ("late_compilations", "kernels compiled after the start of the server"),
 }
 
 

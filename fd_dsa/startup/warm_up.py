@@ -13,9 +13,9 @@ from fd_dsa.ops.sampling.parameters import RowParameters
 from fd_dsa.runner.counters import StepCounters
 from fd_dsa.runner.input_batch import SamplingInputs
 from fd_dsa.startup.capture import capture_graphs
-from fd_dsa.startup.graph_sizes import powers_below
 from fd_dsa.startup.plan import EnginePlan
 from fd_dsa.startup.trial_rows import TrialRow, clear_rows, fill_rows
+from fd_dsa.startup.trial_steps import dense_steps, sparse_steps
 
 if TYPE_CHECKING:
     from fd_dsa.runner.model_runner import ModelRunner
@@ -41,6 +41,7 @@ def warm_up(runner: ModelRunner, plan: EnginePlan) -> str:
     start = time.perf_counter()
     # another engine of this process may have frozen the kernels
     with warming():
+        compile_forms(runner)
         warm_up_kernels(runner, before_captures=not plan.config.enforce_eager)
         ready = time.perf_counter()
         if not plan.config.enforce_eager:
@@ -48,7 +49,7 @@ def warm_up(runner: ModelRunner, plan: EnginePlan) -> str:
             if not runner.captured_sizes and plan.config.tensor_parallel_size > 1:
                 # the other ranks may have captured
                 raise DeviceError("steps cannot be captured; start with --enforce-eager")
-    freeze()
+    freeze(on_late=runner.counters.count_late_compilation)
     done = f"kernels ready after {ready - start:.1f} s"
     if not (graphs := runner.graphs):
         return done
@@ -67,6 +68,21 @@ def interprets(device: str) -> bool:
     return INTERPRETING
 
 
+def compile_forms(runner: ModelRunner) -> None:
+    """Compile all forms of the kernels, by steps of many sizes on one layer of each kind.
+
+    The forms of a kernel depend on the tokens of a step and on the keys of its rows. Some also
+    depend on the number of tokens that select their keys.
+    """
+    steps = dense_steps(runner.input_batch, runner.model.config.index_topk)
+    if runner.device_steps is not None:
+        runner.set_parameters(0, RowParameters())
+    with runner.model.one_layer_of_each_kind():
+        for rows in steps:
+            _run_trial(runner, rows, is_pending=False)
+    clear_rows(runner.input_batch)
+
+
 def warm_up_kernels(runner: ModelRunner, before_captures: bool = False) -> None:
     """Run steps of all kinds and magnitudes, so that no request waits for a compilation.
 
@@ -78,7 +94,7 @@ def warm_up_kernels(runner: ModelRunner, before_captures: bool = False) -> None:
         before_captures: True = steps fork to the second stream as captured steps do, which must not
             make its resources during a capture.
     """
-    steps = _trial_steps(runner)
+    steps = sparse_steps(runner.input_batch, runner.model.config.index_topk)
     device = runner.device_steps
     if device is not None:
         runner.set_parameters(0, RowParameters())
@@ -90,44 +106,6 @@ def warm_up_kernels(runner: ModelRunner, before_captures: bool = False) -> None:
     clear_rows(runner.input_batch)
     # warm-up steps do not count
     runner.counters = StepCounters()
-
-
-def _trial_steps(runner: ModelRunner) -> list[list[TrialRow]]:
-    """Return the rows of all warm-up steps. The last step can continue the one before it."""
-    batch, longest = runner.input_batch, runner.input_batch.max_row_len
-    chunk = min(batch.max_num_tokens, longest)
-    # longer rows score and select keys, and their prompts attend in another form
-    cached = min(runner.model.config.index_topk, longest - 1)
-    chunks = _sizes_up_to(chunk)
-    prompts = [
-        [TrialRow(size, before, True)]
-        for before in (0, cached)
-        for size in chunks
-        if size <= longest - before
-    ]
-    # several prompts together may have more tokens than a row
-    max_tokens = min(batch.max_num_tokens, longest * batch.max_num_seqs)
-    for size in [size for size in _sizes_up_to(max_tokens) if size > chunk]:
-        begins = range(0, size, longest)
-        prompts.append([TrialRow(min(longest, size - begin), 0, True) for begin in begins])
-    # decode rows alongside a prompt, all of them within the selection
-    max_rows = min(batch.max_num_seqs, batch.max_num_tokens)
-    mixed = []
-    for i in range(max(max_rows, cached).bit_length()):
-        decode = TrialRow(1, max(min(1 << i, cached) - 1, 0), False)
-        mixed.append([decode] * min(1 << i, max_rows - 1) + [TrialRow(1, 0, True)])
-    return [
-        *prompts,
-        *mixed,
-        [TrialRow(1, max(cached - 1, 0), False)],
-        [TrialRow(1, cached, False)],
-    ]
-
-
-def _sizes_up_to(limit: int) -> list[int]:
-    """Return a limit, and the numbers at and just below each power of two below it, ascending."""
-    powers = powers_below(limit)
-    return sorted({*powers, *(power - 1 for power in powers[1:]), limit})
 
 
 def _run_trial(runner: ModelRunner, rows: list[TrialRow], is_pending: bool) -> None:

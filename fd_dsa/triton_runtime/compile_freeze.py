@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from fd_dsa.errors import LaunchError
@@ -14,9 +14,10 @@ _LOG = logging.getLogger("fd_dsa.triton_runtime")
 _state = threading.local()
 _frozen: str | None = None
 _late = 0
+_on_late: Callable[[], None] | None = None
 
 
-def freeze(*, strict: bool = False) -> None:
+def freeze(*, strict: bool = False, on_late: Callable[[], None] | None = None) -> None:
     """End the warm-up. Launches should neither compile nor load from now on.
 
     A launch that still has to logs a warning with the kernel and its arguments, and continues: a
@@ -24,9 +25,10 @@ def freeze(*, strict: bool = False) -> None:
 
     Args:
         strict: raise LaunchError instead, for tests and for checks before a release.
+        on_late: called for each such launch, in its thread.
     """
-    global _frozen
-    _frozen = "strict" if strict else "warn"
+    global _frozen, _on_late
+    _frozen, _on_late = "strict" if strict else "warn", on_late
 
 
 def unfreeze() -> None:
@@ -77,4 +79,6 @@ def announce_compilation(
     if _frozen == "strict":
         raise LaunchError(problem)
     _late += 1
+    if _on_late is not None:
+        _on_late()
     _LOG.warning("%s; this step compiles", problem)

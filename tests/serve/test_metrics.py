@@ -33,6 +33,7 @@ COUNTERS = (
     "mask_offsets_skipped_total",
     "mask_offsets_launched_total",
     "sparse_tokens_total",
+    "late_compilations_total",
 )
 HISTOGRAMS = (
     "time_to_first_token_seconds",

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from fd_dsa.errors import DeviceError, KernelUnavailable, LaunchError
+from fd_dsa.runner.counters import StepCounters
 from fd_dsa.startup import warm_up
 from fd_dsa.triton_runtime import Pointer, freeze, num_late_compilations
 from fd_dsa.triton_runtime import kernel as runtime_kernel
@@ -51,7 +52,7 @@ class Runner:
     captured_sizes, graphs = (256,), SimpleNamespace(drafts={})
 
     def __init__(self) -> None:
-        self._kernel = scale_kernel()
+        self._kernel, self.counters = scale_kernel(), StepCounters()
 
     def step(self, num_tokens: int) -> None:
         self._kernel[(1,)](X, Y, 5, 0.5, True, 7, BLOCK=num_tokens)
@@ -74,6 +75,7 @@ def test_an_engine_warns_of_what_compiles_after_its_warm_up(
 ) -> None:
     config = SimpleNamespace(enforce_eager=eager, capture_sizes=Runner.captured_sizes)
     plan: Any = SimpleNamespace(device="gpu:0", config=config)
+    monkeypatch.setattr(warm_up, "compile_forms", lambda runner: None)
     monkeypatch.setattr(warm_up, "warm_up_kernels", Runner.warm_up)
     monkeypatch.setattr(warm_up, "capture_graphs", Runner.capture_graphs)
     runners = [Runner(), Runner()]
@@ -90,6 +92,8 @@ def test_an_engine_warns_of_what_compiles_after_its_warm_up(
     runners[1].step(128)
     assert "no compiled variant for (x_ptr=*fp32" in caplog.records[-1].message
     assert len(caplog.records) == eager + 1
+    # the engine that started last counts
+    assert [runner.counters.late_compilations for runner in runners] == [0, eager + 1]
 
 
 @pytest.mark.parametrize("where", ["compile_kernel", "load"])

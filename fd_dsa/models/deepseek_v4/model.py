@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -119,6 +121,11 @@ class DeepseekV4ForCausalLM:
         streams = np.empty((len(rows), self.config.hc_mult, rows.shape[1]), np.float32)
         streams[kept] = residual[:, :-1]
         return streams.reshape(len(rows), -1)
+
+    @contextmanager
+    def one_layer_of_each_kind(self) -> Iterator[None]:
+        """Run steps through all layers: a CPU has no kernels to compile."""
+        yield
 
     def compute_logits(self, hidden_states: np.ndarray) -> np.ndarray:
         """Return logits [n, vocab_size] of streams [n, num_streams * hidden_size]."""

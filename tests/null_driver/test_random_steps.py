@@ -1,0 +1,24 @@
+"""The start of an engine on a device compiles every kernel that its steps ask for."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.null_driver.random_steps import STEPS
+from tests.triton_runtime.fakes import run_module
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.triton,
+    pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler"),
+]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_no_kernel_is_compiled_after_the_start(tmp_path: Path, seed: int) -> None:
+    pytest.importorskip("paddle")
+    printed = run_module(tmp_path, "tests.null_driver.random_steps", str(seed))
+    assert printed.endswith(f"{STEPS} steps, 0 late compilations\n"), printed
