@@ -208,11 +208,6 @@ class EngineConfig:
         given = self.speculative_config
         if given not in (None, NO_DRAFTS) and not isinstance(given, SpeculativeConfig):
             self._set("speculative_config", SpeculativeConfig.read(given))
-        drafts = self.speculation
-        if drafts is not None and drafts.method == "mtp" and self.tensor_parallel_size > 1:
-            hint = "its layer runs on one rank only"
-            allowed = "ngram with --tensor-parallel-size"
-            raise flag_error("speculative_config.method", "mtp", allowed, hint)
         self._check_together()
         self._check_capture_sizes()
         template = self.chat_template
@@ -248,9 +243,9 @@ class EngineConfig:
             )
         cache_dtype = dtype if self.kv_cache_dtype == "auto" else self.kv_cache_dtype
         drafts = self.speculative_config
-        # without the flag the demo model drafts, on one rank
-        is_whole = self.tensor_parallel_size == 1 and self.load_format != "dummy"
-        if drafts is None and device == "cpu" and is_whole and self.model_path == demo_model_path():
+        # without the flag the demo model drafts
+        is_demo = self.load_format != "dummy" and self.model_path == demo_model_path()
+        if drafts is None and device == "cpu" and is_demo:
             drafts = SpeculativeConfig("mtp", 3)
         num_seqs, num_tokens = self._step_sizes(device)
         resolved: dict[str, Any] = {

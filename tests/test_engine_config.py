@@ -223,7 +223,7 @@ def test_devices_and_another_name_of_fp8() -> None:
         ({}, "gpu:0", None),
         ({"speculative_config": "none"}, "cpu", None),
         ({"speculative_config": {"method": "ngram"}}, "cpu", "ngram"),
-        ({"tensor_parallel_size": 2}, "cpu", None),
+        ({"tensor_parallel_size": 2}, "cpu", "mtp"),
         ({"load_format": "dummy"}, "cpu", None),
     ],
 )

@@ -15,6 +15,7 @@ from fd_dsa.engine.batch import Drafts, ScheduledBatch
 from fd_dsa.engine.draft_state import DraftCosts, DraftState
 from fd_dsa.engine.metrics import EngineStats
 from fd_dsa.engine.request import Request
+from fd_dsa.errors import RankError
 
 logger = logging.getLogger(__name__)
 
@@ -126,6 +127,9 @@ class SpecDecoder:
         counts = self._counts(batch)
         try:
             proposals = self.drafter.propose(batch, counts) if runs else {}
+        except RankError:
+            # the engine cannot continue without all ranks
+            raise
         except Exception:
             # the step's tokens are valid, so a failed drafter must not fail it
             logger.exception("speculative decoding is off from now on: the drafter failed")

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from fd_dsa.attention.protocol import LayerStep
+from fd_dsa.distributed import Group
 from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.mla import DeepseekV32DSAAttention
 from fd_dsa.models.moe import DeepseekMLP, DeepseekMoE
@@ -17,6 +18,7 @@ from fd_dsa.models.rope import cos_sin_table
 from fd_dsa.models.sources import MTP_EMBEDDING, MTP_HEAD, MTP_JOIN, WeightLoader
 from fd_dsa.models.weights_protocol import Weights
 from fd_dsa.ops.arrays import as_numpy, rows_at, values_of
+from fd_dsa.ops.linear import Linear
 from fd_dsa.tensor import Array, StepArray
 
 
@@ -79,7 +81,6 @@ class MultiTokenPredictor:
 
     Attributes:
         embed_tokens: [vocab_size, hidden_size]; embedding of the next tokens.
-        head: weight from hidden states of a call to logits.
 
     Source: DeepSeek-V3 (arXiv 2412.19437) section 2.2; names of Hugging Face checkpoints.
     """
@@ -88,13 +89,13 @@ class MultiTokenPredictor:
         config, own = model.config, model.config.mtp or ()
         hidden, eps, number = config.hidden_size, config.rms_norm_eps, config.num_hidden_layers
         prefix, self._group = f"model.layers.{number}.", weights.group
-        self._cos_sin, self.head = model.cos_sin, model.head
+        self._cos_sin, self._head, self._head_group = model.cos_sin, model.head, model.head_group
         self.embed_tokens = model.embed_tokens
         if MTP_EMBEDDING in own:
             self.embed_tokens, _ = weights.table(prefix + MTP_EMBEDDING, config.vocab_size, hidden)
         if MTP_HEAD in own:
-            parts = {prefix + MTP_HEAD: config.vocab_size}
-            self.head = weights.matrix(hidden, parts, sums_in_float32=True)
+            parts = {prefix + MTP_HEAD: config.head_rows}
+            self._head = weights.matrix(hidden, parts, sums_in_float32=True)
         self._token_norm = weights.norm(f"{prefix}enorm.weight", hidden, eps)
         self._hidden_norm = weights.norm(f"{prefix}hnorm.weight", hidden, eps)
         self._join = weights.matrix(2 * hidden, {prefix + MTP_JOIN: hidden})
@@ -126,6 +127,10 @@ class MultiTokenPredictor:
         states, change, _ = self.layer.forward(self._join.matmul(pair), None, cos_sin, step, None)
         return values_of(self._norm.add_and_normalize(states, change, self._group)[1])
 
+    def compute_logits(self, hidden_states: Array) -> Array:
+        """Return logits float32 [n, vocab_size] of results of a call, [n, hidden_size]."""
+        return logits_of(self._head, hidden_states, self._head_group)
+
 
 class DeepseekV32ForCausalLM:
     """Model from packed token ids of a step to logits of sampled tokens.
@@ -133,7 +138,8 @@ class DeepseekV32ForCausalLM:
     Attributes:
         embed_tokens: [vocab_size, hidden_size].
         cos_sin: float32 [max_position_embeddings, qk_rope_head_dim], all positions.
-        head: weight from normed hidden states to logits.
+        head: weight from normed hidden states to logits, with the rows of this rank.
+        head_group: ranks that divide the rows of the head; None = this rank has all rows.
         mtp: MTP layer, None = not loaded.
     """
 
@@ -150,8 +156,7 @@ class DeepseekV32ForCausalLM:
         if not config.tie_word_embeddings:
             rows = {"lm_head.weight": config.head_rows}
             self.head = weights.matrix(hidden, rows, sums_in_float32=True)
-        # a rank with a part of the head has a part of the logits
-        self._head_group = weights.group if config.head_rows < vocab_size else None
+        self.head_group = weights.group if config.head_rows < vocab_size else None
         width, positions = config.qk_rope_head_dim, config.max_position_embeddings
         self.cos_sin = weights.constant(partial(cos_sin_table, config.rope, width, positions))
         self.mtp = None if config.mtp is None else MultiTokenPredictor(self, weights)
@@ -193,8 +198,18 @@ class DeepseekV32ForCausalLM:
 
     def compute_logits(self, hidden_states: Array) -> Array:
         """Return logits float32 [n, vocab_size] of hidden states [n, hidden_size]."""
-        logits = self.head.matmul(hidden_states)
-        if self._head_group is None:
-            return logits
-        gathered = self._head_group.all_gather(logits)
-        return gathered.transpose([1, 0, 2]).reshape([-1, self.config.vocab_size])
+        return logits_of(self.head, hidden_states, self.head_group)
+
+
+def logits_of(head: Linear, hidden_states: Array, group: Group | None) -> Array:
+    """Return logits float32 [n, vocab_size] of hidden states, from all ranks of a group.
+
+    Args:
+        head: weight from hidden states to logits, with the rows of this rank.
+        group: ranks that divide the rows of the head; None = this rank has all rows.
+    """
+    logits = head.matmul(hidden_states)
+    if group is None:
+        return logits
+    gathered = group.all_gather(logits)
+    return gathered.transpose([1, 0, 2]).reshape([-1, group.size * logits.shape[1]])

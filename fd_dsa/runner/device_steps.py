@@ -304,7 +304,7 @@ class DeviceSteps:
         """Enqueue the sampling of one draft of each request, after `depth` other drafts."""
         rows, stride, begin = states.shape[0], self._stride, self.buffer.draft(depth, 0)
         batch_rows, positions = (self._next[i * stride : i * stride + rows] for i in (1, 2))
-        logits, drafts = self._layer().head.matmul(states), self._tokens[begin : begin + rows]
+        logits, drafts = self._layer().compute_logits(states), self._tokens[begin : begin + rows]
         self.sampler.sample(logits, batch_rows, positions, self._no_masks[:rows], drafts)
 
     def read_drafts(self) -> HostTokens:

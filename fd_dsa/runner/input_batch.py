@@ -238,29 +238,35 @@ class InputBatch:
         pending[np.asarray(sampled, np.int64)] = samples
         return _staged(next_ids, pending)
 
-    def state(self) -> tuple[Any, ...]:
-        """Return the step for `restore` in another process."""
-        rows, columns = self.num_rows, -(-self.max_seqlen_k // self.block_size)
+    def state(self, max_drafts: int = 0) -> tuple[Any, ...]:
+        """Return the step for `restore` in another process.
+
+        Args:
+            max_drafts: maximum number of drafts after the step, whose keys need blocks too.
+        """
+        rows, columns = self.num_rows, -(-(self.max_seqlen_k + max_drafts) // self.block_size)
         return (
             (self.num_tokens, self.num_prefill_tokens, self.max_seqlen_k, rows),
+            self.next_prompt_tokens,
             self.token_ids[: self.num_tokens],
             self.pending[: self.num_tokens],
             self.num_chunk_tokens[:rows],
             self.num_computed_tokens[:rows],
             self.num_scheduled_tokens[:rows],
+            self.pending_source[:rows],
             self.block_tables[:rows, :columns],
         )
 
     def restore(self, state: tuple[Any, ...]) -> None:
         """Set the step of a batch of the same sizes from its `state`."""
-        counts, ids, pending, *lengths, tables = state
+        counts, next_prompt_tokens, ids, pending, *by_row, tables = state
         self.begin_step()
         self.num_tokens, self.num_prefill_tokens, self.max_seqlen_k, rows = counts
-        self.num_rows = rows
+        self.num_rows, self.next_prompt_tokens = rows, next_prompt_tokens
         self.token_ids[: len(ids)], self.pending[: len(ids)] = ids, pending
         self.has_pending = bool((pending >= 0).any())
-        own = (self.num_chunk_tokens, self.num_computed_tokens, self.num_scheduled_tokens)
-        for target, values in zip(own, lengths, strict=True):
+        lengths = self.num_chunk_tokens, self.num_computed_tokens, self.num_scheduled_tokens
+        for target, values in zip((*lengths, self.pending_source), by_row, strict=True):
             target[:rows] = values
         self.block_tables[:rows, : tables.shape[1]] = tables
 

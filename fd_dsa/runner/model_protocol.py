@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager
 from typing import Protocol
 
 from fd_dsa.attention.protocol import LayerStep
-from fd_dsa.ops.linear import Linear
 from fd_dsa.tensor import StepArray
 
 
@@ -38,10 +37,6 @@ class MtpLayer(Protocol):
     def embed_tokens(self) -> StepArray:
         """Embedding [vocab_size, hidden_size] of the next tokens."""
 
-    @property
-    def head(self) -> Linear:
-        """Weight from hidden states of the layer to logits."""
-
     def __call__(self, next_ids: StepArray, hidden: StepArray, step: LayerStep) -> StepArray:
         """Compute normed hidden states of the layer, [num_tokens, hidden_size].
 
@@ -51,6 +46,9 @@ class MtpLayer(Protocol):
                 draft of the layer.
             step: step whose metadata was built last.
         """
+
+    def compute_logits(self, hidden_states: StepArray) -> StepArray:
+        """Compute logits float32 [n, vocab_size] of hidden states of the layer, [n, width]."""
 
 
 class Model(Protocol):

@@ -358,7 +358,7 @@ class ModelRunner:
                 self.initialize_forward_meta()
             step = self._newest_step()
             step.hidden_states = mtp(next_ids, hidden, step)[tokens]
-            return mtp.head.matmul(step.hidden_states)
+            return mtp.compute_logits(step.hidden_states)
 
     def _newest_step(self) -> Step:
         """Return the newest step, which has been run or enqueued."""

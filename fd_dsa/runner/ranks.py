@@ -63,7 +63,31 @@ class DriverRunner(ModelRunner):
     def sample(self, masks: Sequence[np.ndarray] = ()) -> StepFuture:
         """See ModelRunner."""
         with self._sent("sample", masks, has_step=False):
-            future = super().sample(masks)
+            return self._watched(super().sample(masks))
+
+    def read_drafts(self) -> StepFuture:
+        """See ModelRunner. The other ranks do not read their drafts, which are the same."""
+        return self._watched(super().read_drafts())
+
+    def predict_more(
+        self, next_ids: np.ndarray, tokens: Sequence[int], follows: Sequence[int] = ()
+    ) -> np.ndarray:
+        """See ModelRunner."""
+        with self._sent("predict_more", next_ids, tokens, follows, has_step=len(follows) > 0):
+            return super().predict_more(next_ids, tokens, follows)
+
+    def seed_drafts(self, next_ids: np.ndarray, places: Sequence[Sequence[int]]) -> None:
+        """See ModelRunner."""
+        with self._sent("seed_drafts", next_ids, places, has_step=False):
+            super().seed_drafts(next_ids, places)
+
+    def draft(self, num_requests: int, count: int) -> None:
+        """See ModelRunner."""
+        with self._sent("draft", num_requests, count, has_step=False):
+            super().draft(num_requests, count)
+
+    def _watched(self, future: StepFuture) -> StepFuture:
+        """Return a handle whose wait fails if another rank has ended."""
         return future if self.ranks is None else AllRanksFuture(future, self.ranks)
 
     @contextmanager
@@ -72,7 +96,7 @@ class DriverRunner(ModelRunner):
         if self.ranks is None:
             yield
             return
-        state = self.input_batch.state() if has_step else None
+        state = self.input_batch.state(self.max_drafts) if has_step else None
         with self.ranks.step(pickle.dumps((name, arguments, state), pickle.HIGHEST_PROTOCOL)):
             yield
 
@@ -112,6 +136,9 @@ class WorkerRunner(ModelRunner):
             "enqueue_model": self.enqueue_model,
             "sample": self.sample,
             "set_parameters": self.set_parameters,
+            "predict_more": self.predict_more,
+            "seed_drafts": self.seed_drafts,
+            "draft": self.draft,
         }
         while True:
             name, arguments, state = pickle.loads(receive())

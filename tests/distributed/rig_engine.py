@@ -18,6 +18,7 @@ CASES: dict[str, dict[str, Any]] = {
     "float32": {"dtype": "float32"},
     "bfloat16": {},
     "fp8": {"kv_cache_dtype": "fp8"},
+    "drafts": {"speculative_config": {"method": "mtp", "num_speculative_tokens": 3}},
 }
 QUESTIONS = ("What is 7 + 5?", "Tell me a story about a dog.", "What is the opposite of big?")
 MAX_TOKENS, NUM_TOP = 48, 8
@@ -85,6 +86,18 @@ def follow(llm: Any, answers: list[list[int]] | None) -> list[list[Place]]:
     return found
 
 
+def acceptance(llm: Any) -> float:
+    """Return the acceptance rate of drafts in steps that a device samples."""
+    from fd_dsa import SamplingParams
+
+    before = llm.stats()
+    llm.generate(prompts_of(llm), SamplingParams(temperature=0, max_tokens=MAX_TOKENS))
+    after = llm.stats()
+    num_drafts = after.num_draft_tokens - before.num_draft_tokens
+    accepted: int = after.num_accepted_tokens - before.num_accepted_tokens
+    return accepted / max(num_drafts, 1)
+
+
 def exact_scores(model: Path, tokens: list[list[int]]) -> list[list[float]]:
     """Log-probability of each token of each answer on the CPU, in float32."""
     from fd_dsa import LLM, SamplingParams
@@ -105,8 +118,12 @@ def main(folder: Path, size: int, cases: list[str], form: str = "real") -> None:
     from custom_ops.build_library import build_library
     from fd_dsa import LLM, custom_ops
     from fd_dsa.config import demo_model_path
+    from fd_dsa.engine.draft_state import DraftCosts
+    from fd_dsa.startup import build
     from fd_dsa.startup.ranks import Ranks
 
+    # fixed costs, so that every request drafts on any machine
+    build.measure_step_costs = lambda *_: DraftCosts({1: [1.0, 1.1, 1.2, 1.3]})  # type: ignore[assignment]
     if form == "real":
         custom_ops.use_library(build_library())
     Ranks.COMMAND = (sys.executable, "-m", "tests.distributed.rig_rank")
@@ -119,7 +136,8 @@ def main(folder: Path, size: int, cases: list[str], form: str = "real") -> None:
         answers = json.loads(one.read_text())["tokens"] if size > 1 else None
         with LLM(model, device=device, tensor_parallel_size=size, **options | CASES[case]) as llm:
             places = follow(llm, answers)
-        found: dict[str, Any] = {"tokens": [[token for token, _ in one] for one in places]}
+            found: dict[str, Any] = {"acceptance": acceptance(llm) if case == "drafts" else 0.0}
+        found["tokens"] = [[token for token, _ in one] for one in places]
         found["tops"] = [[list(top.items()) for _, top in one] for one in places]
         if size == 1:
             found["exact"] = exact_scores(model, found["tokens"])

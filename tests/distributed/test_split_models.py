@@ -28,6 +28,7 @@ from fd_dsa.models.loader import (
     validate,
 )
 from fd_dsa.models.registry import config_from_dict, create_model
+from fd_dsa.models.sources import MTP_EMBEDDING, MTP_HEAD, MTP_JOIN
 from fd_dsa.models.weights import HostWeights
 from fd_dsa.startup import memory, plan
 from fd_dsa.startup.memory import weight_bytes
@@ -206,6 +207,20 @@ def test_a_rank_is_planned_with_its_part_of_the_weights() -> None:
     whole, part = (weight_bytes(config.split(size), "bfloat16") for size in (1, 4))
     # what every rank has: embedding, q_a, kv_a, indexers, routers, norms
     assert 0.25 * whole < part < 0.27 * whole
+
+
+def test_a_layer_that_drafts_is_split_as_any_other() -> None:
+    fields = {"model_type": "deepseek_v32", "num_nextn_predict_layers": 1}
+    whole = config_from_dict(fields).with_mtp_layer(MTP_EMBEDDING, MTP_HEAD)
+    parts, prefix = expected_tensors(whole.split(8)), "model.layers.61."
+    split = {
+        MTP_EMBEDDING: (129280, 7168),
+        MTP_HEAD: (129280 // 8, 7168),
+        MTP_JOIN: (7168, 14336),
+        "self_attn.o_proj.weight": (7168, 2048),
+        "mlp.experts.255.down_proj.weight": (7168, 256),
+    }
+    assert {name: parts[prefix + name].shape for name in split} == split
 
 
 def test_caches_are_planned_by_the_rank_with_the_least_memory(

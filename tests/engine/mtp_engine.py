@@ -60,11 +60,11 @@ class WatchedDrafter(MtpDrafter):
         return proposals
 
 
-def make_runner(model: Any, num_blocks: int) -> ModelRunner:
+def make_runner(model: Any, num_blocks: int, kind: Any = ModelRunner) -> Any:
     """A runner with poisoned caches."""
     batch = InputBatch(4, 24, MAX_MODEL_LEN // BLOCK_SIZE, BLOCK_SIZE)
     layout = model.config.cache_layout("float32", BLOCK_SIZE)
-    runner = ModelRunner(model, batch, layout, num_blocks)
+    runner = kind(model, batch, layout, num_blocks)
     for cache in runner.caches:
         if cache is not None:
             np.from_dlpack(cache)[...] = np.nan
@@ -94,7 +94,13 @@ def answers(
     model: Any, method: str | None, most: int = 3, costs: DraftCosts | None = None
 ) -> tuple[dict[tuple[str, int], RequestOutput], LLMEngine, Any]:
     """The last state of every output, with an engine so small that requests are preempted."""
-    runner = make_runner(model, NUM_BLOCKS)
+    return answers_of(make_runner(model, NUM_BLOCKS), method, most, costs)
+
+
+def answers_of(
+    runner: ModelRunner, method: str | None, most: int = 3, costs: DraftCosts | None = None
+) -> tuple[dict[tuple[str, int], RequestOutput], LLMEngine, Any]:
+    """Return the results of `answers` for a runner that has run no step."""
     drafter: Any = PromptLookup(3, 1) if method == "ngram" else WatchedDrafter(runner, most)
     engine = make_engine(runner, SpecDecoder(drafter, most, costs) if method else None, NUM_BLOCKS)
     draw = np.random.default_rng(0)

@@ -20,11 +20,14 @@ from fd_dsa.device.allocation import paddle_allocator
 from fd_dsa.distributed import Group
 from fd_dsa.distributed.host import HostGroup, Shared
 from fd_dsa.engine.engine import LLMEngine
-from fd_dsa.engine.speculation import SpecDecoder
+from fd_dsa.engine.mtp_drafter import DeviceMtpDrafter
+from fd_dsa.engine.speculation import Drafter, SpecDecoder
 from fd_dsa.engine.structured_outputs import StructuredOutputsParams
+from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.device_weights import DeviceWeights
 from fd_dsa.models.loader import rank_parts
 from fd_dsa.models.registry import config_from_dict, create_model
+from fd_dsa.models.sources import MTP_HEAD
 from fd_dsa.models.weights import HostWeights
 from fd_dsa.runner import InputBatch, ModelRunner
 from fd_dsa.runner.ranks import DriverRunner, WorkerRunner
@@ -38,7 +41,10 @@ from tests.runner.tiny import V32, random_tensors, stored
 pytestmark = [pytest.mark.gpu_rig, pytest.mark.triton, pytest.mark.slow]
 
 NUM_BLOCKS, BLOCK_SIZE, MAX_LEN, ROWS = 24, 16, 48, 4
-CONFIG = config_from_dict(V32 | {"num_hidden_layers": 2, "vocab_size": 300})
+FIELDS = V32 | {"num_hidden_layers": 2, "vocab_size": 300, "num_nextn_predict_layers": 1}
+PLAIN, MOST = config_from_dict(FIELDS), 2
+# the MTP layer has a head of its own, which the ranks split
+WITH_LAYER = PLAIN.with_mtp_layer(MTP_HEAD)
 
 
 class Turns(HostGroup):
@@ -75,6 +81,29 @@ class ThroughHost(Group):
         """Nothing is held."""
 
 
+class Watched(ModelRunner):
+    """Runner that records the drafts of its layer."""
+
+    def __init__(self, *given: Any, **more: Any) -> None:
+        super().__init__(*given, **more)
+        self.drafts: list[list[int]] = []
+
+    def draft(self, num_requests: int, count: int) -> None:
+        super().draft(num_requests, count)
+        tokens, buffer = self.read_drafts().result(), self.token_buffer
+        for depth in range(count):
+            begin = buffer.draft(depth, 0)
+            self.drafts.append(tokens[begin : begin + num_requests].tolist())
+
+
+class Driver(Watched, DriverRunner):
+    """Runner of rank 0."""
+
+
+class Worker(Watched, WorkerRunner):
+    """Runner of rank 1."""
+
+
 class Ranks:
     """The other rank, as DriverRunner sends to it."""
 
@@ -89,40 +118,36 @@ class Ranks:
         yield
 
 
-def make_runner(kind: type[Any], weights: Any, device: str, group: Group | None = None) -> Any:
+def make_runner(
+    kind: type[Any], weights: Any, device: str, config: ModelConfig, group: Group | None = None
+) -> Any:
     size = group.size if group else 1
-    model = create_model(CONFIG.split(size), weights)
-    part_of, _ = rank_parts(CONFIG, group)
-    for name, array in random_tensors(CONFIG).items():
+    model = create_model(config.split(size), weights)
+    part_of, _ = rank_parts(config, group)
+    for name, array in random_tensors(config).items():
         model.loaders[name](part_of(name, stored(name, array)))
     weights.finish()
     batch = InputBatch(ROWS, 32, MAX_LEN // BLOCK_SIZE, BLOCK_SIZE)
     layout = model.config.cache_layout("float32", BLOCK_SIZE)
-    return kind(model, batch, layout, NUM_BLOCKS, device, max_drafts=2)
+    return kind(model, batch, layout, NUM_BLOCKS, device, max_drafts=MOST)
 
 
-def on_device(kind: type[Any], group: HostGroup, rig: Rig, sizes: tuple[int, ...]) -> Any:
+def on_device(
+    kind: type[Any], group: HostGroup, rig: Rig, sizes: tuple[int, ...], config: ModelConfig
+) -> Any:
     """A rank's runner, warm and with graphs where sizes are given."""
     there = ThroughHost(group)
     weights = DeviceWeights("float32", paddle_allocator(rig.device), group=there)
-    runner = make_runner(kind, weights, rig.device, there)
+    runner = make_runner(kind, weights, rig.device, config, there)
     if sizes:
         capture_graphs(runner, sizes, stand_in)
         assert runner.captured_sizes == sizes
     return runner
 
 
-def answers(runner: Any, known: list[Any] | None = None) -> list[tuple[list[int], str | None]]:
-    """Tokens and finish reasons of requests that are drawn on the device, and on the host.
-
-    Args:
-        runner: of the engine.
-        known: what they will be, of which drafts are made.
-    """
-    spec_decoder = None
-    if known:
-        tokens = {(str(number), 0): one for number, (one, _) in enumerate(known)}
-        spec_decoder = SpecDecoder(KnowingDrafter(tokens, 0.7, 250), 2)
+def answers(runner: Any, drafter: Drafter | None = None) -> list[tuple[list[int], str | None]]:
+    """Tokens and finish reasons of requests that are drawn on the device, and on the host."""
+    spec_decoder = SpecDecoder(drafter, MOST) if drafter else None
     engine = LLMEngine(
         runner,
         byte_tokenizer(),
@@ -133,51 +158,61 @@ def answers(runner: Any, known: list[Any] | None = None) -> list[tuple[list[int]
     )
     prompts = np.random.default_rng(4).integers(2, 250, (5, 18)).tolist()
     rules = {"repetition_penalty": 1.3, "logit_bias": {9: 3.0}}
-    kinds: list[dict[str, Any]] = [{}, {"temperature": 0.9, "seed": 7, "top_k": 20}, rules]
+    # only three tokens are likely, so a random layer has accepted drafts
+    few = {"logit_bias": {2: 50.0, 3: 50.0, 4: 50.0}, "temperature": 0.9, "max_tokens": 12}
+    kinds: list[dict[str, Any]] = [few, {"temperature": 0.9, "seed": 7, "top_k": 20}, rules]
     kinds.append({"structured_outputs": StructuredOutputsParams(choice=["abc", "dcb"])})
     kinds.append({"logprobs": 1})
     for number, (prompt, kind) in enumerate(zip(prompts, kinds, strict=True)):
         params = SamplingParams(**{"temperature": 0, "max_tokens": 5, **kind})
         engine.add_request(str(number), prompt[: 6 + 3 * number], params)
     done = run_all(engine)
-    assert (engine.stats().num_accepted_tokens > 0) == bool(known)
+    assert (engine.stats().num_accepted_tokens > 0) == bool(drafter)
     last = [done[str(number)][-1] for number in range(len(prompts))]
     return [(output.token_ids, output.finish_reason) for output in last]
 
 
 @pytest.mark.parametrize(
-    ("sizes", "has_drafts"),
-    [((1, 4), False), ((), True)],
-    ids=["graphs", "drafts"],
+    ("sizes", "method"),
+    [((1, 4), None), ((), "known"), ((4,), "mtp")],
+    ids=["graphs", "drafts", "layer"],
 )
 def test_tokens_of_two_ranks_are_those_of_a_cpu(
-    rig: Rig, sizes: tuple[int, ...], has_drafts: bool
+    rig: Rig, sizes: tuple[int, ...], method: str | None
 ) -> None:
     if rig.is_real:
         pytest.skip("its ranks are processes: tests of the collectives on GPUs have them")
     shared = Shared.create(2)
     first, second = Turns(0, shared), Turns(1, shared)
     failures: list[BaseException] = []
+    workers: list[Worker] = []
+    config = WITH_LAYER if method == "mtp" else PLAIN
 
     def follow() -> None:
         with Turns.turn:
             paddle.set_device(rig.device)
             try:
-                on_device(WorkerRunner, second, rig, sizes).serve(second.receive)
+                workers.append(on_device(Worker, second, rig, sizes, config))
+                workers[0].serve(second.receive)
             except BaseException as error:
                 failures.append(error)
 
     # a failure of this thread leaves it waiting
     follower = threading.Thread(target=follow, daemon=True)
     with Turns.turn:
-        expected = answers(make_runner(ModelRunner, HostWeights(), "cpu"))
+        expected = answers(make_runner(ModelRunner, HostWeights(), "cpu", config))
         follower.start()
-        runner = on_device(DriverRunner, first, rig, sizes)
+        runner = on_device(Driver, first, rig, sizes, config)
         ranks = Ranks(first)
         runner.lead(ranks)
-        assert answers(runner, expected if has_drafts else None) == expected
+        drafter: Drafter | None = DeviceMtpDrafter(runner) if method == "mtp" else None
+        if method == "known":
+            tokens = {(str(number), 0): one for number, (one, _) in enumerate(expected)}
+            drafter = KnowingDrafter(tokens, 0.7, 250)
+        assert answers(runner, drafter) == expected
         assert ranks.num_messages > 8 and runner.counters.mask_offsets_skipped > 2
         first.send(b"")
     follower.join(60)
     assert [type(error) for error in failures] == [EOFError]
+    assert workers[0].drafts == runner.drafts and bool(runner.drafts) == (method == "mtp")
     first.close()
