@@ -17,7 +17,8 @@ from tests.serve.processes import command, finish, serving
 
 pytestmark = pytest.mark.slow
 
-HELLO = [{"role": "user", "content": "Hello! What is your name?"}]
+# of several sentences, so that a stream has several events
+HELLO = [{"role": "user", "content": "Hello! Tell me a story about a fox."}]
 
 
 def greedy(client: openai.OpenAI, **fields: Any) -> Any:
