@@ -11,6 +11,12 @@ from benchmarks._harness import RESULTS, three_digits
 from benchmarks._render import Case, Column, Result, Table, fill
 
 
+def of_before(case: Case) -> str:
+    """Return the milliseconds of a step of this package over those of the package before."""
+    now, before = (case["sides"][label]["ms"]["p50"] for label in ("fd_dsa", "before"))
+    return f"{now / before:.2f}"
+
+
 def texts(result: Result) -> Iterator[str]:
     """Yield the machine and the texts of the errors of FP8 caches."""
     form = "{env[cpu]}, {env[cpus]} processors; paddlepaddle {env[paddlepaddle]}, numpy "
