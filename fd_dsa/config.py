@@ -281,7 +281,7 @@ class EngineConfig:
     @property
     def max_decode_tokens(self) -> int:
         """Max tokens of a decode step, drafts included."""
-        return min((1 + self.max_drafts) * self.num_seqs, self.num_batched_tokens)
+        return self._decode_tokens(self.device)
 
     @property
     def capture_sizes(self) -> tuple[int, ...]:
@@ -320,6 +320,11 @@ class EngineConfig:
             num_seqs + CPU_PROMPT_TOKENS if device == "cpu" else max(GPU_STEP_TOKENS, num_seqs)
         )
         return num_seqs, self.max_num_batched_tokens or num_tokens
+
+    def _decode_tokens(self, device: str) -> int:
+        """Return the max tokens of a decode step with the sizes of a device."""
+        num_seqs, num_tokens = self._step_sizes(device)
+        return min((1 + self.max_drafts) * num_seqs, num_tokens)
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
@@ -371,9 +376,7 @@ class EngineConfig:
         if sizes is None:
             return
         # only a GPU captures steps
-        num_seqs, num_tokens = self._step_sizes("gpu")
-        max_size = min((1 + self.max_drafts) * num_seqs, num_tokens)
-        name = "cudagraph_capture_sizes"
+        name, max_size = "cudagraph_capture_sizes", self._decode_tokens("gpu")
         if isinstance(sizes, str) or not isinstance(sizes, Sequence):
             raise flag_error(name, sizes, "several integers")
         if self.enforce_eager:

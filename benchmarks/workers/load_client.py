@@ -8,26 +8,22 @@ import time
 from pathlib import Path
 from typing import Any
 
-_EVENT = b"data: {"
+from benchmarks.workers.stream_client import EVENT, OPTIONS, completion_request
 
 
 async def _stream(
     host: str, port: int, request: dict[str, Any], begin: float, times: list[float]
 ) -> None:
     """Send a request at its time, and add the time of each token of its answer."""
-    options = {"temperature": 0, "ignore_eos": True, "stream": True, "return_token_ids": True}
-    options |= {"prompt": request["prompt"], "max_tokens": request["new_tokens"]}
-    body = json.dumps(options).encode()
+    body = {"prompt": request["prompt"], "max_tokens": request["new_tokens"], **OPTIONS}
+    data = completion_request(body)
     await asyncio.sleep(max(begin + request["at"] - time.perf_counter(), 0))
     reader, writer = await asyncio.open_connection(host, port)
     try:
-        writer.write(
-            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
-            b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
-        )
+        writer.write(data)
         # an event is one line; lines between events belong to HTTP
         while line := await reader.readline():
-            if line.startswith(_EVENT):
+            if line.startswith(EVENT):
                 came = time.perf_counter() - begin
                 choices = json.loads(line[len(b"data: ") :])["choices"]
                 times += [came] * sum(len(one.get("token_ids") or ()) for one in choices)

@@ -14,7 +14,18 @@ from typing import Any
 from benchmarks._harness import random_prompts
 
 _VOCAB_SIZE = 4096
-_EVENT = b"data: {"
+EVENT = b"data: {"
+OPTIONS = {"temperature": 0, "ignore_eos": True, "stream": True, "return_token_ids": True}
+"""Fields of a request whose answer is streamed and has a fixed length."""
+
+
+def completion_request(body: dict[str, Any]) -> bytes:
+    """Return the HTTP request of a completion, whose connection ends with the answer."""
+    data = json.dumps(body).encode()
+    return (
+        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+        b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (len(data), data)
+    )
 
 
 class _Stream:
@@ -22,11 +33,7 @@ class _Stream:
 
     def __init__(self, host: str, port: int, body: dict[str, Any]) -> None:
         """Connect without sending."""
-        data = json.dumps(body).encode()
-        self.request = (
-            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
-            b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (len(data), data)
-        )
+        self.request = completion_request(body)
         self.socket = socket.create_connection((host, port))
         self.tail = b""
 
@@ -43,7 +50,7 @@ class _Stream:
             RuntimeError: the answer has no usage.
         """
         for line in reversed(self.tail.splitlines()):
-            if line.startswith(_EVENT) and b'"usage":{' in line:
+            if line.startswith(EVENT) and b'"usage":{' in line:
                 return int(json.loads(line[len(b"data: ") :])["usage"]["completion_tokens"])
         raise RuntimeError(f"no usage at the end of an answer: {self.tail[-300:]!r}")
 
@@ -52,8 +59,7 @@ def streams(
     host: str, port: int, requests: int, prompt_tokens: int, new_tokens: int, seed: int
 ) -> dict[str, Any]:
     """Return seconds for `requests` streams that begin together."""
-    options = {"temperature": 0, "ignore_eos": True, "stream": True, "return_token_ids": True}
-    options |= {"max_tokens": new_tokens, "stream_options": {"include_usage": True}}
+    options = {"max_tokens": new_tokens, "stream_options": {"include_usage": True}, **OPTIONS}
     prompts = random_prompts(requests, prompt_tokens, _VOCAB_SIZE, seed)
     open_streams = [_Stream(host, port, {"prompt": p, **options}) for p in prompts]
     with selectors.DefaultSelector() as selector:

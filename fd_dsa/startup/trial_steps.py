@@ -73,7 +73,7 @@ def dense_steps(batch: InputBatch, index_topk: int) -> Iterator[list[TrialRow]]:
         for n in _sizes(min(max_tokens - 1, longest)):
             yield [TrialRow(1, cached, False), TrialRow(n, 0, True)]
     # rows that decode, by their number of keys: alone, and beside a prompt
-    for rows, keys in product(_at_powers(max_rows), (*_at_powers(cached), cached + 1)):
+    for rows, keys in product(_at_powers(max_rows), (*_at_powers(max(cached, 1)), cached + 1)):
         decode = [TrialRow(1, keys - 1, False)] * rows
         yield decode
         if rows < max_rows:

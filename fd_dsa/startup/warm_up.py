@@ -86,8 +86,7 @@ def compile_forms(runner: ModelRunner) -> None:
 def warm_up_kernels(runner: ModelRunner, before_captures: bool = False) -> None:
     """Run steps of all kinds and magnitudes, so that no request waits for a compilation.
 
-    A kernel may have several forms for different numbers of tokens. The limits between them are
-    powers of two, so steps at and just below each power use all forms. Results are dropped, and
+    All layers take part, in fewer steps than those of `compile_forms`. Results are dropped, and
     later steps write the caches again before they read them.
 
     Args:

@@ -19,15 +19,10 @@ from fd_dsa.models.expected_tensors import expected_tensors
 from fd_dsa.models.loader import load_weights, validate
 from fd_dsa.models.registry import open_checkpoint, read_config
 from tests.models.folders import Stored, bf16, f32, write_safetensors
+from tests.models.published import V4_FLASH
 from tests.v4_model.cases import CSA, HCA, WINDOW, Case
 
-QUANTISATION = {
-    "activation_scheme": "dynamic",
-    "fmt": "e4m3",
-    "quant_method": "fp8",
-    "scale_fmt": "ue8m0",
-    "weight_block_size": [128, 128],
-}
+QUANTISATION: dict[str, Any] = V4_FLASH["quantization_config"]
 FP8_WEIGHTS = ("wq_a", "wq_b", "wkv", "wo_a", "wo_b", "w1", "w2", "w3")
 # several FP8 blocks in both directions, the last ones not full; layers of all kinds
 CASE = Case(
@@ -59,7 +54,7 @@ class Release:
 
     @property
     def fields(self) -> dict[str, Any]:
-        """What config.json says of the formats."""
+        """Fields of config.json that name the formats."""
         section = QUANTISATION | ({"scale_fmt": "float"} if self.float_scales else {})
         return {"quantization_config": section} | (
             {"expert_dtype": "fp4"} if self.experts == "fp4" else {}
@@ -179,7 +174,7 @@ def quantised(name: str, values: np.ndarray, release: Release) -> tuple[dict[str
 
 
 def write_pair(folder: Path, release: Release, case: Case = CASE) -> tuple[Path, Path]:
-    """A folder in the formats of a release, and its twin in float32; both with a tokenizer."""
+    """Write a folder in the formats of a release and its twin in float32, with tokenizers."""
     both = folder / "quantised", folder / "twin"
     for one in both:
         case.write_served(one)
