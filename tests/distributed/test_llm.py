@@ -11,7 +11,6 @@ import textwrap
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,9 @@ from fd_dsa.engine.structured_outputs import StructuredOutputsParams
 from fd_dsa.errors import ConfigError, RankError
 from fd_dsa.startup import build
 from fd_dsa.startup.ranks import Ranks
-from tests.serve.processes import children, environment
+from tests import proc
+from tests.proc import children
+from tests.serve.processes import environment
 
 # so few blocks that requests are preempted, and prompts in chunks
 SMALL = {"device": "cpu", "max_model_len": 192, "num_gpu_blocks_override": 50, "block_size": 4}
@@ -101,11 +102,8 @@ def compare(expected: list[RequestOutput], found: list[RequestOutput]) -> None:
 
 def ranks_left() -> list[int]:
     """Processes of ranks, without the process of grammars, which stays."""
-    return [
-        pid
-        for pid in children(os.getpid())
-        if b"fd_dsa.grammars" not in Path(f"/proc/{pid}/cmdline").read_bytes()
-    ]
+    lines = {pid: proc.read(pid, "cmdline") for pid in children(os.getpid())}
+    return [pid for pid, line in lines.items() if line and "fd_dsa.grammars" not in line]
 
 
 def test_outputs_are_those_of_one_process(alone: LLM, shared: LLM) -> None:

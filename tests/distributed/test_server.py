@@ -16,8 +16,10 @@ from typing import Any
 import httpx
 import pytest
 
+from tests import proc
+from tests.proc import children
 from tests.serve.conftest import wait_until
-from tests.serve.processes import Server, children, serving, started
+from tests.serve.processes import Server, serving, started
 
 pytestmark = pytest.mark.slow
 FLAGS = ("--device", "cpu", "-tp", "2", "--max-model-len", "512", "--max-num-seqs", "4")
@@ -32,11 +34,8 @@ def ask(server: Server, **more: Any) -> Any:
 
 def rank_of(server: Server) -> int:
     """The process of rank 1."""
-    found = [
-        pid
-        for pid in children(server.process.pid)
-        if b"fd_dsa.startup.rank" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    ]
+    pids = children(server.process.pid)
+    found = [pid for pid in pids if "fd_dsa.startup.rank" in proc.read(pid, "cmdline")]
     assert len(found) == 1
     return found[0]
 
@@ -162,9 +161,7 @@ def test_two_servers_drain_beside_each_other(tmp_path: Path) -> None:
 def test_ranks_end_with_the_engine(tmp_path: Path) -> None:
     with serving(tmp_path, *FLAGS) as server:
         pids = children(server.process.pid)
-        engine = next(
-            pid for pid in pids if b"engine_child" in Path(f"/proc/{pid}/cmdline").read_bytes()
-        )
+        engine = next(pid for pid in pids if "engine_child" in proc.read(pid, "cmdline"))
         os.kill(engine, signal.SIGKILL)
         assert server.process.wait(30) == 1
         nothing_is_left(pids, set(os.listdir("/dev/shm")))

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from fd_dsa.processes.parent import ChildProcess
+from tests.proc import is_alive
 
 ROOT = Path(__file__).parents[2]
 # says that it has started, then obeys
@@ -41,15 +42,6 @@ def until(is_so: Callable[[], bool]) -> None:
     while not is_so():
         assert time.monotonic() < end
         time.sleep(0.01)
-
-
-def is_alive(pid: int) -> bool:
-    """Return True if a process computes or waits, as a zombie does not."""
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return False
-    return state != "Z"
 
 
 @pytest.mark.parametrize(

@@ -77,13 +77,6 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in paths if p)}
 
 
-def children(pid: int) -> list[int]:
-    """Processes that a process has started, and those that they have."""
-    tasks = Path(f"/proc/{pid}/task").glob("*/children")
-    own = [int(child) for task in tasks for child in task.read_text().split()]
-    return own + [child for one in own for child in children(one)]
-
-
 def finish(cwd: Path, line: list[str], status: int) -> subprocess.CompletedProcess[str]:
     """Run a command line to its end, from `cwd`."""
     done = subprocess.run(

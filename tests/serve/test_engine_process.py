@@ -26,6 +26,7 @@ from fd_dsa.serve.engine_process import EngineProcess
 from fd_dsa.startup.progress import StartupProgress
 from tests.engine.fakes import make_engine, run_all
 from tests.engine.threaded import threaded
+from tests.proc import is_alive
 from tests.serve.conftest import wait_until
 from tests.serve.processes import child_of
 
@@ -227,11 +228,3 @@ EngineProcess(EngineConfig(device="cpu"), StartupProgress())
         server.kill()
         server.communicate()
     wait_until(lambda: not is_alive(int(pid_file.read_text())))
-
-
-def is_alive(pid: int) -> bool:
-    """Whether a process runs; one that has ended may wait for its parent."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False

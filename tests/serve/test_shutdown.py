@@ -14,8 +14,9 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.proc import children
 from tests.serve.conftest import wait_until
-from tests.serve.processes import SLOW, Server, children, serving
+from tests.serve.processes import SLOW, Server, serving
 
 TIMEOUT_S = 60
 # minutes: longer than any test waits

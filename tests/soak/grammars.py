@@ -14,7 +14,6 @@ import re
 import sys
 import time
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +27,7 @@ from fd_dsa.engine.grammar_process import processor_time
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.structured_outputs import StructuredOutputsParams
 from fd_dsa.grammars.messages import COMPILE_S, GAIN_S, TOKENS_S
+from tests import proc
 from tests.engine.byte_model import EOS, TOKENIZER, VOCAB_SIZE
 
 # processor time of this process and of the worker, seconds
@@ -189,10 +189,7 @@ def worker_s(pid: int) -> float:
 
 def worker_mib(pid: int) -> float:
     """Memory of a worker that is its own, MiB; 0 if it has ended."""
-    try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    except OSError:
-        return 0.0
+    lines = proc.read(pid, "smaps_rollup").splitlines()
     return sum(int(line.split()[1]) for line in lines if line.startswith("Private_Dirty:")) / 1024
 
 

@@ -7,16 +7,17 @@ heavy must run in another process.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import resource
 import signal
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import httpx
+
+from tests import proc
+from tests.proc import children
 
 EVERY_S = 0.05
 # a server that takes more is killed, so that the machine of the test lives
@@ -74,7 +75,7 @@ class Memory:
 
     def __init__(self, pid: int) -> None:
         self._pid = pid
-        self._processes = _descendants(pid)
+        self._processes = [pid, *children(pid)]
         self._planned = {
             (process, begin): end - begin
             for process in self._processes
@@ -86,7 +87,7 @@ class Memory:
     def sample(self, look_for_processes: bool) -> None:
         """Take the memory of now into `peak`, bytes."""
         if look_for_processes:
-            self._processes = _descendants(self._pid)
+            self._processes = [self._pid, *children(self._pid)]
         self.peak = max(self.peak, self.resident())
 
     def resident(self) -> int:
@@ -103,23 +104,9 @@ class Memory:
         )
 
 
-def _descendants(pid: int) -> list[int]:
-    """The process and all that it has started."""
-    found = [pid]
-    for parent in found:
-        with contextlib.suppress(OSError):
-            for task in Path(f"/proc/{parent}/task").iterdir():
-                found += map(int, (task / "children").read_text().split())
-    return found
-
-
 def _resident(pid: int) -> int:
     """Resident bytes of a process, 0 if it has ended; a page of several processes is shared out."""
-    try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    except OSError:
-        return 0
-    # empty when the process has just ended
+    lines = proc.read(pid, "smaps_rollup").splitlines()
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
 
 
@@ -127,14 +114,13 @@ def _mappings(pid: int) -> list[tuple[int, int, int]]:
     """Begin, end and resident bytes of the anonymous mappings that can be written."""
     found = []
     is_anonymous = False
-    with contextlib.suppress(OSError):
-        for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
-            name, *rest = line.split()
-            if not name.endswith(":"):
-                is_anonymous = rest[0] == "rw-p" and len(rest) == 4
-                begin, end = (int(part, 16) for part in name.split("-"))
-            elif name == "Rss:" and is_anonymous:
-                found.append((begin, end, int(rest[0]) * 1024))
+    for line in proc.read(pid, "smaps").splitlines():
+        name, *rest = line.split()
+        if not name.endswith(":"):
+            is_anonymous = rest[0] == "rw-p" and len(rest) == 4
+            begin, end = (int(part, 16) for part in name.split("-"))
+        elif name == "Rss:" and is_anonymous:
+            found.append((begin, end, int(rest[0]) * 1024))
     return found
 
 
