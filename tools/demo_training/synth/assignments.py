@@ -9,8 +9,9 @@ from .checks import CHOICES, check
 from .instructions import Instruction
 from .long_rules import CONTENT
 from .page import Page, cut
-from .pieces import Pieces, upper_first
+from .pieces import Pieces, Topic, upper_first
 from .prose import long_essay
+from .refusals import refusal
 from .short_rules import CASE_CHANGES, content
 from .wordy import Wish, requests, wish
 
@@ -141,9 +142,21 @@ def _kinds(p: Pieces) -> set[str]:
     return found
 
 
+def _ruled_wish(p: Pieces) -> Wish:
+    """Return a request to which rules are added.
+
+    Some are requests that the model refuses without a rule. Under a rule it writes a text instead,
+    because a refusal keeps few rules.
+    """
+    if p.chance(0.12):
+        request, _ = refusal(p)
+        return Wish(request, Topic("this question"))
+    return wish(p)
+
+
 def _draw(p: Pieces) -> tuple[Wish, Page]:
     """Return a wish and a page that is meant to keep its rules."""
-    asked, groups = wish(p), _kinds(p)
+    asked, groups = _ruled_wish(p), _kinds(p)
     length = weighted(p, LENGTHS) if "length" in groups else ""
     sentences, n = _sentences(p, asked, length)
     page = Page(asked.topic, [list(sentences)])
