@@ -12,6 +12,7 @@ _STEP_SECONDS = (
     *(0.00001, 0.00002, 0.00005, 0.0001, 0.0002, 0.0005),
     *(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1),
 )
+_KINDS = "prefill", "decode", "mixed"
 
 
 class Histogram:
@@ -41,6 +42,7 @@ class StepCounters:
 
     Attributes:
         prepare_s: host seconds of the metadata of a step, by kind of the step.
+        graph_steps: number of steps that were replayed from a CUDA graph, by kind likewise.
         sparse_tokens: number of tokens that had more keys than the indexer selects.
         late_compilations: number of launches after the warm-up that had to compile a kernel.
     """
@@ -50,7 +52,8 @@ class StepCounters:
 
     def reset(self) -> None:
         """Set all counts to zero."""
-        self.prepare_s = {kind: Histogram(_STEP_SECONDS) for kind in ("prefill", "decode", "mixed")}
+        self.prepare_s = {kind: Histogram(_STEP_SECONDS) for kind in _KINDS}
+        self.graph_steps = dict.fromkeys(_KINDS, 0)
         self.sparse_tokens = 0
         self.late_compilations = 0
 
@@ -74,6 +77,7 @@ class StepCounters:
         num_tokens: int,
         num_prefill_tokens: int,
         num_sparse_tokens: int,
+        is_graph: bool,
     ) -> None:
         """Count one step.
 
@@ -81,9 +85,11 @@ class StepCounters:
             prepare_s: host seconds of its metadata.
             num_tokens, num_prefill_tokens: number of its tokens, and of those of prefill rows.
             num_sparse_tokens: number of its tokens that have more keys than the indexer selects.
+            is_graph: True if it is replayed from a CUDA graph.
         """
         kind = "mixed"
         if num_prefill_tokens in (0, num_tokens):
             kind = "prefill" if num_prefill_tokens else "decode"
         self.prepare_s[kind].observe(prepare_s)
+        self.graph_steps[kind] += is_graph
         self.sparse_tokens += num_sparse_tokens

@@ -323,6 +323,7 @@ class ModelRunner:
             batch.num_tokens,
             batch.num_prefill_tokens,
             batch.num_tokens_past(self._max_dense_keys),
+            graph is not None,
         )
         if graph is not None:
             self.forward_meta = step

@@ -133,6 +133,8 @@ class _EngineCollector(Collector):
         yield self._family(CounterMetricFamily, name, text, by_position, "position")
         times, text = counts.steps.prepare_s, "host time of a step's metadata"
         yield self._family(HistogramMetricFamily, "step_prepare_seconds", text, times, "kind")
+        replayed, text = counts.steps.graph_steps, "steps replayed from a CUDA graph"
+        yield self._family(CounterMetricFamily, "graph_steps", text, replayed, "kind")
         caches = {"": counts.cache_config}
         yield self._family(InfoMetricFamily, "cache_config", "the caches", caches)
 

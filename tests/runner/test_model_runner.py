@@ -202,5 +202,6 @@ def test_steps_are_counted_by_kind(model: Any) -> None:
     }
     assert all(h.total > 0 for h in counters.prepare_s.values())
     assert (counters.mask_offsets_launched, counters.mask_offsets_skipped) == (2, 1)
+    assert set(counters.graph_steps.values()) == {0}
     keys = [*range(1, 21), 21, 22, *range(1, 10)]
     assert counters.sparse_tokens == sum(count > topk for count in keys) > 0

@@ -34,6 +34,7 @@ COUNTERS = (
     "mask_offsets_launched_total",
     "sparse_tokens_total",
     "late_compilations_total",
+    "graph_steps_total",
 )
 HISTOGRAMS = (
     "time_to_first_token_seconds",

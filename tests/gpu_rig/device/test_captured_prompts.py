@@ -78,5 +78,7 @@ def test_logits_are_those_of_eager_steps(
         assert (graphs.graph_key and graphs.graph_key.num_tokens) == size
         # GEMMs of the padded size may round otherwise
         np.testing.assert_allclose(found, wanted, rtol=0, atol=bound * np.abs(wanted).max())
+    replayed = sum(size is not None for _, size in STEPS)
+    assert sum(graphs.counters.graph_steps.values()) == replayed
     graphs.graphs = None
     gc.collect()
