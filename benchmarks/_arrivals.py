@@ -6,8 +6,8 @@ token ids are random, so that no prompt begins like another.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ ARRIVING_S = 90.0
 """Seconds in which requests arrive."""
 WARM_UP_S = 15.0
 """Seconds at the beginning whose requests are not counted."""
+_ERROR_LENGTH = 200
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,17 @@ LENGTHS = {
     "8k1k": Lengths((6554, 9830, None), (819, 1229, None), first_token_s=2.0),
     "short": Lengths((100, 2000, None), (64, 256, None)),
 }
-# number of GPUs -> distribution -> requests a second
+# number of GPUs at least -> distribution -> requests a second
 RATES: dict[int, dict[str, tuple[float, ...]]] = {
     1: {"chat": (8, 24, 48), "1k1k": (2, 6), "8k1k": (1, 4), "short": (8, 24)},
     4: {"chat": (2, 6, 10), "1k1k": (0.5, 1.5), "short": (2, 6)},
     8: {"chat": (2, 6, 12), "1k1k": (1, 2), "8k1k": (0.3, 0.6), "short": (2, 6)},
 }
+
+
+def rates_of(ranks: int) -> dict[str, tuple[float, ...]]:
+    """Return the rates of each distribution for a number of GPUs."""
+    return RATES[max(known for known in RATES if known <= ranks)]
 
 
 @dataclass(frozen=True)
@@ -65,25 +71,50 @@ class Arrival:
     new_tokens: int
 
 
-def arrivals(
-    lengths: Lengths, rate: float, seed: int, vocab_size: int, seconds: float, most_tokens: int
-) -> list[Arrival]:
-    """Draw the requests of a load.
+@dataclass(frozen=True)
+class Load:
+    """Requests of one distribution that arrive at random.
 
-    Args:
+    Attributes:
+        lengths: name of the distribution.
         rate: mean number of requests a second.
-        most_tokens: tokens of a prompt and its answer at most; each is cut to half of it.
+        seconds: seconds in which requests arrive.
+        warm_up_s: seconds at the beginning whose requests are not counted.
+        seed: seed of times, lengths and token ids.
     """
-    rng = np.random.default_rng(seed)
-    found, at = [], rng.exponential(1 / rate)
-    while at < seconds:
-        size, new_tokens = (
-            min(_draw(rng, one), most_tokens // 2) for one in (lengths.prompt, lengths.answer)
-        )
-        prompt = rng.integers(10, vocab_size, size).tolist()
-        found.append(Arrival(float(at), prompt, new_tokens))
-        at += rng.exponential(1 / rate)
-    return found
+
+    lengths: str
+    rate: float
+    seconds: float = ARRIVING_S
+    warm_up_s: float = WARM_UP_S
+    seed: int = 1
+
+    @property
+    def name(self) -> str:
+        """Name of the load in results."""
+        return f"{self.lengths}, {self.rate:g}/s"
+
+    def arrivals(self, run: int, vocab_size: int, most_tokens: int) -> list[Arrival]:
+        """Draw the requests of a run.
+
+        Runs differ in their token ids alone, and so do loads. A repeated prompt would be found in
+        the caches of the engine.
+
+        Args:
+            run: number of the run.
+            most_tokens: tokens of a prompt and its answer at most; each is cut to half of it.
+        """
+        lengths, rng = LENGTHS[self.lengths], np.random.default_rng(self.seed)
+        own = [self.seed, run, round(1e3 * self.rate), *self.lengths.encode()]
+        ids = np.random.default_rng(own)
+        found, at = [], rng.exponential(1 / self.rate)
+        while at < self.seconds:
+            size, new_tokens = (
+                min(_draw(rng, one), most_tokens // 2) for one in (lengths.prompt, lengths.answer)
+            )
+            found.append(Arrival(at, ids.integers(10, vocab_size, size).tolist(), new_tokens))
+            at += rng.exponential(1 / self.rate)
+        return found
 
 
 def _draw(rng: np.random.Generator, rule: tuple[int, int, tuple[float, float] | None]) -> int:
@@ -94,45 +125,60 @@ def _draw(rng: np.random.Generator, rule: tuple[int, int, tuple[float, float] | 
 
 
 def figures(
-    load: Sequence[Arrival], times: Sequence[Sequence[float]], lengths: Lengths, warm_up_s: float
+    load: Load, requests: Sequence[Arrival], answers: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """Return the figures of a load: milliseconds, output tokens a second, share of good answers.
+    """Return the figures of a run.
 
     Args:
-        load: its requests.
-        times: of each request, the seconds after the beginning at which its tokens came.
-        warm_up_s: requests that arrive earlier are not counted.
+        load: the load.
+        requests: its requests.
+        answers: of each request, `times`, the seconds after the beginning at which its tokens came,
+            and `error` if there was one.
 
-    Raises:
-        ValueError: an answer lacks tokens.
+    Returns:
+        Of all requests: `failed`, the number of those with an error or without all of their tokens,
+        the number of each error, and `tokens_per_s`. Of the requests after the warm-up: their
+        number, good answers a second, and median and p99 of three latencies in milliseconds. A
+        failed request has no latencies and is not good.
     """
-    firsts, per_token, gaps, good = [], [], [], []
-    for request, came in zip(load, times, strict=True):
-        if len(came) != request.new_tokens:
-            raise ValueError(f"an answer has {len(came)} tokens, wanted {request.new_tokens}")
-        if request.at < warm_up_s:
+    firsts, per_token, gaps, good = [], [], [], 0
+    errors: Counter[str] = Counter()
+    lengths = LENGTHS[load.lengths]
+    for request, answer in zip(requests, answers, strict=True):
+        came = answer["times"]
+        if error := answer.get("error") or _missing(request, came):
+            errors[error[:_ERROR_LENGTH]] += 1
+        if error or request.at < load.warm_up_s:
             continue
         first = came[0] - request.at
         each = (came[-1] - came[0]) / max(len(came) - 1, 1)
         firsts.append(first)
         per_token.append(each)
         gaps += np.diff(came).tolist()
-        good.append(first <= lengths.first_token_s and each <= lengths.token_s)
-    ends = [came[-1] for came in times]
+        good += first <= lengths.first_token_s and each <= lengths.token_s
+    all_times = [time for answer in answers for time in answer["times"]]
     return {
-        "requests": len(firsts),
+        "requests": sum(request.at >= load.warm_up_s for request in requests),
+        "failed": errors.total(),
+        "errors": dict(errors.most_common()),
         "first_token_ms": _spread(firsts),
         "token_ms": _spread(per_token),
         "gap_ms": _spread(gaps),
-        "tokens_per_s": sum(map(len, times)) / max(ends, default=math.nan),
-        "good_share": float(np.mean(good)) if good else math.nan,
+        "tokens_per_s": len(all_times) / max(all_times) if all_times else 0.0,
+        "good_per_s": good / (load.seconds - load.warm_up_s),
     }
 
 
-def _spread(seconds: Iterable[float]) -> dict[str, float]:
-    """Return median and p99 in milliseconds, NaN without a value."""
-    values = [1e3 * one for one in seconds]
-    if not values:
-        return {"p50": math.nan, "p99": math.nan}
-    p50, p99 = np.percentile(values, (50, 99))
-    return {"p50": float(p50), "p99": float(p99)}
+def _missing(request: Arrival, came: Sequence[float]) -> str:
+    """Return the error of an answer with too few or too many tokens, or ""."""
+    if len(came) == request.new_tokens:
+        return ""
+    return "the answer lacks tokens" if len(came) < request.new_tokens else "too many tokens"
+
+
+def _spread(seconds: Sequence[float]) -> dict[str, float | None]:
+    """Return median and p99 in milliseconds, None without a value."""
+    if not seconds:
+        return {"p50": None, "p99": None}
+    p50, p99 = np.percentile(seconds, (50, 99))
+    return {"p50": 1e3 * float(p50), "p99": 1e3 * float(p99)}

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 Key = TypeVar("Key", bound=Hashable)
+Process = TypeVar("Process", bound="Answering")
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 LIMIT_VARIABLE = "FD_DSA_LIMIT_S"
@@ -197,11 +198,15 @@ def table_row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def run_peer(peer: Path, script: str, *arguments: str | Path) -> None:
-    """Run a script of `workers` where a peer's packages are: by the `run.sh` of its folder."""
+def peer_command(peer: Path, script: str, *arguments: str | Path) -> list[str]:
+    """Return what runs a script of `workers` with a peer's packages: the `run.sh` of its folder."""
     worker = Path(__file__).parent / "workers" / script
-    command = ["bash", str(peer / "run.sh"), "python", str(worker), *map(str, arguments)]
-    subprocess.run(command, check=True)
+    return ["bash", str(peer.resolve() / "run.sh"), "python", str(worker), *map(str, arguments)]
+
+
+def run_peer(peer: Path, script: str, *arguments: str | Path) -> None:
+    """Run a script of `workers` with a peer's packages."""
+    subprocess.run(peer_command(peer, script, *arguments), check=True)
 
 
 def random_prompts(requests: int, tokens: int, vocab_size: int, seed: int) -> list[list[int]]:
@@ -221,8 +226,53 @@ def on_cpus(cpus: Iterable[int]) -> Iterator[None]:
         os.sched_setaffinity(0, before)
 
 
-class Worker:
+class Answering:
     """A process that answers each JSON line with a JSON line, and is idle between calls.
+
+    Args:
+        command: starts it.
+    """
+
+    def __init__(self, command: Sequence[str]) -> None:
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
+        )
+
+    def __enter__(self: Process) -> Process:
+        """Return the process."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close."""
+        self.close()
+
+    def call(self, **request: Any) -> Any:
+        """Send a request and wait for its answer.
+
+        Raises:
+            RuntimeError: the process ended.
+        """
+        assert self._process.stdin and self._process.stdout
+        # a worker that has ended gives no line
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"worker ended with status {self._process.wait()}")
+        return json.loads(line)
+
+    def close(self) -> None:
+        """End the process."""
+        assert self._process.stdin and self._process.stdout
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        self._process.wait()
+        self._process.stdout.close()
+
+
+class Worker(Answering):
+    """A process with this project's code.
 
     Candidate and baseline each get one, so that their thread pools never meet in a process.
 
@@ -244,45 +294,7 @@ class Worker:
         command = [sys.executable, "-W", "ignore", "-m", "benchmarks.workers"]
         command += [str(checkout.resolve()), target, json.dumps(options)]
         with on_cpus(os.sched_getaffinity(0) if cpus is None else cpus):
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-                cwd=ROOT,
-            )
-
-    def __enter__(self) -> Worker:
-        """Return the worker."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Close."""
-        self.close()
-
-    def call(self, **request: Any) -> Any:
-        """Send a request and wait for its answer.
-
-        Raises:
-            RuntimeError: the worker ended.
-        """
-        assert self._process.stdin and self._process.stdout
-        # a worker that has ended gives no line
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write(json.dumps(request) + "\n")
-            self._process.stdin.flush()
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"worker ended with status {self._process.wait()}")
-        return json.loads(line)
-
-    def close(self) -> None:
-        """End the worker."""
-        assert self._process.stdin and self._process.stdout
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
-        self._process.wait()
-        self._process.stdout.close()
+            super().__init__(command)
 
 
 @contextlib.contextmanager

@@ -8,9 +8,11 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from http.client import HTTPConnection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from benchmarks._harness import ROOT, Worker, on_cpus
@@ -19,6 +21,11 @@ from fd_dsa.config import demo_model_path
 
 # as the worker `ours` builds its engine
 _FLAGS = ("--max-num-seqs", "32", "--kv-cache-memory-bytes", "4G", "--log-level", "warning")
+
+
+def loop_cpu_s(pid: int) -> float:
+    """Return the processor time of a server's main thread, which runs the event loop."""
+    return int(Path(f"/proc/{pid}/task/{pid}/schedstat").read_text().split()[0]) / 1e9
 
 
 @contextlib.contextmanager
@@ -49,22 +56,42 @@ def served(
             finally:
                 os.chdir(before)
         client = stack.enter_context(Worker("benchmarks.workers.stream_client", cpus=client_cpus))
-        url, schedstat = urlsplit(running.base_url), f"/proc/{running.pid}/task/{running.pid}"
-
-        def cpu_s() -> float:
-            return int(Path(schedstat, "schedstat").read_text().split()[0]) / 1e9
+        url, pid = urlsplit(running.base_url), running.pid
 
         def generate(**case: Any) -> dict[str, Any]:
-            before = cpu_s()
+            before = loop_cpu_s(pid)
             answer = client.call(op="streams", host=url.hostname, port=url.port, **case)
-            return {**answer, "serve_cpu_s": cpu_s() - before}
+            return {**answer, "serve_cpu_s": loop_cpu_s(pid) - before}
 
         yield generate
 
 
+class Server(NamedTuple):
+    """Address and process of a server."""
+
+    host: str
+    port: int
+    pid: int
+
+    def steps(self) -> Counter[str]:
+        """Return the number of steps so far, as "decode graph" and the like, or "decode eager"."""
+        with contextlib.closing(HTTPConnection(self.host, self.port)) as connection:
+            connection.request("GET", "/metrics")
+            page = connection.getresponse().read().decode()
+
+        def by_kind(name: str) -> dict[str, int]:
+            line = rf'^fd_dsa:{name}{{.*kind="(\w+)".*}} (\S+)$'
+            found = re.findall(line, page, re.MULTILINE)
+            return {kind: int(float(count)) for kind, count in found}
+
+        every, replayed = by_kind("step_prepare_seconds_count"), by_kind("graph_steps_total")
+        graph = {f"{kind} graph": count for kind, count in replayed.items()}
+        return Counter(graph | {f"{k} eager": n - replayed.get(k, 0) for k, n in every.items()})
+
+
 @contextlib.contextmanager
-def model_server(model: str, config: Mapping[str, Any], rig: bool) -> Iterator[tuple[str, int]]:
-    """Yield host and port of a server of a model folder without weights and without a tokenizer.
+def model_server(model: str, config: Mapping[str, Any], rig: bool) -> Iterator[Server]:
+    """Yield a server of a model folder without weights and without a tokenizer.
 
     Args:
         config: fields of EngineConfig.
@@ -83,6 +110,6 @@ def model_server(model: str, config: Mapping[str, Any], rig: bool) -> Iterator[t
                     break
             else:
                 raise RuntimeError(f"the server ended with status {server.wait()}")
-            yield url[1], int(url[2])
+            yield Server(url[1], int(url[2]), server.pid)
         finally:
             server.terminate()

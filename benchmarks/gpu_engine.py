@@ -77,10 +77,10 @@ def gpu_now() -> dict[str, str]:
 def over_http(model: str, rig: bool) -> float:
     """Return tokens a second of the mixed case through a server of its own."""
     case, seconds = CASES["mixed-64x2k"], []
-    with model_server(model, CONFIG, rig) as (host, port):
+    with model_server(model, CONFIG, rig) as server:
         for seed in range(1 + case.runs):
             size = {"requests": case.batch, "prompt_tokens": case.prompt}
-            done = streams(host, port, new_tokens=case.new, seed=seed, **size)
+            done = streams(server.host, server.port, new_tokens=case.new, seed=seed, **size)
             seconds.append(done["seconds"])
     return case.batch * (case.prompt + case.new) / min(seconds[1:])
 
@@ -118,6 +118,12 @@ def peer_values(
 def stamp() -> dict[str, Any]:
     """Return time and GPU of a figure."""
     return {"taken": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **gpu_now()}
+
+
+def is_of_now(taken: Mapping[str, Any]) -> bool:
+    """Return True if the figure of a stamp is of this GPU and of the last hour."""
+    age_s = time.time() - calendar.timegm(time.strptime(taken["taken"], "%Y-%m-%dT%H:%M:%SZ"))
+    return age_s <= 3600 and taken.get("uuid") == gpu_now().get("uuid")
 
 
 def entry(name: str, ours: float, shape: Shape) -> dict[str, Any]:
@@ -163,11 +169,8 @@ def measured_before(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise SystemExit(f"{path}: not there; measure ours first, with the same --out")
     result: dict[str, Any] = json.loads(path.read_text())
-    now = time.time()
     for case in result["cases"]:
-        taken = case["ours_taken"]
-        age_s = now - calendar.timegm(time.strptime(taken["taken"], "%Y-%m-%dT%H:%M:%SZ"))
-        if age_s > 3600 or taken.get("uuid") != gpu_now().get("uuid"):
+        if not is_of_now(case["ours_taken"]):
             raise SystemExit(f"{path}: {case['case']} is older than an hour, or of another GPU")
     return result
 

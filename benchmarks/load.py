@@ -1,30 +1,51 @@
-"""Latencies and goodput of a server under a load of requests that arrive at random.
+"""Latencies and goodput of fd_dsa and vLLM under a load of requests that arrive at random.
 
-    python -m benchmarks.load --rig --lengths chat    # one GPU: seven layers in FP8
-    python -m benchmarks.load --rig -tp 4 --lengths chat
-    python -m benchmarks.load --dry                   # small widths on the CPU: shows that it runs
+    python -m benchmarks.load --rig --lengths chat --peer DIR     # one GPU: seven layers in FP8
+    python -m benchmarks.load --rig -tp 4 --lengths chat --peer DIR
+    python -m benchmarks.load --rig --lengths chat --rates 8 24   # ours alone, two of the rates,
+    python -m benchmarks.load --earlier --lengths chat --rates 8 24 --peer DIR    # then vLLM's
+    python -m benchmarks.load --dry     # small widths on the CPU: shows that it runs
 
-A server of its own gets each load twice, and the second time counts. The arrivals are drawn from a
-seed, so another engine can get the same ones. Reported are the time to the first token, the time
-per token of a request, the gap between two tokens, output tokens a second, and the share of good
-answers. Writes benchmarks/results/load.json, with the number of ranks at its end if there are
-several. vLLM's side is not measured yet, so no case has a ratio.
+Each engine gets the whole load twice, and the second time counts, because vLLM compiles kernels for
+minutes while it serves. Both engines get the same files of arrivals. Our side is a server of its
+own and a client process. vLLM's is its `AsyncLLM` in the process of its client, without HTTP, which
+favours it. DIR has a `run.sh` that runs `python SCRIPT ...` with vLLM's packages, and a
+`vllm_bench.py` with its weights.
+
+Reported are the time to the first token, the time per token of a request, the gap between two
+tokens, and good answers a second. A ratio above 1 means that ours is better. Writes
+benchmarks/results/load.json, with the number of ranks at its end if there are several. A load of an
+earlier command stays in the file if commit, machine and model are the same.
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import json
 import sys
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks._arrivals import ARRIVING_S, LENGTHS, RATES, WARM_UP_S, arrivals, figures
+from benchmarks._arrivals import ARRIVING_S, LENGTHS, WARM_UP_S, Arrival, Load, figures, rates_of
 from benchmarks._gpu_engine_model import SMALL, WIDTHS, engine_options, of_ranks, shape_of
-from benchmarks._harness import Worker, rig_parser, rig_result, write_json, write_result
-from benchmarks._serving import model_server
+from benchmarks._harness import (
+    Answering,
+    Worker,
+    peer_command,
+    rig_parser,
+    rig_result,
+    write_json,
+    write_result,
+)
+from benchmarks._load_results import OURS, PEER, opened, put, refuse_others
+from benchmarks._serving import loop_cpu_s, model_server
+from benchmarks.gpu_engine import stamp
 
 CONFIG: dict[str, Any] = {
     "kv_cache_dtype": "fp8",
@@ -33,56 +54,148 @@ CONFIG: dict[str, Any] = {
     "max_num_batched_tokens": 8192,
 }
 DRY: dict[str, Any] = {"max_model_len": 512, "max_num_seqs": 8, "device": "cpu"}
-SEED = 1
+RUNS = 2
+# a file of arrivals -> answers of a side, `seconds` and what else it tells
+Replay = Callable[[Path], dict[str, Any]]
 
 
-def measure(
-    client: Worker, address: tuple[str, int], name: str, rate: float, dry: bool
-) -> dict[str, Any]:
-    """Return the case of one load, which the server gets twice.
+@contextlib.contextmanager
+def our_side(model: str, config: Mapping[str, Any], rig: bool) -> Iterator[Replay]:
+    """Yield what replays a load on a server of its own."""
+    with (
+        model_server(model, config, rig) as server,
+        Worker("benchmarks.workers.load_client") as client,
+    ):
 
-    Args:
-        name: distribution of the lengths.
-        rate: requests a second.
-        dry: True = a few seconds of arrivals, all of them counted.
-    """
-    lengths, (host, port) = LENGTHS[name], address
-    seconds, warm_up_s = (3.0, 0.0) if dry else (ARRIVING_S, WARM_UP_S)
+        def replay(path: Path) -> dict[str, Any]:
+            cpu, steps = loop_cpu_s(server.pid), server.steps()
+            address = {"host": server.host, "port": server.port}
+            found: dict[str, Any] = client.call(op="replay", load=str(path), **address)
+            taken = server.steps() - steps
+            shares = {kind: count / taken.total() for kind, count in taken.most_common()}
+            share = (loop_cpu_s(server.pid) - cpu) / found["seconds"]
+            return found | {"loop_share": share, "steps": shares}
+
+        yield replay
+
+
+@contextlib.contextmanager
+def peer_side(folder: Path, model: str, config: Mapping[str, Any]) -> Iterator[Replay]:
+    """Yield what replays a load on vLLM, whose packages the `run.sh` of a folder has."""
+    ranks = config["tensor_parallel_size"]
+    options = {key: value for key, value in config.items() if key != "device"}
+    # run.sh looks for the flag
+    command = peer_command(folder, "vllm_load.py", model, json.dumps(options), "--tp", str(ranks))
+    with Answering(command) as vllm:
+        print(f"vLLM {vllm.call(op='version')}", flush=True)
+        yield lambda path: vllm.call(op="replay", load=str(path))
+
+
+def write_arrivals(load: Load, folder: Path, dry: bool) -> list[Path]:
+    """Write a file of arrivals for each run of a load."""
     vocab_size = (SMALL if dry else WIDTHS)["vocab_size"]
     most_tokens = (DRY if dry else CONFIG)["max_model_len"]
-    load = arrivals(lengths, rate, SEED, vocab_size, seconds, most_tokens)
-    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
-        json.dump([asdict(one) for one in load], file)
-        file.flush()
-        for _ in range(2):
-            done = client.call(op="replay", host=host, port=port, load=file.name)
-    found = figures(load, done["times"], lengths, warm_up_s)
-    return {"lengths": name, "rate": rate, "seed": SEED, **found}
+    paths = [folder / f"{load.lengths}-{load.rate:g}-{run}.json" for run in range(RUNS)]
+    for run, path in enumerate(paths):
+        requests = load.arrivals(run, vocab_size, most_tokens)
+        path.write_text(json.dumps([asdict(request) for request in requests]))
+    return paths
+
+
+def measure(load: Load, replay: Replay, files: Sequence[Path]) -> dict[str, Any]:
+    """Return a side's result of a load: figures of the last run, and what differs in the first."""
+    for path in files:
+        requests = [Arrival(**request) for request in json.loads(path.read_text())]
+        done = replay(path)
+        found = figures(load, requests, done.pop("answers"))
+        if path == files[0]:
+            first = {key: found[key] for key in ("failed", "first_token_ms", "token_ms")}
+    return {**found, **done, "first_run": first, "taken": stamp()}
+
+
+def chosen(args: argparse.Namespace) -> list[Load]:
+    """Return the loads that the flags choose."""
+    if args.dry:
+        return [Load("chat", 4.0, seconds=3.0, warm_up_s=0.0)]
+    known = rates_of(args.tensor_parallel_size)
+    return [
+        Load(name, rate, args.seconds)
+        for name in args.lengths or known
+        for rate in args.rates or known.get(name, ())
+    ]
+
+
+def line(side: str, found: Mapping[str, Any]) -> str:
+    """Return a line about a side's result of a load."""
+    latencies = {"first token": "first_token_ms", "a token": "token_ms", "gap": "gap_ms"}
+    spreads = [
+        f"{name} {found[key]['p50']:.1f} / {found[key]['p99']:.1f} ms"
+        for name, key in latencies.items()
+        if found[key]["p50"] is not None
+    ]
+    return (
+        f"  {side}: {', '.join(spreads)}, {found['good_per_s']:.2f} good answers a second, "
+        f"{found['failed']} failed, event loop {found['loop_share']:.0%}"
+    )
+
+
+def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return the flags of the command."""
+    parser = rig_parser(__doc__, is_split=True)
+    parser.add_argument("--peer", type=Path, help="folder with vLLM's run.sh")
+    parser.add_argument(
+        "--earlier", action="store_true", help="the peer alone, beside ours in --out of this hour"
+    )
+    parser.add_argument("--lengths", nargs="+", choices=LENGTHS, help="default: all")
+    parser.add_argument(
+        "--rates", type=float, nargs="+", help="requests a second; default: by lengths and GPUs"
+    )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=ARRIVING_S,
+        help=f"of arrivals, the first {WARM_UP_S:g} not counted; default: {ARRIVING_S:g}",
+    )
+    parser.add_argument("--layers", type=int, help="of the model; default: seven, on several 61")
+    args = parser.parse_args(argv)
+    if args.seconds <= WARM_UP_S:
+        parser.error(f"--seconds: got {args.seconds:g}, must be more than {WARM_UP_S:g}")
+    if args.earlier and not args.peer:
+        parser.error("--earlier: needs --peer")
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and write. Returns 0."""
-    parser = rig_parser(__doc__, is_split=True)
-    parser.add_argument("--lengths", choices=LENGTHS, action="append", help="default: all")
-    parser.add_argument("--layers", type=int, help="of the model; default: seven, on several 61")
-    args = parser.parse_args(argv)
+    args = parsed(argv)
     ranks = args.tensor_parallel_size
-    rates = {"chat": (4.0,)} if args.dry else RATES[ranks]
     shape = shape_of(ranks, args.layers)
     config = (DRY if args.dry else CONFIG) | {"tensor_parallel_size": ranks}
-    result = rig_result(of_ranks("load", ranks), args, **shape._asdict())
-    path: Path = args.out / f"{result['name']}.json"
+    fresh = rig_result(of_ranks("load", ranks), args, loads=[], start_s={}, **shape._asdict())
+    path: Path = args.out / f"{fresh['name']}.json"
+    result = opened(path, fresh, of_any_commit=args.earlier)
     with (
+        tempfile.TemporaryDirectory() as folder,
         engine_options(args, shape, config) as options,
-        model_server(options["model"], config, args.rig) as address,
-        Worker("benchmarks.workers.load_client") as client,
     ):
-        for name in args.lengths or rates:
-            for rate in rates.get(name, ()):
-                case = measure(client, address, name, rate, args.dry)
-                print(json.dumps(case), flush=True)
-                result["cases"].append(case)
-                write_json(path, result)
+        files = {load: write_arrivals(load, Path(folder), args.dry) for load in chosen(args)}
+
+        def measure_all(side: str, started: AbstractContextManager[Replay]) -> None:
+            begin = time.perf_counter()
+            with started as replay:
+                result["start_s"][side] = time.perf_counter() - begin
+                print(f"{side}: started in {result['start_s'][side]:.0f} s", flush=True)
+                for load, paths in files.items():
+                    found = measure(load, replay, paths)
+                    print(f"{load.name}\n{line(side, found)}", flush=True)
+                    put(result, load, paths[-1], side, found)
+                    write_json(path, result)
+
+        if not args.earlier:
+            measure_all(OURS, our_side(options["model"], config, args.rig))
+        if args.peer:
+            refuse_others(result, {load: paths[-1] for load, paths in files.items()})
+            measure_all(PEER, peer_side(args.peer, options["model"], config))
     write_result(args.out, result)
     return 0
 
