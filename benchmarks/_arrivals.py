@@ -13,10 +13,14 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks._harness import table
+
 ARRIVING_S = 90.0
 """Seconds in which requests arrive."""
 WARM_UP_S = 15.0
 """Seconds at the beginning whose requests are not counted."""
+RUNS = 2
+"""Runs of a load, of which the last counts."""
 _ERROR_LENGTH = 200
 
 
@@ -182,3 +186,23 @@ def _spread(seconds: Sequence[float]) -> dict[str, float | None]:
         return {"p50": None, "p99": None}
     p50, p99 = np.percentile(seconds, (50, 99))
     return {"p50": 1e3 * float(p50), "p99": 1e3 * float(p99)}
+
+
+def rates_table() -> str:
+    """Return a table of the loads for each number of GPUs, with the minutes of their arrivals."""
+    half = ARRIVING_S / 2
+    rows = [["GPUs", "lengths", "requests a second", "minutes", f"with `--seconds {half:g}`"]]
+    for ranks, known in RATES.items():
+        for name, rates in known.items():
+            minutes = [f"{RUNS * len(rates) * each / 60:g}" for each in (ARRIVING_S, half)]
+            rows.append([str(ranks), name, ", ".join(f"{rate:g}" for rate in rates), *minutes])
+    return table(rows)
+
+
+def lengths_table() -> str:
+    """Return a table of the distributions and of their limits of a good answer."""
+    rows = [["lengths", "prompt, tokens", "answer, tokens", "good: first token, s", "a token, ms"]]
+    for name, one in LENGTHS.items():
+        spans = [f"{low:,} to {high:,}" for low, high, _ in (one.prompt, one.answer)]
+        rows.append([name, *spans, f"{one.first_token_s:g}", f"{1e3 * one.token_s:g}"])
+    return table(rows)

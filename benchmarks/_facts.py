@@ -14,6 +14,7 @@ from functools import cache, partial, reduce
 from importlib import import_module
 from typing import Any
 
+from benchmarks._arrivals import lengths_table, rates_table
 from benchmarks._harness import ROOT
 from benchmarks._notes import siege_table
 from benchmarks._published import GLM, V32, plan_lines, plan_table
@@ -322,6 +323,8 @@ FACTS: Mapping[str, Any] = _Code(
 )
 
 REGIONS: dict[str, Callable[[], str]] = {
+    "load_lengths": lengths_table,
+    "load_rates": rates_table,
     "other_flags": other_flags,
     "siege_table": lambda: siege_table([*siege().values()][:6]),
     "start_log": start_log,

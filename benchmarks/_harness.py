@@ -198,6 +198,12 @@ def table_row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table, whose first row is its head."""
+    head, *lines = map(table_row, rows)
+    return "\n".join([head, "|---" * len(rows[0]) + "|", *lines]) + "\n"
+
+
 def peer_command(peer: Path, script: str, *arguments: str | Path) -> list[str]:
     """Return what runs a script of `workers` with a peer's packages: the `run.sh` of its folder."""
     worker = Path(__file__).parent / "workers" / script

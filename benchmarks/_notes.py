@@ -17,6 +17,16 @@ def of_before(case: Case) -> str:
     return f"{now / before:.2f}"
 
 
+def load_cell(case: Case) -> str:
+    """Return a figure of a load: ours, the peer's, and their ratio, as far as they are there."""
+    ours, peer = (
+        "none" if value is None else three_digits(value)
+        for value in (case["ours_value"], case["peer_value"])
+    )
+    text = ours if "peer_taken" not in case else f"{ours}, {peer}"
+    return text if case["ratio"] is None else f"{text} ({case['ratio']:.2f}x)"
+
+
 def texts(result: Result) -> Iterator[str]:
     """Yield the machine and the texts of the errors of FP8 caches."""
     form = "{env[cpu]}, {env[cpus]} processors; paddlepaddle {env[paddlepaddle]}, numpy "

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks._gpu_engine_model import FP8, WIDTHS
-from benchmarks._harness import table_row
+from benchmarks._harness import table
 from fd_dsa.doctor.plan import GPU_GIB, as_lines, plan
 
 V32 = WIDTHS | {"num_hidden_layers": 61, "first_k_dense_replace": 3, "quantization_config": FP8}
@@ -70,5 +70,4 @@ def plan_table(head: Sequence[str] = ("model", "GPUs", "weights on each"), no: s
             gpus = found["caches"]["fp8_ds_mla"]["gpus"].values()
             tokens = [f"{gpu['tokens']:,}" if gpu["tokens"] else no for gpu in gpus]
             rows.append([name, str(ranks), f"{weights:.1f} GiB", *tokens])
-    head, *lines = map(table_row, rows)
-    return "\n".join([head, "|---" * len(rows[0]) + "|", *lines]) + "\n"
+    return table(rows)

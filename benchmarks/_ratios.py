@@ -24,10 +24,13 @@ OURS = "fd_dsa"
 SHOWN = json.loads(Path(__file__).with_name("shown.json").read_text())
 RATIOS, PICTURES = SHOWN["ratios"], SHOWN["pictures"]
 TABLES = "headline", "without_custom_ops"
-PICTURED = ("engine_cpu", "gpu_engine", *PICTURES)
+LOADS = {"load": "one GPU", "load_4": "four GPUs", "load_8": "eight GPUs"}
+PICTURED = ("engine_cpu", "gpu_engine", *LOADS, *PICTURES)
 Ratio = tuple[float, str]
 # of gpu_engine, on one GPU and on several
 _DECODE = "P21", "P28"
+# of a load, in its picture
+_FIRST, _TOKEN = "first token p99", "time per token p50"
 
 # "cases" of shown.json: of a result whose cases have no times of sides, the ratios
 CASES: dict[str, Callable[[Result], Iterable[float]]] = {
@@ -41,6 +44,16 @@ CASES: dict[str, Callable[[Result], Iterable[float]]] = {
     "gpu_decode": lambda result: (c["ratio"] for c in result["cases"] if c["target"] in _DECODE),
     "gpu_prompts": lambda result: (
         case["ratio"] for case in result["cases"] if case["target"] not in _DECODE
+    ),
+    "load_latencies": lambda result: (
+        case["ratio"]
+        for case in result["cases"]
+        if case["unit"] == "ms" and case["ratio"] is not None
+    ),
+    "load_good": lambda result: (
+        case["ratio"]
+        for case in result["cases"]
+        if case["unit"] != "ms" and case["ratio"] is not None
     ),
 }
 
@@ -127,6 +140,8 @@ def drawn(name: str, result: Result) -> list[dict[str, Any]]:
         return [_engine_group(case) for case in result["cases"]]
     if name == "gpu_engine":
         return [_gpu_engine_group(case) for case in result["cases"] if case["ratio"]]
+    if name in LOADS:
+        return list(_load_groups(result))
     sides, names = PICTURES[name]["sides"], PICTURES[name]["cases"]
     by_name = {case["case"]: case for case in result["cases"]}
     return [_group(sides, by_name[name]) for name in names if name in by_name]
@@ -164,3 +179,20 @@ def _gpu_engine_group(case: Case) -> dict[str, Any]:
         "relative": dict(zip(values, (1, case["ratio"]), strict=True)),
         "text": {name: f"{three_digits(x)} {case['unit']}" for name, x in values.items()},
     }
+
+
+def _load_groups(result: Result) -> Iterator[dict[str, Any]]:
+    """Yield a group for each load that has both ratios."""
+    cases = {(case["lengths"], case["rate"], case["figure"]): case for case in result["cases"]}
+    for lengths, rate in dict.fromkeys(key[:2] for key in cases):
+        first, token = (cases[lengths, rate, figure] for figure in (_FIRST, _TOKEN))
+        if first["ratio"] is None or token["ratio"] is None:
+            continue
+        ours = [f"{three_digits(case['ours_value'])} ms" for case in (first, token)]
+        sides = {f"{case['peer']}, {case['figure']}": case for case in (first, token)}
+        peers = {side: f"{three_digits(case['peer_value'])} ms" for side, case in sides.items()}
+        yield {
+            "case": f"{lengths}, {rate:g}/s",
+            "relative": {OURS: 1} | {side: case["ratio"] for side, case in sides.items()},
+            "text": {OURS: f"{ours[0]}, {ours[1]} a token"} | peers,
+        }

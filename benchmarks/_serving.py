@@ -22,6 +22,9 @@ from fd_dsa.config import demo_model_path
 # as the worker `ours` builds its engine
 _FLAGS = ("--max-num-seqs", "32", "--kv-cache-memory-bytes", "4G", "--log-level", "warning")
 
+# kinds of steps
+DECODE, PROMPTS, EAGER = "decode graph", "graph with prompts", "eager"
+
 
 def loop_cpu_s(pid: int) -> float:
     """Return the processor time of a server's main thread, which runs the event loop."""
@@ -74,7 +77,7 @@ class Server(NamedTuple):
     pid: int
 
     def steps(self) -> Counter[str]:
-        """Return the number of steps so far, as "decode graph" and the like, or "decode eager"."""
+        """Return the number of steps so far, of both kinds of graphs and of eager steps."""
         with contextlib.closing(HTTPConnection(self.host, self.port)) as connection:
             connection.request("GET", "/metrics")
             page = connection.getresponse().read().decode()
@@ -85,8 +88,9 @@ class Server(NamedTuple):
             return {kind: int(float(count)) for kind, count in found}
 
         every, replayed = by_kind("step_prepare_seconds_count"), by_kind("graph_steps_total")
-        graph = {f"{kind} graph": count for kind, count in replayed.items()}
-        return Counter(graph | {f"{k} eager": n - replayed.get(k, 0) for k, n in every.items()})
+        graphs, decode = sum(replayed.values()), replayed["decode"]
+        eager = sum(every.values()) - graphs
+        return Counter({DECODE: decode, PROMPTS: graphs - decode, EAGER: eager})
 
 
 @contextlib.contextmanager

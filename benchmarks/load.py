@@ -2,6 +2,7 @@
 
     python -m benchmarks.load --rig --lengths chat --peer DIR     # one GPU: seven layers in FP8
     python -m benchmarks.load --rig -tp 4 --lengths chat --peer DIR
+    python -m benchmarks.load --rig -tp 8 --experts 256 --lengths 8k1k --peer DIR
     python -m benchmarks.load --rig --lengths chat --rates 8 24   # ours alone, two of the rates,
     python -m benchmarks.load --earlier --lengths chat --rates 8 24 --peer DIR    # then vLLM's
     python -m benchmarks.load --dry     # small widths on the CPU: shows that it runs
@@ -32,7 +33,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks._arrivals import ARRIVING_S, LENGTHS, WARM_UP_S, Arrival, Load, figures, rates_of
+from benchmarks._arrivals import (
+    ARRIVING_S,
+    LENGTHS,
+    RUNS,
+    WARM_UP_S,
+    Arrival,
+    Load,
+    figures,
+    rates_of,
+)
 from benchmarks._gpu_engine_model import SMALL, WIDTHS, engine_options, of_ranks, shape_of
 from benchmarks._harness import (
     Answering,
@@ -54,7 +64,6 @@ CONFIG: dict[str, Any] = {
     "max_num_batched_tokens": 8192,
 }
 DRY: dict[str, Any] = {"max_model_len": 512, "max_num_seqs": 8, "device": "cpu"}
-RUNS = 2
 # a file of arrivals -> answers of a side, `seconds` and what else it tells
 Replay = Callable[[Path], dict[str, Any]]
 
@@ -72,7 +81,7 @@ def our_side(model: str, config: Mapping[str, Any], rig: bool) -> Iterator[Repla
             address = {"host": server.host, "port": server.port}
             found: dict[str, Any] = client.call(op="replay", load=str(path), **address)
             taken = server.steps() - steps
-            shares = {kind: count / taken.total() for kind, count in taken.most_common()}
+            shares = {kind: taken[kind] / max(taken.total(), 1) for kind in steps}
             share = (loop_cpu_s(server.pid) - cpu) / found["seconds"]
             return found | {"loop_share": share, "steps": shares}
 
@@ -157,6 +166,7 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
         help=f"of arrivals, the first {WARM_UP_S:g} not counted; default: {ARRIVING_S:g}",
     )
     parser.add_argument("--layers", type=int, help="of the model; default: seven, on several 61")
+    parser.add_argument("--experts", type=int, help="of a layer; default: 256, on several 128")
     args = parser.parse_args(argv)
     if args.seconds <= WARM_UP_S:
         parser.error(f"--seconds: got {args.seconds:g}, must be more than {WARM_UP_S:g}")
@@ -170,6 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parsed(argv)
     ranks = args.tensor_parallel_size
     shape = shape_of(ranks, args.layers)
+    shape = shape._replace(experts=args.experts or shape.experts)
     config = (DRY if args.dry else CONFIG) | {"tensor_parallel_size": ranks}
     fresh = rig_result(of_ranks("load", ranks), args, loads=[], start_s={}, **shape._asdict())
     path: Path = args.out / f"{fresh['name']}.json"

@@ -46,6 +46,8 @@ def region(name: str, folder: Path = RESULTS) -> str:
         return REGIONS[name]()
     if name in _ratios.TABLES:
         return _ratios.region(name, folder)
+    if name == "under_load":
+        return "\n".join(under_load(folder))
     path = next(folder.rglob(f"{name}.json"), None)
     if path is None:
         return "Not measured yet.\n"
@@ -56,12 +58,24 @@ def region(name: str, folder: Path = RESULTS) -> str:
     return (refusal(result) or "\n\n".join(paragraphs(result, parts))) + "\n"
 
 
+def under_load(folder: Path) -> Iterator[str]:
+    """Yield the pictures of the loads that were measured with both engines."""
+    drawn = {path.stem for path, _ in plots(folder)}
+    for name, gpus in _ratios.LOADS.items():
+        if name in drawn:
+            yield f"Requests that arrive at random, on {gpus} ([tables](results/load.md)):\n"
+            yield f"![Latencies of vLLM relative to fd_dsa under load, {gpus}](img/{name}.svg)\n"
+
+
 def plots(folder: Path = RESULTS) -> Iterator[tuple[Path, dict[str, Any]]]:
     """Yield every plot of the pages: its file and its contents."""
     for path in sorted(folder.glob("*.json")):
         result = json.loads(path.read_text())
-        if path.stem in _ratios.PICTURED and result["cases"] and not refusal(result):
-            yield IMAGES / f"{path.stem}.svg", {"groups": _ratios.drawn(path.stem, result)}
+        if path.stem not in _ratios.PICTURED or refusal(result):
+            continue
+        # a load may have been measured for one side only
+        if groups := _ratios.drawn(path.stem, result):
+            yield IMAGES / f"{path.stem}.svg", {"groups": groups}
 
 
 def regions(page: str) -> dict[str, str]:

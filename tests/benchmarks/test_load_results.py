@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 from benchmarks._arrivals import Load
 from benchmarks._harness import write_json
 from benchmarks._load_results import FIGURES, OURS, PEER, opened, put, refuse_others
+from benchmarks.report import plots, region
 from tests.benchmarks.results import ENV
 
 SHAPE = {"layers": 7, "dense": 1, "experts": 256, "ranks": 1}
@@ -37,7 +39,7 @@ def side(ms: float, *, good: float = 7.0, failed: int = 0, age_s: float = 0.0) -
         "good_per_s": good,
         "tokens_per_s": 900.0,
         "loop_share": 0.25,
-        "steps": {"decode graph": 0.9, "mixed eager": 0.1},
+        "steps": {"decode graph": 0.75, "graph with prompts": 0.0, "eager": 0.25},
         "taken": {"taken": taken},
     }
 
@@ -131,3 +133,61 @@ def test_the_result_is_plain_json(arrivals: Path) -> None:
     found = result()
     put(found, CHAT, arrivals, OURS, side(10.0))
     assert json.loads(json.dumps(found, allow_nan=False)) == found
+
+
+def measured(folder: Path, arrivals: Path, name: str, *, both: bool = True) -> dict[str, Any]:
+    """A written result of three loads, of which the last was measured for ours alone."""
+    found = result(name=name)
+    for load, peer in ((CHAT, side(15.0)), (SHORT, side(9.0, failed=1)), (Load("short", 24), None)):
+        put(found, load, arrivals, OURS, side(10.0))
+        if peer and both:
+            put(found, load, arrivals, PEER, peer)
+    write_json(folder / f"{name}.json", found)
+    return found
+
+
+def test_the_tables_show_both_sides_and_what_failed(arrivals: Path, tmp_path: Path) -> None:
+    measured(tmp_path, arrivals, "load")
+    text = region("load", tmp_path)
+    assert "NVIDIA H200" in text and "7 layers" in text
+    assert "| load | first token p50 | first token p99 | time per token p50 |" in text
+    # a request of vLLM failed, so its latencies have no ratio
+    assert "| chat, 8/s | 10.0, 15.0 (1.50x) | 20.0, 30.0 (1.50x) |" in text
+    assert "| short, 8/s | 10.0, 9.00 | 20.0, 18.0 |" in text
+    assert "| short, 24/s | 10.0 | 20.0 |" in text
+    assert "| chat, 8/s | 90 | 600 | 0 | 0 | 900 | 900 | 75.0% | 0.0% | 25.0% | 25% | 25% |" in text
+    assert "| short, 8/s | 90 | 600 | 0 | 1 |" in text
+
+
+def test_the_page_has_a_picture_once_both_sides_are_measured(
+    arrivals: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("matplotlib")
+    from benchmarks.plots import picture
+
+    assert region("under_load", tmp_path) == ""
+    measured(tmp_path, arrivals, "load", both=False)
+    assert region("under_load", tmp_path) == ""
+    measured(tmp_path, arrivals, "load")
+    measured(tmp_path, arrivals, "load_4")
+    assert re.findall(r"on (\w+ GPUs?) .*?\((img/.*?)\)", region("under_load", tmp_path), re.S) == [
+        ("one GPU", "img/load.svg"),
+        ("four GPUs", "img/load_4.svg"),
+    ]
+    (path, shown), _ = plots(tmp_path)
+    assert path.name == "load.svg"
+    (group,) = shown["groups"]
+    assert group["relative"] == {
+        OURS: 1,
+        "vLLM, first token p99": 1.5,
+        "vLLM, time per token p50": 1.5,
+    }
+    assert "20.0 ms, 10.0 ms a token" in picture(shown)
+
+
+def test_the_headline_has_the_least_and_the_largest_ratio(arrivals: Path, tmp_path: Path) -> None:
+    measured(tmp_path, arrivals, "load_8")
+    rows = region("headline", tmp_path).splitlines()[2:]
+    assert len(rows) == 2 and "`.venv/bin/python -m benchmarks.load -tp 8`" in rows[0]
+    assert "| 1.50 to 1.50 | 0 of 5 | NVIDIA H200 |" in rows[0]
+    assert "| 1.00 to 1.00 | 0 of 2 | NVIDIA H200 |" in rows[1]
