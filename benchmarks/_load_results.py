@@ -87,20 +87,23 @@ def _ratio(value: Any, divisor: Any) -> float | None:
     return None if value is None or not divisor else float(value / divisor)
 
 
-def opened(path: Path, fresh: dict[str, Any], *, of_any_commit: bool) -> dict[str, Any]:
+def opened(path: Path, fresh: dict[str, Any], *, is_peer_alone: bool) -> dict[str, Any]:
     """Return the result in a file if this run may add to it, otherwise the fresh one.
 
     Args:
         path: the file.
         fresh: result of this run, without loads.
-        of_any_commit: True if commit, machine and model of the file may be others.
+        is_peer_alone: True = the model must be the same; False = commit and machine too.
     """
     if not path.is_file():
         return fresh
     before: dict[str, Any] = json.loads(path.read_text())
-    same = all(before["env"][key] == fresh["env"][key] for key in ("commit", "dirty", "cpu", "gpu"))
-    same &= all(before[key] == fresh[key] for key in ("tier", "layers", "dense", "experts"))
-    return before if same or of_any_commit else fresh
+    same = all(before[key] == fresh[key] for key in ("layers", "dense", "experts"))
+    if not is_peer_alone:
+        keys = ("commit", "dirty", "cpu", "gpu")
+        same &= before["tier"] == fresh["tier"]
+        same &= all(before["env"][key] == fresh["env"][key] for key in keys)
+    return before if same else fresh
 
 
 def put(

@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import subprocess
 import sys
 import tempfile
 import time
@@ -51,7 +52,6 @@ from benchmarks._harness import (
     rig_parser,
     rig_result,
     write_json,
-    write_result,
 )
 from benchmarks._load_results import OURS, PEER, opened, put, refuse_others
 from benchmarks._serving import loop_cpu_s, model_server
@@ -100,6 +100,18 @@ def peer_side(folder: Path, model: str, config: Mapping[str, Any]) -> Iterator[R
         yield lambda path: vllm.call(op="replay", load=str(path))
 
 
+def check_peer(folder: Path) -> None:
+    """Make sure that a folder can run vLLM, before ours takes its time.
+
+    Raises:
+        SystemExit: it cannot.
+    """
+    code = "from importlib.util import find_spec as f; assert f('vllm') and f('vllm_bench')"
+    done = subprocess.run(["bash", str(folder / "run.sh"), "python", "-c", code])
+    if done.returncode:
+        raise SystemExit(f"--peer: {folder}/run.sh runs no `python` with vllm and vllm_bench")
+
+
 def write_arrivals(load: Load, folder: Path, dry: bool) -> list[Path]:
     """Write a file of arrivals for each run of a load."""
     vocab_size = (SMALL if dry else WIDTHS)["vocab_size"]
@@ -123,15 +135,18 @@ def measure(load: Load, replay: Replay, files: Sequence[Path]) -> dict[str, Any]
 
 
 def chosen(args: argparse.Namespace) -> list[Load]:
-    """Return the loads that the flags choose."""
+    """Return the loads that the flags choose.
+
+    Raises:
+        SystemExit: some lengths have no rates for this number of GPUs.
+    """
     if args.dry:
         return [Load("chat", 4.0, seconds=3.0, warm_up_s=0.0)]
     known = rates_of(args.tensor_parallel_size)
-    return [
-        Load(name, rate, args.seconds)
-        for name in args.lengths or known
-        for rate in args.rates or known.get(name, ())
-    ]
+    names = args.lengths or list(known)
+    if unknown := [name for name in names if name not in known and not args.rates]:
+        raise SystemExit(f"--lengths: {', '.join(unknown)} has no rates here; give --rates")
+    return [Load(n, rate, args.seconds) for n in names for rate in args.rates or known[n]]
 
 
 def line(side: str, found: Mapping[str, Any]) -> str:
@@ -175,39 +190,51 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
+def measure_all(
+    result: dict[str, Any],
+    path: Path,
+    files: Mapping[Load, Sequence[Path]],
+    side: str,
+    started: AbstractContextManager[Replay],
+) -> None:
+    """Start a side and measure its loads. Each is written as soon as it is there."""
+    begin = time.perf_counter()
+    with started as replay:
+        result["start_s"][side] = time.perf_counter() - begin
+        print(f"{side}: started in {result['start_s'][side]:.0f} s", flush=True)
+        for load, paths in files.items():
+            found = measure(load, replay, paths)
+            print(f"{load.name}\n{line(side, found)}", flush=True)
+            put(result, load, paths[-1], side, found)
+            write_json(path, result)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and write. Returns 0."""
     args = parsed(argv)
-    ranks = args.tensor_parallel_size
+    ranks, loads = args.tensor_parallel_size, chosen(args)
     shape = shape_of(ranks, args.layers)
     shape = shape._replace(experts=args.experts or shape.experts)
     config = (DRY if args.dry else CONFIG) | {"tensor_parallel_size": ranks}
     fresh = rig_result(of_ranks("load", ranks), args, loads=[], start_s={}, **shape._asdict())
+    args.out.mkdir(parents=True, exist_ok=True)
     path: Path = args.out / f"{fresh['name']}.json"
-    result = opened(path, fresh, of_any_commit=args.earlier)
+    result = opened(path, fresh, is_peer_alone=args.earlier)
     with (
         tempfile.TemporaryDirectory() as folder,
         engine_options(args, shape, config) as options,
     ):
-        files = {load: write_arrivals(load, Path(folder), args.dry) for load in chosen(args)}
-
-        def measure_all(side: str, started: AbstractContextManager[Replay]) -> None:
-            begin = time.perf_counter()
-            with started as replay:
-                result["start_s"][side] = time.perf_counter() - begin
-                print(f"{side}: started in {result['start_s'][side]:.0f} s", flush=True)
-                for load, paths in files.items():
-                    found = measure(load, replay, paths)
-                    print(f"{load.name}\n{line(side, found)}", flush=True)
-                    put(result, load, paths[-1], side, found)
-                    write_json(path, result)
-
+        files = {load: write_arrivals(load, Path(folder), args.dry) for load in loads}
+        if args.peer:
+            check_peer(args.peer)
         if not args.earlier:
-            measure_all(OURS, our_side(options["model"], config, args.rig))
+            ours = our_side(options["model"], config, args.rig)
+            measure_all(result, path, files, OURS, ours)
         if args.peer:
             refuse_others(result, {load: paths[-1] for load, paths in files.items()})
-            measure_all(PEER, peer_side(args.peer, options["model"], config))
-    write_result(args.out, result)
+            peer = peer_side(args.peer, options["model"], config)
+            measure_all(result, path, files, PEER, peer)
+    print(f"written: {path}", flush=True)
     return 0
 
 

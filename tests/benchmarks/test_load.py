@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
 from dataclasses import asdict
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import pytest
 from benchmarks import load
 from benchmarks._arrivals import LENGTHS, RATES, Arrival, Load, figures, rates_of
 from benchmarks._harness import Answering, peer_command
+from benchmarks.workers import load_client
 
 PEER = Path(__file__).parent.parent / "fakes" / "vllm_peer"
 # no request is left out, and the limits of a good answer are 1 s and 50 ms
@@ -117,6 +120,43 @@ def test_a_load_without_a_whole_answer_has_no_latencies() -> None:
     assert found["token_ms"] == {"p50": None, "p99": None}
 
 
+EVENTS = b"""data: {"choices": [{"token_ids": [5, 6]}]}\n\ndata: %b\n\ndata: [DONE]\n\n"""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    """Answers 503 to the prompt 1, an error after two tokens to 2, and three tokens to others."""
+
+    def do_POST(self) -> None:
+        (prompt,) = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["prompt"]
+        self.send_response(503 if prompt == 1 else 200)
+        self.end_headers()
+        last = b'{"error": {"message": "gone"}}'
+        if prompt == 1:
+            self.wfile.write(last)
+        else:
+            choices = b'{"choices": [{"token_ids": [7]}]}'
+            self.wfile.write(EVENTS % (last if prompt == 2 else choices))
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def test_our_client_keeps_what_a_server_refuses(tmp_path: Path) -> None:
+    path = tmp_path / "load.json"
+    path.write_text(json.dumps([asdict(Arrival(0.0, [token], 3)) for token in (1, 2, 3)]))
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        host, port = server.server_address[:2]
+        refused, cut_off, whole = load_client.replay(str(host), port, str(path))["answers"]
+        server.shutdown()
+    assert refused["times"] == [] and "503" in refused["error"] and "gone" in refused["error"]
+    assert len(cut_off["times"]) == 2 and "gone" in cut_off["error"]
+    assert len(whole["times"]) == 3 and "error" not in whole
+    # nobody listens there any more
+    answers = load_client.replay(str(host), port, str(path))["answers"]
+    assert ["ConnectionRefused" in one["error"] for one in answers] == [True] * 3
+
+
 @pytest.fixture
 def vllm() -> Iterator[Answering]:
     """The peer's worker on the double of vLLM."""
@@ -139,6 +179,27 @@ def test_vllm_answers_every_request_at_its_time(vllm: Answering, tmp_path: Path)
         assert "the prompt has 99 tokens" in refused["error"]
         assert done["seconds"] > 0.2 and 0 <= done["loop_share"] <= 1
         assert figures(ALL, requests, done["answers"])["failed"] == 1
+
+
+def test_a_folder_without_vllm_is_refused_before_ours_is_measured(tmp_path: Path) -> None:
+    (tmp_path / "run.sh").write_text("exit 2\n")
+    with pytest.raises(SystemExit, match="runs no `python` with vllm and vllm_bench"):
+        load.main(["--dry", "--out", str(tmp_path / "out"), "--peer", str(tmp_path)])
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["-tp", "4", "--lengths", "8k1k"], "8k1k has no rates here; give --rates"),
+        (["--dry", "--earlier", "--peer", str(PEER)], "chat, 4/s: measure ours first"),
+    ],
+)
+def test_a_command_that_cannot_measure_says_why(
+    tmp_path: Path, flags: list[str], said: str
+) -> None:
+    with pytest.raises(SystemExit, match=said):
+        load.main([*flags, "--out", str(tmp_path)])
 
 
 @pytest.mark.slow

@@ -96,7 +96,7 @@ def test_commands_for_parts_of_the_loads_fill_one_file(arrivals: Path, tmp_path:
         put(first, load, arrivals, OURS, side(10.0))
         put(first, load, arrivals, PEER, side(11.0))
     write_json(path, first)
-    second = opened(path, result(), of_any_commit=False)
+    second = opened(path, result(), is_peer_alone=False)
     # ours again: vLLM's of the earlier run goes
     put(second, CHAT, arrivals, OURS, side(12.0))
     assert [(one["load"], set(one["sides"])) for one in second["loads"]] == [
@@ -108,13 +108,20 @@ def test_commands_for_parts_of_the_loads_fill_one_file(arrivals: Path, tmp_path:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"env": ENV | {"commit": "d" * 40, "cpu": "EPYC"}}, {"layers": 5}, {"tier": "dry"}]
+    ("changes", "fits_peer"),
+    [
+        ({"env": ENV | {"commit": "d" * 40, "cpu": "EPYC"}}, True),
+        ({"tier": "dry"}, True),
+        ({"experts": 128}, False),
+    ],
 )
-def test_a_file_of_another_run_is_replaced(tmp_path: Path, changes: dict[str, Any]) -> None:
-    path = tmp_path / "load.json"
+def test_a_file_of_another_run_is_replaced(
+    tmp_path: Path, changes: dict[str, Any], fits_peer: bool
+) -> None:
+    path, fresh = tmp_path / "load.json", result(**changes)
     write_json(path, result(loads=["earlier"]))
-    assert opened(path, result(**changes), of_any_commit=False)["loads"] == []
-    assert opened(path, result(**changes), of_any_commit=True)["loads"] == ["earlier"]
+    assert opened(path, fresh, is_peer_alone=False)["loads"] == []
+    assert bool(opened(path, fresh, is_peer_alone=True)["loads"]) == fits_peer
 
 
 def test_a_peer_needs_ours_of_the_same_hour_and_arrivals(arrivals: Path, tmp_path: Path) -> None:
