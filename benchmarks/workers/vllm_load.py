@@ -6,6 +6,7 @@ The engine is `AsyncLLM`, whose client is this process. Requests are {"op": "ver
 """
 
 import asyncio
+import gc
 import json
 import os
 import sys
@@ -74,6 +75,9 @@ async def replay(engine, run, load):
     with open(load) as file:
         requests = json.load(file)
     answers = [{"times": []} for _ in requests]
+    # as vLLM's server does; a search for garbage in all token ids would hold up the answers
+    gc.collect()
+    gc.freeze()
     cpu, begin = time.thread_time(), time.perf_counter()
     streams = (
         stream(engine, f"{run}-{number}", request, begin, answers[number])
