@@ -61,6 +61,8 @@ _ENGINE = {
     "once_per_step": ("once_per_step --rig --out {out}", 180),
     "prompt_attention": ("prompt_attention --rig --out {out}", 120),
     "gpu_experts": ("gpu_gemms --rig --only experts --peer {vllm} --out {out}", 150),
+    "load": ("load --rig --lengths chat --seconds 45 --out {out}", 400),
+    "load_peer": ("load --earlier --lengths chat --seconds 45 --peer {vllm} --out {out}", 560),
 }
 """Section -> module and its flags, and its time limit, likewise."""
 
@@ -226,7 +228,8 @@ def table(run: Run) -> str:
     for path in sorted(run.out.glob("*.json")):
         result = json.loads(path.read_text())
         if result.get("cases") or result.get("failed"):
-            lines.append(f"-- {path.stem} (gate {result['gate']}) {result.get('error', '')}")
+            gate = f" (gate {result['gate']})" if "gate" in result else ""
+            lines.append(f"-- {path.stem}{gate} {result.get('error', '')}")
         lines += [f"failed: {name}: {why}" for name, why in result.get("failed", {}).items()]
         lines += [f"not run: {', '.join(result['not_run'])}"] if result.get("not_run") else []
         # other programs than the sections may leave results there

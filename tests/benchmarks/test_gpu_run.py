@@ -101,6 +101,18 @@ def test_benchmarks_know_the_gate(
     assert state(tmp_path)["figures"]["last"] == f"{gate} abc-dirty 60"
 
 
+def test_the_summary_names_results_with_and_without_a_gate(
+    run: Runner, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out").mkdir()
+    for name, changes in {"kernel": {"gate": "passed"}, "engine": {"error": "gone"}}.items():
+        result = {"cases": [{"case": "one"}]} | changes
+        (tmp_path / f"out/{name}.json").write_text(json.dumps(result))
+    assert run([Section("a", python(""), 60)]) == 0
+    said = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert "-- kernel (gate passed)" in said and "-- engine gone" in said
+
+
 def test_only_and_budget(run: Runner, tmp_path: Path) -> None:
     sections = [Section(name, python(""), 60) for name in ("a", "b", "c")]
     assert run(sections, "--only", "a") == 0
@@ -128,7 +140,7 @@ def test_benchmarks_of_the_engine_take_their_flags(capsys: pytest.CaptureFixture
     args = gpu_run.parse_arguments(["--rig", "--vllm", "/v", "--out", "/o"])
     found = gpu_run.engine_sections(args)
     assert "gpu_engine_peer" in [section.name for section in found]
-    assert len(gpu_run.engine_sections(gpu_run.parse_arguments(["--rig"]))) == len(found) - 3
+    assert len(gpu_run.engine_sections(gpu_run.parse_arguments(["--rig"]))) == len(found) - 4
     for section in found:
         module, *flags = section.command[2:]
         if module == "pytest":
