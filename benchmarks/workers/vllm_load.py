@@ -112,7 +112,12 @@ def main():
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     spread_weights()
-    asyncio.run(serve(sys.argv[1], json.loads(sys.argv[2]), answers))
+    try:
+        # the event loop of vLLM's server
+        from uvloop import run
+    except ImportError:
+        from asyncio import run
+    run(serve(sys.argv[1], json.loads(sys.argv[2]), answers))
 
 
 # the engine's processes, when they are spawned, import this file by this name
