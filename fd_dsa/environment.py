@@ -29,6 +29,13 @@ It must not exceed `limit_tokens` of benchmarks/results/engine_overlap*.json, ab
 costs more than it saves. A test compares the two.
 """
 
+DIVIDED_VARIABLE = "FD_DSA_DIVIDED_MIN_TOKENS"
+DEFAULT_DIVIDED_MIN_TOKENS = 512
+"""Minimum tokens past `index_topk` of an eager step whose indexer rows are divided among ranks.
+
+It is an estimate, which no machine with several GPUs has measured.
+"""
+
 # with less the server of the demo model does not start
 _MIN_ADDRESS_SPACE_BYTES = 3 << 29
 # parameters of mallopt(3)
@@ -266,13 +273,41 @@ def overlap_max_tokens() -> int | None:
     Raises:
         ConfigError: the value is not a number of at least 0.
     """
-    value = variable(OVERLAP_VARIABLE)
+    default = f"{DEFAULT_OVERLAP_MAX_TOKENS} in graphs only"
+    return _number_of_tokens(OVERLAP_VARIABLE, "no second stream", default)
+
+
+def divided_min_tokens() -> int:
+    """Return FD_DSA_DIVIDED_MIN_TOKENS, or its default if it is unset.
+
+    It is the minimum number of tokens past `index_topk` of a step with prompts whose indexer rows
+    are divided among the ranks. 0 = never.
+
+    Raises:
+        ConfigError: the value is not a number of at least 0.
+    """
+    default = DEFAULT_DIVIDED_MIN_TOKENS
+    value = _number_of_tokens(DIVIDED_VARIABLE, "no division", str(default))
+    return default if value is None else value
+
+
+def _number_of_tokens(name: str, zero: str, default: str) -> int | None:
+    """Return the value of a variable, None if it is unset.
+
+    Args:
+        zero: effect of the value 0, for the error.
+        default: effect of no value, for the error.
+
+    Raises:
+        ConfigError: the value is not a number of at least 0.
+    """
+    value = variable(name)
     if not value:
         return None
     if not value.isdecimal():
         raise ConfigError(
-            f"{OVERLAP_VARIABLE}: got {value!r}, allowed: a number of tokens, 0 for no "
-            f"second stream; leave it unset for {DEFAULT_OVERLAP_MAX_TOKENS} in graphs only"
+            f"{name}: got {value!r}, allowed: a number of tokens, 0 for {zero}; leave it unset "
+            f"for {default}"
         )
     return int(value)
 

@@ -22,6 +22,7 @@ from fd_dsa.attention.protocol import (
     WrittenLayer,
 )
 from fd_dsa.device.allocation import Allocate
+from fd_dsa.distributed import Group
 from fd_dsa.errors import ConfigError, KernelUnavailable, MissingStepError
 from fd_dsa.ops.arrays import check_shape
 from fd_dsa.ops.cache_write import CacheWriteParams
@@ -86,6 +87,7 @@ class DSAAttentionBackend:
         device: "cpu", "gpu", "gpu:0" or a custom device of Paddle such as "name:0"; caches,
             activations and results are tensors there.
         allocate: allocator of buffers on a device, see StepMetadataBuilder.
+        group: ranks that share the model and divide the scores of long steps; None = one rank.
 
     Attributes:
         builder: builder of the metadata; its `num_builds` counts steps.
@@ -102,7 +104,11 @@ class DSAAttentionBackend:
     """
 
     def __init__(
-        self, config: DSABackendConfig, device: str = "cpu", allocate: Allocate | None = None
+        self,
+        config: DSABackendConfig,
+        device: str = "cpu",
+        allocate: Allocate | None = None,
+        group: Group | None = None,
     ) -> None:
         if device == "cpu" and config.dtype != "float32":
             raise ConfigError(
@@ -124,13 +130,14 @@ class DSAAttentionBackend:
         self.can_read_selections = device == "cpu"
         self.attention: HostAttention | DeviceAttention
         if device == "cpu":
-            self.attention = HostAttention(config)
+            self.attention = HostAttention(config, group)
         else:
             # kernels and their launcher are loaded only if a device is asked for
             from fd_dsa.attention.device import DeviceAttention
             from fd_dsa.device.allocation import paddle_allocator
 
-            self.attention = DeviceAttention(config, allocate or paddle_allocator(device))
+            allocate = allocate or paddle_allocator(device)
+            self.attention = DeviceAttention(config, allocate, group)
         self.overlap = IndexerOverlap(device)
         self._hints: StepHints | None = None
         self._built_for: BackendStep | None = None

@@ -14,23 +14,23 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from functools import lru_cache, partial
-from math import prod
 from typing import TYPE_CHECKING, Any
 
 from fd_dsa import custom_ops
 from fd_dsa.attention.config import DSABackendConfig
-from fd_dsa.attention.device_memory import Buffers, buffer_sizes, buffer_view
+from fd_dsa.attention.device_memory import Buffers, add_buffers, buffer_sizes, buffer_view
 from fd_dsa.attention.device_scores import (
     PageScores,
-    Sizes,
     TileScores,
     tile_sizes,
     tiles_unsupported_reason,
 )
 from fd_dsa.attention.overlap import IndexerOverlap
 from fd_dsa.attention.protocol import HostLengths, IndexerLayer, MlaLayer
+from fd_dsa.attention.row_division import RowDivision
 from fd_dsa.device.allocation import CACHED_VIEWS, Allocate
 from fd_dsa.device.transfers import transfers_for
+from fd_dsa.distributed import Group
 from fd_dsa.errors import KernelUnavailable
 from fd_dsa.ops.arrays import check_shape, rounded_length, values_of
 from fd_dsa.ops.cache_write import CacheWriteParams
@@ -141,6 +141,7 @@ class DeviceAttention:
 
     Args:
         allocate: allocator of contiguous tensors on the device.
+        group: ranks that divide the scores of long steps; None = one rank.
 
     Attributes:
         dense_prompts: dense attention of prompts within `index_topk`, None if all prompts attend
@@ -150,11 +151,14 @@ class DeviceAttention:
         tensor_core_attention: attention on tensor cores, None if `attend_slots` attends.
     """
 
-    def __init__(self, config: DSABackendConfig, allocate: Allocate) -> None:
+    def __init__(
+        self, config: DSABackendConfig, allocate: Allocate, group: Group | None = None
+    ) -> None:
         self.config, self._allocate = config, allocate
+        self._division = RowDivision(group, config.index_topk)
         self._query_format = config.query_format
         self._buffers: Buffers = {}
-        self._add_buffers(buffer_sizes(config))
+        add_buffers(self._buffers, buffer_sizes(config), allocate)
         self._view = lru_cache(maxsize=CACHED_VIEWS)(partial(buffer_view, self._buffers))
         # address of the cache of the layer that made the slots, and the slots
         self._all_slots: tuple[int, Tensor] | None = None
@@ -176,11 +180,6 @@ class DeviceAttention:
             traits = traits_for(self._buffers["logits"][0])
             self.dense_prompts = dense_prompts_for(config, allocate, traits)
 
-    def _add_buffers(self, sizes: Sizes) -> None:
-        """Allocate named buffers."""
-        for name, (count, shape, dtype) in sizes.items():
-            self._buffers[name] = self._allocate((count * prod(shape),), dtype), shape
-
     def _new_scores(self) -> PageScores:
         """Return the selected kernels that score and select on this kind of device."""
         kind = self._kind
@@ -190,7 +189,8 @@ class DeviceAttention:
         if select_provider("indexer_logits", kind, conditions).provider == TRITON:
             return PageScores(*made)
         transfers = transfers_for(logits)
-        self._add_buffers(tile_sizes(config, made[2], transfers.traits.num_processors))
+        sizes = tile_sizes(config, made[2], transfers.traits.num_processors)
+        add_buffers(self._buffers, sizes, self._allocate)
         return TileScores(*made, transfers)
 
     def _new_attention(self) -> TensorCoreAttention | None:
@@ -239,9 +239,7 @@ class DeviceAttention:
             call(self.scores)
 
     def begin_step(
-        self,
-        step: ForwardMeta | None = None,
-        lengths: HostLengths | None = None,
+        self, step: ForwardMeta | None = None, lengths: HostLengths | None = None
     ) -> None:
         """Reset the state that the layers of a step share, and prepare it for `step`.
 
@@ -257,8 +255,10 @@ class DeviceAttention:
         dense = self.dense_prompts
         if dense is not None and lengths is not None and step.num_prefill_tokens:
             self.dense = dense if dense.begin_step(step, lengths) else None
+        self._division.begin_step(step, lengths)
         if step.max_seqlen_k > self.config.index_topk or self.scores.is_captured:
-            self._score(lambda scores: scores.prepare(step))
+            part = self._division.part(step.position_ids.shape[0])
+            self._score(lambda scores: scores.prepare(step, part))
 
     def absorb_prompts(self, error: KernelUnavailable) -> None:
         """Attend for all prompts in the absorbed form, because a dense kernel is unavailable."""
@@ -340,9 +340,11 @@ class DeviceAttention:
             if self._all_slots is None or self._all_slots[0] == layer:
                 self._all_slots = layer, self._all_keys(step, cache)
             return self._all_slots[1]
-        slots = self._view("slots", step.position_ids.shape[0], self.config.index_topk)
-        use = partial(self._fill_slots, slots, step, cache)
-        self._score(lambda scores: scores.compute(step, q, weights, cache, use))
+        num_tokens = step.position_ids.shape[0]
+        slots = self._view("slots", num_tokens, self.config.index_topk)
+        use, part = partial(self._fill_slots, slots, step, cache), self._division.part(num_tokens)
+        self._score(lambda scores: scores.compute(step, part, q, weights, cache, use))
+        self._division.gather(slots)
         return slots
 
     def attend(self, step: ForwardMeta, q: Tensor, cache: Tensor, selection: Tensor) -> Tensor:

@@ -39,6 +39,12 @@ def buffer_sizes(config: DSABackendConfig) -> Sizes:
     }
 
 
+def add_buffers(buffers: Buffers, sizes: Sizes, allocate: Allocate) -> None:
+    """Allocate named buffers."""
+    for name, (count, shape, dtype) in sizes.items():
+        buffers[name] = allocate((count * prod(shape),), dtype), shape
+
+
 def workspace_bytes(config: DSABackendConfig, gpu: GpuTraits) -> int:
     """Return the bytes that a DeviceAttention of this configuration allocates.
 

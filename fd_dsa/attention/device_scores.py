@@ -21,6 +21,8 @@ Sizes = dict[str, tuple[int, tuple[int, ...], str]]
 """Number of values, shape of one value and dtype of each buffer, by name."""
 View = Callable[..., Tensor]
 """Function that returns the start of a named buffer as a tensor [*counts, *shape of one value]."""
+Part = tuple[int, int]
+"""First token that is scored, and the end of those tokens."""
 Use = Callable[..., None]
 """Function of the scores of a chunk, and by name of its `first_token`.
 
@@ -45,21 +47,21 @@ class PageScores:
         self._max_width = config.max_blocks_per_seq * config.cache_layout.block_size
         self._logits = lru_cache(maxsize=CACHED_VIEWS)(partial(_logits, view))
 
-    def prepare(self, step: ForwardMeta) -> None:
+    def prepare(self, step: ForwardMeta, part: Part) -> None:
         """Prepare the scores of all layers of a step. This class needs no preparation."""
 
     def compute(
-        self, step: ForwardMeta, q: Tensor, weights: Tensor, cache: Tensor, use: Use
+        self, step: ForwardMeta, part: Part, q: Tensor, weights: Tensor, cache: Tensor, use: Use
     ) -> None:
-        """Score every token of the step prepared last, chunk by chunk."""
-        num_tokens = step.position_ids.shape[0]
-        stride, width, rows = self._chunks(step)
-        for first in range(0, num_tokens, rows):
-            logits = self._logits(min(rows, num_tokens - first), stride, width)
-            self._score(step, q, weights, cache, logits, first, rows)
+        """Score the tokens of the part prepared last, chunk by chunk."""
+        begin, end = part
+        stride, width, rows = self._chunks(step, end - begin)
+        for chunk, first in enumerate(range(begin, end, rows)):
+            logits = self._logits(min(rows, end - first), stride, width)
+            self._score(step, q, weights, cache, logits, first, chunk)
             use(logits, first_token=first)
 
-    def _chunks(self, step: ForwardMeta) -> tuple[int, int, int]:
+    def _chunks(self, step: ForwardMeta, num_tokens: int) -> tuple[int, int, int]:
         """Return stride and width of the rows of scores, and the tokens of a chunk."""
         width = rounded_length(step.max_seqlen_k, self._max_width)
         return width, width, max(1, self._num_logits // width)
@@ -72,9 +74,9 @@ class PageScores:
         cache: Tensor,
         logits: Tensor,
         first: int,
-        rows: int,
+        chunk: int,
     ) -> None:
-        """Fill `logits` for the chunk that begins at token `first`."""
+        """Fill `logits` for chunk number `chunk`, which begins at token `first`."""
         score_pages(q, weights, cache, step, logits, first)
 
 
@@ -118,17 +120,16 @@ class TileScores(PageScores):
             for tile in _tile_configs(config)
         ]
 
-    def prepare(self, step: ForwardMeta) -> None:
+    def prepare(self, step: ForwardMeta, part: Part) -> None:
         """Make the schedule of a step by one launch."""
         self._is_inside = self._transfers.is_capturing()
-        stride, _, rows = self._chunks(step)
-        self._schedule_of(step).fill(step, stride, rows, self._index_topk)
+        stride, _, rows = self._chunks(step, part[1] - part[0])
+        self._schedule_of(step).fill(step, stride, rows, self._index_topk, part)
 
     def _schedule_of(self, step: ForwardMeta) -> TileSchedule:
         return self._schedules[step.num_prefill_tokens > 0]
 
-    def _chunks(self, step: ForwardMeta) -> tuple[int, int, int]:
-        num_tokens = step.position_ids.shape[0]
+    def _chunks(self, step: ForwardMeta, num_tokens: int) -> tuple[int, int, int]:
         width = rounded_length(step.max_seqlen_k, self._max_width)
         is_capturing = self._transfers.is_capturing()
         self.is_captured |= is_capturing and not self._is_inside
@@ -148,9 +149,9 @@ class TileScores(PageScores):
         cache: Tensor,
         logits: Tensor,
         first: int,
-        rows: int,
+        chunk: int,
     ) -> None:
-        where = {"first_token": first, "chunk": first // rows}
+        where = {"first_token": first, "chunk": chunk}
         score_tiles(q, weights, cache, step, self._schedule_of(step), logits, **where)
 
 

@@ -9,8 +9,10 @@ import numpy as np
 from fd_dsa.attention.config import DSABackendConfig
 from fd_dsa.attention.overlap import IndexerOverlap
 from fd_dsa.attention.protocol import HostLengths, IndexerLayer, MlaLayer
+from fd_dsa.attention.row_division import RowDivision
 from fd_dsa.attention.step_plan import StepPlan
 from fd_dsa.device.host_tensor import as_tensor
+from fd_dsa.distributed import Group
 from fd_dsa.ops.arrays import Scratch, as_numpy, check_shape
 from fd_dsa.ops.cache_write import CacheWriteParams, store_keys, write_caches
 from fd_dsa.ops.host_rows import rotate_
@@ -33,13 +35,16 @@ class HostAttention:
     Activations are NumPy arrays or Paddle CPU tensors. `write` checks its arguments in full when a
     layer first passes their shapes and types, and not again.
 
+    Args:
+        group: ranks that divide the scores of long steps; None = one rank.
+
     Attributes:
         dense: None, because all queries are absorbed on a CPU. The step's plan lists the tokens
             that read all keys of their rows.
     """
 
-    def __init__(self, config: DSABackendConfig) -> None:
-        self.config = config
+    def __init__(self, config: DSABackendConfig, group: Group | None = None) -> None:
+        self.config, self._division = config, RowDivision(group, config.index_topk)
         self.dense: DensePrompts | None = None
         layout = config.cache_layout
         self._query_format = config.query_format
@@ -112,7 +117,11 @@ class HostAttention:
     def plan(self, step: ForwardMeta) -> StepPlan:
         """Return the work lists of the step, made for the first layer that needs them."""
         if self._plan is None:
-            self._plan = StepPlan(step, self.config, self._slots)
+            self._plan = plan = StepPlan(step, self.config, self._slots)
+            tiles = plan.score_tiles
+            starts = np.array([tile.tokens.start for tile in tiles] + [plan.num_tokens])
+            costs = np.array([len(tile.window) * len(tile.key_slots) for tile in tiles])
+            self._division.divide(starts, costs, sum(len(tile.window) for tile in tiles))
         return self._plan
 
     def write(
@@ -160,6 +169,7 @@ class HostAttention:
         plan = self.plan(step)
         if plan.needs_scores:
             self._score(plan, as_numpy(q), as_numpy(weights), self._view(cache))
+            self._division.gather(plan.slots)
         return plan.selection
 
     def attend(self, step: ForwardMeta, q: Array, cache: Array, selection: Array) -> Array:
@@ -179,8 +189,11 @@ class HostAttention:
         return as_tensor(self._attend(plan, as_numpy(q), rows, slots))
 
     def _score(self, plan: StepPlan, q: np.ndarray, weights: np.ndarray, cache: np.ndarray) -> None:
-        """Fill `plan.slots` for the tokens with more keys than `index_topk`."""
+        """Fill `plan.slots` for this rank's tokens with more keys than `index_topk`."""
+        begin, end = self._division.part(plan.num_tokens)
         for tile in plan.score_tiles:
+            if not begin <= tile.tokens.start < end:
+                continue
             logits = score_gathered(
                 q[tile.tokens], weights[tile.tokens], cache, tile.key_slots, self._scratch
             )

@@ -8,6 +8,8 @@ share.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from itertools import pairwise
 from math import prod
 from typing import Any
 
@@ -62,6 +64,7 @@ class DeviceGroup(Group):
             self._peers, reason = self._share_memory(timeout_s)
         served = f"NCCL ({reason})" if reason else "custom_op, more bytes by NCCL"
         logger.info("all-reduce of a decode step among %d GPUs: %s", size, served)
+        self.gathers_rows = self._try_rows()
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Sum in place, see `Group`. NCCL adds in its own order, the same at every call."""
@@ -80,6 +83,15 @@ class DeviceGroup(Group):
             places = int(tensor.data_ptr()), int(out.data_ptr())
             self._nccl.all_gather(*places, num_bytes, self._transfers.stream())
         return out
+
+    def all_gather_rows(self, rows: Tensor, bounds: Sequence[int]) -> None:
+        """Gather by broadcasts of NCCL, see `Group`."""
+        first, row_bytes = int(rows.data_ptr()), prod(rows.shape[1:]) * rows.element_size()
+        parts = [
+            (first + begin * row_bytes, (end - begin) * row_bytes)
+            for begin, end in pairwise(bounds)
+        ]
+        self._nccl.broadcast(parts, self._transfers.stream())
 
     def barrier(self) -> None:
         """Block the host, see `Group`, and wait for the enqueued work of this rank."""
@@ -139,6 +151,21 @@ class DeviceGroup(Group):
         if not self._exchange(np.array([not reason], np.uint8)).all():
             return None, reason or "another rank has no peer access"
         return kernel, ""
+
+    def _try_rows(self) -> bool:
+        """Gather a row of every rank, and return True if it arrives on all ranks."""
+        wanted, reason = np.arange(1, self.size + 1, dtype=np.uint8), ""
+        rows = uploaded(self._allocate, wanted * (wanted == self.rank + 1))
+        try:
+            self.all_gather_rows(rows, range(self.size + 1))
+            if (on_host(rows, np.empty_like(wanted)) != wanted).any():
+                reason = "the rows of another rank do not arrive"
+        except DeviceError as error:
+            reason = str(error)
+        if self._exchange(np.array([not reason], np.uint8)).all():
+            return True
+        logger.warning("gather of rows: unavailable (%s)", reason or "another rank cannot")
+        return False
 
     def _exchange(self, values: np.ndarray) -> np.ndarray:
         """Return the uint8 values of all ranks, in host memory."""

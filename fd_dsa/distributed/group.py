@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -15,10 +16,12 @@ class Group(ABC):
     Attributes:
         rank: number of this process, 0 to `size` - 1.
         size: number of ranks.
+        gathers_rows: False if `all_gather_rows` fails on a rank.
     """
 
     rank: int
     size: int
+    gathers_rows = True
 
     # a group takes one kind of array, which the layers do not know
     @abstractmethod
@@ -35,6 +38,19 @@ class Group(ABC):
     @abstractmethod
     def all_gather(self, tensor: Any) -> Any:
         """Return the tensors of all ranks, [size, *shape]."""
+
+    @abstractmethod
+    def all_gather_rows(self, rows: Any, bounds: Sequence[int]) -> None:
+        """Fill the rows of a tensor that other ranks have computed, in place.
+
+        On a device the copies are enqueued on the stream of the tensor, and can be captured.
+
+        Args:
+            rows: contiguous [num_rows, ...], of one shape and dtype on all ranks. Rank r has
+                computed the rows from `bounds[r]` to `bounds[r + 1]`. Rows outside of all bounds
+                stay as they are.
+            bounds: `size` + 1 ascending numbers, the same on all ranks.
+        """
 
     @abstractmethod
     def barrier(self) -> None:

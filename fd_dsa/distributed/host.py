@@ -10,7 +10,9 @@ from __future__ import annotations
 import mmap
 import os
 import select
+from collections.abc import Sequence
 from contextlib import suppress
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -115,6 +117,14 @@ class HostGroup(Group):
             for row, part in zip(rows, parts, strict=True):
                 row[start : start + length] = part
         return gathered
+
+    def all_gather_rows(self, rows: np.ndarray, bounds: Sequence[int]) -> None:
+        """Gather parts of equal length, padded with zeros, see `Group`."""
+        parts = [rows[begin:end] for begin, end in pairwise(bounds)]
+        own = np.zeros((max(map(len, parts)), *rows.shape[1:]), rows.dtype)
+        own[: len(parts[self.rank])] = parts[self.rank]
+        for part, gathered in zip(parts, self.all_gather(own), strict=True):
+            part[...] = gathered[: len(part)]
 
     def barrier(self) -> None:
         self._meet()

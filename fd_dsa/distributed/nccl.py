@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import cache
 from importlib.util import find_spec
@@ -69,6 +69,24 @@ class Communicator:
         """Enqueue a copy of `num_bytes` of every rank to `target`, in the order of ranks."""
         places, kind = (ctypes.c_void_p(source), ctypes.c_void_p(target)), ctypes.c_int(_UINT8)
         self._call("ncclAllGather", *places, ctypes.c_size_t(num_bytes), kind, stream)
+
+    def broadcast(self, parts: Sequence[tuple[int, int]], stream: ctypes.c_void_p) -> None:
+        """Enqueue one operation that copies the part of each rank to all others, in place.
+
+        Args:
+            parts: address and number of bytes of each rank's part.
+        """
+        library = load_library()
+        with cuda().context(self._device):
+            _check(library.ncclGroupStart(), "ncclGroupStart")
+            try:
+                for rank, (at, num_bytes) in enumerate(parts):
+                    if num_bytes:
+                        place, count = ctypes.c_void_p(at), ctypes.c_size_t(num_bytes)
+                        self._call("ncclBroadcast", place, place, count, _UINT8, rank, stream)
+            finally:
+                code = library.ncclGroupEnd()
+        _check(code, "ncclGroupEnd")
 
     def abort(self) -> None:
         """End running and waiting collectives without the other ranks.

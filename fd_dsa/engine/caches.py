@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fd_dsa.attention import DSAAttentionBackend
 from fd_dsa.config import EngineConfig
+from fd_dsa.distributed import Group
 from fd_dsa.errors import flag_error
 from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.deepseek_v4.config import DeepseekV4Config
@@ -54,10 +55,16 @@ class DSACaches:
 
         return workspace_bytes(backend_config(*self._parts, dtype=self._dtype), traits)
 
-    def backend(self, num_blocks: int, device: str) -> DSAAttentionBackend:
-        """Return the attention backend over caches of `num_blocks` blocks."""
+    def backend(
+        self, num_blocks: int, device: str, group: Group | None = None
+    ) -> DSAAttentionBackend:
+        """Return the attention backend over caches of `num_blocks` blocks.
+
+        Args:
+            group: ranks that share the model; None = one rank.
+        """
         sizes = backend_config(*self._parts, num_blocks, self._dtype)
-        return DSAAttentionBackend(sizes, device)
+        return DSAAttentionBackend(sizes, device, group=group)
 
 
 class V4Caches:
@@ -93,8 +100,10 @@ class V4Caches:
         """Return 0, because no device is supported."""
         return 0
 
-    def backend(self, num_blocks: int, device: str) -> V4AttentionBackend:
-        """Return the attention backend over caches of `num_blocks` blocks."""
+    def backend(
+        self, num_blocks: int, device: str, group: Group | None = None
+    ) -> V4AttentionBackend:
+        """Return the attention backend over caches of `num_blocks` blocks, on one rank."""
         return V4AttentionBackend(self._config, self._batch, num_blocks)
 
 

@@ -139,12 +139,13 @@ class DeepseekV32ForCausalLM:
         embed_tokens: [vocab_size, hidden_size].
         cos_sin: float32 [max_position_embeddings, qk_rope_head_dim], all positions.
         head: weight from normed hidden states to logits, with the rows of this rank.
+        group: ranks that share the model; None = one rank.
         head_group: ranks that divide the rows of the head; None = this rank has all rows.
         mtp: MTP layer, None = not loaded.
     """
 
     def __init__(self, config: ModelConfig, weights: Weights) -> None:
-        self.config, self._weights = config, weights
+        self.config, self._weights, self.group = config, weights, weights.group
         vocab_size, hidden = config.vocab_size, config.hidden_size
         self.embed_tokens, self.head = weights.table(
             "model.embed_tokens.weight", vocab_size, hidden
@@ -183,7 +184,7 @@ class DeepseekV32ForCausalLM:
             )
             if selections is not None:
                 selections.add(indices)
-        return self.norm.add_and_normalize(hidden_states, change, self._weights.group)[1]
+        return self.norm.add_and_normalize(hidden_states, change, self.group)[1]
 
     @contextmanager
     def one_layer_of_each_kind(self) -> Iterator[None]:

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from typing import Protocol
 
 from fd_dsa.attention.protocol import LayerStep
+from fd_dsa.distributed import Group
 from fd_dsa.tensor import StepArray
 
 
@@ -57,6 +58,10 @@ class Model(Protocol):
     @property
     def config(self) -> RunConfig:
         """Sizes of the model."""
+
+    @property
+    def group(self) -> Group | None:
+        """Ranks that share the model, None = one rank."""
 
     @property
     def mtp(self) -> MtpLayer | None:

@@ -97,7 +97,7 @@ class ModelRunner:
         if backend is None:
             assert layout is not None and isinstance(config, ModelConfig)
             sizes = backend_config(config, layout, input_batch, num_blocks, dtype)
-            backend = DSAAttentionBackend(sizes, device)
+            backend = DSAAttentionBackend(sizes, device, group=model.group)
         self.attn_backends: list[AttentionBackend] = [backend]
         self.caches = backend.allocate_caches(config.has_indexer)
         self.forward_meta: Step | None = None

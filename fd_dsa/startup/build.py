@@ -98,7 +98,7 @@ def build_runner(
     """
     model = load_model(plan, group, progress)
     num_blocks = plan.memory.num_blocks
-    backend = plan.caches.backend(num_blocks, plan.device)
+    backend = plan.caches.backend(num_blocks, plan.device, model.group)
     drafts = plan.config.max_drafts
     batch, device = plan.input_batch, plan.device
     runner = kind(model, batch, None, num_blocks, device, backend, max_drafts=drafts)

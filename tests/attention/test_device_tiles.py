@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -135,13 +136,24 @@ class Tiles:
         live = int((step.batch_id_per_token >= 0).sum())
         return [np.pad(bound, (0, PADDING)) for bound in key_bounds(step, live)]
 
+    @property
+    def whole(self) -> tuple[int, int]:
+        """All tokens of the step."""
+        return 0, self.config.max_num_tokens
+
     def select(
-        self, scores: Any = None, prepare: bool = True, choose: Any = None, **changes: Any
+        self,
+        scores: Any = None,
+        prepare: bool = True,
+        choose: Any = None,
+        part: tuple[int, int] | None = None,
+        **changes: Any,
     ) -> np.ndarray:
         """Return the slots that `choose` selects, in the step with `changes` of its fields."""
         scores, step = scores or self.scores, SimpleNamespace(**(vars(self.step) | changes))
+        part = part or self.whole
         if prepare:
-            scores.prepare(step)
+            scores.prepare(step, part)
         slots = self.m.poisoned((self.config.max_num_tokens, TOPK), "int32")
 
         def use(logits: Any, *, first_token: int) -> None:
@@ -153,7 +165,7 @@ class Tiles:
                 first_token=first_token,
             )
 
-        scores.compute(step, self.index_q, self.weights, self.keys, use)
+        scores.compute(step, part, self.index_q, self.weights, self.keys, use)
         return self.m.get(slots)
 
 
@@ -181,6 +193,24 @@ def test_chunks_of_a_long_step(kernel_memory: KernelMemory) -> None:
     assert (whole.shapes, parts.shapes) == ([(14, width)], [(4, width), (2, width)])
 
 
+@pytest.mark.parametrize("chunk", [None, 3])
+def test_parts_of_a_step_are_selected_as_in_the_whole(
+    kernel_memory: KernelMemory, chunk: int | None
+) -> None:
+    whole = Tiles(kernel_memory, MIXED)
+    wanted, tokens = whole.select(), whole.whole[1]
+    num_logits = chunk * whole.max_width if chunk else 1 << 16
+    tiles = Tiles(kernel_memory, MIXED, num_logits=num_logits)
+    # within rows and between them, and a part without tokens
+    bounds = [0, 2, 2, 4, 9, tokens]
+    for begin, end in pairwise(bounds):
+        found = tiles.select(part=(begin, end))
+        np.testing.assert_array_equal(found[begin:end], wanted[begin:end])
+        # rows of other parts keep their poison
+        outside = np.delete(found, np.s_[begin:end], axis=0)
+        assert (outside == outside.flat[0]).all() and outside.flat[0] < -1
+
+
 def test_captured_scores_hold_the_longest_row(kernel_memory: KernelMemory) -> None:
     tiles = Tiles(kernel_memory, DECODE)
     wanted = tiles.select()
@@ -200,7 +230,8 @@ def test_replays_of_a_long_step_have_the_chunks_of_its_capture(
     tiles = Tiles(kernel_memory, MIXED, num_logits=4 * width)
     for _ in range(2):
         # the schedule is made outside of the graph, before its capture and before every replay
-        tiles.scores.prepare(SimpleNamespace(**(vars(tiles.step) | {"max_seqlen_k": 65})))
+        step = SimpleNamespace(**(vars(tiles.step) | {"max_seqlen_k": 65}))
+        tiles.scores.prepare(step, tiles.whole)
         tiles.device.capturing = True
         found = tiles.select(prepare=False, max_seqlen_k=65)
         tiles.device.capturing = False

@@ -68,12 +68,22 @@ class HostIpc:
 
 
 class HostNccl:
-    """NCCL's calls among threads; sums float32 and bfloat16."""
+    """NCCL's calls among threads; sums float32 and bfloat16.
+
+    Attributes:
+        reduced: number of values of each sum.
+        refuses: True if broadcasts fail.
+    """
+
+    refuses = False
 
     def __init__(self, size: int) -> None:
         self._barrier, self._size = threading.Barrier(size, timeout=20), size
         self._sources: dict[int, int] = {}
         self.reduced: list[int] = []
+        # functions, so that they take a `restype`
+        self.ncclGetErrorString = lambda code: b"unhandled cuda error"
+        self.ncclGetLastError = lambda handle: b""
 
     def ncclCommInitRank(self, handle: Any, size: Any, unique_id: Any, rank: Any) -> int:
         assert (size.value, bytes(unique_id.internal)) == (self._size, b"i" * 128)
@@ -89,6 +99,24 @@ class HostNccl:
             place = target.value + rank * count.value
             ctypes.memmove(place, self._sources[rank + 1], count.value)
         self._barrier.wait()
+        return 0
+
+    def ncclGroupStart(self) -> int:
+        return 0
+
+    def ncclBroadcast(
+        self, source: Any, target: Any, count: Any, kind: int, root: int, handle: Any, stream: Any
+    ) -> int:
+        if self.refuses:
+            return 1
+        if handle.value == root + 1:
+            self._sources[handle.value] = source.value
+        self._barrier.wait()
+        ctypes.memmove(target.value, self._sources[root + 1], count.value)
+        self._barrier.wait()
+        return 0
+
+    def ncclGroupEnd(self) -> int:
         return 0
 
     def ncclAllReduce(
@@ -110,12 +138,6 @@ class HostNccl:
     def ncclCommDestroy(self, handle: Any) -> int:
         return 0
 
-    def ncclGetErrorString(self, code: int) -> bytes:
-        return b"unhandled cuda error"
-
-    def ncclGetLastError(self, handle: Any) -> bytes:
-        return b""
-
 
 def empty_on_host(shape: tuple[int, ...], dtype: str) -> Any:
     """An uninitialised Paddle tensor."""
@@ -126,10 +148,14 @@ def empty_on_host(shape: tuple[int, ...], dtype: str) -> Any:
 
 
 class HostGpus:
-    """Makes groups of ranks that are threads."""
+    """Makes groups of ranks that are threads.
+
+    Attributes:
+        broadcasts: False if the NCCL of the next group refuses them.
+    """
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
-        self.ipc, self.nccl = HostIpc(patch), HostNccl(1)
+        self.ipc, self.nccl, self.broadcasts = HostIpc(patch), HostNccl(1), True
         patch.setattr(nccl, "load_library", lambda: self.nccl)
         patch.setattr("fd_dsa.ops.library_kernel.INTERPRETING", False)
         custom_ops.use_library(emulated_library("all_reduce"))
@@ -139,6 +165,7 @@ class HostGpus:
     ) -> list[Any]:
         """What `work` returns on each rank, in their order."""
         self.nccl = HostNccl(size)
+        self.nccl.refuses = not self.broadcasts
 
         def rank_of(rank: int) -> Any:
             group = DeviceGroup(rank, size, b"i" * 128, empty_on_host, timeout_s)

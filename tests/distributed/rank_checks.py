@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from fd_dsa.errors import describe_error
+from tests.distributed.divided_selection import LARGE, select
 from tests.distributed.gpu_ranks import Rank, run_ranks
 from tests.distributed.sums import sum_of, widened
 
@@ -75,6 +76,15 @@ def check_sums(rank: Rank) -> dict[str, str]:
     group.barrier()
     group.close()
     return found
+
+
+def check_selections(rank: Rank) -> dict[str, str]:
+    """The selection of a step that ranks divide is that of one rank, to the bit."""
+    group = rank.group("selections")
+    alone, shared = (select(rank.memory, LARGE, one) for one in (None, group))
+    np.testing.assert_array_equal(shared, alone)
+    group.close()
+    return {"slots": digest(shared)}
 
 
 def check_repeats(rank: Rank) -> dict[str, str]:

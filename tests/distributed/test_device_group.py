@@ -98,6 +98,36 @@ def test_nccl_serves_what_the_kernel_is_not_made_for(gpus: HostGpus) -> None:
     assert gpus.nccl.reduced == [24, 24, 28, 28]
 
 
+@pytest.mark.parametrize("size", [2, 3])
+def test_rows_of_all_ranks_are_gathered_in_place(gpus: HostGpus, size: int) -> None:
+    memory = open_memory("interpreter")
+    wanted = np.arange(40, dtype=np.int32).reshape(10, 4)
+    # rows outside of the parts, a part without rows
+    bounds = [2, 5, 5, 9][: size + 1]
+
+    def work(group: DeviceGroup) -> tuple[bool, np.ndarray]:
+        own = np.full_like(wanted, -1)
+        begin, end = bounds[group.rank : group.rank + 2]
+        own[begin:end] = wanted[begin:end]
+        rows = memory.put(own)
+        group.all_gather_rows(rows, bounds)
+        return group.gathers_rows, memory.get(rows)
+
+    for works, found in gpus.run(size, work):
+        assert works
+        np.testing.assert_array_equal(found[2 : bounds[-1]], wanted[2 : bounds[-1]])
+        assert (np.delete(found, np.s_[2 : bounds[-1]], axis=0) == -1).all()
+
+
+def test_a_gather_of_rows_that_fails_is_found_at_the_start(
+    gpus: HostGpus, caplog: pytest.LogCaptureFixture
+) -> None:
+    gpus.broadcasts = False
+    assert gpus.run(2, lambda group: group.gathers_rows) == [False, False]
+    said = "gather of rows: unavailable (ncclBroadcast: NCCL error 1: unhandled cuda error)"
+    assert caplog.messages == [said] * 2
+
+
 def test_without_peer_access_nccl_serves_all_ranks(
     gpus: HostGpus, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -46,6 +46,25 @@ def test_gathered_tensors_are_in_the_order_of_ranks() -> None:
             np.testing.assert_array_equal(gathered, [values(rank, shape) for rank in range(3)])
 
 
+@pytest.mark.parametrize("bounds", [[0, 2, 3, 7], [1, 1, 6, 6], [0, 0, 0, 0], [3, 7, 7, 7]])
+def test_rows_are_gathered_in_place(bounds: list[int]) -> None:
+    # a row is larger than a piece of the shared memory
+    wanted = values(0, (7, (1 << 18) + 3))
+
+    def work(group: HostGroup) -> np.ndarray:
+        rows = np.zeros_like(wanted)
+        own = slice(*bounds[group.rank : group.rank + 2])
+        rows[own] = wanted[own]
+        group.all_gather_rows(rows, bounds)
+        return rows
+
+    outside = np.ones(7, bool)
+    outside[bounds[0] : bounds[-1]] = False
+    expected = np.where(outside[:, None], np.float32(0), wanted)
+    for found in on_ranks(3, work):
+        np.testing.assert_array_equal(found, expected)
+
+
 def test_messages_arrive_whole_and_in_order_and_may_wait() -> None:
     sent = [bytes([number]) * length for number, length in enumerate([0, 5, 3 << 20, 1 << 20, 7])]
     sent += [b"x" * 100] * 20

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from fd_dsa import LLM, SamplingParams
+from fd_dsa.distributed.host import HostGroup
 from fd_dsa.engine.draft_state import DraftCosts
 from fd_dsa.engine.logprobs import TokenLogprobs
 from fd_dsa.engine.output import RequestOutput
@@ -112,6 +113,36 @@ def test_outputs_are_those_of_one_process(alone: LLM, shared: LLM) -> None:
     assert stats[0]["num_preemptions"] > 0 and stats[0]["num_steps"] > 15
     same = [key for key, value in stats[0].items() if isinstance(value, int)]
     assert [stats[0][key] for key in same] == [stats[1][key] for key in same]
+
+
+def test_divided_scores_give_the_bits_of_undivided_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts past the selection, a prefix hit, and decode rows beside them."""
+    options = {"device": "cpu", "max_model_len": 2048, "max_num_batched_tokens": 1024}
+    params = SamplingParams(temperature=0, max_tokens=6, logprobs=1, return_topk_positions=True)
+    prompts = ["Once upon a time", LONG * 8, LONG * 10 + "Then", LONG * 8 + "The cat"]
+    gather, bounds = HostGroup.all_gather_rows, []
+
+    def recorded(self: HostGroup, rows: np.ndarray, given: list[int]) -> None:
+        bounds.append(given)
+        gather(self, rows, given)
+
+    monkeypatch.setattr(HostGroup, "all_gather_rows", recorded)
+    found = []
+    for least in ("0", "100"):
+        monkeypatch.setenv("FD_DSA_DIVIDED_MIN_TOKENS", least)
+        assert not bounds
+        with LLM(**options, tensor_parallel_size=2, speculative_config="none") as llm:
+            outputs = [*llm.generate(prompts[:2], params), *llm.generate(prompts[2:], params)]
+        found.append(
+            [
+                (one.token_ids, one.logprobs, [layer.tolist() for layer in layers_of(one)])
+                for one in outputs
+            ]
+        )
+        assert outputs[2].num_cached_tokens > 256
+    # both ranks have parts
+    assert len(bounds) > 6 and all(middle - begin > 0 for begin, middle, _ in bounds)
+    assert found[0] == found[1]
 
 
 def test_drafts_of_two_processes_are_those_of_one(

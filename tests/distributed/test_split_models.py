@@ -12,6 +12,7 @@ import pytest
 
 pytest.importorskip("paddle")
 
+from fd_dsa.attention import step_plan
 from fd_dsa.config import EngineConfig
 from fd_dsa.distributed import Group
 from fd_dsa.distributed.host import HostGroup
@@ -101,6 +102,27 @@ def test_ranks_give_the_logits_of_the_whole_and_choose_alike(
     config = config_from_dict(MODELS[name])
     tensors = {name: f32(array) for name, array in random_tensors(config).items()}
     check(config, size, write_folder(tmp_path / "model", MODELS[name], tensors))
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_ranks_that_divide_the_scores_choose_alike(
+    size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FD_DSA_DIVIDED_MIN_TOKENS", "5")
+    # several tiles, which the ranks divide
+    monkeypatch.setattr(step_plan, "SCORE_TILE_VALUES", 1024)
+    bounds: set[tuple[int, ...]] = set()
+
+    def gather(self: HostGroup, rows: np.ndarray, given: list[int]) -> None:
+        bounds.add(tuple(given))
+        original(self, rows, given)
+
+    original = HostGroup.all_gather_rows
+    monkeypatch.setattr(HostGroup, "all_gather_rows", gather)
+    config = config_from_dict(MODELS["deepseek_v32"])
+    check(config, size)
+    # the prompts of one step, and no decode step
+    assert [len(set(one)) for one in bounds] == [size + 1]
 
 
 def test_random_weights_are_those_of_the_whole() -> None:

@@ -64,9 +64,11 @@ class DeepseekV4ForCausalLM:
 
     Attributes:
         config: sizes of the model.
+        group: None, because several ranks are refused.
         mtp: None, because draft layers are not loaded.
     """
 
+    group: None = None
     mtp: None = None
 
     def __init__(self, config: DeepseekV4Config, weights: HostOnlyWeights) -> None:

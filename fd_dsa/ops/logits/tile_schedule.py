@@ -55,7 +55,8 @@ def tile_schedule_kernel(
     tiles_ptr,
     work_ends_ptr,
     programs_ptr,
-    num_tokens,
+    first_token,
+    end_token,
     chunk_tokens,
     max_keys,
     min_keys,
@@ -67,8 +68,8 @@ def tile_schedule_kernel(
     """Make the tiles of chunk `program 0`, and the start of each of its programs."""
     wait_for_inputs()
     start_next()
-    first = tl.program_id(0) * chunk_tokens
-    end = tl.minimum(first + chunk_tokens, num_tokens)
+    first = first_token + tl.program_id(0) * chunk_tokens
+    end = tl.minimum(first + chunk_tokens, end_token)
     lane = tl.arange(0, _LANES)
     num_tiles, all_work = 0, 0
     for start in range(first, end, _LANES):
@@ -179,6 +180,7 @@ class TileSchedule:
         max_keys: int,
         chunk_tokens: int | None = None,
         min_keys: int = 0,
+        part: tuple[int, int] | None = None,
     ) -> None:
         """Distribute the scores of a step's tokens, in chunks that are scored in order.
 
@@ -188,11 +190,13 @@ class TileSchedule:
             chunk_tokens: number of tokens of a chunk except the last. None = one chunk.
             min_keys: a tile is scored only if a token of it has more keys. Set it to index_topk if
                 the selection then takes all keys without their scores.
+            part: first token that is scored, and the end of those tokens. None = all tokens.
 
         Cost: one launch. The kernel reads lengths when it runs, so a captured launch serves all
         lengths of that number of tokens.
         """
-        num_tokens = step.position_ids.shape[0]
+        first, end = part or (0, step.position_ids.shape[0])
+        num_tokens = end - first
         if num_tokens == 0:
             return
         chunk_tokens = chunk_tokens or num_tokens
@@ -201,7 +205,7 @@ class TileSchedule:
             *(step.position_ids, step.batch_id_per_token, step.cu_seqlens_q),
             *prompt_windows(step),
             *(self.tiles, self.work_ends, self.programs),
-            *(num_tokens, chunk_tokens, max_keys, min_keys),
+            *(first, end, chunk_tokens, max_keys, min_keys),
             *(
                 self.programs.shape[1],
                 self.config.tile_tokens,

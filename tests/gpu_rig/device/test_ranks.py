@@ -7,7 +7,7 @@ interpreter is one for a process; sums and gathered logits go through the host.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -65,6 +65,7 @@ class ThroughHost(Group):
 
     def __init__(self, host: HostGroup) -> None:
         self._host, self.rank, self.size = host, host.rank, host.size
+        self.num_divided = 0
 
     def all_reduce(self, tensor: Any) -> Any:
         total = self._host.all_reduce(tensor.numpy())
@@ -73,6 +74,12 @@ class ThroughHost(Group):
 
     def all_gather(self, tensor: Any) -> Any:
         return paddle.to_tensor(self._host.all_gather(tensor.numpy()), place=tensor.place)
+
+    def all_gather_rows(self, rows: Any, bounds: Sequence[int]) -> None:
+        self.num_divided += 1
+        found = rows.numpy()
+        self._host.all_gather_rows(found, bounds)
+        rows.copy_(paddle.to_tensor(found, place=rows.place), False)
 
     def barrier(self) -> None:
         self._host.barrier()
@@ -178,10 +185,12 @@ def answers(runner: Any, drafter: Drafter | None = None) -> list[tuple[list[int]
     ids=["graphs", "drafts", "layer"],
 )
 def test_tokens_of_two_ranks_are_those_of_a_cpu(
-    rig: Rig, sizes: tuple[int, ...], method: str | None
+    rig: Rig, sizes: tuple[int, ...], method: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if rig.is_real:
         pytest.skip("its ranks are processes: tests of the collectives on GPUs have them")
+    # prompts past the selection are divided
+    monkeypatch.setenv("FD_DSA_DIVIDED_MIN_TOKENS", "2")
     shared = Shared.create(2)
     first, second = Turns(0, shared), Turns(1, shared)
     failures: list[BaseException] = []
@@ -210,6 +219,7 @@ def test_tokens_of_two_ranks_are_those_of_a_cpu(
             tokens = {(str(number), 0): one for number, (one, _) in enumerate(expected)}
             drafter = KnowingDrafter(tokens, 0.7, 250)
         assert answers(runner, drafter) == expected
+        assert runner.model.group.num_divided > 2
         assert ranks.num_messages > 8 and runner.counters.mask_offsets_skipped > 2
         first.send(b"")
     follower.join(60)
