@@ -33,7 +33,8 @@ DIVIDED_VARIABLE = "FD_DSA_DIVIDED_MIN_TOKENS"
 DEFAULT_DIVIDED_MIN_TOKENS = 512
 """Minimum tokens past `index_topk` of an eager step whose indexer rows are divided among ranks.
 
-It is an estimate, which no machine with several GPUs has measured.
+It is an estimate, which no machine with several GPUs has measured. benchmarks/divided_rows.py
+compares divided steps with undivided ones.
 """
 
 # with less the server of the demo model does not start

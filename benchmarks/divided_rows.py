@@ -1,0 +1,108 @@
+"""Prompts after long contexts: the indexer's rows divided among ranks, and whole on every rank.
+
+    python -m benchmarks.divided_rows --rig -tp 4     # on the test plug-in: P42
+    python -m benchmarks.divided_rows --rig -tp 4 --layers 8 --tokens 8192 2048 512 256
+    python -m benchmarks.divided_rows --dry -tp 2     # small widths on the CPU: shows that it runs
+
+A step of N tokens follows a cached context. An engine divides steps of at least N tokens past
+`index_topk`, so a step of N - 1 tokens is whole on every rank. Both run in turns, in one engine and
+in each context. The model has the shape of DeepSeek-V3.2-REAP-345B in FP8. A context is longer
+than `index_topk`, so all tokens of a step are scored.
+
+Writes benchmarks/results/divided_rows_<ranks>.json. A ratio above 1 means that the division pays.
+Results for small N bound the default, `fd_dsa.environment.DEFAULT_DIVIDED_MIN_TOKENS`.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from benchmarks._gpu_engine_model import Shape, engine_options, of_ranks, shape_of
+from benchmarks._harness import Worker, rig_parser, rig_result, write_json, write_result
+from fd_dsa.environment import DEFAULT_DIVIDED_MIN_TOKENS
+
+TARGET = "benchmarks.workers.divided_rows:Engine"
+TOKENS, CONTEXTS = (8192,), (2048, 16384, 61440, 122880)
+P42 = 8192, 61440
+"""Tokens and context of the case with a target."""
+GATE = 1.3
+_TURNS = 4
+
+
+def in_turns(engine: Worker, tokens: int, context: int) -> tuple[float, float]:
+    """Return median milliseconds of a whole step and of a divided one."""
+    times: dict[bool, list[float]] = {False: [], True: []}
+    # the first turn computes the context
+    for turn in range(-2, _TURNS):
+        # the order cancels a drift
+        for is_divided in (False, True) if turn % 2 else (True, False):
+            new = tokens - (not is_divided)
+            found = engine.call(op="after", prefix=context, prompt=new)
+            if turn >= 0:
+                times[is_divided].append(1e3 * new / found["tok_s"])
+    return statistics.median(times[False]), statistics.median(times[True])
+
+
+def cases(
+    options: dict[str, Any], tokens: int, contexts: Sequence[int]
+) -> Iterator[dict[str, Any]]:
+    """Yield the case of each context, from one engine."""
+    with Worker(TARGET, min_tokens=tokens, **options) as engine:
+        for context in contexts:
+            whole, divided = in_turns(engine, tokens, context)
+            entry = {"case": f"{tokens} tokens after {context}", "tokens": tokens}
+            entry |= {"context": context, "whole_ms": whole, "divided_ms": divided}
+            entry["ratio"] = whole / divided
+            if (tokens, context) == P42:
+                entry |= {"target": "P42", "gate": GATE}
+            yield entry
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure and write. Returns 0."""
+    parser = rig_parser(__doc__, is_split=True)
+    parser.add_argument("--layers", type=int, metavar="N", help="default: all 61")
+    parser.add_argument("--tokens", type=int, nargs="+", metavar="N", help="tokens of a step")
+    parser.add_argument("--contexts", type=int, nargs="+", metavar="N", help="cached tokens")
+    args = parser.parse_args(argv)
+    ranks = args.tensor_parallel_size
+    if ranks < 2:
+        parser.error("--tensor-parallel-size: got 1, allowed: at least 2")
+    shape = Shape(2, 1, ranks=ranks) if args.dry else shape_of(ranks, args.layers)
+    sizes = args.tokens or ((256,) if args.dry else TOKENS)
+    # multiples of a block, whose keys a later request finds
+    contexts = args.contexts or ((128, 512) if args.dry else CONTEXTS)
+    config: dict[str, Any] = {
+        "max_model_len": max(contexts) + max(sizes) + 64,
+        "max_num_seqs": 4,
+        "max_num_batched_tokens": max(sizes),
+        "target_inter_token_latency_ms": 0,
+        "tensor_parallel_size": ranks,
+        # decode steps take no part
+        "enforce_eager": True,
+    }
+    if not args.dry:
+        config["kv_cache_dtype"] = "fp8"
+    result = rig_result(of_ranks("divided_rows", ranks), args, shape=shape._asdict())
+    result["default_tokens"] = DEFAULT_DIVIDED_MIN_TOKENS
+    args.out.mkdir(parents=True, exist_ok=True)
+    with engine_options(args, shape, config) as options:
+        for tokens in sizes:
+            for entry in cases(options, tokens, contexts):
+                result["cases"].append(entry)
+                print(
+                    f"{entry['case']:<28} whole {entry['whole_ms']:9.2f} ms, divided "
+                    f"{entry['divided_ms']:9.2f} ms, {entry['ratio']:.3f}x",
+                    flush=True,
+                )
+                # kept if a later case has no time left
+                write_json(args.out / f"{result['name']}.json", result)
+    write_result(args.out, result)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
