@@ -21,6 +21,7 @@ from fd_dsa.attention.protocol import (
     MlaLayer,
     WrittenLayer,
 )
+from fd_dsa.attention.step_arrays import cache_of, step_inputs
 from fd_dsa.device.allocation import Allocate
 from fd_dsa.distributed import Group
 from fd_dsa.errors import ConfigError, KernelUnavailable, MissingStepError
@@ -31,47 +32,6 @@ from fd_dsa.tensor import StepArray
 
 if TYPE_CHECKING:
     from fd_dsa.attention.device import DeviceAttention
-
-
-def cache_of(forward_meta: BackendStep, index: int) -> StepArray:
-    """Return entry `index` of `forward_meta.caches`.
-
-    Raises:
-        MissingStepError: the runner has not allocated the cache.
-    """
-    caches = forward_meta.caches
-    if caches is None or caches[index] is None:
-        raise MissingStepError(
-            f"forward_meta.caches[{index}] is None: the runner must allocate the caches "
-            "first, as allocate_caches does"
-        )
-    return caches[index]
-
-
-def step_inputs(forward_meta: FilledStep) -> tuple[StepArray, ...]:
-    """Return the four arrays of a step that the runner has filled.
-
-    Raises:
-        MissingStepError: an array is None, or the object does not have it.
-    """
-    missing: str | None = None
-    try:
-        inputs = {
-            "seq_lens_encoder": forward_meta.seq_lens_encoder,
-            "seq_lens_decoder": forward_meta.seq_lens_decoder,
-            "seq_lens_this_time": forward_meta.seq_lens_this_time,
-            "block_tables": forward_meta.block_tables,
-        }
-    except AttributeError as error:
-        missing = error.name
-    else:
-        missing = next((name for name, value in inputs.items() if value is None), None)
-        if missing is None:
-            return tuple(inputs.values())
-    raise MissingStepError(
-        f"forward_meta.{missing} is None: the runner's initialize_forward_meta must fill it "
-        "before init_attention_metadata"
-    )
 
 
 class DSAAttentionBackend:
@@ -136,8 +96,7 @@ class DSAAttentionBackend:
             from fd_dsa.attention.device import DeviceAttention
             from fd_dsa.device.allocation import paddle_allocator
 
-            allocate = allocate or paddle_allocator(device)
-            self.attention = DeviceAttention(config, allocate, group)
+            self.attention = DeviceAttention(config, allocate or paddle_allocator(device), group)
         self.overlap = IndexerOverlap(device)
         self._hints: StepHints | None = None
         self._built_for: BackendStep | None = None

@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fd_dsa import custom_ops
 from fd_dsa.attention.config import DSABackendConfig
@@ -28,6 +28,7 @@ from fd_dsa.attention.device_scores import (
 from fd_dsa.attention.overlap import IndexerOverlap
 from fd_dsa.attention.protocol import HostLengths, IndexerLayer, MlaLayer
 from fd_dsa.attention.row_division import RowDivision
+from fd_dsa.attention.tensor_core_attention import TensorCoreAttention
 from fd_dsa.device.allocation import CACHED_VIEWS, Allocate
 from fd_dsa.device.transfers import transfers_for
 from fd_dsa.distributed import Group
@@ -36,9 +37,7 @@ from fd_dsa.ops.arrays import check_shape, rounded_length, values_of
 from fd_dsa.ops.cache_write import CacheWriteParams
 from fd_dsa.ops.cache_write.triton_kernel import write_caches
 from fd_dsa.ops.key_bounds import prompt_windows
-from fd_dsa.ops.mla.custom_op import CustomAttention, kind_for, select_attention
-from fd_dsa.ops.mla.records import Dequantized, DequantizedRecords, keys_per_token
-from fd_dsa.ops.mla.tensor_core import attend_on_tensor_cores, new_partials
+from fd_dsa.ops.mla.custom_op import kind_for, select_attention
 from fd_dsa.ops.mla.triton_kernel import attend_slots
 from fd_dsa.ops.providers import (
     CUSTOM_OP,
@@ -63,77 +62,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 Projected = tuple[Tensor, Tensor, Tensor, Tensor]
 """Latents of queries and keys, index keys and head weights of a layer."""
-# with fewer prompt tokens in a step, a launch that dequantizes costs more than it saves
-_MIN_PREFILL_TOKENS = 256
 _PROJECTION = "indexer_projection"
-
-
-class TensorCoreAttention:
-    """Sparse MLA on tensor cores, with memory that all layers and steps share.
-
-    A kernel of custom_ops/ attends if it is faster for this number of tokens. It supports few heads
-    over FP8 records, and more than 32 heads. With more than 32 heads over FP8 records, the records
-    of prompts are dequantized first if that is faster.
-
-    Args:
-        config: supported configuration, see `tensor_core.unsupported_reason`.
-        scratch: float32 [n] for dequantized records, free during `attend`.
-        custom: kernel of custom_ops/ for these heads and this cache.
-        always_custom: True if Triton's kernel cannot be compiled.
-    """
-
-    def __init__(
-        self,
-        config: DSABackendConfig,
-        allocate: Allocate,
-        scratch: Tensor | None = None,
-        custom: CustomAttention | None = None,
-        always_custom: bool = False,
-    ) -> None:
-        self._scale, self._custom, self._always = config.softmax_scale, custom, always_custom
-        self._partials = None
-        if custom is None or not (always_custom or custom.is_faster(1, config.num_heads)):
-            self._partials = new_partials(config.num_heads, allocate)
-        self._records: DequantizedRecords | None = None
-        reads_them = custom is not None and not custom.records_alone
-        if reads_them and config.cache_layout.is_fp8 and scratch is not None:
-            max_keys = keys_per_token(config.num_heads)
-            self._records = DequantizedRecords(scratch, max_keys, config.max_num_seqs)
-
-    def attend(
-        self,
-        q: Tensor,
-        cache: Tensor,
-        slots: Tensor,
-        out: Tensor,
-        lse: Tensor | None = None,
-        step: ForwardMeta | None = None,
-    ) -> None:
-        """Attend to the slots of each token, see `attend_on_tensor_cores`.
-
-        Args:
-            step: step of the tokens, whose slots are then all in their own rows.
-        """
-        how: dict[str, Any] = {"softmax_scale": self._scale, "lse": lse}
-        custom = self._custom
-        if custom is not None and (self._always or custom.is_faster(q.shape[0], q.shape[1])):
-            dequantized = self._dequantized(cache, step)
-            custom(q, cache, slots, out, dequantized=dequantized, **how)
-        else:
-            attend_on_tensor_cores(q, cache, slots, out, partials=self._partials, **how)
-
-    def _dequantized(self, cache: Tensor, step: ForwardMeta | None) -> Dequantized | None:
-        """Dequantize the records of the step's prompts, or return None if that does not pay."""
-        if self._records is None or step is None:
-            return None
-        if step.num_prefill_tokens < _MIN_PREFILL_TOKENS:
-            return None
-        try:
-            return self._records.fill(cache, step)
-        except KernelUnavailable as error:
-            self._records = None
-            logger.warning("attention of prompts: no records are dequantized first (%s)", error)
-            return None
 
 
 class DeviceAttention:
@@ -239,7 +168,9 @@ class DeviceAttention:
             call(self.scores)
 
     def begin_step(
-        self, step: ForwardMeta | None = None, lengths: HostLengths | None = None
+        self,
+        step: ForwardMeta | None = None,
+        lengths: HostLengths | None = None,
     ) -> None:
         """Reset the state that the layers of a step share, and prepare it for `step`.
 
@@ -252,10 +183,10 @@ class DeviceAttention:
         self._all_slots = self.dense = None
         if step is None:
             return
+        self._division.begin_step(step, lengths)
         dense = self.dense_prompts
         if dense is not None and lengths is not None and step.num_prefill_tokens:
             self.dense = dense if dense.begin_step(step, lengths) else None
-        self._division.begin_step(step, lengths)
         if step.max_seqlen_k > self.config.index_topk or self.scores.is_captured:
             part = self._division.part(step.position_ids.shape[0])
             self._score(lambda scores: scores.prepare(step, part))

@@ -14,7 +14,7 @@ import ctypes
 from importlib import import_module
 from typing import Any
 
-from fd_dsa.attention.backend import step_inputs
+from fd_dsa.attention.step_arrays import step_inputs
 from fd_dsa.errors import BackendUnavailable
 from fd_dsa.fastdeploy_plugin.tree_checks import ATTENTION
 from fd_dsa.fastdeploy_plugin.upstream import AttentionBackend, AttentionRecord, ForwardMeta

@@ -205,8 +205,8 @@ def test_what_serves_is_told_once_and_remembered(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     from fd_dsa.attention import device
-    from fd_dsa.attention.device import TensorCoreAttention
     from fd_dsa.attention.device_scores import PageScores, TileScores
+    from fd_dsa.attention.tensor_core_attention import TensorCoreAttention
     from fd_dsa.device.transfers import transfers_for
     from fd_dsa.ops import providers
 

@@ -31,7 +31,7 @@ def config(cache: str = "fp8_ds_mla", heads: int = 5, **changes: Any) -> DSABack
 
 @pytest.mark.parametrize("heads", [5, 40])
 def test_layers_share_what_is_allocated_once(kernel_memory: KernelMemory, heads: int) -> None:
-    from fd_dsa.attention.device import TensorCoreAttention
+    from fd_dsa.attention.tensor_core_attention import TensorCoreAttention
 
     m, made = kernel_memory, []
 
@@ -83,7 +83,7 @@ def test_what_tensor_cores_do_not_serve(
 
 
 def test_a_cache_of_pages(kernel_memory: KernelMemory) -> None:
-    from fd_dsa.attention.device import TensorCoreAttention
+    from fd_dsa.attention.tensor_core_attention import TensorCoreAttention
 
     m, case = kernel_memory, make("int16", [20], 20, heads=3)
     attention = TensorCoreAttention(config("bfloat16", heads=3), m.poisoned)

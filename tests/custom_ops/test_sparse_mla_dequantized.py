@@ -232,7 +232,7 @@ def test_prompts_of_many_tokens_take_it(
     rows: list[tuple[int, int, int]],
     serves: bool,
 ) -> None:
-    from fd_dsa.attention.device import TensorCoreAttention
+    from fd_dsa.attention.tensor_core_attention import TensorCoreAttention
 
     m, step, seen = gpu_memory, Step(gpu_memory, rows, 64), []
     original = WideAttention.__call__
@@ -262,7 +262,7 @@ def test_prompts_of_many_tokens_take_it(
 def test_no_other_kernel_takes_them(
     gpu_memory: KernelMemory, kind: Any, heads: int, cache: str
 ) -> None:
-    from fd_dsa.attention.device import TensorCoreAttention
+    from fd_dsa.attention.tensor_core_attention import TensorCoreAttention
 
     m = gpu_memory
     attention = TensorCoreAttention(
