@@ -70,6 +70,10 @@ class StepInputs(NamedTuple):
         return self.num_chunk_tokens, self.num_computed_tokens, self.num_scheduled_tokens
 
 
+# row, first logical block, and block ids; None = the row was cleared
+_TableChange = tuple[int, int, list[int] | None]
+
+
 class InputBatch:
     """Rows, block tables and packed token ids of the step that is being assembled.
 
@@ -79,6 +83,7 @@ class InputBatch:
         num_computed_tokens: int32 [max_num_seqs]; tokens of the row in the cache before this step.
         num_scheduled_tokens: int32 [max_num_seqs]; tokens of the row in this step, 0 = idle.
         block_tables: int32 [max_num_seqs, max_blocks_per_seq]; physical blocks, -1 = unused.
+            Read-only; `set_blocks` and `clear_row` change them.
         token_ids: int64 [max_num_tokens]; token ids of the step, packed in row order.
         pending: int32 [max_num_tokens]; index of each pending token in the `TokenBuffer`, -1 = the
             id is known.
@@ -103,7 +108,12 @@ class InputBatch:
         self.num_computed_tokens = np.zeros(max_num_seqs, np.int32)
         self.num_scheduled_tokens = np.zeros(max_num_seqs, np.int32)
         self.pending_source = np.full(max_num_seqs, -1, np.int32)
-        self.block_tables = np.full((max_num_seqs, max_blocks_per_seq), -1, np.int32)
+        self._tables = np.full((max_num_seqs, max_blocks_per_seq), -1, np.int32)
+        # every change passes a method that notes it
+        self.block_tables = self._tables.view()
+        self.block_tables.flags.writeable = False
+        # changes of the tables for `state`, in their order; None = no other process has the tables
+        self._changes: list[_TableChange] | None = None
         self.token_ids = np.zeros(max_num_tokens, np.int64)
         self.pending = np.full(max_num_tokens, -1, np.int32)
         self.begin_step()
@@ -238,28 +248,37 @@ class InputBatch:
         pending[np.asarray(sampled, np.int64)] = samples
         return _staged(next_ids, pending)
 
-    def state(self, max_drafts: int = 0) -> tuple[Any, ...]:
-        """Return the step for `restore` in another process.
+    def begin_changes(self) -> None:
+        """Note the changes of the block tables from now on, and forget earlier ones.
 
-        Args:
-            max_drafts: maximum number of drafts after the step, whose keys need blocks too.
+        The other processes have the present tables.
         """
-        rows, columns = self.num_rows, -(-(self.max_seqlen_k + max_drafts) // self.block_size)
+        self._changes = []
+
+    def state(self) -> tuple[Any, ...]:
+        """Return the step for `restore` in another process, with the changes of the block tables.
+
+        Whole tables would be megabytes. A decode step changes a few cells. A process that restores
+        the states in their order has the same tables. If it gets some changes again, they have no
+        effect.
+        """
+        assert self._changes is not None, "begin_changes was not called"
+        rows = self.num_rows
         return (
             (self.num_tokens, self.num_prefill_tokens, self.max_seqlen_k, rows),
             self.next_prompt_tokens,
+            self._changes,
             self.token_ids[: self.num_tokens],
             self.pending[: self.num_tokens],
             self.num_chunk_tokens[:rows],
             self.num_computed_tokens[:rows],
             self.num_scheduled_tokens[:rows],
             self.pending_source[:rows],
-            self.block_tables[:rows, :columns],
         )
 
     def restore(self, state: tuple[Any, ...]) -> None:
         """Set the step of a batch of the same sizes from its `state`."""
-        counts, next_prompt_tokens, ids, pending, *by_row, tables = state
+        counts, next_prompt_tokens, changes, ids, pending, *by_row = state
         self.begin_step()
         self.num_tokens, self.num_prefill_tokens, self.max_seqlen_k, rows = counts
         self.num_rows, self.next_prompt_tokens = rows, next_prompt_tokens
@@ -268,7 +287,11 @@ class InputBatch:
         lengths = self.num_chunk_tokens, self.num_computed_tokens, self.num_scheduled_tokens
         for target, values in zip((*lengths, self.pending_source), by_row, strict=True):
             target[:rows] = values
-        self.block_tables[:rows, : tables.shape[1]] = tables
+        for row, start, block_ids in changes:
+            if block_ids is None:
+                self.clear_row(row)
+            else:
+                self.set_blocks(row, block_ids, start)
 
     def num_tokens_past(self, num_keys: int) -> int:
         """Return the number of tokens of this step that attend to more than `num_keys` keys."""
@@ -291,11 +314,15 @@ class InputBatch:
                 f"block_tables: row {row} needs {end} blocks, "
                 f"a row holds {self.block_tables.shape[1]}"
             )
-        self.block_tables[row, start:end] = block_ids
+        self._tables[row, start:end] = block_ids
+        if self._changes is not None:
+            self._changes.append((row, start, self._tables[row, start:end].tolist()))
 
     def clear_row(self, row: int) -> None:
         """Clear the block table of `row`."""
-        self.block_tables[row] = -1
+        self._tables[row] = -1
+        if self._changes is not None:
+            self._changes.append((row, 0, None))
 
 
 def _staged(token_ids: np.ndarray, pending: np.ndarray) -> np.ndarray:

@@ -37,6 +37,7 @@ class DriverRunner(ModelRunner):
     def lead(self, ranks: OtherRanks) -> None:
         """Send every later step to the other ranks."""
         self.ranks = ranks
+        self.input_batch.begin_changes()
 
     def set_parameters(
         self,
@@ -96,8 +97,11 @@ class DriverRunner(ModelRunner):
         if self.ranks is None:
             yield
             return
-        state = self.input_batch.state(self.max_drafts) if has_step else None
+        state = self.input_batch.state() if has_step else None
         with self.ranks.step(pickle.dumps((name, arguments, state), pickle.HIGHEST_PROTOCOL)):
+            if has_step:
+                # not before, because a message that is not sent leaves its changes for the next one
+                self.input_batch.begin_changes()
             yield
 
 

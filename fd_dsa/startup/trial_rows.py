@@ -45,4 +45,5 @@ def fill_rows(batch: InputBatch, rows: Sequence[TrialRow], is_pending: bool = Fa
 def clear_rows(batch: InputBatch) -> None:
     """Remove all rows and blocks from a batch."""
     batch.begin_step()
-    batch.block_tables[:] = -1
+    for row in range(batch.max_num_seqs):
+        batch.clear_row(row)

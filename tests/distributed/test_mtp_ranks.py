@@ -27,8 +27,10 @@ from fd_dsa.models.sources import MTP_EMBEDDING, MTP_HEAD
 from fd_dsa.models.weights import HostWeights
 from fd_dsa.runner import ModelRunner
 from fd_dsa.runner.ranks import DriverRunner, WorkerRunner
+from fd_dsa.runner.step import Step
 from tests.engine.mtp_engine import NUM_BLOCKS, answers_of, dear_layer, make_runner
 from tests.models.folders import f32, write_folder
+from tests.runner.following import all_of
 from tests.runner.tiny import GLM, V32, random_tensors
 
 MTP = {"num_nextn_predict_layers": 1, "vocab_size": 52}
@@ -41,11 +43,16 @@ CASES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
 
 
 class Watched(ModelRunner):
-    """Runner that records the logits of each call of the layer."""
+    """Runner that records its batch at each step, and the logits of each call of the layer."""
 
     def __init__(self, *given: Any, **more: Any) -> None:
         super().__init__(*given, **more)
         self.seen: list[str] = []
+        self.batches: list[dict[str, object]] = []
+
+    def initialize_forward_meta(self, *given: Any) -> Step:
+        self.batches.append(all_of(self.input_batch))
+        return super().initialize_forward_meta(*given)
 
     def predict_more(
         self, next_ids: np.ndarray, tokens: Sequence[int], follows: Sequence[int] = ()
@@ -146,6 +153,7 @@ def test_drafts_are_those_of_one_rank_and_equal_on_both(
     assert found[1].stats().prefix_cache_hits and sum(map(len, drafts.values())) > 40
     # equal bits of logits give equal drafts, because a sample is a function of its logits
     assert driver.seen == worker.seen and len(worker.seen) > 40
+    assert driver.batches == worker.batches and len(worker.batches) > 40
 
 
 class FailingDriver(DriverRunner):

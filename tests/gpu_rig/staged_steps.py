@@ -118,7 +118,7 @@ class RunnerSteps(StagedSteps):
         batch.begin_step()
         batch.add_row(0, [step], 1, False)
         batch.add_row(last, [step], 1, False)
-        batch.block_tables[last, -1] = step
+        batch.set_blocks(last, [step], start=batch.block_tables.shape[1] - 1)
 
     def stage(self, step: int) -> None:
         """Fill the batch and queue its copies."""

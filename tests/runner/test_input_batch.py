@@ -9,15 +9,7 @@ from hypothesis import strategies as st
 
 from fd_dsa.errors import CapacityError
 from fd_dsa.runner import InputBatch
-
-
-def state(batch: InputBatch) -> dict[str, object]:
-    """Everything a step reads, copied."""
-    names = ("num_chunk_tokens", "num_computed_tokens", "num_scheduled_tokens", "block_tables")
-    counts = ("num_tokens", "num_prefill_tokens", "max_seqlen_k", "num_rows")
-    found: dict[str, object] = {name: getattr(batch, name).tolist() for name in names}
-    found |= {name: getattr(batch, name) for name in counts}
-    return found | {"ids": batch.token_ids[: batch.num_tokens].tolist()}
+from tests.runner.following import Follower, all_of
 
 
 @given(st.data())
@@ -49,7 +41,7 @@ def test_a_new_step_keeps_blocks_and_addresses() -> None:
     batch.set_blocks(1, [9], start=2)
     batch.add_row(1, [3], 32, is_prefill=False)
     batch.begin_step()
-    assert state(batch) == state(InputBatch(3, 8, 4, 16)) | {
+    assert all_of(batch) == all_of(InputBatch(3, 8, 4, 16)) | {
         "block_tables": [[-1] * 4, [4, 5, 9, -1], [-1] * 4]
     }
     assert addresses == [a.ctypes.data for a in vars(batch).values() if isinstance(a, np.ndarray)]
@@ -77,10 +69,10 @@ def test_refused_rows_change_nothing(name: str) -> None:
     method, arguments, error, message = REFUSED[name]
     batch = InputBatch(4, 4, 2, 16)
     batch.add_row(1, [6, 7], 3, is_prefill=True)
-    before = state(batch)
+    before = all_of(batch)
     with pytest.raises(error, match=message):
         getattr(batch, f"add_{method}")(*arguments)
-    assert state(batch) == before
+    assert all_of(batch) == before
 
 
 def test_more_blocks_than_a_row_holds() -> None:
@@ -99,25 +91,62 @@ def test_rows_are_those_of_add_row() -> None:
     both[0].add_rows(rows, [1, 2, 2], [7, 0, 3, 9, 8], cached, prompts)
     given = zip(rows, ids, cached, prompts, strict=True)
     assert [both[1].add_row(*row) for row in given] == [2, 4, 6]
-    assert state(both[0]) == state(both[1])
+    assert all_of(both[0]) == all_of(both[1])
 
 
-def test_a_step_is_restored_with_all_that_later_drafts_need() -> None:
-    batch, copy = (InputBatch(4, 8, 4, 4) for _ in range(2))
-    copy.set_blocks(1, [9, 9, 9, 9])
+def test_a_step_is_restored_in_another_process() -> None:
+    batch = InputBatch(4, 8, 4, 4)
+    follower = Follower(batch)
     batch.set_blocks(1, [5, 6])
     batch.add_rows([1, 2], [3, 2], [0, 7, 3, 4, 5], [5, 0], [False, True], {0: 2, 1: 8})
     batch.pending_source[1] = 3
     batch.next_prompt_tokens[4] = 6
-    copy.restore(batch.state(max_drafts=2))
-    for one in (copy, batch):
-        # keys of a draft at position 8 go to no block
-        assert one.block_tables[1, :3].tolist() == [5, 6, -1]
+    follower.follow()
+    for one in (follower.batch, batch):
+        assert one.block_tables[1].tolist() == [5, 6, -1, -1]
         assert one.pending_source.tolist() == [-1, 3, -1, -1]
         assert one.staged_ids().tolist() == [-3, -9, 3, 4, 5]
         assert one.next_tokens([0, 1, 2], 10).tolist() == [-11, -12, -13, 5, 6]
-    copy.block_tables[1, 3] = -1
-    assert state(copy) == state(batch)
+
+
+@given(st.data())
+def test_a_batch_that_follows_all_steps_stays_equal(data: st.DataObject) -> None:
+    batch, lengths = InputBatch(3, 8, 6, 4), [0] * 3
+    batch.set_blocks(0, [8, 9])
+    follower = Follower(batch)
+    for _ in range(data.draw(st.integers(1, 8))):
+        batch.begin_step()
+        for row in data.draw(st.lists(st.integers(0, 2), max_size=6)):
+            if data.draw(st.booleans()):
+                # a row ends, or another request gets it
+                batch.clear_row(row)
+                lengths[row] = 0
+            blocks = data.draw(st.lists(st.integers(0, 99), max_size=6 - lengths[row]))
+            batch.set_blocks(row, blocks, lengths[row])
+            lengths[row] += len(blocks)
+        for row in sorted(data.draw(st.sets(st.integers(0, 2)))):
+            batch.add_row(row, [7], data.draw(st.integers(0, 20)), is_prefill=False)
+        follower.follow(is_sent_again=data.draw(st.booleans()))
+
+
+def test_a_message_has_only_the_changed_blocks() -> None:
+    """One table alone would take two kilobytes."""
+    batch, rows = InputBatch(128, 256, 512, 64), range(128)
+    follower = Follower(batch)
+    for row in rows:
+        batch.set_blocks(row, [row] * 511)
+    batch.add_rows(rows, [1] * 128, [7] * 128, [32703] * 128, [False] * 128)
+    assert follower.follow() > 128 * 511
+    batch.begin_step()
+    batch.set_blocks(5, [300], 511)
+    batch.add_rows(rows, [1] * 128, [7] * 128, [32704] * 128, [False] * 128)
+    assert follower.follow() < 5000
+
+
+def test_block_tables_change_only_by_methods_that_note_it() -> None:
+    batch = InputBatch(2, 8, 4, 16)
+    with pytest.raises(ValueError, match="read-only"):
+        batch.block_tables[1, 2] = 3
 
 
 def test_pending_tokens_are_staged_by_their_index() -> None:

@@ -151,7 +151,8 @@ def test_a_warm_up_leaves_an_empty_batch_and_no_trace(model: Any) -> None:
     warm_up_kernels(runner)
     assert runner.input_batch.num_tokens == 0 and runner.input_batch.num_rows == 0
     assert (runner.input_batch.block_tables[0] == -1).all()
-    runner.input_batch.block_tables[:] = tables
+    for row, table in enumerate(tables):
+        runner.input_batch.set_blocks(row, table)
     assert_same(in_chunks(runner, 0, [20, 25], 45), wanted)
 
 

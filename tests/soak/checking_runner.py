@@ -20,6 +20,7 @@ from fd_dsa.ops.sampling.token_buffer import REJECTED
 from fd_dsa.runner.input_batch import InputBatch, SamplingInputs
 from fd_dsa.runner.protocol import RunnerInfo, StepFuture
 from tests.engine.drafters import KnowingDrafter
+from tests.runner.following import Follower
 
 VOCAB_SIZE = 12
 EOS = 1
@@ -61,6 +62,7 @@ class CheckingRunner:
         self.vocab_size = vocab_size
         self.block_size = input_batch.block_size
         self.cache = np.full((num_blocks, self.block_size), -1, np.int64)
+        self._follower = Follower(input_batch)
         self.fails = False
         self.written: set[int] = set()
         self.num_tokens = 0
@@ -73,6 +75,7 @@ class CheckingRunner:
 
     def execute_model(self, logits_indices: np.ndarray) -> np.ndarray:
         """Write the step's tokens, check all that its rows read, answer by what they hold."""
+        self._follower.follow()
         batch = self.input_batch
         running = self._running()
         self._hashes = {r: self._hashes[r] for r in running.values() if r in self._hashes}

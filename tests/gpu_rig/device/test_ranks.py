@@ -30,12 +30,14 @@ from fd_dsa.models.registry import config_from_dict, create_model
 from fd_dsa.models.sources import MTP_HEAD
 from fd_dsa.models.weights import HostWeights
 from fd_dsa.runner import InputBatch, ModelRunner
+from fd_dsa.runner.input_batch import SamplingInputs, StepInputs
 from fd_dsa.runner.ranks import DriverRunner, WorkerRunner
 from fd_dsa.startup.capture import capture_graphs
 from tests.engine.drafters import KnowingDrafter
 from tests.engine.fakes import byte_tokenizer, run_all
 from tests.gpu_rig import Rig
 from tests.gpu_rig.captures import stand_in
+from tests.runner.following import all_of
 from tests.runner.tiny import V32, random_tensors, stored
 
 pytestmark = [pytest.mark.gpu_rig, pytest.mark.triton, pytest.mark.slow]
@@ -89,11 +91,16 @@ class ThroughHost(Group):
 
 
 class Watched(ModelRunner):
-    """Runner that records the drafts of its layer."""
+    """Runner that records its batch at each step, and the drafts of its layer."""
 
     def __init__(self, *given: Any, **more: Any) -> None:
         super().__init__(*given, **more)
         self.drafts: list[list[int]] = []
+        self.batches: list[dict[str, object]] = []
+
+    def stage(self, sampled: np.ndarray, sampling: SamplingInputs) -> StepInputs:
+        self.batches.append(all_of(self.input_batch))
+        return super().stage(sampled, sampling)
 
     def draft(self, num_requests: int, count: int) -> None:
         super().draft(num_requests, count)
@@ -224,5 +231,6 @@ def test_tokens_of_two_ranks_are_those_of_a_cpu(
         first.send(b"")
     follower.join(60)
     assert [type(error) for error in failures] == [EOFError]
+    assert workers[0].batches == runner.batches and len(runner.batches) > 6
     assert workers[0].drafts == runner.drafts and bool(runner.drafts) == (method == "mtp")
     first.close()
