@@ -42,11 +42,15 @@ class DSACaches:
 
     @staticmethod
     def check_flags(config: EngineConfig, model_config: ModelConfig) -> None:
-        """Refuse caches that the model's widths do not fit.
+        """Refuse weights in four bits on a device, and caches that the model's widths do not fit.
 
         Raises:
             ConfigError: names the flag.
         """
+        if model_config.packing is not None and config.device != "cpu":
+            title = model_config.packing.title
+            hint = "give --device cpu, or serve the model's FP8 or bfloat16 checkpoint"
+            raise flag_error("device", config.device, f"cpu with weights in {title}", hint)
         model_config.cache_layout(config.kv_cache_dtype, config.block_size)
 
     def workspace_bytes(self, traits: GpuTraits) -> int:

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from fd_dsa.errors import CheckpointError, shorten
 from fd_dsa.models.config_reader import parse_json, read_json_object
 from fd_dsa.models.dequantize import FP4, FP8, SCALE_SUFFIX, TensorInfo
+from fd_dsa.models.packing import PART_SUFFIXES, Packing
 from fd_dsa.models.sources import StoredTensor
 
 __all__ = ["Checkpoint", "TensorInfo"]
@@ -110,6 +111,10 @@ class Checkpoint:
     def __contains__(self, name: str) -> bool:
         return name in self._infos
 
+    def find(self, name: str) -> TensorInfo | None:
+        """Return dtype, shape and place of a tensor, or None without such a tensor."""
+        return self._infos.get(name)
+
     def info(self, name: str) -> TensorInfo:
         """Return dtype, shape and place of a tensor.
 
@@ -127,18 +132,28 @@ class Checkpoint:
             raise RuntimeError(f"{info.file}: the file is closed")
         return np.frombuffer(self._maps[info.file], np.uint8, info.nbytes, info.offset)
 
-    def tensor(self, name: str, weight_block_size: tuple[int, int] | None = None) -> StoredTensor:
+    def tensor(
+        self,
+        name: str,
+        weight_block_size: tuple[int, int] | None = None,
+        packing: Packing | None = None,
+    ) -> StoredTensor:
         """Return a tensor, whose bytes are read when they are used.
 
         The checkpoint must have passed `validate`.
 
         Args:
             weight_block_size: rows and columns of a block of an FP8 weight.
+            packing: layout of matrices in four bits.
 
         Raises:
             CheckpointError: unknown name.
         """
         info = self.info(name)
+        if packing is not None and info.dtype == packing.dtype:
+            ends = (part.removeprefix(name) for part in self.parts(name)[1:])
+            parts = {end: StoredTensor(self.info(name + end), self.raw(name + end)) for end in ends}
+            return StoredTensor(info, self.raw(name), packing=packing, parts=parts)
         if info.dtype not in (FP8, FP4):
             return StoredTensor(info, self.raw(name))
         scale = self.tensor(name + SCALE_SUFFIX)
@@ -146,6 +161,10 @@ class Checkpoint:
             return StoredTensor(info, self.raw(name), scale)
         assert weight_block_size is not None, name
         return StoredTensor(info, self.raw(name), scale, weight_block_size)
+
+    def parts(self, name: str) -> list[str]:
+        """Return the name of a tensor and those of its scales and the like, as far as stored."""
+        return [one for end in ("", *PART_SUFFIXES) if (one := name + end) in self]
 
     def release(self, name: str) -> None:
         """Return the mapped pages of a tensor to the system until the next read."""
@@ -161,7 +180,10 @@ class Checkpoint:
             infos = {name_of(name): info for name, info in self._infos.items()}
             if len(infos) < len(self._infos):
                 twice = next(i for n, i in self._infos.items() if infos[name_of(n)] is not i)
-                raise CheckpointError(f"{twice.file}: tensor {shorten(twice.name)} is there twice")
+                other = infos[name_of(twice.name)].name
+                raise CheckpointError(
+                    f"{twice.file}: tensor {shorten(twice.name)} is there twice, also as {other!r}"
+                )
             self._infos = infos
         return self
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any
 
 from fd_dsa.cache_formats import CacheLayout
 from fd_dsa.errors import flag_error
-from fd_dsa.models.config_reader import FieldReader, as_integer
+from fd_dsa.models.config_reader import FieldReader
 from fd_dsa.models.defaults import ModelDefaults
+from fd_dsa.models.packing import Packing
+from fd_dsa.models.quantization import read_quantization
 from fd_dsa.models.rope_config import RopeConfig, read_rope, yarn_mscale
 
 __all__ = ["ModelConfig", "RopeConfig"]
@@ -63,6 +65,7 @@ class ModelConfig(ModelDefaults):
         eos_token_ids: end-of-text tokens of config.json, then those of generation_config.json.
         weight_block_size: rows and columns of a block with one float32 scale in FP8 weights (e4m3,
             stored [out, in]); None = no FP8 weights.
+        packing: layout of the matrices in four bits; None = there are none.
         round_scales: scales of FP8 activations are powers of two (`scale_fmt` ue8m0).
         num_nextn_predict_layers: layers for multi-token prediction after the last one.
         mtp: tables that the loaded MTP layer has in addition to the model's; None = no MTP layer
@@ -82,6 +85,7 @@ class ModelConfig(ModelDefaults):
     eos_token_ids: tuple[int, ...]
     pad_token_id: int | None
     weight_block_size: tuple[int, int] | None = None
+    packing: Packing | None = None
     round_scales: bool = False
     num_nextn_predict_layers: int = 0
     mtp: tuple[str, ...] | None = None
@@ -220,7 +224,7 @@ def _read_fields(reader: FieldReader, defaults: ModelDefaults) -> dict[str, Any]
         "eos_token_ids": reader.token_ids("eos_token_id", vocab_size, 1),
         "pad_token_id": reader.token_id("pad_token_id", vocab_size),
     }
-    values |= _read_quantization(reader)
+    values |= read_quantization(reader)
     _check_consistency(reader, values)
     return values
 
@@ -305,35 +309,6 @@ def read_indexer_types(
     if not defaults.shares_selections and "shared" in types:
         raise reader.error(name, reader.raw(name), f"full layers only in {defaults.model_type}")
     return types
-
-
-def _read_quantization(reader: FieldReader) -> dict[str, Any]:
-    """Read block size and kind of scales of FP8 weights. Empty without FP8 weights."""
-    # the second key is fd_dsa's own, for a model in which only the MTP layer is FP8
-    names = "quantization_config", "mtp_quantization_config"
-    found = [read_fp8(one) for name in names if (one := reader.section(name)) is not None]
-    if len(found) == 2 and found[0]["weight_block_size"] != found[1]["weight_block_size"]:
-        size = found[0]["weight_block_size"]
-        raise reader.error(names[1], reader.raw(names[1]), f"blocks of {size}, as in {names[0]}")
-    return found[0] if found else {}
-
-
-def read_fp8(section: FieldReader, expert_dtypes: Sequence[str] = ("fp8",)) -> dict[str, Any]:
-    """Read block size and kind of scales from one object.
-
-    Args:
-        expert_dtypes: supported types of routed experts.
-    """
-    section.choice("quant_method", None, ("fp8",))
-    section.choice("fmt", "e4m3", ("e4m3",))
-    section.choice("activation_scheme", "dynamic", ("dynamic",))
-    scale_fmt = section.choice("scale_fmt", None, (None, "ue8m0", "float"))
-    section.choice("expert_dtype", "fp8", expert_dtypes)
-    size = section.raw("weight_block_size", [128, 128])
-    blocks = [as_integer(n) or 0 for n in size] if isinstance(size, (list, tuple)) else []
-    if len(blocks) != 2 or min(blocks) < 1:
-        raise section.error("weight_block_size", size, "two integers of at least 1")
-    return {"weight_block_size": (blocks[0], blocks[1]), "round_scales": scale_fmt == "ue8m0"}
 
 
 def read_generation(

@@ -1,4 +1,4 @@
-"""Conversion of stored tensors (bfloat16, float16, block FP8, FP4) to float32.
+"""Conversion of stored tensors (bfloat16, float16, block FP8, FP4, INT4) to float32.
 
 Source: README_WEIGHTS.md of deepseek-ai/DeepSeek-V3 ("FP8 Weight Documentation"); inference code of
 DeepSeek-V4 for FP4.
@@ -111,11 +111,11 @@ def dequantize_blocks(
 
 
 def dequantize_groups(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """Return W[n, k] = e2m1(code k of row n) * scales[n, k // 32], float32 [out, in].
+    """Return W[n, k] = e2m1(code k of row n) * scales[n, k // group], float32 [out, in].
 
     Args:
         codes: uint8 [out, in / 2], two codes a byte.
-        scales: float32 [out, in / 32], multipliers.
+        scales: float32 [out, in / group], multipliers of 16 or 32 values.
     """
     rows, width = codes.shape
     values = _empty((rows, 2 * width))
@@ -123,8 +123,28 @@ def dequantize_groups(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
     for first in range(0, rows, BLOCK):
         part = values[first : first + BLOCK]
         decode_e2m1(codes[first : first + BLOCK], part)
-        groups = part.reshape(len(part), -1, FP4_GROUP)
+        groups = part.reshape(len(part), scales.shape[1], -1)
         groups *= scales[first : first + BLOCK, :, None]
+    return values
+
+
+def dequantize_int4(
+    codes: np.ndarray, zeros: np.ndarray, scales: np.ndarray, groups: np.ndarray
+) -> np.ndarray:
+    """Return W[n, k] = (codes[n, k] - zeros[n, g]) * scales[n, g], g = groups[k], float32.
+
+    Args:
+        codes: uint8 [out, in], 0 to 15.
+        zeros, scales: float32 [out, groups of a row].
+        groups: int [in].
+    """
+    values = _empty(codes.shape)
+    # strips, so that the scale of each value is in memory for few rows
+    for first in range(0, len(codes), BLOCK):
+        strip = slice(first, first + BLOCK)
+        part = values[strip]
+        np.subtract(codes[strip], zeros[strip, groups], out=part)
+        part *= scales[strip, groups]
     return values
 
 

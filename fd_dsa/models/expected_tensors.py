@@ -11,7 +11,7 @@ import numpy as np
 
 from fd_dsa.models.deepseek_v4.config import DeepseekV4Config
 from fd_dsa.models.moe import gated
-from fd_dsa.models.registry import FAMILIES, FamilyConfig
+from fd_dsa.models.registry import FAMILIES, FamilyConfig, packing_of
 from fd_dsa.models.sources import MTP_JOIN, WeightLoader
 
 EXPERT = ".experts."
@@ -28,6 +28,7 @@ class ExpectedTensor:
         shape: stored shape. Weights of GEMMs are [out, in].
         quantisable: True if it may be stored as FP8 with a `_scale_inv` companion.
         may_be_fp4: True if it may be stored as FP4 with such a companion.
+        may_be_packed: True if it may have four bits in the layout of a `Packing`.
         ids_below: one more than the largest of its int64 ids, 0 = floating-point values.
     """
 
@@ -35,6 +36,7 @@ class ExpectedTensor:
     quantisable: bool = False
     ids_below: int = 0
     may_be_fp4: bool = False
+    may_be_packed: bool = False
 
     @property
     def num_elements(self) -> int:
@@ -52,7 +54,7 @@ def expected_tensors(config: FamilyConfig) -> dict[str, ExpectedTensor]:
     Cost: the model is built without weights, and Paddle is not imported.
     """
     fp4_experts = isinstance(config, DeepseekV4Config) and config.expert_dtype == "fp4"
-    weights = _Expected(fp4_experts)
+    weights = _Expected(fp4_experts=fp4_experts, packed=packing_of(config) is not None)
     FAMILIES[config.model_type].model(config, weights)
     return weights.tensors
 
@@ -64,9 +66,9 @@ class _Expected:
     fp8: frozenset[str] = frozenset()
     loaders: ClassVar[dict[str, WeightLoader]] = {}
 
-    def __init__(self, fp4_experts: bool) -> None:
+    def __init__(self, *, fp4_experts: bool, packed: bool) -> None:
         self.tensors: dict[str, ExpectedTensor] = {}
-        self._fp4_experts = fp4_experts
+        self._fp4_experts, self._packed = fp4_experts, packed
 
     def vector(self, parts: Mapping[str, int], factor: float = 1.0) -> None:
         self.tensors |= {name: ExpectedTensor((length,)) for name, length in parts.items()}
@@ -86,7 +88,9 @@ class _Expected:
         for name, width in parts.items():
             fp4 = self._fp4_experts and EXPERT in name
             fp8 = not (fp4 or sums_in_float32 or name.endswith(MTP_JOIN))
-            self.tensors[name] = ExpectedTensor((width, in_width), fp8, may_be_fp4=fp4)
+            self.tensors[name] = ExpectedTensor(
+                (width, in_width), fp8, may_be_fp4=fp4, may_be_packed=self._packed
+            )
 
     def columns(
         self, in_width: int, parts: Mapping[str, int], factors: Mapping[str, float]

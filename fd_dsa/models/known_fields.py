@@ -102,12 +102,28 @@ _GENERATION = (
 )
 # lists of quantised modules, which the dtypes of the stored tensors show too
 _QUANTIZATION = (
-    "quantization_config.dequantize",
-    "quantization_config.ignored_layers",
-    "quantization_config.modules_to_convert",
-    "quantization_config.modules_to_not_convert",
+    "dequantize",
+    "exclude_modules",
+    "ignore",
+    "ignored_layers",
+    "modules_in_block_to_quantize",
+    "modules_to_convert",
+    "modules_to_not_convert",
+    "to_quant_block_names",
+    "block_name_to_quantize",
 )
-_HARMLESS = frozenset((*_METADATA, *_TRAINING, *_REPEATED, *_GENERATION, *_QUANTIZATION))
+# what a quantiser notes of its work, and formats of caches, which a flag decides
+_QUANTIZER = (
+    *("amp", "autoround_version", "enable_quanted_input", "iters", "nsamples", "provider"),
+    *("damp_percent", "lm_head", "meta", "method", "static_groups", "true_sequential"),
+    *("global_compression_ratio", "kv_cache_quant_algo", "kv_cache_scheme", "producer", "version"),
+)
+_HARMLESS = frozenset(
+    (
+        *(*_METADATA, *_TRAINING, *_REPEATED, *_GENERATION),
+        *(f"quantization_config.{name}" for name in (*_QUANTIZATION, *_QUANTIZER)),
+    )
+)
 
 # field -> values with the same meaning as a missing field
 _NEUTRAL: dict[str, tuple[Any, ...]] = {

@@ -22,7 +22,8 @@ from fd_dsa.models.dequantize import (
 )
 from fd_dsa.models.expected_tensors import EXPERT, ExpectedTensor, expected_tensors
 from fd_dsa.models.mla import down_projections
-from fd_dsa.models.registry import FamilyConfig
+from fd_dsa.models.packing import UNUSED_LEAVES
+from fd_dsa.models.registry import FamilyConfig, packing_of
 from fd_dsa.models.sources import (
     EMBEDDING,
     LM_HEAD,
@@ -66,14 +67,21 @@ def validate(checkpoint: Checkpoint, config: ModelConfig) -> None:
     skipped -= expected.keys()
     skipped |= {n for n in present if n.endswith(_INV_FREQ) or n.startswith(_MTP)}
     unused = _unused_indexers(config, layers) - skipped
+    packing, of_packed = packing_of(config), set()
+    if packing is not None:
+        ends = {name: name.rpartition(".")[2] for name in present - skipped}
+        of_packed = {name for name, end in ends.items() if end in UNUSED_LEAVES}
     companions = {
-        name + SCALE_SUFFIX
+        part
         for name in expected
-        if name in present and checkpoint.info(name).dtype in (FP8, FP4)
+        if name in present and checkpoint.info(name).dtype in (FP8, FP4, packing and packing.dtype)
+        for part in checkpoint.parts(name)[1:]
     }
     tied = {LM_HEAD} if config.tie_word_embeddings else set()
     skipped -= companions
-    unexpected = sorted(present - expected.keys() - companions - skipped - unused - tied)
+    unexpected = sorted(
+        present - expected.keys() - companions - of_packed - skipped - unused - tied
+    )
     problems = [*_problems(checkpoint, config, expected)]
     for name in unexpected:
         info = checkpoint.info(name)
@@ -92,6 +100,12 @@ def validate(checkpoint: Checkpoint, config: ModelConfig) -> None:
             checkpoint.folder,
             len(skipped),
             config.num_hidden_layers,
+        )
+    if of_packed:
+        logger.info(
+            "%s: %d tensors skipped: scales of activations and caches, shapes of weights",
+            checkpoint.folder,
+            len(of_packed),
         )
     if unused:
         logger.info(
@@ -179,6 +193,7 @@ def load_weights(
             f"loaders: got {len(loaders)} names, expected {len(expected)}; {odd!r} is only in one"
         )
     part_of, shares = rank_parts(config, group)
+    packing = packing_of(config)
     sizes = {
         name: int(checkpoint.info(name).nbytes * shares.get(name, 1))
         for name in checkpoint.names()
@@ -187,13 +202,12 @@ def load_weights(
     total, done, wide, blocks = sum(sizes.values()), 0, 0, 0
     progress(done, total)
     for name, size in sizes.items():
-        tensor = checkpoint.tensor(name, config.weight_block_size)
+        tensor = checkpoint.tensor(name, config.weight_block_size, packing)
         found = tensor.wide_blocks()
         wide, blocks = wide + found[0], blocks + found[1]
         loaders[name](part_of(name, tensor))
-        for stored in (name, name + SCALE_SUFFIX):
-            if stored in checkpoint:
-                checkpoint.release(stored)
+        for stored in checkpoint.parts(name):
+            checkpoint.release(stored)
         done += size
         progress(done, total)
     if blocks:
@@ -207,6 +221,7 @@ def _problems(
     checkpoint: Checkpoint, config: ModelConfig, expected: Mapping[str, ExpectedTensor]
 ) -> Iterator[str]:
     """Yield a message for each expected tensor that is missing or does not fit."""
+    packing = packing_of(config)
     for name, tensor in expected.items():
         if name not in checkpoint:
             yield (
@@ -218,6 +233,11 @@ def _problems(
         where, shape = f"{info.file}: tensor {shorten(info.name)}", list(tensor.shape)
         quantised = [FP8] * tensor.quantisable + [FP4] * tensor.may_be_fp4
         allowed = ["I64"] if tensor.ids_below else [*FLOAT_DTYPES, *quantised]
+        if packing is not None and tensor.may_be_packed:
+            if info.dtype == packing.dtype:
+                yield from packing.problems(name, tensor.shape, checkpoint.find)
+                continue
+            allowed.append(packing.dtype)
         if info.dtype == FP4 and tensor.may_be_fp4:
             # two values a byte
             shape[1] //= 2
@@ -240,7 +260,7 @@ def _scale_problems(
     if info.dtype == FP4:
         block, allowed = (1, FP4_GROUP), [POWER]
     if block is None:
-        yield f"{where}: found dtype {FP8}, but config.json has no quantization_config"
+        yield f"{where}: found dtype {FP8}, but config.json names no blocks of FP8 weights"
         return
     expected = list(num_blocks(tensor.shape, block))
     scale_name = name + SCALE_SUFFIX

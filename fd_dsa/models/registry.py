@@ -13,6 +13,8 @@ from fd_dsa.models.config_reader import FieldReader, read_json_object
 from fd_dsa.models.deepseek_v4.config import DeepseekV4Config, DeepseekV4Defaults
 from fd_dsa.models.deepseek_v4.tensors import tensor_name
 from fd_dsa.models.defaults import ModelDefaults
+from fd_dsa.models.packing import Packing
+from fd_dsa.models.quantization import with_formats
 
 if TYPE_CHECKING:
     from fd_dsa.models.checkpoint import Checkpoint
@@ -249,7 +251,7 @@ def find_family(reader: FieldReader) -> Family[Any]:
 def read_config(folder: str | os.PathLike[str], *, allow_unknown: bool = False) -> FamilyConfig:
     """Return the configuration of the model in a folder.
 
-    Reads config.json and generation_config.json, if there is one.
+    Reads config.json, and generation_config.json and hf_quant_config.json if there are such.
 
     Args:
         folder: model folder in Hugging Face format.
@@ -261,9 +263,10 @@ def read_config(folder: str | os.PathLike[str], *, allow_unknown: bool = False) 
     """
     path, generation = Path(folder) / "config.json", Path(folder) / "generation_config.json"
     proposed = read_json_object(generation) if generation.exists() else None
-    return config_from_dict(
-        read_json_object(path), str(path), proposed, str(generation), allow_unknown=allow_unknown
-    )
+    data, formats = read_json_object(path), Path(folder) / "hf_quant_config.json"
+    if formats.exists():
+        data = with_formats(data, read_json_object(formats))
+    return config_from_dict(data, str(path), proposed, str(generation), allow_unknown=allow_unknown)
 
 
 def config_from_dict(
@@ -299,7 +302,14 @@ def open_checkpoint(config: FamilyConfig, folder: str | os.PathLike[str]) -> Che
     """Open the weights of a model folder, under the names of `expected_tensors`."""
     from fd_dsa.models.checkpoint import Checkpoint
 
-    return Checkpoint.open(folder, FAMILIES[config.model_type].tensor_name)
+    packing = packing_of(config)
+    packed_name = None if packing is None else packing.name_of
+    return Checkpoint.open(folder, FAMILIES[config.model_type].tensor_name or packed_name)
+
+
+def packing_of(config: FamilyConfig) -> Packing | None:
+    """Return the layout of a checkpoint's matrices in four bits, None without such."""
+    return config.packing if isinstance(config, ModelConfig) else None
 
 
 def create_model(config: FamilyConfig, weights: Weights | None = None) -> FamilyModel:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from fd_dsa.models.dequantize import (
     to_float32,
     wide_blocks,
 )
+from fd_dsa.models.packing import Packing
 
 LM_HEAD = "lm_head.weight"
 EMBEDDING = "model.embed_tokens.weight"
@@ -36,15 +37,19 @@ class StoredTensor:
         raw: uint8 [nbytes], the bytes, a read-only view of the file.
         scale: scales of an FP8 or FP4 tensor [blocks of rows, blocks of columns].
         block_size: rows and columns of a block of an FP8 tensor.
+        packing: layout of a matrix in four bits; None = another tensor.
+        parts: further tensors of a packed matrix, by the end of their name here.
     """
 
     info: TensorInfo
     raw: np.ndarray
     scale: StoredTensor | None = None
     block_size: tuple[int, int] = (1, 1)
+    packing: Packing | None = None
+    parts: Mapping[str, StoredTensor] = field(default_factory=dict)
 
     def float32(self) -> np.ndarray:
-        """Return float32 in the stored shape, of FP4 twice as many columns.
+        """Return float32 in the stored shape, or the shape of a matrix in four bits.
 
         Returns:
             A read-only view of the file for F32, else a new array.
@@ -52,6 +57,9 @@ class StoredTensor:
         Raises:
             CheckpointError: a dtype that is not supported, or a scale that is NaN.
         """
+        if self.packing is not None:
+            parts = {end: (part.info, part.raw) for end, part in self.parts.items()}
+            return self.packing.unpack({"": (self.info, self.raw), **parts})
         if self.scale is None:
             return to_float32(self.raw, self.info)
         codes = self.raw.reshape(self.info.shape)
@@ -73,17 +81,17 @@ class StoredTensor:
     def narrowed(self, axis: int, start: int, stop: int) -> StoredTensor:
         """Return rows (axis 0) or columns (axis 1) of a matrix.
 
-        The others are not read. An FP8 matrix whose blocks the borders cut becomes float32. FP4 is
-        not supported.
+        The others are not read. A packed matrix, and an FP8 matrix whose blocks the borders cut,
+        become float32. FP4 is not supported.
         """
         source, scale, block = self, None, self.block_size[axis]
-        if self.scale is not None:
-            if start % block or (stop % block and stop < self.info.shape[axis]):
-                values = np.ascontiguousarray(self.float32())
-                info = replace(self.info, dtype="F32", nbytes=values.nbytes)
-                source = StoredTensor(info, values.view(np.uint8).reshape(-1))
-            else:
-                scale = self.scale.narrowed(axis, start // block, -(-stop // block))
+        cut = start % block or (stop % block and stop < self.info.shape[axis])
+        if self.packing is not None or (self.scale is not None and cut):
+            values = np.ascontiguousarray(self.float32())
+            info = replace(self.info, dtype="F32", shape=values.shape, nbytes=values.nbytes)
+            source = StoredTensor(info, values.view(np.uint8).reshape(-1))
+        elif self.scale is not None:
+            scale = self.scale.narrowed(axis, start // block, -(-stop // block))
         rows, columns = source.info.shape
         cells = source.raw.reshape(rows, columns, -1)
         cells = cells[start:stop] if axis == 0 else cells[:, start:stop]

@@ -83,7 +83,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
         "original_max_position_embeddings",
         "as in the other place",
     ),
-    ({"quantization_config": {**FP8, "quant_method": "awq"}}, "quant_method", "'fp8'"),
+    ({"quantization_config": {**FP8, "quant_method": "hqq"}}, "quant_method", "'fp8'"),
     ({"quantization_config": {}}, "quantization_config.quant_method", "None"),
     ({"quantization_config": {**FP8, "fmt": "e5m2"}}, "fmt", "'e4m3'"),
     ({"quantization_config": {**FP8, "activation_scheme": "static"}}, "activation_scheme", "dyn"),

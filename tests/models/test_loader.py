@@ -261,7 +261,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Stored], str]] = {
     "FP8 without quantization_config": (
         TINY,
         PLAIN | {Q_A: f8(np.zeros((12, 32)))},
-        f"{Q_A!r}: found dtype F8_E4M3, but config.json has no quantization_config",
+        f"{Q_A!r}: found dtype F8_E4M3, but config.json names no blocks of FP8 weights",
     ),
     "FP8 without scales": (
         TINY_FP8,

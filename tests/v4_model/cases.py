@@ -92,6 +92,20 @@ def _layers(*kinds: str) -> dict[str, Any]:
     return {"layer_types": list(kinds), "num_hidden_layers": len(kinds)}
 
 
+def write_tokenizer(folder: Path) -> Path:
+    """Write a tokenizer of 94 characters; returns the folder."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())[:94]
+    vocab = {token: i for i, token in enumerate(("<bos>", "<eos>", *alphabet))}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<bos>", "<eos>"])
+    backend.save(str(folder / "tokenizer.json"))
+    names = {"bos_token": "<bos>", "eos_token": "<eos>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(names))
+    return folder
+
+
 @dataclass(frozen=True)
 class Case:
     """One random model: what differs from the common configuration, and its seed."""
@@ -139,17 +153,7 @@ class Case:
 
     def write_served(self, folder: Path) -> Path:
         """`write`, and a tokenizer of 94 characters."""
-        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())[:94]
-        vocab = {token: i for i, token in enumerate(("<bos>", "<eos>", *alphabet))}
-        backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        backend.decoder = decoders.ByteLevel()
-        backend.add_special_tokens(["<bos>", "<eos>"])
-        self.write(folder)
-        backend.save(str(folder / "tokenizer.json"))
-        names = {"bos_token": "<bos>", "eos_token": "<eos>"}
-        (folder / "tokenizer_config.json").write_text(json.dumps(names))
-        return folder
+        return write_tokenizer(self.write(folder))
 
     def _table(self, rng: np.random.Generator, expected: Any) -> np.ndarray:
         """Experts of each token id: different ones, or drawn with repetition."""

@@ -8,9 +8,10 @@ from typing import Any
 
 from fd_dsa.cache_formats import PooledLayer, V4CacheLayout
 from fd_dsa.errors import flag_error
-from fd_dsa.models.config import MAX_EXPERTS, read_fp8, read_plain, spare_layers
+from fd_dsa.models.config import MAX_EXPERTS, read_plain, spare_layers
 from fd_dsa.models.config_reader import FieldReader, as_integer
 from fd_dsa.models.dequantize import FP4_GROUP
+from fd_dsa.models.quantization import read_fp8
 from fd_dsa.models.rope_config import ROPE_FIELDS, RopeConfig, read_section
 
 WINDOW, CSA, HCA = (
