@@ -9,6 +9,7 @@ the loaders of vLLM and SGLang.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -33,7 +34,7 @@ UNUSED_LEAVES = ("input_scale", "input_global_scale", "k_scale", "v_scale", "wei
 """Last parts of the names of scales of activations and caches, and of a matrix' shape."""
 # values of a word, and zero point of symmetric INT4
 _WORD, _MIDDLE = 8, 8
-_KINDS = Mapping[str, tuple[tuple[str, ...], tuple[int, ...]]]
+_Kinds = dict[str, tuple[tuple[str, ...], tuple[int, ...]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +84,7 @@ class Packing:
         codes = info_of(name)
         assert codes is not None, name
         where, (rows, columns) = f"{codes.file}: {self.title}: tensor", shape
-        across = _WORD if self.dtype == "I32" else self.group_size or 2
+        across = _WORD if self.dtype == "I32" else math.lcm(2, self.group_size or 2)
         if self.transposed and self.code_axis == 1:
             across = 1
         down = _WORD if across == 1 or self.zero_offset is not None else 1
@@ -107,14 +108,14 @@ class Packing:
                 found = f"{info.dtype} {list(info.shape)}"
                 yield f"{where} {shorten(info.name)}: expected {wanted}, found {found}"
 
-    def _parts(self, rows: int, columns: int) -> _KINDS:
+    def _parts(self, rows: int, columns: int) -> _Kinds:
         """Return dtypes and shape of each tensor of a matrix, by the end of its name here."""
         groups = -(-columns // (self.group_size or columns))
         codes, scales, zeros = [rows, columns], (rows, groups), (rows // _WORD, groups)
         if self.transposed:
             codes, scales, zeros = [columns, rows], (groups, rows), (groups, rows // _WORD)
         codes[self.code_axis] //= _WORD if self.dtype == "I32" else 2
-        found: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {
+        found: _Kinds = {
             "": ((self.dtype,), tuple(codes)),
             SCALE_SUFFIX: ((FP8,) if self.dtype == "U8" else FLOAT_DTYPES, scales),
         }

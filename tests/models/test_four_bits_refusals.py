@@ -185,13 +185,28 @@ def test_values_that_are_no_numbers(fault: str, folders: dict[str, Path], tmp_pa
     assert "\n" not in str(caught.value)
 
 
-def test_widths_that_words_cut(folders: dict[str, Path], tmp_path: Path) -> None:
-    folder = write(tmp_path, stored_tensors(folders["awq"]), FORMATS["awq"])
-    fields = json.loads((folder / "config.json").read_text()) | {"moe_intermediate_size": 124}
+@pytest.mark.parametrize(
+    ("name", "sizes", "group_size", "text"),
+    [
+        ("awq", {"moe_intermediate_size": 124}, 128, "got [124, 256], allowed: [out, in] with mul"),
+        ("w4afp8", {}, 3, "got [128, 256], allowed: [out, in] with multiples of 1 and 6"),
+    ],
+)
+def test_widths_that_are_cut(
+    name: str,
+    sizes: dict[str, int],
+    group_size: int,
+    text: str,
+    folders: dict[str, Path],
+    tmp_path: Path,
+) -> None:
+    """Words of eight values, and groups in whole bytes, do not fill the rows."""
+    folder = write(tmp_path, stored_tensors(folders[name]), FORMATS[name])
+    fields = json.loads((folder / "config.json").read_text()) | sizes
+    fields["quantization_config"]["group_size"] = group_size
     (folder / "config.json").write_text(json.dumps(fields))
     with pytest.raises(CheckpointError) as caught:
         loaded(folder)
-    text = "_proj.qweight': got [124, 256], allowed: [out, in] with multiples of 8 and 1"
     assert text in str(caught.value)
 
 
