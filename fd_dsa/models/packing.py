@@ -210,9 +210,7 @@ COMPRESSED_NVFP4 = Packing(
 )
 """NVFP4 of compressed-tensors."""
 COMPRESSED_INT4 = Packing(
-    "INT4 (compressed-tensors)",
-    "I32",
-    _COMPRESSED | {"weight_zero_point": _ZEROS, "weight_g_idx": _GROUPS},
+    "INT4 (compressed-tensors)", "I32", _COMPRESSED | {"weight_zero_point": _ZEROS}
 )
 """INT4 of compressed-tensors."""
 W4AFP8 = Packing("INT4 (w4afp8)", "I8")

@@ -17,8 +17,6 @@ _NAME = "quantization_config"
 # fd_dsa's own field, for a model in which only the MTP layer is FP8
 _MTP_NAME = "mtp_quantization_config"
 _FORMATS = None, "mixed-precision", "nvfp4-pack-quantized", "pack-quantized", "float-quantized"
-# orders of quantising whose groups are not made of neighbouring columns
-_GROUP_ORDERS = "group", "dynamic"
 _OTHERS = "vLLM or SGLang may serve it; fd_dsa serves the model's FP8 or bfloat16 release"
 
 
@@ -171,7 +169,8 @@ def _read_weights(weights: FieldReader) -> dict[str, Any]:
     for name in ("observer", "observer_kwargs", "scale_dtype", "zp_dtype"):
         weights.raw(name)
     weights.choice("dynamic", False, (False,))
-    order = weights.choice("actorder", None, (None, "weight", "static", *_GROUP_ORDERS))
+    # groups of columns that are no neighbours were removed from compressed-tensors
+    weights.choice("actorder", None, (None, "weight", "static"), _OTHERS)
     symmetric, size = weights.boolean("symmetric", True), weights.raw("group_size")
     kind = tuple(weights.raw(name) for name in ("type", "num_bits", "strategy"))
     if kind == ("float", 8, "block") and symmetric:
@@ -184,7 +183,6 @@ def _read_weights(weights: FieldReader) -> dict[str, Any]:
             COMPRESSED_INT4,
             group_size=_group_size(weights) if kind[2] == "group" else None,
             zero_offset=None if symmetric else 0,
-            has_groups=order in _GROUP_ORDERS,
         )
         return {"packing": packing}
     got = f"{kind[0]} of {kind[1]} bits, {kind[2]}, group_size {size}, symmetric {symmetric}"

@@ -16,8 +16,10 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file
 
+from fd_dsa.models.expected_tensors import expected_tensors
+from fd_dsa.models.registry import config_from_dict
 from tests.models.folders import Stored, bf16, f32, write_safetensors
-from tests.parity.cases import CASES, Case
+from tests.parity.cases import CASES, Case, random_weight
 from tests.v4_model.cases import write_tokenizer
 from tests.v4_model.quantised import E2M1, E4M3, decode_fp8, quantise_fp8
 
@@ -317,17 +319,28 @@ def stored(name: str, values: np.ndarray, kind: Format, rng: np.random.Generator
     return {name: one}, bits.view(np.float32).reshape(values.shape)
 
 
-def write_pair(folder: Path, kind: Format) -> tuple[Path, Path]:
-    """Write a folder in a format and its twin in float32, with tokenizers."""
-    both = folder / "packed", folder / "twin"
+def write_pair(folder: Path, kind: Format, *, mtp: bool = False) -> tuple[Path, Path]:
+    """Write a folder in a format and its twin in float32, with tokenizers.
+
+    Args:
+        mtp: True adds a layer for multi-token prediction.
+    """
+    case, both = kind.case, (folder / "packed", folder / "twin")
+    if mtp:
+        case = replace(case, changes=case.changes | {"num_nextn_predict_layers": 1})
     for one in both:
-        write_tokenizer(kind.case.write(one))
-    rng, tensors, twin = np.random.default_rng(kind.case.seed), {}, {}
-    for name, values in load_file(both[0] / "model.safetensors").items():
-        found, decoded = stored(name, values, kind, rng)
+        write_tokenizer(case.write(one))
+    rng, tensors, twin = np.random.default_rng(case.seed), {}, {}
+    values = load_file(both[0] / "model.safetensors")
+    if mtp:
+        expected = expected_tensors(config_from_dict(case.config).with_mtp_layer())
+        layer = {name: one for name, one in expected.items() if name not in values}
+        values |= {name: random_weight(rng, name, one.shape) for name, one in layer.items()}
+    for name, one in values.items():
+        found, decoded = stored(name, one, kind, rng)
         tensors |= found
         twin[name] = f32(decoded)
-    write(both[0], tensors, kind)
+    write(both[0], tensors, replace(kind, case=case))
     write_safetensors(both[1] / "model.safetensors", twin)
     return both
 

@@ -62,14 +62,21 @@ def test_the_plan_counts_float32(pair: tuple[Path, Path]) -> None:
     assert found.weight_bytes == 4 * sum(array.size for array in loaded(pair[1]).values())
 
 
-@pytest.mark.parametrize("name", ["nvfp4 of modelopt", "gptq, act-order"])
-def test_answers_are_those_of_the_twin(name: str, tmp_path: Path) -> None:
+RANKS, DRAFTS = {"tensor_parallel_size": 2}, {"speculative_config": {"method": "mtp"}}
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("nvfp4 of modelopt", DRAFTS), ("gptq, act-order", {}), ("awq", RANKS), ("w4afp8", {})],
+)
+def test_answers_are_those_of_the_twin(name: str, options: dict[str, Any], tmp_path: Path) -> None:
     kind = FORMATS[name]
     prompts = [kind.case.prompt(n) for n in (12, 40)]
-    forms = {"temperature": 0}, {"temperature": 1.0, "seed": 3}
+    forms: tuple[dict[str, Any], ...] = {"temperature": 0}, {"temperature": 1.0, "seed": 3}
     answers = []
-    for folder in write_pair(tmp_path, kind):
-        with LLM(model=folder, device="cpu", block_size=16, max_num_seqs=4) as llm:
+    for folder in write_pair(tmp_path, kind, mtp=options == DRAFTS):
+        sizes = {"device": "cpu", "block_size": 16, "max_num_seqs": 4}
+        with LLM(model=folder, **sizes, **options) as llm:
             for form in forms:
                 params = SamplingParams(max_tokens=12, ignore_eos=True, **form)
                 found = llm.generate(prompts, params)

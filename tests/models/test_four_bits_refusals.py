@@ -287,6 +287,10 @@ FIELDS: dict[str, tuple[dict[str, Any], str]] = {
         compressed_fields("mixed-precision", NVFP4_GROUP, INT4_GROUP),
         "config_groups.group_1.weights: got {",
     ),
+    "act-order of compressed-tensors": (
+        int4(actorder="group"),
+        "weights.actorder: got 'group', allowed: None, 'weight', 'static'",
+    ),
     "dynamic weights": (int4(dynamic=True), "weights.dynamic: got True, allowed: False"),
     "an unknown field": (int4(strange=1), "config_groups.group_0.weights.strange: got 1"),
     "an unknown field of AWQ": (changed(AWQ, strange=1), "quantization_config.strange: got 1"),
