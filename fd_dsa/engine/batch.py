@@ -10,6 +10,7 @@ import numpy as np
 
 from fd_dsa.engine.metrics import EngineMetrics
 from fd_dsa.engine.request import Request
+from fd_dsa.engine.step_times import StepShape
 from fd_dsa.ops.sampling.token_buffer import REJECTED
 from fd_dsa.runner.input_batch import InputBatch, SamplingInputs
 from fd_dsa.runner.protocol import Indices, Logits, StepFuture
@@ -52,6 +53,7 @@ class ScheduledBatch:
         drafts: drafts that the step verifies.
         prefill_context: mean number of tokens before each prefill token in its request.
         num_prefill_tokens, num_decode_tokens: numbers of tokens.
+        shape: sizes that determine the time of the step.
         sampling: requests that get a token.
         prefilled: requests of `sampling` whose prefill ends with this step.
         logits_indptr: first row of logits of each request of `sampling`, then the number of their
@@ -75,6 +77,7 @@ class ScheduledBatch:
     prefill_context: int = 0
     num_prefill_tokens: int = 0
     num_decode_tokens: int = 0
+    shape: StepShape = field(init=False)
     sampling: list[Request] = field(default_factory=list)
     prefilled: list[Request] = field(default_factory=list)
     logits_indptr: Sequence[int] = (0,)
@@ -143,6 +146,8 @@ class ScheduledBatch:
         """Set the numbers of tokens, and of the rows of logits of each request."""
         self.num_prefill_tokens = input_batch.num_prefill_tokens
         self.num_decode_tokens = input_batch.num_tokens - self.num_prefill_tokens
+        sizes = self.num_decode_tokens, self.num_prefill_tokens, self.prefill_context
+        self.shape = StepShape(*sizes)
         self.logits_indptr = range(len(self.sampling) + 1)
         if self.drafts:
             counts = [1 + len(self.drafts_of(request)) for request in self.sampling]

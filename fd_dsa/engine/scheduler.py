@@ -6,7 +6,6 @@ import heapq
 import logging
 import time
 from collections import deque
-from collections.abc import Sequence
 from operator import attrgetter
 
 from fd_dsa.engine.batch import NO_DRAFTS, Drafts, ScheduledBatch
@@ -14,7 +13,7 @@ from fd_dsa.engine.block_manager import BlockManager
 from fd_dsa.engine.metrics import EngineStats
 from fd_dsa.engine.output import FinishReason
 from fd_dsa.engine.request import Request
-from fd_dsa.engine.step_times import StepTimeModel
+from fd_dsa.engine.step_times import StepShape, StepTimeModel
 from fd_dsa.errors import describe_error
 from fd_dsa.runner.input_batch import InputBatch
 
@@ -85,6 +84,8 @@ class Scheduler:
         self._stats = stats
         self._target_gap_s = target_gap_s
         self._step_times = StepTimeModel(batch.max_num_tokens) if target_gap_s else None
+        # sizes of the step that is being scheduled
+        self._shape = StepShape(0)
         self.free_rows = list(range(batch.max_num_seqs))
         self.running: dict[int, Request] = {}
         self.waiting: deque[Request] = deque()
@@ -95,7 +96,6 @@ class Scheduler:
         # lower limits after an out-of-memory error
         self._max_prefill_tokens, self._max_rows = batch.max_num_tokens, batch.max_num_seqs
         self._spare_logits = 0
-        self._num_decoding = 0
 
     @property
     def num_running(self) -> int:
@@ -147,21 +147,20 @@ class Scheduler:
             elif request.num_pending_drafts:
                 self._held.append(request)
         budget = self._schedule_decode(decoding)
-        self._num_decoding = len(self._scheduled)
+        self._shape = StepShape(len(self._scheduled))
         self._spare_logits = len(self.free_rows)
         for request in prefilling:
+            room = self._room_for_chunk(budget, request.num_computed_tokens)
             # a decoding request may have preempted this one just now
-            if budget and request.batch_row >= 0:
-                budget = self._schedule_chunk(request, budget)
+            if room and request.batch_row >= 0:
+                budget = self._schedule_chunk(request, room)
         if self.waiting:
             budget = self._admit(budget)
         if not self._scheduled:
             return None
         drafts = self._choose_drafts(budget) if self._may_draft else {}
-        prompts = self._scheduled[self._num_decoding :]
-        context = 0 if self._step_times is None else _mean_context(prompts)
         self._scheduled.sort(key=_batch_row)
-        return ScheduledBatch(self._scheduled, drafts, context)
+        return ScheduledBatch(self._scheduled, drafts, self._shape.context)
 
     def settled(self) -> list[tuple[Request, FinishReason]]:
         """Return requests that ended with their last allowed token, and how.
@@ -230,9 +229,7 @@ class Scheduler:
     def record_step_time(self, batch: ScheduledBatch, seconds: float) -> None:
         """Record the time of a step, from which chunks of later steps are sized."""
         if self._step_times is not None:
-            self._step_times.record(
-                seconds, batch.num_decode_tokens, batch.num_prefill_tokens, batch.prefill_context
-            )
+            self._step_times.record(seconds, batch.shape)
 
     def _schedule_decode(self, decoding: list[Request]) -> int:
         """Schedule one token of each decoding request, and return the budget for prefill."""
@@ -251,7 +248,7 @@ class Scheduler:
     def _choose_drafts(self, budget: int) -> dict[Request, Drafts]:
         """Return the drafts of decoding requests that there is room for."""
         chosen = dict[Request, Drafts]()
-        for request in self._scheduled[: self._num_decoding] if self.proposals else ():
+        for request in self._scheduled[: self._shape.num_decode_tokens] if self.proposals else ():
             # the last token of an output is never computed
             max_drafts = min(budget, request.max_tokens - request.num_output_tokens - 1)
             drafts = self.proposals.get(request, NO_DRAFTS).first(max(max_drafts, 0))
@@ -314,6 +311,9 @@ class Scheduler:
             cached = self._find_computed_blocks(request)
             if cached is None:
                 break
+            room = self._room_for_chunk(budget, len(cached) * self._blocks.block_size)
+            if not room:
+                break
             added = self._blocks.allocate(request.seq_id, len(request.token_ids), cached, spare)
             if added is None:
                 break
@@ -323,7 +323,7 @@ class Scheduler:
             self._batch.set_blocks(request.batch_row, added)
             self.running[request.seq_id] = request
             self._count_hits(request, len(cached) * self._blocks.block_size)
-            budget = self._schedule_chunk(request, budget)
+            budget = self._schedule_chunk(request, room)
         return budget
 
     def _find_computed_blocks(self, request: Request) -> list[int] | None:
@@ -358,18 +358,21 @@ class Scheduler:
             self._stats.prefix_cache_queries += len(request.state.prompt_token_ids)
             self._stats.prefix_cache_hits += num_cached_tokens
 
+    def _room_for_chunk(self, budget: int, context: int) -> int:
+        """Return the part of a budget that a chunk after `context` tokens may use."""
+        times = self._step_times
+        if times is None or not self._shape.num_decode_tokens or not budget:
+            return budget
+        return min(budget, times.longest_chunk(self._shape, context, self._target_gap_s))
+
     def _schedule_chunk(self, request: Request, budget: int) -> int:
         """Schedule a prefill chunk of at most `budget` tokens, and return the remaining budget."""
-        if self._step_times is not None and self._num_decoding:
-            longest = self._step_times.longest_chunk(
-                self._num_decoding, request.num_computed_tokens, self._target_gap_s
-            )
-            budget = min(budget, longest)
         num_tokens = min(len(request.token_ids) - request.num_computed_tokens, budget)
         if request.prompt_logprobs is not None and request.wants_prompt_logits:
             num_tokens = min(num_tokens, 1 + self._spare_logits)
             self._spare_logits -= num_tokens - 1
         request.num_scheduled_tokens = num_tokens
+        self._shape = self._shape.with_chunk(num_tokens, request.num_computed_tokens)
         self._scheduled.append(request)
         return budget - num_tokens
 
@@ -388,12 +391,3 @@ class Scheduler:
         request.batch_row = -1
         self._blocks.free(request.seq_id)
         del self.running[request.seq_id]
-
-
-def _mean_context(prefilling: Sequence[Request]) -> int:
-    """Return the mean number of tokens before each scheduled token, 0 without requests."""
-    num_tokens = sum(request.num_scheduled_tokens for request in prefilling)
-    if num_tokens == 0:
-        return 0
-    before = sum(r.num_scheduled_tokens * r.num_computed_tokens for r in prefilling)
-    return before // num_tokens

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 SMALLEST_CHUNK = 16
 """Minimum number of prefill tokens in a step with decoding requests.
@@ -29,6 +30,25 @@ _MIN_S, _MAX_S = 1e-9, 1e6
 _FIRST_CONTEXT = 1024
 
 
+class StepShape(NamedTuple):
+    """Sizes of a step that determine its time.
+
+    Attributes:
+        num_decode_tokens, num_prefill_tokens: numbers of tokens.
+        context: mean number of tokens before each prefill token in its request.
+    """
+
+    num_decode_tokens: int
+    num_prefill_tokens: int = 0
+    context: int = 0
+
+    def with_chunk(self, num_tokens: int, context: int) -> StepShape:
+        """Return the sizes with one more chunk, which follows `context` tokens of its request."""
+        prefill = self.num_prefill_tokens + num_tokens
+        before = self.num_prefill_tokens * self.context + num_tokens * context
+        return StepShape(self.num_decode_tokens, prefill, before // max(prefill, 1))
+
+
 class StepTimeModel:
     """Time of a step by its numbers of decode and prefill tokens, and by the context.
 
@@ -50,19 +70,13 @@ class StepTimeModel:
         self._margin = _FIRST_MARGIN
         # number of prefill tokens of the longest chunk so far
         self._longest = 0
+        # limit of the expected time of the step that is being scheduled
+        self._limit_s = 0.0
 
-    def record(
-        self, seconds: float, num_decode_tokens: int, num_prefill_tokens: int = 0, context: int = 0
-    ) -> None:
-        """Record the time of a step.
-
-        Args:
-            seconds: time of the step with its host work.
-            num_decode_tokens: number of decode tokens.
-            num_prefill_tokens: number of prefill tokens.
-            context: mean number of tokens before each prefill token in its request.
-        """
-        expected = self.expected(num_decode_tokens, num_prefill_tokens, context)
+    def record(self, seconds: float, shape: StepShape) -> None:
+        """Record the time of a step with its host work."""
+        num_decode_tokens, num_prefill_tokens, context = shape
+        expected = self.expected(shape)
         if num_decode_tokens and num_prefill_tokens:
             step = _MARGIN_UP if seconds > self._margin * expected else -_MARGIN_DOWN
             self._margin = min(max(1.0, self._margin + step), _MAX_MARGIN)
@@ -81,13 +95,9 @@ class StepTimeModel:
         else:
             line.record(num_prefill_tokens, addition)
 
-    def expected(
-        self, num_decode_tokens: int, num_prefill_tokens: int = 0, context: int = 0
-    ) -> float:
-        """Return the expected time of a step in seconds, infinite without similar measurements.
-
-        The parameters are those of `record`.
-        """
+    def expected(self, shape: StepShape) -> float:
+        """Return the expected time of a step in seconds, infinite without similar measurements."""
+        num_decode_tokens, num_prefill_tokens, context = shape
         if num_prefill_tokens == 0:
             return self._decode.get(num_decode_tokens.bit_length(), math.inf)
         place = _range_of(context)
@@ -101,22 +111,32 @@ class StepTimeModel:
         # twice the keys take at most twice the time
         return self._fixed(num_decode_tokens) + addition * 2 ** max(0, place - nearest)
 
-    def longest_chunk(self, num_decode_tokens: int, context: int, limit_s: float) -> int:
-        """Return the maximum number of prefill tokens for steps of at most `limit_s` seconds.
+    def longest_chunk(self, shape: StepShape, context: int, target_s: float) -> int:
+        """Return the maximum number of tokens of a chunk, so that 99 of 100 steps keep a target.
 
-        About 99 of 100 steps keep the limit. If even the smallest chunk exceeds it, chunks may
-        take half as long again, because little of the time may be due to them.
+        The prefill tokens of a step are at least the smallest chunk. If it exceeds the target by
+        itself, chunks may take half as long again, because little of the time may be due to them.
+
+        Args:
+            shape: sizes of the step without the chunk. The first chunk of a step decides on the
+                time that all of them may take.
+            context: number of tokens before the chunk in its request.
+            target_s: target of the time, seconds.
         """
         smallest = min(SMALLEST_CHUNK, self._max_tokens)
-        shortest_s = self.expected(num_decode_tokens, smallest, context)
-        if shortest_s > limit_s and _range_of(context) in self._additions:
-            limit_s = _PATIENCE * shortest_s
+        if not shape.num_prefill_tokens:
+            shortest_s = self.expected(shape.with_chunk(smallest, context))
+            self._limit_s = target_s / self._margin
+            if shortest_s > target_s and _range_of(context) in self._additions:
+                self._limit_s = _PATIENCE * shortest_s
         else:
-            limit_s /= self._margin
-        chunk, end = smallest, min(self._max_tokens, int(_MAX_GROWTH * self._longest))
-        while chunk < end:
-            longer = min(chunk + max(chunk // 4, 1), end)
-            if self.expected(num_decode_tokens, longer, context) > limit_s:
+            # the line of a shorter mean context would be too low
+            shape = shape._replace(context=max(shape.context, context))
+        chunk = max(smallest - shape.num_prefill_tokens, 0)
+        end = min(self._max_tokens - shape.num_decode_tokens, int(_MAX_GROWTH * self._longest))
+        while shape.num_prefill_tokens + chunk < end:
+            longer = min(chunk + max(chunk // 4, 4), end - shape.num_prefill_tokens)
+            if self.expected(shape.with_chunk(longer, context)) > self._limit_s:
                 break
             chunk = longer
         return chunk

@@ -103,6 +103,29 @@ def test_several_prompts_share_what_a_step_has_room_for() -> None:
     assert any(sum(is_prompt for _, _, is_prompt in step.values()) > 1 for step in steps)
 
 
+def test_a_prompt_after_many_cached_tokens_shares_no_step_that_it_would_make_late() -> None:
+    """Each of its tokens takes as long as eight tokens at the beginning of a prompt."""
+
+    def seconds(step: Step) -> float:
+        pairs = sum(tokens * cached for tokens, cached, is_prompt in step.values() if is_prompt)
+        return seconds_of(step) + 2e-6 * pairs
+
+    engine = timed_engine(seconds)
+    start_stream(engine)
+    shared = [5, 6, 7, 8] * 350
+    for name in ("first", "second"):
+        engine.add_request(name, shared, greedy(2))
+        while len(engine.step()) != 1 or engine.scheduler.num_running != 1:
+            pass
+    begin = len(engine.runner.steps)
+    engine.add_request("short", [9] * 122, greedy(2))
+    engine.add_request("long", shared + [9] * 60, greedy(2))
+    run_all(engine)
+    steps = [step for step in engine.runner.steps[begin:] if prompt_tokens(step)]
+    assert sum(map(prompt_tokens, steps)) == 122 + 68
+    assert max(map(seconds, steps)) <= TARGET_S
+
+
 def test_tokens_do_not_depend_on_the_target() -> None:
     answers = []
     for target_gap_s in (0.0, TARGET_S, 1e-3):

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from fd_dsa.engine.step_times import SMALLEST_CHUNK, StepTimeModel
+from fd_dsa.engine.step_times import SMALLEST_CHUNK, StepShape, StepTimeModel
 
 Model = Callable[[int, int, int], float]
 
@@ -25,6 +25,11 @@ def large_gpu(rows: int, tokens: int, context: int) -> float:
     """A device: steps with a prompt have a fixed cost of their own, tokens cost little."""
     prompt = 0.008 + 0.00002 * tokens * (1 + context / 70_000)
     return 0.03 + 0.0001 * rows + (prompt if tokens else 0)
+
+
+def longest_chunk(times: StepTimeModel, rows: int, context: int, target_s: float) -> int:
+    """The first chunk of a step beside rows that decode."""
+    return times.longest_chunk(StepShape(rows), context, target_s)
 
 
 class Host:
@@ -47,14 +52,14 @@ class Host:
         """Run a step; returns its seconds."""
         factor = 1 + self._noise * self._random.uniform(-1, 1)
         seconds = factor * self.model(rows, tokens, context)
-        self.times.record(seconds, rows, tokens, context)
+        self.times.record(seconds, StepShape(rows, tokens, context))
         return seconds
 
     def prompt(self, length: int, limit_s: float, rows: int = 1) -> list[tuple[int, float]]:
         """Compute a prompt beside streams; tokens and seconds of its steps."""
         steps, context = [], 0
         while context < length:
-            chunk = self.times.longest_chunk(rows, context, limit_s)
+            chunk = longest_chunk(self.times, rows, context, limit_s)
             chunk = min(chunk, length - context, self._budget - rows)
             steps.append((chunk, self.step(rows, chunk, context)))
             context += chunk
@@ -62,10 +67,10 @@ class Host:
 
 
 def test_nothing_is_known_at_first() -> None:
-    assert StepTimeModel(5).longest_chunk(1, 0, 1e6) == 5
+    assert longest_chunk(StepTimeModel(5), 1, 0, 1e6) == 5
     times = StepTimeModel(512)
-    assert times.expected(1) == times.expected(1, 16) == math.inf
-    assert times.longest_chunk(1, 0, 1e6) == SMALLEST_CHUNK
+    assert times.expected(StepShape(1)) == times.expected(StepShape(1, 16)) == math.inf
+    assert longest_chunk(times, 1, 0, 1e6) == SMALLEST_CHUNK
 
 
 @pytest.mark.parametrize("first", [0, 20, 64, 512])
@@ -125,13 +130,15 @@ def test_where_nothing_fits_prompts_go_on_and_cost_streams_little(model: Model) 
 def test_a_slow_first_step_does_not_spoil_later_chunks() -> None:
     """A server's first prompt is short and slow; where contexts grow its time was multiplied."""
     host = Host(small_cpu)
-    host.times.record(20 * small_cpu(0, 4, 0), 0, 4)
+    host.times.record(20 * small_cpu(0, 4, 0), StepShape(0, 4))
     host.step(1)
     for _ in range(2):
         steps = host.prompt(8000, 0.2)
         assert sum(seconds > 0.2 for _, seconds in steps) <= 1
         for context in range(0, 8000, 500):
-            few, many = (host.times.expected(1, size, context) for size in (SMALLEST_CHUNK, 64))
+            few, many = (
+                host.times.expected(StepShape(1, size, context)) for size in (SMALLEST_CHUNK, 64)
+            )
             assert few <= many
 
 
@@ -139,10 +146,10 @@ def test_short_chunks_that_seemed_to_cost_nothing_do_not_allow_a_long_one() -> N
     """Steps that only decode were slow for a moment, so what prompts added was next to nothing."""
     host = Host(small_cpu)
     for _ in range(20):
-        host.times.record(0.027, 1)
+        host.times.record(0.027, StepShape(1))
     for tokens in (16, 32):
-        host.times.record(0.028, 1, tokens)
-    assert host.times.expected(1, 512, 48) < 0.1
+        host.times.record(0.028, StepShape(1, tokens))
+    assert host.times.expected(StepShape(1, 512, 48)) < 0.1
     assert all(seconds <= 0.2 for _, seconds in host.prompt(8000, 0.2))
 
 
@@ -150,8 +157,8 @@ def test_one_pause_does_not_stay() -> None:
     host = Host(small_cpu)
     host.step(1)
     before = host.prompt(8000, 0.2)
-    chunk = host.times.longest_chunk(1, 0, 0.2)
-    host.times.record(30.0, 1, chunk, 0)
+    chunk = longest_chunk(host.times, 1, 0, 0.2)
+    host.times.record(30.0, StepShape(1, chunk))
     host.prompt(8000, 0.2)
     after = host.prompt(8000, 0.2)
     assert sum(s for _, s in after) < 1.1 * sum(s for _, s in before)
@@ -164,7 +171,7 @@ def test_a_host_that_was_slow_is_tried_again() -> None:
     host.model = small_cpu
     for _ in range(4):
         host.prompt(8000, 0.2)
-    assert host.times.longest_chunk(1, 0, 0.2) >= 64
+    assert longest_chunk(host.times, 1, 0, 0.2) >= 64
 
 
 def test_rows_and_contexts_that_grow_shorten_chunks() -> None:
@@ -174,7 +181,7 @@ def test_rows_and_contexts_that_grow_shorten_chunks() -> None:
         for _ in range(2):
             host.prompt(8000, 0.2, rows)
     chunks = [
-        host.times.longest_chunk(rows, context, 0.2)
+        longest_chunk(host.times, rows, context, 0.2)
         for rows, context in ((1, 0), (1, 7000), (64, 7000))
     ]
     assert chunks[0] > chunks[1] > chunks[2]
@@ -184,9 +191,9 @@ def test_a_long_context_that_nothing_is_known_of_counts_in_proportion() -> None:
     host = Host(small_cpu)
     host.step(1)
     host.step(1, 64, 0)
-    known = host.times.expected(1, 64, 0)
-    assert host.times.expected(1, 64, 8000) >= 8 * (known - 0.01)
-    assert host.times.longest_chunk(1, 60_000, 0.2) == SMALLEST_CHUNK
+    known = host.times.expected(StepShape(1, 64, 0))
+    assert host.times.expected(StepShape(1, 64, 8000)) >= 8 * (known - 0.01)
+    assert longest_chunk(host.times, 1, 60_000, 0.2) == SMALLEST_CHUNK
 
 
 @given(
@@ -209,6 +216,6 @@ def test_any_times_give_a_chunk_that_fits_a_step(
     times = StepTimeModel(40)
     for seconds, rows, tokens, context in steps:
         if rows + tokens:
-            times.record(seconds, rows, tokens, context)
-        assert times.expected(rows, tokens or 1, context) >= 0
-        assert SMALLEST_CHUNK <= times.longest_chunk(rows, context, limit_s) <= 40
+            times.record(seconds, StepShape(rows, tokens, context))
+        assert times.expected(StepShape(rows, tokens or 1, context)) >= 0
+        assert SMALLEST_CHUNK <= longest_chunk(times, rows, context, limit_s) <= 40
