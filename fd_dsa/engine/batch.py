@@ -147,7 +147,7 @@ class ScheduledBatch:
         self.num_prefill_tokens = input_batch.num_prefill_tokens
         self.num_decode_tokens = input_batch.num_tokens - self.num_prefill_tokens
         sizes = self.num_decode_tokens, self.num_prefill_tokens, self.prefill_context
-        self.shape = StepShape(*sizes)
+        self.shape = StepShape(*sizes, input_batch.max_seqlen_k)
         self.logits_indptr = range(len(self.sampling) + 1)
         if self.drafts:
             counts = [1 + len(self.drafts_of(request)) for request in self.sampling]

@@ -19,6 +19,7 @@ from fd_dsa.engine.sampler import StepSampler
 from fd_dsa.engine.sampling_params import RequestLimits, SamplingParams
 from fd_dsa.engine.scheduler import Scheduler
 from fd_dsa.engine.speculation import SpecDecoder
+from fd_dsa.engine.step_times import StepTable
 from fd_dsa.engine.tokenizer import Tokenizer
 from fd_dsa.errors import is_out_of_memory
 from fd_dsa.ops.sampling.token_buffer import NOT_FINITE
@@ -37,15 +38,14 @@ class LLMEngine:
         runner: runs the model on the step in its `input_batch`, whose sizes bound a step.
         max_model_len: maximum number of tokens of prompt and output.
         eos_token_ids: tokens that end an output.
-        target_gap_s: target inter-token latency, seconds; 0 = no target. Prefill chunks are limited
-            to keep it.
+        target_gap_s: target inter-token latency that limits prefill chunks, seconds; 0 = off.
         enable_prefix_caching: True if requests share the blocks of prompts that begin alike.
         seed: seed of requests that have none.
-        sampling_defaults: defaults of SamplingParams that the model proposes to callers. The engine
-            does not apply them.
+        sampling_defaults: defaults of SamplingParams that only callers apply.
         async_scheduling: True if a step may be enqueued before the host has the tokens of the step
             before. It needs sampling on the device, and drafts that do not depend on them.
         spec_decoder: decides on drafts; None = no drafts.
+        step_table: see Scheduler.
 
     Attributes:
         clock: times steps, seconds.
@@ -71,8 +71,9 @@ class LLMEngine:
         sampling_defaults: Mapping[str, float | int] | None = None,
         async_scheduling: bool = True,
         spec_decoder: SpecDecoder | None = None,
+        step_table: StepTable | None = None,
     ) -> None:
-        self.runner, self.tokenizer = runner, tokenizer
+        self.runner, self.tokenizer, self._seed = runner, tokenizer, seed
         # load it now, not in the step of the first request
         tokenizer.text_token_bytes()
         self.clock: Callable[[], float] = time.perf_counter
@@ -83,12 +84,11 @@ class LLMEngine:
         self.block_manager = BlockManager(num_blocks, block_size, enable_prefix_caching)
         sizes = runner.vocab_size, max_model_len, num_blocks, block_size
         self.limits = RequestLimits(*sizes, runner.info.selections is not None)
-        self._seed, self._eos_token_ids = seed, frozenset(eos_token_ids)
-        end_ids = self._eos_token_ids
+        self._eos_token_ids = end_ids = frozenset(eos_token_ids)
         self.grammars = GrammarCompiler(tokenizer, runner.vocab_size, end_ids, is_patient=False)
         lookahead = int(spec_decoder is not None and spec_decoder.drafter.is_layer)
         parts = self.block_manager, self._input_batch, self._stats
-        self.scheduler = Scheduler(*parts, target_gap_s, lookahead)
+        self.scheduler = Scheduler(*parts, target_gap_s, lookahead, step_table)
         self._sampler = StepSampler(runner, num_rows)
         self._is_async, self.spec_decoder = async_scheduling, spec_decoder
         self.in_flight: ScheduledBatch | None = None

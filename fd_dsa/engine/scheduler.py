@@ -13,7 +13,7 @@ from fd_dsa.engine.block_manager import BlockManager
 from fd_dsa.engine.metrics import EngineStats
 from fd_dsa.engine.output import FinishReason
 from fd_dsa.engine.request import Request
-from fd_dsa.engine.step_times import StepShape, StepTimeModel
+from fd_dsa.engine.step_times import StepShape, StepTable, StepTimeModel
 from fd_dsa.errors import describe_error
 from fd_dsa.runner.input_batch import InputBatch
 
@@ -61,6 +61,7 @@ class Scheduler:
         stats: counts preemptions, and tokens from the prefix cache.
         target_gap_s: target inter-token latency, seconds; 0 = no target.
         lookahead: number of tokens after a block that must be known before the block is shared.
+        step_table: measured step times; None = they are learned from the steps of requests.
 
     Attributes:
         proposals: drafts that follow the tokens of the newest step, by request.
@@ -76,6 +77,7 @@ class Scheduler:
         stats: EngineStats,
         target_gap_s: float = 0.0,
         lookahead: int = 0,
+        step_table: StepTable | None = None,
     ) -> None:
         self.proposals: dict[Request, Drafts] = {}
         self._may_draft, self._lookahead = True, lookahead
@@ -83,7 +85,7 @@ class Scheduler:
         self._batch = batch
         self._stats = stats
         self._target_gap_s = target_gap_s
-        self._step_times = StepTimeModel(batch.max_num_tokens) if target_gap_s else None
+        self._step_times = StepTimeModel(batch.max_num_tokens, step_table) if target_gap_s else None
         # sizes of the step that is being scheduled
         self._shape = StepShape(0)
         self.free_rows = list(range(batch.max_num_seqs))
@@ -360,9 +362,12 @@ class Scheduler:
 
     def _room_for_chunk(self, budget: int, context: int) -> int:
         """Return the part of a budget that a chunk after `context` tokens may use."""
-        times = self._step_times
-        if times is None or not self._shape.num_decode_tokens or not budget:
+        times, num_decoding = self._step_times, self._shape.num_decode_tokens
+        if times is None or not num_decoding or not budget:
             return budget
+        if not self._shape.num_prefill_tokens:
+            longest = max(request.num_tokens for request in self._scheduled)
+            self._shape = StepShape(num_decoding, max_row_len=longest)
         return min(budget, times.longest_chunk(self._shape, context, self._target_gap_s))
 
     def _schedule_chunk(self, request: Request, budget: int) -> int:

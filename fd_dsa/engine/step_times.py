@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,6 +23,8 @@ _MAX_JUMP = 2.0
 _MAX_GROWTH = 2.0
 # if the smallest chunk exceeds the limit, longer ones may take this multiple of its time
 _PATIENCE = 1.5
+# steps that take at most this multiple of the smallest chunk's time take the same time
+_EQUAL = 1.05
 # steps of the margin, in balance if one measurement in 100 is above it
 _MARGIN_UP, _MARGIN_DOWN = 0.099, 0.001
 _FIRST_MARGIN, _MAX_MARGIN = 1.3, 2.0
@@ -36,32 +40,73 @@ class StepShape(NamedTuple):
     Attributes:
         num_decode_tokens, num_prefill_tokens: numbers of tokens.
         context: mean number of tokens before each prefill token in its request.
+        max_row_len: length of the longest row after the step, tokens.
     """
 
     num_decode_tokens: int
     num_prefill_tokens: int = 0
     context: int = 0
+    max_row_len: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens of the step."""
+        return self.num_decode_tokens + self.num_prefill_tokens
 
     def with_chunk(self, num_tokens: int, context: int) -> StepShape:
         """Return the sizes with one more chunk, which follows `context` tokens of its request."""
         prefill = self.num_prefill_tokens + num_tokens
         before = self.num_prefill_tokens * self.context + num_tokens * context
-        return StepShape(self.num_decode_tokens, prefill, before // max(prefill, 1))
+        longest = max(self.max_row_len, context + num_tokens)
+        return StepShape(self.num_decode_tokens, prefill, before // max(prefill, 1), longest)
+
+
+@dataclass(frozen=True)
+class StepTable:
+    """Measured times of steps with prefill tokens, by number of tokens and by kind.
+
+    A step is short if no row has more than `index_topk` tokens, otherwise it is long. The time of
+    a long step grows with its context along a line.
+
+    Attributes:
+        sizes: numbers of tokens, ascending.
+        index_topk: maximum length of a row in a short step, tokens.
+        short: time of a short step of each size, seconds.
+        near, far: context of long steps, and the time of each size.
+    """
+
+    sizes: Sequence[int]
+    index_topk: int
+    short: Sequence[float]
+    near: tuple[int, Sequence[float]]
+    far: tuple[int, Sequence[float]]
+
+    def seconds(self, shape: StepShape) -> float:
+        """Return the time of the smallest size that a step fits into, at most the largest size."""
+        place = min(bisect_left(self.sizes, shape.num_tokens), len(self.sizes) - 1)
+        if shape.max_row_len <= self.index_topk:
+            return self.short[place]
+        (near, few), (far, many) = self.near, self.far
+        share = max(shape.context - near, 0) / max(far - near, 1)
+        return few[place] + share * max(many[place] - few[place], 0.0)
 
 
 class StepTimeModel:
     """Time of a step by its numbers of decode and prefill tokens, and by the context.
 
     The model has a mean time of steps with decode tokens only, for each doubling of their number.
-    Prefill tokens add time along a line. Each range of contexts has its own line, because the
-    indexer scores every earlier key.
+    A table that was measured before the first request has the times of steps with prefill tokens.
+    Later measurements correct it by one factor for short steps and one for long steps. Without a
+    table, and beyond its sizes, prefill tokens add time along a line. Each range of contexts has
+    its own line, because the indexer scores every earlier key.
 
     Args:
         max_num_batched_tokens: maximum number of tokens of a step.
+        table: measured times, for sizes up to `max_num_batched_tokens`; None = only the lines.
     """
 
-    def __init__(self, max_num_batched_tokens: int) -> None:
-        self._max_tokens = max_num_batched_tokens
+    def __init__(self, max_num_batched_tokens: int, table: StepTable | None = None) -> None:
+        self._max_tokens, self._table = max_num_batched_tokens, table
         # by bit length of the number of decode tokens
         self._decode: dict[int, float] = {}
         # by range of contexts
@@ -72,10 +117,16 @@ class StepTimeModel:
         self._longest = 0
         # limit of the expected time of the step that is being scheduled
         self._limit_s = 0.0
+        # measured time over the time of the table, by True for long steps
+        self._factors = {False: 1.0, True: 1.0}
+        if table is not None:
+            for context, times in ((0, table.short), table.near, table.far):
+                for size, seconds in zip(table.sizes, times, strict=True):
+                    self._record_addition(seconds, size, context)
 
     def record(self, seconds: float, shape: StepShape) -> None:
         """Record the time of a step with its host work."""
-        num_decode_tokens, num_prefill_tokens, context = shape
+        num_decode_tokens, num_prefill_tokens, table = shape[0], shape[1], self._table
         expected = self.expected(shape)
         if num_decode_tokens and num_prefill_tokens:
             step = _MARGIN_UP if seconds > self._margin * expected else -_MARGIN_DOWN
@@ -86,20 +137,32 @@ class StepTimeModel:
             before = self._decode.get(place, seconds)
             self._decode[place] = before + _WEIGHT * (seconds - before)
             return
-        self._longest = max(self._longest, num_prefill_tokens)
-        addition = _believed(seconds - self._fixed(num_decode_tokens))
-        place = _range_of(context)
-        line = self._additions.get(place)
+        if table is not None and shape.num_tokens <= table.sizes[-1]:
+            is_long = shape.max_row_len > table.index_topk
+            correction = 1 + _WEIGHT * (seconds / expected - 1)
+            self._factors[is_long] = _believed(self._factors[is_long] * correction)
+        addition = seconds - self._fixed(num_decode_tokens)
+        self._record_addition(addition, num_prefill_tokens, shape.context)
+
+    def _record_addition(self, seconds: float, num_tokens: int, context: int) -> None:
+        """Record the time that prefill tokens have added to a step."""
+        self._longest, seconds = max(self._longest, num_tokens), _believed(seconds)
+        line = self._additions.get(_range_of(context))
         if line is None:
-            self._additions[place] = _Line(num_prefill_tokens, addition)
+            self._additions[_range_of(context)] = _Line(num_tokens, seconds)
         else:
-            line.record(num_prefill_tokens, addition)
+            line.record(num_tokens, seconds)
 
     def expected(self, shape: StepShape) -> float:
         """Return the expected time of a step in seconds, infinite without similar measurements."""
-        num_decode_tokens, num_prefill_tokens, context = shape
+        num_decode_tokens, num_prefill_tokens, context, _ = shape
         if num_prefill_tokens == 0:
             return self._decode.get(num_decode_tokens.bit_length(), math.inf)
+        table, measured = self._table, 0.0
+        if table is not None:
+            measured = table.seconds(shape) * self._factors[shape.max_row_len > table.index_topk]
+            if shape.num_tokens <= table.sizes[-1]:
+                return measured
         place = _range_of(context)
         # use the nearest measured range, and prefer shorter contexts
         nearest = min(
@@ -109,7 +172,8 @@ class StepTimeModel:
             return math.inf
         addition = self._additions[nearest].at(num_prefill_tokens)
         # twice the keys take at most twice the time
-        return self._fixed(num_decode_tokens) + addition * 2 ** max(0, place - nearest)
+        addition *= 2 ** max(0, place - nearest)
+        return max(measured, self._fixed(num_decode_tokens) + addition)
 
     def longest_chunk(self, shape: StepShape, context: int, target_s: float) -> int:
         """Return the maximum number of tokens of a chunk, so that 99 of 100 steps keep a target.
@@ -127,19 +191,32 @@ class StepTimeModel:
         if not shape.num_prefill_tokens:
             shortest_s = self.expected(shape.with_chunk(smallest, context))
             self._limit_s = target_s / self._margin
-            if shortest_s > target_s and _range_of(context) in self._additions:
+            if self._table is not None:
+                self._limit_s = max(self._limit_s, min(target_s, _EQUAL * shortest_s))
+            if shortest_s > target_s and (self._table or _range_of(context) in self._additions):
                 self._limit_s = _PATIENCE * shortest_s
-        else:
+        elif self._table is None:
             # the line of a shorter mean context would be too low
             shape = shape._replace(context=max(shape.context, context))
         chunk = max(smallest - shape.num_prefill_tokens, 0)
-        end = min(self._max_tokens - shape.num_decode_tokens, int(_MAX_GROWTH * self._longest))
-        while shape.num_prefill_tokens + chunk < end:
-            longer = min(chunk + max(chunk // 4, 4), end - shape.num_prefill_tokens)
+        for longer in self._longer_chunks(shape, chunk):
             if self.expected(shape.with_chunk(longer, context)) > self._limit_s:
                 break
             chunk = longer
         return chunk
+
+    def _longer_chunks(self, shape: StepShape, chunk: int) -> Iterator[int]:
+        """Yield longer chunks, first those that fill a size of the table."""
+        tokens, sizes = shape.num_prefill_tokens + chunk, self._table.sizes if self._table else ()
+        for size in sizes:
+            if size > shape.num_decode_tokens + tokens:
+                tokens = size - shape.num_decode_tokens
+                yield tokens - shape.num_prefill_tokens
+        end = min(self._max_tokens - shape.num_decode_tokens, int(_MAX_GROWTH * self._longest))
+        while tokens < end:
+            chunk = tokens - shape.num_prefill_tokens
+            tokens = min(tokens + max(chunk // 4, 4), end)
+            yield tokens - shape.num_prefill_tokens
 
     def _fixed(self, num_decode_tokens: int) -> float:
         """Return a lower bound for the time of a step without prefill tokens, seconds."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -13,17 +14,21 @@ from fd_dsa.engine.engine import LLMEngine
 from fd_dsa.engine.mtp_drafter import DeviceMtpDrafter, MtpDrafter
 from fd_dsa.engine.prompt_lookup import PromptLookup
 from fd_dsa.engine.speculation import ArbitraryDrafter, Drafter, SpecDecoder
+from fd_dsa.engine.step_times import StepTable
+from fd_dsa.errors import RankError, describe_error
 from fd_dsa.startup.load import load_model
-from fd_dsa.startup.measure import measure_step_costs
+from fd_dsa.startup.measure import measure_step_costs, measure_step_table
 from fd_dsa.startup.plan import EnginePlan, make_plan
 from fd_dsa.startup.progress import StartupProgress
 from fd_dsa.startup.ranks import Ranks
+from fd_dsa.startup.trial_rows import clear_rows
 from fd_dsa.startup.warm_up import interprets, warm_up
 
 if TYPE_CHECKING:
     from fd_dsa.runner.model_runner import ModelRunner
 
 _Runner = TypeVar("_Runner", bound="ModelRunner")
+logger = logging.getLogger(__name__)
 
 
 def build_engine(config: EngineConfig, progress: StartupProgress | None = None) -> LLMEngine:
@@ -77,6 +82,7 @@ def _build(config: EngineConfig, ranks: Ranks | None, progress: StartupProgress)
         seed=config.seed,
         sampling_defaults=plan.sampling_defaults,
         async_scheduling=config.async_scheduling,
+        step_table=measure_steps(runner, plan),
     )
     engine = make_engine(spec_decoder=_make_spec_decoder(runner, plan, make_engine))
     engine.grammars.prepare()
@@ -110,6 +116,21 @@ def build_runner(
     if group is not None:
         group.barrier()
     return runner
+
+
+def measure_steps(runner: ModelRunner, plan: EnginePlan) -> StepTable | None:
+    """Measure steps with prompts if a target limits their time, except on slow devices."""
+    is_paced = plan.config.target_inter_token_latency_ms > 0
+    if not is_paced or plan.device == "cpu" or interprets(plan.device):
+        return None
+    try:
+        return measure_step_table(runner, plan.max_model_len)
+    except RankError:
+        raise
+    except Exception as error:
+        logger.warning("step times are learned from requests: %s", describe_error(error))
+        clear_rows(runner.input_batch)
+        return None
 
 
 def _make_spec_decoder(

@@ -10,6 +10,8 @@ PROMPT_SIZES = (32, 64, 128, 256)
 """Captured sizes of short prompts, keys. The device bounds larger prompts, not the launches."""
 MAX_PROMPTS = 8
 """Rows of a captured step of prompts."""
+MIXED_SIZES = (32, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
+"""Numbers of tokens of the steps with prompts that the start measures."""
 # data of the driver for a graph of some thousand launches
 _GRAPH_BYTES = 4 << 20
 

@@ -1,9 +1,12 @@
-"""Measurement of the cost table of drafts, on the steps of a real engine."""
+"""Measurement of steps before the first request, for the cost of drafts and of prompts."""
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -11,6 +14,15 @@ from fd_dsa.engine.draft_state import DraftCosts
 from fd_dsa.engine.engine import LLMEngine
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.speculation import Drafter, SpecDecoder
+from fd_dsa.engine.step_times import StepTable
+from fd_dsa.startup.graph_sizes import MIXED_SIZES
+from fd_dsa.startup.trial_rows import clear_rows
+from fd_dsa.startup.warm_up import run_trial
+
+if TYPE_CHECKING:
+    from fd_dsa.runner.model_runner import ModelRunner
+
+logger = logging.getLogger(__name__)
 
 MAX_MEASURING_S = 3.0
 """Stop measuring larger batches after this time, because large models on a CPU are slow."""
@@ -22,6 +34,8 @@ _STEPS, _STEPS_AHEAD = 4, 16
 _TOKENS_A_STEP = 6
 # rows from which on each further row of a CPU step takes as long as the one before
 _MANY_ROWS = 16
+# steps with prompts: seconds for all of them, decode rows, and runs of which the shortest counts
+_MAX_TABLE_S, _DECODE_ROWS, _RUNS = 5.0, 16, 2
 
 
 def measure_step_costs(
@@ -98,3 +112,66 @@ def _step_seconds(engine: LLMEngine, num_rows: int, num_drafts: int) -> float:
     if not times:
         return math.inf
     return float(np.median(times)) if is_ahead else min(times)
+
+
+def measure_step_table(
+    runner: ModelRunner,
+    max_model_len: int,
+    sizes: Sequence[int] = MIXED_SIZES,
+    clock: Callable[[], float] = time.perf_counter,
+) -> StepTable | None:
+    """Measure steps of decode rows and a prompt, the largest first.
+
+    Call it before the first request, because the steps overwrite the caches. Sizes that there is no
+    time for get the time of the next larger size.
+
+    Args:
+        runner: runner whose steps are warm, and captured unless all steps are eager.
+        max_model_len: maximum length of a row, tokens.
+        sizes: numbers of tokens, ascending.
+        clock: times the steps, seconds.
+
+    Returns:
+        The table, or None if no step can have both a decode row and a prompt of some tokens.
+    """
+    batch, index_topk, begin = runner.input_batch, runner.model.config.index_topk, clock()
+    num_decode = min(_DECODE_ROWS, batch.max_num_seqs - 1)
+    short = min(index_topk, max_model_len - 1)
+    limit = min(batch.max_num_tokens, num_decode + short)
+    sizes = [size for size in sizes if num_decode < size <= limit]
+    if not num_decode or not sizes:
+        return None
+    longest = sizes[-1] - num_decode
+    far = max_model_len - longest
+    # context of the prompt, and of the decode rows, which make a step long
+    kinds = [(0, short - 1), (min(index_topk, far), short), (far, short)]
+    # all rows share the blocks that the first step writes, so that no row has arbitrary keys
+    blocks = np.arange(batch.block_tables.shape[1]) % max(longest // batch.block_size, 1)
+    for row in range(num_decode + 1):
+        batch.set_blocks(row, blocks.tolist())
+    # equal ids would select the same experts
+    ids = np.random.default_rng(0).integers(runner.vocab_size, size=sizes[-1]).tolist()
+    are_prompts = [False] * num_decode + [True]
+    times: list[list[float]] = [[], [], []]
+    for size in reversed(sizes):
+        for (context, before), column in zip(kinds, times, strict=True):
+            new = [1] * num_decode + [size - num_decode]
+            cached = [before] * num_decode + [context]
+            taken = column[-1:]
+            for _ in range(_RUNS if not taken or clock() - begin < _MAX_TABLE_S else 0):
+                batch.begin_step()
+                batch.add_rows(range(num_decode + 1), new, ids[:size], cached, are_prompts)
+                start = clock()
+                run_trial(runner, size - 1)
+                taken.append(clock() - start)
+            # a smaller step takes no longer, so a longer time is noise
+            column.append(min(taken))
+    clear_rows(batch)
+    # measured steps do not count
+    runner.counters.reset()
+    few, near, many = (column[::-1] for column in times)
+    logger.info(
+        "steps with prompts of %d to %d tokens take %.1f to %.1f ms, measured in %.1f s",
+        *(sizes[0], sizes[-1], 1e3 * few[0], 1e3 * near[-1], clock() - begin),
+    )
+    return StepTable(sizes, index_topk, few, (kinds[1][0], near), (far, many))

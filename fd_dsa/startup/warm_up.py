@@ -14,7 +14,7 @@ from fd_dsa.runner.counters import StepCounters
 from fd_dsa.runner.input_batch import SamplingInputs
 from fd_dsa.startup.capture import capture_graphs
 from fd_dsa.startup.plan import EnginePlan
-from fd_dsa.startup.trial_rows import TrialRow, clear_rows, fill_rows
+from fd_dsa.startup.trial_rows import clear_rows, fill_rows
 from fd_dsa.startup.trial_steps import dense_steps, sparse_steps
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def compile_forms(runner: ModelRunner) -> None:
         runner.set_parameters(0, RowParameters())
     with runner.model.one_layer_of_each_kind():
         for rows in steps:
-            _run_trial(runner, rows, is_pending=False)
+            run_trial(runner, fill_rows(runner.input_batch, rows))
     clear_rows(runner.input_batch)
 
 
@@ -101,26 +101,29 @@ def warm_up_kernels(runner: ModelRunner, before_captures: bool = False) -> None:
     forks = runner.attn_backends[0].as_captured() if before_captures else nullcontext()
     with forks:
         for rows in steps:
-            _run_trial(runner, rows, is_pending=device is not None and rows is steps[-1])
+            is_pending = device is not None and rows is steps[-1]
+            last = fill_rows(runner.input_batch, rows, is_pending)
+            if is_pending:
+                runner.input_batch.pending_source[0] = 0
+            run_trial(runner, last)
     clear_rows(runner.input_batch)
     # warm-up steps do not count
     runner.counters = StepCounters()
 
 
-def _run_trial(runner: ModelRunner, rows: list[TrialRow], is_pending: bool) -> None:
-    """Run a step of these rows.
+def run_trial(runner: ModelRunner, last: int) -> None:
+    """Run the step in the batch, and wait for its sample and its drafts.
 
     Args:
-        is_pending: True = the only row continues with the sample of the step before.
+        last: flat index of its last token, which is sampled.
     """
-    last = np.array([fill_rows(runner.input_batch, rows, is_pending)])
+    sampled = np.array([last])
     if runner.device_steps is None:
-        runner.execute_model(last)
+        runner.execute_model(sampled)
         return
-    if is_pending:
-        runner.input_batch.pending_source[0] = 0
     # all kernels of the sampler run for any parameters
-    runner.enqueue_model(last, SamplingInputs([0], [0], [0, 1]))
+    runner.enqueue_model(sampled, SamplingInputs([0], [0], [0, 1]))
     runner.sample().result()
     if runner.model.mtp is not None:
         runner.draft(1, runner.max_drafts)
+        runner.read_drafts().result()

@@ -24,6 +24,7 @@ from fd_dsa.engine.output import RequestOutput
 from fd_dsa.engine.structured_outputs import StructuredOutputsParams
 from fd_dsa.errors import ConfigError, RankError
 from fd_dsa.startup import build
+from fd_dsa.startup.measure import measure_step_table
 from fd_dsa.startup.ranks import Ranks
 from tests import proc
 from tests.proc import children
@@ -105,6 +106,13 @@ def ranks_left() -> list[int]:
     """Processes of ranks, without the process of grammars, which stays."""
     lines = {pid: proc.read(pid, "cmdline") for pid in children(os.getpid())}
     return [pid for pid, line in lines.items() if line and "fd_dsa.grammars" not in line]
+
+
+def test_steps_are_measured_on_all_ranks(shared: LLM) -> None:
+    """Before any request. The next test finds the outputs of one process."""
+    table = measure_step_table(shared.engine.runner, 192, (24, 48))
+    assert table is not None and table.sizes == [24, 48]
+    assert all(0 < few <= many for few, many in (table.short, table.near[1], table.far[1]))
 
 
 def test_outputs_are_those_of_one_process(alone: LLM, shared: LLM) -> None:

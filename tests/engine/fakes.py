@@ -13,6 +13,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from fd_dsa.chat.template import ChatTemplate
 from fd_dsa.engine.engine import LLMEngine
 from fd_dsa.engine.speculation import SpecDecoder
+from fd_dsa.engine.step_times import StepTable
 from fd_dsa.engine.tokenizer import Tokenizer
 from fd_dsa.runner.input_batch import InputBatch
 from fd_dsa.runner.protocol import RunnerInfo
@@ -128,6 +129,7 @@ def make_engine(
     vocab_size: int = VOCAB_SIZE,
     tokenizer: Tokenizer | None = None,
     spec_decoder: SpecDecoder | None = None,
+    step_table: StepTable | None = None,
 ) -> LLMEngine:
     """Engine over a fake runner; `engine.runner` is that runner."""
     blocks_per_seq = -(-max_model_len // block_size)
@@ -142,6 +144,7 @@ def make_engine(
         enable_prefix_caching=enable_prefix_caching,
         seed=seed,
         spec_decoder=spec_decoder,
+        step_table=step_table,
     )
 
 

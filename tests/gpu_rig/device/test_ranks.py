@@ -29,10 +29,12 @@ from fd_dsa.models.loader import rank_parts
 from fd_dsa.models.registry import config_from_dict, create_model
 from fd_dsa.models.sources import MTP_HEAD
 from fd_dsa.models.weights import HostWeights
+from fd_dsa.ops.sampling.parameters import RowParameters
 from fd_dsa.runner import InputBatch, ModelRunner
 from fd_dsa.runner.input_batch import SamplingInputs, StepInputs
 from fd_dsa.runner.ranks import DriverRunner, WorkerRunner
 from fd_dsa.startup.capture import capture_graphs
+from fd_dsa.startup.measure import measure_step_table
 from tests.engine.drafters import KnowingDrafter
 from tests.engine.fakes import byte_tokenizer, run_all
 from tests.gpu_rig import Rig
@@ -221,13 +223,19 @@ def test_tokens_of_two_ranks_are_those_of_a_cpu(
         runner = on_device(Driver, first, rig, sizes, config)
         ranks = Ranks(first)
         runner.lead(ranks)
+        runner.set_parameters(0, RowParameters())
+        # measured steps run on all ranks, and leave nothing behind
+        table = measure_step_table(runner, MAX_LEN, sizes=(8, 15))
+        assert table is not None and 0 < table.short[0] <= table.short[1]
+        assert ranks.num_messages > 12
+        runner.model.group.num_divided = 0
         drafter: Drafter | None = DeviceMtpDrafter(runner) if method == "mtp" else None
         if method == "known":
             tokens = {(str(number), 0): one for number, (one, _) in enumerate(expected)}
             drafter = KnowingDrafter(tokens, 0.7, 250)
         assert answers(runner, drafter) == expected
         assert runner.model.group.num_divided > 2
-        assert ranks.num_messages > 8 and runner.counters.mask_offsets_skipped > 2
+        assert ranks.num_messages > 20 and runner.counters.mask_offsets_skipped > 2
         first.send(b"")
     follower.join(60)
     assert [type(error) for error in failures] == [EOFError]
