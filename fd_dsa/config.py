@@ -40,8 +40,7 @@ _CACHE_DTYPES = ("auto", *CACHE_FORMATS)
 # the names of other servers
 _CACHE_DTYPE_ALIASES = {alias: one.name for one in CACHE_FORMATS.values() for alias in one.aliases}
 _LOAD_FORMATS = ("auto", "safetensors", "dummy")
-_MAX_CAPTURED = 512
-_MAX_RANKS = 8
+_MAX_CAPTURED, _MAX_RANKS = 512, 8
 _LARGEST_TARGET_MS = 60_000
 NO_DRAFTS = "none"
 
@@ -79,6 +78,7 @@ def _is_number(value: object, low: float, high: float) -> bool:
 _Rule = tuple[str, Callable[[Any], bool]]
 _POSITIVE: _Rule = "an integer of at least 1", lambda value: _is_integer(value, 1)
 _OPTIONAL: _Rule = _POSITIVE[0], lambda value: value is None or _is_integer(value, 1)
+_COUNT: _Rule = "an integer of at least 0", lambda value: _is_integer(value, 0)
 _SWITCH: _Rule = "a bool", lambda value: isinstance(value, bool)
 # flag -> (allowed values in words, check)
 _RULES: dict[str, _Rule] = {
@@ -95,7 +95,7 @@ _RULES: dict[str, _Rule] = {
     **dict.fromkeys(("index_topk", "kv_cache_memory_bytes", "num_gpu_blocks_override"), _OPTIONAL),
     **dict.fromkeys(("allow_unknown_config_fields", "async_scheduling", "enforce_eager"), _SWITCH),
     **dict.fromkeys(("enable_chunked_prefill", "enable_prefix_caching"), _SWITCH),
-    "seed": ("an integer of at least 0", lambda value: _is_integer(value, 0)),
+    **dict.fromkeys(("kv_offload_bytes", "seed"), _COUNT),
     "tensor_parallel_size": _POSITIVE,
     "gpu_memory_utilization": ("above 0 and at most 1", lambda x: _is_number(x, 0, 1) and x > 0),
     "target_inter_token_latency_ms": (
@@ -136,6 +136,7 @@ class EngineConfig:
             program that waits for whole answers needs no target.
         block_size: tokens per cache block.
         kv_cache_memory_bytes: size of the caches, a number or a text such as "8G".
+        kv_offload_bytes: host memory for evicted prefix blocks, a size as above, 0 = off.
         gpu_memory_utilization: fraction of a GPU's memory for weights and caches, 0 to 1.
         num_gpu_blocks_override: number of cache blocks, instead of `kv_cache_memory_bytes`.
         enable_prefix_caching: share the cache blocks of prompts that begin alike.
@@ -171,6 +172,7 @@ class EngineConfig:
     target_inter_token_latency_ms: float = 0.0
     block_size: int = 64
     kv_cache_memory_bytes: int | str | None = None
+    kv_offload_bytes: int | str = 0
     gpu_memory_utilization: float = 0.9
     num_gpu_blocks_override: int | None = None
     enable_prefix_caching: bool = True
@@ -197,11 +199,12 @@ class EngineConfig:
         if isinstance(self.kv_cache_dtype, str):
             cache_dtype = _CACHE_DTYPE_ALIASES.get(self.kv_cache_dtype, self.kv_cache_dtype)
             self._set("kv_cache_dtype", cache_dtype)
-        if isinstance(self.kv_cache_memory_bytes, str):
-            try:
-                self._set("kv_cache_memory_bytes", parse_bytes(self.kv_cache_memory_bytes))
-            except ConfigError as error:
-                raise ConfigError(f"--kv-cache-memory-bytes: {error}") from None
+        for name in ("kv_cache_memory_bytes", "kv_offload_bytes"):
+            if isinstance(size := getattr(self, name), str):
+                try:
+                    self._set(name, parse_bytes(size))
+                except ConfigError as error:
+                    raise ConfigError(f"--{name.replace('_', '-')}: {error}") from None
         for name, (allowed, is_allowed) in _RULES.items():
             if not is_allowed(getattr(self, name)):
                 raise flag_error(name, getattr(self, name), allowed)

@@ -49,15 +49,20 @@ class Transfers:
         self._status_place = ctypes.byref(self._capture_status)
         self._current = 0, ctypes.c_void_p()
 
-    def host_buffer(self, num_bytes: int) -> npt.NDArray[np.uint8]:
-        """Allocate uint8 [num_bytes] of zeros, page-locked, freed with the last array on it."""
+    def host_buffer(self, num_bytes: int, *, is_cleared: bool = True) -> npt.NDArray[np.uint8]:
+        """Allocate uint8 [num_bytes], page-locked, freed with the last array on it.
+
+        Args:
+            is_cleared: True = the buffer holds zeros; False = it holds any values.
+        """
         address = ctypes.c_void_p()
         size = ctypes.c_size_t(max(num_bytes, 1))
         self.function("cuMemHostAlloc")(ctypes.byref(address), size, ctypes.c_uint(_PORTABLE))
         memory = (ctypes.c_uint8 * num_bytes).from_address(address.value or 0)
         _give_back_with(memory, "cuMemFreeHost", address)
         buffer = np.frombuffer(memoryview(memory), np.uint8)
-        buffer.fill(0)
+        if is_cleared:
+            buffer.fill(0)
         return buffer
 
     def to_device(self, target: Tensor, source: np.ndarray) -> None:

@@ -1,63 +1,17 @@
 """Owners and contents of the blocks of the paged caches.
 
-The key of a full block names its tokens and all tokens before them, as in vLLM's automatic prefix
-caching. So requests with the same beginning share the block.
+Requests with the same beginning share its full blocks, which `BlockKeys` names.
 """
 
 from __future__ import annotations
 
-import hashlib
-from array import array
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-
-class BlockKeys:
-    """Keys of the full blocks of a request. Each block is hashed once, at its first use.
-
-        key[i] = sha256(key[i - 1] | tokens of block i), key[-1] = sha256(cache_salt)
-
-    After `leave_drafts` a mark follows the tokens, because the caches of a drafter may lack the
-    block. Two blocks with the same key have the same tokens, tokens before them, salt and mark.
-
-    Args:
-        token_ids: tokens of the request; the list may only grow.
-        block_size: number of tokens of a block.
-        cache_salt: separates the blocks of requests with different salts; None = no salt.
-    """
-
-    __slots__ = ("_block_size", "_keys", "_mark", "_root", "_token_ids")
-
-    def __init__(self, token_ids: list[int], block_size: int, cache_salt: str | None) -> None:
-        self._token_ids = token_ids
-        self._block_size = block_size
-        # root without a salt, which is the digest of no text
-        self._root = bytes(32)
-        if cache_salt is not None:
-            # a JSON body may hold lone surrogates
-            self._root = _sha256(cache_salt.encode("utf-8", "surrogatepass"))
-        self._keys: list[bytes] = []
-        self._mark = b""
-
-    def leave_drafts(self) -> None:
-        """Mark the blocks from now on, because the caches of a drafter may lack them."""
-        self._mark = b"-"
-
-    def __getitem__(self, index: int) -> bytes:
-        """Return the key of block `index`, whose tokens must all be known."""
-        keys, size = self._keys, self._block_size
-        while len(keys) <= index:
-            begin = len(keys) * size
-            tokens = array("q", self._token_ids[begin : begin + size])
-            before = keys[-1] if keys else self._root
-            keys.append(_sha256(before + tokens.tobytes() + self._mark))
-        return keys[index]
-
-
-def _sha256(data: bytes) -> bytes:
-    """Return a digest of 32 bytes. With a fast hash, clients could choose tokens that collide."""
-    return hashlib.sha256(data).digest()
+from fd_dsa.engine.block_keys import BlockKeys
+from fd_dsa.engine.host_tier import MAX_SAVED_PER_STEP, HostTier
 
 
 @dataclass(slots=True)
@@ -73,6 +27,22 @@ class _Owner:
     num_offered: int = 0
 
 
+class Reservation(NamedTuple):
+    """Blocks of a prompt that may be admitted.
+
+    Attributes:
+        blocks: ids of the blocks.
+        num_cached: leading blocks whose tokens are computed.
+        num_loaded: of these, the last ones that come from host memory.
+        last_copy: number of the last copy from host memory, 0 = none.
+    """
+
+    blocks: list[int]
+    num_cached: int
+    num_loaded: int = 0
+    last_copy: int = 0
+
+
 class BlockManager:
     """Free list, owners and shared prefixes of the cache blocks.
 
@@ -86,11 +56,17 @@ class BlockManager:
         - Free blocks are used first. Then blocks without an owner are evicted, starting with those
           that have had no owner for the longest time. The last blocks of a request are evicted
           before earlier ones, because a later block is only found after the earlier ones.
+        - With a host tier, evicted blocks are in host memory. The blocks that are evicted next are
+          copied ahead, so that a request seldom waits for copies of the blocks that it gets.
 
     Args:
         num_blocks: number of blocks of the caches, whose ids are 0 to num_blocks - 1.
         block_size: number of tokens of a block.
         enable_prefix_caching: True = requests share blocks.
+
+    Attributes:
+        tier: blocks in host memory; None until `use_host_tier`.
+        reservations: blocks of requests that are not admitted yet, by `seq_id`.
 
     Raises:
         ValueError: a number is below 1.
@@ -113,18 +89,32 @@ class BlockManager:
         self._key_of: dict[int, bytes] = {}
         # blocks that can be found and have no owner, in the order of their eviction
         self._unowned: OrderedDict[int, None] = OrderedDict()
+        # those before them whose copies in host memory are enqueued
+        self._saved: OrderedDict[int, None] = OrderedDict()
+        self.tier: HostTier | None = None
+        self._num_ahead = 0
+        self.reservations: dict[Hashable, Reservation] = {}
         self._num_owners = [0] * num_blocks
         self._owners: dict[Hashable, _Owner] = {}
 
     @property
     def num_free(self) -> int:
         """Number of blocks without an owner, including blocks that can be found."""
-        return len(self._free) + len(self._unowned)
+        return len(self._free) + len(self._saved) + len(self._unowned)
 
     @property
     def num_used(self) -> int:
         """Number of blocks with an owner."""
         return self.num_blocks - self.num_free
+
+    def use_host_tier(self, tier: HostTier, num_ahead: int) -> None:
+        """Keep evicted blocks in host memory.
+
+        Args:
+            num_ahead: number of blocks that `enqueue_copies` keeps free or saved, so that they can
+                be given away at once.
+        """
+        self.tier, self._num_ahead = tier, num_ahead
 
     def num_needed(self, num_tokens: int) -> int:
         """Return the number of blocks of `num_tokens` tokens."""
@@ -168,16 +158,97 @@ class BlockManager:
             The added blocks, starting with `cached`. None if there are not enough free blocks;
             the request keeps its blocks then.
         """
+        added = self._allocate(seq_id, num_tokens, cached, spare)
+        if added and self.tier is not None:
+            self.tier.give(added)
+        return added
+
+    def reserve(
+        self,
+        seq_id: Hashable,
+        keys: BlockKeys,
+        num_tokens: int,
+        cached: Sequence[int],
+        spare: int,
+        *,
+        reads_host: bool,
+    ) -> Reservation | None:
+        """Allocate the blocks of a waiting request, and load those that host memory has.
+
+        `admit` gives the blocks to the request. Until then a request that must go on may take them
+        back.
+
+        Args:
+            seq_id, num_tokens, cached, spare: as for `allocate`.
+            keys: keys of the request's blocks.
+            reads_host: True if blocks after `cached` may come from host memory.
+
+        Returns:
+            None if there are not enough free blocks.
+        """
+        tier, first = self.tier, len(cached)
+        end = (num_tokens - 1) // self.block_size
+        if reads_host and tier is not None:
+            # the allocation may evict blocks to host memory, and these must not replace them
+            tier.find(keys, first, end)
+        blocks = self._allocate(seq_id, num_tokens, cached, spare)
+        if blocks is None:
+            return None
+        made = Reservation(blocks, first)
+        slots = tier.find(keys, first, end) if reads_host and tier is not None else []
+        if slots and tier is not None:
+            targets = blocks[first : first + len(slots)]
+            number = tier.load(slots, targets)
+            made = Reservation(blocks, first + len(slots), len(slots), number)
+            # steps that read the blocks wait for their copies
+            self.cache_full_blocks(seq_id, keys, made.num_cached * self.block_size)
+        self.reservations[seq_id] = made
+        return made
+
+    def is_loaded(self, reservation: Reservation) -> bool:
+        """Return True if the copies from host memory are done, or cannot overlap with steps."""
+        tier = self.tier
+        return tier is None or not tier.overlaps or tier.is_done(reservation.last_copy)
+
+    def admit(self, seq_id: Hashable) -> None:
+        """Give reserved blocks to their request, whose next step reads them."""
+        reservation = self.reservations.pop(seq_id)
+        if self.tier is not None:
+            self.tier.give(reservation.blocks)
+
+    def enqueue_copies(self) -> None:
+        """Enqueue the copies of the host tier before a step."""
+        tier = self.tier
+        if tier is None:
+            return
+        missing = self._num_ahead - len(self._free) - len(self._saved)
+        for _ in range(min(missing, len(self._unowned), MAX_SAVED_PER_STEP)):
+            block, _ = self._unowned.popitem(last=False)
+            self._saved[block] = None
+            tier.save(self._key_of[block], block)
+        tier.enqueue()
+
+    def _allocate(
+        self, seq_id: Hashable, num_tokens: int, cached: Sequence[int], spare: int
+    ) -> list[int] | None:
+        """Grow the blocks of a request, see `allocate`."""
         owner = self._owners.get(seq_id)
         missing = self.num_needed(num_tokens) - (len(owner.blocks) if owner else len(cached))
         num_revived = sum(not self._num_owners[block] for block in cached)
         if missing + num_revived > 0 and missing + num_revived + spare > self.num_free:
-            return None
+            if not self._take_back(seq_id, spare):
+                return None
+            return self._allocate(seq_id, num_tokens, cached, spare)
         if owner is None:
             owner = self._owners[seq_id] = _Owner()
         for block in cached:
             self._unowned.pop(block, None)
-        added = [*cached, *(self._pop_free() for _ in range(missing))]
+            self._saved.pop(block, None)
+        new = [self._pop_free() for _ in range(missing)]
+        if self.tier is not None:
+            # neighbours are copied together
+            new.sort()
+        added = [*cached, *new]
         for block in added:
             self._num_owners[block] += 1
         owner.blocks += added
@@ -203,6 +274,7 @@ class BlockManager:
     def free(self, seq_id: Hashable) -> None:
         """Free the blocks of a request, which may have none."""
         owner = self._owners.pop(seq_id, None)
+        self.reservations.pop(seq_id, None)
         if owner is None:
             return
         for block in reversed(owner.blocks):
@@ -218,16 +290,30 @@ class BlockManager:
 
         Owners keep their blocks.
         """
-        self._free += self._unowned
-        for table in (self._unowned, self._block_of, self._key_of):
+        self._free += [*self._saved, *self._unowned]
+        for table in (self._saved, self._unowned, self._block_of, self._key_of):
             table.clear()
         for owner in self._owners.values():
             owner.num_offered = self.num_blocks
+        if self.tier is not None:
+            self.tier.clear()
+
+    def _take_back(self, seq_id: Hashable, spare: int) -> bool:
+        """Free the blocks of a request that waits for its copies, for one that must go on."""
+        waiting = next((other for other in reversed(self.reservations) if other != seq_id), None)
+        if spare or waiting is None:
+            return False
+        self.free(waiting)
+        return True
 
     def _pop_free(self) -> int:
         """Take a block without an owner: a free one, or else the next one to evict."""
         if self._free:
             return self._free.pop()
-        block, _ = self._unowned.popitem(last=False)
-        del self._block_of[self._key_of.pop(block)]
+        is_saved = bool(self._saved)
+        block, _ = (self._saved or self._unowned).popitem(last=False)
+        key = self._key_of.pop(block)
+        del self._block_of[key]
+        if self.tier is not None and not is_saved:
+            self.tier.save(key, block)
         return block

@@ -42,7 +42,7 @@ class DSACaches:
 
     @staticmethod
     def check_flags(config: EngineConfig, model_config: ModelConfig) -> None:
-        """Refuse weights in four bits on a device, and caches that the model's widths do not fit.
+        """Refuse devices, widths and host memory that the caches cannot have.
 
         Raises:
             ConfigError: names the flag.
@@ -52,6 +52,10 @@ class DSACaches:
             hint = "give --device cpu, or serve the model's FP8 or bfloat16 checkpoint"
             raise flag_error("device", config.device, f"cpu with weights in {title}", hint)
         model_config.cache_layout(config.kv_cache_dtype, config.block_size)
+        if config.tensor_parallel_size > 1:
+            _refuse_offload(config, "with --tensor-parallel-size above 1")
+        if not config.enable_prefix_caching:
+            _refuse_offload(config, "without prefix caching")
 
     def workspace_bytes(self, traits: GpuTraits) -> int:
         """Return the device memory of the attention without its caches, bytes."""
@@ -84,7 +88,7 @@ class V4Caches:
 
     @staticmethod
     def check_flags(config: EngineConfig, model_config: DeepseekV4Config) -> None:
-        """Refuse devices, ranks, drafts, other cache formats, and other block sizes.
+        """Refuse devices, ranks, drafts, host memory, other cache formats and block sizes.
 
         Raises:
             ConfigError: names the flag.
@@ -98,6 +102,7 @@ class V4Caches:
         if config.speculation is not None:
             given = config.speculation.method
             raise flag_error("speculative_config", given, f"none {with_v4}", "leave it out")
+        _refuse_offload(config, with_v4)
         model_config.cache_layout(config.kv_cache_dtype, config.block_size)
 
     def workspace_bytes(self, traits: GpuTraits) -> int:
@@ -109,6 +114,12 @@ class V4Caches:
     ) -> V4AttentionBackend:
         """Return the attention backend over caches of `num_blocks` blocks, on one rank."""
         return V4AttentionBackend(self._config, self._batch, num_blocks)
+
+
+def _refuse_offload(config: EngineConfig, when: str) -> None:
+    """Refuse host memory for prefix blocks."""
+    if config.kv_offload_bytes:
+        raise flag_error("kv_offload_bytes", config.kv_offload_bytes, f"0 {when}", "leave it out")
 
 
 Caches = DSACaches | V4Caches

@@ -336,13 +336,14 @@ class LLMEngine:
 
     def stats(self) -> EngineStats:
         """Return the counters, and the present load."""
-        num_used = self.block_manager.num_used
+        num_used, tier = self.block_manager.num_used, self.block_manager.tier
         return replace(
             self._stats,
             num_running=self.scheduler.num_running,
             num_waiting=self.scheduler.num_waiting,
             num_used_blocks=num_used,
             kv_cache_usage=num_used / self.block_manager.num_blocks,
+            host_cache_usage=tier.usage if tier is not None else 0.0,
         )
 
     def _append(

@@ -53,6 +53,7 @@ class OutputState:
         prompt_logprobs: scores of the prompt tokens, with None for the first one; None before the
             whole prompt is computed, or if not asked for.
         num_cached_tokens: number of leading prompt tokens that came from the prefix cache.
+        num_host_cached_tokens: of these, tokens whose blocks were copied from host memory.
         num_draft_tokens: number of verified drafts.
         num_accepted_tokens: number of accepted drafts.
         arrival_time: when the request arrived, seconds of time.monotonic().
@@ -68,6 +69,7 @@ class OutputState:
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     num_cached_tokens: int = 0
+    num_host_cached_tokens: int = 0
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
     arrival_time: float = 0.0
@@ -123,6 +125,7 @@ class RequestOutput:
         self.prompt_token_ids = state.prompt_token_ids
         self.prompt_logprobs = state.prompt_logprobs
         self.num_cached_tokens = state.num_cached_tokens
+        self.num_host_cached_tokens = state.num_host_cached_tokens
         self.num_draft_tokens = state.num_draft_tokens
         self.num_accepted_tokens = state.num_accepted_tokens
         self.arrival_time = state.arrival_time
@@ -193,7 +196,8 @@ class RequestOutput:
         prompt_logprobs = self.prompt_logprobs if is_first and self.index == 0 else None
         more = (self.new_logprobs, self.finish_reason, self.stop_reason, self.error)
         gained = (*start, *more, self.topk_positions)
-        counts = (self.num_cached_tokens, self.num_draft_tokens, self.num_accepted_tokens)
+        cached = self.num_cached_tokens, self.num_host_cached_tokens
+        counts = (*cached, self.num_draft_tokens, self.num_accepted_tokens)
         return self.request_id, self.index, gained, times, counts, prompt_logprobs
 
     def __repr__(self) -> str:
@@ -210,7 +214,7 @@ def apply_additions(
     index: int,
     gained: tuple[Any, ...],
     times: tuple[float, float | None, float | None] | None = None,
-    counts: tuple[int, int, int] = (0, 0, 0),
+    counts: tuple[int, int, int, int] = (0, 0, 0, 0),
     prompt_logprobs: list[TokenLogprobs | None] | None = None,
 ) -> RequestOutput:
     """Return the output after a step from the state before it.
@@ -228,7 +232,8 @@ def apply_additions(
         state.logprobs += more[0]
     if times is not None:
         state.arrival_time, state.first_token_time, state.finish_time = times
-        state.num_cached_tokens, state.num_draft_tokens, state.num_accepted_tokens = counts
+        state.num_cached_tokens, state.num_host_cached_tokens, *drafts = counts
+        state.num_draft_tokens, state.num_accepted_tokens = drafts
     if prompt_logprobs is not None:
         for each in states:
             each.prompt_logprobs = prompt_logprobs

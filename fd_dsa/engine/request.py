@@ -6,7 +6,7 @@ import time
 from dataclasses import InitVar, dataclass, field
 from functools import partial
 
-from fd_dsa.engine.block_manager import BlockKeys
+from fd_dsa.engine.block_keys import BlockKeys
 from fd_dsa.engine.detokenizer import Detokenizer, StopChecker, new_detokenizer
 from fd_dsa.engine.draft_state import DraftState
 from fd_dsa.engine.draws import derive_seed

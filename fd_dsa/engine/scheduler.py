@@ -8,6 +8,7 @@ import time
 from collections import deque
 from operator import attrgetter
 
+from fd_dsa.engine.admission import Admission
 from fd_dsa.engine.batch import NO_DRAFTS, Drafts, ScheduledBatch
 from fd_dsa.engine.block_manager import BlockManager
 from fd_dsa.engine.metrics import EngineStats
@@ -34,6 +35,8 @@ class Scheduler:
         - A request is admitted when a row is free and the blocks of all its known tokens are free
           or cached. One spare block for each running request must be left. Admission is strictly in
           order of arrival, so every running request has arrived before every waiting one.
+        - A request whose blocks come from host memory is admitted when they are copied, or when no
+          other request runs. If a running request needs a block meanwhile, it takes them.
         - A request whose grammar is being compiled in another thread is not admitted, and requests
           after it are not admitted either. Running requests go on.
         - A request whose mask is late is not scheduled until it has the mask.
@@ -58,7 +61,7 @@ class Scheduler:
     Args:
         blocks: owner of the cache blocks.
         batch: has the numbers of rows and tokens of a step. The scheduler writes its block tables.
-        stats: counts preemptions, and tokens from the prefix cache.
+        stats: counts preemptions and prefix hits.
         target_gap_s: target inter-token latency, seconds; 0 = no target.
         lookahead: number of tokens after a block that must be known before the block is shared.
         step_table: measured step times; None = they are learned from the steps of requests.
@@ -84,6 +87,7 @@ class Scheduler:
         self._blocks = blocks
         self._batch = batch
         self._stats = stats
+        self._admission = Admission(blocks, stats)
         self._target_gap_s = target_gap_s
         self._step_times = StepTimeModel(batch.max_num_tokens, step_table) if target_gap_s else None
         # sizes of the step that is being scheduled
@@ -122,6 +126,8 @@ class Scheduler:
             self._release(request)
         else:
             self.waiting.remove(request)
+            # it may have waited for copies
+            self._blocks.free(request.seq_id)
         if not self.running and not self.waiting:
             self._max_prefill_tokens = self._batch.max_num_tokens
             self._max_rows = self._batch.max_num_seqs
@@ -161,6 +167,7 @@ class Scheduler:
         if not self._scheduled:
             return None
         drafts = self._choose_drafts(budget) if self._may_draft else {}
+        self._blocks.enqueue_copies()
         self._scheduled.sort(key=_batch_row)
         return ScheduledBatch(self._scheduled, drafts, self._shape.context)
 
@@ -306,59 +313,21 @@ class Scheduler:
                 break
             if budget <= 0 or self._spare_logits <= 0 or len(self.running) >= self._max_rows:
                 break
-            # one block for each running request; a new request always needs a block
-            spare = len(self.running)
-            if spare >= self._blocks.num_free:
+            reservation = self._admission.reserve(request, len(self.running))
+            if reservation is None:
                 break
-            cached = self._find_computed_blocks(request)
-            if cached is None:
-                break
-            room = self._room_for_chunk(budget, len(cached) * self._blocks.block_size)
+            context = reservation.num_cached * self._blocks.block_size
+            room = self._room_for_chunk(budget, context)
             if not room:
-                break
-            added = self._blocks.allocate(request.seq_id, len(request.token_ids), cached, spare)
-            if added is None:
                 break
             self.waiting.popleft()
             request.batch_row = heapq.heappop(self.free_rows)
             self._spare_logits -= 1
-            self._batch.set_blocks(request.batch_row, added)
+            self._batch.set_blocks(request.batch_row, reservation.blocks)
             self.running[request.seq_id] = request
-            self._count_hits(request, len(cached) * self._blocks.block_size)
+            self._admission.start(request, reservation)
             budget = self._schedule_chunk(request, room)
         return budget
-
-    def _find_computed_blocks(self, request: Request) -> list[int] | None:
-        """Return blocks that a waiting request may share, None while its group computes them."""
-        # cached tokens have no logits
-        cached: list[int] = []
-        if self._reads_prefix_cache(request):
-            cached = self._blocks.find_cached_blocks(request.block_keys, len(request.token_ids))
-        num_shared = (len(request.state.prompt_token_ids) - 1) // self._blocks.block_size
-        if len(cached) >= num_shared:
-            return cached
-        running = [other for other in request.group if other.batch_row >= 0]
-        for other in running:
-            if other.num_computed_tokens >= num_shared * self._blocks.block_size:
-                return list(self._blocks.blocks_of(other.seq_id)[:num_shared])
-        return None if running else cached
-
-    def _reads_prefix_cache(self, request: Request) -> bool:
-        """Return True if a request may share blocks of other requests."""
-        return not (request.params.skip_reading_prefix_cache or request.wants_prompt_logits)
-
-    def _count_hits(self, request: Request, num_cached_tokens: int) -> None:
-        """Set the computed tokens of a request that starts, and count them at its first start."""
-        request.num_computed_tokens = num_cached_tokens
-        if request.scheduled_time is not None:
-            return
-        request.state.num_cached_tokens = num_cached_tokens
-        request.scheduled_time = time.monotonic()
-        # the prompt of a group is looked up once
-        is_counted = request.state.index == 0 and self._reads_prefix_cache(request)
-        if self._blocks.enable_prefix_caching and is_counted:
-            self._stats.prefix_cache_queries += len(request.state.prompt_token_ids)
-            self._stats.prefix_cache_hits += num_cached_tokens
 
     def _room_for_chunk(self, budget: int, context: int) -> int:
         """Return the part of a budget that a chunk after `context` tokens may use."""

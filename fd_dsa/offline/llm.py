@@ -92,6 +92,7 @@ class LLM:
         target_inter_token_latency_ms: float = 0.0,
         block_size: int = 64,
         kv_cache_memory_bytes: int | str | None = None,
+        kv_offload_bytes: int | str = 0,
         gpu_memory_utilization: float = 0.9,
         num_gpu_blocks_override: int | None = None,
         enable_prefix_caching: bool = True,

@@ -160,6 +160,42 @@ class SelectionRunner(Protocol):
         """
 
 
+class BlockStore(Protocol):
+    """Host memory for blocks of the caches, and copies in both directions.
+
+    The order of calls before a step is `begin`, `copy` for each run of blocks, `end`, `precede`.
+    Copies run in the order of their calls, and no two at a time.
+
+    Attributes:
+        num_slots: number of blocks that the memory holds, at least 1.
+        overlaps: True if copies run while steps run; False if `copy` returns when it is done.
+    """
+
+    num_slots: int
+    overlaps: bool
+
+    @property
+    def num_done(self) -> int:
+        """Number of the last `end` whose copies are done."""
+
+    def begin(self) -> None:
+        """Make later copies wait for all steps that are enqueued."""
+
+    def copy(self, loads: bool, block: int, slot: int, count: int) -> None:
+        """Enqueue the copy of `count` neighbouring blocks.
+
+        Args:
+            loads: True = from host memory to the caches.
+            block, slot: first block of the caches and of the host memory.
+        """
+
+    def end(self, number: int) -> None:
+        """Number the copies so far. Numbers ascend."""
+
+    def precede(self, number: int) -> None:
+        """Make later steps wait for the copies up to a number. The host continues at once."""
+
+
 class OtherRanks(Protocol):
     """Processes that run each step together with this one."""
 

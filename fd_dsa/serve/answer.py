@@ -183,8 +183,8 @@ class Answer(ABC, Generic[_Body]):
     def usage(self) -> Usage:
         """Return the token counts. Each prompt counts once, every output counts.
 
-        `cached_tokens` are prompt tokens found in the prefix cache. The completion has details only
-        if drafts were verified.
+        `cached_tokens` are prompt tokens found in the prefix cache. `host_cached_tokens` are there
+        only if some were in host memory, and the completion's details only if drafts were verified.
         """
         outputs = self.shown_outputs()
         prompt = sum(len(job.prompt_token_ids) for job in self.jobs)
@@ -197,6 +197,8 @@ class Answer(ABC, Generic[_Body]):
                 "cached_tokens": sum(out.num_cached_tokens for out in outputs if out.index == 0)
             },
         }
+        if on_host := sum(out.num_host_cached_tokens for out in outputs if out.index == 0):
+            usage["prompt_tokens_details"]["host_cached_tokens"] = on_host
         if drafts := sum(output.num_draft_tokens for output in outputs):
             accepted = sum(output.num_accepted_tokens for output in outputs)
             usage["completion_tokens_details"] = {

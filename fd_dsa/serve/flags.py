@@ -172,6 +172,8 @@ _FLAGS = {
         "(default: auto)",
         "--kv-cache-memory-bytes BYTES": "size of the caches, for example 8G (default: from free "
         "memory)",
+        "--kv-offload-bytes BYTES": "host memory in addition, for prefix blocks that leave the "
+        "caches, for example 64G (default: none)",
         "--gpu-memory-utilization SHARE": "share of a GPU's memory that weights and caches may "
         "take (default: 0.9)",
         "--num-gpu-blocks-override N": "number of cache blocks instead (on a CPU too)",

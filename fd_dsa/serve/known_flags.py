@@ -76,6 +76,10 @@ NOT_NEEDED: Mapping[str, tuple[str, ...]] = {
         *("disable-access-log-for-endpoints=", "max-log-len=", "aggregate-engine-logging"),
         *("log-level-http=", "uvicorn-log-level="),
     ),
+    "evicted prefix blocks are copied in one way": (
+        *("kv-offloading-backend=native", "hicache-write-policy=", "hicache-io-backend="),
+        "hicache-mem-layout=",
+    ),
     "the scheduler lacks this option": (
         *("swap-space=", "cpu-offload-gb=0", "preemption-mode=recompute", "stream-interval=1"),
         *("scheduling-policy=fcfs", "schedule-policy=fcfs|lpm", "schedule-conservativeness="),
@@ -124,6 +128,9 @@ OTHER_NAMES: Mapping[str, tuple[str, ...]] = {
     "--max-num-batched-tokens": ("chunked-prefill-size", "max-prefill-tokens"),
     "--gpu-memory-utilization": ("mem-fraction-static",),
     "--kv-cache-memory-bytes or --num-gpu-blocks-override": ("max-total-tokens", "kv-cache-ratio"),
+    "--kv-offload-bytes": (
+        *("kv-offloading-size", "enable-hierarchical-cache", "hicache-size", "hicache-ratio"),
+    ),
     "--block-size": ("page-size",),
     "--no-enable-prefix-caching": ("disable-radix-cache",),
     "--enforce-eager": ("disable-cuda-graph",),
@@ -190,10 +197,12 @@ REFUSED: Mapping[str, tuple[str, ...]] = {
         *("kv-transfer-config", "kv-events-config", "ec-transfer-config", "disaggregation-mode"),
         *("splitwise-role", "innode-prefill-ports", "rdma-comm-ports", "pd-comm-port"),
     ),
-    "caches stay in device memory": (
-        *("cpu-offload-gb", "kv-offloading-size", "kv-offloading-backend", "preemption-mode"),
-        *("enable-hierarchical-cache", "hicache-ratio", "enable-sleep-mode", "enable-lmcache"),
-        *("enable-memory-saver", "dynamic-load-weight"),
+    "weights and the blocks of running requests stay in device memory": (
+        *("cpu-offload-gb", "preemption-mode", "enable-sleep-mode", "enable-memory-saver"),
+        "dynamic-load-weight",
+    ),
+    "prefix blocks are in device memory and, with --kv-offload-bytes, in host memory": (
+        *("kv-offloading-backend", "enable-lmcache", "hicache-storage-backend"),
     ),
     "requests run in the order in which they arrive": (
         *("scheduling-policy", "schedule-policy", "num-scheduler-steps", "scheduler-delay-factor"),

@@ -59,6 +59,7 @@ _GAUGES = {
     "num_running": ("num_requests_running", "requests that take part in steps"),
     "num_waiting": ("num_requests_waiting", "requests that wait for a row or for cache blocks"),
     "kv_cache_usage": ("kv_cache_usage_perc", "share of the cache blocks in use, 0 to 1"),
+    "host_cache_usage": ("host_cache_usage_perc", "share of the host blocks in use, 0 to 1"),
 }
 _COUNTERS = {
     "prompt_tokens": ("prompt_tokens", "prompt tokens of all received requests"),
@@ -70,6 +71,10 @@ _COUNTERS = {
     ),
     "prefix_cache_queries": ("prefix_cache_queries", "prompt tokens looked up in the prefix cache"),
     "prefix_cache_hits": ("prefix_cache_hits", "prompt tokens found in the prefix cache"),
+    "prefix_cache_host_hits": (
+        "prefix_cache_host_hits",
+        "prompt tokens found in host memory, counted in prefix_cache_hits too",
+    ),
     "num_drafts": ("spec_decode_num_drafts", "verifications of the drafts of a request"),
     "num_draft_tokens": ("spec_decode_num_draft_tokens", "verified drafts"),
     "num_accepted_tokens": ("spec_decode_num_accepted_tokens", "accepted drafts"),

@@ -16,6 +16,7 @@ from fd_dsa.engine.prompt_lookup import PromptLookup
 from fd_dsa.engine.speculation import ArbitraryDrafter, Drafter, SpecDecoder
 from fd_dsa.engine.step_times import StepTable
 from fd_dsa.errors import RankError, describe_error
+from fd_dsa.startup.host_tier import add_host_tier
 from fd_dsa.startup.load import load_model
 from fd_dsa.startup.measure import measure_step_costs, measure_step_table
 from fd_dsa.startup.plan import EnginePlan, make_plan
@@ -85,6 +86,7 @@ def _build(config: EngineConfig, ranks: Ranks | None, progress: StartupProgress)
         step_table=measure_steps(runner, plan),
     )
     engine = make_engine(spec_decoder=_make_spec_decoder(runner, plan, make_engine))
+    add_host_tier(engine, runner, plan)
     engine.grammars.prepare()
     engine.metrics.cache_config["cache_dtype"] = plan.config.kv_cache_dtype
     if ranks is not None:

@@ -35,11 +35,13 @@ class MemoryPlan:
         weight_bytes: bytes of the weights as held.
         graph_bytes: bytes of captured steps with their activations, 0 without captures.
         state_bytes: bytes of the states that batch rows have in addition to blocks.
-        free_bytes: free bytes of the system when the plan was made.
+        free_bytes: free bytes of the system when the plan was made; on a CPU without those of the
+            host blocks.
         bytes_per_block: bytes of one cache block over all layers.
         num_blocks: number of cache blocks.
         block_size: tokens of a block.
         max_model_len: longest prompt plus output, tokens.
+        num_host_blocks: number of prefix blocks in host memory in addition.
     """
 
     weight_bytes: int
@@ -50,6 +52,12 @@ class MemoryPlan:
     num_blocks: int
     block_size: int
     max_model_len: int
+    num_host_blocks: int = 0
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of the prefix blocks in host memory."""
+        return self.num_host_blocks * self.bytes_per_block
 
     @property
     def kv_cache_bytes(self) -> int:
@@ -61,12 +69,14 @@ class MemoryPlan:
         blocks_per_request = -(-self.max_model_len // self.block_size)
         graphs = f"graphs {format_bytes(self.graph_bytes)}, " if self.graph_bytes else ""
         states = f"states {format_bytes(self.state_bytes)}, " if self.state_bytes else ""
+        host = f"host memory {self.num_host_blocks} blocks ({format_bytes(self.host_bytes)}), "
+        host = host if self.num_host_blocks else ""
         return (
             f"weights {format_bytes(self.weight_bytes)}, kv cache {self.num_blocks} blocks x "
             f"{self.block_size} = {self.num_blocks * self.block_size} tokens "
             f"({format_bytes(self.kv_cache_bytes)}, "
             f"{self.num_blocks // blocks_per_request} full-length requests), "
-            f"{graphs}{states}free {format_bytes(self.free_bytes)}"
+            f"{graphs}{states}{host}free {format_bytes(self.free_bytes)}"
         )
 
 
@@ -125,7 +135,8 @@ def plan_memory(
     The flags `num_gpu_blocks_override` and `kv_cache_memory_bytes` decide the number of blocks.
     Without them there are enough for `max_num_seqs` sequences of full length, if the memory that
     weights and graphs leave holds as many. Unless `takes_all`, blocks take at most half of that
-    memory, and at most 4 GiB or one sequence of full length.
+    memory, and at most 4 GiB or one sequence of full length. `kv_offload_bytes` is host memory in
+    addition, which a CPU takes from the same memory.
 
     Args:
         weight_bytes, bytes_per_block, max_model_len, graph_bytes, state_bytes: as in MemoryPlan.
@@ -134,10 +145,13 @@ def plan_memory(
 
     Raises:
         ConfigError: weights and caches do not fit in the free memory, or the caches do not hold
-            one sequence of full length.
+            one sequence of full length. Also if host blocks do not fit in free host memory.
     """
+    num_host_blocks = _host_blocks(config, bytes_per_block, None if takes_all else free_bytes)
     if free_bytes is None:
         free_bytes = available_memory_bytes()
+    if not takes_all:
+        free_bytes -= num_host_blocks * bytes_per_block
     needed_blocks = -(-max_model_len // config.block_size)
     # None = no flag sets the size of the caches
     flag = None
@@ -160,6 +174,7 @@ def plan_memory(
         num_blocks=num_blocks,
         block_size=config.block_size,
         max_model_len=max_model_len,
+        num_host_blocks=num_host_blocks,
     )
     _check_fit(plan, num_blocks if flag else max(num_blocks, needed_blocks), flag)
     if num_blocks < needed_blocks:
@@ -171,6 +186,25 @@ def plan_memory(
             f"{flag or '--kv-cache-memory-bytes'}"
         )
     return plan
+
+
+def _host_blocks(config: EngineConfig, bytes_per_block: int, free_bytes: int | None) -> int:
+    """Return the number of prefix blocks in host memory, 0 without `kv_offload_bytes`.
+
+    Args:
+        free_bytes: free host memory; None = ask the system.
+    """
+    wanted = int(config.kv_offload_bytes)
+    if not wanted:
+        return 0
+    free = available_memory_bytes() if free_bytes is None else free_bytes
+    if not bytes_per_block <= wanted <= free:
+        raise ConfigError(
+            f"--kv-offload-bytes: got {format_bytes(wanted)}, allowed: at least a block of "
+            f"{format_bytes(bytes_per_block)}, and at most the free host memory, "
+            f"{format_bytes(free)}"
+        )
+    return wanted // bytes_per_block
 
 
 def _check_fit(plan: MemoryPlan, least_blocks: int, flag: str | None) -> None:

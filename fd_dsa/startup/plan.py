@@ -113,6 +113,7 @@ class EnginePlan:
                 "state_bytes": self.memory.state_bytes,
                 "num_blocks": self.memory.num_blocks,
                 "num_tokens": self.memory.num_blocks * self.memory.block_size,
+                "num_host_blocks": self.memory.num_host_blocks,
                 "free_bytes": self.memory.free_bytes,
             },
         }

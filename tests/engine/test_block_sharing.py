@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import pytest
 
-from fd_dsa.engine.block_manager import BlockKeys, BlockManager
+from fd_dsa.engine.block_keys import BlockKeys
+from fd_dsa.engine.block_manager import BlockManager
 
 
 def keys(tokens, salt=None, block_size=2):

@@ -39,7 +39,8 @@ return make_engine(**{SIZES})
 ENDLESS = SamplingParams(temperature=0, max_tokens=90_000, ignore_eos=True)
 FIELDS = (
     *("request_id", "index", "prompt_token_ids", "token_ids", "text", "new_token_ids", "new_text"),
-    *("finish_reason", "stop_reason", "num_cached_tokens", "logprobs", "new_logprobs"),
+    *("finish_reason", "stop_reason", "num_cached_tokens", "num_host_cached_tokens"),
+    *("logprobs", "new_logprobs"),
     *("prompt_logprobs", "topk_positions"),
 )
 

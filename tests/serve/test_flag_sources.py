@@ -71,7 +71,7 @@ VALUES: dict[str, Any] = {
     **dict.fromkeys(("max-body-size", "max-prompt-bytes"), "2M"),
     **dict.fromkeys(("max-body-values", "max-answer-scores"), 6),
     **dict.fromkeys(("max-connections", "timeout-keep-alive"), 9),
-    "kv-cache-memory-bytes": "8G",
+    **dict.fromkeys(("kv-cache-memory-bytes", "kv-offload-bytes"), "8G"),
     "speculative-config": '{"method": "ngram"}',
     "host": "0.0.0.0",
     "device": "cpu",

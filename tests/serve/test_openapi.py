@@ -146,8 +146,9 @@ def post(checker: Checker, live: Live, path: str, status: int = 200, **body: Any
 
 @pytest.fixture(scope="module")
 def demo(checker: Checker) -> Iterator[Live]:
-    """The demo model, with drafts, scores and the indexer's selections."""
-    config = EngineConfig(max_model_len=128, max_num_seqs=2, index_topk=8)
+    """The demo model, with drafts, scores, the indexer's selections and few blocks."""
+    blocks = {"block_size": 16, "num_gpu_blocks_override": 10, "kv_offload_bytes": "64M"}
+    config = EngineConfig(max_model_len=128, max_num_seqs=2, index_topk=8, **blocks)
     engine = threaded(build_engine(config))
 
     answer = engine.ask
@@ -185,6 +186,15 @@ def ask_demo(checker: Checker, demo: Live) -> None:
     post(checker, demo, "/v1/messages/count_tokens", messages=HI)
     post(checker, demo, "/tokenize", prompt="Hi", return_token_strs=True)
     post(checker, demo, "/detokenize", tokens=[5, 6])
+
+
+def ask_again(checker: Checker, demo: Live) -> None:
+    """A prompt whose blocks were evicted in between."""
+    prompts = [[token] * length for token, length in ((5, 40), (6, 120), (7, 120), (5, 40))]
+    for prompt in prompts:
+        answer = post(checker, demo, "/v1/completions", prompt=prompt, temperature=0, max_tokens=1)
+    details = answer.json()["usage"]["prompt_tokens_details"]
+    assert 0 < details["host_cached_tokens"] <= details["cached_tokens"] == 32
 
 
 def ask_recorded(checker: Checker, _: Live) -> None:
@@ -231,7 +241,7 @@ def ask_wrongly(checker: Checker, _: Live) -> None:
             assert "internal error" in answer.text
 
 
-ASKING = (ask_demo, ask_recorded, ask_reports, ask_wrongly)
+ASKING = (ask_demo, ask_again, ask_recorded, ask_reports, ask_wrongly)
 
 
 @pytest.mark.parametrize("ask", ASKING, ids=lambda ask: ask.__name__)

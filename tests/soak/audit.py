@@ -42,7 +42,8 @@ def _audit_blocks(engine: LLMEngine) -> None:
         owners.update(owner.blocks)
     for block, count in enumerate(blocks._num_owners):
         assert count == owners[block], f"block {block} has {owners[block]} owners, counted {count}"
-    free, kept = blocks._free, blocks._unowned
+    free, kept = blocks._free, blocks._saved | blocks._unowned
+    assert len(kept) == len(blocks._saved) + len(blocks._unowned), "a kept block is there twice"
     assert len(set(free)) == len(free), "a block is free twice"
     parts = (set(free), set(kept), set(owners))
     assert sum(map(len, parts)) == blocks.num_blocks, f"blocks are lost or in two places: {parts}"
@@ -50,6 +51,9 @@ def _audit_blocks(engine: LLMEngine) -> None:
     assert {block: key for key, block in blocks._block_of.items()} == blocks._key_of
     assert kept.keys() <= blocks._key_of.keys(), "a kept block cannot be found"
     assert not parts[0] & blocks._key_of.keys(), "a free block can be found"
+    if blocks.tier is not None:
+        slots = [*blocks.tier._free, *blocks.tier._slot_of.values()]
+        assert sorted(slots) == list(range(blocks.tier._store.num_slots)), "a slot is lost"
     salts: dict[int, str | None] = {}
     for request in running_requests(engine).values():
         for block in blocks.blocks_of(request.seq_id):
@@ -70,6 +74,9 @@ def _audit_rows(engine: LLMEngine) -> None:
         assert tuple(table[: len(owned)].tolist()) == owned, f"row {row} shows other blocks"
         assert (table[len(owned) :] == -1).all(), f"row {row} shows blocks it does not own"
     names = {request.seq_id for request in running.values()}
+    waiting = {request.seq_id for request in waiting_requests(engine)}
+    assert blocks.reservations.keys() <= waiting, "a request that does not wait has reserved blocks"
+    names |= blocks.reservations.keys()
     assert blocks._owners.keys() <= names, "a request without a row owns blocks"
     arrivals = [request.seq_id for request in engine.scheduler.running.values()]
     arrivals += [request.seq_id for request in waiting_requests(engine)]

@@ -13,6 +13,7 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 
 from fd_dsa.engine.engine import LLMEngine
+from fd_dsa.engine.host_tier import HostTier
 from fd_dsa.engine.output import RequestOutput
 from fd_dsa.engine.prompt_lookup import PromptLookup
 from fd_dsa.engine.sampling_params import SamplingParams
@@ -30,6 +31,7 @@ from tests.soak.checking_runner import (
     DeviceGone,
     DrawingRunner,
 )
+from tests.soak.late_store import LateStore
 
 MAX_MODEL_LEN = 48
 MAX_STEPS = 20_000
@@ -65,6 +67,9 @@ class History:
     max_drafts: int
     right_share: float | None
     drafts_on_device: bool
+    num_host_blocks: int = 0
+    copies_overlap: bool = False
+    num_ahead: int = 0
 
 
 @dataclass
@@ -111,6 +116,19 @@ def draw_history(number: int) -> History:
         # None: prompt lookup
         right_share=draw.choice([None, 0.0, 0.7, 1.0]),
         drafts_on_device=draws_on_device and draw.random() < 0.7,
+    )
+
+
+def with_host_tier(history: History) -> History:
+    """The same history with host memory for evicted blocks, and more reason to evict some."""
+    draw = random.Random(history.clock_seed)
+    return replace(
+        history,
+        num_blocks=min(history.num_blocks, -(-MAX_MODEL_LEN // history.block_size) + 2),
+        enable_prefix_caching=True,
+        num_host_blocks=draw.choice([1, 3, 10, 60, 60]),
+        copies_overlap=draw.random() < 0.7,
+        num_ahead=draw.choice([0, 2, 8]),
     )
 
 
@@ -185,6 +203,15 @@ def make_engine(history: History) -> LLMEngine:
         async_scheduling=history.async_scheduling,
         spec_decoder=spec_decoder,
     )
+    if history.num_host_blocks:
+        store = LateStore(
+            runner,
+            history.num_host_blocks,
+            history.copies_overlap,
+            history.clock_seed,
+            history.fail_share,
+        )
+        engine.block_manager.use_host_tier(HostTier(store), history.num_ahead)
     # chunks follow measured times; no output may
     engine.clock = random_clock(history.clock_seed)
     return engine
@@ -220,6 +247,7 @@ def run_history(history: History, seed: int = 0) -> Counter[str]:
     _check_outputs(run, history)
     run.counts["preemptions"] += stats.num_preemptions
     run.counts["prompt tokens from the prefix cache"] += stats.prefix_cache_hits
+    run.counts["prompt tokens from host memory"] += stats.prefix_cache_host_hits
     run.counts["tokens generated"] += stats.generated_tokens
     run.counts["drafts"] += stats.num_draft_tokens
     run.counts["accepted drafts"] += stats.num_accepted_tokens
@@ -234,7 +262,10 @@ def _arrive_and_abort(run: Run, history: History, step: int) -> None:
             run.counts["outputs"] += one.params.n
             run.engine.add_request(str(index), one.prompt, one.params)
         if one.abort_at == step:
+            loading = run.engine.block_manager.reservations
+            run.counts["aborted while blocks are copied"] += len(loading)
             aborted = run.engine.abort_request(str(index))
+            run.counts["aborted while blocks are copied"] -= len(loading)
             run.counts["aborted outputs"] += len(aborted)
             _keep(run, aborted)
             audit(run.engine)
@@ -267,6 +298,7 @@ def _step(run: Run, history: History, fails: bool) -> None:
     assert earliest.finish_reason or before < after, f"request {earliest.seq_id} was left out"
     if all(output.finish_reason != "error" for output in outputs):
         run.counts["evicted blocks"] += len(keys - evictable_keys(engine))
+    run.counts["steps while a request waits for copies"] += len(engine.block_manager.reservations)
     ahead = engine.in_flight
     run.counts["steps queued ahead"] += ahead is not None
     drafts = () if ahead is None else ahead.drafts.values()
@@ -313,6 +345,7 @@ def run_alone(one: Arrival, history: History) -> list[tuple[list[int], str | Non
         draws_on_device=False,
         drafts_on_device=False,
         max_drafts=0,
+        num_host_blocks=0,
     )
     engine = make_engine(ample)
     engine.add_request("alone", one.prompt, one.params)

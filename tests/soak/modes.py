@@ -3,11 +3,11 @@
     python -m tests.soak.modes
     FD_DSA_BATCH_INVARIANT=1 python -m tests.soak.modes
 
-The same greedy requests run with other chunk sizes, with prefix hits, with preemption, and one at a
-time. With float32 caches every mode must give the tokens of the reference; another token passes
-only where the two likeliest lie within rounding. With FD_DSA_BATCH_INVARIANT=1 every logit must be
-the same, bit for bit, for all cache dtypes. A mode that did not happen, such as a small cache in
-which nothing was preempted, fails too.
+The same greedy requests run with other chunk sizes, with prefix hits, with evicted blocks in host
+memory, with preemption, and one at a time. With float32 caches every mode must give the tokens of
+the reference; another token passes only where the two likeliest lie within rounding. With
+FD_DSA_BATCH_INVARIANT=1 every logit must be the same, bit for bit, for all cache dtypes. A mode
+that did not happen, such as a small cache in which nothing was preempted, fails too.
 """
 
 from __future__ import annotations
@@ -58,6 +58,7 @@ class Mode:
     fields: dict[str, Any] = field(default_factory=dict)
     preempts: bool = False
     hits: bool = False
+    host_hits: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def modes(requests: Sequence[Request]) -> list[Mode]:
     longest = max(request.num_blocks for request in requests)
     scarce = {"num_gpu_blocks_override": longest + 1}
     small = {"max_num_batched_tokens": SMALL_CHUNK}
-    prefix = {"enable_prefix_caching": True}
+    prefix, host = {"enable_prefix_caching": True}, {"kv_offload_bytes": "256M"}
     most = max(len(request.token_ids) for request in requests)
     found = [
         Mode("reference"),
@@ -85,6 +86,7 @@ def modes(requests: Sequence[Request]) -> list[Mode]:
         Mode("one chunk", {"max_num_batched_tokens": max(most, CHUNK)}),
         Mode("prefix hits", prefix, hits=True),
         Mode("preemption", scarce, preempts=True),
+        Mode("host memory", {**prefix, **scarce, **host}, hits=True, host_hits=True),
         Mode("all at once", {**small, **prefix, **scarce}, preempts=True, hits=True),
     ]
     if batch_invariant():
@@ -176,6 +178,7 @@ def run_mode(mode: Mode, requests: Sequence[Request], dtype: str) -> Answers:
         found = answer(engine, requests)
     stats = engine.stats()
     assert not mode.hits or stats.prefix_cache_hits, f"{mode.name}: no prefix was found"
+    assert not mode.host_hits or stats.prefix_cache_host_hits, f"{mode.name}: nothing was copied"
     assert not mode.preempts or stats.num_preemptions, f"{mode.name}: nothing was preempted"
     return found
 

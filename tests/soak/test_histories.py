@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from fd_dsa.engine.batch import ScheduledBatch
-from fd_dsa.engine.block_manager import BlockKeys, BlockManager
+from fd_dsa.engine.block_keys import BlockKeys
+from fd_dsa.engine.block_manager import BlockManager
 from fd_dsa.engine.metrics import EngineStats
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.scheduler import Scheduler

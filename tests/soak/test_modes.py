@@ -8,6 +8,11 @@ from tests.soak.modes import Mode, Request, Token, differences, run_mode, run_mo
 
 
 @pytest.mark.slow
+def test_blocks_that_come_back_from_host_memory_give_the_tokens_of_the_reference() -> None:
+    assert run_modes(count=8, longest=200, seed=0, name="host memory") == []
+
+
+@pytest.mark.slow
 def test_chunks_hits_and_preemption_give_the_tokens_of_the_reference() -> None:
     assert run_modes(count=8, longest=200, seed=0, name="all at once") == []
 

@@ -216,6 +216,19 @@ def test_graphs_take_their_share_and_are_told() -> None:
         plan_memory(config, graph_bytes=7 * GIB, free_bytes=16 * GIB, **sizes)
 
 
+def test_host_memory_for_prefix_blocks_is_beside_the_caches() -> None:
+    flags = {"max_num_seqs": 5, "kv_offload_bytes": "20G"}
+    made = plan(100 * GIB, **flags)
+    assert (made.num_blocks, made.num_host_blocks, made.free_bytes) == (50, 20 * 1024, 80 * GIB)
+    assert "host memory 20480 blocks (20.0 GiB), free 80.0 GiB" in made.summary()
+    # a CPU takes both from the same memory
+    with pytest.raises(ConfigError, match=r"memory: needs .*free 10.0 GiB"):
+        plan(30 * GIB, **flags)
+    for free, size in ((10 * GIB, "20G"), (100 * GIB, BLOCK - 1)):
+        with pytest.raises(ConfigError, match=r"--kv-offload-bytes: got .* a block of 1.0 MiB"):
+            plan(free, kv_offload_bytes=size)
+
+
 def test_graphs_are_counted_by_their_sizes() -> None:
     config = config_from_dict(TINY)
     topk, vocab = config.index_topk, config.vocab_size

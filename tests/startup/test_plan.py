@@ -118,6 +118,20 @@ def test_a_tokenizer_with_ids_beyond_the_embeddings(tmp_path: Path) -> None:
         make_plan(EngineConfig(device="cpu", tokenizer=folder))
 
 
+@pytest.mark.parametrize(
+    ("fields", "when"),
+    [
+        ({"tensor_parallel_size": 2}, "with --tensor-parallel-size above 1"),
+        ({"enable_prefix_caching": False}, "without prefix caching"),
+    ],
+)
+def test_host_memory_that_cannot_be_used_is_refused(fields: dict[str, Any], when: str) -> None:
+    config = EngineConfig(kv_offload_bytes="1M", **fields)
+    said = f"^--kv-offload-bytes: got 1048576, allowed: 0 {when}; leave it out$"
+    with pytest.raises(ConfigError, match=said):
+        make_plan(config)
+
+
 def test_unknown_fields_of_a_model_are_refused_unless_the_flag_accepts_them(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -34,8 +34,8 @@ class LateLibrary(FakeLibrary):
 
     Attributes:
         log: calls in their order: ("wait", stream, event), ("record", stream, event),
-            ("h2d" or "d2d", stream, number of bytes), ("sync", event), ("sync stream", stream),
-            ("free", what).
+            ("h2d", "d2h" or "d2d", stream, number of bytes), ("sync", event),
+            ("sync stream", stream), ("free", what).
         captured: streams that are being captured.
         refused: names of functions that answer with an error.
     """
@@ -167,6 +167,9 @@ class LateLibrary(FakeLibrary):
 
     def cuMemcpyHtoDAsync_v2(self, *arguments: Any) -> int:
         return self._copy("cuMemcpyHtoDAsync_v2", "h2d", *arguments)
+
+    def cuMemcpyDtoHAsync_v2(self, *arguments: Any) -> int:
+        return self._copy("cuMemcpyDtoHAsync_v2", "d2h", *arguments)
 
     def cuMemcpyDtoDAsync_v2(self, *arguments: Any) -> int:
         return self._copy("cuMemcpyDtoDAsync_v2", "d2d", *arguments)

@@ -34,9 +34,10 @@ PackedTexts = Annotated[orjson.Fragment, PackedAs(list[str])]
 
 
 class PromptTokensDetails(TypedDict):
-    """Prompt tokens found in the prefix cache."""
+    """Prompt tokens found in the prefix cache, and those of them found in host memory."""
 
     cached_tokens: int
+    host_cached_tokens: NotRequired[int]
 
 
 class CompletionTokensDetails(TypedDict):
