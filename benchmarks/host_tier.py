@@ -1,0 +1,104 @@
+"""Second turns of long conversations whose blocks were evicted to host memory.
+
+    python -m benchmarks.host_tier --rig    # one GPU: seven layers in FP8, contexts of 64k tokens
+    python -m benchmarks.host_tier --dry    # small widths on the CPU: shows that it runs
+
+A first turn computes its context. Other conversations then evict it, and a second turn gets it
+back from host memory. Reported is the time to the first token of the second turn over that of the
+first one. Streams beside a second turn show what the copies cost them: their time with a context
+in host memory over their time with the same context in device memory. Writes
+benchmarks/results/host_tier.json.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks._gpu_engine_model import Shape, engine_options
+from benchmarks._harness import Worker, rig_parser, rig_result, write_json, write_result
+
+MODULE = "benchmarks.workers.host_tier:Engine"
+# largest ratios that pass
+GATES = {"first_token_ratio": 0.15, "streams_ratio": 1.03}
+LOAD: dict[str, int] = {"context": 65536, "question": 128, "streams": 16, "tokens": 400}
+DRY_LOAD: dict[str, int] = {"context": 256, "question": 16, "streams": 2, "tokens": 6}
+CONFIG: dict[str, Any] = {
+    "kv_cache_dtype": "fp8",
+    "max_model_len": 66560,
+    "max_num_seqs": 32,
+    "max_num_batched_tokens": 8192,
+    # a context, its question and the streams
+    "num_gpu_blocks_override": 1240,
+    "kv_offload_bytes": "16G",
+}
+DRY: dict[str, Any] = {
+    "max_model_len": 320,
+    "max_num_seqs": 4,
+    "max_num_batched_tokens": 128,
+    "num_gpu_blocks_override": 10,
+    "kv_offload_bytes": "64M",
+}
+ROUNDS = 5
+
+
+def measure(engine: Worker, load: dict[str, int], round_number: int) -> dict[str, Any]:
+    """Return the case of one round, with a conversation of its own."""
+    turn = {"context": load["context"], "question": load["question"]}
+    seed, others = 10 * round_number, iter(range(10 * round_number + 1, 10 * round_number + 9))
+
+    def evict() -> None:
+        for _ in range(2):
+            engine.call(op="turn", seed=next(others), number=0, **turn)
+
+    first = engine.call(op="turn", seed=seed, number=0, **turn)
+    evict()
+    second = engine.call(op="turn", seed=seed, number=1, **turn)
+    streams = [engine.call(op="beside", seed=seed, number=2, **load)]
+    evict()
+    streams.append(engine.call(op="beside", seed=seed, number=3, **load))
+    kept, copied = streams
+    return {
+        "first_turn": first,
+        "second_turn": second,
+        "streams_beside_kept": kept,
+        "streams_beside_copied": copied,
+        "first_token_ratio": second["seconds"] / first["seconds"],
+        "streams_ratio": copied["seconds"] / kept["seconds"],
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure and write. Returns 0."""
+    parser = rig_parser(__doc__)
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"default: {ROUNDS}")
+    args = parser.parse_args(argv)
+    load, config = (DRY_LOAD, DRY) if args.dry else (LOAD, CONFIG)
+    shape = Shape()
+    result = rig_result("host_tier", args, **shape._asdict(), load=load, gates=GATES)
+    path: Path = args.out / f"{result['name']}.json"
+    with (
+        engine_options(args, shape, config) as options,
+        Worker(MODULE, **options) as engine,
+    ):
+        # the first round warms up
+        for number in range(args.rounds + 1):
+            case = measure(engine, load, number)
+            print(json.dumps(case), flush=True)
+            if number:
+                result["cases"].append(case)
+                write_json(path, result)
+    for name, most in GATES.items():
+        ratio = float(np.median([case[name] for case in result["cases"]]))
+        result[name] = {"median": ratio, "passes": ratio <= most}
+    write_result(args.out, result)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
