@@ -163,10 +163,11 @@ class Experts:
 
     def __init__(self, bench: Bench, gate_up: Any, down: Any, tokens: int) -> None:
         from fd_dsa.device.transfers import uploaded
-        from fd_dsa.ops import expert_kernels
+        from fd_dsa.ops import expert_choice, expert_kernels
         from fd_dsa.ops.fill_kernels import fill_random
 
         self._kernels, self._weights = expert_kernels, (gate_up, down)
+        self._choose_experts = expert_choice.choose_experts
         self._logits = bench.allocate((tokens, EXPERTS), "float32")
         fill_random(self._logits, 0, tokens * EXPERTS, [9, tokens], 1.0)
         self._bias, self._x = bench.scales(EXPERTS), bench.rows(tokens, HIDDEN)
@@ -177,7 +178,7 @@ class Experts:
         self.ids = self._ids.numpy()
 
     def _choose(self) -> None:
-        self._ids, self._shares = self._kernels.choose_experts(
+        self._ids, self._shares = self._choose_experts(
             *(self._logits, self._bias),
             top_k=TOP_K,
             n_group=8,

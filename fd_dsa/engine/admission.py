@@ -73,7 +73,7 @@ class Admission:
         cached: list[int] = []
         if self._reads_prefix_cache(request):
             cached = self._blocks.find_cached_blocks(request.block_keys, len(request.token_ids))
-        num_shared = (len(request.state.prompt_token_ids) - 1) // self._blocks.block_size
+        num_shared = self._blocks.num_shareable(len(request.state.prompt_token_ids))
         if len(cached) >= num_shared:
             return cached
         running = [other for other in request.group if other.batch_row >= 0]

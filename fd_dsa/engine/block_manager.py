@@ -67,6 +67,8 @@ class BlockManager:
     Attributes:
         tier: blocks in host memory; None until `use_host_tier`.
         reservations: blocks of requests that are not admitted yet, by `seq_id`.
+        shares_blocks: False if a row has state that its blocks do not hold, so that also the
+            outputs of one request have blocks of their own.
 
     Raises:
         ValueError: a number is below 1.
@@ -82,6 +84,7 @@ class BlockManager:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
+        self.shares_blocks = True
         # used from the end, so that low ids come first
         self._free = list(range(num_blocks - 1, -1, -1))
         # blocks that can be found, by key, and their keys
@@ -119,6 +122,10 @@ class BlockManager:
     def num_needed(self, num_tokens: int) -> int:
         """Return the number of blocks of `num_tokens` tokens."""
         return -(-num_tokens // self.block_size)
+
+    def num_shareable(self, num_tokens: int) -> int:
+        """Return the number of blocks that prompts of the same `num_tokens` tokens may share."""
+        return (num_tokens - 1) // self.block_size if self.shares_blocks else 0
 
     def blocks_of(self, seq_id: Hashable) -> tuple[int, ...]:
         """Return the blocks of a request in the order of its tokens, which may be none."""

@@ -18,9 +18,12 @@ from fd_dsa.models.registry import FamilyConfig
 from fd_dsa.runner.input_batch import InputBatch
 from fd_dsa.runner.model_runner import backend_config
 from fd_dsa.v4_attention import V4AttentionBackend
+from fd_dsa.v4_attention.device_pools import DeviceLayout
 
 if TYPE_CHECKING:
+    from fd_dsa.cache_formats import V4CacheLayout
     from fd_dsa.triton_runtime.driver import GpuTraits
+    from fd_dsa.v4_attention.device_backend import V4DeviceBackend
 
 
 class DSACaches:
@@ -29,9 +32,10 @@ class DSACaches:
     Attributes:
         bytes_per_block: bytes of one block over all layers.
         state_bytes: bytes in addition to the blocks.
+        shares_blocks: True if a row may continue after the blocks of another one.
     """
 
-    state_bytes = 0
+    state_bytes, shares_blocks = 0, True
 
     def __init__(self, config: EngineConfig, model_config: ModelConfig, batch: InputBatch) -> None:
         layout = model_config.cache_layout(config.kv_cache_dtype, config.block_size)
@@ -76,26 +80,32 @@ class DSACaches:
 
 
 class V4Caches:
-    """Pools of DeepSeek-V4 on a CPU."""
+    """Pools of DeepSeek-V4."""
 
     def __init__(
         self, config: EngineConfig, model_config: DeepseekV4Config, batch: InputBatch
     ) -> None:
-        layout = model_config.cache_layout(config.kv_cache_dtype, config.block_size)
-        self._config, self._batch = model_config, batch
+        self._config, self._batch, self._dtype = model_config, batch, config.dtype
+        # on a device rows have rings, which no block holds
+        self.shares_blocks = config.device == "cpu"
+        layout: V4CacheLayout | DeviceLayout
+        if config.device == "cpu":
+            layout = model_config.cache_layout(config.kv_cache_dtype, config.block_size)
+        else:
+            layout = DeviceLayout(model_config, config.dtype, config.block_size)
         self.bytes_per_block = layout.bytes_per_block()
         self.state_bytes = batch.max_num_seqs * layout.bytes_per_row()
 
     @staticmethod
     def check_flags(config: EngineConfig, model_config: DeepseekV4Config) -> None:
-        """Refuse devices, ranks, drafts, host memory, other cache formats and block sizes.
+        """Refuse ranks, drafts, host memory, other cache formats, and other block sizes.
+
+        On a device also prefix caching and graphs.
 
         Raises:
             ConfigError: names the flag.
         """
         with_v4 = f"with {model_config.model_type}"
-        if config.device != "cpu":
-            raise flag_error("device", config.device, f"cpu {with_v4}", "give --device cpu")
         if config.tensor_parallel_size > 1:
             size = config.tensor_parallel_size
             raise flag_error("tensor_parallel_size", size, f"1 {with_v4}", "leave it out")
@@ -103,17 +113,37 @@ class V4Caches:
             given = config.speculation.method
             raise flag_error("speculative_config", given, f"none {with_v4}", "leave it out")
         _refuse_offload(config, with_v4)
-        model_config.cache_layout(config.kv_cache_dtype, config.block_size)
+        cache_dtype = config.kv_cache_dtype
+        if config.device != "cpu":
+            with_v4 += f" on {config.device}"
+            if config.enable_prefix_caching:
+                cure = "give --no-enable-prefix-caching"
+                raise flag_error("enable_prefix_caching", True, f"false {with_v4}", cure)
+            if not config.enforce_eager:
+                raise flag_error("enforce_eager", False, f"true {with_v4}", "give --enforce-eager")
+            if cache_dtype != config.dtype:
+                allowed = f"auto or {config.dtype} {with_v4}"
+                raise flag_error("kv_cache_dtype", cache_dtype, allowed, "leave it out")
+            # the blocks have the same rules as on a CPU
+            cache_dtype = "float32"
+        model_config.cache_layout(cache_dtype, config.block_size)
 
     def workspace_bytes(self, traits: GpuTraits) -> int:
-        """Return 0, because no device is supported."""
-        return 0
+        """Return the device memory of the attention without its caches, bytes."""
+        from fd_dsa.v4_attention.device_memory import workspace_bytes
+
+        return workspace_bytes(self._config, self._batch)
 
     def backend(
         self, num_blocks: int, device: str, group: Group | None = None
-    ) -> V4AttentionBackend:
+    ) -> V4AttentionBackend | V4DeviceBackend:
         """Return the attention backend over caches of `num_blocks` blocks, on one rank."""
-        return V4AttentionBackend(self._config, self._batch, num_blocks)
+        if device == "cpu":
+            return V4AttentionBackend(self._config, self._batch, num_blocks)
+        # kernels are loaded only for a device
+        from fd_dsa.v4_attention.device_backend import V4DeviceBackend
+
+        return V4DeviceBackend(self._config, self._batch, num_blocks, device, self._dtype)
 
 
 def _refuse_offload(config: EngineConfig, when: str) -> None:

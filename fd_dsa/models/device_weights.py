@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from math import prod
 
 import numpy as np
@@ -13,7 +13,7 @@ from fd_dsa.device.transfers import Upload
 from fd_dsa.distributed import Group
 from fd_dsa.models.dequantize import BLOCK, num_blocks
 from fd_dsa.models.sources import RandomTensor, SourceTensor, WeightLoader
-from fd_dsa.models.weights import halves_of_heads
+from fd_dsa.models.weights import checked_ids, halves_of_heads
 from fd_dsa.ops.cache_write import bfloat16_bits
 from fd_dsa.ops.device_matrix import DeviceMatrix, DeviceNorm
 from fd_dsa.ops.fill_kernels import fill_constant, fill_random
@@ -36,6 +36,8 @@ class DeviceWeights:
         fp8: names of the tensors that the checkpoint stores as e4m3 with a scale per 128 x 128.
         round_scales: True if scales of the model's activations are powers of two.
     """
+
+    are_on_device = True
 
     def __init__(
         self,
@@ -122,14 +124,44 @@ class DeviceWeights:
         self.loaders[name] = load
         return DeviceMatrix(keys), DeviceMatrix(values)
 
+    def grouped(self, name: str, groups: int, in_width: int, out_width: int) -> DeviceMatrix:
+        """Return the weight [groups, in_width, out_width] of a GEMM per group."""
+        target = self._allocate((groups, in_width, out_width), self._dtype)
+
+        def load(source: SourceTensor) -> None:
+            if isinstance(source, RandomTensor):
+                self._draw(source, target, 0, prod(target.shape))
+            else:
+                stored = source.float32().reshape(groups, out_width, in_width)
+                self._put(target, 0, stored.transpose(0, 2, 1))
+
+        self.loaders[name] = load
+        return DeviceMatrix(target)
+
+    def ids(self, name: str, rows: int, width: int, below: int) -> Tensor:
+        """Return a table of ids from 0 to below `below`, int32 [rows, width], rows ascending."""
+        table = self._allocate((rows, width), "int32")
+
+        def load(source: SourceTensor) -> None:
+            ids = np.sort(checked_ids(name, source, below), axis=1)
+            self._copy(table, 0, ids.astype(np.int32))
+
+        self.loaders[name] = load
+        return table
+
     def experts(
-        self, prefix: str, count: int, hidden_size: int, width: int
+        self,
+        prefix: str,
+        count: int,
+        hidden_size: int,
+        width: int,
+        names_of_parts: Sequence[str] = ("gate_proj", "up_proj", "down_proj"),
     ) -> tuple[DeviceMatrix, DeviceMatrix]:
         """Return gate_up [count, 2 * width, hidden] and down [count, hidden, width]."""
         names = {
-            (i, part): f"{prefix}{i}.{part}_proj.weight"
+            (i, part): f"{prefix}{i}.{name}.weight"
             for i in range(count)
-            for part in ("gate", "up", "down")
+            for part, name in zip(("gate", "up", "down"), names_of_parts, strict=True)
         }
         is_fp8 = width % BLOCK == 0 and self._are_blocks(dict.fromkeys(names.values(), BLOCK))
         shapes = (2 * width, hidden_size), (hidden_size, width)

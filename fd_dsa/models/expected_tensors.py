@@ -63,6 +63,7 @@ class _Expected:
     """Notes of the tensors that layers ask for, with the methods of HostWeights."""
 
     group = None
+    are_on_device = False
     fp8: frozenset[str] = frozenset()
     loaders: ClassVar[dict[str, WeightLoader]] = {}
 

@@ -10,6 +10,7 @@ from fd_dsa.distributed import Group
 from fd_dsa.errors import CheckpointError, flag_error, shorten
 from fd_dsa.models.checkpoint import Checkpoint
 from fd_dsa.models.config import ModelConfig
+from fd_dsa.models.deepseek_v4.config import DeepseekV4Config
 from fd_dsa.models.dequantize import (
     BLOCK,
     FLOAT_DTYPES,
@@ -376,7 +377,10 @@ def _held(config: ModelConfig, names: Iterable[str]) -> frozenset[str]:
 
     kv_b_proj does not, because halves of its heads cross the blocks. A wk that is not among the
     first projections does not, because it shares a launch with weights_proj, which is never FP8.
+    DeepSeek-V4 has none, because its layers multiply in the type of the activations.
     """
+    if isinstance(config, DeepseekV4Config):
+        return frozenset()
     if config.weight_block_size != (BLOCK, BLOCK):
         return frozenset()
     found = frozenset(name for name in names if not name.endswith("kv_b_proj.weight"))

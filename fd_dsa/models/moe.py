@@ -127,27 +127,12 @@ class DeepseekMoE:
         return self._routed_on_device(x, out, forward_meta.slot_mapping)
 
     def _routed_on_device(self, x: Tensor | Normed, shared: Tensor, slot_mapping: Tensor) -> Tensor:
-        """Return `shared` plus the weighted sum of the selected experts.
-
-        The host does not know which experts have tokens, because reading it back would cost a wait
-        in every layer. So kernels list the tokens of each expert, and grids fit any selection.
-        """
-        gate, num_tokens = self.gate, x.shape[0]
-        widest = max(self.intermediate_size, x.shape[1])
-        rows = max(1, EXPERT_BYTES // (shared.element_size() * gate.top_k * widest))
-        if num_tokens > rows:
-            import paddle
-
-            chunks = [slice(i, i + rows) for i in range(0, num_tokens, rows)]
-            # FP8 weights quantise a chunk again, because a Normed has no rows to slice
-            parts = (values_of(x), shared, slot_mapping)
-            return paddle.concat(
-                [self._routed_on_device(*(part[chunk] for part in parts)) for chunk in chunks]
-            )
+        """Return `shared` plus the weighted sum of the selected experts."""
         # kernels are loaded only if there is a device
-        from fd_dsa.ops import expert_kernels as kernels
+        from fd_dsa.ops.expert_choice import choose_experts
 
-        ids, weights = kernels.choose_experts(
+        gate = self.gate
+        choice = choose_experts(
             gate.weight.matmul(x),
             gate.bias,
             top_k=gate.top_k,
@@ -157,11 +142,50 @@ class DeepseekMoE:
             scaling=float(gate.scaling),
             slot_mapping=slot_mapping,
         )
-        pairs = kernels.group_pairs(ids, self.num_experts)
-        gate_up, down = self.experts
-        hidden = gate_up.grouped_matmul(x, *pairs, top_k=gate.top_k, gated=True)
-        parts = down.grouped_matmul(hidden, *pairs, top_k=gate.top_k)
-        return kernels.sum_experts(parts, weights, ids, shared)
+        return routed_on_device(x, shared, *choice, self.experts)
+
+
+def routed_on_device(
+    x: Tensor | Normed,
+    shared: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    experts: tuple[Any, Any],
+    limit: float | None = None,
+) -> Tensor:
+    """Return `shared` plus the weighted sum of the experts `ids`, on a device.
+
+    The host does not know which experts have tokens, because reading it back would cost a wait in
+    every layer. So kernels list the tokens of each expert, and grids fit any selection.
+
+    Args:
+        ids, weights: result of `choose_experts`.
+        experts: gate_up and down of all experts, DeviceMatrix.
+        limit: clamp of gate and up, see `silu_and_mul`.
+    """
+    # kernels are loaded only if there is a device
+    from fd_dsa.ops import expert_kernels as kernels
+
+    (gate_up, down), (num_tokens, top_k) = experts, ids.shape
+    num_experts, *_ = gate_up.values.shape
+    widest = max(down.values.shape[1:])
+    rows = max(1, EXPERT_BYTES // (shared.element_size() * top_k * widest))
+    if num_tokens > rows:
+        import paddle
+
+        chunks = [slice(i, i + rows) for i in range(0, num_tokens, rows)]
+        # FP8 weights quantise a chunk again, because a Normed has no rows to slice
+        plain = values_of(x)
+        return paddle.concat(
+            [
+                routed_on_device(plain[c], shared[c], ids[c], weights[c], experts, limit)
+                for c in chunks
+            ]
+        )
+    pairs = kernels.group_pairs(ids, num_experts)
+    hidden = gate_up.grouped_matmul(x, *pairs, top_k=top_k, gated=True, limit=limit)
+    parts = down.grouped_matmul(hidden, *pairs, top_k=top_k)
+    return kernels.sum_experts(parts, weights, ids, shared)
 
 
 def routed(

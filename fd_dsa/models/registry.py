@@ -18,13 +18,14 @@ from fd_dsa.models.quantization import with_formats
 
 if TYPE_CHECKING:
     from fd_dsa.models.checkpoint import Checkpoint
+    from fd_dsa.models.deepseek_v4.device_model import DeviceV4ForCausalLM
     from fd_dsa.models.deepseek_v4.model import DeepseekV4ForCausalLM
     from fd_dsa.models.deepseek_v32 import DeepseekV32ForCausalLM
-    from fd_dsa.models.weights_protocol import HostOnlyWeights, Weights
+    from fd_dsa.models.weights_protocol import Weights
 
 FamilyConfig = ModelConfig | DeepseekV4Config
 """Configuration of a model of any family."""
-FamilyModel: TypeAlias = "DeepseekV32ForCausalLM | DeepseekV4ForCausalLM"
+FamilyModel: TypeAlias = "DeepseekV32ForCausalLM | DeepseekV4ForCausalLM | DeviceV4ForCausalLM"
 """Model of any family."""
 Defaults = TypeVar("Defaults", bound=ModelDefaults | DeepseekV4Defaults)
 _Given = TypeVar("_Given", contravariant=True)
@@ -69,7 +70,11 @@ def _deepseek_v32(config: ModelConfig, weights: Weights) -> FamilyModel:
     return DeepseekV32ForCausalLM(config, weights)
 
 
-def _deepseek_v4(config: DeepseekV4Config, weights: HostOnlyWeights) -> FamilyModel:
+def _deepseek_v4(config: DeepseekV4Config, weights: Any) -> FamilyModel:
+    if weights.are_on_device:
+        from fd_dsa.models.deepseek_v4.device_model import DeviceV4ForCausalLM
+
+        return DeviceV4ForCausalLM(config, weights)
     from fd_dsa.models.deepseek_v4.model import DeepseekV4ForCausalLM
 
     return DeepseekV4ForCausalLM(config, weights)

@@ -31,7 +31,7 @@ class HostWeights:
         fp8: names of the tensors that are held as FP8.
     """
 
-    device = "cpu"
+    are_on_device = False
     fp8: Collection[str] = frozenset()
 
     def __init__(self, group: Group | None = None) -> None:
@@ -134,13 +134,7 @@ class HostWeights:
         table = np.zeros((rows, width), np.int32)
 
         def load(source: SourceTensor) -> None:
-            ids = source.ids()
-            if ids.min() < 0 or ids.max() >= below:
-                raise CheckpointError(
-                    f"tensor {name!r}: has numbers from {ids.min()} to {ids.max()}, allowed are 0 "
-                    f"to {below - 1}"
-                )
-            table[...] = ids
+            table[...] = checked_ids(name, source, below)
 
         self.loaders[name] = load
         return table
@@ -189,6 +183,21 @@ class HostWeights:
                 np.multiply(target, np.float32(factor), out=target)
 
         self.loaders[name] = load
+
+
+def checked_ids(name: str, source: SourceTensor, below: int) -> np.ndarray:
+    """Return the ids of a table.
+
+    Raises:
+        CheckpointError: an id is not from 0 to below `below`.
+    """
+    ids = source.ids()
+    if ids.min() < 0 or ids.max() >= below:
+        raise CheckpointError(
+            f"tensor {name!r}: has numbers from {ids.min()} to {ids.max()}, allowed are 0 "
+            f"to {below - 1}"
+        )
+    return ids
 
 
 def halves_of_heads(

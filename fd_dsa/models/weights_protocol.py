@@ -20,6 +20,7 @@ class Weights(Protocol):
     Attributes:
         group: ranks that share the model; None = one rank.
         fp8: names of the tensors that are held as FP8.
+        are_on_device: True for weights of layers that run kernels.
         loaders: function that fills the place of each tensor of a checkpoint, by name.
     """
 
@@ -28,6 +29,9 @@ class Weights(Protocol):
 
     @property
     def fp8(self) -> Collection[str]: ...
+
+    @property
+    def are_on_device(self) -> bool: ...
 
     @property
     def loaders(self) -> dict[str, WeightLoader]: ...
@@ -63,21 +67,21 @@ class Weights(Protocol):
     def constant(self, make: Callable[[], np.ndarray]) -> Any:
         """Return a table of float32 that is computed and not loaded."""
 
+    def grouped(self, name: str, groups: int, in_width: int, out_width: int) -> Any:
+        """Return the weight of a GEMM per group."""
+
+    def ids(self, name: str, rows: int, width: int, below: int) -> Any:
+        """Return a table of ids from 0 to below `below`, int32 [rows, width]."""
+
 
 class HostOnlyWeights(Weights, Protocol):
-    """Holder of weights with the further kinds of DeepSeek-V4, which runs on a CPU."""
+    """Holder of weights with the further kinds that DeepSeek-V4 asks for on a CPU."""
 
     def vector(self, parts: Mapping[str, int], factor: float = 1.0) -> Any:
         """Return vectors end to end, times a factor, float32 [sum of the lengths]."""
 
     def placed(self, in_width: int, places: Mapping[str, Sequence[tuple[int, int]]]) -> Any:
         """Return a `matrix` whose parts need not be side by side."""
-
-    def grouped(self, name: str, groups: int, in_width: int, out_width: int) -> Any:
-        """Return the weight of a GEMM per group."""
-
-    def ids(self, name: str, rows: int, width: int, below: int) -> Any:
-        """Return a table of ids from 0 to below `below`, int32 [rows, width]."""
 
     def fills(self, name: str, target: np.ndarray) -> None:
         """Register a loader that copies the tensor `name` to `target`."""

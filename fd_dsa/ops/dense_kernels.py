@@ -235,6 +235,16 @@ def sigmoid(x):
     return tl.where(x >= 0, 1.0, small) / (1.0 + small)
 
 
+@triton.jit
+def clamped(gate, up, LIMIT: tl.constexpr):
+    """Return min(gate, LIMIT) and `up` between -LIMIT and LIMIT. NaN stays NaN. None = no limit."""
+    if LIMIT is not None:
+        # comparisons instead of a minimum keep NaN
+        gate = tl.where(gate > LIMIT, LIMIT, gate)
+        up = tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up))
+    return gate, up
+
+
 @step_kernel(waits=True)
 def activate_kernel(
     x_ptr,
@@ -246,11 +256,12 @@ def activate_kernel(
     GATED: tl.constexpr,
     BLOCK: tl.constexpr,
     ROUND_SCALES: tl.constexpr,
+    LIMIT: tl.constexpr,
 ):
     """Compute block `program 1` of row `program 0`, and write it in FP8 if there is `codes_ptr`.
 
     With GATED the result is silu of the first half of a row times the second half, else the row
-    itself.
+    itself. Both halves are clamped.
     """
     wait_for_inputs()
     start_next()
@@ -261,6 +272,7 @@ def activate_kernel(
     values = tl.load(place, mask=inside, other=0.0)
     if GATED:
         gate, up = widened(values), widened(tl.load(place + WIDTH, mask=inside, other=0.0))
+        gate, up = clamped(gate, up, LIMIT)
         values = stored(gate * sigmoid(gate) * up, x_ptr)
     if codes_ptr is None:
         tl.store(out_ptr + row * WIDTH + column, values, mask=inside)
@@ -271,14 +283,17 @@ def activate_kernel(
         store_groups(widened(values), codes, scales, scale_stride, left, BLOCK, ROUND_SCALES)
 
 
-def silu_and_mul(gate_up: Tensor, round_scales: bool | None = None) -> Tensor | Fp8Rows:
+def silu_and_mul(
+    gate_up: Tensor, round_scales: bool | None = None, limit: float | None = None
+) -> Tensor | Fp8Rows:
     """Return silu(gate) * up of the two halves of each row, in the type of `gate_up` or as Fp8Rows.
 
     Args:
         gate_up: float32 or bfloat16 [num_tokens, 2 * width], contiguous.
         round_scales: as for `rms_norm`. None returns the type of `gate_up`.
+        limit: largest gate, and largest magnitude of `up`; None = no limit.
     """
-    return _activated(gate_up, gate_up.shape[1] // 2, round_scales, gated=True)
+    return _activated(gate_up, gate_up.shape[1] // 2, round_scales, gated=True, limit=limit)
 
 
 def quantize_rows(x: Tensor, round_scales: bool) -> Fp8Rows:
@@ -294,14 +309,16 @@ def quantize_rows(x: Tensor, round_scales: bool) -> Fp8Rows:
     return _activated(x, x.shape[1], round_scales, gated=False)
 
 
-def _activated(x: Tensor, width: int, round_scales: bool | None, *, gated: bool) -> Any:
+def _activated(
+    x: Tensor, width: int, round_scales: bool | None, *, gated: bool, limit: float | None = None
+) -> Any:
     """Launch `activate_kernel` over `x` for a result of `width` columns."""
     rows, empty = x.shape[0], empty_beside if round_scales is None else empty_fp8_rows
     out = empty(x, rows, width)
     if rows and width:
         block = min(_BLOCK, max(GROUP, next_power_of_2(width)))
         activate_kernel[rows, -(-width // block)](
-            x, *kernel_arguments(out), width, gated, block, bool(round_scales), num_warps=4
+            x, *kernel_arguments(out), width, gated, block, bool(round_scales), limit, num_warps=4
         )
     return out
 

@@ -173,6 +173,7 @@ class DeviceMatrix:
         *,
         top_k: int,
         gated: bool = False,
+        limit: float | None = None,
     ) -> Tensor | Fp8Rows:
         """Multiply the row of each pair by its expert's weight, as `expert_gemm` does.
 
@@ -180,11 +181,12 @@ class DeviceMatrix:
         """
         weight, rounds = (self.values, self.scales), self.round_scales
         how: dict[str, Any] = {"top_k": top_k, "gated": gated, "round_scales": rounds}
+        how["limit"] = limit
         return expert_gemm(self._read(x), weight, pairs, counts, **how)
 
-    def activated(self, gate_up: Tensor) -> Tensor | Fp8Rows:
-        """Return silu(gate) * up of [num_tokens, 2 * in] in the form that `matmul` reads."""
-        return silu_and_mul(gate_up, None if self.scales is None else self.round_scales)
+    def activated(self, gate_up: Tensor, limit: float | None = None) -> Tensor | Fp8Rows:
+        """Return `silu_and_mul` of [num_tokens, 2 * in] in the form that `matmul` reads."""
+        return silu_and_mul(gate_up, None if self.scales is None else self.round_scales, limit)
 
     def _read(self, x: Tensor | Normed | Fp8Rows) -> Any:
         """Return `x` in the form that GEMMs with the weight read."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from fd_dsa.ops.dense_kernels import GROUP, quantized, sigmoid
+from fd_dsa.ops.dense_kernels import GROUP, clamped, quantized, sigmoid
 from fd_dsa.ops.device_functions import stored, to_bfloat16, widened
 from fd_dsa.ops.fp8_gemm import fp8_pointer, fp8_sums
 from fd_dsa.ops.split_sums import Tiling
@@ -149,11 +149,12 @@ def expert_gemm_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
+    LIMIT: tl.constexpr,
 ):
     """Compute column block `program 0` of tile `program 1`. A pair reads row pair // ROW_PAIRS.
 
-    With GATED the result is silu of the first COLUMNS columns times the second ones. With
-    `out_scales_ptr` it is rounded to bfloat16 and stored in FP8.
+    With GATED the result is silu of the first COLUMNS columns times the second ones. Both
+    are clamped. With `out_scales_ptr` it is rounded to bfloat16 and stored in FP8.
     """
     wait_for_inputs()
     expert, first, count = _own_tile(counts_ptr, tl.program_id(1), NUM_EXPERTS, EXPERTS, BLOCK_ROWS)
@@ -186,6 +187,7 @@ def expert_gemm_kernel(
             )  # fmt: skip
         start_next()
         if GATED:
+            total, up = clamped(total, up, LIMIT)
             total = total * sigmoid(total) * up
         to = out_ptr + pair[:, None] * COLUMNS + column[None, :]
         mask = live[:, None] & (column < COLUMNS)[None, :]

@@ -1,9 +1,9 @@
-"""Routed experts on a device: selection, grouping, two grouped GEMMs and weighted sum.
+"""Routed experts on a device: grouping, two grouped GEMMs and weighted sum.
 
 A pair is a token and one of its experts, and a row of the grouped GEMMs. One launch lists the pairs
 of each expert in order. A GEMM reads its rows through that list and writes them at the places of
-the pairs, so rows are never copied. Grids depend only on the number of tokens, so the five launches
-can be captured. Every sum has a fixed order. Tokens of padding have expert ids of -1.
+the pairs, so rows are never copied. Grids depend only on the number of tokens, so the launches can
+be captured. Every sum has a fixed order. Tokens of padding have expert ids of -1.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from fd_dsa.ops.dense_kernels import (
     empty_fp8_rows,
     kernel_arguments,
     native_fp8,
-    sigmoid,
 )
 from fd_dsa.ops.device_functions import stored, widened
 from fd_dsa.ops.expert_gemm import block_sizes, configuration, expert_gemm_kernel
@@ -30,138 +29,11 @@ from fd_dsa.tensor import Fp8Rows, Tensor
 from fd_dsa.triton_runtime import next_power_of_2, start_next, wait_for_inputs
 from fd_dsa.triton_runtime.device_api import traits_for
 
-import triton  # isort: skip
 import triton.language as tl  # isort: skip
 
 _BLOCK = 1024
 # maximum number of pairs that the program of an expert scans at a time
 _MAX_PAIRS = 4096
-
-
-@triton.jit
-def _are_best(values, exists, k, SIZE: tl.constexpr):
-    """Return a mask of the k largest existing `values` [SIZE]. Of equal values the first counts."""
-    place = tl.arange(0, SIZE)
-    mine, other = values[:, None], values[None, :]
-    ahead = (other > mine) | ((other == mine) & (place[None, :] < place[:, None]))
-    rank = tl.sum((ahead & exists[None, :]).to(tl.int32), axis=1)
-    return exists & (rank < k)
-
-
-@step_kernel(waits=True)
-def choose_experts_kernel(
-    logits_ptr,
-    bias_ptr,
-    slot_mapping_ptr,
-    ids_ptr,
-    weights_ptr,
-    scaling,
-    NUM_EXPERTS: tl.constexpr,
-    TOP_K: tl.constexpr,
-    NUM_GROUPS: tl.constexpr,
-    TOP_GROUPS: tl.constexpr,
-    NORM: tl.constexpr,
-    GROUPS: tl.constexpr,
-    SIZE: tl.constexpr,
-):
-    """Select the experts of token `program 0`, from GROUPS groups of SIZE places.
-
-    GROUPS and SIZE are powers of two.
-    """
-    row = tl.program_id(0).to(tl.int64) * NUM_EXPERTS
-    own: tl.constexpr = NUM_EXPERTS // NUM_GROUPS
-    group, place = tl.arange(0, GROUPS), tl.arange(0, SIZE)
-    expert = group[:, None] * own + place[None, :]
-    exists = (group < NUM_GROUPS)[:, None] & (place < own)[None, :]
-    bias = tl.load(bias_ptr + expert, mask=exists, other=0.0)
-    wait_for_inputs()
-    start_next()
-    logits = tl.load(logits_ptr + row + expert, mask=exists, other=0.0)
-    scores = sigmoid(logits)
-    choice = tl.where(exists, scores + bias, float("-inf"))
-    if NUM_GROUPS > 1:
-        best = tl.max(choice, axis=1)
-        # of equal values the first is the best, and another one the second best
-        first = tl.min(tl.where(choice == best[:, None], place[None, :], SIZE), axis=1)
-        others = tl.where(place[None, :] == first[:, None], float("-inf"), choice)
-        pair = best
-        if own > 1:
-            pair = best + tl.max(others, axis=1)
-        kept = _are_best(pair, group < NUM_GROUPS, TOP_GROUPS, GROUPS)
-        choice = tl.where(kept[:, None], choice, float("-inf"))
-    flat = tl.reshape(choice, [GROUPS * SIZE])
-    real = tl.reshape(exists.to(tl.int32), [GROUPS * SIZE]) != 0
-    chosen = _are_best(flat, real, TOP_K, GROUPS * SIZE)
-    weights = tl.where(chosen, tl.reshape(scores, [GROUPS * SIZE]), 0.0)
-    if NORM:
-        weights = weights / (tl.sum(weights, axis=0) + 1e-20)
-    place = tl.cumsum(chosen.to(tl.int32), axis=0) - 1
-    # NaN counts as best, so more than TOP_K may be selected
-    chosen = chosen & (place < TOP_K)
-    place += tl.program_id(0) * TOP_K
-    expert = tl.reshape(expert, [GROUPS * SIZE])
-    padding = tl.load(slot_mapping_ptr + tl.program_id(0)) < 0
-    expert = tl.where(padding, -1, expert)
-    weights = tl.where(padding, 0.0, weights)
-    tl.store(ids_ptr + place, expert, mask=chosen)
-    tl.store(weights_ptr + place, weights * scaling, mask=chosen)
-
-
-def choose_experts(
-    logits: Tensor,
-    bias: Tensor,
-    *,
-    top_k: int,
-    n_group: int,
-    topk_group: int,
-    norm: bool,
-    scaling: float,
-    slot_mapping: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Select experts by sigmoid scores plus a correction bias, which does not enter the weights.
-
-    With groups, the score of a group is that of its two best experts, and only experts of the best
-    `topk_group` groups are selected. Of equal scores the lower expert is selected.
-
-    Args:
-        logits: float32 [num_tokens, num_experts], contiguous.
-        bias: float32 [num_experts].
-        top_k: number of experts of a token.
-        n_group, topk_group: number of groups, and of selected groups; 1 and 1 = no groups.
-        norm: True if the weights of a token are divided by their sum.
-        scaling: factor of the weights.
-        slot_mapping: int64 [num_tokens], below 0 for padding.
-
-    Returns:
-        Expert ids, int32 [num_tokens, top_k], ascending, and their weights, float32. Padding has
-        ids of -1 and weights of 0.
-
-    Source: DeepSeek-V3 (arXiv 2412.19437) §2.1.2.
-    """
-    rows, experts = logits.shape
-    ids = empty_beside(logits, rows, top_k, dtype="int32")
-    weights = empty_beside(logits, rows, top_k)
-    if rows:
-        choose_experts_kernel[(rows,)](
-            logits,
-            bias,
-            slot_mapping,
-            ids,
-            weights,
-            scaling,
-            NUM_EXPERTS=experts,
-            TOP_K=top_k,
-            NUM_GROUPS=n_group,
-            TOP_GROUPS=topk_group,
-            NORM=norm,
-            GROUPS=next_power_of_2(n_group),
-            SIZE=next_power_of_2(experts // n_group),
-            num_warps=8,
-            # the compiler computes a score once for each layout; with a fused product in only one
-            # of them, a score would not equal itself
-            enable_fp_fusion=False,
-        )
-    return ids, weights
 
 
 @step_kernel(waits=True)
@@ -210,6 +82,7 @@ def expert_gemm(
     gated: bool = False,
     round_scales: bool | None = None,
     tiling: Tiling | None = None,
+    limit: float | None = None,
 ) -> Tensor | Fp8Rows:
     """Multiply the row of each pair by its expert's weight^T: [num_tokens * top_k, columns].
 
@@ -228,6 +101,7 @@ def expert_gemm(
         round_scales: True if scales of a result in FP8 are powers of two.
         tiling: tiling of Triton's kernel. None selects it by the shape, and may use the kernel of
             custom_ops/ for prompts in FP8.
+        limit: as for `silu_and_mul`, of a gated GEMM.
 
     Raises:
         ShapeError: an FP8 weight does not fit, or a block of 128 columns of a gated weight has
@@ -255,7 +129,8 @@ def expert_gemm(
     out: Tensor = result.codes if isinstance(result, Fp8Rows) else result
     by_library: ExpertGemm | None = None
     sizes = rows.shape[0], num_pairs, experts, columns, width
-    if is_fp8 and tiling is None and num_pairs and columns and suits(*sizes):
+    may_use_library = is_fp8 and tiling is None and limit is None
+    if may_use_library and num_pairs and columns and suits(*sizes):
         by_library = kernel_for(rows)
     if by_library is not None:
         by_library(
@@ -272,7 +147,7 @@ def expert_gemm(
             rows, x_scales, values, scales, pairs, counts, out, out_scales, num_tokens,
             x_stride, out_stride, ROW_PAIRS=num_pairs // rows.shape[0], NUM_EXPERTS=experts,
             WIDTH=width, COLUMNS=columns, GATED=gated, ROUND_SCALES=bool(round_scales),
-            NATIVE=native_fp8(rows), EXPERTS=next_power_of_2(experts), **options,
+            NATIVE=native_fp8(rows), EXPERTS=next_power_of_2(experts), LIMIT=limit, **options,
         )  # fmt: skip
     return result
 

@@ -86,6 +86,7 @@ def _build(config: EngineConfig, ranks: Ranks | None, progress: StartupProgress)
         step_table=measure_steps(runner, plan),
     )
     engine = make_engine(spec_decoder=_make_spec_decoder(runner, plan, make_engine))
+    engine.block_manager.shares_blocks = plan.caches.shares_blocks
     add_host_tier(engine, runner, plan)
     engine.grammars.prepare()
     engine.metrics.cache_config["cache_dtype"] = plan.config.kv_cache_dtype

@@ -25,6 +25,8 @@ _PARTS = {
     "embedding": re.compile(r"embed_tokens\."),
 }
 _OTHERS = "indexers, routers, others"
+# matrices with 4 bytes a value on every device
+_WIDE = re.compile(r"hc_\w*fn$|\.ape$|\.tid2eid$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,13 +104,13 @@ def weight_parts(
 
     Args:
         config: configuration of the model, or of one rank's part.
-        dtype: type of the matrices that are not in `fp8`; vectors are float32. A CPU holds
+        dtype: type of most matrices that are not in `fp8`; vectors are float32. A CPU holds
             everything in float32.
         fp8: names of tensors whose values are one byte, with a scale for each block.
     """
     width, parts = _WIDTHS[dtype], dict.fromkeys((*_PARTS, _OTHERS), 0)
     for name, tensor in expected_tensors(config).items():
-        if len(tensor.shape) == 1:
+        if len(tensor.shape) == 1 or _WIDE.search(name):
             size = 4 * tensor.num_elements
         elif name in fp8:
             blocks = num_blocks(tensor.shape, (BLOCK, BLOCK))

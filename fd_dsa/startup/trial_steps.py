@@ -14,7 +14,7 @@ _ONE_PROMPT_TOKEN = TrialRow(1, 0, True)
 _EVERY_SIZE = 64
 
 
-def sparse_steps(batch: InputBatch, index_topk: int) -> list[list[TrialRow]]:
+def sparse_steps(batch: InputBatch, max_dense_keys: int) -> list[list[TrialRow]]:
     """Return steps of all kinds and magnitudes. The last step can continue the one before it.
 
     The limits between most forms of a kernel are powers of two, so steps at and just below each
@@ -22,10 +22,10 @@ def sparse_steps(batch: InputBatch, index_topk: int) -> list[list[TrialRow]]:
 
     Args:
         batch: its limits bound the steps.
-        index_topk: keys that the indexer selects for a token.
+        max_dense_keys: longest row whose tokens attend to all keys.
     """
     longest = batch.max_row_len
-    chunk, cached = min(batch.max_num_tokens, longest), _selected(batch, index_topk)
+    chunk, cached = min(batch.max_num_tokens, longest), _selected(batch, max_dense_keys)
     # longer rows score and select keys, and their prompts attend in another form
     steps = [
         [TrialRow(size, before, True)]
@@ -47,16 +47,16 @@ def sparse_steps(batch: InputBatch, index_topk: int) -> list[list[TrialRow]]:
     return [*steps, *([row] for row in decodes)]
 
 
-def dense_steps(batch: InputBatch, index_topk: int) -> Iterator[list[TrialRow]]:
+def dense_steps(batch: InputBatch, max_dense_keys: int) -> Iterator[list[TrialRow]]:
     """Yield steps of many sizes. Each changes one or two of the numbers that select forms.
 
     Args:
         batch: its limits bound the steps.
-        index_topk: keys that the indexer selects for a token.
+        max_dense_keys: longest row whose tokens attend to all keys.
     """
     longest, max_tokens = batch.max_row_len, batch.max_num_tokens
     max_rows = min(batch.max_num_seqs, max_tokens)
-    chunk, cached = min(max_tokens, longest), _selected(batch, index_topk)
+    chunk, cached = min(max_tokens, longest), _selected(batch, max_dense_keys)
     # tokens of a prompt, before the selection begins and after
     for before in (0, cached):
         yield from ([TrialRow(n, before, True)] for n in _sizes(min(chunk, longest - before)))
@@ -80,9 +80,9 @@ def dense_steps(batch: InputBatch, index_topk: int) -> Iterator[list[TrialRow]]:
             yield [*decode, _ONE_PROMPT_TOKEN]
 
 
-def _selected(batch: InputBatch, index_topk: int) -> int:
+def _selected(batch: InputBatch, max_dense_keys: int) -> int:
     """Return the number of tokens in a row after which its next token selects keys."""
-    return min(index_topk, batch.max_row_len - 1)
+    return min(max_dense_keys, batch.max_row_len - 1)
 
 
 def _sizes(limit: int) -> list[int]:

@@ -74,7 +74,7 @@ def compile_forms(runner: ModelRunner) -> None:
     The forms of a kernel depend on the tokens of a step and on the keys of its rows. Some also
     depend on the number of tokens that select their keys.
     """
-    steps = dense_steps(runner.input_batch, runner.model.config.index_topk)
+    steps = dense_steps(runner.input_batch, runner.model.config.max_dense_keys)
     if runner.device_steps is not None:
         runner.set_parameters(0, RowParameters())
     with runner.model.one_layer_of_each_kind():
@@ -93,7 +93,7 @@ def warm_up_kernels(runner: ModelRunner, before_captures: bool = False) -> None:
         before_captures: True = steps fork to the second stream as captured steps do, which must not
             make its resources during a capture.
     """
-    steps = sparse_steps(runner.input_batch, runner.model.config.index_topk)
+    steps = sparse_steps(runner.input_batch, runner.model.config.max_dense_keys)
     device = runner.device_steps
     if device is not None:
         runner.set_parameters(0, RowParameters())

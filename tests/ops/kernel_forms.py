@@ -88,7 +88,8 @@ def compile(label, kernel, types={}, fusion=True, blocks=1, capability=CAPABILIT
 EVERY = """
 from fd_dsa.ops import dense_kernels as dense
 from fd_dsa.ops.expert_gemm import block_sizes, configuration, expert_gemm_kernel
-from fd_dsa.ops.expert_kernels import choose_experts_kernel, group_pairs_kernel, sum_experts_kernel
+from fd_dsa.ops.expert_choice import choose_experts_kernel
+from fd_dsa.ops.expert_kernels import group_pairs_kernel, sum_experts_kernel
 from fd_dsa.ops.fill_kernels import fill_kernel
 from fd_dsa.ops.cache_write.triton_kernel import write_caches_kernel
 from fd_dsa.ops.logits.triton_kernel import logits_kernel
@@ -135,10 +136,11 @@ for dtype in ("float32", "bfloat16"):
         for quantized in (plain, dict(ROUND_SCALES=True)):
             compile("norm", dense.rms_norm_kernel, types, num_warps=16, WIDTH=7168, BLOCK=8192,
                     **added, **quantized)
-    compile("silu", dense.activate_kernel, types, WIDTH=2048, GATED=True, BLOCK=1024, **plain)
-    compile("silu", dense.activate_kernel, types, WIDTH=2048, GATED=True, BLOCK=1024, out_ptr=None,
+    sizes = dict(BLOCK=1024, LIMIT=None)
+    compile("silu", dense.activate_kernel, types, WIDTH=2048, GATED=True, **sizes, **plain)
+    compile("silu", dense.activate_kernel, types, WIDTH=2048, GATED=True, **sizes, out_ptr=None,
             ROUND_SCALES=True)
-    compile("quantize", dense.activate_kernel, types, WIDTH=7168, GATED=False, BLOCK=1024,
+    compile("quantize", dense.activate_kernel, types, WIDTH=7168, GATED=False, **sizes,
             out_ptr=None, ROUND_SCALES=False)
     for index in ("int32", "int64"):
         compile("rows", dense.rows_at_kernel, types | {"index_ptr": index}, WIDTH=7168,
@@ -150,7 +152,7 @@ CHOICES = (256, 8, 4, 8), (256, 1, 1, 8), (8, 1, 1, 2), (9, 3, 1, 2)
 for experts, groups, top_groups, top in CHOICES:
     size = 1 << (experts // groups - 1).bit_length()
     compile("choice", choose_experts_kernel, num_warps=8, NUM_EXPERTS=experts, TOP_K=top,
-            NUM_GROUPS=groups, TOP_GROUPS=top_groups, NORM=True,
+            NUM_GROUPS=groups, TOP_GROUPS=top_groups, NORM=True, SCORE="sigmoid",
             GROUPS=1 << (groups - 1).bit_length(), SIZE=size)
 for block, warps in (1024, 4), (4096, 8):
     compile("group", group_pairs_kernel, BLOCK=block, num_warps=warps)
@@ -160,7 +162,7 @@ for kind in ("float32", "bfloat16"):
             compile("experts", expert_gemm_kernel, dict(x_ptr=kind, weight_ptr=kind, out_ptr=kind),
                     x_scales_ptr=None, weight_scales_ptr=None, out_scales_ptr=None, ROW_PAIRS=8,
                     NUM_EXPERTS=256, WIDTH=7168, COLUMNS=2048, GATED=gated, ROUND_SCALES=False,
-                    NATIVE=NATIVE, EXPERTS=256,
+                    NATIVE=NATIVE, EXPERTS=256, LIMIT=None,
                     **block_sizes(kind, 2048, 7168, configuration(kind, 8 * tokens, 256, gated,
                                                                   SHARED)))
     compile("sum", sum_experts_kernel, dict.fromkeys(("parts_ptr", "base_ptr", "out_ptr"), kind),
@@ -292,7 +294,7 @@ for tokens in (1, 32, 512, 8192):
         out = dict(out_ptr="uint8") if gated else dict(out_ptr="bfloat16")
         compile("fp8 3" if gated else "fp8 2", experts.expert_gemm_kernel, types | out,
                 ROW_PAIRS=8 if gated else 1, NUM_EXPERTS=256, WIDTH=width, COLUMNS=columns,
-                GATED=gated, ROUND_SCALES=True, NATIVE=NATIVE, EXPERTS=256,
+                GATED=gated, ROUND_SCALES=True, NATIVE=NATIVE, EXPERTS=256, LIMIT=None,
                 **experts.block_sizes("uint8", columns, width, tiling),
                 **({} if gated else dict(out_scales_ptr=None)))
 compile("schedule", tile_schedule_kernel, num_warps=8)

@@ -14,6 +14,7 @@ import pytest
 
 from tests.compiling import output_of
 from tests.ops.kernel_forms import COMMON, EVERY, TUNED
+from tests.ops.v4_kernel_forms import V4
 
 pytestmark = pytest.mark.triton
 
@@ -75,6 +76,18 @@ def test_every_form_compiles() -> None:
         assert_waits(form)
         most = 16 << 10 if form["label"] == "step" else SHARED_BYTES
         assert form["shared"] <= most, form["label"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90])
+def test_forms_of_deepseek_v4(capability: int) -> None:
+    made = compiled(V4, capability)
+    names = {"streams", "norm", "keys", "rotate", "pool", "keep", "attend", "silu", "experts"}
+    assert {form["label"] for form in made} == names | {"choice", "look up"}
+    for form in made:
+        if capability == 90:
+            assert_waits(form)
+        assert form["shared"] <= SHARED[capability], form["label"]
 
 
 @pytest.mark.slow

@@ -1,0 +1,223 @@
+"""Choice of the experts of each token on a device, by scores or by token id."""
+
+from __future__ import annotations
+
+from fd_dsa.ops.dense_kernels import empty_beside, sigmoid
+from fd_dsa.ops.step_kernel import step_kernel
+from fd_dsa.tensor import Tensor
+from fd_dsa.triton_runtime import next_power_of_2, start_next, wait_for_inputs
+
+import triton  # isort: skip
+import triton.language as tl  # isort: skip
+
+
+@triton.jit
+def _are_best(values, exists, k, SIZE: tl.constexpr):
+    """Return a mask of the k largest existing `values` [SIZE]. Of equal values the first counts."""
+    place = tl.arange(0, SIZE)
+    mine, other = values[:, None], values[None, :]
+    ahead = (other > mine) | ((other == mine) & (place[None, :] < place[:, None]))
+    rank = tl.sum((ahead & exists[None, :]).to(tl.int32), axis=1)
+    return exists & (rank < k)
+
+
+@triton.jit
+def _scores(logits, SCORE: tl.constexpr):
+    """Return the score of each logit by the function that SCORE names."""
+    if SCORE == "sigmoid":
+        return sigmoid(logits)
+    # sqrt(log(1 + exp(x))); the quotient keeps the bits of small numbers that 1 + small loses
+    small = tl.exp(-tl.abs(logits))
+    more = 1.0 + small
+    is_one = more == 1.0
+    log = tl.where(is_one, small, tl.log(more) * (small / tl.where(is_one, 1.0, more - 1.0)))
+    return tl.sqrt_rn(log + tl.maximum(logits, 0.0))
+
+
+@step_kernel(waits=True)
+def choose_experts_kernel(
+    logits_ptr,
+    bias_ptr,
+    slot_mapping_ptr,
+    ids_ptr,
+    weights_ptr,
+    scaling,
+    NUM_EXPERTS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    NUM_GROUPS: tl.constexpr,
+    TOP_GROUPS: tl.constexpr,
+    NORM: tl.constexpr,
+    SCORE: tl.constexpr,
+    GROUPS: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    """Select the experts of token `program 0`, from GROUPS groups of SIZE places.
+
+    GROUPS and SIZE are powers of two.
+    """
+    row = tl.program_id(0).to(tl.int64) * NUM_EXPERTS
+    own: tl.constexpr = NUM_EXPERTS // NUM_GROUPS
+    group, place = tl.arange(0, GROUPS), tl.arange(0, SIZE)
+    expert = group[:, None] * own + place[None, :]
+    exists = (group < NUM_GROUPS)[:, None] & (place < own)[None, :]
+    bias = tl.load(bias_ptr + expert, mask=exists, other=0.0)
+    wait_for_inputs()
+    start_next()
+    logits = tl.load(logits_ptr + row + expert, mask=exists, other=0.0)
+    scores = _scores(logits, SCORE)
+    choice = tl.where(exists, scores + bias, float("-inf"))
+    if NUM_GROUPS > 1:
+        best = tl.max(choice, axis=1)
+        # of equal values the first is the best, and another one the second best
+        first = tl.min(tl.where(choice == best[:, None], place[None, :], SIZE), axis=1)
+        others = tl.where(place[None, :] == first[:, None], float("-inf"), choice)
+        pair = best
+        if own > 1:
+            pair = best + tl.max(others, axis=1)
+        kept = _are_best(pair, group < NUM_GROUPS, TOP_GROUPS, GROUPS)
+        choice = tl.where(kept[:, None], choice, float("-inf"))
+    flat = tl.reshape(choice, [GROUPS * SIZE])
+    real = tl.reshape(exists.to(tl.int32), [GROUPS * SIZE]) != 0
+    chosen = _are_best(flat, real, TOP_K, GROUPS * SIZE)
+    weights = tl.where(chosen, tl.reshape(scores, [GROUPS * SIZE]), 0.0)
+    if NORM:
+        weights = weights / (tl.sum(weights, axis=0) + 1e-20)
+    place = tl.cumsum(chosen.to(tl.int32), axis=0) - 1
+    # NaN counts as best, so more than TOP_K may be selected
+    chosen = chosen & (place < TOP_K)
+    place += tl.program_id(0) * TOP_K
+    expert = tl.reshape(expert, [GROUPS * SIZE])
+    padding = tl.load(slot_mapping_ptr + tl.program_id(0)) < 0
+    expert = tl.where(padding, -1, expert)
+    weights = tl.where(padding, 0.0, weights)
+    tl.store(ids_ptr + place, expert, mask=chosen)
+    tl.store(weights_ptr + place, weights * scaling, mask=chosen)
+
+
+def choose_experts(
+    logits: Tensor,
+    bias: Tensor,
+    *,
+    top_k: int,
+    n_group: int,
+    topk_group: int,
+    norm: bool,
+    scaling: float,
+    slot_mapping: Tensor,
+    score: str = "sigmoid",
+) -> tuple[Tensor, Tensor]:
+    """Select experts by scores plus a correction bias, which does not enter the weights.
+
+    With groups, the score of a group is that of its two best experts, and only experts of the best
+    `topk_group` groups are selected. Of equal scores the lower expert is selected.
+
+    Args:
+        logits: float32 [num_tokens, num_experts], contiguous.
+        bias: float32 [num_experts].
+        top_k: number of experts of a token.
+        n_group, topk_group: number of groups, and of selected groups; 1 and 1 = no groups.
+        norm: True if the weights of a token are divided by their sum.
+        scaling: factor of the weights.
+        slot_mapping: integers [num_tokens], below 0 for padding.
+        score: function of the logits, "sigmoid" or "sqrtsoftplus".
+
+    Returns:
+        Expert ids, int32 [num_tokens, top_k], ascending, and their weights, float32. Padding has
+        ids of -1 and weights of 0.
+
+    Source: DeepSeek-V3 (arXiv 2412.19437) §2.1.2.
+    """
+    rows, experts = logits.shape
+    ids = empty_beside(logits, rows, top_k, dtype="int32")
+    weights = empty_beside(logits, rows, top_k)
+    if rows:
+        choose_experts_kernel[(rows,)](
+            logits,
+            bias,
+            slot_mapping,
+            ids,
+            weights,
+            scaling,
+            NUM_EXPERTS=experts,
+            TOP_K=top_k,
+            NUM_GROUPS=n_group,
+            TOP_GROUPS=topk_group,
+            NORM=norm,
+            SCORE=score,
+            GROUPS=next_power_of_2(n_group),
+            SIZE=next_power_of_2(experts // n_group),
+            num_warps=8,
+            # the compiler computes a score once for each layout; with a fused product in only one
+            # of them, a score would not equal itself
+            enable_fp_fusion=False,
+        )
+    return ids, weights
+
+
+@step_kernel(waits=True)
+def look_up_experts_kernel(
+    logits_ptr,
+    table_ptr,
+    token_ids_ptr,
+    rows_ptr,
+    ids_ptr,
+    weights_ptr,
+    scaling,
+    NUM_EXPERTS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    SCORE: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    """Look up the experts of token `program 0`. SIZE is TOP_K as a power of two."""
+    wait_for_inputs()
+    start_next()
+    token = tl.program_id(0).to(tl.int64)
+    place = tl.arange(0, SIZE)
+    real = place < TOP_K
+    row = table_ptr + tl.load(token_ids_ptr + token).to(tl.int64) * TOP_K
+    # no expert is below -1, so places past the last one equal no expert
+    expert = tl.load(row + place, mask=real, other=-2)
+    logits = tl.load(logits_ptr + token * NUM_EXPERTS + expert, mask=real, other=0.0)
+    scores = tl.where(real, _scores(logits, SCORE), 0.0)
+    weights = scores / (tl.sum(scores, axis=0) + 1e-20) * scaling
+    # the first pair of an expert that is named several times stands for all of them
+    same = expert[:, None] == expert[None, :]
+    is_repeated = tl.sum((same & (place[None, :] < place[:, None])).to(tl.int32), axis=1) > 0
+    weights = weights * tl.sum(same.to(tl.float32), axis=1)
+    unused = is_repeated | (tl.load(rows_ptr + token) < 0)
+    tl.store(ids_ptr + token * TOP_K + place, tl.where(unused, -1, expert), mask=real)
+    tl.store(weights_ptr + token * TOP_K + place, tl.where(unused, 0.0, weights), mask=real)
+
+
+def look_up_experts(
+    logits: Tensor,
+    table: Tensor,
+    token_ids: Tensor,
+    rows: Tensor,
+    *,
+    scaling: float,
+    score: str,
+) -> tuple[Tensor, Tensor]:
+    """Return the experts of each token by its id, weighted by their normalised scores.
+
+    Args:
+        logits: float32 [num_tokens, num_experts], contiguous.
+        table: int32 [vocab_size, top_k], experts of each token id, ascending. An expert that is
+            named twice counts twice.
+        token_ids: integers [num_tokens].
+        rows: int32 [num_tokens or more], below 0 for padding.
+        scaling: factor of the weights.
+        score: as for `choose_experts`.
+
+    Returns:
+        As `choose_experts`; an expert that is named again has an id of -1 there.
+    """
+    (tokens, experts), top_k = logits.shape, table.shape[1]
+    ids = empty_beside(logits, tokens, top_k, dtype="int32")
+    weights = empty_beside(logits, tokens, top_k)
+    if tokens:
+        look_up_experts_kernel[(tokens,)](
+            logits, table, token_ids, rows, ids, weights, scaling, NUM_EXPERTS=experts,
+            TOP_K=top_k, SCORE=score, SIZE=next_power_of_2(top_k), num_warps=1,
+        )  # fmt: skip
+    return ids, weights

@@ -1,0 +1,368 @@
+"""Keys, compressed entries and states of a DeepSeek-V4 layer on a device.
+
+Before attention one launch writes the keys of the step's tokens, and one the entries that the step
+finishes. After attention one launch keeps the newest keys in the rings of windows, and the newest
+sources in the states. So a token reads a key of its own step from the step's keys, an older one
+from the ring.
+
+A source has float32 values and gates of its halves, of the main compressor and then of the
+indexer's: [values of each half, gates of each half] each. Other values are float32 or bfloat16.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from fd_dsa.ops.dense_kernels import empty_beside
+from fd_dsa.ops.device_functions import rotated, stored, widened
+from fd_dsa.ops.step_kernel import step_kernel
+from fd_dsa.tensor import Tensor
+from fd_dsa.triton_runtime import next_power_of_2, start_next, wait_for_inputs
+
+import triton  # isort: skip
+import triton.language as tl  # isort: skip
+
+# sources that are loaded at a time, and heads that a program rotates
+_TILE, _HEADS = 8, 16
+_BLOCK = tl.constexpr(1024)
+
+
+class Norm(NamedTuple):
+    """Weight of an RMSNorm, float32 [width], and the term added to the mean square."""
+
+    weight: Tensor
+    epsilon: float
+
+
+class Pooling(NamedTuple):
+    """Weights of one compressor, and the pool of its entries.
+
+    Attributes:
+        gates: float32 [ratio * halves * width], added to the gates by the place of a token.
+        norm: float32 [width].
+        entries: [num_blocks, entries of a block, width].
+    """
+
+    gates: Tensor
+    norm: Tensor
+    entries: Tensor
+
+
+class Plan(NamedTuple):
+    """Work of a step for one ratio, see `fd_dsa.v4_prepare.V4Arrays`.
+
+    Attributes:
+        entries: int32 [capacity, 4], token, row, position and sources from the states.
+        rows: int32 [capacity], row of each entry in the pool.
+        kept: int32 [capacity, 4], tokens whose sources are kept.
+        num_entries, num_kept: rows of both that the step has.
+        ratio, pool: tokens of an entry, and tokens that it pools.
+    """
+
+    entries: Tensor
+    rows: Tensor
+    kept: Tensor
+    num_entries: int
+    num_kept: int
+    ratio: int
+    pool: int
+
+
+@triton.jit
+def load_angles(
+    cos_sin_ptr, position, WIDTH: tl.constexpr, ROPE: tl.constexpr, PADDED: tl.constexpr
+):
+    """Return cos and sin of each pair of a row, 1 and 0 in front of the last ROPE channels."""
+    pair = tl.arange(0, PADDED // 2) - (WIDTH - ROPE) // 2
+    inside = (pair >= 0) & (pair < ROPE // 2)
+    row = cos_sin_ptr + position.to(tl.int64) * ROPE
+    cos = tl.load(row + pair, mask=inside, other=1.0)
+    return cos, tl.load(row + ROPE // 2 + pair, mask=inside, other=0.0)
+
+
+@triton.jit
+def rotate_rows(x, cos, sin):
+    """Rotate the pairs (2j, 2j + 1) of the rows of `x` [N, M] by angles [M / 2]."""
+    rows: tl.constexpr = x.shape[0]
+    half: tl.constexpr = x.shape[1] // 2
+    first, second = tl.split(tl.reshape(x, [rows, half, 2]))
+    first, second = rotated(first, second, cos[None, :], sin[None, :])
+    return tl.reshape(tl.join(first, second), [rows, 2 * half])
+
+
+@triton.jit
+def _store_normed(
+    x, weight_ptr, epsilon, cos_sin_ptr, position, out_ptr, WIDTH: tl.constexpr, ROPE: tl.constexpr,
+    PADDED: tl.constexpr,
+):  # fmt: skip
+    """Norm and rotate a row `x` [PADDED], and store it."""
+    channel = tl.arange(0, PADDED)
+    inside = channel < WIDTH
+    weight = tl.load(weight_ptr + channel, mask=inside, other=0.0)
+    cos, sin = load_angles(cos_sin_ptr, position, WIDTH, ROPE, PADDED)
+    x = x * (1.0 / tl.sqrt_rn(tl.sum(x * x, axis=0) / WIDTH + epsilon)) * weight
+    x = tl.reshape(rotate_rows(x[None, :], cos, sin), [PADDED])
+    tl.store(out_ptr + channel, stored(x, out_ptr), mask=inside)
+
+
+@step_kernel(strided=("x_ptr",), waits=True)
+def write_keys_kernel(
+    x_ptr,
+    weight_ptr,
+    cos_sin_ptr,
+    positions_ptr,
+    out_ptr,
+    stride,
+    epsilon,
+    WIDTH: tl.constexpr,
+    ROPE: tl.constexpr,
+    PADDED: tl.constexpr,
+):
+    """Norm and rotate the key of token `program 0`."""
+    wait_for_inputs()
+    start_next()
+    token = tl.program_id(0).to(tl.int64)
+    channel = tl.arange(0, PADDED)
+    x = widened(tl.load(x_ptr + token * stride + channel, mask=channel < WIDTH, other=0.0))
+    position = tl.load(positions_ptr + token)
+    to = out_ptr + token * WIDTH
+    _store_normed(x, weight_ptr, epsilon, cos_sin_ptr, position, to, WIDTH, ROPE, PADDED)
+
+
+def write_keys(x: Tensor, norm: Norm, cos_sin: Tensor, positions: Tensor) -> Tensor:
+    """Return the normed and rotated keys of a step's tokens, [num_tokens, width].
+
+    Args:
+        x: [num_tokens, width]; there may be gaps between rows.
+        cos_sin: float32 [num_positions, rotated channels]; cos, then sin.
+        positions: int32 [num_tokens].
+    """
+    tokens, width = x.shape
+    out = empty_beside(x, tokens, width)
+    if tokens:
+        write_keys_kernel[(tokens,)](
+            x, norm.weight, cos_sin, positions, out, x.strides[0], norm.epsilon, WIDTH=width,
+            ROPE=cos_sin.shape[1], PADDED=next_power_of_2(width), num_warps=4,
+        )  # fmt: skip
+    return out
+
+
+@step_kernel(waits=True)
+def rotate_heads_kernel(
+    x_ptr,
+    cos_sin_ptr,
+    positions_ptr,
+    num_heads,
+    WIDTH: tl.constexpr,
+    ROPE: tl.constexpr,
+    HEADS: tl.constexpr,
+    PADDED: tl.constexpr,
+):
+    """Rotate heads of group `program 1` of token `program 0` in place."""
+    wait_for_inputs()
+    start_next()
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    channel = tl.arange(0, PADDED)
+    mask = (head < num_heads)[:, None] & (channel < WIDTH)[None, :]
+    place = x_ptr + (token * num_heads + head)[:, None] * WIDTH + channel[None, :]
+    cos, sin = load_angles(cos_sin_ptr, tl.load(positions_ptr + token), WIDTH, ROPE, PADDED)
+    x = rotate_rows(widened(tl.load(place, mask=mask, other=0.0)), cos, sin)
+    tl.store(place, stored(x, x_ptr), mask=mask)
+
+
+def rotate_heads(x: Tensor, cos_sin: Tensor, positions: Tensor) -> None:
+    """Rotate the last channels of x [num_tokens, num_heads, width], contiguous, in place."""
+    tokens, heads, width = x.shape
+    if tokens:
+        rotate_heads_kernel[tokens, -(-heads // _HEADS)](
+            x, cos_sin, positions, heads, WIDTH=width, ROPE=cos_sin.shape[1], HEADS=_HEADS,
+            PADDED=next_power_of_2(width), num_warps=4,
+        )  # fmt: skip
+
+
+@triton.jit
+def _pool(
+    sources_ptr, states_ptr, gates_ptr, work, FIRST: tl.constexpr, WIDTH: tl.constexpr,
+    SOURCE: tl.constexpr, HALVES: tl.constexpr, RATIO: tl.constexpr, POOL: tl.constexpr,
+    TILE: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
+    """Return the gated mean of an entry's sources [PADDED], a softmax for each channel."""
+    token, row, position, from_states = work
+    channel = tl.arange(0, PADDED)
+    top = tl.full([PADDED], float("-inf"), tl.float32)
+    total = tl.zeros([PADDED], tl.float32)
+    mean = tl.zeros([PADDED], tl.float32)
+    for first in range(0, POOL, TILE):
+        number = first + tl.arange(0, TILE)
+        source = position - (POOL - 1) + number
+        exists = ((source >= 0) & (number < POOL))[:, None] & (channel < WIDTH)[None, :]
+        # the first half of the sources of an entry with halves uses their first half
+        half = number // RATIO if HALVES == 2 else number * 0
+        is_kept = (number < from_states)[:, None]
+        at = FIRST + (half * WIDTH)[:, None] + channel[None, :]
+        kept = states_ptr + (row * POOL + source % POOL).to(tl.int64)[:, None] * SOURCE + at
+        own = sources_ptr + (token - (POOL - 1) + number).to(tl.int64)[:, None] * SOURCE + at
+        old, new = exists & is_kept, exists & (is_kept == 0)
+        value = tl.load(kept, mask=old, other=0.0) + tl.load(own, mask=new, other=0.0)
+        kept += HALVES * WIDTH
+        own += HALVES * WIDTH
+        gate = tl.load(kept, mask=old, other=0.0) + tl.load(own, mask=new, other=0.0)
+        place = (source % RATIO * HALVES + half)[:, None] * WIDTH + channel[None, :]
+        gate += tl.load(gates_ptr + place, mask=exists, other=0.0)
+        gate = tl.where(exists, gate, float("-inf"))
+        new_top = tl.maximum(top, tl.max(gate, axis=0))
+        # 0 if no source has existed so far, to avoid a difference of infinities
+        base = tl.where(new_top == float("-inf"), 0.0, new_top)
+        shrink, weight = tl.exp(top - base), tl.exp(gate - base[None, :])
+        total = total * shrink + tl.sum(weight, axis=0)
+        mean = mean * shrink + tl.sum(weight * value, axis=0)
+        top = new_top
+    return mean / tl.where(total == 0.0, 1.0, total)
+
+
+@step_kernel(waits=True)
+def pool_entries_kernel(
+    sources_ptr,
+    states_ptr,
+    plan_ptr,
+    rows_ptr,
+    gates_ptr,
+    norm_ptr,
+    entries_ptr,
+    index_gates_ptr,
+    index_norm_ptr,
+    index_entries_ptr,
+    cos_sin_ptr,
+    epsilon,
+    WIDTH: tl.constexpr,
+    INDEX_WIDTH: tl.constexpr,
+    SOURCE: tl.constexpr,
+    HALVES: tl.constexpr,
+    RATIO: tl.constexpr,
+    POOL: tl.constexpr,
+    ROPE: tl.constexpr,
+    TILE: tl.constexpr,
+    PADDED: tl.constexpr,
+    INDEX_PADDED: tl.constexpr,
+):
+    """Make entry `program 0` of the plan, of the main compressor or (`program 1`) the indexer's."""
+    wait_for_inputs()
+    start_next()
+    plan = plan_ptr + tl.program_id(0) * 4
+    token = tl.load(plan)
+    if token >= 0:
+        position = tl.load(plan + 2)
+        work = (token, tl.load(plan + 1), position, tl.load(plan + 3))
+        row, begin = tl.load(rows_ptr + tl.program_id(0)).to(tl.int64), position + 1 - RATIO
+        if tl.program_id(1) == 0:
+            x = _pool(
+                sources_ptr, states_ptr, gates_ptr, work, 0, WIDTH, SOURCE, HALVES, RATIO, POOL,
+                TILE, PADDED,
+            )  # fmt: skip
+            to = entries_ptr + row * WIDTH
+            _store_normed(x, norm_ptr, epsilon, cos_sin_ptr, begin, to, WIDTH, ROPE, PADDED)
+        elif index_entries_ptr is not None:
+            # other names than above, because a name has one type
+            index_x = _pool(
+                sources_ptr, states_ptr, index_gates_ptr, work, 2 * HALVES * WIDTH, INDEX_WIDTH,
+                SOURCE, HALVES, RATIO, POOL, TILE, INDEX_PADDED,
+            )  # fmt: skip
+            index_to = index_entries_ptr + row * INDEX_WIDTH
+            _store_normed(
+                index_x, index_norm_ptr, epsilon, cos_sin_ptr, begin, index_to, INDEX_WIDTH, ROPE,
+                INDEX_PADDED,
+            )  # fmt: skip
+
+
+def pool_entries(
+    sources: Tensor,
+    states: Tensor,
+    plan: Plan,
+    main: Pooling,
+    index: Pooling | None,
+    cos_sin: Tensor,
+    epsilon: float,
+) -> None:
+    """Write the entries that a step finishes to their pools, one launch.
+
+    Args:
+        sources: float32 [num_tokens, values of a source], contiguous.
+        states: float32 [num_rows * pool, values of a source], sources of earlier steps.
+        main, index: both compressors; an HCA layer has no `index`.
+        cos_sin: as for `write_keys`. An entry is rotated as the first token of its own group.
+        epsilon: term added to mean squares.
+    """
+    if not plan.num_entries:
+        return
+    width, index_width = main.entries.shape[2], 0 if index is None else index.entries.shape[2]
+    pool_entries_kernel[plan.num_entries, 1 if index is None else 2](
+        sources, states, plan.entries, plan.rows, *main, *(index or (None, None, None)), cos_sin,
+        epsilon, WIDTH=width, INDEX_WIDTH=index_width, SOURCE=sources.shape[1],
+        HALVES=plan.pool // plan.ratio, RATIO=plan.ratio, POOL=plan.pool, ROPE=cos_sin.shape[1],
+        TILE=_TILE, PADDED=next_power_of_2(width), INDEX_PADDED=next_power_of_2(index_width or 2),
+        num_warps=4,
+    )  # fmt: skip
+
+
+@step_kernel(waits=True)
+def keep_step_kernel(
+    keys_ptr,
+    places_ptr,
+    ring_ptr,
+    sources_ptr,
+    kept_ptr,
+    states_ptr,
+    num_tokens,
+    num_kept,
+    WIDTH: tl.constexpr,
+    SOURCE: tl.constexpr,
+    POOL: tl.constexpr,
+    PADDED: tl.constexpr,
+):
+    """Copy the key of token `program 0` to its ring, and source `program 0` of the plan."""
+    wait_for_inputs()
+    start_next()
+    index = tl.program_id(0)
+    if index < num_tokens:
+        channel = tl.arange(0, PADDED)
+        # a vector, because some versions of the interpreter refuse masks of a scalar and a vector
+        place = tl.load(places_ptr + index).to(tl.int64) + tl.zeros([PADDED], tl.int64)
+        mask = (channel < WIDTH) & (place >= 0)
+        key = tl.load(keys_ptr + index.to(tl.int64) * WIDTH + channel, mask=mask, other=0.0)
+        tl.store(ring_ptr + place * WIDTH + channel, key, mask=mask)
+    if states_ptr is not None:
+        # without a source to keep no block is copied
+        size = tl.where(index < num_kept, SOURCE, 0)
+        plan = kept_ptr + 4 * tl.minimum(index, num_kept - 1)
+        for first in range(0, size, _BLOCK):
+            at = first + tl.arange(0, _BLOCK)
+            token = tl.load(plan).to(tl.int64)
+            slot = tl.load(plan + 1) * POOL + tl.load(plan + 2) % POOL
+            value = tl.load(sources_ptr + token * SOURCE + at, mask=at < SOURCE, other=0.0)
+            tl.store(states_ptr + slot.to(tl.int64) * SOURCE + at, value, mask=at < SOURCE)
+
+
+def keep_step(
+    keys: Tensor,
+    places: Tensor,
+    ring: Tensor,
+    sources: Tensor | None = None,
+    plan: Plan | None = None,
+    states: Tensor | None = None,
+) -> None:
+    """Keep the newest keys and sources of a step for later steps, one launch after attention.
+
+    Args:
+        keys: [num_tokens, width], result of `write_keys`.
+        places: int32 [num_tokens or more], row of each key in `ring`, -1 = not kept.
+        ring: [num_rows * ring length, width].
+        sources, plan, states: as for `pool_entries`; None in a layer without a compressor.
+    """
+    (tokens, width), kept = keys.shape, 0 if plan is None else plan.num_kept
+    if tokens:
+        keep_step_kernel[(max(tokens, kept),)](
+            keys, places, ring, sources, None if plan is None else plan.kept, states, tokens, kept,
+            WIDTH=width, SOURCE=1 if sources is None else sources.shape[1],
+            POOL=1 if plan is None else plan.pool, PADDED=next_power_of_2(width), num_warps=4,
+        )  # fmt: skip

@@ -1,0 +1,299 @@
+"""V4DeviceBackend: index arrays of a step by one launch, then the attention of each layer.
+
+A row of the batch owns the rings and states of its slot. Keys of a step stay in a tensor of their
+own until the layer has attended. Prefix hits and drafts are not supported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from fd_dsa.attention.config import DSABackendConfig
+from fd_dsa.attention.device_memory import buffer_view
+from fd_dsa.attention.device_scores import PageScores
+from fd_dsa.attention.protocol import BackendStep, HostLengths
+from fd_dsa.cache_formats import CacheLayout
+from fd_dsa.device.allocation import Allocate, paddle_allocator
+from fd_dsa.device.transfers import uploaded
+from fd_dsa.errors import MissingStepError
+from fd_dsa.models.deepseek_v4.config import CSA, HCA, WINDOW, DeepseekV4Config
+from fd_dsa.models.deepseek_v4.device_attention import DeviceCompressor, DeviceV4Attention
+from fd_dsa.models.rope import inverse_frequencies
+from fd_dsa.models.rope_config import RopeConfig
+from fd_dsa.ops.dense_kernels import empty_beside
+from fd_dsa.ops.providers import device_kind
+from fd_dsa.ops.topk.custom_op import slot_selector
+from fd_dsa.ops.v4_attend_kernel import Entries, TokenPlaces, Windows, attend_v4
+from fd_dsa.ops.v4_write_kernels import (
+    Norm,
+    Plan,
+    Pooling,
+    keep_step,
+    pool_entries,
+    rotate_heads,
+    write_keys,
+)
+from fd_dsa.runner.input_batch import InputBatch
+from fd_dsa.step import ForwardMeta, StepHints
+from fd_dsa.tensor import StepArray, Tensor
+from fd_dsa.v4_attention.device_memory import num_scores, prepare_sizes
+from fd_dsa.v4_attention.device_pools import DeviceLayout, DevicePools
+from fd_dsa.v4_prepare import V4Arrays, V4Prepare
+
+_NAMES = {CSA: "r1", HCA: "r2"}
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceStep:
+    """The index arrays of one step, with the counts that the host knows.
+
+    Attributes:
+        num_tokens: tokens of the step.
+        places: places of its tokens.
+        kept_rows: int32 [num_tokens or more], row of each key in the rings, -1 = not kept.
+        plans: work of the compressors, by kind of layer.
+        index_view: the step as the indexer sees it, with entries as keys; None if every token
+            attends to all entries.
+    """
+
+    num_tokens: int
+    places: TokenPlaces
+    kept_rows: Tensor
+    plans: dict[str, Plan]
+    index_view: ForwardMeta | None
+
+
+class V4DeviceBackend:
+    """Attention over rings of windows and compressed entries in blocks.
+
+    Args:
+        config: configuration of the model.
+        batch: rows of a step. Each row is a slot of the rings and states.
+        num_blocks: blocks of the pools, of `batch.block_size` tokens.
+        device: "gpu:0" or a custom device of Paddle.
+        dtype: type of activations, keys and entries.
+
+    Attributes:
+        can_read_selections: False, because layers select compressed entries instead of tokens.
+    """
+
+    can_read_selections = False
+
+    def __init__(
+        self,
+        config: DeepseekV4Config,
+        batch: InputBatch,
+        num_blocks: int,
+        device: str,
+        dtype: str,
+        allocate: Allocate | None = None,
+    ) -> None:
+        self._config, self._batch = config, batch
+        self._allocate = allocate = allocate or paddle_allocator(device)
+        self._layout = DeviceLayout(config, dtype, batch.block_size)
+        self._prepare = V4Prepare(prepare_sizes(config, batch, num_blocks), device)
+        self._slots = np.arange(batch.max_num_seqs, dtype=np.int32)
+        width, longest = config.qk_rope_head_dim, batch.max_row_len
+        # angles of layers with entries, then of window-only layers
+        self._angles = [
+            uploaded(allocate, angles(rope, width, longest))
+            for rope in (config.compress_rope, config.main_rope)
+        ]
+        scores = allocate((num_scores(config, batch),), "float32")
+        kind = device_kind(scores)
+        # Triton's interpreter has its tensors in host memory
+        kind = "interpreter" if kind == "cpu" else kind
+        self._select_slots = slot_selector(kind, allocate)
+        sizes = _index_sizes(config, batch, num_blocks, dtype)
+        view = partial(buffer_view, {"logits": (scores, ())})
+        self._scores = PageScores(sizes, view, int(scores.shape[0]))
+        self._step: DeviceStep | None = None
+        self._built_for: BackendStep | None = None
+
+    def allocate_caches(self, has_indexer: Sequence[bool] = ()) -> list[DevicePools]:
+        """Allocate the pools of every layer."""
+        sizes = self._prepare.cfg.num_blocks, self._batch.max_num_seqs
+        return self._layout.allocate(*sizes, self._allocate)
+
+    def warm_up(self, num_tokens: int, caches: Sequence[DevicePools]) -> None:
+        """See AttentionBackend. Steps are not captured."""
+
+    def as_captured(self) -> AbstractContextManager[None]:
+        """See AttentionBackend. All work is on one stream."""
+        return nullcontext()
+
+    def build_step(
+        self,
+        forward_meta: BackendStep,
+        inputs: Sequence[StepArray],
+        hints: StepHints | None = None,
+        host_lengths: HostLengths | None = None,
+    ) -> None:
+        """Enqueue the launch that makes the index arrays of a step, and set its `position_ids`.
+
+        Args:
+            forward_meta: step of the rows that are in the batch.
+            inputs: ignored, because the host knows the step.
+            hints: ignored.
+            host_lengths: lengths of the rows, required.
+
+        Raises:
+            ValueError: inconsistent lengths or block tables. The message has row and value.
+            MissingStepError: the host does not know the lengths.
+        """
+        if host_lengths is None:
+            raise MissingStepError("V4DeviceBackend.build_step: the lengths of the rows are needed")
+        _, before, q = host_lengths
+        ctx, rows = before + q, len(q)
+        self._prepare.stage(ctx, q, self._slots[:rows], self._batch.block_tables[:rows])
+        out = self._prepare.expand()
+        num_tokens = int(q.sum())
+        self._step = DeviceStep(
+            num_tokens,
+            TokenPlaces(out.positions, out.req_of_token, out.cu_q, out.block_table),
+            out.swa_write,
+            {kind: _plan(out, kind, before, q) for kind in _NAMES},
+            self._index_view(out, num_tokens, int(ctx.max(initial=0))),
+        )
+        self._built_for, forward_meta.position_ids = forward_meta, out.positions[:num_tokens]
+        # the rows stand for slots, because both are below 0 for padding
+        forward_meta.slot_mapping = out.req_of_token[:num_tokens]
+
+    def current_step(self, forward_meta: BackendStep) -> DeviceStep:
+        """Return the index arrays of `forward_meta`, which must be the step built last."""
+        if self._built_for is not forward_meta or self._step is None:
+            raise MissingStepError(
+                "the backend holds no step or another step: "
+                "V4DeviceBackend.build_step must be called first"
+            )
+        return self._step
+
+    def forward(
+        self,
+        layer: DeviceV4Attention,
+        hidden: Tensor,
+        rotation: None,
+        forward_meta: BackendStep,
+        shared: None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Write the keys of a layer, select entries and attend to them, see AttentionBackend.
+
+        Args:
+            rotation: None, because the backend has the angles of all positions.
+
+        Returns:
+            [num_tokens, num_heads, head_dim], rotated back; and the slots of the selected entries,
+            None if every token attends to all entries.
+        """
+        step, pools = self.current_step(forward_meta), forward_meta.caches[layer.layer_id]
+        config, positions = self._config, step.places.positions
+        kind, eps = config.layer_types[layer.layer_id], config.rms_norm_eps
+        cos_sin = self._angles[kind == WINDOW]
+        latent, kv = layer.project(hidden)
+        keys = write_keys(kv, Norm(layer.kv_norm, eps), cos_sin, positions)
+        entries, slots = None, None
+        kept: tuple[Any, ...] = ()
+        if layer.compressor is not None:
+            sources, plan = layer.sources(hidden), step.plans[kind]
+            main = _pooling(layer.compressor, pools.entries)
+            index = None
+            if layer.index_compressor is not None:
+                index = _pooling(layer.index_compressor, pools.index_entries)
+            pool_entries(sources, pools.states, plan, main, index, cos_sin, eps)
+            if index is not None and step.index_view is not None:
+                slots = self._select(layer, latent, hidden, index.entries, step, cos_sin)
+            entries = Entries(pools.entries, plan.ratio, slots)
+            kept = sources, plan, pools.states
+        window = config.sliding_window
+        windows = Windows(keys, pools.ring, window, window)
+        query = layer.queries(latent)
+        out = attend_v4(query, windows, entries, layer.sinks, cos_sin, step.places, eps)
+        # a later token of the step may take the place of a key that this launch has read
+        keep_step(keys, step.kept_rows, pools.ring, *kept)
+        return out, slots
+
+    def _select(
+        self,
+        layer: DeviceV4Attention,
+        latent: Tensor,
+        hidden: Tensor,
+        cache: Tensor,
+        step: DeviceStep,
+        cos_sin: Tensor,
+    ) -> Tensor:
+        """Return the slots of the entries that each token attends to, int32 [num_tokens, topk]."""
+        view = step.index_view
+        assert view is not None
+        q, weights = layer.index_queries(latent, hidden)
+        rotate_heads(q, cos_sin, step.places.positions)
+        slots = empty_beside(weights, step.num_tokens, self._config.index_topk, dtype="int32")
+
+        def use(scores: Tensor, first_token: int) -> None:
+            self._select_slots(
+                scores,
+                *(view.position_ids, view.batch_id_per_token, view.block_tables, slots),
+                block_size=cache.shape[1],
+                num_blocks=cache.shape[0],
+                first_token=first_token,
+            )
+
+        self._scores.compute(view, (0, step.num_tokens), q, weights, cache, use)
+        return slots
+
+    def _index_view(self, out: V4Arrays, num_tokens: int, longest: int) -> ForwardMeta | None:
+        """Return the step with entries in place of tokens, None if no token has to select."""
+        entries = longest // self._config.compress_rates[CSA]
+        if CSA not in self._config.layer_types or entries <= self._config.index_topk:
+            return None
+        lengths: Any = None
+        newest = out.csa_visible[:num_tokens].astype("int64") - 1
+        rows, table = out.req_of_token, out.block_table
+        view = lengths, lengths, lengths, out.cu_q, table, rows, newest, None, None, None, None
+        return ForwardMeta(*view, 0, num_tokens, entries)
+
+
+def angles(rope: RopeConfig, width: int, count: int) -> np.ndarray:
+    """Return cos, then sin of each pair at all positions, not scaled, float32 [count, width]."""
+    turns = np.arange(count, dtype=np.float32)[:, None] * inverse_frequencies(rope, width)
+    return np.concatenate((np.cos(turns), np.sin(turns)), axis=1)
+
+
+def _index_sizes(
+    config: DeepseekV4Config, batch: InputBatch, num_blocks: int, dtype: str
+) -> DSABackendConfig:
+    """Return the sizes of an indexer whose keys are the entries of CSA layers."""
+    rope, per_block = config.qk_rope_head_dim, batch.block_size // config.compress_rates[CSA]
+    widths = config.head_dim, rope, config.index_head_dim
+    return DSABackendConfig(
+        num_heads=config.num_attention_heads,
+        index_n_heads=config.index_n_heads,
+        index_topk=config.index_topk,
+        softmax_scale=1.0,
+        cache_layout=CacheLayout(dtype, per_block, *widths, index_scale_fmt=None),
+        max_num_seqs=batch.max_num_seqs,
+        max_num_tokens=batch.max_num_tokens,
+        max_blocks_per_seq=batch.block_tables.shape[1],
+        num_blocks=num_blocks,
+        dtype=dtype,
+    )
+
+
+def _plan(out: V4Arrays, kind: str, before: np.ndarray, q: np.ndarray) -> Plan:
+    """Return the work of one ratio, with the numbers of its rows."""
+    cfg, name = out.config, _NAMES[kind]
+    ratio = cfg.csa_ratio if kind == CSA else cfg.hca_ratio
+    pool = cfg.pool(ratio)
+    finished = ((before + q) // ratio - before // ratio)[q > 0]
+    entries, rows, kept = (getattr(out, f"{part}_{name}") for part in ("plan", "plan_dst", "wplan"))
+    num_kept = int(np.minimum(q, pool).sum())
+    return Plan(entries, rows, kept, int(finished.sum()), num_kept, ratio, pool)
+
+
+def _pooling(compressor: DeviceCompressor, entries: Tensor) -> Pooling:
+    return Pooling(compressor.gates, compressor.norm, entries)

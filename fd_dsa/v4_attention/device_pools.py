@@ -1,0 +1,90 @@
+"""Memory of the layers of DeepSeek-V4 on a device: rings of windows, entries in blocks, states."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from fd_dsa.cache_formats import CACHE_FORMATS
+from fd_dsa.device.allocation import Allocate
+from fd_dsa.models.deepseek_v4.config import CSA, WINDOW, DeepseekV4Config
+from fd_dsa.tensor import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class DevicePools:
+    """Pools of one layer. Only written values are read.
+
+    Attributes:
+        ring: [num_rows * sliding_window, head_dim], the newest keys of each row of the batch.
+        entries: [num_blocks, entries of a block, head_dim]; None in a window-only layer.
+        index_entries: [num_blocks, entries of a block, index_head_dim]; None without an indexer.
+        states: float32 [num_rows * pooled tokens, values of a source]; None like `entries`.
+    """
+
+    ring: Tensor
+    entries: Tensor | None = None
+    index_entries: Tensor | None = None
+    states: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceLayout:
+    """Shapes of the pools.
+
+    Attributes:
+        config: sizes of the model.
+        dtype: type of keys and entries, "float32" or "bfloat16". States are float32.
+        block_size: tokens of a block, a multiple of both compress rates.
+    """
+
+    config: DeepseekV4Config
+    dtype: str
+    block_size: int
+
+    def shapes(self, kind: str, num_blocks: int, num_rows: int) -> dict[str, tuple[int, ...]]:
+        """Return the shape of each pool of a layer of a kind."""
+        model, width = self.config, self.config.head_dim
+        found: dict[str, tuple[int, ...]] = {"ring": (num_rows * model.sliding_window, width)}
+        if kind == WINDOW:
+            return found
+        ratio, halves, source = model.compress_rates[kind], 1, width
+        per_block = self.block_size // ratio
+        if kind == CSA:
+            # a CSA entry also pools the tokens of the previous entry
+            halves, source = 2, width + model.index_head_dim
+            found["index_entries"] = num_blocks, per_block, model.index_head_dim
+        return found | {
+            "entries": (num_blocks, per_block, width),
+            "states": (num_rows * ratio * halves, 2 * halves * source),
+        }
+
+    def bytes_per_block(self) -> int:
+        """Return the bytes of one block over all layers."""
+        return self._bytes(num_blocks=1, num_rows=0)
+
+    def bytes_per_row(self) -> int:
+        """Return the bytes of the rings and states of one row of the batch over all layers."""
+        return self._bytes(num_blocks=0, num_rows=1)
+
+    def allocate(self, num_blocks: int, num_rows: int, allocate: Allocate) -> list[DevicePools]:
+        """Allocate the pools of every layer, with arbitrary contents."""
+        return [
+            DevicePools(
+                **{
+                    name: allocate(shape, self._dtype_of(name))
+                    for name, shape in self.shapes(kind, num_blocks, num_rows).items()
+                }
+            )
+            for kind in self.config.layer_types
+        ]
+
+    def _dtype_of(self, name: str) -> str:
+        return "float32" if name == "states" else self.dtype
+
+    def _bytes(self, num_blocks: int, num_rows: int) -> int:
+        return sum(
+            CACHE_FORMATS[self._dtype_of(name)].itemsize * math.prod(shape)
+            for kind in self.config.layer_types
+            for name, shape in self.shapes(kind, num_blocks, num_rows).items()
+        )

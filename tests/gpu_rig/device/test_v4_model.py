@@ -1,0 +1,170 @@
+"""DeepSeek-V4 with its model on the device: the CPU's logits and tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fd_dsa import LLM, SamplingParams
+from fd_dsa.config import EngineConfig
+from fd_dsa.device.allocation import paddle_allocator
+from fd_dsa.errors import ConfigError
+from fd_dsa.models.device_weights import DeviceWeights
+from fd_dsa.models.loader import load_weights
+from fd_dsa.models.registry import create_model, open_checkpoint, read_config
+from fd_dsa.runner import InputBatch, ModelRunner
+from fd_dsa.startup.plan import make_plan
+from fd_dsa.v4_attention.device_backend import V4DeviceBackend
+from fd_dsa.v4_attention.device_memory import workspace_bytes
+from tests.gpu_rig import Rig
+from tests.v4_model.cases import CASES, CSA, HCA, WINDOW, Case
+from tests.v4_model.ours import load_model, make_runner, prompt_logits
+
+pytestmark = [pytest.mark.gpu_rig, pytest.mark.triton]
+
+# one layer of each kind, in which nothing is chosen by scores that rounding may change
+SMOOTH = {
+    "layer_types": [WINDOW, CSA, HCA],
+    "num_hidden_layers": 3,
+    "num_hash_layers": 3,
+    "index_topk": 64,
+}
+ROWS, LONGEST, TOKENS = 3, 96, 48
+
+
+def device_model(folder: Path, rig: Rig, dtype: str) -> Any:
+    """The model of a folder on the device, its weights loaded."""
+    config = read_config(folder)
+    weights = DeviceWeights(dtype, paddle_allocator(rig.device))
+    model = create_model(config, weights)
+    with open_checkpoint(config, folder) as checkpoint:
+        load_weights(checkpoint, config, model.loaders)
+    weights.finish()
+    return model
+
+
+def device_runner(model: Any, rig: Rig, dtype: str, block_size: int) -> ModelRunner:
+    """A runner whose rows own scattered blocks, and whose unwritten cache rows are infinite."""
+    columns = -(-LONGEST // block_size)
+    batch, num_blocks = InputBatch(ROWS, TOKENS, columns, block_size), ROWS * columns + 1
+    blocks = np.random.default_rng(0).permutation(num_blocks)
+    for row in range(ROWS):
+        batch.set_blocks(row, blocks[row:-1:ROWS])
+    backend = V4DeviceBackend(model.config, batch, num_blocks, rig.device, dtype)
+    runner = ModelRunner(model, batch, None, num_blocks, rig.device, backend, dtype)
+    for pools in runner.caches:
+        for pool in (pools.ring, pools.entries, pools.index_entries, pools.states):
+            if pool is not None:
+                pool.fill_(float("inf"))
+    return runner
+
+
+def worst(found: list[np.ndarray], wanted: list[np.ndarray]) -> float:
+    """The largest error as a share of the largest logit."""
+    pairs = zip(found, wanted, strict=True)
+    return max(float(np.abs(one - other).max() / np.abs(other).max()) for one, other in pairs)
+
+
+@pytest.mark.parametrize(
+    "name", ["mixed", pytest.param("repeated-experts", marks=pytest.mark.slow)]
+)
+def test_logits_of_chunks(name: str, rig: Rig, tmp_path: Path) -> None:
+    """Prompts across windows, entries, blocks and the limit of the selection, in company."""
+    case = CASES[name]
+    folder, prompts = case.write(tmp_path), [case.prompt(n) for n in (3, 21, 40)]
+    wanted = prompt_logits(make_runner(load_model(folder), case.block_size), prompts, 40)
+    model = device_model(folder, rig, "float32")
+    for chunk in (16, 7):
+        runner = device_runner(model, rig, "float32", case.block_size)
+        assert worst(prompt_logits(runner, prompts, chunk), wanted) < 1e-4
+
+
+def test_logits_in_bfloat16(rig: Rig, tmp_path: Path) -> None:
+    """They are within rounding of float32, and the same bits in every chunk."""
+    case = Case("smooth", SMOOTH, seed=21)
+    folder, prompts = case.write(tmp_path), [case.prompt(n) for n in (35, 12)]
+    wanted = prompt_logits(make_runner(load_model(folder), case.block_size), prompts, 40)
+    model, found = device_model(folder, rig, "bfloat16"), []
+    for chunk in (20, 1):
+        runner = device_runner(model, rig, "bfloat16", case.block_size)
+        found.append(prompt_logits(runner, prompts, chunk))
+        assert worst(found[-1], wanted) < 0.03
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+FORMS: dict[str, dict[str, Any]] = {
+    "chunks of 24 beside answers": {"max_num_batched_tokens": 24},
+    "preemption": {"num_gpu_blocks_override": 5, "max_num_batched_tokens": 24},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_greedy_tokens(form: str, rig: Rig, tmp_path: Path) -> None:
+    """Several requests at once have the tokens of the CPU, one of them twice."""
+    case = Case("smooth", SMOOTH, seed=22)
+    folder, prompts = case.write_served(tmp_path), [case.prompt(n) for n in (6, 20, 30)]
+    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, n=2)
+    sizes = {"block_size": case.block_size, "max_num_seqs": 3, "max_model_len": 64}
+    with LLM(model=folder, device="cpu", **sizes) as llm:
+        wanted = tokens_of(llm, prompts, params)
+    own = {"dtype": "float32", "enforce_eager": True, "enable_prefix_caching": False}
+    with LLM(model=folder, device=rig.device, **sizes, **own, **FORMS[form]) as llm:
+        assert tokens_of(llm, prompts, params) == wanted
+        assert (llm.stats().num_preemptions > 0) == (form == "preemption")
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"enable_prefix_caching": True}, "--enable-prefix-caching: got True, allowed: false"),
+        ({"enforce_eager": False}, "--enforce-eager: got False, allowed: true"),
+        ({"kv_cache_dtype": "float32"}, "--kv-cache-dtype: got 'float32', allowed: auto or bfloat"),
+        ({"speculative_config": {"method": "ngram"}}, "--speculative-config: got 'ngram'"),
+        ({"block_size": 24}, "--block-size: got 24"),
+    ],
+    ids=str,
+)
+def test_flags_that_are_refused(
+    fields: dict[str, Any], words: str, rig: Rig, tmp_path: Path
+) -> None:
+    served = {"device": rig.device, "block_size": 16, "dtype": "bfloat16"}
+    own = {"enforce_eager": True, "enable_prefix_caching": False}
+    with pytest.raises(ConfigError, match=words):
+        make_plan(EngineConfig(model=CASES["mixed"].write(tmp_path), **(served | own | fields)))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_bytes_of_the_plan(dtype: str, rig: Rig, tmp_path: Path) -> None:
+    """The plan counts the bytes that weights and pools take."""
+    case = Case("smooth", SMOOTH, seed=23)
+    folder = case.write_served(tmp_path)
+    sizes = {"block_size": 16, "max_num_seqs": 3, "max_num_batched_tokens": 24, "dtype": dtype}
+    own = {"enforce_eager": True, "enable_prefix_caching": False, "num_gpu_blocks_override": 7}
+    config = EngineConfig(model=folder, device=rig.device, max_model_len=64, **sizes, **own)
+    plan, taken = make_plan(config), []
+    allocate = paddle_allocator(rig.device)
+
+    def counted(shape: tuple[int, ...], name: str) -> Any:
+        tensor = allocate(shape, name)
+        taken.append(tensor.element_size() * int(np.prod(shape)))
+        return tensor
+
+    create_model(plan.model_config, DeviceWeights(dtype, counted))
+    assert sum(taken) == plan.memory.weight_bytes
+    taken.clear()
+    batch = InputBatch(3, 24, 4, 16)
+    backend = V4DeviceBackend(plan.model_config, batch, 7, rig.device, dtype, counted)
+    assert 0 <= workspace_bytes(plan.model_config, batch) - sum(taken) < 16 << 10
+    taken.clear()
+    backend.allocate_caches()
+    assert sum(taken) == plan.memory.kv_cache_bytes + plan.memory.state_bytes
+
+
+def tokens_of(llm: LLM, prompts: list[list[int]], params: SamplingParams) -> list[list[int]]:
+    """Answers to prompts in one call."""
+    answers = llm.generate(prompts, params)
+    return [output.token_ids for answer in answers for output in answer.outputs]

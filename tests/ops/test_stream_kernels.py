@@ -1,0 +1,118 @@
+"""Streams of hyper-connections on a device against float64, in every memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("paddle", reason="the launches take Paddle's tensors")
+
+from fd_dsa.ops.stream_kernels import Connection, expand_streams, read_streams
+from tests.kernel_memory import KernelMemory
+from tests.ops import block_fp8
+
+pytestmark = pytest.mark.triton
+
+NORM_EPS, EPS = 0.02, 0.05
+STEPS = {"float32": 2.0**-20, "bfloat16": 2.0**-8}
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-x))
+
+
+class Weights:
+    """A connection drawn at random, in float64 and in a memory."""
+
+    def __init__(self, streams: int, width: int, iterations: int) -> None:
+        rng = np.random.default_rng([streams, width, iterations])
+        mixes = (2 + streams) * streams if iterations else streams
+        self.streams, self.iterations = streams, iterations
+        self.fn, self.base, self.scale, self.norm = (
+            rng.standard_normal(shape).astype(np.float32)
+            for shape in ((mixes, streams * width), mixes, 3 if iterations else 1, width)
+        )
+        self.fn *= np.float32((streams * width) ** -0.5)
+
+    def put(self, m: KernelMemory) -> Connection:
+        arrays = self.fn.reshape(-1), self.base, self.scale, self.norm
+        return Connection(*map(m.put, arrays), NORM_EPS, EPS, self.iterations)
+
+    def read(self, streams: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """Input of the block, and the factors [stream after, stream before or output]."""
+        n, flat = self.streams, streams.reshape(len(streams), -1)
+        mixed = flat @ self.fn.T.astype(np.float64)
+        mixed /= np.sqrt((flat**2).mean(axis=1, keepdims=True) + NORM_EPS)
+        pre = sigmoid(mixed[:, :n] * self.scale[0] + self.base[:n]) + EPS
+        x = np.einsum("tn,tnc->tc", pre, streams)
+        x = x / np.sqrt((x**2).mean(axis=1, keepdims=True) + NORM_EPS) * self.norm
+        if not self.iterations:
+            return x, None
+        post = 2 * sigmoid(mixed[:, n : 2 * n] * self.scale[1] + self.base[n : 2 * n])
+        a = (mixed[:, 2 * n :] * self.scale[2] + self.base[2 * n :]).reshape(-1, n, n)
+        a = np.exp(a - a.max(axis=2, keepdims=True))
+        a = a / a.sum(axis=2, keepdims=True) + EPS
+        a /= a.sum(axis=1, keepdims=True) + EPS
+        for _ in range(self.iterations - 1):
+            a /= a.sum(axis=2, keepdims=True) + EPS
+            a /= a.sum(axis=1, keepdims=True) + EPS
+        return x, np.concatenate((a.transpose(0, 2, 1), post[:, :, None]), axis=2)
+
+
+def drawn(m: KernelMemory, kind: str, *shape: int) -> tuple[Any, np.ndarray]:
+    """Values of a type in a memory, and in float64."""
+    values = np.random.default_rng(shape).standard_normal(shape)
+    exact = block_fp8.rounded(values, kind)
+    return block_fp8.put(m, exact, kind), exact.astype(np.float64)
+
+
+@pytest.mark.parametrize("kind", STEPS)
+@pytest.mark.parametrize(
+    ("tokens", "streams", "width"), [(1, 4, 48), (17, 2, 200), (3, 3, 128)], ids=str
+)
+def test_two_blocks(
+    tokens: int, streams: int, width: int, kind: str, paddle_memory: KernelMemory
+) -> None:
+    m, step = paddle_memory, STEPS[kind]
+    first, second, head = Weights(streams, width, 2), Weights(streams, width, 20), None
+    head = Weights(streams, width, 0)
+    embedded, exact = drawn(m, kind, tokens, width)
+    found, sums = expand_streams(None, embedded, None, first.put(m), streams)
+    wanted = np.repeat(exact[:, None], streams, axis=1)
+    np.testing.assert_array_equal(block_fp8.get(m, found), wanted)
+    for weights, following in ((first, second), (second, head)):
+        x, mixture = read_streams(found, sums, weights.put(m))
+        exact_x, factors = weights.read(wanted)
+        check(block_fp8.get(m, x), exact_x, step)
+        check(m.get(mixture), factors, 2.0**-16)
+        change, exact = drawn(m, kind, tokens, width, 1)
+        change, exact = change.reshape([tokens, width]), exact[:, :, 0]
+        before = np.concatenate((wanted, exact[:, None]), axis=1)
+        found, sums = expand_streams(found, change, mixture, following.put(m), streams)
+        check(block_fp8.get(m, found), factors @ before, step)
+        wanted = block_fp8.get(m, found).astype(np.float64)
+    x, mixture = read_streams(found, sums, head.put(m))
+    assert mixture is None
+    check(block_fp8.get(m, x), head.read(wanted)[0], step)
+
+
+def test_streams_without_a_change(paddle_memory: KernelMemory) -> None:
+    """They are projected alone, and mixed without a projection."""
+    m, weights = paddle_memory, Weights(4, 40, 0)
+    streams, exact = drawn(m, "float32", 5, 4, 40)
+    found, sums = expand_streams(streams, None, None, weights.put(m), 4)
+    assert found is streams
+    x, _ = read_streams(found, sums, weights.put(m))
+    check(m.get(x), weights.read(exact)[0], 2.0**-18)
+    factors = np.random.default_rng(0).random((5, 4, 5), np.float32)
+    change, added = drawn(m, "float32", 5, 40)
+    found, _ = expand_streams(streams, change, m.put(factors), None, 4)
+    check(m.get(found), factors @ np.concatenate((exact, added[:, None]), axis=1), 2.0**-18)
+
+
+def check(found: np.ndarray, wanted: np.ndarray | None, step: float) -> None:
+    """Compare to a fraction of the largest value."""
+    assert wanted is not None
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=step * np.abs(wanted).max())

@@ -1,0 +1,258 @@
+"""Keys, entries, states and attention of DeepSeek-V4 on a device against float64 loops."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("paddle", reason="the launches take Paddle's tensors")
+
+from fd_dsa.ops.expert_choice import look_up_experts
+from fd_dsa.ops.v4_attend_kernel import Entries, TokenPlaces, Windows, attend_v4
+from fd_dsa.ops.v4_write_kernels import (
+    Norm,
+    Plan,
+    Pooling,
+    keep_step,
+    pool_entries,
+    rotate_heads,
+    write_keys,
+)
+from tests.kernel_memory import KernelMemory
+from tests.ops import block_fp8
+
+pytestmark = pytest.mark.triton
+
+EPS, ROPE, LONGEST = 0.02, 8, 64
+STEPS = {"float32": 2.0**-18, "bfloat16": 2.0**-7}
+ANGLES = np.arange(LONGEST)[:, None] * 0.7 ** np.arange(ROPE // 2)
+COS_SIN = np.concatenate((np.cos(ANGLES), np.sin(ANGLES)), axis=1).astype(np.float32)
+
+
+def drawn(m: KernelMemory, kind: str, *shape: int) -> tuple[Any, np.ndarray]:
+    """Values of a type in a memory, and in float64."""
+    exact = block_fp8.rounded(np.random.default_rng(shape).standard_normal(shape), kind)
+    return block_fp8.put(m, exact, kind), exact.astype(np.float64)
+
+
+def rotated(x: np.ndarray, position: int, sign: int = 1) -> np.ndarray:
+    """`x` [..., width] with its last channels rotated."""
+    turn = np.exp(sign * 1j * ANGLES[position])
+    pairs = x[..., -ROPE:].reshape(*x.shape[:-1], -1, 2)
+    turned = (pairs[..., 0] + 1j * pairs[..., 1]) * turn
+    both = np.stack((turned.real, turned.imag), axis=-1).reshape(*x.shape[:-1], ROPE)
+    return np.concatenate((x[..., :-ROPE], both), axis=-1)
+
+
+def normed(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    return x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + EPS) * weight
+
+
+def check(found: np.ndarray, wanted: np.ndarray, kind: str) -> None:
+    """Compare to a fraction of the largest value."""
+    bound = STEPS[kind] * np.abs(wanted).max()
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize("kind", STEPS)
+@pytest.mark.parametrize("width", [32, 40])
+def test_keys_and_rotated_heads(width: int, kind: str, paddle_memory: KernelMemory) -> None:
+    m, positions = paddle_memory, np.array([0, 5, 63], np.int32)
+    rows, exact = drawn(m, kind, 3, width + 7)
+    weight = np.random.default_rng(1).random(width, np.float32)
+    cos_sin, places = m.put(COS_SIN), m.put(positions)
+    keys = write_keys(rows[:, 7:], Norm(m.put(weight), EPS), cos_sin, places)
+    wanted = normed(exact[:, 7:], weight)
+    check(
+        block_fp8.get(m, keys),
+        np.stack([rotated(x, p) for x, p in zip(wanted, positions, strict=True)]),
+        kind,
+    )
+    heads, exact = drawn(m, kind, 3, 17, width)
+    rotate_heads(heads, cos_sin, places)
+    wanted = np.stack([rotated(x, p) for x, p in zip(exact, positions, strict=True)])
+    check(block_fp8.get(m, heads), wanted, kind)
+
+
+@pytest.mark.parametrize(("halves", "ratio"), [(2, 4), (1, 6)])
+@pytest.mark.parametrize("kind", STEPS)
+def test_entries_pool_old_and_new_sources(
+    kind: str, halves: int, ratio: int, paddle_memory: KernelMemory
+) -> None:
+    """Two rows: one from its beginning, one whose sources are partly in its state."""
+    m, pool, widths = paddle_memory, halves * ratio, [32, 16][: 1 + (halves == 2)]
+    source = 2 * halves * sum(widths)
+    states = np.full((2 * pool, source), np.nan, np.float32)
+    history = np.random.default_rng(5).standard_normal((2, LONGEST, source)).astype(np.float32)
+    before, news = [0, ratio * 3 + 1], [ratio + 1, ratio]
+    for position in range(max(before[1] - pool, 0), before[1]):
+        states[pool + position % pool] = history[1, position]
+    own = np.concatenate([history[r, before[r] : before[r] + news[r]] for r in range(2)])
+    plan, rows, kept, token = [], [], [], 0
+    for row in range(2):
+        for number in range(news[row]):
+            position = before[row] + number
+            if (position + 1) % ratio == 0:
+                plan.append((token, row, position, max(pool - 1 - number, 0)))
+                rows.append(1 + 2 * row)
+            if number >= news[row] - pool:
+                kept.append((token, row, position, 0))
+            token += 1
+    plan.append((-1, -1, -1, -1))
+    work = Plan(
+        m.put(np.array(plan, np.int32)),
+        m.put(np.array([*rows, -1], np.int32)),
+        m.put(np.array(kept, np.int32)),
+        *(len(plan), len(kept), ratio, pool),
+    )
+    rng, made, weights = np.random.default_rng(6), [], []
+    for width in widths:
+        gates = rng.standard_normal((ratio, halves, width)).astype(np.float32)
+        norm, empty = rng.random(width, np.float32), m.poisoned((2, 2, width), kind)
+        weights.append((gates, norm))
+        made.append(Pooling(m.put(gates.reshape(-1)), m.put(norm), empty))
+    own_sources, kept_sources = m.put(own), m.put(states)
+    index = made[1] if len(made) == 2 else None
+    pool_entries(own_sources, kept_sources, work, made[0], index, m.put(COS_SIN), EPS)
+    first = 0
+    for pooling, (gates, norm), width in zip(made, weights, widths, strict=True):
+        found = block_fp8.get(m, pooling.entries).reshape(4, width)
+        for (_, row, position, _), at in zip(plan[:-1], rows, strict=True):
+            values, logits = [], []
+            for number in range(pool):
+                here = position - (pool - 1) + number
+                if here < 0:
+                    continue
+                half = number // ratio
+                parts = history[row, here, first : first + 2 * halves * width]
+                parts = parts.reshape(2, halves, width).astype(np.float64)
+                values.append(parts[0, half])
+                logits.append(parts[1, half] + gates[here % ratio, half])
+            share = np.exp(logits - np.max(logits, axis=0))
+            mean = (share * values).sum(axis=0) / share.sum(axis=0)
+            check(found[at], rotated(normed(mean, norm), position + 1 - ratio), kind)
+        first += 2 * halves * width
+    ring, keys = m.poisoned((6, 32), kind), drawn(m, kind, token, 32)
+    places = np.arange(token, dtype=np.int32) - 2
+    places[places > 3] = -1
+    places = np.where(places < 0, -1, places).astype(np.int32)
+    keep_step(keys[0], m.put(places), ring, own_sources, work, kept_sources)
+    found, after = block_fp8.get(m, ring), m.get(kept_sources)
+    for number, place in enumerate(places):
+        if place >= 0:
+            np.testing.assert_array_equal(found[place], keys[1][number])
+    for one, row, position, _ in kept:
+        np.testing.assert_array_equal(after[row * pool + position % pool], own[one])
+
+
+class Attended:
+    """Three rows of a step: a prompt, a later chunk and a decoding row, with one padded token."""
+
+    window, ratio, per_block, topk = 5, 4, 2, 3
+
+    def __init__(self, m: KernelMemory, kind: str, heads: int, width: int) -> None:
+        self.m, self.before, news = m, [0, 9, 20], [6, 7, 1]
+        rng = np.random.default_rng([heads, width])
+        history = rng.standard_normal((3, LONGEST, width))
+        self.history = block_fp8.rounded(history, kind).astype(np.float64)
+        positions = [self.before[r] + i for r in range(3) for i in range(news[r])]
+        self.rows = np.array([*np.repeat(np.arange(3), news), -1], np.int32)
+        self.positions = np.array([*positions, 0], np.int32)
+        starts, tokens = np.cumsum([0, *news]).astype(np.int32), len(self.rows)
+        table = rng.permutation(12).reshape(3, 4).astype(np.int32)
+        self.table = table
+        keys, ring = np.zeros((tokens, width)), np.full((3 * self.window, width), np.inf)
+        for token, (row, position) in enumerate(zip(self.rows, self.positions, strict=True)):
+            keys[token] = self.history[row, position]
+        for row in range(3):
+            for position in range(max(self.before[row] - self.window, 0), self.before[row]):
+                ring[row * self.window + position % self.window] = self.history[row, position]
+        self.pool = block_fp8.rounded(rng.standard_normal((12, self.per_block, width)), kind)
+        self.q, self.exact_q = drawn(m, kind, tokens, heads, width)
+        self.sinks = rng.standard_normal(heads).astype(np.float32)
+        self.windows = Windows(
+            *(block_fp8.put(m, x.astype(np.float32), kind) for x in (keys, ring)),
+            self.window,
+            self.window,
+        )
+        arrays = self.positions, self.rows, starts, table
+        self.places = TokenPlaces(*map(m.put, arrays))
+        self.slots = np.full((tokens, self.topk), -1, np.int32)
+        for token, (row, position) in enumerate(zip(self.rows, self.positions, strict=True)):
+            visible = (position + 1) // self.ratio if row >= 0 else 0
+            chosen = np.sort(rng.permutation(visible)[: self.topk])
+            self.slots[token, : len(chosen)] = [self.slot(row, entry) for entry in chosen]
+
+    def slot(self, row: int, entry: int) -> int:
+        """The slot of an entry of a row."""
+        block = self.table[row, entry // self.per_block]
+        return int(block * self.per_block + entry % self.per_block)
+
+    def wanted(self, token: int, selects: bool | None) -> np.ndarray:
+        """float64 [heads, width]; `selects` None = no entries."""
+        row, position = self.rows[token], self.positions[token]
+        if row < 0:
+            return np.zeros_like(self.exact_q[token])
+        q = rotated(normed(self.exact_q[token], 1.0), position) * self.exact_q.shape[2] ** -0.5
+        first = max(position + 1 - self.window, 0)
+        keys, flat = (
+            list(self.history[row, first : position + 1]),
+            self.pool.reshape(-1, q.shape[1]),
+        )
+        if selects is not None:
+            slots = [self.slot(row, e) for e in range((position + 1) // self.ratio)]
+            slots = [s for s in self.slots[token] if s >= 0] if selects else slots
+            keys += list(flat[slots].astype(np.float64))
+        logits = np.concatenate((q @ np.array(keys).T, self.sinks[:, None]), axis=1)
+        share = np.exp(logits - logits.max(axis=1, keepdims=True))
+        share /= share.sum(axis=1, keepdims=True)
+        return rotated(share[:, :-1] @ np.array(keys), position, -1)
+
+
+@pytest.mark.parametrize("selects", [None, False, True])
+@pytest.mark.parametrize(
+    ("kind", "heads", "width"),
+    [("float32", 8, 32), ("bfloat16", 20, 32), ("float32", 64, 24)],
+    ids=str,
+)
+def test_attention(
+    kind: str, heads: int, width: int, selects: bool | None, paddle_memory: KernelMemory
+) -> None:
+    m, case = paddle_memory, Attended(paddle_memory, kind, heads, width)
+    entries = None
+    if selects is not None:
+        pool = block_fp8.put(m, case.pool, kind)
+        entries = Entries(pool, case.ratio, m.put(case.slots) if selects else None)
+    shared = m.put(case.sinks), m.put(COS_SIN), case.places, EPS
+    found = block_fp8.get(m, attend_v4(case.q, case.windows, entries, *shared))
+    wanted = np.stack([case.wanted(token, selects) for token in range(len(case.rows))])
+    check(found, wanted, kind)
+
+
+@pytest.mark.parametrize("score", ["sigmoid", "sqrtsoftplus"])
+def test_experts_by_token_id(score: str, paddle_memory: KernelMemory) -> None:
+    """An expert that a row of the table names twice counts twice; padding has none."""
+    m, rng = paddle_memory, np.random.default_rng(0)
+    logits = rng.standard_normal((4, 6)).astype(np.float32) * 20
+    table = np.array([[0, 3, 5], [2, 2, 4], [1, 1, 1]], np.int32)
+    ids, rows = np.array([1, 0, 2, 1]), np.array([0, 0, 1, -1], np.int32)
+    arrays = map(m.put, (logits, table, ids, rows))
+    found, weights = map(m.get, look_up_experts(*arrays, scaling=1.5, score=score))
+    functions = {
+        "sigmoid": lambda x: 1 / (1 + np.exp(-x)),
+        "sqrtsoftplus": lambda x: np.sqrt(np.logaddexp(0, x)),
+    }
+    for token in range(3):
+        scores = functions[score](logits[token].astype(np.float64))
+        own = np.zeros(6)
+        np.add.at(own, table[ids[token]], scores[table[ids[token]]])
+        own *= 1.5 / (own.sum() + 1e-20)
+        summed = np.zeros(6)
+        live = found[token] >= 0
+        assert len(set(found[token][live])) == live.sum()
+        np.add.at(summed, found[token][live], weights[token][live])
+        np.testing.assert_allclose(summed, own, rtol=1e-5, atol=1e-9)
+    assert (found[3] == -1).all()
+    assert (weights[3] == 0).all()

@@ -1,0 +1,62 @@
+"""Script like those of `kernel_forms.py` for the kernels of DeepSeek-V4, at its released sizes."""
+
+from __future__ import annotations
+
+V4 = """
+from fd_dsa.ops import dense_kernels as dense
+from fd_dsa.ops.expert_choice import choose_experts_kernel, look_up_experts_kernel
+from fd_dsa.ops.expert_gemm import block_sizes, configuration, expert_gemm_kernel
+from fd_dsa.ops.stream_kernels import expand_streams_kernel, read_streams_kernel
+from fd_dsa.ops.v4_attend_kernel import attend_v4_kernel
+from fd_dsa.ops import v4_write_kernels as write
+
+INT32_TYPES = dict.fromkeys(
+    ("positions_ptr", "rows_ptr", "plan_ptr", "places_ptr", "kept_ptr", "starts_ptr",
+     "block_table_ptr", "token_ids_ptr", "table_ptr"), "int32")
+FLOATS += "norm_epsilon",
+WIDTH, INDEX, ROPE = 512, 128, 64
+for kind in ("float32", "bfloat16"):
+    names = ("streams_ptr", "change_ptr", "out_ptr", "x_ptr", "q_ptr", "keys_ptr", "ring_ptr",
+             "pool_ptr", "entries_ptr", "index_entries_ptr")
+    types = INT32_TYPES | dict.fromkeys(names, kind)
+    block = dict(WIDTH=4096, STREAMS=4, MIXES=24, COLUMNS=32)
+    for absent in ({}, {"streams_ptr": None, "mixture_ptr": None},
+                   {"change_ptr": None, "mixture_ptr": None}, {"fn_ptr": None}):
+        compile("streams", expand_streams_kernel, types, **block, TOKENS=16, BLOCK=64,
+                num_warps=4, **absent)
+    for absent in ({}, {"mixture_ptr": None}):
+        compile("norm", read_streams_kernel, types, **block, PARTS=64, PARTS_PADDED=64,
+                ITERATIONS=20, PADDED=4, BLOCK=4096, num_warps=8, **absent)
+    compile("keys", write.write_keys_kernel, types, WIDTH=WIDTH, ROPE=ROPE, PADDED=WIDTH)
+    compile("rotate", write.rotate_heads_kernel, types, WIDTH=INDEX, ROPE=ROPE, HEADS=16,
+            PADDED=INDEX)
+    none = dict.fromkeys(("index_gates_ptr", "index_norm_ptr", "index_entries_ptr"))
+    for halves, ratio, absent in ((2, 4, {}), (1, 128, none)):
+        source = 2 * halves * (WIDTH + (INDEX if halves == 2 else 0))
+        compile("pool", write.pool_entries_kernel, types, WIDTH=WIDTH, INDEX_WIDTH=INDEX,
+                SOURCE=source, HALVES=halves, RATIO=ratio, POOL=ratio * halves, ROPE=ROPE, TILE=8,
+                PADDED=WIDTH, INDEX_PADDED=INDEX, **absent)
+        compile("keep", write.keep_step_kernel, types, WIDTH=WIDTH, SOURCE=source,
+                POOL=ratio * halves, PADDED=WIDTH)
+    none = dict.fromkeys(("sources_ptr", "kept_ptr", "states_ptr"))
+    compile("keep", write.keep_step_kernel, types, WIDTH=WIDTH, SOURCE=1, POOL=1, PADDED=WIDTH,
+            **none)
+    for absent in ({}, {"slots_ptr": None}, {"pool_ptr": None, "slots_ptr": None}):
+        compile("attend", attend_v4_kernel, types, WIDTH=WIDTH, ROPE=ROPE, WINDOW=128, RING=128,
+                RATIO=4, PER_BLOCK=64, HEADS=16, KEYS=16 if kind == "float32" else 32,
+                PADDED=WIDTH, WIDE=tl.float32 if kind == "float32" else tl.bfloat16, **absent)
+    compile("silu", dense.activate_kernel, types, WIDTH=2048, GATED=True, BLOCK=1024, LIMIT=10.0,
+            codes_ptr=None, scales_ptr=None, ROUND_SCALES=False)
+    for tokens in (1, 8192):
+        compile("experts", expert_gemm_kernel, dict(x_ptr=kind, weight_ptr=kind, out_ptr=kind),
+                x_scales_ptr=None, weight_scales_ptr=None, out_scales_ptr=None, ROW_PAIRS=6,
+                NUM_EXPERTS=256, WIDTH=4096, COLUMNS=2048, GATED=True, ROUND_SCALES=False,
+                NATIVE=NATIVE, EXPERTS=256, LIMIT=10.0,
+                **block_sizes(kind, 2048, 4096, configuration(kind, 6 * tokens, 256, True,
+                                                              SHARED)))
+compile("choice", choose_experts_kernel, INT32_TYPES | {"slot_mapping_ptr": "int32"}, num_warps=8,
+        NUM_EXPERTS=256, TOP_K=6, NUM_GROUPS=1, TOP_GROUPS=1, NORM=True, SCORE="sqrtsoftplus",
+        GROUPS=1, SIZE=256)
+compile("look up", look_up_experts_kernel, INT32_TYPES, NUM_EXPERTS=256, TOP_K=6,
+        SCORE="sqrtsoftplus", SIZE=8, num_warps=1)
+"""
