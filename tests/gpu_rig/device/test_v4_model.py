@@ -13,7 +13,7 @@ from fd_dsa.config import EngineConfig
 from fd_dsa.device.allocation import paddle_allocator
 from fd_dsa.errors import ConfigError
 from fd_dsa.models.device_weights import DeviceWeights
-from fd_dsa.models.loader import load_weights
+from fd_dsa.models.loader import fp8_tensors, load_weights, quantisable_tensors
 from fd_dsa.models.registry import create_model, open_checkpoint, read_config
 from fd_dsa.runner import InputBatch, ModelRunner
 from fd_dsa.startup.plan import make_plan
@@ -22,6 +22,8 @@ from fd_dsa.v4_attention.device_memory import workspace_bytes
 from tests.gpu_rig import Rig
 from tests.v4_model.cases import CASES, CSA, HCA, WINDOW, Case
 from tests.v4_model.ours import load_model, make_runner, prompt_logits
+from tests.v4_model.quantised import CASE as QUANTISED
+from tests.v4_model.quantised import FP4, write_pair
 
 pytestmark = [pytest.mark.gpu_rig, pytest.mark.triton]
 
@@ -80,6 +82,17 @@ def test_logits_of_chunks(name: str, rig: Rig, tmp_path: Path) -> None:
     for chunk in (16, 7):
         runner = device_runner(model, rig, "float32", case.block_size)
         assert worst(prompt_logits(runner, prompts, chunk), wanted) < 1e-4
+
+
+def test_quantised_weights(rig: Rig, tmp_path: Path) -> None:
+    """FP8 and FP4 weights are held in the type of the activations."""
+    folder, _ = write_pair(tmp_path, FP4)
+    wanted = prompt_logits(make_runner(load_model(folder), 16), [QUANTISED.prompt(9)], 9)
+    runner = device_runner(device_model(folder, rig, "float32"), rig, "float32", 16)
+    assert worst(prompt_logits(runner, [QUANTISED.prompt(9)], 9), wanted) < 1e-4
+    assert not quantisable_tensors(read_config(folder))
+    with open_checkpoint(read_config(folder), folder) as checkpoint:
+        assert not fp8_tensors(checkpoint, read_config(folder))
 
 
 def test_logits_in_bfloat16(rig: Rig, tmp_path: Path) -> None:
