@@ -127,9 +127,9 @@ class MultiTokenPredictor:
         states, change, _ = self.layer.forward(self._join.matmul(pair), None, cos_sin, step, None)
         return values_of(self._norm.add_and_normalize(states, change, self._group)[1])
 
-    def compute_logits(self, hidden_states: Array) -> Array:
-        """Return logits float32 [n, vocab_size] of results of a call, [n, hidden_size]."""
-        return logits_of(self._head, hidden_states, self._head_group)
+    def compute_logits(self, hidden_states: Array, out: Array | None = None) -> Array:
+        """Return logits float32 [n, vocab_size] of results of a call, in `out` or new memory."""
+        return logits_of(self._head, hidden_states, self._head_group, out)
 
 
 class DeepseekV32ForCausalLM:
@@ -197,20 +197,28 @@ class DeepseekV32ForCausalLM:
         finally:
             self.layers = layers
 
-    def compute_logits(self, hidden_states: Array) -> Array:
-        """Return logits float32 [n, vocab_size] of hidden states [n, hidden_size]."""
-        return logits_of(self.head, hidden_states, self.head_group)
+    def compute_logits(self, hidden_states: Array, out: Array | None = None) -> Array:
+        """Return logits float32 [n, vocab_size] of hidden states, in `out` or new memory."""
+        return logits_of(self.head, hidden_states, self.head_group, out)
 
 
-def logits_of(head: Linear, hidden_states: Array, group: Group | None) -> Array:
+def logits_of(
+    head: Linear, hidden_states: StepArray, group: Group | None, out: StepArray | None
+) -> StepArray:
     """Return logits float32 [n, vocab_size] of hidden states, from all ranks of a group.
 
     Args:
         head: weight from hidden states to logits, with the rows of this rank.
         group: ranks that divide the rows of the head; None = this rank has all rows.
+        out: memory of the logits on a device; None allocates.
     """
-    logits = head.matmul(hidden_states)
     if group is None:
-        return logits
+        return head.matmul(hidden_states, out)
+    logits = head.matmul(hidden_states)
     gathered = group.all_gather(logits)
+    if out is not None:
+        # imported only for a device, because it loads kernels
+        from fd_dsa.ops.dense_kernels import join_columns
+
+        return join_columns(gathered, out)
     return gathered.transpose([1, 0, 2]).reshape([-1, group.size * logits.shape[1]])

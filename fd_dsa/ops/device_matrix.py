@@ -18,7 +18,14 @@ from fd_dsa.ops.arrays import (
 )
 from fd_dsa.ops.cublaslt import cublaslt_for
 from fd_dsa.ops.cublaslt_library import fp8_unsupported_reason
-from fd_dsa.ops.dense_kernels import GROUP, empty, quantize_rows, rms_norm, silu_and_mul
+from fd_dsa.ops.dense_kernels import (
+    GROUP,
+    empty,
+    join_columns,
+    quantize_rows,
+    rms_norm,
+    silu_and_mul,
+)
 from fd_dsa.ops.expert_kernels import expert_gemm
 from fd_dsa.ops.fixed_order import fixed_order
 from fd_dsa.ops.fp8_gemm import fp8_linear
@@ -105,24 +112,34 @@ class DeviceMatrix:
         self.values, self.scales, self.round_scales = values, scales, round_scales
         self.sums_in_float32 = sums_in_float32 and dtype_name(values.dtype) != "float32"
 
-    def matmul(self, x: Tensor | Normed | Fp8Rows) -> Tensor:
-        """Multiply x [num_tokens, in], also as Normed or Fp8Rows, by the weight: [..., out]."""
+    def matmul(self, x: Tensor | Normed | Fp8Rows, out: Tensor | None = None) -> Tensor:
+        """Multiply x [num_tokens, in], also as Normed or Fp8Rows, by the weight: [..., out].
+
+        Args:
+            out: float32 memory of the result, contiguous. None allocates.
+        """
         rows = self._read(x)
+        if self.sums_in_float32 and self.scales is None and not fixed_order():
+            library, _ = _cublaslt(rows.__class__, rows.place)
+            if library is not None:
+                if out is None:
+                    out = empty((rows.shape[0], self.values.shape[0]), "float32", rows.place)
+                library.linear(rows, self.values, out)
+                return out
+        found = self._multiplied(rows)
+        return found if out is None else join_columns(found.reshape([1, *found.shape]), out)
+
+    def _multiplied(self, rows: Any) -> Tensor:
+        """Multiply as `matmul` does, without a GEMM of cuBLASLt that has float32 results."""
         if self.scales is not None:
             return self._matmul_fp8(rows, self.scales)
         if fixed_order():
             dtype = "float32" if self.sums_in_float32 else dtype_name(self.values.dtype)
             return linear_in_one_order(rows, self.values, dtype)
-        if not self.sums_in_float32:
-            return matmul(rows, self.values, transpose_y=True)
-        library, _ = _cublaslt(rows.__class__, rows.place)
-        if library is None:
+        if self.sums_in_float32:
             wide = paddle.cast(rows, "float32"), paddle.cast(self.values, "float32")
             return matmul(*wide, transpose_y=True)
-        shape = rows.shape[0], self.values.shape[0]
-        out = empty(shape, "float32", rows.place)
-        library.linear(rows, self.values, out)
-        return out
+        return matmul(rows, self.values, transpose_y=True)
 
     def _matmul_fp8(self, rows: Fp8Rows, scales: Tensor) -> Tensor:
         """Multiply by cuBLASLt if there are many rows and it supports them, else by our kernel."""

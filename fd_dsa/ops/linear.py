@@ -16,8 +16,12 @@ _Linear = TypeVar("_Linear", bound="Linear")
 class Linear(Protocol):
     """Weight of a GEMM, or one weight for each head: a HostMatrix or a DeviceMatrix."""
 
-    def matmul(self, x: StepArray) -> StepArray:
-        """Multiply activations x [num_tokens, in] by the weight: [num_tokens, out]."""
+    def matmul(self, x: StepArray, out: StepArray | None = None) -> StepArray:
+        """Multiply activations x [num_tokens, in] by the weight: [num_tokens, out].
+
+        Args:
+            out: float32 memory of the result. None allocates.
+        """
 
     def matmul_by_head(self, x: StepArray) -> StepArray:
         """Multiply x [tokens, heads, in] by the weight of each head: [tokens, heads, out]."""

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache, partial
 
 import numpy as np
 
-from fd_dsa.device.allocation import Allocate
+from fd_dsa.device.allocation import CACHED_VIEWS, Allocate
 from fd_dsa.device.staging import StagedInputs
 from fd_dsa.device.transfers import Event, FixedCopy, uploaded
 from fd_dsa.ops.dense_kernels import rows_at
@@ -124,6 +125,8 @@ class DeviceSteps:
     with a layer for multi-token prediction `draft`. All calls but the first and `samples` may be
     captured.
 
+    All steps and their drafts share the memory of the logits. It is free once tokens are sampled.
+
     Args:
         batch: input batch of the runner.
         vocab_size: number of columns of the logits.
@@ -151,6 +154,8 @@ class DeviceSteps:
         self.buffer = buffer = TokenBuffer(max_num_seqs, max_drafts)
         rows, self._stride = buffer.num_rows, buffer.stride
         self.sampler = DeviceSampler(max_num_seqs, vocab_size, allocate, rows)
+        logits = allocate((rows, vocab_size), "float32")
+        self._first_logits = lru_cache(maxsize=CACHED_VIEWS)(partial(_first_rows, logits))
         self._tokens = allocate((buffer.size,), "int64")
         self.sampler.tokens = self._tokens[buffer.sample : buffer.draft(0, 0)]
         # for each request: flat token before its next draft, batch row (-1 = no request), position
@@ -178,6 +183,14 @@ class DeviceSteps:
         """Page-locked memory for some tokens, and the copy to it."""
         ids = self._transfers.host_buffer(8 * tokens.shape[0]).view(np.int64)
         return ids, self._transfers.copy("d2h", ids.ctypes.data, tokens.data_ptr())
+
+    def logits_memory(self, num_rows: int) -> Tensor | None:
+        """Return memory for some rows of logits, float32 [num_rows, vocab_size].
+
+        Returns:
+            None for more rows than the device samples. Only the host reads so many.
+        """
+        return self._first_logits(num_rows) if num_rows <= self.buffer.num_rows else None
 
     def resolve_pending(self, step: Step) -> None:
         """Resolve the pending tokens of a step and correct the token counts of its rows.
@@ -304,7 +317,8 @@ class DeviceSteps:
         """Enqueue the sampling of one draft of each request, after `depth` other drafts."""
         rows, stride, begin = states.shape[0], self._stride, self.buffer.draft(depth, 0)
         batch_rows, positions = (self._next[i * stride : i * stride + rows] for i in (1, 2))
-        logits, drafts = self._layer().compute_logits(states), self._tokens[begin : begin + rows]
+        logits = self._layer().compute_logits(states, self.logits_memory(rows))
+        drafts = self._tokens[begin : begin + rows]
         self.sampler.sample(logits, batch_rows, positions, self._no_masks[:rows], drafts)
 
     def read_drafts(self) -> HostTokens:
@@ -354,7 +368,12 @@ class DeviceSteps:
         )  # fmt: skip
 
 
+def _first_rows(table: Tensor, count: int) -> Tensor:
+    """Return the first rows of a table."""
+    return table[:count]
+
+
 def sampling_bytes(max_num_seqs: int, vocab_size: int, max_drafts: int = 0) -> int:
-    """Return the maximum number of bytes that the sampling of DeviceSteps takes on the device."""
+    """Return the maximum number of bytes that logits and sampling take on the device."""
     rows = (1 + max_drafts) * max_num_seqs
-    return max_num_seqs * 5 * vocab_size + rows * (9 * vocab_size + (80 << 10))
+    return max_num_seqs * 5 * vocab_size + rows * (13 * vocab_size + (80 << 10))

@@ -48,8 +48,8 @@ class MtpLayer(Protocol):
             step: step whose metadata was built last.
         """
 
-    def compute_logits(self, hidden_states: StepArray) -> StepArray:
-        """Compute logits float32 [n, vocab_size] of hidden states of the layer, [n, width]."""
+    def compute_logits(self, hidden_states: StepArray, out: StepArray | None = None) -> StepArray:
+        """Compute logits float32 [n, vocab_size] of hidden states of the layer, see Model."""
 
 
 class Model(Protocol):
@@ -73,5 +73,9 @@ class Model(Protocol):
     def one_layer_of_each_kind(self) -> AbstractContextManager[None]:
         """Run steps through one layer of each kind inside. Others launch the same kernels."""
 
-    def compute_logits(self, hidden_states: StepArray) -> StepArray:
-        """Compute logits float32 [n, vocab_size] of hidden states [n, width]."""
+    def compute_logits(self, hidden_states: StepArray, out: StepArray | None = None) -> StepArray:
+        """Compute logits float32 [n, vocab_size] of hidden states [n, width].
+
+        Args:
+            out: memory of the logits on a device; None allocates.
+        """

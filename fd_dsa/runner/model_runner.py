@@ -342,8 +342,10 @@ class ModelRunner:
         """
         hidden = self.model(step.token_ids, step)
         read = hidden if reads_all else rows_at(hidden, step.sampled)
-        if step.sampled.shape[0]:
-            step.logits = self.model.compute_logits(read)
+        if num_sampled := step.sampled.shape[0]:
+            device = self.device_steps
+            memory = None if device is None else device.logits_memory(num_sampled)
+            step.logits = self.model.compute_logits(read, memory)
         if self._mtp is not None:
             step.hidden_states = hidden
 

@@ -79,8 +79,12 @@ def capture_graphs(
 
 
 def _fill(graphs: StepGraphs, runner: ModelRunner, capture: Capture) -> None:
-    """Capture all steps, each with one live row. The other rows and all drafts are padding."""
+    """Capture all steps, each with one live row. The other rows and all drafts are padding.
+
+    Steps of as many logits share the graph of the sampling.
+    """
     steps, batch = graphs.steps(), runner.input_batch
+    samples: dict[int, Callable[[], None]] = {}
     # a capture must not make a stream
     runner.attn_backends[0].warm_up(steps[-1].num_tokens, runner.caches)
     for key in steps:
@@ -88,7 +92,7 @@ def _fill(graphs: StepGraphs, runner: ModelRunner, capture: Capture) -> None:
         if key.num_prompts:
             row = TrialRow(key.num_tokens, 0, True)
         runner.stage(np.array([fill_rows(batch, [row])]), SamplingInputs())
-        graphs[key] = _capture_step(runner, capture, key)
+        graphs[key] = _capture_step(runner, capture, key, samples)
     if runner.model.mtp is None:
         return
     device, step = runner.device_steps, runner.forward_meta
@@ -102,8 +106,14 @@ def _fill(graphs: StepGraphs, runner: ModelRunner, capture: Capture) -> None:
         _, graphs.drafts[size] = capture(partial(device.draft_more, step, *size))
 
 
-def _capture_step(runner: ModelRunner, capture: Capture, key: GraphKey) -> GraphEntry:
-    """Capture the graphs of a step, which sample only padding during the capture."""
+def _capture_step(
+    runner: ModelRunner, capture: Capture, key: GraphKey, samples: dict[int, Callable[[], None]]
+) -> GraphEntry:
+    """Capture the graphs of a step, which sample only padding during the capture.
+
+    Args:
+        samples: captured graphs of the sampling, by number of rows of logits. A new one is added.
+    """
     device, rows = runner.device_steps, min(key.num_sampled, runner.input_batch.max_num_seqs)
     assert device is not None
 
@@ -117,9 +127,10 @@ def _capture_step(runner: ModelRunner, capture: Capture, key: GraphKey) -> Graph
 
     (_, hidden), replay = capture(run)
     step = newest()
-    _, sample = capture(lambda: device.sample(newest()))
+    if key.num_sampled not in samples:
+        _, samples[key.num_sampled] = capture(lambda: device.sample(newest()))
     # never called without a layer that drafts
     draft = replay
     if hidden is not None:
         _, draft = capture(lambda: device.draft(newest(), rows))
-    return GraphEntry(step, replay, sample, draft)
+    return GraphEntry(step, replay, samples[key.num_sampled], draft)

@@ -24,8 +24,10 @@ def powers_below(limit: int) -> list[int]:
 def graph_bytes(config: ModelConfig, sizes: Sequence[int], max_model_len: int) -> int:
     """Return an upper bound of the bytes of captured steps: decode steps and short prompts.
 
-    Each graph keeps its logits and the driver's own data. All graphs share the activations of the
-    largest one, counted as if a layer freed no activation before its end.
+    Each graph keeps the driver's own data. With a layer for multi-token prediction it also keeps
+    the hidden states that the graph of the layer reads. All graphs share the activations of the
+    largest one, counted as if a layer freed no activation before its end. The shared logits count
+    as memory of the sampling.
 
     Args:
         config: configuration of the model, or of one rank's part.
@@ -38,13 +40,11 @@ def graph_bytes(config: ModelConfig, sizes: Sequence[int], max_model_len: int) -
     lengths = 1 if max_model_len <= config.index_topk else 2
     prompts = [size for size in PROMPT_SIZES if size <= config.index_topk]
     graphs = len(sizes) * lengths + len(prompts)
-    rows = lengths * sum(sizes) + len(prompts) * MAX_PROMPTS
-    kept = rows * config.vocab_size
+    kept = 0
     heads, rank, hidden = config.num_attention_heads, config.kv_lora_rank, config.hidden_size
     if config.mtp is not None:
-        # logits of drafts, and hidden states that one graph gives another; further drafts have
-        # graphs for powers of two of rows
-        kept = 2 * kept + 3 * (rows + sum(prompts)) * hidden
+        # further drafts have graphs for powers of two of rows
+        kept = (lengths * sum(sizes) + sum(prompts)) * hidden
         graphs = 2 * (graphs + lengths * (1 + len(powers_below(max(sizes)))))
     query = config.qk_nope_head_dim + config.qk_rope_head_dim
     attention = 2 * (config.q_lora_rank + rank) + heads * (2 * query + 2 * rank)
@@ -54,7 +54,9 @@ def graph_bytes(config: ModelConfig, sizes: Sequence[int], max_model_len: int) -
     moe += config.n_routed_experts
     dense = 3 * max(config.intermediate_size, config.moe_intermediate_size)
     token = attention + moe + dense + 8 * hidden
+    # some heads have results that are copied to the logits, and several ranks gather theirs
+    logits = config.head_rows
     if config.head_rows < config.vocab_size:
-        # logits of one rank, and those gathered from all ranks
-        token += config.vocab_size + config.head_rows
-    return 4 * (kept + max(*sizes, *prompts) * token) + graphs * _GRAPH_BYTES
+        logits += config.vocab_size
+    values = kept + max(*sizes, *prompts) * token + max(*sizes, MAX_PROMPTS) * logits
+    return 4 * values + graphs * _GRAPH_BYTES

@@ -79,6 +79,19 @@ def test_rows(paddle_memory: KernelMemory, dtype: str, shape: tuple[int, ...]) -
     close(rows_at(*tensors), rows_at(weight, ids))
 
 
+@pytest.mark.parametrize("shape", [(1, 2, 3), (3, 2, 1500), (2, 0, 4), (2, 3, 0)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_parts_of_rows_side_by_side(
+    paddle_memory: KernelMemory, dtype: str, shape: tuple[int, ...]
+) -> None:
+    m, parts = paddle_memory, block_fp8.rounded(floats(*shape), dtype)
+    count, rows, width = shape
+    out = m.poisoned((rows, count * width), "float32")
+    found = dense.join_columns(block_fp8.put(m, parts, dtype), out)
+    assert found is out
+    np.testing.assert_array_equal(m.get(out), np.concatenate([*parts], 1))
+
+
 @pytest.mark.parametrize("shape", [(0, 6), (6, 10), (1, 2 * 1500)])
 def test_silu(paddle_memory: KernelMemory, shape: tuple[int, int]) -> None:
     x = floats(*shape)

@@ -109,8 +109,8 @@ class DeviceV4ForCausalLM:
         finally:
             self.layers = layers
 
-    def compute_logits(self, hidden_states: Tensor) -> Tensor:
+    def compute_logits(self, hidden_states: Tensor, out: Tensor | None = None) -> Tensor:
         """Return logits float32 [n, vocab_size] of streams [n, num_streams * hidden_size]."""
         streams = hidden_states.reshape([hidden_states.shape[0], self.config.hc_mult, -1])
         same, sums = expand_streams(streams, None, None, self._collapse, self.config.hc_mult)
-        return self._head.matmul(read_streams(same, sums, self._collapse)[0])
+        return self._head.matmul(read_streams(same, sums, self._collapse)[0], out)

@@ -129,10 +129,12 @@ class DeepseekV4ForCausalLM:
         """Run steps through all layers: a CPU has no kernels to compile."""
         yield
 
-    def compute_logits(self, hidden_states: np.ndarray) -> np.ndarray:
+    def compute_logits(
+        self, hidden_states: np.ndarray, out: np.ndarray | None = None
+    ) -> np.ndarray:
         """Return logits [n, vocab_size] of streams [n, num_streams * hidden_size]."""
         streams = hidden_states.reshape(len(hidden_states), self.config.hc_mult, -1)
         with np.errstate(over="ignore"):
             collapsed = self._collapse.weighted_sum(streams)
-        logits: np.ndarray = self._head.matmul(self._norm.normalize(collapsed))
+        logits: np.ndarray = self._head.matmul(self._norm.normalize(collapsed), out)
         return logits
