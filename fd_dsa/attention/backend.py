@@ -19,6 +19,7 @@ from fd_dsa.attention.protocol import (
     HostLengths,
     IndexerLayer,
     MlaLayer,
+    PromptLimits,
     WrittenLayer,
 )
 from fd_dsa.attention.step_arrays import cache_of, step_inputs
@@ -130,7 +131,7 @@ class DSAAttentionBackend:
         forward_meta: BackendStep,
         inputs: Sequence[StepArray],
         hints: StepHints | None = None,
-        host_lengths: HostLengths | None = None,
+        host_lengths: HostLengths | PromptLimits | None = None,
     ) -> None:
         """Build the metadata of a step and attach it to `forward_meta`.
 
@@ -144,8 +145,8 @@ class DSAAttentionBackend:
             forward_meta: any object that allows new attributes; the layers are called with it.
             inputs: the four arrays of `StepMetadataBuilder.build`, in its order.
             hints: counts that the host knows of the step; required for tensors on a device.
-            host_lengths: lengths of the rows, if the host knows them. Without them all prompts on a
-                device attend in the absorbed form.
+            host_lengths: lengths of the rows, or their limits in a capture, if the host knows them.
+                Without them all prompts on a device attend in the absorbed form.
 
         Raises:
             ValueError: inconsistent lengths or tables, with row and value (nothing is written),
@@ -176,6 +177,13 @@ class DSAAttentionBackend:
                 "DSAAttentionBackend.init_attention_metadata(forward_meta) must be called first"
             )
         return self.attention_metadata
+
+    @property
+    def max_gathered_keys(self) -> int:
+        """See AttentionBackend."""
+        part = self.attention
+        dense = None if isinstance(part, HostAttention) else part.dense_prompts
+        return 0 if dense is None else dense.max_keys
 
     def allocate_caches(self, has_indexer: Sequence[bool]) -> list[StepArray | None]:
         """Allocate caches of `config.num_blocks` blocks in the order of `forward_meta.caches`."""

@@ -26,7 +26,7 @@ from fd_dsa.attention.device_scores import (
     tiles_unsupported_reason,
 )
 from fd_dsa.attention.overlap import IndexerOverlap
-from fd_dsa.attention.protocol import HostLengths, IndexerLayer, MlaLayer
+from fd_dsa.attention.protocol import HostLengths, IndexerLayer, MlaLayer, PromptLimits
 from fd_dsa.attention.row_division import RowDivision
 from fd_dsa.attention.tensor_core_attention import TensorCoreAttention
 from fd_dsa.device.allocation import CACHED_VIEWS, Allocate
@@ -111,8 +111,7 @@ class DeviceAttention:
 
     def _new_scores(self) -> PageScores:
         """Return the selected kernels that score and select on this kind of device."""
-        kind = self._kind
-        config, logits = self.config, self._buffers["logits"][0]
+        kind, config, logits = self._kind, self.config, self._buffers["logits"][0]
         made = config, self._view, int(logits.shape[0])
         conditions = {TENSOR_CORE: tiles_unsupported_reason(config)}
         if select_provider("indexer_logits", kind, conditions).provider == TRITON:
@@ -124,8 +123,7 @@ class DeviceAttention:
 
     def _new_attention(self) -> TensorCoreAttention | None:
         """Return the attention on tensor cores, or None if `attend_slots` is selected."""
-        kind = self._kind
-        config, logits = self.config, self._buffers["logits"][0]
+        kind, config, logits = self._kind, self.config, self._buffers["logits"][0]
         heads, types = config.num_heads, config.kernel_types
         capability = traits_for(logits).capability
         selected = select_attention(kind, heads, *types, capability, self._allocate)
@@ -170,7 +168,7 @@ class DeviceAttention:
     def begin_step(
         self,
         step: ForwardMeta | None = None,
-        lengths: HostLengths | None = None,
+        lengths: HostLengths | PromptLimits | None = None,
     ) -> None:
         """Reset the state that the layers of a step share, and prepare it for `step`.
 
@@ -178,7 +176,7 @@ class DeviceAttention:
 
         Args:
             step: next step; None after the last one.
-            lengths: lengths of its rows, if the host knows them.
+            lengths: lengths of its rows, or their limits in a capture, if the host knows them.
         """
         self._all_slots = self.dense = None
         if step is None:
@@ -186,7 +184,10 @@ class DeviceAttention:
         self._division.begin_step(step, lengths)
         dense = self.dense_prompts
         if dense is not None and lengths is not None and step.num_prefill_tokens:
-            self.dense = dense if dense.begin_step(step, lengths) else None
+            try:
+                self.dense = dense if dense.begin_step(step, lengths) else None
+            except KernelUnavailable as error:
+                self.absorb_prompts(error)
         if step.max_seqlen_k > self.config.index_topk or self.scores.is_captured:
             part = self._division.part(step.position_ids.shape[0])
             self._score(lambda scores: scores.prepare(step, part))
@@ -285,7 +286,7 @@ class DeviceAttention:
             selection = selection.reshape([selection.shape[0], -1])
         dense = self.dense
         if dense is not None and dense.other_step is not None:
-            step, selection = dense.other_step, dense.of_others(selection)
+            step, selection = dense.other_step, dense.slots_of_others(selection)
         check_shape("attend", "selection", selection, (num_tokens, None))
         out = self._view("latents", num_tokens)
         try:

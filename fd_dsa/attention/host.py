@@ -8,7 +8,7 @@ import numpy as np
 
 from fd_dsa.attention.config import DSABackendConfig
 from fd_dsa.attention.overlap import IndexerOverlap
-from fd_dsa.attention.protocol import HostLengths, IndexerLayer, MlaLayer
+from fd_dsa.attention.protocol import HostLengths, IndexerLayer, MlaLayer, PromptLimits
 from fd_dsa.attention.row_division import RowDivision
 from fd_dsa.attention.step_plan import StepPlan
 from fd_dsa.device.host_tensor import as_tensor
@@ -59,7 +59,9 @@ class HostAttention:
         select_all("cpu")
 
     def begin_step(
-        self, step: ForwardMeta | None = None, lengths: HostLengths | None = None
+        self,
+        step: ForwardMeta | None = None,
+        lengths: HostLengths | PromptLimits | None = None,
     ) -> None:
         """Drop the plan of the previous step, and views of the caches if no step follows."""
         self._plan = None

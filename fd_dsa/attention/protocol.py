@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -25,6 +25,21 @@ from fd_dsa.tensor import StepArray
 
 HostLengths = tuple[np.ndarray, ...]
 """Prefill chunk, computed and scheduled tokens of each row in host memory, int32 [B]."""
+
+
+class PromptLimits(NamedTuple):
+    """Largest step with prompts that a graph serves, known instead of the lengths of its rows.
+
+    Attributes:
+        num_prompts: prefill rows.
+        num_keys: keys that the tokens with dense attention see, in all rows; 0 = no token attends
+            densely.
+        num_samples: tokens whose logits are computed. A step has at most as many decode tokens.
+    """
+
+    num_prompts: int
+    num_keys: int
+    num_samples: int
 
 
 class SelectionRecorder(Protocol):
@@ -89,6 +104,10 @@ class AttentionBackend(Protocol):
     def can_read_selections(self) -> bool:
         """True if the host can read the selections that `forward` returns."""
 
+    @property
+    def max_gathered_keys(self) -> int:
+        """Maximum number of keys that prompts with dense attention see at once, 0 without any."""
+
     def allocate_caches(self, has_indexer: Sequence[bool]) -> list[Any]:
         """Allocate the caches of all layers.
 
@@ -101,7 +120,7 @@ class AttentionBackend(Protocol):
         forward_meta: BackendStep,
         inputs: Sequence[StepArray],
         hints: StepHints | None = None,
-        host_lengths: HostLengths | None = None,
+        host_lengths: HostLengths | PromptLimits | None = None,
     ) -> None:
         """Build the metadata of a step, once for each `forward_meta` object.
 
@@ -109,7 +128,7 @@ class AttentionBackend(Protocol):
             forward_meta: step, which every layer is called with.
             inputs: the four arrays of `StepMetadataBuilder.build`, in its order.
             hints: counts that the host knows of the step.
-            host_lengths: lengths of its rows, if the host knows them.
+            host_lengths: lengths of its rows, or their limits in a capture, if the host knows them.
 
         Raises:
             ValueError: inconsistent lengths or tables, with row and value.

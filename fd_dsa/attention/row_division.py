@@ -11,7 +11,7 @@ import logging
 
 import numpy as np
 
-from fd_dsa.attention.protocol import HostLengths
+from fd_dsa.attention.protocol import HostLengths, PromptLimits
 from fd_dsa.distributed import Group
 from fd_dsa.environment import divided_min_tokens
 from fd_dsa.step import ForwardMeta
@@ -49,14 +49,17 @@ class RowDivision:
             said = "on every rank, because the ranks cannot gather rows"
         logger.info("selection of prompts past %d tokens: %s", index_topk, said)
 
-    def begin_step(self, step: ForwardMeta, lengths: HostLengths | None) -> None:
+    def begin_step(self, step: ForwardMeta, lengths: HostLengths | PromptLimits | None) -> None:
         """Divide the tokens of a step, or give all tokens to every rank.
 
         Args:
-            lengths: lengths of the step's rows. None = the step is not divided.
+            lengths: lengths of the step's rows. A step is not divided without them, or in a
+                capture, which has only their limits.
         """
         self.bounds = None
-        if self._group is None or lengths is None or step.num_prefill_tokens == 0:
+        if self._group is None or step.num_prefill_tokens == 0:
+            return
+        if lengths is None or isinstance(lengths, PromptLimits):
             return
         if step.max_seqlen_k <= self._index_topk:
             return

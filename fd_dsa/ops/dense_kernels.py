@@ -325,9 +325,15 @@ def _activated(
 
 @step_kernel(waits=True)
 def rows_at_kernel(
-    table_ptr, index_ptr, out_ptr, table_rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+    table_ptr,
+    index_ptr,
+    out_ptr,
+    table_rows,
+    WIDTH: tl.constexpr,
+    MISSING: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """Copy block `program 1` of row `program 0`, or zeros for an index outside of the table."""
+    """Copy block `program 1` of row `program 0`, or MISSING for an index outside of the table."""
     wait_for_inputs()
     start_next()
     row = tl.program_id(0).to(tl.int64)
@@ -336,17 +342,18 @@ def rows_at_kernel(
     # a vector, because some versions of the interpreter refuse masks of a scalar and a vector
     source = tl.load(index_ptr + row).to(tl.int64) + tl.zeros([BLOCK], tl.int64)
     exists = (source >= 0) & (source < table_rows)
-    values = tl.load(table_ptr + source * WIDTH + column, mask=inside & exists, other=0.0)
+    values = tl.load(table_ptr + source * WIDTH + column, mask=inside & exists, other=MISSING)
     tl.store(out_ptr + row * WIDTH + column, values, mask=inside)
 
 
-def rows_at(table: Tensor, index: Tensor, out: Tensor | None = None) -> Tensor:
+def rows_at(table: Tensor, index: Tensor, out: Tensor | None = None, missing: int = 0) -> Tensor:
     """Gather rows of a table: [n, ...] of its dtype.
 
     Args:
         table: float32, bfloat16 or int32 [num_rows, ...], contiguous.
-        index: int32 or int64 [n]. An index outside of the table gives a row of zeros.
+        index: int32 or int64 [n].
         out: tensor for the result. None allocates.
+        missing: all values of the row of an index outside of the table.
     """
     num_rows, *row = table.shape
     num_found, width = index.shape[0], prod(row)
@@ -354,7 +361,9 @@ def rows_at(table: Tensor, index: Tensor, out: Tensor | None = None) -> Tensor:
     if num_found and width:
         block = min(_BLOCK, next_power_of_2(width))
         grid = num_found, -(-width // block)
-        rows_at_kernel[grid](table, index, out, num_rows, width, BLOCK=block, num_warps=4)
+        rows_at_kernel[grid](
+            table, index, out, num_rows, width, MISSING=missing, BLOCK=block, num_warps=4
+        )
     return out
 
 

@@ -55,6 +55,7 @@ def head_gemm_kernel(
     head_stride,
     weight_ptr,
     rows_ptr,
+    count_ptr,
     out_ptr,
     codes_ptr,
     scales_ptr,
@@ -71,13 +72,19 @@ def head_gemm_kernel(
     """Compute block `program 0` of the outputs of head `program 1` for token tile `program 2`.
 
     The weight of a head is [IN, OUT], or [OUT, IN] without IN_FIRST. Without `out_ptr` the block,
-    which is one group, is quantized.
+    which is one group, is quantized. A tile past the tokens at `count_ptr` reads and writes
+    nothing.
     """
     wait_for_inputs()
     head, heads = tl.program_id(1).to(tl.int64), tl.num_programs(1)
     token = tl.program_id(2).to(tl.int64) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
     column = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     live, inside = token < num_tokens, column < OUT
+    end = IN
+    if count_ptr is not None:
+        count = tl.load(count_ptr)
+        live &= token < count
+        end = tl.where(tl.program_id(2) * BLOCK_TOKENS < count, IN, 0)
     step = tl.arange(0, BLOCK_IN)
     x = x_ptr + token[:, None] * token_stride + head * head_stride + step[None, :]
     if IN_FIRST:
@@ -86,14 +93,15 @@ def head_gemm_kernel(
         weight = weight_ptr + (head * OUT + column[None, :]) * IN + step[:, None]
     to_next: tl.constexpr = OUT if IN_FIRST else 1
     total = tl.zeros([BLOCK_TOKENS, BLOCK_OUT], tl.float32)
-    for start in range(0, IN, BLOCK_IN):
+    for start in range(0, end, BLOCK_IN):
         here = start + step < IN
         left = tl.load(x + start, mask=live[:, None] & here[None, :], other=0.0)
         right = tl.load(weight + start * to_next, mask=here[:, None] & inside[None, :], other=0.0)
         total = tl.dot(left, right, acc=total, input_precision="ieee")
     start_next()
     if rows_ptr is not None:
-        token = tl.load(rows_ptr + token, mask=live, other=0).to(tl.int64)
+        token = tl.load(rows_ptr + token, mask=live, other=-1).to(tl.int64)
+        live = token >= 0
     store_heads(
         total, token, column, head, heads, live, inside,
         out_ptr, codes_ptr, scales_ptr, scales_stride, OUT, ROUND_SCALES,
@@ -106,6 +114,9 @@ def head_gemm(
     round_scales: bool | None = None,
     out: Tensor | Fp8Rows | None = None,
     rows: Tensor | None = None,
+    *,
+    in_first: bool = True,
+    count: Tensor | None = None,
 ) -> Any:
     """Multiply x [num_tokens, heads, in] by weight [heads, in, out]: [num_tokens, heads, out].
 
@@ -116,12 +127,19 @@ def head_gemm(
         round_scales: None returns a tensor of the dtype of x. Otherwise x is bfloat16, `out` is
             128, and the result is Fp8Rows [num_tokens, heads * out] with such scales.
         out: memory of the result with at least num_tokens rows. None allocates.
-        rows: integers [num_tokens], row of `out` for each token. None = the first rows in order.
+        rows: integers [num_tokens], row of `out` for each token, -1 = no row. None = the first rows
+            in order.
+        in_first: False for a weight [heads, out, in].
+        count: int32 [1], number of tokens on the device. Later ones have no result. None = all.
     """
-    heads, _, out_width = weight.shape
+    heads, in_width, out_width = weight.shape
+    if not in_first:
+        in_width, out_width = out_width, in_width
     if out is None:
         out = empty_heads(x, x.shape[0], heads, out_width, round_scales)
-    _launch(x, weight, weight.shape, out, rows, round_scales=bool(round_scales))
+    shape = heads, in_width, out_width
+    how = {"in_first": in_first, "round_scales": bool(round_scales)}
+    _launch(x, weight, shape, out, rows, count, **how)
     return out
 
 
@@ -147,6 +165,7 @@ def _launch(
     shape: Sequence[int],
     out: Tensor | Fp8Rows,
     rows: Tensor | None = None,
+    count: Tensor | None = None,
     *,
     in_first: bool = True,
     round_scales: bool = False,
@@ -164,7 +183,7 @@ def _launch(
             tokens, columns, depth = min(tokens, 32), min(columns, 32), min(depth, 32)
         grid = -(-out_width // columns), heads, -(-num_tokens // tokens)
         head_gemm_kernel[grid](
-            x, x.strides[0], 0 if is_shared else x.strides[1], weight, rows,
+            x, x.strides[0], 0 if is_shared else x.strides[1], weight, rows, count,
             *kernel_arguments(out), num_tokens, IN=width, OUT=out_width, IN_FIRST=in_first,
             ROUND_SCALES=round_scales, BLOCK_TOKENS=tokens, BLOCK_IN=depth, BLOCK_OUT=columns,
             num_warps=4 if few else 8, num_stages=3,

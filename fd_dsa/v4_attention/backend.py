@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fd_dsa.attention.protocol import BackendStep, HostLengths
+from fd_dsa.attention.protocol import BackendStep, HostLengths, PromptLimits
 from fd_dsa.errors import MissingStepError
 from fd_dsa.models.deepseek_v4.attention import V4Attention
 from fd_dsa.models.deepseek_v4.config import CSA, DeepseekV4Config
@@ -36,9 +36,11 @@ class V4AttentionBackend:
 
     Attributes:
         can_read_selections: False, because layers select compressed entries instead of tokens.
+        max_gathered_keys: 0, because no prompt attends densely.
     """
 
     can_read_selections = False
+    max_gathered_keys = 0
 
     def __init__(self, config: DeepseekV4Config, batch: InputBatch, num_blocks: int) -> None:
         self._kinds = config.layer_types
@@ -88,7 +90,7 @@ class V4AttentionBackend:
         forward_meta: BackendStep,
         inputs: Sequence[StepArray],
         hints: StepHints | None = None,
-        host_lengths: HostLengths | None = None,
+        host_lengths: HostLengths | PromptLimits | None = None,
     ) -> None:
         """Make the index arrays of a step, and its `position_ids`.
 

@@ -17,7 +17,7 @@ import numpy as np
 from fd_dsa.attention.config import DSABackendConfig
 from fd_dsa.attention.device_memory import buffer_view
 from fd_dsa.attention.device_scores import PageScores
-from fd_dsa.attention.protocol import BackendStep, HostLengths
+from fd_dsa.attention.protocol import BackendStep, HostLengths, PromptLimits
 from fd_dsa.cache_formats import CacheLayout
 from fd_dsa.device.allocation import Allocate, paddle_allocator
 from fd_dsa.device.transfers import uploaded
@@ -81,9 +81,11 @@ class V4DeviceBackend:
 
     Attributes:
         can_read_selections: False, because layers select compressed entries instead of tokens.
+        max_gathered_keys: 0, because no prompt attends densely.
     """
 
     can_read_selections = False
+    max_gathered_keys = 0
 
     def __init__(
         self,
@@ -133,7 +135,7 @@ class V4DeviceBackend:
         forward_meta: BackendStep,
         inputs: Sequence[StepArray],
         hints: StepHints | None = None,
-        host_lengths: HostLengths | None = None,
+        host_lengths: HostLengths | PromptLimits | None = None,
     ) -> None:
         """Enqueue the launch that makes the index arrays of a step, and set its `position_ids`.
 
@@ -147,7 +149,7 @@ class V4DeviceBackend:
             ValueError: inconsistent lengths or block tables. The message has row and value.
             MissingStepError: the host does not know the lengths.
         """
-        if host_lengths is None:
+        if host_lengths is None or isinstance(host_lengths, PromptLimits):
             raise MissingStepError("V4DeviceBackend.build_step: the lengths of the rows are needed")
         _, before, q = host_lengths
         ctx, rows = before + q, len(q)

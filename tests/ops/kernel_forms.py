@@ -145,7 +145,7 @@ for dtype in ("float32", "bfloat16"):
     compile("join", dense.join_columns_kernel, {"parts_ptr": dtype}, WIDTH=16160, BLOCK=1024)
     for index in ("int32", "int64"):
         compile("rows", dense.rows_at_kernel, types | {"index_ptr": index}, WIDTH=7168,
-                BLOCK=1024)
+                MISSING=0, BLOCK=1024)
 for dtype in ("float32", "bfloat16", "uint8"):
     for random in (False, True):
         compile("fill", fill_kernel, {"out_ptr": dtype}, RANDOM=random, BLOCK=1024)
@@ -240,7 +240,9 @@ for topk in (3, 512, 1024):
 
 TUNED = """
 from fd_dsa.ops.mla import prompt
-from fd_dsa.ops.mla.prompt_kernel import attend_prompts_kernel, gather_keys_kernel
+from fd_dsa.ops.mla.prompt_kernel import (
+    attend_prompts_kernel, gather_keys_kernel, list_absorbed_kernel,
+)
 from fd_dsa.ops import expert_gemm as experts, fp8_gemm as gemm
 from fd_dsa.ops.head_gemm import head_gemm_kernel
 from fd_dsa.ops.indexer_projection import triton_kernel as projection
@@ -266,7 +268,14 @@ for nope, values in (128, 128), (192, 256):
 compile("linear", head_gemm_kernel, dict.fromkeys(("x_ptr", "weight_ptr"), "bfloat16"), IN=7168,
         OUT=129280, IN_FIRST=False, ROUND_SCALES=False, BLOCK_TOKENS=128, BLOCK_IN=64,
         BLOCK_OUT=128, num_warps=8, num_stages=3,
+        **dict.fromkeys(("codes_ptr", "scales_ptr", "rows_ptr", "count_ptr")))
+# keys of every head in a captured step with prompts
+compile("linear", head_gemm_kernel, dict.fromkeys(("x_ptr", "weight_ptr"), "bfloat16"), IN=512,
+        OUT=128, IN_FIRST=False, ROUND_SCALES=False, BLOCK_TOKENS=128, BLOCK_IN=64,
+        BLOCK_OUT=128, num_warps=8, num_stages=3,
         **dict.fromkeys(("codes_ptr", "scales_ptr", "rows_ptr")))
+for rows in 1, 1024:
+    compile("absorbed", list_absorbed_kernel, ROWS=rows, PLACES=16)
 for cache in "uint8", "bfloat16":
     compile("keys", gather_keys_kernel, types | {"cache_ptr": cache}, BLOCK_SIZE=64, RANK=512,
             ROPE=64, RANK_PADDED=512, FP8=cache == "uint8", ROWS=128, KEYS=16)

@@ -110,6 +110,12 @@ def test_rows_that_a_table_has_not_are_zeros(paddle_memory: KernelMemory, dtype:
     assert not found[1:].any()
 
 
+def test_rows_that_a_table_has_not_may_have_another_value(paddle_memory: KernelMemory) -> None:
+    m, table = paddle_memory, np.arange(8, dtype=np.int32).reshape(2, 4)
+    found = dense.rows_at(m.put(table), m.put(np.array([1, -1, 2], np.int32)), missing=-1)
+    np.testing.assert_array_equal(m.get(found), [[4, 5, 6, 7], [-1] * 4, [-1] * 4])
+
+
 def rms(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """float64 rms_norm with EPSILON."""
     x = x.astype(np.float64)

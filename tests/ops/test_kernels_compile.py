@@ -93,7 +93,7 @@ def test_forms_of_deepseek_v4(capability: int) -> None:
 @pytest.mark.slow
 def test_tuned_forms_are_what_they_are_chosen_for() -> None:
     made = compiled(TUNED)
-    assert len(made) == 4 + 1 + 9 + 4 + 8 + 2 + 5 + 9 + 2 + 7
+    assert len(made) == 4 + 4 + 9 + 4 + 8 + 2 + 5 + 9 + 2 + 7
     for form in made:
         assert_waits(form)
         name, blocks = form["label"], form["blocks"]
@@ -143,7 +143,7 @@ for capability, switch in (80, ""), (89, "1"), (90, ""), (90, "1"), (90, "0"), (
                                                  "scales_ptr")))
     compile(f"heads {capability} {switch}", head_gemm_kernel, capability=capability, IN=128,
             OUT=128, IN_FIRST=True, ROUND_SCALES=False, BLOCK_TOKENS=16, BLOCK_IN=32, BLOCK_OUT=32,
-            codes_ptr=None, scales_ptr=None, rows_ptr=None)
+            codes_ptr=None, scales_ptr=None, rows_ptr=None, count_ptr=None)
 """
 
 

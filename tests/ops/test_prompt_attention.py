@@ -152,7 +152,7 @@ def test_the_other_tokens_of_a_step(paddle_memory: KernelMemory) -> None:
         replace(config, head_widths=(16, 16)), m.poisoned, GpuTraits(90, 132, 227 << 10)
     )
     names = [field.name for field in fields(ForwardMeta)]
-    step = ForwardMeta(**dict.fromkeys(names) | {"num_prefill_tokens": 218, "position_ids": case.q})
+    step = ForwardMeta(**dict.fromkeys(names) | vars(case.step(m)))
     for _ in range(2):
         assert prompts.begin_step(step, (case.new, case.cached, case.this_time))
         others = [
@@ -168,6 +168,25 @@ def test_the_other_tokens_of_a_step(paddle_memory: KernelMemory) -> None:
         assert prompts.groups and not prompts.has_all
         # chunks of prompts past index_topk
         assert not prompts.begin_step(step, (case.new, case.cached + 70, case.this_time))
+
+
+@pytest.mark.parametrize("spare", [0, 1, 40])
+def test_a_list_of_absorbed_tokens_ends_in_padding(kernel_memory: KernelMemory, spare: int) -> None:
+    from fd_dsa.ops.mla.prompt import list_absorbed
+
+    m, case = kernel_memory, PromptCase([*BORDER, (90, 0, True)], 70)
+    wanted = [
+        (token, row)
+        for row, first in enumerate(case.starts[:-1])
+        for token in range(first + case.count(row), case.starts[row + 1])
+    ]
+    sizes = len(wanted) + spare, len(wanted) + spare, len(case.rows), 1
+    *lists, count = (m.poisoned((size,), "int32") for size in sizes)
+    list_absorbed(case.step(m), case.topk, *lists, 8, count)
+    tokens, rows, left = map(m.get, lists)
+    assert m.get(count).tolist() == [sum(map(case.num_keys, range(len(case.rows))))]
+    assert [*zip(tokens.tolist(), rows.tolist(), strict=True)] == wanted + [(-1, -1)] * spare
+    assert left.tolist() == [int(new) - case.count(row) for row, new in enumerate(case.new)]
 
 
 def test_nan_of_another_request_stays_there(kernel_memory: KernelMemory) -> None:

@@ -10,12 +10,16 @@ from fd_dsa.ops.arrays import cache_format, matmul
 from fd_dsa.ops.dense_kernels import kernel_arguments
 from fd_dsa.ops.head_gemm import head_gemm
 from fd_dsa.ops.key_bounds import prompt_windows
-from fd_dsa.ops.mla.prompt_kernel import attend_prompts_kernel, gather_keys_kernel
+from fd_dsa.ops.mla.prompt_kernel import (
+    attend_prompts_kernel,
+    gather_keys_kernel,
+    list_absorbed_kernel,
+)
 from fd_dsa.step import ForwardMeta
 from fd_dsa.tensor import Tensor
 from fd_dsa.triton_runtime import next_power_of_2
 
-_GATHERED = 16
+_GATHERED, _LISTED = 16, 16
 
 
 class Tiling(NamedTuple):
@@ -74,6 +78,38 @@ def fitting(nope: int, rope: int, values: int, shared_bytes: int) -> Iterator[Ti
             yield tiling
 
 
+def list_absorbed(
+    step: ForwardMeta,
+    index_topk: int,
+    tokens: Tensor,
+    batch_ids: Tensor,
+    left: Tensor,
+    rows: int,
+    count: Tensor | None = None,
+) -> None:
+    """List the tokens of a step that do not attend densely, in their order.
+
+    Args:
+        step: metadata of the step.
+        index_topk: maximum keys of a token that attends densely.
+        tokens: int32 [n], filled with flat tokens, then -1.
+        batch_ids: int32 [n], filled with the row of each token, then -1.
+        left: int32 [rows of the step], filled with the prompt tokens of each row that are listed.
+        rows: a power of two, at least the rows of the step.
+        count: int32 [1], filled with the number of keys that all dense tokens see; None = nowhere.
+
+    Cost: one launch.
+    """
+    num_places = tokens.shape[0]
+    list_absorbed_kernel[(-(-num_places // _LISTED),)](
+        *(step.seq_lens_encoder, step.seq_lens_decoder, step.seq_lens_this_time),
+        *(tokens, batch_ids, left, count, left.shape[0], num_places, index_topk),
+        ROWS=rows,
+        PLACES=_LISTED,
+        num_warps=4,
+    )
+
+
 def gather_keys(
     cache: Tensor,
     step: ForwardMeta,
@@ -111,14 +147,21 @@ def gather_keys(
     )
 
 
-def keys_and_values(latents: Tensor, k_b: Tensor, v_b: Tensor) -> tuple[Tensor, Tensor]:
+def keys_and_values(
+    latents: Tensor, k_b: Tensor, v_b: Tensor, count: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Project latents to keys and values of every head, [num_keys, heads, width] each.
 
     Args:
         latents: [num_keys, rank].
         k_b: up-projection of keys, [heads, width, rank].
         v_b: up-projection of values, [heads, rank, width].
+        count: int32 [1], number of keys on the device. Results of later ones are arbitrary. None =
+            all keys.
     """
+    if count is not None:
+        keys = head_gemm(latents, k_b, in_first=False, count=count)
+        return keys, head_gemm(latents, v_b, count=count)
     heads, width, rank = k_b.shape
     keys = matmul(latents, k_b.reshape([heads * width, rank]), transpose_y=True)
     return keys, head_gemm(latents, v_b)

@@ -105,6 +105,45 @@ def gather_keys_kernel(
     tl.store(rope_ptr + out * ROPE + rope_dim, to_bfloat16(x), mask=live[:, None])
 
 
+@step_kernel(waits=True)
+def list_absorbed_kernel(
+    seq_lens_encoder_ptr,
+    seq_lens_decoder_ptr,
+    seq_lens_this_time_ptr,
+    tokens_ptr,
+    batch_ids_ptr,
+    left_ptr,
+    count_ptr,
+    num_rows,
+    num_places,
+    index_topk,
+    ROWS: tl.constexpr,
+    PLACES: tl.constexpr,
+):
+    """Fill PLACES places of the list of tokens that do not attend densely, see `list_absorbed`."""
+    wait_for_inputs()
+    start_next()
+    row = tl.arange(0, ROWS)
+    is_row = row < num_rows
+    dense, cached = _dense_tokens(
+        seq_lens_encoder_ptr, seq_lens_decoder_ptr, row, 0, num_rows, index_topk
+    )
+    absorbed = tl.load(seq_lens_this_time_ptr + row, mask=is_row, other=0) - dense
+    ends = tl.cumsum(absorbed)
+    place = tl.program_id(0) * PLACES + tl.arange(0, PLACES)
+    own = tl.sum((ends[None, :] <= place[:, None]).to(tl.int32), 1)
+    # a row has its dense tokens first
+    token = place + tl.sum(tl.where(row[None, :] <= own[:, None], dense[None, :], 0), 1)
+    live, inside = place < tl.sum(absorbed), place < num_places
+    tl.store(tokens_ptr + place, tl.where(live, token, -1), mask=inside)
+    tl.store(batch_ids_ptr + place, tl.where(live, own, -1), mask=inside)
+    if tl.program_id(0) == 0:
+        new = tl.load(seq_lens_encoder_ptr + row, mask=is_row, other=0)
+        tl.store(left_ptr + row, new - dense, mask=is_row)
+        if count_ptr is not None:
+            tl.store(count_ptr, tl.sum(_keys(dense, cached)))
+
+
 @triton.jit
 def _tile(pointer, seen, WIDTH: tl.constexpr, PADDED: tl.constexpr, IS_EDGE: tl.constexpr):
     """Load bfloat16 [keys, PADDED] from rows at `pointer` [keys]."""

@@ -11,7 +11,7 @@ import pytest
 
 from fd_dsa.ops import providers
 from fd_dsa.ops.indexer_projection.triton_kernel import project_indexer_kernel
-from fd_dsa.ops.mla.prompt_kernel import attend_prompts_kernel
+from fd_dsa.ops.mla.prompt_kernel import attend_prompts_kernel, list_absorbed_kernel
 from tests.broken_compiler import refusing_to_compile
 from tests.gpu_rig import Rig
 from tests.gpu_rig.device.test_demo_end_to_end import tiny_runner
@@ -87,21 +87,22 @@ def test_fastdeploys_gemms_project_in_the_plug_in(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kernel", [attend_prompts_kernel, list_absorbed_kernel])
 def test_prompts_attend_in_the_absorbed_form(
-    rig: Rig, caplog: pytest.LogCaptureFixture, tmp_path: Path
+    rig: Rig, caplog: pytest.LogCaptureFixture, tmp_path: Path, kernel: Any
 ) -> None:
     fields: dict[str, Any] = V32 | SIZES | WIDE_KEYS | FP8
     runner = runner_on(folder_of(tmp_path / "model", fields, "fp8"), rig.device)
     assert runner.attn_backends[0].attention.dense_prompts is not None
     wanted = [run_rows(runner, rows).copy() for rows in STEPS]
     with (
-        refusing_to_compile(attend_prompts_kernel) as tried,
+        refusing_to_compile(kernel) as tried,
         caplog.at_level(logging.WARNING, logger="fd_dsa"),
     ):
         runner = runner_on(tmp_path / "model", rig.device)
         found = [run_rows(runner, rows).copy() for rows in STEPS]
-    assert tried == ["attend_prompts_kernel"]
+    assert tried == [kernel.__name__]
     for one, other in zip(found, wanted, strict=True):
         assert abs(one - other).max() <= BOUNDS["fp8"] * abs(other).max()
     (said,) = warnings_of(caplog)
-    assert said.startswith("attention of prompts: absorbed from now on (kernel attend_prompts_")
+    assert said.startswith(f"attention of prompts: absorbed from now on (kernel {kernel.__name__}")
