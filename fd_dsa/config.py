@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fd_dsa.cache_formats import CACHE_FORMATS
+from fd_dsa.capture_sizes import PROMPT_SIZES, checked_sizes, decode_sizes
 from fd_dsa.errors import ConfigError, flag_error
 from fd_dsa.speculative_config import SpeculativeConfig
 
@@ -40,7 +41,7 @@ _CACHE_DTYPES = ("auto", *CACHE_FORMATS)
 # the names of other servers
 _CACHE_DTYPE_ALIASES = {alias: one.name for one in CACHE_FORMATS.values() for alias in one.aliases}
 _LOAD_FORMATS = ("auto", "safetensors", "dummy")
-_MAX_CAPTURED, _MAX_RANKS = 512, 8
+_MAX_RANKS = 8
 _LARGEST_TARGET_MS = 60_000
 NO_DRAFTS = "none"
 
@@ -145,6 +146,8 @@ class EngineConfig:
         enforce_eager: launch decode steps on a GPU kernel by kernel, without CUDA graphs.
         cudagraph_capture_sizes: numbers of rows for which decode steps are captured. A step of
             fewer rows is padded. None = 1, 2, 4, 8, then every eighth number up to `max_num_seqs`.
+        cudagraph_prompt_sizes: numbers of tokens for which steps with prompts are captured. (0,)
+            keeps them eager. None = sizes from 32 to 2,048, at most `max_num_batched_tokens`.
         speculative_config: source of drafts, see SpeculativeConfig, or "none". None = three drafts
             of the demo model's own MTP layer on a CPU, and otherwise no drafts.
         generation_config: defaults of requests: "auto" (generation_config.json of the model's
@@ -180,6 +183,7 @@ class EngineConfig:
     async_scheduling: bool = True
     enforce_eager: bool = False
     cudagraph_capture_sizes: tuple[int, ...] | None = None
+    cudagraph_prompt_sizes: tuple[int, ...] | None = None
     speculative_config: SpeculativeConfig | Mapping[str, Any] | str | None = None
     generation_config: str = "auto"
     seed: int = 0
@@ -293,10 +297,15 @@ class EngineConfig:
             return ()
         if self.cudagraph_capture_sizes is not None:
             return self.cudagraph_capture_sizes
-        largest = min(self.max_decode_tokens, _MAX_CAPTURED)
-        # the same sizes as vLLM
-        sizes = (1, 2, 4, *range(8, 256, 8), *range(256, _MAX_CAPTURED, 16))
-        return (*(size for size in sizes if size < largest), largest)
+        return decode_sizes(self.max_decode_tokens)
+
+    @property
+    def prompt_capture_sizes(self) -> tuple[int, ...]:
+        """Numbers of tokens for which steps with prompts are captured on a GPU, ascending."""
+        sizes = self.cudagraph_prompt_sizes
+        if sizes is None and not self.enforce_eager:
+            sizes = PROMPT_SIZES
+        return tuple(size for size in sizes or () if 0 < size <= self.num_batched_tokens)
 
     def resolve_max_model_len(self, max_position_embeddings: int) -> int:
         """Return the tokens of the longest sequence.
@@ -375,26 +384,14 @@ class EngineConfig:
             )
 
     def _check_capture_sizes(self) -> None:
-        sizes = self.cudagraph_capture_sizes
-        if sizes is None:
-            return
         # only a GPU captures steps
-        name, max_size = "cudagraph_capture_sizes", self._decode_tokens("gpu")
-        if isinstance(sizes, str) or not isinstance(sizes, Sequence):
-            raise flag_error(name, sizes, "several integers")
-        if self.enforce_eager:
-            raise ConfigError(
-                f"--cudagraph-capture-sizes: got {list(sizes)} together with --enforce-eager, "
-                "which disables graphs; give one of them"
-            )
-        for size in sizes:
-            if not _is_integer(size, 1, max_size):
-                raise flag_error(
-                    name,
-                    size,
-                    f"integers from 1 to {max_size}, the rows that a decode step can have",
-                    "leave them out, or raise --max-num-seqs",
-                )
-        if not sizes:
-            raise flag_error(name, [], "at least one integer", "or take --enforce-eager")
-        self._set("cudagraph_capture_sizes", tuple(sorted(set(sizes))))
+        rows, (_, tokens) = self._decode_tokens("gpu"), self._step_sizes("gpu")
+        of_rows = "the rows that a decode step can have; leave them out, or raise --max-num-seqs"
+        of_tokens = "the tokens of a step; leave them out, or raise --max-num-batched-tokens"
+        for name, least, most, why in (
+            ("cudagraph_capture_sizes", 1, rows, of_rows),
+            ("cudagraph_prompt_sizes", 0, tokens, of_tokens),
+        ):
+            if (sizes := getattr(self, name)) is not None:
+                how = {"is_eager": self.enforce_eager}
+                self._set(name, checked_sizes(name, sizes, least, most, why, **how))

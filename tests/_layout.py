@@ -23,6 +23,7 @@ ROOMS = (
     "cancellation",
     "speculative_config",
     "cache_formats",
+    "capture_sizes",
     "config",
     "command_line",
     "custom_ops",

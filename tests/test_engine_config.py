@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from fd_dsa.capture_sizes import PROMPT_SIZES
 from fd_dsa.config import EngineConfig, demo_model_path, parse_bytes
 from fd_dsa.environment import prepare_cpu_runtime, switch
 from fd_dsa.errors import ConfigError
@@ -72,6 +73,23 @@ def test_sizes_of_captured_steps(fields: dict[str, Any], sizes: tuple[int, ...])
 
 
 @pytest.mark.parametrize(
+    ("fields", "sizes"),
+    [
+        ({}, PROMPT_SIZES),
+        ({"max_num_seqs": 8, "max_num_batched_tokens": 256}, (32, 64, 128, 192, 256)),
+        ({"max_num_seqs": 8, "max_num_batched_tokens": 31}, ()),
+        ({"cudagraph_prompt_sizes": [64, 7, 64]}, (7, 64)),
+        ({"cudagraph_prompt_sizes": [0]}, ()),
+        ({"enforce_eager": True}, ()),
+    ],
+)
+def test_sizes_of_captured_steps_with_prompts(
+    fields: dict[str, Any], sizes: tuple[int, ...]
+) -> None:
+    assert EngineConfig(**fields).on_device("gpu:0").prompt_capture_sizes == sizes
+
+
+@pytest.mark.parametrize(
     ("fields", "said"),
     [
         ({"cudagraph_capture_sizes": (0,)}, "got 0, allowed: integers from 1 to 256"),
@@ -80,6 +98,9 @@ def test_sizes_of_captured_steps(fields: dict[str, Any], sizes: tuple[int, ...])
         ({"cudagraph_capture_sizes": ()}, "at least one integer; or take --enforce-eager"),
         ({"cudagraph_capture_sizes": 4}, "got 4, allowed: several integers"),
         ({"cudagraph_capture_sizes": (4,), "enforce_eager": True}, "together with"),
+        ({"cudagraph_prompt_sizes": (-1,)}, "got -1, allowed: integers from 0 to 8192"),
+        ({"cudagraph_prompt_sizes": (8193,)}, "got 8193, .* or raise --max-num-batched-tokens"),
+        ({"cudagraph_prompt_sizes": (0,), "enforce_eager": True}, "together with"),
         ({"enforce_eager": 1}, "--enforce-eager: got 1, allowed: a bool"),
     ],
 )

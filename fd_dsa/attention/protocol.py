@@ -32,8 +32,7 @@ class PromptLimits(NamedTuple):
 
     Attributes:
         num_prompts: prefill rows.
-        num_keys: keys that the tokens with dense attention see, in all rows; 0 = no token attends
-            densely.
+        num_keys: keys that the tokens with dense attention see, in all rows together.
         num_samples: tokens whose logits are computed. A step has at most as many decode tokens.
     """
 

@@ -93,11 +93,12 @@ def _caches(config: EngineConfig, model: ModelConfig, weight_bytes: int) -> dict
     batch = InputBatch(config.num_seqs, config.num_batched_tokens, blocks, config.block_size)
     caches = caches_class(model)(config, model, batch)
     workspace = workspace_bytes(config, model, caches, GpuTraits(*_TRAITS))
+    prompts = config.prompt_capture_sizes, config.max_decode_tokens
     sizes = {
         "weight_bytes": weight_bytes,
         "bytes_per_block": caches.bytes_per_block,
         "max_model_len": longest,
-        "graph_bytes": graph_bytes(model, config.capture_sizes, longest),
+        "graph_bytes": graph_bytes(model, config.capture_sizes, longest, *prompts),
     }
     gpus = {}
     for gib in GPU_GIB:

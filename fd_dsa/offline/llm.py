@@ -100,6 +100,7 @@ class LLM:
         async_scheduling: bool = True,
         enforce_eager: bool = False,
         cudagraph_capture_sizes: Sequence[int] | None = None,
+        cudagraph_prompt_sizes: Sequence[int] | None = None,
         speculative_config: SpeculativeConfig | Mapping[str, object] | str | None = None,
         generation_config: str = "auto",
         seed: int = 0,

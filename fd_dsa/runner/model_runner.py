@@ -11,7 +11,7 @@ import numpy as np
 import paddle
 
 from fd_dsa.attention import CacheLayout, DSAAttentionBackend, DSABackendConfig
-from fd_dsa.attention.protocol import AttentionBackend, HostLengths
+from fd_dsa.attention.protocol import AttentionBackend, HostLengths, PromptLimits
 from fd_dsa.models.config import ModelConfig
 from fd_dsa.ops.arrays import as_numpy, rows_at
 from fd_dsa.ops.sampling.parameters import RowParameters
@@ -164,7 +164,7 @@ class ModelRunner:
         hints: StepHints,
         inputs: StepInputs,
         sampling: SamplingInputs,
-        lengths: HostLengths | None,
+        lengths: HostLengths | PromptLimits | None,
         *,
         has_pending: bool,
     ) -> Step:
@@ -176,7 +176,7 @@ class ModelRunner:
             hints: counts of the step.
             inputs: arrays of the step on the model's device.
             sampling: how a device samples its tokens.
-            lengths: token counts of its rows in host memory, if they are known.
+            lengths: token counts of its rows in host memory, or their limits, if they are known.
             has_pending: True if the step may have pending tokens.
         """
         backend = self.attn_backends[0]
@@ -196,11 +196,10 @@ class ModelRunner:
         """
         tokens, rows = key.num_tokens, self.input_batch.max_num_seqs
         inputs, sampling = self._on_device().inputs.views(tokens, rows, key.num_sampled)
-        is_prompt = key.num_prompts > 0
-        lengths = key.prompt_lengths(rows) if is_prompt else None
-        hints = StepHints(tokens, is_prompt * tokens, key.max_seqlen_k, tokens)
-        step = self._begin(hints, inputs, sampling, lengths, has_pending=True)
-        self._forward(step, reads_all=not is_prompt)
+        limits, is_decode = key.limits, key.limits is None
+        hints = StepHints(tokens, 0 if is_decode else tokens, key.max_seqlen_k, tokens)
+        step = self._begin(hints, inputs, sampling, limits, has_pending=True)
+        self._forward(step, reads_all=is_decode)
         return step
 
     @property
@@ -233,7 +232,7 @@ class ModelRunner:
         # logits that are not finite are for the sampler to report
         with paddle.no_grad(), np.errstate(invalid="ignore"):
             logits = self.compute_logits(logits_indices)
-            if logits is None:
+            if logits is None or not len(logits_indices):
                 return np.empty((0, self.vocab_size), np.float32)
             wanted = logits[: len(logits_indices)]
             if self.device_steps is None:

@@ -1,10 +1,10 @@
-"""CUDA graphs of short steps: their sizes, the choice of a graph for a step, and the capture.
+"""CUDA graphs of steps: their sizes, the choice of a graph for a step, and the capture.
 
 Decode steps have two graphs per padded number of tokens. The short graph is for steps whose rows
 all have at most `index_topk` keys, so it scores and selects no keys. The long graph is for rows of
-any length. Prefill steps of rows within `index_topk` have one graph for each of a few numbers of
-keys. Grids and buffers fit the longest rows that a graph may be replayed with, and lengths are read
-on the device.
+any length. Steps with prompts, alone or beside decode rows, have two such graphs for each of a few
+numbers of tokens. Grids and buffers fit the longest rows that a graph may be replayed with, and
+lengths are read on the device.
 
 The graph of a step contains all work but the copy of its inputs, to addresses that never change.
 Sampling is a graph of its own, enqueued with the graph of the step. It is enqueued later if a row
@@ -15,12 +15,15 @@ request are graphs of their own too.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from operator import le
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from fd_dsa.attention.protocol import PromptLimits
 from fd_dsa.errors import DeviceError, describe_error
 from fd_dsa.runner.input_batch import InputBatch
 from fd_dsa.runner.step import Step
@@ -41,24 +44,17 @@ class GraphKey(NamedTuple):
     Attributes:
         num_tokens: number of tokens of its grids; a step may have fewer.
         max_seqlen_k: longest row that its grids reach to, tokens.
-        num_prompts: maximum number of rows of a prefill step; 0 = the graph is for decode steps.
+        limits: limits of a step with prompts; None = the graph is for decode steps.
     """
 
     num_tokens: int
     max_seqlen_k: int
-    num_prompts: int = 0
+    limits: PromptLimits | None = None
 
     @property
     def num_sampled(self) -> int:
         """Number of tokens whose logits the graph computes."""
-        return self.num_prompts or self.num_tokens
-
-    def prompt_lengths(self, num_rows: int) -> tuple[np.ndarray, ...]:
-        """Return lengths of rows that need the largest grids, as in `Step.host_lengths`."""
-        new = np.zeros(num_rows, np.int32)
-        new[: self.num_prompts - 1] = 1
-        new[-1] = self.num_tokens - new[:-1].sum()
-        return new, np.zeros_like(new), new
+        return self.num_tokens if self.limits is None else self.limits.num_samples
 
 
 class GraphEntry(NamedTuple):
@@ -93,11 +89,10 @@ class StepGraphs(dict[GraphKey, GraphEntry]):
     Args:
         sizes: numbers of tokens that decode steps are padded to.
         longest: maximum length of a row, tokens.
-        prompt_sizes: numbers of keys that prefill steps are padded to. Sizes above `index_topk` are
-            not captured.
-        max_prompts: maximum number of rows of a prefill step.
+        prompts: limits of steps with prompts, by the number of tokens that they are padded to.
 
     Attributes:
+        prompts: as given, in ascending order; empty if all steps with prompts are eager.
         drafts: graphs of further drafts, by number of rows, length of the longest row, and number
             of drafts of each request.
     """
@@ -107,24 +102,31 @@ class StepGraphs(dict[GraphKey, GraphEntry]):
         sizes: Sequence[int],
         index_topk: int,
         longest: int,
-        prompt_sizes: Sequence[int] = (),
-        max_prompts: int = 1,
+        prompts: Mapping[int, PromptLimits] = MappingProxyType({}),
     ) -> None:
         super().__init__()
         self.drafts: dict[tuple[int, int, int], Callable[[], None]] = {}
-        self.sizes = tuple(sorted(sizes))
+        self.sizes, self.prompts = tuple(sorted(sizes)), dict(sorted(prompts.items()))
+        self._index_topk = index_topk
         self._short, self._longest = min(index_topk, longest), longest
-        self._prompts = [
-            GraphKey(size, self._short, max_prompts)
-            for size in sorted(prompt_sizes)
-            if size <= self._short
-        ]
 
     def steps(self) -> list[GraphKey]:
         """Return the keys to capture, the largest first, so that smaller ones reuse its memory."""
-        lengths = {self._longest, self._short}
-        decode = [GraphKey(size, length) for size in self.sizes for length in lengths]
-        return sorted(decode + self._prompts, reverse=True)
+        lengths = sorted({self._longest, self._short}, reverse=True)
+        of_sizes = dict.fromkeys(self.sizes), self.prompts
+        keys = [
+            GraphKey(size, length, limits)
+            for of_size in of_sizes
+            for size, limits in of_size.items()
+            for length in lengths
+        ]
+        return sorted(keys, key=lambda key: key.num_tokens, reverse=True)
+
+    def drop_prompts(self) -> None:
+        """Remove all graphs of steps with prompts."""
+        self.prompts.clear()
+        for key in [key for key in self if key.limits is not None]:
+            del self[key]
 
     def more_drafts(self, rows: int, longest: int, count: int) -> Callable[[], None] | None:
         """Return the replay of further drafts, or None if no captured graph is large enough."""
@@ -138,18 +140,27 @@ class StepGraphs(dict[GraphKey, GraphEntry]):
             batch: step to run.
             sampled: int64 [n]; flat tokens whose logits are wanted. A decode step needs all.
         """
-        tokens, length = batch.num_tokens, batch.max_seqlen_k
+        tokens = batch.num_tokens
+        longest = self._short if batch.max_seqlen_k <= self._short else self._longest
         if batch.num_prefill_tokens:
-            keys = tokens + batch.num_computed_tokens.sum()
-            rows = max(int(np.count_nonzero(batch.num_scheduled_tokens)), len(sampled))
-            if batch.num_prefill_tokens < tokens or length > self._short or not len(sampled):
-                return None
-            prompts = (p for p in self._prompts if keys <= p.num_tokens and rows <= p.num_prompts)
-            return next(prompts, None)
+            wanted = self._wanted(batch, len(sampled))
+            for size, limits in self.prompts.items():
+                if tokens <= size and all(map(le, wanted, limits)):
+                    return GraphKey(size, longest, limits)
+            return None
         if sampled.tolist() != list(range(tokens)):
             return None
-        longest = self._short if length <= self._short else self._longest
         return next((GraphKey(s, longest) for s in self.sizes if s >= tokens), None)
+
+    def _wanted(self, batch: InputBatch, num_samples: int) -> PromptLimits:
+        """Return the least limits that the step in a batch needs."""
+        new = batch.num_chunk_tokens[: batch.num_rows]
+        cached = batch.num_computed_tokens[: batch.num_rows]
+        dense = np.minimum(self._index_topk - cached, new)
+        # only tokens of prompts see keys densely, up to the last such token of their row
+        keys = np.where(dense > 0, cached + dense, 0).sum()
+        num_samples = max(num_samples, batch.num_tokens - batch.num_prefill_tokens)
+        return PromptLimits(int(np.count_nonzero(new)), int(keys), num_samples)
 
 
 class PaddleCapture:

@@ -201,6 +201,8 @@ _FLAGS = {
         "--enforce-eager": "launch all steps kernel by kernel, without CUDA graphs",
         "--cudagraph-capture-sizes N": "rows of captured decode steps; fewer are padded (default: "
         "1 2 4 8 16 24 ... up to --max-num-seqs)",
+        "--cudagraph-prompt-sizes N": "tokens of captured steps with prompts; fewer are padded, 0 "
+        "alone captures none (default: 32 64 128 ... 2048 up to --max-num-batched-tokens)",
     },
     "parallel": {
         "--tensor-parallel-size -tp N": "GPUs that share each layer, or processes on a CPU "
@@ -249,6 +251,7 @@ _READERS: dict[str, Callable[[str], Any]] = {
     **dict.fromkeys(("block_size", "index_topk", "num_gpu_blocks_override"), _SIZE),
     **dict.fromkeys(("max_model_len", "max_num_batched_tokens", "max_num_seqs"), _SIZE),
     "cudagraph_capture_sizes": _POSITIVE,
+    "cudagraph_prompt_sizes": values.number(int, 0),
     "seed": values.number(int, 0),
     **dict.fromkeys(("gpu_memory_utilization", "target_inter_token_latency_ms"), _NUMBER),
     **dict.fromkeys(("data_parallel_size", "tensor_parallel_size"), _POSITIVE),
@@ -321,5 +324,5 @@ def _add(group: argparse._ActionsContainer, flag: str) -> argparse.Action:
         type=_READERS.get(name, str),
         choices=_CHOICES.get(name),
         action="append" if name in _MAY_BE_REPEATED else "store",
-        nargs="+" if name == "cudagraph_capture_sizes" else None,
+        nargs="+" if name.startswith("cudagraph_") else None,
     )

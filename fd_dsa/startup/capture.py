@@ -1,4 +1,4 @@
-"""Capture of short steps into graphs, before the first request."""
+"""Capture of steps into graphs, before the first request."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fd_dsa.runner.step_graphs import (
     StepGraphs,
     capture_failed,
 )
-from fd_dsa.startup.graph_sizes import MAX_PROMPTS, PROMPT_SIZES, powers_below
+from fd_dsa.startup.graph_sizes import powers_below, prompt_limits
 from fd_dsa.startup.trial_rows import TrialRow, clear_rows, fill_rows
 from fd_dsa.tensor import StepArray
 
@@ -35,18 +35,18 @@ def capture_graphs(
     runner: ModelRunner,
     sizes: Sequence[int],
     make_capture: Callable[[object], Capture],
-    prompt_sizes: Sequence[int] = PROMPT_SIZES,
+    prompt_sizes: Sequence[int] = (),
 ) -> None:
-    """Capture decode steps and steps of short prompts, which the runner replays from then on.
+    """Capture decode steps and steps with prompts, which the runner replays from then on.
 
-    If the first capture is refused, all steps stay eager, and a warning says why.
+    If a capture is refused, all steps stay eager, or all steps with prompts if it is one of those.
+    A warning says why.
 
     Args:
         runner: its kernels are warm, see `warm_up_kernels`.
         sizes: numbers of tokens of decode steps, with padding; each at most the tokens of a step.
         make_capture: makes the capture for a place of Paddle, such as PaddleCapture.
-        prompt_sizes: numbers of keys of steps of prompts. Sizes above the tokens of a step are left
-            out.
+        prompt_sizes: numbers of tokens of steps with prompts, each at most the tokens of a step.
 
     Raises:
         DeviceError: a capture failed half-way, and Paddle cannot continue. Has the cure.
@@ -56,9 +56,11 @@ def capture_graphs(
     from fd_dsa.device.allocation import paddle_place
 
     batch, index_topk = runner.input_batch, runner.model.config.index_topk
-    prompts = [size for size in prompt_sizes if size <= batch.max_num_tokens]
-    max_prompts = min(MAX_PROMPTS, batch.max_num_seqs)
-    graphs = StepGraphs(sizes, index_topk, batch.max_row_len, prompts, max_prompts)
+    device, max_keys = runner.device_steps, runner.attn_backends[0].max_gathered_keys
+    assert device is not None, "steps on a CPU are not captured"
+    limits = index_topk, batch.max_num_seqs, device.buffer.num_rows, max_keys
+    prompts = {size: prompt_limits(size, *limits) for size in prompt_sizes}
+    graphs = StepGraphs(sizes, index_topk, batch.max_row_len, prompts)
     try:
         with paddle.no_grad():
             _fill(graphs, runner, make_capture(paddle_place(runner.device)))
@@ -88,11 +90,19 @@ def _fill(graphs: StepGraphs, runner: ModelRunner, capture: Capture) -> None:
     # a capture must not make a stream
     runner.attn_backends[0].warm_up(steps[-1].num_tokens, runner.caches)
     for key in steps:
+        if key.limits is not None and not graphs.prompts:
+            continue
         row = TrialRow(1, key.max_seqlen_k - 1, False)
-        if key.num_prompts:
-            row = TrialRow(key.num_tokens, 0, True)
+        if key.limits is not None:
+            row = TrialRow(min(key.num_tokens, key.max_seqlen_k), 0, True)
         runner.stage(np.array([fill_rows(batch, [row])]), SamplingInputs())
-        graphs[key] = _capture_step(runner, capture, key, samples)
+        try:
+            graphs[key] = _capture_step(runner, capture, key, samples)
+        except CaptureError as error:
+            if key.limits is None:
+                raise
+            graphs.drop_prompts()
+            logger.warning("steps with prompts stay eager, they cannot be captured: %s", error)
     if runner.model.mtp is None:
         return
     device, step = runner.device_steps, runner.forward_meta
@@ -100,7 +110,7 @@ def _fill(graphs: StepGraphs, runner: ModelRunner, capture: Capture) -> None:
     max_rows = min(graphs.sizes[-1], batch.max_num_seqs)
     # only powers of two, so that there are few graphs
     rows = {max_rows, *powers_below(max_rows)}
-    lengths = {key.max_seqlen_k for key in steps if not key.num_prompts}
+    lengths = {key.max_seqlen_k for key in steps}
     counts = range(2, 1 + runner.max_drafts)
     for size in sorted(product(rows, lengths, counts), reverse=True):
         _, graphs.drafts[size] = capture(partial(device.draft_more, step, *size))

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from fd_dsa.attention.protocol import PromptLimits
 from fd_dsa.models.config import ModelConfig
 
-PROMPT_SIZES = (32, 64, 128, 256)
-"""Captured sizes of short prompts, keys. The device bounds larger prompts, not the launches."""
-MAX_PROMPTS = 8
-"""Rows of a captured step of prompts."""
-MIXED_SIZES = (32, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
-"""Numbers of tokens of the steps with prompts that the start measures."""
+_MAX_PROMPTS = 16
 # data of the driver for a graph of some thousand launches
 _GRAPH_BYTES = 4 << 20
 
@@ -21,8 +17,35 @@ def powers_below(limit: int) -> list[int]:
     return [1 << i for i in range((limit - 1).bit_length())]
 
 
-def graph_bytes(config: ModelConfig, sizes: Sequence[int], max_model_len: int) -> int:
-    """Return an upper bound of the bytes of captured steps: decode steps and short prompts.
+def prompt_limits(
+    size: int, index_topk: int, max_num_seqs: int, max_samples: int, max_keys: int
+) -> PromptLimits:
+    """Return the limits of the steps with prompts that are padded to a number of tokens.
+
+    Args:
+        index_topk: maximum keys of a token that attends densely.
+        max_num_seqs: maximum number of rows of a step.
+        max_samples: maximum number of tokens that a step samples.
+        max_keys: maximum keys that attention gathers, 0 = no token attends densely.
+    """
+    rows = min(_MAX_PROMPTS, max_num_seqs)
+    keys = min(_most_keys(size, index_topk), max_keys) if max_keys else rows * index_topk
+    return PromptLimits(rows, keys, min(size, max_samples))
+
+
+def _most_keys(size: int, index_topk: int) -> int:
+    """Return the keys of dense tokens that a step of some tokens may have: two rows' in a cache."""
+    return size + 2 * index_topk
+
+
+def graph_bytes(
+    config: ModelConfig,
+    sizes: Sequence[int],
+    max_model_len: int,
+    prompt_sizes: Sequence[int] = (),
+    max_samples: int = 0,
+) -> int:
+    """Return an upper bound of the bytes of captured steps, with prompts and without.
 
     Each graph keeps the driver's own data. With a layer for multi-token prediction it also keeps
     the hidden states that the graph of the layer reads. All graphs share the activations of the
@@ -33,19 +56,24 @@ def graph_bytes(config: ModelConfig, sizes: Sequence[int], max_model_len: int) -
         config: configuration of the model, or of one rank's part.
         sizes: captured numbers of tokens of decode steps.
         max_model_len: longest prompt plus output, tokens.
+        prompt_sizes: captured numbers of tokens of steps with prompts.
+        max_samples: maximum number of tokens that such a step samples.
     """
     if not sizes:
         return 0
     # graphs of each size: for rows of any length, and for rows that need no selection of keys
     lengths = 1 if max_model_len <= config.index_topk else 2
-    prompts = [size for size in PROMPT_SIZES if size <= config.index_topk]
-    graphs = len(sizes) * lengths + len(prompts)
-    kept = 0
+    captured, kept = (*sizes, *prompt_sizes), 0
+    graphs = lengths * len(captured)
     heads, rank, hidden = config.num_attention_heads, config.kv_lora_rank, config.hidden_size
     if config.mtp is not None:
         # further drafts have graphs for powers of two of rows
-        kept = (lengths * sum(sizes) + sum(prompts)) * hidden
+        kept = lengths * sum(captured) * hidden
         graphs = 2 * (graphs + lengths * (1 + len(powers_below(max(sizes)))))
+    if prompt_sizes:
+        # keys and values of every head, which only activations in bfloat16 have
+        keys = _most_keys(max(prompt_sizes), config.index_topk)
+        kept += keys * heads * (config.qk_nope_head_dim + config.v_head_dim) // 2
     query = config.qk_nope_head_dim + config.qk_rope_head_dim
     attention = 2 * (config.q_lora_rank + rank) + heads * (2 * query + 2 * rank)
     attention += 3 * heads * config.v_head_dim + config.index_n_heads * config.index_head_dim
@@ -58,5 +86,5 @@ def graph_bytes(config: ModelConfig, sizes: Sequence[int], max_model_len: int) -
     logits = config.head_rows
     if config.head_rows < config.vocab_size:
         logits += config.vocab_size
-    values = kept + max(*sizes, *prompts) * token + max(*sizes, MAX_PROMPTS) * logits
+    values = kept + max(captured) * token + max(*sizes, max_samples) * logits
     return 4 * values + graphs * _GRAPH_BYTES

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fd_dsa.capture_sizes import PROMPT_SIZES
 from fd_dsa.engine.draft_state import DraftCosts
 from fd_dsa.engine.engine import LLMEngine
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.speculation import Drafter, SpecDecoder
 from fd_dsa.engine.step_times import StepTable
-from fd_dsa.startup.graph_sizes import MIXED_SIZES
 from fd_dsa.startup.trial_rows import clear_rows
 from fd_dsa.startup.warm_up import run_trial
 
@@ -117,7 +117,7 @@ def _step_seconds(engine: LLMEngine, num_rows: int, num_drafts: int) -> float:
 def measure_step_table(
     runner: ModelRunner,
     max_model_len: int,
-    sizes: Sequence[int] = MIXED_SIZES,
+    sizes: Sequence[int] = PROMPT_SIZES,
     clock: Callable[[], float] = time.perf_counter,
 ) -> StepTable | None:
     """Measure steps of decode rows and a prompt, the largest first.

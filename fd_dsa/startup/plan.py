@@ -283,22 +283,24 @@ def _plan_memory(
     """Plan the memory of weights and caches, by the rank with the least memory."""
     from fd_dsa.device.resolve import free_device_bytes, traits_of
 
-    device, size = config.device, config.tensor_parallel_size
+    device, num_ranks = config.device, config.tensor_parallel_size
     free_bytes, captured_bytes = free_device_bytes(device, config.gpu_memory_utilization), 0
     has_own_memory = free_bytes is not None
     if free_bytes is not None:
         work_bytes = workspace_bytes(config, model_config, caches, traits_of(device))
         free_bytes = max(free_bytes - work_bytes, 0)
-        captured_bytes = graph_bytes(model_config, config.capture_sizes, max_model_len)
+        prompts = config.prompt_capture_sizes, config.max_decode_tokens
+        sizes = config.capture_sizes
+        captured_bytes = graph_bytes(model_config, sizes, max_model_len, *prompts)
     elif config.gpu_memory_utilization != EngineConfig.gpu_memory_utilization:
         logger.warning(
             "--gpu-memory-utilization has no effect on %s; --kv-cache-memory-bytes sets the "
             "size of the caches",
             device,
         )
-    if size > 1:
+    if num_ranks > 1:
         if free_bytes is None:
-            free_bytes = available_memory_bytes() // size
+            free_bytes = available_memory_bytes() // num_ranks
         # caches have the same size on every rank, so the smallest memory counts
         everywhere = np.array([free_bytes])
         if group is not None:

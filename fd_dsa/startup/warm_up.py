@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
@@ -45,18 +46,28 @@ def warm_up(runner: ModelRunner, plan: EnginePlan) -> str:
         warm_up_kernels(runner, before_captures=not plan.config.enforce_eager)
         ready = time.perf_counter()
         if not plan.config.enforce_eager:
-            capture_graphs(runner, plan.config.capture_sizes, PaddleCapture)
-            if not runner.captured_sizes and plan.config.tensor_parallel_size > 1:
+            sizes = plan.config.capture_sizes, plan.config.prompt_capture_sizes
+            capture_graphs(runner, sizes[0], PaddleCapture, sizes[1])
+            graphs = runner.graphs
+            captured = (graphs.sizes, tuple(graphs.prompts)) if graphs else None
+            if captured != sizes and plan.config.tensor_parallel_size > 1:
                 # the other ranks may have captured
                 raise DeviceError("steps cannot be captured; start with --enforce-eager")
     freeze(on_late=runner.counters.count_late_compilation)
     done = f"kernels ready after {ready - start:.1f} s"
     if not (graphs := runner.graphs):
         return done
-    sizes = ", ".join(map(str, runner.captured_sizes))
-    sizes += " rows, further drafts" if graphs.drafts else " rows"
+    steps = f"decode steps of {_listed(graphs.sizes)} rows"
+    steps += ", further drafts" if graphs.drafts else ""
+    if graphs.prompts:
+        steps += f" and steps with prompts of {_listed(graphs.prompts)} tokens"
     seconds = time.perf_counter() - ready
-    return f"{done}, decode steps of {sizes} and short prompts captured in {seconds:.1f} s"
+    return f"{done}, {steps} captured in {seconds:.1f} s"
+
+
+def _listed(sizes: Iterable[int]) -> str:
+    """Return sizes as text."""
+    return ", ".join(map(str, sizes))
 
 
 def interprets(device: str) -> bool:

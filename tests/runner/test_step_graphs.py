@@ -12,6 +12,7 @@ import pytest
 from paddle.base import core
 from paddle.device.cuda import graphs as paddle_graphs
 
+from fd_dsa.attention.protocol import PromptLimits
 from fd_dsa.errors import DeviceError
 from fd_dsa.runner import InputBatch, step_graphs
 from fd_dsa.runner.step_graphs import CaptureError, GraphKey, PaddleCapture, StepGraphs
@@ -19,13 +20,19 @@ from fd_dsa.runner.step_graphs import CaptureError, GraphKey, PaddleCapture, Ste
 PLACE = paddle.CPUPlace()
 
 
-def fitting(
-    graphs: StepGraphs, rows: list[tuple[int, int, bool]], sampled: list[int] | None = None
-) -> GraphKey | None:
-    """What serves a step of rows of some tokens, after cached ones, of a prompt or not."""
+def filled(rows: list[tuple[int, int, bool]]) -> InputBatch:
+    """A step of rows of some tokens, after cached ones, of a prompt or not."""
     batch = InputBatch(8, 64, 40, 16)
     for row, (tokens, done, is_prefill) in enumerate(rows):
         batch.add_row(row, [0] * tokens, done, is_prefill)
+    return batch
+
+
+def fitting(
+    graphs: StepGraphs, rows: list[tuple[int, int, bool]], sampled: list[int] | None = None
+) -> GraphKey | None:
+    """What serves a step of rows, see `filled`."""
+    batch = filled(rows)
     tokens = range(batch.num_tokens) if sampled is None else sampled
     return graphs.fitting(batch, np.array(tokens, np.int64))
 
@@ -47,36 +54,48 @@ def test_rows_past_the_selection_have_a_graph_of_their_own(max_seqlen_k: int, re
     assert step == GraphKey(2, reaches)
 
 
-# rows as tokens, tokens before them, whether they are a prompt's; tokens that are sampled
-PROMPTS: dict[str, tuple[list[tuple[int, int, bool]], list[int], int | None]] = {
-    "the next size": ([(5, 0, True)], [4], 8),
-    "one of its own": ([(8, 0, True)], [7], 8),
-    "several": ([(3, 0, True), (6, 0, True)], [2, 8], 12),
-    "one of them goes on": ([(3, 0, True), (6, 0, True)], [2], 12),
-    "keys in the cache": ([(3, 6, True)], [2], 12),
-    "too many rows": ([(1, 0, True)] * 3, [0, 1, 2], None),
-    "too many sampled": ([(5, 0, True)], [2, 3, 4], None),
-    "nothing is sampled": ([(5, 0, True)], [], None),
-    "too many keys": ([(10, 0, True), (10, 0, True)], [9, 19], None),
-    "a row past the selection": ([(2, 11, True)], [1], None),
-    "beside a decode row": ([(3, 0, True), (1, 2, False)], [2, 3], None),
+# prompts, keys that are seen densely, and samples of steps of as many tokens
+LIMITS = {8: PromptLimits(2, 10, 3), 16: PromptLimits(3, 20, 3)}
+# rows as tokens, tokens before them, whether they are a prompt's; tokens that are sampled; tokens
+# and longest row of the graph, with a selection of 12
+PROMPTS: dict[str, tuple[list[tuple[int, int, bool]], list[int], tuple[int, int] | None]] = {
+    "the next size": ([(5, 0, True)], [4], (8, 12)),
+    "one of its own": ([(8, 0, True)], [7], (8, 12)),
+    "several": ([(3, 0, True), (6, 0, True)], [2, 8], (16, 12)),
+    "nothing is sampled": ([(5, 0, True)], [], (8, 12)),
+    "beside a decode row": ([(3, 0, True), (1, 5, False)], [2, 3], (8, 12)),
+    "keys in the cache": ([(3, 7, True)], [2], (8, 12)),
+    "too many keys for a size": ([(3, 8, True)], [2], (16, 12)),
+    "too many keys": ([(3, 7, True), (3, 8, True)], [5], None),
+    "keys of decode rows do not count": ([(3, 0, True), (1, 500, False)], [3], (8, 640)),
+    "a row across the selection": ([(2, 11, True)], [1], (16, 640)),
+    "a row past it has no dense keys": ([(8, 500, True)], [7], (8, 640)),
+    "too many rows for a size": ([(1, 0, True)] * 3, [0, 1, 2], (16, 12)),
+    "too many rows": ([(1, 0, True)] * 4, [0], None),
+    "too many sampled": ([(5, 0, True)], [1, 2, 3, 4], None),
+    "too many decode tokens": ([(2, 0, True), (4, 9, False)], [5], None),
+    "too many tokens": ([(17, 0, True)], [16], None),
 }
 
 
 @pytest.mark.parametrize(("rows", "sampled", "size"), PROMPTS.values(), ids=PROMPTS.keys())
-def test_prompts_are_padded_by_their_keys(
-    rows: list[tuple[int, int, bool]], sampled: list[int], size: int | None
+def test_steps_with_prompts_are_padded_by_their_tokens(
+    rows: list[tuple[int, int, bool]], sampled: list[int], size: tuple[int, int] | None
 ) -> None:
-    graphs = StepGraphs((8,), 12, 640, prompt_sizes=(12, 8), max_prompts=2)
-    assert fitting(graphs, rows, sampled) == (size and GraphKey(size, 12, 2))
+    graphs = StepGraphs((8,), 12, 640, LIMITS)
+    found = fitting(graphs, rows, sampled)
+    assert (found and found[:2]) == size
+    assert found is None or found.limits == LIMITS[found.num_tokens]
 
 
 def test_the_largest_are_captured_first() -> None:
     steps = StepGraphs((1, 4), index_topk=100, longest=640).steps()
-    assert steps == [(4, 640, 0), (4, 100, 0), (1, 640, 0), (1, 100, 0)]
+    assert [key[:2] for key in steps] == [(4, 640), (4, 100), (1, 640), (1, 100)]
     # every row is short: one graph a size
-    steps = StepGraphs((1, 4), 100, longest=64, prompt_sizes=(2, 65), max_prompts=3).steps()
-    assert steps == [(4, 64, 0), (2, 64, 3), (1, 64, 0)]
+    graphs = StepGraphs((1, 4), 100, longest=64, prompts={2: LIMITS[8]})
+    assert graphs.steps() == [(4, 64, None), (2, 64, LIMITS[8]), (1, 64, None)]
+    graphs.drop_prompts()
+    assert graphs.steps() == [(4, 64, None), (1, 64, None)]
 
 
 class Graph:

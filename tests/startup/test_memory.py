@@ -239,3 +239,6 @@ def test_graphs_are_counted_by_their_sizes() -> None:
     assert graph_bytes(config, (1, 16), topk) > one
     # all graphs share the logits, so a size below the largest one costs only the driver's data
     assert graph_bytes(config, (1, 4, 8), topk) - one == 4 << 20
+    # steps with prompts have more activations, and keys and values of every head
+    both = graph_bytes(config, (1, 8), topk, (16, 32), 4)
+    assert both - one > 2 * (4 << 20) + 4 * 24 * config.hidden_size

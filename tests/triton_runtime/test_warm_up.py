@@ -49,7 +49,7 @@ def test_late_compilation_is_told_once(
 class Runner:
     """A runner whose steps are one launch; every number of tokens is a variant of its own."""
 
-    captured_sizes, graphs = (256,), SimpleNamespace(drafts={})
+    graphs = SimpleNamespace(sizes=(256,), prompts={512: None}, drafts={})
 
     def __init__(self) -> None:
         self._kernel, self.counters = scale_kernel(), StepCounters()
@@ -61,8 +61,8 @@ class Runner:
         self.before_captures = before_captures
         self.step(64)
 
-    def capture_graphs(self, sizes: Any, capture: Any) -> None:
-        for size in sizes:
+    def capture_graphs(self, sizes: Any, capture: Any, prompt_sizes: Any) -> None:
+        for size in (*sizes, *prompt_sizes):
             self.step(size)
 
 
@@ -73,7 +73,8 @@ def test_an_engine_warns_of_what_compiles_after_its_warm_up(
     monkeypatch: pytest.MonkeyPatch,
     eager: bool,
 ) -> None:
-    config = SimpleNamespace(enforce_eager=eager, capture_sizes=Runner.captured_sizes)
+    sizes = {"capture_sizes": (256,), "prompt_capture_sizes": (512,)}
+    config = SimpleNamespace(enforce_eager=eager, **sizes)
     plan: Any = SimpleNamespace(device="gpu:0", config=config)
     monkeypatch.setattr(warm_up, "compile_forms", lambda runner: None)
     monkeypatch.setattr(warm_up, "warm_up_kernels", Runner.warm_up)
@@ -81,7 +82,7 @@ def test_an_engine_warns_of_what_compiles_after_its_warm_up(
     runners = [Runner(), Runner()]
     for runner in runners:
         warm_up.warm_up(runner, plan)
-    assert len(library.loaded) == (2 if eager else 4) and not caplog.records
+    assert len(library.loaded) == (2 if eager else 6) and not caplog.records
     # a step forks in the warm-up only if captures follow
     assert all(runner.before_captures != eager for runner in runners)
     runners[0].step(64)

@@ -1,0 +1,27 @@
+"""A captured step with prompts is its graph: the host launches and allocates nothing beside it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.triton_runtime.fakes import run_module
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.triton,
+    pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler"),
+]
+
+
+def test_a_captured_step_with_prompts_launches_and_allocates_nothing(tmp_path: Path) -> None:
+    pytest.importorskip("paddle")
+    printed = run_module(tmp_path, "tests.null_driver.captured_steps")
+    # every graph was replayed
+    assert printed.splitlines() == [
+        f"{size} tokens, rows up to {length}: 0 launches, 0 allocations"
+        for size in (64, 256)
+        for length in (2048, 8192)
+    ]
