@@ -37,12 +37,21 @@ class Histogram:
         self.total += value * times
 
 
+EAGER_REASONS = ("not_captured", "tokens", "prompts", "keys", "samples")
+"""Reasons for which no graph serves a step on a device.
+
+Such steps are not captured; or the step has too many tokens, prompts, keys of dense attention, or
+sampled tokens. A decode step without a sample of every token counts as "samples".
+"""
+
+
 class StepCounters:
     """Counts of the steps of a runner.
 
     Attributes:
         prepare_s: host seconds of the metadata of a step, by kind of the step.
         graph_steps: number of steps that were replayed from a CUDA graph, by kind likewise.
+        eager_steps: number of steps on a device that no graph served, by EAGER_REASONS.
         sparse_tokens: number of tokens that had more keys than the indexer selects.
         late_compilations: number of launches after the warm-up that had to compile a kernel.
     """
@@ -54,6 +63,7 @@ class StepCounters:
         """Set all counts to zero."""
         self.prepare_s = {kind: Histogram(_STEP_SECONDS) for kind in _KINDS}
         self.graph_steps = dict.fromkeys(_KINDS, 0)
+        self.eager_steps = dict.fromkeys(EAGER_REASONS, 0)
         self.sparse_tokens = 0
         self.late_compilations = 0
 

@@ -328,6 +328,10 @@ class ModelRunner:
             self.forward_meta = step
             graph.replay()
         else:
+            if self.device_steps is not None:
+                num_wanted = len(logits_indices)
+                reason = graphs.refusal(batch, num_wanted) if graphs else "not_captured"
+                self.counters.eager_steps[reason] += 1
             step.selections = self._selections
             self._forward(step)
         return step.logits

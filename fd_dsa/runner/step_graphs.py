@@ -17,7 +17,8 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from operator import le
+from itertools import compress
+from operator import gt, le
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,6 +26,7 @@ import numpy as np
 
 from fd_dsa.attention.protocol import PromptLimits
 from fd_dsa.errors import DeviceError, describe_error
+from fd_dsa.runner.counters import EAGER_REASONS
 from fd_dsa.runner.input_batch import InputBatch
 from fd_dsa.runner.step import Step
 
@@ -151,6 +153,21 @@ class StepGraphs(dict[GraphKey, GraphEntry]):
         if sampled.tolist() != list(range(tokens)):
             return None
         return next((GraphKey(s, longest) for s in self.sizes if s >= tokens), None)
+
+    def refusal(self, batch: InputBatch, num_samples: int) -> str:
+        """Return why no graph fits the step in a batch, one of EAGER_REASONS.
+
+        Args:
+            num_samples: number of tokens whose logits are wanted.
+        """
+        if not batch.num_prefill_tokens:
+            return "tokens" if batch.num_tokens > self.sizes[-1] else "samples"
+        if not self.prompts:
+            return "not_captured"
+        size, limits = max(self.prompts.items())
+        wanted = (batch.num_tokens, *self._wanted(batch, num_samples))
+        is_past = map(gt, wanted, (size, *limits))
+        return next(compress(EAGER_REASONS[1:], is_past))
 
     def _wanted(self, batch: InputBatch, num_samples: int) -> PromptLimits:
         """Return the least limits that the step in a batch needs."""

@@ -140,6 +140,9 @@ class _EngineCollector(Collector):
         yield self._family(HistogramMetricFamily, "step_prepare_seconds", text, times, "kind")
         replayed, text = counts.steps.graph_steps, "steps replayed from a CUDA graph"
         yield self._family(CounterMetricFamily, "graph_steps", text, replayed, "kind")
+        text = "steps on a device that no graph served"
+        steps = counts.steps.eager_steps
+        yield self._family(CounterMetricFamily, "eager_steps", text, steps, "reason")
         caches = {"": counts.cache_config}
         yield self._family(InfoMetricFamily, "cache_config", "the caches", caches)
 

@@ -88,6 +88,30 @@ def test_steps_with_prompts_are_padded_by_their_tokens(
     assert found is None or found.limits == LIMITS[found.num_tokens]
 
 
+@pytest.mark.parametrize(
+    ("rows", "sampled", "reason"),
+    [
+        ([(9, 3, False)], [*range(9)], "tokens"),
+        ([(4, 3, False)], [1], "samples"),
+        ([(17, 0, True)], [16], "tokens"),
+        ([(1, 0, True)] * 4, [0], "prompts"),
+        ([(3, 7, True), (3, 8, True)], [5], "keys"),
+        ([(5, 0, True)], [1, 2, 3, 4], "samples"),
+        ([(2, 0, True), (4, 9, False)], [5], "samples"),
+    ],
+)
+def test_an_eager_step_has_a_reason(
+    rows: list[tuple[int, int, bool]], sampled: list[int], reason: str
+) -> None:
+    graphs = StepGraphs((8,), 12, 640, LIMITS)
+    batch = filled(rows)
+    assert graphs.fitting(batch, np.array(sampled, np.int64)) is None
+    assert graphs.refusal(batch, len(sampled)) == reason
+    graphs.drop_prompts()
+    if batch.num_prefill_tokens:
+        assert graphs.refusal(batch, len(sampled)) == "not_captured"
+
+
 def test_the_largest_are_captured_first() -> None:
     steps = StepGraphs((1, 4), index_topk=100, longest=640).steps()
     assert [key[:2] for key in steps] == [(4, 640), (4, 100), (1, 640), (1, 100)]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from fd_dsa.runner.counters import Histogram
+from fd_dsa.runner.counters import EAGER_REASONS, Histogram
 from tests.engine.fakes import make_engine
 from tests.engine.threaded import threaded
 from tests.serve.conftest import TIMEOUT_S, Live, running, wait_until
@@ -35,6 +35,7 @@ COUNTERS = (
     "sparse_tokens_total",
     "late_compilations_total",
     "graph_steps_total",
+    "eager_steps_total",
 )
 HISTOGRAMS = (
     "time_to_first_token_seconds",
@@ -79,6 +80,8 @@ def test_all_names_are_there_before_the_first_request() -> None:
         assert kinds == {"prefill", "decode", "mixed"}
         reasons = {dict(labels)["finished_reason"] for labels in samples["request_success_total"]}
         assert reasons == {"stop", "length", "abort", "error"}
+        eager = {dict(labels)["reason"] for labels in samples["eager_steps_total"]}
+        assert eager == set(EAGER_REASONS)
         told = dict(next(iter(samples["cache_config_info"])))
         assert told["block_size"] == "4" and told["num_gpu_blocks"] == "64"
         assert told["enable_prefix_caching"] == "True"
