@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 MAX_FILES_OF_A_STEP = 28
 MAX_FILES_OF_A_DEVICE_STEP = 48
-MAX_FILES_OF_A_CHAT = 38
+MAX_FILES_OF_A_CHAT = 40
 
 
 def test_a_chat_and_a_decode_step_enter_few_files() -> None:

@@ -57,7 +57,7 @@ def test_parts_are_the_whole_and_are_split(tmp_path: Path) -> None:
         (TINY | {"hidden_size": -1}, [], "config.json: hidden_size: got -1"),
         (TINY | {"swiglu_limit": 7}, [], "config.json: swiglu_limit: got 7, allowed: fields that"),
         ({"model_type": "hy_v4"}, [], "is not served yet: a gate and sinks in attention"),
-        (CASES["mixed"].config, [], "--device: got 'gpu:0', allowed: cpu with deepseek_v4"),
+        (CASES["mixed"].config, [], "--plan: got 'deepseek_v4', allowed: DeepSeek-V3.2 and GLM-5"),
     ],
 )
 def test_what_cannot_be_planned_is_said_in_a_line(

@@ -22,7 +22,7 @@ from fd_dsa.attention.protocol import (
     PromptLimits,
     WrittenLayer,
 )
-from fd_dsa.attention.step_arrays import cache_of, step_inputs
+from fd_dsa.attention.step_arrays import step_inputs
 from fd_dsa.device.allocation import Allocate
 from fd_dsa.distributed import Group
 from fd_dsa.errors import ConfigError, KernelUnavailable, MissingStepError
@@ -360,3 +360,18 @@ class DSAAttentionBackend:
         if q.shape[-1] != width:
             check_shape("attend", "q", q, (None, None, width))
         return self.attention.attend(step, q, cache_of(forward_meta, 2 * layer_id), selection)
+
+
+def cache_of(forward_meta: BackendStep, index: int) -> StepArray:
+    """Return entry `index` of `forward_meta.caches`.
+
+    Raises:
+        MissingStepError: the runner has not allocated the cache.
+    """
+    caches = forward_meta.caches
+    if caches is None or caches[index] is None:
+        raise MissingStepError(
+            f"forward_meta.caches[{index}] is None: the runner must allocate the caches "
+            "first, as allocate_caches does"
+        )
+    return caches[index]

@@ -119,12 +119,17 @@ class HostAttention:
     def plan(self, step: ForwardMeta) -> StepPlan:
         """Return the work lists of the step, made for the first layer that needs them."""
         if self._plan is None:
-            self._plan = plan = StepPlan(step, self.config, self._slots)
-            tiles = plan.score_tiles
-            starts = np.array([tile.tokens.start for tile in tiles] + [plan.num_tokens])
-            costs = np.array([len(tile.window) * len(tile.key_slots) for tile in tiles])
-            self._division.divide(starts, costs, sum(len(tile.window) for tile in tiles))
+            self._plan = StepPlan(step, self.config, self._slots)
+            if self._division.is_active:
+                self._divide(self._plan)
         return self._plan
+
+    def _divide(self, plan: StepPlan) -> None:
+        """Divide the score tiles of a step among the ranks."""
+        tiles = plan.score_tiles
+        starts = np.array([tile.tokens.start for tile in tiles] + [plan.num_tokens])
+        costs = np.array([len(tile.window) * len(tile.key_slots) for tile in tiles])
+        self._division.divide(starts, costs, sum(len(tile.window) for tile in tiles))
 
     def write(
         self,

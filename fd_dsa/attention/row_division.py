@@ -32,6 +32,7 @@ class RowDivision:
         index_topk: keys that the indexer selects for a token.
 
     Attributes:
+        is_active: True if long steps are divided.
         bounds: first token of each part, then the end of the last part; None = every rank has all
             tokens.
     """
@@ -39,11 +40,12 @@ class RowDivision:
     def __init__(self, group: Group | None, index_topk: int) -> None:
         self._group, self._index_topk = None, index_topk
         self._min_tokens = divided_min_tokens()
+        self.is_active = False
         self.bounds: list[int] | None = None
         if group is None or not self._min_tokens:
             return
         if group.gathers_rows:
-            self._group = group
+            self._group, self.is_active = group, True
             said = f"divided among ranks from {self._min_tokens} tokens of a step on"
         else:
             said = "on every rank, because the ranks cannot gather rows"

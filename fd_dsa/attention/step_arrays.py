@@ -1,25 +1,10 @@
-"""Arrays that a runner has filled in a step, and the error that names a missing one."""
+"""Arrays that a foreign runner has filled for a step."""
 
 from __future__ import annotations
 
-from fd_dsa.attention.protocol import BackendStep, FilledStep
+from fd_dsa.attention.protocol import FilledStep
 from fd_dsa.errors import MissingStepError
 from fd_dsa.tensor import StepArray
-
-
-def cache_of(forward_meta: BackendStep, index: int) -> StepArray:
-    """Return entry `index` of `forward_meta.caches`.
-
-    Raises:
-        MissingStepError: the runner has not allocated the cache.
-    """
-    caches = forward_meta.caches
-    if caches is None or caches[index] is None:
-        raise MissingStepError(
-            f"forward_meta.caches[{index}] is None: the runner must allocate the caches "
-            "first, as allocate_caches does"
-        )
-    return caches[index]
 
 
 def step_inputs(forward_meta: FilledStep) -> tuple[StepArray, ...]:

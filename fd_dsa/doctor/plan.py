@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fd_dsa.cache_formats import CACHE_FORMATS
 from fd_dsa.config import EngineConfig
-from fd_dsa.errors import ConfigError
+from fd_dsa.errors import ConfigError, flag_error
 
 if TYPE_CHECKING:
     from fd_dsa.models.config import ModelConfig
@@ -56,8 +56,10 @@ def plan(folder: Path, ranks: int, *, allow_unknown: bool = False) -> dict[str, 
         EngineConfig(**options, kv_cache_dtype=kind).on_device("gpu:0") for kind in _CACHES
     ]
     whole = read_config(folder, allow_unknown=allow_unknown)
+    if not isinstance(whole, ModelConfig):
+        hint = "start a server of it with --dry-run on its GPU"
+        raise flag_error("plan", whole.model_type, "DeepSeek-V3.2 and GLM-5", hint)
     caches_class(whole).check_flags(first, whole)
-    assert isinstance(whole, ModelConfig), "other families have no caches on a device"
     fp8, has_weights = quantisable_tensors(whole), any(folder.glob("*.safetensors"))
     if has_weights:
         with open_checkpoint(whole, folder) as checkpoint:

@@ -22,7 +22,7 @@ import paddle
 
 from fd_dsa.attention import DSAAttentionBackend as CoreBackend
 from fd_dsa.attention import StepHints
-from fd_dsa.attention.step_arrays import cache_of
+from fd_dsa.attention.backend import cache_of
 from fd_dsa.errors import ConfigError, MissingStepError
 from fd_dsa.fastdeploy_plugin import steps
 from fd_dsa.fastdeploy_plugin.projections import IndexerProjections, float32, key_norms

@@ -98,8 +98,8 @@ def test_a_probe_is_answered_before_requests_that_came_before_it() -> None:
         released.set()
         assert probe.recv(64).startswith(b"HTTP/1.1 200 ")
         answered, _, _ = select.select(crowd, [], [], 0)
-        # one of the others is answered in each turn of the loop, which opens 8 connections
-        assert len(answered) < 25
+        # more are answered if this thread sleeps after the probe; without a preference all are
+        assert len(answered) < 150
         wait_until(lambda: len(select.select(crowd, [], [], 0)[0]) == 300)
 
 

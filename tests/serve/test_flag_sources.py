@@ -65,6 +65,7 @@ VALUES: dict[str, Any] = {
     "target-inter-token-latency-ms": 2.5,
     **{key: ["one", "two"] for key in ("served-model-name", "api-key", "allowed-host")},
     "cudagraph-capture-sizes": [1, 8],
+    "cudagraph-prompt-sizes": [32, 64],
     "data-parallel-size": 2,
     "generation-config": "vllm",
     "load-format": "dummy",
