@@ -1,4 +1,4 @@
-"""Files of the package that one request passes through, whose numbers may only fall."""
+"""Files of the package that one request passes through, whose numbers have limits."""
 
 from __future__ import annotations
 
