@@ -16,6 +16,10 @@ DEVICE = "tests/gpu_rig/device"
 TIMEOUT_S = 3600
 # tests that take another test's way with another type or composition; a GPU runs all of them
 TWINS = (
+    *(
+        f"test_captured_prompts.py::test_random_steps_are_those_of_eager_ones[{case}]"
+        for case in ("0-dense-0.04", "1-absorbed-1e-05", "1-dense-0.04")
+    ),
     "test_batch_invariance.py::test_answers_do_not_depend_on_company[glm-fp8]",
     "test_batch_invariance.py::test_answers_do_not_depend_on_company[v32-bfloat16]",
     "test_captured_decode.py::test_logits_are_those_of_eager_steps[v32]",
@@ -28,6 +32,7 @@ TWINS = (
     "test_formats.py::test_logits_are_those_of_the_cpu[v32-wide-keys-bfloat16]",
     "test_mtp.py::test_a_step_with_drafts_is_a_few_graphs_one_copy_in_one_out_and_one_wait[one]",
     "test_mtp.py::test_outputs_are_those_without_drafts_and_drafts_those_of_the_cpu[eager]",
+    "test_v4_model.py::test_logits_of_chunks[repeated-experts]",
 )
 # device tests of the first of the two guarded sessions, which take about equally long
 FIRST = (

@@ -168,15 +168,15 @@ def test_logits_and_caches_are_those_of_eager_steps(
 
 @pytest.mark.slow
 @MAKERS
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_random_steps_are_those_of_eager_ones(
     pair: tuple[ModelRunner, ModelRunner], bound: float, seed: int
 ) -> None:
-    for rows, sampled in random_steps(np.random.default_rng(seed), 16):
+    for rows, sampled in random_steps(np.random.default_rng(seed), 10):
         run_both(pair, rows, sampled, bound)
     check_caches(pair, bound)
     steps = pair[1].counters.graph_steps
-    assert steps["prefill"] + steps["mixed"] > 6
+    assert steps["prefill"] + steps["mixed"] > 4
 
 
 def random_steps(rng: np.random.Generator, count: int) -> Iterator[tuple[list[Row], Sequence[int]]]:
