@@ -94,13 +94,15 @@ def test_prompts_attend_in_the_absorbed_form(
     fields: dict[str, Any] = V32 | SIZES | WIDE_KEYS | FP8
     runner = runner_on(folder_of(tmp_path / "model", fields, "fp8"), rig.device)
     assert runner.attn_backends[0].attention.dense_prompts is not None
-    wanted = [run_rows(runner, rows).copy() for rows in STEPS]
+    # a token that decodes attends in the absorbed form beside a prompt
+    steps = [STEPS[0], [*STEPS[1], (1, TOKENS[:4], 0, True)]]
+    wanted = [run_rows(runner, rows).copy() for rows in steps]
     with (
         refusing_to_compile(kernel) as tried,
         caplog.at_level(logging.WARNING, logger="fd_dsa"),
     ):
         runner = runner_on(tmp_path / "model", rig.device)
-        found = [run_rows(runner, rows).copy() for rows in STEPS]
+        found = [run_rows(runner, rows).copy() for rows in steps]
     assert tried == [kernel.__name__]
     for one, other in zip(found, wanted, strict=True):
         assert abs(one - other).max() <= BOUNDS["fp8"] * abs(other).max()
