@@ -181,7 +181,8 @@ class DeviceAttention:
         self._all_slots = self.dense = None
         if step is None:
             return
-        self._division.begin_step(step, lengths)
+        if self._division.is_active:
+            self._division.begin_step(step, lengths)
         dense = self.dense_prompts
         if dense is not None and lengths is not None and step.num_prefill_tokens:
             try:

@@ -59,7 +59,7 @@ class RowDivision:
                 capture, which has only their limits.
         """
         self.bounds = None
-        if self._group is None or step.num_prefill_tokens == 0:
+        if step.num_prefill_tokens == 0:
             return
         if lengths is None or isinstance(lengths, PromptLimits):
             return

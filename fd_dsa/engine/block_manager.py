@@ -224,10 +224,9 @@ class BlockManager:
             self.tier.give(reservation.blocks)
 
     def enqueue_copies(self) -> None:
-        """Enqueue the copies of the host tier before a step."""
+        """Enqueue the copies of the host tier, which must be there, before a step."""
         tier = self.tier
-        if tier is None:
-            return
+        assert tier is not None, "no host tier"
         missing = self._num_ahead - len(self._free) - len(self._saved)
         for _ in range(min(missing, len(self._unowned), MAX_SAVED_PER_STEP)):
             block, _ = self._unowned.popitem(last=False)

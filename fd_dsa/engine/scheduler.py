@@ -167,7 +167,8 @@ class Scheduler:
         if not self._scheduled:
             return None
         drafts = self._choose_drafts(budget) if self._may_draft else {}
-        self._blocks.enqueue_copies()
+        if self._blocks.tier is not None:
+            self._blocks.enqueue_copies()
         self._scheduled.sort(key=_batch_row)
         return ScheduledBatch(self._scheduled, drafts, self._shape.context)
 
