@@ -21,9 +21,9 @@ from fd_dsa.ops.topk import select_positions
 from fd_dsa.runner.input_batch import InputBatch
 from fd_dsa.step import StepHints
 from fd_dsa.tensor import StepArray
-from fd_dsa.v4_attention.pools import LayerPools, allocate_pools
+from fd_dsa.v4_attention.pools import LayerPools, allocate_pools, prepare_sizes
 from fd_dsa.v4_attention.step import Tile, V4Step
-from fd_dsa.v4_prepare import V4Prepare, V4PrepareConfig
+from fd_dsa.v4_prepare import V4Prepare
 
 
 class V4AttentionBackend:
@@ -47,26 +47,8 @@ class V4AttentionBackend:
         self._layout = config.cache_layout("float32", batch.block_size)
         self._num_heads = config.num_attention_heads
         self._topk, self._width = config.index_topk, config.head_dim
-        max_blocks = batch.block_tables.shape[1]
         self._num_slots = batch.max_num_seqs
-        sizes = V4PrepareConfig(
-            window_size=config.sliding_window,
-            spec_tokens=0,
-            block_size=batch.block_size,
-            csa_ratio=config.compress_rates[CSA],
-            hca_ratio=max(config.compress_rates.values()),
-            index_topk=config.index_topk,
-            num_slots=batch.max_num_seqs,
-            num_blocks=num_blocks,
-            max_blocks_per_seq=max_blocks,
-            max_num_seqs=batch.max_num_seqs,
-            max_num_tokens=batch.max_num_tokens,
-            max_tokens_per_seq=batch.max_num_tokens,
-            max_model_len=max_blocks * batch.block_size,
-            swa="paged",
-            # the rows of entries come from the block table, also for the indexer's scan
-            hca_mode="table",
-        )
+        sizes = prepare_sizes(config, batch, num_blocks, "paged")
         self._comp_base = sizes.comp_base
         self._prepare = V4Prepare(sizes, "numpy")
         self._slots = np.arange(batch.max_num_seqs, dtype=np.int32)

@@ -42,7 +42,7 @@ from fd_dsa.ops.v4_write_kernels import (
 from fd_dsa.runner.input_batch import InputBatch
 from fd_dsa.step import ForwardMeta, StepHints
 from fd_dsa.tensor import StepArray, Tensor
-from fd_dsa.v4_attention.device_memory import num_scores, prepare_sizes
+from fd_dsa.v4_attention.device_memory import device_sizes, num_scores
 from fd_dsa.v4_attention.device_pools import DeviceLayout, DevicePools
 from fd_dsa.v4_prepare import V4Arrays, V4Prepare
 
@@ -99,7 +99,7 @@ class V4DeviceBackend:
         self._config, self._batch = config, batch
         self._allocate = allocate = allocate or paddle_allocator(device)
         self._layout = DeviceLayout(config, dtype, batch.block_size)
-        self._prepare = V4Prepare(prepare_sizes(config, batch, num_blocks), device)
+        self._prepare = V4Prepare(device_sizes(config, batch, num_blocks), device)
         self._slots = np.arange(batch.max_num_seqs, dtype=np.int32)
         width, longest = config.qk_rope_head_dim, batch.max_row_len
         # angles of layers with entries, then of window-only layers

@@ -1,12 +1,16 @@
-"""Memory of the pools of DeepSeek-V4's layers."""
+"""Memory of the pools of DeepSeek-V4's layers, and sizes of the index arrays of a step."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
 from fd_dsa.cache_formats import V4CacheLayout
+from fd_dsa.models.deepseek_v4.config import CSA, HCA, DeepseekV4Config
+from fd_dsa.runner.input_batch import InputBatch
+from fd_dsa.v4_prepare import V4PrepareConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,3 +41,33 @@ def allocate_pools(layout: V4CacheLayout, num_blocks: int, num_rows: int) -> lis
         LayerPools(**{name: np.zeros(shape, np.float32) for name, shape in shapes.items()})
         for shapes in layout.shapes(num_blocks, num_rows)
     ]
+
+
+def prepare_sizes(
+    config: DeepseekV4Config, batch: InputBatch, num_blocks: int, swa: Literal["ring", "paged"]
+) -> V4PrepareConfig:
+    """Return the sizes of the index arrays of a step.
+
+    Args:
+        num_blocks: blocks of the pools, of `batch.block_size` tokens.
+        swa: place of window keys, see V4PrepareConfig.
+    """
+    columns = batch.block_tables.shape[1]
+    return V4PrepareConfig(
+        window_size=config.sliding_window,
+        spec_tokens=0,
+        block_size=batch.block_size,
+        csa_ratio=config.compress_rates[CSA],
+        hca_ratio=config.compress_rates[HCA],
+        index_topk=config.index_topk,
+        num_slots=batch.max_num_seqs,
+        num_blocks=num_blocks,
+        max_blocks_per_seq=columns,
+        max_num_seqs=batch.max_num_seqs,
+        max_num_tokens=batch.max_num_tokens,
+        max_tokens_per_seq=batch.max_num_tokens,
+        max_model_len=columns * batch.block_size,
+        swa=swa,
+        # the rows of entries come from the block table, also for the indexer's scan
+        hca_mode="table",
+    )
