@@ -44,7 +44,7 @@ class Engine(gpu_engine.Engine):
         return self._capture_s
 
     def begin(self, rows: int, context: int, prefix: int, new: int) -> dict[str, int]:
-        """Let answers decode, and cache the tokens that all prompts begin with.
+        """Start answers that decode, and cache the tokens that all prompts begin with.
 
         Args:
             rows: number of answers.

@@ -68,7 +68,7 @@ class HostIpc:
 
 
 class HostNccl:
-    """NCCL's calls among threads; sums float32 and bfloat16.
+    """NCCL's calls among threads, with sums of float32 and bfloat16.
 
     Attributes:
         reduced: number of values of each sum.

@@ -54,7 +54,7 @@ class Device:
 
 
 def timed(device: Device) -> LLMEngine:
-    """Let each step of the runner move the clock of its device."""
+    """Make each step of the runner move the clock of its device."""
     runner = device.engine.runner
     execute = runner.execute_model
 

@@ -170,7 +170,7 @@ def compressed(*, symmetric: bool, size: int = 128) -> Any:
 
 
 def w4afp8(rng: np.random.Generator, shape: tuple[int, ...]) -> Packed:
-    """Two's complement, two columns a byte with the first one low; bfloat16 scales of 128."""
+    """Pack two's complement, two columns a byte, the first one low, with bfloat16 scales of 128."""
     codes, _, scales = draw(rng, shape, 128)
     packed = (codes[:, 0::2] | (codes[:, 1::2] << 4)).astype(np.uint8)
     row, column = places(shape)
@@ -188,7 +188,7 @@ def w4afp8(rng: np.random.Generator, shape: tuple[int, ...]) -> Packed:
 
 
 def nvfp4(codes_end: str, global_end: str, input_end: str, *, divides: bool) -> Any:
-    """e2m1 codes, two a byte with the first one low; e4m3 scales of 16; one float32 scale."""
+    """Return a writer of NVFP4: e2m1 codes, e4m3 scales of 16, and one float32 scale."""
 
     def quantise(rng: np.random.Generator, shape: tuple[int, ...]) -> Packed:
         codes = rng.integers(0, 16, shape)

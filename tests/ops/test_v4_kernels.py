@@ -191,7 +191,7 @@ class Attended:
         return int(block * self.per_block + entry % self.per_block)
 
     def wanted(self, token: int, selects: bool | None) -> np.ndarray:
-        """float64 [heads, width]; `selects` None = no entries."""
+        """Return float64 [heads, width], without entries if `selects` is None."""
         row, position = self.rows[token], self.positions[token]
         if row < 0:
             return np.zeros_like(self.exact_q[token])
@@ -233,7 +233,7 @@ def test_attention(
 
 @pytest.mark.parametrize("score", ["sigmoid", "sqrtsoftplus"])
 def test_experts_by_token_id(score: str, paddle_memory: KernelMemory) -> None:
-    """An expert that a row of the table names twice counts twice; padding has none."""
+    """An expert that a row of the table names twice counts twice, and padding has none."""
     m, rng = paddle_memory, np.random.default_rng(0)
     logits = rng.standard_normal((4, 6)).astype(np.float32) * 20
     table = np.array([[0, 3, 5], [2, 2, 4], [1, 1, 1]], np.int32)

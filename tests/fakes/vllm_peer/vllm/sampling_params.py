@@ -5,7 +5,7 @@ from enum import Enum
 
 
 class RequestOutputKind(Enum):
-    """What an output of a request holds."""
+    """Content of an output of a request."""
 
     CUMULATIVE = 0
     DELTA = 1
