@@ -53,6 +53,8 @@ BENCHMARKS = {
 """Module -> its time limit, seconds, in the order of their importance."""
 _ENGINE = {
     "gpu_engine": ("gpu_engine --rig --out {out}", 220),
+    "mixed_steps": ("mixed_steps --rig --out {out}", 240),
+    "host_tier": ("host_tier --rig --out {out}", 240),
     "gpu_engine_peer": ("gpu_engine --earlier --peer {vllm} --out {out}", 340),
     "speculative_gpu": ("speculative_gpu --rig --out {out}", 380),
     "speculative": ("speculative --rig --rounds 2 --out {out}", 240),
