@@ -82,6 +82,23 @@ def _compared(figure: Figure, sides: Mapping[str, Mapping[str, Any]]) -> dict[st
     return found | ({"peer_taken": sides[PEER]["taken"]} if PEER in sides else {})
 
 
+def gaps_of(loads: Iterable[Mapping[str, Any]], target_ms: float) -> list[dict[str, Any]]:
+    """Return our p99 of the gaps between two tokens beside the target of each load.
+
+    The ratio is above 1 where gaps stay below the target.
+
+    Args:
+        loads: as for `cases_of`.
+        target_ms: `--target-inter-token-latency-ms` of our server.
+    """
+    found = []
+    for load in loads:
+        gap_ms = load["sides"][OURS]["gap_ms"]["p99"]
+        gaps = {"load": load["load"], "target": "P36", "target_ms": target_ms, "p99_ms": gap_ms}
+        found.append(gaps | {"ratio": _ratio(target_ms, gap_ms)})
+    return found
+
+
 def _ratio(value: Any, divisor: Any) -> float | None:
     """Return the ratio of two figures, or None without one of them or with a divisor of 0."""
     return None if value is None or not divisor else float(value / divisor)
@@ -126,6 +143,7 @@ def put(
         loads.values(), key=lambda one: (order.index(one["lengths"]), one["rate"])
     )
     result["cases"] = cases_of(result["loads"], result["ranks"])
+    result["gaps"] = gaps_of(result["loads"], result["target_ms"])
 
 
 def refuse_others(result: Mapping[str, Any], arrivals: Mapping[Load, Path]) -> None:

@@ -217,6 +217,9 @@ def test_a_dry_run_compares_both_sides(tmp_path: Path) -> None:
     first = cases["first token p50"]
     assert (first["target"], first["unit"]) == ("P35", "ms")
     assert first["ratio"] == pytest.approx(first["peer_value"] / first["ours_value"])
+    (gaps,) = result["gaps"]
+    assert gaps["target_ms"] == 200 and gaps["p99_ms"] == ours["gap_ms"]["p99"]
+    assert gaps["ratio"] == pytest.approx(200 / gaps["p99_ms"])
     # the peer alone, a few seconds later
     before = first["peer_taken"]["taken"]
     assert load.main([*flags, "--peer", str(PEER), "--earlier"]) == 0

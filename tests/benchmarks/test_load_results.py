@@ -25,6 +25,7 @@ def result(**changes: Any) -> dict[str, Any]:
     """A result without loads."""
     env = ENV | {"cpu": "EPYC", "cpus": 16}
     fresh = {"name": "load", "env": env, "tier": "T1p", "cases": [], "loads": [], "start_s": {}}
+    fresh["target_ms"] = 200.0
     return copy.deepcopy(fresh | SHAPE | changes)
 
 
@@ -69,6 +70,19 @@ def test_a_ratio_above_1_means_that_ours_is_better(arrivals: Path) -> None:
     assert (first["ours_value"], first["peer_value"], first["unit"]) == (20.0, 30.0, "ms")
     # the gap has no target
     assert [name for name, case in cases.items() if not case["target"]] == ["gap p99"]
+
+
+def test_gaps_below_the_target_have_a_ratio_above_1(arrivals: Path) -> None:
+    found = result()
+    for load, ms in ((CHAT, 80.0), (SHORT, 125.0)):
+        put(found, load, arrivals, OURS, side(ms))
+    gaps = {one["load"]: (one["p99_ms"], one["ratio"]) for one in found["gaps"]}
+    assert gaps == {"chat, 8/s": (160.0, 1.25), "short, 8/s": (250.0, 0.8)}
+    assert {one["target_ms"] for one in found["gaps"]} == {200.0}
+    # no answer had two tokens
+    empty = side(1.0) | {"gap_ms": {"p50": None, "p99": None}}
+    put(found, CHAT, arrivals, OURS, empty)
+    assert found["gaps"][0]["ratio"] is None
 
 
 def test_several_gpus_have_a_target_of_their_own(arrivals: Path) -> None:
