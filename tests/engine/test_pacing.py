@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 
 from fd_dsa.engine.engine import LLMEngine
@@ -41,6 +42,25 @@ def timed_engine(
     return engine
 
 
+class NoisyClock:
+    """Clock of an engine that its steps advance, by times that vary by a twentieth.
+
+    Attributes:
+        now: time after the steps so far, seconds.
+    """
+
+    def __init__(self, engine: LLMEngine, rng: np.random.Generator) -> None:
+        self._engine, self._rng, self._num_timed, self.now = engine, rng, 0, 0.0
+
+    def __call__(self) -> float:
+        """Return the time, with the steps since the last call."""
+        steps = self._engine.runner.steps
+        for step in steps[self._num_timed :]:
+            self.now += seconds_of(step) * self._rng.uniform(0.95, 1.05)
+        self._num_timed = len(steps)
+        return self.now
+
+
 def prompt_tokens(step: Step) -> int:
     """Tokens of prompts in a step."""
     return sum(tokens for tokens, _, is_prompt in step.values() if is_prompt)
@@ -68,6 +88,31 @@ def test_every_gap_of_a_stream_keeps_the_target_while_a_prompt_is_computed() -> 
     assert max(map(seconds_of, steps)) <= TARGET_S
     # as much as fits, not as little as is safe
     assert sum(map(prompt_tokens, steps)) / len(steps) > 48
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_the_p99_of_gaps_keeps_the_target_under_random_arrivals(seed: int) -> None:
+    rng, engine = np.random.default_rng(seed), timed_engine()
+    clock = engine.clock = NoisyClock(engine, rng)
+    arrivals = np.cumsum(rng.exponential(0.5, 60)).tolist()
+    # time of the newest token of each request
+    newest: dict[str, float] = {}
+    gaps, num_mixed = [], 0
+    while arrivals or engine.has_unfinished_requests():
+        if not engine.has_unfinished_requests():
+            clock.now = max(clock.now, arrivals[0])
+        while arrivals and arrivals[0] <= clock.now:
+            prompt = rng.integers(2, 40, int(rng.integers(20, 900))).tolist()
+            engine.add_request(str(arrivals.pop(0)), prompt, greedy(int(rng.integers(2, 60))))
+        outputs = engine.step()
+        kinds = {is_prompt for _, _, is_prompt in engine.runner.steps[-1].values()}
+        num_mixed += len(kinds) == 2
+        for output in outputs:
+            if before := newest.get(output.request_id):
+                gaps.append(clock() - before)
+            newest[output.request_id] = clock()
+    assert num_mixed > 50 and len(gaps) > 1000
+    assert np.percentile(gaps, 99) <= TARGET_S
 
 
 def test_without_a_target_a_step_takes_all_that_fits() -> None:
