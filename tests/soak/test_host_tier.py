@@ -11,6 +11,7 @@ import pytest
 from fd_dsa.engine.block_manager import BlockManager
 from fd_dsa.engine.host_tier import HostTier
 from tests.soak.host_tier import run_histories
+from tests.soak.planted import Defect, check_it_is_found
 
 
 def check_counts(first: int, count: int) -> None:
@@ -73,9 +74,5 @@ def _keeps_what_is_freed(original: Callable[..., Any]) -> Callable[..., Any]:
         (BlockManager, "free", _keeps_what_is_freed),
     ],
 )
-def test_a_planted_defect_is_found(
-    owner: type, name: str, defect: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(owner, name, defect(getattr(owner, name)))
-    with pytest.raises((AssertionError, IndexError, KeyError, ValueError)):
-        run_histories(first=0, count=200)
+def test_a_planted_defect_is_found(owner: type, name: str, defect: Defect) -> None:
+    check_it_is_found(run_histories, owner, name, defect)

@@ -1,0 +1,28 @@
+"""Defects planted in the engine, which random histories must find."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+Defect = Callable[[Callable[..., Any]], Callable[..., Any]]
+"""Makes a method with a defect from the right method."""
+
+
+def check_it_is_found(
+    run_histories: Callable[[int, int], Counter[str]], owner: type, name: str, defect: Defect
+) -> None:
+    """Check that one of 200 histories fails with a defect in a method.
+
+    Args:
+        run_histories: runs the histories from a first number on.
+        owner: class of the method.
+        name: name of the method.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, defect(getattr(owner, name)))
+        with pytest.raises((AssertionError, IndexError, KeyError, ValueError)):
+            run_histories(0, 200)
