@@ -47,12 +47,15 @@ def sparse_steps(batch: InputBatch, max_dense_keys: int) -> list[list[TrialRow]]
     return [*steps, *([row] for row in decodes)]
 
 
-def dense_steps(batch: InputBatch, max_dense_keys: int) -> Iterator[list[TrialRow]]:
+def dense_steps(
+    batch: InputBatch, max_dense_keys: int, max_drafts: int = 0
+) -> Iterator[list[TrialRow]]:
     """Yield steps of many sizes. Each changes one or two of the numbers that select forms.
 
     Args:
         batch: its limits bound the steps.
         max_dense_keys: longest row whose tokens attend to all keys.
+        max_drafts: maximum number of drafts of a row that decodes.
     """
     longest, max_tokens = batch.max_row_len, batch.max_num_tokens
     max_rows = min(batch.max_num_seqs, max_tokens)
@@ -72,12 +75,26 @@ def dense_steps(batch: InputBatch, max_dense_keys: int) -> Iterator[list[TrialRo
     if max_rows > 1:
         for n in _sizes(min(max_tokens - 1, longest)):
             yield [TrialRow(1, cached, False), TrialRow(n, 0, True)]
-    # rows that decode, by their number of keys: alone, and beside a prompt
-    for rows, keys in product(_at_powers(max_rows), (*_at_powers(max(cached, 1)), cached + 1)):
-        decode = [TrialRow(1, keys - 1, False)] * rows
-        yield decode
-        if rows < max_rows:
-            yield [*decode, _ONE_PROMPT_TOKEN]
+    # rows that decode, by their numbers of tokens and of keys: alone, and beside a prompt
+    of_row = 1 + max_drafts
+    alone, beside = min(max_rows * of_row, max_tokens), min((max_rows - 1) * of_row, max_tokens - 1)
+    # of one row, any number
+    sizes = sorted({*_at_powers(alone), *range(1, of_row + 1)})
+    for n, keys in product(sizes, (*_at_powers(max(cached, 1)), cached + 1)):
+        yield _decode_rows(n, keys, max_rows)
+        if n <= beside:
+            yield [*_decode_rows(n, keys, max_rows - 1), _ONE_PROMPT_TOKEN]
+
+
+def _decode_rows(num_tokens: int, keys: int, max_rows: int) -> list[TrialRow]:
+    """Return rows that decode some tokens, with drafts only if there are more tokens than rows.
+
+    Args:
+        keys: length of each row after the step. A row with more tokens is longer.
+    """
+    each, num_longer = divmod(num_tokens, rows := min(num_tokens, max_rows))
+    sizes = [each + 1] * num_longer + [each] * (rows - num_longer)
+    return [TrialRow(n, max(keys - n, 0), False) for n in sizes]
 
 
 def _selected(batch: InputBatch, max_dense_keys: int) -> int:

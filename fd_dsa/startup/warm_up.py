@@ -85,7 +85,8 @@ def compile_forms(runner: ModelRunner) -> None:
     The forms of a kernel depend on the tokens of a step and on the keys of its rows. Some also
     depend on the number of tokens that select their keys.
     """
-    steps = dense_steps(runner.input_batch, runner.model.config.max_dense_keys)
+    max_dense_keys = runner.model.config.max_dense_keys
+    steps = dense_steps(runner.input_batch, max_dense_keys, runner.max_drafts)
     if runner.device_steps is not None:
         runner.set_parameters(0, RowParameters())
     with runner.model.one_layer_of_each_kind():

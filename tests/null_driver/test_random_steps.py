@@ -17,7 +17,11 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("seed", range(8))
+# one row, whose drafts alone make attention see more than one token that decodes
+ONE_ROW_WITH_DRAFTS = 119
+
+
+@pytest.mark.parametrize("seed", [*range(8), ONE_ROW_WITH_DRAFTS])
 def test_no_kernel_is_compiled_after_the_start(tmp_path: Path, seed: int) -> None:
     pytest.importorskip("paddle")
     printed = run_module(tmp_path, "tests.null_driver.random_steps", str(seed))
