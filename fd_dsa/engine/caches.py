@@ -56,8 +56,6 @@ class DSACaches:
             hint = "give --device cpu, or serve the model's FP8 or bfloat16 checkpoint"
             raise flag_error("device", config.device, f"cpu with weights in {title}", hint)
         model_config.cache_layout(config.kv_cache_dtype, config.block_size)
-        if config.tensor_parallel_size > 1:
-            _refuse_offload(config, "with --tensor-parallel-size above 1")
         if not config.enable_prefix_caching:
             _refuse_offload(config, "without prefix caching")
 

@@ -14,15 +14,15 @@ class HostBlockStore:
     """BlockStore in memory beside the caches of a CPU.
 
     Args:
-        caches: caches of all layers, [num_blocks, ...] each; None is skipped.
+        caches: caches of all layers, [num_blocks, ...] each.
         num_slots: number of blocks that the memory holds.
     """
 
     overlaps = False
 
-    def __init__(self, caches: Sequence[StepArray | None], num_slots: int) -> None:
+    def __init__(self, caches: Sequence[StepArray], num_slots: int) -> None:
         self.num_slots, self.num_done = num_slots, 0
-        self._caches = [_by_block(as_numpy(cache)) for cache in caches if cache is not None]
+        self._caches = [_by_block(as_numpy(cache)) for cache in caches]
         # the system provides each page when it is first written
         self._slots = [np.empty((num_slots, cache.shape[1]), np.uint8) for cache in self._caches]
 

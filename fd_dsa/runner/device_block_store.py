@@ -26,8 +26,9 @@ class DeviceBlockStore:
     """BlockStore in page-locked memory, whose copies overlap with steps. One thread at a time.
 
     Args:
-        caches: caches of all layers on one device, [num_blocks, ...] each; None is skipped.
+        caches: caches of all layers on one device, [num_blocks, ...] each.
         num_slots: number of blocks that the memory holds.
+        own: the caches that are copied, which may be none.
 
     Raises:
         DeviceError: the driver cannot lock so much memory.
@@ -35,10 +36,10 @@ class DeviceBlockStore:
 
     overlaps = True
 
-    def __init__(self, caches: Sequence[Tensor | None], num_slots: int) -> None:
+    def __init__(self, caches: Sequence[Tensor], num_slots: int, own: slice = slice(None)) -> None:
         self.num_slots = num_slots
-        self._caches = [cache for cache in caches if cache is not None]
-        self._transfers = transfers = transfers_for(self._caches[0])
+        self._transfers = transfers = transfers_for(caches[0])
+        self._caches = caches[own]
         self._sizes = [_bytes_of_block(cache) for cache in self._caches]
         self._slots = [
             transfers.host_buffer(num_slots * size, is_cleared=False) for size in self._sizes

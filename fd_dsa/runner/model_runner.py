@@ -19,7 +19,7 @@ from fd_dsa.ops.sampling.token_buffer import TokenBuffer
 from fd_dsa.runner.counters import StepCounters
 from fd_dsa.runner.input_batch import NO_SAMPLING, InputBatch, SamplingInputs, StepInputs
 from fd_dsa.runner.model_protocol import Model
-from fd_dsa.runner.protocol import RunnerInfo, StepFuture
+from fd_dsa.runner.protocol import BlockStore, RunnerInfo, StepFuture
 from fd_dsa.runner.selections import Selections
 from fd_dsa.runner.step import Step
 from fd_dsa.runner.step_graphs import GraphEntry, GraphKey, StepGraphs
@@ -76,6 +76,7 @@ class ModelRunner:
         forward_meta: newest step, with its logits and hidden states; None before the first one.
         counters: counts of the steps that were run.
         graphs: captured steps; None if all steps are eager.
+        block_store: host memory for prefix blocks; None without it.
         device_steps: inputs and sampling on a device; None on a CPU.
         graph_key: sizes of the graph that the newest step replayed; None after an eager step.
     """
@@ -101,6 +102,7 @@ class ModelRunner:
         self.attn_backends: list[AttentionBackend] = [backend]
         self.caches = backend.allocate_caches(config.has_indexer)
         self.forward_meta: Step | None = None
+        self.block_store: BlockStore | None = None
         self.counters = StepCounters()
         self.graphs: StepGraphs | None = None
         self.graph_key: GraphKey | None = None

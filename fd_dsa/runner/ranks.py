@@ -18,6 +18,7 @@ from fd_dsa.ops.sampling.parameters import RowParameters
 from fd_dsa.runner.input_batch import SamplingInputs
 from fd_dsa.runner.model_runner import ModelRunner
 from fd_dsa.runner.protocol import OtherRanks, RunnerInfo, StepFuture
+from fd_dsa.runner.rank_blocks import SentBlockStore, make_calls
 
 
 class DriverRunner(ModelRunner):
@@ -28,6 +29,7 @@ class DriverRunner(ModelRunner):
     """
 
     ranks: OtherRanks | None = None
+    _sent_store: SentBlockStore | None = None
 
     @property
     def info(self) -> RunnerInfo:
@@ -35,8 +37,10 @@ class DriverRunner(ModelRunner):
         return replace(super().info, ranks=self.ranks)
 
     def lead(self, ranks: OtherRanks) -> None:
-        """Send every later step to the other ranks."""
+        """Send every later step to the other ranks, and the copies of blocks before it."""
         self.ranks = ranks
+        if self.block_store is not None:
+            self.block_store = self._sent_store = SentBlockStore(self.block_store)
         self.input_batch.begin_changes()
 
     def set_parameters(
@@ -98,10 +102,14 @@ class DriverRunner(ModelRunner):
             yield
             return
         state = self.input_batch.state() if has_step else None
-        with self.ranks.step(pickle.dumps((name, arguments, state), pickle.HIGHEST_PROTOCOL)):
+        store = self._sent_store if has_step else None
+        message = name, arguments, state, store.calls if store else ()
+        with self.ranks.step(pickle.dumps(message, pickle.HIGHEST_PROTOCOL)):
             if has_step:
                 # not before, because a message that is not sent leaves its changes for the next one
                 self.input_batch.begin_changes()
+            if store is not None:
+                store.run()
             yield
 
 
@@ -145,9 +153,11 @@ class WorkerRunner(ModelRunner):
             "draft": self.draft,
         }
         while True:
-            name, arguments, state = pickle.loads(receive())
+            name, arguments, state, copies = pickle.loads(receive())
             if state is not None:
                 self.input_batch.restore(state)
+            if self.block_store is not None:
+                make_calls(self.block_store, copies)
             calls[name](*arguments)
 
     def run(self, logits_indices: np.ndarray) -> None:

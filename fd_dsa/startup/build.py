@@ -16,7 +16,7 @@ from fd_dsa.engine.prompt_lookup import PromptLookup
 from fd_dsa.engine.speculation import ArbitraryDrafter, Drafter, SpecDecoder
 from fd_dsa.engine.step_times import StepTable
 from fd_dsa.errors import RankError, describe_error
-from fd_dsa.startup.host_tier import add_host_tier
+from fd_dsa.startup.host_tier import add_host_tier, make_block_store
 from fd_dsa.startup.load import load_model
 from fd_dsa.startup.measure import measure_step_costs, measure_step_table
 from fd_dsa.startup.plan import EnginePlan, make_plan
@@ -87,7 +87,8 @@ def _build(config: EngineConfig, ranks: Ranks | None, progress: StartupProgress)
     )
     engine = make_engine(spec_decoder=_make_spec_decoder(runner, plan, make_engine))
     engine.block_manager.shares_blocks = plan.caches.shares_blocks
-    add_host_tier(engine, runner, plan)
+    if runner.block_store is not None:
+        add_host_tier(engine, runner.block_store, plan)
     engine.grammars.prepare()
     engine.metrics.cache_config["cache_dtype"] = plan.config.kv_cache_dtype
     if ranks is not None:
@@ -118,6 +119,7 @@ def build_runner(
     progress.done(warm_up(runner, plan))
     if group is not None:
         group.barrier()
+    runner.block_store = make_block_store(runner, plan, group)
     return runner
 
 

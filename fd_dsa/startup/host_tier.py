@@ -1,13 +1,18 @@
-"""Host memory for evicted prefix blocks, added to an engine at its start."""
+"""Host memory for evicted prefix blocks, taken at the start of an engine."""
 
 from __future__ import annotations
 
 import logging
+import math
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from fd_dsa.distributed.host import HostGroup
 from fd_dsa.engine.engine import LLMEngine
 from fd_dsa.engine.host_tier import HostTier
 from fd_dsa.errors import DeviceError
+from fd_dsa.ops.arrays import as_numpy
 from fd_dsa.startup.plan import EnginePlan
 
 if TYPE_CHECKING:
@@ -16,16 +21,39 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# bytes of a reason that ranks exchange
+_REASON_BYTES = 256
 
-def add_host_tier(engine: LLMEngine, runner: ModelRunner, plan: EnginePlan) -> None:
-    """Make an engine keep evicted prefix blocks in host memory, if the plan has some."""
+
+def make_block_store(
+    runner: ModelRunner, plan: EnginePlan, group: HostGroup | None
+) -> BlockStore | None:
+    """Take this rank's host memory for prefix blocks, page-locked for a device.
+
+    Args:
+        group: ranks that share the model, each of which makes this call now; None = one rank.
+
+    Returns:
+        None without such memory in the plan, or if a rank cannot have it. The log has the reason.
+    """
     if not plan.memory.num_host_blocks:
-        return
+        return None
+    store, reason = None, ""
     try:
-        store = _make_store(runner, plan)
+        store = _take(runner, plan)
     except DeviceError as error:
-        logger.warning("--kv-offload-bytes: %s; no prefix block is kept in host memory", error)
-        return
+        reason = str(error)
+    if group is not None:
+        reason = _first_reason(reason, group)
+    if not reason:
+        return store
+    if group is None or group.rank == 0:
+        logger.warning("--kv-offload-bytes: %s; no prefix block is kept in host memory", reason)
+    return None
+
+
+def add_host_tier(engine: LLMEngine, store: BlockStore, plan: EnginePlan) -> None:
+    """Make an engine keep evicted prefix blocks in host memory."""
     blocks, num_ahead = engine.block_manager, 0
     if store.overlaps:
         # the longest prompt gets all its blocks at once
@@ -35,13 +63,42 @@ def add_host_tier(engine: LLMEngine, runner: ModelRunner, plan: EnginePlan) -> N
     engine.metrics.cache_config["num_cpu_blocks"] = str(store.num_slots)
 
 
-def _make_store(runner: ModelRunner, plan: EnginePlan) -> BlockStore:
-    """Take the host memory, page-locked for a device."""
-    num_slots = plan.memory.num_host_blocks
+def _take(runner: ModelRunner, plan: EnginePlan) -> BlockStore:
+    """Take the memory of this rank.
+
+    Raises:
+        DeviceError: the driver cannot lock it, or the ranks cannot gather blocks.
+    """
+    num_slots, group = plan.memory.num_host_blocks, runner.model.group
+    caches = [cache for cache in runner.caches if cache is not None]
+    # in the runner's order a layer's latents and smaller index keys take turns, so of two ranks one
+    # would get all latents
+    caches.sort(key=lambda cache: math.prod(cache.shape))
+    own = slice(None) if group is None else slice(group.rank, None, group.size)
+    store: BlockStore
     if plan.device == "cpu":
         from fd_dsa.runner.block_store import HostBlockStore
 
-        return HostBlockStore(runner.caches, num_slots)
-    from fd_dsa.runner.device_block_store import DeviceBlockStore
+        caches = [as_numpy(cache) for cache in caches]
+        store = HostBlockStore(caches[own], num_slots)
+    else:
+        from fd_dsa.runner.device_block_store import DeviceBlockStore
 
-    return DeviceBlockStore(runner.caches, num_slots)
+        if group is not None and not group.gathers_rows:
+            raise DeviceError("the ranks cannot gather blocks")
+        store = DeviceBlockStore(caches, num_slots, own)
+    if group is None:
+        return store
+    from fd_dsa.runner.rank_blocks import DividedBlockStore
+
+    return DividedBlockStore(store, caches, group)
+
+
+def _first_reason(reason: str, group: HostGroup) -> str:
+    """Return the reason of the first rank that has one, "" without any."""
+    text = reason.encode()[:_REASON_BYTES].ljust(_REASON_BYTES)
+    for rank, row in enumerate(group.all_gather(np.frombuffer(text, np.uint8))):
+        given = row.tobytes().decode(errors="replace").strip()
+        if given:
+            return f"rank {rank}: {given}"
+    return ""

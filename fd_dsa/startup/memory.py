@@ -43,7 +43,7 @@ class MemoryPlan:
         num_blocks: number of cache blocks.
         block_size: tokens of a block.
         max_model_len: longest prompt plus output, tokens.
-        num_host_blocks: number of prefix blocks in host memory in addition.
+        num_host_blocks: number of prefix blocks in host memory in addition, on all ranks together.
     """
 
     weight_bytes: int
@@ -138,22 +138,25 @@ def plan_memory(
     Without them there are enough for `max_num_seqs` sequences of full length, if the memory that
     weights and graphs leave holds as many. Unless `takes_all`, blocks take at most half of that
     memory, and at most 4 GiB or one sequence of full length. `kv_offload_bytes` is host memory in
-    addition, which a CPU takes from the same memory.
+    addition, in equal parts on all ranks. A CPU takes it from the same memory.
 
     Args:
         weight_bytes, bytes_per_block, max_model_len, graph_bytes, state_bytes: as in MemoryPlan.
-        free_bytes: memory for weights, graphs and caches together; None = ask the system.
+        free_bytes: memory of a rank for weights, graphs and caches together; None = ask the
+            system.
         takes_all: True if no other process needs the memory.
 
     Raises:
         ConfigError: weights and caches do not fit in the free memory, or the caches do not hold
             one sequence of full length. Also if host blocks do not fit in free host memory.
     """
-    num_host_blocks = _host_blocks(config, bytes_per_block, None if takes_all else free_bytes)
+    num_ranks = config.tensor_parallel_size
     if free_bytes is None:
         free_bytes = available_memory_bytes()
+    free_on_host = None if takes_all else free_bytes * num_ranks
+    num_host_blocks = _host_blocks(config, bytes_per_block, free_on_host)
     if not takes_all:
-        free_bytes -= num_host_blocks * bytes_per_block
+        free_bytes -= -(-num_host_blocks * bytes_per_block // num_ranks)
     needed_blocks = -(-max_model_len // config.block_size)
     # None = no flag sets the size of the caches
     flag = None

@@ -57,7 +57,7 @@ class HeldStore(HostBlockStore):
 def engine_with(num_slots, num_blocks=7, kind=HostBlockStore, num_ahead=0, **sizes):
     """An engine whose caches hold one prompt and a little more, and its store."""
     engine = make_engine(num_blocks=num_blocks, max_num_batched_tokens=32, **sizes)
-    store = kind([engine.runner.cache, None], num_slots)
+    store = kind([engine.runner.cache], num_slots)
     engine.block_manager.use_host_tier(HostTier(store), num_ahead)
     return engine, store
 

@@ -30,18 +30,18 @@ class Cache(LateTensor):
 
 
 def test_a_cpu_copies_all_caches_of_neighbouring_blocks_at_once() -> None:
-    caches = [np.arange(24, dtype=np.float32).reshape(6, 1, 2, 2), None]
-    caches.append(np.arange(18, dtype=np.int16).reshape(6, 3))
-    before = [None if cache is None else cache.copy() for cache in caches]
+    floats = np.arange(24, dtype=np.float32).reshape(6, 1, 2, 2)
+    caches = [floats, np.arange(18, dtype=np.int16).reshape(6, 3)]
+    before = [cache.copy() for cache in caches]
     store = HostBlockStore(caches, NUM_SLOTS)
     store.begin()
     store.copy(False, 1, 2, 3)
     store.end(3)
     assert store.num_done == 3 and not store.overlaps
-    for cache in (caches[0], caches[2]):
+    for cache in caches:
         cache[:] = 0
     store.copy(True, 4, 3, 2)
-    for cache, old in ((caches[0], before[0]), (caches[2], before[2])):
+    for cache, old in zip(caches, before, strict=True):
         assert (cache[4:] == old[2:4]).all() and not cache[:4].any()
 
 
@@ -57,7 +57,7 @@ def made(library: LateLibrary) -> tuple[DeviceBlockStore, list[Cache], int]:
     caches = [Cache((NUM_BLOCKS, width), "int32") for width in (3, 5)]
     for cache in caches:
         cache.values[:] = np.arange(NUM_BLOCKS)[:, None]
-    store = DeviceBlockStore([caches[0], None, caches[1]], NUM_SLOTS)
+    store = DeviceBlockStore(caches, NUM_SLOTS)
     return store, caches, max(library._queues)
 
 
@@ -89,6 +89,24 @@ def test_the_driver_calls_of_copies_in_both_directions(library: LateLibrary) -> 
     library.log.clear()
     store.precede(3)
     assert library.log == []
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize(("rank", "widths"), [(0, [3]), (1, [5]), (2, [])])
+def test_a_rank_copies_and_keeps_caches_of_its_own(
+    rank: int, widths: list[int], library: LateLibrary
+) -> None:
+    caches = [Cache((NUM_BLOCKS, width), "int32") for width in (3, 5)]
+    store = DeviceBlockStore(caches, NUM_SLOTS, slice(rank, None, 3))
+    stream = max(library._queues)
+    store.begin()
+    store.copy(False, 1, 0, 2)
+    store.end(2)
+    copies = [call for call in library.log if call[0] == "d2h"]
+    assert copies == [("d2h", stream, 2 * 4 * width) for width in widths]
+    # a rank without a cache still says when it is done
+    library.run()
+    assert store.num_done == 2
 
 
 @pytest.mark.triton

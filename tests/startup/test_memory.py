@@ -229,6 +229,16 @@ def test_host_memory_for_prefix_blocks_is_beside_the_caches() -> None:
             plan(free, kv_offload_bytes=size)
 
 
+def test_host_memory_for_prefix_blocks_is_taken_once_for_all_ranks() -> None:
+    flags = {"max_num_seqs": 5, "kv_offload_bytes": "20G", "tensor_parallel_size": 4}
+    # the free memory of a rank is a fourth of the machine's
+    made = plan(25 * GIB, **flags)
+    assert (made.num_blocks, made.num_host_blocks, made.free_bytes) == (50, 20 * 1024, 20 * GIB)
+    said = r"--kv-offload-bytes: got 20.0 GiB, .* the free host memory, 16.0 GiB"
+    with pytest.raises(ConfigError, match=said):
+        plan(4 * GIB, **flags)
+
+
 def test_graphs_are_counted_by_their_sizes() -> None:
     config = config_from_dict(TINY)
     topk = config.index_topk
