@@ -52,10 +52,11 @@ class Plan(NamedTuple):
     """Work of a step for one ratio, see `fd_dsa.v4_prepare.V4Arrays`.
 
     Attributes:
-        entries: int32 [capacity, 4], token, row, position and sources from the states.
+        entries: int32 [capacity, 4], token, row, position and sources from the states; token -1 =
+            no work.
         rows: int32 [capacity], row of each entry in the pool.
-        kept: int32 [capacity, 4], tokens whose sources are kept.
-        num_entries, num_kept: rows of both that the step has.
+        kept: int32 [capacity, 4], tokens whose sources are kept; token -1 = no work.
+        num_entries, num_kept: rows of both that are read.
         ratio, pool: tokens of an entry, and tokens that it pools.
     """
 
@@ -332,12 +333,12 @@ def keep_step_kernel(
         key = tl.load(keys_ptr + index.to(tl.int64) * WIDTH + channel, mask=mask, other=0.0)
         tl.store(ring_ptr + place * WIDTH + channel, key, mask=mask)
     if states_ptr is not None:
-        # without a source to keep no block is copied
-        size = tl.where(index < num_kept, SOURCE, 0)
         plan = kept_ptr + 4 * tl.minimum(index, num_kept - 1)
+        token = tl.load(plan).to(tl.int64)
+        # without a source to keep no block is copied
+        size = tl.where((index < num_kept) & (token >= 0), SOURCE, 0)
         for first in range(0, size, _BLOCK):
             at = first + tl.arange(0, _BLOCK)
-            token = tl.load(plan).to(tl.int64)
             slot = tl.load(plan + 1) * POOL + tl.load(plan + 2) % POOL
             value = tl.load(sources_ptr + token * SOURCE + at, mask=at < SOURCE, other=0.0)
             tl.store(states_ptr + slot.to(tl.int64) * SOURCE + at, value, mask=at < SOURCE)

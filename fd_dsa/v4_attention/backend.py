@@ -48,7 +48,7 @@ class V4AttentionBackend:
         self._num_heads = config.num_attention_heads
         self._topk, self._width = config.index_topk, config.head_dim
         self._num_slots = batch.max_num_seqs
-        sizes = prepare_sizes(config, batch, num_blocks, "paged")
+        sizes = prepare_sizes(config, batch, num_blocks)
         self._comp_base = sizes.comp_base
         self._prepare = V4Prepare(sizes, "numpy")
         self._slots = np.arange(batch.max_num_seqs, dtype=np.int32)

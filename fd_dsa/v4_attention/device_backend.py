@@ -1,14 +1,13 @@
 """V4DeviceBackend: index arrays of a step by one launch, then the attention of each layer.
 
-A row of the batch owns the rings and states of its slot. Keys of a step stay in a tensor of their
-own until the layer has attended. Prefix hits and drafts are not supported.
+Each row of the batch owns rings and states. Keys of a step stay in a tensor of their own until the
+layer has attended. Prefix hits and drafts are not supported.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -22,17 +21,16 @@ from fd_dsa.cache_formats import CacheLayout
 from fd_dsa.device.allocation import Allocate, paddle_allocator
 from fd_dsa.device.transfers import uploaded
 from fd_dsa.errors import MissingStepError
-from fd_dsa.models.deepseek_v4.config import CSA, HCA, WINDOW, DeepseekV4Config
+from fd_dsa.models.deepseek_v4.config import CSA, WINDOW, DeepseekV4Config
 from fd_dsa.models.deepseek_v4.device_attention import DeviceCompressor, DeviceV4Attention
 from fd_dsa.models.rope import inverse_frequencies
 from fd_dsa.models.rope_config import RopeConfig
 from fd_dsa.ops.dense_kernels import empty_beside
 from fd_dsa.ops.providers import device_kind
 from fd_dsa.ops.topk.custom_op import slot_selector
-from fd_dsa.ops.v4_attend_kernel import Entries, TokenPlaces, Windows, attend_v4
+from fd_dsa.ops.v4_attend_kernel import Entries, Windows, attend_v4
 from fd_dsa.ops.v4_write_kernels import (
     Norm,
-    Plan,
     Pooling,
     keep_step,
     pool_entries,
@@ -40,33 +38,11 @@ from fd_dsa.ops.v4_write_kernels import (
     write_keys,
 )
 from fd_dsa.runner.input_batch import InputBatch
-from fd_dsa.step import ForwardMeta, StepHints
+from fd_dsa.step import StepHints
 from fd_dsa.tensor import StepArray, Tensor
-from fd_dsa.v4_attention.device_memory import device_sizes, num_scores
+from fd_dsa.v4_attention.device_memory import num_scores
 from fd_dsa.v4_attention.device_pools import DeviceLayout, DevicePools
-from fd_dsa.v4_prepare import V4Arrays, V4Prepare
-
-_NAMES = {CSA: "r1", HCA: "r2"}
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceStep:
-    """The index arrays of one step, with the counts that the host knows.
-
-    Attributes:
-        num_tokens: tokens of the step.
-        places: places of its tokens.
-        kept_rows: int32 [num_tokens or more], row of each key in the rings, -1 = not kept.
-        plans: work of the compressors, by kind of layer.
-        index_view: the step as the indexer sees it, with entries as keys; None if every token
-            attends to all entries.
-    """
-
-    num_tokens: int
-    places: TokenPlaces
-    kept_rows: Tensor
-    plans: dict[str, Plan]
-    index_view: ForwardMeta | None
+from fd_dsa.v4_attention.device_step import DeviceStep, StepPlaces
 
 
 class V4DeviceBackend:
@@ -96,11 +72,10 @@ class V4DeviceBackend:
         dtype: str,
         allocate: Allocate | None = None,
     ) -> None:
-        self._config, self._batch = config, batch
+        self._config, self._num_rows, self._num_blocks = config, batch.max_num_seqs, num_blocks
         self._allocate = allocate = allocate or paddle_allocator(device)
         self._layout = DeviceLayout(config, dtype, batch.block_size)
-        self._prepare = V4Prepare(device_sizes(config, batch, num_blocks), device)
-        self._slots = np.arange(batch.max_num_seqs, dtype=np.int32)
+        self._places = StepPlaces(config, batch, allocate)
         width, longest = config.qk_rope_head_dim, batch.max_row_len
         # angles of layers with entries, then of window-only layers
         self._angles = [
@@ -120,11 +95,10 @@ class V4DeviceBackend:
 
     def allocate_caches(self, has_indexer: Sequence[bool] = ()) -> list[DevicePools]:
         """Allocate the pools of every layer."""
-        sizes = self._prepare.cfg.num_blocks, self._batch.max_num_seqs
-        return self._layout.allocate(*sizes, self._allocate)
+        return self._layout.allocate(self._num_blocks, self._num_rows, self._allocate)
 
     def warm_up(self, num_tokens: int, caches: Sequence[DevicePools]) -> None:
-        """See AttentionBackend. Steps are not captured."""
+        """See AttentionBackend. All work is on one stream."""
 
     def as_captured(self) -> AbstractContextManager[None]:
         """See AttentionBackend. All work is on one stream."""
@@ -139,33 +113,31 @@ class V4DeviceBackend:
     ) -> None:
         """Enqueue the launch that makes the index arrays of a step, and set its `position_ids`.
 
+        The work may be captured. No lengths of rows are needed, because every count of the step is
+        a bound.
+
         Args:
-            forward_meta: step of the rows that are in the batch.
-            inputs: ignored, because the host knows the step.
-            hints: ignored.
-            host_lengths: lengths of the rows, required.
+            forward_meta: step of the runner.
+            inputs: tensors on the device. The second has the tokens of each row before the step,
+                the third those in it, and the fourth the block tables.
+            hints: counts of the step, required.
+            host_lengths: ignored.
 
         Raises:
-            ValueError: inconsistent lengths or block tables. The message has row and value.
-            MissingStepError: the host does not know the lengths.
+            MissingStepError: `hints` has no number of tokens, or no longest row.
         """
-        if host_lengths is None or isinstance(host_lengths, PromptLimits):
-            raise MissingStepError("V4DeviceBackend.build_step: the lengths of the rows are needed")
-        _, before, q = host_lengths
-        ctx, rows = before + q, len(q)
-        self._prepare.stage(ctx, q, self._slots[:rows], self._batch.block_tables[:rows])
-        out = self._prepare.expand()
-        num_tokens = int(q.sum())
-        self._step = DeviceStep(
-            num_tokens,
-            TokenPlaces(out.positions, out.req_of_token, out.cu_q, out.block_table),
-            out.swa_write,
-            {kind: _plan(out, kind, before, q) for kind in _NAMES},
-            self._index_view(out, num_tokens, int(ctx.max(initial=0))),
-        )
-        self._built_for, forward_meta.position_ids = forward_meta, out.positions[:num_tokens]
+        num_tokens, _, longest, padded = hints or StepHints()
+        if num_tokens is None or longest is None:
+            raise MissingStepError(
+                "V4DeviceBackend.build_step: num_tokens and max_seqlen_k of the step are needed"
+            )
+        _, before, new, tables = inputs
+        num_tokens = num_tokens if padded is None else padded
+        self._step = step = self._places.fill(before, new, tables, num_tokens, longest)
+        self._built_for = forward_meta
+        forward_meta.position_ids = step.places.positions[:num_tokens]
         # the rows stand for slots, because both are below 0 for padding
-        forward_meta.slot_mapping = out.req_of_token[:num_tokens]
+        forward_meta.slot_mapping = step.places.rows[:num_tokens]
 
     def current_step(self, forward_meta: BackendStep) -> DeviceStep:
         """Return the index arrays of `forward_meta`, which must be the step built last."""
@@ -217,7 +189,7 @@ class V4DeviceBackend:
         query = layer.queries(latent)
         out = attend_v4(query, windows, entries, layer.sinks, cos_sin, step.places, eps)
         # a later token of the step may take the place of a key that this launch has read
-        keep_step(keys, step.kept_rows, pools.ring, *kept)
+        keep_step(keys, step.ring_rows, pools.ring, *kept)
         return out, slots
 
     def _select(
@@ -248,17 +220,6 @@ class V4DeviceBackend:
         self._scores.compute(view, (0, step.num_tokens), q, weights, cache, use)
         return slots
 
-    def _index_view(self, out: V4Arrays, num_tokens: int, longest: int) -> ForwardMeta | None:
-        """Return the step with entries in place of tokens, None if no token has to select."""
-        entries = longest // self._config.compress_rates[CSA]
-        if CSA not in self._config.layer_types or entries <= self._config.index_topk:
-            return None
-        lengths: Any = None
-        newest = out.csa_visible[:num_tokens].astype("int64") - 1
-        rows, table = out.req_of_token, out.block_table
-        view = lengths, lengths, lengths, out.cu_q, table, rows, newest, None, None, None, None
-        return ForwardMeta(*view, 0, num_tokens, entries)
-
 
 def angles(rope: RopeConfig, width: int, count: int) -> np.ndarray:
     """Return cos, then sin of each pair at all positions, not scaled, float32 [count, width]."""
@@ -284,17 +245,6 @@ def _index_sizes(
         num_blocks=num_blocks,
         dtype=dtype,
     )
-
-
-def _plan(out: V4Arrays, kind: str, before: np.ndarray, q: np.ndarray) -> Plan:
-    """Return the work of one ratio, with the numbers of its rows."""
-    cfg, name = out.config, _NAMES[kind]
-    ratio = cfg.csa_ratio if kind == CSA else cfg.hca_ratio
-    pool = cfg.pool(ratio)
-    finished = ((before + q) // ratio - before // ratio)[q > 0]
-    entries, rows, kept = (getattr(out, f"{part}_{name}") for part in ("plan", "plan_dst", "wplan"))
-    num_kept = int(np.minimum(q, pool).sum())
-    return Plan(entries, rows, kept, int(finished.sum()), num_kept, ratio, pool)
 
 
 def _pooling(compressor: DeviceCompressor, entries: Tensor) -> Pooling:

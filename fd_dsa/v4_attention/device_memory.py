@@ -2,19 +2,10 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import replace
-
 from fd_dsa.attention.device_memory import LOGITS_BYTES
 from fd_dsa.models.deepseek_v4.config import CSA, DeepseekV4Config
 from fd_dsa.runner.input_batch import InputBatch
-from fd_dsa.v4_attention.pools import prepare_sizes
-from fd_dsa.v4_prepare import OUTPUT_SHAPES, V4PrepareConfig
-
-
-def device_sizes(config: DeepseekV4Config, batch: InputBatch, num_blocks: int) -> V4PrepareConfig:
-    """Return the sizes of the index arrays on a device, whose pools hold only entries."""
-    return replace(prepare_sizes(config, batch, num_blocks, "ring"), comp_base=0)
+from fd_dsa.v4_attention.device_step import array_bytes
 
 
 def num_scores(config: DeepseekV4Config, batch: InputBatch) -> int:
@@ -25,7 +16,5 @@ def num_scores(config: DeepseekV4Config, batch: InputBatch) -> int:
 
 def workspace_bytes(config: DeepseekV4Config, batch: InputBatch) -> int:
     """Return the bytes of scores, angles and index arrays, which V4DeviceBackend allocates."""
-    arrays = OUTPUT_SHAPES(device_sizes(config, batch, num_blocks=1)).values()
     angles = 2 * batch.max_row_len * config.qk_rope_head_dim
-    table = batch.block_tables.size
-    return 4 * (num_scores(config, batch) + angles + table + sum(map(math.prod, arrays)))
+    return 4 * (num_scores(config, batch) + angles) + array_bytes(config, batch)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
@@ -43,14 +42,11 @@ def allocate_pools(layout: V4CacheLayout, num_blocks: int, num_rows: int) -> lis
     ]
 
 
-def prepare_sizes(
-    config: DeepseekV4Config, batch: InputBatch, num_blocks: int, swa: Literal["ring", "paged"]
-) -> V4PrepareConfig:
-    """Return the sizes of the index arrays of a step.
+def prepare_sizes(config: DeepseekV4Config, batch: InputBatch, num_blocks: int) -> V4PrepareConfig:
+    """Return the sizes of the index arrays of a step, with window keys in blocks.
 
     Args:
         num_blocks: blocks of the pools, of `batch.block_size` tokens.
-        swa: place of window keys, see V4PrepareConfig.
     """
     columns = batch.block_tables.shape[1]
     return V4PrepareConfig(
@@ -67,7 +63,7 @@ def prepare_sizes(
         max_num_tokens=batch.max_num_tokens,
         max_tokens_per_seq=batch.max_num_tokens,
         max_model_len=columns * batch.block_size,
-        swa=swa,
+        swa="paged",
         # the rows of entries come from the block table, also for the indexer's scan
         hca_mode="table",
     )

@@ -9,10 +9,13 @@ from fd_dsa.ops.expert_gemm import block_sizes, configuration, expert_gemm_kerne
 from fd_dsa.ops.stream_kernels import expand_streams_kernel, read_streams_kernel
 from fd_dsa.ops.v4_attend_kernel import attend_v4_kernel
 from fd_dsa.ops import v4_write_kernels as write
+from fd_dsa.v4_prepare.place_kernel import place_step_kernel
 
 INT32_TYPES = dict.fromkeys(
     ("positions_ptr", "rows_ptr", "plan_ptr", "places_ptr", "kept_ptr", "starts_ptr",
-     "block_table_ptr", "token_ids_ptr", "table_ptr"), "int32")
+     "block_table_ptr", "token_ids_ptr", "table_ptr", "before_ptr", "new_ptr", "ring_rows_ptr",
+     *(f"{kind}_{part}_ptr" for kind in ("csa", "hca") for part in ("entries", "rows", "kept"))),
+    "int32")
 FLOATS += "norm_epsilon",
 WIDTH, INDEX, ROPE = 512, 128, 64
 for kind in ("float32", "bfloat16"):
@@ -54,6 +57,8 @@ for kind in ("float32", "bfloat16"):
                 NATIVE=NATIVE, EXPERTS=256, LIMIT=10.0,
                 **block_sizes(kind, 2048, 4096, configuration(kind, 6 * tokens, 256, True,
                                                               SHARED)))
+compile("place", place_step_kernel, INT32_TYPES | {"newest_ptr": "int64"}, WINDOW=128,
+        BLOCK_SIZE=128, CSA_RATIO=4, HCA_RATIO=128, ROW_TILE=256, TILE=128)
 compile("choice", choose_experts_kernel, INT32_TYPES | {"slot_mapping_ptr": "int32"}, num_warps=8,
         NUM_EXPERTS=256, TOP_K=6, NUM_GROUPS=1, TOP_GROUPS=1, NORM=True, SCORE="sqrtsoftplus",
         GROUPS=1, SIZE=256)

@@ -8,14 +8,14 @@ from fd_dsa.models.registry import config_from_dict
 from fd_dsa.runner import InputBatch
 from fd_dsa.startup.trial_rows import fill_rows
 from fd_dsa.startup.trial_steps import dense_steps, sparse_steps
-from fd_dsa.v4_attention.device_memory import device_sizes
+from fd_dsa.v4_attention.pools import prepare_sizes
 from fd_dsa.v4_prepare import V4Prepare
 from tests.v4_model.cases import CASES
 
 
 def test_every_step_is_valid_and_some_select() -> None:
     config, batch = config_from_dict(CASES["mixed"].config), InputBatch(4, 64, 8, 16)
-    prepare = V4Prepare(device_sizes(config, batch, 9), "numpy")
+    prepare = V4Prepare(prepare_sizes(config, batch, 9), "numpy")
     slots, selecting = np.arange(4, dtype=np.int32), set()
     for steps in (dense_steps, sparse_steps):
         for rows in steps(batch, config.max_dense_keys):

@@ -1,0 +1,128 @@
+"""Index arrays of a step of DeepSeek-V4 on a device, made by one launch from the runner's tensors.
+
+The launch may be captured with the layers that read its arrays. Nothing is copied from the host in
+addition to the runner's inputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from fd_dsa.device.allocation import Allocate
+from fd_dsa.models.deepseek_v4.config import CSA, HCA, DeepseekV4Config
+from fd_dsa.ops.v4_attend_kernel import TokenPlaces
+from fd_dsa.ops.v4_write_kernels import Plan
+from fd_dsa.runner.input_batch import InputBatch
+from fd_dsa.step import ForwardMeta
+from fd_dsa.tensor import Tensor
+from fd_dsa.triton_runtime import next_power_of_2
+from fd_dsa.v4_prepare.place_kernel import place_step_kernel
+
+# tokens that a program places at a time, programs of a row, and rows summed at a time
+_TOKENS, _MAX_PARTS, _MAX_ROWS = 128, 16, 1024
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceStep:
+    """The index arrays of one step.
+
+    Attributes:
+        num_tokens: tokens of the step with its padding.
+        places: places of its tokens.
+        ring_rows: int32 [num_tokens or more], row of each key in the rings, -1 = not kept.
+        plans: work of the compressors, by kind of layer.
+        index_view: the step as the indexer sees it, with entries as keys; None if every token
+            attends to all entries.
+    """
+
+    num_tokens: int
+    places: TokenPlaces
+    ring_rows: Tensor
+    plans: dict[str, Plan]
+    index_view: ForwardMeta | None
+
+
+class StepPlaces:
+    """Arrays of all steps, at addresses that never move.
+
+    Args:
+        batch: its limits bound the steps.
+    """
+
+    def __init__(self, config: DeepseekV4Config, batch: InputBatch, allocate: Allocate) -> None:
+        self._config, self._block_size = config, batch.block_size
+        self._row_tile = min(next_power_of_2(batch.max_num_seqs), _MAX_ROWS)
+        self._arrays = [allocate(*array) for array in array_sizes(config, batch)]
+
+    def fill(
+        self, before: Tensor, new: Tensor, block_table: Tensor, num_tokens: int, longest: int
+    ) -> DeviceStep:
+        """Enqueue the launch for a step, and return its arrays.
+
+        Args:
+            before, new: int32 [num_rows], tokens of each row before the step and in it.
+            block_table: int32 [num_rows, columns], blocks of each row.
+            num_tokens: at least the tokens of the step; the rest is padding.
+            longest: at least the length of every row after the step, tokens.
+        """
+        config, (num_rows, columns) = self._config, block_table.shape
+        positions, rows, starts, ring_rows, newest, *lists = self._arrays
+        csa_sizes, hca_sizes = (
+            _plan_sizes(config, kind, num_tokens, num_rows) for kind in (CSA, HCA)
+        )
+        of_csa = Plan(lists[0], lists[1], lists[2], *csa_sizes)
+        of_hca = Plan(lists[3], lists[4], lists[5], *hca_sizes)
+        parts = min(-(-num_tokens // _TOKENS), _MAX_PARTS)
+        place_step_kernel[num_rows + 1, parts](
+            before, new, block_table, *self._arrays, num_rows, num_tokens, columns,
+            *(of_csa.num_entries, of_csa.num_kept, of_hca.num_entries, of_hca.num_kept),
+            WINDOW=config.sliding_window, BLOCK_SIZE=self._block_size, CSA_RATIO=of_csa.ratio,
+            HCA_RATIO=of_hca.ratio, ROW_TILE=self._row_tile, TILE=_TOKENS, num_warps=4,
+        )  # fmt: skip
+        places = TokenPlaces(positions, rows, starts, block_table)
+        view = self._index_view(places, newest, num_tokens, longest)
+        return DeviceStep(num_tokens, places, ring_rows, {CSA: of_csa, HCA: of_hca}, view)
+
+    def _index_view(
+        self, places: TokenPlaces, newest: Tensor, num_tokens: int, longest: int
+    ) -> ForwardMeta | None:
+        """Return the step with entries in place of tokens, None if no token has to select."""
+        entries = longest // self._config.compress_rates[CSA]
+        if CSA not in self._config.layer_types or entries <= self._config.index_topk:
+            return None
+        # only the windows of prompts need lengths
+        lengths: Any = None
+        of_rows = lengths, lengths, lengths, places.starts, places.block_table
+        return ForwardMeta(
+            *of_rows, places.rows, newest, None, None, None, None, 0, num_tokens, entries
+        )
+
+
+def array_sizes(config: DeepseekV4Config, batch: InputBatch) -> list[tuple[tuple[int, ...], str]]:
+    """Return shape and type of the arrays of a StepPlaces, in the order of the kernel."""
+    tokens, rows = batch.max_num_tokens, batch.max_num_seqs
+    sizes: list[tuple[tuple[int, ...], str]] = [((tokens,), "int32")] * 2
+    sizes += [((rows + 1,), "int32"), ((tokens,), "int32"), ((tokens,), "int64")]
+    for kind in (CSA, HCA):
+        entries, kept, *_ = _plan_sizes(config, kind, tokens, rows)
+        sizes += [((entries, 4), "int32"), ((entries,), "int32"), ((kept, 4), "int32")]
+    return sizes
+
+
+def array_bytes(config: DeepseekV4Config, batch: InputBatch) -> int:
+    """Return the bytes that a StepPlaces allocates."""
+    widths = {"int32": 4, "int64": 8}
+    return sum(widths[dtype] * prod(shape) for shape, dtype in array_sizes(config, batch))
+
+
+def _plan_sizes(
+    config: DeepseekV4Config, kind: str, num_tokens: int, num_rows: int
+) -> tuple[int, int, int, int]:
+    """Return the numbers of a Plan for any step of so many tokens in so many rows."""
+    ratio = config.compress_rates[kind]
+    pool, rows = 2 * ratio if kind == CSA else ratio, min(num_rows, num_tokens)
+    # a row of n tokens finishes at most ceil(n / ratio) entries
+    entries = (num_tokens + rows * (ratio - 1)) // ratio
+    return entries, min(num_tokens, rows * pool), ratio, pool

@@ -1,0 +1,88 @@
+"""Index arrays of a device's step against those of `v4_prepare`, with padding of all sizes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fd_dsa.models.registry import config_from_dict
+from fd_dsa.runner import InputBatch
+from fd_dsa.v4_attention.device_step import StepPlaces, array_bytes
+from fd_dsa.v4_attention.pools import prepare_sizes
+from fd_dsa.v4_prepare import v4_prepare_np
+from tests.kernel_memory import KernelMemory
+from tests.strategies import examples
+from tests.v4_model.cases import CASES, CSA, HCA
+
+pytestmark = pytest.mark.triton
+
+ROWS, TOKENS, COLUMNS, BLOCK = 4, 200, 12, 16
+CONFIG = config_from_dict(CASES["mixed"].config)
+BATCH = InputBatch(ROWS, TOKENS, COLUMNS, BLOCK)
+# tokens before a step and in it: decoding rows, idle ones, chunks across tiles and windows
+ROW = st.tuples(st.integers(0, 40), st.sampled_from([0, 1, 1, 1, 2, 7, 9, 31, 140]))
+# around the ends of entries, windows and blocks
+EDGES = [(before, 1) for before in (3, 4, 7, 8, 14, 15, 16, 31)]
+
+
+def check(m: KernelMemory, rows: list[tuple[int, int]], padding: int, idle_rows: int) -> None:
+    """Compare the arrays of a step with padding after its tokens and after its rows."""
+    taken: list[int] = []
+
+    def allocate(shape: tuple[int, ...], dtype: str) -> object:
+        taken.append(int(np.prod(shape)) * np.dtype(dtype).itemsize)
+        return m.poisoned(shape, dtype)
+
+    places = StepPlaces(CONFIG, BATCH, allocate)
+    assert sum(taken) == array_bytes(CONFIG, BATCH)
+    before, new = np.array(rows + [(0, 0)] * idle_rows, np.int32).T.copy()
+    table = np.random.default_rng(1).permutation(ROWS * COLUMNS)[: len(new) * COLUMNS]
+    table = table.reshape(-1, COLUMNS).astype(np.int32)
+    count = int(new.sum())
+    total = max(min(count + padding, TOKENS), 1)
+    step = places.fill(m.put(before), m.put(new), m.put(table), total, COLUMNS * BLOCK)
+    sizes = prepare_sizes(CONFIG, BATCH, ROWS * COLUMNS)
+    sizes = replace(sizes, swa="ring", comp_base=0)
+    wanted = v4_prepare_np(sizes, before + new, new, np.arange(len(new)), table)
+    view = step.index_view
+    assert view is not None and view.max_seqlen_k == COLUMNS * BLOCK // 4
+    for found, name in (
+        (step.places.positions, "positions"),
+        (step.places.rows, "req_of_token"),
+        (step.ring_rows, "swa_write"),
+    ):
+        np.testing.assert_array_equal(m.get(found)[:total], getattr(wanted, name)[:total], name)
+    newest = wanted.csa_visible.astype(np.int64)[:total] - 1
+    np.testing.assert_array_equal(m.get(view.position_ids)[:total], newest)
+    starts = wanted.cu_q[: len(new) + 1]
+    np.testing.assert_array_equal(m.get(step.places.starts)[: len(starts)], starts)
+    for kind, ratio in ((CSA, "r1"), (HCA, "r2")):
+        plan = step.plans[kind]
+        # no work of the step is past the bound, and the rest up to it is none
+        assert (getattr(wanted, f"plan_{ratio}")[plan.num_entries :, 0] < 0).all()
+        assert (getattr(wanted, f"wplan_{ratio}")[plan.num_kept :, 0] < 0).all()
+        for found, name, size in (
+            (plan.entries, "plan", plan.num_entries),
+            (plan.rows, "plan_dst", plan.num_entries),
+            (plan.kept, "wplan", plan.num_kept),
+        ):
+            reference = getattr(wanted, f"{name}_{ratio}")[:size]
+            np.testing.assert_array_equal(m.get(found)[:size], reference, f"{name}_{ratio}")
+
+
+@examples(6, in_soak=60)
+@given(rows=st.lists(ROW, min_size=1, max_size=ROWS), padding=st.integers(0, 150))
+def test_any_step_has_the_arrays_of_the_oracle(
+    paddle_memory: KernelMemory, rows: list[tuple[int, int]], padding: int
+) -> None:
+    rows = rows if sum(new for _, new in rows) <= TOKENS else rows[:1]
+    check(paddle_memory, rows, padding, 0)
+
+
+@pytest.mark.parametrize("first", [0, 4])
+def test_decoding_rows_at_the_ends_of_entries(paddle_memory: KernelMemory, first: int) -> None:
+    check(paddle_memory, EDGES[first : first + 3], 5, 1)
