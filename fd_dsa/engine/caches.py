@@ -98,7 +98,7 @@ class V4Caches:
     def check_flags(config: EngineConfig, model_config: DeepseekV4Config) -> None:
         """Refuse ranks, drafts, host memory, other cache formats, and other block sizes.
 
-        On a device also prefix caching and graphs.
+        On a device also prefix caching.
 
         Raises:
             ConfigError: names the flag.
@@ -117,8 +117,6 @@ class V4Caches:
             if config.enable_prefix_caching:
                 cure = "give --no-enable-prefix-caching"
                 raise flag_error("enable_prefix_caching", True, f"false {with_v4}", cure)
-            if not config.enforce_eager:
-                raise flag_error("enforce_eager", False, f"true {with_v4}", "give --enforce-eager")
             if cache_dtype != config.dtype:
                 allowed = f"auto or {config.dtype} {with_v4}"
                 raise flag_error("kv_cache_dtype", cache_dtype, allowed, "leave it out")

@@ -1,9 +1,9 @@
 """CUDA graphs of steps: their sizes, the choice of a graph for a step, and the capture.
 
-Decode steps have two graphs per padded number of tokens. The short graph is for steps whose rows
-all have at most `index_topk` keys, so it scores and selects no keys. The long graph is for rows of
-any length. Steps with prompts, alone or beside decode rows, have two such graphs for each of a few
-numbers of tokens. Grids and buffers fit the longest rows that a graph may be replayed with, and
+Decode steps have two graphs per padded number of tokens. The short graph is for steps whose tokens
+all attend to all keys of their rows, so it scores and selects no keys. The long graph is for rows
+of any length. Steps with prompts, alone or beside decode rows, have two such graphs for each of a
+few numbers of tokens. Grids and buffers fit the longest rows that a graph may be replayed with, and
 lengths are read on the device.
 
 The graph of a step contains all work but the copy of its inputs, to addresses that never change.
@@ -90,6 +90,7 @@ class StepGraphs(dict[GraphKey, GraphEntry]):
 
     Args:
         sizes: numbers of tokens that decode steps are padded to.
+        max_dense_keys: longest row whose tokens attend to all keys.
         longest: maximum length of a row, tokens.
         prompts: limits of steps with prompts, by the number of tokens that they are padded to.
 
@@ -102,15 +103,15 @@ class StepGraphs(dict[GraphKey, GraphEntry]):
     def __init__(
         self,
         sizes: Sequence[int],
-        index_topk: int,
+        max_dense_keys: int,
         longest: int,
         prompts: Mapping[int, PromptLimits] = MappingProxyType({}),
     ) -> None:
         super().__init__()
         self.drafts: dict[tuple[int, int, int], Callable[[], None]] = {}
         self.sizes, self.prompts = tuple(sorted(sizes)), dict(sorted(prompts.items()))
-        self._index_topk = index_topk
-        self._short, self._longest = min(index_topk, longest), longest
+        self._max_dense_keys = max_dense_keys
+        self._short, self._longest = min(max_dense_keys, longest), longest
 
     def steps(self) -> list[GraphKey]:
         """Return the keys to capture, the largest first, so that smaller ones reuse its memory."""
@@ -173,7 +174,7 @@ class StepGraphs(dict[GraphKey, GraphEntry]):
         """Return the least limits that the step in a batch needs."""
         new = batch.num_chunk_tokens[: batch.num_rows]
         cached = batch.num_computed_tokens[: batch.num_rows]
-        dense = np.minimum(self._index_topk - cached, new)
+        dense = np.minimum(self._max_dense_keys - cached, new)
         # only tokens of prompts see keys densely, up to the last such token of their row
         keys = np.where(dense > 0, cached + dense, 0).sum()
         num_samples = max(num_samples, batch.num_tokens - batch.num_prefill_tokens)

@@ -55,12 +55,12 @@ def capture_graphs(
 
     from fd_dsa.device.allocation import paddle_place
 
-    batch, index_topk = runner.input_batch, runner.model.config.index_topk
+    batch, max_dense_keys = runner.input_batch, runner.model.config.max_dense_keys
     device, max_keys = runner.device_steps, runner.attn_backends[0].max_gathered_keys
     assert device is not None, "steps on a CPU are not captured"
-    limits = index_topk, batch.max_num_seqs, device.buffer.num_rows, max_keys
+    limits = max_dense_keys, batch.max_num_seqs, device.buffer.num_rows, max_keys
     prompts = {size: prompt_limits(size, *limits) for size in prompt_sizes}
-    graphs = StepGraphs(sizes, index_topk, batch.max_row_len, prompts)
+    graphs = StepGraphs(sizes, max_dense_keys, batch.max_row_len, prompts)
     try:
         with paddle.no_grad():
             _fill(graphs, runner, make_capture(paddle_place(runner.device)))

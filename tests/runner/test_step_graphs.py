@@ -38,7 +38,7 @@ def fitting(
 
 
 def test_a_step_is_padded_to_the_next_size() -> None:
-    graphs = StepGraphs((8, 1, 4), index_topk=100, longest=640)
+    graphs = StepGraphs((8, 1, 4), max_dense_keys=100, longest=640)
     assert graphs.sizes == (1, 4, 8)
     found = [fitting(graphs, [(1, 100 - row, False) for row in range(n)]) for n in (1, 2, 4, 5, 8)]
     assert [step and step.num_tokens for step in found] == [1, 4, 4, 8, 8]
@@ -49,7 +49,7 @@ def test_a_step_is_padded_to_the_next_size() -> None:
 
 @pytest.mark.parametrize(("max_seqlen_k", "reaches"), [(1, 100), (100, 100), (101, 640)])
 def test_rows_past_the_selection_have_a_graph_of_their_own(max_seqlen_k: int, reaches: int) -> None:
-    graphs = StepGraphs((2,), index_topk=100, longest=640)
+    graphs = StepGraphs((2,), max_dense_keys=100, longest=640)
     step = fitting(graphs, [(1, 0, False), (1, max_seqlen_k - 1, False)])
     assert step == GraphKey(2, reaches)
 
@@ -113,7 +113,7 @@ def test_an_eager_step_has_a_reason(
 
 
 def test_the_largest_are_captured_first() -> None:
-    steps = StepGraphs((1, 4), index_topk=100, longest=640).steps()
+    steps = StepGraphs((1, 4), max_dense_keys=100, longest=640).steps()
     assert [key[:2] for key in steps] == [(4, 640), (4, 100), (1, 640), (1, 100)]
     # every row is short: one graph a size
     graphs = StepGraphs((1, 4), 100, longest=64, prompts={2: LIMITS[8]})

@@ -48,13 +48,15 @@ def device_model(folder: Path, rig: Rig, dtype: str) -> Any:
     return model
 
 
-def device_runner(model: Any, rig: Rig, dtype: str, block_size: int) -> ModelRunner:
+def device_runner(
+    model: Any, rig: Rig, dtype: str, block_size: int, rows: int = ROWS, longest: int = LONGEST
+) -> ModelRunner:
     """A runner whose rows own scattered blocks, and whose unwritten cache rows are infinite."""
-    columns = -(-LONGEST // block_size)
-    batch, num_blocks = InputBatch(ROWS, TOKENS, columns, block_size), ROWS * columns + 1
+    columns = -(-longest // block_size)
+    batch, num_blocks = InputBatch(rows, TOKENS, columns, block_size), rows * columns + 1
     blocks = np.random.default_rng(0).permutation(num_blocks)
-    for row in range(ROWS):
-        batch.set_blocks(row, blocks[row:-1:ROWS])
+    for row in range(rows):
+        batch.set_blocks(row, blocks[row:-1:rows])
     backend = V4DeviceBackend(model.config, batch, num_blocks, rig.device, dtype)
     runner = ModelRunner(model, batch, None, num_blocks, rig.device, backend, dtype)
     for pools in runner.caches:
@@ -134,7 +136,6 @@ def test_greedy_tokens(form: str, rig: Rig, tmp_path: Path) -> None:
     ("fields", "words"),
     [
         ({"enable_prefix_caching": True}, "--enable-prefix-caching: got True, allowed: false"),
-        ({"enforce_eager": False}, "--enforce-eager: got False, allowed: true"),
         ({"kv_cache_dtype": "float32"}, "--kv-cache-dtype: got 'float32', allowed: auto or bfloat"),
         ({"speculative_config": {"method": "ngram"}}, "--speculative-config: got 'ngram'"),
         ({"block_size": 24}, "--block-size: got 24"),
