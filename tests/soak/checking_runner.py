@@ -46,6 +46,10 @@ class CheckingRunner:
         running: the requests by row, to know what the rows must hold.
         nan_share: one of so many histories has logits that are not finite; 0 = none.
         vocab_size: columns of the logits.
+        num_copies: caches of all ranks together, which a step writes and reads alike.
+
+    Attributes:
+        cache: hashes [num_copies, num_blocks, block_size].
     """
 
     info = RunnerInfo()
@@ -57,11 +61,12 @@ class CheckingRunner:
         running: Callable[[], Mapping[int, Request]],
         nan_share: int = 0,
         vocab_size: int = VOCAB_SIZE,
+        num_copies: int = 1,
     ) -> None:
         self.input_batch = input_batch
         self.vocab_size = vocab_size
         self.block_size = input_batch.block_size
-        self.cache = np.full((num_blocks, self.block_size), -1, np.int64)
+        self.cache = np.full((num_copies, num_blocks, self.block_size), -1, np.int64)
         self._follower = Follower(input_batch)
         self.fails = False
         self.written: set[int] = set()
@@ -87,7 +92,7 @@ class CheckingRunner:
                 seen += self._run_row(row, running[row], len(seen))
         assert len(seen) == batch.num_tokens
         if self.fails:
-            self.cache[sorted(self.written), :] = self._half_done(sorted(self.written))
+            self.cache[:, sorted(self.written)] = self._half_done(sorted(self.written))
             raise DeviceGone("the device is gone")
         logits = np.full((len(logits_indices), self.vocab_size), -30.0, np.float32)
         for row, index in zip(logits, logits_indices, strict=True):
@@ -123,9 +128,9 @@ class CheckingRunner:
             self.written.add(block)
         positions = np.arange(end)
         blocks, offsets = table[positions // size], positions % size
-        self.cache[blocks[cached:], offsets[cached:]] = expected[cached:]
-        read = self.cache[blocks, offsets]
-        wrong = np.flatnonzero(read != expected)
+        self.cache[:, blocks[cached:], offsets[cached:]] = expected[cached:]
+        read = self.cache[:, blocks, offsets]
+        wrong = np.flatnonzero((read != expected).any(0))
         assert not len(wrong), (
             f"request {request.seq_id} reads a wrong slot at token {wrong[0]} of {end}, "
             f"{cached} of them from the cache"
@@ -135,12 +140,12 @@ class CheckingRunner:
     def _half_done(self, blocks: list[int]) -> np.ndarray:
         """What the blocks hold after a step broke off: what it had written is garbage."""
         batch, size = self.input_batch, self.block_size
-        content = self.cache[blocks].copy()
+        content = self.cache[:, blocks].copy()
         for row in np.flatnonzero(batch.num_scheduled_tokens):
             cached = int(self._cached[row])
             for position in range(cached, cached + int(batch.num_scheduled_tokens[row])):
                 block = int(batch.block_tables[row, position // size])
-                content[blocks.index(block), position % size] = GARBAGE
+                content[:, blocks.index(block), position % size] = GARBAGE
         return content
 
 

@@ -12,6 +12,8 @@ import random
 from collections import Counter
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+
 from fd_dsa.engine.engine import LLMEngine
 from fd_dsa.engine.host_tier import HostTier
 from fd_dsa.engine.output import RequestOutput
@@ -31,7 +33,7 @@ from tests.soak.checking_runner import (
     DeviceGone,
     DrawingRunner,
 )
-from tests.soak.late_store import LateStore
+from tests.soak.late_store import NUM_CACHES, LateRanks, LateStore
 
 MAX_MODEL_LEN = 48
 MAX_STEPS = 20_000
@@ -70,6 +72,7 @@ class History:
     num_host_blocks: int = 0
     copies_overlap: bool = False
     num_ahead: int = 0
+    num_ranks: int = 1
 
 
 @dataclass
@@ -129,6 +132,7 @@ def with_host_tier(history: History) -> History:
         num_host_blocks=draw.choice([1, 3, 10, 60, 60]),
         copies_overlap=draw.random() < 0.7,
         num_ahead=draw.choice([0, 2, 8]),
+        num_ranks=draw.choice([1, 1, 1, 2, 3, 4]),
     )
 
 
@@ -176,6 +180,14 @@ def make_drafter(history: History) -> Drafter:
     return kind(answers, history.right_share, VOCAB_SIZE, history.clock_seed, is_layer)
 
 
+def make_store(history: History, caches: np.ndarray) -> LateStore | LateRanks:
+    """Host memory of a history. A copy that fails on one of several ranks ends them all."""
+    sizes = history.num_host_blocks, history.copies_overlap, history.clock_seed
+    if history.num_ranks > 1:
+        return LateRanks(caches, history.num_ranks, *sizes)
+    return LateStore(caches, *sizes, history.fail_share)
+
+
 def make_engine(history: History) -> LLMEngine:
     """The engine of a history over a checking runner."""
     spec_decoder = None
@@ -189,7 +201,13 @@ def make_engine(history: History) -> LLMEngine:
         history.block_size,
     )
     kind = DrawingRunner if history.draws_on_device else CheckingRunner
-    runner = kind(batch, history.num_blocks, lambda: running_requests(engine), history.nan_share)
+    runner = kind(
+        batch,
+        history.num_blocks,
+        lambda: running_requests(engine),
+        history.nan_share,
+        num_copies=1 if history.num_ranks == 1 else history.num_ranks * NUM_CACHES,
+    )
     if history.max_drafts and isinstance(drafter, AheadDrafter):
         drafter.runner = runner
     engine = LLMEngine(
@@ -204,13 +222,7 @@ def make_engine(history: History) -> LLMEngine:
         spec_decoder=spec_decoder,
     )
     if history.num_host_blocks:
-        store = LateStore(
-            runner,
-            history.num_host_blocks,
-            history.copies_overlap,
-            history.clock_seed,
-            history.fail_share,
-        )
+        store = make_store(history, runner.cache)
         engine.block_manager.use_host_tier(HostTier(store), history.num_ahead)
     # chunks follow measured times; no output may
     engine.clock = random_clock(history.clock_seed)
@@ -248,6 +260,8 @@ def run_history(history: History, seed: int = 0) -> Counter[str]:
     run.counts["preemptions"] += stats.num_preemptions
     run.counts["prompt tokens from the prefix cache"] += stats.prefix_cache_hits
     run.counts["prompt tokens from host memory"] += stats.prefix_cache_host_hits
+    if history.num_ranks > 1:
+        run.counts["the same on several ranks"] += stats.prefix_cache_host_hits
     run.counts["tokens generated"] += stats.generated_tokens
     run.counts["drafts"] += stats.num_draft_tokens
     run.counts["accepted drafts"] += stats.num_accepted_tokens
@@ -346,6 +360,7 @@ def run_alone(one: Arrival, history: History) -> list[tuple[list[int], str | Non
         drafts_on_device=False,
         max_drafts=0,
         num_host_blocks=0,
+        num_ranks=1,
     )
     engine = make_engine(ample)
     engine.add_request("alone", one.prompt, one.params)

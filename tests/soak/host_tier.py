@@ -3,7 +3,8 @@
     python -m tests.soak.host_tier --histories 10000
     python -m tests.soak.host_tier --first 4711 --histories 1
 
-The histories are those of `tests.soak.histories` with few blocks. Each slot that a step reads must
+The histories are those of `tests.soak.histories` with few blocks, some of them on several ranks.
+Each slot that a step reads must
 hold what the tokens in front of it give, and each output is the one of the request alone.
 """
 

@@ -1,13 +1,17 @@
-"""Host memory beside the cache of a checking runner, whose copies are late on purpose."""
+"""Host memory beside the caches of a checking runner, whose copies are late on purpose."""
 
 from __future__ import annotations
 
 import random
 from collections import deque
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 
-from tests.soak.checking_runner import GARBAGE, CheckingRunner, DeviceGone
+from fd_dsa.runner.rank_blocks import DividedBlockStore
+from tests.soak.checking_runner import GARBAGE, DeviceGone
 
 
 class LateStore:
@@ -17,7 +21,7 @@ class LateStore:
     in the block before, and a copy that a step should have waited for takes what the step wrote.
 
     Args:
-        runner: has the cache.
+        caches: hashes [n, num_blocks, block_size], n may be 0.
         num_slots: blocks of the host memory.
         overlaps: False = copies run at once.
         seed: of the order in which copies and steps run.
@@ -29,7 +33,7 @@ class LateStore:
 
     def __init__(
         self,
-        runner: CheckingRunner,
+        caches: np.ndarray,
         num_slots: int,
         overlaps: bool,
         seed: int,
@@ -37,8 +41,8 @@ class LateStore:
     ) -> None:
         self.num_slots, self.overlaps = num_slots, overlaps
         self.num_waits = 0
-        self._cache, self._fail_share = runner.cache, fail_share
-        self._slots = np.full((num_slots, runner.block_size), GARBAGE)
+        self._caches, self._fail_share = caches, fail_share
+        self._slots = np.full((len(caches), num_slots, caches.shape[2]), GARBAGE)
         self._draw = random.Random(seed)
         # copies that have not run, and numbers between them
         self._queue: deque[tuple[bool, int, int] | int] = deque()
@@ -84,6 +88,67 @@ class LateStore:
                 continue
             loads, block, slot = one
             if loads:
-                self._cache[block] = self._slots[slot]
+                self._caches[:, block] = self._slots[:, slot]
             else:
-                self._slots[slot] = self._cache[block]
+                self._slots[:, slot] = self._caches[:, block]
+
+
+NUM_CACHES = 3
+"""Caches of each rank."""
+
+
+class LateRanks:
+    """BlockStore of rank 0 whose calls all ranks make in order.
+
+    Args:
+        caches: hashes [num_ranks * NUM_CACHES, num_blocks, block_size], rank by rank.
+        num_ranks: ranks, some of which may have no cache of their own to copy.
+        num_slots, overlaps, seed: as for LateStore.
+    """
+
+    def __init__(
+        self, caches: np.ndarray, num_ranks: int, num_slots: int, overlaps: bool, seed: int
+    ) -> None:
+        self.num_slots, self.overlaps = num_slots, overlaps
+        by_rank = caches.reshape(num_ranks, NUM_CACHES, *caches.shape[1:])
+        self._stores = []
+        for rank, own in enumerate(by_rank):
+            share = LateStore(own[rank::num_ranks], num_slots, overlaps, seed + rank)
+            group: Any = SimpleNamespace(size=num_ranks)
+            group.all_gather_rows = _give_rows(by_rank, rank)
+            self._stores.append(DividedBlockStore(share, range(NUM_CACHES), group))
+
+    @property
+    def num_done(self) -> int:
+        """Number of rank 0; the others may be behind."""
+        return self._stores[0].num_done
+
+    def begin(self) -> None:
+        """See LateStore."""
+        for store in self._stores:
+            store.begin()
+
+    def copy(self, loads: bool, block: int, slot: int, count: int) -> None:
+        """See LateStore."""
+        for store in self._stores:
+            store.copy(loads, block, slot, count)
+
+    def end(self, number: int) -> None:
+        """See LateStore."""
+        for store in self._stores:
+            store.end(number)
+
+    def precede(self, number: int) -> None:
+        """See LateStore."""
+        for store in self._stores:
+            store.precede(number)
+
+
+def _give_rows(caches: np.ndarray, rank: int) -> Any:
+    """The gather of a rank: it gives its rows to all ranks, which do the same."""
+
+    def all_gather_rows(cache: int, bounds: Sequence[int]) -> None:
+        begin, end = bounds[rank : rank + 2]
+        caches[:, cache, begin:end] = caches[rank, cache, begin:end]
+
+    return all_gather_rows

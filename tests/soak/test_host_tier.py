@@ -10,6 +10,7 @@ import pytest
 
 from fd_dsa.engine.block_manager import BlockManager
 from fd_dsa.engine.host_tier import HostTier
+from fd_dsa.runner.rank_blocks import DividedBlockStore
 from tests.soak.host_tier import run_histories
 from tests.soak.planted import Defect, check_it_is_found
 
@@ -24,6 +25,7 @@ def check_counts(first: int, count: int) -> None:
         "failed steps",
         "preemptions",
         "prompt tokens from host memory",
+        "the same on several ranks",
         "steps while a request waits for copies",
     ):
         assert counts[what] > 0, what
@@ -54,6 +56,11 @@ def _saves_after_loads(original: Callable[..., Any]) -> Callable[..., Any]:
     return enqueue
 
 
+def _gathers_nothing(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A rank has only its own part of what was loaded."""
+    return lambda self, number: self._share.precede(number)
+
+
 def _keeps_what_is_freed(original: Callable[..., Any]) -> Callable[..., Any]:
     """A request that has lost its blocks while they were copied goes on with them."""
 
@@ -71,6 +78,7 @@ def _keeps_what_is_freed(original: Callable[..., Any]) -> Callable[..., Any]:
     [
         (HostTier, "give", _waits_for_no_copy),
         (HostTier, "enqueue", _saves_after_loads),
+        (DividedBlockStore, "precede", _gathers_nothing),
         (BlockManager, "free", _keeps_what_is_freed),
     ],
 )
