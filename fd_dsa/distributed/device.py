@@ -86,11 +86,12 @@ class DeviceGroup(Group):
 
     def all_gather_rows(self, rows: Tensor, bounds: Sequence[int]) -> None:
         """Gather by broadcasts of NCCL, see `Group`."""
-        first, row_bytes = int(rows.data_ptr()), prod(rows.shape[1:]) * rows.element_size()
-        parts = [
-            (first + begin * row_bytes, (end - begin) * row_bytes)
-            for begin, end in pairwise(bounds)
-        ]
+        parts = [_place(rows, begin, end) for begin, end in pairwise(bounds)]
+        self._nccl.broadcast(parts, self._transfers.stream())
+
+    def all_gather_tensors(self, tensors: Sequence[Tensor], begin: int, end: int) -> None:
+        """Gather by one group of broadcasts, see `Group`."""
+        parts = [_place(rows, begin, end) for rows in tensors]
         self._nccl.broadcast(parts, self._transfers.stream())
 
     def barrier(self) -> None:
@@ -171,3 +172,9 @@ class DeviceGroup(Group):
         """Return the uint8 values of all ranks, in host memory."""
         gathered = self.all_gather(uploaded(self._allocate, values))
         return on_host(gathered, np.empty((self.size, *values.shape), np.uint8))
+
+
+def _place(rows: Tensor, begin: int, end: int) -> tuple[int, int]:
+    """Return the address and the number of bytes of consecutive rows."""
+    row_bytes = prod(rows.shape[1:]) * rows.element_size()
+    return int(rows.data_ptr()) + begin * row_bytes, (end - begin) * row_bytes

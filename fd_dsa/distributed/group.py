@@ -52,6 +52,17 @@ class Group(ABC):
             bounds: `size` + 1 ascending numbers, the same on all ranks.
         """
 
+    def all_gather_tensors(self, tensors: Sequence[Any], begin: int, end: int) -> None:
+        """Fill the same rows of several tensors, each from one rank, as `all_gather_rows` does.
+
+        Args:
+            tensors: tensor i has right rows on the rank i modulo `size`.
+            begin, end: the rows from `begin` to `end` - 1 are filled.
+        """
+        for index, rows in enumerate(tensors):
+            owner = index % self.size
+            self.all_gather_rows(rows, [begin] * (owner + 1) + [end] * (self.size - owner))
+
     @abstractmethod
     def barrier(self) -> None:
         """Block the host until every rank has made this call."""

@@ -48,7 +48,7 @@ class Communicator:
     """
 
     def __init__(self, rank: int, size: int, unique_id: bytes, device: int) -> None:
-        self._handle, self._device = ctypes.c_void_p(), device
+        self._handle, self._device, self._size = ctypes.c_void_p(), device, size
         arguments = ctypes.c_int(size), _UniqueId.from_buffer_copy(unique_id), ctypes.c_int(rank)
         with cuda().context(device):
             code = load_library().ncclCommInitRank(ctypes.byref(self._handle), *arguments)
@@ -71,17 +71,19 @@ class Communicator:
         self._call("ncclAllGather", *places, ctypes.c_size_t(num_bytes), kind, stream)
 
     def broadcast(self, parts: Sequence[tuple[int, int]], stream: ctypes.c_void_p) -> None:
-        """Enqueue one operation that copies the part of each rank to all others, in place.
+        """Enqueue one operation that copies parts of each rank to all others, in place.
 
         Args:
-            parts: address and number of bytes of each rank's part.
+            parts: address and number of bytes of each part. Part i is that of the rank i modulo the
+                number of ranks.
         """
         library = load_library()
         with cuda().context(self._device):
             _check(library.ncclGroupStart(), "ncclGroupStart")
             try:
-                for rank, (at, num_bytes) in enumerate(parts):
+                for index, (at, num_bytes) in enumerate(parts):
                     if num_bytes:
+                        rank = index % self._size
                         place, count = ctypes.c_void_p(at), ctypes.c_size_t(num_bytes)
                         self._call("ncclBroadcast", place, place, count, _UINT8, rank, stream)
             finally:

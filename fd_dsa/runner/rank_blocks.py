@@ -9,6 +9,7 @@ and the ranks gather the parts.
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Sequence
 from operator import methodcaller
@@ -37,8 +38,8 @@ class DividedBlockStore:
     def __init__(self, share: BlockStore, caches: Sequence[Any], group: Group) -> None:
         self.num_slots, self.overlaps = share.num_slots, share.overlaps
         self._share, self._caches, self._group = share, caches, group
-        # number of the last `end` before each load, its first block, and the end of its blocks
-        self._loaded: deque[tuple[int, int, int]] = deque()
+        # loaded blocks, and the number of the last `end` before each load
+        self._loaded: deque[tuple[int, range]] = deque()
         self._last_end = 0
 
     @property
@@ -54,7 +55,7 @@ class DividedBlockStore:
         """Copy this rank's part of neighbouring blocks, see BlockStore."""
         self._share.copy(loads, block, slot, count)
         if loads:
-            self._loaded.append((self._last_end, block, block + count))
+            self._loaded.append((self._last_end, range(block, block + count)))
 
     def end(self, number: int) -> None:
         """See BlockStore."""
@@ -64,14 +65,13 @@ class DividedBlockStore:
     def precede(self, number: int) -> None:
         """Gather the loaded blocks after waiting for their copies, see BlockStore."""
         self._share.precede(number)
-        size = self._group.size
+        blocks: set[int] = set()
         # the wait is for all copies up to the next `end`
         while self._loaded and self._loaded[0][0] < number:
-            _, begin, end = self._loaded.popleft()
-            for index, cache in enumerate(self._caches):
-                owner = index % size
-                bounds = [begin] * (owner + 1) + [end] * (size - owner)
-                self._group.all_gather_rows(cache, bounds)
+            blocks.update(self._loaded.popleft()[1])
+        for begin in sorted(block for block in blocks if block - 1 not in blocks):
+            end = next(block for block in itertools.count(begin) if block not in blocks)
+            self._group.all_gather_tensors(self._caches, begin, end)
 
 
 class SentBlockStore:

@@ -119,6 +119,26 @@ def test_rows_of_all_ranks_are_gathered_in_place(gpus: HostGpus, size: int) -> N
         assert (np.delete(found, np.s_[2 : bounds[-1]], axis=0) == -1).all()
 
 
+def test_tensors_of_all_ranks_are_gathered_at_once(gpus: HostGpus) -> None:
+    memory = open_memory("interpreter")
+    wanted = [np.arange(6 * width, dtype=np.int32).reshape(6, width) for width in (4, 1, 3, 2, 5)]
+
+    def work(group: DeviceGroup) -> list[np.ndarray]:
+        tensors = []
+        for index, rows in enumerate(wanted):
+            own = np.full_like(rows, -1)
+            if index % 2 == group.rank:
+                own[2:5] = rows[2:5]
+            tensors.append(memory.put(own))
+        group.all_gather_tensors(tensors, 2, 5)
+        return [memory.get(rows) for rows in tensors]
+
+    for found in gpus.run(2, work):
+        for rows, expected in zip(found, wanted, strict=True):
+            np.testing.assert_array_equal(rows[2:5], expected[2:5])
+            assert (np.delete(rows, np.s_[2:5], axis=0) == -1).all()
+
+
 def test_a_gather_of_rows_that_fails_is_found_at_the_start(
     gpus: HostGpus, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -64,10 +64,11 @@ class Group:
     rank, size = 0, 2
 
     def __init__(self) -> None:
-        self.gathered: list[tuple[Any, list[int]]] = []
+        self.gathered: list[tuple[int, int]] = []
 
-    def all_gather_rows(self, rows: Any, bounds: Sequence[int]) -> None:
-        self.gathered.append((rows, list(bounds)))
+    def all_gather_tensors(self, tensors: Sequence[Any], begin: int, end: int) -> None:
+        assert tensors == ["latents", "keys"]
+        self.gathered.append((begin, end))
 
 
 class Share:
@@ -82,22 +83,22 @@ class Share:
         return lambda *given: self.calls.append((name, *given))
 
 
-def test_a_step_gathers_what_it_waits_for_and_nothing_later() -> None:
+def test_a_step_gathers_what_it_waits_for_once_and_nothing_later() -> None:
     share, group = Share(), Group()
     store = DividedBlockStore(share, ["latents", "keys"], group)
-    for number, loads in ((2, True), (4, False), (6, True), (8, True)):
+    for number, loads in ((2, True), (4, False), (6, True), (8, True), (10, True)):
         store.begin()
         store.copy(loads, number, 0, 2)
         store.end(number)
     store.precede(3)
-    assert group.gathered == [("latents", [2, 4, 4]), ("keys", [2, 2, 4])]
+    assert group.gathered == [(2, 4)]
     # copy 5 is done with copy 6, to whose `end` the device waits
-    for number, blocks in ((5, [6]), (6, []), (7, [8])):
+    for number, gathered in ((5, [(6, 8)]), (6, []), (9, [(8, 12)])):
         group.gathered.clear()
         store.precede(number)
-        assert [bounds[0] for rows, bounds in group.gathered if rows == "keys"] == blocks
+        assert group.gathered == gathered
     assert [call for call in share.calls if call[0] == "precede"] == [
-        ("precede", number) for number in (3, 5, 6, 7)
+        ("precede", number) for number in (3, 5, 6, 9)
     ]
     assert store.overlaps and store.num_done == 0
 

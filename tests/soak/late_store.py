@@ -115,7 +115,7 @@ class LateRanks:
         for rank, own in enumerate(by_rank):
             share = LateStore(own[rank::num_ranks], num_slots, overlaps, seed + rank)
             group: Any = SimpleNamespace(size=num_ranks)
-            group.all_gather_rows = _give_rows(by_rank, rank)
+            group.all_gather_tensors = _give_rows(by_rank, rank)
             self._stores.append(DividedBlockStore(share, range(NUM_CACHES), group))
 
     @property
@@ -147,8 +147,8 @@ class LateRanks:
 def _give_rows(caches: np.ndarray, rank: int) -> Any:
     """The gather of a rank: it gives its rows to all ranks, which do the same."""
 
-    def all_gather_rows(cache: int, bounds: Sequence[int]) -> None:
-        begin, end = bounds[rank : rank + 2]
-        caches[:, cache, begin:end] = caches[rank, cache, begin:end]
+    def all_gather_tensors(numbers: Sequence[int], begin: int, end: int) -> None:
+        for cache in numbers[rank :: len(caches)]:
+            caches[:, cache, begin:end] = caches[rank, cache, begin:end]
 
-    return all_gather_rows
+    return all_gather_tensors
