@@ -1,13 +1,14 @@
 """Second turns of long conversations whose blocks were evicted to host memory.
 
     python -m benchmarks.host_tier --rig    # one GPU: seven layers in FP8, contexts of 64k tokens
+    python -m benchmarks.host_tier --rig -tp 4    # DeepSeek-V3.2-REAP-345B on four GPUs
     python -m benchmarks.host_tier --dry    # small widths on the CPU: shows that it runs
 
 A first turn computes its context. Other conversations then evict it, and a second turn gets it
 back from host memory. Reported is the time to the first token of the second turn over that of the
 first one. Streams beside a second turn show what the copies cost them: their time with a context
 in host memory over their time with the same context in device memory. Writes
-benchmarks/results/host_tier.json.
+benchmarks/results/host_tier.json, or host_tier_N.json of N GPUs.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks._gpu_engine_model import Shape, engine_options
+from benchmarks._gpu_engine_model import Shape, engine_options, of_ranks, shape_of
 from benchmarks._harness import Worker, rig_parser, rig_result, write_json, write_result
 
 MODULE = "benchmarks.workers.host_tier:Engine"
@@ -75,12 +76,15 @@ def measure(engine: Worker, load: dict[str, int], round_number: int) -> dict[str
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and write. Returns 0."""
-    parser = rig_parser(__doc__)
+    parser = rig_parser(__doc__, is_split=True)
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"default: {ROUNDS}")
     args = parser.parse_args(argv)
+    ranks = args.tensor_parallel_size
     load, config = (DRY_LOAD, DRY) if args.dry else (LOAD, CONFIG)
-    shape = Shape()
-    result = rig_result("host_tier", args, **shape._asdict(), load=load, gates=GATES)
+    config = config | {"tensor_parallel_size": ranks}
+    shape = Shape(ranks=ranks) if args.dry else shape_of(ranks, None)
+    name = of_ranks("host_tier", ranks)
+    result = rig_result(name, args, **shape._asdict(), load=load, gates=GATES)
     path: Path = args.out / f"{result['name']}.json"
     with (
         engine_options(args, shape, config) as options,
@@ -93,9 +97,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             if number:
                 result["cases"].append(case)
                 write_json(path, result)
-    for name, most in GATES.items():
-        ratio = float(np.median([case[name] for case in result["cases"]]))
-        result[name] = {"median": ratio, "passes": ratio <= most}
+    for gate, most in GATES.items():
+        ratio = float(np.median([case[gate] for case in result["cases"]]))
+        result[gate] = {"median": ratio, "passes": ratio <= most}
     write_result(args.out, result)
     return 0
 

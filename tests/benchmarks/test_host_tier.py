@@ -11,14 +11,18 @@ from benchmarks import host_tier
 
 
 @pytest.mark.slow
-def test_a_dry_run_takes_second_turns_from_host_memory(tmp_path: Path) -> None:
-    assert host_tier.main(["--dry", "--rounds", "1", "--out", str(tmp_path)]) == 0
-    result = json.loads((tmp_path / "host_tier.json").read_text())
+@pytest.mark.parametrize(("ranks", "name"), [("1", "host_tier"), ("2", "host_tier_2")])
+def test_a_dry_run_takes_second_turns_from_host_memory(
+    ranks: str, name: str, tmp_path: Path
+) -> None:
+    arguments = ["--dry", "--rounds", "1", "--out", str(tmp_path), "-tp", ranks]
+    assert host_tier.main(arguments) == 0
+    result = json.loads((tmp_path / f"{name}.json").read_text())
     (case,) = result["cases"]
     context = host_tier.DRY_LOAD["context"]
     assert case["first_turn"]["cached"] == case["streams_beside_kept"]["from_host"] == 0
     assert case["streams_beside_kept"]["cached"] == context
-    for name in ("second_turn", "streams_beside_copied"):
-        assert case[name]["cached"] == context and case[name]["from_host"] > context / 2
-    for name, most in host_tier.GATES.items():
-        assert result[name]["passes"] == (result[name]["median"] <= most)
+    for turn in ("second_turn", "streams_beside_copied"):
+        assert case[turn]["cached"] == context and case[turn]["from_host"] > context / 2
+    for gate, most in host_tier.GATES.items():
+        assert result[gate]["passes"] == (result[gate]["median"] <= most)
