@@ -152,7 +152,7 @@ def test_benchmarks_of_the_engine_take_their_flags(capsys: pytest.CaptureFixture
 
 @pytest.mark.slow
 def test_gpu_tests_are_collected_without_paddle() -> None:
-    """And the benchmarks are imported, which `make test` has no torch for."""
+    """The benchmarks are imported too, for which `make test` has no torch."""
     benchmarks = ("ceilings", *gpu_run.BENCHMARKS) if find_spec("torch") else ("gpu_run",)
     modules = ", ".join(f"benchmarks.{name}" for name in benchmarks)
     code = "import sys; sys.modules['paddle'] = None; import pytest; "

@@ -59,7 +59,7 @@ def _environment(rank: int, memory: str) -> dict[str, str]:
 
 
 def _wait(processes: list[subprocess.Popen[bytes]], deadline: float) -> None:
-    """Until all have ended well."""
+    """Wait until all have ended well."""
     while any(status := [process.poll() for process in processes]) or None in status:
         if any(status):
             raise RuntimeError(f"ranks ended with {status}; their words are above")

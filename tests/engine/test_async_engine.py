@@ -258,7 +258,7 @@ def test_an_engine_that_was_not_started_says_so():
 
 
 def test_questions_whose_callers_have_left_are_not_answered():
-    """And no more of them wait than may."""
+    """Questions that wait have a limit too."""
     gate, checked = threading.Event(), []
 
     def check(params):

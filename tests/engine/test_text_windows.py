@@ -67,7 +67,7 @@ def test_windows_give_the_tokens_of_the_whole_text(kind, pool, seed, length, win
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_windows_are_used_where_there_are_words(kind, monkeypatch):
-    """So that the test above is one of windows, and a long text needs little memory."""
+    """The test above is one of windows then, and a long text needs little memory."""
     sizes = []
     window = encoding.Window
     monkeypatch.setattr(

@@ -52,7 +52,7 @@ class Golden:
 
     @classmethod
     def load(cls, case: Case) -> Golden:
-        """From the committed file."""
+        """Read the committed file."""
         with np.load(GOLDENS / f"{case.name}.npz") as data:
             return cls(
                 {n: (data[f"positions_{n}"], data[f"logits_{n}"]) for n in PROMPT_LENGTHS},
@@ -63,7 +63,7 @@ class Golden:
 
     @classmethod
     def compute(cls, case: Case, folder: Path) -> Golden:
-        """From transformers, at all positions."""
+        """Compute it by transformers, at all positions."""
         from tests.parity.hugging_face import references
 
         prompts, run = references(case, folder)

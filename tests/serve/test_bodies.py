@@ -116,7 +116,7 @@ HOSTILE_BYTES = st.lists(
 
 
 def refusal(content: bytes, most: int) -> ApiError:
-    """Why a body is refused that holds more."""
+    """Reason to refuse a body that holds more."""
     with pytest.raises(ApiError) as caught:
         check_values(content, most)
     return caught.value

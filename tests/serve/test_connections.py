@@ -166,7 +166,7 @@ def test_out_of_descriptors_the_accept_loop_rests_and_recovers(
 
 
 def crowd(url: str, num: int, sent: bytes, stack: ExitStack) -> Sequence[socket.socket]:
-    """So many clients that send this and then nothing."""
+    """Clients that send this and then nothing."""
     clients = []
     for _ in range(num):
         client = stack.enter_context(connected(url))

@@ -209,7 +209,7 @@ def test_a_process_that_does_not_come_up_is_one_error(body: str, text: str) -> N
 
 
 def test_the_engines_process_ends_with_the_servers(tmp_path: Path) -> None:
-    """However the server ends, and whatever the engine does."""
+    """The server ends in several ways, and the engine works or waits."""
     pid_file = tmp_path / "pid"
     body = f"open({str(pid_file)!r}, 'w').write(str(os.getpid()))\n"
     # a call of a library that holds Python's lock

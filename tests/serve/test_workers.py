@@ -21,7 +21,7 @@ class Client:
         self.left = asyncio.Event()
 
     async def receive(self) -> dict[str, Any]:
-        """Comes back when the client has left."""
+        """Return when the client has left."""
         await self.left.wait()
         return {"type": "http.disconnect"}
 

@@ -26,7 +26,7 @@ def test_no_kind_of_request_holds_the_others_up(name: str, tmp_path: Path) -> No
 
 
 def test_a_long_text_for_a_long_context_holds_nobody_up(tmp_path: Path) -> None:
-    """Here it is short enough to be tokenized, with tables of the real size."""
+    """The text is short enough to be tokenized, with tables of the real size."""
     large = large_model.write_model(tmp_path / "large")
     name = "8 x 200 kB of random letters"
     record = siege.run_case(name, tmp_path, siege.LARGE, siege.BUSY, str(large))

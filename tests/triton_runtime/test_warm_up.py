@@ -101,7 +101,7 @@ def test_an_engine_warns_of_what_compiles_after_its_warm_up(
 def test_a_kernel_that_cannot_be_made_is_named(
     library: FakeLibrary, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
-    """Whatever the compiler raises, a caller can tell it from a wrong launch."""
+    """A caller can tell every error of the compiler from a wrong launch."""
 
     def fail(*_: Any) -> None:
         raise RuntimeError("ptxas died")

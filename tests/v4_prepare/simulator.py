@@ -348,7 +348,7 @@ class Engine:
             self._cache_blocks(request)
 
     def _cache_blocks(self, request: Request) -> None:
-        """Sometimes offer full blocks to other prompts, and the tokens as their beginning."""
+        """Offer full blocks to some other prompts, and the tokens as their beginning."""
         size, tokens = self.cfg.block_size, self.contents[request.handle]
         while (request.num_cached + 1) * size <= request.done:
             n = request.num_cached = request.num_cached + 1

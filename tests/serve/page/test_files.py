@@ -114,7 +114,7 @@ def test_a_setting_that_is_wrong_keeps_the_files(browser: Browser) -> None:
 
 
 def test_the_example_of_a_number_in_a_long_text(browser: Browser) -> None:
-    """By the demo model: each text is answered right, and the picture marks the number."""
+    """The demo model answers each text right, and the picture marks the number."""
     engine = threaded(build_engine(EngineConfig(max_model_len=4096, max_num_seqs=4)))
     with running(engine) as live, opened(browser, live) as page:
         numbers = set()

@@ -1,4 +1,4 @@
-"""From FD_ATTENTION_BACKEND to a class (`layers/attention/attention_selecter.py`)."""
+"""Class that FD_ATTENTION_BACKEND names (`layers/attention/attention_selecter.py`)."""
 
 from __future__ import annotations
 
