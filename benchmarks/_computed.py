@@ -198,7 +198,7 @@ def _over_floor(result: Result) -> str:
     return f"{case['ours_value'] / case['floor']:.1f}"
 
 
-def _kernels_and_step(profile: str, engine: str) -> Callable[[Result], str]:
+def _kernels_and_step(engine: str) -> Callable[[Result], str]:
     def text(result: Result) -> str:
         busy = result["profiles"]["1"]["busy_us"]
         (ms,) = (c["ours_value"] for c in _other(engine)["cases"] if c["case"] == "decode-1x4k")
@@ -256,8 +256,8 @@ FUNCTIONS: Mapping[str, Callable[[Any], str]] = {
     "more_experts": _more_experts,
     "norm": _norm_us,
     "over_floor": _over_floor,
-    "kernels_4": _kernels_and_step("gpu_profile_4", "gpu_engine_4"),
-    "kernels_2": _kernels_and_step("gpu_profile_2", "gpu_engine_2"),
+    "kernels_4": _kernels_and_step("gpu_engine_4"),
+    "kernels_2": _kernels_and_step("gpu_engine_2"),
     "dense_at_128": _dense_at_128,
     "experts_8192": _experts(8192),
     "experts_missed": _experts_missed,
