@@ -45,6 +45,8 @@ from tests.runner.tiny import V32, random_tensors, stored
 pytestmark = [pytest.mark.gpu_rig, pytest.mark.triton, pytest.mark.slow]
 
 NUM_BLOCKS, BLOCK_SIZE, MAX_LEN, ROWS = 24, 16, 48, 4
+# steps of 25 to 32 tokens with prompts are eager
+PROMPT_SIZES = 8, 24
 FIELDS = V32 | {"num_hidden_layers": 2, "vocab_size": 300, "num_nextn_predict_layers": 1}
 PLAIN, MOST = config_from_dict(FIELDS), 2
 # the MTP layer has a head of its own, which the ranks split
@@ -93,7 +95,7 @@ class ThroughHost(Group):
 
 
 class Watched(ModelRunner):
-    """Runner that records its batch at each step, and the drafts of its layer."""
+    """Runner that records its batch and graph at each step, and the drafts of its layer."""
 
     def __init__(self, *given: Any, **more: Any) -> None:
         super().__init__(*given, **more)
@@ -101,7 +103,7 @@ class Watched(ModelRunner):
         self.batches: list[dict[str, object]] = []
 
     def stage(self, sampled: np.ndarray, sampling: SamplingInputs) -> StepInputs:
-        self.batches.append(all_of(self.input_batch))
+        self.batches.append(all_of(self.input_batch) | {"graph": self.graph_key})
         return super().stage(sampled, sampling)
 
     def draft(self, num_requests: int, count: int) -> None:
@@ -156,8 +158,9 @@ def on_device(
     weights = DeviceWeights("float32", paddle_allocator(rig.device), group=there)
     runner = make_runner(kind, weights, rig.device, config, there)
     if sizes:
-        capture_graphs(runner, sizes, stand_in)
-        assert runner.captured_sizes == sizes
+        capture_graphs(runner, sizes, stand_in, PROMPT_SIZES)
+        assert runner.graphs and runner.graphs.sizes == sizes
+        assert tuple(runner.graphs.prompts) == PROMPT_SIZES
     return runner
 
 
@@ -234,7 +237,11 @@ def test_tokens_of_two_ranks_are_those_of_a_cpu(
             tokens = {(str(number), 0): one for number, (one, _) in enumerate(expected)}
             drafter = KnowingDrafter(tokens, 0.7, 250)
         assert answers(runner, drafter) == expected
-        assert runner.model.group.num_divided > 2
+        # steps from graphs are not divided, and larger ones have no row past the selection
+        assert (runner.model.group.num_divided > 2) == (not sizes)
+        replayed = runner.counters.graph_steps
+        assert bool(sizes) == (replayed["prefill"] + replayed["mixed"] > 1)
+        assert sum(runner.counters.eager_steps.values()) > 0
         assert ranks.num_messages > 20 and runner.counters.mask_offsets_skipped > 2
         first.send(b"")
     follower.join(60)
