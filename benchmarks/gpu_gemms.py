@@ -163,11 +163,12 @@ class Experts:
 
     def __init__(self, bench: Bench, gate_up: Any, down: Any, tokens: int) -> None:
         from fd_dsa.device.transfers import uploaded
-        from fd_dsa.ops import expert_choice, expert_kernels
+        from fd_dsa.ops import expert_kernels
+        from fd_dsa.ops.expert_gemm import expert_gemm
         from fd_dsa.ops.fill_kernels import fill_random
 
         self._kernels, self._weights = expert_kernels, (gate_up, down)
-        self._choose_experts = expert_choice.choose_experts
+        self._gemm = expert_gemm
         self._logits = bench.allocate((tokens, EXPERTS), "float32")
         fill_random(self._logits, 0, tokens * EXPERTS, [9, tokens], 1.0)
         self._bias, self._x = bench.scales(EXPERTS), bench.rows(tokens, HIDDEN)
@@ -178,7 +179,7 @@ class Experts:
         self.ids = self._ids.numpy()
 
     def _choose(self) -> None:
-        self._ids, self._shares = self._choose_experts(
+        self._ids, self._shares = self._kernels.choose_experts(
             *(self._logits, self._bias),
             top_k=TOP_K,
             n_group=8,
@@ -193,12 +194,12 @@ class Experts:
         """Run the first GEMM."""
         how: dict[str, Any] = {"top_k": TOP_K, "gated": True, "round_scales": True}
         weight = self._weights[0]
-        return self._kernels.expert_gemm(self._x, weight, *self._pairs, tiling=tiling, **how)
+        return self._gemm(self._x, weight, *self._pairs, tiling=tiling, **how)
 
     def down(self, tiling: Any = None) -> Any:
         """Run the second GEMM."""
         rows, weight = self._hidden, self._weights[1]
-        return self._kernels.expert_gemm(rows, weight, *self._pairs, top_k=TOP_K, tiling=tiling)
+        return self._gemm(rows, weight, *self._pairs, top_k=TOP_K, tiling=tiling)
 
     def everything(self) -> Any:
         """Run all launches of a layer."""

@@ -129,7 +129,7 @@ class DeepseekMoE:
     def _routed_on_device(self, x: Tensor | Normed, shared: Tensor, slot_mapping: Tensor) -> Tensor:
         """Return `shared` plus the weighted sum of the selected experts."""
         # kernels are loaded only if there is a device
-        from fd_dsa.ops.expert_choice import choose_experts
+        from fd_dsa.ops.expert_kernels import choose_experts
 
         gate = self.gate
         choice = choose_experts(

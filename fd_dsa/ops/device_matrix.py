@@ -26,7 +26,7 @@ from fd_dsa.ops.dense_kernels import (
     rms_norm,
     silu_and_mul,
 )
-from fd_dsa.ops.expert_kernels import expert_gemm
+from fd_dsa.ops.expert_gemm import expert_gemm
 from fd_dsa.ops.fixed_order import fixed_order
 from fd_dsa.ops.fp8_gemm import fp8_linear
 from fd_dsa.ops.head_gemm import head_gemm, linear_in_one_order

@@ -1,4 +1,7 @@
-"""Grouped GEMM of routed experts: its kernel and its tilings.
+"""Grouped GEMM of routed experts: its kernel, its tilings and its launch.
+
+A GEMM reads the rows of its pairs through the lists of `expert_kernels.group_pairs`. It writes the
+results at the places of the pairs, so rows are never copied.
 
 With few tokens the time is that of reading the weights of the selected experts. Tiles then have 16
 rows, and each processor has as many bytes in flight as its shared memory holds. Prompts fill tiles
@@ -8,13 +11,28 @@ of 128 rows.
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
-from fd_dsa.ops.dense_kernels import GROUP, clamped, quantized, sigmoid
+from fd_dsa.errors import ShapeError
+from fd_dsa.ops.arrays import dtype_name
+from fd_dsa.ops.dense_kernels import (
+    GROUP,
+    clamped,
+    empty_beside,
+    empty_fp8_rows,
+    kernel_arguments,
+    native_fp8,
+    quantized,
+    sigmoid,
+)
 from fd_dsa.ops.device_functions import stored, to_bfloat16, widened
-from fd_dsa.ops.fp8_gemm import fp8_pointer, fp8_sums
-from fd_dsa.ops.split_sums import Tiling
+from fd_dsa.ops.expert_gemm_cuda import ExpertGemm, kernel_for, suits
+from fd_dsa.ops.fp8_gemm import check_weight, fp8_pointer, fp8_sums
+from fd_dsa.ops.split_sums import Tiling, rows_of_tiles
 from fd_dsa.ops.step_kernel import step_kernel
+from fd_dsa.tensor import Fp8Rows, Tensor
 from fd_dsa.triton_runtime import next_power_of_2, start_next, wait_for_inputs
+from fd_dsa.triton_runtime.device_api import traits_for
 
 import triton  # isort: skip
 import triton.language as tl  # isort: skip
@@ -198,3 +216,83 @@ def expert_gemm_kernel(
             group = out_scales_ptr + (first_column // _GROUP) * out_stride
             tl.store(group + pair, scale, mask=live)
             tl.store(to, codes, mask=mask)
+
+
+def expert_gemm(
+    x: Tensor | Fp8Rows,
+    weight: tuple[Tensor, Any],
+    pairs: Tensor,
+    counts: Tensor,
+    *,
+    top_k: int,
+    gated: bool = False,
+    round_scales: bool | None = None,
+    tiling: Tiling | None = None,
+    limit: float | None = None,
+) -> Tensor | Fp8Rows:
+    """Multiply the row of each pair by its expert's weight^T: [num_tokens * top_k, columns].
+
+    Operands in float32 give float32, others bfloat16. A gated GEMM in FP8 gives FP8 of the values
+    rounded to bfloat16. Rows of pairs without an expert are not written.
+
+    Args:
+        x: float32 or bfloat16 [num_tokens, width], contiguous, or its Fp8Rows; or a row for each
+            pair, [num_tokens * top_k, width].
+        weight: values of the dtype of `x` [num_experts, columns, width], contiguous, and None. With
+            Fp8Rows: codes, uint8 of that shape, and scales, float32
+            [num_experts, ceil(columns / 128), ceil(width / 128)]. A gated weight has 2 * columns,
+            first those of the gate.
+        pairs, counts: results of `expert_kernels.group_pairs`.
+        gated: True for silu of the first half of the columns times the second half.
+        round_scales: True if scales of a result in FP8 are powers of two.
+        tiling: tiling of Triton's kernel. None selects it by the shape, and may use the kernel of
+            custom_ops/ for prompts in FP8.
+        limit: as for `silu_and_mul`, of a gated GEMM.
+
+    Raises:
+        ShapeError: an FP8 weight does not fit, or a block of 128 columns of a gated weight has
+            columns of both halves.
+    """
+    is_fp8, (values, scales) = isinstance(x, Fp8Rows), weight
+    rows, (*_, x_scales, x_stride) = x.codes if isinstance(x, Fp8Rows) else x, kernel_arguments(x)
+    experts, columns, width = values.shape
+    columns //= 1 + gated
+    if is_fp8:
+        check_weight(values, scales, rows.shape[1])
+        if gated and columns % GROUP:
+            raise ShapeError(
+                f"FP8 weight: got {columns} columns of the gate, allowed are multiples of {GROUP}"
+            )
+    num_tokens, kind = pairs.shape[1], dtype_name(values.dtype)
+    num_pairs = num_tokens * top_k
+    result: Tensor | Fp8Rows
+    if is_fp8 and gated:
+        result = empty_fp8_rows(rows, num_pairs, columns)
+    else:
+        out_dtype = "float32" if kind == "float32" else "bfloat16"
+        result = empty_beside(rows, num_pairs, columns, dtype=out_dtype)
+    *_, out_scales, out_stride = kernel_arguments(result)
+    out: Tensor = result.codes if isinstance(result, Fp8Rows) else result
+    by_library: ExpertGemm | None = None
+    sizes = rows.shape[0], num_pairs, experts, columns, width
+    may_use_library = is_fp8 and tiling is None and limit is None
+    if may_use_library and num_pairs and columns and suits(*sizes):
+        by_library = kernel_for(rows)
+    if by_library is not None:
+        by_library(
+            (rows, x_scales), weight, pairs, counts, out, out_scales,
+            empty_beside(rows, 1, dtype="int32"), round_scales=bool(round_scales),
+        )  # fmt: skip
+    elif num_pairs and columns:
+        shared_bytes = traits_for(rows).shared_bytes
+        shape = rows_of_tiles(num_pairs), experts, gated, shared_bytes
+        tiling = tiling or configuration(kind, *shape)
+        options = block_sizes(kind, columns, width, tiling)
+        max_tiles = min(experts, num_pairs) + num_pairs // tiling.rows
+        expert_gemm_kernel[-(-columns // options["BLOCK_COLUMNS"]), max_tiles](
+            rows, x_scales, values, scales, pairs, counts, out, out_scales, num_tokens,
+            x_stride, out_stride, ROW_PAIRS=num_pairs // rows.shape[0], NUM_EXPERTS=experts,
+            WIDTH=width, COLUMNS=columns, GATED=gated, ROUND_SCALES=bool(round_scales),
+            NATIVE=native_fp8(rows), EXPERTS=next_power_of_2(experts), LIMIT=limit, **options,
+        )  # fmt: skip
+    return result

@@ -40,7 +40,7 @@ class Experts(ctypes.Structure):
 
 
 class ExpertGemm(LibraryKernel):
-    """Kernel of a loaded library for `expert_kernels.expert_gemm` with operands in FP8."""
+    """Kernel of a loaded library for `expert_gemm.expert_gemm` with operands in FP8."""
 
     launcher, size, structure = "fd_dsa_expert_gemm_cuda", "fd_dsa_expert_gemm_bytes", Experts
 

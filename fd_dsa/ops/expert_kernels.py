@@ -1,39 +1,236 @@
-"""Routed experts on a device: grouping, two grouped GEMMs and weighted sum.
+"""Routed experts on a device: their choice, by scores or by token id, grouping and weighted sum.
 
-A pair is a token and one of its experts, and a row of the grouped GEMMs. One launch lists the pairs
-of each expert in order. A GEMM reads its rows through that list and writes them at the places of
-the pairs, so rows are never copied. Grids depend only on the number of tokens, so the launches can
-be captured. Every sum has a fixed order. Tokens of padding have expert ids of -1.
+A pair is a token and one of its experts, and a row of the grouped GEMMs (`expert_gemm`). One launch
+lists the pairs of each expert in order. Grids depend only on the number of tokens, so the launches
+can be captured. Every sum has a fixed order. Tokens of padding have expert ids of -1.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
-from fd_dsa.errors import ShapeError
-from fd_dsa.ops.arrays import dtype_name
-from fd_dsa.ops.dense_kernels import (
-    GROUP,
-    empty_beside,
-    empty_fp8_rows,
-    kernel_arguments,
-    native_fp8,
-)
+from fd_dsa.ops.dense_kernels import empty_beside, sigmoid
 from fd_dsa.ops.device_functions import stored, widened
-from fd_dsa.ops.expert_gemm import block_sizes, configuration, expert_gemm_kernel
-from fd_dsa.ops.expert_gemm_cuda import ExpertGemm, kernel_for, suits
-from fd_dsa.ops.fp8_gemm import check_weight
-from fd_dsa.ops.split_sums import Tiling, rows_of_tiles
 from fd_dsa.ops.step_kernel import step_kernel
-from fd_dsa.tensor import Fp8Rows, Tensor
+from fd_dsa.tensor import Tensor
 from fd_dsa.triton_runtime import next_power_of_2, start_next, wait_for_inputs
-from fd_dsa.triton_runtime.device_api import traits_for
 
+import triton  # isort: skip
 import triton.language as tl  # isort: skip
 
 _BLOCK = 1024
 # maximum number of pairs that the program of an expert scans at a time
 _MAX_PAIRS = 4096
+
+
+@triton.jit
+def _are_best(values, exists, k, SIZE: tl.constexpr):
+    """Return a mask of the k largest existing `values` [SIZE]. Of equal values the first counts."""
+    place = tl.arange(0, SIZE)
+    mine, other = values[:, None], values[None, :]
+    ahead = (other > mine) | ((other == mine) & (place[None, :] < place[:, None]))
+    rank = tl.sum((ahead & exists[None, :]).to(tl.int32), axis=1)
+    return exists & (rank < k)
+
+
+@triton.jit
+def _scores(logits, SCORE: tl.constexpr):
+    """Return the score of each logit by the function that SCORE names."""
+    if SCORE == "sigmoid":
+        return sigmoid(logits)
+    # sqrt(log(1 + exp(x))); the quotient keeps the bits of small numbers that 1 + small loses
+    small = tl.exp(-tl.abs(logits))
+    more = 1.0 + small
+    is_one = more == 1.0
+    log = tl.where(is_one, small, tl.log(more) * (small / tl.where(is_one, 1.0, more - 1.0)))
+    return tl.sqrt_rn(log + tl.maximum(logits, 0.0))
+
+
+@step_kernel(waits=True)
+def choose_experts_kernel(
+    logits_ptr,
+    bias_ptr,
+    slot_mapping_ptr,
+    ids_ptr,
+    weights_ptr,
+    scaling,
+    NUM_EXPERTS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    NUM_GROUPS: tl.constexpr,
+    TOP_GROUPS: tl.constexpr,
+    NORM: tl.constexpr,
+    SCORE: tl.constexpr,
+    GROUPS: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    """Select the experts of token `program 0`, from GROUPS groups of SIZE places.
+
+    GROUPS and SIZE are powers of two.
+    """
+    row = tl.program_id(0).to(tl.int64) * NUM_EXPERTS
+    own: tl.constexpr = NUM_EXPERTS // NUM_GROUPS
+    group, place = tl.arange(0, GROUPS), tl.arange(0, SIZE)
+    expert = group[:, None] * own + place[None, :]
+    exists = (group < NUM_GROUPS)[:, None] & (place < own)[None, :]
+    bias = tl.load(bias_ptr + expert, mask=exists, other=0.0)
+    wait_for_inputs()
+    start_next()
+    logits = tl.load(logits_ptr + row + expert, mask=exists, other=0.0)
+    scores = _scores(logits, SCORE)
+    choice = tl.where(exists, scores + bias, float("-inf"))
+    if NUM_GROUPS > 1:
+        best = tl.max(choice, axis=1)
+        # of equal values the first is the best, and another one the second best
+        first = tl.min(tl.where(choice == best[:, None], place[None, :], SIZE), axis=1)
+        others = tl.where(place[None, :] == first[:, None], float("-inf"), choice)
+        pair = best
+        if own > 1:
+            pair = best + tl.max(others, axis=1)
+        kept = _are_best(pair, group < NUM_GROUPS, TOP_GROUPS, GROUPS)
+        choice = tl.where(kept[:, None], choice, float("-inf"))
+    flat = tl.reshape(choice, [GROUPS * SIZE])
+    real = tl.reshape(exists.to(tl.int32), [GROUPS * SIZE]) != 0
+    chosen = _are_best(flat, real, TOP_K, GROUPS * SIZE)
+    weights = tl.where(chosen, tl.reshape(scores, [GROUPS * SIZE]), 0.0)
+    if NORM:
+        weights = weights / (tl.sum(weights, axis=0) + 1e-20)
+    place = tl.cumsum(chosen.to(tl.int32), axis=0) - 1
+    # NaN counts as best, so more than TOP_K may be selected
+    chosen = chosen & (place < TOP_K)
+    place += tl.program_id(0) * TOP_K
+    expert = tl.reshape(expert, [GROUPS * SIZE])
+    padding = tl.load(slot_mapping_ptr + tl.program_id(0)) < 0
+    expert = tl.where(padding, -1, expert)
+    weights = tl.where(padding, 0.0, weights)
+    tl.store(ids_ptr + place, expert, mask=chosen)
+    tl.store(weights_ptr + place, weights * scaling, mask=chosen)
+
+
+def choose_experts(
+    logits: Tensor,
+    bias: Tensor,
+    *,
+    top_k: int,
+    n_group: int,
+    topk_group: int,
+    norm: bool,
+    scaling: float,
+    slot_mapping: Tensor,
+    score: str = "sigmoid",
+) -> tuple[Tensor, Tensor]:
+    """Select experts by scores plus a correction bias, which does not enter the weights.
+
+    With groups, the score of a group is that of its two best experts, and only experts of the best
+    `topk_group` groups are selected. Of equal scores the lower expert is selected.
+
+    Args:
+        logits: float32 [num_tokens, num_experts], contiguous.
+        bias: float32 [num_experts].
+        top_k: number of experts of a token.
+        n_group, topk_group: number of groups, and of selected groups; 1 and 1 = no groups.
+        norm: True if the weights of a token are divided by their sum.
+        scaling: factor of the weights.
+        slot_mapping: integers [num_tokens], below 0 for padding.
+        score: function of the logits, "sigmoid" or "sqrtsoftplus".
+
+    Returns:
+        Expert ids, int32 [num_tokens, top_k], ascending, and their weights, float32. Padding has
+        ids of -1 and weights of 0.
+
+    Source: DeepSeek-V3 (arXiv 2412.19437) §2.1.2.
+    """
+    rows, experts = logits.shape
+    ids = empty_beside(logits, rows, top_k, dtype="int32")
+    weights = empty_beside(logits, rows, top_k)
+    if rows:
+        choose_experts_kernel[(rows,)](
+            logits,
+            bias,
+            slot_mapping,
+            ids,
+            weights,
+            scaling,
+            NUM_EXPERTS=experts,
+            TOP_K=top_k,
+            NUM_GROUPS=n_group,
+            TOP_GROUPS=topk_group,
+            NORM=norm,
+            SCORE=score,
+            GROUPS=next_power_of_2(n_group),
+            SIZE=next_power_of_2(experts // n_group),
+            num_warps=8,
+            # the compiler computes a score once for each layout; with a fused product in only one
+            # of them, a score would not equal itself
+            enable_fp_fusion=False,
+        )
+    return ids, weights
+
+
+@step_kernel(waits=True)
+def look_up_experts_kernel(
+    logits_ptr,
+    table_ptr,
+    token_ids_ptr,
+    rows_ptr,
+    ids_ptr,
+    weights_ptr,
+    scaling,
+    NUM_EXPERTS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    SCORE: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    """Look up the experts of token `program 0`. SIZE is TOP_K as a power of two."""
+    wait_for_inputs()
+    start_next()
+    token = tl.program_id(0).to(tl.int64)
+    place = tl.arange(0, SIZE)
+    real = place < TOP_K
+    row = table_ptr + tl.load(token_ids_ptr + token).to(tl.int64) * TOP_K
+    # no expert is below -1, so places past the last one equal no expert
+    expert = tl.load(row + place, mask=real, other=-2)
+    logits = tl.load(logits_ptr + token * NUM_EXPERTS + expert, mask=real, other=0.0)
+    scores = tl.where(real, _scores(logits, SCORE), 0.0)
+    weights = scores / (tl.sum(scores, axis=0) + 1e-20) * scaling
+    # the first pair of an expert that is named several times stands for all of them
+    same = expert[:, None] == expert[None, :]
+    is_repeated = tl.sum((same & (place[None, :] < place[:, None])).to(tl.int32), axis=1) > 0
+    weights = weights * tl.sum(same.to(tl.float32), axis=1)
+    unused = is_repeated | (tl.load(rows_ptr + token) < 0)
+    tl.store(ids_ptr + token * TOP_K + place, tl.where(unused, -1, expert), mask=real)
+    tl.store(weights_ptr + token * TOP_K + place, tl.where(unused, 0.0, weights), mask=real)
+
+
+def look_up_experts(
+    logits: Tensor,
+    table: Tensor,
+    token_ids: Tensor,
+    rows: Tensor,
+    *,
+    scaling: float,
+    score: str,
+) -> tuple[Tensor, Tensor]:
+    """Return the experts of each token by its id, weighted by their normalised scores.
+
+    Args:
+        logits: float32 [num_tokens, num_experts], contiguous.
+        table: int32 [vocab_size, top_k], experts of each token id, ascending. An expert that is
+            named twice counts twice.
+        token_ids: integers [num_tokens].
+        rows: int32 [num_tokens or more], below 0 for padding.
+        scaling: factor of the weights.
+        score: as for `choose_experts`.
+
+    Returns:
+        As `choose_experts`; an expert that is named again has an id of -1 there.
+    """
+    (tokens, experts), top_k = logits.shape, table.shape[1]
+    ids = empty_beside(logits, tokens, top_k, dtype="int32")
+    weights = empty_beside(logits, tokens, top_k)
+    if tokens:
+        look_up_experts_kernel[(tokens,)](
+            logits, table, token_ids, rows, ids, weights, scaling, NUM_EXPERTS=experts,
+            TOP_K=top_k, SCORE=score, SIZE=next_power_of_2(top_k), num_warps=1,
+        )  # fmt: skip
+    return ids, weights
 
 
 @step_kernel(waits=True)
@@ -70,86 +267,6 @@ def group_pairs(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
         ids, pairs, counts, rows * top_k, rows, BLOCK=block, num_warps=8 if block > _BLOCK else 4
     )
     return pairs, counts
-
-
-def expert_gemm(
-    x: Tensor | Fp8Rows,
-    weight: tuple[Tensor, Any],
-    pairs: Tensor,
-    counts: Tensor,
-    *,
-    top_k: int,
-    gated: bool = False,
-    round_scales: bool | None = None,
-    tiling: Tiling | None = None,
-    limit: float | None = None,
-) -> Tensor | Fp8Rows:
-    """Multiply the row of each pair by its expert's weight^T: [num_tokens * top_k, columns].
-
-    Operands in float32 give float32, others bfloat16. A gated GEMM in FP8 gives FP8 of the values
-    rounded to bfloat16. Rows of pairs without an expert are not written.
-
-    Args:
-        x: float32 or bfloat16 [num_tokens, width], contiguous, or its Fp8Rows; or a row for each
-            pair, [num_tokens * top_k, width].
-        weight: values of the dtype of `x` [num_experts, columns, width], contiguous, and None. With
-            Fp8Rows: codes, uint8 of that shape, and scales, float32
-            [num_experts, ceil(columns / 128), ceil(width / 128)]. A gated weight has 2 * columns,
-            first those of the gate.
-        pairs, counts: results of `group_pairs`.
-        gated: True for silu of the first half of the columns times the second half.
-        round_scales: True if scales of a result in FP8 are powers of two.
-        tiling: tiling of Triton's kernel. None selects it by the shape, and may use the kernel of
-            custom_ops/ for prompts in FP8.
-        limit: as for `silu_and_mul`, of a gated GEMM.
-
-    Raises:
-        ShapeError: an FP8 weight does not fit, or a block of 128 columns of a gated weight has
-            columns of both halves.
-    """
-    is_fp8, (values, scales) = isinstance(x, Fp8Rows), weight
-    rows, (*_, x_scales, x_stride) = x.codes if isinstance(x, Fp8Rows) else x, kernel_arguments(x)
-    experts, columns, width = values.shape
-    columns //= 1 + gated
-    if is_fp8:
-        check_weight(values, scales, rows.shape[1])
-        if gated and columns % GROUP:
-            raise ShapeError(
-                f"FP8 weight: got {columns} columns of the gate, allowed are multiples of {GROUP}"
-            )
-    num_tokens, kind = pairs.shape[1], dtype_name(values.dtype)
-    num_pairs = num_tokens * top_k
-    result: Tensor | Fp8Rows
-    if is_fp8 and gated:
-        result = empty_fp8_rows(rows, num_pairs, columns)
-    else:
-        out_dtype = "float32" if kind == "float32" else "bfloat16"
-        result = empty_beside(rows, num_pairs, columns, dtype=out_dtype)
-    *_, out_scales, out_stride = kernel_arguments(result)
-    out: Tensor = result.codes if isinstance(result, Fp8Rows) else result
-    by_library: ExpertGemm | None = None
-    sizes = rows.shape[0], num_pairs, experts, columns, width
-    may_use_library = is_fp8 and tiling is None and limit is None
-    if may_use_library and num_pairs and columns and suits(*sizes):
-        by_library = kernel_for(rows)
-    if by_library is not None:
-        by_library(
-            (rows, x_scales), weight, pairs, counts, out, out_scales,
-            empty_beside(rows, 1, dtype="int32"), round_scales=bool(round_scales),
-        )  # fmt: skip
-    elif num_pairs and columns:
-        shared_bytes = traits_for(rows).shared_bytes
-        shape = rows_of_tiles(num_pairs), experts, gated, shared_bytes
-        tiling = tiling or configuration(kind, *shape)
-        options = block_sizes(kind, columns, width, tiling)
-        max_tiles = min(experts, num_pairs) + num_pairs // tiling.rows
-        expert_gemm_kernel[-(-columns // options["BLOCK_COLUMNS"]), max_tiles](
-            rows, x_scales, values, scales, pairs, counts, out, out_scales, num_tokens,
-            x_stride, out_stride, ROW_PAIRS=num_pairs // rows.shape[0], NUM_EXPERTS=experts,
-            WIDTH=width, COLUMNS=columns, GATED=gated, ROUND_SCALES=bool(round_scales),
-            NATIVE=native_fp8(rows), EXPERTS=next_power_of_2(experts), LIMIT=limit, **options,
-        )  # fmt: skip
-    return result
 
 
 @step_kernel(waits=True)

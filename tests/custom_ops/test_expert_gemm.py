@@ -16,8 +16,9 @@ pytest.importorskip("paddle", reason="the launches take Paddle's tensors")
 from fd_dsa import custom_ops
 from fd_dsa.errors import DeviceError, LaunchError
 from fd_dsa.ops import expert_gemm_cuda
+from fd_dsa.ops.expert_gemm import expert_gemm
 from fd_dsa.ops.expert_gemm_cuda import ExpertGemm, kernel_for, suits
-from fd_dsa.ops.expert_kernels import expert_gemm, group_pairs
+from fd_dsa.ops.expert_kernels import group_pairs
 from fd_dsa.ops.split_sums import Tiling
 from fd_dsa.tensor import Fp8Rows
 from tests.kernel_memory import KernelMemory

@@ -18,7 +18,7 @@ from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.moe import DeepseekMLP, DeepseekMoE, NoAuxTopkGate
 from fd_dsa.models.registry import config_from_dict
 from fd_dsa.models.weights import HostWeights
-from fd_dsa.ops.expert_choice import choose_experts
+from fd_dsa.ops.expert_kernels import choose_experts
 from fd_dsa.tensor import Normed
 from tests.conftest import PADDLE_MEMORIES
 from tests.kernel_memory import KernelMemory, open_memory

@@ -88,8 +88,11 @@ def compile(label, kernel, types={}, fusion=True, blocks=1, capability=CAPABILIT
 EVERY = """
 from fd_dsa.ops import dense_kernels as dense
 from fd_dsa.ops.expert_gemm import block_sizes, configuration, expert_gemm_kernel
-from fd_dsa.ops.expert_choice import choose_experts_kernel
-from fd_dsa.ops.expert_kernels import group_pairs_kernel, sum_experts_kernel
+from fd_dsa.ops.expert_kernels import (
+    choose_experts_kernel,
+    group_pairs_kernel,
+    sum_experts_kernel,
+)
 from fd_dsa.ops.fill_kernels import fill_kernel
 from fd_dsa.ops.cache_write.triton_kernel import write_caches_kernel
 from fd_dsa.ops.logits.triton_kernel import logits_kernel

@@ -15,9 +15,8 @@ pytest.importorskip("paddle", reason="the launches take Paddle's tensors")
 from benchmarks import _tilings
 from fd_dsa.device.host_tensor import as_tensor
 from fd_dsa.errors import ShapeError
-from fd_dsa.ops.expert_choice import choose_experts
-from fd_dsa.ops.expert_gemm import configuration
-from fd_dsa.ops.expert_kernels import expert_gemm, group_pairs, sum_experts
+from fd_dsa.ops.expert_gemm import configuration, expert_gemm
+from fd_dsa.ops.expert_kernels import choose_experts, group_pairs, sum_experts
 from fd_dsa.ops.split_sums import Tiling
 from fd_dsa.tensor import Fp8Rows
 from tests.kernel_memory import KernelMemory

@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("paddle", reason="the launches take Paddle's tensors")
 
-from fd_dsa.ops.expert_choice import look_up_experts
+from fd_dsa.ops.expert_kernels import look_up_experts
 from fd_dsa.ops.v4_attend_kernel import Entries, TokenPlaces, Windows, attend_v4
 from fd_dsa.ops.v4_write_kernels import (
     Norm,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 V4 = """
 from fd_dsa.ops import dense_kernels as dense
-from fd_dsa.ops.expert_choice import choose_experts_kernel, look_up_experts_kernel
 from fd_dsa.ops.expert_gemm import block_sizes, configuration, expert_gemm_kernel
+from fd_dsa.ops.expert_kernels import choose_experts_kernel, look_up_experts_kernel
 from fd_dsa.ops.stream_kernels import expand_streams_kernel, read_streams_kernel
 from fd_dsa.ops.v4_attend_kernel import attend_v4_kernel
 from fd_dsa.ops import v4_write_kernels as write

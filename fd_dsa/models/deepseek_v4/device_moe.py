@@ -5,7 +5,7 @@ from __future__ import annotations
 from fd_dsa.models.deepseek_v4.config import DeepseekV4Config
 from fd_dsa.models.device_weights import DeviceWeights
 from fd_dsa.models.moe import routed_on_device
-from fd_dsa.ops.expert_choice import choose_experts, look_up_experts
+from fd_dsa.ops.expert_kernels import choose_experts, look_up_experts
 from fd_dsa.tensor import Tensor
 
 _PARTS = ("w1", "w3", "w2")
