@@ -1,11 +1,12 @@
 """Runs steps of an engine whose graphs are captured, and prints what the host still enqueues.
 
-`python -m tests.null_driver.captured_steps`. A replay does nothing, so all launches and allocations
-of a captured step are those beside its graph.
+`python -m tests.null_driver.captured_steps [deepseek_v4]`. A replay does nothing, so all launches
+and allocations of a captured step are those beside its graph.
 """
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 from benchmarks._harness import random_prompts
 from benchmarks.host_time import v32
-from tests.null_driver.engine import NullDriver, open_engine, replace
+from tests.null_driver.engine import V4, V4_FLAGS, NullDriver, open_engine, replace
 
 STEPS, ROWS, SIZES = 40, 8, (64, 256)
 
@@ -28,9 +29,10 @@ def capture(place: object) -> Callable[[Callable[[], Any]], tuple[Any, Callable[
 
 
 def main() -> None:
-    """Run requests that come beside others, and print the work of steps with prompts."""
-    config: dict[str, Any] = {
-        "kv_cache_dtype": "fp8",
+    """Run requests that come beside others, and print the work of their steps."""
+    is_v4 = sys.argv[1:] == ["deepseek_v4"]
+    model = V4 if is_v4 else v32(layers=3, dense=1, experts=16)
+    config: dict[str, Any] = (V4_FLAGS if is_v4 else {"kv_cache_dtype": "fp8"}) | {
         "max_model_len": 8192,
         "max_num_seqs": ROWS,
         "max_num_batched_tokens": 1024,
@@ -39,7 +41,7 @@ def main() -> None:
     }
     driver = NullDriver()
     with tempfile.TemporaryDirectory() as folder:
-        engine = open_engine(driver, v32(layers=3, dense=1, experts=16), Path(folder), **config)
+        engine = open_engine(driver, model, Path(folder), **config)
     from fd_dsa import SamplingParams
     from fd_dsa.ops import dense_kernels, device_matrix
     from fd_dsa.startup.capture import capture_graphs
@@ -66,7 +68,7 @@ def main() -> None:
         before = driver.launches(), num_empty[0]
         engine.step()
         key = runner.graph_key
-        if key is not None and key.limits is not None:
+        if key is not None:
             done = driver.launches() - before[0], num_empty[0] - before[1]
             sums = seen.get(key[:2], (0, 0))
             seen[key[:2]] = sums[0] + done[0], sums[1] + done[1]

@@ -21,6 +21,17 @@ BUILDERS = ("fd_dsa.startup.build", "fd_dsa.engine.factory")
 # modules that check kernels of custom_ops/ by their results
 CHECKS = ("fd_dsa.ops.topk.custom_op", "fd_dsa.ops.mla.custom_op")
 
+# layers of every kind, with released widths, and the flags that a device needs
+V4: dict[str, Any] = {
+    "model_type": "deepseek_v4",
+    "compress_ratios": [0, 4, 128, 4],
+    "num_hidden_layers": 4,
+    "num_hash_layers": 1,
+    "n_routed_experts": 16,
+    "torch_dtype": "bfloat16",
+}
+V4_FLAGS: dict[str, Any] = {"enable_prefix_caching": False, "block_size": 128}
+
 
 class NullDriver:
     """The driver in this process, made before anything imports Paddle.

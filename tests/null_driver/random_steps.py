@@ -1,6 +1,7 @@
 """Runs random steps of an engine of random sizes, and prints what compiles after its start.
 
-`python -m tests.null_driver.random_steps SEED`. The last line says how many steps ran.
+`python -m tests.null_driver.random_steps SEED [deepseek_v4]`. The last line says how many steps
+ran.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 from benchmarks._harness import random_prompts
 from benchmarks.host_time import v32
-from tests.null_driver.engine import NullDriver, open_engine
+from tests.null_driver.engine import V4, V4_FLAGS, NullDriver, open_engine
 
 STEPS = 120
 # tokens that a prompt may have; the longest one is cut into chunks in most engines
@@ -53,6 +54,19 @@ def engine_sizes(draw: random.Random) -> tuple[dict[str, Any], dict[str, Any]]:
     return model, config
 
 
+def v4_sizes(draw: random.Random) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Draw the same for DeepSeek-V4."""
+    config: dict[str, Any] = {
+        "max_model_len": draw.choice((300, 3000, 8192)),
+        "max_num_seqs": draw.choice((1, 3, 8, 64)),
+        "max_num_batched_tokens": draw.choice((64, 100, 576, 2048)),
+        "kv_cache_memory_bytes": "2G",
+        "enforce_eager": True,
+        "tensor_parallel_size": 1,
+    }
+    return V4, config | V4_FLAGS
+
+
 def run_steps(engine: Any, draw: random.Random, longest: int) -> int:
     """Add random requests and run steps. Returns the number of steps."""
     from fd_dsa import SamplingParams
@@ -81,8 +95,8 @@ def run_steps(engine: Any, draw: random.Random, longest: int) -> int:
 
 def main() -> None:
     """Run the steps of one seed."""
-    draw = random.Random(int(sys.argv[1]))
-    model, config = engine_sizes(draw)
+    draw, is_v4 = random.Random(int(sys.argv[1])), sys.argv[2:] == ["deepseek_v4"]
+    model, config = (v4_sizes if is_v4 else engine_sizes)(draw)
     print(config)
     driver = NullDriver(config["tensor_parallel_size"])
     logging.getLogger("fd_dsa.triton_runtime").addHandler(Late(logging.WARNING))

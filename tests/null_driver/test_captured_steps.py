@@ -1,4 +1,4 @@
-"""A captured step with prompts is its graph: the host launches and allocates nothing beside it."""
+"""A captured step is its graph: the host launches and allocates nothing beside it."""
 
 from __future__ import annotations
 
@@ -16,12 +16,17 @@ pytestmark = [
 ]
 
 
-def test_a_captured_step_with_prompts_launches_and_allocates_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "dense_keys"), [((), 2048), (("deepseek_v4",), 2051)], ids=["v32", "v4"]
+)
+def test_a_captured_step_launches_and_allocates_nothing(
+    tmp_path: Path, arguments: tuple[str, ...], dense_keys: int
+) -> None:
     pytest.importorskip("paddle")
-    printed = run_module(tmp_path, "tests.null_driver.captured_steps")
+    printed = run_module(tmp_path, "tests.null_driver.captured_steps", *arguments)
     # every graph was replayed
     assert printed.splitlines() == [
         f"{size} tokens, rows up to {length}: 0 launches, 0 allocations"
-        for size in (64, 256)
-        for length in (2048, 8192)
+        for size in (8, 64, 256)
+        for length in (dense_keys, 8192)
     ]

@@ -21,8 +21,15 @@ pytestmark = [
 ONE_ROW_WITH_DRAFTS = 119
 
 
-@pytest.mark.parametrize("seed", [*range(8), ONE_ROW_WITH_DRAFTS])
-def test_no_kernel_is_compiled_after_the_start(tmp_path: Path, seed: int) -> None:
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *((str(seed),) for seed in (*range(8), ONE_ROW_WITH_DRAFTS)),
+        *((str(seed), "deepseek_v4") for seed in range(1, 6)),
+    ],
+    ids=" ".join,
+)
+def test_no_kernel_is_compiled_after_the_start(tmp_path: Path, arguments: tuple[str, ...]) -> None:
     pytest.importorskip("paddle")
-    printed = run_module(tmp_path, "tests.null_driver.random_steps", str(seed))
+    printed = run_module(tmp_path, "tests.null_driver.random_steps", *arguments)
     assert printed.endswith(f"{STEPS} steps, 0 late compilations\n"), printed
