@@ -21,7 +21,7 @@ from fd_dsa.startup.capture import capture_graphs
 from fd_dsa.startup.graph_sizes import graph_bytes
 from tests.gpu_rig import Rig
 from tests.gpu_rig.captures import capture_of
-from tests.gpu_rig.device.test_captured_prompts import poison, poisoned_memory
+from tests.gpu_rig.device.test_captured_prompts import poison, poisoned_memory, random_steps
 from tests.gpu_rig.device.test_v4_model import (
     LONGEST,
     SMOOTH,
@@ -206,6 +206,21 @@ def test_steps_with_prompts(rig: Rig, tmp_path: Path) -> None:
             check(eager, graphs, step)
             assert key_of(graphs) == key
         assert graphs.counters.eager_steps == EAGER | {"tokens": 1}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(2))
+def test_random_steps_are_those_of_eager_ones(rig: Rig, tmp_path: Path, seed: int) -> None:
+    """Prompts, chunks and decode rows come in any order, and rows begin again at any length."""
+    with pair(rig, Case("small", SMALL, seed=38), tmp_path, (4,), (24,)) as (eager, graphs):
+        for rows, _ in random_steps(np.random.default_rng(seed), 10):
+            step = [
+                (row, before, new) if is_prompt or new > 1 else (row, before)
+                for row, new, before, is_prompt in rows
+            ]
+            check(eager, graphs, step)
+        steps = graphs.counters.graph_steps
+        assert steps["prefill"] + steps["mixed"] > 4
 
 
 def test_a_replay_is_one_copy_in_one_out_and_one_wait(rig: Rig, tmp_path: Path) -> None:
