@@ -7,7 +7,7 @@ interpreter is one for a process; sums and gathered logits go through the host.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -164,6 +164,38 @@ def on_device(
     return runner
 
 
+class Followed:
+    """The thread of rank 1, which starts with the object.
+
+    Attributes:
+        failures: what ended it.
+        workers: its runner.
+    """
+
+    def __init__(self, rig: Rig, group: Turns, make: Callable[[], Worker]) -> None:
+        self.failures: list[BaseException] = []
+        self.workers: list[Worker] = []
+        self._work = rig.device, group, make
+        # a failure of this thread leaves it waiting
+        self._thread = threading.Thread(target=self._follow, daemon=True)
+        self._thread.start()
+
+    def _follow(self) -> None:
+        device, group, make = self._work
+        with Turns.turn:
+            paddle.set_device(device)
+            try:
+                self.workers.append(make())
+                self.workers[0].serve(group.receive)
+            except BaseException as error:
+                self.failures.append(error)
+
+    def join(self) -> None:
+        """Wait for the end, which an empty message brings."""
+        self._thread.join(60)
+        assert [type(error) for error in self.failures] == [EOFError]
+
+
 def answers(runner: Any, drafter: Drafter | None = None) -> list[tuple[list[int], str | None]]:
     """Tokens and finish reasons of requests that are drawn on the device, and on the host."""
     spec_decoder = SpecDecoder(drafter, MOST) if drafter else None
@@ -205,24 +237,11 @@ def test_tokens_of_two_ranks_are_those_of_a_cpu(
     monkeypatch.setenv("FD_DSA_DIVIDED_MIN_TOKENS", "2")
     shared = Shared.create(2)
     first, second = Turns(0, shared), Turns(1, shared)
-    failures: list[BaseException] = []
-    workers: list[Worker] = []
     config = WITH_LAYER if method == "mtp" else PLAIN
 
-    def follow() -> None:
-        with Turns.turn:
-            paddle.set_device(rig.device)
-            try:
-                workers.append(on_device(Worker, second, rig, sizes, config))
-                workers[0].serve(second.receive)
-            except BaseException as error:
-                failures.append(error)
-
-    # a failure of this thread leaves it waiting
-    follower = threading.Thread(target=follow, daemon=True)
     with Turns.turn:
         expected = answers(make_runner(ModelRunner, HostWeights(), "cpu", config))
-        follower.start()
+        other = Followed(rig, second, lambda: on_device(Worker, second, rig, sizes, config))
         runner = on_device(Driver, first, rig, sizes, config)
         ranks = Ranks(first)
         runner.lead(ranks)
@@ -244,8 +263,8 @@ def test_tokens_of_two_ranks_are_those_of_a_cpu(
         assert sum(runner.counters.eager_steps.values()) > 0
         assert ranks.num_messages > 20 and runner.counters.mask_offsets_skipped > 2
         first.send(b"")
-    follower.join(60)
-    assert [type(error) for error in failures] == [EOFError]
-    assert workers[0].batches == runner.batches and len(runner.batches) > 6
-    assert workers[0].drafts == runner.drafts and bool(runner.drafts) == (method == "mtp")
+    other.join()
+    (worker,) = other.workers
+    assert worker.batches == runner.batches and len(runner.batches) > 6
+    assert worker.drafts == runner.drafts and bool(runner.drafts) == (method == "mtp")
     first.close()
