@@ -87,6 +87,16 @@ def check_selections(rank: Rank) -> dict[str, str]:
     return {"slots": digest(shared)}
 
 
+def check_blocks(rank: Rank) -> str:
+    """Blocks in the host memory of all ranks come back whole."""
+    from tests.distributed.divided_blocks import LARGE, check_blocks_come_back
+
+    group = rank.group("blocks")
+    check_blocks_come_back(rank.memory, group, LARGE)
+    group.close()
+    return "whole"
+
+
 def check_repeats(rank: Rank) -> dict[str, str]:
     """Ten thousand all-reduces of a graph, and some eager ones, give the same bits."""
     group, sums = rank.group("repeats"), {}

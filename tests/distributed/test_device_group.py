@@ -15,6 +15,7 @@ import pytest
 
 from fd_dsa import custom_ops
 from fd_dsa.distributed.device import DeviceGroup
+from tests.distributed.divided_blocks import check_blocks_come_back
 from tests.distributed.host_gpus import HostGpus
 from tests.distributed.sums import rounded, sum_of, widened
 from tests.kernel_memory import open_memory
@@ -137,6 +138,15 @@ def test_tensors_of_all_ranks_are_gathered_at_once(gpus: HostGpus) -> None:
         for rows, expected in zip(found, wanted, strict=True):
             np.testing.assert_array_equal(rows[2:5], expected[2:5])
             assert (np.delete(rows, np.s_[2:5], axis=0) == -1).all()
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_blocks_come_back_whole_from_the_host_memory_of_all_ranks(
+    gpus: HostGpus, size: int
+) -> None:
+    memory = open_memory("interpreter")
+    # of four ranks, one has no cache to copy
+    gpus.run(size, lambda group: check_blocks_come_back(memory, group, (4, 1, 3)))
 
 
 def test_a_gather_of_rows_that_fails_is_found_at_the_start(

@@ -57,7 +57,7 @@ def test_all_ranks_have_the_same_bits(size: int, memory: str) -> None:
     if memory == "rig":
         build_rig()
     module = "tests.distributed.rank_checks"
-    checks = "sums", "selections", "repeats", "absent"
+    checks = "sums", "selections", "blocks", "repeats", "absent"
     found = run_ranks(module, size, memory, *checks, timeout_s=TIMEOUT_S)
     said = f"rank {size - 1} did not come to an all-reduce for 1 s"
     assert [one.pop("absent") for one in found] == [said] * (size - 1) + ["absent"]
