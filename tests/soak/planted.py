@@ -8,21 +8,22 @@ from typing import Any
 
 import pytest
 
-Defect = Callable[[Callable[..., Any]], Callable[..., Any]]
-"""Makes a method with a defect from the right method."""
-
 
 def check_it_is_found(
-    run_histories: Callable[[int, int], Counter[str]], owner: type, name: str, defect: Defect
+    run_histories: Callable[[int, int], Counter[str]],
+    owner: type,
+    name: str,
+    defect: Callable[..., Any],
 ) -> None:
-    """Check that one of 200 histories fails with a defect in a method.
+    """Check that one of 200 histories fails with a defect.
 
     Args:
         run_histories: runs the histories from a first number on.
-        owner: class of the method.
+        owner: class of the method that gets the defect.
         name: name of the method.
+        defect: method that takes its place.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(owner, name, defect(getattr(owner, name)))
+        patch.setattr(owner, name, defect)
         with pytest.raises((AssertionError, IndexError, KeyError, ValueError)):
             run_histories(0, 200)

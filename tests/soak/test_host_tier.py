@@ -12,7 +12,7 @@ from fd_dsa.engine.block_manager import BlockManager
 from fd_dsa.engine.host_tier import HostTier
 from fd_dsa.runner.rank_blocks import DividedBlockStore
 from tests.soak.host_tier import run_histories
-from tests.soak.planted import Defect, check_it_is_found
+from tests.soak.planted import check_it_is_found
 
 
 def check_counts(first: int, count: int) -> None:
@@ -82,5 +82,7 @@ def _keeps_what_is_freed(original: Callable[..., Any]) -> Callable[..., Any]:
         (BlockManager, "free", _keeps_what_is_freed),
     ],
 )
-def test_a_planted_defect_is_found(owner: type, name: str, defect: Defect) -> None:
-    check_it_is_found(run_histories, owner, name, defect)
+def test_a_planted_defect_is_found(
+    owner: type, name: str, defect: Callable[..., Callable[..., Any]]
+) -> None:
+    check_it_is_found(run_histories, owner, name, defect(getattr(owner, name)))
