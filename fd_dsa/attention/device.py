@@ -28,7 +28,6 @@ from fd_dsa.attention.device_scores import (
 from fd_dsa.attention.overlap import IndexerOverlap
 from fd_dsa.attention.protocol import HostLengths, IndexerLayer, MlaLayer, PromptLimits
 from fd_dsa.attention.row_division import RowDivision
-from fd_dsa.attention.tensor_core_attention import TensorCoreAttention
 from fd_dsa.device.allocation import CACHED_VIEWS, Allocate
 from fd_dsa.device.transfers import transfers_for
 from fd_dsa.distributed import Group
@@ -37,7 +36,9 @@ from fd_dsa.ops.arrays import check_shape, rounded_length, values_of
 from fd_dsa.ops.cache_write import CacheWriteParams
 from fd_dsa.ops.cache_write.triton_kernel import write_caches
 from fd_dsa.ops.key_bounds import prompt_windows
-from fd_dsa.ops.mla.custom_op import kind_for, select_attention
+from fd_dsa.ops.mla.custom_op import kind_for
+from fd_dsa.ops.mla.records import DequantizedRecords, keys_per_token
+from fd_dsa.ops.mla.tensor_core import TensorCoreAttention, select_attention
 from fd_dsa.ops.mla.triton_kernel import attend_slots
 from fd_dsa.ops.providers import (
     CUSTOM_OP,
@@ -134,8 +135,10 @@ class DeviceAttention:
             own = kind_for(heads, config.cache_layout.is_fp8)
         custom = own(custom_ops.build().kernels) if own else None
         # the buffer of scores is free when the tokens of a layer attend
+        records = DequantizedRecords(logits, keys_per_token(heads), config.max_num_seqs)
         always = is_refused("sparse_mla", kind, TENSOR_CORE)
-        return TensorCoreAttention(config, self._allocate, logits, custom, always)
+        given = heads, config.softmax_scale, self._allocate
+        return TensorCoreAttention(*given, custom, always, records)
 
     def _select_projection(self) -> None:
         """Select the provider of the indexer's projections."""

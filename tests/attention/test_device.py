@@ -206,9 +206,9 @@ def test_what_serves_is_told_once_and_remembered(
 ) -> None:
     from fd_dsa.attention import device
     from fd_dsa.attention.device_scores import PageScores, TileScores
-    from fd_dsa.attention.tensor_core_attention import TensorCoreAttention
     from fd_dsa.device.transfers import transfers_for
     from fd_dsa.ops import providers
+    from fd_dsa.ops.mla.tensor_core import TensorCoreAttention
 
     config = OnDevice(kernel_memory, Sizes(8), SHORT_ROWS).world.backend.config
     # the interpreter's tensors are on a CPU, for which the table lists no kernel

@@ -14,9 +14,9 @@ from tests.kernel_memory import KernelMemory
 from tests.ops.tensor_core_case import RANK, SCALE, make
 
 
-def config(cache: str = "fp8_ds_mla", heads: int = 5, **changes: Any) -> DSABackendConfig:
+def config(cache: str = "fp8_ds_mla", **changes: Any) -> DSABackendConfig:
     found = DSABackendConfig(
-        num_heads=heads,
+        num_heads=5,
         index_n_heads=32,
         index_topk=64,
         softmax_scale=SCALE,
@@ -31,7 +31,7 @@ def config(cache: str = "fp8_ds_mla", heads: int = 5, **changes: Any) -> DSABack
 
 @pytest.mark.parametrize("heads", [5, 40])
 def test_layers_share_what_is_allocated_once(kernel_memory: KernelMemory, heads: int) -> None:
-    from fd_dsa.attention.tensor_core_attention import TensorCoreAttention
+    from fd_dsa.ops.mla.tensor_core import TensorCoreAttention
 
     m, made = kernel_memory, []
 
@@ -39,7 +39,7 @@ def test_layers_share_what_is_allocated_once(kernel_memory: KernelMemory, heads:
         made.append(shape)
         return m.poisoned(shape, dtype)
 
-    attention = TensorCoreAttention(config(heads=heads), allocate)
+    attention = TensorCoreAttention(heads, SCALE, allocate)
     assert made
     made.clear()
     for counts in ([130], [3, 0]):
@@ -83,10 +83,10 @@ def test_what_tensor_cores_do_not_serve(
 
 
 def test_a_cache_of_pages(kernel_memory: KernelMemory) -> None:
-    from fd_dsa.attention.tensor_core_attention import TensorCoreAttention
+    from fd_dsa.ops.mla.tensor_core import TensorCoreAttention
 
     m, case = kernel_memory, make("int16", [20], 20, heads=3)
-    attention = TensorCoreAttention(config("bfloat16", heads=3), m.poisoned)
+    attention = TensorCoreAttention(3, SCALE, m.poisoned)
     q, _, slots = case.inputs(m)
     pages = m.put(np.ascontiguousarray(case.cache).reshape(4, 1, 64, -1))
     out, lse = m.poisoned((1, 3, RANK), "float32"), m.poisoned((1, 3), "float32")

@@ -9,13 +9,11 @@ import numpy as np
 import pytest
 
 from fd_dsa import custom_ops
-from fd_dsa.attention.config import DSABackendConfig
-from fd_dsa.cache_formats import CacheLayout
 from fd_dsa.ops.mla.custom_op import NarrowAttention, WideAttention
-from fd_dsa.ops.mla.records import Dequantized, DequantizedRecords
+from fd_dsa.ops.mla.records import Dequantized, DequantizedRecords, keys_per_token
 from tests.custom_ops.mla import InTwo, assert_same_bits, run
 from tests.kernel_memory import KernelMemory
-from tests.ops.tensor_core_case import RANK, Case, make
+from tests.ops.tensor_core_case import RANK, SCALE, Case, make
 from tests.ops.test_dequantize import expected
 
 KERNELS = "sparse_mla"
@@ -209,18 +207,13 @@ def test_slots_that_are_not_of_the_row_write_nothing_wrong(gpu_memory: KernelMem
     np.testing.assert_array_equal(found[kept], wanted[kept])
 
 
-def config(heads: int, cache: str = FP8) -> DSABackendConfig:
-    return DSABackendConfig(
-        num_heads=heads,
-        index_n_heads=32,
-        index_topk=64,
-        softmax_scale=0.05,
-        cache_layout=CacheLayout(cache, BLOCK, RANK, 64, 128),
-        max_num_seqs=4,
-        max_num_tokens=512,
-        max_blocks_per_seq=8,
-        dtype="bfloat16",
-    )
+def attention_of(m: KernelMemory, heads: int, kind: Any, words: int) -> Any:
+    """Attention by a kernel of custom_ops/, with memory for records, float32 [words]."""
+    from fd_dsa.ops.mla.tensor_core import TensorCoreAttention
+
+    records = DequantizedRecords(m.poisoned((words,), "float32"), keys_per_token(heads), 4)
+    custom = kind(custom_ops.build().kernels)
+    return TensorCoreAttention(heads, SCALE, m.poisoned, custom, records=records)
 
 
 @pytest.mark.parametrize(
@@ -232,8 +225,6 @@ def test_prompts_of_many_tokens_take_it(
     rows: list[tuple[int, int, int]],
     serves: bool,
 ) -> None:
-    from fd_dsa.attention.tensor_core_attention import TensorCoreAttention
-
     m, step, seen = gpu_memory, Step(gpu_memory, rows, 64), []
     original = WideAttention.__call__
 
@@ -241,12 +232,7 @@ def test_prompts_of_many_tokens_take_it(
         seen.append(options["dequantized"])
         original(self, *arguments, **options)
 
-    attention = TensorCoreAttention(
-        config(64),
-        m.poisoned,
-        m.poisoned((WORDS,), "float32"),
-        WideAttention(custom_ops.build().kernels),
-    )
+    attention = attention_of(m, 64, WideAttention, WORDS)
     monkeypatch.setattr(WideAttention, "__call__", recording)
     out = m.poisoned((len(step.case.q), 64, RANK), "float32")
     lse = m.poisoned((len(step.case.q), 64), "float32")
@@ -262,18 +248,11 @@ def test_prompts_of_many_tokens_take_it(
 def test_no_other_kernel_takes_them(
     gpu_memory: KernelMemory, kind: Any, heads: int, cache: str
 ) -> None:
-    from fd_dsa.attention.tensor_core_attention import TensorCoreAttention
-
     m = gpu_memory
-    attention = TensorCoreAttention(
-        config(heads, cache),
-        m.poisoned,
-        m.poisoned((9,), "float32"),
-        kind(custom_ops.build().kernels),
-    )
+    attention = attention_of(m, heads, kind, 9)
     counts = [30] * 150
     case = make("fp8_ds_mla" if cache == FP8 else "bfloat16", counts, 30, heads=heads)
     out, lse = m.poisoned((150, heads, RANK), "float32"), m.poisoned((150, heads), "float32")
     # nothing of the step is looked at but its number of prefill tokens
-    attention.attend(*case.inputs(m), out, lse, SimpleNamespace(num_prefill_tokens=150))
+    attention.attend(*case.inputs(m), out, lse, SimpleNamespace(num_prefill_tokens=256))
     case.check(m.get(out), m.get(lse))

@@ -120,7 +120,7 @@ def test_several_devices_are_refused() -> None:
 def test_a_kernel_that_chooses_by_the_number_of_tokens_is_refused() -> None:
     pytest.importorskip("triton", reason="the kernels of a device")
     from fd_dsa.device.host_tensor import as_tensor
-    from fd_dsa.ops.mla.custom_op import select_attention
+    from fd_dsa.ops.mla.tensor_core import select_attention
     from fd_dsa.ops.providers import TENSOR_CORE, asking_for
 
     sizes = "gpu", 64, "bfloat16", "fp8_ds_mla", 512, 64, 90, as_tensor

@@ -101,7 +101,7 @@ def sparse_mla(
         selected = partial(select_provider, name, kind)
     else:
         # imported only if there is a device, because it loads kernels
-        from fd_dsa.ops.mla.custom_op import select_attention
+        from fd_dsa.ops.mla.tensor_core import select_attention
         from fd_dsa.triton_runtime.device_api import traits_for
 
         assert not isinstance(q, np.ndarray)

@@ -14,15 +14,11 @@ from typing import Any, ClassVar
 
 from fd_dsa import custom_ops
 from fd_dsa.cache_formats import LATENT_WIDTH
-from fd_dsa.device.allocation import Allocate
 from fd_dsa.ops.arrays import cache_format
 from fd_dsa.ops.cache_probes import TENSOR_CORE_TOLERANCE, mla_case
-from fd_dsa.ops.fixed_order import row_dependence_refusal
-from fd_dsa.ops.library_kernel import LibraryKernel, difference, interpreter_refusal, shared_kernel
-from fd_dsa.ops.mla import tensor_core
+from fd_dsa.ops.library_kernel import LibraryKernel, shared_kernel
 from fd_dsa.ops.mla.records import Dequantized
 from fd_dsa.ops.probes import Case
-from fd_dsa.ops.providers import CUSTOM_OP, TENSOR_CORE, SelectedProvider, select_provider
 from fd_dsa.tensor import Tensor
 
 MAX_NARROW_HEADS = 32
@@ -164,29 +160,6 @@ def kind_for(num_heads: int, is_fp8: bool) -> type[CustomAttention] | None:
     if is_fp8 and num_heads <= MAX_NARROW_HEADS:
         return NarrowAttention
     return WideAttention if num_heads >= MIN_WIDE_HEADS else None
-
-
-def select_attention(
-    kind: str,
-    num_heads: int,
-    dtype: str,
-    cache_dtype: str,
-    rank: int,
-    rope: int,
-    capability: int,
-    allocate: Allocate,
-) -> SelectedProvider:
-    """Select the provider of sparse MLA for sizes and types, see `tensor_core.unsupported_reason`.
-
-    The first call compares a kernel of custom_ops/ with the definition, and waits for the device.
-    """
-    reason = tensor_core.unsupported_reason(capability, dtype, cache_dtype, rank, rope)
-    conditions, own = {TENSOR_CORE: reason}, kind_for(num_heads, cache_dtype == "fp8_ds_mla")
-    conditions[CUSTOM_OP] = reason or row_dependence_refusal() or interpreter_refusal()
-    if own is None:
-        few = f"{num_heads} heads over bfloat16 latents, it takes more than {MIN_WIDE_HEADS - 1}"
-        conditions[CUSTOM_OP] = conditions[CUSTOM_OP] or few
-    return select_provider("sparse_mla", kind, conditions, lambda k: difference(own, k, allocate))
 
 
 def attend_slots(q: Tensor, cache: Tensor, *others: Tensor, **options: Any) -> None:

@@ -1,4 +1,4 @@
-"""Sparse MLA on tensor cores: tile sizes, splits and launches.
+"""Sparse MLA on tensor cores: tile sizes, splits and launches, and the choice of a kernel.
 
 With few heads the rows of the GEMMs are keys, so that no row is padding. With many heads they are
 heads. With few tokens the entries of a token are split among programs until they fill the device.
@@ -7,19 +7,29 @@ All sizes depend only on shapes, so a captured graph stays valid and repeats giv
 
 from __future__ import annotations
 
+import logging
 from functools import lru_cache
 from math import e, log2, prod
 from typing import Any, NamedTuple
 
 from fd_dsa.device.allocation import Allocate
+from fd_dsa.errors import KernelUnavailable
 from fd_dsa.ops.arrays import allocator_beside, cache_format
-from fd_dsa.ops.fixed_order import fixed_order
+from fd_dsa.ops.fixed_order import fixed_order, row_dependence_refusal
+from fd_dsa.ops.library_kernel import difference, interpreter_refusal
+from fd_dsa.ops.mla.custom_op import MIN_WIDE_HEADS, CustomAttention, kind_for
+from fd_dsa.ops.mla.records import Dequantized, DequantizedRecords
 from fd_dsa.ops.mla.tensor_core_kernel import attend_kernel, combine_kernel
 from fd_dsa.ops.mla.tiles import RANK, ROPE
+from fd_dsa.ops.providers import CUSTOM_OP, TENSOR_CORE, SelectedProvider, select_provider
 from fd_dsa.ops.split_sums import rows_of_tiles
+from fd_dsa.step import ForwardMeta
 from fd_dsa.tensor import Tensor
 
+logger = logging.getLogger(__name__)
 MAX_SPLITS = 32
+# with fewer prompt tokens in a step, a launch that dequantizes costs more than it saves
+_MIN_PREFILL_TOKENS = 256
 _HOPPER = range(90, 100)
 # multiprocessors of an H100 or H200; elsewhere the splits fit less well
 _PROCESSORS = 132
@@ -217,3 +227,93 @@ def attend_slots(
     """Attend by `attend_on_tensor_cores`, with new memory for splits."""
     partials = new_partials(q.shape[1], allocator_beside(q))
     attend_on_tensor_cores(q, cache, slots, out, softmax_scale=softmax_scale, partials=partials)
+
+
+def select_attention(
+    kind: str,
+    num_heads: int,
+    dtype: str,
+    cache_dtype: str,
+    rank: int,
+    rope: int,
+    capability: int,
+    allocate: Allocate,
+) -> SelectedProvider:
+    """Select the provider of sparse MLA for sizes and types, see `unsupported_reason`.
+
+    The first call compares a kernel of custom_ops/ with the definition, and waits for the device.
+    """
+    reason = unsupported_reason(capability, dtype, cache_dtype, rank, rope)
+    conditions, own = {TENSOR_CORE: reason}, kind_for(num_heads, cache_dtype == "fp8_ds_mla")
+    conditions[CUSTOM_OP] = reason or row_dependence_refusal() or interpreter_refusal()
+    if own is None:
+        few = f"{num_heads} heads over bfloat16 latents, it takes more than {MIN_WIDE_HEADS - 1}"
+        conditions[CUSTOM_OP] = conditions[CUSTOM_OP] or few
+    return select_provider("sparse_mla", kind, conditions, lambda k: difference(own, k, allocate))
+
+
+class TensorCoreAttention:
+    """Sparse MLA on tensor cores, with memory that all layers and steps share.
+
+    A kernel of custom_ops/ attends if it is faster for this number of tokens. It supports few heads
+    over FP8 records, and more than 32 heads. With more than 32 heads over FP8 records, the records
+    of prompts are dequantized first if that is faster.
+
+    Args:
+        num_heads: number of heads of the queries.
+        softmax_scale: factor of the scores.
+        custom: kernel of custom_ops/ for these heads and this cache.
+        always_custom: True if Triton's kernel cannot be compiled.
+        records: memory for dequantized records, free during `attend`.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        softmax_scale: float,
+        allocate: Allocate,
+        custom: CustomAttention | None = None,
+        always_custom: bool = False,
+        records: DequantizedRecords | None = None,
+    ) -> None:
+        self._scale, self._custom, self._always = softmax_scale, custom, always_custom
+        self._partials = None
+        if custom is None or not (always_custom or custom.is_faster(1, num_heads)):
+            self._partials = new_partials(num_heads, allocate)
+        reads_them = custom is not None and not custom.records_alone
+        self._records = records if reads_them else None
+
+    def attend(
+        self,
+        q: Tensor,
+        cache: Tensor,
+        slots: Tensor,
+        out: Tensor,
+        lse: Tensor | None = None,
+        step: ForwardMeta | None = None,
+    ) -> None:
+        """Attend to the slots of each token, see `attend_on_tensor_cores`.
+
+        Args:
+            step: step of the tokens, whose slots are then all in their own rows.
+        """
+        how: dict[str, Any] = {"softmax_scale": self._scale, "lse": lse}
+        custom = self._custom
+        if custom is not None and (self._always or custom.is_faster(q.shape[0], q.shape[1])):
+            dequantized = self._dequantized(cache, step)
+            custom(q, cache, slots, out, dequantized=dequantized, **how)
+        else:
+            attend_on_tensor_cores(q, cache, slots, out, partials=self._partials, **how)
+
+    def _dequantized(self, cache: Tensor, step: ForwardMeta | None) -> Dequantized | None:
+        """Dequantize the records of the step's prompts, or return None if that does not pay."""
+        if self._records is None or step is None:
+            return None
+        if step.num_prefill_tokens < _MIN_PREFILL_TOKENS or not cache_format(cache).is_fp8:
+            return None
+        try:
+            return self._records.fill(cache, step)
+        except KernelUnavailable as error:
+            self._records = None
+            logger.warning("attention of prompts: no records are dequantized first (%s)", error)
+            return None
