@@ -98,6 +98,38 @@ class Fp8Rows(NamedTuple):
     padded: Any = None
 
 
+class FourBitWeight(NamedTuple):
+    """Matrices in four bits, one for each expert.
+
+    A column of a GEMM is a row of the stored matrix. Value k of a column is e2m1(code) x scale x
+    factor, or (code - zero) x scale. The gate and up matrices of an expert are stored one after the
+    other.
+
+    Attributes:
+        codes: uint8 [experts, parts, n, columns, bytes]. A byte has the codes of two neighbours
+            along K, the first one in the low bits, and `bytes` bytes of a column are contiguous.
+        scales: scale of each group of values [experts, parts, groups, columns]: e4m3 or e8m0 codes
+            in uint8, float16, bfloat16 or float32.
+        zeros: zero points, uint8 [experts, parts, groups, columns]; None = 8, or e2m1 codes.
+        factors: float32 [experts, parts], for scales in uint8; otherwise None.
+        group: values of a column with one scale.
+        kind: "e4m3" or "e8m0" for e2m1 codes with such scales, "int4" for integers.
+    """
+
+    codes: Any
+    scales: Any
+    zeros: Any
+    factors: Any
+    group: int
+    kind: str
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Experts, columns of all parts, values of a column."""
+        experts, parts, pieces, columns, num_bytes = self.codes.shape
+        return experts, parts * columns, 2 * pieces * num_bytes
+
+
 class Normed(NamedTuple):
     """Activations with a quantized form, for GEMMs of both kinds.
 

@@ -46,15 +46,11 @@ class DSACaches:
 
     @staticmethod
     def check_flags(config: EngineConfig, model_config: ModelConfig) -> None:
-        """Refuse devices, widths and host memory that the caches cannot have.
+        """Refuse widths and host memory that the caches cannot have.
 
         Raises:
             ConfigError: names the flag.
         """
-        if model_config.packing is not None and config.device != "cpu":
-            title = model_config.packing.title
-            hint = "give --device cpu, or serve the model's FP8 or bfloat16 checkpoint"
-            raise flag_error("device", config.device, f"cpu with weights in {title}", hint)
         model_config.cache_layout(config.kv_cache_dtype, config.block_size)
         if not config.enable_prefix_caching:
             _refuse_offload(config, "without prefix caching")

@@ -12,14 +12,17 @@ from fd_dsa.device.allocation import Allocate
 from fd_dsa.device.transfers import Upload
 from fd_dsa.distributed import Group
 from fd_dsa.models.dequantize import BLOCK, num_blocks
+from fd_dsa.models.four_bits import FourBits
 from fd_dsa.models.sources import RandomTensor, SourceTensor, WeightLoader
 from fd_dsa.models.weights import checked_ids, halves_of_heads
 from fd_dsa.ops.cache_write import bfloat16_bits
-from fd_dsa.ops.device_matrix import DeviceMatrix, DeviceNorm
+from fd_dsa.ops.device_matrix import DeviceMatrix, DeviceNorm, FourBitExperts
 from fd_dsa.ops.fill_kernels import fill_constant, fill_random
-from fd_dsa.tensor import Tensor
+from fd_dsa.tensor import FourBitWeight, Tensor
 
 logger = logging.getLogger(__name__)
+ExpertMatrix = DeviceMatrix | FourBitExperts
+"""Weight of a grouped GEMM of experts."""
 # dtype of held weights -> its name in the safetensors format
 _STORED = {"float32": "F32", "bfloat16": "BF16"}
 
@@ -34,6 +37,7 @@ class DeviceWeights:
         dtype: dtype of activations and of weights that are not FP8, "bfloat16" or "float32".
         allocate: makes a tensor of a shape and dtype on the device.
         fp8: names of the tensors that the checkpoint stores as e4m3 with a scale per 128 x 128.
+        four_bits: experts that are held in four bits; None = there are none.
         round_scales: True if scales of the model's activations are powers of two.
     """
 
@@ -47,8 +51,9 @@ class DeviceWeights:
         *,
         round_scales: bool = False,
         group: Group | None = None,
+        four_bits: FourBits | None = None,
     ) -> None:
-        self.group = group
+        self.group, self._four_bits = group, four_bits
         self.loaders: dict[str, WeightLoader] = {}
         self._dtype, self._allocate, self.fp8 = dtype, allocate, fp8
         self._fp8_layers = {_layer_of(name) for name in fp8}
@@ -156,13 +161,15 @@ class DeviceWeights:
         hidden_size: int,
         width: int,
         names_of_parts: Sequence[str] = ("gate_proj", "up_proj", "down_proj"),
-    ) -> tuple[DeviceMatrix, DeviceMatrix]:
+    ) -> tuple[ExpertMatrix, ExpertMatrix]:
         """Return gate_up [count, 2 * width, hidden] and down [count, hidden, width]."""
         names = {
             (i, part): f"{prefix}{i}.{name}.weight"
             for i in range(count)
             for part, name in zip(("gate", "up", "down"), names_of_parts, strict=True)
         }
+        if self._four_bits is not None and self._four_bits.names.issuperset(names.values()):
+            return self._four_bit_experts(self._four_bits, names, count, hidden_size, width)
         is_fp8 = width % BLOCK == 0 and self._are_blocks(dict.fromkeys(names.values(), BLOCK))
         shapes = (2 * width, hidden_size), (hidden_size, width)
         gate_up, down = (self._weight((count, *shape), is_fp8) for shape in shapes)
@@ -171,6 +178,57 @@ class DeviceWeights:
             first = width if part == "up" else 0
             self._fills_rows(name, down if part == "down" else gate_up, first, rows, matrix=i)
         return gate_up, down
+
+    def _four_bit_experts(
+        self,
+        form: FourBits,
+        names: Mapping[tuple[int, str], str],
+        count: int,
+        hidden_size: int,
+        width: int,
+    ) -> tuple[FourBitExperts, FourBitExperts]:
+        """Return the weights of `experts` in four bits.
+
+        Args:
+            names: names of the matrices by expert and part.
+        """
+
+        def new(parts: int, columns: int, values: int) -> FourBitWeight:
+            outer, groups = (count, parts), values // form.group
+            shape = (*outer, groups, columns)
+            codes = (*outer, values // (2 * form.piece), columns, form.piece)
+            return FourBitWeight(
+                codes=self._allocate(codes, "uint8"),
+                scales=self._allocate(shape, form.scales),
+                zeros=self._allocate(shape, "uint8") if form.has_zeros else None,
+                factors=None if form.kind == "int4" else self._allocate(outer, "float32"),
+                group=form.group,
+                kind=form.kind,
+            )
+
+        gate_up, down = new(2, width, hidden_size), new(1, hidden_size, width)
+        for (i, part), name in names.items():
+            if part == "down":
+                self._fills_four_bits(name, form, down, i)
+            else:
+                self._fills_four_bits(name, form, gate_up, 2 * i + (part == "up"))
+        return FourBitExperts(gate_up), FourBitExperts(down)
+
+    def _fills_four_bits(
+        self, name: str, form: FourBits, weight: FourBitWeight, matrix: int
+    ) -> None:
+        """Register a loader that fills one matrix, counted over all experts and parts."""
+
+        def load(source: SourceTensor) -> None:
+            if isinstance(source, RandomTensor):
+                count = prod(weight.codes.shape[2:])
+                fill_random(weight.codes, matrix * count, count, source.seed, 1.0)
+            tensors = weight.codes, weight.scales, weight.zeros, weight.factors
+            for target, array in zip(tensors, form.arrays(source), strict=True):
+                if array is not None:
+                    self._copy(target, matrix * array.size, array)
+
+        self.loaders[name] = load
 
     def constant(self, make: Callable[[], np.ndarray]) -> Tensor:
         """Return a table of float32 that is computed and not loaded."""

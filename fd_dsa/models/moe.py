@@ -160,15 +160,15 @@ def routed_on_device(
 
     Args:
         ids, weights: result of `choose_experts`.
-        experts: gate_up and down of all experts, DeviceMatrix.
+        experts: gate_up and down of all experts, DeviceMatrix or FourBitExperts.
         limit: clamp of gate and up, see `silu_and_mul`.
     """
     # kernels are loaded only if there is a device
     from fd_dsa.ops import expert_kernels as kernels
 
     (gate_up, down), (num_tokens, top_k) = experts, ids.shape
-    num_experts, *_ = gate_up.values.shape
-    widest = max(down.values.shape[1:])
+    num_experts, *_ = gate_up.shape
+    widest = max(down.shape[1:])
     rows = max(1, EXPERT_BYTES // (shared.element_size() * top_k * widest))
     if num_tokens > rows:
         import paddle

@@ -34,6 +34,10 @@ UNUSED_LEAVES = ("input_scale", "input_global_scale", "k_scale", "v_scale", "wei
 """Last parts of the names of scales of activations and caches, and of a matrix' shape."""
 # values of a word, and zero point of symmetric INT4
 _WORD, _MIDDLE = 8, 8
+_STORED = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", FP8: "u1"}
+PackedMatrix = tuple[np.ndarray, np.ndarray, np.ndarray | None, float]
+"""Codes uint8 [out, in / 2], scales [out, groups] as stored (bfloat16 as bits), zero points uint8
+[out, groups] or None for 8, and the factor of all scales."""
 _Kinds = dict[str, tuple[tuple[str, ...], tuple[int, ...]]]
 
 
@@ -146,21 +150,64 @@ class Packing:
         else:
             codes = self._words(info, raw, self.code_axis)
         scales = np.ascontiguousarray(scales.T) if self.transposed else scales
-        zeros = np.full(scales.shape, _MIDDLE, np.float32)
-        if self.zero_offset is not None:
-            # words hold eight rows of the matrix
-            info, raw = parts[ZEROS_SUFFIX]
-            zeros = self._words(info, raw, int(self.transposed)).astype(np.float32)
-            zeros += self.zero_offset
-            _refuse(info, zeros, zeros > 15, "zero points up to 15")
-            rule = f"{_MIDDLE}, the zero point of symmetric weights (config.json)"
-            _refuse(info, zeros, (zeros != _MIDDLE) & self.symmetric, rule)
+        zeros = self._zeros(parts)
+        if zeros is None:
+            zeros = np.full(scales.shape, _MIDDLE, np.float32)
         groups = np.arange(codes.shape[1]) // (self.group_size or codes.shape[1])
         if GROUPS_SUFFIX in parts:
             info, raw = parts[GROUPS_SUFFIX]
             groups, last = raw.view("<i4"), scales.shape[1] - 1
             _refuse(info, groups, (groups < 0) | (groups > last), f"groups 0 to {last}")
         return dequantize_int4(codes, zeros, scales, groups)
+
+    def repack(self, parts: Mapping[str, tuple[TensorInfo, np.ndarray]]) -> PackedMatrix:
+        """Return a matrix in four bits, two neighbours of a row in a byte, the first one low.
+
+        Args:
+            parts: as for `unpack`.
+
+        Raises:
+            CheckpointError: as for `unpack`, and for columns whose groups are no neighbours.
+        """
+        (info, raw), (scale_info, scale_raw) = parts[""], parts[SCALE_SUFFIX]
+        # for the check of the numbers
+        _numbers(scale_info, scale_raw)
+        scales = scale_raw.view(_STORED[scale_info.dtype]).reshape(scale_info.shape)
+        scales = scales.T if self.transposed else scales
+        codes = raw.reshape(*info.shape, -1)
+        if self.dtype == "U8":
+            factor = float(_numbers(*parts[GLOBAL_SUFFIX], above_zero=self.divides).reshape(()))
+            return codes[..., 0], scales, None, 1 / factor if self.divides else factor
+        if self.dtype == "I8":
+            # two's complement becomes 0 to 15
+            return codes[..., 0] ^ np.uint8(_MIDDLE << 4 | _MIDDLE), scales, None, 1.0
+        if self.transposed and self.code_axis == 1:
+            values = self._words(info, raw, 1)
+            codes = values[:, ::2] | values[:, 1::2] << np.uint8(4)
+        else:
+            codes = codes.transpose(1, 0, 2) if self.transposed else codes
+            codes = codes.reshape(len(codes), -1)
+        if GROUPS_SUFFIX in parts:
+            info, raw = parts[GROUPS_SUFFIX]
+            groups, size = raw.view("<i4"), self.group_size or 2 * codes.shape[1]
+            rule = "groups of neighbours without desc_act in config.json"
+            _refuse(info, groups, groups != np.arange(len(groups)) // size, rule)
+        zeros = self._zeros(parts)
+        zeros = None if zeros is None or self.symmetric else zeros.astype(np.uint8)
+        return codes, scales, zeros, 1.0
+
+    def _zeros(self, parts: Mapping[str, tuple[TensorInfo, np.ndarray]]) -> np.ndarray | None:
+        """Return stored zero points as float32 [out, groups], None without any."""
+        if self.zero_offset is None:
+            return None
+        # words hold eight rows of the matrix
+        info, raw = parts[ZEROS_SUFFIX]
+        zeros = self._words(info, raw, int(self.transposed)).astype(np.float32)
+        zeros += self.zero_offset
+        _refuse(info, zeros, zeros > 15, "zero points up to 15")
+        rule = f"{_MIDDLE}, the zero point of symmetric weights (config.json)"
+        _refuse(info, zeros, (zeros != _MIDDLE) & self.symmetric, rule)
+        return zeros
 
     def _words(self, info: TensorInfo, raw: np.ndarray, axis: int) -> np.ndarray:
         """Return the values of words of eight, uint8, with rows of the matrix first.

@@ -17,7 +17,7 @@ from fd_dsa.models.dequantize import (
     to_float32,
     wide_blocks,
 )
-from fd_dsa.models.packing import Packing
+from fd_dsa.models.packing import PackedMatrix, Packing
 
 LM_HEAD = "lm_head.weight"
 EMBEDDING = "model.embed_tokens.weight"
@@ -39,6 +39,7 @@ class StoredTensor:
         block_size: rows and columns of a block of an FP8 tensor.
         packing: layout of a matrix in four bits; None = another tensor.
         parts: further tensors of a packed matrix, by the end of their name here.
+        cut: axis, start and stop of the rows or columns of a packed matrix; None = all.
     """
 
     info: TensorInfo
@@ -47,6 +48,7 @@ class StoredTensor:
     block_size: tuple[int, int] = (1, 1)
     packing: Packing | None = None
     parts: Mapping[str, StoredTensor] = field(default_factory=dict)
+    cut: tuple[int, int, int] | None = None
 
     def float32(self) -> np.ndarray:
         """Return float32 in the stored shape, or the shape of a matrix in four bits.
@@ -58,14 +60,32 @@ class StoredTensor:
             CheckpointError: a dtype that is not supported, or a scale that is NaN.
         """
         if self.packing is not None:
-            parts = {end: (part.info, part.raw) for end, part in self.parts.items()}
-            return self.packing.unpack({"": (self.info, self.raw), **parts})
+            values = self.packing.unpack(self._stored_parts())
+            if self.cut is None:
+                return values
+            axis, start, stop = self.cut
+            return values[start:stop] if axis == 0 else values[:, start:stop]
         if self.scale is None:
             return to_float32(self.raw, self.info)
         codes = self.raw.reshape(self.info.shape)
         if self.info.dtype == FP4:
             return dequantize_groups(codes, self.scale.float32())
         return dequantize_blocks(codes, self.scale.float32(), self.block_size)
+
+    def repack(self) -> PackedMatrix:
+        """Return all of a matrix in four bits, see `Packing.repack`."""
+        if self.packing is not None:
+            return self.packing.repack(self._stored_parts())
+        assert self.scale is not None, self.info.name
+        # for the check of the codes
+        self.scale.float32()
+        exponents = self.scale.raw.reshape(self.scale.info.shape)
+        return self.raw.reshape(self.info.shape), exponents, None, 1.0
+
+    def _stored_parts(self) -> dict[str, tuple[TensorInfo, np.ndarray]]:
+        """Return the tensors of a packed matrix and their bytes, by the end of their name here."""
+        parts = {end: (part.info, part.raw) for end, part in self.parts.items()}
+        return {"": (self.info, self.raw), **parts}
 
     def wide_blocks(self) -> tuple[int, int]:
         """Return the result of `dequantize.wide_blocks`, (0, 0) without FP4."""
@@ -81,12 +101,14 @@ class StoredTensor:
     def narrowed(self, axis: int, start: int, stop: int) -> StoredTensor:
         """Return rows (axis 0) or columns (axis 1) of a matrix.
 
-        The others are not read. A packed matrix, and an FP8 matrix whose blocks the borders cut,
-        become float32. FP4 is not supported.
+        The others are not read. An FP8 matrix whose blocks the borders cut becomes float32. FP4 is
+        not supported.
         """
+        if self.packing is not None:
+            return replace(self, cut=(axis, start, stop))
         source, scale, block = self, None, self.block_size[axis]
         cut = start % block or (stop % block and stop < self.info.shape[axis])
-        if self.packing is not None or (self.scale is not None and cut):
+        if self.scale is not None and cut:
             values = np.ascontiguousarray(self.float32())
             info = replace(self.info, dtype="F32", shape=values.shape, nbytes=values.nbytes)
             source = StoredTensor(info, values.view(np.uint8).reshape(-1))

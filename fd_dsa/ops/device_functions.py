@@ -262,6 +262,15 @@ def stored(x, pointer):
 
 
 @triton.jit
+def added_dot(rows, columns, total):
+    """Add the dots of tiles [rows, K] and [columns, K] to `total`, transposed if rows are few."""
+    if rows.shape[0] < 128:
+        return tl.dot(columns, tl.trans(rows), acc=total, input_precision="ieee")
+    else:
+        return tl.dot(rows, tl.trans(columns), acc=total, input_precision="ieee")
+
+
+@triton.jit
 def _butterfly(u, v):
     """Return the sum and the difference of two values."""
     return u + v, u - v

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -28,10 +29,11 @@ from fd_dsa.ops.dense_kernels import (
 )
 from fd_dsa.ops.expert_gemm import expert_gemm
 from fd_dsa.ops.fixed_order import fixed_order
+from fd_dsa.ops.four_bit_gemm import four_bit_gemm
 from fd_dsa.ops.fp8_gemm import fp8_linear
 from fd_dsa.ops.head_gemm import head_gemm, linear_in_one_order
 from fd_dsa.ops.host_rows import Reducer
-from fd_dsa.tensor import Fp8Rows, Normed, Place, Tensor
+from fd_dsa.tensor import FourBitWeight, Fp8Rows, Normed, Place, Tensor
 from fd_dsa.triton_runtime import INTERPRETING
 from fd_dsa.triton_runtime.device_api import traits_for
 
@@ -111,6 +113,11 @@ class DeviceMatrix:
     ) -> None:
         self.values, self.scales, self.round_scales = values, scales, round_scales
         self.sums_in_float32 = sums_in_float32 and dtype_name(values.dtype) != "float32"
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """Shape of the values."""
+        return self.values.shape
 
     def matmul(self, x: Tensor | Normed | Fp8Rows, out: Tensor | None = None) -> Tensor:
         """Multiply x [num_tokens, in], also as Normed or Fp8Rows, by the weight: [..., out].
@@ -212,3 +219,39 @@ class DeviceMatrix:
         if self.scales is None:
             return values_of(x)
         return x.fp8 if isinstance(x, Normed) else quantize_rows(x, self.round_scales)
+
+
+class FourBitExperts:
+    """Weight in four bits of a grouped GEMM of experts.
+
+    Args:
+        weight: two parts for gate and up, one for another weight.
+    """
+
+    __slots__ = ("weight",)
+
+    def __init__(self, weight: FourBitWeight) -> None:
+        self.weight = weight
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """Shape of the values."""
+        return self.weight.shape
+
+    def grouped_matmul(
+        self,
+        x: Tensor | Normed,
+        pairs: Tensor,
+        counts: Tensor,
+        *,
+        top_k: int,
+        gated: bool = False,
+        limit: float | None = None,
+    ) -> Tensor:
+        """Multiply the row of each pair by its expert's weight, as `four_bit_gemm` does.
+
+        Args:
+            gated: True if and only if the weight has two parts.
+        """
+        rows: Any = values_of(x)
+        return four_bit_gemm(rows, self.weight, pairs, counts, top_k=top_k, limit=limit)

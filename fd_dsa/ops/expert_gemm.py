@@ -25,8 +25,9 @@ from fd_dsa.ops.dense_kernels import (
     quantized,
     sigmoid,
 )
-from fd_dsa.ops.device_functions import stored, to_bfloat16, widened
+from fd_dsa.ops.device_functions import added_dot, stored, to_bfloat16, widened
 from fd_dsa.ops.expert_gemm_cuda import ExpertGemm, kernel_for, suits
+from fd_dsa.ops.four_bit_sums import four_bit_sums
 from fd_dsa.ops.fp8_gemm import check_weight, fp8_pointer, fp8_sums
 from fd_dsa.ops.split_sums import Tiling, rows_of_tiles
 from fd_dsa.ops.step_kernel import step_kernel
@@ -46,10 +47,16 @@ def configuration(
 ) -> Tiling:
     """Return the tiling for a number of pairs, with stages that fit the shared memory of a block.
 
-    A stage is 128 bytes along K. A gated tile in FP8 has 128 columns.
+    A stage is 128 bytes along K, or 128 values in four bits with rows in bfloat16. A gated tile in
+    FP8 has 128 columns.
     """
     tiling = _fastest(kind, num_pairs, num_experts, gated)
     stage_bytes = (tiling.columns * (1 + gated) + tiling.rows) * 128
+    if kind == "four bits":
+        columns = tiling.columns * (1 + gated)
+        stage_bytes = columns * 64 + tiling.rows * 256
+        # columns in bfloat16
+        shared_bytes -= columns * 256
     # if shared memory is the limit, one more stage is in registers
     max_stages = 1 + shared_bytes // stage_bytes
     return tiling._replace(num_stages=min(tiling.num_stages, max_stages))
@@ -62,6 +69,9 @@ def _fastest(kind: str, num_pairs: int, num_experts: int, gated: bool) -> Tiling
         return Tiling(16 if mean <= 16 else 32, 64, 4, 3)
     # a tile that holds the pairs of nearly all experts, whose number varies around the mean
     rows = next((rows for rows in (16, 32, 64) if mean <= rows / 2), 128)
+    if kind == "four bits":
+        # not tuned on a GPU: sums and columns in bfloat16 fit the registers
+        return Tiling(rows, 64 if rows == 128 else 128, 8, 3)
     if rows == 128:
         # with 8 warps the registers do not hold the sums of both halves
         return Tiling(128, 128, 16 if gated else 8, 4)
@@ -77,15 +87,6 @@ def block_sizes(kind: str, columns: int, width: int, tiling: Tiling) -> dict[str
         max_width = 32 if kind == "float32" else 64
         block_width = min(max_width, max(16, next_power_of_2(width)))
     return tiling.options | {"BLOCK_COLUMNS": block_columns, "BLOCK_WIDTH": block_width}
-
-
-@triton.jit
-def _added_dot(rows, columns, total):
-    """Add the dots of tiles [rows, K] and [columns, K] to `total`, transposed if rows are few."""
-    if rows.shape[0] < 128:
-        return tl.dot(columns, tl.trans(rows), acc=total, input_precision="ieee")
-    else:
-        return tl.dot(rows, tl.trans(columns), acc=total, input_precision="ieee")
 
 
 @triton.jit
@@ -112,10 +113,10 @@ def _plain_sums(
         inside = at < WIDTH
         rows = tl.load(x + at, mask=live[:, None] & inside, other=0.0)
         columns = tl.load(weight + at, mask=inside, other=0.0)
-        total = _added_dot(rows, columns, total)
+        total = added_dot(rows, columns, total)
         if GATED:
             columns = tl.load(weight + to_up + at, mask=inside, other=0.0)
-            up_total = _added_dot(rows, columns, up_total)
+            up_total = added_dot(rows, columns, up_total)
     if BLOCK_ROWS < 128:
         total, up_total = tl.trans(total), tl.trans(up_total)
     return total, up_total
@@ -149,6 +150,8 @@ def expert_gemm_kernel(
     x_scales_ptr,
     weight_ptr,
     weight_scales_ptr,
+    weight_zeros_ptr,
+    weight_factors_ptr,
     pairs_ptr,
     counts_ptr,
     out_ptr,
@@ -168,11 +171,14 @@ def expert_gemm_kernel(
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
     LIMIT: tl.constexpr,
+    GROUP: tl.constexpr,
+    KIND: tl.constexpr,
 ):
     """Compute column block `program 0` of tile `program 1`. A pair reads row pair // ROW_PAIRS.
 
     With GATED the result is silu of the first COLUMNS columns times the second ones. Both
-    are clamped. With `out_scales_ptr` it is rounded to bfloat16 and stored in FP8.
+    are clamped. With `out_scales_ptr` it is rounded to bfloat16 and stored in FP8. With GROUP the
+    weight is a FourBitWeight.
     """
     wait_for_inputs()
     expert, first, count = _own_tile(counts_ptr, tl.program_id(1), NUM_EXPERTS, EXPERTS, BLOCK_ROWS)
@@ -187,8 +193,15 @@ def expert_gemm_kernel(
         column = first_column + tl.arange(0, BLOCK_COLUMNS)
         stride: tl.constexpr = 2 * COLUMNS if GATED else COLUMNS
         # columns past the end repeat the last column, so that loads need no mask
-        source = wide * stride + tl.minimum(column, COLUMNS - 1)
-        if x_scales_ptr is None:
+        known = tl.minimum(column, COLUMNS - 1)
+        source = wide * stride + known
+        if GROUP > 0:
+            total, up = four_bit_sums(
+                x_ptr + row[:, None] * WIDTH, live, wide, known[:, None], weight_ptr,
+                weight_scales_ptr, weight_zeros_ptr, weight_factors_ptr, WIDTH, COLUMNS, GATED,
+                BLOCK_ROWS, BLOCK_COLUMNS, GROUP, KIND,
+            )  # fmt: skip
+        elif x_scales_ptr is None:
             total, up = _plain_sums(
                 x_ptr + row[:, None] * WIDTH, live, weight_ptr + source[:, None] * WIDTH,
                 COLUMNS * WIDTH, WIDTH, GATED, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH,
@@ -290,9 +303,10 @@ def expert_gemm(
         options = block_sizes(kind, columns, width, tiling)
         max_tiles = min(experts, num_pairs) + num_pairs // tiling.rows
         expert_gemm_kernel[-(-columns // options["BLOCK_COLUMNS"]), max_tiles](
-            rows, x_scales, values, scales, pairs, counts, out, out_scales, num_tokens,
+            rows, x_scales, values, scales, None, None, pairs, counts, out, out_scales, num_tokens,
             x_stride, out_stride, ROW_PAIRS=num_pairs // rows.shape[0], NUM_EXPERTS=experts,
             WIDTH=width, COLUMNS=columns, GATED=gated, ROUND_SCALES=bool(round_scales),
-            NATIVE=native_fp8(rows), EXPERTS=next_power_of_2(experts), LIMIT=limit, **options,
+            NATIVE=native_fp8(rows), EXPERTS=next_power_of_2(experts), LIMIT=limit,
+            GROUP=0, KIND="", **options,
         )  # fmt: skip
     return result

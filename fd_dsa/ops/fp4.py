@@ -12,6 +12,14 @@ from __future__ import annotations
 import numpy as np
 
 E8M0_NAN = np.uint8(0xFF)
+FACTOR_POWER = 26
+"""Exponent of 2 by which a device's factors of e2m1 matrices are raised.
+
+A kernel reads an e2m1 code as the bits of a bfloat16, which is 2^-126 times its value. The kernel
+raises scales by 2^100. So scales up to 2^27 stay finite.
+"""
+MAX_E8M0 = 127 + 27
+"""Largest e8m0 code of such scales."""
 _MAGNITUDES = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], np.float32)
 E2M1_VALUES = np.concatenate([_MAGNITUDES, -_MAGNITUDES])
 

@@ -42,6 +42,7 @@ def load_model(plan: EnginePlan, group: HostGroup | None, progress: StartupProgr
             plan.fp8,
             round_scales=rounds,
             group=_on_device(group, allocate),
+            four_bits=plan.four_bits,
         )
     model = create_model(plan.model_config, weights)
     with LoadProgress(progress) as bar:

@@ -11,6 +11,7 @@ from fd_dsa.errors import ConfigError
 from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.dequantize import BLOCK, num_blocks
 from fd_dsa.models.expected_tensors import expected_tensors
+from fd_dsa.models.four_bits import FourBits
 from fd_dsa.startup.host_memory import available_memory_bytes
 
 _DEFAULT_CACHE_BYTES = 4 << 30
@@ -91,14 +92,20 @@ def format_bytes(num_bytes: float) -> str:
 
 
 def weight_bytes(
-    config: ModelConfig, dtype: str = "float32", fp8: frozenset[str] = frozenset()
+    config: ModelConfig,
+    dtype: str = "float32",
+    fp8: frozenset[str] = frozenset(),
+    four_bits: FourBits | None = None,
 ) -> int:
     """Return the bytes of a model's weights as held. Arguments are those of `weight_parts`."""
-    return sum(weight_parts(config, dtype, fp8).values())
+    return sum(weight_parts(config, dtype, fp8, four_bits).values())
 
 
 def weight_parts(
-    config: ModelConfig, dtype: str = "float32", fp8: frozenset[str] = frozenset()
+    config: ModelConfig,
+    dtype: str = "float32",
+    fp8: frozenset[str] = frozenset(),
+    four_bits: FourBits | None = None,
 ) -> dict[str, int]:
     """Return the bytes of a model's weights as held, by part of the model.
 
@@ -107,6 +114,7 @@ def weight_parts(
         dtype: type of most matrices that are not in `fp8`; vectors are float32. A CPU holds
             everything in float32.
         fp8: names of tensors whose values are one byte, with a scale for each block.
+        four_bits: experts in four bits; None = there are none.
     """
     width, parts = _WIDTHS[dtype], dict.fromkeys((*_PARTS, _OTHERS), 0)
     for name, tensor in expected_tensors(config).items():
@@ -115,6 +123,8 @@ def weight_parts(
         elif name in fp8:
             blocks = num_blocks(tensor.shape, (BLOCK, BLOCK))
             size = tensor.num_elements + 4 * math.prod(blocks)
+        elif four_bits is not None and name in four_bits.names:
+            size = four_bits.num_bytes(tensor.shape)
         else:
             size = width * tensor.num_elements
         parts[next((p for p, names in _PARTS.items() if names.search(name)), _OTHERS)] += size

@@ -28,6 +28,7 @@ from fd_dsa.startup.memory import (
 
 if TYPE_CHECKING:
     from fd_dsa.engine.caches import Caches
+    from fd_dsa.models.four_bits import FourBits
     from fd_dsa.triton_runtime.driver import GpuTraits
 
 logger = logging.getLogger(__name__)
@@ -48,6 +49,7 @@ class EnginePlan:
         sampling_defaults: fields of SamplingParams that the folder proposes.
         memory: sizes of weights and caches.
         fp8: names of the tensors that a device holds as FP8.
+        four_bits: experts that a device holds in four bits; None = there are none.
     """
 
     config: EngineConfig
@@ -60,6 +62,7 @@ class EnginePlan:
     sampling_defaults: dict[str, Any]
     memory: MemoryPlan
     fp8: frozenset[str]
+    four_bits: FourBits | None = None
 
     @property
     def device(self) -> str:
@@ -148,11 +151,12 @@ def make_plan(config: EngineConfig, group: Group | None = None) -> EnginePlan:
     input_batch = InputBatch(
         config.num_seqs, config.num_batched_tokens, blocks_per_seq, config.block_size
     )
-    whole_config, fp8 = _check_weights(config, model_config)
+    whole_config, fp8, four_bits = _check_weights(config, model_config)
     size = config.tensor_parallel_size
     model_config = whole_config if size == 1 else whole_config.split(size)
     caches = caches_class(model_config)(config, model_config, input_batch)
-    memory = _plan_memory(config, model_config, caches, max_model_len, fp8, group)
+    num_bytes = weight_bytes(model_config, config.dtype, fp8, four_bits)
+    memory = _plan_memory(config, model_config, caches, max_model_len, num_bytes, group)
     return EnginePlan(
         config=config,
         model_config=model_config,
@@ -164,6 +168,7 @@ def make_plan(config: EngineConfig, group: Group | None = None) -> EnginePlan:
         sampling_defaults=defaults,
         memory=memory,
         fp8=fp8,
+        four_bits=four_bits,
     )
 
 
@@ -184,15 +189,18 @@ def _read_model(config: EngineConfig, warns: bool) -> Any:
     return _with_index_topk(model_config, config.index_topk)
 
 
-def _check_weights(config: EngineConfig, model_config: Any) -> tuple[Any, frozenset[str]]:
+def _check_weights(
+    config: EngineConfig, model_config: Any
+) -> tuple[Any, frozenset[str], FourBits | None]:
     """Compare the checkpoint's tensors with the model.
 
     Only the headers of the tensors are read.
 
     Returns:
-        The configuration, with its MTP layer if drafts need it; and the names of the tensors that
-        the device holds as FP8.
+        The configuration, with its MTP layer if drafts need it. The names of the tensors that the
+        device holds as FP8. The experts that it holds in four bits.
     """
+    from fd_dsa.models.four_bit_experts import four_bit_experts
     from fd_dsa.models.loader import (
         add_mtp_layer,
         check_blocks,
@@ -203,16 +211,23 @@ def _check_weights(config: EngineConfig, model_config: Any) -> tuple[Any, frozen
     from fd_dsa.models.registry import open_checkpoint
 
     wants_mtp = config.speculation is not None and config.speculation.method == "mtp"
+    # kernels read rows in bfloat16
+    may_have_four_bits = config.device != "cpu" and config.dtype == "bfloat16"
+    size, four_bits = config.tensor_parallel_size, None
     if config.load_format != "dummy":
         with open_checkpoint(model_config, config.model_path) as checkpoint:
             if wants_mtp:
                 model_config = add_mtp_layer(checkpoint, model_config)
             validate(checkpoint, model_config)
             fp8 = fp8_tensors(checkpoint, model_config)
+            if may_have_four_bits:
+                four_bits = four_bit_experts(checkpoint, model_config, size)
     else:
         if wants_mtp:
             model_config = add_mtp_layer(None, model_config)
         fp8 = quantisable_tensors(model_config)
+        if may_have_four_bits:
+            four_bits = four_bit_experts(None, model_config, size)
     # FP8 GEMMs give bfloat16
     if config.dtype != "bfloat16":
         fp8 = frozenset()
@@ -220,9 +235,9 @@ def _check_weights(config: EngineConfig, model_config: Any) -> tuple[Any, frozen
         warning = "%s has no FP8 instructions: FP8 weights are held in bfloat16"
         logger.warning(warning, config.device)
         fp8 = frozenset()
-    if config.tensor_parallel_size > 1:
-        check_blocks(model_config, config.tensor_parallel_size, fp8)
-    return model_config, fp8
+    if size > 1:
+        check_blocks(model_config, size, fp8)
+    return model_config, fp8, four_bits
 
 
 def _with_index_topk(model_config: Any, index_topk: int | None) -> Any:
@@ -277,10 +292,14 @@ def _plan_memory(
     model_config: Any,
     caches: Caches,
     max_model_len: int,
-    fp8: frozenset[str],
+    num_bytes: int,
     group: Group | None,
 ) -> MemoryPlan:
-    """Plan the memory of weights and caches, by the rank with the least memory."""
+    """Plan the memory of weights and caches, by the rank with the least memory.
+
+    Args:
+        num_bytes: bytes of the weights.
+    """
     from fd_dsa.device.resolve import free_device_bytes, traits_of
 
     device, num_ranks = config.device, config.tensor_parallel_size
@@ -308,7 +327,7 @@ def _plan_memory(
         free_bytes = int(everywhere.min())
     return plan_memory(
         config,
-        weight_bytes=weight_bytes(model_config, config.dtype, fp8),
+        weight_bytes=num_bytes,
         bytes_per_block=caches.bytes_per_block,
         max_model_len=max_model_len,
         graph_bytes=captured_bytes,

@@ -13,7 +13,6 @@ import pytest
 from fd_dsa import LLM, SamplingParams
 from fd_dsa.config import EngineConfig
 from fd_dsa.doctor.plan import plan
-from fd_dsa.errors import ConfigError
 from fd_dsa.models import dequantize, packing
 from fd_dsa.models.registry import open_checkpoint, read_config
 from fd_dsa.startup.plan import make_plan
@@ -180,10 +179,20 @@ def test_formats_in_their_own_file(tmp_path: Path) -> None:
         np.testing.assert_array_equal(found, wanted)
 
 
-def test_a_device_is_refused(tmp_path: Path) -> None:
-    """The plan for GPUs says so, too."""
-    folder, _ = write_pair(tmp_path, FORMATS["gptq"])
-    with pytest.raises(ConfigError) as caught:
-        plan(folder, 1)
-    text = "--device: got 'gpu:0', allowed: cpu with weights in INT4 (gptq); give --device cpu, or"
-    assert str(caught.value).startswith(text) and "\n" not in str(caught.value)
+@pytest.mark.parametrize(
+    ("name", "bits"),
+    [
+        ("nvfp4 of modelopt", 4 + 8 / 16),
+        ("gptq, symmetric", 4 + 16 / 128),
+        ("awq", 4 + 16 / 128 + 8 / 128),
+        ("gptq, act-order", 16),
+    ],
+)
+def test_the_plan_for_gpus_counts_four_bits(name: str, bits: float, tmp_path: Path) -> None:
+    """Of DeepSeek-V3.2 without weights; act-order is held in bfloat16."""
+    fields = {"model_type": "deepseek_v32", "quantization_config": FORMATS[name].fields}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    found = plan(tmp_path, 4)["parts"]["routed experts"]
+    matrices = 58 * 256 * 3
+    factors = 4 * matrices * ("nvfp4" in name)
+    assert found == matrices * 7168 * 2048 // 4 * bits / 8 + factors

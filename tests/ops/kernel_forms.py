@@ -21,6 +21,8 @@ INT64 = "position_ids_ptr", "slot_mapping_ptr"
 def integers(kernel):
     return {name: "int64" if name in INT64 else "int32" for name in kernel.arg_names}
 
+# a weight of experts in another type
+NOT_FOUR_BITS = dict(weight_zeros_ptr=None, weight_factors_ptr=None, GROUP=0, KIND="")
 # of steps of decode tokens only
 NO_WINDOWS = dict.fromkeys(("offsets_ptr", "key_starts_ptr", "seq_lens_encoder_ptr"))
 UINT8 = "latent_ptr", "q_out_ptr"
@@ -166,7 +168,7 @@ for kind in ("float32", "bfloat16"):
             compile("experts", expert_gemm_kernel, dict(x_ptr=kind, weight_ptr=kind, out_ptr=kind),
                     x_scales_ptr=None, weight_scales_ptr=None, out_scales_ptr=None, ROW_PAIRS=8,
                     NUM_EXPERTS=256, WIDTH=7168, COLUMNS=2048, GATED=gated, ROUND_SCALES=False,
-                    NATIVE=NATIVE, EXPERTS=256, LIMIT=None,
+                    NATIVE=NATIVE, EXPERTS=256, LIMIT=None, **NOT_FOUR_BITS,
                     **block_sizes(kind, 2048, 7168, configuration(kind, 8 * tokens, 256, gated,
                                                                   SHARED)))
     compile("sum", sum_experts_kernel, dict.fromkeys(("parts_ptr", "base_ptr", "out_ptr"), kind),
@@ -308,7 +310,7 @@ for tokens in (1, 32, 512, 8192):
         compile("fp8 3" if gated else "fp8 2", experts.expert_gemm_kernel, types | out,
                 ROW_PAIRS=8 if gated else 1, NUM_EXPERTS=256, WIDTH=width, COLUMNS=columns,
                 GATED=gated, ROUND_SCALES=True, NATIVE=NATIVE, EXPERTS=256, LIMIT=None,
-                **experts.block_sizes("uint8", columns, width, tiling),
+                **NOT_FOUR_BITS, **experts.block_sizes("uint8", columns, width, tiling),
                 **({} if gated else dict(out_scales_ptr=None)))
 compile("schedule", tile_schedule_kernel, num_warps=8)
 compile("schedule", tile_schedule_kernel, num_warps=8, **NO_WINDOWS)

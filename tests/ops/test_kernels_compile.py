@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.compiling import output_of
+from tests.ops.four_bit_forms import FOUR_BITS
 from tests.ops.kernel_forms import COMMON, EVERY, TUNED
 from tests.ops.v4_kernel_forms import V4
 
@@ -88,6 +89,21 @@ def test_forms_of_deepseek_v4(capability: int) -> None:
         if capability == 90:
             assert_waits(form)
         assert form["shared"] <= SHARED[capability], form["label"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90])
+def test_forms_of_experts_in_four_bits(capability: int) -> None:
+    made = compiled(FOUR_BITS, capability)
+    assert len(made) == 6 * 3 * 2
+    for form in made:
+        assert form["shared"] <= SHARED[capability]
+        if capability == 90:
+            assert_waits(form)
+            # GEMMs on tensor cores, and tiles copied ahead of them
+            assert form["products"] and all("bf16.bf16" in p for p in form["products"])
+            assert form["in_flight"] and form["ways"] <= 1
+            assert form["stack"] <= MOST_STACK_BYTES
 
 
 @pytest.mark.slow

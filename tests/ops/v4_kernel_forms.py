@@ -54,7 +54,7 @@ for kind in ("float32", "bfloat16"):
         compile("experts", expert_gemm_kernel, dict(x_ptr=kind, weight_ptr=kind, out_ptr=kind),
                 x_scales_ptr=None, weight_scales_ptr=None, out_scales_ptr=None, ROW_PAIRS=6,
                 NUM_EXPERTS=256, WIDTH=4096, COLUMNS=2048, GATED=True, ROUND_SCALES=False,
-                NATIVE=NATIVE, EXPERTS=256, LIMIT=10.0,
+                NATIVE=NATIVE, EXPERTS=256, LIMIT=10.0, **NOT_FOUR_BITS,
                 **block_sizes(kind, 2048, 4096, configuration(kind, 6 * tokens, 256, True,
                                                               SHARED)))
 compile("place", place_step_kernel, INT32_TYPES | {"newest_ptr": "int64"}, WINDOW=128,

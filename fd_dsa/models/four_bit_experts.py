@@ -1,0 +1,88 @@
+"""Selection of the experts that a device holds in four bits."""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Iterable
+
+from fd_dsa.models.checkpoint import Checkpoint
+from fd_dsa.models.config import ModelConfig
+from fd_dsa.models.deepseek_v4.config import DeepseekV4Config
+from fd_dsa.models.dequantize import FP4, FP4_GROUP, SCALE_SUFFIX
+from fd_dsa.models.expected_tensors import EXPERT, expected_tensors
+from fd_dsa.models.four_bits import PIECE, FourBits
+from fd_dsa.models.registry import FamilyConfig, packing_of
+
+logger = logging.getLogger(__name__)
+# name of a stored dtype of scales -> name on a device
+_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
+# groups for which there are kernels
+_GROUPS = 128, 64, 32, 16
+
+
+def four_bit_experts(
+    checkpoint: Checkpoint | None, config: FamilyConfig, num_ranks: int = 1
+) -> FourBits | None:
+    """Return the experts that a device holds in four bits, None without any.
+
+    A log line counts the other matrices in four bits, which become bfloat16.
+
+    Args:
+        checkpoint: None = random weights.
+    """
+    packing, expected = packing_of(config), expected_tensors(config)
+    is_fp4 = isinstance(config, DeepseekV4Config) and config.expert_dtype == "fp4"
+    if packing is None and not is_fp4:
+        return None
+    dtype = FP4 if packing is None else packing.dtype
+    packed = {
+        name
+        for name, one in expected.items()
+        if one.may_be_fp4 or one.may_be_packed
+        if (EXPERT in name if checkpoint is None else checkpoint.info(name).dtype == dtype)
+    }
+    found = None
+    if packing is None or not packing.has_groups:
+        found = _layout(checkpoint, config, num_ranks, _whole_layers(packed, expected))
+    if rest := len(packed) - (0 if found is None else len(found.names)):
+        title = "FP4" if packing is None else packing.title
+        cause = ", as columns in act-order have no groups" if packing and packing.has_groups else ""
+        logger.info("%s: a device holds %d matrices dequantised%s", title, rest, cause)
+    return found
+
+
+def _whole_layers(packed: set[str], expected: Iterable[str]) -> frozenset[str]:
+    """Return the packed experts of layers whose experts are all packed."""
+    layers = defaultdict(list)
+    for name in expected:
+        if EXPERT in name:
+            layers[name.partition(EXPERT)[0]].append(name)
+    return frozenset(n for names in layers.values() if packed.issuperset(names) for n in names)
+
+
+def _layout(
+    checkpoint: Checkpoint | None, config: FamilyConfig, num_ranks: int, names: frozenset[str]
+) -> FourBits | None:
+    """Return the layout of matrices in four bits, None if no kernel has their groups."""
+    packing, part = packing_of(config), expected_tensors(config)
+    if num_ranks > 1:
+        assert isinstance(config, ModelConfig), "ranks share only models with its layers"
+        part = expected_tensors(config.split(num_ranks))
+    widths = {part[name].shape[1] for name in names}
+    if packing is None or packing.dtype == "U8":
+        if not names or any(width % PIECE for width in widths):
+            return None
+        kind, size = ("e8m0", FP4_GROUP) if packing is None else ("e4m3", 16)
+        return FourBits(names, kind, size, "uint8", has_zeros=False)
+    # scales of a larger group are repeated
+    sizes = (n for n in _GROUPS if (packing.group_size or n) % n == 0)
+    group = next((n for n in sizes if not any(width % n for width in widths)), None)
+    if not names or group is None:
+        return None
+    stored = {"F16"}
+    if checkpoint is not None:
+        stored = {checkpoint.info(name + SCALE_SUFFIX).dtype for name in names}
+    scales = _DTYPES[stored.pop()] if len(stored) == 1 else "float32"
+    has_zeros = packing.zero_offset is not None and not packing.symmetric
+    return FourBits(names, "int4", group, scales, has_zeros)

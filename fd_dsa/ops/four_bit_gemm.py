@@ -1,0 +1,54 @@
+"""Grouped GEMM of routed experts in four bits with activations in bfloat16."""
+
+from __future__ import annotations
+
+from fd_dsa.errors import ShapeError
+from fd_dsa.ops.dense_kernels import empty_beside
+from fd_dsa.ops.expert_gemm import block_sizes, configuration, expert_gemm_kernel
+from fd_dsa.ops.split_sums import Tiling, rows_of_tiles
+from fd_dsa.tensor import FourBitWeight, Tensor
+from fd_dsa.triton_runtime import next_power_of_2
+from fd_dsa.triton_runtime.device_api import traits_for
+
+
+def four_bit_gemm(
+    x: Tensor,
+    weight: FourBitWeight,
+    pairs: Tensor,
+    counts: Tensor,
+    *,
+    top_k: int,
+    tiling: Tiling | None = None,
+    limit: float | None = None,
+) -> Tensor:
+    """Multiply as `expert_gemm` does, by a weight in four bits: bfloat16 [pairs, columns].
+
+    A weight of two parts is a gated one.
+
+    Args:
+        x: bfloat16 [num_tokens, width] or [num_tokens * top_k, width], contiguous.
+        pairs, counts, top_k, tiling, limit: as for `expert_gemm`.
+
+    Raises:
+        ShapeError: rows and weight have different widths.
+    """
+    (experts, columns, width), gated = weight.shape, weight.codes.shape[1] == 2
+    columns //= 1 + gated
+    if x.shape[1] != width:
+        raise ShapeError(f"rows: got {x.shape[1]} values, allowed: {width}, as the weight has")
+    num_tokens = pairs.shape[1]
+    num_pairs = num_tokens * top_k
+    out = empty_beside(x, num_pairs, columns, dtype="bfloat16")
+    if num_pairs and columns:
+        shape = rows_of_tiles(num_pairs), experts, gated, traits_for(x).shared_bytes
+        tiling = tiling or configuration("four bits", *shape)
+        options = block_sizes("four bits", columns, width, tiling)
+        max_tiles = min(experts, num_pairs) + num_pairs // tiling.rows
+        expert_gemm_kernel[-(-columns // options["BLOCK_COLUMNS"]), max_tiles](
+            x, None, weight.codes, weight.scales, weight.zeros, weight.factors, pairs, counts, out,
+            None, num_tokens, 0, 0, ROW_PAIRS=num_pairs // x.shape[0], NUM_EXPERTS=experts,
+            WIDTH=width, COLUMNS=columns, GATED=gated, ROUND_SCALES=False, NATIVE=False,
+            EXPERTS=next_power_of_2(experts), LIMIT=limit, GROUP=weight.group, KIND=weight.kind,
+            **options,
+        )  # fmt: skip
+    return out

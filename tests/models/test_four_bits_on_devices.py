@@ -1,0 +1,200 @@
+"""Experts that a device holds in four bits: values, parts of ranks, bytes, refusals."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+
+pytest.importorskip("paddle", reason="the weights are Paddle's tensors")
+
+from fd_dsa.distributed import Group
+from fd_dsa.errors import CheckpointError
+from fd_dsa.models.device_weights import DeviceWeights
+from fd_dsa.models.expected_tensors import expected_tensors
+from fd_dsa.models.four_bit_experts import four_bit_experts
+from fd_dsa.models.four_bits import FourBits
+from fd_dsa.models.loader import load_weights
+from fd_dsa.models.registry import create_model, open_checkpoint, read_config
+from fd_dsa.models.sources import RandomTensor
+from fd_dsa.ops.device_matrix import DeviceMatrix, FourBitExperts
+from fd_dsa.startup.memory import weight_bytes
+from tests.kernel_memory import KernelMemory
+from tests.models.folders import Stored
+from tests.models.four_bits import FORMATS, write, write_pair
+from tests.ops.four_bit_case import values_on_device
+from tests.v4_model.quantised import loaded, stored_tensors
+
+pytestmark = pytest.mark.triton
+
+EXPERTS = "model.layers.1.mlp.experts."
+# with columns in act-order no group has neighbours
+HELD = [name for name in FORMATS if "act-order" not in name]
+
+
+class Device:
+    """The model of a folder, or a rank's part of it, in a memory. FP8 matrices are bfloat16.
+
+    Attributes:
+        num_bytes: what all weights take.
+    """
+
+    def __init__(
+        self, m: KernelMemory, folder: Path, rank: int = 0, size: int = 1, *, dummy: bool = False
+    ) -> None:
+        self.m, self.num_bytes = m, 0
+        group = cast(Group, SimpleNamespace(rank=rank, size=size)) if size > 1 else None
+        whole = read_config(folder)
+        self.config = whole if size == 1 else whole.split(size)
+        with open_checkpoint(whole, folder) as checkpoint:
+            self.form = four_bit_experts(None if dummy else checkpoint, whole, size)
+            weights = DeviceWeights("bfloat16", self._allocate, group=group, four_bits=self.form)
+            self.model = create_model(self.config, weights)
+            # a table that is no weight
+            self.num_bytes -= 4 * int(np.prod(self.model.cos_sin.shape))
+            if dummy:
+                self._draw(f"{EXPERTS}1.")
+            else:
+                load_weights(checkpoint, whole, self.model.loaders, group=group)
+            weights.finish()
+
+    def _allocate(self, shape: tuple[int, ...], dtype: str) -> Any:
+        tensor = self.m.poisoned(shape, dtype)
+        self.num_bytes += tensor.element_size() * int(np.prod(shape))
+        return tensor
+
+    def _draw(self, prefix: str) -> None:
+        """Fill the tensors with a prefix with random numbers, as for all of a model."""
+        for name, tensor in expected_tensors(self.config).items():
+            if name.startswith(prefix):
+                self.model.loaders[name](RandomTensor(name, tensor.shape, 0))
+
+    @property
+    def experts(self) -> tuple[Any, Any]:
+        """gate_up and down of the second layer."""
+        return self.model.layers[1].mlp.experts
+
+    def matrix(self, expert: int, part: str) -> np.ndarray:
+        """float64 [out, in] of one matrix."""
+        stack = self.experts[part == "down"]
+        assert isinstance(stack, FourBitExperts)
+        return values_on_device(self.m, stack.weight)[expert, int(part == "up")]
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [*((name, 1) for name in HELD), *((name, 2) for name in HELD[::3]), (HELD[-1], 2)],
+)
+def test_values_and_bytes(
+    paddle_memory: KernelMemory, name: str, size: int, tmp_path: Path
+) -> None:
+    """Columns of down are cut inside of groups; a rank then has smaller groups."""
+    packed, twin = write_pair(tmp_path, FORMATS[name])
+    device, wanted = Device(paddle_memory, packed, size - 1, size), loaded(twin)
+    assert weight_bytes(device.config, "bfloat16", four_bits=device.form) == device.num_bytes
+    for expert in (0, 3):
+        for part, axis in (("gate", 0), ("up", 0), ("down", 1)):
+            values = wanted[f"{EXPERTS}{expert}.{part}_proj.weight"]
+            part_of_rank = np.split(values, size, axis)[size - 1]
+            found = device.matrix(expert, part)
+            np.testing.assert_allclose(found, part_of_rank, rtol=1e-6, atol=0)
+
+
+def form_of(folder: Path, size: int = 1) -> FourBits | None:
+    """The layout of a folder's experts."""
+    config = read_config(folder)
+    with open_checkpoint(config, folder) as checkpoint:
+        return four_bit_experts(checkpoint, config, size)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "group", "scales", "has_zeros"),
+    [
+        ("nvfp4 of modelopt", 1, 16, "uint8", False),
+        ("awq", 1, 128, "float16", True),
+        ("awq", 2, 64, "float16", True),
+        ("awq", 4, 32, "float16", True),
+        ("gptq, whole rows", 1, 128, "float16", True),
+        ("gptq, symmetric", 2, 64, "float16", False),
+        ("w4afp8", 1, 128, "bfloat16", False),
+        ("int4 of compressed-tensors, zero points, groups of 32", 2, 32, "float16", True),
+    ],
+)
+def test_layouts(
+    name: str, size: int, group: int, scales: str, has_zeros: bool, tmp_path: Path
+) -> None:
+    found = form_of(write_pair(tmp_path, FORMATS[name])[0], size)
+    assert found is not None
+    assert (found.group, found.scales, found.has_zeros) == (group, scales, has_zeros)
+
+
+def test_other_matrices_are_dequantised(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, paddle_memory: KernelMemory
+) -> None:
+    """Attention, dense MLPs and the shared expert of ModelOpt's folder; everything in act-order."""
+    for name, count, cause in (
+        ("nvfp4 of modelopt", 20, "dequantised"),
+        ("gptq, act-order", 32, "dequantised, as columns in act-order have no groups"),
+    ):
+        caplog.clear()
+        folder, _ = write_pair(tmp_path / name, FORMATS[name])
+        with caplog.at_level(logging.INFO, "fd_dsa.models.four_bit_experts"):
+            device = Device(paddle_memory, folder)
+        [line] = caplog.messages
+        assert line.endswith(f": a device holds {count} matrices {cause}")
+        assert isinstance(device.experts[0], DeviceMatrix) == ("act-order" in name)
+
+
+def test_a_layer_with_one_other_expert_is_dequantised(tmp_path: Path) -> None:
+    kind = FORMATS["gptq, symmetric"]
+    folder, twin = write_pair(tmp_path, kind)
+    tensors, name = stored_tensors(folder), f"{EXPERTS}3.up_proj."
+    tensors = {key: one for key, one in tensors.items() if not key.startswith(name)}
+    values = loaded(twin)[f"{name}weight"]
+    tensors[f"{name}weight"] = Stored("F32", values.shape, values.tobytes())
+    assert form_of(write(folder, tensors, kind)) is None
+
+
+def test_scales_of_two_types_are_held_in_float32(
+    paddle_memory: KernelMemory, tmp_path: Path
+) -> None:
+    kind, name = FORMATS["awq"], f"{EXPERTS}3.up_proj.scales"
+    folder, twin = write_pair(tmp_path, kind)
+    tensors = stored_tensors(folder)
+    shape = tensors[name].shape
+    wide = np.frombuffer(tensors[name].data, "<f2").astype(np.float32)
+    tensors[name] = Stored("F32", shape, wide.tobytes())
+    device = Device(paddle_memory, write(folder, tensors, kind))
+    assert device.form is not None and device.form.scales == "float32"
+    wanted = loaded(twin)
+    for part in ("up", "down"):
+        values = wanted[f"{EXPERTS}3.{part}_proj.weight"]
+        np.testing.assert_allclose(device.matrix(3, part), values, rtol=1e-6)
+
+
+def test_groups_out_of_order_are_refused(paddle_memory: KernelMemory, tmp_path: Path) -> None:
+    """The file has columns in act-order, and config.json says that it has none."""
+    kind, name = FORMATS["gptq, symmetric"], f"{EXPERTS}3.up_proj.g_idx"
+    folder, _ = write_pair(tmp_path, kind)
+    tensors = stored_tensors(folder)
+    groups = np.frombuffer(tensors[name].data, "<i4").copy()
+    groups[[5, 200]] = groups[[200, 5]]
+    tensors[name] = Stored("I32", groups.shape, groups.tobytes())
+    write(folder, tensors, kind)
+    text = r"up_proj.g_idx': got 1 at \[5\], allowed: groups of neighbours without desc_act in"
+    with pytest.raises(CheckpointError, match=text):
+        Device(paddle_memory, folder)
+
+
+@pytest.mark.parametrize("name", ["nvfp4 of modelopt", "awq", "w4afp8"])
+def test_random_weights(paddle_memory: KernelMemory, name: str, tmp_path: Path) -> None:
+    """Their values are about as large as those of other random weights."""
+    device = Device(paddle_memory, write_pair(tmp_path, FORMATS[name])[0], dummy=True)
+    for part, width in (("gate", 256), ("down", 128)):
+        values = device.matrix(1, part)
+        assert 0.5 < values.std() * width**0.5 < 2
+        assert len(np.unique(values)) > 8

@@ -1,0 +1,26 @@
+"""Script like those of `kernel_forms.py` for experts in four bits, at sizes of DeepSeek-V3.2."""
+
+from __future__ import annotations
+
+FOUR_BITS = """
+from fd_dsa.ops.expert_gemm import block_sizes, configuration, expert_gemm_kernel
+
+for kind, group, scales, zeros in (
+    ("e4m3", 16, "uint8", None), ("e8m0", 32, "uint8", None), ("int4", 128, "float16", None),
+    ("int4", 128, "bfloat16", "uint8"), ("int4", 32, "float16", "uint8"),
+    ("int4", 64, "float32", None),
+):
+    types = {"x_ptr": "bfloat16", "out_ptr": "bfloat16", "weight_ptr": "uint8",
+             "weight_scales_ptr": scales, "weight_zeros_ptr": zeros}
+    absent = dict(x_scales_ptr=None, out_scales_ptr=None)
+    absent |= {} if zeros else {"weight_zeros_ptr": None}
+    absent |= {"weight_factors_ptr": None} if kind == "int4" else {}
+    for tokens in (1, 768, 8192):
+        for columns, width in ((2048, 7168), (7168, 2048)):
+            gated = columns == 2048
+            tiling = configuration("four bits", 8 * tokens, 256, gated, SHARED)
+            compile("experts", expert_gemm_kernel, types, ROW_PAIRS=8 if gated else 1,
+                    NUM_EXPERTS=256, WIDTH=width, COLUMNS=columns, GATED=gated,
+                    ROUND_SCALES=False, NATIVE=False, EXPERTS=256, LIMIT=None, GROUP=group,
+                    KIND=kind, **absent, **block_sizes("four bits", columns, width, tiling))
+"""
