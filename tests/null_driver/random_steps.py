@@ -1,7 +1,7 @@
 """Runs random steps of an engine of random sizes, and prints what compiles after its start.
 
-`python -m tests.null_driver.random_steps SEED [deepseek_v4]`. The last line says how many steps
-ran.
+`python -m tests.null_driver.random_steps SEED [WHAT]`. WHAT is deepseek_v4, or one of
+tests/models/four_bits.py for the format of the weights. The last line says how many steps ran.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 from benchmarks._harness import random_prompts
 from benchmarks.host_time import v32
+from tests.models.four_bits import FORMATS
 from tests.null_driver.engine import V4, V4_FLAGS, NullDriver, open_engine
 
 STEPS = 120
@@ -95,8 +96,10 @@ def run_steps(engine: Any, draw: random.Random, longest: int) -> int:
 
 def main() -> None:
     """Run the steps of one seed."""
-    draw, is_v4 = random.Random(int(sys.argv[1])), sys.argv[2:] == ["deepseek_v4"]
-    model, config = (v4_sizes if is_v4 else engine_sizes)(draw)
+    draw, what = random.Random(int(sys.argv[1])), "".join(sys.argv[2:])
+    model, config = (v4_sizes if what == "deepseek_v4" else engine_sizes)(draw)
+    if what in FORMATS:
+        model["quantization_config"] = FORMATS[what].fields
     print(config)
     driver = NullDriver(config["tensor_parallel_size"])
     logging.getLogger("fd_dsa.triton_runtime").addHandler(Late(logging.WARNING))

@@ -33,3 +33,14 @@ def test_no_kernel_is_compiled_after_the_start(tmp_path: Path, arguments: tuple[
     pytest.importorskip("paddle")
     printed = run_module(tmp_path, "tests.null_driver.random_steps", *arguments)
     assert printed.endswith(f"{STEPS} steps, 0 late compilations\n"), printed
+
+
+@pytest.mark.parametrize(
+    ("seed", "weights"), [("1", "nvfp4 of modelopt"), ("3", "awq"), ("4", "gptq, symmetric")]
+)
+def test_no_kernel_for_four_bits_is_compiled_after_the_start(
+    tmp_path: Path, seed: str, weights: str
+) -> None:
+    pytest.importorskip("paddle")
+    printed = run_module(tmp_path, "tests.null_driver.random_steps", seed, weights)
+    assert printed.endswith(f"{STEPS} steps, 0 late compilations\n"), printed

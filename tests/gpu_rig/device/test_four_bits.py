@@ -28,7 +28,12 @@ pytestmark = [pytest.mark.gpu_rig, pytest.mark.triton]
 
 # of the largest logit; the twin's experts are rounded to bfloat16
 BOUND = 0.015
-HELD = [name for name in FORMATS if "act-order" not in name]
+QUICK = "nvfp4 of modelopt", "awq", "gptq", "w4afp8"
+HELD = [
+    pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow])
+    for name in FORMATS
+    if "act-order" not in name
+]
 
 
 def runner_on(folder: Path, rig: Rig, *, dequantised: bool = False) -> ModelRunner:

@@ -11,8 +11,9 @@ import pytest
 from fd_dsa import LLM, SamplingParams
 from fd_dsa.config import EngineConfig
 from fd_dsa.device.allocation import paddle_allocator
-from fd_dsa.errors import ConfigError
+from fd_dsa.errors import CheckpointError, ConfigError
 from fd_dsa.models.device_weights import DeviceWeights
+from fd_dsa.models.four_bit_experts import four_bit_experts
 from fd_dsa.models.loader import fp8_tensors, load_weights, quantisable_tensors
 from fd_dsa.models.registry import create_model, open_checkpoint, read_config
 from fd_dsa.runner import InputBatch, ModelRunner
@@ -20,10 +21,11 @@ from fd_dsa.startup.plan import make_plan
 from fd_dsa.v4_attention.device_backend import V4DeviceBackend
 from fd_dsa.v4_attention.device_memory import workspace_bytes
 from tests.gpu_rig import Rig
+from tests.models.folders import Stored, write_safetensors
 from tests.v4_model.cases import CASES, CSA, HCA, WINDOW, Case
 from tests.v4_model.ours import load_model, make_runner, prompt_logits
 from tests.v4_model.quantised import CASE as QUANTISED
-from tests.v4_model.quantised import FP4, write_pair
+from tests.v4_model.quantised import FP4, stored_tensors, write_pair
 
 pytestmark = [pytest.mark.gpu_rig, pytest.mark.triton]
 
@@ -37,12 +39,13 @@ SMOOTH = {
 ROWS, LONGEST, TOKENS = 3, 96, 48
 
 
-def device_model(folder: Path, rig: Rig, dtype: str) -> Any:
+def device_model(folder: Path, rig: Rig, dtype: str, *, four_bits: bool = False) -> Any:
     """The model of a folder on the device, its weights loaded."""
     config = read_config(folder)
-    weights = DeviceWeights(dtype, paddle_allocator(rig.device))
-    model = create_model(config, weights)
     with open_checkpoint(config, folder) as checkpoint:
+        form = four_bit_experts(checkpoint, config) if four_bits else None
+        weights = DeviceWeights(dtype, paddle_allocator(rig.device), four_bits=form)
+        model = create_model(config, weights)
         load_weights(checkpoint, config, model.loaders)
     weights.finish()
     return model
@@ -95,6 +98,45 @@ def test_quantised_weights(rig: Rig, tmp_path: Path) -> None:
     assert not quantisable_tensors(read_config(folder))
     with open_checkpoint(read_config(folder), folder) as checkpoint:
         assert not fp8_tensors(checkpoint, read_config(folder))
+
+
+def test_experts_in_four_bits(rig: Rig, tmp_path: Path) -> None:
+    """Their values are exact in bfloat16, so only the order of the sums differs."""
+    folder, _ = write_pair(tmp_path, FP4)
+    prompts, found = [QUANTISED.prompt(9)], []
+    for four_bits in (False, True):
+        model = device_model(folder, rig, "bfloat16", four_bits=four_bits)
+        runner = device_runner(model, rig, "bfloat16", 16)
+        found.append(prompt_logits(runner, prompts, 9))
+    # a GPU sums in another order
+    assert worst(*found) < 0.01
+    plan = make_plan(
+        EngineConfig(
+            model=folder,
+            device=rig.device,
+            block_size=16,
+            dtype="bfloat16",
+            enforce_eager=True,
+            enable_prefix_caching=False,
+        )
+    )
+    assert plan.four_bits is not None and (plan.four_bits.kind, plan.four_bits.group) == (
+        "e8m0",
+        32,
+    )
+
+
+def test_a_large_scale_is_refused(rig: Rig, tmp_path: Path) -> None:
+    """A kernel would make it infinite."""
+    folder, _ = write_pair(tmp_path, FP4)
+    tensors = stored_tensors(folder)
+    name = next(name for name in tensors if ".experts.1." in name and name.endswith("scale"))
+    codes = bytearray(tensors[name].data)
+    codes[3] = 155
+    tensors[name] = Stored("F8_E8M0", tensors[name].shape, bytes(codes))
+    write_safetensors(folder / "model.safetensors", tensors)
+    with pytest.raises(CheckpointError, match=r"got code 155, allowed on a device: up to 154"):
+        device_model(folder, rig, "bfloat16", four_bits=True)
 
 
 def test_logits_in_bfloat16(rig: Rig, tmp_path: Path) -> None:
