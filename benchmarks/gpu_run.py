@@ -62,6 +62,7 @@ _ENGINE = {
     "real_widths": ("real_widths --rig --folder /dev/shm --peer {vllm} --out {out}", 300),
     "once_per_step": ("once_per_step --rig --out {out}", 180),
     "prompt_attention": ("prompt_attention --rig --out {out}", 120),
+    "four_bit_experts": ("four_bit_experts --rig --out {out}", 150),
     "gpu_experts": ("gpu_gemms --rig --only experts --peer {vllm} --out {out}", 150),
     "load": ("load --rig --lengths chat --seconds 45 --out {out}", 400),
     "load_peer": ("load --earlier --lengths chat --seconds 45 --peer {vllm} --out {out}", 560),

@@ -16,11 +16,12 @@ import pytest
 
 pytest.importorskip("paddle", reason="the launches take Paddle's tensors")
 
-from fd_dsa.ops.device_matrix import DeviceMatrix
+from fd_dsa.ops.device_matrix import DeviceMatrix, FourBitExperts
 from fd_dsa.ops.fixed_order import fixed_order
 from fd_dsa.tensor import Fp8Rows
 from tests.kernel_memory import KernelMemory
 from tests.ops import block_fp8, logits_case, tensor_core_case
+from tests.ops.four_bit_case import INT4, NVFP4, Weight
 from tests.ops.paged_rows import paged_rows
 
 pytestmark = [pytest.mark.triton, pytest.mark.usefixtures("one_order")]
@@ -81,8 +82,15 @@ def experts(m: KernelMemory, rows: int, kind: str, *shape: int) -> Run:
     from fd_dsa.ops.expert_kernels import group_pairs, sum_experts
 
     count, width, hidden = shape
-    gate_up = _matrix(m, kind, count, 2 * hidden, width)
-    down, x = _matrix(m, kind, count, width, hidden), _rows(m, kind, rows, width)
+    gate_up: Any
+    down: Any
+    if kind == "four bits":
+        gate_up = FourBitExperts(Weight(NVFP4, count, 2, hidden, width).put(m))
+        down = FourBitExperts(Weight(INT4, count, 1, width, hidden).put(m))
+        x = _rows(m, "bfloat16", rows, width)
+    else:
+        gate_up = _matrix(m, kind, count, 2 * hidden, width)
+        down, x = _matrix(m, kind, count, width, hidden), _rows(m, kind, rows, width)
     rng = np.random.default_rng(rows)
     ids = np.sort(np.argsort(rng.random((rows, count)) * np.arange(1, count + 1))[:, :2])
     weights = rng.random((rows, 2)).astype(np.float32)
@@ -179,6 +187,7 @@ SMALL: Cases = {
     "heads": (21, lambda m, n: heads(m, n, "bfloat16", 3, 72, 40)),
     "experts": (21, lambda m, n: experts(m, n, "bfloat16", 6, 72, 40)),
     "experts in fp8": (21, lambda m, n: experts(m, n, "uint8", 3, 256, 128)),
+    "experts in four bits": (21, lambda m, n: experts(m, n, "four bits", 3, 256, 128)),
     "projection": (21, lambda m, n: projection(m, n, "bfloat16", 328)),
     "attention": (7, lambda m, n: attention(m, n, "fp8_ds_mla", 3, 200)),
     "scores": (7, lambda m, n: scores(m, n, 5, 130)),
@@ -194,6 +203,7 @@ LARGE: Cases = {
     "absorbed": (300, lambda m, n: heads(m, n, "bfloat16", 128, 128, 512)),
     "values": (300, lambda m, n: heads(m, n, "bfloat16", 128, 512, 128)),
     "experts": (600, lambda m, n: experts(m, n, "uint8", 16, 7168, 2048)),
+    "experts in four bits": (600, lambda m, n: experts(m, n, "four bits", 16, 7168, 2048)),
     "experts in bfloat16": (600, lambda m, n: experts(m, n, "bfloat16", 16, 2048, 512)),
     "projection": (1100, lambda m, n: projection(m, n, "bfloat16", 7168)),
     "scores": (300, lambda m, n: scores(m, n, 64, 4000)),
