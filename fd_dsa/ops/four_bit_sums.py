@@ -10,7 +10,6 @@ Source: PTX ISA 8.5, `fma` for bf16, which keeps denormal numbers.
 from __future__ import annotations
 
 from fd_dsa.ops.device_functions import added_dot, to_bfloat16, widened
-from fd_dsa.ops.fp8_gemm import operand
 from fd_dsa.triton_runtime import INTERPRETING
 
 import triton  # isort: skip
@@ -36,12 +35,27 @@ def _difference(x, y):
 
 
 @triton.jit
+def _halves(pairs):
+    """Return the lower and the upper bfloat16 of each uint32."""
+    low = pairs.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return low, (pairs >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def _power(EXPONENT: tl.constexpr):
+    """Return 2^EXPONENT as bfloat16 [1, 1]."""
+    return tl.full([1, 1], (EXPONENT + 127) << 7, tl.uint16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
 def _small_scales(codes, KIND: tl.constexpr):
     """Return bfloat16 scales times 2^100 of e4m3 or e8m0 codes, see `fp4.FACTOR_POWER`."""
-    if KIND == "e4m3":
-        return to_bfloat16(operand(codes, False).to(tl.float32) * 2.0**100)
-    exponent = codes.to(tl.uint32) + 100
-    return to_bfloat16((exponent << 23).to(tl.float32, bitcast=True))
+    bits = codes.to(tl.uint16)
+    if KIND == "e8m0":
+        return ((bits + 100) << 7).to(tl.bfloat16, bitcast=True)
+    # the biases differ by 120, and 2^220 is no bfloat16
+    scales = ((bits & 0x7F) << 4 | (bits & 0x80) << 8).to(tl.bfloat16, bitcast=True)
+    return _product(_product(scales, _power(127)), _power(93))
 
 
 @triton.jit
@@ -50,14 +64,16 @@ def _e2m1_sums(
 ):
     """Add the dots of 32 values along K to `total`, in e2m1."""
     byte = tl.arange(0, 16)[None, :]
-    bits = tl.load(codes + at // 2 * COLUMNS + byte).to(tl.uint16)
+    bits = tl.load(codes + at // 2 * COLUMNS + byte).to(tl.uint32)
     to_scales = scales + at // GROUP * COLUMNS
     scale = _small_scales(tl.load(to_scales), KIND)
     if GROUP == 16:
-        scale = tl.where(byte < 8, scale, _small_scales(tl.load(to_scales + COLUMNS), KIND))
-    low = ((bits & 8) << 12 | (bits & 7) << 6).to(tl.bfloat16, bitcast=True)
-    high = ((bits & 0x80) << 8 | (bits & 0x70) << 2).to(tl.bfloat16, bitcast=True)
-    columns = tl.interleave(_product(low, scale), _product(high, scale))
+        scale = tl.where(
+            tl.arange(0, 32)[None, :] < 16, scale, _small_scales(tl.load(to_scales + COLUMNS), KIND)
+        )
+    # a factor shifts the bits of both codes
+    low, high = _halves(bits * 0x40040 & 0x01C001C0 | bits * 0x01001000 & 0x80008000)
+    columns = _product(tl.interleave(low, high), scale)
     return added_dot(rows, columns, total)
 
 
@@ -65,7 +81,7 @@ def _e2m1_sums(
 def _int4_sums(rows, codes, scales, zeros, at, total, COLUMNS: tl.constexpr, GROUP: tl.constexpr):
     """Add the scaled dots of a group of integers to `total`."""
     byte = tl.arange(0, GROUP // 2)[None, :]
-    bits = tl.load(codes + at // 2 * COLUMNS + byte).to(tl.uint16)
+    bits = tl.load(codes + at // 2 * COLUMNS + byte).to(tl.uint32)
     group = at // GROUP * COLUMNS
     scale = widened(tl.load(scales + group)).to(tl.float32)
     # the last bits of a bfloat16 from 128 to 255 count ones
@@ -73,9 +89,8 @@ def _int4_sums(rows, codes, scales, zeros, at, total, COLUMNS: tl.constexpr, GRO
     if zeros is not None:
         zero = tl.load(zeros + group).to(tl.uint16)
     zero = (zero | 0x4300).to(tl.bfloat16, bitcast=True)
-    low = (bits & 15 | 0x4300).to(tl.bfloat16, bitcast=True)
-    high = (bits >> 4 | 0x4300).to(tl.bfloat16, bitcast=True)
-    columns = tl.interleave(_difference(low, zero), _difference(high, zero))
+    low, high = _halves(bits * 0x1001 & 0x000F000F | 0x43004300)
+    columns = _difference(tl.interleave(low, high), zero)
     part = added_dot(rows, columns, tl.zeros_like(total))
     return total + part * (scale if rows.shape[0] < 128 else tl.trans(scale))
 

@@ -239,13 +239,14 @@ def _swapped(low, high):
     return tl.interleave(high, low)
 """
 WRONG_KERNELS = {
-    "scales of the group before": (NVFP4, "byte < 8", "byte < 16"),
-    "low values without scales": (NVFP4, "_product(low, scale)", "low"),
-    "the sign is lost": (MXFP4, "(bits & 0x80) << 8", "(bits & 0) << 8"),
-    "half as large": (MXFP4, "+ 100", "+ 99"),
+    "scales of the group before": (NVFP4, "[None, :] < 16,", "[None, :] < 32,"),
+    "half as large": (NVFP4, "_power(93)", "_power(92)"),
+    "denormal scales are lost": (NVFP4, "(bits & 0x7F) << 4", "(bits & 0x78) << 4"),
+    "the sign is lost": (MXFP4, "0x80008000", "0x00008000"),
+    "twice as large": (MXFP4, "+ 100", "+ 101"),
     "one group for all": (INT4, "group = at // GROUP * COLUMNS", "group = at * 0"),
     "no stored zero points": (INT4, "if zeros is not None", "if zeros is None and GROUP < 0"),
-    "low values twice": (INT4, "bits >> 4 |", "bits & 15 |"),
+    "low values twice": (INT4, "bits * 0x1001", "bits * 0x10001"),
     "values in another order": (INT4, "tl.interleave(", "_swapped("),
     "up has the codes of gate": (INT4, "rows, codes + to_up,", "rows, codes,"),
     "up has the factor of gate": (NVFP4, "tl.load(factor + 1)", "tl.load(factor)"),
