@@ -24,23 +24,15 @@ ONE_ROW_WITH_DRAFTS = 119
 @pytest.mark.parametrize(
     "arguments",
     [
-        *((str(seed),) for seed in (*range(8), ONE_ROW_WITH_DRAFTS)),
-        *((str(seed), "deepseek_v4") for seed in range(1, 6)),
+        *((str(seed),) for seed in (*range(5), ONE_ROW_WITH_DRAFTS)),
+        *((str(seed), "deepseek_v4") for seed in range(1, 3)),
+        ("1", "nvfp4 of modelopt"),
+        ("3", "awq"),
+        ("4", "gptq, symmetric"),
     ],
     ids=" ".join,
 )
 def test_no_kernel_is_compiled_after_the_start(tmp_path: Path, arguments: tuple[str, ...]) -> None:
     pytest.importorskip("paddle")
     printed = run_module(tmp_path, "tests.null_driver.random_steps", *arguments)
-    assert printed.endswith(f"{STEPS} steps, 0 late compilations\n"), printed
-
-
-@pytest.mark.parametrize(
-    ("seed", "weights"), [("1", "nvfp4 of modelopt"), ("3", "awq"), ("4", "gptq, symmetric")]
-)
-def test_no_kernel_for_four_bits_is_compiled_after_the_start(
-    tmp_path: Path, seed: str, weights: str
-) -> None:
-    pytest.importorskip("paddle")
-    printed = run_module(tmp_path, "tests.null_driver.random_steps", seed, weights)
     assert printed.endswith(f"{STEPS} steps, 0 late compilations\n"), printed
