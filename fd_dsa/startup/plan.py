@@ -228,6 +228,9 @@ def _check_weights(
         fp8 = quantisable_tensors(model_config)
         if may_have_four_bits:
             four_bits = four_bit_experts(None, model_config, size)
+    if four_bits is not None and (reason := _four_bit_difference(four_bits, config.device)):
+        logger.warning("%s: experts in four bits are dequantised: %s", config.device, reason)
+        four_bits = None
     # FP8 GEMMs give bfloat16
     if config.dtype != "bfloat16":
         fp8 = frozenset()
@@ -238,6 +241,14 @@ def _check_weights(
     if size > 1:
         check_blocks(model_config, size, fp8)
     return model_config, fp8, four_bits
+
+
+def _four_bit_difference(four_bits: FourBits, device: str) -> str:
+    """Return why a device cannot hold experts in four bits, or ""."""
+    from fd_dsa.device.allocation import paddle_allocator
+    from fd_dsa.models import four_bit_check
+
+    return four_bit_check.difference(four_bits, paddle_allocator(device))
 
 
 def _with_index_topk(model_config: Any, index_topk: int | None) -> Any:

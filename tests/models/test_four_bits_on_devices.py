@@ -13,20 +13,23 @@ import pytest
 pytest.importorskip("paddle", reason="the weights are Paddle's tensors")
 
 from fd_dsa.distributed import Group
-from fd_dsa.errors import CheckpointError
+from fd_dsa.errors import CheckpointError, KernelUnavailable
 from fd_dsa.models.device_weights import DeviceWeights
 from fd_dsa.models.expected_tensors import expected_tensors
+from fd_dsa.models.four_bit_check import difference
 from fd_dsa.models.four_bit_experts import four_bit_experts
 from fd_dsa.models.four_bits import FourBits
 from fd_dsa.models.loader import load_weights
 from fd_dsa.models.registry import create_model, open_checkpoint, read_config
 from fd_dsa.models.sources import RandomTensor
+from fd_dsa.ops import four_bit_gemm
 from fd_dsa.ops.device_matrix import DeviceMatrix, FourBitExperts
 from fd_dsa.startup.memory import weight_bytes
+from fd_dsa.tensor import FourBitWeight
 from tests.kernel_memory import KernelMemory
 from tests.models.folders import Stored
 from tests.models.four_bits import FORMATS, write, write_pair
-from tests.ops.four_bit_case import values_on_device
+from tests.ops.four_bit_case import FORMS, Form, values_on_device
 from tests.v4_model.quantised import loaded, stored_tensors
 
 pytestmark = pytest.mark.triton
@@ -198,3 +201,31 @@ def test_random_weights(paddle_memory: KernelMemory, name: str, tmp_path: Path) 
         values = device.matrix(1, part)
         assert 0.5 < values.std() * width**0.5 < 2
         assert len(np.unique(values)) > 8
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_the_check_of_the_kernel_passes(paddle_memory: KernelMemory, form: Form) -> None:
+    held = FourBits(frozenset(), form.kind, form.group, form.scales, form.zeros)
+    assert difference(held, paddle_memory.poisoned) == ""
+
+
+@pytest.mark.parametrize("form", FORMS[:3], ids=str)
+def test_the_check_finds_a_wrong_kernel(
+    paddle_memory: KernelMemory, form: Form, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    m, right = paddle_memory, four_bit_gemm.four_bit_gemm
+
+    def wrong(x: Any, weight: FourBitWeight, *lists: Any, **how: Any) -> Any:
+        # codes of the columns before
+        codes = m.put(np.roll(m.get(weight.codes), 1, axis=3))
+        return right(x, weight._replace(codes=codes), *lists, **how)
+
+    def broken(*given: Any, **how: Any) -> Any:
+        raise KernelUnavailable("no such instruction")
+
+    held = FourBits(frozenset(), form.kind, form.group, form.scales, form.zeros)
+    monkeypatch.setattr(four_bit_gemm, "four_bit_gemm", wrong)
+    text = "3 rows differ from the definition by"
+    assert difference(held, paddle_memory.poisoned).startswith(text)
+    monkeypatch.setattr(four_bit_gemm, "four_bit_gemm", broken)
+    assert difference(held, paddle_memory.poisoned) == "no such instruction"

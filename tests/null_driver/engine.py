@@ -18,8 +18,12 @@ from tests.null_driver.build import NAMES, OPERATORS, build
 
 # a checkout of an earlier release has the second one
 BUILDERS = ("fd_dsa.startup.build", "fd_dsa.engine.factory")
-# modules that check kernels of custom_ops/ by their results
-CHECKS = ("fd_dsa.ops.topk.custom_op", "fd_dsa.ops.mla.tensor_core")
+# modules that check kernels by their results
+CHECKS = (
+    "fd_dsa.ops.topk.custom_op",
+    "fd_dsa.ops.mla.tensor_core",
+    "fd_dsa.models.four_bit_check",
+)
 
 # layers of every kind, with released widths, and the flags that a device needs
 V4: dict[str, Any] = {

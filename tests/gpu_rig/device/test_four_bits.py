@@ -11,6 +11,7 @@ import pytest
 from fd_dsa import LLM, SamplingParams
 from fd_dsa.config import EngineConfig
 from fd_dsa.device.allocation import paddle_allocator
+from fd_dsa.models import four_bit_check
 from fd_dsa.models.device_weights import DeviceWeights
 from fd_dsa.models.four_bit_experts import four_bit_experts
 from fd_dsa.models.loader import fp8_tensors, load_weights
@@ -90,3 +91,16 @@ def test_an_engine_holds_four_bits(rig: Rig, tmp_path: Path) -> None:
         prompts = [FORMATS["awq"].case.prompt(n) for n in (12, 40)]
         answers = llm.generate(prompts, params)
     assert [len(answer.outputs[0].token_ids) for answer in answers] == [4, 4]
+
+
+def test_a_wrong_kernel_is_not_used(
+    rig: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The start says so, and plans the experts in bfloat16."""
+    folder, twin = write_pair(tmp_path, FORMATS["nvfp4 of compressed-tensors"])
+    monkeypatch.setattr(four_bit_check, "difference", lambda *given: "all rows differ")
+    plan = plan_of(folder, rig.device)
+    assert plan.four_bits is None
+    assert plan.memory.weight_bytes == plan_of(twin, rig.device).memory.weight_bytes
+    line = f"{rig.device}: experts in four bits are dequantised: all rows differ"
+    assert line in caplog.messages
