@@ -20,6 +20,7 @@ from fd_dsa.models.four_bit_check import difference
 from fd_dsa.models.four_bit_experts import four_bit_experts
 from fd_dsa.models.four_bits import FourBits
 from fd_dsa.models.loader import load_weights
+from fd_dsa.models.moe import routed_on_device
 from fd_dsa.models.registry import create_model, open_checkpoint, read_config
 from fd_dsa.models.sources import RandomTensor
 from fd_dsa.ops import four_bit_gemm
@@ -29,6 +30,7 @@ from fd_dsa.tensor import FourBitWeight
 from tests.kernel_memory import KernelMemory
 from tests.models.folders import Stored
 from tests.models.four_bits import FORMATS, write, write_pair
+from tests.ops import block_fp8
 from tests.ops.four_bit_case import FORMS, Form, values_on_device
 from tests.v4_model.quantised import loaded, stored_tensors
 
@@ -105,6 +107,22 @@ def test_values_and_bytes(
             part_of_rank = np.split(values, size, axis)[size - 1]
             found = device.matrix(expert, part)
             np.testing.assert_allclose(found, part_of_rank, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", ["nvfp4 of modelopt", "awq"])
+def test_sums_of_ranks_add_up(paddle_memory: KernelMemory, name: str, tmp_path: Path) -> None:
+    """A rank's columns of gate and up, and its inputs of down."""
+    m, (folder, _) = paddle_memory, write_pair(tmp_path, FORMATS[name])
+    rng = np.random.default_rng(0)
+    x = block_fp8.put(m, rng.standard_normal((9, 256)), "bfloat16")
+    shared = block_fp8.put(m, np.zeros((9, 256)), "bfloat16")
+    ids = np.sort([rng.permutation(4)[:2] for _ in range(9)], axis=1).astype(np.int32)
+    choice = m.put(ids), m.put(rng.random((9, 2)).astype(np.float32))
+    whole, *parts = (
+        block_fp8.get(m, routed_on_device(x, shared, *choice, Device(m, folder, *rank).experts))
+        for rank in ((0, 1), (0, 2), (1, 2))
+    )
+    np.testing.assert_allclose(sum(parts), whole, rtol=0, atol=2**-7 * np.abs(whole).max())
 
 
 def form_of(folder: Path, size: int = 1) -> FourBits | None:
