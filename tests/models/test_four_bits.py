@@ -127,7 +127,7 @@ FAULTS: dict[str, tuple[str, Any, str, str, str]] = {
         *("[packed & 15, packed >> 4]", "[packed >> 4, packed & 15]"),
     ),
     "zero points of version 2": (
-        *("gptq", packing.Packing, "unpack", "zeros += self.zero_offset", "zeros += 0"),
+        *("gptq", packing.Packing, "_zeros", "zeros += self.zero_offset", "zeros += 0"),
     ),
     "a multiplier in place of a divisor": (
         *("nvfp4 of compressed-tensors", packing.Packing, "unpack"),
