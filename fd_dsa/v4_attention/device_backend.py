@@ -181,7 +181,7 @@ class V4DeviceBackend:
                 index = _pooling(layer.index_compressor, pools.index_entries)
             pool_entries(sources, pools.states, plan, main, index, cos_sin, eps)
             if index is not None and step.index_view is not None:
-                slots = self._select(layer, latent, hidden, index.entries, step, cos_sin)
+                slots = self.select_entries(layer, latent, hidden, index.entries, step, cos_sin)
             entries = Entries(pools.entries, plan.ratio, slots)
             kept = sources, plan, pools.states
         window = config.sliding_window
@@ -192,7 +192,7 @@ class V4DeviceBackend:
         keep_step(keys, step.ring_rows, pools.ring, *kept)
         return out, slots
 
-    def _select(
+    def select_entries(
         self,
         layer: DeviceV4Attention,
         latent: Tensor,
@@ -201,7 +201,16 @@ class V4DeviceBackend:
         step: DeviceStep,
         cos_sin: Tensor,
     ) -> Tensor:
-        """Return the slots of the entries that each token attends to, int32 [num_tokens, topk]."""
+        """Return the slots of the entries that each token attends to, int32 [num_tokens, topk].
+
+        Args:
+            layer: layer with an indexer.
+            latent, hidden: activations of the step's tokens, which the indexer's queries and
+                weights come from.
+            cache: entries of the indexer, [num_blocks, entries of a block, width].
+            step: step whose tokens have to select.
+            cos_sin: angles of all positions.
+        """
         view = step.index_view
         assert view is not None
         q, weights = layer.index_queries(latent, hidden)

@@ -121,11 +121,11 @@ def test_a_copy_that_fails_on_rank_0_ends_the_engine(monkeypatch: pytest.MonkeyP
 
 # rank 1 has no memory for the blocks
 WITHOUT = """
-import fd_dsa.startup.host_tier as startup
+import fd_dsa.runner.block_store as block_store
 from fd_dsa.errors import DeviceError
 def take(*_):
     raise DeviceError("cuMemHostAlloc: out of memory")
-startup._take = take
+block_store.HostBlockStore = take
 """
 
 

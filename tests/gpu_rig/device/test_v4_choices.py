@@ -43,7 +43,7 @@ class Choices:
     @contextmanager
     def watched(self, forced: list[np.ndarray] | None = None) -> Iterator[None]:
         """Collect the choices made inside, or force those of another run, for each call one."""
-        experts, entries = device_moe.choose_experts, V4DeviceBackend._select
+        experts, entries = device_moe.choose_experts, V4DeviceBackend.select_entries
         left = iter(forced or ())
 
         def seen(chosen: Any) -> np.ndarray:
@@ -74,7 +74,7 @@ class Choices:
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(device_moe, "choose_experts", choose)
-            patch.setattr(V4DeviceBackend, "_select", select)
+            patch.setattr(V4DeviceBackend, "select_entries", select)
             yield
 
 
