@@ -309,7 +309,7 @@ def _plan_memory(
     """Plan the memory of weights and caches, by the rank with the least memory.
 
     Args:
-        num_bytes: bytes of the weights.
+        num_bytes: bytes of this rank's weights.
     """
     from fd_dsa.device.resolve import free_device_bytes, traits_of
 
@@ -331,11 +331,12 @@ def _plan_memory(
     if num_ranks > 1:
         if free_bytes is None:
             free_bytes = available_memory_bytes() // num_ranks
-        # caches have the same size on every rank, so the smallest memory counts
-        everywhere = np.array([free_bytes])
+        # caches have the same size on every rank, so the smallest memory and the largest weights
+        # count; weights differ if one device lacks the kernels of a format
+        ranks = np.array([[free_bytes, num_bytes]])
         if group is not None:
-            everywhere = group.all_gather(everywhere)
-        free_bytes = int(everywhere.min())
+            ranks = group.all_gather(ranks[0])
+        free_bytes, num_bytes = int(ranks[:, 0].min()), int(ranks[:, 1].max())
     return plan_memory(
         config,
         weight_bytes=num_bytes,

@@ -7,13 +7,16 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import create_autospec
 
+import numpy as np
 import pytest
 import tokenizers
 from tokenizers import models
 
 from fd_dsa import LLM, SamplingParams
 from fd_dsa.config import EngineConfig, demo_model_path
+from fd_dsa.distributed.host import HostGroup
 from fd_dsa.errors import BackendUnavailable, ConfigError
 from fd_dsa.startup import hardware
 from fd_dsa.startup.build import build_engine
@@ -173,6 +176,18 @@ def test_the_share_of_a_device_that_may_be_taken(monkeypatch: pytest.MonkeyPatch
         room = int(share * (8 << 30)) - (1 << 30) - plan.weight_bytes
         assert plan.num_blocks == room // plan.bytes_per_block
     assert asked == [0.5, 1.0] and blocks[0] < blocks[1]
+
+
+def test_the_rank_with_the_largest_weights_bounds_the_caches() -> None:
+    """A rank whose device lacks the kernels of a format holds more bytes than the others."""
+    group: Any = create_autospec(HostGroup, instance=True, rank=0, size=2)
+    config, plans = EngineConfig(device="cpu", tensor_parallel_size=2, max_num_seqs=9000), []
+    for times in (1, 3):
+        group.all_gather.side_effect = lambda mine, times=times: np.stack([mine, mine * [1, times]])
+        plans.append(make_plan(config, group).memory)
+    assert plans[1].weight_bytes == 3 * plans[0].weight_bytes
+    total = plans[1].weight_bytes + plans[1].kv_cache_bytes
+    assert total <= plans[1].free_bytes
 
 
 def test_the_share_means_nothing_on_a_cpu_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
