@@ -17,7 +17,6 @@ from fd_dsa.ops.mla.custom_op import (
     SparseMla,
     WideAttention,
     kind_for,
-    select_attention,
 )
 from fd_dsa.ops.mla.records import Dequantized
 from fd_dsa.ops.providers import CUSTOM_OP, TENSOR_CORE
@@ -57,6 +56,8 @@ GIVEN += ("out_is_bfloat16", "splits")
 def test_a_kernel_that_computes_something_else_does_not_serve(
     emulated_memory: KernelMemory, monkeypatch: pytest.MonkeyPatch, kind: type[CustomAttention]
 ) -> None:
+    from fd_dsa.ops.mla.tensor_core import select_attention
+
     monkeypatch.setattr(kind, "__call__", lambda *arguments, **options: None)
     types = "bfloat16", FP8, RANK, 64, 90
     choice = select_attention("gpu", HEADS[kind], *types, emulated_memory.poisoned)

@@ -18,7 +18,6 @@ from fd_dsa.ops.mla.custom_op import (
     NarrowAttention,
     SparseMla,
     WideAttention,
-    select_attention,
 )
 from fd_dsa.ops.providers import CUSTOM_OP
 from tests.custom_ops.building import emulated_library
@@ -275,6 +274,8 @@ def test_same_bits_every_time(
 def test_it_serves_where_it_agrees(
     kernel_memory: KernelMemory, heads: int, cache_dtype: str
 ) -> None:
+    from fd_dsa.ops.mla.tensor_core import select_attention
+
     types = "bfloat16", cache_dtype, RANK, 64, 90
     choice = select_attention("gpu", heads, *types, kernel_memory.poisoned)
     assert choice.provider == CUSTOM_OP, choice

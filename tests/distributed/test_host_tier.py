@@ -50,9 +50,8 @@ def second_turns(llm: LLM) -> list[tuple[Any, ...]]:
     ],
 )
 def test_no_bit_of_an_answer_depends_on_host_memory(
-    kv_cache_dtype: str, drafts: Any, monkeypatch: pytest.MonkeyPatch
+    one_order: None, kv_cache_dtype: str, drafts: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("FD_DSA_BATCH_INVARIANT", "1")
     # measured costs decide on the number of drafts
     monkeypatch.setattr("fd_dsa.startup.build.measure_step_costs", lambda *_: None)
     options = SIZES | {"kv_cache_dtype": kv_cache_dtype, "speculative_config": drafts}
