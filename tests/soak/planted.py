@@ -14,6 +14,7 @@ def check_it_is_found(
     owner: type,
     name: str,
     defect: Callable[..., Any],
+    first: int = 0,
 ) -> None:
     """Check that one of 200 histories fails with a defect.
 
@@ -22,8 +23,9 @@ def check_it_is_found(
         owner: class of the method that gets the defect.
         name: name of the method.
         defect: method that takes its place.
+        first: number of the first history. One shortly before the history that fails saves time.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(owner, name, defect)
         with pytest.raises((AssertionError, IndexError, KeyError, ValueError)):
-            run_histories(0, 200)
+            run_histories(first, 200)

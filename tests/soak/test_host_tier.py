@@ -32,7 +32,7 @@ def check_counts(first: int, count: int) -> None:
 
 
 def test_late_copies_change_no_output() -> None:
-    check_counts(first=2_000_000, count=40)
+    check_counts(first=2_000_000, count=24)
 
 
 @pytest.mark.slow
@@ -74,15 +74,15 @@ def _keeps_what_is_freed(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @pytest.mark.parametrize(
-    ("owner", "name", "defect"),
+    ("owner", "name", "defect", "first"),
     [
-        (HostTier, "give", _waits_for_no_copy),
-        (HostTier, "enqueue", _saves_after_loads),
-        (DividedBlockStore, "precede", _gathers_nothing),
-        (BlockManager, "free", _keeps_what_is_freed),
+        (HostTier, "give", _waits_for_no_copy, 0),
+        (HostTier, "enqueue", _saves_after_loads, 0),
+        (DividedBlockStore, "precede", _gathers_nothing, 0),
+        (BlockManager, "free", _keeps_what_is_freed, 120),
     ],
 )
 def test_a_planted_defect_is_found(
-    owner: type, name: str, defect: Callable[..., Callable[..., Any]]
+    owner: type, name: str, defect: Callable[..., Callable[..., Any]], first: int
 ) -> None:
-    check_it_is_found(run_histories, owner, name, defect(getattr(owner, name)))
+    check_it_is_found(run_histories, owner, name, defect(getattr(owner, name)), first)
