@@ -18,10 +18,10 @@ pytestmark = pytest.mark.triton
 def test_a_dry_run_times_every_kind(tmp_path: Path) -> None:
     if not INTERPRETING:
         pytest.skip("compiled kernels do not run on the CPU")
-    flags = ["--dry", "--tokens", "1", "5", "--out", str(tmp_path)]
+    flags = ["--dry", "--tokens", "2", "--out", str(tmp_path)]
     assert four_bit_experts.main(flags) == 0
     result = json.loads((tmp_path / "four_bit_experts.json").read_text())
-    assert result["tier"] == "dry" and [one["tokens"] for one in result["cases"]] == [1, 5]
+    assert result["tier"] == "dry" and [one["tokens"] for one in result["cases"]] == [2]
     for case in result["cases"]:
         assert case["us"].keys() == four_bit_experts.KINDS.keys()
         for kind, ratio in case["ratio"].items():

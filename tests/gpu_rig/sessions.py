@@ -14,7 +14,8 @@ ROOT = Path(__file__).parents[2]
 DEVICE = "tests/gpu_rig/device"
 # seconds; a test that runs a session needs more than the usual limit
 TIMEOUT_S = 3600
-# tests that take another test's way with another type or composition; a GPU runs all of them
+# tests that take another test's way with another type or composition; a GPU runs all of them but
+# those of ranks
 TWINS = (
     *(
         f"test_captured_prompts.py::test_random_steps_are_those_of_eager_ones[{case}]"
@@ -24,14 +25,33 @@ TWINS = (
     "test_batch_invariance.py::test_answers_do_not_depend_on_company[v32-bfloat16]",
     "test_captured_decode.py::test_logits_are_those_of_eager_steps[v32]",
     "test_captured_decode.py::test_tokens_of_the_demo_model",
+    "test_captured_histories.py::test_graphs_and_eager_steps_of_one_history_change_no_output",
     "test_demo_end_to_end.py::test_drafts_change_no_token_on_the_device[0.0]",
     "test_demo_end_to_end.py::test_every_write_leaves_the_bytes_of_the_cpu[float32]",
     "test_demo_end_to_end.py::test_greedy_tokens_of_the_demo_model[float32]",
+    *(
+        f"test_four_bits.py::test_logits_are_those_of_the_dequantised_model[{layout}]"
+        for layout in (
+            "nvfp4 of compressed-tensors",
+            "nvfp4 experts, fp8 attention",
+            "int4 of compressed-tensors",
+            "int4 of compressed-tensors, zero points, groups of 32",
+            "gptq",
+            "gptq, symmetric",
+            "gptq of version 2",
+            "auto-round as gptq",
+            "auto-round as awq",
+        )
+    ),
     "test_formats.py::test_logits_are_those_of_the_cpu[glm-fp8]",
     "test_formats.py::test_logits_are_those_of_the_cpu[v32-bfloat16]",
     "test_formats.py::test_logits_are_those_of_the_cpu[v32-wide-keys-bfloat16]",
     "test_mtp.py::test_a_step_with_drafts_is_a_few_graphs_one_copy_in_one_out_and_one_wait[one]",
     "test_mtp.py::test_outputs_are_those_without_drafts_and_drafts_those_of_the_cpu[eager]",
+    "test_ranks.py::test_tokens_of_two_ranks_are_those_of_a_cpu[graphs]",
+    "test_v4_captured.py::test_random_steps_are_those_of_eager_ones[0]",
+    "test_v4_captured.py::test_random_steps_are_those_of_eager_ones[1]",
+    "test_v4_captured.py::test_steps_across_entries_of_128_tokens[bfloat16-0.002]",
     "test_v4_model.py::test_logits_of_chunks[repeated-experts]",
 )
 # device tests of the first of the two guarded sessions, which take about equally long
@@ -40,7 +60,6 @@ FIRST = (
     "test_captured_prompts.py",
     "test_demo_end_to_end.py",
     "test_mtp.py",
-    "test_ranks.py",
 )
 
 
