@@ -21,7 +21,14 @@ from fd_dsa.models.registry import config_from_dict
 from tests.models.folders import Stored, bf16, f32, write_safetensors
 from tests.parity.cases import CASES, Case, random_weight
 from tests.v4_model.cases import write_tokenizer
-from tests.v4_model.quantised import E2M1, E4M3, decode_fp8, quantise_fp8
+from tests.v4_model.quantised import (
+    E2M1,
+    E4M3,
+    decode_fp8,
+    loaded,
+    quantise_fp8,
+    stored_tensors,
+)
 
 SIZES = {
     "hidden_size": 256,
@@ -351,3 +358,16 @@ def write(folder: Path, tensors: dict[str, Stored], kind: Format) -> Path:
     (folder / "config.json").write_text(json.dumps(fields))
     write_safetensors(folder / "model.safetensors", tensors)
     return folder
+
+
+def write_unpacked(folder: Path, twin: Path, kind: Format, matrix: str) -> np.ndarray:
+    """Write a folder again with one matrix in float32, as the twin has it, and return its values.
+
+    Args:
+        matrix: name without `.weight`.
+    """
+    tensors, values = stored_tensors(folder), loaded(twin)[f"{matrix}.weight"]
+    tensors = {key: one for key, one in tensors.items() if not key.startswith(f"{matrix}.")}
+    tensors[f"{matrix}.weight"] = Stored("F32", values.shape, values.tobytes())
+    write(folder, tensors, kind)
+    return values

@@ -16,11 +16,10 @@ from fd_dsa.doctor.plan import plan
 from fd_dsa.models import dequantize, packing
 from fd_dsa.models.registry import open_checkpoint, read_config
 from fd_dsa.startup.plan import make_plan
-from tests.models.folders import Stored
-from tests.models.four_bits import FORMATS, Format, write, write_pair
+from tests.models.four_bits import FORMATS, Format, write_pair, write_unpacked
 from tests.parity.engine_side import make_runner, prompt_logits
 from tests.v4_model.ours import load_model
-from tests.v4_model.quantised import loaded, stored_tensors
+from tests.v4_model.quantised import loaded
 from tests.v4_model.test_wrong_builds import put_in
 
 EXPERT = "model.layers.1.mlp.experts.3."
@@ -156,12 +155,8 @@ def test_a_float_matrix_beside_packed_ones(tmp_path: Path) -> None:
     """The dtype of a tensor decides, so a module that was left out is read as it is."""
     kind = FORMATS["gptq"]
     folder, twin = write_pair(tmp_path, kind)
-    tensors, name = stored_tensors(folder), f"{EXPERT}up_proj."
-    tensors = {key: one for key, one in tensors.items() if not key.startswith(name)}
-    values = loaded(twin)[f"{name}weight"]
-    tensors[f"{name}weight"] = Stored("F32", values.shape, values.tobytes())
-    write(folder, tensors, kind)
-    np.testing.assert_array_equal(loaded(folder)[f"{name}weight"], values)
+    values = write_unpacked(folder, twin, kind, f"{EXPERT}up_proj")
+    np.testing.assert_array_equal(loaded(folder)[f"{EXPERT}up_proj.weight"], values)
 
 
 def test_formats_in_their_own_file(tmp_path: Path) -> None:
@@ -189,7 +184,7 @@ def test_formats_in_their_own_file(tmp_path: Path) -> None:
     ],
 )
 def test_the_plan_for_gpus_counts_four_bits(name: str, bits: float, tmp_path: Path) -> None:
-    """Of DeepSeek-V3.2 without weights; act-order is held in bfloat16."""
+    """The configuration is DeepSeek-V3.2's, without weights. Act-order is held in bfloat16."""
     fields = {"model_type": "deepseek_v32", "quantization_config": FORMATS[name].fields}
     (tmp_path / "config.json").write_text(json.dumps(fields))
     found = plan(tmp_path, 4)["parts"]["routed experts"]

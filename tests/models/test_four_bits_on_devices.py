@@ -29,7 +29,7 @@ from fd_dsa.startup.memory import weight_bytes
 from fd_dsa.tensor import FourBitWeight
 from tests.kernel_memory import KernelMemory
 from tests.models.folders import Stored
-from tests.models.four_bits import FORMATS, write, write_pair
+from tests.models.four_bits import FORMATS, write, write_pair, write_unpacked
 from tests.ops import block_fp8
 from tests.ops.four_bit_case import FORMS, Form, values_on_device
 from tests.v4_model.quantised import loaded, stored_tensors
@@ -97,7 +97,7 @@ class Device:
 def test_values_and_bytes(
     paddle_memory: KernelMemory, name: str, size: int, tmp_path: Path
 ) -> None:
-    """Columns of down are cut inside of groups; a rank then has smaller groups."""
+    """A cut inside of groups of down gives a rank smaller groups."""
     packed, twin = write_pair(tmp_path, FORMATS[name])
     device, wanted = Device(paddle_memory, packed, size - 1, size), loaded(twin)
     assert weight_bytes(device.config, "bfloat16", four_bits=device.form) == device.num_bytes
@@ -156,7 +156,7 @@ def test_layouts(
 def test_other_matrices_are_dequantised(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, paddle_memory: KernelMemory
 ) -> None:
-    """Attention, dense MLPs and the shared expert of ModelOpt's folder; everything in act-order."""
+    """ModelOpt's folder packs attention, dense MLPs and the shared expert too."""
     for name, count, cause in (
         ("nvfp4 of modelopt", 20, "dequantised"),
         ("gptq, act-order", 32, "dequantised, as columns in act-order have no groups"),
@@ -173,11 +173,8 @@ def test_other_matrices_are_dequantised(
 def test_a_layer_with_one_other_expert_is_dequantised(tmp_path: Path) -> None:
     kind = FORMATS["gptq, symmetric"]
     folder, twin = write_pair(tmp_path, kind)
-    tensors, name = stored_tensors(folder), f"{EXPERTS}3.up_proj."
-    tensors = {key: one for key, one in tensors.items() if not key.startswith(name)}
-    values = loaded(twin)[f"{name}weight"]
-    tensors[f"{name}weight"] = Stored("F32", values.shape, values.tobytes())
-    assert form_of(write(folder, tensors, kind)) is None
+    write_unpacked(folder, twin, kind, f"{EXPERTS}3.up_proj")
+    assert form_of(folder) is None
 
 
 def test_scales_of_two_types_are_held_in_float32(

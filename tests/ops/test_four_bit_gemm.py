@@ -194,7 +194,7 @@ def late_zeros(weight: Weight) -> None:
 
 
 def one_scale(weight: Weight) -> None:
-    """One group of each column of one expert with another scale."""
+    """Change the scale of one group of each column of one expert."""
     weight.scales[4, -1, :, 1] = weight.scales[4, -1, :, 0]
 
 
@@ -204,7 +204,7 @@ def other_factor(weight: Weight) -> None:
 
 
 def other_sign(weight: Weight) -> None:
-    """One value of each column with another sign."""
+    """Change the sign of one value of each column."""
     weight.codes[4, -1, :, 33] ^= 8
 
 

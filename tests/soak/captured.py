@@ -42,7 +42,7 @@ TOKENIZER = byte_tokenizer()
 
 @dataclass(frozen=True)
 class History:
-    """One engine, its graphs, and its requests.
+    """Sizes of an engine and its graphs, and the requests of a history.
 
     Attributes:
         sizes: numbers of tokens of captured decode steps.

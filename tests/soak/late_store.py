@@ -120,7 +120,7 @@ class LateRanks:
 
     @property
     def num_done(self) -> int:
-        """Number of rank 0; the others may be behind."""
+        """Return the number of rank 0. The others may be behind."""
         return self._stores[0].num_done
 
     def begin(self) -> None:

@@ -75,10 +75,16 @@ def dense(rig: Rig, folder: Path) -> ModelRunner:
 
 
 @contextmanager
-def captured(rig: Rig, runner: ModelRunner, capture: Any = None) -> Iterator[None]:
+def captured(
+    rig: Rig,
+    runner: ModelRunner,
+    sizes: tuple[int, ...] = (1,),
+    prompts: tuple[int, ...] = (16, 8),
+    capture: Any = None,
+) -> Iterator[None]:
     """Capture steps of a runner that keeps its blocks. Its graphs are gone before the process."""
     tables = runner.input_batch.block_tables.copy()
-    capture_graphs(runner, (1,), capture or capture_of(rig), prompt_sizes=(16, 8))
+    capture_graphs(runner, sizes, capture or capture_of(rig), prompts)
     for row, table in enumerate(tables):
         runner.input_batch.set_blocks(row, table)
     try:
@@ -230,7 +236,7 @@ def test_steps_with_prompts_stay_eager_where_they_cannot_be_captured(
 
         return one
 
-    with captured(rig, runner, refusing):
+    with captured(rig, runner, capture=refusing):
         assert runner.graphs is not None and not runner.graphs.prompts
         assert sizes[0] == 16 and sizes.count(8) == 1
         assert {key.num_tokens for key in runner.graphs} == {1}

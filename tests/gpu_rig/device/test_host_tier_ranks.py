@@ -14,11 +14,10 @@ import pytest
 
 from fd_dsa import SamplingParams
 from fd_dsa.distributed.host import Shared
-from fd_dsa.engine.engine import LLMEngine
 from fd_dsa.engine.mtp_drafter import DeviceMtpDrafter
 from fd_dsa.engine.speculation import SpecDecoder
 from fd_dsa.startup.host_tier import add_host_tier, make_block_store
-from tests.engine.fakes import byte_tokenizer, run_all
+from tests.engine.fakes import run_all
 from tests.gpu_rig import Rig
 from tests.gpu_rig.device.test_ranks import (
     MAX_LEN,
@@ -28,6 +27,7 @@ from tests.gpu_rig.device.test_ranks import (
     Ranks,
     Turns,
     Worker,
+    engine_of,
     on_device,
 )
 
@@ -52,14 +52,7 @@ def make(kind: type[Any], group: Turns, rig: Rig) -> Any:
 
 def answers(runner: Any) -> list[tuple[list[int], int]]:
     """Tokens of the prompts, of the first one again, and their tokens from host memory."""
-    engine = LLMEngine(
-        runner,
-        byte_tokenizer(),
-        num_blocks=NUM_BLOCKS,
-        max_model_len=MAX_LEN,
-        eos_token_ids=[1],
-        spec_decoder=SpecDecoder(DeviceMtpDrafter(runner), 1),
-    )
+    engine = engine_of(runner, SpecDecoder(DeviceMtpDrafter(runner), 1), NUM_BLOCKS)
     plan: Any = SimpleNamespace(max_model_len=MAX_LEN)
     add_host_tier(engine, runner.block_store, plan)
     found = []

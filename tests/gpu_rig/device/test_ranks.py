@@ -196,17 +196,23 @@ class Followed:
         assert [type(error) for error in self.failures] == [EOFError]
 
 
-def answers(runner: Any, drafter: Drafter | None = None) -> list[tuple[list[int], str | None]]:
-    """Tokens and finish reasons of requests that are drawn on the device, and on the host."""
-    spec_decoder = SpecDecoder(drafter, MOST) if drafter else None
-    engine = LLMEngine(
+def engine_of(
+    runner: Any, spec_decoder: SpecDecoder | None, num_blocks: int = NUM_BLOCKS
+) -> LLMEngine:
+    """Make an engine on the runner of rank 0."""
+    return LLMEngine(
         runner,
         byte_tokenizer(),
-        num_blocks=NUM_BLOCKS,
+        num_blocks=num_blocks,
         max_model_len=MAX_LEN,
         eos_token_ids=[1],
         spec_decoder=spec_decoder,
     )
+
+
+def answers(runner: Any, drafter: Drafter | None = None) -> list[tuple[list[int], str | None]]:
+    """Tokens and finish reasons of requests that are drawn on the device, and on the host."""
+    engine = engine_of(runner, SpecDecoder(drafter, MOST) if drafter else None)
     prompts = np.random.default_rng(4).integers(2, 250, (5, 18)).tolist()
     rules = {"repetition_penalty": 1.3, "logit_bias": {9: 3.0}}
     # only three tokens are likely, so a random layer has accepted drafts

@@ -21,6 +21,7 @@ from fd_dsa.startup.capture import capture_graphs
 from fd_dsa.startup.graph_sizes import graph_bytes
 from tests.gpu_rig import Rig
 from tests.gpu_rig.captures import capture_of
+from tests.gpu_rig.device.test_captured_prompts import captured as kept_and_captured
 from tests.gpu_rig.device.test_captured_prompts import poison, poisoned_memory, random_steps
 from tests.gpu_rig.device.test_v4_model import (
     LONGEST,
@@ -107,17 +108,10 @@ def forgetful(capture: Callable[[Any], Any], runner: ModelRunner) -> Callable[[A
 def captured(
     rig: Rig, runner: ModelRunner, sizes: tuple[int, ...], prompts: tuple[int, ...] = ()
 ) -> Iterator[None]:
-    """Capture steps of a runner that keeps its blocks."""
-    tables = runner.input_batch.block_tables.copy()
-    capture_graphs(runner, sizes, forgetful(capture_of(rig), runner), prompts)
-    assert runner.captured_sizes == sizes
-    for row, table in enumerate(tables):
-        runner.input_batch.set_blocks(row, table)
-    try:
+    """Capture steps whose replays do not read the batch on the host."""
+    with kept_and_captured(rig, runner, sizes, prompts, forgetful(capture_of(rig), runner)):
+        assert runner.captured_sizes == sizes
         yield
-    finally:
-        runner.graphs = None
-        gc.collect()
 
 
 def logits_of(runner: ModelRunner, step: Step) -> np.ndarray:
