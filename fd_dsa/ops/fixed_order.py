@@ -14,8 +14,10 @@ kernels of custom_ops/ that depend on the number of rows are not used.
 
 from __future__ import annotations
 
+import ctypes
 import logging
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 
@@ -30,6 +32,8 @@ _KEYS = 256
 # numbers of rows, and (in, out) of the GEMMs that `check_fixed_order` tries
 _PROBE_ROWS = (1, 2, 7, 64)
 _PROBE_SIZES = ((384, 256), (1024, 128), (64, 512))
+# of mkl_cbwr.h
+_MKL_CBWR_ALL, _MKL_CBWR_STRICT = -1, 0x10000
 
 
 @cache
@@ -103,11 +107,29 @@ def check_fixed_order(device: str, num_ranks: int = 1) -> None:
         )
         return
     orders = (False, True)
-    if not all(rows_agree(*sizes, order) for sizes in _PROBE_SIZES for order in orders):
+    agree = all(rows_agree(*sizes, order) for sizes in _PROBE_SIZES for order in orders)
+    # the sizes of the probe agree on some processors on which others differ
+    if not agree or library_is_strict() is False:
         raise ConfigError(
             "FD_DSA_BATCH_INVARIANT: got 1, but on this machine a row of a GEMM depends on the "
             "number of rows; set MKL_CBWR=AUTO,STRICT before the process starts, or unset it"
         )
+
+
+def library_is_strict() -> bool | None:
+    """Return True if MKL keeps its strict order of sums in this process; None without MKL.
+
+    MKL reads MKL_CBWR once, so a variable that is set after the first GEMM has no effect.
+    """
+    import paddle
+
+    try:
+        library = ctypes.CDLL(str(Path(paddle.__file__).parent / "libs" / "libmklml_intel.so"))
+        mode = library.mkl_serv_cbwr_get
+    except (OSError, AttributeError):
+        return None
+    mode.restype = ctypes.c_int
+    return bool(mode(_MKL_CBWR_ALL) & _MKL_CBWR_STRICT)
 
 
 def rows_agree(width: int, out: int, transpose_y: bool) -> bool:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import subprocess
 import sys
 import textwrap
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
@@ -41,6 +43,35 @@ def second_turns(llm: LLM) -> list[tuple[Any, ...]]:
     return [(one.token_ids, one.logprobs, one.finish_reason) for one in outputs]
 
 
+# of a process with FD_DSA_BATCH_INVARIANT=1 from its start, as its ranks have it
+COMPARE = """
+from fd_dsa.environment import prepare_cpu_runtime
+prepare_cpu_runtime()
+from tests.distributed.test_host_tier import compare_sizes
+compare_sizes({kv_cache_dtype!r}, {drafts!r})
+print("equal")
+"""
+
+
+def compare_sizes(kv_cache_dtype: str, drafts: Any) -> None:
+    """Assert that answers with hits, with few or none of them, and without a tier are equal."""
+    options = SIZES | {"kv_cache_dtype": kv_cache_dtype, "speculative_config": drafts}
+    found = []
+    for size, least_hits in (("64M", 300), ("1500K", 0), ("0", 0)):
+        # measured costs decide on the number of drafts
+        with (
+            patch("fd_dsa.startup.build.measure_step_costs", lambda *_: None),
+            LLM(**options | TIER | {"kv_offload_bytes": size}) as llm,
+        ):
+            found.append(second_turns(llm))
+            stats = llm.stats()
+            assert stats.prefix_cache_host_hits >= least_hits
+            # a store of one block, or of four in FP8, is full
+            assert stats.host_cache_usage == 1 or size != "1500K"
+            assert (stats.num_accepted_tokens > 0) == (drafts == MTP)
+    assert found[0] == found[1] == found[2]
+
+
 @pytest.mark.parametrize(
     ("kv_cache_dtype", "drafts"),
     [
@@ -49,23 +80,18 @@ def second_turns(llm: LLM) -> list[tuple[Any, ...]]:
         pytest.param("fp8_ds_mla", MTP, marks=pytest.mark.slow),
     ],
 )
-def test_no_bit_of_an_answer_depends_on_host_memory(
-    one_order: None, kv_cache_dtype: str, drafts: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # measured costs decide on the number of drafts
-    monkeypatch.setattr("fd_dsa.startup.build.measure_step_costs", lambda *_: None)
-    options = SIZES | {"kv_cache_dtype": kv_cache_dtype, "speculative_config": drafts}
-    found = []
-    # hits, none or few of them, and none
-    for size, least_hits in (("64M", 300), ("1500K", 0), ("0", 0)):
-        with LLM(**options | TIER | {"kv_offload_bytes": size}) as llm:
-            found.append(second_turns(llm))
-            stats = llm.stats()
-            assert stats.prefix_cache_host_hits >= least_hits
-            # a store of one block, or of four in FP8, is full
-            assert stats.host_cache_usage == 1 or size != "1500K"
-            assert (stats.num_accepted_tokens > 0) == (drafts == MTP)
-    assert found[0] == found[1] == found[2]
+def test_no_bit_of_an_answer_depends_on_host_memory(kv_cache_dtype: str, drafts: Any) -> None:
+    program = COMPARE.format(kv_cache_dtype=kv_cache_dtype, drafts=drafts)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program],
+        env={**os.environ, "FD_DSA_BATCH_INVARIANT": "1"},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+    )
+    if "got 1, but on this machine" in done.stderr:
+        pytest.skip("the matrix library keeps no order on this processor, and the engine says so")
+    assert done.stdout.strip() == "equal", done.stderr[-4000:]
 
 
 # rank 1 with other copies of blocks

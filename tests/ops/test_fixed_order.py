@@ -109,6 +109,29 @@ def test_a_library_whose_rows_differ_is_refused(
         fixed_order.check_fixed_order("cpu")
 
 
+def test_a_library_without_its_strict_order_is_refused() -> None:
+    """A process that has run a GEMM before the variable was set."""
+    program = """
+import os
+os.environ.pop("MKL_CBWR", None)
+import paddle
+paddle.ones([8, 8]) @ paddle.ones([8, 8])
+os.environ["FD_DSA_BATCH_INVARIANT"] = "1"
+from fd_dsa.environment import prepare_cpu_runtime
+prepare_cpu_runtime()
+from fd_dsa.ops.fixed_order import check_fixed_order, library_is_strict
+if library_is_strict() is None:
+    print("no MKL")
+else:
+    check_fixed_order("cpu")
+"""
+    command = [sys.executable, "-W", "ignore", "-c", program]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.stdout.strip() == "no MKL":
+        pytest.skip("Paddle has no MKL here")
+    assert "FD_DSA_BATCH_INVARIANT: got 1, but on this machine" in done.stderr
+
+
 @pytest.mark.usefixtures("one_order")
 def test_several_devices_are_refused() -> None:
     fixed_order.check_fixed_order("gpu:0")
