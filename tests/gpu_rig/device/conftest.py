@@ -42,8 +42,11 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     marked = pyfuncitem.get_closest_marker("own_process") is not None
     if not marked or rig is None or not rig.is_real or ALONE in os.environ:
         return None
-    environment = os.environ | {ALONE: "1", VARIABLE: rig.form}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", pyfuncitem.nodeid]
+    # the session is no worker of pytest-xdist, and an installed plug-in may warn of workers
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
+    environment |= {ALONE: "1", VARIABLE: rig.form}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "default"]
+    command.append(pyfuncitem.nodeid)
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
         pytest.fail(f"exit status {done.returncode}\n{done.stdout}{done.stderr}", pytrace=False)
