@@ -69,8 +69,10 @@ _ENGINE = {
 }
 """Section -> module and its flags, and its time limit, likewise."""
 
+# a section that is cut off has printed the names of the tests that failed
+_TESTS = (sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider")
 _PYTEST = (
-    *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu"),
+    *(*_TESTS, "-m", "gpu"),
     # one file that cannot be imported fails the section, and the others still run; a warning of
     # another package's version is no wrong result
     *("--continue-on-collection-errors", "-W", "default"),
@@ -145,10 +147,10 @@ def sections(args: argparse.Namespace) -> list[Section]:
 
 def engine_sections(args: argparse.Namespace) -> list[Section]:
     """Return sections of the embedded engine, in the order in which they run."""
-    tests = (*(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"), "-W", "default")
-    rig = (*tests, "-n", "8", "--timeout", "200", "-m", "gpu_rig", "tests")
+    tests = (*_TESTS, "-W", "default")
+    rig = (*tests, "-n", str(args.workers), "--timeout", "200", "-m", "gpu_rig", "tests")
     found = [
-        Section("tests_all", rig, 360, {"FD_DSA_RIG": "real"}, must_say=" passed"),
+        Section("tests_all", rig, 420, {"FD_DSA_RIG": "real"}, must_say=" passed"),
         # several GPUs, or the one that is here as all of them
         Section("tests_ranks", (*tests, "-m", "gpu", "tests/distributed"), 240),
     ]

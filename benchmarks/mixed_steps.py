@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     sizes = (16, 64) if args.dry else SIZES
     name = of_ranks("mixed_steps", ranks)
     args.out.mkdir(parents=True, exist_ok=True)
-    result = rig_result(name, args, shape=shape._asdict(), rows=rows, gate=GATE, goal=GOAL)
+    result = rig_result(name, args, shape=shape._asdict(), rows=rows, most=GATE, goal=GOAL)
     with engine_options(args, shape, config) as options, Worker(TARGET, **options) as engine:
         result["start"] = engine.call(op="start_up")
         result["capture_s"] = engine.call(op="capture_seconds")

@@ -117,7 +117,7 @@ def check_fixed_order(device: str, num_ranks: int = 1) -> None:
 
 
 def library_is_strict() -> bool | None:
-    """Return True if MKL keeps its strict order of sums in this process; None without MKL.
+    """Return True if MKL keeps its strict order of sums in this process, or None without MKL.
 
     MKL reads MKL_CBWR once, so a variable that is set after the first GEMM has no effect.
     """
