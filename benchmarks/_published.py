@@ -31,10 +31,25 @@ GLM = V32 | {
     "max_position_embeddings": 202752,
     "rope_scaling": None,
 }
+_FOUR_BITS: dict[str, dict[str, Any]] = {
+    "NVFP4": {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16},
+    "INT4 (AWQ)": {
+        "quant_method": "awq",
+        "bits": 4,
+        "group_size": 128,
+        "zero_point": True,
+        "version": "gemm",
+    },
+    "W4AFP8": {"quant_method": "w4afp8", "group_size": 128, "weight_block_size": [128, 128]},
+}
 MODELS: dict[str, dict[str, Any]] = {
     "DeepSeek-V3.2-REAP-345B": V32 | {"n_routed_experts": 128},
     "DeepSeek-V3.2": V32,
     "GLM-5": GLM,
+} | {
+    f"{name}, {kind}": model | {"quantization_config": fields}
+    for name, model in (("DeepSeek-V3.2", V32), ("GLM-5", GLM))
+    for kind, fields in _FOUR_BITS.items()
 }
 """Name -> its config.json."""
 

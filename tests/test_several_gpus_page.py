@@ -12,9 +12,12 @@ from benchmarks._harness import ROOT
 from benchmarks._published import MODELS, V32, plan_lines
 from benchmarks.report import regions
 from fd_dsa import doctor
-from fd_dsa.models.registry import read_config
+from fd_dsa.models.four_bit_experts import four_bit_experts
+from fd_dsa.models.loader import fp8_tensors, quantisable_tensors
+from fd_dsa.models.registry import open_checkpoint, read_config
 from fd_dsa.startup.memory import weight_bytes, weight_parts
 from tests.models.folders import TINY, TINY_FP8
+from tests.models.four_bits import FORMATS, write_pair
 from tests.v4_model.cases import CASES
 
 
@@ -76,6 +79,18 @@ def test_unknown_fields_are_accepted_on_demand(
     found = printed(capsys, folder, "--allow-unknown-config-fields").splitlines()[1:]
     assert found[0] == "unknown fields of config.json, ignored: strange"
     assert found[1:] == printed(capsys, plain).splitlines()[1:]
+
+
+@pytest.mark.parametrize("name", ["nvfp4 experts, fp8 attention", "w4afp8"])
+def test_experts_in_four_bits_take_as_much_without_weights(name: str, tmp_path: Path) -> None:
+    folder, _ = write_pair(tmp_path, FORMATS[name])
+    config = read_config(folder)
+    with open_checkpoint(config, folder) as checkpoint:
+        held = fp8_tensors(checkpoint, config), four_bit_experts(checkpoint, config)
+        stored = weight_parts(config, "bfloat16", *held)
+    held = quantisable_tensors(config), four_bit_experts(None, config)
+    planned = weight_parts(config, "bfloat16", *held)
+    assert planned["routed experts"] == stored["routed experts"] > 0
 
 
 def test_a_folder_is_needed(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

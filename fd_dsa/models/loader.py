@@ -361,8 +361,13 @@ def check_blocks(config: ModelConfig, size: int, fp8: frozenset[str]) -> None:
 
 
 def quantisable_tensors(config: ModelConfig) -> frozenset[str]:
-    """Return the tensors that a device holds as FP8 if weights are random."""
-    return _held(config, (n for n, one in expected_tensors(config).items() if one.quantisable))
+    """Return the tensors that a device holds as FP8 if weights are random.
+
+    Experts of a 4-bit format are random in four bits.
+    """
+    expected = expected_tensors(config).items()
+    packed = {name for name, one in expected if one.may_be_packed and EXPERT in name}
+    return _held(config, (n for n, one in expected if one.quantisable and n not in packed))
 
 
 def fp8_tensors(checkpoint: Checkpoint, config: ModelConfig) -> frozenset[str]:
