@@ -11,7 +11,7 @@ REPOSITORY = Path(__file__).parents[1]
 
 
 def output_of(script: str, *arguments: str) -> str:
-    """What a script prints; it needs no GPU. A failure shows the end of what it said."""
+    """Return the output of a script that needs no GPU. A failure shows the output's end."""
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", script, *arguments],
         capture_output=True,

@@ -1,4 +1,4 @@
-"""What all tests share: skips with a reason where a machine lacks something, and a summary.
+"""Fixtures of all tests: skips with a reason where a machine lacks something, and a summary.
 
 `pytest` needs no GPU: tests whose marker asks for something that is missing here are skipped.
 """
@@ -192,7 +192,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def parity_mode() -> str:
-    """How the comparison with Hugging Face is made on this machine, in words."""
+    """Return in words how this machine compares with Hugging Face."""
     missing = _skip_reason("oracle")
     if missing:
         return f"from the committed goldens ({missing})"

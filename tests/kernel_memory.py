@@ -40,7 +40,7 @@ BITS_OF = {"bfloat16": "uint16", "float8_e4m3fn": "uint8"}
 
 
 class KernelMemory(ABC):
-    """Where the arrays of a kernel test live.
+    """Memory of the arrays of a kernel test.
 
     Attributes:
         name: "interpreter", "torch" or "rig".

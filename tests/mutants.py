@@ -163,7 +163,7 @@ def is_python(tree: Path, mutant: Mutant) -> bool:
 
 
 def lines_of(tree: Path) -> Counter[str]:
-    """How often each line, without its indentation, is in a tree's package."""
+    """Count each line of a tree's package, without its indentation."""
     files = (tree / "fd_dsa").rglob("*.py")
     return Counter(line.strip() for file in files for line in file.read_text().split("\n"))
 
@@ -293,7 +293,7 @@ def record(
 
 
 def caught(tree: Path, mutant: Mutant, tests: list[str], *options: str) -> bool:
-    """Whether some of the tests fail with the mutant in a copied tree, which is mended after."""
+    """Return True if some of the tests fail with the mutant in a copied tree."""
     if not tests:
         return False
     path, number = place_in(tree, mutant)

@@ -1,4 +1,4 @@
-"""What /proc says of processes, each of which may end while it is read."""
+"""Facts of processes from /proc. Each process may end while it is read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the doctor says about FastDeploy: there or not, which path would serve, and why."""
+"""Lines of the doctor about FastDeploy: present or not, the path that would serve, and why."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def diagnose(
 
 
 def paths(folder: Path, **more: Any) -> dict[str, Any]:
-    """What would serve, by the way in which FastDeploy is started."""
+    """Return the path that would serve, by the way in which FastDeploy is started."""
     found = json.loads(diagnose(folder, "--json", **more).stdout)
     assert found["healthy"]
     assert set(found["fastdeploy"]["paths"]) == {"from_here", "with_engine_fastdeploy"}

@@ -15,7 +15,7 @@ def test_the_result_names_machine_and_commit() -> None:
 
 
 def test_claims_of_the_page() -> None:
-    """What the page says in words about the figures."""
+    """The measured figures support the words of the page."""
     for row in MEASURED["layers"]:
         assert row["recall"] > 0.97
         # the codes of the latents are nearly all of the error

@@ -31,7 +31,7 @@ def server_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 def _is_installed(module: str) -> bool:
-    """Whether a module can be found; packages above it are imported."""
+    """Return True if a module can be found. Packages above it are imported."""
     try:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:

@@ -19,7 +19,7 @@ COMMITTED = sorted(RESULTS.glob("*.json"))
 
 
 def gpu_result(**changes: Any) -> dict[str, Any]:
-    """What benchmarks/_gpu.py records of one case."""
+    """Return the record of one case as benchmarks/_gpu.py makes it."""
     times = {"two writes": 3.9, "one launch": 2.0}
     return result("cache_write", [case("128 tokens", times, "one launch")]) | changes
 

@@ -29,7 +29,7 @@ def folder_of(root: Path, config: dict[str, Any]) -> Path:
 
 
 def printed(capsys: pytest.CaptureFixture[str], folder: Path, *flags: str) -> str:
-    """What the command prints for a folder."""
+    """Return the output of the command for a folder."""
     assert doctor.main(["--plan", str(folder), *flags]) == 0
     return capsys.readouterr().out.replace(f"{folder.parent}/", "")
 

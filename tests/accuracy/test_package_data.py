@@ -1,4 +1,4 @@
-"""What is installed and what is published holds the room's data and their notices."""
+"""Installed and published files with the room's data and their notices."""
 
 from __future__ import annotations
 

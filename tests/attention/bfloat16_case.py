@@ -45,7 +45,7 @@ def rounded(values: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Tokens:
-    """What the projections of a layer give for some tokens; float32 values of bfloat16 numbers."""
+    """Projections of a layer for some tokens: float32 values of bfloat16 numbers."""
 
     kv_a: np.ndarray
     index_k: np.ndarray
@@ -232,7 +232,7 @@ class Bfloat16Step:
             self.check_output(t, slots[t][slots[t] >= 0].tolist(), widened(outputs[t]))
 
     def check_bytes(self) -> None:
-        """What a CPU makes of the same float32 numbers."""
+        """Compare with a CPU's result of the same float32 numbers."""
         world, get = self.world, self.world.m.get
         given = self.cpu_queries
         world.write_wanted(self.rows)

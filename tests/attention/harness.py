@@ -43,7 +43,7 @@ HUGE = {"float32": 1e30, "bfloat16": 0x7149, FP8: 0x70}
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a backend is made for."""
+    """Sizes that a backend is made for."""
 
     topk: int = 8
     block_size: int = 16
@@ -142,7 +142,7 @@ class RowData:
 
 @dataclass
 class Step:
-    """What a step gave: slots and outputs of every layer, by flat token."""
+    """Slots and outputs of a step, for each layer by flat token."""
 
     slots: list[np.ndarray] = field(default_factory=list)
     outputs: list[np.ndarray] = field(default_factory=list)
@@ -240,7 +240,7 @@ class World:
                     memory[slots] = values
 
     def forward_meta(self, rows: list[tuple[int, int, int]], **more: Any) -> SimpleNamespace:
-        """What a runner makes of `(encoder, decoder, this_time)` rows."""
+        """Make what a runner makes of `(encoder, decoder, this_time)` rows."""
         encoder, decoder, this_time = np.array(rows, np.int32).reshape(-1, 3).T.copy()
         return SimpleNamespace(
             seq_lens_encoder=encoder,

@@ -1,4 +1,4 @@
-"""What an adapter to another runner asks of the backend: steps of given arrays, types, buffers."""
+"""Requests of an adapter to another runner: steps of given arrays, types, buffers."""
 
 from __future__ import annotations
 

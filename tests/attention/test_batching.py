@@ -1,4 +1,4 @@
-"""What a token selects and attends to does not depend on chunks, neighbours or their order."""
+"""Selection and attention of a token do not depend on chunks, neighbours or their order."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def world() -> World:
 
 
 def given(world: World, **changes: Any) -> dict[str, Any]:
-    """What the projections of layer 0 give, with some of it replaced."""
+    """Return the projections of layer 0 with some of them replaced."""
     names = ("q", "latent", "k_pe", "index_q", "index_k", "weights")
     return {name: world.packed(0, ROWS, 0, name) for name in names} | changes
 

@@ -51,6 +51,6 @@ def result(name: str, cases: list[dict[str, Any]], **changes: Any) -> dict[str, 
 
 
 def shown(folder: Path, result: dict[str, Any]) -> str:
-    """What the page shows of a result."""
+    """Return the text that the page shows of a result."""
     write_json(folder / f"{result['name']}.json", result)
     return region(result["name"], folder)

@@ -42,7 +42,7 @@ def test_each_layer_reads_metadata_that_it_made_again(monkeypatch: pytest.Monkey
 
 
 def _compared(worse: int) -> dict[str, Any]:
-    """What `accuracy compare` writes, of one metric."""
+    """Return what `accuracy compare` writes of one metric."""
     side = {"passed": 300, "total": 541, "value": 55.45, "low": 51.2, "high": 59.6}
     metric = {"before": side, "after": side, "worse": worse, "better": 0, "p": 1.0}
     return {

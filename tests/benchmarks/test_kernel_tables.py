@@ -1,4 +1,4 @@
-"""What the committed results do not show of the renderer: failures, gaps, groups and aims."""
+"""Failures, gaps, groups and aims of the renderer, which committed results do not show."""
 
 from __future__ import annotations
 

@@ -170,7 +170,7 @@ _GLM_BOUND = re.compile(r"</arg_value>\s*(<arg_key>|</tool_call>)")
 
 
 def is_ambiguous(known: ToolFormat, calls: Sequence[Call]) -> bool:
-    """Whether a text in the calls looks like the end of its value, by the rule of docs/chat.md."""
+    """Return True if a text looks like the end of its value, by the rule of docs/chat.md."""
     bound = {"deepseek_v31": None, "glm47": _GLM_BOUND}.get(known.name, _DSML_BOUND)
     values = [value for call in calls for value in call.arguments.values()]
     texts = [value for value in values if isinstance(value, str)]

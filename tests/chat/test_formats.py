@@ -1,4 +1,4 @@
-"""Which format a folder has; and there and back: an answer parsed, rendered, parsed again."""
+"""Chat formats of folders, and answers parsed, rendered and parsed again."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ V32_FORMATS = ("deepseek_v32", "deepseek_v31")
 
 
 def renderer_of(folder: Path, **kwargs: Any) -> ChatTemplate | None:
-    """What renders the conversations of a folder of DeepSeek-V3.2's tokenizer."""
+    """Return the renderer of a folder with DeepSeek-V3.2's tokenizer."""
     given: dict[str, Any] = {
         "tokenizer_config": {},
         "special_tokens": {},
@@ -182,7 +182,7 @@ def test_where_an_answer_begins() -> None:
     ],
 )
 def test_there_and_back(name: str, renderer: ChatTemplate) -> None:
-    """What a client sends back renders to the tokens that the model had made."""
+    """A client's copy of an answer renders to the tokens that the model had made."""
     recorded = RECORDED[name]
     thinking = recorded.in_reasoning
     kwargs = {"tools": TOOLS, "thinking": thinking}

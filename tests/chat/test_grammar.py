@@ -22,7 +22,7 @@ WALKS = Walks(Tokenizer.from_folder(demo_model_path()))
 
 
 def accepts(grammar: str, text: str, after_text: str | None = None) -> tuple[bool, bool]:
-    """Whether a grammar allows a text so far, and whether it may end there."""
+    """Return whether a grammar allows a text so far, and whether it may end there."""
     reasoning = None if after_text is None else Reasoning("", after_text)
     return WALKS.accepts(StructuredOutputsParams(grammar=grammar), text, reasoning=reasoning)
 

@@ -19,7 +19,7 @@ TABLE = Table("Title", ("name", "a|b"), (("one", "1"), ("[bold]two", "2")), ("a 
 
 
 def _shown(*parts: str | Table) -> str:
-    """What a terminal of 60 columns shows."""
+    """Return the text that a terminal of 60 columns shows."""
     text = io.StringIO()
     console = Console(file=text, width=60, markup=False, highlight=False, emoji=False)
     report.show(parts, console)

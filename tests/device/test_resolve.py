@@ -1,4 +1,4 @@
-"""Which device a name means on this machine, and the errors if that device is missing."""
+"""Devices that a name means on this machine, and the errors if a device is missing."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def num_gpus() -> int:
 
 
 def run_ranks(module: str, size: int, memory: str, *arguments: str, timeout_s: float) -> list[Any]:
-    """What `module` leaves on each of `size` ranks by `Rank.finish`; they end together.
+    """Return what `module` leaves on each of `size` ranks by `Rank.finish`. The ranks end together.
 
     Raises:
         RuntimeError: a rank failed or took too long; the others are killed.

@@ -10,7 +10,7 @@ from fd_dsa.distributed.host import HostGroup, Shared
 
 
 def on_ranks(size: int, work: Callable[[HostGroup], Any]) -> list[Any]:
-    """What `work` gives on each rank of a new group."""
+    """Return the result of `work` on each rank of a new group."""
     shared = Shared.create(size)
     groups = [HostGroup(rank, shared) for rank in range(size)]
     try:

@@ -163,7 +163,7 @@ class HostGpus:
     def run(
         self, size: int, work: Callable[[DeviceGroup], Any], timeout_s: float = 20
     ) -> list[Any]:
-        """What `work` returns on each rank, in their order."""
+        """Return the results of `work` on all ranks, in their order."""
         self.nccl = HostNccl(size)
         self.nccl.refuses = not self.broadcasts
 

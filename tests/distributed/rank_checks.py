@@ -1,4 +1,4 @@
-"""What a rank checks on its GPU; `test_gpu_ranks` starts the ranks and compares what they found.
+"""Checks of a rank on its GPU. `test_gpu_ranks` starts the ranks and compares their results.
 
 Under a memory checker, as each rank has a process and a GPU of its own:
 

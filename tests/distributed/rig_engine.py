@@ -64,7 +64,7 @@ def prompts_of(llm: Any) -> list[list[int]]:
 
 
 def follow(llm: Any, answers: list[list[int]] | None) -> list[list[Place]]:
-    """What an engine chooses at each place of each answer.
+    """Return the choice of an engine at each place of each answer.
 
     Args:
         answers: tokens that it goes on from where it chooses others; None: it does so from its own.

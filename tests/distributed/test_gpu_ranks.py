@@ -117,7 +117,7 @@ def test_a_rank_killed_in_a_capture_ends_the_server(tmp_path: Path) -> None:
 
 
 def answers(folder: Path, size: int) -> dict[str, Any]:
-    """What engines of so many GPUs answer in each case."""
+    """Return the answers of engines of so many GPUs in each case."""
     command = [sys.executable, "-m", "tests.distributed.rig_engine", str(folder), str(size), *CASES]
     subprocess.run(command, cwd=ROOT, check=True, timeout=2 * TIMEOUT_S)
     return {case: json.loads((folder / f"{size}-{case}.json").read_text()) for case in CASES}
@@ -133,7 +133,7 @@ def of_one(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, An
 
 @pytest.fixture(scope="module", params=SIZES or [2])
 def of_several(request: pytest.FixtureRequest, of_one: tuple[Path, Any]) -> dict[str, Any]:
-    """What several GPUs choose at each place of those answers."""
+    """Return the choices of several GPUs at each place of those answers."""
     return answers(of_one[0], request.param)
 
 
@@ -161,7 +161,7 @@ def test_as_many_drafts_are_accepted_as_on_one_gpu(
 
 
 def compared(one: dict[str, Any], several: dict[str, Any]) -> dict[str, float]:
-    """How far several GPUs are from one, at all places of its answers; log-probabilities.
+    """Return the largest distances of several GPUs from one over all answers, in log-probability.
 
     `lead` is that of one GPU's token over another that several chose, in the eyes of one GPU;
     `moved` is how far its tokens are from where one GPU sees them.

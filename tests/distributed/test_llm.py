@@ -69,7 +69,7 @@ def shared() -> Iterator[LLM]:
 def compare_scores(
     expected: list[TokenLogprobs] | None, found: list[TokenLogprobs] | None
 ) -> int | None:
-    """Where two lists of scores part, at two tokens of equal probability; None where nowhere."""
+    """Return where two lists of scores part at tokens of equal probability, or None."""
     for place, (one, other) in enumerate(zip(expected or (), found or (), strict=True)):
         if one is None or other is None:
             assert one is other
@@ -83,7 +83,7 @@ def compare_scores(
 
 
 def layers_of(output: RequestOutput) -> list[np.ndarray]:
-    """What each layer chose for the last token, where the request asked for it."""
+    """Return the choices of each layer for the last token, where the request asked for them."""
     shown = output.topk_positions
     return [] if shown is None else [np.array([shown.position]), *shown.layers]
 

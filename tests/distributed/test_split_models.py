@@ -160,7 +160,7 @@ DEVICE_FP8 |= {"qk_nope_head_dim": 64, "qk_rope_head_dim": 64, "index_head_dim":
 
 
 def parts_of_layers(m: KernelMemory, folder: Path, rank: int, size: int) -> dict[str, Any]:
-    """What a rank computes of the same inputs: of its heads [tokens, heads, width], of sums."""
+    """Compute a rank's parts of the same inputs: its heads [tokens, heads, width] and its sums."""
     config = config_from_dict(DEVICE_FP8)
     group = cast(Group, SimpleNamespace(rank=rank, size=size))
     with Checkpoint.open(folder) as checkpoint:

@@ -35,7 +35,7 @@ class KnowingDrafter:
         self.is_layer = is_layer
 
     def answer(self, request: Request) -> list[int]:
-        """What the request will get."""
+        """Return the tokens that the request will get."""
         return self._answers[request.state.request_id, request.state.index]
 
     def num_taken(self, request: Request) -> int:

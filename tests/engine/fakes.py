@@ -85,7 +85,7 @@ class FakeRunner:
 
 
 def expected_greedy(prompt: list[int], num_tokens: int, eos: int | None = EOS) -> list[int]:
-    """What a greedy request must return, computed without an engine."""
+    """Compute the tokens of a greedy request without an engine."""
     runner = FakeRunner(InputBatch(1, 1, 1, 1), 1)
     tokens = list(prompt)
     for _ in range(num_tokens):

@@ -39,7 +39,7 @@ class Walks:
         return np.flatnonzero(bits[: self.size])
 
     def may_come(self, matcher: GrammarMatcher, token_id: int) -> bool:
-        """Whether a token may come next."""
+        """Return True if a token may come next."""
         return bool(self._mask(matcher)[token_id // 32] >> token_id % 32 & 1)
 
     def _mask(self, matcher: GrammarMatcher) -> npt.NDArray[np.int32]:
@@ -57,11 +57,11 @@ class Walks:
         return len(token_ids)
 
     def may_end(self, matcher: GrammarMatcher) -> bool:
-        """Whether the output is complete."""
+        """Return True if the output is complete."""
         return matcher.is_finished or (self.eos is not None and self.may_come(matcher, self.eos))
 
     def accepts(self, form: StructuredOutputsParams, text: str, **fields: Any) -> tuple[bool, bool]:
-        """Whether the tokens of a text may come, and whether the output may end after them."""
+        """Return whether the tokens of a text may come, and whether the output may end then."""
         matcher = self.begin(form, **fields)
         token_ids = self.tokenizer.encode(text, add_special_tokens=False)
         if self.take(matcher, token_ids) < len(token_ids):

@@ -28,7 +28,7 @@ def by_index(outputs):
 
 
 def tokens_of_seed(prompt, seed, **fields):
-    """What a request of its own generates."""
+    """Return the tokens that a request of its own generates."""
     engine = make_engine(max_num_batched_tokens=64)
     engine.add_request("r", prompt, params(seed=seed, **fields))
     return run_all(engine)["r"][-1].token_ids

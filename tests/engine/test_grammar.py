@@ -74,7 +74,7 @@ FORMS = {
 
 
 def has_form(name, text):
-    """Whether a text has one of the forms; by other means than the grammar."""
+    """Return True if a text has one of the forms, by other means than the grammar."""
     if name.startswith("schema"):
         jsonschema.validate(json.loads(text), SCHEMA)
         return True

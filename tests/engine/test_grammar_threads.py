@@ -1,4 +1,4 @@
-"""Where grammars are compiled: never in the thread that steps the engine."""
+"""Compilation of grammars, never in the thread that steps the engine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What SamplingParams accepts."""
+"""Values that SamplingParams accepts."""
 
 from __future__ import annotations
 

@@ -153,7 +153,7 @@ class CheckedLookup(PromptLookup):
 
 
 def searched(tokens: list[int], count: int) -> list[int]:
-    """What followed the longest of the runs of 3, 2 and 1 tokens that end the list, last time."""
+    """Return the tokens after the last earlier run of the 3, 2 or 1 tokens that end the list."""
     for length in (3, 2, 1):
         for stop in range(len(tokens) - 1, length - 1, -1):
             if tokens[stop - length : stop] == tokens[-length:]:

@@ -27,5 +27,5 @@ class EngineThread(EngineClient):
 
 
 def threaded(engine: LLMEngine) -> AsyncEngine:
-    """What sends requests to an engine in a thread."""
+    """Return an engine in a thread, which takes requests."""
     return AsyncEngine(EngineThread(engine))

@@ -143,7 +143,7 @@ class Engine:
             self._take(reported[row], tokens)
 
     def _task(self, job: Job, tokens_left: int) -> list[Any]:
-        """What the scheduler says about a row in this step; nothing for one that waits or goes on.
+        """Return the scheduler's task for a row in this step, empty for one that waits or goes on.
 
         Args:
             tokens_left: that the step has for prompts.

@@ -72,7 +72,7 @@ def jobs_of(prompts: Any, drafts: Any = None) -> tuple[list[str], list[Any]]:
 
 @dataclass(frozen=True)
 class Mode:
-    """How FastDeploy runs, and what steps that must bring about."""
+    """Form in which FastDeploy runs, and the steps that it must bring about."""
 
     overrides: dict[str, Any]
     kinds: set[str] = field(default_factory=set)
@@ -144,7 +144,7 @@ def test_the_v1_cache_manager_serves_too(prompts: Any, monkeypatch: pytest.Monke
 
 
 def _check_steps(watch: Watch, jobs: list[Any]) -> None:
-    """What the engine was asked for has happened, and the fields are those of the rows."""
+    """Check that the steps were those asked for, and that the fields are those of the rows."""
     assert [job.preempted for job in jobs] == [len(job.preempt_at) for job in jobs]
     for step in watch.steps:
         _, decoder, now = step.lengths

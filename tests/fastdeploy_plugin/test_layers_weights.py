@@ -1,4 +1,4 @@
-"""What the layers keep of weights, how the projections run, and what a layer does not do."""
+"""Weights that the layers keep, their projections, and what a layer does not do."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ def _round_norms(file: Path) -> None:
 
 
 def greedy(runner: ModelRunner, prompt: list[int]) -> list[int]:
-    """What follows a prompt in the embedded engine's runner; every token leads clearly."""
+    """Return the tokens after a prompt by the embedded engine's runner, which lead clearly."""
     tokens, ids, done = [], list(prompt), 0
     while len(tokens) < NUM_TOKENS:
         runner.input_batch.begin_step()

@@ -72,7 +72,7 @@ class Watch:
     trespasses: list[tuple[int, int, list[int]]] = field(default_factory=list)
 
     def kinds(self) -> set[str]:
-        """What kinds of steps there were."""
+        """Return the kinds of steps that ran."""
         found = set()
         for step in self.steps:
             encoder, decoder, now = step.lengths

@@ -47,7 +47,7 @@ class BuildError(RuntimeError):
 
 @dataclass(frozen=True)
 class Tools:
-    """Where the compilers and Paddle's headers and libraries are."""
+    """Places of the compilers and of Paddle's headers and libraries."""
 
     cxx: str
     paddle: Path
@@ -88,7 +88,7 @@ def _cuda_folder(nvcc: str) -> Path:
 
 
 def find_tools(form: str) -> Tools:
-    """What builds this form.
+    """Return the tools that build this form.
 
     Raises:
         BuildError: a compiler or Paddle's headers are missing; names them.

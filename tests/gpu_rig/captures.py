@@ -1,4 +1,4 @@
-"""What captures decode steps in a session: Paddle's graphs, or a stand-in where there are none."""
+"""Captures of decode steps in a session: Paddle's graphs, or a stand-in where there are none."""
 
 from __future__ import annotations
 
@@ -29,5 +29,5 @@ def stand_in(place: Any) -> Callable[[Callable[[], Any]], Captured]:
 
 
 def capture_of(rig: Rig) -> Callable[[Any], Any]:
-    """What captures in this session."""
+    """Return the capture of this session."""
     return PaddleCapture if rig.is_real else stand_in

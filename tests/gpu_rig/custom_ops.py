@@ -25,7 +25,7 @@ ARCHS = ("90",)
 
 
 def _kernels(form: str, folder: Path) -> list[str]:
-    """What is linked for the kernels; their library is in the package's folder."""
+    """Return the compiler's arguments for the kernels, whose library is in the package's folder."""
     if form == "fake":
         folders = (f"-I{EMULATED}", f"-I{SOURCES / 'csrc'}")
         return [

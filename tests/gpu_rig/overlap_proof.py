@@ -1,4 +1,4 @@
-"""Whether copies for a step run beside the work of the step before, and whether they ever race.
+"""Proof that copies for a step run beside the work of the step before, and never race.
 
     python -m tests.gpu_rig.overlap_proof --out DIR          # on a GPU; writes DIR/staging.json
     python -m tests.gpu_rig.overlap_proof --form fake --out DIR --steps 20
@@ -60,7 +60,7 @@ class Run:
         return [covered(copy, self.work) for copy in self.copies[_WARM_UP:]]
 
     def figures(self) -> dict[str, Any]:
-        """What is published of a run."""
+        """Return the published figures of a run."""
         found = self.overlaps()
         return {
             "steps": len(found),

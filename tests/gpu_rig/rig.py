@@ -32,7 +32,7 @@ class RigError(RuntimeError):
 
 @dataclass
 class Counted:
-    """What the plug-in did inside a `counting()` block; filled when the block ends.
+    """Counts of the plug-in inside a `counting()` block, filled when the block ends.
 
     Attributes:
         delta: counters that changed, by how much; the launcher's own copies and waits are in

@@ -1,4 +1,4 @@
-"""Which form of the plug-in a pytest session runs on."""
+"""Form of the plug-in that a pytest session runs on."""
 
 from __future__ import annotations
 

@@ -46,11 +46,11 @@ class StagedSteps:
     name: str
 
     def stage(self, step: int) -> None:
-        """What the host does for a step."""
+        """Do the host's part of a step."""
         raise NotImplementedError
 
     def expand(self, step: int) -> None:
-        """What the main stream does with a step."""
+        """Do the main stream's part of a step."""
         raise NotImplementedError
 
     def __init__(self, rig: Rig, values: Any, max_steps: int) -> None:

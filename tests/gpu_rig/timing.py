@@ -1,4 +1,4 @@
-"""When work of CUDA streams began and ended, by raw events of the driver, and work that takes long.
+"""Times of work on CUDA streams by raw events of the driver, and work that takes long.
 
 Paddle's `Event` has no time on a custom device and costs 12 us; these cost 0.1 us. In the forms
 without a GPU all work is done at once, on the host's clock, so that a test runs through there too.
@@ -60,7 +60,7 @@ class Clock:
         return len(self._points) - 1
 
     def is_past(self, point: int) -> bool:
-        """Whether the work before a point is done."""
+        """Return True if the work before a point is done."""
         return not self._rig.is_real or cuda().library.cuEventQuery(self._points[point]) == 0
 
     def wait(self, point: int) -> None:

@@ -1,4 +1,4 @@
-"""What a device holds of the tensors of a checkpoint, in every memory."""
+"""Tensors of a checkpoint as a device holds them, in every memory."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ class Watched:
 def logits_of(
     form: dict[str, Any], clock_seed: int | None = None
 ) -> tuple[list[np.ndarray], list[int]]:
-    """What an engine of this form computes.
+    """Compute the logits of an engine of this form.
 
     Args:
         form: fields of its configuration.

@@ -87,7 +87,7 @@ class Both:
 
 
 def border_distance(logits: np.ndarray, params: SamplingParams, number: float) -> float:
-    """How near a number is to the end of a token, or the share of top-p to that of a nucleus."""
+    """Return the distance of a number to the end of a token, or of top-p to that of a nucleus."""
     temperature = min(params.temperature, 1e30)
     weights = np.exp((logits.astype(np.float64) - logits.max()) / temperature)
     order = np.lexsort((np.arange(len(logits)), -logits))

@@ -36,7 +36,7 @@ CAN_WAIT = tuple(map(int, re.findall(r"\d+", version("triton"))[:2])) >= (3, 5)
 
 
 def compiled(script: str, capability: int = 90) -> list[dict[str, Any]]:
-    """What a script compiled, in its order."""
+    """Return the kernels that a script compiled, in its order."""
     target = f"CAPABILITY, SHARED = {capability}, {SHARED[capability]}\n"
     return [json.loads(line) for line in output_of(target + COMMON + script).splitlines()]
 

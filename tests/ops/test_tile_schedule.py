@@ -22,7 +22,7 @@ PAGE = 64
 
 @dataclass(frozen=True)
 class Step:
-    """What a step says of its tokens, padded at its end.
+    """Tokens of a step, padded at its end.
 
     Attributes:
         chunk_tokens: tokens of a chunk.
@@ -37,7 +37,7 @@ class Step:
         return sum(new for _, new in self.rows) + self.num_padded
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """What a schedule is made from of a ForwardMeta."""
+        """Return the arrays of a ForwardMeta that a schedule is made from."""
         new = [n for _, n in self.rows]
         padding = np.zeros(self.num_padded, np.int64)
         positions = [np.arange(cached, cached + n) for cached, n in self.rows]

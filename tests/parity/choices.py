@@ -1,4 +1,4 @@
-"""What the reference selected where rounding decides, and how a golden stores it."""
+"""Choices of the reference where rounding decides, and their form in a golden."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ _CLASSES = {"deepseek_v32": DeepseekV32ForCausalLM, "glm_moe_dsa": GlmMoeDsaForC
 
 @dataclass(frozen=True)
 class Reference:
-    """What Hugging Face says of one prompt.
+    """Results of Hugging Face for one prompt.
 
     Attributes:
         logits: float32 [len(prompt), vocab].
@@ -40,7 +40,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class GreedyReference:
-    """What Hugging Face generates after a prompt of `GREEDY_PROMPT` tokens.
+    """Tokens that Hugging Face generates after a prompt of `GREEDY_PROMPT` tokens.
 
     Attributes:
         tokens: int64 [GREEDY_STEPS].
@@ -117,7 +117,7 @@ class UndecidedSelections:
             yield
 
     def take(self) -> list[Choice]:
-        """What was found since the last call."""
+        """Return the choices since the last call."""
         found, self.found = self.found, []
         return found
 

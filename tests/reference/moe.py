@@ -14,7 +14,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class GateRule:
-    """What the gate's choice depends on beside its weights."""
+    """Rules of the gate's choice in addition to its weights."""
 
     top_k: int
     n_group: int = 1

@@ -1,4 +1,4 @@
-"""Which graph serves a step, and the errors where none can be made."""
+"""Graphs that serve steps, and the errors where none can be made."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def filled(rows: list[tuple[int, int, bool]]) -> InputBatch:
 def fitting(
     graphs: StepGraphs, rows: list[tuple[int, int, bool]], sampled: list[int] | None = None
 ) -> GraphKey | None:
-    """What serves a step of rows, see `filled`."""
+    """Return the graph that serves a step of rows, see `filled`."""
     batch = filled(rows)
     tokens = range(batch.num_tokens) if sampled is None else sampled
     return graphs.fitting(batch, np.array(tokens, np.int64))
@@ -149,7 +149,7 @@ class Graph:
 
 @pytest.fixture
 def graph(monkeypatch: pytest.MonkeyPatch) -> type[Graph]:
-    """What Paddle captures with, here without a device."""
+    """Replace Paddle's graphs, which need a device."""
     kind = type("Kind", (Graph,), {"log": []})
     monkeypatch.setattr(paddle_graphs, "is_cuda_graph_supported", lambda: True)
     monkeypatch.setattr(paddle_graphs, "CUDAGraph", kind)

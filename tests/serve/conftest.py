@@ -131,7 +131,7 @@ def connected(url: str) -> socket.socket:
 
 
 def exchange(url: str, data: bytes) -> bytes:
-    """What a server answers to bytes, until it closes the connection."""
+    """Return a server's answer to bytes, until it closes the connection."""
     with connected(url) as connection:
         connection.sendall(data)
         answer = b""

@@ -202,7 +202,7 @@ def serving(folder: Path, *flags: str, **more: Any) -> Iterator[Server]:
 
 
 def console(*arguments: str) -> list[str]:
-    """How to start `fd-dsa` with these arguments."""
+    """Return a command that starts `fd-dsa` with these arguments."""
     script = "import sys; from fd_dsa.cli import main; sys.exit(main())"
     return [sys.executable, "-c", script, *arguments]
 

@@ -123,7 +123,7 @@ def refusal(content: bytes, most: int) -> ApiError:
 
 
 def weight_of(value: Any) -> int:
-    """What a value counts."""
+    """Return the weight of a value."""
     if isinstance(value, dict):
         return CONTAINER_WEIGHT * len(value) + weight_of(list(value.values()))
     if isinstance(value, list):

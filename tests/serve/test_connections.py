@@ -40,7 +40,7 @@ def small(limit: int) -> Iterator[Live]:
 
 
 def is_closed(connection: socket.socket) -> bool:
-    """Whether the server has closed it."""
+    """Return True if the server has closed it."""
     connection.setblocking(False)
     try:
         return connection.recv(1) == b""

@@ -84,7 +84,7 @@ async def collect(
 
 
 def shown(outputs: list[RequestOutput]) -> list[dict[str, Any]]:
-    """What callers see of outputs, but for times and the type of empty lists."""
+    """Return outputs as callers see them, without times and the type of empty lists."""
     return [{name: getattr(output, name) or None for name in FIELDS} for output in outputs]
 
 

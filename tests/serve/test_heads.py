@@ -248,7 +248,7 @@ def test_requests_ahead_of_an_answer_take_a_bounded_memory(live: Live) -> None:
 
 
 def before_it_is_closed(talk: Callable[[], bytes]) -> bytes:
-    """What `talk` gives; it is tried again where the connection was lost on the way.
+    """Return the result of `talk`, which is tried again where the connection was lost on the way.
 
     A client that the machine starves may itself be late, and a byte that crosses the server's last
     words makes the kernel throw these away.

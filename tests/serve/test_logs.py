@@ -1,4 +1,4 @@
-"""What a server process writes: requests, JSON, the busy line, and nothing on a full disk."""
+"""Output of a server process: requests, JSON, the busy line, and nothing on a full disk."""
 
 from __future__ import annotations
 

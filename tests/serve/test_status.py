@@ -85,7 +85,7 @@ def test_server_info_names_what_decides_the_answers() -> None:
 
 
 def info_of(config: EngineConfig, engine: FakeEngine | None = None) -> dict[str, Any]:
-    """What /server_info shows."""
+    """Return the answer of /server_info."""
 
     async def ask(question: str) -> dict[str, Any]:
         assert question == INFO

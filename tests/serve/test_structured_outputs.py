@@ -44,7 +44,7 @@ def finished(live: Live, **fields: Any) -> list[str]:
 
 
 class Thing(BaseModel):
-    """What `parse` is to return."""
+    """Answer that `parse` is to return."""
 
     kind: Literal["small", "large"]
     weight: int = Field(ge=0, le=9)

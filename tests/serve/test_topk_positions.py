@@ -34,7 +34,7 @@ def post(live: Live, path: str, body: dict[str, Any]) -> httpx.Response:
 
 
 def check(found: dict[str, Any], usage: dict[str, Any]) -> None:
-    """What must hold of every answer."""
+    """Check the rules of every answer."""
     config = json.loads((demo_model_path() / "config.json").read_text("utf-8"))
     # neither the token that was drawn last nor one after it was ever attended to
     position = usage["total_tokens"] - 2

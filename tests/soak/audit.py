@@ -1,4 +1,4 @@
-"""What must hold in scheduler and block manager after every step, recounted from the owners.
+"""Invariants of scheduler and block manager after every step, recounted from the owners.
 
 The only test that looks inside them: an invariant that their own figures showed would be worth
 no more than the figures.

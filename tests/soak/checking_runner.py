@@ -138,7 +138,7 @@ class CheckingRunner:
         return hashes[cached:end]
 
     def _half_done(self, blocks: list[int]) -> np.ndarray:
-        """What the blocks hold after a step broke off: what it had written is garbage."""
+        """Return the content of blocks after a step broke off, with garbage where it wrote."""
         batch, size = self.input_batch, self.block_size
         content = self.cache[:, blocks].copy()
         for row in np.flatnonzero(batch.num_scheduled_tokens):

@@ -166,7 +166,7 @@ def _draw_arrival(draw: random.Random, stem: list[int]) -> Arrival:
 
 
 def make_drafter(history: History) -> Drafter:
-    """What proposes tokens in a history."""
+    """Make the drafter of a history."""
     if history.right_share is None:
         return PromptLookup(3, 1)
     answers = {
@@ -269,7 +269,7 @@ def run_history(history: History, seed: int = 0) -> Counter[str]:
 
 
 def _arrive_and_abort(run: Run, history: History, step: int) -> None:
-    """What comes before this step."""
+    """Add and abort requests before this step."""
     for index, one in enumerate(history.arrivals):
         if one.at_step == step:
             run.counts["requests"] += 1

@@ -36,7 +36,7 @@ WORD = "\u202e\U0001f642\u0000 {{ 7*7 }} <|im_start|>"
 
 @dataclass(frozen=True)
 class HostileRequest:
-    """What is sent: parts of an HTTP request, as bytes where a client could send any."""
+    """Parts of a hostile HTTP request, as bytes where a client could send any."""
 
     method: str
     path: str

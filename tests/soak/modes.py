@@ -184,7 +184,7 @@ def run_mode(mode: Mode, requests: Sequence[Request], dtype: str) -> Answers:
 
 
 def differences(reference: Answers, other: Answers, *, bits: bool) -> Iterator[str]:
-    """What is wrong in the answers of a mode, one line a request.
+    """Yield the errors in the answers of a mode, one line a request.
 
     Args:
         bits: all logits must be the same; otherwise another token may come within rounding.

@@ -55,7 +55,7 @@ HEAD = (
 
 @dataclass(frozen=True)
 class Bounds:
-    """What one kind of request may do to the others.
+    """Bounds on what one kind of request may do to the others.
 
     Attributes:
         health_s: longest answer of /health.
@@ -96,7 +96,7 @@ QUICK = (
 
 @dataclass
 class Record:
-    """What one repeat has shown; None where it did not come so far.
+    """Results of one repeat, with None for what it did not reach.
 
     Attributes:
         case: name of the kind.
@@ -123,7 +123,7 @@ class Record:
     faults: list[str] = field(default_factory=list)
 
     def broken(self, bounds: Bounds) -> list[str]:
-        """What is out of bounds, a phrase each."""
+        """Return the figures that are out of bounds, a phrase each."""
         found = [f"{fault:.200}" for fault in self.faults[:3]]
         for name in ("health_s", "gap_s", "growth_mib", "left_mib", "log_kib", "drain_s"):
             value, most = getattr(self, name), getattr(bounds, name)

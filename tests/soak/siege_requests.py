@@ -17,7 +17,7 @@ USER = [{"role": "user", "content": "a"}]
 
 @dataclass(frozen=True)
 class Facts:
-    """What the requests depend on: tokens of the context and of the vocabulary."""
+    """Facts that the requests depend on: tokens of the context and of the vocabulary."""
 
     max_model_len: int
     vocab_size: int

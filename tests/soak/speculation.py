@@ -152,7 +152,7 @@ def _compare(found: RequestOutput, plain: RequestOutput, name: str, counts: Coun
 
 
 def _are_near(found: RequestOutput, plain: RequestOutput) -> bool:
-    """Whether log-probabilities are those of the same keys and experts, within rounding."""
+    """Return True if log-probabilities are those of the same keys and experts, within rounding."""
     pairs = zip(found.logprobs or (), plain.logprobs or (), strict=True)
     return all(abs(one.score.logprob - other.score.logprob) <= TOLERANCE for one, other in pairs)
 

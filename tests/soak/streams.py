@@ -47,7 +47,7 @@ Answer = list[tuple[list[int], str, list[float]]]
 
 @dataclass
 class Load:
-    """What the clients share.
+    """Shared state of the clients.
 
     Attributes:
         url: of the server.

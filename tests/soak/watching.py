@@ -1,4 +1,4 @@
-"""What a client sees of a server from outside: gaps of a stream, time of a probe, memory.
+"""Views of a server from outside: gaps of a stream, time of a probe, memory.
 
 All in one event loop whose tasks do next to nothing, so that its clock is not held up; what is
 heavy must run in another process.

@@ -1,4 +1,4 @@
-"""What is decided before weights are loaded."""
+"""Decisions before weights are loaded."""
 
 from __future__ import annotations
 

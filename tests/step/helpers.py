@@ -1,4 +1,4 @@
-"""What the step tests share: fields by kind, comparison with the oracle, builders that fit."""
+"""Parts of all step tests: fields by kind, comparison with the oracle, builders that fit."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def assert_fields(meta: ForwardMeta, wanted: dict[str, Any], get: Get = as_numpy
 
 
 def counts_of(batch: StepBatch) -> dict[str, int]:
-    """What a scheduler knows of a step, as the keywords of `build`."""
+    """Return the scheduler's counts of a step, as the keywords of `build`."""
     lengths = (batch.seq_lens_decoder + batch.seq_lens_this_time) * (batch.seq_lens_this_time > 0)
     return {
         "num_tokens": batch.num_tokens,
@@ -100,7 +100,7 @@ def counts_of(batch: StepBatch) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Place:
-    """Where steps are built.
+    """Place where steps are built.
 
     Attributes:
         name: "numpy", "cpu", or that of a kernel memory.
@@ -152,7 +152,7 @@ class Place:
             assert_fields(meta, wanted, self.get)
 
     def address(self, array: Any) -> int:
-        """Where an array of the place starts."""
+        """Return the address of an array of the place."""
         if self.memory is None:
             return int(as_numpy(array).__array_interface__["data"][0])
         return int(array.data_ptr())

@@ -13,7 +13,7 @@ from tests.triton_runtime.fakes import FakeApi, FakeLibrary, FakeTensor, driven_
 
 @pytest.fixture
 def api() -> FakeApi:
-    """What the launcher asks about fake tensors."""
+    """Register the facts of fake tensors that the launcher asks for."""
     api = FakeApi()
     register_device_api(FakeTensor, api)
     return api

@@ -184,7 +184,7 @@ def driven_by(library: Any) -> Iterator[Any]:
 def fake_compile(
     fn: Any, arguments: dict[str, Argument], options: dict[str, Any], capability: int
 ) -> Compiled:
-    """What the launcher gets of a compiler."""
+    """Return a compiled kernel in the launcher's form."""
     return Compiled(fn.__name__, b"", "", 0, options["num_warps"], argument_codes(arguments))
 
 
@@ -218,7 +218,7 @@ def scale_kernel(waits: bool = False) -> Any:
 
 
 def run_module(cache: Path, *arguments: str, **variables: str) -> str:
-    """What a module prints in a process of its own, which compiles kernels into this folder."""
+    """Return the output of a module in its own process, which compiles into this folder."""
     done = subprocess.run(
         [sys.executable, "-m", *arguments],
         capture_output=True,

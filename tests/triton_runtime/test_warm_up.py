@@ -1,4 +1,4 @@
-"""What compiles before and after `freeze()`, on a driver that takes notes."""
+"""Compilations before and after `freeze()`, on a driver that takes notes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests of V4 steps share: configurations, steps, the oracle's outputs, and places."""
+"""Parts of all tests of V4 steps: configurations, steps, the oracle's outputs, and places."""
 
 from __future__ import annotations
 
@@ -194,7 +194,7 @@ DEVICES = PLACES[2:]
 
 
 class Place:
-    """Where `V4Prepare` puts its outputs, and a way to look at them; skips where it is not there.
+    """Place of the outputs of `V4Prepare`. A missing place skips the test.
 
     Attributes:
         is_host: whether it is host memory, whose builder launches no kernel.
@@ -243,7 +243,7 @@ class Place:
         return np.array(array if self.name == "numpy" else array.numpy())
 
     def address(self, array: Any) -> int:
-        """Where an array is."""
+        """Return the address of an array."""
         return array.ctypes.data if self.name == "numpy" else array.data_ptr()
 
     def outputs(self, prepare: V4Prepare) -> dict[str, np.ndarray]:

@@ -120,7 +120,7 @@ class Step:
 
 
 class Engine:
-    """Which requests run in a step, what memory they hold, and what becomes of them after it.
+    """Requests of the steps, their memory, and what becomes of them.
 
     Attributes:
         contents: int64 [handles, Lmax], the truth: the tag of each position of each request.
@@ -275,7 +275,7 @@ class Engine:
         return self._inputs(q)
 
     def _num_tokens(self, row: int, request: Request, room: int) -> int:
-        """How many tokens a request runs, all its memory reserved; 0 = none."""
+        """Return the tokens that a request runs with all its memory reserved, or 0."""
         cfg, rng = self.cfg, self.rng
         most = min(room, cfg.max_tokens_per_seq)
         if request.rerun_until:

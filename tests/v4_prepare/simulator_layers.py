@@ -1,4 +1,4 @@
-"""What the layers do with the index arrays of one step, on tagged memory, and what must hold.
+"""Reads and writes of the layers by the index arrays of one step, on tagged memory.
 
 The order inside a layer is that of a decode step: write the window, compress, attend. Rows of a
 prompt longer than a decode step attend first and write the ring afterwards. The compressor reads
@@ -90,7 +90,7 @@ class Memory:
             pool[block * per_block : (block + 1) * per_block] = FREED
 
     def window_writers(self, rows: np.ndarray) -> np.ndarray:
-        """Which request may write each window row."""
+        """Return the request that may write each window row."""
         writers = self.slot_owner if self.cfg.swa == "ring" else self.block_writer
         return writers[rows // self.owned]
 

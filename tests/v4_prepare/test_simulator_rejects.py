@@ -24,7 +24,7 @@ Arrays = dict[str, np.ndarray]
 
 
 class Built(NamedTuple):
-    """What a mistake spoils: the oracle's arrays of a step; `kept` lives as long as the builder."""
+    """Arrays that a mistake spoils: the oracle's of a step. `kept` lives as long as the builder."""
 
     cfg: Any
     out: Arrays
@@ -149,7 +149,7 @@ def wrong_builder(mistake: Callable[[Built], None]) -> Callable[..., Arrays]:
 
 
 def violations(sizes: Sizes, make: Callable[[], Any], **options: Any) -> list[Violation | None]:
-    """What each of eight histories ends with; `make` gives the builder of a history."""
+    """Return the end of each of eight histories. `make` gives the builder of a history."""
     found: list[Violation | None] = []
     for seed in range(8):
         try:

@@ -71,7 +71,7 @@ def longest_sentence() -> int:
 
 
 def make(task: str, seed: int, depth: float, length: int) -> tuple[Item, str]:
-    """What is hidden, and the prompt."""
+    """Return a hidden item and its prompt."""
     item = TASKS[task](Random(seed), depth)
     return item, builder().build(item, length, Random(seed))
 

@@ -1,4 +1,4 @@
-"""What counts as a right answer, and what a step at index_topk is."""
+"""Right answers, and steps at index_topk."""
 
 from __future__ import annotations
 

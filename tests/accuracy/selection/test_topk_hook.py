@@ -1,4 +1,4 @@
-"""What the recording backend writes down is what the layers did, and it changes nothing."""
+"""The recording backend, which writes down what the layers did and changes nothing."""
 
 from __future__ import annotations
 

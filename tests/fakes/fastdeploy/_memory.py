@@ -25,5 +25,5 @@ def free(tensor: Any) -> None:
 
 
 def is_freed(address: int) -> bool:
-    """Whether a tensor that began here was given up."""
+    """Return True if a tensor that began here was given up."""
     return address in _freed

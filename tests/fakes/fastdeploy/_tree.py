@@ -1,4 +1,4 @@
-"""Which tree this process plays, and where its tensors are; nothing of FastDeploy is here."""
+"""The tree that this process plays, and the place of its tensors. Nothing of FastDeploy is here."""
 
 from __future__ import annotations
 
@@ -21,5 +21,5 @@ def _parsed(text: str) -> Tree:
 
 
 def place() -> str:
-    """Where the runner's tensors are: "cpu", or a device of the test plug-in."""
+    """Return the place of the runner's tensors: "cpu", or a device of the test plug-in."""
     return os.environ.get(PLACE_VARIABLE, "cpu")

@@ -72,7 +72,7 @@ def watched_logits(llm: LLM, seen: Callable[[np.ndarray], None]) -> None:
 
 
 def generated(llm: LLM, large: bool, **others: Any) -> list[Any]:
-    """What follows each prompt, greedily."""
+    """Return the greedy continuation of each prompt."""
     params = SamplingParams(temperature=0, max_tokens=64 if large else 3, ignore_eos=True, **others)
     return llm.generate(LEADING_PROMPTS if large else SHORT_PROMPTS, params)
 

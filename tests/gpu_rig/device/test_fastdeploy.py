@@ -65,7 +65,7 @@ def small_jobs() -> list[Any]:
 
 
 def leads_of(engine: Any) -> list[float]:
-    """How far the best logit of each row is ahead of the second, from now on."""
+    """Collect the lead of each row's best logit over the second, from now on."""
     found: list[float] = []
     compute = engine.runner.model.compute_logits
 

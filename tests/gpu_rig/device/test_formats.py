@@ -167,7 +167,7 @@ def logits_of(runner: ModelRunner, steps: Any = STEPS) -> list[np.ndarray]:
 
 
 def index_keys(runner: ModelRunner) -> np.ndarray:
-    """What STEPS have written to the first layer's cache of the indexer."""
+    """Return what STEPS have written to the first layer's cache of the indexer."""
     tables = runner.input_batch.block_tables[[0, 2]].astype(np.int64)
     slots = (tables[:, :, None] * 16 + np.arange(16)).reshape(2, -1)[:, :17].ravel()
     cache = runner.caches[1]
@@ -281,7 +281,7 @@ def test_prompts_attend_densely_up_to_index_topk(
 
 
 def clear_lead(logits: np.ndarray, least: float) -> np.ndarray:
-    """Whether the largest of each row leads by so much."""
+    """Return for each row whether its largest value leads by so much."""
     top = np.sort(logits, axis=1)
     return top[:, -1] - top[:, -2] > least
 
@@ -310,5 +310,5 @@ def test_bits_of_a_row_do_not_depend_on_chunks_or_company(
 
 
 def tokens_of(step: list[tuple[int, int, int, bool]], wanted: int) -> np.ndarray:
-    """Which tokens of a step are of a row."""
+    """Return a mask of the tokens of a step that are of a row."""
     return np.repeat([row for row, *_ in step], [new for _, new, *_ in step]) == wanted

@@ -27,7 +27,7 @@ STEPS = [[(0, TOKENS[:6], 0, True)], [(0, TOKENS[6:7], 6, False)]]
 
 
 def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """What our log warned of."""
+    """Return the warnings of our log."""
     ours = (r for r in caplog.records if r.name.startswith("fd_dsa"))
     return [r.getMessage() for r in ours if r.levelno >= logging.WARNING]
 

@@ -46,7 +46,7 @@ REGISTERED: dict[str, Callable[[Any, Any], Any]] = {
 
 
 def on_both(expression: Callable[[Any, Any], Any], place: Any) -> tuple[np.ndarray, np.ndarray]:
-    """What an expression gives on the device and on a CPU."""
+    """Return the values of an expression on the device and on a CPU."""
     on_device = expression(paddle.to_tensor(X, place=place), paddle.to_tensor(Y, place=place))
     assert on_device.place.is_custom_place()
     paddle.set_device("cpu")

@@ -1,4 +1,4 @@
-"""What is recorded of a device, and losses there: the oracles hold, and the CPU agrees."""
+"""Records and losses of a device: the oracles hold, and the CPU agrees."""
 
 from __future__ import annotations
 

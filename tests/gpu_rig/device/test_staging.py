@@ -49,7 +49,7 @@ _HOST_MEMORY, _DEVICE_MEMORY = 1, 2
 
 @pytest.fixture(params=WAYS)
 def way(request: pytest.FixtureRequest) -> Callable[..., Any]:
-    """What makes the steps of one way to the device."""
+    """Return the maker of the steps of one way to the device."""
     return WAYS[request.param]
 
 

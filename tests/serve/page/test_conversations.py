@@ -30,7 +30,7 @@ def titles(page: Page, *expected: str) -> None:
 
 
 def questions(page: Page, *expected: str) -> None:
-    """What is shown of the user becomes this."""
+    """Expect these questions of the user on the page."""
     expect(page.locator("article.user .body")).to_have_text(list(expected))
 
 

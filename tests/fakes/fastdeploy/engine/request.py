@@ -1,4 +1,4 @@
-"""What the scheduler hands to the workers (`engine/request.py`)."""
+"""Requests that the scheduler hands to the workers (`engine/request.py`)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which class serves which backend on CUDA (`platforms/cuda.py`)."""
+"""Backend classes on CUDA by name (`platforms/cuda.py`)."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ PLUGINS_GROUP = "fastdeploy.{}_plugins"
 
 
 def load_plugins_by_group(group: str) -> dict[str, Any]:
-    """What the allowed entry points of a group resolve to, by name.
+    """Return the objects of a group's allowed entry points, by name.
 
     An entry point that cannot be loaded is logged and left out. Two behaviours without FD_PLUGINS
     are public: all entry points are loaded, or none.

@@ -12,7 +12,7 @@ from fastdeploy.model_executor.pre_and_post_process import set_row
 
 
 class RunnerMemory:
-    """What happens between the model's load and the first request, and when caches change."""
+    """Part of the runner between the model's load and the first request, and when caches change."""
 
     is_weight_sleeping = False
     is_kvcache_sleeping = False

@@ -92,18 +92,18 @@ class RunnerStep:
         self.forward_meta.exist_prefill = self.exist_prefill()
 
     def collect_distributed_status(self) -> None:
-        """Whether the step may be a graph: decode-only ones, with a split graph all of them."""
+        """Decide if the step may be a graph: decode-only ones, with a split graph all of them."""
         config = self.fd_config.graph_opt_config
         split = config.graph_opt_level > 0 and not config.full_cuda_graph
         wanted = not self._has_prefill_rows() or split
         self.forward_meta.step_use_cudagraph = self.use_cudagraph and wanted
 
     def _has_prefill_rows(self) -> bool:
-        """What the ranks tell each other; a dummy run's first pass, too, is none of decoding."""
+        """Return True if a row has prompt tokens. In a dummy run's first pass a row has some."""
         return bool((host(self.share_inputs["seq_lens_encoder"]) > 0).any())
 
     def _pad_and_place(self) -> None:
-        """What runs between a step's preparation and its model, in `_preprocess` and dummy runs.
+        """Run the part between a step's preparation and its model.
 
         In this order in `worker/gpu_model_runner.py` at 39d329f2 (June 2026).
         """

@@ -24,7 +24,7 @@ _ENCODER_BLOCK, _DECODER_BLOCK = 64, 16
 
 
 class GPUModelRunner(RunnerTasks, RunnerStep, RunnerMemory):
-    """What a worker calls; made with keywords, after the device and the default dtype are set."""
+    """Runner that a worker makes with keywords, after device and default dtype."""
 
     def __init__(
         self, fd_config: Any, device: str, device_id: int, rank: int, local_rank: int
@@ -88,11 +88,11 @@ class GPUModelRunner(RunnerTasks, RunnerStep, RunnerMemory):
         self.model.load_weights(read_checkpoint(self.model_config.model))
 
     def exist_prefill(self) -> bool:
-        """Whether a prefill task came in since the last step; known without the device."""
+        """Return True if a prefill task came in since the last step, which the host knows."""
         return self.exist_prefill_flag
 
     def not_need_stop(self) -> bool:
-        """Whether a row is active; update_inputs_v1 leaves that on the host."""
+        """Return True if a row is active. update_inputs_v1 leaves that on the host."""
         return bool(host(self.share_inputs["seq_lens_this_time"]).any())
 
     def execute_model(

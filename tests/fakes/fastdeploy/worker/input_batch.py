@@ -40,7 +40,7 @@ def make_share_inputs(fd_config: Any, num_draft_tokens: int) -> InputBatch:
 
 
 def _rows(fd_config: Any) -> dict[str, Any]:
-    """What a slot of the batch has."""
+    """Return the fields of a slot of the batch."""
     slots, longest = fd_config.scheduler_config.max_num_seqs, fd_config.model_config.max_model_len
     cache = fd_config.cache_config
     columns = -(-longest // cache.block_size) + cache.enc_dec_block_num
@@ -62,7 +62,7 @@ def _rows(fd_config: Any) -> dict[str, Any]:
 
 
 def _tokens(fd_config: Any) -> dict[str, Any]:
-    """What a token of the step has; contents come by `copy_`, which adopts their shape."""
+    """Return the fields of a token of the step, filled by `copy_`, which adopts shapes."""
     slots = fd_config.scheduler_config.max_num_seqs
     tokens = slots * fd_config.get_max_chunk_tokens()
     fields = {

@@ -23,7 +23,7 @@ SCRIPT_VARIABLE = "FAKE_FASTDEPLOY_SERVER"
 
 @dataclass(frozen=True)
 class Script:
-    """What this process does.
+    """Process of the server.
 
     Attributes:
         say: text for stderr, at the start.

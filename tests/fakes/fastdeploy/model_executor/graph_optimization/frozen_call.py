@@ -90,7 +90,7 @@ class FrozenCall:
 
 
 def _is_owner(value: Any) -> bool:
-    """Whether Python attributes of an object could steer the layers; a runner's do not."""
+    """Return True if Python attributes of an object could steer the layers. A runner's do not."""
     module = type(value).__module__
     # on a CPU the lists of a step's work are made where a GPU's kernels would read memory
     ours = module.startswith(_OWNERS) and module != "fd_dsa.attention.host"

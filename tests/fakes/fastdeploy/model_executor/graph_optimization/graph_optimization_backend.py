@@ -1,4 +1,4 @@
-"""Which steps run as graphs (`graph_optimization/graph_optimization_backend.py`)."""
+"""Steps that run as graphs (`graph_optimization/graph_optimization_backend.py`)."""
 
 from __future__ import annotations
 

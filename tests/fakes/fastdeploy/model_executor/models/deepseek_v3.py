@@ -215,7 +215,7 @@ class DeepseekV3ForCausalLM(ModelForCasualLM):
         return self.lm_head(hidden_states).astype("float32")[:, : self.ori_vocab_size]
 
     def empty_input_forward(self, forward_meta: Any) -> None:
-        """What an idle expert-parallel rank runs: the MLPs, on one token of zeros."""
+        """Run the MLPs on one token of zeros, as an idle expert-parallel rank does."""
         hidden = paddle.zeros([1, self.fd_config.model_config.hidden_size])
         for layer in self.model.layers:
             layer.mlp(hidden)

@@ -24,7 +24,7 @@ class Attention(nn.Layer):
         k_pe: Any = None,
         forward_meta: Any = None,
     ) -> Any:
-        """What the backend returns; the layer is its last argument but one."""
+        """Return the backend's result. The layer is its last argument but one."""
         return forward_meta.attn_backend.forward(
             q, k, v, qkv, compressed_kv, k_pe, self, forward_meta
         )

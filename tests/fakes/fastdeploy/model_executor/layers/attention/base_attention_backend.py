@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass
 class AttentionMetadata:
-    """What a backend keeps of a step."""
+    """Fields of a step that a backend keeps."""
 
 
 class AttentionBackend(ABC):

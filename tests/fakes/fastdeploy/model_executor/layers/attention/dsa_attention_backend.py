@@ -20,7 +20,7 @@ from .utils import init_rank_and_device_id
 
 @dataclass
 class DSAAttentionMetadata(AttentionMetadata):
-    """What the backend keeps of a step."""
+    """Fields of a step that the backend keeps."""
 
     kv_signal_metadata: Any = None
     kv_signal_data_list: list[Any] = field(default_factory=list)
