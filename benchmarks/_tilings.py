@@ -22,14 +22,6 @@ _MANY = tuple(
     for stages in (3, 4, 5)
 )
 FP8_GEMMS = (*(tiling for few in _FEW.values() for tiling in few), *_MANY)
-_FOUR_BITS = tuple(
-    Tiling(rows, columns, warps, stages)
-    for rows in (16, 32, 64, 128)
-    for columns, warps in ((64, 4), (64, 8), (128, 4), (128, 8))
-    for stages in (2, 3, 4)
-    # registers hold the sums of both halves, and columns in bfloat16
-    if rows * columns <= 1024 * warps
-)
 # by type of the operands
 _EXPERTS = {
     kind: tuple(
@@ -42,7 +34,7 @@ _EXPERTS = {
         if rows * columns <= 2048 * warps and stages * (2 * columns + rows) * 128 <= 227 << 10
     )
     for kind in ("uint8", "bfloat16")
-} | {"four bits": _FOUR_BITS, "float32": tuple(Tiling(rows, 64, 4, 3) for rows in (16, 32))}
+} | {"float32": tuple(Tiling(rows, 64, 4, 3) for rows in (16, 32))}
 
 
 def fp8_gemms(rows: int) -> tuple[Tiling, ...]:
@@ -52,5 +44,13 @@ def fp8_gemms(rows: int) -> tuple[Tiling, ...]:
 
 def experts(kind: str, gated: bool) -> tuple[Tiling, ...]:
     """Return the tilings of a GEMM of experts. A gated one of FP8 scales its own 128 columns."""
+    if kind == "four bits":
+        # a warp group has 64 columns of both parts
+        return tuple(
+            Tiling(rows, groups * (32 if gated else 64), 4 * groups, stages)
+            for rows in (16, 32, 64, 128)
+            for groups in (1, 2)
+            for stages in ((2, 3, 4, 5, 6) if rows == 16 else (2, 3, 4))
+        )
     whole = gated and kind == "uint8"
     return tuple(t for t in _EXPERTS[kind] if t.columns == GROUP or not whole)

@@ -105,29 +105,34 @@ class FourBitWeight(NamedTuple):
     factor, or (code - zero) x scale. The gate and up matrices of an expert are stored one after the
     other.
 
+    A column is stored in pieces of 128 values, the last one with codes of 0 up to its end. A piece
+    has 16 words of 32 bits with 8 codes each. Code j of word i, from the low bits up, is that of
+    value 16 * j + i.
+
     Attributes:
-        codes: uint8 [experts, parts, n, columns, bytes]. A byte has the codes of two neighbours
-            along K, the first one in the low bits, and `bytes` bytes of a column are contiguous.
-        scales: scale of each group of values [experts, parts, groups, columns]: e4m3 or e8m0 codes
-            in uint8, float16, bfloat16 or float32.
-        zeros: zero points, uint8 [experts, parts, groups, columns]; None = 8, or e2m1 codes.
-        factors: float32 [experts, parts], for scales in uint8; otherwise None.
+        codes: uint8 [experts, parts, pieces, columns, 64].
+        scales: scales of e2m1 values, uint8 [experts, parts, pieces, columns, 128 / group]: e8m0
+            codes, or 8 * (exponent + 10) + mantissa of a positive e4m3 number. Scales of integers,
+            int32 [experts, parts, groups, columns]: the bits of a float32 scale, whose last four
+            are the zero point.
+        factors: float32 [experts, parts] of e2m1 values, None for integers.
         group: values of a column with one scale.
         kind: "e4m3" or "e8m0" for e2m1 codes with such scales, "int4" for integers.
+        width: values of a column.
     """
 
     codes: Any
     scales: Any
-    zeros: Any
     factors: Any
     group: int
     kind: str
+    width: int
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """Experts, columns of all parts, values of a column."""
-        experts, parts, pieces, columns, num_bytes = self.codes.shape
-        return experts, parts * columns, 2 * pieces * num_bytes
+        experts, parts, _, columns, _ = self.codes.shape
+        return experts, parts * columns, self.width
 
 
 class Normed(NamedTuple):

@@ -194,16 +194,15 @@ class DeviceWeights:
         """
 
         def new(parts: int, columns: int, values: int) -> FourBitWeight:
-            outer, groups = (count, parts), values // form.group
-            shape = (*outer, groups, columns)
-            codes = (*outer, values // (2 * form.piece), columns, form.piece)
+            codes, scales = form.shapes(columns, values)
+            outer = count, parts
             return FourBitWeight(
-                codes=self._allocate(codes, "uint8"),
-                scales=self._allocate(shape, form.scales),
-                zeros=self._allocate(shape, "uint8") if form.has_zeros else None,
+                codes=self._allocate((*outer, *codes), "uint8"),
+                scales=self._allocate((*outer, *scales), form.scale_dtype),
                 factors=None if form.kind == "int4" else self._allocate(outer, "float32"),
                 group=form.group,
                 kind=form.kind,
+                width=values,
             )
 
         gate_up, down = new(2, width, hidden_size), new(1, hidden_size, width)
@@ -223,7 +222,7 @@ class DeviceWeights:
             if isinstance(source, RandomTensor):
                 count = prod(weight.codes.shape[2:])
                 fill_random(weight.codes, matrix * count, count, source.seed, 1.0)
-            tensors = weight.codes, weight.scales, weight.zeros, weight.factors
+            tensors = weight.codes, weight.scales, weight.factors
             for target, array in zip(tensors, form.arrays(source), strict=True):
                 if array is not None:
                     self._copy(target, matrix * array.size, array)

@@ -6,10 +6,9 @@ import numpy as np
 
 from fd_dsa.device.allocation import Allocate
 from fd_dsa.errors import FdDsaError
-from fd_dsa.models.four_bits import FourBits
+from fd_dsa.models.four_bits import FourBits, integer_scales
 from fd_dsa.ops.cache_write import bfloat16_bits
 from fd_dsa.ops.fp4 import E2M1_VALUES, E8M0_VALUES, FACTOR_POWER
-from fd_dsa.ops.fp8 import E4M3_VALUES
 
 _EXPERTS, _COLUMNS, _WIDTH = 2, 48, 256
 # few rows and many rows have kernels of their own
@@ -44,30 +43,28 @@ def _results(form: FourBits, allocate: Allocate, num_rows: int) -> tuple[np.ndar
     from fd_dsa.tensor import FourBitWeight
 
     rng = np.random.default_rng(0)
-    outer, groups = (_EXPERTS, 2), (_WIDTH // form.group, _COLUMNS)
-    pieces = _WIDTH // (2 * form.piece), _COLUMNS, form.piece
-    codes = rng.integers(0, 256, (*outer, *pieces), np.uint8)
-    zeros = rng.integers(0, 16, (*outer, *groups), np.uint8)
-    scales = _scales(form, rng, (*outer, *groups))
+    outer, shapes = (_EXPERTS, 2), form.shapes(_COLUMNS, _WIDTH)
+    codes = rng.integers(0, 256, (*outer, *shapes[0]), np.uint8)
+    stored, scales, zeros = _scales(form, rng, (*outer, *shapes[1]))
     factors = np.array([[1, 2], [4, 3]], np.float32) / 16
     weight = FourBitWeight(
         codes=uploaded(allocate, codes),
-        scales=uploaded(allocate, scales[0], form.scales),
-        zeros=uploaded(allocate, zeros) if form.has_zeros else None,
+        scales=uploaded(allocate, stored),
         factors=None,
         group=form.group,
         kind=form.kind,
+        width=_WIDTH,
     )
-    rows = codes.transpose(0, 1, 3, 2, 4).reshape(*outer, _COLUMNS, -1)
-    values = np.stack([rows & 15, rows >> 4], axis=-1).reshape(*outer, _COLUMNS, _WIDTH)
+    # nibbles of the words of a piece, in the order of the values
+    nibbles = codes.view(np.uint32)[..., None, :] >> np.arange(0, 32, 4, dtype=np.uint32)[:, None]
+    values = _columns(nibbles.reshape(*nibbles.shape[:4], -1) & 15)
     if form.kind == "int4":
-        points = zeros if form.has_zeros else np.full_like(zeros, 8)
-        exact = values - points.swapaxes(2, 3).repeat(form.group, axis=3).astype(np.float64)
+        exact = values - zeros
     else:
         raised = factors * np.float32(2.0**FACTOR_POWER)
         weight = weight._replace(factors=uploaded(allocate, raised))
         exact = E2M1_VALUES[values] * factors[:, :, None, None].astype(np.float64)
-    exact = exact * scales[1].swapaxes(2, 3).repeat(form.group, axis=3)
+    exact = exact * scales
     x = rng.integers(-4, 5, (num_rows, _WIDTH)).astype(np.float32) / 64
     experts = np.arange(num_rows, dtype=np.int32)[:, None] % _EXPERTS
     lists = group_pairs(uploaded(allocate, experts), _EXPERTS)
@@ -79,18 +76,28 @@ def _results(form: FourBits, allocate: Allocate, num_rows: int) -> tuple[np.ndar
     return found.view(np.float32), gate / (1 + np.exp(-gate)) * up
 
 
+def _columns(pieces: np.ndarray) -> np.ndarray:
+    """Return [experts, parts, columns, values] of [experts, parts, pieces, columns, values]."""
+    return pieces.swapaxes(2, 3).reshape(*pieces.shape[:2], pieces.shape[3], -1)
+
+
 def _scales(
     form: FourBits, rng: np.random.Generator, shape: tuple[int, ...]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return scales as stored on a device, and their values."""
-    if form.kind == "e4m3":
-        codes = rng.integers(1, 0x48, shape, np.uint8)
-        return codes, E4M3_VALUES[codes].astype(np.float64)
-    if form.kind == "e8m0":
-        codes = rng.integers(124, 130, shape, np.uint8)
-        return codes, E8M0_VALUES[codes].astype(np.float64)
-    # few bits, which every type holds
-    values = rng.integers(1, 32, shape).astype(np.float32) / 256
-    if form.scales == "bfloat16":
-        return bfloat16_bits(values), values.astype(np.float64)
-    return values.astype(form.scales), values.astype(np.float64)
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return scales as stored on a device, and scale and zero point of each value."""
+    if form.kind == "int4":
+        drawn = rng.integers(1, 32, shape).astype(np.float32) / 256
+        points = rng.integers(0, 16, shape, np.uint32)
+        stored = integer_scales(drawn, points)
+        values, zeros = drawn[..., None], points[..., None]
+    elif form.kind == "e4m3":
+        stored = rng.integers(8, 152, shape, np.uint8)
+        values = (1 + stored % 8 / 8) * 2.0 ** (stored // 8 - 10.0)
+        zeros = np.zeros_like(stored)
+    else:
+        stored = rng.integers(124, 130, shape, np.uint8)
+        values, zeros = E8M0_VALUES[stored], np.zeros_like(stored)
+    scales, points = (
+        _columns(one).astype(np.float64).repeat(form.group, axis=3) for one in (values, zeros)
+    )
+    return stored, scales, points

@@ -9,16 +9,14 @@ from collections.abc import Iterable
 from fd_dsa.models.checkpoint import Checkpoint
 from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.deepseek_v4.config import DeepseekV4Config
-from fd_dsa.models.dequantize import FP4, FP4_GROUP, SCALE_SUFFIX
+from fd_dsa.models.dequantize import FP4, FP4_GROUP
 from fd_dsa.models.expected_tensors import EXPERT, expected_tensors
-from fd_dsa.models.four_bits import PIECE, FourBits
+from fd_dsa.models.four_bits import FourBits
 from fd_dsa.models.registry import FamilyConfig, packing_of
 
 logger = logging.getLogger(__name__)
-# name of a stored dtype of scales -> name on a device
-_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 # groups for which there are kernels
-_GROUPS = 128, 64, 32, 16
+_GROUPS: tuple[int, ...] = (128, 64, 32, 16)
 
 
 def four_bit_experts(
@@ -44,7 +42,7 @@ def four_bit_experts(
     }
     found = None
     if packing is None or not packing.has_groups:
-        found = _layout(checkpoint, config, num_ranks, _whole_layers(packed, expected))
+        found = _layout(config, num_ranks, _whole_layers(packed, expected))
     if rest := len(packed) - (0 if found is None else len(found.names)):
         title = "FP4" if packing is None else packing.title
         cause = ", as columns in act-order have no groups" if packing and packing.has_groups else ""
@@ -61,28 +59,20 @@ def _whole_layers(packed: set[str], expected: Iterable[str]) -> frozenset[str]:
     return frozenset(n for names in layers.values() if packed.issuperset(names) for n in names)
 
 
-def _layout(
-    checkpoint: Checkpoint | None, config: FamilyConfig, num_ranks: int, names: frozenset[str]
-) -> FourBits | None:
+def _layout(config: FamilyConfig, num_ranks: int, names: frozenset[str]) -> FourBits | None:
     """Return the layout of matrices in four bits, None if no kernel has their groups."""
     packing, part = packing_of(config), expected_tensors(config)
     if num_ranks > 1:
         assert isinstance(config, ModelConfig), "ranks share only models with its layers"
         part = expected_tensors(config.split(num_ranks))
+    kind, sizes = "int4", _GROUPS
+    if packing is None:
+        kind, sizes = "e8m0", (FP4_GROUP,)
+    elif packing.dtype == "U8":
+        kind, sizes = "e4m3", (16,)
+    elif packing.group_size:
+        # scales of a larger group are repeated
+        sizes = tuple(n for n in _GROUPS if packing.group_size % n == 0)
     widths = {part[name].shape[1] for name in names}
-    if packing is None or packing.dtype == "U8":
-        if not names or any(width % PIECE for width in widths):
-            return None
-        kind, size = ("e8m0", FP4_GROUP) if packing is None else ("e4m3", 16)
-        return FourBits(names, kind, size, "uint8", has_zeros=False)
-    # scales of a larger group are repeated
-    sizes = (n for n in _GROUPS if (packing.group_size or n) % n == 0)
     group = next((n for n in sizes if not any(width % n for width in widths)), None)
-    if not names or group is None:
-        return None
-    stored = {"F16"}
-    if checkpoint is not None:
-        stored = {checkpoint.info(name + SCALE_SUFFIX).dtype for name in names}
-    scales = _DTYPES[stored.pop()] if len(stored) == 1 else "float32"
-    has_zeros = packing.zero_offset is not None and not packing.symmetric
-    return FourBits(names, "int4", group, scales, has_zeros)
+    return FourBits(names, kind, group) if names and group is not None else None

@@ -10,14 +10,52 @@ import numpy as np
 
 from fd_dsa.errors import CheckpointError
 from fd_dsa.models.sources import RandomTensor, SourceTensor
-from fd_dsa.ops.cache_write import bfloat16_bits
 from fd_dsa.ops.fp4 import FACTOR_POWER, MAX_E8M0
+from fd_dsa.ops.fp8 import E4M3_VALUES
 
-_WIDTHS = {"uint8": 1, "float16": 2, "bfloat16": 2, "float32": 4}
-PIECE = 32
-"""Number of e2m1 values of a row that a kernel reads together."""
+PIECE = 128
+"""Number of values of a row that are contiguous."""
 # deviation of random codes around their zero point, about
 _E2M1_DEVIATION, _INT4_DEVIATION = 2.3, 4.6
+_LOW_NIBBLES, _NIBBLE = np.uint64(0x0F0F0F0F0F0F0F0F), np.uint64(4)
+
+
+def _scale_table() -> np.ndarray:
+    """Return the code on a device of each positive e4m3 code, uint8 [128]. Zero has none."""
+    mantissa, exponent = np.frexp(np.nan_to_num(E4M3_VALUES[:128], nan=480))
+    table = 8 * (exponent + 9) + np.rint(16 * mantissa).astype(np.int64) - 8
+    table[0] = 0
+    return table.astype(np.uint8)
+
+
+_E4M3_SCALES = _scale_table()
+
+
+def in_pieces(codes: np.ndarray) -> np.ndarray:
+    """Return bytes of two neighbours [rows, bytes] as pieces [pieces, rows, 64], see FourBitWeight.
+
+    The first neighbour is in the low bits.
+    """
+    rows, width = codes.shape
+    pieces = -(-width // (PIECE // 2))
+    if width % (PIECE // 2):
+        codes = np.pad(codes, ((0, 0), (0, pieces * (PIECE // 2) - width)))
+    # eight bytes are the codes of one nibble of all words
+    planes = np.ascontiguousarray(codes).view(np.uint64).reshape(rows, pieces, 8)
+    even, odd = planes[..., ::2], planes[..., 1::2]
+    low = even & _LOW_NIBBLES | (odd & _LOW_NIBBLES) << _NIBBLE
+    high = even >> _NIBBLE & _LOW_NIBBLES | odd & ~_LOW_NIBBLES
+    words = np.empty((pieces, rows, 8, 2, 4), np.uint8)
+    for i, half in enumerate((low, high)):
+        words[:, :, :, i] = half.view(np.uint8).reshape(rows, pieces, 4, 8).transpose(1, 0, 3, 2)
+    return words.reshape(pieces, rows, PIECE // 2)
+
+
+def integer_scales(scales: np.ndarray, zeros: np.ndarray | None) -> np.ndarray:
+    """Return float32 scales and their zero points, 8 without any, as int32, see FourBitWeight."""
+    # rounded, if a scale has more bits than float16 and bfloat16
+    bits = scales.astype(np.float32).view(np.uint32) + np.uint32(8) & np.uint32(0xFFFFFFF0)
+    return (bits | (np.uint32(8) if zeros is None else zeros)).view(np.int32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,28 +66,32 @@ class FourBits:
         names: names of the matrices.
         kind: as in FourBitWeight.
         group: values of a row with one scale on the device, 16 to 128.
-        scales: dtype of the scales on the device.
-        has_zeros: True if zero points are stored.
     """
 
     names: frozenset[str]
     kind: str
     group: int
-    scales: str
-    has_zeros: bool
 
     @property
-    def piece(self) -> int:
-        """Number of bytes of a row that are contiguous."""
-        return self.group // 2 if self.kind == "int4" else PIECE // 2
+    def scale_dtype(self) -> str:
+        """Dtype of the scales on the device."""
+        return "int32" if self.kind == "int4" else "uint8"
+
+    def shapes(self, columns: int, width: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the shapes of codes and scales of a matrix [columns, width] on the device."""
+        pieces = -(-width // PIECE)
+        codes = pieces, columns, PIECE // 2
+        if self.kind == "int4":
+            return codes, (width // self.group, columns)
+        return codes, (pieces, columns, PIECE // self.group)
 
     def num_bytes(self, shape: Sequence[int]) -> int:
         """Return the bytes of a matrix [out, in] on the device."""
-        a_group = self.group // 2 + _WIDTHS[self.scales] + self.has_zeros
-        return prod(shape) // self.group * a_group + 4 * (self.kind != "int4")
+        codes, scales = map(prod, self.shapes(*shape))
+        return codes + (4 * scales if self.kind == "int4" else scales + 4)
 
     def arrays(self, source: SourceTensor) -> list[np.ndarray | None]:
-        """Return codes, scales, zero points and factor of a matrix in the order of the device.
+        """Return codes, scales and factor of a matrix in the order of the device.
 
         A random matrix has no codes.
 
@@ -74,36 +116,45 @@ class FourBits:
         else:
             rows = slice(None)
         groups = np.arange(start, stop, self.group) // stored_group
-        codes = codes[rows, start // 2 : stop // 2]
-        if self.scales == "float32" and scales.dtype == np.uint16:
-            scales = (scales.astype(np.uint32) << np.uint32(16)).view(np.float32)
-        elif self.scales == "float32":
-            scales = scales.astype(np.float32)
-        laid_out: list[np.ndarray | None] = [
-            codes.reshape(len(codes), -1, self.piece).transpose(1, 0, 2),
-            scales[rows, groups].T,
-            None if zeros is None else zeros[rows, groups].T,
-        ]
-        return [*laid_out, self._factor(factor)]
+        codes, scales = codes[rows, start // 2 : stop // 2], scales[rows, groups]
+        if self.kind == "int4":
+            if scales.dtype == np.uint16:
+                scales = (scales.astype(np.uint32) << np.uint32(16)).view(np.float32)
+            points = None if zeros is None else zeros[rows, groups]
+            return [in_pieces(codes), integer_scales(scales, points).T, None]
+        if self.kind == "e4m3":
+            codes, scales = _positive(codes, scales)
+        return [in_pieces(codes), self._scales(scales), self._factor(factor)]
+
+    def _scales(self, scales: np.ndarray) -> np.ndarray:
+        """Return the scales of e2m1 values [rows, groups] in the order of the device."""
+        (rows, groups), size = scales.shape, PIECE // self.group
+        scales = np.pad(scales, ((0, 0), (0, -groups % size)))
+        return scales.reshape(rows, -1, size).transpose(1, 0, 2)
 
     def _constants(self, source: RandomTensor) -> list[np.ndarray | None]:
-        """Return the scales and the like of random codes."""
-        rows, width = source.shape
-        shape, deviation = (width // self.group, rows), source.deviation
+        """Return the scales and the factor of random codes."""
+        shape, deviation = self.shapes(*source.shape)[1], source.deviation
         if self.kind == "int4":
             scales = np.full(shape, deviation / _INT4_DEVIATION, np.float32)
-            if self.scales == "bfloat16":
-                scales = bfloat16_bits(scales)
-            elif self.scales == "float16":
-                scales = scales.astype(np.float16)
-            zeros = np.full(shape, 8, np.uint8) if self.has_zeros else None
-            return [None, scales, zeros, None]
-        one = 127 if self.kind == "e8m0" else 0x38
+            return [None, integer_scales(scales, None), None]
+        one = 127 if self.kind == "e8m0" else _E4M3_SCALES[0x38]
         factor = self._factor(deviation / _E2M1_DEVIATION)
-        return [None, np.full(shape, one, np.uint8), None, factor]
+        return [None, np.full(shape, one, np.uint8), factor]
 
-    def _factor(self, factor: float) -> np.ndarray | None:
-        """Return the factor of a matrix for the kernel, None for integers."""
-        if self.kind == "int4":
-            return None
+    def _factor(self, factor: float) -> np.ndarray:
+        """Return the factor of a matrix of e2m1 values for the kernel."""
         return np.array([factor * 2.0**FACTOR_POWER], np.float32)
+
+
+def _positive(codes: np.ndarray, scales: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return e2m1 codes [rows, bytes] and scales [rows, groups] for a device, from e4m3 scales.
+
+    The signs of scales go to their codes, and codes with a scale of 0 become 0.
+    """
+    positive = scales & np.uint8(0x7F)
+    if (scales - np.uint8(1) >= 0x7F).any():
+        groups = np.ascontiguousarray(codes).view(np.uint64)
+        signs = np.where(scales > 0x7F, np.uint64(0x8888888888888888), np.uint64(0))
+        codes = np.where(positive > 0, groups ^ signs, np.uint64(0)).view(np.uint8)
+    return codes, _E4M3_SCALES[positive]

@@ -47,16 +47,18 @@ def configuration(
 ) -> Tiling:
     """Return the tiling for a number of pairs, with stages that fit the shared memory of a block.
 
-    A stage is 128 bytes along K, or 128 values in four bits with rows in bfloat16. A gated tile in
-    FP8 has 128 columns.
+    A stage is 128 bytes along K. A gated tile in FP8 has 128 columns.
     """
     tiling = _fastest(kind, num_pairs, num_experts, gated)
     stage_bytes = (tiling.columns * (1 + gated) + tiling.rows) * 128
     if kind == "four bits":
-        columns = tiling.columns * (1 + gated)
-        stage_bytes = columns * 64 + tiling.rows * 256
-        # columns in bfloat16
-        shared_bytes -= columns * 256
+        # two pieces of 128 values while rows are few, with scales of a byte or of four
+        pieces = 1 if tiling.rows == 128 else 2
+        weight_bytes = pieces * tiling.columns * (1 + gated) * (64 + 32)
+        row_bytes = pieces * tiling.rows * 256
+        # rows, which the tensor cores read from shared memory, have a buffer for each stage
+        max_stages = (shared_bytes + weight_bytes) // (weight_bytes + row_bytes)
+        return tiling._replace(num_stages=min(tiling.num_stages, max_stages))
     # if shared memory is the limit, one more stage is in registers
     max_stages = 1 + shared_bytes // stage_bytes
     return tiling._replace(num_stages=min(tiling.num_stages, max_stages))
@@ -70,8 +72,11 @@ def _fastest(kind: str, num_pairs: int, num_experts: int, gated: bool) -> Tiling
     # a tile that holds the pairs of nearly all experts, whose number varies around the mean
     rows = next((rows for rows in (16, 32, 64) if mean <= rows / 2), 128)
     if kind == "four bits":
-        # not tuned on a GPU: sums and columns in bfloat16 fit the registers
-        return Tiling(rows, 64 if rows == 128 else 128, 8, 3)
+        # not tuned on a GPU. A warp group has 64 columns, of gate and up together
+        groups = 1 if rows == 16 else 2
+        # with at most 8 pairs each processor has one gated tile, which may take all shared memory
+        stages = 6 if gated and num_pairs <= 8 else 3 + (rows == 128)
+        return Tiling(rows, groups * (32 if gated else 64), 4 * groups, stages)
     if rows == 128:
         # with 8 warps the registers do not hold the sums of both halves
         return Tiling(128, 128, 16 if gated else 8, 4)
@@ -150,7 +155,6 @@ def expert_gemm_kernel(
     x_scales_ptr,
     weight_ptr,
     weight_scales_ptr,
-    weight_zeros_ptr,
     weight_factors_ptr,
     pairs_ptr,
     counts_ptr,
@@ -197,8 +201,8 @@ def expert_gemm_kernel(
         source = wide * stride + known
         if GROUP > 0:
             total, up = four_bit_sums(
-                x_ptr + row[:, None] * WIDTH, live, wide, known[:, None], weight_ptr,
-                weight_scales_ptr, weight_zeros_ptr, weight_factors_ptr, WIDTH, COLUMNS, GATED,
+                x_ptr + row[:, None] * WIDTH, live, wide, known, weight_ptr,
+                weight_scales_ptr, weight_factors_ptr, WIDTH, COLUMNS, GATED,
                 BLOCK_ROWS, BLOCK_COLUMNS, GROUP, KIND,
             )  # fmt: skip
         elif x_scales_ptr is None:
@@ -303,7 +307,7 @@ def expert_gemm(
         options = block_sizes(kind, columns, width, tiling)
         max_tiles = min(experts, num_pairs) + num_pairs // tiling.rows
         expert_gemm_kernel[-(-columns // options["BLOCK_COLUMNS"]), max_tiles](
-            rows, x_scales, values, scales, None, None, pairs, counts, out, out_scales, num_tokens,
+            rows, x_scales, values, scales, None, pairs, counts, out, out_scales, num_tokens,
             x_stride, out_stride, ROW_PAIRS=num_pairs // rows.shape[0], NUM_EXPERTS=experts,
             WIDTH=width, COLUMNS=columns, GATED=gated, ROUND_SCALES=bool(round_scales),
             NATIVE=native_fp8(rows), EXPERTS=next_power_of_2(experts), LIMIT=limit,

@@ -45,8 +45,8 @@ def four_bit_gemm(
         options = block_sizes("four bits", columns, width, tiling)
         max_tiles = min(experts, num_pairs) + num_pairs // tiling.rows
         expert_gemm_kernel[-(-columns // options["BLOCK_COLUMNS"]), max_tiles](
-            x, None, weight.codes, weight.scales, weight.zeros, weight.factors, pairs, counts, out,
-            None, num_tokens, 0, 0, ROW_PAIRS=num_pairs // x.shape[0], NUM_EXPERTS=experts,
+            x, None, weight.codes, weight.scales, weight.factors, pairs, counts, out, None,
+            num_tokens, 0, 0, ROW_PAIRS=num_pairs // x.shape[0], NUM_EXPERTS=experts,
             WIDTH=width, COLUMNS=columns, GATED=gated, ROUND_SCALES=False, NATIVE=False,
             EXPERTS=next_power_of_2(experts), LIMIT=limit, GROUP=weight.group, KIND=weight.kind,
             **options,

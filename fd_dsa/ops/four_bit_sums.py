@@ -4,18 +4,62 @@ Codes become bfloat16 in registers, exactly. Scales of one byte multiply the val
 bfloat16 holds an e2m1 number times an e4m3 number or a power of two. Scales of integers have more
 bits, so they multiply the float32 sum of their group.
 
-Source: PTX ISA 8.5, `fma` for bf16, which keeps denormal numbers.
+A thread turns two neighbouring words of a column into 8 pairs of values. The tensor cores read them
+from its registers, so dequantised weights never pass through shared memory. Triton leaves them
+there because they are made of loads alone, without constants.
+
+Source: PTX ISA 8.5, `mul` for bf16, which keeps denormal numbers, and `prmt`.
 """
 
 from __future__ import annotations
 
-from fd_dsa.ops.device_functions import added_dot, to_bfloat16, widened
+from fd_dsa.ops.device_functions import to_bfloat16, widened
 from fd_dsa.triton_runtime import INTERPRETING
 
 import triton  # isort: skip
 import triton.language as tl  # isort: skip
 
 _INTERPRETING = tl.constexpr(INTERPRETING)
+_PIECE = tl.constexpr(128)
+"""Number of values of a column in a piece of the layout, 16 words of 8 codes."""
+
+
+def _assembly(*plane: str) -> str:
+    """Return assembly that turns two words into 8 pairs of bfloat16.
+
+    Args:
+        plane: instructions that write a code of both words to {to}. {moved} brings e2m1's exponent
+            and mantissa to their places in a bfloat16, and a shift to the left by {sign} its sign.
+            A shift to the right by {right} brings an integer to the last bits.
+    """
+    lines = [".reg .b32 low, high, x, sign;"]
+    # the same code of both words side by side
+    lines += ["prmt.b32 low, $8, $9, 0x5410;", "prmt.b32 high, $8, $9, 0x7632;"]
+    for i in range(8):
+        half, nibble = ("low", "high")[i // 4], i % 4
+        left = 6 - 4 * nibble
+        moved = f"shl.b32 x, {half}, {left};" if left > 0 else f"shr.b32 x, {half}, {-left};"
+        names = {"half": half, "moved": moved, "sign": 12 - 4 * nibble, "right": 4 * nibble}
+        lines += [line.format(to=f"${i}", **names) for line in plane]
+    return "{" + " ".join(lines) + "}"
+
+
+# 0xEA: (a & b) | c
+_E2M1 = tl.constexpr(
+    _assembly(
+        "{moved}",
+        "and.b32 {to}, x, 0x01C001C0;",
+        "shl.b32 sign, {half}, {sign};",
+        "lop3.b32 {to}, sign, 0x80008000, {to}, 0xEA;",
+    )
+)
+_INT4 = tl.constexpr(
+    _assembly(
+        "shr.b32 x, {half}, {right};",
+        "and.b32 {to}, x, 0x000F000F;",
+        "or.b32 {to}, {to}, 0x43004300;",
+    )
+)
 
 
 @triton.jit
@@ -35,83 +79,131 @@ def _difference(x, y):
 
 
 @triton.jit
-def _halves(pairs):
-    """Return the lower and the upper bfloat16 of each uint32."""
-    low = pairs.to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    return low, (pairs >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+def _bfloat16(bits):
+    """Return the bfloat16 of the lower 16 bits."""
+    return bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
 
 
 @triton.jit
-def _power(EXPONENT: tl.constexpr):
-    """Return 2^EXPONENT as bfloat16 [1, 1]."""
-    return tl.full([1, 1], (EXPONENT + 127) << 7, tl.uint16).to(tl.bfloat16, bitcast=True)
-
-
-@triton.jit
-def _small_scales(codes, KIND: tl.constexpr):
-    """Return bfloat16 scales times 2^100 of e4m3 or e8m0 codes, see `fp4.FACTOR_POWER`."""
-    bits = codes.to(tl.uint16)
-    if KIND == "e8m0":
-        return ((bits + 100) << 7).to(tl.bfloat16, bitcast=True)
-    # the biases differ by 120, and 2^220 is no bfloat16
-    scales = ((bits & 0x7F) << 4 | (bits & 0x80) << 8).to(tl.bfloat16, bitcast=True)
-    return _product(_product(scales, _power(127)), _power(93))
-
-
-@triton.jit
-def _e2m1_sums(
-    rows, codes, scales, at, total, COLUMNS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr
-):
-    """Add the dots of 32 values along K to `total`, in e2m1."""
-    byte = tl.arange(0, 16)[None, :]
-    bits = tl.load(codes + at // 2 * COLUMNS + byte).to(tl.uint32)
-    to_scales = scales + at // GROUP * COLUMNS
-    scale = _small_scales(tl.load(to_scales), KIND)
-    if GROUP == 16:
-        scale = tl.where(
-            tl.arange(0, 32)[None, :] < 16, scale, _small_scales(tl.load(to_scales + COLUMNS), KIND)
-        )
-    # a factor shifts the bits of both codes
-    low, high = _halves(bits * 0x40040 & 0x01C001C0 | bits * 0x01001000 & 0x80008000)
-    columns = _product(tl.interleave(low, high), scale)
-    return added_dot(rows, columns, total)
-
-
-@triton.jit
-def _int4_sums(rows, codes, scales, zeros, at, total, COLUMNS: tl.constexpr, GROUP: tl.constexpr):
-    """Add the scaled dots of a group of integers to `total`."""
-    byte = tl.arange(0, GROUP // 2)[None, :]
-    bits = tl.load(codes + at // 2 * COLUMNS + byte).to(tl.uint32)
-    group = at // GROUP * COLUMNS
-    scale = widened(tl.load(scales + group)).to(tl.float32)
+def _plane(words, NIBBLE: tl.constexpr, KIND: tl.constexpr):
+    """Return one code of each word as in `_planes`."""
+    code = (words >> (4 * NIBBLE)) & 15
     # the last bits of a bfloat16 from 128 to 255 count ones
-    zero = tl.full([1, 1], 8, tl.uint16)
-    if zeros is not None:
-        zero = tl.load(zeros + group).to(tl.uint16)
-    zero = (zero | 0x4300).to(tl.bfloat16, bitcast=True)
-    low, high = _halves(bits * 0x1001 & 0x000F000F | 0x43004300)
-    columns = _difference(tl.interleave(low, high), zero)
-    part = added_dot(rows, columns, tl.zeros_like(total))
-    return total + part * (scale if rows.shape[0] < 128 else tl.trans(scale))
+    return _bfloat16(code | 0x4300 if KIND == "int4" else (code & 7) << 6 | (code & 8) << 12)
 
 
 @triton.jit
-def _added_piece(
-    rows,
-    codes,
-    scales,
-    zeros,
-    at,
-    total,
-    COLUMNS: tl.constexpr,
-    GROUP: tl.constexpr,
-    KIND: tl.constexpr,
-):
-    """Add the dots of the values from `at` on along K to `total`."""
-    if KIND == "int4":
-        return _int4_sums(rows, codes, scales, zeros, at, total, COLUMNS, GROUP)
+def _planes(words, KIND: tl.constexpr):
+    """Return 8 tiles of bfloat16, one for each code of a word.
+
+    A value is e2m1(code) x 2^-126, or for integers 128 + code.
+    """
+    if _INTERPRETING:
+        return (
+            _plane(words, 0, KIND), _plane(words, 1, KIND), _plane(words, 2, KIND),
+            _plane(words, 3, KIND), _plane(words, 4, KIND), _plane(words, 5, KIND),
+            _plane(words, 6, KIND), _plane(words, 7, KIND),
+        )  # fmt: skip
+    return tl.inline_asm_elementwise(
+        _INT4 if KIND == "int4" else _E2M1,
+        "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r",
+        [words],
+        dtype=(tl.bfloat16,) * 8,
+        is_pure=True,
+        pack=2,
+    )
+
+
+@triton.jit
+def _beside(left, right):
+    """Join tiles [columns, K] to one of [columns, 2 * K]."""
+    pairs = tl.permute(tl.join(left, right), (0, 2, 1))
+    return tl.reshape(pairs, (left.shape[0], 2 * left.shape[1]))
+
+
+@triton.jit
+def _joined(planes, FIRST: tl.constexpr, COUNT: tl.constexpr):
+    """Join COUNT of 8 tiles [columns, K] to one of [columns, COUNT * K]."""
+    if COUNT == 1:
+        return planes[FIRST]
     else:
-        return _e2m1_sums(rows, codes, scales, at, total, COLUMNS, GROUP, KIND)
+        half: tl.constexpr = COUNT // 2
+        return _beside(_joined(planes, FIRST, half), _joined(planes, FIRST + half, half))
+
+
+@triton.jit
+def _four_scales(codes, SHIFT: tl.constexpr, BASE: tl.constexpr):
+    """Return the bfloat16 scales of four codes in a uint32, see `_e2m1_columns`."""
+    even = ((codes & 0x00FF00FF) << SHIFT) + (BASE << 16 | BASE)
+    odd = ((codes >> 8 & 0x00FF00FF) << SHIFT) + (BASE << 16 | BASE)
+    return _bfloat16(even), _bfloat16(odd), _bfloat16(even >> 16), _bfloat16(odd >> 16)
+
+
+@triton.jit
+def _e2m1_columns(words, scales, KIND: tl.constexpr):
+    """Return the values of a piece [columns, 128] as bfloat16, times 2^-26.
+
+    A scale's code counts the last bits of a bfloat16 from a power of 2 on. Scales are raised by
+    2^100, see `fp4.FACTOR_POWER`.
+    """
+    p = _planes(words, KIND)
+    if KIND == "e8m0":
+        a, b, c, d = _four_scales(scales, 7, 100 << 7)
+        return _joined(
+            (
+                _product(p[0], a), _product(p[1], a), _product(p[2], b), _product(p[3], b),
+                _product(p[4], c), _product(p[5], c), _product(p[6], d), _product(p[7], d),
+            ),
+            0, 8,
+        )  # fmt: skip
+    else:
+        a, b, c, d = _four_scales(scales.to(tl.uint32), 4, 217 << 7)
+        e, f, g, h = _four_scales((scales >> 32).to(tl.uint32), 4, 217 << 7)
+        return _joined(
+            (
+                _product(p[0], a), _product(p[1], b), _product(p[2], c), _product(p[3], d),
+                _product(p[4], e), _product(p[5], f), _product(p[6], g), _product(p[7], h),
+            ),
+            0, 8,
+        )  # fmt: skip
+
+
+@triton.jit
+def _loaded_rows(x, live, at, K: tl.constexpr, WIDTH: tl.constexpr):
+    """Load K values of each row from `at` on, zeros past the end."""
+    place = at + tl.arange(0, K)[None, :]
+    mask = live[:, None]
+    if WIDTH // _PIECE * _PIECE != WIDTH:
+        mask &= place < WIDTH
+    return tl.load(x + place, mask=mask, other=0.0)
+
+
+@triton.jit
+def _e2m1_sums(x, live, words, scales, turn, total, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
+               KIND: tl.constexpr):  # fmt: skip
+    """Add the dots of a piece of e2m1 values to `total`."""
+    rows = _loaded_rows(x, live, turn * _PIECE, _PIECE, WIDTH)
+    codes = tl.load(words + turn * (COLUMNS * 16))
+    scale = tl.load(scales + turn * COLUMNS)
+    return tl.dot(_e2m1_columns(codes, scale, KIND), tl.trans(rows), acc=total)
+
+
+@triton.jit
+def _int4_sums(x, live, words, scales, turn, total, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
+               GROUP: tl.constexpr):  # fmt: skip
+    """Add the scaled dots of a piece of integers to `total`."""
+    groups: tl.constexpr = _PIECE // GROUP
+    planes = _planes(tl.load(words + turn * (COLUMNS * 16)), "int4")
+    for i in tl.static_range(groups):
+        # values past the end of a row have the scale of the last group, and rows of zeros
+        group = tl.minimum(turn * groups + i, WIDTH // GROUP - 1)
+        scale = tl.load(scales + group * COLUMNS)
+        columns = _joined(planes, i * (8 // groups), 8 // groups)
+        columns = _difference(columns, _bfloat16(scale & 15 | 0x4300))
+        rows = _loaded_rows(x, live, turn * _PIECE + i * GROUP, GROUP, WIDTH)
+        scale = (scale & 0xFFFFFFF0).to(tl.float32, bitcast=True)
+        total += tl.dot(columns, tl.trans(rows)) * scale
+    return total
 
 
 @triton.jit
@@ -122,7 +214,6 @@ def four_bit_sums(
     column,
     codes_ptr,
     scales_ptr,
-    zeros_ptr,
     factors_ptr,
     WIDTH: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -138,36 +229,33 @@ def four_bit_sums(
         x: pointers [rows, 1] to the first value of each row.
         live: mask [rows] of the rows to load.
         expert: expert of the tile, int64.
-        column: columns of the tile in a part [columns, 1].
+        column: columns of the tile in a part.
     """
-    values: tl.constexpr = GROUP if KIND == "int4" else 32
-    # a turn of the loop has the loads of 128 values in flight
-    pieces: tl.constexpr = 128 // values if WIDTH % 128 == 0 else 1
     parts: tl.constexpr = 2 if GATED else 1
-    to_up: tl.constexpr = COLUMNS * (WIDTH // 2)
-    to_up_scales: tl.constexpr = COLUMNS * (WIDTH // GROUP)
-    codes = codes_ptr + expert * (parts * to_up) + column * (values // 2)
-    scales = scales_ptr + expert * (parts * to_up_scales) + column
-    zeros = None if zeros_ptr is None else zeros_ptr + expert * (parts * to_up_scales) + column
-    up_zeros = None if zeros_ptr is None else zeros + to_up_scales
-    place = tl.arange(0, values)[None, :]
-    if BLOCK_ROWS < 128:
-        total = tl.zeros([BLOCK_COLUMNS, BLOCK_ROWS], tl.float32)
-    else:
-        total = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
+    pieces: tl.constexpr = (WIDTH + _PIECE - 1) // _PIECE
+    # gate and up take turns in a tile of one GEMM
+    part = tl.zeros_like(column)
+    if GATED:
+        part = tl.interleave(part, part + 1)
+        column = tl.interleave(column, column)
+    part += expert * parts
+    rows: tl.constexpr = WIDTH // GROUP if KIND == "int4" else pieces
+    places = (part * (pieces * COLUMNS) + column)[:, None]
+    words = codes_ptr.to(tl.pointer_type(tl.uint32)) + 16 * places + tl.arange(0, 16)[None, :]
+    # a word has the scales of a piece, or one scale and zero point of integers
+    kind: tl.constexpr = tl.uint64 if KIND == "e4m3" else tl.uint32
+    scales = scales_ptr.to(tl.pointer_type(kind)) + (part * (rows * COLUMNS) + column)[:, None]
+    total = tl.zeros([parts * BLOCK_COLUMNS, BLOCK_ROWS], tl.float32)
+    # two pieces a turn while the registers hold them
+    for turn in tl.range(0, pieces, loop_unroll_factor=2 if BLOCK_ROWS < 128 else 1):
+        if KIND == "int4":
+            total = _int4_sums(x, live, words, scales, turn, total, WIDTH, COLUMNS, GROUP)
+        else:
+            total = _e2m1_sums(x, live, words, scales, turn, total, WIDTH, COLUMNS, KIND)
+    total = tl.trans(total)
     up_total = total
-    for start in range(0, WIDTH, values * pieces):
-        for piece in tl.static_range(pieces):
-            at = start + piece * values
-            rows = tl.load(x + at + place, mask=live[:, None], other=0.0)
-            total = _added_piece(rows, codes, scales, zeros, at, total, COLUMNS, GROUP, KIND)
-            if GATED:
-                up_total = _added_piece(
-                    rows, codes + to_up, scales + to_up_scales, up_zeros, at, up_total,
-                    COLUMNS, GROUP, KIND,
-                )  # fmt: skip
-    if BLOCK_ROWS < 128:
-        total, up_total = tl.trans(total), tl.trans(up_total)
+    if GATED:
+        total, up_total = tl.split(tl.reshape(total, (BLOCK_ROWS, BLOCK_COLUMNS, 2)))
     if factors_ptr is not None:
         factor = factors_ptr + expert * parts
         total *= tl.load(factor)

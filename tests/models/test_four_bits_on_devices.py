@@ -133,24 +133,20 @@ def form_of(folder: Path, size: int = 1) -> FourBits | None:
 
 
 @pytest.mark.parametrize(
-    ("name", "size", "group", "scales", "has_zeros"),
+    ("name", "size", "kind", "group"),
     [
-        ("nvfp4 of modelopt", 1, 16, "uint8", False),
-        ("awq", 1, 128, "float16", True),
-        ("awq", 2, 64, "float16", True),
-        ("awq", 4, 32, "float16", True),
-        ("gptq, whole rows", 1, 128, "float16", True),
-        ("gptq, symmetric", 2, 64, "float16", False),
-        ("w4afp8", 1, 128, "bfloat16", False),
-        ("int4 of compressed-tensors, zero points, groups of 32", 2, 32, "float16", True),
+        ("nvfp4 of modelopt", 1, "e4m3", 16),
+        *(("awq", size, "int4", 128 // size) for size in (1, 2, 4)),
+        ("gptq, whole rows", 1, "int4", 128),
+        ("gptq, symmetric", 2, "int4", 64),
+        ("w4afp8", 1, "int4", 128),
+        ("int4 of compressed-tensors, zero points, groups of 32", 2, "int4", 32),
     ],
 )
-def test_layouts(
-    name: str, size: int, group: int, scales: str, has_zeros: bool, tmp_path: Path
-) -> None:
+def test_layouts(name: str, size: int, kind: str, group: int, tmp_path: Path) -> None:
     found = form_of(write_pair(tmp_path, FORMATS[name])[0], size)
     assert found is not None
-    assert (found.group, found.scales, found.has_zeros) == (group, scales, has_zeros)
+    assert (found.kind, found.group) == (kind, group)
 
 
 def test_other_matrices_are_dequantised(
@@ -177,9 +173,7 @@ def test_a_layer_with_one_other_expert_is_dequantised(tmp_path: Path) -> None:
     assert form_of(folder) is None
 
 
-def test_scales_of_two_types_are_held_in_float32(
-    paddle_memory: KernelMemory, tmp_path: Path
-) -> None:
+def test_scales_of_two_types_are_held(paddle_memory: KernelMemory, tmp_path: Path) -> None:
     kind, name = FORMATS["awq"], f"{EXPERTS}3.up_proj.scales"
     folder, twin = write_pair(tmp_path, kind)
     tensors = stored_tensors(folder)
@@ -187,7 +181,6 @@ def test_scales_of_two_types_are_held_in_float32(
     wide = np.frombuffer(tensors[name].data, "<f2").astype(np.float32)
     tensors[name] = Stored("F32", shape, wide.tobytes())
     device = Device(paddle_memory, write(folder, tensors, kind))
-    assert device.form is not None and device.form.scales == "float32"
     wanted = loaded(twin)
     for part in ("up", "down"):
         values = wanted[f"{EXPERTS}3.{part}_proj.weight"]
@@ -220,7 +213,7 @@ def test_random_weights(paddle_memory: KernelMemory, name: str, tmp_path: Path) 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_the_check_of_the_kernel_passes(paddle_memory: KernelMemory, form: Form) -> None:
-    held = FourBits(frozenset(), form.kind, form.group, form.scales, form.zeros)
+    held = FourBits(frozenset(), form.kind, form.group)
     assert difference(held, paddle_memory.poisoned) == ""
 
 
@@ -238,7 +231,7 @@ def test_the_check_finds_a_wrong_kernel(
     def broken(*given: Any, **how: Any) -> Any:
         raise KernelUnavailable("no such instruction")
 
-    held = FourBits(frozenset(), form.kind, form.group, form.scales, form.zeros)
+    held = FourBits(frozenset(), form.kind, form.group)
     monkeypatch.setattr(four_bit_gemm, "four_bit_gemm", wrong)
     text = "3 rows differ from the definition by"
     assert difference(held, paddle_memory.poisoned).startswith(text)

@@ -3,40 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from fd_dsa.tensor import FourBitWeight
 from tests.kernel_memory import KernelMemory
-from tests.ops import block_fp8
 from tests.v4_model.quantised import E2M1, E4M3
 
 
 @dataclass(frozen=True)
 class Form:
-    """A layout that FourBitWeight describes."""
+    """A layout that FourBitWeight describes. Zero points other than 8 are for integers."""
 
     kind: str
     group: int
-    scales: str = "uint8"
     zeros: bool = False
 
     def __str__(self) -> str:
-        return f"{self.kind} {self.group} {self.scales}{' zeros' * self.zeros}"
-
-    @property
-    def piece(self) -> int:
-        """Contiguous bytes of a column."""
-        return self.group // 2 if self.kind == "int4" else 16
+        return f"{self.kind} {self.group}{' zeros' * self.zeros}"
 
 
 NVFP4, MXFP4 = Form("e4m3", 16), Form("e8m0", 32)
-INT4 = Form("int4", 128, "float16", zeros=True)
+INT4 = Form("int4", 128, zeros=True)
 FORMS = [
-    *(NVFP4, MXFP4, INT4, Form("int4", 128, "bfloat16")),
-    *(Form("int4", 64, "float32"), Form("int4", 32, "float16", zeros=True)),
-    Form("int4", 16, "bfloat16", zeros=True),
+    *(NVFP4, MXFP4, INT4, Form("int4", 128), Form("int4", 64), Form("int4", 32, zeros=True)),
+    Form("int4", 16, zeros=True),
 ]
 
 
@@ -60,12 +51,8 @@ class Weight:
         self.factors = np.ones(outer, np.float32)
         if form.kind == "int4":
             drawn = 2.0 ** rng.integers(-4, 3, shape) * rng.uniform(1, 2, shape) / width**0.5 / 8
-            drawn = np.float32(drawn)
-            if form.scales == "float16":
-                drawn = drawn.astype(np.float16).astype(np.float32)
-            elif form.scales == "bfloat16":
-                drawn = block_fp8.rounded(drawn, "bfloat16")
-            self.scales = drawn
+            # a device's scales keep 20 bits, so all of these
+            self.scales = drawn.astype(np.float16).astype(np.float32)
         elif form.kind == "e4m3":
             # denormal numbers and the largest one, too
             self.scales = rng.choice(np.uint8([1, 7, 8, 0x20, 0x33, 0x38, 0x47, 0x7E]), shape)
@@ -90,40 +77,53 @@ class Weight:
 
     def put(self, m: KernelMemory) -> FourBitWeight:
         """The weight in a memory."""
-        form, (experts, parts, columns) = self.form, self.codes.shape[:3]
-        packed = self.codes[..., ::2] | self.codes[..., 1::2] << np.uint8(4)
-        pieces = packed.reshape(experts, parts, columns, -1, form.piece).swapaxes(2, 3)
-        scales: Any = self.scales.swapaxes(2, 3)
+        form, (*outer, columns, width) = self.form, self.codes.shape
+        pieces = -(-width // 128)
+        codes = np.zeros((*outer, columns, 128 * pieces), np.uint32)
+        codes[..., :width] = self.codes
+        # [..., pieces, columns, codes of a word, words]
+        codes = codes.reshape(*outer, columns, pieces, 8, 16).swapaxes(2, 3)
+        words = np.zeros((*outer, pieces, columns, 16), np.uint32)
+        for i in range(8):
+            words |= codes[..., i, :] << np.uint32(4 * i)
         is_int4 = form.kind == "int4"
-        if form.scales == "bfloat16":
-            scales = block_fp8.put(m, scales, "bfloat16")
+        if is_int4:
+            bits = self.scales.view(np.uint32) & ~np.uint32(15) | self.zeros
+            scales = bits.swapaxes(2, 3).view(np.int32)
         else:
-            scales = m.put(scales, form.scales)
+            stored = self.scales
+            if form.kind == "e4m3":
+                mantissa, exponent = np.frexp(E4M3[stored].astype(np.float64))
+                stored = (8 * (exponent + 9) + 16 * mantissa - 8).astype(np.uint8)
+            size = 128 // form.group
+            scales = np.zeros((*outer, columns, pieces * size), np.uint8)
+            scales[..., : stored.shape[3]] = stored
+            scales = scales.reshape(*outer, columns, pieces, size).swapaxes(2, 3)
         return FourBitWeight(
-            codes=m.put(pieces),
-            scales=scales,
-            zeros=m.put(self.zeros.swapaxes(2, 3)) if form.zeros else None,
+            codes=m.put(words.view(np.uint8)),
+            scales=m.put(np.ascontiguousarray(scales)),
             # what a matrix of e2m1 codes has in any case
             factors=None if is_int4 else m.put(self.factors * np.float32(2.0**26)),
             group=form.group,
             kind=form.kind,
+            width=width,
         )
 
 
 def values_on_device(m: KernelMemory, weight: FourBitWeight) -> np.ndarray:
     """float64 [experts, parts, columns, width] of a weight, element by element."""
-    codes = m.get(weight.codes).astype(np.int64)
-    pieces, columns, size = codes.shape[2:]
-    k = np.arange(2 * pieces * size)
-    column = np.arange(columns)[:, None]
-    bits = codes[:, :, k // (2 * size), column, k % (2 * size) // 2] >> (4 * (k % 2)) & 15
-    group = k // weight.group
-    stored = block_fp8.get(m, weight.scales)[:, :, group, column]
+    words = m.get(weight.codes).view(np.uint32)
+    k, column = np.arange(weight.width), np.arange(words.shape[3])[:, None]
+    bits = words[:, :, k // 128, column, k % 16].astype(np.int64) >> (4 * (k % 128 // 16)) & 15
+    stored, group = m.get(weight.scales), k // weight.group
     if weight.kind == "int4":
-        zeros: Any = 8
-        if weight.zeros is not None:
-            zeros = m.get(weight.zeros)[:, :, group, column].astype(np.int64)
-        return (bits - zeros) * stored.astype(np.float64)
-    scales = E4M3[stored] if weight.kind == "e4m3" else 2.0 ** (stored.astype(np.float64) - 127)
+        scales = stored.view(np.uint32)[:, :, group, column]
+        numbers = (scales & ~np.uint32(15)).view(np.float32)
+        return (bits - (scales & np.uint32(15))) * numbers.astype(np.float64)
+    size = 128 // weight.group
+    codes = stored[:, :, group // size, column, group % size].astype(np.float64)
+    scales = 2.0 ** (codes - 127)
+    if weight.kind == "e4m3":
+        scales = (1 + codes % 8 / 8) * 2.0 ** (codes // 8 - 10)
     factors = m.get(weight.factors).astype(np.float64)[:, :, None, None] / 2.0**26
-    return E2M1[bits].astype(np.float64) * scales.astype(np.float64) * factors
+    return E2M1[bits].astype(np.float64) * scales * factors

@@ -5,14 +5,10 @@ from __future__ import annotations
 FOUR_BITS = """
 from fd_dsa.ops.expert_gemm import block_sizes, configuration, expert_gemm_kernel
 
-for kind, group, scales, zeros in (
-    ("e4m3", 16, "uint8", None), ("e8m0", 32, "uint8", None), ("int4", 128, "float16", None),
-    ("int4", 32, "bfloat16", "uint8"),
-):
+for kind, group in ("e4m3", 16), ("e8m0", 32), ("int4", 128), ("int4", 32):
     types = {"x_ptr": "bfloat16", "out_ptr": "bfloat16", "weight_ptr": "uint8",
-             "weight_scales_ptr": scales, "weight_zeros_ptr": zeros}
+             "weight_scales_ptr": "int32" if kind == "int4" else "uint8"}
     absent = dict(x_scales_ptr=None, out_scales_ptr=None)
-    absent |= {} if zeros else {"weight_zeros_ptr": None}
     absent |= {"weight_factors_ptr": None} if kind == "int4" else {}
     for tokens in (1, 8192):
         for columns, width in ((2048, 7168), (7168, 2048)):

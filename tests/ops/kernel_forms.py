@@ -22,7 +22,7 @@ def integers(kernel):
     return {name: "int64" if name in INT64 else "int32" for name in kernel.arg_names}
 
 # a weight of experts in another type
-NOT_FOUR_BITS = dict(weight_zeros_ptr=None, weight_factors_ptr=None, GROUP=0, KIND="")
+NOT_FOUR_BITS = dict(weight_factors_ptr=None, GROUP=0, KIND="")
 # of steps of decode tokens only
 NO_WINDOWS = dict.fromkeys(("offsets_ptr", "key_starts_ptr", "seq_lens_encoder_ptr"))
 UINT8 = "latent_ptr", "q_out_ptr"

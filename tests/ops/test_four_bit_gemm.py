@@ -111,7 +111,7 @@ def test_no_tokens(paddle_memory: KernelMemory) -> None:
 
 
 # no whole turn of 128 values, and a last tile of columns that is not full
-@pytest.mark.parametrize("form", [NVFP4, MXFP4, Form("int4", 32, "float16")], ids=str)
+@pytest.mark.parametrize("form", [NVFP4, MXFP4, Form("int4", 32)], ids=str)
 @pytest.mark.parametrize(("columns", "width"), [(40, 96), (200, 160), (16, 32)])
 def test_sizes_that_fill_no_tile(
     paddle_memory: KernelMemory, form: Form, columns: int, width: int
@@ -161,12 +161,8 @@ def test_bits_are_the_same_every_time(paddle_memory: KernelMemory) -> None:
 
 def test_experts_without_tokens_are_never_read(paddle_memory: KernelMemory) -> None:
     case = Case(paddle_memory, NVFP4, np.int32([[1, 4], [-1, -1], [1, 4]]), gated=True)
-    unused = [0, 2, 3, 5]
-    case.weight.scales[unused] = 0x7F
-    case.weight.factors[unused] = np.nan
-    found = case.run()
-    case.weight.scales[unused] = 0
-    case.check(found)
+    case.weight.factors[[0, 2, 3, 5]] = np.nan
+    case.check(case.run())
 
 
 def test_rows_of_another_width_are_refused(paddle_memory: KernelMemory) -> None:
@@ -232,25 +228,19 @@ def test_a_fault_shows(
         case.check(case.run(other.put(paddle_memory)))
 
 
-SWAPPED = """
-
-@triton.jit
-def _swapped(low, high):
-    return tl.interleave(high, low)
-"""
 WRONG_KERNELS = {
-    "scales of the group before": (NVFP4, "[None, :] < 16,", "[None, :] < 32,"),
-    "half as large": (NVFP4, "_power(93)", "_power(92)"),
-    "denormal scales are lost": (NVFP4, "(bits & 0x7F) << 4", "(bits & 0x78) << 4"),
-    "the sign is lost": (MXFP4, "0x80008000", "0x00008000"),
-    "twice as large": (MXFP4, "+ 100", "+ 101"),
-    "one group for all": (INT4, "group = at // GROUP * COLUMNS", "group = at * 0"),
-    "no stored zero points": (INT4, "if zeros is not None", "if zeros is None and GROUP < 0"),
-    "low values twice": (INT4, "bits * 0x1001", "bits * 0x10001"),
-    "values in another order": (INT4, "tl.interleave(", "_swapped("),
-    "up has the codes of gate": (INT4, "rows, codes + to_up,", "rows, codes,"),
+    "scales of the group before": (NVFP4, "_product(p[1], b)", "_product(p[1], a)"),
+    "scales in another order": (MXFP4, "_bfloat16(even), _bfloat16(odd)", "_bfloat16(odd), odd"),
+    "half as large": (NVFP4, "4, 217 << 7", "4, 216 << 7"),
+    "the sign is lost": (MXFP4, "(code & 8) << 12", "(code & 0) << 12"),
+    "twice as large": (MXFP4, "7, 100 << 7", "7, 101 << 7"),
+    "one group for all": (INT4, "group * COLUMNS", "group * 0"),
+    "no stored zero points": (INT4, "scale & 15 | 0x4300", "scale & 0 | 0x4308"),
+    "low values twice": (INT4, "(4 * NIBBLE)", "(4 * NIBBLE // 2)"),
+    "values in another order": (INT4, "tl.join(left, right)", "tl.join(right, left)"),
+    "up has the weight of gate": (INT4, "interleave(part, part + 1)", "interleave(part, part)"),
     "up has the factor of gate": (NVFP4, "tl.load(factor + 1)", "tl.load(factor)"),
-    "the last values are left out": (INT4, "range(0, WIDTH,", "range(0, WIDTH - 128,"),
+    "the last values are left out": (INT4, "tl.range(0, pieces,", "tl.range(0, pieces - 1,"),
 }
 
 
@@ -263,7 +253,7 @@ def test_a_wrong_kernel_shows(
     form, before, after = WRONG_KERNELS[fault]
     source = inspect.getsource(four_bit_sums)
     assert before in source
-    (tmp_path / "wrong_sums.py").write_text(source.replace(before, after) + SWAPPED)
+    (tmp_path / "wrong_sums.py").write_text(source.replace(before, after))
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "wrong_sums", raising=False)
     wrong = importlib.import_module("wrong_sums")
