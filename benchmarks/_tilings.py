@@ -45,12 +45,13 @@ def fp8_gemms(rows: int) -> tuple[Tiling, ...]:
 def experts(kind: str, gated: bool) -> tuple[Tiling, ...]:
     """Return the tilings of a GEMM of experts. A gated one of FP8 scales its own 128 columns."""
     if kind == "four bits":
-        # a warp group has 64 columns of both parts
+        # columns of both parts; a thread has the sums of at most 64 values
         return tuple(
-            Tiling(rows, groups * (32 if gated else 64), 4 * groups, stages)
+            Tiling(rows, columns >> gated, warps, stages)
             for rows in (16, 32, 64, 128)
-            for groups in (1, 2)
+            for columns, warps in ((64, 4), (128, 4), (128, 8))
             for stages in ((2, 3, 4, 5, 6) if rows == 16 else (2, 3, 4))
+            if rows * columns <= 2048 * warps and (rows <= 32 or warps == columns // 16)
         )
     whole = gated and kind == "uint8"
     return tuple(t for t in _EXPERTS[kind] if t.columns == GROUP or not whole)

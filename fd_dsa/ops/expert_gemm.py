@@ -52,10 +52,10 @@ def configuration(
     tiling = _fastest(kind, num_pairs, num_experts, gated)
     stage_bytes = (tiling.columns * (1 + gated) + tiling.rows) * 128
     if kind == "four bits":
-        # two pieces of 128 values while rows are few, with scales of a byte or of four
-        pieces = 1 if tiling.rows == 128 else 2
-        weight_bytes = pieces * tiling.columns * (1 + gated) * (64 + 32)
-        row_bytes = pieces * tiling.rows * 256
+        width = _four_bit_width(tiling)
+        # with at most a scale of four bytes for 16 values
+        weight_bytes = tiling.columns * (1 + gated) * width * 3 // 4
+        row_bytes = tiling.rows * width * 2
         # rows, which the tensor cores read from shared memory, have a buffer for each stage
         max_stages = (shared_bytes + weight_bytes) // (weight_bytes + row_bytes)
         return tiling._replace(num_stages=min(tiling.num_stages, max_stages))
@@ -72,11 +72,11 @@ def _fastest(kind: str, num_pairs: int, num_experts: int, gated: bool) -> Tiling
     # a tile that holds the pairs of nearly all experts, whose number varies around the mean
     rows = next((rows for rows in (16, 32, 64) if mean <= rows / 2), 128)
     if kind == "four bits":
-        # not tuned on a GPU. A warp group has 64 columns, of gate and up together
-        groups = 1 if rows == 16 else 2
+        # not tuned on a GPU. The columns are those of gate and up together
+        columns = 64 if gated and num_pairs <= 64 else 128
         # with at most 8 pairs each processor has one gated tile, which may take all shared memory
-        stages = 6 if gated and num_pairs <= 8 else 3 + (rows == 128)
-        return Tiling(rows, groups * (32 if gated else 64), 4 * groups, stages)
+        stages = 6 if gated and num_pairs <= 8 else 3 if rows in (32, 64) else 4
+        return Tiling(rows, columns >> gated, 4 if rows == 16 else 8, stages)
     if rows == 128:
         # with 8 warps the registers do not hold the sums of both halves
         return Tiling(128, 128, 16 if gated else 8, 4)
@@ -84,13 +84,21 @@ def _fastest(kind: str, num_pairs: int, num_experts: int, gated: bool) -> Tiling
     return Tiling(rows, 128, 8, 6 if gated and num_pairs <= 8 else 3)
 
 
+def _four_bit_width(tiling: Tiling) -> int:
+    """Return the values along K of a turn in four bits, as many as the registers hold."""
+    return 256 if tiling.num_warps == 8 and tiling.rows < 128 else 128
+
+
 def block_sizes(kind: str, columns: int, width: int, tiling: Tiling) -> dict[str, int]:
     """Return the constants and options of a launch with a tiling."""
     block_columns, block_width = tiling.columns, GROUP
-    if kind != "uint8":
-        block_columns = min(block_columns, max(16, next_power_of_2(columns)))
+    if kind == "four bits":
+        block_width = _four_bit_width(tiling)
+    elif kind != "uint8":
         max_width = 32 if kind == "float32" else 64
         block_width = min(max_width, max(16, next_power_of_2(width)))
+    if kind != "uint8":
+        block_columns = min(block_columns, max(16, next_power_of_2(columns)))
     return tiling.options | {"BLOCK_COLUMNS": block_columns, "BLOCK_WIDTH": block_width}
 
 
@@ -203,7 +211,7 @@ def expert_gemm_kernel(
             total, up = four_bit_sums(
                 x_ptr + row[:, None] * WIDTH, live, wide, known, weight_ptr,
                 weight_scales_ptr, weight_factors_ptr, WIDTH, COLUMNS, GATED,
-                BLOCK_ROWS, BLOCK_COLUMNS, GROUP, KIND,
+                BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH, GROUP, KIND,
             )  # fmt: skip
         elif x_scales_ptr is None:
             total, up = _plain_sums(

@@ -220,6 +220,7 @@ def four_bit_sums(
     GATED: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
     GROUP: tl.constexpr,
     KIND: tl.constexpr,
 ):
@@ -246,8 +247,7 @@ def four_bit_sums(
     kind: tl.constexpr = tl.uint64 if KIND == "e4m3" else tl.uint32
     scales = scales_ptr.to(tl.pointer_type(kind)) + (part * (rows * COLUMNS) + column)[:, None]
     total = tl.zeros([parts * BLOCK_COLUMNS, BLOCK_ROWS], tl.float32)
-    # two pieces a turn while the registers hold them
-    for turn in tl.range(0, pieces, loop_unroll_factor=2 if BLOCK_ROWS < 128 else 1):
+    for turn in tl.range(0, pieces, loop_unroll_factor=BLOCK_WIDTH // _PIECE):
         if KIND == "int4":
             total = _int4_sums(x, live, words, scales, turn, total, WIDTH, COLUMNS, GROUP)
         else:

@@ -187,6 +187,22 @@ def test_scales_of_two_types_are_held(paddle_memory: KernelMemory, tmp_path: Pat
         np.testing.assert_allclose(device.matrix(3, part), values, rtol=1e-6)
 
 
+def test_scales_of_nvfp4_that_are_not_positive(paddle_memory: KernelMemory, tmp_path: Path) -> None:
+    """A device has only positive scales: signs are those of codes, and 0 makes codes 0."""
+    kind, name = FORMATS["nvfp4 of modelopt"], f"{EXPERTS}3.up_proj.weight_scale"
+    folder, _ = write_pair(tmp_path, kind)
+    tensors = stored_tensors(folder)
+    codes = np.frombuffer(tensors[name].data, np.uint8).copy()
+    # both zeros, a negative number, the smallest denormal one and the largest number
+    codes[:6] = 0x00, 0x80, 0xB9, 0x01, 0x81, 0x7E
+    tensors[name] = Stored(tensors[name].dtype, tensors[name].shape, codes.tobytes())
+    write(folder, tensors, kind)
+    values = loaded(folder)[f"{EXPERTS}3.up_proj.weight"]
+    assert not values[0, :32].any() and values[0, 32:96].any()
+    found = Device(paddle_memory, folder).matrix(3, "up")
+    np.testing.assert_allclose(found, values, rtol=1e-6, atol=0)
+
+
 def test_groups_out_of_order_are_refused(paddle_memory: KernelMemory, tmp_path: Path) -> None:
     """The file has columns in act-order, and config.json says that it has none."""
     kind, name = FORMATS["gptq, symmetric"], f"{EXPERTS}3.up_proj.g_idx"
