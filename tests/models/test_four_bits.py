@@ -178,8 +178,8 @@ def test_formats_in_their_own_file(tmp_path: Path) -> None:
     ("name", "bits"),
     [
         ("nvfp4 of modelopt", 4 + 8 / 16),
-        ("gptq, symmetric", 4 + 16 / 128),
-        ("awq", 4 + 16 / 128 + 8 / 128),
+        ("gptq, symmetric", 4 + 32 / 128),
+        ("awq", 4 + 32 / 128),
         ("gptq, act-order", 16),
     ],
 )
