@@ -6,7 +6,7 @@ bits, so they multiply the float32 sum of their group.
 
 A thread turns two neighbouring words of a column into 8 pairs of values. The tensor cores read them
 from its registers, so dequantised weights never pass through shared memory. Triton leaves them
-there because they are made of loads alone, without constants.
+there from 3.5 on, as they are made of loads alone, without constants.
 
 Source: PTX ISA 8.5, `mul` for bf16, which keeps denormal numbers, and `prmt`.
 """
@@ -122,13 +122,28 @@ def _beside(left, right):
 
 
 @triton.jit
+def _two(planes, FIRST: tl.constexpr):
+    """Join two of 8 tiles."""
+    return _beside(planes[FIRST], planes[FIRST + 1])
+
+
+@triton.jit
+def _four(planes, FIRST: tl.constexpr):
+    """Join four of 8 tiles."""
+    return _beside(_two(planes, FIRST), _two(planes, FIRST + 2))
+
+
+@triton.jit
 def _joined(planes, FIRST: tl.constexpr, COUNT: tl.constexpr):
     """Join COUNT of 8 tiles [columns, K] to one of [columns, COUNT * K]."""
     if COUNT == 1:
         return planes[FIRST]
+    elif COUNT == 2:
+        return _two(planes, FIRST)
+    elif COUNT == 4:
+        return _four(planes, FIRST)
     else:
-        half: tl.constexpr = COUNT // 2
-        return _beside(_joined(planes, FIRST, half), _joined(planes, FIRST + half, half))
+        return _beside(_four(planes, 0), _four(planes, 4))
 
 
 @triton.jit
