@@ -6,7 +6,7 @@ import numpy as np
 
 from fd_dsa.device.allocation import Allocate
 from fd_dsa.errors import FdDsaError
-from fd_dsa.models.four_bits import FourBits, integer_scales
+from fd_dsa.models.four_bits import FourBits, in_pieces, integer_scales
 from fd_dsa.ops.cache_write import bfloat16_bits
 from fd_dsa.ops.fp4 import E2M1_VALUES, E8M0_VALUES, FACTOR_POWER
 
@@ -44,20 +44,19 @@ def _results(form: FourBits, allocate: Allocate, num_rows: int) -> tuple[np.ndar
 
     rng = np.random.default_rng(0)
     outer, shapes = (_EXPERTS, 2), form.shapes(_COLUMNS, _WIDTH)
-    codes = rng.integers(0, 256, (*outer, *shapes[0]), np.uint8)
+    codes = rng.integers(0, 256, (*outer, _COLUMNS, _WIDTH // 2), np.uint8)
+    pieces = [in_pieces(matrix, form.kind) for matrix in codes.reshape(-1, *codes.shape[2:])]
     stored, scales, zeros = _scales(form, rng, (*outer, *shapes[1]))
     factors = np.array([[1, 2], [4, 3]], np.float32) / 16
     weight = FourBitWeight(
-        codes=uploaded(allocate, codes),
+        codes=uploaded(allocate, np.stack(pieces).reshape(*outer, *shapes[0])),
         scales=uploaded(allocate, stored),
         factors=None,
         group=form.group,
         kind=form.kind,
         width=_WIDTH,
     )
-    # nibbles of the words of a piece, in the order of the values
-    nibbles = codes.view(np.uint32)[..., None, :] >> np.arange(0, 32, 4, dtype=np.uint32)[:, None]
-    values = _columns(nibbles.reshape(*nibbles.shape[:4], -1) & 15)
+    values = np.stack([codes & 15, codes >> 4], axis=-1).reshape(*outer, _COLUMNS, _WIDTH)
     if form.kind == "int4":
         exact = values - zeros
     else:

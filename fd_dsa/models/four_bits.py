@@ -31,7 +31,21 @@ def _scale_table() -> np.ndarray:
 _E4M3_SCALES = _scale_table()
 
 
-def in_pieces(codes: np.ndarray) -> np.ndarray:
+def _e2m1_table() -> np.ndarray:
+    """Return the bits of four e2m1 codes in the order of FourBitWeight, uint16 [65536]."""
+    bits, table = np.arange(1 << 16), np.zeros(1 << 16, np.int64)
+    for left, mask in (
+        *((0, 0x8000), (-6, 0x01C0), (1, 0x1000), (-5, 0x0038)),
+        *((2, 0x0200), (-4, 0x0007), (11, 0x6000), (10, 0x0C00)),
+    ):
+        table |= (bits << left if left > 0 else bits >> -left) & mask
+    return table.astype(np.uint16)
+
+
+_E2M1_HALVES = _e2m1_table()
+
+
+def in_pieces(codes: np.ndarray, kind: str) -> np.ndarray:
     """Return bytes of two neighbours [rows, bytes] as pieces [pieces, rows, 64], see FourBitWeight.
 
     The first neighbour is in the low bits.
@@ -48,7 +62,10 @@ def in_pieces(codes: np.ndarray) -> np.ndarray:
     words = np.empty((pieces, rows, 8, 2, 4), np.uint8)
     for i, half in enumerate((low, high)):
         words[:, :, :, i] = half.view(np.uint8).reshape(rows, pieces, 4, 8).transpose(1, 0, 3, 2)
-    return words.reshape(pieces, rows, PIECE // 2)
+    words = words.reshape(pieces, rows, PIECE // 2)
+    if kind != "int4":
+        words = np.take(_E2M1_HALVES, words.view(np.uint16)).view(np.uint8)
+    return words
 
 
 def integer_scales(scales: np.ndarray, zeros: np.ndarray | None) -> np.ndarray:
@@ -121,10 +138,10 @@ class FourBits:
             if scales.dtype == np.uint16:
                 scales = (scales.astype(np.uint32) << np.uint32(16)).view(np.float32)
             points = None if zeros is None else zeros[rows, groups]
-            return [in_pieces(codes), integer_scales(scales, points).T, None]
+            return [in_pieces(codes, self.kind), integer_scales(scales, points).T, None]
         if self.kind == "e4m3":
             codes, scales = _positive(codes, scales)
-        return [in_pieces(codes), self._scales(scales), self._factor(factor)]
+        return [in_pieces(codes, self.kind), self._scales(scales), self._factor(factor)]
 
     def _scales(self, scales: np.ndarray) -> np.ndarray:
         """Return the scales of e2m1 values [rows, groups] in the order of the device."""

@@ -24,40 +24,38 @@ _PIECE = tl.constexpr(128)
 """Number of values of a column in a piece of the layout, 16 words of 8 codes."""
 
 
-def _assembly(*plane: str) -> str:
+def _assembly(*codes: str) -> str:
     """Return assembly that turns two words into 8 pairs of bfloat16.
 
     Args:
-        plane: instructions that write a code of both words to {to}. {moved} brings e2m1's exponent
-            and mantissa to their places in a bfloat16, and a shift to the left by {sign} its sign.
-            A shift to the right by {right} brings an integer to the last bits.
+        codes: for each code of a half of a word, what writes that code of both words to {to}.
     """
-    lines = [".reg .b32 low, high, x, sign;"]
-    # the same code of both words side by side
+    lines = [".reg .b32 low, high, x;"]
+    # the same half of both words side by side
     lines += ["prmt.b32 low, $8, $9, 0x5410;", "prmt.b32 high, $8, $9, 0x7632;"]
     for i in range(8):
-        half, nibble = ("low", "high")[i // 4], i % 4
-        left = 6 - 4 * nibble
-        moved = f"shl.b32 x, {half}, {left};" if left > 0 else f"shr.b32 x, {half}, {-left};"
-        names = {"half": half, "moved": moved, "sign": 12 - 4 * nibble, "right": 4 * nibble}
-        lines += [line.format(to=f"${i}", **names) for line in plane]
+        lines.append(codes[i % 4].format(to=f"${i}", half=("low", "high")[i // 4]))
     return "{" + " ".join(lines) + "}"
 
 
 # 0xEA: (a & b) | c
 _E2M1 = tl.constexpr(
     _assembly(
-        "{moved}",
-        "and.b32 {to}, x, 0x01C001C0;",
-        "shl.b32 sign, {half}, {sign};",
-        "lop3.b32 {to}, sign, 0x80008000, {to}, 0xEA;",
+        "shl.b32 x, {half}, 1; and.b32 {to}, x, 0x80008000;"
+        " shr.b32 x, {half}, 5; lop3.b32 {to}, x, 0x01000100, {to}, 0xEA;"
+        " shr.b32 x, {half}, 4; lop3.b32 {to}, x, 0x00C000C0, {to}, 0xEA;",
+        "shl.b32 x, {half}, 6; and.b32 {to}, x, 0x81C081C0;",
+        "shl.b32 x, {half}, 3; and.b32 {to}, x, 0x81C081C0;",
+        "and.b32 {to}, {half}, 0x81C081C0;",
     )
 )
 _INT4 = tl.constexpr(
     _assembly(
-        "shr.b32 x, {half}, {right};",
-        "and.b32 {to}, x, 0x000F000F;",
-        "or.b32 {to}, {to}, 0x43004300;",
+        *(
+            f"shr.b32 x, {{half}}, {4 * i}; and.b32 {{to}}, x, 0x000F000F;"
+            " or.b32 {to}, {to}, 0x43004300;"
+            for i in range(4)
+        )
     )
 )
 
@@ -87,9 +85,14 @@ def _bfloat16(bits):
 @triton.jit
 def _plane(words, NIBBLE: tl.constexpr, KIND: tl.constexpr):
     """Return one code of each word as in `_planes`."""
-    code = (words >> (4 * NIBBLE)) & 15
-    # the last bits of a bfloat16 from 128 to 255 count ones
-    return _bfloat16(code | 0x4300 if KIND == "int4" else (code & 7) << 6 | (code & 8) << 12)
+    half = words >> (16 * (NIBBLE // 4))
+    code: tl.constexpr = NIBBLE % 4
+    if KIND == "int4":
+        # the last bits of a bfloat16 from 128 to 255 count ones
+        return _bfloat16((half >> (4 * code)) & 15 | 0x4300)
+    if code > 0:
+        return _bfloat16((half << (9 - 3 * code)) & 0x81C0)
+    return _bfloat16((half << 1) & 0x8000 | (half >> 5) & 0x0100 | (half >> 4) & 0x00C0)
 
 
 @triton.jit

@@ -23,6 +23,8 @@ class Form:
         return f"{self.kind} {self.group}{' zeros' * self.zeros}"
 
 
+E2M1_BITS = ((10, 11, 13, 14), (0, 1, 2, 9), (3, 4, 5, 12), (6, 7, 8, 15))
+"""Places of the bits of four codes in half a word, from the lowest bit of a code."""
 NVFP4, MXFP4 = Form("e4m3", 16), Form("e8m0", 32)
 INT4 = Form("int4", 128, zeros=True)
 FORMS = [
@@ -84,9 +86,13 @@ class Weight:
         # [..., pieces, columns, codes of a word, words]
         codes = codes.reshape(*outer, columns, pieces, 8, 16).swapaxes(2, 3)
         words = np.zeros((*outer, pieces, columns, 16), np.uint32)
-        for i in range(8):
-            words |= codes[..., i, :] << np.uint32(4 * i)
         is_int4 = form.kind == "int4"
+        for i in range(8):
+            for bit in range(4):
+                place = np.uint32(
+                    16 * (i // 4) + (4 * (i % 4) + bit if is_int4 else E2M1_BITS[i % 4][bit])
+                )
+                words |= (codes[..., i, :] >> np.uint32(bit) & np.uint32(1)) << place
         if is_int4:
             bits = self.scales.view(np.uint32) & ~np.uint32(15) | self.zeros
             scales = bits.swapaxes(2, 3).view(np.int32)
@@ -114,7 +120,11 @@ def values_on_device(m: KernelMemory, weight: FourBitWeight) -> np.ndarray:
     """float64 [experts, parts, columns, width] of a weight, element by element."""
     words = m.get(weight.codes).view(np.uint32)
     k, column = np.arange(weight.width), np.arange(words.shape[3])[:, None]
-    bits = words[:, :, k // 128, column, k % 16].astype(np.int64) >> (4 * (k % 128 // 16)) & 15
+    word, nibble = words[:, :, k // 128, column, k % 16].astype(np.int64), k % 128 // 16
+    bits = word >> 4 * nibble & 15
+    if weight.kind != "int4":
+        places = np.array(E2M1_BITS)[nibble % 4] + 16 * (nibble // 4)[:, None]
+        bits = sum((word >> places[:, bit] & 1) << bit for bit in range(4))
     stored, group = m.get(weight.scales), k // weight.group
     if weight.kind == "int4":
         scales = stored.view(np.uint32)[:, :, group, column]
