@@ -109,10 +109,10 @@ class FourBitWeight(NamedTuple):
     has 16 words of 32 bits with 8 codes each. Code j of word i, from the low bits up, is that of
     value 16 * j + i.
 
-    The bits of e2m1 codes change places, so that a kernel brings most codes to the bits of a
-    bfloat16 by one shift. From the highest of 16 bits on there are the signs of codes 3 and 0, the
-    upper exponent bit of 0 and the sign of 2. Then come the last two bits of 0, the sign of 1, and
-    the last three bits of 3, 2 and 1.
+    The bits of four e2m1 codes change places, because one shift then makes most codes a bfloat16.
+    The order from the highest of 16 bits is: the signs of codes 3 and 0, the upper exponent bit of
+    0, the sign of 2. Then come the last two bits of 0, the sign of 1, and the last three bits of 3,
+    2 and 1.
 
     Attributes:
         codes: uint8 [experts, parts, pieces, columns, 64].
