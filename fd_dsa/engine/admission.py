@@ -52,7 +52,7 @@ class Admission:
 
     def start(self, request: Request, reservation: Reservation) -> None:
         """Give a request its blocks and computed tokens, and count them at its first start."""
-        self._blocks.admit(request.seq_id)
+        self._blocks.admit(request.seq_id, request.batch_row)
         block_size, state = self._blocks.block_size, request.state
         request.num_computed_tokens = reservation.num_cached * block_size
         if request.scheduled_time is not None:
@@ -79,7 +79,8 @@ class Admission:
         running = [other for other in request.group if other.batch_row >= 0]
         for other in running:
             if other.num_computed_tokens >= num_shared * self._blocks.block_size:
-                return list(self._blocks.blocks_of(other.seq_id)[:num_shared])
+                shared = self._blocks.shared_blocks(other.seq_id, num_shared)
+                return max(cached, shared, key=len)
         return None if running else cached
 
     def _reads_prefix_cache(self, request: Request) -> bool:

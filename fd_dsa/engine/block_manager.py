@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from fd_dsa.engine.block_keys import BlockKeys
 from fd_dsa.engine.host_tier import MAX_SAVED_PER_STEP, HostTier
+from fd_dsa.engine.snapshots import Snapshots
 
 
 @dataclass(slots=True)
@@ -56,6 +57,10 @@ class BlockManager:
         - Free blocks are used first. Then blocks without an owner are evicted, starting with those
           that have had no owner for the longest time. The last blocks of a request are evicted
           before earlier ones, because a later block is only found after the earlier ones.
+        - With snapshots, a row goes on only after a block that has one. Snapshots are taken where a
+          chunk or an answer ends a block. So that they are, a chunk with the end of a block ends
+          there: at the last block that another request has computed, else at the last one of the
+          chunk before the last token. Of an answer only the newest block keeps its snapshot.
         - With a host tier, evicted blocks are in host memory. The blocks that are evicted next are
           copied ahead, so that a request seldom waits for copies of the blocks that it gets.
 
@@ -66,6 +71,8 @@ class BlockManager:
 
     Attributes:
         tier: blocks in host memory; None until `use_host_tier`.
+        snapshots: states of rows at the ends of blocks. None if rows have no state in addition to
+            blocks, or requests share none.
         reservations: blocks of requests that are not admitted yet, by `seq_id`.
         shares_blocks: False if a row has state that its blocks do not hold, so that also the
             outputs of one request have blocks of their own.
@@ -95,6 +102,7 @@ class BlockManager:
         # those before them whose copies in host memory are enqueued
         self._saved: OrderedDict[int, None] = OrderedDict()
         self.tier: HostTier | None = None
+        self.snapshots: Snapshots | None = None
         self._num_ahead = 0
         self.reservations: dict[Hashable, Reservation] = {}
         self._num_owners = [0] * num_blocks
@@ -125,12 +133,17 @@ class BlockManager:
 
     def num_shareable(self, num_tokens: int) -> int:
         """Return the number of blocks that prompts of the same `num_tokens` tokens may share."""
-        return (num_tokens - 1) // self.block_size if self.shares_blocks else 0
+        shares = self.shares_blocks or self.snapshots is not None
+        return (num_tokens - 1) // self.block_size if shares else 0
 
     def blocks_of(self, seq_id: Hashable) -> tuple[int, ...]:
         """Return the blocks of a request in the order of its tokens, which may be none."""
         owner = self._owners.get(seq_id)
         return tuple(owner.blocks) if owner else ()
+
+    def shared_blocks(self, seq_id: Hashable, num_blocks: int) -> list[int]:
+        """Return those of the first blocks of a request after which another one may go on."""
+        return self._without_tail(list(self._owners[seq_id].blocks[:num_blocks]))
 
     def find_cached_blocks(self, keys: BlockKeys, num_tokens: int) -> list[int]:
         """Find blocks with the first tokens of a request, without its last token.
@@ -141,14 +154,42 @@ class BlockManager:
             keys: keys of the request's blocks.
             num_tokens: number of tokens of the request.
         """
-        blocks: list[int] = []
-        if self.enable_prefix_caching:
-            for index in range((num_tokens - 1) // self.block_size):
-                block = self._block_of.get(keys[index])
-                if block is None:
-                    break
-                blocks.append(block)
-        return blocks
+        return self._without_tail(self._find(keys, num_tokens))
+
+    def chunk_end(self, keys: BlockKeys, begin: int, end: int, num_tokens: int) -> int:
+        """Return where a chunk ends so that a snapshot can be taken after it.
+
+        Args:
+            keys: keys of the request's blocks.
+            begin, end: first token of the chunk, and the end that the budget allows.
+            num_tokens: number of known tokens of the request.
+        """
+        if self.snapshots is None:
+            return end
+        size = self.block_size
+        # a beginning that comes back is found from the third request on
+        seen = len(self._find(keys, num_tokens)) * size
+        if begin < seen < end:
+            return seen
+        last = min(end, num_tokens - 1) // size * size
+        return last if last > begin else end
+
+    def take_snapshot(self, seq_id: Hashable, row: int, num_tokens: int, num_prompt: int) -> None:
+        """Take a snapshot of a row, if its `num_tokens` tokens end with a block.
+
+        Call it after the step of the last of these tokens is enqueued, before the next step of the
+        row, and before `cache_full_blocks`.
+
+        Args:
+            num_prompt: number of tokens of the request's prompt.
+        """
+        snapshots, count = self.snapshots, num_tokens // self.block_size
+        if snapshots is None or num_tokens % self.block_size:
+            return
+        blocks = self._owners[seq_id].blocks
+        if num_tokens - self.block_size > num_prompt:
+            snapshots.drop(blocks[count - 2])
+        snapshots.take(blocks[count - 1], row)
 
     def allocate(
         self, seq_id: Hashable, num_tokens: int, cached: Sequence[int] = (), spare: int = 0
@@ -217,9 +258,11 @@ class BlockManager:
         tier = self.tier
         return tier is None or not tier.overlaps or tier.is_done(reservation.last_copy)
 
-    def admit(self, seq_id: Hashable) -> None:
-        """Give reserved blocks to their request, whose next step reads them."""
+    def admit(self, seq_id: Hashable, row: int) -> None:
+        """Give reserved blocks to their request, whose next step in `row` reads them."""
         reservation = self.reservations.pop(seq_id)
+        if self.snapshots is not None and reservation.num_cached:
+            self.snapshots.restore(reservation.blocks[reservation.num_cached - 1], row)
         if self.tier is not None:
             self.tier.give(reservation.blocks)
 
@@ -275,6 +318,8 @@ class BlockManager:
             # the first of several blocks with the same tokens stays
             if key not in self._block_of:
                 self._block_of[key], self._key_of[block] = block, key
+            elif self.snapshots is not None:
+                self.snapshots.move(block, self._block_of[key])
         owner.num_offered = max(owner.num_offered, num_full)
 
     def free(self, seq_id: Hashable) -> None:
@@ -290,6 +335,7 @@ class BlockManager:
                     self._unowned[block] = None
                 else:
                     self._free.append(block)
+                    self._drop_snapshot(block)
 
     def reset_prefix_cache(self) -> None:
         """Make all present blocks, and later ones of present owners, unavailable to others.
@@ -303,6 +349,30 @@ class BlockManager:
             owner.num_offered = self.num_blocks
         if self.tier is not None:
             self.tier.clear()
+        if self.snapshots is not None:
+            self.snapshots.clear()
+
+    def _find(self, keys: BlockKeys, num_tokens: int) -> list[int]:
+        """Find blocks as `find_cached_blocks` does, with or without snapshots."""
+        blocks: list[int] = []
+        if self.enable_prefix_caching:
+            for index in range((num_tokens - 1) // self.block_size):
+                block = self._block_of.get(keys[index])
+                if block is None:
+                    break
+                blocks.append(block)
+        return blocks
+
+    def _without_tail(self, blocks: list[int]) -> list[int]:
+        """Return the blocks without those after the last one that a row may go on after."""
+        while self.snapshots is not None and blocks and blocks[-1] not in self.snapshots:
+            blocks.pop()
+        return blocks
+
+    def _drop_snapshot(self, block: int) -> None:
+        """Free the snapshot of a block that gets other tokens."""
+        if self.snapshots is not None:
+            self.snapshots.drop(block)
 
     def _take_back(self, seq_id: Hashable, spare: int) -> bool:
         """Free the blocks of a request that waits for its copies, for one that must go on."""
@@ -320,6 +390,7 @@ class BlockManager:
         block, _ = (self._saved or self._unowned).popitem(last=False)
         key = self._key_of.pop(block)
         del self._block_of[key]
+        self._drop_snapshot(block)
         if self.tier is not None and not is_saved:
             self.tier.save(key, block)
         return block

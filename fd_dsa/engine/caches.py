@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 from fd_dsa.attention import DSAAttentionBackend
 from fd_dsa.config import EngineConfig
 from fd_dsa.distributed import Group
+from fd_dsa.engine.snapshots import Snapshots
 from fd_dsa.errors import flag_error
 from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.deepseek_v4.config import DeepseekV4Config
 from fd_dsa.models.registry import FamilyConfig
 from fd_dsa.runner.input_batch import InputBatch
-from fd_dsa.runner.model_runner import backend_config
+from fd_dsa.runner.model_runner import ModelRunner, backend_config
 from fd_dsa.v4_attention import V4AttentionBackend
 from fd_dsa.v4_attention.device_pools import DeviceLayout
 
@@ -26,13 +27,17 @@ if TYPE_CHECKING:
     from fd_dsa.v4_attention.device_backend import V4DeviceBackend
 
 
+# of each row the newest block of its answer, and as many ends of prompts
+_SNAPSHOTS_PER_ROW, _MIN_SNAPSHOTS = 2, 16
+
+
 class DSACaches:
     """Paged latents and indexer keys of DeepSeek-V3.2 and GLM-5.
 
     Attributes:
         bytes_per_block: bytes of one block over all layers.
         state_bytes: bytes in addition to the blocks.
-        shares_blocks: True if a row may continue after the blocks of another one.
+        shares_blocks: True if a row may continue after any block of another one.
     """
 
     state_bytes, shares_blocks = 0, True
@@ -54,6 +59,9 @@ class DSACaches:
         model_config.cache_layout(config.kv_cache_dtype, config.block_size)
         if not config.enable_prefix_caching:
             _refuse_offload(config, "without prefix caching")
+
+    def snapshots(self, runner: ModelRunner) -> None:
+        """Return None, because rows have no state in addition to their blocks."""
 
     def workspace_bytes(self, traits: GpuTraits) -> int:
         """Return the device memory of the attention without its caches, bytes."""
@@ -81,20 +89,23 @@ class V4Caches:
     ) -> None:
         self._config, self._batch, self._dtype = model_config, batch, config.dtype
         # on a device rows have rings, which no block holds
-        self.shares_blocks = config.device == "cpu"
+        self.shares_blocks, self._num_snapshots = config.device == "cpu", 0
         layout: V4CacheLayout | DeviceLayout
         if config.device == "cpu":
             layout = model_config.cache_layout(config.kv_cache_dtype, config.block_size)
+            snapshot_bytes = 0
         else:
             layout = DeviceLayout(model_config, config.dtype, config.block_size)
+            snapshot_bytes = layout.bytes_per_snapshot()
+            if config.enable_prefix_caching:
+                self._num_snapshots = max(_MIN_SNAPSHOTS, _SNAPSHOTS_PER_ROW * batch.max_num_seqs)
         self.bytes_per_block = layout.bytes_per_block()
         self.state_bytes = batch.max_num_seqs * layout.bytes_per_row()
+        self.state_bytes += self._num_snapshots * snapshot_bytes
 
     @staticmethod
     def check_flags(config: EngineConfig, model_config: DeepseekV4Config) -> None:
         """Refuse ranks, drafts, host memory, other cache formats, and other block sizes.
-
-        On a device also prefix caching.
 
         Raises:
             ConfigError: names the flag.
@@ -110,15 +121,32 @@ class V4Caches:
         cache_dtype = config.kv_cache_dtype
         if config.device != "cpu":
             with_v4 += f" on {config.device}"
-            if config.enable_prefix_caching:
-                cure = "give --no-enable-prefix-caching"
-                raise flag_error("enable_prefix_caching", True, f"false {with_v4}", cure)
             if cache_dtype != config.dtype:
                 allowed = f"auto or {config.dtype} {with_v4}"
                 raise flag_error("kv_cache_dtype", cache_dtype, allowed, "leave it out")
             # the blocks have the same rules as on a CPU
             cache_dtype = "float32"
         model_config.cache_layout(cache_dtype, config.block_size)
+
+    def snapshots(self, runner: ModelRunner) -> Snapshots | None:
+        """Return the snapshots of a runner's rows, None without prefix caching or on a CPU.
+
+        The kernel of their copies is compiled by the call.
+        """
+        if not self._num_snapshots:
+            return None
+        from fd_dsa.triton_runtime import warming
+        from fd_dsa.v4_attention.device_backend import V4DeviceBackend
+
+        backend, num_rows = runner.attn_backends[0], self._batch.max_num_seqs
+        assert isinstance(backend, V4DeviceBackend), "the backend of `backend`"
+        slots, copy = (
+            range(num_rows, num_rows + self._num_snapshots),
+            backend.slot_copy(runner.caches),
+        )
+        with warming():
+            copy(num_rows, num_rows)
+        return Snapshots(slots, copy)
 
     def workspace_bytes(self, traits: GpuTraits) -> int:
         """Return the device memory of the attention without its caches, bytes."""
@@ -135,7 +163,8 @@ class V4Caches:
         # kernels are loaded only for a device
         from fd_dsa.v4_attention.device_backend import V4DeviceBackend
 
-        return V4DeviceBackend(self._config, self._batch, num_blocks, device, self._dtype)
+        sizes = self._config, self._batch, num_blocks, device, self._dtype
+        return V4DeviceBackend(*sizes, num_snapshots=self._num_snapshots)
 
 
 def _refuse_offload(config: EngineConfig, when: str) -> None:

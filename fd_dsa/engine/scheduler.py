@@ -194,6 +194,9 @@ class Scheduler:
             num_new, before = request.num_scheduled_tokens, request.num_computed_tokens
             request.num_computed_tokens = before + num_new
             if before % block_size + num_new >= block_size:
+                num_prompt = len(request.state.prompt_token_ids)
+                computed = request.num_computed_tokens
+                self._blocks.take_snapshot(request.seq_id, request.batch_row, computed, num_prompt)
                 self._cache_blocks(request)
 
     def shrink_after_oom(self, batch: ScheduledBatch, error: Exception) -> Request | None:
@@ -320,6 +323,9 @@ class Scheduler:
             context = reservation.num_cached * self._blocks.block_size
             room = self._room_for_chunk(budget, context)
             if not room:
+                if self._blocks.snapshots is not None:
+                    # a later step may take the place of the snapshot that it would go on after
+                    self._blocks.free(request.seq_id)
                 break
             self.waiting.popleft()
             request.batch_row = heapq.heappop(self.free_rows)
@@ -346,7 +352,9 @@ class Scheduler:
         if request.prompt_logprobs is not None and request.wants_prompt_logits:
             num_tokens = min(num_tokens, 1 + self._spare_logits)
             self._spare_logits -= num_tokens - 1
-        request.num_scheduled_tokens = num_tokens
+        begin, known = request.num_computed_tokens, len(request.token_ids)
+        end = self._blocks.chunk_end(request.block_keys, begin, begin + num_tokens, known)
+        request.num_scheduled_tokens = num_tokens = end - begin
         self._shape = self._shape.with_chunk(num_tokens, request.num_computed_tokens)
         self._scheduled.append(request)
         return budget - num_tokens

@@ -87,6 +87,7 @@ def _build(config: EngineConfig, ranks: Ranks | None, progress: StartupProgress)
     )
     engine = make_engine(spec_decoder=_make_spec_decoder(runner, plan, make_engine))
     engine.block_manager.shares_blocks = plan.caches.shares_blocks
+    engine.block_manager.snapshots = plan.caches.snapshots(runner)
     if runner.block_store is not None:
         add_host_tier(engine, runner.block_store, plan)
     engine.grammars.prepare()

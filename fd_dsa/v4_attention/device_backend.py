@@ -1,7 +1,7 @@
 """V4DeviceBackend: index arrays of a step by one launch, then the attention of each layer.
 
-Each row of the batch owns rings and states. Keys of a step stay in a tensor of their own until the
-layer has attended. Prefix hits and drafts are not supported.
+Each row of the batch owns rings and states, which snapshots are copies of. Keys of a step stay in a
+tensor of their own until the layer has attended. Drafts are not supported.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from fd_dsa.models.rope import inverse_frequencies
 from fd_dsa.models.rope_config import RopeConfig
 from fd_dsa.ops.dense_kernels import empty_beside
 from fd_dsa.ops.providers import device_kind
+from fd_dsa.ops.slot_copy import SlotCopy
 from fd_dsa.ops.topk.custom_op import slot_selector
 from fd_dsa.ops.v4_attend_kernel import Entries, Windows, attend_v4
 from fd_dsa.ops.v4_write_kernels import (
@@ -54,6 +55,7 @@ class V4DeviceBackend:
         num_blocks: blocks of the pools, of `batch.block_size` tokens.
         device: "gpu:0" or a custom device of Paddle.
         dtype: type of activations, keys and entries.
+        num_snapshots: slots of rings and states in addition to those of the rows.
 
     Attributes:
         can_read_selections: False, because layers select compressed entries instead of tokens.
@@ -71,7 +73,10 @@ class V4DeviceBackend:
         device: str,
         dtype: str,
         allocate: Allocate | None = None,
+        *,
+        num_snapshots: int = 0,
     ) -> None:
+        self._num_snapshots = num_snapshots
         self._config, self._num_rows, self._num_blocks = config, batch.max_num_seqs, num_blocks
         self._allocate = allocate = allocate or paddle_allocator(device)
         self._layout = DeviceLayout(config, dtype, batch.block_size)
@@ -95,7 +100,15 @@ class V4DeviceBackend:
 
     def allocate_caches(self, has_indexer: Sequence[bool] = ()) -> list[DevicePools]:
         """Allocate the pools of every layer."""
-        return self._layout.allocate(self._num_blocks, self._num_rows, self._allocate)
+        counts = self._num_blocks, self._num_rows, self._num_snapshots
+        return self._layout.allocate(*counts, self._allocate)
+
+    def slot_copy(self, caches: Sequence[Any]) -> SlotCopy:
+        """Return what copies rings and states between slots: rows, and after them snapshots."""
+        pools = [layer.ring for layer in caches]
+        # no HCA entry pools sources of two blocks
+        pools += [layer.states for layer in caches if layer.index_entries is not None]
+        return SlotCopy(pools, self._num_rows + self._num_snapshots, self._allocate)
 
     def warm_up(self, num_tokens: int, caches: Sequence[DevicePools]) -> None:
         """See AttentionBackend. All work is on one stream."""

@@ -16,10 +16,12 @@ class DevicePools:
     """Pools of one layer. Only written values are read.
 
     Attributes:
-        ring: [num_rows * sliding_window, head_dim], the newest keys of each row of the batch.
+        ring: [slots * sliding_window, head_dim], the newest keys of each slot: a row of the batch,
+            or a snapshot of a row at a block's end.
         entries: [num_blocks, entries of a block, head_dim]; None in a window-only layer.
         index_entries: [num_blocks, entries of a block, index_head_dim]; None without an indexer.
-        states: float32 [num_rows * pooled tokens, values of a source]; None like `entries`.
+        states: float32 [slots * pooled tokens, values of a source]; None like `entries`. HCA layers
+            have no slots of snapshots, because no entry of theirs pools sources of two blocks.
     """
 
     ring: Tensor
@@ -42,17 +44,19 @@ class DeviceLayout:
     dtype: str
     block_size: int
 
-    def shapes(self, kind: str, num_blocks: int, num_rows: int) -> dict[str, tuple[int, ...]]:
+    def shapes(
+        self, kind: str, num_blocks: int, num_rows: int, num_snapshots: int
+    ) -> dict[str, tuple[int, ...]]:
         """Return the shape of each pool of a layer of a kind."""
-        model, width = self.config, self.config.head_dim
-        found: dict[str, tuple[int, ...]] = {"ring": (num_rows * model.sliding_window, width)}
+        model, width, slots = self.config, self.config.head_dim, num_rows + num_snapshots
+        found: dict[str, tuple[int, ...]] = {"ring": (slots * model.sliding_window, width)}
         if kind == WINDOW:
             return found
         ratio, halves, source = model.compress_rates[kind], 1, width
         per_block = self.block_size // ratio
         if kind == CSA:
             # a CSA entry also pools the tokens of the previous entry
-            halves, source = 2, width + model.index_head_dim
+            halves, source, num_rows = 2, width + model.index_head_dim, slots
             found["index_entries"] = num_blocks, per_block, model.index_head_dim
         return found | {
             "entries": (num_blocks, per_block, width),
@@ -61,19 +65,26 @@ class DeviceLayout:
 
     def bytes_per_block(self) -> int:
         """Return the bytes of one block over all layers."""
-        return self._bytes(num_blocks=1, num_rows=0)
+        return self._bytes(num_blocks=1)
 
     def bytes_per_row(self) -> int:
         """Return the bytes of the rings and states of one row of the batch over all layers."""
-        return self._bytes(num_blocks=0, num_rows=1)
+        return self._bytes(num_rows=1)
 
-    def allocate(self, num_blocks: int, num_rows: int, allocate: Allocate) -> list[DevicePools]:
+    def bytes_per_snapshot(self) -> int:
+        """Return the bytes of one snapshot over all layers."""
+        return self._bytes(num_snapshots=1)
+
+    def allocate(
+        self, num_blocks: int, num_rows: int, num_snapshots: int, allocate: Allocate
+    ) -> list[DevicePools]:
         """Allocate the pools of every layer, with arbitrary contents."""
+        counts = num_blocks, num_rows, num_snapshots
         return [
             DevicePools(
                 **{
                     name: allocate(shape, self._dtype_of(name))
-                    for name, shape in self.shapes(kind, num_blocks, num_rows).items()
+                    for name, shape in self.shapes(kind, *counts).items()
                 }
             )
             for kind in self.config.layer_types
@@ -82,9 +93,9 @@ class DeviceLayout:
     def _dtype_of(self, name: str) -> str:
         return "float32" if name == "states" else self.dtype
 
-    def _bytes(self, num_blocks: int, num_rows: int) -> int:
+    def _bytes(self, num_blocks: int = 0, num_rows: int = 0, num_snapshots: int = 0) -> int:
         return sum(
             CACHE_FORMATS[self._dtype_of(name)].itemsize * math.prod(shape)
             for kind in self.config.layer_types
-            for name, shape in self.shapes(kind, num_blocks, num_rows).items()
+            for name, shape in self.shapes(kind, num_blocks, num_rows, num_snapshots).items()
         )

@@ -177,7 +177,6 @@ def test_greedy_tokens(form: str, rig: Rig, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"enable_prefix_caching": True}, "--enable-prefix-caching: got True, allowed: false"),
         ({"kv_cache_dtype": "float32"}, "--kv-cache-dtype: got 'float32', allowed: auto or bfloat"),
         ({"speculative_config": {"method": "ngram"}}, "--speculative-config: got 'ngram'"),
         ({"block_size": 24}, "--block-size: got 24"),
@@ -188,7 +187,7 @@ def test_flags_that_are_refused(
     fields: dict[str, Any], words: str, rig: Rig, tmp_path: Path
 ) -> None:
     served = {"device": rig.device, "block_size": 16, "dtype": "bfloat16"}
-    own = {"enforce_eager": True, "enable_prefix_caching": False}
+    own = {"enforce_eager": True}
     with pytest.raises(ConfigError, match=words):
         make_plan(EngineConfig(model=CASES["mixed"].write(tmp_path), **(served | own | fields)))
 
