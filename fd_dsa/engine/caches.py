@@ -140,13 +140,10 @@ class V4Caches:
 
         backend, num_rows = runner.attn_backends[0], self._batch.max_num_seqs
         assert isinstance(backend, V4DeviceBackend), "the backend of `backend`"
-        slots, copy = (
-            range(num_rows, num_rows + self._num_snapshots),
-            backend.slot_copy(runner.caches),
-        )
         with warming():
-            copy(num_rows, num_rows)
-        return Snapshots(slots, copy)
+            backend.copy_slot(num_rows, num_rows)
+        slots = range(num_rows, num_rows + self._num_snapshots)
+        return Snapshots(slots, backend.copy_slot)
 
     def workspace_bytes(self, traits: GpuTraits) -> int:
         """Return the device memory of the attention without its caches, bytes."""

@@ -1,58 +1,37 @@
-"""Copies of one slot of several pools to another slot, in one launch."""
+"""Copies of one slot to another one in a tensor with slots of several layers."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from math import prod
 
-import numpy as np
-
-from fd_dsa.device.allocation import Allocate
-from fd_dsa.device.transfers import uploaded
 from fd_dsa.ops.step_kernel import step_kernel
 from fd_dsa.tensor import Tensor
 
 import triton.language as tl  # isort: skip
 
-# words that a program copies at a time, and programs of a pool
-_WORDS, _PARTS = 1024, 8
+# values that a program copies at a time, and programs of a layer
+_VALUES, _PARTS = 1024, 16
 
 
 @step_kernel()
-def copy_slot_kernel(pools_ptr, source, target, WORDS: tl.constexpr):
-    """Copy part `program 1` of a slot of pool `program 0`.
-
-    `pools_ptr` is int64 [pools, 2], address of each pool and words of 4 bytes of its slots.
-    """
-    pool = pools_ptr + 2 * tl.program_id(0)
-    base, size = tl.load(pool).to(tl.pointer_type(tl.int32)), tl.load(pool + 1)
-    step = tl.num_programs(1) * WORDS
-    for first in range(tl.program_id(1) * WORDS, size.to(tl.int32), step):
-        at = first + tl.arange(0, WORDS)
-        words = tl.load(base + source * size + at, mask=at < size, other=0)
-        tl.store(base + target * size + at, words, mask=at < size)
+def copy_slot_kernel(slots_ptr, source, target, num_slots, SIZE: tl.constexpr, TILE: tl.constexpr):
+    """Copy part `program 1` of the slot of layer `program 0`, which has SIZE values."""
+    layer = slots_ptr + tl.program_id(0).to(tl.int64) * num_slots * SIZE
+    old, new = layer + source.to(tl.int64) * SIZE, layer + target.to(tl.int64) * SIZE
+    for first in range(tl.program_id(1) * TILE, SIZE, tl.num_programs(1) * TILE):
+        at = first + tl.arange(0, TILE)
+        values = tl.load(old + at, mask=at < SIZE, other=0.0)
+        tl.store(new + at, values, mask=at < SIZE)
 
 
-class SlotCopy:
-    """Enqueues copies of slots.
+def copy_slot(slots: Tensor, num_slots: int, num_layers: int, source: int, target: int) -> None:
+    """Copy slot `source` of each layer to its slot `target`, one launch.
 
     Args:
-        pools: contiguous tensors of `num_slots` slots each, which must not move. The bytes of a
-            slot are a multiple of 4.
-        allocate: makes tensors on the device of the pools.
+        slots: contiguous, slots of the first layer, then of the next one.
+        num_slots: slots of a layer.
     """
-
-    def __init__(self, pools: Sequence[Tensor], num_slots: int, allocate: Allocate) -> None:
-        # the pools live as long as the table of their addresses
-        self._pools = list(pools)
-        table = [
-            (pool.data_ptr(), prod(pool.shape) * pool.element_size() // num_slots // 4)
-            for pool in pools
-        ]
-        self._table = uploaded(allocate, np.array(table, np.int64))
-
-    def __call__(self, source: int, target: int) -> None:
-        """Enqueue the copy of slot `source` to slot `target`, one launch."""
-        copy_slot_kernel[len(self._pools), _PARTS](
-            self._table, source, target, WORDS=_WORDS, num_warps=4
-        )
+    size = prod(slots.shape) // (num_layers * num_slots)
+    copy_slot_kernel[num_layers, _PARTS](
+        slots, source, target, num_slots, SIZE=size, TILE=_VALUES, num_warps=4
+    )

@@ -27,7 +27,7 @@ from fd_dsa.models.rope import inverse_frequencies
 from fd_dsa.models.rope_config import RopeConfig
 from fd_dsa.ops.dense_kernels import empty_beside
 from fd_dsa.ops.providers import device_kind
-from fd_dsa.ops.slot_copy import SlotCopy
+from fd_dsa.ops.slot_copy import copy_slot
 from fd_dsa.ops.topk.custom_op import slot_selector
 from fd_dsa.ops.v4_attend_kernel import Entries, Windows, attend_v4
 from fd_dsa.ops.v4_write_kernels import (
@@ -77,6 +77,7 @@ class V4DeviceBackend:
         num_snapshots: int = 0,
     ) -> None:
         self._num_snapshots = num_snapshots
+        self._slots: list[tuple[Tensor, int]] = []
         self._config, self._num_rows, self._num_blocks = config, batch.max_num_seqs, num_blocks
         self._allocate = allocate = allocate or paddle_allocator(device)
         self._layout = DeviceLayout(config, dtype, batch.block_size)
@@ -101,14 +102,18 @@ class V4DeviceBackend:
     def allocate_caches(self, has_indexer: Sequence[bool] = ()) -> list[DevicePools]:
         """Allocate the pools of every layer."""
         counts = self._num_blocks, self._num_rows, self._num_snapshots
-        return self._layout.allocate(*counts, self._allocate)
+        pools, self._slots = self._layout.allocate(*counts, self._allocate)
+        return pools
 
-    def slot_copy(self, caches: Sequence[Any]) -> SlotCopy:
-        """Return what copies rings and states between slots: rows, and after them snapshots."""
-        pools = [layer.ring for layer in caches]
-        # no HCA entry pools sources of two blocks
-        pools += [layer.states for layer in caches if layer.index_entries is not None]
-        return SlotCopy(pools, self._num_rows + self._num_snapshots, self._allocate)
+    def copy_slot(self, source: int, target: int) -> None:
+        """Enqueue the copy of a row or snapshot to another one, two launches for all layers.
+
+        The snapshots follow the rows. They are at the ends of blocks, where HCA layers need no
+        states.
+        """
+        num_slots = self._num_rows + self._num_snapshots
+        for slots, num_layers in self._slots:
+            copy_slot(slots, num_slots, num_layers, source, target)
 
     def warm_up(self, num_tokens: int, caches: Sequence[DevicePools]) -> None:
         """See AttentionBackend. All work is on one stream."""

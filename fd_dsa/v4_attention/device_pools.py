@@ -20,8 +20,9 @@ class DevicePools:
             or a snapshot of a row at a block's end.
         entries: [num_blocks, entries of a block, head_dim]; None in a window-only layer.
         index_entries: [num_blocks, entries of a block, index_head_dim]; None without an indexer.
-        states: float32 [slots * pooled tokens, values of a source]; None like `entries`. HCA layers
-            have no slots of snapshots, because no entry of theirs pools sources of two blocks.
+        states: float32 [slots * pooled tokens, values of a source]; None like `entries`. An HCA
+            layer has the slots of rows alone, because none of its entries pools sources of two
+            blocks.
     """
 
     ring: Tensor
@@ -77,18 +78,30 @@ class DeviceLayout:
 
     def allocate(
         self, num_blocks: int, num_rows: int, num_snapshots: int, allocate: Allocate
-    ) -> list[DevicePools]:
-        """Allocate the pools of every layer, with arbitrary contents."""
-        counts = num_blocks, num_rows, num_snapshots
-        return [
-            DevicePools(
-                **{
-                    name: allocate(shape, self._dtype_of(name))
-                    for name, shape in self.shapes(kind, *counts).items()
-                }
-            )
-            for kind in self.config.layer_types
-        ]
+    ) -> tuple[list[DevicePools], list[tuple[Tensor, int]]]:
+        """Allocate the pools of every layer, with arbitrary contents.
+
+        Returns:
+            The pools; and tensors that have the pools with slots of snapshots, layer after layer,
+            each with its number of layers.
+        """
+        counts, kinds = (num_blocks, num_rows, num_snapshots), self.config.layer_types
+        wholes: dict[str, tuple[Tensor, int]] = {}
+        for name, kind, layers in (("ring", WINDOW, len(kinds)), ("states", CSA, kinds.count(CSA))):
+            if layers:
+                size, width = self.shapes(kind, *counts)[name]
+                wholes[name] = allocate((layers * size, width), self._dtype_of(name)), layers
+        found, used = [], dict.fromkeys(wholes, 0)
+        for kind in kinds:
+            pools = {}
+            for name, shape in self.shapes(kind, *counts).items():
+                if name == "ring" or (name, kind) == ("states", CSA):
+                    begin, used[name] = used[name], used[name] + shape[0]
+                    pools[name] = wholes[name][0][begin : begin + shape[0]]
+                else:
+                    pools[name] = allocate(shape, self._dtype_of(name))
+            found.append(DevicePools(**pools))
+        return found, [*wholes.values()]
 
     def _dtype_of(self, name: str) -> str:
         return "float32" if name == "states" else self.dtype

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import paddle
 import pytest
 
 from fd_dsa import LLM, SamplingParams
@@ -52,7 +53,13 @@ def device_model(folder: Path, rig: Rig, dtype: str, *, four_bits: bool = False)
 
 
 def device_runner(
-    model: Any, rig: Rig, dtype: str, block_size: int, rows: int = ROWS, longest: int = LONGEST
+    model: Any,
+    rig: Rig,
+    dtype: str,
+    block_size: int,
+    rows: int = ROWS,
+    longest: int = LONGEST,
+    snapshots: int = 0,
 ) -> ModelRunner:
     """A runner whose rows own scattered blocks, and whose unwritten cache rows are infinite."""
     columns = -(-longest // block_size)
@@ -60,13 +67,21 @@ def device_runner(
     blocks = np.random.default_rng(0).permutation(num_blocks)
     for row in range(rows):
         batch.set_blocks(row, blocks[row:-1:rows])
-    backend = V4DeviceBackend(model.config, batch, num_blocks, rig.device, dtype)
+    sizes = model.config, batch, num_blocks, rig.device, dtype
+    backend = V4DeviceBackend(*sizes, num_snapshots=snapshots)
     runner = ModelRunner(model, batch, None, num_blocks, rig.device, backend, dtype)
+    poison_pools(runner)
+    return runner
+
+
+def poison_pools(runner: ModelRunner) -> None:
+    """Make the pools of a runner infinite."""
     for pools in runner.caches:
         for pool in (pools.ring, pools.entries, pools.index_entries, pools.states):
             if pool is not None:
-                pool.fill_(float("inf"))
-    return runner
+                # unlike `fill_`, it leaves a view in the memory of its tensor, also on the rig
+                infinite = paddle.full(pool.shape, float("inf"), pool.dtype)
+                pool.copy_(infinite.to(pool.place), False)
 
 
 def worst(found: list[np.ndarray], wanted: list[np.ndarray]) -> float:

@@ -1,0 +1,162 @@
+"""DeepSeek-V4 after prefix hits: logits and tokens of requests that compute their whole prompt."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fd_dsa import LLM, SamplingParams
+from fd_dsa.runner import ModelRunner
+from fd_dsa.startup.capture import capture_graphs
+from tests.gpu_rig import Rig
+from tests.gpu_rig.captures import capture_of
+from tests.gpu_rig.device.test_v4_captured import RELEASED, SMALL, captured
+from tests.gpu_rig.device.test_v4_model import (
+    SMOOTH,
+    device_model,
+    device_runner,
+    poison_pools,
+    tokens_of,
+    worst,
+)
+from tests.v4_model.cases import Case
+from tests.v4_model.ours import load_model, make_runner, prompt_logits
+
+pytestmark = [pytest.mark.gpu_rig, pytest.mark.triton, pytest.mark.own_process]
+
+ROWS, SNAPSHOTS = 4, 2
+# of the runner: first row that computes the beginning, and the one that goes on after it
+FIRST, SECOND, OTHER = 0, 1, 3
+Step = dict[int, tuple[list[int], int]]
+
+
+def chunks(rng: np.random.Generator, begin: int, end: int) -> Iterator[tuple[int, int]]:
+    """Bounds of random chunks."""
+    while begin < end:
+        stop = min(begin + int(rng.choice([1, 1, 2, 5, 13, 24])), end)
+        yield begin, stop
+        begin = stop
+
+
+def run(runner: ModelRunner, step: Step) -> np.ndarray:
+    """Logits of the last token of each row: of each its new tokens and how many went before."""
+    batch = runner.input_batch
+    batch.begin_step()
+    last = [
+        batch.add_row(row, ids, done, is_prefill=len(ids) > 1 or not done)
+        for row, (ids, done) in sorted(step.items())
+    ]
+    return np.array(runner.execute_model(np.array(last)))
+
+
+def logits_after(
+    runner: ModelRunner, prompt: list[int], cached: int, seed: int, *, is_hit: bool
+) -> dict[int, np.ndarray]:
+    """Logits of the last tokens of random chunks from `cached` on, beside another request.
+
+    With a hit the state comes from another row, whose request has gone on since, and the row has
+    the state of a third request before.
+    """
+    rng, table = np.random.default_rng(seed), runner.input_batch.block_tables
+    copy, slot = runner.attn_backends[0].copy_slot, ROWS + 1
+    other = rng.integers(2, 90, len(prompt)).tolist()
+    first = FIRST if is_hit else SECOND
+    for begin, end in chunks(rng, 0, cached):
+        run(runner, {first: (prompt[begin:end], begin)})
+    if is_hit:
+        copy(FIRST, slot)
+        run(runner, {FIRST: (other[:20], cached)})
+        run(runner, {SECOND: (other[:40], 0), OTHER: (other[:8], 0)})
+        num_blocks = cached // runner.input_batch.block_size
+        runner.input_batch.set_blocks(SECOND, table[FIRST, :num_blocks])
+        copy(slot, SECOND)
+    found = {}
+    for begin, end in chunks(rng, cached, len(prompt)):
+        step: Step = {SECOND: (prompt[begin:end], begin), OTHER: (other[begin:end], begin - cached)}
+        found[end - 1] = run(runner, step)[0]
+    return found
+
+
+@contextmanager
+def runner_of(
+    rig: Rig, model: Any, dtype: str, block: int, longest: int, is_captured: bool
+) -> Iterator[ModelRunner]:
+    """A runner with snapshots, whose unwritten cache rows are infinite."""
+    runner = device_runner(model, rig, dtype, block, ROWS, longest, SNAPSHOTS)
+    graphs = captured(rig, runner, (2,), (48,)) if is_captured else nullcontext()
+    with graphs:
+        poison_pools(runner)
+        yield runner
+
+
+@pytest.mark.parametrize("is_captured", [False, True], ids=["eager", "captured"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_logits_after_a_hit(rig: Rig, tmp_path: Path, dtype: str, is_captured: bool) -> None:
+    """They are the bits of a row that has computed all its tokens, in the same chunks."""
+    case = Case("small", SMALL, seed=41)
+    folder = case.write(tmp_path)
+    model, cpu = device_model(folder, rig, dtype), load_model(folder)
+    for seed, blocks in enumerate((1, 2)):
+        prompt, cached = case.prompt(44 + seed), blocks * case.block_size
+        found = []
+        for is_hit in (False, True):
+            made = runner_of(rig, model, dtype, case.block_size, 96, is_captured)
+            with made as runner:
+                found.append(logits_after(runner, prompt, cached, seed, is_hit=is_hit))
+        own, after_hit = (np.array([*logits.values()]) for logits in found)
+        np.testing.assert_array_equal(after_hit, own)
+        if dtype == "float32":
+            [wanted] = prompt_logits(make_runner(cpu, case.block_size), [prompt], 40)
+            assert worst([after_hit], [wanted[[*found[1]]]]) < 1e-4
+
+
+def test_a_hit_at_released_sizes(rig: Rig, tmp_path: Path) -> None:
+    """Windows, ratios and blocks have their released sizes."""
+    case = Case("released", RELEASED, seed=42)
+    folder = case.write(tmp_path)
+    model, prompt = device_model(folder, rig, "float32"), case.prompt(150)
+    [wanted] = prompt_logits(make_runner(load_model(folder), case.block_size), [prompt], 75)
+    with runner_of(rig, model, "float32", case.block_size, 256, False) as runner:
+        found = logits_after(runner, prompt, case.block_size, 0, is_hit=True)
+    assert worst([np.array([*found.values()])], [wanted[[*found]]]) < 1e-4
+
+
+FORMS: dict[str, dict[str, Any]] = {
+    "chunks of 24 beside answers": {"max_num_batched_tokens": 24},
+    "preemption": {"num_gpu_blocks_override": 5, "max_num_batched_tokens": 24},
+}
+
+
+@pytest.mark.parametrize("sizes_of_graphs", [(), (2, 4)], ids=["eager", "captured"])
+@pytest.mark.parametrize("form", FORMS)
+def test_tokens_of_the_engine(
+    form: str, rig: Rig, tmp_path: Path, sizes_of_graphs: tuple[int, ...]
+) -> None:
+    """Requests that begin alike, one of them with several outputs, have the CPU's tokens."""
+    case = Case("smooth", SMOOTH, seed=43)
+    folder, begin = case.write_served(tmp_path), case.prompt(45)
+    prompts = [[*begin, 9], [*begin, 7, 8], [*begin[:17], *case.prompt(20)]]
+    one, two = (SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, n=n) for n in (1, 2))
+    sizes = {"block_size": 16, "max_num_seqs": 4, "max_model_len": 64}
+    with LLM(model=folder, device="cpu", **sizes) as llm:
+        wanted = tokens_of(llm, prompts, one)
+    own = sizes | {"dtype": "float32", "enforce_eager": True} | FORMS[form]
+    with LLM(model=folder, device=rig.device, **own) as llm:
+        runner = llm.engine.runner
+        if sizes_of_graphs:
+            capture_graphs(runner, sizes_of_graphs, capture_of(rig))
+        poison_pools(runner)
+        assert tokens_of(llm, prompts[:1], two) == wanted[:1] * 2
+        assert tokens_of(llm, prompts, one) == wanted
+        stats = llm.stats()
+        assert stats.prefix_cache_hits > 0
+        assert (stats.num_preemptions > 0) == (form == "preemption")
+        assert (runner.counters.graph_steps["decode"] > 0) == bool(sizes_of_graphs)
+        runner.graphs = None
+    gc.collect()
