@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 
 
 class Snapshots:
-    """Which block has which snapshot.
+    """Snapshots of rows by block.
 
     A row may go on after a block with a snapshot. The snapshot used least recently makes room.
 

@@ -20,9 +20,7 @@ class DevicePools:
             or a snapshot of a row at a block's end.
         entries: [num_blocks, entries of a block, head_dim]; None in a window-only layer.
         index_entries: [num_blocks, entries of a block, index_head_dim]; None without an indexer.
-        states: float32 [slots * pooled tokens, values of a source]; None like `entries`. An HCA
-            layer has the slots of rows alone, because none of its entries pools sources of two
-            blocks.
+        states: float32 [slots * pooled tokens, values of a source]; None like `entries`.
     """
 
     ring: Tensor
@@ -85,6 +83,7 @@ class DeviceLayout:
             The pools; and tensors that have the pools with slots of snapshots, layer after layer,
             each with its number of layers.
         """
+        # HCA layers have no states of snapshots, because no entry pools sources of two blocks
         counts, kinds = (num_blocks, num_rows, num_snapshots), self.config.layer_types
         wholes: dict[str, tuple[Tensor, int]] = {}
         for name, kind, layers in (("ring", WINDOW, len(kinds)), ("states", CSA, kinds.count(CSA))):

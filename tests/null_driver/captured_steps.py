@@ -38,6 +38,8 @@ def main() -> None:
         "max_num_batched_tokens": 1024,
         "kv_cache_memory_bytes": "4G",
         "enforce_eager": True,
+        # copies of snapshots are launches between steps
+        "enable_prefix_caching": False,
     }
     driver = NullDriver()
     with tempfile.TemporaryDirectory() as folder:

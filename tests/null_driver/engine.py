@@ -34,7 +34,7 @@ V4: dict[str, Any] = {
     "n_routed_experts": 16,
     "torch_dtype": "bfloat16",
 }
-V4_FLAGS: dict[str, Any] = {"enable_prefix_caching": False, "block_size": 128}
+V4_FLAGS: dict[str, Any] = {"block_size": 128}
 
 
 class NullDriver:

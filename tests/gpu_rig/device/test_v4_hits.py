@@ -29,6 +29,7 @@ from tests.v4_model.cases import Case
 from tests.v4_model.ours import load_model, make_runner, prompt_logits
 
 pytestmark = [pytest.mark.gpu_rig, pytest.mark.triton, pytest.mark.own_process]
+slow = pytest.mark.slow
 
 ROWS, SNAPSHOTS = 4, 2
 # of the runner: first row that computes the beginning, and the one that goes on after it
@@ -89,31 +90,39 @@ def runner_of(
 ) -> Iterator[ModelRunner]:
     """A runner with snapshots, whose unwritten cache rows are infinite."""
     runner = device_runner(model, rig, dtype, block, ROWS, longest, SNAPSHOTS)
-    graphs = captured(rig, runner, (2,), (48,)) if is_captured else nullcontext()
+    graphs = captured(rig, runner, (2,)) if is_captured else nullcontext()
     with graphs:
         poison_pools(runner)
         yield runner
 
 
-@pytest.mark.parametrize("is_captured", [False, True], ids=["eager", "captured"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_logits_after_a_hit(rig: Rig, tmp_path: Path, dtype: str, is_captured: bool) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "num_blocks", "is_captured"),
+    [
+        ("float32", 1, False),
+        ("bfloat16", 2, True),
+        *(pytest.param("float32", 2, is_captured, marks=slow) for is_captured in (False, True)),
+    ],
+)
+def test_logits_after_a_hit(
+    rig: Rig, tmp_path: Path, dtype: str, num_blocks: int, is_captured: bool
+) -> None:
     """They are the bits of a row that has computed all its tokens, in the same chunks."""
     case = Case("small", SMALL, seed=41)
     folder = case.write(tmp_path)
     model, cpu = device_model(folder, rig, dtype), load_model(folder)
-    for seed, blocks in enumerate((1, 2)):
-        prompt, cached = case.prompt(44 + seed), blocks * case.block_size
-        found = []
-        for is_hit in (False, True):
-            made = runner_of(rig, model, dtype, case.block_size, 96, is_captured)
-            with made as runner:
-                found.append(logits_after(runner, prompt, cached, seed, is_hit=is_hit))
-        own, after_hit = (np.array([*logits.values()]) for logits in found)
-        np.testing.assert_array_equal(after_hit, own)
-        if dtype == "float32":
-            [wanted] = prompt_logits(make_runner(cpu, case.block_size), [prompt], 40)
-            assert worst([after_hit], [wanted[[*found[1]]]]) < 1e-4
+    cached = num_blocks * case.block_size
+    prompt, found = case.prompt(cached + 22), []
+    for is_hit in (False, True):
+        made = runner_of(rig, model, dtype, case.block_size, 96, is_captured)
+        with made as runner:
+            found.append(logits_after(runner, prompt, cached, num_blocks, is_hit=is_hit))
+            assert is_captured == (runner.counters.graph_steps["decode"] > 0)
+    own, after_hit = (np.array([*logits.values()]) for logits in found)
+    np.testing.assert_array_equal(after_hit, own)
+    if dtype == "float32":
+        [wanted] = prompt_logits(make_runner(cpu, case.block_size), [prompt], 40)
+        assert worst([after_hit], [wanted[[*found[1]]]]) < 1e-4
 
 
 def test_a_hit_at_released_sizes(rig: Rig, tmp_path: Path) -> None:
@@ -133,8 +142,15 @@ FORMS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("sizes_of_graphs", [(), (2, 4)], ids=["eager", "captured"])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("form", "sizes_of_graphs"),
+    [
+        ("chunks of 24 beside answers", (2, 4)),
+        ("preemption", ()),
+        pytest.param("chunks of 24 beside answers", (), marks=slow),
+        pytest.param("preemption", (2, 4), marks=slow),
+    ],
+)
 def test_tokens_of_the_engine(
     form: str, rig: Rig, tmp_path: Path, sizes_of_graphs: tuple[int, ...]
 ) -> None:
