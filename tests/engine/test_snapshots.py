@@ -46,7 +46,7 @@ def stateful_engine(num_snapshots: int = 8, **sizes: Any) -> Any:
     """An engine whose rows have states."""
     engine = make_engine(**sizes)
     manager = engine.block_manager
-    engine.runner = runner = StatefulRunner(engine._input_batch, manager.num_blocks)
+    engine.runner = runner = StatefulRunner(engine.runner.input_batch, manager.num_blocks)
     manager.shares_blocks = False
     manager.snapshots = Snapshots(range(100, 100 + num_snapshots), runner.copy)
     return engine
@@ -119,7 +119,7 @@ def test_random_histories(seed: int) -> None:
             temperature=0,
             max_tokens=length,
             ignore_eos=True,
-            n=draw.choice([1, 1, 2]) if engine._input_batch.max_num_seqs > 1 else 1,
+            n=draw.choice([1, 1, 2]) if engine.runner.input_batch.max_num_seqs > 1 else 1,
             skip_reading_prefix_cache=draw.random() < 0.1,
         )
         wanted[name] = expected_greedy(prompt, length, eos=None)

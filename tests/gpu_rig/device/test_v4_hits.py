@@ -125,6 +125,7 @@ def test_logits_after_a_hit(
         assert worst([after_hit], [wanted[[*found[1]]]]) < 1e-4
 
 
+@slow
 def test_a_hit_at_released_sizes(rig: Rig, tmp_path: Path) -> None:
     """Windows, ratios and blocks have their released sizes."""
     case = Case("released", RELEASED, seed=42)
