@@ -207,13 +207,14 @@ def test_flags_that_are_refused(
         make_plan(EngineConfig(model=CASES["mixed"].write(tmp_path), **(served | own | fields)))
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_bytes_of_the_plan(dtype: str, rig: Rig, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("dtype", "snapshots"), [("bfloat16", 16), ("float32", 0)])
+def test_bytes_of_the_plan(dtype: str, snapshots: int, rig: Rig, tmp_path: Path) -> None:
     """The plan counts the bytes that weights and pools take."""
     case = Case("smooth", SMOOTH, seed=23)
     folder = case.write_served(tmp_path)
     sizes = {"block_size": 16, "max_num_seqs": 3, "max_num_batched_tokens": 24, "dtype": dtype}
-    own = {"enforce_eager": True, "enable_prefix_caching": False, "num_gpu_blocks_override": 7}
+    own = {"enforce_eager": True, "num_gpu_blocks_override": 7}
+    own["enable_prefix_caching"] = snapshots > 0
     config = EngineConfig(model=folder, device=rig.device, max_model_len=64, **sizes, **own)
     plan, taken = make_plan(config), []
     allocate = paddle_allocator(rig.device)
@@ -227,7 +228,8 @@ def test_bytes_of_the_plan(dtype: str, rig: Rig, tmp_path: Path) -> None:
     assert sum(taken) == plan.memory.weight_bytes
     taken.clear()
     batch = InputBatch(3, 24, 4, 16)
-    backend = V4DeviceBackend(plan.model_config, batch, 7, rig.device, dtype, counted)
+    parts = plan.model_config, batch, 7, rig.device, dtype, counted
+    backend = V4DeviceBackend(*parts, num_snapshots=snapshots)
     assert 0 <= workspace_bytes(plan.model_config, batch) - sum(taken) < 16 << 10
     taken.clear()
     backend.allocate_caches()
