@@ -29,7 +29,18 @@ RESERVED_BYTES = 1 << 10
 MOST_STACK_BYTES = 288
 # kernels that do not wait for those before them, and those that read a weight ahead of the wait
 ALONE = "dequantize", "records", "positions", "fill", "step", "v4 rows", "expand"
-ALONE += "place", "scan", "settle", "masses", "gather", "draw", "verify", "follow", "extend"
+ALONE += (
+    "place",
+    "snapshots",
+    "scan",
+    "settle",
+    "masses",
+    "gather",
+    "draw",
+    "verify",
+    "follow",
+    "extend",
+)
 AHEAD = "norm", "choice"
 # before, Triton has no `gdc_wait`, or calls it otherwise
 CAN_WAIT = tuple(map(int, re.findall(r"\d+", version("triton"))[:2])) >= (3, 5)
@@ -84,7 +95,7 @@ def test_every_form_compiles() -> None:
 def test_forms_of_deepseek_v4(capability: int) -> None:
     made = compiled(V4, capability)
     names = {"streams", "norm", "keys", "rotate", "pool", "keep", "attend", "silu", "experts"}
-    assert {form["label"] for form in made} == names | {"choice", "look up", "place"}
+    assert {form["label"] for form in made} == names | {"choice", "look up", "place", "snapshots"}
     for form in made:
         if capability == 90:
             assert_waits(form)

@@ -6,6 +6,7 @@ V4 = """
 from fd_dsa.ops import dense_kernels as dense
 from fd_dsa.ops.expert_gemm import block_sizes, configuration, expert_gemm_kernel
 from fd_dsa.ops.expert_kernels import choose_experts_kernel, look_up_experts_kernel
+from fd_dsa.ops.slot_copy import copy_slot_kernel
 from fd_dsa.ops.stream_kernels import expand_streams_kernel, read_streams_kernel
 from fd_dsa.ops.v4_attend_kernel import attend_v4_kernel
 from fd_dsa.ops import v4_write_kernels as write
@@ -41,6 +42,7 @@ for kind in ("float32", "bfloat16"):
                 PADDED=WIDTH, INDEX_PADDED=INDEX, **absent)
         compile("keep", write.keep_step_kernel, types, WIDTH=WIDTH, SOURCE=source,
                 POOL=ratio * halves, PADDED=WIDTH)
+    compile("snapshots", copy_slot_kernel, dict(slots_ptr=kind), SIZE=128 * WIDTH, TILE=1024)
     none = dict.fromkeys(("sources_ptr", "kept_ptr", "states_ptr"))
     compile("keep", write.keep_step_kernel, types, WIDTH=WIDTH, SOURCE=1, POOL=1, PADDED=WIDTH,
             **none)
