@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import subprocess
 import sys
 import textwrap
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +22,7 @@ from fd_dsa.errors import RankError
 from fd_dsa.startup.ranks import Ranks
 from tests.distributed.test_llm import RANK, ranks_left
 from tests.distributed.test_server import FLAGS, ask, nothing_is_left, rank_of
+from tests.one_order import check_equal_bits
 from tests.proc import children
 from tests.serve.conftest import wait_until
 from tests.serve.processes import serving
@@ -81,17 +81,7 @@ def compare_sizes(kv_cache_dtype: str, drafts: Any) -> None:
     ],
 )
 def test_no_bit_of_an_answer_depends_on_host_memory(kv_cache_dtype: str, drafts: Any) -> None:
-    program = COMPARE.format(kv_cache_dtype=kv_cache_dtype, drafts=drafts)
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", program],
-        env={**os.environ, "FD_DSA_BATCH_INVARIANT": "1"},
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-    )
-    if "got 1, but on this machine" in done.stderr:
-        pytest.skip("the matrix library keeps no order on this processor, and the engine says so")
-    assert done.stdout.strip() == "equal", done.stderr[-4000:]
+    check_equal_bits(COMPARE.format(kv_cache_dtype=kv_cache_dtype, drafts=drafts))
 
 
 # rank 1 with other copies of blocks

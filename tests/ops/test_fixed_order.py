@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ from fd_dsa.ops import mla as attention
 from fd_dsa.ops.logits import host_scores as scoring
 from fd_dsa.runner.protocol import RunnerInfo
 from tests.attention.harness import Sizes, rows_of, world_of
+from tests.one_order import check_equal_bits
 from tests.strategies import make_batch
 
 ROOT = Path(__file__).parents[2]
@@ -45,22 +45,8 @@ print("equal")
 """
 
 
-def run_program(**environment: str) -> subprocess.CompletedProcess[str]:
-    """The program in a process of its own: its matrix library reads the environment once."""
-    return subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", PROGRAM],
-        env={**os.environ, **environment},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-
-
 def test_logits_do_not_depend_on_chunks_company_or_batch() -> None:
-    done = run_program(FD_DSA_BATCH_INVARIANT="1")
-    if "got 1, but on this machine" in done.stderr:
-        pytest.skip("the matrix library keeps no order on this processor, and the engine says so")
-    assert done.stdout.strip() == "equal", done.stderr[-2000:]
+    check_equal_bits(PROGRAM)
 
 
 @pytest.fixture
