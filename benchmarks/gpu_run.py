@@ -72,7 +72,8 @@ _ENGINE = {
 # a section that is cut off has printed the names of the tests that failed
 _TESTS = (sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider")
 _PYTEST = (
-    *(*_TESTS, "-m", "gpu"),
+    *_TESTS,
+    *("-m", "gpu"),
     # one file that cannot be imported fails the section, and the others still run; a warning of
     # another package's version is no wrong result
     *("--continue-on-collection-errors", "-W", "default"),

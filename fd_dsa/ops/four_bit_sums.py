@@ -14,14 +14,15 @@ Source: PTX ISA 8.5, `mul` for bf16, which keeps denormal numbers, and `prmt`.
 from __future__ import annotations
 
 from fd_dsa.ops.device_functions import to_bfloat16, widened
+from fd_dsa.ops.fp4 import PIECE
 from fd_dsa.triton_runtime import INTERPRETING
 
 import triton  # isort: skip
 import triton.language as tl  # isort: skip
 
 _INTERPRETING = tl.constexpr(INTERPRETING)
-_PIECE = tl.constexpr(128)
-"""Number of values of a column in a piece of the layout, 16 words of 8 codes."""
+# 16 words of 8 codes
+_PIECE = tl.constexpr(PIECE)
 
 
 def _assembly(*codes: str) -> str:

@@ -12,6 +12,8 @@ from __future__ import annotations
 import numpy as np
 
 E8M0_NAN = np.uint8(0xFF)
+PIECE = 128
+"""Number of values of a row that are contiguous in the layout of a device, see FourBitWeight."""
 FACTOR_POWER = 26
 """Exponent of 2 by which a device's factors of e2m1 matrices are raised.
 
