@@ -236,7 +236,9 @@ def expert_cases(bench: Bench, *, tilings: bool, peer: Path | None) -> Iterator[
         ):
             entry[f"{name}_us"] = bench.time_us([call])
             sizes = "uint8", tokens * TOP_K, EXPERTS, is_gated
-            tiling = entry[f"{name}_tiling"] = expert_gemm.configuration(*sizes, 227 << 10)
+            columns = WIDTH if is_gated else HIDDEN
+            chosen = expert_gemm.configuration(*sizes, columns, 227 << 10)
+            tiling = entry[f"{name}_tiling"] = chosen
             entry[f"{name}_triton_us"] = bench.time_us([partial(call, tiling)])
             if tilings:
                 entry[f"{name}_tilings"] = tried(

@@ -39,17 +39,19 @@ import triton  # isort: skip
 import triton.language as tl  # isort: skip
 
 _GROUP = tl.constexpr(GROUP)
+# of all tiles in four bits: four of 32 columns for each processor of an H200
+_FEW_COLUMNS = 4 * 132 * 32
 
 
 @lru_cache(maxsize=4096)
 def configuration(
-    kind: str, num_pairs: int, num_experts: int, gated: bool, shared_bytes: int
+    kind: str, num_pairs: int, num_experts: int, gated: bool, columns: int, shared_bytes: int
 ) -> Tiling:
     """Return the tiling for a number of pairs, with stages that fit the shared memory of a block.
 
     A stage is 128 bytes along K. A gated tile in FP8 has 128 columns.
     """
-    tiling = _fastest(kind, num_pairs, num_experts, gated)
+    tiling = _fastest(kind, num_pairs, num_experts, gated, columns)
     stage_bytes = (tiling.columns * (1 + gated) + tiling.rows) * 128
     if kind == "four bits":
         width = _four_bit_width(tiling)
@@ -64,19 +66,17 @@ def configuration(
     return tiling._replace(num_stages=min(tiling.num_stages, max_stages))
 
 
-def _fastest(kind: str, num_pairs: int, num_experts: int, gated: bool) -> Tiling:
-    """Return the fastest tiling of `benchmarks.gpu_gemms` on Hopper."""
+def _fastest(kind: str, num_pairs: int, num_experts: int, gated: bool, columns: int) -> Tiling:
+    """Return the fastest tiling of `benchmarks.gpu_gemms` and `four_bit_experts` on Hopper."""
     mean = num_pairs / num_experts
     if kind == "float32":
         return Tiling(16 if mean <= 16 else 32, 64, 4, 3)
     # a tile that holds the pairs of nearly all experts, whose number varies around the mean
     rows = next((rows for rows in (16, 32, 64) if mean <= rows / 2), 128)
     if kind == "four bits":
-        # not tuned on a GPU. The columns are those of gate and up together
-        columns = 64 if gated and num_pairs <= 64 else 128
-        # with at most 8 pairs each processor has one gated tile, which may take all shared memory
-        stages = 6 if gated and num_pairs <= 8 else 3 if rows in (32, 64) else 4
-        return Tiling(rows, columns >> gated, 4 if rows == 16 else 8, stages)
+        if gated and rows == 16 and min(num_pairs, num_experts) * columns <= _FEW_COLUMNS:
+            return Tiling(rows, 32, 4, 6)
+        return Tiling(rows, 128 >> gated, 4 if rows == 16 else 8, 3 if rows in (32, 64) else 4)
     if rows == 128:
         # with 8 warps the registers do not hold the sums of both halves
         return Tiling(128, 128, 16 if gated else 8, 4)
@@ -310,7 +310,7 @@ def expert_gemm(
         )  # fmt: skip
     elif num_pairs and columns:
         shared_bytes = traits_for(rows).shared_bytes
-        shape = rows_of_tiles(num_pairs), experts, gated, shared_bytes
+        shape = rows_of_tiles(num_pairs), experts, gated, columns, shared_bytes
         tiling = tiling or configuration(kind, *shape)
         options = block_sizes(kind, columns, width, tiling)
         max_tiles = min(experts, num_pairs) + num_pairs // tiling.rows

@@ -40,7 +40,7 @@ def four_bit_gemm(
     num_pairs = num_tokens * top_k
     out = empty_beside(x, num_pairs, columns, dtype="bfloat16")
     if num_pairs and columns:
-        shape = rows_of_tiles(num_pairs), experts, gated, traits_for(x).shared_bytes
+        shape = rows_of_tiles(num_pairs), experts, gated, columns, traits_for(x).shared_bytes
         tiling = tiling or configuration("four bits", *shape)
         options = block_sizes("four bits", columns, width, tiling)
         max_tiles = min(experts, num_pairs) + num_pairs // tiling.rows

@@ -13,7 +13,7 @@ for kind, group in ("e4m3", 16), ("e8m0", 32), ("int4", 128), ("int4", 32):
     for tokens in (1, 8192):
         for columns, width in ((2048, 7168), (7168, 2048)):
             gated = columns == 2048
-            tiling = configuration("four bits", 8 * tokens, 256, gated, SHARED)
+            tiling = configuration("four bits", 8 * tokens, 256, gated, columns, SHARED)
             compile("experts", expert_gemm_kernel, types, ROW_PAIRS=8 if gated else 1,
                     NUM_EXPERTS=256, WIDTH=width, COLUMNS=columns, GATED=gated,
                     ROUND_SCALES=False, NATIVE=False, EXPERTS=256, LIMIT=None, GROUP=group,

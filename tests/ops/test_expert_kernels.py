@@ -217,7 +217,7 @@ def test_chosen_tilings_are_candidates() -> None:
             for gated in (False, True):
                 # of Hopper, the A100 and the L40S
                 for shared_bytes in (227 << 10, 163 << 10, 99 << 10):
-                    chosen = configuration(kind, 8 * tokens, 256, gated, shared_bytes)
+                    chosen = configuration(kind, 8 * tokens, 256, gated, 512, shared_bytes)
                     assert chosen in _tilings.experts(kind, gated)
 
 

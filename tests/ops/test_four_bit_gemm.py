@@ -144,8 +144,11 @@ def test_chosen_tilings_are_candidates() -> None:
     for tokens in (1, 2, 128, 512, 1024, 2048, 8192):
         for gated in (False, True):
             for shared_bytes in (227 << 10, 163 << 10, 99 << 10):
-                chosen = configuration("four bits", 8 * tokens, 256, gated, shared_bytes)
-                assert chosen in _tilings.experts("four bits", gated)
+                for columns in (256, 512, 7168):
+                    sizes = 8 * tokens, 256, gated, columns, shared_bytes
+                    assert configuration("four bits", *sizes) in _tilings.experts(
+                        "four bits", gated
+                    )
 
 
 def test_bits_are_the_same_every_time(paddle_memory: KernelMemory) -> None:

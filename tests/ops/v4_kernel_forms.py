@@ -58,7 +58,7 @@ for kind in ("float32", "bfloat16"):
                 NUM_EXPERTS=256, WIDTH=4096, COLUMNS=2048, GATED=True, ROUND_SCALES=False,
                 NATIVE=NATIVE, EXPERTS=256, LIMIT=10.0, **NOT_FOUR_BITS,
                 **block_sizes(kind, 2048, 4096, configuration(kind, 6 * tokens, 256, True,
-                                                              SHARED)))
+                                                              2048, SHARED)))
 compile("place", place_step_kernel, INT32_TYPES | {"newest_ptr": "int64"}, WINDOW=128,
         BLOCK_SIZE=128, CSA_RATIO=4, HCA_RATIO=128, ROW_TILE=256, TILE=128)
 compile("choice", choose_experts_kernel, INT32_TYPES | {"slot_mapping_ptr": "int32"}, num_warps=8,
