@@ -12,6 +12,8 @@ from fd_dsa.models.registry import FamilyConfig
 _MAX_PROMPTS = 16
 # data of the driver for a graph of some thousand launches
 _GRAPH_BYTES = 4 << 20
+# pages of the driver that the shared memory of all graphs fills in part
+_POOL_BYTES = 8 << 20
 
 
 def powers_below(limit: int) -> list[int]:
@@ -85,7 +87,7 @@ def graph_bytes(
     else:
         token = _v4_values(config)
     values = kept + max(captured) * token + max(*sizes, max_samples) * logits
-    return 4 * values + graphs * _GRAPH_BYTES
+    return 4 * values + graphs * _GRAPH_BYTES + _POOL_BYTES
 
 
 def _dsa_values(config: ModelConfig) -> int:

@@ -92,3 +92,12 @@ def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("demo") / "model"
     cut(demo_model_path(), folder, 2)
     return folder
+
+
+@pytest.fixture(autouse=True, scope="module")
+def thawed() -> None:
+    """Allow compilation again: an engine of another module ends it for the whole process."""
+    if current() is not None:
+        from fd_dsa.triton_runtime import unfreeze
+
+        unfreeze()
