@@ -106,7 +106,7 @@ def free_device_bytes(device: str, utilization: float = 1.0) -> int | None:
 
     free, total = ctypes.c_size_t(), ctypes.c_size_t()
     with cuda().context(_index_of(device)):
-        code = ctypes.CDLL("libcuda.so.1").cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total))
+        code = cuda().library.cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total))
         cuda().check(code, "cuMemGetInfo_v2")
     return max(free.value - int((1 - utilization) * total.value), 0)
 

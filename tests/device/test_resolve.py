@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import paddle
 import pytest
 from paddle.base import core
@@ -82,3 +84,25 @@ def test_float32_is_not_tf32_on_a_gpu(device: str, allowed: bool) -> None:
 
 def test_the_memory_of_a_cpu_is_the_systems_own() -> None:
     assert free_device_bytes("cpu") is None
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize(
+    ("device", "share", "free"),
+    [("gpu", 1.0, 6000), ("gpu:0", 0.75, 3500), ("gpu:1", 1.0, 500), ("gpu:1", 0.5, 0)],
+)
+def test_the_free_memory_of_a_gpu_is_within_a_share(
+    monkeypatch: pytest.MonkeyPatch, device: str, share: float, free: int
+) -> None:
+    from tests.triton_runtime.fakes import FakeLibrary, driven_by
+
+    library = FakeLibrary(num_devices=2)
+
+    def memory(free: Any, total: Any) -> int:
+        free._obj.value, total._obj.value = (500 if library.context() == 0x1001 else 6000), 10_000
+        return 0
+
+    monkeypatch.setattr(library, "cuMemGetInfo_v2", memory)
+    monkeypatch.setattr("fd_dsa.triton_runtime.INTERPRETING", False)
+    with driven_by(library):
+        assert free_device_bytes(device, share) == free
