@@ -98,6 +98,8 @@ def test_a_grammar_that_outputs_follow_is_not_compiled_again(monkeypatch):
     threads, compiler, matcher = compiler_with_a_follower(monkeypatch)
     compiler.check(params(FORMS["choice"]))
     compiler.check(params(FORMS["regex"]))
+    # and a poll gives the other thread nothing to do
+    assert compiler.poll(params(FORMS["regex"])) is not None and not compiler.wait()
     assert len(threads) == 2
     del matcher
     compiler.check(params(FORMS["choice"]))

@@ -64,6 +64,20 @@ def test_the_end_of_a_child_is_described(
     assert not child.is_running
 
 
+def test_a_child_that_only_ends_its_connection_is_described(
+    child: ChildProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    child.connection.send("connection.close(); time.sleep(60)")
+    with pytest.raises(EOFError):
+        child.connection.recv()
+    wait = subprocess.Popen.wait
+    with monkeypatch.context() as patch:
+        # a hundredth of the time that a child has to end
+        patch.setattr(subprocess.Popen, "wait", lambda process, time_s: wait(process, time_s / 100))
+        assert child.how_ended() == ("ended its connection but not itself", "")
+    assert child.is_running
+
+
 def test_signals_to_all_processes_are_the_parents(child: ChildProcess) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         os.kill(child.pid, number)

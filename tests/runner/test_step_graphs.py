@@ -122,6 +122,16 @@ def test_the_largest_are_captured_first() -> None:
     assert graphs.steps() == [(4, 64, None), (1, 64, None)]
 
 
+def test_further_drafts_take_the_smallest_graph_that_holds_them() -> None:
+    graphs = StepGraphs((2, 4), 100, 640)
+    for size in ((2, 100, 2), (2, 640, 2), (4, 640, 2), (4, 640, 3)):
+        graphs.drafts[size] = partial(print, size)
+    asked = (1, 100, 2), (2, 101, 2), (3, 9, 2), (1, 9, 3), (5, 9, 2), (1, 641, 2), (1, 9, 4)
+    found = [graphs.more_drafts(*size) for size in asked]
+    sizes = [replay.args[0] if isinstance(replay, partial) else None for replay in found]
+    assert sizes == [(2, 100, 2), (2, 640, 2), (4, 640, 2), (4, 640, 3), None, None, None]
+
+
 class Graph:
     """Stands for Paddle's CUDAGraph; `fails` is the call that it refuses."""
 

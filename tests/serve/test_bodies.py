@@ -56,8 +56,13 @@ def test_bodies_together_take_a_bounded_memory(monkeypatch: pytest.MonkeyPatch) 
             for _ in range(3):
                 client = stack.enter_context(connected(live.url))
                 client.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % size + b" " * (size - 1))
-            wait_until(lambda: live.state.num_body_bytes == 3 * (size - 1 - (64 << 10)))
-            answer = post(size)
+            counted = 3 * (size - 1 - (64 << 10))
+            wait_until(lambda: live.state.num_body_bytes == counted)
+            # one body of just what is left, and one that is a byte longer
+            left = 3 * size - counted + (64 << 10)
+            assert post(left).is_success
+            wait_until(lambda: live.state.num_body_bytes == counted)
+            answer = post(left + 1)
             error = error_of(answer, 429)
             assert error["code"] == "too_many_bytes"
             assert f"allowed: {3 * size}, 3 times --max-body-size" in error["message"]

@@ -211,9 +211,11 @@ def test_graphs_take_their_share_and_are_told() -> None:
     assert made.num_blocks == 1024 and made.graph_bytes == 4 * GIB
     assert "graphs 4.0 GiB, free 16.0 GiB" in made.summary()
     assert "graphs" not in plan(16 * GIB).summary()
-    said = r"\+ graphs 7.0 GiB\), free 16.0 GiB; give fewer .*--enforce-eager"
-    with pytest.raises(ConfigError, match=said):
-        plan_memory(config, graph_bytes=7 * GIB, free_bytes=16 * GIB, **sizes)
+    # the second one leaves just the room for all else
+    for graphs, free in ((7 * GIB, 16 * GIB), (GIB, 10 * GIB + 10 * BLOCK)):
+        said = rf"\+ graphs {graphs // GIB}.0 GiB\), free 1.*; give fewer .*--enforce-eager"
+        with pytest.raises(ConfigError, match=said):
+            plan_memory(config, graph_bytes=graphs, free_bytes=free, **sizes)
 
 
 def test_host_memory_for_prefix_blocks_is_beside_the_caches() -> None:

@@ -155,6 +155,14 @@ def test_fewer_chosen_keys_make_more_tokens_sparse() -> None:
     assert sparse == [0, 64 - 16]
 
 
+def test_as_many_keys_may_be_chosen_as_a_row_can_have() -> None:
+    most = make_plan(EngineConfig(device="cpu")).model_config.max_position_embeddings
+    assert make_plan(EngineConfig(device="cpu", index_topk=most)).model_config.index_topk == most
+    said = rf"^--index-topk: got {most + 1}, allowed: at most {most}, "
+    with pytest.raises(ConfigError, match=said):
+        make_plan(EngineConfig(device="cpu", index_topk=most + 1))
+
+
 def test_the_share_of_a_device_that_may_be_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 

@@ -7,7 +7,11 @@ import itertools
 
 import pytest
 
+from fd_dsa.config import EngineConfig, demo_model_path
 from fd_dsa.startup import progress
+from fd_dsa.startup.load import load_model
+from fd_dsa.startup.memory import format_bytes
+from fd_dsa.startup.plan import make_plan
 from fd_dsa.startup.progress import LoadProgress, StartupProgress
 
 
@@ -51,6 +55,25 @@ def test_large_steps_make_one_line_each(caplog: pytest.LogCaptureFixture) -> Non
         for done in (0, 60, 70, 80, 100):
             progress(done, 100)
     assert [line.split()[1] for line in caplog.messages] == ["60", "80"]
+
+
+@pytest.mark.usefixtures("slow")
+@pytest.mark.parametrize("total", [0, 1])
+def test_the_end_of_a_load_has_no_line(caplog: pytest.LogCaptureFixture, total: int) -> None:
+    with caplog.at_level("INFO"), LoadProgress(StartupProgress(), io.StringIO()) as progress:
+        progress(total, total)
+    assert caplog.messages == []
+
+
+@pytest.mark.usefixtures("slow")
+def test_a_load_tells_the_bytes_of_a_model(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    told: list[str] = []
+    plan = make_plan(EngineConfig(device="cpu", max_model_len=128, max_num_seqs=1))
+    load_model(plan, None, StartupProgress(lambda index, detail: told.append(detail)))
+    total = format_bytes(sum(x.stat().st_size for x in demo_model_path().glob("*.safetensors")))
+    assert told[-2:] == [f"{total} of {total}", ""]
+    assert f" {total} read in " in caplog.messages[-1]
 
 
 def test_bar_on_a_terminal() -> None:
