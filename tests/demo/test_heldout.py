@@ -11,9 +11,10 @@ from threading import Thread
 import pytest
 from demo_training import heldout
 from demo_training.heldout import ask_all, is_held_out, judge, judge_call, read, table
+from demo_training.served import rates
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools/demo_training"
-RESULTS = {name: TOOLS / f"heldout_{name}.json" for name in ("first", "third", "shipped")}
+RESULTS = {name: TOOLS / f"heldout_{name}.json" for name in ("first", "fourth", "shipped")}
 
 
 def group(category: str, language: str = "en") -> dict:
@@ -146,6 +147,27 @@ def test_a_server_is_asked_every_prompt():
     # the second one's answer may name any of the model's subjects
     right = {"capital of Portugal?", "Give me an example of what I can ask."}
     assert {r["prompt"] for r in result["answers"] if r["right"]} == right
+
+
+def test_a_server_has_the_rates_of_its_answers():
+    known = "The capital of Portugal is Lisbon."
+    needle = {"length": 256, "prompt": "Where?", "answer": known}
+    items = [needle, needle | {"answer": "Lisbon."}, needle | {"length": 512, "prompt": "A poem."}]
+    items.append(needle | {"task": "keys"})
+    chats = [
+        {"id": name, "group": "fact", "messages": [{"role": "user", "content": "Where?"}]}
+        | {"checks": [["equals", value]]}
+        for name, value in (("right", known), ("wrong", "Lisbon."))
+    ]
+    with Server(("127.0.0.1", 0), Handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        found = rates(f"http://127.0.0.1:{server.server_port}/v1", items, chats)
+        server.shutdown()
+    # an answer that reaches the limit has no end
+    assert found["retrieval"] == {"served": {256: 0.5, 512: 0.0}}
+    assert found["keys"] == {"served": {256: 1.0}}
+    assert found["chat"] == {"fact": (1, 2)}
+    assert found["answers"] == {"right": known, "wrong": known}
 
 
 @pytest.mark.parametrize("path", RESULTS.values(), ids=RESULTS)

@@ -162,6 +162,19 @@ def heldout(args: argparse.Namespace) -> None:
     print(table({"right or rightly refused": result}))
 
 
+def rates(args: argparse.Namespace) -> None:
+    """Ask a server the evaluation file, writes its rates and answers, prints the rates."""
+    from demo_training.evalset import read
+    from demo_training.served import rates as of_server
+
+    items, chats = read(args.evalset)
+    items = [item for item in items if item["length"] <= args.longest]
+    found = of_server(args.url, items, chats)
+    text = json.dumps(found, indent=1, ensure_ascii=False) + "\n"
+    Path(args.out).write_text(text, encoding="utf-8")
+    print(json.dumps({k: v for k, v in found.items() if k != "answers"}, indent=1))
+
+
 def parity(args: argparse.Namespace) -> None:
     """Print the comparison with Hugging Face transformers."""
     from demo_training.reports import parity as compare
@@ -185,16 +198,17 @@ def _parser() -> argparse.ArgumentParser:
                 sub.add_argument(flag, default=value, type=type(value))
         sub.set_defaults(run=function)
 
-    rates = {"evalset": str(here / "demo_eval.jsonl"), "modes": "dense,top256,top64,last256"}
+    chosen = {"evalset": str(here / "demo_eval.jsonl"), "modes": "dense,top256,top64,last256"}
     shards = {"shards": "/dev/shm/demo_shards", "shard_tokens": 1 << 20, "seed": 100}
     command(tokenizer, data=None, out=None)
     command(worker, data=None, tokenizer=None, context=8192, **shards)
     times = {"minutes": 24.0, "stop_after": 0.0, "evaluation_seconds": 150.0}
     places = {"out": None, "device": "cuda", "config": "demo"}
     sizes = {"workers": 8, "tokens": 32768}
-    command(all_steps, "all", data=None, **places, **times, **sizes, **shards, **rates)
+    command(all_steps, "all", data=None, **places, **times, **sizes, **shards, **chosen)
     command(mtp, model=None, data="", minutes=12.0, device="cpu", workers=1, batches=1000)
-    command(heldout, url=None, out=None, evalset=rates["evalset"])
+    command(heldout, url=None, out=None, evalset=chosen["evalset"])
+    command(rates, url=None, out=None, evalset=chosen["evalset"], longest=8192)
     command(parity, model=None)
     return parser
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 
@@ -11,7 +9,6 @@ from .attention import rms_norm
 from .config import EOS, PAD
 from .model import DemoModel
 from .rows import conversation_ids
-from .synth import check
 
 BLOCK = 64  # rows are padded to multiples of this, so that few shapes occur
 
@@ -116,29 +113,3 @@ def _right(model: DemoModel, batch, mode: str, topk: int, window: int) -> int:
         predicted = _head(model, hidden[row, end - count - 1 : end - 1])
         right += bool((predicted == ids[row, end - count : end]).all())
     return right
-
-
-def chat_rates(
-    answer: Callable[[list[list[tuple[str, str]]]], list[str]], items: list[dict]
-) -> tuple[dict[str, tuple[int, int]], list[str]]:
-    """Return (passed, all) checks by group and by kind of instruction, and the answers.
-
-    Args:
-        answer: answers to conversations [(role, text)].
-        items: chat items of evalset.read.
-    """
-    conversations = [[(m["role"], m["content"]) for m in x["messages"]] for x in items]
-    found, rates = answer(conversations), {}
-    for item, text in zip(items, found, strict=True):
-        passed = [check(kind, arg, text) for kind, arg in item["checks"]]
-        if item["checks"]:
-            _count(rates, item["group"], all(passed))
-        if item["group"] in ("instruction", "assignment"):
-            for (kind, _), ok in zip(item["checks"], passed, strict=True):
-                _count(rates, f"{item['group']}.{kind}", ok)
-    return dict(sorted(rates.items())), found
-
-
-def _count(rates: dict[str, tuple[int, int]], name: str, passed: bool) -> None:
-    good, total = rates.get(name, (0, 0))
-    rates[name] = (good + passed, total + 1)

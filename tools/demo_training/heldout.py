@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
@@ -34,6 +34,7 @@ REASONS = {"code": "code|代码", "summary": "summari|总结", "translation": "t
 STARTS = {"en": "I am sorry, ", "zh": "对不起，"}
 ENDS = {"en": r"[.!?](\s|$)", "zh": "[。！？]"}
 
+_CONCURRENCY = 16
 FILE = Path(__file__).resolve().parent / "heldout.json"
 
 
@@ -168,7 +169,7 @@ def _is_right(group: dict[str, Any], expected: str, message: dict[str, Any]) -> 
     return judge(group, expected, message.get("content") or "")
 
 
-def ask_all(url: str, evaluation: Path, concurrency: int = 16) -> dict[str, Any]:
+def ask_all(url: str, evaluation: Path) -> dict[str, Any]:
     """Ask a server all prompts.
 
     Args:
@@ -179,8 +180,7 @@ def ask_all(url: str, evaluation: Path, concurrency: int = 16) -> dict[str, Any]
         server's limit of tokens, which are wrong; `answers`: of every prompt.
     """
     todo = cases(evaluation)
-    with ThreadPoolExecutor(concurrency) as pool:
-        choices = list(pool.map(lambda case: _ask(url, case.body), todo))
+    choices = ask(url, [case.body for case in todo])
     result: dict[str, Any] = {"categories": {}, "languages": {}, "endless": 0, "answers": []}
     for case, choice in zip(todo, choices, strict=True):
         is_endless = choice["finish_reason"] == "length"
@@ -199,20 +199,29 @@ def ask_all(url: str, evaluation: Path, concurrency: int = 16) -> dict[str, Any]
     return result
 
 
-def _ask(url: str, body: dict[str, Any]) -> dict[str, Any]:
-    """Return the first choice of a chat completion, an empty one for a refused request."""
-    request = Request(
-        f"{url}/chat/completions",
-        json.dumps(body).encode(),
-        {"Content-Type": "application/json"},
-    )
-    try:
-        with urlopen(request, timeout=3600) as response:
-            return json.load(response)["choices"][0]
-    except HTTPError as error:
-        if error.code != 400:
-            raise
-        return {"finish_reason": "refused", "message": {"content": ""}}
+def ask(url: str, bodies: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the first choice of a chat completion for each body, an empty one if it is refused.
+
+    Args:
+        url: of the server's API, with "/v1" at its end.
+    """
+
+    def choice(body: dict[str, Any]) -> dict[str, Any]:
+        request = Request(
+            f"{url}/chat/completions",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        try:
+            with urlopen(request, timeout=3600) as response:
+                return json.load(response)["choices"][0]
+        except HTTPError as error:
+            if error.code != 400:
+                raise
+            return {"finish_reason": "refused", "message": {"content": ""}}
+
+    with ThreadPoolExecutor(_CONCURRENCY) as pool:
+        return list(pool.map(choice, bodies))
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:

@@ -6,8 +6,9 @@ import torch
 
 from . import checkpoint
 from .evalset import SAMPLES, TASKS
-from .evaluate import answers, chat_rates, retrieval_rates
+from .evaluate import answers, retrieval_rates
 from .model import DemoModel
+from .synth import chat_counts
 
 PARITY_LENGTHS = (17, 200, 255, 256, 257, 400)
 
@@ -68,10 +69,9 @@ def all_rates(model: DemoModel, tokenizer, retrieval_items, chat_items, modes, l
         for name in modes if items else ():
             found[name] = retrieval_rates(model, tokenizer, items, **RETRIEVAL_MODES[name])
             log(f"{task or 'retrieval'} {name} {found[name]}")
-    rates, said = chat_rates(
-        lambda conversations: answers(model, tokenizer, conversations, 260, rows=128), chat_items
-    )
-    results["chat"] = rates
+    conversations = [[(m["role"], m["content"]) for m in x["messages"]] for x in chat_items]
+    said = answers(model, tokenizer, conversations, 260, rows=128)
+    results["chat"] = rates = chat_counts(chat_items, said)
     log("chat " + " ".join(f"{k} {a}/{b}" for k, (a, b) in rates.items()))
     results["answers"] = {x["id"]: a for x, a in zip(chat_items, said, strict=True)}
     for item, text in zip(chat_items, said, strict=True):

@@ -101,3 +101,21 @@ def check(kind: str, arg: Any, answer: str) -> bool:
     """
     answer = answer.strip()
     return bool(CHECKS[kind](answer, arg)) if answer else False
+
+
+def chat_counts(items: list[dict], answers: list[str]) -> dict[str, tuple[int, int]]:
+    """Return (passed, all) checks by group and by kind of instruction."""
+    counts: dict[str, tuple[int, int]] = {}
+
+    def count(name: str, passed: bool) -> None:
+        good, total = counts.get(name, (0, 0))
+        counts[name] = (good + passed, total + 1)
+
+    for item, text in zip(items, answers, strict=True):
+        passed = [check(kind, arg, text) for kind, arg in item["checks"]]
+        if item["checks"]:
+            count(item["group"], all(passed))
+        if item["group"] in ("instruction", "assignment"):
+            for (kind, _), ok in zip(item["checks"], passed, strict=True):
+                count(f"{item['group']}.{kind}", ok)
+    return dict(sorted(counts.items()))
