@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from fd_dsa.attention import DSAAttentionBackend
+from fd_dsa.attention.protocol import AttentionBackend
 from fd_dsa.config import EngineConfig
 from fd_dsa.distributed import Group
 from fd_dsa.engine.snapshots import Snapshots
@@ -17,7 +18,8 @@ from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.deepseek_v4.config import DeepseekV4Config
 from fd_dsa.models.registry import FamilyConfig
 from fd_dsa.runner.input_batch import InputBatch
-from fd_dsa.runner.model_runner import ModelRunner, backend_config
+from fd_dsa.runner.model_runner import backend_config
+from fd_dsa.runner.protocol import StateCopy
 from fd_dsa.v4_attention import V4AttentionBackend
 from fd_dsa.v4_attention.device_pools import DeviceLayout
 
@@ -60,7 +62,10 @@ class DSACaches:
         if not config.enable_prefix_caching:
             _refuse_offload(config, "without prefix caching")
 
-    def snapshots(self, runner: ModelRunner) -> None:
+    def state_copies(self, backend: AttentionBackend) -> None:
+        """Return None, because rows have no state in addition to their blocks."""
+
+    def snapshots(self, copy: StateCopy) -> None:
         """Return None, because rows have no state in addition to their blocks."""
 
     def workspace_bytes(self, traits: GpuTraits) -> int:
@@ -128,22 +133,35 @@ class V4Caches:
             cache_dtype = "float32"
         model_config.cache_layout(cache_dtype, config.block_size)
 
-    def snapshots(self, runner: ModelRunner) -> Snapshots | None:
-        """Return the snapshots of a runner's rows, None without prefix caching or on a CPU.
+    def state_copies(self, backend: AttentionBackend) -> StateCopy | None:
+        """Return the function that copies states of rows, None without prefix caching or on a CPU.
 
-        The kernel of their copies is compiled by the call.
+        The call compiles its kernel.
+
+        Args:
+            backend: backend of this rank, with its pools.
         """
         if not self._num_snapshots:
             return None
         from fd_dsa.triton_runtime import warming
         from fd_dsa.v4_attention.device_backend import V4DeviceBackend
 
-        backend, num_rows = runner.attn_backends[0], self._batch.max_num_seqs
         assert isinstance(backend, V4DeviceBackend), "the backend of `backend`"
+        first_snapshot = self._batch.max_num_seqs
         with warming():
-            backend.copy_slot(num_rows, num_rows)
-        slots = range(num_rows, num_rows + self._num_snapshots)
-        return Snapshots(slots, backend.copy_slot)
+            backend.copy_slot(first_snapshot, first_snapshot)
+        return backend.copy_slot
+
+    def snapshots(self, copy: StateCopy) -> Snapshots | None:
+        """Return the snapshots of rows, None without prefix caching or on a CPU.
+
+        Args:
+            copy: copies a state on all ranks.
+        """
+        if not self._num_snapshots:
+            return None
+        first = self._batch.max_num_seqs
+        return Snapshots(range(first, first + self._num_snapshots), copy)
 
     def workspace_bytes(self, traits: GpuTraits) -> int:
         """Return the device memory of the attention without its caches, bytes."""

@@ -19,7 +19,7 @@ from fd_dsa.ops.sampling.token_buffer import TokenBuffer
 from fd_dsa.runner.counters import StepCounters
 from fd_dsa.runner.input_batch import NO_SAMPLING, InputBatch, SamplingInputs, StepInputs
 from fd_dsa.runner.model_protocol import Model
-from fd_dsa.runner.protocol import BlockStore, RunnerInfo, StepFuture
+from fd_dsa.runner.protocol import BlockStore, RunnerInfo, StateCopy, StepFuture
 from fd_dsa.runner.selections import Selections
 from fd_dsa.runner.step import Step
 from fd_dsa.runner.step_graphs import GraphEntry, GraphKey, StepGraphs
@@ -77,6 +77,7 @@ class ModelRunner:
         counters: counts of the steps that were run.
         graphs: captured steps; None if all steps are eager.
         block_store: host memory for prefix blocks; None without it.
+        state_copy: copies the states that rows have in addition to blocks; None without any.
         device_steps: inputs and sampling on a device; None on a CPU.
         graph_key: sizes of the graph that the newest step replayed; None after an eager step.
     """
@@ -103,6 +104,7 @@ class ModelRunner:
         self.caches = backend.allocate_caches(config.has_indexer)
         self.forward_meta: Step | None = None
         self.block_store: BlockStore | None = None
+        self.state_copy: StateCopy | None = None
         self.counters = StepCounters()
         self.graphs: StepGraphs | None = None
         self.graph_key: GraphKey | None = None
@@ -271,6 +273,11 @@ class ModelRunner:
         self._on_device().sampler.set_parameters(
             batch_row, parameters, prompt_token_ids, output_token_ids
         )
+
+    def copy_state(self, source: int, target: int) -> None:
+        """Enqueue the copy of a state of a row, see `StateCopy`."""
+        assert self.state_copy is not None, "rows have only blocks"
+        self.state_copy(source, target)
 
     def read_drafts(self) -> StepFuture:
         """Enqueue a copy of the token buffer, see SamplingRunner."""

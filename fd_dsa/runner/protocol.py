@@ -18,6 +18,8 @@ from fd_dsa.runner.input_batch import InputBatch, SamplingInputs
 
 Logits = npt.NDArray[np.float32]
 Indices = npt.NDArray[np.int64]
+StateCopy = Callable[[int, int], None]
+"""Function that enqueues the copy of a state from one place to another. A row is its own place."""
 
 
 class Runner(Protocol):

@@ -55,6 +55,11 @@ class DriverRunner(ModelRunner):
         with self._sent("set_parameters", *given, has_step=False):
             super().set_parameters(*given)
 
+    def copy_state(self, source: int, target: int) -> None:
+        """See ModelRunner."""
+        with self._sent("copy_state", source, target, has_step=False):
+            super().copy_state(source, target)
+
     def execute_model(self, logits_indices: np.ndarray) -> np.ndarray:
         """See ModelRunner."""
         with self._sent("run", logits_indices):
@@ -148,6 +153,7 @@ class WorkerRunner(ModelRunner):
             "enqueue_model": self.enqueue_model,
             "sample": self.sample,
             "set_parameters": self.set_parameters,
+            "copy_state": self.copy_state,
             "predict_more": self.predict_more,
             "seed_drafts": self.seed_drafts,
             "draft": self.draft,

@@ -87,7 +87,7 @@ def _build(config: EngineConfig, ranks: Ranks | None, progress: StartupProgress)
     )
     engine = make_engine(spec_decoder=_make_spec_decoder(runner, plan, make_engine))
     engine.block_manager.shares_blocks = plan.caches.shares_blocks
-    engine.block_manager.snapshots = plan.caches.snapshots(runner)
+    engine.block_manager.snapshots = plan.caches.snapshots(runner.copy_state)
     if runner.block_store is not None:
         add_host_tier(engine, runner.block_store, plan)
     engine.grammars.prepare()
@@ -121,6 +121,7 @@ def build_runner(
     if group is not None:
         group.barrier()
     runner.block_store = make_block_store(runner, plan, group)
+    runner.state_copy = plan.caches.state_copies(backend)
     return runner
 
 
