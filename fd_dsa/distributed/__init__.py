@@ -1,5 +1,5 @@
 """Several processes, called ranks, that run one model together."""
 
-from fd_dsa.distributed.group import Group
+from fd_dsa.distributed.group import Group, summed
 
-__all__ = ["Group"]
+__all__ = ["Group", "summed"]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
+
+_Array = TypeVar("_Array")
 
 
 class Group(ABC):
@@ -78,3 +80,16 @@ class Group(ABC):
     @abstractmethod
     def close(self) -> None:
         """Free what the group holds. A second call has no effect."""
+
+
+def summed(part: _Array, group: Group | None) -> _Array:
+    """Return the sum of the parts of all ranks.
+
+    Args:
+        part: part of this rank, as for `Group.all_reduce`.
+        group: ranks that add their parts; None = one rank.
+    """
+    if group is None:
+        return part
+    total: _Array = group.all_reduce(part)
+    return total

@@ -110,15 +110,12 @@ class V4Caches:
 
     @staticmethod
     def check_flags(config: EngineConfig, model_config: DeepseekV4Config) -> None:
-        """Refuse ranks, drafts, host memory, other cache formats, and other block sizes.
+        """Refuse drafts, host memory, other cache formats, and other block sizes.
 
         Raises:
             ConfigError: names the flag.
         """
         with_v4 = f"with {model_config.model_type}"
-        if config.tensor_parallel_size > 1:
-            size = config.tensor_parallel_size
-            raise flag_error("tensor_parallel_size", size, f"1 {with_v4}", "leave it out")
         if config.speculation is not None:
             given = config.speculation.method
             raise flag_error("speculative_config", given, f"none {with_v4}", "leave it out")
@@ -172,7 +169,11 @@ class V4Caches:
     def backend(
         self, num_blocks: int, device: str, group: Group | None = None
     ) -> V4AttentionBackend | V4DeviceBackend:
-        """Return the attention backend over caches of `num_blocks` blocks, on one rank."""
+        """Return the attention backend over caches of `num_blocks` blocks.
+
+        Args:
+            group: ignored, because every rank selects for all tokens.
+        """
         if device == "cpu":
             return V4AttentionBackend(self._config, self._batch, num_blocks)
         # kernels are loaded only for a device

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from fd_dsa.errors import CheckpointError, shorten
 from fd_dsa.models.config_reader import parse_json, read_json_object
-from fd_dsa.models.dequantize import FP4, FP8, SCALE_SUFFIX, TensorInfo
+from fd_dsa.models.dequantize import FP4, FP4_GROUP, FP8, SCALE_SUFFIX, TensorInfo
 from fd_dsa.models.packing import PART_SUFFIXES, Packing
 from fd_dsa.models.sources import StoredTensor
 
@@ -158,7 +158,7 @@ class Checkpoint:
             return StoredTensor(info, self.raw(name))
         scale = self.tensor(name + SCALE_SUFFIX)
         if info.dtype == FP4:
-            return StoredTensor(info, self.raw(name), scale)
+            return StoredTensor(info, self.raw(name), scale, (1, FP4_GROUP))
         assert weight_block_size is not None, name
         return StoredTensor(info, self.raw(name), scale, weight_block_size)
 

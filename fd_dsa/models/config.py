@@ -130,24 +130,13 @@ class ModelConfig(ModelDefaults):
         """
         if size == 1:
             return self
-        parts = {}
-        for name in ("num_attention_heads", "intermediate_size", "moe_intermediate_size"):
-            width = getattr(self, name)
-            if width % size:
-                allowed = f"a divisor of the model's {name}, {width}"
-                raise flag_error("tensor_parallel_size", size, allowed, "take another one")
-            parts[name] = width // size
-        return replace(self, ranks=size, **parts)
+        names = "num_attention_heads", "intermediate_size", "moe_intermediate_size"
+        return replace(self, ranks=size, **split_fields(self, size, names))
 
     @property
     def head_rows(self) -> int:
-        """Rows of the head that a rank computes.
-
-        The whole vocabulary if the head is the embedding, or if ranks do not divide it.
-        """
-        if self.tie_word_embeddings or self.vocab_size % self.ranks:
-            return self.vocab_size
-        return self.vocab_size // self.ranks
+        """Rows of the head that a rank computes, see `rows_of_head`."""
+        return rows_of_head(self.vocab_size, self.ranks, is_tied=self.tie_word_embeddings)
 
     def with_mtp_layer(self, *tables: str) -> ModelConfig:
         """Return the configuration with the MTP layer, which has `tables` of its own."""
@@ -190,6 +179,30 @@ class ModelConfig(ModelDefaults):
             self.qk_rope_head_dim,
             self.index_head_dim,
         )
+
+
+def split_fields(config: object, size: int, names: Iterable[str]) -> dict[str, Any]:
+    """Return the named widths of a configuration, divided among `size` ranks.
+
+    Raises:
+        ConfigError: a width is no multiple of `size`.
+    """
+    parts = {}
+    for name in names:
+        width = getattr(config, name)
+        if width % size:
+            allowed = f"a divisor of the model's {name}, {width}"
+            raise flag_error("tensor_parallel_size", size, allowed, "take another one")
+        parts[name] = width // size
+    return parts
+
+
+def rows_of_head(vocab_size: int, ranks: int, *, is_tied: bool) -> int:
+    """Return the rows of the head that a rank computes.
+
+    The whole vocabulary if the head is the embedding, or if ranks do not divide it.
+    """
+    return vocab_size if is_tied or vocab_size % ranks else vocab_size // ranks
 
 
 def _read_fields(reader: FieldReader, defaults: ModelDefaults) -> dict[str, Any]:

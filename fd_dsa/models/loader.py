@@ -33,6 +33,7 @@ from fd_dsa.models.sources import (
     MTP_JOIN,
     RandomTensor,
     SourceTensor,
+    StoredTensor,
     WeightLoader,
 )
 
@@ -183,7 +184,7 @@ def load_weights(
     Raises:
         ValueError: `loaders` has other names.
 
-    A log line counts the blocks of FP4 experts that FP8 would round.
+    A log line counts the blocks of the rank's FP4 experts that FP8 would round.
 
     Cost: one pass over the files, and memory for one tensor in addition to the weights.
     """
@@ -204,9 +205,11 @@ def load_weights(
     progress(done, total)
     for name, size in sizes.items():
         tensor = checkpoint.tensor(name, config.weight_block_size, packing)
-        found = tensor.wide_blocks()
+        part = part_of(name, tensor)
+        assert isinstance(part, StoredTensor), "the part of a StoredTensor"
+        found = part.wide_blocks()
         wide, blocks = wide + found[0], blocks + found[1]
-        loaders[name](part_of(name, tensor))
+        loaders[name](part)
         for stored in checkpoint.parts(name):
             checkpoint.release(stored)
         done += size
@@ -326,7 +329,6 @@ def rank_parts(
     cuts: dict[str, tuple[int, int, int]] = {}
     shares: dict[str, float] = {}
     if group is not None and group.size > 1:
-        assert isinstance(config, ModelConfig), "ranks share only models with its layers"
         parts = expected_tensors(config.split(group.size))
         for name, tensor in expected_tensors(config).items():
             for axis, (whole, own) in enumerate(zip(tensor.shape, parts[name].shape, strict=True)):

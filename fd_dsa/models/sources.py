@@ -36,7 +36,7 @@ class StoredTensor:
         info: dtype, shape and place. The shape of FP4 counts bytes of two values.
         raw: uint8 [nbytes], the bytes, a read-only view of the file.
         scale: scales of an FP8 or FP4 tensor [blocks of rows, blocks of columns].
-        block_size: rows and columns of a block of an FP8 tensor.
+        block_size: rows and columns of an FP8 or FP4 tensor with one scale.
         packing: layout of a matrix in four bits; None = another tensor.
         parts: further tensors of a packed matrix, by the end of their name here.
         cut: axis, start and stop of the rows or columns of a packed matrix; None = all.
@@ -99,25 +99,26 @@ class StoredTensor:
         return self.raw.view("<i8").reshape(self.info.shape)
 
     def narrowed(self, axis: int, start: int, stop: int) -> StoredTensor:
-        """Return rows (axis 0) or columns (axis 1) of a matrix.
+        """Return rows (axis 0) or columns (axis 1) of a matrix, or values (axis 0) of a vector.
 
-        The others are not read. An FP8 matrix whose blocks the borders cut becomes float32. FP4 is
-        not supported.
+        The others are not read. An FP8 or FP4 matrix whose blocks the borders cut becomes float32.
         """
         if self.packing is not None:
             return replace(self, cut=(axis, start, stop))
         source, scale, block = self, None, self.block_size[axis]
-        cut = start % block or (stop % block and stop < self.info.shape[axis])
+        # two columns of FP4 are a byte
+        per_cell = 2 if self.info.dtype == FP4 and axis == 1 else 1
+        cut = start % block or (stop % block and stop < per_cell * self.info.shape[axis])
         if self.scale is not None and cut:
             values = np.ascontiguousarray(self.float32())
             info = replace(self.info, dtype="F32", shape=values.shape, nbytes=values.nbytes)
             source = StoredTensor(info, values.view(np.uint8).reshape(-1))
         elif self.scale is not None:
             scale = self.scale.narrowed(axis, start // block, -(-stop // block))
-        rows, columns = source.info.shape
-        cells = source.raw.reshape(rows, columns, -1)
+            start, stop = start // per_cell, stop // per_cell
+        cells = source.raw.reshape(*source.info.shape, -1)
         cells = cells[start:stop] if axis == 0 else cells[:, start:stop]
-        info = replace(source.info, shape=cells.shape[:2], nbytes=cells.size)
+        info = replace(source.info, shape=cells.shape[:-1], nbytes=cells.size)
         return StoredTensor(info, cells.reshape(-1), scale, self.block_size)
 
 
@@ -152,13 +153,12 @@ class RandomTensor:
         return np.random.default_rng(self.seed).integers(0, self.ids_below, self.shape)
 
     def narrowed(self, axis: int, start: int, stop: int) -> RandomTensor:
-        """Return rows (axis 0) or columns (axis 1) of a matrix.
+        """Return rows (axis 0) or columns (axis 1) of a matrix, or values (axis 0) of a vector.
 
         On a device the part has other values, because they depend on its `shape` and `seed`.
         """
         part = copy(self)
-        rows, columns = self.shape
-        part.shape = (stop - start, columns) if axis == 0 else (rows, stop - start)
+        part.shape = *self.shape[:axis], stop - start, *self.shape[axis + 1 :]
         part.seed = [*self.seed, start]
         part._part = (slice(start, stop),) if axis == 0 else (slice(None), slice(start, stop))
         return part

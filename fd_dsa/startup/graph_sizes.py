@@ -67,7 +67,10 @@ def graph_bytes(
         return 0
     # graphs of each size: for rows of any length, and for rows that need no selection of keys
     lengths = 1 if max_model_len <= config.max_dense_keys else 2
-    captured, kept, logits = (*sizes, *prompt_sizes), 0, config.vocab_size
+    captured, kept, logits = (*sizes, *prompt_sizes), 0, config.head_rows
+    # some heads have results that are copied to the logits, and several ranks gather theirs
+    if config.head_rows < config.vocab_size:
+        logits += config.vocab_size
     graphs = lengths * len(captured)
     if isinstance(config, ModelConfig):
         if config.mtp is not None:
@@ -79,10 +82,6 @@ def graph_bytes(
             keys = _most_keys(max(prompt_sizes), config.index_topk)
             widths = config.qk_nope_head_dim + config.v_head_dim
             kept += keys * config.num_attention_heads * widths // 2
-        # some heads have results that are copied to the logits, and several ranks gather theirs
-        logits = config.head_rows
-        if config.head_rows < config.vocab_size:
-            logits += config.vocab_size
         token = _dsa_values(config)
     else:
         token = _v4_values(config)

@@ -8,21 +8,23 @@ from typing import Any
 
 import numpy as np
 
+from fd_dsa.distributed import Group
 from fd_dsa.models.loader import load_weights, validate
 from fd_dsa.models.registry import create_model, open_checkpoint, read_config
+from fd_dsa.models.weights import HostWeights
 from fd_dsa.runner import InputBatch, ModelRunner
 from fd_dsa.v4_attention import V4AttentionBackend
 
 ROWS = 6
 
 
-def load_model(folder: Path) -> Any:
-    """The model of a folder, its weights loaded."""
+def load_model(folder: Path, group: Group | None = None) -> Any:
+    """The model of a folder, or a rank's part of it, with its weights."""
     config = read_config(folder)
-    model = create_model(config)
+    model = create_model(config.split(group.size if group else 1), HostWeights(group))
     with open_checkpoint(config, folder) as checkpoint:
         validate(checkpoint, config)
-        load_weights(checkpoint, config, model.loaders)
+        load_weights(checkpoint, config, model.loaders, group=group)
     return model
 
 

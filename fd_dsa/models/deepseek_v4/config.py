@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from fd_dsa.cache_formats import PooledLayer, V4CacheLayout
 from fd_dsa.errors import flag_error
-from fd_dsa.models.config import MAX_EXPERTS, read_plain, spare_layers
+from fd_dsa.models.config import (
+    MAX_EXPERTS,
+    read_plain,
+    rows_of_head,
+    spare_layers,
+    split_fields,
+)
 from fd_dsa.models.config_reader import FieldReader, as_integer
 from fd_dsa.models.dequantize import FP4_GROUP
 from fd_dsa.models.quantization import read_fp8
@@ -93,6 +99,8 @@ class DeepseekV4Config(DeepseekV4Defaults):
         mlp_layer_types: `hash_moe` (experts by token id) or `moe`, one per layer.
         main_rope, compress_rope: angles of window-only layers, and of the others.
         expert_dtype: type of quantised routed experts, "fp4" or "fp8"; None = not given.
+        ranks: processes that share the model. Heads, their groups and the width of experts are
+            those of one rank.
         weight_block_size, round_scales, eos_token_ids, generation, unknown_fields: see
             `ModelConfig`.
     """
@@ -113,6 +121,7 @@ class DeepseekV4Config(DeepseekV4Defaults):
     expert_dtype: str | None = None
     weight_block_size: tuple[int, int] | None = None
     round_scales: bool = False
+    ranks: int = 1
 
     @classmethod
     def read(cls, reader: FieldReader, defaults: DeepseekV4Defaults) -> DeepseekV4Config:
@@ -126,6 +135,31 @@ class DeepseekV4Config(DeepseekV4Defaults):
             ConfigError: a value is unsupported. The message names the file and the field.
         """
         return cls(**_read_fields(reader, defaults))
+
+    def split(self, size: int) -> DeepseekV4Config:
+        """Return the part of one of `size` ranks: its heads, and its columns of each expert.
+
+        Raises:
+            ConfigError: heads, their groups or columns are no multiple of `size`, or the columns of
+                FP4 experts are no whole groups.
+        """
+        if size == 1:
+            return self
+        name = "moe_intermediate_size"
+        parts = split_fields(self, size, ("num_attention_heads", "o_groups", name))
+        if self.expert_dtype == "fp4" and parts[name] % FP4_GROUP:
+            raise flag_error(
+                "tensor_parallel_size",
+                size,
+                f"one that leaves each rank whole groups of {FP4_GROUP} of FP4 experts",
+                f"{name} {self.moe_intermediate_size} would be split into parts of {parts[name]}",
+            )
+        return replace(self, ranks=size, **parts)
+
+    @property
+    def head_rows(self) -> int:
+        """Rows of the head that a rank computes, see `rows_of_head`."""
+        return rows_of_head(self.vocab_size, self.ranks, is_tied=self.tie_word_embeddings)
 
     @property
     def has_indexer(self) -> list[bool]:

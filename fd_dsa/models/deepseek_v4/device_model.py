@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from fd_dsa.attention.protocol import LayerStep
+from fd_dsa.distributed import summed
 from fd_dsa.models.deepseek_v4.config import DeepseekV4Config
 from fd_dsa.models.deepseek_v4.device_attention import DeviceV4Attention
 from fd_dsa.models.deepseek_v4.device_moe import DeviceV4MoE
 from fd_dsa.models.deepseek_v4.tensors import FINAL_NORM, HEAD_HC
 from fd_dsa.models.device_weights import DeviceWeights
+from fd_dsa.models.head import logits_of
 from fd_dsa.models.sources import EMBEDDING, LM_HEAD, WeightLoader
 from fd_dsa.ops.arrays import rows_at
 from fd_dsa.ops.stream_kernels import Connection, expand_streams, read_streams
@@ -40,7 +42,10 @@ def _connection(
 
 
 class DeviceV4Layer:
-    """Decoder layer: attention, then experts, each inside a connection."""
+    """Decoder layer: attention, then experts, each inside a connection.
+
+    Attention and experts of a rank return its part of a sum over all ranks.
+    """
 
     def __init__(self, config: DeepseekV4Config, layer_id: int, weights: DeviceWeights) -> None:
         prefix = f"model.layers.{layer_id}."
@@ -56,21 +61,21 @@ class DeviceV4ForCausalLM:
 
     Attributes:
         config: sizes of the model.
-        group: None, because several ranks are refused.
+        group: ranks that share the model; None = one rank.
         mtp: None, because draft layers are not loaded.
     """
 
-    group: None = None
     mtp: None = None
 
     def __init__(self, config: DeepseekV4Config, weights: DeviceWeights) -> None:
-        self.config, self._weights = config, weights
+        self.config, self._weights, self.group = config, weights, weights.group
         vocab_size, hidden = config.vocab_size, config.hidden_size
         self._embedding, self._head = weights.table(EMBEDDING, vocab_size, hidden)
         self.layers = [DeviceV4Layer(config, i, weights) for i in range(config.num_hidden_layers)]
         self._collapse = _connection(config, weights, HEAD_HC, FINAL_NORM)
         if not config.tie_word_embeddings:
-            self._head = weights.matrix(hidden, {LM_HEAD: vocab_size}, sums_in_float32=True)
+            self._head = weights.matrix(hidden, {LM_HEAD: config.head_rows}, sums_in_float32=True)
+        self._head_group = weights.group if config.head_rows < vocab_size else None
 
     @property
     def loaders(self) -> dict[str, WeightLoader]:
@@ -91,10 +96,10 @@ class DeviceV4ForCausalLM:
             before_attention, before_experts = layer.connections
             streams, sums = expand_streams(streams, change, mixture, before_attention, count)
             x, mixture = read_streams(streams, sums, before_attention)
-            change = layer.attn.forward(x, forward_meta)
+            change = summed(layer.attn.forward(x, forward_meta), self.group)
             streams, sums = expand_streams(streams, change, mixture, before_experts, count)
             x, mixture = read_streams(streams, sums, before_experts)
-            change = layer.ffn.forward(x, token_ids, padding)
+            change = summed(layer.ffn.forward(x, token_ids, padding), self.group)
         streams, _ = expand_streams(streams, change, mixture, None, count)
         return streams.reshape([streams.shape[0], -1])
 
@@ -113,4 +118,5 @@ class DeviceV4ForCausalLM:
         """Return logits float32 [n, vocab_size] of streams [n, num_streams * hidden_size]."""
         streams = hidden_states.reshape([hidden_states.shape[0], self.config.hc_mult, -1])
         same, sums = expand_streams(streams, None, None, self._collapse, self.config.hc_mult)
-        return self._head.matmul(read_streams(same, sums, self._collapse)[0], out)
+        read = read_streams(same, sums, self._collapse)[0]
+        return logits_of(self._head, read, self._head_group, out)

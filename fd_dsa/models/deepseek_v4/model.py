@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from fd_dsa.attention.protocol import LayerStep
+from fd_dsa.distributed import summed
 from fd_dsa.models.deepseek_v4.attention import V4Attention
 from fd_dsa.models.deepseek_v4.config import WINDOW, DeepseekV4Config
 from fd_dsa.models.deepseek_v4.hyper import HeadCollapse, HyperConnection
@@ -16,6 +17,7 @@ from fd_dsa.models.deepseek_v4.moe import V4MoE
 from fd_dsa.models.deepseek_v4.norm import RowNorm
 from fd_dsa.models.deepseek_v4.rotation import Angles, Rotation
 from fd_dsa.models.deepseek_v4.tensors import FINAL_NORM, HEAD_HC
+from fd_dsa.models.head import logits_of
 from fd_dsa.models.sources import EMBEDDING, LM_HEAD, WeightLoader
 from fd_dsa.models.weights_protocol import HostOnlyWeights
 from fd_dsa.ops.arrays import as_numpy
@@ -23,12 +25,16 @@ from fd_dsa.tensor import Array
 
 
 class DeepseekV4DecoderLayer:
-    """Decoder layer: attention, then experts, each inside a hyper-connection."""
+    """Decoder layer: attention, then experts, each inside a hyper-connection.
+
+    Attention and experts of a rank return its part of a sum over all ranks.
+    """
 
     def __init__(
         self, config: DeepseekV4Config, layer_id: int, weights: HostOnlyWeights, rotation: Rotation
     ) -> None:
         prefix, hidden, eps = f"model.layers.{layer_id}.", config.hidden_size, config.rms_norm_eps
+        self._group = weights.group
         self._attn_hc = HyperConnection(config, weights, f"{prefix}hc_attn_")
         self._ffn_hc = HyperConnection(config, weights, f"{prefix}hc_ffn_")
         self._attn_norm = RowNorm(weights, f"{prefix}attn_norm.weight", hidden, eps)
@@ -52,11 +58,12 @@ class DeepseekV4DecoderLayer:
             kept: index of the tokens whose streams are needed.
         """
         x, mixture = self._attn_hc.read(residual[:, :-1])
-        attended = self.attn.forward(self._attn_norm.normalize(x), angles, forward_meta, kept)
+        part = self.attn.forward(self._attn_norm.normalize(x), angles, forward_meta, kept)
+        attended = summed(part, self._group)
         residual = self._attn_hc.expand(attended, residual[kept], mixture[kept])
         x, mixture = self._ffn_hc.read(residual[:, :-1])
-        out = self.ffn.forward(self._ffn_norm.normalize(x), token_ids[kept])
-        return self._ffn_hc.expand(out, residual, mixture)
+        part = self.ffn.forward(self._ffn_norm.normalize(x), token_ids[kept])
+        return self._ffn_hc.expand(summed(part, self._group), residual, mixture)
 
 
 class DeepseekV4ForCausalLM:
@@ -64,15 +71,14 @@ class DeepseekV4ForCausalLM:
 
     Attributes:
         config: sizes of the model.
-        group: None, because several ranks are refused.
+        group: ranks that share the model; None = one rank.
         mtp: None, because draft layers are not loaded.
     """
 
-    group: None = None
     mtp: None = None
 
     def __init__(self, config: DeepseekV4Config, weights: HostOnlyWeights) -> None:
-        self.config, self._weights = config, weights
+        self.config, self._weights, self.group = config, weights, weights.group
         vocab_size, hidden = config.vocab_size, config.hidden_size
         self._embedding, self._head = weights.table(EMBEDDING, vocab_size, hidden)
         width = config.qk_rope_head_dim
@@ -88,7 +94,8 @@ class DeepseekV4ForCausalLM:
         self._collapse = HeadCollapse(config, weights, HEAD_HC)
         self._norm = RowNorm(weights, FINAL_NORM, hidden, config.rms_norm_eps)
         if not config.tie_word_embeddings:
-            self._head = weights.matrix(hidden, {LM_HEAD: vocab_size}, sums_in_float32=True)
+            self._head = weights.matrix(hidden, {LM_HEAD: config.head_rows}, sums_in_float32=True)
+        self._head_group = weights.group if config.head_rows < vocab_size else None
 
     @property
     def loaders(self) -> dict[str, WeightLoader]:
@@ -136,5 +143,5 @@ class DeepseekV4ForCausalLM:
         streams = hidden_states.reshape(len(hidden_states), self.config.hc_mult, -1)
         with np.errstate(over="ignore"):
             collapsed = self._collapse.weighted_sum(streams)
-        logits: np.ndarray = self._head.matmul(self._norm.normalize(collapsed), out)
-        return logits
+        logits = logits_of(self._head, self._norm.normalize(collapsed), self._head_group, out)
+        return as_numpy(logits)
