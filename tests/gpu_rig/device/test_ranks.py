@@ -74,8 +74,9 @@ class ThroughHost(Group):
         self.num_divided = 0
 
     def all_reduce(self, tensor: Any) -> Any:
-        total = self._host.all_reduce(tensor.numpy())
-        tensor.copy_(paddle.to_tensor(total, place=tensor.place), False)
+        # NumPy has no bfloat16
+        total = self._host.all_reduce(tensor.astype("float32").numpy())
+        tensor.copy_(paddle.to_tensor(total, place=tensor.place).astype(tensor.dtype), False)
         return tensor
 
     def all_gather(self, tensor: Any) -> Any:

@@ -1,0 +1,183 @@
+"""DeepSeek-V4 on two ranks whose model is on a device: the CPU's tokens, with graphs and hits.
+
+The ranks are the threads of `test_ranks`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import paddle
+import pytest
+
+from fd_dsa import LLM, SamplingParams
+from fd_dsa.config import EngineConfig
+from fd_dsa.device.allocation import paddle_allocator
+from fd_dsa.distributed import Group
+from fd_dsa.distributed.host import Shared
+from fd_dsa.engine.caches import V4Caches
+from fd_dsa.engine.engine import LLMEngine
+from fd_dsa.models.device_weights import DeviceWeights
+from fd_dsa.models.four_bit_experts import four_bit_experts
+from fd_dsa.models.loader import load_weights
+from fd_dsa.models.registry import create_model, open_checkpoint, read_config
+from fd_dsa.runner import InputBatch
+from fd_dsa.startup import load
+from fd_dsa.startup.build import build_runner
+from fd_dsa.startup.capture import capture_graphs
+from fd_dsa.startup.plan import EnginePlan, make_plan
+from fd_dsa.startup.progress import StartupProgress
+from tests.engine.fakes import run_all
+from tests.gpu_rig import Rig
+from tests.gpu_rig.captures import stand_in
+from tests.gpu_rig.device.test_ranks import Driver, Followed, Ranks, ThroughHost, Turns, Worker
+from tests.gpu_rig.device.test_v4_captured import pools_of
+from tests.gpu_rig.device.test_v4_model import (
+    SMOOTH,
+    device_runner,
+    poison_pools,
+    tokens_of,
+    worst,
+)
+from tests.v4_model.cases import Case
+from tests.v4_model.ours import prompt_logits
+from tests.v4_model.quantised import CASE as QUANTISED
+from tests.v4_model.quantised import FP4, write_pair
+
+pytestmark = [pytest.mark.gpu_rig, pytest.mark.triton, pytest.mark.slow, pytest.mark.own_process]
+
+SIZES: dict[str, Any] = {"block_size": 16, "max_num_seqs": 4, "max_model_len": 64}
+
+
+def plan_of(folder: Path, rig: Rig, **fields: Any) -> EnginePlan:
+    """The plan of one of two ranks on the one device of the rig."""
+    own = SIZES | {"dtype": "float32", "enforce_eager": True, "max_num_batched_tokens": 24}
+    plan = make_plan(EngineConfig(model=folder, device=rig.device, **(own | fields)))
+    part, whole = plan.whole_config.split(2), plan.input_batch
+    columns = whole.block_tables.shape[1]
+    batch = InputBatch(whole.max_num_seqs, whole.max_num_tokens, columns, whole.block_size)
+    caches = V4Caches(plan.config, part, batch)
+    return replace(plan, model_config=part, input_batch=batch, caches=caches)
+
+
+def runner_of(kind: type[Any], group: Turns, plan: EnginePlan, sizes: tuple[int, ...]) -> Any:
+    """A rank's runner as the start builds it, with graphs of some sizes and infinite pools."""
+    runner = build_runner(plan, group, StartupProgress(), kind)
+    if sizes:
+        capture_graphs(runner, sizes, stand_in)
+        assert runner.graphs and runner.graphs.sizes == sizes
+    poison_pools(runner)
+    return runner
+
+
+def engine_of(runner: Any, plan: EnginePlan) -> LLMEngine:
+    """An engine on the runner of rank 0, with snapshots."""
+    engine = LLMEngine(
+        runner,
+        plan.tokenizer,
+        num_blocks=plan.memory.num_blocks,
+        max_model_len=plan.max_model_len,
+        eos_token_ids=plan.model_config.eos_token_ids,
+    )
+    engine.block_manager.shares_blocks = plan.caches.shares_blocks
+    engine.block_manager.snapshots = plan.caches.snapshots(runner.copy_state)
+    return engine
+
+
+def answers(engine: LLMEngine, prompts: list[list[int]], params: SamplingParams) -> list[list[int]]:
+    """Tokens of requests in one batch."""
+    for number, prompt in enumerate(prompts):
+        engine.add_request(str(number), prompt, params)
+    done = run_all(engine)
+    return [output.token_ids for number in range(len(prompts)) for output in done[str(number)][-1:]]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "fields"),
+    [((4,), {}), ((), {"num_gpu_blocks_override": 5})],
+    ids=["graphs", "preemption"],
+)
+def test_tokens_of_two_ranks_are_those_of_a_cpu(
+    rig: Rig,
+    sizes: tuple[int, ...],
+    fields: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Prompts that begin alike, so that rows go on after snapshots."""
+    if rig.is_real:
+        pytest.skip("its ranks are processes")
+    case = Case("smooth", SMOOTH, seed=43)
+    folder, begin = case.write_served(tmp_path), case.prompt(45)
+    prompts = [[*begin, 9], [*begin, 7, 8], [*begin[:17], *case.prompt(20)]]
+    greedy = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    with LLM(model=folder, device="cpu", **SIZES) as llm:
+        wanted = tokens_of(llm, prompts, greedy)
+    monkeypatch.setattr(load, "_on_device", lambda group, allocate: ThroughHost(group))
+    shared = Shared.create(2)
+    first, second = Turns(0, shared), Turns(1, shared)
+    with Turns.turn:
+        plans = [plan_of(folder, rig, **fields) for _ in range(2)]
+        other = Followed(rig, second, lambda: runner_of(Worker, second, plans[1], sizes))
+        runner = runner_of(Driver, first, plans[0], sizes)
+        runner.lead(Ranks(first))
+        engine = engine_of(runner, plans[0])
+        assert answers(engine, prompts[:1], greedy) == wanted[:1]
+        assert answers(engine, prompts, greedy) == wanted
+        stats = engine.stats()
+        assert stats.prefix_cache_hits > 0
+        assert (stats.num_preemptions > 0) == bool(fields)
+        assert (runner.counters.graph_steps["decode"] > 0) == bool(sizes)
+        first.send(b"")
+    other.join()
+    (worker,) = other.workers
+    assert worker.batches == runner.batches and len(runner.batches) > 8
+    # to the bit: keys, entries and states, snapshots among them
+    for own, one in zip(pools_of(runner), pools_of(worker), strict=True):
+        np.testing.assert_array_equal(own.numpy(), one.numpy())
+    first.close()
+
+
+def on_two_ranks(rig: Rig, work: Callable[[Group], Any]) -> list[Any]:
+    """The results of two ranks that make the same calls."""
+    shared = Shared.create(2)
+    groups = [Turns(rank, shared) for rank in range(2)]
+
+    def run(group: Turns) -> Any:
+        with Turns.turn:
+            paddle.set_device(rig.device)
+            return work(ThroughHost(group))
+
+    try:
+        with ThreadPoolExecutor(2) as threads:
+            return [one.result(timeout=300) for one in [threads.submit(run, g) for g in groups]]
+    finally:
+        groups[0].close()
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-4), ("bfloat16", 0.02)])
+def test_logits_of_released_weights(rig: Rig, tmp_path: Path, dtype: str, bound: float) -> None:
+    """In bfloat16 experts keep four bits; a rank has one group of each row."""
+    if rig.is_real:
+        pytest.skip("its ranks are processes")
+    folder, _ = write_pair(tmp_path, FP4)
+    config, prompts = read_config(folder), [QUANTISED.prompt(9)]
+
+    def logits(group: Group | None) -> list[np.ndarray]:
+        size = group.size if group else 1
+        with open_checkpoint(config, folder) as checkpoint:
+            form = four_bit_experts(checkpoint, config, size) if dtype == "bfloat16" else None
+            made = DeviceWeights(dtype, paddle_allocator(rig.device), group=group, four_bits=form)
+            model = create_model(config.split(size), made)
+            load_weights(checkpoint, config, model.loaders, group=group)
+        made.finish()
+        return prompt_logits(device_runner(model, rig, dtype, 16), prompts, 9)
+
+    wanted, ranks = logits(None), on_two_ranks(rig, logits)
+    np.testing.assert_array_equal(ranks[0][0], ranks[1][0])
+    assert worst(ranks[0], wanted) < bound
