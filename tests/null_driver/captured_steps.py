@@ -1,7 +1,7 @@
 """Runs steps of an engine whose graphs are captured, and prints what the host still enqueues.
 
-`python -m tests.null_driver.captured_steps [deepseek_v4]`. A replay does nothing, so all launches
-and allocations of a captured step are those beside its graph.
+`python -m tests.null_driver.captured_steps [deepseek_v4 [RANKS]]`. A replay does nothing, so all
+launches, collectives and allocations of a captured step are those beside its graph.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def capture(place: object) -> Callable[[Callable[[], Any]], tuple[Any, Callable[
 
 def main() -> None:
     """Run requests that come beside others, and print the work of their steps."""
-    is_v4 = sys.argv[1:] == ["deepseek_v4"]
+    is_v4, ranks = sys.argv[1:2] == ["deepseek_v4"], int((sys.argv[2:] or ["1"])[0])
     model = V4 if is_v4 else v32(layers=3, dense=1, experts=16)
     config: dict[str, Any] = (V4_FLAGS if is_v4 else {"kv_cache_dtype": "fp8"}) | {
         "max_model_len": 8192,
@@ -40,8 +40,9 @@ def main() -> None:
         "enforce_eager": True,
         # copies of snapshots are launches between steps
         "enable_prefix_caching": False,
+        "tensor_parallel_size": ranks,
     }
-    driver = NullDriver()
+    driver = NullDriver(ranks)
     with tempfile.TemporaryDirectory() as folder:
         engine = open_engine(driver, model, Path(folder), **config)
     from fd_dsa import SamplingParams

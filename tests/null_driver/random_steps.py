@@ -63,7 +63,7 @@ def v4_sizes(draw: random.Random) -> tuple[dict[str, Any], dict[str, Any]]:
         "max_num_batched_tokens": draw.choice((64, 100, 576, 2048)),
         "kv_cache_memory_bytes": "2G",
         "enforce_eager": True,
-        "tensor_parallel_size": 1,
+        "tensor_parallel_size": draw.choice((1, 2, 8)),
     }
     return V4, config | V4_FLAGS
 

@@ -17,7 +17,9 @@ pytestmark = [
 
 
 @pytest.mark.parametrize(
-    ("arguments", "dense_keys"), [((), 2048), (("deepseek_v4",), 2051)], ids=["v32", "v4"]
+    ("arguments", "dense_keys"),
+    [((), 2048), (("deepseek_v4",), 2051), (("deepseek_v4", "4"), 2051)],
+    ids=["v32", "v4", "v4, 4 ranks"],
 )
 def test_a_captured_step_launches_and_allocates_nothing(
     tmp_path: Path, arguments: tuple[str, ...], dense_keys: int
