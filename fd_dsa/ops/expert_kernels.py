@@ -184,17 +184,19 @@ def look_up_experts_kernel(
     token = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, SIZE)
     real = place < TOP_K
-    row = table_ptr + tl.load(token_ids_ptr + token).to(tl.int64) * TOP_K
+    token_id = tl.load(token_ids_ptr + token).to(tl.int64) + tl.zeros([SIZE], tl.int64)
+    # a request that got no token has a result code in its place
+    known = real & (token_id >= 0)
     # no expert is below -1, so places past the last one equal no expert
-    expert = tl.load(row + place, mask=real, other=-2)
-    logits = tl.load(logits_ptr + token * NUM_EXPERTS + expert, mask=real, other=0.0)
+    expert = tl.load(table_ptr + token_id * TOP_K + place, mask=known, other=-2)
+    logits = tl.load(logits_ptr + token * NUM_EXPERTS + expert, mask=known, other=0.0)
     scores = tl.where(real, _scores(logits, SCORE), 0.0)
     weights = scores / (tl.sum(scores, axis=0) + 1e-20) * scaling
     # the first pair of an expert that is named several times stands for all of them
     same = expert[:, None] == expert[None, :]
     is_repeated = tl.sum((same & (place[None, :] < place[:, None])).to(tl.int32), axis=1) > 0
     weights = weights * tl.sum(same.to(tl.float32), axis=1)
-    unused = is_repeated | (tl.load(rows_ptr + token) < 0)
+    unused = is_repeated | (tl.load(rows_ptr + token) < 0) | (token_id < 0)
     tl.store(ids_ptr + token * TOP_K + place, tl.where(unused, -1, expert), mask=real)
     tl.store(weights_ptr + token * TOP_K + place, tl.where(unused, 0.0, weights), mask=real)
 
@@ -214,7 +216,7 @@ def look_up_experts(
         logits: float32 [num_tokens, num_experts], contiguous.
         table: int32 [vocab_size, top_k], experts of each token id, ascending. An expert that is
             named twice counts twice.
-        token_ids: integers [num_tokens].
+        token_ids: integers [num_tokens]. One below 0 has no experts.
         rows: int32 [num_tokens or more], below 0 for padding.
         scaling: factor of the weights.
         score: as for `choose_experts`.
