@@ -19,9 +19,7 @@ from fd_dsa.errors import CheckpointError, ConfigError
 from fd_dsa.models.deepseek_v4.config import DeepseekV4Config
 from fd_dsa.models.expected_tensors import expected_tensors
 from fd_dsa.models.four_bit_experts import four_bit_experts
-from fd_dsa.models.loader import rank_parts
-from fd_dsa.models.registry import config_from_dict, open_checkpoint, read_config
-from fd_dsa.models.sources import StoredTensor
+from fd_dsa.models.registry import config_from_dict
 from fd_dsa.startup.graph_sizes import graph_bytes
 from fd_dsa.startup.memory import weight_bytes, weight_parts
 from fd_dsa.startup.plan import make_plan
@@ -32,7 +30,7 @@ from tests.models.published import V4_FLASH
 from tests.v4_model import quantised
 from tests.v4_model.cases import CASES, GREEDY, GREEDY_PROMPTS, Case
 from tests.v4_model.ours import load_model, make_runner, prompt_logits
-from tests.v4_model.quantised import FP4, Release, stored_tensors, write_pair, written
+from tests.v4_model.quantised import FP4, Release, loaded, stored_tensors, write_pair, written
 from tests.v4_model.test_engine import REFERENCE, check_tokens, engine_of, tokens_of
 from tests.v4_model.test_parity import GOLDENS
 
@@ -116,17 +114,9 @@ def test_ranks_share_released_checkpoints(name: str, tmp_path: Path) -> None:
     check(quantised.CASE, folder, 2)
 
 
-def parts_of(folder: Path, rank: int, size: int) -> dict[str, np.ndarray]:
-    """A rank's part of each tensor of a checkpoint."""
-    config = read_config(folder)
-    part_of, _ = rank_parts(config, cast(Group, SimpleNamespace(rank=rank, size=size)))
-    found = {}
-    with open_checkpoint(config, folder) as checkpoint:
-        for name, expected in expected_tensors(config).items():
-            part = part_of(name, checkpoint.tensor(name, config.weight_block_size))
-            assert isinstance(part, StoredTensor)
-            found[name] = part.ids() if expected.ids_below else part.float32().copy()
-    return found
+def parts_of(folder: Path, rank: int) -> dict[str, np.ndarray]:
+    """The part of each tensor that one of two ranks loads."""
+    return loaded(folder, cast(Group, SimpleNamespace(rank=rank, size=2)))
 
 
 # two groups of FP4, and for FP8 two whole blocks
@@ -136,7 +126,7 @@ SIZES = {"moe_intermediate_size": 256, "n_routed_experts": 2, "num_attention_hea
 def test_parts_put_together_are_the_whole(tmp_path: Path) -> None:
     case = Case("parts", quantised.CASE.changes | SIZES, seed=53)
     folder, twin = write_pair(tmp_path, FP4, case)
-    whole, ranks = parts_of(twin, 0, 1), [parts_of(folder, rank, 2) for rank in range(2)]
+    whole, ranks = loaded(twin), [parts_of(folder, rank) for rank in range(2)]
     assert whole.keys() == ranks[0].keys()
     for name, values in whole.items():
         parts = [rank[name] for rank in ranks]
@@ -156,9 +146,9 @@ def test_a_rank_reads_only_its_part(place: tuple[str, tuple[int, int]], tmp_path
     scales[cell] = 255
     tensors[name] = Stored("F8_E8M0", scales.shape, scales.tobytes())
     damaged = written(folder, tensors)
-    parts_of(damaged, 0, 2)
+    parts_of(damaged, 0)
     with pytest.raises(CheckpointError, match=r"got code 255 \(NaN\)"):
-        parts_of(damaged, 1, 2)
+        parts_of(damaged, 1)
 
 
 SPLIT = {
@@ -230,7 +220,7 @@ def test_a_rank_is_planned_with_its_part(tmp_path: Path) -> None:
         make_plan(EngineConfig(**sizes, tensor_parallel_size=size)).describe()["memory"]
         for size in (1, 2)
     )
-    assert two["weight_bytes"] == 4 * sum(part.size for part in parts_of(folder, 0, 2).values())
+    assert two["weight_bytes"] == 4 * sum(part.size for part in parts_of(folder, 0).values())
     assert two["weight_bytes"] < one["weight_bytes"]
     # caches are whole on every rank
     assert all(two[name] == one[name] for name in ("bytes_per_block", "state_bytes"))

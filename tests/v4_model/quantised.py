@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file
 
+from fd_dsa.distributed import Group
 from fd_dsa.models.expected_tensors import expected_tensors
 from fd_dsa.models.loader import load_weights, validate
 from fd_dsa.models.registry import open_checkpoint, read_config
@@ -193,8 +194,8 @@ def write_pair(folder: Path, release: Release, case: Case = CASE) -> tuple[Path,
     return both
 
 
-def loaded(folder: Path) -> dict[str, np.ndarray]:
-    """Every tensor as the loader hands it over."""
+def loaded(folder: Path, group: Group | None = None) -> dict[str, np.ndarray]:
+    """Every tensor, or a rank's part of it, as the loader hands it over."""
     config, found = read_config(folder), {}
 
     def keep(name: str) -> Any:
@@ -204,7 +205,8 @@ def loaded(folder: Path) -> dict[str, np.ndarray]:
 
     with open_checkpoint(config, folder) as checkpoint:
         validate(checkpoint, config)
-        load_weights(checkpoint, config, {n: keep(n) for n in expected_tensors(config)})
+        loaders = {name: keep(name) for name in expected_tensors(config)}
+        load_weights(checkpoint, config, loaders, group=group)
     return found
 
 
