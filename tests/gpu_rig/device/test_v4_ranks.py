@@ -18,7 +18,7 @@ import pytest
 from fd_dsa import LLM, SamplingParams
 from fd_dsa.config import EngineConfig
 from fd_dsa.device.allocation import paddle_allocator
-from fd_dsa.distributed import Group
+from fd_dsa.distributed import Group, device, nccl
 from fd_dsa.distributed.host import Shared
 from fd_dsa.engine.caches import V4Caches
 from fd_dsa.engine.engine import LLMEngine
@@ -27,7 +27,6 @@ from fd_dsa.models.four_bit_experts import four_bit_experts
 from fd_dsa.models.loader import load_weights
 from fd_dsa.models.registry import create_model, open_checkpoint, read_config
 from fd_dsa.runner import InputBatch
-from fd_dsa.startup import load
 from fd_dsa.startup.build import build_runner
 from fd_dsa.startup.capture import capture_graphs
 from fd_dsa.startup.plan import EnginePlan, make_plan
@@ -118,9 +117,10 @@ def test_tokens_of_two_ranks_are_those_of_a_cpu(
     greedy = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
     with LLM(model=folder, device="cpu", **SIZES) as llm:
         wanted = tokens_of(llm, prompts, greedy)
-    monkeypatch.setattr(load, "_on_device", lambda group, allocate: ThroughHost(group))
     shared = Shared.create(2)
-    first, second = Turns(0, shared), Turns(1, shared)
+    groups = first, second = Turns(0, shared), Turns(1, shared)
+    monkeypatch.setattr(device, "DeviceGroup", lambda rank, *given: ThroughHost(groups[rank]))
+    monkeypatch.setattr(nccl, "new_unique_id", lambda: bytes(128))
     with Turns.turn:
         plans = [plan_of(folder, rig, **fields) for _ in range(2)]
         other = Followed(rig, second, lambda: runner_of(Worker, second, plans[1], sizes))
