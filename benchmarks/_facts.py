@@ -40,7 +40,7 @@ def flags() -> dict[str, Any]:
 def start() -> dict[str, Any]:
     """Return the memory plan of a server on the demo model, and MiB of the stored weights."""
     from fd_dsa.engine.caches import caches_class
-    from fd_dsa.models.loader import add_mtp_layer
+    from fd_dsa.models.mtp_layer import add_mtp_layer
     from fd_dsa.models.registry import open_checkpoint, read_config
     from fd_dsa.runner.input_batch import InputBatch
     from fd_dsa.startup.memory import plan_memory, weight_bytes

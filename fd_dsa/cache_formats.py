@@ -247,13 +247,17 @@ class PooledLayer:
     entry_tokens: int = 0
     index_head_dim: int = 0
 
-    def shapes(self, block_size: int, num_blocks: int, num_rows: int) -> dict[str, tuple[int, ...]]:
+    def shapes(
+        self, block_size: int, num_blocks: int, num_rows: int, max_drafts: int
+    ) -> dict[str, tuple[int, ...]]:
         """Return the shape of each pool that the layer has.
 
         Args:
             block_size: tokens of a block, a multiple of `entry_tokens`.
             num_blocks: blocks of the pools in blocks.
             num_rows: rows of the batch, each with a state.
+            max_drafts: maximum number of drafts of a row. Sources of drafts that are rejected must
+                not take the places of those that the next entry pools.
         """
         ratio, width = self.entry_tokens, self.head_dim
         if not ratio:
@@ -261,12 +265,12 @@ class PooledLayer:
         entries = block_size // ratio
         shapes: dict[str, tuple[int, ...]] = {"keys": (num_blocks * (block_size + entries), width)}
         if not self.index_head_dim:
-            return shapes | {"states": (num_rows * ratio, 1, 2, width)}
+            return shapes | {"states": (num_rows * (ratio + max_drafts), 1, 2, width)}
         width += self.index_head_dim
         return shapes | {
             "index_entries": (num_blocks, entries, self.index_head_dim),
             # a CSA entry also pools the tokens of the previous entry
-            "states": (num_rows * 2 * ratio, 2, 2, width),
+            "states": (num_rows * (2 * ratio + max_drafts), 2, 2, width),
             "records": (num_blocks, ratio, 2, width),
         }
 
@@ -279,6 +283,7 @@ class V4CacheLayout:
         layers: the pools of each layer.
         compress_rates: tokens of a compressed entry, by kind of layer.
         block_size: tokens of a block.
+        max_drafts: maximum number of drafts of a row.
 
     Raises:
         ConfigError: a block does not hold whole entries.
@@ -287,6 +292,7 @@ class V4CacheLayout:
     layers: tuple[PooledLayer, ...]
     compress_rates: tuple[int, ...]
     block_size: int
+    max_drafts: int = 0
 
     def __post_init__(self) -> None:
         whole = math.lcm(*self.compress_rates)
@@ -308,7 +314,8 @@ class V4CacheLayout:
 
     def shapes(self, num_blocks: int, num_rows: int) -> list[dict[str, tuple[int, ...]]]:
         """Return the shapes of the pools of every layer, see `PooledLayer.shapes`."""
-        return [one.shapes(self.block_size, num_blocks, num_rows) for one in self.layers]
+        sizes = self.block_size, num_blocks, num_rows, self.max_drafts
+        return [one.shapes(*sizes) for one in self.layers]
 
     def _bytes(self, num_blocks: int, num_rows: int) -> int:
         layers = self.shapes(num_blocks, num_rows)

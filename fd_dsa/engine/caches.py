@@ -93,12 +93,13 @@ class V4Caches:
         self, config: EngineConfig, model_config: DeepseekV4Config, batch: InputBatch
     ) -> None:
         self._config, self._batch, self._dtype = model_config, batch, config.dtype
+        self._max_drafts = config.max_drafts
         # on a device rows have rings, which no block holds
         self.shares_blocks, self._num_snapshots = config.device == "cpu", 0
         layout: V4CacheLayout | DeviceLayout
         if config.device == "cpu":
-            layout = model_config.cache_layout(config.kv_cache_dtype, config.block_size)
-            snapshot_bytes = 0
+            sizes = config.kv_cache_dtype, config.block_size, config.max_drafts
+            layout, snapshot_bytes = model_config.cache_layout(*sizes), 0
         else:
             layout = DeviceLayout(model_config, config.dtype, config.block_size)
             snapshot_bytes = layout.bytes_per_snapshot()
@@ -110,19 +111,19 @@ class V4Caches:
 
     @staticmethod
     def check_flags(config: EngineConfig, model_config: DeepseekV4Config) -> None:
-        """Refuse drafts, host memory, other cache formats, and other block sizes.
+        """Refuse host memory, other cache formats, other block sizes, and drafts on a device.
 
         Raises:
             ConfigError: names the flag.
         """
         with_v4 = f"with {model_config.model_type}"
-        if config.speculation is not None:
-            given = config.speculation.method
-            raise flag_error("speculative_config", given, f"none {with_v4}", "leave it out")
         _refuse_offload(config, with_v4)
         cache_dtype = config.kv_cache_dtype
         if config.device != "cpu":
             with_v4 += f" on {config.device}"
+            if config.speculation is not None:
+                given = config.speculation.method
+                raise flag_error("speculative_config", given, f"none {with_v4}", "leave it out")
             if cache_dtype != config.dtype:
                 allowed = f"auto or {config.dtype} {with_v4}"
                 raise flag_error("kv_cache_dtype", cache_dtype, allowed, "leave it out")
@@ -175,7 +176,7 @@ class V4Caches:
             group: ignored, because every rank selects for all tokens.
         """
         if device == "cpu":
-            return V4AttentionBackend(self._config, self._batch, num_blocks)
+            return V4AttentionBackend(self._config, self._batch, num_blocks, self._max_drafts)
         # kernels are loaded only for a device
         from fd_dsa.v4_attention.device_backend import V4DeviceBackend
 

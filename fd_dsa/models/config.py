@@ -228,7 +228,7 @@ def _read_fields(reader: FieldReader, defaults: ModelDefaults) -> dict[str, Any]
         "rope_theta": rope.theta,
         "rope": rope,
         "attention_bias": reader.boolean("attention_bias", False),
-        "num_nextn_predict_layers": _num_mtp_layers(reader),
+        "num_nextn_predict_layers": num_mtp_layers(reader),
         "tie_word_embeddings": reader.boolean("tie_word_embeddings", False),
         "mlp_layer_types": listed
         or ("dense",) * num_dense + ("sparse",) * (num_layers - num_dense),
@@ -279,14 +279,14 @@ def _read_groups(reader: FieldReader, defaults: ModelDefaults) -> dict[str, int]
     }
 
 
-def _num_mtp_layers(reader: FieldReader) -> int:
+def num_mtp_layers(reader: FieldReader) -> int:
     """Read the number of MTP layers."""
     return reader.integer("num_nextn_predict_layers", 0, minimum=0)
 
 
 def spare_layers(reader: FieldReader) -> int:
     """Return the number of entries that lists of layers may have for MTP layers."""
-    return max(_num_mtp_layers(reader), 1)
+    return max(num_mtp_layers(reader), 1)
 
 
 def read_indexer_types(

@@ -11,6 +11,7 @@ from fd_dsa.errors import CheckpointError, flag_error, shorten
 from fd_dsa.models.checkpoint import Checkpoint
 from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.deepseek_v4.config import DeepseekV4Config
+from fd_dsa.models.deepseek_v4.tensors import DSPARK
 from fd_dsa.models.dequantize import (
     BLOCK,
     FLOAT_DTYPES,
@@ -28,9 +29,6 @@ from fd_dsa.models.registry import FamilyConfig, packing_of
 from fd_dsa.models.sources import (
     EMBEDDING,
     LM_HEAD,
-    MTP_EMBEDDING,
-    MTP_HEAD,
-    MTP_JOIN,
     RandomTensor,
     SourceTensor,
     StoredTensor,
@@ -39,9 +37,10 @@ from fd_dsa.models.sources import (
 
 logger = logging.getLogger(__name__)
 
-_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+LAYER = re.compile(r"model\.layers\.(\d+)\.")
+"""Beginning of the names of a layer's tensors."""
 _INV_FREQ = ".rotary_emb.inv_freq"
-# prefix of the MTP layer's tensors in DeepSeek's own names
+# prefix of the tensors of drafters in DeepSeek's own names
 _MTP = "mtp."
 _INDEXER, _WK = ".self_attn.indexer.", "indexer.wk.weight"
 _MAX_PROBLEMS = 3
@@ -63,11 +62,11 @@ def validate(checkpoint: Checkpoint, config: ModelConfig) -> None:
     """
     expected = expected_tensors(config)
     present = set(checkpoint.names())
-    layers = {name: match for name in present if (match := _LAYER.match(name))}
+    layers = {name: match for name in present if (match := LAYER.match(name))}
     # every release has some
     skipped = {name for name, match in layers.items() if int(match[1]) >= config.num_hidden_layers}
-    skipped -= expected.keys()
     skipped |= {n for n in present if n.endswith(_INV_FREQ) or n.startswith(_MTP)}
+    skipped -= expected.keys()
     unused = _unused_indexers(config, layers) - skipped
     packing, of_packed = packing_of(config), set()
     if packing is not None:
@@ -97,11 +96,12 @@ def validate(checkpoint: Checkpoint, config: ModelConfig) -> None:
         text = "; ".join(problems[:_MAX_PROBLEMS])
         raise CheckpointError(f"{text}; and {more} more" if more > 0 else text)
     if skipped:
+        drafter = "multi-token prediction"
+        if DSPARK in skipped:
+            drafter = "DSpark, a drafter that is not served"
         logger.info(
-            "%s: %d tensors skipped: layers from %d on (multi-token prediction) and inv_freq",
-            checkpoint.folder,
-            len(skipped),
-            config.num_hidden_layers,
+            "%s: %d tensors skipped: layers from %d on (%s) and inv_freq",
+            *(checkpoint.folder, len(skipped), config.num_hidden_layers, drafter),
         )
     if of_packed:
         logger.info(
@@ -121,7 +121,7 @@ def _unused_indexers(config: FamilyConfig, layers: Mapping[str, re.Match[str]]) 
     """Return the indexer tensors of layers that use an earlier layer's selection.
 
     Args:
-        layers: match of `_LAYER` for each name.
+        layers: match of `LAYER` for each name.
     """
     if not isinstance(config, ModelConfig):
         return set()
@@ -131,38 +131,6 @@ def _unused_indexers(config: FamilyConfig, layers: Mapping[str, re.Match[str]]) 
         for name, match in layers.items()
         if match[1] in shared and name.startswith(_INDEXER, match.end() - 1)
     }
-
-
-def add_mtp_layer(checkpoint: Checkpoint | None, config: ModelConfig) -> ModelConfig:
-    """Return the configuration with the MTP layer of a checkpoint.
-
-    Embedding and head of the layer are often copies of the model's, which are then used instead.
-
-    Args:
-        checkpoint: None = random weights.
-
-    Raises:
-        ConfigError: the model has no MTP layer.
-    """
-    names, lack = checkpoint.names() if checkpoint else (), ""
-    prefix = f"model.layers.{config.num_hidden_layers}."
-    join = prefix + MTP_JOIN
-    if config.num_nextn_predict_layers == 0:
-        lack = "config.json says that there is no layer for it (num_nextn_predict_layers 0)"
-    elif checkpoint is not None and join not in names:
-        last = max((int(match[1]) for name in names if (match := _LAYER.match(name))), default=0)
-        lack = f"the checkpoint has layers 0 to {last}, and no tensor {join!r}"
-    if lack:
-        raise flag_error("speculative_config.method", "mtp", "ngram", lack)
-    head, own = EMBEDDING if config.tie_word_embeddings else LM_HEAD, []
-    for table, shared in ((MTP_EMBEDDING, EMBEDDING), (MTP_HEAD, head)):
-        name = prefix + table
-        if checkpoint is None or name not in names:
-            continue
-        # buffers are compared without an array of booleans
-        if checkpoint.raw(name).data != checkpoint.raw(shared).data:
-            own.append(table)
-    return config.with_mtp_layer(*own)
 
 
 def load_weights(

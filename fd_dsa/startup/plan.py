@@ -202,12 +202,12 @@ def _check_weights(
     """
     from fd_dsa.models.four_bit_experts import four_bit_experts
     from fd_dsa.models.loader import (
-        add_mtp_layer,
         check_blocks,
         fp8_tensors,
         quantisable_tensors,
         validate,
     )
+    from fd_dsa.models.mtp_layer import add_mtp_layer
     from fd_dsa.models.registry import open_checkpoint
 
     wants_mtp = config.speculation is not None and config.speculation.method == "mtp"

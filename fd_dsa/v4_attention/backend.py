@@ -33,6 +33,7 @@ class V4AttentionBackend:
         config: configuration of the model.
         batch: rows of a step. Each row is a slot of the states.
         num_blocks: blocks of the pools, of `batch.block_size` tokens.
+        max_drafts: maximum number of drafts of a row.
 
     Attributes:
         can_read_selections: False, because layers select compressed entries instead of tokens.
@@ -42,13 +43,15 @@ class V4AttentionBackend:
     can_read_selections = False
     max_gathered_keys = 0
 
-    def __init__(self, config: DeepseekV4Config, batch: InputBatch, num_blocks: int) -> None:
+    def __init__(
+        self, config: DeepseekV4Config, batch: InputBatch, num_blocks: int, max_drafts: int = 0
+    ) -> None:
         self._kinds = config.layer_types
-        self._layout = config.cache_layout("float32", batch.block_size)
+        self._layout = config.cache_layout("float32", batch.block_size, max_drafts)
         self._num_heads = config.num_attention_heads
         self._topk, self._width = config.index_topk, config.head_dim
         self._num_slots = batch.max_num_seqs
-        sizes = prepare_sizes(config, batch, num_blocks)
+        sizes = prepare_sizes(config, batch, num_blocks, max_drafts)
         self._comp_base = sizes.comp_base
         self._prepare = V4Prepare(sizes, "numpy")
         self._slots = np.arange(batch.max_num_seqs, dtype=np.int32)

@@ -26,11 +26,13 @@ class PoolingPlan:
         cfg = out.config
         ratio = cfg.csa_ratio if name == "r1" else cfg.hca_ratio
         self._pool = pool = cfg.pool(ratio)
+        # rejected drafts must not take the places of sources that are still pooled
+        ring = pool + cfg.spec_tokens
         at = 4 if name == "r1" else 6
         self.num_entries, num_kept = int(out.counts[at]), int(out.counts[at + 1])
         kept = getattr(out, f"wplan_{name}")[:num_kept]
         self._kept = kept[:, 0]
-        self._kept_rows = slots[kept[:, 1]] * pool + kept[:, 2] % pool
+        self._kept_rows = slots[kept[:, 1]] * ring + kept[:, 2] % ring
         if not self.num_entries:
             return
         plan = getattr(out, f"plan_{name}")[: self.num_entries]
@@ -43,9 +45,9 @@ class PoolingPlan:
         half = np.broadcast_to(number // ratio, source.shape)
         in_ring = np.broadcast_to(number < from_ring, source.shape)
         self._absent = source < 0
-        ring = slots[row] * pool + source % pool
+        place = slots[row] * ring + source % ring
         self._from_ring = in_ring.nonzero()
-        self._ring_at = ring[self._from_ring], half[self._from_ring]
+        self._ring_at = place[self._from_ring], half[self._from_ring]
         self._from_step = (~in_ring).nonzero()
         step = token - (pool - 1) + number
         self._step_at = step[self._from_step], half[self._from_step]
@@ -99,12 +101,13 @@ class RecordPlan:
         block_table: np.ndarray,
     ) -> None:
         cfg = out.config
-        size, ratio, pool = cfg.block_size, cfg.csa_ratio, cfg.pool(cfg.csa_ratio)
+        size, ratio = cfg.block_size, cfg.csa_ratio
+        ring = cfg.pool(ratio) + cfg.spec_tokens
         rows = ((q > 0) & (start > 0) & (start % size == 0)).nonzero()[0]
         self._restored = None
         if len(rows):
             positions = start[rows, None] - ratio + np.arange(ratio)
-            self._restored = slots[rows, None] * pool + positions % pool
+            self._restored = slots[rows, None] * ring + positions % ring
             self._restored_from = block_table[rows, start[rows] // size - 1]
         num_tokens = int(out.counts[1])
         positions, row = out.positions[:num_tokens], out.req_of_token[:num_tokens]

@@ -19,7 +19,8 @@ class LayerPools:
     Attributes:
         keys: [num_blocks * (block_size + entries of a block), head_dim].
         index_entries: [num_blocks, entries of a block, index_head_dim]; None without an indexer.
-        states: [num_rows * pooled tokens, halves, 2, width]; None in a window-only layer.
+        states: [num_rows * (pooled tokens + max_drafts), halves, 2, width]; None in a window-only
+            layer.
         records: [num_blocks, ratio, 2, width]; None except in a CSA layer.
     """
 
@@ -42,16 +43,19 @@ def allocate_pools(layout: V4CacheLayout, num_blocks: int, num_rows: int) -> lis
     ]
 
 
-def prepare_sizes(config: DeepseekV4Config, batch: InputBatch, num_blocks: int) -> V4PrepareConfig:
+def prepare_sizes(
+    config: DeepseekV4Config, batch: InputBatch, num_blocks: int, max_drafts: int = 0
+) -> V4PrepareConfig:
     """Return the sizes of the index arrays of a step, with window keys in blocks.
 
     Args:
         num_blocks: blocks of the pools, of `batch.block_size` tokens.
+        max_drafts: maximum number of drafts of a row.
     """
     columns = batch.block_tables.shape[1]
     return V4PrepareConfig(
         window_size=config.sliding_window,
-        spec_tokens=0,
+        spec_tokens=max_drafts,
         block_size=batch.block_size,
         csa_ratio=config.compress_rates[CSA],
         hca_ratio=config.compress_rates[HCA],

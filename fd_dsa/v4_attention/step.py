@@ -42,8 +42,8 @@ class Tile:
 class V4Step:
     """The work of one step, computed on first use and shared by all layers of a kind.
 
-    Tokens of decode rows gather their keys, as do all tokens in batch-invariant mode. Tokens of
-    prompts share a key list with adjacent tokens.
+    Tokens of decode rows gather their keys, as do all tokens in batch-invariant mode. A decode row
+    has a token and its drafts. Tokens of prompts share a key list with adjacent tokens.
 
     Args:
         out: the step's index arrays.
@@ -63,6 +63,7 @@ class V4Step:
         self._out, self._start, self._q = out, start, q
         self.block_table, self._num_heads = block_table, num_heads
         self._slots = np.arange(len(q), dtype=np.int64)
+        self._is_prompt = q > 1 + out.config.spec_tokens
         self.num_tokens = int(out.counts[1])
         self.positions = out.positions[: self.num_tokens]
         self.rows = out.req_of_token[: self.num_tokens]
@@ -86,7 +87,12 @@ class V4Step:
         """int [n], tokens that gather their keys."""
         if fixed_order():
             return np.arange(self.num_tokens)
-        return (self._q[self.rows] == 1).nonzero()[0]
+        return self._decoding
+
+    @cached_property
+    def _decoding(self) -> np.ndarray:
+        """int [n], tokens of decode rows."""
+        return (~self._is_prompt[self.rows]).nonzero()[0]
 
     @cached_property
     def visible(self) -> np.ndarray:
@@ -101,7 +107,7 @@ class V4Step:
     @cached_property
     def units(self) -> tuple[np.ndarray, PagedUnits] | None:
         """Decoding tokens that see an entry, with their blocks of index entries, or None."""
-        at = (self._q[self.rows] == 1).nonzero()[0]
+        at = self._decoding
         at = at[self.visible[at] > 0]
         if not len(at):
             return None
@@ -109,9 +115,9 @@ class V4Step:
         return at, PagedUnits.build(self.visible[at], self.block_table[self.rows[at]], per_block)
 
     def prompt_rows(self) -> Iterator[tuple[slice, int]]:
-        """Yield tokens and row of each row with several tokens in the step."""
+        """Yield tokens and row of each row that is no decode row."""
         bounds = self._out.cu_q
-        for row in (self._q > 1).nonzero()[0].tolist():
+        for row in self._is_prompt.nonzero()[0].tolist():
             yield slice(int(bounds[row]), int(bounds[row + 1])), row
 
     def entries_per_block(self, kind: str) -> int:

@@ -211,7 +211,8 @@ def test_a_layer_for_multi_token_prediction_learns_and_serves_as_trained(tmp_pat
     from demo_training.model import DemoModel
 
     from fd_dsa.models.checkpoint import Checkpoint
-    from fd_dsa.models.loader import add_mtp_layer, load_weights, validate
+    from fd_dsa.models.loader import load_weights, validate
+    from fd_dsa.models.mtp_layer import add_mtp_layer
     from fd_dsa.models.registry import create_model, read_config
     from tests.runner.tiny import tiny_runner
 

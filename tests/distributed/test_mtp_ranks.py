@@ -21,7 +21,8 @@ from fd_dsa.engine.draft_state import DraftCosts
 from fd_dsa.errors import RankError
 from fd_dsa.models.checkpoint import Checkpoint
 from fd_dsa.models.config import ModelConfig
-from fd_dsa.models.loader import add_mtp_layer, load_weights
+from fd_dsa.models.loader import load_weights
+from fd_dsa.models.mtp_layer import add_mtp_layer
 from fd_dsa.models.registry import config_from_dict, create_model, read_config
 from fd_dsa.models.sources import MTP_EMBEDDING, MTP_HEAD
 from fd_dsa.models.weights import HostWeights

@@ -17,7 +17,8 @@ from fd_dsa.errors import ConfigError
 from fd_dsa.models.checkpoint import Checkpoint
 from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.expected_tensors import expected_tensors
-from fd_dsa.models.loader import add_mtp_layer, load_weights, validate
+from fd_dsa.models.loader import load_weights, validate
+from fd_dsa.models.mtp_layer import add_mtp_layer
 from fd_dsa.models.registry import config_from_dict, create_model, read_config
 from fd_dsa.models.sources import MTP_EMBEDDING, MTP_HEAD
 from fd_dsa.models.weights import HostWeights

@@ -10,6 +10,7 @@ from fd_dsa.cache_formats import PooledLayer, V4CacheLayout
 from fd_dsa.errors import flag_error
 from fd_dsa.models.config import (
     MAX_EXPERTS,
+    num_mtp_layers,
     read_plain,
     rows_of_head,
     spare_layers,
@@ -94,13 +95,16 @@ class DeepseekV4Config(DeepseekV4Defaults):
     Attributes:
         qk_rope_head_dim: rotated channels, the last ones of a head.
         layer_types: `sliding_attention`, `compressed_sparse_attention` (CSA) or
-            `heavily_compressed_attention` (HCA), one per layer.
+            `heavily_compressed_attention` (HCA), one per layer. A loaded MTP layer has an entry,
+            here and in `mlp_layer_types`.
         compress_rates: tokens per entry of a CSA and of an HCA layer.
         mlp_layer_types: `hash_moe` (experts by token id) or `moe`, one per layer.
         main_rope, compress_rope: angles of window-only layers, and of the others.
         expert_dtype: type of quantised routed experts, "fp4" or "fp8"; None = not given.
         ranks: processes that share the model. Heads, their groups and the width of experts are
             those of one rank.
+        num_nextn_predict_layers: number of layers for multi-token prediction (MTP).
+        has_mtp_layer: True if the first of them is loaded.
         weight_block_size, round_scales, eos_token_ids, generation, unknown_fields: see
             `ModelConfig`.
     """
@@ -122,6 +126,8 @@ class DeepseekV4Config(DeepseekV4Defaults):
     weight_block_size: tuple[int, int] | None = None
     round_scales: bool = False
     ranks: int = 1
+    num_nextn_predict_layers: int = 0
+    has_mtp_layer: bool = False
 
     @classmethod
     def read(cls, reader: FieldReader, defaults: DeepseekV4Defaults) -> DeepseekV4Config:
@@ -161,6 +167,15 @@ class DeepseekV4Config(DeepseekV4Defaults):
         """Rows of the head that a rank computes, see `rows_of_head`."""
         return rows_of_head(self.vocab_size, self.ranks, is_tied=self.tie_word_embeddings)
 
+    def with_mtp_layer(self) -> DeepseekV4Config:
+        """Return the configuration with the MTP layer, which has a window and scored experts."""
+        return replace(
+            self,
+            has_mtp_layer=True,
+            layer_types=(*self.layer_types, WINDOW),
+            mlp_layer_types=(*self.mlp_layer_types, "moe"),
+        )
+
     @property
     def has_indexer(self) -> list[bool]:
         """True for each layer that selects the entries it attends to."""
@@ -171,12 +186,15 @@ class DeepseekV4Config(DeepseekV4Defaults):
         """Max tokens of a row whose last token still attends to every CSA entry."""
         return (self.index_topk + 1) * self.compress_rates[CSA] - 1
 
-    def cache_layout(self, kv_cache_dtype: str, block_size: int) -> V4CacheLayout:
+    def cache_layout(
+        self, kv_cache_dtype: str, block_size: int, max_drafts: int = 0
+    ) -> V4CacheLayout:
         """Return the layout of the caches.
 
         Args:
             kv_cache_dtype: "float32", the only format of the pools.
             block_size: tokens of a block.
+            max_drafts: maximum number of drafts of a row.
 
         Raises:
             ConfigError: the format is unsupported, or a block does not hold whole entries.
@@ -194,7 +212,8 @@ class DeepseekV4Config(DeepseekV4Defaults):
             HCA: PooledLayer(self.head_dim, self.compress_rates[HCA]),
         }
         layers = tuple(pools[kind] for kind in self.layer_types)
-        return V4CacheLayout(layers, tuple(self.compress_rates.values()), block_size)
+        rates = tuple(self.compress_rates.values())
+        return V4CacheLayout(layers, rates, block_size, max_drafts)
 
 
 def _read_fields(reader: FieldReader, defaults: DeepseekV4Defaults) -> dict[str, Any]:
@@ -216,6 +235,7 @@ def _read_fields(reader: FieldReader, defaults: DeepseekV4Defaults) -> dict[str,
         "layer_types": _read_layer_types(reader, num_layers),
         "compress_rates": _read_rates(reader),
         "mlp_layer_types": _read_mlp_types(reader, num_layers),
+        "num_nextn_predict_layers": num_mtp_layers(reader),
         "tie_word_embeddings": reader.boolean("tie_word_embeddings", False),
         "bos_token_id": reader.token_id("bos_token_id", vocab_size, 0),
         "eos_token_ids": reader.token_ids("eos_token_id", vocab_size, 1),
@@ -306,7 +326,6 @@ def _read_rates(reader: FieldReader) -> dict[str, int]:
 def _read_mlp_types(reader: FieldReader, num_layers: int) -> tuple[str, ...]:
     """Read the kind of experts of each layer: selected by token id or by score."""
     num_hash = min(reader.integer("num_hash_layers", 3, minimum=0), num_layers)
-    # MTP layers are not loaded
     spare = spare_layers(reader)
     listed = reader.strings("mlp_layer_types", ("hash_moe", "moe"), num_layers, spare)
     return listed or ("hash_moe",) * num_hash + ("moe",) * (num_layers - num_hash)

@@ -128,10 +128,15 @@ def _adders(n: int, eps: np.float32) -> dict[int, list[np.ndarray]]:
 
 
 class HeadCollapse:
-    """Weighted sum of all streams, the input of the head."""
+    """Weighted sum of all streams, the input of the head.
+
+    Attributes:
+        num_streams: number of streams of a token.
+    """
 
     def __init__(self, config: DeepseekV4Config, weights: HostOnlyWeights, prefix: str) -> None:
         streams, width = config.hc_mult, config.hc_mult * config.hidden_size
+        self.num_streams = streams
         self._norm_eps, self._eps = config.rms_norm_eps, np.float32(config.hc_eps)
         self._fn = weights.matrix(width, {f"{prefix}fn": streams}, sums_in_float32=True)
         self._base = weights.vector({f"{prefix}base": streams})

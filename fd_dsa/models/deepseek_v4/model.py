@@ -16,7 +16,13 @@ from fd_dsa.models.deepseek_v4.hyper import HeadCollapse, HyperConnection
 from fd_dsa.models.deepseek_v4.moe import V4MoE
 from fd_dsa.models.deepseek_v4.norm import RowNorm
 from fd_dsa.models.deepseek_v4.rotation import Angles, Rotation
-from fd_dsa.models.deepseek_v4.tensors import FINAL_NORM, HEAD_HC
+from fd_dsa.models.deepseek_v4.tensors import (
+    FINAL_NORM,
+    HEAD_HC,
+    MTP,
+    MTP_STREAMS,
+    MTP_TOKENS,
+)
 from fd_dsa.models.head import logits_of
 from fd_dsa.models.sources import EMBEDDING, LM_HEAD, WeightLoader
 from fd_dsa.models.weights_protocol import HostOnlyWeights
@@ -31,9 +37,14 @@ class DeepseekV4DecoderLayer:
     """
 
     def __init__(
-        self, config: DeepseekV4Config, layer_id: int, weights: HostOnlyWeights, rotation: Rotation
+        self,
+        config: DeepseekV4Config,
+        layer_id: int,
+        weights: HostOnlyWeights,
+        prefix: str,
+        rotation: Rotation,
     ) -> None:
-        prefix, hidden, eps = f"model.layers.{layer_id}.", config.hidden_size, config.rms_norm_eps
+        hidden, eps = config.hidden_size, config.rms_norm_eps
         self._group = weights.group
         self._attn_hc = HyperConnection(config, weights, f"{prefix}hc_attn_")
         self._ffn_hc = HyperConnection(config, weights, f"{prefix}hc_ffn_")
@@ -66,36 +77,114 @@ class DeepseekV4DecoderLayer:
         return self._ffn_hc.expand(summed(part, self._group), residual, mixture)
 
 
+class MultiTokenPredictor:
+    """MTP layer: predicts one more token from residual streams and next tokens.
+
+        x_i = h_proj(hnorm(s_i)) + e_proj(enorm(embed(t_{i+1}))), for each stream s_i
+        logits of t_{i+2} = head(norm(sum of the streams of layer(x_i)))
+
+    with position and keys of token i. The streams are those before the model sums them, and the
+    layer returns streams for the next draft. Embedding and head are the model's.
+
+    Attributes:
+        embed_tokens: [vocab_size, hidden_size]; embedding of the next tokens.
+
+    Source: MTPBlock of DeepSeek's inference code for V4.
+    """
+
+    def __init__(
+        self, model: DeepseekV4ForCausalLM, weights: HostOnlyWeights, rotation: Rotation
+    ) -> None:
+        config, self._rotation = model.config, rotation
+        hidden, eps, number = config.hidden_size, config.rms_norm_eps, config.num_hidden_layers
+        self.embed_tokens, self._model = model.embed_tokens, model
+        self._token_norm = RowNorm(weights, f"{MTP}enorm.weight", hidden, eps)
+        self._stream_norm = RowNorm(weights, f"{MTP}hnorm.weight", hidden, eps)
+        self._token_in = weights.matrix(hidden, {MTP_TOKENS: hidden})
+        self._stream_in = weights.matrix(hidden, {MTP_STREAMS: hidden})
+        self.layer = DeepseekV4DecoderLayer(config, number, weights, MTP, rotation)
+        self._collapse = HeadCollapse(config, weights, f"{MTP}hc_head_")
+        self._norm = RowNorm(weights, f"{MTP}norm.weight", hidden, eps)
+
+    def __call__(self, next_ids: Array, hidden: np.ndarray, step: LayerStep) -> np.ndarray:
+        """Return streams after the layer, [num_tokens, num_streams * hidden_size].
+
+        Args:
+            next_ids: int64 [num_tokens], the token after each one of the step.
+            hidden: streams of the step's tokens, same shape. They are the model's, or for a further
+                draft those of this layer.
+            step: step of the runner, with metadata.
+        """
+        ids = as_numpy(next_ids)
+        embedded = self._token_in.matmul(self._token_norm.normalize(self.embed_tokens[ids]))
+        rows, width = hidden.reshape(-1, embedded.shape[1]), embedded.shape[1]
+        streams = self._stream_in.matmul(self._stream_norm.normalize(rows))
+        streams = streams.reshape(len(ids), -1, width)
+        residual = np.empty((len(ids), streams.shape[1] + 1, width), np.float32)
+        np.add(streams, embedded[:, None], out=residual[:, :-1])
+        angles = self._rotation.of_step(step.position_ids)
+        with np.errstate(over="ignore"):
+            residual = self.layer.forward(residual, ids, angles, step, slice(None))
+        return np.ascontiguousarray(residual[:, :-1]).reshape(len(ids), -1)
+
+    def compute_logits(
+        self, hidden_states: np.ndarray, out: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Return logits [n, vocab_size] of results of a call."""
+        return _logits(hidden_states, self._collapse, self._norm, self._model, out)
+
+
+def _logits(
+    hidden_states: np.ndarray,
+    collapse: HeadCollapse,
+    norm: RowNorm,
+    model: DeepseekV4ForCausalLM,
+    out: np.ndarray | None,
+) -> np.ndarray:
+    """Return logits [n, vocab_size] of streams [n, num_streams * hidden_size], by the head."""
+    streams = hidden_states.reshape(len(hidden_states), collapse.num_streams, -1)
+    with np.errstate(over="ignore"):
+        collapsed = collapse.weighted_sum(streams)
+    return as_numpy(logits_of(model.head, norm.normalize(collapsed), model.head_group, out))
+
+
 class DeepseekV4ForCausalLM:
     """Model from packed token ids of a step to logits of sampled tokens.
 
     Attributes:
         config: sizes of the model.
+        embed_tokens: [vocab_size, hidden_size].
+        head: weight from normed sums of streams to logits, with the rows of this rank.
+        head_group: ranks that divide the rows of the head; None = this rank has all rows.
         group: ranks that share the model; None = one rank.
-        mtp: None, because draft layers are not loaded.
+        mtp: MTP layer, None = not loaded.
     """
-
-    mtp: None = None
 
     def __init__(self, config: DeepseekV4Config, weights: HostOnlyWeights) -> None:
         self.config, self._weights, self.group = config, weights, weights.group
         vocab_size, hidden = config.vocab_size, config.hidden_size
-        self._embedding, self._head = weights.table(EMBEDDING, vocab_size, hidden)
+        self.embed_tokens, self.head = weights.table(EMBEDDING, vocab_size, hidden)
         width = config.qk_rope_head_dim
         # rotations of layers with entries, then of window-only layers
         self._rotations = [
             Rotation(rope, width) for rope in (config.compress_rope, config.main_rope)
         ]
-        self._is_window = [kind == WINDOW for kind in config.layer_types]
+        kinds = config.layer_types[: config.num_hidden_layers]
+        self._is_window = [kind == WINDOW for kind in kinds]
         self.layers = [
-            DeepseekV4DecoderLayer(config, i, weights, self._rotations[self._is_window[i]])
-            for i in range(config.num_hidden_layers)
+            DeepseekV4DecoderLayer(
+                config, i, weights, f"model.layers.{i}.", self._rotations[is_window]
+            )
+            for i, is_window in enumerate(self._is_window)
         ]
         self._collapse = HeadCollapse(config, weights, HEAD_HC)
         self._norm = RowNorm(weights, FINAL_NORM, hidden, config.rms_norm_eps)
         if not config.tie_word_embeddings:
-            self._head = weights.matrix(hidden, {LM_HEAD: config.head_rows}, sums_in_float32=True)
-        self._head_group = weights.group if config.head_rows < vocab_size else None
+            self.head = weights.matrix(hidden, {LM_HEAD: config.head_rows}, sums_in_float32=True)
+        self.head_group = weights.group if config.head_rows < vocab_size else None
+        self.mtp = None
+        if config.has_mtp_layer:
+            self.mtp = MultiTokenPredictor(self, weights, self._rotations[True])
 
     @property
     def loaders(self) -> dict[str, WeightLoader]:
@@ -105,21 +194,22 @@ class DeepseekV4ForCausalLM:
     def __call__(self, token_ids: Array, forward_meta: LayerStep) -> np.ndarray:
         """Return streams after the last layer, [num_tokens, num_streams * hidden_size].
 
-        Only tokens of `forward_meta.sampled` have values, because the last layer skips the others.
+        Without an MTP layer only tokens of `forward_meta.sampled` have values, because the last
+        layer skips the others.
 
         Args:
             token_ids: int64 [num_tokens], token ids of the step, rows back to back.
             forward_meta: step of the runner, with metadata.
         """
         ids, positions = as_numpy(token_ids), forward_meta.position_ids
-        rows = self._embedding[ids]
+        rows = self.embed_tokens[ids]
         # for each token its streams, and a row for the output of a block
         residual = np.repeat(rows[:, None], self.config.hc_mult + 1, axis=1)
         angles = [rotation.of_step(positions) for rotation in self._rotations]
         # the last layer computes only sampled tokens, or a single token if the step samples none
         sampled, everything = as_numpy(forward_meta.sampled), slice(None)
         asked: Any = sampled if len(sampled) else slice(1)
-        if len(sampled) == len(rows):
+        if self.mtp is not None or len(sampled) == len(rows):
             asked = everything
         # exp(-x) of sigmoids may overflow to inf: 1 / inf is the right 0
         with np.errstate(over="ignore"):
@@ -140,8 +230,4 @@ class DeepseekV4ForCausalLM:
         self, hidden_states: np.ndarray, out: np.ndarray | None = None
     ) -> np.ndarray:
         """Return logits [n, vocab_size] of streams [n, num_streams * hidden_size]."""
-        streams = hidden_states.reshape(len(hidden_states), self.config.hc_mult, -1)
-        with np.errstate(over="ignore"):
-            collapsed = self._collapse.weighted_sum(streams)
-        logits = logits_of(self._head, self._norm.normalize(collapsed), self._head_group, out)
-        return as_numpy(logits)
+        return _logits(hidden_states, self._collapse, self._norm, self, out)

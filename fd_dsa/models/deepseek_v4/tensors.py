@@ -13,6 +13,11 @@ from fd_dsa.models.sources import EMBEDDING, LM_HEAD
 
 FINAL_NORM = "model.norm.weight"
 HEAD_HC = "model.hc_head.hc_"
+# the layer for multi-token prediction
+MTP = "mtp.0."
+MTP_TOKENS, MTP_STREAMS = f"{MTP}e_proj.weight", f"{MTP}h_proj.weight"
+# a tensor of the first of DSpark's three stages, in their place in later releases
+DSPARK = f"{MTP}main_proj.weight"
 # name in a checkpoint of DeepSeek, or of `save_pretrained` -> name in fd_dsa
 _OTHER_NAMES = {
     "embed.weight": EMBEDDING,
@@ -22,7 +27,7 @@ _OTHER_NAMES = {
 }
 # scales of a quantised weight, in place of `.weight`
 _SCALE = ".scale"
-_LAYER = re.compile(r"(?:model\.)?layers\.(\d+)\.(.*)")
+_LAYER = re.compile(r"(?:model\.)?(layers\.\d+|mtp\.\d+)\.(.*)")
 
 
 def tensor_name(stored: str) -> str:
@@ -33,5 +38,6 @@ def tensor_name(stored: str) -> str:
             leaf = "attn.kv_norm.weight"
         elif leaf.endswith(_SCALE):
             leaf = f"{leaf.removesuffix(_SCALE)}.weight{SCALE_SUFFIX}"
-        return f"model.layers.{match[1]}.{leaf}"
+        prefix = "" if match[1].startswith("mtp") else "model."
+        return f"{prefix}{match[1]}.{leaf}"
     return _OTHER_NAMES.get(stored, stored)
