@@ -36,6 +36,9 @@ def in_drawn_order(tensors: dict[str, _T]) -> dict[str, _T]:
 
     def place(name: str) -> tuple[int, int]:
         match = _LAYER.fullmatch(name)
+        if name.startswith("mtp."):
+            # after all others, so that a model draws the same with and without this layer
+            return 1 << 21, 0
         if name.endswith("tid2eid") and match:
             return 1 << 20, int(match[1])
         if match:

@@ -17,6 +17,7 @@ import numpy as np
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from fd_dsa.models.deepseek_v4.config import DeepseekV4Config
 from fd_dsa.models.expected_tensors import expected_tensors
 from fd_dsa.models.registry import read_config
 from tests.models.drawn import in_drawn_order
@@ -134,6 +135,8 @@ class Case:
     def write(self, folder: Path, names: str = "saved") -> Path:
         """Write config.json and model.safetensors; returns the folder.
 
+        The config says whether there is a layer for multi-token prediction.
+
         Args:
             folder: made if need be.
             names: "saved" as `save_pretrained` writes them, or "deepseek".
@@ -141,6 +144,9 @@ class Case:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(self.config))
         rng, config = np.random.default_rng(self.seed), read_config(folder)
+        assert isinstance(config, DeepseekV4Config)
+        if config.num_nextn_predict_layers:
+            config = config.with_mtp_layer()
         rename = {"saved": saved_name, "deepseek": deepseek_name}[names]
         tensors = {}
         for name, expected in in_drawn_order(expected_tensors(config)).items():

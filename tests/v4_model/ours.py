@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 
 from fd_dsa.distributed import Group
+from fd_dsa.models.deepseek_v4.config import DeepseekV4Config
 from fd_dsa.models.loader import load_weights, validate
+from fd_dsa.models.mtp_layer import add_mtp_layer
 from fd_dsa.models.registry import create_model, open_checkpoint, read_config
 from fd_dsa.models.weights import HostWeights
 from fd_dsa.runner import InputBatch, ModelRunner
@@ -18,17 +20,22 @@ from fd_dsa.v4_attention import V4AttentionBackend
 ROWS = 6
 
 
-def load_model(folder: Path, group: Group | None = None) -> Any:
-    """The model of a folder, or a rank's part of it, with its weights."""
+def load_model(folder: Path, group: Group | None = None, *, mtp: bool = False) -> Any:
+    """The model of a folder, or a rank's part of it, with its weights; `mtp`: and its draft layer."""
     config = read_config(folder)
-    model = create_model(config.split(group.size if group else 1), HostWeights(group))
+    assert isinstance(config, DeepseekV4Config)
     with open_checkpoint(config, folder) as checkpoint:
+        if mtp:
+            config = add_mtp_layer(checkpoint, config)
+        model = create_model(config.split(group.size if group else 1), HostWeights(group))
         validate(checkpoint, config)
         load_weights(checkpoint, config, model.loaders, group=group)
     return model
 
 
-def make_runner(model: Any, block_size: int, most_tokens: int = 320) -> ModelRunner:
+def make_runner(
+    model: Any, block_size: int, most_tokens: int = 320, max_drafts: int = 0
+) -> ModelRunner:
     """A runner whose rows own scattered blocks, and whose unwritten cache rows are NaN."""
     columns = -(-most_tokens // block_size)
     batch = InputBatch(ROWS, 4 * most_tokens, columns, block_size)
@@ -36,7 +43,7 @@ def make_runner(model: Any, block_size: int, most_tokens: int = 320) -> ModelRun
     blocks = np.random.default_rng(0).permutation(num_blocks)
     for row in range(ROWS):
         batch.set_blocks(row, blocks[row:-1:ROWS])
-    backend = V4AttentionBackend(model.config, batch, num_blocks)
+    backend = V4AttentionBackend(model.config, batch, num_blocks, max_drafts)
     runner = ModelRunner(model, batch, None, num_blocks, "cpu", backend)
     poison(runner)
     return runner

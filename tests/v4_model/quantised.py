@@ -24,7 +24,7 @@ from tests.models.published import V4_FLASH
 from tests.v4_model.cases import CSA, HCA, WINDOW, Case
 
 QUANTISATION: dict[str, Any] = V4_FLASH["quantization_config"]
-FP8_WEIGHTS = ("wq_a", "wq_b", "wkv", "wo_a", "wo_b", "w1", "w2", "w3")
+FP8_WEIGHTS = ("wq_a", "wq_b", "wkv", "wo_a", "wo_b", "w1", "w2", "w3", "e_proj", "h_proj")
 # several FP8 blocks in both directions, the last ones not full; layers of all kinds
 CASE = Case(
     "quantised",
