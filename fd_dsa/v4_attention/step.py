@@ -145,7 +145,7 @@ class V4Step:
             column = np.arange(width)
             token = at[:, None] - extra[:, None] + 1 + column - lengths[:, None]
             is_own = (column >= lengths[:, None]) & (token <= at[:, None])
-            found = np.where(is_own, out.swa_write[np.minimum(token, at[:, None])], found)
+            found = np.where(is_own, out.swa_write[np.clip(token, 0, at[:, None])], found)
         return found
 
     def key_lists(self, kind: str) -> KeyLists:

@@ -21,7 +21,7 @@ ROWS = 6
 
 
 def load_model(folder: Path, group: Group | None = None, *, mtp: bool = False) -> Any:
-    """The model of a folder, or a rank's part of it, with its weights; `mtp`: and its draft layer."""
+    """The model of a folder, or a rank's part of it, its weights loaded; `mtp` adds its layer."""
     config = read_config(folder)
     assert isinstance(config, DeepseekV4Config)
     with open_checkpoint(config, folder) as checkpoint:

@@ -118,8 +118,6 @@ def test_names_of_deepseek_and_draft_layers(
     ("fields", "words"),
     [
         ({"device": "cpu", "block_size": 24}, "--block-size: got 24"),
-        ({"speculative_config": {"method": "ngram"}}, "--speculative-config: got 'ngram'"),
-        ({"speculative_config": {"method": "mtp"}}, "--speculative-config: got 'mtp'"),
         (
             {"kv_offload_bytes": "1G"},
             "--kv-offload-bytes: got 1073741824, allowed: 0 with deepseek",

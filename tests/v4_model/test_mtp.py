@@ -20,17 +20,14 @@ from fd_dsa.startup.plan import make_plan
 from fd_dsa.v4_attention.pooling import PoolingPlan
 from tests.models.published import V4_FLASH
 from tests.v4_model.cases import CASES, Case
+from tests.v4_model.drafts import MIXED, MOST, MTP, RELEASED
 from tests.v4_model.mtp_reference import MtpReference
 from tests.v4_model.ours import load_model, make_runner, prompt_logits, run_step
 from tests.v4_model.quantised import CASE as QUANTISED
 from tests.v4_model.quantised import FP4, write_pair
 from tests.v4_model.test_wrong_builds import put_in
 
-MTP = {"num_nextn_predict_layers": 1}
-MIXED = Case("mixed", MTP, seed=1)
-# windows and entries of 4 and 128 tokens, as released
-RELEASED = Case("released", CASES["released-ratios"].changes | MTP, seed=12)
-MOST, LENGTH, TOLERANCE = 3, 70, 1e-4
+LENGTH, TOLERANCE = 70, 1e-4
 
 
 class Sides:
@@ -316,12 +313,11 @@ DSPARK = {f"mtp.{i}.attn_norm.weight": np.ones(48, np.float32) for i in range(3)
 
 
 def test_checkpoints_with_another_drafter(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """DSpark's stages are skipped, said once; drafts of the layer are refused."""
+    """One line of the log says that DSpark's stages are skipped. The layer's drafts are refused."""
     folder = CASES["mixed"].write_served(tmp_path)
-    case = Case("mixed", MTP, seed=1)
     path = folder / "model.safetensors"
     tensors = load_file(path)
-    (folder / "config.json").write_text(json.dumps(case.config))
+    (folder / "config.json").write_text(json.dumps(MIXED.config))
     save_file(tensors | DSPARK, path)
     with caplog.at_level(logging.INFO, "fd_dsa"):
         plan_of(folder)

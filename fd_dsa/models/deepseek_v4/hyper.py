@@ -151,7 +151,7 @@ class HeadCollapse:
 
 def _mixes(streams: np.ndarray, fn: HostMatrix, scale: np.ndarray, epsilon: float) -> np.ndarray:
     """Return `fn` of streams z / length(z), times `scale`: [num_tokens, mixes]."""
-    flat = streams.reshape(len(streams), -1)
+    flat = streams.reshape(-1, streams.shape[1] * streams.shape[2])
     mixed: np.ndarray = fn.matmul(flat)
     mixed *= scale / length(flat, epsilon)
     return mixed

@@ -80,11 +80,12 @@ class DeepseekV4DecoderLayer:
 class MultiTokenPredictor:
     """MTP layer: predicts one more token from residual streams and next tokens.
 
-        x_i = h_proj(hnorm(s_i)) + e_proj(enorm(embed(t_{i+1}))), for each stream s_i
-        logits of t_{i+2} = head(norm(sum of the streams of layer(x_i)))
+        x_i = h_proj(hnorm(s_i)) + e_proj(enorm(embed(t_{i+1}))).
+        logits of t_{i+2} = head(norm(collapse(layer(x_i)))).
 
-    with position and keys of token i. The streams are those before the model sums them, and the
-    layer returns streams for the next draft. Embedding and head are the model's.
+    The streams s_i are those before the model sums them, and each gets the same embedding. The
+    layer returns streams, too, from which a further draft goes on. Positions and keys are those of
+    token i. Embedding and head are the model's.
 
     Attributes:
         embed_tokens: [vocab_size, hidden_size]; embedding of the next tokens.
@@ -142,7 +143,9 @@ def _logits(
     out: np.ndarray | None,
 ) -> np.ndarray:
     """Return logits [n, vocab_size] of streams [n, num_streams * hidden_size], by the head."""
-    streams = hidden_states.reshape(len(hidden_states), collapse.num_streams, -1)
+    num_streams = collapse.num_streams
+    # there may be no row
+    streams = hidden_states.reshape(-1, num_streams, hidden_states.shape[1] // num_streams)
     with np.errstate(over="ignore"):
         collapsed = collapse.weighted_sum(streams)
     return as_numpy(logits_of(model.head, norm.normalize(collapsed), model.head_group, out))

@@ -194,6 +194,7 @@ def test_greedy_tokens(form: str, rig: Rig, tmp_path: Path) -> None:
     [
         ({"kv_cache_dtype": "float32"}, "--kv-cache-dtype: got 'float32', allowed: auto or bfloat"),
         ({"speculative_config": {"method": "ngram"}}, "--speculative-config: got 'ngram'"),
+        ({"speculative_config": {"method": "mtp"}}, "--speculative-config: got 'mtp'"),
         ({"block_size": 24}, "--block-size: got 24"),
     ],
     ids=str,
