@@ -39,12 +39,12 @@ class MtpLayer(Protocol):
         """Embedding [vocab_size, hidden_size] of the next tokens."""
 
     def __call__(self, next_ids: StepArray, hidden: StepArray, step: LayerStep) -> StepArray:
-        """Compute normed hidden states of the layer, [num_tokens, hidden_size].
+        """Compute hidden states of the layer, [num_tokens, width].
 
         Args:
             next_ids: integers [num_tokens]; the token after each token of the step.
-            hidden: [num_tokens, hidden_size]; normed hidden states of the model, or for a further
-                draft of the layer.
+            hidden: [num_tokens, width]; hidden states that the model returns, or for a further
+                draft those of the layer.
             step: step whose metadata was built last.
         """
 

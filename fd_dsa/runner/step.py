@@ -43,8 +43,8 @@ class Step:
         selections: collector of each layer's selection, None unless a request asks for them.
         logits: float32 [num_rows, vocab_size], from a graph followed by rows of padding. None if no
             token is sampled, or until the model has run.
-        hidden_states: [num_tokens, hidden_size], normed, which a layer for multi-token prediction
-            reads; None without such a layer.
+        hidden_states: [num_tokens, width], results of the model, which a layer for multi-token
+            prediction reads; None without such a layer.
     """
 
     token_ids: StepArray

@@ -29,6 +29,7 @@ SAVED: dict[str, Any] = {
     "compress_rates": {CSA: 4, HCA: 128},
     "mlp_layer_types": ["hash_moe"] * 3 + ["moe"] * 40,
     "partial_rotary_factor": 0.125,
+    "num_nextn_predict_layers": 3,
     "rope_parameters": {
         "main": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.125},
         "compress": {
