@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from fd_dsa.startup import build
 from fd_dsa.v4_attention.pooling import PoolingPlan
 from tests.one_order import check_equal_bits
 from tests.v4_model.cases import Case
-from tests.v4_model.drafts import LOADS, MIXED, MOST, Answers, double_of, offline
+from tests.v4_model.drafts import KINDS, LOADS, MIXED, MOST, Answers, double_of, offline
 from tests.v4_model.ours import load_model
 from tests.v4_model.quantised import CASE as QUANTISED
 from tests.v4_model.quantised import FP4, write_pair
@@ -58,6 +59,25 @@ def test_every_answer_is_that_without_drafts(
         assert drafter.accepted == {*range(most + 1)}
     assert (stats.num_accepted_tokens == stats.num_draft_tokens) == (share == "right")
     assert "failed" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    "seed", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, 12))]
+)
+def test_random_loads(seed: int, models: dict[str, Any]) -> None:
+    """Prompts of random lengths, steps and caches of random sizes."""
+    rng, (model, _) = np.random.default_rng(seed), models["mixed"]
+    load = replace(
+        LOADS["mixed"],
+        lengths=tuple(rng.integers(3, 60, len(KINDS)).tolist()),
+        num_new=int(rng.integers(5, 35)),
+        num_blocks=int(rng.integers(6, 15)),
+        budget=int(rng.integers(6, 40)),
+    )
+    plain, _, _ = load.answers(model, None)
+    most, share = int(rng.integers(1, MOST + 1)), rng.random()
+    found, _, _ = load.answers(model, double_of(plain, share, most, seed), most)
+    assert tokens(found) == tokens(plain)
 
 
 @pytest.mark.parametrize("name", LOADS)
@@ -108,6 +128,7 @@ import sys
 from fd_dsa.environment import prepare_cpu_runtime
 prepare_cpu_runtime()
 from pathlib import Path
+from fd_dsa.engine.prompt_lookup import PromptLookup
 from tests.engine.mtp_engine import shown
 from tests.v4_model.cases import Case
 from tests.v4_model.drafts import LOADS, MOST, DoubleDrafter, double_of
