@@ -101,7 +101,7 @@ class V4Caches:
             sizes = config.kv_cache_dtype, config.block_size, config.max_drafts
             layout, snapshot_bytes = model_config.cache_layout(*sizes), 0
         else:
-            layout = DeviceLayout(model_config, config.dtype, config.block_size)
+            layout = DeviceLayout(model_config, config.dtype, config.block_size, config.max_drafts)
             snapshot_bytes = layout.bytes_per_snapshot()
             if config.enable_prefix_caching:
                 self._num_snapshots = max(_MIN_SNAPSHOTS, _SNAPSHOTS_PER_ROW * batch.max_num_seqs)
@@ -111,7 +111,7 @@ class V4Caches:
 
     @staticmethod
     def check_flags(config: EngineConfig, model_config: DeepseekV4Config) -> None:
-        """Refuse host memory, other cache formats, other block sizes, and drafts on a device.
+        """Refuse host memory, cache formats, block sizes, and an MTP layer on a device.
 
         Raises:
             ConfigError: names the flag.
@@ -121,9 +121,8 @@ class V4Caches:
         cache_dtype = config.kv_cache_dtype
         if config.device != "cpu":
             with_v4 += f" on {config.device}"
-            if config.speculation is not None:
-                given = config.speculation.method
-                raise flag_error("speculative_config", given, f"none {with_v4}", "leave it out")
+            if config.speculation is not None and config.speculation.method == "mtp":
+                raise flag_error("speculative_config.method", "mtp", f"ngram {with_v4}")
             if cache_dtype != config.dtype:
                 allowed = f"auto or {config.dtype} {with_v4}"
                 raise flag_error("kv_cache_dtype", cache_dtype, allowed, "leave it out")
@@ -181,7 +180,8 @@ class V4Caches:
         from fd_dsa.v4_attention.device_backend import V4DeviceBackend
 
         sizes = self._config, self._batch, num_blocks, device, self._dtype
-        return V4DeviceBackend(*sizes, num_snapshots=self._num_snapshots)
+        counts = {"num_snapshots": self._num_snapshots, "max_drafts": self._max_drafts}
+        return V4DeviceBackend(*sizes, **counts)
 
 
 def _refuse_offload(config: EngineConfig, when: str) -> None:

@@ -58,6 +58,7 @@ class Plan(NamedTuple):
         kept: int32 [capacity, 4], tokens whose sources are kept; token -1 = no work.
         num_entries, num_kept: rows of both that are read.
         ratio, pool: tokens of an entry, and tokens that it pools.
+        ring: sources of a row in the states, at least `pool`.
     """
 
     entries: Tensor
@@ -67,6 +68,7 @@ class Plan(NamedTuple):
     num_kept: int
     ratio: int
     pool: int
+    ring: int
 
 
 @triton.jit
@@ -186,7 +188,7 @@ def rotate_heads(x: Tensor, cos_sin: Tensor, positions: Tensor) -> None:
 def _pool(
     sources_ptr, states_ptr, gates_ptr, work, FIRST: tl.constexpr, WIDTH: tl.constexpr,
     SOURCE: tl.constexpr, HALVES: tl.constexpr, RATIO: tl.constexpr, POOL: tl.constexpr,
-    TILE: tl.constexpr, PADDED: tl.constexpr,
+    RING: tl.constexpr, TILE: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     """Return the gated mean of an entry's sources [PADDED], a softmax for each channel."""
     token, row, position, from_states = work
@@ -202,7 +204,7 @@ def _pool(
         half = number // RATIO if HALVES == 2 else number * 0
         is_kept = (number < from_states)[:, None]
         at = FIRST + (half * WIDTH)[:, None] + channel[None, :]
-        kept = states_ptr + (row * POOL + source % POOL).to(tl.int64)[:, None] * SOURCE + at
+        kept = states_ptr + (row * RING + source % RING).to(tl.int64)[:, None] * SOURCE + at
         own = sources_ptr + (token - (POOL - 1) + number).to(tl.int64)[:, None] * SOURCE + at
         old, new = exists & is_kept, exists & (is_kept == 0)
         value = tl.load(kept, mask=old, other=0.0) + tl.load(own, mask=new, other=0.0)
@@ -242,6 +244,7 @@ def pool_entries_kernel(
     HALVES: tl.constexpr,
     RATIO: tl.constexpr,
     POOL: tl.constexpr,
+    RING: tl.constexpr,
     ROPE: tl.constexpr,
     TILE: tl.constexpr,
     PADDED: tl.constexpr,
@@ -259,7 +262,7 @@ def pool_entries_kernel(
         if tl.program_id(1) == 0:
             x = _pool(
                 sources_ptr, states_ptr, gates_ptr, work, 0, WIDTH, SOURCE, HALVES, RATIO, POOL,
-                TILE, PADDED,
+                RING, TILE, PADDED,
             )  # fmt: skip
             to = entries_ptr + row * WIDTH
             _store_normed(x, norm_ptr, epsilon, cos_sin_ptr, begin, to, WIDTH, ROPE, PADDED)
@@ -267,7 +270,7 @@ def pool_entries_kernel(
             # other names than above, because a name has one type
             index_x = _pool(
                 sources_ptr, states_ptr, index_gates_ptr, work, 2 * HALVES * WIDTH, INDEX_WIDTH,
-                SOURCE, HALVES, RATIO, POOL, TILE, INDEX_PADDED,
+                SOURCE, HALVES, RATIO, POOL, RING, TILE, INDEX_PADDED,
             )  # fmt: skip
             index_to = index_entries_ptr + row * INDEX_WIDTH
             _store_normed(
@@ -289,7 +292,7 @@ def pool_entries(
 
     Args:
         sources: float32 [num_tokens, values of a source], contiguous.
-        states: float32 [num_rows * pool, values of a source], sources of earlier steps.
+        states: float32 [num_rows * plan.ring, values of a source], sources of earlier steps.
         main, index: both compressors; an HCA layer has no `index`.
         cos_sin: as for `write_keys`. An entry is rotated as the first token of its own group.
         epsilon: term added to mean squares.
@@ -300,9 +303,9 @@ def pool_entries(
     pool_entries_kernel[plan.num_entries, 1 if index is None else 2](
         sources, states, plan.entries, plan.rows, *main, *(index or (None, None, None)), cos_sin,
         epsilon, WIDTH=width, INDEX_WIDTH=index_width, SOURCE=sources.shape[1],
-        HALVES=plan.pool // plan.ratio, RATIO=plan.ratio, POOL=plan.pool, ROPE=cos_sin.shape[1],
-        TILE=_TILE, PADDED=next_power_of_2(width), INDEX_PADDED=next_power_of_2(index_width or 2),
-        num_warps=4,
+        HALVES=plan.pool // plan.ratio, RATIO=plan.ratio, POOL=plan.pool, RING=plan.ring,
+        ROPE=cos_sin.shape[1], TILE=_TILE, PADDED=next_power_of_2(width),
+        INDEX_PADDED=next_power_of_2(index_width or 2), num_warps=4,
     )  # fmt: skip
 
 
@@ -318,7 +321,7 @@ def keep_step_kernel(
     num_kept,
     WIDTH: tl.constexpr,
     SOURCE: tl.constexpr,
-    POOL: tl.constexpr,
+    RING: tl.constexpr,
     PADDED: tl.constexpr,
 ):
     """Copy the key of token `program 0` to its ring, and source `program 0` of the plan."""
@@ -339,7 +342,7 @@ def keep_step_kernel(
         size = tl.where((index < num_kept) & (token >= 0), SOURCE, 0)
         for first in range(0, size, _BLOCK):
             at = first + tl.arange(0, _BLOCK)
-            slot = tl.load(plan + 1) * POOL + tl.load(plan + 2) % POOL
+            slot = tl.load(plan + 1) * RING + tl.load(plan + 2) % RING
             value = tl.load(sources_ptr + token * SOURCE + at, mask=at < SOURCE, other=0.0)
             tl.store(states_ptr + slot.to(tl.int64) * SOURCE + at, value, mask=at < SOURCE)
 
@@ -365,5 +368,5 @@ def keep_step(
         keep_step_kernel[(max(tokens, kept),)](
             keys, places, ring, sources, None if plan is None else plan.kept, states, tokens, kept,
             WIDTH=width, SOURCE=1 if sources is None else sources.shape[1],
-            POOL=1 if plan is None else plan.pool, PADDED=next_power_of_2(width), num_warps=4,
+            RING=1 if plan is None else plan.ring, PADDED=next_power_of_2(width), num_warps=4,
         )  # fmt: skip

@@ -155,7 +155,10 @@ def _make_spec_decoder(
     if not interprets(plan.device):
 
         def make_measured(spec_decoder: SpecDecoder) -> LLMEngine:
-            return make_engine(spec_decoder=spec_decoder, enable_prefix_caching=True)
+            shares = plan.caches.shares_blocks
+            engine = make_engine(spec_decoder=spec_decoder, enable_prefix_caching=shares)
+            engine.block_manager.shares_blocks = shares
+            return engine
 
         costs = measure_step_costs(make_measured, make_drafter(), max_drafts)
     if asked.method == "ngram":

@@ -1,7 +1,7 @@
 """V4DeviceBackend: index arrays of a step by one launch, then the attention of each layer.
 
 Each row of the batch owns rings and states, which snapshots are copies of. Keys of a step stay in a
-tensor of their own until the layer has attended. Drafts are not supported.
+tensor of their own until the layer has attended.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ class V4DeviceBackend:
         device: "gpu:0" or a custom device of Paddle.
         dtype: type of activations, keys and entries.
         num_snapshots: slots of rings and states in addition to those of the rows.
+        max_drafts: maximum number of drafts of a row.
 
     Attributes:
         can_read_selections: False, because layers select compressed entries instead of tokens.
@@ -75,13 +76,15 @@ class V4DeviceBackend:
         allocate: Allocate | None = None,
         *,
         num_snapshots: int = 0,
+        max_drafts: int = 0,
     ) -> None:
         self._num_snapshots = num_snapshots
         self._slots: list[tuple[Tensor, int]] = []
         self._config, self._num_rows, self._num_blocks = config, batch.max_num_seqs, num_blocks
         self._allocate = allocate = allocate or paddle_allocator(device)
-        self._layout = DeviceLayout(config, dtype, batch.block_size)
-        self._places = StepPlaces(config, batch, allocate)
+        self._layout = DeviceLayout(config, dtype, batch.block_size, max_drafts)
+        self._places = StepPlaces(config, batch, allocate, max_drafts)
+        self._ring_rows = config.sliding_window + max_drafts
         width, longest = config.qk_rope_head_dim, batch.max_row_len
         # angles of layers with entries, then of window-only layers
         self._angles = [
@@ -202,8 +205,7 @@ class V4DeviceBackend:
                 slots = self.select_entries(layer, latent, hidden, index.entries, step, cos_sin)
             entries = Entries(pools.entries, plan.ratio, slots)
             kept = sources, plan, pools.states
-        window = config.sliding_window
-        windows = Windows(keys, pools.ring, window, window)
+        windows = Windows(keys, pools.ring, self._ring_rows, config.sliding_window)
         query = layer.queries(latent)
         out = attend_v4(query, windows, entries, layer.sinks, cos_sin, step.places, eps)
         # a later token of the step may take the place of a key that this launch has read

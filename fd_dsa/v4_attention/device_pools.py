@@ -16,11 +16,12 @@ class DevicePools:
     """Pools of one layer. Only written values are read.
 
     Attributes:
-        ring: [slots * sliding_window, head_dim], the newest keys of each slot: a row of the batch,
-            or a snapshot of a row at a block's end.
+        ring: [slots * (sliding_window + max_drafts), head_dim], the newest keys of each slot: a row
+            of the batch, or a snapshot of a row at a block's end.
         entries: [num_blocks, entries of a block, head_dim]; None in a window-only layer.
         index_entries: [num_blocks, entries of a block, index_head_dim]; None without an indexer.
-        states: float32 [slots * pooled tokens, values of a source]; None like `entries`.
+        states: float32 [slots * (pooled tokens + max_drafts), values of a source]; None like
+            `entries`.
     """
 
     ring: Tensor
@@ -37,18 +38,22 @@ class DeviceLayout:
         config: sizes of the model.
         dtype: type of keys and entries, "float32" or "bfloat16". States are float32.
         block_size: tokens of a block, a multiple of both compress rates.
+        max_drafts: maximum number of drafts of a row. A rejected draft takes the place of no key
+            and no source that a later step reads.
     """
 
     config: DeepseekV4Config
     dtype: str
     block_size: int
+    max_drafts: int = 0
 
     def shapes(
         self, kind: str, num_blocks: int, num_rows: int, num_snapshots: int
     ) -> dict[str, tuple[int, ...]]:
         """Return the shape of each pool of a layer of a kind."""
         model, width, slots = self.config, self.config.head_dim, num_rows + num_snapshots
-        found: dict[str, tuple[int, ...]] = {"ring": (slots * model.sliding_window, width)}
+        ring = model.sliding_window + self.max_drafts
+        found: dict[str, tuple[int, ...]] = {"ring": (slots * ring, width)}
         if kind == WINDOW:
             return found
         ratio, halves, source = model.compress_rates[kind], 1, width
@@ -59,7 +64,7 @@ class DeviceLayout:
             found["index_entries"] = num_blocks, per_block, model.index_head_dim
         return found | {
             "entries": (num_blocks, per_block, width),
-            "states": (num_rows * ratio * halves, 2 * halves * source),
+            "states": (num_rows * (ratio * halves + self.max_drafts), 2 * halves * source),
         }
 
     def bytes_per_block(self) -> int:

@@ -49,10 +49,18 @@ class StepPlaces:
 
     Args:
         batch: its limits bound the steps.
+        max_drafts: maximum number of drafts of a row.
     """
 
-    def __init__(self, config: DeepseekV4Config, batch: InputBatch, allocate: Allocate) -> None:
+    def __init__(
+        self,
+        config: DeepseekV4Config,
+        batch: InputBatch,
+        allocate: Allocate,
+        max_drafts: int = 0,
+    ) -> None:
         self._config, self._block_size = config, batch.block_size
+        self._max_drafts = max_drafts
         self._row_tile = min(next_power_of_2(batch.max_num_seqs), _MAX_ROWS)
         self._arrays = [allocate(*array) for array in array_sizes(config, batch)]
 
@@ -72,14 +80,16 @@ class StepPlaces:
         csa_sizes, hca_sizes = (
             _plan_sizes(config, kind, num_tokens, num_rows) for kind in (CSA, HCA)
         )
-        of_csa = Plan(lists[0], lists[1], lists[2], *csa_sizes)
-        of_hca = Plan(lists[3], lists[4], lists[5], *hca_sizes)
+        drafts = self._max_drafts
+        of_csa = Plan(*lists[:3], *csa_sizes, csa_sizes[-1] + drafts)
+        of_hca = Plan(*lists[3:], *hca_sizes, hca_sizes[-1] + drafts)
         parts = min(-(-num_tokens // _TOKENS), _MAX_PARTS)
         place_step_kernel[num_rows + 1, parts](
             before, new, block_table, *self._arrays, num_rows, num_tokens, columns,
             *(of_csa.num_entries, of_csa.num_kept, of_hca.num_entries, of_hca.num_kept),
-            WINDOW=config.sliding_window, BLOCK_SIZE=self._block_size, CSA_RATIO=of_csa.ratio,
-            HCA_RATIO=of_hca.ratio, ROW_TILE=self._row_tile, TILE=_TOKENS, num_warps=4,
+            WINDOW=config.sliding_window, RING=config.sliding_window + drafts,
+            BLOCK_SIZE=self._block_size, CSA_RATIO=of_csa.ratio, HCA_RATIO=of_hca.ratio,
+            ROW_TILE=self._row_tile, TILE=_TOKENS, num_warps=4,
         )  # fmt: skip
         places = TokenPlaces(positions, rows, starts, block_table)
         view = self._index_view(places, newest, num_tokens, longest)

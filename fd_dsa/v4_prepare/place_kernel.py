@@ -2,7 +2,7 @@
 
 `expand_kernel` makes all lists of a step from a slab that the host has copied. This kernel makes
 only the arrays that kernels of a device read. It reads token counts and block tables where the
-engine keeps them, so it may be captured. The slot of a row is its number, and no row has drafts.
+engine keeps them, so it may be captured. The slot of a row is its number.
 """
 
 from __future__ import annotations
@@ -71,6 +71,7 @@ def place_step_kernel(
     hca_num_entries,
     hca_num_kept,
     WINDOW: tl.constexpr,
+    RING: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     CSA_RATIO: tl.constexpr,
     HCA_RATIO: tl.constexpr,
@@ -79,8 +80,8 @@ def place_step_kernel(
 ):
     """Place the tokens of row `program 0`, or the padding after the last row.
 
-    `before_ptr` and `new_ptr` have the tokens of each row before the step and in it. Grid: (rows +
-    1, parts of a row).
+    `before_ptr` and `new_ptr` have the tokens of each row before the step and in it. A ring has
+    RING keys: a window, and one for each draft of a row. Grid: (rows + 1, parts of a row).
     """
     row, part, parts = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     sums = _sums_before(before_ptr, new_ptr, row, CSA_RATIO, HCA_RATIO, ROW_TILE)
@@ -108,8 +109,9 @@ def place_step_kernel(
             live, tokens, positions = numbers < new, sums[0] + numbers, start + numbers
             tl.store(positions_ptr + tokens, positions, mask=live)
             tl.store(rows_ptr + tokens, row, mask=live)
-            # only the last keys of a row are kept, so that no two keys share a place
-            place = tl.where(new - numbers <= WINDOW, row * WINDOW + positions % WINDOW, -1)
+            # only the last keys of a prompt are kept, so that no two keys share a place
+            kept = (new - numbers <= WINDOW) | (new <= RING - WINDOW + 1)
+            place = tl.where(kept, row * RING + positions % RING, -1)
             tl.store(ring_rows_ptr + tokens, place, mask=live)
             newest = (positions + 1) // CSA_RATIO - 1
             tl.store(newest_ptr + tokens, newest.to(tl.int64), mask=live)

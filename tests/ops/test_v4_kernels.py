@@ -77,19 +77,19 @@ def test_keys_and_rotated_heads(width: int, kind: str, paddle_memory: KernelMemo
     check(block_fp8.get(m, heads), wanted, kind)
 
 
-@pytest.mark.parametrize(("halves", "ratio"), [(2, 4), (1, 6)])
+@pytest.mark.parametrize(("halves", "ratio", "drafts"), [(2, 4, 0), (1, 6, 3)])
 @pytest.mark.parametrize("kind", STEPS)
 def test_entries_pool_old_and_new_sources(
-    kind: str, halves: int, ratio: int, paddle_memory: KernelMemory
+    kind: str, halves: int, ratio: int, drafts: int, paddle_memory: KernelMemory
 ) -> None:
     """Two rows: one from its beginning, one whose sources are partly in its state."""
     m, pool, widths = paddle_memory, halves * ratio, [32, 16][: 1 + (halves == 2)]
-    source = 2 * halves * sum(widths)
-    states = np.full((2 * pool, source), np.nan, np.float32)
+    source, kept_rows = 2 * halves * sum(widths), pool + drafts
+    states = np.full((2 * kept_rows, source), np.nan, np.float32)
     history = np.random.default_rng(5).standard_normal((2, LONGEST, source)).astype(np.float32)
     before, news = [0, ratio * 3 + 1], [ratio + 1, ratio]
     for position in range(max(before[1] - pool, 0), before[1]):
-        states[pool + position % pool] = history[1, position]
+        states[kept_rows + position % kept_rows] = history[1, position]
     own = np.concatenate([history[r, before[r] : before[r] + news[r]] for r in range(2)])
     plan, rows, kept, token = [], [], [], 0
     for row in range(2):
@@ -106,7 +106,7 @@ def test_entries_pool_old_and_new_sources(
         m.put(np.array(plan, np.int32)),
         m.put(np.array([*rows, -1], np.int32)),
         m.put(np.array(kept, np.int32)),
-        *(len(plan), len(kept), ratio, pool),
+        *(len(plan), len(kept), ratio, pool, kept_rows),
     )
     rng, made, weights = np.random.default_rng(6), [], []
     for width in widths:
@@ -145,7 +145,7 @@ def test_entries_pool_old_and_new_sources(
         if place >= 0:
             np.testing.assert_array_equal(found[place], keys[1][number])
     for one, row, position, _ in kept:
-        np.testing.assert_array_equal(after[row * pool + position % pool], own[one])
+        np.testing.assert_array_equal(after[row * kept_rows + position % kept_rows], own[one])
 
 
 class Attended:

@@ -38,13 +38,13 @@ for kind in ("float32", "bfloat16"):
     for halves, ratio, absent in ((2, 4, {}), (1, 128, none)):
         source = 2 * halves * (WIDTH + (INDEX if halves == 2 else 0))
         compile("pool", write.pool_entries_kernel, types, WIDTH=WIDTH, INDEX_WIDTH=INDEX,
-                SOURCE=source, HALVES=halves, RATIO=ratio, POOL=ratio * halves, ROPE=ROPE, TILE=8,
-                PADDED=WIDTH, INDEX_PADDED=INDEX, **absent)
+                SOURCE=source, HALVES=halves, RATIO=ratio, POOL=ratio * halves,
+                RING=ratio * halves, ROPE=ROPE, TILE=8, PADDED=WIDTH, INDEX_PADDED=INDEX, **absent)
         compile("keep", write.keep_step_kernel, types, WIDTH=WIDTH, SOURCE=source,
-                POOL=ratio * halves, PADDED=WIDTH)
+                RING=ratio * halves, PADDED=WIDTH)
     compile("snapshots", copy_slot_kernel, dict(slots_ptr=kind), SIZE=128 * WIDTH, TILE=1024)
     none = dict.fromkeys(("sources_ptr", "kept_ptr", "states_ptr"))
-    compile("keep", write.keep_step_kernel, types, WIDTH=WIDTH, SOURCE=1, POOL=1, PADDED=WIDTH,
+    compile("keep", write.keep_step_kernel, types, WIDTH=WIDTH, SOURCE=1, RING=1, PADDED=WIDTH,
             **none)
     for absent in ({}, {"slots_ptr": None}, {"pool_ptr": None, "slots_ptr": None}):
         compile("attend", attend_v4_kernel, types, WIDTH=WIDTH, ROPE=ROPE, WINDOW=128, RING=128,
@@ -60,7 +60,7 @@ for kind in ("float32", "bfloat16"):
                 **block_sizes(kind, 2048, 4096, configuration(kind, 6 * tokens, 256, True,
                                                               2048, SHARED)))
 compile("place", place_step_kernel, INT32_TYPES | {"newest_ptr": "int64"}, WINDOW=128,
-        BLOCK_SIZE=128, CSA_RATIO=4, HCA_RATIO=128, ROW_TILE=256, TILE=128)
+        RING=131, BLOCK_SIZE=128, CSA_RATIO=4, HCA_RATIO=128, ROW_TILE=256, TILE=128)
 compile("choice", choose_experts_kernel, INT32_TYPES | {"slot_mapping_ptr": "int32"}, num_warps=8,
         NUM_EXPERTS=256, TOP_K=6, NUM_GROUPS=1, TOP_GROUPS=1, NORM=True, SCORE="sqrtsoftplus",
         GROUPS=1, SIZE=256)

@@ -29,7 +29,9 @@ ROW = st.tuples(st.integers(0, 40), st.sampled_from([0, 1, 1, 1, 2, 7, 9, 31, 14
 EDGES = [(before, 1) for before in (3, 4, 7, 8, 14, 15, 16, 31)]
 
 
-def check(m: KernelMemory, rows: list[tuple[int, int]], padding: int, idle_rows: int) -> None:
+def check(
+    m: KernelMemory, rows: list[tuple[int, int]], padding: int, idle_rows: int, drafts: int = 0
+) -> None:
     """Compare the arrays of a step with padding after its tokens and after its rows."""
     taken: list[int] = []
 
@@ -37,7 +39,7 @@ def check(m: KernelMemory, rows: list[tuple[int, int]], padding: int, idle_rows:
         taken.append(int(np.prod(shape)) * np.dtype(dtype).itemsize)
         return m.poisoned(shape, dtype)
 
-    places = StepPlaces(CONFIG, BATCH, allocate)
+    places = StepPlaces(CONFIG, BATCH, allocate, drafts)
     assert sum(taken) == array_bytes(CONFIG, BATCH)
     before, new = np.array(rows + [(0, 0)] * idle_rows, np.int32).T.copy()
     table = np.random.default_rng(1).permutation(ROWS * COLUMNS)[: len(new) * COLUMNS]
@@ -45,7 +47,7 @@ def check(m: KernelMemory, rows: list[tuple[int, int]], padding: int, idle_rows:
     count = int(new.sum())
     total = max(min(count + padding, TOKENS), 1)
     step = places.fill(m.put(before), m.put(new), m.put(table), total, COLUMNS * BLOCK)
-    sizes = prepare_sizes(CONFIG, BATCH, ROWS * COLUMNS)
+    sizes = prepare_sizes(CONFIG, BATCH, ROWS * COLUMNS, drafts)
     sizes = replace(sizes, swa="ring", comp_base=0)
     wanted = v4_prepare_np(sizes, before + new, new, np.arange(len(new)), table)
     view = step.index_view
@@ -75,12 +77,16 @@ def check(m: KernelMemory, rows: list[tuple[int, int]], padding: int, idle_rows:
 
 
 @examples(6, in_soak=60)
-@given(rows=st.lists(ROW, min_size=1, max_size=ROWS), padding=st.integers(0, 150))
+@given(
+    rows=st.lists(ROW, min_size=1, max_size=ROWS),
+    padding=st.integers(0, 150),
+    drafts=st.sampled_from([0, 3, 9]),
+)
 def test_any_step_has_the_arrays_of_the_oracle(
-    paddle_memory: KernelMemory, rows: list[tuple[int, int]], padding: int
+    paddle_memory: KernelMemory, rows: list[tuple[int, int]], padding: int, drafts: int
 ) -> None:
     rows = rows if sum(new for _, new in rows) <= TOKENS else rows[:1]
-    check(paddle_memory, rows, padding, 0)
+    check(paddle_memory, rows, padding, 0, drafts)
 
 
 @pytest.mark.parametrize("first", [0, 4])

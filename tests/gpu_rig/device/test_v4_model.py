@@ -60,6 +60,7 @@ def device_runner(
     rows: int = ROWS,
     longest: int = LONGEST,
     snapshots: int = 0,
+    drafts: int = 0,
 ) -> ModelRunner:
     """A runner whose rows own scattered blocks, and whose unwritten cache rows are infinite."""
     columns = -(-longest // block_size)
@@ -68,8 +69,8 @@ def device_runner(
     for row in range(rows):
         batch.set_blocks(row, blocks[row:-1:rows])
     sizes = model.config, batch, num_blocks, rig.device, dtype
-    backend = V4DeviceBackend(*sizes, num_snapshots=snapshots)
-    runner = ModelRunner(model, batch, None, num_blocks, rig.device, backend, dtype)
+    backend = V4DeviceBackend(*sizes, num_snapshots=snapshots, max_drafts=drafts)
+    runner = ModelRunner(model, batch, None, num_blocks, rig.device, backend, dtype, drafts)
     poison_pools(runner)
     return runner
 
@@ -193,8 +194,7 @@ def test_greedy_tokens(form: str, rig: Rig, tmp_path: Path) -> None:
     ("fields", "words"),
     [
         ({"kv_cache_dtype": "float32"}, "--kv-cache-dtype: got 'float32', allowed: auto or bfloat"),
-        ({"speculative_config": {"method": "ngram"}}, "--speculative-config: got 'ngram'"),
-        ({"speculative_config": {"method": "mtp"}}, "--speculative-config: got 'mtp'"),
+        ({"speculative_config": {"method": "mtp"}}, "method: got 'mtp', allowed: ngram with deep"),
         ({"block_size": 24}, "--block-size: got 24"),
     ],
     ids=str,
@@ -208,14 +208,20 @@ def test_flags_that_are_refused(
         make_plan(EngineConfig(model=CASES["mixed"].write(tmp_path), **(served | own | fields)))
 
 
-@pytest.mark.parametrize(("dtype", "snapshots"), [("bfloat16", 16), ("float32", 0)])
-def test_bytes_of_the_plan(dtype: str, snapshots: int, rig: Rig, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "snapshots", "drafts"), [("bfloat16", 16, 0), ("bfloat16", 16, 3), ("float32", 0, 1)]
+)
+def test_bytes_of_the_plan(
+    dtype: str, snapshots: int, drafts: int, rig: Rig, tmp_path: Path
+) -> None:
     """The plan counts the bytes that weights and pools take."""
     case = Case("smooth", SMOOTH, seed=23)
     folder = case.write_served(tmp_path)
     sizes = {"block_size": 16, "max_num_seqs": 3, "max_num_batched_tokens": 24, "dtype": dtype}
-    own = {"enforce_eager": True, "num_gpu_blocks_override": 7}
+    own: dict[str, Any] = {"enforce_eager": True, "num_gpu_blocks_override": 7}
     own["enable_prefix_caching"] = snapshots > 0
+    if drafts:
+        own["speculative_config"] = {"method": "ngram", "num_speculative_tokens": drafts}
     config = EngineConfig(model=folder, device=rig.device, max_model_len=64, **sizes, **own)
     plan, taken = make_plan(config), []
     allocate = paddle_allocator(rig.device)
@@ -230,7 +236,7 @@ def test_bytes_of_the_plan(dtype: str, snapshots: int, rig: Rig, tmp_path: Path)
     taken.clear()
     batch = InputBatch(3, 24, 4, 16)
     parts = plan.model_config, batch, 7, rig.device, dtype, counted
-    backend = V4DeviceBackend(*parts, num_snapshots=snapshots)
+    backend = V4DeviceBackend(*parts, num_snapshots=snapshots, max_drafts=drafts)
     assert 0 <= workspace_bytes(plan.model_config, batch) - sum(taken) < 16 << 10
     taken.clear()
     backend.allocate_caches()
