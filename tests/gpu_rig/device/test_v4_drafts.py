@@ -36,13 +36,17 @@ MOST, ROW = 3, 1
 
 
 @pytest.mark.parametrize(
-    ("name", "length", "begin"),
-    [("small", 60, 3), pytest.param("released", 150, 118, marks=slow)],
+    ("name", "length", "begin", "all_wrong"),
+    [
+        ("small", 40, 3, True),
+        ("small", 60, 3, False),
+        pytest.param("released", 150, 118, True, marks=slow),
+    ],
 )
 def test_rejected_drafts_leave_nothing(
-    name: str, length: int, begin: int, rig: Rig, tmp_path: Path
+    name: str, length: int, begin: int, all_wrong: bool, rig: Rig, tmp_path: Path
 ) -> None:
-    """Steps of a token and its drafts, of which any number is right, have the CPU's logits."""
+    """Steps of a token and its drafts, of which none or any number is right, have CPU logits."""
     case = Case(name, {"small": SMALL, "released": RELEASED}[name], seed=51)
     folder, prompt = case.write(tmp_path), case.prompt(length)
     [wanted] = prompt_logits(make_runner(load_model(folder), case.block_size), [prompt], length)
@@ -53,8 +57,8 @@ def test_rejected_drafts_leave_nothing(
     for first in range(0, begin, 40):
         run_step(runner, {ROW: (prompt[first : min(first + 40, begin)], first)})
     while done < length:
-        count = int(rng.integers(1, MOST + 2))
-        right = min(int(rng.integers(1, count + 1)), length - done)
+        count = MOST + 1 if all_wrong else int(rng.integers(1, MOST + 2))
+        right = 1 if all_wrong else min(int(rng.integers(1, count + 1)), length - done)
         wrong = rng.integers(2, 90, count - right).tolist()
         logits = run_step(runner, {ROW: (prompt[done : done + right] + wrong, done)})[ROW]
         found.append(logits[:right])
