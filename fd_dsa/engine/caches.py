@@ -180,8 +180,9 @@ class V4Caches:
         from fd_dsa.v4_attention.device_backend import V4DeviceBackend
 
         sizes = self._config, self._batch, num_blocks, device, self._dtype
-        counts = {"num_snapshots": self._num_snapshots, "max_drafts": self._max_drafts}
-        return V4DeviceBackend(*sizes, **counts)
+        return V4DeviceBackend(
+            *sizes, num_snapshots=self._num_snapshots, max_drafts=self._max_drafts
+        )
 
 
 def _refuse_offload(config: EngineConfig, when: str) -> None:

@@ -81,8 +81,8 @@ class StepPlaces:
             _plan_sizes(config, kind, num_tokens, num_rows) for kind in (CSA, HCA)
         )
         drafts = self._max_drafts
-        of_csa = Plan(*lists[:3], *csa_sizes, csa_sizes[-1] + drafts)
-        of_hca = Plan(*lists[3:], *hca_sizes, hca_sizes[-1] + drafts)
+        of_csa = Plan(lists[0], lists[1], lists[2], *csa_sizes, csa_sizes[-1] + drafts)
+        of_hca = Plan(lists[3], lists[4], lists[5], *hca_sizes, hca_sizes[-1] + drafts)
         parts = min(-(-num_tokens // _TOKENS), _MAX_PARTS)
         place_step_kernel[num_rows + 1, parts](
             before, new, block_table, *self._arrays, num_rows, num_tokens, columns,
