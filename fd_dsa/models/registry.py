@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeAlias, TypeVar
 
 from fd_dsa.models.config import ModelConfig, read_generation
 from fd_dsa.models.config_reader import FieldReader, read_json_object
-from fd_dsa.models.deepseek_v4.config import DeepseekV4Config, DeepseekV4Defaults
+from fd_dsa.models.deepseek_v4.config import DeepseekV4Config
 from fd_dsa.models.deepseek_v4.tensors import tensor_name
-from fd_dsa.models.defaults import ModelDefaults
+from fd_dsa.models.defaults import DeepseekV4Defaults, ModelDefaults
 from fd_dsa.models.packing import Packing
 from fd_dsa.models.quantization import with_formats
 
