@@ -59,7 +59,7 @@ def jobs_of(prompts: Any, drafts: Any = None) -> tuple[list[str], list[Any]]:
 
     number = job("number")
     jobs = {
-        "unknown": job("unknown", preempt_at=(3, 6)),
+        "unknown": job("unknown", preempt_at=(3, 5)),
         "number": number,
         "edge": job("edge", chunk=64, late_blocks=2),
         "food": job("food", after=number, preempt_at=(4,)),

@@ -25,6 +25,9 @@ class NgramProposer:
         """Write each row's last token and its drafts; a row that goes on has them all next."""
         now = host(share_inputs["seq_lens_this_time"]).reshape(-1).copy()
         for row, tokens in accepted.items():
+            if not tokens:
+                # the row ended in the step before
+                continue
             drafts = self.propose(row, tokens)[: self.num_draft_tokens]
             with writable(share_inputs["draft_tokens"]) as rows:
                 rows[row] = -1
