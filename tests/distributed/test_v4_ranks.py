@@ -29,6 +29,7 @@ from tests.models.folders import Stored
 from tests.models.published import V4_FLASH
 from tests.v4_model import quantised
 from tests.v4_model.cases import CASES, GREEDY, GREEDY_PROMPTS, Case
+from tests.v4_model.drafts import MIXED
 from tests.v4_model.ours import load_model, make_runner, prompt_logits
 from tests.v4_model.quantised import FP4, Release, loaded, stored_tensors, write_pair, written
 from tests.v4_model.test_engine import REFERENCE, check_tokens, engine_of, tokens_of
@@ -286,3 +287,16 @@ def test_several_outputs_and_random_weights_of_two_processes(folder: Path) -> No
         ) as llm:
             found.append(tokens_of(llm, [prompt], several))
     assert found[0] == found[1] and len({*map(tuple, found[0])}) == 3
+
+
+def test_drafts_of_two_processes_change_no_token(tmp_path: Path) -> None:
+    folder, found = MIXED.write_served(tmp_path), []
+    prompts = [MIXED.prompt(length) for length in (21, 37)]
+    drafts = {"method": "mtp", "num_speculative_tokens": 2}
+    for speculative, size in (("none", 1), (drafts, 2)):
+        fields = {"tensor_parallel_size": size, "speculative_config": speculative}
+        with engine_of(folder, **fields) as llm:
+            tokens = tokens_of(llm, prompts, SamplingParams(temperature=0, max_tokens=24))
+            found.append((tokens, llm.stats().num_draft_tokens))
+    assert found[0][0] == found[1][0]
+    assert found[0][1] == 0 < found[1][1]
