@@ -17,7 +17,7 @@ from typing import Any
 from benchmarks._arrivals import lengths_table, rates_table
 from benchmarks._harness import ROOT
 from benchmarks._notes import siege_table
-from benchmarks._published import GLM, V32, plan_lines, plan_table
+from benchmarks._published import GLM, V32, plan_lines, plan_of, plan_table
 from fd_dsa import __version__
 from fd_dsa.config import EngineConfig
 from fd_dsa.engine import Tokenizer
@@ -313,6 +313,7 @@ FACTS: Mapping[str, Any] = _Code(
     softmax_scale=softmax_scale,
     caches=caches,
     v4=v4,
+    v4_plan=lambda: plan_of("DeepSeek-V4-Flash", 4)["caches"]["bfloat16"],
     all_reduce=all_reduce,
     indexer=indexer,
     accept_retries=accept_retries,

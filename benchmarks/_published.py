@@ -12,6 +12,7 @@ from typing import Any
 from benchmarks._gpu_engine_model import FP8, WIDTHS
 from benchmarks._harness import table
 from fd_dsa.doctor.plan import GPU_GIB, as_lines, plan
+from tests.models.published import V4_FLASH
 
 V32 = WIDTHS | {"num_hidden_layers": 61, "first_k_dense_replace": 3, "quantization_config": FP8}
 GLM = V32 | {
@@ -31,6 +32,18 @@ GLM = V32 | {
     "max_position_embeddings": 202752,
     "rope_scaling": None,
 }
+V4_PRO = V4_FLASH | {
+    "num_hidden_layers": 61,
+    "hidden_size": 7168,
+    "moe_intermediate_size": 3072,
+    "num_attention_heads": 128,
+    "q_lora_rank": 1536,
+    "o_groups": 16,
+    "index_topk": 1024,
+    "n_routed_experts": 384,
+    "routed_scaling_factor": 2.5,
+    "compress_ratios": [128, 128, *([4, 128] * 29), 4, 0],
+}
 _FOUR_BITS: dict[str, dict[str, Any]] = {
     "NVFP4": {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16},
     "INT4 (AWQ)": {
@@ -46,12 +59,16 @@ MODELS: dict[str, dict[str, Any]] = {
     "DeepSeek-V3.2-REAP-345B": V32 | {"n_routed_experts": 128},
     "DeepSeek-V3.2": V32,
     "GLM-5": GLM,
+    "DeepSeek-V4-Flash": V4_FLASH,
+    "DeepSeek-V4-Pro": V4_PRO,
 } | {
     f"{name}, {kind}": model | {"quantization_config": fields}
     for name, model in (("DeepSeek-V3.2", V32), ("GLM-5", GLM))
     for kind, fields in _FOUR_BITS.items()
 }
 """Name -> its config.json."""
+# two GPUs of 141 GB hold this model
+_RANKS = {"DeepSeek-V4-Flash": (2, 4, 8)}
 
 
 @cache
@@ -79,10 +96,11 @@ def plan_table(head: Sequence[str] = ("model", "GPUs", "weights on each"), no: s
     """
     rows = [[*head, *(f"{gib} GB" for gib in GPU_GIB)]]
     for name in MODELS:
-        for ranks in (4, 8):
+        for ranks in _RANKS.get(name, (4, 8)):
             found = plan_of(name, ranks)
             weights = sum(found["parts"].values()) / 2**30
-            gpus = found["caches"]["fp8_ds_mla"]["gpus"].values()
+            # the last cache dtype is the smallest
+            gpus = [*found["caches"].values()][-1]["gpus"].values()
             tokens = [f"{gpu['tokens']:,}" if gpu["tokens"] else no for gpu in gpus]
             rows.append([name, str(ranks), f"{weights:.1f} GiB", *tokens])
     return table(rows)

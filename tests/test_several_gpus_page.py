@@ -41,13 +41,19 @@ def test_the_page_shows_the_command(capsys: pytest.CaptureFixture[str], tmp_path
     assert shown == plan_lines() == f"```\n{output}```\n"
 
 
-def test_parts_are_the_whole_and_are_split(tmp_path: Path) -> None:
-    whole = read_config(folder_of(tmp_path / "v32", V32))
+@pytest.mark.parametrize(("name", "absent"), [("V3.2", []), ("V4-Flash", ["dense MLPs"])])
+def test_parts_are_the_whole_and_are_split(name: str, absent: list[str], tmp_path: Path) -> None:
+    whole = read_config(folder_of(tmp_path / name, MODELS[f"DeepSeek-{name}"]))
     parts, split = (weight_parts(one, "bfloat16") for one in (whole, whole.split(8)))
     assert sum(split.values()) == weight_bytes(whole.split(8), "bfloat16")
-    same = ("embedding", "indexers, routers, others")
+    same, sinks = ("embedding", "indexers, routers, others"), 0
+    if name == "V4-Flash":
+        # they belong to heads, too
+        sinks = 4 * whole.num_hidden_layers * (whole.num_attention_heads - 8)
     for part, size in parts.items():
-        assert split[part] * (1 if part in same else 8) == size > 0, part
+        rest = sinks if part == same[1] else 0
+        assert split[part] * (1 if part in same else 8) + rest == size, part
+    assert [part for part, size in parts.items() if size == 0] == absent
 
 
 @pytest.mark.parametrize(
@@ -60,7 +66,7 @@ def test_parts_are_the_whole_and_are_split(tmp_path: Path) -> None:
         (TINY | {"hidden_size": -1}, [], "config.json: hidden_size: got -1"),
         (TINY | {"swiglu_limit": 7}, [], "config.json: swiglu_limit: got 7, allowed: fields that"),
         ({"model_type": "hy_v4"}, [], "is not served yet: a gate and sinks in attention"),
-        (CASES["mixed"].config, [], "--plan: got 'deepseek_v4', allowed: DeepSeek-V3.2 and GLM-5"),
+        (CASES["mixed"].config, ["-tp", "4"], "got 4, allowed: a divisor of the model's o_groups"),
     ],
 )
 def test_what_cannot_be_planned_is_said_in_a_line(
@@ -79,6 +85,14 @@ def test_unknown_fields_are_accepted_on_demand(
     found = printed(capsys, folder, "--allow-unknown-config-fields").splitlines()[1:]
     assert found[0] == "unknown fields of config.json, ignored: strange"
     assert found[1:] == printed(capsys, plain).splitlines()[1:]
+
+
+def test_the_command_names_the_block_size_and_the_states_of_rows(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    found = printed(capsys, folder_of(tmp_path, MODELS["DeepSeek-V4-Flash"]), "-tp", "4")
+    assert "serve with --block-size 128\n" in found
+    assert "\n  states of 256 rows           7.76\n" in found and "dense MLPs" not in found
 
 
 @pytest.mark.parametrize("name", ["nvfp4 experts, fp8 attention", "w4afp8"])

@@ -1,20 +1,23 @@
 """`fd-dsa doctor --plan FOLDER -tp N`: a model's memory on each GPU.
 
-The sizes are those of the engine's memory plan with default flags. No GPU is used.
+The sizes are those of the engine's memory plan with default flags, but for the block size that
+DeepSeek-V4 needs. No GPU is used.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fd_dsa.cache_formats import CACHE_FORMATS
 from fd_dsa.config import EngineConfig
-from fd_dsa.errors import ConfigError, flag_error
+from fd_dsa.errors import ConfigError
 
 if TYPE_CHECKING:
-    from fd_dsa.models.config import ModelConfig
+    from fd_dsa.models.registry import FamilyConfig
 
 GPU_GIB = (80, 96, 141, 180, 288)
 """Memory of H100 (80), H20 and GH200 (96), H200 (141), B200 (180) and B300 (288).
@@ -37,29 +40,24 @@ def plan(folder: Path, ranks: int, *, allow_unknown: bool = False) -> dict[str, 
 
     Returns:
         `model`, `unknown_fields` (of config.json, ignored), `layers`, `ranks`, `utilization`,
-        `max_model_len`, `has_weights`, `parts` (part of the model -> bytes of weights on each GPU),
-        and `caches`. For each cache dtype `caches` has `bytes_per_token`, `graph_bytes`,
-        `workspace_bytes` and `gpus`: memory in GiB -> `tokens` in the caches (0 if the model does
-        not fit) and `why_not`, the reason if it does not fit.
+        `max_model_len`, `max_num_seqs`, `block_size`, `has_weights`, `parts` and `caches`. `parts`
+        has the bytes of weights on each GPU, by part of the model. For each cache dtype of the
+        model `caches` has `bytes_per_token`, `state_bytes` (of rows and snapshots), `graph_bytes`,
+        `workspace_bytes` and `gpus`. `gpus` has `tokens` and `why_not` by memory in GiB. If the
+        model does not fit, `tokens` is 0 and `why_not` the reason.
 
     Raises:
         ConfigError: an invalid flag, config.json or checkpoint, or a model that cannot be split.
     """
     from fd_dsa.engine.caches import caches_class
-    from fd_dsa.models.config import ModelConfig
     from fd_dsa.models.four_bit_experts import four_bit_experts
     from fd_dsa.models.loader import check_blocks, fp8_tensors, quantisable_tensors
     from fd_dsa.models.registry import open_checkpoint, read_config
     from fd_dsa.startup.memory import weight_parts
 
-    options: dict[str, Any] = {"model": folder, "tensor_parallel_size": ranks}
-    first, *_ = configs = [
-        EngineConfig(**options, kv_cache_dtype=kind).on_device("gpu:0") for kind in _CACHES
-    ]
+    given = EngineConfig(model=folder, tensor_parallel_size=ranks)
     whole = read_config(folder, allow_unknown=allow_unknown)
-    if not isinstance(whole, ModelConfig):
-        hint = "start a server of it with --dry-run on its GPU"
-        raise flag_error("plan", whole.model_type, "DeepSeek-V3.2 and GLM-5", hint)
+    first, *_ = configs = _settings(given, whole)
     caches_class(whole).check_flags(first, whole)
     fp8, has_weights = quantisable_tensors(whole), any(folder.glob("*.safetensors"))
     if has_weights:
@@ -78,13 +76,27 @@ def plan(folder: Path, ranks: int, *, allow_unknown: bool = False) -> dict[str, 
         "ranks": ranks,
         "utilization": first.gpu_memory_utilization,
         "max_model_len": model.max_position_embeddings,
+        "max_num_seqs": first.num_seqs,
+        "block_size": first.block_size,
         "has_weights": has_weights,
         "parts": parts,
         "caches": {one.kv_cache_dtype: _caches(one, model, sum(parts.values())) for one in configs},
     }
 
 
-def _caches(config: EngineConfig, model: ModelConfig, weight_bytes: int) -> dict[str, Any]:
+def _settings(given: EngineConfig, model: FamilyConfig) -> list[EngineConfig]:
+    """Return the settings on a GPU, one for each cache dtype of the model."""
+    from fd_dsa.models.deepseek_v4.config import DeepseekV4Config
+
+    kinds = _CACHES
+    if isinstance(model, DeepseekV4Config):
+        # its caches have the type of the activations, and a block holds whole entries
+        kinds, entries = ("auto",), math.lcm(*model.compress_rates.values())
+        given = replace(given, block_size=-(-given.block_size // entries) * entries)
+    return [replace(given, kv_cache_dtype=kind).on_device("gpu:0") for kind in kinds]
+
+
+def _caches(config: EngineConfig, model: FamilyConfig, weight_bytes: int) -> dict[str, Any]:
     """Return the memory other than weights for one cache dtype, and the fit on each GPU."""
     from fd_dsa.engine.caches import caches_class
     from fd_dsa.runner.input_batch import InputBatch
@@ -105,6 +117,7 @@ def _caches(config: EngineConfig, model: ModelConfig, weight_bytes: int) -> dict
         "bytes_per_block": caches.bytes_per_block,
         "max_model_len": longest,
         "graph_bytes": graph_bytes(model, config.capture_sizes, longest, *prompts),
+        "state_bytes": caches.state_bytes,
     }
     gpus = {}
     for gib in GPU_GIB:
@@ -117,6 +130,7 @@ def _caches(config: EngineConfig, model: ModelConfig, weight_bytes: int) -> dict
         gpus[gib] = {"tokens": tokens, "why_not": reason}
     return {
         "bytes_per_token": caches.bytes_per_block // config.block_size,
+        "state_bytes": caches.state_bytes,
         "graph_bytes": sizes["graph_bytes"],
         "workspace_bytes": workspace,
         "gpus": gpus,
@@ -134,9 +148,12 @@ def as_lines(found: dict[str, Any]) -> Iterator[str]:
     yield f"on each of {found['ranks']} GPUs, GiB:"
     sizes = found["parts"] | {"weights in all": sum(found["parts"].values())}
     sizes |= {"graphs, at most": first["graph_bytes"], "work memory": first["workspace_bytes"]}
-    yield from (f"  {part:<25} {size / 2**30:7.2f}" for part, size in sizes.items())
+    sizes[f"states of {found['max_num_seqs']} rows"] = first["state_bytes"]
+    yield from (f"  {part:<25} {size / 2**30:7.2f}" for part, size in sizes.items() if size)
     each = (f"{one['bytes_per_token'] / 1024:.1f} in {kind}" for kind, one in kinds.items())
     yield f"caches of a token, KiB: {', '.join(each)}"
+    if found["block_size"] != EngineConfig.block_size:
+        yield f"for whole entries in a block, serve with --block-size {found['block_size']}"
     yield (
         f"tokens that the caches hold, in {found['utilization']:.0%} of a GPU's memory; "
         f"a request of max_model_len has {found['max_model_len']:,}:"
@@ -145,5 +162,5 @@ def as_lines(found: dict[str, Any]) -> Iterator[str]:
         gpus = {kind: one["gpus"][gib] for kind, one in kinds.items()}
         fits = [f"{gpu['tokens']:,} in {kind}" for kind, gpu in gpus.items() if gpu["tokens"]]
         # the last cache dtype is the smallest
-        fits = fits or [f"no: {gpus[_CACHES[-1]]['why_not'].rpartition('; ')[2]}"]
+        fits = fits or [f"no: {[*gpus.values()][-1]['why_not'].rpartition('; ')[2]}"]
         yield f"  {gib:>4} GB  {', '.join(fits)}"

@@ -310,7 +310,7 @@ def rank_parts(
     return part_of, shares
 
 
-def check_blocks(config: ModelConfig, size: int, fp8: frozenset[str]) -> None:
+def check_blocks(config: FamilyConfig, size: int, fp8: frozenset[str]) -> None:
     """Refuse ranks whose parts of the tensors in `fp8` are not whole blocks.
 
     Raises:
@@ -330,7 +330,7 @@ def check_blocks(config: ModelConfig, size: int, fp8: frozenset[str]) -> None:
                 )
 
 
-def quantisable_tensors(config: ModelConfig) -> frozenset[str]:
+def quantisable_tensors(config: FamilyConfig) -> frozenset[str]:
     """Return the tensors that a device holds as FP8 if weights are random.
 
     Experts of a 4-bit format are random in four bits.
@@ -340,14 +340,14 @@ def quantisable_tensors(config: ModelConfig) -> frozenset[str]:
     return _held(config, (n for n, one in expected if one.quantisable and n not in packed))
 
 
-def fp8_tensors(checkpoint: Checkpoint, config: ModelConfig) -> frozenset[str]:
+def fp8_tensors(checkpoint: Checkpoint, config: FamilyConfig) -> frozenset[str]:
     """Return the names of the checkpoint's tensors that a device holds as FP8."""
     # a checkpoint may hold tensors that the model does not have
     names = (name for name in expected_tensors(config) if name in checkpoint)
     return _held(config, (n for n in names if checkpoint.info(n).dtype == FP8))
 
 
-def _held(config: ModelConfig, names: Iterable[str]) -> frozenset[str]:
+def _held(config: FamilyConfig, names: Iterable[str]) -> frozenset[str]:
     """Return the FP8 tensors in `names` that stay FP8 on a device.
 
     kv_b_proj does not, because halves of its heads cross the blocks. A wk that is not among the

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from fd_dsa.config import EngineConfig
 from fd_dsa.errors import ConfigError
-from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.dequantize import BLOCK, num_blocks
 from fd_dsa.models.expected_tensors import expected_tensors
 from fd_dsa.models.four_bits import FourBits
+from fd_dsa.models.registry import FamilyConfig
 from fd_dsa.startup.host_memory import available_memory_bytes
 
 _DEFAULT_CACHE_BYTES = 4 << 30
@@ -21,7 +21,7 @@ _PARTS = {
     "routed experts": re.compile(r"\.experts\."),
     "shared experts": re.compile(r"\.shared_experts\."),
     "dense MLPs": re.compile(r"\.mlp\.\w+_proj\."),
-    "attention by heads": re.compile(r"\.(q_b|kv_b|o)_proj\.weight$"),
+    "attention by heads": re.compile(r"\.(q_b|kv_b|o)_proj\.weight$|\.attn\.w(q_b|o_a|o_b)\."),
     "head": re.compile(r"\bhead\.weight$|^lm_head\."),
     "embedding": re.compile(r"embed_tokens\."),
 }
@@ -92,7 +92,7 @@ def format_bytes(num_bytes: float) -> str:
 
 
 def weight_bytes(
-    config: ModelConfig,
+    config: FamilyConfig,
     dtype: str = "float32",
     fp8: frozenset[str] = frozenset(),
     four_bits: FourBits | None = None,
@@ -102,7 +102,7 @@ def weight_bytes(
 
 
 def weight_parts(
-    config: ModelConfig,
+    config: FamilyConfig,
     dtype: str = "float32",
     fp8: frozenset[str] = frozenset(),
     four_bits: FourBits | None = None,

@@ -1,0 +1,115 @@
+"""The plan of `fd-dsa doctor --plan` is the plan of a server's start on such a GPU."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("paddle")
+
+from benchmarks._published import MODELS
+from fd_dsa import doctor
+from fd_dsa.config import EngineConfig, demo_model_path
+from fd_dsa.errors import ConfigError
+from fd_dsa.startup.plan import make_plan
+from fd_dsa.triton_runtime.driver import GpuTraits
+from tests.v4_model.cases import CASES, GREEDY, write_tokenizer
+from tests.v4_model.quantised import FP4, write_pair
+
+Folder = Callable[[Path], Path]
+
+
+def published(name: str) -> Folder:
+    """A folder of a published model without weights."""
+
+    def write(folder: Path) -> Path:
+        (folder / "config.json").write_text(json.dumps(MODELS[name]))
+        return write_tokenizer(folder)
+
+    return write
+
+
+FOLDERS: dict[str, Folder] = {
+    "demo": lambda _: demo_model_path(),
+    "tiny V4": lambda folder: CASES[GREEDY].write_served(folder),
+    "tiny V4, FP4 experts": lambda folder: write_pair(folder, FP4)[0],
+    "V4-Flash": published("DeepSeek-V4-Flash"),
+    "V4-Pro": published("DeepSeek-V4-Pro"),
+}
+
+
+@pytest.fixture
+def on_hopper(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Let the devices be Hopper GPUs of a number of GiB that hold experts in four bits."""
+    resolve = "fd_dsa.device.resolve"
+    monkeypatch.setattr(f"{resolve}.resolve_device", lambda name: "gpu:0")
+    monkeypatch.setattr(f"{resolve}.device_of_rank", lambda device, rank, size: device)
+    monkeypatch.setattr(f"{resolve}.keep_float32", lambda device: None)
+    monkeypatch.setattr(f"{resolve}.traits_of", lambda device: GpuTraits(90, 132, 227 << 10))
+    monkeypatch.setattr("fd_dsa.device.allocation.paddle_allocator", lambda device: None)
+    monkeypatch.setattr("fd_dsa.models.four_bit_check.difference", lambda *_: "")
+
+    def pretend(gib: int) -> None:
+        def free(device: str, share: float) -> int:
+            return int(share * (gib << 30))
+
+        monkeypatch.setattr(f"{resolve}.free_device_bytes", free)
+
+    return pretend
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks", "fits"),
+    [
+        ("demo", 1, {80: True}),
+        ("tiny V4", 2, {80: True}),
+        ("tiny V4, FP4 experts", 2, {80: True}),
+        ("V4-Flash", 2, {80: False, 96: False, 141: True}),
+        ("V4-Flash", 8, {80: True}),
+        ("V4-Pro", 8, {141: False, 180: True}),
+    ],
+)
+def test_a_start_makes_the_same_plan(
+    name: str,
+    ranks: int,
+    fits: dict[int, bool],
+    on_hopper: Callable[[int], None],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    folder = FOLDERS[name](tmp_path)
+    assert doctor.main(["--json", "--plan", str(folder), "-tp", str(ranks)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    given: dict[str, Any] = {
+        "model": folder,
+        "device": "gpu",
+        "tensor_parallel_size": ranks,
+        "block_size": found["block_size"],
+        "load_format": "auto" if found["has_weights"] else "dummy",
+    }
+    for kind, caches in found["caches"].items():
+        config = EngineConfig(**given, kv_cache_dtype=kind)
+        for gib, fit in fits.items():
+            on_hopper(gib)
+            told = caches["gpus"][str(gib)]
+            assert (told["tokens"] > 0) == fit == (told["why_not"] == "")
+            if not fit:
+                with pytest.raises(ConfigError) as refused:
+                    make_plan(config)
+                assert str(refused.value) == told["why_not"]
+                continue
+            plan = make_plan(config)
+            described = plan.describe()
+            memory = described["memory"]
+            assert memory["weight_bytes"] == sum(found["parts"].values())
+            assert memory["bytes_per_block"] == caches["bytes_per_token"] * found["block_size"]
+            assert memory["state_bytes"] == caches["state_bytes"]
+            assert memory["num_tokens"] == told["tokens"]
+            assert memory["free_bytes"] == int(0.9 * (gib << 30)) - caches["workspace_bytes"]
+            assert plan.memory.graph_bytes == caches["graph_bytes"]
+            sizes = "max_model_len", "max_num_seqs", "block_size"
+            assert [described[size] for size in sizes] == [found[size] for size in sizes]
