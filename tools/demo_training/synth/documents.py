@@ -152,6 +152,6 @@ KINDS: tuple[tuple[float, Callable[[Pieces], Document]], ...] = (
     (7.0, call),
     (2.5, lambda p: key_values(p, p.between(2, 30))),
     (5.0, lambda p: retrieval(p, short_length(p))),
-    (4.0, lambda p: long_task(p, short_length(p))),
-    (5.0, lambda p: variables(p, 0)),
+    (6.0, lambda p: long_task(p, short_length(p))),
+    (14.0, lambda p: variables(p, 0)),
 )
