@@ -59,7 +59,7 @@ def streamed(live: Live, body: dict[str, Any]) -> list[Parts]:
 @pytest.mark.parametrize(("kind", "tool_format"), PAIRS)
 def test_a_forced_call_that_is_cut_off(kind: str, tool_format: str) -> None:
     """No markup is content, and no call with lost arguments looks complete."""
-    cuts: list[dict[str, Any]] = [{"max_tokens": size} for size in (5, 21, 45)]
+    cuts: list[dict[str, Any]] = [{"max_tokens": size} for size in (5, 21, 45, 60)]
     for stop in STOPS[tool_format]:
         cuts.append({"stop": [stop], "include_stop_str_in_output": len(stop) % 2 == 0})
     num_partial = 0
