@@ -10,14 +10,15 @@ from typing import Any
 import numpy as np
 
 from fd_dsa.attention.protocol import LayerStep
+from fd_dsa.distributed import Group
 from fd_dsa.models.config import ModelConfig
-from fd_dsa.models.head import logits_of
 from fd_dsa.models.mla import DeepseekV32DSAAttention
 from fd_dsa.models.moe import DeepseekMLP, DeepseekMoE
 from fd_dsa.models.rope import cos_sin_table
 from fd_dsa.models.sources import MTP_EMBEDDING, MTP_HEAD, MTP_JOIN, WeightLoader
 from fd_dsa.models.weights_protocol import Weights
 from fd_dsa.ops.arrays import as_numpy, rows_at, values_of
+from fd_dsa.ops.linear import Linear
 from fd_dsa.tensor import Array, StepArray
 
 
@@ -199,3 +200,25 @@ class DeepseekV32ForCausalLM:
     def compute_logits(self, hidden_states: Array, out: Array | None = None) -> Array:
         """Return logits float32 [n, vocab_size] of hidden states, in `out` or new memory."""
         return logits_of(self.head, hidden_states, self.head_group, out)
+
+
+def logits_of(
+    head: Linear, hidden_states: StepArray, group: Group | None, out: StepArray | None
+) -> StepArray:
+    """Return logits float32 [n, vocab_size] of hidden states, from all ranks of a group.
+
+    Args:
+        head: weight from hidden states to logits, with the rows of this rank.
+        group: ranks that divide the rows of the head; None = this rank has all rows.
+        out: memory of the logits on a device; None allocates.
+    """
+    if group is None:
+        return head.matmul(hidden_states, out)
+    logits = head.matmul(hidden_states)
+    gathered = group.all_gather(logits)
+    if out is not None:
+        # imported only for a device, because it loads kernels
+        from fd_dsa.ops.dense_kernels import join_columns
+
+        return join_columns(gathered, out)
+    return gathered.transpose([1, 0, 2]).reshape([-1, group.size * logits.shape[1]])

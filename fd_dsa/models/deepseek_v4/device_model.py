@@ -11,8 +11,8 @@ from fd_dsa.models.deepseek_v4.config import DeepseekV4Config
 from fd_dsa.models.deepseek_v4.device_attention import DeviceV4Attention
 from fd_dsa.models.deepseek_v4.device_moe import DeviceV4MoE
 from fd_dsa.models.deepseek_v4.tensors import FINAL_NORM, HEAD_HC
+from fd_dsa.models.deepseek_v32 import logits_of
 from fd_dsa.models.device_weights import DeviceWeights
-from fd_dsa.models.head import logits_of
 from fd_dsa.models.sources import EMBEDDING, LM_HEAD, WeightLoader
 from fd_dsa.ops.arrays import rows_at
 from fd_dsa.ops.stream_kernels import Connection, expand_streams, read_streams

@@ -23,7 +23,7 @@ from fd_dsa.models.deepseek_v4.tensors import (
     MTP_STREAMS,
     MTP_TOKENS,
 )
-from fd_dsa.models.head import logits_of
+from fd_dsa.models.deepseek_v32 import logits_of
 from fd_dsa.models.sources import EMBEDDING, LM_HEAD, WeightLoader
 from fd_dsa.models.weights_protocol import HostOnlyWeights
 from fd_dsa.ops.arrays import as_numpy
