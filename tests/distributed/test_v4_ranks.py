@@ -108,7 +108,9 @@ def test_ranks_give_the_logits_of_the_whole_and_choose_alike(
 RELEASES = {"fp4": FP4, "fp8": Release(experts="fp8"), "float": Release("fp8", float_scales=True)}
 
 
-@pytest.mark.parametrize("name", RELEASES)
+@pytest.mark.parametrize(
+    "name", ["fp4", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fp8", "float"))]
+)
 def test_ranks_share_released_checkpoints(name: str, tmp_path: Path) -> None:
     """FP4 experts in whole groups; the borders of heads and of FP8 experts cut blocks."""
     folder, _ = write_pair(tmp_path, RELEASES[name])
@@ -255,7 +257,10 @@ FORMS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "form",
+    [pytest.param(form, marks=pytest.mark.slow if n else ()) for n, form in enumerate(FORMS)],
+)
 def test_tokens_of_two_processes(form: str, folder: Path) -> None:
     """They are Hugging Face's, and steps, hits and preemptions those of one process."""
     with np.load(GOLDENS / f"{GREEDY}.npz") as data:
@@ -272,6 +277,7 @@ def test_tokens_of_two_processes(form: str, folder: Path) -> None:
     assert ranks_left() == []
 
 
+@pytest.mark.slow
 def test_several_outputs_and_random_weights_of_two_processes(folder: Path) -> None:
     """Sampled outputs of one request, and parts of weights that are made up."""
     prompt, found = CASES[GREEDY].prompt(52), []

@@ -24,6 +24,7 @@ from tests.v4_model.test_engine import FORMS, engine_of, tokens_of
 from tests.v4_model.test_wrong_builds import put_in
 
 SHARES = {"wrong": 0.0, "often right": 0.5, "right": 1.0}
+BY_TIME = ["mixed", pytest.param("released", marks=pytest.mark.slow)]
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,7 @@ def tokens(answers: Answers) -> dict[tuple[str, int], list[int]]:
 
 @pytest.mark.parametrize("most", [1, 2, 3])
 @pytest.mark.parametrize("share", SHARES)
-@pytest.mark.parametrize("name", LOADS)
+@pytest.mark.parametrize("name", BY_TIME)
 def test_every_answer_is_that_without_drafts(
     name: str, share: str, most: int, models: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -80,7 +81,7 @@ def test_random_loads(seed: int, models: dict[str, Any]) -> None:
     assert tokens(found) == tokens(plain)
 
 
-@pytest.mark.parametrize("name", LOADS)
+@pytest.mark.parametrize("name", BY_TIME)
 def test_drafts_are_those_of_an_offline_computation(name: str, models: dict[str, Any]) -> None:
     """What the layer drafts in the engine, after any number of rejections, hits and preemption."""
     load, (model, plain) = LOADS[name], models[name]
@@ -192,6 +193,7 @@ def test_served_answers(form: str, tmp_path: Path) -> None:
     assert found[1] == found[0] and found[2] == found[0]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cheap_drafts")
 def test_served_answers_of_a_quantised_folder(tmp_path: Path) -> None:
     case = Case("quantised", QUANTISED.changes | {"num_nextn_predict_layers": 1}, seed=22)
