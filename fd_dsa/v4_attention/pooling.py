@@ -26,8 +26,7 @@ class PoolingPlan:
         cfg = out.config
         ratio = cfg.csa_ratio if name == "r1" else cfg.hca_ratio
         self._pool = pool = cfg.pool(ratio)
-        # rejected drafts must not take the places of sources that are still pooled
-        ring = pool + cfg.spec_tokens
+        ring = cfg.source_rows(ratio)
         at = 4 if name == "r1" else 6
         self.num_entries, num_kept = int(out.counts[at]), int(out.counts[at + 1])
         kept = getattr(out, f"wplan_{name}")[:num_kept]
@@ -102,7 +101,7 @@ class RecordPlan:
     ) -> None:
         cfg = out.config
         size, ratio = cfg.block_size, cfg.csa_ratio
-        ring = cfg.pool(ratio) + cfg.spec_tokens
+        ring = cfg.source_rows(ratio)
         rows = ((q > 0) & (start > 0) & (start % size == 0)).nonzero()[0]
         self._restored = None
         if len(rows):

@@ -160,6 +160,10 @@ class V4PrepareConfig:
         """Return K(r), the tokens pooled into an entry: 2 * r1 for CSA, r2 for HCA."""
         return 2 * ratio if ratio == self.csa_ratio else ratio
 
+    def source_rows(self, ratio: int) -> int:
+        """Return K(r) + k, rows of one ring of sources, for the reason of `ring_rows`."""
+        return self.pool(ratio) + self.spec_tokens
+
     @property
     def hca_list_length(self) -> int:
         """Maximum number of HCA rows that a step can list: Tcap * (Lmax // r2)."""

@@ -20,7 +20,7 @@ ROWS = 6
 
 
 def load_model(folder: Path, group: Group | None = None, *, mtp: bool = False) -> Any:
-    """The model of a folder, or a rank's part of it, its weights loaded; `mtp` adds its layer."""
+    """Load the model of a folder, or a rank's part of it, with its draft layer if `mtp` asks."""
     config = read_config(folder)
     with open_checkpoint(config, folder) as checkpoint:
         if mtp:

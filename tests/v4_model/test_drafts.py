@@ -83,7 +83,7 @@ def test_random_loads(seed: int, models: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("name", BY_TIME)
 def test_drafts_are_those_of_an_offline_computation(name: str, models: dict[str, Any]) -> None:
-    """What the layer drafts in the engine, after any number of rejections, hits and preemption."""
+    """Drafts follow any number of rejections, prefix hits and preemptions."""
     load, (model, plain) = LOADS[name], models[name]
     _, _, drafter = load.answers(model, double_of(plain, 0.5, MOST))
     same: list[list[bool]] = [[], [], []]
@@ -102,7 +102,7 @@ def test_drafts_are_those_of_an_offline_computation(name: str, models: dict[str,
 FAULTS: dict[str, tuple[Any, str, str, str]] = {
     "states of rejected drafts stay": (
         *(PoolingPlan, "__init__"),
-        *("pool + cfg.spec_tokens", "pool"),
+        *("cfg.source_rows(ratio)", "pool"),
     ),
     "rejected drafts count as computed": (
         *(ScheduledBatch, "accept_drafts"),

@@ -185,7 +185,7 @@ def test_hits_after_rejected_drafts(mixed: Sides) -> None:
 FAULTS: dict[str, tuple[Any, str, str, str]] = {
     "rings as short as without drafts": (
         *(PoolingPlan, "__init__"),
-        *("pool + cfg.spec_tokens", "pool"),
+        *("cfg.source_rows(ratio)", "pool"),
     ),
     "no norm of the streams": (
         *(MultiTokenPredictor, "__call__"),
@@ -313,7 +313,7 @@ DSPARK = {f"mtp.{i}.attn_norm.weight": np.ones(48, np.float32) for i in range(3)
 
 
 def test_checkpoints_with_another_drafter(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """One line of the log says that DSpark's stages are skipped. The layer's drafts are refused."""
+    """The log has one line on the skipped stages of DSpark, and `mtp` drafts are refused."""
     folder = CASES["mixed"].write_served(tmp_path)
     path = folder / "model.safetensors"
     tensors = load_file(path)
