@@ -83,8 +83,7 @@ class V4DeviceBackend:
         self._config, self._num_rows, self._num_blocks = config, batch.max_num_seqs, num_blocks
         self._allocate = allocate = allocate or paddle_allocator(device)
         self._layout = DeviceLayout(config, dtype, batch.block_size, max_drafts)
-        self._places = StepPlaces(config, batch, allocate, max_drafts)
-        self._ring_rows = config.sliding_window + max_drafts
+        self._places = StepPlaces(self._layout, batch, allocate)
         width, longest = config.qk_rope_head_dim, batch.max_row_len
         # angles of layers with entries, then of window-only layers
         self._angles = [
@@ -205,7 +204,7 @@ class V4DeviceBackend:
                 slots = self.select_entries(layer, latent, hidden, index.entries, step, cos_sin)
             entries = Entries(pools.entries, plan.ratio, slots)
             kept = sources, plan, pools.states
-        windows = Windows(keys, pools.ring, self._ring_rows, config.sliding_window)
+        windows = Windows(keys, pools.ring, self._layout.ring_rows, config.sliding_window)
         query = layer.queries(latent)
         out = attend_v4(query, windows, entries, layer.sinks, cos_sin, step.places, eps)
         # a later token of the step may take the place of a key that this launch has read

@@ -47,13 +47,17 @@ class DeviceLayout:
     block_size: int
     max_drafts: int = 0
 
+    @property
+    def ring_rows(self) -> int:
+        """Keys of the ring of a slot."""
+        return self.config.sliding_window + self.max_drafts
+
     def shapes(
         self, kind: str, num_blocks: int, num_rows: int, num_snapshots: int
     ) -> dict[str, tuple[int, ...]]:
         """Return the shape of each pool of a layer of a kind."""
         model, width, slots = self.config, self.config.head_dim, num_rows + num_snapshots
-        ring = model.sliding_window + self.max_drafts
-        found: dict[str, tuple[int, ...]] = {"ring": (slots * ring, width)}
+        found: dict[str, tuple[int, ...]] = {"ring": (slots * self.ring_rows, width)}
         if kind == WINDOW:
             return found
         ratio, halves, source = model.compress_rates[kind], 1, width

@@ -18,6 +18,7 @@ from fd_dsa.runner.input_batch import InputBatch
 from fd_dsa.step import ForwardMeta
 from fd_dsa.tensor import Tensor
 from fd_dsa.triton_runtime import next_power_of_2
+from fd_dsa.v4_attention.device_pools import DeviceLayout
 from fd_dsa.v4_prepare.place_kernel import place_step_kernel
 
 # tokens that a program places at a time, programs of a row, and rows summed at a time
@@ -48,21 +49,14 @@ class StepPlaces:
     """Arrays of all steps, at addresses that never move.
 
     Args:
+        layout: sizes of the pools that the steps write.
         batch: its limits bound the steps.
-        max_drafts: maximum number of drafts of a row.
     """
 
-    def __init__(
-        self,
-        config: DeepseekV4Config,
-        batch: InputBatch,
-        allocate: Allocate,
-        max_drafts: int = 0,
-    ) -> None:
-        self._config, self._block_size = config, batch.block_size
-        self._max_drafts = max_drafts
+    def __init__(self, layout: DeviceLayout, batch: InputBatch, allocate: Allocate) -> None:
+        self._layout, self._config = layout, layout.config
         self._row_tile = min(next_power_of_2(batch.max_num_seqs), _MAX_ROWS)
-        self._arrays = [allocate(*array) for array in array_sizes(config, batch)]
+        self._arrays = [allocate(*array) for array in array_sizes(layout.config, batch)]
 
     def fill(
         self, before: Tensor, new: Tensor, block_table: Tensor, num_tokens: int, longest: int
@@ -80,15 +74,15 @@ class StepPlaces:
         csa_sizes, hca_sizes = (
             _plan_sizes(config, kind, num_tokens, num_rows) for kind in (CSA, HCA)
         )
-        drafts = self._max_drafts
+        drafts = self._layout.max_drafts
         of_csa = Plan(lists[0], lists[1], lists[2], *csa_sizes, csa_sizes[-1] + drafts)
         of_hca = Plan(lists[3], lists[4], lists[5], *hca_sizes, hca_sizes[-1] + drafts)
         parts = min(-(-num_tokens // _TOKENS), _MAX_PARTS)
         place_step_kernel[num_rows + 1, parts](
             before, new, block_table, *self._arrays, num_rows, num_tokens, columns,
             *(of_csa.num_entries, of_csa.num_kept, of_hca.num_entries, of_hca.num_kept),
-            WINDOW=config.sliding_window, RING=config.sliding_window + drafts,
-            BLOCK_SIZE=self._block_size, CSA_RATIO=of_csa.ratio, HCA_RATIO=of_hca.ratio,
+            WINDOW=config.sliding_window, RING=self._layout.ring_rows,
+            BLOCK_SIZE=self._layout.block_size, CSA_RATIO=of_csa.ratio, HCA_RATIO=of_hca.ratio,
             ROW_TILE=self._row_tile, TILE=_TOKENS, num_warps=4,
         )  # fmt: skip
         places = TokenPlaces(positions, rows, starts, block_table)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from fd_dsa.models.registry import config_from_dict
 from fd_dsa.runner import InputBatch
+from fd_dsa.v4_attention.device_pools import DeviceLayout
 from fd_dsa.v4_attention.device_step import StepPlaces, array_bytes
 from fd_dsa.v4_attention.pools import prepare_sizes
 from fd_dsa.v4_prepare import v4_prepare_np
@@ -39,7 +40,7 @@ def check(
         taken.append(int(np.prod(shape)) * np.dtype(dtype).itemsize)
         return m.poisoned(shape, dtype)
 
-    places = StepPlaces(CONFIG, BATCH, allocate, drafts)
+    places = StepPlaces(DeviceLayout(CONFIG, "float32", BLOCK, drafts), BATCH, allocate)
     assert sum(taken) == array_bytes(CONFIG, BATCH)
     before, new = np.array(rows + [(0, 0)] * idle_rows, np.int32).T.copy()
     table = np.random.default_rng(1).permutation(ROWS * COLUMNS)[: len(new) * COLUMNS]
