@@ -6,7 +6,7 @@ import logging
 import weakref
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fd_dsa.config import EngineConfig
 from fd_dsa.distributed.host import HostGroup
@@ -71,7 +71,7 @@ def _build(config: EngineConfig, ranks: Ranks | None, progress: StartupProgress)
         runner = driver = build_runner(plan, group, progress, DriverRunner)
         driver.lead(ranks)
         weakref.finalize(runner, ranks.close)
-    make_engine = partial(
+    make = partial(
         LLMEngine,
         runner,
         plan.tokenizer,
@@ -85,8 +85,13 @@ def _build(config: EngineConfig, ranks: Ranks | None, progress: StartupProgress)
         async_scheduling=config.async_scheduling,
         step_table=measure_steps(runner, plan),
     )
+
+    def make_engine(**given: Any) -> LLMEngine:
+        engine = make(**given)
+        engine.block_manager.shares_blocks = plan.caches.shares_blocks
+        return engine
+
     engine = make_engine(spec_decoder=_make_spec_decoder(runner, plan, make_engine))
-    engine.block_manager.shares_blocks = plan.caches.shares_blocks
     engine.block_manager.snapshots = plan.caches.snapshots(runner.copy_state)
     if runner.block_store is not None:
         add_host_tier(engine, runner.block_store, plan)
@@ -153,12 +158,10 @@ def _make_spec_decoder(
         make_drafter = partial(MtpDrafter if on_host else DeviceMtpDrafter, runner)
     max_drafts, costs = asked.num_speculative_tokens, None
     if not interprets(plan.device):
+        shares = plan.caches.shares_blocks
 
         def make_measured(spec_decoder: SpecDecoder) -> LLMEngine:
-            shares = plan.caches.shares_blocks
-            engine = make_engine(spec_decoder=spec_decoder, enable_prefix_caching=shares)
-            engine.block_manager.shares_blocks = shares
-            return engine
+            return make_engine(spec_decoder=spec_decoder, enable_prefix_caching=shares)
 
         costs = measure_step_costs(make_measured, make_drafter(), max_drafts)
     if asked.method == "ngram":
