@@ -148,20 +148,21 @@ def cases(evaluation: Path) -> list[Case]:
     for group in read()["groups"]:
         for prompt, *expected in group["items"]:
             right = partial(_is_right, group, expected[0] if expected else "")
-            found.append(Case(group["category"], group["language"], _body(prompt), right))
+            found.append(Case(group["category"], group["language"], body_of(prompt), right))
     records = map(json.loads, evaluation.read_text(encoding="utf-8").splitlines())
     haystacks = {r["id"]: r["text"] for r in records if r["kind"] == "haystack"}
     for item in read()["retrieval"]:
         group = {"check": "number", "language": "en", "category": "retrieval"}
         right = partial(_is_right, group, item["answer"])
-        found.append(Case("retrieval", "en", _body(prompt_of(item, haystacks)), right))
+        found.append(Case("retrieval", "en", body_of(prompt_of(item, haystacks)), right))
     for prompt, tool, value in read()["calls"]:
-        body = _body(prompt) | {"tools": offered(tool)}
+        body = body_of(prompt) | {"tools": offered(tool)}
         found.append(Case("tool call", "", body, partial(judge_call, tool, value)))
     return found
 
 
-def _body(prompt: str) -> dict[str, Any]:
+def body_of(prompt: str) -> dict[str, Any]:
+    """Return the body of a request that asks a prompt greedily."""
     return {"messages": [{"role": "user", "content": prompt}], "temperature": 0}
 
 

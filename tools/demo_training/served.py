@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .evalset import TASKS
-from .heldout import ask
+from .heldout import ask, body_of
 from .synth import chat_counts
 
 
@@ -21,8 +21,7 @@ def rates(url: str, items: list[dict], chats: list[dict]) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for task in ("", *TASKS):
         chosen = [x for x in items if x.get("task", "") == task]
-        messages = ([{"role": "user", "content": x["prompt"]}] for x in chosen)
-        choices = ask(url, [{"messages": m, "temperature": 0, "max_tokens": 100} for m in messages])
+        choices = ask(url, [body_of(x["prompt"]) | {"max_tokens": 100} for x in chosen])
         counts: dict[int, list[bool]] = {}
         for item, found in zip(chosen, choices, strict=True):
             is_whole = found["finish_reason"] == "stop"
