@@ -112,7 +112,7 @@ RELEASES = {"fp4": FP4, "fp8": Release(experts="fp8"), "float": Release("fp8", f
     "name", ["fp4", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fp8", "float"))]
 )
 def test_ranks_share_released_checkpoints(name: str, tmp_path: Path) -> None:
-    """FP4 experts in whole groups; the borders of heads and of FP8 experts cut blocks."""
+    """FP4 experts keep whole groups. The borders of heads and of FP8 experts cut blocks."""
     folder, _ = write_pair(tmp_path, RELEASES[name])
     check(quantised.CASE, folder, 2)
 

@@ -44,7 +44,7 @@ FOLDERS: dict[str, Folder] = {
 
 @pytest.fixture
 def on_hopper(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Let the devices be Hopper GPUs of a number of GiB that hold experts in four bits."""
+    """Pretend that the devices are Hopper GPUs of some GiB that hold experts in four bits."""
     resolve = "fd_dsa.device.resolve"
     monkeypatch.setattr(f"{resolve}.resolve_device", lambda name: "gpu:0")
     monkeypatch.setattr(f"{resolve}.device_of_rank", lambda device, rank, size: device)

@@ -162,7 +162,7 @@ def on_two_ranks(rig: Rig, work: Callable[[Group], Any]) -> list[Any]:
 
 @pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-4), ("bfloat16", 0.02)])
 def test_logits_of_released_weights(rig: Rig, tmp_path: Path, dtype: str, bound: float) -> None:
-    """In bfloat16 experts keep four bits; a rank has one group of each row."""
+    """In bfloat16 experts keep four bits, and a rank has one group of each row."""
     if rig.is_real:
         pytest.skip("its ranks are processes")
     folder, _ = write_pair(tmp_path, FP4)
