@@ -61,7 +61,10 @@ def _names(p: Pieces, count: int, long: bool) -> list[str]:
 
 
 def variables(p: Pieces, characters: int) -> Document:
-    """Ask for the variables of a value in chains, in the order of their chain."""
+    """Ask for the variables of one or two values in chains, in the order of their chain.
+
+    A second question about the same chains costs few tokens, and chains are learned late.
+    """
     chains, hops = p.choice([1, 1, 2, 2, 2, 3, 4]), p.choice([1, 2, 3, 3, 3, 4, 5, 6])
     long_names, size = p.chance(0.1), hops + 1
     names = _names(p, chains * size, long_names)
@@ -74,10 +77,13 @@ def variables(p: Pieces, characters: int) -> Document:
     lines: list[str] = []
     while any(waiting):
         lines.append(p.choice([w for w in waiting if w]).pop(0))
-    i = p.between(0, chains - 1)
-    question = p.say(texts.variable_asks, v=values[i])
-    answer = f"The variables are {', '.join(groups[i])}."
-    return [("user", with_lines(p, characters, lines, question)), ("assistant", answer)]
+    asked = p.sample(range(chains), p.between(1, min(chains, 2)))
+    turns: Document = []
+    for i in asked:
+        question = p.say(texts.variable_asks, v=values[i])
+        request = question if turns else with_lines(p, characters, lines, question)
+        turns += [("user", request), ("assistant", f"The variables are {', '.join(groups[i])}.")]
+    return turns
 
 
 def question_after(p: Pieces, characters: int) -> Document:
@@ -97,6 +103,6 @@ def question_after(p: Pieces, characters: int) -> Document:
 def long_task(p: Pieces, characters: int) -> Document:
     """Return any of these tasks."""
     r = p.random.random()
-    if r < 0.45:
+    if r < 0.35:
         return many_keys(p, characters)
     return variables(p, characters) if r < 0.78 else question_after(p, characters)
