@@ -36,7 +36,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import subprocess
 import sys
 import time
 import traceback
@@ -52,6 +51,7 @@ from benchmarks._harness import (
     OUT_OF_TIME,
     case_line,
     environment,
+    gpu_state,
     out_parser,
     write_json,
 )
@@ -205,17 +205,9 @@ def ceilings() -> dict[str, float]:
     return {"copy_bytes_per_s": 2 * source.numel() / copy * 1e6, "node_us": node}
 
 
-_CLOCKS = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
-
-
 def clocks() -> dict[str, str]:
     """Return clocks, power and temperature as found. They are never set."""
-    command = ["nvidia-smi", f"--query-gpu={','.join(_CLOCKS)}", "--format=csv,noheader", "-i", "0"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return {"error": str(error)}
-    return dict(zip(_CLOCKS, done.stdout.strip().split(", "), strict=False))
+    return gpu_state("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
 
 
 class Recorder:

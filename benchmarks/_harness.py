@@ -45,14 +45,21 @@ def _version(package: str) -> str:
         return ""
 
 
-def _gpu() -> dict[str, str]:
-    """Return name and driver of the first GPU, or "" for both if this process sees no GPU."""
+def gpu_state(*fields: str) -> dict[str, str]:
+    """Return fields of the first GPU that this process sees, "" for each without nvidia-smi."""
     # imported late, because a worker may have another checkout's package
     from fd_dsa.environment import has_nvidia_gpu, nvidia_smi
 
-    found = nvidia_smi("name,driver_version", "0") if has_nvidia_gpu() else []
-    name, _, driver = "".join(found).partition(", ")
-    return {"gpu": name, "driver": driver}
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    found = nvidia_smi(",".join(fields), first) if has_nvidia_gpu() else []
+    values = found[0].split(", ") if found else [""] * len(fields)
+    return dict(zip(fields, values, strict=True))
+
+
+def _gpu() -> dict[str, str]:
+    """Return name and driver of the first GPU, or "" for both if this process sees no GPU."""
+    found = gpu_state("name", "driver_version")
+    return {"gpu": found["name"], "driver": found["driver_version"]}
 
 
 def revision_of(checkout: Path = ROOT, paths: Sequence[str] = ("fd_dsa",)) -> dict[str, Any]:

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import argparse
 import calendar
-import contextlib
 import json
 import os
 import subprocess
@@ -44,7 +43,7 @@ from benchmarks._gpu_engine_model import (
     of_ranks,
     shape_of,
 )
-from benchmarks._harness import Worker, rig_parser, rig_result, write_json, write_result
+from benchmarks._harness import Worker, gpu_state, rig_parser, rig_result, write_json, write_result
 from benchmarks._serving import model_server
 from benchmarks.workers.gpu_engine import by_class
 from benchmarks.workers.stream_client import streams
@@ -61,17 +60,6 @@ TARGET = "benchmarks.workers.gpu_engine:Engine"
 OVER_HTTP = "mixed-64x2k, HTTP"
 # target on one GPU -> target on several GPUs
 SEVERAL = {"P21": "P28", "P22": "P29", "P23": "P29"}
-
-
-def gpu_now() -> dict[str, str]:
-    """Return uuid and clocks of the GPU, or {} if the driver shows none."""
-    fields = ("uuid", "clocks.sm", "clocks.mem")
-    query = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "-i", "0"]
-    with contextlib.suppress(OSError):
-        done = subprocess.run(query, capture_output=True, text=True)
-        if not done.returncode:
-            return dict(zip(fields, done.stdout.strip().split(", "), strict=True))
-    return {}
 
 
 def over_http(model: str, rig: bool) -> float:
@@ -117,13 +105,14 @@ def peer_values(
 
 def stamp() -> dict[str, Any]:
     """Return time and GPU of a figure."""
-    return {"taken": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **gpu_now()}
+    gpu = gpu_state("uuid", "clocks.sm", "clocks.mem")
+    return {"taken": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **gpu}
 
 
 def is_of_now(taken: Mapping[str, Any]) -> bool:
     """Return True if the figure of a stamp is of this GPU and of the last hour."""
     age_s = time.time() - calendar.timegm(time.strptime(taken["taken"], "%Y-%m-%dT%H:%M:%SZ"))
-    return age_s <= 3600 and taken.get("uuid") == gpu_now().get("uuid")
+    return age_s <= 3600 and taken.get("uuid", "") == gpu_state("uuid")["uuid"]
 
 
 def entry(name: str, ours: float, shape: Shape) -> dict[str, Any]:

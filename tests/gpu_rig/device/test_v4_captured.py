@@ -269,7 +269,8 @@ def test_memory_of_graphs_is_within_the_plan(rig: Rig, tmp_path: Path) -> None:
         planned = graph_bytes(model.config, (4,), LONGEST, (16,), 4)
         if rig.is_real:
             taken = before - (free_device_bytes(rig.device) or 0)
-            assert 0 < taken <= planned
+            # 0 where the graphs fit into pages that the driver holds already
+            assert 0 <= taken <= planned
             return
         largest = max(runner.graphs, key=lambda key: key.num_tokens)
         with rig.counting() as counted:
