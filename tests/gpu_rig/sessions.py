@@ -63,7 +63,7 @@ TWINS = (
     "test_v4_ranks.py::test_logits_of_released_weights[float32-0.0001]",
     "test_v4_ranks.py::test_tokens_of_two_ranks_are_those_of_a_cpu[graphs]",
 )
-# device tests of the first of the two guarded sessions, which take about equally long
+# device tests of the first of the three guarded sessions, which take about equally long
 FIRST = (
     "test_captured_decode.py",
     "test_captured_prompts.py",

@@ -1,0 +1,15 @@
+"""Device tests of DeepSeek-V4, on a device whose memory host code cannot follow."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.gpu_rig.sessions import DEVICE, ROOT, TIMEOUT_S, run_guarded
+
+
+@pytest.mark.slow
+@pytest.mark.triton
+@pytest.mark.timeout(TIMEOUT_S)
+def test_the_files_of_deepseek_v4_where_host_access_faults() -> None:
+    files = sorted(path.name for path in (ROOT / DEVICE).glob("test_v4_*.py"))
+    assert run_guarded(*(f"{DEVICE}/{file}" for file in files)) >= 30
