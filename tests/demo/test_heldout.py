@@ -14,7 +14,7 @@ from demo_training.heldout import ask_all, is_held_out, judge, judge_call, read,
 from demo_training.served import rates
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools/demo_training"
-RESULTS = {name: TOOLS / f"heldout_{name}.json" for name in ("first", "fourth", "shipped")}
+RESULTS = {name: TOOLS / f"heldout_{name}.json" for name in ("first", "fifth", "shipped")}
 
 
 def group(category: str, language: str = "en") -> dict:

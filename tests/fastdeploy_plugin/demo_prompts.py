@@ -40,8 +40,8 @@ TEXTS = {
     "longest": f"{PASSAGE}{PROSE * 2}\n\n{NUMBER}",
     # answers that cross the end of a block: three slots are free, for a token and two drafts, so
     # that a row whose next block is late is blocked between two steps
-    "edge": f"{_last_words(PASSAGE, 127)}\n\n{BELL}",
-    "block": f"{_last_words(PASSAGE, 37)}\n\n{FOOD}",
+    "edge": f"{_last_words(PASSAGE, 131)}\n\n{BELL}",
+    "block": f"{_last_words(PASSAGE, 38)}\n\n{FOOD}",
     "sum": "What is 12 + 30?",
     "fact": "What is the capital of France?",
     "unknown": "Who invented the blue telephone box?",

@@ -59,7 +59,8 @@ def test_a_prompt_token_sees_the_keys_of_its_window() -> None:
                 outputs.append(np.array(layer(meta, hidden_states(60))))
     whole, first_keys, no_keys = outputs
     for other in first_keys, no_keys:
-        differs = np.flatnonzero((other != whole).any(axis=1))
+        # the place of an array in memory may round the other rows differently
+        differs = np.flatnonzero(~np.isclose(other, whole, rtol=0, atol=1e-5).all(axis=1))
         assert differs.tolist() == [50]
     assert not no_keys[50].any()
 
