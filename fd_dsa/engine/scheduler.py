@@ -169,6 +169,8 @@ class Scheduler:
         drafts = self._choose_drafts(budget) if self._may_draft else {}
         if self._blocks.tier is not None:
             self._blocks.enqueue_copies()
+        if self._blocks.snapshots is not None:
+            self._blocks.snapshots.enqueue()
         self._scheduled.sort(key=_batch_row)
         return ScheduledBatch(self._scheduled, drafts, self._shape.context)
 
@@ -194,9 +196,14 @@ class Scheduler:
             num_new, before = request.num_scheduled_tokens, request.num_computed_tokens
             request.num_computed_tokens = before + num_new
             if before % block_size + num_new >= block_size:
-                num_prompt = len(request.state.prompt_token_ids)
-                computed = request.num_computed_tokens
-                self._blocks.take_snapshot(request.seq_id, request.batch_row, computed, num_prompt)
+                # with pending drafts the row may have fewer tokens
+                if not request.num_pending_drafts:
+                    self._blocks.take_snapshot(
+                        request.seq_id,
+                        request.batch_row,
+                        request.num_computed_tokens,
+                        len(request.state.prompt_token_ids),
+                    )
                 self._cache_blocks(request)
 
     def shrink_after_oom(self, batch: ScheduledBatch, error: Exception) -> Request | None:

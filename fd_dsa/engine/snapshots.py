@@ -10,6 +10,7 @@ class Snapshots:
     """Snapshots of rows by block.
 
     A row may go on after a block with a snapshot. The snapshot used least recently makes room.
+    Copies run before the next step, because a layer that drafts writes its keys of a step last.
 
     Args:
         slots: free places of snapshots.
@@ -18,6 +19,7 @@ class Snapshots:
 
     def __init__(self, slots: Iterable[int], copy: Callable[[int, int], None]) -> None:
         self._free, self._copy = list(slots), copy
+        self._copies: list[tuple[int, int]] = []
         # by block, in the order of their last use
         self._slot_of: OrderedDict[int, int] = OrderedDict()
 
@@ -29,12 +31,18 @@ class Snapshots:
         self.drop(block)
         slot = self._free.pop() if self._free else self._slot_of.popitem(last=False)[1]
         self._slot_of[block] = slot
-        self._copy(row, slot)
+        self._copies.append((row, slot))
 
     def restore(self, block: int, row: int) -> None:
         """Give a row the state after a block that has a snapshot."""
         self._slot_of.move_to_end(block)
-        self._copy(self._slot_of[block], row)
+        self._copies.append((self._slot_of[block], row))
+
+    def enqueue(self) -> None:
+        """Enqueue the copies since the last call, in their order, before a step."""
+        for places in self._copies:
+            self._copy(*places)
+        self._copies.clear()
 
     def move(self, block: int, other: int) -> None:
         """Give the snapshot of a block, if any, to another block of the same tokens."""

@@ -154,4 +154,6 @@ def test_a_snapshot_moves_to_the_block_that_is_found() -> None:
     reservation = manager.reserve("third", keys, 5, [0, 1], 0, reads_host=False)
     assert reservation is not None and reservation.num_cached == 2
     manager.admit("third", 2)
+    assert not copies
+    manager.snapshots.enqueue()
     assert copies == [(1, 7), (7, 2)]
