@@ -67,7 +67,8 @@ def expand_streams_kernel(
     """Compute channels of block `program 1` for the tokens of tile `program 0`.
 
     Without `streams_ptr` every stream is the change. Without `change_ptr` the streams stay as they
-    are. Without `fn_ptr` there are no sums; their last column has the squares.
+    are. Without `mixture_ptr` the change is added to every stream. Without `fn_ptr` there are no
+    sums; their last column has the squares.
     """
     wait_for_inputs()
     start_next()
@@ -85,7 +86,10 @@ def expand_streams_kernel(
             values = tl.load(streams_ptr + place, mask=mask, other=0.0)
         else:
             total = widened(tl.load(change_ptr + change_place, mask=mask, other=0.0))
-            if streams_ptr is not None:
+            if mixture_ptr is None:
+                if streams_ptr is not None:
+                    total += widened(tl.load(streams_ptr + place, mask=mask, other=0.0))
+            else:
                 row = mixture_ptr + (token * STREAMS + stream) * (STREAMS + 1)
                 total *= tl.load(row + STREAMS, mask=live, other=0.0)[:, None]
                 for source in tl.static_range(STREAMS):
@@ -218,7 +222,8 @@ def expand_streams(
         streams: float32 or bfloat16 [num_tokens, num_streams, width], contiguous. None = every
             stream is `change`, as before the first block.
         change: [num_tokens, width], output of the block; None = the streams stay as they are.
-        mixture: result of `read_streams` before the block.
+        mixture: result of `read_streams` before the block; None = the change is added to every
+            stream.
         connection: the next connection; None = no projection.
 
     Returns:

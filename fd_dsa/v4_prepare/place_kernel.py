@@ -107,6 +107,8 @@ def place_step_kernel(
         for first in range(part * TILE, new, parts * TILE):
             numbers = first + tl.arange(0, TILE)
             live, tokens, positions = numbers < new, sums[0] + numbers, start + numbers
+            # further drafts may be past the longest row
+            positions = tl.minimum(positions, columns * BLOCK_SIZE - 1)
             tl.store(positions_ptr + tokens, positions, mask=live)
             tl.store(rows_ptr + tokens, row, mask=live)
             # only the last keys of a prompt are kept, so that no two keys share a place

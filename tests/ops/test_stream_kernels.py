@@ -112,6 +112,18 @@ def test_streams_without_a_change(paddle_memory: KernelMemory) -> None:
     check(m.get(found), factors @ np.concatenate((exact, added[:, None]), axis=1), 2.0**-18)
 
 
+@pytest.mark.parametrize("kind", STEPS)
+def test_a_change_of_every_stream(kind: str, paddle_memory: KernelMemory) -> None:
+    """Streams without a mixture stay, and the change is added to each of them."""
+    m, weights = paddle_memory, Weights(4, 40, 2)
+    (streams, exact), (change, added) = drawn(m, kind, 5, 4, 40), drawn(m, kind, 5, 40)
+    found, sums = expand_streams(streams, change, None, weights.put(m), 4)
+    wanted = exact + added[:, None]
+    check(block_fp8.get(m, found), wanted, STEPS[kind])
+    x, _ = read_streams(found, sums, weights.put(m))
+    check(block_fp8.get(m, x), weights.read(block_fp8.get(m, found))[0], STEPS[kind])
+
+
 def check(found: np.ndarray, wanted: np.ndarray | None, step: float) -> None:
     """Compare to a fraction of the largest value."""
     assert wanted is not None

@@ -25,7 +25,8 @@ for kind in ("float32", "bfloat16"):
     types = INT32_TYPES | dict.fromkeys(names, kind)
     block = dict(WIDTH=4096, STREAMS=4, MIXES=24, COLUMNS=32)
     for absent in ({}, {"streams_ptr": None, "mixture_ptr": None},
-                   {"change_ptr": None, "mixture_ptr": None}, {"fn_ptr": None}):
+                   {"change_ptr": None, "mixture_ptr": None}, {"fn_ptr": None},
+                   {"mixture_ptr": None}):
         compile("streams", expand_streams_kernel, types, **block, TOKENS=16, BLOCK=64,
                 num_warps=4, **absent)
     for absent in ({}, {"mixture_ptr": None}):

@@ -93,3 +93,15 @@ def test_any_step_has_the_arrays_of_the_oracle(
 @pytest.mark.parametrize("first", [0, 4])
 def test_decoding_rows_at_the_ends_of_entries(paddle_memory: KernelMemory, first: int) -> None:
     check(paddle_memory, EDGES[first : first + 3], 5, 1)
+
+
+def test_tokens_past_the_longest_row(paddle_memory: KernelMemory) -> None:
+    """Further drafts of a row without room take its last place, so that nothing is out of reach."""
+    m, longest = paddle_memory, COLUMNS * BLOCK
+    places = StepPlaces(DeviceLayout(CONFIG, "float32", BLOCK, 3), BATCH, m.poisoned)
+    before = np.array([longest - 1, longest, longest + 1], np.int32)
+    table = np.zeros((3, COLUMNS), np.int32)
+    new = np.ones(3, np.int32)
+    step = places.fill(m.put(before), m.put(new), m.put(table), 3, longest)
+    assert (m.get(step.places.positions)[:3] == longest - 1).all()
+    assert m.get(step.places.rows)[:3].tolist() == [0, 1, 2]
