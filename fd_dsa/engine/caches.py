@@ -111,7 +111,7 @@ class V4Caches:
 
     @staticmethod
     def check_flags(config: EngineConfig, model_config: DeepseekV4Config) -> None:
-        """Refuse host memory, cache formats, block sizes, and an MTP layer on a device.
+        """Refuse host memory, cache formats and block sizes.
 
         Raises:
             ConfigError: names the flag.
@@ -121,8 +121,6 @@ class V4Caches:
         cache_dtype = config.kv_cache_dtype
         if config.device != "cpu":
             with_v4 += f" on {config.device}"
-            if config.speculation is not None and config.speculation.method == "mtp":
-                raise flag_error("speculative_config.method", "mtp", f"ngram {with_v4}")
             if cache_dtype != config.dtype:
                 allowed = f"auto or {config.dtype} {with_v4}"
                 raise flag_error("kv_cache_dtype", cache_dtype, allowed, "leave it out")

@@ -81,9 +81,12 @@ class MultiTokenPredictor:
 
     Attributes:
         embed_tokens: [vocab_size, hidden_size]; embedding of the next tokens.
+        num_streams: 1, see MtpLayer.
 
     Source: DeepSeek-V3 (arXiv 2412.19437) section 2.2; names of Hugging Face checkpoints.
     """
+
+    num_streams = 1
 
     def __init__(self, model: DeepseekV32ForCausalLM, weights: Weights) -> None:
         config, own = model.config, model.config.mtp or ()

@@ -177,7 +177,8 @@ class DeviceSteps:
             no_tokens = np.zeros(max_num_seqs, np.int32)
             self._counts = [uploaded(allocate, no_tokens) for _ in range(3)]
             # hidden states of the tokens before the first drafts; padding reads them too
-            self._kept = rows_at(mtp.embed_tokens, self._no_masks[:max_num_seqs])
+            none = uploaded(allocate, np.full(max_num_seqs * mtp.num_streams, -1, np.int32))
+            self._kept = rows_at(mtp.embed_tokens, none).reshape([max_num_seqs, -1])
 
     def _host_copy(self, tokens: Tensor) -> tuple[np.ndarray, FixedCopy]:
         """Page-locked memory for some tokens, and the copy to it."""

@@ -38,6 +38,10 @@ class MtpLayer(Protocol):
     def embed_tokens(self) -> StepArray:
         """Embedding [vocab_size, hidden_size] of the next tokens."""
 
+    @property
+    def num_streams(self) -> int:
+        """Number of residual streams in a hidden state, each as wide as the embedding."""
+
     def __call__(self, next_ids: StepArray, hidden: StepArray, step: LayerStep) -> StepArray:
         """Compute hidden states of the layer, [num_tokens, width].
 

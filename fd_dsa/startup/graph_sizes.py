@@ -73,10 +73,14 @@ def graph_bytes(
         logits += config.vocab_size
     graphs = lengths * len(captured)
     if isinstance(config, ModelConfig):
-        if config.mtp is not None:
-            # further drafts have graphs for powers of two of rows
-            kept = lengths * sum(captured) * config.hidden_size
-            graphs = 2 * (graphs + lengths * (1 + len(powers_below(max(sizes)))))
+        has_layer, num_streams = config.mtp is not None, 1
+    else:
+        has_layer, num_streams = config.has_mtp_layer, config.hc_mult
+    if has_layer:
+        # further drafts have graphs for powers of two of rows
+        kept = lengths * sum(captured) * num_streams * config.hidden_size
+        graphs = 2 * (graphs + lengths * (1 + len(powers_below(max(sizes)))))
+    if isinstance(config, ModelConfig):
         if prompt_sizes:
             # keys and values of every head, which only activations in bfloat16 have
             keys = _most_keys(max(prompt_sizes), config.index_topk)

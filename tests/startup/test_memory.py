@@ -19,6 +19,7 @@ from fd_dsa.startup.memory import (
     weight_bytes,
 )
 from tests.models.folders import TINY, TINY_FP8, random_tensors
+from tests.models.published import V4_FLASH
 
 GIB = 1 << 30
 BLOCK = 1 << 20  # bytes per cache block in these tests
@@ -254,3 +255,16 @@ def test_graphs_are_counted_by_their_sizes() -> None:
     # steps with prompts have more activations, and keys and values of every head
     both = graph_bytes(config, (1, 8), topk, (16, 32), 4)
     assert both - one > 2 * (4 << 20) + 4 * 24 * config.hidden_size
+
+
+@pytest.mark.parametrize(("fields", "num_streams"), [(TINY, 1), (V4_FLASH, 4)], ids=["v32", "v4"])
+def test_graphs_of_a_layer_that_drafts_keep_hidden_states(
+    fields: dict[str, Any], num_streams: int
+) -> None:
+    config = config_from_dict(fields)
+    plain, drafting = (
+        graph_bytes(one, (1, 8), config.max_dense_keys) for one in (config, config.with_mtp_layer())
+    )
+    # one graph more for each of two steps, and those of further drafts of 1, 2, 4 and 8 rows
+    graphs = (2 + 2 * 4) * (4 << 20)
+    assert drafting - plain == graphs + 4 * 9 * num_streams * config.hidden_size

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 from fd_dsa.attention.protocol import LayerStep
 from fd_dsa.distributed import summed
 from fd_dsa.models.deepseek_v4.config import DeepseekV4Config
 from fd_dsa.models.deepseek_v4.device_attention import DeviceV4Attention
 from fd_dsa.models.deepseek_v4.device_moe import DeviceV4MoE
-from fd_dsa.models.deepseek_v4.tensors import FINAL_NORM, HEAD_HC
+from fd_dsa.models.deepseek_v4.tensors import (
+    FINAL_NORM,
+    HEAD_HC,
+    MTP,
+    MTP_HC,
+    MTP_NORM,
+    MTP_STREAMS,
+    MTP_TOKENS,
+)
 from fd_dsa.models.deepseek_v32 import logits_of
 from fd_dsa.models.device_weights import DeviceWeights
 from fd_dsa.models.sources import EMBEDDING, LM_HEAD, WeightLoader
@@ -25,10 +34,10 @@ def _connection(
     """Return the weights of a connection and of the norm after it.
 
     Args:
-        prefix: start of the names of the connection. That of the head has fewer mixes.
+        prefix: start of the names of the connection. That of a head has fewer mixes.
     """
     streams, width = config.hc_mult, config.hidden_size
-    is_head = prefix == HEAD_HC
+    is_head = prefix in (HEAD_HC, MTP_HC)
     mixes = streams if is_head else (2 + streams) * streams
     return Connection(
         weights.vector({f"{prefix}fn": mixes * streams * width}),
@@ -41,19 +50,108 @@ def _connection(
     )
 
 
+class Residual(NamedTuple):
+    """Streams between two blocks, to which the output of the last block is not added yet.
+
+    Attributes:
+        streams: [num_tokens, num_streams, hidden_size]; None before the first block, when every
+            stream is `change`.
+        change: [num_tokens, hidden_size], output of the block.
+        mixture: factors of both; None = the change is added to every stream.
+    """
+
+    streams: Tensor | None
+    change: Tensor
+    mixture: Tensor | None = None
+
+    def flat(self, num_streams: int) -> Tensor:
+        """Return the streams with the change, [num_tokens, num_streams * hidden_size]."""
+        streams, _ = expand_streams(self.streams, self.change, self.mixture, None, num_streams)
+        return streams.reshape([streams.shape[0], -1])
+
+
 class DeviceV4Layer:
     """Decoder layer: attention, then experts, each inside a connection.
 
     Attention and experts of a rank return its part of a sum over all ranks.
     """
 
-    def __init__(self, config: DeepseekV4Config, layer_id: int, weights: DeviceWeights) -> None:
-        prefix = f"model.layers.{layer_id}."
+    def __init__(
+        self, config: DeepseekV4Config, layer_id: int, weights: DeviceWeights, prefix: str
+    ) -> None:
         self.kinds = config.layer_types[layer_id], config.mlp_layer_types[layer_id]
+        self._group, self._num_streams = weights.group, config.hc_mult
         parts = [(f"{prefix}hc_{name}_", f"{prefix}{name}_norm.weight") for name in ("attn", "ffn")]
-        self.connections = [_connection(config, weights, *part) for part in parts]
+        self._connections = [_connection(config, weights, *part) for part in parts]
         self.attn = DeviceV4Attention(config, layer_id, weights, f"{prefix}attn.")
         self.ffn = DeviceV4MoE(config, layer_id, weights, f"{prefix}ffn.")
+
+    def forward(self, residual: Residual, token_ids: Tensor, forward_meta: LayerStep) -> Residual:
+        """Run the layer.
+
+        Args:
+            token_ids: integers [num_tokens], which select experts by token id.
+            forward_meta: step of the runner, with metadata.
+        """
+        before_attention, before_experts = self._connections
+        count, group = self._num_streams, self._group
+        streams, sums = expand_streams(*residual, before_attention, count)
+        x, mixture = read_streams(streams, sums, before_attention)
+        change = summed(self.attn.forward(x, forward_meta), group)
+        streams, sums = expand_streams(streams, change, mixture, before_experts, count)
+        x, mixture = read_streams(streams, sums, before_experts)
+        output = self.ffn.forward(x, token_ids, forward_meta.slot_mapping)
+        return Residual(streams, summed(output, group), mixture)
+
+
+class DeviceMultiTokenPredictor:
+    """MTP layer on a device, see `MultiTokenPredictor` of `model.py`.
+
+    Attributes:
+        embed_tokens: [vocab_size, hidden_size]; embedding of the next tokens.
+        num_streams: residual streams of a token.
+    """
+
+    def __init__(self, model: DeviceV4ForCausalLM, weights: DeviceWeights) -> None:
+        config = model.config
+        hidden, eps, number = config.hidden_size, config.rms_norm_eps, config.num_hidden_layers
+        self.embed_tokens, self.num_streams, self._model = model.embed_tokens, config.hc_mult, model
+        self._token_norm = weights.norm(f"{MTP}enorm.weight", hidden, eps)
+        self._stream_norm = weights.norm(f"{MTP}hnorm.weight", hidden, eps)
+        self._token_in = weights.matrix(hidden, {MTP_TOKENS: hidden})
+        self._stream_in = weights.matrix(hidden, {MTP_STREAMS: hidden})
+        self.layer = DeviceV4Layer(config, number, weights, MTP)
+        self._collapse = _connection(config, weights, MTP_HC, MTP_NORM)
+
+    def __call__(self, next_ids: Tensor, hidden: Tensor, step: LayerStep) -> Tensor:
+        """Return streams after the layer, [num_tokens, num_streams * hidden_size].
+
+        Args:
+            next_ids: integers [num_tokens], the token after each one of the step.
+            hidden: streams of the step's tokens, same shape. They are the model's, or for a further
+                draft those of this layer.
+            step: step of the runner, with metadata.
+        """
+        count, num_tokens = self.num_streams, hidden.shape[0]
+        embedded = self._token_norm.normalize(rows_at(self.embed_tokens, next_ids))
+        rows = self._stream_norm.normalize(hidden.reshape([num_tokens * count, -1]))
+        streams = self._stream_in.matmul(rows).reshape([num_tokens, count, -1])
+        residual = Residual(streams, self._token_in.matmul(embedded))
+        return self.layer.forward(residual, next_ids, step).flat(count)
+
+    def compute_logits(self, hidden_states: Tensor, out: Tensor | None = None) -> Tensor:
+        """Return logits float32 [n, vocab_size] of results of a call."""
+        return _logits(hidden_states, self._collapse, self._model, out)
+
+
+def _logits(
+    hidden_states: Tensor, collapse: Connection, model: DeviceV4ForCausalLM, out: Tensor | None
+) -> Tensor:
+    """Return logits [n, vocab_size] of streams [n, num_streams * hidden_size], by the head."""
+    count = model.config.hc_mult
+    streams = hidden_states.reshape([hidden_states.shape[0], count, -1])
+    same, sums = expand_streams(streams, None, None, collapse, count)
+    return logits_of(model.head, read_streams(same, sums, collapse)[0], model.head_group, out)
 
 
 class DeviceV4ForCausalLM:
@@ -61,21 +159,26 @@ class DeviceV4ForCausalLM:
 
     Attributes:
         config: sizes of the model.
+        embed_tokens: [vocab_size, hidden_size].
+        head: weight from normed sums of streams to logits, with the rows of this rank.
+        head_group: ranks that divide the rows of the head; None = this rank has all rows.
         group: ranks that share the model; None = one rank.
-        mtp: None, because draft layers are not loaded.
+        mtp: MTP layer, None = not loaded.
     """
-
-    mtp: None = None
 
     def __init__(self, config: DeepseekV4Config, weights: DeviceWeights) -> None:
         self.config, self._weights, self.group = config, weights, weights.group
         vocab_size, hidden = config.vocab_size, config.hidden_size
-        self._embedding, self._head = weights.table(EMBEDDING, vocab_size, hidden)
-        self.layers = [DeviceV4Layer(config, i, weights) for i in range(config.num_hidden_layers)]
+        self.embed_tokens, self.head = weights.table(EMBEDDING, vocab_size, hidden)
+        self.layers = [
+            DeviceV4Layer(config, i, weights, f"model.layers.{i}.")
+            for i in range(config.num_hidden_layers)
+        ]
         self._collapse = _connection(config, weights, HEAD_HC, FINAL_NORM)
         if not config.tie_word_embeddings:
-            self._head = weights.matrix(hidden, {LM_HEAD: config.head_rows}, sums_in_float32=True)
-        self._head_group = weights.group if config.head_rows < vocab_size else None
+            self.head = weights.matrix(hidden, {LM_HEAD: config.head_rows}, sums_in_float32=True)
+        self.head_group = weights.group if config.head_rows < vocab_size else None
+        self.mtp = DeviceMultiTokenPredictor(self, weights) if config.has_mtp_layer else None
 
     @property
     def loaders(self) -> dict[str, WeightLoader]:
@@ -89,19 +192,10 @@ class DeviceV4ForCausalLM:
             token_ids: integers [num_tokens], token ids of the step, rows back to back.
             forward_meta: step of the runner, with metadata.
         """
-        padding, count = forward_meta.slot_mapping, self.config.hc_mult
-        change: Tensor = rows_at(self._embedding, token_ids)
-        streams, mixture = None, None
+        residual = Residual(None, rows_at(self.embed_tokens, token_ids))
         for layer in self.layers:
-            before_attention, before_experts = layer.connections
-            streams, sums = expand_streams(streams, change, mixture, before_attention, count)
-            x, mixture = read_streams(streams, sums, before_attention)
-            change = summed(layer.attn.forward(x, forward_meta), self.group)
-            streams, sums = expand_streams(streams, change, mixture, before_experts, count)
-            x, mixture = read_streams(streams, sums, before_experts)
-            change = summed(layer.ffn.forward(x, token_ids, padding), self.group)
-        streams, _ = expand_streams(streams, change, mixture, None, count)
-        return streams.reshape([streams.shape[0], -1])
+            residual = layer.forward(residual, token_ids, forward_meta)
+        return residual.flat(self.config.hc_mult)
 
     @contextmanager
     def one_layer_of_each_kind(self) -> Iterator[None]:
@@ -116,7 +210,4 @@ class DeviceV4ForCausalLM:
 
     def compute_logits(self, hidden_states: Tensor, out: Tensor | None = None) -> Tensor:
         """Return logits float32 [n, vocab_size] of streams [n, num_streams * hidden_size]."""
-        streams = hidden_states.reshape([hidden_states.shape[0], self.config.hc_mult, -1])
-        same, sums = expand_streams(streams, None, None, self._collapse, self.config.hc_mult)
-        read = read_streams(same, sums, self._collapse)[0]
-        return logits_of(self._head, read, self._head_group, out)
+        return _logits(hidden_states, self._collapse, self, out)

@@ -20,6 +20,8 @@ from fd_dsa.models.deepseek_v4.tensors import (
     FINAL_NORM,
     HEAD_HC,
     MTP,
+    MTP_HC,
+    MTP_NORM,
     MTP_STREAMS,
     MTP_TOKENS,
 )
@@ -89,6 +91,7 @@ class MultiTokenPredictor:
 
     Attributes:
         embed_tokens: [vocab_size, hidden_size]; embedding of the next tokens.
+        num_streams: residual streams of a token.
 
     Source: MTPBlock of DeepSeek's inference code for V4.
     """
@@ -99,13 +102,14 @@ class MultiTokenPredictor:
         config, self._rotation = model.config, rotation
         hidden, eps, number = config.hidden_size, config.rms_norm_eps, config.num_hidden_layers
         self.embed_tokens, self._model = model.embed_tokens, model
+        self.num_streams = config.hc_mult
         self._token_norm = RowNorm(weights, f"{MTP}enorm.weight", hidden, eps)
         self._stream_norm = RowNorm(weights, f"{MTP}hnorm.weight", hidden, eps)
         self._token_in = weights.matrix(hidden, {MTP_TOKENS: hidden})
         self._stream_in = weights.matrix(hidden, {MTP_STREAMS: hidden})
         self.layer = DeepseekV4DecoderLayer(config, number, weights, MTP, rotation)
-        self._collapse = HeadCollapse(config, weights, f"{MTP}hc_head_")
-        self._norm = RowNorm(weights, f"{MTP}norm.weight", hidden, eps)
+        self._collapse = HeadCollapse(config, weights, MTP_HC)
+        self._norm = RowNorm(weights, MTP_NORM, hidden, eps)
 
     def __call__(self, next_ids: Array, hidden: np.ndarray, step: LayerStep) -> np.ndarray:
         """Return streams after the layer, [num_tokens, num_streams * hidden_size].

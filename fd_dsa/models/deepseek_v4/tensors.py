@@ -16,6 +16,7 @@ HEAD_HC = "model.hc_head.hc_"
 # the layer for multi-token prediction
 MTP = "mtp.0."
 MTP_TOKENS, MTP_STREAMS = f"{MTP}e_proj.weight", f"{MTP}h_proj.weight"
+MTP_HC, MTP_NORM = f"{MTP}hc_head_", f"{MTP}norm.weight"
 # a tensor of the first of DSpark's three stages, in their place in later releases
 DSPARK = f"{MTP}main_proj.weight"
 # name in a checkpoint of DeepSeek, or of `save_pretrained` -> name in fd_dsa
