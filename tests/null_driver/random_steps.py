@@ -65,7 +65,12 @@ def v4_sizes(draw: random.Random) -> tuple[dict[str, Any], dict[str, Any]]:
         "enforce_eager": True,
         "tensor_parallel_size": draw.choice((1, 2, 8)),
     }
-    return V4, config | V4_FLAGS
+    model = V4
+    if draw.random() < 0.5:
+        model = V4 | {"num_nextn_predict_layers": 1}
+        drafts = {"method": "mtp", "num_speculative_tokens": draw.choice((1, 3))}
+        config["speculative_config"] = drafts
+    return model, config | V4_FLAGS
 
 
 def run_steps(engine: Any, draw: random.Random, longest: int) -> int:

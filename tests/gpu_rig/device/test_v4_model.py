@@ -16,6 +16,7 @@ from fd_dsa.errors import CheckpointError, ConfigError
 from fd_dsa.models.device_weights import DeviceWeights
 from fd_dsa.models.four_bit_experts import four_bit_experts
 from fd_dsa.models.loader import fp8_tensors, load_weights, quantisable_tensors
+from fd_dsa.models.mtp_layer import add_mtp_layer
 from fd_dsa.models.registry import create_model, open_checkpoint, read_config
 from fd_dsa.runner import InputBatch, ModelRunner
 from fd_dsa.startup.plan import make_plan
@@ -40,10 +41,14 @@ SMOOTH = {
 ROWS, LONGEST, TOKENS = 3, 96, 48
 
 
-def device_model(folder: Path, rig: Rig, dtype: str, *, four_bits: bool = False) -> Any:
-    """The model of a folder on the device, its weights loaded."""
+def device_model(
+    folder: Path, rig: Rig, dtype: str, *, four_bits: bool = False, mtp: bool = False
+) -> Any:
+    """The model of a folder on the device, its weights loaded, with its draft layer if asked."""
     config = read_config(folder)
     with open_checkpoint(config, folder) as checkpoint:
+        if mtp:
+            config = add_mtp_layer(checkpoint, config)
         form = four_bit_experts(checkpoint, config) if four_bits else None
         weights = DeviceWeights(dtype, paddle_allocator(rig.device), four_bits=form)
         model = create_model(config, weights)
@@ -194,7 +199,6 @@ def test_greedy_tokens(form: str, rig: Rig, tmp_path: Path) -> None:
     ("fields", "words"),
     [
         ({"kv_cache_dtype": "float32"}, "--kv-cache-dtype: got 'float32', allowed: auto or bfloat"),
-        ({"speculative_config": {"method": "mtp"}}, "method: got 'mtp', allowed: ngram with deep"),
         ({"block_size": 24}, "--block-size: got 24"),
     ],
     ids=str,
@@ -209,19 +213,25 @@ def test_flags_that_are_refused(
 
 
 @pytest.mark.parametrize(
-    ("dtype", "snapshots", "drafts"), [("bfloat16", 16, 0), ("bfloat16", 16, 3), ("float32", 0, 1)]
+    ("dtype", "snapshots", "drafts", "method"),
+    [
+        ("bfloat16", 16, 0, ""),
+        ("bfloat16", 16, 3, "mtp"),
+        ("float32", 0, 1, "ngram"),
+        ("float32", 0, 2, "mtp"),
+    ],
 )
 def test_bytes_of_the_plan(
-    dtype: str, snapshots: int, drafts: int, rig: Rig, tmp_path: Path
+    dtype: str, snapshots: int, drafts: int, method: str, rig: Rig, tmp_path: Path
 ) -> None:
-    """The plan counts the bytes that weights and pools take."""
-    case = Case("smooth", SMOOTH, seed=23)
+    """The plan counts the bytes that weights and pools take, with a layer that drafts."""
+    case = Case("smooth", SMOOTH | {"num_nextn_predict_layers": 1}, seed=23)
     folder = case.write_served(tmp_path)
     sizes = {"block_size": 16, "max_num_seqs": 3, "max_num_batched_tokens": 24, "dtype": dtype}
     own: dict[str, Any] = {"enforce_eager": True, "num_gpu_blocks_override": 7}
     own["enable_prefix_caching"] = snapshots > 0
     if drafts:
-        own["speculative_config"] = {"method": "ngram", "num_speculative_tokens": drafts}
+        own["speculative_config"] = {"method": method, "num_speculative_tokens": drafts}
     config = EngineConfig(model=folder, device=rig.device, max_model_len=64, **sizes, **own)
     plan, taken = make_plan(config), []
     allocate = paddle_allocator(rig.device)

@@ -22,6 +22,8 @@ from fd_dsa.distributed import Group, device, nccl
 from fd_dsa.distributed.host import Shared
 from fd_dsa.engine.caches import V4Caches
 from fd_dsa.engine.engine import LLMEngine
+from fd_dsa.engine.mtp_drafter import DeviceMtpDrafter
+from fd_dsa.engine.speculation import SpecDecoder
 from fd_dsa.models.device_weights import DeviceWeights
 from fd_dsa.models.four_bit_experts import four_bit_experts
 from fd_dsa.models.loader import load_weights
@@ -44,6 +46,7 @@ from tests.gpu_rig.device.test_v4_model import (
     worst,
 )
 from tests.v4_model.cases import Case
+from tests.v4_model.drafts import MTP
 from tests.v4_model.ours import prompt_logits
 from tests.v4_model.quantised import CASE as QUANTISED
 from tests.v4_model.quantised import FP4, write_pair
@@ -51,6 +54,7 @@ from tests.v4_model.quantised import FP4, write_pair
 pytestmark = [pytest.mark.gpu_rig, pytest.mark.triton, pytest.mark.slow, pytest.mark.own_process]
 
 SIZES: dict[str, Any] = {"block_size": 16, "max_num_seqs": 4, "max_model_len": 64}
+LAYER = {"method": "mtp", "num_speculative_tokens": 2}
 
 
 def plan_of(folder: Path, rig: Rig, **fields: Any) -> EnginePlan:
@@ -75,13 +79,16 @@ def runner_of(kind: type[Any], group: Turns, plan: EnginePlan, sizes: tuple[int,
 
 
 def engine_of(runner: Any, plan: EnginePlan) -> LLMEngine:
-    """An engine on the runner of rank 0, with snapshots."""
+    """An engine on the runner of rank 0, with snapshots, and the drafts of the plan."""
+    most = plan.config.max_drafts
+    spec_decoder = SpecDecoder(DeviceMtpDrafter(runner), most) if most else None
     engine = LLMEngine(
         runner,
         plan.tokenizer,
         num_blocks=plan.memory.num_blocks,
         max_model_len=plan.max_model_len,
         eos_token_ids=plan.model_config.eos_token_ids,
+        spec_decoder=spec_decoder,
     )
     engine.block_manager.shares_blocks = plan.caches.shares_blocks
     engine.block_manager.snapshots = plan.caches.snapshots(runner.copy_state)
@@ -98,8 +105,8 @@ def answers(engine: LLMEngine, prompts: list[list[int]], params: SamplingParams)
 
 @pytest.mark.parametrize(
     ("sizes", "fields"),
-    [((4,), {}), ((), {"num_gpu_blocks_override": 5})],
-    ids=["graphs", "preemption"],
+    [((4,), {}), ((), {"num_gpu_blocks_override": 5}), ((), {"speculative_config": LAYER})],
+    ids=["graphs", "preemption", "layer"],
 )
 def test_tokens_of_two_ranks_are_those_of_a_cpu(
     rig: Rig,
@@ -111,10 +118,12 @@ def test_tokens_of_two_ranks_are_those_of_a_cpu(
     """Prompts that begin alike, so that rows go on after snapshots."""
     if rig.is_real:
         pytest.skip("its ranks are processes")
-    case = Case("smooth", SMOOTH, seed=43)
+    case = Case("smooth", SMOOTH | MTP, seed=43)
     folder, begin = case.write_served(tmp_path), case.prompt(45)
     prompts = [[*begin, 9], [*begin, 7, 8], [*begin[:17], *case.prompt(20)]]
-    greedy = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    # of two tokens that alone come, drafts of random weights are often right
+    two: dict[str, Any] = {"logit_bias": {2: 50.0, 3: 50.0}}
+    greedy = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, **two)
     with LLM(model=folder, device="cpu", **SIZES) as llm:
         wanted = tokens_of(llm, prompts, greedy)
     shared = Shared.create(2)
@@ -131,12 +140,14 @@ def test_tokens_of_two_ranks_are_those_of_a_cpu(
         assert answers(engine, prompts, greedy) == wanted
         stats = engine.stats()
         assert stats.prefix_cache_hits > 0
-        assert (stats.num_preemptions > 0) == bool(fields)
+        assert (stats.num_preemptions > 0) == ("num_gpu_blocks_override" in fields)
+        assert (stats.num_accepted_tokens > 0) == ("speculative_config" in fields)
         assert (runner.counters.graph_steps["decode"] > 0) == bool(sizes)
         first.send(b"")
     other.join()
     (worker,) = other.workers
     assert worker.batches == runner.batches and len(runner.batches) > 8
+    assert worker.drafts == runner.drafts
     # to the bit: keys, entries and states, snapshots among them
     for own, one in zip(pools_of(runner), pools_of(worker), strict=True):
         np.testing.assert_array_equal(own.numpy(), one.numpy())
