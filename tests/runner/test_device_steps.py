@@ -67,6 +67,8 @@ class Counting:
         calls: token ids and numbers of tokens in the cache of each call.
     """
 
+    num_streams = 1
+
     def __init__(self, m: KernelMemory, vocab_size: int) -> None:
         self._memory, self.calls = m, list[Any]()
         self.embed_tokens = m.put(np.eye(vocab_size, dtype=np.float32))
