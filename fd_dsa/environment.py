@@ -37,6 +37,8 @@ It is an estimate, which no machine with several GPUs has measured. benchmarks/d
 compares divided steps with undivided ones.
 """
 
+EXCHANGED_VARIABLE = "FD_DSA_EXCHANGED_MIN_TOKENS"
+
 # with less the server of the demo model does not start
 _MIN_ADDRESS_SPACE_BYTES = 3 << 29
 # parameters of mallopt(3)
@@ -290,6 +292,18 @@ def divided_min_tokens() -> int:
     default = DEFAULT_DIVIDED_MIN_TOKENS
     value = _number_of_tokens(DIVIDED_VARIABLE, "no division", str(default))
     return default if value is None else value
+
+
+def exchanged_min_tokens() -> int:
+    """Return FD_DSA_EXCHANGED_MIN_TOKENS, 0 if it is unset.
+
+    It is the minimum number of tokens of an eager step with prompts whose attention is divided
+    among ranks by tokens instead of by heads. 0 = never.
+
+    Raises:
+        ConfigError: the value is not a number of at least 0.
+    """
+    return _number_of_tokens(EXCHANGED_VARIABLE, "attention by heads", "0") or 0
 
 
 def _number_of_tokens(name: str, zero: str, default: str) -> int | None:

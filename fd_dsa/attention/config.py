@@ -28,6 +28,7 @@ class DSABackendConfig:
         tokens_per_row: usual new tokens of a decode row, 1 plus its drafts.
         head_widths: width of a head's keys without their rotated part, and of its values, before
             absorption. None if the layers pass only absorbed queries.
+        exchange_ranks: ranks that divide the tokens of long steps, see HeadExchange; 1 = none.
 
     Raises:
         ConfigError: another dtype, or a row without tokens.
@@ -46,12 +47,18 @@ class DSABackendConfig:
     int32_position_ids: bool = False
     tokens_per_row: int = 1
     head_widths: tuple[int, int] | None = None
+    exchange_ranks: int = 1
 
     def __post_init__(self) -> None:
         if self.dtype not in _DTYPES:
             raise ConfigError(f"dtype: got {self.dtype!r}, allowed are {', '.join(_DTYPES)}")
         if self.tokens_per_row < 1:
             raise ConfigError(f"tokens_per_row: got {self.tokens_per_row}, allowed is at least 1")
+
+    @property
+    def exchanged_heads(self) -> int:
+        """Attention heads of all ranks that exchange them."""
+        return self.num_heads * self.exchange_ranks
 
     @property
     def query_format(self) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from fd_dsa.attention.device_scores import (
     tile_sizes,
     tiles_unsupported_reason,
 )
+from fd_dsa.attention.head_exchange import HeadExchange, exchanges_heads
 from fd_dsa.attention.overlap import IndexerOverlap
 from fd_dsa.attention.protocol import HostLengths, IndexerLayer, MlaLayer, PromptLimits
 from fd_dsa.attention.row_division import RowDivision
@@ -71,12 +72,14 @@ class DeviceAttention:
 
     Args:
         allocate: allocator of contiguous tensors on the device.
-        group: ranks that divide the scores of long steps; None = one rank.
+        group: ranks that divide the scores of long steps, and the attention if they exchange heads;
+            None = one rank.
 
     Attributes:
         dense_prompts: dense attention of prompts within `index_topk`, None if all prompts attend
             in the absorbed form.
         dense: `dense_prompts` if the step has dense tokens, else None.
+        exchange: exchange of heads if the step's tokens are divided among ranks, else None.
         scores: kernels that score and select keys; replaced if a kernel cannot be compiled.
         tensor_core_attention: attention on tensor cores, None if `attend_slots` attends.
     """
@@ -100,7 +103,9 @@ class DeviceAttention:
         self._select_projection()
         self._select_slots = slot_selector(kind, allocate)
         self.scores = self._new_scores()
-        self.tensor_core_attention = self._new_attention()
+        self._exchange = self._new_exchange(group)
+        self.exchange: HeadExchange | None = None
+        self._select_attention()
         self.dense_prompts: DensePrompts | None = None
         self.dense: DensePrompts | None = None
         if config.head_widths is not None:
@@ -122,10 +127,29 @@ class DeviceAttention:
         add_buffers(self._buffers, sizes, self._allocate)
         return TileScores(*made, transfers)
 
-    def _new_attention(self) -> TensorCoreAttention | None:
+    def _new_exchange(self, group: Group | None) -> HeadExchange | None:
+        """Return the exchange of heads among ranks, or None if they do not exchange heads."""
+        config = self.config
+        if group is None or config.exchange_ranks == 1 or not exchanges_heads(group):
+            return None
+        layout, heads = config.cache_layout, config.exchanged_heads
+        width = layout.kv_lora_rank + layout.qk_rope_head_dim
+        # the same memory, which holds a part of the tokens with more heads
+        self._buffers["whole_q"] = self._buffers["mla_q"][0], (heads, width)
+        self._buffers["whole_latents"] = self._buffers["latents"][0], (heads, layout.kv_lora_rank)
+        return HeadExchange(config, group, self._view, self._attend)
+
+    def _select_attention(self) -> None:
+        """Select the kernels of the attention, for the heads of this rank and of all ranks."""
+        self._whole_attention = None
+        if self._exchange is not None:
+            self._whole_attention = self._new_attention(self.config.exchanged_heads)
+        self.tensor_core_attention = self._new_attention(self.config.num_heads)
+
+    def _new_attention(self, heads: int) -> TensorCoreAttention | None:
         """Return the attention on tensor cores, or None if `attend_slots` is selected."""
         kind, config, logits = self._kind, self.config, self._buffers["logits"][0]
-        heads, types = config.num_heads, config.kernel_types
+        types = config.kernel_types
         capability = traits_for(logits).capability
         selected = select_attention(kind, heads, *types, capability, self._allocate)
         if selected.provider == TRITON:
@@ -181,7 +205,7 @@ class DeviceAttention:
             step: next step; None after the last one.
             lengths: lengths of its rows, or their limits in a capture, if the host knows them.
         """
-        self._all_slots = self.dense = None
+        self._all_slots = self.dense = self.exchange = None
         if step is None:
             return
         if self._division.is_active:
@@ -192,6 +216,9 @@ class DeviceAttention:
                 self.dense = dense if dense.begin_step(step, lengths) else None
             except KernelUnavailable as error:
                 self.absorb_prompts(error)
+        exchange = self._exchange
+        if exchange is not None and exchange.begin_step(step, lengths, self.dense is not None):
+            self.exchange = exchange
         if step.max_seqlen_k > self.config.index_topk or self.scores.is_captured:
             part = self._division.part(step.position_ids.shape[0])
             self._score(lambda scores: scores.prepare(step, part))
@@ -293,25 +320,37 @@ class DeviceAttention:
             step, selection = dense.other_step, dense.slots_of_others(selection)
         check_shape("attend", "selection", selection, (num_tokens, None))
         out = self._view("latents", num_tokens)
-        try:
-            self._attend(step, q, cache, selection, out)
-        except KernelUnavailable as error:
-            if self.tensor_core_attention is None:
-                raise
-            refuse("sparse_mla", self._kind, TENSOR_CORE, error)
-            self.tensor_core_attention = self._new_attention()
-            self._attend(step, q, cache, selection, out)
+        self._attend(step, q, cache, selection, out)
         return out
 
     def _attend(
         self, step: ForwardMeta, q: Tensor, cache: Tensor, selection: Tensor, out: Tensor
     ) -> None:
+        """Fill `out` by the selected kernel, or by the next one after a failed compilation."""
+        try:
+            self._attend_once(step, q, cache, selection, out)
+        except KernelUnavailable as error:
+            if self._kernel_for(q) is None:
+                raise
+            refuse("sparse_mla", self._kind, TENSOR_CORE, error)
+            self._select_attention()
+            self._attend_once(step, q, cache, selection, out)
+
+    def _kernel_for(self, q: Tensor) -> TensorCoreAttention | None:
+        """Return the attention on tensor cores for the heads of a query, see `_new_attention`."""
+        is_own = q.shape[1] == self.config.num_heads
+        return self.tensor_core_attention if is_own else self._whole_attention
+
+    def _attend_once(
+        self, step: ForwardMeta, q: Tensor, cache: Tensor, selection: Tensor, out: Tensor
+    ) -> None:
         """Fill `out` by the selected kernel."""
-        if self.tensor_core_attention is None:
+        kernel = self._kernel_for(q)
+        if kernel is None:
             scale, rank = self.config.softmax_scale, self.config.cache_layout.kv_lora_rank
             attend_slots(q, cache, selection, out, softmax_scale=scale, kv_lora_rank=rank)
         else:
-            self.tensor_core_attention.attend(q, cache, selection, out, step=step)
+            kernel.attend(q, cache, selection, out, step=step)
 
     def _all_keys(self, step: ForwardMeta, cache: Tensor) -> Tensor:
         """Return the selection of a step whose tokens see all of their keys."""

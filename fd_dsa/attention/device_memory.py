@@ -27,11 +27,19 @@ def buffer_sizes(config: DSABackendConfig) -> Sizes:
     max_keys = config.max_blocks_per_seq * layout.block_size
     num_logits = min(max(LOGITS_BYTES // 4, max_keys), tokens * max_keys)
     codes = "uint8" if layout.is_fp8 else config.dtype
-    return {
+    # a part of the tokens times the heads of all ranks may be a few more
+    ranks, rope = config.exchange_ranks, layout.qk_rope_head_dim
+    exchanged: Sizes = {}
+    attended = -(-tokens // ranks) * ranks
+    if ranks > 1 and config.head_widths is not None:
+        widest = max(config.head_widths[0] + rope, config.head_widths[1])
+        values = attended * heads * widest
+        exchanged = dict.fromkeys(("parts", "whole"), (values, (), config.dtype))
+    return exchanged | {
         "logits": (num_logits, (), "float32"),
         "slots": (tokens * config.index_topk, (), "int32"),
-        "mla_q": (tokens, (heads, rank + layout.qk_rope_head_dim), config.dtype),
-        "latents": (tokens, (heads, rank), config.dtype),
+        "mla_q": (attended, (heads, rank + rope), config.dtype),
+        "latents": (attended, (heads, rank), config.dtype),
         "index_q": (tokens, (index_heads, layout.index_head_dim), codes),
         "index_weights": (tokens, (index_heads,), "float32"),
         "index_k": (tokens, (layout.index_head_dim,), config.dtype),
@@ -58,7 +66,8 @@ def workspace_bytes(config: DSABackendConfig, gpu: GpuTraits) -> int:
     if tensor_core.unsupported_reason(gpu.capability, *config.kernel_types) is None:
         # counts the bytes of float32 values in place of an allocation
         count = cast(Allocate, lambda shape, _: 4 * prod(shape))
-        total += sum(cast("tuple[int, ...]", tensor_core.new_partials(config.num_heads, count)))
+        for heads in {config.num_heads, config.exchanged_heads}:
+            total += sum(cast("tuple[int, ...]", tensor_core.new_partials(heads, count)))
     if config.head_widths is None:
         return total
     # other libraries' tensors have no dense prompts, whose module imports Paddle

@@ -27,6 +27,7 @@ from fd_dsa.tensor import Array, StepArray
 
 if TYPE_CHECKING:
     from fd_dsa.attention.dense_prompts import DensePrompts
+    from fd_dsa.attention.head_exchange import HeadExchange
 
 
 class HostAttention:
@@ -41,11 +42,13 @@ class HostAttention:
     Attributes:
         dense: None, because all queries are absorbed on a CPU. The step's plan lists the tokens
             that read all keys of their rows.
+        exchange: None, because a CPU reads the keys of all heads as fast as those of some.
     """
 
     def __init__(self, config: DSABackendConfig, group: Group | None = None) -> None:
         self.config, self._division = config, RowDivision(group, config.index_topk)
         self.dense: DensePrompts | None = None
+        self.exchange: HeadExchange | None = None
         layout = config.cache_layout
         self._query_format = config.query_format
         self._rotates_only = not layout.is_fp8 and not layout.index_hadamard

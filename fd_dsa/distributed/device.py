@@ -94,6 +94,18 @@ class DeviceGroup(Group):
         parts = [_place(rows, begin, end) for rows in tensors]
         self._nccl.broadcast(parts, self._transfers.stream())
 
+    def exchange_rows(
+        self,
+        source: Tensor,
+        source_bounds: Sequence[int],
+        target: Tensor,
+        target_bounds: Sequence[int],
+    ) -> None:
+        """Exchange by one group of NCCL's sends and receives, see `Group`."""
+        sent = [_place(source, begin, end) for begin, end in pairwise(source_bounds)]
+        received = [_place(target, begin, end) for begin, end in pairwise(target_bounds)]
+        self._nccl.exchange(sent, received, self._transfers.stream())
+
     def barrier(self) -> None:
         """Block the host, see `Group`, and wait for the enqueued work of this rank."""
         self.all_gather(self._mark)
@@ -154,12 +166,17 @@ class DeviceGroup(Group):
         return kernel, ""
 
     def _try_rows(self) -> bool:
-        """Gather a row of every rank, and return True if it arrives on all ranks."""
+        """Gather and exchange a row of every rank, and return True if they arrive on all ranks."""
         wanted, reason = np.arange(1, self.size + 1, dtype=np.uint8), ""
         rows = uploaded(self._allocate, wanted * (wanted == self.rank + 1))
+        own, none = np.full_like(wanted, self.rank + 1), np.zeros_like(wanted)
+        source, target = uploaded(self._allocate, own), uploaded(self._allocate, none)
+        bounds = range(self.size + 1)
         try:
-            self.all_gather_rows(rows, range(self.size + 1))
-            if (on_host(rows, np.empty_like(wanted)) != wanted).any():
+            self.all_gather_rows(rows, bounds)
+            self.exchange_rows(source, bounds, target, bounds)
+            found = [on_host(tensor, none) for tensor in (rows, target)]
+            if (np.array(found) != wanted).any():
                 reason = "the rows of another rank do not arrive"
         except DeviceError as error:
             reason = str(error)

@@ -18,7 +18,7 @@ class Group(ABC):
     Attributes:
         rank: number of this process, 0 to `size` - 1.
         size: number of ranks.
-        gathers_rows: False if `all_gather_rows` fails on a rank.
+        gathers_rows: False if `all_gather_rows` or `exchange_rows` fails on a rank.
     """
 
     rank: int
@@ -52,6 +52,27 @@ class Group(ABC):
                 computed the rows from `bounds[r]` to `bounds[r + 1]`. Rows outside of all bounds
                 stay as they are.
             bounds: `size` + 1 ascending numbers, the same on all ranks.
+        """
+
+    @abstractmethod
+    def exchange_rows(
+        self,
+        source: Any,
+        source_bounds: Sequence[int],
+        target: Any,
+        target_bounds: Sequence[int],
+    ) -> None:
+        """Send some rows of a tensor to each rank, and fill another tensor with rows of each rank.
+
+        On a device the copies are enqueued on the stream of the tensors.
+
+        Args:
+            source: contiguous [num_rows, ...]. The rows from `source_bounds[r]` to
+                `source_bounds[r + 1]` go to rank r.
+            source_bounds: `size` + 1 ascending numbers.
+            target: contiguous, other memory. The rows from `target_bounds[r]` to
+                `target_bounds[r + 1]` come from rank r, which sends as many.
+            target_bounds: as `source_bounds`.
         """
 
     def all_gather_tensors(self, tensors: Sequence[Any], begin: int, end: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -77,18 +77,30 @@ class Communicator:
             parts: address and number of bytes of each part. Part i is that of the rank i modulo the
                 number of ranks.
         """
-        library = load_library()
-        with cuda().context(self._device):
-            _check(library.ncclGroupStart(), "ncclGroupStart")
-            try:
-                for index, (at, num_bytes) in enumerate(parts):
+        with self._one_operation():
+            for index, (at, num_bytes) in enumerate(parts):
+                if num_bytes:
+                    rank = index % self._size
+                    place, count = ctypes.c_void_p(at), ctypes.c_size_t(num_bytes)
+                    self._call("ncclBroadcast", place, place, count, _UINT8, rank, stream)
+
+    def exchange(
+        self,
+        sent: Sequence[tuple[int, int]],
+        received: Sequence[tuple[int, int]],
+        stream: ctypes.c_void_p,
+    ) -> None:
+        """Enqueue one operation that sends a part to each rank and receives one from each.
+
+        Args:
+            sent, received: address and number of bytes of the part of each rank.
+        """
+        with self._one_operation():
+            for name, parts in (("ncclSend", sent), ("ncclRecv", received)):
+                for rank, (at, num_bytes) in enumerate(parts):
                     if num_bytes:
-                        rank = index % self._size
                         place, count = ctypes.c_void_p(at), ctypes.c_size_t(num_bytes)
-                        self._call("ncclBroadcast", place, place, count, _UINT8, rank, stream)
-            finally:
-                code = library.ncclGroupEnd()
-        _check(code, "ncclGroupEnd")
+                        self._call(name, place, count, _UINT8, rank, stream)
 
     def abort(self) -> None:
         """End running and waiting collectives without the other ranks.
@@ -106,6 +118,18 @@ class Communicator:
         if handle.value:
             with cuda().context(self._device):
                 getattr(load_library(), name)(handle)
+
+    @contextmanager
+    def _one_operation(self) -> Iterator[None]:
+        """Enqueue the calls inside as one operation."""
+        library = load_library()
+        with cuda().context(self._device):
+            _check(library.ncclGroupStart(), "ncclGroupStart")
+            try:
+                yield
+            finally:
+                code = library.ncclGroupEnd()
+        _check(code, "ncclGroupEnd")
 
     def _call(self, name: str, *arguments: object) -> None:
         """Enqueue a collective on the stream, which is the last argument."""

@@ -8,6 +8,7 @@ from math import prod
 
 import numpy as np
 
+from fd_dsa.attention.head_exchange import exchanges_heads
 from fd_dsa.device.allocation import Allocate
 from fd_dsa.device.transfers import Upload
 from fd_dsa.distributed import Group
@@ -59,6 +60,8 @@ class DeviceWeights:
         self._fp8_layers = {_layer_of(name) for name in fp8}
         self._round_scales = round_scales
         self._upload: Upload | None = None
+        # weights of the heads of all ranks, of which this rank loads its own
+        self._whole: list[Tensor] = []
 
     def bias(self, parts: Mapping[str, int]) -> Tensor:
         """Return a `vector` in the dtype of activations."""
@@ -114,20 +117,32 @@ class DeviceWeights:
         self, name: str, heads: int, key_width: int, value_width: int, rank: int
     ) -> tuple[DeviceMatrix, DeviceMatrix]:
         """Return both halves of each head of kv_b_proj, which cross FP8 blocks."""
-        keys = self._allocate((heads, key_width, rank), self._dtype)
-        values = self._allocate((heads, rank, value_width), self._dtype)
+        shapes = (heads, key_width, rank), (heads, rank, value_width)
+        halves = tuple(self._matrix_of_heads(shape) for shape in shapes)
+        keys, values = (half.values for half in halves)
 
         def load(source: SourceTensor) -> None:
             if isinstance(source, RandomTensor):
                 self._draw(source, keys, 0, prod(keys.shape))
                 self._draw(source, values, 0, prod(values.shape))
                 return
-            halves = halves_of_heads(source, heads, key_width, rank)
-            for target, half in zip((keys, values), halves, strict=True):
-                self._put(target, 0, half)
+            parts = halves_of_heads(source, heads, key_width, rank)
+            for target, part in zip((keys, values), parts, strict=True):
+                self._put(target, 0, part)
 
         self.loaders[name] = load
-        return DeviceMatrix(keys), DeviceMatrix(values)
+        return halves[0], halves[1]
+
+    def _matrix_of_heads(self, shape: tuple[int, ...]) -> DeviceMatrix:
+        """Return a weight of the heads of this rank, within that of all ranks if they need it."""
+        group = self.group
+        if group is None or not exchanges_heads(group):
+            return DeviceMatrix(self._allocate(shape, self._dtype))
+        heads, *others = shape
+        whole = self._allocate((group.size * heads, *others), self._dtype)
+        self._whole.append(whole)
+        first = group.rank * heads
+        return DeviceMatrix(whole[first : first + heads], whole=DeviceMatrix(whole))
 
     def grouped(self, name: str, groups: int, in_width: int, out_width: int) -> DeviceMatrix:
         """Return the weight [groups, in_width, out_width] of a GEMM per group."""
@@ -237,10 +252,14 @@ class DeviceWeights:
         return target
 
     def finish(self) -> None:
-        """Wait until all copies are complete, and free the page-locked memory."""
+        """Wait until all copies are complete, free the page-locked memory, and gather heads."""
         if self._upload is not None:
             self._upload.finish()
             self._upload = None
+        while self.group is not None and self._whole:
+            whole = self._whole.pop()
+            heads = whole.shape[0] // self.group.size
+            self.group.all_gather_rows(whole, range(0, whole.shape[0] + 1, heads))
 
     def _are_blocks(self, parts: Mapping[str, int]) -> bool:
         """Return True if one weight can hold the parts as FP8."""

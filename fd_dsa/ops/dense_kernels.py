@@ -389,7 +389,7 @@ def join_columns(parts: Tensor, out: Tensor) -> Tensor:
 
     Args:
         parts: float32 or bfloat16 [num_parts, rows, width], contiguous.
-        out: float32 [rows, num_parts * width], contiguous.
+        out: [rows, num_parts * width], contiguous, float32 or of the dtype of the parts.
     """
     num_parts, rows, width = parts.shape
     if rows and width:

@@ -99,9 +99,10 @@ class DeviceMatrix:
         scales: float32 [..., ceil(out / 128), ceil(in / 128)], factors of the blocks of codes.
         round_scales: True if scales of activations are rounded up to powers of two.
         sums_in_float32: True if results are float32 for every dtype of the weight.
+        whole: weight of the heads of all ranks, which contains this one; None without one.
     """
 
-    __slots__ = ("round_scales", "scales", "sums_in_float32", "values")
+    __slots__ = ("round_scales", "scales", "sums_in_float32", "values", "whole")
 
     def __init__(
         self,
@@ -110,8 +111,10 @@ class DeviceMatrix:
         *,
         round_scales: bool = False,
         sums_in_float32: bool = False,
+        whole: DeviceMatrix | None = None,
     ) -> None:
         self.values, self.scales, self.round_scales = values, scales, round_scales
+        self.whole = whole
         self.sums_in_float32 = sums_in_float32 and dtype_name(values.dtype) != "float32"
 
     @property

@@ -12,6 +12,7 @@ import paddle
 
 from fd_dsa.attention import CacheLayout, DSAAttentionBackend, DSABackendConfig
 from fd_dsa.attention.protocol import AttentionBackend, HostLengths, PromptLimits
+from fd_dsa.environment import exchanged_min_tokens
 from fd_dsa.models.config import ModelConfig
 from fd_dsa.ops.arrays import as_numpy, rows_at
 from fd_dsa.ops.sampling.parameters import RowParameters
@@ -52,6 +53,7 @@ def backend_config(
         num_blocks=num_blocks,
         dtype=dtype,
         head_widths=(config.qk_nope_head_dim, config.v_head_dim),
+        exchange_ranks=config.ranks if exchanged_min_tokens() else 1,
     )
 
 

@@ -131,6 +131,17 @@ def weight_parts(
     return parts
 
 
+def whole_heads_bytes(config: FamilyConfig, dtype: str, ranks: int) -> int:
+    """Return the bytes of other ranks' heads that a rank holds to exchange heads for tokens.
+
+    Args:
+        config: configuration of one rank's part.
+        dtype: type of the up-projections of keys and values.
+    """
+    own = (x for name, x in expected_tensors(config).items() if name.endswith("kv_b_proj.weight"))
+    return (ranks - 1) * _WIDTHS[dtype] * sum(tensor.num_elements for tensor in own)
+
+
 def plan_memory(
     config: EngineConfig,
     *,

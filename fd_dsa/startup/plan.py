@@ -15,6 +15,7 @@ from fd_dsa.config import EngineConfig
 from fd_dsa.distributed import Group
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.tokenizer import Tokenizer
+from fd_dsa.environment import exchanged_min_tokens
 from fd_dsa.errors import ConfigError
 from fd_dsa.runner.input_batch import InputBatch
 from fd_dsa.startup.graph_sizes import graph_bytes
@@ -24,6 +25,7 @@ from fd_dsa.startup.memory import (
     MemoryPlan,
     plan_memory,
     weight_bytes,
+    whole_heads_bytes,
 )
 
 if TYPE_CHECKING:
@@ -156,6 +158,8 @@ def make_plan(config: EngineConfig, group: Group | None = None) -> EnginePlan:
     model_config = whole_config if size == 1 else whole_config.split(size)
     caches = caches_class(model_config)(config, model_config, input_batch)
     num_bytes = weight_bytes(model_config, config.dtype, fp8, four_bits)
+    if config.device != "cpu" and exchanged_min_tokens():
+        num_bytes += whole_heads_bytes(model_config, config.dtype, size)
     memory = _plan_memory(config, model_config, caches, max_model_len, num_bytes, group)
     return EnginePlan(
         config=config,

@@ -179,14 +179,17 @@ def test_workspace_is_the_size_of_the_buffers(
     widths = {"float32": 4, "bfloat16": 2, "int32": 4, "uint8": 1}
     layout = CacheLayout("float32", 16, 6, 2, 4)
     sizes = DSABackendConfig(2, index_heads, 8, 0.4, layout, 4, 100, 10, tokens_per_row=2)
-    for config in (sizes, on_tensor_cores(sizes)):
+    monkeypatch.setenv("FD_DSA_EXCHANGED_MIN_TOKENS", "9")
+    exchanging = replace(on_tensor_cores(sizes), exchange_ranks=3, head_widths=(4, 6))
+    for config in (sizes, on_tensor_cores(sizes), exchanging):
         taken: list[int] = []
 
         def allocate(shape: tuple[int, ...], dtype: str, taken: list[int] = taken) -> Any:
             taken.append(int(np.prod(shape)) * widths[dtype])
             return kernel_memory.poisoned(shape, dtype)
 
-        DeviceAttention(config, allocate)
+        group: Any = SimpleNamespace(size=3, rank=1, gathers_rows=True)
+        DeviceAttention(config, allocate, group if config is exchanging else None)
         assert sum(taken) == workspace_bytes(config, gpu)
 
 

@@ -80,6 +80,9 @@ class HostNccl:
     def __init__(self, size: int) -> None:
         self._barrier, self._size = threading.Barrier(size, timeout=20), size
         self._sources: dict[int, int] = {}
+        # addresses and bytes by sender and receiver, and what a rank receives in its group of calls
+        self._sent: dict[tuple[int, int], tuple[int, int]] = {}
+        self._received = threading.local()
         self.reduced: list[int] = []
         # functions, so that they take a `restype`
         self.ncclGetErrorString = lambda code: b"unhandled cuda error"
@@ -102,6 +105,19 @@ class HostNccl:
         return 0
 
     def ncclGroupStart(self) -> int:
+        self._received.parts = []
+        return 0
+
+    def ncclSend(
+        self, source: Any, count: Any, kind: int, peer: int, handle: Any, stream: Any
+    ) -> int:
+        self._sent[handle.value, peer + 1] = source.value, count.value
+        return 0
+
+    def ncclRecv(
+        self, target: Any, count: Any, kind: int, peer: int, handle: Any, stream: Any
+    ) -> int:
+        self._received.parts.append((peer + 1, handle.value, target.value, count.value))
         return 0
 
     def ncclBroadcast(
@@ -117,6 +133,13 @@ class HostNccl:
         return 0
 
     def ncclGroupEnd(self) -> int:
+        if self._received.parts:
+            self._barrier.wait()
+            for sender, receiver, target, count in self._received.parts:
+                source, sent = self._sent.pop((sender, receiver))
+                assert sent == count
+                ctypes.memmove(target, source, count)
+            self._barrier.wait()
         return 0
 
     def ncclAllReduce(

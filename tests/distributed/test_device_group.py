@@ -16,6 +16,7 @@ import pytest
 from fd_dsa import custom_ops
 from fd_dsa.distributed.device import DeviceGroup
 from tests.distributed.divided_blocks import check_blocks_come_back
+from tests.distributed.exchanged_rows import exchanged
 from tests.distributed.host_gpus import HostGpus
 from tests.distributed.sums import rounded, sum_of, widened
 from tests.kernel_memory import open_memory
@@ -97,6 +98,20 @@ def test_nccl_serves_what_the_kernel_is_not_made_for(gpus: HostGpus) -> None:
         np.testing.assert_array_equal(narrow, sum_of([part(rank, 0, 2, 14) for rank in range(2)]))
         np.testing.assert_array_equal(gathered, [[0, 7], [1, 7]])
     assert gpus.nccl.reduced == [24, 24, 28, 28]
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_ranks_exchange_rows(gpus: HostGpus, size: int) -> None:
+    memory = open_memory("interpreter")
+
+    def work(group: DeviceGroup) -> np.ndarray:
+        sent, bounds, received, wanted = exchanged(group.rank, size)
+        target = memory.put(np.full_like(wanted, -1))
+        group.exchange_rows(memory.put(sent), bounds, target, received)
+        return memory.get(target)
+
+    for rank, found in enumerate(gpus.run(size, work)):
+        np.testing.assert_array_equal(found, exchanged(rank, size)[3])
 
 
 @pytest.mark.parametrize("size", [2, 3])

@@ -35,6 +35,7 @@ from fd_dsa.runner.input_batch import SamplingInputs, StepInputs
 from fd_dsa.runner.ranks import DriverRunner, WorkerRunner
 from fd_dsa.startup.capture import capture_graphs
 from fd_dsa.startup.measure import measure_step_table
+from fd_dsa.startup.warm_up import warm_up_kernels
 from tests.engine.drafters import KnowingDrafter
 from tests.engine.fakes import byte_tokenizer, run_all
 from tests.gpu_rig import Rig
@@ -71,7 +72,7 @@ class ThroughHost(Group):
 
     def __init__(self, host: HostGroup) -> None:
         self._host, self.rank, self.size = host, host.rank, host.size
-        self.num_divided = 0
+        self.num_divided = self.num_exchanged = 0
 
     def all_reduce(self, tensor: Any) -> Any:
         # NumPy has no bfloat16
@@ -87,6 +88,14 @@ class ThroughHost(Group):
         found = rows.numpy()
         self._host.all_gather_rows(found, bounds)
         rows.copy_(paddle.to_tensor(found, place=rows.place), False)
+
+    def exchange_rows(
+        self, source: Any, source_bounds: Sequence[int], target: Any, target_bounds: Sequence[int]
+    ) -> None:
+        self.num_exchanged += 1
+        found = target.numpy()
+        self._host.exchange_rows(source.numpy(), source_bounds, found, target_bounds)
+        target.copy_(paddle.to_tensor(found, place=target.place), False)
 
     def barrier(self) -> None:
         self._host.barrier()
@@ -231,17 +240,23 @@ def answers(runner: Any, drafter: Drafter | None = None) -> list[tuple[list[int]
 
 
 @pytest.mark.parametrize(
-    ("sizes", "method"),
-    [((1, 4), None), ((), "known"), ((4,), "mtp")],
-    ids=["graphs", "drafts", "layer"],
+    ("sizes", "method", "exchanged"),
+    [((1, 4), None, 8), ((), "known", 0), ((), "mtp", 8), ((4,), "mtp", 0)],
+    ids=["graphs", "drafts", "by tokens", "layer"],
 )
 def test_tokens_of_two_ranks_are_those_of_a_cpu(
-    rig: Rig, sizes: tuple[int, ...], method: str | None, monkeypatch: pytest.MonkeyPatch
+    rig: Rig,
+    sizes: tuple[int, ...],
+    method: str | None,
+    exchanged: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if rig.is_real:
         pytest.skip("its ranks are processes: tests of the collectives on GPUs have them")
     # prompts past the selection are divided
     monkeypatch.setenv("FD_DSA_DIVIDED_MIN_TOKENS", "2")
+    # their attention is divided by tokens
+    monkeypatch.setenv("FD_DSA_EXCHANGED_MIN_TOKENS", str(exchanged))
     shared = Shared.create(2)
     first, second = Turns(0, shared), Turns(1, shared)
     config = WITH_LAYER if method == "mtp" else PLAIN
@@ -257,14 +272,18 @@ def test_tokens_of_two_ranks_are_those_of_a_cpu(
         table = measure_step_table(runner, MAX_LEN, sizes=(8, 15))
         assert table is not None and 0 < table.short[0] <= table.short[1]
         assert ranks.num_messages > 12
-        runner.model.group.num_divided = 0
+        group = runner.model.group
+        by_tokens = exchanged > 0 and not sizes
+        assert bool(group.num_exchanged) == by_tokens
+        group.num_divided = group.num_exchanged = 0
         drafter: Drafter | None = DeviceMtpDrafter(runner) if method == "mtp" else None
         if method == "known":
             tokens = {(str(number), 0): one for number, (one, _) in enumerate(expected)}
             drafter = KnowingDrafter(tokens, 0.7, 250)
         assert answers(runner, drafter) == expected
         # steps from graphs are not divided, and larger ones have no row past the selection
-        assert (runner.model.group.num_divided > 2) == (not sizes)
+        assert (group.num_divided > 2) == (not sizes)
+        assert (group.num_exchanged > 2) == by_tokens
         replayed = runner.counters.graph_steps
         assert bool(sizes) == (replayed["prefill"] + replayed["mixed"] > 1)
         assert sum(runner.counters.eager_steps.values()) > 0
@@ -274,4 +293,27 @@ def test_tokens_of_two_ranks_are_those_of_a_cpu(
     (worker,) = other.workers
     assert worker.batches == runner.batches and len(runner.batches) > 6
     assert worker.drafts == runner.drafts and bool(runner.drafts) == (method == "mtp")
+    first.close()
+
+
+def test_the_warm_up_divides_attention_by_tokens(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the first long prompt would wait for kernels of the heads of all ranks."""
+    if rig.is_real:
+        pytest.skip("its ranks are processes")
+    monkeypatch.setenv("FD_DSA_EXCHANGED_MIN_TOKENS", "24")
+    shared = Shared.create(2)
+    first, second = Turns(0, shared), Turns(1, shared)
+
+    def warm(kind: type[Any], group: Turns) -> Any:
+        runner = on_device(kind, group, rig, (), PLAIN)
+        warm_up_kernels(runner)
+        return runner
+
+    with Turns.turn:
+        other = Followed(rig, second, lambda: warm(Worker, second))
+        runner = warm(Driver, first)
+        first.send(b"")
+    other.join()
+    # there and back in two layers, in steps of 24 tokens or more
+    assert runner.model.group.num_exchanged >= 4
     first.close()
