@@ -1,16 +1,24 @@
-"""Prompts after long contexts: the indexer's rows divided among ranks, and whole on every rank.
+"""Prompts after long contexts: work divided among ranks by tokens, and not divided.
 
     python -m benchmarks.divided_rows --rig -tp 4     # on the test plug-in: P42
     python -m benchmarks.divided_rows --rig -tp 4 --layers 8 --tokens 8192 2048 512 256
+    python -m benchmarks.divided_rows --rig -tp 4 --attention --contexts 2048 61440
+    python -m benchmarks.divided_rows --rig -tp 4 --attention --tokens 4096 2048 1024
     python -m benchmarks.divided_rows --dry -tp 2     # small widths on the CPU: shows that it runs
 
 A step of N tokens follows a cached context. An engine divides steps of at least N tokens past
 `index_topk`, so a step of N - 1 tokens is whole on every rank. Both run in turns, in one engine and
-in each context. The model has the shape of DeepSeek-V3.2-REAP-345B in FP8. A context is longer
-than `index_topk`, so all tokens of a step are scored.
+in each context. The model has the shape of DeepSeek-V3.2-REAP-345B in FP8. A context is at least
+`index_topk` long, so all tokens of a step are scored.
 
-Writes benchmarks/results/divided_rows_<ranks>.json. A ratio above 1 means that the division pays.
-Results for small N bound the default, `fd_dsa.environment.DEFAULT_DIVIDED_MIN_TOKENS`.
+The division is that of the indexer's rows. With --attention it is that of the attention by tokens
+instead of heads. The indexer's rows are then divided in both forms, from its default on. A CPU has
+no attention by tokens.
+
+Writes benchmarks/results/divided_rows_<ranks>.json or divided_attention_<ranks>.json. A ratio above
+1 means that the division pays. Results for small N bound the default,
+`fd_dsa.environment.DEFAULT_DIVIDED_MIN_TOKENS`, and tell whether FD_DSA_EXCHANGED_MIN_TOKENS should
+have one.
 """
 
 from __future__ import annotations
@@ -22,7 +30,7 @@ from typing import Any
 
 from benchmarks._gpu_engine_model import Shape, engine_options, of_ranks, shape_of
 from benchmarks._harness import Worker, rig_parser, rig_result, write_json, write_result
-from fd_dsa.environment import DEFAULT_DIVIDED_MIN_TOKENS
+from fd_dsa.environment import DEFAULT_DIVIDED_MIN_TOKENS, DIVIDED_VARIABLE, EXCHANGED_VARIABLE
 
 TARGET = "benchmarks.workers.divided_rows:Engine"
 TOKENS, CONTEXTS = (8192,), (2048, 16384, 61440, 122880)
@@ -47,16 +55,20 @@ def in_turns(engine: Worker, tokens: int, context: int) -> tuple[float, float]:
 
 
 def cases(
-    options: dict[str, Any], tokens: int, contexts: Sequence[int]
+    options: dict[str, Any], variable: str, tokens: int, contexts: Sequence[int]
 ) -> Iterator[dict[str, Any]]:
-    """Yield the case of each context, from one engine."""
-    with Worker(TARGET, min_tokens=tokens, **options) as engine:
+    """Yield the case of each context, from one engine.
+
+    Args:
+        variable: variable of the minimum number of tokens of a divided step.
+    """
+    with Worker(TARGET, variable=variable, min_tokens=tokens, **options) as engine:
         for context in contexts:
             whole, divided = in_turns(engine, tokens, context)
             entry = {"case": f"{tokens} tokens after {context}", "tokens": tokens}
             entry |= {"context": context, "whole_ms": whole, "divided_ms": divided}
             entry["ratio"] = whole / divided
-            if (tokens, context) == P42:
+            if (variable, tokens, context) == (DIVIDED_VARIABLE, *P42):
                 entry |= {"target": "P42", "gate": GATE}
             yield entry
 
@@ -67,6 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--layers", type=int, metavar="N", help="default: all 61")
     parser.add_argument("--tokens", type=int, nargs="+", metavar="N", help="tokens of a step")
     parser.add_argument("--contexts", type=int, nargs="+", metavar="N", help="cached tokens")
+    parser.add_argument("--attention", action="store_true", help="divide the attention")
     args = parser.parse_args(argv)
     ranks = args.tensor_parallel_size
     if ranks < 2:
@@ -86,12 +99,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     if not args.dry:
         config["kv_cache_dtype"] = "fp8"
-    result = rig_result(of_ranks("divided_rows", ranks), args, shape=shape._asdict())
-    result["default_tokens"] = DEFAULT_DIVIDED_MIN_TOKENS
+    name, variable = "divided_rows", DIVIDED_VARIABLE
+    if args.attention:
+        name, variable = "divided_attention", EXCHANGED_VARIABLE
+    result = rig_result(of_ranks(name, ranks), args, shape=shape._asdict())
+    if not args.attention:
+        result["default_tokens"] = DEFAULT_DIVIDED_MIN_TOKENS
     args.out.mkdir(parents=True, exist_ok=True)
     with engine_options(args, shape, config) as options:
         for tokens in sizes:
-            for entry in cases(options, tokens, contexts):
+            for entry in cases(options, variable, tokens, contexts):
                 result["cases"].append(entry)
                 print(
                     f"{entry['case']:<28} whole {entry['whole_ms']:9.2f} ms, divided "

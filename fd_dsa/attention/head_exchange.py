@@ -122,9 +122,9 @@ class HeadExchange:
 
     def _to_tokens(self, q: Tensor, count: int) -> Tensor:
         """Return the queries of all heads of this rank's tokens."""
-        size, (_, heads, width) = self._group.size, q.shape
-        parts = self._of("parts", size * count, heads * width)
-        self._group.exchange_rows(q, self._bounds, parts, range(0, size * count + 1, count))
+        size, (num_tokens, heads, width) = self._group.size, q.shape
+        rows, parts = q.reshape([num_tokens, -1]), self._of("parts", size * count, heads * width)
+        self._group.exchange_rows(rows, self._bounds, parts, range(0, size * count + 1, count))
         joined = self._of("whole", count, size * heads * width)
         join_columns(parts.reshape([size, count, heads * width]), joined)
         return joined.reshape([count, size * heads, width])

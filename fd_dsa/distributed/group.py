@@ -70,8 +70,8 @@ class Group(ABC):
             source: contiguous [num_rows, ...]. The rows from `source_bounds[r]` to
                 `source_bounds[r + 1]` go to rank r.
             source_bounds: `size` + 1 ascending numbers.
-            target: contiguous, other memory. The rows from `target_bounds[r]` to
-                `target_bounds[r + 1]` come from rank r, which sends as many.
+            target: rows of the same shape and dtype, contiguous in other memory. The rows from
+                `target_bounds[r]` to `target_bounds[r + 1]` come from rank r, which sends as many.
             target_bounds: as `source_bounds`.
         """
 

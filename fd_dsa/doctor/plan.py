@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from fd_dsa.cache_formats import CACHE_FORMATS
 from fd_dsa.config import EngineConfig
+from fd_dsa.environment import exchanged_min_tokens
 from fd_dsa.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def plan(folder: Path, ranks: int, *, allow_unknown: bool = False) -> dict[str, 
     from fd_dsa.models.four_bit_experts import four_bit_experts
     from fd_dsa.models.loader import check_blocks, fp8_tensors, quantisable_tensors
     from fd_dsa.models.registry import open_checkpoint, read_config
-    from fd_dsa.startup.memory import weight_parts
+    from fd_dsa.startup.memory import weight_parts, whole_heads_bytes
 
     given = EngineConfig(model=folder, tensor_parallel_size=ranks)
     whole = read_config(folder, allow_unknown=allow_unknown)
@@ -69,6 +70,8 @@ def plan(folder: Path, ranks: int, *, allow_unknown: bool = False) -> dict[str, 
     check_blocks(whole, ranks, fp8)
     model = whole.split(ranks)
     parts = weight_parts(model, first.dtype, fp8, four_bits)
+    if exchanged_min_tokens():
+        parts["heads of other ranks"] = whole_heads_bytes(model, first.dtype, ranks)
     return {
         "model": str(folder),
         "unknown_fields": list(whole.unknown_fields),

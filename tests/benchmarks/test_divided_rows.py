@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
 
 from benchmarks._harness import Worker
-from benchmarks.divided_rows import in_turns
+from benchmarks.divided_rows import in_turns, main
 
 
 class Engine:
@@ -29,3 +31,14 @@ def test_both_ways_take_turns_and_a_drift_cancels_out() -> None:
     assert set(engine.prompts) == {99, 100}
     assert engine.prompts.count(99) == engine.prompts.count(100)
     assert whole - divided == pytest.approx(10)
+
+
+def test_a_dry_run_with_attention_by_tokens(tmp_path: Path) -> None:
+    pytest.importorskip("paddle", reason="the engine computes on Paddle")
+    flags = ["--dry", "-tp", "2", "--attention", "--contexts", "128", "--out", str(tmp_path)]
+    assert main(flags) == 0
+    result = json.loads((tmp_path / "divided_attention_2.json").read_text())
+    assert result["tier"] == "dry"
+    [case] = result["cases"]
+    assert (case["tokens"], case["context"]) == (256, 128) and "gate" not in case
+    assert case["ratio"] == case["whole_ms"] / case["divided_ms"]

@@ -236,6 +236,26 @@ def test_a_gpu_without_the_instructions_is_refused(on_a_gpu) -> None:
     )
 
 
+def test_ranks_that_exchange_heads_hold_those_of_all(
+    on_a_gpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_a_gpu(90)
+    monkeypatch.setattr("fd_dsa.device.resolve.paddle_device_counts", lambda: {"gpu": 4})
+    monkeypatch.setattr("paddle.device.set_device", lambda device: None)
+    config, held = EngineConfig(device="gpu", tensor_parallel_size=4), []
+    for tokens in ("0", "2048"):
+        monkeypatch.setenv("FD_DSA_EXCHANGED_MIN_TOKENS", tokens)
+        plan = make_plan(config)
+        held.append(plan.memory.weight_bytes)
+    model = plan.whole_config
+    width = model.qk_nope_head_dim + model.v_head_dim
+    values = model.num_attention_heads * width * model.kv_lora_rank
+    # three quarters of both up-projections of every layer, in bfloat16
+    num_layers = len(model.has_indexer)
+    assert plan.config.dtype == "bfloat16"
+    assert held[1] - held[0] == num_layers * 2 * values * 3 // 4
+
+
 @pytest.mark.parametrize("capability", [80, 89])
 def test_fp8_weights_are_bfloat16_where_nothing_multiplies_them(
     on_a_gpu, tmp_path: Path, caplog: pytest.LogCaptureFixture, capability: int
