@@ -268,9 +268,10 @@ class DSAAttentionBackend:
     ) -> StepArray:
         """Return the values of all heads, see `forward`."""
         q, dense, nope = layer.queries(latent), self.attention.dense, layer.nope_dim
-        if (exchange := self.attention.exchange) is not None:
+        exchange = self.attention.exchange
+        if exchange is not None and selection is not None:
             cache = cache_of(forward_meta, 2 * layer.layer_id)
-            return exchange.attend(q, rotation, cache, _existing(selection, layer.layer_id), layer)
+            return exchange.attend(q, rotation, cache, selection, layer)
         merged = tokens = None
         if dense is not None:
             cache = cache_of(forward_meta, 2 * layer.layer_id)
@@ -352,26 +353,17 @@ class DSAAttentionBackend:
         Raises:
             MissingStepError: also without a selection.
         """
-        step, selection = self.current_step(forward_meta), _existing(selection, layer_id)
+        step = self.current_step(forward_meta)
+        if selection is None:
+            raise MissingStepError(
+                f"layer {layer_id} has no selection: select of this layer, or of the layer it "
+                "shares with, must be called first"
+            )
         layout = self.config.cache_layout
         width = layout.kv_lora_rank + layout.qk_rope_head_dim
         if q.shape[-1] != width:
             check_shape("attend", "q", q, (None, None, width))
         return self.attention.attend(step, q, cache_of(forward_meta, 2 * layer_id), selection)
-
-
-def _existing(selection: StepArray | None, layer_id: int) -> StepArray:
-    """Return the selection of a layer.
-
-    Raises:
-        MissingStepError: there is none.
-    """
-    if selection is None:
-        raise MissingStepError(
-            f"layer {layer_id} has no selection: select of this layer, or of the layer it shares "
-            "with, must be called first"
-        )
-    return selection
 
 
 def cache_of(forward_meta: BackendStep, index: int) -> StepArray:

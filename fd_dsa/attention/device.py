@@ -159,7 +159,9 @@ class DeviceAttention:
             own = kind_for(heads, config.cache_layout.is_fp8)
         custom = own(custom_ops.build().kernels) if own else None
         # the buffer of scores is free when the tokens of a layer attend
-        records = DequantizedRecords(logits, keys_per_token(heads), config.max_num_seqs)
+        # with the heads of all ranks a rank has a part of each row's tokens
+        most = keys_per_token(heads) * config.num_heads // heads
+        records = DequantizedRecords(logits, most, config.max_num_seqs)
         always = is_refused("sparse_mla", kind, TENSOR_CORE)
         given = heads, config.softmax_scale, self._allocate
         return TensorCoreAttention(*given, custom, always, records)

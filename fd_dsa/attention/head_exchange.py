@@ -48,8 +48,10 @@ class HeadExchange:
     ) -> None:
         self._config, self._group, self._view, self._attend = config, group, view, attend
         self._min_tokens = max(exchanged_min_tokens(), _UNIT * group.size)
-        # first token of each part and the end of the last one, and the step of the own part
+        # first token of each part and the end of the last one
         self._bounds: list[int] = []
+        # this rank's part, and its step
+        self._own = slice(0)
         self._own_step: ForwardMeta | None = None
         logger.info(
             "attention of steps with prompts past %d tokens: divided by tokens from %d on",
@@ -69,15 +71,14 @@ class HeadExchange:
         num_tokens, size = step.position_ids.shape[0], self._group.size
         if has_dense or lengths is None or isinstance(lengths, PromptLimits):
             return False
-        if step.num_prefill_tokens == 0 or step.max_seqlen_k <= self._config.index_topk:
-            return False
-        if num_tokens < self._min_tokens:
+        is_long = num_tokens >= self._min_tokens and step.max_seqlen_k > self._config.index_topk
+        if step.num_prefill_tokens == 0 or not is_long:
             return False
         # with as many selected keys, all tokens have the same cost
         self._bounds = [num_tokens // _UNIT * rank // size * _UNIT for rank in range(size)]
         self._bounds.append(num_tokens)
-        begin, end = self._part()
-        self._own_step = replace(step, batch_id_per_token=step.batch_id_per_token[begin:end])
+        own = self._own = slice(*self._bounds[self._group.rank :][:2])
+        self._own_step = replace(step, batch_id_per_token=step.batch_id_per_token[own])
         return True
 
     def attend(
@@ -89,56 +90,40 @@ class HeadExchange:
             q: [num_tokens, num_heads, qk_nope_head_dim + qk_rope_head_dim], as projected.
             cos_sin: float32 [num_tokens, qk_rope_head_dim]; cos, then sin.
             cache: latents of the layer, this step's included.
-            selection: result of `select`, of all tokens.
+            selection: int32 [num_tokens, topk], result of `select`.
 
         Returns:
             [num_tokens, num_heads * v_head_dim], which the next layer overwrites.
         """
         assert self._own_step is not None, "only called in a divided step"
         keys, values = (_whole(weight) for weight in (layer.k_b_proj, layer.v_b_proj))
-        begin, end = self._part()
-        count, nope = end - begin, layer.nope_dim
-        own = self._to_tokens(q, count)
-        absorbed = keys.matmul_by_head(own[:, :, :nope])
-        query = self._view("whole_q", count)
-        prepare_mla_query(absorbed, own[:, :, nope:], None, cos_sin[begin:end], query)
-        latents = self._view("whole_latents", count)
-        if len(selection.shape) == 3:
-            selection = selection.reshape([selection.shape[0], -1])
-        self._attend(self._own_step, query, cache, selection[begin:end], latents)
+        own, nope = self._own, layer.nope_dim
+        count = own.stop - own.start
+        own_q = self._to_tokens(q, count)
+        absorbed = keys.matmul_by_head(own_q[:, :, :nope])
+        query, latents = self._view("whole_q", count), self._view("whole_latents", count)
+        prepare_mla_query(absorbed, own_q[:, :, nope:], None, cos_sin[own], query)
+        self._attend(self._own_step, query, cache, selection[own], latents)
         return self._to_heads(values.matmul_by_head(latents), q.shape[0])
-
-    def _part(self) -> tuple[int, int]:
-        """Return the first token of this rank and their end."""
-        rank = self._group.rank
-        return self._bounds[rank], self._bounds[rank + 1]
-
-    def _of(self, name: str, *shape: int) -> Tensor:
-        """Return the start of a buffer of single values in a shape."""
-        num_values = 1
-        for size in shape:
-            num_values *= size
-        return self._view(name, num_values).reshape(list(shape))
 
     def _to_tokens(self, q: Tensor, count: int) -> Tensor:
         """Return the queries of all heads of this rank's tokens."""
         size, (num_tokens, heads, width) = self._group.size, q.shape
-        rows, parts = q.reshape([num_tokens, -1]), self._of("parts", size * count, heads * width)
+        rows, parts = q.reshape([num_tokens, -1]), self._view("parts", size * count, heads * width)
         self._group.exchange_rows(rows, self._bounds, parts, range(0, size * count + 1, count))
-        joined = self._of("whole", count, size * heads * width)
-        join_columns(parts.reshape([size, count, heads * width]), joined)
+        joined = self._view("whole", count, size * heads * width)
+        join_columns(parts.reshape([size, count, -1]), joined)
         return joined.reshape([count, size * heads, width])
 
     def _to_heads(self, values: Tensor, num_tokens: int) -> Tensor:
         """Return the values of this rank's heads of all tokens."""
-        size, (count, all_heads, value_width) = self._group.size, values.shape
-        width = all_heads // size * value_width
-        parts = self._of("parts", size, count * width)
+        size, count = self._group.size, values.shape[0]
+        width = values.shape[1] // size * values.shape[2]
+        parts = self._view("parts", size * count, width)
         # rows and parts change places
-        join_columns(values.reshape([count, size, width]), parts)
-        found = self._of("whole", num_tokens, width)
-        rows = parts.reshape([size * count, width])
-        self._group.exchange_rows(rows, range(0, size * count + 1, count), found, self._bounds)
+        join_columns(values.reshape([count, size, width]), parts.reshape([size, -1]))
+        found = self._view("whole", num_tokens, width)
+        self._group.exchange_rows(parts, range(0, size * count + 1, count), found, self._bounds)
         return found
 
 

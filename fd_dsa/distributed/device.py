@@ -95,11 +95,7 @@ class DeviceGroup(Group):
         self._nccl.broadcast(parts, self._transfers.stream())
 
     def exchange_rows(
-        self,
-        source: Tensor,
-        source_bounds: Sequence[int],
-        target: Tensor,
-        target_bounds: Sequence[int],
+        self, source: Any, source_bounds: Sequence[int], target: Any, target_bounds: Sequence[int]
     ) -> None:
         """Exchange by one group of NCCL's sends and receives, see `Group`."""
         sent = [_place(source, begin, end) for begin, end in pairwise(source_bounds)]

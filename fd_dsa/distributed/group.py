@@ -54,26 +54,20 @@ class Group(ABC):
             bounds: `size` + 1 ascending numbers, the same on all ranks.
         """
 
-    @abstractmethod
     def exchange_rows(
-        self,
-        source: Any,
-        source_bounds: Sequence[int],
-        target: Any,
-        target_bounds: Sequence[int],
+        self, source: Any, source_bounds: Sequence[int], target: Any, target_bounds: Sequence[int]
     ) -> None:
-        """Send some rows of a tensor to each rank, and fill another tensor with rows of each rank.
+        """Send rows of `source` to each rank, and fill `target` with rows of each rank.
 
-        On a device the copies are enqueued on the stream of the tensors.
+        Only ranks with devices exchange rows. The copies are enqueued on the stream of the tensors.
 
         Args:
-            source: contiguous [num_rows, ...]. The rows from `source_bounds[r]` to
-                `source_bounds[r + 1]` go to rank r.
-            source_bounds: `size` + 1 ascending numbers.
-            target: rows of the same shape and dtype, contiguous in other memory. The rows from
-                `target_bounds[r]` to `target_bounds[r + 1]` come from rank r, which sends as many.
-            target_bounds: as `source_bounds`.
+            source: contiguous [num_rows, ...]. Rows from `source_bounds[r]` on, up to the next
+                bound, go to rank r.
+            target: such rows in other memory. Rows from `target_bounds[r]` on come from rank r.
+            source_bounds, target_bounds: `size` + 1 ascending numbers each.
         """
+        raise NotImplementedError
 
     def all_gather_tensors(self, tensors: Sequence[Any], begin: int, end: int) -> None:
         """Fill the same rows of several tensors, each from one rank, as `all_gather_rows` does.

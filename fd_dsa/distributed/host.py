@@ -126,23 +126,6 @@ class HostGroup(Group):
         for part, gathered in zip(parts, self.all_gather(own), strict=True):
             part[...] = gathered[: len(part)]
 
-    def exchange_rows(
-        self,
-        source: np.ndarray,
-        source_bounds: Sequence[int],
-        target: np.ndarray,
-        target_bounds: Sequence[int],
-    ) -> None:
-        """Gather the rows of all pairs, padded with zeros, and keep those for this rank."""
-        parts = [source[begin:end] for begin, end in pairwise(source_bounds)]
-        longest = int(self.all_gather(np.array([max(map(len, parts))])).max())
-        own = np.zeros((self.size, longest, *source.shape[1:]), source.dtype)
-        for padded, part in zip(own, parts, strict=True):
-            padded[: len(part)] = part
-        gathered = self.all_gather(own)[:, self.rank]
-        for (begin, end), rows in zip(pairwise(target_bounds), gathered, strict=True):
-            target[begin:end] = rows[: end - begin]
-
     def barrier(self) -> None:
         self._meet()
 

@@ -104,7 +104,7 @@ def test_values_by_tokens_are_those_by_heads(
     q, cache = normal(NUM_TOKENS, all_heads, NOPE + ROPE), put(normal(20, 1, BLOCK, RANK + ROPE))
     keys, values = put(normal(all_heads, NOPE, RANK)), put(normal(all_heads, RANK, VALUES))
     cos_sin = m.put(rng.uniform(-1, 1, (NUM_TOKENS, ROPE)).astype(np.float32))
-    selection = m.put(rng.integers(-1, 20 * BLOCK, (NUM_TOKENS, 1, TOPK)).astype(np.int32))
+    selection = m.put(rng.integers(-1, 20 * BLOCK, (NUM_TOKENS, TOPK)).astype(np.int32))
     step, whole = step_of(m, ROWS), (DeviceMatrix(keys), DeviceMatrix(values))
 
     alone = DeviceAttention(config(dtype, 1, all_heads), m.poisoned)

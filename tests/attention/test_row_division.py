@@ -47,9 +47,6 @@ class Alone(Group):
     def all_gather_rows(self, rows: Any, bounds: Sequence[int]) -> None:
         self.gathered.append((bounds[self.rank], bounds[self.rank + 1]))
 
-    def exchange_rows(self, *_: Any) -> None:
-        raise NotImplementedError
-
     def barrier(self) -> None:
         raise NotImplementedError
 

@@ -16,7 +16,6 @@ import pytest
 from fd_dsa import custom_ops
 from fd_dsa.distributed.device import DeviceGroup
 from tests.distributed.divided_blocks import check_blocks_come_back
-from tests.distributed.exchanged_rows import exchanged
 from tests.distributed.host_gpus import HostGpus
 from tests.distributed.sums import rounded, sum_of, widened
 from tests.kernel_memory import open_memory
@@ -101,17 +100,24 @@ def test_nccl_serves_what_the_kernel_is_not_made_for(gpus: HostGpus) -> None:
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_ranks_exchange_rows(gpus: HostGpus, size: int) -> None:
-    memory = open_memory("interpreter")
+def test_ranks_exchange_rows_of_different_numbers(gpus: HostGpus, size: int) -> None:
+    memory, ranks = open_memory("interpreter"), range(size)
+    # rows of each pair: none, one or two
+    rows = [[np.full(((a + 2 * b) % 3, 4), 10 * a + b, np.int32) for b in ranks] for a in ranks]
 
     def work(group: DeviceGroup) -> np.ndarray:
-        sent, bounds, received, wanted = exchanged(group.rank, size)
-        target = memory.put(np.full_like(wanted, -1))
-        group.exchange_rows(memory.put(sent), bounds, target, received)
+        sent, wanted = rows[group.rank], [row[group.rank] for row in rows]
+        # a row before the first part stays
+        bounds, places = (np.cumsum([1, *map(len, parts)]).tolist() for parts in (sent, wanted))
+        target = memory.put(np.full((places[-1], 4), -1, np.int32))
+        source = memory.put(np.concatenate([np.zeros((1, 4), np.int32), *sent]))
+        group.exchange_rows(source, bounds, target, places)
         return memory.get(target)
 
     for rank, found in enumerate(gpus.run(size, work)):
-        np.testing.assert_array_equal(found, exchanged(rank, size)[3])
+        wanted = np.concatenate([row[rank] for row in rows])
+        np.testing.assert_array_equal(found[1:], wanted)
+        assert (found[0] == -1).all()
 
 
 @pytest.mark.parametrize("size", [2, 3])

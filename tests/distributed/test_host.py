@@ -12,7 +12,6 @@ import pytest
 
 from fd_dsa.distributed.host import HostGroup, Shared
 from fd_dsa.errors import RankError
-from tests.distributed.exchanged_rows import exchanged
 from tests.distributed.groups import on_ranks
 
 # one value, a piece of the shared memory, one more, several pieces
@@ -64,18 +63,6 @@ def test_rows_are_gathered_in_place(bounds: list[int]) -> None:
     expected = np.where(outside[:, None], np.float32(0), wanted)
     for found in on_ranks(3, work):
         np.testing.assert_array_equal(found, expected)
-
-
-@pytest.mark.parametrize("size", [2, 3, 4])
-def test_ranks_exchange_rows(size: int) -> None:
-    def work(group: HostGroup) -> np.ndarray:
-        sent, bounds, received, wanted = exchanged(group.rank, size)
-        target = np.full_like(wanted, -1)
-        group.exchange_rows(sent, bounds, target, received)
-        return target
-
-    for rank, found in enumerate(on_ranks(size, work)):
-        np.testing.assert_array_equal(found, exchanged(rank, size)[3])
 
 
 def test_messages_arrive_whole_and_in_order_and_may_wait() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -93,8 +94,14 @@ class ThroughHost(Group):
         self, source: Any, source_bounds: Sequence[int], target: Any, target_bounds: Sequence[int]
     ) -> None:
         self.num_exchanged += 1
-        found = target.numpy()
-        self._host.exchange_rows(source.numpy(), source_bounds, found, target_bounds)
+        rows, found = source.numpy(), target.numpy()
+        # equal for all ranks, and at least as many as a step has
+        padded = np.zeros((self.size, 32, rows.shape[1]), rows.dtype)
+        for place, (begin, end) in zip(padded, pairwise(source_bounds), strict=True):
+            place[: end - begin] = rows[begin:end]
+        given = self._host.all_gather(padded)[:, self.rank]
+        for place, (begin, end) in zip(given, pairwise(target_bounds), strict=True):
+            found[begin:end] = place[: end - begin]
         target.copy_(paddle.to_tensor(found, place=target.place), False)
 
     def barrier(self) -> None:
