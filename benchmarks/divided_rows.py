@@ -17,8 +17,7 @@ no attention by tokens.
 
 Writes benchmarks/results/divided_rows_<ranks>.json or divided_attention_<ranks>.json. A ratio above
 1 means that the division pays. Results for small N bound the default,
-`fd_dsa.environment.DEFAULT_DIVIDED_MIN_TOKENS`, and tell whether FD_DSA_EXCHANGED_MIN_TOKENS should
-have one.
+`fd_dsa.environment.DEFAULT_DIVIDED_MIN_TOKENS`, or a value of FD_DSA_EXCHANGED_MIN_TOKENS.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Attention of long steps divided among ranks by tokens instead of by heads.
 
 A token reads its selected keys once for all heads of a rank. By heads every rank reads the keys of
-all tokens; by tokens each rank reads those of its own part. The ranks exchange queries before the
-up-projection of the keys and values after that of the values, which have a third of the width of
-absorbed ones. So each rank holds both up-projections of all heads.
+all tokens, by tokens only those of its own part. The ranks exchange queries that are not absorbed,
+and values of `v_head_dim`, because latents are several times as wide. So each rank holds both
+up-projections of all heads.
 """
 
 from __future__ import annotations
