@@ -36,6 +36,8 @@ TOKENS, CONTEXTS = (8192,), (2048, 16384, 61440, 122880)
 P42 = 8192, 61440
 """Tokens and context of the case with a target."""
 GATE = 1.3
+BY_TOKENS = (8192, 2048), (8192, 61440)
+"""Tokens and context of the cases in which attention by tokens must not be slower."""
 _TURNS = 4
 
 
@@ -69,6 +71,8 @@ def cases(
             entry["ratio"] = whole / divided
             if (variable, tokens, context) == (DIVIDED_VARIABLE, *P42):
                 entry |= {"target": "P42", "gate": GATE}
+            elif variable == EXCHANGED_VARIABLE and (tokens, context) in BY_TOKENS:
+                entry["gate"] = 1.0
             yield entry
 
 

@@ -129,7 +129,7 @@ class HeadExchange:
 
 def exchanges_heads(group: Group) -> bool:
     """Return whether ranks divide long steps by tokens, and hold the heads of all ranks."""
-    return group.gathers_rows and exchanged_min_tokens() > 0
+    return exchanged_min_tokens() > 0 and group.gathers_rows
 
 
 def _whole(weight: object) -> DeviceMatrix:

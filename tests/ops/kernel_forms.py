@@ -148,6 +148,8 @@ for dtype in ("float32", "bfloat16"):
     compile("quantize", dense.activate_kernel, types, WIDTH=7168, GATED=False, **sizes,
             out_ptr=None, ROUND_SCALES=False)
     compile("join", dense.join_columns_kernel, {"parts_ptr": dtype}, WIDTH=16160, BLOCK=1024)
+    compile("join", dense.join_columns_kernel, {"parts_ptr": dtype, "out_ptr": dtype}, WIDTH=3072,
+            BLOCK=1024)
     for index in ("int32", "int64"):
         compile("rows", dense.rows_at_kernel, types | {"index_ptr": index}, WIDTH=7168,
                 MISSING=0, BLOCK=1024)

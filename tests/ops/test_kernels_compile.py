@@ -70,7 +70,7 @@ def test_every_form_compiles() -> None:
         *["mla"] * 5,
         *["dequantize"] * 2,
         *["records", "positions"],
-        *[*["norm"] * 4, *["silu"] * 2, "quantize", "join", *["rows"] * 2] * 2,
+        *[*["norm"] * 4, *["silu"] * 2, "quantize", *["join"] * 2, *["rows"] * 2] * 2,
         *["fill"] * 6,
         *["choice"] * 4,
         *["group"] * 2,
