@@ -62,13 +62,14 @@ def test_no_jump_at_the_selection_s_size() -> None:
     # loss number i is of a token after i + 1 keys: up to here every key is selected
     assert difference[:border].max() < 1e-3
     assert difference[border:].max() > 1e-5, "nothing is selected"
-    assert difference[border : border + 16].max() < 0.1
+    # a token may miss a key that is left out; a fault moves all of them
+    assert difference[border : border + 16].mean() < 0.1
     with recording(model.sequence.runner, "cpu", FewLastKeysOnly):
         spoiled = losses(model)
     jump = np.abs(spoiled - found)
     # only rounding: on some processors the sums of a GEMM depend on the address of its memory
     assert jump[:border].max() < 1e-4
-    assert jump[border : border + 16].max() > 1
+    assert jump[border : border + 16].mean() > 1
 
 
 def test_open_model_refuses_a_selection_of_nothing() -> None:

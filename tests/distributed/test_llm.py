@@ -31,7 +31,7 @@ from tests.proc import children
 from tests.serve.processes import environment
 
 # so few blocks that requests are preempted, and prompts in chunks
-SMALL = {"device": "cpu", "max_model_len": 192, "num_gpu_blocks_override": 50, "block_size": 4}
+SMALL = {"device": "cpu", "max_model_len": 192, "num_gpu_blocks_override": 48, "block_size": 4}
 SMALL |= {"max_num_batched_tokens": 48, "speculative_config": "none"}
 LONG = "One day, Tom and Lily went to the park with a red ball and a big dog. " * 6
 SHARED = LONG[: len(LONG) // 2]

@@ -62,7 +62,7 @@ TOPK = json.loads((demo_model_path() / "config.json").read_text())["index_topk"]
 TEXT_BLOCKS = TOPK // 64 + 1
 NEEDLE = "Anna has hidden the magic brush in the market. "
 FILLER = "The old miller walked along the river and looked at the grey clouds. "
-QUESTIONS = ["Where did Anna hide the magic brush?", "Who walked along the river?"]
+QUESTIONS = ["Where did Anna hide the magic brush?", "What is 3 plus 4?"]
 
 
 def chats_about_a_text(llm: LLM) -> list[list[int]]:
