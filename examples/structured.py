@@ -1,6 +1,6 @@
 """Structured output: an answer that is JSON of a schema, and one of a few texts.
 
-Needs the extra `structured`: pip install 'fd_dsa[cpu,structured]'
+It needs the extra `structured`, which `make serve` installs.
 
 .venv/bin/python examples/structured.py
 """

@@ -173,8 +173,8 @@ export const STRINGS = {
     "{number}，位于位置 {first} 到 {last}：{layers} 层均未选择",
   ],
   heatTitle: [
-    "Context: darker where more layers selected the token",
-    "上下文：选择该 token 的层越多，颜色越深",
+    "Context: a stronger shade where more layers selected the token",
+    "上下文：选择该 token 的层越多，底色越明显",
   ],
   heatCut: ["… the last {count} tokens …", "……最后 {count} 个 token……"],
   heatToken: ["{position}: {count} of {layers} layers", "{position}：{layers} 层中的 {count} 层"],
