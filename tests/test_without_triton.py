@@ -101,7 +101,11 @@ def test_a_server_starts_and_answers(tmp_path: Path, without_triton: dict[str, s
     flags = ("--speculative-config", '{"method": "mtp", "num_speculative_tokens": 1}')
     with serving(tmp_path, *flags, env=without_triton) as server, server.client() as client:
         said = client.completions.create(
-            model="demo_model", prompt="Hello", max_tokens=8, temperature=0
+            model="demo_model",
+            prompt="Hello",
+            max_tokens=8,
+            temperature=0,
+            extra_body={"ignore_eos": True},
         )
     assert said.usage is not None and said.usage.completion_tokens == 8
     # the server's own process and the engine's

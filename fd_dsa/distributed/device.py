@@ -21,6 +21,7 @@ from fd_dsa.device.transfers import on_host, transfers_for, uploaded
 from fd_dsa.distributed.group import Group
 from fd_dsa.distributed.nccl import Communicator
 from fd_dsa.distributed.shared_memory import SIZES, PeerAllReduce, SharedMemory
+from fd_dsa.environment import exchanged_min_tokens
 from fd_dsa.errors import BackendUnavailable, DeviceError
 from fd_dsa.ops.arrays import dtype_name
 from fd_dsa.ops.library_kernel import interpreter_refusal
@@ -162,17 +163,22 @@ class DeviceGroup(Group):
         return kernel, ""
 
     def _try_rows(self) -> bool:
-        """Gather and exchange a row of every rank, and return True if they arrive on all ranks."""
+        """Gather a row of every rank, and return True if it arrives on all ranks.
+
+        Ranks that are to exchange rows do so as well.
+        """
         wanted, reason = np.arange(1, self.size + 1, dtype=np.uint8), ""
-        rows = uploaded(self._allocate, wanted * (wanted == self.rank + 1))
         own, none = np.full_like(wanted, self.rank + 1), np.zeros_like(wanted)
-        source, target = uploaded(self._allocate, own), uploaded(self._allocate, none)
-        bounds = range(self.size + 1)
+        gathered, sent, received = (
+            uploaded(self._allocate, one) for one in (wanted * (wanted == own), own, none)
+        )
+        bounds, tried = range(self.size + 1), [gathered]
         try:
-            self.all_gather_rows(rows, bounds)
-            self.exchange_rows(source, bounds, target, bounds)
-            found = [on_host(tensor, none) for tensor in (rows, target)]
-            if (np.array(found) != wanted).any():
+            self.all_gather_rows(gathered, bounds)
+            if exchanged_min_tokens():
+                self.exchange_rows(sent, bounds, received, bounds)
+                tried.append(received)
+            if any((on_host(tensor, none) != wanted).any() for tensor in tried):
                 reason = "the rows of another rank do not arrive"
         except DeviceError as error:
             reason = str(error)
