@@ -33,6 +33,7 @@ def test_both_ways_take_turns_and_a_drift_cancels_out() -> None:
     assert whole - divided == pytest.approx(10)
 
 
+@pytest.mark.slow
 def test_a_dry_run_with_attention_by_tokens(tmp_path: Path) -> None:
     pytest.importorskip("paddle", reason="the engine computes on Paddle")
     flags = ["--dry", "-tp", "2", "--attention", "--contexts", "128", "--out", str(tmp_path)]
