@@ -23,11 +23,11 @@ STEPS = 120
 LONGEST_PROMPT = 12_000
 
 
-class Late(logging.Handler):
-    """Prints the launches that have to compile."""
+class Printer(logging.Handler):
+    """Prints log lines: launches that have to compile, and the least divided step."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Print a warning of the launcher."""
+        """Print a line."""
         print(record.getMessage())
 
 
@@ -107,7 +107,8 @@ def main() -> None:
         model["quantization_config"] = FORMATS[what].fields
     print(config)
     driver = NullDriver(config["tensor_parallel_size"])
-    logging.getLogger("fd_dsa.triton_runtime").addHandler(Late(logging.WARNING))
+    logging.getLogger("fd_dsa.triton_runtime").addHandler(Printer(logging.WARNING))
+    logging.getLogger("fd_dsa.attention.head_exchange").addHandler(Printer(logging.INFO))
     with tempfile.TemporaryDirectory() as folder:
         engine = open_engine(driver, model, Path(folder), **config)
     steps = run_steps(engine, draw, config["max_model_len"])

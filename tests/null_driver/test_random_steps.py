@@ -36,3 +36,14 @@ def test_no_kernel_is_compiled_after_the_start(tmp_path: Path, arguments: tuple[
     pytest.importorskip("paddle")
     printed = run_module(tmp_path, "tests.null_driver.random_steps", *arguments)
     assert printed.endswith(f"{STEPS} steps, 0 late compilations\n"), printed
+
+
+@pytest.mark.parametrize("seed", ["4", "11"])
+def test_no_kernel_of_attention_by_tokens_is_compiled_after_the_start(
+    tmp_path: Path, seed: str
+) -> None:
+    pytest.importorskip("paddle")
+    least = {f"FD_DSA_{name}_MIN_TOKENS": "512" for name in ("DIVIDED", "EXCHANGED")}
+    printed = run_module(tmp_path, "tests.null_driver.random_steps", seed, **least)
+    assert "divided by tokens from 512 on" in printed
+    assert printed.endswith(f"{STEPS} steps, 0 late compilations\n"), printed

@@ -1,8 +1,8 @@
 // An NCCL of one process that is a rank of several. The other ranks never come.
 //
 // A gather of a few bytes gives each rank this rank's bytes, because ranks agree by such gathers
-// when they start. Larger collectives do nothing, and a broadcast never does anything: a gather of
-// rows is then unavailable.
+// when they start. A byte from a rank is its number plus one, as in the trial of a gather of rows.
+// Larger collectives do nothing.
 
 #include <cstddef>
 #include <cstring>
@@ -14,6 +14,11 @@ namespace {
 constexpr size_t kFewBytes = 4096;
 
 int num_ranks = 1;
+
+int arrive(void* to, size_t bytes, int rank) {
+  if (bytes == 1) *static_cast<char*>(to) = static_cast<char>(rank + 1);
+  return launches++, 0;
+}
 
 }  // namespace
 
@@ -42,7 +47,13 @@ int ncclAllGather(const void* from, void* to, size_t bytes, int, void*, void*) {
 }
 
 int ncclGroupStart() { return 0; }
-int ncclBroadcast(const void*, void*, size_t, int, int, void*, void*) { return launches++, 0; }
+int ncclBroadcast(const void*, void* to, size_t bytes, int, int rank, void*, void*) {
+  return arrive(to, bytes, rank);
+}
+int ncclSend(const void*, size_t, int, int, void*, void*) { return launches++, 0; }
+int ncclRecv(void* to, size_t bytes, int, int rank, void*, void*) {
+  return arrive(to, bytes, rank);
+}
 int ncclGroupEnd() { return 0; }
 
 int ncclCommAbort(void*) { return 0; }
