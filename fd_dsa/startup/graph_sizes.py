@@ -73,22 +73,18 @@ def graph_bytes(
         logits += config.vocab_size
     graphs = lengths * len(captured)
     if isinstance(config, ModelConfig):
-        has_layer, num_streams = config.mtp is not None, 1
-    else:
-        has_layer, num_streams = config.has_mtp_layer, config.hc_mult
-    if has_layer:
-        # further drafts have graphs for powers of two of rows
-        kept = lengths * sum(captured) * num_streams * config.hidden_size
-        graphs = 2 * (graphs + lengths * (1 + len(powers_below(max(sizes)))))
-    if isinstance(config, ModelConfig):
+        has_layer, num_streams, token = config.mtp is not None, 1, _dsa_values(config)
         if prompt_sizes:
             # keys and values of every head, which only activations in bfloat16 have
             keys = _most_keys(max(prompt_sizes), config.index_topk)
             widths = config.qk_nope_head_dim + config.v_head_dim
-            kept += keys * config.num_attention_heads * widths // 2
-        token = _dsa_values(config)
+            kept = keys * config.num_attention_heads * widths // 2
     else:
-        token = _v4_values(config)
+        has_layer, num_streams, token = config.has_mtp_layer, config.hc_mult, _v4_values(config)
+    if has_layer:
+        # further drafts have graphs for powers of two of rows
+        kept += lengths * sum(captured) * num_streams * config.hidden_size
+        graphs = 2 * (graphs + lengths * (1 + len(powers_below(max(sizes)))))
     values = kept + max(captured) * token + max(*sizes, max_samples) * logits
     return 4 * values + graphs * _GRAPH_BYTES + _POOL_BYTES
 
