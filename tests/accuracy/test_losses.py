@@ -62,8 +62,9 @@ def test_no_jump_at_the_selection_s_size() -> None:
     # loss number i is of a token after i + 1 keys: up to here every key is selected
     assert difference[:border].max() < 1e-3
     assert difference[border:].max() > 1e-5, "nothing is selected"
-    # a token may miss a key that is left out; a fault moves all of them
-    assert difference[border : border + 16].mean() < 0.1
+    # one token may miss a key that is left out; a fault moves all of them
+    *others, largest = np.sort(difference[border : border + 16])
+    assert max(others) < 0.1 and largest < 0.5
     with recording(model.sequence.runner, "cpu", FewLastKeysOnly):
         spoiled = losses(model)
     jump = np.abs(spoiled - found)
