@@ -95,7 +95,7 @@ def test_logits_of_chunks(
 
 
 class Run(NamedTuple):
-    """What an engine has given.
+    """Answers and drafts of an engine.
 
     Attributes:
         tokens: answers to all prompts, then to what follows them.
