@@ -352,6 +352,10 @@ class DeviceSteps:
         next_values = next_ids.astype(np.int32)
         self._transfers.to_device(step.sampling.next_ids, next_values)
         # keep the arrays alive until the copies have finished
+        self.finish()
+
+    def finish(self) -> None:
+        """Wait for all work of the current stream, without Python's lock."""
         self._transfers.finish()
 
     def warm_up(self) -> None:

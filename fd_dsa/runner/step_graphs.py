@@ -187,17 +187,23 @@ class PaddleCapture:
     An operation that Paddle refuses during a capture is fatal to the process. So the work runs once
     before it, and raises there if Paddle would compute on the host instead of the device.
 
+    Paddle's own wait keeps Python's lock. A device that waits for a rank which has ended would thus
+    keep the thread that watches the ranks from running.
+
+    Args:
+        finish: waits for the current stream without Python's lock; None = only Paddle waits.
+
     Raises:
         CaptureError: this Paddle has no graphs.
     """
 
-    def __init__(self, place: object) -> None:
+    def __init__(self, place: object, finish: Callable[[], None] | None = None) -> None:
         from paddle.base import core
         from paddle.device.cuda import graphs
 
         if not graphs.is_cuda_graph_supported():
             raise CaptureError("this build of Paddle has no CUDA graphs")
-        self._place, self._new = place, graphs.CUDAGraph
+        self._place, self._new, self._finish = place, graphs.CUDAGraph, finish
         if str(place) not in MEMORY_POOLS:
             MEMORY_POOLS[str(place)] = core.CUDAGraph.gen_new_memory_pool_id()
         self._pool = MEMORY_POOLS[str(place)]
@@ -219,6 +225,8 @@ class PaddleCapture:
                 work()
             except Exception as error:
                 raise CaptureError(describe_error(error)) from error
+        if self._finish is not None:
+            self._finish()
         paddle.device.synchronize(self._place)
         graph = self._new(place=self._place, mode="thread_local", pool_id=self._pool)
         try:

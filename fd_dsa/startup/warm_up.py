@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from contextlib import nullcontext
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -47,7 +48,9 @@ def warm_up(runner: ModelRunner, plan: EnginePlan) -> str:
         ready = time.perf_counter()
         if not plan.config.enforce_eager:
             sizes = plan.config.capture_sizes, plan.config.prompt_capture_sizes
-            capture_graphs(runner, sizes[0], PaddleCapture, sizes[1])
+            assert runner.device_steps is not None, "steps on a CPU are not captured"
+            make_capture = partial(PaddleCapture, finish=runner.device_steps.finish)
+            capture_graphs(runner, sizes[0], make_capture, sizes[1])
             graphs = runner.graphs
             captured = (graphs.sizes, tuple(graphs.prompts)) if graphs else None
             if captured != sizes and plan.config.tensor_parallel_size > 1:

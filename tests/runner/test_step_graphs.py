@@ -189,6 +189,11 @@ def test_work_runs_before_its_capture_and_graphs_share_a_pool(graph: type[Graph]
     assert graph.log[-1] == "replay" and replay.__self__.options["pool_id"] == 7
 
 
+def test_a_wait_without_pythons_lock_comes_before_paddles(graph: type[Graph]) -> None:
+    PaddleCapture(PLACE, finish=lambda: graph.log.append("finish"))(lambda: None)
+    assert graph.log == ["finish", "wait", "begin", "end"]
+
+
 def test_graphs_are_freed_but_for_one_that_keeps_their_pool(graph: type[Graph]) -> None:
     first, second = PaddleCapture(PLACE)(lambda: None), PaddleCapture(PLACE)(lambda: None)
     pools = [replay.__self__.options["pool_id"] for _, replay in (first, second)]

@@ -50,6 +50,7 @@ class Runner:
     """A runner whose steps are one launch; every number of tokens is a variant of its own."""
 
     graphs = SimpleNamespace(sizes=(256,), prompts={512: None}, drafts={})
+    device_steps = SimpleNamespace(finish=lambda: None)
 
     def __init__(self) -> None:
         self._kernel, self.counters = scale_kernel(), StepCounters()
