@@ -168,12 +168,15 @@ def engine_options(
     if is_dry:
         fields = {k: v for k, v in fields.items() if k != "quantization_config"} | SMALL
     with tempfile.TemporaryDirectory(dir=parent) as folder:
-        yield {
-            "model": write_model(folder, shape, fields),
-            "rig": args.rig,
-            "config": dict(config),
-            "device": "cpu" if is_dry else "gpu",
-        }
+        yield worker_options(args, write_model(folder, shape, fields), config)
+
+
+def worker_options(
+    args: argparse.Namespace, model: str, config: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the options of a worker's engine for a model folder. Arguments as above."""
+    device = "cpu" if getattr(args, "dry", False) else "gpu"
+    return {"model": model, "rig": args.rig, "config": dict(config), "device": device}
 
 
 def floor(case: Case, shape: Shape) -> float | None:

@@ -37,6 +37,7 @@ from typing import Any
 from benchmarks._gpu_engine_model import (
     CASES,
     FIGURES,
+    Case,
     Shape,
     engine_options,
     floor,
@@ -45,7 +46,7 @@ from benchmarks._gpu_engine_model import (
 )
 from benchmarks._harness import Worker, gpu_state, rig_parser, rig_result, write_json, write_result
 from benchmarks._serving import model_server
-from benchmarks.workers.gpu_engine import by_class
+from benchmarks.workers.gpu_engine import CLASSES, by_class
 from benchmarks.workers.stream_client import streams
 
 CAPTURED = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -73,11 +74,18 @@ def over_http(model: str, rig: bool) -> float:
     return case.batch * (case.prompt + case.new) / min(seconds[1:])
 
 
-def measure(engine: Worker, names: Sequence[str]) -> Iterator[tuple[str, float]]:
+def cases_of(names: Sequence[str], shape: Shape) -> dict[str, Case]:
+    """Return cases by name, with the targets of one GPU or of several."""
+    cases = {name: CASES[name] for name in names}
+    if shape.ranks == 1:
+        return cases
+    return {name: case._replace(target=SEVERAL[case.target]) for name, case in cases.items()}
+
+
+def measure(engine: Worker, cases: Mapping[str, Case]) -> Iterator[tuple[str, float]]:
     """Yield the figure of each case as soon as it is there."""
-    engine.call(op="decode", batch=2, prompt=4096, new=16)
-    for name in names:
-        case, values = CASES[name], []
+    for name, case in cases.items():
+        values = []
         for _ in range(case.runs):
             sizes = {"batch": case.batch, "prompt": case.prompt, "new": case.new}
             values.append(engine.call(op=case.kind, **sizes)[FIGURES[case.kind][0]])
@@ -85,22 +93,27 @@ def measure(engine: Worker, names: Sequence[str]) -> Iterator[tuple[str, float]]
 
 
 def peer_values(
-    folder: Path, names: Sequence[str], shape: Shape
+    folder: Path, cases: Mapping[str, Case], model: str, ranks: int = 1
 ) -> Iterator[tuple[str, float, dict[str, Any]]]:
-    """Yield vLLM's figures and their times, from its own process."""
-    model = f"--layers {shape.layers} --dense {shape.dense} --experts {shape.experts}"
+    """Yield vLLM's figures and their times, from its own process.
+
+    Args:
+        folder: has the `run.sh` that starts it.
+        model: flags of the model's shape, as `run.sh` takes them.
+    """
     with tempfile.NamedTemporaryFile(suffix=".jsonl") as out:
         command = ["bash", str(folder / "run.sh"), "bench", "--out", out.name]
-        command += ["--capture", ",".join(map(str, CAPTURED)), "--tp", str(shape.ranks)]
-        command += ["--scenarios", ",".join(["warm", *(f"{n}:{CASES[n].runs}" for n in names)])]
+        command += ["--capture", ",".join(map(str, CAPTURED)), "--tp", str(ranks)]
+        runs = (f"{name}:{case.runs}" for name, case in cases.items())
+        command += ["--scenarios", ",".join(["warm", *runs])]
         variables = os.environ | {"CONFIG": model}
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=variables) as peer:
             for line in peer.stdout or ():
                 if line.startswith("RESULT "):
                     print(line[:200], end="", flush=True)
                     record = json.loads(line.removeprefix("RESULT "))
-                    if (name := record["name"]) in names and "error" not in record:
-                        yield name, record[FIGURES[CASES[name].kind][0]], stamp()
+                    if (name := record["name"]) in cases and "error" not in record:
+                        yield name, record[FIGURES[cases[name].kind][0]], stamp()
 
 
 def stamp() -> dict[str, Any]:
@@ -115,28 +128,46 @@ def is_of_now(taken: Mapping[str, Any]) -> bool:
     return age_s <= 3600 and taken.get("uuid", "") == gpu_state("uuid")["uuid"]
 
 
-def entry(name: str, ours: float, shape: Shape) -> dict[str, Any]:
-    """Return the entry of a case, without the peer."""
-    case = CASES[name.partition(",")[0]]
+def entry(name: str, case: Case, ours: float, least: float | None) -> dict[str, Any]:
+    """Return the entry of a case, without the peer.
+
+    Args:
+        least: floor of the case in its unit.
+    """
     return {
         "case": name,
-        "target": case.target if shape.ranks == 1 else SEVERAL[case.target],
+        "target": case.target,
         "peer": "vLLM",
         "peer_value": None,
         "ours_value": ours,
         "unit": FIGURES[case.kind][1],
         "ratio": None,
-        "floor": floor(case, shape),
+        "floor": least,
         "ours_taken": stamp(),
     }
 
 
-def add_peer(case: dict[str, Any], value: float, taken: dict[str, Any]) -> None:
-    """Add the peer's figure to a case."""
-    less_is_better = FIGURES[CASES[case["case"].partition(",")[0]].kind][2]
-    ours = case["ours_value"]
+def add_peer(case: dict[str, Any], kind: str, value: float, taken: dict[str, Any]) -> None:
+    """Add the peer's figure to a case of a kind."""
+    less_is_better, ours = FIGURES[kind][2], case["ours_value"]
     ratio = value / ours if less_is_better else ours / value
     case |= {"peer_value": value, "ratio": ratio, "peer_taken": taken}
+
+
+def add_peers(
+    result: dict[str, Any],
+    path: Path,
+    cases: Mapping[str, Case],
+    folder: Path,
+    model: str,
+    ranks: int = 1,
+) -> None:
+    """Measure the peer's cases, see `peer_values`. Each is written as soon as it is there."""
+    for name, value, taken in peer_values(folder, cases, model, ranks):
+        for case in result["cases"]:
+            if case["case"].partition(",")[0] == name:
+                add_peer(case, cases[name].kind, value, taken)
+        write_json(path, result)
 
 
 def show_profile(profile: Mapping[str, Any]) -> None:
@@ -164,40 +195,55 @@ def measured_before(path: Path) -> dict[str, Any]:
     return result
 
 
-def write_profiles(engine: Worker, args: argparse.Namespace, result: Mapping[str, Any]) -> None:
-    """Write gpu_profile.json: kernels of decode steps and of a prompt, and their classes."""
+def write_profiles(
+    engine: Worker,
+    args: argparse.Namespace,
+    result: Mapping[str, Any],
+    name: str,
+    classes: Mapping[str, tuple[str, ...]] = CLASSES,
+) -> dict[str, Any]:
+    """Write kernels of decode steps and of a prompt, and their classes, and return them.
+
+    Args:
+        result: result of the same run.
+        name: name of the file.
+        classes: parts of the names of kernels, by class.
+    """
     profiles = {}
     for rows in args.profile.split(","):
         profiles[rows] = engine.call(op="profile", batch=int(rows), prompt=4096, steps=8)
         show_profile(profiles[rows])
     profiles["8192"] = engine.call(op="profile_prompts", batch=1, prompt=8192)
     show_profile(profiles["8192"])
-    name = result["name"].replace("gpu_engine", "gpu_profile")
     found = {key: result[key] for key in ("env", "tier", "layers")} | {"name": name}
-    classes = by_class(profiles)
-    write_json(args.out / f"{name}.json", found | {"classes": classes, "profiles": profiles})
+    found |= {"classes": by_class(profiles, classes), "profiles": profiles}
+    write_json(args.out / f"{name}.json", found)
+    return profiles
 
 
 def measure_ours(args: argparse.Namespace, names: Sequence[str], path: Path) -> dict[str, Any]:
     """Measure our engine's cases and profiles. Each is written as soon as it is there."""
     ranks = args.tensor_parallel_size
     shape, config = shape_of(ranks, args.layers), CONFIG | {"tensor_parallel_size": ranks}
-    result = rig_result(path.stem, args, **shape._asdict())
+    result, cases = rig_result(path.stem, args, **shape._asdict()), cases_of(names, shape)
     with engine_options(args, shape, config) as options:
         with Worker(TARGET, **options) as engine:
             result["start"] = engine.call(op="start_up")
             print(result["start"], flush=True)
-            for name, ours in measure(engine, names):
-                print(f"{name:<16} {ours:10.2f} {FIGURES[CASES[name].kind][1]}", flush=True)
-                result["cases"].append(entry(name, ours, shape))
+            engine.call(op="decode", batch=2, prompt=4096, new=16)
+            for name, ours in measure(engine, cases):
+                case = cases[name]
+                print(f"{name:<16} {ours:10.2f} {FIGURES[case.kind][1]}", flush=True)
+                result["cases"].append(entry(name, case, ours, floor(case, shape)))
                 write_json(path, result)
             if args.profile:
-                write_profiles(engine, args, result)
+                profiles = path.stem.replace("gpu_engine", "gpu_profile")
+                write_profiles(engine, args, result, profiles)
         # a server starts again, with all weights
         if "mixed-64x2k" in names and ranks == 1:
             ours = over_http(options["model"], args.rig)
             print(f"{OVER_HTTP:<16} {ours:10.2f}", flush=True)
-            result["cases"].append(entry(OVER_HTTP, ours, shape))
+            result["cases"].append(entry(OVER_HTTP, cases["mixed-64x2k"], ours, None))
             write_json(path, result)
     return result
 
@@ -231,7 +277,8 @@ def measure_invariant(args: argparse.Namespace, names: Sequence[str]) -> None:
     for case in result["cases"]:
         if without := before.get(case["case"]):
             case["peer"] = "without FD_DSA_BATCH_INVARIANT"
-            add_peer(case, without["ours_value"], without["ours_taken"])
+            kind = CASES[case["case"].partition(",")[0]].kind
+            add_peer(case, kind, without["ours_value"], without["ours_taken"])
             print(f"{case['case']:<16} {case['ratio']:.2f} of the speed without it", flush=True)
     write_result(args.out, result)
 
@@ -266,11 +313,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     path = args.out / f"{of_ranks('gpu_engine', ranks)}.json"
     result = measured_before(path) if args.earlier else measure_ours(args, names, path)
     if args.peer:
-        for name, value, taken in peer_values(args.peer, names, shape_of(ranks, args.layers)):
-            for case in result["cases"]:
-                if case["case"].partition(",")[0] == name:
-                    add_peer(case, value, taken)
-            write_json(path, result)
+        shape = shape_of(ranks, args.layers)
+        model = f"--layers {shape.layers} --dense {shape.dense} --experts {shape.experts}"
+        add_peers(result, path, cases_of(names, shape), args.peer, model, ranks)
     write_result(args.out, result)
     return 0
 

@@ -121,7 +121,11 @@ class Engine:
                     wall_s = time.perf_counter() - begin
                 full += steps
             full += len(self._engine.step()) == batch
-        return profiled(recorder.events(), steps) | {"wall_us": 1e6 * wall_s / steps}
+        return self.of_steps(recorder.events(), steps) | {"wall_us": 1e6 * wall_s / steps}
+
+    def of_steps(self, events: Any, steps: int) -> dict[str, Any]:
+        """Return the kernels of decode steps, by torch's events."""
+        return profiled(events, steps)
 
     def profile_prompts(self, batch: int, prompt: int) -> dict[str, Any]:
         """Profile prompts that arrive together, after a run that compiles."""
@@ -174,14 +178,16 @@ def profiled(events: Any, steps: int) -> dict[str, Any]:
     return {"busy_us": busy / steps, "launches": sum(row[2] for row in rows), "kernels": rows}
 
 
-def by_class(profiles: Mapping[str, Any]) -> list[dict[str, Any]]:
+def by_class(
+    profiles: Mapping[str, Any], classes: Mapping[str, tuple[str, ...]] = CLASSES
+) -> list[dict[str, Any]]:
     """Return microseconds of each class of kernels in each profile, and of any kernel."""
-    rows: dict[str, dict[str, Any]] = {name: {"class": name} for name in CLASSES}
+    rows: dict[str, dict[str, Any]] = {name: {"class": name} for name in classes}
     for column, profile in profiles.items():
         for row in rows.values():
             row[f"us_{column}"] = 0.0
         for kernel, us, _ in profile["kernels"]:
-            fits = (name for name, parts in CLASSES.items() if any(p in kernel for p in parts))
+            fits = (name for name, parts in classes.items() if any(p in kernel for p in parts))
             rows[next(fits)][f"us_{column}"] += us
     busy = {f"us_{column}": profile["busy_us"] for column, profile in profiles.items()}
     return [*rows.values(), {"class": "any kernel runs"} | busy]

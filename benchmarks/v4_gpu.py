@@ -1,0 +1,162 @@
+"""DeepSeek-V4-Flash with half of its experts, whole depth, on one GPU with random weights.
+
+    python -m benchmarks.v4_gpu --rig               # ours, on the test plug-in
+    python -m benchmarks.v4_gpu --rig --peer DIR    # then vLLM on the same GPU
+    python -m benchmarks.v4_gpu --rig --layers 4 --experts 256 --cases decode-1x4k
+    python -m benchmarks.v4_gpu --dry               # small widths on the CPU
+
+The model has V4-Flash's 43 layers and the 128 experts a layer of its expert-pruned releases: FP8
+weights, FP4 experts, random. Prompts are token ids of one seed, because the first layers route by
+id. Answers are greedy and have a fixed length. All runs are in process. The cases, the peer's
+`run.sh` and the form of the result are those of `gpu_engine`.
+
+Writes benchmarks/results/v4_gpu.json after each case, the short cases first. After these it writes
+v4_gpu_profile.json, the kernels of a step by purpose. From this profile come the launches of a
+layer, and the share of a step in which the GPU waits for the host.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks._gpu_engine_model import FIGURES, Case
+from benchmarks._harness import Worker, rig_parser, rig_result, write_json, write_result
+from benchmarks._v4_gpu_model import CASES, V4Shape, floor, of_dry_run, v4_options
+from benchmarks.gpu_engine import (
+    CAPTURED,
+    add_peers,
+    entry,
+    measure,
+    measured_before,
+    write_profiles,
+)
+from benchmarks.workers.v4_gpu import CLASSES
+
+TARGET = "benchmarks.workers.v4_gpu:Engine"
+CONFIG: dict[str, Any] = {
+    # a page of CSA entries has the 64 keys that the kernel of the scores reads
+    "block_size": 256,
+    "max_model_len": 131584,
+    "max_num_seqs": 128,
+    "max_num_batched_tokens": 8192,
+    "cudagraph_capture_sizes": CAPTURED,
+}
+SMALL = {
+    "block_size": 256,
+    "max_model_len": 4096,
+    "max_num_seqs": 4,
+    "max_num_batched_tokens": 1024,
+}
+# cases of more prompt tokens come after the profile
+MANY_TOKENS = 1 << 17
+# launches of a decode layer on one GPU: gate and goal
+LAUNCHES = {"CSA": (20, 17), "HCA": (18, 15), "window": (18, 15)}
+# share of a step in which the GPU waits: gate and goal
+WAITS = 0.05, 0.02
+
+
+def run_cases(
+    engine: Worker, cases: Mapping[str, Case], shape: V4Shape, result: dict[str, Any], path: Path
+) -> None:
+    """Measure cases. Each is written as soon as it is there."""
+    for name, ours in measure(engine, cases):
+        case = cases[name]
+        found = entry(name, case, ours, floor(case, shape))
+        share = ""
+        if least := found["floor"]:
+            found["of_floor"] = least / ours if FIGURES[case.kind][2] else ours / least
+            share = f"floor {least:10.2f}, {100 * found['of_floor']:.0f} % of it"
+        print(f"{name:<16} {ours:10.2f} {FIGURES[case.kind][1]:<16} {share}", flush=True)
+        result["cases"].append(found)
+        result["late_compilations"] = engine.call(op="late_compilations")
+        write_json(path, result)
+
+
+def launches_of(profiles: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return V42: launches of a layer of each kind, by the rows of the step."""
+    return [
+        {"target": "V42", "rows": int(rows), "kind": kind, **counts}
+        | {"gate": LAUNCHES[kind][0], "goal": LAUNCHES[kind][1]}
+        for rows, profile in profiles.items()
+        for kind, counts in profile.get("layers", {}).items()
+    ]
+
+
+def waits_of(profiles: Mapping[str, Any], cases: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """Return V43: the part of a step without the profiler in which no kernel runs."""
+    found = []
+    for case in cases:
+        rows = case["case"].removeprefix("decode-").removesuffix("x4k")
+        if rows in profiles and "layers" in profiles[rows]:
+            step_us, busy_us = 1e3 * case["ours_value"], profiles[rows]["busy_us"]
+            share = max(0.0, 1 - busy_us / step_us)
+            sizes = {"target": "V43", "rows": int(rows), "step_us": step_us, "busy_us": busy_us}
+            found.append(sizes | {"share": share, "gate": WAITS[0], "goal": WAITS[1]})
+    return found
+
+
+def measure_ours(
+    args: argparse.Namespace, cases: Mapping[str, Case], shape: V4Shape, path: Path
+) -> dict[str, Any]:
+    """Measure our engine's cases and profiles."""
+    result = rig_result(path.stem, args, **shape._asdict())
+    short = {n: case for n, case in cases.items() if case.batch * case.prompt <= MANY_TOKENS}
+    rest = {name: case for name, case in cases.items() if name not in short}
+    config = SMALL if args.dry else CONFIG
+    with (
+        v4_options(args, shape, config) as options,
+        Worker(TARGET, kinds=shape.kinds, **options) as engine,
+    ):
+        result["start"] = {"target": "V45"} | engine.call(op="start_up")
+        result["memory"] = {"target": "V44"} | engine.call(op="memory")
+        print(result["start"], result["memory"], flush=True)
+        write_json(path, result)
+        engine.call(op="decode", batch=2, prompt=CONFIG["block_size"], new=16)
+        run_cases(engine, short, shape, result, path)
+        if args.profile and not args.dry:
+            profiles = write_profiles(engine, args, result, f"{path.stem}_profile", CLASSES)
+            result["launches"] = launches_of(profiles)
+            result["waits"] = waits_of(profiles, result["cases"])
+            print(result["launches"], result["waits"], flush=True)
+            write_json(path, result)
+        run_cases(engine, rest, shape, result, path)
+        result["memory_after"] = engine.call(op="memory")
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure and write. Returns 0."""
+    parser = rig_parser(__doc__)
+    parser.add_argument("--peer", type=Path, help="folder with vLLM's run.sh")
+    parser.add_argument(
+        "--earlier", action="store_true", help="the peer alone, beside ours in --out of this hour"
+    )
+    parser.add_argument("--cases", default=",".join(CASES), help="default: all")
+    parser.add_argument(
+        "--profile", default="1,32", help="rows of decode steps that are profiled, and a prompt"
+    )
+    whole = V4Shape()
+    parser.add_argument("--layers", type=int, default=whole.layers, help="default: %(default)s")
+    parser.add_argument("--experts", type=int, default=whole.experts, help="default: %(default)s")
+    args = parser.parse_args(argv)
+    names = [name for name in args.cases.split(",") if name]
+    cases = {name: case for name, case in CASES.items() if name in names}
+    if args.dry:
+        cases = {name: of_dry_run(case) for name, case in cases.items()}
+    shape = V4Shape(args.layers, args.experts)
+    path: Path = args.out / "v4_gpu.json"
+    args.out.mkdir(parents=True, exist_ok=True)
+    result = measured_before(path) if args.earlier else measure_ours(args, cases, shape, path)
+    if args.peer:
+        model = f"--layers {shape.layers} --experts {shape.experts}"
+        add_peers(result, path, cases, args.peer, model)
+    write_result(args.out, result)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

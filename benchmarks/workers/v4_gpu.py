@@ -1,0 +1,155 @@
+"""Worker: the embedded engine on a GPU, with DeepSeek-V4's widths and random weights."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from benchmarks.workers import gpu_engine
+
+# classes of kernels, by parts of their names; the first that fits
+CLASSES = {
+    "routed experts": ("expert_gemm_kernel", "multiply_experts"),
+    "choice, groups and sum of experts": (
+        "choose_experts",
+        "look_up_experts",
+        "group_pairs",
+        "sum_experts",
+    ),
+    "GEMMs in FP8": ("fp8_linear_kernel", "_qq"),
+    "grouped GEMM of attention": ("head_gemm_kernel",),
+    "GEMMs in bfloat16": ("nvjet", "splitKreduce", "gemm", "__nv_bfloat16"),
+    "residual streams": ("expand_streams", "read_streams"),
+    "index scores and selection": ("tile_", "logits_kernel", "topk", "rotate_heads"),
+    "attention": ("attend_v4", "attend", "combine_kernel"),
+    "keys, entries, rings": ("write_keys", "pool_entries", "keep_step", "copy_slot"),
+    "norms, SiLU, quantisation": ("rms_norm", "activate"),
+    "index arrays of the step": ("place_step", "expand_kernel", "csa_rows"),
+    "rest": ("",),
+}
+MARK = "write_keys_kernel"
+"""A kernel that every layer has once."""
+
+
+class Phases(logging.Handler):
+    """Phases of a start, and the seconds after which each ended."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.lines: list[str] = []
+        self._begin = time.perf_counter()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep and print a line."""
+        self.lines.append(f"{time.perf_counter() - self._begin:.1f} s: {record.getMessage()}")
+        print(self.lines[-1], file=sys.stderr, flush=True)
+
+
+class Engine(gpu_engine.Engine):
+    """The engine of `gpu_engine`, which knows the kinds of its layers and its memory plan.
+
+    Args:
+        kinds: kind of each layer.
+        options: arguments of the base.
+    """
+
+    def __init__(self, kinds: Sequence[str], **options: Any) -> None:
+        self._kinds, self._phases = kinds, Phases()
+        self._plan: Any = None
+        self._free_before = 0
+        super().__init__(**options)
+
+    def prepare(self) -> None:
+        """Keep the plan and the free memory of its time, and the phases of the start."""
+        from fd_dsa.device.resolve import free_device_bytes
+        from fd_dsa.startup import build, progress
+
+        progress.logger.setLevel(logging.INFO)
+        progress.logger.addHandler(self._phases)
+        make_plan = build.make_plan
+
+        def noted(*given: Any) -> Any:
+            self._plan = make_plan(*given)
+            self._free_before = free_device_bytes(self._plan.device) or 0
+            return self._plan
+
+        build.make_plan = noted
+
+    def start_up(self) -> dict[str, Any]:
+        """Return seconds of the start and of its phases, and from then to the first token."""
+        return super().start_up() | {"phases": self._phases.lines}
+
+    def late_compilations(self) -> int:
+        """Return the number of launches since the start that had to compile a kernel."""
+        count: int = self._engine.runner.counters.late_compilations
+        return count
+
+    def memory(self) -> dict[str, Any]:
+        """Return the memory of the plan by purpose, and the memory that is used, bytes.
+
+        A CPU has no number of used bytes.
+        """
+        from fd_dsa.device.resolve import free_device_bytes, traits_of
+        from fd_dsa.startup.plan import workspace_bytes
+
+        plan = self._plan
+        sizes, config = plan.memory, plan.config
+        found = {
+            "weights": sizes.weight_bytes,
+            "blocks": sizes.kv_cache_bytes,
+            "rings, states and snapshots": sizes.state_bytes,
+            "graphs": sizes.graph_bytes,
+            "work memory": 0,
+        }
+        used = None
+        if plan.device != "cpu":
+            traits = traits_of(plan.device)
+            found["work memory"] = workspace_bytes(config, plan.model_config, plan.caches, traits)
+            used = self._free_before - (free_device_bytes(plan.device) or 0)
+        return {
+            "bytes_per_token": sizes.bytes_per_block / sizes.block_size,
+            "num_tokens": sizes.num_blocks * sizes.block_size,
+            "planned": found,
+            "planned_bytes": sum(found.values()),
+            "used_bytes": used,
+        }
+
+    def of_steps(self, events: Any, steps: int) -> dict[str, Any]:
+        """Return the kernels of decode steps, and the launches of a layer of each kind."""
+        from torch.autograd import DeviceType
+
+        kernels = [
+            (event.time_range.start, event.name)
+            for event in events
+            if event.device_type == DeviceType.CUDA
+        ]
+        names = [name for _, name in sorted(kernels)]
+        return gpu_engine.profiled(events, steps) | {"layers": by_kind(names, self._kinds)}
+
+
+def by_kind(names: Sequence[str], kinds: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Return the launches of a layer of each kind: the median of the layers, and the most.
+
+    A layer counts from its MARK to that of the next layer. The launches before a MARK are the same
+    in all layers, so the sum is that of a layer. The last layer of a step does not count.
+
+    Args:
+        names: kernels of whole steps in their order.
+        kinds: kind of each layer of a step.
+    """
+    marks = [place for place, name in enumerate(names) if MARK in name]
+    found: dict[str, list[int]] = {}
+    for number, (begin, end) in enumerate(pairwise(marks)):
+        layer = number % len(kinds)
+        if layer < len(kinds) - 1:
+            found.setdefault(kinds[layer], []).append(end - begin)
+    return {
+        kind: {"launches": float(np.median(counts)), "most": max(counts)}
+        for kind, counts in found.items()
+    }

@@ -1,0 +1,107 @@
+"""Floors and launches of `benchmarks.v4_gpu`, and a whole run in small."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import v4_gpu
+from benchmarks._gpu_engine_model import Case
+from benchmarks._v4_gpu_model import V4Shape, decode_bytes, floor
+from benchmarks.workers.gpu_engine import by_class
+from benchmarks.workers.v4_gpu import CLASSES, MARK, by_kind
+from fd_dsa.models.deepseek_v4.config import DeepseekV4Config
+from fd_dsa.models.expected_tensors import expected_tensors
+from fd_dsa.models.registry import read_config
+from tests.models.published import V4_FLASH
+
+HALF, WHOLE = V4Shape(), V4Shape(43, 256)
+
+
+@pytest.mark.parametrize(
+    ("shape", "rows", "context", "ms"),
+    [
+        (HALF, 1, 4096, 2.60),
+        (HALF, 8, 4096, 7.29),
+        (HALF, 32, 4096, 15.4),
+        (HALF, 128, 4096, 19.5),
+        (HALF, 32, 131072, 16.1),
+        (WHOLE, 1, 32768, 2.62),
+        (WHOLE, 32, 4096, 20.2),
+        (WHOLE, 128, 131072, 38.0),
+    ],
+)
+def test_floors_of_decode_steps(shape: V4Shape, rows: int, context: int, ms: float) -> None:
+    """The numbers are from another program, which adds the bytes of single tensors."""
+    assert floor(Case("", "decode", rows, context, 1), shape) == pytest.approx(ms, rel=0.005)
+
+
+@pytest.mark.parametrize(("tokens", "speed"), [(2048, 52e3), (4096, 50e3), (8192, 49e3)])
+def test_floors_of_prompts(tokens: int, speed: float) -> None:
+    assert floor(Case("", "prefill", 1, tokens, 1), WHOLE) == pytest.approx(speed, rel=0.01)
+
+
+def test_very_many_rows_read_all_weights_of_the_file(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(V4_FLASH))
+    config = read_config(tmp_path)
+    assert isinstance(config, DeepseekV4Config)
+    stored = 0.0
+    for name, tensor in expected_tensors(config).items():
+        if "embed_tokens" in name or name.endswith("tid2eid"):
+            # a step reads a row of each token
+            continue
+        size: float = 2
+        if tensor.may_be_fp4:
+            size = 0.5 + 1 / 32
+        elif tensor.quantisable:
+            size = 1 + 1 / 128**2
+        elif "hc_" in name or name.endswith((".ape", ".attn_sink", ".bias")):
+            size = 4
+        stored += size * tensor.num_elements
+    # one more row, beside which the experts do not count
+    rows, few = 1 << 20, WHOLE._replace(experts=6)
+    of_a_row = decode_bytes(few, 2, 0) - decode_bytes(few, 1, 0)
+    read = decode_bytes(WHOLE, rows, 0) - rows * of_a_row
+    assert read == pytest.approx(stored, rel=0.002)
+
+
+def test_launches_are_counted_by_the_kind_of_a_layer() -> None:
+    layers = {"window": 2, "CSA": 5, "HCA": 3}
+    kinds = ["window", "CSA", "HCA", "CSA"]
+    step = ["embedding"]
+    for kind in kinds:
+        step += ["expand_streams_kernel", f"{MARK}_1", *["other"] * (layers[kind] - 2)]
+    # the last layer is followed by the head, and does not count
+    found = by_kind([*step, "head"] * 3, kinds)
+    assert found == {kind: {"launches": n, "most": n} for kind, n in layers.items()}
+
+
+def test_waits_are_the_rest_of_a_step_without_the_profiler() -> None:
+    profiles: dict[str, Any] = {"8": {"busy_us": 9000.0, "layers": {}}, "8192": {"busy_us": 1.0}}
+    cases = [{"case": name, "ours_value": 10.0} for name in ("decode-8x4k", "prefill-1x8k")]
+    [found] = v4_gpu.waits_of(profiles, cases)
+    assert (found["rows"], found["share"]) == (8, pytest.approx(0.1))
+
+
+def test_each_kernel_has_a_class() -> None:
+    kernels = [["attend_v4_kernel", 2.0, 1], ["expert_gemm_kernel", 3.0, 1], ["unknown", 1.0, 1]]
+    rows = by_class({"1": {"kernels": kernels, "busy_us": 6.0}}, CLASSES)
+    found = {row["class"]: row["us_1"] for row in rows if row["us_1"]}
+    assert found == {"attention": 2, "routed experts": 3, "rest": 1, "any kernel runs": 6}
+
+
+def test_a_dry_run_measures_each_kind_of_case(tmp_path: Path) -> None:
+    pytest.importorskip("paddle", reason="the engine computes on Paddle")
+    names = "decode-1x4k", "prefill-1x8k", "mixed-64x2k", "decode-32x32k"
+    flags = ["--dry", "--layers", "4", "--experts", "8", "--cases", ",".join(names)]
+    assert v4_gpu.main([*flags, "--out", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / "v4_gpu.json").read_text())
+    assert result["tier"] == "dry" and (result["layers"], result["experts"]) == (4, 8)
+    assert [case["case"] for case in result["cases"]] == list(names)
+    for case in result["cases"]:
+        assert case["ours_value"] > 0 and ("of_floor" in case) == (case["floor"] is not None)
+    assert result["late_compilations"] == 0 and result["memory"]["bytes_per_token"] > 0
+    assert result["start"]["first_token_s"] > 0
