@@ -12,7 +12,8 @@ id. Answers are greedy and have a fixed length. All runs are in process. The cas
 
 Writes benchmarks/results/v4_gpu.json after each case, the short cases first. After these it writes
 v4_gpu_profile.json, the kernels of a step by purpose. From this profile come the launches of a
-layer, and the share of a step in which the GPU waits for the host.
+layer, and the share of a step in which the GPU waits for the host. The floor counts the experts
+that even routing hits; at the end the hit ones are counted.
 """
 
 from __future__ import annotations
@@ -51,8 +52,10 @@ SMALL = {
     "max_num_seqs": 4,
     "max_num_batched_tokens": 1024,
 }
-# cases of more prompt tokens come after the profile
+# cases of as many prompt tokens come after the profile
 MANY_TOKENS = 1 << 17
+# rows of decode steps whose experts are counted, and tokens of their prompts
+HITS, HIT_PROMPT = (8, 32, 128), 256
 # launches of a decode layer on one GPU: gate and goal
 LAUNCHES = {"CSA": (20, 17), "HCA": (18, 15), "window": (18, 15)}
 # share of a step in which the GPU waits: gate and goal
@@ -104,7 +107,7 @@ def measure_ours(
 ) -> dict[str, Any]:
     """Measure our engine's cases and profiles."""
     result = rig_result(path.stem, args, **shape._asdict())
-    short = {n: case for n, case in cases.items() if case.batch * case.prompt <= MANY_TOKENS}
+    short = {n: case for n, case in cases.items() if case.batch * case.prompt < MANY_TOKENS}
     rest = {name: case for name, case in cases.items() if name not in short}
     config = SMALL if args.dry else CONFIG
     with (
@@ -117,14 +120,22 @@ def measure_ours(
         write_json(path, result)
         engine.call(op="decode", batch=2, prompt=CONFIG["block_size"], new=16)
         run_cases(engine, short, shape, result, path)
+        profiles: dict[str, Any] = {}
         if args.profile and not args.dry:
             profiles = write_profiles(engine, args, result, f"{path.stem}_profile", CLASSES)
             result["launches"] = launches_of(profiles)
-            result["waits"] = waits_of(profiles, result["cases"])
-            print(result["launches"], result["waits"], flush=True)
+            print(*result["launches"], sep="\n", flush=True)
             write_json(path, result)
         run_cases(engine, rest, shape, result, path)
+        result["waits"] = waits_of(profiles, result["cases"])
+        print(*result["waits"], sep="\n", flush=True)
+        write_json(path, result)
         result["memory_after"] = engine.call(op="memory")
+        hits = () if args.dry else HITS
+        result["hits"] = [
+            engine.call(op="experts_hit", batch=rows, prompt=HIT_PROMPT) for rows in hits
+        ]
+        print(result["memory_after"], *result["hits"], sep="\n", flush=True)
     return result
 
 

@@ -33,8 +33,8 @@ CLASSES = {
     "index arrays of the step": ("place_step", "expand_kernel", "csa_rows"),
     "rest": ("",),
 }
-MARK = "write_keys_kernel"
-"""A kernel that every layer has once."""
+STEP, LAYER = "place_step_kernel", "write_keys_kernel"
+"""Kernels that every step begins with, and that every layer has once."""
 
 
 class Phases(logging.Handler):
@@ -120,6 +120,35 @@ class Engine(gpu_engine.Engine):
             "used_bytes": used,
         }
 
+    def experts_hit(self, batch: int, prompt: int) -> dict[str, float]:
+        """Return the experts of a layer that a decode step reads, on average over the layers.
+
+        The step is eager, and its experts are read back. Call this after all measurements.
+        """
+        from fd_dsa.models.deepseek_v4 import device_moe
+
+        runner, counts = self._engine.runner, list[int]()
+
+        def counting(choose: Any) -> Any:
+            def chosen(*given: Any, **named: Any) -> Any:
+                ids, weights = choose(*given, **named)
+                counts.append(len(np.unique(ids.numpy())))
+                return ids, weights
+
+            return chosen
+
+        self._submit(batch, prompt, batch * prompt // self._chunk + 24)
+        while len(self._engine.step()) < batch:
+            pass
+        graphs, native = runner.graphs, (device_moe.choose_experts, device_moe.look_up_experts)
+        runner.graphs = None
+        device_moe.choose_experts, device_moe.look_up_experts = map(counting, native)
+        self._engine.step()
+        device_moe.choose_experts, device_moe.look_up_experts = native
+        runner.graphs = graphs
+        self._drain()
+        return {"rows": batch, "experts": float(np.mean(counts)), "layers": len(counts)}
+
     def of_steps(self, events: Any, steps: int) -> dict[str, Any]:
         """Return the kernels of decode steps, and the launches of a layer of each kind."""
         from torch.autograd import DeviceType
@@ -136,19 +165,20 @@ class Engine(gpu_engine.Engine):
 def by_kind(names: Sequence[str], kinds: Sequence[str]) -> dict[str, dict[str, float]]:
     """Return the launches of a layer of each kind: the median of the layers, and the most.
 
-    A layer counts from its MARK to that of the next layer. The launches before a MARK are the same
-    in all layers, so the sum is that of a layer. The last layer of a step does not count.
+    A layer counts from its LAYER to that of the next layer. The launches before a LAYER are the
+    same in all layers, so the sum is that of a layer. The last layer of a step does not count.
 
     Args:
-        names: kernels of whole steps in their order.
+        names: kernels in their order. Steps that are cut off do not count.
         kinds: kind of each layer of a step.
     """
-    marks = [place for place, name in enumerate(names) if MARK in name]
+    places = [place for place, name in enumerate(names) if STEP in name]
     found: dict[str, list[int]] = {}
-    for number, (begin, end) in enumerate(pairwise(marks)):
-        layer = number % len(kinds)
-        if layer < len(kinds) - 1:
-            found.setdefault(kinds[layer], []).append(end - begin)
+    for begin, end in pairwise([*places, len(names)]):
+        marks = [place for place in range(begin, end) if LAYER in names[place]]
+        if len(marks) == len(kinds):
+            for kind, (first, last) in zip(kinds, pairwise(marks), strict=False):
+                found.setdefault(kind, []).append(last - first)
     return {
         kind: {"launches": float(np.median(counts)), "most": max(counts)}
         for kind, counts in found.items()
