@@ -65,6 +65,11 @@ class V4Shape(NamedTuple):
         """Kind of each layer."""
         return [KINDS[ratio] for ratio in self.ratios]
 
+    def even_hits(self, rows: int) -> float:
+        """Return the experts of a layer that a decode step hits if routing is even."""
+        share = V4_FLASH["num_experts_per_tok"] / self.experts
+        return float(self.experts * (1 - (1 - share) ** rows))
+
 
 CASES = {
     "decode-1x4k": Case("V33", "decode", 1, 4096, 128, 3),
@@ -136,9 +141,8 @@ def decode_bytes(shape: V4Shape, rows: int, context: int) -> float:
         context: tokens of each row.
     """
     w = V4_FLASH
-    hidden, width, chosen = w["hidden_size"], w["moe_intermediate_size"], w["num_experts_per_tok"]
-    hit = shape.experts * (1 - (1 - chosen / shape.experts) ** rows)
-    experts = hit * (2 * _fp4(width, hidden) + _fp4(hidden, width))
+    hidden, width = w["hidden_size"], w["moe_intermediate_size"]
+    experts = shape.even_hits(rows) * (2 * _fp4(width, hidden) + _fp4(hidden, width))
     shared = 2 * _fp8(width, hidden) + _fp8(hidden, width)
     layer = experts + shared + _layer_bytes(shape.experts)
     # read and written around both blocks, which read and write a stream

@@ -133,7 +133,9 @@ def measure_ours(
         result["memory_after"] = engine.call(op="memory")
         hits = () if args.dry else HITS
         result["hits"] = [
-            engine.call(op="experts_hit", batch=rows, prompt=HIT_PROMPT) for rows in hits
+            engine.call(op="experts_hit", batch=rows, prompt=HIT_PROMPT)
+            | {"even": shape.even_hits(rows)}
+            for rows in hits
         ]
         print(result["memory_after"], *result["hits"], sep="\n", flush=True)
     return result

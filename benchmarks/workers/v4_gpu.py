@@ -93,6 +93,8 @@ class Engine(gpu_engine.Engine):
     def memory(self) -> dict[str, Any]:
         """Return the memory of the plan by purpose, and the memory that is used, bytes.
 
+        States are those of rows and of snapshots, with their rings.
+
         A CPU has no number of used bytes.
         """
         from fd_dsa.device.resolve import free_device_bytes, traits_of
@@ -103,14 +105,14 @@ class Engine(gpu_engine.Engine):
         found = {
             "weights": sizes.weight_bytes,
             "blocks": sizes.kv_cache_bytes,
-            "rings, states and snapshots": sizes.state_bytes,
+            "states": sizes.state_bytes,
             "graphs": sizes.graph_bytes,
-            "work memory": 0,
+            "work": 0,
         }
         used = None
         if plan.device != "cpu":
             traits = traits_of(plan.device)
-            found["work memory"] = workspace_bytes(config, plan.model_config, plan.caches, traits)
+            found["work"] = workspace_bytes(config, plan.model_config, plan.caches, traits)
             used = self._free_before - (free_device_bytes(plan.device) or 0)
         return {
             "bytes_per_token": sizes.bytes_per_block / sizes.block_size,

@@ -10,12 +10,14 @@ import pytest
 
 from benchmarks import v4_gpu
 from benchmarks._gpu_engine_model import Case
-from benchmarks._v4_gpu_model import V4Shape, decode_bytes, floor
+from benchmarks._v4_gpu_model import CASES, V4Shape, decode_bytes, floor
 from benchmarks.workers.gpu_engine import by_class
 from benchmarks.workers.v4_gpu import CLASSES, LAYER, STEP, by_kind
 from fd_dsa.models.deepseek_v4.config import DeepseekV4Config
 from fd_dsa.models.expected_tensors import expected_tensors
 from fd_dsa.models.registry import read_config
+from tests.benchmarks.results import result as made_up
+from tests.benchmarks.results import shown
 from tests.models.published import V4_FLASH
 
 HALF, WHOLE = V4Shape(), V4Shape(43, 256)
@@ -92,6 +94,30 @@ def test_each_kernel_has_a_class() -> None:
     rows = by_class({"1": {"kernels": kernels, "busy_us": 6.0}}, CLASSES)
     found = {row["class"]: row["us_1"] for row in rows if row["us_1"]}
     assert found == {"attention": 2, "routed experts": 3, "rest": 1, "any kernel runs": 6}
+
+
+def test_the_page_shows_cases_launches_waits_and_hits(tmp_path: Path) -> None:
+    cases = [
+        v4_gpu.entry("decode-1x4k", CASES["decode-1x4k"], 5.2, 2.6) | {"of_floor": 0.5},
+        v4_gpu.entry("mixed-64x2k", CASES["mixed-64x2k"], 9000.0, None),
+    ]
+    profiles: dict[str, Any] = {"1": {"layers": {"CSA": {"launches": 19.0, "most": 20}}}}
+    profiles["1"]["busy_us"] = 5000.0
+    memory = {"planned": {"weights": 88.2e9}, "bytes_per_token": 6880.0, "planned_bytes": 1.35e11}
+    memory["used_bytes"] = 1.34e11
+    changes = {"memory": memory, "memory_after": memory, "late_compilations": 0}
+    changes |= {"start": {"engine_s": 41.0, "first_token_s": 0.05}}
+    changes |= {"launches": v4_gpu.launches_of(profiles)}
+    changes |= {"waits": v4_gpu.waits_of(profiles, cases)}
+    changes |= {"hits": [{"rows": 8, "experts": 40.5, "even": HALF.even_hits(8)}]}
+    text = shown(tmp_path, made_up("v4_gpu", cases, **changes))
+    # without a peer, and without a floor
+    assert "| case | fd_dsa | unit | floor | of the floor |" in text
+    assert "| decode-1x4k | 5.20 | ms a token | 2.60 | 50% |" in text
+    assert "| mixed-64x2k | 9,000.00 | tokens/s |" in text
+    assert "Start with 88.2 GB of random weights: 41 s; first token after that in 50 ms." in text
+    assert "| 1 | 19 (gate 20, goal 17) |" in text and "| 1 | 5,200 | 5,000 | 3.8% |" in text
+    assert "| 8 | 40.5 | 40.8 |" in text
 
 
 def test_a_dry_run_measures_each_kind_of_case(tmp_path: Path) -> None:
