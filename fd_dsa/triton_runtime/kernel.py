@@ -159,14 +159,14 @@ def _specialization(value: int) -> int:
     return 1 if value == 1 else 0 if value & 15 else 16
 
 
-def _has_key(variant: Variant, names: Sequence[str], types: Sequence[type]) -> bool:
-    """Return True if a key selects this variant for calls with such names and types."""
+def _has_key(variant: Variant, names: Sequence[str], values: Sequence[Any]) -> bool:
+    """Return True if a key selects this variant for calls with such names and values."""
     parameters, arguments = variant.signature.parameters, variant.arguments
-    for name, kind in zip(names, types, strict=True):
-        parameter = parameters.get(name)
+    for name, value in zip(names, values, strict=True):
+        parameter, kind = parameters.get(name), type(value)
         if parameter is None or parameter.is_constexpr:
             # a key does not distinguish 0.0 and -0.0, and does not find NaN
-            is_plain = kind is not float
+            is_plain = kind is not float or abs(value) > 0
         else:
             is_plain = kind in _NUMBERS or hasattr(kind, "data_ptr")
         if not is_plain:
@@ -372,9 +372,9 @@ class Kernel:
     ) -> None:
         """Remember the variant for later calls that are spelled like this one."""
         values, names = (*args, *kwargs.values()), (*self.arg_names[: len(args)], *kwargs)
-        types = [*map(type, values)]
-        if not _has_key(variant, names, types):
+        if not _has_key(variant, names, values):
             return
+        types = [*map(type, values)]
         with self._lock:
             spelling = self._spellings.get((*kwargs, *types))
             if spelling is None:

@@ -149,12 +149,12 @@ def test_each_constant_passes_all_checks_once(
     kernel, library.codes = paddle_jit(fill_kernel.fn), "Q"
     checked = count_checks(kernel, monkeypatch)
     for _ in range(4):
-        # True equals a number before it
-        for value in (*range(40), True):
+        # True and a float equal a number before them
+        for value in (*range(40), True, 10.0, 0.5):
             kernel[(1,)](X, VALUE=value, num_warps=8)
-    assert len(library.loaded) == len(checked) == 41
+    assert len(library.loaded) == len(checked) == 43
     functions = [launch.function for launch in library.launches]
-    assert functions[:41] == functions[-41:]
+    assert functions[:43] == functions[-43:]
     with pytest.raises(LaunchError, match="'VALUE' is a list, but it is compiled in"):
         kernel[(1,)](X, VALUE=[1], num_warps=8)
 
