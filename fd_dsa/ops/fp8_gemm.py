@@ -6,17 +6,27 @@ With few rows the time is that of reading the weight. The kernel then computes t
 because the instructions have at least 64 rows, and splits K among programs until they fill the
 device. Many rows fill the device without a split.
 
+A GEMM by group multiplies each group of a row's inputs by a weight of its own.
+
 Source: DeepSeek-V3 (arXiv 2412.19437) §3.3.2, promotion of partial sums every 128 values.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 from fd_dsa.errors import ShapeError
-from fd_dsa.ops.dense_kernels import GROUP, empty_beside, native_fp8
+from fd_dsa.ops.dense_kernels import (
+    GROUP,
+    empty_beside,
+    empty_fp8_rows,
+    kernel_arguments,
+    native_fp8,
+)
 from fd_dsa.ops.device_functions import stored
 from fd_dsa.ops.fixed_order import fixed_order
+from fd_dsa.ops.head_gemm import store_heads
 from fd_dsa.ops.split_sums import (
     Tiling,
     clear_counters,
@@ -150,18 +160,27 @@ def fp8_linear_kernel(
     weight_ptr,
     weight_scales_ptr,
     out_ptr,
+    codes_ptr,
+    scales_ptr,
+    scales_stride,
     scratch_ptr,
     num_rows,
     x_stride,
     WIDTH: tl.constexpr,
     COLUMNS: tl.constexpr,
+    NUM_GROUPS: tl.constexpr,
+    ROUND_SCALES: tl.constexpr,
     NATIVE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     STEPS: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """Compute tile `program 0` of the result from the groups of 128 along K of `program 1`."""
+    """Compute tile `program 0` of the result from the groups of 128 along K of `program 1`.
+
+    The columns are those of NUM_GROUPS weights, each of which reads WIDTH inputs of a row. Without
+    `out_ptr` the columns of a tile are quantized, which are one group.
+    """
     wait_for_inputs()
     row_tiles = (num_rows + BLOCK_ROWS - 1) // BLOCK_ROWS
     in_band: tl.constexpr = (COLUMNS + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS * _BAND
@@ -174,13 +193,18 @@ def fp8_linear_kernel(
     live, row = row < num_rows, row.to(tl.int64)
     groups: tl.constexpr = (WIDTH + _GROUP - 1) // _GROUP
     first = tl.program_id(1) * STEPS
-    x = fp8_pointer(x_ptr, NATIVE) + row[:, None] * WIDTH
+    x = fp8_pointer(x_ptr, NATIVE) + row[:, None] * (NUM_GROUPS * WIDTH)
+    x_scales = x_scales_ptr + row
+    if NUM_GROUPS > 1:
+        own = (first_column // (COLUMNS // NUM_GROUPS)).to(tl.int64)
+        x += own * WIDTH
+        x_scales += own * groups * x_stride
     # columns past the end repeat the last column, so that loads need no mask
     source = tl.minimum(column, COLUMNS - 1).to(tl.int64)
     weight = fp8_pointer(weight_ptr, NATIVE) + source[:, None] * WIDTH
     scales = weight_scales_ptr + first_column // _GROUP * groups
     total, _ = fp8_sums(
-        x, x_scales_ptr + row, live, weight, scales, 0, 0, x_stride, first,
+        x, x_scales, live, weight, scales, 0, 0, x_stride, first,
         tl.minimum(first + STEPS, groups), WIDTH, False, BLOCK_ROWS, BLOCK_COLUMNS, NATIVE,
     )  # fmt: skip
     start_next()
@@ -188,9 +212,15 @@ def fp8_linear_kernel(
     if SPLITS > 1:
         total, last = sum_of_parts(total, scratch_ptr, tile, tl.program_id(1), SPLITS)
     if last:
-        to = out_ptr + row[:, None] * COLUMNS + column[None, :]
-        mask = live[:, None] & (column < COLUMNS)[None, :]
-        tl.store(to, stored(total, out_ptr), mask=mask)
+        if out_ptr is not None:
+            to = out_ptr + row[:, None] * COLUMNS + column[None, :]
+            mask = live[:, None] & (column < COLUMNS)[None, :]
+            tl.store(to, stored(total, out_ptr), mask=mask)
+        else:
+            store_heads(
+                total, row, column - first_column, first_column // _GROUP, COLUMNS // _GROUP, live,
+                column < COLUMNS, None, codes_ptr, scales_ptr, scales_stride, _GROUP, ROUND_SCALES,
+            )  # fmt: skip
 
 
 def launch_options(
@@ -236,12 +266,61 @@ def fp8_linear(
     Raises:
         ShapeError: the weight does not fit the rows, or its scales do not fit its codes.
     """
-    (num_rows, width), columns = rows.codes.shape, codes.shape[0]
+    num_rows, width = rows.codes.shape
     check_weight(codes, scales, width)
-    out = empty_beside(rows.codes, num_rows, columns, dtype=out_dtype)
+    out = empty_beside(rows.codes, num_rows, codes.shape[0], dtype=out_dtype)
+    _launch(rows, codes, scales, out, tiling or configuration(rows_of_tiles(num_rows)), scratch)
+    return out
+
+
+def fp8_linear_by_group(
+    rows: Fp8Rows, codes: Tensor, scales: Tensor, round_scales: bool | None = None
+) -> Any:
+    """Multiply each group of the inputs of a row by its weight^T: [num_rows, groups * out].
+
+    Args:
+        rows: activations [num_rows, groups * width].
+        codes: uint8 [groups * out, width], contiguous, e4m3 bits; both multiples of 128.
+        scales: float32 [groups * out / 128, width / 128], contiguous.
+        round_scales: None returns bfloat16. Otherwise the result is Fp8Rows with such scales.
+
+    Raises:
+        ShapeError: as for `fp8_linear`.
+    """
+    (num_rows, inputs), (columns, width) = rows.codes.shape, codes.shape
+    groups = inputs // width
+    check_weight(codes, scales, width)
+    if inputs % width or width % GROUP or columns % (groups * GROUP):
+        raise ShapeError(
+            f"FP8 weight by group: got {[columns, width]} and rows of {inputs} codes, allowed are "
+            f"groups of multiples of {GROUP}"
+        )
+    tiling = configuration(rows_of_tiles(num_rows))
+    if round_scales is None:
+        out: Any = empty_beside(rows.codes, num_rows, columns, dtype="bfloat16")
+    else:
+        # a tile quantizes its columns
+        tiling = tiling._replace(columns=GROUP)
+        out = empty_fp8_rows(rows.codes, num_rows, columns)
+    _launch(rows, codes, scales, out, tiling, None, groups, bool(round_scales))
+    return out
+
+
+def _launch(
+    rows: Fp8Rows,
+    codes: Tensor,
+    scales: Tensor,
+    out: Tensor | Fp8Rows,
+    tiling: Tiling,
+    scratch: Tensor | None,
+    num_groups: int = 1,
+    round_scales: bool = False,
+) -> None:
+    """Launch the kernel that fills `out`."""
+    num_rows, (columns, width) = rows.codes.shape[0], codes.shape
     if not num_rows or not columns:
-        return out
-    sizes, tiling = (num_rows, columns, width), tiling or configuration(rows_of_tiles(num_rows))
+        return
+    sizes = num_rows, columns, width
     if fixed_order():
         tiling = tiling._replace(programs=1)
     grid, options = launch_options(*sizes, tiling)
@@ -251,11 +330,11 @@ def fp8_linear(
             grid, options = launch_options(*sizes, tiling._replace(programs=1))
     try:
         fp8_linear_kernel[grid](
-            rows.codes, rows.scales, codes, scales, out, scratch if grid[1] > 1 else None,
-            num_rows, rows.scales.shape[1], WIDTH=width, COLUMNS=columns,
+            rows.codes, rows.scales, codes, scales, *kernel_arguments(out),
+            scratch if grid[1] > 1 else None, num_rows, rows.scales.shape[1], WIDTH=width,
+            COLUMNS=columns, NUM_GROUPS=num_groups, ROUND_SCALES=round_scales,
             NATIVE=native_fp8(codes), **options,
         )  # fmt: skip
     except BaseException:
         clear_counters(scratch)
         raise
-    return out

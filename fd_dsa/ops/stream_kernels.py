@@ -2,7 +2,8 @@
 
 The first launch adds the output of a block to the streams and multiplies them by the weight of the
 next connection. The sums of this GEMM are in parts, one for each program. The second launch adds
-the parts, makes the gates, and norms the weighted sum that the next block reads.
+the parts, makes the gates, and norms the weighted sum that the next block reads. If FP8 weights
+read it, the launch quantises it, too.
 
 Streams have the type of the activations, everything between them is float32. The order of a token's
 sums depends only on the sizes of the model.
@@ -12,10 +13,17 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from fd_dsa.ops.dense_kernels import empty_beside, sigmoid
+from fd_dsa.ops.dense_kernels import (
+    GROUP,
+    empty_beside,
+    empty_fp8_rows,
+    kernel_arguments,
+    sigmoid,
+    store_groups,
+)
 from fd_dsa.ops.device_functions import stored, widened
 from fd_dsa.ops.step_kernel import step_kernel
-from fd_dsa.tensor import Tensor
+from fd_dsa.tensor import Normed, Tensor
 from fd_dsa.triton_runtime import next_power_of_2, start_next, wait_for_inputs
 
 import triton  # isort: skip
@@ -37,6 +45,7 @@ class Connection(NamedTuple):
         norm_epsilon: term added to mean squares, of the streams and of the result.
         epsilon: term added to gates and to the sums of the doubly stochastic matrix.
         iterations: normalisations of that matrix; 0 = the connection of the head.
+        round_scales: as for DeviceNorm.
     """
 
     fn: Tensor
@@ -46,6 +55,7 @@ class Connection(NamedTuple):
     norm_epsilon: float
     epsilon: float
     iterations: int
+    round_scales: bool | None = None
 
 
 @step_kernel(waits=True)
@@ -147,6 +157,9 @@ def read_streams_kernel(
     norm_ptr,
     mixture_ptr,
     out_ptr,
+    codes_ptr,
+    scales_ptr,
+    scale_stride,
     num_tokens,
     norm_epsilon,
     epsilon,
@@ -159,10 +172,12 @@ def read_streams_kernel(
     ITERATIONS: tl.constexpr,
     PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
+    ROUND_SCALES: tl.constexpr,
 ):
     """Read the input of a block for token `program 0`, and write the mixture unless it is None.
 
-    PADDED, PARTS_PADDED and BLOCK are STREAMS, PARTS and WIDTH as powers of two.
+    `codes_ptr` and `scales_ptr` may be None together. PADDED, PARTS_PADDED and BLOCK are STREAMS,
+    PARTS and WIDTH as powers of two.
     """
     token = tl.program_id(0).to(tl.int64)
     channel = tl.arange(0, BLOCK)
@@ -206,7 +221,11 @@ def read_streams_kernel(
         one = widened(tl.load(streams_ptr + place, mask=inside, other=0.0))
         x += one * tl.sum(tl.where(stream == index, gate, 0.0), axis=0)
     x = x * (1.0 / tl.sqrt_rn(tl.sum(x * x, axis=0) / WIDTH + norm_epsilon)) * weight
-    tl.store(out_ptr + token * WIDTH + channel, stored(x, out_ptr), mask=inside)
+    normed = stored(x, out_ptr)
+    tl.store(out_ptr + token * WIDTH + channel, normed, mask=inside)
+    if codes_ptr is not None:
+        codes, scales = codes_ptr + token * WIDTH, scales_ptr + token
+        store_groups(widened(normed), codes, scales, scale_stride, WIDTH, BLOCK, ROUND_SCALES)
 
 
 def expand_streams(
@@ -254,27 +273,31 @@ def expand_streams(
 
 def read_streams(
     streams: Tensor, sums: Tensor, connection: Connection
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor | Normed, Tensor | None]:
     """Return the normed input of a block, and the mixture that adds its output to the streams.
 
     Args:
         streams, sums: results of `expand_streams` with the same connection.
 
     Returns:
-        [num_tokens, width]; and float32 [num_tokens, num_streams, num_streams + 1], None for the
-        head. A row has the factors of a stream: of all streams before, and of the block's output.
+        [num_tokens, width], with `round_scales` also in FP8; and float32 [num_tokens, num_streams,
+        num_streams + 1], None for the head. A row has the factors of a stream: of all streams
+        before, and of the block's output.
     """
-    tokens, count, width = streams.shape
+    (tokens, count, width), rounds = streams.shape, connection.round_scales
     out, mixture = empty_beside(streams, tokens, width), None
+    fp8 = None if rounds is None else empty_fp8_rows(streams, tokens, width)
     if connection.iterations:
         mixture = empty_beside(streams, tokens, count, count + 1, dtype="float32")
-    block = next_power_of_2(width)
+    block = max(GROUP, next_power_of_2(width))
     if tokens:
+        _, *quantised = kernel_arguments(fp8)
         read_streams_kernel[(tokens,)](
             streams, sums, connection.base, connection.scale, connection.norm, mixture, out,
-            tokens, connection.norm_epsilon, connection.epsilon, WIDTH=width, STREAMS=count,
-            MIXES=connection.base.shape[0], COLUMNS=sums.shape[2], PARTS=sums.shape[0],
-            PARTS_PADDED=next_power_of_2(sums.shape[0]), ITERATIONS=connection.iterations,
-            PADDED=next_power_of_2(count), BLOCK=block, num_warps=4 if block <= 2048 else 8,
+            *quantised, tokens, connection.norm_epsilon, connection.epsilon, WIDTH=width,
+            STREAMS=count, MIXES=connection.base.shape[0], COLUMNS=sums.shape[2],
+            PARTS=sums.shape[0], PARTS_PADDED=next_power_of_2(sums.shape[0]),
+            ITERATIONS=connection.iterations, PADDED=next_power_of_2(count), BLOCK=block,
+            ROUND_SCALES=bool(rounds), num_warps=4 if block <= 2048 else 8,
         )  # fmt: skip
-    return out, mixture
+    return out if fp8 is None else Normed(out, fp8), mixture

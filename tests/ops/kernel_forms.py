@@ -304,7 +304,16 @@ for rows, columns, width in ((1, 2240, 7168), (64, 7168, 16384), (8192, 4096, 71
     if options["SPLITS"] == 1:
         options["scratch_ptr"] = None
     compile("fp8 2", gemm.fp8_linear_kernel, types, WIDTH=width, COLUMNS=columns, NATIVE=NATIVE,
-            **options)
+            NUM_GROUPS=1, ROUND_SCALES=False, codes_ptr=None, scales_ptr=None, **options)
+# wo_a of DeepSeek-V4, whose results are codes
+types = dict.fromkeys(("x_ptr", "weight_ptr", "codes_ptr"), "uint8")
+for rows in 1, 32, 64, 8192:
+    tiling = gemm.configuration(rows)._replace(columns=128)
+    _, options = gemm.launch_options(rows, 8192, 4096, tiling)
+    if options["SPLITS"] == 1:
+        options["scratch_ptr"] = None
+    compile("fp8 2", gemm.fp8_linear_kernel, types, out_ptr=None, WIDTH=4096, COLUMNS=8192,
+            NUM_GROUPS=8, ROUND_SCALES=True, NATIVE=NATIVE, **options)
 for tokens in (1, 32, 512, 8192):
     for gated, columns, width in (True, 2048, 7168), (False, 7168, 2048):
         tiling = experts.configuration("uint8", 8 * tokens, 256, gated, columns, SHARED)

@@ -13,7 +13,7 @@ from benchmarks import _tilings
 from fd_dsa.device.transfers import Transfers
 from fd_dsa.errors import ShapeError
 from fd_dsa.ops import split_sums
-from fd_dsa.ops.fp8_gemm import configuration, fp8_linear
+from fd_dsa.ops.fp8_gemm import configuration, fp8_linear, fp8_linear_by_group
 from fd_dsa.ops.split_sums import Tiling
 from tests.kernel_memory import KernelMemory, ending_midway
 from tests.ops import block_fp8
@@ -69,6 +69,34 @@ def shapes(m: KernelMemory) -> tuple[tuple[int, int, int], ...]:
 def test_values(paddle_memory: KernelMemory, out_dtype: str) -> None:
     for shape in shapes(paddle_memory):
         Case(paddle_memory, *shape).check(out_dtype)
+
+
+@pytest.mark.parametrize("round_scales", [None, False, True])
+def test_values_by_group(paddle_memory: KernelMemory, round_scales: bool | None) -> None:
+    """Each group of inputs has a weight of its own. Codes are those of the result in bfloat16."""
+    m, rng = paddle_memory, np.random.default_rng(4)
+    for rows, groups, columns, width in ((1, 3, 128, 640), (19, 2, 256, 128), (65, 2, 128, 256)):
+        x = block_fp8.activations(rng, rows, groups * width)
+        weight = block_fp8.weight(rng, groups * columns, width)
+        values = row_values(*x).reshape(rows, groups, width)
+        every = weight_values(*weight).reshape(groups, columns, width)
+        wanted = np.einsum("rgk,gnk->rgn", values, every).reshape(rows, -1)
+        size = np.einsum("rgk,gnk->rgn", np.abs(values), np.abs(every)).reshape(rows, -1)
+        operands = put_pair(m, x), *put_pair(m, weight)[:2]
+        found = fp8_linear_by_group(*operands, round_scales)
+        if round_scales is not None:
+            plain = block_fp8.get(m, fp8_linear_by_group(*operands))
+            block_fp8.check_quantized(m, found, plain, round_scales)
+            continue
+        step = 2.0**-10 if m.on_gpu else 2.0**-21
+        bound = step * size + 2.0**-8 * np.abs(wanted)
+        assert (np.abs(block_fp8.get(m, found) - wanted) <= bound).all()
+
+
+def test_groups_that_do_not_fit_are_refused(paddle_memory: KernelMemory) -> None:
+    x, codes, scales = _operands(paddle_memory, 2)
+    with pytest.raises(ShapeError, match=r"by group: got \[130, 136\] and rows of 136 codes"):
+        fp8_linear_by_group(x, codes, scales)
 
 
 # tiles of part of a scale's columns, a part for each of 5 groups along K, two bands of row tiles

@@ -97,6 +97,9 @@ def test_forms_of_deepseek_v4(capability: int) -> None:
     names = {"streams", "norm", "keys", "rotate", "pool", "keep", "attend", "silu", "experts"}
     assert {form["label"] for form in made} == names | {"choice", "look up", "place", "snapshots"}
     for form in made:
+        if "needs_fp8" in form:
+            assert capability < 89 and form["label"] == "norm"
+            continue
         if capability == 90:
             assert_waits(form)
         assert form["shared"] <= SHARED[capability], form["label"]
@@ -120,7 +123,7 @@ def test_forms_of_experts_in_four_bits(capability: int) -> None:
 @pytest.mark.slow
 def test_tuned_forms_are_what_they_are_chosen_for() -> None:
     made = compiled(TUNED)
-    assert len(made) == 4 + 4 + 9 + 4 + 8 + 2 + 5 + 9 + 2 + 7
+    assert len(made) == 4 + 4 + 9 + 4 + 4 + 8 + 2 + 5 + 9 + 2 + 7
     for form in made:
         assert_waits(form)
         name, blocks = form["label"], form["blocks"]

@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("paddle", reason="the launches take Paddle's tensors")
 
 from fd_dsa.ops.stream_kernels import Connection, expand_streams, read_streams
+from fd_dsa.tensor import Normed
 from tests.kernel_memory import KernelMemory
 from tests.ops import block_fp8
 
@@ -122,6 +123,23 @@ def test_a_change_of_every_stream(kind: str, paddle_memory: KernelMemory) -> Non
     check(block_fp8.get(m, found), wanted, STEPS[kind])
     x, _ = read_streams(found, sums, weights.put(m))
     check(block_fp8.get(m, x), weights.read(block_fp8.get(m, found))[0], STEPS[kind])
+
+
+@pytest.mark.parametrize("round_scales", [False, True])
+@pytest.mark.parametrize("width", [40, 200])
+def test_codes_are_those_of_the_result(
+    width: int, round_scales: bool, paddle_memory: KernelMemory
+) -> None:
+    m, connection = paddle_memory, Weights(2, width, 2).put(paddle_memory)
+    streams, _ = drawn(m, "bfloat16", 5, 2, width)
+    _, sums = expand_streams(streams, None, None, connection, 2)
+    plain, mixture = read_streams(streams, sums, connection)
+    found, same = read_streams(streams, sums, connection._replace(round_scales=round_scales))
+    assert isinstance(found, Normed)
+    values = block_fp8.get(m, plain)
+    np.testing.assert_array_equal(block_fp8.get(m, found.plain), values)
+    np.testing.assert_array_equal(m.get(same), m.get(mixture))
+    block_fp8.check_quantized(m, found.fp8, values, round_scales)
 
 
 def check(found: np.ndarray, wanted: np.ndarray | None, step: float) -> None:

@@ -30,8 +30,10 @@ for kind in ("float32", "bfloat16"):
         compile("streams", expand_streams_kernel, types, **block, TOKENS=16, BLOCK=64,
                 num_warps=4, **absent)
     for absent in ({}, {"mixture_ptr": None}):
-        compile("norm", read_streams_kernel, types, **block, PARTS=64, PARTS_PADDED=64,
-                ITERATIONS=20, PADDED=4, BLOCK=4096, num_warps=8, **absent)
+        for codes in ({}, {"codes_ptr": None, "scales_ptr": None}):
+            compile("norm", read_streams_kernel, types | dict(codes_ptr="uint8"), **block,
+                    PARTS=64, PARTS_PADDED=64, ITERATIONS=20, PADDED=4, BLOCK=4096,
+                    ROUND_SCALES=True, num_warps=8, **absent, **codes)
     compile("keys", write.write_keys_kernel, types, WIDTH=WIDTH, ROPE=ROPE, PADDED=WIDTH)
     compile("rotate", write.rotate_heads_kernel, types, WIDTH=INDEX, ROPE=ROPE, HEADS=16,
             PADDED=INDEX)
