@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from math import prod
 
@@ -17,7 +18,7 @@ from fd_dsa.models.four_bits import FourBits
 from fd_dsa.models.sources import RandomTensor, SourceTensor, WeightLoader
 from fd_dsa.models.weights import checked_ids, halves_of_heads
 from fd_dsa.ops.cache_write import bfloat16_bits
-from fd_dsa.ops.device_matrix import DeviceMatrix, DeviceNorm, FourBitExperts
+from fd_dsa.ops.device_matrix import DeviceMatrix, DeviceNorm, FourBitExperts, GroupedFp8
 from fd_dsa.ops.fill_kernels import fill_constant, fill_random
 from fd_dsa.tensor import FourBitWeight, Tensor
 
@@ -26,6 +27,8 @@ ExpertMatrix = DeviceMatrix | FourBitExperts
 """Weight of a grouped GEMM of experts."""
 # dtype of held weights -> its name in the safetensors format
 _STORED = {"float32": "F32", "bfloat16": "BF16"}
+# beginning of the names of a layer's tensors, such as `model.layers.3.` and `mtp.0.`
+_LAYER = re.compile(r"\D*\d+\.")
 
 
 class DeviceWeights:
@@ -77,9 +80,12 @@ class DeviceWeights:
 
     def norm(self, name: str, width: int, epsilon: float) -> DeviceNorm:
         """Return an RMSNorm with a weight, which rounds its scales if its layer is FP8."""
+        return DeviceNorm(self.vector({name: width}), epsilon, self.scales_after(name))
+
+    def scales_after(self, name: str) -> bool | None:
+        """Return `round_scales` of FP8 weights that read a norm, None if its layer has none."""
         # the MTP layer may be the only one in FP8
-        rounds = self._round_scales if _layer_of(name) in self._fp8_layers else None
-        return DeviceNorm(self.vector({name: width}), epsilon, rounds)
+        return self._round_scales if _layer_of(name) in self._fp8_layers else None
 
     def table(self, name: str, rows: int, width: int) -> tuple[Tensor, DeviceMatrix]:
         """Return the embedding [rows, width], and its memory as the weight of a head."""
@@ -144,8 +150,16 @@ class DeviceWeights:
         first = group.rank * heads
         return DeviceMatrix(whole[first : first + heads], whole=DeviceMatrix(whole))
 
-    def grouped(self, name: str, groups: int, in_width: int, out_width: int) -> DeviceMatrix:
-        """Return the weight [groups, in_width, out_width] of a GEMM per group."""
+    def grouped(
+        self, name: str, groups: int, in_width: int, out_width: int
+    ) -> DeviceMatrix | GroupedFp8:
+        """Return the weight [groups, in_width, out_width] of a GEMM per group, or its FP8 form."""
+        if name in self.fp8:
+            rows = groups * out_width
+            weight = self._weight((rows, in_width), is_fp8=True)
+            self._fills_rows(name, weight, 0, rows)
+            assert weight.scales is not None
+            return GroupedFp8(weight.values, weight.scales, self._round_scales)
         target = self._allocate((groups, in_width, out_width), self._dtype)
 
         def load(source: SourceTensor) -> None:
@@ -355,5 +369,6 @@ class DeviceWeights:
 
 
 def _layer_of(name: str) -> str:
-    """Return the prefix that tensors of one layer share."""
-    return ".".join(name.split(".")[:3])
+    """Return the prefix that tensors of one layer share, the whole name of other tensors."""
+    found = _LAYER.match(name)
+    return found[0] if found else name

@@ -11,7 +11,7 @@ from fd_dsa.errors import CheckpointError, flag_error, shorten
 from fd_dsa.models.checkpoint import Checkpoint
 from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.deepseek_v4.config import DeepseekV4Config
-from fd_dsa.models.deepseek_v4.tensors import DSPARK
+from fd_dsa.models.deepseek_v4.tensors import DSPARK, has_whole_blocks
 from fd_dsa.models.dequantize import (
     BLOCK,
     FLOAT_DTYPES,
@@ -352,12 +352,12 @@ def _held(config: FamilyConfig, names: Iterable[str]) -> frozenset[str]:
 
     kv_b_proj does not, because halves of its heads cross the blocks. A wk that is not among the
     first projections does not, because it shares a launch with weights_proj, which is never FP8.
-    DeepSeek-V4 has none, because its layers multiply in the type of the activations.
+    Tensors of DeepSeek-V4 do not if they would cut blocks.
     """
-    if isinstance(config, DeepseekV4Config):
-        return frozenset()
     if config.weight_block_size != (BLOCK, BLOCK):
         return frozenset()
+    if isinstance(config, DeepseekV4Config):
+        return frozenset(name for name in names if has_whole_blocks(config, name))
     found = frozenset(name for name in names if not name.endswith("kv_b_proj.weight"))
     keys = {name: name.removesuffix(_WK) for name in found if name.endswith(_WK)}
     return found - {

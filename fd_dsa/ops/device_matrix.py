@@ -30,7 +30,7 @@ from fd_dsa.ops.dense_kernels import (
 from fd_dsa.ops.expert_gemm import expert_gemm
 from fd_dsa.ops.fixed_order import fixed_order
 from fd_dsa.ops.four_bit_gemm import four_bit_gemm
-from fd_dsa.ops.fp8_gemm import fp8_linear
+from fd_dsa.ops.fp8_gemm import fp8_linear, fp8_linear_by_group
 from fd_dsa.ops.head_gemm import head_gemm, linear_in_one_order
 from fd_dsa.ops.host_rows import Reducer
 from fd_dsa.tensor import FourBitWeight, Fp8Rows, Normed, Place, Tensor
@@ -222,6 +222,26 @@ class DeviceMatrix:
         if self.scales is None:
             return values_of(x)
         return x.fp8 if isinstance(x, Normed) else quantize_rows(x, self.round_scales)
+
+
+class GroupedFp8:
+    """FP8 weight that multiplies each group of inputs by a matrix of its own.
+
+    Args:
+        codes, scales: as for `fp8_linear_by_group`.
+        round_scales: as for DeviceMatrix.
+    """
+
+    __slots__ = ("codes", "round_scales", "scales")
+
+    def __init__(self, codes: Tensor, scales: Tensor, round_scales: bool) -> None:
+        self.codes, self.scales, self.round_scales = codes, scales, round_scales
+
+    def matmul_join_heads(self, x: Tensor, reader: DeviceMatrix) -> Any:
+        """Multiply x [num_tokens, groups, in], contiguous, as that of DeviceMatrix does."""
+        rows = quantize_rows(x.reshape([x.shape[0], -1]), self.round_scales)
+        rounds = None if reader.scales is None else reader.round_scales
+        return fp8_linear_by_group(rows, self.codes, self.scales, rounds)
 
 
 class FourBitExperts:

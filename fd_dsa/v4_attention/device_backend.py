@@ -40,7 +40,7 @@ from fd_dsa.ops.v4_write_kernels import (
 )
 from fd_dsa.runner.input_batch import InputBatch
 from fd_dsa.step import StepHints
-from fd_dsa.tensor import StepArray, Tensor
+from fd_dsa.tensor import Normed, StepArray, Tensor
 from fd_dsa.v4_attention.device_memory import num_scores
 from fd_dsa.v4_attention.device_pools import DeviceLayout, DevicePools
 from fd_dsa.v4_attention.device_step import DeviceStep, StepPlaces
@@ -171,7 +171,7 @@ class V4DeviceBackend:
     def forward(
         self,
         layer: DeviceV4Attention,
-        hidden: Tensor,
+        hidden: Tensor | Normed,
         rotation: None,
         forward_meta: BackendStep,
         shared: None = None,
@@ -214,8 +214,8 @@ class V4DeviceBackend:
     def select_entries(
         self,
         layer: DeviceV4Attention,
-        latent: Tensor,
-        hidden: Tensor,
+        latent: Tensor | Normed,
+        hidden: Tensor | Normed,
         cache: Tensor,
         step: DeviceStep,
         cos_sin: Tensor,

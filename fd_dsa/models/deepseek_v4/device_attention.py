@@ -5,7 +5,7 @@ from __future__ import annotations
 from fd_dsa.attention.protocol import LayerStep
 from fd_dsa.models.deepseek_v4.config import CSA, WINDOW, DeepseekV4Config
 from fd_dsa.models.weights_protocol import Weights
-from fd_dsa.tensor import Tensor
+from fd_dsa.tensor import Normed, Tensor
 
 
 class DeviceCompressor:
@@ -78,7 +78,7 @@ class DeviceV4Attention:
         self._out_a = weights.grouped(f"{prefix}wo_a.weight", self._groups, group, low)
         self._out_b = weights.matrix(self._groups * low, {f"{prefix}wo_b.weight": hidden})
 
-    def forward(self, x: Tensor, forward_meta: LayerStep) -> Tensor:
+    def forward(self, x: Tensor | Normed, forward_meta: LayerStep) -> Tensor:
         """Return the attention output [num_tokens, hidden_size] of normed inputs."""
         attended, _ = forward_meta.attn_backend.forward(self, x, None, forward_meta)
         grouped = attended.reshape([attended.shape[0], self._groups, -1])
@@ -86,7 +86,7 @@ class DeviceV4Attention:
         out: Tensor = self._out_b.matmul(low)
         return out
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def project(self, x: Tensor | Normed) -> tuple[Tensor | Normed, Tensor]:
         """Project the layer's input to normed latents of the queries, and to keys.
 
         Returns:
@@ -96,17 +96,17 @@ class DeviceV4Attention:
         both = self._down.matmul(x)
         return self._q_norm.normalize(both[:, : self._rank]), both[:, self._rank :]
 
-    def sources(self, x: Tensor) -> Tensor:
+    def sources(self, x: Tensor | Normed) -> Tensor:
         """Project to the sources of the compressors, float32 [num_tokens, values of a source]."""
         found: Tensor = self._sources.matmul(x)
         return found
 
-    def queries(self, latent: Tensor) -> Tensor:
+    def queries(self, latent: Tensor | Normed) -> Tensor:
         """Project latents to queries [num_tokens, num_heads, head_dim]."""
         found: Tensor = self._q_b.matmul(latent).reshape([-1, self._heads, self._width])
         return found
 
-    def index_queries(self, latent: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    def index_queries(self, latent: Tensor | Normed, x: Tensor | Normed) -> tuple[Tensor, Tensor]:
         """Project to the queries of the indexer and to the weights of its heads.
 
         Returns:

@@ -47,6 +47,8 @@ def _connection(
         config.rms_norm_eps,
         config.hc_eps,
         0 if is_head else config.hc_sinkhorn_iters,
+        # a head is not FP8
+        None if is_head else weights.scales_after(norm),
     )
 
 

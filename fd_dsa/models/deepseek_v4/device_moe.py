@@ -6,7 +6,7 @@ from fd_dsa.models.deepseek_v4.config import DeepseekV4Config
 from fd_dsa.models.device_weights import DeviceWeights
 from fd_dsa.models.moe import routed_on_device
 from fd_dsa.ops.expert_kernels import choose_experts, look_up_experts
-from fd_dsa.tensor import Tensor
+from fd_dsa.tensor import Normed, Tensor
 
 _PARTS = ("w1", "w3", "w2")
 
@@ -35,7 +35,7 @@ class DeviceV4MoE:
         self._shared_in = weights.matrix(hidden, {gate: width, up: width})
         self._shared_out = weights.matrix(width, {down: hidden})
 
-    def forward(self, x: Tensor, token_ids: Tensor, padding: Tensor) -> Tensor:
+    def forward(self, x: Tensor | Normed, token_ids: Tensor, padding: Tensor) -> Tensor:
         """Return the output [num_tokens, hidden_size] of an input of the same shape.
 
         Args:

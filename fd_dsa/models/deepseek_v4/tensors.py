@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 
-from fd_dsa.models.dequantize import SCALE_SUFFIX
+from fd_dsa.models.deepseek_v4.config import DeepseekV4Config
+from fd_dsa.models.dequantize import BLOCK, SCALE_SUFFIX
 from fd_dsa.models.sources import EMBEDDING, LM_HEAD
 
 FINAL_NORM = "model.norm.weight"
@@ -42,3 +43,19 @@ def tensor_name(stored: str) -> str:
         prefix = "" if match[1].startswith("mtp") else "model."
         return f"{prefix}{match[1]}.{leaf}"
     return _OTHER_NAMES.get(stored, stored)
+
+
+def has_whole_blocks(config: DeepseekV4Config, name: str) -> bool:
+    """Return True if a device can hold a projection as FP8.
+
+    The parts of its GEMM must begin at blocks of scales. Groups of wo_a must have whole blocks of
+    inputs and outputs, and experts whole blocks of activations.
+    """
+    group = config.num_attention_heads * config.head_dim // config.o_groups
+    widths = {
+        **dict.fromkeys(("wq_a", "wkv"), (config.q_lora_rank,)),
+        **dict.fromkeys(("w1", "w2", "w3"), (config.moe_intermediate_size,)),
+        "wo_a": (group, config.o_lora_rank),
+    }
+    part = name.split(".")[-2]
+    return not any(width % BLOCK for width in widths.get(part, ()))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -135,20 +135,17 @@ def poison_arrays(runner: ModelRunner) -> None:
 
 
 @contextmanager
-def pair(
+def pair_of(
     rig: Rig,
-    case: Case,
-    folder: Path,
+    model: Any,
     sizes: tuple[int, ...],
     prompts: tuple[int, ...] = (),
     dtype: str = "float32",
+    block_size: int = 16,
 ) -> Iterator[tuple[ModelRunner, ModelRunner]]:
     """An eager runner and one with graphs, with the same values in their pools."""
-    model = device_model(case.write(folder), rig, dtype)
-    longest = 2 * case.block_size if case.block_size > 16 else LONGEST
-    eager, graphs = (
-        device_runner(model, rig, dtype, case.block_size, 4, longest) for _ in range(2)
-    )
+    longest = 2 * block_size if block_size > 16 else LONGEST
+    eager, graphs = (device_runner(model, rig, dtype, block_size, 4, longest) for _ in range(2))
     with captured(rig, graphs, sizes, prompts), pytest.MonkeyPatch.context() as patch:
         fill_pools(eager)
         fill_pools(graphs)
@@ -156,6 +153,19 @@ def pair(
             # memory of a graph has the values of another one
             patch.setattr(dense_kernels, "empty", poisoned_memory)
         yield eager, graphs
+
+
+def pair(
+    rig: Rig,
+    case: Case,
+    folder: Path,
+    sizes: tuple[int, ...],
+    prompts: tuple[int, ...] = (),
+    dtype: str = "float32",
+) -> AbstractContextManager[tuple[ModelRunner, ModelRunner]]:
+    """`pair_of` of the model of a case."""
+    model = device_model(case.write(folder), rig, dtype)
+    return pair_of(rig, model, sizes, prompts, dtype, case.block_size)
 
 
 def check(eager: ModelRunner, graphs: ModelRunner, step: Step, bound: float = 1e-5) -> None:
