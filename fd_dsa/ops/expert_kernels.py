@@ -19,6 +19,8 @@ import triton.language as tl  # isort: skip
 _BLOCK = 1024
 # maximum number of pairs that the program of an expert scans at a time
 _MAX_PAIRS = 4096
+# below the key of any value
+_LOWEST = tl.constexpr(-(1 << 63))
 
 
 @triton.jit
@@ -29,6 +31,20 @@ def _are_best(values, exists, k, SIZE: tl.constexpr):
     ahead = (other > mine) | ((other == mine) & (place[None, :] < place[:, None]))
     rank = tl.sum((ahead & exists[None, :]).to(tl.int32), axis=1)
     return exists & (rank < k)
+
+
+@triton.jit
+def _ordered(values, exists, SIZE: tl.constexpr):
+    """Return int64 keys in the order of `values` [SIZE], of equal values the first one highest.
+
+    No two keys are equal. NaN is above all numbers, and what does not exist below.
+    """
+    bits = tl.where(values == 0.0, 0.0, values).to(tl.int32, bitcast=True)
+    # the bits of negative floats, read as integers, have the reverse order
+    bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    bits = tl.where(values == values, bits, 0x7FFFFFFF)
+    key = bits.to(tl.int64) * (1 << 32) + (SIZE - 1 - tl.arange(0, SIZE))
+    return tl.where(exists, key, _LOWEST)
 
 
 @triton.jit
@@ -88,14 +104,16 @@ def choose_experts_kernel(
         choice = tl.where(kept[:, None], choice, float("-inf"))
     flat = tl.reshape(choice, [GROUPS * SIZE])
     real = tl.reshape(exists.to(tl.int32), [GROUPS * SIZE]) != 0
-    chosen = _are_best(flat, real, TOP_K, GROUPS * SIZE)
+    key = _ordered(flat, real, GROUPS * SIZE)
+    chosen = tl.zeros([GROUPS * SIZE], tl.int1)
+    for _ in tl.static_range(TOP_K):
+        is_best = key == tl.max(key, axis=0)
+        chosen = chosen | is_best
+        key = tl.where(is_best, _LOWEST, key)
     weights = tl.where(chosen, tl.reshape(scores, [GROUPS * SIZE]), 0.0)
     if NORM:
         weights = weights / (tl.sum(weights, axis=0) + 1e-20)
-    place = tl.cumsum(chosen.to(tl.int32), axis=0) - 1
-    # NaN counts as best, so more than TOP_K may be selected
-    chosen = chosen & (place < TOP_K)
-    place += tl.program_id(0) * TOP_K
+    place = tl.program_id(0) * TOP_K + tl.cumsum(chosen.to(tl.int32), axis=0) - 1
     expert = tl.reshape(expert, [GROUPS * SIZE])
     padding = tl.load(slot_mapping_ptr + tl.program_id(0)) < 0
     expert = tl.where(padding, -1, expert)
@@ -156,7 +174,8 @@ def choose_experts(
             SCORE=score,
             GROUPS=next_power_of_2(n_group),
             SIZE=next_power_of_2(experts // n_group),
-            num_warps=8,
+            # the maxima of a warp need no shared memory
+            num_warps=1,
             # the compiler computes a score once for each layout; with a fused product in only one
             # of them, a score would not equal itself
             enable_fp_fusion=False,

@@ -159,7 +159,7 @@ for dtype in ("float32", "bfloat16", "uint8"):
 CHOICES = (256, 8, 4, 8), (256, 1, 1, 8), (8, 1, 1, 2), (9, 3, 1, 2)
 for experts, groups, top_groups, top in CHOICES:
     size = 1 << (experts // groups - 1).bit_length()
-    compile("choice", choose_experts_kernel, num_warps=8, NUM_EXPERTS=experts, TOP_K=top,
+    compile("choice", choose_experts_kernel, num_warps=1, NUM_EXPERTS=experts, TOP_K=top,
             NUM_GROUPS=groups, TOP_GROUPS=top_groups, NORM=True, SCORE="sigmoid",
             GROUPS=1 << (groups - 1).bit_length(), SIZE=size)
 for block, warps in (1024, 4), (4096, 8):
