@@ -21,7 +21,7 @@ from fd_dsa.ops.dense_kernels import (
     sigmoid,
     store_groups,
 )
-from fd_dsa.ops.device_functions import stored, widened
+from fd_dsa.ops.device_functions import stored, to_bfloat16, widened
 from fd_dsa.ops.step_kernel import step_kernel
 from fd_dsa.tensor import Normed, Tensor
 from fd_dsa.triton_runtime import next_power_of_2, start_next, wait_for_inputs
@@ -69,6 +69,7 @@ def expand_streams_kernel(
     num_tokens,
     WIDTH: tl.constexpr,
     STREAMS: tl.constexpr,
+    PADDED: tl.constexpr,
     MIXES: tl.constexpr,
     COLUMNS: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -78,47 +79,62 @@ def expand_streams_kernel(
 
     Without `streams_ptr` every stream is the change. Without `change_ptr` the streams stay as they
     are. Without `mixture_ptr` the change is added to every stream. Without `fn_ptr` there are no
-    sums; their last column has the squares.
+    sums; their last column has the squares. PADDED is STREAMS as a power of two.
     """
-    wait_for_inputs()
-    start_next()
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    live, inside = token < num_tokens, channel < WIDTH
-    mask = live[:, None] & inside[None, :]
-    sums = tl.zeros([TOKENS, COLUMNS], tl.float32)
-    squares = tl.zeros([TOKENS], tl.float32)
-    column = tl.arange(0, COLUMNS)
-    for stream in tl.static_range(STREAMS):
-        place = (token * STREAMS + stream)[:, None] * WIDTH + channel[None, :]
-        change_place = token[:, None] * WIDTH + channel[None, :]
-        if change_ptr is None:
-            values = tl.load(streams_ptr + place, mask=mask, other=0.0)
-        else:
-            total = widened(tl.load(change_ptr + change_place, mask=mask, other=0.0))
-            if mixture_ptr is None:
-                if streams_ptr is not None:
-                    total += widened(tl.load(streams_ptr + place, mask=mask, other=0.0))
-            else:
-                row = mixture_ptr + (token * STREAMS + stream) * (STREAMS + 1)
-                total *= tl.load(row + STREAMS, mask=live, other=0.0)[:, None]
-                for source in tl.static_range(STREAMS):
-                    at = (token * STREAMS + source)[:, None] * WIDTH + channel[None, :]
-                    one = widened(tl.load(streams_ptr + at, mask=mask, other=0.0))
-                    total += one * tl.load(row + source, mask=live, other=0.0)[:, None]
-            values = stored(total, out_ptr)
-            tl.store(out_ptr + place, values, mask=mask)
-        if fn_ptr is not None:
-            values = widened(values)
-            squares += tl.sum(values * values, axis=1)
-            at = (column[None, :] * STREAMS + stream) * WIDTH + channel[:, None]
-            is_weight = (column < MIXES)[None, :] & inside[:, None]
-            fn = tl.load(fn_ptr + at, mask=is_weight, other=0.0)
-            sums = tl.dot(values, fn, acc=sums, input_precision="ieee")
+    stream, column = tl.arange(0, PADDED), tl.arange(0, COLUMNS)
+    live, inside, is_stream = token < num_tokens, channel < WIDTH, stream < STREAMS
     if fn_ptr is not None:
+        # one GEMM over the channels of all streams; its weight is read ahead of the wait
+        row = tl.reshape(stream[:, None] * WIDTH + channel[None, :], [PADDED * BLOCK])
+        exists = (is_stream[:, None] & inside[None, :]).to(tl.int32)
+        is_weight = tl.reshape(exists, [PADDED * BLOCK])[:, None] & (column < MIXES)[None, :]
+        at = column[None, :] * (STREAMS * WIDTH) + row[:, None]
+        fn = tl.load(fn_ptr + at, mask=is_weight != 0, other=0.0)
+    wait_for_inputs()
+    start_next()
+    # [streams, tokens, channels], so that a thread has all streams of its channels
+    mask = is_stream[:, None, None] & live[None, :, None] & inside[None, None, :]
+    row = token[None, :] * STREAMS + stream[:, None]
+    place = row[:, :, None] * WIDTH + channel[None, None, :]
+    if change_ptr is None:
+        values = tl.load(streams_ptr + place, mask=mask, other=0.0)
+    else:
+        at = token[:, None] * WIDTH + channel[None, :]
+        change = tl.load(change_ptr + at, mask=live[:, None] & inside[None, :], other=0.0)
+        total = widened(change)[None, :, :] + tl.zeros([PADDED, TOKENS, BLOCK], tl.float32)
+        if streams_ptr is not None:
+            before = widened(tl.load(streams_ptr + place, mask=mask, other=0.0))
+            if mixture_ptr is None:
+                total += before
+            else:
+                factors = mixture_ptr + row * (STREAMS + 1)
+                is_row = is_stream[:, None] & live[None, :]
+                total *= tl.load(factors + STREAMS, mask=is_row, other=0.0)[:, :, None]
+                # [streams after, streams before, tokens]
+                at = factors[:, None, :] + stream[None, :, None]
+                is_factor = is_row[:, None, :] & is_stream[None, :, None]
+                mixture = tl.load(at, mask=is_factor, other=0.0)
+                total += tl.sum(mixture[:, :, :, None] * before[None, :, :, :], axis=1)
+        values = stored(tl.where(mask, total, 0.0), out_ptr)
+        tl.store(out_ptr + place, values, mask=mask)
+    if fn_ptr is not None:
+        wide = widened(values)
+        squares = tl.sum(tl.sum(wide * wide, axis=0), axis=1)
+        flat = tl.reshape(tl.permute(values, (1, 0, 2)), [TOKENS, PADDED * BLOCK])
+        if values.dtype == tl.bfloat16:
+            # three bfloat16 numbers hold the 24 bits of a float32
+            high = to_bfloat16(fn)
+            rest = fn - widened(high)
+            middle = to_bfloat16(rest)
+            sums = tl.dot(flat, to_bfloat16(rest - widened(middle)))
+            sums = tl.dot(flat, high, acc=tl.dot(flat, middle, acc=sums))
+        else:
+            sums = tl.dot(flat, fn, input_precision="ieee")
         sums = tl.where((column == MIXES)[None, :], squares[:, None], sums)
-        row = tl.program_id(1).to(tl.int64) * num_tokens + token
-        tl.store(sums_ptr + row[:, None] * COLUMNS + column[None, :], sums, mask=live[:, None])
+        part = tl.program_id(1).to(tl.int64) * num_tokens + token
+        tl.store(sums_ptr + part[:, None] * COLUMNS + column[None, :], sums, mask=live[:, None])
 
 
 @triton.jit
@@ -266,7 +282,8 @@ def expand_streams(
     if tokens:
         expand_streams_kernel[grid](
             streams, change, mixture, fn, out, sums, tokens, WIDTH=width, STREAMS=num_streams,
-            MIXES=mixes, COLUMNS=columns, TOKENS=_TOKENS, BLOCK=block, num_warps=4,
+            PADDED=next_power_of_2(num_streams), MIXES=mixes, COLUMNS=columns, TOKENS=_TOKENS,
+            BLOCK=block, num_warps=4,
         )  # fmt: skip
     return out, sums
 
