@@ -2,7 +2,6 @@
 // ever add records, so none overwrites another's, and a new version of a message is a sibling.
 
 import { t } from "./language.js";
-import { load } from "./storage.js";
 
 const FORMAT = "fd_dsa.chats";
 const KEPT_DELETED_MS = 3_600_000;
@@ -36,10 +35,9 @@ function openDatabase() {
   return done(request);
 }
 
-// One transaction; `action` gets both object stores. False where nothing was written; then this tab
-// alone has it.
+// One transaction; `action` gets both object stores. If it fails, only this tab has the change.
 async function write(action) {
-  if (!db) return false;
+  if (!db) return;
   try {
     const transaction = db.transaction(["chats", "messages"], "readwrite");
     const ended = new Promise((resolve, reject) => {
@@ -47,10 +45,8 @@ async function write(action) {
       transaction.onabort = () => reject(transaction.error);
     });
     await Promise.all([action(transaction.objectStore("chats"), transaction.objectStore("messages")), ended]);
-    return true;
   } catch (error) {
     onFailure(t("cannotSave", { reason: error.message }));
-    return false;
   }
 }
 
@@ -159,12 +155,11 @@ async function add(read) {
     chats.set(chat.id, { ...chat, ...chats.get(chat.id), deleted: 0 });
     for (const message of messages) if (!tree(chat.id).has(message.id)) tree(chat.id).set(message.id, message);
   }
-  const isKept = await write((records, all) => Promise.all(read.flatMap(({ chat, messages }) => [
+  await write((records, all) => Promise.all(read.flatMap(({ chat, messages }) => [
     done(records.get(chat.id)).then((known) => done(records.put({ ...chat, ...known, deleted: 0 }))),
     ...messages.map((one) => done(all.get([one.chat, one.id])).then((known) => known ?? done(all.put(one)))),
   ])));
   for (const { chat } of read) channel?.postMessage(chat.id);
-  return isKept;
 }
 
 const isVisible = (chat) => Boolean(chat) && !chat.deleted && tree(chat.id).size > 0;
@@ -205,24 +200,6 @@ export async function importText(content) {
   return counts;
 }
 
-// Versions before kept all conversations as one list in localStorage. The ids depend on it alone:
-// two tabs that move it at once write the same records.
-async function migrate() {
-  const old = load("localStorage", FORMAT, null);
-  if (!Array.isArray(old)) return;
-  const read = [];
-  for (const [i, given] of old.entries()) {
-    const id = (j) => `${given.id}/${j}`;
-    const begun = Number.parseInt(given?.id, 10) || 0;
-    const messages = (given?.messages ?? []).map((message, j) => ({
-      ...message, id: id(j), parent: j ? id(j - 1) : null, created: begun + j,
-    }));
-    // one that cannot be read does not keep the others from being moved
-    try { read.push(readChat({ ...given, messages, updated: begun }, `chats[${i}]`)); } catch { /* left */ }
-  }
-  if (await add(read) && read.length === old.length) localStorage.removeItem(FORMAT);
-}
-
 // --- start
 
 async function purge() {
@@ -248,7 +225,6 @@ export async function start(changed, failed) {
     failed(t("notKept", { reason: error.message }));
     return;
   }
-  await migrate();
   await purge();
   channel?.addEventListener("message", async ({ data }) => {
     await reload(data);

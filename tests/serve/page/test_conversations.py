@@ -102,28 +102,6 @@ def test_an_answer_of_another_tab_is_shown_while_one_runs_here(browser: Browser)
         expect(two.locator(".stats")).to_have_count(2)
 
 
-def test_conversations_of_earlier_versions_are_moved(browser: Browser, live: Live) -> None:
-    messages = [
-        {"role": "user", "content": "Old question"},
-        {"role": "assistant", "content": "Old answer", "stats": "prompt 3 · output 4"},
-    ]
-    old = [{"id": "1750000000000-0.5", "title": "Old", "messages": messages, "used": 7}]
-    with profile(browser, live) as context:
-        context.add_init_script(
-            "if (location.protocol === 'http:' && !localStorage.getItem('moved')) { "
-            "localStorage.setItem('moved', '1'); "
-            f"localStorage.setItem('fd_dsa.chats', {json.dumps(json.dumps(old))}); }}"
-        )
-        one, two = open_page(context, live), open_page(context, live)
-        assert one.evaluate("localStorage.getItem('fd_dsa.chats')") is None
-        for page in (one, two):
-            titles(page, "Old")
-            page.click("text=Old")
-            questions(page, "Old question")
-            expect(page.locator(ANSWER)).to_have_text("Old answer")
-            expect(page.locator(".stats")).to_have_text("prompt 3 · output 4")
-
-
 def test_rename_search_delete_and_undo(browser: Browser, live: Live) -> None:
     with opened(browser, live) as page:
         say(page, "About the sea")
