@@ -2,107 +2,47 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
-from sys import getsizeof
-from types import BuiltinMethodType, MethodType
+from functools import partial
 from typing import Any
 
 from jinja2 import Template, nodes
 from jinja2.exceptions import SecurityError, TemplateError
 from jinja2.ext import Extension
 from jinja2.parser import Parser
-from jinja2.runtime import Context, LoopContext, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace, missing, pass_context
+from jinja2.visitor import NodeTransformer
 
-from fd_dsa.chat.budget import (
-    OverBudget,
-    PromptTooLong,
-    add,
-    compared,
-    concat,
-    concat_values,
-    current,
-    divide,
-    finalize,
-    multiply,
-    negate,
-    power,
-    slice_of,
-    subtract,
-    to_text,
-)
-from fd_dsa.chat.filters import TEMPLATE_FILTERS
-from fd_dsa.chat.jinja_tests import TEMPLATE_TESTS
-from fd_dsa.chat.methods import METHODS, call_method, format_text, from_keys, make_dict, modulo
-from fd_dsa.chat.rewriting import rewrite
+from fd_dsa.chat.budget import PromptTooLong, current
 
-_MAX_TIME_FORMAT = 1000
 _NAMES_OF_DICT = frozenset(dir(dict))
-# bytes counted for a call and its overhead
-_CALL_BYTES = 32
-
-
-@pass_context
-def _tick(context: object, num_bytes: int) -> None:
-    """Count a step of a loop, or a call of a macro."""
-    current().spend(num_bytes)
-
-
-@pass_context
-def _ticked(context: object, value: object, num_bytes: int) -> Any:
-    current().spend(num_bytes)
-    return value
-
-
-OPERATORS: dict[str, Callable[..., Any]] = {
-    # names that no template can write
-    "+": add,
-    "-": subtract,
-    "(-)": negate,
-    "//": divide,
-    "*": multiply,
-    "**": power,
-    "%": modulo,
-    "~": concat_values,
-    "[:]": slice_of,
-    "(compared)": compared,
-    "(key)": lambda value: current().check_key(value),
-    "(tick)": _tick,
-    "(ticked)": _ticked,
-}
-"""Operators and steps of the compiled template."""
+# a filter that no template can name with a bar
+_STEP = "(step)"
+Renderer = Callable[[Mapping[str, object]], str]
+"""A compiled template: returns the text for its variables, within the budget of the thread."""
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
-    """The environment of transformers, with a budget for each rendering.
+    """The environment of transformers, with a step of the budget in each loop and macro.
 
     Differences from Jinja's own sandbox: `tojson` does not escape HTML and has the arguments of
     `json.dumps`. `{% generation %}` marks text for training and shows its body. `{% break %}`, `{%
     continue %}`, `raise_exception` and `strftime_now` exist. Namespaces have no attribute that
     begins with an underscore. `dict` gives no access to the type.
 
-    Templates are compiled inside `bounded_compilation` and rendered inside `bounded_rendering`.
-    Each operator, filter, test, method, loop and call counts the bytes of its result. The rendering
-    ends when its bytes or its time are used up. `lipsum`, `{% autoescape %}` and the methods that
-    make bytes or tables of characters do not exist.
-
     Source: `transformers.utils.chat_template_utils`, read for its names and arguments.
     """
-
-    concat = staticmethod(concat)
 
     def __init__(self) -> None:
         super().__init__(
             trim_blocks=True,
             lstrip_blocks=True,
             extensions=[_GenerationTag, "jinja2.ext.loopcontrols"],
-            finalize=finalize,
         )
-        del self.globals["lipsum"]
-        self.filters = {**TEMPLATE_FILTERS, **OPERATORS}
-        self.tests = dict(TEMPLATE_TESTS)
+        self.filters.update({"tojson": to_json, _STEP: _step})
         self.globals.update(
             raise_exception=_raise_exception,
             strftime_now=_strftime_now,
@@ -111,7 +51,10 @@ class Sandbox(ImmutableSandboxedEnvironment):
         )
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
-        return rewrite(super()._parse(source, name, filename), self)
+        template = super()._parse(source, name, filename)
+        _Stepping().visit(template)
+        template.set_environment(self)
+        return template
 
     def getattr(self, obj: object, attribute: str) -> Any:
         """Return the attribute of a value, or the entry with this name."""
@@ -125,43 +68,10 @@ class Sandbox(ImmutableSandboxedEnvironment):
             return self.undefined(obj=obj, name=attribute) if value is missing else value
         return super().getattr(obj, attribute)
 
-    def is_safe_attribute(self, obj: object, attr: str, value: object) -> bool:
-        """Return True for names that a template may read."""
-        return attr in METHODS.get(type(obj), ()) or super().is_safe_attribute(obj, attr, value)
 
-    def call(self, context: Context, obj: Any, /, *args: object, **kwargs: object) -> Any:
-        """Call an object of a template."""
-        current().spend(_CALL_BYTES + 8 * (len(args) + len(kwargs)))
-        kind = type(obj)
-        if kind is BuiltinMethodType or (kind is MethodType and isinstance(obj.__self__, str)):
-            # names that the compiled template adds to each call
-            kwargs.pop("_loop_vars", None)
-            kwargs.pop("_block_vars", None)
-            return call_method(obj, *args, **kwargs)
-        if kind is Macro:
-            return context.call(obj, *args, **kwargs)
-        if kind is MethodType and isinstance(obj.__self__, LoopContext):
-            # loop.changed compares its arguments
-            compared(args)
-        return super().call(context, obj, *args, **kwargs)
-
-    def call_filter(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        """Call a filter whose name is a value of the template."""
-        if name in OPERATORS:
-            raise TemplateError(f"No filter named {name!r}.")
-        return super().call_filter(name, *args, **kwargs)
-
-    def wrap_str_format(self, value: Any) -> Any:
-        """Return a bounded function in place of `str.format` and `str.format_map`."""
-        kind = type(value)
-        if kind is not BuiltinMethodType and kind is not MethodType:
-            return None
-        text, name = value.__self__, value.__name__
-        if name not in ("format", "format_map") or not isinstance(text, str):
-            return None
-        if name == "format":
-            return lambda *args, **kwargs: format_text(self, text, args, kwargs)
-        return lambda mapping: format_text(self, text, (), mapping)
+def compile_template(source: str) -> Renderer:
+    """Compile a template of the operator, whose renderings run in this process."""
+    return partial(render, Sandbox().from_string(source))
 
 
 def render(template: Template, variables: Mapping[str, object]) -> str:
@@ -174,11 +84,30 @@ def render(template: Template, variables: Mapping[str, object]) -> str:
     budget = current()
     pieces, num_chars = [], 0
     for piece in template.generate(variables):
+        budget.step()
         pieces.append(piece)
         num_chars += len(piece)
         if num_chars > budget.max_chars:
             raise PromptTooLong(f"would make a prompt of more than {budget.max_chars} characters")
     return "".join(pieces)
+
+
+class _Stepping(NodeTransformer):
+    """Begins the body of each loop, macro and block with a step."""
+
+    def generic_visit(self, node: nodes.Node, *args: object, **kwargs: object) -> nodes.Node:
+        node = super().generic_visit(node, *args, **kwargs)
+        if isinstance(node, nodes.For | nodes.Macro | nodes.CallBlock | nodes.Block):
+            nothing, line = nodes.Const(None), node.lineno
+            step = nodes.Filter(nothing, _STEP, [], [], None, None, lineno=line)
+            node.body.insert(0, nodes.ExprStmt(step, lineno=line))
+        return node
+
+
+@pass_context
+def _step(context: object, value: object) -> None:
+    # with the context, so that the compiler does not compute the step as a constant
+    current().step()
 
 
 class _GenerationTag(Extension):
@@ -198,14 +127,10 @@ class _Namespace(Namespace):
     def __init__(*args: Any, **kwargs: object) -> None:
         # not a named parameter, so that templates can use the name `self`
         self, *rest = args
-        values = _Dict()(*rest, **kwargs)
+        values = dict(*rest, **kwargs)
         for name in values:
             _check_name(name)
         Namespace.__init__(self, values)
-
-    def __repr__(self) -> str:
-        # counted at each place that shows it
-        return f"<Namespace {to_text(self._Namespace__attrs)}>"
 
     def __setitem__(self, name: str, value: object) -> None:
         _check_name(name)
@@ -216,16 +141,11 @@ class _Dict:
     """`dict` without the methods of the type, which could change the caller's messages."""
 
     def __call__(self, /, *args: Any, **kwargs: object) -> dict[Any, Any]:
-        for value in args[:1]:
-            if not isinstance(value, Mapping):
-                args = (make_dict((key, entry) for key, entry in value), *args[1:])
-        result = dict(*args, **kwargs)
-        current().spend(getsizeof(result))
-        return result
+        return dict(*args, **kwargs)
 
     def fromkeys(self, keys: Iterable[object], value: object = None) -> dict[Any, Any]:
         """Return a dict with these keys and one value for all."""
-        return from_keys(keys, value)
+        return dict.fromkeys(keys, value)
 
 
 def _check_name(name: object) -> None:
@@ -233,11 +153,26 @@ def _check_name(name: object) -> None:
         raise SecurityError(f"namespace: got the name {name!r}; must not begin with an underscore")
 
 
+def to_json(
+    value: object,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Filter `tojson`, with the arguments of transformers."""
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
+
+
 def _raise_exception(message: str) -> None:
-    raise TemplateError(to_text(message))
+    raise TemplateError(str(message))
 
 
 def _strftime_now(format: str) -> str:
-    if len(format) > _MAX_TIME_FORMAT:
-        raise OverBudget(f"strftime_now takes at most {_MAX_TIME_FORMAT} characters")
     return datetime.now().strftime(format)

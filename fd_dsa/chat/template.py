@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from jinja2.exceptions import TemplateSyntaxError
 
 from fd_dsa.cancellation import Cancelled
-from fd_dsa.chat.budget import OverBudget, bounded_compilation, bounded_rendering
+from fd_dsa.chat.budget import OverBudget, bounded_rendering
 from fd_dsa.chat.parser import (
     AUTO,
     NONE,
@@ -17,7 +17,7 @@ from fd_dsa.chat.parser import (
     TOOL_FORMATS,
     read_arguments,
 )
-from fd_dsa.chat.sandbox import Sandbox, render
+from fd_dsa.chat.sandbox import Renderer, compile_template
 from fd_dsa.chat.tool_formats import DSML, GLM_KEY, V31_CALLS, ToolFormat
 from fd_dsa.errors import ConfigError
 
@@ -65,6 +65,8 @@ class ChatTemplate:
         special_tokens: variables for the template, such as bos_token.
         family_formats: tool-call formats of the model's family, newest first. They precede the
             others, and decide between formats with the same sign in the source.
+        compiler: makes the renderer of the source. The default renders in this process, without a
+            limit of memory.
 
     Raises:
         ConfigError: the template does not compile. The message names the origin.
@@ -79,6 +81,7 @@ class ChatTemplate:
         special_tokens: Mapping[str, str],
         origin: str = "the request",
         family_formats: Sequence[str] = (),
+        compiler: Callable[[str], Renderer] = compile_template,
     ) -> None:
         if len(source) > _MAX_SOURCE_CHARS:
             raise ConfigError(
@@ -86,12 +89,13 @@ class ChatTemplate:
                 f"{_MAX_SOURCE_CHARS}"
             )
         try:
-            with bounded_compilation():
-                self._template = Sandbox().from_string(source)
+            self._render = compiler(source)
         except TemplateSyntaxError as error:
             raise ConfigError(
                 f"chat template of {origin}: line {error.lineno} is no valid Jinja: {error.message}"
             ) from error
+        except Cancelled:
+            raise
         except Exception as error:
             # Jinja generates Python code, which may exceed Python's limits for blocks or numbers
             why = _BEYOND_PYTHON.get(type(error), f"does not compile: {error}")
@@ -185,7 +189,7 @@ class ChatTemplate:
 
     def _rendered(self, variables: Mapping[str, object]) -> str:
         try:
-            return render(self._template, variables)
+            return self._render(variables)
         except Cancelled:
             raise
         except OverBudget as error:

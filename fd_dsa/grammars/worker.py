@@ -11,15 +11,11 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
-import resource
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle
-from pathlib import Path
 from typing import cast
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
@@ -46,11 +42,15 @@ from fd_dsa.grammars.source import (
     refusal,
 )
 from fd_dsa.processes.child import connect_to_parent
+from fd_dsa.processes.limits import (
+    address_space,
+    expect_end,
+    limit_address_space,
+    processor_time,
+)
 
 # stop reasons of llguidance for an output whose lexer has reached its limits
 _WORN_OUT = ("LexerTooComplex", "InternalError")
-# a timer of 0 would be disabled
-_SHORTEST_S = 0.001
 
 
 class _Tokens:
@@ -129,7 +129,7 @@ def _run_worker(connection: Connection, order: Compile, tokens: _Tokens) -> None
         # hide messages of panics and failed allocations from the engine's log
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
         memory = _Memory()
-        with _processor_time(COMPILE_S):
+        with processor_time(COMPILE_S):
             made = _compile(order, tokens)
         connection.send(Compiled(os.getpid(), made if isinstance(made, str) else None))
         if not isinstance(made, str):
@@ -147,14 +147,10 @@ class _Memory:
     """
 
     def __init__(self) -> None:
-        num_pages = int(Path("/proc/self/statm").read_text().split()[0])
-        self._first = num_pages * resource.getpagesize() + MEMORY_MIB * 2**20
+        self._first = address_space() + MEMORY_MIB * 2**20
         self._limit = 0
         self.allow_tokens(0)
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        # the kernel's OOM killer ends workers before other processes
-        with suppress(OSError):
-            Path("/proc/self/oom_score_adj").write_text("1000")
+        expect_end()
 
     def allow_tokens(self, count: int) -> None:
         """Raise the bound for outputs with `count` tokens together. It never falls."""
@@ -162,20 +158,7 @@ class _Memory:
         if limit > self._limit:
             # in large steps, because this is a system call
             self._limit = limit + 2**20
-            _, hard = resource.getrlimit(resource.RLIMIT_AS)
-            is_bounded = hard != resource.RLIM_INFINITY
-            soft = min(self._limit, hard) if is_bounded else self._limit
-            resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-
-
-@contextmanager
-def _processor_time(seconds: float) -> Iterator[None]:
-    """End the process if the block takes more processor time."""
-    signal.setitimer(signal.ITIMER_PROF, max(seconds, _SHORTEST_S))
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
+            limit_address_space(self._limit)
 
 
 def _compile(order: Compile, tokens: _Tokens) -> LLMatcher | str:
@@ -231,7 +214,7 @@ class _Worker:
             gain_s = GAIN_S * sum(len(work.token_ids) for work in works)
             begin_s = time.process_time()
             self._count_tokens(works)
-            with _processor_time(left_s + gain_s):
+            with processor_time(left_s + gain_s):
                 # send the states at once, so that the engine continues while masks are computed
                 connection.send([self._take(work) for work in works])
                 masks = [self._mask_of(work.output) for work in works if work.needs_mask]

@@ -12,6 +12,7 @@ from fd_dsa.chat.control import QUOTED_CHARS, RenderedPrompt, render_prompt, tex
 from fd_dsa.chat.grammar import forced_calls_grammar
 from fd_dsa.chat.parser import AUTO, AnswerFormat
 from fd_dsa.chat.template import ChatTemplate, opens_reasoning
+from fd_dsa.chat.template_process import TemplateProcess
 from fd_dsa.chat.tool_formats import ToolFormat
 from fd_dsa.engine.reasoning import Reasoning
 from fd_dsa.engine.structured_outputs import StructuredOutputsParams
@@ -29,9 +30,11 @@ from fd_dsa.serve.generation import (
 from fd_dsa.serve.protocol.chat import ChatCompletionRequest
 from fd_dsa.serve.state import ServerState
 
-# clients send the same template many times
-_compiled = functools.lru_cache(16)(
-    lambda source, tokens, formats: ChatTemplate(source, dict(tokens), family_formats=formats)
+# clients send the same template many times; few are kept, because each has a process
+_compiled = functools.lru_cache(4)(
+    lambda source, tokens, formats: ChatTemplate(
+        source, dict(tokens), family_formats=formats, compiler=TemplateProcess
+    )
 )
 
 
