@@ -210,7 +210,7 @@ def _find_seam(text: str, left: Window, right: Window, margin: int) -> tuple[int
 
 
 class ControlTokens:
-    """Additions tokens of a tokenizer that control a model.
+    """Added tokens of a tokenizer that control a model.
 
     An added token is a control token if it is special, or has a punctuation character or symbol.
     The others are words or runs of white space.

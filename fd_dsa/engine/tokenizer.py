@@ -303,12 +303,12 @@ class Tokenizer:
 
     @cached_property
     def control_tokens(self) -> ControlTokens:
-        """Additions tokens that control the model."""
+        """Added tokens that control the model."""
         return ControlTokens(self.backend)
 
     @cached_property
     def _added_tokens(self) -> dict[int, tokenizers.AddedToken]:
-        """Additions tokens by id."""
+        """Added tokens by id."""
         return self.backend.get_added_tokens_decoder()
 
     @cached_property
