@@ -22,8 +22,8 @@ from io import StringIO
 from typing import Any, Protocol
 
 from fd_dsa.cancellation import cancellable, check_cancelled
-from fd_dsa.chat.budget import OverBudget
 from fd_dsa.chat.parser import THINK_BEGIN, THINK_END, Arguments
+from fd_dsa.chat.sandbox import OverBudget
 from fd_dsa.chat.template import ChatTemplate, with_read_arguments
 
 MASK = "¤"

@@ -8,7 +8,6 @@ from typing import Any, Literal
 from jinja2.exceptions import TemplateSyntaxError
 
 from fd_dsa.cancellation import Cancelled
-from fd_dsa.chat.budget import OverBudget, bounded_rendering
 from fd_dsa.chat.parser import (
     AUTO,
     NONE,
@@ -17,7 +16,7 @@ from fd_dsa.chat.parser import (
     TOOL_FORMATS,
     read_arguments,
 )
-from fd_dsa.chat.sandbox import Renderer, compile_template
+from fd_dsa.chat.sandbox import OverBudget, Renderer, bounded_rendering, compile_template
 from fd_dsa.chat.tool_formats import DSML, GLM_KEY, V31_CALLS, ToolFormat
 from fd_dsa.errors import ConfigError
 

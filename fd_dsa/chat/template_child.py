@@ -13,8 +13,7 @@ from typing import Any
 
 from jinja2.exceptions import TemplateSyntaxError
 
-from fd_dsa.chat.budget import MAX_SECONDS, OverBudget, bounded_rendering
-from fd_dsa.chat.sandbox import compile_template
+from fd_dsa.chat.sandbox import MAX_SECONDS, OverBudget, bounded_rendering, compile_template
 from fd_dsa.processes.child import connect_to_parent
 from fd_dsa.processes.limits import (
     address_space,

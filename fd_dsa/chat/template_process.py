@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from fd_dsa.cancellation import check_cancelled
-from fd_dsa.chat.budget import MAX_SECONDS, OverBudget, current
+from fd_dsa.chat.sandbox import MAX_SECONDS, OverBudget, current
 from fd_dsa.chat.template_child import MEMORY_MIB
 from fd_dsa.processes.parent import ChildProcess
 

@@ -7,10 +7,10 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-from fd_dsa.chat.budget import PromptTooLong, bounded_rendering
 from fd_dsa.chat.control import QUOTED_CHARS, RenderedPrompt, render_prompt, texts_in
 from fd_dsa.chat.grammar import forced_calls_grammar
 from fd_dsa.chat.parser import AUTO, AnswerFormat
+from fd_dsa.chat.sandbox import PromptTooLong, bounded_rendering
 from fd_dsa.chat.template import ChatTemplate, opens_reasoning
 from fd_dsa.chat.template_process import TemplateProcess
 from fd_dsa.chat.tool_formats import ToolFormat

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from fd_dsa.cancellation import Cancelled, cancelled_by
-from fd_dsa.chat import budget
-from fd_dsa.chat.budget import PromptTooLong, bounded_rendering
+from fd_dsa.chat import sandbox
+from fd_dsa.chat.sandbox import PromptTooLong, bounded_rendering
 from fd_dsa.chat.template import ChatTemplate
 from fd_dsa.chat.template_child import MEMORY_MIB
 from fd_dsa.chat.template_process import TemplateProcess
@@ -44,7 +44,7 @@ def of_client(source: str) -> ChatTemplate:
 # renders the attacks in processes of their own, whose memory is measured
 MEASURE = f"""
 import json, resource
-from fd_dsa.chat.budget import bounded_rendering
+from fd_dsa.chat.sandbox import bounded_rendering
 from tests.chat.test_sandbox import ATTACKS, MESSAGES, of_client
 for name, source in ATTACKS.items():
     try:
@@ -99,7 +99,7 @@ def test_a_process_that_has_ended_starts_again() -> None:
 
 
 def test_a_step_without_large_values_ends_after_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(budget, "MAX_SECONDS", 0.05)
+    monkeypatch.setattr(sandbox, "MAX_SECONDS", 0.05)
     for source in ("loops", "loops_test", "lists"):
         with pytest.raises(ValueError, match=r"chat template: takes more than 0.05 s of processor"):
             render(ATTACKS[source], 10**9)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from fd_dsa.chat.budget import bounded_rendering
-from fd_dsa.chat.sandbox import compile_template
+from fd_dsa.chat.sandbox import bounded_rendering, compile_template
 from fd_dsa.chat.template import ChatTemplate
 
 # each is rendered as by Jinja's own sandbox

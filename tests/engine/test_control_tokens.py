@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken
 
-from fd_dsa.chat.budget import OverBudget
 from fd_dsa.chat.control import MASK, render_prompt
 from fd_dsa.chat.deepseek_encoding import DeepseekV4Encoding, DeepseekV32Encoding
+from fd_dsa.chat.sandbox import OverBudget
 from fd_dsa.chat.template import ChatTemplate
 from fd_dsa.engine import encoding
 from fd_dsa.engine.tokenizer import Tokenizer
