@@ -39,7 +39,7 @@ from benchmarks.workers.v4_gpu import CLASSES
 
 TARGET = "benchmarks.workers.v4_gpu:Engine"
 CONFIG: dict[str, Any] = {
-    # a page of CSA entries has the 64 keys that the kernel of the scores reads
+    # 64 CSA entries, as many as the keys of a page in other models
     "block_size": 256,
     "max_model_len": 131584,
     "max_num_seqs": 128,
@@ -165,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     result = measured_before(path) if args.earlier else measure_ours(args, cases, shape, path)
     if args.peer:
-        model = f"--layers {shape.layers} --experts {shape.experts}"
+        model = f"--model-type deepseek_v4 --layers {shape.layers} --experts {shape.experts}"
         add_peers(result, path, cases, args.peer, model)
     write_result(args.out, result)
     return 0

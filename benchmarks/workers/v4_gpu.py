@@ -24,7 +24,7 @@ CLASSES = {
     ),
     "GEMMs in FP8": ("fp8_linear_kernel", "_qq"),
     "grouped GEMM of attention": ("head_gemm_kernel",),
-    "GEMMs in bfloat16": ("nvjet", "splitKreduce", "gemm", "__nv_bfloat16"),
+    "other GEMMs": ("nvjet", "splitKreduce", "gemm", "__nv_bfloat16"),
     "residual streams": ("expand_streams", "read_streams"),
     "index scores and selection": ("tile_", "logits_kernel", "topk", "rotate_heads"),
     "attention": ("attend_v4", "attend", "combine_kernel"),
