@@ -22,6 +22,7 @@ from benchmarks._gpu_engine_model import (
 )
 from tests.models.published import V4_FLASH
 
+WIDTHS: dict[str, Any] = V4_FLASH
 SMALL: dict[str, Any] = {
     "hidden_size": 128,
     "moe_intermediate_size": 64,
@@ -57,7 +58,7 @@ class V4Shape(NamedTuple):
     @property
     def ratios(self) -> list[int]:
         """Tokens of an entry of each layer, 0 in one without entries."""
-        ratios: list[int] = V4_FLASH["compress_ratios"][: self.layers]
+        ratios: list[int] = WIDTHS["compress_ratios"][: self.layers]
         return ratios
 
     @property
@@ -67,7 +68,7 @@ class V4Shape(NamedTuple):
 
     def even_hits(self, rows: int) -> float:
         """Return the experts of a layer that a decode step hits if routing is even."""
-        share = V4_FLASH["num_experts_per_tok"] / self.experts
+        share = WIDTHS["num_experts_per_tok"] / self.experts
         return float(self.experts * (1 - (1 - share) ** rows))
 
 
@@ -97,7 +98,7 @@ def of_dry_run(case: Case) -> Case:
 def fields_of(shape: V4Shape, is_dry: bool = False) -> dict[str, Any]:
     """Return config.json: V4-Flash in FP8 with FP4 experts, or small widths of a dry run."""
     sizes = {"num_hidden_layers": shape.layers, "n_routed_experts": shape.experts}
-    return V4_FLASH | sizes | (SMALL if is_dry else {})
+    return WIDTHS | sizes | (SMALL if is_dry else {})
 
 
 @contextlib.contextmanager
@@ -140,7 +141,7 @@ def decode_bytes(shape: V4Shape, rows: int, context: int) -> float:
     Args:
         context: tokens of each row.
     """
-    w = V4_FLASH
+    w = WIDTHS
     hidden, width = w["hidden_size"], w["moe_intermediate_size"]
     experts = shape.even_hits(rows) * (2 * _fp4(width, hidden) + _fp4(hidden, width))
     shared = 2 * _fp8(width, hidden) + _fp8(hidden, width)
@@ -154,7 +155,7 @@ def decode_bytes(shape: V4Shape, rows: int, context: int) -> float:
 
 def _layer_bytes(experts: int) -> float:
     """Return the bytes of what every layer has: projections, router, connections, norms."""
-    w = V4_FLASH
+    w = WIDTHS
     hidden, rank, streams = w["hidden_size"], w["q_lora_rank"], w["hc_mult"]
     heads, groups = w["num_attention_heads"] * w["head_dim"], w["o_groups"]
     low = groups * w["o_lora_rank"]
@@ -170,7 +171,7 @@ def _entry_bytes(ratio: int) -> float:
     """Return the bytes of the weights of a layer's compressors and indexer."""
     if not ratio:
         return 0
-    w, halves = V4_FLASH, 2 if ratio == 4 else 1
+    w, halves = WIDTHS, 2 if ratio == 4 else 1
     hidden, widths = w["hidden_size"], [w["head_dim"]]
     index = 0
     if ratio == 4:
@@ -185,7 +186,7 @@ def _entry_bytes(ratio: int) -> float:
 
 def _row_bytes(ratio: int, context: int) -> float:
     """Return the bytes of a row's keys and sources in a layer."""
-    w = V4_FLASH
+    w = WIDTHS
     keys = min(context, w["sliding_window"])
     if not ratio:
         return keys * _KEY
@@ -202,7 +203,7 @@ def _row_bytes(ratio: int, context: int) -> float:
 
 def prompt_flops(shape: V4Shape, tokens: int) -> tuple[float, float]:
     """Return the operations of a prompt in FP8 and in bfloat16."""
-    w = V4_FLASH
+    w = WIDTHS
     hidden, rank, width = w["hidden_size"], w["q_lora_rank"], w["head_dim"]
     heads, low = w["num_attention_heads"] * width, w["o_lora_rank"]
     mixes = (2 + w["hc_mult"]) * w["hc_mult"]

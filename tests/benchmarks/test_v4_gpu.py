@@ -11,6 +11,7 @@ import pytest
 from benchmarks import v4_gpu
 from benchmarks._gpu_engine_model import Case
 from benchmarks._v4_gpu_model import CASES, V4Shape, decode_bytes, floor
+from benchmarks.gpu_engine import add_peers, entry
 from benchmarks.workers.gpu_engine import by_class
 from benchmarks.workers.v4_gpu import CLASSES, LAYER, STEP, by_kind
 from fd_dsa.models.deepseek_v4.config import DeepseekV4Config
@@ -98,8 +99,8 @@ def test_each_kernel_has_a_class() -> None:
 
 def test_the_page_shows_cases_launches_waits_and_hits(tmp_path: Path) -> None:
     cases = [
-        v4_gpu.entry("decode-1x4k", CASES["decode-1x4k"], 5.2, 2.6) | {"of_floor": 0.5},
-        v4_gpu.entry("mixed-64x2k", CASES["mixed-64x2k"], 9000.0, None),
+        entry("decode-1x4k", CASES["decode-1x4k"], 5.2, 2.6) | {"of_floor": 0.5},
+        entry("mixed-64x2k", CASES["mixed-64x2k"], 9000.0, None),
     ]
     profiles: dict[str, Any] = {"1": {"layers": {"CSA": {"launches": 19.0, "most": 20}}}}
     profiles["1"]["busy_us"] = 5000.0
@@ -118,6 +119,27 @@ def test_the_page_shows_cases_launches_waits_and_hits(tmp_path: Path) -> None:
     assert "Start with 88.2 GB of random weights: 41 s; first token after that in 50 ms." in text
     assert "| 1 | 19 (gate 20, goal 17) |" in text and "| 1 | 5,200 | 5,000 | 3.8% |" in text
     assert "| 8 | 40.5 | 40.8 |" in text
+
+
+def test_figures_of_the_peer_stand_beside_ours(tmp_path: Path) -> None:
+    records = [
+        {"name": "warm", "tpot_ms": 1.0},
+        {"name": "decode-1x4k", "tpot_ms": 8.0},
+        {"name": "prefill-1x8k", "error": "out of memory"},
+    ]
+    lines = "\n".join(f"echo 'RESULT {json.dumps(record)}'" for record in records)
+    # the flags that it is called with go to a file
+    (tmp_path / "run.sh").write_text(f'echo "$CONFIG $@" > {tmp_path}/called\n{lines}\n')
+    cases = {name: CASES[name] for name in ("decode-1x4k", "prefill-1x8k")}
+    found = made_up("v4_gpu", [entry(n, c, 5.0, None) for n, c in cases.items()])
+    path = tmp_path / "v4_gpu.json"
+    add_peers(found, path, cases, tmp_path, "--model-type deepseek_v4")
+    decode, prefill = json.loads(path.read_text())["cases"]
+    assert (decode["peer_value"], decode["ratio"]) == (8.0, 1.6)
+    assert prefill["peer_value"] is None
+    called = (tmp_path / "called").read_text()
+    assert called.startswith("--model-type deepseek_v4 bench --out ")
+    assert called.endswith("--tp 1 --scenarios warm,decode-1x4k:3,prefill-1x8k:2\n")
 
 
 def test_a_dry_run_measures_each_kind_of_case(tmp_path: Path) -> None:
