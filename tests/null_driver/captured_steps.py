@@ -14,7 +14,14 @@ from typing import Any
 
 from benchmarks._harness import random_prompts
 from benchmarks.host_time import v32
-from tests.null_driver.engine import V4, V4_FLAGS, NullDriver, open_engine, replace
+from tests.null_driver.engine import (
+    V4,
+    V4_FLAGS,
+    V4_FORMATS,
+    NullDriver,
+    open_engine,
+    replace,
+)
 
 STEPS, ROWS, SIZES = 40, 8, (64, 256)
 
@@ -31,7 +38,7 @@ def capture(place: object) -> Callable[[Callable[[], Any]], tuple[Any, Callable[
 def main() -> None:
     """Run requests that come beside others, and print the work of their steps."""
     is_v4, ranks = sys.argv[1:2] == ["deepseek_v4"], int((sys.argv[2:] or ["1"])[0])
-    model = V4 if is_v4 else v32(layers=3, dense=1, experts=16)
+    model = V4 | V4_FORMATS if is_v4 else v32(layers=3, dense=1, experts=16)
     config: dict[str, Any] = (V4_FLAGS if is_v4 else {"kv_cache_dtype": "fp8"}) | {
         "max_model_len": 8192,
         "max_num_seqs": ROWS,

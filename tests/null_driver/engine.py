@@ -34,6 +34,11 @@ V4: dict[str, Any] = {
     "n_routed_experts": 16,
     "torch_dtype": "bfloat16",
 }
+# formats of its releases
+V4_FORMATS: dict[str, Any] = {
+    "quantization_config": {"quant_method": "fp8", "scale_fmt": "ue8m0"},
+    "expert_dtype": "fp4",
+}
 V4_FLAGS: dict[str, Any] = {"block_size": 128}
 
 

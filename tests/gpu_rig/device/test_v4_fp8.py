@@ -12,9 +12,17 @@ from safetensors.numpy import load_file, save_file
 
 from fd_dsa.config import EngineConfig
 from fd_dsa.device.allocation import paddle_allocator
+from fd_dsa.distributed import Group
+from fd_dsa.errors import ConfigError
 from fd_dsa.models.device_weights import DeviceWeights
 from fd_dsa.models.four_bit_experts import four_bit_experts
-from fd_dsa.models.loader import fp8_tensors, load_dummy_weights, load_weights, quantisable_tensors
+from fd_dsa.models.loader import (
+    check_blocks,
+    fp8_tensors,
+    load_dummy_weights,
+    load_weights,
+    quantisable_tensors,
+)
 from fd_dsa.models.mtp_layer import add_mtp_layer
 from fd_dsa.models.registry import create_model, open_checkpoint, read_config
 from fd_dsa.startup.memory import weight_bytes
@@ -24,6 +32,7 @@ from tests.gpu_rig.device.test_formats import BOUNDS
 from tests.gpu_rig.device.test_v4_captured import check, pair_of
 from tests.gpu_rig.device.test_v4_model import LONGEST, SMOOTH, device_runner, worst
 from tests.gpu_rig.device.test_v4_mtp import ROW, on_device
+from tests.gpu_rig.device.test_v4_ranks import on_two_ranks
 from tests.v4_model.cases import Case
 from tests.v4_model.drafts import MTP
 from tests.v4_model.ours import load_model, make_runner, prompt_logits, run_step
@@ -60,10 +69,17 @@ CASE = Trained("whole blocks", SMOOTH | SIZES, seed=23)
 WITH_LAYER = Trained("whole blocks", SMOOTH | SIZES | MTP, seed=23)
 
 
-def model_of(folder: Path, rig: Rig, *, mtp: bool = False, dummy: bool = False) -> tuple[Any, int]:
-    """The model of a folder on the device as it is stored, and the bytes of its weights."""
+def model_of(
+    folder: Path,
+    rig: Rig,
+    group: Group | None = None,
+    *,
+    mtp: bool = False,
+    dummy: bool = False,
+) -> tuple[Any, int]:
+    """The model of a folder, or a rank's part, on the device as stored, and its bytes."""
     config, sizes = read_config(folder), []
-    native = paddle_allocator(rig.device)
+    native, ranks = paddle_allocator(rig.device), group.size if group else 1
 
     def allocate(shape: tuple[int, ...], dtype: str) -> Any:
         made = native(shape, dtype)
@@ -73,21 +89,27 @@ def model_of(folder: Path, rig: Rig, *, mtp: bool = False, dummy: bool = False) 
     with open_checkpoint(config, folder) as checkpoint:
         if mtp:
             config = add_mtp_layer(checkpoint, config)
-        held = fp8_tensors(checkpoint, config), four_bit_experts(checkpoint, config)
+        held = fp8_tensors(checkpoint, config), four_bit_experts(checkpoint, config, ranks)
+        check_blocks(config, ranks, held[0])
         weights = DeviceWeights(
-            "bfloat16", allocate, held[0], round_scales=config.round_scales, four_bits=held[1]
+            "bfloat16",
+            allocate,
+            held[0],
+            round_scales=config.round_scales,
+            group=group,
+            four_bits=held[1],
         )
-        model = create_model(config, weights)
+        model = create_model(config.split(ranks), weights)
         if dummy:
-            load_dummy_weights(config, model.loaders, 0)
+            load_dummy_weights(config, model.loaders, 0, group=group)
         else:
-            load_weights(checkpoint, config, model.loaders)
+            load_weights(checkpoint, config, model.loaders, group=group)
     weights.finish()
-    assert sum(sizes) == weight_bytes(config, "bfloat16", *held)
+    assert sum(sizes) == weight_bytes(config.split(ranks), "bfloat16", *held)
     return model, sum(sizes)
 
 
-@pytest.mark.parametrize("experts", ["fp4", "fp8"])
+@pytest.mark.parametrize("experts", ["fp4", pytest.param("fp8", marks=pytest.mark.slow)])
 def test_logits_are_those_of_the_twin(rig: Rig, tmp_path: Path, experts: str) -> None:
     """Of all tokens of two prompts, in chunks."""
     folder, twin = write_pair(tmp_path, Release(experts), CASE)
@@ -143,6 +165,31 @@ def test_logits_of_the_draft_layer(rig: Rig, tmp_path: Path) -> None:
     assert worst([found], [wanted]) < BOUNDS["fp8"]
 
 
+@pytest.mark.slow
+def test_logits_of_two_ranks(rig: Rig, tmp_path: Path) -> None:
+    """Each of them has a group of wo_a, and whole blocks of the shared expert."""
+    if rig.is_real:
+        pytest.skip("its ranks are processes")
+    case = Trained("ranks", CASE.changes | {"moe_intermediate_size": 256}, seed=24)
+    folder, _ = write_pair(tmp_path, FP4, case)
+
+    def logits(group: Group | None) -> list[np.ndarray]:
+        model, _ = model_of(folder, rig, group)
+        return prompt_logits(device_runner(model, rig, "bfloat16", 16), [case.prompt(9)], 9)
+
+    wanted, ranks = logits(None), on_two_ranks(rig, logits)
+    np.testing.assert_array_equal(ranks[0][0], ranks[1][0])
+    assert worst(ranks[0], wanted) < BOUNDS["fp8"] / 2
+
+
+def test_a_rank_has_whole_blocks(tmp_path: Path) -> None:
+    folder, _ = write_pair(tmp_path, FP4, CASE)
+    config = read_config(folder)
+    with pytest.raises(ConfigError, match=r"shared_experts.w1.* would be split into parts of 64"):
+        check_blocks(config, 2, quantisable_tensors(config))
+
+
+@pytest.mark.slow
 def test_random_weights_are_finite(rig: Rig, tmp_path: Path) -> None:
     folder, _ = write_pair(tmp_path, FP4, CASE)
     model, _ = model_of(folder, rig, dummy=True)
