@@ -9,7 +9,6 @@ import argparse
 import asyncio
 import contextlib
 import shlex
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,14 +19,14 @@ from rich.progress import Progress
 
 from fd_dsa.accuracy.answers import Run, open_store
 from fd_dsa.accuracy.scores import ANSWERS_FILE, RunSettings
-from fd_dsa.client.own_server import OwnServer, add_server_flags, own_server
+from fd_dsa.client.own_server import OwnServer, add_server_flags, check_passed, own_server
 from fd_dsa.client.questions import ChatClient, Question
 from fd_dsa.client.remote import ServerInfo
 from fd_dsa.client.settings import ON_OR_OFF
 from fd_dsa.command_line.report import check_folder
 from fd_dsa.command_line.values import add_numbers
 from fd_dsa.errors import ConfigError, RemoteError
-from fd_dsa.signals import signals_call
+from fd_dsa.signals import signal_end
 
 # value of RunSettings.base_url if the run started its server
 OWN = "own"
@@ -82,15 +81,10 @@ class ServerUnderTest:
         args, facts, url = self.args, dict(self.info.facts), self.client.base_url
         if self.own is not None:
             url, facts["command"] = OWN, list(self.own.command)
-        asked = {n: getattr(args, n) for n in ("temperature", "max_tokens", "seed", "concurrency")}
+        names = ("temperature", "max_tokens", "seed", "concurrency", "thinking")
+        asked = {name: getattr(args, name) for name in names}
         return RunSettings(
-            task,
-            url,
-            self.info.model,
-            **asked,
-            thinking=args.thinking,
-            server=facts,
-            task_settings=task_settings,
+            task, url, self.info.model, **asked, server=facts, task_settings=task_settings
         )
 
     def collect(
@@ -109,11 +103,11 @@ class ServerUnderTest:
         path = Path(self.args.out) / ANSWERS_FILE
         with open_store(path, self.settings(task, task_settings)) as run:
             missing = run.missing(questions)
-            interrupted, failure = False, None
+            ended: RemoteError | KeyboardInterrupt | None = None
             try:
-                interrupted = asyncio.run(self._ask(task, missing, len(questions), run))
-            except RemoteError as error:
-                failure = str(error)
+                asyncio.run(self._ask(task, missing, len(questions), run))
+            except (RemoteError, KeyboardInterrupt) as error:
+                ended = error
             left = run.missing(questions)
         if not left:
             return run
@@ -122,29 +116,20 @@ class ServerUnderTest:
             f"{len(questions) - len(left)} of {len(questions)} answers are kept in {path}; "
             f"the same command asks the others: {command}"
         )
-        if interrupted:
-            raise KeyboardInterrupt(f"interrupted; {kept}")
-        if failure is None:
-            failure = f"{left[-1].key}: {run.failures[left[-1].key].error}"
+        if isinstance(ended, KeyboardInterrupt):
+            raise type(ended)(f"{signal_end(ended)[0]}; {kept}")
+        failure = ended or f"{left[-1].key}: {run.failures[left[-1].key].error}"
         log = f" (its log: {self.own.log})" if self.own is not None else ""
         raise RemoteError(f"{failure}{log}; {kept}")
 
-    async def _ask(self, task: str, missing: list[Question], total: int, run: Run) -> bool:
-        """Ask and store. Returns True if a signal ended it early."""
+    async def _ask(self, task: str, missing: list[Question], total: int, run: Run) -> None:
         by_key = {question.key: question for question in missing}
-        stopped = threading.Event()
-
-        def stop(_: int) -> None:
-            stopped.set()
-            self.client.stop()
-
-        with signals_call(stop), Progress(console=Console(stderr=True)) as progress:
+        with Progress(console=Console(stderr=True)) as progress:
             bar = progress.add_task(task, total=total, completed=total - len(missing))
             async with contextlib.aclosing(self.client.ask(missing)) as answers:
                 async for answer in answers:
                     run.add(by_key[answer.key], answer)
                     progress.advance(bar, answer.error is None)
-        return stopped.is_set()
 
 
 @contextmanager
@@ -152,6 +137,7 @@ def connected(args: argparse.Namespace) -> Iterator[ServerUnderTest]:
     """Yield an examined server that accepts questions, until the block ends."""
     out = Path(args.out)
     check_folder(out)
+    check_passed(args.base_url, args.passed)
     with contextlib.ExitStack() as stack:
         own, url = None, args.base_url
         if url is None:
@@ -159,11 +145,6 @@ def connected(args: argparse.Namespace) -> Iterator[ServerUnderTest]:
                 server = own_server(args.serve or None, args.passed, out / "server.log")
                 own = stack.enter_context(server)
             url = own.base_url
-        elif args.passed:
-            raise ConfigError(
-                f"{args.passed[0]} comes after --, which is for flags of the server that --serve "
-                "starts; with --base-url none is started"
-            )
         client = ChatClient(
             url,
             args.model,

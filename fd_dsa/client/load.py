@@ -87,11 +87,6 @@ class Sender:
 
     def __post_init__(self) -> None:
         self._random = random.Random(0)
-        self._results: asyncio.Queue[TimedRequest[Any] | Exception | None] = asyncio.Queue()
-
-    def stop(self) -> None:
-        """Make `run` end after the available results. Requests in flight are dropped."""
-        self._results.put_nowait(None)
 
     async def run(
         self, requests: Sequence[Request], read: Reader[T]
@@ -101,7 +96,7 @@ class Sender:
         Raises:
             RemoteError: the server refuses the key or the path. Raised after all earlier results.
         """
-        results = self._results = asyncio.Queue()
+        results: asyncio.Queue[TimedRequest[T] | Exception] = asyncio.Queue()
         pending = enumerate(requests)
         limits = httpx.Limits(max_connections=self.concurrency)
         options = http_options(self.base_url, self.timeout_s)
@@ -123,8 +118,6 @@ class Sender:
             try:
                 for _ in requests:
                     result = await results.get()
-                    if result is None:
-                        return
                     if isinstance(result, Exception):
                         raise result
                     yield result

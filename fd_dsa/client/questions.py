@@ -100,14 +100,10 @@ class ChatClient:
         self.model = info.model
         return info
 
-    def stop(self) -> None:
-        """Make `ask` end after the available answers. Requests in flight are dropped."""
-        self._sender.stop()
-
     async def ask(self, questions: Sequence[Question]) -> AsyncGenerator[Answer, None]:
         """Yield answers as they arrive, in no fixed order, with `error` for failures.
 
-        Every answer of the server is yielded, also before an exception and after `stop`.
+        Every answer of the server is yielded, also before an exception.
 
         Raises:
             RemoteError: the server went away, refuses the key or the model, or refuses every

@@ -199,7 +199,7 @@ def server() -> Any:
         (["--temperature", "-1"], "--temperature: got '-1'; must be a number from 0 on"),
         (["--temp", "1"], "unknown flag --temp; did you mean --temperature?"),
         (["--serve"], "--serve: not allowed with argument --base-url"),
-        (["--", "--device", "gpu"], "--device comes after --, which is for flags of the server"),
+        (["--", "--device", "gpu"], "flags after --: they are for a server of our own"),
         (["--out", __file__], f"--out: {__file__} is a file; give a folder"),
     ],
 )
