@@ -60,6 +60,7 @@ ONLY_IN = {
     "lm_eval": ("accuracy",),
     "nltk": ("accuracy",),
     "langdetect": ("accuracy",),
+    "scipy": ("accuracy",),
     "llguidance": ("grammars",),
     "matplotlib": (),
     "torch": (),

@@ -1,17 +1,20 @@
 """Statistics of passed prompts: intervals, tests, smallest detectable differences.
 
-Shares and differences are fractions, not percent. Results do not depend on time or machine: the
-resampling is seeded, and NumPy keeps the stream of `RandomState` stable.
+Shares and differences are fractions, not percent. Resampling is seeded. What has a short closed
+form needs no package. The bootstrap and the power of a test are computed by scipy.
 """
 
 from __future__ import annotations
 
 import math
 from statistics import NormalDist
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
+
+from fd_dsa.commands import extra_command
+from fd_dsa.errors import BackendUnavailable
 
 ALPHA = 0.05
 POWER = 0.8
@@ -19,8 +22,6 @@ RESAMPLES = 10_000
 SEED = 0
 
 _Z = NormalDist().inv_cdf(1 - ALPHA / 2)
-# elements of one block of resampled indices: 32 MB
-_BLOCK_ELEMENTS = 1 << 22
 
 
 class Estimate(NamedTuple):
@@ -135,30 +136,34 @@ def bootstrap_difference(before: ArrayLike, after: ArrayLike, sizes: ArrayLike) 
 
 
 def _bootstrap(values: ArrayLike, sizes: ArrayLike) -> Estimate:
-    """Return sum of values over sum of sizes, with an interval from 10,000 resamples.
+    """Return sum of values over sum of sizes, with the percentile interval of resampled prompts.
 
-    The interval has the percentiles 2.5 and 97.5, with a fixed seed. Source: Efron and Tibshirani,
-    An Introduction to the Bootstrap, 1993, chapters 8 and 13.
+    Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapters 8 and 13.
     """
-    pairs = np.stack([np.asarray(values, np.float64), np.asarray(sizes, np.float64)], axis=1)
-    prompts = len(pairs)
-    # NumPy may change the stream of Generator in any release, but never that of RandomState
-    random = np.random.RandomState(SEED)
-    step = max(1, _BLOCK_ELEMENTS // prompts)
-    blocks = []
-    for start in range(0, RESAMPLES, step):
-        rows = min(step, RESAMPLES - start)
-        drawn = random.randint(prompts, size=(rows, prompts), dtype=np.int64)
-        drawn += np.arange(rows)[:, None] * prompts
-        times = np.bincount(drawn.ravel(), minlength=rows * prompts).reshape(rows, prompts)
-        blocks.append(times @ pairs)
-    sums, total = np.concatenate(blocks), pairs.sum(axis=0)
-    bounds = np.percentile(sums[:, 0] / sums[:, 1], [50 * ALPHA, 100 - 50 * ALPHA])
-    return Estimate(float(total[0] / total[1]), *map(float, bounds))
+    columns = np.asarray(values, np.float64), np.asarray(sizes, np.float64)
+
+    def share(values: Any, sizes: Any, axis: int = -1) -> Any:
+        return values.sum(axis=axis) / sizes.sum(axis=axis)
+
+    value = float(share(*columns))
+    if len(columns[0]) == 1:
+        return Estimate(value, value, value)
+    found = _scipy().stats.bootstrap(
+        columns,
+        share,
+        paired=True,
+        n_resamples=RESAMPLES,
+        # a block of resampled prompts of at most 32 MB
+        batch=max(1, (1 << 22) // len(columns[0])),
+        confidence_level=1 - ALPHA,
+        method="percentile",
+        rng=np.random.default_rng(SEED),
+    )
+    return Estimate(value, *map(float, found.confidence_interval))
 
 
-def smallest_difference(prompts: int, flip_rate: float, power: float = POWER) -> float | None:
-    """Return the smallest true difference that a paired run detects with given power.
+def smallest_difference(prompts: int, flip_rate: float) -> float | None:
+    """Return the smallest true difference that a paired run detects with a power of `POWER`.
 
     A share `flip_rate` of the pairs is expected to flip, and (flip_rate + difference) / 2 of them
     get better. "Detects" means p <= 0.05 in the exact test of `mcnemar`. The power is computed from
@@ -167,39 +172,30 @@ def smallest_difference(prompts: int, flip_rate: float, power: float = POWER) ->
     Returns:
         The difference, or None if even flips in one direction are too few.
     """
-    chances = _binomial(prompts, flip_rate)
-    # flip counts below this probability do not change the first three digits
-    counts = [int(flips) for flips in np.flatnonzero(chances > 1e-12)]
-    limits = {flips: _largest_rejected(flips) for flips in counts}
+    scipy = _scipy()
+    binom, flips = scipy.stats.binom, np.arange(prompts + 1)
+    chances = binom.pmf(flips, prompts, flip_rate)
+    # largest smaller side of a significant test, -1 without one
+    sides = binom.ppf(ALPHA / 2, flips, 0.5)
+    sides -= binom.cdf(sides, flips, 0.5) > ALPHA / 2
 
-    def reached(difference: float) -> float:
+    def power(difference: float) -> float:
         better = (1 + difference / flip_rate) / 2
-        total = 0.0
-        for flips, limit in limits.items():
-            tails = _binomial(flips, better)
-            total += chances[flips] * (tails[: limit + 1].sum() + tails[flips - limit :].sum())
-        return float(total)
+        tails = binom.cdf(sides, flips, better) + binom.sf(flips - sides - 1, flips, better)
+        return float(chances @ tails)
 
-    if flip_rate == 0 or reached(flip_rate) < power:
+    if flip_rate == 0 or power(flip_rate) < POWER:
         return None
-    low, high = 0.0, flip_rate
-    while high - low > 1e-5:
-        middle = (low + high) / 2
-        low, high = (low, middle) if reached(middle) >= power else (middle, high)
-    return high
+    return float(scipy.optimize.brentq(lambda size: power(size) - POWER, 0, flip_rate))
 
 
-def _binomial(trials: int, share: float) -> NDArray[np.float64]:
-    """Return float64 [trials + 1]: the probability of each count."""
-    if share in (0.0, 1.0):
-        return np.eye(trials + 1)[trials if share else 0]
-    factorials = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, trials + 1)))])
-    counts = np.arange(trials + 1)
-    ways = factorials[-1] - factorials - factorials[::-1]
-    return np.exp(ways + counts * math.log(share) + counts[::-1] * math.log1p(-share))
-
-
-def _largest_rejected(flips: int) -> int:
-    """Return the largest smaller side with a significant exact test, -1 without one."""
-    tail = np.cumsum(_binomial(flips, 0.5))
-    return int(np.searchsorted(tail[: flips // 2 + 1], ALPHA / 2, side="right")) - 1
+def _scipy() -> Any:
+    """Import scipy when its statistics are needed, since most commands do without them."""
+    try:
+        import scipy.optimize
+        import scipy.stats
+    except ImportError as error:
+        raise BackendUnavailable(
+            f"the statistics of two runs need scipy ({error}); {extra_command('accuracy')}"
+        ) from None
+    return scipy
