@@ -14,15 +14,26 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO, Literal
 
-from fd_dsa.accuracy.scores import RunSettings
+from pydantic import TypeAdapter, ValidationError
+
+from fd_dsa.accuracy.scores import RunSettings, first_fault
 from fd_dsa.client.questions import Answer, Question
 from fd_dsa.errors import ConfigError, writing
 
-_FORMAT = "fd_dsa answers 1"
+
+@dataclass(frozen=True)
+class _Head:
+    """The first line of the file."""
+
+    format: Literal["fd_dsa answers 1"]
+    settings: RunSettings
+
+
+_HEADS, _ANSWERS = TypeAdapter(_Head), TypeAdapter(Answer)
 # first bytes of the file, also if its first line is incomplete
-_HEAD = json.dumps({"format": _FORMAT}).encode("ascii")[:-1]
+_BEGIN = b'{"format": "fd_dsa answers 1"'
 
 
 @dataclass
@@ -30,34 +41,27 @@ class Run:
     """The content of a run's file.
 
     Attributes:
-        records: key -> last answer, in the order of the first answers.
+        answers: key -> answer, for the questions that were answered.
+        failures: key -> answer with its error, for the other questions.
         file: file for further answers, or None for a run that is only read.
     """
 
     settings: RunSettings
-    records: dict[str, Answer] = field(default_factory=dict)
+    answers: dict[str, Answer] = field(default_factory=dict)
+    failures: dict[str, Answer] = field(default_factory=dict)
     file: BinaryIO | None = None
-
-    @property
-    def answers(self) -> dict[str, Answer]:
-        """Key -> answer, for the questions that were answered."""
-        return {key: one for key, one in self.records.items() if one.error is None}
-
-    @property
-    def failures(self) -> dict[str, Answer]:
-        """Key -> answer with its error, for the questions that failed."""
-        return {key: one for key, one in self.records.items() if one.error is not None}
 
     def missing(self, questions: Sequence[Question]) -> list[Question]:
         """Return the questions without an answer. Failed questions count as missing."""
-        answered = self.answers
-        return [question for question in questions if question.key not in answered]
+        return [question for question in questions if question.key not in self.answers]
 
     def take(self, answer: Answer) -> None:
         """Store an answer in memory unless its question has one."""
-        before = self.records.get(answer.key)
-        if before is None or before.error is not None:
-            self.records[answer.key] = answer
+        if answer.error is None:
+            self.answers.setdefault(answer.key, answer)
+            self.failures.pop(answer.key, None)
+        elif answer.key not in self.answers:
+            self.failures[answer.key] = answer
 
     def add(self, question: Question, answer: Answer) -> None:
         """Store an answer. It is on the disk when this returns."""
@@ -76,41 +80,28 @@ def read_run(path: Path) -> Run:
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise ConfigError(f"{path}: {reason}; give the answers.jsonl of a run") from error
-    run, _ = _parse(path, data)
+    run = _parse(path, data)
     if run is None:
         raise ConfigError(f"{path}: holds no settings and no answers; it is not the file of a run")
     return run
 
 
-def _parse(path: Path, data: bytes) -> tuple[Run | None, int]:
-    """Parse a run. Returns the run and the size of its complete lines.
-
-    The run is None if the first line is incomplete.
-    """
-    whole = data.rfind(b"\n") + 1
+def _parse(path: Path, data: bytes) -> Run | None:
+    """Parse the complete lines of a run. None = not even the first line is complete."""
     run: Run | None = None
-    if not whole and not _HEAD.startswith(data[: len(_HEAD)]):
+    if b"\n" not in data and not _BEGIN.startswith(data[: len(_BEGIN)]):
         raise ConfigError(f"{path}: is not the file of a run; repair or remove it")
-    for number, line in enumerate(data[:whole].split(b"\n")[:-1], 1):
+    for number, line in enumerate(data.split(b"\n")[:-1], 1):
         try:
-            entry = json.loads(line)
             if run is None:
-                run = Run(_settings(entry))
-                continue
-            run.take(Answer.from_json(entry))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            expected = "the settings of a run" if run is None else "an answer"
+                run = Run(_HEADS.validate_json(line, strict=True).settings)
+            else:
+                run.take(_ANSWERS.validate_json(line, strict=True))
+        except ValidationError as error:
             raise ConfigError(
-                f"{path}: line {number} is not {expected} ({type(error).__name__}: {error}); "
-                "repair or remove the file"
+                f"{path}: line {number}: {first_fault(error)}; repair or remove the file"
             ) from error
-    return run, whole
-
-
-def _settings(entry: Mapping[str, Any]) -> RunSettings:
-    if entry["format"] != _FORMAT:
-        raise ValueError(f"format is {entry['format']!r}, this release reads {_FORMAT!r}")
-    return RunSettings.from_json(entry["settings"])
+    return run
 
 
 @contextmanager
@@ -132,7 +123,8 @@ def open_store(path: Path, settings: RunSettings) -> Iterator[Run]:
                 f"--out: another process writes to {path}; wait for it, or give another folder"
             ) from None
         file.seek(0)
-        run, whole = _parse(path, file.read())
+        data = file.read()
+        run = _parse(path, data)
         if run is None:
             _begin(path, file, settings)
             run = Run(settings)
@@ -143,7 +135,7 @@ def open_store(path: Path, settings: RunSettings) -> Iterator[Run]:
                 "give another folder, or the same settings"
             )
         else:
-            file.truncate(whole)
+            file.truncate(data.rfind(b"\n") + 1)
         run.file = file
         yield run
 
@@ -151,7 +143,7 @@ def open_store(path: Path, settings: RunSettings) -> Iterator[Run]:
 def _begin(path: Path, file: BinaryIO, settings: RunSettings) -> None:
     with writing("--out", path):
         file.truncate(0)
-        _append(file, {"format": _FORMAT, "settings": asdict(settings)})
+        _append(file, asdict(_Head("fd_dsa answers 1", settings)))
         # makes the name of the file durable too
         folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -162,7 +154,6 @@ def _begin(path: Path, file: BinaryIO, settings: RunSettings) -> None:
 
 def _append(file: BinaryIO, entry: Mapping[str, object]) -> None:
     """Write one line and wait until it is on the disk."""
-    # ASCII escapes, because a lone surrogate has no UTF-8 form
     file.write(json.dumps(entry).encode("ascii") + b"\n")
     file.flush()
     os.fsync(file.fileno())

@@ -1,34 +1,261 @@
-"""`compare`: compares two runs on the same prompts and gives a verdict."""
+"""`compare`: pairs two scored runs by key, counts the flips and gives a verdict."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fd_dsa.accuracy.paired import PROMPTS, Comparison, Flip, compare
-from fd_dsa.accuracy.scores import PROMPT_STRICT, cut_warning, read_scores
+from fd_dsa.accuracy.scores import (
+    METRICS,
+    PROMPT_LOOSE,
+    PROMPT_STRICT,
+    Metric,
+    PromptScore,
+    Scores,
+    SettingChange,
+    cut_warning,
+    metric,
+    read_scores,
+    setting_changes,
+    units,
+)
 from fd_dsa.accuracy.stats import (
     ALPHA,
     RESAMPLES,
     SEED,
     Estimate,
+    bootstrap_difference,
     max_unseen_share,
     mcnemar,
+    paired_difference,
     signed,
     smallest_difference,
 )
 from fd_dsa.command_line import report
 from fd_dsa.command_line.parser import Parser
 from fd_dsa.command_line.report import Table
+from fd_dsa.errors import ConfigError
 
-JSON_FILE, PAGE_FILE = "compare.json", "compare.md"
-# limit for the list of flips on the terminal; the files have all flips
-_SHOWN_FLIPS = 20
+PROMPTS = "prompts"
+"""Value of `--allow` that compares runs on their common prompts."""
 FLIP_RATES = (0.02, 0.05, 0.10)
 """Flip rates for which the smallest detectable difference is computed."""
+
+# limit for the list of flips on the terminal; the files have all flips
+_SHOWN_FLIPS = 20
+_PROMPT_FILE = "task_settings.prompts_sha256"
+# settings that change the batches, and with them possibly the greedy tokens
+_BATCHING = (
+    "concurrency",
+    "server.max_num_seqs",
+    "server.max_num_batched_tokens",
+    "server.target_inter_token_latency_ms",
+    "server.enable_prefix_caching",
+)
+
+
+@dataclass(frozen=True)
+class MetricChange:
+    """A metric in both runs.
+
+    Attributes:
+        difference: after - before. On the prompt level it is computed from the flips, which is
+            exact with few of them. On the instruction level it is a bootstrap over prompts.
+        worse, better: number of prompts or instructions that passed only before, and only after.
+        p: p value of the exact McNemar test. None on the instruction level, because instructions of
+            one prompt are not independent.
+    """
+
+    before: Metric
+    after: Metric
+    difference: Estimate
+    worse: int
+    better: int
+    p: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the change as a JSON object, in percent and points."""
+        sides = {"before": self.before.to_json(), "after": self.after.to_json()}
+        flips = {"worse": self.worse, "better": self.better, "p": self.p}
+        return {**sides, "difference": self.difference.to_json(), **flips}
+
+
+@dataclass(frozen=True)
+class Flip:
+    """A prompt whose strict result changed, with its changed instructions."""
+
+    key: str
+    better: bool
+    instructions: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The differences of two paired runs, on their common prompts in the first run's order."""
+
+    before: Scores
+    after: Scores
+    metrics: dict[str, MetricChange]
+    flips: tuple[Flip, ...]
+    same_answers: int
+    settings: tuple[SettingChange, ...]
+    only_before: int
+    only_after: int
+
+    @property
+    def prompts(self) -> int:
+        return len(self.before.prompts)
+
+    @property
+    def primary(self) -> MetricChange:
+        """The change of the primary metric, chosen before any run."""
+        return self.metrics[PROMPT_STRICT]
+
+
+def compare(before: Scores, after: Scores, allow: Collection[str] = ()) -> Comparison:
+    """Pair two runs by key and count the changes.
+
+    Args:
+        allow: names of the settings that may differ.
+    """
+    first, second = before.by_key, after.by_key
+    common = [key for key in first if key in second]
+    sizes = f"prompts: {len(first)} before, {len(second)} after, {len(common)} in both"
+    if not common:
+        raise ConfigError(f"{sizes}; compare runs on the same prompts")
+    if PROMPTS not in allow and not len(first) == len(second) == len(common):
+        raise ConfigError(
+            f"{sizes}; run the missing ones, or --allow {PROMPTS} to compare what both have"
+        )
+    changes = setting_changes(before.settings, after.settings)
+    _check_settings(changes, allow, {PROMPTS, *before.settings.flat(), *after.settings.flat()})
+    old, new = (tuple(scores[key] for key in common) for scores in (first, second))
+    pairs = list(zip(old, new, strict=True))
+    for one, other in pairs:
+        if one.instruction_ids != other.instruction_ids:
+            raise ConfigError(
+                f"prompts: key {one.key!r} has instructions {', '.join(one.instruction_ids)} "
+                f"before, {', '.join(other.instruction_ids)} after; the runs are over different "
+                "prompt files"
+            )
+    return Comparison(
+        before=replace(before, prompts=old),
+        after=replace(after, prompts=new),
+        metrics={name: metric_change(name, old, new) for name in METRICS},
+        flips=tuple(_flip(*pair) for pair in pairs if pair[0].passed != pair[1].passed),
+        same_answers=sum(one.answer_sha256 == other.answer_sha256 for one, other in pairs),
+        settings=changes,
+        only_before=len(first) - len(common),
+        only_after=len(second) - len(common),
+    )
+
+
+def _check_settings(
+    changes: Sequence[SettingChange], allow: Collection[str], known: Collection[str]
+) -> None:
+    """Raise ConfigError for an unknown name in `allow`, or a decisive setting not in it."""
+    for name in allow:
+        if name not in known:
+            raise ConfigError(f"--allow: got {name!r}; allowed are {', '.join(sorted(known))}")
+    for change in changes:
+        field = PROMPTS if change.name == _PROMPT_FILE else change.name
+        if change.decisive and field not in allow:
+            raise ConfigError(
+                f"{change.name}: {change.before!r} before, {change.after!r} after; the runs were "
+                f"not asked or scored alike; do one again, or --allow {field}"
+            )
+
+
+def metric_change(
+    name: str, before: Sequence[PromptScore], after: Sequence[PromptScore]
+) -> MetricChange:
+    """Return the change of a metric between the scores of the same prompts, in the same order."""
+    old, new = ([units(score, name) for score in scores] for scores in (before, after))
+    pairs = [pair for rows in zip(old, new, strict=True) for pair in zip(*rows, strict=True)]
+    worse, better = pairs.count((True, False)), pairs.count((False, True))
+    sides = metric(before, name), metric(after, name)
+    if name in (PROMPT_STRICT, PROMPT_LOOSE):
+        difference = paired_difference(worse, better, len(before))
+        return MetricChange(*sides, difference, worse, better, mcnemar(worse, better))
+    counts = [sum(row) for row in old], [sum(row) for row in new], [len(row) for row in old]
+    difference = bootstrap_difference(*counts)
+    return MetricChange(*sides, difference, worse, better, None)
+
+
+def _flip(before: PromptScore, after: PromptScore) -> Flip:
+    rows = zip(before.instruction_ids, before.follow_strict, after.follow_strict, strict=True)
+    return Flip(before.key, after.passed, tuple(name for name, x, y in rows if x != y))
+
+
+def verdict(found: Comparison) -> list[str]:
+    """Return sentences, beginning with the conclusion."""
+    answers = f"{found.prompts} answers"
+    if found.same_answers == found.prompts:
+        return [
+            f"Equal, answer by answer: all {answers} have the same SHA-256 in both runs. This is "
+            "the strongest possible result: no answer to these prompts changed, so no statistics "
+            "are needed."
+        ]
+    different = f"{found.prompts - found.same_answers} of {answers} differ in their text."
+    return [*_tested(found), different, _visible(found)]
+
+
+def _tested(found: Comparison) -> list[str]:
+    """Return sentences about flips, exact test and interval of the primary metric."""
+    change = found.primary
+    assert change.p is not None
+    if change.worse + change.better == 0:
+        share = 100 * max_unseen_share(found.prompts)
+        return [
+            "No change: no prompt changed its strict result. At most "
+            f"{share:.2g} % of such prompts change theirs (95 % confidence)."
+        ]
+    value, low, high = map(signed, change.difference)
+    flips = (
+        f"of {found.prompts} prompts, {change.worse} got worse and {change.better} got better (p "
+        f"{_digits(change.p, '= ')}, exact McNemar); the difference is {value} points, 95 % "
+        f"interval {low} to {high}"
+    )
+    if change.p <= ALPHA:
+        return [f"After is {'worse' if change.worse > change.better else 'better'}: {flips}."]
+    if not change.difference.low <= 0 <= change.difference.high:
+        return [
+            f"No difference shown: {flips}.",
+            "Borderline: the interval leaves zero out, the exact test, which decides, does not.",
+        ]
+    loss, gain = (f"{100 * part:.1f}" for part in (-change.difference.low, change.difference.high))
+    return [
+        f"No difference shown: {flips}.",
+        f"That is no proof of equality: a loss of up to {loss} points and a gain of up to {gain} "
+        "points fit these runs.",
+    ]
+
+
+def _digits(p: float, equals: str = "") -> str:
+    """Format a p value with two digits, as in `0.031`, or as a bound if very small."""
+    return "< 0.0001" if p < 0.0001 else f"{equals}{p:#.2g}"
+
+
+def _visible(found: Comparison) -> str:
+    """Describe the differences that the run could have shown."""
+    when = {rate: f"if {100 * rate:.0f} % flip" for rate in FLIP_RATES}
+    observed = (found.primary.worse + found.primary.better) / found.prompts
+    if observed > 0:
+        when[observed] = f"at the observed {100 * observed:.1f} %"
+    sizes = []
+    for rate, words in when.items():
+        size = smallest_difference(found.prompts, rate)
+        sizes.append(f"{'none' if size is None else f'{100 * size:.1f} points'} {words}")
+    # flips that are all in one direction
+    min_flips = next(flips for flips in range(1, 100) if mcnemar(0, flips) <= ALPHA)
+    return (
+        f"The smallest difference that {found.prompts} prompts can show with 80 % power: "
+        f"{', '.join(sizes)}. Fewer than {min_flips} net flips "
+        f"({100 * min_flips / found.prompts:.1f} points) are never significant."
+    )
 
 
 def fill_parser(parser: Parser) -> None:
@@ -37,8 +264,8 @@ def fill_parser(parser: Parser) -> None:
         "AFTER are folders of scored runs, or their scores.json."
     )
     parser.set_defaults(run=run)
-    parser.add_argument("before", metavar="BEFORE", help="first run")
-    parser.add_argument("after", metavar="AFTER", help="second run")
+    parser.add_argument("before", type=Path, metavar="BEFORE", help="first run")
+    parser.add_argument("after", type=Path, metavar="AFTER", help="second run")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write JSON and page here")
     parser.add_argument(
         "--allow",
@@ -53,38 +280,39 @@ def run(args: argparse.Namespace) -> int:
     """Compare and report. Returns 0 for any verdict."""
     if args.out is not None:
         report.check_folder(args.out)
-    paths = Path(args.before), Path(args.after)
-    before, after = map(read_scores, paths)
-    found = compare(before, after, args.allow)
-    names = _names(*paths)
-    report.show(parts(found, names, _SHOWN_FLIPS))
-    if args.out is not None:
-        page = report.page(f"{names[0]} and {names[1]}", parts(found, names))
-        files = {JSON_FILE: report.as_json(_json(found, names)), PAGE_FILE: page}
-        report.write_files(args.out, files)
-        report.show([f"Written to {args.out}: {', '.join(files)}"])
+    found = compare(read_scores(args.before), read_scores(args.after), args.allow)
+    runs = (path if path.is_dir() else path.parent for path in (args.before, args.after))
+    title = " and ".join(path.resolve().name for path in runs)
+    page = report.page(title, _parts(found))
+    files = {"compare.json": report.as_json(_json(found)), "compare.md": page}
+    report.publish(_parts(found, _SHOWN_FLIPS), args.out, files)
     return 0
 
 
-def _names(before: Path, after: Path) -> tuple[str, str]:
-    """Return the names of the runs: their folders, or before and after if equal."""
-    one, two = ((p if p.is_dir() else p.parent).resolve().name for p in (before, after))
-    return ("before", "after") if one == two else (one, two)
+def _json(found: Comparison) -> dict[str, Any]:
+    only = {"only_before": found.only_before, "only_after": found.only_after}
+    return {
+        "verdict": verdict(found),
+        "warnings": _warnings(found),
+        "primary": PROMPT_STRICT,
+        "prompts": {"common": found.prompts, **only},
+        "answers": {"same": found.same_answers},
+        "metrics": {name: change.to_json() for name, change in found.metrics.items()},
+        "flips": [asdict(flip) for flip in found.flips],
+        "settings": [asdict(change) for change in found.settings],
+    }
 
 
-def parts(
-    found: Comparison, names: tuple[str, str], max_flips: int | None = None
-) -> list[str | Table]:
+def _parts(found: Comparison, max_flips: int | None = None) -> list[str | Table]:
     """Return verdict, warnings and tables."""
     first, *others = verdict(found)
-    return [
-        f"**Verdict.** {first}",
-        *others,
-        *_warnings(found),
-        _metric_table(found, names),
-        *_flip_table(found.flips, max_flips),
-        _setting_part(found),
-    ]
+    settings: str | Table = "All recorded settings are the same in both runs."
+    if found.settings:
+        rows = tuple((c.name, str(c.before), str(c.after)) for c in found.settings)
+        settings = Table("Settings that differ", ("setting", "before", "after"), rows)
+    flips = [_flip_table(found.flips, max_flips)] if found.flips else []
+    told = [f"**Verdict.** {first}", *others, *_warnings(found)]
+    return [*told, _metric_table(found), *flips, settings]
 
 
 def _warnings(found: Comparison) -> list[str]:
@@ -93,7 +321,7 @@ def _warnings(found: Comparison) -> list[str]:
         values = f"{change.before!r} before, {change.after!r} after"
         if change.decisive:
             lines.append(f"Warning: {change.name}: {values}; allowed, but not done alike.")
-        elif change.batching and found.same_answers < found.prompts:
+        elif change.name in _BATCHING and found.same_answers < found.prompts:
             lines.append(
                 f"Warning: {change.name}: {values}; greedy tokens may depend on the batch, so "
                 "flips may come from that alone."
@@ -105,18 +333,18 @@ def _warnings(found: Comparison) -> list[str]:
         )
     if any((run.settings.temperature or 0) > 0 for run in (found.before, found.after)):
         lines.append("Warning: temperature above 0: flips are also draws, not only the change.")
-    cuts = (cut_warning(found.before, " of before"), cut_warning(found.after, " of after"))
-    return lines + [line for line in cuts if line]
+    lines += cut_warning(found.before, " of before")
+    return lines + cut_warning(found.after, " of after")
 
 
-def _metric_table(found: Comparison, names: tuple[str, str]) -> Table:
+def _metric_table(found: Comparison) -> Table:
     rows = []
     for name, change in found.metrics.items():
         sides = [
             f"{side.passed}/{side.total} = {100 * side.share.value:.2f}"
             for side in (change.before, change.after)
         ]
-        p = "-" if change.p is None else p_digits(change.p)
+        p = "-" if change.p is None else _digits(change.p)
         flips = str(change.worse), str(change.better)
         rows.append((name, *sides, change.difference.points(), *flips, p))
     notes = (
@@ -126,137 +354,18 @@ def _metric_table(found: Comparison, names: tuple[str, str]) -> Table:
         f"({RESAMPLES:,} resamples, seed {SEED}). p: exact McNemar, on the prompt level only, "
         "since instructions of one prompt are not independent.",
     )
-    heading = ("metric", names[0], names[1], "difference", "worse", "better", "p")
+    heading = ("metric", "before", "after", "difference", "worse", "better", "p")
     return Table("Metrics, %", heading, tuple(rows), notes)
 
 
-def _flip_table(flips: Sequence[Flip], max_flips: int | None) -> list[Table]:
-    """Return a table of prompts whose strict result changed, worse ones at the top.
-
-    The list is empty without flips.
-    """
-    if not flips:
-        return []
-    ordered = sorted(flips, key=lambda flip: flip.better)
-    same = {True: "same", False: "differs", None: "unknown"}
+def _flip_table(flips: Sequence[Flip], max_flips: int | None) -> Table:
+    """Return a table of the prompts that flipped, worse ones at the top."""
+    ordered = sorted(flips, key=lambda flip: flip.better)[:max_flips]
     rows = tuple(
-        (f.key, "better" if f.better else "worse", ", ".join(f.instructions), same[f.same_answer])
-        for f in ordered[:max_flips]
+        (flip.key, "better" if flip.better else "worse", ", ".join(flip.instructions))
+        for flip in ordered
     )
-    left = len(ordered) - len(rows)
+    left = len(flips) - len(rows)
     notes = (f"{left} more: --out writes all.",) if left else ()
-    heading = ("key", "after is", "instructions that changed", "answer")
-    return [Table(f"Prompts that flipped, strict: {len(flips)}", heading, rows, notes)]
-
-
-def _setting_part(found: Comparison) -> str | Table:
-    if not found.settings:
-        return "All recorded settings are the same in both runs."
-    rows = tuple((change.name, str(change.before), str(change.after)) for change in found.settings)
-    return Table("Settings that differ", ("setting", "before", "after"), rows)
-
-
-def _json(found: Comparison, names: tuple[str, str]) -> dict[str, Any]:
-    return {
-        "names": {"before": names[0], "after": names[1]},
-        "verdict": verdict(found),
-        "warnings": _warnings(found),
-        "primary": PROMPT_STRICT,
-        "prompts": {
-            "common": found.prompts,
-            "only_before": found.only_before,
-            "only_after": found.only_after,
-        },
-        "answers": {"same": found.same_answers, "unknown": found.unknown_answers},
-        "metrics": {name: change.to_json() for name, change in found.metrics.items()},
-        "flips": [asdict(flip) for flip in found.flips],
-        "settings": [asdict(change) for change in found.settings],
-    }
-
-
-def verdict(found: Comparison) -> list[str]:
-    """Return sentences, beginning with the conclusion."""
-    if found.same_answers == found.prompts:
-        return [
-            f"Equal, answer by answer: all {counted(found.prompts, 'answer')} have the same "
-            "SHA-256 in both runs. This is the strongest possible result: no answer to these "
-            "prompts changed, so no statistics are needed.",
-            *_scorer(found),
-        ]
-    known = found.prompts - found.unknown_answers
-    answers = f"{known - found.same_answers} of {counted(known, 'answer')} differ in their text"
-    if found.unknown_answers:
-        answers += f"; {counted(found.unknown_answers, 'answer')} cannot be compared, hash missing"
-    return [*_tested(found), f"{answers}.", _visible(found), *_scorer(found)]
-
-
-def counted(number: int, thing: str) -> str:
-    """Format a count, as in `1 prompt`, `2 prompts`."""
-    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
-
-
-def p_digits(p: float) -> str:
-    """Format a p value with two digits, as in `0.031`, or as a bound if very small."""
-    return "< 0.0001" if p < 0.0001 else f"{p:#.2g}"
-
-
-def _visible(found: Comparison) -> str:
-    when = {rate: f"if {100 * rate:.0f} % flip" for rate in FLIP_RATES}
-    if found.flip_rate > 0:
-        when[found.flip_rate] = f"at the observed {100 * found.flip_rate:.1f} %"
-    sizes = []
-    for rate, words in when.items():
-        size = smallest_difference(found.prompts, rate)
-        sizes.append(f"{'none' if size is None else f'{100 * size:.1f} points'} {words}")
-    # flips that are all in one direction
-    min_flips = next(flips for flips in range(1, 100) if mcnemar(0, flips) <= ALPHA)
-    return (
-        f"The smallest difference that {counted(found.prompts, 'prompt')} can show with 80 % "
-        f"power: {', '.join(sizes)}. Fewer than {min_flips} net flips "
-        f"({100 * min_flips / found.prompts:.1f} points) are never significant."
-    )
-
-
-def _tested(found: Comparison) -> list[str]:
-    """Return sentences about flips, exact test and interval of the primary metric."""
-    change = found.primary
-    assert change.p is not None
-    if change.worse + change.better == 0:
-        share = 100 * max_unseen_share(found.prompts)
-        return [
-            "No change: no prompt changed its strict result. At most "
-            f"{share:.2g} % of such prompts change theirs (95 % confidence)."
-        ]
-    value, low, high = map(signed, change.difference)
-    digits = p_digits(change.p)
-    p = f"p {digits}" if digits.startswith("<") else f"p = {digits}"
-    flips = (
-        f"of {counted(found.prompts, 'prompt')}, {change.worse} got worse and {change.better} got "
-        f"better ({p}, exact McNemar); the difference is {value} points, 95 % interval {low} to "
-        f"{high}"
-    )
-    if change.p > ALPHA:
-        return [f"No difference shown: {flips}.", _not_excluded(change.difference)]
-    return [f"After is {'worse' if change.worse > change.better else 'better'}: {flips}."]
-
-
-def _not_excluded(difference: Estimate) -> str:
-    """Describe the differences that the interval does not exclude."""
-    if not difference.low <= 0 <= difference.high:
-        return "Borderline: the interval leaves zero out, the exact test, which decides, does not."
-    loss, gain = (f"{100 * part:.1f}" for part in (-difference.low, difference.high))
-    return (
-        f"That is no proof of equality: a loss of up to {loss} points and a gain of up to {gain} "
-        "points fit these runs."
-    )
-
-
-def _scorer(found: Comparison) -> list[str]:
-    """Return a warning if equal answers were scored differently."""
-    keys = [flip.key for flip in found.flips if flip.same_answer]
-    if not keys:
-        return []
-    return [
-        f"Warning: {counted(len(keys), 'prompt')} got another result for the same answer (key "
-        f"{', '.join(keys)}): the scoring differs there, not the model; score both runs again."
-    ]
+    heading = ("key", "after is", "instructions that changed")
+    return Table(f"Prompts that flipped, strict: {len(flips)}", heading, rows, notes)

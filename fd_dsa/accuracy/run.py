@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from fd_dsa.accuracy.answers import Run, open_store
-from fd_dsa.accuracy.scores import ANSWERS_FILE, RunSettings
+from fd_dsa.accuracy.scores import ANSWERS_FILE, RunSettings, prompts_sha256
 from fd_dsa.client.own_server import OwnServer, add_server_flags, check_passed, own_server
 from fd_dsa.client.questions import ChatClient, Question
 from fd_dsa.client.remote import ServerInfo
@@ -101,6 +101,7 @@ class ServerUnderTest:
                 and the command that continues the run.
         """
         path = Path(self.args.out) / ANSWERS_FILE
+        task_settings = {**task_settings, "prompts_sha256": prompts_sha256(questions)}
         with open_store(path, self.settings(task, task_settings)) as run:
             missing = run.missing(questions)
             ended: RemoteError | KeyboardInterrupt | None = None

@@ -4,9 +4,13 @@ Strict scores use the unchanged answer. Loose scores use, for each instruction, 
 variants: whole, without its first line, without its last, without both, each with and without `*`.
 An empty answer follows no instruction.
 
-The checkers use Python's global random numbers in one place (`random_keys`), and langdetect has its
-own. Both are seeded before every prompt and restored after it. So a score depends only on its
-prompt and answer, not on earlier prompts.
+The checkers use Python's global random numbers in one place, and langdetect has its own. Both are
+seeded before every prompt and restored after it. So a score depends only on its prompt and answer,
+not on earlier prompts.
+
+The place is the frequency of a character. The checker replaces one that is not a letter by a random
+letter, as for `#` in the official prompt 1122 and `!` in 1129. All public scorers do so
+(google-research/google-research #3427, allenai/olmo-eval #320).
 
 Source: Zhou et al. 2023, arXiv 2311.07911.
 """
@@ -21,22 +25,18 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from string import ascii_lowercase
 from typing import Any
 
-from fd_dsa.accuracy.prompts import Prompt
 from fd_dsa.accuracy.scores import PromptScore, prompt_score
-from fd_dsa.client.questions import Answer
+from fd_dsa.client.questions import Answer, Question
 from fd_dsa.commands import extra_command
-from fd_dsa.errors import BackendUnavailable, ConfigError, FdDsaError
+from fd_dsa.errors import BackendUnavailable, ConfigError, describe_error
 
 SEED = 0
 _PACKAGES = ("lm-eval", "nltk", "langdetect")
-_LETTERS = "keywords:letter_frequency"
 CARRIER = "llama-index-core"
 """The PyPI package whose wheel contains the model.
 
@@ -47,7 +47,7 @@ _MODEL = "tokenizers/punkt_tab/english"
 _FILES = ("abbrev_types.txt", "collocations.tab", "ortho_context.tab", "sent_starters.txt")
 
 
-def ready(prompts: Sequence[Prompt]) -> dict[str, str]:
+def ready(prompts: Sequence[Question | Answer]) -> dict[str, str]:
     """Prepare the scorer.
 
     Returns versions of the checkers and SHA-256 of the sentence model.
@@ -55,67 +55,42 @@ def ready(prompts: Sequence[Prompt]) -> dict[str, str]:
     Call it before the first request, so that everything `score` needs is present.
     """
     for prompt in prompts:
-        try:
-            _check(prompt, "")
-        except BackendUnavailable:
-            raise
-        except Exception as error:
-            raise ConfigError(
-                f"prompt {prompt.key!r}: the checkers refuse it ({_cause(error)}); "
-                f"its arguments are {list(prompt.kwargs)}"
-            ) from error
+        _check(prompt, "")
     versions = {name.replace("-", "_"): metadata.version(name) for name in _PACKAGES}
     return {**versions, "punkt_tab_sha256": sentence_model()}
 
 
-def score(prompts: Sequence[Prompt], answers: Sequence[Answer]) -> list[PromptScore]:
-    """Return the scores of the answers, one for each prompt in the same order."""
-    return [_score(*pair) for pair in zip(prompts, answers, strict=True)]
-
-
-def random_keys(prompts: Sequence[Prompt]) -> tuple[str, ...]:
-    """Return the keys of prompts with random grades: 1122 and 1129 of the official set.
-
-    They ask for a frequency of `#` and of `!`. The checker replaces a character that is not a
-    letter by a random one. All public scorers share this behaviour, so unseeded passes over the
-    same answers can differ. Source: google-research/google-research #3427, allenai/olmo-eval #320.
-    """
-    return tuple(
-        prompt.key
-        for prompt in prompts
-        if any(
-            name == _LETTERS and given["letter"].lower() not in ascii_lowercase
-            for name, given in zip(prompt.instruction_ids, prompt.kwargs, strict=True)
+def score(answers: Sequence[Answer]) -> list[PromptScore]:
+    """Return the scores of the answers, in the same order."""
+    scores = []
+    for answer in answers:
+        found = _check(answer, answer.text)
+        strict, loose = (
+            tuple(map(bool, found[f"inst_level_{kind}_acc"])) for kind in ("strict", "loose")
         )
-    )
+        names = tuple(answer.metadata["instruction_ids"])
+        scores.append(prompt_score(answer, names, strict, loose))
+    return scores
 
 
-def _score(prompt: Prompt, answer: Answer) -> PromptScore:
-    if answer.key != prompt.key:
-        raise ValueError(f"expected the answer to {prompt.key!r}, got the answer to {answer.key!r}")
-    answer = replace(answer, text="" if answer.error else answer.text)
-    try:
-        result = _check(prompt, answer.text)
-    except Exception as error:
-        raise FdDsaError(
-            f"prompt {prompt.key!r}: the checkers break down on its answer ({_cause(error)})"
-        ) from error
-    strict, loose = (
-        tuple(map(bool, result[name])) for name in ("inst_level_strict_acc", "inst_level_loose_acc")
-    )
-    return prompt_score(answer, prompt.instruction_ids, strict, loose)
-
-
-def _check(prompt: Prompt, text: str) -> dict[str, Any]:
+def _check(prompt: Question | Answer, text: str) -> dict[str, Any]:
+    """Return the checkers' results for an answer."""
+    names, kwargs = (prompt.metadata[name] for name in ("instruction_ids", "kwargs"))
     document = {
         "key": prompt.key,
-        "prompt": prompt.text,
-        "instruction_id_list": list(prompt.instruction_ids),
-        "kwargs": [dict(given) for given in prompt.kwargs],
+        "prompt": prompt.messages[-1]["content"],
+        "instruction_id_list": names,
+        "kwargs": [dict(given) for given in kwargs],
     }
     check = _checkers()
-    with _seeded():
-        return check(document, [text])
+    try:
+        with _seeded():
+            return check(document, [text])
+    except Exception as error:
+        raise ConfigError(
+            f"prompt {prompt.key!r}: the checkers refuse it ({describe_error(error)}); its "
+            f"arguments are {kwargs}"
+        ) from error
 
 
 @cache
@@ -152,10 +127,6 @@ def _seeded() -> Iterator[None]:
     finally:
         random.setstate(state)
         DetectorFactory.seed = seed
-
-
-def _cause(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 @cache

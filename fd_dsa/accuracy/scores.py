@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from itertools import compress
@@ -13,10 +14,10 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from fd_dsa.accuracy.stats import Estimate, bootstrap_share, wilson
-from fd_dsa.client.questions import Answer
-from fd_dsa.command_line.report import Table, as_json, page, write_files
+from fd_dsa.client.questions import Answer, Question
+from fd_dsa.command_line.report import Table, as_json, page, publish
 from fd_dsa.commands import own_command
-from fd_dsa.errors import ConfigError
+from fd_dsa.errors import ConfigError, shorten
 
 PROMPT_STRICT = "Prompt-level-strict-accuracy"
 INST_STRICT = "Inst-level-strict-accuracy"
@@ -35,6 +36,8 @@ END_OF_THOUGHT = "</think>"
 """The part of an answer up to this mark is stored and not scored."""
 MAX_CUT_SHARE = 0.02
 """A report warns above this share of answers cut at max_tokens."""
+# settings that change the question; runs that differ here are not comparable
+_DECISIVE = ("task", "max_tokens", "temperature", "thinking")
 _HOW = (
     "Intervals are of 95 %: Wilson's for prompts and types, a bootstrap over prompts for the "
     "instruction-level metrics, since instructions of one prompt pass or fail together."
@@ -49,7 +52,7 @@ class RunSettings:
         concurrency: number of requests in flight. Greedy tokens may depend on the batch.
         thinking: value for the chat template. None = the template's default.
         server: the server's description of itself: version, commit, device, types, limits.
-        task_settings: further settings of the task: prompt file, lengths, ...
+        task_settings: further settings of the task: hash of the prompts, lengths, ...
     """
 
     task: str
@@ -82,14 +85,41 @@ class RunSettings:
             if old != new and not (name.startswith("server.") and None in (old, new))
         }
 
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> RunSettings:
-        """Read the settings from a JSON object with these fields.
 
-        Raises:
-            TypeError: a field is missing.
-        """
-        return cls(**{name: data[name] for name in cls.__dataclass_fields__ if name in data})
+@dataclass(frozen=True)
+class SettingChange:
+    """A recorded setting that differs, such as `max_tokens` or `server.kv_cache_dtype`.
+
+    Attributes:
+        decisive: True if the runs are not comparable, unless the setting is allowed by name.
+    """
+
+    name: str
+    before: Any
+    after: Any
+    decisive: bool
+
+
+def setting_changes(before: RunSettings, after: RunSettings) -> tuple[SettingChange, ...]:
+    """Return the recorded settings that differ, decisive ones at the front.
+
+    Facts of a server that one run does not know are ignored, as is its address. The seed is
+    decisive only if answers are sampled.
+    """
+    drawn = any((settings.temperature or 0) > 0 for settings in (before, after))
+    changes = []
+    for name, (one, other) in before.differences(after).items():
+        asked = name.startswith("task_settings.") or name in _DECISIVE
+        decisive = asked or (name == "seed" and drawn)
+        if name != "base_url":
+            changes.append(SettingChange(name, one, other, decisive))
+    return tuple(sorted(changes, key=lambda change: not change.decisive))
+
+
+def prompts_sha256(prompts: Iterable[Question | Answer]) -> str:
+    """Return a hash of prompts in any order."""
+    messages = sorted((prompt.key, prompt.messages) for prompt in prompts)
+    return sha256(json.dumps(messages).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -105,10 +135,15 @@ class PromptScore:
     instruction_ids: tuple[str, ...]
     follow_strict: tuple[bool, ...]
     follow_loose: tuple[bool, ...]
+    answer_sha256: str
     finish_reason: str | None = None
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
-    answer_sha256: str | None = None
+
+    @property
+    def passed(self) -> bool:
+        """True if every instruction is followed strictly."""
+        return all(self.follow_strict)
 
     def __post_init__(self) -> None:
         lengths = {len(self.follow_strict), len(self.follow_loose)}
@@ -127,15 +162,8 @@ def prompt_score(
 ) -> PromptScore:
     """Return the score of an answer from its strict and loose results."""
     counts = answer.prompt_tokens, answer.completion_tokens
-    # a server may split a character, which leaves a lone surrogate
-    sha = sha256(answer.text.encode("utf-8", "surrogatepass")).hexdigest()
-    return PromptScore(answer.key, names, strict, loose, answer.finish_reason, *counts, sha)
-
-
-def shown(value: object) -> str:
-    """Return a value for a message, shortened if long."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    sha = sha256(answer.text.encode()).hexdigest()
+    return PromptScore(answer.key, names, strict, loose, sha, answer.finish_reason, *counts)
 
 
 @dataclass(frozen=True)
@@ -161,32 +189,25 @@ class Scores:
     def by_key(self) -> dict[str, PromptScore]:
         return {score.key: score for score in self.prompts}
 
-    def to_json(self) -> str:
-        """Return the text of `scores.json`."""
-        return as_json(
-            {
-                "settings": asdict(self.settings),
-                "prompts": [asdict(score) for score in self.prompts],
-                "metrics": {name: m.to_json() for name, m in metrics(self.prompts).items()},
-            }
-        )
+    def to_json(self, **figures: object) -> str:
+        """Return the text of `scores.json`, with further figures of the task."""
+        prompts = [asdict(score) for score in self.prompts]
+        return as_json({"settings": asdict(self.settings), "prompts": prompts, **figures})
 
 
-def columns(prompts: Sequence[PromptScore], metric: str) -> tuple[list[int], list[int]]:
-    """Return passed number and size of each prompt, in the units of a metric."""
-    loose = metric in (PROMPT_LOOSE, INST_LOOSE)
-    follows = [score.follow_loose if loose else score.follow_strict for score in prompts]
-    if metric in (INST_STRICT, INST_LOOSE):
-        return [sum(follow) for follow in follows], [len(follow) for follow in follows]
-    return [int(all(follow)) for follow in follows], [1] * len(follows)
+def units(score: PromptScore, name: str) -> tuple[bool, ...]:
+    """Return what a metric counts of a prompt: whether it passed, or each instruction's result."""
+    follow = score.follow_loose if name in (PROMPT_LOOSE, INST_LOOSE) else score.follow_strict
+    return (all(follow),) if name in (PROMPT_STRICT, PROMPT_LOOSE) else follow
 
 
 def metric(prompts: Sequence[PromptScore], name: str) -> Metric:
     """Return a metric: Wilson's interval for prompts, a bootstrap for instructions."""
-    passed, sizes = columns(prompts, name)
-    by_prompt, total = name in (PROMPT_STRICT, PROMPT_LOOSE), sum(sizes)
-    share = wilson(sum(passed), total) if by_prompt else bootstrap_share(passed, sizes)
-    return Metric(sum(passed), total, share)
+    found = [units(score, name) for score in prompts]
+    passed, sizes = list(map(sum, found)), list(map(len, found))
+    by_prompt = name in (PROMPT_STRICT, PROMPT_LOOSE)
+    share = wilson(sum(passed), sum(sizes)) if by_prompt else bootstrap_share(passed, sizes)
+    return Metric(sum(passed), sum(sizes), share)
 
 
 def metrics(prompts: Sequence[PromptScore]) -> dict[str, Metric]:
@@ -204,7 +225,7 @@ def by_type(prompts: Sequence[PromptScore]) -> dict[str, tuple[int, int, int]]:
     return {name: (total, strict[name], loose[name]) for name, total in sorted(totals.items())}
 
 
-def settings_table(settings: RunSettings) -> Table:
+def _settings_table(settings: RunSettings) -> Table:
     """Return a table of the settings that determine answers (not the server's address)."""
     rows = settings.flat()
     del rows["base_url"]
@@ -212,6 +233,13 @@ def settings_table(settings: RunSettings) -> Table:
         rows["thinking"] = "default of the chat template"
     texts = {name: "unknown" if value is None else str(value) for name, value in rows.items()}
     return Table("Settings", ("setting", "value"), tuple(texts.items()))
+
+
+def first_fault(error: ValidationError) -> str:
+    """Return field, value and rule of the first error in a file."""
+    first = error.errors(include_url=False)[0]
+    place = "".join(f"{part}: " for part in first["loc"])
+    return f"{place}got {shorten(first['input'])}: {first['msg']}"
 
 
 def read_scores(path: Path) -> Scores:
@@ -225,11 +253,9 @@ def read_scores(path: Path) -> Scores:
             f"{file}: {reason}; give the folder of a scored run or its {SCORES_FILE}"
         ) from error
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = "".join(f"{part}: " for part in first["loc"])
+        command = own_command("accuracy", "score")
         raise ConfigError(
-            f"{file}: {place}got {shown(first['input'])}: {first['msg']}; give a "
-            f"{SCORES_FILE} that `{own_command('accuracy', 'score')}` made"
+            f"{file}: {first_fault(error)}; give a {SCORES_FILE} that `{command}` made"
         ) from error
     if not scores.prompts:
         raise ConfigError(f"{file}: prompts: got none; score the run again")
@@ -239,30 +265,28 @@ def read_scores(path: Path) -> Scores:
     return scores
 
 
-def write_report(out: Path, scores: Scores, notes: Sequence[str] = ()) -> list[Path]:
-    """Write `scores.json` and `report.md` together, and return their paths."""
-    shown = [*parts(scores, notes), settings_table(scores.settings)]
-    files = {
-        SCORES_FILE: scores.to_json(),
-        REPORT_FILE: page(f"IFEval: {scores.settings.model}", shown),
-    }
-    write_files(out, files)
-    return [out / name for name in files]
+def write_report(
+    out: Path, title: str, scores: Scores, parts: Sequence[str | Table], **figures: object
+) -> None:
+    """Print a report, and write it with the scores and figures to a folder."""
+    settings = scores.settings
+    text = page(f"{title}: {settings.model}", [*parts, _settings_table(settings)])
+    publish(parts, out, {SCORES_FILE: scores.to_json(**figures), REPORT_FILE: text})
 
 
-def cut_warning(scores: Scores, which: str = "") -> str | None:
+def cut_warning(scores: Scores, which: str = "") -> list[str]:
     """Return a warning if more than `MAX_CUT_SHARE` of the answers ended at max_tokens."""
     cut = sum(score.finish_reason == "length" for score in scores.prompts)
     if cut <= MAX_CUT_SHARE * len(scores.prompts):
-        return None
-    return (
+        return []
+    return [
         f"Warning: {cut} of {len(scores.prompts)} answers{which} were cut at max_tokens "
         f"{scores.settings.max_tokens} (finish_reason length); a cut answer often fails."
-    )
+    ]
 
 
 def parts(scores: Scores, notes: Sequence[str]) -> list[str | Table]:
-    """Return tables and notes, in order."""
+    """Return IFEval's tables and notes, in order."""
     rows = [
         (name, f"{metric.passed}/{metric.total}", metric.share.percent())
         for name, metric in metrics(scores.prompts).items()
@@ -272,10 +296,9 @@ def parts(scores: Scores, notes: Sequence[str]) -> list[str | Table]:
         for name, (total, *followed) in by_type(scores.prompts).items()
     ]
     title = f"IFEval, {len(scores.prompts)} prompts"
-    warning = cut_warning(scores)
     return [
         Table(title, ("metric", "passed", "% [95 % interval]"), tuple(rows), (_HOW,)),
         *notes,
-        *([warning] if warning else []),
+        *cut_warning(scores),
         Table("By type of instruction", ("type", "number", "strict, %", "loose, %"), tuple(types)),
     ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -32,6 +32,11 @@ class Question:
     max_tokens: int
     metadata: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def text(self) -> str:
+        """Content of the last message."""
+        return self.messages[-1]["content"]
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -55,19 +60,6 @@ class Answer:
     error: str | None = None
     messages: tuple[dict[str, str], ...] = field(default=(), compare=False)
     metadata: dict[str, Any] = field(default_factory=dict, compare=False)
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Answer:
-        """Read an answer from a JSON object.
-
-        Raises:
-            KeyError: a field is missing.
-            TypeError: key or text is not a string.
-        """
-        if not (isinstance(data["key"], str) and isinstance(data["text"], str)):
-            raise TypeError(f"key {data['key']!r} and text have to be texts")
-        fields = {name: data[name] for name in cls.__dataclass_fields__}
-        return cls(**{**fields, "messages": tuple(data["messages"])})
 
 
 class ChatClient:

@@ -106,12 +106,12 @@ def write_files(out: Path, files: Mapping[str, str]) -> None:
                 os.replace(Path(folder) / name, out / name)
 
 
-def publish(out: str | None, title: str, result: object, parts: Sequence[str | Table]) -> None:
-    """Print a result. With a folder, also write `title`.json and report.md to it."""
-    if out is not None:
-        texts = {f"{title.lower()}.json": as_json(result), "report.md": page(title, parts)}
-        write_files(Path(out), texts)
+def publish(parts: Sequence[str | Table], out: Path | None, files: Mapping[str, str]) -> None:
+    """Print the parts of a report. With a folder, also write the files to it."""
     show(parts)
+    if out is not None:
+        write_files(out, files)
+        show([f"Written to {out}: {', '.join(files)}"])
 
 
 def _row(cells: Sequence[str]) -> str:

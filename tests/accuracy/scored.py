@@ -21,7 +21,7 @@ SETTINGS = RunSettings(
     seed=0,
     concurrency=8,
     server={"version": "0.1.0", "kv_cache_dtype": "float32", "max_num_seqs": 32},
-    task_settings={"prompts": "official", "prompts_sha256": "67ff", "num_prompts": 541},
+    task_settings={"prompts_sha256": "67ff"},
 )
 
 
@@ -29,8 +29,8 @@ def prompt(key: str, *follow: bool, text: str = "", **fields: Any) -> PromptScor
     """A prompt with instructions a:0, b:1, ... followed as told, loosely the same."""
     names = tuple(f"{'abcdefgh'[i]}:{i}" for i in range(len(follow)))
     sha = hashlib.sha256(text.encode()).hexdigest()
-    fields = {"finish_reason": "stop", "answer_sha256": sha, **fields}
-    return PromptScore(key, names, tuple(follow), tuple(follow), **fields)
+    fields = {"finish_reason": "stop", **fields}
+    return PromptScore(key, names, tuple(follow), tuple(follow), sha, **fields)
 
 
 def run(prompts: Sequence[PromptScore], **settings: Any) -> Scores:

@@ -75,11 +75,10 @@ def test_the_prompts_are_asked_as_they_are_and_the_answers_scored(
     scores = scores_of(out)
     assert [entry["key"] for entry in scores["prompts"]] == [prompt.key for prompt in wanted]
     assert scores["settings"]["server"]["version"] == "7"
-    assert scores["settings"]["task_settings"]["num_prompts"] == 20
     strict = scores["metrics"]["Prompt-level-strict-accuracy"]
     assert 0 < strict["passed"] < strict["total"] == 20
     printed = capsys.readouterr().out
-    assert "partial set: 20 of 541 prompts" in printed
+    assert "partial set: 20 prompts with" in printed
     assert "Prompt-level-strict-accuracy" in (out / "report.md").read_text()
 
 
@@ -189,8 +188,8 @@ def server() -> Any:
     [
         (["--model", "demos"], "--model: got 'demos'; the server at URL has demo"),
         (["--max-tokens", "2048"], "--max-tokens: got 2048; demo takes 2048 tokens, prompt and"),
-        (["--prompts", "no/such"], "prompts: no/such cannot be read (No such file or directory)"),
-        (["--prompts", __file__], "test_ifeval.py:1: not JSON"),
+        (["--prompts", "no/such"], "no/such: cannot be read (No such file or directory)"),
+        (["--prompts", __file__], "test_ifeval.py:1: got "),
         (["--subset", "542"], "--subset: got 542; the file has 541 prompts"),
         (["--subset", "0"], "--subset: got '0'; must be a whole number from 1 on"),
         (["--concurrency", "0"], "--concurrency: got '0'; must be a whole number from 1 on"),
@@ -287,7 +286,6 @@ def test_score_gives_what_the_run_gave(
     own.unlink()
     assert main(["score", str(first / "answers.jsonl"), "--out", str(other)]) == 0
     assert scores_of(other) == scores_of(first)
-    assert scores_of(first)["settings"]["task_settings"]["prompts"] == "own.jsonl"
     capsys.readouterr()
 
 

@@ -121,11 +121,13 @@ def test_scores_without_a_network_and_imports_nothing_early(tmp_path: Path) -> N
         "late = {'lm_eval', 'nltk', 'langdetect', 'matplotlib', 'llama_index'}\n"
         "early = late & sys.modules.keys()\n"
         "chosen = [p for p in prompts.read_prompts() if any(\n"
-        "    i == 'length_constraints:number_sentences' for i in p.instruction_ids)]\n"
+        "    i == 'length_constraints:number_sentences' for i in p.metadata['instruction_ids'])]\n"
         "assert not early, early\n"
         "scorer.ready(chosen)\n"
         "from fd_dsa.client.questions import Answer\n"
-        "scores = scorer.score(chosen, [Answer(p.key, 'One. Two.') for p in chosen])\n"
+        "fields = [(p.key, p.messages, p.metadata) for p in chosen]\n"
+        "scores = scorer.score([Answer(k, 'One. Two.', messages=m, metadata=d) "
+        "for k, m, d in fields])\n"
         "print(len(scores), 'llama_index' in sys.modules)\n",
         HOME=str(tmp_path),
         NLTK_DATA="",

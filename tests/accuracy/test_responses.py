@@ -56,7 +56,7 @@ def test_prompts_without_a_response_are_named(
     missing = f"{PROMPTS[3].key}, {PROMPTS[4].key}"
     shown = " ".join(capsys.readouterr().out.split())
     assert f"Warning: 2 prompts have no response and are left out: key {missing}." in shown
-    assert "partial set: 3 of 541 prompts" in shown
+    assert "partial set: 3 prompts with 5 instructions, of 541 prompts" in shown
     assert len(read_scores(tmp_path).prompts) == 3
 
 
@@ -67,11 +67,11 @@ def test_prompts_without_a_response_are_named(
             {"prompt": "Say hello.", "response": "x"},
             "'Say hello.' is not one of the 541 prompts; --pr",
         ),
-        (ROWS[0], "is also the prompt of line 1; each prompt has one response"),
-        ({"prompt": "a", "response": None}, "response: None; a text is needed"),
-        ({"response": "a"}, "prompt: None; a text is needed"),
-        ([1], "[1] is no JSON object; one JSON object a line"),
-        ("{", "not JSON ("),
+        (ROWS[0], "responses.jsonl:1; each prompt has one response"),
+        ({"prompt": "a", "response": None}, "response: got None: Input should be a valid string"),
+        ({"response": "a"}, "prompt: got {'response': 'a'}: Field required"),
+        ([1], "got [1]: Input should be an object"),
+        ("{", "got b'{': Invalid JSON"),
     ],
 )
 def test_a_line_that_cannot_be_scored_is_named(

@@ -12,26 +12,32 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fd_dsa.accuracy.prompts import Prompt, read_prompts
-from fd_dsa.accuracy.scorer import random_keys, ready, score
+from fd_dsa.accuracy.prompts import read_prompts
+from fd_dsa.accuracy.scorer import ready, score
 from fd_dsa.accuracy.scores import PromptScore
-from fd_dsa.client.questions import Answer
+from fd_dsa.client.questions import Answer, Question
 from fd_dsa.errors import ConfigError
 from tests.accuracy import gpt4
 
 PROMPTS = read_prompts()
 BY_KEY = {prompt.key: prompt for prompt in PROMPTS}
+# the prompts whose checkers draw random numbers
+RANDOM_KEYS = ("1122", "1129")
 
 
-def answered(prompts: Sequence[Prompt], texts: Sequence[str]) -> list[PromptScore]:
+def answer_to(prompt: Question, text: str) -> Answer:
+    """An answer to a prompt."""
+    return Answer(prompt.key, text, messages=prompt.messages, metadata=prompt.metadata)
+
+
+def answered(prompts: Sequence[Question], texts: Sequence[str]) -> list[PromptScore]:
     """Scores of texts."""
-    pairs = zip(prompts, texts, strict=True)
-    return score(prompts, [Answer(prompt.key, text) for prompt, text in pairs])
+    return score([answer_to(*pair) for pair in zip(prompts, texts, strict=True)])
 
 
 def test_score_depends_on_prompt_and_answer_alone() -> None:
-    responses, keys = [row["response"] for row in gpt4.rows()], random_keys(PROMPTS)
-    some = [i for i, prompt in enumerate(PROMPTS) if prompt.key in keys or i % 25 == 0]
+    responses = [row["response"] for row in gpt4.rows()]
+    some = [i for i, prompt in enumerate(PROMPTS) if prompt.key in RANDOM_KEYS or i % 25 == 0]
     scores: dict[int, PromptScore] = {}
     for seed, order in ((1, some), (2, some[::-1]), (3, some[-1:])):
         random.seed(seed)
@@ -52,23 +58,22 @@ def test_random_numbers_are_put_back() -> None:
         langdetect.DetectorFactory.seed = None
 
 
-def test_random_keys_are_the_prompts_whose_checkers_draw() -> None:
+def test_the_checkers_of_two_prompts_draw() -> None:
     ready(PROMPTS[:1])
     from lm_eval.tasks.ifeval.utils import process_results
 
-    assert random_keys(PROMPTS) == ("1122", "1129")
     drawing = []
     for prompt in PROMPTS:
         state = random.getstate()
         document = {
             "key": prompt.key,
             "prompt": prompt.text,
-            "instruction_id_list": prompt.instruction_ids,
-            "kwargs": prompt.kwargs,
+            "instruction_id_list": prompt.metadata["instruction_ids"],
+            "kwargs": prompt.metadata["kwargs"],
         }
         process_results(document, [""])
         drawing += [prompt.key] if random.getstate() != state else []
-    assert tuple(drawing) == random_keys(PROMPTS)
+    assert tuple(drawing) == RANDOM_KEYS
 
 
 def test_empty_answer_follows_nothing() -> None:
@@ -86,28 +91,27 @@ PIECES = (
 
 @settings(max_examples=40)
 @given(
-    prompt=st.sampled_from([one for one in PROMPTS if one.key not in random_keys(PROMPTS)]),
+    prompt=st.sampled_from([one for one in PROMPTS if one.key not in RANDOM_KEYS]),
     pieces=st.lists(st.sampled_from(PIECES) | st.text(max_size=12), max_size=12),
     repeats=st.booleans(),
 )
-def test_loose_is_never_below_strict(prompt: Prompt, pieces: list[str], repeats: bool) -> None:
+def test_loose_is_never_below_strict(prompt: Question, pieces: list[str], repeats: bool) -> None:
     text = (prompt.text if repeats else "") + "".join(pieces)
     (one,) = answered([prompt], [text])
-    assert len(one.follow_strict) == len(one.follow_loose) == len(prompt.instruction_ids)
+    assert (
+        len(one.follow_strict) == len(one.follow_loose) == len(prompt.metadata["instruction_ids"])
+    )
     pairs = zip(one.follow_strict, one.follow_loose, strict=True)
     assert all(loose or not strict for strict, loose in pairs)
 
 
 def test_score_keeps_what_is_known_of_the_answer() -> None:
-    answer = Answer("1000", "An ägg.", "length", 50, 1280, 2.5)
-    (one,) = score(PROMPTS[:1], [answer])
+    known = replace(answer_to(PROMPTS[0], "An ägg."), finish_reason="length", prompt_tokens=50)
+    (one,) = score([replace(known, completion_tokens=1280)])
     assert (one.key, one.finish_reason) == ("1000", "length")
     assert (one.prompt_tokens, one.completion_tokens) == (50, 1280)
     assert one.answer_sha256 == hashlib.sha256("An ägg.".encode()).hexdigest()
-    assert one.instruction_ids == PROMPTS[0].instruction_ids
-    assert answered(PROMPTS[:1], ["half a character \ud83d"])[0].answer_sha256 != one.answer_sha256
-    failed = replace(answer, text="no comma", error="timed out")
-    assert not any(score(PROMPTS[:1], [failed])[0].follow_loose)
+    assert list(one.instruction_ids) == PROMPTS[0].metadata["instruction_ids"]
 
 
 def test_ready_names_what_scores_and_refuses_what_the_checkers_cannot_read() -> None:
@@ -115,11 +119,11 @@ def test_ready_names_what_scores_and_refuses_what_the_checkers_cannot_read() -> 
     assert found["lm_eval"].startswith("0.4.")
     assert found.keys() == {"lm_eval", "nltk", "langdetect", "punkt_tab_sha256"}
     assert len(found["punkt_tab_sha256"]) == 64
-    strange = replace(
-        PROMPTS[0],
-        instruction_ids=("language:response_language",),
-        kwargs=({"language": "klingon"},),
-    )
+    rules = {
+        "instruction_ids": ["language:response_language"],
+        "kwargs": [{"language": "klingon"}],
+    }
+    strange = replace(PROMPTS[0], metadata=rules)
     with pytest.raises(
         ConfigError, match=r"prompt '1000': the checkers refuse it .KeyError.*kling"
     ):

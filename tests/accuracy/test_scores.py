@@ -13,6 +13,7 @@ from fd_dsa.accuracy.scores import (
     INST_LOOSE,
     PromptScore,
     Scores,
+    metrics,
     parts,
     read_scores,
     write_report,
@@ -24,7 +25,7 @@ THREE = run(
     [
         prompt("1", True, True),
         prompt("2", True, False, finish_reason="length"),
-        PromptScore("3", ("a:0",), (False,), (True,)),
+        PromptScore("3", ("a:0",), (False,), (True,), "sha"),
     ]
 )
 
@@ -37,15 +38,20 @@ def test_a_run_is_read_as_written(tmp_path_factory: Any, both: tuple[Scores, Sco
     assert read_scores(folder / "scores.json") == both[0]
 
 
+def report(out: Path, scores: Scores, *notes: str) -> str:
+    """Write the files of an IFEval run, and return its page."""
+    figures = {name: metric.to_json() for name, metric in metrics(scores.prompts).items()}
+    write_report(out, "IFEval", scores, parts(scores, notes), metrics=figures)
+    return (out / "report.md").read_text("utf-8")
+
+
 def test_report_files(tmp_path: Path) -> None:
     out = tmp_path / "a" / "run"
-    paths = write_report(out, THREE, ["Warning: partial set."])
-    assert sorted(path.name for path in out.iterdir()) == ["report.md", "scores.json"]
-    assert sorted(paths) == sorted(out.iterdir())
-    first = [path.read_bytes() for path in paths]
-    write_report(out, THREE, ["Warning: partial set."])
-    assert [path.read_bytes() for path in paths] == first
-    page = (out / "report.md").read_text("utf-8")
+    page = report(out, THREE, "Warning: partial set.")
+    files = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert sorted(files) == ["report.md", "scores.json"]
+    report(out, THREE, "Warning: partial set.")
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == files
     assert "| Prompt-level-strict-accuracy | 1/3 | 33.33 [6.1, 79.2] |" in page
     assert "| b:1 | 2 | 50.00 [9.5, 90.5] | 50.00 [9.5, 90.5] |" in page
     assert "Warning: partial set." in page
@@ -53,16 +59,12 @@ def test_report_files(tmp_path: Path) -> None:
     assert "8000" not in page
     data = json.loads((out / "scores.json").read_text("utf-8"))
     assert data["metrics"][INST_LOOSE]["value"] == 80.0
-    assert "Warning: partial set." in parts(THREE, ["Warning: partial set."])
 
 
 def test_answers_cut_at_max_tokens_are_told_above_two_percent(tmp_path: Path) -> None:
-    write_report(tmp_path / "one", THREE)
-    page = (tmp_path / "one" / "report.md").read_text("utf-8")
-    assert "1 of 3 answers were cut at max_tokens 1280" in page
+    assert "1 of 3 answers were cut at max_tokens 1280" in report(tmp_path, THREE)
     rare = [prompt(str(i), True, finish_reason="length" if i == 0 else "stop") for i in range(50)]
-    write_report(tmp_path / "two", run(rare))
-    assert "cut at max_tokens" not in (tmp_path / "two" / "report.md").read_text("utf-8")
+    assert "cut at max_tokens" not in report(tmp_path, run(rare))
 
 
 def _changed(path: Path, *places: Any, value: Any) -> Path:

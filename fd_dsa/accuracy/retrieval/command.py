@@ -3,51 +3,51 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 from pathlib import Path
 from typing import Any
 
-from fd_dsa.accuracy.retrieval.plan import (
-    CONTINUITY_DEPTHS,
-    DEFAULT_DEPTHS,
-    Limits,
-    Plan,
-    continuity_lengths,
-    default_lengths,
-    parse_depths,
-    parse_lengths,
-    parse_tasks,
-)
-from fd_dsa.accuracy.retrieval.prompts import TASKS, PromptBuilder, TokenCounter, sentences
-from fd_dsa.accuracy.retrieval.scoring import Results, files, parts, score_answer
+from fd_dsa.accuracy.retrieval.plan import Limits, Plan, default_lengths, parse_lengths
+from fd_dsa.accuracy.retrieval.prompts import TASKS, PromptBuilder, TokenCounter
+from fd_dsa.accuracy.retrieval.scoring import Results, score_answer
 from fd_dsa.accuracy.run import add_run_flags, connected
-from fd_dsa.accuracy.scores import REPORT_FILE
-from fd_dsa.command_line import report
+from fd_dsa.accuracy.scores import Scores
 from fd_dsa.command_line.parser import Parser
-from fd_dsa.command_line.values import add_numbers
+from fd_dsa.command_line.values import add_numbers, reader
 from fd_dsa.config import demo_model_path
 from fd_dsa.errors import ConfigError
 
-_MAX_TOKENS, _TRIALS = 64, 5
+_MAX_TOKENS = 64
+# depths and trials of a cell: of a usual run, and around index_topk
+_USUAL = (0.0, 0.25, 0.5, 0.75, 1.0), 5
+_CONTINUITY = (0.0, 0.5, 1.0), 10
 
 
 def fill_parser(parser: Parser) -> None:
     parser.set_defaults(run=run)
     add_run_flags(parser, out="retrieval", max_tokens=_MAX_TOKENS)
     group = parser.add_argument_group("prompts")
-    for flag, text in (
-        ("--tasks", f"of {', '.join(TASKS)} (default: all)"),
-        (
-            "--lengths",
-            "tokens of the whole prompt; topk is index_topk, max leaves room for the answer: "
-            "512,topk,topk+1,4*topk,max (default: topk/2, doubled up to max)",
-        ),
-        ("--depths", "place of the needle, 0 to 1 (default: 0,0.25,0.5,0.75,1)"),
-    ):
-        group.add_argument(flag, metavar="LIST", help=text)
+    group.add_argument(
+        "--tasks",
+        metavar="LIST",
+        type=reader(_tasks, f"of {', '.join(TASKS)}"),
+        default=tuple(TASKS),
+        help=f"of {', '.join(TASKS)} (default: all)",
+    )
+    group.add_argument(
+        "--lengths",
+        metavar="LIST",
+        help="tokens of the whole prompt; topk is index_topk, max leaves room for the answer: "
+        "512,topk,topk+1,4*topk,max (default: topk/2, doubled up to max)",
+    )
+    group.add_argument(
+        "--depths",
+        metavar="LIST",
+        type=reader(_depths, "numbers from 0 (start) to 1 (end)"),
+        help="place of the needle, 0 to 1 (default: 0,0.25,0.5,0.75,1)",
+    )
     add_numbers(
         group,
-        ("--trials", int, 1, None, f"prompts a cell (default: {_TRIALS}, with --continuity 10)"),
+        ("--trials", int, 1, None, "prompts a cell (default: 5, with --continuity 10)"),
         ("--index-topk", int, 1, None, "of the model (default: config.json beside the tokenizer)"),
     )
     group.add_argument(
@@ -63,14 +63,27 @@ def fill_parser(parser: Parser) -> None:
     )
 
 
+def _tasks(text: str) -> tuple[str, ...]:
+    """Parse a list such as `variables,passkey` into tasks, in the order of `TASKS`."""
+    return tuple(sorted(set(text.split(",")), key=list(TASKS).index))
+
+
+def _depths(text: str) -> tuple[float, ...]:
+    """Parse a list such as `0,0.5,1` into distinct ascending depths."""
+    depths = {round(float(part), 4) for part in text.split(",")}
+    if not all(0 <= depth <= 1 for depth in depths):
+        raise ValueError
+    return tuple(sorted(depths))
+
+
 def run(args: argparse.Namespace) -> int:
     """Ask, score and report. Returns 0."""
     counter = TokenCounter(_tokenizer_folder(args), args.thinking)
     topk = args.index_topk or counter.index_topk
-    depths, trials = (CONTINUITY_DEPTHS, 10) if args.continuity else (DEFAULT_DEPTHS, _TRIALS)
+    depths, trials = _CONTINUITY if args.continuity else _USUAL
     known: dict[str, Any] = {
-        "tasks": tuple(TASKS) if args.tasks is None else parse_tasks(args.tasks),
-        "depths": depths if args.depths is None else parse_depths(args.depths),
+        "tasks": args.tasks,
+        "depths": args.depths or depths,
         "trials": args.trials or trials,
         "seed": args.seed,
         "paired": args.continuity,
@@ -79,25 +92,17 @@ def run(args: argparse.Namespace) -> int:
     # check the plan before a server is started
     builder, longest = PromptBuilder(counter), counter.max_position_embeddings
     if longest is not None:
-        first = _lengths(args, Limits(topk, longest))[:1]
+        first = _lengths(args, Limits(topk, longest, args.max_tokens))[:1]
         list(Plan(lengths=first, **known).questions(builder))
     with connected(args) as target:
         known_lengths = [n for n in (longest, target.info.max_model_len) if n is not None]
-        limits = Limits(topk, min(known_lengths, default=None))
+        limits = Limits(topk, min(known_lengths, default=None), args.max_tokens)
         plan = Plan(lengths=_lengths(args, limits), **known)
         questions = list(plan.questions(builder))
-        tokenizer = (counter.folder / "tokenizer.json").read_bytes()
-        decisive = {
-            **plan.to_json(),
-            "index_topk": topk,
-            "tokenizer_sha256": hashlib.sha256(tokenizer).hexdigest(),
-            "haystack_sha256": hashlib.sha256("\n".join(sentences()).encode()).hexdigest(),
-        }
-        kept = target.collect("retrieval", questions, decisive)
-    scores = [score_answer(kept.records[question.key]) for question in questions]
-    results, out = Results(kept.settings, plan, scores, topk), Path(args.out)
-    report.write_files(out, files(results))
-    report.show([*parts(results), f"Report: {out / REPORT_FILE}"])
+        kept = target.collect("retrieval", questions, {**plan.to_json(), "index_topk": topk})
+    answers = [kept.answers[question.key] for question in questions]
+    scores = Scores(kept.settings, tuple(map(score_answer, answers)))
+    Results(scores, plan, topk).publish(Path(args.out))
     return 0
 
 
@@ -113,8 +118,10 @@ def _tokenizer_folder(args: argparse.Namespace) -> Path:
 
 
 def _lengths(args: argparse.Namespace, limits: Limits) -> tuple[int, ...]:
-    if args.lengths is not None:
-        return parse_lengths(args.lengths, limits, args.max_tokens)
-    if args.continuity:
-        return continuity_lengths(limits, args.max_tokens)
-    return default_lengths(limits, args.max_tokens)
+    """Return the lengths of --lengths, those around index_topk, or the usual ones."""
+    if args.lengths is None and not args.continuity:
+        return default_lengths(limits)
+    # the first length is dense for the whole answer
+    far = args.max_tokens
+    around = f"topk-{far},topk-2,topk-1,topk,topk+1,topk+2,topk+{far},2*topk"
+    return parse_lengths(args.lengths or around, limits)

@@ -22,7 +22,7 @@ from fd_dsa.accuracy.selection.measure import (
 )
 from fd_dsa.cache_formats import CACHE_FORMATS
 from fd_dsa.command_line.parser import Parser
-from fd_dsa.command_line.report import Table, check_folder, publish
+from fd_dsa.command_line.report import Table, as_json, check_folder, page, publish
 from fd_dsa.command_line.values import add_numbers
 from fd_dsa.config import EngineConfig
 from fd_dsa.environment import quiet
@@ -76,7 +76,7 @@ def fill_parser(parser: Parser) -> None:
         ("--max-num-batched-tokens", int, 1, 512, "tokens of a chunk of the prompt"),
         ("--seed", int, 0, 0, "of texts and random sets"),
     )
-    parser.add_argument("--out", metavar="DIR", help="folder for report and JSON")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for report and JSON")
     parser.set_defaults(run=run)
 
 
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     providers = {text: _provider(text) for text in args.providers}
     args.lengths = _checked_lengths(args)
     if args.out is not None:
-        check_folder(Path(args.out))
+        check_folder(args.out)
     runs: list[dict[str, Any]] = []
     for text, asked in providers.items():
         with asking_for(asked):
@@ -96,7 +96,8 @@ def run(args: argparse.Namespace) -> int:
     for name in ("texts", "queries", "seed", "max_num_batched_tokens"):
         decisive[name] = getattr(args, name)
     result = {"settings": decisive, "runs": runs}
-    publish(args.out, "Selection", result, parts(result))
+    text = page("Selection", parts(result))
+    publish(parts(result), args.out, {"selection.json": as_json(result), "report.md": text})
     return 0
 
 

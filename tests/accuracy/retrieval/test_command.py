@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -78,19 +79,18 @@ def test_a_perfect_reader_passes_everywhere(
     tasks = ("passkey", "multikey", "variables")
     with reading() as server:
         scores = run(server, tmp_path, *FEW, "--tasks", ",".join(tasks))
-    assert {task: (m["passed"], m["total"]) for task, m in scores["metrics"].items()} == {
-        task: (4, 4) for task in tasks
+    cells = {
+        (c["task"], c["length"], c["depth"]): (c["passed"], c["total"]) for c in scores["cells"]
     }
-    assert all(m["mean_share"] == 1 for m in scores["metrics"].values())
-    assert scores["length_check"] == {"compared": 12, "server_minus_ours": {"0": 12}}
-    cells = {(c["task"], c["length"], c["depth"]): c["total"] for c in scores["cells"]}
-    assert cells["passkey", 600, 1.0] == 1
+    places = itertools.product(tasks, (300, 600), (0.0, 1.0))
+    assert cells == dict.fromkeys(places, (1, 1))
     printed = capsys.readouterr().out
     assert "The server counts the same lengths (12 prompts)." in printed
     page = (tmp_path / "report.md").read_text()
     for task in tasks:
-        assert "| 0 % | 1/1 | 1/1 |" in page.partition(f"**{task}: passed / tried")[2][:200]
-    assert "answers that did not pass" not in page
+        assert (
+            "| 600 | 1/1 | 1/1 | 100.00 [" in page.partition(f"**{task}: passed / tried")[2][:250]
+        )
 
 
 def test_a_reader_of_the_end_alone_fails_at_the_other_depths(tmp_path: Path) -> None:
@@ -104,20 +104,14 @@ def test_a_reader_of_the_end_alone_fails_at_the_other_depths(tmp_path: Path) -> 
     assert [passed["passkey", depth] for depth in (0, 0.5, 1)] == [0, 0, 2]
     # the end of a chain is there, its beginning is not
     assert passed["variables", 0.0] == 0
-    page = (tmp_path / "report.md").read_text()
-    assert "passkey/600/0/0" in page and "The pass key is" in page
 
 
-def test_an_answer_that_names_everything_does_not_pass(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_answer_that_names_everything_does_not_pass(tmp_path: Path) -> None:
     with reading(lambda prompt: prompt) as server:
         scores = run(server, tmp_path, *FEW)
-    metrics = scores["metrics"]
-    assert metrics["passkey"]["passed"] == 4
-    assert (metrics["variables"]["passed"], metrics["variables"]["mean_share"]) == (0, 1.0)
-    assert {len(p["wrong"]) for p in scores["prompts"] if p["task"] == "multikey"} == {3}
-    assert "named, %" in capsys.readouterr().out
+    passed = {(c["task"], c["passed"]) for c in scores["cells"]}
+    assert passed == {("passkey", 1), ("multikey", 0), ("variables", 0)}
+    assert all(all(p["follow_loose"]) for p in scores["prompts"])
 
 
 def test_runs_can_be_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -154,11 +148,8 @@ def test_continuity_shows_a_collapse_past_index_topk(
     flags = ("--continuity", "--tasks", "passkey", "--lengths", "192,topk,topk+1", "--trials", "3")
     with reading(dense_only) as server:
         scores = run(server, tmp_path, *flags)
-    assert [(s["length"], s["worse"]) for s in scores["continuity"]] == [
-        (192, 0),
-        (256, 0),
-        (257, 9),
-    ]
+    worse = {length: change["worse"] for length, change in scores["continuity"].items()}
+    assert worse == {"192": 0, "256": 0, "257": 9}
     assert "A step at 257 tokens (index_topk 256): 9 of 9" in capsys.readouterr().out
 
 
@@ -174,10 +165,10 @@ def test_another_template_and_another_tokenizer_are_told(
 ) -> None:
     with reading(tokens=lambda n: n + 7) as server:
         run(server, tmp_path / "a", *FEW, "--tasks", "passkey")
-    assert "counts +7 tokens in every prompt (4)" in capsys.readouterr().out
+    assert "the server counts +7 to +7 tokens" in capsys.readouterr().out
     with reading(tokens=lambda n: 2 * n) as server:
         run(server, tmp_path / "b", *FEW, "--tasks", "passkey")
-    assert "WARNING: the server counts +300 to +600 tokens" in capsys.readouterr().out
+    assert "the server counts +300 to +600 tokens" in capsys.readouterr().out
     with reading(tokens=lambda n: None) as server:
         run(server, tmp_path / "c", *FEW, "--tasks", "passkey")
     assert "reports no prompt tokens" in capsys.readouterr().out
@@ -186,8 +177,8 @@ def test_another_template_and_another_tokenizer_are_told(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--tasks", "niah"), "--tasks: unknown task 'niah'"),
-        (("--depths", "0,1.5"), "--depths: got '1.5'"),
+        (("--tasks", "niah"), "--tasks: got 'niah'; must be of passkey, multikey"),
+        (("--depths", "0,1.5"), "--depths: got '0,1.5'; must be numbers from 0"),
         (("--lengths", "9000000"), "--lengths: got 9000000"),
         (("--lengths", "30"), "--lengths: got 30; the question and what is hidden take"),
         (("--trials", "0"), "--trials: got '0'; must be a whole number from 1 on"),

@@ -4,38 +4,37 @@ from __future__ import annotations
 
 import pytest
 
-from fd_dsa.accuracy.retrieval.plan import Cell
-from fd_dsa.accuracy.retrieval.scoring import ItemScore, score_answer, steps, verdict
+from fd_dsa.accuracy.retrieval.scoring import changes_by_length, score_answer, verdict
+from fd_dsa.accuracy.scores import PromptScore
 from fd_dsa.client.questions import Answer
 
 ASKED, OTHERS = ["K3", "B7"], ["Q1"]
 
 
-def scored(text: str, references: list[str], others: list[str]) -> ItemScore:
+def scored(text: str, references: list[str], others: list[str]) -> PromptScore:
     """The score of an answer."""
-    metadata = {"task": "variables", "length": 9, "depth": 0.5}
-    metadata |= {"references": references, "others": others}  # type: ignore[dict-item]
+    metadata = {"references": references, "others": others}
     answer = Answer("variables/9/0.5/0", text, "stop", 9, 3, 0.1, metadata=metadata)
     return score_answer(answer)
 
 
 @pytest.mark.parametrize(
-    ("text", "passed", "share"),
+    ("text", "passed", "named"),
     [
-        ("The variables are K3, B7.", True, 1.0),
-        ("B7 and\nK3", True, 1.0),
-        ("K3", False, 0.5),
-        ("K3, B7 and Q1", False, 1.0),
-        ("K31, xB7", False, 0.0),
-        ("k3, b7", False, 0.0),
-        ("K3, B7, or is it Q1?</think> K3, B7", True, 1.0),
-        ("K3, B7</think>K3", False, 0.5),
-        ("", False, 0.0),
+        ("The variables are K3, B7.", True, 2),
+        ("B7 and\nK3", True, 2),
+        ("K3", False, 1),
+        ("K3, B7 and Q1", False, 2),
+        ("K31, xB7", False, 0),
+        ("k3, b7", False, 0),
+        ("K3, B7, or is it Q1?</think> K3, B7", True, 2),
+        ("K3, B7</think>K3", False, 1),
+        ("", False, 0),
     ],
 )
-def test_all_that_was_asked_for_and_nothing_else(text: str, passed: bool, share: float) -> None:
+def test_all_that_was_asked_for_and_nothing_else(text: str, passed: bool, named: int) -> None:
     score = scored(text, ASKED, OTHERS)
-    assert (score.passed, score.share) == (passed, share)
+    assert (score.passed, sum(score.follow_loose)) == (passed, named)
 
 
 @pytest.mark.parametrize(
@@ -53,17 +52,10 @@ def test_numbers_are_whole(text: str, passed: bool) -> None:
     assert scored(text, ["4821377"], ["7000000"]).passed is passed
 
 
-def series(passes: dict[int, list[bool]]) -> list[ItemScore]:
+def series(passes: dict[int, list[bool]]) -> list[PromptScore]:
     """Scores of the same items at every length: length -> whether each passes."""
     return [
-        ItemScore(
-            f"passkey/{length}/0/{trial}",
-            Cell("passkey", length, 0.0),
-            ("48213",),
-            (passed,),
-            (),
-            Answer("", "", None, None, None, 0.0),
-        )
+        PromptScore(f"passkey/{length}/0/{trial}", ("passkey",), (passed,), (passed,), "sha")
         for length, items in passes.items()
         for trial, passed in enumerate(items)
     ]
@@ -71,10 +63,16 @@ def series(passes: dict[int, list[bool]]) -> list[ItemScore]:
 
 def test_flips_are_paired_with_the_shortest_length() -> None:
     scores = series({64: [True, True, False, True], 100: [True, False, True, False]})
-    assert [(s.length, s.passed, s.worse, s.better) for s in steps(scores)] == [
-        (64, 3, 0, 0),
-        (100, 2, 2, 1),
-    ]
+    changes = changes_by_length(scores)
+    assert {n: (c.after.passed, c.worse, c.better) for n, c in changes.items()} == {
+        64: (3, 0, 0),
+        100: (2, 2, 1),
+    }
+
+
+def said_of(passes: dict[int, list[bool]]) -> str:
+    """The verdict on items of a model with 128 selected keys."""
+    return verdict(changes_by_length(series(passes)), 128, max_tokens=16)
 
 
 @pytest.mark.parametrize(
@@ -83,23 +81,19 @@ def test_flips_are_paired_with_the_shortest_length() -> None:
 )
 def test_a_collapse_is_a_step_and_where_it_begins_says_of_what(bad_from: int, said: str) -> None:
     lengths = (64, 100, 120, 128, 129, 256)
-    scores = series({length: [length < bad_from] * 12 for length in lengths})
-    found = verdict(scores, 128, max_tokens=16)
+    found = said_of({length: [length < bad_from] * 12 for length in lengths})
     assert found.startswith(f"**A step** at {bad_from} tokens (index_topk 128): 12 of 12 items")
     assert said in found
 
 
 def test_what_few_items_cannot_show_is_said() -> None:
-    scores = series({64: [True] * 20, 128: [True] * 20, 129: [True] * 20})
-    assert "fewer than 13.9 %" in verdict(scores, 128, 16)
-    scores = series({64: [True] * 20, 129: [False] + [True] * 19})
-    assert "No step" in verdict(scores, 128, 16)
-    assert "1 of 20 items got worse" in verdict(scores, 128, 16)
+    said = said_of({64: [True] * 20, 128: [True] * 20, 129: [True] * 20})
+    assert "fewer than 13.9 %" in said
+    said = said_of({64: [True] * 20, 129: [False] + [True] * 19})
+    assert "No step" in said and "1 of 20 items got worse" in said
 
 
 def test_a_model_that_never_passes_shows_nothing() -> None:
-    assert "does not test selection" in verdict(
-        series({64: [False] * 9, 129: [False] * 9}), 128, 16
-    )
-    assert "No lengths on both sides" in verdict(series({64: [True], 100: [True]}), 128, 16)
-    assert "No lengths on both sides" in verdict(series({130: [True], 140: [True]}), 128, 16)
+    assert "does not test selection" in said_of({64: [False] * 9, 129: [False] * 9})
+    assert "No lengths on both sides" in said_of({64: [True], 100: [True]})
+    assert "No lengths on both sides" in said_of({130: [True], 140: [True]})
