@@ -1,8 +1,8 @@
 """A model of the embedded engine, driven directly: one sequence, all hidden states.
 
-The engine computes logits only for tokens that it samples. These measurements need the logits of
-all tokens, or intermediate results of the layers. So they drive the engine's runner directly, with
-the same steps that the engine would make for one request.
+The engine computes logits only for tokens that it samples. Measurements need intermediate results
+of the layers for given tokens. So they drive the engine's runner directly, with the same steps that
+the engine would make for one request.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,6 +36,11 @@ class SingleSequenceRunner:
         count = min(int(runner.caches[0].shape[0]), batch.block_tables.shape[1])
         self.block_table = np.arange(count, dtype=np.int32)
         self.length = 0
+
+    def slots(self, count: int) -> np.ndarray:
+        """Return the slots of the first positions in the caches, int64 [count]."""
+        positions, size = np.arange(count), int(self.runner.input_batch.block_size)
+        return self.block_table[positions // size].astype(np.int64) * size + positions % size
 
     def run(self, token_ids: Sequence[int], *, decode: bool = False) -> Any:
         """Run the next tokens in one step, as a chunk of a prompt or as a decode row.
@@ -75,22 +81,20 @@ class SingleSequenceRunner:
 
 @dataclass(frozen=True)
 class OpenModel:
-    """A loaded model with its resolved configuration.
+    """A loaded model for one sequence at a time.
 
     Attributes:
-        model_config: has the requested `index_topk`.
-        engine_config: has the resolved device and data types.
+        config: has the requested `index_topk`.
     """
 
     sequence: SingleSequenceRunner
     tokenizer: Tokenizer
-    model_config: ModelConfig
-    engine_config: EngineConfig
-    max_model_len: int
+    config: ModelConfig
+    folder: Path
 
     @property
     def device(self) -> str:
-        return self.engine_config.device
+        return str(self.sequence.runner.device)
 
 
 def read_config(model: str | os.PathLike[str] | None, index_topk: int | None = None) -> ModelConfig:
@@ -109,28 +113,13 @@ def read_config(model: str | os.PathLike[str] | None, index_topk: int | None = N
     return config if index_topk is None else replace(config, index_topk=index_topk)
 
 
-def open_model(
-    model: str | os.PathLike[str] | None = None,
-    *,
-    index_topk: int | None = None,
-    max_model_len: int | None = None,
-    **engine_config: Any,
-) -> OpenModel:
-    """Load a model for one sequence at a time.
-
-    Args:
-        model: folder of the model. None = the demo model.
-        index_topk: number of keys that the indexer selects, None = the model's number. The context
-            length makes attention dense.
-    """
-    config = read_config(model, index_topk)
-    fields = {"model": model, "index_topk": index_topk, "max_num_seqs": 1, **engine_config}
-    asked = EngineConfig(max_model_len=max_model_len, **fields)
-    length = asked.resolve_max_model_len(config.max_position_embeddings)
-    from fd_dsa.device.resolve import resolve_device
+def open_model(config: EngineConfig) -> OpenModel:
+    """Load the model of a configuration that has a `max_model_len`."""
+    assert config.max_model_len is not None, "the caches have room for a sequence of this length"
+    blocks = -(-config.max_model_len // config.block_size)
+    model_config = read_config(config.model, config.index_topk)
     from fd_dsa.startup.build import build_engine
 
-    blocks = -(-length // asked.block_size)
-    engine = build_engine(replace(asked, max_model_len=length, num_gpu_blocks_override=blocks))
-    here = asked.on_device(resolve_device(asked.device))
-    return OpenModel(SingleSequenceRunner(engine.runner), engine.tokenizer, config, here, length)
+    engine = build_engine(replace(config, max_num_seqs=1, num_gpu_blocks_override=blocks))
+    sequence = SingleSequenceRunner(engine.runner)
+    return OpenModel(sequence, engine.tokenizer, model_config, config.model_path)

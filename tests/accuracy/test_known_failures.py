@@ -20,9 +20,8 @@ from fd_dsa.accuracy.selection.measure import (
     NeedleText,
     measure,
     needle_texts,
-    tokens_of,
 )
-from fd_dsa.errors import ConfigError
+from fd_dsa.config import EngineConfig
 from tests.accuracy.broken_selectors import TrailingKeysOnly
 
 LENGTH, CHUNK = 448, 176
@@ -31,15 +30,17 @@ LENGTH, CHUNK = 448, 176
 @pytest.fixture(scope="module")
 def model() -> OpenModel:
     """The demo model with room for one chunk of `LENGTH` tokens."""
-    return open_model(device="cpu", max_model_len=LENGTH + 64, max_num_batched_tokens=LENGTH)
+    return open_model(
+        EngineConfig(device="cpu", max_model_len=LENGTH + 64, max_num_batched_tokens=LENGTH)
+    )
 
 
 @pytest.fixture(scope="module")
 def text(model: OpenModel) -> NeedleText:
     """A pass key in the first of three chunks."""
     found = next(iter(needle_texts(model, LENGTH, 4, seed=3)))
-    assert model.model_config.index_topk + CHUNK < LENGTH
-    assert max(needle for _, needle in found.pairs) < CHUNK
+    assert model.config.index_topk + CHUNK < LENGTH
+    assert max(found.needles.values()) < CHUNK
     return found
 
 
@@ -51,30 +52,22 @@ def test_a_text_has_its_length_and_says_where_the_number_stands(
 ) -> None:
     assert len(text.prompt) == LENGTH
     ids = [*text.prompt, *text.answer]
-    number = "".join(model.tokenizer.decode([text.prompt[needle]]) for _, needle in text.pairs)
+    number = "".join(
+        model.tokenizer.decode([text.prompt[needle]]) for needle in text.needles.values()
+    )
     assert len(number) == 5 and number.isdigit()
     assert f"The pass key is {number}. Remember it." in model.tokenizer.decode(text.prompt)
     assert model.tokenizer.decode(text.answer) == f"The pass key is {number[:-1]}"
     # at a query the token of its needle comes next
-    follow = [*ids[1:], text.prompt[text.pairs[-1][1]]]
-    assert [follow[query] for query in text.queries] == [ids[needle] for _, needle in text.pairs]
+    follow = [*ids[1:], text.prompt[max(text.needles.values())]]
+    assert all(follow[query] == ids[needle] for query, needle in text.needles.items())
 
 
 def test_texts_do_not_depend_on_their_number(model: OpenModel, text: NeedleText) -> None:
     first, second = itertools.islice(needle_texts(model, LENGTH, 4, seed=3), 2)
     assert first == text
-    assert second.prompt != first.prompt and second.depth != first.depth
-
-
-def test_a_text_that_is_not_there_once_is_refused(model: OpenModel) -> None:
-    ids = model.tokenizer.encode("48 by the sea, 48")
-    with pytest.raises(ConfigError, match="'48' is in the text 2 times, not once"):
-        tokens_of(model.tokenizer, ids, "48")
-    # tokens that the text reaches into count
-    found = tokens_of(model.tokenizer, ids, "he se")
-    assert found == list(range(found[0], found[-1] + 1)) and len(found) < len(ids)
-    assert "he se" in model.tokenizer.decode([ids[place] for place in found])
-    assert "he se" not in model.tokenizer.decode([ids[place] for place in found[1:]])
+    assert second.prompt != first.prompt
+    assert min(second.needles.values()) != min(first.needles.values())
 
 
 # The pairing of the indexer's RoPE: DeepSeek-V3.2-Exp commit 8631a81, vLLM #28968, mlxcel #583.
@@ -104,11 +97,11 @@ def test_the_indexer_finds_the_number_where_a_head_looks_for_it(
 ) -> None:
     looking = [figure for figure in figures if figure.attends]
     assert looking and len(looking) < len(figures)
-    topk = model.model_config.index_topk
+    topk = model.config.index_topk
     for figure in looking:
         recall = figure.to_json()["needle_recall"]
         assert recall[INDEXER] == 1.0
-        assert recall[LAST] == float(text.pairs[0][1] >= LENGTH - topk)
+        assert recall[LAST] == float(min(text.needles.values()) >= LENGTH - topk)
         assert 0 < recall[RANDOM] < 0.9
 
 
@@ -138,7 +131,7 @@ def test_a_selector_of_last_keys_collapses(
     model: OpenModel, text: NeedleText, figures: list[LayerFigures]
 ) -> None:
     spoiled = measure(model, [text], num_queries=12, backend=TrailingKeysOnly)
-    assert text.pairs[-1][1] < LENGTH - model.model_config.index_topk
+    assert max(text.needles.values()) < LENGTH - model.config.index_topk
     looking = [figure for figure in spoiled if figure.attends]
     assert looking
     for figure in looking:

@@ -9,7 +9,7 @@ distinct positions. Everything is computed in NumPy.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from random import Random
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fd_dsa.accuracy.embedded import OpenModel
-from fd_dsa.accuracy.retrieval.prompts import PromptBuilder, TokenCounter, passkey
+from fd_dsa.accuracy.retrieval.prompts import Item, PromptBuilder, TokenCounter, passkey
 from fd_dsa.accuracy.selection.topk_hook import (
     RecordingBackend,
     read_index_keys,
@@ -32,13 +32,14 @@ if TYPE_CHECKING:
 
 INDEXER, LAST, RANDOM = "indexer", "last", "random"
 SELECTORS = (INDEXER, LAST, RANDOM)
-"""The model's selection, the same number of last keys, and of random keys."""
+"""The model's selection, the same number of last keys, and of random keys.
+
+A random set of k of n keys holds each key, and each part of attention, with a share of k / n.
+"""
 
 ATTENDS = 0.1
 """Minimum attention of the strongest head, for a layer that looks for needles."""
 
-# number of random sets per query, whose mean is reported
-_DRAWS = 16
 # tolerance of float32 scores between two implementations, relative to the row's maximum
 _SCORE_TOLERANCE = 1e-5
 # multiples of the golden ratio modulo 1 are evenly spread for any count
@@ -53,8 +54,7 @@ class LayerFigures:
         has_indexer: False if the layer shares the selection of an earlier layer.
         needle_attention: dense attention of the strongest head on the needle, by needle query.
         found: selector -> share of the needle that is selected, by needle query.
-        mass: selector -> share of dense attention on the selected keys, by query. Needle queries of
-            a text come before its other queries.
+        mass: selector -> share of dense attention on the selected keys, by query.
         exact: share of the best keys by the reference's scores that the indexer selected, by query.
             Empty without an indexer.
     """
@@ -81,10 +81,7 @@ class LayerFigures:
             "attends": self.attends,
             "needle_recall": {s: _mean(self.found[s]) for s in SELECTORS},
             "needle_recall_interval": [interval.low, interval.high],
-            "needle_queries": len(self.needle_attention),
             "attention_mass_recall": {s: _mean(self.mass[s]) for s in SELECTORS},
-            "least_attention_mass_recall": min(self.mass[INDEXER], default=math.nan),
-            "mass_queries": len(self.mass[INDEXER]),
             "exactness": _mean(self.exact) if self.has_indexer else None,
         }
 
@@ -94,7 +91,6 @@ def measure(
     texts: Iterable[NeedleText],
     *,
     num_queries: int,
-    seed: int = 0,
     backend: type[RecordingBackend] = RecordingBackend,
 ) -> list[LayerFigures]:
     """Return the figures of every layer.
@@ -107,21 +103,20 @@ def measure(
     Raises:
         FdDsaError: dense attention is not finite.
     """
-    sequence, config = model.sequence, model.model_config
+    sequence, config = model.sequence, model.config
     figures = [LayerFigures(i, kind == "full") for i, kind in enumerate(config.indexer_types)]
-    generator = np.random.default_rng(seed)
-    with recording(sequence.runner, model.device, backend) as watching:
+    with recording(sequence.runner, backend) as watching:
         for text in texts:
             first = min(config.index_topk, len(text.prompt) - 1)
             others = np.linspace(first, len(text.prompt) - 2, num_queries).astype(np.int64)
-            queries = list(dict.fromkeys([*text.queries, *others.tolist()]))
+            queries = list(dict.fromkeys([*text.needles, *others.tolist()]))
             watching.watch(queries)
             # run the prompt in chunks and the answer token by token, like the engine
             for _ in sequence.chunks(text.prompt):
                 pass
             for token in text.answer:
                 sequence.run([token], decode=True)
-            _compare(model, text, queries, watching, figures, generator)
+            _compare(model, text, queries, watching, figures)
     return figures
 
 
@@ -131,35 +126,30 @@ def _compare(
     queries: list[int],
     watching: RecordingBackend,
     figures: list[LayerFigures],
-    generator: np.random.Generator,
 ) -> None:
-    sequence, topk = model.sequence, model.model_config.index_topk
-    size, scale = watching.block_size, watching.config.softmax_scale
-    positions = np.arange(text.num_tokens)
-    slots = sequence.block_table[positions // size].astype(np.int64) * size + positions % size
-    layout, caches = watching.config.cache_layout, sequence.runner.caches
-    # the same random sets for all layers
-    drawn = {p: [random_keys(p + 1, topk, generator) for _ in range(_DRAWS)] for p in queries}
-    needles = dict(text.pairs)
+    sequence, topk = model.sequence, model.config.index_topk
+    slots = sequence.slots(len(text.prompt) + len(text.answer))
+    scale, layout = watching.config.softmax_scale, watching.config.cache_layout
+    caches = sequence.runner.caches
     for figure in figures:
         trace = watching.layers[figure.layer]
         latents = read_latents(caches[2 * figure.layer], slots, layout)
         for query in queries:
-            keys = latents[: query + 1]
-            attention = dense_attention(trace.queries[query], keys, scale)
+            attention = dense_attention(trace.queries[query], latents[: query + 1], scale)
             if not np.isfinite(attention).all():
                 raise FdDsaError(
                     f"layer {figure.layer}: dense attention of token {query} is not finite"
                 )
+            needle = text.needles.get(query)
             last = np.arange(max(0, query + 1 - topk), query + 1)
-            chosen = {INDEXER: [trace.selected[query]], LAST: [last], RANDOM: drawn[query]}
-            for selector, sets in chosen.items():
-                mass = _mean([mass_recall(attention, s) for s in sets])
-                figure.mass[selector].append(mass)
-                if query in needles:
-                    figure.found[selector].append(_mean([needles[query] in s for s in sets]))
-            if query in needles:
-                figure.needle_attention.append(float(attention[:, needles[query]].max()))
+            for selector, chosen in ((INDEXER, trace.selected[query]), (LAST, last)):
+                figure.mass[selector].append(mass_recall(attention, chosen))
+                if needle is not None:
+                    figure.found[selector].append(float(needle in chosen))
+            figure.mass[RANDOM].append(len(last) / (query + 1))
+            if needle is not None:
+                figure.found[RANDOM].append(len(last) / (query + 1))
+                figure.needle_attention.append(float(attention[:, needle].max()))
         if figure.has_indexer:
             keys = read_index_keys(caches[2 * figure.layer + 1], slots, layout)
             for query in queries:
@@ -192,11 +182,6 @@ def mass_recall(attention: np.ndarray, selected: np.ndarray) -> float:
     return float(attention[:, selected].sum(axis=1, dtype=np.float64).mean())
 
 
-def random_keys(num_keys: int, k: int, generator: np.random.Generator) -> np.ndarray:
-    """Return k of `num_keys` positions, int64, ascending. All sets are equally likely."""
-    return np.sort(generator.permutation(num_keys)[:k])
-
-
 def index_scores(query: np.ndarray, weights: np.ndarray, keys: np.ndarray) -> np.ndarray:
     """Return the indexer's score of each key, float32 [n].
 
@@ -225,22 +210,13 @@ class NeedleText:
     """A conversation with the beginning of its answer, up to its last query.
 
     Attributes:
-        pairs: (query, needle), positions in prompt + answer. At the query the model must predict
+        needles: query -> needle, positions in prompt + answer. At the query the model must predict
             the token at the needle.
     """
 
-    prompt: tuple[int, ...]
-    answer: tuple[int, ...]
-    pairs: tuple[tuple[int, int], ...]
-    depth: float
-
-    @property
-    def queries(self) -> tuple[int, ...]:
-        return tuple(query for query, _ in self.pairs)
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.prompt) + len(self.answer)
+    prompt: list[int]
+    answer: list[int]
+    needles: dict[int, int]
 
 
 def needle_texts(model: OpenModel, length: int, count: int, seed: int) -> Iterator[NeedleText]:
@@ -248,55 +224,32 @@ def needle_texts(model: OpenModel, length: int, count: int, seed: int) -> Iterat
 
     The same arguments and tokenizer give the same conversations.
     """
-    builder = PromptBuilder(TokenCounter(model.engine_config.model_path))
+    builder = PromptBuilder(TokenCounter(model.folder))
     for index in range(count):
         # seeded by its own index, so that the first texts do not depend on `count`
         random = Random(f"{seed}:{length}:{index}")
-        depth = (index + 0.5) * _GOLDEN % 1
-        item = passkey(random, depth)
+        item = passkey(random, (index + 0.5) * _GOLDEN % 1)
         content = builder.build(item, length, random)
-        (value,) = item.references
-        sentence = item.needles[0].sentence
-        yield _with_answer(model.tokenizer, content, sentence, value, depth)
+        yield _with_answer(model.tokenizer, content, item)
 
 
-def _with_answer(
-    tokenizer: Tokenizer, content: str, sentence: str, value: str, depth: float
-) -> NeedleText:
-    """Return a conversation whose answer repeats the needle's sentence up to the value."""
+def _with_answer(tokenizer: Tokenizer, content: str, item: Item) -> NeedleText:
+    """Return a conversation whose answer repeats the needle's sentence up to the number."""
     if tokenizer.has_chat_template:
         prompt = tokenizer.apply_chat_template([{"role": "user", "content": content}])
     else:
         prompt = tokenizer.encode(content)
-    begun = sentence[: sentence.index(value) + len(value)]
+    sentence, number = item.needles[0].sentence, item.references[0]
+    begun = sentence[: sentence.index(number) + len(number)]
+    digits = tokenizer.encode(number, add_special_tokens=False)
     answer = tokenizer.encode(begun, add_special_tokens=False)
-    needle, copy = tokens_of(tokenizer, prompt, value), tokens_of(tokenizer, answer, value)
-    if [prompt[p] for p in needle] != [answer[p] for p in copy]:
+    size = len(digits)
+    places = [place for place in range(len(prompt)) if prompt[place : place + size] == digits]
+    if answer[-size:] != digits or len(places) != 1:
         raise ConfigError(
-            f"selection: the tokenizer splits {value!r} differently in the answer and in the text"
+            f"selection: the tokenizer splits {number!r} differently in the answer and in the text"
         )
-    start = len(prompt) - 1
-    pairs = tuple((start + place, found) for place, found in zip(copy, needle, strict=True))
-    return NeedleText(tuple(prompt), tuple(answer[: copy[-1]]), pairs, depth)
-
-
-def tokens_of(tokenizer: Tokenizer, token_ids: Sequence[int], text: str) -> list[int]:
-    """Return the positions of the tokens that spell `text`, unique in `token_ids`."""
-    table = tokenizer.token_bytes
-    if table is None:
-        raise ConfigError(
-            "selection: the tokenizer is not byte-level, so the needle's tokens cannot be found"
-        )
-    pieces = [table[token] for token in token_ids]
-    joined, needle = b"".join(pieces), text.encode()
-    if joined.count(needle) != 1:
-        raise ConfigError(
-            f"selection: {text!r} is in the text {joined.count(needle)} times, not once"
-        )
-    start = joined.index(needle)
-    tokens, offset = [], 0
-    for place, piece in enumerate(pieces):
-        if offset < start + len(needle) and offset + len(piece) > start:
-            tokens.append(place)
-        offset += len(piece)
-    return tokens
+    # the token before each digit of the answer is a query
+    first = len(prompt) + len(answer) - size - 1
+    needles = {first + digit: places[0] + digit for digit in range(size)}
+    return NeedleText(prompt, answer[:-1], needles)

@@ -103,12 +103,12 @@ class RecordingBackend(DSAAttentionBackend):
 
 @contextmanager
 def recording(
-    runner: ModelRunner, device: str, backend: type[RecordingBackend] = RecordingBackend
+    runner: ModelRunner, backend: type[RecordingBackend] = RecordingBackend
 ) -> Iterator[RecordingBackend]:
     """Replace the runner's backend with a recording one for the duration of the context."""
     own = runner.attn_backends[0]
     assert isinstance(own, DSAAttentionBackend), "only DSA layers select tokens"
-    watching = backend(own.config, device)
+    watching = backend(own.config, runner.device)
     runner.attn_backends[0] = watching
     try:
         yield watching

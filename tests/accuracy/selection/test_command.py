@@ -38,8 +38,6 @@ def test_every_dtype_has_its_figures(result: dict[str, Any]) -> None:
         assert run["served_by"]["cache_write"] == "numpy"
         assert [layer["layer"] for layer in run["layers"]] == list(range(len(run["layers"])))
         assert all(layer["exactness"] == 1.0 for layer in run["layers"])
-        assert all(layer["needle_queries"] == 5 for layer in run["layers"])
-        assert all(layer["mass_queries"] == 8 for layer in run["layers"])
     assert result["settings"]["model"] == "demo_model"
 
 
@@ -60,7 +58,7 @@ def test_the_report_is_made_of_the_json_alone(result: dict[str, Any], folder: Pa
 def test_tables_mark_layers_in_which_no_head_attends(result: dict[str, Any]) -> None:
     first = next(run for run in result["runs"] if "layers" in run)
     tables = [part for part in parts(result) if isinstance(part, Table)]
-    rows = {row[0]: row for row in tables[1].rows}
+    rows = {row[0]: row for row in tables[0].rows}
     for layer in first["layers"]:
         name = str(layer["layer"]) + ("" if layer["attends"] else ", no head attends")
         recalls = rows[name][2:5]
@@ -74,7 +72,10 @@ def test_tables_mark_layers_in_which_no_head_attends(result: dict[str, Any]) -> 
     ("flags", "told"),
     [
         (("--lengths", "100"), "--lengths: got 100, allowed: above index_topk "),
-        (("--lengths", "999", "999999"), "--lengths: got 999999, allowed: at most "),
+        (
+            ("--lengths", "999", "999999"),
+            "--lengths: got 999999; with 64 tokens for the answer the model's 8192 allow 8128",
+        ),
         (("--texts", "0"), "--texts: got '0'; must be a whole number from 1 on"),
         (("--queries", "0"), "--queries: got '0'; must be"),
         (("--providers", "cpu,topk=magic"), "--providers: got 'topk=magic' in 'cpu,topk=magic'"),

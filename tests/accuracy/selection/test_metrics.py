@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pytest
 
@@ -12,7 +10,6 @@ from fd_dsa.accuracy.selection.measure import (
     exactness,
     index_scores,
     mass_recall,
-    random_keys,
 )
 from tests.reference.indexer import ref_score
 from tests.reference.sparse_mla import ref_softmax
@@ -28,22 +25,6 @@ ATTENTION = np.array([[0.7, 0.1, 0.1, 0.1], [0.0, 0.5, 0.25, 0.25]], np.float32)
 )
 def test_mass_recall_is_the_mean_over_heads(selected: list[int], wanted: float) -> None:
     assert mass_recall(ATTENTION, np.array(selected, np.int64)) == pytest.approx(wanted)
-
-
-@pytest.mark.parametrize(("num_keys", "wanted"), [(6, [3, 4, 5]), (3, [0, 1, 2]), (2, [0, 1])])
-def test_controls_take_as_many_keys_as_there_are(num_keys: int, wanted: list[int]) -> None:
-    drawn = random_keys(num_keys, 3, np.random.default_rng(0)).tolist()
-    assert drawn == sorted(set(drawn))
-    assert len(drawn) == len(wanted) and max(drawn) < num_keys
-
-
-def test_random_keys_are_each_equally_likely() -> None:
-    generator = np.random.default_rng(1)
-    counts = np.zeros(5)
-    for _ in range(4000):
-        counts[random_keys(5, 2, generator)] += 1
-    # five standard deviations of a share of 2/5
-    assert np.abs(counts / 4000 - 0.4).max() < 5 * math.sqrt(0.24 / 4000)
 
 
 def test_dense_attention_is_the_softmax_of_the_oracle() -> None:

@@ -70,7 +70,7 @@ def recorded(
     sequence = SingleSequenceRunner(runner_for(model, kv_cache_dtype, device))
     # not the order of their ids: a slot is no position
     sequence.block_table = sequence.block_table[::-1].copy()
-    with recording(sequence.runner, device, Watching) as backend:
+    with recording(sequence.runner, Watching) as backend:
         backend.watch(WATCHED)
         hidden = run_all(sequence, TOKENS[:num_tokens])
     return sequence, backend, hidden
@@ -85,10 +85,9 @@ def runner_for(model: Any, kv_cache_dtype: str, device: str) -> ModelRunner:
 
 def check(sequence: SingleSequenceRunner, backend: Watching) -> None:
     """Selections and outputs of the watched tokens against the oracles."""
-    size, config = backend.block_size, backend.config
-    positions = np.arange(sequence.length)
+    config = backend.config
     watched = tuple(position for position in WATCHED if position < sequence.length)
-    slots = sequence.block_table[positions // size].astype(np.int64) * size + positions % size
+    slots = sequence.slots(sequence.length)
     layout, caches = config.cache_layout, sequence.runner.caches
     for layer, kind in enumerate(sequence.runner.model.config.indexer_types):
         trace = backend.layers[layer]
@@ -147,7 +146,7 @@ def test_a_watched_run_gives_the_same_bits() -> None:
 
 def test_watching_begins_anew() -> None:
     sequence = recorded(V32, "float32")[0]
-    with recording(sequence.runner, "cpu") as other:
+    with recording(sequence.runner) as other:
         other.watch([7])
         run_all(sequence, TOKENS)
         assert [list(trace.queries) for trace in other.layers.values()] == [[7]] * 3
@@ -157,7 +156,7 @@ def test_watching_begins_anew() -> None:
 
 def test_a_step_of_two_rows_is_refused() -> None:
     runner = tiny_runner(tiny_model(V32))
-    with recording(runner, "cpu") as backend:
+    with recording(runner) as backend:
         backend.watch([0])
         runner.input_batch.begin_step()
         for row in range(2):
