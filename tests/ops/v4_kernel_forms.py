@@ -23,16 +23,17 @@ for kind in ("float32", "bfloat16"):
     names = ("streams_ptr", "change_ptr", "out_ptr", "x_ptr", "q_ptr", "keys_ptr", "ring_ptr",
              "pool_ptr", "entries_ptr", "index_entries_ptr")
     types = INT32_TYPES | dict.fromkeys(names, kind)
-    block = dict(WIDTH=4096, STREAMS=4, MIXES=24, COLUMNS=32)
+    block = dict(WIDTH=4096, STREAMS=4, PADDED=4, MIXES=24, COLUMNS=32)
     for absent in ({}, {"streams_ptr": None, "mixture_ptr": None},
                    {"change_ptr": None, "mixture_ptr": None}, {"fn_ptr": None},
                    {"mixture_ptr": None}):
-        compile("streams", expand_streams_kernel, types, **block, TOKENS=16, BLOCK=64,
+        label = "streams" if "fn_ptr" not in absent else "last streams"
+        compile(label, expand_streams_kernel, types, **block, TOKENS=16, BLOCK=64,
                 num_warps=4, **absent)
     for absent in ({}, {"mixture_ptr": None}):
         for codes in ({}, {"codes_ptr": None, "scales_ptr": None}):
             compile("norm", read_streams_kernel, types | dict(codes_ptr="uint8"), **block,
-                    PARTS=64, PARTS_PADDED=64, ITERATIONS=20, PADDED=4, BLOCK=4096,
+                    PARTS=64, PARTS_PADDED=64, ITERATIONS=20, BLOCK=4096,
                     ROUND_SCALES=True, num_warps=8, **absent, **codes)
     compile("keys", write.write_keys_kernel, types, WIDTH=WIDTH, ROPE=ROPE, PADDED=WIDTH)
     compile("rotate", write.rotate_heads_kernel, types, WIDTH=INDEX, ROPE=ROPE, HEADS=16,

@@ -14,7 +14,6 @@ Source of the tasks: RULER, arXiv 2404.06654; pass keys: Mohtashami and Jaggi, a
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -161,12 +160,12 @@ class PromptBuilder:
                 f"--lengths: got {length}; the question and what is hidden take {fixed} tokens "
                 f"alone, so at least {fixed + _MIN_LAST_TOKENS} are needed"
             )
-        lines, words = self._whole_sentences(random, room)
+        lines, source = self._whole_sentences(random, room)
         left = room - sum(map(self._size, lines))
         for _ in range(_MAX_CORRECTIONS):
             if left < _MIN_LAST_TOKENS and lines:
                 left += self._size(lines.pop())
-            last = self._sentence_of(left, words)
+            last = self._sentence_of(left, source)
             content = _compose(item, self._with_needles(item, [*lines, last]))
             surplus = self._counter.prompt(content) - length
             if surplus == 0:
@@ -178,7 +177,7 @@ class PromptBuilder:
         )
 
     def _whole_sentences(self, random: Random, room: int) -> tuple[list[str], list[str]]:
-        """Return sentences of at most `room` tokens, and words of the following ones."""
+        """Return sentences of at most `room` tokens, and the following ones for the cut."""
         stream = endless(random)
         lines: list[str] = []
         sentence = next(stream)
@@ -186,15 +185,26 @@ class PromptBuilder:
             lines.append(sentence)
             room -= self._size(sentence)
             sentence = next(stream)
-        return lines, re.sub(r"[.!?]", "", f"{sentence} {next(stream)}").split()
+        return lines, [sentence, *islice(stream, 8)]
 
-    def _sentence_of(self, size: int, words: Sequence[str]) -> str:
-        """Return a sentence of words that fit into `size` tokens, filled up with small words."""
-        text = ""
-        for piece in (*(f" {word}" for word in words), *_PATCHES * _MIN_LAST_TOKENS):
-            if self._counter.text(f"{text}{piece}.") <= size:
-                text += piece
-        return f"{text.strip()}."
+    def _sentence_of(self, size: int, source: Sequence[str]) -> str:
+        """Return words of `source` as a sentence of `size` tokens, or as near as possible."""
+        words = " ".join(source).replace(".", "").replace("?", "").replace("!", "").split()
+        low, high = 1, len(words)
+        while low < high:
+            middle = (low + high + 1) // 2
+            fits = self._counter.text(" " + " ".join(words[:middle]) + ".") <= size
+            low, high = (middle, high) if fits else (low, middle - 1)
+        text = " ".join(words[:low])
+        for _ in range(size):
+            missing = size - self._counter.text(f" {text}.")
+            if missing <= 0:
+                break
+            grown = (text + patch for patch in _PATCHES)
+            text = next(
+                (t for t in grown if 0 <= size - self._counter.text(f" {t}.") < missing), text
+            )
+        return f"{text}."
 
     def _with_needles(self, item: Item, lines: Sequence[str]) -> list[str]:
         """Insert each needle between the sentences nearest to its depth."""
