@@ -27,7 +27,7 @@ CLASSES = {
     "other GEMMs": ("nvjet", "splitKreduce", "gemm", "__nv_bfloat16"),
     "residual streams": ("expand_streams", "read_streams"),
     "index scores and selection": ("tile_", "logits_kernel", "topk", "rotate_heads"),
-    "attention": ("attend_v4", "attend", "combine_kernel"),
+    "attention": ("attend_v4", "attend", "combine"),
     "keys, entries, rings": ("write_keys", "pool_entries", "keep_step", "copy_slot"),
     "norms, SiLU, quantisation": ("rms_norm", "activate"),
     "index arrays of the step": ("place_step", "expand_kernel", "csa_rows"),

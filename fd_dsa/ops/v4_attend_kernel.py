@@ -2,15 +2,20 @@
 
 A key is also the value, with its rotated channels. A head has a sink, the logit of a key without a
 value. The kernel norms and rotates the queries and reverts the rotation of the results.
+
+In a step with few tokens the keys of a token are split among programs until they fill the device. A
+second launch combines the partial results of the splits, in their order.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+from fd_dsa.device.allocation import Allocate
 from fd_dsa.ops.arrays import dtype_name
 from fd_dsa.ops.dense_kernels import empty_beside
 from fd_dsa.ops.device_functions import stored, to_bfloat16, widened
+from fd_dsa.ops.split_sums import rows_of_tiles
 from fd_dsa.ops.step_kernel import step_kernel
 from fd_dsa.ops.v4_write_kernels import load_angles, rotate_rows
 from fd_dsa.tensor import Tensor
@@ -22,6 +27,11 @@ import triton.language as tl  # isort: skip
 # query heads and keys that are multiplied at a time
 _HEADS = 16
 _KEYS = {"float32": 16, "bfloat16": 32}
+MAX_SPLITS = 32
+# programs that an H100 or H200 runs at once: two of a multiprocessor
+_PROGRAMS = 256
+# (max splits, columns of a program) of the launch that combines the splits
+_COMBINE_CONFIGS = (4, 512), (MAX_SPLITS, 128)
 
 
 class TokenPlaces(NamedTuple):
@@ -68,6 +78,44 @@ class Entries(NamedTuple):
     slots: Tensor | None = None
 
 
+class Partials(NamedTuple):
+    """Memory for the partial results of splits, used by one launch at a time.
+
+    Attributes:
+        values: float32 [rows * width], of a token, head and split; not written without a key.
+        lse: float32 [rows], logarithm of the sum of exponentials, -inf without a key.
+    """
+
+    values: Tensor
+    lse: Tensor
+
+
+def new_partials(width: int, allocate: Allocate) -> Partials:
+    """Allocate memory for splits, which suffices for every step."""
+    rows = _PROGRAMS * _HEADS
+    return Partials(allocate((rows * width,), "float32"), allocate((rows,), "float32"))
+
+
+def partial_bytes(width: int) -> int:
+    """Return the bytes that `new_partials` allocates."""
+    return 4 * _PROGRAMS * _HEADS * (width + 1)
+
+
+def num_splits(num_tokens: int, num_heads: int, max_tiles: int) -> int:
+    """Return the number of programs that share the keys of a token.
+
+    All numbers of tokens between two powers of two have the same. So a captured step with padding
+    has the bits of the step without.
+
+    Args:
+        num_tokens, num_heads: shape of the queries.
+        max_tiles: maximum number of tiles of a token's keys.
+    """
+    groups = -(-num_heads // _HEADS)
+    programs = groups * next_power_of_2(rows_of_tiles(num_tokens))
+    return max(1, min(MAX_SPLITS, max_tiles, _PROGRAMS // programs))
+
+
 @triton.jit
 def _narrowed(x, WIDE: tl.constexpr):
     """Round float32 to the type of GEMM operands."""
@@ -109,6 +157,8 @@ def attend_v4_kernel(
     starts_ptr,
     block_table_ptr,
     out_ptr,
+    values_ptr,
+    lse_ptr,
     num_heads,
     table_width,
     topk,
@@ -124,7 +174,11 @@ def attend_v4_kernel(
     PADDED: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Attend for token `program 0` and the heads of group `program 1`."""
+    """Attend for token `program 0` and the heads of group `program 1`, to split `program 2`.
+
+    A split is a number of tiles in a row. The window has the first tiles, the entries have the
+    others.
+    """
     wait_for_inputs()
     start_next()
     token = tl.program_id(0).to(tl.int64)
@@ -147,7 +201,18 @@ def attend_v4_kernel(
     state = (top, tl.zeros([HEADS], tl.float32), tl.zeros([HEADS, PADDED], tl.float32))
     seen_by = tl.where(live, position + 1, 0)
     oldest = tl.maximum(seen_by - WINDOW, 0)
-    for first in range(oldest, seen_by, KEYS):
+    tiles_of_window = tl.cdiv(seen_by - oldest, KEYS)
+    tiles, visible = tiles_of_window, 0
+    if pool_ptr is not None:
+        visible = seen_by // RATIO
+        if slots_ptr is not None:
+            visible = tl.minimum(visible, topk)
+        tiles += tl.cdiv(visible, KEYS)
+    splits = tl.num_programs(2)
+    tiles_of_split = tl.cdiv(tiles, splits)
+    tile = tl.program_id(2) * tiles_of_split
+    start = oldest + tile * KEYS
+    for first in range(start, tl.minimum(start + tiles_of_split * KEYS, seen_by), KEYS):
         at = first + tl.arange(0, KEYS)
         seen, is_own = at < seen_by, at >= begin
         own = tl.where(is_own, token - (position - at), 0)
@@ -155,10 +220,9 @@ def attend_v4_kernel(
         pointers = tl.where(is_own, keys_ptr + own * WIDTH, ring_ptr + kept * WIDTH)
         state = _attend(q, state, pointers, seen, WIDTH, PADDED, WIDE)
     if pool_ptr is not None:
-        visible = seen_by // RATIO
-        if slots_ptr is not None:
-            visible = tl.minimum(visible, topk)
-        for first in range(0, visible, KEYS):
+        tile -= tiles_of_window
+        end = tl.minimum((tile + tiles_of_split) * KEYS, visible)
+        for first in range(tl.maximum(tile, 0) * KEYS, end, KEYS):
             entry = first + tl.arange(0, KEYS)
             seen = entry < visible
             if slots_ptr is not None:
@@ -170,12 +234,57 @@ def attend_v4_kernel(
             pointers = pool_ptr + tl.maximum(slot, 0).to(tl.int64) * WIDTH
             state = _attend(q, state, pointers, seen, WIDTH, PADDED, WIDE)
     top, total, out = state
-    sink = tl.load(sinks_ptr + head, mask=head < num_heads, other=0.0)
-    highest = tl.maximum(top, sink)
-    shrink = tl.exp(top - highest)
-    out = out * (shrink / (total * shrink + tl.exp(sink - highest)))[:, None]
-    out = rotate_rows(out, cos, -sin)
-    tl.store(out_ptr + place, stored(out, out_ptr), mask=mask)
+    if lse_ptr is not None:
+        part = (token * num_heads + head) * splits + tl.program_id(2)
+        mask = mask & (total != 0.0)[:, None]
+        total = tl.where(total == 0.0, 1.0, total)
+        tl.store(lse_ptr + part, top + tl.log(total), mask=head < num_heads)
+        to = values_ptr + part[:, None] * WIDTH + channel[None, :]
+        tl.store(to, out * (1.0 / total)[:, None], mask=mask)
+    else:
+        sink = tl.load(sinks_ptr + head, mask=head < num_heads, other=0.0)
+        highest = tl.maximum(top, sink)
+        shrink = tl.exp(top - highest)
+        out = out * (shrink / (total * shrink + tl.exp(sink - highest)))[:, None]
+        out = rotate_rows(out, cos, -sin)
+        tl.store(out_ptr + place, stored(out, out_ptr), mask=mask)
+
+
+@step_kernel(waits=True)
+def combine_v4_kernel(
+    values_ptr,
+    lse_ptr,
+    sinks_ptr,
+    cos_sin_ptr,
+    positions_ptr,
+    out_ptr,
+    num_heads,
+    splits,
+    WIDTH: tl.constexpr,
+    ROPE: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Combine columns `program 1` of token and head `program 0` from the splits and the sink."""
+    wait_for_inputs()
+    start_next()
+    row = tl.program_id(0).to(tl.int64)
+    first = tl.program_id(1) * COLUMNS
+    channel, split = first + tl.arange(0, COLUMNS), tl.arange(0, MAX_SPLITS)
+    part = row * splits + split
+    lse = tl.load(lse_ptr + part, mask=split < splits, other=float("-inf"))
+    mask = (lse != float("-inf"))[:, None] & (channel < WIDTH)[None, :]
+    place = values_ptr + part[:, None] * WIDTH + channel[None, :]
+    values = tl.load(place, mask=mask, other=0.0)
+    sink = tl.load(sinks_ptr + row % num_heads)
+    highest = tl.maximum(tl.max(lse, axis=0), sink)
+    share = tl.exp(lse - highest)
+    total = tl.sum(share, axis=0) + tl.exp(sink - highest)
+    out = tl.sum(values * share[:, None], axis=0) / total
+    position = tl.load(positions_ptr + row // num_heads)
+    cos, sin = load_angles(cos_sin_ptr, position, WIDTH, ROPE, COLUMNS, first)
+    out = tl.reshape(rotate_rows(out[None, :], cos, -sin), [COLUMNS])
+    tl.store(out_ptr + row * WIDTH + channel, stored(out, out_ptr), mask=channel < WIDTH)
 
 
 def attend_v4(
@@ -186,6 +295,7 @@ def attend_v4(
     cos_sin: Tensor,
     places: TokenPlaces,
     epsilon: float,
+    partials: Partials | None = None,
 ) -> Tensor:
     """Attend to the window and the entries of each token, [num_tokens, num_heads, width].
 
@@ -196,19 +306,34 @@ def attend_v4(
         sinks: float32 [num_heads].
         cos_sin: float32 [num_positions, rotated channels], the last ones of a head; cos, then sin.
         epsilon: term added to the mean square of a query.
+        partials: memory for splits; None = no splits.
 
-    Cost: one launch. GEMM operands have the type of `q`, sums are in float32.
+    Cost: one launch, or two with splits. GEMM operands have the type of `q`, sums are in float32.
     """
     tokens, heads, width = q.shape
     out, kind = empty_beside(q, tokens, heads, width), dtype_name(q.dtype)
+    if not tokens:
+        return out
     pool, ratio, slots = entries or (None, 1, None)
-    if tokens:
-        attend_v4_kernel[tokens, -(-heads // _HEADS)](
-            q, windows.keys, windows.ring, pool, slots, sinks, cos_sin, *places, out, heads,
-            places.block_table.shape[1], 0 if slots is None else slots.shape[1], epsilon,
-            WIDTH=width, ROPE=cos_sin.shape[1], WINDOW=windows.size, RING=windows.ring_rows,
-            RATIO=ratio, PER_BLOCK=1 if pool is None else pool.shape[1], HEADS=_HEADS,
-            KEYS=_KEYS[kind], PADDED=max(16, next_power_of_2(width)),
-            WIDE=tl.float32 if kind == "float32" else tl.bfloat16, num_warps=4,
+    keys, padded = _KEYS[kind], max(16, next_power_of_2(width))
+    per_block, columns = 1 if pool is None else pool.shape[1], places.block_table.shape[1]
+    # of rows of any length
+    num_entries = 0 if pool is None else columns * per_block
+    max_tiles = -(-windows.size // keys) + -(-num_entries // keys)
+    splits = num_splits(tokens, heads, max_tiles) if partials else 1
+    values, lse = partials if partials and splits > 1 else (None, None)
+    attend_v4_kernel[tokens, -(-heads // _HEADS), splits](
+        q, windows.keys, windows.ring, pool, slots, sinks, cos_sin, *places, out, values, lse,
+        heads, columns, 0 if slots is None else slots.shape[1], epsilon,
+        WIDTH=width, ROPE=cos_sin.shape[1], WINDOW=windows.size, RING=windows.ring_rows,
+        RATIO=ratio, PER_BLOCK=per_block, HEADS=_HEADS, KEYS=keys, PADDED=padded,
+        WIDE=tl.float32 if kind == "float32" else tl.bfloat16, num_warps=4,
+    )  # fmt: skip
+    if splits > 1:
+        max_splits, channels = next(x for x in _COMBINE_CONFIGS if x[0] >= splits)
+        channels = min(channels, padded)
+        combine_v4_kernel[tokens * heads, padded // channels](
+            values, lse, sinks, cos_sin, places.positions, out, heads, splits, WIDTH=width,
+            ROPE=cos_sin.shape[1], MAX_SPLITS=max_splits, COLUMNS=channels, num_warps=4,
         )  # fmt: skip
     return out

@@ -73,10 +73,13 @@ class Plan(NamedTuple):
 
 @triton.jit
 def load_angles(
-    cos_sin_ptr, position, WIDTH: tl.constexpr, ROPE: tl.constexpr, PADDED: tl.constexpr
+    cos_sin_ptr, position, WIDTH: tl.constexpr, ROPE: tl.constexpr, PADDED: tl.constexpr, first=0
 ):
-    """Return cos and sin of each pair of a row, 1 and 0 in front of the last ROPE channels."""
-    pair = tl.arange(0, PADDED // 2) - (WIDTH - ROPE) // 2
+    """Return cos and sin of each pair of a row from channel `first` on.
+
+    They are 1 and 0 in front of the last ROPE channels.
+    """
+    pair = tl.arange(0, PADDED // 2) + first // 2 - (WIDTH - ROPE) // 2
     inside = (pair >= 0) & (pair < ROPE // 2)
     row = cos_sin_ptr + position.to(tl.int64) * ROPE
     cos = tl.load(row + pair, mask=inside, other=1.0)

@@ -29,7 +29,7 @@ from fd_dsa.ops.dense_kernels import empty_beside
 from fd_dsa.ops.providers import device_kind
 from fd_dsa.ops.slot_copy import copy_slot
 from fd_dsa.ops.topk.custom_op import slot_selector
-from fd_dsa.ops.v4_attend_kernel import Entries, Windows, attend_v4
+from fd_dsa.ops.v4_attend_kernel import Entries, Windows, attend_v4, new_partials
 from fd_dsa.ops.v4_write_kernels import (
     Norm,
     Pooling,
@@ -90,6 +90,7 @@ class V4DeviceBackend:
             uploaded(allocate, angles(rope, width, longest))
             for rope in (config.compress_rope, config.main_rope)
         ]
+        self._partials = new_partials(config.head_dim, allocate)
         scores = allocate((num_scores(config, batch),), "float32")
         kind = device_kind(scores)
         # Triton's interpreter has its tensors in host memory
@@ -206,7 +207,8 @@ class V4DeviceBackend:
             kept = sources, plan, pools.states
         windows = Windows(keys, pools.ring, self._layout.ring_rows, config.sliding_window)
         query = layer.queries(latent)
-        out = attend_v4(query, windows, entries, layer.sinks, cos_sin, step.places, eps)
+        inputs = layer.sinks, cos_sin, step.places, eps, self._partials
+        out = attend_v4(query, windows, entries, *inputs)
         # a later token of the step may take the place of a key that this launch has read
         keep_step(keys, step.ring_rows, pools.ring, *kept)
         return out, slots

@@ -95,7 +95,7 @@ def test_every_form_compiles() -> None:
 def test_forms_of_deepseek_v4(capability: int) -> None:
     made = compiled(V4, capability)
     names = {"streams", "norm", "keys", "rotate", "pool", "keep", "attend", "silu", "experts"}
-    names |= {"choice", "look up", "place", "snapshots", "last streams"}
+    names |= {"combine", "choice", "look up", "place", "snapshots", "last streams"}
     assert {form["label"] for form in made} == names
     for form in made:
         if "needs_fp8" in form:

@@ -11,7 +11,14 @@ pytest.importorskip("paddle", reason="the launches take Paddle's tensors")
 
 from fd_dsa.ops.expert_kernels import look_up_experts
 from fd_dsa.ops.sampling.token_buffer import NO_TOKEN, NOT_FINITE
-from fd_dsa.ops.v4_attend_kernel import Entries, TokenPlaces, Windows, attend_v4
+from fd_dsa.ops.v4_attend_kernel import (
+    Entries,
+    TokenPlaces,
+    Windows,
+    attend_v4,
+    new_partials,
+    num_splits,
+)
 from fd_dsa.ops.v4_write_kernels import (
     Norm,
     Plan,
@@ -151,10 +158,10 @@ def test_entries_pool_old_and_new_sources(
 class Attended:
     """Three rows of a step: a prompt, a later chunk and a decoding row, with one padded token."""
 
-    window, ratio, per_block, topk = 5, 4, 2, 3
+    window, ratio, per_block, topk, last = 5, 4, 2, 3, 20
 
     def __init__(self, m: KernelMemory, kind: str, heads: int, width: int) -> None:
-        self.m, self.before, news = m, [0, 9, 20], [6, 7, 1]
+        self.m, self.before, news = m, [0, 9, self.last], [6, 7, 1]
         rng = np.random.default_rng([heads, width])
         history = rng.standard_normal((3, LONGEST, width))
         self.history = block_fp8.rounded(history, kind).astype(np.float64)
@@ -170,7 +177,11 @@ class Attended:
         for row in range(3):
             for position in range(max(self.before[row] - self.window, 0), self.before[row]):
                 ring[row * self.window + position % self.window] = self.history[row, position]
-        self.pool = block_fp8.rounded(rng.standard_normal((12, self.per_block, width)), kind)
+        self.pool = np.full((12, self.per_block, width), np.nan, np.float32)
+        for row in range(3):
+            for entry in range((self.before[row] + news[row]) // self.ratio):
+                one = block_fp8.rounded(rng.standard_normal(width), kind)
+                self.pool.reshape(-1, width)[self.slot(row, entry)] = one
         self.q, self.exact_q = drawn(m, kind, tokens, heads, width)
         self.sinks = rng.standard_normal(heads).astype(np.float32)
         self.windows = Windows(
@@ -212,24 +223,51 @@ class Attended:
         return rotated(share[:, :-1] @ np.array(keys), position, -1)
 
 
+class AttendedInTiles(Attended):
+    """The same with keys of several tiles, so that the splits of a token share them."""
+
+    window, ratio, per_block, topk, last = 40, 2, 8, 20, 50
+
+
+@pytest.mark.parametrize("is_split", [False, True])
+@pytest.mark.parametrize("made", [Attended, AttendedInTiles])
 @pytest.mark.parametrize("selects", [None, False, True])
 @pytest.mark.parametrize(
     ("kind", "heads", "width"),
-    [("float32", 8, 32), ("bfloat16", 20, 32), ("float32", 64, 24)],
+    [("float32", 8, 32), ("bfloat16", 20, 32), ("float32", 64, 24), ("float32", 3, 136)],
     ids=str,
 )
 def test_attention(
-    kind: str, heads: int, width: int, selects: bool | None, paddle_memory: KernelMemory
+    kind: str,
+    heads: int,
+    width: int,
+    selects: bool | None,
+    made: type[Attended],
+    is_split: bool,
+    paddle_memory: KernelMemory,
 ) -> None:
-    m, case = paddle_memory, Attended(paddle_memory, kind, heads, width)
+    m, case = paddle_memory, made(paddle_memory, kind, heads, width)
+    partials = new_partials(width, m.poisoned) if is_split else None
     entries = None
     if selects is not None:
         pool = block_fp8.put(m, case.pool, kind)
         entries = Entries(pool, case.ratio, m.put(case.slots) if selects else None)
-    shared = m.put(case.sinks), m.put(COS_SIN), case.places, EPS
+    shared = m.put(case.sinks), m.put(COS_SIN), case.places, EPS, partials
     found = block_fp8.get(m, attend_v4(case.q, case.windows, entries, *shared))
     wanted = np.stack([case.wanted(token, selects) for token in range(len(case.rows))])
     check(found, wanted, kind)
+
+
+def test_number_of_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Splits fill the device, and padding to the next power of two leaves their number."""
+    sizes = 1, 2, 4, 8, 16, 32, 64, 2048
+    assert [num_splits(n, 64, 99) for n in sizes] == [32, 32, 16, 8, 4, 2, 1, 1]
+    assert [num_splits(n, 8, 99) for n in (8, 9, 16, 256, 257)] == [32, 16, 16, 1, 1]
+    assert [num_splits(n, 128, 99) for n in (1, 5, 6, 7, 8)] == [32, 4, 4, 4, 4]
+    # a window without entries has four tiles
+    assert [num_splits(n, 64, 4) for n in (1, 16, 32)] == [4, 4, 2]
+    monkeypatch.setattr("fd_dsa.ops.split_sums.fixed_order", lambda: True)
+    assert num_splits(1, 8, 99) == 1
 
 
 @pytest.mark.parametrize("score", ["sigmoid", "sqrtsoftplus"])

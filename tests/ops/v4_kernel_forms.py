@@ -8,7 +8,7 @@ from fd_dsa.ops.expert_gemm import block_sizes, configuration, expert_gemm_kerne
 from fd_dsa.ops.expert_kernels import choose_experts_kernel, look_up_experts_kernel
 from fd_dsa.ops.slot_copy import copy_slot_kernel
 from fd_dsa.ops.stream_kernels import expand_streams_kernel, read_streams_kernel
-from fd_dsa.ops.v4_attend_kernel import attend_v4_kernel
+from fd_dsa.ops.v4_attend_kernel import attend_v4_kernel, combine_v4_kernel
 from fd_dsa.ops import v4_write_kernels as write
 from fd_dsa.v4_prepare.place_kernel import place_step_kernel
 
@@ -51,9 +51,14 @@ for kind in ("float32", "bfloat16"):
     compile("keep", write.keep_step_kernel, types, WIDTH=WIDTH, SOURCE=1, RING=1, PADDED=WIDTH,
             **none)
     for absent in ({}, {"slots_ptr": None}, {"pool_ptr": None, "slots_ptr": None}):
-        compile("attend", attend_v4_kernel, types, WIDTH=WIDTH, ROPE=ROPE, WINDOW=128, RING=128,
-                RATIO=4, PER_BLOCK=64, HEADS=16, KEYS=16 if kind == "float32" else 32,
-                PADDED=WIDTH, WIDE=tl.float32 if kind == "float32" else tl.bfloat16, **absent)
+        for whole in ({"values_ptr": None, "lse_ptr": None}, {}):
+            compile("attend", attend_v4_kernel, types, WIDTH=WIDTH, ROPE=ROPE, WINDOW=128,
+                    RING=128, RATIO=4, PER_BLOCK=64, HEADS=16,
+                    KEYS=16 if kind == "float32" else 32, PADDED=WIDTH,
+                    WIDE=tl.float32 if kind == "float32" else tl.bfloat16, **absent, **whole)
+    for splits, columns in ((4, 512), (32, 128)):
+        compile("combine", combine_v4_kernel, types, WIDTH=WIDTH, ROPE=ROPE, MAX_SPLITS=splits,
+                COLUMNS=columns)
     compile("silu", dense.activate_kernel, types, WIDTH=2048, GATED=True, BLOCK=1024, LIMIT=10.0,
             codes_ptr=None, scales_ptr=None, ROUND_SCALES=False)
     for tokens in (1, 8192):
