@@ -26,6 +26,8 @@ import triton.language as tl  # isort: skip
 
 # query heads and keys that are multiplied at a time
 _HEADS = 16
+# heads of a program where tokens alone fill a GPU, and their least number: a key is read less often
+_MANY_HEADS, _MANY_TOKENS = 64, 256
 _KEYS = {"float32": 16, "bfloat16": 32}
 MAX_SPLITS = 32
 # programs that an H100 or H200 runs at once: two of a multiprocessor
@@ -322,12 +324,16 @@ def attend_v4(
     max_tiles = -(-windows.size // keys) + -(-num_entries // keys)
     splits = num_splits(tokens, heads, max_tiles) if partials else 1
     values, lse = partials if partials and splits > 1 else (None, None)
-    attend_v4_kernel[tokens, -(-heads // _HEADS), splits](
+    together = _HEADS
+    if partials and kind == "bfloat16" and rows_of_tiles(tokens) >= _MANY_TOKENS:
+        together = max(_HEADS, min(_MANY_HEADS, next_power_of_2(heads)))
+    attend_v4_kernel[tokens, -(-heads // together), splits](
         q, windows.keys, windows.ring, pool, slots, sinks, cos_sin, *places, out, values, lse,
         heads, columns, 0 if slots is None else slots.shape[1], epsilon,
         WIDTH=width, ROPE=cos_sin.shape[1], WINDOW=windows.size, RING=windows.ring_rows,
-        RATIO=ratio, PER_BLOCK=per_block, HEADS=_HEADS, KEYS=keys, PADDED=padded,
-        WIDE=tl.float32 if kind == "float32" else tl.bfloat16, num_warps=4,
+        RATIO=ratio, PER_BLOCK=per_block, HEADS=together, KEYS=keys, PADDED=padded,
+        WIDE=tl.float32 if kind == "float32" else tl.bfloat16,
+        num_warps=4 if together <= 16 else 8,
     )  # fmt: skip
     if splits > 1:
         max_splits, channels = next(x for x in _COMBINE_CONFIGS if x[0] >= splits)
