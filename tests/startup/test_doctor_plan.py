@@ -67,7 +67,7 @@ def on_hopper(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     [
         ("demo", 1, {80: True}),
         ("tiny V4", 2, {80: True}),
-        ("tiny V4, FP4 experts", 2, {80: True}),
+        ("tiny V4, FP4 experts", 1, {80: True}),
         pytest.param("V4-Flash", 2, {80: False, 96: False, 141: True}, marks=pytest.mark.slow),
         ("V4-Flash", 8, {80: True}),
         pytest.param("V4-Pro", 8, {141: False, 180: True}, marks=pytest.mark.slow),
