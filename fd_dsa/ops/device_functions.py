@@ -26,6 +26,24 @@ def widened(x):
 
 
 @triton.jit
+def image_of(values):
+    """Return int32 images, which have the order of the values.
+
+    -0.0 equals +0.0, and NaN is above all values.
+    """
+    bits = values.to(tl.int32, bitcast=True)
+    bits = tl.where(bits == -0x80000000, 0, bits)
+    image = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    return tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FFFFFFF, image)
+
+
+@triton.jit
+def value_of(image):
+    """Return the float32 value of an image."""
+    return tl.where(image < 0, image ^ 0x7FFFFFFF, image).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def to_bfloat16(x):
     """Round float32 to bfloat16, nearest even. NaN stays NaN."""
     if _INTERPRETING:

@@ -8,7 +8,7 @@ can be captured. Every sum has a fixed order. Tokens of padding have expert ids 
 from __future__ import annotations
 
 from fd_dsa.ops.dense_kernels import empty_beside, sigmoid
-from fd_dsa.ops.device_functions import stored, widened
+from fd_dsa.ops.device_functions import image_of, stored, widened
 from fd_dsa.ops.step_kernel import step_kernel
 from fd_dsa.tensor import Tensor
 from fd_dsa.triton_runtime import next_power_of_2, start_next, wait_for_inputs
@@ -39,11 +39,7 @@ def _ordered(values, exists, SIZE: tl.constexpr):
 
     No two keys are equal. NaN is above all numbers, and what does not exist below.
     """
-    bits = tl.where(values == 0.0, 0.0, values).to(tl.int32, bitcast=True)
-    # the bits of negative floats, read as integers, have the reverse order
-    bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    bits = tl.where(values == values, bits, 0x7FFFFFFF)
-    key = bits.to(tl.int64) * (1 << 32) + (SIZE - 1 - tl.arange(0, SIZE))
+    key = image_of(values).to(tl.int64) * (1 << 32) + (SIZE - 1 - tl.arange(0, SIZE))
     return tl.where(exists, key, _LOWEST)
 
 

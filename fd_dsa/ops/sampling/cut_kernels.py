@@ -8,6 +8,7 @@ are sums of integers, so no order of threads can show.
 
 from __future__ import annotations
 
+from fd_dsa.ops.device_functions import value_of
 from fd_dsa.ops.sampling.scan_kernels import (
     FLAGS,
     IS_RANDOM,
@@ -22,7 +23,6 @@ from fd_dsa.ops.sampling.scan_kernels import (
     float64_at,
     row_of,
     uniform_of,
-    value_of,
     weights_of,
 )
 from fd_dsa.ops.step_kernel import step_kernel

@@ -7,6 +7,7 @@ ranks of a sample of the row.
 
 from __future__ import annotations
 
+from fd_dsa.ops.device_functions import image_of, value_of
 from fd_dsa.ops.sampling import parameters as places
 from fd_dsa.ops.sampling import token_buffer as results
 from fd_dsa.ops.step_kernel import step_kernel
@@ -38,24 +39,6 @@ _REPETITION, _FREQUENCY, _PRESENCE, _NUM_ENTRIES = map(
 _HEADER, _ENTRY = tl.constexpr(places.HEADER), tl.constexpr(places.ENTRY)
 _IN_PROMPT = tl.constexpr(places.IN_PROMPT)
 _ENTRIES = tl.constexpr(256)
-
-
-@triton.jit
-def image_of(values):
-    """Return int32 images, which have the order of the values.
-
-    -0.0 equals +0.0, and NaN is above all values.
-    """
-    bits = values.to(tl.int32, bitcast=True)
-    bits = tl.where(bits == -0x80000000, 0, bits)
-    image = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    return tl.where((bits & 0x7FFFFFFF) > INFINITY, 0x7FFFFFFF, image)
-
-
-@triton.jit
-def value_of(image):
-    """Return the float32 value of an image."""
-    return tl.where(image < 0, image ^ 0x7FFFFFFF, image).to(tl.float32, bitcast=True)
 
 
 @triton.jit
