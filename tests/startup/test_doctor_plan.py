@@ -17,7 +17,7 @@ from fd_dsa.config import EngineConfig, demo_model_path
 from fd_dsa.errors import ConfigError
 from fd_dsa.startup.plan import make_plan
 from fd_dsa.triton_runtime.driver import GpuTraits
-from tests.v4_model.cases import CASES, GREEDY, write_tokenizer
+from tests.v4_model.cases import CASES, GREEDY, Case, write_tokenizer
 from tests.v4_model.quantised import FP4, write_pair
 
 Folder = Callable[[Path], Path]
@@ -33,10 +33,22 @@ def published(name: str) -> Folder:
     return write
 
 
+# each of two ranks has whole blocks of the weights in FP8
+OF_TWO = Case(
+    "whole blocks for two ranks",
+    {
+        "hidden_size": 160,
+        "moe_intermediate_size": 256,
+        "q_lora_rank": 128,
+        "o_lora_rank": 128,
+        "head_dim": 64,
+    },
+    seed=24,
+)
 FOLDERS: dict[str, Folder] = {
     "demo": lambda _: demo_model_path(),
     "tiny V4": lambda folder: CASES[GREEDY].write_served(folder),
-    "tiny V4, FP4 experts": lambda folder: write_pair(folder, FP4)[0],
+    "tiny V4, FP4 experts": lambda folder: write_pair(folder, FP4, OF_TWO)[0],
     "V4-Flash": published("DeepSeek-V4-Flash"),
     "V4-Pro": published("DeepSeek-V4-Pro"),
 }
@@ -67,7 +79,7 @@ def on_hopper(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     [
         ("demo", 1, {80: True}),
         ("tiny V4", 2, {80: True}),
-        ("tiny V4, FP4 experts", 1, {80: True}),
+        ("tiny V4, FP4 experts", 2, {80: True}),
         pytest.param("V4-Flash", 2, {80: False, 96: False, 141: True}, marks=pytest.mark.slow),
         ("V4-Flash", 8, {80: True}),
         pytest.param("V4-Pro", 8, {141: False, 180: True}, marks=pytest.mark.slow),
