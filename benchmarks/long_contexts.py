@@ -1,4 +1,4 @@
-"""One request with a long context: time to its first token, and of each token after it.
+"""Benchmark of one request with a long context: its first token, and each token after it.
 
     python -m benchmarks.long_contexts --rig          # on the test plug-in
     python -m benchmarks.long_contexts --rig --lengths 65536 163840

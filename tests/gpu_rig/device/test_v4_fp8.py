@@ -111,7 +111,7 @@ def model_of(
 
 @pytest.mark.parametrize("experts", ["fp4", pytest.param("fp8", marks=pytest.mark.slow)])
 def test_logits_are_those_of_the_twin(rig: Rig, tmp_path: Path, experts: str) -> None:
-    """Of all tokens of two prompts, in chunks."""
+    """Compare all tokens of two prompts, in chunks."""
     folder, twin = write_pair(tmp_path, Release(experts), CASE)
     prompts = [CASE.prompt(n) for n in (20, 7)]
     wanted = prompt_logits(make_runner(load_model(twin), CASE.block_size), prompts, 20)
