@@ -15,6 +15,7 @@ from fd_dsa.device.allocation import Allocate
 from fd_dsa.ops.arrays import dtype_name
 from fd_dsa.ops.dense_kernels import empty_beside
 from fd_dsa.ops.device_functions import stored, to_bfloat16, widened
+from fd_dsa.ops.mla.tensor_core import COMBINE_CONFIGS, MAX_SPLITS, Partials
 from fd_dsa.ops.split_sums import rows_of_tiles
 from fd_dsa.ops.step_kernel import step_kernel
 from fd_dsa.ops.v4_write_kernels import load_angles, rotate_rows
@@ -29,11 +30,8 @@ _HEADS = 16
 # heads of a program where tokens alone fill a GPU, and their least number: a key is read less often
 _MANY_HEADS, _MANY_TOKENS = 64, 256
 _KEYS = {"float32": 16, "bfloat16": 32}
-MAX_SPLITS = 32
 # programs that an H100 or H200 runs at once: two of a multiprocessor
 _PROGRAMS = 256
-# (max splits, columns of a program) of the launch that combines the splits
-_COMBINE_CONFIGS = (4, 512), (MAX_SPLITS, 128)
 
 
 class TokenPlaces(NamedTuple):
@@ -78,18 +76,6 @@ class Entries(NamedTuple):
     pool: Tensor
     ratio: int
     slots: Tensor | None = None
-
-
-class Partials(NamedTuple):
-    """Memory for the partial results of splits, used by one launch at a time.
-
-    Attributes:
-        values: float32 [rows * width], of a token, head and split; not written without a key.
-        lse: float32 [rows], logarithm of the sum of exponentials, -inf without a key.
-    """
-
-    values: Tensor
-    lse: Tensor
 
 
 def new_partials(width: int, allocate: Allocate) -> Partials:
@@ -336,10 +322,10 @@ def attend_v4(
         num_warps=4 if together <= 16 else 8,
     )  # fmt: skip
     if splits > 1:
-        max_splits, channels = next(x for x in _COMBINE_CONFIGS if x[0] >= splits)
+        max_splits, channels, warps = next(x for x in COMBINE_CONFIGS if x[0] >= splits)
         channels = min(channels, padded)
         combine_v4_kernel[tokens * heads, padded // channels](
             values, lse, sinks, cos_sin, places.positions, out, heads, splits, WIDTH=width,
-            ROPE=cos_sin.shape[1], MAX_SPLITS=max_splits, COLUMNS=channels, num_warps=4,
+            ROPE=cos_sin.shape[1], MAX_SPLITS=max_splits, COLUMNS=channels, num_warps=warps,
         )  # fmt: skip
     return out

@@ -65,8 +65,10 @@ class Partials(NamedTuple):
     """Memory for the partial results of splits, used by one launch at a time.
 
     Attributes:
-        values: float32 [rows * 512].
-        lse: float32 [rows], logarithm of the sum of exponentials, base 2.
+        values: float32 [rows * width], of a token, head and split. DeepSeek-V4 writes none for a
+            split without a key.
+        lse: float32 [rows], logarithm of the sum of exponentials, -inf without a key. Its base is
+            2, and e for DeepSeek-V4.
     """
 
     values: Any
