@@ -19,7 +19,7 @@ from fd_dsa.models.sources import RandomTensor, SourceTensor, WeightLoader
 from fd_dsa.models.weights import checked_ids, halves_of_heads
 from fd_dsa.ops.cache_write import bfloat16_bits
 from fd_dsa.ops.device_matrix import DeviceMatrix, DeviceNorm, FourBitExperts, GroupedFp8
-from fd_dsa.ops.fill_kernels import fill_constant, fill_random
+from fd_dsa.ops.fill_kernels import fill_codes, fill_constant, fill_random
 from fd_dsa.tensor import FourBitWeight, Tensor
 
 logger = logging.getLogger(__name__)
@@ -250,7 +250,7 @@ class DeviceWeights:
         def load(source: SourceTensor) -> None:
             if isinstance(source, RandomTensor):
                 count = prod(weight.codes.shape[2:])
-                fill_random(weight.codes, matrix * count, count, source.seed, 1.0)
+                fill_codes(weight.codes, matrix * count, count, source.seed, form.kind)
             tensors = weight.codes, weight.scales, weight.factors
             for target, array in zip(tensors, form.arrays(source), strict=True):
                 if array is not None:

@@ -1,4 +1,4 @@
-"""Kernel that fills weights on a device with a constant or with random numbers."""
+"""Kernels that fill weights on a device with a constant or with random numbers."""
 
 from __future__ import annotations
 
@@ -30,6 +30,20 @@ def fill_kernel(
     tl.store(out_ptr + start + place, values, mask=place < count)
 
 
+@step_kernel()
+def fill_codes_kernel(out_ptr, start, count, seed, INTEGERS: tl.constexpr, BLOCK: tl.constexpr):
+    """Fill block `program 0` of `count` bytes from `start` on with two codes of four bits each."""
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    low = tl.randint(seed, place.to(tl.uint32)).to(tl.uint32, bitcast=True)
+    high = (low >> 4) & 15
+    low = low & 15
+    if INTEGERS:
+        # 0 has no opposite number, as the zero point is 8
+        low = tl.where(low == 0, 8, low)
+        high = tl.where(high == 0, 8, high)
+    tl.store(out_ptr + start + place, (high * 16 + low).to(tl.uint8), mask=place < count)
+
+
 def fill_random(out: Tensor, start: int, count: int, seed: Sequence[int], deviation: float) -> None:
     """Fill `count` values of a contiguous tensor with normal numbers of mean 0.
 
@@ -40,10 +54,27 @@ def fill_random(out: Tensor, start: int, count: int, seed: Sequence[int], deviat
         seed: integers that select the sequence. After 2^32 values the sequence repeats.
         deviation: standard deviation of the numbers.
     """
-    mixed = 0
-    for number in seed:
-        mixed = (mixed * 0x9E3779B1 + number) & 0x7FFFFFFF
-    _fill(out, start, count, mixed, 0.0, deviation)
+    _fill(out, start, count, _mixed(seed), 0.0, deviation)
+
+
+def fill_codes(out: Tensor, start: int, count: int, seed: Sequence[int], kind: str) -> None:
+    """Fill `count` bytes of a contiguous tensor with uniform codes of four bits, of mean 0.
+
+    A mean other than 0 would add the same vector to the rows of all requests in every layer. In the
+    end all rows would select the same experts.
+
+    Args:
+        out: uint8, codes of FourBitWeight in any order.
+        start: index of the first byte, in memory order.
+        count: number of bytes.
+        seed: integers that select the sequence.
+        kind: as in FourBitWeight. Integers are 1 to 15 around the zero point 8.
+    """
+    if count:
+        fill_codes_kernel[(triton.cdiv(count, _BLOCK),)](
+            out, start, count, _mixed(seed),
+            INTEGERS=kind == "int4", BLOCK=_BLOCK, num_warps=4,
+        )  # fmt: skip
 
 
 def fill_constant(out: Tensor, start: int, count: int, value: float) -> None:
@@ -60,3 +91,11 @@ def _fill(
             out, start, count, seed, mean, deviation or 0.0,
             RANDOM=deviation is not None, BLOCK=_BLOCK, num_warps=4,
         )  # fmt: skip
+
+
+def _mixed(seed: Sequence[int]) -> int:
+    """Return one seed of 31 bits."""
+    mixed = 0
+    for number in seed:
+        mixed = (mixed * 0x9E3779B1 + number) & 0x7FFFFFFF
+    return mixed
