@@ -20,6 +20,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from fd_dsa.environment import choose_triton_mode
+from tests import time_limit
 from tests.gpu_rig.session import open_session, skip_reason
 
 # before any test module imports Triton, alone or through torch
@@ -181,7 +182,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             limit = item.get_closest_marker("timeout")
             seconds = limit.args[0] if limit else 1.0
             limits[item.path] = max(seconds, limits.get(item.path, 0))
-    items.sort(key=lambda item: -limits.get(item.path, 0))
+    root = config.rootpath
+    turns = {path: time_limit.turn(str(path.relative_to(root))) for path in limits}
+    items.sort(key=lambda item: (-limits.get(item.path, 0), turns.get(item.path, 0)))
     for item in items:
         names = {mark.name for mark in item.iter_markers()}
         reasons = [_skip_reason(name) for name in names & REQUIREMENTS.keys()]
@@ -189,6 +192,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             reasons.append("needs a package index; select it with -m network")
         for reason in filter(None, reasons):
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_runtest_setup() -> None:
+    """Skip what begins too late."""
+    time_limit.skip_if_late()
 
 
 def parity_mode() -> str:
@@ -225,7 +233,7 @@ def pytest_report_header() -> str:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """The mode of the parity tests, and how many GPU tests this machine could not run."""
+    """The mode of the parity tests, and how many tests this machine could not run."""
     skipped = terminalreporter.stats.get("skipped", [])
     # a module that skips itself has no keywords
     marks = [getattr(report, "keywords", ()) for report in skipped]
@@ -233,3 +241,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.section("what ran here")
     terminalreporter.write_line(f"parity with Hugging Face: {parity_mode()}")
     terminalreporter.write_line(f"GPU tests skipped: {num_gpu}")
+    num_late = sum(time_limit.REASON in str(report.longrepr) for report in skipped)
+    if num_late:
+        terminalreporter.write_line(f"tests {time_limit.REASON}: {num_late}", red=True)

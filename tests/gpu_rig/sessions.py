@@ -8,6 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from tests import time_limit
 from tests.gpu_rig.session import VARIABLE, built
 
 ROOT = Path(__file__).parents[2]
@@ -86,12 +89,14 @@ def run_session(form: str, *arguments: str) -> int:
     """
     built(form)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
-    done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | {VARIABLE: form}, capture_output=True, text=True
-    )
+    env = os.environ | {VARIABLE: form} | time_limit.half_of_the_rest()
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     report = f"{done.stdout}{done.stderr}"
     assert done.returncode == 0, report
     passed = re.search(r"(\d+) passed", report)
+    late = re.search(rf"tests {time_limit.REASON}: (\d+)", report)
+    if late:
+        pytest.skip(f"{late[1]} tests of the session were {time_limit.REASON}")
     return int(passed[1]) if passed else 0
 
 
