@@ -196,11 +196,12 @@ def caches() -> dict[str, Any]:
 
 @cache
 def v4() -> dict[str, float]:
-    """Bytes of DeepSeek-V4-Flash's pools in float32."""
+    """Bytes of DeepSeek-V4-Flash's pools, on a CPU in float32."""
     from fd_dsa.cache_formats import V4CacheLayout
     from fd_dsa.models.config_reader import FieldReader
     from fd_dsa.models.deepseek_v4.config import DeepseekV4Config
     from fd_dsa.models.registry import FAMILIES
+    from fd_dsa.v4_attention.device_pools import DeviceLayout
 
     def config_of(*ratios: int) -> DeepseekV4Config:
         # the last ratio belongs to the layer that drafts
@@ -218,7 +219,11 @@ def v4() -> dict[str, float]:
     record = 4 * 2 * (config.head_dim + config.index_head_dim) * 4
     records = record * flash.count(4)
     windows = window * len(flash)
-    return {
+    on_a_device = {
+        f"{kind}_token": DeviceLayout(config, dtype, 256).bytes_per_block() / 256
+        for kind, dtype in (("bfloat16", "bfloat16"), ("fp8", "fp8_ds_mla"))
+    }
+    return on_a_device | {
         "window": window,
         "windows": windows,
         "entries": (layout(*flash).bytes_per_block() - records) / 128 - windows,

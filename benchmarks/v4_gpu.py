@@ -2,6 +2,7 @@
 
     python -m benchmarks.v4_gpu --rig               # ours, on the test plug-in
     python -m benchmarks.v4_gpu --rig --peer DIR    # then vLLM on the same GPU
+    python -m benchmarks.v4_gpu --rig --kv-cache-dtype fp8_ds_mla
     python -m benchmarks.v4_gpu --rig --layers 4 --experts 256 --cases decode-1x4k
     python -m benchmarks.v4_gpu --dry               # small widths on the CPU
 
@@ -109,7 +110,9 @@ def measure_ours(
     result = rig_result(path.stem, args, **shape._asdict())
     short = {n: case for n, case in cases.items() if case.batch * case.prompt < MANY_TOKENS}
     rest = {name: case for name, case in cases.items() if name not in short}
-    config = SMALL if args.dry else CONFIG
+    # a CPU has no other caches than float32
+    config = SMALL if args.dry else CONFIG | {"kv_cache_dtype": args.kv_cache_dtype}
+    result["kv_cache_dtype"] = args.kv_cache_dtype
     with (
         v4_options(args, shape, config) as options,
         Worker(TARGET, kinds=shape.kinds, **options) as engine,
@@ -152,6 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--profile", default="1,32", help="rows of decode steps that are profiled, and a prompt"
     )
+    parser.add_argument("--kv-cache-dtype", default="bfloat16", help="default: %(default)s")
     whole = V4Shape()
     parser.add_argument("--layers", type=int, default=whole.layers, help="default: %(default)s")
     parser.add_argument("--experts", type=int, default=whole.experts, help="default: %(default)s")

@@ -22,10 +22,15 @@ contiguous:
     latent  | write_caches | sparse_mla, dequantize, attention of prompts
     indexer | write_caches | indexer_logits
 
-DeepSeek-V4 has up to four float32 pools per layer, see `PooledLayer`. Its own backend reads and
-writes them.
+DeepSeek-V4 has up to four float32 pools per layer on a CPU, see `PooledLayer`, and others on a
+device (`fd_dsa.v4_attention.device_pools`). Its own backends read and write them. In fp8_ds_mla a
+device has, for keys of 512 values with 64 rotated ones:
 
-Source: FlashMLA (README, "FP8 KV cache") and DeepGEMM's paged index cache for fp8_ds_mla.
+    key or entry of a layer        | 448 e4m3 codes, 64 bfloat16, 8 exponents of scales: 584 bytes
+    block of the indexer's entries | 64 * 128 e4m3 codes, then 64 float32 scales
+
+Source: FlashMLA (README, "FP8 KV cache") and DeepGEMM's paged index cache for fp8_ds_mla. Records
+of DeepSeek-V4 have the fields of FlashMLA's, whose order inside a block differs.
 """
 
 from __future__ import annotations
@@ -47,6 +52,16 @@ LATENT_RECORD_BYTES = LATENT_ROPE_AT + 2 * ROPE_WIDTH
 INDEX_RECORD_BYTES = INDEX_WIDTH + 4
 FP8_BLOCK_SIZE = 64
 """Tokens in a block of an fp8_ds_mla cache."""
+
+
+def v4_record_bytes(width: int, rope_width: int) -> int:
+    """Return the bytes of the FP8 record of a key of DeepSeek-V4.
+
+    Args:
+        width: values of a key, a multiple of `rope_width`.
+        rope_width: rotated channels.
+    """
+    return width + rope_width + width // rope_width
 
 
 @dataclass(frozen=True, slots=True)

@@ -366,11 +366,6 @@ class EngineConfig:
             allowed = f"at most {_MAX_RANKS}, the GPUs of one machine"
             hint = "--engine fastdeploy serves on several machines"
             raise flag_error("tensor_parallel_size", self.tensor_parallel_size, allowed, hint)
-        stored = CACHE_FORMATS.get(self.kv_cache_dtype)
-        block_size = stored and stored.required.get("block_size")
-        if block_size and self.block_size != block_size:
-            allowed = f"{block_size} with --kv-cache-dtype {self.kv_cache_dtype}"
-            raise flag_error("block_size", self.block_size, allowed, "leave it out")
         if not self.enable_chunked_prefill:
             raise ConfigError(
                 "--enable-chunked-prefill: cannot be switched off, long prompts are always split; "

@@ -136,10 +136,6 @@ def test_values_are_normalised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         ({"device": "gpu:x"}, ["--device", "'gpu:x'"]),
         ({"dtype": "float16"}, ["--dtype", "'float16'", "bfloat16"]),
         ({"kv_cache_dtype": "int8"}, ["--kv-cache-dtype", "'int8'", "bfloat16, fp8_ds_mla"]),
-        (
-            {"kv_cache_dtype": "fp8_ds_mla", "block_size": 32},
-            ["--block-size", "got 32", "64 with --kv-cache-dtype fp8_ds_mla"],
-        ),
         ({"max_model_len": 0}, ["--max-model-len", "got 0", "at least 1"]),
         ({"max_num_seqs": 0}, ["--max-num-seqs"]),
         ({"max_num_seqs": True}, ["--max-num-seqs", "True"]),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fd_dsa.attention import DSAAttentionBackend
 from fd_dsa.attention.protocol import AttentionBackend
+from fd_dsa.cache_formats import CACHE_FORMATS
 from fd_dsa.config import EngineConfig
 from fd_dsa.distributed import Group
 from fd_dsa.engine.snapshots import Snapshots
@@ -53,11 +54,15 @@ class DSACaches:
 
     @staticmethod
     def check_flags(config: EngineConfig, model_config: ModelConfig) -> None:
-        """Refuse widths and host memory that the caches cannot have.
+        """Refuse blocks, widths and host memory that the caches cannot have.
 
         Raises:
             ConfigError: names the flag.
         """
+        block_size = CACHE_FORMATS[config.kv_cache_dtype].required.get("block_size")
+        if block_size and config.block_size != block_size:
+            allowed = f"{block_size} with --kv-cache-dtype {config.kv_cache_dtype}"
+            raise flag_error("block_size", config.block_size, allowed, "leave it out")
         model_config.cache_layout(config.kv_cache_dtype, config.block_size)
         if not config.enable_prefix_caching:
             _refuse_offload(config, "without prefix caching")
@@ -93,15 +98,15 @@ class V4Caches:
         self, config: EngineConfig, model_config: DeepseekV4Config, batch: InputBatch
     ) -> None:
         self._config, self._batch, self._dtype = model_config, batch, config.dtype
-        self._max_drafts = config.max_drafts
+        self._kv_cache_dtype, self._max_drafts = config.kv_cache_dtype, config.max_drafts
         # on a device rows have rings, which no block holds
         self.shares_blocks, self._num_snapshots = config.device == "cpu", 0
         layout: V4CacheLayout | DeviceLayout
+        sizes = config.kv_cache_dtype, config.block_size, config.max_drafts
         if config.device == "cpu":
-            sizes = config.kv_cache_dtype, config.block_size, config.max_drafts
             layout, snapshot_bytes = model_config.cache_layout(*sizes), 0
         else:
-            layout = DeviceLayout(model_config, config.dtype, config.block_size, config.max_drafts)
+            layout = DeviceLayout(model_config, *sizes)
             snapshot_bytes = layout.bytes_per_snapshot()
             if config.enable_prefix_caching:
                 self._num_snapshots = max(_MIN_SNAPSHOTS, _SNAPSHOTS_PER_ROW * batch.max_num_seqs)
@@ -121,8 +126,13 @@ class V4Caches:
         cache_dtype = config.kv_cache_dtype
         if config.device != "cpu":
             with_v4 += f" on {config.device}"
-            if cache_dtype != config.dtype:
-                allowed = f"auto or {config.dtype} {with_v4}"
+            if cache_dtype not in (config.dtype, "fp8_ds_mla"):
+                allowed = f"auto, {config.dtype} or fp8_ds_mla {with_v4}"
+                raise flag_error("kv_cache_dtype", cache_dtype, allowed, "leave it out")
+            width, rope = model_config.head_dim, model_config.qk_rope_head_dim
+            if cache_dtype == "fp8_ds_mla" and (width & (width - 1) or width % (2 * rope)):
+                allowed = f"auto or {config.dtype} with head_dim {width}, which is no power of two"
+                allowed += f" or no multiple of {2 * rope}, twice the rotated channels"
                 raise flag_error("kv_cache_dtype", cache_dtype, allowed, "leave it out")
             # the blocks have the same rules as on a CPU
             cache_dtype = "float32"
@@ -179,7 +189,10 @@ class V4Caches:
 
         sizes = self._config, self._batch, num_blocks, device, self._dtype
         return V4DeviceBackend(
-            *sizes, num_snapshots=self._num_snapshots, max_drafts=self._max_drafts
+            *sizes,
+            num_snapshots=self._num_snapshots,
+            max_drafts=self._max_drafts,
+            kv_cache_dtype=self._kv_cache_dtype,
         )
 
 

@@ -18,6 +18,7 @@ from fd_dsa.ops.device_functions import (
     absolute_maximum,
     magnitude,
     over_448,
+    power_above,
     quotient,
     stored,
     to_e4m3,
@@ -115,9 +116,7 @@ def quantized(groups, ROUND_SCALES: tl.constexpr):
     """
     scale = tl.maximum(over_448(absolute_maximum(magnitude(groups), 1)), 1e-12)
     if ROUND_SCALES:
-        bits = scale.to(tl.uint32, bitcast=True)
-        exponent = (bits >> 23) + ((bits & 0x7FFFFF) != 0).to(tl.uint32)
-        scale = (exponent << 23).to(tl.float32, bitcast=True)
+        scale = (power_above(scale) << 23).to(tl.float32, bitcast=True)
     return to_e4m3(quotient(groups, scale[:, None])), scale
 
 

@@ -226,6 +226,21 @@ def store_row(
 
 
 @triton.jit
+def power_above(x):
+    """Return the biased exponent of the least power of two that is not below x > 0, uint32."""
+    bits = x.to(tl.uint32, bitcast=True)
+    return (bits >> 23) + ((bits & 0x7FFFFF) != 0).to(tl.uint32)
+
+
+@triton.jit
+def inverse_power(exponent):
+    """Return the exact reciprocal of the power of two with a biased exponent, float32."""
+    # 1 / infinity is 0, and every other scale is below 2^127
+    inverse = tl.where(exponent < 254, 254 - exponent, 0)
+    return (inverse << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def scale_of_row(a, b, c, d, UE8M0: tl.constexpr):
     """Return the scales of index keys or queries from `load_row`, float32 [ROWS].
 
@@ -235,9 +250,7 @@ def scale_of_row(a, b, c, d, UE8M0: tl.constexpr):
     low = tl.maximum(magnitude(c), magnitude(d))
     scale = over_448(tl.maximum(absolute_maximum(tl.maximum(high, low), 1), 1e-4))
     if UE8M0:
-        bits = scale.to(tl.uint32, bitcast=True)
-        exponent = (bits >> 23) + ((bits & 0x7FFFFF) != 0).to(tl.uint32)
-        scale = (exponent << 23).to(tl.float32, bitcast=True)
+        scale = (power_above(scale) << 23).to(tl.float32, bitcast=True)
     return scale
 
 
@@ -257,11 +270,7 @@ def store_row_codes(
 ):
     """Store rows divided by their scales [ROWS] as e4m3 codes, in the order of `store_row`."""
     if UE8M0:
-        # the reciprocal of a power of two is exact
-        exponent = scale.to(tl.uint32, bitcast=True) >> 23
-        # 1 / infinity is 0, and every other scale is below 2^127
-        inverse = tl.where(exponent < 254, 254 - exponent, 0)
-        by = (inverse << 23).to(tl.float32, bitcast=True)[:, None]
+        by = inverse_power(scale.to(tl.uint32, bitcast=True) >> 23)[:, None]
         a, b, c, d = a * by, b * by, c * by, d * by
     else:
         by = scale[:, None]

@@ -18,7 +18,8 @@ from fd_dsa.ops.device_functions import stored, to_bfloat16, widened
 from fd_dsa.ops.mla.tensor_core import COMBINE_CONFIGS, MAX_SPLITS, Partials
 from fd_dsa.ops.split_sums import rows_of_tiles
 from fd_dsa.ops.step_kernel import step_kernel
-from fd_dsa.ops.v4_write_kernels import load_angles, rotate_rows
+from fd_dsa.ops.v4_records import load_records
+from fd_dsa.ops.v4_rotation import load_angles, rotate_rows
 from fd_dsa.tensor import Tensor
 from fd_dsa.triton_runtime import next_power_of_2, start_next, wait_for_inputs
 
@@ -50,7 +51,7 @@ class TokenPlaces(NamedTuple):
 
 
 class Windows(NamedTuple):
-    """Window keys of a layer.
+    """Window keys of a layer, or their FP8 records (uint8, see `v4_records.py`).
 
     Attributes:
         keys: [num_tokens, width], keys of the step's tokens.
@@ -68,7 +69,7 @@ class Entries(NamedTuple):
     """Compressed entries of a layer.
 
     Attributes:
-        pool: [num_blocks, entries of a block, width].
+        pool: [num_blocks, entries of a block, width], or their FP8 records.
         ratio: tokens of an entry.
         slots: int32 [num_tokens, topk], selected entries as slots of the pool; None = all entries.
     """
@@ -112,13 +113,18 @@ def _narrowed(x, WIDE: tl.constexpr):
 
 @triton.jit
 def _attend(
-    q, state, pointers, seen, WIDTH: tl.constexpr, PADDED: tl.constexpr, WIDE: tl.constexpr
-):
+    q, state, pointers, seen, WIDTH: tl.constexpr, ROPE: tl.constexpr, PADDED: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
     """Add a tile of keys [KEYS, PADDED] at `pointers` [KEYS] to the softmax of the heads."""
     top, total, out = state
-    channel = tl.arange(0, PADDED)
-    mask = seen[:, None] & (channel < WIDTH)[None, :]
-    key = tl.load(pointers[:, None] + channel[None, :], mask=mask, other=0.0)
+    if pointers.dtype.element_ty == tl.uint8:
+        # a record's values are exact in bfloat16
+        key = _narrowed(load_records(pointers, seen, WIDTH, ROPE), WIDE)
+    else:
+        channel = tl.arange(0, PADDED)
+        mask = seen[:, None] & (channel < WIDTH)[None, :]
+        key = tl.load(pointers[:, None] + channel[None, :], mask=mask, other=0.0)
     scores = tl.dot(q, tl.trans(key), input_precision="ieee")
     scores = tl.where(seen[None, :], scores, float("-inf"))
     new_top = tl.maximum(top, tl.max(scores, axis=1))
@@ -153,6 +159,7 @@ def attend_v4_kernel(
     epsilon,
     WIDTH: tl.constexpr,
     ROPE: tl.constexpr,
+    ROW: tl.constexpr,
     WINDOW: tl.constexpr,
     RING: tl.constexpr,
     RATIO: tl.constexpr,
@@ -205,8 +212,8 @@ def attend_v4_kernel(
         seen, is_own = at < seen_by, at >= begin
         own = tl.where(is_own, token - (position - at), 0)
         kept = tl.where(is_own, 0, row.to(tl.int64) * RING + at % RING)
-        pointers = tl.where(is_own, keys_ptr + own * WIDTH, ring_ptr + kept * WIDTH)
-        state = _attend(q, state, pointers, seen, WIDTH, PADDED, WIDE)
+        pointers = tl.where(is_own, keys_ptr + own * ROW, ring_ptr + kept * ROW)
+        state = _attend(q, state, pointers, seen, WIDTH, ROPE, PADDED, WIDE)
     if pool_ptr is not None:
         tile -= tiles_of_window
         end = tl.minimum((tile + tiles_of_split) * KEYS, visible)
@@ -219,8 +226,8 @@ def attend_v4_kernel(
                 cell = block_table_ptr + row.to(tl.int64) * table_width + entry // PER_BLOCK
                 slot = tl.load(cell, mask=seen, other=-1) * PER_BLOCK + entry % PER_BLOCK
             seen = seen & (slot >= 0)
-            pointers = pool_ptr + tl.maximum(slot, 0).to(tl.int64) * WIDTH
-            state = _attend(q, state, pointers, seen, WIDTH, PADDED, WIDE)
+            pointers = pool_ptr + tl.maximum(slot, 0).to(tl.int64) * ROW
+            state = _attend(q, state, pointers, seen, WIDTH, ROPE, PADDED, WIDE)
     top, total, out = state
     if lse_ptr is not None:
         part = (token * num_heads + head) * splits + tl.program_id(2)
@@ -316,9 +323,9 @@ def attend_v4(
     attend_v4_kernel[tokens, -(-heads // together), splits](
         q, windows.keys, windows.ring, pool, slots, sinks, cos_sin, *places, out, values, lse,
         heads, columns, 0 if slots is None else slots.shape[1], epsilon,
-        WIDTH=width, ROPE=cos_sin.shape[1], WINDOW=windows.size, RING=windows.ring_rows,
-        RATIO=ratio, PER_BLOCK=per_block, HEADS=together, KEYS=keys, PADDED=padded,
-        WIDE=tl.float32 if kind == "float32" else tl.bfloat16,
+        WIDTH=width, ROPE=cos_sin.shape[1], ROW=windows.keys.shape[1], WINDOW=windows.size,
+        RING=windows.ring_rows, RATIO=ratio, PER_BLOCK=per_block, HEADS=together, KEYS=keys,
+        PADDED=padded, WIDE=tl.float32 if kind == "float32" else tl.bfloat16,
         num_warps=4 if together <= 16 else 8,
     )  # fmt: skip
     if splits > 1:

@@ -6,24 +6,28 @@ sources in the states. So a token reads a key of its own step from the step's ke
 from the ring.
 
 A source has float32 values and gates of its halves, of the main compressor and then of the
-indexer's: [values of each half, gates of each half] each. Other values are float32 or bfloat16.
+indexer's: [values of each half, gates of each half] each. Keys and entries are float32, bfloat16,
+or FP8 records (uint8, `v4_records.py`).
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+from fd_dsa.cache_formats import v4_record_bytes
 from fd_dsa.ops.dense_kernels import empty_beside
-from fd_dsa.ops.device_functions import rotated, stored, widened
+from fd_dsa.ops.device_functions import stored, widened
 from fd_dsa.ops.step_kernel import step_kernel
+from fd_dsa.ops.v4_records import store_index_record, store_record
+from fd_dsa.ops.v4_rotation import load_angles, rotate_rows
 from fd_dsa.tensor import Tensor
 from fd_dsa.triton_runtime import next_power_of_2, start_next, wait_for_inputs
 
 import triton  # isort: skip
 import triton.language as tl  # isort: skip
 
-# sources that are loaded at a time, and heads that a program rotates
-_TILE, _HEADS = 8, 16
+# sources that are loaded at a time
+_TILE = 8
 _BLOCK = tl.constexpr(1024)
 
 
@@ -40,7 +44,7 @@ class Pooling(NamedTuple):
     Attributes:
         gates: float32 [ratio * halves * width], added to the gates by the place of a token.
         norm: float32 [width].
-        entries: [num_blocks, entries of a block, width].
+        entries: [num_blocks, entries of a block, width or bytes of a record].
     """
 
     gates: Tensor
@@ -72,43 +76,28 @@ class Plan(NamedTuple):
 
 
 @triton.jit
-def load_angles(
-    cos_sin_ptr, position, WIDTH: tl.constexpr, ROPE: tl.constexpr, PADDED: tl.constexpr, first=0
-):
-    """Return cos and sin of each pair of a row from channel `first` on.
-
-    They are 1 and 0 in front of the last ROPE channels.
-    """
-    pair = tl.arange(0, PADDED // 2) + first // 2 - (WIDTH - ROPE) // 2
-    inside = (pair >= 0) & (pair < ROPE // 2)
-    row = cos_sin_ptr + position.to(tl.int64) * ROPE
-    cos = tl.load(row + pair, mask=inside, other=1.0)
-    return cos, tl.load(row + ROPE // 2 + pair, mask=inside, other=0.0)
-
-
-@triton.jit
-def rotate_rows(x, cos, sin):
-    """Rotate the pairs (2j, 2j + 1) of the rows of `x` [N, M] by angles [M / 2]."""
-    rows: tl.constexpr = x.shape[0]
-    half: tl.constexpr = x.shape[1] // 2
-    first, second = tl.split(tl.reshape(x, [rows, half, 2]))
-    first, second = rotated(first, second, cos[None, :], sin[None, :])
-    return tl.reshape(tl.join(first, second), [rows, 2 * half])
-
-
-@triton.jit
-def _store_normed(
-    x, weight_ptr, epsilon, cos_sin_ptr, position, out_ptr, WIDTH: tl.constexpr, ROPE: tl.constexpr,
+def _normed(
+    x, weight_ptr, epsilon, cos_sin_ptr, position, WIDTH: tl.constexpr, ROPE: tl.constexpr,
     PADDED: tl.constexpr,
 ):  # fmt: skip
-    """Norm and rotate a row `x` [PADDED], and store it."""
+    """Norm and rotate a row `x` [PADDED]."""
     channel = tl.arange(0, PADDED)
     inside = channel < WIDTH
     weight = tl.load(weight_ptr + channel, mask=inside, other=0.0)
     cos, sin = load_angles(cos_sin_ptr, position, WIDTH, ROPE, PADDED)
     x = x * (1.0 / tl.sqrt_rn(tl.sum(x * x, axis=0) / WIDTH + epsilon)) * weight
-    x = tl.reshape(rotate_rows(x[None, :], cos, sin), [PADDED])
-    tl.store(out_ptr + channel, stored(x, out_ptr), mask=inside)
+    return tl.reshape(rotate_rows(x[None, :], cos, sin), [PADDED])
+
+
+@triton.jit
+def _store_key(x, out_ptr, row, WIDTH: tl.constexpr, ROPE: tl.constexpr, ROW: tl.constexpr):
+    """Store a key or entry `x` [PADDED] as row `row` of a pool with ROW elements a row."""
+    out_ptr += row * ROW
+    if out_ptr.dtype.element_ty == tl.uint8:
+        store_record(x, out_ptr, WIDTH, ROPE)
+    else:
+        channel = tl.arange(0, x.shape[0])
+        tl.store(out_ptr + channel, stored(x, out_ptr), mask=channel < WIDTH)
 
 
 @step_kernel(strided=("x_ptr",), waits=True)
@@ -122,6 +111,7 @@ def write_keys_kernel(
     epsilon,
     WIDTH: tl.constexpr,
     ROPE: tl.constexpr,
+    ROW: tl.constexpr,
     PADDED: tl.constexpr,
 ):
     """Norm and rotate the key of token `program 0`."""
@@ -131,60 +121,33 @@ def write_keys_kernel(
     channel = tl.arange(0, PADDED)
     x = widened(tl.load(x_ptr + token * stride + channel, mask=channel < WIDTH, other=0.0))
     position = tl.load(positions_ptr + token)
-    to = out_ptr + token * WIDTH
-    _store_normed(x, weight_ptr, epsilon, cos_sin_ptr, position, to, WIDTH, ROPE, PADDED)
+    x = _normed(x, weight_ptr, epsilon, cos_sin_ptr, position, WIDTH, ROPE, PADDED)
+    _store_key(x, out_ptr, token, WIDTH, ROPE, ROW)
 
 
-def write_keys(x: Tensor, norm: Norm, cos_sin: Tensor, positions: Tensor) -> Tensor:
-    """Return the normed and rotated keys of a step's tokens, [num_tokens, width].
+def write_keys(
+    x: Tensor, norm: Norm, cos_sin: Tensor, positions: Tensor, *, as_records: bool = False
+) -> Tensor:
+    """Return the normed and rotated keys of a step's tokens.
 
     Args:
         x: [num_tokens, width]; there may be gaps between rows.
         cos_sin: float32 [num_positions, rotated channels]; cos, then sin.
         positions: int32 [num_tokens].
+        as_records: return FP8 records; a key then has a power of two of values.
+
+    Returns:
+        [num_tokens, width] of the type of `x`, or uint8 [num_tokens, bytes of a record].
     """
-    tokens, width = x.shape
-    out = empty_beside(x, tokens, width)
+    (tokens, width), rope = x.shape, cos_sin.shape[1]
+    row = v4_record_bytes(width, rope) if as_records else width
+    out = empty_beside(x, tokens, row, dtype="uint8" if as_records else None)
     if tokens:
         write_keys_kernel[(tokens,)](
             x, norm.weight, cos_sin, positions, out, x.strides[0], norm.epsilon, WIDTH=width,
-            ROPE=cos_sin.shape[1], PADDED=next_power_of_2(width), num_warps=4,
+            ROPE=rope, ROW=row, PADDED=next_power_of_2(width), num_warps=4,
         )  # fmt: skip
     return out
-
-
-@step_kernel(waits=True)
-def rotate_heads_kernel(
-    x_ptr,
-    cos_sin_ptr,
-    positions_ptr,
-    num_heads,
-    WIDTH: tl.constexpr,
-    ROPE: tl.constexpr,
-    HEADS: tl.constexpr,
-    PADDED: tl.constexpr,
-):
-    """Rotate heads of group `program 1` of token `program 0` in place."""
-    wait_for_inputs()
-    start_next()
-    token = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
-    channel = tl.arange(0, PADDED)
-    mask = (head < num_heads)[:, None] & (channel < WIDTH)[None, :]
-    place = x_ptr + (token * num_heads + head)[:, None] * WIDTH + channel[None, :]
-    cos, sin = load_angles(cos_sin_ptr, tl.load(positions_ptr + token), WIDTH, ROPE, PADDED)
-    x = rotate_rows(widened(tl.load(place, mask=mask, other=0.0)), cos, sin)
-    tl.store(place, stored(x, x_ptr), mask=mask)
-
-
-def rotate_heads(x: Tensor, cos_sin: Tensor, positions: Tensor) -> None:
-    """Rotate the last channels of x [num_tokens, num_heads, width], contiguous, in place."""
-    tokens, heads, width = x.shape
-    if tokens:
-        rotate_heads_kernel[tokens, -(-heads // _HEADS)](
-            x, cos_sin, positions, heads, WIDTH=width, ROPE=cos_sin.shape[1], HEADS=_HEADS,
-            PADDED=next_power_of_2(width), num_warps=4,
-        )  # fmt: skip
 
 
 @triton.jit
@@ -249,6 +212,8 @@ def pool_entries_kernel(
     POOL: tl.constexpr,
     RING: tl.constexpr,
     ROPE: tl.constexpr,
+    ROW: tl.constexpr,
+    PER_BLOCK: tl.constexpr,
     TILE: tl.constexpr,
     PADDED: tl.constexpr,
     INDEX_PADDED: tl.constexpr,
@@ -267,19 +232,22 @@ def pool_entries_kernel(
                 sources_ptr, states_ptr, gates_ptr, work, 0, WIDTH, SOURCE, HALVES, RATIO, POOL,
                 RING, TILE, PADDED,
             )  # fmt: skip
-            to = entries_ptr + row * WIDTH
-            _store_normed(x, norm_ptr, epsilon, cos_sin_ptr, begin, to, WIDTH, ROPE, PADDED)
+            x = _normed(x, norm_ptr, epsilon, cos_sin_ptr, begin, WIDTH, ROPE, PADDED)
+            _store_key(x, entries_ptr, row, WIDTH, ROPE, ROW)
         elif index_entries_ptr is not None:
             # other names than above, because a name has one type
             index_x = _pool(
                 sources_ptr, states_ptr, index_gates_ptr, work, 2 * HALVES * WIDTH, INDEX_WIDTH,
                 SOURCE, HALVES, RATIO, POOL, RING, TILE, INDEX_PADDED,
             )  # fmt: skip
-            index_to = index_entries_ptr + row * INDEX_WIDTH
-            _store_normed(
-                index_x, index_norm_ptr, epsilon, cos_sin_ptr, begin, index_to, INDEX_WIDTH, ROPE,
+            index_x = _normed(
+                index_x, index_norm_ptr, epsilon, cos_sin_ptr, begin, INDEX_WIDTH, ROPE,
                 INDEX_PADDED,
             )  # fmt: skip
+            if index_entries_ptr.dtype.element_ty == tl.uint8:
+                store_index_record(index_x, index_entries_ptr, row, INDEX_WIDTH, PER_BLOCK)
+            else:
+                _store_key(index_x, index_entries_ptr, row, INDEX_WIDTH, ROPE, INDEX_WIDTH)
 
 
 def pool_entries(
@@ -302,13 +270,14 @@ def pool_entries(
     """
     if not plan.num_entries:
         return
-    width, index_width = main.entries.shape[2], 0 if index is None else index.entries.shape[2]
+    width, index_width = main.norm.shape[0], 0 if index is None else index.norm.shape[0]
+    _, per_block, row = main.entries.shape
     pool_entries_kernel[plan.num_entries, 1 if index is None else 2](
         sources, states, plan.entries, plan.rows, *main, *(index or (None, None, None)), cos_sin,
         epsilon, WIDTH=width, INDEX_WIDTH=index_width, SOURCE=sources.shape[1],
         HALVES=plan.pool // plan.ratio, RATIO=plan.ratio, POOL=plan.pool, RING=plan.ring,
-        ROPE=cos_sin.shape[1], TILE=_TILE, PADDED=next_power_of_2(width),
-        INDEX_PADDED=next_power_of_2(index_width or 2), num_warps=4,
+        ROPE=cos_sin.shape[1], ROW=row, PER_BLOCK=per_block, TILE=_TILE,
+        PADDED=next_power_of_2(width), INDEX_PADDED=next_power_of_2(index_width or 2), num_warps=4,
     )  # fmt: skip
 
 
@@ -361,9 +330,9 @@ def keep_step(
     """Keep the newest keys and sources of a step for later steps, one launch after attention.
 
     Args:
-        keys: [num_tokens, width], result of `write_keys`.
+        keys: [num_tokens, width or bytes of a record], result of `write_keys`.
         places: int32 [num_tokens or more], row of each key in `ring`, -1 = not kept.
-        ring: [num_rows * ring length, width].
+        ring: [num_rows * ring length, width or bytes of a record].
         sources, plan, states: as for `pool_entries`; None in a layer without a compressor.
     """
     (tokens, width), kept = keys.shape, 0 if plan is None else plan.num_kept

@@ -30,14 +30,8 @@ from fd_dsa.ops.providers import device_kind
 from fd_dsa.ops.slot_copy import copy_slot
 from fd_dsa.ops.topk.custom_op import slot_selector
 from fd_dsa.ops.v4_attend_kernel import Entries, Windows, attend_v4, new_partials
-from fd_dsa.ops.v4_write_kernels import (
-    Norm,
-    Pooling,
-    keep_step,
-    pool_entries,
-    rotate_heads,
-    write_keys,
-)
+from fd_dsa.ops.v4_rotation import rotate_heads
+from fd_dsa.ops.v4_write_kernels import Norm, Pooling, keep_step, pool_entries, write_keys
 from fd_dsa.runner.input_batch import InputBatch
 from fd_dsa.step import StepHints
 from fd_dsa.tensor import Normed, StepArray, Tensor
@@ -54,9 +48,10 @@ class V4DeviceBackend:
         batch: rows of a step. Each row is a slot of the rings and states.
         num_blocks: blocks of the pools, of `batch.block_size` tokens.
         device: "gpu:0" or a custom device of Paddle.
-        dtype: type of activations, keys and entries.
+        dtype: type of activations.
         num_snapshots: slots of rings and states in addition to those of the rows.
         max_drafts: maximum number of drafts of a row.
+        kv_cache_dtype: format of keys and entries, see DeviceLayout; None = `dtype`.
 
     Attributes:
         can_read_selections: False, because layers select compressed entries instead of tokens.
@@ -77,12 +72,14 @@ class V4DeviceBackend:
         *,
         num_snapshots: int = 0,
         max_drafts: int = 0,
+        kv_cache_dtype: str | None = None,
     ) -> None:
         self._num_snapshots = num_snapshots
         self._slots: list[tuple[Tensor, int]] = []
         self._config, self._num_rows, self._num_blocks = config, batch.max_num_seqs, num_blocks
         self._allocate = allocate = allocate or paddle_allocator(device)
-        self._layout = DeviceLayout(config, dtype, batch.block_size, max_drafts)
+        sizes = batch.block_size, max_drafts
+        self._layout = DeviceLayout(config, kv_cache_dtype or dtype, *sizes)
         self._places = StepPlaces(self._layout, batch, allocate)
         width, longest = config.qk_rope_head_dim, batch.max_row_len
         # angles of layers with entries, then of window-only layers
@@ -96,9 +93,9 @@ class V4DeviceBackend:
         # Triton's interpreter has its tensors in host memory
         kind = "interpreter" if kind == "cpu" else kind
         self._select_slots = slot_selector(kind, allocate)
-        sizes = _index_sizes(config, batch, num_blocks, dtype)
         view = partial(buffer_view, {"logits": (scores, ())})
-        self._scores = PageScores(sizes, view, int(scores.shape[0]))
+        of_index = _index_sizes(config, batch, num_blocks, dtype)
+        self._scores = PageScores(of_index, view, int(scores.shape[0]))
         self._step: DeviceStep | None = None
         self._built_for: BackendStep | None = None
 
@@ -191,7 +188,8 @@ class V4DeviceBackend:
         kind, eps = config.layer_types[layer.layer_id], config.rms_norm_eps
         cos_sin = self._angles[kind == WINDOW]
         latent, kv = layer.project(hidden)
-        keys = write_keys(kv, Norm(layer.kv_norm, eps), cos_sin, positions)
+        norm, as_records = Norm(layer.kv_norm, eps), self._layout.is_fp8
+        keys = write_keys(kv, norm, cos_sin, positions, as_records=as_records)
         entries, slots = None, None
         kept: tuple[Any, ...] = ()
         if layer.compressor is not None:
@@ -235,7 +233,9 @@ class V4DeviceBackend:
         view = step.index_view
         assert view is not None
         q, weights = layer.index_queries(latent, hidden)
-        rotate_heads(q, cos_sin, step.places.positions)
+        q = rotate_heads(
+            q, cos_sin, step.places.positions, weights if self._layout.is_fp8 else None
+        )
         slots = empty_beside(weights, step.num_tokens, self._config.index_topk, dtype="int32")
 
         def use(scores: Tensor, first_token: int) -> None:

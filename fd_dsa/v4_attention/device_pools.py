@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from fd_dsa.cache_formats import CACHE_FORMATS
+from fd_dsa.cache_formats import CACHE_FORMATS, CacheFormat, v4_record_bytes
 from fd_dsa.device.allocation import Allocate
 from fd_dsa.models.deepseek_v4.config import CSA, WINDOW, DeepseekV4Config
 from fd_dsa.tensor import Tensor
@@ -16,10 +16,12 @@ class DevicePools:
     """Pools of one layer. Only written values are read.
 
     Attributes:
-        ring: [slots * (sliding_window + max_drafts), head_dim], the newest keys of each slot: a row
-            of the batch, or a snapshot of a row at a block's end.
-        entries: [num_blocks, entries of a block, head_dim]; None in a window-only layer.
-        index_entries: [num_blocks, entries of a block, index_head_dim]; None without an indexer.
+        ring: [slots * (sliding_window + max_drafts), key], the newest keys of each slot: a row of
+            the batch, or a snapshot of a row at a block's end. A key is head_dim values, or an FP8
+            record (`fd_dsa.ops.v4_records`).
+        entries: [num_blocks, entries of a block, key]; None in a window-only layer.
+        index_entries: [num_blocks, entries of a block, index_head_dim or bytes of a record]; None
+            without an indexer.
         states: float32 [slots * (pooled tokens + max_drafts), values of a source]; None like
             `entries`.
     """
@@ -36,7 +38,7 @@ class DeviceLayout:
 
     Attributes:
         config: sizes of the model.
-        dtype: type of keys and entries, "float32" or "bfloat16". States are float32.
+        dtype: format of keys and entries, a name of CACHE_FORMATS. States are float32.
         block_size: tokens of a block, a multiple of both compress rates.
         max_drafts: maximum number of drafts of a row. A rejected draft takes the place of no key
             and no source that a later step reads.
@@ -52,12 +54,22 @@ class DeviceLayout:
         """Keys of the ring of a slot."""
         return self.config.sliding_window + self.max_drafts
 
+    @property
+    def is_fp8(self) -> bool:
+        """True if keys and entries are FP8 records."""
+        return CACHE_FORMATS[self.dtype].is_fp8
+
     def shapes(
         self, kind: str, num_blocks: int, num_rows: int, num_snapshots: int
     ) -> dict[str, tuple[int, ...]]:
         """Return the shape of each pool of a layer of a kind."""
         model, width, slots = self.config, self.config.head_dim, num_rows + num_snapshots
-        found: dict[str, tuple[int, ...]] = {"ring": (slots * self.ring_rows, width)}
+        key, index_key = width, model.index_head_dim
+        if self.is_fp8:
+            key = v4_record_bytes(width, model.qk_rope_head_dim)
+            # with a float32 scale
+            index_key += 4
+        found: dict[str, tuple[int, ...]] = {"ring": (slots * self.ring_rows, key)}
         if kind == WINDOW:
             return found
         ratio, halves, source = model.compress_rates[kind], 1, width
@@ -65,9 +77,9 @@ class DeviceLayout:
         if kind == CSA:
             # a CSA entry also pools the tokens of the previous entry
             halves, source, num_rows = 2, width + model.index_head_dim, slots
-            found["index_entries"] = num_blocks, per_block, model.index_head_dim
+            found["index_entries"] = num_blocks, per_block, index_key
         return found | {
-            "entries": (num_blocks, per_block, width),
+            "entries": (num_blocks, per_block, key),
             "states": (num_rows * (ratio * halves + self.max_drafts), 2 * halves * source),
         }
 
@@ -98,7 +110,8 @@ class DeviceLayout:
         for name, kind, layers in (("ring", WINDOW, len(kinds)), ("states", CSA, kinds.count(CSA))):
             if layers:
                 size, width = self.shapes(kind, *counts)[name]
-                wholes[name] = allocate((layers * size, width), self._dtype_of(name)), layers
+                whole = allocate((layers * size, width), self._format_of(name).device_dtype)
+                wholes[name] = whole, layers
         found, used = [], dict.fromkeys(wholes, 0)
         for kind in kinds:
             pools = {}
@@ -107,16 +120,16 @@ class DeviceLayout:
                     begin, used[name] = used[name], used[name] + shape[0]
                     pools[name] = wholes[name][0][begin : begin + shape[0]]
                 else:
-                    pools[name] = allocate(shape, self._dtype_of(name))
+                    pools[name] = allocate(shape, self._format_of(name).device_dtype)
             found.append(DevicePools(**pools))
         return found, [*wholes.values()]
 
-    def _dtype_of(self, name: str) -> str:
-        return "float32" if name == "states" else self.dtype
+    def _format_of(self, name: str) -> CacheFormat:
+        return CACHE_FORMATS["float32" if name == "states" else self.dtype]
 
     def _bytes(self, num_blocks: int = 0, num_rows: int = 0, num_snapshots: int = 0) -> int:
         return sum(
-            CACHE_FORMATS[self._dtype_of(name)].itemsize * math.prod(shape)
+            self._format_of(name).itemsize * math.prod(shape)
             for kind in self.config.layer_types
             for name, shape in self.shapes(kind, num_blocks, num_rows, num_snapshots).items()
         )

@@ -19,13 +19,13 @@ from fd_dsa.ops.v4_attend_kernel import (
     new_partials,
     num_splits,
 )
+from fd_dsa.ops.v4_rotation import rotate_heads
 from fd_dsa.ops.v4_write_kernels import (
     Norm,
     Plan,
     Pooling,
     keep_step,
     pool_entries,
-    rotate_heads,
     write_keys,
 )
 from tests.kernel_memory import KernelMemory
@@ -162,9 +162,9 @@ class Attended:
 
     def __init__(self, m: KernelMemory, kind: str, heads: int, width: int) -> None:
         self.m, self.before, news = m, [0, 9, self.last], [6, 7, 1]
-        rng = np.random.default_rng([heads, width])
+        self.kind, rng = kind, np.random.default_rng([heads, width])
         history = rng.standard_normal((3, LONGEST, width))
-        self.history = block_fp8.rounded(history, kind).astype(np.float64)
+        self.history = self.rounded(history).astype(np.float64)
         positions = [self.before[r] + i for r in range(3) for i in range(news[r])]
         self.rows = np.array([*np.repeat(np.arange(3), news), -1], np.int32)
         self.positions = np.array([*positions, 0], np.int32)
@@ -180,15 +180,11 @@ class Attended:
         self.pool = np.full((12, self.per_block, width), np.nan, np.float32)
         for row in range(3):
             for entry in range((self.before[row] + news[row]) // self.ratio):
-                one = block_fp8.rounded(rng.standard_normal(width), kind)
+                one = self.rounded(rng.standard_normal((1, width)))[0]
                 self.pool.reshape(-1, width)[self.slot(row, entry)] = one
         self.q, self.exact_q = drawn(m, kind, tokens, heads, width)
         self.sinks = rng.standard_normal(heads).astype(np.float32)
-        self.windows = Windows(
-            *(block_fp8.put(m, x.astype(np.float32), kind) for x in (keys, ring)),
-            self.window,
-            self.window,
-        )
+        self.windows = Windows(*map(self.put, (keys, ring)), self.window, self.window)
         arrays = self.positions, self.rows, starts, table
         self.places = TokenPlaces(*map(m.put, arrays))
         self.slots = np.full((tokens, self.topk), -1, np.int32)
@@ -196,6 +192,14 @@ class Attended:
             visible = (position + 1) // self.ratio if row >= 0 else 0
             chosen = np.sort(rng.permutation(visible)[: self.topk])
             self.slots[token, : len(chosen)] = [self.slot(row, entry) for entry in chosen]
+
+    def rounded(self, keys: np.ndarray) -> np.ndarray:
+        """Keys [..., width] as their type holds them."""
+        return block_fp8.rounded(keys, self.kind)
+
+    def put(self, keys: np.ndarray) -> Any:
+        """Keys [..., width] in the memory, in their type."""
+        return block_fp8.put(self.m, keys.astype(np.float32), self.kind)
 
     def slot(self, row: int, entry: int) -> int:
         """The slot of an entry of a row."""
@@ -250,8 +254,7 @@ def test_attention(
     partials = new_partials(width, m.poisoned) if is_split else None
     entries = None
     if selects is not None:
-        pool = block_fp8.put(m, case.pool, kind)
-        entries = Entries(pool, case.ratio, m.put(case.slots) if selects else None)
+        entries = Entries(case.put(case.pool), case.ratio, m.put(case.slots) if selects else None)
     shared = m.put(case.sinks), m.put(COS_SIN), case.places, EPS, partials
     found = block_fp8.get(m, attend_v4(case.q, case.windows, entries, *shared))
     wanted = np.stack([case.wanted(token, selects) for token in range(len(case.rows))])

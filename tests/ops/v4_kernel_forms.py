@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 V4 = """
+from fd_dsa.cache_formats import v4_record_bytes
 from fd_dsa.ops import dense_kernels as dense
 from fd_dsa.ops.expert_gemm import block_sizes, configuration, expert_gemm_kernel
 from fd_dsa.ops.expert_kernels import choose_experts_kernel, look_up_experts_kernel
@@ -10,6 +11,7 @@ from fd_dsa.ops.slot_copy import copy_slot_kernel
 from fd_dsa.ops.stream_kernels import expand_streams_kernel, read_streams_kernel
 from fd_dsa.ops.v4_attend_kernel import attend_v4_kernel, combine_v4_kernel
 from fd_dsa.ops import v4_write_kernels as write
+from fd_dsa.ops.v4_rotation import rotate_heads_kernel
 from fd_dsa.v4_prepare.place_kernel import place_step_kernel
 
 INT32_TYPES = dict.fromkeys(
@@ -35,27 +37,40 @@ for kind in ("float32", "bfloat16"):
             compile("norm", read_streams_kernel, types | dict(codes_ptr="uint8"), **block,
                     PARTS=64, PARTS_PADDED=64, ITERATIONS=20, BLOCK=4096,
                     ROUND_SCALES=True, num_warps=8, **absent, **codes)
-    compile("keys", write.write_keys_kernel, types, WIDTH=WIDTH, ROPE=ROPE, PADDED=WIDTH)
-    compile("rotate", write.rotate_heads_kernel, types, WIDTH=INDEX, ROPE=ROPE, HEADS=16,
-            PADDED=INDEX)
-    none = dict.fromkeys(("index_gates_ptr", "index_norm_ptr", "index_entries_ptr"))
-    for halves, ratio, absent in ((2, 4, {}), (1, 128, none)):
-        source = 2 * halves * (WIDTH + (INDEX if halves == 2 else 0))
-        compile("pool", write.pool_entries_kernel, types, WIDTH=WIDTH, INDEX_WIDTH=INDEX,
-                SOURCE=source, HALVES=halves, RATIO=ratio, POOL=ratio * halves,
-                RING=ratio * halves, ROPE=ROPE, TILE=8, PADDED=WIDTH, INDEX_PADDED=INDEX, **absent)
-        compile("keep", write.keep_step_kernel, types, WIDTH=WIDTH, SOURCE=source,
-                RING=ratio * halves, PADDED=WIDTH)
-    compile("snapshots", copy_slot_kernel, dict(slots_ptr=kind), SIZE=128 * WIDTH, TILE=1024)
-    none = dict.fromkeys(("sources_ptr", "kept_ptr", "states_ptr"))
-    compile("keep", write.keep_step_kernel, types, WIDTH=WIDTH, SOURCE=1, RING=1, PADDED=WIDTH,
-            **none)
-    for absent in ({}, {"slots_ptr": None}, {"pool_ptr": None, "slots_ptr": None}):
-        for whole in ({"values_ptr": None, "lse_ptr": None}, {}):
-            compile("attend", attend_v4_kernel, types, WIDTH=WIDTH, ROPE=ROPE, WINDOW=128,
-                    RING=128, RATIO=4, PER_BLOCK=64, HEADS=16,
-                    KEYS=16 if kind == "float32" else 32, PADDED=WIDTH,
-                    WIDE=tl.float32 if kind == "float32" else tl.bfloat16, **absent, **whole)
+    compile("rotate", rotate_heads_kernel, types, WIDTH=INDEX, ROPE=ROPE, HEADS=16, PADDED=INDEX,
+            codes_ptr=None, weights_ptr=None)
+    compile("rotate", rotate_heads_kernel, types | {"codes_ptr": "uint8"}, WIDTH=INDEX, ROPE=ROPE,
+            HEADS=16, PADDED=INDEX)
+    # keys and entries, and the rows of their pools
+    held = "keys_ptr", "ring_ptr", "pool_ptr", "entries_ptr", "index_entries_ptr"
+    for key, row in ((kind, WIDTH), ("uint8", v4_record_bytes(WIDTH, ROPE))):
+        pools = types | dict.fromkeys(held, key)
+        compile("keys", write.write_keys_kernel, pools | {"out_ptr": key}, WIDTH=WIDTH, ROPE=ROPE,
+                ROW=row, PADDED=WIDTH)
+        none = dict.fromkeys(("index_gates_ptr", "index_norm_ptr", "index_entries_ptr"))
+        for halves, ratio, absent in ((2, 4, {}), (1, 128, none)):
+            source = 2 * halves * (WIDTH + (INDEX if halves == 2 else 0))
+            compile("pool", write.pool_entries_kernel, pools, WIDTH=WIDTH, INDEX_WIDTH=INDEX,
+                    SOURCE=source, HALVES=halves, RATIO=ratio, POOL=ratio * halves,
+                    RING=ratio * halves, ROPE=ROPE, ROW=row, PER_BLOCK=256 // ratio, TILE=8,
+                    PADDED=WIDTH, INDEX_PADDED=INDEX, **absent)
+            compile("keep", write.keep_step_kernel, pools, WIDTH=row, SOURCE=source,
+                    RING=ratio * halves, PADDED=1024)
+        none = dict.fromkeys(("sources_ptr", "kept_ptr", "states_ptr"))
+        compile("keep", write.keep_step_kernel, pools, WIDTH=row, SOURCE=1, RING=1, PADDED=1024,
+                **none)
+        compile("snapshots", copy_slot_kernel, dict(slots_ptr=key), SIZE=128 * row, TILE=1024)
+        for absent in ({}, {"slots_ptr": None}, {"pool_ptr": None, "slots_ptr": None}):
+            for whole in ({"values_ptr": None, "lse_ptr": None}, {}):
+                compile("attend", attend_v4_kernel, pools, WIDTH=WIDTH, ROPE=ROPE, ROW=row,
+                        WINDOW=128, RING=128, RATIO=4, PER_BLOCK=64, HEADS=16,
+                        KEYS=16 if kind == "float32" else 32, PADDED=WIDTH,
+                        WIDE=tl.float32 if kind == "float32" else tl.bfloat16, **absent, **whole)
+    if SHARED >= 227 << 10 and kind == "bfloat16":
+        # of steps with prompts
+        compile("attend", attend_v4_kernel, pools, WIDTH=WIDTH, ROPE=ROPE, ROW=row, WINDOW=128,
+                RING=128, RATIO=4, PER_BLOCK=64, HEADS=64, KEYS=32, PADDED=WIDTH, WIDE=tl.bfloat16,
+                num_warps=8, values_ptr=None, lse_ptr=None)
     for splits, columns in ((4, 512), (32, 128)):
         compile("combine", combine_v4_kernel, types, WIDTH=WIDTH, ROPE=ROPE, MAX_SPLITS=splits,
                 COLUMNS=columns)

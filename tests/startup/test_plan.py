@@ -236,6 +236,14 @@ def test_a_gpu_without_the_instructions_is_refused(on_a_gpu) -> None:
     )
 
 
+def test_blocks_of_fp8_caches() -> None:
+    with pytest.raises(ConfigError) as refused:
+        make_plan(EngineConfig(device="cpu", kv_cache_dtype="fp8", block_size=32))
+    assert str(refused.value) == (
+        "--block-size: got 32, allowed: 64 with --kv-cache-dtype fp8_ds_mla; leave it out"
+    )
+
+
 def test_ranks_that_exchange_heads_hold_those_of_all(
     on_a_gpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -86,10 +86,17 @@ def logits_after(
 
 @contextmanager
 def runner_of(
-    rig: Rig, model: Any, dtype: str, block: int, longest: int, is_captured: bool
+    rig: Rig,
+    model: Any,
+    dtype: str,
+    block: int,
+    longest: int,
+    is_captured: bool,
+    kv_cache_dtype: str | None = None,
 ) -> Iterator[ModelRunner]:
     """A runner with snapshots, whose unwritten cache rows are infinite."""
-    runner = device_runner(model, rig, dtype, block, ROWS, longest, SNAPSHOTS)
+    sizes = block, ROWS, longest, SNAPSHOTS
+    runner = device_runner(model, rig, dtype, *sizes, kv_cache_dtype=kv_cache_dtype)
     graphs = captured(rig, runner, (2,)) if is_captured else nullcontext()
     with graphs:
         poison_pools(runner)

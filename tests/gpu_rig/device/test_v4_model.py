@@ -66,6 +66,7 @@ def device_runner(
     longest: int = LONGEST,
     snapshots: int = 0,
     drafts: int = 0,
+    kv_cache_dtype: str | None = None,
 ) -> ModelRunner:
     """A runner whose rows own scattered blocks, and whose unwritten cache rows are infinite."""
     columns = -(-longest // block_size)
@@ -74,19 +75,21 @@ def device_runner(
     for row in range(rows):
         batch.set_blocks(row, blocks[row:-1:rows])
     sizes = model.config, batch, num_blocks, rig.device, dtype
-    backend = V4DeviceBackend(*sizes, num_snapshots=snapshots, max_drafts=drafts)
+    own: dict[str, Any] = {"num_snapshots": snapshots, "max_drafts": drafts}
+    backend = V4DeviceBackend(*sizes, **own, kv_cache_dtype=kv_cache_dtype)
     runner = ModelRunner(model, batch, None, num_blocks, rig.device, backend, dtype, drafts)
     poison_pools(runner)
     return runner
 
 
 def poison_pools(runner: ModelRunner) -> None:
-    """Make the pools of a runner infinite."""
+    """Make the pools of a runner infinite, and the bytes of records 255, codes of NaN."""
     for pools in runner.caches:
         for pool in (pools.ring, pools.entries, pools.index_entries, pools.states):
             if pool is not None:
                 # unlike `fill_`, it leaves a view in the memory of its tensor, also on the rig
-                infinite = paddle.full(pool.shape, float("inf"), pool.dtype)
+                value = 255 if pool.dtype == paddle.uint8 else float("inf")
+                infinite = paddle.full(pool.shape, value, pool.dtype)
                 pool.copy_(infinite.to(pool.place), False)
 
 
@@ -195,7 +198,7 @@ def test_greedy_tokens(form: str, rig: Rig, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"kv_cache_dtype": "float32"}, "--kv-cache-dtype: got 'float32', allowed: auto or bfloat"),
+        ({"kv_cache_dtype": "float32"}, "--kv-cache-dtype: got 'float32', allowed: auto, bfloat"),
         ({"block_size": 24}, "--block-size: got 24"),
     ],
     ids=str,
@@ -210,23 +213,23 @@ def test_flags_that_are_refused(
 
 
 @pytest.mark.parametrize(
-    ("dtype", "snapshots", "drafts", "method"),
+    ("dtype", "caches", "snapshots", "drafts", "method"),
     [
-        ("bfloat16", 16, 0, ""),
-        ("bfloat16", 16, 3, "mtp"),
-        ("float32", 0, 1, "ngram"),
-        ("float32", 0, 2, "mtp"),
+        ("bfloat16", "auto", 16, 0, ""),
+        ("bfloat16", "fp8", 16, 3, "mtp"),
+        ("float32", "auto", 0, 1, "ngram"),
+        ("float32", "fp8", 0, 2, "mtp"),
     ],
 )
 def test_bytes_of_the_plan(
-    dtype: str, snapshots: int, drafts: int, method: str, rig: Rig, tmp_path: Path
+    dtype: str, caches: str, snapshots: int, drafts: int, method: str, rig: Rig, tmp_path: Path
 ) -> None:
     """The plan counts the bytes that weights and pools take, with a layer that drafts."""
     case = Case("smooth", SMOOTH | {"num_nextn_predict_layers": 1}, seed=23)
     folder = case.write_served(tmp_path)
     sizes = {"block_size": 16, "max_num_seqs": 3, "max_num_batched_tokens": 24, "dtype": dtype}
     own: dict[str, Any] = {"enforce_eager": True, "num_gpu_blocks_override": 7}
-    own["enable_prefix_caching"] = snapshots > 0
+    own |= {"enable_prefix_caching": snapshots > 0, "kv_cache_dtype": caches}
     if drafts:
         own["speculative_config"] = {"method": method, "num_speculative_tokens": drafts}
     config = EngineConfig(model=folder, device=rig.device, max_model_len=64, **sizes, **own)
@@ -243,7 +246,10 @@ def test_bytes_of_the_plan(
     taken.clear()
     batch = InputBatch(3, 24, 4, 16)
     parts = plan.model_config, batch, 7, rig.device, dtype, counted
-    backend = V4DeviceBackend(*parts, num_snapshots=snapshots, max_drafts=drafts)
+    kept = plan.config.kv_cache_dtype
+    backend = V4DeviceBackend(
+        *parts, num_snapshots=snapshots, max_drafts=drafts, kv_cache_dtype=kept
+    )
     assert 0 <= workspace_bytes(plan.model_config, batch) - sum(taken) < 16 << 10
     taken.clear()
     backend.allocate_caches()

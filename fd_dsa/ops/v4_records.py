@@ -1,0 +1,94 @@
+"""Keys and entries of DeepSeek-V4 on a device as FP8 records.
+
+`fd_dsa.cache_formats` has the bytes. The groups of a key have as many values as it has rotated
+channels, which are the last group. A scale is max(largest magnitude, 1e-4) / 448, rounded up to a
+power of two. Scales of a record are exponents of one byte. The last one belongs to no code.
+
+Source: the rounding of keys in DeepSeek's published inference code; fields and bytes of FlashMLA's
+records for DeepSeek-V4, whose order inside a block differs.
+"""
+
+from __future__ import annotations
+
+from fd_dsa.ops.device_functions import (
+    absolute_maximum,
+    e4m3_values,
+    inverse_power,
+    magnitude,
+    over_448,
+    power_above,
+    stored,
+    to_e4m3,
+    widened,
+)
+
+import triton  # isort: skip
+import triton.language as tl  # isort: skip
+
+
+@triton.jit
+def _exponents(largest):
+    """Return the biased exponents of the scales of values up to `largest`, uint32."""
+    return power_above(over_448(tl.maximum(largest, 1e-4)))
+
+
+@triton.jit
+def store_record(x, out_ptr, WIDTH: tl.constexpr, ROPE: tl.constexpr):
+    """Store a key `x` float32 [WIDTH] as the record at `out_ptr`."""
+    groups: tl.constexpr = WIDTH // ROPE
+    x = tl.reshape(x, [groups, ROPE])
+    group = tl.arange(0, groups)
+    channel = group[:, None] * ROPE + tl.arange(0, ROPE)[None, :]
+    exponents = _exponents(absolute_maximum(magnitude(x), 1))
+    codes = to_e4m3(x * inverse_power(exponents)[:, None])
+    is_rotated = channel >= WIDTH - ROPE
+    tl.store(out_ptr + channel, codes, mask=is_rotated == 0)
+    # bytes WIDTH - ROPE on are the rotated channels
+    rope_ptr = (out_ptr + (WIDTH - ROPE)).to(tl.pointer_type(tl.bfloat16)) - (WIDTH - ROPE)
+    tl.store(rope_ptr + channel, stored(x, rope_ptr), mask=is_rotated)
+    tl.store(out_ptr + WIDTH + ROPE + group, exponents.to(tl.uint8))
+
+
+@triton.jit
+def load_records(pointers, seen, WIDTH: tl.constexpr, ROPE: tl.constexpr):
+    """Return the keys of the records at `pointers` [KEYS], float32 [KEYS, WIDTH].
+
+    Keys that are not `seen` are 0.
+    """
+    groups: tl.constexpr = WIDTH // ROPE
+    keys: tl.constexpr = pointers.shape[0]
+    group = tl.arange(0, groups)
+    at = group[None, :, None] * ROPE + tl.arange(0, ROPE)[None, None, :]
+    begin = pointers[:, None, None]
+    is_rotated = at >= WIDTH - ROPE
+    codes = tl.load(begin + at, mask=seen[:, None, None] & (is_rotated == 0), other=0)
+    places = pointers[:, None] + (WIDTH + ROPE) + group[None, :]
+    exponents = tl.load(places, mask=seen[:, None], other=0).to(tl.uint32)
+    scales = (exponents << 23).to(tl.float32, bitcast=True)
+    values = e4m3_values(codes, tl.float32) * scales[:, :, None]
+    rope = (begin + (WIDTH - ROPE)).to(tl.pointer_type(tl.bfloat16)) - (WIDTH - ROPE)
+    rotated = tl.load(rope + at, mask=seen[:, None, None] & is_rotated, other=0.0)
+    values = tl.where(is_rotated, widened(rotated), values)
+    return tl.reshape(values, [keys, WIDTH])
+
+
+@triton.jit
+def quantized_rows(x):
+    """Return e4m3 codes of rows `x` float32 [ROWS, N], and their scales, float32 [ROWS]."""
+    exponents = _exponents(absolute_maximum(magnitude(x), 1))
+    scales = (exponents << 23).to(tl.float32, bitcast=True)
+    return to_e4m3(x * inverse_power(exponents)[:, None]), scales
+
+
+@triton.jit
+def store_index_record(x, pool_ptr, row, WIDTH: tl.constexpr, PER_BLOCK: tl.constexpr):
+    """Store an entry `x` float32 [PADDED] as row `row` of the indexer's pool."""
+    padded: tl.constexpr = x.shape[0]
+    codes, scale = quantized_rows(x[None, :])
+    block, entry = row // PER_BLOCK, row % PER_BLOCK
+    block_ptr = pool_ptr + block * (PER_BLOCK * (WIDTH + 4))
+    channel = tl.arange(0, padded)
+    codes_ptr = block_ptr + entry * WIDTH + channel
+    tl.store(codes_ptr, tl.reshape(codes, [padded]), mask=channel < WIDTH)
+    scales_ptr = (block_ptr + PER_BLOCK * WIDTH).to(tl.pointer_type(tl.float32))
+    tl.store(scales_ptr + entry + tl.arange(0, 1), scale)

@@ -1,0 +1,97 @@
+"""Rotation of the last channels of DeepSeek-V4's keys and queries on a device."""
+
+from __future__ import annotations
+
+from fd_dsa.ops.dense_kernels import empty_beside
+from fd_dsa.ops.device_functions import rotated, stored, widened
+from fd_dsa.ops.step_kernel import step_kernel
+from fd_dsa.ops.v4_records import quantized_rows
+from fd_dsa.tensor import Tensor
+from fd_dsa.triton_runtime import next_power_of_2, start_next, wait_for_inputs
+
+import triton  # isort: skip
+import triton.language as tl  # isort: skip
+
+# heads that a program rotates
+_HEADS = 16
+
+
+@triton.jit
+def load_angles(
+    cos_sin_ptr, position, WIDTH: tl.constexpr, ROPE: tl.constexpr, PADDED: tl.constexpr, first=0
+):
+    """Return cos and sin of each pair of a row from channel `first` on.
+
+    They are 1 and 0 in front of the last ROPE channels.
+    """
+    pair = tl.arange(0, PADDED // 2) + first // 2 - (WIDTH - ROPE) // 2
+    inside = (pair >= 0) & (pair < ROPE // 2)
+    row = cos_sin_ptr + position.to(tl.int64) * ROPE
+    cos = tl.load(row + pair, mask=inside, other=1.0)
+    return cos, tl.load(row + ROPE // 2 + pair, mask=inside, other=0.0)
+
+
+@triton.jit
+def rotate_rows(x, cos, sin):
+    """Rotate the pairs (2j, 2j + 1) of the rows of `x` [N, M] by angles [M / 2]."""
+    rows: tl.constexpr = x.shape[0]
+    half: tl.constexpr = x.shape[1] // 2
+    first, second = tl.split(tl.reshape(x, [rows, half, 2]))
+    first, second = rotated(first, second, cos[None, :], sin[None, :])
+    return tl.reshape(tl.join(first, second), [rows, 2 * half])
+
+
+@step_kernel(waits=True)
+def rotate_heads_kernel(
+    x_ptr,
+    cos_sin_ptr,
+    positions_ptr,
+    codes_ptr,
+    weights_ptr,
+    num_heads,
+    WIDTH: tl.constexpr,
+    ROPE: tl.constexpr,
+    HEADS: tl.constexpr,
+    PADDED: tl.constexpr,
+):
+    """Rotate heads of group `program 1` of token `program 0`, in place or to FP8 codes."""
+    wait_for_inputs()
+    start_next()
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    channel = tl.arange(0, PADDED)
+    mask = (head < num_heads)[:, None] & (channel < WIDTH)[None, :]
+    place = (token * num_heads + head)[:, None] * WIDTH + channel[None, :]
+    cos, sin = load_angles(cos_sin_ptr, tl.load(positions_ptr + token), WIDTH, ROPE, PADDED)
+    x = rotate_rows(widened(tl.load(x_ptr + place, mask=mask, other=0.0)), cos, sin)
+    if codes_ptr is not None:
+        codes, scales = quantized_rows(x)
+        tl.store(codes_ptr + place, codes, mask=mask)
+        weights_ptr += token * num_heads + head
+        weights = tl.load(weights_ptr, mask=head < num_heads, other=0.0)
+        tl.store(weights_ptr, weights * scales, mask=head < num_heads)
+    else:
+        tl.store(x_ptr + place, stored(x, x_ptr), mask=mask)
+
+
+def rotate_heads(
+    x: Tensor, cos_sin: Tensor, positions: Tensor, weights: Tensor | None = None
+) -> Tensor:
+    """Rotate the last channels of queries [num_tokens, num_heads, width], contiguous.
+
+    Args:
+        weights: float32 [num_tokens, num_heads], weights of the heads' scores, which are multiplied
+            in place by the scales of FP8 queries; None = rotate `x` in place.
+
+    Returns:
+        `x`, or e4m3 codes uint8 of its shape.
+    """
+    (tokens, heads, width), codes = x.shape, None
+    if weights is not None:
+        codes = empty_beside(x, tokens, heads, width, dtype="uint8")
+    if tokens:
+        rotate_heads_kernel[tokens, -(-heads // _HEADS)](
+            x, cos_sin, positions, codes, weights, heads, WIDTH=width, ROPE=cos_sin.shape[1],
+            HEADS=_HEADS, PADDED=next_power_of_2(width), num_warps=4,
+        )  # fmt: skip
+    return x if codes is None else codes
