@@ -54,9 +54,9 @@ def values(found: np.ndarray, rope: int = ROPE) -> np.ndarray:
     return np.concatenate((groups.reshape(count, -1), tail.view(np.float32)), axis=1)
 
 
-def rounded(keys: np.ndarray) -> np.ndarray:
+def rounded(keys: np.ndarray, rope: int = ROPE) -> np.ndarray:
     """Keys float32 [n, width] as their records hold them."""
-    return values(records(np.ascontiguousarray(keys))).astype(np.float32)
+    return values(records(np.ascontiguousarray(keys), rope), rope).astype(np.float32)
 
 
 def rounded_rows(x: np.ndarray) -> np.ndarray:
@@ -65,20 +65,20 @@ def rounded_rows(x: np.ndarray) -> np.ndarray:
     return (E4M3_VALUES[codes(x / scales)] * scales).astype(np.float32)
 
 
-def round_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def round_on_the_cpu(monkeypatch: pytest.MonkeyPatch, rope: int = ROPE) -> None:
     """Let models on the CPU attend to keys and entries of records, and select by FP8 scores."""
     write, select = V4AttentionBackend.write, V4AttentionBackend.select
     entries = Compressor.entries
 
     def write_rounded(backend: Any, kv: np.ndarray, *rest: Any) -> None:
-        write(backend, rounded(kv), *rest)
+        write(backend, rounded(kv, rope), *rest)
 
     def select_rounded(backend: Any, q: np.ndarray, *rest: Any) -> np.ndarray:
         return select(backend, rounded_rows(q), *rest)
 
     def entries_rounded(compressor: Any, *given: Any) -> list[np.ndarray]:
         key, *index = entries(compressor, *given)
-        return [rounded(key), *map(rounded_rows, index)]
+        return [rounded(key, rope), *map(rounded_rows, index)]
 
     monkeypatch.setattr(V4AttentionBackend, "write", write_rounded)
     monkeypatch.setattr(V4AttentionBackend, "select", select_rounded)

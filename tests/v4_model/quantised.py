@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from fd_dsa.models.loader import load_weights, validate
 from fd_dsa.models.registry import open_checkpoint, read_config
 from tests.models.folders import Stored, bf16, f32, write_safetensors
 from tests.models.published import V4_FLASH
-from tests.v4_model.cases import CSA, HCA, WINDOW, Case
+from tests.v4_model.cases import CSA, HCA, WINDOW, Case, write_tokenizer
 
 QUANTISATION: dict[str, Any] = V4_FLASH["quantization_config"]
 FP8_WEIGHTS = ("wq_a", "wq_b", "wkv", "wo_a", "wo_b", "w1", "w2", "w3", "e_proj", "h_proj")
@@ -93,7 +94,10 @@ E8M0 = np.array([e8m0(code) for code in range(256)])
 
 def nearest(values: np.ndarray, table: np.ndarray) -> np.ndarray:
     """Code of the nearest entry of a table, for each value."""
-    return np.nanargmin(np.abs(values[..., None] - table), axis=-1).astype(np.uint8)
+    _, codes = np.unique(table[~np.isnan(table)], return_index=True)
+    entries = table[codes]
+    above = np.searchsorted((entries[1:] + entries[:-1]) / 2, values)
+    return codes[above].astype(np.uint8)
 
 
 def exponent_of(largest: np.ndarray, limit: float) -> np.ndarray:
@@ -177,9 +181,8 @@ def quantised(name: str, values: np.ndarray, release: Release) -> tuple[dict[str
 def write_pair(folder: Path, release: Release, case: Case = CASE) -> tuple[Path, Path]:
     """Write a folder in the formats of a release and its twin in float32, with tokenizers."""
     both = folder / "quantised", folder / "twin"
-    for one in both:
-        case.write_served(one)
-        case.write(one, "deepseek")
+    write_tokenizer(case.write(both[0], "deepseek"))
+    shutil.copytree(both[0], both[1], ignore=shutil.ignore_patterns("*.safetensors"))
     values = load_file(both[0] / "model.safetensors")
     stored: dict[str, Stored] = {}
     twin: dict[str, Stored] = {}

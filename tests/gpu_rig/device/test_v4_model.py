@@ -67,10 +67,11 @@ def device_runner(
     snapshots: int = 0,
     drafts: int = 0,
     kv_cache_dtype: str | None = None,
+    tokens: int = TOKENS,
 ) -> ModelRunner:
     """A runner whose rows own scattered blocks, and whose unwritten cache rows are infinite."""
     columns = -(-longest // block_size)
-    batch, num_blocks = InputBatch(rows, TOKENS, columns, block_size), rows * columns + 1
+    batch, num_blocks = InputBatch(rows, tokens, columns, block_size), rows * columns + 1
     blocks = np.random.default_rng(0).permutation(num_blocks)
     for row in range(rows):
         batch.set_blocks(row, blocks[row:-1:rows])
