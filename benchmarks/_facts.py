@@ -50,9 +50,9 @@ def start() -> dict[str, Any]:
     if config.speculation is not None and config.speculation.method == "mtp":
         with open_checkpoint(model, config.model_path) as checkpoint:
             model = add_mtp_layer(checkpoint, model)
-    longest = model.max_position_embeddings
-    blocks = -(-longest // config.block_size)
-    batch = InputBatch(config.num_seqs, config.num_batched_tokens, blocks, config.block_size)
+    longest, config = model.max_position_embeddings, config.with_blocks(model.default_block_size)
+    tokens = config.tokens_per_block
+    batch = InputBatch(config.num_seqs, config.num_batched_tokens, -(-longest // tokens), tokens)
     plan = plan_memory(
         config,
         weight_bytes=weight_bytes(model),
@@ -318,7 +318,7 @@ FACTS: Mapping[str, Any] = _Code(
     softmax_scale=softmax_scale,
     caches=caches,
     v4=v4,
-    v4_plan=lambda: plan_of("DeepSeek-V4-Flash", 4)["caches"]["bfloat16"],
+    v4_plan=lambda: plan_of("DeepSeek-V4-Flash", 4)["caches"]["fp8_ds_mla"],
     all_reduce=all_reduce,
     indexer=indexer,
     accept_retries=accept_retries,

@@ -91,8 +91,8 @@ _RULES: dict[str, _Rule] = {
     "kv_cache_dtype": (", ".join(_CACHE_DTYPES), _CACHE_DTYPES.__contains__),
     "generation_config": (", ".join(GENERATION_CONFIGS), GENERATION_CONFIGS.__contains__),
     "load_format": (", ".join(_LOAD_FORMATS), _LOAD_FORMATS.__contains__),
-    "block_size": _POSITIVE,
-    **dict.fromkeys(("max_model_len", "max_num_seqs", "max_num_batched_tokens"), _OPTIONAL),
+    **dict.fromkeys(("block_size", "max_model_len"), _OPTIONAL),
+    **dict.fromkeys(("max_num_seqs", "max_num_batched_tokens"), _OPTIONAL),
     **dict.fromkeys(("index_topk", "kv_cache_memory_bytes", "num_gpu_blocks_override"), _OPTIONAL),
     **dict.fromkeys(("allow_unknown_config_fields", "async_scheduling", "enforce_eager"), _SWITCH),
     **dict.fromkeys(("enable_chunked_prefill", "enable_prefix_caching"), _SWITCH),
@@ -135,7 +135,7 @@ class EngineConfig:
         target_inter_token_latency_ms: max milliseconds between two tokens of an answer while
             prompts are computed, 0 = no target. The default of a server is `DEFAULT_TARGET_MS`. A
             program that waits for whole answers needs no target.
-        block_size: tokens per cache block.
+        block_size: tokens per cache block, None = the model's `default_block_size`.
         kv_cache_memory_bytes: size of the caches, a number or a text such as "8G".
         kv_offload_bytes: host memory for evicted prefix blocks, a size as above, 0 = off.
         gpu_memory_utilization: fraction of a GPU's memory for weights and caches, 0 to 1.
@@ -173,7 +173,7 @@ class EngineConfig:
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
     target_inter_token_latency_ms: float = 0.0
-    block_size: int = 64
+    block_size: int | None = None
     kv_cache_memory_bytes: int | str | None = None
     kv_offload_bytes: int | str = 0
     gpu_memory_utilization: float = 0.9
@@ -264,6 +264,15 @@ class EngineConfig:
         }
         return replace(self, device=device, **resolved)
 
+    def with_blocks(self, tokens: int) -> EngineConfig:
+        """Return the configuration with blocks of `tokens` tokens, unless it names their size."""
+        return self if self.block_size is not None else replace(self, block_size=tokens)
+
+    @property
+    def tokens_per_block(self) -> int:
+        """`block_size`, which `with_blocks` resolves."""
+        return int(self.block_size)  # type: ignore[arg-type]
+
     @property
     def num_seqs(self) -> int:
         """`max_num_seqs`, which `on_device` resolves."""
@@ -316,12 +325,8 @@ class EngineConfig:
         if self.max_model_len is None:
             return max_position_embeddings
         if self.max_model_len > max_position_embeddings:
-            raise flag_error(
-                "max_model_len",
-                self.max_model_len,
-                f"at most {max_position_embeddings}, the model's max_position_embeddings",
-                "lower it",
-            )
+            allowed = f"at most {max_position_embeddings}, the model's max_position_embeddings"
+            raise flag_error("max_model_len", self.max_model_len, allowed, "lower it")
         return self.max_model_len
 
     def _step_sizes(self, device: str) -> tuple[int, int]:

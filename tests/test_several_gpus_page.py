@@ -87,12 +87,12 @@ def test_unknown_fields_are_accepted_on_demand(
     assert found[1:] == printed(capsys, plain).splitlines()[1:]
 
 
-def test_the_command_names_the_block_size_and_the_states_of_rows(
+def test_the_command_names_the_states_of_rows(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     found = printed(capsys, folder_of(tmp_path, MODELS["DeepSeek-V4-Flash"]), "-tp", "4")
-    assert "serve with --block-size 128\n" in found
-    assert "\n  states of 256 rows           7.76\n" in found and "dense MLPs" not in found
+    assert "\n  states of 256 rows in bfloat16      7.76\n" in found
+    assert "\n  states of 256 rows in fp8_ds_mla    6.03\n" in found and "dense MLPs" not in found
 
 
 @pytest.mark.parametrize("name", ["nvfp4 experts, fp8 attention", "w4afp8"])

@@ -115,9 +115,10 @@ def read_config(model: str | os.PathLike[str] | None, index_topk: int | None = N
 
 def open_model(config: EngineConfig) -> OpenModel:
     """Load the model of a configuration that has a `max_model_len`."""
-    assert config.max_model_len is not None, "the caches have room for a sequence of this length"
-    blocks = -(-config.max_model_len // config.block_size)
     model_config = read_config(config.model, config.index_topk)
+    config = config.with_blocks(model_config.default_block_size)
+    assert config.max_model_len is not None, "the caches have room for a sequence of this length"
+    blocks = -(-config.max_model_len // config.tokens_per_block)
     from fd_dsa.startup.build import build_engine
 
     engine = build_engine(replace(config, max_num_seqs=1, num_gpu_blocks_override=blocks))

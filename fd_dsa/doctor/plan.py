@@ -6,7 +6,6 @@ DeepSeek-V4 needs. No GPU is used.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -80,7 +79,7 @@ def plan(folder: Path, ranks: int, *, allow_unknown: bool = False) -> dict[str, 
         "utilization": first.gpu_memory_utilization,
         "max_model_len": model.max_position_embeddings,
         "max_num_seqs": first.num_seqs,
-        "block_size": first.block_size,
+        "block_size": first.tokens_per_block,
         "has_weights": has_weights,
         "parts": parts,
         "caches": {one.kv_cache_dtype: _caches(one, model, sum(parts.values())) for one in configs},
@@ -89,14 +88,8 @@ def plan(folder: Path, ranks: int, *, allow_unknown: bool = False) -> dict[str, 
 
 def _settings(given: EngineConfig, model: FamilyConfig) -> list[EngineConfig]:
     """Return the settings on a GPU, one for each cache dtype of the model."""
-    from fd_dsa.models.deepseek_v4.config import DeepseekV4Config
-
-    kinds = _CACHES
-    if isinstance(model, DeepseekV4Config):
-        # its caches have the type of the activations, and a block holds whole entries
-        kinds, entries = ("auto",), math.lcm(*model.compress_rates.values())
-        given = replace(given, block_size=-(-given.block_size // entries) * entries)
-    return [replace(given, kv_cache_dtype=kind).on_device("gpu:0") for kind in kinds]
+    given = given.with_blocks(model.default_block_size)
+    return [replace(given, kv_cache_dtype=kind).on_device("gpu:0") for kind in _CACHES]
 
 
 def _caches(config: EngineConfig, model: FamilyConfig, weight_bytes: int) -> dict[str, Any]:
@@ -110,8 +103,9 @@ def _caches(config: EngineConfig, model: FamilyConfig, weight_bytes: int) -> dic
 
     longest = model.max_position_embeddings
     caches_class(model).check_flags(config, model)
-    blocks = -(-longest // config.block_size)
-    batch = InputBatch(config.num_seqs, config.num_batched_tokens, blocks, config.block_size)
+    tokens = config.tokens_per_block
+    blocks = -(-longest // tokens)
+    batch = InputBatch(config.num_seqs, config.num_batched_tokens, blocks, tokens)
     caches = caches_class(model)(config, model, batch)
     workspace = workspace_bytes(config, model, caches, GpuTraits(*_TRAITS))
     prompts = config.prompt_capture_sizes, config.max_decode_tokens
@@ -132,7 +126,7 @@ def _caches(config: EngineConfig, model: FamilyConfig, weight_bytes: int) -> dic
             reason = str(error)
         gpus[gib] = {"tokens": tokens, "why_not": reason}
     return {
-        "bytes_per_token": caches.bytes_per_block // config.block_size,
+        "bytes_per_token": caches.bytes_per_block // config.tokens_per_block,
         "state_bytes": caches.state_bytes,
         "graph_bytes": sizes["graph_bytes"],
         "workspace_bytes": workspace,
@@ -151,12 +145,13 @@ def as_lines(found: dict[str, Any]) -> Iterator[str]:
     yield f"on each of {found['ranks']} GPUs, GiB:"
     sizes = found["parts"] | {"weights in all": sum(found["parts"].values())}
     sizes |= {"graphs, at most": first["graph_bytes"], "work memory": first["workspace_bytes"]}
-    sizes[f"states of {found['max_num_seqs']} rows"] = first["state_bytes"]
-    yield from (f"  {part:<25} {size / 2**30:7.2f}" for part, size in sizes.items() if size)
+    states = f"states of {found['max_num_seqs']} rows in"
+    sizes |= {f"{states} {kind}": one["state_bytes"] for kind, one in kinds.items()}
+    shown = {part: size for part, size in sizes.items() if size}
+    width = max(25, *map(len, shown))
+    yield from (f"  {part:<{width}} {size / 2**30:7.2f}" for part, size in shown.items())
     each = (f"{one['bytes_per_token'] / 1024:.1f} in {kind}" for kind, one in kinds.items())
     yield f"caches of a token, KiB: {', '.join(each)}"
-    if found["block_size"] != EngineConfig.block_size:
-        yield f"for whole entries in a block, serve with --block-size {found['block_size']}"
     yield (
         f"tokens that the caches hold, in {found['utilization']:.0%} of a GPU's memory; "
         f"a request of max_model_len has {found['max_model_len']:,}:"

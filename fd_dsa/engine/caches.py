@@ -46,7 +46,7 @@ class DSACaches:
     state_bytes, shares_blocks = 0, True
 
     def __init__(self, config: EngineConfig, model_config: ModelConfig, batch: InputBatch) -> None:
-        layout = model_config.cache_layout(config.kv_cache_dtype, config.block_size)
+        layout = model_config.cache_layout(config.kv_cache_dtype, config.tokens_per_block)
         self._parts, self._dtype = (model_config, layout, batch), config.dtype
         self.bytes_per_block = layout.bytes_per_block(
             len(model_config.has_indexer), model_config.num_indexer_layers
@@ -60,10 +60,10 @@ class DSACaches:
             ConfigError: names the flag.
         """
         block_size = CACHE_FORMATS[config.kv_cache_dtype].required.get("block_size")
-        if block_size and config.block_size != block_size:
+        if block_size and config.tokens_per_block != block_size:
             allowed = f"{block_size} with --kv-cache-dtype {config.kv_cache_dtype}"
-            raise flag_error("block_size", config.block_size, allowed, "leave it out")
-        model_config.cache_layout(config.kv_cache_dtype, config.block_size)
+            raise flag_error("block_size", config.tokens_per_block, allowed, "leave it out")
+        model_config.cache_layout(config.kv_cache_dtype, config.tokens_per_block)
         if not config.enable_prefix_caching:
             _refuse_offload(config, "without prefix caching")
 
@@ -102,7 +102,7 @@ class V4Caches:
         # on a device rows have rings, which no block holds
         self.shares_blocks, self._num_snapshots = config.device == "cpu", 0
         layout: V4CacheLayout | DeviceLayout
-        sizes = config.kv_cache_dtype, config.block_size, config.max_drafts
+        sizes = config.kv_cache_dtype, config.tokens_per_block, config.max_drafts
         if config.device == "cpu":
             layout, snapshot_bytes = model_config.cache_layout(*sizes), 0
         else:
@@ -136,7 +136,7 @@ class V4Caches:
                 raise flag_error("kv_cache_dtype", cache_dtype, allowed, "leave it out")
             # the blocks have the same rules as on a CPU
             cache_dtype = "float32"
-        model_config.cache_layout(cache_dtype, config.block_size)
+        model_config.cache_layout(cache_dtype, config.tokens_per_block)
 
     def state_copies(self, backend: AttentionBackend) -> StateCopy | None:
         """Return the function that copies states of rows, None without prefix caching or on a CPU.

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any
 
-from fd_dsa.cache_formats import CacheLayout
+from fd_dsa.cache_formats import FP8_BLOCK_SIZE, CacheLayout
 from fd_dsa.errors import flag_error
 from fd_dsa.models.config_reader import FieldReader
 from fd_dsa.models.defaults import ModelDefaults
@@ -161,6 +161,11 @@ class ModelConfig(ModelDefaults):
     def max_dense_keys(self) -> int:
         """Max tokens of a row whose last token attends to all of them."""
         return self.index_topk
+
+    @property
+    def default_block_size(self) -> int:
+        """Tokens of a cache block, which every cache format allows."""
+        return FP8_BLOCK_SIZE
 
     def cache_layout(self, kv_cache_dtype: str, block_size: int) -> CacheLayout:
         """Return the layout of the caches.

@@ -90,7 +90,7 @@ class LLM:
         max_num_seqs: int | None = None,
         max_num_batched_tokens: int | None = None,
         target_inter_token_latency_ms: float = 0.0,
-        block_size: int = 64,
+        block_size: int | None = None,
         kv_cache_memory_bytes: int | str | None = None,
         kv_offload_bytes: int | str = 0,
         gpu_memory_utilization: float = 0.9,

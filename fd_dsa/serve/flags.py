@@ -177,7 +177,7 @@ _FLAGS = {
         "--gpu-memory-utilization SHARE": "share of a GPU's memory that weights and caches may "
         "take (default: 0.9)",
         "--num-gpu-blocks-override N": "number of cache blocks instead (on a CPU too)",
-        "--block-size N": "tokens per cache block (default: 64)",
+        "--block-size N": "tokens per cache block (default: 64, with DeepSeek-V4 128)",
         "--enable-prefix-caching": "share the cache blocks of prompts that begin alike "
         "(default: enabled)",
     },

@@ -40,6 +40,7 @@ class EngineInfo(TypedDict):
     speculative_config: dict[str, Any] | None
     max_num_seqs: int
     max_num_batched_tokens: int
+    block_size: int
     sampling: str
     providers: dict[str, dict[str, str]]
     provider_reasons: dict[str, dict[str, dict[str, str]]]
@@ -62,7 +63,6 @@ class ServerInfo(EngineInfo, Limits, ChatFormats):
     tensor_parallel_size: int
     max_model_len: int
     target_inter_token_latency_ms: float
-    block_size: int
     has_chat_template: bool
     enable_prefix_caching: bool
     batch_invariant: bool
@@ -74,9 +74,11 @@ def engine_info(config: EngineConfig) -> EngineInfo:
     import paddle
 
     from fd_dsa.device.resolve import resolve_device
+    from fd_dsa.models.registry import read_config
     from fd_dsa.ops.providers import table
 
     here, choices = config.on_device(resolve_device(config.device)), table()
+    model = read_config(config.model_path, allow_unknown=config.allow_unknown_config_fields)
     return {
         "paddle": paddle.__version__,
         "device": here.device,
@@ -86,6 +88,7 @@ def engine_info(config: EngineConfig) -> EngineInfo:
         "speculative_config": None if here.speculation is None else asdict(here.speculation),
         "max_num_seqs": here.num_seqs,
         "max_num_batched_tokens": here.num_batched_tokens,
+        "block_size": here.with_blocks(model.default_block_size).tokens_per_block,
         "sampling": "NumPy" if here.device == "cpu" else "Triton",
         "providers": {
             op: {kind: c.provider for kind, c in by.items()} for op, by in choices.items()
@@ -115,7 +118,6 @@ async def server_info(
         "tensor_parallel_size": config.tensor_parallel_size,
         "max_model_len": engine.max_model_len,
         "target_inter_token_latency_ms": config.target_inter_token_latency_ms,
-        "block_size": config.block_size,
         **options.limits(engine.max_model_len),
         "has_chat_template": engine.tokenizer.has_chat_template,
         **chat_formats(engine.tokenizer, options),

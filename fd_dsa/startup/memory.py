@@ -178,7 +178,7 @@ def plan_memory(
     num_host_blocks = _host_blocks(config, bytes_per_block, free_on_host)
     if not takes_all:
         free_bytes -= -(-num_host_blocks * bytes_per_block // num_ranks)
-    needed_blocks = -(-max_model_len // config.block_size)
+    needed_blocks = -(-max_model_len // config.tokens_per_block)
     # None = no flag sets the size of the caches
     flag = None
     if config.num_gpu_blocks_override is not None:
@@ -198,14 +198,14 @@ def plan_memory(
         free_bytes=free_bytes,
         bytes_per_block=bytes_per_block,
         num_blocks=num_blocks,
-        block_size=config.block_size,
+        block_size=config.tokens_per_block,
         max_model_len=max_model_len,
         num_host_blocks=num_host_blocks,
     )
     _check_fit(plan, num_blocks if flag else max(num_blocks, needed_blocks), flag)
     if num_blocks < needed_blocks:
         raise ConfigError(
-            f"memory: {num_blocks} cache blocks of {config.block_size} tokens "
+            f"memory: {num_blocks} cache blocks of {config.tokens_per_block} tokens "
             f"({format_bytes(plan.kv_cache_bytes)}) do not hold one sequence of "
             f"max_model_len {max_model_len}, which takes {needed_blocks} blocks "
             f"({format_bytes(needed_blocks * bytes_per_block)}); lower --max-model-len or raise "

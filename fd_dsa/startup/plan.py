@@ -101,7 +101,7 @@ class EnginePlan:
             "tensor_parallel_size": config.tensor_parallel_size,
             "dtype": config.dtype,
             "kv_cache_dtype": config.kv_cache_dtype,
-            "block_size": config.block_size,
+            "block_size": config.tokens_per_block,
             "enable_prefix_caching": config.enable_prefix_caching,
             "max_model_len": self.max_model_len,
             "max_num_seqs": config.num_seqs,
@@ -145,13 +145,15 @@ def make_plan(config: EngineConfig, group: Group | None = None) -> EnginePlan:
 
     config, num_threads = choose_device(config, 0 if group is None else group.rank)
     model_config = _read_model(config, warns=group is None or group.rank == 0)
+    config = config.with_blocks(model_config.default_block_size)
+    caches_class(model_config).check_flags(config, model_config)
     defaults = sampling_defaults(config, model_config)
     max_model_len = config.resolve_max_model_len(model_config.max_position_embeddings)
     tokenizer = Tokenizer.from_folder(config.tokenizer_path, config.chat_template)
     _check_vocabulary(config, model_config, tokenizer)
-    blocks_per_seq = -(-max_model_len // config.block_size)
+    blocks_per_seq = -(-max_model_len // config.tokens_per_block)
     input_batch = InputBatch(
-        config.num_seqs, config.num_batched_tokens, blocks_per_seq, config.block_size
+        config.num_seqs, config.num_batched_tokens, blocks_per_seq, config.tokens_per_block
     )
     whole_config, fp8, four_bits = _check_weights(config, model_config)
     size = config.tensor_parallel_size
@@ -182,14 +184,12 @@ def _read_model(config: EngineConfig, warns: bool) -> Any:
     Args:
         warns: True = log the unknown fields that are ignored.
     """
-    from fd_dsa.engine.caches import caches_class
     from fd_dsa.models.registry import read_config
 
     model_config = read_config(config.model_path, allow_unknown=config.allow_unknown_config_fields)
     if model_config.unknown_fields and warns:
         names = ", ".join(model_config.unknown_fields)
         logger.warning("%s: unknown fields of config.json, ignored: %s", config.model, names)
-    caches_class(model_config).check_flags(config, model_config)
     return _with_index_topk(model_config, config.index_topk)
 
 

@@ -27,7 +27,7 @@ BLOCK = 1 << 20  # bytes per cache block in these tests
 
 def plan(free: int, weights: int = 10 * GIB, max_model_len: int = 640, **flags: Any) -> MemoryPlan:
     return plan_memory(
-        EngineConfig(**flags).on_device("cpu"),
+        EngineConfig(**flags).on_device("cpu").with_blocks(64),
         weight_bytes=weights,
         bytes_per_block=BLOCK,
         max_model_len=max_model_len,
@@ -196,7 +196,10 @@ def test_system_without_memavailable(tmp_path: Path) -> None:
 
 def test_plan_asks_this_machine_by_default() -> None:
     made = plan_memory(
-        EngineConfig(max_num_seqs=1), weight_bytes=1, bytes_per_block=1, max_model_len=64
+        EngineConfig(max_num_seqs=1, block_size=64),
+        weight_bytes=1,
+        bytes_per_block=1,
+        max_model_len=64,
     )
     assert 0 < made.free_bytes <= available_memory_bytes() * 2
     assert made.num_blocks == 1
@@ -204,7 +207,7 @@ def test_plan_asks_this_machine_by_default() -> None:
 
 def test_graphs_take_their_share_and_are_told() -> None:
     sizes = {"weight_bytes": 10 * GIB, "bytes_per_block": BLOCK, "max_model_len": 640}
-    config = EngineConfig(max_num_seqs=9000).on_device("cpu")
+    config = EngineConfig(max_num_seqs=9000, block_size=64).on_device("cpu")
     # the limit of 4 GiB is one of hosts
     asked = [plan_memory(config, free_bytes=999 * GIB, takes_all=x, **sizes) for x in (False, True)]
     assert [made.num_blocks for made in asked] == [4096, 90_000]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from fd_dsa.cache_formats import PooledLayer, V4CacheLayout
+from fd_dsa.cache_formats import FP8_BLOCK_SIZE, PooledLayer, V4CacheLayout
 from fd_dsa.errors import flag_error
 from fd_dsa.models.config import (
     MAX_EXPERTS,
@@ -153,6 +154,12 @@ class DeepseekV4Config(DeepseekV4Defaults):
     def max_dense_keys(self) -> int:
         """Max tokens of a row whose last token still attends to every CSA entry."""
         return (self.index_topk + 1) * self.compress_rates[CSA] - 1
+
+    @property
+    def default_block_size(self) -> int:
+        """The least number of tokens from 64 on that makes whole entries of all kinds."""
+        entries = math.lcm(*self.compress_rates.values())
+        return -(-FP8_BLOCK_SIZE // entries) * entries
 
     def cache_layout(
         self, kv_cache_dtype: str, block_size: int, max_drafts: int = 0
