@@ -16,7 +16,6 @@ from benchmarks._harness import random_prompts
 from benchmarks.host_time import v32
 from tests.null_driver.engine import (
     V4,
-    V4_FLAGS,
     V4_FORMATS,
     NullDriver,
     open_engine,
@@ -39,7 +38,8 @@ def main() -> None:
     """Run requests that come beside others, and print the work of their steps."""
     is_v4, ranks = sys.argv[1:2] == ["deepseek_v4"], int((sys.argv[2:] or ["1"])[0])
     model = V4 | V4_FORMATS if is_v4 else v32(layers=3, dense=1, experts=16)
-    config: dict[str, Any] = (V4_FLAGS if is_v4 else {"kv_cache_dtype": "fp8"}) | {
+    config: dict[str, Any] = {
+        "kv_cache_dtype": "fp8",
         "max_model_len": 8192,
         "max_num_seqs": ROWS,
         "max_num_batched_tokens": 1024,

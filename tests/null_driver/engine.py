@@ -25,7 +25,7 @@ CHECKS = (
     "fd_dsa.models.four_bit_check",
 )
 
-# layers of every kind, with released widths, and the flags that a device needs
+# layers of every kind, with released widths
 V4: dict[str, Any] = {
     "model_type": "deepseek_v4",
     "compress_ratios": [0, 4, 128, 4],
@@ -39,7 +39,6 @@ V4_FORMATS: dict[str, Any] = {
     "quantization_config": {"quant_method": "fp8", "scale_fmt": "ue8m0"},
     "expert_dtype": "fp4",
 }
-V4_FLAGS: dict[str, Any] = {"block_size": 128}
 
 
 class NullDriver:

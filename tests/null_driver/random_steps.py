@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks._harness import random_prompts
 from benchmarks.host_time import v32
 from tests.models.four_bits import FORMATS
-from tests.null_driver.engine import V4, V4_FLAGS, V4_FORMATS, NullDriver, open_engine
+from tests.null_driver.engine import V4, V4_FORMATS, NullDriver, open_engine
 
 STEPS = 120
 # tokens that a prompt may have; the longest one is cut into chunks in most engines
@@ -72,7 +72,8 @@ def v4_sizes(draw: random.Random) -> tuple[dict[str, Any], dict[str, Any]]:
         config["speculative_config"] = drafts
     if draw.random() < 0.6:
         model = model | V4_FORMATS
-    return model, config | V4_FLAGS
+    config["kv_cache_dtype"] = draw.choice(("fp8", "auto"))
+    return model, config
 
 
 def run_steps(engine: Any, draw: random.Random, longest: int) -> int:
