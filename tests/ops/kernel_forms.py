@@ -156,8 +156,8 @@ for dtype in ("float32", "bfloat16"):
 for dtype in ("float32", "bfloat16", "uint8"):
     for random in (False, True):
         compile("fill", fill_kernel, {"out_ptr": dtype}, RANDOM=random, BLOCK=1024)
-for integers in (False, True):
-    compile("fill", fill_codes_kernel, {"out_ptr": "uint8"}, INTEGERS=integers, BLOCK=1024)
+for is_integer in (False, True):
+    compile("fill", fill_codes_kernel, {"out_ptr": "uint8"}, INTEGERS=is_integer, BLOCK=1024)
 CHOICES = (256, 8, 4, 8), (256, 1, 1, 8), (8, 1, 1, 2), (9, 3, 1, 2)
 for experts, groups, top_groups, top in CHOICES:
     size = 1 << (experts // groups - 1).bit_length()
