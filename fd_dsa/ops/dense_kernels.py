@@ -19,6 +19,7 @@ from fd_dsa.ops.device_functions import (
     magnitude,
     over_448,
     power_above,
+    power_of,
     quotient,
     stored,
     to_e4m3,
@@ -116,7 +117,7 @@ def quantized(groups, ROUND_SCALES: tl.constexpr):
     """
     scale = tl.maximum(over_448(absolute_maximum(magnitude(groups), 1)), 1e-12)
     if ROUND_SCALES:
-        scale = (power_above(scale) << 23).to(tl.float32, bitcast=True)
+        scale = power_of(power_above(scale))
     return to_e4m3(quotient(groups, scale[:, None])), scale
 
 

@@ -233,11 +233,16 @@ def power_above(x):
 
 
 @triton.jit
+def power_of(exponent):
+    """Return the power of two with a biased exponent (uint32), float32."""
+    return (exponent << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def inverse_power(exponent):
     """Return the exact reciprocal of the power of two with a biased exponent, float32."""
     # 1 / infinity is 0, and every other scale is below 2^127
-    inverse = tl.where(exponent < 254, 254 - exponent, 0)
-    return (inverse << 23).to(tl.float32, bitcast=True)
+    return power_of(tl.where(exponent < 254, 254 - exponent, 0))
 
 
 @triton.jit
@@ -250,7 +255,7 @@ def scale_of_row(a, b, c, d, UE8M0: tl.constexpr):
     low = tl.maximum(magnitude(c), magnitude(d))
     scale = over_448(tl.maximum(absolute_maximum(tl.maximum(high, low), 1), 1e-4))
     if UE8M0:
-        scale = (power_above(scale) << 23).to(tl.float32, bitcast=True)
+        scale = power_of(power_above(scale))
     return scale
 
 

@@ -17,6 +17,7 @@ from fd_dsa.ops.device_functions import (
     magnitude,
     over_448,
     power_above,
+    power_of,
     stored,
     to_e4m3,
     widened,
@@ -27,9 +28,14 @@ import triton.language as tl  # isort: skip
 
 
 @triton.jit
-def _exponents(largest):
-    """Return the biased exponents of the scales of values up to `largest`, uint32."""
-    return power_above(over_448(tl.maximum(largest, 1e-4)))
+def quantized_rows(x):
+    """Return e4m3 codes of rows `x` float32 [ROWS, N], and their scales' exponents, uint32 [ROWS].
+
+    The exponents are biased.
+    """
+    largest = absolute_maximum(magnitude(x), 1)
+    exponents = power_above(over_448(tl.maximum(largest, 1e-4)))
+    return to_e4m3(x * inverse_power(exponents)[:, None]), exponents
 
 
 @triton.jit
@@ -39,8 +45,7 @@ def store_record(x, out_ptr, WIDTH: tl.constexpr, ROPE: tl.constexpr):
     x = tl.reshape(x, [groups, ROPE])
     group = tl.arange(0, groups)
     channel = group[:, None] * ROPE + tl.arange(0, ROPE)[None, :]
-    exponents = _exponents(absolute_maximum(magnitude(x), 1))
-    codes = to_e4m3(x * inverse_power(exponents)[:, None])
+    codes, exponents = quantized_rows(x)
     is_rotated = channel >= WIDTH - ROPE
     tl.store(out_ptr + channel, codes, mask=is_rotated == 0)
     # bytes WIDTH - ROPE on are the rotated channels
@@ -64,7 +69,7 @@ def load_records(pointers, seen, WIDTH: tl.constexpr, ROPE: tl.constexpr):
     codes = tl.load(begin + at, mask=seen[:, None, None] & (is_rotated == 0), other=0)
     places = pointers[:, None] + (WIDTH + ROPE) + group[None, :]
     exponents = tl.load(places, mask=seen[:, None], other=0).to(tl.uint32)
-    scales = (exponents << 23).to(tl.float32, bitcast=True)
+    scales = power_of(exponents)
     values = e4m3_values(codes, tl.float32) * scales[:, :, None]
     rope = (begin + (WIDTH - ROPE)).to(tl.pointer_type(tl.bfloat16)) - (WIDTH - ROPE)
     rotated = tl.load(rope + at, mask=seen[:, None, None] & is_rotated, other=0.0)
@@ -73,22 +78,14 @@ def load_records(pointers, seen, WIDTH: tl.constexpr, ROPE: tl.constexpr):
 
 
 @triton.jit
-def quantized_rows(x):
-    """Return e4m3 codes of rows `x` float32 [ROWS, N], and their scales, float32 [ROWS]."""
-    exponents = _exponents(absolute_maximum(magnitude(x), 1))
-    scales = (exponents << 23).to(tl.float32, bitcast=True)
-    return to_e4m3(x * inverse_power(exponents)[:, None]), scales
-
-
-@triton.jit
 def store_index_record(x, pool_ptr, row, WIDTH: tl.constexpr, PER_BLOCK: tl.constexpr):
     """Store an entry `x` float32 [PADDED] as row `row` of the indexer's pool."""
     padded: tl.constexpr = x.shape[0]
-    codes, scale = quantized_rows(x[None, :])
+    codes, exponent = quantized_rows(x[None, :])
     block, entry = row // PER_BLOCK, row % PER_BLOCK
     block_ptr = pool_ptr + block * (PER_BLOCK * (WIDTH + 4))
     channel = tl.arange(0, padded)
     codes_ptr = block_ptr + entry * WIDTH + channel
     tl.store(codes_ptr, tl.reshape(codes, [padded]), mask=channel < WIDTH)
     scales_ptr = (block_ptr + PER_BLOCK * WIDTH).to(tl.pointer_type(tl.float32))
-    tl.store(scales_ptr + entry + tl.arange(0, 1), scale)
+    tl.store(scales_ptr + entry + tl.arange(0, 1), power_of(exponent))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fd_dsa.ops.dense_kernels import empty_beside
-from fd_dsa.ops.device_functions import rotated, stored, widened
+from fd_dsa.ops.device_functions import power_of, rotated, stored, widened
 from fd_dsa.ops.step_kernel import step_kernel
 from fd_dsa.ops.v4_records import quantized_rows
 from fd_dsa.tensor import Tensor
@@ -65,11 +65,11 @@ def rotate_heads_kernel(
     cos, sin = load_angles(cos_sin_ptr, tl.load(positions_ptr + token), WIDTH, ROPE, PADDED)
     x = rotate_rows(widened(tl.load(x_ptr + place, mask=mask, other=0.0)), cos, sin)
     if codes_ptr is not None:
-        codes, scales = quantized_rows(x)
+        codes, exponents = quantized_rows(x)
         tl.store(codes_ptr + place, codes, mask=mask)
         weights_ptr += token * num_heads + head
         weights = tl.load(weights_ptr, mask=head < num_heads, other=0.0)
-        tl.store(weights_ptr, weights * scales, mask=head < num_heads)
+        tl.store(weights_ptr, weights * power_of(exponents), mask=head < num_heads)
     else:
         tl.store(x_ptr + place, stored(x, x_ptr), mask=mask)
 

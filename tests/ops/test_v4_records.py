@@ -53,7 +53,7 @@ def test_records_of_keys(paddle_memory: KernelMemory) -> None:
 
 
 def test_records_of_entries(paddle_memory: KernelMemory) -> None:
-    """Those of a layer, and those of the indexer, whose scales follow the codes of a block."""
+    """Records of a layer, and of the indexer, whose scales follow the codes of a block."""
     m, ratio, per_block, rng = paddle_memory, 4, 3, np.random.default_rng(3)
     source = 4 * (WIDTH + INDEX_WIDTH)
     sources = m.put(rng.standard_normal((8, source)).astype(np.float32))

@@ -66,7 +66,7 @@ def rounded_rows(x: np.ndarray) -> np.ndarray:
 
 
 def round_on_the_cpu(monkeypatch: pytest.MonkeyPatch, rope: int = ROPE) -> None:
-    """Let models on the CPU attend to keys and entries of records, and select by FP8 scores."""
+    """Round keys and entries on the CPU as records do, and index queries as FP8 codes."""
     write, select = V4AttentionBackend.write, V4AttentionBackend.select
     entries = Compressor.entries
 
