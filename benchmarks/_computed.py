@@ -39,13 +39,13 @@ def _saved_us(result: Result, rows: str) -> list[float]:
     """Return the largest saving of each joined pair: the time of its shorter launch."""
     kernels = result["profiles"][rows]["kernels"]
     return [
-        min(us for kernel, us, _ in kernels for name in names if name in kernel) for names in _PAIRS
+        min(us for kernel, us, *_ in kernels for name in names if name in kernel) for names in _PAIRS
     ]
 
 
 def _launches(result: Result, rows: str) -> int:
     """Return the number of launches of a layer with experts in a decode step."""
-    counts = (count for *_, count in result["profiles"][rows]["kernels"])
+    counts = (count for _, _, count, *_ in result["profiles"][rows]["kernels"])
     return sum(round(count / result["layers"]) for count in counts if count >= result["layers"] - 1)
 
 

@@ -176,8 +176,8 @@ def show_profile(profile: Mapping[str, Any]) -> None:
         f"  profile: busy {profile['busy_us']:.0f} us of {profile['wall_us']:.0f}, "
         f"{profile['launches']:.0f} launches"
     )
-    for name, us, launches in profile["kernels"][:40]:
-        print(f"    {us:9.1f} us  {launches:6.1f}  {name}", flush=True)
+    for name, us, launches, own in profile["kernels"][:40]:
+        print(f"    {us:9.1f} us  own {own:9.1f}  {launches:6.1f}  {name}", flush=True)
 
 
 def measured_before(path: Path) -> dict[str, Any]:

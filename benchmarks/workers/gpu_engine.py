@@ -159,20 +159,26 @@ class Engine:
 
 
 def profiled(events: Any, steps: int) -> dict[str, Any]:
-    """Return the time and launches of each kernel in a step, by torch's events."""
+    """Return the time and launches of each kernel in a step, by torch's events.
+
+    A kernel has a name, microseconds, launches, and its own microseconds. These begin when the
+    kernels ahead of it have ended, so their sum is the time in which any kernel runs.
+    """
     from torch.autograd import DeviceType
 
     kernels: dict[str, list[float]] = {}
-    spans = []
-    for event in events:
-        if event.device_type == DeviceType.CUDA:
-            entry = kernels.setdefault(event.name, [0.0, 0.0])
-            entry[0] += event.time_range.elapsed_us() / steps
-            entry[1] += 1 / steps
-            spans.append((event.time_range.start, event.time_range.end))
+    spans = sorted(
+        (event.time_range.start, event.time_range.end, event.name)
+        for event in events
+        if event.device_type == DeviceType.CUDA
+    )
     busy, reach = 0.0, 0.0
-    for start, end in sorted(spans):
-        busy += max(0.0, end - max(start, reach))
+    for start, end, name in spans:
+        own = max(0.0, end - max(start, reach))
+        entry = kernels.setdefault(name, [0.0, 0.0, 0.0])
+        for place, value in enumerate((end - start, 1, own)):
+            entry[place] += value / steps
+        busy += own
         reach = max(reach, end)
     rows = sorted(([name[:120], *entry] for name, entry in kernels.items()), key=lambda r: -r[1])
     return {"busy_us": busy / steps, "launches": sum(row[2] for row in rows), "kernels": rows}
@@ -181,12 +187,12 @@ def profiled(events: Any, steps: int) -> dict[str, Any]:
 def by_class(
     profiles: Mapping[str, Any], classes: Mapping[str, tuple[str, ...]] = CLASSES
 ) -> list[dict[str, Any]]:
-    """Return microseconds of each class of kernels in each profile, and of any kernel."""
+    """Return own microseconds of each class of kernels in each profile, and of any kernel."""
     rows: dict[str, dict[str, Any]] = {name: {"class": name} for name in classes}
     for column, profile in profiles.items():
         for row in rows.values():
             row[f"us_{column}"] = 0.0
-        for kernel, us, _ in profile["kernels"]:
+        for kernel, _, _, us in profile["kernels"]:
             fits = (name for name, parts in classes.items() if any(p in kernel for p in parts))
             rows[next(fits)][f"us_{column}"] += us
     busy = {f"us_{column}": profile["busy_us"] for column, profile in profiles.items()}

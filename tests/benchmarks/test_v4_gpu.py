@@ -91,7 +91,8 @@ def test_waits_are_the_rest_of_a_step_without_the_profiler() -> None:
 
 
 def test_each_kernel_has_a_class() -> None:
-    kernels = [["attend_v4_kernel", 2.0, 1], ["expert_gemm_kernel", 3.0, 1], ["unknown", 1.0, 1]]
+    kernels = [["attend_v4_kernel", 4.0, 1, 2.0], ["expert_gemm_kernel", 3.0, 1, 3.0]]
+    kernels.append(["unknown", 1.0, 1, 1.0])
     rows = by_class({"1": {"kernels": kernels, "busy_us": 6.0}}, CLASSES)
     found = {row["class"]: row["us_1"] for row in rows if row["us_1"]}
     assert found == {"attention": 2, "routed experts": 3, "rest": 1, "any kernel runs": 6}
