@@ -203,6 +203,12 @@ def attend_v4_kernel(
         if slots_ptr is not None:
             visible = tl.minimum(visible, topk)
         tiles += tl.cdiv(visible, KEYS)
+    # The compiler vectorises loads at offsets with a known divisor, but not at selected pointers. So
+    # both tensors are at offsets from one pointer, in units that divide every address.
+    size: tl.constexpr = keys_ptr.dtype.element_ty.primitive_bitwidth // 8
+    unit: tl.constexpr = 16 if ROW * size % 16 == 0 else 8 if ROW * size % 8 == 0 else 4
+    row_units: tl.constexpr = ROW * size // unit
+    ring_units = (ring_ptr.to(tl.int64) - keys_ptr.to(tl.int64)) // unit
     splits = tl.num_programs(2)
     tiles_of_split = tl.cdiv(tiles, splits)
     tile = tl.program_id(2) * tiles_of_split
@@ -210,9 +216,9 @@ def attend_v4_kernel(
     for first in range(start, tl.minimum(start + tiles_of_split * KEYS, seen_by), KEYS):
         at = first + tl.arange(0, KEYS)
         seen, is_own = at < seen_by, at >= begin
-        own = tl.where(is_own, token - (position - at), 0)
-        kept = tl.where(is_own, 0, row.to(tl.int64) * RING + at % RING)
-        pointers = tl.where(is_own, keys_ptr + own * ROW, ring_ptr + kept * ROW)
+        own = (token - (position - at)) * row_units
+        kept = ring_units + (row.to(tl.int64) * RING + at % RING) * row_units
+        pointers = keys_ptr + tl.where(is_own, own, kept) * (unit // size)
         state = _attend(q, state, pointers, seen, WIDTH, ROPE, PADDED, WIDE)
     if pool_ptr is not None:
         tile -= tiles_of_window

@@ -62,18 +62,17 @@ def load_records(pointers, seen, WIDTH: tl.constexpr, ROPE: tl.constexpr):
     """
     groups: tl.constexpr = WIDTH // ROPE
     keys: tl.constexpr = pointers.shape[0]
-    group = tl.arange(0, groups)
-    at = group[None, :, None] * ROPE + tl.arange(0, ROPE)[None, None, :]
-    begin = pointers[:, None, None]
-    is_rotated = at >= WIDTH - ROPE
-    codes = tl.load(begin + at, mask=seen[:, None, None] & (is_rotated == 0), other=0)
+    channel, group, pair = tl.arange(0, WIDTH), tl.arange(0, groups), tl.arange(0, ROPE)
+    is_code = seen[:, None] & (channel < WIDTH - ROPE)[None, :]
+    codes = tl.load(pointers[:, None] + channel[None, :], mask=is_code, other=0)
     places = pointers[:, None] + (WIDTH + ROPE) + group[None, :]
     exponents = tl.load(places, mask=seen[:, None], other=0).to(tl.uint32)
-    scales = power_of(exponents)
-    values = e4m3_values(codes, tl.float32) * scales[:, :, None]
-    rope = (begin + (WIDTH - ROPE)).to(tl.pointer_type(tl.bfloat16)) - (WIDTH - ROPE)
-    rotated = tl.load(rope + at, mask=seen[:, None, None] & is_rotated, other=0.0)
-    values = tl.where(is_rotated, widened(rotated), values)
+    rope = (pointers + (WIDTH - ROPE)).to(tl.pointer_type(tl.bfloat16))
+    rotated = tl.load(rope[:, None] + pair[None, :], mask=seen[:, None], other=0.0)
+    values = tl.reshape(e4m3_values(codes, tl.float32), [keys, groups, ROPE])
+    values = values * power_of(exponents)[:, :, None]
+    is_rotated = (group == groups - 1)[None, :, None]
+    values = tl.where(is_rotated, widened(rotated)[:, None, :], values)
     return tl.reshape(values, [keys, WIDTH])
 
 
