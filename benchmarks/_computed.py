@@ -39,7 +39,7 @@ def _saved_us(result: Result, rows: str) -> list[float]:
     """Return the largest saving of each joined pair: the time of its shorter launch."""
     kernels = result["profiles"][rows]["kernels"]
     return [
-        min(us for kernel, us, *_ in kernels for name in names if name in kernel) for names in _PAIRS
+        min(us for kernel, us, *_ in kernels for name in pair if name in kernel) for pair in _PAIRS
     ]
 
 

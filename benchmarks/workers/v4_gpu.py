@@ -28,12 +28,12 @@ CLASSES = {
     "residual streams": ("expand_streams", "read_streams"),
     "index scores and selection": ("tile_", "logits_kernel", "topk", "rotate_heads"),
     "attention": ("attend_v4", "attend", "combine"),
-    "keys, entries, rings": ("write_keys", "pool_entries", "keep_step", "copy_slot"),
+    "latents, keys, entries, rings": ("write_step", "keep_step", "copy_slot"),
     "norms, SiLU, quantisation": ("rms_norm", "activate"),
     "index arrays of the step": ("place_step", "expand_kernel", "csa_rows"),
     "rest": ("",),
 }
-STEP, LAYER = "place_step_kernel", "write_keys_kernel"
+STEP, LAYER = "place_step_kernel", "write_step_kernel"
 """Kernels that every step begins with, and that every layer has once."""
 
 

@@ -69,7 +69,7 @@ class DeviceNorm:
     """
 
     def __init__(self, weight: Tensor, epsilon: float, round_scales: bool | None) -> None:
-        self.weight, self.epsilon, self._round_scales = weight, epsilon, round_scales
+        self.weight, self.epsilon, self.round_scales = weight, epsilon, round_scales
 
     def normalize(self, x: Tensor) -> Tensor | Normed:
         """Normalize x [num_tokens, width], which may be columns of wider rows."""
@@ -86,7 +86,7 @@ class DeviceNorm:
     def _sum_and_norm(
         self, x: Tensor, delta: Tensor | None
     ) -> tuple[Tensor | None, Tensor | Normed]:
-        total, normed, fp8 = rms_norm(x, delta, self.weight, self.epsilon, self._round_scales)
+        total, normed, fp8 = rms_norm(x, delta, self.weight, self.epsilon, self.round_scales)
         return total, normed if fp8 is None else Normed(normed, fp8)
 
 
@@ -121,6 +121,16 @@ class DeviceMatrix:
     def shape(self) -> Sequence[int]:
         """Shape of the values."""
         return self.values.shape
+
+    def first_rows(self, count: int) -> DeviceMatrix:
+        """Return the weight of the first `count` outputs, whole blocks in FP8, in the same memory.
+
+        The memory may be filled later.
+        """
+        rounds, wide = self.round_scales, self.sums_in_float32
+        scales = None if self.scales is None else self.scales[: -(-count // GROUP)]
+        own = self.values[:count]
+        return DeviceMatrix(own, scales, round_scales=rounds, sums_in_float32=wide)
 
     def matmul(self, x: Tensor | Normed | Fp8Rows, out: Tensor | None = None) -> Tensor:
         """Multiply x [num_tokens, in], also as Normed or Fp8Rows, by the weight: [..., out].
@@ -237,11 +247,16 @@ class GroupedFp8:
     def __init__(self, codes: Tensor, scales: Tensor, round_scales: bool) -> None:
         self.codes, self.scales, self.round_scales = codes, scales, round_scales
 
-    def matmul_join_heads(self, x: Tensor, reader: DeviceMatrix) -> Any:
-        """Multiply x [num_tokens, groups, in], contiguous, as that of DeviceMatrix does."""
-        rows = quantize_rows(x.reshape([x.shape[0], -1]), self.round_scales)
+    def matmul_join_heads(self, x: Tensor | Fp8Rows, reader: DeviceMatrix) -> Any:
+        """Multiply x as that of DeviceMatrix does.
+
+        Args:
+            x: [num_tokens, groups, in], contiguous, or Fp8Rows [num_tokens, groups * in].
+        """
+        if not isinstance(x, Fp8Rows):
+            x = quantize_rows(x.reshape([x.shape[0], -1]), self.round_scales)
         rounds = None if reader.scales is None else reader.round_scales
-        return fp8_linear_by_group(rows, self.codes, self.scales, rounds)
+        return fp8_linear_by_group(x, self.codes, self.scales, rounds)
 
 
 class FourBitExperts:

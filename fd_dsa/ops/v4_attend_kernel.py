@@ -13,14 +13,20 @@ from typing import NamedTuple
 
 from fd_dsa.device.allocation import Allocate
 from fd_dsa.ops.arrays import dtype_name
-from fd_dsa.ops.dense_kernels import empty_beside
+from fd_dsa.ops.dense_kernels import (
+    GROUP,
+    empty_beside,
+    empty_fp8_rows,
+    kernel_arguments,
+    quantized,
+)
 from fd_dsa.ops.device_functions import stored, to_bfloat16, widened
 from fd_dsa.ops.mla.tensor_core import COMBINE_CONFIGS, MAX_SPLITS, Partials
 from fd_dsa.ops.split_sums import rows_of_tiles
 from fd_dsa.ops.step_kernel import step_kernel
 from fd_dsa.ops.v4_records import load_records
 from fd_dsa.ops.v4_rotation import load_angles, rotate_rows
-from fd_dsa.tensor import Tensor
+from fd_dsa.tensor import Fp8Rows, Tensor
 from fd_dsa.triton_runtime import next_power_of_2, start_next, wait_for_inputs
 
 import triton  # isort: skip
@@ -31,6 +37,7 @@ _HEADS = 16
 # heads of a program where tokens alone fill a GPU, and their least number: a key is read less often
 _MANY_HEADS, _MANY_TOKENS = 64, 256
 _KEYS = {"float32": 16, "bfloat16": 32}
+_GROUP = tl.constexpr(GROUP)
 # programs that an H100 or H200 runs at once: two of a multiprocessor
 _PROGRAMS = 256
 
@@ -137,7 +144,35 @@ def _attend(
     return new_top, total, out
 
 
-@step_kernel(waits=True)
+@triton.jit
+def _store_heads(
+    x, token, head, heads, mask, out_ptr, codes_ptr, scales_ptr, scale_stride, WIDTH: tl.constexpr,
+    ROUND_SCALES: tl.constexpr, first=0,
+):  # fmt: skip
+    """Store the channels of heads `x` float32 [HEADS, CHANNELS] of a token from `first` on.
+
+    Without `out_ptr` each group of 128 channels is quantised.
+    """
+    channels: tl.constexpr = x.shape[1]
+    place = (token * heads + head)[:, None] * WIDTH + first + tl.arange(0, channels)[None, :]
+    if out_ptr is not None:
+        tl.store(out_ptr + place, stored(x, out_ptr), mask=mask)
+    else:
+        # the values that a result without FP8 has
+        rounded = widened(to_bfloat16(x))
+        num_heads: tl.constexpr = x.shape[0]
+        groups: tl.constexpr = channels // _GROUP
+        of_groups = tl.reshape(rounded, [num_heads * groups, _GROUP])
+        codes, scales = quantized(of_groups, ROUND_SCALES)
+        tl.store(codes_ptr + place, tl.reshape(codes, [num_heads, channels]), mask=mask)
+        group = first // _GROUP + tl.arange(0, groups)
+        number = head[:, None] * (WIDTH // _GROUP) + group[None, :]
+        to = scales_ptr + number * scale_stride + token
+        inside = (head < heads)[:, None] & (group < WIDTH // _GROUP)[None, :]
+        tl.store(to, tl.reshape(scales, [num_heads, groups]), mask=inside)
+
+
+@step_kernel(strided=("q_ptr",), waits=True)
 def attend_v4_kernel(
     q_ptr,
     keys_ptr,
@@ -151,9 +186,13 @@ def attend_v4_kernel(
     starts_ptr,
     block_table_ptr,
     out_ptr,
+    codes_ptr,
+    scales_ptr,
+    scale_stride,
     values_ptr,
     lse_ptr,
     num_heads,
+    q_stride,
     table_width,
     topk,
     epsilon,
@@ -168,11 +207,11 @@ def attend_v4_kernel(
     KEYS: tl.constexpr,
     PADDED: tl.constexpr,
     WIDE: tl.constexpr,
+    ROUND_SCALES: tl.constexpr,
 ):
     """Attend for token `program 0` and the heads of group `program 1`, to split `program 2`.
 
-    A split is a number of tiles in a row. The window has the first tiles, the entries have the
-    others.
+    A split is a run of tiles. Tiles of the window come before those of the entries.
     """
     wait_for_inputs()
     start_next()
@@ -186,9 +225,9 @@ def attend_v4_kernel(
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     channel = tl.arange(0, PADDED)
     mask = (head < num_heads)[:, None] & (channel < WIDTH)[None, :]
-    place = (token * num_heads + head)[:, None] * WIDTH + channel[None, :]
     cos, sin = load_angles(cos_sin_ptr, position, WIDTH, ROPE, PADDED)
-    q = widened(tl.load(q_ptr + place, mask=mask, other=0.0))
+    q_ptr += token * q_stride
+    q = widened(tl.load(q_ptr + head[:, None] * WIDTH + channel[None, :], mask=mask, other=0.0))
     # RMSNorm without a weight, times the factor WIDTH ** -0.5 of the scores
     q = q * (1.0 / tl.sqrt_rn(tl.sum(q * q, axis=1) + WIDTH * epsilon))[:, None]
     q = _narrowed(rotate_rows(q, cos, sin), WIDE)
@@ -203,7 +242,7 @@ def attend_v4_kernel(
         if slots_ptr is not None:
             visible = tl.minimum(visible, topk)
         tiles += tl.cdiv(visible, KEYS)
-    # The compiler vectorises loads at offsets with a known divisor, but not at selected pointers. So
+    # The compiler vectorises loads at offsets with a known divisor, not at selected pointers. So
     # both tensors are at offsets from one pointer, in units that divide every address.
     size: tl.constexpr = keys_ptr.dtype.element_ty.primitive_bitwidth // 8
     unit: tl.constexpr = 16 if ROW * size % 16 == 0 else 8 if ROW * size % 8 == 0 else 4
@@ -248,7 +287,10 @@ def attend_v4_kernel(
         shrink = tl.exp(top - highest)
         out = out * (shrink / (total * shrink + tl.exp(sink - highest)))[:, None]
         out = rotate_rows(out, cos, -sin)
-        tl.store(out_ptr + place, stored(out, out_ptr), mask=mask)
+        _store_heads(
+            out, token, head, num_heads, mask, out_ptr, codes_ptr, scales_ptr, scale_stride, WIDTH,
+            ROUND_SCALES,
+        )  # fmt: skip
 
 
 @step_kernel(waits=True)
@@ -259,12 +301,16 @@ def combine_v4_kernel(
     cos_sin_ptr,
     positions_ptr,
     out_ptr,
+    codes_ptr,
+    scales_ptr,
+    scale_stride,
     num_heads,
     splits,
     WIDTH: tl.constexpr,
     ROPE: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    ROUND_SCALES: tl.constexpr,
 ):
     """Combine columns `program 1` of token and head `program 0` from the splits and the sink."""
     wait_for_inputs()
@@ -284,8 +330,12 @@ def combine_v4_kernel(
     out = tl.sum(values * share[:, None], axis=0) / total
     position = tl.load(positions_ptr + row // num_heads)
     cos, sin = load_angles(cos_sin_ptr, position, WIDTH, ROPE, COLUMNS, first)
-    out = tl.reshape(rotate_rows(out[None, :], cos, -sin), [COLUMNS])
-    tl.store(out_ptr + row * WIDTH + channel, stored(out, out_ptr), mask=channel < WIDTH)
+    head = (row % num_heads).to(tl.int32) + tl.arange(0, 1)
+    _store_heads(
+        rotate_rows(out[None, :], cos, -sin), row // num_heads, head, num_heads,
+        (channel < WIDTH)[None, :], out_ptr, codes_ptr, scales_ptr, scale_stride, WIDTH,
+        ROUND_SCALES, first,
+    )  # fmt: skip
 
 
 def attend_v4(
@@ -297,29 +347,34 @@ def attend_v4(
     places: TokenPlaces,
     epsilon: float,
     partials: Partials | None = None,
-) -> Tensor:
-    """Attend to the window and the entries of each token, [num_tokens, num_heads, width].
+    round_scales: bool | None = None,
+) -> Tensor | Fp8Rows:
+    """Attend to the window and the entries of each token, [num_tokens, num_heads * width].
 
     Args:
-        q: float32 or bfloat16 [num_tokens, num_heads, width], contiguous; neither normed nor
-            rotated.
+        q: float32 or bfloat16 [num_tokens, num_heads * width], neither normed nor rotated; there
+            may be gaps between rows.
         entries: None in a layer with windows only.
         sinks: float32 [num_heads].
         cos_sin: float32 [num_positions, rotated channels], the last ones of a head; cos, then sin.
         epsilon: term added to the mean square of a query.
         partials: memory for splits; None = no splits.
+        round_scales: None returns the type of `q`. Otherwise the result is Fp8Rows with such
+            scales; the width is then a multiple of 128.
 
     Cost: one launch, or two with splits. GEMM operands have the type of `q`, sums are in float32.
     """
-    tokens, heads, width = q.shape
-    out, kind = empty_beside(q, tokens, heads, width), dtype_name(q.dtype)
+    (tokens, columns), heads, kind = q.shape, sinks.shape[0], dtype_name(q.dtype)
+    width = columns // heads
+    out = (empty_beside if round_scales is None else empty_fp8_rows)(q, tokens, columns)
+    form = {"ROPE": cos_sin.shape[1], "WIDTH": width, "ROUND_SCALES": bool(round_scales)}
     if not tokens:
         return out
     pool, ratio, slots = entries or (None, 1, None)
     keys, padded = _KEYS[kind], max(16, next_power_of_2(width))
-    per_block, columns = 1 if pool is None else pool.shape[1], places.block_table.shape[1]
+    per_block, in_table = 1 if pool is None else pool.shape[1], places.block_table.shape[1]
     # of rows of any length
-    num_entries = 0 if pool is None else columns * per_block
+    num_entries = 0 if pool is None else in_table * per_block
     max_tiles = -(-windows.size // keys) + -(-num_entries // keys)
     splits = num_splits(tokens, heads, max_tiles) if partials else 1
     values, lse = partials if partials and splits > 1 else (None, None)
@@ -327,18 +382,19 @@ def attend_v4(
     if partials and kind == "bfloat16" and rows_of_tiles(tokens) >= _MANY_TOKENS:
         together = max(_HEADS, min(_MANY_HEADS, next_power_of_2(heads)))
     attend_v4_kernel[tokens, -(-heads // together), splits](
-        q, windows.keys, windows.ring, pool, slots, sinks, cos_sin, *places, out, values, lse,
-        heads, columns, 0 if slots is None else slots.shape[1], epsilon,
-        WIDTH=width, ROPE=cos_sin.shape[1], ROW=windows.keys.shape[1], WINDOW=windows.size,
-        RING=windows.ring_rows, RATIO=ratio, PER_BLOCK=per_block, HEADS=together, KEYS=keys,
-        PADDED=padded, WIDE=tl.float32 if kind == "float32" else tl.bfloat16,
-        num_warps=4 if together <= 16 else 8,
+        q, windows.keys, windows.ring, pool, slots, sinks, cos_sin, *places,
+        *kernel_arguments(out), values, lse, heads, q.strides[0], in_table,
+        0 if slots is None else slots.shape[1], epsilon, ROW=windows.keys.shape[1],
+        WINDOW=windows.size, RING=windows.ring_rows, RATIO=ratio, PER_BLOCK=per_block,
+        HEADS=together, KEYS=keys, PADDED=padded,
+        WIDE=tl.float32 if kind == "float32" else tl.bfloat16,
+        num_warps=4 if together <= 16 else 8, **form,
     )  # fmt: skip
     if splits > 1:
         max_splits, channels, warps = next(x for x in COMBINE_CONFIGS if x[0] >= splits)
         channels = min(channels, padded)
         combine_v4_kernel[tokens * heads, padded // channels](
-            values, lse, sinks, cos_sin, places.positions, out, heads, splits, WIDTH=width,
-            ROPE=cos_sin.shape[1], MAX_SPLITS=max_splits, COLUMNS=channels, num_warps=warps,
+            values, lse, sinks, cos_sin, places.positions, *kernel_arguments(out), heads, splits,
+            MAX_SPLITS=max_splits, COLUMNS=channels, num_warps=warps, **form,
         )  # fmt: skip
     return out

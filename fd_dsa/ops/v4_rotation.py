@@ -41,57 +41,65 @@ def rotate_rows(x, cos, sin):
     return tl.reshape(tl.join(first, second), [rows, 2 * half])
 
 
-@step_kernel(waits=True)
+@step_kernel(strided=("x_ptr", "weights_ptr"), waits=True)
 def rotate_heads_kernel(
     x_ptr,
     cos_sin_ptr,
     positions_ptr,
-    codes_ptr,
     weights_ptr,
+    out_ptr,
+    out_weights_ptr,
     num_heads,
+    stride,
+    weights_stride,
     WIDTH: tl.constexpr,
     ROPE: tl.constexpr,
     HEADS: tl.constexpr,
     PADDED: tl.constexpr,
 ):
-    """Rotate heads of group `program 1` of token `program 0`, in place or to FP8 codes."""
+    """Rotate heads of group `program 1` of token `program 0`."""
     wait_for_inputs()
     start_next()
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     channel = tl.arange(0, PADDED)
-    mask = (head < num_heads)[:, None] & (channel < WIDTH)[None, :]
-    place = (token * num_heads + head)[:, None] * WIDTH + channel[None, :]
+    is_head = head < num_heads
+    mask = is_head[:, None] & (channel < WIDTH)[None, :]
+    at = head[:, None] * WIDTH + channel[None, :]
     cos, sin = load_angles(cos_sin_ptr, tl.load(positions_ptr + token), WIDTH, ROPE, PADDED)
-    x = rotate_rows(widened(tl.load(x_ptr + place, mask=mask, other=0.0)), cos, sin)
-    if codes_ptr is not None:
+    weights = tl.load(weights_ptr + token * weights_stride + head, mask=is_head, other=0.0)
+    x = rotate_rows(widened(tl.load(x_ptr + token * stride + at, mask=mask, other=0.0)), cos, sin)
+    out_ptr += token * num_heads * WIDTH
+    if out_ptr.dtype.element_ty == tl.uint8:
         codes, exponents = quantized_rows(x)
-        tl.store(codes_ptr + place, codes, mask=mask)
-        weights_ptr += token * num_heads + head
-        weights = tl.load(weights_ptr, mask=head < num_heads, other=0.0)
-        tl.store(weights_ptr, weights * power_of(exponents), mask=head < num_heads)
+        tl.store(out_ptr + at, codes, mask=mask)
+        weights *= power_of(exponents)
     else:
-        tl.store(x_ptr + place, stored(x, x_ptr), mask=mask)
+        tl.store(out_ptr + at, stored(x, out_ptr), mask=mask)
+    tl.store(out_weights_ptr + token * num_heads + head, weights, mask=is_head)
 
 
 def rotate_heads(
-    x: Tensor, cos_sin: Tensor, positions: Tensor, weights: Tensor | None = None
-) -> Tensor:
-    """Rotate the last channels of queries [num_tokens, num_heads, width], contiguous.
+    x: Tensor, weights: Tensor, cos_sin: Tensor, positions: Tensor, *, as_codes: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Rotate the last channels of an indexer's queries.
 
     Args:
-        weights: float32 [num_tokens, num_heads], weights of the heads' scores, which are multiplied
-            in place by the scales of FP8 queries; None = rotate `x` in place.
+        x: [num_tokens, num_heads * width]; there may be gaps between rows.
+        weights: float32 [num_tokens, num_heads], weights of the heads' scores; likewise.
+        as_codes: make e4m3 codes of the queries. Their scales become factors of the weights.
 
     Returns:
-        `x`, or e4m3 codes uint8 of its shape.
+        The queries [num_tokens, num_heads, width], of the type of `x` or uint8; and the weights.
     """
-    (tokens, heads, width), codes = x.shape, None
-    if weights is not None:
-        codes = empty_beside(x, tokens, heads, width, dtype="uint8")
+    (tokens, columns), heads = x.shape, weights.shape[1]
+    width = columns // heads
+    out = empty_beside(x, tokens, heads, width, dtype="uint8" if as_codes else None)
+    out_weights = empty_beside(weights, tokens, heads)
     if tokens:
         rotate_heads_kernel[tokens, -(-heads // _HEADS)](
-            x, cos_sin, positions, codes, weights, heads, WIDTH=width, ROPE=cos_sin.shape[1],
-            HEADS=_HEADS, PADDED=next_power_of_2(width), num_warps=4,
+            x, cos_sin, positions, weights, out, out_weights, heads, x.strides[0],
+            weights.strides[0], WIDTH=width, ROPE=cos_sin.shape[1], HEADS=_HEADS,
+            PADDED=next_power_of_2(width), num_warps=4,
         )  # fmt: skip
-    return x if codes is None else codes
+    return out, out_weights

@@ -1,13 +1,13 @@
 """Keys, compressed entries and states of a DeepSeek-V4 layer on a device.
 
-Before attention one launch writes the keys of the step's tokens, and one the entries that the step
-finishes. After attention one launch keeps the newest keys in the rings of windows, and the newest
-sources in the states. So a token reads a key of its own step from the step's keys, an older one
-from the ring.
+Before attention one launch norms the queries' latents and the keys of the step's tokens, and writes
+the entries that the step finishes. A token reads a key of its own step from the step's keys, an
+older one from the ring.
 
-A source has float32 values and gates of its halves, of the main compressor and then of the
-indexer's: [values of each half, gates of each half] each. Keys and entries are float32, bfloat16,
-or FP8 records (uint8, `v4_records.py`).
+The newest keys are kept in the rings of windows, and the newest sources in the states. In a step of
+decode tokens the same launch keeps them: rings and states have a place for each draft in addition,
+so no new value takes the place of one that the step reads. In a step with prompts a second launch
+keeps them after attention.
 """
 
 from __future__ import annotations
@@ -15,12 +15,18 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from fd_dsa.cache_formats import v4_record_bytes
-from fd_dsa.ops.dense_kernels import empty_beside
+from fd_dsa.ops.dense_kernels import (
+    GROUP,
+    empty_beside,
+    empty_fp8_rows,
+    kernel_arguments,
+    store_groups,
+)
 from fd_dsa.ops.device_functions import stored, widened
 from fd_dsa.ops.step_kernel import step_kernel
-from fd_dsa.ops.v4_records import store_index_record, store_record
-from fd_dsa.ops.v4_rotation import load_angles, rotate_rows
-from fd_dsa.tensor import Tensor
+from fd_dsa.ops.v4_entries import Compression, Norm, normed_row, pooled_row, store_key
+from fd_dsa.ops.v4_records import store_index_record
+from fd_dsa.tensor import Normed, Tensor
 from fd_dsa.triton_runtime import next_power_of_2, start_next, wait_for_inputs
 
 import triton  # isort: skip
@@ -31,179 +37,69 @@ _TILE = 8
 _BLOCK = tl.constexpr(1024)
 
 
-class Norm(NamedTuple):
-    """Weight of an RMSNorm, float32 [width], and the term added to the mean square."""
-
-    weight: Tensor
-    epsilon: float
-
-
-class Pooling(NamedTuple):
-    """Weights of one compressor, and the pool of its entries.
+class Ring(NamedTuple):
+    """Ring of a layer, and the places of a step's keys.
 
     Attributes:
-        gates: float32 [ratio * halves * width], added to the gates by the place of a token.
-        norm: float32 [width].
-        entries: [num_blocks, entries of a block, width or bytes of a record].
+        places: int32 [num_tokens or more], row of each key in the ring, -1 = not kept.
+        keys: [num_rows * ring length, width or bytes of a record].
     """
 
-    gates: Tensor
-    norm: Tensor
-    entries: Tensor
-
-
-class Plan(NamedTuple):
-    """Work of a step for one ratio, see `fd_dsa.v4_prepare.V4Arrays`.
-
-    Attributes:
-        entries: int32 [capacity, 4], token, row, position and sources from the states; token -1 =
-            no work.
-        rows: int32 [capacity], row of each entry in the pool.
-        kept: int32 [capacity, 4], tokens whose sources are kept; token -1 = no work.
-        num_entries, num_kept: rows of both that are read.
-        ratio, pool: tokens of an entry, and tokens that it pools.
-        ring: sources of a row in the states, at least `pool`.
-    """
-
-    entries: Tensor
-    rows: Tensor
-    kept: Tensor
-    num_entries: int
-    num_kept: int
-    ratio: int
-    pool: int
-    ring: int
+    places: Tensor
+    keys: Tensor
 
 
 @triton.jit
-def _normed(
-    x, weight_ptr, epsilon, cos_sin_ptr, position, WIDTH: tl.constexpr, ROPE: tl.constexpr,
-    PADDED: tl.constexpr,
+def _keep_source(
+    sources_ptr, stride, kept_ptr, states_ptr, index, num_kept, SOURCE: tl.constexpr,
+    RING: tl.constexpr,
 ):  # fmt: skip
-    """Norm and rotate a row `x` [PADDED]."""
-    channel = tl.arange(0, PADDED)
-    inside = channel < WIDTH
-    weight = tl.load(weight_ptr + channel, mask=inside, other=0.0)
-    cos, sin = load_angles(cos_sin_ptr, position, WIDTH, ROPE, PADDED)
-    x = x * (1.0 / tl.sqrt_rn(tl.sum(x * x, axis=0) / WIDTH + epsilon)) * weight
-    return tl.reshape(rotate_rows(x[None, :], cos, sin), [PADDED])
+    """Copy the source of row `index` of a plan to the states, if there is one."""
+    plan = kept_ptr + 4 * tl.minimum(index, num_kept - 1)
+    token = tl.load(plan).to(tl.int64)
+    # without a source to keep no block is copied
+    size = tl.where((index < num_kept) & (token >= 0), SOURCE, 0)
+    for first in range(0, size, _BLOCK):
+        at = first + tl.arange(0, _BLOCK)
+        slot = tl.load(plan + 1) * RING + tl.load(plan + 2) % RING
+        value = tl.load(sources_ptr + token * stride + at, mask=at < SOURCE, other=0.0)
+        tl.store(states_ptr + slot.to(tl.int64) * SOURCE + at, value, mask=at < SOURCE)
 
 
-@triton.jit
-def _store_key(x, out_ptr, row, WIDTH: tl.constexpr, ROPE: tl.constexpr, ROW: tl.constexpr):
-    """Store a key or entry `x` [PADDED] as row `row` of a pool with ROW elements a row."""
-    out_ptr += row * ROW
-    if out_ptr.dtype.element_ty == tl.uint8:
-        store_record(x, out_ptr, WIDTH, ROPE)
-    else:
-        channel = tl.arange(0, x.shape[0])
-        tl.store(out_ptr + channel, stored(x, out_ptr), mask=channel < WIDTH)
-
-
-@step_kernel(strided=("x_ptr",), waits=True)
-def write_keys_kernel(
+@step_kernel(strided=("x_ptr", "sources_ptr"), waits=True)
+def write_step_kernel(
     x_ptr,
-    weight_ptr,
+    latent_norm_ptr,
+    latents_ptr,
+    codes_ptr,
+    scales_ptr,
+    key_norm_ptr,
     cos_sin_ptr,
     positions_ptr,
-    out_ptr,
-    stride,
-    epsilon,
-    WIDTH: tl.constexpr,
-    ROPE: tl.constexpr,
-    ROW: tl.constexpr,
-    PADDED: tl.constexpr,
-):
-    """Norm and rotate the key of token `program 0`."""
-    wait_for_inputs()
-    start_next()
-    token = tl.program_id(0).to(tl.int64)
-    channel = tl.arange(0, PADDED)
-    x = widened(tl.load(x_ptr + token * stride + channel, mask=channel < WIDTH, other=0.0))
-    position = tl.load(positions_ptr + token)
-    x = _normed(x, weight_ptr, epsilon, cos_sin_ptr, position, WIDTH, ROPE, PADDED)
-    _store_key(x, out_ptr, token, WIDTH, ROPE, ROW)
-
-
-def write_keys(
-    x: Tensor, norm: Norm, cos_sin: Tensor, positions: Tensor, *, as_records: bool = False
-) -> Tensor:
-    """Return the normed and rotated keys of a step's tokens.
-
-    Args:
-        x: [num_tokens, width]; there may be gaps between rows.
-        cos_sin: float32 [num_positions, rotated channels]; cos, then sin.
-        positions: int32 [num_tokens].
-        as_records: return FP8 records; a key then has a power of two of values.
-
-    Returns:
-        [num_tokens, width] of the type of `x`, or uint8 [num_tokens, bytes of a record].
-    """
-    (tokens, width), rope = x.shape, cos_sin.shape[1]
-    row = v4_record_bytes(width, rope) if as_records else width
-    out = empty_beside(x, tokens, row, dtype="uint8" if as_records else None)
-    if tokens:
-        write_keys_kernel[(tokens,)](
-            x, norm.weight, cos_sin, positions, out, x.strides[0], norm.epsilon, WIDTH=width,
-            ROPE=rope, ROW=row, PADDED=next_power_of_2(width), num_warps=4,
-        )  # fmt: skip
-    return out
-
-
-@triton.jit
-def _pool(
-    sources_ptr, states_ptr, gates_ptr, work, FIRST: tl.constexpr, WIDTH: tl.constexpr,
-    SOURCE: tl.constexpr, HALVES: tl.constexpr, RATIO: tl.constexpr, POOL: tl.constexpr,
-    RING: tl.constexpr, TILE: tl.constexpr, PADDED: tl.constexpr,
-):  # fmt: skip
-    """Return the gated mean of an entry's sources [PADDED], a softmax for each channel."""
-    token, row, position, from_states = work
-    channel = tl.arange(0, PADDED)
-    top = tl.full([PADDED], float("-inf"), tl.float32)
-    total = tl.zeros([PADDED], tl.float32)
-    mean = tl.zeros([PADDED], tl.float32)
-    for first in range(0, POOL, TILE):
-        number = first + tl.arange(0, TILE)
-        source = position - (POOL - 1) + number
-        exists = ((source >= 0) & (number < POOL))[:, None] & (channel < WIDTH)[None, :]
-        # the first half of the sources of an entry with halves uses their first half
-        half = number // RATIO if HALVES == 2 else number * 0
-        is_kept = (number < from_states)[:, None]
-        at = FIRST + (half * WIDTH)[:, None] + channel[None, :]
-        kept = states_ptr + (row * RING + source % RING).to(tl.int64)[:, None] * SOURCE + at
-        own = sources_ptr + (token - (POOL - 1) + number).to(tl.int64)[:, None] * SOURCE + at
-        old, new = exists & is_kept, exists & (is_kept == 0)
-        value = tl.load(kept, mask=old, other=0.0) + tl.load(own, mask=new, other=0.0)
-        kept += HALVES * WIDTH
-        own += HALVES * WIDTH
-        gate = tl.load(kept, mask=old, other=0.0) + tl.load(own, mask=new, other=0.0)
-        place = (source % RATIO * HALVES + half)[:, None] * WIDTH + channel[None, :]
-        gate += tl.load(gates_ptr + place, mask=exists, other=0.0)
-        gate = tl.where(exists, gate, float("-inf"))
-        new_top = tl.maximum(top, tl.max(gate, axis=0))
-        # 0 if no source has existed so far, to avoid a difference of infinities
-        base = tl.where(new_top == float("-inf"), 0.0, new_top)
-        shrink, weight = tl.exp(top - base), tl.exp(gate - base[None, :])
-        total = total * shrink + tl.sum(weight, axis=0)
-        mean = mean * shrink + tl.sum(weight * value, axis=0)
-        top = new_top
-    return mean / tl.where(total == 0.0, 1.0, total)
-
-
-@step_kernel(waits=True)
-def pool_entries_kernel(
+    keys_ptr,
+    places_ptr,
+    ring_ptr,
     sources_ptr,
     states_ptr,
     plan_ptr,
     rows_ptr,
+    kept_ptr,
     gates_ptr,
     norm_ptr,
     entries_ptr,
     index_gates_ptr,
     index_norm_ptr,
     index_entries_ptr,
-    cos_sin_ptr,
+    num_tokens,
+    num_entries,
+    num_kept,
+    stride,
+    scale_stride,
+    source_stride,
     epsilon,
+    RANK: tl.constexpr,
+    RANK_PADDED: tl.constexpr,
+    ROUND_SCALES: tl.constexpr,
     WIDTH: tl.constexpr,
     INDEX_WIDTH: tl.constexpr,
     SOURCE: tl.constexpr,
@@ -218,70 +114,164 @@ def pool_entries_kernel(
     PADDED: tl.constexpr,
     INDEX_PADDED: tl.constexpr,
 ):
-    """Make entry `program 0` of the plan, of the main compressor or (`program 1`) the indexer's."""
+    """Do job `program 0`: the entries of a plan, those of the indexer, keys, latents, kept sources.
+
+    Without `sources_ptr` the layer has no entries, and without `index_gates_ptr` no indexer. Without
+    `ring_ptr` the launch keeps no keys and no sources.
+    """
     wait_for_inputs()
     start_next()
-    plan = plan_ptr + tl.program_id(0) * 4
-    token = tl.load(plan)
-    if token >= 0:
-        position = tl.load(plan + 2)
-        work = (token, tl.load(plan + 1), position, tl.load(plan + 3))
-        row, begin = tl.load(rows_ptr + tl.program_id(0)).to(tl.int64), position + 1 - RATIO
-        if tl.program_id(1) == 0:
-            x = _pool(
-                sources_ptr, states_ptr, gates_ptr, work, 0, WIDTH, SOURCE, HALVES, RATIO, POOL,
-                RING, TILE, PADDED,
+    job, compressors = tl.program_id(0), 0
+    if sources_ptr is not None:
+        compressors = 1 if index_gates_ptr is None else 2
+        if job < compressors * num_entries:
+            number = job % num_entries
+            plan = plan_ptr + number * 4
+            token = tl.load(plan)
+            if token >= 0:
+                position = tl.load(plan + 2)
+                work = (token, tl.load(plan + 1), position, tl.load(plan + 3))
+                row, begin = tl.load(rows_ptr + number).to(tl.int64), position + 1 - RATIO
+                if job < num_entries:
+                    x = pooled_row(
+                        sources_ptr, source_stride, states_ptr, gates_ptr, work, 0, WIDTH, SOURCE,
+                        HALVES, RATIO, POOL, RING, TILE, PADDED,
+                    )  # fmt: skip
+                    x = normed_row(x, norm_ptr, epsilon, cos_sin_ptr, begin, WIDTH, ROPE, PADDED)
+                    store_key(x, entries_ptr, row, WIDTH, ROPE, ROW)
+                elif index_gates_ptr is not None:
+                    # other names than above, because a name has one type
+                    index_x = pooled_row(
+                        sources_ptr, source_stride, states_ptr, index_gates_ptr, work,
+                        2 * HALVES * WIDTH, INDEX_WIDTH, SOURCE, HALVES, RATIO, POOL, RING, TILE,
+                        INDEX_PADDED,
+                    )  # fmt: skip
+                    index_x = normed_row(
+                        index_x, index_norm_ptr, epsilon, cos_sin_ptr, begin, INDEX_WIDTH, ROPE,
+                        INDEX_PADDED,
+                    )  # fmt: skip
+                    if index_entries_ptr.dtype.element_ty == tl.uint8:
+                        store_index_record(index_x, index_entries_ptr, row, INDEX_WIDTH, PER_BLOCK)
+                    else:
+                        store_key(index_x, index_entries_ptr, row, INDEX_WIDTH, ROPE, INDEX_WIDTH)
+    job -= compressors * num_entries
+    if (job >= 0) & (job < num_tokens):
+        own = job.to(tl.int64)
+        channel = tl.arange(0, PADDED)
+        key_ptr = x_ptr + own * stride + RANK + channel
+        key = widened(tl.load(key_ptr, mask=channel < WIDTH, other=0.0))
+        key_position = tl.load(positions_ptr + own)
+        key = normed_row(key, key_norm_ptr, epsilon, cos_sin_ptr, key_position, WIDTH, ROPE, PADDED)
+        store_key(key, keys_ptr, own, WIDTH, ROPE, ROW)
+        if ring_ptr is not None:
+            place = tl.load(places_ptr + own).to(tl.int64)
+            if place >= 0:
+                store_key(key, ring_ptr, place, WIDTH, ROPE, ROW)
+    job -= num_tokens
+    if (job >= 0) & (job < num_tokens):
+        of_row = job.to(tl.int64)
+        column = tl.arange(0, RANK_PADDED)
+        inside = column < RANK
+        latent = widened(tl.load(x_ptr + of_row * stride + column, mask=inside, other=0.0))
+        weight = tl.load(latent_norm_ptr + column, mask=inside, other=0.0)
+        inverse = 1.0 / tl.sqrt_rn(tl.sum(latent * latent, axis=0) / RANK + epsilon)
+        rounded = stored(latent * inverse * weight, latents_ptr)
+        tl.store(latents_ptr + of_row * RANK + column, rounded, mask=inside)
+        if codes_ptr is not None:
+            store_groups(
+                widened(rounded), codes_ptr + of_row * RANK, scales_ptr + of_row, scale_stride,
+                RANK, RANK_PADDED, ROUND_SCALES,
             )  # fmt: skip
-            x = _normed(x, norm_ptr, epsilon, cos_sin_ptr, begin, WIDTH, ROPE, PADDED)
-            _store_key(x, entries_ptr, row, WIDTH, ROPE, ROW)
-        elif index_entries_ptr is not None:
-            # other names than above, because a name has one type
-            index_x = _pool(
-                sources_ptr, states_ptr, index_gates_ptr, work, 2 * HALVES * WIDTH, INDEX_WIDTH,
-                SOURCE, HALVES, RATIO, POOL, RING, TILE, INDEX_PADDED,
-            )  # fmt: skip
-            index_x = _normed(
-                index_x, index_norm_ptr, epsilon, cos_sin_ptr, begin, INDEX_WIDTH, ROPE,
-                INDEX_PADDED,
-            )  # fmt: skip
-            if index_entries_ptr.dtype.element_ty == tl.uint8:
-                store_index_record(index_x, index_entries_ptr, row, INDEX_WIDTH, PER_BLOCK)
-            else:
-                _store_key(index_x, index_entries_ptr, row, INDEX_WIDTH, ROPE, INDEX_WIDTH)
+    if ring_ptr is not None and sources_ptr is not None:
+        job -= num_tokens
+        if job >= 0:
+            _keep_source(
+                sources_ptr, source_stride, kept_ptr, states_ptr, job, num_kept, SOURCE, RING
+            )
 
 
-def pool_entries(
-    sources: Tensor,
-    states: Tensor,
-    plan: Plan,
-    main: Pooling,
-    index: Pooling | None,
+def write_step(
+    projected: Tensor,
+    latent_norm: Norm,
+    key_norm: Norm,
     cos_sin: Tensor,
-    epsilon: float,
-) -> None:
-    """Write the entries that a step finishes to their pools, one launch.
+    positions: Tensor,
+    compression: Compression | None = None,
+    kept: Ring | None = None,
+    *,
+    round_scales: bool | None = None,
+    as_records: bool = False,
+) -> tuple[Tensor | Normed, Tensor]:
+    """Norm the latents and keys of a step's tokens, and write the entries that the step finishes.
 
     Args:
-        sources: float32 [num_tokens, values of a source], contiguous.
-        states: float32 [num_rows * plan.ring, values of a source], sources of earlier steps.
-        main, index: both compressors; an HCA layer has no `index`.
-        cos_sin: as for `write_keys`. An entry is rotated as the first token of its own group.
-        epsilon: term added to mean squares.
+        projected: [num_tokens, rank + width], latents of the queries, then keys; there may be gaps
+            between rows.
+        latent_norm, key_norm: norms of both, with the same epsilon. Entries have it, too.
+        cos_sin: float32 [num_positions, rotated channels]; cos, then sin. An entry is rotated as
+            the first token of its own group.
+        positions: int32 [num_tokens or more].
+        compression: compressors of the layer; None = it has windows only.
+        kept: ring that keeps the keys. The states of `compression` then keep sources, too. This
+            is allowed if no row has more new tokens than its drafts plus one. None keeps neither.
+        round_scales: as for DeviceNorm, of the latents.
+        as_records: make keys FP8 records; a key then has a power of two of values.
+
+    Returns:
+        Latents [num_tokens, rank], with `round_scales` also in FP8. Keys [num_tokens, width] of the
+        type of `projected`, or uint8 [num_tokens, bytes of a record].
+
+    Cost: one launch.
     """
-    if not plan.num_entries:
-        return
-    width, index_width = main.norm.shape[0], 0 if index is None else index.norm.shape[0]
-    _, per_block, row = main.entries.shape
-    pool_entries_kernel[plan.num_entries, 1 if index is None else 2](
-        sources, states, plan.entries, plan.rows, *main, *(index or (None, None, None)), cos_sin,
-        epsilon, WIDTH=width, INDEX_WIDTH=index_width, SOURCE=sources.shape[1],
-        HALVES=plan.pool // plan.ratio, RATIO=plan.ratio, POOL=plan.pool, RING=plan.ring,
-        ROPE=cos_sin.shape[1], ROW=row, PER_BLOCK=per_block, TILE=_TILE,
-        PADDED=next_power_of_2(width), INDEX_PADDED=next_power_of_2(index_width or 2), num_warps=4,
-    )  # fmt: skip
+    tokens, rank, width = projected.shape[0], latent_norm.weight.shape[0], key_norm.weight.shape[0]
+    rope = cos_sin.shape[1]
+    row = v4_record_bytes(width, rope) if as_records else width
+    latents = empty_beside(projected, tokens, rank)
+    fp8 = None if round_scales is None else empty_fp8_rows(projected, tokens, rank)
+    keys = empty_beside(projected, tokens, row, dtype="uint8" if as_records else None)
+    given, sizes, counts = _of_compression(compression)
+    num_jobs = counts[0] * (1 + (sizes["INDEX_WIDTH"] > 0)) + 2 * tokens
+    num_jobs += counts[1] if kept else 0
+    if tokens:
+        _, codes, scales, scale_stride = kernel_arguments(fp8)
+        write_step_kernel[(num_jobs,)](
+            projected, latent_norm.weight, latents, codes, scales, key_norm.weight, cos_sin,
+            positions, keys, *(kept or (None, None)), *given, tokens, *counts,
+            projected.strides[0], scale_stride,
+            1 if compression is None else compression.sources.strides[0], key_norm.epsilon,
+            RANK=rank, RANK_PADDED=max(GROUP, next_power_of_2(rank)),
+            ROUND_SCALES=bool(round_scales), WIDTH=width, ROPE=rope, ROW=row, TILE=_TILE,
+            PADDED=next_power_of_2(width), num_warps=4, **sizes,
+        )  # fmt: skip
+    return latents if fp8 is None else Normed(latents, fp8), keys
 
 
-@step_kernel(waits=True)
+def _of_compression(
+    compression: Compression | None,
+) -> tuple[tuple[Tensor | None, ...], dict[str, int], tuple[int, int]]:
+    """Return the tensors of `write_step_kernel`, its sizes, and the entries and kept sources."""
+    if compression is None:
+        names = "INDEX_WIDTH", "SOURCE", "HALVES", "RATIO", "POOL", "RING", "PER_BLOCK"
+        sizes = dict.fromkeys(names, 1) | {"INDEX_WIDTH": 0, "INDEX_PADDED": 2}
+        return (None,) * 11, sizes, (0, 0)
+    sources, states, plan, main, index = compression
+    width = 0 if index is None else index.norm.shape[0]
+    sizes = {
+        "INDEX_WIDTH": width,
+        "INDEX_PADDED": next_power_of_2(width or 2),
+        "SOURCE": sources.shape[1],
+        "HALVES": plan.pool // plan.ratio,
+        "RATIO": plan.ratio,
+        "POOL": plan.pool,
+        "RING": plan.ring,
+        "PER_BLOCK": main.entries.shape[1],
+    }
+    arrays = plan.entries, plan.rows, plan.kept
+    given = sources, states, *arrays, *main, *(index or (None, None, None))
+    return given, sizes, (plan.num_entries, plan.num_kept)
+
+
+@step_kernel(strided=("sources_ptr",), waits=True)
 def keep_step_kernel(
     keys_ptr,
     places_ptr,
@@ -291,6 +281,7 @@ def keep_step_kernel(
     states_ptr,
     num_tokens,
     num_kept,
+    source_stride,
     WIDTH: tl.constexpr,
     SOURCE: tl.constexpr,
     RING: tl.constexpr,
@@ -308,37 +299,23 @@ def keep_step_kernel(
         key = tl.load(keys_ptr + index.to(tl.int64) * WIDTH + channel, mask=mask, other=0.0)
         tl.store(ring_ptr + place * WIDTH + channel, key, mask=mask)
     if states_ptr is not None:
-        plan = kept_ptr + 4 * tl.minimum(index, num_kept - 1)
-        token = tl.load(plan).to(tl.int64)
-        # without a source to keep no block is copied
-        size = tl.where((index < num_kept) & (token >= 0), SOURCE, 0)
-        for first in range(0, size, _BLOCK):
-            at = first + tl.arange(0, _BLOCK)
-            slot = tl.load(plan + 1) * RING + tl.load(plan + 2) % RING
-            value = tl.load(sources_ptr + token * SOURCE + at, mask=at < SOURCE, other=0.0)
-            tl.store(states_ptr + slot.to(tl.int64) * SOURCE + at, value, mask=at < SOURCE)
+        _keep_source(
+            sources_ptr, source_stride, kept_ptr, states_ptr, index, num_kept, SOURCE, RING
+        )
 
 
-def keep_step(
-    keys: Tensor,
-    places: Tensor,
-    ring: Tensor,
-    sources: Tensor | None = None,
-    plan: Plan | None = None,
-    states: Tensor | None = None,
-) -> None:
+def keep_step(keys: Tensor, kept: Ring, compression: Compression | None = None) -> None:
     """Keep the newest keys and sources of a step for later steps, one launch after attention.
 
     Args:
-        keys: [num_tokens, width or bytes of a record], result of `write_keys`.
-        places: int32 [num_tokens or more], row of each key in `ring`, -1 = not kept.
-        ring: [num_rows * ring length, width or bytes of a record].
-        sources, plan, states: as for `pool_entries`; None in a layer without a compressor.
+        keys: [num_tokens, width or bytes of a record], result of `write_step`.
+        kept, compression: as for `write_step`, which kept nothing.
     """
-    (tokens, width), kept = keys.shape, 0 if plan is None else plan.num_kept
+    (sources, states, _, _, plan, *_), sizes, (_, num_kept) = _of_compression(compression)
+    tokens, width = keys.shape
     if tokens:
-        keep_step_kernel[(max(tokens, kept),)](
-            keys, places, ring, sources, None if plan is None else plan.kept, states, tokens, kept,
-            WIDTH=width, SOURCE=1 if sources is None else sources.shape[1],
-            RING=1 if plan is None else plan.ring, PADDED=next_power_of_2(width), num_warps=4,
+        keep_step_kernel[(max(tokens, num_kept),)](
+            keys, *kept, sources, plan, states, tokens, num_kept,
+            1 if sources is None else sources.strides[0], WIDTH=width, SOURCE=sizes["SOURCE"],
+            RING=sizes["RING"], PADDED=next_power_of_2(width), num_warps=4,
         )  # fmt: skip

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
 
 import numpy as np
 
@@ -30,11 +29,12 @@ from fd_dsa.ops.providers import device_kind
 from fd_dsa.ops.slot_copy import copy_slot
 from fd_dsa.ops.topk.custom_op import slot_selector
 from fd_dsa.ops.v4_attend_kernel import Entries, Windows, attend_v4, new_partials
+from fd_dsa.ops.v4_entries import Compression, Norm, Pooling
 from fd_dsa.ops.v4_rotation import rotate_heads
-from fd_dsa.ops.v4_write_kernels import Norm, Pooling, keep_step, pool_entries, write_keys
+from fd_dsa.ops.v4_write_kernels import Ring, keep_step, write_step
 from fd_dsa.runner.input_batch import InputBatch
 from fd_dsa.step import StepHints
-from fd_dsa.tensor import Normed, StepArray, Tensor
+from fd_dsa.tensor import Fp8Rows, Normed, StepArray, Tensor
 from fd_dsa.v4_attention.device_memory import num_scores
 from fd_dsa.v4_attention.device_pools import DeviceLayout, DevicePools
 from fd_dsa.v4_attention.device_step import DeviceStep, StepPlaces
@@ -144,14 +144,16 @@ class V4DeviceBackend:
         Raises:
             MissingStepError: `hints` has no number of tokens, or no longest row.
         """
-        num_tokens, _, longest, padded = hints or StepHints()
+        num_tokens, prefill, longest, padded = hints or StepHints()
         if num_tokens is None or longest is None:
             raise MissingStepError(
                 "V4DeviceBackend.build_step: num_tokens and max_seqlen_k of the step are needed"
             )
         _, before, new, tables = inputs
         num_tokens = num_tokens if padded is None else padded
-        self._step = step = self._places.fill(before, new, tables, num_tokens, longest)
+        self._step = step = self._places.fill(
+            before, new, tables, num_tokens, longest, has_prompts=prefill != 0
+        )
         self._built_for = forward_meta
         forward_meta.position_ids = step.places.positions[:num_tokens]
         # the rows stand for slots, because both are below 0 for padding
@@ -173,69 +175,68 @@ class V4DeviceBackend:
         rotation: None,
         forward_meta: BackendStep,
         shared: None = None,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor | Fp8Rows, Tensor | None]:
         """Write the keys of a layer, select entries and attend to them, see AttentionBackend.
 
         Args:
             rotation: None, because the backend has the angles of all positions.
 
         Returns:
-            [num_tokens, num_heads, head_dim], rotated back; and the slots of the selected entries,
-            None if every token attends to all entries.
+            [num_tokens, num_heads * head_dim], rotated back, as `layer.round_scales` says; and the
+            slots of the selected entries, None if every token attends to all entries.
         """
         step, pools = self.current_step(forward_meta), forward_meta.caches[layer.layer_id]
         config, positions = self._config, step.places.positions
-        kind, eps = config.layer_types[layer.layer_id], config.rms_norm_eps
+        kind = config.layer_types[layer.layer_id]
         cos_sin = self._angles[kind == WINDOW]
-        latent, kv = layer.project(hidden)
-        norm, as_records = Norm(layer.kv_norm, eps), self._layout.is_fp8
-        keys = write_keys(kv, norm, cos_sin, positions, as_records=as_records)
-        entries, slots = None, None
-        kept: tuple[Any, ...] = ()
+        projected, compression = layer.project(hidden), None
         if layer.compressor is not None:
-            sources, plan = layer.sources(hidden), step.plans[kind]
-            main = _pooling(layer.compressor, pools.entries)
-            index = None
+            main, of_index = _pooling(layer.compressor, pools.entries), None
             if layer.index_compressor is not None:
-                index = _pooling(layer.index_compressor, pools.index_entries)
-            pool_entries(sources, pools.states, plan, main, index, cos_sin, eps)
-            if index is not None and step.index_view is not None:
-                slots = self.select_entries(layer, latent, hidden, index.entries, step, cos_sin)
-            entries = Entries(pools.entries, plan.ratio, slots)
-            kept = sources, plan, pools.states
+                of_index = _pooling(layer.index_compressor, pools.index_entries)
+            sources, plan = layer.sources(hidden), step.plans[kind]
+            compression = Compression(sources, pools.states, plan, main, of_index)
+        norm, ring = layer.q_norm, Ring(step.ring_rows, pools.ring)
+        latent, keys = write_step(
+            projected,
+            Norm(norm.weight, norm.epsilon),
+            Norm(layer.kv_norm, norm.epsilon),
+            cos_sin,
+            positions,
+            compression,
+            None if step.has_prompts else ring,
+            round_scales=norm.round_scales,
+            as_records=self._layout.is_fp8,
+        )
+        entries, slots = None, None
+        if layer.index_compressor is not None and step.index_view is not None:
+            query, index_query, weights = layer.queries_and_index(latent, hidden)
+            slots = self.select_entries(index_query, weights, pools.index_entries, step)
+        else:
+            query = layer.queries(latent)
+        if compression is not None:
+            entries = Entries(pools.entries, compression.plan.ratio, slots)
         windows = Windows(keys, pools.ring, self._layout.ring_rows, config.sliding_window)
-        query = layer.queries(latent)
-        inputs = layer.sinks, cos_sin, step.places, eps, self._partials
-        out = attend_v4(query, windows, entries, *inputs)
-        # a later token of the step may take the place of a key that this launch has read
-        keep_step(keys, step.ring_rows, pools.ring, *kept)
+        inputs = layer.sinks, cos_sin, step.places, norm.epsilon, self._partials
+        out = attend_v4(query, windows, entries, *inputs, layer.round_scales)
+        if step.has_prompts:
+            # a later token of a prompt may take the place of a key that attention has read
+            keep_step(keys, ring, compression)
         return out, slots
 
-    def select_entries(
-        self,
-        layer: DeviceV4Attention,
-        latent: Tensor | Normed,
-        hidden: Tensor | Normed,
-        cache: Tensor,
-        step: DeviceStep,
-        cos_sin: Tensor,
-    ) -> Tensor:
+    def select_entries(self, q: Tensor, weights: Tensor, cache: Tensor, step: DeviceStep) -> Tensor:
         """Return the slots of the entries that each token attends to, int32 [num_tokens, topk].
 
         Args:
-            layer: layer with an indexer.
-            latent, hidden: activations of the step's tokens, which the indexer's queries and
-                weights come from.
+            q: queries of the indexer, [num_tokens, index_n_heads * index_head_dim], not rotated.
+            weights: float32 [num_tokens, index_n_heads].
             cache: entries of the indexer, [num_blocks, entries of a block, width].
             step: step whose tokens have to select.
-            cos_sin: angles of all positions.
         """
-        view = step.index_view
+        view, places = step.index_view, step.places
         assert view is not None
-        q, weights = layer.index_queries(latent, hidden)
-        q = rotate_heads(
-            q, cos_sin, step.places.positions, weights if self._layout.is_fp8 else None
-        )
+        cos_sin, is_fp8 = self._angles[False], self._layout.is_fp8
+        q, weights = rotate_heads(q, weights, cos_sin, places.positions, as_codes=is_fp8)
         slots = empty_beside(weights, step.num_tokens, self._config.index_topk, dtype="int32")
 
         def use(scores: Tensor, first_token: int) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from fd_dsa.device.allocation import Allocate
 from fd_dsa.models.deepseek_v4.config import CSA, HCA, DeepseekV4Config
 from fd_dsa.ops.v4_attend_kernel import TokenPlaces
-from fd_dsa.ops.v4_write_kernels import Plan
+from fd_dsa.ops.v4_entries import Plan
 from fd_dsa.runner.input_batch import InputBatch
 from fd_dsa.step import ForwardMeta
 from fd_dsa.tensor import Tensor
@@ -34,6 +34,7 @@ class DeviceStep:
         places: places of its tokens.
         ring_rows: int32 [num_tokens or more], row of each key in the rings, -1 = not kept.
         plans: work of the compressors, by kind of layer.
+        has_prompts: True if a row may have more new tokens than its drafts plus one.
         index_view: the step as the indexer sees it, with entries as keys; None if every token
             attends to all entries.
     """
@@ -42,6 +43,7 @@ class DeviceStep:
     places: TokenPlaces
     ring_rows: Tensor
     plans: dict[str, Plan]
+    has_prompts: bool
     index_view: ForwardMeta | None
 
 
@@ -59,7 +61,14 @@ class StepPlaces:
         self._arrays = [allocate(*array) for array in array_sizes(layout.config, batch)]
 
     def fill(
-        self, before: Tensor, new: Tensor, block_table: Tensor, num_tokens: int, longest: int
+        self,
+        before: Tensor,
+        new: Tensor,
+        block_table: Tensor,
+        num_tokens: int,
+        longest: int,
+        *,
+        has_prompts: bool,
     ) -> DeviceStep:
         """Enqueue the launch for a step, and return its arrays.
 
@@ -68,6 +77,7 @@ class StepPlaces:
             block_table: int32 [num_rows, columns], blocks of each row.
             num_tokens: at least the tokens of the step; the rest is padding.
             longest: at least the length of every row after the step, tokens.
+            has_prompts: as for DeviceStep.
         """
         config, (num_rows, columns) = self._config, block_table.shape
         positions, rows, starts, ring_rows, newest, *lists = self._arrays
@@ -87,7 +97,8 @@ class StepPlaces:
         )  # fmt: skip
         places = TokenPlaces(positions, rows, starts, block_table)
         view = self._index_view(places, newest, num_tokens, longest)
-        return DeviceStep(num_tokens, places, ring_rows, {CSA: of_csa, HCA: of_hca}, view)
+        plans = {CSA: of_csa, HCA: of_hca}
+        return DeviceStep(num_tokens, places, ring_rows, plans, has_prompts, view)
 
     def _index_view(
         self, places: TokenPlaces, newest: Tensor, num_tokens: int, longest: int

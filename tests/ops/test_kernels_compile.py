@@ -94,10 +94,10 @@ def test_every_form_compiles() -> None:
 @pytest.mark.parametrize("capability", [80, 90])
 def test_forms_of_deepseek_v4(capability: int) -> None:
     made = compiled(V4, capability)
-    names = {"streams", "norm", "keys", "rotate", "pool", "keep", "attend", "silu", "experts"}
+    names = {"streams", "norm", "rotate", "write", "keep", "attend", "silu", "experts"}
     names |= {"combine", "choice", "look up", "place", "snapshots", "last streams"}
     # with FP8 activations or records
-    codes = "norm", "rotate", "keys", "pool", "attend"
+    codes = "norm", "rotate", "write", "attend", "combine"
     assert {form["label"] for form in made} == names
     for form in made:
         if "needs_fp8" in form:

@@ -9,6 +9,7 @@ import pytest
 
 pytest.importorskip("paddle", reason="the launches take Paddle's tensors")
 
+from fd_dsa.ops.dense_kernels import quantize_rows, rms_norm
 from fd_dsa.ops.expert_kernels import look_up_experts
 from fd_dsa.ops.sampling.token_buffer import NO_TOKEN, NOT_FINITE
 from fd_dsa.ops.v4_attend_kernel import (
@@ -19,15 +20,10 @@ from fd_dsa.ops.v4_attend_kernel import (
     new_partials,
     num_splits,
 )
+from fd_dsa.ops.v4_entries import Compression, Norm, Plan, Pooling
 from fd_dsa.ops.v4_rotation import rotate_heads
-from fd_dsa.ops.v4_write_kernels import (
-    Norm,
-    Plan,
-    Pooling,
-    keep_step,
-    pool_entries,
-    write_keys,
-)
+from fd_dsa.ops.v4_write_kernels import Ring, keep_step, write_step
+from fd_dsa.tensor import Fp8Rows, Normed
 from tests.kernel_memory import KernelMemory
 from tests.ops import block_fp8
 
@@ -66,37 +62,52 @@ def check(found: np.ndarray, wanted: np.ndarray, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", STEPS)
 @pytest.mark.parametrize("width", [32, 40])
-def test_keys_and_rotated_heads(width: int, kind: str, paddle_memory: KernelMemory) -> None:
-    m, positions = paddle_memory, np.array([0, 5, 63], np.int32)
-    rows, exact = drawn(m, kind, 3, width + 7)
-    weight = np.random.default_rng(1).random(width, np.float32)
+def test_latents_keys_and_rotated_heads(width: int, kind: str, paddle_memory: KernelMemory) -> None:
+    m, positions, rank = paddle_memory, np.array([0, 5, 63], np.int32), 7
+    rows, exact = drawn(m, kind, 3, rank + width)
+    rng = np.random.default_rng(1)
+    weight, of_latents = rng.random(width, np.float32), m.put(rng.random(rank, np.float32))
     cos_sin, places = m.put(COS_SIN), m.put(positions)
-    keys = write_keys(rows[:, 7:], Norm(m.put(weight), EPS), cos_sin, places)
-    wanted = normed(exact[:, 7:], weight)
+    norms = Norm(of_latents, EPS), Norm(m.put(weight), EPS)
+    latents, keys = write_step(rows, *norms, cos_sin, places, round_scales=True)
+    wanted = normed(exact[:, rank:], weight)
     check(
         block_fp8.get(m, keys),
         np.stack([rotated(x, p) for x, p in zip(wanted, positions, strict=True)]),
         kind,
     )
-    heads, exact = drawn(m, kind, 3, 17, width)
-    rotate_heads(heads, cos_sin, places)
+    _, plain, fp8 = rms_norm(rows[:, :rank], None, of_latents, EPS, True)
+    assert isinstance(latents, Normed)
+    assert fp8 is not None
+    for one, other in zip((latents.plain, *latents.fp8[:2]), (plain, *fp8[:2]), strict=True):
+        # columns past the tokens are padding
+        np.testing.assert_array_equal(m.get(one)[:, :3], m.get(other)[:, :3])
+    wide, exact = drawn(m, kind, 3, 17 * width + 5)
+    weights = m.put(rng.random((3, 20), np.float32))
+    heads, own = rotate_heads(wide[:, 5:], weights[:, 3:], cos_sin, places)
+    exact = exact[:, 5:].reshape(3, 17, width)
     wanted = np.stack([rotated(x, p) for x, p in zip(exact, positions, strict=True)])
     check(block_fp8.get(m, heads), wanted, kind)
+    np.testing.assert_array_equal(m.get(own), m.get(weights)[:, 3:])
 
 
+@pytest.mark.parametrize("has_prompts", [True, False])
 @pytest.mark.parametrize(("halves", "ratio", "drafts"), [(2, 4, 0), (1, 6, 3)])
 @pytest.mark.parametrize("kind", STEPS)
 def test_entries_pool_old_and_new_sources(
-    kind: str, halves: int, ratio: int, drafts: int, paddle_memory: KernelMemory
+    kind: str, halves: int, ratio: int, drafts: int, has_prompts: bool, paddle_memory: KernelMemory
 ) -> None:
-    """Two rows: one from its beginning, one whose sources are partly in its state."""
+    """Two rows: of prompts one from its beginning, one whose sources are partly in its state."""
     m, pool, widths = paddle_memory, halves * ratio, [32, 16][: 1 + (halves == 2)]
-    source, kept_rows = 2 * halves * sum(widths), pool + drafts
+    source, kept_rows, rank = 2 * halves * sum(widths), pool + drafts, 3
     states = np.full((2 * kept_rows, source), np.nan, np.float32)
     history = np.random.default_rng(5).standard_normal((2, LONGEST, source)).astype(np.float32)
     before, news = [0, ratio * 3 + 1], [ratio + 1, ratio]
-    for position in range(max(before[1] - pool, 0), before[1]):
-        states[kept_rows + position % kept_rows] = history[1, position]
+    if not has_prompts:
+        before, news = [ratio - 1, ratio * 3 - 1], [1, 1 + drafts]
+    for row in range(2):
+        for position in range(max(before[row] - pool, 0), before[row]):
+            states[row * kept_rows + position % kept_rows] = history[row, position]
     own = np.concatenate([history[r, before[r] : before[r] + news[r]] for r in range(2)])
     plan, rows, kept, token = [], [], [], 0
     for row in range(2):
@@ -121,9 +132,20 @@ def test_entries_pool_old_and_new_sources(
         norm, empty = rng.random(width, np.float32), m.poisoned((2, 2, width), kind)
         weights.append((gates, norm))
         made.append(Pooling(m.put(gates.reshape(-1)), m.put(norm), empty))
-    own_sources, kept_sources = m.put(own), m.put(states)
-    index = made[1] if len(made) == 2 else None
-    pool_entries(own_sources, kept_sources, work, made[0], index, m.put(COS_SIN), EPS)
+    # rows of sources have more columns, as the weights of an indexer's heads
+    wide = m.put(np.pad(own, ((0, 0), (0, 5)), constant_values=np.nan))
+    kept_sources = m.put(states)
+    step = Compression(wide[:, :source], kept_sources, work, *made)
+    places = np.arange(token, dtype=np.int32) - 1
+    places = np.where(places > 3, -1, places).astype(np.int32)
+    ring = Ring(m.put(places), m.poisoned((6, 32), kind))
+    projected, ones = drawn(m, kind, token, rank + 32)[0], m.put(np.ones(32, np.float32))
+    norms = Norm(m.put(np.ones(rank, np.float32)), EPS), Norm(ones, EPS)
+    given = m.put(COS_SIN), m.put(np.zeros(token, np.int32)), step
+    _, keys = write_step(projected, *norms, *given, None if has_prompts else ring)
+    if has_prompts:
+        np.testing.assert_array_equal(m.get(kept_sources), states)
+        keep_step(keys, ring, step)
     first = 0
     for pooling, (gates, norm), width in zip(made, weights, widths, strict=True):
         found = block_fp8.get(m, pooling.entries).reshape(4, width)
@@ -142,15 +164,10 @@ def test_entries_pool_old_and_new_sources(
             mean = (share * values).sum(axis=0) / share.sum(axis=0)
             check(found[at], rotated(normed(mean, norm), position + 1 - ratio), kind)
         first += 2 * halves * width
-    ring, keys = m.poisoned((6, 32), kind), drawn(m, kind, token, 32)
-    places = np.arange(token, dtype=np.int32) - 2
-    places[places > 3] = -1
-    places = np.where(places < 0, -1, places).astype(np.int32)
-    keep_step(keys[0], m.put(places), ring, own_sources, work, kept_sources)
-    found, after = block_fp8.get(m, ring), m.get(kept_sources)
-    for number, place in enumerate(places):
+    found, after = block_fp8.get(m, ring.keys), m.get(kept_sources)
+    for place, key in zip(places, block_fp8.get(m, keys), strict=True):
         if place >= 0:
-            np.testing.assert_array_equal(found[place], keys[1][number])
+            np.testing.assert_array_equal(found[place], key)
     for one, row, position, _ in kept:
         np.testing.assert_array_equal(after[row * kept_rows + position % kept_rows], own[one])
 
@@ -182,7 +199,9 @@ class Attended:
             for entry in range((self.before[row] + news[row]) // self.ratio):
                 one = self.rounded(rng.standard_normal((1, width)))[0]
                 self.pool.reshape(-1, width)[self.slot(row, entry)] = one
-        self.q, self.exact_q = drawn(m, kind, tokens, heads, width)
+        # columns of wider rows, as in a layer with an indexer
+        wide, exact = drawn(m, kind, tokens, heads * width + 16)
+        self.q, self.exact_q = wide[:, 16:], exact[:, 16:].reshape(tokens, heads, width)
         self.sinks = rng.standard_normal(heads).astype(np.float32)
         self.windows = Windows(*map(self.put, (keys, ring)), self.window, self.window)
         arrays = self.positions, self.rows, starts, table
@@ -256,9 +275,27 @@ def test_attention(
     if selects is not None:
         entries = Entries(case.put(case.pool), case.ratio, m.put(case.slots) if selects else None)
     shared = m.put(case.sinks), m.put(COS_SIN), case.places, EPS, partials
-    found = block_fp8.get(m, attend_v4(case.q, case.windows, entries, *shared))
+    given = case.q, case.windows, entries, *shared
+    found = block_fp8.get(m, attend_v4(*given))
     wanted = np.stack([case.wanted(token, selects) for token in range(len(case.rows))])
-    check(found, wanted, kind)
+    check(found.reshape(wanted.shape), wanted, kind)
+
+
+@pytest.mark.parametrize("is_split", [False, True])
+@pytest.mark.parametrize("round_scales", [False, True])
+def test_attention_in_fp8(round_scales: bool, is_split: bool, paddle_memory: KernelMemory) -> None:
+    """The codes are those of a launch that reads the values."""
+    m = paddle_memory
+    case = AttendedInTiles(m, "bfloat16", 5, 256)
+    partials = new_partials(256, m.poisoned) if is_split else None
+    entries = Entries(case.put(case.pool), case.ratio)
+    given = case.q, case.windows, entries, m.put(case.sinks), m.put(COS_SIN), case.places, EPS
+    plain = attend_v4(*given, partials)
+    found = attend_v4(*given, partials, round_scales)
+    assert isinstance(found, Fp8Rows)
+    wanted, tokens = quantize_rows(plain, round_scales), len(case.rows)
+    np.testing.assert_array_equal(m.get(found.codes), m.get(wanted.codes))
+    np.testing.assert_array_equal(m.get(found.scales)[:, :tokens], m.get(wanted.scales)[:, :tokens])
 
 
 def test_number_of_splits(monkeypatch: pytest.MonkeyPatch) -> None:

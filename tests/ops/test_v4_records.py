@@ -11,8 +11,9 @@ pytest.importorskip("paddle", reason="the launches take Paddle's tensors")
 
 from fd_dsa.cache_formats import v4_record_bytes
 from fd_dsa.ops.v4_attend_kernel import Entries, attend_v4, new_partials
+from fd_dsa.ops.v4_entries import Compression, Norm, Plan, Pooling
 from fd_dsa.ops.v4_rotation import rotate_heads
-from fd_dsa.ops.v4_write_kernels import Norm, Plan, Pooling, keep_step, pool_entries, write_keys
+from fd_dsa.ops.v4_write_kernels import Ring, keep_step, write_step
 from tests.kernel_memory import KernelMemory
 from tests.ops import block_fp8, v4_records
 from tests.ops.test_v4_kernels import (
@@ -29,7 +30,13 @@ from tests.ops.v4_records import codes, exponents
 
 pytestmark = pytest.mark.triton
 
-WIDTH, INDEX_WIDTH = 32, 16
+WIDTH, INDEX_WIDTH, RANK = 32, 16, 3
+
+
+def norms(m: KernelMemory) -> tuple[Norm, Norm]:
+    """Norms of latents and keys without weights."""
+    latents, keys = (Norm(m.put(np.ones(width, np.float32)), EPS) for width in (RANK, WIDTH))
+    return latents, keys
 
 
 def test_records_of_keys(paddle_memory: KernelMemory) -> None:
@@ -39,17 +46,23 @@ def test_records_of_keys(paddle_memory: KernelMemory) -> None:
     rows[0, :ROPE] = 0
     rows[1] *= np.logspace(-9, 9, WIDTH, dtype=np.float32)
     rows[2, ROPE : 2 * ROPE] = 448 * 2.0**-5
-    given = m.put(rows), Norm(m.put(np.ones(WIDTH, np.float32)), EPS), m.put(COS_SIN)
-    plain = m.get(write_keys(*given, m.put(positions)))
-    found = m.get(write_keys(*given, m.put(positions), as_records=True))
+    projected = m.put(np.concatenate((np.ones((5, RANK), np.float32), rows), axis=1))
+    given = projected, *norms(m), m.put(COS_SIN), m.put(positions)
+    plain = m.get(write_step(*given)[1])
+    found = m.get(write_step(*given, as_records=True)[1])
     assert found.shape == (5, v4_record_bytes(WIDTH, ROPE))
     np.testing.assert_array_equal(found, v4_records.records(plain))
     assert np.abs(v4_records.values(found) - plain).max() <= np.abs(plain).max() / 16
-    # the ring gets the bytes
-    ring = m.put(np.zeros((7, found.shape[1]), np.uint8))
-    keep_step(m.put(found), m.put(np.array([6, -1, 2, 0, -1], np.int32)), ring)
-    np.testing.assert_array_equal(m.get(ring)[[6, 2, 0]], found[[0, 2, 3]])
-    assert not m.get(ring)[[1, 3, 4, 5]].any()
+    # the ring gets the bytes, in this launch or another one
+    places = m.put(np.array([6, -1, 2, 0, -1], np.int32))
+    for keeps in (True, False):
+        ring = Ring(places, m.put(np.zeros((7, found.shape[1]), np.uint8)))
+        if keeps:
+            write_step(*given, None, ring, as_records=True)
+        else:
+            keep_step(m.put(found), ring)
+        np.testing.assert_array_equal(m.get(ring.keys)[[6, 2, 0]], found[[0, 2, 3]])
+        assert not m.get(ring.keys)[[1, 3, 4, 5]].any()
 
 
 def test_records_of_entries(paddle_memory: KernelMemory) -> None:
@@ -69,7 +82,11 @@ def test_records_of_entries(paddle_memory: KernelMemory) -> None:
     def pooled(kind: str, *bytes_of_rows: int) -> list[np.ndarray]:
         pools = [m.poisoned((2, per_block, size), kind) for size in bytes_of_rows]
         made = [Pooling(*one, pool) for one, pool in zip(weights, pools, strict=True)]
-        pool_entries(sources, states, work, made[0], made[1], m.put(COS_SIN), EPS)
+        step = Compression(sources, states, work, *made)
+        projected = m.put(np.ones((8, RANK + WIDTH), np.float32))
+        positions, is_fp8 = m.put(np.arange(8, dtype=np.int32)), kind == "uint8"
+        given = m.put(COS_SIN), positions, step
+        write_step(projected, *norms(m), *given, as_records=is_fp8)
         return [m.get(pool) for pool in pools]
 
     plain, plain_index = pooled("float32", WIDTH, INDEX_WIDTH)
@@ -90,16 +107,14 @@ def test_records_of_entries(paddle_memory: KernelMemory) -> None:
 def test_fp8_queries_of_the_indexer(kind: str, paddle_memory: KernelMemory) -> None:
     """Codes, and weights of heads with the scales."""
     m, positions = paddle_memory, paddle_memory.put(np.array([0, 5, 63], np.int32))
-    (heads, exact), rng = drawn(m, kind, 3, 17, INDEX_WIDTH), np.random.default_rng(4)
+    (heads, exact), rng = drawn(m, kind, 3, 17 * INDEX_WIDTH), np.random.default_rng(4)
     weights = rng.random((3, 17), np.float32)
-    scaled, cos_sin = m.put(weights.copy()), m.put(COS_SIN)
-    plain = block_fp8.put(m, exact, "float32")
-    rotate_heads(plain, cos_sin, positions)
-    wanted = m.get(plain)
-    found = m.get(rotate_heads(heads, cos_sin, positions, scaled))
+    given = m.put(weights), m.put(COS_SIN), positions
+    wanted = m.get(rotate_heads(block_fp8.put(m, exact, "float32"), *given)[0])
+    found, scaled = map(m.get, rotate_heads(heads, *given, as_codes=True))
     powers = exponents(np.abs(wanted).max(axis=2))
     np.testing.assert_array_equal(found, codes(wanted / 2.0 ** (powers[..., None] - 127)))
-    np.testing.assert_array_equal(m.get(scaled), weights * np.float32(2.0) ** (powers - 127))
+    np.testing.assert_array_equal(scaled, weights * np.float32(2.0) ** (powers - 127))
 
 
 class InRecords(Attended):
@@ -144,4 +159,4 @@ def test_attention_to_records(
     shared = m.put(case.sinks), m.put(COS_SIN), case.places, EPS, new_partials(width, m.poisoned)
     found = block_fp8.get(m, attend_v4(case.q, case.windows, entries, *shared))
     wanted = np.stack([case.wanted(token, selects) for token in range(len(case.rows))])
-    check(found, wanted, kind)
+    check(found.reshape(wanted.shape), wanted, kind)

@@ -37,43 +37,52 @@ for kind in ("float32", "bfloat16"):
             compile("norm", read_streams_kernel, types | dict(codes_ptr="uint8"), **block,
                     PARTS=64, PARTS_PADDED=64, ITERATIONS=20, BLOCK=4096,
                     ROUND_SCALES=True, num_warps=8, **absent, **codes)
-    compile("rotate", rotate_heads_kernel, types, WIDTH=INDEX, ROPE=ROPE, HEADS=16, PADDED=INDEX,
-            codes_ptr=None, weights_ptr=None)
-    compile("rotate", rotate_heads_kernel, types | {"codes_ptr": "uint8"}, WIDTH=INDEX, ROPE=ROPE,
-            HEADS=16, PADDED=INDEX)
+    for made in (kind, "uint8"):
+        compile("rotate", rotate_heads_kernel, types | {"out_ptr": made}, WIDTH=INDEX, ROPE=ROPE,
+                HEADS=16, PADDED=INDEX)
     # keys and entries, and the rows of their pools
     held = "keys_ptr", "ring_ptr", "pool_ptr", "entries_ptr", "index_entries_ptr"
     for key, row in ((kind, WIDTH), ("uint8", v4_record_bytes(WIDTH, ROPE))):
         pools = types | dict.fromkeys(held, key)
-        compile("keys", write.write_keys_kernel, pools | {"out_ptr": key}, WIDTH=WIDTH, ROPE=ROPE,
-                ROW=row, PADDED=WIDTH)
-        none = dict.fromkeys(("index_gates_ptr", "index_norm_ptr", "index_entries_ptr"))
-        for halves, ratio, absent in ((2, 4, {}), (1, 128, none)):
+        norms = dict(RANK=1024, RANK_PADDED=1024, ROUND_SCALES=True, WIDTH=WIDTH, ROPE=ROPE,
+                     ROW=row, TILE=8, PADDED=WIDTH)
+        pools |= dict(latents_ptr=kind, codes_ptr="uint8")
+        no_index = dict.fromkeys(("index_gates_ptr", "index_norm_ptr", "index_entries_ptr"))
+        no_entries = no_index | dict.fromkeys(
+            ("sources_ptr", "states_ptr", "plan_ptr", "kept_ptr", "gates_ptr", "norm_ptr",
+             "entries_ptr"))
+        # a "rows_ptr" is that of the plan
+        for halves, ratio, absent in ((2, 4, {}), (1, 128, no_index),
+                                      (1, 1, no_entries | {"rows_ptr": None})):
             source = 2 * halves * (WIDTH + (INDEX if halves == 2 else 0))
-            compile("pool", write.pool_entries_kernel, pools, WIDTH=WIDTH, INDEX_WIDTH=INDEX,
-                    SOURCE=source, HALVES=halves, RATIO=ratio, POOL=ratio * halves,
-                    RING=ratio * halves, ROPE=ROPE, ROW=row, PER_BLOCK=256 // ratio, TILE=8,
-                    PADDED=WIDTH, INDEX_PADDED=INDEX, **absent)
+            for ring in ({}, dict.fromkeys(("places_ptr", "ring_ptr"))):
+                compile("write", write.write_step_kernel, pools, **norms, INDEX_WIDTH=INDEX,
+                        SOURCE=source, HALVES=halves, RATIO=ratio, POOL=ratio * halves,
+                        RING=ratio * halves, PER_BLOCK=256 // ratio, INDEX_PADDED=INDEX, **absent,
+                        **ring)
+            none = {name: None for name in ("sources_ptr", "kept_ptr", "states_ptr")
+                    if name in absent}
             compile("keep", write.keep_step_kernel, pools, WIDTH=row, SOURCE=source,
-                    RING=ratio * halves, PADDED=1024)
-        none = dict.fromkeys(("sources_ptr", "kept_ptr", "states_ptr"))
-        compile("keep", write.keep_step_kernel, pools, WIDTH=row, SOURCE=1, RING=1, PADDED=1024,
-                **none)
+                    RING=ratio * halves, PADDED=1024, **none)
         compile("snapshots", copy_slot_kernel, dict(slots_ptr=key), SIZE=128 * row, TILE=1024)
         for absent in ({}, {"slots_ptr": None}, {"pool_ptr": None, "slots_ptr": None}):
             for whole in ({"values_ptr": None, "lse_ptr": None}, {}):
                 compile("attend", attend_v4_kernel, pools, WIDTH=WIDTH, ROPE=ROPE, ROW=row,
                         WINDOW=128, RING=128, RATIO=4, PER_BLOCK=64, HEADS=16,
-                        KEYS=16 if kind == "float32" else 32, PADDED=WIDTH,
-                        WIDE=tl.float32 if kind == "float32" else tl.bfloat16, **absent, **whole)
+                        KEYS=16 if kind == "float32" else 32, PADDED=WIDTH, ROUND_SCALES=True,
+                        WIDE=tl.float32 if kind == "float32" else tl.bfloat16, codes_ptr=None,
+                        scales_ptr=None, **absent, **whole)
     if SHARED >= 227 << 10 and kind == "bfloat16":
         # of steps with prompts
-        compile("attend", attend_v4_kernel, pools, WIDTH=WIDTH, ROPE=ROPE, ROW=row, WINDOW=128,
-                RING=128, RATIO=4, PER_BLOCK=64, HEADS=64, KEYS=32, PADDED=WIDTH, WIDE=tl.bfloat16,
-                num_warps=8, values_ptr=None, lse_ptr=None)
+        for heads in (16, 64):
+            compile("attend", attend_v4_kernel, pools, WIDTH=WIDTH, ROPE=ROPE, ROW=row, WINDOW=128,
+                    RING=128, RATIO=4, PER_BLOCK=64, HEADS=heads, KEYS=32, PADDED=WIDTH,
+                    WIDE=tl.bfloat16, ROUND_SCALES=True, num_warps=4 if heads == 16 else 8,
+                    out_ptr=None, values_ptr=None, lse_ptr=None)
     for splits, columns in ((4, 512), (32, 128)):
-        compile("combine", combine_v4_kernel, types, WIDTH=WIDTH, ROPE=ROPE, MAX_SPLITS=splits,
-                COLUMNS=columns)
+        for absent in ({"out_ptr": None}, {"codes_ptr": None, "scales_ptr": None}):
+            compile("combine", combine_v4_kernel, types | {"codes_ptr": "uint8"}, WIDTH=WIDTH,
+                    ROPE=ROPE, MAX_SPLITS=splits, COLUMNS=columns, ROUND_SCALES=True, **absent)
     compile("silu", dense.activate_kernel, types, WIDTH=2048, GATED=True, BLOCK=1024, LIMIT=10.0,
             codes_ptr=None, scales_ptr=None, ROUND_SCALES=False)
     for tokens in (1, 8192):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from fd_dsa.attention.protocol import LayerStep
 from fd_dsa.models.deepseek_v4.config import CSA, WINDOW, DeepseekV4Config
 from fd_dsa.models.weights_protocol import Weights
+from fd_dsa.ops.dense_kernels import GROUP
+from fd_dsa.ops.device_matrix import GroupedFp8
 from fd_dsa.tensor import Normed, Tensor
 
 
@@ -37,6 +39,7 @@ class DeviceV4Attention:
 
     Attributes:
         sinks: float32 [num_heads], logit of a key without a value.
+        q_norm: RMSNorm of the latents of the queries.
         kv_norm: float32 [head_dim], weight of the keys' RMSNorm.
         compressor, index_compressor: None in a window-only layer, the second also in an HCA layer.
     """
@@ -50,8 +53,9 @@ class DeviceV4Attention:
         hidden, rank = config.hidden_size, config.q_lora_rank
         down = {f"{prefix}wq_a.weight": rank, f"{prefix}wkv.weight": self._width}
         self._down = weights.matrix(hidden, down)
-        self._q_norm = weights.norm(f"{prefix}q_norm.weight", rank, config.rms_norm_eps)
-        self._q_b = weights.matrix(rank, {f"{prefix}wq_b.weight": self._heads * self._width})
+        self.q_norm = weights.norm(f"{prefix}q_norm.weight", rank, config.rms_norm_eps)
+        self._query_columns = self._heads * self._width
+        queries = {f"{prefix}wq_b.weight": self._query_columns}
         self.kv_norm: Tensor = weights.vector({f"{prefix}kv_norm.weight": self._width})
         self.sinks: Tensor = weights.vector({f"{prefix}attn_sink": self._heads})
         self.compressor: DeviceCompressor | None = None
@@ -65,36 +69,41 @@ class DeviceV4Attention:
                 parts |= self.index_compressor.parts
             self._sources = weights.matrix(hidden, parts, sums_in_float32=True)
         if kind == CSA:
-            self._index_heads, rows = config.index_n_heads, config.index_head_dim
-            name = f"{prefix}indexer.wq_b.weight"
-            self._index_b = weights.matrix(rank, {name: self._index_heads * rows})
+            heads = config.index_n_heads
+            queries[f"{prefix}indexer.wq_b.weight"] = heads * config.index_head_dim
             # a factor of all scores changes no selection
             self._head_weights = weights.matrix(
-                hidden,
-                {f"{prefix}indexer.weights_proj.weight": self._index_heads},
-                sums_in_float32=True,
+                hidden, {f"{prefix}indexer.weights_proj.weight": heads}, sums_in_float32=True
             )
+        self._q_b = weights.matrix(rank, queries)
+        self._own_q_b = self._q_b.first_rows(self._query_columns)
         group, low = self._heads * self._width // self._groups, config.o_lora_rank
         self._out_a = weights.grouped(f"{prefix}wo_a.weight", self._groups, group, low)
         self._out_b = weights.matrix(self._groups * low, {f"{prefix}wo_b.weight": hidden})
 
+    @property
+    def round_scales(self) -> bool | None:
+        """Form of the attended values: `round_scales` of FP8, None = the type of activations."""
+        is_fp8 = isinstance(self._out_a, GroupedFp8) and self._width % GROUP == 0
+        return self._out_a.round_scales if is_fp8 else None
+
     def forward(self, x: Tensor | Normed, forward_meta: LayerStep) -> Tensor:
         """Return the attention output [num_tokens, hidden_size] of normed inputs."""
         attended, _ = forward_meta.attn_backend.forward(self, x, None, forward_meta)
-        grouped = attended.reshape([attended.shape[0], self._groups, -1])
-        low = self._out_a.matmul_join_heads(grouped, self._out_b)
+        if self.round_scales is None:
+            attended = attended.reshape([attended.shape[0], self._groups, -1])
+        low = self._out_a.matmul_join_heads(attended, self._out_b)
         out: Tensor = self._out_b.matmul(low)
         return out
 
-    def project(self, x: Tensor | Normed) -> tuple[Tensor | Normed, Tensor]:
-        """Project the layer's input to normed latents of the queries, and to keys.
+    def project(self, x: Tensor | Normed) -> Tensor:
+        """Project the layer's input to latents of the queries, then keys.
 
         Returns:
-            [num_tokens, q_lora_rank]; and [num_tokens, head_dim], columns of wider rows, neither
-            normed nor rotated.
+            [num_tokens, q_lora_rank + head_dim], neither normed nor rotated.
         """
-        both = self._down.matmul(x)
-        return self._q_norm.normalize(both[:, : self._rank]), both[:, self._rank :]
+        both: Tensor = self._down.matmul(x)
+        return both
 
     def sources(self, x: Tensor | Normed) -> Tensor:
         """Project to the sources of the compressors, float32 [num_tokens, values of a source]."""
@@ -102,16 +111,19 @@ class DeviceV4Attention:
         return found
 
     def queries(self, latent: Tensor | Normed) -> Tensor:
-        """Project latents to queries [num_tokens, num_heads, head_dim]."""
-        found: Tensor = self._q_b.matmul(latent).reshape([-1, self._heads, self._width])
+        """Project latents to queries [num_tokens, num_heads * head_dim]."""
+        found: Tensor = self._own_q_b.matmul(latent)
         return found
 
-    def index_queries(self, latent: Tensor | Normed, x: Tensor | Normed) -> tuple[Tensor, Tensor]:
-        """Project to the queries of the indexer and to the weights of its heads.
+    def queries_and_index(
+        self, latent: Tensor | Normed, x: Tensor | Normed
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Project to queries, to those of the indexer, and to the weights of its heads.
 
         Returns:
-            [num_tokens, index_n_heads, index_head_dim], not rotated; and float32 [num_tokens,
-            index_n_heads].
+            [num_tokens, num_heads * head_dim] and [num_tokens, index_n_heads * index_head_dim],
+            columns of wider rows; and float32 [num_tokens, index_n_heads].
         """
-        query = self._index_b.matmul(latent).reshape([latent.shape[0], self._index_heads, -1])
-        return query, self._head_weights.matmul(x)
+        both = self._q_b.matmul(latent)
+        own, index = both[:, : self._query_columns], both[:, self._query_columns :]
+        return own, index, self._head_weights.matmul(x)
