@@ -95,6 +95,7 @@ class Tokens:
     def __init__(self, bench: Any, shape: Shape, tokens: int) -> None:
         from fd_dsa.device.transfers import uploaded
         from fd_dsa.ops.dense_kernels import quantize_rows
+        from fd_dsa.ops.expert_pairs import Choice
         from fd_dsa.ops.fill_kernels import fill_random
         from fd_dsa.tensor import Normed
 
@@ -103,7 +104,7 @@ class Tokens:
         ids = np.sort(ids).astype(np.int32)
         self.num_hit = len(np.unique(ids))
         shares = np.full(ids.shape, 1 / shape.top_k, np.float32)
-        self._choice = uploaded(bench.allocate, ids), uploaded(bench.allocate, shares)
+        self._choice = Choice(uploaded(bench.allocate, ids), uploaded(bench.allocate, shares))
         self._shared = bench.allocate((tokens, shape.hidden), "bfloat16")
         plain = bench.allocate((tokens, shape.hidden), "bfloat16")
         for seed, tensor in enumerate((self._shared, plain)):
@@ -115,14 +116,14 @@ class Tokens:
         """Run a layer's experts."""
         from fd_dsa.models.moe import routed_on_device
 
-        return routed_on_device(self._x, self._shared, *self._choice, experts)
+        return routed_on_device(self._x, self._shared, self._choice, experts)
 
     def gate_up(self, experts: tuple[Any, Any], tiling: Any) -> Any:
         """Run the first GEMM of experts in four bits with a tiling."""
-        from fd_dsa.ops.expert_kernels import group_pairs
+        from fd_dsa.ops.expert_pairs import group_pairs
         from fd_dsa.ops.four_bit_gemm import four_bit_gemm
 
-        (ids, _), (gate_up, _) = self._choice, experts
+        ids, (gate_up, _) = self._choice.ids, experts
         pairs = group_pairs(ids, gate_up.shape[0])
         how = {"top_k": ids.shape[1], "tiling": tiling}
         return four_bit_gemm(self._x.plain, gate_up.weight, *pairs, **how)

@@ -179,7 +179,9 @@ class Experts:
         self.ids = self._ids.numpy()
 
     def _choose(self) -> None:
-        self._ids, self._shares = self._kernels.choose_experts(
+        from fd_dsa.ops.expert_pairs import group_pairs
+
+        self._ids, self._shares, lists = self._kernels.choose_experts(
             *(self._logits, self._bias),
             top_k=TOP_K,
             n_group=8,
@@ -188,7 +190,7 @@ class Experts:
             scaling=2.5,
             slot_mapping=self._slots,
         )
-        self._pairs = self._kernels.group_pairs(self._ids, EXPERTS)
+        self._pairs = lists or group_pairs(self._ids, EXPERTS)
 
     def gate_up(self, tiling: Any = None) -> Any:
         """Run the first GEMM."""

@@ -133,9 +133,9 @@ class Engine(gpu_engine.Engine):
 
         def counting(choose: Any) -> Any:
             def chosen(*given: Any, **named: Any) -> Any:
-                ids, weights = choose(*given, **named)
-                counts.append(len(np.unique(ids.numpy())))
-                return ids, weights
+                choice = choose(*given, **named)
+                counts.append(len(np.unique(choice.ids.numpy())))
+                return choice
 
             return chosen
 

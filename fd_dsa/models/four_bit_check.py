@@ -38,7 +38,7 @@ def _results(form: FourBits, allocate: Allocate, num_rows: int) -> tuple[np.ndar
     """Return the results of a gated GEMM on the device, and those in float64."""
     # kernels are loaded only if there is a device
     from fd_dsa.device.transfers import on_host, uploaded
-    from fd_dsa.ops.expert_kernels import group_pairs
+    from fd_dsa.ops.expert_pairs import group_pairs
     from fd_dsa.ops.four_bit_gemm import four_bit_gemm
     from fd_dsa.tensor import FourBitWeight
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeAlias, Union
+from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
 import numpy as np
 
@@ -12,6 +12,9 @@ from fd_dsa.models.weights_protocol import Weights
 from fd_dsa.ops.arrays import values_of
 from fd_dsa.ops.host_gemm import HostMatrix, matmul_spans
 from fd_dsa.tensor import Array, Normed, Tensor
+
+if TYPE_CHECKING:
+    from fd_dsa.ops.expert_pairs import Choice
 
 EXPERT_BYTES = 1 << 30
 """Max bytes of one activation of the selected experts. A longer step is split."""
@@ -142,30 +145,31 @@ class DeepseekMoE:
             scaling=float(gate.scaling),
             slot_mapping=slot_mapping,
         )
-        return routed_on_device(x, shared, *choice, self.experts)
+        return routed_on_device(x, shared, choice, self.experts)
 
 
 def routed_on_device(
     x: Tensor | Normed,
     shared: Tensor,
-    ids: Tensor,
-    weights: Tensor,
+    choice: Choice,
     experts: tuple[Any, Any],
     limit: float | None = None,
 ) -> Tensor:
-    """Return `shared` plus the weighted sum of the experts `ids`, on a device.
+    """Return `shared` plus the weighted sum of the chosen experts, on a device.
 
     The host does not know which experts have tokens, because reading it back would cost a wait in
     every layer. So kernels list the tokens of each expert, and grids fit any selection.
 
     Args:
-        ids, weights: result of `choose_experts`.
+        choice: experts of each token.
         experts: gate_up and down of all experts, DeviceMatrix or FourBitExperts.
         limit: clamp of gate and up, see `silu_and_mul`.
     """
     # kernels are loaded only if there is a device
-    from fd_dsa.ops import expert_kernels as kernels
+    from fd_dsa.ops.expert_kernels import sum_experts
+    from fd_dsa.ops.expert_pairs import Choice, group_pairs
 
+    ids, weights, lists = choice
     (gate_up, down), (num_tokens, top_k) = experts, ids.shape
     num_experts, *_ = gate_up.shape
     widest = max(down.shape[1:])
@@ -178,14 +182,14 @@ def routed_on_device(
         plain = values_of(x)
         return paddle.concat(
             [
-                routed_on_device(plain[c], shared[c], ids[c], weights[c], experts, limit)
+                routed_on_device(plain[c], shared[c], Choice(ids[c], weights[c]), experts, limit)
                 for c in chunks
             ]
         )
-    pairs = kernels.group_pairs(ids, num_experts)
-    hidden = gate_up.grouped_matmul(x, *pairs, top_k=top_k, gated=True, limit=limit)
-    parts = down.grouped_matmul(hidden, *pairs, top_k=top_k)
-    return kernels.sum_experts(parts, weights, ids, shared)
+    pairs, counts = lists or group_pairs(ids, num_experts)
+    hidden = gate_up.grouped_matmul(x, pairs, counts, top_k=top_k, gated=True, limit=limit)
+    parts = down.grouped_matmul(hidden, pairs, counts, top_k=top_k)
+    return sum_experts(parts, weights, ids, shared)
 
 
 def routed(

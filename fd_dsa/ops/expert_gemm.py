@@ -1,6 +1,6 @@
 """Grouped GEMM of routed experts: its kernel, its tilings and its launch.
 
-A GEMM reads the rows of its pairs through the lists of `expert_kernels.group_pairs`. It writes the
+A GEMM reads the rows of its pairs through the lists of `expert_pairs.group_pairs`. It writes the
 results at the places of the pairs, so rows are never copied.
 
 With few tokens the time is that of reading the weights of the selected experts. Tiles then have 16
@@ -267,7 +267,7 @@ def expert_gemm(
             Fp8Rows: codes, uint8 of that shape, and scales, float32
             [num_experts, ceil(columns / 128), ceil(width / 128)]. A gated weight has 2 * columns,
             first those of the gate.
-        pairs, counts: results of `expert_kernels.group_pairs`.
+        pairs, counts: results of `expert_pairs.group_pairs`.
         gated: True for silu of the first half of the columns times the second half.
         round_scales: True if scales of a result in FP8 are powers of two.
         tiling: tiling of Triton's kernel. None selects it by the shape, and may use the kernel of

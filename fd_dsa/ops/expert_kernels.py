@@ -1,14 +1,15 @@
-"""Routed experts on a device: their choice, by scores or by token id, grouping and weighted sum.
+"""Routed experts on a device: their choice, by scores or by token id, and their weighted sum.
 
-A pair is a token and one of its experts, and a row of the grouped GEMMs (`expert_gemm`). One launch
-lists the pairs of each expert in order. Grids depend only on the number of tokens, so the launches
-can be captured. Every sum has a fixed order. Tokens of padding have expert ids of -1.
+The launch of a choice also lists the pairs of each expert if there are few tokens (`expert_pairs`).
+Grids depend only on the number of tokens, so the launches can be captured. Every sum has a fixed
+order. Tokens of padding have expert ids of -1.
 """
 
 from __future__ import annotations
 
 from fd_dsa.ops.dense_kernels import empty_beside, sigmoid
 from fd_dsa.ops.device_functions import image_of, stored, widened
+from fd_dsa.ops.expert_pairs import Choice, launch_choice, list_pairs
 from fd_dsa.ops.step_kernel import step_kernel
 from fd_dsa.tensor import Tensor
 from fd_dsa.triton_runtime import next_power_of_2, start_next, wait_for_inputs
@@ -17,8 +18,6 @@ import triton  # isort: skip
 import triton.language as tl  # isort: skip
 
 _BLOCK = 1024
-# maximum number of pairs that the program of an expert scans at a time
-_MAX_PAIRS = 4096
 # below the key of any value
 _LOWEST = tl.constexpr(-(1 << 63))
 
@@ -61,11 +60,16 @@ def choose_experts_kernel(
     logits_ptr,
     bias_ptr,
     slot_mapping_ptr,
+    scaling,
     ids_ptr,
     weights_ptr,
-    scaling,
+    pairs_ptr,
+    counts_ptr,
+    scratch_ptr,
     NUM_EXPERTS: tl.constexpr,
     TOP_K: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    MAX_PAIRS: tl.constexpr,
     NUM_GROUPS: tl.constexpr,
     TOP_GROUPS: tl.constexpr,
     NORM: tl.constexpr,
@@ -75,7 +79,7 @@ def choose_experts_kernel(
 ):
     """Select the experts of token `program 0`, from GROUPS groups of SIZE places.
 
-    GROUPS and SIZE are powers of two.
+    GROUPS and SIZE are powers of two. See `list_pairs` for the lists.
     """
     row = tl.program_id(0).to(tl.int64) * NUM_EXPERTS
     own: tl.constexpr = NUM_EXPERTS // NUM_GROUPS
@@ -85,6 +89,7 @@ def choose_experts_kernel(
     bias = tl.load(bias_ptr + expert, mask=exists, other=0.0)
     wait_for_inputs()
     start_next()
+    padding = tl.load(slot_mapping_ptr + tl.program_id(0)) < 0
     logits = tl.load(logits_ptr + row + expert, mask=exists, other=0.0)
     scores = _scores(logits, SCORE)
     choice = tl.where(exists, scores + bias, float("-inf"))
@@ -111,11 +116,15 @@ def choose_experts_kernel(
         weights = weights / (tl.sum(weights, axis=0) + 1e-20)
     place = tl.program_id(0) * TOP_K + tl.cumsum(chosen.to(tl.int32), axis=0) - 1
     expert = tl.reshape(expert, [GROUPS * SIZE])
-    padding = tl.load(slot_mapping_ptr + tl.program_id(0)) < 0
     expert = tl.where(padding, -1, expert)
     weights = tl.where(padding, 0.0, weights)
     tl.store(ids_ptr + place, expert, mask=chosen)
     tl.store(weights_ptr + place, weights * scaling, mask=chosen)
+    if pairs_ptr is not None:
+        list_pairs(
+            tl.where(chosen, expert, -1), place, ids_ptr, pairs_ptr, counts_ptr, scratch_ptr,
+            NUM_EXPERTS, TOP_K, EXPERTS, MAX_PAIRS,
+        )  # fmt: skip
 
 
 def choose_experts(
@@ -129,7 +138,7 @@ def choose_experts(
     scaling: float,
     slot_mapping: Tensor,
     score: str = "sigmoid",
-) -> tuple[Tensor, Tensor]:
+) -> Choice:
     """Select experts by scores plus a correction bias, which does not enter the weights.
 
     With groups, the score of a group is that of its two best experts, and only experts of the best
@@ -146,37 +155,30 @@ def choose_experts(
         score: function of the logits, "sigmoid" or "sqrtsoftplus".
 
     Returns:
-        Expert ids, int32 [num_tokens, top_k], ascending, and their weights, float32. Padding has
-        ids of -1 and weights of 0.
+        Choice whose ids are ascending. Padding has ids of -1 and weights of 0.
 
     Source: DeepSeek-V3 (arXiv 2412.19437) §2.1.2.
     """
-    rows, experts = logits.shape
-    ids = empty_beside(logits, rows, top_k, dtype="int32")
-    weights = empty_beside(logits, rows, top_k)
-    if rows:
-        choose_experts_kernel[(rows,)](
-            logits,
-            bias,
-            slot_mapping,
-            ids,
-            weights,
-            scaling,
-            NUM_EXPERTS=experts,
-            TOP_K=top_k,
-            NUM_GROUPS=n_group,
-            TOP_GROUPS=topk_group,
-            NORM=norm,
-            SCORE=score,
-            GROUPS=next_power_of_2(n_group),
-            SIZE=next_power_of_2(experts // n_group),
-            # the maxima of a warp need no shared memory
-            num_warps=1,
-            # the compiler computes a score once for each layout; with a fused product in only one
-            # of them, a score would not equal itself
-            enable_fp_fusion=False,
-        )
-    return ids, weights
+    experts = logits.shape[1]
+    return launch_choice(
+        choose_experts_kernel,
+        top_k,
+        logits,
+        bias,
+        slot_mapping,
+        scaling,
+        NUM_GROUPS=n_group,
+        TOP_GROUPS=topk_group,
+        NORM=norm,
+        SCORE=score,
+        GROUPS=next_power_of_2(n_group),
+        SIZE=next_power_of_2(experts // n_group),
+        # the maxima of a warp need no shared memory
+        num_warps=1,
+        # the compiler computes a score once for each layout; with a fused product in only one
+        # of them, a score would not equal itself
+        enable_fp_fusion=False,
+    )
 
 
 @step_kernel(waits=True)
@@ -185,20 +187,29 @@ def look_up_experts_kernel(
     table_ptr,
     token_ids_ptr,
     rows_ptr,
+    scaling,
     ids_ptr,
     weights_ptr,
-    scaling,
+    pairs_ptr,
+    counts_ptr,
+    scratch_ptr,
     NUM_EXPERTS: tl.constexpr,
     TOP_K: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    MAX_PAIRS: tl.constexpr,
     SCORE: tl.constexpr,
     SIZE: tl.constexpr,
 ):
-    """Look up the experts of token `program 0`. SIZE is TOP_K as a power of two."""
+    """Look up the experts of token `program 0`, and list pairs as `choose_experts_kernel`.
+
+    SIZE is TOP_K as a power of two.
+    """
     wait_for_inputs()
     start_next()
     token = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, SIZE)
     real = place < TOP_K
+    is_token = tl.load(rows_ptr + token) >= 0
     token_id = tl.load(token_ids_ptr + token).to(tl.int64) + tl.zeros([SIZE], tl.int64)
     # a request that got no token has a result code in its place
     known = real & (token_id >= 0)
@@ -209,11 +220,18 @@ def look_up_experts_kernel(
     weights = scores / (tl.sum(scores, axis=0) + 1e-20) * scaling
     # the first pair of an expert that is named several times stands for all of them
     same = expert[:, None] == expert[None, :]
-    is_repeated = tl.sum((same & (place[None, :] < place[:, None])).to(tl.int32), axis=1) > 0
+    is_first = tl.sum((same & (place[None, :] < place[:, None])).to(tl.int32), axis=1) == 0
     weights = weights * tl.sum(same.to(tl.float32), axis=1)
-    unused = is_repeated | (tl.load(rows_ptr + token) < 0) | (token_id < 0)
-    tl.store(ids_ptr + token * TOP_K + place, tl.where(unused, -1, expert), mask=real)
-    tl.store(weights_ptr + token * TOP_K + place, tl.where(unused, 0.0, weights), mask=real)
+    is_used = known & is_first & is_token
+    pair = tl.program_id(0) * TOP_K + place
+    expert = tl.where(is_used, expert, -1)
+    tl.store(ids_ptr + pair, expert, mask=real)
+    tl.store(weights_ptr + pair, tl.where(is_used, weights, 0.0), mask=real)
+    if pairs_ptr is not None:
+        list_pairs(
+            expert, pair, ids_ptr, pairs_ptr, counts_ptr, scratch_ptr,
+            NUM_EXPERTS, TOP_K, EXPERTS, MAX_PAIRS,
+        )  # fmt: skip
 
 
 def look_up_experts(
@@ -224,7 +242,7 @@ def look_up_experts(
     *,
     scaling: float,
     score: str,
-) -> tuple[Tensor, Tensor]:
+) -> Choice:
     """Return the experts of each token by its id, weighted by their normalised scores.
 
     Args:
@@ -239,51 +257,11 @@ def look_up_experts(
     Returns:
         As `choose_experts`; an expert that is named again has an id of -1 there.
     """
-    (tokens, experts), top_k = logits.shape, table.shape[1]
-    ids = empty_beside(logits, tokens, top_k, dtype="int32")
-    weights = empty_beside(logits, tokens, top_k)
-    if tokens:
-        look_up_experts_kernel[(tokens,)](
-            logits, table, token_ids, rows, ids, weights, scaling, NUM_EXPERTS=experts,
-            TOP_K=top_k, SCORE=score, SIZE=next_power_of_2(top_k), num_warps=1,
-        )  # fmt: skip
-    return ids, weights
-
-
-@step_kernel(waits=True)
-def group_pairs_kernel(ids_ptr, pairs_ptr, counts_ptr, num_pairs, num_tokens, BLOCK: tl.constexpr):
-    """List the pairs of expert `program 0`, at most one for each token."""
-    wait_for_inputs()
-    start_next()
-    expert = tl.program_id(0)
-    count = 0
-    for start in range(0, num_pairs, BLOCK):
-        pair = start + tl.arange(0, BLOCK)
-        mine = tl.load(ids_ptr + pair, mask=pair < num_pairs, other=-1) == expert
-        place = expert.to(tl.int64) * num_tokens + count + tl.cumsum(mine.to(tl.int32), axis=0) - 1
-        tl.store(pairs_ptr + place, pair, mask=mine)
-        count += tl.sum(mine.to(tl.int32), axis=0)
-    tl.store(counts_ptr + expert, count)
-
-
-def group_pairs(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """List the pairs of each expert. Pair i is expert i % top_k of token i // top_k.
-
-    Args:
-        ids: int32 [num_tokens, top_k], contiguous. The experts of a row are distinct, -1 = padding.
-
-    Returns:
-        Pairs of each expert in order, int32 [num_experts, num_tokens], and their numbers, int32
-        [num_experts].
-    """
-    rows, top_k = ids.shape
-    pairs = empty_beside(ids, num_experts, rows)
-    counts = empty_beside(ids, num_experts)
-    block = min(_MAX_PAIRS, next_power_of_2(max(rows * top_k, 1)))
-    group_pairs_kernel[(num_experts,)](
-        ids, pairs, counts, rows * top_k, rows, BLOCK=block, num_warps=8 if block > _BLOCK else 4
-    )
-    return pairs, counts
+    top_k = table.shape[1]
+    return launch_choice(
+        look_up_experts_kernel, top_k, logits, table, token_ids, rows, scaling,
+        SCORE=score, SIZE=next_power_of_2(top_k), num_warps=1,
+    )  # fmt: skip
 
 
 @step_kernel(waits=True)

@@ -18,7 +18,7 @@ from fd_dsa.errors import DeviceError, LaunchError
 from fd_dsa.ops import expert_gemm_cuda
 from fd_dsa.ops.expert_gemm import expert_gemm
 from fd_dsa.ops.expert_gemm_cuda import ExpertGemm, kernel_for, suits
-from fd_dsa.ops.expert_kernels import group_pairs
+from fd_dsa.ops.expert_pairs import group_pairs
 from fd_dsa.ops.split_sums import Tiling
 from fd_dsa.tensor import Fp8Rows
 from tests.kernel_memory import KernelMemory

@@ -25,6 +25,7 @@ from fd_dsa.models.registry import create_model, open_checkpoint, read_config
 from fd_dsa.models.sources import RandomTensor
 from fd_dsa.ops import four_bit_gemm
 from fd_dsa.ops.device_matrix import DeviceMatrix, FourBitExperts
+from fd_dsa.ops.expert_pairs import Choice
 from fd_dsa.startup.memory import weight_bytes
 from fd_dsa.tensor import FourBitWeight
 from tests.kernel_memory import KernelMemory
@@ -117,9 +118,9 @@ def test_sums_of_ranks_add_up(paddle_memory: KernelMemory, name: str, tmp_path: 
     x = block_fp8.put(m, rng.standard_normal((9, 256)), "bfloat16")
     shared = block_fp8.put(m, np.zeros((9, 256)), "bfloat16")
     ids = np.sort([rng.permutation(4)[:2] for _ in range(9)], axis=1).astype(np.int32)
-    choice = m.put(ids), m.put(rng.random((9, 2)).astype(np.float32))
+    choice = Choice(m.put(ids), m.put(rng.random((9, 2)).astype(np.float32)))
     whole, *parts = (
-        block_fp8.get(m, routed_on_device(x, shared, *choice, Device(m, folder, *rank).experts))
+        block_fp8.get(m, routed_on_device(x, shared, choice, Device(m, folder, *rank).experts))
         for rank in ((0, 1), (0, 2), (1, 2))
     )
     np.testing.assert_allclose(sum(parts), whole, rtol=0, atol=2**-7 * np.abs(whole).max())

@@ -59,7 +59,7 @@ def check_gate(
             scaling=rule.scaling,
             slot_mapping=memory.put(np.zeros(len(logits), np.int64)),
         )
-        found = tuple(map(memory.get, found))
+        found = tuple(map(memory.get, found[:2]))
     with np.errstate(over="ignore"):
         scores = np.float32(1) / (np.float32(1) + np.exp(-logits))
     for row, experts, weights in zip(scores, *found, strict=True):

@@ -90,11 +90,8 @@ def compile(label, kernel, types={}, fusion=True, blocks=1, capability=CAPABILIT
 EVERY = """
 from fd_dsa.ops import dense_kernels as dense
 from fd_dsa.ops.expert_gemm import block_sizes, configuration, expert_gemm_kernel
-from fd_dsa.ops.expert_kernels import (
-    choose_experts_kernel,
-    group_pairs_kernel,
-    sum_experts_kernel,
-)
+from fd_dsa.ops.expert_kernels import choose_experts_kernel, sum_experts_kernel
+from fd_dsa.ops.expert_pairs import group_pairs_kernel
 from fd_dsa.ops.fill_kernels import fill_codes_kernel, fill_kernel
 from fd_dsa.ops.cache_write.triton_kernel import write_caches_kernel
 from fd_dsa.ops.logits.triton_kernel import logits_kernel
@@ -158,12 +155,16 @@ for dtype in ("float32", "bfloat16", "uint8"):
         compile("fill", fill_kernel, {"out_ptr": dtype}, RANDOM=random, BLOCK=1024)
 for is_integer in (False, True):
     compile("fill", fill_codes_kernel, {"out_ptr": "uint8"}, INTEGERS=is_integer, BLOCK=1024)
+# of several tokens, of one, and of more than a launch lists
+LISTS = {}, {"scratch_ptr": None}, dict.fromkeys(("pairs_ptr", "counts_ptr", "scratch_ptr"))
 CHOICES = (256, 8, 4, 8), (256, 1, 1, 8), (8, 1, 1, 2), (9, 3, 1, 2)
 for experts, groups, top_groups, top in CHOICES:
     size = 1 << (experts // groups - 1).bit_length()
-    compile("choice", choose_experts_kernel, num_warps=1, NUM_EXPERTS=experts, TOP_K=top,
-            NUM_GROUPS=groups, TOP_GROUPS=top_groups, NORM=True, SCORE="sigmoid",
-            GROUPS=1 << (groups - 1).bit_length(), SIZE=size)
+    for absent in LISTS:
+        compile("choice", choose_experts_kernel, num_warps=1, NUM_EXPERTS=experts, TOP_K=top,
+                NUM_GROUPS=groups, TOP_GROUPS=top_groups, NORM=True, SCORE="sigmoid",
+                GROUPS=1 << (groups - 1).bit_length(), SIZE=size,
+                EXPERTS=1 << (experts - 1).bit_length(), MAX_PAIRS=64 * top, **absent)
 for block, warps in (1024, 4), (4096, 8):
     compile("group", group_pairs_kernel, BLOCK=block, num_warps=warps)
 for kind in ("float32", "bfloat16"):

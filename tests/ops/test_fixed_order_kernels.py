@@ -79,7 +79,8 @@ def heads(m: KernelMemory, rows: int, kind: str, *shape: int) -> Run:
 
 def experts(m: KernelMemory, rows: int, kind: str, *shape: int) -> Run:
     """Both grouped GEMMs, and the sum; what the first rows choose makes some experts full."""
-    from fd_dsa.ops.expert_kernels import group_pairs, sum_experts
+    from fd_dsa.ops.expert_kernels import sum_experts
+    from fd_dsa.ops.expert_pairs import group_pairs
 
     count, width, hidden = shape
     gate_up: Any

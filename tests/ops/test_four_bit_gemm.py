@@ -17,7 +17,7 @@ from benchmarks import _tilings
 from fd_dsa.errors import ShapeError
 from fd_dsa.ops import expert_gemm, four_bit_sums
 from fd_dsa.ops.expert_gemm import configuration
-from fd_dsa.ops.expert_kernels import group_pairs
+from fd_dsa.ops.expert_pairs import group_pairs
 from fd_dsa.ops.four_bit_gemm import four_bit_gemm
 from fd_dsa.ops.split_sums import Tiling
 from fd_dsa.tensor import FourBitWeight

@@ -72,7 +72,7 @@ def test_every_form_compiles() -> None:
         *["records", "positions"],
         *[*["norm"] * 4, *["silu"] * 2, "quantize", *["join"] * 2, *["rows"] * 2] * 2,
         *["fill"] * 8,
-        *["choice"] * 4,
+        *["choice"] * 12,
         *["group"] * 2,
         *[*["experts"] * 6, "sum"] * 2,
         *[*["write"] * 2, *["query"] * 2, *["mla_query"] * 2] * 2,

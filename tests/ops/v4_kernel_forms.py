@@ -94,9 +94,14 @@ for kind in ("float32", "bfloat16"):
                                                               2048, SHARED)))
 compile("place", place_step_kernel, INT32_TYPES | {"newest_ptr": "int64"}, WINDOW=128,
         RING=131, BLOCK_SIZE=128, CSA_RATIO=4, HCA_RATIO=128, ROW_TILE=256, TILE=128)
-compile("choice", choose_experts_kernel, INT32_TYPES | {"slot_mapping_ptr": "int32"}, num_warps=1,
-        NUM_EXPERTS=256, TOP_K=6, NUM_GROUPS=1, TOP_GROUPS=1, NORM=True, SCORE="sqrtsoftplus",
-        GROUPS=1, SIZE=256)
-compile("look up", look_up_experts_kernel, INT32_TYPES, NUM_EXPERTS=256, TOP_K=6,
-        SCORE="sqrtsoftplus", SIZE=8, num_warps=1)
+for experts in (256, 384):
+    padded = 1 << (experts - 1).bit_length()
+    sizes = dict(NUM_EXPERTS=experts, TOP_K=6, SCORE="sqrtsoftplus", EXPERTS=padded, MAX_PAIRS=512,
+                 num_warps=1)
+    # of several tokens, of one, and of more than a launch lists
+    for absent in ((), ("scratch_ptr",), ("pairs_ptr", "counts_ptr", "scratch_ptr")):
+        types, absent = INT32_TYPES, dict.fromkeys(absent)
+        compile("choice", choose_experts_kernel, types | {"slot_mapping_ptr": "int32"},
+                NUM_GROUPS=1, TOP_GROUPS=1, NORM=True, GROUPS=1, SIZE=padded, **sizes, **absent)
+        compile("look up", look_up_experts_kernel, types, SIZE=8, **sizes, **absent)
 """

@@ -67,4 +67,4 @@ class DeviceV4MoE:
                 slot_mapping=padding,
                 score=self._score,
             )
-        return routed_on_device(x, shared, *choice, self._experts, self._limit)
+        return routed_on_device(x, shared, choice, self._experts, self._limit)

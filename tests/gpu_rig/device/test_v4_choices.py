@@ -16,6 +16,7 @@ import paddle
 import pytest
 
 from fd_dsa.models.deepseek_v4 import device_moe
+from fd_dsa.ops.expert_pairs import Choice
 from fd_dsa.v4_attention.device_backend import V4DeviceBackend
 from tests.gpu_rig import Rig
 from tests.gpu_rig.device.test_v4_model import device_model, device_runner, worst
@@ -52,8 +53,8 @@ class Choices:
             self.changed.append((self.made[-1] != wanted).any(axis=1))
             return wanted
 
-        def choose(logits: Any, *given: Any, **options: Any) -> tuple[Any, Any]:
-            ids, weights = experts(logits, *given, **options)
+        def choose(logits: Any, *given: Any, **options: Any) -> Choice:
+            ids, weights, _ = experts(logits, *given, **options)
             wanted = seen(ids)
             if forced is not None:
                 scores = np.sqrt(np.logaddexp(0, logits.numpy().astype(np.float64)))
@@ -61,7 +62,7 @@ class Choices:
                 share = options["scaling"] * own / own.sum(axis=1, keepdims=True)
                 put(ids, wanted)
                 put(weights, share.astype(np.float32))
-            return ids, weights
+            return Choice(ids, weights)
 
         def select(backend: Any, *given: Any) -> Any:
             slots = entries(backend, *given)
