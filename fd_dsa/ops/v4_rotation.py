@@ -41,13 +41,15 @@ def rotate_rows(x, cos, sin):
     return tl.reshape(tl.join(first, second), [rows, 2 * half])
 
 
-@step_kernel(waits=True)
+@step_kernel(strided=("weights_ptr",), waits=True)
 def rotate_heads_kernel(
     x_ptr,
     cos_sin_ptr,
     positions_ptr,
     codes_ptr,
     weights_ptr,
+    weights_out_ptr,
+    stride,
     num_heads,
     WIDTH: tl.constexpr,
     ROPE: tl.constexpr,
@@ -64,34 +66,37 @@ def rotate_heads_kernel(
     place = (token * num_heads + head)[:, None] * WIDTH + channel[None, :]
     cos, sin = load_angles(cos_sin_ptr, tl.load(positions_ptr + token), WIDTH, ROPE, PADDED)
     x = rotate_rows(widened(tl.load(x_ptr + place, mask=mask, other=0.0)), cos, sin)
+    weights = tl.load(weights_ptr + token * stride + head, mask=head < num_heads, other=0.0)
     if codes_ptr is not None:
         codes, exponents = quantized_rows(x)
         tl.store(codes_ptr + place, codes, mask=mask)
-        weights_ptr += token * num_heads + head
-        weights = tl.load(weights_ptr, mask=head < num_heads, other=0.0)
-        tl.store(weights_ptr, weights * power_of(exponents), mask=head < num_heads)
+        weights *= power_of(exponents)
     else:
         tl.store(x_ptr + place, stored(x, x_ptr), mask=mask)
+    tl.store(weights_out_ptr + token * num_heads + head, weights, mask=head < num_heads)
 
 
 def rotate_heads(
-    x: Tensor, cos_sin: Tensor, positions: Tensor, weights: Tensor | None = None
-) -> Tensor:
+    x: Tensor, cos_sin: Tensor, positions: Tensor, weights: Tensor, *, as_codes: bool = False
+) -> tuple[Tensor, Tensor]:
     """Rotate the last channels of queries [num_tokens, num_heads, width], contiguous.
 
     Args:
-        weights: float32 [num_tokens, num_heads], weights of the heads' scores, which are multiplied
-            in place by the scales of FP8 queries; None = rotate `x` in place.
+        weights: float32 [num_tokens, num_heads], weights of the heads' scores. There may be gaps
+            between rows.
+        as_codes: return FP8 queries, whose scales are factors of the weights. False rotates `x` in
+            place.
 
     Returns:
-        `x`, or e4m3 codes uint8 of its shape.
+        `x`, or e4m3 codes uint8 of its shape; and the weights, contiguous.
     """
     (tokens, heads, width), codes = x.shape, None
-    if weights is not None:
+    if as_codes:
         codes = empty_beside(x, tokens, heads, width, dtype="uint8")
+    out = empty_beside(weights, tokens, heads)
     if tokens:
         rotate_heads_kernel[tokens, -(-heads // _HEADS)](
-            x, cos_sin, positions, codes, weights, heads, WIDTH=width, ROPE=cos_sin.shape[1],
-            HEADS=_HEADS, PADDED=next_power_of_2(width), num_warps=4,
+            x, cos_sin, positions, codes, weights, out, weights.strides[0], heads, WIDTH=width,
+            ROPE=cos_sin.shape[1], HEADS=_HEADS, PADDED=next_power_of_2(width), num_warps=4,
         )  # fmt: skip
-    return x if codes is None else codes
+    return x if codes is None else codes, out

@@ -153,8 +153,8 @@ def write_keys(
 @triton.jit
 def _pool(
     sources_ptr, states_ptr, gates_ptr, work, FIRST: tl.constexpr, WIDTH: tl.constexpr,
-    SOURCE: tl.constexpr, HALVES: tl.constexpr, RATIO: tl.constexpr, POOL: tl.constexpr,
-    RING: tl.constexpr, TILE: tl.constexpr, PADDED: tl.constexpr,
+    SOURCE: tl.constexpr, SOURCE_STRIDE: tl.constexpr, HALVES: tl.constexpr, RATIO: tl.constexpr,
+    POOL: tl.constexpr, RING: tl.constexpr, TILE: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     """Return the gated mean of an entry's sources [PADDED], a softmax for each channel."""
     token, row, position, from_states = work
@@ -171,7 +171,8 @@ def _pool(
         is_kept = (number < from_states)[:, None]
         at = FIRST + (half * WIDTH)[:, None] + channel[None, :]
         kept = states_ptr + (row * RING + source % RING).to(tl.int64)[:, None] * SOURCE + at
-        own = sources_ptr + (token - (POOL - 1) + number).to(tl.int64)[:, None] * SOURCE + at
+        own_token = (token - (POOL - 1) + number).to(tl.int64)
+        own = sources_ptr + own_token[:, None] * SOURCE_STRIDE + at
         old, new = exists & is_kept, exists & (is_kept == 0)
         value = tl.load(kept, mask=old, other=0.0) + tl.load(own, mask=new, other=0.0)
         kept += HALVES * WIDTH
@@ -190,7 +191,7 @@ def _pool(
     return mean / tl.where(total == 0.0, 1.0, total)
 
 
-@step_kernel(waits=True)
+@step_kernel(strided=("sources_ptr",), waits=True)
 def pool_entries_kernel(
     sources_ptr,
     states_ptr,
@@ -207,6 +208,7 @@ def pool_entries_kernel(
     WIDTH: tl.constexpr,
     INDEX_WIDTH: tl.constexpr,
     SOURCE: tl.constexpr,
+    SOURCE_STRIDE: tl.constexpr,
     HALVES: tl.constexpr,
     RATIO: tl.constexpr,
     POOL: tl.constexpr,
@@ -229,8 +231,8 @@ def pool_entries_kernel(
         row, begin = tl.load(rows_ptr + tl.program_id(0)).to(tl.int64), position + 1 - RATIO
         if tl.program_id(1) == 0:
             x = _pool(
-                sources_ptr, states_ptr, gates_ptr, work, 0, WIDTH, SOURCE, HALVES, RATIO, POOL,
-                RING, TILE, PADDED,
+                sources_ptr, states_ptr, gates_ptr, work, 0, WIDTH, SOURCE, SOURCE_STRIDE, HALVES,
+                RATIO, POOL, RING, TILE, PADDED,
             )  # fmt: skip
             x = _normed(x, norm_ptr, epsilon, cos_sin_ptr, begin, WIDTH, ROPE, PADDED)
             _store_key(x, entries_ptr, row, WIDTH, ROPE, ROW)
@@ -238,7 +240,7 @@ def pool_entries_kernel(
             # other names than above, because a name has one type
             index_x = _pool(
                 sources_ptr, states_ptr, index_gates_ptr, work, 2 * HALVES * WIDTH, INDEX_WIDTH,
-                SOURCE, HALVES, RATIO, POOL, RING, TILE, INDEX_PADDED,
+                SOURCE, SOURCE_STRIDE, HALVES, RATIO, POOL, RING, TILE, INDEX_PADDED,
             )  # fmt: skip
             index_x = _normed(
                 index_x, index_norm_ptr, epsilon, cos_sin_ptr, begin, INDEX_WIDTH, ROPE,
@@ -262,7 +264,7 @@ def pool_entries(
     """Write the entries that a step finishes to their pools, one launch.
 
     Args:
-        sources: float32 [num_tokens, values of a source], contiguous.
+        sources: float32 [num_tokens, values of a source]; there may be gaps between rows.
         states: float32 [num_rows * plan.ring, values of a source], sources of earlier steps.
         main, index: both compressors; an HCA layer has no `index`.
         cos_sin: as for `write_keys`. An entry is rotated as the first token of its own group.
@@ -275,13 +277,14 @@ def pool_entries(
     pool_entries_kernel[plan.num_entries, 1 if index is None else 2](
         sources, states, plan.entries, plan.rows, *main, *(index or (None, None, None)), cos_sin,
         epsilon, WIDTH=width, INDEX_WIDTH=index_width, SOURCE=sources.shape[1],
-        HALVES=plan.pool // plan.ratio, RATIO=plan.ratio, POOL=plan.pool, RING=plan.ring,
+        SOURCE_STRIDE=sources.strides[0], HALVES=plan.pool // plan.ratio, RATIO=plan.ratio,
+        POOL=plan.pool, RING=plan.ring,
         ROPE=cos_sin.shape[1], ROW=row, PER_BLOCK=per_block, TILE=_TILE,
         PADDED=next_power_of_2(width), INDEX_PADDED=next_power_of_2(index_width or 2), num_warps=4,
     )  # fmt: skip
 
 
-@step_kernel(waits=True)
+@step_kernel(strided=("sources_ptr",), waits=True)
 def keep_step_kernel(
     keys_ptr,
     places_ptr,
@@ -293,6 +296,7 @@ def keep_step_kernel(
     num_kept,
     WIDTH: tl.constexpr,
     SOURCE: tl.constexpr,
+    SOURCE_STRIDE: tl.constexpr,
     RING: tl.constexpr,
     PADDED: tl.constexpr,
 ):
@@ -315,7 +319,7 @@ def keep_step_kernel(
         for first in range(0, size, _BLOCK):
             at = first + tl.arange(0, _BLOCK)
             slot = tl.load(plan + 1) * RING + tl.load(plan + 2) % RING
-            value = tl.load(sources_ptr + token * SOURCE + at, mask=at < SOURCE, other=0.0)
+            value = tl.load(sources_ptr + token * SOURCE_STRIDE + at, mask=at < SOURCE, other=0.0)
             tl.store(states_ptr + slot.to(tl.int64) * SOURCE + at, value, mask=at < SOURCE)
 
 
@@ -340,5 +344,6 @@ def keep_step(
         keep_step_kernel[(max(tokens, kept),)](
             keys, places, ring, sources, None if plan is None else plan.kept, states, tokens, kept,
             WIDTH=width, SOURCE=1 if sources is None else sources.shape[1],
+            SOURCE_STRIDE=1 if sources is None else sources.strides[0],
             RING=1 if plan is None else plan.ring, PADDED=next_power_of_2(width), num_warps=4,
         )  # fmt: skip

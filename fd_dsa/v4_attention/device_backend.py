@@ -187,20 +187,21 @@ class V4DeviceBackend:
         config, positions = self._config, step.places.positions
         kind, eps = config.layer_types[layer.layer_id], config.rms_norm_eps
         cos_sin = self._angles[kind == WINDOW]
-        latent, kv = layer.project(hidden)
+        latent, kv, sources, head_weights = layer.project(hidden)
         norm, as_records = Norm(layer.kv_norm, eps), self._layout.is_fp8
         keys = write_keys(kv, norm, cos_sin, positions, as_records=as_records)
         entries, slots = None, None
         kept: tuple[Any, ...] = ()
-        if layer.compressor is not None:
-            sources, plan = layer.sources(hidden), step.plans[kind]
+        if layer.compressor is not None and sources is not None:
+            plan = step.plans[kind]
             main = _pooling(layer.compressor, pools.entries)
             index = None
             if layer.index_compressor is not None:
                 index = _pooling(layer.index_compressor, pools.index_entries)
             pool_entries(sources, pools.states, plan, main, index, cos_sin, eps)
-            if index is not None and step.index_view is not None:
-                slots = self.select_entries(layer, latent, hidden, index.entries, step, cos_sin)
+            if index is not None and head_weights is not None and step.index_view is not None:
+                cache = index.entries
+                slots = self.select_entries(layer, latent, head_weights, cache, step, cos_sin)
             entries = Entries(pools.entries, plan.ratio, slots)
             kept = sources, plan, pools.states
         windows = Windows(keys, pools.ring, self._layout.ring_rows, config.sliding_window)
@@ -215,7 +216,7 @@ class V4DeviceBackend:
         self,
         layer: DeviceV4Attention,
         latent: Tensor | Normed,
-        hidden: Tensor | Normed,
+        head_weights: Tensor,
         cache: Tensor,
         step: DeviceStep,
         cos_sin: Tensor,
@@ -224,18 +225,17 @@ class V4DeviceBackend:
 
         Args:
             layer: layer with an indexer.
-            latent, hidden: activations of the step's tokens, which the indexer's queries and
-                weights come from.
+            latent, head_weights: results of `layer.project` for the step's tokens.
             cache: entries of the indexer, [num_blocks, entries of a block, width].
             step: step whose tokens have to select.
             cos_sin: angles of all positions.
         """
         view = step.index_view
         assert view is not None
-        q, weights = layer.index_queries(latent, hidden)
-        q = rotate_heads(
-            q, cos_sin, step.places.positions, weights if self._layout.is_fp8 else None
-        )
+        q, weights = rotate_heads(
+            layer.index_queries(latent), cos_sin, step.places.positions, head_weights,
+            as_codes=self._layout.is_fp8,
+        )  # fmt: skip
         slots = empty_beside(weights, step.num_tokens, self._config.index_topk, dtype="int32")
 
         def use(scores: Tensor, first_token: int) -> None:

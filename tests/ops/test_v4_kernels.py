@@ -79,7 +79,10 @@ def test_keys_and_rotated_heads(width: int, kind: str, paddle_memory: KernelMemo
         kind,
     )
     heads, exact = drawn(m, kind, 3, 17, width)
-    rotate_heads(heads, cos_sin, places)
+    weights, _ = drawn(m, "float32", 3, 20)
+    same, head_weights = rotate_heads(heads, cos_sin, places, weights[:, 2:19])
+    assert same is heads and head_weights.is_contiguous()
+    np.testing.assert_array_equal(m.get(head_weights), m.get(weights)[:, 2:19])
     wanted = np.stack([rotated(x, p) for x, p in zip(exact, positions, strict=True)])
     check(block_fp8.get(m, heads), wanted, kind)
 
@@ -121,7 +124,9 @@ def test_entries_pool_old_and_new_sources(
         norm, empty = rng.random(width, np.float32), m.poisoned((2, 2, width), kind)
         weights.append((gates, norm))
         made.append(Pooling(m.put(gates.reshape(-1)), m.put(norm), empty))
-    own_sources, kept_sources = m.put(own), m.put(states)
+    # columns of wider rows
+    wider = np.concatenate((own, np.full((len(own), 5), np.nan, np.float32)), axis=1)
+    own_sources, kept_sources = m.put(wider)[:, :source], m.put(states)
     index = made[1] if len(made) == 2 else None
     pool_entries(own_sources, kept_sources, work, made[0], index, m.put(COS_SIN), EPS)
     first = 0

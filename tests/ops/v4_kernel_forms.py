@@ -38,7 +38,7 @@ for kind in ("float32", "bfloat16"):
                     PARTS=64, PARTS_PADDED=64, ITERATIONS=20, BLOCK=4096,
                     ROUND_SCALES=True, num_warps=8, **absent, **codes)
     compile("rotate", rotate_heads_kernel, types, WIDTH=INDEX, ROPE=ROPE, HEADS=16, PADDED=INDEX,
-            codes_ptr=None, weights_ptr=None)
+            codes_ptr=None)
     compile("rotate", rotate_heads_kernel, types | {"codes_ptr": "uint8"}, WIDTH=INDEX, ROPE=ROPE,
             HEADS=16, PADDED=INDEX)
     # keys and entries, and the rows of their pools
@@ -51,14 +51,14 @@ for kind in ("float32", "bfloat16"):
         for halves, ratio, absent in ((2, 4, {}), (1, 128, none)):
             source = 2 * halves * (WIDTH + (INDEX if halves == 2 else 0))
             compile("pool", write.pool_entries_kernel, pools, WIDTH=WIDTH, INDEX_WIDTH=INDEX,
-                    SOURCE=source, HALVES=halves, RATIO=ratio, POOL=ratio * halves,
-                    RING=ratio * halves, ROPE=ROPE, ROW=row, PER_BLOCK=256 // ratio, TILE=8,
-                    PADDED=WIDTH, INDEX_PADDED=INDEX, **absent)
+                    SOURCE=source, SOURCE_STRIDE=source + 64, HALVES=halves, RATIO=ratio,
+                    POOL=ratio * halves, RING=ratio * halves, ROPE=ROPE, ROW=row,
+                    PER_BLOCK=256 // ratio, TILE=8, PADDED=WIDTH, INDEX_PADDED=INDEX, **absent)
             compile("keep", write.keep_step_kernel, pools, WIDTH=row, SOURCE=source,
-                    RING=ratio * halves, PADDED=1024)
+                    SOURCE_STRIDE=source + 64, RING=ratio * halves, PADDED=1024)
         none = dict.fromkeys(("sources_ptr", "kept_ptr", "states_ptr"))
-        compile("keep", write.keep_step_kernel, pools, WIDTH=row, SOURCE=1, RING=1, PADDED=1024,
-                **none)
+        compile("keep", write.keep_step_kernel, pools, WIDTH=row, SOURCE=1, SOURCE_STRIDE=1,
+                RING=1, PADDED=1024, **none)
         compile("snapshots", copy_slot_kernel, dict(slots_ptr=key), SIZE=128 * row, TILE=1024)
         for absent in ({}, {"slots_ptr": None}, {"pool_ptr": None, "slots_ptr": None}):
             for whole in ({"values_ptr": None, "lse_ptr": None}, {}):

@@ -56,24 +56,23 @@ class DeviceV4Attention:
         self.sinks: Tensor = weights.vector({f"{prefix}attn_sink": self._heads})
         self.compressor: DeviceCompressor | None = None
         self.index_compressor: DeviceCompressor | None = None
+        # projections in bfloat16: sources of the compressors, then weights of the indexer's heads
+        beside: dict[str, int] = {}
         if kind != WINDOW:
             self.compressor = DeviceCompressor(config, kind, weights, f"{prefix}compressor.")
-            parts = self.compressor.parts
+            beside |= self.compressor.parts
             if kind == CSA:
                 name = f"{prefix}indexer.compressor."
                 self.index_compressor = DeviceCompressor(config, kind, weights, name)
-                parts |= self.index_compressor.parts
-            self._sources = weights.matrix(hidden, parts, sums_in_float32=True)
+                beside |= self.index_compressor.parts
+        self._source = sum(beside.values())
         if kind == CSA:
             self._index_heads, rows = config.index_n_heads, config.index_head_dim
             name = f"{prefix}indexer.wq_b.weight"
             self._index_b = weights.matrix(rank, {name: self._index_heads * rows})
             # a factor of all scores changes no selection
-            self._head_weights = weights.matrix(
-                hidden,
-                {f"{prefix}indexer.weights_proj.weight": self._index_heads},
-                sums_in_float32=True,
-            )
+            beside[f"{prefix}indexer.weights_proj.weight"] = self._index_heads
+        self._beside = weights.matrix(hidden, beside, sums_in_float32=True) if beside else None
         group, low = self._heads * self._width // self._groups, config.o_lora_rank
         self._out_a = weights.grouped(f"{prefix}wo_a.weight", self._groups, group, low)
         self._out_b = weights.matrix(self._groups * low, {f"{prefix}wo_b.weight": hidden})
@@ -86,32 +85,39 @@ class DeviceV4Attention:
         out: Tensor = self._out_b.matmul(low)
         return out
 
-    def project(self, x: Tensor | Normed) -> tuple[Tensor | Normed, Tensor]:
-        """Project the layer's input to normed latents of the queries, and to keys.
+    def project(
+        self, x: Tensor | Normed
+    ) -> tuple[Tensor | Normed, Tensor, Tensor | None, Tensor | None]:
+        """Multiply the layer's input by all weights that read it.
+
+        All results but the first may be columns of wider rows.
 
         Returns:
-            [num_tokens, q_lora_rank]; and [num_tokens, head_dim], columns of wider rows, neither
-            normed nor rotated.
+            Normed latents of the queries, [num_tokens, q_lora_rank]. Then keys [num_tokens,
+            head_dim], neither normed nor rotated. Then sources of the compressors, float32
+            [num_tokens, values of a source], None without a compressor. Then weights of the
+            indexer's heads, float32 [num_tokens, index_n_heads], None without an indexer.
         """
-        both = self._down.matmul(x)
-        return self._q_norm.normalize(both[:, : self._rank]), both[:, self._rank :]
-
-    def sources(self, x: Tensor | Normed) -> Tensor:
-        """Project to the sources of the compressors, float32 [num_tokens, values of a source]."""
-        found: Tensor = self._sources.matmul(x)
-        return found
+        sources = head_weights = None
+        if self._beside is None:
+            both = self._down.matmul(x)
+        else:
+            both, sources = self._down.matmul_beside(x, self._beside)
+            if self.index_compressor is not None:
+                sources, head_weights = sources[:, : self._source], sources[:, self._source :]
+        latent = self._q_norm.normalize(both[:, : self._rank])
+        return latent, both[:, self._rank :], sources, head_weights
 
     def queries(self, latent: Tensor | Normed) -> Tensor:
         """Project latents to queries [num_tokens, num_heads, head_dim]."""
         found: Tensor = self._q_b.matmul(latent).reshape([-1, self._heads, self._width])
         return found
 
-    def index_queries(self, latent: Tensor | Normed, x: Tensor | Normed) -> tuple[Tensor, Tensor]:
-        """Project to the queries of the indexer and to the weights of its heads.
+    def index_queries(self, latent: Tensor | Normed) -> Tensor:
+        """Project latents to the queries of the indexer, not rotated.
 
         Returns:
-            [num_tokens, index_n_heads, index_head_dim], not rotated; and float32 [num_tokens,
-            index_n_heads].
+            [num_tokens, index_n_heads, index_head_dim].
         """
-        query = self._index_b.matmul(latent).reshape([latent.shape[0], self._index_heads, -1])
-        return query, self._head_weights.matmul(x)
+        found: Tensor = self._index_b.matmul(latent)
+        return found.reshape([latent.shape[0], self._index_heads, -1])
