@@ -18,7 +18,7 @@ CLASSES = {
     "sums over ranks": ("all_reduce", "nccl"),
     "routed experts": ("expert_gemm_kernel", "multiply_experts"),
     "choice, groups and sum of experts": ("choose_experts", "group_pairs", "sum_experts"),
-    "GEMMs in FP8": ("fp8_linear_kernel", "_qq", "__nv_bfloat16"),
+    "GEMMs in FP8": ("fp8_linear_kernel", "side_by_side", "_qq", "__nv_bfloat16"),
     "head, router": ("nvjet", "splitKreduce"),
     "keys and values of heads": ("head_gemm_kernel",),
     "indexer": ("tile_", "topk", "prepare_query_kernel", "project_indexer"),

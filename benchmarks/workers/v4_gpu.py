@@ -22,7 +22,7 @@ CLASSES = {
         "group_pairs",
         "sum_experts",
     ),
-    "GEMMs in FP8": ("fp8_linear_kernel", "_qq"),
+    "GEMMs in FP8": ("fp8_linear_kernel", "side_by_side", "_qq"),
     "grouped GEMM of attention": ("head_gemm_kernel",),
     "other GEMMs": ("nvjet", "splitKreduce", "gemm", "__nv_bfloat16"),
     "residual streams": ("expand_streams", "read_streams"),

@@ -123,20 +123,22 @@ class DeepseekMoE:
 
         On a device padded tokens have no routed experts.
         """
-        out = self.shared_experts.forward(x)
         if isinstance(x, np.ndarray):
+            out = self.shared_experts.forward(x)
             out += routed(x, *self.gate.forward(x), self.experts, HostMatrix.activated)
             return out
-        return self._routed_on_device(x, out, forward_meta.slot_mapping)
+        return self._forward_on_device(x, forward_meta.slot_mapping)
 
-    def _routed_on_device(self, x: Tensor | Normed, shared: Tensor, slot_mapping: Tensor) -> Tensor:
-        """Return `shared` plus the weighted sum of the selected experts."""
+    def _forward_on_device(self, x: Tensor | Normed, slot_mapping: Tensor) -> Tensor:
+        """Return the output of `forward` on a device."""
         # kernels are loaded only if there is a device
         from fd_dsa.ops.expert_kernels import choose_experts
 
-        gate = self.gate
+        gate, mlp = self.gate, self.shared_experts
+        inner, logits = mlp.gate_up_proj.matmul_beside(x, gate.weight, mlp.down_proj)
+        shared = mlp.down_proj.matmul(inner)
         choice = choose_experts(
-            gate.weight.matmul(x),
+            logits,
             gate.bias,
             top_k=gate.top_k,
             n_group=gate.n_group,

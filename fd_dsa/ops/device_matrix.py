@@ -33,6 +33,7 @@ from fd_dsa.ops.four_bit_gemm import four_bit_gemm
 from fd_dsa.ops.fp8_gemm import fp8_linear, fp8_linear_by_group
 from fd_dsa.ops.head_gemm import head_gemm, linear_in_one_order
 from fd_dsa.ops.host_rows import Reducer
+from fd_dsa.ops.side_by_side import MAX_GATED_ROWS, MAX_ROWS, side_by_side
 from fd_dsa.tensor import FourBitWeight, Fp8Rows, Normed, Place, Tensor
 from fd_dsa.triton_runtime import INTERPRETING
 from fd_dsa.triton_runtime.device_api import traits_for
@@ -172,6 +173,36 @@ class DeviceMatrix:
                 library.fp8_linear(x, rows.scales, self.values, scales, out)
                 return out if num_rows == shape[0] else out[:num_rows]
         return fp8_linear(rows, self.values, scales)
+
+    def matmul_beside(
+        self,
+        x: Tensor | Normed,
+        other: DeviceMatrix,
+        reader: DeviceMatrix | None = None,
+        limit: float | None = None,
+    ) -> tuple[Any, Tensor]:
+        """Multiply x by this weight and by another one, in one launch if that is supported.
+
+        Args:
+            other: weight with float32 results.
+            reader: weight that reads the activation of gate and up, which this weight then has.
+            limit: as for `activated`.
+
+        Returns:
+            The results of `matmul` by both weights. With `reader` the first is `reader.activated`.
+        """
+        (outputs, _), num_rows, scales = self.values.shape, x.shape[0], self.scales
+        suits = scales is not None and other.scales is None and other.sums_in_float32
+        suits = suits and 0 < num_rows <= MAX_ROWS and not fixed_order()
+        if suits and scales is not None and isinstance(x, Normed):
+            pair = self.values, scales
+            is_gated = num_rows <= MAX_GATED_ROWS and outputs % (2 * GROUP) == 0
+            if is_gated and reader is not None and reader.scales is not None:
+                return side_by_side(x, pair, other.values, reader.round_scales, limit)
+            found, others = side_by_side(x, pair, other.values)
+        else:
+            found, others = self.matmul(x), other.matmul(x)
+        return found if reader is None else reader.activated(found, limit), others
 
     @property
     def _suits_cublaslt(self) -> bool:

@@ -103,25 +103,30 @@ def block_sizes(kind: str, columns: int, width: int, tiling: Tiling) -> dict[str
 
 
 @triton.jit
-def _plain_sums(
+def plain_sums(
     x,
     live,
     weight,
     to_up,
+    first,
+    last,
     WIDTH: tl.constexpr,
     GATED: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
 ):
-    """Return the sums of `fp8_sums` along all of K, for operands in float32 or bfloat16."""
+    """Return the sums of `fp8_sums` for operands in float32 or bfloat16.
+
+    They are over the values from `first` to `last` along K.
+    """
     place = tl.arange(0, BLOCK_WIDTH)[None, :]
     if BLOCK_ROWS < 128:
         total = tl.zeros([BLOCK_COLUMNS, BLOCK_ROWS], tl.float32)
     else:
         total = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
     up_total = total
-    for start in range(0, WIDTH, BLOCK_WIDTH):
+    for start in range(first, last, BLOCK_WIDTH):
         at = start + place
         inside = at < WIDTH
         rows = tl.load(x + at, mask=live[:, None] & inside, other=0.0)
@@ -214,9 +219,9 @@ def expert_gemm_kernel(
                 BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH, GROUP, KIND,
             )  # fmt: skip
         elif x_scales_ptr is None:
-            total, up = _plain_sums(
+            total, up = plain_sums(
                 x_ptr + row[:, None] * WIDTH, live, weight_ptr + source[:, None] * WIDTH,
-                COLUMNS * WIDTH, WIDTH, GATED, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH,
+                COLUMNS * WIDTH, 0, WIDTH, WIDTH, GATED, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH,
             )  # fmt: skip
         else:
             groups: tl.constexpr = (WIDTH + _GROUP - 1) // _GROUP

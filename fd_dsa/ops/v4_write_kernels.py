@@ -116,8 +116,8 @@ def write_step_kernel(
 ):
     """Do job `program 0`: the entries of a plan, those of the indexer, keys, latents, kept sources.
 
-    Without `sources_ptr` the layer has no entries, and without `index_gates_ptr` no indexer. Without
-    `ring_ptr` the launch keeps no keys and no sources.
+    Without `sources_ptr` the layer has no entries, and without `index_gates_ptr` no indexer.
+    Without `ring_ptr` the launch keeps no keys and no sources.
     """
     wait_for_inputs()
     start_next()

@@ -189,13 +189,12 @@ class V4DeviceBackend:
         config, positions = self._config, step.places.positions
         kind = config.layer_types[layer.layer_id]
         cos_sin = self._angles[kind == WINDOW]
-        projected, compression = layer.project(hidden), None
-        if layer.compressor is not None:
+        (projected, sources, head_weights), compression = layer.project(hidden), None
+        if layer.compressor is not None and sources is not None:
             main, of_index = _pooling(layer.compressor, pools.entries), None
             if layer.index_compressor is not None:
                 of_index = _pooling(layer.index_compressor, pools.index_entries)
-            sources, plan = layer.sources(hidden), step.plans[kind]
-            compression = Compression(sources, pools.states, plan, main, of_index)
+            compression = Compression(sources, pools.states, step.plans[kind], main, of_index)
         norm, ring = layer.q_norm, Ring(step.ring_rows, pools.ring)
         latent, keys = write_step(
             projected,
@@ -209,9 +208,9 @@ class V4DeviceBackend:
             as_records=self._layout.is_fp8,
         )
         entries, slots = None, None
-        if layer.index_compressor is not None and step.index_view is not None:
-            query, index_query, weights = layer.queries_and_index(latent, hidden)
-            slots = self.select_entries(index_query, weights, pools.index_entries, step)
+        if head_weights is not None and step.index_view is not None:
+            query, index_query = layer.queries_and_index(latent)
+            slots = self.select_entries(index_query, head_weights, pools.index_entries, step)
         else:
             query = layer.queries(latent)
         if compression is not None:

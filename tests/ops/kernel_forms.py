@@ -253,7 +253,7 @@ from fd_dsa.ops.mla import prompt
 from fd_dsa.ops.mla.prompt_kernel import (
     attend_prompts_kernel, gather_keys_kernel, list_absorbed_kernel,
 )
-from fd_dsa.ops import expert_gemm as experts, fp8_gemm as gemm
+from fd_dsa.ops import expert_gemm as experts, fp8_gemm as gemm, side_by_side as beside
 from fd_dsa.ops.head_gemm import head_gemm_kernel
 from fd_dsa.ops.indexer_projection import triton_kernel as projection
 from fd_dsa.ops.logits.tile_configs import decode_config, padded_heads, prompt_config
@@ -317,6 +317,22 @@ for rows in 1, 32, 64, 8192:
         options["scratch_ptr"] = None
     compile("fp8 2", gemm.fp8_linear_kernel, types, out_ptr=None, WIDTH=4096, COLUMNS=8192,
             NUM_GROUPS=8, ROUND_SCALES=True, NATIVE=NATIVE, **options)
+# wq_a and wkv of V4-Flash beside the bfloat16 weights of CSA and HCA layers; shared experts of
+# V4-Flash and V3.2 beside a router
+types = dict(x_ptr="bfloat16", x_codes_ptr="uint8", weight_ptr="uint8", other_ptr="bfloat16",
+             out_ptr="bfloat16", codes_ptr="uint8")
+for rows, columns, others, width in ((1, 1536, 2624, 4096), (1, 1536, 1024, 4096),
+                                     (32, 1536, 2624, 4096), (32, 4096, 256, 7168),
+                                     (1, 2048, 256, 4096), (8, 2048, 256, 7168)):
+    gated = columns == 2048
+    absent = ("out_ptr",) if gated else ("codes_ptr", "scales_ptr")
+    for is_split in (True, False):
+        _, options = beside.division(rows, columns, others, width, gated, is_split)
+        compile("beside", beside.side_by_side_kernel, types, WIDTH=width, COLUMNS=columns,
+                OTHER_COLUMNS=others, GATED=gated, LIMIT=10.0 if gated else None,
+                ROUND_SCALES=gated, NATIVE=NATIVE, **options,
+                **dict.fromkeys(absent if is_split else (*absent, "scratch_ptr")))
+types = dict.fromkeys(("x_ptr", "weight_ptr", "codes_ptr"), "uint8")
 for tokens in (1, 32, 512, 8192):
     for gated, columns, width in (True, 2048, 7168), (False, 7168, 2048):
         tiling = experts.configuration("uint8", 8 * tokens, 256, gated, columns, SHARED)

@@ -126,7 +126,7 @@ def test_forms_of_experts_in_four_bits(capability: int) -> None:
 @pytest.mark.slow
 def test_tuned_forms_are_what_they_are_chosen_for() -> None:
     made = compiled(TUNED)
-    assert len(made) == 4 + 4 + 9 + 4 + 4 + 8 + 2 + 5 + 9 + 2 + 7
+    assert len(made) == 4 + 4 + 9 + 4 + 4 + 12 + 8 + 2 + 5 + 9 + 2 + 7
     for form in made:
         assert_waits(form)
         name, blocks = form["label"], form["blocks"]
@@ -146,6 +146,11 @@ def test_tuned_forms_are_what_they_are_chosen_for() -> None:
             assert form["products"] and all("e4m3.e4m3" in p for p in form["products"]), name
             assert form["in_flight"] == int(name.split()[1]) * (form["stages"] - 2), name
             assert form["stack"] <= MOST_STACK_BYTES and form["ways"] <= 1, name
+        if name == "beside":
+            # products of codes and of bfloat16 on tensor cores, and tiles copied ahead of them
+            types = {product.rpartition("f32.")[2] for product in form["products"]}
+            assert types == {"e4m3.e4m3", "bf16.bf16"} and form["in_flight"], name
+            assert form["stack"] == 0 and form["ways"] <= 1, name
         if name == "linear":
             assert form["products"] and form["ways"] <= 1 and form["in_flight"], name
             assert form["stack"] == 0, name
@@ -198,6 +203,7 @@ def test_kernels_compile_for_other_gpus(capability: int) -> None:
     needs_fp8 = {form["label"].split()[0] for form in made if "needs_fp8" in form}
     # what writes codes, or reads them for a GEMM
     writers = {"norm", "silu", "quantize", "fill", "write", "query", "fp8", "tiles", "prompts"}
+    writers |= {"beside"}
     readers = {"logits", "mla", "dequantize", "records", "keys"}
     assert needs_fp8 == (writers | readers if capability < 89 else set())
     served = {form["label"].split()[0] for form in made if "needs_fp8" not in form}

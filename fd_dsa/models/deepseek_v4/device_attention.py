@@ -49,8 +49,7 @@ class DeviceV4Attention:
     ) -> None:
         self.layer_id, kind = layer_id, config.layer_types[layer_id]
         self._heads, self._width = config.num_attention_heads, config.head_dim
-        self._rank, self._groups = config.q_lora_rank, config.o_groups
-        hidden, rank = config.hidden_size, config.q_lora_rank
+        hidden, rank, self._groups = config.hidden_size, config.q_lora_rank, config.o_groups
         down = {f"{prefix}wq_a.weight": rank, f"{prefix}wkv.weight": self._width}
         self._down = weights.matrix(hidden, down)
         self.q_norm = weights.norm(f"{prefix}q_norm.weight", rank, config.rms_norm_eps)
@@ -60,21 +59,24 @@ class DeviceV4Attention:
         self.sinks: Tensor = weights.vector({f"{prefix}attn_sink": self._heads})
         self.compressor: DeviceCompressor | None = None
         self.index_compressor: DeviceCompressor | None = None
+        self._query_columns = self._heads * self._width
+        queries = {f"{prefix}wq_b.weight": self._query_columns}
+        # projections in bfloat16: sources of the compressors, then weights of the indexer's heads
+        beside: dict[str, int] = {}
         if kind != WINDOW:
             self.compressor = DeviceCompressor(config, kind, weights, f"{prefix}compressor.")
-            parts = self.compressor.parts
+            beside |= self.compressor.parts
             if kind == CSA:
                 name = f"{prefix}indexer.compressor."
                 self.index_compressor = DeviceCompressor(config, kind, weights, name)
-                parts |= self.index_compressor.parts
-            self._sources = weights.matrix(hidden, parts, sums_in_float32=True)
+                beside |= self.index_compressor.parts
+        self._source = sum(beside.values())
         if kind == CSA:
             heads = config.index_n_heads
             queries[f"{prefix}indexer.wq_b.weight"] = heads * config.index_head_dim
             # a factor of all scores changes no selection
-            self._head_weights = weights.matrix(
-                hidden, {f"{prefix}indexer.weights_proj.weight": heads}, sums_in_float32=True
-            )
+            beside[f"{prefix}indexer.weights_proj.weight"] = heads
+        self._beside = weights.matrix(hidden, beside, sums_in_float32=True) if beside else None
         self._q_b = weights.matrix(rank, queries)
         self._own_q_b = self._q_b.first_rows(self._query_columns)
         group, low = self._heads * self._width // self._groups, config.o_lora_rank
@@ -96,34 +98,34 @@ class DeviceV4Attention:
         out: Tensor = self._out_b.matmul(low)
         return out
 
-    def project(self, x: Tensor | Normed) -> Tensor:
-        """Project the layer's input to latents of the queries, then keys.
+    def project(self, x: Tensor | Normed) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Multiply the layer's input by all weights that read it.
 
         Returns:
-            [num_tokens, q_lora_rank + head_dim], neither normed nor rotated.
+            Latents of the queries, then keys, [num_tokens, q_lora_rank + head_dim], neither normed
+            nor rotated. Sources of the compressors, float32 [num_tokens, values of a source], None
+            without a compressor. Weights of the indexer's heads, float32 [num_tokens,
+            index_n_heads], None without an indexer. The last two are columns of wider rows.
         """
-        both: Tensor = self._down.matmul(x)
-        return both
-
-    def sources(self, x: Tensor | Normed) -> Tensor:
-        """Project to the sources of the compressors, float32 [num_tokens, values of a source]."""
-        found: Tensor = self._sources.matmul(x)
-        return found
+        if self._beside is None:
+            both: Tensor = self._down.matmul(x)
+            return both, None, None
+        both, sources = self._down.matmul_beside(x, self._beside)
+        if self.index_compressor is None:
+            return both, sources, None
+        return both, sources[:, : self._source], sources[:, self._source :]
 
     def queries(self, latent: Tensor | Normed) -> Tensor:
         """Project latents to queries [num_tokens, num_heads * head_dim]."""
         found: Tensor = self._own_q_b.matmul(latent)
         return found
 
-    def queries_and_index(
-        self, latent: Tensor | Normed, x: Tensor | Normed
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Project to queries, to those of the indexer, and to the weights of its heads.
+    def queries_and_index(self, latent: Tensor | Normed) -> tuple[Tensor, Tensor]:
+        """Project latents to queries, and to those of the indexer.
 
         Returns:
             [num_tokens, num_heads * head_dim] and [num_tokens, index_n_heads * index_head_dim],
-            columns of wider rows; and float32 [num_tokens, index_n_heads].
+            columns of wider rows.
         """
         both = self._q_b.matmul(latent)
-        own, index = both[:, : self._query_columns], both[:, self._query_columns :]
-        return own, index, self._head_weights.matmul(x)
+        return both[:, : self._query_columns], both[:, self._query_columns :]

@@ -42,9 +42,9 @@ class DeviceV4MoE:
             token_ids: integers [num_tokens].
             padding: integers [num_tokens], below 0 for padding, which has no routed experts.
         """
-        out, inner = self._shared_out, self._shared_in.matmul(x)
-        shared = out.matmul(out.activated(inner, self._limit))
-        logits = self._gate.matmul(x)
+        out = self._shared_out
+        inner, logits = self._shared_in.matmul_beside(x, self._gate, out, self._limit)
+        shared = out.matmul(inner)
         if self._by_id is not None:
             choice = look_up_experts(
                 logits,
