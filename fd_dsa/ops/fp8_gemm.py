@@ -210,7 +210,9 @@ def fp8_linear_kernel(
     start_next()
     last = True
     if SPLITS > 1:
-        total, last = sum_of_parts(total, scratch_ptr, tile, tl.program_id(1), SPLITS)
+        total, last = sum_of_parts(
+            total, scratch_ptr, tile, tl.program_id(1), SPLITS, live[:, None]
+        )
     if last:
         if out_ptr is not None:
             to = out_ptr + row[:, None] * COLUMNS + column[None, :]
