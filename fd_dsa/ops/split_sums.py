@@ -62,6 +62,20 @@ class Tiling(NamedTuple):
 
 
 @triton.jit
+def is_last(counter_ptr, PROGRAMS: tl.constexpr):
+    """Count a program, and return True in the last of PROGRAMS. Its counter is zero again.
+
+    The last program may load what the others have stored, but not from the L1 cache.
+    """
+    # all threads must have stored their values before one of them counts this program
+    tl.debug_barrier()
+    last = tl.atomic_add(counter_ptr, 1.0, sem="acq_rel") == PROGRAMS - 1
+    if last:
+        tl.store(counter_ptr, 0.0)
+    return last
+
+
+@triton.jit
 def sum_of_parts(total, scratch_ptr, tile, split, SPLITS: tl.constexpr, mask=None):
     """Return the sum over SPLITS programs of `total` [M, N], and True in the program that has it.
 
@@ -73,15 +87,12 @@ def sum_of_parts(total, scratch_ptr, tile, split, SPLITS: tl.constexpr, mask=Non
     part = scratch_ptr + _COUNTERS + tile.to(tl.int64) * (SPLITS * size)
     part += tl.arange(0, rows)[:, None] * columns + tl.arange(0, columns)[None, :]
     tl.store(part + split * size, total, mask=mask)
-    # all threads must have stored their values before one of them counts this program
-    tl.debug_barrier()
-    last = tl.atomic_add(scratch_ptr + tile, 1.0, sem="acq_rel") == SPLITS - 1
+    last = is_last(scratch_ptr + tile, SPLITS)
     if last:
         total = tl.zeros([rows, columns], tl.float32)
         for other in tl.static_range(SPLITS):
             # bypass the L1 cache, because stores of other programs do not reach it
             total += tl.load(part + other * size, mask=mask, cache_modifier=".cg")
-        tl.store(scratch_ptr + tile, 0.0)
     return total, last
 
 

@@ -1,9 +1,10 @@
-"""Residual streams of hyper-connections on a device, two launches between two blocks.
+"""Residual streams of hyper-connections on a device, one or two launches between two blocks.
 
 The first launch adds the output of a block to the streams and multiplies them by the weight of the
 next connection. The sums of this GEMM are in parts, one for each program. The second launch adds
 the parts, makes the gates, and norms the weighted sum that the next block reads. If FP8 weights
-read it, the launch quantises it, too.
+read it, the launch quantises it, too. With a few tokens the last program of a token does the work
+of the second launch, and both forms give the same bits.
 
 Streams have the type of the activations, everything between them is float32. The order of a token's
 sums depends only on the sizes of the model.
@@ -11,26 +12,31 @@ sums depends only on the sizes of the model.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fd_dsa.ops.dense_kernels import (
     GROUP,
     empty_beside,
     empty_fp8_rows,
     kernel_arguments,
-    sigmoid,
-    store_groups,
 )
 from fd_dsa.ops.device_functions import stored, to_bfloat16, widened
+from fd_dsa.ops.split_sums import clear_counters, is_last, scratch_beside
 from fd_dsa.ops.step_kernel import step_kernel
+from fd_dsa.ops.stream_functions import load_affine, read_token
 from fd_dsa.tensor import Normed, Tensor
 from fd_dsa.triton_runtime import next_power_of_2, start_next, wait_for_inputs
 
-import triton  # isort: skip
 import triton.language as tl  # isort: skip
 
 # tokens and channels of a program of the first launch
 _TOKENS, _CHANNELS = 16, 64
+_ROWS = tl.constexpr(_TOKENS)
+# Maximum number of programs with which one launch does the work of two: two on each of the 132
+# processors of a Hopper GPU, as the registers allow. A token of 4096 channels has 64 programs, and
+# they read the whole `fn` from the L2 cache, 1.5 MB for 4 streams. Programs of further tokens would
+# wait until others have ended, while tiles of 16 tokens read `fn` once.
+_FEW_PROGRAMS = 264
 
 
 class Connection(NamedTuple):
@@ -66,7 +72,18 @@ def expand_streams_kernel(
     fn_ptr,
     out_ptr,
     sums_ptr,
+    counts_ptr,
+    base_ptr,
+    scale_ptr,
+    norm_ptr,
+    next_ptr,
+    x_ptr,
+    codes_ptr,
+    scales_ptr,
+    scale_stride,
     num_tokens,
+    norm_epsilon,
+    epsilon,
     WIDTH: tl.constexpr,
     STREAMS: tl.constexpr,
     PADDED: tl.constexpr,
@@ -74,12 +91,18 @@ def expand_streams_kernel(
     COLUMNS: tl.constexpr,
     TOKENS: tl.constexpr,
     BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,
+    PARTS_PADDED: tl.constexpr,
+    ITERATIONS: tl.constexpr,
+    PADDED_WIDTH: tl.constexpr,
+    ROUND_SCALES: tl.constexpr,
 ):
     """Compute channels of block `program 1` for the tokens of tile `program 0`.
 
     Without `streams_ptr` every stream is the change. Without `change_ptr` the streams stay as they
     are. Without `mixture_ptr` the change is added to every stream. Without `fn_ptr` there are no
-    sums; their last column has the squares. PADDED is STREAMS as a power of two.
+    sums. With `counts_ptr` a tile is one token, and its last program reads the streams, as
+    `read_streams_kernel` does. PADDED is STREAMS as a power of two.
     """
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -92,6 +115,8 @@ def expand_streams_kernel(
         is_weight = tl.reshape(exists, [PADDED * BLOCK])[:, None] & (column < MIXES)[None, :]
         at = column[None, :] * (STREAMS * WIDTH) + row[:, None]
         fn = tl.load(fn_ptr + at, mask=is_weight != 0, other=0.0)
+    if counts_ptr is not None:
+        scale, base = load_affine(scale_ptr, base_ptr, STREAMS, MIXES, COLUMNS)
     wait_for_inputs()
     start_next()
     # [streams, tokens, channels], so that a thread has all streams of its channels
@@ -101,67 +126,56 @@ def expand_streams_kernel(
     if change_ptr is None:
         values = tl.load(streams_ptr + place, mask=mask, other=0.0)
     else:
-        at = token[:, None] * WIDTH + channel[None, :]
-        change = tl.load(change_ptr + at, mask=live[:, None] & inside[None, :], other=0.0)
-        total = widened(change)[None, :, :] + tl.zeros([PADDED, TOKENS, BLOCK], tl.float32)
+        is_value = live[None, :, None] & inside[None, None, :]
+        at = token[None, :, None] * WIDTH + channel[None, None, :]
+        total = widened(tl.load(change_ptr + at, mask=is_value, other=0.0))
+        total += tl.zeros([PADDED, TOKENS, BLOCK], tl.float32)
         if streams_ptr is not None:
-            before = widened(tl.load(streams_ptr + place, mask=mask, other=0.0))
             if mixture_ptr is None:
-                total += before
+                total += widened(tl.load(streams_ptr + place, mask=mask, other=0.0))
             else:
                 factors = mixture_ptr + row * (STREAMS + 1)
                 is_row = is_stream[:, None] & live[None, :]
                 total *= tl.load(factors + STREAMS, mask=is_row, other=0.0)[:, :, None]
-                # [streams after, streams before, tokens]
-                at = factors[:, None, :] + stream[None, :, None]
-                is_factor = is_row[:, None, :] & is_stream[None, :, None]
-                mixture = tl.load(at, mask=is_factor, other=0.0)
-                total += tl.sum(mixture[:, :, :, None] * before[None, :, :, :], axis=1)
+                # one order for every number of tokens in a tile
+                for source in tl.static_range(STREAMS):
+                    at = (token * STREAMS + source)[None, :, None] * WIDTH + channel[None, None, :]
+                    before = widened(tl.load(streams_ptr + at, mask=is_value, other=0.0))
+                    factor = tl.load(factors + source, mask=is_row, other=0.0)
+                    total = tl.fma(factor[:, :, None], before, total)
         values = stored(tl.where(mask, total, 0.0), out_ptr)
         tl.store(out_ptr + place, values, mask=mask)
     if fn_ptr is not None:
-        wide = widened(values)
-        squares = tl.sum(tl.sum(wide * wide, axis=0), axis=1)
         flat = tl.reshape(tl.permute(values, (1, 0, 2)), [TOKENS, PADDED * BLOCK])
+        # a dot has 16 rows or more
+        index = tl.arange(0, _ROWS)
+        flat = tl.where((index < TOKENS)[:, None], flat, 0.0)
         if values.dtype == tl.bfloat16:
             # three bfloat16 numbers hold the 24 bits of a float32
             high = to_bfloat16(fn)
             rest = fn - widened(high)
             middle = to_bfloat16(rest)
-            sums = tl.dot(flat, to_bfloat16(rest - widened(middle)))
-            sums = tl.dot(flat, high, acc=tl.dot(flat, middle, acc=sums))
+            # the masks keep Triton from adding a dot to the last one, so that the three overlap
+            is_mix = (column < MIXES)[None, :]
+            sums = tl.where(is_mix, tl.dot(flat, to_bfloat16(rest - widened(middle))), 0.0)
+            sums += tl.where(is_mix, tl.dot(flat, middle), 0.0)
+            sums += tl.where(is_mix, tl.dot(flat, high), 0.0)
         else:
             sums = tl.dot(flat, fn, input_precision="ieee")
-        sums = tl.where((column == MIXES)[None, :], squares[:, None], sums)
+        token = tl.program_id(0).to(tl.int64) * TOKENS + index
         part = tl.program_id(1).to(tl.int64) * num_tokens + token
+        live = (index < TOKENS) & (token < num_tokens)
         tl.store(sums_ptr + part[:, None] * COLUMNS + column[None, :], sums, mask=live[:, None])
-
-
-@triton.jit
-def _total(
-    sums_ptr, token, num_tokens, column, exists, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
-    PARTS_PADDED: tl.constexpr,
-):  # fmt: skip
-    """Add the parts of some columns of a token's sums."""
-    part = tl.arange(0, PARTS_PADDED)
-    at = (part.to(tl.int64)[:, None] * num_tokens + token) * COLUMNS + column[None, :]
-    mask = (part < PARTS)[:, None] & exists[None, :]
-    return tl.sum(tl.load(sums_ptr + at, mask=mask, other=0.0), axis=0)
-
-
-@triton.jit
-def _doubly_stochastic(logits, real, epsilon, ITERATIONS: tl.constexpr):
-    """Normalise a matrix by a softmax of its rows, then Sinkhorn from the columns on."""
-    logits = tl.where(real, logits, float("-inf"))
-    top = tl.max(logits, axis=1)
-    a = tl.where(real, tl.exp(logits - tl.where(top == float("-inf"), 0.0, top)[:, None]), 0.0)
-    total = tl.sum(a, axis=1)
-    a = tl.where(real, a / tl.where(total == 0.0, 1.0, total)[:, None] + epsilon, 0.0)
-    a = a / (tl.sum(a, axis=0) + epsilon)[None, :]
-    for _ in range(ITERATIONS - 1):
-        a = a / (tl.sum(a, axis=1) + epsilon)[:, None]
-        a = a / (tl.sum(a, axis=0) + epsilon)[None, :]
-    return a
+    if counts_ptr is not None:
+        token = tl.program_id(0).to(tl.int64)
+        if is_last(counts_ptr + token, PARTS):
+            every = tl.arange(0, PADDED_WIDTH)
+            weight = tl.load(norm_ptr + every, mask=every < WIDTH, other=0.0)
+            read_token(
+                out_ptr, sums_ptr, scale, base, weight, next_ptr, x_ptr, codes_ptr, scales_ptr,
+                scale_stride, token, num_tokens, norm_epsilon, epsilon, WIDTH, STREAMS, PADDED,
+                MIXES, COLUMNS, PARTS, PARTS_PADDED, ITERATIONS, PADDED_WIDTH, ROUND_SCALES,
+            )  # fmt: skip
 
 
 @step_kernel(waits=True)
@@ -181,67 +195,64 @@ def read_streams_kernel(
     epsilon,
     WIDTH: tl.constexpr,
     STREAMS: tl.constexpr,
+    PADDED: tl.constexpr,
     MIXES: tl.constexpr,
     COLUMNS: tl.constexpr,
     PARTS: tl.constexpr,
     PARTS_PADDED: tl.constexpr,
     ITERATIONS: tl.constexpr,
-    PADDED: tl.constexpr,
-    BLOCK: tl.constexpr,
+    PADDED_WIDTH: tl.constexpr,
     ROUND_SCALES: tl.constexpr,
 ):
     """Read the input of a block for token `program 0`, and write the mixture unless it is None.
 
-    `codes_ptr` and `scales_ptr` may be None together. PADDED, PARTS_PADDED and BLOCK are STREAMS,
-    PARTS and WIDTH as powers of two.
+    `codes_ptr` and `scales_ptr` may be None together. PADDED, PARTS_PADDED and PADDED_WIDTH are
+    STREAMS, PARTS and WIDTH as powers of two.
     """
     token = tl.program_id(0).to(tl.int64)
-    channel = tl.arange(0, BLOCK)
-    inside = channel < WIDTH
-    weight = tl.load(norm_ptr + channel, mask=inside, other=0.0)
+    channel = tl.arange(0, PADDED_WIDTH)
+    weight = tl.load(norm_ptr + channel, mask=channel < WIDTH, other=0.0)
+    scale, base = load_affine(scale_ptr, base_ptr, STREAMS, MIXES, COLUMNS)
     wait_for_inputs()
     start_next()
-    stream = tl.arange(0, PADDED)
-    is_stream = stream < STREAMS
-    square = _total(
-        sums_ptr, token, num_tokens, MIXES + tl.zeros([1], tl.int32), tl.full([1], 1, tl.int1),
-        COLUMNS, PARTS, PARTS_PADDED,
+    read_token(
+        streams_ptr, sums_ptr, scale, base, weight, mixture_ptr, out_ptr, codes_ptr, scales_ptr,
+        scale_stride, token, num_tokens, norm_epsilon, epsilon, WIDTH, STREAMS, PADDED, MIXES,
+        COLUMNS, PARTS, PARTS_PADDED, ITERATIONS, PADDED_WIDTH, ROUND_SCALES,
     )  # fmt: skip
-    inverse = 1.0 / tl.sqrt_rn(tl.sum(square, axis=0) / (STREAMS * WIDTH) + norm_epsilon)
-    gate = _total(sums_ptr, token, num_tokens, stream, is_stream, COLUMNS, PARTS, PARTS_PADDED)
-    gate = gate * inverse * tl.load(scale_ptr)
-    gate = sigmoid(gate + tl.load(base_ptr + stream, mask=is_stream, other=0.0)) + epsilon
-    if mixture_ptr is not None:
-        row = mixture_ptr + token * (STREAMS * (STREAMS + 1))
-        post = _total(
-            sums_ptr, token, num_tokens, STREAMS + stream, is_stream, COLUMNS, PARTS, PARTS_PADDED
-        )
-        post = post * inverse * tl.load(scale_ptr + 1)
-        post += tl.load(base_ptr + STREAMS + stream, mask=is_stream, other=0.0)
-        tl.store(row + stream * (STREAMS + 1) + STREAMS, 2.0 * sigmoid(post), mask=is_stream)
-        cell = tl.arange(0, PADDED * PADDED)
-        source, target = cell // PADDED, cell % PADDED
-        real = (source < STREAMS) & (target < STREAMS)
-        at = 2 * STREAMS + source * STREAMS + target
-        logits = _total(sums_ptr, token, num_tokens, at, real, COLUMNS, PARTS, PARTS_PADDED)
-        logits = logits * inverse * tl.load(scale_ptr + 2)
-        logits += tl.load(base_ptr + at, mask=real, other=0.0)
-        logits = tl.reshape(logits, [PADDED, PADDED])
-        real = is_stream[:, None] & is_stream[None, :]
-        a = _doubly_stochastic(logits, real, epsilon, ITERATIONS)
-        # transposed: a row has the factors of one stream after the block
-        tl.store(row + stream[None, :] * (STREAMS + 1) + stream[:, None], a, mask=real)
-    x = tl.zeros([BLOCK], tl.float32)
-    for index in tl.static_range(STREAMS):
-        place = (token * STREAMS + index) * WIDTH + channel
-        one = widened(tl.load(streams_ptr + place, mask=inside, other=0.0))
-        x += one * tl.sum(tl.where(stream == index, gate, 0.0), axis=0)
-    x = x * (1.0 / tl.sqrt_rn(tl.sum(x * x, axis=0) / WIDTH + norm_epsilon)) * weight
-    normed = stored(x, out_ptr)
-    tl.store(out_ptr + token * WIDTH + channel, normed, mask=inside)
-    if codes_ptr is not None:
-        codes, scales = codes_ptr + token * WIDTH, scales_ptr + token
-        store_groups(widened(normed), codes, scales, scale_stride, WIDTH, BLOCK, ROUND_SCALES)
+
+
+def between_blocks(
+    streams: Tensor | None,
+    change: Tensor | None,
+    mixture: Tensor | None,
+    connection: Connection,
+    num_streams: int,
+) -> tuple[Tensor, Tensor | Normed, Tensor | None]:
+    """Add the output of a block to the streams, and read the input of the next block.
+
+    Args:
+        streams, change, mixture, connection, num_streams: as for `expand_streams`.
+
+    Returns:
+        The streams, and both results of `read_streams`.
+    """
+    like, counts = change if streams is None else streams, None
+    assert like is not None, "without streams there is a change"
+    tokens, width = like.shape[0], like.shape[-1]
+    parts = -(-width // _channels(width))
+    if 0 < tokens <= min(_TOKENS, _FEW_PROGRAMS // parts):
+        counts = scratch_beside(connection.base, "residual streams", 0)
+    if counts is None:
+        out, sums = expand_streams(streams, change, mixture, connection, num_streams)
+        return out, *read_streams(out, sums, connection)
+    results, reading = _results(like, num_streams, connection)
+    try:
+        added = streams, change, mixture, connection, num_streams
+        return _expand(*added, counts, reading)[0], *results
+    except BaseException:
+        clear_counters(counts)
+        raise
 
 
 def expand_streams(
@@ -264,28 +275,7 @@ def expand_streams(
     Returns:
         The streams, and the sums for `read_streams`.
     """
-    like = change if streams is None else streams
-    assert like is not None, "without streams there is a change"
-    tokens, width = like.shape[0], like.shape[-1]
-    block = min(_CHANNELS, max(16, next_power_of_2(width)))
-    grid = -(-tokens // _TOKENS), -(-width // block)
-    mixes, columns = 0, 16
-    out = streams
-    if change is not None:
-        out = empty_beside(like, tokens, num_streams, width)
-    assert out is not None
-    sums, fn = out, None
-    if connection is not None:
-        mixes, fn = connection.base.shape[0], connection.fn
-        columns = max(16, next_power_of_2(mixes + 1))
-        sums = empty_beside(like, grid[1], tokens, columns, dtype="float32")
-    if tokens:
-        expand_streams_kernel[grid](
-            streams, change, mixture, fn, out, sums, tokens, WIDTH=width, STREAMS=num_streams,
-            PADDED=next_power_of_2(num_streams), MIXES=mixes, COLUMNS=columns, TOKENS=_TOKENS,
-            BLOCK=block, num_warps=4,
-        )  # fmt: skip
-    return out, sums
+    return _expand(streams, change, mixture, connection, num_streams, None, (*[None] * 7, 0))
 
 
 def read_streams(
@@ -301,20 +291,85 @@ def read_streams(
         num_streams + 1], None for the head. A row has the factors of a stream: of all streams
         before, and of the block's output.
     """
-    (tokens, count, width), rounds = streams.shape, connection.round_scales
-    out, mixture = empty_beside(streams, tokens, width), None
-    fp8 = None if rounds is None else empty_fp8_rows(streams, tokens, width)
-    if connection.iterations:
-        mixture = empty_beside(streams, tokens, count, count + 1, dtype="float32")
-    block = max(GROUP, next_power_of_2(width))
+    tokens, count, width = streams.shape
+    results, reading = _results(streams, count, connection)
     if tokens:
-        _, *quantised = kernel_arguments(fp8)
         read_streams_kernel[(tokens,)](
-            streams, sums, connection.base, connection.scale, connection.norm, mixture, out,
-            *quantised, tokens, connection.norm_epsilon, connection.epsilon, WIDTH=width,
-            STREAMS=count, MIXES=connection.base.shape[0], COLUMNS=sums.shape[2],
-            PARTS=sums.shape[0], PARTS_PADDED=next_power_of_2(sums.shape[0]),
-            ITERATIONS=connection.iterations, PADDED=next_power_of_2(count), BLOCK=block,
-            ROUND_SCALES=bool(rounds), num_warps=4 if block <= 2048 else 8,
+            streams, sums, *reading, tokens, connection.norm_epsilon, connection.epsilon,
+            num_warps=_warps(width), **_sizes(width, count, connection),
         )  # fmt: skip
-    return out if fp8 is None else Normed(out, fp8), mixture
+    return results
+
+
+def _expand(
+    streams: Tensor | None,
+    change: Tensor | None,
+    mixture: Tensor | None,
+    connection: Connection | None,
+    num_streams: int,
+    counts: Tensor | None,
+    reading: tuple[Any, ...],
+) -> tuple[Tensor, Tensor]:
+    """Launch the first kernel, with counters of finished programs also the work of the second."""
+    like = change if streams is None else streams
+    assert like is not None, "without streams there is a change"
+    tokens, width = like.shape[0], like.shape[-1]
+    sizes, tile = _sizes(width, num_streams, connection), _TOKENS if counts is None else 1
+    out = streams if change is None else empty_beside(like, tokens, num_streams, width)
+    assert out is not None
+    sums, fn, constants = out, None, (0.0, 0.0)
+    if connection is not None:
+        sums = empty_beside(like, sizes["PARTS"], tokens, sizes["COLUMNS"], dtype="float32")
+        fn, constants = connection.fn, (connection.norm_epsilon, connection.epsilon)
+    if tokens:
+        expand_streams_kernel[(-(-tokens // tile), sizes["PARTS"])](
+            streams, change, mixture, fn, out, sums, counts, *reading, tokens, *constants,
+            TOKENS=tile, BLOCK=_channels(width), num_warps=4 if counts is None else _warps(width),
+            **sizes,
+        )  # fmt: skip
+    return out, sums
+
+
+def _results(
+    like: Tensor, count: int, connection: Connection
+) -> tuple[tuple[Tensor | Normed, Tensor | None], tuple[Any, ...]]:
+    """Allocate the results of `read_streams`, and return them and arguments of its kernel."""
+    tokens, width, rounds = like.shape[0], like.shape[-1], connection.round_scales
+    out, mixture = empty_beside(like, tokens, width), None
+    fp8 = None if rounds is None else empty_fp8_rows(like, tokens, width)
+    if connection.iterations:
+        mixture = empty_beside(like, tokens, count, count + 1, dtype="float32")
+    weights = connection.base, connection.scale, connection.norm
+    arguments = *weights, mixture, out, *kernel_arguments(fp8)[1:]
+    return (out if fp8 is None else Normed(out, fp8), mixture), arguments
+
+
+def _channels(width: int) -> int:
+    """Return the number of channels of a program of the first launch."""
+    return min(_CHANNELS, max(16, next_power_of_2(width)))
+
+
+def _warps(width: int) -> int:
+    """Return the warps of a program that reads all channels of a token."""
+    return 4 if width <= 4096 else 8
+
+
+def _sizes(width: int, count: int, connection: Connection | None) -> dict[str, int]:
+    """Return the constants of both kernels."""
+    mixes, rounds, iterations = 0, None, 0
+    if connection is not None:
+        mixes, rounds = connection.base.shape[0], connection.round_scales
+        iterations = connection.iterations
+    parts = -(-width // _channels(width))
+    return {
+        "WIDTH": width,
+        "STREAMS": count,
+        "PADDED": next_power_of_2(count),
+        "MIXES": mixes,
+        "COLUMNS": max(16, next_power_of_2(mixes)),
+        "PARTS": parts,
+        "PARTS_PADDED": next_power_of_2(parts),
+        "ITERATIONS": iterations,
+        "PADDED_WIDTH": max(GROUP, next_power_of_2(width)),
+        "ROUND_SCALES": bool(rounds),
+    }

@@ -9,7 +9,14 @@ import pytest
 
 pytest.importorskip("paddle", reason="the launches take Paddle's tensors")
 
-from fd_dsa.ops.stream_kernels import Connection, expand_streams, read_streams
+from fd_dsa.device.transfers import Transfers
+from fd_dsa.ops import split_sums, stream_kernels
+from fd_dsa.ops.stream_kernels import (
+    Connection,
+    between_blocks,
+    expand_streams,
+    read_streams,
+)
 from fd_dsa.tensor import Normed
 from tests.kernel_memory import KernelMemory
 from tests.ops import block_fp8
@@ -140,6 +147,123 @@ def test_codes_are_those_of_the_result(
     np.testing.assert_array_equal(block_fp8.get(m, found.plain), values)
     np.testing.assert_array_equal(m.get(same), m.get(mixture))
     block_fp8.check_quantized(m, found.fp8, values, round_scales)
+
+
+class Site:
+    """Arguments of `between_blocks` for some tokens, and its results.
+
+    Args:
+        absent: arguments that are None.
+        head: True for the connection of the head.
+    """
+
+    def __init__(
+        self,
+        m: KernelMemory,
+        kind: str,
+        streams: int,
+        width: int,
+        absent: tuple[str, ...] = (),
+        head: bool = False,
+        round_scales: bool | None = True,
+    ) -> None:
+        self._m, self._kind, self._streams, self._absent = m, kind, streams, absent
+        weights, rng = Weights(streams, width, 0 if head else 20), np.random.default_rng(width)
+        shapes = ("streams", streams, width), ("change", width), ("mixture", streams, streams + 1)
+        self._values = {name: rng.standard_normal((24, *shape)) for name, *shape in shapes}
+        if not m.on_gpu:
+            # sums of a CPU's GEMM depend on the place of a row, unless they are exact
+            weights.fn = np.round(weights.fn * 64) / 64
+            self._values = {name: np.round(values) for name, values in self._values.items()}
+        self.connection = weights.put(m)._replace(round_scales=round_scales)
+
+    def run(self, first: int, end: int) -> list[np.ndarray]:
+        """Results for some of 24 tokens, in the order of tokens."""
+        m, tensors = self._m, []
+        for name, values in self._values.items():
+            kind = "float32" if name == "mixture" else self._kind
+            tensor = block_fp8.put(m, block_fp8.rounded(values[first:end], kind), kind)
+            tensors.append(None if name in self._absent else tensor)
+        out, x, mixture = between_blocks(*tensors, self.connection, self._streams)
+        found = [m.get(out)]
+        if isinstance(x, Normed):
+            scales = m.get(x.fp8.scales)[:, : end - first].T
+            found += [m.get(x.plain), m.get(x.fp8.codes), scales]
+        else:
+            found.append(m.get(x))
+        return found if mixture is None else [*found, m.get(mixture)]
+
+
+def assert_same(found: list[np.ndarray], wanted: list[np.ndarray]) -> None:
+    assert len(found) == len(wanted)
+    for one, other in zip(found, wanted, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("kind", STEPS)
+@pytest.mark.parametrize(
+    "form",
+    [
+        {},
+        {"absent": ("streams", "mixture")},
+        {"absent": ("mixture",)},
+        {"absent": ("change", "mixture"), "head": True, "round_scales": None},
+        {"round_scales": False},
+        {"round_scales": None},
+    ],
+    ids=str,
+)
+def test_one_launch_has_the_bits_of_two(
+    form: dict[str, Any],
+    kind: str,
+    paddle_memory: KernelMemory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A token's results do not depend on the number of tokens or of launches."""
+    m = paddle_memory
+    for streams, width in (
+        (4, 200) if form else (3, 136),
+        *([(4, 4096), (4, 7168)] if m.large else []),
+    ):
+        site = Site(m, kind, streams, width, **form)
+        monkeypatch.setattr(stream_kernels, "_FEW_PROGRAMS", 0)
+        wanted = site.run(0, 24)
+        monkeypatch.setattr(stream_kernels, "_FEW_PROGRAMS", 1 << 20)
+        for first, end in ((0, 1), (7, 8), (3, 7), (8, 24)):
+            assert_same(site.run(first, end), [values[first:end] for values in wanted])
+        counts = split_sums.scratch_beside(site.connection.base, "residual streams", 0)
+        assert not m.get(counts).any()
+
+
+def test_the_number_of_programs_selects_the_launches(
+    paddle_memory: KernelMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched: list[str] = []
+    for name in ("expand_streams", "read_streams"):
+        function = getattr(stream_kernels, name)
+
+        def spy(*arguments: Any, name: str = name, function: Any = function) -> Any:
+            launched.append(name)
+            return function(*arguments)
+
+        monkeypatch.setattr(stream_kernels, name, spy)
+    # 20 programs of a token
+    site = Site(paddle_memory, "float32", 2, 1280)
+    site.run(0, 13)
+    assert not launched
+    site.run(0, 14)
+    assert launched == ["expand_streams", "read_streams"]
+
+
+def test_captured_before_the_first_run_it_has_two_launches(
+    paddle_memory: KernelMemory, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    site = Site(paddle_memory, "float32", 2, 40)
+    wanted = site.run(0, 3)
+    monkeypatch.setattr(Transfers, "is_capturing", lambda self: True)
+    monkeypatch.setattr(split_sums, "SCRATCH", {})
+    assert_same(site.run(0, 3), wanted)
+    assert "run a step before the capture" in caplog.text and not split_sums.SCRATCH
 
 
 def check(found: np.ndarray, wanted: np.ndarray | None, step: float) -> None:

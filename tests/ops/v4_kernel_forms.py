@@ -20,23 +20,34 @@ INT32_TYPES = dict.fromkeys(
      *(f"{kind}_{part}_ptr" for kind in ("csa", "hca") for part in ("entries", "rows", "kept"))),
     "int32")
 FLOATS += "norm_epsilon",
+# of a launch that leaves the input of the next block to a second one
+NO_READING = dict.fromkeys(("counts_ptr", "base_ptr", "scale_ptr", "norm_ptr", "next_ptr", "x_ptr",
+                            "codes_ptr", "scales_ptr"))
 WIDTH, INDEX, ROPE = 512, 128, 64
 for kind in ("float32", "bfloat16"):
     names = ("streams_ptr", "change_ptr", "out_ptr", "x_ptr", "q_ptr", "keys_ptr", "ring_ptr",
              "pool_ptr", "entries_ptr", "index_entries_ptr")
     types = INT32_TYPES | dict.fromkeys(names, kind)
-    block = dict(WIDTH=4096, STREAMS=4, PADDED=4, MIXES=24, COLUMNS=32)
-    for absent in ({}, {"streams_ptr": None, "mixture_ptr": None},
-                   {"change_ptr": None, "mixture_ptr": None}, {"fn_ptr": None},
-                   {"mixture_ptr": None}):
-        label = "streams" if "fn_ptr" not in absent else "last streams"
-        compile(label, expand_streams_kernel, types, **block, TOKENS=16, BLOCK=64,
-                num_warps=4, **absent)
-    for absent in ({}, {"mixture_ptr": None}):
-        for codes in ({}, {"codes_ptr": None, "scales_ptr": None}):
-            compile("norm", read_streams_kernel, types | dict(codes_ptr="uint8"), **block,
-                    PARTS=64, PARTS_PADDED=64, ITERATIONS=20, BLOCK=4096,
-                    ROUND_SCALES=True, num_warps=8, **absent, **codes)
+    # V4-Flash and V4-Pro; one or two launches between two blocks
+    for width, padded, parts, warps in (4096, 4096, 64, 4), (7168, 8192, 112, 8):
+        block = dict(WIDTH=width, STREAMS=4, PADDED=4, MIXES=24, COLUMNS=32, PARTS=parts,
+                     PARTS_PADDED=padded // 64, ITERATIONS=20, PADDED_WIDTH=padded,
+                     ROUND_SCALES=True)
+        for absent in ({}, {"streams_ptr": None, "mixture_ptr": None},
+                       {"change_ptr": None, "mixture_ptr": None}, {"fn_ptr": None},
+                       {"mixture_ptr": None}):
+            label = "streams" if "fn_ptr" not in absent else "last streams"
+            compile(label, expand_streams_kernel, types, **block, TOKENS=16, BLOCK=64,
+                    num_warps=4, **NO_READING, **absent)
+            if "fn_ptr" not in absent:
+                compile("norm", expand_streams_kernel, types | dict(codes_ptr="uint8"), **block,
+                        TOKENS=1, BLOCK=64, num_warps=warps, **absent)
+        compile("norm", expand_streams_kernel, types, **block, TOKENS=1, BLOCK=64,
+                num_warps=warps, **dict.fromkeys(("next_ptr", "codes_ptr", "scales_ptr")))
+        for absent in ({}, {"mixture_ptr": None}):
+            for codes in ({}, {"codes_ptr": None, "scales_ptr": None}):
+                compile("norm", read_streams_kernel, types | dict(codes_ptr="uint8"), **block,
+                        num_warps=warps, **absent, **codes)
     for made in (kind, "uint8"):
         compile("rotate", rotate_heads_kernel, types | {"out_ptr": made}, WIDTH=INDEX, ROPE=ROPE,
                 HEADS=16, PADDED=INDEX)

@@ -24,7 +24,7 @@ from fd_dsa.models.deepseek_v32 import logits_of
 from fd_dsa.models.device_weights import DeviceWeights
 from fd_dsa.models.sources import EMBEDDING, LM_HEAD, WeightLoader
 from fd_dsa.ops.arrays import rows_at
-from fd_dsa.ops.stream_kernels import Connection, expand_streams, read_streams
+from fd_dsa.ops.stream_kernels import Connection, between_blocks, expand_streams
 from fd_dsa.tensor import Tensor
 
 
@@ -97,11 +97,9 @@ class DeviceV4Layer:
         """
         before_attention, before_experts = self._connections
         count, group = self._num_streams, self._group
-        streams, sums = expand_streams(*residual, before_attention, count)
-        x, mixture = read_streams(streams, sums, before_attention)
+        streams, x, mixture = between_blocks(*residual, before_attention, count)
         change = summed(self.attn.forward(x, forward_meta), group)
-        streams, sums = expand_streams(streams, change, mixture, before_experts, count)
-        x, mixture = read_streams(streams, sums, before_experts)
+        streams, x, mixture = between_blocks(streams, change, mixture, before_experts, count)
         output = self.ffn.forward(x, token_ids, forward_meta.slot_mapping)
         return Residual(streams, summed(output, group), mixture)
 
@@ -152,8 +150,8 @@ def _logits(
     """Return logits [n, vocab_size] of streams [n, num_streams * hidden_size], by the head."""
     count = model.config.hc_mult
     streams = hidden_states.reshape([hidden_states.shape[0], count, -1])
-    same, sums = expand_streams(streams, None, None, collapse, count)
-    return logits_of(model.head, read_streams(same, sums, collapse)[0], model.head_group, out)
+    _, x, _ = between_blocks(streams, None, None, collapse, count)
+    return logits_of(model.head, x, model.head_group, out)
 
 
 class DeviceV4ForCausalLM:
