@@ -39,8 +39,8 @@ import triton  # isort: skip
 import triton.language as tl  # isort: skip
 
 _GROUP = tl.constexpr(GROUP)
-# of all tiles in four bits: four of 32 columns for each processor of an H200
-_FEW_COLUMNS = 4 * 132 * 32
+# of a launch in four bits: four for each processor of an H200
+_FEW_TILES = 4 * 132
 
 
 @lru_cache(maxsize=4096)
@@ -74,8 +74,9 @@ def _fastest(kind: str, num_pairs: int, num_experts: int, gated: bool, columns: 
     # a tile that holds the pairs of nearly all experts, whose number varies around the mean
     rows = next((rows for rows in (16, 32, 64) if mean <= rows / 2), 128)
     if kind == "four bits":
-        if gated and rows == 16 and min(num_pairs, num_experts) * columns <= _FEW_COLUMNS:
-            return Tiling(rows, 32, 4, 6)
+        narrow = 64 >> gated
+        if rows == 16 and min(num_pairs, num_experts) * columns <= _FEW_TILES * narrow:
+            return Tiling(rows, narrow, 4, 6)
         return Tiling(rows, 128 >> gated, 4 if rows == 16 else 8, 3 if rows in (32, 64) else 4)
     if rows == 128:
         # with 8 warps the registers do not hold the sums of both halves

@@ -55,7 +55,7 @@ def configuration(rows: int) -> Tiling:
         return Tiling(tile, 128, 8, 4, 132)
     # with four stages and 32 rows a processor has room for only four programs, so that the 576
     # programs of the largest weight would not run at once
-    return Tiling(tile, 64, 4, 4 if tile == 16 else 3, 396)
+    return Tiling(tile, 64, 4, 3, 528 if tile == 16 else 396)
 
 
 @triton.jit

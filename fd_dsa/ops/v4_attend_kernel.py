@@ -126,8 +126,8 @@ def _attend(
     """Add a tile of keys [KEYS, PADDED] at `pointers` [KEYS] to the softmax of the heads."""
     top, total, out = state
     if pointers.dtype.element_ty == tl.uint8:
-        # a record's values are exact in bfloat16
-        key = _narrowed(load_records(pointers, seen, WIDTH, ROPE), WIDE)
+        key = load_records(pointers, seen, WIDTH, ROPE)
+        key = widened(key) if tl.float32 == WIDE else key
     else:
         channel = tl.arange(0, PADDED)
         mask = seen[:, None] & (channel < WIDTH)[None, :]
@@ -192,10 +192,10 @@ def attend_v4_kernel(
     values_ptr,
     lse_ptr,
     num_heads,
-    q_stride,
     table_width,
     topk,
     epsilon,
+    Q_STRIDE: tl.constexpr,
     WIDTH: tl.constexpr,
     ROPE: tl.constexpr,
     ROW: tl.constexpr,
@@ -226,7 +226,7 @@ def attend_v4_kernel(
     channel = tl.arange(0, PADDED)
     mask = (head < num_heads)[:, None] & (channel < WIDTH)[None, :]
     cos, sin = load_angles(cos_sin_ptr, position, WIDTH, ROPE, PADDED)
-    q_ptr += token * q_stride
+    q_ptr += token * Q_STRIDE
     q = widened(tl.load(q_ptr + head[:, None] * WIDTH + channel[None, :], mask=mask, other=0.0))
     # RMSNorm without a weight, times the factor WIDTH ** -0.5 of the scores
     q = q * (1.0 / tl.sqrt_rn(tl.sum(q * q, axis=1) + WIDTH * epsilon))[:, None]
@@ -245,7 +245,7 @@ def attend_v4_kernel(
     # The compiler vectorises loads at offsets with a known divisor, not at selected pointers. So
     # both tensors are at offsets from one pointer, in units that divide every address.
     size: tl.constexpr = keys_ptr.dtype.element_ty.primitive_bitwidth // 8
-    unit: tl.constexpr = 16 if ROW * size % 16 == 0 else 8 if ROW * size % 8 == 0 else 4
+    unit: tl.constexpr = min(16, ROW * size & -(ROW * size))
     row_units: tl.constexpr = ROW * size // unit
     ring_units = (ring_ptr.to(tl.int64) - keys_ptr.to(tl.int64)) // unit
     splits = tl.num_programs(2)
@@ -383,12 +383,12 @@ def attend_v4(
         together = max(_HEADS, min(_MANY_HEADS, next_power_of_2(heads)))
     attend_v4_kernel[tokens, -(-heads // together), splits](
         q, windows.keys, windows.ring, pool, slots, sinks, cos_sin, *places,
-        *kernel_arguments(out), values, lse, heads, q.strides[0], in_table,
-        0 if slots is None else slots.shape[1], epsilon, ROW=windows.keys.shape[1],
-        WINDOW=windows.size, RING=windows.ring_rows, RATIO=ratio, PER_BLOCK=per_block,
-        HEADS=together, KEYS=keys, PADDED=padded,
+        *kernel_arguments(out), values, lse, heads, in_table,
+        0 if slots is None else slots.shape[1], epsilon, Q_STRIDE=q.strides[0],
+        ROW=windows.keys.shape[1], WINDOW=windows.size, RING=windows.ring_rows, RATIO=ratio,
+        PER_BLOCK=per_block, HEADS=together, KEYS=keys, PADDED=padded,
         WIDE=tl.float32 if kind == "float32" else tl.bfloat16,
-        num_warps=4 if together <= 16 else 8, **form,
+        num_warps=4 if together <= 16 else 8, num_stages=1 if together <= 16 else 3, **form,
     )  # fmt: skip
     if splits > 1:
         max_splits, channels, warps = next(x for x in COMBINE_CONFIGS if x[0] >= splits)

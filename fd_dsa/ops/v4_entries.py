@@ -106,9 +106,9 @@ def store_key(x, out_ptr, row, WIDTH: tl.constexpr, ROPE: tl.constexpr, ROW: tl.
 
 @triton.jit
 def pooled_row(
-    sources_ptr, stride, states_ptr, gates_ptr, work, FIRST: tl.constexpr, WIDTH: tl.constexpr,
-    SOURCE: tl.constexpr, HALVES: tl.constexpr, RATIO: tl.constexpr, POOL: tl.constexpr,
-    RING: tl.constexpr, TILE: tl.constexpr, PADDED: tl.constexpr,
+    sources_ptr, STRIDE: tl.constexpr, states_ptr, gates_ptr, work, FIRST: tl.constexpr,
+    WIDTH: tl.constexpr, SOURCE: tl.constexpr, HALVES: tl.constexpr, RATIO: tl.constexpr,
+    POOL: tl.constexpr, RING: tl.constexpr, TILE: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     """Return the gated mean of an entry's sources [PADDED], a softmax for each channel."""
     token, row, position, from_states = work
@@ -125,7 +125,7 @@ def pooled_row(
         is_kept = (number < from_states)[:, None]
         at = FIRST + (half * WIDTH)[:, None] + channel[None, :]
         kept = states_ptr + (row * RING + source % RING).to(tl.int64)[:, None] * SOURCE + at
-        own = sources_ptr + (token - (POOL - 1) + number).to(tl.int64)[:, None] * stride + at
+        own = sources_ptr + (token - (POOL - 1) + number).to(tl.int64)[:, None] * STRIDE + at
         old, new = exists & is_kept, exists & (is_kept == 0)
         value = tl.load(kept, mask=old, other=0.0) + tl.load(own, mask=new, other=0.0)
         kept += HALVES * WIDTH

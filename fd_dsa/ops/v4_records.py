@@ -19,12 +19,28 @@ from fd_dsa.ops.device_functions import (
     power_above,
     power_of,
     stored,
+    to_bfloat16,
     to_e4m3,
-    widened,
 )
+from fd_dsa.triton_runtime import INTERPRETING
 
 import triton  # isort: skip
 import triton.language as tl  # isort: skip
+
+
+_INTERPRETING = tl.constexpr(INTERPRETING)
+# Four e4m3 codes to bfloat16. The bits of a code, moved, are those of its value times 2^-120, for
+# denormal numbers too. A product with 2^120 (0x7B80) is exact; the added -0.0 keeps signs of zeros.
+_BFLOAT16 = tl.constexpr("""{
+.reg .b32 even, odd, x, factor, zero;
+mov.b32 factor, 0x7B807B80; mov.b32 zero, 0x80008000;
+prmt.b32 even, $2, 0, 0x1404;
+prmt.b32 odd, $2, 0, 0x3424;
+shr.u32 x, even, 4; and.b32 x, x, 0x07F007F0; lop3.b32 even, even, 0x80008000, x, 0xEA;
+shr.u32 x, odd, 4; and.b32 x, x, 0x07F007F0; lop3.b32 odd, odd, 0x80008000, x, 0xEA;
+fma.rn.bf16x2 $0, even, factor, zero;
+fma.rn.bf16x2 $1, odd, factor, zero;
+}""")
 
 
 @triton.jit
@@ -55,8 +71,21 @@ def store_record(x, out_ptr, WIDTH: tl.constexpr, ROPE: tl.constexpr):
 
 
 @triton.jit
+def _scaled_codes(codes, exponents):
+    """Return bfloat16 e4m3(codes) x scale for codes [KEYS, GROUPS, N] and their exponents."""
+    if _INTERPRETING:
+        scales = power_of(exponents.to(tl.uint32))
+        return to_bfloat16(e4m3_values(codes, tl.float32) * scales[:, :, None])
+    values = tl.inline_asm_elementwise(
+        _BFLOAT16, "=r,=r,r", [codes], dtype=tl.bfloat16, is_pure=True, pack=4
+    )
+    scales = (exponents.to(tl.uint16) << 7).to(tl.bfloat16, bitcast=True)
+    return values * scales[:, :, None]
+
+
+@triton.jit
 def load_records(pointers, seen, WIDTH: tl.constexpr, ROPE: tl.constexpr):
-    """Return the keys of the records at `pointers` [KEYS], float32 [KEYS, WIDTH].
+    """Return the keys of the records at `pointers` [KEYS], exactly, bfloat16 [KEYS, WIDTH].
 
     Keys that are not `seen` are 0.
     """
@@ -66,14 +95,12 @@ def load_records(pointers, seen, WIDTH: tl.constexpr, ROPE: tl.constexpr):
     is_code = seen[:, None] & (channel < WIDTH - ROPE)[None, :]
     codes = tl.load(pointers[:, None] + channel[None, :], mask=is_code, other=0)
     places = pointers[:, None] + (WIDTH + ROPE) + group[None, :]
-    exponents = tl.load(places, mask=seen[:, None], other=0).to(tl.uint32)
+    exponents = tl.load(places, mask=seen[:, None], other=0)
     rope = (pointers + (WIDTH - ROPE)).to(tl.pointer_type(tl.bfloat16))
     rotated = tl.load(rope[:, None] + pair[None, :], mask=seen[:, None], other=0.0)
-    values = tl.reshape(e4m3_values(codes, tl.float32), [keys, groups, ROPE])
-    values = values * power_of(exponents)[:, :, None]
+    values = _scaled_codes(tl.reshape(codes, [keys, groups, ROPE]), exponents)
     is_rotated = (group == groups - 1)[None, :, None]
-    values = tl.where(is_rotated, widened(rotated)[:, None, :], values)
-    return tl.reshape(values, [keys, WIDTH])
+    return tl.reshape(tl.where(is_rotated, rotated[:, None, :], values), [keys, WIDTH])
 
 
 @triton.jit

@@ -50,8 +50,8 @@ def rotate_heads_kernel(
     out_ptr,
     out_weights_ptr,
     num_heads,
-    stride,
-    weights_stride,
+    STRIDE: tl.constexpr,
+    WEIGHTS_STRIDE: tl.constexpr,
     WIDTH: tl.constexpr,
     ROPE: tl.constexpr,
     HEADS: tl.constexpr,
@@ -67,8 +67,8 @@ def rotate_heads_kernel(
     mask = is_head[:, None] & (channel < WIDTH)[None, :]
     at = head[:, None] * WIDTH + channel[None, :]
     cos, sin = load_angles(cos_sin_ptr, tl.load(positions_ptr + token), WIDTH, ROPE, PADDED)
-    weights = tl.load(weights_ptr + token * weights_stride + head, mask=is_head, other=0.0)
-    x = rotate_rows(widened(tl.load(x_ptr + token * stride + at, mask=mask, other=0.0)), cos, sin)
+    weights = tl.load(weights_ptr + token * WEIGHTS_STRIDE + head, mask=is_head, other=0.0)
+    x = rotate_rows(widened(tl.load(x_ptr + token * STRIDE + at, mask=mask, other=0.0)), cos, sin)
     out_ptr += token * num_heads * WIDTH
     if out_ptr.dtype.element_ty == tl.uint8:
         codes, exponents = quantized_rows(x)
@@ -98,8 +98,8 @@ def rotate_heads(
     out_weights = empty_beside(weights, tokens, heads)
     if tokens:
         rotate_heads_kernel[tokens, -(-heads // _HEADS)](
-            x, cos_sin, positions, weights, out, out_weights, heads, x.strides[0],
-            weights.strides[0], WIDTH=width, ROPE=cos_sin.shape[1], HEADS=_HEADS,
-            PADDED=next_power_of_2(width), num_warps=4,
+            x, cos_sin, positions, weights, out, out_weights, heads,
+            STRIDE=x.strides[0], WEIGHTS_STRIDE=weights.strides[0], WIDTH=width,
+            ROPE=cos_sin.shape[1], HEADS=_HEADS, PADDED=next_power_of_2(width), num_warps=4,
         )  # fmt: skip
     return out, out_weights

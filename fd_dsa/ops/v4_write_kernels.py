@@ -51,8 +51,8 @@ class Ring(NamedTuple):
 
 @triton.jit
 def _keep_source(
-    sources_ptr, stride, kept_ptr, states_ptr, index, num_kept, SOURCE: tl.constexpr,
-    RING: tl.constexpr,
+    sources_ptr, STRIDE: tl.constexpr, kept_ptr, states_ptr, index, num_kept,
+    SOURCE: tl.constexpr, RING: tl.constexpr,
 ):  # fmt: skip
     """Copy the source of row `index` of a plan to the states, if there is one."""
     plan = kept_ptr + 4 * tl.minimum(index, num_kept - 1)
@@ -62,7 +62,7 @@ def _keep_source(
     for first in range(0, size, _BLOCK):
         at = first + tl.arange(0, _BLOCK)
         slot = tl.load(plan + 1) * RING + tl.load(plan + 2) % RING
-        value = tl.load(sources_ptr + token * stride + at, mask=at < SOURCE, other=0.0)
+        value = tl.load(sources_ptr + token * STRIDE + at, mask=at < SOURCE, other=0.0)
         tl.store(states_ptr + slot.to(tl.int64) * SOURCE + at, value, mask=at < SOURCE)
 
 
@@ -93,10 +93,10 @@ def write_step_kernel(
     num_tokens,
     num_entries,
     num_kept,
-    stride,
     scale_stride,
-    source_stride,
     epsilon,
+    STRIDE: tl.constexpr,
+    SOURCE_STRIDE: tl.constexpr,
     RANK: tl.constexpr,
     RANK_PADDED: tl.constexpr,
     ROUND_SCALES: tl.constexpr,
@@ -134,7 +134,7 @@ def write_step_kernel(
                 row, begin = tl.load(rows_ptr + number).to(tl.int64), position + 1 - RATIO
                 if job < num_entries:
                     x = pooled_row(
-                        sources_ptr, source_stride, states_ptr, gates_ptr, work, 0, WIDTH, SOURCE,
+                        sources_ptr, SOURCE_STRIDE, states_ptr, gates_ptr, work, 0, WIDTH, SOURCE,
                         HALVES, RATIO, POOL, RING, TILE, PADDED,
                     )  # fmt: skip
                     x = normed_row(x, norm_ptr, epsilon, cos_sin_ptr, begin, WIDTH, ROPE, PADDED)
@@ -142,7 +142,7 @@ def write_step_kernel(
                 elif index_gates_ptr is not None:
                     # other names than above, because a name has one type
                     index_x = pooled_row(
-                        sources_ptr, source_stride, states_ptr, index_gates_ptr, work,
+                        sources_ptr, SOURCE_STRIDE, states_ptr, index_gates_ptr, work,
                         2 * HALVES * WIDTH, INDEX_WIDTH, SOURCE, HALVES, RATIO, POOL, RING, TILE,
                         INDEX_PADDED,
                     )  # fmt: skip
@@ -158,7 +158,7 @@ def write_step_kernel(
     if (job >= 0) & (job < num_tokens):
         own = job.to(tl.int64)
         channel = tl.arange(0, PADDED)
-        key_ptr = x_ptr + own * stride + RANK + channel
+        key_ptr = x_ptr + own * STRIDE + RANK + channel
         key = widened(tl.load(key_ptr, mask=channel < WIDTH, other=0.0))
         key_position = tl.load(positions_ptr + own)
         key = normed_row(key, key_norm_ptr, epsilon, cos_sin_ptr, key_position, WIDTH, ROPE, PADDED)
@@ -172,7 +172,7 @@ def write_step_kernel(
         of_row = job.to(tl.int64)
         column = tl.arange(0, RANK_PADDED)
         inside = column < RANK
-        latent = widened(tl.load(x_ptr + of_row * stride + column, mask=inside, other=0.0))
+        latent = widened(tl.load(x_ptr + of_row * STRIDE + column, mask=inside, other=0.0))
         weight = tl.load(latent_norm_ptr + column, mask=inside, other=0.0)
         inverse = 1.0 / tl.sqrt_rn(tl.sum(latent * latent, axis=0) / RANK + epsilon)
         rounded = stored(latent * inverse * weight, latents_ptr)
@@ -186,7 +186,7 @@ def write_step_kernel(
         job -= num_tokens
         if job >= 0:
             _keep_source(
-                sources_ptr, source_stride, kept_ptr, states_ptr, job, num_kept, SOURCE, RING
+                sources_ptr, SOURCE_STRIDE, kept_ptr, states_ptr, job, num_kept, SOURCE, RING
             )
 
 
@@ -237,11 +237,10 @@ def write_step(
         write_step_kernel[(num_jobs,)](
             projected, latent_norm.weight, latents, codes, scales, key_norm.weight, cos_sin,
             positions, keys, *(kept or (None, None)), *given, tokens, *counts,
-            projected.strides[0], scale_stride,
-            1 if compression is None else compression.sources.strides[0], key_norm.epsilon,
-            RANK=rank, RANK_PADDED=max(GROUP, next_power_of_2(rank)),
-            ROUND_SCALES=bool(round_scales), WIDTH=width, ROPE=rope, ROW=row, TILE=_TILE,
-            PADDED=next_power_of_2(width), num_warps=4, **sizes,
+            scale_stride, key_norm.epsilon, STRIDE=projected.strides[0], RANK=rank,
+            RANK_PADDED=max(GROUP, next_power_of_2(rank)), ROUND_SCALES=bool(round_scales),
+            WIDTH=width, ROPE=rope, ROW=row, TILE=_TILE, PADDED=next_power_of_2(width),
+            num_warps=4, **sizes,
         )  # fmt: skip
     return latents if fp8 is None else Normed(latents, fp8), keys
 
@@ -251,7 +250,7 @@ def _of_compression(
 ) -> tuple[tuple[Tensor | None, ...], dict[str, int], tuple[int, int]]:
     """Return the tensors of `write_step_kernel`, its sizes, and the entries and kept sources."""
     if compression is None:
-        names = "INDEX_WIDTH", "SOURCE", "HALVES", "RATIO", "POOL", "RING", "PER_BLOCK"
+        names = "SOURCE", "SOURCE_STRIDE", "HALVES", "RATIO", "POOL", "RING", "PER_BLOCK"
         sizes = dict.fromkeys(names, 1) | {"INDEX_WIDTH": 0, "INDEX_PADDED": 2}
         return (None,) * 11, sizes, (0, 0)
     sources, states, plan, main, index = compression
@@ -260,6 +259,7 @@ def _of_compression(
         "INDEX_WIDTH": width,
         "INDEX_PADDED": next_power_of_2(width or 2),
         "SOURCE": sources.shape[1],
+        "SOURCE_STRIDE": sources.strides[0],
         "HALVES": plan.pool // plan.ratio,
         "RATIO": plan.ratio,
         "POOL": plan.pool,
@@ -281,7 +281,7 @@ def keep_step_kernel(
     states_ptr,
     num_tokens,
     num_kept,
-    source_stride,
+    SOURCE_STRIDE: tl.constexpr,
     WIDTH: tl.constexpr,
     SOURCE: tl.constexpr,
     RING: tl.constexpr,
@@ -300,7 +300,7 @@ def keep_step_kernel(
         tl.store(ring_ptr + place * WIDTH + channel, key, mask=mask)
     if states_ptr is not None:
         _keep_source(
-            sources_ptr, source_stride, kept_ptr, states_ptr, index, num_kept, SOURCE, RING
+            sources_ptr, SOURCE_STRIDE, kept_ptr, states_ptr, index, num_kept, SOURCE, RING
         )
 
 
@@ -315,7 +315,7 @@ def keep_step(keys: Tensor, kept: Ring, compression: Compression | None = None) 
     tokens, width = keys.shape
     if tokens:
         keep_step_kernel[(max(tokens, num_kept),)](
-            keys, *kept, sources, plan, states, tokens, num_kept,
-            1 if sources is None else sources.strides[0], WIDTH=width, SOURCE=sizes["SOURCE"],
-            RING=sizes["RING"], PADDED=next_power_of_2(width), num_warps=4,
+            keys, *kept, sources, plan, states, tokens, num_kept, WIDTH=width,
+            PADDED=next_power_of_2(width), num_warps=4,
+            **{name: sizes[name] for name in ("SOURCE", "SOURCE_STRIDE", "RING")},
         )  # fmt: skip

@@ -50,13 +50,13 @@ for kind in ("float32", "bfloat16"):
                         num_warps=warps, **absent, **codes)
     for made in (kind, "uint8"):
         compile("rotate", rotate_heads_kernel, types | {"out_ptr": made}, WIDTH=INDEX, ROPE=ROPE,
-                HEADS=16, PADDED=INDEX)
+                HEADS=16, PADDED=INDEX, STRIDE=40960, WEIGHTS_STRIDE=2624)
     # keys and entries, and the rows of their pools
     held = "keys_ptr", "ring_ptr", "pool_ptr", "entries_ptr", "index_entries_ptr"
     for key, row in ((kind, WIDTH), ("uint8", v4_record_bytes(WIDTH, ROPE))):
         pools = types | dict.fromkeys(held, key)
-        norms = dict(RANK=1024, RANK_PADDED=1024, ROUND_SCALES=True, WIDTH=WIDTH, ROPE=ROPE,
-                     ROW=row, TILE=8, PADDED=WIDTH)
+        norms = dict(STRIDE=1536, RANK=1024, RANK_PADDED=1024, ROUND_SCALES=True, WIDTH=WIDTH,
+                     ROPE=ROPE, ROW=row, TILE=8, PADDED=WIDTH)
         pools |= dict(latents_ptr=kind, codes_ptr="uint8")
         no_index = dict.fromkeys(("index_gates_ptr", "index_norm_ptr", "index_entries_ptr"))
         no_entries = no_index | dict.fromkeys(
@@ -68,28 +68,30 @@ for kind in ("float32", "bfloat16"):
             source = 2 * halves * (WIDTH + (INDEX if halves == 2 else 0))
             for ring in ({}, dict.fromkeys(("places_ptr", "ring_ptr"))):
                 compile("write", write.write_step_kernel, pools, **norms, INDEX_WIDTH=INDEX,
-                        SOURCE=source, HALVES=halves, RATIO=ratio, POOL=ratio * halves,
+                        SOURCE=source,
+                        SOURCE_STRIDE=source + 64, HALVES=halves, RATIO=ratio, POOL=ratio * halves,
                         RING=ratio * halves, PER_BLOCK=256 // ratio, INDEX_PADDED=INDEX, **absent,
                         **ring)
             none = {name: None for name in ("sources_ptr", "kept_ptr", "states_ptr")
                     if name in absent}
             compile("keep", write.keep_step_kernel, pools, WIDTH=row, SOURCE=source,
+                    SOURCE_STRIDE=source + 64,
                     RING=ratio * halves, PADDED=1024, **none)
         compile("snapshots", copy_slot_kernel, dict(slots_ptr=key), SIZE=128 * row, TILE=1024)
         for absent in ({}, {"slots_ptr": None}, {"pool_ptr": None, "slots_ptr": None}):
             for whole in ({"values_ptr": None, "lse_ptr": None}, {}):
-                compile("attend", attend_v4_kernel, pools, WIDTH=WIDTH, ROPE=ROPE, ROW=row,
-                        WINDOW=128, RING=128, RATIO=4, PER_BLOCK=64, HEADS=16,
-                        KEYS=16 if kind == "float32" else 32, PADDED=WIDTH, ROUND_SCALES=True,
-                        WIDE=tl.float32 if kind == "float32" else tl.bfloat16, codes_ptr=None,
+                compile("attend", attend_v4_kernel, pools, Q_STRIDE=40960, WIDTH=WIDTH, ROPE=ROPE,
+                        ROW=row, WINDOW=128, RING=128, RATIO=4, PER_BLOCK=64, HEADS=16,
+                        num_stages=1, KEYS=16 if kind == "float32" else 32, PADDED=WIDTH,
+                        ROUND_SCALES=True, WIDE=tl.float32 if kind == "float32" else tl.bfloat16, codes_ptr=None,
                         scales_ptr=None, **absent, **whole)
     if SHARED >= 227 << 10 and kind == "bfloat16":
         # of steps with prompts
         for heads in (16, 64):
-            compile("attend", attend_v4_kernel, pools, WIDTH=WIDTH, ROPE=ROPE, ROW=row, WINDOW=128,
-                    RING=128, RATIO=4, PER_BLOCK=64, HEADS=heads, KEYS=32, PADDED=WIDTH,
-                    WIDE=tl.bfloat16, ROUND_SCALES=True, num_warps=4 if heads == 16 else 8,
-                    out_ptr=None, values_ptr=None, lse_ptr=None)
+            compile("attend", attend_v4_kernel, pools, Q_STRIDE=40960, WIDTH=WIDTH, ROPE=ROPE,
+                    ROW=row, WINDOW=128, RING=128, RATIO=4, PER_BLOCK=64, HEADS=heads, KEYS=32,
+                    PADDED=WIDTH, WIDE=tl.bfloat16, ROUND_SCALES=True,
+                    num_warps=4 if heads == 16 else 8, num_stages=1 if heads == 16 else 3, out_ptr=None, values_ptr=None, lse_ptr=None)
     for splits, columns in ((4, 512), (32, 128)):
         for absent in ({"out_ptr": None}, {"codes_ptr": None, "scales_ptr": None}):
             compile("combine", combine_v4_kernel, types | {"codes_ptr": "uint8"}, WIDTH=WIDTH,
