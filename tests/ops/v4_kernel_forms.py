@@ -82,16 +82,16 @@ for kind in ("float32", "bfloat16"):
             for whole in ({"values_ptr": None, "lse_ptr": None}, {}):
                 compile("attend", attend_v4_kernel, pools, Q_STRIDE=40960, WIDTH=WIDTH, ROPE=ROPE,
                         ROW=row, WINDOW=128, RING=128, RATIO=4, PER_BLOCK=64, HEADS=16,
-                        num_stages=1, KEYS=16 if kind == "float32" else 32, PADDED=WIDTH,
-                        ROUND_SCALES=True, WIDE=tl.float32 if kind == "float32" else tl.bfloat16, codes_ptr=None,
-                        scales_ptr=None, **absent, **whole)
+                        KEYS=16 if kind == "float32" else 32, PADDED=WIDTH, ROUND_SCALES=True,
+                        WIDE=tl.float32 if kind == "float32" else tl.bfloat16, num_stages=1,
+                        codes_ptr=None, scales_ptr=None, **absent, **whole)
     if SHARED >= 227 << 10 and kind == "bfloat16":
         # of steps with prompts
-        for heads in (16, 64):
+        for heads, warps, stages in ((16, 4, 1), (64, 8, 3)):
             compile("attend", attend_v4_kernel, pools, Q_STRIDE=40960, WIDTH=WIDTH, ROPE=ROPE,
                     ROW=row, WINDOW=128, RING=128, RATIO=4, PER_BLOCK=64, HEADS=heads, KEYS=32,
-                    PADDED=WIDTH, WIDE=tl.bfloat16, ROUND_SCALES=True,
-                    num_warps=4 if heads == 16 else 8, num_stages=1 if heads == 16 else 3, out_ptr=None, values_ptr=None, lse_ptr=None)
+                    PADDED=WIDTH, WIDE=tl.bfloat16, ROUND_SCALES=True, num_warps=warps,
+                    num_stages=stages, out_ptr=None, values_ptr=None, lse_ptr=None)
     for splits, columns in ((4, 512), (32, 128)):
         for absent in ({"out_ptr": None}, {"codes_ptr": None, "scales_ptr": None}):
             compile("combine", combine_v4_kernel, types | {"codes_ptr": "uint8"}, WIDTH=WIDTH,
