@@ -30,7 +30,7 @@ import triton.language as tl  # isort: skip
 
 _INTERPRETING = tl.constexpr(INTERPRETING)
 # Four e4m3 codes to bfloat16. The bits of a code, moved, are those of its value times 2^-120, for
-# denormal numbers too. Times 2^120 (0x7B80) they are exact. The added -0.0 keeps the signs of zeros.
+# denormal numbers too. Times 2^120 (0x7B80) they are exact. The added -0.0 keeps signs of zeros.
 _BFLOAT16 = tl.constexpr("""{
 .reg .b32 even, odd, x, factor, zero;
 mov.b32 factor, 0x7B807B80; mov.b32 zero, 0x80008000;
