@@ -149,10 +149,7 @@ def _store_heads(
     x, token, head, heads, mask, out_ptr, codes_ptr, scales_ptr, scale_stride, WIDTH: tl.constexpr,
     ROUND_SCALES: tl.constexpr, first=0,
 ):  # fmt: skip
-    """Store the channels of heads `x` float32 [HEADS, CHANNELS] of a token from `first` on.
-
-    Without `out_ptr` each group of 128 channels is quantised.
-    """
+    """Store channels from `first` on of a token's heads, float32 [HEADS, CHANNELS], or quantise."""
     channels: tl.constexpr = x.shape[1]
     place = (token * heads + head)[:, None] * WIDTH + first + tl.arange(0, channels)[None, :]
     if out_ptr is not None:
@@ -381,14 +378,16 @@ def attend_v4(
     together = _HEADS
     if partials and kind == "bfloat16" and rows_of_tiles(tokens) >= _MANY_TOKENS:
         together = max(_HEADS, min(_MANY_HEADS, next_power_of_2(heads)))
+    # Loads of 8 bytes ahead of the loop are slower than none, and with 64 heads misaligned.
+    stages = 3 if together > _HEADS and windows.keys.dtype == q.dtype else 1
+    wide = tl.float32 if kind == "float32" else tl.bfloat16
+    launch = {"num_warps": 4 if together <= _HEADS else 8, "num_stages": stages}
     attend_v4_kernel[tokens, -(-heads // together), splits](
         q, windows.keys, windows.ring, pool, slots, sinks, cos_sin, *places,
         *kernel_arguments(out), values, lse, heads, in_table,
         0 if slots is None else slots.shape[1], epsilon, Q_STRIDE=q.strides[0],
         ROW=windows.keys.shape[1], WINDOW=windows.size, RING=windows.ring_rows, RATIO=ratio,
-        PER_BLOCK=per_block, HEADS=together, KEYS=keys, PADDED=padded,
-        WIDE=tl.float32 if kind == "float32" else tl.bfloat16,
-        num_warps=4 if together <= 16 else 8, num_stages=1 if together <= 16 else 3, **form,
+        PER_BLOCK=per_block, HEADS=together, KEYS=keys, PADDED=padded, WIDE=wide, **launch, **form,
     )  # fmt: skip
     if splits > 1:
         max_splits, channels, warps = next(x for x in COMBINE_CONFIGS if x[0] >= splits)
