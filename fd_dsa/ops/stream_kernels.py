@@ -4,7 +4,7 @@ The first launch adds the output of a block to the streams and multiplies them b
 next connection. The sums of this GEMM are in parts, one for each program. The second launch adds
 the parts, makes the gates, and norms the weighted sum that the next block reads. If FP8 weights
 read it, the launch quantises it, too. With a few tokens the last program of a token does the work
-of the second launch, and both forms give the same bits.
+of the second launch. Both forms give the same bits, but batch-invariant mode has only the first.
 
 Streams have the type of the activations, everything between them is float32. The order of a token's
 sums depends only on the sizes of the model.
@@ -21,6 +21,7 @@ from fd_dsa.ops.dense_kernels import (
     kernel_arguments,
 )
 from fd_dsa.ops.device_functions import stored, to_bfloat16, widened
+from fd_dsa.ops.fixed_order import fixed_order
 from fd_dsa.ops.split_sums import clear_counters, is_last, scratch_beside
 from fd_dsa.ops.step_kernel import step_kernel
 from fd_dsa.ops.stream_functions import load_affine, read_token
@@ -241,7 +242,7 @@ def between_blocks(
     assert like is not None, "without streams there is a change"
     tokens, width = like.shape[0], like.shape[-1]
     parts = -(-width // _channels(width))
-    if 0 < tokens <= min(_TOKENS, _FEW_PROGRAMS // parts):
+    if 0 < tokens <= min(_TOKENS, _FEW_PROGRAMS // parts) and not fixed_order():
         counts = scratch_beside(connection.base, "residual streams", 0)
     if counts is None:
         out, sums = expand_streams(streams, change, mixture, connection, num_streams)

@@ -107,8 +107,7 @@ def num_splits(num_tokens: int, num_heads: int, max_tiles: int) -> int:
         num_tokens, num_heads: shape of the queries.
         max_tiles: maximum number of tiles of a token's keys.
     """
-    groups = -(-num_heads // _HEADS)
-    programs = groups * next_power_of_2(rows_of_tiles(num_tokens))
+    programs = -(-num_heads // _HEADS) * next_power_of_2(rows_of_tiles(num_tokens))
     return max(1, min(MAX_SPLITS, max_tiles, _PROGRAMS // programs))
 
 
@@ -208,7 +207,7 @@ def attend_v4_kernel(
 ):
     """Attend for token `program 0` and the heads of group `program 1`, to split `program 2`.
 
-    A split is a run of tiles. Tiles of the window come before those of the entries.
+    A split is a run of tiles, of which those of the window come first.
     """
     wait_for_inputs()
     start_next()
@@ -240,7 +239,8 @@ def attend_v4_kernel(
             visible = tl.minimum(visible, topk)
         tiles += tl.cdiv(visible, KEYS)
     # The compiler vectorises loads at offsets with a known divisor, not at selected pointers. So
-    # both tensors are at offsets from one pointer, in units that divide every address.
+    # all tensors are at offsets from one pointer, in units that divide every address. Triton 3.6
+    # takes the divisor of the first of neighbouring offsets in one tensor for all.
     size: tl.constexpr = keys_ptr.dtype.element_ty.primitive_bitwidth // 8
     unit: tl.constexpr = min(16, ROW * size & -(ROW * size))
     row_units: tl.constexpr = ROW * size // unit
@@ -257,6 +257,7 @@ def attend_v4_kernel(
         pointers = keys_ptr + tl.where(is_own, own, kept) * (unit // size)
         state = _attend(q, state, pointers, seen, WIDTH, ROPE, PADDED, WIDE)
     if pool_ptr is not None:
+        pool_units = (pool_ptr.to(tl.int64) - keys_ptr.to(tl.int64)) // unit
         tile -= tiles_of_window
         end = tl.minimum((tile + tiles_of_split) * KEYS, visible)
         for first in range(tl.maximum(tile, 0) * KEYS, end, KEYS):
@@ -268,7 +269,8 @@ def attend_v4_kernel(
                 cell = block_table_ptr + row.to(tl.int64) * table_width + entry // PER_BLOCK
                 slot = tl.load(cell, mask=seen, other=-1) * PER_BLOCK + entry % PER_BLOCK
             seen = seen & (slot >= 0)
-            pointers = pool_ptr + tl.maximum(slot, 0).to(tl.int64) * ROW
+            place = pool_units + slot.to(tl.int64) * row_units
+            pointers = keys_ptr + tl.where(seen, place, 0) * (unit // size)
             state = _attend(q, state, pointers, seen, WIDTH, ROPE, PADDED, WIDE)
     top, total, out = state
     if lse_ptr is not None:
@@ -359,7 +361,7 @@ def attend_v4(
         round_scales: None returns the type of `q`. Otherwise the result is Fp8Rows with such
             scales; the width is then a multiple of 128.
 
-    Cost: one launch, or two with splits. GEMM operands have the type of `q`, sums are in float32.
+    Cost: one or two launches. GEMM operands have the type of `q`, sums are in float32.
     """
     (tokens, columns), heads, kind = q.shape, sinks.shape[0], dtype_name(q.dtype)
     width = columns // heads
@@ -374,11 +376,10 @@ def attend_v4(
     num_entries = 0 if pool is None else in_table * per_block
     max_tiles = -(-windows.size // keys) + -(-num_entries // keys)
     splits = num_splits(tokens, heads, max_tiles) if partials else 1
-    values, lse = partials if partials and splits > 1 else (None, None)
-    together = _HEADS
+    (values, lse), together = partials if partials and splits > 1 else (None, None), _HEADS
     if partials and kind == "bfloat16" and rows_of_tiles(tokens) >= _MANY_TOKENS:
         together = max(_HEADS, min(_MANY_HEADS, next_power_of_2(heads)))
-    # Loads of 8 bytes ahead of the loop are slower than none, and with 64 heads misaligned.
+    # only loads of 16 bytes are faster ahead of the dots
     stages = 3 if together > _HEADS and windows.keys.dtype == q.dtype else 1
     wide = tl.float32 if kind == "float32" else tl.bfloat16
     launch = {"num_warps": 4 if together <= _HEADS else 8, "num_stages": stages}
