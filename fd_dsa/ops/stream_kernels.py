@@ -33,11 +33,14 @@ import triton.language as tl  # isort: skip
 # tokens and channels of a program of the first launch
 _TOKENS, _CHANNELS = 16, 64
 _ROWS = tl.constexpr(_TOKENS)
-# Maximum number of programs with which one launch does the work of two: two on each of the 132
-# processors of a Hopper GPU, as the registers allow. A token of 4096 channels has 64 programs, and
-# they read the whole `fn` from the L2 cache, 1.5 MB for 4 streams. Programs of further tokens would
-# wait until others have ended, while tiles of 16 tokens read `fn` once.
-_FEW_PROGRAMS = 264
+FEW_PROGRAMS = 264
+"""Maximum number of programs with which one launch does the work of two.
+
+It is two programs on each of the 132 processors of a Hopper GPU, as the registers allow. A token of
+4096 channels has 64 programs, and they read the whole `fn` from the L2 cache, 1.5 MB for 4 streams.
+Programs of further tokens would wait until others have ended, while tiles of 16 tokens read `fn`
+once.
+"""
 
 
 class Connection(NamedTuple):
@@ -242,7 +245,7 @@ def between_blocks(
     assert like is not None, "without streams there is a change"
     tokens, width = like.shape[0], like.shape[-1]
     parts = -(-width // _channels(width))
-    if 0 < tokens <= min(_TOKENS, _FEW_PROGRAMS // parts) and not fixed_order():
+    if 0 < tokens <= min(_TOKENS, FEW_PROGRAMS // parts) and not fixed_order():
         counts = scratch_beside(connection.base, "residual streams", 0)
     if counts is None:
         out, sums = expand_streams(streams, change, mixture, connection, num_streams)

@@ -226,9 +226,9 @@ def test_one_launch_has_the_bits_of_two(
         *([(4, 4096), (4, 7168)] if m.large else []),
     ):
         site = Site(m, kind, streams, width, **form)
-        monkeypatch.setattr(stream_kernels, "_FEW_PROGRAMS", 0)
+        monkeypatch.setattr(stream_kernels, "FEW_PROGRAMS", 0)
         wanted = site.run(0, 24)
-        monkeypatch.setattr(stream_kernels, "_FEW_PROGRAMS", 1 << 20)
+        monkeypatch.setattr(stream_kernels, "FEW_PROGRAMS", 1 << 20)
         for first, end in ((0, 1), (7, 8), (3, 7), (8, 24)):
             assert_same(site.run(first, end), [values[first:end] for values in wanted])
         counts = split_sums.scratch_beside(site.connection.base, "residual streams", 0)

@@ -47,7 +47,8 @@ def check(
     table = table.reshape(-1, COLUMNS).astype(np.int32)
     count = int(new.sum())
     total = max(min(count + padding, TOKENS), 1)
-    step = places.fill(m.put(before), m.put(new), m.put(table), total, COLUMNS * BLOCK)
+    given = m.put(before), m.put(new), m.put(table), total, COLUMNS * BLOCK
+    step = places.fill(*given, has_prompts=True)
     sizes = prepare_sizes(CONFIG, BATCH, ROWS * COLUMNS, drafts)
     sizes = replace(sizes, swa="ring", comp_base=0)
     wanted = v4_prepare_np(sizes, before + new, new, np.arange(len(new)), table)
@@ -102,6 +103,7 @@ def test_tokens_past_the_longest_row(paddle_memory: KernelMemory) -> None:
     before = np.array([longest - 1, longest, longest + 1], np.int32)
     table = np.zeros((3, COLUMNS), np.int32)
     new = np.ones(3, np.int32)
-    step = places.fill(m.put(before), m.put(new), m.put(table), 3, longest)
+    given = m.put(before), m.put(new), m.put(table), 3, longest
+    step = places.fill(*given, has_prompts=False)
     assert (m.get(step.places.positions)[:3] == longest - 1).all()
     assert m.get(step.places.rows)[:3].tolist() == [0, 1, 2]
