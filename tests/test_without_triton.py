@@ -64,8 +64,9 @@ ON_A_DEVICE = ("fd_dsa.ops.", "fd_dsa.triton_runtime", "fd_dsa.distributed.", *(
     for name in (
         "attention.dense_prompts", "attention.device", "attention.device_memory",
         "attention.device_scores", "attention.head_exchange", "device.side_stream",
-        "device.staging", "device.transfers", "models.deepseek_v4.device_model",
-        "models.deepseek_v4.device_moe", "models.device_weights", "runner.device_block_store",
+        "device.staging", "device.transfers", "models.deepseek_v4.device_attention",
+        "models.deepseek_v4.device_model", "models.deepseek_v4.device_moe",
+        "models.device_weights", "runner.device_block_store",
         "runner.device_steps", "step.device_provider", "v4_attention.device_backend",
         "v4_attention.device_memory", "v4_attention.device_step", "v4_prepare.kernel",
         "v4_prepare.launch", "v4_prepare.place_kernel",

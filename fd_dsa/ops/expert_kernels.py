@@ -1,6 +1,9 @@
-"""Routed experts on a device: their choice, by scores or by token id, and their weighted sum.
+"""Routed experts on a device: their choice by scores, lists of their pairs, and their weighted sum.
 
-The launch of a choice also lists the pairs of each expert if there are few tokens (`expert_pairs`).
+The launch of a choice also lists the pairs of each expert if there are few tokens. Each token sets
+its bit in a mask of each of its experts, and the last program turns the masks into lists. The order
+of the programs changes no mask, so the lists are always the same.
+
 Grids depend only on the number of tokens, so the launches can be captured. Every sum has a fixed
 order. Tokens of padding have expert ids of -1.
 """
@@ -9,15 +12,19 @@ from __future__ import annotations
 
 from fd_dsa.ops.dense_kernels import empty_beside, sigmoid
 from fd_dsa.ops.device_functions import image_of, stored, widened
-from fd_dsa.ops.expert_pairs import Choice, launch_choice, list_pairs
+from fd_dsa.ops.expert_pairs import MAX_EXPERTS, MAX_TOKENS, Choice
+from fd_dsa.ops.split_sums import NUM_COUNTERS, clear_counters, scratch_beside
 from fd_dsa.ops.step_kernel import step_kernel
 from fd_dsa.tensor import Tensor
-from fd_dsa.triton_runtime import next_power_of_2, start_next, wait_for_inputs
+from fd_dsa.triton_runtime import Kernel, next_power_of_2, start_next, wait_for_inputs
 
 import triton  # isort: skip
 import triton.language as tl  # isort: skip
 
 _BLOCK = 1024
+# where the masks begin in the scratch memory, whose first value counts the finished programs
+_MASKS = tl.constexpr(NUM_COUNTERS)
+_MASK_BITS = tl.constexpr(MAX_TOKENS)
 # below the key of any value
 _LOWEST = tl.constexpr(-(1 << 63))
 
@@ -43,7 +50,7 @@ def _ordered(values, exists, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _scores(logits, SCORE: tl.constexpr):
+def scores_of(logits, SCORE: tl.constexpr):
     """Return the score of each logit by the function that SCORE names."""
     if SCORE == "sigmoid":
         return sigmoid(logits)
@@ -53,6 +60,90 @@ def _scores(logits, SCORE: tl.constexpr):
     is_one = more == 1.0
     log = tl.where(is_one, small, tl.log(more) * (small / tl.where(is_one, 1.0, more - 1.0)))
     return tl.sqrt_rn(log + tl.maximum(logits, 0.0))
+
+
+@triton.jit
+def _num_bits(mask):
+    """Return the number of set bits of uint64 masks, int32."""
+    twos = mask - ((mask >> 1) & 0x5555555555555555)
+    fours = (twos & 0x3333333333333333) + ((twos >> 2) & 0x3333333333333333)
+    eights = (fours + (fours >> 4)) & 0x0F0F0F0F0F0F0F0F
+    return ((eights * 0x0101010101010101) >> 56).to(tl.int32)
+
+
+@triton.jit
+def _fill_lists(
+    ids_ptr,
+    pairs_ptr,
+    counts_ptr,
+    masks,
+    num_tokens,
+    NUM_EXPERTS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    MAX_PAIRS: tl.constexpr,
+):
+    """Write the lists of all experts from their `masks`, and reset the masks."""
+    expert, pair = tl.arange(0, EXPERTS), tl.arange(0, MAX_PAIRS)
+    exists = expert < NUM_EXPERTS
+    # bypass the L1 cache, because stores of other programs do not reach it
+    mask = tl.load(masks + expert, mask=exists, other=0, cache_modifier=".cg")
+    is_pair = pair < num_tokens * TOP_K
+    ids = tl.load(ids_ptr + pair, mask=is_pair, other=-1, cache_modifier=".cg")
+    own = tl.load(masks + ids, mask=ids >= 0, other=0, cache_modifier=".cg")
+    tl.store(counts_ptr + expert, _num_bits(mask), mask=exists)
+    token = (pair // TOP_K % _MASK_BITS).to(tl.uint64)
+    before = (tl.full([MAX_PAIRS], 1, tl.uint64) << token) - 1
+    tl.store(pairs_ptr + ids * num_tokens + _num_bits(own & before), pair, mask=ids >= 0)
+    # all threads must have read the masks
+    tl.debug_barrier()
+    tl.store(masks + expert, tl.zeros([EXPERTS], tl.uint64), mask=exists)
+
+
+@triton.jit
+def list_pairs(
+    expert,
+    pair,
+    ids_ptr,
+    pairs_ptr,
+    counts_ptr,
+    scratch_ptr,
+    NUM_EXPERTS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    MAX_PAIRS: tl.constexpr,
+):
+    """Add the pairs of token `program 0` to the lists, after the program has stored its ids.
+
+    Args:
+        expert, pair: vectors of one size; an expert below 0 has no pair.
+        ids_ptr: ids of all tokens.
+        pairs_ptr, counts_ptr: the lists.
+        scratch_ptr: None if the launch has one token.
+        EXPERTS: NUM_EXPERTS as a power of two.
+        MAX_PAIRS: maximum number of pairs of a launch, as a power of two.
+    """
+    is_used = expert >= 0
+    if scratch_ptr is None:
+        every = tl.arange(0, EXPERTS)
+        tl.store(counts_ptr + every, tl.zeros([EXPERTS], tl.int32), mask=every < NUM_EXPERTS)
+        # the threads that store a 1 are others
+        tl.debug_barrier()
+        tl.store(counts_ptr + expert, tl.full(expert.shape, 1, tl.int32), mask=is_used)
+        tl.store(pairs_ptr + expert, pair, mask=is_used)
+    else:
+        masks = (scratch_ptr + _MASKS).to(tl.pointer_type(tl.uint64))
+        bit = tl.full(expert.shape, 1, tl.uint64) << tl.program_id(0).to(tl.uint64)
+        tl.atomic_or(masks + expert, bit, mask=is_used, sem="relaxed")
+        # all threads must have set their bits before one of them counts this program
+        tl.debug_barrier()
+        num_tokens = tl.num_programs(0)
+        if tl.atomic_add(scratch_ptr, 1.0, sem="acq_rel") == num_tokens - 1:
+            _fill_lists(
+                ids_ptr, pairs_ptr, counts_ptr, masks, num_tokens,
+                NUM_EXPERTS, TOP_K, EXPERTS, MAX_PAIRS,
+            )  # fmt: skip
+            tl.store(scratch_ptr, 0.0)
 
 
 @step_kernel(waits=True)
@@ -91,7 +182,7 @@ def choose_experts_kernel(
     start_next()
     padding = tl.load(slot_mapping_ptr + tl.program_id(0)) < 0
     logits = tl.load(logits_ptr + row + expert, mask=exists, other=0.0)
-    scores = _scores(logits, SCORE)
+    scores = scores_of(logits, SCORE)
     choice = tl.where(exists, scores + bias, float("-inf"))
     if NUM_GROUPS > 1:
         best = tl.max(choice, axis=1)
@@ -125,6 +216,41 @@ def choose_experts_kernel(
             tl.where(chosen, expert, -1), place, ids_ptr, pairs_ptr, counts_ptr, scratch_ptr,
             NUM_EXPERTS, TOP_K, EXPERTS, MAX_PAIRS,
         )  # fmt: skip
+
+
+def launch_choice(
+    kernel: Kernel, top_k: int, logits: Tensor, *given: object, **options: object
+) -> Choice:
+    """Launch a kernel that chooses the experts of each token, and lists the pairs of few tokens.
+
+    Args:
+        logits: float32 [num_tokens, num_experts].
+        given: arguments of the kernel between `logits` and the results.
+        options: further constants and options of the launch.
+    """
+    rows, experts = logits.shape
+    ids = empty_beside(logits, rows, top_k, dtype="int32")
+    weights = empty_beside(logits, rows, top_k)
+    if not rows:
+        return Choice(ids, weights)
+    lists: tuple[Tensor, Tensor] | None = None
+    scratch = None
+    if 1 < rows <= MAX_TOKENS and experts <= MAX_EXPERTS:
+        # masks of 64 bits in place of float32 values
+        scratch = scratch_beside(logits, "choice of experts", 2 * MAX_EXPERTS)
+    if rows == 1 or scratch is not None:
+        lists = empty_beside(ids, experts, rows), empty_beside(ids, experts)
+    pairs, counts = lists or (None, None)
+    try:
+        kernel[(rows,)](
+            logits, *given, ids, weights, pairs, counts, scratch, NUM_EXPERTS=experts, TOP_K=top_k,
+            EXPERTS=next_power_of_2(experts), MAX_PAIRS=next_power_of_2(MAX_TOKENS * top_k),
+            **options,
+        )  # fmt: skip
+    except BaseException:
+        clear_counters(scratch)
+        raise
+    return Choice(ids, weights, lists)
 
 
 def choose_experts(
@@ -179,89 +305,6 @@ def choose_experts(
         # of them, a score would not equal itself
         enable_fp_fusion=False,
     )
-
-
-@step_kernel(waits=True)
-def look_up_experts_kernel(
-    logits_ptr,
-    table_ptr,
-    token_ids_ptr,
-    rows_ptr,
-    scaling,
-    ids_ptr,
-    weights_ptr,
-    pairs_ptr,
-    counts_ptr,
-    scratch_ptr,
-    NUM_EXPERTS: tl.constexpr,
-    TOP_K: tl.constexpr,
-    EXPERTS: tl.constexpr,
-    MAX_PAIRS: tl.constexpr,
-    SCORE: tl.constexpr,
-    SIZE: tl.constexpr,
-):
-    """Look up the experts of token `program 0`, and list pairs as `choose_experts_kernel`.
-
-    SIZE is TOP_K as a power of two.
-    """
-    wait_for_inputs()
-    start_next()
-    token = tl.program_id(0).to(tl.int64)
-    place = tl.arange(0, SIZE)
-    real = place < TOP_K
-    is_token = tl.load(rows_ptr + token) >= 0
-    token_id = tl.load(token_ids_ptr + token).to(tl.int64) + tl.zeros([SIZE], tl.int64)
-    # a request that got no token has a result code in its place
-    known = real & (token_id >= 0)
-    # no expert is below -1, so places past the last one equal no expert
-    expert = tl.load(table_ptr + token_id * TOP_K + place, mask=known, other=-2)
-    logits = tl.load(logits_ptr + token * NUM_EXPERTS + expert, mask=known, other=0.0)
-    scores = tl.where(real, _scores(logits, SCORE), 0.0)
-    weights = scores / (tl.sum(scores, axis=0) + 1e-20) * scaling
-    # the first pair of an expert that is named several times stands for all of them
-    same = expert[:, None] == expert[None, :]
-    is_first = tl.sum((same & (place[None, :] < place[:, None])).to(tl.int32), axis=1) == 0
-    weights = weights * tl.sum(same.to(tl.float32), axis=1)
-    is_used = known & is_first & is_token
-    pair = tl.program_id(0) * TOP_K + place
-    expert = tl.where(is_used, expert, -1)
-    tl.store(ids_ptr + pair, expert, mask=real)
-    tl.store(weights_ptr + pair, tl.where(is_used, weights, 0.0), mask=real)
-    if pairs_ptr is not None:
-        list_pairs(
-            expert, pair, ids_ptr, pairs_ptr, counts_ptr, scratch_ptr,
-            NUM_EXPERTS, TOP_K, EXPERTS, MAX_PAIRS,
-        )  # fmt: skip
-
-
-def look_up_experts(
-    logits: Tensor,
-    table: Tensor,
-    token_ids: Tensor,
-    rows: Tensor,
-    *,
-    scaling: float,
-    score: str,
-) -> Choice:
-    """Return the experts of each token by its id, weighted by their normalised scores.
-
-    Args:
-        logits: float32 [num_tokens, num_experts], contiguous.
-        table: int32 [vocab_size, top_k], experts of each token id, ascending. An expert that is
-            named twice counts twice.
-        token_ids: integers [num_tokens]. One below 0 has no experts.
-        rows: int32 [num_tokens or more], below 0 for padding.
-        scaling: factor of the weights.
-        score: as for `choose_experts`.
-
-    Returns:
-        As `choose_experts`; an expert that is named again has an id of -1 there.
-    """
-    top_k = table.shape[1]
-    return launch_choice(
-        look_up_experts_kernel, top_k, logits, table, token_ids, rows, scaling,
-        SCORE=score, SIZE=next_power_of_2(top_k), num_warps=1,
-    )  # fmt: skip
 
 
 @step_kernel(waits=True)

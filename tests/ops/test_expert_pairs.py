@@ -13,8 +13,9 @@ pytest.importorskip("paddle", reason="the launches take Paddle's tensors")
 
 from fd_dsa.device.transfers import Transfers
 from fd_dsa.ops import split_sums
-from fd_dsa.ops.expert_kernels import choose_experts, look_up_experts
+from fd_dsa.ops.expert_kernels import choose_experts
 from fd_dsa.ops.expert_pairs import MAX_TOKENS, Choice, group_pairs
+from fd_dsa.ops.expert_tables import look_up_experts
 from tests.conftest import PADDLE_MEMORIES
 from tests.kernel_memory import KernelMemory, ending_midway, open_memory
 

@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("paddle", reason="the launches take Paddle's tensors")
 
 from fd_dsa.ops.dense_kernels import quantize_rows, rms_norm
-from fd_dsa.ops.expert_kernels import look_up_experts
+from fd_dsa.ops.expert_tables import look_up_experts
 from fd_dsa.ops.sampling.token_buffer import NO_TOKEN, NOT_FINITE
 from fd_dsa.ops.v4_attend_kernel import (
     Entries,

@@ -6,7 +6,8 @@ V4 = """
 from fd_dsa.cache_formats import v4_record_bytes
 from fd_dsa.ops import dense_kernels as dense
 from fd_dsa.ops.expert_gemm import block_sizes, configuration, expert_gemm_kernel
-from fd_dsa.ops.expert_kernels import choose_experts_kernel, look_up_experts_kernel
+from fd_dsa.ops.expert_kernels import choose_experts_kernel
+from fd_dsa.ops.expert_tables import look_up_experts_kernel
 from fd_dsa.ops.slot_copy import copy_slot_kernel
 from fd_dsa.ops.stream_kernels import expand_streams_kernel, read_streams_kernel
 from fd_dsa.ops.v4_attend_kernel import attend_v4_kernel, combine_v4_kernel

@@ -5,7 +5,8 @@ from __future__ import annotations
 from fd_dsa.models.deepseek_v4.config import DeepseekV4Config
 from fd_dsa.models.device_weights import DeviceWeights
 from fd_dsa.models.moe import routed_on_device
-from fd_dsa.ops.expert_kernels import choose_experts, look_up_experts
+from fd_dsa.ops.expert_kernels import choose_experts
+from fd_dsa.ops.expert_tables import look_up_experts
 from fd_dsa.tensor import Normed, Tensor
 
 _PARTS = ("w1", "w3", "w2")
