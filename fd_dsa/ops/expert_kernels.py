@@ -13,7 +13,7 @@ from __future__ import annotations
 from fd_dsa.ops.dense_kernels import empty_beside, sigmoid
 from fd_dsa.ops.device_functions import image_of, stored, widened
 from fd_dsa.ops.expert_pairs import MAX_EXPERTS, MAX_TOKENS, Choice
-from fd_dsa.ops.split_sums import NUM_COUNTERS, clear_counters, scratch_beside
+from fd_dsa.ops.split_sums import NUM_COUNTERS, clear_counters, is_last, scratch_beside
 from fd_dsa.ops.step_kernel import step_kernel
 from fd_dsa.tensor import Tensor
 from fd_dsa.triton_runtime import Kernel, next_power_of_2, start_next, wait_for_inputs
@@ -135,15 +135,12 @@ def list_pairs(
         masks = (scratch_ptr + _MASKS).to(tl.pointer_type(tl.uint64))
         bit = tl.full(expert.shape, 1, tl.uint64) << tl.program_id(0).to(tl.uint64)
         tl.atomic_or(masks + expert, bit, mask=is_used, sem="relaxed")
-        # all threads must have set their bits before one of them counts this program
-        tl.debug_barrier()
         num_tokens = tl.num_programs(0)
-        if tl.atomic_add(scratch_ptr, 1.0, sem="acq_rel") == num_tokens - 1:
+        if is_last(scratch_ptr, num_tokens):
             _fill_lists(
                 ids_ptr, pairs_ptr, counts_ptr, masks, num_tokens,
                 NUM_EXPERTS, TOP_K, EXPERTS, MAX_PAIRS,
             )  # fmt: skip
-            tl.store(scratch_ptr, 0.0)
 
 
 @step_kernel(waits=True)

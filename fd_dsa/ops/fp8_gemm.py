@@ -53,8 +53,8 @@ def configuration(rows: int) -> Tiling:
     tile = next((tile for tile in (16, 32, 64) if rows <= tile), 128)
     if rows > 32:
         return Tiling(tile, 128, 8, 4, 132)
-    # with four stages and 32 rows a processor has room for only four programs, so that the 576
-    # programs of the largest weight would not run at once
+    # three stages: with four and 32 rows a processor has room for only four programs, so that the
+    # 576 programs of the largest weight would not run at once
     return Tiling(tile, 64, 4, 3, 528 if tile == 16 else 396)
 
 

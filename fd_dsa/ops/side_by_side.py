@@ -67,7 +67,7 @@ def division(
         # two programs fit a processor of an H200
         tiling, other_width = Tiling(16, GROUP, 4, 3, 2 * 132), 128
     else:
-        # as in `fp8_gemm.configuration`
+        # tiles as in `fp8_gemm.configuration`
         tile, stages = (16, 4) if rows <= 16 else (32, 3)
         tiling, other_width = Tiling(tile, 64, 4, stages, 3 * 132), 64
     tiles = -(-columns // tiling.columns), -(-other_columns // _OTHER_COLUMNS)

@@ -62,14 +62,14 @@ class Tiling(NamedTuple):
 
 
 @triton.jit
-def is_last(counter_ptr, PROGRAMS: tl.constexpr):
-    """Count a program, and return True in the last of PROGRAMS. Its counter is zero again.
+def is_last(counter_ptr, programs):
+    """Count a program, and return True in the last of `programs`. Its counter is zero again.
 
     The last program may load what the others have stored, but not from the L1 cache.
     """
     # all threads must have stored their values before one of them counts this program
     tl.debug_barrier()
-    last = tl.atomic_add(counter_ptr, 1.0, sem="acq_rel") == PROGRAMS - 1
+    last = tl.atomic_add(counter_ptr, 1.0, sem="acq_rel") == programs - 1
     if last:
         tl.store(counter_ptr, 0.0)
     return last

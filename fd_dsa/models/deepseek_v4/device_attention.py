@@ -53,8 +53,6 @@ class DeviceV4Attention:
         down = {f"{prefix}wq_a.weight": rank, f"{prefix}wkv.weight": self._width}
         self._down = weights.matrix(hidden, down)
         self.q_norm = weights.norm(f"{prefix}q_norm.weight", rank, config.rms_norm_eps)
-        self._query_columns = self._heads * self._width
-        queries = {f"{prefix}wq_b.weight": self._query_columns}
         self.kv_norm: Tensor = weights.vector({f"{prefix}kv_norm.weight": self._width})
         self.sinks: Tensor = weights.vector({f"{prefix}attn_sink": self._heads})
         self.compressor: DeviceCompressor | None = None
