@@ -138,6 +138,21 @@ def store_groups(
     tl.store(codes + column, own, mask=column < left)
 
 
+@triton.jit
+def store_norm(
+    x, weight, epsilon, row, out_ptr, codes_ptr, scales_ptr, scale_stride, WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr, ROUND_SCALES: tl.constexpr,
+):  # fmt: skip
+    """Norm `x` float32 [BLOCK] and store it as row `row`, in FP8 too if there is `codes_ptr`."""
+    column = tl.arange(0, BLOCK)
+    mean_square = tl.sum(x * x, axis=0) / WIDTH
+    normed = stored(x * (1.0 / tl.sqrt_rn(mean_square + epsilon)) * weight, out_ptr)
+    tl.store(out_ptr + row * WIDTH + column, normed, mask=column < WIDTH)
+    if codes_ptr is not None:
+        codes, scales = codes_ptr + row * WIDTH, scales_ptr + row
+        store_groups(widened(normed), codes, scales, scale_stride, WIDTH, BLOCK, ROUND_SCALES)
+
+
 @step_kernel(strided=("x_ptr",), waits=True)
 def rms_norm_kernel(
     x_ptr,
@@ -170,12 +185,10 @@ def rms_norm_kernel(
         rounded = stored(x, sum_ptr)
         tl.store(sum_ptr + row * WIDTH + column, rounded, mask=inside)
         x = widened(rounded)
-    mean_square = tl.sum(x * x, axis=0) / WIDTH
-    normed = stored(x * (1.0 / tl.sqrt_rn(mean_square + epsilon)) * weight, out_ptr)
-    tl.store(out_ptr + row * WIDTH + column, normed, mask=inside)
-    if codes_ptr is not None:
-        codes, scales = codes_ptr + row * WIDTH, scales_ptr + row
-        store_groups(widened(normed), codes, scales, scale_stride, WIDTH, BLOCK, ROUND_SCALES)
+    store_norm(
+        x, weight, epsilon, row, out_ptr, codes_ptr, scales_ptr, scale_stride, WIDTH, BLOCK,
+        ROUND_SCALES,
+    )  # fmt: skip
 
 
 def rms_norm(
@@ -201,30 +214,18 @@ def rms_norm(
     Returns:
         (sum, norm, norm in FP8); the sum is None without `delta`, the last without `round_scales`.
     """
-    rows, width = x.shape
-    out = empty_beside(x, rows, width)
+    (rows, width), out = x.shape, empty_beside(x, *x.shape)
     total = None if delta is None else empty_beside(x, rows, width)
     quantized = None if round_scales is None else empty_fp8_rows(x, rows, width)
     if rows and width:
         _, codes, scales, scale_stride = kernel_arguments(quantized)
         block = max(GROUP, next_power_of_2(width))
         rms_norm_kernel[(rows,)](
-            x,
-            delta,
-            weight,
-            total,
-            out,
-            codes,
-            scales,
-            x.strides[0],
-            scale_stride,
-            epsilon,
-            WIDTH=width,
-            BLOCK=block,
-            ROUND_SCALES=bool(round_scales),
+            x, delta, weight, total, out, codes, scales, x.strides[0], scale_stride, epsilon,
+            WIDTH=width, BLOCK=block, ROUND_SCALES=bool(round_scales),
             # a few rows are bound by memory latency, and more threads have more loads in flight
             num_warps=4 if block <= 2048 else 8 if block <= 4096 else 16,
-        )
+        )  # fmt: skip
     return total, out, quantized
 
 

@@ -11,8 +11,8 @@ Source: Sinkhorn and Knopp, Concerning nonnegative matrices and doubly stochasti
 
 from __future__ import annotations
 
-from fd_dsa.ops.dense_kernels import sigmoid, store_groups
-from fd_dsa.ops.device_functions import stored, widened
+from fd_dsa.ops.dense_kernels import sigmoid, store_norm
+from fd_dsa.ops.device_functions import widened
 from fd_dsa.triton_runtime import INTERPRETING
 
 import triton  # isort: skip
@@ -158,12 +158,10 @@ def read_token(
     is_gate = column[None, :] == stream[:, None]
     gate = tl.sum(tl.where(is_gate, gates[None, :], 0.0), axis=1) + epsilon
     x = tl.sum(values * gate[:, None], axis=0)
-    x = x * (1.0 / tl.sqrt_rn(tl.sum(x * x, axis=0) / WIDTH + norm_epsilon)) * weight
-    normed = stored(x, out_ptr)
-    tl.store(out_ptr + token * WIDTH + channel, normed, mask=inside)
-    if codes_ptr is not None:
-        codes, scales = codes_ptr + token * WIDTH, scales_ptr + token
-        store_groups(widened(normed), codes, scales, scale_stride, WIDTH, BLOCK, ROUND_SCALES)
+    store_norm(
+        x, weight, norm_epsilon, token, out_ptr, codes_ptr, scales_ptr, scale_stride, WIDTH, BLOCK,
+        ROUND_SCALES,
+    )  # fmt: skip
     if mixture_ptr is not None:
         # all threads must have loaded the logits
         tl.debug_barrier()

@@ -20,9 +20,9 @@ from fd_dsa.ops.dense_kernels import (
     empty_beside,
     empty_fp8_rows,
     kernel_arguments,
-    store_groups,
+    store_norm,
 )
-from fd_dsa.ops.device_functions import stored, widened
+from fd_dsa.ops.device_functions import widened
 from fd_dsa.ops.step_kernel import step_kernel
 from fd_dsa.ops.v4_entries import Compression, Norm, normed_row, pooled_row, store_key
 from fd_dsa.ops.v4_records import store_index_record
@@ -174,14 +174,10 @@ def write_step_kernel(
         inside = column < RANK
         latent = widened(tl.load(x_ptr + of_row * STRIDE + column, mask=inside, other=0.0))
         weight = tl.load(latent_norm_ptr + column, mask=inside, other=0.0)
-        inverse = 1.0 / tl.sqrt_rn(tl.sum(latent * latent, axis=0) / RANK + epsilon)
-        rounded = stored(latent * inverse * weight, latents_ptr)
-        tl.store(latents_ptr + of_row * RANK + column, rounded, mask=inside)
-        if codes_ptr is not None:
-            store_groups(
-                widened(rounded), codes_ptr + of_row * RANK, scales_ptr + of_row, scale_stride,
-                RANK, RANK_PADDED, ROUND_SCALES,
-            )  # fmt: skip
+        store_norm(
+            latent, weight, epsilon, of_row, latents_ptr, codes_ptr, scales_ptr, scale_stride, RANK,
+            RANK_PADDED, ROUND_SCALES,
+        )  # fmt: skip
     if ring_ptr is not None and sources_ptr is not None:
         job -= num_tokens
         if job >= 0:
