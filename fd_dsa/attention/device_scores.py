@@ -81,7 +81,7 @@ class PageScores:
 
 
 class TileScores(PageScores):
-    """Scores of fp8_ds_mla caches on tensor cores, by one schedule a step.
+    """Scores on tensor cores by one schedule a step, see `tiles_unsupported_reason`.
 
     The kernel has two configurations, one for steps of decode rows only and one for all others. A
     captured graph may be replayed in every step of its kind and number of tokens, after `prepare`.
@@ -163,15 +163,16 @@ def _logits(view: View, num_rows: int, stride: int, width: int) -> Tensor:
 
 def _tile_configs(config: DSABackendConfig) -> tuple[TileConfig, TileConfig]:
     """Return the kernel's configurations for steps without and with prompts."""
-    heads = config.index_n_heads
-    return decode_config(heads, config.tokens_per_row), prompt_config(heads)
+    heads, is_fp8 = config.index_n_heads, config.cache_layout.is_fp8
+    decode = decode_config(heads, config.tokens_per_row, is_fp8=is_fp8)
+    return decode, prompt_config(heads, is_fp8=is_fp8)
 
 
 def tiles_unsupported_reason(config: DSABackendConfig) -> str | None:
     """Return why TileScores do not support a configuration, or None if they do."""
     layout = config.cache_layout
-    sizes = layout.kv_cache_dtype, layout.block_size, config.index_n_heads
-    return tile_configs.unsupported_reason(*sizes)
+    sizes = layout.block_size, config.index_n_heads, layout.index_head_dim
+    return tile_configs.unsupported_reason(layout.kv_cache_dtype, config.dtype, *sizes)
 
 
 def tile_sizes(config: DSABackendConfig, num_logits: int, num_processors: int) -> Sizes:

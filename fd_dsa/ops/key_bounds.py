@@ -41,12 +41,14 @@ NO_WINDOWS = PromptWindows(None, None, None)
 
 
 def prompt_windows(step: ForwardMeta) -> PromptWindows:
-    """Return the windows of a step, or NO_WINDOWS if all its tokens are decode tokens.
+    """Return the windows of a step, or NO_WINDOWS if its tokens see the keys up to their positions.
+
+    So do all tokens of a step without prompt tokens, or without `seq_lens_encoder`.
 
     Raises:
         MissingStepError: the step has prompt tokens, and a field of its windows is None.
     """
-    if step.num_prefill_tokens == 0:
+    if step.num_prefill_tokens == 0 or step.seq_lens_encoder is None:
         return NO_WINDOWS
     windows = PromptWindows(
         step.indexer_attn_mask_offsets, step.cu_seqlens_kg, step.seq_lens_encoder

@@ -237,7 +237,7 @@ def test_what_serves_is_told_once_and_remembered(
         choice = providers.table()["indexer_logits"]["gpu"]
         assert (choice.provider, choice.rejected) == ("triton_tensor_core", {})
     else:
-        reason = "the cache is float32, it reads fp8_ds_mla"
+        reason = "the cache is float32, it reads fp8_ds_mla and bfloat16"
         assert len(said) == 1 and said[0].startswith("indexer_logits on gpu: triton (a device, ")
         assert said[0].endswith(f"kernel; not triton_tensor_core: {reason})")
         assert providers.table()["sparse_mla"]["gpu"].provider == "triton"

@@ -344,13 +344,22 @@ for tokens in (1, 32, 512, 8192):
                 **({} if gated else dict(out_scales_ptr=None)))
 compile("schedule", tile_schedule_kernel, num_warps=8)
 compile("schedule", tile_schedule_kernel, num_warps=8, **NO_WINDOWS)
-# heads, and tokens of a decode row or 0 for a step with prompts
-for heads, tokens in (64, 0), (32, 0), (64, 1), (64, 2), (64, 3):
-    config = decode_config(heads, tokens) if tokens else prompt_config(heads)
-    compile(f"tiles {heads} {tokens}", tile_kernel, {"q_ptr": "uint8", "cache_ptr": "uint8"},
-            blocks=config.programs_per_processor, NUM_HEADS=heads, HEADS=padded_heads(heads),
+# heads, tokens of a decode row or 0 for a step with prompts, and blocks that serve DeepSeek-V4
+for heads, tokens, kind, block in (
+        (64, 0, "uint8", 0), (32, 0, "uint8", 0), (64, 1, "uint8", 0), (64, 2, "uint8", 0),
+        (64, 3, "uint8", 0), (64, 0, "uint8", 64), (64, 0, "uint8", 32), (64, 1, "uint8", 32),
+        (64, 0, "bfloat16", 0), (32, 0, "bfloat16", 0), (64, 0, "bfloat16", 64),
+        (64, 0, "bfloat16", 32), (64, 1, "bfloat16", 32), (64, 2, "bfloat16", 32),
+        (64, 3, "bfloat16", 64)):
+    fp8 = kind == "uint8"
+    config = (decode_config(heads, tokens, is_fp8=fp8) if tokens
+              else prompt_config(heads, is_fp8=fp8))
+    compile(f"tiles {heads} {tokens} {kind}", tile_kernel, {"q_ptr": kind, "cache_ptr": kind},
+            blocks=config.programs_per_processor, BLOCK_SIZE=block or 64, ROW=132 if fp8 else 128,
+            NUM_HEADS=heads, HEADS=padded_heads(heads),
             FIRST=config.first_tokens, REST=config.rest_tokens, num_warps=config.num_warps,
-            num_stages=config.num_stages, maxnreg=config.maxnreg, **NO_WINDOWS if tokens else {})
+            num_stages=config.num_stages, maxnreg=config.maxnreg,
+            **NO_WINDOWS if tokens or block else {})
 # heads, tokens, whether the cache holds records, whether the entries are split
 for heads, tokens, fp8, split in ((8, 9, True, False), (16, 9, True, False), (32, 9, True, True),
                                   (64, 9, True, False), (64, 2, True, True), (8, 9, False, True),

@@ -8,6 +8,7 @@ that a sum in another order has other bits; the last test shows it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -148,12 +149,15 @@ def attention(m: KernelMemory, rows: int, cache_dtype: str, num_heads: int, topk
     return run
 
 
-def scores(m: KernelMemory, rows: int, num_heads: int, cached: int) -> Run:
-    """The indexer's scores of a request on tensor cores; a row alone is a decode row."""
+def scores(m: KernelMemory, rows: int, num_heads: int, cached: int, *types: str) -> Run:
+    """The indexer's scores of a request on tensor cores; a row alone is a decode row.
+
+    `types` are those of queries and keys; FP8 if left out.
+    """
     from fd_dsa.ops.logits.tile_kernel import score_step
 
     step = paged_rows(((cached, rows),), 64, num_padded=0)
-    case = logits_case.make(step, heads=num_heads)
+    case = logits_case.make(step, *types, heads=num_heads)
     meta = vars(step.meta(m))
     shared = {name: meta[name] for name in ("block_tables", "max_seqlen_k")}
 
@@ -170,8 +174,8 @@ def scores(m: KernelMemory, rows: int, num_heads: int, cached: int) -> Run:
             cu_seqlens_kg=m.put(np.array([0, cached + rows], np.int32)),
             indexer_attn_mask_offsets=m.put(np.stack([0 * ends, ends], 1).ravel()),
         )
-        *_, cache = case.inputs(m)
-        q, weights = m.put(case.q_stored[index]), m.put(case.weights[index])
+        own = replace(case, q_stored=case.q_stored[index], weights=case.weights[index])
+        q, weights, cache = own.inputs(m)
         out = m.put(np.zeros((len(index), cached + rows), np.float32))
         score_step(q, weights, cache, few, out)
         return m.get(out)
@@ -192,6 +196,7 @@ SMALL: Cases = {
     "projection": (21, lambda m, n: projection(m, n, "bfloat16", 328)),
     "attention": (7, lambda m, n: attention(m, n, "fp8_ds_mla", 3, 200)),
     "scores": (7, lambda m, n: scores(m, n, 5, 130)),
+    "scores in bfloat16": (7, lambda m, n: scores(m, n, 5, 130, "bfloat16", "bfloat16")),
 }
 # DeepSeek-V3.2's widths
 LARGE: Cases = {
@@ -208,6 +213,7 @@ LARGE: Cases = {
     "experts in bfloat16": (600, lambda m, n: experts(m, n, "bfloat16", 16, 2048, 512)),
     "projection": (1100, lambda m, n: projection(m, n, "bfloat16", 7168)),
     "scores": (300, lambda m, n: scores(m, n, 64, 4000)),
+    "scores in bfloat16": (300, lambda m, n: scores(m, n, 64, 4000, "bfloat16", "bfloat16")),
     **{
         f"attention, {cache}, {heads}": (
             70,

@@ -1,6 +1,7 @@
 """Both kernels of indexer scores against sums in doubles, on all memories.
 
-"pages" takes every type and width, "tiles" fp8_ds_mla caches on tensor cores, by a schedule.
+"pages" takes every type and width, "tiles" fp8_ds_mla and bfloat16 caches on tensor cores, by a
+schedule.
 """
 
 from __future__ import annotations
@@ -31,6 +32,13 @@ ROWS = ((0, 5), (130, 1), (60, 6), (125, 3), (63, 2), (0, 1))
 # first and other tokens of a tile
 FORMS = [(1, 0), (2, 0), (2, 1), (2, 2), (4, 4)]
 KERNELS = ["pages", "tiles"]
+# query, cache and block size of tiles
+TILED = [
+    ("uint8", FP8, 64),
+    ("uint8", FP8, 32),
+    ("bfloat16", "bfloat16", 64),
+    ("bfloat16", "bfloat16", 32),
+]
 
 
 def lone(kernel: str, *rows: tuple[int, int]) -> Case:
@@ -62,13 +70,62 @@ def test_sizes(
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_forms_of_tiles(kernel_memory: KernelMemory, form: tuple[int, int]) -> None:
-    Scorer(kernel_memory, make(paged_rows(ROWS, PAGE)), form=form).check()
+@pytest.mark.parametrize(("q_dtype", "cache_dtype", "block_size"), TILED)
+def test_forms_of_tiles(
+    kernel_memory: KernelMemory,
+    form: tuple[int, int],
+    q_dtype: str,
+    cache_dtype: str,
+    block_size: int,
+) -> None:
+    case = make(paged_rows(ROWS, block_size), q_dtype, cache_dtype)
+    Scorer(kernel_memory, case, form=form).check()
 
 
+@pytest.mark.parametrize(("q_dtype", "cache_dtype", "block_size"), TILED)
+def test_blocks_that_are_missing_from_the_pages_of_tiles(
+    kernel_memory: KernelMemory, q_dtype: str, cache_dtype: str, block_size: int
+) -> None:
+    """Each of the blocks, and an odd number of them, in a table without more entries."""
+    step = paged_rows(((3 * block_size - 7, 2), (5, 1)), block_size)
+    tables = step.block_tables[:, :3].copy()
+    for missing in range(3):
+        short = tables.copy()
+        short[0, missing] = (-1, step.num_blocks, -1)[missing]
+        case = make(step, q_dtype, cache_dtype)
+        case = replace(case, step=replace(step, block_tables=short))
+        scorer = Scorer(kernel_memory, case, form=(1, 1))
+        found = scorer.run()
+        scorer.case = replace(case, step=step)
+        lost = np.arange(3 * block_size) // block_size == missing
+        for token in range(2):
+            line, window = found[token], int(step.window[token])
+            assert np.isneginf(line[:window][lost[:window]]).all()
+            scorer.check_keys(line, token, np.flatnonzero(~lost[:window]))
+        assert (found[:2, step.window[1] :] == POISONED).all()
+        scorer.check_keys(found[2], 2, np.arange(6))
+
+
+@pytest.mark.parametrize(("q_dtype", "cache_dtype", "block_size"), TILED)
+def test_prompts_without_windows(
+    kernel_memory: KernelMemory, q_dtype: str, cache_dtype: str, block_size: int
+) -> None:
+    """Their tokens see the keys up to their positions, as those of decode rows do."""
+    step = paged_rows(ROWS, block_size)
+    # the first tokens of a row may have no key at all
+    positions = np.where(np.arange(step.num_tokens) < 2, -1, step.position_ids)
+    window = np.where(step.batch_ids < 0, 0, positions + 1)
+    case = make(replace(step, position_ids=positions, window=window), q_dtype, cache_dtype)
+    scorer = Scorer(kernel_memory, case, chunk_tokens=11)
+    scorer.meta.num_prefill_tokens, scorer.meta.seq_lens_encoder = 7, None
+    scorer.check()
+
+
+@pytest.mark.parametrize("cache_dtype", [FP8, "bfloat16"])
 @pytest.mark.parametrize("heads", [1, 16, 24, 64, 128])
-def test_heads_of_tiles(kernel_memory: KernelMemory, heads: int) -> None:
-    case = make(paged_rows(((65, 1), (0, 2)), PAGE), CODES[heads == 1], heads=heads)
+def test_heads_of_tiles(kernel_memory: KernelMemory, heads: int, cache_dtype: str) -> None:
+    q_dtype = CODES[heads == 1] if cache_dtype == FP8 else cache_dtype
+    case = make(paged_rows(((65, 1), (0, 2)), PAGE), q_dtype, cache_dtype, heads=heads)
     Scorer(kernel_memory, case, form=(1, 1)).check()
 
 
@@ -233,10 +290,18 @@ def test_a_table_for_a_million_keys(kernel_memory: KernelMemory) -> None:
 
 @pytest.mark.parametrize("form", FORMS[1:4])
 @pytest.mark.parametrize("heads", [64, 32, 16])
-def test_real_sizes(kernel_memory: KernelMemory, form: tuple[int, int], heads: int) -> None:
+@pytest.mark.parametrize(("q_dtype", "cache_dtype", "block_size"), TILED)
+def test_real_sizes(
+    kernel_memory: KernelMemory,
+    form: tuple[int, int],
+    heads: int,
+    q_dtype: str,
+    cache_dtype: str,
+    block_size: int,
+) -> None:
     if not kernel_memory.large:
         pytest.skip("small sizes alone in the interpreter")
-    case = make(paged_rows(LARGE_ROWS, PAGE), heads=heads)
+    case = make(paged_rows(LARGE_ROWS, block_size), q_dtype, cache_dtype, heads=heads)
     scorer = Scorer(kernel_memory, case, form=form, num_programs=132 * 4)
     found = scorer.run()
     scorer.check(found)

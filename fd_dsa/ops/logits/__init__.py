@@ -5,7 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from fd_dsa.cache_formats import INDEX_WIDTH
-from fd_dsa.ops.arrays import CACHE_DTYPES, cache_format, check_array, check_shape, result
+from fd_dsa.ops.arrays import (
+    CACHE_DTYPES,
+    cache_format,
+    check_array,
+    check_shape,
+    dtype_name,
+    result,
+)
 from fd_dsa.ops.logits.tile_configs import unsupported_reason
 from fd_dsa.ops.providers import TENSOR_CORE, activation_dtypes, call, device_kind, select_provider
 from fd_dsa.step import ForwardMeta
@@ -57,7 +64,10 @@ def indexer_logits(
     check_array(_NAME, "weights", weights, tuple(q.shape[:2]), ("float32",))
     shape = num_tokens, max(step.max_seqlen_k, 1)
     out = result(_NAME, out, q, shape, "float32", fill=float("-inf"))
-    reason = unsupported_reason(cache_format(cache).name, cache.shape[1], q.shape[1])
+    cache_dtype = cache_format(cache).name if is_fp8 else dtype_name(cache.dtype)
+    reason = unsupported_reason(
+        cache_dtype, dtype_name(q.dtype), cache.shape[1], q.shape[1], q.shape[2]
+    )
     kind = device_kind(q)
 
     def provider() -> str:

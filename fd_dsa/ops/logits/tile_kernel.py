@@ -1,9 +1,11 @@
-"""Indexer scores of fp8_ds_mla caches on tensor cores, directly from the pages.
+"""Indexer scores of fp8_ds_mla and bfloat16 caches on tensor cores, directly from the pages.
 
 A program keeps the queries of a tile of tokens, and copies the pages of their request to shared
 memory asynchronously. Keys are the rows of a GEMM and (token, head) pairs its columns. So a warp
 holds all heads of a key, and their sum stays in registers. A schedule, made once a step, assigns
 pages to programs (`tile_schedule.py`).
+
+A page of the kernel has 64 keys: one block of the cache, or two blocks of 32 keys.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from fd_dsa.cache_formats import INDEX_WIDTH
 from fd_dsa.ops.arrays import allocator_beside
 from fd_dsa.ops.device_functions import key_bounds
 from fd_dsa.ops.key_bounds import prompt_windows
-from fd_dsa.ops.logits.tile_configs import BLOCK_SIZE, decode_config, padded_heads, prompt_config
+from fd_dsa.ops.logits.tile_configs import PAGE, decode_config, padded_heads, prompt_config
 from fd_dsa.ops.logits.tile_schedule import TileSchedule
 from fd_dsa.ops.step_kernel import step_kernel
 from fd_dsa.step import ForwardMeta
@@ -23,7 +25,7 @@ from fd_dsa.triton_runtime.device_api import traits_for
 import triton  # isort: skip
 import triton.language as tl  # isort: skip
 
-_PAGE, _WIDTH = tl.constexpr(BLOCK_SIZE), tl.constexpr(INDEX_WIDTH)
+_PAGE, _WIDTH = tl.constexpr(PAGE), tl.constexpr(INDEX_WIDTH)
 
 
 @triton.jit
@@ -80,7 +82,9 @@ def _score(
     # one instruction, which keeps NaN
     dots = tl.maximum(dots, 0.0, propagate_nan=tl.PropagateNan.ALL)
     by_token = tl.reshape(dots * weights[None, :], [_PAGE, TOKENS, HEADS])
-    scores = tl.sum(by_token, axis=2) * scale[:, None]
+    scores = tl.sum(by_token, axis=2)
+    if scale is not None:
+        scores *= scale
     # keys without a block are masked
     scores = tl.where(held, scores, float("-inf"))
     row = tl.arange(0, TOKENS).to(tl.int64) * logits_stride
@@ -104,16 +108,26 @@ def _block_of(entry, num_blocks):
 
 
 @triton.jit
-def _page(cache_ptr, block):
-    """Return the address of a block, that of block 0 for a missing block."""
-    return cache_ptr + tl.maximum(block, 0).to(tl.int64) * (_PAGE * (_WIDTH + 4))
+def _of_keys(first, second, BLOCK_SIZE: tl.constexpr):
+    """Return the block of each key of a page, [PAGE, 1], or `first` if the page is one block."""
+    blocks = first
+    if BLOCK_SIZE < _PAGE:
+        blocks = tl.where(tl.arange(0, _PAGE)[:, None] < BLOCK_SIZE, first, second)
+    return blocks
 
 
 @triton.jit
-def _scales(cache_ptr, block):
-    """Load the scales of a block's keys, float32 [PAGE]."""
-    start = _page(cache_ptr, block) + _PAGE * _WIDTH
-    return tl.load(start.to(tl.pointer_type(tl.float32)) + tl.arange(0, _PAGE))
+def _starts(cache_ptr, blocks, BLOCK_SIZE: tl.constexpr, ROW: tl.constexpr):
+    """Return the addresses of blocks, that of block 0 for a missing block."""
+    return cache_ptr + tl.maximum(blocks, 0).to(tl.int64) * (BLOCK_SIZE * ROW)
+
+
+@triton.jit
+def _scales(cache_ptr, blocks, BLOCK_SIZE: tl.constexpr, ROW: tl.constexpr):
+    """Load the scales of a page's keys, float32 [PAGE, 1]."""
+    start = _starts(cache_ptr, blocks, BLOCK_SIZE, ROW) + BLOCK_SIZE * _WIDTH
+    row = tl.arange(0, _PAGE)[:, None] % BLOCK_SIZE
+    return tl.load(start.to(tl.pointer_type(tl.float32)) + row)
 
 
 @triton.jit
@@ -136,6 +150,8 @@ def _score_pages(
     logits_width,
     logits_stride,
     num_blocks,
+    BLOCK_SIZE: tl.constexpr,
+    ROW: tl.constexpr,
     NUM_HEADS: tl.constexpr,
     HEADS: tl.constexpr,
     FIRST: tl.constexpr,
@@ -147,8 +163,9 @@ def _score_pages(
     is read two pages ahead, and scales one page.
     """
     row = tl.arange(0, _PAGE)
-    at = row[:, None] * _WIDTH + tl.arange(0, _WIDTH)[None, :]
+    at = (row % BLOCK_SIZE)[:, None] * _WIDTH + tl.arange(0, _WIDTH)[None, :]
     HAS_WINDOWS: tl.constexpr = offsets_ptr is not None
+    HAS_SCALES: tl.constexpr = ROW > _WIDTH
     q, weights, begins, ends = _queries(
         q_ptr, weights_ptr, position_ids_ptr, offsets_ptr, key_starts_ptr, seq_lens_encoder_ptr,
         request, token, num, logits_width, NUM_HEADS, HEADS, FIRST,
@@ -160,16 +177,30 @@ def _score_pages(
             HEADS, REST,
         )  # fmt: skip
         more_ptr = out_ptr + FIRST * logits_stride.to(tl.int64)
-    block = _block_of(_entry(table_ptr, first_page, table_width), num_blocks)
-    next_entry = _entry(table_ptr, first_page + 1, table_width)
-    scale = _scales(cache_ptr, block)
+    BLOCKS: tl.constexpr = _PAGE // BLOCK_SIZE
+    column = first_page * BLOCKS
+    block = _block_of(_entry(table_ptr, column, table_width), num_blocks)
+    next_entry = _entry(table_ptr, column + BLOCKS, table_width)
+    other = block
+    if BLOCKS > 1:
+        other = _block_of(_entry(table_ptr, column + 1, table_width), num_blocks)
+        next_other = _entry(table_ptr, column + BLOCKS + 1, table_width)
+    scale = None
+    if HAS_SCALES:
+        scale = _scales(cache_ptr, _of_keys(block, other, BLOCK_SIZE), BLOCK_SIZE, ROW)
     for page in range(first_page, end_page):
-        keys = _page(cache_ptr, block).to(tl.pointer_type(tl.float8e4nv))
-        k = tl.load(keys + at)
-        held = block >= 0
+        blocks = _of_keys(block, other, BLOCK_SIZE)
+        k = tl.load(_starts(cache_ptr, blocks, BLOCK_SIZE, ROW).to(q_ptr.dtype) + at)
+        held = blocks >= 0
+        column = (page + 2) * BLOCKS
         block = _block_of(next_entry, num_blocks)
-        next_entry = _entry(table_ptr, page + 2, table_width)
-        next_scale = _scales(cache_ptr, block)
+        next_entry = _entry(table_ptr, column, table_width)
+        if BLOCKS > 1:
+            other = _block_of(next_other, num_blocks)
+            next_other = _entry(table_ptr, column + 1, table_width)
+        if HAS_SCALES:
+            next_blocks = _of_keys(block, other, BLOCK_SIZE)
+            next_scale = _scales(cache_ptr, next_blocks, BLOCK_SIZE, ROW)
         key = page * _PAGE + row
         _score(
             k, scale, held, key, q, weights, begins, ends, out_ptr, logits_stride, HAS_WINDOWS,
@@ -180,7 +211,8 @@ def _score_pages(
                 k, scale, held, key, more_q, more_weights, more_begins, more_ends, more_ptr,
                 logits_stride, HAS_WINDOWS, HEADS, REST,
             )  # fmt: skip
-        scale = next_scale
+        if HAS_SCALES:
+            scale = next_scale
 
 
 @step_kernel(strided=("logits_ptr",), waits=True)
@@ -203,6 +235,8 @@ def tile_kernel(
     logits_width,
     logits_stride,
     num_blocks,
+    BLOCK_SIZE: tl.constexpr,
+    ROW: tl.constexpr,
     NUM_HEADS: tl.constexpr,
     HEADS: tl.constexpr,
     FIRST: tl.constexpr,
@@ -210,7 +244,8 @@ def tile_kernel(
 ):
     """Score the pages of program `program 0` in the schedule, of one or more successive tiles."""
     wait_for_inputs()
-    q_ptr = q_ptr.to(tl.pointer_type(tl.float8e4nv))
+    if ROW > _WIDTH:
+        q_ptr = q_ptr.to(tl.pointer_type(tl.float8e4nv))
     own = programs_ptr + (chunk * tl.num_programs(0) + tl.program_id(0)) * 8
     tile, page, left = tl.load(own), tl.load(own + 1), tl.load(own + 2)
     token, num = tl.load(own + 4), tl.load(own + 5)
@@ -225,14 +260,16 @@ def tile_kernel(
             _score_pages(
                 q_ptr, weights_ptr, cache_ptr, position_ids_ptr, offsets_ptr, key_starts_ptr,
                 seq_lens_encoder_ptr, table_ptr, out_ptr, request, token, num, page, page + count,
-                table_width, logits_width, logits_stride, num_blocks, NUM_HEADS, HEADS, FIRST, REST,
+                table_width, logits_width, logits_stride, num_blocks, BLOCK_SIZE, ROW, NUM_HEADS,
+                HEADS, FIRST, REST,
             )  # fmt: skip
         else:
             # every tile without REST, and tiles of decode rows among prompts
             _score_pages(
                 q_ptr, weights_ptr, cache_ptr, position_ids_ptr, offsets_ptr, key_starts_ptr,
                 seq_lens_encoder_ptr, table_ptr, out_ptr, request, token, num, page, page + count,
-                table_width, logits_width, logits_stride, num_blocks, NUM_HEADS, HEADS, FIRST, 0,
+                table_width, logits_width, logits_stride, num_blocks, BLOCK_SIZE, ROW, NUM_HEADS,
+                HEADS, FIRST, 0,
             )  # fmt: skip
         left -= count
         page = 0
@@ -257,11 +294,13 @@ def score_tiles(
 ) -> None:
     """Write the scores of a chunk of tokens, as `fd_dsa.ops.indexer_logits` describes.
 
-    Products of e4m3 numbers are exact. Their sums have the precision of the processor's FP8 path.
+    Products of e4m3 numbers are exact. Their sums have the precision of the processor's FP8 path,
+    those of bfloat16 numbers that of float32.
     Results do not depend on the other tokens of a step.
 
     Args:
-        q: uint8 or float8_e4m3fn.
+        q: uint8 or float8_e4m3fn; bfloat16 over a bfloat16 cache.
+        cache: blocks of 64 or 32 keys of 128 values.
         schedule: schedule that was filled for `step`.
         logits: float32 [num_rows, width], scores of the tokens from `first_token` on. There may be
             gaps between rows. Entries outside of a token's window, rows of padding, and rows that
@@ -281,6 +320,8 @@ def score_tiles(
     tile_kernel[(schedule.programs.shape[1],)](
         *(*inputs, schedule.tiles, schedule.programs, logits),
         *(chunk, first_token, num_rows, *sizes),
+        BLOCK_SIZE=cache.shape[1],
+        ROW=cache.shape[2],
         NUM_HEADS=num_heads,
         HEADS=padded_heads(num_heads),
         FIRST=config.first_tokens,
@@ -296,7 +337,11 @@ def score_step(
 ) -> None:
     """Write the scores of a step by `score_tiles`, with a new schedule."""
     num_tokens, heads, _ = q.shape
-    config = prompt_config(heads) if step.num_prefill_tokens else decode_config(heads, 1)
+    is_fp8 = cache.shape[2] > INDEX_WIDTH
+    if step.num_prefill_tokens:
+        config = prompt_config(heads, is_fp8=is_fp8)
+    else:
+        config = decode_config(heads, 1, is_fp8=is_fp8)
     programs = traits_for(q).num_processors * config.programs_per_processor
     schedule = TileSchedule.allocate(config, num_tokens, 1, programs, allocator_beside(q))
     schedule.fill(step, logits.shape[1])

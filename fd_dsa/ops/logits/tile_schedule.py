@@ -13,7 +13,7 @@ from typing import Any
 from fd_dsa.device.allocation import Allocate
 from fd_dsa.ops.device_functions import key_bounds
 from fd_dsa.ops.key_bounds import prompt_windows
-from fd_dsa.ops.logits.tile_configs import BLOCK_SIZE, TileConfig
+from fd_dsa.ops.logits.tile_configs import PAGE, TileConfig
 from fd_dsa.ops.step_kernel import step_kernel
 from fd_dsa.step import ForwardMeta
 from fd_dsa.triton_runtime import start_next, wait_for_inputs
@@ -23,7 +23,7 @@ import triton.language as tl  # isort: skip
 
 # tokens or programs that the schedule's kernel handles at a time
 _LANES, _NUM_WARPS = tl.constexpr(1024), 8
-_PAGE = tl.constexpr(BLOCK_SIZE)
+_PAGE = tl.constexpr(PAGE)
 TILE_FIELDS, PROGRAM_FIELDS = 4, 8
 
 

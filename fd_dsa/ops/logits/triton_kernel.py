@@ -1,7 +1,7 @@
 """Indexer scores on a device, directly from the pages, for all formats of the cache.
 
 One program scores one token against one tile of its row's keys, so prefill and decode tokens are
-alike. Each token reads its keys again. For fp8_ds_mla caches `tile_kernel.py` is faster.
+alike. Each token reads its keys again. For the caches that it reads, `tile_kernel.py` is faster.
 """
 
 from __future__ import annotations
