@@ -12,6 +12,36 @@ _DTYPES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True, slots=True)
+class IndexerSizes:
+    """Sizes of an indexer and of the largest step. A key may stand for several tokens.
+
+    Attributes:
+        num_heads: heads of the indexer.
+        topk: keys that it selects for a token.
+        width: values of a key.
+        q_dtype: dtype of queries, "uint8" for e4m3 codes.
+        cache_dtype: name of a CacheFormat.
+        block_size: keys of a block.
+        max_num_tokens, max_blocks_per_seq, tokens_per_row: see DSABackendConfig.
+    """
+
+    num_heads: int
+    topk: int
+    width: int
+    q_dtype: str
+    cache_dtype: str
+    block_size: int
+    max_num_tokens: int
+    max_blocks_per_seq: int
+    tokens_per_row: int
+
+    @property
+    def max_keys(self) -> int:
+        """Max keys of a row."""
+        return self.max_blocks_per_seq * self.block_size
+
+
+@dataclass(frozen=True, slots=True)
 class DSABackendConfig:
     """Sizes of the model and of the largest step. Lengths are in tokens.
 
@@ -59,6 +89,22 @@ class DSABackendConfig:
     def exchanged_heads(self) -> int:
         """Attention heads of all ranks that exchange them."""
         return self.num_heads * self.exchange_ranks
+
+    @property
+    def indexer(self) -> IndexerSizes:
+        """Sizes of the indexer."""
+        layout = self.cache_layout
+        return IndexerSizes(
+            num_heads=self.index_n_heads,
+            topk=self.index_topk,
+            width=layout.index_head_dim,
+            q_dtype="uint8" if layout.is_fp8 else self.dtype,
+            cache_dtype=layout.kv_cache_dtype,
+            block_size=layout.block_size,
+            max_num_tokens=self.max_num_tokens,
+            max_blocks_per_seq=self.max_blocks_per_seq,
+            tokens_per_row=self.tokens_per_row,
+        )
 
     @property
     def query_format(self) -> dict[str, Any]:

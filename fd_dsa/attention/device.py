@@ -12,25 +12,18 @@ A DeviceAttention selects the fastest kernels that support its sizes and types
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING
 
 from fd_dsa import custom_ops
 from fd_dsa.attention.config import DSABackendConfig
-from fd_dsa.attention.device_memory import Buffers, add_buffers, buffer_sizes, buffer_view
-from fd_dsa.attention.device_scores import (
-    PageScores,
-    TileScores,
-    tile_sizes,
-    tiles_unsupported_reason,
-)
+from fd_dsa.attention.device_memory import buffer_sizes
+from fd_dsa.attention.device_scores import SelectedScores
 from fd_dsa.attention.head_exchange import HeadExchange, exchanges_heads
 from fd_dsa.attention.overlap import IndexerOverlap
 from fd_dsa.attention.protocol import HostLengths, IndexerLayer, MlaLayer, PromptLimits
 from fd_dsa.attention.row_division import RowDivision
-from fd_dsa.device.allocation import CACHED_VIEWS, Allocate
-from fd_dsa.device.transfers import transfers_for
+from fd_dsa.device.allocation import CACHED_VIEWS, Allocate, Buffers, add_buffers, buffer_view
 from fd_dsa.distributed import Group
 from fd_dsa.errors import KernelUnavailable
 from fd_dsa.ops.arrays import check_shape, rounded_length, values_of
@@ -80,7 +73,7 @@ class DeviceAttention:
             in the absorbed form.
         dense: `dense_prompts` if the step has dense tokens, else None.
         exchange: exchange of heads if the step's tokens are divided among ranks, else None.
-        scores: kernels that score and select keys; replaced if a kernel cannot be compiled.
+        scores: kernels that score keys.
         tensor_core_attention: attention on tensor cores, None if `attend_slots` attends.
     """
 
@@ -102,7 +95,7 @@ class DeviceAttention:
         self._kind = kind
         self._select_projection()
         self._select_slots = slot_selector(kind, allocate)
-        self.scores = self._new_scores()
+        self.scores = SelectedScores(config.indexer, kind, self._buffers, allocate)
         self._exchange = self._new_exchange(group)
         self.exchange: HeadExchange | None = None
         self._select_attention()
@@ -114,18 +107,6 @@ class DeviceAttention:
 
             traits = traits_for(self._buffers["logits"][0])
             self.dense_prompts = dense_prompts_for(config, allocate, traits)
-
-    def _new_scores(self) -> PageScores:
-        """Return the selected kernels that score and select on this kind of device."""
-        kind, config, logits = self._kind, self.config, self._buffers["logits"][0]
-        made = config, self._view, int(logits.shape[0])
-        conditions = {TENSOR_CORE: tiles_unsupported_reason(config)}
-        if select_provider("indexer_logits", kind, conditions).provider == TRITON:
-            return PageScores(*made)
-        transfers = transfers_for(logits)
-        sizes = tile_sizes(config, made[2], transfers.traits.num_processors)
-        add_buffers(self._buffers, sizes, self._allocate)
-        return TileScores(*made, transfers)
 
     def _new_exchange(self, group: Group | None) -> HeadExchange | None:
         """Return the exchange of heads among ranks, or None if they do not exchange heads."""
@@ -178,22 +159,6 @@ class DeviceAttention:
         refuse(_PROJECTION, self._kind, TRITON, error)
         self._select_projection()
 
-    def _score(self, call: Callable[[PageScores], None]) -> None:
-        """Call with the scores, again with the next provider after a failed compilation.
-
-        Raises:
-            KernelUnavailable: no other provider is allowed, or a captured graph reads the schedule
-                of this one.
-        """
-        try:
-            call(self.scores)
-        except KernelUnavailable as error:
-            if type(self.scores) is PageScores or self.scores.is_captured:
-                raise
-            refuse("indexer_logits", self._kind, TENSOR_CORE, error)
-            self.scores = self._new_scores()
-            call(self.scores)
-
     def begin_step(
         self,
         step: ForwardMeta | None = None,
@@ -221,9 +186,9 @@ class DeviceAttention:
         exchange = self._exchange
         if exchange is not None and exchange.begin_step(step, lengths, self.dense is not None):
             self.exchange = exchange
-        if step.max_seqlen_k > self.config.index_topk or self.scores.is_captured:
+        if step.max_seqlen_k > self.config.index_topk or self.scores.kernels.is_captured:
             part = self._division.part(step.position_ids.shape[0])
-            self._score(lambda scores: scores.prepare(step, part))
+            self.scores.prepare(step, part)
 
     def absorb_prompts(self, error: KernelUnavailable) -> None:
         """Attend for all prompts in the absorbed form, because a dense kernel is unavailable."""
@@ -308,7 +273,7 @@ class DeviceAttention:
         num_tokens = step.position_ids.shape[0]
         slots = self._view("slots", num_tokens, self.config.index_topk)
         use, part = partial(self._fill_slots, slots, step, cache), self._division.part(num_tokens)
-        self._score(lambda scores: scores.compute(step, part, q, weights, cache, use))
+        self.scores.compute(step, part, q, weights, cache, use)
         self._division.gather(slots)
         return slots
 

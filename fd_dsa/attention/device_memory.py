@@ -1,31 +1,39 @@
-"""Memory of the attention on a device: sizes of its buffers, their bytes, and views of them."""
+"""Memory of the attention on a device: sizes of its buffers, and their bytes."""
 
 from __future__ import annotations
 
 from math import prod
 from typing import cast
 
-from fd_dsa.attention.config import DSABackendConfig
-from fd_dsa.attention.device_scores import Sizes, tile_sizes, tiles_unsupported_reason
-from fd_dsa.device.allocation import Allocate
+from fd_dsa.attention.config import DSABackendConfig, IndexerSizes
+from fd_dsa.attention.device_scores import tile_sizes, tiles_unsupported_reason
+from fd_dsa.device.allocation import Allocate, Sizes, buffer_bytes
 from fd_dsa.ops.mla import tensor_core
-from fd_dsa.tensor import Tensor
 from fd_dsa.triton_runtime.driver import GpuTraits
 
 LOGITS_BYTES = 512 << 20
 """Max memory for the scores of a layer, or one token's scores if they take more. The tokens of a
 longer step are scored in chunks."""
-Buffers = dict[str, tuple[Tensor, tuple[int, ...]]]
-"""Memory and the shape of one value, by name."""
-_WIDTHS = {"float32": 4, "bfloat16": 2, "int32": 4, "uint8": 1}
+
+
+def logits_size(sizes: IndexerSizes) -> Sizes:
+    """Return the size of the buffer of scores."""
+    count = min(max(LOGITS_BYTES // 4, sizes.max_keys), sizes.max_num_tokens * sizes.max_keys)
+    return {"logits": (count, (), "float32")}
+
+
+def score_sizes(sizes: IndexerSizes, gpu: GpuTraits) -> Sizes:
+    """Return the sizes of all buffers that SelectedScores needs on a device."""
+    found = logits_size(sizes)
+    if tiles_unsupported_reason(sizes) is None:
+        found |= tile_sizes(sizes, found["logits"][0], gpu.num_processors)
+    return found
 
 
 def buffer_sizes(config: DSABackendConfig) -> Sizes:
     """Return the sizes of the buffers of a DeviceAttention, without those of its scores."""
     layout, tokens = config.cache_layout, config.max_num_tokens
     heads, index_heads, rank = config.num_heads, config.index_n_heads, layout.kv_lora_rank
-    max_keys = config.max_blocks_per_seq * layout.block_size
-    num_logits = min(max(LOGITS_BYTES // 4, max_keys), tokens * max_keys)
     codes = "uint8" if layout.is_fp8 else config.dtype
     # a part of the tokens times the heads of all ranks may be a few more
     ranks, rope = config.exchange_ranks, layout.qk_rope_head_dim
@@ -35,22 +43,19 @@ def buffer_sizes(config: DSABackendConfig) -> Sizes:
         widest = max(config.head_widths[0] + rope, config.head_widths[1])
         values = attended * heads * widest
         exchanged = dict.fromkeys(("parts", "whole"), (values, (), config.dtype))
-    return exchanged | {
-        "logits": (num_logits, (), "float32"),
-        "slots": (tokens * config.index_topk, (), "int32"),
-        "mla_q": (attended, (heads, rank + rope), config.dtype),
-        "latents": (attended, (heads, rank), config.dtype),
-        "index_q": (tokens, (index_heads, layout.index_head_dim), codes),
-        "index_weights": (tokens, (index_heads,), "float32"),
-        "index_k": (tokens, (layout.index_head_dim,), config.dtype),
-        "head_weights": (tokens, (index_heads,), "float32"),
-    }
-
-
-def add_buffers(buffers: Buffers, sizes: Sizes, allocate: Allocate) -> None:
-    """Allocate named buffers."""
-    for name, (count, shape, dtype) in sizes.items():
-        buffers[name] = allocate((count * prod(shape),), dtype), shape
+    return (
+        exchanged
+        | logits_size(config.indexer)
+        | {
+            "slots": (tokens * config.index_topk, (), "int32"),
+            "mla_q": (attended, (heads, rank + rope), config.dtype),
+            "latents": (attended, (heads, rank), config.dtype),
+            "index_q": (tokens, (index_heads, layout.index_head_dim), codes),
+            "index_weights": (tokens, (index_heads,), "float32"),
+            "index_k": (tokens, (layout.index_head_dim,), config.dtype),
+            "head_weights": (tokens, (index_heads,), "float32"),
+        }
+    )
 
 
 def workspace_bytes(config: DSABackendConfig, gpu: GpuTraits) -> int:
@@ -59,10 +64,7 @@ def workspace_bytes(config: DSABackendConfig, gpu: GpuTraits) -> int:
     Args:
         gpu: traits of the device, which select the kernels and their memory.
     """
-    sizes = buffer_sizes(config)
-    if tiles_unsupported_reason(config) is None:
-        sizes |= tile_sizes(config, sizes["logits"][0], gpu.num_processors)
-    total = sum(count * prod(shape) * _WIDTHS[dtype] for count, shape, dtype in sizes.values())
+    total = buffer_bytes(buffer_sizes(config) | score_sizes(config.indexer, gpu))
     if tensor_core.unsupported_reason(gpu.capability, *config.kernel_types) is None:
         # counts the bytes of float32 values in place of an allocation
         count = cast(Allocate, lambda shape, _: 4 * prod(shape))
@@ -74,10 +76,3 @@ def workspace_bytes(config: DSABackendConfig, gpu: GpuTraits) -> int:
     from fd_dsa.attention import dense_prompts
 
     return total + dense_prompts.workspace_bytes(config)
-
-
-def buffer_view(buffers: Buffers, name: str, *counts: int) -> Tensor:
-    """Return the start of a buffer as a tensor [*counts, *shape of one value]."""
-    memory, shape = buffers[name]
-    shape = counts + shape
-    return memory[: prod(shape)].reshape(list(shape))

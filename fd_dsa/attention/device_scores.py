@@ -5,20 +5,28 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import lru_cache, partial
 
-from fd_dsa.attention.config import DSABackendConfig
-from fd_dsa.device.allocation import CACHED_VIEWS
-from fd_dsa.device.transfers import Transfers
+from fd_dsa.attention.config import IndexerSizes
+from fd_dsa.cache_formats import CACHE_FORMATS
+from fd_dsa.device.allocation import (
+    CACHED_VIEWS,
+    Allocate,
+    Buffers,
+    Sizes,
+    add_buffers,
+    buffer_view,
+)
+from fd_dsa.device.transfers import Transfers, transfers_for
+from fd_dsa.errors import KernelUnavailable
 from fd_dsa.ops.arrays import rounded_length
 from fd_dsa.ops.logits import tile_configs
 from fd_dsa.ops.logits.tile_configs import TileConfig, decode_config, prompt_config
 from fd_dsa.ops.logits.tile_kernel import score_tiles
 from fd_dsa.ops.logits.tile_schedule import PROGRAM_FIELDS, TILE_FIELDS, TileSchedule
 from fd_dsa.ops.logits.triton_kernel import score_pages
+from fd_dsa.ops.providers import TENSOR_CORE, TRITON, refuse, select_provider
 from fd_dsa.step import ForwardMeta
 from fd_dsa.tensor import Tensor
 
-Sizes = dict[str, tuple[int, tuple[int, ...], str]]
-"""Number of values, shape of one value and dtype of each buffer, by name."""
 View = Callable[..., Tensor]
 """Function that returns the start of a named buffer as a tensor [*counts, *shape of one value]."""
 Part = tuple[int, int]
@@ -34,7 +42,7 @@ class PageScores:
     """Scores by the kernel for every cache and GPU, with one buffer for all steps.
 
     Args:
-        view: returns the start of a named buffer of a DeviceAttention as a tensor.
+        view: returns the start of a named buffer as a tensor.
         num_logits: size of the buffer "logits", at least one token's scores of the longest row.
 
     Attributes:
@@ -42,9 +50,9 @@ class PageScores:
             before every replay.
     """
 
-    def __init__(self, config: DSABackendConfig, view: View, num_logits: int) -> None:
+    def __init__(self, sizes: IndexerSizes, view: View, num_logits: int) -> None:
         self._num_logits, self.is_captured = num_logits, False
-        self._max_width = config.max_blocks_per_seq * config.cache_layout.block_size
+        self._max_width = sizes.max_keys
         self._logits = lru_cache(maxsize=CACHED_VIEWS)(partial(_logits, view))
 
     def prepare(self, step: ForwardMeta, part: Part) -> None:
@@ -97,19 +105,19 @@ class TileScores(PageScores):
 
     def __init__(
         self,
-        config: DSABackendConfig,
+        sizes: IndexerSizes,
         view: View,
         num_logits: int,
         transfers: Transfers,
     ) -> None:
-        super().__init__(config, view, num_logits)
-        self._index_topk, self._transfers = config.index_topk, transfers
+        super().__init__(sizes, view, num_logits)
+        self._index_topk, self._transfers = sizes.topk, transfers
         self.max_whole = num_logits // self._max_width
         # numbers of tokens of captured steps above max_whole
         self._captured: set[int] = set()
         # True if the graph that reads the newest schedule also makes it
         self._is_inside = False
-        tokens, processors = config.max_num_tokens, transfers.traits.num_processors
+        tokens, processors = sizes.max_num_tokens, transfers.traits.num_processors
         buffers = view("tiles", tokens), view("work_ends", tokens)
         chunks = -(-tokens // self.max_whole)
         # schedule of steps without prompts, and with prompts
@@ -117,7 +125,7 @@ class TileScores(PageScores):
             TileSchedule(
                 tile, *buffers, view("programs", chunks, processors * tile.programs_per_processor)
             )
-            for tile in _tile_configs(config)
+            for tile in _tile_configs(sizes)
         ]
 
     def prepare(self, step: ForwardMeta, part: Part) -> None:
@@ -161,28 +169,83 @@ def _logits(view: View, num_rows: int, stride: int, width: int) -> Tensor:
     return logits if width == stride else logits[:, :width]
 
 
-def _tile_configs(config: DSABackendConfig) -> tuple[TileConfig, TileConfig]:
+def _tile_configs(sizes: IndexerSizes) -> tuple[TileConfig, TileConfig]:
     """Return the kernel's configurations for steps without and with prompts."""
-    heads, is_fp8 = config.index_n_heads, config.cache_layout.is_fp8
-    decode = decode_config(heads, config.tokens_per_row, is_fp8=is_fp8)
+    heads, is_fp8 = sizes.num_heads, CACHE_FORMATS[sizes.cache_dtype].is_fp8
+    decode = decode_config(heads, sizes.tokens_per_row, is_fp8=is_fp8)
     return decode, prompt_config(heads, is_fp8=is_fp8)
 
 
-def tiles_unsupported_reason(config: DSABackendConfig) -> str | None:
-    """Return why TileScores do not support a configuration, or None if they do."""
-    layout = config.cache_layout
-    sizes = layout.block_size, config.index_n_heads, layout.index_head_dim
-    return tile_configs.unsupported_reason(layout.kv_cache_dtype, config.dtype, *sizes)
+def tiles_unsupported_reason(sizes: IndexerSizes) -> str | None:
+    """Return why TileScores do not support an indexer, or None if they do."""
+    types = sizes.cache_dtype, sizes.q_dtype
+    return tile_configs.unsupported_reason(*types, sizes.block_size, sizes.num_heads, sizes.width)
 
 
-def tile_sizes(config: DSABackendConfig, num_logits: int, num_processors: int) -> Sizes:
+def tile_sizes(sizes: IndexerSizes, num_logits: int, num_processors: int) -> Sizes:
     """Return the sizes of the buffers of TileScores on `num_processors` multiprocessors."""
-    tokens = config.max_num_tokens
-    max_width = config.max_blocks_per_seq * config.cache_layout.block_size
-    chunks = -(-tokens // (num_logits // max_width))
-    programs = num_processors * max(tile.programs_per_processor for tile in _tile_configs(config))
+    tokens = sizes.max_num_tokens
+    chunks = -(-tokens // (num_logits // sizes.max_keys))
+    programs = num_processors * max(tile.programs_per_processor for tile in _tile_configs(sizes))
     return {
         "tiles": (tokens, (TILE_FIELDS,), "int32"),
         "work_ends": (tokens, (), "int32"),
         "programs": (chunks * programs, (PROGRAM_FIELDS,), "int32"),
     }
+
+
+class SelectedScores:
+    """Scores by the fastest kernels that support an indexer, or the next if one fails to compile.
+
+    Args:
+        kind: kind of device, as `device_kind` names it.
+        buffers: it has "logits", and gets the other buffers of the kernels.
+
+    Attributes:
+        kernels: selected kernels; replaced if one cannot be compiled.
+    """
+
+    def __init__(
+        self, sizes: IndexerSizes, kind: str, buffers: Buffers, allocate: Allocate
+    ) -> None:
+        self._sizes, self._kind = sizes, kind
+        self._buffers, self._allocate = buffers, allocate
+        self.kernels = self._select()
+
+    def prepare(self, step: ForwardMeta, part: Part) -> None:
+        """Prepare the scores of all layers of a step, see `_call`."""
+        self._call(lambda kernels: kernels.prepare(step, part))
+
+    def compute(
+        self, step: ForwardMeta, part: Part, q: Tensor, weights: Tensor, cache: Tensor, use: Use
+    ) -> None:
+        """Score the tokens of the part prepared last, chunk by chunk, see `_call`."""
+        self._call(lambda kernels: kernels.compute(step, part, q, weights, cache, use))
+
+    def _select(self) -> PageScores:
+        """Return the selected kernels."""
+        sizes, logits = self._sizes, self._buffers["logits"][0]
+        made = sizes, partial(buffer_view, self._buffers), int(logits.shape[0])
+        conditions = {TENSOR_CORE: tiles_unsupported_reason(sizes)}
+        if select_provider("indexer_logits", self._kind, conditions).provider == TRITON:
+            return PageScores(*made)
+        transfers = transfers_for(logits)
+        others = tile_sizes(sizes, made[2], transfers.traits.num_processors)
+        add_buffers(self._buffers, others, self._allocate)
+        return TileScores(*made, transfers)
+
+    def _call(self, call: Callable[[PageScores], None]) -> None:
+        """Call with the kernels, again with the next provider's after a failed compilation.
+
+        Raises:
+            KernelUnavailable: no other provider is allowed, or a captured graph reads the schedule
+                of this one.
+        """
+        try:
+            call(self.kernels)
+        except KernelUnavailable as error:
+            if type(self.kernels) is PageScores or self.kernels.is_captured:
+                raise
+            refuse("indexer_logits", self._kind, TENSOR_CORE, error)
+            self.kernels = self._select()
+            call(self.kernels)

@@ -1,9 +1,13 @@
-"""Allocators of tensors, and the devices of the installed Paddle, without Triton or a driver."""
+"""Allocators of tensors, named buffers, and the devices of the installed Paddle.
+
+Nothing here needs Triton or a driver.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from math import prod
 from typing import Any
 
 from fd_dsa.errors import BackendUnavailable
@@ -11,8 +15,31 @@ from fd_dsa.tensor import Tensor
 
 Allocate = Callable[[tuple[int, ...], str], Tensor]
 """Makes an uninitialised, contiguous tensor of a shape and a dtype name."""
+Sizes = dict[str, tuple[int, tuple[int, ...], str]]
+"""Number of values, shape of one value and dtype of each buffer, by name."""
+Buffers = dict[str, tuple[Tensor, tuple[int, ...]]]
+"""Memory and the shape of one value, by name."""
+_WIDTHS = {"float32": 4, "bfloat16": 2, "int32": 4, "uint8": 1}
 # a view is small, and a server sees few row counts and, in decode steps, few token counts
 CACHED_VIEWS = 512
+
+
+def add_buffers(buffers: Buffers, sizes: Sizes, allocate: Allocate) -> None:
+    """Allocate named buffers."""
+    for name, (count, shape, dtype) in sizes.items():
+        buffers[name] = allocate((count * prod(shape),), dtype), shape
+
+
+def buffer_bytes(sizes: Sizes) -> int:
+    """Return the bytes of named buffers."""
+    return sum(count * prod(shape) * _WIDTHS[dtype] for count, shape, dtype in sizes.values())
+
+
+def buffer_view(buffers: Buffers, name: str, *counts: int) -> Tensor:
+    """Return the start of a buffer as a tensor [*counts, *shape of one value]."""
+    memory, shape = buffers[name]
+    shape = counts + shape
+    return memory[: prod(shape)].reshape(list(shape))
 
 
 def paddle_allocator(device: str) -> Allocate:

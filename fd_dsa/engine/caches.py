@@ -102,11 +102,12 @@ class V4Caches:
         # on a device rows have rings, which no block holds
         self.shares_blocks, self._num_snapshots = config.device == "cpu", 0
         layout: V4CacheLayout | DeviceLayout
+        self._on_device: DeviceLayout | None = None
         sizes = config.kv_cache_dtype, config.tokens_per_block, config.max_drafts
         if config.device == "cpu":
             layout, snapshot_bytes = model_config.cache_layout(*sizes), 0
         else:
-            layout = DeviceLayout(model_config, *sizes)
+            layout = self._on_device = DeviceLayout(model_config, *sizes)
             snapshot_bytes = layout.bytes_per_snapshot()
             if config.enable_prefix_caching:
                 self._num_snapshots = max(_MIN_SNAPSHOTS, _SNAPSHOTS_PER_ROW * batch.max_num_seqs)
@@ -172,7 +173,8 @@ class V4Caches:
         """Return the device memory of the attention without its caches, bytes."""
         from fd_dsa.v4_attention.device_memory import workspace_bytes
 
-        return workspace_bytes(self._config, self._batch)
+        assert self._on_device is not None, "a CPU has no workspace"
+        return workspace_bytes(self._on_device, self._batch, self._dtype, traits)
 
     def backend(
         self, num_blocks: int, device: str, group: Group | None = None

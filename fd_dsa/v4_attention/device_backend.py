@@ -8,19 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 
 import numpy as np
 
-from fd_dsa.attention.config import DSABackendConfig
-from fd_dsa.attention.device_memory import buffer_view
-from fd_dsa.attention.device_scores import PageScores
+from fd_dsa.attention.device_memory import logits_size
+from fd_dsa.attention.device_scores import SelectedScores
 from fd_dsa.attention.protocol import BackendStep, HostLengths, PromptLimits
-from fd_dsa.cache_formats import CacheLayout
-from fd_dsa.device.allocation import Allocate, paddle_allocator
+from fd_dsa.device.allocation import Allocate, Buffers, add_buffers, paddle_allocator
 from fd_dsa.device.transfers import uploaded
 from fd_dsa.errors import MissingStepError
-from fd_dsa.models.deepseek_v4.config import CSA, WINDOW, DeepseekV4Config
+from fd_dsa.models.deepseek_v4.config import WINDOW, DeepseekV4Config
 from fd_dsa.models.deepseek_v4.device_attention import DeviceCompressor, DeviceV4Attention
 from fd_dsa.models.rope import inverse_frequencies
 from fd_dsa.models.rope_config import RopeConfig
@@ -35,7 +32,7 @@ from fd_dsa.ops.v4_write_kernels import Ring, keep_step, write_step
 from fd_dsa.runner.input_batch import InputBatch
 from fd_dsa.step import StepHints
 from fd_dsa.tensor import Fp8Rows, Normed, StepArray, Tensor
-from fd_dsa.v4_attention.device_memory import num_scores
+from fd_dsa.v4_attention.device_memory import indexer_sizes
 from fd_dsa.v4_attention.device_pools import DeviceLayout, DevicePools
 from fd_dsa.v4_attention.device_step import DeviceStep, StepPlaces
 
@@ -56,6 +53,7 @@ class V4DeviceBackend:
     Attributes:
         can_read_selections: False, because layers select compressed entries instead of tokens.
         max_gathered_keys: 0, because no prompt attends densely.
+        scores: kernels that score the entries of CSA layers.
     """
 
     can_read_selections = False
@@ -88,14 +86,13 @@ class V4DeviceBackend:
             for rope in (config.compress_rope, config.main_rope)
         ]
         self._partials = new_partials(config.head_dim, allocate)
-        scores = allocate((num_scores(config, batch),), "float32")
-        kind = device_kind(scores)
+        of_index, buffers = indexer_sizes(self._layout, batch, dtype), Buffers()
+        add_buffers(buffers, logits_size(of_index), allocate)
+        kind = device_kind(buffers["logits"][0])
         # Triton's interpreter has its tensors in host memory
         kind = "interpreter" if kind == "cpu" else kind
         self._select_slots = slot_selector(kind, allocate)
-        view = partial(buffer_view, {"logits": (scores, ())})
-        of_index = _index_sizes(config, batch, num_blocks, dtype)
-        self._scores = PageScores(of_index, view, int(scores.shape[0]))
+        self.scores = SelectedScores(of_index, kind, buffers, allocate)
         self._step: DeviceStep | None = None
         self._built_for: BackendStep | None = None
 
@@ -129,10 +126,11 @@ class V4DeviceBackend:
         hints: StepHints | None = None,
         host_lengths: HostLengths | PromptLimits | None = None,
     ) -> None:
-        """Enqueue the launch that makes the index arrays of a step, and set its `position_ids`.
+        """Enqueue the launches that prepare a step, and set its `position_ids`.
 
-        The work may be captured. No lengths of rows are needed, because every count of the step is
-        a bound.
+        One launch makes the index arrays, and another one the schedule of scores if tokens have to
+        select. The work may be captured. No lengths of rows are needed, because every count of the
+        step is a bound.
 
         Args:
             forward_meta: step of the runner.
@@ -155,6 +153,9 @@ class V4DeviceBackend:
             before, new, tables, num_tokens, longest, has_prompts=prefill != 0
         )
         self._built_for = forward_meta
+        if step.index_view is not None:
+            # all layers share the schedule of the scores
+            self.scores.prepare(step.index_view, (0, num_tokens))
         forward_meta.position_ids = step.places.positions[:num_tokens]
         # the rows stand for slots, because both are below 0 for padding
         forward_meta.slot_mapping = step.places.rows[:num_tokens]
@@ -247,7 +248,7 @@ class V4DeviceBackend:
                 first_token=first_token,
             )
 
-        self._scores.compute(view, (0, step.num_tokens), q, weights, cache, use)
+        self.scores.compute(view, (0, step.num_tokens), q, weights, cache, use)
         return slots
 
 
@@ -255,26 +256,6 @@ def angles(rope: RopeConfig, width: int, count: int) -> np.ndarray:
     """Return cos, then sin of each pair at all positions, not scaled, float32 [count, width]."""
     turns = np.arange(count, dtype=np.float32)[:, None] * inverse_frequencies(rope, width)
     return np.concatenate((np.cos(turns), np.sin(turns)), axis=1)
-
-
-def _index_sizes(
-    config: DeepseekV4Config, batch: InputBatch, num_blocks: int, dtype: str
-) -> DSABackendConfig:
-    """Return the sizes of an indexer whose keys are the entries of CSA layers."""
-    rope, per_block = config.qk_rope_head_dim, batch.block_size // config.compress_rates[CSA]
-    widths = config.head_dim, rope, config.index_head_dim
-    return DSABackendConfig(
-        num_heads=config.num_attention_heads,
-        index_n_heads=config.index_n_heads,
-        index_topk=config.index_topk,
-        softmax_scale=1.0,
-        cache_layout=CacheLayout(dtype, per_block, *widths, index_scale_fmt=None),
-        max_num_seqs=batch.max_num_seqs,
-        max_num_tokens=batch.max_num_tokens,
-        max_blocks_per_seq=batch.block_tables.shape[1],
-        num_blocks=num_blocks,
-        dtype=dtype,
-    )
 
 
 def _pooling(compressor: DeviceCompressor, entries: Tensor) -> Pooling:

@@ -96,23 +96,31 @@ class StepPlaces:
             ROW_TILE=self._row_tile, TILE=_TOKENS, num_warps=4,
         )  # fmt: skip
         places = TokenPlaces(positions, rows, starts, block_table)
-        view = self._index_view(places, newest, num_tokens, longest)
+        view = self._index_view(places, newest, num_tokens, longest, has_prompts=has_prompts)
         plans = {CSA: of_csa, HCA: of_hca}
         return DeviceStep(num_tokens, places, ring_rows, plans, has_prompts, view)
 
     def _index_view(
-        self, places: TokenPlaces, newest: Tensor, num_tokens: int, longest: int
+        self,
+        places: TokenPlaces,
+        newest: Tensor,
+        num_tokens: int,
+        longest: int,
+        *,
+        has_prompts: bool,
     ) -> ForwardMeta | None:
-        """Return the step with entries in place of tokens, None if no token has to select."""
+        """Return the step with entries in place of tokens, None if no token has to select.
+
+        Tokens of prompts have no windows: they see the entries up to their newest one.
+        """
         entries = longest // self._config.compress_rates[CSA]
         if CSA not in self._config.layer_types or entries <= self._config.index_topk:
             return None
         # only the windows of prompts need lengths
         lengths: Any = None
         of_rows = lengths, lengths, lengths, places.starts, places.block_table
-        return ForwardMeta(
-            *of_rows, places.rows, newest, None, None, None, None, 0, num_tokens, entries
-        )
+        counts = (num_tokens, 0) if has_prompts else (0, num_tokens)
+        return ForwardMeta(*of_rows, places.rows, newest, None, None, None, None, *counts, entries)
 
 
 def array_sizes(config: DeepseekV4Config, batch: InputBatch) -> list[tuple[tuple[int, ...], str]]:

@@ -229,7 +229,7 @@ def test_what_serves_is_told_once_and_remembered(
     assert str(made[0].query_buffers(4)[0].dtype).endswith("uint8" if serves else "float32")
     capability = transfers_for(kernel_memory.poisoned((1,), "float32")).traits.capability
     on_hopper = serves and capability == 90
-    assert all(type(x.scores) is (TileScores if serves else PageScores) for x in made)
+    assert all(type(x.scores.kernels) is (TileScores if serves else PageScores) for x in made)
     assert all(isinstance(x.tensor_core_attention, TensorCoreAttention) == on_hopper for x in made)
     said = [r.getMessage() for r in caplog.records if "ndexer_logits on gpu" in r.getMessage()]
     if serves:
@@ -262,6 +262,6 @@ def test_a_schedule_is_made_once_in_a_step_that_is_scored(
     short.select()
     assert len(made) == (dtype == FP8)
     # a graph that reads the schedule is replayed in any step
-    monkeypatch.setattr(short.attention.scores, "is_captured", True)
+    monkeypatch.setattr(short.attention.scores.kernels, "is_captured", True)
     short.attention.begin_step(short.step)
     assert len(made) == 2 * (dtype == FP8)

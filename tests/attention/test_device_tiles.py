@@ -78,20 +78,20 @@ class Tiles:
         weights = rng.integers(-2, 3, (num_tokens, HEADS)).astype(np.float32) / 2
         self.index_q = m.put(rng.choice(SMALL, (num_tokens, HEADS, DIM)))
         self.weights, self.keys = m.put(weights), m.put(keys.reshape(-1, BLOCK, DIM + 4))
-        buffers = tile_sizes(self.config, num_logits, 2)
+        buffers = tile_sizes(self.config.indexer, num_logits, 2)
         buffers["logits"] = num_logits, (), "float32"
         self._buffers = {
             name: (m.poisoned((n * int(np.prod(shape)),), dtype), shape)
             for name, (n, shape, dtype) in buffers.items()
         }
         self.shapes: list[tuple[int, ...]] = []
-        self.scores = TileScores(self.config, self.view, num_logits, self.device)
+        self.scores = TileScores(self.config.indexer, self.view, num_logits, self.device)
         self.max_width = BLOCK * sizes[2]
 
     def view(self, name: str, *counts: int) -> Any:
         if name == "logits":
             self.shapes.append(counts)
-        from fd_dsa.attention.device_memory import buffer_view
+        from fd_dsa.device.allocation import buffer_view
 
         return buffer_view(self._buffers, name, *counts)
 
@@ -178,7 +178,7 @@ def test_the_choice_of_the_other_kernel(
 
     tiles = Tiles(kernel_memory, rows, drafts=drafts)
     choose = slot_selector("gpu", kernel_memory.poisoned)
-    wanted = tiles.select(PageScores(tiles.config, tiles.view, 1 << 12), choose=choose)
+    wanted = tiles.select(PageScores(tiles.config.indexer, tiles.view, 1 << 12), choose=choose)
     # scores of small integers are the same in every order of sums
     np.testing.assert_array_equal(tiles.select(), wanted)
     # a schedule serves all layers

@@ -85,7 +85,7 @@ def test_what_tensor_cores_do_not_serve(
     sizes = config(**changes)
     assert (attention or "") in (found := unsupported_reason(capability, *sizes.kernel_types) or "")
     assert bool(found) == bool(attention)
-    assert (scores or "") in (found := tiles_unsupported_reason(sizes) or "")
+    assert (scores or "") in (found := tiles_unsupported_reason(sizes.indexer) or "")
     assert bool(found) == bool(scores)
 
 

@@ -12,6 +12,7 @@ import pytest
 from fd_dsa import LLM, SamplingParams
 from fd_dsa.config import EngineConfig
 from fd_dsa.device.allocation import paddle_allocator
+from fd_dsa.device.transfers import transfers_for
 from fd_dsa.errors import CheckpointError, ConfigError
 from fd_dsa.models.device_weights import DeviceWeights
 from fd_dsa.models.four_bit_experts import four_bit_experts
@@ -22,6 +23,7 @@ from fd_dsa.runner import InputBatch, ModelRunner
 from fd_dsa.startup.plan import make_plan
 from fd_dsa.v4_attention.device_backend import V4DeviceBackend
 from fd_dsa.v4_attention.device_memory import workspace_bytes
+from fd_dsa.v4_attention.device_pools import DeviceLayout
 from tests.gpu_rig import Rig
 from tests.models.folders import Stored, write_safetensors
 from tests.v4_model.cases import CASES, CSA, HCA, WINDOW, Case
@@ -251,7 +253,9 @@ def test_bytes_of_the_plan(
     backend = V4DeviceBackend(
         *parts, num_snapshots=snapshots, max_drafts=drafts, kv_cache_dtype=kept
     )
-    assert 0 <= workspace_bytes(plan.model_config, batch) - sum(taken) < 16 << 10
+    layout = DeviceLayout(plan.model_config, kept, 16, drafts)
+    planned = workspace_bytes(layout, batch, dtype, transfers_for(allocate((1,), dtype)).traits)
+    assert 0 <= planned - sum(taken) < 16 << 10
     taken.clear()
     backend.allocate_caches()
     assert sum(taken) == plan.memory.kv_cache_bytes + plan.memory.state_bytes
