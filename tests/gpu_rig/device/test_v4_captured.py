@@ -66,6 +66,8 @@ RELEASED = {
     "compress_ratios": [0, 4, 128],
     "num_hidden_layers": 3,
     "num_hash_layers": 1,
+    # in bfloat16 tensor cores score these
+    "index_head_dim": 128,
 }
 EAGER = dict.fromkeys(EAGER_REASONS, 0)
 
