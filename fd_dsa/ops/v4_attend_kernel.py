@@ -1,114 +1,23 @@
-"""Attention of DeepSeek-V4 on a device: a window of keys, compressed entries, and sinks.
+"""Triton kernels of DeepSeek-V4's attention: a window of keys, compressed entries, and sinks.
 
 A key is also the value, with its rotated channels. A head has a sink, the logit of a key without a
-value. The kernel norms and rotates the queries and reverts the rotation of the results.
-
-In a step with few tokens the keys of a token are split among programs until they fill the device. A
-second launch combines the partial results of the splits, in their order.
+value. Queries are multiplied as they are, apart from their rotated channels. Their RMSNorm is a
+factor of the scores. The kernel reverts the rotation of the results.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-from fd_dsa.device.allocation import Allocate
-from fd_dsa.ops.arrays import dtype_name
-from fd_dsa.ops.dense_kernels import (
-    GROUP,
-    empty_beside,
-    empty_fp8_rows,
-    kernel_arguments,
-    quantized,
-)
+from fd_dsa.ops.dense_kernels import GROUP, quantized
 from fd_dsa.ops.device_functions import stored, to_bfloat16, widened
-from fd_dsa.ops.mla.tensor_core import COMBINE_CONFIGS, MAX_SPLITS, Partials
-from fd_dsa.ops.split_sums import rows_of_tiles
 from fd_dsa.ops.step_kernel import step_kernel
 from fd_dsa.ops.v4_records import load_records
 from fd_dsa.ops.v4_rotation import load_angles, rotate_rows
-from fd_dsa.tensor import Fp8Rows, Tensor
-from fd_dsa.triton_runtime import next_power_of_2, start_next, wait_for_inputs
+from fd_dsa.triton_runtime import start_next, wait_for_inputs
 
 import triton  # isort: skip
 import triton.language as tl  # isort: skip
 
-# query heads and keys that are multiplied at a time
-_HEADS = 16
-# heads of a program where tokens alone fill a GPU, and their least number: a key is read less often
-_MANY_HEADS, _MANY_TOKENS = 64, 256
-_KEYS = {"float32": 16, "bfloat16": 32}
 _GROUP = tl.constexpr(GROUP)
-# programs that an H100 or H200 runs at once: two of a multiprocessor
-_PROGRAMS = 256
-
-
-class TokenPlaces(NamedTuple):
-    """Places of a step's tokens, int32, see `fd_dsa.v4_prepare.V4Arrays`.
-
-    Attributes:
-        positions, rows: [num_tokens or more], position and row, -1 = padding.
-        starts: [num_rows + 1], first token of each row.
-        block_table: [num_rows, columns].
-    """
-
-    positions: Tensor
-    rows: Tensor
-    starts: Tensor
-    block_table: Tensor
-
-
-class Windows(NamedTuple):
-    """Window keys of a layer, or their FP8 records (uint8, see `v4_records.py`).
-
-    Attributes:
-        keys: [num_tokens, width], keys of the step's tokens.
-        ring: [num_rows * ring_rows, width], older keys by position modulo `ring_rows`.
-        ring_rows, size: keys of a row's ring, and keys that a token sees with its own.
-    """
-
-    keys: Tensor
-    ring: Tensor
-    ring_rows: int
-    size: int
-
-
-class Entries(NamedTuple):
-    """Compressed entries of a layer.
-
-    Attributes:
-        pool: [num_blocks, entries of a block, width], or their FP8 records.
-        ratio: tokens of an entry.
-        slots: int32 [num_tokens, topk], selected entries as slots of the pool; None = all entries.
-    """
-
-    pool: Tensor
-    ratio: int
-    slots: Tensor | None = None
-
-
-def new_partials(width: int, allocate: Allocate) -> Partials:
-    """Allocate memory for splits, which suffices for every step."""
-    rows = _PROGRAMS * _HEADS
-    return Partials(allocate((rows * width,), "float32"), allocate((rows,), "float32"))
-
-
-def partial_bytes(width: int) -> int:
-    """Return the bytes that `new_partials` allocates."""
-    return 4 * _PROGRAMS * _HEADS * (width + 1)
-
-
-def num_splits(num_tokens: int, num_heads: int, max_tiles: int) -> int:
-    """Return the number of programs that share the keys of a token.
-
-    All numbers of tokens between two powers of two have the same. So a captured step with padding
-    has the bits of the step without.
-
-    Args:
-        num_tokens, num_heads: shape of the queries.
-        max_tiles: maximum number of tiles of a token's keys.
-    """
-    programs = -(-num_heads // _HEADS) * next_power_of_2(rows_of_tiles(num_tokens))
-    return max(1, min(MAX_SPLITS, max_tiles, _PROGRAMS // programs))
 
 
 @triton.jit
@@ -118,28 +27,64 @@ def _narrowed(x, WIDE: tl.constexpr):
 
 
 @triton.jit
-def _attend(
-    q, state, pointers, seen, WIDTH: tl.constexpr, ROPE: tl.constexpr, PADDED: tl.constexpr,
+def _load_rotated(pointers, mask, WIDTH: tl.constexpr, ROPE: tl.constexpr):
+    """Load the rotated channels of keys or queries, and zeros up to the 16 values that a dot has.
+
+    Args:
+        pointers: first values, or records, [ROWS].
+        mask: rows to load, [ROWS].
+    """
+    padded: tl.constexpr = max(16, ROPE)
+    channel = tl.arange(0, padded)[None, :]
+    first = pointers + (WIDTH - ROPE)
+    if pointers.dtype.element_ty == tl.uint8:
+        # records have them as bfloat16
+        first = first.to(tl.pointer_type(tl.bfloat16))
+    inside = mask[:, None]
+    if padded > ROPE:
+        inside &= channel < ROPE
+    return tl.load(first[:, None] + channel, mask=inside, other=0.0)
+
+
+@triton.jit
+def _load_keys(
+    pointers, seen, WIDTH: tl.constexpr, ROPE: tl.constexpr, PADDED: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Add a tile of keys [KEYS, PADDED] at `pointers` [KEYS] to the softmax of the heads."""
-    top, total, out = state
+    """Load keys at `pointers` [KEYS] and their rotated channels, 0 for keys that are not `seen`."""
+    # a second load, because a tensor has no slices
+    rotated = _load_rotated(pointers, seen, WIDTH, ROPE)
     if pointers.dtype.element_ty == tl.uint8:
-        key = load_records(pointers, seen, WIDTH, ROPE)
-        key = widened(key) if tl.float32 == WIDE else key
+        keys = load_records(pointers, seen, WIDTH, ROPE)
     else:
-        channel = tl.arange(0, PADDED)
-        mask = seen[:, None] & (channel < WIDTH)[None, :]
-        key = tl.load(pointers[:, None] + channel[None, :], mask=mask, other=0.0)
-    scores = tl.dot(q, tl.trans(key), input_precision="ieee")
-    scores = tl.where(seen[None, :], scores, float("-inf"))
+        channel, inside = tl.arange(0, PADDED)[None, :], seen[:, None]
+        if PADDED > WIDTH:
+            inside &= channel < WIDTH
+        keys = tl.load(pointers[:, None] + channel, mask=inside, other=0.0)
+    if tl.float32 == WIDE:
+        keys, rotated = widened(keys), widened(rotated)
+    return keys, rotated
+
+
+@triton.jit
+def _attend(
+    queries, state, pointers, seen, WIDTH: tl.constexpr, ROPE: tl.constexpr, PADDED: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """Add a tile of keys at `pointers` [KEYS] to the softmax of the heads."""
+    q, rotated_q, factor = queries
+    top, total, out = state
+    keys, rotated = _load_keys(pointers, seen, WIDTH, ROPE, PADDED, WIDE)
+    scores = tl.dot(q, tl.trans(keys), input_precision="ieee")
+    scores = tl.dot(rotated_q, tl.trans(rotated), acc=scores, input_precision="ieee")
+    scores = tl.where(seen[None, :], scores * factor[:, None], float("-inf"))
     new_top = tl.maximum(top, tl.max(scores, axis=1))
     # 0 if all scores so far are -inf, to avoid a difference of infinities
     base = tl.where(new_top == float("-inf"), 0.0, new_top)
     shrink = tl.exp(top - base)
-    weight = tl.where(seen[None, :], tl.exp(scores - base[:, None]), 0.0)
+    weight = tl.exp(scores - base[:, None])
     total = total * shrink + tl.sum(weight, axis=1)
-    out = tl.dot(_narrowed(weight, WIDE), key, acc=out * shrink[:, None], input_precision="ieee")
+    out = tl.dot(_narrowed(weight, WIDE), keys, acc=out * shrink[:, None], input_precision="ieee")
     return new_top, total, out
 
 
@@ -220,13 +165,18 @@ def attend_v4_kernel(
     begin = position - (token - tl.load(starts_ptr + row)).to(tl.int32)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     channel = tl.arange(0, PADDED)
-    mask = (head < num_heads)[:, None] & (channel < WIDTH)[None, :]
-    cos, sin = load_angles(cos_sin_ptr, position, WIDTH, ROPE, PADDED)
-    q_ptr += token * Q_STRIDE
-    q = widened(tl.load(q_ptr + head[:, None] * WIDTH + channel[None, :], mask=mask, other=0.0))
+    is_head, of_heads = head < num_heads, q_ptr + token * Q_STRIDE + head * WIDTH
+    mask = is_head[:, None] & (channel < WIDTH)[None, :]
+    # From memory to the tensor cores without a computed value: Triton keeps those in registers.
+    plain = mask & (channel < WIDTH - ROPE)[None, :]
+    q = tl.load(of_heads[:, None] + channel[None, :], mask=plain, other=0.0)
+    rotated_q = widened(_load_rotated(of_heads, is_head, WIDTH, ROPE))
+    wide = widened(q)
     # RMSNorm without a weight, times the factor WIDTH ** -0.5 of the scores
-    q = q * (1.0 / tl.sqrt_rn(tl.sum(q * q, axis=1) + WIDTH * epsilon))[:, None]
-    q = _narrowed(rotate_rows(q, cos, sin), WIDE)
+    squares = tl.sum(wide * wide, axis=1) + tl.sum(rotated_q * rotated_q, axis=1)
+    factor = 1.0 / tl.sqrt_rn(squares + WIDTH * epsilon)
+    cos, sin = load_angles(cos_sin_ptr, position, ROPE, ROPE, rotated_q.shape[1])
+    queries = (q, _narrowed(rotate_rows(rotated_q, cos, sin), WIDE), factor)
     top = tl.full([HEADS], float("-inf"), tl.float32)
     state = (top, tl.zeros([HEADS], tl.float32), tl.zeros([HEADS, PADDED], tl.float32))
     seen_by = tl.where(live, position + 1, 0)
@@ -255,7 +205,7 @@ def attend_v4_kernel(
         own = (token - (position - at)) * row_units
         kept = ring_units + (row.to(tl.int64) * RING + at % RING) * row_units
         pointers = keys_ptr + tl.where(is_own, own, kept) * (unit // size)
-        state = _attend(q, state, pointers, seen, WIDTH, ROPE, PADDED, WIDE)
+        state = _attend(queries, state, pointers, seen, WIDTH, ROPE, PADDED, WIDE)
     if pool_ptr is not None:
         pool_units = (pool_ptr.to(tl.int64) - keys_ptr.to(tl.int64)) // unit
         tile -= tiles_of_window
@@ -271,7 +221,7 @@ def attend_v4_kernel(
             seen = seen & (slot >= 0)
             place = pool_units + slot.to(tl.int64) * row_units
             pointers = keys_ptr + tl.where(seen, place, 0) * (unit // size)
-            state = _attend(q, state, pointers, seen, WIDTH, ROPE, PADDED, WIDE)
+            state = _attend(queries, state, pointers, seen, WIDTH, ROPE, PADDED, WIDE)
     top, total, out = state
     if lse_ptr is not None:
         part = (token * num_heads + head) * splits + tl.program_id(2)
@@ -285,6 +235,7 @@ def attend_v4_kernel(
         highest = tl.maximum(top, sink)
         shrink = tl.exp(top - highest)
         out = out * (shrink / (total * shrink + tl.exp(sink - highest)))[:, None]
+        cos, sin = load_angles(cos_sin_ptr, position, WIDTH, ROPE, PADDED)
         out = rotate_rows(out, cos, -sin)
         _store_heads(
             out, token, head, num_heads, mask, out_ptr, codes_ptr, scales_ptr, scale_stride, WIDTH,
@@ -335,66 +286,3 @@ def combine_v4_kernel(
         (channel < WIDTH)[None, :], out_ptr, codes_ptr, scales_ptr, scale_stride, WIDTH,
         ROUND_SCALES, first,
     )  # fmt: skip
-
-
-def attend_v4(
-    q: Tensor,
-    windows: Windows,
-    entries: Entries | None,
-    sinks: Tensor,
-    cos_sin: Tensor,
-    places: TokenPlaces,
-    epsilon: float,
-    partials: Partials | None = None,
-    round_scales: bool | None = None,
-) -> Tensor | Fp8Rows:
-    """Attend to the window and the entries of each token, [num_tokens, num_heads * width].
-
-    Args:
-        q: float32 or bfloat16 [num_tokens, num_heads * width], neither normed nor rotated; there
-            may be gaps between rows.
-        entries: None in a layer with windows only.
-        sinks: float32 [num_heads].
-        cos_sin: float32 [num_positions, rotated channels], the last ones of a head; cos, then sin.
-        epsilon: term added to the mean square of a query.
-        partials: memory for splits; None = no splits.
-        round_scales: None returns the type of `q`. Otherwise the result is Fp8Rows with such
-            scales; the width is then a multiple of 128.
-
-    Cost: one or two launches. GEMM operands have the type of `q`, sums are in float32.
-    """
-    (tokens, columns), heads, kind = q.shape, sinks.shape[0], dtype_name(q.dtype)
-    width = columns // heads
-    out = (empty_beside if round_scales is None else empty_fp8_rows)(q, tokens, columns)
-    form = {"ROPE": cos_sin.shape[1], "WIDTH": width, "ROUND_SCALES": bool(round_scales)}
-    if not tokens:
-        return out
-    pool, ratio, slots = entries or (None, 1, None)
-    keys, padded = _KEYS[kind], max(16, next_power_of_2(width))
-    per_block, in_table = 1 if pool is None else pool.shape[1], places.block_table.shape[1]
-    # of rows of any length
-    num_entries = 0 if pool is None else in_table * per_block
-    max_tiles = -(-windows.size // keys) + -(-num_entries // keys)
-    splits = num_splits(tokens, heads, max_tiles) if partials else 1
-    (values, lse), together = partials if partials and splits > 1 else (None, None), _HEADS
-    if partials and kind == "bfloat16" and rows_of_tiles(tokens) >= _MANY_TOKENS:
-        together = max(_HEADS, min(_MANY_HEADS, next_power_of_2(heads)))
-    # only loads of 16 bytes are faster ahead of the dots
-    stages = 3 if together > _HEADS and windows.keys.dtype == q.dtype else 1
-    wide = tl.float32 if kind == "float32" else tl.bfloat16
-    launch = {"num_warps": 4 if together <= _HEADS else 8, "num_stages": stages}
-    attend_v4_kernel[tokens, -(-heads // together), splits](
-        q, windows.keys, windows.ring, pool, slots, sinks, cos_sin, *places,
-        *kernel_arguments(out), values, lse, heads, in_table,
-        0 if slots is None else slots.shape[1], epsilon, Q_STRIDE=q.strides[0],
-        ROW=windows.keys.shape[1], WINDOW=windows.size, RING=windows.ring_rows, RATIO=ratio,
-        PER_BLOCK=per_block, HEADS=together, KEYS=keys, PADDED=padded, WIDE=wide, **launch, **form,
-    )  # fmt: skip
-    if splits > 1:
-        max_splits, channels, warps = next(x for x in COMBINE_CONFIGS if x[0] >= splits)
-        channels = min(channels, padded)
-        combine_v4_kernel[tokens * heads, padded // channels](
-            values, lse, sinks, cos_sin, places.positions, *kernel_arguments(out), heads, splits,
-            MAX_SPLITS=max_splits, COLUMNS=channels, num_warps=warps, **form,
-        )  # fmt: skip
-    return out

@@ -25,8 +25,9 @@ from fd_dsa.ops.dense_kernels import empty_beside
 from fd_dsa.ops.providers import device_kind
 from fd_dsa.ops.slot_copy import copy_slot
 from fd_dsa.ops.topk.custom_op import slot_selector
-from fd_dsa.ops.v4_attend_kernel import Entries, Windows, attend_v4, new_partials
+from fd_dsa.ops.v4_attend import attend_v4, new_partials
 from fd_dsa.ops.v4_entries import Compression, Norm, Pooling
+from fd_dsa.ops.v4_places import Entries, Windows
 from fd_dsa.ops.v4_rotation import rotate_heads
 from fd_dsa.ops.v4_write_kernels import Ring, keep_step, write_step
 from fd_dsa.runner.input_batch import InputBatch

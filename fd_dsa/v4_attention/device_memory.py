@@ -6,7 +6,7 @@ from fd_dsa.attention.config import IndexerSizes
 from fd_dsa.attention.device_memory import score_sizes
 from fd_dsa.device.allocation import buffer_bytes
 from fd_dsa.models.deepseek_v4.config import CSA
-from fd_dsa.ops.v4_attend_kernel import partial_bytes
+from fd_dsa.ops.v4_attend import partial_bytes
 from fd_dsa.runner.input_batch import InputBatch
 from fd_dsa.triton_runtime.driver import GpuTraits
 from fd_dsa.v4_attention.device_pools import DeviceLayout

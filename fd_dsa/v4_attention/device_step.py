@@ -12,8 +12,8 @@ from typing import Any
 
 from fd_dsa.device.allocation import Allocate
 from fd_dsa.models.deepseek_v4.config import CSA, HCA, DeepseekV4Config
-from fd_dsa.ops.v4_attend_kernel import TokenPlaces
 from fd_dsa.ops.v4_entries import Plan
+from fd_dsa.ops.v4_places import TokenPlaces
 from fd_dsa.runner.input_batch import InputBatch
 from fd_dsa.step import ForwardMeta
 from fd_dsa.tensor import Tensor

@@ -12,15 +12,9 @@ pytest.importorskip("paddle", reason="the launches take Paddle's tensors")
 from fd_dsa.ops.dense_kernels import quantize_rows, rms_norm
 from fd_dsa.ops.expert_tables import look_up_experts
 from fd_dsa.ops.sampling.token_buffer import NO_TOKEN, NOT_FINITE
-from fd_dsa.ops.v4_attend_kernel import (
-    Entries,
-    TokenPlaces,
-    Windows,
-    attend_v4,
-    new_partials,
-    num_splits,
-)
+from fd_dsa.ops.v4_attend import attend_v4, new_partials, num_splits
 from fd_dsa.ops.v4_entries import Compression, Norm, Plan, Pooling
+from fd_dsa.ops.v4_places import Entries, TokenPlaces, Windows
 from fd_dsa.ops.v4_rotation import rotate_heads
 from fd_dsa.ops.v4_write_kernels import Ring, keep_step, write_step
 from fd_dsa.tensor import Fp8Rows, Normed

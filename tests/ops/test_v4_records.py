@@ -10,8 +10,9 @@ import pytest
 pytest.importorskip("paddle", reason="the launches take Paddle's tensors")
 
 from fd_dsa.cache_formats import v4_record_bytes
-from fd_dsa.ops.v4_attend_kernel import Entries, attend_v4, new_partials
+from fd_dsa.ops.v4_attend import attend_v4, new_partials
 from fd_dsa.ops.v4_entries import Compression, Norm, Plan, Pooling
+from fd_dsa.ops.v4_places import Entries
 from fd_dsa.ops.v4_rotation import rotate_heads
 from fd_dsa.ops.v4_write_kernels import Ring, keep_step, write_step
 from tests.kernel_memory import KernelMemory

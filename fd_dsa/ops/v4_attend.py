@@ -1,0 +1,131 @@
+"""Attention of DeepSeek-V4 on a device over a window of keys and compressed entries.
+
+In a step with few tokens the keys of a token are split among programs until they fill the device. A
+second launch combines the partial results of the splits, in their order.
+"""
+
+from __future__ import annotations
+
+from fd_dsa.device.allocation import Allocate
+from fd_dsa.ops.arrays import dtype_name
+from fd_dsa.ops.dense_kernels import empty_beside, empty_fp8_rows, kernel_arguments
+from fd_dsa.ops.mla.tensor_core import COMBINE_CONFIGS, MAX_SPLITS, Partials
+from fd_dsa.ops.split_sums import rows_of_tiles
+from fd_dsa.ops.v4_attend_kernel import attend_v4_kernel, combine_v4_kernel
+from fd_dsa.ops.v4_places import Entries, TokenPlaces, Windows
+from fd_dsa.tensor import Fp8Rows, Tensor
+from fd_dsa.triton_runtime import next_power_of_2
+from fd_dsa.triton_runtime.device_api import traits_for
+
+import triton.language as tl  # isort: skip
+
+# query heads and keys that are multiplied at a time
+_HEADS = 16
+_KEYS = {"float32": 16, "bfloat16": 32}
+# of a program where tokens alone fill a GPU, and the least number of such tokens: a key is read
+# less often
+_MANY_HEADS, _MANY_KEYS, _MANY_TOKENS = 64, 64, 256
+# shared memory of such a program, for queries and two tiles of keys
+_MANY_BYTES = 217 << 10
+# programs that an H100 or H200 runs at once: two of a multiprocessor
+_PROGRAMS = 256
+
+
+def new_partials(width: int, allocate: Allocate) -> Partials:
+    """Allocate memory for splits, which suffices for every step."""
+    rows = _PROGRAMS * _HEADS
+    return Partials(allocate((rows * width,), "float32"), allocate((rows,), "float32"))
+
+
+def partial_bytes(width: int) -> int:
+    """Return the bytes that `new_partials` allocates."""
+    return 4 * _PROGRAMS * _HEADS * (width + 1)
+
+
+def num_splits(num_tokens: int, num_heads: int, max_tiles: int) -> int:
+    """Return the number of programs that share the keys of a token.
+
+    All numbers of tokens between two powers of two have the same. So a captured step with padding
+    has the bits of the step without.
+
+    Args:
+        num_tokens, num_heads: shape of the queries.
+        max_tiles: maximum number of tiles of a token's keys.
+    """
+    programs = -(-num_heads // _HEADS) * next_power_of_2(rows_of_tiles(num_tokens))
+    return max(1, min(MAX_SPLITS, max_tiles, _PROGRAMS // programs))
+
+
+def _tile(kind: str, num_tokens: int, num_heads: int, *, is_plain: bool) -> dict[str, int]:
+    """Return heads and keys of a program, and the options of its launch.
+
+    Args:
+        is_plain: True if keys are no records.
+    """
+    if kind == "bfloat16" and num_tokens >= _MANY_TOKENS and num_heads > _HEADS:
+        heads = min(_MANY_HEADS, next_power_of_2(num_heads))
+        # records are dequantised in registers, which do not hold more
+        keys, stages = (_MANY_KEYS, 2) if is_plain else (_KEYS[kind], 1)
+        return {"HEADS": heads, "KEYS": keys, "num_warps": 8, "num_stages": stages}
+    return {"HEADS": _HEADS, "KEYS": _KEYS[kind], "num_warps": 4, "num_stages": 1}
+
+
+def attend_v4(
+    q: Tensor,
+    windows: Windows,
+    entries: Entries | None,
+    sinks: Tensor,
+    cos_sin: Tensor,
+    places: TokenPlaces,
+    epsilon: float,
+    partials: Partials | None = None,
+    round_scales: bool | None = None,
+) -> Tensor | Fp8Rows:
+    """Attend to the window and the entries of each token, [num_tokens, num_heads * width].
+
+    Args:
+        q: float32 or bfloat16 [num_tokens, num_heads * width], neither normed nor rotated; there
+            may be gaps between rows.
+        entries: None in a layer with windows only.
+        sinks: float32 [num_heads].
+        cos_sin: float32 [num_positions, rotated channels], the last ones of a head; cos, then sin.
+        epsilon: term added to the mean square of a query.
+        partials: memory for splits; None = no splits.
+        round_scales: None returns the type of `q`. Otherwise the result is Fp8Rows with such
+            scales; the width is then a multiple of 128.
+
+    Cost: one or two launches. GEMM operands have the type of `q`, sums are in float32.
+    """
+    (tokens, columns), heads, kind = q.shape, sinks.shape[0], dtype_name(q.dtype)
+    width = columns // heads
+    out = (empty_beside if round_scales is None else empty_fp8_rows)(q, tokens, columns)
+    form = {"ROPE": cos_sin.shape[1], "WIDTH": width, "ROUND_SCALES": bool(round_scales)}
+    wide = tl.float32 if kind == "float32" else tl.bfloat16
+    if not tokens:
+        return out
+    is_plain = windows.keys.dtype == q.dtype
+    pool, ratio, slots = entries or (None, 1, None)
+    padded = max(16, next_power_of_2(width))
+    per_block, in_table = 1 if pool is None else pool.shape[1], places.block_table.shape[1]
+    has_many = bool(partials) and traits_for(q).shared_bytes >= _MANY_BYTES
+    tile = _tile(kind, rows_of_tiles(tokens) if has_many else 1, heads, is_plain=is_plain)
+    # of rows of any length
+    num_entries = 0 if pool is None else in_table * per_block
+    max_tiles = -(-windows.size // tile["KEYS"]) + -(-num_entries // tile["KEYS"])
+    splits = num_splits(tokens, heads, max_tiles) if partials else 1
+    values, lse = partials if partials and splits > 1 else (None, None)
+    attend_v4_kernel[tokens, -(-heads // tile["HEADS"]), splits](
+        q, windows.keys, windows.ring, pool, slots, sinks, cos_sin, *places,
+        *kernel_arguments(out), values, lse, heads, in_table,
+        0 if slots is None else slots.shape[1], epsilon, Q_STRIDE=q.strides[0],
+        ROW=windows.keys.shape[1], WINDOW=windows.size, RING=windows.ring_rows, RATIO=ratio,
+        PER_BLOCK=per_block, PADDED=padded, WIDE=wide, **tile, **form,
+    )  # fmt: skip
+    if splits > 1:
+        max_splits, channels, warps = next(x for x in COMBINE_CONFIGS if x[0] >= splits)
+        channels = min(channels, padded)
+        combine_v4_kernel[tokens * heads, padded // channels](
+            values, lse, sinks, cos_sin, places.positions, *kernel_arguments(out), heads, splits,
+            MAX_SPLITS=max_splits, COLUMNS=channels, num_warps=warps, **form,
+        )  # fmt: skip
+    return out
