@@ -1,4 +1,4 @@
-// Helpers of all CUDA files: sums over a warp and kernel launches.
+// Helpers of all CUDA files: sums over a warp, scales of FP8 and kernel launches.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -21,6 +21,14 @@ __device__ __forceinline__ uint32_t warp_prefix(uint32_t value) {
     if (lane >= step) value += below;
   }
   return value;
+}
+
+// Returns the scale x / 448 with the same bits as `quantized` of fd_dsa/ops/dense_kernels.py.
+__device__ __forceinline__ float scale_of(float largest, bool round) {
+  const float scale = fmaxf(largest / 448.0f, 1e-12f);
+  if (!round) return scale;
+  const uint32_t bits = __float_as_uint(scale);
+  return __uint_as_float(((bits >> 23) + ((bits & 0x7fffff) != 0 ? 1 : 0)) << 23);
 }
 
 // Properties of a GPU.

@@ -222,14 +222,6 @@ __device__ __forceinline__ void copy_tiles(const Job& job, const TensorMap& weig
 
 // ---- the warpgroups that multiply
 
-// Returns the scale x / 448 with the same bits as `quantized` of fd_dsa/ops/dense_kernels.py.
-__device__ __forceinline__ float scale_of(float largest, bool round) {
-  const float scale = fmaxf(largest / 448.0f, 1e-12f);
-  if (!round) return scale;
-  const uint32_t bits = __float_as_uint(scale);
-  return __uint_as_float(((bits >> 23) + ((bits & 0x7fffff) != 0 ? 1 : 0)) << 23);
-}
-
 __device__ __forceinline__ float silu_times(float gate, float up) {
   constexpr float kLog2E = 1.4426950408889634f;
   const float small = exp2_of(-fabsf(gate) * kLog2E);

@@ -87,8 +87,8 @@ __device__ __forceinline__ void store_queries(const FdDsaSparseMla& job, int64_t
 // A computing warpgroup, which computes the weights of even tiles (kGroup 0) or odd tiles.
 //
 // It also sums up half of all latents. A thread has two rows, 8 apart, and two neighbouring columns
-// in each block of 8.
-template <bool kFp8, int kGroup>
+// in each block of 8. Without kRoped keys have no roped values beside the latents.
+template <bool kFp8, int kGroup, bool kRoped = true>
 struct ComputeWarpgroup {
   uint32_t base;
   int warp, lane;  // of the warpgroup
@@ -129,8 +129,9 @@ struct ComputeWarpgroup {
     barrier_wait(is_full(base, kGroup, 1), parity);
     publish_to_async();
     wgmma_fence();
-    add_scores<16, 32>(tile);
-    add_scores<32, 36>(tile);
+    constexpr int kRest = kRoped ? 32 : 28;
+    add_scores<16, kRest>(tile);
+    add_scores<kRest, kRest + 4>(tile);
     if constexpr (kGroup == 0) {
       // the other warpgroup uses the tensor cores while this one computes weights
       wgmma_wait<1>();
@@ -248,8 +249,8 @@ struct ComputeWarpgroup {
 
 // Runs the warpgroup of even tiles. It scores and weighs a tile, publishes the weights and adds the
 // tile, then adds the odd tile.
-template <bool kFp8>
-__device__ __forceinline__ void run(ComputeWarpgroup<kFp8, 0>& state, int tiles) {
+template <bool kFp8, bool kRoped>
+__device__ __forceinline__ void run(ComputeWarpgroup<kFp8, 0, kRoped>& state, int tiles) {
   for (int t = 0; t < tiles; t += 2) {
     float rescale[2];
     state.score(t >> 1 & 1);
@@ -272,8 +273,8 @@ __device__ __forceinline__ void run(ComputeWarpgroup<kFp8, 0>& state, int tiles)
 
 // Runs the warpgroup of odd tiles. It adds the even tile's latents while the odd tile's scores
 // become weights.
-template <bool kFp8>
-__device__ __forceinline__ void run(ComputeWarpgroup<kFp8, 1>& state, int tiles) {
+template <bool kFp8, bool kRoped>
+__device__ __forceinline__ void run(ComputeWarpgroup<kFp8, 1, kRoped>& state, int tiles) {
   for (int t = 0; t < tiles; t += 2) {
     const bool has_own = t + 1 < tiles;
     float rescale[2];
@@ -344,8 +345,8 @@ __device__ __forceinline__ void store_lse(const FdDsaSparseMla& job, const Place
 }
 
 // Sums the weights of both warpgroups' tiles.
-template <bool kFp8, int kGroup>
-__device__ __forceinline__ void add_totals(ComputeWarpgroup<kFp8, kGroup>& state) {
+template <bool kFp8, int kGroup, bool kRoped>
+__device__ __forceinline__ void add_totals(ComputeWarpgroup<kFp8, kGroup, kRoped>& state) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     float& total = state.total[r];

@@ -1,7 +1,8 @@
 """Attention of DeepSeek-V4 on a device over a window of keys and compressed entries.
 
 In a step with few tokens the keys of a token are split among programs until they fill the device. A
-second launch combines the partial results of the splits, in their order.
+second launch combines the partial results of the splits, in their order. With more tokens a kernel
+of custom_ops/ attends, if it supports the device and the sizes.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from fd_dsa.ops.arrays import dtype_name
 from fd_dsa.ops.dense_kernels import empty_beside, empty_fp8_rows, kernel_arguments
 from fd_dsa.ops.mla.tensor_core import COMBINE_CONFIGS, MAX_SPLITS, Partials
 from fd_dsa.ops.split_sums import rows_of_tiles
+from fd_dsa.ops.v4_attend_cuda import kernel_for, suits
 from fd_dsa.ops.v4_attend_kernel import attend_v4_kernel, combine_v4_kernel
 from fd_dsa.ops.v4_places import Entries, TokenPlaces, Windows
 from fd_dsa.tensor import Fp8Rows, Tensor
@@ -103,7 +105,13 @@ def attend_v4(
     wide = tl.float32 if kind == "float32" else tl.bfloat16
     if not tokens:
         return out
+    shape = rows_of_tiles(tokens), heads, width, cos_sin.shape[1]
     is_plain = windows.keys.dtype == q.dtype
+    if is_plain and suits(kind, *shape, round_scales):
+        kernel = kernel_for(q)
+        if kernel is not None:
+            kernel(q, windows, entries, sinks, cos_sin, places, epsilon, out)
+            return out
     pool, ratio, slots = entries or (None, 1, None)
     padded = max(16, next_power_of_2(width))
     per_block, in_table = 1 if pool is None else pool.shape[1], places.block_table.shape[1]

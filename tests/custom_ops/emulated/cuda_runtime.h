@@ -320,9 +320,10 @@ inline void __syncthreads() { emulated::wait_at(emulated::current->block->barrie
 
 inline void __syncwarp() { emulated::gather(0); }
 
-inline uint32_t __shfl_sync(unsigned, uint32_t value, int lane, int width = emulated::kLanes) {
+template <typename T>
+T __shfl_sync(unsigned, T value, int lane, int width = emulated::kLanes) {
   const int first = static_cast<int>(emulated::lane()) / width * width;
-  return static_cast<uint32_t>(emulated::gather(value)[first + lane % width]);
+  return static_cast<T>(emulated::gather(static_cast<uint64_t>(value))[first + lane % width]);
 }
 template <typename T>
 T __shfl_up_sync(unsigned, T value, unsigned step) {

@@ -5,6 +5,7 @@
 #include "launches.h"
 #include "sparse_mla.h"
 #include "topk.h"
+#include "v4_attend.h"
 
 extern "C" {
 
@@ -23,4 +24,7 @@ int fd_dsa_sparse_mla_bytes() { return sizeof(FdDsaSparseMla); }
 
 int fd_dsa_topk_cuda(const FdDsaTopk*, void*) { return launches++, 0; }
 int fd_dsa_topk_bytes() { return sizeof(FdDsaTopk); }
+
+int fd_dsa_v4_attend_cuda(const FdDsaV4Attend*, void*) { return launches++, 0; }
+int fd_dsa_v4_attend_bytes() { return sizeof(FdDsaV4Attend); }
 }

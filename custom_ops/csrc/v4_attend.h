@@ -1,0 +1,65 @@
+// Attention of DeepSeek-V4 over a window and compressed entries: the C ABI of its launcher.
+#pragma once
+
+#include <cstdint>
+
+// A token attends to the keys of its window and to entries, which are their own values.
+//
+// Keys and entries are bfloat16 rows of 512 values, 16-byte aligned. The last 64 channels are
+// rotated. Layout and size are part of the ABI.
+extern "C" struct FdDsaV4Attend {
+  // bfloat16 [num_tokens, num_heads * 512], neither normed nor rotated; 16-byte aligned rows that
+  // are `q_stride` values apart
+  const void* q;
+  // keys of the step's tokens [num_tokens, 512]
+  const void* keys;
+  // older keys [num_rows * ring_rows, 512], by position modulo `ring_rows`
+  const void* ring;
+  // entries [num_slots, 512], or null for a window alone
+  const void* pool;
+  // int32 [num_tokens, topk]: selected entries, -1 = none; or null for all entries of a row
+  const int32_t* slots;
+  // float32 [num_heads]
+  const float* sinks;
+  // float32 [positions, 64], cos of 32 pairs, then sin
+  const float* cos_sin;
+  // int32 [num_tokens]: position and row of each token; a row below 0 is padding
+  const int32_t* positions;
+  const int32_t* rows;
+  // int32 [num_rows + 1]: first token of each row
+  const int32_t* starts;
+  // int32 [num_rows, table_width]: blocks of each row
+  const int32_t* block_table;
+  // bfloat16 [num_tokens, num_heads * 512], or null for codes; 16-byte aligned
+  void* out;
+  // e4m3 [num_tokens, num_heads * 512], 16-byte aligned, and float32 [num_heads * 4, scale_stride],
+  // a scale for 128 values of a token, a power of two; null with `out`
+  void* codes;
+  float* scales;
+  int64_t q_stride;
+  int64_t scale_stride;
+  // term added to the mean square of a query
+  float epsilon;
+  int32_t num_tokens;
+  int32_t num_heads;
+  // keys that a token sees with its own
+  int32_t window;
+  int32_t ring_rows;
+  // tokens of an entry, entries of a block
+  int32_t ratio;
+  int32_t per_block;
+  int32_t table_width;
+  int32_t topk;
+  int32_t num_slots;
+};
+
+static_assert(sizeof(FdDsaV4Attend) == 168, "fd_dsa.ops.v4_attend_cuda has the same");
+
+// Fills the result on Hopper (sm_90), and returns a cudaError_t, 0 = success.
+//
+// One launch with a block for each token and 64 heads. The launcher does not allocate or wait. The
+// same input gives the same bits, and a token's result does not depend on the others.
+extern "C" int fd_dsa_v4_attend_cuda(const FdDsaV4Attend* job, void* stream);
+
+// Returns the size of the structure, which a caller in another language compares with its own.
+extern "C" int fd_dsa_v4_attend_bytes();

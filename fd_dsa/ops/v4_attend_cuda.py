@@ -1,0 +1,133 @@
+"""Attention of DeepSeek-V4 by the CUDA C++ kernel of custom_ops/, from some tokens on.
+
+A block of the kernel has all keys of a token and 64 of its heads. So it is for steps whose tokens
+keep a GPU busy, and for many heads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from functools import cache
+
+from fd_dsa import custom_ops
+from fd_dsa.errors import BackendUnavailable
+from fd_dsa.ops.dense_kernels import kernel_arguments
+from fd_dsa.ops.fixed_order import row_dependence_refusal
+from fd_dsa.ops.library_kernel import LibraryKernel, interpreter_refusal, shared_kernel
+from fd_dsa.ops.v4_places import Entries, TokenPlaces, Windows
+from fd_dsa.tensor import Fp8Rows, Tensor
+from fd_dsa.triton_runtime.device_api import traits_for
+
+logger = logging.getLogger(__name__)
+
+MIN_TOKENS, MIN_HEADS = 17, 17
+"""Minimum tokens of a step, and minimum heads that are worth padding to 64."""
+# sizes that csrc/v4_attend.cu is made for
+_WIDTH, _ROPE, _HOPPER = 512, 64, 90
+_INPUTS = "q", "keys", "ring", "pool", "slots", "sinks", "cos_sin"
+_PLACES = "positions", "rows", "starts", "block_table"
+_SIZES = "num_tokens", "num_heads", "window", "ring_rows", "ratio", "per_block", "table_width"
+
+
+class V4Attend(ctypes.Structure):
+    """FdDsaV4Attend of custom_ops/csrc/v4_attend.h, which describes the fields."""
+
+    _fields_ = (
+        *((n, ctypes.c_void_p) for n in (*_INPUTS, *_PLACES, "out", "codes", "scales")),
+        *((n, ctypes.c_int64) for n in ("q_stride", "scale_stride")),
+        ("epsilon", ctypes.c_float),
+        *((n, ctypes.c_int32) for n in (*_SIZES, "topk", "num_slots")),
+    )
+
+
+class V4Attention(LibraryKernel):
+    """Kernel of a loaded library for `attend_v4` over bfloat16 keys."""
+
+    launcher, size, structure = "fd_dsa_v4_attend_cuda", "fd_dsa_v4_attend_bytes", V4Attend
+
+    def __call__(
+        self,
+        q: Tensor,
+        windows: Windows,
+        entries: Entries | None,
+        sinks: Tensor,
+        cos_sin: Tensor,
+        places: TokenPlaces,
+        epsilon: float,
+        out: Tensor | Fp8Rows,
+    ) -> None:
+        """Enqueue one launch.
+
+        Args:
+            q, windows, entries, sinks, cos_sin, places, epsilon: as for `attend_v4`.
+            out: its result, bfloat16 or Fp8Rows with powers of two as scales.
+        """
+        job = self.job
+        self.bind(q)
+        pool, ratio, slots = entries or (None, 1, None)
+        plain, codes, scales, job.scale_stride = kernel_arguments(out)
+        aligned = {"keys": windows.keys, "ring": windows.ring, "pool": pool, "cos_sin": cos_sin}
+        for name, tensor in {**aligned, "out": plain, "codes": codes}.items():
+            address = None if tensor is None else self._address(name, tensor, multiple=16)
+            setattr(job, name, address)
+        others = {"slots": slots, "sinks": sinks, "scales": scales, **places._asdict()}
+        for name, tensor in others.items():
+            setattr(job, name, None if tensor is None else self._address(name, tensor))
+        job.q = self._address("q", q, multiple=16, may_have_gaps=True)
+        job.q_stride, job.epsilon = q.strides[0], epsilon
+        job.num_tokens, job.num_heads = q.shape[0], sinks.shape[0]
+        job.window, job.ring_rows, job.ratio = windows.size, windows.ring_rows, ratio
+        job.table_width, job.topk = places.block_table.shape[1], 0
+        job.per_block, job.num_slots = 1, 0
+        if pool is not None:
+            job.per_block, job.num_slots = pool.shape[1], pool.shape[0] * pool.shape[1]
+        if slots is not None:
+            job.topk = slots.shape[1]
+        self.launch()
+
+
+def suits(
+    kind: str,
+    num_tokens: int,
+    num_heads: int,
+    width: int,
+    rope: int,
+    round_scales: bool | None,
+) -> bool:
+    """Return True if the kernel supports these sizes, and is faster than Triton's."""
+    return (
+        kind == "bfloat16"
+        and num_tokens >= MIN_TOKENS
+        and num_heads >= MIN_HEADS
+        and (width, rope) == (_WIDTH, _ROPE)
+        and round_scales is not False
+    )
+
+
+def kernel_for(q: Tensor) -> V4Attention | None:
+    """Return the kernel for queries on their device, None to use Triton's. The choice is logged."""
+    reason = row_dependence_refusal() or interpreter_refusal() or unsupported_reason(q)
+    return _kernel_for(custom_ops.build().kernels, reason)
+
+
+@cache
+def _kernel_for(kernels: ctypes.CDLL | None, reason: str) -> V4Attention | None:
+    """Return the kernel of a library, None if there is a reason against it."""
+    found = None
+    if not reason and kernels is None:
+        reason = f"{custom_ops.PACKAGE} is {custom_ops.build().state}"
+    if not reason:
+        try:
+            found = shared_kernel(V4Attention, kernels)
+        except BackendUnavailable as error:
+            reason = str(error)
+    provider = "custom_op" if found else f"triton (not custom_op: {reason})"
+    logger.info("attention of %d tokens and more of DeepSeek-V4: %s", MIN_TOKENS, provider)
+    return found
+
+
+def unsupported_reason(q: Tensor) -> str:
+    """Return why the device of a tensor does not support the kernel, "" if it does."""
+    capability = traits_for(q).capability
+    return "" if capability == _HOPPER else f"the GPU is of capability {capability}, not {_HOPPER}"

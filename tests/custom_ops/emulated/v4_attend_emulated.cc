@@ -1,0 +1,6 @@
+// Attention of DeepSeek-V4 on the emulated GPU.
+#include "hopper.cuh"
+// the other comes first, so that its guard keeps the hardware's own out
+#include "v4_attend.cu"
+// text of errors
+#include "position_ids.cu"

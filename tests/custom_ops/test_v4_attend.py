@@ -1,0 +1,207 @@
+"""Attention of DeepSeek-V4 by the kernel of custom_ops/, against sums in float64.
+
+On a GPU, in Paddle's memory, and on the CPU with emulated threads; see test_sparse_mla_kernel.py.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("paddle", reason="the launches take Paddle's tensors")
+
+from fd_dsa.errors import LaunchError
+from fd_dsa.ops import v4_attend, v4_attend_cuda
+from fd_dsa.ops.dense_kernels import quantize_rows
+from fd_dsa.ops.v4_attend_cuda import V4Attention, kernel_for, suits
+from fd_dsa.ops.v4_places import Entries, TokenPlaces, Windows
+from fd_dsa.tensor import Fp8Rows
+from tests.kernel_memory import KernelMemory
+from tests.ops import block_fp8
+
+KERNELS = "v4_attend"
+WIDTH, ROPE, EPS, LONGEST = 512, 64, 0.02, 600
+ANGLES = np.arange(LONGEST)[:, None] * 0.9 ** np.arange(ROPE // 2)
+COS_SIN = np.concatenate((np.cos(ANGLES), np.sin(ANGLES)), axis=1).astype(np.float32)
+
+
+@pytest.fixture
+def memory(paddle_memory: KernelMemory, monkeypatch: pytest.MonkeyPatch) -> KernelMemory:
+    """The memory of the kernel, which serves however few tokens there are."""
+    monkeypatch.setattr(v4_attend_cuda, "MIN_TOKENS", 1)
+    if not paddle_memory.on_gpu:
+        monkeypatch.setattr(v4_attend_cuda, "unsupported_reason", lambda q: "")
+    elif reason := v4_attend_cuda.unsupported_reason(paddle_memory.poisoned((1,), "uint8")):
+        pytest.skip(reason)
+    return paddle_memory
+
+
+@dataclass
+class Form:
+    """What a layer attends to.
+
+    Attributes:
+        ratio, per_block: tokens of an entry, entries of a block; ratio 0 = a window alone.
+        topk: selected entries, 0 = all entries.
+    """
+
+    heads: int
+    ratio: int = 0
+    per_block: int = 1
+    topk: int = 0
+    window: int = 40
+    ring_rows: int = 43
+
+
+FORMS = {
+    "window": Form(20),
+    "all entries": Form(64, ratio=8, per_block=2),
+    "selected": Form(70, ratio=2, per_block=16, topk=72),
+}
+# tokens of each row before the step and in it
+STEPS = ([0, 3], [2, 1]), ([400, 0, 39], [1, 3, 2])
+
+
+def drawn(m: KernelMemory, *shape: int) -> tuple[Any, np.ndarray]:
+    exact = block_fp8.rounded(np.random.default_rng(shape).standard_normal(shape), "bfloat16")
+    return block_fp8.put(m, exact, "bfloat16"), exact.astype(np.float64)
+
+
+def rotated(x: np.ndarray, position: int, sign: int = 1) -> np.ndarray:
+    """`x` [..., width] with its last channels rotated."""
+    pairs = x[..., -ROPE:].reshape(*x.shape[:-1], -1, 2)
+    turned = (pairs[..., 0] + 1j * pairs[..., 1]) * np.exp(sign * 1j * ANGLES[position])
+    both = np.stack((turned.real, turned.imag), axis=-1).reshape(*x.shape[:-1], ROPE)
+    return np.concatenate((x[..., :-ROPE], both), axis=-1)
+
+
+class Step:
+    """A step with padding, in a memory and in float64. Memory that no token may read is NaN."""
+
+    def __init__(self, m: KernelMemory, form: Form, before: list[int], new: list[int]) -> None:
+        rng, self.form = np.random.default_rng(sum(before)), form
+        self.rows = np.repeat(np.arange(len(new)), new)
+        self.positions = np.concatenate(list(map(np.arange, before, np.add(before, new))))
+        self.starts = np.concatenate(([0], np.cumsum(new)))
+        padding = np.full(1, -1)
+        tokens = len(self.rows) + 1
+        # columns of wider rows
+        both, exact = drawn(m, tokens, form.heads * WIDTH + 64)
+        self.q, self.exact_q = both[:, : form.heads * WIDTH], exact[:, : form.heads * WIDTH]
+        keys, self.keys = drawn(m, tokens, WIDTH)
+        ring = rng.standard_normal((len(new) * form.ring_rows, WIDTH))
+        for row, kept in enumerate(before):
+            unused = np.ones(form.ring_rows, bool)
+            unused[np.arange(max(kept - form.window, 0), kept) % form.ring_rows] = False
+            ring[row * form.ring_rows : (row + 1) * form.ring_rows][unused] = np.nan
+        self.ring = block_fp8.rounded(ring.astype(np.float32), "bfloat16")
+        self.windows = Windows(
+            keys, block_fp8.put(m, self.ring, "bfloat16"), form.ring_rows, form.window
+        )
+        self.entries, columns = None, 1
+        if form.ratio:
+            columns = max(before) // (form.ratio * form.per_block) + 2
+            pool, self.pool = drawn(m, len(new) * columns + 1, form.per_block, WIDTH)
+        self.table = rng.permutation(len(new) * columns).reshape(len(new), columns)
+        self.slots = np.full((tokens, form.topk), -1)
+        if form.topk:
+            for token, (row, position) in enumerate(zip(self.rows, self.positions, strict=True)):
+                visible = (position + 1) // form.ratio
+                chosen = np.sort(rng.permutation(visible)[: form.topk])
+                found = self.slots_of(row, chosen)
+                # a missing entry among others
+                self.slots[token, : len(found)] = np.where(rng.random(len(found)) < 0.1, -1, found)
+        if form.ratio:
+            slots = m.put(self.slots.astype(np.int32)) if form.topk else None
+            self.entries = Entries(pool, form.ratio, slots)
+        ids = np.concatenate((self.positions, padding)), np.concatenate((self.rows, padding))
+        made = (m.put(x.astype(np.int32)) for x in (*ids, self.starts, self.table))
+        self.places = TokenPlaces(*made)
+        self.sinks = rng.standard_normal(form.heads).astype(np.float32)
+        self.given = self.q, self.windows, self.entries, m.put(self.sinks), m.put(COS_SIN)
+
+    def slots_of(self, row: int, entries: np.ndarray) -> np.ndarray:
+        per_block = self.form.per_block
+        return np.asarray(self.table[row, entries // per_block] * per_block + entries % per_block)
+
+    def wanted(self, token: int) -> np.ndarray:
+        """The result of a token's heads in float64."""
+        form, row, position = self.form, self.rows[token], self.positions[token]
+        q = self.exact_q[token].reshape(form.heads, WIDTH)
+        q = rotated(q / np.sqrt((q**2).mean(axis=1, keepdims=True) + EPS), position)
+        begin, keys = position - (token - self.starts[row]), []
+        for place in range(max(position + 1 - form.window, 0), position + 1):
+            own = place >= begin
+            ring = self.ring[row * form.ring_rows + place % form.ring_rows]
+            keys.append(self.keys[token - (position - place)] if own else ring)
+        if form.ratio:
+            slots = self.slots_of(row, np.arange((position + 1) // form.ratio))
+            if form.topk:
+                slots = self.slots[token][self.slots[token] >= 0]
+            keys += list(self.pool.reshape(-1, WIDTH)[slots])
+        logits = q @ np.array(keys, np.float64).T * WIDTH**-0.5
+        logits = np.concatenate((logits, self.sinks[:, None]), axis=1)
+        share = np.exp(logits - logits.max(axis=1, keepdims=True))
+        share /= share.sum(axis=1, keepdims=True)
+        return rotated(share[:, :-1] @ np.array(keys, np.float64), position, -1).ravel()
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("step", range(len(STEPS)))
+def test_every_token_meets_its_keys(memory: KernelMemory, step: int, name: str) -> None:
+    m, case = memory, Step(memory, FORMS[name], *STEPS[step])
+    found = block_fp8.get(m, v4_attend.attend_v4(*case.given, case.places, EPS))
+    for token in range(len(case.rows)):
+        wanted = case.wanted(token)
+        error = np.abs(found[token] - wanted).max() / np.abs(wanted).max()
+        assert error < 2.0**-7, (token, error)
+    # padding has no keys
+    assert (found[-1] == 0).all()
+
+
+def test_codes_are_those_of_the_values(memory: KernelMemory) -> None:
+    m, case = memory, Step(memory, FORMS["selected"], *STEPS[1])
+    plain = v4_attend.attend_v4(*case.given, case.places, EPS)
+    found = v4_attend.attend_v4(*case.given, case.places, EPS, round_scales=True)
+    assert isinstance(found, Fp8Rows)
+    wanted, tokens = quantize_rows(plain, True), len(case.rows)
+    np.testing.assert_array_equal(m.get(found.codes)[:tokens], m.get(wanted.codes)[:tokens])
+    scales = m.get(found.scales)[:, :tokens], m.get(wanted.scales)[:, :tokens]
+    np.testing.assert_array_equal(*scales)
+    again = v4_attend.attend_v4(*case.given, case.places, EPS, round_scales=True)
+    assert isinstance(again, Fp8Rows)
+    np.testing.assert_array_equal(m.get(found.codes), m.get(again.codes))
+
+
+def test_sizes_that_triton_serves() -> None:
+    assert suits("bfloat16", 17, 64, 512, 64, True)
+    assert suits("bfloat16", 8192, 32, 512, 64, None)
+    refused = ("float32", 17, 64, 512, 64, True), ("bfloat16", 16, 64, 512, 64, True)
+    refused += ("bfloat16", 17, 16, 512, 64, True), ("bfloat16", 17, 64, 448, 64, True)
+    refused += ("bfloat16", 17, 64, 512, 32, True), ("bfloat16", 17, 64, 512, 64, False)
+    assert not any(suits(*sizes) for sizes in refused)
+
+
+def test_the_choice_is_logged_once(
+    memory: KernelMemory, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    q = memory.poisoned((1, 512), "bfloat16")
+    v4_attend_cuda._kernel_for.cache_clear()
+    with caplog.at_level(logging.INFO):
+        assert isinstance(kernel_for(q), V4Attention)
+        assert kernel_for(q) is kernel_for(q)
+        monkeypatch.setattr(v4_attend_cuda, "row_dependence_refusal", lambda: "one form")
+        assert kernel_for(q) is None
+    logged = [record.getMessage().split(": ")[1:] for record in caplog.records]
+    assert logged == [["custom_op"], ["triton (not custom_op", "one form)"]]
+
+
+def test_unaligned_queries_are_refused(memory: KernelMemory) -> None:
+    case = Step(memory, FORMS["window"], *STEPS[0])
+    queries = memory.poisoned((len(case.rows) + 1, 20 * WIDTH + 1), "bfloat16")[:, 1:]
+    with pytest.raises(LaunchError, match="q is not aligned to 16 bytes"):
+        v4_attend.attend_v4(queries, *case.given[1:], case.places, EPS)
