@@ -147,7 +147,7 @@ def tried_tilings(
         [found] = tried(
             bench, [tiling], lambda tiling: [partial(rows.gate_up, one, tiling) for one in layers]
         )
-        print(f"  {kind}: {tuple(tiling)[:4]} {found[0]}", flush=True)
+        print(f"  {kind}: {tuple(tiling.options.values())} {found[0]}", flush=True)
         yield found
 
 

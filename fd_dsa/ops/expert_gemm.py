@@ -39,6 +39,8 @@ import triton  # isort: skip
 import triton.language as tl  # isort: skip
 
 _GROUP = tl.constexpr(GROUP)
+# kinds of FourBitWeight
+_FOUR_BITS = "e4m3", "e8m0", "int4"
 # of a launch in four bits: four for each processor of an H200
 _FEW_TILES = 4 * 132
 
@@ -49,11 +51,12 @@ def configuration(
 ) -> Tiling:
     """Return the tiling for a number of pairs, with stages that fit the shared memory of a block.
 
-    A stage is 128 bytes along K. A gated tile in FP8 has 128 columns.
+    A stage is 128 bytes along K. A gated tile in FP8 has 128 columns. `kind` is the dtype of the
+    weight, or the kind of a FourBitWeight.
     """
     tiling = _fastest(kind, num_pairs, num_experts, gated, columns)
     stage_bytes = (tiling.columns * (1 + gated) + tiling.rows) * 128
-    if kind == "four bits":
+    if kind in _FOUR_BITS:
         width = _four_bit_width(tiling)
         # with at most a scale of four bytes for 16 values
         weight_bytes = tiling.columns * (1 + gated) * width * 3 // 4
@@ -73,10 +76,15 @@ def _fastest(kind: str, num_pairs: int, num_experts: int, gated: bool, columns: 
         return Tiling(16 if mean <= 16 else 32, 64, 4, 3)
     # a tile that holds the pairs of nearly all experts, whose number varies around the mean
     rows = next((rows for rows in (16, 32, 64) if mean <= rows / 2), 128)
-    if kind == "four bits":
+    if kind in _FOUR_BITS:
         narrow = 64 >> gated
         if rows == 16 and min(num_pairs, num_experts) * columns <= _FEW_TILES * narrow:
             return Tiling(rows, narrow, 4, 6)
+        if rows == 128 and kind == "e8m0":
+            # Two blocks fill the registers and the shared memory of a processor. One converts codes
+            # while the tensor cores work for the other. With scales of e4m3 a block needs 1 KiB
+            # more, and integers need many more registers.
+            return Tiling(rows, 128 >> gated, 8, 3, maxnreg=128)
         return Tiling(rows, 128 >> gated, 4 if rows == 16 else 8, 3 if rows in (32, 64) else 4)
     if rows == 128:
         # with 8 warps the registers do not hold the sums of both halves
@@ -93,7 +101,7 @@ def _four_bit_width(tiling: Tiling) -> int:
 def block_sizes(kind: str, columns: int, width: int, tiling: Tiling) -> dict[str, int]:
     """Return the constants and options of a launch with a tiling."""
     block_columns, block_width = tiling.columns, GROUP
-    if kind == "four bits":
+    if kind in _FOUR_BITS:
         block_width = _four_bit_width(tiling)
     elif kind != "uint8":
         max_width = 32 if kind == "float32" else 64

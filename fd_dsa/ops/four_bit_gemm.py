@@ -41,8 +41,8 @@ def four_bit_gemm(
     out = empty_beside(x, num_pairs, columns, dtype="bfloat16")
     if num_pairs and columns:
         shape = rows_of_tiles(num_pairs), experts, gated, columns, traits_for(x).shared_bytes
-        tiling = tiling or configuration("four bits", *shape)
-        options = block_sizes("four bits", columns, width, tiling)
+        tiling = tiling or configuration(weight.kind, *shape)
+        options = block_sizes(weight.kind, columns, width, tiling)
         max_tiles = min(experts, num_pairs) + num_pairs // tiling.rows
         expert_gemm_kernel[-(-columns // options["BLOCK_COLUMNS"]), max_tiles](
             x, None, weight.codes, weight.scales, weight.factors, pairs, counts, out, None,

@@ -42,6 +42,7 @@ class Tiling(NamedTuple):
         rows, columns: size of a tile. In FP8 128 is a multiple of `columns`.
         num_warps, num_stages: options of a launch. A stage is a group of 128 values along K.
         programs: maximum number of programs of a launch whose K is split.
+        maxnreg: maximum number of registers of a thread; None = as many as there are.
     """
 
     rows: int
@@ -49,16 +50,18 @@ class Tiling(NamedTuple):
     num_warps: int
     num_stages: int
     programs: int = 1
+    maxnreg: int | None = None
 
     @property
     def options(self) -> dict[str, int]:
         """Constants and options of a launch by name."""
-        return {
+        options = {
             "BLOCK_ROWS": self.rows,
             "BLOCK_COLUMNS": self.columns,
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
         }
+        return options if self.maxnreg is None else options | {"maxnreg": self.maxnreg}
 
 
 @triton.jit

@@ -13,9 +13,10 @@ for kind, group in ("e4m3", 16), ("e8m0", 32), ("int4", 128), ("int4", 32):
     for tokens in (1, 8192):
         for columns, width in ((2048, 7168), (7168, 2048)):
             gated = columns == 2048
-            tiling = configuration("four bits", 8 * tokens, 256, gated, columns, SHARED)
+            tiling = configuration(kind, 8 * tokens, 256, gated, columns, SHARED)
             compile("experts", expert_gemm_kernel, types, ROW_PAIRS=8 if gated else 1,
                     NUM_EXPERTS=256, WIDTH=width, COLUMNS=columns, GATED=gated,
                     ROUND_SCALES=False, NATIVE=False, EXPERTS=256, LIMIT=None, GROUP=group,
-                    KIND=kind, **absent, **block_sizes("four bits", columns, width, tiling))
+                    KIND=kind, **absent, blocks=2 if tiling.maxnreg else 1,
+                    **block_sizes(kind, columns, width, tiling))
 """

@@ -62,6 +62,14 @@ def assert_waits(form: dict[str, Any]) -> None:
     assert waits or not form["next"], name
 
 
+def assert_fits(form: dict[str, Any]) -> None:
+    """A processor of Hopper holds the blocks for which the tiles were chosen."""
+    name, blocks = form["label"], form["blocks"]
+    assert blocks * (form["shared"] + RESERVED_BYTES) <= SHARED_BYTES + RESERVED_BYTES, name
+    registers = blocks * form["warps"] * 32 * -(-form["registers"] // 8) * 8
+    assert registers <= REGISTERS, name
+
+
 @pytest.mark.slow
 def test_every_form_compiles() -> None:
     made = compiled(EVERY)
@@ -118,6 +126,7 @@ def test_forms_of_experts_in_four_bits(capability: int) -> None:
         assert form["shared"] <= SHARED[capability]
         if capability == 90:
             assert_waits(form)
+            assert_fits(form)
             # GEMMs on tensor cores, and tiles copied ahead of them
             assert form["products"] and all("bf16.bf16" in p for p in form["products"])
             assert form["in_flight"] and form["ways"] <= 1
@@ -130,10 +139,8 @@ def test_tuned_forms_are_what_they_are_chosen_for() -> None:
     assert len(made) == 4 + 4 + 9 + 4 + 4 + 12 + 8 + 2 + 15 + 9 + 2 + 7
     for form in made:
         assert_waits(form)
-        name, blocks = form["label"], form["blocks"]
-        assert blocks * (form["shared"] + RESERVED_BYTES) <= SHARED_BYTES, name
-        registers = blocks * form["warps"] * 32 * -(-form["registers"] // 8) * 8
-        assert registers <= REGISTERS, name
+        assert_fits(form)
+        name = form["label"]
         if name == "expand":
             assert form["stack"] == 0 and form["registers"] <= 168 and form["shared"] <= 16 << 10
         if name.startswith("tiles"):
