@@ -7,7 +7,8 @@ read it, the launch quantises it, too. With a few tokens the last program of a t
 of the second launch. Both forms give the same bits, but batch-invariant mode has only the first.
 
 Streams have the type of the activations, everything between them is float32. The order of a token's
-sums depends only on the sizes of the model.
+sums depends on the sizes of the model, and on whether its step has LONG_PROMPT tokens. In
+batch-invariant mode it depends only on the sizes.
 """
 
 from __future__ import annotations
@@ -30,9 +31,14 @@ from fd_dsa.triton_runtime import next_power_of_2, start_next, wait_for_inputs
 
 import triton.language as tl  # isort: skip
 
-# tokens and channels of a program of the first launch
+# tokens and channels of a program of the first launch, also of a step with LONG_PROMPT tokens
 _TOKENS, _CHANNELS = 16, 64
-_ROWS = tl.constexpr(_TOKENS)
+_LONG_TOKENS, _LONG_CHANNELS = 64, 32
+LONG_PROMPT = 1024
+"""Number of tokens from which on a program has more tokens and fewer channels.
+
+Its part of `fn` then serves four times as many tokens.
+"""
 FEW_PROGRAMS = 264
 """Maximum number of programs with which one launch does the work of two.
 
@@ -152,7 +158,8 @@ def expand_streams_kernel(
     if fn_ptr is not None:
         flat = tl.reshape(tl.permute(values, (1, 0, 2)), [TOKENS, PADDED * BLOCK])
         # a dot has 16 rows or more
-        index = tl.arange(0, _ROWS)
+        rows: tl.constexpr = TOKENS if TOKENS > 16 else 16
+        index = tl.arange(0, rows)
         flat = tl.where((index < TOKENS)[:, None], flat, 0.0)
         if values.dtype == tl.bfloat16:
             # three bfloat16 numbers hold the 24 bits of a float32
@@ -244,7 +251,7 @@ def between_blocks(
     like, counts = change if streams is None else streams, None
     assert like is not None, "without streams there is a change"
     tokens, width = like.shape[0], like.shape[-1]
-    parts = -(-width // _channels(width))
+    parts = -(-width // _tile(tokens, width)[1])
     if 0 < tokens <= min(_TOKENS, FEW_PROGRAMS // parts) and not fixed_order():
         counts = scratch_beside(connection.base, "residual streams", 0)
     if counts is None:
@@ -300,7 +307,7 @@ def read_streams(
     if tokens:
         read_streams_kernel[(tokens,)](
             streams, sums, *reading, tokens, connection.norm_epsilon, connection.epsilon,
-            num_warps=_warps(width), **_sizes(width, count, connection),
+            num_warps=_warps(width), **_sizes(sums.shape[0], width, count, connection),
         )  # fmt: skip
     return results
 
@@ -318,7 +325,10 @@ def _expand(
     like = change if streams is None else streams
     assert like is not None, "without streams there is a change"
     tokens, width = like.shape[0], like.shape[-1]
-    sizes, tile = _sizes(width, num_streams, connection), _TOKENS if counts is None else 1
+    tile, channels = _tile(tokens, width)
+    sizes = _sizes(-(-width // channels), width, num_streams, connection)
+    if counts is not None:
+        tile = 1
     out = streams if change is None else empty_beside(like, tokens, num_streams, width)
     assert out is not None
     sums, fn, constants = out, None, (0.0, 0.0)
@@ -328,7 +338,7 @@ def _expand(
     if tokens:
         expand_streams_kernel[(-(-tokens // tile), sizes["PARTS"])](
             streams, change, mixture, fn, out, sums, counts, *reading, tokens, *constants,
-            TOKENS=tile, BLOCK=_channels(width), num_warps=4 if counts is None else _warps(width),
+            TOKENS=tile, BLOCK=channels, num_warps=4 if counts is None else _warps(width),
             **sizes,
         )  # fmt: skip
     return out, sums
@@ -348,9 +358,11 @@ def _results(
     return (out if fp8 is None else Normed(out, fp8), mixture), arguments
 
 
-def _channels(width: int) -> int:
-    """Return the number of channels of a program of the first launch."""
-    return min(_CHANNELS, max(16, next_power_of_2(width)))
+def _tile(tokens: int, width: int) -> tuple[int, int]:
+    """Return the tokens and channels of a program if the first launch has no work of the second."""
+    is_long = tokens >= LONG_PROMPT and not fixed_order()
+    tile, channels = (_LONG_TOKENS, _LONG_CHANNELS) if is_long else (_TOKENS, _CHANNELS)
+    return tile, min(channels, max(16, next_power_of_2(width)))
 
 
 def _warps(width: int) -> int:
@@ -358,13 +370,12 @@ def _warps(width: int) -> int:
     return 4 if width <= 4096 else 8
 
 
-def _sizes(width: int, count: int, connection: Connection | None) -> dict[str, int]:
-    """Return the constants of both kernels."""
+def _sizes(parts: int, width: int, count: int, connection: Connection | None) -> dict[str, int]:
+    """Return the constants of both kernels. A token's sums have `parts` parts."""
     mixes, rounds, iterations = 0, None, 0
     if connection is not None:
         mixes, rounds = connection.base.shape[0], connection.round_scales
         iterations = connection.iterations
-    parts = -(-width // _channels(width))
     return {
         "WIDTH": width,
         "STREAMS": count,

@@ -111,6 +111,6 @@ def _v4_values(config: DeepseekV4Config) -> int:
     attention += 3 * heads + config.o_groups * config.o_lora_rank
     attention += index_heads * (config.index_head_dim + 1) + config.index_topk
     moe = config.num_experts_per_tok * (expert + hidden) + config.n_routed_experts
-    # streams before and after both connections
-    streams = 3 * config.hc_mult * hidden
+    # streams before and after both connections, and the parts of a connection's sums
+    streams = (3 * config.hc_mult + 1) * hidden
     return attention + moe + 3 * expert + streams + 8 * hidden

@@ -78,11 +78,20 @@ def drawn(m: KernelMemory, kind: str, *shape: int) -> tuple[Any, np.ndarray]:
 
 @pytest.mark.parametrize("kind", STEPS)
 @pytest.mark.parametrize(
-    ("tokens", "streams", "width"), [(1, 4, 48), (17, 2, 200), (3, 3, 128)], ids=str
+    ("tokens", "streams", "width"),
+    [(1, 4, 48), (17, 2, 200), (3, 3, 128), (70, 4, 72), (70, 3, 24)],
+    ids=str,
 )
 def test_two_blocks(
-    tokens: int, streams: int, width: int, kind: str, paddle_memory: KernelMemory
+    tokens: int,
+    streams: int,
+    width: int,
+    kind: str,
+    paddle_memory: KernelMemory,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # 70 tokens are a long prompt
+    monkeypatch.setattr(stream_kernels, "LONG_PROMPT", 65)
     m, step = paddle_memory, STEPS[kind]
     first, second, head = Weights(streams, width, 2), Weights(streams, width, 20), None
     head = Weights(streams, width, 0)
@@ -104,6 +113,23 @@ def test_two_blocks(
     x, mixture = read_streams(found, sums, head.put(m))
     assert mixture is None
     check(block_fp8.get(m, x), head.read(wanted)[0], step)
+
+
+@pytest.mark.parametrize("in_fixed_order", [False, True])
+def test_number_of_tokens_and_parts_of_a_sum(
+    in_fixed_order: bool, paddle_memory: KernelMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Long prompts have more parts, but in batch-invariant mode all steps have the same order."""
+    m, weights, parts = paddle_memory, Weights(2, 72, 0), []
+    monkeypatch.setattr(stream_kernels, "LONG_PROMPT", 65)
+    monkeypatch.setattr(stream_kernels, "fixed_order", lambda: in_fixed_order)
+    for tokens in (1, 64, 65):
+        streams, exact = drawn(m, "float32", tokens, 2, 72)
+        _, sums = expand_streams(streams, None, None, weights.put(m), 2)
+        found = m.get(sums)[..., :2]
+        check(found.sum(axis=0), exact.reshape(tokens, -1) @ weights.fn.T, 2.0**-18)
+        parts.append(len(found))
+    assert parts == [2, 2, 2 if in_fixed_order else 3]
 
 
 def test_streams_without_a_change(paddle_memory: KernelMemory) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 V4 = """
+import itertools
 from fd_dsa.cache_formats import v4_record_bytes
 from fd_dsa.ops import dense_kernels as dense
 from fd_dsa.ops.expert_gemm import block_sizes, configuration, expert_gemm_kernel
@@ -29,22 +30,24 @@ for kind in ("float32", "bfloat16"):
     names = ("streams_ptr", "change_ptr", "out_ptr", "x_ptr", "q_ptr", "keys_ptr", "ring_ptr",
              "pool_ptr", "entries_ptr", "index_entries_ptr")
     types = INT32_TYPES | dict.fromkeys(names, kind)
-    # V4-Flash and V4-Pro; one or two launches between two blocks
-    for width, padded, parts, warps in (4096, 4096, 64, 4), (7168, 8192, 112, 8):
-        block = dict(WIDTH=width, STREAMS=4, PADDED=4, MIXES=24, COLUMNS=32, PARTS=parts,
-                     PARTS_PADDED=padded // 64, ITERATIONS=20, PADDED_WIDTH=padded,
-                     ROUND_SCALES=True)
+    # V4-Flash and V4-Pro; one or two launches between two blocks, and long prompts
+    models, tiles = ((4096, 4096, 4), (7168, 8192, 8)), ((16, 64), (64, 32))
+    for (width, padded, warps), (tile, channels) in itertools.product(models, tiles):
+        block = dict(WIDTH=width, STREAMS=4, PADDED=4, MIXES=24, COLUMNS=32,
+                     PARTS=width // channels, PARTS_PADDED=padded // channels, ITERATIONS=20,
+                     PADDED_WIDTH=padded, ROUND_SCALES=True)
         for absent in ({}, {"streams_ptr": None, "mixture_ptr": None},
                        {"change_ptr": None, "mixture_ptr": None}, {"fn_ptr": None},
                        {"mixture_ptr": None}):
             label = "streams" if "fn_ptr" not in absent else "last streams"
-            compile(label, expand_streams_kernel, types, **block, TOKENS=16, BLOCK=64,
-                    num_warps=4, **NO_READING, **absent)
-            if "fn_ptr" not in absent:
+            compile(label, expand_streams_kernel, types, **block, TOKENS=tile,
+                    BLOCK=channels, num_warps=4, **NO_READING, **absent)
+            if "fn_ptr" not in absent and tile == 16:
                 compile("norm", expand_streams_kernel, types | dict(codes_ptr="uint8"), **block,
                         TOKENS=1, BLOCK=64, num_warps=warps, **absent)
-        compile("norm", expand_streams_kernel, types, **block, TOKENS=1, BLOCK=64,
-                num_warps=warps, **dict.fromkeys(("next_ptr", "codes_ptr", "scales_ptr")))
+        if tile == 16:
+            compile("norm", expand_streams_kernel, types, **block, TOKENS=1, BLOCK=64,
+                    num_warps=warps, **dict.fromkeys(("next_ptr", "codes_ptr", "scales_ptr")))
         for absent in ({}, {"mixture_ptr": None}):
             for codes in ({}, {"codes_ptr": None, "scales_ptr": None}):
                 compile("norm", read_streams_kernel, types | dict(codes_ptr="uint8"), **block,
