@@ -187,8 +187,8 @@ __device__ __forceinline__ void copy_stages(const Job& job, const TensorMap& wei
       copy_16(operands + to + i * 16 * 128, x + static_cast<uint64_t>(chunks[i]) * 16,
               thread / 8 + i * 16 < tile.left);
     }
-    copy_4(scales + thread * 4, scale, has_scale);
-    if (thread < 2) copy_4(scales + kWeightScales + thread * 4, weight_scale + group, true);
+    copy_few<4>(scales + thread * 4, scale, has_scale);
+    if (thread < 2) copy_few<4>(scales + kWeightScales + thread * 4, weight_scale + group, true);
     barrier_arrive_after_copies(full);
     x += kGroup;
     scale += job.x_stride;

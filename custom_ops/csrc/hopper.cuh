@@ -152,10 +152,12 @@ __device__ __forceinline__ void copy_16(uint32_t to, const void* from, bool read
                : "memory");
 }
 
-// Copies 4 bytes from global to shared memory, or zeros if `read` is false.
-__device__ __forceinline__ void copy_4(uint32_t to, const void* from, bool read) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from),
-               "r"(read ? 4 : 0)
+// Copies 4 or 8 bytes from global to shared memory, or zeros if `read` is false.
+template <int kBytes>
+__device__ __forceinline__ void copy_few(uint32_t to, const void* from, bool read) {
+  static_assert(kBytes == 4 || kBytes == 8);
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %3, %2;" ::"r"(to), "l"(from),
+               "r"(read ? kBytes : 0), "n"(kBytes)
                : "memory");
 }
 
@@ -205,7 +207,7 @@ __device__ __forceinline__ void copy_tile(uint32_t to, const TensorMap& map, int
       : "memory");
 }
 
-// Makes this thread arrive at the barrier once its copies by copy_16 and copy_4 have ended.
+// Makes this thread arrive at the barrier once its copies by copy_16 and copy_few have ended.
 FD_DSA_DO_AT(barrier_arrive_after_copies, "cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];")
 
 // Waits for the end of this thread's copies by copy_16.
@@ -222,6 +224,17 @@ __device__ __forceinline__ uint4 load_16(const char* from, bool read) {
       "mov.b32 %0, 0;\nmov.b32 %1, 0;\nmov.b32 %2, 0;\nmov.b32 %3, 0;\n"
       "@p ld.global.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];\n}\n"
       : "=&r"(x.x), "=&r"(x.y), "=&r"(x.z), "=&r"(x.w)
+      : "l"(from), "r"(static_cast<int>(read)));
+  return x;
+}
+
+// Loads 8 bytes like `load_16`.
+__device__ __forceinline__ uint2 load_8(const char* from, bool read) {
+  uint2 x;
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %3, 0;\nmov.b32 %0, 0;\nmov.b32 %1, 0;\n"
+      "@p ld.global.L1::no_allocate.v2.b32 {%0, %1}, [%2];\n}\n"
+      : "=&r"(x.x), "=&r"(x.y)
       : "l"(from), "r"(static_cast<int>(read)));
   return x;
 }
@@ -278,6 +291,20 @@ __device__ __forceinline__ uint32_t values_of_codes(uint32_t word) {
   if constexpr (kUpper) FD_DSA_VALUES("high");
   else FD_DSA_VALUES("low");
   return values;
+}
+
+// Converts the codes in the lower or upper half of a word to bfloat16 times a power of two.
+//
+// `scale` is that power, twice. The bits of a code, moved, are those of its value times 2^-120, for
+// denormal numbers too. No multiplication rounds.
+template <bool kUpper>
+__device__ __forceinline__ uint32_t bfloat16_of_codes(uint32_t word, uint32_t scale) {
+  uint32_t both = __byte_perm(word, 0, kUpper ? 0x3424 : 0x1404);
+  both = (both & 0x80008000u) | (both >> 4 & 0x07f007f0u);
+  asm("mul.rn.bf16x2 %0, %0, %1;\nmul.rn.bf16x2 %0, %0, %2;"
+      : "+r"(both)
+      : "r"(0x7b807b80u), "r"(scale));
+  return both;
 }
 
 // Multiplies two pairs of float16 values.

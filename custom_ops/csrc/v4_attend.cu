@@ -1,10 +1,11 @@
-// Attention of DeepSeek-V4 for prompts, over bfloat16 keys, for blocks of 64 heads.
+// Attention of DeepSeek-V4 over bfloat16 keys or FP8 records, for blocks of 64 heads.
 //
 // A block has all keys of a token and 64 of its heads. It works like a block of sparse_mla_wide.cu:
 // one warpgroup copies tiles of 64 keys to shared memory, and two compute. Keys differ in two ways
 // from latents of MLA. They have no roped values beside them, because the last channels of a key
 // are rotated in place. And they come from three tensors: the step's own keys, the ring of the
-// row's older keys, and the pool of entries.
+// row's older keys, and the pool of entries. Records become bfloat16 on their way to shared memory,
+// without a loss.
 //
 // Queries are multiplied as they are, apart from their rotated channels. Their RMSNorm is a factor
 // of the scores.
@@ -18,10 +19,18 @@ namespace fd_dsa::v4 {
 using namespace wide;
 using Job = FdDsaV4Attend;
 
-constexpr int kKeyBytes = 2 * kRank, kPairs = kRope / 2;
+constexpr int kPairs = kRope / 2;
+// The rotated values and the exponents of a record, in bytes.
+constexpr int kRotatedAt = kRank - kRope, kExponentsAt = kRotatedAt + 2 * kRope;
+constexpr int kV4Record = kExponentsAt + kRank / kRope;
+static_assert(kV4Record == 584 && kRotatedAt % 8 == 0 && kExponentsAt % 8 == 0);
+
 // Registers of a computing thread and of a copying thread, which start with 168 each.
-constexpr int kComputeRegisters = 216, kCopyRegisters = 72;
-static_assert(2 * kComputeRegisters + kCopyRegisters == 3 * 168);
+template <bool kFp8>
+struct Registers {
+  static constexpr int kCompute = kFp8 ? 192 : 216, kCopy = kFp8 ? 120 : 72;
+  static_assert(2 * kCompute + kCopy == 3 * 168);
+};
 
 inline int groups_of(const Job& job) { return (job.num_heads + kHeads - 1) / kHeads; }
 
@@ -76,11 +85,30 @@ struct Keys {
     } else {
       number = int64_t{row} * job.ring_rows + place % job.ring_rows, from = job.ring;
     }
-    return static_cast<const char*>(from) + number * kKeyBytes;
+    return static_cast<const char*>(from) + number * (job.is_fp8 != 0 ? kV4Record : 2 * kRank);
   }
 };
 
-// Copies the tiles. Warp w has rows 16w to 16w + 15 of each, and lanes i and i + 16 have row i.
+// Waits until a half of a tile's buffer is free.
+__device__ __forceinline__ void wait_for(uint32_t base, int tile, int half) {
+  barrier_wait(is_free(base, tile & 1, half), (tile >> 1 & 1) ^ 1);
+}
+
+// Returns the address of the key in row `row` of this warp, or null.
+__device__ __forceinline__ const char* key_of(const char* from, int row) {
+  const auto key = __shfl_sync(~0u, reinterpret_cast<unsigned long long>(from), row);
+  return reinterpret_cast<const char*>(key);
+}
+
+// Marks the rows of the tile that are keys.
+__device__ __forceinline__ void store_seen(const char* from, uint32_t base, int buffer, int warp,
+                                           int lane) {
+  const uint32_t seen = __ballot_sync(~0u, from != nullptr);
+  if (lane == 0) store_shared(base + kSeen + buffer * 8 + warp * 2, static_cast<uint16_t>(seen));
+}
+
+// Copies tiles of bfloat16 keys. Warp w has rows 16w to 16w + 15 of each, and lanes i and i + 16
+// have row i.
 __device__ __forceinline__ void copy_keys(const Keys& keys, uint32_t base, int warp, int lane) {
   const uint32_t first =
       tile_at(base, 0) + lane / 8 * kBlock + warp * (16 * 128) + lane % 8 * 16;
@@ -89,25 +117,22 @@ __device__ __forceinline__ void copy_keys(const Keys& keys, uint32_t base, int w
   int found = keys.load(mine), next = keys.load(mine + kKeys);
   for (int t = 0; t < tiles; ++t) {
     const char* const from = keys.at(t * kKeys + mine, found);
-    const uint32_t seen = __ballot_sync(~0u, from != nullptr);
     const int buffer = t & 1;
     found = next;
     next = keys.load((t + 2) * kKeys + mine);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const uint32_t row = first + buffer * kOperand + half * 4 * kBlock;
-      barrier_wait(is_free(base, buffer, half), (t >> 1 & 1) ^ 1);
+      wait_for(base, t, half);
 #pragma unroll
       for (int i = 0; i < 16; ++i) {
-        const auto key = __shfl_sync(~0u, reinterpret_cast<unsigned long long>(from), i);
-        const char* const source =
-            key != 0 ? reinterpret_cast<const char*>(key) : static_cast<const char*>(keys.job.keys);
-        copy_16((row ^ (i & 7) << 4) + i * 128, source + half * 512 + lane * 16, key != 0);
+        const char* const key = key_of(from, i);
+        // an address that is not read
+        const char* const source = key != nullptr ? key : static_cast<const char*>(keys.job.keys);
+        copy_16((row ^ (i & 7) << 4) + i * 128, source + half * 512 + lane * 16, key != nullptr);
       }
       if (half == 1) {
-        if (lane == 0) {
-          store_shared(base + kSeen + buffer * 8 + warp * 2, static_cast<uint16_t>(seen));
-        }
+        store_seen(from, base, buffer, warp, lane);
         warp_arrive(is_full(base, buffer, half), lane);
       }
       barrier_arrive_after_copies(is_full(base, buffer, half));
@@ -115,6 +140,94 @@ __device__ __forceinline__ void copy_keys(const Keys& keys, uint32_t base, int w
   }
   wait_for_copies();
 }
+
+// Tiles of records, with the rows of warps and lanes as in `copy_keys`.
+//
+// A lane has 8 codes of each row. They are loaded a tile ahead, into the registers of the codes just
+// stored.
+struct Records {
+  const Keys& keys;
+  uint32_t base;
+  int warp, lane;
+  uint2 codes[2][16];   // of each half
+  uint2 exponents[2];   // of this lane's row of this tile and the next one
+  const char* rows[2];  // the same
+
+  // Codes of half 1 are in the first 24 lanes.
+  template <int kHalf>
+  __device__ __forceinline__ void load(const char* from) {
+    const int at = kHalf * 256 + unknown(lane) * 8;
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      const char* const key = key_of(from, i);
+      codes[kHalf][i] = load_8(key + at, key != nullptr && at < kRotatedAt);
+    }
+  }
+
+  // Stores a half of the tile, and loads the same half of the next one.
+  template <int kHalf>
+  __device__ __forceinline__ void store_and_load(int tile) {
+    const int mine = unknown(lane), group = kHalf * 4 + mine / 8, buffer = tile & 1;
+    const uint32_t to = tile_at(base, buffer) + group * kBlock + warp * (16 * 128) + mine % 8 * 16;
+    wait_for(base, tile, kHalf);
+    if constexpr (kHalf == 1) {
+      copy_rotated(tile_at(base, buffer) + 7 * kBlock);
+      store_seen(rows[0], base, buffer, warp, lane);
+    }
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      const uint32_t low = __shfl_sync(~0u, exponents[0].x, i);
+      const uint32_t high = __shfl_sync(~0u, exponents[0].y, i);
+      const uint32_t power = (group < 4 ? low : high) >> group % 4 * 8 & 0xff;
+      const uint32_t scale = power << 7 | power << 23;
+      const uint2 x = codes[kHalf][i];
+      if (group < 7) {
+        store_shared((to ^ (i & 7) << 4) + i * 128,
+                     uint4{bfloat16_of_codes<false>(x.x, scale), bfloat16_of_codes<true>(x.x, scale),
+                           bfloat16_of_codes<false>(x.y, scale),
+                           bfloat16_of_codes<true>(x.y, scale)});
+      }
+    }
+    warp_arrive(is_full(base, buffer, kHalf), lane);
+    if constexpr (kHalf == 1) barrier_arrive_after_copies(is_full(base, buffer, kHalf));
+    load<kHalf>(rows[1]);
+  }
+
+  // Copies the rotated channels of this warp's rows to their block, 8 bytes at a time.
+  __device__ __forceinline__ void copy_rotated(uint32_t block) const {
+    const int chunk = unknown(lane) % 16, first = unknown(lane) / 16;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const int row = i * 2 + first;
+      const char* const key = key_of(rows[0], row);
+      const char* const source = key != nullptr ? key : static_cast<const char*>(keys.job.keys);
+      copy_few<8>(block + swizzled(warp * 16 + row, chunk / 2) + chunk % 2 * 8,
+                  source + kRotatedAt + chunk * 8, key != nullptr);
+    }
+  }
+
+  __device__ __forceinline__ void load_exponents() {
+    exponents[1] = load_8(rows[1] + kExponentsAt, rows[1] != nullptr);
+  }
+
+  __device__ __forceinline__ void run() {
+    const int mine = warp * 16 + lane % 16, tiles = keys.tiles();
+    rows[1] = keys.at(mine, keys.load(mine));
+    int found = keys.load(mine + kKeys);
+    load<0>(rows[1]);
+    load<1>(rows[1]);
+    load_exponents();
+    for (int t = 0; t < tiles; ++t) {
+      rows[0] = rows[1], exponents[0] = exponents[1];
+      rows[1] = keys.at((t + 1) * kKeys + mine, found);
+      found = keys.load((t + 2) * kKeys + mine);
+      load_exponents();
+      store_and_load<0>(t);
+      store_and_load<1>(t);
+    }
+    wait_for_copies();
+  }
+};
 
 __device__ __forceinline__ float square_sum(uint4 x) {
   const uint32_t words[4] = {x.x, x.y, x.z, x.w};
@@ -296,6 +409,7 @@ __device__ __forceinline__ void compute(const Keys& keys, int first_head, uint32
 
 #endif
 
+template <bool kFp8>
 __global__ void __launch_bounds__(kThreads, 1) attend(const __grid_constant__ Job job, int groups) {
 #if defined(FD_DSA_HOPPER)
   const uint32_t base = shared_address(shared_memory());
@@ -305,7 +419,7 @@ __global__ void __launch_bounds__(kThreads, 1) attend(const __grid_constant__ Jo
     for (int buffer = 0; buffer < 2; ++buffer) {
       for (int half = 0; half < 2; ++half) {
         barrier_init(is_free(base, buffer, half), 4 * kWarpArrivals);
-        barrier_init(is_full(base, buffer, half), arrivals(false, half));
+        barrier_init(is_full(base, buffer, half), arrivals(kFp8, half));
       }
     }
     barriers_ready();
@@ -313,7 +427,7 @@ __global__ void __launch_bounds__(kThreads, 1) attend(const __grid_constant__ Jo
   __syncthreads();
   const Keys keys(job, blockIdx.x / groups);
   if (warpgroup < 2) {
-    more_registers<kComputeRegisters>();
+    more_registers<Registers<kFp8>::kCompute>();
     const int first_head = blockIdx.x % groups * kHeads;
     store_queries(keys, first_head, base, threadIdx.x / 32, lane);
     named_barrier(kStart, 256);
@@ -323,21 +437,31 @@ __global__ void __launch_bounds__(kThreads, 1) attend(const __grid_constant__ Jo
       compute<1>(keys, first_head, base, warp, lane);
     }
   } else {
-    fewer_registers<kCopyRegisters>();
-    copy_keys(keys, base, warp, lane);
+    fewer_registers<Registers<kFp8>::kCopy>();
+    if constexpr (kFp8) {
+      Records{keys, base, warp, lane, {}, {}, {}}.run();
+    } else {
+      copy_keys(keys, base, warp, lane);
+    }
   }
 #endif
 }
 
-inline int launch_heads(const Job& job, void* stream) {
-  if (job.num_tokens <= 0 || job.num_heads <= 0) return 0;
+// Static, so that two libraries in one process have their own flags.
+template <bool kFp8>
+static int launch_form(const Job& job, void* stream) {
   static std::atomic<uint64_t> prepared{0};
-  const cudaError_t error = sparse_mla::prepare(attend, kBytes, prepared);
+  const cudaError_t error = sparse_mla::prepare(attend<kFp8>, kBytes, prepared);
   if (error != cudaSuccess) return static_cast<int>(error);
   const int groups = groups_of(job);
   return launch(launch_config(static_cast<unsigned>(job.num_tokens) * groups, kThreads, stream,
                               kBytes),
-                attend, job, groups);
+                attend<kFp8>, job, groups);
+}
+
+inline int launch_heads(const Job& job, void* stream) {
+  if (job.num_tokens <= 0 || job.num_heads <= 0) return 0;
+  return job.is_fp8 != 0 ? launch_form<true>(job, stream) : launch_form<false>(job, stream);
 }
 
 }  // namespace fd_dsa::v4

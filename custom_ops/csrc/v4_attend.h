@@ -5,17 +5,19 @@
 
 // A token attends to the keys of its window and to entries, which are their own values.
 //
-// Keys and entries are bfloat16 rows of 512 values, 16-byte aligned. The last 64 channels are
-// rotated. Layout and size are part of the ABI.
+// Keys and entries are rows of 512 bfloat16 values, 16-byte aligned, or records, 8-byte aligned. The
+// last 64 channels are rotated. A record has e4m3 codes of the other 448, then 64 bfloat16 values,
+// and a byte for each 64 codes: the biased exponent of their scale. It has 584 bytes. Layout and
+// size of the structure are part of the ABI.
 extern "C" struct FdDsaV4Attend {
   // bfloat16 [num_tokens, num_heads * 512], neither normed nor rotated; 16-byte aligned rows that
   // are `q_stride` values apart
   const void* q;
-  // keys of the step's tokens [num_tokens, 512]
+  // keys of the step's tokens [num_tokens]
   const void* keys;
-  // older keys [num_rows * ring_rows, 512], by position modulo `ring_rows`
+  // older keys [num_rows * ring_rows], by position modulo `ring_rows`
   const void* ring;
-  // entries [num_slots, 512], or null for a window alone
+  // entries [num_slots], or null for a window alone
   const void* pool;
   // int32 [num_tokens, topk]: selected entries, -1 = none; or null for all entries of a row
   const int32_t* slots;
@@ -51,9 +53,11 @@ extern "C" struct FdDsaV4Attend {
   int32_t table_width;
   int32_t topk;
   int32_t num_slots;
+  // 1: keys and entries are records
+  int32_t is_fp8;
 };
 
-static_assert(sizeof(FdDsaV4Attend) == 168, "fd_dsa.ops.v4_attend_cuda has the same");
+static_assert(sizeof(FdDsaV4Attend) == 176, "fd_dsa.ops.v4_attend_cuda has the same");
 
 // Fills the result on Hopper (sm_90), and returns a cudaError_t, 0 = success.
 //

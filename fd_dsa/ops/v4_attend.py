@@ -106,8 +106,7 @@ def attend_v4(
     if not tokens:
         return out
     shape = rows_of_tiles(tokens), heads, width, cos_sin.shape[1]
-    is_plain = windows.keys.dtype == q.dtype
-    if is_plain and suits(kind, *shape, round_scales):
+    if suits(kind, *shape, round_scales):
         kernel = kernel_for(q)
         if kernel is not None:
             kernel(q, windows, entries, sinks, cos_sin, places, epsilon, out)
@@ -116,6 +115,7 @@ def attend_v4(
     padded = max(16, next_power_of_2(width))
     per_block, in_table = 1 if pool is None else pool.shape[1], places.block_table.shape[1]
     has_many = bool(partials) and traits_for(q).shared_bytes >= _MANY_BYTES
+    is_plain = windows.keys.dtype == q.dtype
     tile = _tile(kind, rows_of_tiles(tokens) if has_many else 1, heads, is_plain=is_plain)
     # of rows of any length
     num_entries = 0 if pool is None else in_table * per_block

@@ -12,6 +12,7 @@ from functools import cache
 
 from fd_dsa import custom_ops
 from fd_dsa.errors import BackendUnavailable
+from fd_dsa.ops.arrays import dtype_name
 from fd_dsa.ops.dense_kernels import kernel_arguments
 from fd_dsa.ops.fixed_order import row_dependence_refusal
 from fd_dsa.ops.library_kernel import LibraryKernel, interpreter_refusal, shared_kernel
@@ -21,7 +22,7 @@ from fd_dsa.triton_runtime.device_api import traits_for
 
 logger = logging.getLogger(__name__)
 
-MIN_TOKENS, MIN_HEADS = 17, 17
+MIN_TOKENS, MIN_HEADS = 9, 17
 """Minimum tokens of a step, and minimum heads that are worth padding to 64."""
 # sizes that csrc/v4_attend.cu is made for
 _WIDTH, _ROPE, _HOPPER = 512, 64, 90
@@ -37,12 +38,12 @@ class V4Attend(ctypes.Structure):
         *((n, ctypes.c_void_p) for n in (*_INPUTS, *_PLACES, "out", "codes", "scales")),
         *((n, ctypes.c_int64) for n in ("q_stride", "scale_stride")),
         ("epsilon", ctypes.c_float),
-        *((n, ctypes.c_int32) for n in (*_SIZES, "topk", "num_slots")),
+        *((n, ctypes.c_int32) for n in (*_SIZES, "topk", "num_slots", "is_fp8")),
     )
 
 
 class V4Attention(LibraryKernel):
-    """Kernel of a loaded library for `attend_v4` over bfloat16 keys."""
+    """Kernel of a loaded library for `attend_v4` over bfloat16 keys, or over their FP8 records."""
 
     launcher, size, structure = "fd_dsa_v4_attend_cuda", "fd_dsa_v4_attend_bytes", V4Attend
 
@@ -67,9 +68,12 @@ class V4Attention(LibraryKernel):
         self.bind(q)
         pool, ratio, slots = entries or (None, 1, None)
         plain, codes, scales, job.scale_stride = kernel_arguments(out)
-        aligned = {"keys": windows.keys, "ring": windows.ring, "pool": pool, "cos_sin": cos_sin}
-        for name, tensor in {**aligned, "out": plain, "codes": codes}.items():
-            address = None if tensor is None else self._address(name, tensor, multiple=16)
+        job.is_fp8 = dtype_name(windows.keys.dtype) == "uint8"
+        held = {"keys": windows.keys, "ring": windows.ring, "pool": pool}
+        aligned = {"cos_sin": cos_sin, "out": plain, "codes": codes}
+        for name, tensor in {**held, **aligned}.items():
+            multiple = 8 if job.is_fp8 and name in held else 16
+            address = None if tensor is None else self._address(name, tensor, multiple=multiple)
             setattr(job, name, address)
         others = {"slots": slots, "sinks": sinks, "scales": scales, **places._asdict()}
         for name, tensor in others.items():

@@ -187,7 +187,10 @@ void copy_some(uint32_t to, const void* from, bool read) {
   });
 }
 inline void copy_16(uint32_t to, const void* from, bool read) { copy_some<16>(to, from, read); }
-inline void copy_4(uint32_t to, const void* from, bool read) { copy_some<4>(to, from, read); }
+template <int kBytes>
+void copy_few(uint32_t to, const void* from, bool read) {
+  copy_some<kBytes>(to, from, read);
+}
 
 struct TensorMap {
   const unsigned char* at;
@@ -232,13 +235,16 @@ inline void wait_for_copies() {
   emulated::wait_until_zero(copies().left);
 }
 
-inline uint4 load_16(const char* from, bool read) {
-  uint4 x = {};
+template <typename T>
+T load_some(const char* from, bool read) {
+  T x = {};
   if (!read) return x;
-  if (reinterpret_cast<uintptr_t>(from) % 16 != 0) abort();
+  if (reinterpret_cast<uintptr_t>(from) % sizeof(x) != 0) abort();
   std::memcpy(&x, from, sizeof(x));
   return x;
 }
+inline uint4 load_16(const char* from, bool read) { return load_some<uint4>(from, read); }
+inline uint2 load_8(const char* from, bool read) { return load_some<uint2>(from, read); }
 
 // ---- clusters, registers
 
@@ -323,6 +329,14 @@ uint32_t values_of_codes(uint32_t word) {
 inline uint32_t times_halves(uint32_t x, uint32_t y) {
   return half_bits(value_of<false>(x) * value_of<false>(y)) |
          half_bits(value_of<false>(x >> 16) * value_of<false>(y >> 16)) << 16;
+}
+
+template <bool kUpper>
+uint32_t bfloat16_of_codes(uint32_t word, uint32_t scale) {
+  if (kUpper) word >>= 16;
+  const float factor = value_of<true>(scale);
+  return bfloat16_bits(value_of_code(word & 255) * factor) |
+         bfloat16_bits(value_of_code(word >> 8 & 255) * factor) << 16;
 }
 
 inline float exp2_of(float x) { return std::exp2(x); }
