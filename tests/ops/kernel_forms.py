@@ -11,6 +11,7 @@ from collections import defaultdict
 from pathlib import Path
 import triton, triton.language as tl
 from fd_dsa.triton_runtime import Pointer
+from tests.compiling import is_serialized
 
 INT32 = ("batch_id_per_token_ptr", "slots_ptr", "block_tables_ptr", "index_ptr", "tiles_ptr",
          "seq_lens_decoder_ptr", "seq_lens_this_time_ptr", "seq_lens_encoder_ptr", "programs_ptr",
@@ -75,12 +76,13 @@ def compile(label, kernel, types={}, fusion=True, blocks=1, capability=CAPABILIT
     ahead = made.ptx.partition("griddepcontrol.wait")[0] if made.waits else ""
     accesses = re.findall(ACCESS, ahead)
     print(json.dumps({
-        "label": label, "waits": made.waits, "loads_ahead": len(accesses),
+        "label": label, "kernel": made.name, "waits": made.waits, "loads_ahead": len(accesses),
         "only_loads": all(access.startswith("ld") for access in accesses),
         "next": made.ptx.count("griddepcontrol.launch_dependents"),
         "registers": registers, "stack": stack, "shared": made.shared_bytes,
         "warps": made.num_warps, "blocks": blocks, "stages": options.get("num_stages"),
         "products": sorted(set(re.findall(r"wgmma.mma_async\\S*", made.ptx))),
+        "serialized": CAPABILITY == 90 and is_serialized(made.ptx),
         "copies": made.ptx.count("cp.async.cg"),
         "in_flight": max(map(int, re.findall(r"cp.async.wait_group\\s+(\\d+)", made.ptx)),
                          default=0),

@@ -50,7 +50,9 @@ CAN_WAIT = tuple(map(int, re.findall(r"\d+", version("triton"))[:2])) >= (3, 5)
 def compiled(script: str, capability: int = 90) -> list[dict[str, Any]]:
     """Return the kernels that a script compiled, in its order."""
     target = f"CAPABILITY, SHARED = {capability}, {SHARED[capability]}\n"
-    return [json.loads(line) for line in output_of(target + COMMON + script).splitlines()]
+    made = [json.loads(line) for line in output_of(target + COMMON + script).splitlines()]
+    assert not [form["label"] for form in made if form.get("serialized")]
+    return made
 
 
 def assert_waits(form: dict[str, Any]) -> None:
