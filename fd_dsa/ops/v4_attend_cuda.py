@@ -127,7 +127,7 @@ def _kernel_for(kernels: ctypes.CDLL | None, reason: str) -> V4Attention | None:
         except BackendUnavailable as error:
             reason = str(error)
     provider = "custom_op" if found else f"triton (not custom_op: {reason})"
-    logger.info("attention of %d tokens and more of DeepSeek-V4: %s", MIN_TOKENS, provider)
+    logger.info("attention of DeepSeek-V4, from %d tokens on: %s", MIN_TOKENS, provider)
     return found
 
 

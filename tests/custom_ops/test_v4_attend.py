@@ -17,7 +17,7 @@ pytest.importorskip("paddle", reason="the launches take Paddle's tensors")
 from fd_dsa.errors import LaunchError
 from fd_dsa.ops import v4_attend, v4_attend_cuda
 from fd_dsa.ops.dense_kernels import quantize_rows
-from fd_dsa.ops.v4_attend_cuda import V4Attention, kernel_for, suits
+from fd_dsa.ops.v4_attend_cuda import kernel_for, suits
 from fd_dsa.ops.v4_places import Entries, TokenPlaces, Windows
 from fd_dsa.tensor import Fp8Rows
 from tests.kernel_memory import KernelMemory
@@ -200,18 +200,17 @@ def test_sizes_that_triton_serves() -> None:
     assert not any(suits(*sizes) for sizes in refused)
 
 
-def test_the_choice_is_logged_once(
-    memory: KernelMemory, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.triton
+def test_the_log_has_the_reason_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    q = memory.poisoned((1, 512), "bfloat16")
-    v4_attend_cuda._kernel_for.cache_clear()
-    with caplog.at_level(logging.INFO):
-        assert isinstance(kernel_for(q), V4Attention)
-        assert kernel_for(q) is kernel_for(q)
-        monkeypatch.setattr(v4_attend_cuda, "row_dependence_refusal", lambda: "one form")
-        assert kernel_for(q) is None
-    logged = [record.getMessage().split(": ")[1:] for record in caplog.records]
-    assert logged == [["custom_op"], ["triton (not custom_op", "one form)"]]
+    monkeypatch.setattr(v4_attend_cuda, "interpreter_refusal", lambda: "for this test")
+    with caplog.at_level(logging.INFO, logger="fd_dsa.ops.v4_attend_cuda"):
+        for _ in range(2):
+            assert kernel_for(None) is None
+    assert [record.getMessage() for record in caplog.records] == [
+        "attention of DeepSeek-V4, from 9 tokens on: triton (not custom_op: for this test)"
+    ]
 
 
 def test_unaligned_queries_are_refused(memory: KernelMemory) -> None:
