@@ -27,8 +27,8 @@ TABLES = "headline", "without_custom_ops"
 LOADS = {"load": "one GPU", "load_4": "four GPUs", "load_8": "eight GPUs"}
 PICTURED = ("engine_cpu", "gpu_engine", *LOADS, *PICTURES)
 Ratio = tuple[float, str]
-# of gpu_engine, on one GPU and on several
-_DECODE = "P21", "P28"
+# of gpu_engine, on one GPU and on several, and of v4_gpu
+_DECODE = "P21", "P28", "V33"
 # of a load, in its picture
 _FIRST, _TOKEN = "first token p99", "time per token p50"
 
@@ -41,21 +41,18 @@ CASES: dict[str, Callable[[Result], Iterable[float]]] = {
     "gaps_with_target": lambda result: (
         result["sides"][0]["gap_ms"]["p99"] / side["gap_ms"]["p99"] for side in result["sides"][1:]
     ),
-    "gpu_decode": lambda result: (c["ratio"] for c in result["cases"] if c["target"] in _DECODE),
-    "gpu_prompts": lambda result: (
-        case["ratio"] for case in result["cases"] if case["target"] not in _DECODE
-    ),
-    "load_latencies": lambda result: (
-        case["ratio"]
-        for case in result["cases"]
-        if case["unit"] == "ms" and case["ratio"] is not None
-    ),
-    "load_good": lambda result: (
-        case["ratio"]
-        for case in result["cases"]
-        if case["unit"] != "ms" and case["ratio"] is not None
-    ),
+    "gpu_decode": lambda result: _measured(result, lambda case: case["target"] in _DECODE),
+    "gpu_prompts": lambda result: _measured(result, lambda case: case["target"] not in _DECODE),
+    "load_latencies": lambda result: _measured(result, lambda case: case["unit"] == "ms"),
+    "load_good": lambda result: _measured(result, lambda case: case["unit"] != "ms"),
 }
+
+
+def _measured(result: Result, belongs: Callable[[Case], bool]) -> Iterator[float]:
+    """Yield the ratios of the cases that belong to a group, without those of one side alone."""
+    for case in result["cases"]:
+        if belongs(case) and case["ratio"] is not None:
+            yield case["ratio"]
 
 
 def _of_group(entry: Mapping[str, Any], where: Mapping[str, Any], result: Result) -> list[Ratio]:

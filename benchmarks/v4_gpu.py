@@ -165,7 +165,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.dry:
         cases = {name: of_dry_run(case) for name, case in cases.items()}
     shape = V4Shape(args.layers, args.experts)
-    path: Path = args.out / "v4_gpu.json"
+    own = "v4_gpu" if args.kv_cache_dtype == "bfloat16" else "v4_gpu_fp8"
+    path: Path = args.out / f"{own}.json"
     args.out.mkdir(parents=True, exist_ok=True)
     result = measured_before(path) if args.earlier else measure_ours(args, cases, shape, path)
     if args.peer:

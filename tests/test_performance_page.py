@@ -87,7 +87,7 @@ def test_results_name_machine_and_commit(path: Path) -> None:
         alone += ("gpu_profile_2", "gpu_engine_4", "gpu_profile_4")
         alone += ("gpu_start_4", "once_per_step_61_layers", "once_per_step_61_layers_4")
         alone += ("engine_overlap", "engine_overlap_2", "engine_overlap_4")
-        alone += ("v4_gpu", "v4_gpu_profile")
+        alone += ("v4_gpu", "v4_gpu_fp8", "v4_gpu_profile")
         alone += ("load", "load_4", "load_8", "mixed_steps", "mixed_steps_4", "four_bit_experts")
         alone += ("long_contexts", "divided_rows_2", "divided_attention_2")
         assert found.get("gate") == "passed" or path.stem in alone

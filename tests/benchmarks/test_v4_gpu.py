@@ -106,7 +106,7 @@ def test_the_page_shows_cases_launches_waits_and_hits(tmp_path: Path) -> None:
     profiles: dict[str, Any] = {"1": {"layers": {"CSA": {"launches": 19.0, "most": 20}}}}
     profiles["1"]["busy_us"] = 5000.0
     memory = {"planned": {"weights": 88.2e9}, "bytes_per_token": 6880.0, "planned_bytes": 1.35e11}
-    memory["used_bytes"] = 1.34e11
+    memory |= {"used_bytes": 1.34e11, "num_tokens": 65536}
     changes = {"memory": memory, "memory_after": memory, "late_compilations": 0}
     changes |= {"start": {"engine_s": 41.0, "first_token_s": 0.05}}
     changes |= {"launches": v4_gpu.launches_of(profiles)}
@@ -120,6 +120,7 @@ def test_the_page_shows_cases_launches_waits_and_hits(tmp_path: Path) -> None:
     assert "Start with 88.2 GB of random weights: 41 s; first token after that in 50 ms." in text
     assert "| 1 | 19 (gate 20, goal 17) |" in text and "| 1 | 5,200 | 5,000 | 3.8% |" in text
     assert "| 8 | 40.5 | 40.8 |" in text
+    assert "A token takes 6,880 bytes of caches, and the plan has blocks for 65,536 tokens." in text
 
 
 def test_figures_of_the_peer_stand_beside_ours(tmp_path: Path) -> None:
