@@ -7,24 +7,15 @@ tile's products over 128 values are scaled and added in the order of Triton's ke
 from __future__ import annotations
 
 import ctypes
-import logging
-from functools import cache
 
-from fd_dsa import custom_ops
-from fd_dsa.errors import BackendUnavailable
 from fd_dsa.ops.dense_kernels import GROUP
-from fd_dsa.ops.fixed_order import row_dependence_refusal
-from fd_dsa.ops.library_kernel import LibraryKernel, interpreter_refusal, shared_kernel
+from fd_dsa.ops.library_kernel import LibraryKernel, hopper_kernel
 from fd_dsa.tensor import Tensor
-from fd_dsa.triton_runtime.device_api import traits_for
-
-logger = logging.getLogger(__name__)
 
 MANY_PAIRS = 32
 """Minimum mean number of pairs of an expert for this kernel."""
 # limits of the launcher in csrc/expert_gemm.cu
 _MAX_EXPERTS, _MAX_WEIGHT_ROWS, _MAX_CHUNKS = 1024, 2**31 - 1, 2**32 - 1
-_HOPPER = 90
 _ADDRESSES = ("x", "x_scales", "weight", "weight_scales", "pairs", "counts", "out", "out_scales")
 _SIZES = ("num_tokens", "num_pairs", "row_pairs", "num_experts", "width", "columns")
 
@@ -96,27 +87,6 @@ def suits(num_rows: int, num_pairs: int, num_experts: int, columns: int, width: 
 
 def kernel_for(codes: Tensor) -> ExpertGemm | None:
     """Return the kernel for codes on their device, None to use Triton's. The choice is logged."""
-    reason = row_dependence_refusal() or interpreter_refusal() or unsupported_reason(codes)
-    return _kernel_for(custom_ops.build().kernels, reason)
-
-
-@cache
-def _kernel_for(kernels: ctypes.CDLL | None, reason: str) -> ExpertGemm | None:
-    """Return the kernel of a library, None if there is a reason against it."""
-    found = None
-    if not reason and kernels is None:
-        reason = f"{custom_ops.PACKAGE} is {custom_ops.build().state}"
-    if not reason:
-        try:
-            found = shared_kernel(ExpertGemm, kernels)
-        except BackendUnavailable as error:
-            reason = str(error)
-    provider = "custom_op" if found else f"triton (not custom_op: {reason})"
-    logger.info("experts of %d pairs and more on average, in FP8: %s", MANY_PAIRS, provider)
-    return found
-
-
-def unsupported_reason(codes: Tensor) -> str:
-    """Return why the device of a tensor does not support the kernel, "" if it does."""
-    capability = traits_for(codes).capability
-    return "" if capability == _HOPPER else f"the GPU is of capability {capability}, not {_HOPPER}"
+    return hopper_kernel(
+        ExpertGemm, codes, f"experts of {MANY_PAIRS} pairs and more on average, in FP8"
+    )

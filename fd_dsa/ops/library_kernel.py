@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 from collections.abc import Callable, Iterable
 from functools import cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
+from fd_dsa import custom_ops
 from fd_dsa.custom_ops import build_command
 from fd_dsa.device.allocation import Allocate
 from fd_dsa.device.transfers import Transfers
 from fd_dsa.errors import BackendUnavailable, DeviceError, LaunchError
+from fd_dsa.ops.fixed_order import row_dependence_refusal
 from fd_dsa.ops.probes import Case, Memory
 from fd_dsa.tensor import Tensor
 from fd_dsa.triton_runtime import INTERPRETING
-from fd_dsa.triton_runtime.device_api import api_for_type
+from fd_dsa.triton_runtime.device_api import api_for_type, traits_for
 from fd_dsa.triton_runtime.driver import cuda
+
+logger = logging.getLogger(__name__)
+_HOPPER = 90
 
 
 class LibraryKernel:
@@ -99,6 +105,7 @@ class LibraryKernel:
         return address
 
 
+Kernel = TypeVar("Kernel", bound=LibraryKernel)
 shared_kernel = cache(lambda kind, kernels: kind(kernels))
 """Kernel of a type and a library, shared by callers without one of their own."""
 
@@ -120,3 +127,38 @@ def difference(kind: Any, kernels: ctypes.CDLL | None, allocate: Allocate) -> st
 def interpreter_refusal() -> str:
     """Return the reason why compiled kernels cannot read this process's tensors, or ""."""
     return "Triton kernels are interpreted here, on host memory" if INTERPRETING else ""
+
+
+def unsupported_reason(tensor: Tensor) -> str:
+    """Return why a kernel for Hopper does not support the device of a tensor, or ""."""
+    capability = traits_for(tensor).capability
+    return "" if capability == _HOPPER else f"the GPU is of capability {capability}, not {_HOPPER}"
+
+
+def hopper_kernel(kind: Callable[..., Kernel], tensor: Tensor, served: str) -> Kernel | None:
+    """Return a kernel for Hopper whose order of sums depends on the step, None to use Triton's.
+
+    Args:
+        kind: type of the kernel.
+        tensor: argument of the kernel, on its device.
+        served: what the kernel serves, for the log, which has a line for each choice.
+    """
+    reason = row_dependence_refusal() or interpreter_refusal() or unsupported_reason(tensor)
+    found: Kernel | None = _chosen(kind, custom_ops.build().kernels, reason, served)
+    return found
+
+
+@cache
+def _chosen(kind: Any, kernels: ctypes.CDLL | None, reason: str, served: str) -> Any:
+    """Return the kernel of a library, None if there is a reason against it."""
+    found = None
+    if not reason and kernels is None:
+        reason = f"{custom_ops.PACKAGE} is {custom_ops.build().state}"
+    if not reason:
+        try:
+            found = shared_kernel(kind, kernels)
+        except BackendUnavailable as error:
+            reason = str(error)
+    provider = "custom_op" if found else f"triton (not custom_op: {reason})"
+    logger.info("%s: %s", served, provider)
+    return found

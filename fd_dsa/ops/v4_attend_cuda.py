@@ -7,25 +7,17 @@ keep a GPU busy, and for many heads.
 from __future__ import annotations
 
 import ctypes
-import logging
-from functools import cache
 
-from fd_dsa import custom_ops
-from fd_dsa.errors import BackendUnavailable
 from fd_dsa.ops.arrays import dtype_name
 from fd_dsa.ops.dense_kernels import kernel_arguments
-from fd_dsa.ops.fixed_order import row_dependence_refusal
-from fd_dsa.ops.library_kernel import LibraryKernel, interpreter_refusal, shared_kernel
+from fd_dsa.ops.library_kernel import LibraryKernel, hopper_kernel
 from fd_dsa.ops.v4_places import Entries, TokenPlaces, Windows
 from fd_dsa.tensor import Fp8Rows, Tensor
-from fd_dsa.triton_runtime.device_api import traits_for
-
-logger = logging.getLogger(__name__)
 
 MIN_TOKENS, MIN_HEADS = 9, 17
 """Minimum tokens of a step, and minimum heads that are worth padding to 64."""
 # sizes that csrc/v4_attend.cu is made for
-_WIDTH, _ROPE, _HOPPER = 512, 64, 90
+_WIDTH, _ROPE = 512, 64
 _INPUTS = "q", "keys", "ring", "pool", "slots", "sinks", "cos_sin"
 _PLACES = "positions", "rows", "starts", "block_table"
 _SIZES = "num_tokens", "num_heads", "window", "ring_rows", "ratio", "per_block", "table_width"
@@ -111,27 +103,4 @@ def suits(
 
 def kernel_for(q: Tensor) -> V4Attention | None:
     """Return the kernel for queries on their device, None to use Triton's. The choice is logged."""
-    reason = row_dependence_refusal() or interpreter_refusal() or unsupported_reason(q)
-    return _kernel_for(custom_ops.build().kernels, reason)
-
-
-@cache
-def _kernel_for(kernels: ctypes.CDLL | None, reason: str) -> V4Attention | None:
-    """Return the kernel of a library, None if there is a reason against it."""
-    found = None
-    if not reason and kernels is None:
-        reason = f"{custom_ops.PACKAGE} is {custom_ops.build().state}"
-    if not reason:
-        try:
-            found = shared_kernel(V4Attention, kernels)
-        except BackendUnavailable as error:
-            reason = str(error)
-    provider = "custom_op" if found else f"triton (not custom_op: {reason})"
-    logger.info("attention of DeepSeek-V4, from %d tokens on: %s", MIN_TOKENS, provider)
-    return found
-
-
-def unsupported_reason(q: Tensor) -> str:
-    """Return why the device of a tensor does not support the kernel, "" if it does."""
-    capability = traits_for(q).capability
-    return "" if capability == _HOPPER else f"the GPU is of capability {capability}, not {_HOPPER}"
+    return hopper_kernel(V4Attention, q, f"attention of DeepSeek-V4, from {MIN_TOKENS} tokens on")

@@ -15,7 +15,7 @@ pytest.importorskip("paddle", reason="the launches take Paddle's tensors")
 
 from fd_dsa import custom_ops
 from fd_dsa.errors import DeviceError, LaunchError
-from fd_dsa.ops import expert_gemm_cuda
+from fd_dsa.ops import expert_gemm_cuda, library_kernel
 from fd_dsa.ops.expert_gemm import expert_gemm
 from fd_dsa.ops.expert_gemm_cuda import ExpertGemm, kernel_for, suits
 from fd_dsa.ops.expert_pairs import group_pairs
@@ -44,8 +44,8 @@ def launches(paddle_memory: KernelMemory, monkeypatch: pytest.MonkeyPatch) -> li
     monkeypatch.setattr(ExpertGemm, "__call__", counted)
     monkeypatch.setattr(expert_gemm_cuda, "MANY_PAIRS", 0)
     if not paddle_memory.on_gpu:
-        monkeypatch.setattr(expert_gemm_cuda, "unsupported_reason", lambda codes: "")
-    elif reason := expert_gemm_cuda.unsupported_reason(paddle_memory.poisoned((1,), "uint8")):
+        monkeypatch.setattr(library_kernel, "unsupported_reason", lambda codes: "")
+    elif reason := library_kernel.unsupported_reason(paddle_memory.poisoned((1,), "uint8")):
         pytest.skip(reason)
     return calls
 
@@ -191,8 +191,8 @@ def test_what_suits_it() -> None:
 def test_the_log_has_the_reason_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(expert_gemm_cuda, "interpreter_refusal", lambda: "for this test")
-    with caplog.at_level(logging.INFO, logger="fd_dsa.ops.expert_gemm_cuda"):
+    monkeypatch.setattr(library_kernel, "interpreter_refusal", lambda: "for this test")
+    with caplog.at_level(logging.INFO, logger="fd_dsa.ops.library_kernel"):
         for _ in range(2):
             assert kernel_for(None) is None
     assert [record.getMessage() for record in caplog.records] == [

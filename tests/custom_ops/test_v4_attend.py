@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("paddle", reason="the launches take Paddle's tensors")
 
 from fd_dsa.errors import LaunchError
-from fd_dsa.ops import v4_attend, v4_attend_cuda
+from fd_dsa.ops import library_kernel, v4_attend, v4_attend_cuda
 from fd_dsa.ops.dense_kernels import quantize_rows
 from fd_dsa.ops.v4_attend_cuda import kernel_for, suits
 from fd_dsa.ops.v4_places import Entries, TokenPlaces, Windows
@@ -34,8 +34,8 @@ def memory(paddle_memory: KernelMemory, monkeypatch: pytest.MonkeyPatch) -> Kern
     """The memory of the kernel, which serves however few tokens there are."""
     monkeypatch.setattr(v4_attend_cuda, "MIN_TOKENS", 1)
     if not paddle_memory.on_gpu:
-        monkeypatch.setattr(v4_attend_cuda, "unsupported_reason", lambda q: "")
-    elif reason := v4_attend_cuda.unsupported_reason(paddle_memory.poisoned((1,), "uint8")):
+        monkeypatch.setattr(library_kernel, "unsupported_reason", lambda q: "")
+    elif reason := library_kernel.unsupported_reason(paddle_memory.poisoned((1,), "uint8")):
         pytest.skip(reason)
     return paddle_memory
 
@@ -204,8 +204,8 @@ def test_sizes_that_triton_serves() -> None:
 def test_the_log_has_the_reason_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(v4_attend_cuda, "interpreter_refusal", lambda: "for this test")
-    with caplog.at_level(logging.INFO, logger="fd_dsa.ops.v4_attend_cuda"):
+    monkeypatch.setattr(library_kernel, "interpreter_refusal", lambda: "for this test")
+    with caplog.at_level(logging.INFO, logger="fd_dsa.ops.library_kernel"):
         for _ in range(2):
             assert kernel_for(None) is None
     assert [record.getMessage() for record in caplog.records] == [
