@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from custom_ops.build_library import build_library
+from fd_dsa import custom_ops
 from tests.gpu_rig import Rig, current
 from tests.gpu_rig.device.test_formats import BOUNDS
 from tests.gpu_rig.device.test_v4_fp8 import Trained, model_of
@@ -51,11 +55,25 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return write_pair(tmp_path_factory.mktemp("v4"), FP4, CASE)
 
 
+@pytest.fixture
+def library() -> Iterator[Path]:
+    """The kernels of custom_ops/, which are not in use before the test and after it."""
+    yield build_library()
+    custom_ops.use_library(None)
+
+
 @pytest.mark.parametrize("caches", ["bfloat16", "fp8_ds_mla"])
 def test_logits_are_those_of_the_cpu(
-    rig: Rig, folders: tuple[Path, Path], caches: str, monkeypatch: pytest.MonkeyPatch
+    rig: Rig,
+    folders: tuple[Path, Path],
+    library: Path,
+    caches: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """All tokens of two prompts in one batch, in long chunks and in short ones."""
+    """All tokens of two prompts in one batch, in long chunks and in short ones.
+
+    Triton's kernels attend first, then those of custom_ops/.
+    """
     folder, twin = folders
     prompts, block = [CASE.prompt(length) for length in LENGTHS], CASE.block_size
     if caches == "fp8_ds_mla":
@@ -64,7 +82,8 @@ def test_logits_are_those_of_the_cpu(
     model = model_of(folder, rig)[0]
     # a batch has as many rows as it can have logits
     sizes = {"rows": sum(LENGTHS), "longest": LONGEST, "tokens": sum(LENGTHS)}
-    for chunk in CHUNKS:
+    for used, chunk in product((None, library), CHUNKS):
+        custom_ops.use_library(used)
         runner = device_runner(model, rig, "bfloat16", block, kv_cache_dtype=caches, **sizes)
         found = prompt_logits(runner, prompts, chunk)
         for one, other in zip(found, wanted, strict=True):
