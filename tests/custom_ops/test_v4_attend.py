@@ -32,7 +32,7 @@ COS_SIN = np.concatenate((np.cos(ANGLES), np.sin(ANGLES)), axis=1).astype(np.flo
 @pytest.fixture
 def memory(paddle_memory: KernelMemory, monkeypatch: pytest.MonkeyPatch) -> KernelMemory:
     """The memory of the kernel, which serves however few tokens there are."""
-    monkeypatch.setattr(v4_attend_cuda, "MIN_TOKENS", 1)
+    monkeypatch.setattr(v4_attend_cuda, "FEW_PROGRAMS", 0)
     if not paddle_memory.on_gpu:
         monkeypatch.setattr(library_kernel, "unsupported_reason", lambda q: "")
     elif reason := library_kernel.unsupported_reason(paddle_memory.poisoned((1,), "uint8")):
@@ -192,11 +192,13 @@ def test_codes_are_those_of_the_values(memory: KernelMemory) -> None:
 
 
 def test_sizes_that_triton_serves() -> None:
-    assert suits("bfloat16", 9, 64, 512, 64, True)
-    assert suits("bfloat16", 8192, 32, 512, 64, None)
-    refused = ("float32", 17, 64, 512, 64, True), ("bfloat16", 8, 64, 512, 64, True)
-    refused += ("bfloat16", 17, 16, 512, 64, True), ("bfloat16", 17, 64, 448, 64, True)
-    refused += ("bfloat16", 17, 64, 512, 32, True), ("bfloat16", 17, 64, 512, 64, False)
+    # the least number of tokens by the number of heads
+    for heads, least in ((128, 5), (64, 9), (48, 9), (32, 17), (16, 33), (8, 33)):
+        assert suits("bfloat16", least, heads, 512, 64, True)
+        assert not suits("bfloat16", least - 1, heads, 512, 64, True)
+    assert suits("bfloat16", 8192, 64, 512, 64, None)
+    refused = ("float32", 99, 64, 512, 64, True), ("bfloat16", 99, 64, 448, 64, True)
+    refused += ("bfloat16", 99, 64, 512, 32, True), ("bfloat16", 99, 64, 512, 64, False)
     assert not any(suits(*sizes) for sizes in refused)
 
 
@@ -209,7 +211,7 @@ def test_the_log_has_the_reason_once(
         for _ in range(2):
             assert kernel_for(None) is None
     assert [record.getMessage() for record in caplog.records] == [
-        "attention of DeepSeek-V4, from 9 tokens on: triton (not custom_op: for this test)"
+        "attention of DeepSeek-V4 in steps of many tokens: triton (not custom_op: for this test)"
     ]
 
 
