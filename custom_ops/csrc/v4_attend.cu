@@ -19,7 +19,6 @@ namespace fd_dsa::v4 {
 using namespace wide;
 using Job = FdDsaV4Attend;
 
-constexpr int kPairs = kRope / 2;
 // The rotated values and the exponents of a record, in bytes.
 constexpr int kRotatedAt = kRank - kRope, kExponentsAt = kRotatedAt + 2 * kRope;
 constexpr int kV4Record = kExponentsAt + kRank / kRope;
@@ -35,6 +34,8 @@ struct Registers {
 inline int groups_of(const Job& job) { return (job.num_heads + kHeads - 1) / kHeads; }
 
 #if defined(FD_DSA_HOPPER)
+
+constexpr int kPairs = kRope / 2;  // that are rotated
 
 template <int kGroup>
 using State = ComputeWarpgroup<false, kGroup, false>;
