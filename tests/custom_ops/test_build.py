@@ -177,7 +177,7 @@ runpy.run_path("setup.py", run_name="__main__")
 def small_sources(folder: Path) -> Path:
     """The sources without the kernels that take the compiler longest."""
     sources = copy_sources(folder)
-    for pattern in ("topk.*", "topk_row.cuh", "sparse_mla_*"):
+    for pattern in ("topk.*", "topk_row.cuh", "sparse_mla_*", "v4_attend.*"):
         for path in sources.rglob(pattern):
             path.unlink()
     return sources
@@ -249,12 +249,14 @@ def test_all_kernels_make_one_library() -> None:
     assert build_library.build_library(["90"]).is_file()
 
 
-@pytest.mark.parametrize(("name", "kernels"), [("wide", 6), ("narrow", 4)])
+@pytest.mark.parametrize(
+    ("name", "kernels"), [("sparse_mla_wide", 6), ("sparse_mla_narrow", 4), ("v4_attend", 2)]
+)
 def test_products_are_not_serialised_and_nothing_is_spilled(
     tmp_path: Path, name: str, kernels: int
 ) -> None:
     home = toolkit()
-    source = build_library.SOURCES / f"sparse_mla_{name}.cu"
+    source = build_library.SOURCES / f"{name}.cu"
     command = [f"{home}/bin/nvcc", "-O3", "-std=c++17", "-Xptxas", "-v", "-c", str(source)]
     command += ["-gencode=arch=compute_90a,code=sm_90a", "-o", str(tmp_path / "kernel.o")]
     done = subprocess.run(command, capture_output=True, text=True)
