@@ -7,7 +7,7 @@ read it, the launch quantises it, too. With a few tokens the last program of a t
 of the second launch. Both forms give the same bits, but batch-invariant mode has only the first.
 
 Streams have the type of the activations, everything between them is float32. The order of a token's
-sums depends on the sizes of the model, and on whether its step has LONG_PROMPT tokens. In
+sums depends on the sizes of the model, and on whether its step has more than LONG_PROMPT tokens. In
 batch-invariant mode it depends only on the sizes.
 """
 
@@ -31,13 +31,14 @@ from fd_dsa.triton_runtime import next_power_of_2, start_next, wait_for_inputs
 
 import triton.language as tl  # isort: skip
 
-# tokens and channels of a program of the first launch, also of a step with LONG_PROMPT tokens
+# tokens and channels of a program of the first launch, then those of a long prompt
 _TOKENS, _CHANNELS = 16, 64
 _LONG_TOKENS, _LONG_CHANNELS = 64, 32
-LONG_PROMPT = 1024
-"""Number of tokens from which on a program has more tokens and fewer channels.
+LONG_PROMPT = 512
+"""Number of tokens above which a program has more tokens and fewer channels.
 
-Its part of `fn` then serves four times as many tokens.
+Its part of `fn` then serves four times as many tokens. Steps of more tokens are padded to a larger
+graph by default, so padding changes no bit.
 """
 FEW_PROGRAMS = 264
 """Maximum number of programs with which one launch does the work of two.
@@ -360,7 +361,7 @@ def _results(
 
 def _tile(tokens: int, width: int) -> tuple[int, int]:
     """Return the tokens and channels of a program if the first launch has no work of the second."""
-    is_long = tokens >= LONG_PROMPT and not fixed_order()
+    is_long = tokens > LONG_PROMPT and not fixed_order()
     tile, channels = (_LONG_TOKENS, _LONG_CHANNELS) if is_long else (_TOKENS, _CHANNELS)
     return tile, min(channels, max(16, next_power_of_2(width)))
 
