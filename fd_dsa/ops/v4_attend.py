@@ -26,9 +26,11 @@ _HEADS = 16
 _KEYS = {"float32": 16, "bfloat16": 32}
 # of a program where tokens alone fill a GPU, and the least number of such tokens: a key is read
 # less often
-_MANY_HEADS, _MANY_KEYS, _MANY_TOKENS = 64, 64, 256
-# shared memory of such a program, for queries and two tiles of keys
-_MANY_BYTES = 217 << 10
+_MANY_HEADS, _MANY_TOKENS = 64, 256
+# keys and stages of such a program over plain keys or records, and its shared memory
+_MANY_PLAIN = (64, 2, 217 << 10), (32, 3, 160 << 10)
+# records are dequantised in registers, which do not hold more
+_MANY_RECORDS = ((32, 1, 108 << 10),)
 # programs that an H100 or H200 runs at once: two of a multiprocessor
 _PROGRAMS = 256
 
@@ -58,17 +60,20 @@ def num_splits(num_tokens: int, num_heads: int, max_tiles: int) -> int:
     return max(1, min(MAX_SPLITS, max_tiles, _PROGRAMS // programs))
 
 
-def _tile(kind: str, num_tokens: int, num_heads: int, *, is_plain: bool) -> dict[str, int]:
+def _tile(
+    kind: str, num_tokens: int, num_heads: int, shared_bytes: int, *, is_plain: bool
+) -> dict[str, int]:
     """Return heads and keys of a program, and the options of its launch.
 
     Args:
+        shared_bytes: maximum shared memory of a program.
         is_plain: True if keys are no records.
     """
     if kind == "bfloat16" and num_tokens >= _MANY_TOKENS and num_heads > _HEADS:
-        heads = min(_MANY_HEADS, next_power_of_2(num_heads))
-        # records are dequantised in registers, which do not hold more
-        keys, stages = (_MANY_KEYS, 2) if is_plain else (_KEYS[kind], 1)
-        return {"HEADS": heads, "KEYS": keys, "num_warps": 8, "num_stages": stages}
+        for keys, stages, needed in _MANY_PLAIN if is_plain else _MANY_RECORDS:
+            if needed <= shared_bytes:
+                heads = min(_MANY_HEADS, next_power_of_2(num_heads))
+                return {"HEADS": heads, "KEYS": keys, "num_warps": 8, "num_stages": stages}
     return {"HEADS": _HEADS, "KEYS": _KEYS[kind], "num_warps": 4, "num_stages": 1}
 
 
@@ -114,9 +119,9 @@ def attend_v4(
     pool, ratio, slots = entries or (None, 1, None)
     padded = max(16, next_power_of_2(width))
     per_block, in_table = 1 if pool is None else pool.shape[1], places.block_table.shape[1]
-    has_many = bool(partials) and traits_for(q).shared_bytes >= _MANY_BYTES
-    is_plain = windows.keys.dtype == q.dtype
-    tile = _tile(kind, rows_of_tiles(tokens) if has_many else 1, heads, is_plain=is_plain)
+    # a launch without memory for splits is small
+    shared, is_plain = traits_for(q).shared_bytes if partials else 0, windows.keys.dtype == q.dtype
+    tile = _tile(kind, rows_of_tiles(tokens), heads, shared, is_plain=is_plain)
     # of rows of any length
     num_entries = 0 if pool is None else in_table * per_block
     max_tiles = -(-windows.size // tile["KEYS"]) + -(-num_entries // tile["KEYS"])

@@ -89,15 +89,16 @@ for kind in ("float32", "bfloat16"):
                         KEYS=16 if kind == "float32" else 32, PADDED=WIDTH, ROUND_SCALES=True,
                         WIDE=tl.float32 if kind == "float32" else tl.bfloat16, num_stages=1,
                         codes_ptr=None, scales_ptr=None, **absent, **whole)
-        if SHARED >= 227 << 10 and kind == "bfloat16":
-            # of steps with prompts
-            many = (64, 8, 2, 64) if key == "bfloat16" else (64, 8, 1, 32)
-            for heads, warps, stages, keys in ((16, 4, 1, 32), many):
+        if kind == "bfloat16":
+            # of steps with prompts: stages, keys
+            many = (2, 64) if SHARED >= 227 << 10 else (3, 32)
+            many = many if key == "bfloat16" else (1, 32)
+            fp8 = {"out_ptr": None} if NATIVE else {"codes_ptr": None, "scales_ptr": None}
+            for heads, warps, stages, keys in ((16, 4, 1, 32), (64, 8, *many)):
                 compile("attend", attend_v4_kernel, pools, Q_STRIDE=40960, WIDTH=WIDTH, ROPE=ROPE,
                         ROW=row, WINDOW=128, RING=128, RATIO=4, PER_BLOCK=64, HEADS=heads,
                         KEYS=keys, PADDED=WIDTH, WIDE=tl.bfloat16, ROUND_SCALES=True,
-                        num_warps=warps, num_stages=stages, out_ptr=None, values_ptr=None,
-                        lse_ptr=None)
+                        num_warps=warps, num_stages=stages, values_ptr=None, lse_ptr=None, **fp8)
     for splits, columns in ((4, 512), (32, 128)):
         for absent in ({"out_ptr": None}, {"codes_ptr": None, "scales_ptr": None}):
             compile("combine", combine_v4_kernel, types | {"codes_ptr": "uint8"}, WIDTH=WIDTH,
