@@ -103,19 +103,38 @@ def attend_v4(
 
     Cost: one or two launches. GEMM operands have the type of `q`, sums are in float32.
     """
-    (tokens, columns), heads, kind = q.shape, sinks.shape[0], dtype_name(q.dtype)
-    width = columns // heads
+    (tokens, columns), heads = q.shape, sinks.shape[0]
     out = (empty_beside if round_scales is None else empty_fp8_rows)(q, tokens, columns)
-    form = {"ROPE": cos_sin.shape[1], "WIDTH": width, "ROUND_SCALES": bool(round_scales)}
-    wide = tl.float32 if kind == "float32" else tl.bfloat16
     if not tokens:
         return out
-    shape = rows_of_tiles(tokens), heads, width, cos_sin.shape[1]
-    if suits(kind, *shape, round_scales):
-        kernel = kernel_for(q)
-        if kernel is not None:
-            kernel(q, windows, entries, sinks, cos_sin, places, epsilon, out)
-            return out
+    shape = rows_of_tiles(tokens), heads, columns // heads, cos_sin.shape[1]
+    own = kernel_for(q) if suits(dtype_name(q.dtype), *shape, round_scales) else None
+    given = q, windows, entries, sinks, cos_sin, places, epsilon
+    if own is None:
+        _attend_by_triton(*given, partials, out, round_scales=bool(round_scales))
+    else:
+        own(*given, out)
+    return out
+
+
+def _attend_by_triton(
+    q: Tensor,
+    windows: Windows,
+    entries: Entries | None,
+    sinks: Tensor,
+    cos_sin: Tensor,
+    places: TokenPlaces,
+    epsilon: float,
+    partials: Partials | None,
+    out: Tensor | Fp8Rows,
+    *,
+    round_scales: bool,
+) -> None:
+    """Launch Triton's kernels, arguments as for `attend_v4`."""
+    (tokens, columns), heads, kind = q.shape, sinks.shape[0], dtype_name(q.dtype)
+    width, rope = columns // heads, cos_sin.shape[1]
+    form = {"ROPE": rope, "WIDTH": width, "ROUND_SCALES": round_scales}
+    wide = tl.float32 if kind == "float32" else tl.bfloat16
     pool, ratio, slots = entries or (None, 1, None)
     padded = max(16, next_power_of_2(width))
     per_block, in_table = 1 if pool is None else pool.shape[1], places.block_table.shape[1]
@@ -141,4 +160,3 @@ def attend_v4(
             values, lse, sinks, cos_sin, places.positions, *kernel_arguments(out), heads, splits,
             MAX_SPLITS=max_splits, COLUMNS=channels, num_warps=warps, **form,
         )  # fmt: skip
-    return out
