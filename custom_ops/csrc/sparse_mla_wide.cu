@@ -77,13 +77,6 @@ __device__ __forceinline__ void compute(const FdDsaSparseMla& job, uint32_t base
 
 #endif
 
-// Registers of a computing thread and of a copying thread, which start with 168 each.
-template <bool kFp8>
-struct Registers {
-  static constexpr int kComputeRegisters = kFp8 ? 192 : 216, kCopyRegisters = kFp8 ? 120 : 72;
-  static_assert(2 * kComputeRegisters + kCopyRegisters == 3 * 168);
-};
-
 // Attends with a block per token and 64 heads (kAlone), or with a cluster of `splits` blocks.
 template <Source kSource, bool kAlone>
 __global__ void __launch_bounds__(kThreads, 1)

@@ -12,6 +12,14 @@ using namespace hopper;
 constexpr int kHeads = 64, kKeys = 64;  // of a block, of a tile
 constexpr int kThreads = 384;           // two computing warpgroups and a copying one
 
+// Registers of a computing thread and of a thread that copies keys, which start with 168 each. FP8
+// records pass through registers.
+template <bool kFp8>
+struct Registers {
+  static constexpr int kComputeRegisters = kFp8 ? 192 : 216, kCopyRegisters = kFp8 ? 120 : 72;
+  static_assert(2 * kComputeRegisters + kCopyRegisters == 3 * 168);
+};
+
 // An operand is nine blocks of 64 columns with 64 rows each, swizzled. The ninth block holds the
 // roped values.
 constexpr uint32_t kBlock = 64 * 128, kOperand = 9 * kBlock, kRopeBlock = 8 * kBlock;

@@ -24,13 +24,6 @@ constexpr int kRotatedAt = kRank - kRope, kExponentsAt = kRotatedAt + 2 * kRope;
 constexpr int kV4Record = kExponentsAt + kRank / kRope;
 static_assert(kV4Record == 584 && kRotatedAt % 8 == 0 && kExponentsAt % 8 == 0);
 
-// Registers of a computing thread and of a copying thread, which start with 168 each.
-template <bool kFp8>
-struct Registers {
-  static constexpr int kCompute = kFp8 ? 192 : 216, kCopy = kFp8 ? 120 : 72;
-  static_assert(2 * kCompute + kCopy == 3 * 168);
-};
-
 inline int groups_of(const Job& job) { return (job.num_heads + kHeads - 1) / kHeads; }
 
 #if defined(FD_DSA_HOPPER)
@@ -428,7 +421,7 @@ __global__ void __launch_bounds__(kThreads, 1) attend(const __grid_constant__ Jo
   __syncthreads();
   const Keys keys(job, blockIdx.x / groups);
   if (warpgroup < 2) {
-    more_registers<Registers<kFp8>::kCompute>();
+    more_registers<Registers<kFp8>::kComputeRegisters>();
     const int first_head = blockIdx.x % groups * kHeads;
     store_queries(keys, first_head, base, threadIdx.x / 32, lane);
     named_barrier(kStart, 256);
@@ -438,7 +431,7 @@ __global__ void __launch_bounds__(kThreads, 1) attend(const __grid_constant__ Jo
       compute<1>(keys, first_head, base, warp, lane);
     }
   } else {
-    fewer_registers<Registers<kFp8>::kCopy>();
+    fewer_registers<Registers<kFp8>::kCopyRegisters>();
     if constexpr (kFp8) {
       Records{keys, base, warp, lane, {}, {}, {}}.run();
     } else {
