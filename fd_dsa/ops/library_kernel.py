@@ -9,7 +9,6 @@ from functools import cache
 from typing import Any, ClassVar, TypeVar
 
 from fd_dsa import custom_ops
-from fd_dsa.custom_ops import build_command
 from fd_dsa.device.allocation import Allocate
 from fd_dsa.device.transfers import Transfers
 from fd_dsa.errors import BackendUnavailable, DeviceError, LaunchError
@@ -51,7 +50,7 @@ class LibraryKernel:
         if getattr(kernels, self.size, int)() != ctypes.sizeof(self.structure):
             raise BackendUnavailable(
                 f"fd_dsa_ops: {self.launcher} expects another structure than this fd_dsa passes; "
-                f"build it again: {build_command()}"
+                f"build it again: {custom_ops.build_command()}"
             )
         self._kernels, self.job = kernels, self.structure()
         self._function, self._argument = getattr(kernels, self.launcher), ctypes.byref(self.job)

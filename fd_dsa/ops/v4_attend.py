@@ -46,17 +46,23 @@ def partial_bytes(width: int) -> int:
     return 4 * _PROGRAMS * _HEADS * (width + 1)
 
 
-def num_splits(num_tokens: int, num_heads: int, max_tiles: int) -> int:
-    """Return the number of programs that share the keys of a token.
+def num_programs(num_tokens: int, num_heads: int) -> int:
+    """Return the programs of a step without splits, each with 16 heads.
 
     All numbers of tokens between two powers of two have the same. So a captured step with padding
-    has the bits of the step without.
+    has the splits, the kernel and the bits of the step without.
+    """
+    return -(-num_heads // _HEADS) * next_power_of_2(rows_of_tiles(num_tokens))
+
+
+def num_splits(num_tokens: int, num_heads: int, max_tiles: int) -> int:
+    """Return the number of programs that share the keys of a token.
 
     Args:
         num_tokens, num_heads: shape of the queries.
         max_tiles: maximum number of tiles of a token's keys.
     """
-    programs = -(-num_heads // _HEADS) * next_power_of_2(rows_of_tiles(num_tokens))
+    programs = num_programs(num_tokens, num_heads)
     return max(1, min(MAX_SPLITS, max_tiles, _PROGRAMS // programs))
 
 
@@ -107,7 +113,7 @@ def attend_v4(
     out = (empty_beside if round_scales is None else empty_fp8_rows)(q, tokens, columns)
     if not tokens:
         return out
-    shape = rows_of_tiles(tokens), heads, columns // heads, cos_sin.shape[1]
+    shape = num_programs(tokens, heads), columns // heads, cos_sin.shape[1]
     own = kernel_for(q) if suits(dtype_name(q.dtype), *shape, round_scales) else None
     given = q, windows, entries, sinks, cos_sin, places, epsilon
     if own is None:

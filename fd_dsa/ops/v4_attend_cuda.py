@@ -13,15 +13,13 @@ from fd_dsa.ops.dense_kernels import kernel_arguments
 from fd_dsa.ops.library_kernel import LibraryKernel, hopper_kernel
 from fd_dsa.ops.v4_places import Entries, TokenPlaces, Windows
 from fd_dsa.tensor import Fp8Rows, Tensor
-from fd_dsa.triton_runtime import next_power_of_2
 
 FEW_PROGRAMS = 32
-"""Maximum number of tokens, times groups of 16 heads, for which Triton's kernel is as fast.
+"""Maximum number of Triton's programs, without splits, for which its kernel is as fast.
 
-It was measured on an H200 with 64 heads. Triton's kernel splits the keys of so few groups among
-programs, and its time depends on their number.
+It was measured on an H200 with 64 heads. Triton's kernel splits the keys of so few programs, and
+its time depends on their number.
 """
-_GROUP_HEADS = 16
 # sizes that csrc/v4_attend.cu is made for
 _WIDTH, _ROPE = 512, 64
 _INPUTS = "q", "keys", "ring", "pool", "slots", "sinks", "cos_sin"
@@ -67,15 +65,14 @@ class V4Attention(LibraryKernel):
         pool, ratio, slots = entries or (None, 1, None)
         plain, codes, scales, job.scale_stride = kernel_arguments(out)
         job.is_fp8 = dtype_name(windows.keys.dtype) == "uint8"
-        held = {"keys": windows.keys, "ring": windows.ring, "pool": pool}
-        aligned = {"cos_sin": cos_sin, "out": plain, "codes": codes}
-        for name, tensor in {**held, **aligned}.items():
-            multiple = 8 if job.is_fp8 and name in held else 16
+        tensors = {"keys": windows.keys, "ring": windows.ring, "pool": pool, "cos_sin": cos_sin}
+        tensors |= {"slots": slots, "sinks": sinks, "out": plain, "codes": codes, "scales": scales}
+        multiples = dict.fromkeys(("keys", "ring", "pool"), 8 if job.is_fp8 else 16)
+        multiples |= dict.fromkeys(("cos_sin", "out", "codes"), 16)
+        for name, tensor in {**tensors, **places._asdict()}.items():
+            multiple = multiples.get(name, 1)
             address = None if tensor is None else self._address(name, tensor, multiple=multiple)
             setattr(job, name, address)
-        others = {"slots": slots, "sinks": sinks, "scales": scales, **places._asdict()}
-        for name, tensor in others.items():
-            setattr(job, name, None if tensor is None else self._address(name, tensor))
         job.q = self._address("q", q, multiple=16, may_have_gaps=True)
         job.q_stride, job.epsilon = q.strides[0], epsilon
         job.num_tokens, job.num_heads = q.shape[0], sinks.shape[0]
@@ -89,20 +86,15 @@ class V4Attention(LibraryKernel):
         self.launch()
 
 
-def suits(
-    kind: str,
-    num_tokens: int,
-    num_heads: int,
-    width: int,
-    rope: int,
-    round_scales: bool | None,
-) -> bool:
-    """Return True if the kernel supports these sizes, and is faster than Triton's."""
-    # all numbers of tokens between two powers of two choose alike, so padding changes no bit
-    programs = next_power_of_2(num_tokens) * -(-num_heads // _GROUP_HEADS)
+def suits(kind: str, num_programs: int, width: int, rope: int, round_scales: bool | None) -> bool:
+    """Return True if the kernel supports these sizes, and is faster than Triton's.
+
+    Args:
+        num_programs: programs that Triton's kernel would have without splits.
+    """
     return (
         kind == "bfloat16"
-        and programs > FEW_PROGRAMS
+        and num_programs > FEW_PROGRAMS
         and (width, rope) == (_WIDTH, _ROPE)
         and round_scales is not False
     )

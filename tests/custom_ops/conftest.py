@@ -52,3 +52,15 @@ paddle_memory = _memories(EMULATED, ON_RIG)
 emulated_memory = _memories(EMULATED)
 # for sizes that emulated threads would take too long for
 gpu_memory = _memories(ON_GPU)
+
+
+@pytest.fixture
+def hopper_memory(paddle_memory: KernelMemory, monkeypatch: pytest.MonkeyPatch) -> KernelMemory:
+    """`paddle_memory` for kernels of Hopper, which emulated threads count as."""
+    from fd_dsa.ops import library_kernel
+
+    if not paddle_memory.on_gpu:
+        monkeypatch.setattr(library_kernel, "unsupported_reason", lambda tensor: "")
+    elif reason := library_kernel.unsupported_reason(paddle_memory.poisoned((1,), "uint8")):
+        pytest.skip(reason)
+    return paddle_memory

@@ -5,7 +5,6 @@ On a GPU, in Paddle's memory, and on the CPU with emulated threads; see test_spa
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,34 +14,32 @@ import pytest
 pytest.importorskip("paddle", reason="the launches take Paddle's tensors")
 
 from fd_dsa.errors import LaunchError
-from fd_dsa.ops import library_kernel, v4_attend, v4_attend_cuda
+from fd_dsa.ops import v4_attend, v4_attend_cuda
 from fd_dsa.ops.dense_kernels import quantize_rows
-from fd_dsa.ops.v4_attend_cuda import kernel_for, suits
+from fd_dsa.ops.v4_attend import num_programs
+from fd_dsa.ops.v4_attend_cuda import suits
 from fd_dsa.ops.v4_places import Entries, TokenPlaces, Windows
 from fd_dsa.tensor import Fp8Rows
 from tests.kernel_memory import KernelMemory
 from tests.ops import block_fp8, v4_records
+from tests.ops.test_v4_kernels import EPS, drawn, normed, rotated, with_sinks
 
 KERNELS = "v4_attend"
-WIDTH, ROPE, EPS, LONGEST = 512, 64, 0.02, 600
+WIDTH, ROPE, LONGEST = 512, 64, 600
 ANGLES = np.arange(LONGEST)[:, None] * 0.9 ** np.arange(ROPE // 2)
 COS_SIN = np.concatenate((np.cos(ANGLES), np.sin(ANGLES)), axis=1).astype(np.float32)
 
 
 @pytest.fixture
-def memory(paddle_memory: KernelMemory, monkeypatch: pytest.MonkeyPatch) -> KernelMemory:
+def memory(hopper_memory: KernelMemory, monkeypatch: pytest.MonkeyPatch) -> KernelMemory:
     """The memory of the kernel, which serves however few tokens there are."""
     monkeypatch.setattr(v4_attend_cuda, "FEW_PROGRAMS", 0)
-    if not paddle_memory.on_gpu:
-        monkeypatch.setattr(library_kernel, "unsupported_reason", lambda q: "")
-    elif reason := library_kernel.unsupported_reason(paddle_memory.poisoned((1,), "uint8")):
-        pytest.skip(reason)
-    return paddle_memory
+    return hopper_memory
 
 
 @dataclass
 class Form:
-    """What a layer attends to.
+    """Keys and entries that a layer attends to.
 
     Attributes:
         ratio, per_block: tokens of an entry, entries of a block; ratio 0 = a window alone.
@@ -69,19 +66,6 @@ FORMS |= {f"{name}, records": replace(form, is_fp8=True) for name, form in FORMS
 STEPS = ([0, 3], [2, 1]), ([400, 0, 39], [1, 3, 2])
 
 
-def drawn(m: KernelMemory, *shape: int) -> tuple[Any, np.ndarray]:
-    exact = block_fp8.rounded(np.random.default_rng(shape).standard_normal(shape), "bfloat16")
-    return block_fp8.put(m, exact, "bfloat16"), exact.astype(np.float64)
-
-
-def rotated(x: np.ndarray, position: int, sign: int = 1) -> np.ndarray:
-    """`x` [..., width] with its last channels rotated."""
-    pairs = x[..., -ROPE:].reshape(*x.shape[:-1], -1, 2)
-    turned = (pairs[..., 0] + 1j * pairs[..., 1]) * np.exp(sign * 1j * ANGLES[position])
-    both = np.stack((turned.real, turned.imag), axis=-1).reshape(*x.shape[:-1], ROPE)
-    return np.concatenate((x[..., :-ROPE], both), axis=-1)
-
-
 class Step:
     """A step with padding, in a memory and in float64."""
 
@@ -93,7 +77,7 @@ class Step:
         padding = np.full(1, -1)
         tokens = len(self.rows) + 1
         # columns of wider rows
-        both, exact = drawn(m, tokens, form.heads * WIDTH + 64)
+        both, exact = drawn(m, "bfloat16", tokens, form.heads * WIDTH + 64)
         self.q, self.exact_q = both[:, : form.heads * WIDTH], exact[:, : form.heads * WIDTH]
         keys, self.keys = self._held(m, rng, tokens)
         unused = np.ones((len(new), form.ring_rows), bool)
@@ -146,7 +130,7 @@ class Step:
         """The result of a token's heads in float64."""
         form, row, position = self.form, self.rows[token], self.positions[token]
         q = self.exact_q[token].reshape(form.heads, WIDTH)
-        q = rotated(q / np.sqrt((q**2).mean(axis=1, keepdims=True) + EPS), position)
+        q = rotated(normed(q, 1.0), position, 1, ANGLES) * WIDTH**-0.5
         begin, keys = position - (token - self.starts[row]), []
         for place in range(max(position + 1 - form.window, 0), position + 1):
             own = place >= begin
@@ -157,11 +141,8 @@ class Step:
             if form.topk:
                 slots = self.slots[token][self.slots[token] >= 0]
             keys += list(self.pool[slots])
-        logits = q @ np.array(keys, np.float64).T * WIDTH**-0.5
-        logits = np.concatenate((logits, self.sinks[:, None]), axis=1)
-        share = np.exp(logits - logits.max(axis=1, keepdims=True))
-        share /= share.sum(axis=1, keepdims=True)
-        return rotated(share[:, :-1] @ np.array(keys, np.float64), position, -1).ravel()
+        attended = with_sinks(q, np.array(keys, np.float64), self.sinks)
+        return rotated(attended, position, -1, ANGLES).ravel()
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -194,25 +175,13 @@ def test_codes_are_those_of_the_values(memory: KernelMemory) -> None:
 def test_sizes_that_triton_serves() -> None:
     # the least number of tokens by the number of heads
     for heads, least in ((128, 5), (64, 9), (48, 9), (32, 17), (16, 33), (8, 33)):
-        assert suits("bfloat16", least, heads, 512, 64, True)
-        assert not suits("bfloat16", least - 1, heads, 512, 64, True)
-    assert suits("bfloat16", 8192, 64, 512, 64, None)
-    refused = ("float32", 99, 64, 512, 64, True), ("bfloat16", 99, 64, 448, 64, True)
-    refused += ("bfloat16", 99, 64, 512, 32, True), ("bfloat16", 99, 64, 512, 64, False)
+        assert suits("bfloat16", num_programs(least, heads), 512, 64, True)
+        assert not suits("bfloat16", num_programs(least - 1, heads), 512, 64, True)
+    programs = num_programs(99, 64)
+    assert suits("bfloat16", num_programs(8192, 64), 512, 64, None)
+    refused = ("float32", programs, 512, 64, True), ("bfloat16", programs, 448, 64, True)
+    refused += ("bfloat16", programs, 512, 32, True), ("bfloat16", programs, 512, 64, False)
     assert not any(suits(*sizes) for sizes in refused)
-
-
-@pytest.mark.triton
-def test_the_log_has_the_reason_once(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(library_kernel, "interpreter_refusal", lambda: "for this test")
-    with caplog.at_level(logging.INFO, logger="fd_dsa.ops.library_kernel"):
-        for _ in range(2):
-            assert kernel_for(None) is None
-    assert [record.getMessage() for record in caplog.records] == [
-        "attention of DeepSeek-V4 in steps of many tokens: triton (not custom_op: for this test)"
-    ]
 
 
 def test_unaligned_queries_are_refused(memory: KernelMemory) -> None:

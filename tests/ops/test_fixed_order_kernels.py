@@ -150,9 +150,9 @@ def attention(m: KernelMemory, rows: int, cache_dtype: str, num_heads: int, topk
 
 
 def scores(m: KernelMemory, rows: int, num_heads: int, cached: int, *types: str) -> Run:
-    """The indexer's scores of a request on tensor cores; a row alone is a decode row.
+    """The indexer's scores of a request on tensor cores.
 
-    `types` are those of queries and keys; FP8 if left out.
+    A row alone is a decode row. `types` are those of queries and keys; FP8 if left out.
     """
     from fd_dsa.ops.logits.tile_kernel import score_step
 

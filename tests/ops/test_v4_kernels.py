@@ -35,13 +35,21 @@ def drawn(m: KernelMemory, kind: str, *shape: int) -> tuple[Any, np.ndarray]:
     return block_fp8.put(m, exact, kind), exact.astype(np.float64)
 
 
-def rotated(x: np.ndarray, position: int, sign: int = 1) -> np.ndarray:
-    """`x` [..., width] with its last channels rotated."""
-    turn = np.exp(sign * 1j * ANGLES[position])
-    pairs = x[..., -ROPE:].reshape(*x.shape[:-1], -1, 2)
+def rotated(x: np.ndarray, position: int, sign: int = 1, angles: np.ndarray = ANGLES) -> np.ndarray:
+    """`x` [..., width] with its last channels rotated by `angles` [positions, pairs]."""
+    turn, rope = np.exp(sign * 1j * angles[position]), 2 * angles.shape[1]
+    pairs = x[..., -rope:].reshape(*x.shape[:-1], -1, 2)
     turned = (pairs[..., 0] + 1j * pairs[..., 1]) * turn
-    both = np.stack((turned.real, turned.imag), axis=-1).reshape(*x.shape[:-1], ROPE)
-    return np.concatenate((x[..., :-ROPE], both), axis=-1)
+    both = np.stack((turned.real, turned.imag), axis=-1).reshape(*x.shape[:-1], rope)
+    return np.concatenate((x[..., :-rope], both), axis=-1)
+
+
+def with_sinks(q: np.ndarray, keys: np.ndarray, sinks: np.ndarray) -> np.ndarray:
+    """Attention of heads [heads, width] to keys that are values, with a sink for each head."""
+    logits = np.concatenate((q @ keys.T, sinks[:, None]), axis=1)
+    share = np.exp(logits - logits.max(axis=1, keepdims=True))
+    share /= share.sum(axis=1, keepdims=True)
+    return np.asarray(share[:, :-1] @ keys)
 
 
 def normed(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
@@ -234,10 +242,7 @@ class Attended:
             slots = [self.slot(row, e) for e in range((position + 1) // self.ratio)]
             slots = [s for s in self.slots[token] if s >= 0] if selects else slots
             keys += list(flat[slots].astype(np.float64))
-        logits = np.concatenate((q @ np.array(keys).T, self.sinks[:, None]), axis=1)
-        share = np.exp(logits - logits.max(axis=1, keepdims=True))
-        share /= share.sum(axis=1, keepdims=True)
-        return rotated(share[:, :-1] @ np.array(keys), position, -1)
+        return rotated(with_sinks(q, np.array(keys), self.sinks), position, -1)
 
 
 class AttendedInTiles(Attended):

@@ -1,0 +1,37 @@
+"""The choice of the kernels of custom_ops/ for Hopper."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+pytest.importorskip("paddle", reason="the launches take Paddle's tensors")
+
+from fd_dsa.ops import expert_gemm_cuda, library_kernel, v4_attend_cuda
+
+pytestmark = pytest.mark.triton
+
+
+@pytest.mark.parametrize(
+    ("kernel_for", "served"),
+    [
+        (expert_gemm_cuda.kernel_for, "experts of 32 pairs and more on average, in FP8"),
+        (v4_attend_cuda.kernel_for, "attention of DeepSeek-V4 in steps of many tokens"),
+    ],
+)
+def test_the_log_has_the_reason_once(
+    kernel_for: Callable[[Any], Any],
+    served: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(library_kernel, "interpreter_refusal", lambda: "for this test")
+    with caplog.at_level(logging.INFO, logger="fd_dsa.ops.library_kernel"):
+        for _ in range(2):
+            assert kernel_for(None) is None
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{served}: triton (not custom_op: for this test)"
+    ]
