@@ -15,10 +15,8 @@
 // cycle from L2, more than L2 delivers. With two blocks the sums take 128 registers of a thread,
 // and a partial product 64.
 //
-// Blocks take tiles in order from a counter. Tiles of the same weights are neighbours, run at the
-// same time and find in L2 the weights that the first of them has read. Weights are most of the
-// reads: with 8,192 tokens and 256 experts all rows of an expert are 2 MB, and the weights of its
-// tiles 29 MB.
+// Blocks take tiles in order from a counter. Weights are most of the reads: with 8,192 tokens and
+// 256 experts all rows of an expert are 2 MB, and the weights of its tiles 29 MB.
 //
 // Sources: DeepSeek-V3 (arXiv 2412.19437) §3.5.2 for sums in two steps; CUTLASS's kernels for
 // Hopper for separate warpgroups that multiply and that copy.
@@ -26,7 +24,7 @@
 
 #include <algorithm>
 
-#include "hopper.cuh"
+#include "expert_tiles.cuh"
 
 namespace fd_dsa::experts {
 
@@ -34,10 +32,7 @@ using namespace hopper;
 using Job = FdDsaExpertGemm;
 
 constexpr int kGroup = 128;  // values that share a scale, columns of a block, rows of a tile
-// row tiles of an expert whose column tiles are neighbours
-[[maybe_unused]] constexpr int kBand = 8;
-constexpr int kStages = 4, kThreads = 384, kMaxExperts = 1024;
-[[maybe_unused]] constexpr uint32_t kNoTile = 0xffffffffu;
+constexpr int kStages = 4, kThreads = 384;
 
 // Offsets in shared memory, in bytes. An operand is 128 rows of 128 bytes, swizzled. A stage has
 // one operand of rows and one of each block of columns.
@@ -87,54 +82,6 @@ struct Turn {
 };
 
 // ---- tiles
-
-// Writes the row tiles of experts 0..e to entry e. One warp calls it.
-__device__ __forceinline__ void count_tiles(const Job& job, uint32_t base, int lane) {
-  uint32_t before = 0;
-  for (int first = 0; first < job.num_experts; first += kWarp) {
-    const int expert = first + lane;
-    const int count = expert < job.num_experts ? __ldg(job.counts + expert) : 0;
-    const uint32_t end = before + warp_prefix((count + kGroup - 1) / kGroup);
-    if (expert < job.num_experts) store_shared(base + kEnds + expert * 4, end);
-    before = __shfl_sync(kAllLanes, end, kWarp - 1);
-  }
-}
-
-struct Tile {
-  int expert, first, left;  // first pair in the expert's list, count of pairs from there on
-  int group;                // column group
-};
-
-// Finds the tile of a number, and returns false past the last tile.
-//
-// The tiles of an expert come in bands of row tiles. In a band, tiles of the same columns are
-// neighbours.
-__device__ __forceinline__ bool find_tile(const Job& job, uint32_t base, uint32_t number,
-                                          Tile& tile) {
-  const uint32_t ends = base + kEnds, groups = column_groups(job);
-  int low = 0, high = job.num_experts;
-  while (low < high) {
-    const int middle = (low + high) / 2;
-    if (load_shared(ends + middle * 4) <= number / groups) low = middle + 1;
-    else high = middle;
-  }
-  if (low == job.num_experts) return false;
-  const uint32_t before = low > 0 ? load_shared(ends + (low - 1) * 4) : 0;
-  const uint32_t tiles = load_shared(ends + low * 4) - before;
-  const uint32_t inside = number - before * groups, band = inside / (kBand * groups) * kBand;
-  const uint32_t height = min(tiles - band, static_cast<uint32_t>(kBand));
-  const uint32_t in_band = inside - band * groups;
-  tile.expert = low;
-  tile.first = static_cast<int>(band + in_band % height) * kGroup;
-  tile.left = __ldg(job.counts + low) - tile.first;
-  tile.group = static_cast<int>(in_band / height);
-  return true;
-}
-
-// Returns the expert's list from the tile's first pair on.
-__device__ __forceinline__ const int32_t* pairs_of(const Job& job, const Tile& tile) {
-  return job.pairs + static_cast<int64_t>(tile.expert) * job.num_tokens + tile.first;
-}
 
 // Returns the weight block of the tile's column block 0 or 1.
 //
@@ -201,7 +148,7 @@ __device__ __forceinline__ void copy_tiles(const Job& job, const TensorMap& weig
   Turn turn{base};
   uint32_t number = blockIdx.x, slot = base + kNext;
   Tile tile;
-  while (find_tile(job, base, number, tile)) {
+  while (find_tile<kGroup>(job, column_groups(job), base + kEnds, number, tile)) {
     // the counter's answer arrives while the tile is copied
     uint32_t next = 0;
     if (thread == 0) next = atomicAdd(job.taken, 1u) + blocks;
@@ -221,12 +168,6 @@ __device__ __forceinline__ void copy_tiles(const Job& job, const TensorMap& weig
 }
 
 // ---- the warpgroups that multiply
-
-__device__ __forceinline__ float silu_times(float gate, float up) {
-  constexpr float kLog2E = 1.4426950408889634f;
-  const float small = exp2_of(-fabsf(gate) * kLog2E);
-  return gate * __fdividef(gate >= 0 ? 1.0f : small, 1.0f + small) * up;
-}
 
 // Warpgroup 0 or 1 with its 64 rows of each tile.
 //
@@ -386,7 +327,10 @@ struct Multiplier {
       barrier_wait(turn.is_full(), turn.parity);
       const uint32_t number = load_shared(turn.scales() + kOwnTile);
       Tile tile;
-      if (number == kNoTile || !find_tile(job, base, number, tile)) return;
+      if (number == kNoTile ||
+          !find_tile<kGroup>(job, column_groups(job), base + kEnds, number, tile)) {
+        return;
+      }
       run(tile);
       if (first_row() >= tile.left) continue;
       int32_t pair[4];
@@ -426,7 +370,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     barriers_ready();
   }
-  if (warpgroup == 0 && warp == 1) count_tiles(job, base, lane);
+  if (warpgroup == 0 && warp == 1) count_tiles<kGroup>(job, base + kEnds, lane);
   __syncthreads();
   if (warpgroup < 2) {
     more_registers<kComputeRegisters>();
@@ -470,11 +414,8 @@ static int launch_experts(const Job& job, void* stream) {
     error = cudaMemsetAsync(job.taken, 0, 4, static_cast<cudaStream_t>(stream));
   }
   if (error != cudaSuccess) return static_cast<int>(error);
-  // an expert has at most one row tile that it does not fill
-  const int64_t max_tiles =
-      static_cast<int64_t>(std::min(job.num_experts, job.num_pairs) + job.num_pairs / kGroup) *
-      column_groups(job);
-  const auto blocks = static_cast<uint32_t>(std::min<int64_t>(gpu.num_sms, max_tiles));
+  const int64_t tiles = max_tiles(job.num_experts, job.num_pairs, kGroup, column_groups(job));
+  const auto blocks = static_cast<uint32_t>(std::min<int64_t>(gpu.num_sms, tiles));
   return launch(launch_config(blocks, kThreads, stream, kBytes), multiply_experts, job, weight,
                 blocks);
 }
