@@ -68,6 +68,7 @@ FD_DSA_STORE(float4, "v4.f32 [%0], {%1, %2, %3, %4};", FD_DSA_FOUR("f"))
 FD_DSA_LOAD(uint32_t, load_shared, "ld.shared.b32 %0, [%1];", "=r"(x))
 FD_DSA_LOAD(float, load_shared_float, "ld.shared.f32 %0, [%1];", "=f"(x))
 FD_DSA_LOAD(float2, load_shared_float2, "ld.shared.v2.f32 {%0, %1}, [%2];", FD_DSA_TWO("=f"))
+FD_DSA_LOAD(uint2, load_shared_uint2, "ld.shared.v2.b32 {%0, %1}, [%2];", FD_DSA_TWO("=r"))
 FD_DSA_LOAD(uint4, load_shared_uint4, "ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];",
             FD_DSA_FOUR("=r"))
 FD_DSA_LOAD(float4, load_shared_float4, "ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];",
@@ -354,12 +355,17 @@ __device__ __forceinline__ float high_of(uint32_t x) { return __uint_as_float(x 
 FD_DSA_LOAD_MATRICES(load_matrices, "")
 FD_DSA_LOAD_MATRICES(load_matrices_transposed, ".trans")
 
-// Stores four 8x8 matrices of 16-bit values. Lane i gives the address of row i % 8 of matrix i / 8.
-__device__ __forceinline__ void store_matrices(uint32_t row, const uint32_t (&from)[4]) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row),
-               "r"(from[0]), "r"(from[1]), "r"(from[2]), "r"(from[3])
-               : "memory");
-}
+// Stores four 8x8 matrices of 16-bit values, each transposed or not. Lane i gives the address of row
+// i % 8 of matrix i / 8.
+#define FD_DSA_STORE_MATRICES(NAME, TRANSPOSED)                                             \
+  __device__ __forceinline__ void NAME(uint32_t row, const uint32_t (&from)[4]) {           \
+    asm volatile("stmatrix.sync.aligned.m8n8.x4" TRANSPOSED                                 \
+                 ".shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row),                          \
+                 "r"(from[0]), "r"(from[1]), "r"(from[2]), "r"(from[3])                     \
+                 : "memory");                                                               \
+  }
+FD_DSA_STORE_MATRICES(store_matrices, "")
+FD_DSA_STORE_MATRICES(store_matrices_transposed, ".trans")
 
 // Computes d [16 x 8] += a [16 x 16] * b [16 x 8] in float32, with a and b in float16 or bfloat16.
 template <bool kBfloat16>
@@ -429,13 +435,21 @@ __device__ __forceinline__ void pin(float (&x)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(x[i])::"memory");
 }
 
-// Text and operands of the GEMMs below: `d` has 8, 16, 32, 64 or 128 registers of a thread.
+// Keeps words in their registers at this point.
+template <int kSteps>
+__device__ __forceinline__ void pin(uint32_t (&x)[kSteps][4]) {
+#pragma unroll
+  for (int i = 0; i < 4 * kSteps; ++i) asm volatile("" : "+r"(x[i / 4][i % 4])::"memory");
+}
+
+// Text and operands of the GEMMs below: `d` has 8 to 128 registers of a thread.
 #define FD_DSA_8 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define FD_DSA_16 FD_DSA_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
-#define FD_DSA_32 FD_DSA_16 \
-  ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define FD_DSA_64 FD_DSA_32                                                          \
-  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
+#define FD_DSA_24 FD_DSA_16 ", %16, %17, %18, %19, %20, %21, %22, %23"
+#define FD_DSA_32 FD_DSA_24 ", %24, %25, %26, %27, %28, %29, %30, %31"
+#define FD_DSA_40 FD_DSA_32 ", %32, %33, %34, %35, %36, %37, %38, %39"
+#define FD_DSA_48 FD_DSA_40 ", %40, %41, %42, %43, %44, %45, %46, %47"
+#define FD_DSA_64 FD_DSA_48                                      \
   ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 #define FD_DSA_128 FD_DSA_64                                                         \
   ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79" \
@@ -492,6 +506,38 @@ __device__ __forceinline__ void wgmma_codes(float (&d)[64], uint64_t a, uint64_t
       "}, %64, %65, p, 1, 1;\n}\n"
       : FD_DSA_D64
       : "l"(a), "l"(b), "r"(static_cast<int>(add)));
+}
+
+// Computes d [64 x kColumns] = a [64 x 32] * b [32 x kColumns] (+ d) of e4m3 codes.
+//
+// a is in registers. A thread has 4 neighbours of row g of its warp from column 4 t on, those of row
+// g + 8, and both again 16 columns later. b is K-major in shared memory. The first kColumns / 2
+// values of d are as in `wgmma_rows`.
+template <int kColumns, int kCount>
+__device__ __forceinline__ void wgmma_code_rows(float (&d)[kCount], const uint32_t (&a)[4],
+                                                uint64_t b, bool add) {
+#define FD_DSA_CODES(SHAPE, D, A, B, ADD, ...)                                                   \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " ADD ", 0;\n"                                  \
+               "wgmma.mma_async.sync.aligned." SHAPE "k32.f32.e4m3.e4m3 {" D "}, {" A "}, " B     \
+               ", p, 1, 1;\n}\n" : __VA_ARGS__                                                   \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)))
+  static_assert(kColumns <= 2 * kCount);
+  static_assert(kColumns == 32 || kColumns == 48 || kColumns == 64 || kColumns == 80 ||
+                kColumns == 96);
+  if constexpr (kColumns == 32) {
+    FD_DSA_CODES("m64n32", FD_DSA_16, "%16, %17, %18, %19", "%20", "%21", FD_DSA_D16(0));
+  } else if constexpr (kColumns == 48) {
+    FD_DSA_CODES("m64n48", FD_DSA_24, "%24, %25, %26, %27", "%28", "%29", FD_DSA_D16(0),
+                 FD_DSA_D8(16));
+  } else if constexpr (kColumns == 64) {
+    FD_DSA_CODES("m64n64", FD_DSA_32, "%32, %33, %34, %35", "%36", "%37", FD_DSA_D32(0));
+  } else if constexpr (kColumns == 96) {
+    FD_DSA_CODES("m64n96", FD_DSA_48, "%48, %49, %50, %51", "%52", "%53", FD_DSA_D32(0),
+                 FD_DSA_D16(32));
+  } else {
+    FD_DSA_CODES("m64n80", FD_DSA_40, "%40, %41, %42, %43", "%44", "%45", FD_DSA_D32(0),
+                 FD_DSA_D8(32));
+  }
 }
 
 // Computes d [64 x 256] += a [64 x 16] * b [16 x 256], with a K-major in shared memory and b

@@ -10,7 +10,7 @@ from fd_dsa.models.four_bits import FourBits, in_pieces, integer_scales
 from fd_dsa.ops.cache_write import bfloat16_bits
 from fd_dsa.ops.fp4 import E2M1_VALUES, E8M0_VALUES, FACTOR_POWER
 
-_EXPERTS, _COLUMNS, _WIDTH = 2, 48, 256
+_EXPERTS, _COLUMNS, _WIDTH = 2, 64, 256
 # few rows and many rows have kernels of their own
 _ROWS = 3, 140
 

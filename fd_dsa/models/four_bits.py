@@ -15,6 +15,8 @@ from fd_dsa.ops.fp8 import E4M3_VALUES
 
 # deviation of random codes (`fill_codes`) around their zero point
 _E2M1_DEVIATION, _INT4_DEVIATION = 2.926, 4.183
+# the kernel for prompts rounds codes whose scale is further below the largest one of their row
+_EXACT_SPREAD, _SIZES = 14, np.uint64(0x7777777777777777)
 _LOW_NIBBLES, _NIBBLE = np.uint64(0x0F0F0F0F0F0F0F0F), np.uint64(4)
 
 
@@ -139,6 +141,8 @@ class FourBits:
             return [in_pieces(codes, self.kind), integer_scales(scales, points).T, None]
         if self.kind == "e4m3":
             codes, scales = _positive(codes, scales)
+        elif (np.ptp(scales, axis=1) > _EXACT_SPREAD).any():
+            scales = np.where(_is_zero(codes, self.group), np.uint8(0), scales)
         return [in_pieces(codes, self.kind), self._scales(scales), self._factor(factor)]
 
     def _scales(self, scales: np.ndarray) -> np.ndarray:
@@ -160,6 +164,13 @@ class FourBits:
     def _factor(self, factor: float) -> np.ndarray:
         """Return the factor of a matrix of e2m1 values for the kernel."""
         return np.array([factor * 2.0**FACTOR_POWER], np.float32)
+
+
+def _is_zero(codes: np.ndarray, group: int) -> np.ndarray:
+    """Return True for each group of zeros of e2m1 codes [rows, bytes]."""
+    words = np.ascontiguousarray(codes).view(np.uint64) & _SIZES
+    words = words.reshape(len(codes), -1, group // 16)
+    return np.bitwise_or.reduce(words, axis=2) == 0
 
 
 def _positive(codes: np.ndarray, scales: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -1,10 +1,11 @@
-"""Grouped GEMM of routed experts in four bits with activations in bfloat16."""
+"""Grouped GEMM of routed experts in four bits, with bfloat16 rows in and out."""
 
 from __future__ import annotations
 
 from fd_dsa.errors import ShapeError
 from fd_dsa.ops.dense_kernels import empty_beside
 from fd_dsa.ops.expert_gemm import block_sizes, configuration, expert_gemm_kernel
+from fd_dsa.ops.expert_gemm_fp4_cuda import Fp4ExpertGemm, kernel_for, suits
 from fd_dsa.ops.split_sums import Tiling, rows_of_tiles
 from fd_dsa.tensor import FourBitWeight, Tensor
 from fd_dsa.triton_runtime import next_power_of_2
@@ -23,11 +24,13 @@ def four_bit_gemm(
 ) -> Tensor:
     """Multiply as `expert_gemm` does, by a weight in four bits: bfloat16 [pairs, columns].
 
-    A weight of two parts is a gated one.
+    A weight of two parts is a gated one. The kernel of custom_ops/ for MXFP4 rounds rows to FP8.
 
     Args:
         x: bfloat16 [num_tokens, width] or [num_tokens * top_k, width], contiguous.
-        pairs, counts, top_k, tiling, limit: as for `expert_gemm`.
+        pairs, counts, top_k, limit: as for `expert_gemm`.
+        tiling: tiling of Triton's kernel. None selects it by the shape, and may use the kernel of
+            custom_ops/ for prompts.
 
     Raises:
         ShapeError: rows and weight have different widths.
@@ -39,7 +42,12 @@ def four_bit_gemm(
     num_tokens = pairs.shape[1]
     num_pairs = num_tokens * top_k
     out = empty_beside(x, num_pairs, columns, dtype="bfloat16")
-    if num_pairs and columns:
+    by_library: Fp4ExpertGemm | None = None
+    if tiling is None and num_pairs and columns and suits(weight, x.shape[0], num_pairs):
+        by_library = kernel_for(x)
+    if by_library is not None:
+        by_library(x, weight, pairs, counts, out, limit)
+    elif num_pairs and columns:
         shape = rows_of_tiles(num_pairs), experts, gated, columns, traits_for(x).shared_bytes
         tiling = tiling or configuration(weight.kind, *shape)
         options = block_sizes(weight.kind, columns, width, tiling)

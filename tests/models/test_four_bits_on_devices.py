@@ -22,7 +22,7 @@ from fd_dsa.models.four_bits import FourBits
 from fd_dsa.models.loader import load_weights
 from fd_dsa.models.moe import routed_on_device
 from fd_dsa.models.registry import create_model, open_checkpoint, read_config
-from fd_dsa.models.sources import RandomTensor
+from fd_dsa.models.sources import RandomTensor, SourceTensor
 from fd_dsa.ops import four_bit_gemm
 from fd_dsa.ops.device_matrix import DeviceMatrix, FourBitExperts
 from fd_dsa.ops.expert_pairs import Choice
@@ -229,6 +229,25 @@ def test_random_weights(paddle_memory: KernelMemory, name: str, tmp_path: Path) 
         assert len(np.unique(values)) == 15
         assert abs(values.mean()) < 4 * deviation / values.size**0.5
         assert np.abs(values.mean(axis=0)).max() < 5 * deviation / len(values) ** 0.5
+
+
+def test_scales_of_zeros_are_small() -> None:
+    """Far from other scales they would take bits of the row's values."""
+    rng = np.random.default_rng(0)
+    codes = rng.integers(0, 256, (3, 128), np.uint8) | np.uint8(0x11)
+    # zeros of both signs
+    codes[:2, 16:32], codes[2, 16:32] = 0x80, 0x01
+    scales = np.full((3, 8), 100, np.uint8)
+    scales[1:, 1] = 127
+    source = SimpleNamespace(repack=lambda: (codes, scales, None, 1.0), cut=None, packing=None)
+    found = FourBits(frozenset(), "e8m0", 32).arrays(cast(SourceTensor, source))[1]
+    assert found is not None
+    wanted = scales.copy()
+    wanted[:2, 1] = 0
+    np.testing.assert_array_equal(found.transpose(1, 0, 2).reshape(3, 8), wanted)
+    scales[:, 1] = 114
+    near = FourBits(frozenset(), "e8m0", 32).arrays(cast(SourceTensor, source))[1]
+    assert near is not None and near.min() == 100
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)

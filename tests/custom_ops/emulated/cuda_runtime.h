@@ -390,6 +390,9 @@ void __stcs(T* at, T value) {
   if (reinterpret_cast<uintptr_t>(at) % sizeof(T) != 0) abort();
   *at = value;
 }
+inline uint32_t __vmaxu2(uint32_t a, uint32_t b) {
+  return std::max(a & 0xffff0000u, b & 0xffff0000u) | std::max(a & 0xffffu, b & 0xffffu);
+}
 inline uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t selector) {
   const uint64_t bytes = static_cast<uint64_t>(high) << 32 | low;
   uint32_t found = 0;

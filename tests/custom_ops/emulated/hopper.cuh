@@ -56,6 +56,7 @@ inline uint32_t load_shared(uint32_t at) { return load_shared_as<uint32_t>(at); 
 inline float load_shared_float(uint32_t at) { return load_shared_as<float>(at); }
 inline float2 load_shared_float2(uint32_t at) { return load_shared_as<float2>(at); }
 inline float4 load_shared_float4(uint32_t at) { return load_shared_as<float4>(at); }
+inline uint2 load_shared_uint2(uint32_t at) { return load_shared_as<uint2>(at); }
 inline uint4 load_shared_uint4(uint32_t at) { return load_shared_as<uint4>(at); }
 
 // ---- barriers
@@ -404,6 +405,18 @@ inline void store_matrices(uint32_t row, const uint32_t (&from)[4]) {
   }
 }
 
+inline void store_matrices_transposed(uint32_t row, const uint32_t (&from)[4]) {
+  const auto rows = all_lanes(row);
+  const unsigned lane = emulated::lane();
+  for (unsigned i = 0; i < 4; ++i) {
+    for (unsigned k = 0; k < 2; ++k) {
+      const auto address = static_cast<uint32_t>(rows[8 * i + lane % 4 * 2 + k]);
+      const auto half = static_cast<uint16_t>(from[i] >> 16 * k);
+      std::memcpy(resolve(address, 16) + lane / 4 * 2, &half, 2);
+    }
+  }
+}
+
 template <bool kBfloat16>
 void multiply_add(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   struct Operands {
@@ -469,6 +482,8 @@ void wgmma_wait() {
 }
 template <int kCount>
 void pin(float (&)[kCount]) {}
+template <int kSteps>
+void pin(uint32_t (&)[kSteps][4]) {}
 
 inline uint32_t swizzled(uint32_t row, uint32_t chunk) {
   return row * 128 + ((chunk ^ (row & 7)) << 4);
@@ -568,6 +583,31 @@ inline void wgmma_codes(float (&d)[64], uint64_t a, uint64_t b, bool add) {
       double sum = add ? d[i] : 0.0;
       for (unsigned k = 0; k < 32; ++k) {
         sum += static_cast<double>(rows[i >> 1 & 1][k]) * value_of_code_at(column + k);
+      }
+      d[i] = static_cast<float>(sum);
+    }
+  });
+}
+
+// Hardware reads the registers late, so a change before the wait ends the process.
+template <int kColumns, int kCount>
+void wgmma_code_rows(float (&d)[kCount], const uint32_t (&a)[4], uint64_t b, bool add) {
+  static_assert(kColumns <= 2 * kCount);
+  std::array<std::array<uint64_t, emulated::kLanes>, 4> words;
+  for (unsigned i = 0; i < 4; ++i) words[i] = all_lanes(a[i]);
+  const unsigned g = emulated::lane() / 4, t = emulated::lane() % 4;
+  const std::array<uint32_t, 4> given = {a[0], a[1], a[2], a[3]};
+  product([=, &d, &a] {
+    for (unsigned i = 0; i < 4; ++i) {
+      if (a[i] != given[i]) abort();
+    }
+    for (unsigned i = 0; i < kColumns / 2; ++i) {
+      const uint32_t column = static_cast<uint32_t>(b) + (i / 4 * 8 + 2 * t + i % 2) * 128;
+      double sum = add ? d[i] : 0.0;
+      for (unsigned k = 0; k < 32; ++k) {
+        const uint64_t word = words[(i >> 1 & 1) + k / 16 * 2][4 * g + k % 16 / 4];
+        const auto code = static_cast<uint32_t>(word >> k % 4 * 8) & 255;
+        sum += static_cast<double>(value_of_code(code)) * value_of_code_at(column + k);
       }
       d[i] = static_cast<float>(sum);
     }

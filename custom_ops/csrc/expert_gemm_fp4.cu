@@ -1,0 +1,611 @@
+// The grouped GEMM of routed experts in MXFP4 by activations in FP8, for prompts.
+//
+// A first kernel rounds the activations to e4m3 codes with a scale for 128 values, as the released
+// models do, and finds the largest scale of each column. The second kernel multiplies. Its tiles are
+// up to 240 pairs of an expert by 128 columns. A gated tile has 64 columns of the gate and the 64
+// that they multiply.
+//
+// One warpgroup copies operands, 128 values along K at a time, up to five such stages ahead. Two
+// warpgroups multiply, 64 columns each. Columns are the rows of the tensor cores' result, so a
+// thread turns four-bit codes into e4m3 codes in its registers, and the tensor cores read them
+// there. A code that is turned once meets all pairs of the tile, a third of them at a time.
+//
+// A group of 32 values has a scale, a power of two. The largest scale of a column multiplies its
+// sums at the end, and the codes are smaller by what their own scales lack. That is exact for scales
+// down to 2^-14 of the largest one. Codes below round to a denormal number or to zero.
+//
+// A stage's codes of a column are 16 words (FourBitWeight of fd_dsa/tensor.py). A lane has four of
+// them, and the order of its codes along K follows from the order of their bits. The first kernel
+// stores the activations in that order, see `round_values`.
+//
+// Turning codes takes a third of a warpgroup's time. The warpgroups take turns at it, so that the
+// tensor cores multiply for the other one meanwhile.
+//
+// Sources: OCP Microscaling Formats 1.0 for the formats; PTX ISA 8.5 for `prmt`, which looks up four
+// codes at once, and for the operands of wgmma; FlashAttention-3 (arXiv 2407.08608) section 3.1 for
+// warpgroups that take turns.
+#include "expert_gemm_fp4.h"
+
+#include <algorithm>
+
+#include "expert_tiles.cuh"
+
+namespace fd_dsa::experts_fp4 {
+
+using namespace hopper;
+using namespace experts;
+using Job = FdDsaExpertGemmFp4;
+
+constexpr int kPiece = 128;  // values of a stage along K
+constexpr int kColumns = 128, kHalfColumns = kColumns / 2;
+constexpr int kThirds = 3, kThird = 80, kPairs = kThirds * kThird;
+constexpr int kStages = 5, kThreads = 384;
+// exponent of 2 of the factors that FourBitWeight has
+[[maybe_unused]] constexpr float kFactor = 1.0f / (1 << 26);
+// The code of a value with the largest scale is that of 2^6 times the value: up to 384 of 448.
+[[maybe_unused]] constexpr int kRaised = 6;
+constexpr int kScaleCodes = 256;
+
+// Offsets in shared memory, in bytes. The activations of a stage are rows of 128 bytes, swizzled.
+constexpr uint32_t kActivations = kPairs * kPiece;
+// Four-bit codes and scales of a stage's columns, and the scales of its pairs.
+constexpr uint32_t kCodes = kColumns * kPiece / 2, kScales = kColumns * 4;
+constexpr uint32_t kAllCodes = kStages * kActivations, kAllScales = kAllCodes + kStages * kCodes;
+constexpr uint32_t kPairScales = kPairs * 4, kAllPairScales = kAllScales + kStages * kScales;
+// 16 result rows of each warp, 32 bytes each. Another 16 put neighbours in different banks.
+constexpr uint32_t kLine = 32 + 16, kLines = kAllPairScales + kStages * kPairScales;
+// The table of `write_table`, and the number of each stage's tile.
+constexpr uint32_t kTable = kLines + 8 * 16 * kLine;
+constexpr uint32_t kOwnTiles = kTable + kScaleCodes * 8;
+constexpr uint32_t kEnds = kOwnTiles + kStages * 4;
+constexpr uint32_t kNext = kEnds + 4 * kMaxExperts;
+constexpr uint32_t kBarriers = (kNext + 2 * 4 + 7) / 8 * 8;
+constexpr uint32_t kBytes = kBarriers + 2 * kStages * 8;
+static_assert(kBytes <= 232448 && kLines % 16 == 0 && kTable % 8 == 0);
+
+// Numbers of named barriers: of the copying threads, and of the turns of each warpgroup.
+enum { kCopierBarrier = 1, kFirstBarrier, kSecondBarrier };
+
+__host__ __device__ __forceinline__ int column_groups(const Job& job) {
+  return job.columns / (job.is_gated != 0 ? kHalfColumns : kColumns);
+}
+
+// ---- the kernel that prepares operands
+
+constexpr int kValuesPerThread = 16, kPreparingThreads = 256;
+
+#if defined(FD_DSA_HOPPER)
+
+// Rounds 16 values of a group of 128. Eight neighbouring threads have a group.
+//
+// Thread (h, c) of h = 0, 1 and c = 0..3 has values 64 h + 16 j + 4 c + i for j, i = 0..3.
+// Value (j, i) is byte (j + 3) % 4 of the word at 32 i + 16 h + 4 c, which is its place in `codes`.
+__device__ __forceinline__ void round_values(const Job& job, int64_t thread) {
+  const int groups = job.width / kPiece;
+  const int64_t group = thread / 8;
+  const int64_t row = group / groups;
+  const int part = static_cast<int>(group % groups);
+  // all threads of a warp take part in the exchange
+  const bool is_live = row < job.num_rows;
+  const int h = static_cast<int>(thread / 4 % 2), c = static_cast<int>(thread % 4);
+  const int64_t at = is_live ? row * job.width + part * kPiece : 0;
+  const char* from = static_cast<const char*>(job.x) + (at + 64 * h + 4 * c) * 2;
+  float x[4][4], largest = 0.0f;
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    const uint2 both = load_8(from + j * 32, is_live);
+    x[j][0] = low_of(both.x), x[j][1] = high_of(both.x);
+    x[j][2] = low_of(both.y), x[j][3] = high_of(both.y);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) largest = fmaxf(largest, fabsf(x[j][i]));
+  }
+#pragma unroll
+  for (int step = 1; step < 8; step *= 2) {
+    largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, step));
+  }
+  if (!is_live) return;
+  // the inverse of a power of two is exact
+  const float scale = scale_of(largest, true), inverse = 1.0f / scale;
+  if (thread % 8 == 0) job.code_scales[static_cast<int64_t>(part) * job.num_rows + row] = scale;
+  auto* to = reinterpret_cast<uint32_t*>(static_cast<char*>(job.codes) + at + 16 * h + 4 * c);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t low = pack_codes(x[1][i] * inverse, x[2][i] * inverse);
+    to[i * 8] = low | static_cast<uint32_t>(pack_codes(x[3][i] * inverse, x[0][i] * inverse)) << 16;
+  }
+}
+
+// Writes the largest scale of a column.
+__device__ __forceinline__ void find_peak(const Job& job, int64_t thread) {
+  const int parts = 1 + job.is_gated, pieces = job.width / kPiece;
+  const int64_t matrix = thread / job.columns;
+  if (matrix >= static_cast<int64_t>(job.num_experts) * parts) return;
+  if (__ldg(job.counts + matrix / parts) == 0) return;
+  const auto* scales = static_cast<const uint32_t*>(job.weight_scales) +
+                       matrix * pieces * job.columns + thread % job.columns;
+  uint32_t even = 0, odd = 0;
+  for (int piece = 0; piece < pieces; ++piece) {
+    const uint32_t four = __ldg(scales + static_cast<int64_t>(piece) * job.columns);
+    even = __vmaxu2(even, four & 0x00ff00ffu), odd = __vmaxu2(odd, four >> 8 & 0x00ff00ffu);
+  }
+  even = __vmaxu2(even, odd);
+  static_cast<uint8_t*>(job.peaks)[thread] = static_cast<uint8_t>(max(even & 255, even >> 16));
+}
+
+#endif
+
+// Rounds activations in the first blocks, and finds largest scales in the others.
+__global__ void __launch_bounds__(kPreparingThreads)
+    prepare_operands(const __grid_constant__ Job job, uint32_t rounding_blocks) {
+#if defined(FD_DSA_HOPPER)
+  const bool rounds = blockIdx.x < rounding_blocks;
+  const uint32_t block = blockIdx.x - (rounds ? 0 : rounding_blocks);
+  const int64_t thread = static_cast<int64_t>(block) * kPreparingThreads + threadIdx.x;
+  if (rounds) round_values(job, thread);
+  else find_peak(job, thread);
+#endif
+}
+
+#if defined(FD_DSA_HOPPER)
+
+// A stage is full after the copies of 128 threads and of the copy engine, and free after the reads
+// of 8 warps.
+constexpr int kFullArrivals = 128 + 1, kFreeArrivals = 8 * kWarpArrivals;
+
+// The next stage, and the parity of the phase in which it is full.
+struct Turn {
+  uint32_t base;
+  int stage = 0;
+  uint32_t parity = 0;
+
+  __device__ __forceinline__ void advance() {
+    if (++stage == kStages) stage = 0, parity ^= 1;
+  }
+  __device__ __forceinline__ uint32_t activations() const { return base + stage * kActivations; }
+  __device__ __forceinline__ uint32_t codes() const { return base + kAllCodes + stage * kCodes; }
+  __device__ __forceinline__ uint32_t scales() const { return base + kAllScales + stage * kScales; }
+  __device__ __forceinline__ uint32_t pair_scales() const {
+    return base + kAllPairScales + stage * kPairScales;
+  }
+  __device__ __forceinline__ uint32_t own_tile() const { return base + kOwnTiles + stage * 4; }
+  __device__ __forceinline__ uint32_t is_full() const { return base + kBarriers + stage * 8; }
+  __device__ __forceinline__ uint32_t is_free() const { return is_full() + kStages * 8; }
+};
+
+__device__ __forceinline__ bool find(const Job& job, uint32_t base, uint32_t number, Tile& tile) {
+  if (!find_tile<kPairs>(job, column_groups(job), base + kEnds, number, tile)) return false;
+  // an expert's tiles have about as many pairs each
+  const int count = tile.first + tile.left, tiles = (count + kPairs - 1) / kPairs;
+  const int rows = (count + tiles - 1) / tiles;
+  tile.first = tile.first / kPairs * rows;
+  tile.left = min(count - tile.first, rows);
+  return true;
+}
+
+// Writes the e4m3 codes of the eight sizes of e2m1 values times 2^(6 - i) to entry i. 64 threads call
+// it.
+__device__ __forceinline__ void write_table(uint32_t base, int thread) {
+  const auto value = [](int size) {
+    return size < 2 ? 0.5f * static_cast<float>(size)
+                    : static_cast<float>(2 + size % 2) * static_cast<float>(1 << size / 2) * 0.25f;
+  };
+  const int size = thread % 4 * 2;
+  for (int entry = thread / 4; entry < kScaleCodes; entry += 16) {
+    const int exponent = max(127 + kRaised - entry, 1);
+    const float scale = __uint_as_float(static_cast<uint32_t>(exponent) << 23);
+    const uint16_t both = pack_codes(value(size) * scale, value(size + 1) * scale);
+    store_shared(base + kTable + entry * 8 + size, both);
+  }
+}
+
+// ---- the warpgroup that copies operands
+
+// Copies all stages of a tile. Thread t copies chunk t % 8 of rows t / 8 + 16 i, and the scales of
+// rows t and t + 128.
+__device__ __forceinline__ void copy_stages(const Job& job, const Tile& tile, uint32_t number,
+                                            int thread, Turn& turn) {
+  const int32_t* pairs = pairs_of(job, tile);
+  const int count = tile.left;
+  constexpr int kRowsPerThread = kPairs / 16;
+  uint32_t chunks[kRowsPerThread], scale_rows[2];  // chunks from the beginning of the codes
+#pragma unroll
+  for (int i = 0; i < kRowsPerThread; ++i) {
+    const int at = thread / 8 + i * 16;
+    const uint32_t row = at < count ? __ldg(pairs + at) / job.row_pairs : 0;
+    chunks[i] = row * (job.width / 16);
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int at = thread + i * 128;
+    scale_rows[i] = at < count ? __ldg(pairs + at) / job.row_pairs : 0;
+  }
+  const int pieces = job.width / kPiece, parts = 1 + job.is_gated;
+  const int half_columns = tile.group * (job.is_gated != 0 ? kHalfColumns : kColumns);
+  const uint32_t to = swizzled(thread / 8, thread % 8);
+  const char* x = static_cast<const char*>(job.codes) + thread % 8 * 16;
+  const float* scales = job.code_scales;
+  for (int piece = 0; piece < pieces; ++piece, turn.advance()) {
+    const uint32_t full = turn.is_full();
+    barrier_wait(turn.is_free(), turn.parity ^ 1);
+    if (thread == 0) {
+      store_shared(turn.own_tile(), number);
+      barrier_arrive_expecting(full, kCodes + kScales);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int part = job.is_gated != 0 ? half : 0;
+        const int first = half_columns + (job.is_gated != 0 ? 0 : half * kHalfColumns);
+        const int64_t column =
+            (static_cast<int64_t>(tile.expert * parts + part) * pieces + piece) * job.columns +
+            first;
+        copy_bulk(turn.codes() + half * (kCodes / 2),
+                  static_cast<const char*>(job.weight) + column * (kPiece / 2), kCodes / 2, full);
+        copy_bulk(turn.scales() + half * (kScales / 2),
+                  static_cast<const char*>(job.weight_scales) + column * 4, kScales / 2, full);
+      }
+    }
+    const uint32_t activations = turn.activations() + to;
+#pragma unroll
+    for (int i = 0; i < kRowsPerThread; ++i) {
+      // the swizzle repeats after 16 rows
+      if (i * 16 < count) {
+        copy_16(activations + i * 16 * kPiece, x + static_cast<uint64_t>(chunks[i]) * 16,
+                thread / 8 + i * 16 < count);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int at = thread + i * 128;
+      if (at < kPairs) {
+        copy_few<4>(turn.pair_scales() + at * 4, scales + scale_rows[i], at < count);
+      }
+    }
+    barrier_arrive_after_copies(full);
+    x += kPiece;
+    scales += job.num_rows;
+  }
+}
+
+// Copies tile after tile, and tells the multiplying warpgroups when the last one is done.
+__device__ __forceinline__ void copy_tiles(const Job& job, uint32_t base, uint32_t blocks,
+                                           int thread) {
+  Turn turn{base};
+  uint32_t number = blockIdx.x, slot = base + kNext;
+  Tile tile;
+  while (find(job, base, number, tile)) {
+    // the counter's answer arrives while the tile is copied
+    uint32_t next = 0;
+    if (thread == 0) next = atomicAdd(job.taken, 1u) + blocks;
+    copy_stages(job, tile, number, thread, turn);
+    // two slots in turn: the written slot was read before the last barrier
+    slot ^= 4;
+    if (thread == 0) store_shared(slot, next);
+    named_barrier(kCopierBarrier, 128);
+    number = load_shared(slot);
+  }
+  barrier_wait(turn.is_free(), turn.parity ^ 1);
+  if (thread == 0) {
+    store_shared(turn.own_tile(), kNoTile);
+    barrier_arrive(turn.is_full());
+  }
+  barrier_arrive(turn.is_full());
+}
+
+// ---- the warpgroups that multiply
+
+// Sets the e4m3 codes of a word: `low` of its lower half, `high` of its upper half.
+//
+// A byte has code (byte + 1) % 4 of the half. Codes 0 and 1 of a half belong to one group, and codes
+// 2 and 3 to the next one.
+//
+// Args:
+//   tables: entries of `write_table` for the four groups of a column.
+__device__ __forceinline__ void turn_codes(uint32_t word, const uint2 (&tables)[4], uint32_t& low,
+                                           uint32_t& high) {
+  // the sizes of codes 1, 2, 3 and 0 in the four nibbles of each half
+  const uint32_t sizes = (word & 0x00070007u) | (word << 1 & 0x40704070u) |
+                         (word << 2 & 0x37003700u);
+  const uint32_t signs = word & 0xd200d200u;
+  const auto half = [&](uint32_t nibbles, uint32_t sign, const uint2& first, const uint2& second) {
+    const uint32_t outer = __byte_perm(first.x, first.y, nibbles);
+    const uint32_t inner = __byte_perm(second.x, second.y, nibbles);
+    // The multiplication moves each sign to the top of its byte. No sum below carries into one.
+    return __byte_perm(outer, inner, 0x3650) | (sign * 0x02010840u & 0x80808080u);
+  };
+  low = half(sizes, __byte_perm(signs, 0, 0x4441), tables[0], tables[1]);
+  high = half(sizes >> 16, signs >> 24, tables[2], tables[3]);
+}
+
+// Warpgroup 0 or 1 with its 64 columns of each tile.
+//
+// A thread has two columns, 8 rows of the tensor cores' result apart, and two neighbouring pairs of
+// each 8. Value j * 4 + r * 2 + p is that of column r and of pair 8 j + lane % 4 * 2 + p.
+struct Multiplier {
+  const Job& job;
+  uint32_t base;
+  int warp, lane;  // index of the warp among both warpgroups
+  int column;      // first column of this thread in a stage
+  int next;        // columns from there to the second one
+  int own_barrier;
+  Turn turn;
+
+  __device__ __forceinline__ Multiplier(const Job& job, uint32_t base, int warp, int lane)
+      : job(job), base(base), warp(warp), lane(lane), turn{base} {
+    column = warp * (job.is_gated != 0 ? 8 : 16) + lane / 4;
+    next = job.is_gated != 0 ? kHalfColumns : 8;
+    own_barrier = warp < 4 ? kFirstBarrier : kSecondBarrier;
+    // the first warpgroup has the first turn
+    if (own_barrier == kSecondBarrier) named_barrier_arrive(kFirstBarrier, 256);
+  }
+
+  // Turns the codes of a stage, for four steps of wgmma.
+  //
+  // `peaks` has each column's largest scale in all four bytes.
+  __device__ __forceinline__ void read_codes(const Turn& turn, const uint32_t (&peaks)[2],
+                                             uint32_t (&codes)[4][4]) const {
+    uint4 words[2];
+    uint32_t below[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int own = column + r * next;
+      words[r] = load_shared_uint4(turn.codes() + own * (kPiece / 2) + lane % 4 * 16);
+      // no byte is above the peak's
+      below[r] = peaks[r] - load_shared(turn.scales() + own * 4);
+    }
+    uint2 tables[2][4];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      tables[i / 4][i % 4] =
+          load_shared_uint2(base + kTable + (below[i / 4] >> 8 * (i % 4) & 255) * 8);
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      turn_codes(words[r].x, tables[r], codes[0][r], codes[0][2 + r]);
+      turn_codes(words[r].y, tables[r], codes[1][r], codes[1][2 + r]);
+      turn_codes(words[r].z, tables[r], codes[2][r], codes[2][2 + r]);
+      turn_codes(words[r].w, tables[r], codes[3][r], codes[3][2 + r]);
+    }
+  }
+
+  // Starts the GEMM of a third, of kCount pairs, over a stage.
+  template <int kCount>
+  __device__ __forceinline__ void multiply(float (&part)[kCount / 2], const uint32_t (&codes)[4][4],
+                                           int third) const {
+    const Operand pairs = k_major(turn.activations() + third * (kCount * kPiece));
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < 4; ++i) wgmma_code_rows<kCount>(part, codes[i], pairs.at(i * 32), i > 0);
+    wgmma_commit();
+  }
+
+  // Loads the scales of this thread's pairs of a third.
+  template <int kCount>
+  __device__ __forceinline__ void read_scales(float2 (&scales)[kCount / 8], int third) const {
+    const uint32_t from = turn.pair_scales() + third * (kCount * 4) + lane % 4 * 8;
+#pragma unroll
+    for (int j = 0; j < kCount / 8; ++j) scales[j] = load_shared_float2(from + j * 32);
+  }
+
+  // Adds the result of that GEMM, which has ended, to the sums of the third.
+  template <int kCount>
+  __device__ __forceinline__ void add(float (&sums)[kCount / 2], float (&part)[kCount / 2],
+                                      const float2 (&scales)[kCount / 8]) const {
+    pin(part);
+#pragma unroll
+    for (int i = 0; i < kCount / 2; ++i) {
+      sums[i] += part[i] * (i % 2 == 0 ? scales[i / 4].x : scales[i / 4].y);
+    }
+  }
+
+  // Adds all stages of a tile, the first of which is full, and writes the result.
+  //
+  // The tile has kUsed times kCount pairs, and `count` of them are live.
+  template <int kCount, int kUsed>
+  __device__ __forceinline__ void run(const Tile& tile, int count) {
+    // products of 64 pairs leave registers for two thirds at a time
+    constexpr int kAhead = kCount <= 64 && kUsed > 1 ? 2 : 1;
+    float sums[kUsed][kCount / 2], parts[kAhead][kCount / 2];
+#pragma unroll
+    for (int i = 0; i < kUsed * kCount / 2; ++i) sums[i / (kCount / 2)][i % (kCount / 2)] = 0.0f;
+    const int pieces = job.width / kPiece;
+    const uint8_t* peak = own_peaks(tile);
+    const uint32_t peaks[2] = {__ldg(peak) * 0x01010101u, __ldg(peak + second_peak()) * 0x01010101u};
+    for (int piece = 0; piece < pieces; ++piece, turn.advance()) {
+      if (piece > 0) barrier_wait(turn.is_full(), turn.parity);
+      uint32_t codes[4][4];
+      // The warpgroups take turns, so that one turns codes while the other one's products are made.
+      named_barrier_apart(own_barrier, 256);
+      read_codes(turn, peaks, codes);
+      pin(codes);
+      named_barrier_arrive(kFirstBarrier + kSecondBarrier - own_barrier, 256);
+      publish_to_async();
+#pragma unroll
+      for (int third = 0; third < kAhead; ++third) multiply<kCount>(parts[third], codes, third);
+#pragma unroll
+      for (int third = 0; third < kUsed; ++third) {
+        float2 scales[kCount / 8];
+        read_scales<kCount>(scales, third);
+        if (kAhead > 1 && third + 1 < kUsed) wgmma_wait<kAhead - 1>();
+        else wgmma_wait<0>();
+        add<kCount>(sums[third], parts[third % kAhead], scales);
+        if (third + kAhead < kUsed) multiply<kCount>(parts[third % kAhead], codes, third + kAhead);
+      }
+      warp_arrive(turn.is_free(), lane);
+    }
+#pragma unroll
+    for (int third = 0; third < kUsed; ++third) {
+      store<kCount>(tile, sums[third], third * kCount, count);
+    }
+  }
+
+  // Returns where the largest scales of this thread's columns are, the second one later.
+  __device__ __forceinline__ const uint8_t* own_peaks(const Tile& tile) const {
+    const int64_t matrix = tile.expert * (1 + job.is_gated);
+    const int first = tile.group * (job.is_gated != 0 ? kHalfColumns : kColumns) + column;
+    return static_cast<const uint8_t*>(job.peaks) + matrix * job.columns + first;
+  }
+  __device__ __forceinline__ int second_peak() const { return job.is_gated != 0 ? job.columns : 8; }
+
+  // Returns 2^(peak - 127 - 6) without the power of two that factors have.
+  static __device__ __forceinline__ float scale_of_peak(uint32_t peak) {
+    return __uint_as_float(static_cast<uint32_t>(max(static_cast<int>(peak) - kRaised, 0)) << 23) *
+           kFactor;
+  }
+
+  // Writes kCount pairs of a tile from `first` on.
+  template <int kCount>
+  __device__ __forceinline__ void store(const Tile& tile, const float (&sums)[kCount / 2],
+                                        int first, int count) {
+    const bool is_gated = job.is_gated != 0;
+    const float* own = job.factors + tile.expert * (1 + job.is_gated);
+    const uint8_t* peak = own_peaks(tile);
+    const float factor = __ldg(own) * scale_of_peak(__ldg(peak));
+    const float next_factor = __ldg(own + job.is_gated) * scale_of_peak(__ldg(peak + second_peak()));
+    const uint32_t lines = base + kLines + warp * (16 * kLine);
+    // where this lane's row of a matrix goes, and which part of a result row it writes
+    const uint32_t to = lines + lane % 16 * kLine + lane / 16 * 16;
+    const uint32_t from = lines + lane / 2 * kLine + lane % 2 * 16;
+    const int32_t* pairs = pairs_of(job, tile);
+    const int at = tile.group * (is_gated ? kHalfColumns : kColumns) + warp * (is_gated ? 8 : 16);
+    int32_t rows[kCount / 16];
+#pragma unroll
+    for (int i = 0; i < kCount / 16; ++i) {
+      const int pair = first + i * 16 + lane / 2;
+      rows[i] = pair < count ? __ldg(pairs + pair) : -1;
+    }
+#pragma unroll
+    for (int j = 0; j < kCount / 8; j += 2) {
+      uint32_t values[4];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float* x = sums + (j + i) * 4;
+        const float upper[2] = {x[0] * factor, x[1] * factor};
+        const float lower[2] = {x[2] * next_factor, x[3] * next_factor};
+        values[i] = is_gated ? pack_bfloat16(gated(upper[0], lower[0]), gated(upper[1], lower[1]))
+                             : pack_bfloat16(upper[0], upper[1]);
+        // a gated result has one column for two
+        values[2 + i] = is_gated ? 0 : pack_bfloat16(lower[0], lower[1]);
+      }
+      store_matrices_transposed(to, values);
+      __syncwarp();
+      if (const int64_t row = rows[j / 2]; row >= 0 && (!is_gated || lane % 2 == 0)) {
+        char* out = static_cast<char*>(job.out) + (row * job.columns + at) * 2 + lane % 2 * 16;
+        *reinterpret_cast<uint4*>(out) = load_shared_uint4(from);
+      }
+      __syncwarp();
+    }
+  }
+
+  __device__ __forceinline__ float gated(float gate, float up) const {
+    // fminf ignores NaN
+    gate = gate > job.limit ? job.limit : gate;
+    up = up > job.limit ? job.limit : up < -job.limit ? -job.limit : up;
+    return silu_times(gate, up);
+  }
+
+  // Multiplies tile after tile.
+  __device__ __forceinline__ void run() {
+    for (;;) {
+      barrier_wait(turn.is_full(), turn.parity);
+      const uint32_t number = load_shared(turn.own_tile());
+      Tile tile;
+      if (number == kNoTile || !find(job, base, number, tile)) break;
+      const int count = tile.left;
+      if (count <= 32) run<32, 1>(tile, count);
+      else if (count <= 64) run<64, 1>(tile, count);
+      else if (count <= 80) run<80, 1>(tile, count);
+      else if (count <= 96) run<48, 2>(tile, count);
+      else if (count <= 128) run<64, 2>(tile, count);
+      else if (count <= 160) run<80, 2>(tile, count);
+      else if (count <= 192) run<64, 3>(tile, count);
+      else run<80, 3>(tile, count);
+    }
+    // the last turn of the other warpgroup
+    if (own_barrier == kFirstBarrier) named_barrier_apart(kFirstBarrier, 256);
+  }
+};
+
+#endif
+
+// Registers of a multiplying thread and of a copying thread, which start with 168 each.
+constexpr int kComputeRegisters = 224, kCopyRegisters = 56;
+static_assert(2 * kComputeRegisters + kCopyRegisters == 3 * 168);
+
+// Multiplies rows of experts; `blocks` blocks take tiles in turn.
+__global__ void __launch_bounds__(kThreads, 1)
+    multiply_experts(const __grid_constant__ Job job, uint32_t blocks) {
+#if defined(FD_DSA_HOPPER)
+  const uint32_t base = shared_address(shared_memory());
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+  if (threadIdx.x == 0) {
+    Turn turn{base};
+    for (; turn.parity == 0; turn.advance()) {
+      barrier_init(turn.is_full(), kFullArrivals);
+      barrier_init(turn.is_free(), kFreeArrivals);
+    }
+    barriers_ready();
+  }
+  if (warp == 1) count_tiles<kPairs>(job, base + kEnds, lane);
+  if (warp == 2 || warp == 3) write_table(base, threadIdx.x - 2 * kWarp);
+  __syncthreads();
+  if (warp < 8) {
+    more_registers<kComputeRegisters>();
+    Multiplier(job, base, warp, lane).run();
+  } else {
+    fewer_registers<kCopyRegisters>();
+    copy_tiles(job, base, blocks, threadIdx.x % 128);
+  }
+#endif
+}
+
+// ---- the launch
+
+inline bool is_supported(const Job& job) {
+  const auto is_aligned = [](const void* at) { return reinterpret_cast<uintptr_t>(at) % 16 == 0; };
+  const int step = job.is_gated != 0 ? kHalfColumns : kColumns;
+  return job.width > 0 && job.width % kPiece == 0 && job.columns % step == 0 &&
+         job.num_experts > 0 && job.num_experts <= kMaxExperts && job.row_pairs > 0 &&
+         job.taken != nullptr && job.factors != nullptr &&
+         static_cast<int64_t>(job.num_rows) * job.row_pairs == job.num_pairs &&
+         // 32-bit numbers count the chunks of codes
+         static_cast<int64_t>(job.num_rows) * (job.width / 16) < 1ll << 32 &&
+         is_aligned(job.x) && is_aligned(job.codes) && is_aligned(job.weight) &&
+         is_aligned(job.weight_scales) && is_aligned(job.out);
+}
+
+static int launch_experts(const Job& job, void* stream) {
+  static std::atomic<uint64_t> prepared{0};
+  if (job.num_pairs <= 0 || job.columns <= 0) return 0;
+  if (!is_supported(job)) return static_cast<int>(cudaErrorInvalidValue);
+  Gpu gpu = {};
+  cudaError_t error = find_gpu(gpu);
+  // other devices have an empty kernel
+  if (error == cudaSuccess && gpu.major != 9) error = cudaErrorNoKernelImageForDevice;
+  if (error == cudaSuccess) error = prepare(multiply_experts, gpu.device, kBytes, false, prepared);
+  if (error == cudaSuccess) {
+    error = cudaMemsetAsync(job.taken, 0, 4, static_cast<cudaStream_t>(stream));
+  }
+  if (error != cudaSuccess) return static_cast<int>(error);
+  const auto blocks_of = [](int64_t threads) {
+    return static_cast<unsigned>((threads + kPreparingThreads - 1) / kPreparingThreads);
+  };
+  const int64_t values = static_cast<int64_t>(job.num_rows) * job.width;
+  const unsigned rounding = blocks_of(values / kValuesPerThread);
+  const unsigned peaks =
+      blocks_of(static_cast<int64_t>(job.num_experts) * job.columns * (1 + job.is_gated));
+  const int failed = launch(launch_config(rounding + peaks, kPreparingThreads, stream),
+                            prepare_operands, job, rounding);
+  if (failed != 0) return failed;
+  const int64_t tiles = max_tiles(job.num_experts, job.num_pairs, kPairs, column_groups(job));
+  const auto blocks = static_cast<uint32_t>(std::min<int64_t>(gpu.num_sms, tiles));
+  return launch(launch_config(blocks, kThreads, stream, kBytes), multiply_experts, job, blocks);
+}
+
+}  // namespace fd_dsa::experts_fp4
+
+extern "C" int fd_dsa_expert_gemm_fp4_cuda(const FdDsaExpertGemmFp4* job, void* stream) {
+  return fd_dsa::experts_fp4::launch_experts(*job, stream);
+}
+
+extern "C" int fd_dsa_expert_gemm_fp4_bytes() {
+  return static_cast<int>(sizeof(FdDsaExpertGemmFp4));
+}

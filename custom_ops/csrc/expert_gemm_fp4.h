@@ -1,0 +1,61 @@
+// The grouped GEMM of routed experts in MXFP4 by activations in FP8, for prompts: the C ABI of its
+// launcher.
+#pragma once
+
+#include <cstdint>
+
+// A (token, choice) pair is a row of the result. It is row pair / row_pairs of `x` times the
+// transposed weight of the pair's expert.
+//
+// Layout and size are part of the ABI.
+extern "C" struct FdDsaExpertGemmFp4 {
+  // bfloat16 [num_rows, width], 16-byte aligned
+  const void* x;
+  // memory of this launch, 16-byte aligned: bytes [num_rows, width], then float32
+  // [width / 128, num_rows], the codes and scales of `x`
+  void* codes;
+  float* code_scales;
+  // bytes [num_experts, parts, columns], the largest scale of each column
+  void* peaks;
+  // FourBitWeight of fd_dsa/tensor.py of kind "e8m0" and group 32, 16-byte aligned: codes
+  // [num_experts, parts, width / 128, columns, 64], e8m0 scales
+  // [num_experts, parts, width / 128, columns, 4] and float32 factors [num_experts, parts]. A gated
+  // expert has two parts: the gate, then the columns that it multiplies.
+  const void* weight;
+  const void* weight_scales;
+  const float* factors;
+  // int32 [num_experts, num_tokens] and [num_experts]: the pairs of each expert and their count
+  const int32_t* pairs;
+  const int32_t* counts;
+  // bfloat16 [pairs, columns], 16-byte aligned. Rows of pairs that are in no list are not written.
+  void* out;
+  // 4 bytes that the launch sets and uses
+  uint32_t* taken;
+  // bound of the gate and, at both sides, of the columns that it multiplies
+  float limit;
+  int32_t num_rows;
+  int32_t num_tokens;
+  // total pairs of all lists
+  int32_t num_pairs;
+  int32_t row_pairs;
+  // at most 1024
+  int32_t num_experts;
+  // a multiple of 128
+  int32_t width;
+  // a multiple of 64 of a gated expert, else of 128
+  int32_t columns;
+  // 1: the result is silu of the gate's columns times the other columns
+  int32_t is_gated;
+};
+
+static_assert(sizeof(FdDsaExpertGemmFp4) == 128, "fd_dsa.ops.expert_gemm_fp4_cuda has the same");
+
+// Fills `out` on Hopper (sm_90) by a memset of `taken` and two kernels, which CUDA graphs can
+// capture.
+//
+// Returns a cudaError_t, 0 = success. The launcher does not allocate or wait. The same input gives
+// the same bits.
+extern "C" int fd_dsa_expert_gemm_fp4_cuda(const FdDsaExpertGemmFp4* job, void* stream);
+
+// Returns the size of the structure, which a caller in another language compares with its own.
+extern "C" int fd_dsa_expert_gemm_fp4_bytes();

@@ -1,0 +1,228 @@
+"""The grouped GEMM of experts in MXFP4 by the kernel of custom_ops/, against sums in float64.
+
+On a GPU, in Paddle's memory, and on the CPU with emulated threads; see test_sparse_mla_kernel.py.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+pytest.importorskip("paddle", reason="the launches take Paddle's tensors")
+
+from fd_dsa.errors import DeviceError, LaunchError
+from fd_dsa.ops import expert_gemm_fp4_cuda
+from fd_dsa.ops.expert_gemm_fp4_cuda import Fp4ExpertGemm, kernel_for, suits
+from fd_dsa.ops.expert_pairs import group_pairs
+from fd_dsa.ops.four_bit_gemm import four_bit_gemm
+from fd_dsa.ops.fp8 import E4M3_VALUES
+from fd_dsa.ops.split_sums import Tiling
+from fd_dsa.tensor import FourBitWeight
+from tests.kernel_memory import KernelMemory
+from tests.ops import block_fp8
+from tests.ops.four_bit_case import MXFP4, NVFP4, Weight
+from tests.ops.test_expert_kernels import choices
+
+KERNELS = "expert_gemm_fp4"
+
+
+@pytest.fixture
+def launches(hopper_memory: KernelMemory, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The numbers of rows that the kernel was called with; it serves however few there are."""
+    calls: list[int] = []
+    call = Fp4ExpertGemm.__call__
+
+    def counted(self: Fp4ExpertGemm, x: object, *rest: object) -> None:
+        calls.append(x.shape[0])  # type: ignore[attr-defined]
+        call(self, x, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Fp4ExpertGemm, "__call__", counted)
+    monkeypatch.setattr(expert_gemm_fp4_cuda, "MANY_PAIRS", 0)
+    return calls
+
+
+def fp8_values(x: np.ndarray) -> np.ndarray:
+    """The values of rows that the kernel multiplies, float64."""
+    groups = x.reshape(len(x), -1, 128).astype(np.float64)
+    largest = np.maximum(np.abs(groups).max(axis=2, keepdims=True) / 448, 1e-12)
+    scale = 2.0 ** np.ceil(np.log2(largest))
+    codes = np.sort(E4M3_VALUES[:127].astype(np.float64))
+    size = np.abs(groups / scale)
+    above = np.searchsorted(codes, size).clip(1, 126)
+    low, high = codes[above - 1], codes[above]
+    # a tie goes to the even code; codes are their places
+    up = (size - low > high - size) | ((size - low == high - size) & (above % 2 == 0))
+    return (np.copysign(np.where(up, high, low), groups) * scale).reshape(x.shape)
+
+
+class Case:
+    """Rows, experts of each token and a weight."""
+
+    def __init__(
+        self, m: KernelMemory, ids: np.ndarray, gated: bool, columns: int, width: int, experts: int
+    ) -> None:
+        self.m, self.ids, self.gated = m, ids, gated
+        self.weight = Weight(MXFP4, experts, 1 + gated, columns, width)
+        rng = np.random.default_rng(len(ids))
+        # a row for each token of a gated GEMM, else one for each pair
+        self.rows = len(ids) if gated else ids.size
+        drawn = rng.standard_normal((self.rows, width)) * 2.0 ** rng.integers(-3, 3, (1, width))
+        self.x = block_fp8.rounded(drawn, "bfloat16")
+
+    def run(
+        self, limit: float | None = None, weight: FourBitWeight | None = None, **how: object
+    ) -> np.ndarray:
+        weight = self.weight.put(self.m) if weight is None else weight
+        lists = group_pairs(self.m.put(self.ids), weight.shape[0])
+        x, top_k = block_fp8.put(self.m, self.x, "bfloat16"), self.ids.shape[1]
+        out = four_bit_gemm(x, weight, *lists, top_k=top_k, limit=limit, **how)  # type: ignore[arg-type]
+        return block_fp8.get(self.m, out)
+
+    def check(self, found: np.ndarray, limit: float | None = None) -> None:
+        """Assert the pairs with an expert against float64 of the rounded rows."""
+        values, flat, x = self.weight.values(), self.ids.ravel(), fp8_values(self.x)
+        per_row = flat.size // self.rows
+        for expert in np.unique(flat[flat >= 0]):
+            pairs = np.flatnonzero(flat == expert)
+            sums = x[pairs // per_row] @ values[expert].T
+            size = np.abs(x[pairs // per_row]) @ np.abs(values[expert]).T
+            # tensor cores keep 13 bits of a code's product beside the largest one of 32
+            slack = 2.0**-12 * size if self.m.on_gpu else 2.0**-18 * size
+            # scales below 2^-120 are 0
+            wanted, bound = sums, slack + 2.0**-8 * np.abs(sums) + 2.0**-100
+            if self.gated:
+                (gate, up), (gate_slack, up_slack) = (np.split(a, 2, axis=1) for a in (sums, slack))
+                if limit is not None:
+                    gate, up = np.minimum(gate, limit), np.clip(up, -limit, limit)
+                silu = gate / (1 + np.exp(-gate))
+                wanted = silu * up
+                bound = 1.1 * gate_slack * np.abs(up) + np.abs(silu) * up_slack
+                bound += 2.0**-8 * np.abs(wanted) + 1.1 * gate_slack * up_slack
+            assert (np.abs(found[pairs] - wanted) <= bound).all()
+
+
+# which, tokens, experts of a token, experts, columns, width; sizes of all thirds of a tile, and a
+# second tile; experts without a token; one and two groups of columns
+CASES = [
+    ("random", 1, 1, 3, 128, 128),
+    ("one for all", 33, 1, 2, 64, 256),
+    ("one for all", 120, 1, 2, 128, 128),
+    ("padded", 90, 3, 4, 192, 384),
+    ("one for all", 251, 1, 2, 128, 128),
+]
+LARGE = [
+    ("random", 300, 6, 64, 256, 512),
+    ("padded", 1500, 4, 5, 512, 2048),
+    ("one for all", 2300, 1, 8, 256, 1024),
+]
+
+
+def cases(m: KernelMemory, number: int) -> list[tuple[str, int, int, int, int, int]]:
+    return [CASES[number]] if number < len(CASES) else LARGE if m.large else []
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["down", "gate_up"])
+@pytest.mark.parametrize("number", range(len(CASES) + 1))
+def test_every_pair_meets_its_expert(
+    paddle_memory: KernelMemory, launches: list[int], number: int, gated: bool
+) -> None:
+    for which, num_tokens, top_k, experts, columns, width in cases(paddle_memory, number):
+        ids = choices(which, num_tokens, top_k, experts)
+        of_expert = columns if gated else -(-columns // 128) * 128
+        case = Case(paddle_memory, ids, gated, of_expert, width, experts)
+        found = case.run()
+        assert launches == [case.rows]
+        case.check(found)
+        live = ids.ravel() >= 0
+        np.testing.assert_array_equal(case.run()[live], found[live])
+        launches.clear()
+
+
+def test_limit(paddle_memory: KernelMemory, launches: list[int]) -> None:
+    case = Case(paddle_memory, choices("random", 9, 2, 3), True, 64, 128, 3)
+    case.check(case.run(limit=0.05), 0.05)
+    assert len(launches) == 1
+    with pytest.raises(AssertionError):
+        case.check(case.run(), 0.05)
+
+
+@pytest.mark.parametrize("spread", [0, 11, 14, 40])
+def test_scales_far_apart(paddle_memory: KernelMemory, launches: list[int], spread: int) -> None:
+    """Values of small scales are exact to 2^14 below the largest scale, and then vanish."""
+    case = Case(paddle_memory, choices("one for all", 8, 1, 2), False, 128, 128, 2)
+    scales = case.weight.scales
+    scales[..., 0::2], scales[..., 1::2] = 120, 120 - spread
+    # rows in which small scales are all that counts
+    case.x[::2].reshape(-1, 4, 32)[:, 0::2] = 0
+    if spread > 14:
+        found = case.run()
+        assert (np.abs(found[::2]) <= 2.0 ** (120 - 127 - 14) * np.abs(case.x).sum()).all()
+    else:
+        case.check(case.run())
+    assert len(launches) == 1
+
+
+def test_scales_at_the_ends(paddle_memory: KernelMemory, launches: list[int]) -> None:
+    """The smallest scales give 0, and the largest allowed ones stay finite."""
+    case = Case(paddle_memory, choices("one for all", 8, 1, 2), False, 128, 128, 2)
+    case.weight.scales[:, :, :64], case.weight.scales[:, :, 64:] = 0, 154
+    found = case.run()
+    assert (found[:, :64] == 0).all() and np.isfinite(found).all()
+    case.check(found)
+
+
+def test_rows_without_an_expert_are_not_written(
+    paddle_memory: KernelMemory, launches: list[int]
+) -> None:
+    m, ids = paddle_memory, choices("padded", 70, 2, 3)
+    case = Case(m, ids, True, 64, 128, 3)
+    lists, x = group_pairs(m.put(ids), 3), block_fp8.put(m, case.x, "bfloat16")
+    kernel, out = kernel_for(x), m.poisoned((ids.size, 64), "bfloat16")
+    assert kernel is not None
+    kernel(x, case.weight.put(m), *lists, out, None)
+    case.check(block_fp8.get(m, out))
+    assert (m.get(out).view(np.uint16)[ids.ravel() < 0] == 0xA5A5).all()
+
+
+def test_special_values(paddle_memory: KernelMemory, launches: list[int]) -> None:
+    """A NaN stays in its row, and rows of zeros give zeros."""
+    case = Case(paddle_memory, np.zeros((5, 1), np.int32), True, 64, 128, 1)
+    case.x[1, 7], case.x[3] = np.nan, 0
+    found = case.run()
+    assert np.isnan(found[1]).all() and (found[3] == 0).all()
+    assert np.isfinite(found[[0, 2, 4]]).all()
+
+
+def test_other_forms_are_left_to_triton(paddle_memory: KernelMemory, launches: list[int]) -> None:
+    m = paddle_memory
+    nvfp4, odd = Weight(NVFP4, 2, 1, 128, 128).put(m), Weight(MXFP4, 2, 1, 64, 128).put(m)
+    narrow, good = Weight(MXFP4, 2, 2, 64, 96).put(m), Weight(MXFP4, 2, 2, 64, 128).put(m)
+    assert not any(suits(weight, 8, 16) for weight in (nvfp4, odd, narrow))
+    assert suits(good, 8, 16) and not suits(good, 2**30, 16)
+    case = Case(m, choices("random", 9, 2, 3), True, 64, 128, 3)
+    case.run(tiling=Tiling(16, 64, 4, 3))
+    assert not launches
+
+
+def test_few_pairs_are_left_to_triton(paddle_memory: KernelMemory) -> None:
+    good = Weight(MXFP4, 4, 2, 64, 128).put(paddle_memory)
+    few = 4 * expert_gemm_fp4_cuda.MANY_PAIRS
+    assert suits(good, few // 2, few) and not suits(good, few // 2, few - 2)
+
+
+def test_what_the_launcher_refuses(paddle_memory: KernelMemory, launches: list[int]) -> None:
+    m = paddle_memory
+    good = Weight(MXFP4, 2, 1, 128, 128).put(m)
+    x, lists = m.poisoned((4, 128), "bfloat16"), group_pairs(m.put(np.zeros((4, 1), np.int32)), 2)
+    kernel = kernel_for(x)
+    assert kernel is not None
+    for weight in (
+        Weight(MXFP4, 2, 1, 64, 128).put(m),
+        Weight(MXFP4, 1025, 1, 128, 128).put(m) if m.on_gpu else good._replace(width=96),
+    ):
+        columns = weight.codes.shape[3]
+        with pytest.raises(DeviceError, match="fd_dsa_expert_gemm_fp4_cuda: CUDA error"):
+            kernel(x, weight, *lists, m.poisoned((4, columns), "bfloat16"), None)
+    out = m.poisoned((513,), "bfloat16")[1:].reshape([4, 128])
+    with pytest.raises(LaunchError, match="out is not aligned to 16 bytes"):
+        kernel(x, good, *lists, out, None)
