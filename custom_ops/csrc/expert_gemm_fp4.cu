@@ -340,7 +340,7 @@ struct Multiplier {
   // Turns the codes of a stage, for four steps of wgmma.
   //
   // `peaks` has each column's largest scale in all four bytes.
-  __device__ __forceinline__ void read_codes(const Turn& turn, const uint32_t (&peaks)[2],
+  __device__ __forceinline__ void read_codes(const uint32_t (&peaks)[2],
                                              uint32_t (&codes)[4][4]) const {
     uint4 words[2];
     uint32_t below[2];
@@ -366,7 +366,7 @@ struct Multiplier {
     }
   }
 
-  // Starts the GEMM of a third, of kCount pairs, over a stage.
+  // Starts the GEMM of a third of kCount pairs over a stage.
   template <int kCount>
   __device__ __forceinline__ void multiply(float (&part)[kCount / 2], const uint32_t (&codes)[4][4],
                                            int third) const {
@@ -401,7 +401,7 @@ struct Multiplier {
   // The tile has kUsed times kCount pairs, and `count` of them are live.
   template <int kCount, int kUsed>
   __device__ __forceinline__ void run(const Tile& tile, int count) {
-    // products of 64 pairs leave registers for two thirds at a time
+    // results of 64 pairs leave registers for two thirds at a time
     constexpr int kAhead = kCount <= 64 && kUsed > 1 ? 2 : 1;
     float sums[kUsed][kCount / 2], parts[kAhead][kCount / 2];
 #pragma unroll
@@ -412,11 +412,13 @@ struct Multiplier {
     for (int piece = 0; piece < pieces; ++piece, turn.advance()) {
       if (piece > 0) barrier_wait(turn.is_full(), turn.parity);
       uint32_t codes[4][4];
-      // The warpgroups take turns, so that one turns codes while the other one's products are made.
+      // The warpgroups take turns, so that one turns codes during the other one's GEMMs.
       named_barrier_apart(own_barrier, 256);
-      read_codes(turn, peaks, codes);
+      read_codes(peaks, codes);
       pin(codes);
       named_barrier_arrive(kFirstBarrier + kSecondBarrier - own_barrier, 256);
+      // The copies of threads become visible to wgmma here, as a fence after the copy would wait
+      // for it.
       publish_to_async();
 #pragma unroll
       for (int third = 0; third < kAhead; ++third) multiply<kCount>(parts[third], codes, third);
@@ -426,6 +428,8 @@ struct Multiplier {
         read_scales<kCount>(scales, third);
         if (kAhead > 1 && third + 1 < kUsed) wgmma_wait<kAhead - 1>();
         else wgmma_wait<0>();
+        // the tensor cores read them until here
+        if (third + 1 == kUsed) pin(codes);
         add<kCount>(sums[third], parts[third % kAhead], scales);
         if (third + kAhead < kUsed) multiply<kCount>(parts[third % kAhead], codes, third + kAhead);
       }
@@ -466,18 +470,20 @@ struct Multiplier {
     const uint32_t from = lines + lane / 2 * kLine + lane % 2 * 16;
     const int32_t* pairs = pairs_of(job, tile);
     const int at = tile.group * (is_gated ? kHalfColumns : kColumns) + warp * (is_gated ? 8 : 16);
-    int32_t rows[kCount / 16];
+    int32_t rows[(kCount + 15) / 16];
 #pragma unroll
-    for (int i = 0; i < kCount / 16; ++i) {
-      const int pair = first + i * 16 + lane / 2;
-      rows[i] = pair < count ? __ldg(pairs + pair) : -1;
+    for (int i = 0; i < (kCount + 15) / 16; ++i) {
+      const int pair = i * 16 + lane / 2;
+      const bool is_live = pair < kCount && first + pair < count;
+      rows[i] = is_live ? __ldg(pairs + first + pair) : -1;
     }
 #pragma unroll
     for (int j = 0; j < kCount / 8; j += 2) {
       uint32_t values[4];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const float* x = sums + (j + i) * 4;
+        // an odd number of eights ends with 8 pairs
+        const float* x = sums + (j + i < kCount / 8 ? j + i : j) * 4;
         const float upper[2] = {x[0] * factor, x[1] * factor};
         const float lower[2] = {x[2] * next_factor, x[3] * next_factor};
         values[i] = is_gated ? pack_bfloat16(gated(upper[0], lower[0]), gated(upper[1], lower[1]))
@@ -517,6 +523,7 @@ struct Multiplier {
       else if (count <= 128) run<64, 2>(tile, count);
       else if (count <= 160) run<80, 2>(tile, count);
       else if (count <= 192) run<64, 3>(tile, count);
+      else if (count <= 216) run<72, 3>(tile, count);
       else run<80, 3>(tile, count);
     }
     // the last turn of the other warpgroup

@@ -447,10 +447,11 @@ __device__ __forceinline__ void pin(uint32_t (&x)[kSteps][4]) {
 #define FD_DSA_16 FD_DSA_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
 #define FD_DSA_24 FD_DSA_16 ", %16, %17, %18, %19, %20, %21, %22, %23"
 #define FD_DSA_32 FD_DSA_24 ", %24, %25, %26, %27, %28, %29, %30, %31"
-#define FD_DSA_40 FD_DSA_32 ", %32, %33, %34, %35, %36, %37, %38, %39"
-#define FD_DSA_48 FD_DSA_40 ", %40, %41, %42, %43, %44, %45, %46, %47"
-#define FD_DSA_64 FD_DSA_48                                      \
-  ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define FD_DSA_36 FD_DSA_32 ", %32, %33, %34, %35"
+#define FD_DSA_40 FD_DSA_36 ", %36, %37, %38, %39"
+#define FD_DSA_64 FD_DSA_40                                      \
+  ", %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51" \
+  ", %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 #define FD_DSA_128 FD_DSA_64                                                         \
   ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79" \
   ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95" \
@@ -458,6 +459,7 @@ __device__ __forceinline__ void pin(uint32_t (&x)[kSteps][4]) {
   ", %104, %105, %106, %107, %108, %109, %110, %111"                                 \
   ", %112, %113, %114, %115, %116, %117, %118, %119"                                 \
   ", %120, %121, %122, %123, %124, %125, %126, %127"
+#define FD_DSA_D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define FD_DSA_D8(i)                                                          \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), \
       "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
@@ -522,8 +524,8 @@ __device__ __forceinline__ void wgmma_code_rows(float (&d)[kCount], const uint32
                ", p, 1, 1;\n}\n" : __VA_ARGS__                                                   \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)))
   static_assert(kColumns <= 2 * kCount);
-  static_assert(kColumns == 32 || kColumns == 48 || kColumns == 64 || kColumns == 80 ||
-                kColumns == 96);
+  static_assert(kColumns == 32 || kColumns == 48 || kColumns == 64 || kColumns == 72 ||
+                kColumns == 80);
   if constexpr (kColumns == 32) {
     FD_DSA_CODES("m64n32", FD_DSA_16, "%16, %17, %18, %19", "%20", "%21", FD_DSA_D16(0));
   } else if constexpr (kColumns == 48) {
@@ -531,9 +533,9 @@ __device__ __forceinline__ void wgmma_code_rows(float (&d)[kCount], const uint32
                  FD_DSA_D8(16));
   } else if constexpr (kColumns == 64) {
     FD_DSA_CODES("m64n64", FD_DSA_32, "%32, %33, %34, %35", "%36", "%37", FD_DSA_D32(0));
-  } else if constexpr (kColumns == 96) {
-    FD_DSA_CODES("m64n96", FD_DSA_48, "%48, %49, %50, %51", "%52", "%53", FD_DSA_D32(0),
-                 FD_DSA_D16(32));
+  } else if constexpr (kColumns == 72) {
+    FD_DSA_CODES("m64n72", FD_DSA_36, "%36, %37, %38, %39", "%40", "%41", FD_DSA_D32(0),
+                 FD_DSA_D4(32));
   } else {
     FD_DSA_CODES("m64n80", FD_DSA_40, "%40, %41, %42, %43", "%44", "%45", FD_DSA_D32(0),
                  FD_DSA_D8(32));
