@@ -107,6 +107,7 @@ class Engine(gpu_engine.Engine):
             "blocks": sizes.kv_cache_bytes,
             "states": sizes.state_bytes,
             "graphs": sizes.graph_bytes,
+            "activations": sizes.activation_bytes,
             "work": 0,
         }
         used = None

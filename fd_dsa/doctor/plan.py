@@ -43,8 +43,8 @@ def plan(folder: Path, ranks: int, *, allow_unknown: bool = False) -> dict[str, 
         `max_model_len`, `max_num_seqs`, `block_size`, `has_weights`, `parts` and `caches`. `parts`
         has the bytes of weights on each GPU, by part of the model. For each cache dtype of the
         model `caches` has `bytes_per_token`, `state_bytes` (of rows and snapshots), `graph_bytes`,
-        `workspace_bytes` and `gpus`. `gpus` has `tokens` and `why_not` by memory in GiB. If the
-        model does not fit, `tokens` is 0 and `why_not` the reason.
+        `activation_bytes`, `workspace_bytes` and `gpus`. `gpus` has `tokens` and `why_not` by
+        memory in GiB. If the model does not fit, `tokens` is 0 and `why_not` the reason.
 
     Raises:
         ConfigError: an invalid flag, config.json or checkpoint, or a model that cannot be split.
@@ -96,7 +96,7 @@ def _caches(config: EngineConfig, model: FamilyConfig, weight_bytes: int) -> dic
     """Return the memory other than weights for one cache dtype, and the fit on each GPU."""
     from fd_dsa.engine.caches import caches_class
     from fd_dsa.runner.input_batch import InputBatch
-    from fd_dsa.startup.graph_sizes import graph_bytes
+    from fd_dsa.startup.graph_sizes import step_bytes
     from fd_dsa.startup.memory import plan_memory
     from fd_dsa.startup.plan import workspace_bytes
     from fd_dsa.triton_runtime.driver import GpuTraits
@@ -108,19 +108,20 @@ def _caches(config: EngineConfig, model: FamilyConfig, weight_bytes: int) -> dic
     batch = InputBatch(config.num_seqs, config.num_batched_tokens, blocks, tokens)
     caches = caches_class(model)(config, model, batch)
     workspace = workspace_bytes(config, model, caches, GpuTraits(*_TRAITS))
-    prompts = config.prompt_capture_sizes, config.max_decode_tokens
     sizes = {
         "weight_bytes": weight_bytes,
         "bytes_per_block": caches.bytes_per_block,
         "max_model_len": longest,
-        "graph_bytes": graph_bytes(model, config.capture_sizes, longest, *prompts),
         "state_bytes": caches.state_bytes,
     }
+    of_steps = step_bytes(config, model, longest)
     gpus = {}
     for gib in GPU_GIB:
         free, tokens, reason = int(config.gpu_memory_utilization * (gib << 30)), 0, ""
         try:
-            memory = plan_memory(config, **sizes, free_bytes=free - workspace, takes_all=True)
+            memory = plan_memory(
+                config, **sizes, **of_steps, free_bytes=free - workspace, takes_all=True
+            )
             tokens = memory.num_blocks * memory.block_size
         except ConfigError as error:
             reason = str(error)
@@ -128,7 +129,7 @@ def _caches(config: EngineConfig, model: FamilyConfig, weight_bytes: int) -> dic
     return {
         "bytes_per_token": caches.bytes_per_block // config.tokens_per_block,
         "state_bytes": caches.state_bytes,
-        "graph_bytes": sizes["graph_bytes"],
+        **of_steps,
         "workspace_bytes": workspace,
         "gpus": gpus,
     }
@@ -144,7 +145,9 @@ def as_lines(found: dict[str, Any]) -> Iterator[str]:
         yield f"unknown fields of config.json, ignored: {', '.join(found['unknown_fields'])}"
     yield f"on each of {found['ranks']} GPUs, GiB:"
     sizes = found["parts"] | {"weights in all": sum(found["parts"].values())}
-    sizes |= {"graphs, at most": first["graph_bytes"], "work memory": first["workspace_bytes"]}
+    sizes |= {"graphs, at most": first["graph_bytes"]}
+    sizes |= {"activations, at most": first["activation_bytes"]}
+    sizes |= {"work memory": first["workspace_bytes"]}
     states = f"states of {found['max_num_seqs']} rows in"
     sizes |= {f"{states} {kind}": one["state_bytes"] for kind, one in kinds.items()}
     shown = {part: size for part, size in sizes.items() if size}

@@ -1,13 +1,16 @@
-"""Sizes of captured steps, and the memory that they take."""
+"""Sizes of captured steps, and the memory of captured and of eager steps."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from fd_dsa.attention.protocol import PromptLimits
+from fd_dsa.config import EngineConfig
 from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.deepseek_v4.config import DeepseekV4Config
+from fd_dsa.models.moe import EXPERT_BYTES
 from fd_dsa.models.registry import FamilyConfig
+from fd_dsa.startup.memory import WIDTHS
 
 _MAX_PROMPTS = 16
 # data of the driver for a graph of some thousand launches
@@ -42,19 +45,40 @@ def _most_keys(size: int, max_dense_keys: int) -> int:
     return size + 2 * max_dense_keys
 
 
+def step_bytes(
+    config: EngineConfig, model_config: FamilyConfig, max_model_len: int
+) -> dict[str, int]:
+    """Return the bytes of the steps of an engine on a device, as arguments of `plan_memory`.
+
+    Args:
+        config: flags, resolved for a device.
+        model_config: configuration of the model, or of one rank's part.
+        max_model_len: longest prompt plus output, tokens.
+    """
+    prompts = config.prompt_capture_sizes, config.max_decode_tokens
+    sizes = config.capture_sizes, max_model_len, *prompts
+    tokens, dtype = config.num_batched_tokens, config.dtype
+    return {
+        "graph_bytes": graph_bytes(model_config, *sizes, dtype=dtype),
+        "activation_bytes": activation_bytes(model_config, tokens, dtype),
+    }
+
+
 def graph_bytes(
     config: FamilyConfig,
     sizes: Sequence[int],
     max_model_len: int,
     prompt_sizes: Sequence[int] = (),
     max_samples: int = 0,
+    *,
+    dtype: str = "bfloat16",
 ) -> int:
     """Return an upper bound of the bytes of captured steps, with prompts and without.
 
     Each graph keeps the driver's own data. With a layer for multi-token prediction it also keeps
     the hidden states that the graph of the layer reads. All graphs share the activations of the
-    largest one, counted as if a layer freed no activation before its end. The shared logits count
-    as memory of the sampling.
+    largest one, counted twice, because one activation rarely fits into the place of another. The
+    shared logits count as memory of the sampling.
 
     Args:
         config: configuration of the model, or of one rank's part.
@@ -62,6 +86,7 @@ def graph_bytes(
         max_model_len: longest prompt plus output, tokens.
         prompt_sizes: captured numbers of tokens of steps with prompts.
         max_samples: maximum number of tokens that such a step samples.
+        dtype: type of activations.
     """
     if not sizes:
         return 0
@@ -73,44 +98,68 @@ def graph_bytes(
         logits += config.vocab_size
     graphs = lengths * len(captured)
     if isinstance(config, ModelConfig):
-        has_layer, num_streams, token = config.mtp is not None, 1, _dsa_values(config)
+        has_layer, num_streams = config.mtp is not None, 1
         if prompt_sizes:
             # keys and values of every head, which only activations in bfloat16 have
             keys = _most_keys(max(prompt_sizes), config.index_topk)
             widths = config.qk_nope_head_dim + config.v_head_dim
-            kept = keys * config.num_attention_heads * widths // 2
+            kept = keys * config.num_attention_heads * widths * WIDTHS[dtype]
     else:
-        has_layer, num_streams, token = config.has_mtp_layer, config.hc_mult, _v4_values(config)
+        has_layer, num_streams = config.has_mtp_layer, config.hc_mult
     if has_layer:
         # further drafts have graphs for powers of two of rows
-        kept += lengths * sum(captured) * num_streams * config.hidden_size
+        kept += lengths * sum(captured) * num_streams * config.hidden_size * WIDTHS[dtype]
         graphs = 2 * (graphs + lengths * (1 + len(powers_below(max(sizes)))))
-    values = kept + max(captured) * token + max(*sizes, max_samples) * logits
-    return 4 * values + graphs * _GRAPH_BYTES + _POOL_BYTES
+    kept += 2 * activation_bytes(config, max(captured), dtype)
+    kept += 4 * max(*sizes, max_samples) * logits
+    return kept + graphs * _GRAPH_BYTES + _POOL_BYTES
+
+
+def activation_bytes(config: FamilyConfig, num_tokens: int, dtype: str) -> int:
+    """Return an upper bound of the bytes of a step's activations, close to the largest sum.
+
+    A layer keeps its inputs until its end. Its attention and its experts take memory one after the
+    other. Logits count as memory of the sampling, and buffers of the attention as its workspace.
+
+    Args:
+        config: configuration of the model, or of one rank's part.
+        num_tokens: number of tokens of the step.
+        dtype: type of activations.
+    """
+    width, hidden, expert = WIDTHS[dtype], config.hidden_size, config.moe_intermediate_size
+    if isinstance(config, ModelConfig):
+        streams, block = 1, max(_dsa_values(config), 3 * config.intermediate_size)
+        # hidden states of the step before
+        drafting = hidden if config.mtp is not None else 0
+    else:
+        streams, block = config.hc_mult, _v4_values(config)
+        # inputs of the layer that drafts, normed ones in two forms
+        drafting = (5 * streams + 3) * hidden // 2 if config.has_mtp_layer else 0
+    # streams before and after a connection, two changes, and the normed sum in two forms
+    kept = (4 * streams + 7) * hidden // 2 + drafting
+    # a longer step runs its experts in parts
+    whole = EXPERT_BYTES // (width * config.num_experts_per_tok * max(hidden, expert))
+    selected = min(num_tokens, whole) * config.num_experts_per_tok * (hidden + expert)
+    # results, and scores and lists with 4 bytes for each expert
+    others = 3 * hidden + 8 * config.n_routed_experts // width
+    return width * (num_tokens * kept + max(num_tokens * block, num_tokens * others + selected))
 
 
 def _dsa_values(config: ModelConfig) -> int:
-    """Return the values of a token in a layer of DeepSeek-V3.2 or GLM-5."""
-    heads, rank, hidden = config.num_attention_heads, config.kv_lora_rank, config.hidden_size
-    query = config.qk_nope_head_dim + config.qk_rope_head_dim
-    attention = 2 * (config.q_lora_rank + rank) + heads * (2 * query + 2 * rank)
-    attention += 3 * heads * config.v_head_dim + config.index_n_heads * config.index_head_dim
-    # activations of the selected experts, then the router's scores
-    moe = config.num_experts_per_tok * (config.moe_intermediate_size + hidden)
-    moe += config.n_routed_experts
-    dense = 3 * max(config.intermediate_size, config.moe_intermediate_size)
-    return attention + moe + dense + 8 * hidden
+    """Return the values of a token in the attention of DeepSeek-V3.2 or GLM-5."""
+    heads, rank = config.num_attention_heads, config.kv_lora_rank
+    # latents of queries in two forms, then latents and keys
+    latents = 5 * config.q_lora_rank // 2 + rank + config.qk_rope_head_dim + config.index_head_dim
+    # queries, absorbed queries and results
+    of_head = config.qk_head_dim + rank + config.v_head_dim
+    return latents + heads * of_head + config.index_n_heads * config.index_head_dim
 
 
 def _v4_values(config: DeepseekV4Config) -> int:
-    """Return the values of a token in a layer of DeepSeek-V4."""
-    width, hidden, expert = config.head_dim, config.hidden_size, config.moe_intermediate_size
-    heads, index_heads = config.num_attention_heads * width, config.index_n_heads
-    # latents and keys, sources of both halves, queries, results of all heads, selected entries
-    attention = 2 * (config.q_lora_rank + width) + 4 * (width + config.index_head_dim)
-    attention += 3 * heads + config.o_groups * config.o_lora_rank
-    attention += index_heads * (config.index_head_dim + 1) + config.index_topk
-    moe = config.num_experts_per_tok * (expert + hidden) + config.n_routed_experts
-    # streams before and after both connections, and the parts of a connection's sums
-    streams = (3 * config.hc_mult + 1) * hidden
-    return attention + moe + 3 * expert + streams + 8 * hidden
+    """Return the values of a token in the attention of DeepSeek-V4."""
+    width, index = config.head_dim, config.index_head_dim
+    # latents of queries in two forms, keys, and float32 values and gates of both halves
+    latents = 5 * config.q_lora_rank // 2 + 2 * width + 8 * (width + index)
+    # queries and results of all heads, queries of the indexer, selected entries
+    heads = 2 * config.num_attention_heads * width + config.index_n_heads * (index + 2)
+    return latents + heads + 2 * config.index_topk

@@ -15,7 +15,7 @@ from fd_dsa.models.registry import FamilyConfig
 from fd_dsa.startup.host_memory import available_memory_bytes
 
 _DEFAULT_CACHE_BYTES = 4 << 30
-_WIDTHS = {"float32": 4, "bfloat16": 2}
+WIDTHS = {"float32": 4, "bfloat16": 2}
 # parts of a model by the names of their tensors; the first pattern that fits counts
 _PARTS = {
     "routed experts": re.compile(r"\.experts\."),
@@ -37,6 +37,7 @@ class MemoryPlan:
     Attributes:
         weight_bytes: bytes of the weights as held.
         graph_bytes: bytes of captured steps with their activations, 0 without captures.
+        activation_bytes: bytes of the activations of the largest eager step, 0 on a CPU.
         state_bytes: bytes of the states that batch rows have in addition to blocks.
         free_bytes: free bytes of the system when the plan was made; on a CPU without those of the
             host blocks.
@@ -49,6 +50,7 @@ class MemoryPlan:
 
     weight_bytes: int
     graph_bytes: int
+    activation_bytes: int
     state_bytes: int
     free_bytes: int
     bytes_per_block: int
@@ -67,11 +69,20 @@ class MemoryPlan:
         """Bytes of all cache blocks of all layers."""
         return self.num_blocks * self.bytes_per_block
 
+    @property
+    def others(self) -> list[tuple[str, int]]:
+        """Name and bytes of each part apart from weights and blocks, if it has any."""
+        sizes = {
+            "graphs": self.graph_bytes,
+            "activations": self.activation_bytes,
+            "states": self.state_bytes,
+        }
+        return [(name, size) for name, size in sizes.items() if size]
+
     def summary(self) -> str:
         """Describe the plan in one line."""
         blocks_per_request = -(-self.max_model_len // self.block_size)
-        graphs = f"graphs {format_bytes(self.graph_bytes)}, " if self.graph_bytes else ""
-        states = f"states {format_bytes(self.state_bytes)}, " if self.state_bytes else ""
+        others = "".join(f"{name} {format_bytes(size)}, " for name, size in self.others)
         host = f"host memory {self.num_host_blocks} blocks ({format_bytes(self.host_bytes)}), "
         host = host if self.num_host_blocks else ""
         return (
@@ -79,7 +90,7 @@ class MemoryPlan:
             f"{self.block_size} = {self.num_blocks * self.block_size} tokens "
             f"({format_bytes(self.kv_cache_bytes)}, "
             f"{self.num_blocks // blocks_per_request} full-length requests), "
-            f"{graphs}{states}{host}free {format_bytes(self.free_bytes)}"
+            f"{others}{host}free {format_bytes(self.free_bytes)}"
         )
 
 
@@ -116,7 +127,7 @@ def weight_parts(
         fp8: names of tensors whose values are one byte, with a scale for each block.
         four_bits: experts in four bits; None = there are none.
     """
-    width, parts = _WIDTHS[dtype], dict.fromkeys((*_PARTS, _OTHERS), 0)
+    width, parts = WIDTHS[dtype], dict.fromkeys((*_PARTS, _OTHERS), 0)
     for name, tensor in expected_tensors(config).items():
         if len(tensor.shape) == 1 or _WIDE.search(name):
             size = 4 * tensor.num_elements
@@ -139,7 +150,7 @@ def whole_heads_bytes(config: FamilyConfig, dtype: str, ranks: int) -> int:
         dtype: type of the up-projections of keys and values.
     """
     own = (x for name, x in expected_tensors(config).items() if name.endswith("kv_b_proj.weight"))
-    return (ranks - 1) * _WIDTHS[dtype] * sum(tensor.num_elements for tensor in own)
+    return (ranks - 1) * WIDTHS[dtype] * sum(tensor.num_elements for tensor in own)
 
 
 def plan_memory(
@@ -149,6 +160,7 @@ def plan_memory(
     bytes_per_block: int,
     max_model_len: int,
     graph_bytes: int = 0,
+    activation_bytes: int = 0,
     state_bytes: int = 0,
     free_bytes: int | None = None,
     takes_all: bool = False,
@@ -162,7 +174,8 @@ def plan_memory(
     addition, in equal parts on all ranks. A CPU takes it from the same memory.
 
     Args:
-        weight_bytes, bytes_per_block, max_model_len, graph_bytes, state_bytes: as in MemoryPlan.
+        weight_bytes, bytes_per_block, max_model_len: as in MemoryPlan.
+        graph_bytes, activation_bytes, state_bytes: as in MemoryPlan.
         free_bytes: memory of a rank for weights, graphs and caches together; None = ask the
             system.
         takes_all: True if no other process needs the memory.
@@ -187,13 +200,15 @@ def plan_memory(
         flag = "--kv-cache-memory-bytes"
         num_blocks = int(config.kv_cache_memory_bytes) // bytes_per_block
     else:
-        room = max(free_bytes - weight_bytes - graph_bytes - state_bytes, 0)
+        others = graph_bytes + activation_bytes + state_bytes
+        room = max(free_bytes - weight_bytes - others, 0)
         if not takes_all:
             room = min(room // 2, max(_DEFAULT_CACHE_BYTES, needed_blocks * bytes_per_block))
         num_blocks = min(config.num_seqs * needed_blocks, room // bytes_per_block)
     plan = MemoryPlan(
         weight_bytes=weight_bytes,
         graph_bytes=graph_bytes,
+        activation_bytes=activation_bytes,
         state_bytes=state_bytes,
         free_bytes=free_bytes,
         bytes_per_block=bytes_per_block,
@@ -236,7 +251,8 @@ def _host_blocks(config: EngineConfig, bytes_per_block: int, free_bytes: int | N
 def _check_fit(plan: MemoryPlan, least_blocks: int, flag: str | None) -> None:
     """Refuse a plan that does not fit with `least_blocks` cache blocks."""
     kv_cache_bytes = least_blocks * plan.bytes_per_block
-    needed = plan.weight_bytes + kv_cache_bytes + plan.graph_bytes + plan.state_bytes
+    others = sum(size for _, size in plan.others)
+    needed = plan.weight_bytes + kv_cache_bytes + others
     if needed <= plan.free_bytes:
         return
     advice = f"lower {flag or '--max-model-len'}"
@@ -244,12 +260,13 @@ def _check_fit(plan: MemoryPlan, least_blocks: int, flag: str | None) -> None:
         advice = "the weights alone do not fit: take a smaller model or a larger machine"
     elif needed - plan.graph_bytes <= plan.free_bytes:
         advice = "give fewer or smaller --cudagraph-capture-sizes, or take --enforce-eager"
+    elif needed - plan.activation_bytes <= plan.free_bytes:
+        advice = "lower --max-num-batched-tokens"
     elif needed - plan.state_bytes <= plan.free_bytes:
         advice = "lower --max-num-seqs"
-    graphs = f" + graphs {format_bytes(plan.graph_bytes)}" if plan.graph_bytes else ""
-    graphs += f" + states {format_bytes(plan.state_bytes)}" if plan.state_bytes else ""
+    also = "".join(f" + {name} {format_bytes(size)}" for name, size in plan.others)
     raise ConfigError(
         f"memory: needs {format_bytes(needed)} (weights {format_bytes(plan.weight_bytes)} + kv "
-        f"cache {format_bytes(kv_cache_bytes)}{graphs}), free {format_bytes(plan.free_bytes)}; "
+        f"cache {format_bytes(kv_cache_bytes)}{also}), free {format_bytes(plan.free_bytes)}; "
         f"{advice}"
     )

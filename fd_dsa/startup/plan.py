@@ -18,7 +18,7 @@ from fd_dsa.engine.tokenizer import Tokenizer
 from fd_dsa.environment import exchanged_min_tokens
 from fd_dsa.errors import ConfigError
 from fd_dsa.runner.input_batch import InputBatch
-from fd_dsa.startup.graph_sizes import graph_bytes
+from fd_dsa.startup.graph_sizes import step_bytes
 from fd_dsa.startup.hardware import choose_device, has_fp8, prepare_paddle
 from fd_dsa.startup.host_memory import available_memory_bytes
 from fd_dsa.startup.memory import (
@@ -115,6 +115,7 @@ class EnginePlan:
                 "weight_bytes": self.memory.weight_bytes,
                 "kv_cache_bytes": self.memory.kv_cache_bytes,
                 "bytes_per_block": self.memory.bytes_per_block,
+                "activation_bytes": self.memory.activation_bytes,
                 "state_bytes": self.memory.state_bytes,
                 "num_blocks": self.memory.num_blocks,
                 "num_tokens": self.memory.num_blocks * self.memory.block_size,
@@ -318,14 +319,13 @@ def _plan_memory(
     from fd_dsa.device.resolve import free_device_bytes, traits_of
 
     device, num_ranks = config.device, config.tensor_parallel_size
-    free_bytes, captured_bytes = free_device_bytes(device, config.gpu_memory_utilization), 0
+    free_bytes = free_device_bytes(device, config.gpu_memory_utilization)
+    of_steps: dict[str, int] = {}
     has_own_memory = free_bytes is not None
     if free_bytes is not None:
         work_bytes = workspace_bytes(config, model_config, caches, traits_of(device))
         free_bytes = max(free_bytes - work_bytes, 0)
-        prompts = config.prompt_capture_sizes, config.max_decode_tokens
-        sizes = config.capture_sizes
-        captured_bytes = graph_bytes(model_config, sizes, max_model_len, *prompts)
+        of_steps = step_bytes(config, model_config, max_model_len)
     elif config.gpu_memory_utilization != EngineConfig.gpu_memory_utilization:
         logger.warning(
             "--gpu-memory-utilization has no effect on %s; --kv-cache-memory-bytes sets the "
@@ -346,17 +346,17 @@ def _plan_memory(
         weight_bytes=num_bytes,
         bytes_per_block=caches.bytes_per_block,
         max_model_len=max_model_len,
-        graph_bytes=captured_bytes,
         state_bytes=caches.state_bytes,
         free_bytes=free_bytes,
         takes_all=has_own_memory,
+        **of_steps,
     )
 
 
 def workspace_bytes(
     config: EngineConfig, model_config: Any, caches: Caches, traits: GpuTraits
 ) -> int:
-    """Return the bytes that a device needs in addition to weights, caches and graphs."""
+    """Return the bytes that a device needs in addition to weights, caches and steps."""
     from fd_dsa.runner.device_steps import sampling_bytes
 
     sizes = config.num_seqs, model_config.vocab_size, config.max_drafts

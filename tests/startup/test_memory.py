@@ -10,7 +10,7 @@ import pytest
 from fd_dsa.config import EngineConfig
 from fd_dsa.errors import ConfigError
 from fd_dsa.models.registry import config_from_dict
-from fd_dsa.startup.graph_sizes import graph_bytes
+from fd_dsa.startup.graph_sizes import activation_bytes, graph_bytes, step_bytes
 from fd_dsa.startup.host_memory import available_memory_bytes
 from fd_dsa.startup.memory import (
     MemoryPlan,
@@ -222,6 +222,33 @@ def test_graphs_take_their_share_and_are_told() -> None:
             plan_memory(config, graph_bytes=graphs, free_bytes=free, **sizes)
 
 
+def test_activations_take_their_share_and_are_told() -> None:
+    sizes = {"weight_bytes": 10 * GIB, "bytes_per_block": BLOCK, "max_model_len": 640}
+    config = EngineConfig(max_num_seqs=9000, block_size=64).on_device("cpu")
+    made = plan_memory(config, activation_bytes=4 * GIB, free_bytes=16 * GIB, **sizes)
+    assert made.num_blocks == 1024 and made.activation_bytes == 4 * GIB
+    assert "activations 4.0 GiB, free 16.0 GiB" in made.summary()
+    said = r"\+ activations 7.0 GiB\), free 16.0 GiB; lower --max-num-batched-tokens$"
+    with pytest.raises(ConfigError, match=said):
+        plan_memory(config, activation_bytes=7 * GIB, free_bytes=16 * GIB, **sizes)
+
+
+@pytest.mark.parametrize("fields", [TINY, V4_FLASH], ids=["v32", "v4"])
+def test_activations_grow_with_the_tokens_of_a_step(fields: dict[str, Any]) -> None:
+    config, found = config_from_dict(fields), []
+    for tokens, flags in ((512, {}), (2048, {}), (512, {"dtype": "float32"})):
+        device = EngineConfig(max_num_batched_tokens=tokens, enforce_eager=True, **flags)
+        found.append(step_bytes(device.on_device("gpu:0"), config, 8192))
+    assert [one["graph_bytes"] for one in found] == [0, 0, 0]
+    few, many, wide = (one["activation_bytes"] for one in found)
+    assert many == 4 * few and 1.9 * few < wide <= 2 * few
+    # a rank has a part of the heads and experts, and whole streams
+    assert 0.3 * few < activation_bytes(config.split(2), 512, "bfloat16") < few
+    # experts of longer steps run in parts
+    longest = activation_bytes(config, 1 << 20, "bfloat16")
+    assert longest <= 2048 * few
+
+
 def test_host_memory_for_prefix_blocks_is_beside_the_caches() -> None:
     flags = {"max_num_seqs": 5, "kv_offload_bytes": "20G"}
     made = plan(100 * GIB, **flags)
@@ -270,4 +297,9 @@ def test_graphs_of_a_layer_that_drafts_keep_hidden_states(
     )
     # one graph more for each of two steps, and those of further drafts of 1, 2, 4 and 8 rows
     graphs = (2 + 2 * 4) * (4 << 20)
-    assert drafting - plain == graphs + 4 * 9 * num_streams * config.hidden_size
+    kept = 2 * 9 * num_streams * config.hidden_size
+    # the layer has activations of its own, and all count twice
+    plain_step, drafting_step = (
+        activation_bytes(one, 8, "bfloat16") for one in (config, config.with_mtp_layer())
+    )
+    assert drafting - plain == graphs + kept + 2 * (drafting_step - plain_step)

@@ -181,7 +181,8 @@ def test_the_share_of_a_device_that_may_be_taken(monkeypatch: pytest.MonkeyPatch
         )
         plan = make_plan(config).memory
         blocks.append(plan.num_blocks)
-        room = int(share * (8 << 30)) - (1 << 30) - plan.weight_bytes
+        assert plan.activation_bytes > 0
+        room = int(share * (8 << 30)) - (1 << 30) - plan.weight_bytes - plan.activation_bytes
         assert plan.num_blocks == room // plan.bytes_per_block
     assert asked == [0.5, 1.0] and blocks[0] < blocks[1]
 
