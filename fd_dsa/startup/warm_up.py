@@ -37,10 +37,13 @@ def warm_up(runner: ModelRunner, plan: EnginePlan) -> str:
     """
     if plan.device == "cpu" or interprets(plan.device):
         return "not needed on this device"
+    from fd_dsa.device.allocation import paddle_allocator
     from fd_dsa.runner.step_graphs import PaddleCapture
     from fd_dsa.triton_runtime import freeze, warming
 
     start = time.perf_counter()
+    # steps of all sizes have parts of one freed block, while those of growing steps would add up
+    paddle_allocator(plan.device)((plan.memory.activation_bytes,), "uint8")
     # another engine of this process may have frozen the kernels
     with warming():
         compile_forms(runner)
