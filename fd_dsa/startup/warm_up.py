@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterable
 from contextlib import nullcontext
@@ -10,17 +11,61 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fd_dsa.errors import DeviceError
+from fd_dsa.environment import usable_cpus
+from fd_dsa.errors import DeviceError, describe_error
 from fd_dsa.ops.sampling.parameters import RowParameters
 from fd_dsa.runner.counters import StepCounters
 from fd_dsa.runner.input_batch import SamplingInputs
 from fd_dsa.startup.capture import capture_graphs
+from fd_dsa.startup.host_memory import available_memory_bytes
 from fd_dsa.startup.plan import EnginePlan
 from fd_dsa.startup.trial_rows import clear_rows, fill_rows
 from fd_dsa.startup.trial_steps import dense_steps, sparse_steps
 
 if TYPE_CHECKING:
     from fd_dsa.runner.model_runner import ModelRunner
+
+logger = logging.getLogger(__name__)
+
+# processes that compile: more have nothing to do while the slowest kernel is compiled
+_MAX_COMPILERS = 16
+# host memory for each of them
+_COMPILER_BYTES = 512 << 20
+
+
+def compile_in_processes(runner: ModelRunner, plan: EnginePlan) -> None:
+    """Compile the kernels of a device in several processes, into Triton's cache on disk.
+
+    The steps of `warm_up` run without their kernels, to find the forms. `warm_up` compiles
+    whatever is missing afterwards, so no failure here is an error.
+    """
+    if plan.device == "cpu" or interprets(plan.device):
+        return
+    from fd_dsa.triton_runtime import compile_ahead, warming
+
+    start = time.perf_counter()
+    try:
+        fitting = available_memory_bytes() // _COMPILER_BYTES
+        processes = min(usable_cpus(), fitting, _MAX_COMPILERS)
+        if processes < 2:
+            logger.info("kernels compile one at a time: no processor or memory for two processes")
+            return
+        with warming(), compile_ahead(processes) as ahead:
+            compile_forms(runner)
+            with runner.model.one_layer_of_each_kind():
+                warm_up_kernels(runner, before_captures=not plan.config.enforce_eager)
+            plan.caches.state_copies(runner.attn_backends[0])
+    except Exception as error:
+        logger.warning("kernels compile one at a time: %s", describe_error(error))
+        clear_rows(runner.input_batch)
+        return
+    seconds, failed = time.perf_counter() - start, ""
+    if ahead.errors:
+        failed = f", {len(ahead.errors)} failed, first {ahead.errors[0]}"
+    logger.info(
+        "%d kernels in Triton's cache after %.1f s, by %d processes%s",
+        *(ahead.num_kernels - len(ahead.errors), seconds, ahead.num_workers, failed),
+    )
 
 
 def warm_up(runner: ModelRunner, plan: EnginePlan) -> str:

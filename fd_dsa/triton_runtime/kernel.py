@@ -17,7 +17,8 @@ from fd_dsa.errors import (
     is_out_of_memory,
 )
 from fd_dsa.triton_runtime import compile_freeze
-from fd_dsa.triton_runtime.compiler import Argument, Compiled, compile_kernel
+from fd_dsa.triton_runtime.compile_ahead import MODE, CompileAhead, Order
+from fd_dsa.triton_runtime.compiler import Argument, Compiled, argument_codes, compile_kernel
 from fd_dsa.triton_runtime.device_api import DeviceApi
 from fd_dsa.triton_runtime.driver import cuda
 from fd_dsa.triton_runtime.interpreter import InterpretedVariant
@@ -106,7 +107,7 @@ class Kernel:
         self.signature, self._waits = Signature(function, *declared), waits
         self.fn: Any = made or triton.jit(fn)
         self.arg_names = tuple(self.signature.parameters)
-        self.__name__ = self.signature.kernel
+        self.__name__, self.__module__ = self.signature.kernel, function.__module__
         self.__doc__ = function.__doc__
         self._lock = threading.RLock()
         self._variants: dict[Hashable, Variant] = {}
@@ -119,9 +120,11 @@ class Kernel:
             grid: one to three numbers of programs, or a function that makes them of a dict of all
                 arguments and options by name.
         """
+        ahead = MODE.ahead
+        kernel = self if ahead is None else ahead.stand_in(self, _StandIn)
         if callable(grid):
-            return partial(self.run, grid)
-        return partial(self._launch, resolve_grid(self.__name__, grid, {}, {}))
+            return partial(kernel.run, grid)
+        return partial(kernel._launch, resolve_grid(self.__name__, grid, {}, {}))
 
     def __call__(self, *_: object, **__: object) -> None:
         """Refuse a call without a grid.
@@ -212,16 +215,21 @@ class Kernel:
         with compile_freeze.warming():
             return self._variant(arguments, options, device).compiled
 
+    def _compiled_options(
+        self, options: Mapping[str, object], capability: int
+    ) -> Mapping[str, object]:
+        """Return the options that a variant is compiled with, with or without PDL."""
+        overlaps = self._waits and capability >= _OVERLAPS_FROM and launches_overlap()
+        return {**options, "launch_pdl": True} if overlaps else options
+
     def _compile(
         self, arguments: Mapping[str, Argument], options: Mapping[str, object], capability: int
     ) -> tuple[Compiled, Mapping[str, object]]:
         """Compile a variant. Returns it and the options of its launches, with or without PDL."""
-        if not (self._waits and capability >= _OVERLAPS_FROM and launches_overlap()):
-            return compile_kernel(self.fn, arguments, options, capability), options
-        overlapping = {**options, "launch_pdl": True}
-        compiled = compile_kernel(self.fn, arguments, overlapping, capability)
+        wanted = self._compiled_options(options, capability)
+        compiled = compile_kernel(self.fn, arguments, wanted, capability)
         # Triton before 3.5 emits no wait, so the kernel would start before its inputs are written
-        return compiled, overlapping if compiled.waits else options
+        return compiled, wanted if compiled.waits else options
 
     def _variant_for(
         self, values: Mapping[str, object], options: Mapping[str, object]
@@ -296,3 +304,32 @@ class Kernel:
                 numbers = picker(names.index(p.name) for p in variant.numbers)
                 spelling.known[key] = variant, numbers, [*map(DTYPE, tensors)]
                 self._spellings[(*kwargs, *types)] = spelling
+
+
+class _StandIn(Kernel):
+    """Stand-in for a kernel, whose launches only have their variants compiled.
+
+    Args:
+        kernel: kernel whose later launches need the variants.
+        ahead: compiles them.
+    """
+
+    def __init__(self, kernel: Kernel, ahead: CompileAhead) -> None:
+        vars(self).update(vars(kernel))
+        self._kernel, self._ahead = kernel, ahead
+        self._variants, self._spellings = {}, {}
+
+    def _new_variant(
+        self, arguments: dict[str, Argument], options: Mapping[str, object], device: int
+    ) -> Variant:
+        """Order a variant, unless the kernel has it, and return one that does nothing."""
+        key = device, tuple(arguments.values()), tuple(options.items())
+        if key not in self._kernel._variants:
+            capability = cuda().traits(device).capability
+            wanted = self._compiled_options(options, capability)
+            names = self.__module__, self.__name__, self.fn.cache_key
+            self._ahead.add(Order(*names, arguments, wanted, capability))
+        nothing = Compiled(self.__name__, b"", "", 0, 1, argument_codes(arguments))
+        variant = Variant(self.signature, arguments, options, nothing, 0, device, cuda())
+        variant.enqueue = lambda *call: 0
+        return variant

@@ -10,6 +10,7 @@ from typing import Any
 
 from fd_dsa.errors import LaunchError
 from fd_dsa.tensor import Tensor
+from fd_dsa.triton_runtime.compile_ahead import only_compiles
 from fd_dsa.triton_runtime.compiler import Argument, Compiled
 from fd_dsa.triton_runtime.device_api import DeviceApi
 from fd_dsa.triton_runtime.driver import Driver
@@ -246,7 +247,7 @@ class BoundLaunch:
         if grid is not None or self._grid_function is not None:
             named = {**values, **dict(zip(self._scalars, scalars, strict=False))}
             sizes = self._resolve(grid or self._grid_function or self.grid, named)
-        if 0 in sizes:
+        if 0 in sizes or only_compiles():
             return
         try:
             memory = variant.fill(self._addresses, numbers, sizes)

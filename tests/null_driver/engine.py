@@ -46,6 +46,8 @@ class NullDriver:
 
     Attributes:
         device: the first device, as a `device` argument takes it.
+        ordered: forms of kernels that a start has processes compile, each with `launches` before.
+        unforeseen: kernels that the start then compiles itself.
 
     Args:
         num_devices: GPUs that the process sees.
@@ -61,13 +63,39 @@ class NullDriver:
         # the package finds a library that is loaded
         self._libraries = [ctypes.CDLL(str(folder / name)) for name in NAMES.values()]
         import_module("fd_dsa.custom_ops").use_library(folder / OPERATORS)
-        _leave_out_compiler()
+        self.ordered: dict[object, int] = {}
+        self.unforeseen: list[str] = []
+        self._leave_out_compiler()
         for name in CHECKS:
             replace(import_module(name), "difference", lambda *arguments: "")
 
     def launches(self) -> int:
         """Return the kernels, GEMMs and collectives that were enqueued so far."""
         return sum(library.null_launches() for library in self._libraries)
+
+    def _leave_out_compiler(self) -> None:
+        """Give the launcher kernels without code, which wait for the kernel before."""
+        from fd_dsa.triton_runtime import compiler, kernel
+
+        # an earlier release has no such module
+        with suppress(ModuleNotFoundError):
+            ahead = import_module("fd_dsa.triton_runtime.compile_ahead")
+
+            def order(_: Any, wanted: Any) -> None:
+                form = _form(wanted.name, wanted.arguments, wanted.options)
+                self.ordered[form] = self.launches()
+
+            replace(ahead.CompileAhead, "add", order)
+
+        def compile_nothing(fn: Any, arguments: Any, options: Any, capability: int) -> Any:
+            if self.ordered and _form(fn.__name__, arguments, options) not in self.ordered:
+                self.unforeseen.append(fn.__name__)
+            codes = compiler.argument_codes(arguments)
+            ptx = "griddepcontrol.wait"
+            return compiler.Compiled(fn.__name__, b"", ptx, 0, options["num_warps"], codes)
+
+        for module in (compiler, kernel):
+            replace(module, "compile_kernel", compile_nothing)
 
 
 class AbsentRanks:
@@ -149,14 +177,6 @@ def replace(module: Any, name: str, value: object) -> None:
     setattr(module, name, value)
 
 
-def _leave_out_compiler() -> None:
-    """Give the launcher kernels without code, which wait for the kernel before as compiled ones."""
-    from fd_dsa.triton_runtime import compiler, kernel
-
-    def compile_nothing(fn: Any, arguments: Any, options: Any, capability: int) -> Any:
-        codes = compiler.argument_codes(arguments)
-        ptx = "griddepcontrol.wait"
-        return compiler.Compiled(fn.__name__, b"", ptx, 0, options["num_warps"], codes)
-
-    for module in (compiler, kernel):
-        replace(module, "compile_kernel", compile_nothing)
+def _form(name: str, arguments: Mapping[str, Any], options: Mapping[str, Any]) -> object:
+    """Return what tells a compiled kernel from others."""
+    return name, tuple(arguments.values()), tuple(options.items())

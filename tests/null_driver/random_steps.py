@@ -1,4 +1,4 @@
-"""Runs random steps of an engine of random sizes, and prints what compiles after its start.
+"""Runs random steps of an engine of random sizes, and prints what compiles too late.
 
 `python -m tests.null_driver.random_steps SEED [WHAT]`. WHAT is deepseek_v4, or one of
 tests/models/four_bits.py for the format of the weights. The last line says how many steps ran.
@@ -10,13 +10,14 @@ import logging
 import random
 import sys
 import tempfile
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from benchmarks._harness import random_prompts
 from benchmarks.host_time import v32
 from tests.models.four_bits import FORMATS
-from tests.null_driver.engine import V4, V4_FORMATS, NullDriver, open_engine
+from tests.null_driver.engine import V4, V4_FORMATS, NullDriver, open_engine, replace
 
 STEPS = 120
 # tokens that a prompt may have; the longest one is cut into chunks in most engines
@@ -110,10 +111,17 @@ def main() -> None:
         model["quantization_config"] = FORMATS[what].fields
     print(config)
     driver = NullDriver(config["tensor_parallel_size"])
+    # tests have one processor each
+    replace(import_module("fd_dsa.startup.warm_up"), "usable_cpus", lambda: 2)
     logging.getLogger("fd_dsa.triton_runtime").addHandler(Printer(logging.WARNING))
     logging.getLogger("fd_dsa.attention.head_exchange").addHandler(Printer(logging.INFO))
     with tempfile.TemporaryDirectory() as folder:
         engine = open_engine(driver, model, Path(folder), **config)
+    launches = driver.ordered.values()
+    print(
+        f"{len(launches)} kernels compiled by processes, others: {driver.unforeseen}, "
+        f"{max(launches) - min(launches)} launches meanwhile"
+    )
     steps = run_steps(engine, draw, config["max_model_len"])
     print(f"{steps} steps, {engine.metrics.steps.late_compilations} late compilations")
 

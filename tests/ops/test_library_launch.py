@@ -11,7 +11,7 @@ import pytest
 
 from fd_dsa.errors import BackendUnavailable, DeviceError
 from fd_dsa.ops.library_kernel import LibraryKernel
-from fd_dsa.triton_runtime import register_device_api
+from fd_dsa.triton_runtime import compile_ahead, register_device_api
 from tests.triton_runtime.fakes import FakeApi, FakeLibrary, FakeTensor, driven_by
 
 pytestmark = pytest.mark.triton
@@ -52,6 +52,16 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[Kernels]:
     with driven_by(FakeLibrary(num_devices=request.param)) as driver:
         driver.enter(0x1000)
         yield Kernels(driver)
+
+
+def test_nothing_is_launched_on_results_that_are_missing(kernels: Kernels) -> None:
+    launch = Launch(kernels)
+    register_device_api(FakeTensor, FakeApi())
+    with compile_ahead(1):
+        launch(1)
+    assert not kernels.launched
+    launch(2)
+    assert [number for number, *_ in kernels.launched] == [2]
 
 
 def test_a_call_reads_the_structure_and_the_stream_of_its_time(kernels: Kernels) -> None:
