@@ -23,7 +23,7 @@ from fd_dsa.startup.plan import EnginePlan, make_plan
 from fd_dsa.startup.progress import StartupProgress
 from fd_dsa.startup.ranks import Ranks
 from fd_dsa.startup.trial_rows import clear_rows
-from fd_dsa.startup.warm_up import compile_in_processes, interprets, warm_up
+from fd_dsa.startup.warm_up import compile_in_processes, interprets, share_activations, warm_up
 
 if TYPE_CHECKING:
     from fd_dsa.runner.model_runner import ModelRunner
@@ -119,6 +119,7 @@ def build_runner(
     batch, device = plan.input_batch, plan.device
     runner = kind(model, batch, None, num_blocks, device, backend, max_drafts=drafts)
     progress.done(plan.memory.summary())
+    share_activations(plan)
     if group is None or group.rank == 0:
         # all ranks have the same kernels
         compile_in_processes(runner, plan)

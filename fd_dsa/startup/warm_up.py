@@ -33,6 +33,18 @@ _MAX_COMPILERS = 16
 _COMPILER_BYTES = 512 << 20
 
 
+def share_activations(plan: EnginePlan) -> None:
+    """Give steps of all sizes the same memory, by a block that is freed at once.
+
+    Paddle keeps freed memory, and the activations of growing steps would add up.
+    """
+    if plan.device == "cpu" or interprets(plan.device):
+        return
+    from fd_dsa.device.allocation import paddle_allocator
+
+    paddle_allocator(plan.device)((plan.memory.activation_bytes,), "uint8")
+
+
 def compile_in_processes(runner: ModelRunner, plan: EnginePlan) -> None:
     """Compile the kernels of a device in several processes, into Triton's cache on disk.
 
@@ -82,13 +94,10 @@ def warm_up(runner: ModelRunner, plan: EnginePlan) -> str:
     """
     if plan.device == "cpu" or interprets(plan.device):
         return "not needed on this device"
-    from fd_dsa.device.allocation import paddle_allocator
     from fd_dsa.runner.step_graphs import PaddleCapture
     from fd_dsa.triton_runtime import freeze, warming
 
     start = time.perf_counter()
-    # steps of all sizes have parts of one freed block, while those of growing steps would add up
-    paddle_allocator(plan.device)((plan.memory.activation_bytes,), "uint8")
     # another engine of this process may have frozen the kernels
     with warming():
         compile_forms(runner)
