@@ -278,7 +278,7 @@ def test_memory_of_graphs_is_within_the_plan(rig: Rig, tmp_path: Path) -> None:
     before = free_device_bytes(rig.device) or 0
     with captured(rig, runner, (4,), (16,)):
         assert runner.graphs is not None
-        planned = graph_bytes(model.config, (4,), LONGEST, (16,), 4)
+        planned = graph_bytes(model.config, (4,), LONGEST, (16,), 4, dtype="float32")
         if rig.is_real:
             taken = before - (free_device_bytes(rig.device) or 0)
             # 0 where the graphs fit into pages that the driver holds already
