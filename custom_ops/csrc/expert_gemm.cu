@@ -47,10 +47,7 @@ constexpr uint32_t kEnds = kScales + kStages * kStageScaleBytes;
 constexpr uint32_t kNext = kEnds + 4 * kMaxExperts;
 constexpr uint32_t kBarriers = kNext + 2 * 4;
 constexpr uint32_t kBytes = kBarriers + 2 * kStages * 8;
-static_assert(kBytes <= 232448 && kBarriers % 8 == 0 && kLines % 16 == 0);
-
-// Numbers of named barriers.
-enum { kCopierBarrier = 1 };
+static_assert(kBytes <= 232448 && kBarriers % 8 == 0 && kLines % 16 == 0 && kNext % 8 == 0);
 
 // Returns the count of column groups, of two blocks of columns each.
 __host__ __device__ __forceinline__ int column_groups(const Job& job) {
@@ -60,25 +57,12 @@ __host__ __device__ __forceinline__ int column_groups(const Job& job) {
 
 #if defined(FD_DSA_HOPPER)
 
-// A stage is full after the copies of 128 threads and of the copy engine, and free after the reads
-// of 8 warps.
-constexpr int kFullArrivals = 128 + 1, kFreeArrivals = 8 * kWarpArrivals;
-
-// The next stage, and the parity of the phase in which it is full.
-struct Turn {
-  uint32_t base;
-  int stage = 0;
-  uint32_t parity = 0;
-
-  __device__ __forceinline__ void advance() {
-    if (++stage == kStages) stage = 0, parity ^= 1;
-  }
+struct Turn : StageTurn<kStages, kBarriers> {
   __device__ __forceinline__ uint32_t operands() const { return base + stage * kStage; }
   __device__ __forceinline__ uint32_t scales() const {
     return base + kScales + stage * kStageScaleBytes;
   }
-  __device__ __forceinline__ uint32_t is_full() const { return base + kBarriers + stage * 8; }
-  __device__ __forceinline__ uint32_t is_free() const { return is_full() + kStages * 8; }
+  __device__ __forceinline__ uint32_t own_tile() const { return scales() + kOwnTile; }
 };
 
 // ---- tiles
@@ -123,7 +107,7 @@ __device__ __forceinline__ void copy_stages(const Job& job, const TensorMap& wei
     const uint32_t operands = turn.operands(), scales = turn.scales(), full = turn.is_full();
     barrier_wait(turn.is_free(), turn.parity ^ 1);
     if (thread == 0) {
-      store_shared(scales + kOwnTile, number);
+      store_shared(turn.own_tile(), number);
       barrier_arrive_expecting(full, 2 * kOperand);
       copy_tile(operands + kOperand, weight, group * kGroup, first, full);
       copy_tile(operands + 2 * kOperand, weight, group * kGroup, second, full);
@@ -142,31 +126,6 @@ __device__ __forceinline__ void copy_stages(const Job& job, const TensorMap& wei
   }
 }
 
-// Copies tile after tile, and tells the multiplying warpgroups when the last one is done.
-__device__ __forceinline__ void copy_tiles(const Job& job, const TensorMap& weight, uint32_t base,
-                                           uint32_t blocks, int thread) {
-  Turn turn{base};
-  uint32_t number = blockIdx.x, slot = base + kNext;
-  Tile tile;
-  while (find_tile<kGroup>(job, column_groups(job), base + kEnds, number, tile)) {
-    // the counter's answer arrives while the tile is copied
-    uint32_t next = 0;
-    if (thread == 0) next = atomicAdd(job.taken, 1u) + blocks;
-    copy_stages(job, weight, tile, number, thread, turn);
-    // two slots in turn: the written slot was read before the last barrier
-    slot ^= 4;
-    if (thread == 0) store_shared(slot, next);
-    named_barrier(kCopierBarrier, 128);
-    number = load_shared(slot);
-  }
-  barrier_wait(turn.is_free(), turn.parity ^ 1);
-  if (thread == 0) {
-    store_shared(turn.scales() + kOwnTile, kNoTile);
-    barrier_arrive(turn.is_full());
-  }
-  barrier_arrive(turn.is_full());
-}
-
 // ---- the warpgroups that multiply
 
 // Warpgroup 0 or 1 with its 64 rows of each tile.
@@ -183,7 +142,7 @@ struct Multiplier {
 
   __device__ __forceinline__ Multiplier(const Job& job, uint32_t base, int warpgroup, int warp,
                                         int lane)
-      : job(job), base(base), warpgroup(warpgroup), warp(warp), lane(lane), turn{base} {}
+      : job(job), base(base), warpgroup(warpgroup), warp(warp), lane(lane), turn{{base}} {}
 
   // Returns the first of this warp's rows of a tile.
   __device__ __forceinline__ int first_row() const { return warpgroup * 64 + warp * 16; }
@@ -325,7 +284,7 @@ struct Multiplier {
   __device__ __forceinline__ void run() {
     for (;;) {
       barrier_wait(turn.is_full(), turn.parity);
-      const uint32_t number = load_shared(turn.scales() + kOwnTile);
+      const uint32_t number = load_shared(turn.own_tile());
       Tile tile;
       if (number == kNoTile ||
           !find_tile<kGroup>(job, column_groups(job), base + kEnds, number, tile)) {
@@ -362,14 +321,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const uint32_t base = shared_address(shared_memory());
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
   const int warp = __shfl_sync(~0u, threadIdx.x / 32 % 4, 0), lane = threadIdx.x % 32;
-  if (threadIdx.x == 0) {
-    Turn turn{base};
-    for (; turn.parity == 0; turn.advance()) {
-      barrier_init(turn.is_full(), kFullArrivals);
-      barrier_init(turn.is_free(), kFreeArrivals);
-    }
-    barriers_ready();
-  }
+  if (threadIdx.x == 0) prepare_stages(Turn{{base}});
   if (warpgroup == 0 && warp == 1) count_tiles<kGroup>(job, base + kEnds, lane);
   __syncthreads();
   if (warpgroup < 2) {
@@ -377,7 +329,15 @@ __global__ void __launch_bounds__(kThreads, 1)
     Multiplier(job, base, warpgroup, warp, lane).run();
   } else {
     fewer_registers<kCopyRegisters>();
-    copy_tiles(job, weight, base, blocks, threadIdx.x % 128);
+    const int thread = threadIdx.x % 128;
+    copy_tiles(
+        Turn{{base}}, job.taken, base + kNext, blocks, thread,
+        [&](uint32_t number, Tile& tile) {
+          return find_tile<kGroup>(job, column_groups(job), base + kEnds, number, tile);
+        },
+        [&](const Tile& tile, uint32_t number, Turn& turn) {
+          copy_stages(job, weight, tile, number, thread, turn);
+        });
   }
 #endif
 }

@@ -58,13 +58,13 @@ constexpr uint32_t kLine = 32 + 16, kLines = kAllPairScales + kStages * kPairSca
 constexpr uint32_t kTable = kLines + 8 * 16 * kLine;
 constexpr uint32_t kOwnTiles = kTable + kScaleCodes * 8;
 constexpr uint32_t kEnds = kOwnTiles + kStages * 4;
-constexpr uint32_t kNext = kEnds + 4 * kMaxExperts;
-constexpr uint32_t kBarriers = (kNext + 2 * 4 + 7) / 8 * 8;
+constexpr uint32_t kNext = (kEnds + 4 * kMaxExperts + 7) / 8 * 8;
+constexpr uint32_t kBarriers = kNext + 2 * 4;
 constexpr uint32_t kBytes = kBarriers + 2 * kStages * 8;
-static_assert(kBytes <= 232448 && kLines % 16 == 0 && kTable % 8 == 0);
+static_assert(kBytes <= 232448 && kLines % 16 == 0 && kTable % 8 == 0 && kNext % 8 == 0);
 
-// Numbers of named barriers: of the copying threads, and of the turns of each warpgroup.
-enum { kCopierBarrier = 1, kFirstBarrier, kSecondBarrier };
+// Named barriers of the turns of each warpgroup.
+enum { kFirstBarrier = kFirstOwnBarrier, kSecondBarrier };
 
 __host__ __device__ __forceinline__ int column_groups(const Job& job) {
   return job.columns / (job.is_gated != 0 ? kHalfColumns : kColumns);
@@ -148,19 +148,7 @@ __global__ void __launch_bounds__(kPreparingThreads)
 
 #if defined(FD_DSA_HOPPER)
 
-// A stage is full after the copies of 128 threads and of the copy engine, and free after the reads
-// of 8 warps.
-constexpr int kFullArrivals = 128 + 1, kFreeArrivals = 8 * kWarpArrivals;
-
-// The next stage, and the parity of the phase in which it is full.
-struct Turn {
-  uint32_t base;
-  int stage = 0;
-  uint32_t parity = 0;
-
-  __device__ __forceinline__ void advance() {
-    if (++stage == kStages) stage = 0, parity ^= 1;
-  }
+struct Turn : StageTurn<kStages, kBarriers> {
   __device__ __forceinline__ uint32_t activations() const { return base + stage * kActivations; }
   __device__ __forceinline__ uint32_t codes() const { return base + kAllCodes + stage * kCodes; }
   __device__ __forceinline__ uint32_t scales() const { return base + kAllScales + stage * kScales; }
@@ -168,8 +156,6 @@ struct Turn {
     return base + kAllPairScales + stage * kPairScales;
   }
   __device__ __forceinline__ uint32_t own_tile() const { return base + kOwnTiles + stage * 4; }
-  __device__ __forceinline__ uint32_t is_full() const { return base + kBarriers + stage * 8; }
-  __device__ __forceinline__ uint32_t is_free() const { return is_full() + kStages * 8; }
 };
 
 __device__ __forceinline__ bool find(const Job& job, uint32_t base, uint32_t number, Tile& tile) {
@@ -265,31 +251,6 @@ __device__ __forceinline__ void copy_stages(const Job& job, const Tile& tile, ui
   }
 }
 
-// Copies tile after tile, and tells the multiplying warpgroups when the last one is done.
-__device__ __forceinline__ void copy_tiles(const Job& job, uint32_t base, uint32_t blocks,
-                                           int thread) {
-  Turn turn{base};
-  uint32_t number = blockIdx.x, slot = base + kNext;
-  Tile tile;
-  while (find(job, base, number, tile)) {
-    // the counter's answer arrives while the tile is copied
-    uint32_t next = 0;
-    if (thread == 0) next = atomicAdd(job.taken, 1u) + blocks;
-    copy_stages(job, tile, number, thread, turn);
-    // two slots in turn: the written slot was read before the last barrier
-    slot ^= 4;
-    if (thread == 0) store_shared(slot, next);
-    named_barrier(kCopierBarrier, 128);
-    number = load_shared(slot);
-  }
-  barrier_wait(turn.is_free(), turn.parity ^ 1);
-  if (thread == 0) {
-    store_shared(turn.own_tile(), kNoTile);
-    barrier_arrive(turn.is_full());
-  }
-  barrier_arrive(turn.is_full());
-}
-
 // ---- the warpgroups that multiply
 
 // Sets the e4m3 codes of a word: `low` of its lower half, `high` of its upper half.
@@ -329,7 +290,7 @@ struct Multiplier {
   Turn turn;
 
   __device__ __forceinline__ Multiplier(const Job& job, uint32_t base, int warp, int lane)
-      : job(job), base(base), warp(warp), lane(lane), turn{base} {
+      : job(job), base(base), warp(warp), lane(lane), turn{{base}} {
     column = warp * (job.is_gated != 0 ? 8 : 16) + lane / 4;
     next = job.is_gated != 0 ? kHalfColumns : 8;
     own_barrier = warp < 4 ? kFirstBarrier : kSecondBarrier;
@@ -543,14 +504,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #if defined(FD_DSA_HOPPER)
   const uint32_t base = shared_address(shared_memory());
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
-  if (threadIdx.x == 0) {
-    Turn turn{base};
-    for (; turn.parity == 0; turn.advance()) {
-      barrier_init(turn.is_full(), kFullArrivals);
-      barrier_init(turn.is_free(), kFreeArrivals);
-    }
-    barriers_ready();
-  }
+  if (threadIdx.x == 0) prepare_stages(Turn{{base}});
   if (warp == 1) count_tiles<kPairs>(job, base + kEnds, lane);
   if (warp == 2 || warp == 3) write_table(base, threadIdx.x - 2 * kWarp);
   __syncthreads();
@@ -559,7 +513,13 @@ __global__ void __launch_bounds__(kThreads, 1)
     Multiplier(job, base, warp, lane).run();
   } else {
     fewer_registers<kCopyRegisters>();
-    copy_tiles(job, base, blocks, threadIdx.x % 128);
+    const int thread = threadIdx.x % 128;
+    copy_tiles(
+        Turn{{base}}, job.taken, base + kNext, blocks, thread,
+        [&](uint32_t number, Tile& tile) { return find(job, base, number, tile); },
+        [&](const Tile& tile, uint32_t number, Turn& turn) {
+          copy_stages(job, tile, number, thread, turn);
+        });
   }
 #endif
 }

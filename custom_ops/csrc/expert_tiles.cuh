@@ -13,6 +13,9 @@ constexpr int kMaxExperts = 1024;
 [[maybe_unused]] constexpr int kBand = 8;
 [[maybe_unused]] constexpr uint32_t kNoTile = 0xffffffffu;
 
+// Numbers of named barriers. Those from kFirstOwnBarrier on are a kernel's own.
+enum { kCopierBarrier = 1, kFirstOwnBarrier };
+
 struct Tile {
   int expert, first, left;  // first pair in the expert's list, count of pairs from there on
   int group;                // column group
@@ -25,6 +28,36 @@ inline int64_t max_tiles(int num_experts, int num_pairs, int rows, int groups) {
 }
 
 #if defined(FD_DSA_HOPPER)
+
+// A stage is full after the copies of 128 threads and of the copy engine, and free after the reads
+// of 8 warps.
+constexpr int kFullArrivals = 128 + 1, kFreeArrivals = 8 * hopper::kWarpArrivals;
+
+// The next of several stages, and the parity of the phase in which it is full.
+//
+// Two barriers of each stage are in shared memory from `base` + kBarriers on.
+template <int kStages, uint32_t kBarriers>
+struct StageTurn {
+  uint32_t base;
+  int stage = 0;
+  uint32_t parity = 0;
+
+  __device__ __forceinline__ void advance() {
+    if (++stage == kStages) stage = 0, parity ^= 1;
+  }
+  __device__ __forceinline__ uint32_t is_full() const { return base + kBarriers + stage * 8; }
+  __device__ __forceinline__ uint32_t is_free() const { return is_full() + kStages * 8; }
+};
+
+// Initialises the barriers of all stages. One thread calls it with a new turn.
+template <typename Turn>
+__device__ __forceinline__ void prepare_stages(Turn turn) {
+  for (; turn.parity == 0; turn.advance()) {
+    hopper::barrier_init(turn.is_full(), kFullArrivals);
+    hopper::barrier_init(turn.is_free(), kFreeArrivals);
+  }
+  hopper::barriers_ready();
+}
 
 // Writes the row tiles of experts 0..e to entry e at the shared address `ends`. One warp calls it.
 template <int kRows, typename Job>
@@ -69,6 +102,38 @@ __device__ __forceinline__ bool find_tile(const Job& job, uint32_t groups, uint3
 template <typename Job>
 __device__ __forceinline__ const int32_t* pairs_of(const Job& job, const Tile& tile) {
   return job.pairs + static_cast<int64_t>(tile.expert) * job.num_tokens + tile.first;
+}
+
+// Copies tile after tile, and tells the multiplying warpgroups when the last one is done.
+//
+// All 128 threads of the warpgroup that copies call it.
+//
+// Args:
+//   slot: shared address of two numbers, a multiple of 8
+//   find: finds the tile of a number, false past the last one
+//   copy: copies all stages of a tile
+template <typename Turn, typename Find, typename Copy>
+__device__ __forceinline__ void copy_tiles(Turn turn, uint32_t* taken, uint32_t slot,
+                                           uint32_t blocks, int thread, Find find, Copy copy) {
+  uint32_t number = blockIdx.x;
+  Tile tile;
+  while (find(number, tile)) {
+    // the counter's answer arrives while the tile is copied
+    uint32_t next = 0;
+    if (thread == 0) next = atomicAdd(taken, 1u) + blocks;
+    copy(tile, number, turn);
+    // two slots in turn: the written slot was read before the last barrier
+    slot ^= 4;
+    if (thread == 0) hopper::store_shared(slot, next);
+    hopper::named_barrier(kCopierBarrier, 128);
+    number = hopper::load_shared(slot);
+  }
+  hopper::barrier_wait(turn.is_free(), turn.parity ^ 1);
+  if (thread == 0) {
+    hopper::store_shared(turn.own_tile(), kNoTile);
+    hopper::barrier_arrive(turn.is_full());
+  }
+  hopper::barrier_arrive(turn.is_full());
 }
 
 __device__ __forceinline__ float silu_times(float gate, float up) {

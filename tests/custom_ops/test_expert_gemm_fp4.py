@@ -139,6 +139,14 @@ def test_every_pair_meets_its_expert(
         launches.clear()
 
 
+def test_the_most_experts(paddle_memory: KernelMemory, launches: list[int]) -> None:
+    """The last expert has several tiles of columns, and so do both experts before it."""
+    ids = np.int32([[1021], [1022], [1023]])
+    case = Case(paddle_memory, ids, False, 384, 128, 1024)
+    case.check(case.run())
+    assert len(launches) == 1
+
+
 def test_limit(paddle_memory: KernelMemory, launches: list[int]) -> None:
     case = Case(paddle_memory, choices("random", 9, 2, 3), True, 64, 128, 3)
     case.check(case.run(limit=0.05), 0.05)
