@@ -9,7 +9,7 @@ from __future__ import annotations
 # first, because it decides the mode of Triton before other modules import it
 from fd_dsa.triton_runtime.mode import INTERPRETING  # isort: skip
 
-from fd_dsa.triton_runtime.compile_ahead import compile_ahead, only_compiles
+from fd_dsa.triton_runtime.compile_ahead import compile_ahead
 from fd_dsa.triton_runtime.compile_freeze import (
     freeze,
     num_late_compilations,
@@ -34,7 +34,6 @@ __all__ = [
     "freeze",
     "next_power_of_2",
     "num_late_compilations",
-    "only_compiles",
     "paddle_jit",
     "register_device_api",
     "start_next",

@@ -133,12 +133,7 @@ class _Mode(threading.local):
 
 
 MODE = _Mode()
-"""Mode of the calling thread."""
-
-
-def only_compiles() -> bool:
-    """Return True if launches of this thread compile their kernels and do nothing else."""
-    return MODE.ahead is not None
+"""Mode of the calling thread. All that launches must read it, and do nothing if it has `ahead`."""
 
 
 @contextmanager

@@ -22,10 +22,19 @@ from fd_dsa.triton_runtime.compiler import Argument, Compiled, argument_codes, c
 from fd_dsa.triton_runtime.device_api import DeviceApi
 from fd_dsa.triton_runtime.driver import cuda
 from fd_dsa.triton_runtime.interpreter import InterpretedVariant
-from fd_dsa.triton_runtime.launch import BoundLaunch, Grid, Variant, resolve_grid
+from fd_dsa.triton_runtime.launch import (
+    ADDRESS,
+    DTYPE,
+    BoundLaunch,
+    Grid,
+    Spelling,
+    Variant,
+    has_key,
+    picker,
+    resolve_grid,
+)
 from fd_dsa.triton_runtime.mode import INTERPRETING
 from fd_dsa.triton_runtime.parameters import Signature
-from fd_dsa.triton_runtime.spelling import ADDRESS, DTYPE, Spelling, has_key, picker
 
 import triton
 
