@@ -79,6 +79,14 @@ cudaError_t prepare(Kernel* kernel, int device, int bytes, bool clusters,
   return error;
 }
 
+// Prepares a kernel for Hopper. Other devices have an empty kernel.
+template <typename Kernel>
+cudaError_t prepare_on_hopper(Kernel* kernel, const Gpu& gpu, int bytes, bool clusters,
+                              std::atomic<uint64_t>& done) {
+  if (gpu.major != 9) return cudaErrorNoKernelImageForDevice;
+  return prepare(kernel, gpu.device, bytes, clusters, done);
+}
+
 // Launches a kernel and returns the error of this launch only.
 //
 // cudaGetLastError would also return errors of other calls.

@@ -22,8 +22,6 @@
 // Hopper for separate warpgroups that multiply and that copy.
 #include "expert_gemm.h"
 
-#include <algorithm>
-
 #include "expert_tiles.cuh"
 
 namespace fd_dsa::experts {
@@ -345,7 +343,6 @@ __global__ void __launch_bounds__(kThreads, 1)
 // ---- the launch
 
 inline bool is_supported(const Job& job) {
-  const auto is_aligned = [](const void* at) { return reinterpret_cast<uintptr_t>(at) % 16 == 0; };
   return job.width > 0 && job.width % kGroup == 0 && job.columns % kGroup == 0 &&
          job.num_experts > 0 && job.num_experts <= kMaxExperts && job.row_pairs > 0 &&
          job.taken != nullptr && (job.is_gated != 0) == (job.out_scales != nullptr) &&
@@ -359,23 +356,16 @@ static int launch_experts(const Job& job, void* stream) {
   static std::atomic<uint64_t> prepared{0};
   if (job.num_pairs <= 0 || job.columns <= 0) return 0;
   if (!is_supported(job)) return static_cast<int>(cudaErrorInvalidValue);
-  Gpu gpu = {};
-  cudaError_t error = find_gpu(gpu);
-  // other devices have an empty kernel
-  if (error == cudaSuccess && gpu.major != 9) error = cudaErrorNoKernelImageForDevice;
-  if (error == cudaSuccess) error = prepare(multiply_experts, gpu.device, kBytes, false, prepared);
+  uint32_t blocks = 0;
+  cudaError_t error = prepare_tiles(multiply_experts, job, kGroup, column_groups(job), kBytes,
+                                    stream, prepared, blocks);
   TensorMap weight;
   if (error == cudaSuccess) {
     const int64_t rows =
         static_cast<int64_t>(job.num_experts) * job.columns * (job.is_gated != 0 ? 2 : 1);
     error = make_tile_map(weight, job.weight, job.width, rows);
   }
-  if (error == cudaSuccess) {
-    error = cudaMemsetAsync(job.taken, 0, 4, static_cast<cudaStream_t>(stream));
-  }
   if (error != cudaSuccess) return static_cast<int>(error);
-  const int64_t tiles = max_tiles(job.num_experts, job.num_pairs, kGroup, column_groups(job));
-  const auto blocks = static_cast<uint32_t>(std::min<int64_t>(gpu.num_sms, tiles));
   return launch(launch_config(blocks, kThreads, stream, kBytes), multiply_experts, job, weight,
                 blocks);
 }

@@ -26,8 +26,6 @@
 // warpgroups that take turns.
 #include "expert_gemm_fp4.h"
 
-#include <algorithm>
-
 #include "expert_tiles.cuh"
 
 namespace fd_dsa::experts_fp4 {
@@ -527,7 +525,6 @@ __global__ void __launch_bounds__(kThreads, 1)
 // ---- the launch
 
 inline bool is_supported(const Job& job) {
-  const auto is_aligned = [](const void* at) { return reinterpret_cast<uintptr_t>(at) % 16 == 0; };
   const int step = job.is_gated != 0 ? kHalfColumns : kColumns;
   return job.width > 0 && job.width % kPiece == 0 && job.columns % step == 0 &&
          job.num_experts > 0 && job.num_experts <= kMaxExperts && job.row_pairs > 0 &&
@@ -543,14 +540,9 @@ static int launch_experts(const Job& job, void* stream) {
   static std::atomic<uint64_t> prepared{0};
   if (job.num_pairs <= 0 || job.columns <= 0) return 0;
   if (!is_supported(job)) return static_cast<int>(cudaErrorInvalidValue);
-  Gpu gpu = {};
-  cudaError_t error = find_gpu(gpu);
-  // other devices have an empty kernel
-  if (error == cudaSuccess && gpu.major != 9) error = cudaErrorNoKernelImageForDevice;
-  if (error == cudaSuccess) error = prepare(multiply_experts, gpu.device, kBytes, false, prepared);
-  if (error == cudaSuccess) {
-    error = cudaMemsetAsync(job.taken, 0, 4, static_cast<cudaStream_t>(stream));
-  }
+  uint32_t blocks = 0;
+  const cudaError_t error = prepare_tiles(multiply_experts, job, kPairs, column_groups(job), kBytes,
+                                          stream, prepared, blocks);
   if (error != cudaSuccess) return static_cast<int>(error);
   const auto blocks_of = [](int64_t threads) {
     return static_cast<unsigned>((threads + kPreparingThreads - 1) / kPreparingThreads);
@@ -562,8 +554,6 @@ static int launch_experts(const Job& job, void* stream) {
   const int failed = launch(launch_config(rounding + peaks, kPreparingThreads, stream),
                             prepare_operands, job, rounding);
   if (failed != 0) return failed;
-  const int64_t tiles = max_tiles(job.num_experts, job.num_pairs, kPairs, column_groups(job));
-  const auto blocks = static_cast<uint32_t>(std::min<int64_t>(gpu.num_sms, tiles));
   return launch(launch_config(blocks, kThreads, stream, kBytes), multiply_experts, job, blocks);
 }
 

@@ -4,6 +4,8 @@
 // neighbours, run at the same time and find in L2 the weights that the first of them has read.
 #pragma once
 
+#include <algorithm>
+
 #include "hopper.cuh"
 
 namespace fd_dsa::experts {
@@ -21,10 +23,24 @@ struct Tile {
   int group;                // column group
 };
 
-// Returns the most tiles that any choice of experts makes. One tile of an expert may not be full.
-inline int64_t max_tiles(int num_experts, int num_pairs, int rows, int groups) {
-  const int partial = num_experts < num_pairs ? num_experts : num_pairs;
-  return static_cast<int64_t>(partial + num_pairs / rows) * groups;
+inline bool is_aligned(const void* at) { return reinterpret_cast<uintptr_t>(at) % 16 == 0; }
+
+// Prepares a launch whose blocks take tiles of some rows, and sets their number.
+template <typename Kernel, typename Job>
+cudaError_t prepare_tiles(Kernel* kernel, const Job& job, int rows, int groups, int bytes,
+                          void* stream, std::atomic<uint64_t>& done, uint32_t& blocks) {
+  Gpu gpu = {};
+  cudaError_t error = find_gpu(gpu);
+  if (error == cudaSuccess) error = prepare_on_hopper(kernel, gpu, bytes, false, done);
+  if (error == cudaSuccess) {
+    error = cudaMemsetAsync(job.taken, 0, 4, static_cast<cudaStream_t>(stream));
+  }
+  // an expert has at most one row tile that it does not fill
+  const int64_t tiles =
+      static_cast<int64_t>(std::min(job.num_experts, job.num_pairs) + job.num_pairs / rows) *
+      groups;
+  blocks = static_cast<uint32_t>(std::min<int64_t>(gpu.num_sms, tiles));
+  return error;
 }
 
 #if defined(FD_DSA_HOPPER)

@@ -15,10 +15,8 @@ constexpr int kMaxSplits = 16;
 template <typename Kernel>
 cudaError_t prepare(Kernel* kernel, int32_t bytes, std::atomic<uint64_t>& done) {
   Gpu gpu = {};
-  cudaError_t error = find_gpu(gpu);
-  // other devices have an empty kernel
-  if (error == cudaSuccess && gpu.major != 9) error = cudaErrorNoKernelImageForDevice;
-  return error != cudaSuccess ? error : fd_dsa::prepare(kernel, gpu.device, bytes, true, done);
+  const cudaError_t error = find_gpu(gpu);
+  return error != cudaSuccess ? error : prepare_on_hopper(kernel, gpu, bytes, true, done);
 }
 
 // [n]: number of clusters of n blocks that a device runs at the same time
