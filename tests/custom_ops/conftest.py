@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -52,6 +52,23 @@ paddle_memory = _memories(EMULATED, ON_RIG)
 emulated_memory = _memories(EMULATED)
 # for sizes that emulated threads would take too long for
 gpu_memory = _memories(ON_GPU)
+
+
+@pytest.fixture
+def count_calls(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any, Callable[..., int]], list[int]]:
+    """Function that lists a number for each call of a type of kernel, made of its arguments."""
+
+    def count(kind: Any, number: Callable[..., int]) -> list[int]:
+        calls, call = list[int](), kind.__call__
+
+        def counted(self: Any, *given: Any, **options: Any) -> None:
+            calls.append(number(*given))
+            call(self, *given, **options)
+
+        monkeypatch.setattr(kind, "__call__", counted)
+        return calls
+
+    return count
 
 
 @pytest.fixture

@@ -29,19 +29,12 @@ KERNELS = "expert_gemm"
 
 
 @pytest.fixture
-def launches(hopper_memory: KernelMemory, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The numbers of pairs that the kernel was called with; it serves however few there are."""
-    calls: list[int] = []
-    call = ExpertGemm.__call__
-
-    def counted(
-        self: ExpertGemm, x: Any, weight: Any, pairs: Any, *rest: Any, **options: Any
-    ) -> None:
-        calls.append(pairs.shape[1])
-        call(self, x, weight, pairs, *rest, **options)
-
-    monkeypatch.setattr(ExpertGemm, "__call__", counted)
+def launches(
+    hopper_memory: KernelMemory, monkeypatch: pytest.MonkeyPatch, count_calls: Any
+) -> list[int]:
+    """Number of tokens of each call of the kernel, which serves any number of pairs."""
     monkeypatch.setattr(expert_gemm_cuda, "MANY_PAIRS", 0)
+    calls: list[int] = count_calls(ExpertGemm, lambda x, weight, pairs, *rest: pairs.shape[1])
     return calls
 
 

@@ -5,6 +5,8 @@ On a GPU, in Paddle's memory, and on the CPU with emulated threads; see test_spa
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -14,12 +16,10 @@ from fd_dsa.errors import DeviceError, LaunchError
 from fd_dsa.ops import expert_gemm_fp4_cuda
 from fd_dsa.ops.expert_gemm_fp4_cuda import Fp4ExpertGemm, kernel_for, suits
 from fd_dsa.ops.expert_pairs import group_pairs
-from fd_dsa.ops.four_bit_gemm import four_bit_gemm
-from fd_dsa.ops.fp8 import E4M3_VALUES
+from fd_dsa.ops.fp8 import E4M3_VALUES, encode_e4m3
 from fd_dsa.ops.split_sums import Tiling
-from fd_dsa.tensor import FourBitWeight
 from tests.kernel_memory import KernelMemory
-from tests.ops import block_fp8
+from tests.ops import block_fp8, test_four_bit_gemm
 from tests.ops.four_bit_case import MXFP4, NVFP4, Weight
 from tests.ops.test_expert_kernels import choices
 
@@ -27,17 +27,12 @@ KERNELS = "expert_gemm_fp4"
 
 
 @pytest.fixture
-def launches(hopper_memory: KernelMemory, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The numbers of rows that the kernel was called with; it serves however few there are."""
-    calls: list[int] = []
-    call = Fp4ExpertGemm.__call__
-
-    def counted(self: Fp4ExpertGemm, x: object, *rest: object) -> None:
-        calls.append(x.shape[0])  # type: ignore[attr-defined]
-        call(self, x, *rest)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(Fp4ExpertGemm, "__call__", counted)
+def launches(
+    hopper_memory: KernelMemory, monkeypatch: pytest.MonkeyPatch, count_calls: Any
+) -> list[int]:
+    """Number of rows of each call of the kernel, which serves any number of pairs."""
     monkeypatch.setattr(expert_gemm_fp4_cuda, "MANY_PAIRS", 0)
+    calls: list[int] = count_calls(Fp4ExpertGemm, lambda x, *rest: x.shape[0])
     return calls
 
 
@@ -46,42 +41,26 @@ def fp8_values(x: np.ndarray) -> np.ndarray:
     groups = x.reshape(len(x), -1, 128).astype(np.float64)
     largest = np.maximum(np.abs(groups).max(axis=2, keepdims=True) / 448, 1e-12)
     scale = 2.0 ** np.ceil(np.log2(largest))
-    codes = np.sort(E4M3_VALUES[:127].astype(np.float64))
-    size = np.abs(groups / scale)
-    above = np.searchsorted(codes, size).clip(1, 126)
-    low, high = codes[above - 1], codes[above]
-    # a tie goes to the even code; codes are their places
-    up = (size - low > high - size) | ((size - low == high - size) & (above % 2 == 0))
-    return (np.copysign(np.where(up, high, low), groups) * scale).reshape(x.shape)
+    codes = encode_e4m3((groups / scale).astype(np.float32))
+    return (E4M3_VALUES[codes] * scale).reshape(x.shape)
 
 
-class Case:
-    """Rows, experts of each token and a weight."""
+class Case(test_four_bit_gemm.Case):
+    """Rows with a scale for each column, experts of each token and a weight."""
 
     def __init__(
         self, m: KernelMemory, ids: np.ndarray, gated: bool, columns: int, width: int, experts: int
     ) -> None:
-        self.m, self.ids, self.gated = m, ids, gated
-        self.weight = Weight(MXFP4, experts, 1 + gated, columns, width)
-        rng = np.random.default_rng(len(ids))
+        sizes = {"columns": columns, "width": width, "experts": experts}
         # a row for each token of a gated GEMM, else one for each pair
-        self.rows = len(ids) if gated else ids.size
-        drawn = rng.standard_normal((self.rows, width)) * 2.0 ** rng.integers(-3, 3, (1, width))
-        self.x = block_fp8.rounded(drawn, "bfloat16")
-
-    def run(
-        self, limit: float | None = None, weight: FourBitWeight | None = None, **how: object
-    ) -> np.ndarray:
-        weight = self.weight.put(self.m) if weight is None else weight
-        lists = group_pairs(self.m.put(self.ids), weight.shape[0])
-        x, top_k = block_fp8.put(self.m, self.x, "bfloat16"), self.ids.shape[1]
-        out = four_bit_gemm(x, weight, *lists, top_k=top_k, limit=limit, **how)  # type: ignore[arg-type]
-        return block_fp8.get(self.m, out)
+        super().__init__(m, MXFP4, ids, gated=gated, row_pairs=not gated, **sizes)
+        rng = np.random.default_rng(len(ids))
+        self.x *= 2.0 ** rng.integers(-3, 3, (1, width)).astype(np.float32)
 
     def check(self, found: np.ndarray, limit: float | None = None) -> None:
         """Assert the pairs with an expert against float64 of the rounded rows."""
         values, flat, x = self.weight.values(), self.ids.ravel(), fp8_values(self.x)
-        per_row = flat.size // self.rows
+        per_row = flat.size // len(self.x)
         for expert in np.unique(flat[flat >= 0]):
             pairs = np.flatnonzero(flat == expert)
             sums = x[pairs // per_row] @ values[expert].T
@@ -132,7 +111,7 @@ def test_every_pair_meets_its_expert(
         of_expert = columns if gated else -(-columns // 128) * 128
         case = Case(paddle_memory, ids, gated, of_expert, width, experts)
         found = case.run()
-        assert launches == [case.rows]
+        assert launches == [len(case.x)]
         case.check(found)
         live = ids.ravel() >= 0
         np.testing.assert_array_equal(case.run()[live], found[live])

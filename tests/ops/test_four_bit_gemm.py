@@ -43,9 +43,10 @@ class Case:
         columns: int = 40,
         width: int = 256,
         row_pairs: bool = False,
+        experts: int = EXPERTS,
     ) -> None:
-        self.m, self.ids, self.gated = m, ids, gated
-        self.weight = Weight(form, EXPERTS, 1 + gated, columns, width)
+        self.m, self.ids, self.gated, self.experts = m, ids, gated, experts
+        self.weight = Weight(form, experts, 1 + gated, columns, width)
         rows = ids.size if row_pairs else len(ids)
         rng = np.random.default_rng(rows)
         self.x = block_fp8.rounded(rng.standard_normal((rows, width)), "bfloat16")
@@ -58,7 +59,7 @@ class Case:
     ) -> np.ndarray:
         """Results of all pairs."""
         weight = self.weight.put(self.m) if weight is None else weight
-        lists = group_pairs(self.m.put(self.ids), EXPERTS)
+        lists = group_pairs(self.m.put(self.ids), self.experts)
         x, top_k = block_fp8.put(self.m, self.x, "bfloat16"), self.ids.shape[1]
         out = four_bit_gemm(x, weight, *lists, top_k=top_k, tiling=tiling, limit=limit)
         return block_fp8.get(self.m, out)
