@@ -15,7 +15,7 @@ from fd_dsa.tensor import Tensor
 MANY_PAIRS = 32
 """Minimum mean number of pairs of an expert for this kernel."""
 # limits of the launcher in csrc/expert_gemm.cu
-_MAX_EXPERTS, _MAX_WEIGHT_ROWS, _MAX_CHUNKS = 1024, 2**31 - 1, 2**32 - 1
+MAX_EXPERTS, _MAX_WEIGHT_ROWS, MAX_CHUNKS = 1024, 2**31 - 1, 2**32 - 1
 _ADDRESSES = ("x", "x_scales", "weight", "weight_scales", "pairs", "counts", "out", "out_scales")
 _SIZES = ("num_tokens", "num_pairs", "row_pairs", "num_experts", "width", "columns")
 
@@ -79,9 +79,9 @@ def suits(num_rows: int, num_pairs: int, num_experts: int, columns: int, width: 
     return (
         num_pairs >= MANY_PAIRS * num_experts
         and width % GROUP == columns % GROUP == 0
-        and num_experts <= _MAX_EXPERTS
+        and num_experts <= MAX_EXPERTS
         and 2 * num_experts * columns <= _MAX_WEIGHT_ROWS
-        and num_rows * (width // 16) <= _MAX_CHUNKS
+        and num_rows * (width // 16) <= MAX_CHUNKS
     )
 
 

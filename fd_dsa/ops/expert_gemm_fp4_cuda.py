@@ -11,14 +11,14 @@ import ctypes
 import math
 
 from fd_dsa.ops.dense_kernels import GROUP, empty_beside
+from fd_dsa.ops.expert_gemm_cuda import MAX_CHUNKS, MAX_EXPERTS
 from fd_dsa.ops.library_kernel import LibraryKernel, hopper_kernel
 from fd_dsa.tensor import FourBitWeight, Tensor
 
 MANY_PAIRS = 32
 """Minimum mean number of pairs of an expert for this kernel."""
-# limits of the launcher in csrc/expert_gemm_fp4.cu
-_KIND, _SCALED = "e8m0", 32
-_MAX_EXPERTS, _MAX_CHUNKS = 1024, 2**32 - 1
+# kind and group of the weights
+_FORM = "e8m0", 32
 _INPUTS = "x", "codes", "code_scales", "peaks", "weight", "weight_scales", "factors"
 _SIZES = ("num_rows", "num_tokens", "num_pairs", "row_pairs", "num_experts", "width", "columns")
 
@@ -81,11 +81,11 @@ def suits(weight: FourBitWeight, num_rows: int, num_pairs: int) -> bool:
     experts, _, width = weight.shape
     parts, _, columns = weight.codes.shape[1:4]
     return (
-        (weight.kind, weight.group) == (_KIND, _SCALED)
+        (weight.kind, weight.group) == _FORM
         and num_pairs >= MANY_PAIRS * experts
         and width % GROUP == columns % (GROUP // parts) == 0
-        and experts <= _MAX_EXPERTS
-        and num_rows * (width // 16) <= _MAX_CHUNKS
+        and experts <= MAX_EXPERTS
+        and num_rows * (width // 16) <= MAX_CHUNKS
     )
 
 
