@@ -23,7 +23,13 @@ from fd_dsa.startup.plan import EnginePlan, make_plan
 from fd_dsa.startup.progress import StartupProgress
 from fd_dsa.startup.ranks import Ranks
 from fd_dsa.startup.trial_rows import clear_rows
-from fd_dsa.startup.warm_up import compile_in_processes, interprets, share_activations, warm_up
+from fd_dsa.startup.warm_up import (
+    compile_in_processes,
+    interprets,
+    runs_compiled,
+    share_activations,
+    warm_up,
+)
 
 if TYPE_CHECKING:
     from fd_dsa.runner.model_runner import ModelRunner
@@ -137,7 +143,7 @@ def build_runner(
 def measure_steps(runner: ModelRunner, plan: EnginePlan) -> StepTable | None:
     """Measure steps with prompts if a target limits their time, except on slow devices."""
     is_paced = plan.config.target_inter_token_latency_ms > 0
-    if not is_paced or plan.device == "cpu" or interprets(plan.device):
+    if not is_paced or not runs_compiled(plan.device):
         return None
     try:
         return measure_step_table(runner, plan.max_model_len)

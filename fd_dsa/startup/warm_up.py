@@ -38,7 +38,7 @@ def share_activations(plan: EnginePlan) -> None:
 
     Paddle keeps freed memory, and the activations of growing steps would add up.
     """
-    if plan.device == "cpu" or interprets(plan.device):
+    if not runs_compiled(plan.device):
         return
     from fd_dsa.device.allocation import paddle_allocator
 
@@ -51,7 +51,7 @@ def compile_in_processes(runner: ModelRunner, plan: EnginePlan) -> None:
     The steps of `warm_up` run without their kernels, to find the forms. `warm_up` compiles
     whatever is missing afterwards, so no failure here is an error.
     """
-    if plan.device == "cpu" or interprets(plan.device):
+    if not runs_compiled(plan.device):
         return
     from fd_dsa.triton_runtime import compile_ahead, warming
 
@@ -92,7 +92,7 @@ def warm_up(runner: ModelRunner, plan: EnginePlan) -> str:
     Raises:
         DeviceError: one of several ranks cannot capture, so that graphs of the others would hang.
     """
-    if plan.device == "cpu" or interprets(plan.device):
+    if not runs_compiled(plan.device):
         return "not needed on this device"
     from fd_dsa.runner.step_graphs import PaddleCapture
     from fd_dsa.triton_runtime import freeze, warming
@@ -128,6 +128,11 @@ def warm_up(runner: ModelRunner, plan: EnginePlan) -> str:
 def _listed(sizes: Iterable[int]) -> str:
     """Return sizes as text."""
     return ", ".join(map(str, sizes))
+
+
+def runs_compiled(device: str) -> bool:
+    """Return True if a device runs compiled kernels."""
+    return device != "cpu" and not interprets(device)
 
 
 def interprets(device: str) -> bool:

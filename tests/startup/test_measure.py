@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fd_dsa.runner import InputBatch, ModelRunner
-from fd_dsa.startup import build
+from fd_dsa.startup import build, warm_up
 from fd_dsa.startup.measure import measure_step_table
 from tests.runner.tiny import V32, tiny_model, tiny_runner
 
@@ -118,7 +118,7 @@ def test_an_engine_starts_without_a_table_if_a_step_fails(
     monkeypatch.setattr(build, "measure_step_table", fail)
     config = SimpleNamespace(target_inter_token_latency_ms=200)
     plan: Any = SimpleNamespace(device="gpu:0", config=config, max_model_len=MAX_LEN)
-    monkeypatch.setattr(build, "interprets", lambda device: False)
+    monkeypatch.setattr(warm_up, "interprets", lambda device: False)
     assert build.measure_steps(runner, plan) is None
     assert "no room for a step" in caplog.text
     assert runner.input_batch.num_tokens == 0
