@@ -143,7 +143,8 @@ class DSAAttentionBackend:
 
         Args:
             forward_meta: any object that allows new attributes; the layers are called with it.
-            inputs: the four arrays of `StepMetadataBuilder.build`, in its order.
+            inputs: the four arrays of `StepMetadataBuilder.build`, in its order. Further ones are
+                ignored.
             hints: counts that the host knows of the step; required for tensors on a device.
             host_lengths: lengths of the rows, or their limits in a capture, if the host knows them.
                 Without them all prompts on a device attend in the absorbed form.
@@ -154,7 +155,7 @@ class DSAAttentionBackend:
         """
         if self._built_for is forward_meta:
             return
-        step = self.builder.build_from(tuple(inputs), hints or StepHints())
+        step = self.builder.build_from(tuple(inputs[:4]), hints or StepHints())
         int32 = self.config.int32_position_ids
         forward_meta.fd_dsa_step = step
         forward_meta.position_ids = step.position_ids_int32 if int32 else step.position_ids

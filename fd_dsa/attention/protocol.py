@@ -125,7 +125,8 @@ class AttentionBackend(Protocol):
 
         Args:
             forward_meta: step, which every layer is called with.
-            inputs: the four arrays of `StepMetadataBuilder.build`, in its order.
+            inputs: the four arrays of `StepMetadataBuilder.build`, in its order. The snapshot_slots
+                of StepInputs follow if the step may write snapshots.
             hints: counts that the host knows of the step.
             host_lengths: lengths of its rows, or their limits in a capture, if the host knows them.
 

@@ -51,6 +51,7 @@ class ScheduledBatch:
         requests: requests of the step in the order of their batch rows. The step computes
             `num_scheduled_tokens` of each.
         drafts: drafts that the step verifies.
+        snapshot_slots: places of the snapshots that the step writes.
         prefill_context: mean number of tokens before each prefill token in its request.
         num_prefill_tokens, num_decode_tokens: numbers of tokens.
         shape: sizes that determine the time of the step.
@@ -74,6 +75,7 @@ class ScheduledBatch:
 
     requests: list[Request]
     drafts: Mapping[Request, Drafts]
+    snapshot_slots: Mapping[Request, int] = field(default_factory=dict)
     prefill_context: int = 0
     num_prefill_tokens: int = 0
     num_decode_tokens: int = 0
@@ -139,6 +141,8 @@ class ScheduledBatch:
                     scored += [last + 1 - end + position for position in unscored]
         input_batch.add_rows(batch_rows, lengths, ids, computed, are_prefills, pending)
         input_batch.pending_source[batch_rows] = [request.pending_row for request in self.requests]
+        for request, slot in self.snapshot_slots.items():
+            input_batch.snapshot_slots[request.batch_row] = slot
         self._count_tokens(input_batch)
         self.logits_indices = np.array(sampled + scored, np.int64)
 

@@ -57,10 +57,10 @@ class BlockManager:
         - Free blocks are used first. Then blocks without an owner are evicted, starting with those
           that have had no owner for the longest time. The last blocks of a request are evicted
           before earlier ones, because a later block is only found after the earlier ones.
-        - With snapshots, a row goes on only after a block that has one. Snapshots are taken where a
-          chunk or an answer ends a block. So that they are, a chunk with the end of a block ends
-          there: at the last block that another request has computed, else at the last one of the
-          chunk before the last token. Of an answer only the newest block keeps its snapshot.
+        - With snapshots, a row goes on only after a block that has one. The last block of a chunk
+          before the last token gets one, and each block that an answer ends. A chunk with the end
+          of the last block that another request has computed ends there, so that this block gets
+          one too. Of an answer only the newest block keeps its snapshot.
         - With a host tier, evicted blocks are in host memory. The blocks that are evicted next are
           copied ahead, so that a request seldom waits for copies of the blocks that it gets.
 
@@ -157,7 +157,7 @@ class BlockManager:
         return self._without_tail(self._find(keys, num_tokens))
 
     def chunk_end(self, keys: BlockKeys, begin: int, end: int, num_tokens: int) -> int:
-        """Return where a chunk ends so that a snapshot can be taken after it.
+        """Return where a chunk ends so that a block which comes back gets a snapshot.
 
         Args:
             keys: keys of the request's blocks.
@@ -166,30 +166,10 @@ class BlockManager:
         """
         if self.snapshots is None:
             return end
-        size = self.block_size
         # a beginning that comes back is found from the third request on
-        seen = len(self._find(keys, num_tokens)) * size
-        if begin < seen < end:
-            return seen
-        last = min(end, num_tokens - 1) // size * size
-        return last if last > begin else end
-
-    def take_snapshot(self, seq_id: Hashable, row: int, num_tokens: int, num_prompt: int) -> None:
-        """Take a snapshot of a row, if its `num_tokens` tokens end with a block.
-
-        Call it after the step of the last of these tokens is enqueued, before the next step of the
-        row, and before `cache_full_blocks`.
-
-        Args:
-            num_prompt: number of tokens of the request's prompt.
-        """
-        snapshots, count = self.snapshots, num_tokens // self.block_size
-        if snapshots is None or num_tokens % self.block_size:
-            return
-        blocks = self._owners[seq_id].blocks
-        if num_tokens - self.block_size > num_prompt:
-            snapshots.drop(blocks[count - 2])
-        snapshots.take(blocks[count - 1], row)
+        seen = len(self._find(keys, num_tokens)) * self.block_size
+        is_last = seen == self.snapshots.last_block_end(end, num_tokens)
+        return seen if begin < seen < end and not is_last else end
 
     def allocate(
         self, seq_id: Hashable, num_tokens: int, cached: Sequence[int] = (), spare: int = 0

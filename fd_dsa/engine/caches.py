@@ -167,7 +167,8 @@ class V4Caches:
         if not self._num_snapshots:
             return None
         first = self._batch.max_num_seqs
-        return Snapshots(range(first, first + self._num_snapshots), copy)
+        slots = range(first, first + self._num_snapshots)
+        return Snapshots(slots, copy, self._batch.block_size)
 
     def workspace_bytes(self, traits: GpuTraits) -> int:
         """Return the device memory of the attention without its caches, bytes."""

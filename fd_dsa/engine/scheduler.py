@@ -16,7 +16,7 @@ from fd_dsa.engine.output import FinishReason
 from fd_dsa.engine.request import Request
 from fd_dsa.engine.step_times import StepShape, StepTable, StepTimeModel
 from fd_dsa.errors import describe_error
-from fd_dsa.runner.input_batch import InputBatch
+from fd_dsa.runner.input_batch import NO_SLOT, InputBatch
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +98,7 @@ class Scheduler:
         # requests that have their last allowed token, by `seq_id`; see `settled`
         self._unsettled: dict[int, Request] = {}
         self._scheduled: list[Request] = []
+        self._snapshot_slots: dict[Request, int] = {}
         self._held: list[Request] = []
         # lower limits after an out-of-memory error
         self._max_prefill_tokens, self._max_rows = batch.max_num_tokens, batch.max_num_seqs
@@ -140,7 +141,9 @@ class Scheduler:
             The step; None without requests, or while the grammar of the first waiting request is
             being compiled and all running requests wait for late masks.
         """
-        self._scheduled, self._held = [], []
+        self._scheduled, self._held, self._snapshot_slots = [], [], {}
+        if self._blocks.snapshots is not None:
+            self._blocks.snapshots.release()
         decoding: list[Request] = []
         prefilling: list[Request] = []
         for request in self.running.values():
@@ -172,7 +175,7 @@ class Scheduler:
         if self._blocks.snapshots is not None:
             self._blocks.snapshots.enqueue()
         self._scheduled.sort(key=_batch_row)
-        return ScheduledBatch(self._scheduled, drafts, self._shape.context)
+        return ScheduledBatch(self._scheduled, drafts, self._snapshot_slots, self._shape.context)
 
     def settled(self) -> list[tuple[Request, FinishReason]]:
         """Return requests that ended with their last allowed token, and how.
@@ -191,15 +194,17 @@ class Scheduler:
         Later steps read the blocks, and run after this one. A block is cached when all of its
         tokens are known.
         """
-        block_size = self._blocks.block_size
+        block_size, snapshots = self._blocks.block_size, self._blocks.snapshots
+        if snapshots is not None:
+            snapshots.commit()
         for request in batch.requests:
             num_new, before = request.num_scheduled_tokens, request.num_computed_tokens
             request.num_computed_tokens = before + num_new
             if before % block_size + num_new >= block_size:
                 # with pending drafts the row may have fewer tokens
-                if not request.num_pending_drafts:
-                    self._blocks.take_snapshot(
-                        request.seq_id,
+                if snapshots is not None and not request.num_pending_drafts:
+                    snapshots.take(
+                        self._blocks.blocks_of(request.seq_id),
                         request.batch_row,
                         request.num_computed_tokens,
                         len(request.state.prompt_token_ids),
@@ -230,6 +235,11 @@ class Scheduler:
             self._preempt(latest)
             self._max_rows = len(self.running)
             cure = f"at most {self._max_rows} requests run at a time now"
+        if not self._blocks.shares_blocks:
+            # layers that ran have kept keys of a chunk in place of older ones that it reads
+            begun = [r for r in batch.requests if r.num_computed_tokens and not r.is_decode]
+            while any(request.batch_row >= 0 for request in begun):
+                self._preempt(next(reversed(self.running.values())))
         logger.warning("%s; %s", describe_error(error), cure)
         return None
 
@@ -362,6 +372,11 @@ class Scheduler:
         begin, known = request.num_computed_tokens, len(request.token_ids)
         end = self._blocks.chunk_end(request.block_keys, begin, begin + num_tokens, known)
         request.num_scheduled_tokens = num_tokens = end - begin
+        if self._blocks.snapshots is not None:
+            blocks, row = self._blocks.blocks_of(request.seq_id), request.batch_row
+            slot = self._blocks.snapshots.reserve(blocks, row, begin, end, known)
+            if slot != NO_SLOT:
+                self._snapshot_slots[request] = slot
         self._shape = self._shape.with_chunk(num_tokens, request.num_computed_tokens)
         self._scheduled.append(request)
         return budget - num_tokens

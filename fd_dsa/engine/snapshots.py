@@ -3,34 +3,102 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+
+from fd_dsa.runner.input_batch import NO_SLOT
 
 
 class Snapshots:
     """Snapshots of rows by block.
 
     A row may go on after a block with a snapshot. The snapshot used least recently makes room.
-    Copies run before the next step, because a layer that drafts writes its keys of a step last.
+
+    A chunk that runs past the end of a block writes the snapshot of the block itself. The state of
+    a row that stops at the end of a block is copied. Copies run before the next step, because a
+    layer that drafts writes its keys of a step last.
 
     Args:
         slots: free places of snapshots.
         copy: enqueues the copy of a state from one place to another. A row is its own place.
+        block_size: number of tokens of a block.
     """
 
-    def __init__(self, slots: Iterable[int], copy: Callable[[int, int], None]) -> None:
-        self._free, self._copy = list(slots), copy
+    def __init__(
+        self, slots: Iterable[int], copy: Callable[[int, int], None], block_size: int
+    ) -> None:
+        self._free, self._copy, self._block_size = list(slots), copy, block_size
         self._copies: list[tuple[int, int]] = []
+        # by block, of the step that is being scheduled
+        self._reserved: dict[int, int] = {}
         # by block, in the order of their last use
         self._slot_of: OrderedDict[int, int] = OrderedDict()
 
     def __contains__(self, block: int) -> bool:
         return block in self._slot_of
 
-    def take(self, block: int, row: int) -> None:
-        """Copy the state of a row, whose newest token is the last one of `block`."""
-        self.drop(block)
-        slot = self._free.pop() if self._free else self._slot_of.popitem(last=False)[1]
-        self._slot_of[block] = slot
+    def last_block_end(self, end: int, num_tokens: int) -> int:
+        """Return where the last block ends that gets a snapshot from a chunk.
+
+        Args:
+            end: end of the chunk.
+            num_tokens: number of known tokens of the request, whose last one is always computed.
+        """
+        return min(end, num_tokens - 1) // self._block_size * self._block_size
+
+    def reserve(
+        self, blocks: Sequence[int], row: int, begin: int, end: int, num_tokens: int
+    ) -> int:
+        """Reserve the snapshot that the step of a chunk writes.
+
+        The step writes only what its own tokens add. The rest is copied before it.
+
+        Args:
+            blocks: blocks of the request.
+            row: batch row of the request.
+            begin, end, num_tokens: tokens of the chunk, and number of known tokens.
+
+        Returns:
+            Place of the snapshot for `InputBatch.snapshot_slots`. NO_SLOT if the chunk runs past
+            no end of a block, or if all places are reserved.
+        """
+        last = self.last_block_end(end, num_tokens)
+        if not begin < last < end or not (self._free or self._slot_of):
+            return NO_SLOT
+        slot = self._take_slot()
+        self._reserved[blocks[last // self._block_size - 1]] = slot
+        if begin > 0:
+            self._copies.append((row, slot))
+        return slot
+
+    def commit(self) -> None:
+        """Make the reserved snapshots usable, because the step that writes them is enqueued."""
+        for block, slot in self._reserved.items():
+            self.drop(block)
+            self._slot_of[block] = slot
+        self._reserved.clear()
+
+    def release(self) -> None:
+        """Free the reserved places of a step that has failed."""
+        self._free += self._reserved.values()
+        self._reserved.clear()
+
+    def take(self, blocks: Sequence[int], row: int, num_tokens: int, num_prompt: int) -> None:
+        """Copy the state of a row, if its `num_tokens` tokens end with a block.
+
+        Call it after the step of the last of these tokens is enqueued. The next step of the row
+        must follow, and its blocks must not be found before.
+
+        Args:
+            blocks: blocks of the request.
+            num_prompt: number of tokens of the request's prompt.
+        """
+        count = num_tokens // self._block_size
+        if num_tokens % self._block_size:
+            return
+        if num_tokens - self._block_size > num_prompt:
+            self.drop(blocks[count - 2])
+        self.drop(blocks[count - 1])
+        self._slot_of[blocks[count - 1]] = slot = self._take_slot()
         self._copies.append((row, slot))
 
     def restore(self, block: int, row: int) -> None:
@@ -58,3 +126,7 @@ class Snapshots:
         """Free all snapshots."""
         self._free += self._slot_of.values()
         self._slot_of.clear()
+
+    def _take_slot(self) -> int:
+        """Return a free place, or that of the snapshot used least recently."""
+        return self._free.pop() if self._free else self._slot_of.popitem(last=False)[1]

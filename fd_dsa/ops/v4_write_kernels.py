@@ -271,6 +271,7 @@ def _of_compression(
 def keep_step_kernel(
     keys_ptr,
     places_ptr,
+    snapshot_places_ptr,
     ring_ptr,
     sources_ptr,
     kept_ptr,
@@ -283,35 +284,50 @@ def keep_step_kernel(
     RING: tl.constexpr,
     PADDED: tl.constexpr,
 ):
-    """Copy the key of token `program 0` to its ring, and source `program 0` of the plan."""
+    """Copy the key of token `program 0` to its rings, and source `program 0` of the plan."""
     wait_for_inputs()
     start_next()
     index = tl.program_id(0)
     if index < num_tokens:
         channel = tl.arange(0, PADDED)
-        # a vector, because some versions of the interpreter refuse masks of a scalar and a vector
+        # vectors, because some versions of the interpreter refuse masks of a scalar and a vector
         place = tl.load(places_ptr + index).to(tl.int64) + tl.zeros([PADDED], tl.int64)
-        mask = (channel < WIDTH) & (place >= 0)
-        key = tl.load(keys_ptr + index.to(tl.int64) * WIDTH + channel, mask=mask, other=0.0)
-        tl.store(ring_ptr + place * WIDTH + channel, key, mask=mask)
+        inside, kept, other = channel < WIDTH, place >= 0, place
+        if snapshot_places_ptr is not None:
+            other = tl.load(snapshot_places_ptr + index).to(tl.int64) + tl.zeros([PADDED], tl.int64)
+            kept = kept | (other >= 0)
+        own = keys_ptr + index.to(tl.int64) * WIDTH + channel
+        key = tl.load(own, mask=inside & kept, other=0.0)
+        tl.store(ring_ptr + place * WIDTH + channel, key, mask=inside & (place >= 0))
+        if snapshot_places_ptr is not None:
+            tl.store(ring_ptr + other * WIDTH + channel, key, mask=inside & (other >= 0))
     if states_ptr is not None:
         _keep_source(
             sources_ptr, SOURCE_STRIDE, kept_ptr, states_ptr, index, num_kept, SOURCE, RING
         )
 
 
-def keep_step(keys: Tensor, kept: Ring, compression: Compression | None = None) -> None:
-    """Keep the newest keys and sources of a step for later steps, one launch after attention.
+def keep_step(
+    keys: Tensor,
+    kept: Ring,
+    compression: Compression | None = None,
+    snapshot_places: Tensor | None = None,
+) -> None:
+    """Copy the newest keys and sources of a step to rings and states, after attention.
 
     Args:
         keys: [num_tokens, width or bytes of a record], result of `write_step`.
         kept, compression: as for `write_step`, which kept nothing.
+        snapshot_places: int32 [num_tokens or more], row of each key in the ring of a snapshot, or
+            -1; left out if the step writes no snapshots.
+
+    Cost: one launch.
     """
     (sources, states, _, _, plan, *_), sizes, (_, num_kept) = _of_compression(compression)
     tokens, width = keys.shape
     if tokens:
         keep_step_kernel[(max(tokens, num_kept),)](
-            keys, *kept, sources, plan, states, tokens, num_kept, WIDTH=width,
-            PADDED=next_power_of_2(width), num_warps=4,
+            keys, kept.places, snapshot_places, kept.keys, sources, plan, states, tokens, num_kept,
+            WIDTH=width, PADDED=next_power_of_2(width), num_warps=4,
             **{name: sizes[name] for name in ("SOURCE", "SOURCE_STRIDE", "RING")},
         )  # fmt: skip

@@ -57,7 +57,7 @@ class DeviceInputs(StagedInputs):
         self._max_rows, self._max_samples = rows, (1 + max_drafts) * rows
         self._has_drafts, self._reads_next = max_drafts > 0, reads_next
         samples, max_next = self._max_samples, reads_next * batch.max_num_tokens
-        sizes = (batch.max_num_tokens, rows, rows, rows, samples, rows)
+        sizes = (batch.max_num_tokens, rows, rows, rows, samples, rows, rows)
         sampling = samples, samples, rows + 1, samples, max_next
         super().__init__(allocate, (*sizes, *sampling), rows, columns)
 
@@ -84,11 +84,11 @@ class DeviceInputs(StagedInputs):
         """Return the tensors of a step, which never move."""
         # kernels take no empty tensor
         samples, next_ids = max(num_sampled, 1), self._reads_next * num_tokens
-        sizes = (num_tokens, *[num_rows] * 3, num_sampled, num_rows)
+        sizes = (num_tokens, *[num_rows] * 3, num_sampled, num_rows, num_rows)
         sampling = samples, samples, self._max_rows + 1, samples, next_ids
         *values, tables = self.views_of((*sizes, *sampling, num_rows))
-        inputs = StepInputs._make((*values[:6], tables))
-        return inputs, SamplingInputs(*values[6:])
+        inputs = StepInputs._make((*values[:7], tables))
+        return inputs, SamplingInputs(*values[7:])
 
 
 def _padded(values: Sequence[int], size: int) -> np.ndarray:

@@ -16,6 +16,9 @@ import numpy as np
 from fd_dsa.errors import CapacityError
 from fd_dsa.tensor import StepArray
 
+NO_SLOT = -1
+"""Value of `InputBatch.snapshot_slots` for a row without a snapshot."""
+
 
 class SamplingInputs(NamedTuple):
     """Inputs of the sampling of a step on a device, by row of logits.
@@ -52,7 +55,7 @@ class StepInputs(NamedTuple):
             On a device zeros follow up to the padded number of tokens.
         num_chunk_tokens, num_computed_tokens, num_scheduled_tokens: int32 [B]; see InputBatch.
         sampled: int64, on a device int32, [n]; flat tokens whose logits are asked for.
-        pending_source: int32 [B]; see InputBatch.
+        pending_source, snapshot_slots: int32 [B]; see InputBatch.
         block_tables: int32 [B, max_blocks_per_seq].
     """
 
@@ -62,6 +65,7 @@ class StepInputs(NamedTuple):
     num_scheduled_tokens: StepArray
     sampled: StepArray
     pending_source: StepArray
+    snapshot_slots: StepArray
     block_tables: StepArray
 
     @property
@@ -94,6 +98,8 @@ class InputBatch:
         pending_source: int32 [max_num_seqs]; index of the request, among those that the step before
             sampled, whose sample a row depends on, else -1. `num_computed_tokens` of such a row is
             an upper bound.
+        snapshot_slots: int32 [max_num_seqs]; place of the snapshot that the step writes of a row,
+            NO_SLOT = none. It is the state after the last full block before the row's last token.
         next_prompt_tokens: token after a chunk that ends inside of a prompt, by the last flat token
             of the chunk.
     """
@@ -108,6 +114,7 @@ class InputBatch:
         self.num_computed_tokens = np.zeros(max_num_seqs, np.int32)
         self.num_scheduled_tokens = np.zeros(max_num_seqs, np.int32)
         self.pending_source = np.full(max_num_seqs, -1, np.int32)
+        self.snapshot_slots = np.full(max_num_seqs, NO_SLOT, np.int32)
         self._tables = np.full((max_num_seqs, max_blocks_per_seq), -1, np.int32)
         # every change passes a method that notes it
         self.block_tables = self._tables.view()
@@ -129,6 +136,7 @@ class InputBatch:
         self.num_computed_tokens[:] = 0
         self.num_scheduled_tokens[:] = 0
         self.pending_source[:] = -1
+        self.snapshot_slots[:] = NO_SLOT
         self.num_tokens = 0
         self.has_pending = False
         self.num_prefill_tokens = 0
@@ -219,6 +227,7 @@ class InputBatch:
             self.num_scheduled_tokens[:rows],
             sampled,
             self.pending_source[:rows],
+            self.snapshot_slots[:rows],
             self.block_tables[:rows],
         )
 
@@ -274,6 +283,7 @@ class InputBatch:
             self.num_computed_tokens[:rows],
             self.num_scheduled_tokens[:rows],
             self.pending_source[:rows],
+            self.snapshot_slots[:rows],
         )
 
     def restore(self, state: tuple[Any, ...]) -> None:
@@ -285,7 +295,8 @@ class InputBatch:
         self.token_ids[: len(ids)], self.pending[: len(ids)] = ids, pending
         self.has_pending = bool((pending >= 0).any())
         lengths = self.num_chunk_tokens, self.num_computed_tokens, self.num_scheduled_tokens
-        for target, values in zip((*lengths, self.pending_source), by_row, strict=True):
+        arrays = *lengths, self.pending_source, self.snapshot_slots
+        for target, values in zip(arrays, by_row, strict=True):
             target[:rows] = values
         for row, start, block_ids in changes:
             if block_ids is None:

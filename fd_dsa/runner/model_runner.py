@@ -189,7 +189,8 @@ class ModelRunner:
         self.forward_meta = step = Step(*inputs, self.caches, backend, sampling)
         if self.device_steps is not None and has_pending:
             self.device_steps.resolve_pending(step)
-        backend.build_step(step, (*inputs.lengths, inputs.block_tables), hints, lengths)
+        arrays = *inputs.lengths, inputs.block_tables, inputs.snapshot_slots
+        backend.build_step(step, arrays, hints, lengths)
         return step
 
     def run_padded(self, key: GraphKey) -> Step:

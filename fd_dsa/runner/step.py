@@ -33,7 +33,7 @@ class Step:
 
     Attributes:
         token_ids, num_chunk_tokens, num_computed_tokens, num_scheduled_tokens, sampled,
-            pending_source, block_tables: see StepInputs.
+            pending_source, snapshot_slots, block_tables: see StepInputs.
         caches: caches of the attention backend; for DSA two tensors a layer, latents and indexer
             keys.
         attn_backend: attention backend that all layers call.
@@ -53,6 +53,7 @@ class Step:
     num_scheduled_tokens: StepArray
     sampled: StepArray
     pending_source: StepArray
+    snapshot_slots: StepArray
     block_tables: StepArray
     caches: Sequence[Any]
     attn_backend: AttentionBackend

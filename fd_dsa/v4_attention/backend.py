@@ -82,7 +82,7 @@ class V4AttentionBackend:
         Raises:
             ValueError: inconsistent lengths or block tables. The message has row and value.
         """
-        _, before, q, tables = map(as_numpy, inputs)
+        _, before, q, tables = map(as_numpy, inputs[:4])
         self._prepare.stage(before + q, q, self._slots[: len(q)], tables)
         out = self._prepare.expand()
         self._step = step = V4Step(out, before, q, tables, self._num_heads)

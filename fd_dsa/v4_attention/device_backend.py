@@ -136,7 +136,8 @@ class V4DeviceBackend:
         Args:
             forward_meta: step of the runner.
             inputs: tensors on the device. The second has the tokens of each row before the step,
-                the third those in it, and the fourth the block tables.
+                the third those in it, and the fourth the block tables. The fifth, if any, has the
+                places of snapshots.
             hints: counts of the step, required.
             host_lengths: ignored.
 
@@ -148,10 +149,14 @@ class V4DeviceBackend:
             raise MissingStepError(
                 "V4DeviceBackend.build_step: num_tokens and max_seqlen_k of the step are needed"
             )
-        _, before, new, tables = inputs
+        _, before, new, tables, *slots = inputs
         num_tokens = num_tokens if padded is None else padded
+        # an answer that ends a block is copied
+        writes_snapshots = prefill != 0 and slots and self._num_snapshots
         self._step = step = self._places.fill(
-            before, new, tables, num_tokens, longest, has_prompts=prefill != 0
+            *(before, new, tables, num_tokens, longest),
+            slots[0] if writes_snapshots else None,
+            has_prompts=prefill != 0,
         )
         self._built_for = forward_meta
         if step.index_view is not None:
@@ -222,7 +227,7 @@ class V4DeviceBackend:
         out = attend_v4(query, windows, entries, *inputs, layer.round_scales)
         if step.has_prompts:
             # a later token of a prompt may take the place of a key that attention has read
-            keep_step(keys, ring, compression)
+            keep_step(keys, ring, compression, step.snapshot_rows)
         return out, slots
 
     def select_entries(self, q: Tensor, weights: Tensor, cache: Tensor, step: DeviceStep) -> Tensor:

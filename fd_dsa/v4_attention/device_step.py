@@ -33,7 +33,9 @@ class DeviceStep:
         num_tokens: tokens of the step with its padding.
         places: places of its tokens.
         ring_rows: int32 [num_tokens or more], row of each key in the rings, -1 = not kept.
-        plans: work of the compressors, by kind of layer.
+        snapshot_rows: int32 [num_tokens or more], row of each key in the ring of a snapshot, -1 =
+            in none; None if the step writes no snapshots.
+        plans: work of the compressors, by kind of layer. Kept sources are also those of snapshots.
         has_prompts: True if a row may have more new tokens than its drafts plus one.
         index_view: the step as the indexer sees it, with entries as keys; None if every token
             attends to all entries.
@@ -42,6 +44,7 @@ class DeviceStep:
     num_tokens: int
     places: TokenPlaces
     ring_rows: Tensor
+    snapshot_rows: Tensor | None
     plans: dict[str, Plan]
     has_prompts: bool
     index_view: ForwardMeta | None
@@ -67,6 +70,7 @@ class StepPlaces:
         block_table: Tensor,
         num_tokens: int,
         longest: int,
+        slots: Tensor | None = None,
         *,
         has_prompts: bool,
     ) -> DeviceStep:
@@ -77,10 +81,11 @@ class StepPlaces:
             block_table: int32 [num_rows, columns], blocks of each row.
             num_tokens: at least the tokens of the step; the rest is padding.
             longest: at least the length of every row after the step, tokens.
+            slots: int32 [num_rows], `InputBatch.snapshot_slots`; None = no snapshots.
             has_prompts: as for DeviceStep.
         """
         config, (num_rows, columns) = self._config, block_table.shape
-        positions, rows, starts, ring_rows, newest, *lists = self._arrays
+        positions, rows, starts, ring_rows, newest, *lists, snapshot_rows = self._arrays
         csa_sizes, hca_sizes = (
             _plan_sizes(config, kind, num_tokens, num_rows) for kind in (CSA, HCA)
         )
@@ -89,16 +94,19 @@ class StepPlaces:
         of_hca = Plan(lists[3], lists[4], lists[5], *hca_sizes, hca_sizes[-1] + drafts)
         parts = min(-(-num_tokens // _TOKENS), _MAX_PARTS)
         place_step_kernel[num_rows + 1, parts](
-            before, new, block_table, *self._arrays, num_rows, num_tokens, columns,
+            before, new, block_table, slots, *self._arrays, num_rows, num_tokens, columns,
             *(of_csa.num_entries, of_csa.num_kept, of_hca.num_entries, of_hca.num_kept),
             WINDOW=config.sliding_window, RING=self._layout.ring_rows,
             BLOCK_SIZE=self._layout.block_size, CSA_RATIO=of_csa.ratio, HCA_RATIO=of_hca.ratio,
             ROW_TILE=self._row_tile, TILE=_TOKENS, num_warps=4,
         )  # fmt: skip
+        if slots is not None:
+            of_csa = of_csa._replace(num_kept=of_csa.num_kept + num_rows * of_csa.pool)
         places = TokenPlaces(positions, rows, starts, block_table)
         view = self._index_view(places, newest, num_tokens, longest, has_prompts=has_prompts)
         plans = {CSA: of_csa, HCA: of_hca}
-        return DeviceStep(num_tokens, places, ring_rows, plans, has_prompts, view)
+        of_snapshots = None if slots is None else snapshot_rows
+        return DeviceStep(num_tokens, places, ring_rows, of_snapshots, plans, has_prompts, view)
 
     def _index_view(
         self,
@@ -129,9 +137,11 @@ def array_sizes(config: DeepseekV4Config, batch: InputBatch) -> list[tuple[tuple
     sizes: list[tuple[tuple[int, ...], str]] = [((tokens,), "int32")] * 2
     sizes += [((rows + 1,), "int32"), ((tokens,), "int32"), ((tokens,), "int64")]
     for kind in (CSA, HCA):
-        entries, kept, *_ = _plan_sizes(config, kind, tokens, rows)
+        entries, kept, _, pool = _plan_sizes(config, kind, tokens, rows)
+        # at the end of a block no HCA entry is unfinished
+        kept += rows * pool if kind == CSA else 0
         sizes += [((entries, 4), "int32"), ((entries,), "int32"), ((kept, 4), "int32")]
-    return sizes
+    return [*sizes, ((tokens,), "int32")]
 
 
 def array_bytes(config: DeepseekV4Config, batch: InputBatch) -> int:

@@ -47,11 +47,31 @@ def _sums_before(
     )
 
 
+@triton.jit
+def _write_sources(
+    kept_ptr, slot, end, first_token, start, POOL: tl.constexpr, TILE: tl.constexpr
+):  # fmt: skip
+    """Write the POOL sources before position `end` for slot `slot`, or -1 for no source.
+
+    Position p is token `first_token + p`. Positions before `start` are not of the step.
+    """
+    for first in range(0, POOL, TILE):
+        numbers = first + tl.arange(0, TILE)
+        positions, inside = end - POOL + numbers, numbers < POOL
+        tokens = tl.where((slot >= 0) & (positions >= start), first_token + positions, -1)
+        cells, none = kept_ptr + 4 * numbers, tl.zeros((TILE,), tl.int32)
+        tl.store(cells, tokens, mask=inside)
+        tl.store(cells + 1, none + slot, mask=inside)
+        tl.store(cells + 2, positions, mask=inside)
+        tl.store(cells + 3, none, mask=inside)
+
+
 @step_kernel()
 def place_step_kernel(
     before_ptr,
     new_ptr,
     block_table_ptr,
+    slots_ptr,
     positions_ptr,
     rows_ptr,
     starts_ptr,
@@ -63,6 +83,7 @@ def place_step_kernel(
     hca_entries_ptr,
     hca_rows_ptr,
     hca_kept_ptr,
+    snapshot_rows_ptr,
     num_rows,
     num_tokens,
     columns,
@@ -82,6 +103,10 @@ def place_step_kernel(
 
     `before_ptr` and `new_ptr` have the tokens of each row before the step and in it. A ring has
     RING keys: a window, and one for each draft of a row. Grid: (rows + 1, parts of a row).
+
+    `slots_ptr` has the place for a snapshot of each row, after the last full block before the row's
+    last token, or -1. The window keys of a snapshot get `snapshot_rows_ptr`. Its CSA sources follow
+    the kept ones, 2 * CSA_RATIO a row. Without `slots_ptr` the step writes no snapshots.
     """
     row, part, parts = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     sums = _sums_before(before_ptr, new_ptr, row, CSA_RATIO, HCA_RATIO, ROW_TILE)
@@ -98,12 +123,22 @@ def place_step_kernel(
             tl.store(positions_ptr + tokens, tl.zeros((TILE,), tl.int32), mask=exists)
             tl.store(rows_ptr + tokens, none, mask=exists)
             tl.store(ring_rows_ptr + tokens, none, mask=exists)
+            if slots_ptr is not None:
+                tl.store(snapshot_rows_ptr + tokens, none, mask=exists)
             tl.store(newest_ptr + tokens, none.to(tl.int64), mask=exists)
     else:
         start, new = tl.load(before_ptr + row), tl.load(new_ptr + row)
         if part == 0:
             tl.store(starts_ptr + row + 1, sums[0] + new)
         here = (row, start, new)
+        slot = -1
+        # the end of the block, with a snapshot
+        end = (start + new - 1) // BLOCK_SIZE * BLOCK_SIZE
+        if slots_ptr is not None:
+            slot = tl.load(slots_ptr + row)
+            if part == 0:
+                sources = csa_kept_ptr + 4 * (csa_num_kept + row * 2 * CSA_RATIO)
+                _write_sources(sources, slot, end, sums[0] - start, start, 2 * CSA_RATIO, TILE)
         for first in range(part * TILE, new, parts * TILE):
             numbers = first + tl.arange(0, TILE)
             live, tokens, positions = numbers < new, sums[0] + numbers, start + numbers
@@ -115,6 +150,10 @@ def place_step_kernel(
             kept = (new - numbers <= WINDOW) | (new <= RING - WINDOW + 1)
             place = tl.where(kept, row * RING + positions % RING, -1)
             tl.store(ring_rows_ptr + tokens, place, mask=live)
+            if slots_ptr is not None:
+                kept = (slot >= 0) & (positions < end) & (positions >= end - WINDOW)
+                place = tl.where(kept, slot * RING + positions % RING, -1)
+                tl.store(snapshot_rows_ptr + tokens, place, mask=live)
             newest = (positions + 1) // CSA_RATIO - 1
             tl.store(newest_ptr + tokens, newest.to(tl.int64), mask=live)
             cell = block_table_ptr + row * columns + positions // BLOCK_SIZE

@@ -12,6 +12,7 @@ from fd_dsa.engine.block_keys import BlockKeys
 from fd_dsa.engine.block_manager import BlockManager
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.snapshots import Snapshots
+from fd_dsa.runner.input_batch import NO_SLOT
 from tests.engine.fakes import FakeRunner, expected_greedy, make_engine, run_all
 
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
@@ -24,16 +25,31 @@ class StatefulRunner(FakeRunner):
     def __init__(self, *sizes: Any) -> None:
         super().__init__(*sizes)
         self.states: dict[int, list[int]] = {}
+        # steps before one that finds no memory after its first layers
+        self.failing = -1
 
     def execute_model(self, logits_indices: np.ndarray) -> np.ndarray:
         """Check the state of each row against its blocks, and add the tokens of the step."""
+        self.failing -= 1
+        if self.failing == -1:
+            rows = np.flatnonzero(self.input_batch.num_chunk_tokens).tolist()
+            slots = self.input_batch.snapshot_slots
+            self.states |= {place: [-1] for place in (*rows, *slots[slots != NO_SLOT].tolist())}
+            raise MemoryError("no memory")
         logits, batch, begin = super().execute_model(logits_indices), self.input_batch, 0
         for row, (new, before, _) in self.steps[-1].items():
             table = batch.block_tables[row]
             known = self.cache[table[table >= 0]].reshape(-1)[:before].tolist()
             state = self.states.get(row, []) if before else []
             assert state == known, f"row {row} goes on after tokens of another row"
-            self.states[row] = state + batch.token_ids[begin : begin + new].tolist()
+            tokens = batch.token_ids[begin : begin + new].tolist()
+            if (slot := batch.snapshot_slots[row]) != NO_SLOT:
+                copied = self.states[slot] if before else []
+                assert copied == known, f"the snapshot of row {row} lacks tokens before the step"
+                end = (before + new - 1) // batch.block_size * batch.block_size
+                assert end > before, f"no block of row {row} ends in the step"
+                self.states[slot] = known + tokens[: end - before]
+            self.states[row] = state + tokens
             begin += new
         return logits
 
@@ -43,12 +59,14 @@ class StatefulRunner(FakeRunner):
 
 
 def stateful_engine(num_snapshots: int = 8, **sizes: Any) -> Any:
-    """An engine whose rows have states."""
-    engine = make_engine(**sizes)
+    """An engine whose rows have states, without snapshots if requests share no prefixes."""
+    engine = make_engine(**sizes, enable_prefix_caching=num_snapshots > 0)
     manager = engine.block_manager
     engine.runner = runner = StatefulRunner(engine.runner.input_batch, manager.num_blocks)
     manager.shares_blocks = False
-    manager.snapshots = Snapshots(range(100, 100 + num_snapshots), runner.copy)
+    slots = range(100, 100 + num_snapshots)
+    if num_snapshots:
+        manager.snapshots = Snapshots(slots, runner.copy, manager.block_size)
     return engine
 
 
@@ -67,6 +85,43 @@ def test_a_prompt_goes_on_after_its_last_block(budget: int) -> None:
     # an answer too
     longer = PREFIX + expected_greedy(PREFIX, 6, eos=None)
     assert answer(engine, [*longer, 3]).num_cached_tokens == 20
+
+
+def test_a_prompt_that_fits_takes_one_step() -> None:
+    engine = stateful_engine(max_num_batched_tokens=20)
+    for cached in (0, 16):
+        assert answer(engine, PREFIX).num_cached_tokens == cached
+        prompt_step, *steps = engine.runner.steps
+        assert list(prompt_step.values()) == [(18 - cached, cached, True)]
+        assert len(steps) == 5
+        engine.runner.steps.clear()
+
+
+def test_one_of_two_prompts_of_a_step_gets_the_only_snapshot() -> None:
+    engine = stateful_engine(num_snapshots=1, max_num_batched_tokens=40)
+    prompts = [PREFIX, PREFIX[::-1]]
+    for number, prompt in enumerate(prompts):
+        engine.add_request(str(number), prompt, GREEDY)
+    outputs = run_all(engine)
+    for number, prompt in enumerate(prompts):
+        assert outputs[str(number)][-1].token_ids == expected_greedy(prompt, 6, eos=None)
+    assert len(engine.runner.steps[0]) == 2
+
+
+@pytest.mark.parametrize("num_snapshots", [0, 1, 8])
+@pytest.mark.parametrize("failing", [0, 1, 2, 3, 4])
+def test_a_step_without_memory_changes_no_token(failing: int, num_snapshots: int) -> None:
+    """Its rows have keys of tokens that the next step computes again, or leaves for later."""
+    engine = stateful_engine(num_snapshots, max_num_batched_tokens=10)
+    engine.runner.failing = failing
+    prompts = [PREFIX, [3, *PREFIX], [*PREFIX[:9], 2]]
+    for _ in range(2):
+        for number, prompt in enumerate(prompts):
+            engine.add_request(str(number), prompt, GREEDY)
+        outputs = run_all(engine)
+        for number, prompt in enumerate(prompts):
+            assert outputs[str(number)][-1].token_ids == expected_greedy(prompt, 6, eos=None)
+    assert engine.runner.failing < 0
 
 
 def test_a_common_beginning_is_found_by_the_third_request() -> None:
@@ -142,12 +197,12 @@ def test_a_snapshot_moves_to_the_block_that_is_found() -> None:
     """Two requests compute the same block, and the one that is found had no snapshot."""
     copies: list[tuple[int, int]] = []
     manager = BlockManager(6, 2)
-    manager.snapshots = Snapshots([7], lambda *places: copies.append(places))
+    manager.snapshots = Snapshots([7], lambda *places: copies.append(places), 2)
     keys = BlockKeys([1, 2, 3, 4, 5], 2, None)
     for name in ("first", "second"):
         manager.allocate(name, 5)
         if name == "second":
-            manager.take_snapshot(name, 1, 4, 5)
+            manager.snapshots.take(manager.blocks_of(name), 1, 4, 5)
         manager.cache_full_blocks(name, keys, 4)
     assert manager.find_cached_blocks(keys, 5) == [0, 1]
     manager.free("second")

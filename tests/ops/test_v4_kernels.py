@@ -140,14 +140,17 @@ def test_entries_pool_old_and_new_sources(
     step = Compression(wide[:, :source], kept_sources, work, *made)
     places = np.arange(token, dtype=np.int32) - 1
     places = np.where(places > 3, -1, places).astype(np.int32)
-    ring = Ring(m.put(places), m.poisoned((6, 32), kind))
+    ring = Ring(m.put(places), m.poisoned((10, 32), kind))
+    # one of these tokens is in the ring of its row, too
+    snapshot = np.full(token, -1, np.int32)
+    snapshot[:2] = 9, 7
     projected, ones = drawn(m, kind, token, rank + 32)[0], m.put(np.ones(32, np.float32))
     norms = Norm(m.put(np.ones(rank, np.float32)), EPS), Norm(ones, EPS)
     given = m.put(COS_SIN), m.put(np.zeros(token, np.int32)), step
     _, keys = write_step(projected, *norms, *given, None if has_prompts else ring)
     if has_prompts:
         np.testing.assert_array_equal(m.get(kept_sources), states)
-        keep_step(keys, ring, step)
+        keep_step(keys, ring, step, m.put(snapshot))
     first = 0
     for pooling, (gates, norm), width in zip(made, weights, widths, strict=True):
         found = block_fp8.get(m, pooling.entries).reshape(4, width)
@@ -167,8 +170,9 @@ def test_entries_pool_old_and_new_sources(
             check(found[at], rotated(normed(mean, norm), position + 1 - ratio), kind)
         first += 2 * halves * width
     found, after = block_fp8.get(m, ring.keys), m.get(kept_sources)
-    for place, key in zip(places, block_fp8.get(m, keys), strict=True):
-        if place >= 0:
+    in_rings = np.stack([places, snapshot if has_prompts else places], axis=1)
+    for both, key in zip(in_rings, block_fp8.get(m, keys), strict=True):
+        for place in both[both >= 0]:
             np.testing.assert_array_equal(found[place], key)
     for one, row, position, _ in kept:
         np.testing.assert_array_equal(after[row * kept_rows + position % kept_rows], own[one])

@@ -78,9 +78,10 @@ for kind in ("float32", "bfloat16"):
                         **ring)
             none = {name: None for name in ("sources_ptr", "kept_ptr", "states_ptr")
                     if name in absent}
-            compile("keep", write.keep_step_kernel, pools, WIDTH=row, SOURCE=source,
-                    SOURCE_STRIDE=source + 64,
-                    RING=ratio * halves, PADDED=1024, **none)
+            for snapshots in ({}, {"snapshot_places_ptr": None}):
+                compile("keep", write.keep_step_kernel, pools, WIDTH=row, SOURCE=source,
+                        SOURCE_STRIDE=source + 64, RING=ratio * halves, PADDED=1024, **none,
+                        **snapshots)
         compile("snapshots", copy_slot_kernel, dict(slots_ptr=key), SIZE=128 * row, TILE=1024)
         for absent in ({}, {"slots_ptr": None}, {"pool_ptr": None, "slots_ptr": None}):
             for whole in ({"values_ptr": None, "lse_ptr": None}, {}):
@@ -112,8 +113,9 @@ for kind in ("float32", "bfloat16"):
                 NATIVE=NATIVE, EXPERTS=256, LIMIT=10.0, **NOT_FOUR_BITS,
                 **block_sizes(kind, 2048, 4096, configuration(kind, 6 * tokens, 256, True,
                                                               2048, SHARED)))
-compile("place", place_step_kernel, INT32_TYPES | {"newest_ptr": "int64"}, WINDOW=128,
-        RING=131, BLOCK_SIZE=128, CSA_RATIO=4, HCA_RATIO=128, ROW_TILE=256, TILE=128)
+for absent in ({}, {"slots_ptr": None}):
+    compile("place", place_step_kernel, INT32_TYPES | {"newest_ptr": "int64"}, WINDOW=128,
+            RING=131, BLOCK_SIZE=128, CSA_RATIO=4, HCA_RATIO=128, ROW_TILE=256, TILE=128, **absent)
 for experts in (256, 384):
     padded = 1 << (experts - 1).bit_length()
     sizes = dict(NUM_EXPERTS=experts, TOP_K=6, SCORE="sqrtsoftplus", EXPERTS=padded, MAX_PAIRS=512,

@@ -100,11 +100,13 @@ def test_a_step_is_restored_in_another_process() -> None:
     batch.set_blocks(1, [5, 6])
     batch.add_rows([1, 2], [3, 2], [0, 7, 3, 4, 5], [5, 0], [False, True], {0: 2, 1: 8})
     batch.pending_source[1] = 3
+    batch.snapshot_slots[2] = 7
     batch.next_prompt_tokens[4] = 6
     follower.follow()
     for one in (follower.batch, batch):
         assert one.block_tables[1].tolist() == [5, 6, -1, -1]
         assert one.pending_source.tolist() == [-1, 3, -1, -1]
+        assert one.snapshot_slots.tolist() == [-1, -1, 7, -1]
         assert one.staged_ids().tolist() == [-3, -9, 3, 4, 5]
         assert one.next_tokens([0, 1, 2], 10).tolist() == [-11, -12, -13, 5, 6]
 

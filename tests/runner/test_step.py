@@ -35,6 +35,7 @@ def filled(batch: InputBatch, rng: np.random.Generator) -> np.ndarray:
             last = batch.add_row(row, ids, int(rng.integers(0, 50)), bool(rng.integers(2)))
             wanted.append(last)
             batch.pending_source[row] = int(rng.integers(-1, 4))
+            batch.snapshot_slots[row] = int(rng.integers(-1, 4))
     if not wanted:
         wanted.append(batch.add_row(MAX_ROWS - 1, [1], 0, True))
     return np.array(wanted[: int(rng.integers(0, len(wanted) + 1))], np.int64)
@@ -50,6 +51,7 @@ def check(found: list[np.ndarray], batch: InputBatch, sampled: np.ndarray) -> No
         batch.num_scheduled_tokens[:rows],
         sampled,
         batch.pending_source[:rows],
+        batch.snapshot_slots[:rows],
         batch.block_tables[:rows],
     )
     for array, values in zip(found, expected, strict=True):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fd_dsa.models.registry import config_from_dict
 from fd_dsa.runner import InputBatch
 from fd_dsa.v4_attention.device_pools import DeviceLayout
-from fd_dsa.v4_attention.device_step import StepPlaces, array_bytes
+from fd_dsa.v4_attention.device_step import DeviceStep, StepPlaces, array_bytes
 from fd_dsa.v4_attention.pools import prepare_sizes
 from fd_dsa.v4_prepare import v4_prepare_np
 from tests.kernel_memory import KernelMemory
@@ -28,6 +28,26 @@ BATCH = InputBatch(ROWS, TOKENS, COLUMNS, BLOCK)
 ROW = st.tuples(st.integers(0, 40), st.sampled_from([0, 1, 1, 1, 2, 7, 9, 31, 140]))
 # around the ends of entries, windows and blocks
 EDGES = [(before, 1) for before in (3, 4, 7, 8, 14, 15, 16, 31)]
+
+
+def check_snapshots(
+    m: KernelMemory, step: DeviceStep, total: int, rows: tuple[np.ndarray, ...], ring: int
+) -> None:
+    """Compare the keys and CSA sources of snapshots with a loop over tokens."""
+    plan, token, places, num_rows = step.plans[CSA], 0, np.full(total, -1), len(rows[0])
+    kept: list[list[tuple[int, ...]]] = [[] for _ in range(num_rows)]
+    for row, (before, new, slot, end) in enumerate(zip(*rows, strict=True)):
+        for position in range(before, before + new):
+            if slot >= 0 and end - CONFIG.sliding_window <= position < end:
+                places[token] = slot * ring + position % ring
+            if slot >= 0 and end - plan.pool <= position < end:
+                kept[row].append((token, slot, position))
+            token += 1
+    assert step.snapshot_rows is not None
+    np.testing.assert_array_equal(m.get(step.snapshot_rows)[:total], places)
+    cells = m.get(plan.kept)[plan.num_kept - num_rows * plan.pool : plan.num_kept]
+    for row, found in enumerate(cells.reshape(num_rows, plan.pool, 4).tolist()):
+        assert [tuple(cell[:3]) for cell in found if cell[0] >= 0] == kept[row]
 
 
 def check(
@@ -47,8 +67,15 @@ def check(
     table = table.reshape(-1, COLUMNS).astype(np.int32)
     count = int(new.sum())
     total = max(min(count + padding, TOKENS), 1)
-    given = m.put(before), m.put(new), m.put(table), total, COLUMNS * BLOCK
+    # rows with a block that ends in the step, but not every one of them
+    ends = (before + new - 1) // BLOCK * BLOCK
+    slots = np.where((ends > before) & (before % 3 > 0), ROWS + np.arange(len(new)), -1)
+    slots = slots.astype(np.int32)
+    given = m.put(before), m.put(new), m.put(table), total, COLUMNS * BLOCK, m.put(slots)
     step = places.fill(*given, has_prompts=True)
+    check_snapshots(m, step, total, (before, new, slots, ends), CONFIG.sliding_window + drafts)
+    pool = step.plans[CSA].pool
+    of_csa = step.plans[CSA]._replace(num_kept=step.plans[CSA].num_kept - len(new) * pool)
     sizes = prepare_sizes(CONFIG, BATCH, ROWS * COLUMNS, drafts)
     sizes = replace(sizes, swa="ring", comp_base=0)
     wanted = v4_prepare_np(sizes, before + new, new, np.arange(len(new)), table)
@@ -65,7 +92,7 @@ def check(
     starts = wanted.cu_q[: len(new) + 1]
     np.testing.assert_array_equal(m.get(step.places.starts)[: len(starts)], starts)
     for kind, ratio in ((CSA, "r1"), (HCA, "r2")):
-        plan = step.plans[kind]
+        plan = of_csa if kind == CSA else step.plans[kind]
         # no work of the step is past the bound, and the rest up to it is none
         assert (getattr(wanted, f"plan_{ratio}")[plan.num_entries :, 0] < 0).all()
         assert (getattr(wanted, f"wplan_{ratio}")[plan.num_kept :, 0] < 0).all()
@@ -105,5 +132,6 @@ def test_tokens_past_the_longest_row(paddle_memory: KernelMemory) -> None:
     new = np.ones(3, np.int32)
     given = m.put(before), m.put(new), m.put(table), 3, longest
     step = places.fill(*given, has_prompts=False)
+    assert step.snapshot_rows is None
     assert (m.get(step.places.positions)[:3] == longest - 1).all()
     assert m.get(step.places.rows)[:3].tolist() == [0, 1, 2]

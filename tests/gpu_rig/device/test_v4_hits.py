@@ -45,33 +45,51 @@ def chunks(rng: np.random.Generator, begin: int, end: int) -> Iterator[tuple[int
         begin = stop
 
 
-def run(runner: ModelRunner, step: Step) -> np.ndarray:
-    """Logits of the last token of each row: of each its new tokens and how many went before."""
+def run(runner: ModelRunner, step: Step, slots: dict[int, int] | None = None) -> np.ndarray:
+    """Logits of the last token of each row: of each its new tokens and how many went before.
+
+    `slots` are the places of snapshots that the step writes.
+    """
     batch = runner.input_batch
     batch.begin_step()
     last = [
         batch.add_row(row, ids, done, is_prefill=len(ids) > 1 or not done)
         for row, (ids, done) in sorted(step.items())
     ]
+    for row, slot in (slots or {}).items():
+        batch.snapshot_slots[row] = slot
     return np.array(runner.execute_model(np.array(last)))
 
 
 def logits_after(
-    runner: ModelRunner, prompt: list[int], cached: int, seed: int, *, is_hit: bool
+    runner: ModelRunner,
+    prompt: list[int],
+    cached: int,
+    seed: int,
+    *,
+    is_hit: bool,
+    num_past: int = 0,
 ) -> dict[int, np.ndarray]:
     """Logits of the last tokens of random chunks from `cached` on, beside another request.
 
     With a hit the state comes from another row, whose request has gone on since, and the row has
-    the state of a third request before.
+    the state of a third request before. With `num_past` the last chunk of the other row runs past
+    `cached` by so many tokens, and its step writes the snapshot.
     """
     rng, table = np.random.default_rng(seed), runner.input_batch.block_tables
     copy, slot = runner.attn_backends[0].copy_slot, ROWS + 1
     other = rng.integers(2, 90, len(prompt)).tolist()
     first = FIRST if is_hit else SECOND
     for begin, end in chunks(rng, 0, cached):
-        run(runner, {first: (prompt[begin:end], begin)})
+        slots = {}
+        if is_hit and num_past and end == cached:
+            end, slots[FIRST] = cached + num_past, slot
+            if begin:
+                copy(FIRST, slot)
+        run(runner, {first: (prompt[begin:end], begin)}, slots)
     if is_hit:
-        copy(FIRST, slot)
+        if not num_past:
+            copy(FIRST, slot)
         run(runner, {FIRST: (other[:20], cached)})
         run(runner, {SECOND: (other[:40], 0), OTHER: (other[:8], 0)})
         num_blocks = cached // runner.input_batch.block_size
@@ -132,15 +150,35 @@ def test_logits_after_a_hit(
         assert worst([after_hit], [wanted[[*found[1]]]]) < 1e-4
 
 
+@pytest.mark.parametrize(
+    ("num_past", "seed"),
+    [(3, 0), *(pytest.param(*form, marks=slow) for form in ((1, 1), (16, 2), (16, 3), (5, 4)))],
+)
+def test_logits_after_a_snapshot_inside_of_a_chunk(
+    rig: Rig, tmp_path: Path, num_past: int, seed: int
+) -> None:
+    """Its keys are of the step that writes it, or of steps before, and older ones are infinite."""
+    case = Case("small", SMALL, seed=41)
+    folder = case.write(tmp_path)
+    model, cached = device_model(folder, rig, "float32"), 2 * case.block_size
+    prompt = case.prompt(cached + 22)
+    [wanted] = prompt_logits(make_runner(load_model(folder), case.block_size), [prompt], 40)
+    with runner_of(rig, model, "float32", case.block_size, 96, False) as runner:
+        found = logits_after(runner, prompt, cached, seed, is_hit=True, num_past=num_past)
+    assert worst([np.array([*found.values()])], [wanted[[*found]]]) < 1e-4
+
+
 @slow
-def test_a_hit_at_released_sizes(rig: Rig, tmp_path: Path) -> None:
+@pytest.mark.parametrize("num_past", [0, 9])
+def test_a_hit_at_released_sizes(rig: Rig, tmp_path: Path, num_past: int) -> None:
     """Windows, ratios and blocks have their released sizes."""
     case = Case("released", RELEASED, seed=42)
     folder = case.write(tmp_path)
     model, prompt = device_model(folder, rig, "float32"), case.prompt(150)
     [wanted] = prompt_logits(make_runner(load_model(folder), case.block_size), [prompt], 75)
     with runner_of(rig, model, "float32", case.block_size, 256, False) as runner:
-        found = logits_after(runner, prompt, case.block_size, 0, is_hit=True)
+        cached = case.block_size
+        found = logits_after(runner, prompt, cached, 0, is_hit=True, num_past=num_past)
     assert worst([np.array([*found.values()])], [wanted[[*found]]]) < 1e-4
 
 
