@@ -135,19 +135,38 @@ def floor(case: Case, shape: V4Shape) -> float | None:
     return case.prompt / (fp8 / FP8_PER_S + bf16 / BF16_PER_S)
 
 
-def decode_bytes(shape: V4Shape, rows: int, context: int) -> float:
+def drafted_bytes(shape: V4Shape, rows: int, context: int, has_layer: bool) -> float:
+    """Return the bytes of a decode step with a draft a row, over those of a step without.
+
+    Args:
+        context: tokens of each row.
+        has_layer: True if the layer for multi-token prediction makes the drafts. It has a window,
+            experts and two projections, and reads the head once more.
+    """
+    w, plain = WIDTHS, decode_bytes(shape, rows, context)
+    hidden = w["hidden_size"]
+    found = decode_bytes(shape, rows, context, 2)
+    if has_layer:
+        layer = shape._replace(layers=1)
+        found += decode_bytes(layer, rows, context, 2) + 2 * _fp8(hidden, hidden)
+    return found / plain
+
+
+def decode_bytes(shape: V4Shape, rows: int, context: int, num_new: int = 1) -> float:
     """Return the bytes that a decode step reads and writes.
 
     Args:
         context: tokens of each row.
+        num_new: tokens of a row in the step.
     """
     w = WIDTHS
     hidden, width = w["hidden_size"], w["moe_intermediate_size"]
-    experts = shape.even_hits(rows) * (2 * _fp4(width, hidden) + _fp4(hidden, width))
+    hits = shape.even_hits(num_new * rows)
+    experts = hits * (2 * _fp4(width, hidden) + _fp4(hidden, width))
     shared = 2 * _fp8(width, hidden) + _fp8(hidden, width)
     layer = experts + shared + _layer_bytes(shape.experts)
     # read and written around both blocks, which read and write a stream
-    layer += rows * 2 * 2 * 2 * (w["hc_mult"] + 1) * hidden
+    layer += num_new * rows * 2 * 2 * 2 * (w["hc_mult"] + 1) * hidden
     head = 2 * w["vocab_size"] * hidden
     entries = sum(_entry_bytes(ratio) + rows * _row_bytes(ratio, context) for ratio in shape.ratios)
     return shape.layers * layer + entries + head

@@ -4,12 +4,16 @@
     python -m benchmarks.once_per_step --dry     # small widths on the CPU: shows that it runs
     python -m benchmarks.once_per_step --rig --layers 61 --experts 16      # FP8, fits 80 GB
     python -m benchmarks.once_per_step --rig --tensor-parallel-size 4      # a whole model: P31
+    python -m benchmarks.once_per_step --rig --v4       # DeepSeek-V4 with half of its experts: V48
 
 The first experiment is that of FastDeploy #7367: time per output token, captured and eager. The
 other form makes the slots by two chains of operators in every layer. The second experiment is that
 of #7598: prompts whose windows come from one launch a step. The other form makes them in every
 layer by a loop over the requests, which waits for the device. A graph cannot hold such a loop.
 `_operator_chains.py` has both other forms, and a worker adds them to this engine's layers.
+
+The other form of DeepSeek-V4 makes the index arrays of a step in every layer, by the launches that
+make them once. It has the model of `v4_gpu`.
 
 Five layers have 256 experts. A model of `--layers` is in FP8. `--experts` removes experts, so that
 the model fits; a token runs through eight in any case. On several GPUs the model has the shape of
@@ -30,10 +34,13 @@ from typing import Any
 
 from benchmarks._gpu_engine_model import FP8, SMALL, Shape, engine_options, of_ranks, shape_of
 from benchmarks._harness import Worker, rig_parser, rig_result, write_result
+from benchmarks._v4_gpu_model import V4Shape, v4_options
+from benchmarks.v4_gpu import CONFIG as V4_CONFIG
+from benchmarks.v4_gpu import SMALL as V4_SMALL
 
 LAYERS, DENSE_LAYERS = 5, 3
 TARGET = "benchmarks.workers.once_per_step:Engine"
-ONCE, CHAINS, LOOP = "once", "two chains", "host loop"
+ONCE, CHAINS, LOOP, LAUNCHES = "once", "two chains", "host loop", "launches in every layer"
 PAIRS = 5
 SEED_PERCENT = {"decode, eager": 8.1, "decode, captured": 13.9}
 """What FastDeploy #7367 took off the time of a token."""
@@ -56,6 +63,21 @@ def requests_of(is_dry: bool) -> Requests:
         "prompts, 8 x 4k": {"op": "prefill", "batch": 8, "prompt": 4096, "new": 1},
         "prompts, 512 after 32k": {"op": "after", "prefix": 32768, "prompt": 512},
         "prompts, 8k after 32k": {"op": "after", "prefix": 32768, "prompt": 8192},
+    }
+
+
+def v4_requests_of(is_dry: bool) -> Requests:
+    """Return the requests of DeepSeek-V4: decode steps of one and more rows, and short prompts."""
+    if is_dry:
+        return {
+            "decode": {"op": "decode", "batch": 1, "prompt": 256, "new": 8},
+            "prompts, 4 x 200": {"op": "prefill", "batch": 4, "prompt": 200, "new": 1},
+        }
+    return {
+        "decode": {"op": "decode", "batch": 1, "prompt": 4096, "new": 128},
+        "decode, 8 rows": {"op": "decode", "batch": 8, "prompt": 1024, "new": 128},
+        "prompts, 8 x 128": {"op": "prefill", "batch": 8, "prompt": 128, "new": 1},
+        "prompts, 4 x 2k": {"op": "prefill", "batch": 4, "prompt": 2048, "new": 1},
     }
 
 
@@ -96,7 +118,7 @@ def entry_of(case: str, peer: str, other: float, once: float) -> dict[str, Any]:
         # of the time that the other form takes
         "saved_percent": 100 * (1 - 1 / ratio),
     }
-    if case in SEED_PERCENT:
+    if peer == CHAINS and case in SEED_PERCENT:
         entry["seed_percent"] = SEED_PERCENT[case]
     return entry
 
@@ -130,6 +152,24 @@ def compared(options: dict[str, Any], args: argparse.Namespace) -> list[dict[str
     return entries
 
 
+def compared_v4(options: dict[str, Any], args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measure the cases of DeepSeek-V4, captured and eager."""
+    entries, requests = [], v4_requests_of(args.dry)
+    for eager in (False, True):
+        given = options | {"config": options["config"] | {"enforce_eager": eager}}
+        once, layers = (medians(given, work, requests) for work in (ONCE, LAUNCHES))
+        for case, value in layers.items():
+            label = f"{case}, {'eager' if eager else 'captured'}"
+            entry = entry_of(label, LAUNCHES, value, once[case]) | {"target": "V48"}
+            entries.append(entry)
+            print(
+                f"{label:<28} once {once[case]:10.3f}  {LAUNCHES} {value:10.3f} {entry['unit']}"
+                f"  {entry['ratio']:.3f}x, {entry['saved_percent']:.1f} % saved",
+                flush=True,
+            )
+    return entries
+
+
 def earlier_cases(earlier: dict[str, Any], result: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the other cases of an earlier result of the same model, commit and GPU."""
     same = all(earlier["env"].get(key) == result["env"].get(key) for key in ("commit", "gpu"))
@@ -137,6 +177,18 @@ def earlier_cases(earlier: dict[str, Any], result: dict[str, Any]) -> list[dict[
         return []
     measured = {entry["case"] for entry in result["cases"]}
     return [entry for entry in earlier["cases"] if entry["case"] not in measured]
+
+
+def run_v4(args: argparse.Namespace) -> int:
+    """Measure DeepSeek-V4 and write. Returns 0."""
+    shape = V4Shape(*((args.layers, args.experts) if args.layers else ()))
+    model = shape._asdict() | {"weights": "random, FP8 with FP4 experts"}
+    result = rig_result("once_per_step_v4", args, model=model)
+    config = dict(V4_SMALL if args.dry else V4_CONFIG) | {"max_num_seqs": 8}
+    with v4_options(args, shape, config) as options:
+        result["cases"] = compared_v4(options, args)
+    write_result(args.out, result)
+    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -147,7 +199,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--only", nargs="+", choices=["decode", "prompts"], help="the result keeps other cases"
     )
+    parser.add_argument("--v4", action="store_true", help="DeepSeek-V4 on one GPU")
     args = parser.parse_args(argv)
+    if args.v4:
+        return run_v4(args)
     ranks, layers = args.tensor_parallel_size, args.layers
     shape = Shape(layers or LAYERS, DENSE_LAYERS, ranks=ranks)
     fields: dict[str, Any] = {}

@@ -18,7 +18,8 @@ class Engine(gpu_engine.Engine):
     Args:
         work: "once"; "two chains": each layer makes the slots twice, by FastDeploy's operators
             before #7367; "host loop": each layer makes the windows of prompts in a loop over the
-            requests, as FastDeploy's before #7598.
+            requests, as FastDeploy's before #7598; "launches in every layer": each layer of
+            DeepSeek-V4 makes the index arrays of the step again, by the engine's own launches.
         others: options of the base.
     """
 
@@ -34,6 +35,8 @@ class Engine(gpu_engine.Engine):
             _before_each_layer(_SlotChains())
         elif self._work == "host loop":
             _before_each_layer(_WindowLoop())
+        elif self._work == "launches in every layer":
+            _rebuild_in_each_layer()
 
     def after(self, prefix: int, prompt: int) -> dict[str, Any]:
         """Return prompt tokens per second of a prompt after `prefix` cached tokens."""
@@ -69,6 +72,32 @@ def _before_each_layer(work: Callable[[Any, Any], None]) -> None:
         write(self, *keys_and_layer)
 
     DSAAttentionBackend.write = work_and_write  # type: ignore[method-assign, assignment]
+
+
+def _rebuild_in_each_layer() -> None:
+    """Make the index arrays of a step again before each layer of DeepSeek-V4 but the first."""
+    from fd_dsa.v4_attention.backend import V4AttentionBackend
+    from fd_dsa.v4_attention.device_backend import V4DeviceBackend
+
+    classes: tuple[Any, ...] = V4AttentionBackend, V4DeviceBackend
+    for backend in classes:
+        _rebuild_in_layers_of(backend)
+
+
+def _rebuild_in_layers_of(backend: Any) -> None:
+    """Wrap the methods of a class of backends, which keeps the arguments of the newest step."""
+    build_step, forward = backend.build_step, backend.forward
+
+    def kept(self: Any, *given: Any) -> None:
+        self.newest_step = given
+        build_step(self, *given)
+
+    def built_and_run(self: Any, layer: Any, *given: Any) -> Any:
+        if layer.layer_id:
+            build_step(self, *self.newest_step)
+        return forward(self, layer, *given)
+
+    backend.build_step, backend.forward = kept, built_and_run
 
 
 class _SlotChains:
