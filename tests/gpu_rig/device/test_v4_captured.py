@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -70,6 +71,8 @@ RELEASED = {
     "index_head_dim": 128,
 }
 EAGER = dict.fromkeys(EAGER_REASONS, 0)
+ROWS = SNAPSHOT = 4
+"""Rows of a runner, and the first place of a snapshot."""
 
 
 def pools_of(runner: ModelRunner) -> list[Any]:
@@ -118,10 +121,14 @@ def captured(
         yield
 
 
-def logits_of(runner: ModelRunner, step: Step) -> np.ndarray:
-    """Logits of the last token of each row of a step."""
+def logits_of(
+    runner: ModelRunner, step: Step, slots: Mapping[int, int] = MappingProxyType({})
+) -> np.ndarray:
+    """Logits of the last token of each row of a step, which writes snapshots of some rows."""
     batch, last = runner.input_batch, []
     batch.begin_step()
+    for row, slot in slots.items():
+        batch.snapshot_slots[row] = slot
     for row, before, *new in step:
         ids = [2 + (7 * row + 5 * p) % 90 for p in range(before, before + sum(new or [1]))]
         last.append(batch.add_row(row, ids, before, is_prefill=bool(new)))
@@ -144,10 +151,12 @@ def pair_of(
     prompts: tuple[int, ...] = (),
     dtype: str = "float32",
     block_size: int = 16,
+    snapshots: int = 0,
 ) -> Iterator[tuple[ModelRunner, ModelRunner]]:
     """An eager runner and one with graphs, with the same values in their pools."""
     longest = 2 * block_size if block_size > 16 else LONGEST
-    eager, graphs = (device_runner(model, rig, dtype, block_size, 4, longest) for _ in range(2))
+    own = dtype, block_size, ROWS, longest, snapshots
+    eager, graphs = (device_runner(model, rig, *own) for _ in range(2))
     with captured(rig, graphs, sizes, prompts), pytest.MonkeyPatch.context() as patch:
         fill_pools(eager)
         fill_pools(graphs)
@@ -164,17 +173,24 @@ def pair(
     sizes: tuple[int, ...],
     prompts: tuple[int, ...] = (),
     dtype: str = "float32",
+    snapshots: int = 0,
 ) -> AbstractContextManager[tuple[ModelRunner, ModelRunner]]:
     """`pair_of` of the model of a case."""
     model = device_model(case.write(folder), rig, dtype)
-    return pair_of(rig, model, sizes, prompts, dtype, case.block_size)
+    return pair_of(rig, model, sizes, prompts, dtype, case.block_size, snapshots)
 
 
-def check(eager: ModelRunner, graphs: ModelRunner, step: Step, bound: float = 1e-5) -> None:
+def check(
+    eager: ModelRunner,
+    graphs: ModelRunner,
+    step: Step,
+    bound: float = 1e-5,
+    slots: Mapping[int, int] = MappingProxyType({}),
+) -> None:
     """Run a step eagerly and from a graph, whose arrays have other values before."""
-    wanted = logits_of(eager, step)
+    wanted = logits_of(eager, step, slots)
     poison_arrays(graphs)
-    found = logits_of(graphs, step)
+    found = logits_of(graphs, step, slots)
     limit = bound * np.abs(wanted).max()
     np.testing.assert_allclose(found, wanted, rtol=0, atol=limit, err_msg=str(step))
     for one, other in zip(pools_of(eager), pools_of(graphs), strict=True):
@@ -192,6 +208,24 @@ def test_decode_steps_are_those_of_eager_ones(rig: Rig, tmp_path: Path) -> None:
         for step, key in STEPS:
             check(eager, graphs, step)
             assert key_of(graphs) == key
+
+
+def test_snapshots_of_captured_prompts(rig: Rig, tmp_path: Path) -> None:
+    """Replays write the snapshots of eager steps, at the places that the step names."""
+    case, places = Case("small", SMALL, seed=31), {0: SNAPSHOT, 2: SNAPSHOT + 1}
+    steps: tuple[tuple[Step, dict[int, int]], ...] = (
+        # a block ends in the first row; then in both, the other way round, and in none
+        ([(0, 0, 20)], {0: SNAPSHOT}),
+        ([(0, 20, 14), (2, 0, 17)], {0: SNAPSHOT + 1, 2: SNAPSHOT}),
+        ([(0, 34), (2, 17, 20)], {2: SNAPSHOT + 1}),
+        ([(1, 0, 5)], {}),
+    )
+    with pair(rig, case, tmp_path, (4,), (32,), snapshots=len(places)) as (eager, graphs):
+        for step, slots in steps:
+            check(eager, graphs, step, slots=slots)
+            assert key_of(graphs) is not None
+        [ring, *_] = pools_of(graphs)
+        assert len(ring) % (SNAPSHOT + len(places)) == 0
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-5), ("bfloat16", 2e-3)])
