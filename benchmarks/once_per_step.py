@@ -156,7 +156,8 @@ def compared_v4(options: dict[str, Any], args: argparse.Namespace) -> list[dict[
     """Measure the cases of DeepSeek-V4, captured and eager."""
     entries, requests = [], v4_requests_of(args.dry)
     for eager in (False, True):
-        given = options | {"config": options["config"] | {"enforce_eager": eager}}
+        form = {"enforce_eager": True} if eager else {"cudagraph_capture_sizes": [1, 2, 4, 8]}
+        given = options | {"config": options["config"] | form}
         once, layers = (medians(given, work, requests) for work in (ONCE, LAUNCHES))
         for case, value in layers.items():
             label = f"{case}, {'eager' if eager else 'captured'}"
@@ -184,7 +185,8 @@ def run_v4(args: argparse.Namespace) -> int:
     shape = V4Shape(*((args.layers, args.experts) if args.layers else ()))
     model = shape._asdict() | {"weights": "random, FP8 with FP4 experts"}
     result = rig_result("once_per_step_v4", args, model=model)
-    config = dict(V4_SMALL if args.dry else V4_CONFIG) | {"max_num_seqs": 8}
+    config: dict[str, Any] = {**(V4_SMALL if args.dry else V4_CONFIG), "max_num_seqs": 8}
+    config.pop("cudagraph_capture_sizes", None)
     with v4_options(args, shape, config) as options:
         result["cases"] = compared_v4(options, args)
     write_result(args.out, result)
