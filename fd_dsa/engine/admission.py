@@ -31,6 +31,10 @@ class Admission:
         """
         blocks = self._blocks
         reservation = blocks.reservations.get(request.seq_id)
+        if reservation is not None and not blocks.has_state(reservation, request.block_keys):
+            # a later snapshot has taken the place of the one that the row would go on after
+            blocks.free(request.seq_id)
+            reservation = None
         if reservation is None:
             # a new request always needs a block
             if num_running >= blocks.num_free:
@@ -52,7 +56,7 @@ class Admission:
 
     def start(self, request: Request, reservation: Reservation) -> None:
         """Give a request its blocks and computed tokens, and count them at its first start."""
-        self._blocks.admit(request.seq_id, request.batch_row)
+        self._blocks.admit(request.seq_id, request.block_keys, request.batch_row)
         block_size, state = self._blocks.block_size, request.state
         request.num_computed_tokens = reservation.num_cached * block_size
         if request.scheduled_time is not None:

@@ -57,10 +57,8 @@ class BlockManager:
         - Free blocks are used first. Then blocks without an owner are evicted, starting with those
           that have had no owner for the longest time. The last blocks of a request are evicted
           before earlier ones, because a later block is only found after the earlier ones.
-        - With snapshots, a row goes on only after a block that has one. The last block of a chunk
-          before the last token gets one, and each block that an answer ends. A chunk with the end
-          of the last block that another request has computed ends there, so that this block gets
-          one too. Of an answer only the newest block keeps its snapshot.
+        - With snapshots, a row goes on only after a block that has one. A chunk with the end of the
+          last block that another request has computed ends there, so that this block gets one.
         - With a host tier, evicted blocks are in host memory. The blocks that are evicted next are
           copied ahead, so that a request seldom waits for copies of the blocks that it gets.
 
@@ -71,8 +69,7 @@ class BlockManager:
 
     Attributes:
         tier: blocks in host memory; None until `use_host_tier`.
-        snapshots: states of rows at the ends of blocks. None if rows have no state in addition to
-            blocks, or requests share none.
+        snapshots: states of rows at the ends of blocks; None until `use_snapshots`.
         reservations: blocks of requests that are not admitted yet, by `seq_id`.
         shares_blocks: False if a row has state that its blocks do not hold, so that also the
             outputs of one request have blocks of their own.
@@ -88,10 +85,8 @@ class BlockManager:
             raise ValueError(
                 f"num_blocks is {num_blocks} and block_size {block_size}; both must be >= 1"
             )
-        self.num_blocks = num_blocks
-        self.block_size = block_size
-        self.enable_prefix_caching = enable_prefix_caching
-        self.shares_blocks = True
+        self.num_blocks, self.block_size = num_blocks, block_size
+        self.enable_prefix_caching, self.shares_blocks = enable_prefix_caching, True
         # used from the end, so that low ids come first
         self._free = list(range(num_blocks - 1, -1, -1))
         # blocks that can be found, by key, and their keys
@@ -126,6 +121,10 @@ class BlockManager:
                 be given away at once.
         """
         self.tier, self._num_ahead = tier, num_ahead
+
+    def use_snapshots(self, snapshots: Snapshots) -> None:
+        """Keep snapshots of rows, which have states in addition to blocks."""
+        self.snapshots, snapshots.key_of = snapshots, self._key_of
 
     def num_needed(self, num_tokens: int) -> int:
         """Return the number of blocks of `num_tokens` tokens."""
@@ -214,35 +213,45 @@ class BlockManager:
         Returns:
             None if there are not enough free blocks.
         """
-        tier, first = self.tier, len(cached)
-        end = (num_tokens - 1) // self.block_size
+        tier, end = self.tier, 0
         if reads_host and tier is not None:
             # the allocation may evict blocks to host memory, and these must not replace them
-            tier.find(keys, first, end)
-        blocks = self._allocate(seq_id, num_tokens, cached, spare)
+            cached, end = self._with_host_blocks(tier, keys, num_tokens, cached)
+        blocks, first = self._allocate(seq_id, num_tokens, cached, spare), len(cached)
         if blocks is None:
             return None
-        made = Reservation(blocks, first)
-        slots = tier.find(keys, first, end) if reads_host and tier is not None else []
+        slots = tier.find(keys, first, end) if tier is not None else []
+        made = Reservation(blocks, first + len(slots), len(slots))
+        if not self.has_state(made, keys):
+            # full host memory has lost the snapshot or a block before it
+            self.free(seq_id)
+            cached = self.find_cached_blocks(keys, num_tokens) if reads_host else ()
+            return self.reserve(seq_id, keys, num_tokens, cached, spare, reads_host=reads_host)
         if slots and tier is not None:
-            targets = blocks[first : first + len(slots)]
-            number = tier.load(slots, targets)
-            made = Reservation(blocks, first + len(slots), len(slots), number)
+            made = made._replace(last_copy=tier.load(slots, blocks[first : made.num_cached]))
             # steps that read the blocks wait for their copies
             self.cache_full_blocks(seq_id, keys, made.num_cached * self.block_size)
         self.reservations[seq_id] = made
         return made
+
+    def has_state(self, reservation: Reservation, keys: BlockKeys) -> bool:
+        """Return True if the row of a request can go on after the computed blocks."""
+        last = reservation.num_cached - 1
+        if self.snapshots is None or last < 0:
+            return True
+        return self.snapshots.has(reservation.blocks[last], keys[last])
 
     def is_loaded(self, reservation: Reservation) -> bool:
         """Return True if the copies from host memory are done, or cannot overlap with steps."""
         tier = self.tier
         return tier is None or not tier.overlaps or tier.is_done(reservation.last_copy)
 
-    def admit(self, seq_id: Hashable, row: int) -> None:
+    def admit(self, seq_id: Hashable, keys: BlockKeys, row: int) -> None:
         """Give reserved blocks to their request, whose next step in `row` reads them."""
         reservation = self.reservations.pop(seq_id)
-        if self.snapshots is not None and reservation.num_cached:
-            self.snapshots.restore(reservation.blocks[reservation.num_cached - 1], row)
+        last = reservation.num_cached - 1
+        if self.snapshots is not None and last >= 0:
+            self.snapshots.restore(reservation.blocks[last], keys[last], row)
         if self.tier is not None:
             self.tier.give(reservation.blocks)
 
@@ -291,8 +300,7 @@ class BlockManager:
         """
         if not self.enable_prefix_caching:
             return
-        owner = self._owners[seq_id]
-        num_full = num_tokens // self.block_size
+        owner, num_full = self._owners[seq_id], num_tokens // self.block_size
         for index in range(owner.num_offered, num_full):
             key, block = keys[index], owner.blocks[index]
             # the first of several blocks with the same tokens stays
@@ -315,7 +323,8 @@ class BlockManager:
                     self._unowned[block] = None
                 else:
                     self._free.append(block)
-                    self._drop_snapshot(block)
+                    if self.snapshots is not None:
+                        self.snapshots.drop(block)
 
     def reset_prefix_cache(self) -> None:
         """Make all present blocks, and later ones of present owners, unavailable to others.
@@ -327,32 +336,44 @@ class BlockManager:
             table.clear()
         for owner in self._owners.values():
             owner.num_offered = self.num_blocks
-        if self.tier is not None:
-            self.tier.clear()
-        if self.snapshots is not None:
-            self.snapshots.clear()
+        for kept in (self.tier, self.snapshots):
+            if kept is not None:
+                kept.clear()
 
     def _find(self, keys: BlockKeys, num_tokens: int) -> list[int]:
         """Find blocks as `find_cached_blocks` does, with or without snapshots."""
         blocks: list[int] = []
         if self.enable_prefix_caching:
             for index in range((num_tokens - 1) // self.block_size):
-                block = self._block_of.get(keys[index])
-                if block is None:
+                if (block := self._block_of.get(keys[index])) is None:
                     break
                 blocks.append(block)
         return blocks
 
     def _without_tail(self, blocks: list[int]) -> list[int]:
         """Return the blocks without those after the last one that a row may go on after."""
-        while self.snapshots is not None and blocks and blocks[-1] not in self.snapshots:
+        while self.snapshots is not None and blocks and not self.snapshots.has(blocks[-1]):
             blocks.pop()
         return blocks
 
-    def _drop_snapshot(self, block: int) -> None:
-        """Free the snapshot of a block that gets other tokens."""
-        if self.snapshots is not None:
-            self.snapshots.drop(block)
+    def _with_host_blocks(
+        self, tier: HostTier, keys: BlockKeys, num_tokens: int, cached: Sequence[int]
+    ) -> tuple[Sequence[int], int]:
+        """Find the blocks of a request in the caches and then in host memory, as `reserve` does.
+
+        Returns:
+            Blocks of the caches, and up to which block host memory is read.
+        """
+        end, snapshots = (num_tokens - 1) // self.block_size, self.snapshots
+        if snapshots is None:
+            tier.find(keys, len(cached), end)
+            return cached, end
+        found = self._find(keys, num_tokens)
+        end = len(found) + len(tier.find(keys, len(found), end))
+        for count in range(end, max(len(found), len(cached)), -1):
+            if snapshots.has(None, keys[count - 1]):
+                return found, count
+        return cached, 0
 
     def _take_back(self, seq_id: Hashable, spare: int) -> bool:
         """Free the blocks of a request that waits for its copies, for one that must go on."""
@@ -368,9 +389,10 @@ class BlockManager:
             return self._free.pop()
         is_saved = bool(self._saved)
         block, _ = (self._saved or self._unowned).popitem(last=False)
+        if self.snapshots is not None:
+            self.snapshots.evict(block)
         key = self._key_of.pop(block)
         del self._block_of[key]
-        self._drop_snapshot(block)
         if self.tier is not None and not is_saved:
             self.tier.save(key, block)
         return block

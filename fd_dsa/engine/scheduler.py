@@ -340,9 +340,6 @@ class Scheduler:
             context = reservation.num_cached * self._blocks.block_size
             room = self._room_for_chunk(budget, context)
             if not room:
-                if self._blocks.snapshots is not None:
-                    # a later step may take the place of the snapshot that it would go on after
-                    self._blocks.free(request.seq_id)
                 break
             self.waiting.popleft()
             request.batch_row = heapq.heappop(self.free_rows)

@@ -98,7 +98,8 @@ def _build(config: EngineConfig, ranks: Ranks | None, progress: StartupProgress)
         return engine
 
     engine = make_engine(spec_decoder=_make_spec_decoder(runner, plan, make_engine))
-    engine.block_manager.snapshots = plan.caches.snapshots(runner.copy_state)
+    if (snapshots := plan.caches.snapshots(runner.copy_state)) is not None:
+        engine.block_manager.use_snapshots(snapshots)
     if runner.block_store is not None:
         add_host_tier(engine, runner.block_store, plan)
     engine.grammars.prepare()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -10,20 +11,30 @@ import pytest
 
 from fd_dsa.engine.block_keys import BlockKeys
 from fd_dsa.engine.block_manager import BlockManager
+from fd_dsa.engine.host_tier import HostTier
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.snapshots import Snapshots
 from fd_dsa.runner.input_batch import NO_SLOT
 from tests.engine.fakes import FakeRunner, expected_greedy, make_engine, run_all
+from tests.engine.test_host_tier import HeldStore
+from tests.soak.late_store import LateStore
 
+# first places of snapshots
+ON_DEVICE, IN_HOST = 100, 200
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
 PREFIX = [5, 9, 2, 31, 17, 8, 8, 20, 3, 12, 30, 6, 7, 25, 11, 4, 19, 22]
 
 
 class StatefulRunner(FakeRunner):
-    """Keeps the tokens of each row beside the cache, and refuses to go on after other ones."""
+    """Keeps the tokens of each row beside the cache, and refuses to go on after other ones.
+
+    Attributes:
+        counts: copies of states by the kinds of their places.
+    """
 
     def __init__(self, *sizes: Any) -> None:
         super().__init__(*sizes)
+        self.counts: Counter[tuple[str, str]] = Counter()
         self.states: dict[int, list[int]] = {}
         # steps before one that finds no memory after its first layers
         self.failing = -1
@@ -56,17 +67,44 @@ class StatefulRunner(FakeRunner):
     def copy(self, source: int, target: int) -> None:
         """Copy a state."""
         self.states[target] = self.states[source]
+        self.counts[kind_of(source), kind_of(target)] += 1
 
 
-def stateful_engine(num_snapshots: int = 8, **sizes: Any) -> Any:
-    """An engine whose rows have states, without snapshots if requests share no prefixes."""
+def kind_of(place: int) -> str:
+    """Whether a place is a row, or where it has a snapshot."""
+    return "row" if place < ON_DEVICE else "device" if place < IN_HOST else "host"
+
+
+def stateful_engine(
+    num_snapshots: int = 8,
+    host: tuple[int, int] = (0, 0),
+    overlaps: bool = False,
+    seed: int = 0,
+    store: Any = None,
+    **sizes: Any,
+) -> Any:
+    """An engine whose rows have states, without snapshots if requests share no prefixes.
+
+    Args:
+        host: numbers of blocks and of snapshots in host memory.
+        overlaps, seed: as for LateStore.
+        store: class of the memory of blocks; None = LateStore.
+    """
     engine = make_engine(**sizes, enable_prefix_caching=num_snapshots > 0)
     manager = engine.block_manager
     engine.runner = runner = StatefulRunner(engine.runner.input_batch, manager.num_blocks)
     manager.shares_blocks = False
-    slots = range(100, 100 + num_snapshots)
+    num_host_blocks, num_host_snapshots = host
     if num_snapshots:
-        manager.snapshots = Snapshots(slots, runner.copy, manager.block_size)
+        slots = range(ON_DEVICE, ON_DEVICE + num_snapshots)
+        in_host = range(IN_HOST, IN_HOST + num_host_snapshots)
+        manager.use_snapshots(Snapshots(slots, runner.copy, manager.block_size, in_host))
+    if num_host_blocks:
+        if store is not None:
+            made = store([runner.cache], num_host_blocks)
+        else:
+            made = LateStore(runner.cache[None], num_host_blocks, overlaps, seed)
+        manager.use_host_tier(HostTier(made), num_ahead=seed % 3)
     return engine
 
 
@@ -150,54 +188,84 @@ def test_an_evicted_block_loses_its_snapshot() -> None:
     assert answer(engine, PREFIX).num_cached_tokens == 16
 
 
-@pytest.mark.parametrize("seed", range(12))
-def test_random_histories(seed: int) -> None:
-    """Prompts that begin alike, few rows, blocks and snapshots, preemption, n > 1 and resets."""
+def run_history(seed: int, has_host: bool) -> Any:
+    """The engine after a random history, whose tokens were those of requests alone.
+
+    Prompts begin alike. There are few rows, blocks and snapshots, preemption, n > 1, aborts, steps
+    without memory, and resets.
+    """
     draw = random.Random(seed)
-    num_snapshots, num_blocks = draw.choice([1, 3, 8]), draw.choice([14, 20, 64])
+    num_blocks = draw.choice([14, 20, 12 if has_host else 64])
     engine = stateful_engine(
-        num_snapshots,
+        draw.choice([1, 3, 8]),
+        (draw.choice([3, 12, 80]), draw.choice([1, 3, 30])) if has_host else (0, 0),
+        draw.random() < 0.7,
+        seed,
         num_blocks=num_blocks,
         max_model_len=48,
         max_num_seqs=draw.choice([1, 3, 4]),
         max_num_batched_tokens=draw.choice([4, 9, 40]),
         target_gap_s=draw.choice([0.0, 1e-9]),
     )
-    wanted: dict[str, list[int]] = {}
-    found: dict[tuple[str, int], list[int]] = {}
+    runner, wanted = engine.runner, dict[str, list[int]]()
+    found: dict[tuple[str, int], Any] = {}
     for number in range(40):
-        kept = draw.randrange(1, 19)
-        tail = [draw.randrange(2, 5) for _ in range(draw.randrange(12))]
-        prompt = PREFIX[:kept] + tail
+        begin = PREFIX if draw.random() < 0.7 else PREFIX[::-1]
+        prompt = begin[: draw.randrange(1, 19)]
+        prompt = prompt + [draw.randrange(2, 5) for _ in range(draw.randrange(12))]
         name, length = str(number), draw.randrange(1, 12)
         params = SamplingParams(
             temperature=0,
             max_tokens=length,
             ignore_eos=True,
-            n=draw.choice([1, 1, 2]) if engine.runner.input_batch.max_num_seqs > 1 else 1,
+            n=draw.choice([1, 1, 2]) if runner.input_batch.max_num_seqs > 1 else 1,
             skip_reading_prefix_cache=draw.random() < 0.1,
         )
         wanted[name] = expected_greedy(prompt, length, eos=None)
         engine.add_request(name, prompt, params)
-        for _ in range(draw.randrange(6)):
-            for output in engine.step():
-                found[output.request_id, output.index] = output.token_ids
+        if draw.random() < 0.1:
+            runner.failing = draw.randrange(4)
+        outputs = [output for _ in range(draw.randrange(6)) for output in engine.step()]
+        if draw.random() < 0.1:
+            outputs += engine.abort_request(str(draw.randrange(number + 1)))
+        found |= {(output.request_id, output.index): output for output in outputs}
         if draw.random() < 0.03:
             engine.block_manager.reset_prefix_cache()
-    for name, outputs in run_all(engine).items():
-        found |= {(name, output.index): output.token_ids for output in outputs}
+    for outputs in run_all(engine).values():
+        found |= {(output.request_id, output.index): output for output in outputs}
     assert {name for name, _ in found} == set(wanted)
-    for (name, _), tokens in found.items():
-        assert tokens == wanted[name]
-    if num_blocks == 64 and num_snapshots == 8:
-        assert engine.stats().prefix_cache_hits > 0
+    for (name, _), output in found.items():
+        tokens = wanted[name]
+        assert output.finished and output.token_ids == tokens[: len(output.token_ids)]
+        # a request alone without memory ends in an error
+        assert output.finish_reason in ("abort", "error") or output.num_tokens == len(tokens)
+    assert engine.stats().num_used_blocks == 0 and not engine.block_manager.reservations
+    return engine
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_histories(seed: int) -> None:
+    run_history(seed, has_host=False)
+
+
+def test_random_histories_with_host_memory() -> None:
+    """Rows go on after snapshots and blocks from host memory, some of which are late or lost."""
+    copies, stats = Counter[tuple[str, str]](), Counter[str]()
+    for seed in range(40):
+        engine = run_history(seed, has_host=True)
+        copies += engine.runner.counts
+        of_engine = engine.stats()
+        for name in ("num_preemptions", "prefix_cache_hits", "prefix_cache_host_hits"):
+            stats[name] += getattr(of_engine, name)
+    assert copies["device", "host"] > 100 and copies["host", "row"] > 100
+    assert copies["device", "row"] > 100 and min(stats.values()) > 50
 
 
 def test_a_snapshot_moves_to_the_block_that_is_found() -> None:
     """Two requests compute the same block, and the one that is found had no snapshot."""
     copies: list[tuple[int, int]] = []
     manager = BlockManager(6, 2)
-    manager.snapshots = Snapshots([7], lambda *places: copies.append(places), 2)
+    manager.use_snapshots(Snapshots([7], lambda *places: copies.append(places), 2))
     keys = BlockKeys([1, 2, 3, 4, 5], 2, None)
     for name in ("first", "second"):
         manager.allocate(name, 5)
@@ -208,7 +276,67 @@ def test_a_snapshot_moves_to_the_block_that_is_found() -> None:
     manager.free("second")
     reservation = manager.reserve("third", keys, 5, [0, 1], 0, reads_host=False)
     assert reservation is not None and reservation.num_cached == 2
-    manager.admit("third", 2)
+    manager.admit("third", keys, 2)
     assert not copies
     manager.snapshots.enqueue()
     assert copies == [(1, 7), (7, 2)]
+
+
+def test_a_second_turn_goes_on_after_host_memory() -> None:
+    engine = stateful_engine(host=(20, 4), num_blocks=7)
+    answer(engine, PREFIX)
+    turn = PREFIX + expected_greedy(PREFIX, 6, eos=None)
+    # takes all blocks
+    answer(engine, [9, *PREFIX, 1, 2, 3, 4])
+    output = answer(engine, [*turn, 3], SamplingParams(temperature=0, max_tokens=1))
+    assert (output.num_cached_tokens, output.num_host_cached_tokens) == (20, 20)
+    assert engine.runner.counts["host", "row"] == 1
+
+
+def test_a_block_of_the_caches_has_its_snapshot_in_host_memory() -> None:
+    engine = stateful_engine(num_snapshots=1, host=(20, 4))
+    for prompt in (PREFIX, [9, *PREFIX]):
+        answer(engine, prompt)
+    output = answer(engine, PREFIX)
+    assert (output.num_cached_tokens, output.num_host_cached_tokens) == (16, 0)
+    assert engine.runner.counts["host", "row"] == 1
+
+
+def test_a_request_that_waits_for_blocks_loses_its_snapshot() -> None:
+    sizes = {"num_blocks": 14, "max_model_len": 56, "max_num_batched_tokens": 56}
+    engine = stateful_engine(1, (30, 4), store=HeldStore, **sizes)
+    turn = PREFIX + answer(engine, PREFIX).token_ids
+    # takes all blocks
+    answer(engine, [9] * 55, SamplingParams(temperature=0, max_tokens=1, ignore_eos=True))
+    params = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
+    engine.add_request("runs", [7] * 3, params)
+    engine.step()
+    engine.add_request("waits", turn, GREEDY)
+    engine.step()
+    [reservation] = engine.block_manager.reservations.values()
+    assert (reservation.num_cached, reservation.num_loaded) == (5, 5)
+    engine.block_manager.reset_prefix_cache()
+    outputs = run_all(engine)
+    assert outputs["runs"][-1].token_ids == expected_greedy([7] * 3, 30, eos=None)
+    assert outputs["waits"][-1].token_ids == expected_greedy(turn, 6, eos=None)
+    assert outputs["waits"][-1].num_cached_tokens == 0
+
+
+def test_copies_go_on_with_the_one_that_failed() -> None:
+    copies: list[tuple[int, int]] = []
+    failing = [False, True, False, False, False]
+
+    def copy(*places: int) -> None:
+        if failing.pop(0):
+            raise MemoryError("no memory")
+        copies.append((places[0], places[1]))
+
+    snapshots = Snapshots([7], copy, 2, [9])
+    for row, block in enumerate((3, 4)):
+        snapshots.key_of = {block - 1: b"key"}
+        snapshots.take([block], row, 2, 2)
+    snapshots.restore(3, b"key", 5)
+    with pytest.raises(MemoryError):
+        snapshots.enqueue()
+    snapshots.enqueue()
+    assert copies == [(0, 7), (7, 9), (1, 7), (9, 5)]

@@ -91,7 +91,9 @@ def engine_of(runner: Any, plan: EnginePlan) -> LLMEngine:
         spec_decoder=spec_decoder,
     )
     engine.block_manager.shares_blocks = plan.caches.shares_blocks
-    engine.block_manager.snapshots = plan.caches.snapshots(runner.copy_state)
+    snapshots = plan.caches.snapshots(runner.copy_state)
+    assert snapshots is not None
+    engine.block_manager.use_snapshots(snapshots)
     return engine
 
 
