@@ -6,6 +6,7 @@ The engine knows only the sizes of a model's caches. The configuration describes
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from fd_dsa.attention import DSAAttentionBackend
@@ -20,7 +21,9 @@ from fd_dsa.models.deepseek_v4.config import DeepseekV4Config
 from fd_dsa.models.registry import FamilyConfig
 from fd_dsa.runner.input_batch import InputBatch
 from fd_dsa.runner.model_runner import backend_config
-from fd_dsa.runner.protocol import StateCopy
+from fd_dsa.runner.protocol import BlockStore, StateCopy
+from fd_dsa.runner.state_copies import HostStateCopy
+from fd_dsa.tensor import StepArray
 from fd_dsa.v4_attention import V4AttentionBackend
 from fd_dsa.v4_attention.device_pools import DeviceLayout
 
@@ -40,10 +43,11 @@ class DSACaches:
     Attributes:
         bytes_per_block: bytes of one block over all layers.
         state_bytes: bytes in addition to the blocks.
+        snapshot_bytes: of these, bytes of one snapshot of a row; 0 = rows have none.
         shares_blocks: True if a row may continue after any block of another one.
     """
 
-    state_bytes, shares_blocks = 0, True
+    state_bytes, snapshot_bytes, shares_blocks = 0, 0, True
 
     def __init__(self, config: EngineConfig, model_config: ModelConfig, batch: InputBatch) -> None:
         layout = model_config.cache_layout(config.kv_cache_dtype, config.tokens_per_block)
@@ -64,13 +68,21 @@ class DSACaches:
             allowed = f"{block_size} with --kv-cache-dtype {config.kv_cache_dtype}"
             raise flag_error("block_size", config.tokens_per_block, allowed, "leave it out")
         model_config.cache_layout(config.kv_cache_dtype, config.tokens_per_block)
-        if not config.enable_prefix_caching:
-            _refuse_offload(config, "without prefix caching")
+        _check_offload(config)
 
-    def state_copies(self, backend: AttentionBackend) -> None:
+    @staticmethod
+    def by_block(caches: Sequence[Any], num_blocks: int) -> list[StepArray]:
+        """Return the caches of all layers, [num_blocks, ...] each."""
+        return [cache for cache in caches if cache is not None]
+
+    def slots(self, backend: AttentionBackend) -> list[StepArray]:
+        """Return nothing, because rows have no state in addition to their blocks."""
+        return []
+
+    def state_copies(self, backend: AttentionBackend, store: BlockStore | None = None) -> None:
         """Return None, because rows have no state in addition to their blocks."""
 
-    def snapshots(self, copy: StateCopy) -> None:
+    def snapshots(self, copy: StateCopy, num_in_host: int) -> None:
         """Return None, because rows have no state in addition to their blocks."""
 
     def workspace_bytes(self, traits: GpuTraits) -> int:
@@ -105,25 +117,25 @@ class V4Caches:
         self._on_device: DeviceLayout | None = None
         sizes = config.kv_cache_dtype, config.tokens_per_block, config.max_drafts
         if config.device == "cpu":
-            layout, snapshot_bytes = model_config.cache_layout(*sizes), 0
+            layout, self.snapshot_bytes = model_config.cache_layout(*sizes), 0
         else:
             layout = self._on_device = DeviceLayout(model_config, *sizes)
-            snapshot_bytes = layout.bytes_per_snapshot()
+            self.snapshot_bytes = layout.bytes_per_snapshot()
             if config.enable_prefix_caching:
                 self._num_snapshots = max(_MIN_SNAPSHOTS, _SNAPSHOTS_PER_ROW * batch.max_num_seqs)
         self.bytes_per_block = layout.bytes_per_block()
         self.state_bytes = batch.max_num_seqs * layout.bytes_per_row()
-        self.state_bytes += self._num_snapshots * snapshot_bytes
+        self.state_bytes += self._num_snapshots * self.snapshot_bytes
 
     @staticmethod
     def check_flags(config: EngineConfig, model_config: DeepseekV4Config) -> None:
-        """Refuse host memory, cache formats and block sizes.
+        """Refuse cache formats and block sizes.
 
         Raises:
             ConfigError: names the flag.
         """
         with_v4 = f"with {model_config.model_type}"
-        _refuse_offload(config, with_v4)
+        _check_offload(config)
         cache_dtype = config.kv_cache_dtype
         if config.device != "cpu":
             with_v4 += f" on {config.device}"
@@ -139,36 +151,54 @@ class V4Caches:
             cache_dtype = "float32"
         model_config.cache_layout(cache_dtype, config.tokens_per_block)
 
-    def state_copies(self, backend: AttentionBackend) -> StateCopy | None:
+    def by_block(self, caches: Sequence[Any], num_blocks: int) -> list[StepArray]:
+        """Return the pools in blocks of all layers, [num_blocks, ...] each."""
+        sizes = () if self._on_device is not None else (num_blocks, self._batch.block_size)
+        return [pool for pools in caches for pool in pools.by_block(*sizes)]
+
+    def slots(self, backend: AttentionBackend) -> list[StepArray]:
+        """Return the states of rows and then of snapshots, [num_slots, values] for each layer.
+
+        Args:
+            backend: backend of this rank, with its pools.
+        """
+        return list(_device_backend(backend).slots) if self._num_snapshots else []
+
+    def state_copies(
+        self, backend: AttentionBackend, store: BlockStore | None = None
+    ) -> StateCopy | None:
         """Return the function that copies states of rows, None without prefix caching or on a CPU.
 
         The call compiles its kernel.
 
         Args:
             backend: backend of this rank, with its pools.
+            store: host memory for snapshots, or None.
         """
         if not self._num_snapshots:
             return None
         from fd_dsa.triton_runtime import warming
-        from fd_dsa.v4_attention.device_backend import V4DeviceBackend
 
-        assert isinstance(backend, V4DeviceBackend), "the backend of `backend`"
-        first_snapshot = self._batch.max_num_seqs
+        copy, first_snapshot = _device_backend(backend).copy_slot, self._batch.max_num_seqs
         with warming():
-            backend.copy_slot(first_snapshot, first_snapshot)
-        return backend.copy_slot
+            copy(first_snapshot, first_snapshot)
+        if store is None:
+            return copy
+        return HostStateCopy(copy, store, first_snapshot + self._num_snapshots)
 
-    def snapshots(self, copy: StateCopy) -> Snapshots | None:
+    def snapshots(self, copy: StateCopy, num_in_host: int) -> Snapshots | None:
         """Return the snapshots of rows, None without prefix caching or on a CPU.
 
         Args:
             copy: copies a state on all ranks.
+            num_in_host: number of snapshots that host memory holds in addition.
         """
         if not self._num_snapshots:
             return None
         first = self._batch.max_num_seqs
-        slots = range(first, first + self._num_snapshots)
-        return Snapshots(slots, copy, self._batch.block_size)
+        end = first + self._num_snapshots
+        sizes = copy, self._batch.block_size
+        return Snapshots(range(first, end), *sizes, range(end, end + num_in_host))
 
     def workspace_bytes(self, traits: GpuTraits) -> int:
         """Return the device memory of the attention without its caches, bytes."""
@@ -199,10 +229,18 @@ class V4Caches:
         )
 
 
-def _refuse_offload(config: EngineConfig, when: str) -> None:
-    """Refuse host memory for prefix blocks."""
-    if config.kv_offload_bytes:
-        raise flag_error("kv_offload_bytes", config.kv_offload_bytes, f"0 {when}", "leave it out")
+def _device_backend(backend: AttentionBackend) -> V4DeviceBackend:
+    from fd_dsa.v4_attention.device_backend import V4DeviceBackend
+
+    assert isinstance(backend, V4DeviceBackend), "the backend of `backend`"
+    return backend
+
+
+def _check_offload(config: EngineConfig) -> None:
+    """Refuse host memory for prefix blocks without prefix blocks."""
+    if config.kv_offload_bytes and not config.enable_prefix_caching:
+        allowed = "0 without prefix caching"
+        raise flag_error("kv_offload_bytes", config.kv_offload_bytes, allowed, "leave it out")
 
 
 Caches = DSACaches | V4Caches

@@ -37,7 +37,7 @@ class EngineStats:
         prefix_cache_queries: prompt tokens looked up in the prefix cache, once a request.
         prefix_cache_hits: prompt tokens found there.
         prefix_cache_host_hits: of these, prompt tokens whose blocks came from host memory.
-        host_cache_usage: share of the host memory for blocks that holds some, 0 to 1.
+        host_cache_usage: share of the blocks in host memory that are in use, 0 to 1.
         host_time_s, runner_time_s: seconds spent in steps, outside and inside the runner.
         num_mask_waits: steps whose sampling was enqueued only after the host had the tokens of the
             step before. Masks of grammars and of bad words with several tokens need them.

@@ -16,7 +16,7 @@ from fd_dsa.engine.prompt_lookup import PromptLookup
 from fd_dsa.engine.speculation import ArbitraryDrafter, Drafter, SpecDecoder
 from fd_dsa.engine.step_times import StepTable
 from fd_dsa.errors import RankError, describe_error
-from fd_dsa.startup.host_tier import add_host_tier, make_block_store
+from fd_dsa.startup.host_tier import add_host_tier, make_block_stores
 from fd_dsa.startup.load import load_model
 from fd_dsa.startup.measure import measure_step_costs, measure_step_table
 from fd_dsa.startup.plan import EnginePlan, make_plan
@@ -98,7 +98,9 @@ def _build(config: EngineConfig, ranks: Ranks | None, progress: StartupProgress)
         return engine
 
     engine = make_engine(spec_decoder=_make_spec_decoder(runner, plan, make_engine))
-    if (snapshots := plan.caches.snapshots(runner.copy_state)) is not None:
+    has_host_memory = runner.block_store is not None
+    num_in_host = plan.memory.num_host_snapshots if has_host_memory else 0
+    if (snapshots := plan.caches.snapshots(runner.copy_state, num_in_host)) is not None:
         engine.block_manager.use_snapshots(snapshots)
     if runner.block_store is not None:
         add_host_tier(engine, runner.block_store, plan)
@@ -136,8 +138,8 @@ def build_runner(
     progress.done(warm_up(runner, plan))
     if group is not None:
         group.barrier()
-    runner.block_store = make_block_store(runner, plan, group)
-    runner.state_copy = plan.caches.state_copies(backend)
+    runner.block_store, states = make_block_stores(runner, plan, group)
+    runner.state_copy = plan.caches.state_copies(backend, states)
     return runner
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,6 +15,7 @@ from fd_dsa.engine.host_tier import HostTier
 from fd_dsa.errors import DeviceError
 from fd_dsa.ops.arrays import as_numpy
 from fd_dsa.startup.plan import EnginePlan
+from fd_dsa.tensor import StepArray
 
 if TYPE_CHECKING:
     from fd_dsa.runner.model_runner import ModelRunner
@@ -25,31 +27,37 @@ logger = logging.getLogger(__name__)
 _REASON_BYTES = 256
 
 
-def make_block_store(
+def make_block_stores(
     runner: ModelRunner, plan: EnginePlan, group: HostGroup | None
-) -> BlockStore | None:
-    """Take this rank's host memory for prefix blocks, page-locked for a device.
+) -> tuple[BlockStore | None, BlockStore | None]:
+    """Take this rank's host memory for prefix blocks and snapshots, page-locked for a device.
 
     Args:
         group: ranks that share the model, each of which makes this call now; None = one rank.
 
     Returns:
-        None without such memory in the plan, or if a rank cannot have it. The log has the reason.
+        Memory of blocks, and of snapshots for a model that has them. None without such memory in
+        the plan, or if a rank cannot have it. The log has the reason.
     """
-    if not plan.memory.num_host_blocks:
-        return None
-    store, reason = None, ""
+    memory, caches = plan.memory, plan.caches
+    if not memory.num_host_blocks:
+        return None, None
+    blocks, states, reason = None, None, ""
     try:
-        store = _take(runner, plan)
+        in_blocks = caches.by_block(runner.caches, memory.num_blocks)
+        blocks = _take(in_blocks, memory.num_host_blocks, runner, plan)
+        if memory.num_host_snapshots:
+            slots = caches.slots(runner.attn_backends[0])
+            states = _take(slots, memory.num_host_snapshots, runner, plan)
     except DeviceError as error:
         reason = str(error)
     if group is not None:
         reason = _first_reason(reason, group)
     if not reason:
-        return store
+        return blocks, states
     if group is None or group.rank == 0:
         logger.warning("--kv-offload-bytes: %s; no prefix block is kept in host memory", reason)
-    return None
+    return None, None
 
 
 def add_host_tier(engine: LLMEngine, store: BlockStore, plan: EnginePlan) -> None:
@@ -63,17 +71,18 @@ def add_host_tier(engine: LLMEngine, store: BlockStore, plan: EnginePlan) -> Non
     engine.metrics.cache_config["num_cpu_blocks"] = str(store.num_slots)
 
 
-def _take(runner: ModelRunner, plan: EnginePlan) -> BlockStore:
-    """Take the memory of this rank.
+def _take(
+    caches: Sequence[StepArray], num_slots: int, runner: ModelRunner, plan: EnginePlan
+) -> BlockStore:
+    """Take the memory of this rank for blocks of caches, or for states in place of blocks.
 
     Raises:
         DeviceError: the driver cannot lock it, or the ranks cannot gather blocks.
     """
-    num_slots, group = plan.memory.num_host_blocks, runner.model.group
-    caches = [cache for cache in runner.caches if cache is not None]
+    group = runner.model.group
     # in the runner's order a layer's latents and smaller index keys take turns, so of two ranks one
     # would get all latents
-    caches.sort(key=lambda cache: math.prod(cache.shape))
+    caches = sorted(caches, key=lambda cache: math.prod(cache.shape))
     own = slice(None) if group is None else slice(group.rank, None, group.size)
     store: BlockStore
     if plan.device == "cpu":

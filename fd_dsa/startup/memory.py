@@ -15,6 +15,8 @@ from fd_dsa.models.registry import FamilyConfig
 from fd_dsa.startup.host_memory import available_memory_bytes
 
 _DEFAULT_CACHE_BYTES = 4 << 30
+_BLOCKS_PER_SNAPSHOT = 16
+"""Blocks in host memory for each snapshot, of models with snapshots. A conversation needs one."""
 WIDTHS = {"float32": 4, "bfloat16": 2}
 # parts of a model by the names of their tensors; the first pattern that fits counts
 _PARTS = {
@@ -46,6 +48,8 @@ class MemoryPlan:
         block_size: tokens of a block.
         max_model_len: longest prompt plus output, tokens.
         num_host_blocks: number of prefix blocks in host memory in addition, on all ranks together.
+        snapshot_bytes: bytes of a snapshot of a row.
+        num_host_snapshots: number of such snapshots in host memory, on all ranks together.
     """
 
     weight_bytes: int
@@ -58,11 +62,14 @@ class MemoryPlan:
     block_size: int
     max_model_len: int
     num_host_blocks: int = 0
+    snapshot_bytes: int = 0
+    num_host_snapshots: int = 0
 
     @property
     def host_bytes(self) -> int:
-        """Bytes of the prefix blocks in host memory."""
-        return self.num_host_blocks * self.bytes_per_block
+        """Bytes of the prefix blocks and snapshots in host memory."""
+        of_snapshots = self.num_host_snapshots * self.snapshot_bytes
+        return self.num_host_blocks * self.bytes_per_block + of_snapshots
 
     @property
     def kv_cache_bytes(self) -> int:
@@ -83,8 +90,9 @@ class MemoryPlan:
         """Describe the plan in one line."""
         blocks_per_request = -(-self.max_model_len // self.block_size)
         others = "".join(f"{name} {format_bytes(size)}, " for name, size in self.others)
-        host = f"host memory {self.num_host_blocks} blocks ({format_bytes(self.host_bytes)}), "
-        host = host if self.num_host_blocks else ""
+        snapshots = f" and {self.num_host_snapshots} snapshots" if self.num_host_snapshots else ""
+        host = f"host memory {self.num_host_blocks} blocks{snapshots} "
+        host = f"{host}({format_bytes(self.host_bytes)}), " if self.num_host_blocks else ""
         return (
             f"weights {format_bytes(self.weight_bytes)}, kv cache {self.num_blocks} blocks x "
             f"{self.block_size} = {self.num_blocks * self.block_size} tokens "
@@ -162,6 +170,7 @@ def plan_memory(
     graph_bytes: int = 0,
     activation_bytes: int = 0,
     state_bytes: int = 0,
+    snapshot_bytes: int = 0,
     free_bytes: int | None = None,
     takes_all: bool = False,
 ) -> MemoryPlan:
@@ -171,11 +180,12 @@ def plan_memory(
     Without them there are enough for `max_num_seqs` sequences of full length, if the memory that
     weights and graphs leave holds as many. Unless `takes_all`, blocks take at most half of that
     memory, and at most 4 GiB or one sequence of full length. `kv_offload_bytes` is host memory in
-    addition, in equal parts on all ranks. A CPU takes it from the same memory.
+    addition, in equal parts on all ranks. A CPU takes it from the same memory. With snapshots it
+    has one of them for every 16 blocks.
 
     Args:
         weight_bytes, bytes_per_block, max_model_len: as in MemoryPlan.
-        graph_bytes, activation_bytes, state_bytes: as in MemoryPlan.
+        graph_bytes, activation_bytes, state_bytes, snapshot_bytes: as in MemoryPlan.
         free_bytes: memory of a rank for weights, graphs and caches together; None = ask the
             system.
         takes_all: True if no other process needs the memory.
@@ -188,9 +198,11 @@ def plan_memory(
     if free_bytes is None:
         free_bytes = available_memory_bytes()
     free_on_host = None if takes_all else free_bytes * num_ranks
-    num_host_blocks = _host_blocks(config, bytes_per_block, free_on_host)
+    in_host = _host_counts(config, bytes_per_block, snapshot_bytes, free_on_host)
+    num_host_blocks, num_host_snapshots = in_host
     if not takes_all:
-        free_bytes -= -(-num_host_blocks * bytes_per_block // num_ranks)
+        host_bytes = num_host_blocks * bytes_per_block + num_host_snapshots * snapshot_bytes
+        free_bytes -= -(-host_bytes // num_ranks)
     needed_blocks = -(-max_model_len // config.tokens_per_block)
     # None = no flag sets the size of the caches
     flag = None
@@ -216,6 +228,8 @@ def plan_memory(
         block_size=config.tokens_per_block,
         max_model_len=max_model_len,
         num_host_blocks=num_host_blocks,
+        snapshot_bytes=snapshot_bytes,
+        num_host_snapshots=num_host_snapshots,
     )
     _check_fit(plan, num_blocks if flag else max(num_blocks, needed_blocks), flag)
     if num_blocks < needed_blocks:
@@ -229,23 +243,32 @@ def plan_memory(
     return plan
 
 
-def _host_blocks(config: EngineConfig, bytes_per_block: int, free_bytes: int | None) -> int:
-    """Return the number of prefix blocks in host memory, 0 without `kv_offload_bytes`.
+def _host_counts(
+    config: EngineConfig, bytes_per_block: int, snapshot_bytes: int, free_bytes: int | None
+) -> tuple[int, int]:
+    """Return the numbers of prefix blocks and snapshots in host memory.
+
+    Both are 0 without `kv_offload_bytes`.
 
     Args:
         free_bytes: free host memory; None = ask the system.
     """
     wanted = int(config.kv_offload_bytes)
     if not wanted:
-        return 0
+        return 0, 0
     free = available_memory_bytes() if free_bytes is None else free_bytes
-    if not bytes_per_block <= wanted <= free:
+    least, parts = bytes_per_block + snapshot_bytes, "a block"
+    if snapshot_bytes:
+        parts += " and a snapshot"
+    if not least <= wanted <= free:
         raise ConfigError(
-            f"--kv-offload-bytes: got {format_bytes(wanted)}, allowed: at least a block of "
-            f"{format_bytes(bytes_per_block)}, and at most the free host memory, "
-            f"{format_bytes(free)}"
+            f"--kv-offload-bytes: got {format_bytes(wanted)}, allowed: at least {parts} of "
+            f"{format_bytes(least)}, and at most the free host memory, {format_bytes(free)}"
         )
-    return wanted // bytes_per_block
+    num_snapshots = 0
+    if snapshot_bytes:
+        num_snapshots = wanted // (_BLOCKS_PER_SNAPSHOT * bytes_per_block + snapshot_bytes) or 1
+    return (wanted - num_snapshots * snapshot_bytes) // bytes_per_block, num_snapshots
 
 
 def _check_fit(plan: MemoryPlan, least_blocks: int, flag: str | None) -> None:

@@ -120,6 +120,7 @@ class EnginePlan:
                 "num_blocks": self.memory.num_blocks,
                 "num_tokens": self.memory.num_blocks * self.memory.block_size,
                 "num_host_blocks": self.memory.num_host_blocks,
+                "num_host_snapshots": self.memory.num_host_snapshots,
                 "free_bytes": self.memory.free_bytes,
             },
         }
@@ -347,6 +348,7 @@ def _plan_memory(
         bytes_per_block=caches.bytes_per_block,
         max_model_len=max_model_len,
         state_bytes=caches.state_bytes,
+        snapshot_bytes=caches.snapshot_bytes,
         free_bytes=free_bytes,
         takes_all=has_own_memory,
         **of_steps,

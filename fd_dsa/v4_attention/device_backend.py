@@ -103,6 +103,16 @@ class V4DeviceBackend:
         pools, self._slots = self._layout.allocate(*counts, self._allocate)
         return pools
 
+    @property
+    def slots(self) -> list[Tensor]:
+        """Slots of rows and of snapshots of every layer, [num_slots, values] each."""
+        num_slots = self._num_rows + self._num_snapshots
+        return [
+            whole.reshape([num_layers, num_slots, -1])[layer]
+            for whole, num_layers in self._slots
+            for layer in range(num_layers)
+        ]
+
     def copy_slot(self, source: int, target: int) -> None:
         """Enqueue the copy of a row or snapshot to another one, two launches for all layers.
 

@@ -31,6 +31,10 @@ class DevicePools:
     index_entries: Tensor | None = None
     states: Tensor | None = None
 
+    def by_block(self) -> list[Tensor]:
+        """Return the pools in blocks, [num_blocks, ...] each."""
+        return [pool for pool in (self.entries, self.index_entries) if pool is not None]
+
 
 @dataclass(frozen=True, slots=True)
 class DeviceLayout:

@@ -29,6 +29,12 @@ class LayerPools:
     states: np.ndarray | None = None
     records: np.ndarray | None = None
 
+    def by_block(self, num_blocks: int, block_size: int) -> list[np.ndarray]:
+        """Return views of the pools in blocks, [num_blocks, ...] each."""
+        windows = num_blocks * block_size
+        parts = self.keys[:windows], self.keys[windows:], self.index_entries, self.records
+        return [part.reshape(num_blocks, -1) for part in parts if part is not None and part.size]
+
 
 def allocate_pools(layout: V4CacheLayout, num_blocks: int, num_rows: int) -> list[LayerPools]:
     """Return zeroed pools of every layer.

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from fd_dsa.distributed.host import HostGroup
+from fd_dsa.engine.caches import DSACaches
 from fd_dsa.errors import DeviceError
 from fd_dsa.runner import block_store, device_block_store
-from fd_dsa.startup.host_tier import make_block_store
+from fd_dsa.startup.host_tier import make_block_stores
 from tests.distributed.groups import on_ranks
 
 NUM_BLOCKS, NUM_SLOTS = 4, 6
@@ -22,9 +23,9 @@ def make(group: HostGroup, device: str = "cpu") -> Any:
     widths = (656, 132, 656, 132, 656, None, 656, 132)
     caches = [width and np.zeros((NUM_BLOCKS, width), np.uint8) for width in widths]
     runner: Any = SimpleNamespace(caches=caches, model=SimpleNamespace(group=group))
-    memory = SimpleNamespace(num_host_blocks=NUM_SLOTS)
-    plan: Any = SimpleNamespace(memory=memory, device=device)
-    return make_block_store(runner, plan, group)
+    memory = SimpleNamespace(num_blocks=NUM_BLOCKS, num_host_blocks=NUM_SLOTS, num_host_snapshots=0)
+    plan: Any = SimpleNamespace(memory=memory, device=device, caches=DSACaches)
+    return make_block_stores(runner, plan, group)[0]
 
 
 @pytest.mark.parametrize("size", [2, 4])

@@ -25,12 +25,19 @@ GIB = 1 << 30
 BLOCK = 1 << 20  # bytes per cache block in these tests
 
 
-def plan(free: int, weights: int = 10 * GIB, max_model_len: int = 640, **flags: Any) -> MemoryPlan:
+def plan(
+    free: int,
+    weights: int = 10 * GIB,
+    max_model_len: int = 640,
+    snapshot_bytes: int = 0,
+    **flags: Any,
+) -> MemoryPlan:
     return plan_memory(
         EngineConfig(**flags).on_device("cpu").with_blocks(64),
         weight_bytes=weights,
         bytes_per_block=BLOCK,
         max_model_len=max_model_len,
+        snapshot_bytes=snapshot_bytes,
         free_bytes=free,
     )
 
@@ -260,6 +267,22 @@ def test_host_memory_for_prefix_blocks_is_beside_the_caches() -> None:
     for free, size in ((10 * GIB, "20G"), (100 * GIB, BLOCK - 1)):
         with pytest.raises(ConfigError, match=r"--kv-offload-bytes: got .* a block of 1.0 MiB"):
             plan(free, kv_offload_bytes=size)
+
+
+@pytest.mark.parametrize(
+    ("size", "blocks", "snapshots"), [(11, 1, 1), (51, 41, 1), (52, 32, 2), (53, 33, 2)]
+)
+def test_host_memory_has_a_snapshot_for_every_16_blocks(
+    size: int, blocks: int, snapshots: int
+) -> None:
+    flags = {"snapshot_bytes": 10 * BLOCK, "kv_offload_bytes": size * BLOCK + 1}
+    made = plan(100 * GIB, **flags)
+    assert (made.num_host_blocks, made.num_host_snapshots) == (blocks, snapshots)
+    assert made.host_bytes == size * BLOCK == 100 * GIB - made.free_bytes
+    assert f"host memory {blocks} blocks and {snapshots} snapshots ({size}.0 MiB)" in made.summary()
+    said = "at least a block and a snapshot of 11.0 MiB"
+    with pytest.raises(ConfigError, match=said):
+        plan(100 * GIB, **flags | {"kv_offload_bytes": 11 * BLOCK - 1})
 
 
 def test_host_memory_for_prefix_blocks_is_taken_once_for_all_ranks() -> None:

@@ -57,6 +57,12 @@ FORMS: dict[str, dict[str, Any]] = {
     "chunks of 24 beside answers": {"max_num_batched_tokens": 24},
     "two rows, no prefix caching": {"max_num_seqs": 2, "enable_prefix_caching": False},
     "preemption": {"num_gpu_blocks_override": 10, "max_model_len": 96},
+    "host memory": {
+        "num_gpu_blocks_override": 10,
+        "max_model_len": 96,
+        "max_num_seqs": 1,
+        "kv_offload_bytes": "64M",
+    },
 }
 
 
@@ -73,6 +79,7 @@ def test_tokens_of_hugging_face(form: str, folder: Path) -> None:
         if form != "preemption":
             has_hits = FORMS[form].get("enable_prefix_caching", True)
             assert (llm.stats().prefix_cache_hits > 0) == has_hits
+        assert (llm.stats().prefix_cache_host_hits > 0) == (form == "host memory")
 
 
 @pytest.mark.oracle
@@ -119,8 +126,8 @@ def test_names_of_deepseek_and_draft_layers(
     [
         ({"device": "cpu", "block_size": 24}, "--block-size: got 24"),
         (
-            {"kv_offload_bytes": "1G"},
-            "--kv-offload-bytes: got 1073741824, allowed: 0 with deepseek",
+            {"kv_offload_bytes": "1G", "enable_prefix_caching": False},
+            "--kv-offload-bytes: got 1073741824, allowed: 0 without prefix caching",
         ),
         ({"kv_cache_dtype": "bfloat16"}, "--kv-cache-dtype: got 'bfloat16'"),
         ({"kv_cache_dtype": "fp8", "block_size": 64}, "--kv-cache-dtype: got 'fp8_ds_mla'"),

@@ -14,9 +14,10 @@ import pytest
 
 from fd_dsa import SamplingParams
 from fd_dsa.distributed.host import Shared
+from fd_dsa.engine.caches import DSACaches
 from fd_dsa.engine.mtp_drafter import DeviceMtpDrafter
 from fd_dsa.engine.speculation import SpecDecoder
-from fd_dsa.startup.host_tier import add_host_tier, make_block_store
+from fd_dsa.startup.host_tier import add_host_tier, make_block_stores
 from tests.engine.fakes import run_all
 from tests.gpu_rig import Rig
 from tests.gpu_rig.device.test_ranks import (
@@ -43,10 +44,9 @@ def make(kind: type[Any], group: Turns, rig: Rig) -> Any:
     # rows that no step writes are equal on both ranks, too
     for cache in runner.caches:
         cache.copy_(paddle.zeros(cache.shape, cache.dtype).to(cache.place), False)
-    plan: Any = SimpleNamespace(
-        memory=SimpleNamespace(num_host_blocks=NUM_SLOTS), device=rig.device
-    )
-    runner.block_store = make_block_store(runner, plan, group)
+    memory = SimpleNamespace(num_blocks=NUM_BLOCKS, num_host_blocks=NUM_SLOTS, num_host_snapshots=0)
+    plan: Any = SimpleNamespace(memory=memory, device=rig.device, caches=DSACaches)
+    runner.block_store, _ = make_block_stores(runner, plan, group)
     return runner
 
 

@@ -222,3 +222,43 @@ def test_tokens_of_the_engine(
         assert (runner.counters.graph_steps["decode"] > 0) == bool(sizes_of_graphs)
         runner.graphs = None
     gc.collect()
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", pytest.param("fp8", marks=slow)])
+def test_a_second_turn_goes_on_after_host_memory(
+    kv_cache_dtype: str, rig: Rig, tmp_path: Path
+) -> None:
+    """Its blocks and its snapshot are infinite on the device before they are copied back."""
+    case = Case("smooth", SMOOTH, seed=44)
+    folder, prompt, other = case.write_served(tmp_path), case.prompt(40), case.prompt(61)[:2:-1]
+    greedy = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    sizes: dict[str, Any] = {"block_size": 16, "max_num_seqs": 2, "max_model_len": 64}
+    own = {"dtype": "float32", "enforce_eager": True, "max_num_batched_tokens": 24}
+    own |= {"kv_cache_dtype": kv_cache_dtype, "device": rig.device}
+    found = []
+    for more in ({}, {"num_gpu_blocks_override": 4, "kv_offload_bytes": "8M"}):
+        with LLM(model=folder, **sizes, **own, **more) as llm:
+            runner, copies = llm.engine.runner, list[tuple[int, int]]()
+            [first] = tokens_of(llm, [prompt], greedy)
+            turn = [*prompt, *first, *case.prompt(5)]
+            tokens_of(llm, [other], greedy)
+            if more:
+                poison_pools(runner)
+                runner.state_copy = recorded(runner.state_copy, copies)
+            [output] = llm.generate([turn], greedy)
+            found.append((first, output.token_ids, output.num_cached_tokens))
+            assert output.num_host_cached_tokens == (32 if more else 0)
+    assert found[0] == found[1] and found[0][2] == 32
+    # from the places after those of the rows and 16 snapshots
+    assert [target < 2 for source, target in copies if source >= 2 + 16] == [True]
+    gc.collect()
+
+
+def recorded(copy: Any, copies: list[tuple[int, int]]) -> Any:
+    """The same copies of states, which are kept in a list too."""
+
+    def copied(source: int, target: int) -> None:
+        copies.append((source, target))
+        copy(source, target)
+
+    return copied

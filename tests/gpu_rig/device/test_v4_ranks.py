@@ -31,6 +31,7 @@ from fd_dsa.models.registry import create_model, open_checkpoint, read_config
 from fd_dsa.runner import InputBatch
 from fd_dsa.startup.build import build_runner
 from fd_dsa.startup.capture import capture_graphs
+from fd_dsa.startup.host_tier import add_host_tier
 from fd_dsa.startup.plan import EnginePlan, make_plan
 from fd_dsa.startup.progress import StartupProgress
 from tests.engine.fakes import run_all
@@ -91,9 +92,11 @@ def engine_of(runner: Any, plan: EnginePlan) -> LLMEngine:
         spec_decoder=spec_decoder,
     )
     engine.block_manager.shares_blocks = plan.caches.shares_blocks
-    snapshots = plan.caches.snapshots(runner.copy_state)
+    snapshots = plan.caches.snapshots(runner.copy_state, plan.memory.num_host_snapshots)
     assert snapshots is not None
     engine.block_manager.use_snapshots(snapshots)
+    if runner.block_store is not None:
+        add_host_tier(engine, runner.block_store, plan)
     return engine
 
 
@@ -107,8 +110,13 @@ def answers(engine: LLMEngine, prompts: list[list[int]], params: SamplingParams)
 
 @pytest.mark.parametrize(
     ("sizes", "fields"),
-    [((4,), {}), ((), {"num_gpu_blocks_override": 5}), ((), {"speculative_config": LAYER})],
-    ids=["graphs", "preemption", "layer"],
+    [
+        ((4,), {}),
+        ((), {"num_gpu_blocks_override": 5}),
+        ((), {"num_gpu_blocks_override": 5, "kv_offload_bytes": "8M"}),
+        ((), {"speculative_config": LAYER}),
+    ],
+    ids=["graphs", "preemption", "host memory", "layer"],
 )
 def test_tokens_of_two_ranks_are_those_of_a_cpu(
     rig: Rig,
@@ -122,7 +130,8 @@ def test_tokens_of_two_ranks_are_those_of_a_cpu(
         pytest.skip("its ranks are processes")
     case = Case("smooth", SMOOTH | MTP, seed=43)
     folder, begin = case.write_served(tmp_path), case.prompt(45)
-    prompts = [[*begin, 9], [*begin, 7, 8], [*begin[:17], *case.prompt(20)]]
+    # the last one takes four blocks
+    prompts = [[*begin, 9], [*begin, 7, 8], [*begin[:17], *case.prompt(20)], case.prompt(60)[::-1]]
     # of two tokens that alone come, drafts of random weights are often right
     two: dict[str, Any] = {"logit_bias": {2: 50.0, 3: 50.0}}
     greedy = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, **two)
@@ -139,9 +148,13 @@ def test_tokens_of_two_ranks_are_those_of_a_cpu(
         runner.lead(Ranks(first))
         engine = engine_of(runner, plans[0])
         assert answers(engine, prompts[:1], greedy) == wanted[:1]
-        assert answers(engine, prompts, greedy) == wanted
+        assert answers(engine, prompts[:3], greedy) == wanted[:3]
+        if "kv_offload_bytes" in fields:
+            for number in (3, 0):
+                assert answers(engine, [prompts[number]], greedy) == [wanted[number]]
         stats = engine.stats()
         assert stats.prefix_cache_hits > 0
+        assert (stats.prefix_cache_host_hits > 0) == ("kv_offload_bytes" in fields)
         assert (stats.num_preemptions > 0) == ("num_gpu_blocks_override" in fields)
         assert (stats.num_accepted_tokens > 0) == ("speculative_config" in fields)
         assert (runner.counters.graph_steps["decode"] > 0) == bool(sizes)
