@@ -255,6 +255,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "hits, chunks of 24 beside answers": {"max_num_batched_tokens": 24},
     "preemption": {"num_gpu_blocks_override": 10, "max_model_len": 96},
 }
+FORMS["host memory"] = FORMS["preemption"] | {"max_num_seqs": 1, "kv_offload_bytes": "64M"}
 
 
 @pytest.mark.parametrize(
@@ -271,8 +272,10 @@ def test_tokens_of_two_processes(form: str, folder: Path) -> None:
             for _ in range(2):
                 check_tokens(tokens_of(llm, prompts, REFERENCE), wanted, margins)
             stats = llm.stats()
-            counts.append((stats.num_steps, stats.prefix_cache_hits, stats.num_preemptions))
-    assert counts[0] == counts[1] and (counts[0][2] > 0) == (form == "preemption")
+            hits = stats.prefix_cache_hits, stats.prefix_cache_host_hits
+            counts.append((stats.num_steps, *hits, stats.num_preemptions))
+    assert counts[0] == counts[1] and (counts[0][3] > 0) == (form == "preemption")
+    assert (counts[0][2] > 0) == (form == "host memory")
     assert form == "preemption" or counts[0][1] > 0
     assert ranks_left() == []
 

@@ -26,6 +26,7 @@ from tests.gpu_rig.device.test_v4_model import (
     worst,
 )
 from tests.v4_model.cases import Case
+from tests.v4_model.drafts import MTP
 from tests.v4_model.ours import load_model, make_runner, prompt_logits
 
 pytestmark = [pytest.mark.gpu_rig, pytest.mark.triton, pytest.mark.own_process]
@@ -34,6 +35,7 @@ slow = pytest.mark.slow
 ROWS, SNAPSHOTS = 4, 2
 # of the runner: first row that computes the beginning, and the one that goes on after it
 FIRST, SECOND, OTHER = 0, 1, 3
+LAYER = {"method": "mtp", "num_speculative_tokens": 2}
 Step = dict[int, tuple[list[int], int]]
 
 
@@ -224,17 +226,25 @@ def test_tokens_of_the_engine(
     gc.collect()
 
 
-@pytest.mark.parametrize("kv_cache_dtype", ["auto", pytest.param("fp8", marks=slow)])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        pytest.param({"kv_cache_dtype": "fp8"}, marks=slow),
+        pytest.param({"speculative_config": LAYER}, marks=slow),
+    ],
+    ids=["plain", "fp8", "layer"],
+)
 def test_a_second_turn_goes_on_after_host_memory(
-    kv_cache_dtype: str, rig: Rig, tmp_path: Path
+    fields: dict[str, Any], rig: Rig, tmp_path: Path
 ) -> None:
     """Its blocks and its snapshot are infinite on the device before they are copied back."""
-    case = Case("smooth", SMOOTH, seed=44)
+    case = Case("smooth", SMOOTH | MTP, seed=44)
     folder, prompt, other = case.write_served(tmp_path), case.prompt(40), case.prompt(61)[:2:-1]
     greedy = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
     sizes: dict[str, Any] = {"block_size": 16, "max_num_seqs": 2, "max_model_len": 64}
-    own = {"dtype": "float32", "enforce_eager": True, "max_num_batched_tokens": 24}
-    own |= {"kv_cache_dtype": kv_cache_dtype, "device": rig.device}
+    own: dict[str, Any] = {"dtype": "float32", "enforce_eager": True, "device": rig.device}
+    own |= {"max_num_batched_tokens": 24} | fields
     found = []
     for more in ({}, {"num_gpu_blocks_override": 4, "kv_offload_bytes": "8M"}):
         with LLM(model=folder, **sizes, **own, **more) as llm:
@@ -247,6 +257,7 @@ def test_a_second_turn_goes_on_after_host_memory(
                 runner.state_copy = recorded(runner.state_copy, copies)
             [output] = llm.generate([turn], greedy)
             found.append((first, output.token_ids, output.num_cached_tokens))
+            assert (llm.stats().num_draft_tokens > 0) == ("speculative_config" in fields)
             assert output.num_host_cached_tokens == (32 if more else 0)
     assert found[0] == found[1] and found[0][2] == 32
     # from the places after those of the rows and 16 snapshots
