@@ -256,9 +256,11 @@ class BlockManager:
             self.tier.give(reservation.blocks)
 
     def enqueue_copies(self) -> None:
-        """Enqueue the copies of the host tier, which must be there, before a step."""
-        tier = self.tier
-        assert tier is not None, "no host tier"
+        """Enqueue the copies of the host tier and of snapshots before a step."""
+        if self.snapshots is not None:
+            self.snapshots.enqueue()
+        if (tier := self.tier) is None:
+            return
         missing = self._num_ahead - len(self._free) - len(self._saved)
         for _ in range(min(missing, len(self._unowned), MAX_SAVED_PER_STEP)):
             block, _ = self._unowned.popitem(last=False)

@@ -97,6 +97,7 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         # requests that have their last allowed token, by `seq_id`; see `settled`
         self._unsettled: dict[int, Request] = {}
+        # requests of the step until it is completed
         self._scheduled: list[Request] = []
         self._snapshot_slots: dict[Request, int] = {}
         self._held: list[Request] = []
@@ -141,9 +142,8 @@ class Scheduler:
             The step; None without requests, or while the grammar of the first waiting request is
             being compiled and all running requests wait for late masks.
         """
+        self._drop_failed_step()
         self._scheduled, self._held, self._snapshot_slots = [], [], {}
-        if self._blocks.snapshots is not None:
-            self._blocks.snapshots.release()
         decoding: list[Request] = []
         prefilling: list[Request] = []
         for request in self.running.values():
@@ -170,10 +170,7 @@ class Scheduler:
         if not self._scheduled:
             return None
         drafts = self._choose_drafts(budget) if self._may_draft else {}
-        if self._blocks.tier is not None:
-            self._blocks.enqueue_copies()
-        if self._blocks.snapshots is not None:
-            self._blocks.snapshots.enqueue()
+        self._blocks.enqueue_copies()
         self._scheduled.sort(key=_batch_row)
         return ScheduledBatch(self._scheduled, drafts, self._snapshot_slots, self._shape.context)
 
@@ -195,6 +192,7 @@ class Scheduler:
         tokens are known.
         """
         block_size, snapshots = self._blocks.block_size, self._blocks.snapshots
+        self._scheduled = []
         if snapshots is not None:
             snapshots.commit()
         for request in batch.requests:
@@ -235,11 +233,6 @@ class Scheduler:
             self._preempt(latest)
             self._max_rows = len(self.running)
             cure = f"at most {self._max_rows} requests run at a time now"
-        if not self._blocks.shares_blocks:
-            # layers that ran have kept keys of a chunk in place of older ones that it reads
-            begun = [r for r in batch.requests if r.num_computed_tokens and not r.is_decode]
-            while any(request.batch_row >= 0 for request in begun):
-                self._preempt(next(reversed(self.running.values())))
         logger.warning("%s; %s", describe_error(error), cure)
         return None
 
@@ -377,6 +370,18 @@ class Scheduler:
         self._shape = self._shape.with_chunk(num_tokens, request.num_computed_tokens)
         self._scheduled.append(request)
         return budget - num_tokens
+
+    def _drop_failed_step(self) -> None:
+        """Compute requests again whose rows the last step has damaged, if it was not completed.
+
+        Layers that ran have kept keys of a chunk in place of older ones that it reads.
+        """
+        if self._blocks.snapshots is not None:
+            self._blocks.snapshots.release()
+        if not self._blocks.shares_blocks:
+            begun = [r for r in self._scheduled if r.num_computed_tokens and not r.is_decode]
+            while any(request.batch_row >= 0 for request in begun):
+                self._preempt(next(reversed(self.running.values())))
 
     def _preempt(self, request: Request) -> None:
         """Move a running request to the head of the queue, without computed tokens."""
