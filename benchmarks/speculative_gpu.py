@@ -38,7 +38,7 @@ TARGET = "benchmarks.workers.speculative_gpu:Engine"
 ROWS = (1, 8, 32, 128)
 RUNS = 3
 # of the bytes that must be read, with experts chosen uniformly
-FLOORS = {"known": (1.33, 1.61, 1.33, 1.02), "mtp": (1.82, 1.97, 1.59, 1.21)}
+FLOORS: dict[str, Sequence[float]] = {"known": (1.33, 1.61, 1.33, 1.02), "mtp": (1.82, 1.97, 1.59, 1.21)}
 METHODS = {"plain": None, "known": "ngram", "mtp": "mtp"}
 
 
@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     profiles: dict[str, Any] = {}
     peer: dict[str, float] = {}
     fields = {"num_nextn_predict_layers": 1, "quantization_config": FP8}
-    target, floors = "P20", dict(FLOORS)
+    target, floors = "P20", FLOORS
     if args.v4:
         v4, target = V4Shape(), "V46"
         if args.dry:

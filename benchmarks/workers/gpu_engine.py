@@ -105,6 +105,12 @@ class Engine:
         self._submit(batch, prompt, new)
         return {"tok_s": batch * (prompt + new) / self._drain()[-1][0]}
 
+    def alone(self, prompt: int, new: int) -> dict[str, float]:
+        """Return milliseconds to the first token of a request, and of each of `new` after it."""
+        self._submit(1, prompt, new + 1)
+        times = [1e3 * seconds for seconds, _ in self._drain()]
+        return {"first_ms": times[0], "tpot_ms": float(np.median(np.diff(times)[4:]))}
+
     def profile(self, batch: int, prompt: int, steps: int) -> dict[str, Any]:
         """Return the kernels of a decode step: microseconds and launches of each, and the sum."""
         from torch.profiler import ProfilerActivity, profile
