@@ -208,6 +208,8 @@ def test_a_rank_that_does_not_come_is_named(
             group.all_reduce(memory.put(part(0, 0, rows, 8), "bfloat16"))
         return group.failure()
 
-    said = f"rank {absent} did not come to an all-reduce for 0.2 s"
+    # on a busy processor a rank that comes may take a second
+    timeout_s = 2.5
+    said = f"rank {absent} did not come to an all-reduce for {timeout_s} s"
     expected = ["" if rank == absent else said for rank in range(size)]
-    assert gpus.run(size, work, timeout_s=0.2) == expected
+    assert gpus.run(size, work, timeout_s=timeout_s) == expected
