@@ -1,6 +1,7 @@
 """Two layers of DeepSeek-V3.2 at their real widths, here, in vLLM and exactly.
 
     python -m benchmarks.real_widths --rig --peer DIR    # a GPU with 60 GB, 20 GB in --folder
+    python -m benchmarks.real_widths --rig --peer DIR --v4    # the first layers of DeepSeek-V4
     python -m benchmarks.real_widths --dry               # small widths on the CPU, without vLLM
 
 The model has a dense layer and one with 256 experts. Its weights are random, in FP8, with scales
@@ -9,10 +10,15 @@ greedily. This engine also reads vLLM's tokens, each as the end of a prompt. tra
 both continuations in float32 from the stored weights. A layer adds little to its input: otherwise
 experts that rounding selects would make two right engines differ as much as a wrong one does.
 
+DeepSeek-V4 has its first four layers, of all kinds, with 64 experts in FP4. There is no exact
+reference: transformers has no rounding of the indexer. So both engines are compared with each
+other.
+
 The engine starts twice, the first time with kernels to compile. DIR has a `run.sh` that runs
-`python SCRIPT ...` with vLLM's packages. Writes benchmarks/results/real_widths.json. Fails if we
-are clearly further from the exact log-probabilities than vLLM, or lose a clearly larger share of
-leads.
+`python SCRIPT ...` with vLLM's packages. Writes benchmarks/results/real_widths.json, for V4
+real_widths_v4.json. Fails if we are clearly further from the exact log-probabilities than vLLM, or
+lose a clearly larger share of leads. With V4 it fails if tokens differ where vLLM's lead is clear,
+or if log-probabilities differ by more than a bound.
 """
 
 from __future__ import annotations
@@ -23,7 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +44,10 @@ from benchmarks._harness import (
     run_peer,
     write_result,
 )
+from benchmarks._v4_checkpoint import weights as v4_weights
+from benchmarks._v4_gpu_model import WIDTHS as WIDTHS_V4
+from benchmarks._v4_gpu_model import V4Shape, fields_of
+from benchmarks.v4_gpu import CONFIG as V4_CONFIG
 from benchmarks.workers.vllm_logprobs import NEW_TOKENS, TOP
 from fd_dsa.models.registry import config_from_dict
 
@@ -48,9 +58,13 @@ MOST_EXACT = 4096
 CLEAR = 0.3
 # largest multiple of the peer's mean distance from the exact values, and of its lost share
 MOST_DISTANCE = 1.25
+# between two engines: share of the peer's clear leads with another token, and mean distance, nats
+MOST_DIFFERENT, MOST_APART = 0.05, 0.1
 # projections at the end of a layer, and the power of two that scales them down
 _ADDING, _LESS = ("o_proj.weight", "down_proj.weight"), 3
 SHARD_BYTES = 4 << 30
+# fields of DeepSeek-V4 that a dry run has, too
+FORMATS = "quantization_config", "expert_dtype"
 
 
 def weights(config: dict[str, Any], device: str) -> Iterator[tuple[str, Any]]:
@@ -81,7 +95,9 @@ def weights(config: dict[str, Any], device: str) -> Iterator[tuple[str, Any]]:
             yield name, noise * (gain * one.shape[-1] ** -0.5)
 
 
-def write_checkpoint(folder: Path, config: dict[str, Any], device: str) -> int:
+def write_checkpoint(
+    folder: Path, config: dict[str, Any], tensors: Iterable[tuple[str, Any]]
+) -> int:
     """Write config.json and the weights in shards. Returns their bytes."""
     from safetensors.torch import save_file
 
@@ -97,7 +113,7 @@ def write_checkpoint(folder: Path, config: dict[str, Any], device: str) -> int:
         return size
 
     total = 0
-    for name, tensor in weights(config, device):
+    for name, tensor in tensors:
         if sum(one.nbytes for one in shards[-1].values()) > SHARD_BYTES:
             total += save()
             shards.append({})
@@ -164,8 +180,25 @@ def compare(
     return case
 
 
+def agreement(ours: Sequence[Any], peer: Sequence[Any]) -> dict[str, Any]:
+    """Compare the best tokens of two engines where the peer's lead is clear."""
+    clear = different = 0
+    for own, other in zip(ours, peer, strict=True):
+        (best, score), (_, second), *_ = sorted(other, key=lambda pair: -pair[1])
+        if score - second >= CLEAR:
+            clear += 1
+            different += max(own, key=lambda pair: pair[1])[0] != best
+    return {"peer_leads": clear, "different": different}
+
+
 def is_worse(case: dict[str, Any]) -> bool:
-    """Return True if we are further from exact values than the peer, or lose more leads."""
+    """Return True if we are further from exact values than the peer, or lose more leads.
+
+    Without exact values the peer's are those to agree with.
+    """
+    if "different" in case:
+        lost = case["different"] > MOST_DIFFERENT * case["peer_leads"]
+        return bool(lost or case["mean_difference"] > MOST_APART)
     if "ours_error" not in case:
         return False
     lost = [case[f"{side}_lost"] / max(case[f"{side}_clear"], 1) for side in ("ours", "peer")]
@@ -175,11 +208,11 @@ def is_worse(case: dict[str, Any]) -> bool:
 
 
 @contextlib.contextmanager
-def started(model: str, rig: bool, device: str) -> Iterator[tuple[Worker, float]]:
+def started(model: str, **options: Any) -> Iterator[tuple[Worker, float]]:
     """Yield an engine after its first token, and the seconds until then."""
     begin = time.perf_counter()
     target = "benchmarks.workers.real_widths:Engine"
-    with Worker(target, model=model, rig=rig, device=device) as engine:
+    with Worker(target, model=model, **options) as engine:
         engine.call(op="decoded", prompts=[[1] * 10], new=1, top=1)
         seconds = time.perf_counter() - begin
         print(f"first token after {seconds:.1f} s", flush=True)
@@ -191,15 +224,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = rig_parser(__doc__)
     parser.add_argument("--peer", type=Path, help="folder with vLLM's run.sh")
     parser.add_argument("--folder", type=Path, help="where the checkpoint is written")
+    parser.add_argument("--v4", action="store_true", help="DeepSeek-V4 in place of V3.2")
     args = parser.parse_args(argv)
-    config = WIDTHS | {"num_hidden_layers": 2, "first_k_dense_replace": 1}
-    config |= {"quantization_config": FP8} | (SMALL if args.dry else {})
+    device, options = "cpu" if args.dry else "cuda", {"rig": args.rig, "device": "gpu"}
+    if args.v4:
+        config = fields_of(V4Shape(4, 64), args.dry) | {"num_nextn_predict_layers": 0}
+        if args.dry:
+            config |= {"n_routed_experts": 8} | {name: WIDTHS_V4[name] for name in FORMATS}
+            options["kv_cache_dtype"] = "auto"
+        tensors = v4_weights(config, device)
+        options["block_size"] = V4_CONFIG["block_size"]
+    else:
+        config = WIDTHS | {"num_hidden_layers": 2, "first_k_dense_replace": 1}
+        config |= {"quantization_config": FP8} | (SMALL if args.dry else {})
+        tensors = weights(config, device)
+    if args.dry:
+        options["device"] = "cpu"
     lengths = (20, 100, 200) if args.dry else PROMPTS
     prompts = [random_prompts(1, n, config["vocab_size"], n)[0] for n in lengths]
-    result = rig_result("real_widths", args)
+    result = rig_result("real_widths" + "_v4" * args.v4, args)
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         folder = Path(name)
-        size = write_checkpoint(folder, config, "cpu" if args.dry else "cuda")
+        size = write_checkpoint(folder, config, tensors)
         print(f"{size / 1e9:.1f} GB written", flush=True)
         answers = None
         if args.peer:
@@ -208,11 +254,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 args.peer, "vllm_logprobs.py", name, folder / "prompts.json", folder / "peer.json"
             )
             answers = json.loads((folder / "peer.json").read_text())
-        engine_device = "cpu" if args.dry else "gpu"
         # the first start compiles kernels
-        with started(name, args.rig, engine_device) as (_, result["first_start_s"]):
+        with started(name, **options) as (_, result["first_start_s"]):
             pass
-        with started(name, args.rig, engine_device) as (engine, result["start_s"]):
+        with started(name, **options) as (engine, result["start_s"]):
             found = engine.call(op="decoded", prompts=prompts, new=NEW_TOKENS, top=TOP)
             answers = answers or found
             given = [answer["token_ids"] for answer in answers]
@@ -221,15 +266,18 @@ def main(argv: Sequence[str] | None = None) -> int:
                 for prompt, ids in zip(prompts, given, strict=True)
             ]
         result["weights_bytes"] = size
-        device = "cpu" if args.dry else "cuda"
         own = [answer["token_ids"] for answer in found]
-        exact = exact_scores(folder, [*prompts, *prompts], [*own, *given], device)
+        exact: Sequence[np.ndarray | None] = [None] * (2 * len(prompts))
+        if not args.v4:
+            exact = exact_scores(folder, [*prompts, *prompts], [*own, *given], device)
     for index, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         after_own, after_given = exact[index], exact[index + len(prompts)]
         peer, ours = answer["top"], found[index]["top"]
         case = {"case": "prompts", "prompt": len(prompt)}
         case |= compare(read[index], peer, (after_given, after_given))
         case["mean_difference"] = mean_difference(read[index], peer)
+        if args.v4:
+            case |= agreement(read[index], peer)
         result["cases"].append(case)
         if after_own is not None:
             case = {"case": "decode", "prompt": len(prompt)}

@@ -38,7 +38,10 @@ TARGET = "benchmarks.workers.speculative_gpu:Engine"
 ROWS = (1, 8, 32, 128)
 RUNS = 3
 # of the bytes that must be read, with experts chosen uniformly
-FLOORS: dict[str, Sequence[float]] = {"known": (1.33, 1.61, 1.33, 1.02), "mtp": (1.82, 1.97, 1.59, 1.21)}
+FLOORS: dict[str, Sequence[float]] = {
+    "known": (1.33, 1.61, 1.33, 1.02),
+    "mtp": (1.82, 1.97, 1.59, 1.21),
+}
 METHODS = {"plain": None, "known": "ngram", "mtp": "mtp"}
 
 

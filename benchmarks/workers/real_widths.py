@@ -15,9 +15,10 @@ class Engine:
         model: folder of the checkpoint.
         rig: True for the device of the test plug-in, with Paddle's CPU wheel.
         device: "gpu" or "cpu".
+        others: fields of EngineConfig.
     """
 
-    def __init__(self, model: str, rig: bool, device: str = "gpu") -> None:
+    def __init__(self, model: str, rig: bool, device: str = "gpu", **others: Any) -> None:
         device = open_device(rig, device)
         from fd_dsa import LLM
         from fd_dsa.config import demo_model_path
@@ -25,13 +26,14 @@ class Engine:
         # the log has the times of the start
         logging.basicConfig(level=logging.INFO)
         sizes: dict[str, Any] = {"max_model_len": 9216, "max_num_batched_tokens": 8192}
+        sizes["kv_cache_dtype"] = "fp8"
         if device == "cpu":
-            sizes = {"max_model_len": 512}
+            sizes = {"max_model_len": 512, "kv_cache_dtype": "bfloat16"}
+        sizes |= others
         self._llm = LLM(
             model,
             device=device,
             tokenizer=demo_model_path(),
-            kv_cache_dtype="bfloat16" if device == "cpu" else "fp8",
             gpu_memory_utilization=0.6,
             max_num_seqs=8,
             cudagraph_capture_sizes=(1, 2, 4, 8),
