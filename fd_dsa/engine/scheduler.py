@@ -170,7 +170,8 @@ class Scheduler:
         if not self._scheduled:
             return None
         drafts = self._choose_drafts(budget) if self._may_draft else {}
-        self._blocks.enqueue_copies()
+        if self._blocks.tier is not None or self._blocks.snapshots is not None:
+            self._blocks.enqueue_copies()
         self._scheduled.sort(key=_batch_row)
         return ScheduledBatch(self._scheduled, drafts, self._snapshot_slots, self._shape.context)
 
@@ -372,13 +373,11 @@ class Scheduler:
         return budget - num_tokens
 
     def _drop_failed_step(self) -> None:
-        """Compute requests again whose rows the last step has damaged, if it was not completed.
-
-        Layers that ran have kept keys of a chunk in place of older ones that it reads.
-        """
+        """Preempt requests whose rows the last step has damaged, if it was not completed."""
         if self._blocks.snapshots is not None:
             self._blocks.snapshots.release()
         if not self._blocks.shares_blocks:
+            # layers that ran have kept keys of a chunk in place of older ones that it reads
             begun = [r for r in self._scheduled if r.num_computed_tokens and not r.is_decode]
             while any(request.batch_row >= 0 for request in begun):
                 self._preempt(next(reversed(self.running.values())))
