@@ -10,8 +10,9 @@ import pytest
 
 from benchmarks import v4_gpu
 from benchmarks._gpu_engine_model import Case
-from benchmarks._v4_gpu_model import CASES, V4Shape, decode_bytes, floor
+from benchmarks._v4_gpu_model import CASES, V4Shape, decode_bytes, drafted_bytes, floor
 from benchmarks.gpu_engine import add_peers, entry
+from benchmarks.real_widths import agreement, is_worse
 from benchmarks.workers.gpu_engine import by_class
 from benchmarks.workers.v4_gpu import CLASSES, LAYER, STEP, by_kind
 from fd_dsa.models.deepseek_v4.config import DeepseekV4Config
@@ -156,3 +157,23 @@ def test_a_dry_run_measures_each_kind_of_case(tmp_path: Path) -> None:
         assert case["ours_value"] > 0 and ("of_floor" in case) == (case["floor"] is not None)
     assert result["late_compilations"] == 0 and result["memory"]["bytes_per_token"] > 0
     assert result["start"]["first_token_s"] > 0
+
+
+def test_bytes_of_drafts() -> None:
+    """Two tokens a row read up to twice the experts, and no more than the layer in addition."""
+    for rows in (1, 8, 32, 128):
+        known, layer = (drafted_bytes(V4Shape(), rows, 4096, has) for has in (False, True))
+        experts = V4Shape().even_hits(2 * rows) / V4Shape().even_hits(rows)
+        # keys and sources of another token count, too
+        assert 1 < known < experts + 0.02
+        assert known < layer < known + 0.15
+
+
+def test_engines_agree_where_the_lead_is_clear() -> None:
+    peer = [[[1, -0.1], [2, -2.0]], [[1, -0.7], [2, -0.8]], [[3, -0.2], [4, -3.0]]]
+    ours = [[[1, -0.1], [2, -2.0]], [[2, -0.7], [1, -0.8]], [[4, -0.2], [3, -3.0]]]
+    found = agreement(ours, peer)
+    assert found == {"peer_leads": 2, "different": 1}
+    assert is_worse(found | {"mean_difference": 0.0})
+    assert not is_worse({"peer_leads": 40, "different": 2, "mean_difference": 0.05})
+    assert is_worse({"peer_leads": 40, "different": 0, "mean_difference": 0.2})
