@@ -123,6 +123,11 @@ def test_decoding_rows_at_the_ends_of_entries(paddle_memory: KernelMemory, first
     check(paddle_memory, EDGES[first : first + 3], 5, 1)
 
 
+def test_snapshots_with_tokens_of_earlier_steps(paddle_memory: KernelMemory) -> None:
+    """A block ends soon after the step begins, and other rows have tokens before it."""
+    check(paddle_memory, [(5, 9), (13, 7), (28, 9)], 5, 1)
+
+
 def test_tokens_past_the_longest_row(paddle_memory: KernelMemory) -> None:
     """Further drafts of a row without room take its last place, so that nothing is out of reach."""
     m, longest = paddle_memory, COLUMNS * BLOCK
