@@ -68,8 +68,8 @@ def logits_of(runner: ModelRunner, rows: list[tuple[int, Row]]) -> np.ndarray:
 )
 def test_replays_give_the_same_bits(model: str, caches: str, rig: Rig, tmp_path: Path) -> None:
     """10,000 replays on a GPU, few of a small model in Triton's interpreter."""
-    if caches != "bfloat16" and not rig.is_real:
-        pytest.skip("the interpreter takes a minute, for a replay that runs the same work again")
+    if model != "deepseek_v32" and not rig.is_real:
+        pytest.skip("the interpreter takes minutes, for a replay that runs the same work again")
     fields, small = MODELS[model]
     scale, repeats = (1, 2000) if rig.is_real else (64, 1)
     (tmp_path / "config.json").write_text(json.dumps(fields if rig.is_real else fields | small))
