@@ -177,15 +177,10 @@ def run_history(history: History) -> Counter[str]:
 
 def run_histories(first: int, count: int) -> Counter[str]:
     """Run the histories `first` to `first + count - 1`. Returns how often things happened."""
-    total: Counter[str] = Counter()
-    for number in range(first, first + count):
-        try:
-            total += run_history(draw_history(number))
-        except BaseException:
-            again = f"python -m tests.soak.captured_v4 --first {number} --histories 1"
-            print(f"history {number} failed; again: {again}", flush=True)
-            raise
-    return total
+    numbers = range(first, first + count)
+    return report.run_numbers(
+        "tests.soak.captured_v4", numbers, lambda number: run_history(draw_history(number))
+    )
 
 
 if __name__ == "__main__":

@@ -372,15 +372,10 @@ def run_alone(one: Arrival, history: History) -> list[tuple[list[int], str | Non
 
 def run_histories(first: int, count: int) -> Counter[str]:
     """Run the histories `first` .. `first + count - 1`; what happened in all of them."""
-    total: Counter[str] = Counter()
-    for number in range(first, first + count):
-        try:
-            total += run_history(draw_history(number), number)
-        except BaseException:
-            again = f"python -m tests.soak.histories --first {number} --histories 1"
-            print(f"history {number} failed; again: {again}", flush=True)
-            raise
-    return total
+    numbers = range(first, first + count)
+    return report.run_numbers(
+        "tests.soak.histories", numbers, lambda number: run_history(draw_history(number), number)
+    )
 
 
 if __name__ == "__main__":

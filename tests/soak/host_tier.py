@@ -18,15 +18,12 @@ from tests.soak.histories import draw_history, run_history, with_host_tier
 
 def run_histories(first: int, count: int) -> Counter[str]:
     """Run the histories `first` .. `first + count - 1`; what happened in all of them."""
-    total: Counter[str] = Counter()
-    for number in range(first, first + count):
-        try:
-            total += run_history(with_host_tier(draw_history(number)), number)
-        except BaseException:
-            again = f"python -m tests.soak.host_tier --first {number} --histories 1"
-            print(f"history {number} failed; again: {again}", flush=True)
-            raise
-    return total
+    numbers = range(first, first + count)
+    return report.run_numbers(
+        "tests.soak.host_tier",
+        numbers,
+        lambda number: run_history(with_host_tier(draw_history(number)), number),
+    )
 
 
 if __name__ == "__main__":

@@ -15,6 +15,25 @@ def print_counts(title: str, counts: Counter[str]) -> None:
         print(f"  {name:45} {count:>12,}")
 
 
+def run_numbers(
+    module: str, numbers: range, run_history: Callable[[int], Counter[str]]
+) -> Counter[str]:
+    """Run the history of each number. Prints how to run one that fails again.
+
+    Returns:
+        How often things happened in all of them.
+    """
+    total: Counter[str] = Counter()
+    for number in numbers:
+        try:
+            total += run_history(number)
+        except BaseException:
+            again = f"python -m {module} --first {number} --histories 1"
+            print(f"history {number} failed; again: {again}", flush=True)
+            raise
+    return total
+
+
 def main(
     doc: str | None, cases: str, default: int, run: Callable[[int, int], Counter[str]]
 ) -> None:
