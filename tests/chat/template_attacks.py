@@ -24,7 +24,9 @@ ATTACKS = {
     "deep": DEEP + "{{ {ns.t: 1} }}",
     "power": "{{ 9 ** (9 ** 9) }}",
     # many small ones
-    "kept": BIG + "{% for i in range(99999) %}{% set ns.y = [ns.y, 'a' * 10000] %}{% endfor %}",
+    # a constant would be one object for all
+    "kept": BIG + "{% for i in range(99999) %}{% set ns.y = [ns.y, 'a' * (10000 + i)] %}"
+    "{% endfor %}",
     "doubled": BIG + "{% for i in range(99) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
     "block": "{% block b %}{% for i in range(9) %}{{ self.b() }}{% endfor %}{% endblock %}",
     "output": "{% for i in range(99999) %}{{ i }}{% endfor %}",
