@@ -21,6 +21,7 @@ from fd_dsa.runner import ModelRunner
 from fd_dsa.startup.capture import capture_graphs
 from tests.gpu_rig import Rig
 from tests.gpu_rig.captures import capture_of
+from tests.gpu_rig.rows import logits_of_rows
 from tests.models.published import V4_FLASH
 
 pytestmark = [pytest.mark.gpu_rig, pytest.mark.triton, pytest.mark.slow, pytest.mark.own_process]
@@ -40,7 +41,7 @@ Row = tuple[int, int, bool]
 
 
 def steps_of(scale: int) -> list[list[tuple[int, Row]]]:
-    """Decode steps of one row, of some and of all; a prompt beside rows that decode, and alone.
+    """Return decode steps of one row, some and all; a prompt beside rows that decode, and alone.
 
     A step has rows with their tokens before and in it, and whether these are of a prompt. A prompt
     begins with its first token, so that a replay finds all that it reads.
@@ -52,13 +53,11 @@ def steps_of(scale: int) -> list[list[tuple[int, Row]]]:
 
 def logits_of(runner: ModelRunner, rows: list[tuple[int, Row]]) -> np.ndarray:
     """Logits of the last token of each row of a step."""
-    batch, vocab_size = runner.input_batch, runner.vocab_size
-    batch.begin_step()
-    last = []
+    given = []
     for row, (before, new, is_prefill) in rows:
-        ids = [(7 * row + 31 * p) % vocab_size for p in range(before, before + new)]
-        last.append(batch.add_row(row, ids, before, is_prefill))
-    return np.array(runner.execute_model(np.array(last)))
+        ids = [(7 * row + 31 * p) % runner.vocab_size for p in range(before, before + new)]
+        given.append((row, ids, before, is_prefill))
+    return logits_of_rows(runner, given)
 
 
 @pytest.mark.timeout(1200)

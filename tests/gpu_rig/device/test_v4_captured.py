@@ -6,7 +6,6 @@ import gc
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -33,6 +32,7 @@ from tests.gpu_rig.device.test_v4_model import (
     device_runner,
     tokens_of,
 )
+from tests.gpu_rig.rows import NO_SLOTS, logits_of_rows
 from tests.v4_model.cases import CSA, HCA, WINDOW, Case
 
 pytestmark = [pytest.mark.gpu_rig, pytest.mark.triton, pytest.mark.own_process]
@@ -121,18 +121,13 @@ def captured(
         yield
 
 
-def logits_of(
-    runner: ModelRunner, step: Step, slots: Mapping[int, int] = MappingProxyType({})
-) -> np.ndarray:
+def logits_of(runner: ModelRunner, step: Step, slots: Mapping[int, int] = NO_SLOTS) -> np.ndarray:
     """Logits of the last token of each row of a step, which writes snapshots of some rows."""
-    batch, last = runner.input_batch, []
-    batch.begin_step()
-    for row, slot in slots.items():
-        batch.snapshot_slots[row] = slot
+    rows = []
     for row, before, *new in step:
         ids = [2 + (7 * row + 5 * p) % 90 for p in range(before, before + sum(new or [1]))]
-        last.append(batch.add_row(row, ids, before, is_prefill=bool(new)))
-    return np.array(runner.execute_model(np.array(last)))
+        rows.append((row, ids, before, bool(new)))
+    return logits_of_rows(runner, rows, slots)
 
 
 def poison_arrays(runner: ModelRunner) -> None:
@@ -185,7 +180,7 @@ def check(
     graphs: ModelRunner,
     step: Step,
     bound: float = 1e-5,
-    slots: Mapping[int, int] = MappingProxyType({}),
+    slots: Mapping[int, int] = NO_SLOTS,
 ) -> None:
     """Run a step eagerly and from a graph, whose arrays have other values before."""
     wanted = logits_of(eager, step, slots)
@@ -212,7 +207,7 @@ def test_decode_steps_are_those_of_eager_ones(rig: Rig, tmp_path: Path) -> None:
 
 def test_snapshots_of_captured_prompts(rig: Rig, tmp_path: Path) -> None:
     """Replays write the snapshots of eager steps, at the places that the step names."""
-    case, places = Case("small", SMALL, seed=31), {0: SNAPSHOT, 2: SNAPSHOT + 1}
+    case, snapshots = Case("small", SMALL, seed=31), 2
     steps: tuple[tuple[Step, dict[int, int]], ...] = (
         # a block ends in the first row; then in both, the other way round, and in none
         ([(0, 0, 20)], {0: SNAPSHOT}),
@@ -220,12 +215,12 @@ def test_snapshots_of_captured_prompts(rig: Rig, tmp_path: Path) -> None:
         ([(0, 34), (2, 17, 20)], {2: SNAPSHOT + 1}),
         ([(1, 0, 5)], {}),
     )
-    with pair(rig, case, tmp_path, (4,), (32,), snapshots=len(places)) as (eager, graphs):
+    with pair(rig, case, tmp_path, (4,), (32,), snapshots=snapshots) as (eager, graphs):
         for step, slots in steps:
             check(eager, graphs, step, slots=slots)
             assert key_of(graphs) is not None
         [ring, *_] = pools_of(graphs)
-        assert len(ring) % (SNAPSHOT + len(places)) == 0
+        assert len(ring) % (SNAPSHOT + snapshots) == 0
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-5), ("bfloat16", 2e-3)])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from tests.gpu_rig.device.test_v4_model import (
     tokens_of,
     worst,
 )
+from tests.gpu_rig.rows import NO_SLOTS, logits_of_rows
 from tests.v4_model.cases import Case
 from tests.v4_model.drafts import MTP
 from tests.v4_model.ours import load_model, make_runner, prompt_logits
@@ -47,20 +48,13 @@ def chunks(rng: np.random.Generator, begin: int, end: int) -> Iterator[tuple[int
         begin = stop
 
 
-def run(runner: ModelRunner, step: Step, slots: dict[int, int] | None = None) -> np.ndarray:
+def run(runner: ModelRunner, step: Step, slots: Mapping[int, int] = NO_SLOTS) -> np.ndarray:
     """Logits of the last token of each row: of each its new tokens and how many went before.
 
     `slots` are the places of snapshots that the step writes.
     """
-    batch = runner.input_batch
-    batch.begin_step()
-    last = [
-        batch.add_row(row, ids, done, is_prefill=len(ids) > 1 or not done)
-        for row, (ids, done) in sorted(step.items())
-    ]
-    for row, slot in (slots or {}).items():
-        batch.snapshot_slots[row] = slot
-    return np.array(runner.execute_model(np.array(last)))
+    rows = [(row, ids, done, len(ids) > 1 or not done) for row, (ids, done) in sorted(step.items())]
+    return logits_of_rows(runner, rows, slots)
 
 
 def logits_after(
