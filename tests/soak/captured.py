@@ -14,8 +14,8 @@ from __future__ import annotations
 import gc
 import random
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from tests.gpu_rig import current, load
 
@@ -138,34 +138,48 @@ def make_engine(history: History, *, is_captured: bool) -> LLMEngine:
     )
 
 
-def run(history: History, *, is_captured: bool) -> tuple[dict[str, RequestOutput], Counter[str]]:
-    """Run a history. Returns the last state of every output, and the kinds of its steps."""
-    engine, last = make_engine(history, is_captured=is_captured), dict[str, RequestOutput]()
+def play(engine: LLMEngine, arrivals: Sequence[Arrival]) -> dict[tuple[str, int], RequestOutput]:
+    """Run requests, named by their numbers. Returns the last state of every output."""
+    last: dict[tuple[str, int], RequestOutput] = {}
     step = 0
-    while engine.has_unfinished_requests() or step <= max(a.at_step for a in history.arrivals):
-        for index, one in enumerate(history.arrivals):
+    while engine.has_unfinished_requests() or step <= max(a.at_step for a in arrivals):
+        outputs: list[RequestOutput] = []
+        for index, one in enumerate(arrivals):
             if one.at_step == step:
                 engine.add_request(str(index), one.prompt, one.params)
             if one.abort_at == step:
-                last |= {output.request_id: output for output in engine.abort_request(str(index))}
+                outputs += engine.abort_request(str(index))
         if engine.has_unfinished_requests():
-            last |= {output.request_id: output for output in engine.step()}
+            outputs += engine.step()
             audit(engine)
+        last |= {(output.request_id, output.index): output for output in outputs}
         step += 1
-    stats, runner = engine.stats(), engine.runner
-    assert stats.num_used_blocks == 0
-    counts = Counter[str]()
+    assert engine.stats().num_used_blocks == 0
+    return last
+
+
+def counts_of(engine: LLMEngine) -> Counter[str]:
+    """Return the kinds of the steps of an engine, and how often things happened."""
+    stats, counters = engine.stats(), engine.runner.info.counters
+    assert counters is not None, "a runner of the project counts its steps"
+    kinds, reasons = counters.graph_steps.items(), counters.eager_steps.items()
+    counts = Counter({f"{kind} steps from graphs": count for kind, count in kinds})
+    counts += Counter({f"eager steps because of {name}": count for name, count in reasons})
+    names = "num_preemptions", "prefix_cache_hits", "prefix_cache_host_hits", "num_accepted_tokens"
+    return counts + Counter({name: getattr(stats, name) for name in names})
+
+
+def run(
+    history: History, *, is_captured: bool
+) -> tuple[dict[tuple[str, int], RequestOutput], Counter[str]]:
+    """Run a history. Returns the last state of every output, and the kinds of its steps."""
+    engine = make_engine(history, is_captured=is_captured)
+    last, counts = play(engine, history.arrivals), Counter[str]()
     if is_captured:
-        counters: Any = runner.info.counters
-        kinds = counters.graph_steps.items()
-        counts += Counter({f"{kind} steps from graphs": count for kind, count in kinds})
-        reasons = counters.eager_steps.items()
-        counts += Counter({f"eager steps because of {name}": count for name, count in reasons})
-        names = ("num_preemptions", "prefix_cache_hits", "num_accepted_tokens")
-        counts += Counter({name: getattr(stats, name) for name in names})
+        counts = counts_of(engine)
         # graphs must be gone before Paddle's memory
-        runner.graphs = None
-    del engine, runner
+        engine.runner.graphs = None
+    del engine
     gc.collect()
     return last, counts
 
@@ -182,9 +196,9 @@ def run_history(history: History) -> Counter[str]:
     wanted, _ = run(history, is_captured=False)
     found, counts = run(history, is_captured=True)
     assert found.keys() == wanted.keys() and len(found) == len(history.arrivals)
-    for name, output in found.items():
+    for (name, index), output in found.items():
         for field in ("token_ids", "finish_reason", "text"):
-            pair = getattr(output, field), getattr(wanted[name], field)
+            pair = getattr(output, field), getattr(wanted[name, index], field)
             assert pair[0] == pair[1], f"request {name}: {field} {pair[0]}, eager {pair[1]}"
         counts["outputs"] += 1
     return counts

@@ -27,12 +27,11 @@ from tests.gpu_rig import current, load
 RIG = current() or load("fake")
 
 from fd_dsa import LLM, SamplingParams  # noqa: E402
-from fd_dsa.engine.engine import LLMEngine  # noqa: E402
 from fd_dsa.startup.capture import capture_graphs  # noqa: E402
 from tests.gpu_rig.captures import capture_of  # noqa: E402
 from tests.gpu_rig.device.test_v4_model import SMOOTH, poison_pools  # noqa: E402
 from tests.soak import report  # noqa: E402
-from tests.soak.audit import audit  # noqa: E402
+from tests.soak.captured import counts_of, play  # noqa: E402
 from tests.soak.histories import Arrival  # noqa: E402
 from tests.v4_model.cases import Case  # noqa: E402
 
@@ -120,25 +119,6 @@ def _draw_arrival(draw: random.Random, stem: list[int]) -> Arrival:
     return Arrival(tuple(prompt), params, at_step, abort_at)
 
 
-def play(engine: LLMEngine, arrivals: tuple[Arrival, ...]) -> dict[tuple[str, int], list[int]]:
-    """Run requests. Returns the tokens of every output."""
-    found: dict[tuple[str, int], list[int]] = {}
-    step = 0
-    while engine.has_unfinished_requests() or step <= max(a.at_step for a in arrivals):
-        outputs = []
-        for index, one in enumerate(arrivals):
-            if one.at_step == step:
-                engine.add_request(str(index), list(one.prompt), one.params)
-            if one.abort_at == step:
-                outputs += engine.abort_request(str(index))
-        if engine.has_unfinished_requests():
-            outputs += engine.step()
-            audit(engine)
-        found |= {(output.request_id, output.index): output.token_ids for output in outputs}
-        step += 1
-    return found
-
-
 def run_history(history: History) -> Counter[str]:
     """Run a history.
 
@@ -154,20 +134,13 @@ def run_history(history: History) -> Counter[str]:
             capture_graphs(runner, history.decode_sizes, capture_of(RIG), history.prompt_sizes)
             assert runner.graphs, "the captures were refused"
         poison_pools(runner)
-        found = play(engine, history.arrivals)
-        stats = engine.stats()
-        names = "num_preemptions", "prefix_cache_hits", "num_accepted_tokens"
-        counts = Counter({name: getattr(stats, name) for name in names})
-        counts["prefix_cache_host_hits"] = stats.prefix_cache_host_hits
-        steps = runner.counters.graph_steps.items()
-        counts += Counter({f"{kind} steps from graphs": count for kind, count in steps})
-        assert stats.num_used_blocks == 0
+        found, counts = play(engine, history.arrivals), counts_of(engine)
         # graphs must be gone before Paddle's memory
         runner.graphs = None
         del engine, runner
     gc.collect()
-    for (name, _), tokens in found.items():
-        one = history.arrivals[int(name)]
+    for (name, _), output in found.items():
+        one, tokens = history.arrivals[int(name)], output.token_ids
         whole = wanted(one.prompt, one.params.max_tokens)
         expected = whole if one.abort_at is None else whole[: len(tokens)]
         assert tokens == expected, f"request {name}: {tokens}, alone {whole}"
