@@ -123,6 +123,17 @@ def entry_of(case: str, peer: str, other: float, once: float) -> dict[str, Any]:
     return entry
 
 
+def show(entry: dict[str, Any]) -> None:
+    """Print an entry."""
+    seed = f"; FastDeploy #7367: {entry['seed_percent']} %" if "seed_percent" in entry else ""
+    print(
+        f"{entry['case']:<28} once {entry['ours_value']:10.3f}  {entry['peer']} "
+        f"{entry['peer_value']:10.3f} {entry['unit']}  {entry['ratio']:.3f}x, "
+        f"{entry['saved_percent']:.1f} % saved{seed}",
+        flush=True,
+    )
+
+
 def compared(options: dict[str, Any], args: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure all cases in sequence, because the weights of two engines do not fit."""
     requests, ranks = requests_of(args.dry), args.tensor_parallel_size
@@ -142,13 +153,7 @@ def compared(options: dict[str, Any], args: argparse.Namespace) -> list[dict[str
                 label = f"{case}, {'eager' if eager else 'captured'}" if case == "decode" else case
                 entry = entry_of(label, peer, value, once[case])
                 entries.append(entry)
-                said = f"; FastDeploy #7367: {entry.get('seed_percent')} %"
-                print(
-                    f"{label:<24} once {once[case]:10.3f}  {peer} {value:10.3f} {entry['unit']}"
-                    f"  {entry['ratio']:.3f}x, {entry['saved_percent']:.1f} % saved"
-                    f"{said if 'seed_percent' in entry else ''}",
-                    flush=True,
-                )
+                show(entry)
     return entries
 
 
@@ -163,11 +168,7 @@ def compared_v4(options: dict[str, Any], args: argparse.Namespace) -> list[dict[
             label = f"{case}, {'eager' if eager else 'captured'}"
             entry = entry_of(label, LAUNCHES, value, once[case]) | {"target": "V48"}
             entries.append(entry)
-            print(
-                f"{label:<28} once {once[case]:10.3f}  {LAUNCHES} {value:10.3f} {entry['unit']}"
-                f"  {entry['ratio']:.3f}x, {entry['saved_percent']:.1f} % saved",
-                flush=True,
-            )
+            show(entry)
     return entries
 
 
@@ -182,7 +183,8 @@ def earlier_cases(earlier: dict[str, Any], result: dict[str, Any]) -> list[dict[
 
 def run_v4(args: argparse.Namespace) -> int:
     """Measure DeepSeek-V4 and write. Returns 0."""
-    shape = V4Shape(*((args.layers, args.experts) if args.layers else ()))
+    whole = V4Shape()
+    shape = V4Shape(args.layers or whole.layers, args.experts or whole.experts)
     model = shape._asdict() | {"weights": "random, FP8 with FP4 experts"}
     result = rig_result("once_per_step_v4", args, model=model)
     config: dict[str, Any] = {**(V4_SMALL if args.dry else V4_CONFIG), "max_num_seqs": 8}

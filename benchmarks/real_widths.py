@@ -23,6 +23,7 @@ or if log-probabilities differ by more than a bound.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import subprocess
@@ -219,6 +220,20 @@ def started(model: str, **options: Any) -> Iterator[tuple[Worker, float]]:
         yield engine, seconds
 
 
+def model_of(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return config.json of the model, and options of its engine."""
+    options: dict[str, Any] = {"rig": args.rig, "device": "cpu" if args.dry else "gpu"}
+    if not args.v4:
+        config = WIDTHS | {"num_hidden_layers": 2, "first_k_dense_replace": 1}
+        return config | {"quantization_config": FP8} | (SMALL if args.dry else {}), options
+    config = fields_of(V4Shape(4, 64), args.dry) | {"num_nextn_predict_layers": 0}
+    options["block_size"] = V4_CONFIG["block_size"]
+    if args.dry:
+        config |= {"n_routed_experts": 8} | {name: WIDTHS_V4[name] for name in FORMATS}
+        options["kv_cache_dtype"] = "auto"
+    return config, options
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and write. Returns 1 if we are worse than the peer."""
     parser = rig_parser(__doc__)
@@ -226,20 +241,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, help="where the checkpoint is written")
     parser.add_argument("--v4", action="store_true", help="DeepSeek-V4 in place of V3.2")
     args = parser.parse_args(argv)
-    device, options = "cpu" if args.dry else "cuda", {"rig": args.rig, "device": "gpu"}
-    if args.v4:
-        config = fields_of(V4Shape(4, 64), args.dry) | {"num_nextn_predict_layers": 0}
-        if args.dry:
-            config |= {"n_routed_experts": 8} | {name: WIDTHS_V4[name] for name in FORMATS}
-            options["kv_cache_dtype"] = "auto"
-        tensors = v4_weights(config, device)
-        options["block_size"] = V4_CONFIG["block_size"]
-    else:
-        config = WIDTHS | {"num_hidden_layers": 2, "first_k_dense_replace": 1}
-        config |= {"quantization_config": FP8} | (SMALL if args.dry else {})
-        tensors = weights(config, device)
-    if args.dry:
-        options["device"] = "cpu"
+    config, options = model_of(args)
+    device = "cpu" if args.dry else "cuda"
+    tensors = (v4_weights if args.v4 else weights)(config, device)
     lengths = (20, 100, 200) if args.dry else PROMPTS
     prompts = [random_prompts(1, n, config["vocab_size"], n)[0] for n in lengths]
     result = rig_result("real_widths" + "_v4" * args.v4, args)
