@@ -75,7 +75,7 @@ class DSACaches:
         """Return the caches of all layers, [num_blocks, ...] each."""
         return [cache for cache in caches if cache is not None]
 
-    def slots(self, backend: AttentionBackend) -> list[StepArray]:
+    def slots(self, backend: AttentionBackend) -> Sequence[StepArray]:
         """Return nothing, because rows have no state in addition to their blocks."""
         return []
 
@@ -156,13 +156,13 @@ class V4Caches:
         sizes = () if self._on_device is not None else (num_blocks, self._batch.block_size)
         return [pool for pools in caches for pool in pools.by_block(*sizes)]
 
-    def slots(self, backend: AttentionBackend) -> list[StepArray]:
+    def slots(self, backend: AttentionBackend) -> Sequence[StepArray]:
         """Return the states of rows and then of snapshots, [num_slots, values] for each layer.
 
         Args:
             backend: backend of this rank, with its pools.
         """
-        return list(_device_backend(backend).slots) if self._num_snapshots else []
+        return _device_backend(backend).slots
 
     def state_copies(
         self, backend: AttentionBackend, store: BlockStore | None = None
