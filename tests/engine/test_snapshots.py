@@ -73,7 +73,7 @@ class StatefulRunner(FakeRunner):
 
 
 def kind_of(place: int) -> str:
-    """Whether a place is a row, or where it has a snapshot."""
+    """Name the kind of a place: a row, or where it has a snapshot."""
     return "row" if place < ON_DEVICE else "device" if place < IN_HOST else "host"
 
 

@@ -40,5 +40,5 @@ def test_places_after_those_of_the_device_are_in_host_memory() -> None:
     assert states[:, 0].tolist() == [9, 6, 3, 9]
     # steps wait for each copy, and the copy for the steps before it
     assert store.calls == [
-        f"{name}" for n in range(1, 5) for name in ("begin", f"end {n}", f"precede {n}")
+        call for n in range(1, 5) for call in ("begin", f"end {n}", f"precede {n}")
     ]
