@@ -50,10 +50,11 @@ _KEY, _INDEX_KEY = 584, 132
 
 
 class V4Shape(NamedTuple):
-    """Layers of V4-Flash, from the first on, and experts of a layer."""
+    """Layers of V4-Flash, from the first on, experts of a layer, and GPUs that share them."""
 
     layers: int = 43
     experts: int = 128
+    ranks: int = 1
 
     @property
     def ratios(self) -> list[int]:
@@ -93,6 +94,12 @@ def of_dry_run(case: Case) -> Case:
     """Return a case that a CPU can run."""
     prompt = case.prompt // 64
     return case._replace(batch=min(case.batch, 2), prompt=prompt, new=min(case.new, 12), runs=1)
+
+
+def v4_shape_of(ranks: int, layers: int | None, experts: int | None) -> V4Shape:
+    """Return V4-Flash with half of its experts on one GPU, and with all on several, or cut."""
+    whole = V4Shape() if ranks == 1 else V4Shape(43, WIDTHS["n_routed_experts"], ranks)
+    return whole._replace(layers=layers or whole.layers, experts=experts or whole.experts)
 
 
 def fields_of(shape: V4Shape, is_dry: bool = False) -> dict[str, Any]:
@@ -143,8 +150,7 @@ def drafted_bytes(shape: V4Shape, rows: int, context: int, has_layer: bool) -> f
         has_layer: True if the layer for multi-token prediction makes the drafts. It has a window,
             experts and two projections, and reads the head once more.
     """
-    w, plain = WIDTHS, decode_bytes(shape, rows, context)
-    hidden = w["hidden_size"]
+    plain, hidden = decode_bytes(shape, rows, context), WIDTHS["hidden_size"]
     found = decode_bytes(shape, rows, context, 2)
     if has_layer:
         layer = shape._replace(layers=1)
@@ -153,37 +159,40 @@ def drafted_bytes(shape: V4Shape, rows: int, context: int, has_layer: bool) -> f
 
 
 def decode_bytes(shape: V4Shape, rows: int, context: int, num_new: int = 1) -> float:
-    """Return the bytes that a decode step reads and writes.
+    """Return the bytes that a GPU reads and writes in a decode step.
+
+    GPUs share experts, heads and the output head, and have all else whole.
 
     Args:
         context: tokens of each row.
         num_new: tokens of a row in the step.
     """
     w = WIDTHS
-    hidden, width = w["hidden_size"], w["moe_intermediate_size"]
+    hidden, width = w["hidden_size"], w["moe_intermediate_size"] // shape.ranks
     hits = shape.even_hits(num_new * rows)
     experts = hits * (2 * _fp4(width, hidden) + _fp4(hidden, width))
     shared = 2 * _fp8(width, hidden) + _fp8(hidden, width)
-    layer = experts + shared + _layer_bytes(shape.experts)
+    layer = experts + shared + _layer_bytes(shape)
     # read and written around both blocks, which read and write a stream
     layer += num_new * rows * 2 * 2 * 2 * (w["hc_mult"] + 1) * hidden
-    head = 2 * w["vocab_size"] * hidden
+    head = 2 * w["vocab_size"] * hidden / shape.ranks
     entries = sum(_entry_bytes(ratio) + rows * _row_bytes(ratio, context) for ratio in shape.ratios)
     return shape.layers * layer + entries + head
 
 
-def _layer_bytes(experts: int) -> float:
+def _layer_bytes(shape: V4Shape) -> float:
     """Return the bytes of what every layer has: projections, router, connections, norms."""
     w = WIDTHS
     hidden, rank, streams = w["hidden_size"], w["q_lora_rank"], w["hc_mult"]
-    heads, groups = w["num_attention_heads"] * w["head_dim"], w["o_groups"]
+    heads = w["num_attention_heads"] * w["head_dim"] // shape.ranks
+    groups = w["o_groups"] // shape.ranks
     low = groups * w["o_lora_rank"]
     projections = _fp8(rank, hidden) + _fp8(w["head_dim"], hidden) + _fp8(heads, rank)
     projections += _fp8(low, heads // groups) + _fp8(hidden, low)
     mixes = (2 + streams) * streams
     connections = 2 * (4 * mixes * streams * hidden + 4 * mixes + 12)
     norms = 2 * (2 * hidden + rank + w["head_dim"]) + 4 * w["num_attention_heads"]
-    return projections + 2 * experts * hidden + connections + norms
+    return projections + 2 * shape.experts * hidden + connections + norms
 
 
 def _entry_bytes(ratio: int) -> float:
@@ -221,13 +230,13 @@ def _row_bytes(ratio: int, context: int) -> float:
 
 
 def prompt_flops(shape: V4Shape, tokens: int) -> tuple[float, float]:
-    """Return the operations of a prompt in FP8 and in bfloat16."""
+    """Return the operations of a GPU for a prompt, in FP8 and in bfloat16."""
     w = WIDTHS
     hidden, rank, width = w["hidden_size"], w["q_lora_rank"], w["head_dim"]
-    heads, low = w["num_attention_heads"] * width, w["o_lora_rank"]
+    heads, low = w["num_attention_heads"] * width // shape.ranks, w["o_lora_rank"]
     mixes = (2 + w["hc_mult"]) * w["hc_mult"]
     experts = (w["num_experts_per_tok"] + w["n_shared_experts"]) * 3 * w["moe_intermediate_size"]
-    layer = hidden * experts + heads * (rank + low) + w["o_groups"] * low * hidden
+    layer = hidden * (experts + w["o_groups"] * low) // shape.ranks + heads * (rank + low)
     fp8 = shape.layers * (layer + (rank + width) * hidden)
     bf16 = float(shape.layers * hidden * (shape.experts + 2 * mixes * w["hc_mult"]))
     seen = np.arange(1, tokens + 1)

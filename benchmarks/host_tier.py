@@ -2,13 +2,14 @@
 
     python -m benchmarks.host_tier --rig    # one GPU: seven layers in FP8, contexts of 64k tokens
     python -m benchmarks.host_tier --rig -tp 4    # DeepSeek-V3.2-REAP-345B on four GPUs
+    python -m benchmarks.host_tier --rig --v4     # DeepSeek-V4 of v4_gpu, whole depth
     python -m benchmarks.host_tier --dry    # small widths on the CPU: shows that it runs
 
 A first turn computes its context. Other conversations then evict it, and a second turn gets it
 back from host memory. Reported is the time to the first token of the second turn over that of the
 first one. Streams beside a second turn show what the copies cost them: their time with a context
 in host memory over their time with the same context in device memory. Writes
-benchmarks/results/host_tier.json, or host_tier_N.json of N GPUs.
+benchmarks/results/host_tier.json, or host_tier_N.json of N GPUs, for DeepSeek-V4 host_tier_v4.json.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import numpy as np
 
 from benchmarks._gpu_engine_model import Shape, engine_options, of_ranks, shape_of
 from benchmarks._harness import Worker, rig_parser, rig_result, write_json, write_result
+from benchmarks._v4_gpu_model import V4Shape, v4_options, v4_shape_of
 
 MODULE = "benchmarks.workers.host_tier:Engine"
 # largest ratios that pass
@@ -45,6 +47,14 @@ DRY: dict[str, Any] = {
     "num_gpu_blocks_override": 10,
     "kv_offload_bytes": "64M",
 }
+# the same tokens in blocks of DeepSeek-V4; a dry run has contexts of several blocks
+V4_CONFIG = CONFIG | {
+    "kv_cache_dtype": "bfloat16",
+    "block_size": 256,
+    "num_gpu_blocks_override": 310,
+}
+V4_DRY_LOAD = DRY_LOAD | {"context": 1024}
+V4_DRY = DRY | {"block_size": 128, "max_model_len": 1280, "num_gpu_blocks_override": 14}
 ROUNDS = 5
 
 
@@ -78,16 +88,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure and write. Returns 0."""
     parser = rig_parser(__doc__, is_split=True)
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"default: {ROUNDS}")
+    parser.add_argument("--v4", action="store_true", help="DeepSeek-V4, whole depth")
     args = parser.parse_args(argv)
     ranks = args.tensor_parallel_size
-    load, config = (DRY_LOAD, DRY) if args.dry else (LOAD, CONFIG)
-    config = config | {"tensor_parallel_size": ranks}
-    shape = Shape(ranks=ranks) if args.dry else shape_of(ranks, None)
-    name = of_ranks("host_tier", ranks)
+    more = {"tensor_parallel_size": ranks}
+    shape: Shape | V4Shape
+    if args.v4:
+        load, config = (V4_DRY_LOAD, V4_DRY | more) if args.dry else (LOAD, V4_CONFIG | more)
+        shape = V4Shape(4, 8, ranks) if args.dry else v4_shape_of(ranks, None, None)
+        engines = v4_options(args, shape, config)
+    else:
+        load, config = (DRY_LOAD, DRY | more) if args.dry else (LOAD, CONFIG | more)
+        shape = Shape(ranks=ranks) if args.dry else shape_of(ranks, None)
+        engines = engine_options(args, shape, config)
+    name = of_ranks("host_tier" + "_v4" * args.v4, ranks)
     result = rig_result(name, args, **shape._asdict(), load=load, gates=GATES)
     path: Path = args.out / f"{result['name']}.json"
     with (
-        engine_options(args, shape, config) as options,
+        engines as options,
         Worker(MODULE, **options) as engine,
     ):
         # the first round warms up

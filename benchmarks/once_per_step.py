@@ -34,7 +34,7 @@ from typing import Any
 
 from benchmarks._gpu_engine_model import FP8, SMALL, Shape, engine_options, of_ranks, shape_of
 from benchmarks._harness import Worker, rig_parser, rig_result, write_result
-from benchmarks._v4_gpu_model import V4Shape, v4_options
+from benchmarks._v4_gpu_model import v4_options, v4_shape_of
 from benchmarks.v4_gpu import CONFIG as V4_CONFIG
 from benchmarks.v4_gpu import SMALL as V4_SMALL
 
@@ -183,8 +183,7 @@ def earlier_cases(earlier: dict[str, Any], result: dict[str, Any]) -> list[dict[
 
 def run_v4(args: argparse.Namespace) -> int:
     """Measure DeepSeek-V4 and write. Returns 0."""
-    whole = V4Shape()
-    shape = V4Shape(args.layers or whole.layers, args.experts or whole.experts)
+    shape = v4_shape_of(1, args.layers, args.experts)
     model = shape._asdict() | {"weights": "random, FP8 with FP4 experts"}
     result = rig_result("once_per_step_v4", args, model=model)
     config: dict[str, Any] = {**(V4_SMALL if args.dry else V4_CONFIG), "max_num_seqs": 8}

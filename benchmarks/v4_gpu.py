@@ -1,20 +1,24 @@
-"""DeepSeek-V4-Flash with half of its experts, whole depth, on one GPU with random weights.
+"""DeepSeek-V4-Flash in whole depth with random weights: half of its experts, or all on two GPUs.
 
     python -m benchmarks.v4_gpu --rig               # ours, on the test plug-in
     python -m benchmarks.v4_gpu --rig --peer DIR    # then vLLM on the same GPU
     python -m benchmarks.v4_gpu --rig --kv-cache-dtype fp8_ds_mla
     python -m benchmarks.v4_gpu --rig --layers 4 --experts 256 --cases decode-1x4k
+    python -m benchmarks.v4_gpu --rig --tensor-parallel-size 2 --peer DIR   # all experts: V36
     python -m benchmarks.v4_gpu --dry               # small widths on the CPU
 
 The model has V4-Flash's 43 layers and the 128 experts a layer of its expert-pruned releases: FP8
-weights, FP4 experts, random. Prompts are token ids of one seed, because the first layers route by
-id. Answers are greedy and have a fixed length. All runs are in process. The cases, the peer's
-`run.sh` and the form of the result are those of `gpu_engine`.
+weights, FP4 experts, random. On several GPUs it has all 256 experts. Prompts are token ids of one
+seed, because the first layers route by id. Answers are greedy and have a fixed length. All runs are
+in process. The cases, the peer's `run.sh` and the form of the result are those of `gpu_engine`.
 
 Writes benchmarks/results/v4_gpu.json after each case, the short cases first. After these it writes
 v4_gpu_profile.json, the kernels of a step by purpose. From this profile come the launches of a
 layer, and the share of a step in which the GPU waits for the host. The floor counts the experts
-that even routing hits; at the end the hit ones are counted.
+that even routing hits; at the end the hit ones are counted on one GPU.
+
+The profile of several GPUs is that of rank 0, and the names of their files end with the number of
+ranks.
 """
 
 from __future__ import annotations
@@ -25,9 +29,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks._gpu_engine_model import FIGURES, Case
+from benchmarks._gpu_engine_model import FIGURES, Case, of_ranks
 from benchmarks._harness import Worker, rig_parser, rig_result, write_json, write_result
-from benchmarks._v4_gpu_model import CASES, V4Shape, floor, of_dry_run, v4_options
+from benchmarks._v4_gpu_model import CASES, V4Shape, floor, of_dry_run, v4_options, v4_shape_of
 from benchmarks.gpu_engine import (
     CAPTURED,
     add_peers,
@@ -113,6 +117,8 @@ def measure_ours(
     # a CPU has no other caches than float32
     config = SMALL if args.dry else CONFIG | {"kv_cache_dtype": args.kv_cache_dtype}
     result["kv_cache_dtype"] = args.kv_cache_dtype
+    config = config | {"tensor_parallel_size": shape.ranks}
+    profiled = path.stem.replace("v4_gpu", "v4_gpu_profile")
     with (
         v4_options(args, shape, config) as options,
         Worker(TARGET, kinds=shape.kinds, **options) as engine,
@@ -125,16 +131,18 @@ def measure_ours(
         run_cases(engine, short, shape, result, path)
         profiles: dict[str, Any] = {}
         if args.profile and not args.dry:
-            profiles = write_profiles(engine, args, result, f"{path.stem}_profile", CLASSES)
-            result["launches"] = launches_of(profiles)
-            print(*result["launches"], sep="\n", flush=True)
+            profiles = write_profiles(engine, args, result, profiled, CLASSES)
+            if shape.ranks == 1:
+                result["launches"] = launches_of(profiles)
+                print(*result["launches"], sep="\n", flush=True)
             write_json(path, result)
         run_cases(engine, rest, shape, result, path)
         result["waits"] = waits_of(profiles, result["cases"])
         print(*result["waits"], sep="\n", flush=True)
         write_json(path, result)
         result["memory_after"] = engine.call(op="memory")
-        hits = () if args.dry else HITS
+        # other ranks would replay the graph of a step that is eager here
+        hits = () if args.dry or shape.ranks > 1 else HITS
         result["hits"] = [
             engine.call(op="experts_hit", batch=rows, prompt=HIT_PROMPT)
             | {"even": shape.even_hits(rows)}
@@ -146,7 +154,7 @@ def measure_ours(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and write. Returns 0."""
-    parser = rig_parser(__doc__)
+    parser = rig_parser(__doc__, is_split=True)
     parser.add_argument("--peer", type=Path, help="folder with vLLM's run.sh")
     parser.add_argument(
         "--earlier", action="store_true", help="the peer alone, beside ours in --out of this hour"
@@ -156,22 +164,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--profile", default="1,32", help="rows of decode steps that are profiled, and a prompt"
     )
     parser.add_argument("--kv-cache-dtype", default="bfloat16", help="default: %(default)s")
-    whole = V4Shape()
-    parser.add_argument("--layers", type=int, default=whole.layers, help="default: %(default)s")
-    parser.add_argument("--experts", type=int, default=whole.experts, help="default: %(default)s")
+    parser.add_argument("--layers", type=int, help="default: all")
+    parser.add_argument("--experts", type=int, help="of a layer")
     args = parser.parse_args(argv)
     names = [name for name in args.cases.split(",") if name]
+    ranks = args.tensor_parallel_size
     cases = {name: case for name, case in CASES.items() if name in names}
+    if ranks > 1:
+        cases = {name: case._replace(target="V36") for name, case in cases.items()}
     if args.dry:
         cases = {name: of_dry_run(case) for name, case in cases.items()}
-    shape = V4Shape(args.layers, args.experts)
+    shape = v4_shape_of(ranks, args.layers, args.experts)
     own = "v4_gpu" if args.kv_cache_dtype == "bfloat16" else "v4_gpu_fp8"
-    path: Path = args.out / f"{own}.json"
+    path: Path = args.out / f"{of_ranks(own, ranks)}.json"
     args.out.mkdir(parents=True, exist_ok=True)
     result = measured_before(path) if args.earlier else measure_ours(args, cases, shape, path)
     if args.peer:
         model = f"--model-type deepseek_v4 --layers {shape.layers} --experts {shape.experts}"
-        add_peers(result, path, cases, args.peer, model)
+        add_peers(result, path, cases, args.peer, model, ranks)
     write_result(args.out, result)
     return 0
 

@@ -15,6 +15,7 @@ from benchmarks.workers import gpu_engine
 
 # classes of kernels, by parts of their names; the first that fits
 CLASSES = {
+    "sums over ranks": ("all_reduce", "nccl"),
     "routed experts": ("expert_gemm_kernel", "multiply_experts", "prepare_operands"),
     "choice, groups and sum of experts": (
         "choose_experts",

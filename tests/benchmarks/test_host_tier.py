@@ -11,15 +11,21 @@ from benchmarks import host_tier
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("ranks", "name"), [("1", "host_tier"), ("2", "host_tier_2")])
+@pytest.mark.parametrize(
+    ("flags", "name", "load"),
+    [
+        ((), "host_tier", host_tier.DRY_LOAD),
+        (("-tp", "2"), "host_tier_2", host_tier.DRY_LOAD),
+        (("--v4",), "host_tier_v4", host_tier.V4_DRY_LOAD),
+    ],
+)
 def test_a_dry_run_takes_second_turns_from_host_memory(
-    ranks: str, name: str, tmp_path: Path
+    flags: tuple[str, ...], name: str, load: dict[str, int], tmp_path: Path
 ) -> None:
-    arguments = ["--dry", "--rounds", "1", "--out", str(tmp_path), "-tp", ranks]
-    assert host_tier.main(arguments) == 0
+    assert host_tier.main(["--dry", "--rounds", "1", "--out", str(tmp_path), *flags]) == 0
     result = json.loads((tmp_path / f"{name}.json").read_text())
     (case,) = result["cases"]
-    context = host_tier.DRY_LOAD["context"]
+    context = load["context"]
     assert case["first_turn"]["cached"] == case["streams_beside_kept"]["from_host"] == 0
     assert case["streams_beside_kept"]["cached"] == context
     for turn in ("second_turn", "streams_beside_copied"):

@@ -145,6 +145,33 @@ def test_figures_of_the_peer_stand_beside_ours(tmp_path: Path) -> None:
     assert called.endswith("--tp 1 --scenarios warm,decode-1x4k:3,prefill-1x8k:2\n")
 
 
+@pytest.mark.parametrize("rows", [1, 32])
+def test_floors_of_two_gpus(rows: int) -> None:
+    """Both share experts, heads and the output head, whose bytes are added here once more."""
+    one, two = (decode_bytes(WHOLE._replace(ranks=n), rows, 4096) for n in (1, 2))
+    w, hits = V4_FLASH, WHOLE.even_hits(rows)
+    hidden, width = w["hidden_size"], w["moe_intermediate_size"]
+    heads = w["num_attention_heads"] * w["head_dim"]
+    low = w["o_groups"] * w["o_lora_rank"]
+    shared = hits * 3 * hidden * width * (0.5 + 1 / 32)
+    shared += 3 * hidden * width + heads * (w["q_lora_rank"] + w["o_lora_rank"]) + low * hidden
+    shared = w["num_hidden_layers"] * shared + 2 * w["vocab_size"] * hidden
+    assert one - two == pytest.approx(shared / 2, rel=0.001)
+    alone, beside = (
+        floor(Case("", "prefill", 1, 8192, 1), s) for s in (WHOLE, WHOLE._replace(ranks=2))
+    )
+    assert alone and beside and 1.7 < beside / alone < 2
+
+
+def test_a_dry_run_of_two_ranks(tmp_path: Path) -> None:
+    pytest.importorskip("paddle", reason="the engine computes on Paddle")
+    flags = ["--dry", "-tp", "2", "--layers", "4", "--experts", "8", "--cases", "decode-1x4k"]
+    assert v4_gpu.main([*flags, "--out", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / "v4_gpu_2.json").read_text())
+    (case,) = result["cases"]
+    assert (result["ranks"], case["target"]) == (2, "V36") and case["ours_value"] > 0
+
+
 def test_a_dry_run_measures_each_kind_of_case(tmp_path: Path) -> None:
     pytest.importorskip("paddle", reason="the engine computes on Paddle")
     names = "decode-1x4k", "prefill-1x8k", "mixed-64x2k", "decode-32x32k"
