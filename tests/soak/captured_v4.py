@@ -74,7 +74,9 @@ def folder() -> str:
 @cache
 def engine_of_one() -> LLM:
     """The engine that computes each request alone."""
-    return LLM(folder(), max_num_seqs=1, enable_prefix_caching=False, **SIZES)
+    # without a number of blocks it would take the whole memory of a GPU
+    one: dict[str, Any] = {"max_num_seqs": 1, "num_gpu_blocks_override": 6}
+    return LLM(folder(), enable_prefix_caching=False, **one, **SIZES)
 
 
 @cache
