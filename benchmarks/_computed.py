@@ -245,6 +245,7 @@ FUNCTIONS: Mapping[str, Callable[[Any], str]] = {
     "experts_of_32": _share("routed experts", rows="us_32"),
     "three_classes": _share("GEMMs in FP8", "routed experts", "indexer"),
     "sums_of_1": _share("sums over ranks"),
+    "sums_of_8k": _share("sums over ranks", rows="us_8192"),
     "v4_1": _v4_ratios(1),
     "v4_16": _v4_ratios(16),
     "bound_launch": _bound_launch,

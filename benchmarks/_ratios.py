@@ -27,8 +27,6 @@ TABLES = "headline", "without_custom_ops"
 LOADS = {"load": "one GPU", "load_4": "four GPUs", "load_8": "eight GPUs"}
 PICTURED = ("engine_cpu", "gpu_engine", *LOADS, *PICTURES)
 Ratio = tuple[float, str]
-# of gpu_engine, on one GPU and on several, and of v4_gpu
-_DECODE = "P21", "P28", "V33"
 # of a load, in its picture
 _FIRST, _TOKEN = "first token p99", "time per token p50"
 
@@ -41,11 +39,16 @@ CASES: dict[str, Callable[[Result], Iterable[float]]] = {
     "gaps_with_target": lambda result: (
         result["sides"][0]["gap_ms"]["p99"] / side["gap_ms"]["p99"] for side in result["sides"][1:]
     ),
-    "gpu_decode": lambda result: _measured(result, lambda case: case["target"] in _DECODE),
-    "gpu_prompts": lambda result: _measured(result, lambda case: case["target"] not in _DECODE),
+    "gpu_decode": lambda result: _measured(result, _decodes),
+    "gpu_prompts": lambda result: _measured(result, lambda case: not _decodes(case)),
     "load_latencies": lambda result: _measured(result, lambda case: case["unit"] == "ms"),
     "load_good": lambda result: _measured(result, lambda case: case["unit"] != "ms"),
 }
+
+
+def _decodes(case: Case) -> bool:
+    """Return True for decode steps of an engine, False for prompts and mixed requests."""
+    return bool(case["case"].startswith("decode"))
 
 
 def _measured(result: Result, belongs: Callable[[Case], bool]) -> Iterator[float]:

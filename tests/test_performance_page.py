@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks._harness import RESULTS, ROOT, write_json
-from benchmarks._ratios import OURS, RATIOS, command_of, drawn
+from benchmarks._ratios import CASES, OURS, RATIOS, command_of, drawn
 from benchmarks.gpu_run import BENCHMARKS
 from benchmarks.report import IMAGES, filled, pages, plots, region, regions
 from tests.benchmarks.results import ENV, case, result, shown
@@ -61,6 +61,14 @@ def test_headline_figures_are_those_of_their_results(tmp_path: Path) -> None:
     assert "`.venv/bin/python -m benchmarks.cache_write`" in rows[0]
 
 
+def test_an_engine_has_ratios_of_decode_steps_and_others() -> None:
+    ratios = {"decode-1x4k": 1.4, "prefill-1x8k": 1.5, "mixed-64x2k": 1.3, "decode-8x4k": None}
+    # on two GPUs all cases of DeepSeek-V4 have the same target
+    cases = [{"case": name, "target": "V36", "ratio": ratio} for name, ratio in ratios.items()]
+    assert list(CASES["gpu_decode"]({"cases": cases})) == [1.4]
+    assert list(CASES["gpu_prompts"]({"cases": cases})) == [1.5, 1.3]
+
+
 def test_ratios_name_benchmarks_and_cases() -> None:
     for entry in RATIOS:
         benchmark = command_of(entry["result"]).partition(" ")[0]
@@ -87,7 +95,7 @@ def test_results_name_machine_and_commit(path: Path) -> None:
         alone += ("gpu_profile_2", "gpu_engine_4", "gpu_profile_4")
         alone += ("gpu_start_4", "once_per_step_61_layers", "once_per_step_61_layers_4")
         alone += ("engine_overlap", "engine_overlap_2", "engine_overlap_4")
-        alone += ("v4_gpu", "v4_gpu_fp8", "v4_gpu_profile")
+        alone += ("v4_gpu", "v4_gpu_fp8", "v4_gpu_profile", "v4_gpu_2", "v4_gpu_profile_2")
         alone += ("load", "load_4", "load_8", "mixed_steps", "mixed_steps_4", "four_bit_experts")
         alone += ("long_contexts", "divided_rows_2", "divided_attention_2")
         assert found.get("gate") == "passed" or path.stem in alone
