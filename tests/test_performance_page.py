@@ -98,7 +98,7 @@ def test_results_name_machine_and_commit(path: Path) -> None:
         alone += ("v4_gpu", "v4_gpu_fp8", "v4_gpu_profile", "v4_gpu_2", "v4_gpu_profile_2")
         alone += ("load", "load_4", "load_8", "mixed_steps", "mixed_steps_4", "four_bit_experts")
         alone += ("long_contexts", "divided_rows_2", "divided_attention_2")
-        alone += ("once_per_step_v4", "long_contexts_v4")
+        alone += ("once_per_step_v4", "long_contexts_v4", "host_tier_v4")
         assert found.get("gate") == "passed" or path.stem in alone
 
 
