@@ -76,6 +76,15 @@ class DeviceGroup(Group):
             self._nccl.all_reduce(address, prod(tensor.shape), dtype, self._transfers.stream())
         return tensor
 
+    def reduce_scatter(self, tensor: Tensor) -> Tensor:
+        """Sum by NCCL into new memory, see `Group`."""
+        count, dtype = tensor.shape[0] // self.size, dtype_name(tensor.dtype)
+        out = self._allocate((count, *tensor.shape[1:]), dtype)
+        if prod(out.shape):
+            places = int(tensor.data_ptr()), int(out.data_ptr())
+            self._nccl.reduce_scatter(*places, prod(out.shape), dtype, self._transfers.stream())
+        return out
+
     def all_gather(self, tensor: Tensor) -> Tensor:
         """Gather by NCCL, see `Group`."""
         out = self._allocate((self.size, *tensor.shape), dtype_name(tensor.dtype))

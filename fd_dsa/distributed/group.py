@@ -37,6 +37,16 @@ class Group(ABC):
             tensor: contiguous, of one shape and dtype on all ranks; may be overwritten.
         """
 
+    def reduce_scatter(self, tensor: Any) -> Any:
+        """Return this rank's part of the sum of a tensor over all ranks.
+
+        Args:
+            tensor: as for `all_reduce`, [num_rows, ...]. `size` divides num_rows, and rank r gets
+                the r-th of `size` equal parts.
+        """
+        total, count = self.all_reduce(tensor), tensor.shape[0] // self.size
+        return total[self.rank * count : (self.rank + 1) * count]
+
     @abstractmethod
     def all_gather(self, tensor: Any) -> Any:
         """Return the tensors of all ranks, [size, *shape]."""

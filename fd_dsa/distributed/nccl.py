@@ -61,10 +61,17 @@ class Communicator:
         Raises:
             DtypeError: NCCL has no such type.
         """
-        if dtype not in _TYPES:
-            raise DtypeError(f"all_reduce: got {dtype}, allowed are {', '.join(_TYPES)}")
-        place, kind = ctypes.c_void_p(at), ctypes.c_int(_TYPES[dtype])
-        self._call("ncclAllReduce", place, place, ctypes.c_size_t(count), kind, _SUM, stream)
+        self._sum("ncclAllReduce", at, at, count, dtype, stream)
+
+    def reduce_scatter(
+        self, source: int, target: int, count: int, dtype: str, stream: ctypes.c_void_p
+    ) -> None:
+        """Enqueue sums over all ranks, of which each rank gets `count` values, in their order.
+
+        Raises:
+            DtypeError: NCCL has no such type.
+        """
+        self._sum("ncclReduceScatter", source, target, count, dtype, stream)
 
     def all_gather(self, source: int, target: int, num_bytes: int, stream: ctypes.c_void_p) -> None:
         """Enqueue a copy of `num_bytes` of every rank to `target`, in the order of ranks."""
@@ -113,6 +120,16 @@ class Communicator:
     def destroy(self) -> None:
         """Free everything after all collectives have ended. A second call has no effect."""
         self._end("ncclCommDestroy")
+
+    def _sum(
+        self, name: str, source: int, target: int, count: int, dtype: str, stream: ctypes.c_void_p
+    ) -> None:
+        """Enqueue a collective that adds."""
+        if dtype not in _TYPES:
+            raise DtypeError(f"{name}: got {dtype}, allowed are {', '.join(_TYPES)}")
+        places = ctypes.c_void_p(source), ctypes.c_void_p(target)
+        kind = ctypes.c_int(_TYPES[dtype])
+        self._call(name, *places, ctypes.c_size_t(count), kind, _SUM, stream)
 
     def _end(self, name: str) -> None:
         handle, self._handle = self._handle, ctypes.c_void_p()

@@ -213,7 +213,8 @@ class V4Caches:
         """Return the attention backend over caches of `num_blocks` blocks.
 
         Args:
-            group: ignored, because every rank selects for all tokens.
+            group: ranks that share the model; None = one rank. On a CPU every rank selects for all
+                tokens.
         """
         if device == "cpu":
             return V4AttentionBackend(self._config, self._batch, num_blocks, self._max_drafts)
@@ -226,6 +227,7 @@ class V4Caches:
             num_snapshots=self._num_snapshots,
             max_drafts=self._max_drafts,
             kv_cache_dtype=self._kv_cache_dtype,
+            group=group,
         )
 
 

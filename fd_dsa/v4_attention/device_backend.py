@@ -16,6 +16,8 @@ from fd_dsa.attention.device_scores import SelectedScores
 from fd_dsa.attention.protocol import BackendStep, HostLengths, PromptLimits
 from fd_dsa.device.allocation import Allocate, Buffers, add_buffers, paddle_allocator
 from fd_dsa.device.transfers import uploaded
+from fd_dsa.distributed import Group
+from fd_dsa.distributed.equal_parts import EqualParts
 from fd_dsa.errors import MissingStepError
 from fd_dsa.models.deepseek_v4.config import WINDOW, DeepseekV4Config
 from fd_dsa.models.deepseek_v4.device_attention import DeviceCompressor, DeviceV4Attention
@@ -50,6 +52,7 @@ class V4DeviceBackend:
         num_snapshots: slots of rings and states in addition to those of the rows.
         max_drafts: maximum number of drafts of a row.
         kv_cache_dtype: format of keys and entries, see DeviceLayout; None = `dtype`.
+        group: ranks that share the model and select for parts of a long step; None = one rank.
 
     Attributes:
         can_read_selections: False, because layers select compressed entries instead of tokens.
@@ -72,8 +75,9 @@ class V4DeviceBackend:
         num_snapshots: int = 0,
         max_drafts: int = 0,
         kv_cache_dtype: str | None = None,
+        group: Group | None = None,
     ) -> None:
-        self._num_snapshots = num_snapshots
+        self._num_snapshots, self._group = num_snapshots, group
         self._slots: list[tuple[Tensor, int]] = []
         self._config, self._num_rows, self._num_blocks = config, batch.max_num_seqs, num_blocks
         self._allocate = allocate = allocate or paddle_allocator(device)
@@ -171,7 +175,7 @@ class V4DeviceBackend:
         self._built_for = forward_meta
         if step.index_view is not None:
             # all layers share the schedule of the scores
-            self.scores.prepare(step.index_view, (0, num_tokens))
+            self.scores.prepare(step.index_view, EqualParts(self._group, num_tokens).own)
         forward_meta.position_ids = step.places.positions[:num_tokens]
         # the rows stand for slots, because both are below 0 for padding
         forward_meta.slot_mapping = step.places.rows[:num_tokens]
@@ -253,6 +257,7 @@ class V4DeviceBackend:
         assert view is not None
         cos_sin, is_fp8 = self._angles[False], self._layout.is_fp8
         q, weights = rotate_heads(q, weights, cos_sin, places.positions, as_codes=is_fp8)
+        parts = EqualParts(self._group, step.num_tokens)
         slots = empty_beside(weights, step.num_tokens, self._config.index_topk, dtype="int32")
 
         def use(scores: Tensor, first_token: int) -> None:
@@ -264,8 +269,8 @@ class V4DeviceBackend:
                 first_token=first_token,
             )
 
-        self.scores.compute(view, (0, step.num_tokens), q, weights, cache, use)
-        return slots
+        self.scores.compute(view, parts.own, q, weights, cache, use)
+        return parts.gathered(parts.take(slots))
 
 
 def angles(rope: RopeConfig, width: int, count: int) -> np.ndarray:

@@ -145,18 +145,30 @@ class HostNccl:
     def ncclAllReduce(
         self, source: Any, target: Any, count: Any, kind: Any, op: int, handle: Any, stream: Any
     ) -> int:
+        total = self._total(source, count.value, kind, handle)
+        ctypes.memmove(target.value, total.ctypes.data, total.nbytes)
+        self.reduced.append(count.value)
+        return 0
+
+    def ncclReduceScatter(
+        self, source: Any, target: Any, count: Any, kind: Any, op: int, handle: Any, stream: Any
+    ) -> int:
+        total = self._total(source, self._size * count.value, kind, handle)
+        own = np.split(total, self._size)[handle.value - 1]
+        ctypes.memmove(target.value, own.ctypes.data, own.nbytes)
+        return 0
+
+    def _total(self, source: Any, count: int, kind: Any, handle: Any) -> np.ndarray:
         as_float = {7: ctypes.c_float, 9: ctypes.c_uint16}[kind.value]
         self._sources[handle.value] = source.value
         self._barrier.wait()
         parts = [
-            np.ctypeslib.as_array((as_float * count.value).from_address(self._sources[rank + 1]))
+            np.ctypeslib.as_array((as_float * count).from_address(self._sources[rank + 1]))
             for rank in range(self._size)
         ]
         total = sum_of(parts) if kind.value == 9 else np.sum(parts, 0, np.float32)
         self._barrier.wait()
-        ctypes.memmove(target.value, total.ctypes.data, total.nbytes)
-        self.reduced.append(count.value)
-        return 0
+        return total
 
     def ncclCommDestroy(self, handle: Any) -> int:
         return 0

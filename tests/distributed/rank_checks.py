@@ -48,6 +48,16 @@ def digest(array: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(array)).hexdigest()
 
 
+def check_scattered_sums(rank: Rank, group: Any) -> None:
+    """The rows that a rank gets of a sum, which NCCL rounds after every rank but the first."""
+    count = 64
+    parts = [part(r, count * rank.size) for r in range(rank.size)]
+    out = rank.memory.get(group.reduce_scatter(rank.memory.put(parts[rank.rank], "bfloat16")))
+    own = [widened(p)[rank.rank * count :][:count].astype(np.float64) for p in parts]
+    bound = ((1 + 2.0**-8) ** (rank.size - 1) - 1) * np.sum(np.abs(own), 0)
+    assert (np.abs(widened(out) - np.sum(own, 0)) <= bound).all()
+
+
 def check_sums(rank: Rank) -> dict[str, str]:
     """Every size against float64; our own sums also against float32 in the order of ranks."""
     group, found = rank.group("sums"), {}
@@ -73,6 +83,7 @@ def check_sums(rank: Rank) -> dict[str, str]:
     own = rank.memory.put(part(rank.rank, 3), "int32")
     gathered = rank.memory.get(group.all_gather(own))
     np.testing.assert_array_equal(gathered, [part(r, 3) for r in range(rank.size)])
+    check_scattered_sums(rank, group)
     group.barrier()
     group.close()
     return found

@@ -99,6 +99,20 @@ def test_nccl_serves_what_the_kernel_is_not_made_for(gpus: HostGpus) -> None:
     assert gpus.nccl.reduced == [24, 24, 28, 28]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_each_rank_gets_its_part_of_a_sum(gpus: HostGpus, dtype: str) -> None:
+    memory, parts = open_memory("interpreter"), [part(rank, 0, 6, 8) for rank in range(3)]
+    if dtype == "float32":
+        parts = [widened(one) for one in parts]
+
+    def work(group: DeviceGroup) -> np.ndarray:
+        return memory.get(group.reduce_scatter(memory.put(parts[group.rank], dtype)))
+
+    total = sum_of(parts) if dtype == "bfloat16" else np.sum(parts, 0)
+    for rank, found in enumerate(gpus.run(3, work)):
+        np.testing.assert_array_equal(found, total[2 * rank : 2 * rank + 2])
+
+
 @pytest.mark.parametrize("size", [2, 3])
 def test_ranks_exchange_rows_of_different_numbers(gpus: HostGpus, size: int) -> None:
     memory, ranks = open_memory("interpreter"), range(size)

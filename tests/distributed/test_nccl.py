@@ -43,5 +43,5 @@ def test_an_error_has_the_text_of_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_type_that_nccl_has_not(monkeypatch: pytest.MonkeyPatch) -> None:
     communicator = object.__new__(nccl.Communicator)
-    with pytest.raises(DtypeError, match="all_reduce: got bool, allowed are uint8, int32"):
+    with pytest.raises(DtypeError, match="ncclAllReduce: got bool, allowed are uint8, int32"):
         communicator.all_reduce(0, 1, "bool", ctypes.c_void_p())

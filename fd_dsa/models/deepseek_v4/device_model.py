@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 from fd_dsa.attention.protocol import LayerStep
-from fd_dsa.distributed import summed
+from fd_dsa.distributed.equal_parts import EqualParts
 from fd_dsa.models.deepseek_v4.config import DeepseekV4Config
 from fd_dsa.models.deepseek_v4.device_attention import DeviceV4Attention
 from fd_dsa.models.deepseek_v4.device_moe import DeviceV4MoE
@@ -24,13 +24,14 @@ from fd_dsa.models.deepseek_v32 import logits_of
 from fd_dsa.models.device_weights import DeviceWeights
 from fd_dsa.models.sources import EMBEDDING, LM_HEAD, WeightLoader
 from fd_dsa.ops.arrays import rows_at
+from fd_dsa.ops.dense_kernels import quantize_rows
 from fd_dsa.ops.stream_kernels import (
     Connection,
     between_blocks,
     expand_streams,
     read_streams,
 )
-from fd_dsa.tensor import Tensor
+from fd_dsa.tensor import Normed, Tensor
 
 
 def _connection(
@@ -60,6 +61,8 @@ def _connection(
 class Residual(NamedTuple):
     """Streams between two blocks, to which the output of the last block is not added yet.
 
+    In a long step a rank has the streams of its own tokens only.
+
     Attributes:
         streams: [num_tokens, num_streams, hidden_size]; None before the first block, when every
             stream is `change`.
@@ -71,10 +74,10 @@ class Residual(NamedTuple):
     change: Tensor
     mixture: Tensor | None = None
 
-    def flat(self, num_streams: int) -> Tensor:
-        """Return the streams with the change, [num_tokens, num_streams * hidden_size]."""
+    def flat(self, num_streams: int, parts: EqualParts) -> Tensor:
+        """Return the streams of all tokens, [num_tokens, num_streams * hidden_size]."""
         streams, _ = expand_streams(self.streams, self.change, self.mixture, None, num_streams)
-        return streams.reshape([streams.shape[0], -1])
+        return parts.gathered(streams.reshape([streams.shape[0], -1]))
 
 
 class DeviceV4Layer:
@@ -87,26 +90,44 @@ class DeviceV4Layer:
         self, config: DeepseekV4Config, layer_id: int, weights: DeviceWeights, prefix: str
     ) -> None:
         self.kinds = config.layer_types[layer_id], config.mlp_layer_types[layer_id]
-        self._group, self._num_streams = weights.group, config.hc_mult
+        self._num_streams = config.hc_mult
         parts = [(f"{prefix}hc_{name}_", f"{prefix}{name}_norm.weight") for name in ("attn", "ffn")]
         self._connections = [_connection(config, weights, *part) for part in parts]
         self.attn = DeviceV4Attention(config, layer_id, weights, f"{prefix}attn.")
         self.ffn = DeviceV4MoE(config, layer_id, weights, f"{prefix}ffn.")
 
-    def forward(self, residual: Residual, token_ids: Tensor, forward_meta: LayerStep) -> Residual:
+    def forward(
+        self, residual: Residual, token_ids: Tensor, forward_meta: LayerStep, parts: EqualParts
+    ) -> Residual:
         """Run the layer.
 
         Args:
+            residual: streams of this rank's tokens.
             token_ids: integers [num_tokens], which select experts by token id.
             forward_meta: step of the runner, with metadata.
+            parts: division of the step's tokens.
         """
         before_attention, before_experts = self._connections
-        count, group = self._num_streams, self._group
+        count = self._num_streams
         streams, x, mixture = between_blocks(*residual, before_attention, count)
-        change = summed(self.attn.forward(x, forward_meta), group)
+        output = self.attn.forward(_of_all_tokens(x, parts, before_attention), forward_meta)
+        change = parts.summed(output)
         streams, x, mixture = between_blocks(streams, change, mixture, before_experts, count)
+        x = _of_all_tokens(x, parts, before_experts)
         output = self.ffn.forward(x, token_ids, forward_meta.slot_mapping)
-        return Residual(streams, summed(output, group), mixture)
+        return Residual(streams, parts.summed(output), mixture)
+
+
+def _of_all_tokens(
+    x: Tensor | Normed, parts: EqualParts, connection: Connection
+) -> Tensor | Normed:
+    """Return the input of a block for all tokens, of an input for this rank's tokens."""
+    plain = x.plain if isinstance(x, Normed) else x
+    whole, rounds = parts.gathered(plain), connection.round_scales
+    if whole is plain:
+        return x
+    # the bits are those of the other ranks, and take less time than to gather codes and scales
+    return whole if rounds is None else Normed(whole, quantize_rows(whole, rounds))
 
 
 class DeviceMultiTokenPredictor:
@@ -137,12 +158,14 @@ class DeviceMultiTokenPredictor:
                 draft those of this layer.
             step: step of the runner, with metadata.
         """
-        count, num_tokens = self.num_streams, hidden.shape[0]
-        embedded = self._token_norm.normalize(rows_at(self.embed_tokens, next_ids))
+        count, parts = self.num_streams, EqualParts(self._model.group, hidden.shape[0])
+        ids, hidden = parts.take(next_ids), parts.take(hidden)
+        num_tokens = hidden.shape[0]
+        embedded = self._token_norm.normalize(rows_at(self.embed_tokens, ids))
         rows = self._stream_norm.normalize(hidden.reshape([num_tokens * count, -1]))
         streams = self._stream_in.matmul(rows).reshape([num_tokens, count, -1])
         residual = Residual(streams, self._token_in.matmul(embedded))
-        return self.layer.forward(residual, next_ids, step).flat(count)
+        return self.layer.forward(residual, next_ids, step, parts).flat(count, parts)
 
     def compute_logits(self, hidden_states: Tensor, out: Tensor | None = None) -> Tensor:
         """Return logits float32 [n, vocab_size] of results of a call."""
@@ -198,10 +221,11 @@ class DeviceV4ForCausalLM:
             token_ids: integers [num_tokens], token ids of the step, rows back to back.
             forward_meta: step of the runner, with metadata.
         """
-        residual = Residual(None, rows_at(self.embed_tokens, token_ids))
+        parts = EqualParts(self.group, token_ids.shape[0])
+        residual = Residual(None, rows_at(self.embed_tokens, parts.take(token_ids)))
         for layer in self.layers:
-            residual = layer.forward(residual, token_ids, forward_meta)
-        return residual.flat(self.config.hc_mult)
+            residual = layer.forward(residual, token_ids, forward_meta, parts)
+        return residual.flat(self.config.hc_mult, parts)
 
     @contextmanager
     def one_layer_of_each_kind(self) -> Iterator[None]:

@@ -73,13 +73,17 @@ class ThroughHost(Group):
 
     def __init__(self, host: HostGroup) -> None:
         self._host, self.rank, self.size = host, host.rank, host.size
-        self.num_divided = self.num_exchanged = 0
+        self.num_divided = self.num_exchanged = self.num_scattered = 0
 
     def all_reduce(self, tensor: Any) -> Any:
         # NumPy has no bfloat16
         total = self._host.all_reduce(tensor.astype("float32").numpy())
         tensor.copy_(paddle.to_tensor(total, place=tensor.place).astype(tensor.dtype), False)
         return tensor
+
+    def reduce_scatter(self, tensor: Any) -> Any:
+        self.num_scattered += 1
+        return super().reduce_scatter(tensor)
 
     def all_gather(self, tensor: Any) -> Any:
         return paddle.to_tensor(self._host.all_gather(tensor.numpy()), place=tensor.place)

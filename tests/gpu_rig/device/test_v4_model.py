@@ -13,6 +13,7 @@ from fd_dsa import LLM, SamplingParams
 from fd_dsa.config import EngineConfig
 from fd_dsa.device.allocation import paddle_allocator
 from fd_dsa.device.transfers import transfers_for
+from fd_dsa.distributed import Group
 from fd_dsa.errors import CheckpointError, ConfigError
 from fd_dsa.models.device_weights import DeviceWeights
 from fd_dsa.models.four_bit_experts import four_bit_experts
@@ -44,17 +45,26 @@ ROWS, LONGEST, TOKENS = 3, 96, 48
 
 
 def device_model(
-    folder: Path, rig: Rig, dtype: str, *, four_bits: bool = False, mtp: bool = False
+    folder: Path,
+    rig: Rig,
+    dtype: str,
+    *,
+    four_bits: bool = False,
+    mtp: bool = False,
+    group: Group | None = None,
 ) -> Any:
-    """The model of a folder on the device, its weights loaded, with its draft layer if asked."""
-    config = read_config(folder)
+    """The model of a folder on the device, its weights loaded, with its draft layer if asked.
+
+    A rank of a group has its part.
+    """
+    config, size = read_config(folder), group.size if group else 1
     with open_checkpoint(config, folder) as checkpoint:
         if mtp:
             config = add_mtp_layer(checkpoint, config)
-        form = four_bit_experts(checkpoint, config) if four_bits else None
-        weights = DeviceWeights(dtype, paddle_allocator(rig.device), four_bits=form)
-        model = create_model(config, weights)
-        load_weights(checkpoint, config, model.loaders)
+        form = four_bit_experts(checkpoint, config, size) if four_bits else None
+        weights = DeviceWeights(dtype, paddle_allocator(rig.device), group=group, four_bits=form)
+        model = create_model(config.split(size), weights)
+        load_weights(checkpoint, config, model.loaders, group=group)
     weights.finish()
     return model
 
@@ -78,7 +88,7 @@ def device_runner(
     for row in range(rows):
         batch.set_blocks(row, blocks[row:-1:rows])
     sizes = model.config, batch, num_blocks, rig.device, dtype
-    own: dict[str, Any] = {"num_snapshots": snapshots, "max_drafts": drafts}
+    own: dict[str, Any] = {"num_snapshots": snapshots, "max_drafts": drafts, "group": model.group}
     backend = V4DeviceBackend(*sizes, **own, kv_cache_dtype=kv_cache_dtype)
     runner = ModelRunner(model, batch, None, num_blocks, rig.device, backend, dtype, drafts)
     poison_pools(runner)

@@ -17,17 +17,12 @@ import pytest
 
 from fd_dsa import LLM, SamplingParams
 from fd_dsa.config import EngineConfig
-from fd_dsa.device.allocation import paddle_allocator
-from fd_dsa.distributed import Group, device, nccl
+from fd_dsa.distributed import Group, device, equal_parts, nccl
 from fd_dsa.distributed.host import Shared
 from fd_dsa.engine.caches import V4Caches
 from fd_dsa.engine.engine import LLMEngine
 from fd_dsa.engine.mtp_drafter import DeviceMtpDrafter
 from fd_dsa.engine.speculation import SpecDecoder
-from fd_dsa.models.device_weights import DeviceWeights
-from fd_dsa.models.four_bit_experts import four_bit_experts
-from fd_dsa.models.loader import load_weights
-from fd_dsa.models.registry import create_model, open_checkpoint, read_config
 from fd_dsa.runner import InputBatch
 from fd_dsa.startup.build import build_runner
 from fd_dsa.startup.capture import capture_graphs
@@ -41,14 +36,16 @@ from tests.gpu_rig.device.test_ranks import Driver, Followed, Ranks, ThroughHost
 from tests.gpu_rig.device.test_v4_captured import pools_of
 from tests.gpu_rig.device.test_v4_model import (
     SMOOTH,
+    device_model,
     device_runner,
     poison_pools,
     tokens_of,
     worst,
 )
+from tests.gpu_rig.device.test_v4_mtp import on_device
 from tests.v4_model.cases import Case
 from tests.v4_model.drafts import MTP
-from tests.v4_model.ours import prompt_logits
+from tests.v4_model.ours import prompt_logits, run_step
 from tests.v4_model.quantised import CASE as QUANTISED
 from tests.v4_model.quantised import FP4, write_pair
 
@@ -111,10 +108,10 @@ def answers(engine: LLMEngine, prompts: list[list[int]], params: SamplingParams)
 @pytest.mark.parametrize(
     ("sizes", "fields"),
     [
-        ((4,), {}),
+        ((4,), {"max_num_batched_tokens": 32}),
         ((), {"num_gpu_blocks_override": 5}),
         ((), {"num_gpu_blocks_override": 5, "kv_offload_bytes": "8M"}),
-        ((), {"speculative_config": LAYER}),
+        ((), {"speculative_config": LAYER, "max_num_batched_tokens": 32}),
     ],
     ids=["graphs", "preemption", "host memory", "layer"],
 )
@@ -125,7 +122,10 @@ def test_tokens_of_two_ranks_are_those_of_a_cpu(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Prompts that begin alike, so that rows go on after snapshots."""
+    """Prompts that begin alike, so that rows go on after snapshots.
+
+    Steps of 32 tokens are divided into equal parts, those of the other forms are not.
+    """
     if rig.is_real:
         pytest.skip("its ranks are processes")
     case = Case("smooth", SMOOTH | MTP, seed=43)
@@ -139,7 +139,9 @@ def test_tokens_of_two_ranks_are_those_of_a_cpu(
         wanted = tokens_of(llm, prompts, greedy)
     shared = Shared.create(2)
     groups = first, second = Turns(0, shared), Turns(1, shared)
-    monkeypatch.setattr(device, "DeviceGroup", lambda rank, *given: ThroughHost(groups[rank]))
+    through = [ThroughHost(group) for group in groups]
+    monkeypatch.setattr(device, "DeviceGroup", lambda rank, *given: through[rank])
+    monkeypatch.setattr(equal_parts, "LEAST_TOKENS", 0)
     monkeypatch.setattr(nccl, "new_unique_id", lambda: bytes(128))
     with Turns.turn:
         plans = [plan_of(folder, rig, **fields) for _ in range(2)]
@@ -158,6 +160,7 @@ def test_tokens_of_two_ranks_are_those_of_a_cpu(
         assert (stats.num_preemptions > 0) == ("num_gpu_blocks_override" in fields)
         assert (stats.num_accepted_tokens > 0) == ("speculative_config" in fields)
         assert (runner.counters.graph_steps["decode"] > 0) == bool(sizes)
+        assert (through[0].num_scattered > 0) == ("max_num_batched_tokens" in fields)
         first.send(b"")
     other.join()
     (worker,) = other.workers
@@ -169,7 +172,7 @@ def test_tokens_of_two_ranks_are_those_of_a_cpu(
     first.close()
 
 
-def on_two_ranks(rig: Rig, work: Callable[[Group], Any]) -> list[Any]:
+def on_two_ranks(rig: Rig, work: Callable[[ThroughHost], Any]) -> list[Any]:
     """The results of two ranks that make the same calls."""
     shared = Shared.create(2)
     groups = [Turns(rank, shared) for rank in range(2)]
@@ -192,18 +195,43 @@ def test_logits_of_released_weights(rig: Rig, tmp_path: Path, dtype: str, bound:
     if rig.is_real:
         pytest.skip("its ranks are processes")
     folder, _ = write_pair(tmp_path, FP4)
-    config, prompts = read_config(folder), [QUANTISED.prompt(9)]
+    has_four_bits = dtype == "bfloat16"
 
     def logits(group: Group | None) -> list[np.ndarray]:
-        size = group.size if group else 1
-        with open_checkpoint(config, folder) as checkpoint:
-            form = four_bit_experts(checkpoint, config, size) if dtype == "bfloat16" else None
-            made = DeviceWeights(dtype, paddle_allocator(rig.device), group=group, four_bits=form)
-            model = create_model(config.split(size), made)
-            load_weights(checkpoint, config, model.loaders, group=group)
-        made.finish()
-        return prompt_logits(device_runner(model, rig, dtype, 16), prompts, 9)
+        model = device_model(folder, rig, dtype, four_bits=has_four_bits, group=group)
+        return prompt_logits(device_runner(model, rig, dtype, 16), [QUANTISED.prompt(9)], 9)
 
     wanted, ranks = logits(None), on_two_ranks(rig, logits)
     np.testing.assert_array_equal(ranks[0][0], ranks[1][0])
     assert worst(ranks[0], wanted) < bound
+
+
+def test_equal_parts_of_a_step_change_no_logits(
+    rig: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps whose tokens select entries, and the layer for drafts over their streams.
+
+    Kernels for few tokens add in another order.
+    """
+    if rig.is_real:
+        pytest.skip("its ranks are processes")
+    case = Case("parts", SMOOTH | MTP | {"index_topk": 6}, seed=71)
+    folder, prompt, chunk = case.write(tmp_path), case.prompt(65), 32
+
+    def results(group: ThroughHost) -> tuple[list[Any], int]:
+        model = device_model(folder, rig, "float32", mtp=True, group=group)
+        runner, found = device_runner(model, rig, "float32", case.block_size), list[Any]()
+        for begin in (0, chunk):
+            ids = prompt[begin : begin + chunk + 1]
+            found.append(run_step(runner, {0: (ids[:-1], begin)})[0])
+            assert runner.forward_meta.hidden_states.shape[0] == chunk
+            found.append(on_device(runner, ids[1:])[1])
+        return found, group.num_scattered
+
+    whole = on_two_ranks(rig, results)
+    monkeypatch.setattr(equal_parts, "LEAST_TOKENS", 0)
+    divided = on_two_ranks(rig, results)
+    for (found, num_scattered), (wanted, none) in zip(divided, whole, strict=True):
+        assert worst(found, wanted) < 1e-5
+        assert (num_scattered, none) == (16, 0)
+    np.testing.assert_array_equal(*(found for found, _ in divided))

@@ -39,6 +39,8 @@ int ncclCommInitRank(void** communicator, int size, UniqueId, int) {
 
 int ncclAllReduce(const void*, void*, size_t, int, int, void*, void*) { return launches++, 0; }
 
+int ncclReduceScatter(const void*, void*, size_t, int, int, void*, void*) { return launches++, 0; }
+
 int ncclAllGather(const void* from, void* to, size_t bytes, int, void*, void*) {
   for (int rank = 0; bytes <= kFewBytes && rank < num_ranks; ++rank) {
     std::memcpy(static_cast<char*>(to) + rank * bytes, from, bytes);

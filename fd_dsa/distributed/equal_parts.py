@@ -1,0 +1,70 @@
+"""Division of a step's tokens among ranks into equal parts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fd_dsa.distributed.group import Group
+from fd_dsa.ops.fixed_order import fixed_order
+from fd_dsa.tensor import Tensor
+
+LEAST_TOKENS = 512
+"""A part has more tokens than this.
+
+With fewer tokens the further launches of a divided step cost more than the division saves. The
+limit is an estimate.
+"""
+# tokens of a unit that is not cut, a multiple of the tokens of every tile of prompts
+_UNIT = 16
+
+
+class EqualParts:
+    """Equal parts of a step's tokens, one for each rank, consecutive and in the order of ranks.
+
+    A part is for work that every rank would do alike for all tokens. All ranks must divide alike,
+    so the division depends only on the number of tokens. The sums of a divided step may have
+    another order, so no step is divided under FD_DSA_BATCH_INVARIANT.
+
+    Args:
+        group: ranks that share the model; None = one rank, which has all tokens.
+        num_tokens: tokens of the step, with padding.
+
+    Attributes:
+        own: range of this rank's tokens, begin and end.
+    """
+
+    def __init__(self, group: Group | None, num_tokens: int) -> None:
+        self._group, self._divided = group, None
+        self.own = 0, num_tokens
+        if group is None or fixed_order() or not group.gathers_rows:
+            return
+        count, rest = divmod(num_tokens, group.size * _UNIT)
+        if rest == 0 and count * _UNIT > LEAST_TOKENS:
+            self._divided = group
+            self.own = group.rank * count * _UNIT, (group.rank + 1) * count * _UNIT
+
+    def take(self, rows: Tensor) -> Tensor:
+        """Return the rows of this rank's tokens."""
+        return rows if self._divided is None else rows[slice(*self.own)]
+
+    def summed(self, part: Tensor) -> Tensor:
+        """Return the rows of this rank's tokens in the sum over all ranks.
+
+        Args:
+            part: part of the sum, [num_tokens, ...]; may be overwritten.
+        """
+        if self._divided is not None:
+            return self._divided.reduce_scatter(part)
+        return part if self._group is None else self._group.all_reduce(part)
+
+    def gathered(self, rows: Tensor) -> Tensor:
+        """Return the rows of all tokens.
+
+        Args:
+            rows: contiguous rows of this rank's tokens.
+        """
+        if self._divided is None:
+            return rows
+        parts: Any = self._divided.all_gather(rows)
+        whole: Tensor = parts.reshape([-1, *rows.shape[1:]])
+        return whole

@@ -1,0 +1,51 @@
+"""Equal parts of a step's tokens: which steps are divided, and where the parts end."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from fd_dsa.distributed import equal_parts
+from fd_dsa.distributed.equal_parts import LEAST_TOKENS, EqualParts
+from fd_dsa.distributed.host import HostGroup
+from tests.distributed.groups import on_ranks
+
+
+def owns(size: int, num_tokens: int) -> list[tuple[int, int]]:
+    """The tokens of every rank."""
+    return on_ranks(size, lambda group: EqualParts(group, num_tokens).own)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_ranks_share_long_steps_of_whole_units(size: int) -> None:
+    least = size * (LEAST_TOKENS + 16)
+    for num_tokens in (least, 8192):
+        found, count = owns(size, num_tokens), num_tokens // size
+        assert found == [(rank * count, (rank + 1) * count) for rank in range(size)]
+        assert all(begin % 16 == 0 for begin, _ in found)
+    for whole in (0, 1, size * LEAST_TOKENS, least + 8, least + 16 * (size - 1)):
+        assert owns(size, whole) == [(0, whole)] * size
+
+
+def test_one_rank_and_the_batch_invariant_mode_divide_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert EqualParts(None, 8192).own == (0, 8192)
+    monkeypatch.setattr(equal_parts, "fixed_order", lambda: True)
+    assert owns(2, 8192) == [(0, 8192)] * 2
+
+
+@pytest.mark.parametrize("num_tokens", [8192, 100])
+def test_parts_of_a_sum_are_gathered_again(num_tokens: int) -> None:
+    rows = np.arange(num_tokens, dtype=np.float32)[:, None]
+
+    def work(group: HostGroup) -> tuple[np.ndarray, np.ndarray]:
+        parts = EqualParts(group, num_tokens)
+        own = parts.summed(rows + group.rank)
+        np.testing.assert_array_equal(own, 2 * parts.take(rows) + 1)
+        return parts.take(rows), parts.gathered(own)
+
+    takes, gathered = zip(*on_ranks(2, work), strict=True)
+    assert len(takes[0]) == (4096 if num_tokens > 1024 else num_tokens)
+    for whole in gathered:
+        np.testing.assert_array_equal(whole, 2 * rows + 1)
