@@ -34,7 +34,7 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
-    """Run a test marked `own_process` by a session of its own, here only its outcome.
+    """Run a test marked `own_process` by a session of its own, whose outcome is that of the test.
 
     Without a GPU there are no captures, and nothing that ends the process.
     """
@@ -46,10 +46,12 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
     environment |= {ALONE: "1", VARIABLE: rig.form}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "default"]
-    command.append(pyfuncitem.nodeid)
+    command += ["-rs", pyfuncitem.nodeid]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
         pytest.fail(f"exit status {done.returncode}\n{done.stdout}{done.stderr}", pytrace=False)
+    if " passed" not in done.stdout:
+        pytest.skip(next(x for x in done.stdout.splitlines() if x.startswith("SKIPPED")))
     return True
 
 
