@@ -25,7 +25,7 @@ class Engine(gpu_engine.Engine):
 
     def __init__(self, work: str, **others: Any) -> None:
         # the base loads the plug-in before anything imports Paddle
-        self._work = work
+        self._work, self._rebuilds = work, True
         self._prefix: list[int] = []
         super().__init__(**others)
 
@@ -36,7 +36,11 @@ class Engine(gpu_engine.Engine):
         elif self._work == "host loop":
             _before_each_layer(_WindowLoop())
         elif self._work == "launches in every layer":
-            _rebuild_in_each_layer()
+            _rebuild_in_each_layer(lambda: self._rebuilds)
+
+    def rebuild(self, rebuilds: bool) -> None:
+        """Make the index arrays of eager steps in every layer from now on, or once."""
+        self._rebuilds = rebuilds
 
     def after(self, prefix: int, prompt: int) -> dict[str, Any]:
         """Return prompt tokens per second of a prompt after `prefix` cached tokens."""
@@ -74,17 +78,21 @@ def _before_each_layer(work: Callable[[Any, Any], None]) -> None:
     DSAAttentionBackend.write = work_and_write  # type: ignore[method-assign, assignment]
 
 
-def _rebuild_in_each_layer() -> None:
-    """Make the index arrays of a step again before each layer of DeepSeek-V4 but the first."""
+def _rebuild_in_each_layer(is_wanted: Callable[[], bool]) -> None:
+    """Make the index arrays of a step again before each layer of DeepSeek-V4 but the first.
+
+    Args:
+        is_wanted: returns False in steps that make them once.
+    """
     from fd_dsa.v4_attention.backend import V4AttentionBackend
     from fd_dsa.v4_attention.device_backend import V4DeviceBackend
 
     classes: tuple[Any, ...] = V4AttentionBackend, V4DeviceBackend
     for backend in classes:
-        _rebuild_in_layers_of(backend)
+        _rebuild_in_layers_of(backend, is_wanted)
 
 
-def _rebuild_in_layers_of(backend: Any) -> None:
+def _rebuild_in_layers_of(backend: Any, is_wanted: Callable[[], bool]) -> None:
     """Wrap the methods of a class of backends, which keeps the arguments of the newest step."""
     build_step, forward = backend.build_step, backend.forward
 
@@ -93,7 +101,7 @@ def _rebuild_in_layers_of(backend: Any) -> None:
         build_step(self, *given)
 
     def built_and_run(self: Any, layer: Any, *given: Any) -> Any:
-        if layer.layer_id:
+        if layer.layer_id and is_wanted():
             build_step(self, *self.newest_step)
         return forward(self, layer, *given)
 
