@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.gpu_rig import BuildError, RigError, current, load
+from tests.gpu_rig import BuildError, Rig, RigError, current, load
 from tests.gpu_rig.build import build, find_tools
 
 VARIABLE = "FD_DSA_RIG"
@@ -34,6 +34,11 @@ def open_session(markexpr: str) -> None:
         load(form)
     except (BuildError, RigError) as error:
         raise pytest.UsageError(f"test plug-in, form {form!r}: {error}") from error
+
+
+def opened() -> Rig:
+    """The plug-in of this session, or the form named by FD_DSA_RIG, "fake" without a name."""
+    return current() or load(os.environ.get(VARIABLE, "fake"))
 
 
 def skip_reason() -> str | None:

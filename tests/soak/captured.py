@@ -17,10 +17,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tests.gpu_rig import current, load
+from tests.gpu_rig.session import opened
 
 # before anything imports Paddle
-RIG = current() or load("fake")
+RIG = opened()
 
 from fd_dsa.engine.engine import LLMEngine  # noqa: E402
 from fd_dsa.engine.mtp_drafter import DeviceMtpDrafter  # noqa: E402

@@ -4,10 +4,11 @@
     python -m tests.soak.captured_v4 --first 4711 --histories 1
 
 A tiny model is on the test plug-in's device in host memory, where Triton interprets the kernels and
-a graph is its work, run again. Requests begin alike, and a history has few rows, blocks and tokens
-a step. So chunks, prefix hits, snapshots, preemption and aborts come in any order, with graphs or
-eager steps, drafts or none, and snapshots in host memory. Each output must have the tokens of an
-engine that computes the request alone, from its beginning, in eager steps.
+a graph is its work, run again. FD_DSA_RIG=real selects a GPU instead. Requests begin alike, and a
+history has few rows, blocks and tokens a step. So chunks, prefix hits, snapshots, preemption and
+aborts come in any order, with graphs or eager steps, drafts or none, and snapshots in host memory.
+Each output must have the tokens of an engine that computes the request alone, from its beginning,
+in eager steps.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tests.gpu_rig import current, load
+from tests.gpu_rig.session import opened
 
 # before anything imports Paddle
-RIG = current() or load("fake")
+RIG = opened()
 
 from fd_dsa import LLM, SamplingParams  # noqa: E402
 from fd_dsa.startup.capture import capture_graphs  # noqa: E402
