@@ -34,11 +34,14 @@ def test_both_ways_take_turns_and_a_drift_cancels_out() -> None:
 
 
 @pytest.mark.slow
-def test_a_dry_run_with_attention_by_tokens(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("flag", "name"), [("--attention", "divided_attention_2"), ("--v4", "divided_rows_v4_2")]
+)
+def test_a_dry_run_of_another_division(flag: str, name: str, tmp_path: Path) -> None:
     pytest.importorskip("paddle", reason="the engine computes on Paddle")
-    flags = ["--dry", "-tp", "2", "--attention", "--contexts", "128", "--out", str(tmp_path)]
+    flags = ["--dry", "-tp", "2", flag, "--contexts", "128", "--out", str(tmp_path)]
     assert main(flags) == 0
-    result = json.loads((tmp_path / "divided_attention_2.json").read_text())
+    result = json.loads((tmp_path / f"{name}.json").read_text())
     assert result["tier"] == "dry"
     [case] = result["cases"]
     assert (case["tokens"], case["context"]) == (256, 128) and "gate" not in case
