@@ -61,8 +61,9 @@ SMALL = {
 MANY_TOKENS = 1 << 17
 # rows of decode steps whose experts are counted, and tokens of their prompts
 HITS, HIT_PROMPT = (8, 32, 128), 256
-# launches of a decode layer on one GPU: gate and goal
+# launches of a decode layer on one GPU: gate and goal, and how many more there may be on several
 LAUNCHES = {"CSA": (20, 17), "HCA": (18, 15), "window": (18, 15)}
+MORE_LAUNCHES = 3
 # share of a step in which the GPU waits: gate and goal
 WAITS = 0.05, 0.02
 
@@ -84,11 +85,12 @@ def run_cases(
         write_json(path, result)
 
 
-def launches_of(profiles: Mapping[str, Any]) -> list[dict[str, Any]]:
+def launches_of(profiles: Mapping[str, Any], ranks: int) -> list[dict[str, Any]]:
     """Return V42: launches of a layer of each kind, by the rows of the step."""
+    more = MORE_LAUNCHES if ranks > 1 else 0
     return [
         {"target": "V42", "rows": int(rows), "kind": kind, **counts}
-        | {"gate": LAUNCHES[kind][0], "goal": LAUNCHES[kind][1]}
+        | {"gate": LAUNCHES[kind][0] + more, "goal": LAUNCHES[kind][1] + more}
         for rows, profile in profiles.items()
         for kind, counts in profile.get("layers", {}).items()
     ]
@@ -132,9 +134,8 @@ def measure_ours(
         profiles: dict[str, Any] = {}
         if args.profile and not args.dry:
             profiles = write_profiles(engine, args, result, profiled, CLASSES)
-            if shape.ranks == 1:
-                result["launches"] = launches_of(profiles)
-                print(*result["launches"], sep="\n", flush=True)
+            result["launches"] = launches_of(profiles, shape.ranks)
+            print(*result["launches"], sep="\n", flush=True)
             write_json(path, result)
         run_cases(engine, rest, shape, result, path)
         result["waits"] = waits_of(profiles, result["cases"])

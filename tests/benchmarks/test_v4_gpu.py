@@ -110,7 +110,7 @@ def test_the_page_shows_cases_launches_waits_and_hits(tmp_path: Path) -> None:
     memory |= {"used_bytes": 1.34e11, "num_tokens": 65536}
     changes = {"memory": memory, "memory_after": memory, "late_compilations": 0}
     changes |= {"start": {"engine_s": 41.0, "first_token_s": 0.05}}
-    changes |= {"launches": v4_gpu.launches_of(profiles)}
+    changes |= {"launches": v4_gpu.launches_of(profiles, 1)}
     changes |= {"waits": v4_gpu.waits_of(profiles, cases)}
     changes |= {"hits": [{"rows": 8, "experts": 40.5, "even": HALF.even_hits(8)}]}
     text = shown(tmp_path, made_up("v4_gpu", cases, **changes))
