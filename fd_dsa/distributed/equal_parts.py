@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from fd_dsa.distributed.group import Group
-from fd_dsa.ops.fixed_order import fixed_order
+from fd_dsa.ops.fixed_order import row_dependence_refusal
 from fd_dsa.tensor import Tensor
 
+logger = logging.getLogger(__name__)
 LEAST_TOKENS = 512
 """A part has more tokens than this.
 
@@ -36,12 +38,23 @@ class EqualParts:
     def __init__(self, group: Group | None, num_tokens: int) -> None:
         self._group, self._divided = group, None
         self.own = 0, num_tokens
-        if group is None or fixed_order() or not group.gathers_rows:
+        if group is None or _refusal(group):
             return
         count, rest = divmod(num_tokens, group.size * _UNIT)
         if rest == 0 and count * _UNIT > LEAST_TOKENS:
             self._divided = group
             self.own = group.rank * count * _UNIT, (group.rank + 1) * count * _UNIT
+
+    @staticmethod
+    def announce(group: Group | None) -> None:
+        """Log which steps the ranks divide, or why they divide none."""
+        if group is not None:
+            steps = f"divided among ranks from {group.size * (LEAST_TOKENS + _UNIT)} tokens on"
+            reason = _refusal(group)
+            logger.info(
+                "residual streams and selection of long steps: %s",
+                f"on every rank ({reason})" if reason else steps,
+            )
 
     def take(self, rows: Tensor) -> Tensor:
         """Return the rows of this rank's tokens."""
@@ -68,3 +81,10 @@ class EqualParts:
         parts: Any = self._divided.all_gather(rows)
         whole: Tensor = parts.reshape([-1, *rows.shape[1:]])
         return whole
+
+
+def _refusal(group: Group) -> str:
+    """Return why the ranks of a group divide no step, else ""."""
+    return row_dependence_refusal() or (
+        "" if group.gathers_rows else "the ranks cannot gather rows"
+    )

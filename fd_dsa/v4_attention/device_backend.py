@@ -78,6 +78,7 @@ class V4DeviceBackend:
         group: Group | None = None,
     ) -> None:
         self._num_snapshots, self._group = num_snapshots, group
+        EqualParts.announce(group)
         self._slots: list[tuple[Tensor, int]] = []
         self._config, self._num_rows, self._num_blocks = config, batch.max_num_seqs, num_blocks
         self._allocate = allocate = allocate or paddle_allocator(device)

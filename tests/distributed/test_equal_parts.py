@@ -31,8 +31,24 @@ def test_one_rank_and_the_batch_invariant_mode_divide_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert EqualParts(None, 8192).own == (0, 8192)
-    monkeypatch.setattr(equal_parts, "fixed_order", lambda: True)
+    monkeypatch.setattr(equal_parts, "row_dependence_refusal", lambda: "one form")
     assert owns(2, 8192) == [(0, 8192)] * 2
+
+
+def test_the_log_says_which_steps_are_divided(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level("INFO", equal_parts.__name__)
+    EqualParts.announce(None)
+    on_ranks(2, EqualParts.announce)
+    monkeypatch.setattr(HostGroup, "gathers_rows", False)
+    assert owns(2, 8192) == [(0, 8192)] * 2
+    on_ranks(2, EqualParts.announce)
+    begin = "residual streams and selection of long steps:"
+    assert [*caplog.messages[::2]] == [
+        f"{begin} divided among ranks from 1056 tokens on",
+        f"{begin} on every rank (the ranks cannot gather rows)",
+    ]
 
 
 @pytest.mark.parametrize("num_tokens", [8192, 100])
