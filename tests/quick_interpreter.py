@@ -43,6 +43,7 @@ def hurry() -> None:
     _unwrap_quickly()
     _promote_what_differs()
     _keep_operands()
+    _multiply_and_add_alike()
     _convert_by_tables()
     builder = interpreter.interpreter_builder
     # without `debug`, `device_assert` does nothing with what the checks compute
@@ -129,8 +130,10 @@ def _unwrap_quickly() -> None:
 
 
 def _have_one_shape(one: Any, other: Any) -> bool:
-    """Tell if two types are blocks of one shape."""
-    return one.is_block() and other.is_block() and one.shape.values == other.shape.values
+    """Tell if two types are blocks of one shape, or both of a single number."""
+    if one.is_block() and other.is_block():
+        return one.shape.values == other.shape.values
+    return not (one.is_block() or other.is_block())
 
 
 def _promote_what_differs() -> None:
@@ -139,11 +142,20 @@ def _promote_what_differs() -> None:
     broadcast, cast, promote = kind.broadcast_impl_value, kind.cast, kind.computation_type_impl
     promoted: dict[tuple[Any, ...], Any] = {}
 
+    def splat(self: Any, number: Any, like: Any) -> Any:
+        """Return a block of a number, without the type of it that only a compiler reads."""
+        block = like.type.with_element_ty(number.dtype)
+        return core.tensor(self.builder.create_splat(block, number.handle), block)
+
     def broadcasted(self: Any, lhs: Any, rhs: Any) -> tuple[Any, Any]:
+        if lhs.type.is_block() != rhs.type.is_block():
+            is_block = lhs.type.is_block()
+            return (lhs, splat(self, rhs, lhs)) if is_block else (splat(self, lhs, rhs), rhs)
         return (lhs, rhs) if _have_one_shape(lhs.type, rhs.type) else broadcast(self, lhs, rhs)
 
     def casted(self: Any, given: Any, wanted: Any, *rounding: Any) -> Any:
-        return given if given.dtype is wanted.scalar else cast(self, given, wanted, *rounding)
+        is_kept = given.dtype.name == wanted.scalar.name
+        return given if is_kept else cast(self, given, wanted, *rounding)
 
     def promotion(self: Any, one: Any, is_scalar: bool, other: Any, *more: bool) -> Any:
         key = one.name, is_scalar, other.name, *more
@@ -165,7 +177,8 @@ def _keep_operands() -> None:
         if not (dtype.is_int() or dtype.is_floating()):
             return False
         own = self.to_tensor_type(number)
-        return self.computation_type_impl(dtype, False, own, True, div_or_mod) is dtype
+        promoted = self.computation_type_impl(dtype, False, own, True, div_or_mod)
+        return promoted.name == dtype.name
 
     def constant(self: Any, number: Any, like: Any) -> Any:
         """Make a number a tensor of the type and shape of another one."""
@@ -192,11 +205,16 @@ def _keep_operands() -> None:
         div_or_mod: bool = False,
     ) -> tuple[Any, Any]:
         one, other = type(lhs), type(rhs)
-        if one is other is core.tensor and lhs.dtype is rhs.dtype:
-            # a division of narrow numbers is promoted
-            is_kept = lhs.dtype.is_int() or (lhs.dtype.is_floating() and not div_or_mod)
-            if is_kept and (lhs.type is rhs.type or _have_one_shape(lhs.type, rhs.type)):
-                return lhs, rhs
+        if one is other is core.tensor:
+            has_pointer, other_has_pointer = lhs.dtype.is_ptr(), rhs.dtype.is_ptr()
+            if not (has_pointer or other_has_pointer):
+                if arithmetic_check:
+                    own = lhs.dtype, False, rhs.dtype, False, div_or_mod
+                    wanted = self.computation_type_impl(*own)
+                    lhs, rhs = self.cast(lhs, wanted), self.cast(rhs, wanted)
+                return self.broadcast_impl_value(lhs, rhs)
+            if allow_lhs_ptr and has_pointer and rhs.dtype.is_int():
+                return self.broadcast_impl_value(lhs, rhs)
         if arithmetic_check and one is core.tensor and other in NUMBERS:
             if keeps_its_type(self, lhs.dtype, rhs, div_or_mod):
                 return lhs, constant(self, rhs, lhs)
@@ -207,6 +225,34 @@ def _keep_operands() -> None:
         return original(self, lhs, rhs, *how)
 
     kind.binary_op_type_checking_impl = check
+
+
+def _multiply_and_add_alike() -> None:
+    """Leave three operands of one type and shape as they are."""
+    kind, builder = semantic.TritonSemantic, interpreter.InterpreterBuilder
+    # an older release has other names
+    if not hasattr(kind, "ternary_op_type_checking_impl"):
+        return
+    check, create_fma = kind.ternary_op_type_checking_impl, builder.create_fma
+
+    def checked(self: Any, a: Any, b: Any, c: Any) -> tuple[Any, Any, Any]:
+        if (
+            type(a) is type(b) is type(c) is core.tensor
+            and a.dtype.name == b.dtype.name == c.dtype.name
+            and _have_one_shape(a.type, b.type)
+            and _have_one_shape(b.type, c.type)
+        ):
+            return a, b, c
+        return check(self, a, b, c)
+
+    def fma(self: Any, x: Any, y: Any, z: Any) -> Any:
+        one, two, three = x.data, y.data, z.data
+        if three.dtype == np.float32 and one.shape == two.shape == three.shape:
+            found = interpreter._interpreter.fma_fp32(one, two, three)
+            return interpreter.TensorHandle(found, z.dtype.scalar)
+        return create_fma(self, x, y, z)
+
+    kind.ternary_op_type_checking_impl, builder.create_fma = checked, fma
 
 
 def _convert_by_tables() -> None:
