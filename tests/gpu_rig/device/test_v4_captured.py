@@ -26,6 +26,7 @@ from tests.gpu_rig.captures import capture_of
 from tests.gpu_rig.device.test_captured_prompts import captured as kept_and_captured
 from tests.gpu_rig.device.test_captured_prompts import poison, poisoned_memory, random_steps
 from tests.gpu_rig.device.test_v4_model import (
+    FEW_ITERATIONS,
     LONGEST,
     SMOOTH,
     device_model,
@@ -38,7 +39,11 @@ from tests.v4_model.cases import CSA, HCA, WINDOW, Case
 pytestmark = [pytest.mark.gpu_rig, pytest.mark.triton, pytest.mark.own_process]
 
 # experts by token id and by score, and a selection from 28 tokens on
-SMALL = {"layer_types": [WINDOW, CSA, HCA], "num_hidden_layers": 3, "num_hash_layers": 1}
+SMALL: dict[str, Any] = FEW_ITERATIONS | {
+    "layer_types": [WINDOW, CSA, HCA],
+    "num_hidden_layers": 3,
+    "num_hash_layers": 1,
+}
 # (row, tokens before the step, and of a prompt in it); rows come and go, and begin at any length
 Step = list[tuple[int, ...]]
 STEPS: tuple[tuple[Step, tuple[int, int]], ...] = (
