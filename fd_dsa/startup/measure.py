@@ -28,8 +28,10 @@ MAX_MEASURING_S = 3.0
 """Stop measuring larger batches after this time, because large models on a CPU are slow."""
 # tokens in front of those that are measured
 _CONTEXT = 128
-# timed steps of each size if the host samples, and if the next step is enqueued before
-_STEPS, _STEPS_AHEAD = 4, 16
+STEPS_AHEAD = 16
+"""Timed steps of each size if the next step is enqueued before the tokens of a step are known."""
+# timed steps of each size if the host samples
+_STEPS = 4
 # tokens per measured step that a request may sample, so that it has enough steps
 _TOKENS_A_STEP = 6
 # rows from which on each further row of a CPU step takes as long as the one before
@@ -89,7 +91,7 @@ def _step_seconds(engine: LLMEngine, num_rows: int, num_drafts: int) -> float:
         num_drafts: drafts of the whole step.
     """
     limits, is_ahead = engine.limits, engine.runner.info.sampling is not None
-    steps = _STEPS_AHEAD if is_ahead else _STEPS
+    steps = STEPS_AHEAD if is_ahead else _STEPS
     room = min(limits.max_model_len, limits.num_blocks * limits.block_size)
     # a row shares the blocks of the rows before it, which have computed these tokens
     context = [0] * max(min(_CONTEXT, room - 1 - _TOKENS_A_STEP * steps), 0)
