@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,12 @@ from fd_dsa.models.deepseek_v4 import device_moe
 from fd_dsa.ops.expert_pairs import Choice
 from fd_dsa.v4_attention.device_backend import V4DeviceBackend
 from tests.gpu_rig import Rig
-from tests.gpu_rig.device.test_v4_model import device_model, device_runner, worst
+from tests.gpu_rig.device.test_v4_model import (
+    FEW_ITERATIONS,
+    device_model,
+    device_runner,
+    worst,
+)
 from tests.v4_model.cases import CASES
 from tests.v4_model.ours import prompt_logits
 
@@ -85,7 +91,7 @@ def put(tensor: Any, values: np.ndarray) -> None:
 
 
 def test_close_choices_explain_the_logits_of_bfloat16(rig: Rig, tmp_path: Path) -> None:
-    case = CASES["mixed"]
+    case = replace(CASES["mixed"], changes=FEW_ITERATIONS)
     folder, prompts = case.write(tmp_path), [case.prompt(n) for n in (30, 40)]
 
     def run(dtype: str, forced: list[np.ndarray] | None = None) -> tuple[list[np.ndarray], Choices]:

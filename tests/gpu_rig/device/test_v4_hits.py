@@ -18,6 +18,7 @@ from tests.gpu_rig import Rig
 from tests.gpu_rig.captures import capture_of
 from tests.gpu_rig.device.test_v4_captured import RELEASED, SMALL, captured
 from tests.gpu_rig.device.test_v4_model import (
+    FEW_ITERATIONS,
     SMOOTH,
     device_model,
     device_runner,
@@ -168,7 +169,7 @@ def test_logits_after_a_snapshot_inside_of_a_chunk(
 @pytest.mark.parametrize("num_past", [0, 9])
 def test_a_hit_at_released_sizes(rig: Rig, tmp_path: Path, num_past: int) -> None:
     """Windows, ratios and blocks have their released sizes."""
-    case = Case("released", RELEASED, seed=42)
+    case = Case("released", RELEASED | FEW_ITERATIONS, seed=42)
     folder = case.write(tmp_path)
     model, prompt = device_model(folder, rig, "float32"), case.prompt(150)
     [wanted] = prompt_logits(make_runner(load_model(folder), case.block_size), [prompt], 75)
