@@ -17,7 +17,8 @@ from tests.ops.four_bit_forms import FOUR_BITS
 from tests.ops.kernel_forms import COMMON, EVERY, TUNED
 from tests.ops.v4_kernel_forms import V4
 
-pytestmark = pytest.mark.triton
+# minutes of work, which begin before those of other files
+pytestmark = [pytest.mark.triton, pytest.mark.timeout(1200)]
 
 REGISTERS = 65536
 # of a block, by compute capability: A100, L40S, Hopper, Blackwell, RTX PRO 6000
