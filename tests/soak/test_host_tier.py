@@ -38,7 +38,7 @@ def test_late_copies_change_no_output() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_late_copies_change_no_output_of_many_histories() -> None:
-    check_counts(first=3_000_000, count=150)
+    check_counts(first=3_000_000, count=75)
 
 
 def _waits_for_no_copy(original: Callable[..., Any]) -> Callable[..., Any]:
