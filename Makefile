@@ -74,7 +74,7 @@ test-numpy1: ## the plug-in beside NumPy 1.26 and the oldest Paddle
 	  tests/fastdeploy_plugin tests/fakes $(ARGS)
 
 test-oracle: $(VENV)/.oracle ## live comparison with Hugging Face; installs torch
-	$(BIN)/python -m pytest -m oracle $(ARGS)
+	$(PYTEST) -m oracle $(ARGS)
 
 lint: $(VENV)/.dev ## style, types, spelling and prose of all files, subjects of new commits
 	$(BIN)/pre-commit run --all-files --show-diff-on-failure
