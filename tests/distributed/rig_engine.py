@@ -12,16 +12,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.demo.samples import LEADING_PROMPTS
+from tests.demo.samples import LEADING_PROMPTS, PROSE
 
 CASES: dict[str, dict[str, Any]] = {
     "float32": {"dtype": "float32"},
     "bfloat16": {},
     "fp8": {"kv_cache_dtype": "fp8"},
     "drafts": {"speculative_config": {"method": "mtp", "num_speculative_tokens": 3}},
+    # steps of a long prompt have 2,048 tokens, which two ranks divide
+    "v4": {"max_model_len": 4096, "max_num_batched_tokens": 2048, "block_size": 256},
 }
 QUESTIONS = ("What is 7 + 5?", "Tell me a story about a dog.", "What is the opposite of big?")
-MAX_TOKENS, NUM_TOP = 48, 8
+MAX_TOKENS, NUM_TOP, LONG_PROMPT = 48, 8, 3000
 Place = tuple[int, dict[int, float]]
 """A token that was chosen, and the log-probabilities of the likeliest ones."""
 
@@ -56,14 +58,41 @@ def fp8_folder(folder: Path) -> Path:
     return folder
 
 
-def prompts_of(llm: Any) -> list[list[int]]:
-    """Token ids of texts, one of them longer than what the demo model selects, and of chats."""
+def v4_folder(folder: Path) -> Path:
+    """A small random DeepSeek-V4 in the formats of its release, with that vocabulary, too."""
+    from benchmarks._v4_checkpoint import weights
+    from benchmarks._v4_gpu_model import V4Shape, fields_of
+    from benchmarks.real_widths import write_checkpoint
+    from fd_dsa.config import demo_model_path
+
+    if folder.exists():
+        return folder
+    demo = json.loads((demo_model_path() / "config.json").read_text())
+    sizes = {"hidden_size": 1024, "moe_intermediate_size": 256, "num_attention_heads": 16}
+    sizes |= {"q_lora_rank": 256, "o_groups": 4, "o_lora_rank": 128, "index_topk": 64}
+    sizes |= {"vocab_size": demo["vocab_size"], "max_position_embeddings": 8192}
+    sizes |= {"num_nextn_predict_layers": 0}
+    folder.mkdir()
+    config = fields_of(V4Shape(4, 16)) | sizes
+    write_checkpoint(folder, config, weights(config, "cpu"))
+    return folder
+
+
+def prompts_of(llm: Any, case: str) -> list[list[int]]:
+    """Token ids of texts, one of them longer than what the demo model selects, and of chats.
+
+    DeepSeek-V4 gets a text of several steps in addition.
+    """
     chats = [[{"role": "user", "content": question}] for question in QUESTIONS]
     texts = [llm.tokenizer.encode(text) for text in LEADING_PROMPTS]
+    if case == "v4":
+        texts.append((llm.tokenizer.encode(PROSE) * 100)[:LONG_PROMPT])
     return texts + [llm.tokenizer.apply_chat_template(chat) for chat in chats]
 
 
-def follow(llm: Any, answers: list[list[int]] | None) -> list[list[Place]]:
+def follow(
+    llm: Any, prompts: list[list[int]], answers: list[list[int]] | None
+) -> list[list[Place]]:
     """Return the choice of an engine at each place of each answer.
 
     Args:
@@ -71,7 +100,6 @@ def follow(llm: Any, answers: list[list[int]] | None) -> list[list[Place]]:
     """
     from fd_dsa import SamplingParams
 
-    prompts = prompts_of(llm)
     found: list[list[Place]] = [[] for _ in prompts]
     while open_ones := [i for i, one in enumerate(found) if len(one) < MAX_TOKENS]:
         given = [prompts[i] + (answers[i][: len(found[i])] if answers else []) for i in open_ones]
@@ -86,26 +114,29 @@ def follow(llm: Any, answers: list[list[int]] | None) -> list[list[Place]]:
     return found
 
 
-def acceptance(llm: Any) -> float:
+def acceptance(llm: Any, prompts: list[list[int]]) -> float:
     """Return the acceptance rate of drafts in steps that a device samples."""
     from fd_dsa import SamplingParams
 
     before = llm.stats()
-    llm.generate(prompts_of(llm), SamplingParams(temperature=0, max_tokens=MAX_TOKENS))
+    llm.generate(prompts, SamplingParams(temperature=0, max_tokens=MAX_TOKENS))
     after = llm.stats()
     num_drafts = after.num_draft_tokens - before.num_draft_tokens
     accepted: int = after.num_accepted_tokens - before.num_accepted_tokens
     return accepted / max(num_drafts, 1)
 
 
-def exact_scores(model: Path, tokens: list[list[int]]) -> list[list[float]]:
+def exact_scores(
+    model: Path, prompts: list[list[int]], tokens: list[list[int]]
+) -> list[list[float]]:
     """Log-probability of each token of each answer on the CPU, in float32."""
     from fd_dsa import LLM, SamplingParams
     from fd_dsa.config import demo_model_path
 
     params = SamplingParams(max_tokens=1, prompt_logprobs=0)
-    with LLM(model, device="cpu", tokenizer=demo_model_path(), max_model_len=1024) as llm:
-        whole = [prompt + one for prompt, one in zip(prompts_of(llm), tokens, strict=True)]
+    whole = [prompt + one for prompt, one in zip(prompts, tokens, strict=True)]
+    longest = max(1024, *(len(ids) + 1 for ids in whole))
+    with LLM(model, device="cpu", tokenizer=demo_model_path(), max_model_len=longest) as llm:
         outputs = llm.generate(whole, params)
     return [[t.score.logprob for t in one.prompt_logprobs[-MAX_TOKENS:]] for one in outputs]
 
@@ -127,20 +158,23 @@ def main(folder: Path, size: int, cases: list[str], form: str = "real") -> None:
     if form == "real":
         custom_ops.use_library(build_library())
     Ranks.COMMAND = (sys.executable, "-m", "tests.distributed.rig_rank")
+    made = {"fp8": fp8_folder, "v4": v4_folder}
     for case in cases:
-        model = fp8_folder(folder / "fp8") if case == "fp8" else demo_model_path()
+        model = made[case](folder / case) if case in made else demo_model_path()
         options = {"tokenizer": demo_model_path(), "max_model_len": 1024, "max_num_seqs": 8}
         options |= {"max_num_batched_tokens": 256, "num_gpu_blocks_override": 160}
         options |= {"speculative_config": "none", "cudagraph_capture_sizes": (1, 4, 8)}
         one = folder / f"1-{case}.json"
         answers = json.loads(one.read_text())["tokens"] if size > 1 else None
         with LLM(model, device=device, tensor_parallel_size=size, **options | CASES[case]) as llm:
-            places = follow(llm, answers)
-            found: dict[str, Any] = {"acceptance": acceptance(llm) if case == "drafts" else 0.0}
+            prompts = prompts_of(llm, case)
+            places = follow(llm, prompts, answers)
+            rate = acceptance(llm, prompts) if case == "drafts" else 0.0
+            found: dict[str, Any] = {"acceptance": rate}
         found["tokens"] = [[token for token, _ in one] for one in places]
         found["tops"] = [[list(top.items()) for _, top in one] for one in places]
         if size == 1:
-            found["exact"] = exact_scores(model, found["tokens"])
+            found["exact"] = exact_scores(model, prompts, found["tokens"])
         (folder / f"{size}-{case}.json").write_text(json.dumps(found))
 
 
