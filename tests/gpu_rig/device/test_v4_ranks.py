@@ -70,7 +70,8 @@ def runner_of(kind: type[Any], group: Turns, plan: EnginePlan, sizes: tuple[int,
     """A rank's runner as the start builds it, with graphs of some sizes and infinite pools."""
     runner = build_runner(plan, group, StartupProgress(), kind)
     if sizes:
-        capture_graphs(runner, sizes, stand_in)
+        # a step of 32 tokens is divided in a graph, too
+        capture_graphs(runner, sizes, stand_in, (32,))
         assert runner.graphs and runner.graphs.sizes == sizes
     poison_pools(runner)
     return runner
@@ -159,7 +160,8 @@ def test_tokens_of_two_ranks_are_those_of_a_cpu(
         assert (stats.prefix_cache_host_hits > 0) == ("kv_offload_bytes" in fields)
         assert (stats.num_preemptions > 0) == ("num_gpu_blocks_override" in fields)
         assert (stats.num_accepted_tokens > 0) == ("speculative_config" in fields)
-        assert (runner.counters.graph_steps["decode"] > 0) == bool(sizes)
+        for kind in ("decode", "prefill"):
+            assert (runner.counters.graph_steps[kind] > 0) == bool(sizes)
         assert (through[0].num_scattered > 0) == ("max_num_batched_tokens" in fields)
         first.send(b"")
     other.join()
