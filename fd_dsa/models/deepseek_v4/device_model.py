@@ -126,7 +126,7 @@ def _of_all_tokens(
     whole, rounds = parts.gathered(plain), connection.round_scales
     if whole is plain:
         return x
-    # the bits are those of the other ranks, and take less time than to gather codes and scales
+    # to the bits that the ranks have: scales are stored by group, so those of a part have gaps
     return whole if rounds is None else Normed(whole, quantize_rows(whole, rounds))
 
 
