@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,11 @@ def order() -> Order:
 
 @pytest.mark.parametrize(
     ("command", "problem"),
-    [((sys.executable, "-c", ""), "EOFError"), (("/no/such/program",), "FileNotFoundError")],
+    [
+        # the process ends before, in or after the order
+        ((sys.executable, "-c", ""), "BrokenPipeError|ConnectionResetError|EOFError"),
+        (("/no/such/program",), "FileNotFoundError"),
+    ],
 )
 def test_a_process_that_ends_is_an_error_of_its_kernels(
     monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...], problem: str
@@ -84,7 +89,7 @@ def test_a_process_that_ends_is_an_error_of_its_kernels(
             ahead.add(order())
     assert len(ahead.errors) == 3
     for error in ahead.errors:
-        assert error.startswith("kernel name: ") and (problem in error or "reset" in error), error
+        assert re.match(f"kernel name: .*({problem})", error), error
 
 
 def test_a_bound_launch_waits_for_its_inputs(library: FakeLibrary) -> None:
