@@ -41,9 +41,11 @@ def hurry() -> None:
     _remember_builtins()
     _remember_array_types()
     _unwrap_quickly()
-    _promote_what_differs()
-    _keep_operands()
-    _multiply_and_add_alike()
+    # other releases have other functions for operands
+    if hasattr(getattr(semantic, "TritonSemantic", None), "ternary_op_type_checking_impl"):
+        _promote_what_differs()
+        _keep_operands()
+        _multiply_and_add_alike()
     _convert_by_tables()
     builder = interpreter.interpreter_builder
     # without `debug`, `device_assert` does nothing with what the checks compute
@@ -230,9 +232,6 @@ def _keep_operands() -> None:
 def _multiply_and_add_alike() -> None:
     """Leave three operands of one type and shape as they are."""
     kind, builder = semantic.TritonSemantic, interpreter.InterpreterBuilder
-    # an older release has other names
-    if not hasattr(kind, "ternary_op_type_checking_impl"):
-        return
     check, create_fma = kind.ternary_op_type_checking_impl, builder.create_fma
 
     def checked(self: Any, a: Any, b: Any, c: Any) -> tuple[Any, Any, Any]:
