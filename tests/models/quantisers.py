@@ -90,7 +90,10 @@ def autoround(scheme: str, base: Path, out: Path) -> dict[str, torch.Tensor]:
     kind, symmetric = scheme.split(",")
     words = models.WordLevel({"a": 0, "b": 1}, unk_token="a")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words))
-    folders = []
+    # AutoRound would write float32 tensors of the folder instead of its own
+    file, folders = base / "model.safetensors", []
+    halves = {name: one.half() for name, one in load_file(file).items()}
+    save_file(halves, file, metadata={"format": "pt"})
     for one in (kind, "fake"):
         method = AutoRound(
             *(load(base, torch.float16), tokenizer),
@@ -104,8 +107,8 @@ def autoround(scheme: str, base: Path, out: Path) -> dict[str, torch.Tensor]:
         )
         method.quantize_and_save(output_dir=str(out / one), format=one)
         folders.append(next((out / one).rglob("config.json")).parent)
-    for file in folders[0].iterdir():
-        file.rename(out / file.name)
+    for made in folders[0].iterdir():
+        made.rename(out / made.name)
     tensors = load_file(folders[1] / "model.safetensors")
     names = {f"{prefix}weight" for prefix, _ in modules(out, "qweight", torch.int32)}
     return {name: tensors[name].float() for name in names}

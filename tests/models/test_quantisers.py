@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 
 from fd_dsa import LLM, SamplingParams
 from fd_dsa.models.registry import read_config
+from tests.distributed.sums import rounded, widened
 from tests.models.four_bits import CASE as FOUR_BITS
 from tests.v4_model.cases import write_tokenizer
 from tests.v4_model.quantised import loaded
@@ -75,7 +76,9 @@ def test_folders_of_quantisers(scheme: str, packages: dict[str, Path], tmp_path:
     # up-projections of the four experts of layer 1, among others
     assert sum("experts." in one and "up_proj" in one for one in wanted) >= 4
     for key, values in wanted.items():
-        np.testing.assert_array_equal(found[key], values, key)
+        # AutoRound's own values are bfloat16
+        own = widened(rounded(found[key])) if name == "autoround" else found[key]
+        np.testing.assert_array_equal(own, values, key)
     write_tokenizer(out)
     with LLM(model=out, device="cpu", block_size=16, max_num_seqs=2) as llm:
         params = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
