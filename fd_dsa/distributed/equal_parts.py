@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from fd_dsa.distributed.group import Group
+from fd_dsa.distributed.group import Group, summed
 from fd_dsa.ops.fixed_order import row_dependence_refusal
 from fd_dsa.tensor import Tensor
 
@@ -68,7 +68,7 @@ class EqualParts:
         """
         if self._divided is not None:
             return self._divided.reduce_scatter(part)
-        return part if self._group is None else self._group.all_reduce(part)
+        return summed(part, self._group)
 
     def gathered(self, rows: Tensor) -> Tensor:
         """Return the rows of all tokens.

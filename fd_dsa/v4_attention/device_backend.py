@@ -101,6 +101,7 @@ class V4DeviceBackend:
         self.scores = SelectedScores(of_index, kind, buffers, allocate)
         self._step: DeviceStep | None = None
         self._built_for: BackendStep | None = None
+        self._parts = EqualParts(group, 0)
 
     def allocate_caches(self, has_indexer: Sequence[bool] = ()) -> list[DevicePools]:
         """Allocate the pools of every layer."""
@@ -173,10 +174,10 @@ class V4DeviceBackend:
             slots[0] if writes_snapshots else None,
             has_prompts=prefill != 0,
         )
-        self._built_for = forward_meta
+        self._built_for, self._parts = forward_meta, EqualParts(self._group, num_tokens)
         if step.index_view is not None:
             # all layers share the schedule of the scores
-            self.scores.prepare(step.index_view, EqualParts(self._group, num_tokens).own)
+            self.scores.prepare(step.index_view, self._parts.own)
         forward_meta.position_ids = step.places.positions[:num_tokens]
         # the rows stand for slots, because both are below 0 for padding
         forward_meta.slot_mapping = step.places.rows[:num_tokens]
@@ -252,13 +253,13 @@ class V4DeviceBackend:
             q: queries of the indexer, [num_tokens, index_n_heads * index_head_dim], not rotated.
             weights: float32 [num_tokens, index_n_heads].
             cache: entries of the indexer, [num_blocks, entries of a block, width].
-            step: step whose tokens have to select.
+            step: step whose tokens have to select, built last.
         """
         view, places = step.index_view, step.places
         assert view is not None
         cos_sin, is_fp8 = self._angles[False], self._layout.is_fp8
         q, weights = rotate_heads(q, weights, cos_sin, places.positions, as_codes=is_fp8)
-        parts = EqualParts(self._group, step.num_tokens)
+        parts = self._parts
         slots = empty_beside(weights, step.num_tokens, self._config.index_topk, dtype="int32")
 
         def use(scores: Tensor, first_token: int) -> None:
