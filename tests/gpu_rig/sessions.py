@@ -17,8 +17,7 @@ ROOT = Path(__file__).parents[2]
 DEVICE = "tests/gpu_rig/device"
 # seconds; a test that runs a session needs more than the usual limit
 TIMEOUT_S = 3600
-# tests that take another test's way with another type or composition; a GPU runs all of them but
-# those of ranks
+# tests that take another test's way with another type or composition; a GPU runs all of them
 TWINS = (
     *(
         f"test_captured_prompts.py::test_random_steps_are_those_of_eager_ones[{case}]"
@@ -54,8 +53,6 @@ TWINS = (
         f"test_mtp.py::test_outputs_are_those_without_drafts_and_drafts_those_of_the_cpu[{form}]"
         for form in ("eager", "sampled on the host")
     ),
-    "test_ranks.py::test_tokens_of_two_ranks_are_those_of_a_cpu[graphs]",
-    "test_replays.py::test_replays_give_the_same_bits[deepseek_v32-bfloat16]",
     "test_v4_captured.py::test_random_steps_are_those_of_eager_ones[0]",
     "test_v4_captured.py::test_random_steps_are_those_of_eager_ones[1]",
     "test_v4_captured.py::test_steps_across_entries_of_128_tokens[bfloat16-0.002]",
@@ -72,8 +69,6 @@ TWINS = (
     "test_v4_mtp.py::test_answers_and_drafts[hits-sizes_of_graphs2]",
     "test_v4_mtp.py::test_answers_and_drafts[preemption-sizes_of_graphs3]",
     "test_v4_mtp.py::test_logits_of_chunks[released-float32-sizes2-0.0001]",
-    "test_v4_ranks.py::test_logits_of_released_weights[float32-0.0001]",
-    "test_v4_ranks.py::test_tokens_of_two_ranks_are_those_of_a_cpu[graphs]",
 )
 # device tests of the first of the three guarded sessions, which take about equally long. It is one
 # file of DeepSeek-V4, which would else take longest
