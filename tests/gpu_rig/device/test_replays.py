@@ -41,7 +41,7 @@ Row = tuple[int, int, bool]
 
 
 def steps_of(scale: int) -> list[list[tuple[int, Row]]]:
-    """Return decode steps of one row, some and all; a prompt beside rows that decode, and alone.
+    """Return decode steps of one, some and all rows, and prompts beside such rows and alone.
 
     A step has rows with their tokens before and in it, and whether these are of a prompt. A prompt
     begins with its first token, so that a replay finds all that it reads.
