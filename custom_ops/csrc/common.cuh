@@ -24,11 +24,19 @@ __device__ __forceinline__ uint32_t warp_prefix(uint32_t value) {
 }
 
 // Returns the scale x / 448 with the same bits as `quantized` of fd_dsa/ops/dense_kernels.py.
+//
+// With `round` it is a power of two, whose exponent follows without a division: 448 is 1.75 * 2^8, so
+// a larger mantissa than 1.75 needs the next power. The least one is that above 1e-12, 2^-39.
 __device__ __forceinline__ float scale_of(float largest, bool round) {
-  const float scale = fmaxf(largest / 448.0f, 1e-12f);
-  if (!round) return scale;
-  const uint32_t bits = __float_as_uint(scale);
-  return __uint_as_float(((bits >> 23) + ((bits & 0x7fffff) != 0 ? 1 : 0)) << 23);
+  if (!round) return fmaxf(largest / 448.0f, 1e-12f);
+  const uint32_t bits = __float_as_uint(largest), exponent = (bits + 0x1fffffu) >> 23;
+  // infinity stays what it is
+  return __uint_as_float((bits < 255u << 23 ? max(exponent, 127u - 39 + 8) - 8 : 255) << 23);
+}
+
+// Returns 1 / x of a power of two between 2^-126 and 2^126.
+__device__ __forceinline__ float inverse_of_power(float x) {
+  return __uint_as_float((254u << 23) - __float_as_uint(x));
 }
 
 // Properties of a GPU.

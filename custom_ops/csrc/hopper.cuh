@@ -65,6 +65,15 @@ FD_DSA_STORE(float2, "v2.f32 [%0], {%1, %2};", FD_DSA_TWO("f"))
 FD_DSA_STORE(uint4, "v4.b32 [%0], {%1, %2, %3, %4};", FD_DSA_FOUR("r"))
 FD_DSA_STORE(float4, "v4.f32 [%0], {%1, %2, %3, %4};", FD_DSA_FOUR("f"))
 
+// Stores 16 bytes if `stores` is true, without a branch.
+__device__ __forceinline__ void store_shared_if(bool stores, uint32_t at, uint4 x) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %5, 0;\n"
+      "@p st.shared.v4.b32 [%0], {%1, %2, %3, %4};\n}\n" ::"r"(at),
+      FD_DSA_FOUR("r"), "r"(static_cast<int>(stores))
+      : "memory");
+}
+
 FD_DSA_LOAD(uint32_t, load_shared, "ld.shared.b32 %0, [%1];", "=r"(x))
 FD_DSA_LOAD(float, load_shared_float, "ld.shared.f32 %0, [%1];", "=f"(x))
 FD_DSA_LOAD(float2, load_shared_float2, "ld.shared.v2.f32 {%0, %1}, [%2];", FD_DSA_TWO("=f"))
@@ -141,6 +150,11 @@ __device__ __forceinline__ void store_bulk(void* to, uint32_t from, uint32_t byt
   asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from),
                "r"(bytes)
                : "memory");
+}
+
+// Asks the L2 cache for the line of 128 bytes at an address.
+__device__ __forceinline__ void prefetch(const void* from) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
 }
 
 // Waits until the bulk stores of this thread have read shared memory.

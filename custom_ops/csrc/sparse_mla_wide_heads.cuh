@@ -249,11 +249,15 @@ struct ComputeWarpgroup {
 
 // Runs the warpgroup of even tiles. It scores and weighs a tile, publishes the weights and adds the
 // tile, then adds the odd tile.
+//
+// Args:
+//   uses: tiles that its buffer has held before.
 template <bool kFp8, bool kRoped>
-__device__ __forceinline__ void run(ComputeWarpgroup<kFp8, 0, kRoped>& state, int tiles) {
+__device__ __forceinline__ void run(ComputeWarpgroup<kFp8, 0, kRoped>& state, int tiles,
+                                    int uses = 0) {
   for (int t = 0; t < tiles; t += 2) {
     float rescale[2];
-    state.score(t >> 1 & 1);
+    state.score(uses + (t >> 1) & 1);
     state.weigh(rescale);
     named_barrier(kFirstBarrier, 128);
     state.store_weights();
@@ -274,12 +278,13 @@ __device__ __forceinline__ void run(ComputeWarpgroup<kFp8, 0, kRoped>& state, in
 // Runs the warpgroup of odd tiles. It adds the even tile's latents while the odd tile's scores
 // become weights.
 template <bool kFp8, bool kRoped>
-__device__ __forceinline__ void run(ComputeWarpgroup<kFp8, 1, kRoped>& state, int tiles) {
+__device__ __forceinline__ void run(ComputeWarpgroup<kFp8, 1, kRoped>& state, int tiles,
+                                    int uses = 0) {
   for (int t = 0; t < tiles; t += 2) {
     const bool has_own = t + 1 < tiles;
     float rescale[2];
     named_barrier(kScored, 256);
-    if (has_own) state.score(t >> 1 & 1);
+    if (has_own) state.score(uses + (t >> 1) & 1);
     named_barrier(kFirstWeights, 256);
     state.follow();
     state.template add<0>();

@@ -32,6 +32,14 @@ extern "C" struct FdDsaV4Attend {
   const int32_t* starts;
   // int32 [num_rows, table_width]: blocks of each row
   const int32_t* block_table;
+  // The bfloat16 rows of records, 16-byte aligned: those of `keys` and `ring` with the same numbers,
+  // and [num_plain_slots] entries. All four are null without them.
+  const void* plain_keys;
+  const void* plain_ring;
+  const void* plain_pool;
+  // int32 [num_rows], not 0 for a row whose tokens read them; its slots and blocks are numbers in
+  // `plain_pool`
+  const int32_t* is_plain;
   // bfloat16 [num_tokens, num_heads * 512], or null for codes; 16-byte aligned
   void* out;
   // e4m3 [num_tokens, num_heads * 512], 16-byte aligned, and float32 [num_heads * 4, scale_stride],
@@ -53,15 +61,16 @@ extern "C" struct FdDsaV4Attend {
   int32_t table_width;
   int32_t topk;
   int32_t num_slots;
+  int32_t num_plain_slots;
   // 1: keys and entries are records
   int32_t is_fp8;
 };
 
-static_assert(sizeof(FdDsaV4Attend) == 176, "fd_dsa.ops.v4_attend_cuda has the same");
+static_assert(sizeof(FdDsaV4Attend) == 208, "fd_dsa.ops.v4_attend_cuda has the same");
 
 // Fills the result on Hopper (sm_90), and returns a cudaError_t, 0 = success.
 //
-// One launch with a block for each token and 64 heads. The launcher does not allocate or wait. The
+// One launch with a block for each multiprocessor. The launcher does not allocate or wait. The
 // same input gives the same bits, and a token's result does not depend on the others.
 extern "C" int fd_dsa_v4_attend_cuda(const FdDsaV4Attend* job, void* stream);
 

@@ -24,6 +24,7 @@ its time depends on their number.
 _WIDTH, _ROPE = 512, 64
 _INPUTS = "q", "keys", "ring", "pool", "slots", "sinks", "cos_sin"
 _PLACES = "positions", "rows", "starts", "block_table"
+_PLAIN = "plain_keys", "plain_ring", "plain_pool", "is_plain"
 _SIZES = "num_tokens", "num_heads", "window", "ring_rows", "ratio", "per_block", "table_width"
 
 
@@ -31,10 +32,10 @@ class V4Attend(ctypes.Structure):
     """FdDsaV4Attend of custom_ops/csrc/v4_attend.h, which describes the fields."""
 
     _fields_ = (
-        *((n, ctypes.c_void_p) for n in (*_INPUTS, *_PLACES, "out", "codes", "scales")),
+        *((n, ctypes.c_void_p) for n in (*_INPUTS, *_PLACES, *_PLAIN, "out", "codes", "scales")),
         *((n, ctypes.c_int64) for n in ("q_stride", "scale_stride")),
         ("epsilon", ctypes.c_float),
-        *((n, ctypes.c_int32) for n in (*_SIZES, "topk", "num_slots", "is_fp8")),
+        *((n, ctypes.c_int32) for n in (*_SIZES, "topk", "num_slots", "num_plain_slots", "is_fp8")),
     )
 
 

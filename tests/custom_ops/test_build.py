@@ -177,7 +177,7 @@ runpy.run_path("setup.py", run_name="__main__")
 def small_sources(folder: Path) -> Path:
     """The sources without the kernels that take the compiler longest."""
     sources = copy_sources(folder)
-    for pattern in ("topk.*", "topk_row.cuh", "sparse_mla_*", "v4_attend.*", "*_fp4.*"):
+    for pattern in ("topk.*", "topk_row.cuh", "sparse_mla_*", "v4_attend*", "*_fp4.*"):
         for path in sources.rglob(pattern):
             path.unlink()
     return sources
@@ -250,7 +250,7 @@ def test_all_kernels_make_one_library() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "kernels"), [("sparse_mla_wide", 6), ("sparse_mla_narrow", 4), ("v4_attend", 2)]
+    ("name", "kernels"), [("sparse_mla_wide", 6), ("sparse_mla_narrow", 4), ("v4_attend", 1)]
 )
 def test_products_are_not_serialised_and_nothing_is_spilled(
     tmp_path: Path, name: str, kernels: int

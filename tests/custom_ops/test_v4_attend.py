@@ -32,8 +32,12 @@ COS_SIN = np.concatenate((np.cos(ANGLES), np.sin(ANGLES)), axis=1).astype(np.flo
 
 @pytest.fixture
 def memory(hopper_memory: KernelMemory, monkeypatch: pytest.MonkeyPatch) -> KernelMemory:
-    """The memory of the kernel, which serves however few tokens there are."""
+    """The memory of the kernel, which serves however few tokens there are.
+
+    An emulated GPU has two multiprocessors, so that a block attends for several tokens.
+    """
     monkeypatch.setattr(v4_attend_cuda, "FEW_PROGRAMS", 0)
+    monkeypatch.setenv("FD_DSA_EMULATED_SMS", "2")
     return hopper_memory
 
 

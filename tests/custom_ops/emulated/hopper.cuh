@@ -45,6 +45,9 @@ template <typename T>
 void store_shared(uint32_t at, T value) {
   std::memcpy(resolve(at, sizeof(T)), &value, sizeof(T));
 }
+inline void store_shared_if(bool stores, uint32_t at, uint4 value) {
+  if (stores) store_shared(at, value);
+}
 
 template <typename T>
 T load_shared_as(uint32_t at) {
@@ -159,6 +162,7 @@ inline void store_bulk(void* to, uint32_t from, uint32_t bytes) {
     --left;
   });
 }
+inline void prefetch(const void*) {}
 inline void wait_for_bulk_stores() {
   emulated::wait_until_zero(under_way<0>());
 }
