@@ -124,6 +124,8 @@ class FourBitWeight(NamedTuple):
         group: values of a column with one scale.
         kind: "e4m3" or "e8m0" for e2m1 codes with such scales, "int4" for integers.
         width: values of a column.
+        peaks: uint8 [experts, parts, columns], the largest e8m0 code of each column. None for
+            other scales.
     """
 
     codes: Any
@@ -132,6 +134,7 @@ class FourBitWeight(NamedTuple):
     group: int
     kind: str
     width: int
+    peaks: Any = None
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -1,9 +1,8 @@
 // The grouped GEMM of routed experts in MXFP4 by activations in FP8, for prompts.
 //
 // A first kernel rounds the activations to e4m3 codes with a scale for 128 values, as the released
-// models do, and finds the largest scale of each column. The second kernel multiplies. Its tiles are
-// up to 240 pairs of an expert by 128 columns. A gated tile has 64 columns of the gate and the 64
-// that they multiply.
+// models do. The second kernel multiplies. Its tiles are up to 240 pairs of an expert by 128 columns.
+// A gated tile has 64 columns of the gate and the 64 that they multiply.
 //
 // One warpgroup copies operands, 128 values along K at a time, up to five such stages ahead. Two
 // warpgroups multiply, 64 columns each. Columns are the rows of the tensor cores' result, so a
@@ -68,9 +67,9 @@ __host__ __device__ __forceinline__ int column_groups(const Job& job) {
   return job.columns / (job.is_gated != 0 ? kHalfColumns : kColumns);
 }
 
-// ---- the kernel that prepares operands
+// ---- the kernel that rounds activations
 
-constexpr int kValuesPerThread = 16, kPreparingThreads = 256;
+constexpr int kValuesPerThread = 16, kRoundingThreads = 256;
 
 #if defined(FD_DSA_HOPPER)
 
@@ -113,34 +112,12 @@ __device__ __forceinline__ void round_values(const Job& job, int64_t thread) {
   }
 }
 
-// Writes the largest scale of a column.
-__device__ __forceinline__ void find_peak(const Job& job, int64_t thread) {
-  const int parts = 1 + job.is_gated, pieces = job.width / kPiece;
-  const int64_t matrix = thread / job.columns;
-  if (matrix >= static_cast<int64_t>(job.num_experts) * parts) return;
-  if (__ldg(job.counts + matrix / parts) == 0) return;
-  const auto* scales = static_cast<const uint32_t*>(job.weight_scales) +
-                       matrix * pieces * job.columns + thread % job.columns;
-  uint32_t even = 0, odd = 0;
-  for (int piece = 0; piece < pieces; ++piece) {
-    const uint32_t four = __ldg(scales + static_cast<int64_t>(piece) * job.columns);
-    even = __vmaxu2(even, four & 0x00ff00ffu), odd = __vmaxu2(odd, four >> 8 & 0x00ff00ffu);
-  }
-  even = __vmaxu2(even, odd);
-  static_cast<uint8_t*>(job.peaks)[thread] = static_cast<uint8_t>(max(even & 255, even >> 16));
-}
-
 #endif
 
-// Rounds activations in the first blocks, and finds largest scales in the others.
-__global__ void __launch_bounds__(kPreparingThreads)
-    prepare_operands(const __grid_constant__ Job job, uint32_t rounding_blocks) {
+__global__ void __launch_bounds__(kRoundingThreads)
+    round_activations(const __grid_constant__ Job job) {
 #if defined(FD_DSA_HOPPER)
-  const bool rounds = blockIdx.x < rounding_blocks;
-  const uint32_t block = blockIdx.x - (rounds ? 0 : rounding_blocks);
-  const int64_t thread = static_cast<int64_t>(block) * kPreparingThreads + threadIdx.x;
-  if (rounds) round_values(job, thread);
-  else find_peak(job, thread);
+  round_values(job, static_cast<int64_t>(blockIdx.x) * kRoundingThreads + threadIdx.x);
 #endif
 }
 
@@ -528,7 +505,7 @@ inline bool is_supported(const Job& job) {
   const int step = job.is_gated != 0 ? kHalfColumns : kColumns;
   return job.width > 0 && job.width % kPiece == 0 && job.columns % step == 0 &&
          job.num_experts > 0 && job.num_experts <= kMaxExperts && job.row_pairs > 0 &&
-         job.taken != nullptr && job.factors != nullptr &&
+         job.taken != nullptr && job.factors != nullptr && job.peaks != nullptr &&
          static_cast<int64_t>(job.num_rows) * job.row_pairs == job.num_pairs &&
          // 32-bit numbers count the chunks of codes
          static_cast<int64_t>(job.num_rows) * (job.width / 16) < 1ll << 32 &&
@@ -544,15 +521,11 @@ static int launch_experts(const Job& job, void* stream) {
   const cudaError_t error = prepare_tiles(multiply_experts, job, kPairs, column_groups(job), kBytes,
                                           stream, prepared, blocks);
   if (error != cudaSuccess) return static_cast<int>(error);
-  const auto blocks_of = [](int64_t threads) {
-    return static_cast<unsigned>((threads + kPreparingThreads - 1) / kPreparingThreads);
-  };
-  const int64_t values = static_cast<int64_t>(job.num_rows) * job.width;
-  const unsigned rounding = blocks_of(values / kValuesPerThread);
-  const unsigned peaks =
-      blocks_of(static_cast<int64_t>(job.num_experts) * job.columns * (1 + job.is_gated));
-  const int failed = launch(launch_config(rounding + peaks, kPreparingThreads, stream),
-                            prepare_operands, job, rounding);
+  const int64_t threads = static_cast<int64_t>(job.num_rows) * job.width / kValuesPerThread;
+  const auto rounding =
+      static_cast<unsigned>((threads + kRoundingThreads - 1) / kRoundingThreads);
+  const int failed =
+      launch(launch_config(rounding, kRoundingThreads, stream), round_activations, job);
   if (failed != 0) return failed;
   return launch(launch_config(blocks, kThreads, stream, kBytes), multiply_experts, job, blocks);
 }

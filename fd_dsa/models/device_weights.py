@@ -232,6 +232,7 @@ class DeviceWeights:
                 group=form.group,
                 kind=form.kind,
                 width=values,
+                peaks=self._allocate((*outer, columns), "uint8") if form.has_peaks else None,
             )
 
         gate_up, down = new(2, width, hidden_size), new(1, hidden_size, width)
@@ -251,7 +252,7 @@ class DeviceWeights:
             if isinstance(source, RandomTensor):
                 count = prod(weight.codes.shape[2:])
                 fill_codes(weight.codes, matrix * count, count, source.seed, form.kind)
-            tensors = weight.codes, weight.scales, weight.factors
+            tensors = weight.codes, weight.scales, weight.factors, weight.peaks
             for target, array in zip(tensors, form.arrays(source), strict=True):
                 if array is not None:
                     self._copy(target, matrix * array.size, array)

@@ -55,6 +55,7 @@ def _results(form: FourBits, allocate: Allocate, num_rows: int) -> tuple[np.ndar
         group=form.group,
         kind=form.kind,
         width=_WIDTH,
+        peaks=uploaded(allocate, stored.max(axis=(2, 4))) if form.has_peaks else None,
     )
     values = np.stack([codes & 15, codes >> 4], axis=-1).reshape(*outer, _COLUMNS, _WIDTH)
     if form.kind == "int4":

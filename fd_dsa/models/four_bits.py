@@ -94,6 +94,11 @@ class FourBits:
         """Dtype of the scales on the device."""
         return "int32" if self.kind == "int4" else "uint8"
 
+    @property
+    def has_peaks(self) -> bool:
+        """True if a device holds the largest scale of each column."""
+        return self.kind == "e8m0"
+
     def shapes(self, columns: int, width: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return the shapes of codes and scales of a matrix [columns, width] on the device."""
         pieces = -(-width // PIECE)
@@ -105,12 +110,14 @@ class FourBits:
     def num_bytes(self, shape: Sequence[int]) -> int:
         """Return the bytes of a matrix [out, in] on the device."""
         codes, scales = map(prod, self.shapes(*shape))
-        return codes + (4 * scales if self.kind == "int4" else scales + 4)
+        if self.kind == "int4":
+            return codes + 4 * scales
+        return codes + scales + 4 + (shape[0] if self.has_peaks else 0)
 
     def arrays(self, source: SourceTensor) -> list[np.ndarray | None]:
-        """Return codes, scales and factor of a matrix in the order of the device.
+        """Return codes, scales, factor and peaks of a matrix in the order of the device.
 
-        A random matrix has no codes.
+        None stands for those that the kind lacks, and for the codes of a random matrix.
 
         Raises:
             CheckpointError: a scale is no number or too large, or a zero point is out of range.
@@ -138,12 +145,16 @@ class FourBits:
             if scales.dtype == np.uint16:
                 scales = (scales.astype(np.uint32) << np.uint32(16)).view(np.float32)
             points = None if zeros is None else zeros[rows, groups]
-            return [in_pieces(codes, self.kind), integer_scales(scales, points).T, None]
+            return [in_pieces(codes, self.kind), integer_scales(scales, points).T, None, None]
+        peaks = None
         if self.kind == "e4m3":
             codes, scales = _positive(codes, scales)
-        elif (np.ptp(scales, axis=1) > _EXACT_SPREAD).any():
-            scales = np.where(_is_zero(codes, self.group), np.uint8(0), scales)
-        return [in_pieces(codes, self.kind), self._scales(scales), self._factor(factor)]
+        else:
+            peaks = scales.max(axis=1)
+            if (peaks - scales.min(axis=1) > _EXACT_SPREAD).any():
+                scales = np.where(_is_zero(codes, self.group), np.uint8(0), scales)
+                peaks = scales.max(axis=1)
+        return [in_pieces(codes, self.kind), self._scales(scales), self._factor(factor), peaks]
 
     def _scales(self, scales: np.ndarray) -> np.ndarray:
         """Return the scales of e2m1 values [rows, groups] in the order of the device."""
@@ -152,14 +163,15 @@ class FourBits:
         return scales.reshape(rows, -1, size).transpose(1, 0, 2)
 
     def _constants(self, source: RandomTensor) -> list[np.ndarray | None]:
-        """Return the scales and the factor of random codes."""
+        """Return what `arrays` returns of random codes."""
         shape, deviation = self.shapes(*source.shape)[1], source.deviation
         if self.kind == "int4":
             scales = np.full(shape, deviation / _INT4_DEVIATION, np.float32)
-            return [None, integer_scales(scales, None), None]
+            return [None, integer_scales(scales, None), None, None]
         one = 127 if self.kind == "e8m0" else _E4M3_SCALES[0x38]
         factor = self._factor(deviation / _E2M1_DEVIATION)
-        return [None, np.full(shape, one, np.uint8), factor]
+        peaks = np.full(source.shape[0], one, np.uint8) if self.has_peaks else None
+        return [None, np.full(shape, one, np.uint8), factor, peaks]
 
     def _factor(self, factor: float) -> np.ndarray:
         """Return the factor of a matrix of e2m1 values for the kernel."""

@@ -61,12 +61,11 @@ class Fp4ExpertGemm(LibraryKernel):
         codes = empty_beside(x, rows, width, dtype="uint8")
         scales = empty_beside(x, width // GROUP, rows, dtype="float32")
         taken = empty_beside(x, 1, dtype="int32")
-        peaks = empty_beside(x, *weight.codes.shape[:2], out.shape[1], dtype="uint8")
         operands = {"x": x, "codes": codes, "weight": weight.codes, "weight_scales": weight.scales}
         for name, tensor in {**operands, "out": out}.items():
             setattr(job, name, self._address(name, tensor, multiple=16))
-        others = {"code_scales": scales, "factors": weight.factors, "taken": taken, "peaks": peaks}
-        for name, tensor in {**others, "pairs": pairs, "counts": counts}.items():
+        others = {"code_scales": scales, "factors": weight.factors, "peaks": weight.peaks}
+        for name, tensor in {**others, "pairs": pairs, "counts": counts, "taken": taken}.items():
             setattr(job, name, self._address(name, tensor))
         job.limit = math.inf if limit is None else limit
         job.num_rows, job.num_tokens, job.num_pairs = rows, pairs.shape[1], out.shape[0]

@@ -250,6 +250,35 @@ def test_scales_of_zeros_are_small() -> None:
     assert near is not None and near.min() == 100
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_weight_has_the_largest_scale_of_each_column(
+    paddle_memory: KernelMemory, rank: int
+) -> None:
+    """Matrices of a rank, scales of zeros, and random matrices."""
+    m, rng = paddle_memory, np.random.default_rng(rank)
+    names = [f"{i}.{part}_proj.weight" for i in range(3) for part in ("gate", "up", "down")]
+    form = FourBits(frozenset(names), "e8m0", 32)
+    weights = DeviceWeights("bfloat16", m.poisoned, four_bits=form)
+    made = weights.experts("", 3, 256, 96)
+    for name in names[:6]:
+        rows, width = (256, 192) if "down" in name else (192, 256)
+        codes = rng.integers(0, 256, (rows, width // 2), np.uint8)
+        scales = rng.integers(90, 130, (rows, width // 32), np.uint8)
+        codes[1::2, 48:64], scales[1::2, 3] = 0x80, 150
+        repacked = codes, scales, None, 1.0
+        cut = int("down" in name), 96 * rank, 96 * rank + 96
+        source = SimpleNamespace(repack=lambda found=repacked: found, cut=cut, packing=None)
+        weights.loaders[name](cast(SourceTensor, source))
+    for name in names[6:]:
+        weights.loaders[name](RandomTensor(name, (256, 96) if "down" in name else (96, 256), 0))
+    weights.finish()
+    for stack in made:
+        assert isinstance(stack, FourBitExperts)
+        peaks, scales = m.get(stack.weight.peaks), m.get(stack.weight.scales)
+        assert len(np.unique(peaks)) > 2 and peaks.max() < 150
+        np.testing.assert_array_equal(peaks, scales.max(axis=(2, 4)))
+
+
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_the_check_of_the_kernel_passes(paddle_memory: KernelMemory, form: Form) -> None:
     held = FourBits(frozenset(), form.kind, form.group)

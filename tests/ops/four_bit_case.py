@@ -113,6 +113,7 @@ class Weight:
             group=form.group,
             kind=form.kind,
             width=width,
+            peaks=m.put(scales.max(axis=(2, 4))) if form.kind == "e8m0" else None,
         )
 
 
