@@ -14,7 +14,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterable, Sequence
 from functools import reduce
-from operator import or_
+from operator import add, or_
 from typing import Any, NamedTuple
 
 from fd_dsa.device.allocation import Allocate
@@ -65,19 +65,29 @@ class Gemm(NamedTuple):
 
     Attributes:
         rows: rows of x and of the result.
-        inputs: columns of x and of the weight.
-        outputs: rows of the weight.
+        inputs: columns of a group of x and of the weight.
+        outputs: rows of a group's weight.
         is_fp8: True for block-scaled FP8, False for bfloat16.
+        groups: groups of inputs with a weight each.
     """
 
     rows: int
     inputs: int
     outputs: int
     is_fp8: bool
+    groups: int = 1
 
     def __str__(self) -> str:
         kind = "block-scaled FP8" if self.is_fp8 else "bfloat16"
-        return f"{kind} [{self.rows}, {self.inputs}] x [{self.outputs}, {self.inputs}]^T"
+        count = f"{self.groups} x " if self.groups > 1 else ""
+        return f"{count}{kind} [{self.rows}, {self.inputs}] x [{self.outputs}, {self.inputs}]^T"
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """Bytes from a group to the next one in FP8, in the order of a plan's places."""
+        depth, blocks = self.inputs // GROUP, self.outputs // GROUP
+        scales = 4 * depth * self.rows, 4 * depth * blocks
+        return self.outputs * self.inputs, self.inputs, 2 * self.outputs, 0, *scales
 
 
 class _Plan(NamedTuple):
@@ -150,16 +160,20 @@ class Cublaslt:
     ) -> None:
         """Set out = x @ weight^T of e4m3 codes, with a scale for each 128 inputs and float32 sums.
 
+        If rows of x are longer than those of the weight, each group of their inputs has a weight of
+        its own, and a GEMM. The weights of the groups are one below the other.
+
         cuBLASLt uses the number of rows as the stride of `scales_x`, and needs at least 8 rows. So
         the arrays of tokens have `padded_rows(num_tokens)` rows. Rows past the tokens may have any
         values, and affect only the same rows of `out`. All tensors are contiguous.
 
         Args:
-            codes_x: uint8 [rows, inputs], inputs a multiple of 512.
-            scales_x: float32 [inputs / 128, rows].
-            codes_w: uint8 [outputs, inputs], outputs a multiple of 8.
-            scales_w: float32 [ceil(outputs / 128), inputs / 128].
-            out: bfloat16 [rows, outputs].
+            codes_x: uint8 [rows, groups * inputs], inputs a multiple of 512.
+            scales_x: float32 [groups * inputs / 128, rows].
+            codes_w: uint8 [groups * outputs, inputs], outputs a multiple of 8, or of 128 if there
+                are several groups.
+            scales_w: float32 [ceil(groups * outputs / 128), inputs / 128].
+            out: bfloat16 [rows, groups * outputs].
         """
         self._run(codes_x, codes_w, out, scales_x, scales_w)
 
@@ -179,14 +193,17 @@ class Cublaslt:
         addresses = [tensor.data_ptr() for tensor in tensors]
         if reduce(or_, addresses) % _ALIGNMENT:
             raise _unaligned(plan.gemm, tensors)
-        for place, address in zip(plan.places, addresses, strict=False):
-            place.value = address
-        for pointer in plan.pointers:
-            # a direct call, because it needs no context and each GEMM makes two
-            status = self._set_pointer(*pointer)
-            if status:
-                raise self._functions.error(status, plan.gemm, _SET_OPERATION)
-        self._functions.call(plan.gemm, "cublasLtMatmul", *plan.arguments, stream)
+        for group in range(plan.gemm.groups):
+            if group:
+                addresses = list(map(add, addresses, plan.gemm.steps))
+            for place, address in zip(plan.places, addresses, strict=False):
+                place.value = address
+            for pointer in plan.pointers:
+                # a direct call, because it needs no context and each GEMM makes two
+                status = self._set_pointer(*pointer)
+                if status:
+                    raise self._functions.error(status, plan.gemm, _SET_OPERATION)
+            self._functions.call(plan.gemm, "cublasLtMatmul", *plan.arguments, stream)
 
     def _plan(self, x: Tensor, weight: Tensor, out: Tensor, *scales: Tensor) -> _Plan:
         """Return the plan for these arguments, which are checked when the plan is made."""
@@ -217,16 +234,16 @@ class Cublaslt:
         self._refuse_capture(f"a plan for {gemm}")
         operation = self._operation(gemm.is_fp8)
         operand, result = (_FP8, _BFLOAT16) if gemm.is_fp8 else (_BFLOAT16, _FLOAT32)
-        # rows without gaps
+        # rows of all groups without gaps
         layouts = [
             self._functions.made(
                 *("cublasLtMatrixLayoutCreate", kind),
-                *map(ctypes.c_int64, (width, rows, width)),
+                *map(ctypes.c_int64, (width, rows, groups * width)),
             )
-            for kind, width, rows in (
-                (operand, gemm.inputs, gemm.outputs),
-                (operand, gemm.inputs, gemm.rows),
-                (result, gemm.outputs, gemm.rows),
+            for kind, width, rows, groups in (
+                (operand, gemm.inputs, gemm.outputs, 1),
+                (operand, gemm.inputs, gemm.rows, gemm.groups),
+                (result, gemm.outputs, gemm.rows, gemm.groups),
             )
         ]
         a, b, d = layouts
@@ -274,21 +291,23 @@ class Cublaslt:
 
 def _checked(x: Tensor, weight: Tensor, out: Tensor, *scales: Tensor) -> Gemm:
     """Check arguments against each other and return their GEMM."""
-    (rows, inputs), outputs = x.shape, weight.shape[0]
-    operator, operand, result = "linear", "bfloat16", "float32"
+    (rows, width), (outputs, inputs) = x.shape, weight.shape
+    operator, operand, result, groups = "linear", "bfloat16", "float32", 1
     sides: list[Any] = []
     if scales:
         operator, operand, result = "fp8_linear", "uint8", "bfloat16"
-        if inputs % (4 * GROUP) or outputs % 8 or rows != padded_rows(rows):
+        groups = max(1, width // max(1, inputs))
+        rule = 8 if groups == 1 else groups * GROUP
+        if inputs % (4 * GROUP) or outputs % rule or rows != padded_rows(rows):
             raise ShapeError(
                 f"fp8_linear: got {rows} rows of x and a weight of {[outputs, inputs]}, allowed "
-                f"are padded_rows(num_tokens), a multiple of 8 and one of {4 * GROUP}"
+                f"are padded_rows(num_tokens), a multiple of {rule} and one of {4 * GROUP}"
             )
-        groups = inputs // GROUP
-        shapes = (groups, rows), (-(-outputs // GROUP), groups)
+        depth = inputs // GROUP
+        shapes = (groups * depth, rows), (-(-outputs // GROUP), depth)
         sides = [*zip(("scales_x", "scales_w"), scales, shapes, ["float32"] * 2, strict=True)]
     for name, tensor, shape, dtype in (
-        ("x", x, (rows, inputs), operand),
+        ("x", x, (rows, groups * inputs), operand),
         ("weight", weight, (outputs, inputs), operand),
         ("out", out, (rows, outputs), result),
         *sides,
@@ -296,7 +315,7 @@ def _checked(x: Tensor, weight: Tensor, out: Tensor, *scales: Tensor) -> Gemm:
         check_array(operator, name, tensor, shape, (dtype,))
         if not tensor.is_contiguous():
             raise ShapeError(f"{operator}: {name} of shape {list(shape)} is not contiguous")
-    return Gemm(rows, inputs, outputs, bool(scales))
+    return Gemm(rows, inputs, outputs // groups, bool(scales), groups)
 
 
 def _unaligned(gemm: Gemm, tensors: Iterable[Tensor]) -> LaunchError:

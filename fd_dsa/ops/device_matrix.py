@@ -41,10 +41,15 @@ from fd_dsa.triton_runtime.device_api import traits_for
 logger = logging.getLogger(__name__)
 OWN_ROWS = 32
 """Maximum number of rows for our own FP8 GEMM, which is then faster (`benchmarks.gpu_gemms`)."""
+GROUPED_ROWS = 4096
+"""Minimum number of rows for FP8 GEMMs of cuBLASLt by group.
+
+With fewer rows the GEMM of a group leaves too many processors without a tile.
+"""
 
 
 @cache
-def _cublaslt(kind: type, place: Place) -> tuple[Any, bool]:
+def library_on(kind: type, place: Place) -> tuple[Any, bool]:
     """Return cuBLASLt on a device, None if it is missing, and True if it supports block FP8."""
     example = empty((1,), "float32", place)
     if not on_device(example) or INTERPRETING:
@@ -58,6 +63,27 @@ def _cublaslt(kind: type, place: Place) -> tuple[Any, bool]:
     many = f"our own kernel ({against})" if against else "cuBLASLt"
     logger.info("FP8 GEMMs of more than %d rows: %s", OWN_ROWS, many)
     return library, not against
+
+
+def _fp8_by_cublaslt(rows: Fp8Rows, codes: Tensor, scales: Tensor) -> Tensor | None:
+    """Multiply rows by an FP8 weight, or each group of their inputs by a weight of its own.
+
+    Args:
+        rows, codes, scales: as for `fp8_linear` or `fp8_linear_by_group`.
+
+    Returns:
+        bfloat16 [num_rows, out]. None if cuBLASLt may not be used, or would need a copy.
+    """
+    x, (outputs, width) = rows.padded, codes.shape
+    if x is None or fixed_order() or outputs % 8 or width % (4 * GROUP):
+        return None
+    library, takes_fp8 = library_on(x.__class__, x.place)
+    if not takes_fp8:
+        return None
+    num_rows, shape = rows.codes.shape[0], (x.shape[0], outputs)
+    out = empty(shape, "bfloat16", x.place)
+    library.fp8_linear(x, rows.scales, codes, scales, out)
+    return out if num_rows == shape[0] else out[:num_rows]
 
 
 class DeviceNorm:
@@ -141,7 +167,7 @@ class DeviceMatrix:
         """
         rows = self._read(x)
         if self.sums_in_float32 and self.scales is None and not fixed_order():
-            library, _ = _cublaslt(rows.__class__, rows.place)
+            library, _ = library_on(rows.__class__, rows.place)
             if library is not None:
                 if out is None:
                     out = empty((rows.shape[0], self.values.shape[0]), "float32", rows.place)
@@ -164,15 +190,10 @@ class DeviceMatrix:
 
     def _matmul_fp8(self, rows: Fp8Rows, scales: Tensor) -> Tensor:
         """Multiply by cuBLASLt if there are many rows and it supports them, else by our kernel."""
-        num_rows, x = rows.codes.shape[0], rows.padded
-        if num_rows > OWN_ROWS and x is not None and self._suits_cublaslt:
-            library, takes_fp8 = _cublaslt(x.__class__, x.place)
-            if takes_fp8:
-                shape = x.shape[0], self.values.shape[0]
-                out = empty(shape, "bfloat16", x.place)
-                library.fp8_linear(x, rows.scales, self.values, scales, out)
-                return out if num_rows == shape[0] else out[:num_rows]
-        return fp8_linear(rows, self.values, scales)
+        found = None
+        if rows.codes.shape[0] > OWN_ROWS:
+            found = _fp8_by_cublaslt(rows, self.values, scales)
+        return fp8_linear(rows, self.values, scales) if found is None else found
 
     def matmul_beside(
         self,
@@ -203,12 +224,6 @@ class DeviceMatrix:
         else:
             found, others = self.matmul(x), other.matmul(x)
         return found if reader is None else reader.activated(found, limit), others
-
-    @property
-    def _suits_cublaslt(self) -> bool:
-        """True if cuBLASLt may be used, and reads the codes and scales without a copy."""
-        outputs, width = self.values.shape
-        return not fixed_order() and outputs % 8 == 0 and width % (4 * GROUP) == 0
 
     def matmul_by_head(self, x: Tensor) -> Tensor:
         """Multiply x [num_tokens, heads, in], maybe a view, by each head's weight: [..., out]."""
@@ -286,8 +301,12 @@ class GroupedFp8:
         """
         if not isinstance(x, Fp8Rows):
             x = quantize_rows(x.reshape([x.shape[0], -1]), self.round_scales)
-        rounds = None if reader.scales is None else reader.round_scales
-        return fp8_linear_by_group(x, self.codes, self.scales, rounds)
+        rounds, found = None if reader.scales is None else reader.round_scales, None
+        if x.codes.shape[0] >= GROUPED_ROWS:
+            found = _fp8_by_cublaslt(x, self.codes, self.scales)
+        if found is None:
+            return fp8_linear_by_group(x, self.codes, self.scales, rounds)
+        return found if rounds is None else quantize_rows(found, rounds)
 
 
 class FourBitExperts:

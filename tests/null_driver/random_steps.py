@@ -61,7 +61,7 @@ def v4_sizes(draw: random.Random) -> tuple[dict[str, Any], dict[str, Any]]:
     config: dict[str, Any] = {
         "max_model_len": draw.choice((300, 3000, 8192)),
         "max_num_seqs": draw.choice((1, 3, 8, 64)),
-        "max_num_batched_tokens": draw.choice((64, 100, 576, 2048)),
+        "max_num_batched_tokens": draw.choice((64, 100, 576, 2048, 8192)),
         "kv_cache_memory_bytes": "2G",
         "enforce_eager": True,
         "tensor_parallel_size": draw.choice((1, 2, 8)),

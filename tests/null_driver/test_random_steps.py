@@ -25,7 +25,7 @@ ONE_ROW_WITH_DRAFTS = 119
     "arguments",
     [
         *((str(seed),) for seed in (*range(5), ONE_ROW_WITH_DRAFTS)),
-        *((str(seed), "deepseek_v4") for seed in (1, 2, 5, 7)),
+        *((str(seed), "deepseek_v4") for seed in (1, 2, 5, 7, 24)),
         ("1", "nvfp4 of modelopt"),
         ("3", "awq"),
         ("4", "gptq, symmetric"),

@@ -7,7 +7,11 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
+from fd_dsa.ops.cache_write import bfloat16_bits
 from fd_dsa.ops.cublaslt import Cublaslt
+from tests.ops.block_fp8 import row_values, weight_values
 from tests.triton_runtime.fakes import FakeApi, FakeLibrary
 
 WORKSPACE = 32 << 20
@@ -134,11 +138,37 @@ class Blas:
         )
 
 
+class MultiplyingBlas(Blas):
+    """The functions on host memory, which multiply in FP8, column by column as cuBLASLt reads."""
+
+    def _matmul(self, *arguments: Any) -> None:
+        super()._matmul(*arguments)
+        note = self.launches[-1]
+        weight, x, out = map(_columns, note["addresses"], note["layouts"])
+        blocks = -(-len(weight) // 128), weight.shape[1] // 128
+        scales = note["attributes"][17], note["attributes"][18]
+        scales_w = _columns(scales[0], (0, *blocks[::-1], blocks[1]))
+        scales_x = _columns(scales[1], (0, len(x), blocks[1], len(x)))
+        sums = row_values(x, scales_x) @ weight_values(weight, scales_w).T
+        out[...] = bfloat16_bits(sums.astype(np.float32))
+
+
+def _columns(address: int, layout: tuple[int, ...]) -> np.ndarray:
+    """Columns of a layout in host memory, as rows of an array."""
+    kind, rows, columns, step = layout
+    number = {0: ctypes.c_float, 14: ctypes.c_uint16, 28: ctypes.c_uint8}[kind]
+    memory = (number * (step * (columns - 1) + rows)).from_address(address)
+    flat = np.ctypeslib.as_array(memory)
+    return np.lib.stride_tricks.as_strided(
+        flat, (columns, rows), (step * flat.itemsize, flat.itemsize)
+    )
+
+
 class Bench:
     """cuBLASLt on a fake device, with its library, its driver and its memory."""
 
-    def __init__(self, driver: Driver, device: int = 0) -> None:
-        self.driver, self.blas, self.api = driver, Blas(driver), FakeApi(stream=7)
+    def __init__(self, driver: Driver, device: int = 0, blas: type[Blas] = Blas) -> None:
+        self.driver, self.blas, self.api = driver, blas(driver), FakeApi(stream=7)
         self.allocated: list[Tensor] = []
         self.lt = Cublaslt(self.api, device, self.allocate, self.blas)
 

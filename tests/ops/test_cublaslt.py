@@ -38,11 +38,11 @@ X, W = Tensor(0x1000, (5, 64)), Tensor(0x2000, (48, 64))
 OUT = Tensor(0x3000, (5, 48), "fake.float32")
 
 
-def fp8(rows: int = 8, inputs: int = 512, outputs: int = 136) -> list[Tensor]:
-    """Arguments of `fp8_linear` that fit."""
+def fp8(rows: int = 8, inputs: int = 512, outputs: int = 136, groups: int = 1) -> list[Tensor]:
+    """Arguments of `fp8_linear` that fit, `outputs` of all groups."""
     return [
-        Tensor(0x1000, (rows, inputs), "fake.uint8"),
-        Tensor(0x2000, (inputs // 128, rows), "fake.float32"),
+        Tensor(0x1000, (rows, groups * inputs), "fake.uint8"),
+        Tensor(0x2000, (groups * inputs // 128, rows), "fake.float32"),
         Tensor(0x3000, (outputs, inputs), "fake.uint8"),
         Tensor(0x4000, (-(-outputs // 128), inputs // 128), "fake.float32"),
         Tensor(0x5000, (rows, outputs), "fake.bfloat16"),
@@ -146,6 +146,20 @@ def test_fp8_in_the_terms_of_cublaslt(bench: Bench) -> None:
     assert bench.blas.calls["cublasLtMatmulAlgoGetHeuristic"] == 1
 
 
+def test_groups_in_the_terms_of_cublaslt(bench: Bench) -> None:
+    """A group's operands are columns of wider rows, and rows of the weight and of both scales."""
+    bench.lt.fp8_linear(*fp8(rows=12, outputs=3 * 256, groups=3))
+    layouts = [(28, 512, 256, 512), (28, 512, 12, 1536), (14, 256, 12, 768)]
+    for group, launch in enumerate(bench.blas.launches):
+        assert launch["layouts"] == layouts
+        weight, x, out = 0x3000 + group * 256 * 512, 0x1000 + group * 512, 0x5000 + group * 512
+        assert launch["addresses"] == (weight, x, out)
+        scales_w, scales_x = 0x4000 + group * 4 * 2 * 4, 0x2000 + group * 4 * 4 * 12
+        assert launch["attributes"] == {3: 1, 17: scales_w, 18: scales_x, 31: 5, 32: 4}
+    assert len(bench.blas.launches) == 3
+    assert bench.blas.calls["cublasLtMatmulAlgoGetHeuristic"] == 1
+
+
 def test_a_shape_is_planned_once_and_a_stream_has_one_workspace(bench: Bench) -> None:
     for stream, address in ((7, 0x1000), (7, 0x9000), (0, 0x1000), (7, 0x1000)):
         bench.api.stream = stream
@@ -175,6 +189,8 @@ def changed(position: int, **fields: Any) -> list[Tensor]:
         (fp8(rows=13), ShapeError, "got 13 rows"),
         (fp8(inputs=384), ShapeError, "a multiple of 8 and one of 512"),
         (fp8(outputs=132), ShapeError, "a multiple of 8 and one of 512"),
+        (fp8(outputs=136, groups=2), ShapeError, "a multiple of 256 and one of 512"),
+        (changed(0, shape=(8, 1000)), ShapeError, r"x has shape \[8, 1000\], allowed is \[8, 512"),
         (changed(1, shape=(4, 12)), ShapeError, r"scales_x has shape \[4, 12\], allowed is \[4, 8"),
         (changed(3, shape=(2, 3)), ShapeError, r"scales_w has shape \[2, 3\], allowed is \[2, 4"),
         (changed(0, step=600), ShapeError, r"x of shape \[8, 512\] is not contiguous"),

@@ -115,6 +115,20 @@ def test_fp8_linear(memory: KernelMemory, num_tokens: int, size: tuple[int, int]
     case.check(memory.get(case.operands[4]), num_tokens)
 
 
+def test_fp8_linear_by_group(memory: KernelMemory) -> None:
+    """Two groups of inputs, each with a weight of its own."""
+    skip_without_block_scales(memory)
+    m, parts = memory, [fp8(memory, 301, (256, 1024), seed=n) for n in range(2)]
+    x, scales_x, weight, scales_w = (
+        m.put(np.concatenate([m.get(part.operands[i]) for part in parts], axis=i == 0))
+        for i in range(4)
+    )
+    out = m.poisoned((padded_rows(301), 512), "bfloat16")
+    cublaslt(m).fp8_linear(x, scales_x, weight, scales_w, out)
+    for part, found in zip(parts, np.split(m.get(out), 2, axis=1), strict=True):
+        part.check(found, 301)
+
+
 def test_repeats_give_the_same_bits(memory: KernelMemory) -> None:
     skip_without_block_scales(memory)
     lt, size = cublaslt(memory), (2240, 7168)

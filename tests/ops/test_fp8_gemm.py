@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,12 +13,17 @@ pytest.importorskip("paddle", reason="the launches take Paddle's tensors")
 from benchmarks import _tilings
 from fd_dsa.device.transfers import Transfers
 from fd_dsa.errors import ShapeError
-from fd_dsa.ops import split_sums
+from fd_dsa.ops import device_matrix, split_sums
+from fd_dsa.ops.arrays import dtype_name
+from fd_dsa.ops.dense_kernels import quantize_rows
+from fd_dsa.ops.device_matrix import DeviceMatrix, GroupedFp8
 from fd_dsa.ops.fp8_gemm import configuration, fp8_linear, fp8_linear_by_group
 from fd_dsa.ops.split_sums import Tiling
-from tests.kernel_memory import KernelMemory, ending_midway
+from tests.kernel_memory import KernelMemory, ending_midway, open_memory
 from tests.ops import block_fp8
 from tests.ops.block_fp8 import put_pair, row_values, weight_values
+from tests.ops.cublaslt_fakes import Bench, Driver, MultiplyingBlas, Tensor
+from tests.triton_runtime.fakes import driven_by
 
 pytestmark = pytest.mark.triton
 
@@ -91,6 +97,38 @@ def test_values_by_group(paddle_memory: KernelMemory, round_scales: bool | None)
         step = 2.0**-10 if m.on_gpu else 2.0**-21
         bound = step * size + 2.0**-8 * np.abs(wanted)
         assert (np.abs(block_fp8.get(m, found) - wanted) <= bound).all()
+
+
+def test_long_steps_by_cublaslt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The results are those of our kernel, but for their roundings."""
+    m, rng = open_memory("interpreter"), np.random.default_rng(6)
+    groups, columns, width = 2, 128, 512
+    weight = GroupedFp8(*put_pair(m, block_fp8.weight(rng, groups * columns, width))[:2], True)
+    plain, fp8 = (
+        DeviceMatrix(m.put(np.zeros((1, 1), np.uint8)), scales, round_scales=True)
+        for scales in (None, m.put(np.ones((1, 1), np.float32)))
+    )
+    monkeypatch.setattr(device_matrix, "GROUPED_ROWS", 13)
+    with driven_by(Driver()) as driver:
+        bench = Bench(driver, blas=MultiplyingBlas)
+        library = SimpleNamespace(fp8_linear=lambda *t: bench.lt.fp8_linear(*map(on_host, t)))
+        monkeypatch.setattr(device_matrix, "library_on", lambda kind, place: (library, True))
+        for rows, calls in ((12, 0), (13, 4), (16, 8)):
+            x = block_fp8.put(m, rng.standard_normal((rows, groups, width)), "bfloat16")
+            given = quantize_rows(x.reshape([rows, -1]), True)
+            own = block_fp8.get(m, fp8_linear_by_group(given, weight.codes, weight.scales))
+            found = block_fp8.get(m, weight.matmul_join_heads(x, plain))
+            block_fp8.check_quantized(m, weight.matmul_join_heads(x, fp8), found, True)
+            assert len(bench.blas.launches) == calls and found.shape == own.shape
+            # a bit of a bfloat16, and float32 sums
+            bound = 2.0**-7 * np.abs(own) + 2.0**-20 * np.abs(own).max()
+            assert (np.abs(found - own) <= bound).all()
+
+
+def on_host(tensor: Any) -> Tensor:
+    """A tensor as the fake device has it, at its own address."""
+    dtype = f"fake.{dtype_name(tensor.dtype)}"
+    return Tensor(tensor.data_ptr(), tuple(tensor.shape), dtype)
 
 
 def test_groups_that_do_not_fit_are_refused(paddle_memory: KernelMemory) -> None:
