@@ -8,13 +8,14 @@ of custom_ops/ attends, if it supports the device and the sizes.
 from __future__ import annotations
 
 from fd_dsa.device.allocation import Allocate
+from fd_dsa.errors import LaunchError
 from fd_dsa.ops.arrays import dtype_name
 from fd_dsa.ops.dense_kernels import empty_beside, empty_fp8_rows, kernel_arguments
 from fd_dsa.ops.mla.tensor_core import COMBINE_CONFIGS, MAX_SPLITS, Partials
 from fd_dsa.ops.split_sums import rows_of_tiles
 from fd_dsa.ops.v4_attend_cuda import kernel_for, suits
 from fd_dsa.ops.v4_attend_kernel import attend_v4_kernel, combine_v4_kernel
-from fd_dsa.ops.v4_places import Entries, TokenPlaces, Windows
+from fd_dsa.ops.v4_places import Entries, PlainKeys, TokenPlaces, Windows
 from fd_dsa.tensor import Fp8Rows, Tensor
 from fd_dsa.triton_runtime import next_power_of_2
 from fd_dsa.triton_runtime.device_api import traits_for
@@ -93,6 +94,7 @@ def attend_v4(
     epsilon: float,
     partials: Partials | None = None,
     round_scales: bool | None = None,
+    plain: PlainKeys | None = None,
 ) -> Tensor | Fp8Rows:
     """Attend to the window and the entries of each token, [num_tokens, num_heads * width].
 
@@ -106,8 +108,13 @@ def attend_v4(
         partials: memory for splits; None = no splits.
         round_scales: None returns the type of `q`. Otherwise the result is Fp8Rows with such
             scales; the width is then a multiple of 128.
+        plain: values of the records of some rows. Only a kernel of custom_ops/ reads them, so
+            `suits` and `kernel_for` must allow it for these queries.
 
     Cost: one or two launches. GEMM operands have the type of `q`, sums are in float32.
+
+    Raises:
+        LaunchError: `plain` is given, and Triton's kernel attends.
     """
     (tokens, columns), heads = q.shape, sinks.shape[0]
     out = (empty_beside if round_scales is None else empty_fp8_rows)(q, tokens, columns)
@@ -116,10 +123,12 @@ def attend_v4(
     shape = num_programs(tokens, heads), columns // heads, cos_sin.shape[1]
     own = kernel_for(q) if suits(dtype_name(q.dtype), *shape, round_scales) else None
     given = q, windows, entries, sinks, cos_sin, places, epsilon
-    if own is None:
-        _attend_by_triton(*given, partials, out, round_scales=bool(round_scales))
+    if own is not None:
+        own(*given, out, plain)
+    elif plain is not None:
+        raise LaunchError("attend_v4: Triton's kernel reads no plain keys; pass records alone")
     else:
-        own(*given, out)
+        _attend_by_triton(*given, partials, out, round_scales=bool(round_scales))
     return out
 
 

@@ -11,7 +11,7 @@ import ctypes
 from fd_dsa.ops.arrays import dtype_name
 from fd_dsa.ops.dense_kernels import kernel_arguments
 from fd_dsa.ops.library_kernel import LibraryKernel, hopper_kernel
-from fd_dsa.ops.v4_places import Entries, TokenPlaces, Windows
+from fd_dsa.ops.v4_places import Entries, PlainKeys, TokenPlaces, Windows
 from fd_dsa.tensor import Fp8Rows, Tensor
 
 FEW_PROGRAMS = 32
@@ -24,7 +24,7 @@ its time depends on their number.
 _WIDTH, _ROPE = 512, 64
 _INPUTS = "q", "keys", "ring", "pool", "slots", "sinks", "cos_sin"
 _PLACES = "positions", "rows", "starts", "block_table"
-_PLAIN = "plain_keys", "plain_ring", "plain_pool", "is_plain"
+_PLAIN = "keys", "ring", "pool"
 _SIZES = "num_tokens", "num_heads", "window", "ring_rows", "ratio", "per_block", "table_width"
 
 
@@ -32,7 +32,9 @@ class V4Attend(ctypes.Structure):
     """FdDsaV4Attend of custom_ops/csrc/v4_attend.h, which describes the fields."""
 
     _fields_ = (
-        *((n, ctypes.c_void_p) for n in (*_INPUTS, *_PLACES, *_PLAIN, "out", "codes", "scales")),
+        *((n, ctypes.c_void_p) for n in (*_INPUTS, *_PLACES)),
+        *((f"plain_{n}", ctypes.c_void_p) for n in _PLAIN),
+        *((n, ctypes.c_void_p) for n in ("is_plain", "out", "codes", "scales")),
         *((n, ctypes.c_int64) for n in ("q_stride", "scale_stride")),
         ("epsilon", ctypes.c_float),
         *((n, ctypes.c_int32) for n in (*_SIZES, "topk", "num_slots", "num_plain_slots", "is_fp8")),
@@ -54,20 +56,21 @@ class V4Attention(LibraryKernel):
         places: TokenPlaces,
         epsilon: float,
         out: Tensor | Fp8Rows,
+        plain: PlainKeys | None = None,
     ) -> None:
         """Enqueue one launch.
 
         Args:
-            q, windows, entries, sinks, cos_sin, places, epsilon: as for `attend_v4`.
+            q, windows, entries, sinks, cos_sin, places, epsilon, plain: as for `attend_v4`.
             out: its result, bfloat16 or Fp8Rows with powers of two as scales.
         """
         job = self.job
         self.bind(q)
         pool, ratio, slots = entries or (None, 1, None)
-        plain, codes, scales, job.scale_stride = kernel_arguments(out)
+        values, codes, scales, job.scale_stride = kernel_arguments(out)
         job.is_fp8 = dtype_name(windows.keys.dtype) == "uint8"
         tensors = {"keys": windows.keys, "ring": windows.ring, "pool": pool, "cos_sin": cos_sin}
-        tensors |= {"slots": slots, "sinks": sinks, "out": plain, "codes": codes, "scales": scales}
+        tensors |= {"slots": slots, "sinks": sinks, "out": values, "codes": codes, "scales": scales}
         multiples = dict.fromkeys(("keys", "ring", "pool"), 8 if job.is_fp8 else 16)
         multiples |= dict.fromkeys(("cos_sin", "out", "codes"), 16)
         for name, tensor in {**tensors, **places._asdict()}.items():
@@ -84,7 +87,21 @@ class V4Attention(LibraryKernel):
             job.per_block, job.num_slots = pool.shape[1], pool.shape[0] * pool.shape[1]
         if slots is not None:
             job.topk = slots.shape[1]
+        self._set_plain(plain)
         self.launch()
+
+    def _set_plain(self, plain: PlainKeys | None) -> None:
+        """Write addresses of plain keys to the structure, or that there are none."""
+        job = self.job
+        job.is_plain, job.num_plain_slots = None, 0
+        if plain is None:
+            return
+        for name in _PLAIN:
+            address = self._address(f"plain_{name}", getattr(plain, name), multiple=16)
+            setattr(job, f"plain_{name}", address)
+        job.is_plain = self._address("is_plain", plain.is_plain)
+        job.block_table = self._address("block_table", plain.block_table)
+        job.table_width, job.num_plain_slots = plain.block_table.shape[1], plain.num_slots
 
 
 def suits(kind: str, num_programs: int, width: int, rope: int, round_scales: bool | None) -> bool:

@@ -49,3 +49,25 @@ class Entries(NamedTuple):
     pool: Tensor
     ratio: int
     slots: Tensor | None = None
+
+
+class PlainKeys(NamedTuple):
+    """Values of the keys and entries of some rows, which their tokens read instead of records.
+
+    The first three are float32 tensors, whose memory has rows of bfloat16 values.
+
+    Attributes:
+        keys, ring: rows with the numbers of those of `Windows`.
+        pool: [num_slots, width], rows with the slots of `block_table`.
+        is_plain: int32 [num_rows], 0 = tokens of the row read records.
+        block_table: int32 [num_rows, columns], blocks of each row, in `pool` if the row is plain.
+            The slots of `Entries` are those of this table.
+        num_slots: rows of `pool`.
+    """
+
+    keys: Tensor
+    ring: Tensor
+    pool: Tensor
+    is_plain: Tensor
+    block_table: Tensor
+    num_slots: int

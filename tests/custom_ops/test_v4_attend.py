@@ -19,6 +19,7 @@ from fd_dsa.ops.dense_kernels import quantize_rows
 from fd_dsa.ops.v4_attend import num_programs
 from fd_dsa.ops.v4_attend_cuda import suits
 from fd_dsa.ops.v4_places import Entries, TokenPlaces, Windows
+from fd_dsa.ops.v4_plain import PlainRows, PlainSizes
 from fd_dsa.tensor import Fp8Rows
 from tests.kernel_memory import KernelMemory
 from tests.ops import block_fp8, v4_records
@@ -77,6 +78,7 @@ class Step:
         rng, self.form = np.random.default_rng(sum(before)), form
         self.rows = np.repeat(np.arange(len(new)), new)
         self.positions = np.concatenate(list(map(np.arange, before, np.add(before, new))))
+        self.before, self.new = before, new
         self.starts = np.concatenate(([0], np.cumsum(new)))
         padding = np.full(1, -1)
         tokens = len(self.rows) + 1
@@ -174,6 +176,77 @@ def test_codes_are_those_of_the_values(memory: KernelMemory) -> None:
     again = v4_attend.attend_v4(*case.given, case.places, EPS, round_scales=True)
     assert isinstance(again, Fp8Rows)
     np.testing.assert_array_equal(m.get(found.codes), m.get(again.codes))
+
+
+@pytest.mark.parametrize("name", [name for name in FORMS if FORMS[name].is_fp8])
+def test_plain_rows_read_values(memory: KernelMemory, name: str) -> None:
+    """They have the bits of records, which are wrong by now. Other rows read records."""
+    m, form, case = memory, FORMS[name], Step(memory, FORMS[name], *STEPS[1])
+    wanted = m.get(v4_attend.attend_v4(*case.given, case.places, EPS))
+    rows, columns = case.table.shape
+    tokens, ratio = len(case.rows) + 1, form.ratio or LONGEST
+    block = form.per_block * ratio
+    sizes = PlainSizes(
+        tokens, rows, columns, 0, form.window, form.ring_rows, block, ratio, WIDTH, ROPE
+    )
+    # no more memory than the plain rows need
+    needed = sum(
+        -(-(case.before[row] + case.new[row]) // ratio // form.per_block) for row in (1, 2)
+    )
+    words = (sizes.first_entry + max(needed, 1) * form.per_block) * WIDTH // 2
+    plain = PlainRows(sizes, m.poisoned((words,), "float32"), m.poisoned)
+    counts = (m.put(np.array(x, np.int32)) for x in (case.before, case.new))
+    places = plain.place(*counts, case.places.block_table, rows * columns)
+    is_plain = m.get(places.is_plain) > 0
+    assert is_plain.tolist() == [False, True, True]
+    _, windows, entries, *others = case.given
+    values = plain.fill(windows, entries, case.places.rows, rows)
+    tokens_of_plain, table = np.append(is_plain[case.rows], False), m.get(places.block_table)
+    windows = windows._replace(
+        keys=spoiled(m, windows.keys, tokens_of_plain),
+        ring=spoiled(m, windows.ring, np.repeat(is_plain, form.ring_rows)),
+    )
+    if entries is not None:
+        pool = spoiled(
+            m, entries.pool, np.isin(np.arange(rows * columns + 1), case.table[is_plain])
+        )
+        slots = case.slots.copy()
+        for token, row in enumerate(case.rows):
+            if is_plain[row]:
+                numbers = dict(zip(case.table[row], table[row], strict=True))
+                found = [
+                    numbers[slot // form.per_block] * form.per_block + slot % form.per_block
+                    for slot in slots[token][slots[token] >= 0]
+                ]
+                slots[token][slots[token] >= 0] = found
+        entries = entries._replace(pool=pool, slots=m.put(slots.astype(np.int32)))
+        entries = entries if form.topk else entries._replace(slots=None)
+    given = case.q, windows, entries, *others, case.places, EPS
+    found = m.get(v4_attend.attend_v4(*given, plain=values))
+    np.testing.assert_array_equal(found, wanted)
+    # the values of plain rows are read, and no others
+    again = m.get(v4_attend.attend_v4(*given))
+    differs = (again != wanted).any(axis=1)
+    np.testing.assert_array_equal(differs, tokens_of_plain)
+
+
+def spoiled(m: KernelMemory, records: Any, rows: np.ndarray) -> Any:
+    """Records of which some have other bytes."""
+    found = m.get(records)
+    found[rows] ^= 0x11
+    return m.put(found)
+
+
+def test_values_without_the_kernel_are_refused(
+    memory: KernelMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = Step(memory, FORMS["window, records"], *STEPS[0])
+    sizes = PlainSizes(4, 2, 1, 0, 40, 43, 8, 8, WIDTH, ROPE)
+    plain = PlainRows(sizes, memory.poisoned((sizes.least_words,), "float32"), memory.poisoned)
+    values = plain.fill(case.windows, None, case.places.rows, 0)
+    monkeypatch.setattr(v4_attend_cuda, "FEW_PROGRAMS", 1 << 20)
+    with pytest.raises(LaunchError, match="Triton's kernel reads no plain keys"):
+        v4_attend.attend_v4(*case.given, case.places, EPS, plain=values)
 
 
 def test_sizes_that_triton_serves() -> None:

@@ -42,6 +42,8 @@ ALONE += (
     "verify",
     "follow",
     "extend",
+    "plain rows",
+    "plain keys",
 )
 AHEAD = "norm", "choice", "streams"
 # before, Triton has no `gdc_wait`, or calls it otherwise
@@ -108,6 +110,7 @@ def test_forms_of_deepseek_v4(capability: int) -> None:
     made = compiled(V4, capability)
     names = {"streams", "norm", "rotate", "write", "keep", "attend", "silu", "experts"}
     names |= {"combine", "choice", "look up", "place", "snapshots", "last streams"}
+    names |= {"plain rows", "plain keys"}
     # with FP8 activations or records
     codes = "norm", "rotate", "write", "attend", "combine"
     assert {form["label"] for form in made} == names

@@ -12,12 +12,14 @@ from fd_dsa.ops.expert_tables import look_up_experts_kernel
 from fd_dsa.ops.slot_copy import copy_slot_kernel
 from fd_dsa.ops.stream_kernels import expand_streams_kernel, read_streams_kernel
 from fd_dsa.ops.v4_attend_kernel import attend_v4_kernel, combine_v4_kernel
+from fd_dsa.ops import v4_plain
 from fd_dsa.ops import v4_write_kernels as write
 from fd_dsa.ops.v4_rotation import rotate_heads_kernel
 from fd_dsa.v4_prepare.place_kernel import place_step_kernel
 
 INT32_TYPES = dict.fromkeys(
     ("positions_ptr", "rows_ptr", "plan_ptr", "places_ptr", "kept_ptr", "starts_ptr",
+     "is_plain_ptr", "plain_table_ptr", "blocks_ptr", "total_ptr",
      "block_table_ptr", "token_ids_ptr", "table_ptr", "before_ptr", "new_ptr", "ring_rows_ptr",
      *(f"{kind}_{part}_ptr" for kind in ("csa", "hca") for part in ("entries", "rows", "kept"))),
     "int32")
@@ -116,6 +118,13 @@ for kind in ("float32", "bfloat16"):
 for absent in ({}, {"slots_ptr": None}):
     compile("place", place_step_kernel, INT32_TYPES | {"newest_ptr": "int64"}, WINDOW=128,
             RING=131, BLOCK_SIZE=128, CSA_RATIO=4, HCA_RATIO=128, ROW_TILE=256, TILE=128, **absent)
+records = dict.fromkeys(("keys_ptr", "ring_ptr", "pool_ptr"), "uint8")
+compile("plain rows", v4_plain.place_plain_kernel, INT32_TYPES, MOST_DRAFTS=1, ENTRIES_PER_TOKEN=16,
+        BLOCK_SIZE=256, RATIO=4, ROW_TILE=256, TILE=128)
+for ratio, absent in ((4, {}), (128, {}), (4, {"pool_ptr": None})):
+    compile("plain keys", v4_plain.fill_plain_kernel, INT32_TYPES | records, RING=129, WINDOW=128,
+            RATIO=ratio, PER_BLOCK=256 // ratio, ROW=v4_record_bytes(WIDTH, ROPE), WIDTH=WIDTH,
+            ROPE=ROPE, TILE=16, num_warps=8, **absent)
 for experts in (256, 384):
     padded = 1 << (experts - 1).bit_length()
     sizes = dict(NUM_EXPERTS=experts, TOP_K=6, SCORE="sqrtsoftplus", EXPERTS=padded, MAX_PAIRS=512,
