@@ -16,15 +16,19 @@ LOGITS_BYTES = 512 << 20
 longer step are scored in chunks."""
 
 
-def logits_size(sizes: IndexerSizes) -> Sizes:
-    """Return the size of the buffer of scores."""
+def logits_size(sizes: IndexerSizes, least: int = 0) -> Sizes:
+    """Return the size of the buffer of scores, at least `least` of them."""
     count = min(max(LOGITS_BYTES // 4, sizes.max_keys), sizes.max_num_tokens * sizes.max_keys)
-    return {"logits": (count, (), "float32")}
+    return {"logits": (max(count, least), (), "float32")}
 
 
-def score_sizes(sizes: IndexerSizes, gpu: GpuTraits) -> Sizes:
-    """Return the sizes of all buffers that SelectedScores needs on a device."""
-    found = logits_size(sizes)
+def score_sizes(sizes: IndexerSizes, gpu: GpuTraits, least: int = 0) -> Sizes:
+    """Return the sizes of all buffers that SelectedScores needs on a device.
+
+    Args:
+        least: least number of scores that fit.
+    """
+    found = logits_size(sizes, least)
     if tiles_unsupported_reason(sizes) is None:
         found |= tile_sizes(sizes, found["logits"][0], gpu.num_processors)
     return found

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 
 import numpy as np
 
@@ -29,13 +30,14 @@ from fd_dsa.ops.slot_copy import copy_slot
 from fd_dsa.ops.topk.custom_op import slot_selector
 from fd_dsa.ops.v4_attend import attend_v4, new_partials
 from fd_dsa.ops.v4_entries import Compression, Norm, Pooling
-from fd_dsa.ops.v4_places import Entries, Windows
+from fd_dsa.ops.v4_places import Entries, PlainKeys, Windows
+from fd_dsa.ops.v4_plain import PlainRows
 from fd_dsa.ops.v4_rotation import rotate_heads
 from fd_dsa.ops.v4_write_kernels import Ring, keep_step, write_step
 from fd_dsa.runner.input_batch import InputBatch
 from fd_dsa.step import StepHints
 from fd_dsa.tensor import Fp8Rows, Normed, StepArray, Tensor
-from fd_dsa.v4_attention.device_memory import indexer_sizes
+from fd_dsa.v4_attention.device_memory import indexer_sizes, plain_sizes
 from fd_dsa.v4_attention.device_pools import DeviceLayout, DevicePools
 from fd_dsa.v4_attention.device_step import DeviceStep, StepPlaces
 
@@ -93,8 +95,12 @@ class V4DeviceBackend:
         ]
         self._partials = new_partials(config.head_dim, allocate)
         of_index, buffers = indexer_sizes(self._layout, batch, dtype), Buffers()
-        add_buffers(buffers, logits_size(of_index), allocate)
-        kind = device_kind(buffers["logits"][0])
+        plain = plain_sizes(self._layout, batch, dtype)
+        add_buffers(buffers, logits_size(of_index, plain.least_words if plain else 0), allocate)
+        logits = buffers["logits"][0]
+        # the buffer of scores is free when the tokens of a layer attend
+        self._plain = PlainRows(plain, logits, allocate) if plain else None
+        kind = device_kind(logits)
         # Triton's interpreter has its tensors in host memory
         kind = "interpreter" if kind == "cpu" else kind
         self._select_slots = slot_selector(kind, allocate)
@@ -174,6 +180,10 @@ class V4DeviceBackend:
             slots[0] if writes_snapshots else None,
             has_prompts=prefill != 0,
         )
+        plain_tokens = num_tokens if prefill != 0 else 0
+        if self._plain is not None and self._plain.serves(before, plain_tokens):
+            places = self._plain.place(before, new, tables, self._num_blocks)
+            self._step = step = replace(step, plain=places)
         self._built_for, self._parts = forward_meta, EqualParts(self._group, num_tokens)
         if step.index_view is not None:
             # all layers share the schedule of the scores
@@ -206,9 +216,12 @@ class V4DeviceBackend:
 
         Returns:
             [num_tokens, num_heads * head_dim], rotated back, as `layer.round_scales` says; and the
-            slots of the selected entries, None if every token attends to all entries.
+            result of `select_entries`, None if every token attends to all entries.
         """
         step, pools = self.current_step(forward_meta), forward_meta.caches[layer.layer_id]
+        if layer.round_scales is False:
+            # only Triton's kernel makes such scales, and it reads records
+            step = replace(step, plain=None)
         config, positions = self._config, step.places.positions
         kind = config.layer_types[layer.layer_id]
         cos_sin = self._angles[kind == WINDOW]
@@ -240,7 +253,8 @@ class V4DeviceBackend:
             entries = Entries(pools.entries, compression.plan.ratio, slots)
         windows = Windows(keys, pools.ring, self._layout.ring_rows, config.sliding_window)
         inputs = layer.sinks, cos_sin, step.places, norm.epsilon, self._partials
-        out = attend_v4(query, windows, entries, *inputs, layer.round_scales)
+        plain = self._plain_keys(step, windows, entries)
+        out = attend_v4(query, windows, entries, *inputs, layer.round_scales, plain)
         if step.has_prompts:
             # a later token of a prompt may take the place of a key that attention has read
             keep_step(keys, ring, compression, step.snapshot_rows)
@@ -248,6 +262,8 @@ class V4DeviceBackend:
 
     def select_entries(self, q: Tensor, weights: Tensor, cache: Tensor, step: DeviceStep) -> Tensor:
         """Return the slots of the entries that each token attends to, int32 [num_tokens, topk].
+
+        A slot of a plain row is a row of `PlainKeys.pool`.
 
         Args:
             q: queries of the indexer, [num_tokens, index_n_heads * index_head_dim], not rotated.
@@ -257,6 +273,10 @@ class V4DeviceBackend:
         """
         view, places = step.index_view, step.places
         assert view is not None
+        table, num_blocks = view.block_tables, cache.shape[0]
+        if step.plain is not None:
+            # of two pools, whose readers compare slots with the number of their own
+            table, num_blocks = step.plain.block_table, max(num_blocks, step.plain.capacity)
         cos_sin, is_fp8 = self._angles[False], self._layout.is_fp8
         q, weights = rotate_heads(q, weights, cos_sin, places.positions, as_codes=is_fp8)
         parts = self._parts
@@ -265,14 +285,23 @@ class V4DeviceBackend:
         def use(scores: Tensor, first_token: int) -> None:
             self._select_slots(
                 scores,
-                *(view.position_ids, view.batch_id_per_token, view.block_tables, slots),
+                *(view.position_ids, view.batch_id_per_token, table, slots),
                 block_size=cache.shape[1],
-                num_blocks=cache.shape[0],
+                num_blocks=num_blocks,
                 first_token=first_token,
             )
 
         self.scores.compute(view, parts.own, q, weights, cache, use)
         return parts.gathered(parts.take(slots))
+
+    def _plain_keys(
+        self, step: DeviceStep, windows: Windows, entries: Entries | None
+    ) -> PlainKeys | None:
+        """Return the values of a layer's records that plain rows read, None without such rows."""
+        if self._plain is None or step.plain is None:
+            return None
+        places = step.places
+        return self._plain.fill(windows, entries, places.rows, places.block_table.shape[0])
 
 
 def angles(rope: RopeConfig, width: int, count: int) -> np.ndarray:

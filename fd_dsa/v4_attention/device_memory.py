@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from math import prod
+
 from fd_dsa.attention.config import IndexerSizes
 from fd_dsa.attention.device_memory import score_sizes
 from fd_dsa.device.allocation import buffer_bytes
-from fd_dsa.models.deepseek_v4.config import CSA
-from fd_dsa.ops.v4_attend import partial_bytes
+from fd_dsa.models.deepseek_v4.config import CSA, WINDOW
+from fd_dsa.ops import v4_plain
+from fd_dsa.ops.v4_attend import num_programs, partial_bytes
+from fd_dsa.ops.v4_attend_cuda import suits
+from fd_dsa.ops.v4_plain import PlainSizes
 from fd_dsa.runner.input_batch import InputBatch
 from fd_dsa.triton_runtime.driver import GpuTraits
 from fd_dsa.v4_attention.device_pools import DeviceLayout
@@ -33,16 +38,39 @@ def indexer_sizes(layout: DeviceLayout, batch: InputBatch, dtype: str) -> Indexe
     )
 
 
+def plain_sizes(layout: DeviceLayout, batch: InputBatch, dtype: str) -> PlainSizes | None:
+    """Return the sizes of the values of records, None if tokens of prompts always read records.
+
+    Args:
+        dtype: type of activations.
+    """
+    config = layout.config
+    ratios = [config.compress_rates[kind] for kind in config.layer_types if kind != WINDOW]
+    widths, least = (config.head_dim, config.qk_rope_head_dim), v4_plain.LEAST_TOKENS
+    if not (layout.is_fp8 and ratios and batch.max_num_tokens >= least):
+        return None
+    if not suits(dtype, num_programs(least, 1), *widths, None):
+        return None
+    max_rows, columns = batch.block_tables.shape
+    counts = batch.max_num_tokens, max_rows, columns, layout.max_drafts
+    rings = config.sliding_window, layout.ring_rows
+    return PlainSizes(*counts, *rings, layout.block_size, min(ratios), *widths)
+
+
 def workspace_bytes(layout: DeviceLayout, batch: InputBatch, dtype: str, gpu: GpuTraits) -> int:
     """Return the bytes that V4DeviceBackend allocates.
 
-    They are of scores, angles, index arrays and partial results of attention.
+    They are of scores, values of records, angles, index arrays and partial results of attention.
 
     Args:
         dtype: type of activations.
         gpu: traits of the device, which select the kernels and their memory.
     """
-    config = layout.config
+    config, indexer = layout.config, indexer_sizes(layout, batch, dtype)
     angles = 4 * 2 * batch.max_row_len * config.qk_rope_head_dim
-    scores = buffer_bytes(score_sizes(indexer_sizes(layout, batch, dtype), gpu))
-    return scores + angles + array_bytes(config, batch) + partial_bytes(config.head_dim)
+    plain, arrays = plain_sizes(layout, batch, dtype), array_bytes(config, batch)
+    scores = score_sizes(indexer, gpu, plain.least_words if plain else 0)
+    if plain is not None:
+        shapes = plain.arrays(plain.capacity(scores["logits"][0]))
+        arrays += 4 * sum(map(prod, shapes))
+    return buffer_bytes(scores) + angles + arrays + partial_bytes(config.head_dim)

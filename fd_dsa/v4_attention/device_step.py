@@ -14,6 +14,7 @@ from fd_dsa.device.allocation import Allocate
 from fd_dsa.models.deepseek_v4.config import CSA, HCA, DeepseekV4Config
 from fd_dsa.ops.v4_entries import Plan
 from fd_dsa.ops.v4_places import TokenPlaces
+from fd_dsa.ops.v4_plain import PlainPlaces
 from fd_dsa.runner.input_batch import InputBatch
 from fd_dsa.step import ForwardMeta
 from fd_dsa.tensor import Tensor
@@ -39,6 +40,8 @@ class DeviceStep:
         has_prompts: True if a row may have more new tokens than its drafts plus one.
         index_view: the step as the indexer sees it, with entries as keys; None if every token
             attends to all entries.
+        plain: places of the rows whose records become values first; None if tokens of all rows read
+            records.
     """
 
     num_tokens: int
@@ -48,6 +51,7 @@ class DeviceStep:
     plans: dict[str, Plan]
     has_prompts: bool
     index_view: ForwardMeta | None
+    plain: PlainPlaces | None = None
 
 
 class StepPlaces:
