@@ -31,11 +31,10 @@ from fd_dsa.triton_runtime import next_power_of_2, start_next, wait_for_inputs
 
 import triton.language as tl  # isort: skip
 
-# tokens and channels of a program of the first launch, then those of a long prompt
-_TOKENS, _CHANNELS = 16, 64
-_LONG_TOKENS, _LONG_CHANNELS = 64, 32
+# channels of a program of the first launch, and its tokens, then those of a long prompt
+_CHANNELS, _TOKENS, _LONG_TOKENS = 64, 16, 64
 LONG_PROMPT = 512
-"""Number of tokens above which a program has more tokens and fewer channels.
+"""Number of tokens above which a program has more tokens.
 
 Its part of `fn` then serves four times as many tokens. Steps of more tokens are padded to a larger
 graph by default, so padding changes no bit.
@@ -362,8 +361,8 @@ def _results(
 def _tile(tokens: int, width: int) -> tuple[int, int]:
     """Return the tokens and channels of a program if the first launch has no work of the second."""
     is_long = tokens > LONG_PROMPT and not fixed_order()
-    tile, channels = (_LONG_TOKENS, _LONG_CHANNELS) if is_long else (_TOKENS, _CHANNELS)
-    return tile, min(channels, max(16, next_power_of_2(width)))
+    channels = min(_CHANNELS, max(16, next_power_of_2(width)))
+    return _LONG_TOKENS if is_long else _TOKENS, channels
 
 
 def _warps(width: int) -> int:
