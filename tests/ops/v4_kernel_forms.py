@@ -33,17 +33,17 @@ for kind in ("float32", "bfloat16"):
              "pool_ptr", "entries_ptr", "index_entries_ptr")
     types = INT32_TYPES | dict.fromkeys(names, kind)
     # V4-Flash and V4-Pro; one or two launches between two blocks, and long prompts
-    models, tiles = ((4096, 4096, 4), (7168, 8192, 8)), ((16, 64), (64, 32))
-    for (width, padded, warps), (tile, channels) in itertools.product(models, tiles):
-        block = dict(WIDTH=width, STREAMS=4, PADDED=4, MIXES=24, COLUMNS=32,
-                     PARTS=width // channels, PARTS_PADDED=padded // channels, ITERATIONS=20,
-                     PADDED_WIDTH=padded, ROUND_SCALES=True)
+    models = (4096, 4096, 4), (7168, 8192, 8)
+    for (width, padded, warps), tile in itertools.product(models, (16, 64)):
+        block = dict(WIDTH=width, STREAMS=4, PADDED=4, MIXES=24, COLUMNS=32, PARTS=width // 64,
+                     PARTS_PADDED=padded // 64, ITERATIONS=20, PADDED_WIDTH=padded,
+                     ROUND_SCALES=True)
         for absent in ({}, {"streams_ptr": None, "mixture_ptr": None},
                        {"change_ptr": None, "mixture_ptr": None}, {"fn_ptr": None},
                        {"mixture_ptr": None}):
             label = "streams" if "fn_ptr" not in absent else "last streams"
             compile(label, expand_streams_kernel, types, **block, TOKENS=tile,
-                    BLOCK=channels, num_warps=4, **NO_READING, **absent)
+                    BLOCK=64, num_warps=4, **NO_READING, **absent)
             if "fn_ptr" not in absent and tile == 16:
                 compile("norm", expand_streams_kernel, types | dict(codes_ptr="uint8"), **block,
                         TOKENS=1, BLOCK=64, num_warps=warps, **absent)
