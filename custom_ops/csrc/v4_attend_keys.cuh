@@ -91,7 +91,7 @@ struct TileWalk {
   int groups, warp, lane;
   int number, token = 0;  // of the item
   int row = -1, position = 0;
-  int begin = 0;  // position of the row's first token in this step
+  int begin = 0;  // first key of this step, counted from the end of the window, as entries are
   int window = 0, count = 0, tile = 0;
   int parities = 3;  // bit b: of the phase in which buffer b becomes free
   bool is_record = false;
@@ -111,14 +111,15 @@ struct TileWalk {
     const Visible visible(job, row, position);
     window = visible.window, count = visible.count();
     const int at = max(row, 0);
-    begin = position - (token - __ldg(job.starts + at));
+    begin = __ldg(job.starts + at) - token - 1;
     is_record = job.is_fp8 != 0 && (job.is_plain == nullptr || __ldg(job.is_plain + at) == 0);
     return true;
   }
 
   // Starts to find this lane's row of the next tile.
   //
-  // All paths end with one load, because a choice between its result and others would wait for it.
+  // All paths have one load, because a choice between its result and others would wait for it. The
+  // load does not wait for that of `begin`.
   __device__ __forceinline__ FoundRow next() {
     bool exists = true;
     while (exists && tile * kKeys >= count) exists = next_item();
@@ -126,29 +127,30 @@ struct TileWalk {
     const int parity = parities >> buffer & 1;
     parities ^= 1 << buffer, ++tile;
     const bool is_copy = job.is_fp8 != 0 && !is_record;
-    const int entry = i - window, place = position + 1 - window + i;
-    const void* from = nullptr;
+    // below 0 in the window
+    const int entry = i - window, place = position + 1 + entry;
+    const bool is_key = exists && i < count, is_entry = is_key && entry >= 0;
     // an address that may be read
     const int32_t* at = job.rows;
     int times = 0, offset = 0;
-    if (!exists || i >= count) {
-      // no key
-    } else if (entry >= 0) {
+    if (is_entry && job.slots != nullptr) {
+      at = job.slots + int64_t{token} * job.topk + entry, times = 1;
+    } else if (is_entry) {
+      at = job.block_table + int64_t{row} * job.table_width + entry / job.per_block;
+      times = job.per_block, offset = entry % job.per_block;
+    }
+    const int found = __ldg(at);
+    const void* from = nullptr;
+    if (is_entry) {
       from = is_copy ? job.plain_pool : job.pool;
-      if (job.slots != nullptr) {
-        at = job.slots + int64_t{token} * job.topk + entry, times = 1;
-      } else {
-        at = job.block_table + int64_t{row} * job.table_width + entry / job.per_block;
-        times = job.per_block, offset = entry % job.per_block;
-      }
-    } else if (place >= begin) {
+    } else if (is_key && entry >= begin) {
       from = is_copy ? job.plain_keys : job.keys;
-      offset = token - (position - place);
-    } else {
+      offset = token + 1 + entry;
+    } else if (is_key) {
       from = is_copy ? job.plain_ring : job.ring;
       offset = row * job.ring_rows + place % job.ring_rows;
     }
-    return {TileRow::of(buffer, parity, exists, is_record), from, __ldg(at), times, offset};
+    return {TileRow::of(buffer, parity, exists, is_record), from, found, times, offset};
   }
 };
 
@@ -178,7 +180,7 @@ struct Copier {
   template <int kHalf>
   __device__ __forceinline__ void load() {
     if constexpr (kRecords) {
-      const int at = kHalf * 256 + unknown(lane) * 8;
+      const int at = kHalf * 256 + lane * 8;
       const bool is_code = next.is_record() && at < kRotatedAt;
 #pragma unroll
       for (int i = 0; i < 16; ++i) {
@@ -195,13 +197,12 @@ struct Copier {
 
   template <int kHalf>
   __device__ __forceinline__ void copy_values(uint32_t tile) const {
-    const int mine = unknown(lane);
     const uint32_t to =
-        tile + (kHalf * 4 + mine / 8) * kBlock + warp * (16 * 128) + mine % 8 * 16;
+        tile + (kHalf * 4 + lane / 8) * kBlock + warp * (16 * 128) + lane % 8 * 16;
 #pragma unroll
     for (int i = 0; i < 16; ++i) {
       const char* const key = key_of(now.key, i);
-      copy_16((to ^ (i & 7) << 4) + i * 128, any(key) + kHalf * 512 + mine * 16, key != nullptr);
+      copy_16((to ^ (i & 7) << 4) + i * 128, any(key) + kHalf * 512 + lane * 16, key != nullptr);
     }
   }
 
