@@ -250,7 +250,7 @@ def measure_ours(args: argparse.Namespace, names: Sequence[str], path: Path) -> 
 
 def measure_start(args: argparse.Namespace) -> None:
     """Write the time from the start to the first token, with random weights in files."""
-    from benchmarks.real_widths import write_checkpoint
+    from benchmarks.real_widths import weights, write_checkpoint
 
     ranks = args.tensor_parallel_size
     shape, config = shape_of(ranks, args.layers), CONFIG | {"tensor_parallel_size": ranks}
@@ -259,7 +259,7 @@ def measure_start(args: argparse.Namespace) -> None:
     with engine_options(args, shape, files, parent=args.files) as options:
         folder = Path(options["model"])
         whole = json.loads((folder / "config.json").read_text())
-        result["bytes"] = write_checkpoint(folder, whole, "cuda")
+        result["bytes"] = write_checkpoint(folder, whole, weights(whole, "cuda"))
         # the first start may compile kernels
         for start in ("first", "second"):
             with Worker(TARGET, **options) as engine:

@@ -38,7 +38,7 @@ def fp8_folder(folder: Path) -> Path:
     from safetensors.torch import load, save_file
 
     from benchmarks._gpu_engine_model import FP8, WIDTHS
-    from benchmarks.real_widths import write_checkpoint
+    from benchmarks.real_widths import weights, write_checkpoint
     from fd_dsa.config import demo_model_path
 
     if folder.exists():
@@ -50,7 +50,7 @@ def fp8_folder(folder: Path) -> Path:
     sizes |= {"vocab_size": demo["vocab_size"], "max_position_embeddings": 4096}
     folder.mkdir()
     config = WIDTHS | sizes | {"rope_scaling": None, "quantization_config": FP8}
-    write_checkpoint(folder, config, "cpu")
+    write_checkpoint(folder, config, weights(config, "cpu"))
     [shard] = folder.glob("*.safetensors")
     tensors = load(shard.read_bytes())
     tensors["model.embed_tokens.weight"] *= 4
