@@ -120,7 +120,7 @@ def test_fp8_linear_by_group(memory: KernelMemory) -> None:
     skip_without_block_scales(memory)
     m, parts = memory, [fp8(memory, 301, (256, 1024), seed=n) for n in range(2)]
     x, scales_x, weight, scales_w = (
-        m.put(np.concatenate([m.get(part.operands[i]) for part in parts], axis=i == 0))
+        m.put(np.concatenate([m.get(part.operands[i]) for part in parts], axis=int(i == 0)))
         for i in range(4)
     )
     out = m.poisoned((padded_rows(301), 512), "bfloat16")
