@@ -24,6 +24,7 @@ EXCEPTIONS: dict[tuple[str, str], tuple[int, str]] = {
     ),
     ("gpu_rig/device/test_captured_prompts.py", ""): (3, POISON),
     ("gpu_rig/device/test_v4_captured.py", ""): (2, POISON),
+    ("gpu_rig/device/test_v4_plain.py", ""): (4, POISON),
     ("soak/audit.py", ""): (16, AUDIT),
     ("soak/test_histories.py", ""): (5, PLANTED),
     ("soak/test_host_tier.py", ""): (1, PLANTED),

@@ -31,8 +31,12 @@ It is an estimate. With fewer tokens the two launches cost more than they save.
 """
 _ENTRIES_PER_TOKEN = 16
 """Maximum number of entries of a row for each of its new tokens, an estimate."""
-# entries of a table that a program writes at a time, programs of a row, and rows summed at a time
-_COLUMNS, _MAX_PARTS, _MAX_ROWS = 128, 16, 1024
+COLUMNS = 128
+"""Entries of a table that a program writes at a time."""
+MAX_ROWS = 1024
+"""Maximum number of rows that a program sums at a time."""
+# programs of a row
+_MAX_PARTS = 16
 # programs, and records that one converts at a time
 _PROGRAMS, _RECORDS, _NUM_WARPS = 528, 16, 8
 
@@ -268,7 +272,7 @@ class PlainRows:
         ends = sizes.max_tokens, sizes.first_entry
         rings, entries = (memory[end * sizes.width // 2 :] for end in ends)
         self._keys = PlainKeys(memory, rings, entries, is_plain, table, 0)
-        self._row_tile = min(next_power_of_2(sizes.max_rows), _MAX_ROWS)
+        self._row_tile = min(next_power_of_2(sizes.max_rows), MAX_ROWS)
         form = f"become rows of values first, in steps of {LEAST_TOKENS} tokens and more"
         if kernel_for(memory) is None:
             form = "are converted for each token, because Triton's kernel attends"
@@ -301,12 +305,12 @@ class PlainRows:
             Arrays that are valid until the next call, at addresses that never move.
         """
         sizes, places, (num_rows, columns) = self._sizes, self._places, block_table.shape
-        place_plain_kernel[num_rows, min(-(-columns // _COLUMNS), _MAX_PARTS)](
+        place_plain_kernel[num_rows, min(-(-columns // COLUMNS), _MAX_PARTS)](
             before, new, block_table, *places[:4],
             num_rows, columns, num_blocks, places.capacity,
             MOST_DRAFTS=sizes.max_drafts, ENTRIES_PER_TOKEN=_ENTRIES_PER_TOKEN,
             BLOCK_SIZE=sizes.block_size, RATIO=sizes.ratio,
-            ROW_TILE=self._row_tile, TILE=_COLUMNS, num_warps=4,
+            ROW_TILE=self._row_tile, TILE=COLUMNS, num_warps=4,
         )  # fmt: skip
         return places
 

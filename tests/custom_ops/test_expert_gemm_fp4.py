@@ -65,8 +65,8 @@ class Case(test_four_bit_gemm.Case):
             pairs = np.flatnonzero(flat == expert)
             sums = x[pairs // per_row] @ values[expert].T
             size = np.abs(x[pairs // per_row]) @ np.abs(values[expert]).T
-            # tensor cores cut products 13 bits below the largest of 32, so the sum of all 32 may lack
-            # 2^-8 of that one
+            # Tensor cores cut products 13 bits below the largest of 32. The sum of all 32 may lack
+            # 2^-8 of that one.
             slack = 2.0**-10 * size if self.m.on_gpu else 2.0**-18 * size
             # scales below 2^-120 are 0
             wanted, bound = sums, slack + 2.0**-8 * np.abs(sums) + 2.0**-100

@@ -110,8 +110,8 @@ def test_more_rows_than_a_tile(
     paddle_memory: KernelMemory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And more columns than a program writes at once."""
-    monkeypatch.setattr("fd_dsa.ops.v4_plain._MAX_ROWS", 2)
-    monkeypatch.setattr("fd_dsa.ops.v4_plain._COLUMNS", 2)
+    monkeypatch.setattr("fd_dsa.ops.v4_plain.MAX_ROWS", 2)
+    monkeypatch.setattr("fd_dsa.ops.v4_plain.COLUMNS", 2)
     world = World(paddle_memory, [(3, 9), (80, 1), (8, 40), (0, 0), (16, 16), (20, 30)], 16)
     wanted = world.check_places(world.place())
     assert [*map(bool, wanted.plain)] == [True, False, True, False, True, False]
