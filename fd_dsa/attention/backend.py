@@ -186,6 +186,10 @@ class DSAAttentionBackend:
         dense = None if isinstance(part, HostAttention) else part.dense_prompts
         return 0 if dense is None else dense.max_keys
 
+    def padded_tokens(self, num_tokens: int) -> int:
+        """See AttentionBackend. No padding helps."""
+        return num_tokens
+
     def allocate_caches(self, has_indexer: Sequence[bool]) -> list[StepArray | None]:
         """Allocate caches of `config.num_blocks` blocks in the order of `forward_meta.caches`."""
         layout, num_blocks = self.config.cache_layout, self.config.num_blocks or 0

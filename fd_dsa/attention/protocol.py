@@ -107,6 +107,9 @@ class AttentionBackend(Protocol):
     def max_gathered_keys(self) -> int:
         """Maximum number of keys that prompts with dense attention see at once, 0 without any."""
 
+    def padded_tokens(self, num_tokens: int) -> int:
+        """Return how many tokens an eager step should have with padding, `num_tokens` or more."""
+
     def allocate_caches(self, has_indexer: Sequence[bool]) -> list[Any]:
         """Allocate the caches of all layers.
 

@@ -46,6 +46,19 @@ class EqualParts:
             self.own = group.rank * count * _UNIT, (group.rank + 1) * count * _UNIT
 
     @staticmethod
+    def padded(group: Group | None, num_tokens: int) -> int:
+        """Return the tokens, with padding, of a long step that the ranks then divide.
+
+        Returns:
+            `num_tokens` if padding does not make the step one that they divide.
+        """
+        if group is None or _refusal(group):
+            return num_tokens
+        unit = group.size * _UNIT
+        whole = -(-num_tokens // unit) * unit
+        return whole if whole // group.size > LEAST_TOKENS else num_tokens
+
+    @staticmethod
     def announce(group: Group | None) -> None:
         """Log which steps the ranks divide, or why they divide none."""
         if group is not None:

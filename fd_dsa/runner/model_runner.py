@@ -141,19 +141,19 @@ class ModelRunner:
             ValueError: inconsistent lengths or block tables, with row and value.
         """
         batch, steps = self.input_batch, self.device_steps
+        padded = tokens = batch.num_tokens
         if steps is not None:
             on_host = self.stage(sampled, sampling)
-            sizes = batch.num_tokens, batch.num_rows, len(sampled)
-            inputs, sampling = steps.inputs.views(*sizes)
+            padded = self.attn_backends[0].padded_tokens(tokens)
+            inputs, sampling = steps.inputs.views(padded, batch.num_rows, len(sampled))
         else:
             inputs = on_host = batch.arrays(sampled)
             sampling = NO_SAMPLING
             if self._mtp is not None:
                 # the layer runs after rows that have ended have lost their blocks
                 inputs = inputs._replace(block_tables=inputs.block_tables.copy())
-        hints = StepHints(batch.num_tokens, batch.num_prefill_tokens, batch.max_seqlen_k)
-        lengths = on_host.lengths
-        return self._begin(hints, inputs, sampling, lengths, has_pending=batch.has_pending)
+        hints = StepHints(tokens, batch.num_prefill_tokens, batch.max_seqlen_k, padded)
+        return self._begin(hints, inputs, sampling, on_host.lengths, has_pending=batch.has_pending)
 
     def stage(self, sampled: np.ndarray, sampling: SamplingInputs) -> StepInputs:
         """Enqueue the copy of the step in the batch to the device, and return its host arrays."""

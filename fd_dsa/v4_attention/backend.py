@@ -59,6 +59,10 @@ class V4AttentionBackend:
         self._step: V4Step | None = None
         self._built_for: BackendStep | None = None
 
+    def padded_tokens(self, num_tokens: int) -> int:
+        """See AttentionBackend. No padding helps."""
+        return num_tokens
+
     def allocate_caches(self, has_indexer: Sequence[bool] = ()) -> list[LayerPools]:
         """Allocate the pools of every layer, zeroed."""
         return allocate_pools(self._layout, self._prepare.cfg.num_blocks, self._num_slots)

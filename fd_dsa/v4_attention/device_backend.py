@@ -80,6 +80,7 @@ class V4DeviceBackend:
         group: Group | None = None,
     ) -> None:
         self._num_snapshots, self._group = num_snapshots, group
+        self._max_tokens = batch.max_num_tokens
         EqualParts.announce(group)
         self._slots: list[tuple[Tensor, int]] = []
         self._config, self._num_rows, self._num_blocks = config, batch.max_num_seqs, num_blocks
@@ -108,6 +109,11 @@ class V4DeviceBackend:
         self._step: DeviceStep | None = None
         self._built_for: BackendStep | None = None
         self._parts = EqualParts(group, 0)
+
+    def padded_tokens(self, num_tokens: int) -> int:
+        """Return the tokens of a long eager step with padding, so that the ranks divide it."""
+        padded = EqualParts.padded(self._group, num_tokens)
+        return padded if padded <= self._max_tokens else num_tokens
 
     def allocate_caches(self, has_indexer: Sequence[bool] = ()) -> list[DevicePools]:
         """Allocate the pools of every layer."""

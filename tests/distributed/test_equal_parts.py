@@ -27,6 +27,18 @@ def test_ranks_share_long_steps_of_whole_units(size: int) -> None:
         assert owns(size, whole) == [(0, whole)] * size
 
 
+@pytest.mark.parametrize("size", [2, 4])
+def test_padding_divides_every_long_step(size: int) -> None:
+    least = size * (LEAST_TOKENS + 16)
+    for num_tokens in (least - size * 16 + 1, least, least + 1, 8000):
+        [padded] = set(on_ranks(size, lambda group, n=num_tokens: EqualParts.padded(group, n)))
+        assert 0 <= padded - num_tokens < 16 * size
+        assert owns(size, padded)[0] == (0, padded // size)
+    for short in (0, 1, least - size * 16):
+        assert on_ranks(size, lambda group, n=short: EqualParts.padded(group, n)) == [short] * size
+    assert EqualParts.padded(None, 8000) == 8000
+
+
 def test_one_rank_and_the_batch_invariant_mode_divide_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

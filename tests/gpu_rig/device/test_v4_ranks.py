@@ -125,7 +125,7 @@ def test_tokens_of_two_ranks_are_those_of_a_cpu(
 ) -> None:
     """Prompts that begin alike, so that rows go on after snapshots.
 
-    Steps of 32 tokens are divided into equal parts, those of the other forms are not.
+    Where steps may have 32 tokens, eager ones are padded to them and divided into equal parts.
     """
     if rig.is_real:
         pytest.skip("its ranks are processes")
