@@ -527,7 +527,7 @@ __device__ __forceinline__ void exchange(const Sums<kHeads>& state, uint32_t bas
   float back[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    back[i] = __uint_as_float((254u << 23) - __float_as_uint(state.unit[i]));
+    back[i] = inverse_of_power(state.unit[i]);
   }
 #pragma unroll
   for (int i = 0; i < 8; ++i) {

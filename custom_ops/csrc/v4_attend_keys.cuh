@@ -206,7 +206,7 @@ struct Copier {
     }
   }
 
-  // Two rows are without a branch, so that their instructions do not wait for each other.
+  // Rows are in fours without a branch, so that their instructions do not wait for each other.
   template <int kHalf>
   __device__ __forceinline__ void store_codes(uint32_t tile) const {
     constexpr int kAtOnce = 4;
