@@ -38,12 +38,10 @@ class EqualParts:
     def __init__(self, group: Group | None, num_tokens: int) -> None:
         self._group, self._divided = group, None
         self.own = 0, num_tokens
-        if group is None or _refusal(group):
-            return
-        count, rest = divmod(num_tokens, group.size * _UNIT)
-        if rest == 0 and count * _UNIT > LEAST_TOKENS:
+        count = _part_of_long_step(group, num_tokens)
+        if group is not None and num_tokens == group.size * count > 0:
             self._divided = group
-            self.own = group.rank * count * _UNIT, (group.rank + 1) * count * _UNIT
+            self.own = group.rank * count, (group.rank + 1) * count
 
     @staticmethod
     def padded(group: Group | None, num_tokens: int) -> int:
@@ -52,11 +50,8 @@ class EqualParts:
         Returns:
             `num_tokens` if padding does not make the step one that they divide.
         """
-        if group is None or _refusal(group):
-            return num_tokens
-        unit = group.size * _UNIT
-        whole = -(-num_tokens // unit) * unit
-        return whole if whole // group.size > LEAST_TOKENS else num_tokens
+        count = _part_of_long_step(group, num_tokens)
+        return num_tokens if group is None or count == 0 else group.size * count
 
     @staticmethod
     def announce(group: Group | None) -> None:
@@ -94,6 +89,14 @@ class EqualParts:
         parts: Any = self._divided.all_gather(rows)
         whole: Tensor = parts.reshape([-1, *rows.shape[1:]])
         return whole
+
+
+def _part_of_long_step(group: Group | None, num_tokens: int) -> int:
+    """Return the tokens of a rank in a step with padding, 0 if the step is not divided."""
+    if group is None or _refusal(group):
+        return 0
+    count = -(-num_tokens // (group.size * _UNIT)) * _UNIT
+    return count if count > LEAST_TOKENS else 0
 
 
 def _refusal(group: Group) -> str:
