@@ -66,6 +66,8 @@ class V4Attention(LibraryKernel):
         """
         job = self.job
         self.bind(q)
+        if plain is not None:
+            places = places._replace(block_table=plain.block_table)
         pool, ratio, slots = entries or (None, 1, None)
         values, codes, scales, job.scale_stride = kernel_arguments(out)
         job.is_fp8 = dtype_name(windows.keys.dtype) == "uint8"
@@ -100,8 +102,7 @@ class V4Attention(LibraryKernel):
             address = self._address(f"plain_{name}", getattr(plain, name), multiple=16)
             setattr(job, f"plain_{name}", address)
         job.is_plain = self._address("is_plain", plain.is_plain)
-        job.block_table = self._address("block_table", plain.block_table)
-        job.table_width, job.num_plain_slots = plain.block_table.shape[1], plain.num_slots
+        job.num_plain_slots = plain.num_slots
 
 
 def suits(kind: str, num_programs: int, width: int, rope: int, round_scales: bool | None) -> bool:
