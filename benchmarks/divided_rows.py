@@ -17,7 +17,7 @@ instead of heads. The indexer's rows are then divided in both forms, from its de
 no attention by tokens.
 
 With --v4 it is that of DeepSeek-V4's residual streams and of the selection of entries, see
-`fd_dsa.distributed.equal_parts`. Ranks divide N tokens, but not N - 1.
+`fd_dsa.distributed.equal_parts`. All tokens of a step count.
 
 Writes benchmarks/results/divided_rows_<ranks>.json, divided_attention_<ranks>.json or
 divided_rows_v4_<ranks>.json. A ratio above 1 means that the division pays. Results for small N
@@ -65,43 +65,40 @@ def in_turns(engine: Worker, tokens: int, context: int) -> tuple[float, float]:
     return statistics.median(times[False]), statistics.median(times[True])
 
 
-def cases(
-    options: dict[str, Any], variable: str | None, tokens: int, contexts: Sequence[int]
-) -> Iterator[dict[str, Any]]:
-    """Yield the case of each context, from one engine.
-
-    Args:
-        variable: variable of the minimum number of tokens of a divided step; None = it has none.
-    """
-    with Worker(TARGET, variable=variable, min_tokens=tokens, **options) as engine:
-        for context in contexts:
-            whole, divided = in_turns(engine, tokens, context)
-            entry = {"case": f"{tokens} tokens after {context}", "tokens": tokens}
-            entry |= {"context": context, "whole_ms": whole, "divided_ms": divided}
-            entry["ratio"] = whole / divided
-            if (variable, tokens, context) == (DIVIDED_VARIABLE, *P42):
-                entry |= {"target": "P42", "gate": GATE}
-            elif variable == EXCHANGED_VARIABLE and (tokens, context) in BY_TOKENS:
-                entry["gate"] = 1.0
-            yield entry
-
-
 class Division(NamedTuple):
     """Work that ranks divide.
 
     Attributes:
         name: name of the result, without the number of ranks.
-        variable: as for `cases`.
+        variable: variable of the minimum number of tokens of a divided step.
         default_tokens: minimum number of tokens of a divided step; None = ranks divide no step.
         shape: shape of the model.
         engines: context of the options of a worker's engine.
     """
 
     name: str
-    variable: str | None
+    variable: str
     default_tokens: int | None
     shape: Shape | V4Shape
     engines: AbstractContextManager[dict[str, Any]]
+
+
+def cases(
+    division: Division, options: dict[str, Any], tokens: int, contexts: Sequence[int]
+) -> Iterator[dict[str, Any]]:
+    """Yield the case of each context, from one engine."""
+    variable = division.variable
+    with Worker(TARGET, variable=variable, min_tokens=tokens, **options) as engine:
+        for context in contexts:
+            whole, divided = in_turns(engine, tokens, context)
+            entry = {"case": f"{tokens} tokens after {context}", "tokens": tokens}
+            entry |= {"context": context, "whole_ms": whole, "divided_ms": divided}
+            entry["ratio"] = whole / divided
+            if (division.name, tokens, context) == ("divided_rows", *P42):
+                entry |= {"target": "P42", "gate": GATE}
+            elif variable == EXCHANGED_VARIABLE and (tokens, context) in BY_TOKENS:
+                entry["gate"] = 1.0
+            yield entry
 
 
 def division_of(args: argparse.Namespace, config: dict[str, Any]) -> Division:
@@ -116,7 +113,7 @@ def division_of(args: argparse.Namespace, config: dict[str, Any]) -> Division:
         own = config | {"block_size": 128 if args.dry else V4_CONFIG["block_size"]}
         v4 = V4Shape(4, 8, ranks) if args.dry else v4_shape_of(ranks, args.layers, None)
         engines = v4_options(args, v4, own)
-        return Division("divided_rows_v4", None, ranks * LEAST_TOKENS, v4, engines)
+        return Division("divided_rows_v4", DIVIDED_VARIABLE, ranks * LEAST_TOKENS, v4, engines)
     own = config | ({} if args.dry else {"kv_cache_dtype": "fp8"})
     shape = Shape(2, 1, ranks=ranks) if args.dry else shape_of(ranks, args.layers)
     engines = engine_options(args, shape, own)
@@ -158,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     with found.engines as options:
         for tokens in sizes:
-            for entry in cases(options, found.variable, tokens, contexts):
+            for entry in cases(found, options, tokens, contexts):
                 result["cases"].append(entry)
                 print(
                     f"{entry['case']:<28} whole {entry['whole_ms']:9.2f} ms, divided "

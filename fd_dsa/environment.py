@@ -280,16 +280,15 @@ def overlap_max_tokens() -> int | None:
     return _number_of_tokens(OVERLAP_VARIABLE, "no second stream", default)
 
 
-def divided_min_tokens() -> int:
-    """Return FD_DSA_DIVIDED_MIN_TOKENS, or its default if it is unset.
+def divided_min_tokens(default: int = DEFAULT_DIVIDED_MIN_TOKENS) -> int:
+    """Return FD_DSA_DIVIDED_MIN_TOKENS, or `default` if it is unset.
 
-    It is the minimum number of tokens past `index_topk` of a step with prompts whose indexer rows
-    are divided among the ranks. 0 = never.
+    It is the minimum number of tokens of a step with prompts that ranks divide. DeepSeek-V3.2
+    counts tokens past `index_topk`, and divides the indexer's rows. 0 = never.
 
     Raises:
         ConfigError: the value is not a number of at least 0.
     """
-    default = DEFAULT_DIVIDED_MIN_TOKENS
     value = _number_of_tokens(DIVIDED_VARIABLE, "no division", str(default))
     return default if value is None else value
 

@@ -6,15 +6,15 @@ import logging
 from typing import Any
 
 from fd_dsa.distributed.group import Group, summed
+from fd_dsa.environment import DIVIDED_VARIABLE, divided_min_tokens
 from fd_dsa.ops.fixed_order import row_dependence_refusal
 from fd_dsa.tensor import Tensor
 
 logger = logging.getLogger(__name__)
 LEAST_TOKENS = 512
-"""A part has more tokens than this.
+"""Minimum tokens of a part, unless FD_DSA_DIVIDED_MIN_TOKENS has that of a step.
 
-With fewer tokens the further launches of a divided step cost more than the division saves. The
-limit is an estimate.
+With fewer tokens the further launches of a divided step cost more than the division saves.
 """
 # tokens of a unit that is not cut, a multiple of the tokens of every tile of prompts
 _UNIT = 16
@@ -57,7 +57,7 @@ class EqualParts:
     def announce(group: Group | None) -> None:
         """Log which steps the ranks divide, or why they divide none."""
         if group is not None:
-            steps = f"divided among ranks from {group.size * (LEAST_TOKENS + _UNIT)} tokens on"
+            steps = f"divided among ranks from {_min_tokens(group)} tokens on"
             reason = _refusal(group)
             logger.info(
                 "residual streams and selection of long steps: %s",
@@ -93,14 +93,18 @@ class EqualParts:
 
 def _part_of_long_step(group: Group | None, num_tokens: int) -> int:
     """Return the tokens of a rank in a step with padding, 0 if the step is not divided."""
-    if group is None or _refusal(group):
+    if group is None or _refusal(group) or num_tokens < _min_tokens(group):
         return 0
-    count = -(-num_tokens // (group.size * _UNIT)) * _UNIT
-    return count if count > LEAST_TOKENS else 0
+    return -(-num_tokens // (group.size * _UNIT)) * _UNIT
+
+
+def _min_tokens(group: Group) -> int:
+    """Return the minimum tokens of a step that the ranks divide, 0 if they divide none."""
+    return divided_min_tokens(group.size * LEAST_TOKENS)
 
 
 def _refusal(group: Group) -> str:
     """Return why the ranks of a group divide no step, else ""."""
-    return row_dependence_refusal() or (
-        "" if group.gathers_rows else "the ranks cannot gather rows"
-    )
+    if not group.gathers_rows:
+        return "the ranks cannot gather rows"
+    return row_dependence_refusal() or ("" if _min_tokens(group) else f"{DIVIDED_VARIABLE} is 0")

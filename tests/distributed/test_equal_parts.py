@@ -18,25 +18,35 @@ def owns(size: int, num_tokens: int) -> list[tuple[int, int]]:
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_ranks_share_long_steps_of_whole_units(size: int) -> None:
-    least = size * (LEAST_TOKENS + 16)
+    least = size * LEAST_TOKENS
     for num_tokens in (least, 8192):
         found, count = owns(size, num_tokens), num_tokens // size
         assert found == [(rank * count, (rank + 1) * count) for rank in range(size)]
         assert all(begin % 16 == 0 for begin, _ in found)
-    for whole in (0, 1, size * LEAST_TOKENS, least + 8, least + 16 * (size - 1)):
+    for whole in (0, 1, least - size * 16, least + 8, least + 16 * (size - 1)):
         assert owns(size, whole) == [(0, whole)] * size
 
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_padding_divides_every_long_step(size: int) -> None:
-    least = size * (LEAST_TOKENS + 16)
-    for num_tokens in (least - size * 16 + 1, least, least + 1, 8000):
+    least = size * LEAST_TOKENS
+    for num_tokens in (least, least + 1, 8000):
         [padded] = set(on_ranks(size, lambda group, n=num_tokens: EqualParts.padded(group, n)))
         assert 0 <= padded - num_tokens < 16 * size
         assert owns(size, padded)[0] == (0, padded // size)
-    for short in (0, 1, least - size * 16):
+    for short in (0, 1, least - 1):
         assert on_ranks(size, lambda group, n=short: EqualParts.padded(group, n)) == [short] * size
     assert EqualParts.padded(None, 8000) == 8000
+
+
+def test_the_minimum_is_that_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FD_DSA_DIVIDED_MIN_TOKENS", "96")
+    assert owns(2, 96) == [(0, 48), (48, 96)]
+    assert owns(2, 64) == [(0, 64)] * 2
+    assert on_ranks(2, lambda group: EqualParts.padded(group, 95)) == [95] * 2
+    assert on_ranks(2, lambda group: EqualParts.padded(group, 97)) == [128] * 2
+    monkeypatch.setenv("FD_DSA_DIVIDED_MIN_TOKENS", "0")
+    assert owns(2, 8192) == [(0, 8192)] * 2
 
 
 def test_one_rank_and_the_batch_invariant_mode_divide_nothing(
@@ -53,12 +63,15 @@ def test_the_log_says_which_steps_are_divided(
     caplog.set_level("INFO", equal_parts.__name__)
     EqualParts.announce(None)
     on_ranks(2, EqualParts.announce)
+    monkeypatch.setenv("FD_DSA_DIVIDED_MIN_TOKENS", "0")
+    on_ranks(2, EqualParts.announce)
     monkeypatch.setattr(HostGroup, "gathers_rows", False)
     assert owns(2, 8192) == [(0, 8192)] * 2
     on_ranks(2, EqualParts.announce)
     begin = "residual streams and selection of long steps:"
     assert [*caplog.messages[::2]] == [
-        f"{begin} divided among ranks from 1056 tokens on",
+        f"{begin} divided among ranks from 1024 tokens on",
+        f"{begin} on every rank (FD_DSA_DIVIDED_MIN_TOKENS is 0)",
         f"{begin} on every rank (the ranks cannot gather rows)",
     ]
 
@@ -74,6 +87,6 @@ def test_parts_of_a_sum_are_gathered_again(num_tokens: int) -> None:
         return parts.take(rows), parts.gathered(own)
 
     takes, gathered = zip(*on_ranks(2, work), strict=True)
-    assert len(takes[0]) == (4096 if num_tokens > 1024 else num_tokens)
+    assert len(takes[0]) == (4096 if num_tokens >= 1024 else num_tokens)
     for whole in gathered:
         np.testing.assert_array_equal(whole, 2 * rows + 1)

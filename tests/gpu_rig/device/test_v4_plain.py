@@ -15,7 +15,6 @@ from custom_ops.build_library import build_library
 from fd_dsa import custom_ops
 from fd_dsa.device.allocation import paddle_allocator
 from fd_dsa.device.transfers import transfers_for
-from fd_dsa.distributed import equal_parts
 from fd_dsa.models.deepseek_v4.config import DeepseekV4Config
 from fd_dsa.models.registry import read_config
 from fd_dsa.ops import v4_attend, v4_attend_cuda, v4_plain
@@ -134,7 +133,7 @@ def test_ranks_that_select_for_parts_of_a_step(
     """Each of them has the values of all rows."""
     if rig.is_real:
         pytest.skip("its ranks are processes")
-    monkeypatch.setattr(equal_parts, "LEAST_TOKENS", 0)
+    monkeypatch.setenv("FD_DSA_DIVIDED_MIN_TOKENS", "1")
     folder, prompt = CASE.write(tmp_path), CASE.prompt(64)
 
     def logits(group: Any) -> list[np.ndarray]:

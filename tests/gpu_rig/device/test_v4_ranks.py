@@ -17,7 +17,7 @@ import pytest
 
 from fd_dsa import LLM, SamplingParams
 from fd_dsa.config import EngineConfig
-from fd_dsa.distributed import Group, device, equal_parts, nccl
+from fd_dsa.distributed import Group, device, nccl
 from fd_dsa.distributed.host import Shared
 from fd_dsa.engine.caches import V4Caches
 from fd_dsa.engine.engine import LLMEngine
@@ -142,7 +142,7 @@ def test_tokens_of_two_ranks_are_those_of_a_cpu(
     groups = first, second = Turns(0, shared), Turns(1, shared)
     through = [ThroughHost(group) for group in groups]
     monkeypatch.setattr(device, "DeviceGroup", lambda rank, *given: through[rank])
-    monkeypatch.setattr(equal_parts, "LEAST_TOKENS", 0)
+    monkeypatch.setenv("FD_DSA_DIVIDED_MIN_TOKENS", "1")
     monkeypatch.setattr(nccl, "new_unique_id", lambda: bytes(128))
     with Turns.turn:
         plans = [plan_of(folder, rig, **fields) for _ in range(2)]
@@ -231,7 +231,7 @@ def test_equal_parts_of_a_step_change_no_logits(
         return found, group.num_scattered
 
     whole = on_two_ranks(rig, results)
-    monkeypatch.setattr(equal_parts, "LEAST_TOKENS", 0)
+    monkeypatch.setenv("FD_DSA_DIVIDED_MIN_TOKENS", "1")
     divided = on_two_ranks(rig, results)
     for (found, num_scattered), (wanted, none) in zip(divided, whole, strict=True):
         assert worst(found, wanted) < 1e-5
