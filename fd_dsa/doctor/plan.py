@@ -51,7 +51,7 @@ def plan(folder: Path, ranks: int, *, allow_unknown: bool = False) -> dict[str, 
     """
     from fd_dsa.engine.caches import caches_class
     from fd_dsa.models.four_bit_experts import four_bit_experts
-    from fd_dsa.models.loader import check_blocks, fp8_tensors, quantisable_tensors
+    from fd_dsa.models.loader import fp8_tensors, quantisable_tensors, with_whole_blocks
     from fd_dsa.models.registry import open_checkpoint, read_config
     from fd_dsa.startup.memory import weight_parts, whole_heads_bytes
 
@@ -66,7 +66,7 @@ def plan(folder: Path, ranks: int, *, allow_unknown: bool = False) -> dict[str, 
             four_bits = four_bit_experts(checkpoint, whole, ranks)
     else:
         four_bits = four_bit_experts(None, whole, ranks)
-    check_blocks(whole, ranks, fp8)
+    fp8 = with_whole_blocks(whole, ranks, fp8)
     model = whole.split(ranks)
     parts = weight_parts(model, first.dtype, fp8, four_bits)
     if exchanged_min_tokens():

@@ -39,6 +39,11 @@ logger = logging.getLogger(__name__)
 
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
 """Beginning of the names of a layer's tensors."""
+MAX_CUT = 1 / 8
+"""Max share of a model's values in FP8 weights whose blocks ranks cut.
+
+They are held in bfloat16, which doubles their memory.
+"""
 _INV_FREQ = ".rotary_emb.inv_freq"
 # prefix of the tensors of drafters in DeepSeek's own names
 _MTP = "mtp."
@@ -310,24 +315,35 @@ def rank_parts(
     return part_of, shares
 
 
-def check_blocks(config: FamilyConfig, size: int, fp8: frozenset[str]) -> None:
-    """Refuse ranks whose parts of the tensors in `fp8` are not whole blocks.
+def with_whole_blocks(config: FamilyConfig, size: int, fp8: frozenset[str]) -> frozenset[str]:
+    """Return the tensors of `fp8` of which each of `size` ranks has whole blocks.
+
+    All ranks hold the others in bfloat16, and a line of the log names one of them.
 
     Raises:
-        ConfigError: names the tensor.
+        ConfigError: the others have more than an eighth of the model's values.
     """
-    parts = expected_tensors(config.split(size))
-    for name, tensor in expected_tensors(config).items():
-        if name not in fp8:
-            continue
-        for whole, own in zip(tensor.shape, parts[name].shape, strict=True):
-            if own < whole and own % BLOCK:
-                raise flag_error(
-                    "tensor_parallel_size",
-                    size,
-                    f"one that leaves each rank whole blocks of {BLOCK} of FP8 weights",
-                    f"{name!r} {list(tensor.shape)} would be split into parts of {own}",
-                )
+    expected, parts = expected_tensors(config), expected_tensors(config.split(size))
+    cut = {
+        name: own
+        for name, tensor in expected.items()
+        if name in fp8
+        for whole, own in zip(tensor.shape, parts[name].shape, strict=True)
+        if own < whole and own % BLOCK
+    }
+    if not cut:
+        return fp8
+    name, own = next(iter(cut.items()))
+    found = f"{name!r} {list(expected[name].shape)} would be split into parts of {own}"
+    num_values = sum(tensor.num_elements for tensor in expected.values())
+    if sum(expected[one].num_elements for one in cut) > MAX_CUT * num_values:
+        allowed = f"one that leaves each rank whole blocks of {BLOCK} of FP8 weights"
+        raise flag_error("tensor_parallel_size", size, allowed, found)
+    logger.warning(
+        "%d FP8 weights are held in bfloat16, because %d ranks would cut their blocks of %d: %s",
+        *(len(cut), size, BLOCK, found),
+    )
+    return fp8 - cut.keys()
 
 
 def quantisable_tensors(config: FamilyConfig) -> frozenset[str]:

@@ -208,10 +208,10 @@ def _check_weights(
     """
     from fd_dsa.models.four_bit_experts import four_bit_experts
     from fd_dsa.models.loader import (
-        check_blocks,
         fp8_tensors,
         quantisable_tensors,
         validate,
+        with_whole_blocks,
     )
     from fd_dsa.models.mtp_layer import add_mtp_layer
     from fd_dsa.models.registry import open_checkpoint
@@ -245,7 +245,7 @@ def _check_weights(
         logger.warning(warning, config.device)
         fp8 = frozenset()
     if size > 1:
-        check_blocks(model_config, size, fp8)
+        fp8 = with_whole_blocks(model_config, size, fp8)
     return model_config, fp8, four_bits
 
 

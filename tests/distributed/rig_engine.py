@@ -69,13 +69,29 @@ def v4_folder(folder: Path) -> Path:
         return folder
     demo = json.loads((demo_model_path() / "config.json").read_text())
     sizes = {"hidden_size": 1024, "moe_intermediate_size": 256, "num_attention_heads": 16}
-    sizes |= {"q_lora_rank": 256, "o_groups": 4, "o_lora_rank": 128, "index_topk": 64}
+    sizes |= {"q_lora_rank": 256, "o_groups": 8, "o_lora_rank": 128, "index_topk": 64}
     sizes |= {"vocab_size": demo["vocab_size"], "max_position_embeddings": 8192}
     sizes |= {"num_nextn_predict_layers": 0}
     folder.mkdir()
     config = fields_of(V4Shape(4, 16)) | sizes
     write_checkpoint(folder, config, weights(config, "cpu"))
     return folder
+
+
+def served(folder: Path, case: str) -> dict[str, Any]:
+    """Return the arguments of a case's engine.
+
+    Args:
+        folder: the place of checkpoints, in which that of the case may be already.
+    """
+    from fd_dsa.config import demo_model_path
+
+    made = {"fp8": fp8_folder, "v4": v4_folder}
+    model = made[case](folder / case) if case in made else demo_model_path()
+    sizes = {"max_model_len": 1024, "max_num_seqs": 8, "max_num_batched_tokens": 256}
+    sizes |= {"num_gpu_blocks_override": 160, "cudagraph_capture_sizes": (1, 4, 8)}
+    common = {"model": model, "tokenizer": demo_model_path(), "speculative_config": "none"}
+    return common | sizes | CASES[case]
 
 
 def prompts_of(llm: Any, case: str) -> list[list[int]]:
@@ -148,7 +164,6 @@ def main(folder: Path, size: int, cases: list[str], form: str = "real") -> None:
     device = load(form).device
     from custom_ops.build_library import build_library
     from fd_dsa import LLM, custom_ops
-    from fd_dsa.config import demo_model_path
     from fd_dsa.engine.draft_state import DraftCosts
     from fd_dsa.startup import build
     from fd_dsa.startup.ranks import Ranks
@@ -158,15 +173,11 @@ def main(folder: Path, size: int, cases: list[str], form: str = "real") -> None:
     if form == "real":
         custom_ops.use_library(build_library())
     Ranks.COMMAND = (sys.executable, "-m", "tests.distributed.rig_rank")
-    made = {"fp8": fp8_folder, "v4": v4_folder}
     for case in cases:
-        model = made[case](folder / case) if case in made else demo_model_path()
-        options = {"tokenizer": demo_model_path(), "max_model_len": 1024, "max_num_seqs": 8}
-        options |= {"max_num_batched_tokens": 256, "num_gpu_blocks_override": 160}
-        options |= {"speculative_config": "none", "cudagraph_capture_sizes": (1, 4, 8)}
+        arguments = served(folder, case)
         one = folder / f"1-{case}.json"
         answers = json.loads(one.read_text())["tokens"] if size > 1 else None
-        with LLM(model, device=device, tensor_parallel_size=size, **options | CASES[case]) as llm:
+        with LLM(device=device, tensor_parallel_size=size, **arguments) as llm:
             prompts = prompts_of(llm, case)
             places = follow(llm, prompts, answers)
             rate = acceptance(llm, prompts) if case == "drafts" else 0.0
@@ -174,7 +185,7 @@ def main(folder: Path, size: int, cases: list[str], form: str = "real") -> None:
         found["tokens"] = [[token for token, _ in one] for one in places]
         found["tops"] = [[list(top.items()) for _, top in one] for one in places]
         if size == 1:
-            found["exact"] = exact_scores(model, prompts, found["tokens"])
+            found["exact"] = exact_scores(arguments["model"], prompts, found["tokens"])
         (folder / f"{size}-{case}.json").write_text(json.dumps(found))
 
 

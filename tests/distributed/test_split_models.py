@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,16 +18,17 @@ from fd_dsa.config import EngineConfig
 from fd_dsa.distributed import Group
 from fd_dsa.distributed.host import HostGroup
 from fd_dsa.errors import ConfigError
+from fd_dsa.models import loader
 from fd_dsa.models.checkpoint import Checkpoint
 from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.device_weights import DeviceWeights
 from fd_dsa.models.expected_tensors import expected_tensors
 from fd_dsa.models.loader import (
-    check_blocks,
     fp8_tensors,
     load_dummy_weights,
     load_weights,
     validate,
+    with_whole_blocks,
 )
 from fd_dsa.models.registry import config_from_dict, create_model
 from fd_dsa.models.sources import MTP_EMBEDDING, MTP_HEAD, MTP_JOIN
@@ -159,12 +161,14 @@ DEVICE_FP8 |= {"num_attention_heads": 4, "num_key_value_heads": 4, "v_head_dim":
 DEVICE_FP8 |= {"qk_nope_head_dim": 64, "qk_rope_head_dim": 64, "index_head_dim": 128}
 
 
-def parts_of_layers(m: KernelMemory, folder: Path, rank: int, size: int) -> dict[str, Any]:
+def parts_of_layers(
+    m: KernelMemory, config: ModelConfig, folder: Path, rank: int, size: int
+) -> dict[str, Any]:
     """Compute a rank's parts of the same inputs: its heads [tokens, heads, width] and its sums."""
-    config = config_from_dict(DEVICE_FP8)
     group = cast(Group, SimpleNamespace(rank=rank, size=size))
     with Checkpoint.open(folder) as checkpoint:
-        names = fp8_tensors(checkpoint, config)
+        # those of two ranks, also for the whole model
+        names = with_whole_blocks(config, 2, fp8_tensors(checkpoint, config))
         weights = DeviceWeights("bfloat16", m.poisoned, names, round_scales=True, group=group)
         model = create_model(config.split(size), weights)
         load_weights(checkpoint, config, model.loaders, group=group)
@@ -180,7 +184,10 @@ def parts_of_layers(m: KernelMemory, folder: Path, rank: int, size: int) -> dict
     for number, layer in enumerate(model.layers):
         attention = layer.self_attn
         split = attention.q_b_proj, attention.o_proj, *split_matrices(layer.mlp)
-        assert all(one.scales is not None for one in split)
+        is_cut = number == 1 and config.moe_intermediate_size // 2 < 128
+        # the shared expert is twice as wide as the routed ones
+        held = [one.scales is not None for one in split]
+        assert held == [True, True, not is_cut, not is_cut, True, True][: len(split)]
         queries = attention.q_b_proj.matmul(qr).reshape([9, -1, 128])
         keys = attention.k_b_proj.matmul_by_head(nope[:, own])
         merged = attention.v_b_proj.matmul_join_heads(latent[:, own], attention.o_proj)
@@ -198,13 +205,21 @@ def split_matrices(mlp: Any) -> tuple[Any, ...]:
 
 
 @pytest.mark.triton
-def test_parts_in_fp8_on_a_device_add_up(paddle_memory: KernelMemory, tmp_path: Path) -> None:
-    """Activations are quantised in the same groups, so only a rounding to bfloat16 differs."""
-    config = config_from_dict(DEVICE_FP8)
+@pytest.mark.parametrize("width", [256, 128])
+def test_parts_in_fp8_on_a_device_add_up(
+    paddle_memory: KernelMemory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, width: int
+) -> None:
+    """Activations are quantised in the same groups, so only a rounding to bfloat16 differs.
+
+    Two ranks cut the blocks of experts with 128 columns, so these are bfloat16.
+    """
+    monkeypatch.setattr(loader, "MAX_CUT", 1)
+    fields = DEVICE_FP8 | {"moe_intermediate_size": width}
+    config = config_from_dict(fields)
     names = [name for name, tensor in expected_tensors(config).items() if tensor.quantisable]
-    folder = write_folder(tmp_path / "model", DEVICE_FP8, with_fp8(config, names))
-    whole = parts_of_layers(paddle_memory, folder, 0, 1)
-    ranks = [parts_of_layers(paddle_memory, folder, rank, 2) for rank in range(2)]
+    folder = write_folder(tmp_path / "model", fields, with_fp8(config, names))
+    whole = parts_of_layers(paddle_memory, config, folder, 0, 1)
+    ranks = [parts_of_layers(paddle_memory, config, folder, rank, 2) for rank in range(2)]
     for name, wanted in whole.items():
         for one, *parts in zip(wanted, *(rank[name] for rank in ranks), strict=True):
             both = np.concatenate(parts, axis=1) if name.endswith("heads") else sum(parts)
@@ -218,10 +233,26 @@ def test_what_cannot_be_split_is_refused_by_name() -> None:
         with pytest.raises(ConfigError, match=f"-size: got {size}.*model's {name}, {width}; "):
             config.split(size)
     released = config_from_dict({"model_type": "deepseek_v32", "num_hidden_layers": 4})
-    names = frozenset({"model.layers.3.mlp.experts.0.down_proj.weight"})
-    check_blocks(released, 8, names)
-    with pytest.raises(ConfigError, match=r"32.*whole blocks of 128.*'model.*down_proj.weight'"):
-        check_blocks(released, 32, names)
+    names = frozenset(name for name in expected_tensors(released) if "3.mlp.experts" in name)
+    assert with_whole_blocks(released, 8, names) == names
+    with pytest.raises(ConfigError, match=r"32.*whole blocks of 128.*'model.*gate_proj.weight'"):
+        with_whole_blocks(released, 32, names)
+
+
+def test_a_few_weights_with_cut_blocks_are_held_in_bfloat16(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    released = config_from_dict({"model_type": "deepseek_v32", "num_hidden_layers": 4})
+    shared = {name for name in expected_tensors(released) if ".shared_experts." in name}
+    whole = frozenset({"model.layers.3.self_attn.o_proj.weight"})
+    with caplog.at_level(logging.WARNING):
+        assert with_whole_blocks(released, 32, whole | shared) == whole
+    [record] = caplog.records
+    assert record.getMessage() == (
+        "3 FP8 weights are held in bfloat16, because 32 ranks would cut their blocks of 128: "
+        "'model.layers.3.mlp.shared_experts.gate_proj.weight' [2048, 7168] would be split into "
+        "parts of 64"
+    )
 
 
 def test_a_rank_is_planned_with_its_part_of_the_weights() -> None:

@@ -16,7 +16,7 @@ from fd_dsa import doctor
 from fd_dsa.config import EngineConfig, demo_model_path
 from fd_dsa.errors import ConfigError
 from fd_dsa.startup.plan import make_plan
-from fd_dsa.triton_runtime.driver import GpuTraits
+from tests.startup.hopper import pretend_hopper
 from tests.v4_model.cases import CASES, GREEDY, Case, write_tokenizer
 from tests.v4_model.quantised import FP4, write_pair
 
@@ -54,26 +54,6 @@ FOLDERS: dict[str, Folder] = {
 }
 
 
-@pytest.fixture
-def on_hopper(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Pretend that the devices are Hopper GPUs of some GiB that hold experts in four bits."""
-    resolve = "fd_dsa.device.resolve"
-    monkeypatch.setattr(f"{resolve}.resolve_device", lambda name: "gpu:0")
-    monkeypatch.setattr(f"{resolve}.device_of_rank", lambda device, rank, size: device)
-    monkeypatch.setattr(f"{resolve}.keep_float32", lambda device: None)
-    monkeypatch.setattr(f"{resolve}.traits_of", lambda device: GpuTraits(90, 132, 227 << 10))
-    monkeypatch.setattr("fd_dsa.device.allocation.paddle_allocator", lambda device: None)
-    monkeypatch.setattr("fd_dsa.models.four_bit_check.difference", lambda *_: "")
-
-    def pretend(gib: int) -> None:
-        def free(device: str, share: float) -> int:
-            return int(share * (gib << 30))
-
-        monkeypatch.setattr(f"{resolve}.free_device_bytes", free)
-
-    return pretend
-
-
 @pytest.mark.parametrize(
     ("name", "ranks", "fits"),
     [
@@ -89,7 +69,7 @@ def test_a_start_makes_the_same_plan(
     name: str,
     ranks: int,
     fits: dict[int, bool | str],
-    on_hopper: Callable[[int], None],
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
 ) -> None:
@@ -105,7 +85,7 @@ def test_a_start_makes_the_same_plan(
     for kind, caches in found["caches"].items():
         config = EngineConfig(**given, kv_cache_dtype=kind)
         for gib, kinds in fits.items():
-            on_hopper(gib)
+            pretend_hopper(monkeypatch, gib)
             fit = kinds in (True, kind)
             told = caches["gpus"][str(gib)]
             assert (told["tokens"] > 0) == fit == (told["why_not"] == "")
