@@ -16,6 +16,7 @@ from fd_dsa.engine.prompt_lookup import PromptLookup
 from fd_dsa.engine.speculation import ArbitraryDrafter, Drafter, SpecDecoder
 from fd_dsa.engine.step_times import StepTable
 from fd_dsa.errors import RankError, describe_error
+from fd_dsa.startup.hardware import warming_on
 from fd_dsa.startup.host_tier import add_host_tier, make_block_stores
 from fd_dsa.startup.load import load_model
 from fd_dsa.startup.measure import measure_step_costs, measure_step_table
@@ -121,12 +122,13 @@ def build_runner(
         progress: as for `build_engine`.
         kind: class of the runner.
     """
-    model = load_model(plan, group, progress)
-    num_blocks = plan.memory.num_blocks
-    backend = plan.caches.backend(num_blocks, plan.device, model.group)
-    drafts = plan.config.max_drafts
+    drafts, num_blocks = plan.config.max_drafts, plan.memory.num_blocks
     batch, device = plan.input_batch, plan.device
-    runner = kind(model, batch, None, num_blocks, device, backend, max_drafts=drafts)
+    with warming_on(device):
+        model = load_model(plan, group, progress)
+        # it checks its kernels
+        backend = plan.caches.backend(num_blocks, device, model.group)
+        runner = kind(model, batch, None, num_blocks, device, backend, max_drafts=drafts)
     progress.done(plan.memory.summary())
     share_activations(plan)
     if group is None or group.rank == 0:

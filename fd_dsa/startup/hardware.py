@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
@@ -93,6 +94,18 @@ def _check_capability(config: EngineConfig) -> None:
             f"{capability / 10} and FP8 needs {FP8_CAPABILITY / 10} or later; "
             f"take --kv-cache-dtype {config.dtype}"
         )
+
+
+def warming_on(device: str) -> AbstractContextManager[None]:
+    """Return a context of a start, in which kernels of a device compile without a warning.
+
+    An earlier engine of this process may have ended its warm-up, and would count them.
+    """
+    if device == "cpu":
+        return nullcontext()
+    from fd_dsa.triton_runtime import warming
+
+    return warming()
 
 
 def has_fp8(device: str) -> bool:

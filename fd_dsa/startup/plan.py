@@ -19,7 +19,7 @@ from fd_dsa.environment import exchanged_min_tokens
 from fd_dsa.errors import ConfigError
 from fd_dsa.runner.input_batch import InputBatch
 from fd_dsa.startup.graph_sizes import step_bytes
-from fd_dsa.startup.hardware import choose_device, has_fp8, prepare_paddle
+from fd_dsa.startup.hardware import choose_device, has_fp8, prepare_paddle, warming_on
 from fd_dsa.startup.host_memory import available_memory_bytes
 from fd_dsa.startup.memory import (
     MemoryPlan,
@@ -254,7 +254,8 @@ def _four_bit_difference(four_bits: FourBits, device: str) -> str:
     from fd_dsa.device.allocation import paddle_allocator
     from fd_dsa.models import four_bit_check
 
-    return four_bit_check.difference(four_bits, paddle_allocator(device))
+    with warming_on(device):
+        return four_bit_check.difference(four_bits, paddle_allocator(device))
 
 
 def _with_index_topk(model_config: Any, index_topk: int | None) -> Any:
