@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 
 from fd_dsa.engine.block_manager import BlockManager, Reservation
 from fd_dsa.engine.metrics import EngineStats
@@ -20,16 +21,16 @@ class Admission:
     def __init__(self, blocks: BlockManager, stats: EngineStats) -> None:
         self._blocks, self._stats = blocks, stats
 
-    def reserve(self, request: Request, num_running: int) -> Reservation | None:
+    def reserve(self, request: Request, running: Mapping[int, Request]) -> Reservation | None:
         """Return the blocks of a waiting request, or None while it must wait.
 
         The request waits for free blocks, for its group to compute the prompt, and for copies from
         host memory. It waits for copies only while other requests run: they go on meanwhile.
 
         Args:
-            num_running: number of running requests, each of which keeps one spare block.
+            running: running requests by `seq_id`, each of which keeps one spare block.
         """
-        blocks = self._blocks
+        blocks, num_running = self._blocks, len(running)
         reservation = blocks.reservations.get(request.seq_id)
         if reservation is not None and not blocks.has_state(reservation, request.block_keys):
             # a later snapshot has taken the place of the one that the row would go on after
@@ -39,7 +40,7 @@ class Admission:
             # a new request always needs a block
             if num_running >= blocks.num_free:
                 return None
-            cached = self._find_computed_blocks(request)
+            cached = self._find_computed_blocks(request, running)
             if cached is None:
                 return None
             reservation = blocks.reserve(
@@ -71,7 +72,9 @@ class Admission:
             self._stats.prefix_cache_hits += state.num_cached_tokens
             self._stats.prefix_cache_host_hits += state.num_host_cached_tokens
 
-    def _find_computed_blocks(self, request: Request) -> list[int] | None:
+    def _find_computed_blocks(
+        self, request: Request, running: Mapping[int, Request]
+    ) -> list[int] | None:
         """Return blocks that a waiting request may share, None while its group computes them."""
         # cached tokens have no logits
         cached: list[int] = []
@@ -80,12 +83,14 @@ class Admission:
         num_shared = self._blocks.num_shareable(len(request.state.prompt_token_ids))
         if len(cached) >= num_shared:
             return cached
-        running = [other for other in request.group if other.batch_row >= 0]
-        for other in running:
+        first = request.seq_id - request.state.index
+        group = range(first, first + request.params.n)
+        computing = [running[seq_id] for seq_id in group if seq_id in running]
+        for other in computing:
             if other.num_computed_tokens >= num_shared * self._blocks.block_size:
                 shared = self._blocks.shared_blocks(other.seq_id, num_shared)
                 return max(cached, shared, key=len)
-        return None if running else cached
+        return None if computing else cached
 
     def _reads_prefix_cache(self, request: Request) -> bool:
         """Return True if a request may share blocks of other requests."""

@@ -49,7 +49,11 @@ def explain_calls(
             except TypeError:
                 refusal = _refusal(function, args, kwargs, hints)
                 if refusal is not None:
-                    raise refusal from None
+                    try:
+                        raise refusal from None
+                    finally:
+                        # its traceback has this frame
+                        del refusal
                 # the call fits, so the error came from inside of the function
                 raise
 

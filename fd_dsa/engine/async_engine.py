@@ -134,6 +134,8 @@ class AsyncEngine:
         try:
             return await asyncio.wrap_future(reply)
         finally:
+            # the traceback of its error has this frame
+            del reply
             with self._lock:
                 is_left = self._replies.pop(key, None) is not None
             if is_left:
@@ -178,7 +180,11 @@ class AsyncEngine:
             while num_unread:
                 item = await stream.items.get()
                 if isinstance(item, Exception):
-                    raise item
+                    try:
+                        raise item
+                    finally:
+                        # its traceback has this frame
+                        del item
                 num_unread -= item.finished
                 yield item
         finally:

@@ -134,8 +134,9 @@ class ScheduledBatch:
             else:
                 input_batch.next_prompt_tokens[last] = request.token_ids[end]
             lengths.append(len(ids) - first)
-            if request.prompt_logprobs is not None:
-                unscored = request.prompt_logprobs.unscored(begin, end)
+            scores = request.prompt_logprobs
+            if scores is not None and request.wants_prompt_logits:
+                unscored = scores.unscored(begin, end)
                 if unscored:
                     self.scoring.append((request, len(unscored)))
                     scored += [last + 1 - end + position for position in unscored]

@@ -181,10 +181,12 @@ class GrammarCompiler:
         """
         key = self._key(params)
         if self._pending is not None and self._pending[1].done():
-            (done, future), self._pending = self._pending, None
-            if done == key:
-                # raise the error of the compilation, if it has failed
-                future.result()
+            try:
+                if self._pending[0] == key:
+                    # raise the error of the compilation, if it has failed
+                    self._pending[1].result()
+            finally:
+                self._pending = None
         compiled = self._kept(key)
         if compiled is instead_of:
             compiled = None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import InitVar, dataclass, field
-from functools import partial
 
 from fd_dsa.engine.block_keys import BlockKeys
 from fd_dsa.engine.detokenizer import Detokenizer, StopChecker, new_detokenizer
@@ -33,11 +32,12 @@ from fd_dsa.ops.sampling.token_buffer import NOT_FINITE
 class Request:
     """State of an output from its arrival to its end.
 
-    A caller's request with n > 1 is a group of n such objects.
+    A caller's request with n > 1 is a group of n such objects with consecutive numbers. No part of
+    an object refers back to it or to the group, so its memory is free when it is dropped. Garbage
+    in a cycle would be freed in a collection, which delays a step.
 
     Attributes:
         state: the part of the output that callers see.
-        group: all objects of the group in order, this one included.
         seq_id: number of the object in order of arrival, from 0. It is the order of service, and
             names the owner in the block manager.
         max_tokens: maximum number of output tokens, already resolved against the context.
@@ -57,7 +57,8 @@ class Request:
         scheduled_time, preempted_time: when it first got a row, and last lost one; seconds of
             time.monotonic(), None before.
         logprobs: scores of the output; None if not asked for.
-        prompt_logprobs: scores of the prompt; None if not asked for.
+        prompt_logprobs: scores of the prompt, which the group shares and its first object computes;
+            None if not asked for.
         topk_positions: selected keys of the newest step that sampled; None if not asked for.
         grammar: position of the output in its grammar; None without one.
         answer: beginning of the answer after the reasoning; None if no rule depends on it.
@@ -71,7 +72,7 @@ class Request:
     end_token_ids: frozenset[int]
     seq_id: int
     seed: int
-    group: list[Request]
+    prompt_logprobs: PromptLogprobs | None
     block_size: InitVar[int]
     tokenizer: InitVar[Tokenizer]
     grammars: InitVar[GrammarCompiler]
@@ -86,7 +87,6 @@ class Request:
     num_pending_drafts: int = 0
     block_keys: BlockKeys = field(init=False)
     logprobs: OutputLogprobs | None = None
-    prompt_logprobs: PromptLogprobs | None = None
     topk_positions: TopkPositions | None = None
     grammar: GrammarMatcher | None = None
     answer: AnswerStart | None = None
@@ -114,9 +114,8 @@ class Request:
         params, state, prompt = self.params, self.state, self.state.prompt_token_ids
         self.token_ids, self.output_token_ids = list(prompt), state.token_ids
         self.block_keys = BlockKeys(self.token_ids, block_size, params.cache_salt)
-        kept = params.kept_ids(tokenizer)
-        detokenizer = partial(new_detokenizer, tokenizer, params.skip_special_tokens)
-        self.detokenizer = detokenizer(prompt, kept)
+        skips, kept = params.skip_special_tokens, params.kept_ids(tokenizer)
+        self.detokenizer = new_detokenizer(tokenizer, skips, prompt, kept)
         if stops := params.stop_strings:
             self.stop_checker = StopChecker(stops, params.include_stop_str_in_output)
         if params.structured_outputs is not None:
@@ -131,10 +130,6 @@ class Request:
         if params.logprobs is not None:
             self.logprobs = OutputLogprobs()
             state.logprobs = self.logprobs.shown
-        # the first of a group scores the prompt for all
-        if params.prompt_logprobs is not None and state.index == 0:
-            reader = detokenizer(kept_token_ids=kept)
-            self.prompt_logprobs = PromptLogprobs(prompt, params.prompt_logprobs, reader)
 
     @property
     def num_tokens(self) -> int:
@@ -160,7 +155,8 @@ class Request:
     @property
     def wants_prompt_logits(self) -> bool:
         """True while prompt tokens need scores, so that they may not come from the cache."""
-        return self.prompt_logprobs is not None and not self.prompt_logprobs.is_complete
+        scores = self.prompt_logprobs
+        return scores is not None and self.state.index == 0 and not scores.is_complete
 
     def append_token(self, token_id: int, now: float, score: TokenScore | None = None) -> None:
         """Append a sampled token, and end the request if the token does.
@@ -277,9 +273,8 @@ class Request:
         state, scores = self.state, self.state.logprobs or ()
         num_tokens, num_pieces, num_scores = self._shown
         self._shown = len(state.token_ids), len(state.pieces), len(scores)
-        prompt_scores = self.group[0].prompt_logprobs
-        if prompt_scores is not None and prompt_scores.is_complete:
-            state.prompt_logprobs = prompt_scores.entries
+        if self.prompt_logprobs is not None and self.prompt_logprobs.is_complete:
+            state.prompt_logprobs = self.prompt_logprobs.entries
         return RequestOutput(
             state,
             state.token_ids[num_tokens:],
@@ -321,23 +316,27 @@ def new_group(
     if not params.ignore_eos:
         end_token_ids |= eos_token_ids
     bad_words = BadWords.of(params.bad_words, tokenizer) if params.bad_words else None
-    seeds, group = _seeds(params, seed, first_seq_id), list[Request]()
-    for index in range(params.n):
-        request = Request(
+    prompt_logprobs = None
+    if params.prompt_logprobs is not None:
+        skips, kept = params.skip_special_tokens, params.kept_ids(tokenizer)
+        reader = new_detokenizer(tokenizer, skips, kept_token_ids=kept)
+        prompt_logprobs = PromptLogprobs(prompt, params.prompt_logprobs, reader)
+    return [
+        Request(
             state=OutputState(request_id, index, prompt, arrival_time=now),
             params=params,
             max_tokens=max_tokens,
             end_token_ids=end_token_ids,
             seq_id=first_seq_id + index,
-            seed=seeds[index],
-            group=group,
+            seed=seed_of_output,
+            prompt_logprobs=prompt_logprobs,
             block_size=block_size,
             tokenizer=tokenizer,
             grammars=grammars,
             bad_words=bad_words,
         )
-        group.append(request)
-    return group
+        for index, seed_of_output in enumerate(_seeds(params, seed, first_seq_id))
+    ]
 
 
 def _seeds(params: SamplingParams, engine_seed: int, first_seq_id: int) -> list[int]:

@@ -121,6 +121,7 @@ class Scheduler:
 
     def finish(self, request: Request) -> None:
         """Drop an ended or aborted request, and free its row and blocks."""
+        self.proposals.pop(request, None)
         if request.grammar is not None:
             request.grammar.release()
             self._unsettled.pop(request.seq_id, None)
@@ -328,7 +329,7 @@ class Scheduler:
                 break
             if budget <= 0 or self._spare_logits <= 0 or len(self.running) >= self._max_rows:
                 break
-            reservation = self._admission.reserve(request, len(self.running))
+            reservation = self._admission.reserve(request, self.running)
             if reservation is None:
                 break
             context = reservation.num_cached * self._blocks.block_size
@@ -357,7 +358,7 @@ class Scheduler:
     def _schedule_chunk(self, request: Request, budget: int) -> int:
         """Schedule a prefill chunk of at most `budget` tokens, and return the remaining budget."""
         num_tokens = min(len(request.token_ids) - request.num_computed_tokens, budget)
-        if request.prompt_logprobs is not None and request.wants_prompt_logits:
+        if request.wants_prompt_logits:
             num_tokens = min(num_tokens, 1 + self._spare_logits)
             self._spare_logits -= num_tokens - 1
         begin, known = request.num_computed_tokens, len(request.token_ids)
