@@ -49,7 +49,11 @@ class TemplateProcess:
             result, seconds = self._ask(self._running(), message)
         budget.spend(seconds)
         if isinstance(result, Exception):
-            raise result
+            try:
+                raise result
+            finally:
+                # its traceback has this frame
+                del result
         return str(result)
 
     @contextmanager

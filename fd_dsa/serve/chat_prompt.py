@@ -184,10 +184,7 @@ def _render(
             code="context_length_exceeded",
         ) from error
     except ValueError as error:
-        of_kwargs = request_error(error, ("chat_template_kwargs",))
-        if of_kwargs.param is not None:
-            raise of_kwargs from error
-        raise FieldError(f"messages: {error}") from error
+        raise request_error(error, ("chat_template_kwargs",), "messages") from error
 
 
 def _form(

@@ -184,13 +184,15 @@ def internal_error(request_id: str) -> ApiError:
     )
 
 
-def request_error(error: ValueError, fields: Sequence[str]) -> ApiError:
+def request_error(error: ValueError, fields: Sequence[str], default: str | None = None) -> ApiError:
     """Make a 400 from a ValueError.
 
-    `param` is the first word of its text if it is in `fields`.
+    `param` is the first word of its text if it is in `fields`, otherwise `default`.
     """
     message = str(error)
     word = message.partition(" ")[0].rstrip(":")
+    if word not in fields and default is not None:
+        return FieldError(f"{default}: {message}")
     return ApiError(400, message, param=word if word in fields else None)
 
 

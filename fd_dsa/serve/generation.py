@@ -206,10 +206,8 @@ def _refusals(param: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        refusal = request_error(error, (*SAMPLING_FIELDS, *STRUCTURED_FIELDS, "tools"))
-        if refusal.param is None:
-            refusal = FieldError(f"{param}: {error}")
-        raise refusal from error
+        fields = (*SAMPLING_FIELDS, *STRUCTURED_FIELDS, "tools")
+        raise request_error(error, fields, param) from error
 
 
 async def stream_outputs(
@@ -265,7 +263,11 @@ async def stream_outputs(
                 running -= 1
             elif isinstance(item, Exception):
                 if state.engine.errored is None:
-                    raise item
+                    try:
+                        raise item
+                    finally:
+                        # its traceback has this frame
+                        del item
                 # the log has the engine's failure
                 gone = "the engine has failed while it ran the request; the server is ending"
                 raise ApiError(500, gone)
@@ -284,6 +286,9 @@ async def stream_outputs(
                 if output is None or not output.finished:
                     _log_end(job, index, output, began)
         await cancel(tasks)
+        while not queue.empty():
+            # the traceback of an error has the frame of a task, which has the queue
+            queue.get_nowait()
         state.active.difference_update(job.request_id for job in jobs)
 
 

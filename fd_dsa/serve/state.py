@@ -116,7 +116,11 @@ class ServerState:
         """Raise the 503 of `unavailable` if there is one."""
         error = self.unavailable(is_accepted=is_accepted)
         if error is not None:
-            raise error
+            try:
+                raise error
+            finally:
+                # its traceback has this frame
+                del error
 
     def resolve_model(self, name: str | None) -> str:
         """Return the served name for the `model` of a request.

@@ -41,6 +41,8 @@ async def unless_gone(request: Request, work: Coroutine[None, None, _T]) -> _T:
         return task.result()
     finally:
         await cancel([task, gone])
+        # the traceback of its error has this frame
+        del task
 
 
 async def cancel(tasks: Sequence[asyncio.Task[object]]) -> None:
@@ -128,13 +130,19 @@ class Workers:
             return await unless_gone(request, _result_of(future))
         finally:
             stop.set()
+            # the traceback of its error has this frame
+            del future
 
     def close(self) -> None:
         self._threads.shutdown(wait=False)
 
 
 async def _result_of(future: Future[_T]) -> _T:
-    return await asyncio.wrap_future(future)
+    try:
+        return await asyncio.wrap_future(future)
+    finally:
+        # the traceback of its error has this frame
+        del future
 
 
 def _call_soon(loop: asyncio.AbstractEventLoop, function: Callable[[], None]) -> None:
