@@ -49,19 +49,23 @@ constexpr uint32_t kActivations = kPairs * kPiece;
 constexpr uint32_t kCodes = kColumns * kPiece / 2, kScales = kColumns * 4;
 constexpr uint32_t kAllCodes = kStages * kActivations, kAllScales = kAllCodes + kStages * kCodes;
 constexpr uint32_t kPairScales = kPairs * 4, kAllPairScales = kAllScales + kStages * kScales;
-// 16 result rows of each warp, 32 bytes each. Another 16 put neighbours in different banks.
-constexpr uint32_t kLine = 32 + 16, kLines = kAllPairScales + kStages * kPairScales;
-// The table of `write_table`, and the number of each stage's tile.
-constexpr uint32_t kTable = kLines + 8 * 16 * kLine;
-constexpr uint32_t kOwnTiles = kTable + kScaleCodes * 8;
-constexpr uint32_t kEnds = kOwnTiles + kStages * 4;
+// Twice 32 result rows of each warpgroup, 128 bytes each. Another 16 put neighbours in different
+// banks.
+constexpr uint32_t kLine = 128 + 16, kChunk = 32, kChunkBytes = kChunk * kLine;
+constexpr uint32_t kLines = kAllPairScales + kStages * kPairScales;
+// The table of `write_table`. Then each stage's tile, and the peaks of a tile's columns.
+constexpr uint32_t kTable = kLines + 2 * 2 * kChunkBytes;
+constexpr uint32_t kOwnTiles = kTable + kScaleCodes * 8, kPeaks = kColumns;
+constexpr uint32_t kAllPeaks = kOwnTiles + kStages * 16;
+constexpr uint32_t kEnds = kAllPeaks + kStages * kPeaks;
 constexpr uint32_t kNext = (kEnds + 4 * kMaxExperts + 7) / 8 * 8;
 constexpr uint32_t kBarriers = kNext + 2 * 4;
 constexpr uint32_t kBytes = kBarriers + 2 * kStages * 8;
-static_assert(kBytes <= 232448 && kLines % 16 == 0 && kTable % 8 == 0 && kNext % 8 == 0);
+static_assert(kBytes <= 232448 && kLines % 16 == 0 && kTable % 16 == 0 && kNext % 8 == 0);
 
-// Named barriers of the turns of each warpgroup.
-enum { kFirstBarrier = kFirstOwnBarrier, kSecondBarrier };
+// Named barriers: the turns of each warpgroup, and the result rows of the first one. Those of the
+// second one have the next number.
+enum { kFirstBarrier = kFirstOwnBarrier, kSecondBarrier, kLinesBarrier };
 
 __host__ __device__ __forceinline__ int column_groups(const Job& job) {
   return job.columns / (job.is_gated != 0 ? kHalfColumns : kColumns);
@@ -130,7 +134,8 @@ struct Turn : StageTurn<kStages, kBarriers> {
   __device__ __forceinline__ uint32_t pair_scales() const {
     return base + kAllPairScales + stage * kPairScales;
   }
-  __device__ __forceinline__ uint32_t own_tile() const { return base + kOwnTiles + stage * 4; }
+  __device__ __forceinline__ uint32_t own_tile() const { return base + kOwnTiles + stage * 16; }
+  __device__ __forceinline__ uint32_t peaks() const { return base + kAllPeaks + stage * kPeaks; }
 };
 
 __device__ __forceinline__ bool find(const Job& job, uint32_t base, uint32_t number, Tile& tile) {
@@ -141,6 +146,17 @@ __device__ __forceinline__ bool find(const Job& job, uint32_t base, uint32_t num
   tile.first = tile.first / kPairs * rows;
   tile.left = min(count - tile.first, rows);
   return true;
+}
+
+// Stores a tile. Its first word is the expert, or kNoTile.
+__device__ __forceinline__ void store_tile(uint32_t at, const Tile& tile) {
+  store_shared(at, make_uint4(tile.expert, tile.first, tile.left, tile.group));
+}
+
+__device__ __forceinline__ Tile load_tile(uint32_t at) {
+  const uint4 x = load_shared_uint4(at);
+  return {static_cast<int>(x.x), static_cast<int>(x.y), static_cast<int>(x.z),
+          static_cast<int>(x.w)};
 }
 
 // Writes the e4m3 codes of the eight sizes of e2m1 values times 2^(6 - i) to entry i. 64 threads call
@@ -162,26 +178,30 @@ __device__ __forceinline__ void write_table(uint32_t base, int thread) {
 // ---- the warpgroup that copies operands
 
 // Copies all stages of a tile. Thread t copies chunk t % 8 of rows t / 8 + 16 i, and the scales of
-// rows t and t + 128.
-__device__ __forceinline__ void copy_stages(const Job& job, const Tile& tile, uint32_t number,
-                                            int thread, Turn& turn) {
+// rows t and t + 128. The first stage has the peaks of the columns, too.
+template <bool kGated>
+__device__ __forceinline__ void copy_stages(const Job& job, const Tile& tile, int thread,
+                                            Turn& turn) {
   const int32_t* pairs = pairs_of(job, tile);
   const int count = tile.left;
   constexpr int kRowsPerThread = kPairs / 16;
   uint32_t chunks[kRowsPerThread], scale_rows[2];  // chunks from the beginning of the codes
+  // a division takes many instructions
+  const uint32_t inverse = 0xffffffffu / job.row_pairs + 1;
+  const auto row_at = [&](int at) -> uint32_t {
+    const uint32_t pair = at < count ? __ldg(pairs + at) : 0;
+    // exact up to 2^32 / row_pairs
+    return job.row_pairs == 1 ? pair : __umulhi(pair, inverse);
+  };
 #pragma unroll
   for (int i = 0; i < kRowsPerThread; ++i) {
-    const int at = thread / 8 + i * 16;
-    const uint32_t row = at < count ? __ldg(pairs + at) / job.row_pairs : 0;
-    chunks[i] = row * (job.width / 16);
+    chunks[i] = row_at(thread / 8 + i * 16) * (job.width / 16);
   }
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int at = thread + i * 128;
-    scale_rows[i] = at < count ? __ldg(pairs + at) / job.row_pairs : 0;
-  }
-  const int pieces = job.width / kPiece, parts = 1 + job.is_gated;
-  const int half_columns = tile.group * (job.is_gated != 0 ? kHalfColumns : kColumns);
+  for (int i = 0; i < 2; ++i) scale_rows[i] = row_at(thread + i * 128);
+  constexpr int kParts = kGated ? 2 : 1;
+  const int pieces = job.width / kPiece;
+  const int tile_columns = tile.group * (kGated ? kHalfColumns : kColumns);
   const uint32_t to = swizzled(thread / 8, thread % 8);
   const char* x = static_cast<const char*>(job.codes) + thread % 8 * 16;
   const float* scales = job.code_scales;
@@ -189,19 +209,22 @@ __device__ __forceinline__ void copy_stages(const Job& job, const Tile& tile, ui
     const uint32_t full = turn.is_full();
     barrier_wait(turn.is_free(), turn.parity ^ 1);
     if (thread == 0) {
-      store_shared(turn.own_tile(), number);
-      barrier_arrive_expecting(full, kCodes + kScales);
+      store_tile(turn.own_tile(), tile);
+      barrier_arrive_expecting(full, kCodes + kScales + (piece == 0 ? kPeaks : 0));
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int part = job.is_gated != 0 ? half : 0;
-        const int first = half_columns + (job.is_gated != 0 ? 0 : half * kHalfColumns);
-        const int64_t column =
-            (static_cast<int64_t>(tile.expert * parts + part) * pieces + piece) * job.columns +
-            first;
+        const int first = tile_columns + (kGated ? 0 : half * kHalfColumns);
+        const int64_t matrix = tile.expert * kParts + (kGated ? half : 0);
+        const int64_t column = (matrix * pieces + piece) * job.columns + first;
         copy_bulk(turn.codes() + half * (kCodes / 2),
                   static_cast<const char*>(job.weight) + column * (kPiece / 2), kCodes / 2, full);
         copy_bulk(turn.scales() + half * (kScales / 2),
                   static_cast<const char*>(job.weight_scales) + column * 4, kScales / 2, full);
+        if (piece == 0) {
+          copy_bulk(turn.peaks() + half * (kPeaks / 2),
+                    static_cast<const char*>(job.peaks) + matrix * job.columns + first, kPeaks / 2,
+                    full);
+        }
       }
     }
     const uint32_t activations = turn.activations() + to;
@@ -255,19 +278,21 @@ __device__ __forceinline__ void turn_codes(uint32_t word, const uint2 (&tables)[
 //
 // A thread has two columns, 8 rows of the tensor cores' result apart, and two neighbouring pairs of
 // each 8. Value j * 4 + r * 2 + p is that of column r and of pair 8 j + lane % 4 * 2 + p.
+template <bool kGated>
 struct Multiplier {
+  // columns of a warp in a stage, and from a thread's first column to its second one
+  static constexpr int kWarpColumns = kGated ? 8 : 16, kNextColumn = kGated ? kHalfColumns : 8;
+
   const Job& job;
   uint32_t base;
   int warp, lane;  // index of the warp among both warpgroups
   int column;      // first column of this thread in a stage
-  int next;        // columns from there to the second one
   int own_barrier;
   Turn turn;
 
   __device__ __forceinline__ Multiplier(const Job& job, uint32_t base, int warp, int lane)
       : job(job), base(base), warp(warp), lane(lane), turn{{base}} {
-    column = warp * (job.is_gated != 0 ? 8 : 16) + lane / 4;
-    next = job.is_gated != 0 ? kHalfColumns : 8;
+    column = warp * kWarpColumns + lane / 4;
     own_barrier = warp < 4 ? kFirstBarrier : kSecondBarrier;
     // the first warpgroup has the first turn
     if (own_barrier == kSecondBarrier) named_barrier_arrive(kFirstBarrier, 256);
@@ -282,7 +307,7 @@ struct Multiplier {
     uint32_t below[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int own = column + r * next;
+      const int own = column + r * kNextColumn;
       words[r] = load_shared_uint4(turn.codes() + own * (kPiece / 2) + lane % 4 * 16);
       // no byte is above the peak's
       below[r] = peaks[r] - load_shared(turn.scales() + own * 4);
@@ -332,19 +357,20 @@ struct Multiplier {
     }
   }
 
-  // Adds all stages of a tile, the first of which is full, and writes the result.
+  // Adds all stages of a tile of kUsed times kCount pairs, and writes the result.
   //
-  // The tile has kUsed times kCount pairs, and `count` of them are live.
+  // The first stage is full.
   template <int kCount, int kUsed>
-  __device__ __forceinline__ void run(const Tile& tile, int count) {
+  __device__ __forceinline__ void run() {
     // results of 64 pairs leave registers for two thirds at a time
     constexpr int kAhead = kCount <= 64 && kUsed > 1 ? 2 : 1;
     float sums[kUsed][kCount / 2], parts[kAhead][kCount / 2];
 #pragma unroll
     for (int i = 0; i < kUsed * kCount / 2; ++i) sums[i / (kCount / 2)][i % (kCount / 2)] = 0.0f;
     const int pieces = job.width / kPiece;
-    const uint8_t* peak = own_peaks(tile);
-    const uint32_t peaks[2] = {__ldg(peak) * 0x01010101u, __ldg(peak + second_peak()) * 0x01010101u};
+    const uint32_t peaks[2] = {load_shared_byte(turn.peaks() + column) * 0x01010101u,
+                               load_shared_byte(turn.peaks() + column + kNextColumn) * 0x01010101u};
+    Tile tile;
     for (int piece = 0; piece < pieces; ++piece, turn.advance()) {
       if (piece > 0) barrier_wait(turn.is_full(), turn.parity);
       uint32_t codes[4][4];
@@ -369,21 +395,12 @@ struct Multiplier {
         add<kCount>(sums[third], parts[third % kAhead], scales);
         if (third + kAhead < kUsed) multiply<kCount>(parts[third % kAhead], codes, third + kAhead);
       }
+      // not kept from the beginning, as registers are few
+      if (piece + 1 == pieces) tile = load_tile(turn.own_tile());
       warp_arrive(turn.is_free(), lane);
     }
-#pragma unroll
-    for (int third = 0; third < kUsed; ++third) {
-      store<kCount>(tile, sums[third], third * kCount, count);
-    }
+    store<kCount, kUsed>(tile, sums, peaks);
   }
-
-  // Returns where the largest scales of this thread's columns are, the second one later.
-  __device__ __forceinline__ const uint8_t* own_peaks(const Tile& tile) const {
-    const int64_t matrix = tile.expert * (1 + job.is_gated);
-    const int first = tile.group * (job.is_gated != 0 ? kHalfColumns : kColumns) + column;
-    return static_cast<const uint8_t*>(job.peaks) + matrix * job.columns + first;
-  }
-  __device__ __forceinline__ int second_peak() const { return job.is_gated != 0 ? job.columns : 8; }
 
   // Returns 2^(peak - 127 - 6) without the power of two that factors have.
   static __device__ __forceinline__ float scale_of_peak(uint32_t peak) {
@@ -391,56 +408,85 @@ struct Multiplier {
            kFactor;
   }
 
-  // Writes kCount pairs of a tile from `first` on.
-  template <int kCount>
-  __device__ __forceinline__ void store(const Tile& tile, const float (&sums)[kCount / 2],
-                                        int first, int count) {
-    const bool is_gated = job.is_gated != 0;
-    const float* own = job.factors + tile.expert * (1 + job.is_gated);
-    const uint8_t* peak = own_peaks(tile);
-    const float factor = __ldg(own) * scale_of_peak(__ldg(peak));
-    const float next_factor = __ldg(own + job.is_gated) * scale_of_peak(__ldg(peak + second_peak()));
-    const uint32_t lines = base + kLines + warp * (16 * kLine);
-    // where this lane's row of a matrix goes, and which part of a result row it writes
-    const uint32_t to = lines + lane % 16 * kLine + lane / 16 * 16;
-    const uint32_t from = lines + lane / 2 * kLine + lane % 2 * 16;
+  // Writes the results of a tile. A warpgroup's rows of 32 pairs meet in shared memory, so that it
+  // writes 64 bytes of a row at a time if the tile is gated, else 128.
+  template <int kCount, int kUsed>
+  __device__ __forceinline__ void store(const Tile& tile, const float (&sums)[kUsed][kCount / 2],
+                                        const uint32_t (&peaks)[2]) const {
+    constexpr int kChunks = (kCount + kChunk - 1) / kChunk, kRowThreads = kGated ? 4 : 8;
+    constexpr int kPasses = kGated ? 1 : 2, kPassRows = kChunk / kPasses;
+    // no register has what follows from them during the GEMMs
+    const int lane = unknown(this->lane), warp = unknown(this->warp);
+    const int warpgroup = warp / 4, thread = warp % 4 * kWarp + lane;
     const int32_t* pairs = pairs_of(job, tile);
-    const int at = tile.group * (is_gated ? kHalfColumns : kColumns) + warp * (is_gated ? 8 : 16);
-    int32_t rows[(kCount + 15) / 16];
+    int32_t rows[kUsed][kChunks * kPasses];
 #pragma unroll
-    for (int i = 0; i < (kCount + 15) / 16; ++i) {
-      const int pair = i * 16 + lane / 2;
-      const bool is_live = pair < kCount && first + pair < count;
-      rows[i] = is_live ? __ldg(pairs + first + pair) : -1;
+    for (int i = 0; i < kUsed * kChunks * kPasses; ++i) {
+      const int third = i / (kChunks * kPasses), pass = i % (kChunks * kPasses);
+      const int pair = pass * kPassRows + thread / kRowThreads, at = third * kCount + pair;
+      rows[third][pass] = pair < kCount && at < tile.left ? __ldg(pairs + at) : -1;
     }
+    const float* own = job.factors + tile.expert * (1 + kGated);
+    const float factor = __ldg(own) * scale_of_peak(peaks[0] & 255);
+    const float next_factor = __ldg(own + kGated) * scale_of_peak(peaks[1] & 255);
+    const uint32_t lines = base + kLines + warpgroup * (2 * kChunkBytes);
+    // where this lane's row of a matrix goes, and what this thread writes
+    const uint32_t to = lines + warp % 4 * (kWarpColumns * 2) +
+                        (kGated ? lane * kLine : lane % 16 * kLine + lane / 16 * 16);
+    const uint32_t from = lines + thread / kRowThreads * kLine + thread % kRowThreads * 16;
+    const int first = (tile.group * 2 + warpgroup) * (4 * kWarpColumns);
+    char* out = static_cast<char*>(job.out) + first * 2 + thread % kRowThreads * 16;
+    // the rows of the last tile were read
+    named_barrier(kLinesBarrier + warpgroup, 128);
 #pragma unroll
-    for (int j = 0; j < kCount / 8; j += 2) {
-      uint32_t values[4];
+    for (int i = 0; i < kUsed * kChunks; ++i) {
+      const int third = i / kChunks, chunk = i % kChunks;
+      const uint32_t buffer = i % 2 * kChunkBytes;
+      store_chunk<kCount>(sums[third], chunk, factor, next_factor, to + buffer);
+      named_barrier(kLinesBarrier + warpgroup, 128);
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        // an odd number of eights ends with 8 pairs
-        const float* x = sums + (j + i < kCount / 8 ? j + i : j) * 4;
-        const float upper[2] = {x[0] * factor, x[1] * factor};
-        const float lower[2] = {x[2] * next_factor, x[3] * next_factor};
-        values[i] = is_gated ? pack_bfloat16(gated(upper[0], lower[0]), gated(upper[1], lower[1]))
-                             : pack_bfloat16(upper[0], upper[1]);
-        // a gated result has one column for two
-        values[2 + i] = is_gated ? 0 : pack_bfloat16(lower[0], lower[1]);
+      for (int pass = 0; pass < kPasses; ++pass) {
+        if (const int64_t row = rows[third][chunk * kPasses + pass]; row >= 0) {
+          *reinterpret_cast<uint4*>(out + row * job.columns * 2) =
+              load_shared_uint4(from + buffer + pass * (kPassRows * kLine));
+        }
       }
-      store_matrices_transposed(to, values);
-      __syncwarp();
-      if (const int64_t row = rows[j / 2]; row >= 0 && (!is_gated || lane % 2 == 0)) {
-        char* out = static_cast<char*>(job.out) + (row * job.columns + at) * 2 + lane % 2 * 16;
-        *reinterpret_cast<uint4*>(out) = load_shared_uint4(from);
-      }
-      __syncwarp();
     }
   }
 
-  __device__ __forceinline__ float gated(float gate, float up) const {
+  // Writes this warp's columns of 32 pairs of a third to shared memory.
+  template <int kCount>
+  __device__ __forceinline__ void store_chunk(const float (&sums)[kCount / 2], int chunk,
+                                              float factor, float next_factor, uint32_t to) const {
+    uint32_t values[2][4];  // of the first column, or of a gated one, and of the second one
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      // the last chunk of a third may have fewer eights of pairs
+      const int eight = chunk * 4 + i < kCount / 8 ? chunk * 4 + i : chunk * 4;
+      const float* x = sums + eight * 4;
+      const float upper[2] = {x[0] * factor, x[1] * factor};
+      const float lower[2] = {x[2] * next_factor, x[3] * next_factor};
+      values[0][i] = kGated ? pack_bfloat16(gated(upper[0], lower[0], job.limit),
+                                            gated(upper[1], lower[1], job.limit))
+                            : pack_bfloat16(upper[0], upper[1]);
+      values[1][i] = pack_bfloat16(lower[0], lower[1]);
+    }
+    if constexpr (kGated) {
+      store_matrices_transposed(to, values[0]);
+    } else {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const uint32_t both[4] = {values[0][2 * half], values[0][2 * half + 1],
+                                  values[1][2 * half], values[1][2 * half + 1]};
+        store_matrices_transposed(to + half * (16 * kLine), both);
+      }
+    }
+  }
+
+  static __device__ __forceinline__ float gated(float gate, float up, float limit) {
     // fminf ignores NaN
-    gate = gate > job.limit ? job.limit : gate;
-    up = up > job.limit ? job.limit : up < -job.limit ? -job.limit : up;
+    gate = gate > limit ? limit : gate;
+    up = up > limit ? limit : up < -limit ? -limit : up;
     return silu_times(gate, up);
   }
 
@@ -448,19 +494,18 @@ struct Multiplier {
   __device__ __forceinline__ void run() {
     for (;;) {
       barrier_wait(turn.is_full(), turn.parity);
-      const uint32_t number = load_shared(turn.own_tile());
-      Tile tile;
-      if (number == kNoTile || !find(job, base, number, tile)) break;
-      const int count = tile.left;
-      if (count <= 32) run<32, 1>(tile, count);
-      else if (count <= 64) run<64, 1>(tile, count);
-      else if (count <= 80) run<80, 1>(tile, count);
-      else if (count <= 96) run<48, 2>(tile, count);
-      else if (count <= 128) run<64, 2>(tile, count);
-      else if (count <= 160) run<80, 2>(tile, count);
-      else if (count <= 192) run<64, 3>(tile, count);
-      else if (count <= 216) run<72, 3>(tile, count);
-      else run<80, 3>(tile, count);
+      const Tile first = load_tile(turn.own_tile());
+      if (first.expert == static_cast<int>(kNoTile)) break;
+      const int count = first.left;
+      if (count <= 32) run<32, 1>();
+      else if (count <= 64) run<64, 1>();
+      else if (count <= 80) run<80, 1>();
+      else if (count <= 96) run<48, 2>();
+      else if (count <= 128) run<64, 2>();
+      else if (count <= 160) run<80, 2>();
+      else if (count <= 192) run<64, 3>();
+      else if (count <= 216) run<72, 3>();
+      else run<80, 3>();
     }
     // the last turn of the other warpgroup
     if (own_barrier == kFirstBarrier) named_barrier_apart(kFirstBarrier, 256);
@@ -474,6 +519,7 @@ constexpr int kComputeRegisters = 224, kCopyRegisters = 56;
 static_assert(2 * kComputeRegisters + kCopyRegisters == 3 * 168);
 
 // Multiplies rows of experts; `blocks` blocks take tiles in turn.
+template <bool kGated>
 __global__ void __launch_bounds__(kThreads, 1)
     multiply_experts(const __grid_constant__ Job job, uint32_t blocks) {
 #if defined(FD_DSA_HOPPER)
@@ -485,16 +531,14 @@ __global__ void __launch_bounds__(kThreads, 1)
   __syncthreads();
   if (warp < 8) {
     more_registers<kComputeRegisters>();
-    Multiplier(job, base, warp, lane).run();
+    Multiplier<kGated>(job, base, warp, lane).run();
   } else {
     fewer_registers<kCopyRegisters>();
     const int thread = threadIdx.x % 128;
     copy_tiles(
         Turn{{base}}, job.taken, base + kNext, blocks, thread,
         [&](uint32_t number, Tile& tile) { return find(job, base, number, tile); },
-        [&](const Tile& tile, uint32_t number, Turn& turn) {
-          copy_stages(job, tile, number, thread, turn);
-        });
+        [&](const Tile& tile, uint32_t, Turn& turn) { copy_stages<kGated>(job, tile, thread, turn); });
   }
 #endif
 }
@@ -507,19 +551,19 @@ inline bool is_supported(const Job& job) {
          job.num_experts > 0 && job.num_experts <= kMaxExperts && job.row_pairs > 0 &&
          job.taken != nullptr && job.factors != nullptr && job.peaks != nullptr &&
          static_cast<int64_t>(job.num_rows) * job.row_pairs == job.num_pairs &&
-         // 32-bit numbers count the chunks of codes
+         // 32-bit numbers count the chunks of codes, and divide pairs
          static_cast<int64_t>(job.num_rows) * (job.width / 16) < 1ll << 32 &&
+         static_cast<int64_t>(job.num_pairs) * job.row_pairs < 1ll << 32 && is_aligned(job.peaks) &&
          is_aligned(job.x) && is_aligned(job.codes) && is_aligned(job.weight) &&
          is_aligned(job.weight_scales) && is_aligned(job.out);
 }
 
+template <bool kGated>
 static int launch_experts(const Job& job, void* stream) {
   static std::atomic<uint64_t> prepared{0};
-  if (job.num_pairs <= 0 || job.columns <= 0) return 0;
-  if (!is_supported(job)) return static_cast<int>(cudaErrorInvalidValue);
   uint32_t blocks = 0;
-  const cudaError_t error = prepare_tiles(multiply_experts, job, kPairs, column_groups(job), kBytes,
-                                          stream, prepared, blocks);
+  const cudaError_t error = prepare_tiles(multiply_experts<kGated>, job, kPairs,
+                                          column_groups(job), kBytes, stream, prepared, blocks);
   if (error != cudaSuccess) return static_cast<int>(error);
   const int64_t threads = static_cast<int64_t>(job.num_rows) * job.width / kValuesPerThread;
   const auto rounding =
@@ -527,13 +571,18 @@ static int launch_experts(const Job& job, void* stream) {
   const int failed =
       launch(launch_config(rounding, kRoundingThreads, stream), round_activations, job);
   if (failed != 0) return failed;
-  return launch(launch_config(blocks, kThreads, stream, kBytes), multiply_experts, job, blocks);
+  return launch(launch_config(blocks, kThreads, stream, kBytes), multiply_experts<kGated>, job,
+                blocks);
 }
 
 }  // namespace fd_dsa::experts_fp4
 
 extern "C" int fd_dsa_expert_gemm_fp4_cuda(const FdDsaExpertGemmFp4* job, void* stream) {
-  return fd_dsa::experts_fp4::launch_experts(*job, stream);
+  using namespace fd_dsa::experts_fp4;
+  if (job->num_pairs <= 0 || job->columns <= 0) return 0;
+  if (!is_supported(*job)) return static_cast<int>(cudaErrorInvalidValue);
+  return job->is_gated != 0 ? launch_experts<true>(*job, stream)
+                            : launch_experts<false>(*job, stream);
 }
 
 extern "C" int fd_dsa_expert_gemm_fp4_bytes() {

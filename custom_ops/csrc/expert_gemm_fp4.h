@@ -15,7 +15,7 @@ extern "C" struct FdDsaExpertGemmFp4 {
   // [width / 128, num_rows], the codes and scales of `x`
   void* codes;
   float* code_scales;
-  // peaks of the weight, bytes [num_experts, parts, columns]
+  // peaks of the weight, bytes [num_experts, parts, columns], 16-byte aligned
   const void* peaks;
   // FourBitWeight of fd_dsa/tensor.py of kind "e8m0" and group 32, 16-byte aligned: codes
   // [num_experts, parts, width / 128, columns, 64], e8m0 scales

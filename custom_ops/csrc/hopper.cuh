@@ -75,6 +75,7 @@ __device__ __forceinline__ void store_shared_if(bool stores, uint32_t at, uint4 
 }
 
 FD_DSA_LOAD(uint32_t, load_shared, "ld.shared.b32 %0, [%1];", "=r"(x))
+FD_DSA_LOAD(uint32_t, load_shared_byte, "ld.shared.u8 %0, [%1];", "=r"(x))
 FD_DSA_LOAD(float, load_shared_float, "ld.shared.f32 %0, [%1];", "=f"(x))
 FD_DSA_LOAD(float2, load_shared_float2, "ld.shared.v2.f32 {%0, %1}, [%2];", FD_DSA_TWO("=f"))
 FD_DSA_LOAD(uint2, load_shared_uint2, "ld.shared.v2.b32 {%0, %1}, [%2];", FD_DSA_TWO("=r"))

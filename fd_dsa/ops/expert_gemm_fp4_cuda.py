@@ -62,9 +62,9 @@ class Fp4ExpertGemm(LibraryKernel):
         scales = empty_beside(x, width // GROUP, rows, dtype="float32")
         taken = empty_beside(x, 1, dtype="int32")
         operands = {"x": x, "codes": codes, "weight": weight.codes, "weight_scales": weight.scales}
-        for name, tensor in {**operands, "out": out}.items():
+        for name, tensor in {**operands, "peaks": weight.peaks, "out": out}.items():
             setattr(job, name, self._address(name, tensor, multiple=16))
-        others = {"code_scales": scales, "factors": weight.factors, "peaks": weight.peaks}
+        others = {"code_scales": scales, "factors": weight.factors}
         for name, tensor in {**others, "pairs": pairs, "counts": counts, "taken": taken}.items():
             setattr(job, name, self._address(name, tensor))
         job.limit = math.inf if limit is None else limit

@@ -393,6 +393,9 @@ void __stcs(T* at, T value) {
 inline uint32_t __vmaxu2(uint32_t a, uint32_t b) {
   return std::max(a & 0xffff0000u, b & 0xffff0000u) | std::max(a & 0xffffu, b & 0xffffu);
 }
+inline uint32_t __umulhi(uint32_t x, uint32_t y) {
+  return static_cast<uint32_t>(static_cast<uint64_t>(x) * y >> 32);
+}
 inline uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t selector) {
   const uint64_t bytes = static_cast<uint64_t>(high) << 32 | low;
   uint32_t found = 0;

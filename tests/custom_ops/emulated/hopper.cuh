@@ -56,6 +56,7 @@ T load_shared_as(uint32_t at) {
   return value;
 }
 inline uint32_t load_shared(uint32_t at) { return load_shared_as<uint32_t>(at); }
+inline uint32_t load_shared_byte(uint32_t at) { return load_shared_as<uint8_t>(at); }
 inline float load_shared_float(uint32_t at) { return load_shared_as<float>(at); }
 inline float2 load_shared_float2(uint32_t at) { return load_shared_as<float2>(at); }
 inline float4 load_shared_float4(uint32_t at) { return load_shared_as<float4>(at); }
