@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping
 
 from fd_dsa.engine.batch import Drafts, ScheduledBatch
@@ -23,25 +24,30 @@ class LookupIndex:
 
     def __init__(self, token_ids: list[int], longest: int, shortest: int) -> None:
         self._token_ids = token_ids
-        self._ends: dict[int, dict[tuple[int, ...], int]] = {
-            length: {} for length in range(longest, shortest - 1, -1)
-        }
+        self._widths = tuple(range(4 * longest, 4 * shortest - 1, -4))
+        # tokens as bytes of int32, because a garbage collection visits every tuple
+        self._ends: dict[bytes, int] = {}
+        # the last run of the maximum length, with tokens -1 before the first one
+        self._newest = b"\xff" * 4 * longest
         self._num_listed = 0
 
     def following(self, count: int) -> list[int]:
         """Return up to `count` tokens after the longest earlier run of the newest tokens."""
-        tokens = self._token_ids
+        tokens, ends, widths, begin = self._token_ids, self._ends, self._widths, self._num_listed
+        new = tokens[begin : begin + _MAX_LISTED]
+        packed = self._newest + array("i", new).tobytes()
         # the run at the end of the list is the one to look up, so it is not listed yet
-        end = min(len(tokens) - 1, self._num_listed + _MAX_LISTED)
-        for length, ends in self._ends.items():
-            for stop in range(max(self._num_listed + 1, length), end + 1):
-                ends[tuple(tokens[stop - length : stop])] = stop
-        self._num_listed = end
-        if end < len(tokens) - 1:
+        for width in widths:
+            at = widths[0]
+            for stop in range(begin, begin + len(new)):
+                ends[packed[at - width : at]] = stop
+                at += 4
+        self._newest = newest = packed[-widths[0] :]
+        self._num_listed = begin + len(new)
+        if self._num_listed < len(tokens):
             return []
-        for length, ends in self._ends.items():
-            # a list with fewer tokens has no such run
-            if (found := ends.get(tuple(tokens[-length:]))) is not None:
+        for width in widths:
+            if (found := ends.get(newest[-width:])) is not None:
                 return tokens[found : found + count]
         return []
 

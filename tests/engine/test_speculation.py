@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -147,14 +148,14 @@ class CheckedLookup(PromptLookup):
     def propose(self, step: Any, counts: Any) -> dict[Any, Drafts]:
         proposals = super().propose(step, counts)
         for request, drafts in proposals.items():
-            assert drafts.tokens == searched(request.token_ids, counts[request])
+            assert drafts.tokens == searched(request.token_ids, counts[request], (3, 2, 1))
             self.num_drafts += len(drafts)
         return proposals
 
 
-def searched(tokens: list[int], count: int) -> list[int]:
-    """Return the tokens after the last earlier run of the 3, 2 or 1 tokens that end the list."""
-    for length in (3, 2, 1):
+def searched(tokens: list[int], count: int, lengths: Sequence[int]) -> list[int]:
+    """Return the tokens after the last earlier run of the tokens that end the list."""
+    for length in lengths:
         for stop in range(len(tokens) - 1, length - 1, -1):
             if tokens[stop - length : stop] == tokens[-length:]:
                 return tokens[stop : stop + count]
@@ -165,6 +166,34 @@ def test_the_lookup_proposes_what_a_search_finds_whatever_happened_before() -> N
     drafter = CheckedLookup(3, 1)
     _, stats = run(SpecDecoder(drafter, 3))
     assert stats.num_preemptions and drafter.num_drafts > 100
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_an_index_finds_what_a_search_finds_in_a_growing_list(seed: int) -> None:
+    draw = random.Random(seed)
+    shortest = draw.randint(1, 4)
+    longest = shortest + draw.randint(0, 3)
+    # the bytes of some of these tokens contain the bytes of others
+    known = draw.choice([range(2), range(5), [0, 1, 256, 257, 65536, 2**24, 2**31 - 1]])
+    tokens: list[int] = []
+    index = LookupIndex(tokens, longest, shortest)
+    for _ in range(60):
+        tokens += draw.choices(known, k=draw.choice([1, 1, 2, 3, 9]))
+        for count in (1, 4):
+            found = index.following(count)
+            assert found == searched(tokens, count, range(longest, shortest - 1, -1))
+
+
+def test_a_garbage_collection_visits_no_tokens_of_an_index() -> None:
+    def num_visited() -> int:
+        return sum(len(gc.get_referents(one)) for one in gc.get_objects())
+
+    tokens = random.Random(0).choices(range(150_000), k=8000)
+    index = LookupIndex(tokens, 5, 2)
+    gc.collect()
+    before = num_visited()
+    index.following(3)
+    assert num_visited() < before + 1000
 
 
 def test_nothing_is_looked_up_where_no_draft_pays(monkeypatch: pytest.MonkeyPatch) -> None:
