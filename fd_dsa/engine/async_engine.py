@@ -90,7 +90,7 @@ class AsyncEngine:
         Raises:
             ValueError: the request can never run; see `RequestLimits.validate`.
         """
-        return self.properties.limits.validate(prompt_token_ids, params)
+        return self.properties.limits.validate(prompt_token_ids, params)[0]
 
     async def check_form(self, params: SamplingParams) -> None:
         """Compile the form of an output on the engine.

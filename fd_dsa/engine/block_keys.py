@@ -9,6 +9,9 @@ from __future__ import annotations
 import hashlib
 from array import array
 
+# of an int64
+_TOKEN_BYTES = 8
+
 
 class BlockKeys:
     """Keys of the full blocks of a request. Each block is hashed once, at its first use.
@@ -22,12 +25,19 @@ class BlockKeys:
         token_ids: tokens of the request; the list may only grow.
         block_size: number of tokens of a block.
         cache_salt: separates the blocks of requests with different salts; None = no salt.
+        prompt_bytes: first tokens as int64, which need no conversion then; may be empty.
     """
 
-    __slots__ = ("_block_size", "_keys", "_mark", "_root", "_token_ids")
+    __slots__ = ("_block_size", "_keys", "_mark", "_prompt_bytes", "_root", "_token_ids")
 
-    def __init__(self, token_ids: list[int], block_size: int, cache_salt: str | None) -> None:
-        self._token_ids = token_ids
+    def __init__(
+        self,
+        token_ids: list[int],
+        block_size: int,
+        cache_salt: str | None,
+        prompt_bytes: bytes = b"",
+    ) -> None:
+        self._token_ids, self._prompt_bytes = token_ids, prompt_bytes
         self._block_size = block_size
         # root without a salt, which is the digest of no text
         self._root = bytes(32)
@@ -45,10 +55,13 @@ class BlockKeys:
         """Return the key of block `index`, whose tokens must all be known."""
         keys, size = self._keys, self._block_size
         while len(keys) <= index:
-            begin = len(keys) * size
-            tokens = array("q", self._token_ids[begin : begin + size])
+            begin, end = len(keys) * size, (len(keys) + 1) * size
+            tokens = self._prompt_bytes[_TOKEN_BYTES * begin : _TOKEN_BYTES * end]
+            if len(tokens) < _TOKEN_BYTES * size:
+                # the block has tokens of the output
+                tokens = array("q", self._token_ids[begin:end]).tobytes()
             before = keys[-1] if keys else self._root
-            keys.append(_sha256(before + tokens.tobytes() + self._mark))
+            keys.append(_sha256(before + tokens + self._mark))
         return keys[index]
 
 

@@ -113,13 +113,13 @@ class LLMEngine:
             ValueError: the request can never run; see `RequestLimits.validate` and
                 `GrammarCompiler.check`.
         """
-        max_tokens = self.limits.validate(prompt_token_ids, params)
+        max_tokens, _ = self.limits.validate(prompt_token_ids, params)
         if params.structured_outputs is not None:
             self.grammars.check(params)
         return max_tokens
 
     def add_request(
-        self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams
+        self, request_id: str, prompt_token_ids: Sequence[int] | np.ndarray, params: SamplingParams
     ) -> None:
         """Queue a request with `params.n` outputs, which `RequestOutput.index` numbers.
 
@@ -130,10 +130,10 @@ class LLMEngine:
         """
         if request_id in self._requests:
             raise ValueError(f"request_id {request_id!r} is in use; choose another one")
-        max_tokens = self.limits.validate(prompt_token_ids, params)
+        max_tokens, prompt = self.limits.validate(prompt_token_ids, params)
         group = new_group(
             request_id,
-            np.asarray(prompt_token_ids).tolist(),
+            prompt,
             params,
             max_tokens=max_tokens,
             eos_token_ids=self._eos_token_ids,
@@ -144,7 +144,7 @@ class LLMEngine:
             grammars=self.grammars,
         )
         self._num_arrived += params.n
-        self._stats.prompt_tokens += len(prompt_token_ids)
+        self._stats.prompt_tokens += len(prompt)
         self._wants_selections |= params.return_topk_positions
         self._requests[request_id] = list(group)
         for request in group:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from dataclasses import InitVar, dataclass, field
 
+import numpy as np
+
 from fd_dsa.engine.block_keys import BlockKeys
 from fd_dsa.engine.detokenizer import Detokenizer, StopChecker, new_detokenizer
 from fd_dsa.engine.draft_state import DraftState
@@ -42,8 +44,9 @@ class Request:
             names the owner in the block manager.
         max_tokens: maximum number of output tokens, already resolved against the context.
         end_token_ids: tokens that end the output.
-        block_size, tokenizer, grammars, bad_words: block size of the cache, tokenizer of the texts,
-            compiler of the grammar, and tokens of `params.bad_words`; only arguments.
+        block_size, tokenizer, grammars, bad_words, prompt_bytes: block size of the cache, tokenizer
+            of the texts, compiler of the grammar, tokens of `params.bad_words`, and the prompt as
+            int64; only arguments.
         output_token_ids: the list in `state`.
         token_ids: known tokens of prompt and output.
         num_computed_tokens: number of leading tokens whose keys are in the cache.
@@ -77,6 +80,7 @@ class Request:
     tokenizer: InitVar[Tokenizer]
     grammars: InitVar[GrammarCompiler]
     bad_words: InitVar[BadWords | None]
+    prompt_bytes: InitVar[bytes]
     detokenizer: Detokenizer = field(init=False)
     stop_checker: StopChecker | None = None
     token_ids: list[int] = field(init=False)
@@ -106,6 +110,7 @@ class Request:
         tokenizer: Tokenizer,
         grammars: GrammarCompiler,
         bad_words: BadWords | None,
+        prompt_bytes: bytes,
     ) -> None:
         """Start with the prompt as the tokens to compute.
 
@@ -113,7 +118,8 @@ class Request:
         """
         params, state, prompt = self.params, self.state, self.state.prompt_token_ids
         self.token_ids, self.output_token_ids = list(prompt), state.token_ids
-        self.block_keys = BlockKeys(self.token_ids, block_size, params.cache_salt)
+        salt = params.cache_salt
+        self.block_keys = BlockKeys(self.token_ids, block_size, salt, prompt_bytes)
         skips, kept = params.skip_special_tokens, params.kept_ids(tokenizer)
         self.detokenizer = new_detokenizer(tokenizer, skips, prompt, kept)
         if stops := params.stop_strings:
@@ -289,7 +295,7 @@ class Request:
 
 def new_group(
     request_id: str,
-    prompt: list[int],
+    prompt: np.ndarray,
     params: SamplingParams,
     *,
     max_tokens: int,
@@ -304,7 +310,7 @@ def new_group(
 
     Args:
         request_id: name of the caller's request.
-        prompt: token ids.
+        prompt: int64 [num_tokens]; token ids.
         params: parameters of all of them.
         max_tokens: number of output tokens allowed, see Request.
         eos_token_ids: tokens that end an output, unless `params` ignores them.
@@ -316,14 +322,14 @@ def new_group(
     if not params.ignore_eos:
         end_token_ids |= eos_token_ids
     bad_words = BadWords.of(params.bad_words, tokenizer) if params.bad_words else None
-    prompt_logprobs = None
+    prompt_ids, prompt_bytes, prompt_logprobs = prompt.tolist(), prompt.tobytes(), None
     if params.prompt_logprobs is not None:
         skips, kept = params.skip_special_tokens, params.kept_ids(tokenizer)
         reader = new_detokenizer(tokenizer, skips, kept_token_ids=kept)
-        prompt_logprobs = PromptLogprobs(prompt, params.prompt_logprobs, reader)
+        prompt_logprobs = PromptLogprobs(prompt_ids, params.prompt_logprobs, reader)
     return [
         Request(
-            state=OutputState(request_id, index, prompt, arrival_time=now),
+            state=OutputState(request_id, index, prompt_ids, arrival_time=now),
             params=params,
             max_tokens=max_tokens,
             end_token_ids=end_token_ids,
@@ -334,6 +340,7 @@ def new_group(
             tokenizer=tokenizer,
             grammars=grammars,
             bad_words=bad_words,
+            prompt_bytes=prompt_bytes,
         )
         for index, seed_of_output in enumerate(_seeds(params, seed, first_seq_id))
     ]

@@ -249,8 +249,10 @@ class RequestLimits:
     block_size: int
     can_read_selections: bool = False
 
-    def validate(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> int:
-        """Return the maximum number of output tokens of a request. Thread-safe.
+    def validate(
+        self, prompt_token_ids: Sequence[int] | np.ndarray, params: SamplingParams
+    ) -> tuple[int, np.ndarray]:
+        """Return the max_tokens of a request, and its prompt as int64 ids. Thread-safe.
 
         Raises:
             ValueError: the prompt is empty or has invalid token ids, or the request can never fit
@@ -259,7 +261,7 @@ class RequestLimits:
                 begins with the name of the parameter.
         """
         max_tokens = self._room(len(prompt_token_ids), params)
-        self._check_prompt(prompt_token_ids)
+        prompt = self._read_prompt(prompt_token_ids)
         self._check_token_ids("logit_bias", params.logit_bias)
         self._check_token_ids("stop_token_ids", params.stop_token_ids)
         self._check_token_ids("bad_words_token_ids", params.bad_words_token_ids)
@@ -268,7 +270,7 @@ class RequestLimits:
                 "return_topk_positions is true; a device keeps the selected keys to itself; leave "
                 "it out or serve with --device cpu"
             )
-        return max_tokens
+        return max_tokens, prompt
 
     def _room(self, num_prompt: int, params: SamplingParams) -> int:
         """Return the number of output tokens that fit after a prompt of this length."""
@@ -297,8 +299,8 @@ class RequestLimits:
             )
         return max_tokens
 
-    def _check_prompt(self, token_ids: Sequence[int]) -> None:
-        """Raise ValueError unless all ids are integers inside the vocabulary."""
+    def _read_prompt(self, token_ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Return int64 ids, or raise ValueError if some are no integers of the vocabulary."""
         ids = np.asarray(token_ids)
         if ids.ndim != 1 or ids.dtype.kind not in "iu":
             raise ValueError(
@@ -310,6 +312,7 @@ class RequestLimits:
                 f"token {outside[0]} of the prompt is {ids[outside[0]]}; token ids of this model "
                 f"are 0 to {self.vocab_size - 1}"
             )
+        return ids.astype(np.int64, copy=False)
 
     def _check_token_ids(self, name: str, token_ids: Iterable[int] | None) -> None:
         """Raise ValueError unless the model has all of these tokens."""

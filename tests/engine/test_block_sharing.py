@@ -6,6 +6,7 @@ Random requests over shared blocks, every invariant recounted from the owners af
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from fd_dsa.engine.block_keys import BlockKeys
@@ -37,6 +38,14 @@ def test_keys_do_not_depend_on_when_they_are_asked_for():
     tokens += [8, 9, 10]
     assert [growing[2], growing[1], growing[0]] == keys(tokens, "salt")[::-1]
     assert growing[0] is first, "hashed twice"
+
+
+@pytest.mark.parametrize("num_prompt", range(7))
+def test_keys_do_not_depend_on_where_the_prompt_ends(num_prompt):
+    tokens = [5, 2**40, 7, 8, 9, 10]
+    prompt_bytes = np.array(tokens[:num_prompt], np.int64).tobytes()
+    split = BlockKeys(tokens, 2, "salt", prompt_bytes)
+    assert [split[index] for index in range(3)] == keys(tokens, "salt")
 
 
 @pytest.mark.parametrize(("num_blocks", "block_size"), [(0, 64), (4, 0)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from fd_dsa.engine.sampling_params import SamplingParams
@@ -53,6 +54,18 @@ def test_the_last_token_of_a_prompt_is_always_computed(num_tokens, cached):
     output = answer(engine, PREFIX[:num_tokens])
     assert output.num_cached_tokens == cached
     assert output.token_ids == expected_greedy(PREFIX[:num_tokens], 6, eos=None)
+
+
+@pytest.mark.parametrize("dtype", ["u1", ">i4", "i8"])
+def test_an_array_shares_the_blocks_of_a_list_whatever_becomes_of_it(dtype):
+    engine = make_engine()
+    prompt = np.array(PREFIX, dtype)
+    engine.add_request("array", prompt, GREEDY)
+    prompt[:] = 0
+    assert run_all(engine)["array"][-1].prompt_token_ids == PREFIX
+    output = answer(engine, PREFIX)
+    assert output.num_cached_tokens == 16
+    assert output.token_ids == expected_greedy(PREFIX, 6, eos=None)
 
 
 def test_a_conversation_hits_its_own_answers():

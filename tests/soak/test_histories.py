@@ -99,8 +99,10 @@ def _hands_out_twice(original: Callable[..., Any]) -> Callable[..., Any]:
 def _forgets_the_salt(original: Callable[..., Any]) -> Callable[..., Any]:
     """All salts are the same."""
 
-    def init(self: BlockKeys, token_ids: list[int], block_size: int, _: str | None) -> None:
-        original(self, token_ids, block_size, None)
+    def init(
+        self: BlockKeys, token_ids: list[int], block_size: int, _: str | None, prompt_bytes: bytes
+    ) -> None:
+        original(self, token_ids, block_size, None, prompt_bytes)
 
     return init
 
