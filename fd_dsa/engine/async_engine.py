@@ -10,6 +10,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from fd_dsa.engine.loop import (
     CHECK_FORM,
     SNAPSHOT,
@@ -163,7 +165,8 @@ class AsyncEngine:
         """
         key = str(next(self._numbers))
         name = f"request-{key}" if request_id is None else request_id
-        prompt = list(prompt_token_ids)
+        # an array crosses the socket in a small part of the time of a list
+        prompt, array = list(prompt_token_ids), np.asarray(prompt_token_ids)
         stream = _Stream(key, [OutputState(name, index, prompt) for index in range(params.n)])
         if params.logprobs is not None:
             for state in stream.states:
@@ -174,7 +177,7 @@ class AsyncEngine:
                 raise ValueError(f"request_id {name!r} is in use; choose another one")
             self._streams[key] = stream
             self._keys[name] = key
-            self._client.post(AddRequest(key, prompt_token_ids, params))
+            self._client.post(AddRequest(key, array, params))
         try:
             num_unread = params.n
             while num_unread:

@@ -10,10 +10,12 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from fd_dsa.engine.engine import LLMEngine
 from fd_dsa.engine.output import Additions, RequestOutput
@@ -33,12 +35,12 @@ class AddRequest:
 
     Attributes:
         key: unique id of the request in the engine.
-        prompt_token_ids: tokens of the prompt.
+        prompt_token_ids: tokens of the prompt, which the engine checks.
         params: sampling parameters.
     """
 
     key: str
-    prompt_token_ids: Sequence[int]
+    prompt_token_ids: np.ndarray
     params: SamplingParams
 
 
