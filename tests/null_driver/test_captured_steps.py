@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
 
+from tests.null_driver.marks import NULL_DRIVER
 from tests.triton_runtime.fakes import run_module
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.triton,
-    pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler"),
-]
+pytestmark = [pytest.mark.slow, *NULL_DRIVER]
 
 
 @pytest.mark.parametrize(

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import re
-import shutil
 from pathlib import Path
 
 import pytest
 
 from tests.null_driver.eager_memory import SIZES
+from tests.null_driver.marks import NULL_DRIVER
 from tests.triton_runtime.fakes import run_module
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.triton,
-    pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler"),
-]
+pytestmark = [pytest.mark.slow, *NULL_DRIVER]
 LINE = re.compile(r"(\d+) tokens: (\d+) of (\d+) and (\d+), (\d+) taken")
 
 

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
-
 import pytest
 
 from benchmarks import host_time
 from benchmarks._harness import Worker
+from tests.null_driver.marks import NULL_DRIVER
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.triton,
-    pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler"),
-]
+pytestmark = [pytest.mark.slow, *NULL_DRIVER]
 
 CASE = host_time.Case(8, 256, 128)
 # turns of the fixed loop; benchmarks/results/host_time.json has 118 to 129

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
 
+from tests.null_driver.marks import NULL_DRIVER
 from tests.null_driver.random_steps import STEPS
 from tests.triton_runtime.fakes import run_module
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.triton,
-    pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler"),
-]
+pytestmark = [pytest.mark.slow, *NULL_DRIVER]
 
 
 # one row, whose drafts alone make attention see more than one token that decodes

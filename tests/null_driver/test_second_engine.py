@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
 
+from tests.null_driver.marks import NULL_DRIVER
 from tests.triton_runtime.fakes import run_module
 
-pytestmark = [
-    pytest.mark.triton,
-    pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler"),
-]
+pytestmark = NULL_DRIVER
 
 
 def test_the_start_of_a_second_engine_is_no_late_compilation(tmp_path: Path) -> None:
