@@ -110,7 +110,7 @@ class Tokens:
         for seed, tensor in enumerate((self._shared, plain)):
             fill_random(tensor, 0, tokens * shape.hidden, [seed], 1.0)
         # a norm of the model quantises its result
-        self._x = Normed(plain, quantize_rows(plain, False))
+        self._x = Normed(plain, quantize_rows(plain, True))
 
     def run(self, experts: tuple[Any, Any]) -> Any:
         """Run a layer's experts."""

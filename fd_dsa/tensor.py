@@ -106,20 +106,27 @@ class FourBitWeight(NamedTuple):
     other.
 
     A column is stored in pieces of 128 values, the last one with codes of 0 up to its end. A piece
-    has 16 words of 32 bits with 8 codes each. Code j of word i, from the low bits up, is that of
-    value 16 * j + i.
+    has 16 words of 32 bits with 8 codes each. The kind gives the order.
 
-    The bits of four e2m1 codes change places, because one shift then makes most codes a bfloat16.
-    The order from the highest of 16 bits is: the signs of codes 3 and 0, the upper exponent bit of
-    0, the sign of 2. Then come the last two bits of 0, the sign of 1, and the last three bits of 3,
-    2 and 1.
+    "int4": code n of word w, from the low bits up, is that of value 16 * n + w.
+
+    "e4m3": the values are those of "int4". The bits of four codes change places, because one shift
+    then makes most codes a bfloat16. The order from the highest of 16 bits is: the signs of codes 3
+    and 0, the upper exponent bit of 0, the sign of 2. Then come the last two bits of 0, the sign of
+    1, and the last three bits of 3, 2 and 1.
+
+    "e8m0": word 4 * t + s has codes of group s, and four neighbouring words have 8 codes of each
+    group. Code 4 * h + i is that of value 32 * s + 16 * h + 4 * t + i, h = 0 or 1 and i = 0 to 3.
+    Bits 4 * n to 4 * n + 2 are code n without its sign, because `prmt` then looks up four codes.
+    The sign is bit 8 * i + 7 for h = 0 and bit 8 * i + 3 for h = 1. So one mask takes the signs of
+    four codes.
 
     Attributes:
         codes: uint8 [experts, parts, pieces, columns, 64].
         scales: scales of e2m1 values, uint8 [experts, parts, pieces, columns, 128 / group]: e8m0
-            codes, or 8 * (exponent + 10) + mantissa of a positive e4m3 number. Scales of integers,
-            int32 [experts, parts, groups, columns]: the bits of a float32 scale, whose last four
-            are the zero point.
+            codes, at least the column's peak - 26, or 8 * (exponent + 10) + mantissa of a positive
+            e4m3 number. Scales of integers, int32 [experts, parts, groups, columns]: the bits of a
+            float32 scale, whose last four are the zero point.
         factors: float32 [experts, parts] of e2m1 values, None for integers.
         group: values of a column with one scale.
         kind: "e4m3" or "e8m0" for e2m1 codes with such scales, "int4" for integers.

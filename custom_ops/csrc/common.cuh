@@ -1,4 +1,4 @@
-// Helpers of all CUDA files: sums over a warp, scales of FP8 and kernel launches.
+// Helpers of all CUDA files: sums over a warp, scales of FP8, early launches and kernel launches.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -37,6 +37,21 @@ __device__ __forceinline__ float scale_of(float largest, bool round) {
 // Returns 1 / x of a power of two between 2^-126 and 2^126.
 __device__ __forceinline__ float inverse_of_power(float x) {
   return __uint_as_float((254u << 23) - __float_as_uint(x));
+}
+
+// Waits for the launches before, if this one began early. fd_dsa.triton_runtime.pdl explains
+// programmatic dependent launch.
+__device__ __forceinline__ void wait_for_inputs() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Lets the next launch begin, if it may begin early.
+__device__ __forceinline__ void start_next() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
 }
 
 // Properties of a GPU.

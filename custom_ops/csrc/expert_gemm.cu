@@ -357,8 +357,8 @@ static int launch_experts(const Job& job, void* stream) {
   if (job.num_pairs <= 0 || job.columns <= 0) return 0;
   if (!is_supported(job)) return static_cast<int>(cudaErrorInvalidValue);
   uint32_t blocks = 0;
-  cudaError_t error = prepare_tiles(multiply_experts, job, kGroup, column_groups(job), kBytes,
-                                    stream, prepared, blocks);
+  cudaError_t error = prepare_tiles(multiply_experts, job, kGroup, column_groups(job), kBytes, 1,
+                                    job.taken, stream, prepared, blocks);
   TensorMap weight;
   if (error == cudaSuccess) {
     const int64_t rows =

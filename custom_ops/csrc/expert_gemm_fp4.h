@@ -1,5 +1,4 @@
-// The grouped GEMM of routed experts in MXFP4 by activations in FP8, for prompts: the C ABI of its
-// launcher.
+// The grouped GEMM of routed experts in MXFP4 by activations in FP8: the C ABI of its launcher.
 #pragma once
 
 #include <cstdint>
@@ -9,12 +8,9 @@
 //
 // Layout and size are part of the ABI.
 extern "C" struct FdDsaExpertGemmFp4 {
-  // bfloat16 [num_rows, width], 16-byte aligned
+  // e4m3 codes [num_rows, width], 16-byte aligned, and their scales [width / 128, x_stride]
   const void* x;
-  // memory of this launch, 16-byte aligned: bytes [num_rows, width], then float32
-  // [width / 128, num_rows], the codes and scales of `x`
-  void* codes;
-  float* code_scales;
+  const float* x_scales;
   // peaks of the weight, bytes [num_experts, parts, columns], 16-byte aligned
   const void* peaks;
   // FourBitWeight of fd_dsa/tensor.py of kind "e8m0" and group 32, 16-byte aligned: codes
@@ -31,9 +27,10 @@ extern "C" struct FdDsaExpertGemmFp4 {
   void* out;
   // 4 bytes that the launch sets and uses
   uint32_t* taken;
+  int64_t num_rows;
+  int64_t x_stride;
   // bound of the gate and, at both sides, of the columns that it multiplies
   float limit;
-  int32_t num_rows;
   int32_t num_tokens;
   // total pairs of all lists
   int32_t num_pairs;
@@ -46,12 +43,15 @@ extern "C" struct FdDsaExpertGemmFp4 {
   int32_t columns;
   // 1: the result is silu of the gate's columns times the other columns
   int32_t is_gated;
+  // 1: a launch with less than 64 pairs an expert on average may begin before the previous launch has
+  // ended, and waits for it in the kernel
+  int32_t starts_early;
 };
 
-static_assert(sizeof(FdDsaExpertGemmFp4) == 128, "fd_dsa.ops.expert_gemm_fp4_cuda has the same");
+static_assert(sizeof(FdDsaExpertGemmFp4) == 136, "fd_dsa.ops.expert_gemm_fp4_cuda has the same");
 
-// Fills `out` on Hopper (sm_90) by a memset of `taken` and two kernels, which CUDA graphs can
-// capture.
+// Fills `out` on Hopper (sm_90) by a kernel, for many pairs after a memset of `taken`. CUDA graphs can
+// capture both.
 //
 // Returns a cudaError_t, 0 = success. The launcher does not allocate or wait. The same input gives
 // the same bits.

@@ -26,20 +26,25 @@ struct Tile {
 inline bool is_aligned(const void* at) { return reinterpret_cast<uintptr_t>(at) % 16 == 0; }
 
 // Prepares a launch whose blocks take tiles of some rows, and sets their number.
+//
+// Args:
+//   together: blocks that share a multiprocessor
+//   taken: counter of tiles, see `copy_tiles`, or null
 template <typename Kernel, typename Job>
 cudaError_t prepare_tiles(Kernel* kernel, const Job& job, int rows, int groups, int bytes,
-                          void* stream, std::atomic<uint64_t>& done, uint32_t& blocks) {
+                          int together, uint32_t* taken, void* stream, std::atomic<uint64_t>& done,
+                          uint32_t& blocks) {
   Gpu gpu = {};
   cudaError_t error = find_gpu(gpu);
   if (error == cudaSuccess) error = prepare_on_hopper(kernel, gpu, bytes, false, done);
-  if (error == cudaSuccess) {
-    error = cudaMemsetAsync(job.taken, 0, 4, static_cast<cudaStream_t>(stream));
+  if (error == cudaSuccess && taken != nullptr) {
+    error = cudaMemsetAsync(taken, 0, 4, static_cast<cudaStream_t>(stream));
   }
   // an expert has at most one row tile that it does not fill
   const int64_t tiles =
       static_cast<int64_t>(std::min(job.num_experts, job.num_pairs) + job.num_pairs / rows) *
       groups;
-  blocks = static_cast<uint32_t>(std::min<int64_t>(gpu.num_sms, tiles));
+  blocks = static_cast<uint32_t>(std::min<int64_t>(gpu.num_sms * together, tiles));
   return error;
 }
 
@@ -78,13 +83,22 @@ __device__ __forceinline__ void prepare_stages(Turn turn) {
 // Writes the row tiles of experts 0..e to entry e at the shared address `ends`. One warp calls it.
 template <int kRows, typename Job>
 __device__ __forceinline__ void count_tiles(const Job& job, uint32_t ends, int lane) {
+  constexpr int kAtOnce = 8;  // loads in flight
   uint32_t before = 0;
-  for (int first = 0; first < job.num_experts; first += kWarp) {
-    const int expert = first + lane;
-    const int count = expert < job.num_experts ? __ldg(job.counts + expert) : 0;
-    const uint32_t end = before + warp_prefix((count + kRows - 1) / kRows);
-    if (expert < job.num_experts) hopper::store_shared(ends + expert * 4, end);
-    before = __shfl_sync(kAllLanes, end, kWarp - 1);
+  for (int first = 0; first < job.num_experts; first += kAtOnce * kWarp) {
+    int counts[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int expert = first + i * kWarp + lane;
+      counts[i] = expert < job.num_experts ? __ldg(job.counts + expert) : 0;
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int expert = first + i * kWarp + lane;
+      const uint32_t end = before + warp_prefix((counts[i] + kRows - 1) / kRows);
+      if (expert < job.num_experts) hopper::store_shared(ends + expert * 4, end);
+      before = __shfl_sync(kAllLanes, end, kWarp - 1);
+    }
   }
 }
 
@@ -125,6 +139,7 @@ __device__ __forceinline__ const int32_t* pairs_of(const Job& job, const Tile& t
 // All 128 threads of the warpgroup that copies call it.
 //
 // Args:
+//   taken: counter of tiles past the first one of each block; null if blocks have equal shares
 //   slot: shared address of two numbers, a multiple of 8
 //   find: finds the tile of a number, false past the last one
 //   copy: copies all stages of a tile
@@ -136,8 +151,12 @@ __device__ __forceinline__ void copy_tiles(Turn turn, uint32_t* taken, uint32_t 
   while (find(number, tile)) {
     // the counter's answer arrives while the tile is copied
     uint32_t next = 0;
-    if (thread == 0) next = atomicAdd(taken, 1u) + blocks;
+    if (thread == 0 && taken != nullptr) next = atomicAdd(taken, 1u) + blocks;
     copy(tile, number, turn);
+    if (taken == nullptr) {
+      number += blocks;
+      continue;
+    }
     // two slots in turn: the written slot was read before the last barrier
     slot ^= 4;
     if (thread == 0) hopper::store_shared(slot, next);

@@ -525,7 +525,7 @@ __device__ __forceinline__ void wgmma_codes(float (&d)[64], uint64_t a, uint64_t
       : "l"(a), "l"(b), "r"(static_cast<int>(add)));
 }
 
-// Computes d [64 x kColumns] = a [64 x 32] * b [32 x kColumns] (+ d) of e4m3 codes.
+// Computes d [64 x kColumns] = a [64 x 32] * b [32 x kColumns] (+ d), with a in e5m2 and b in e4m3.
 //
 // a is in registers. A thread has 4 neighbours of row g of its warp from column 4 t on, those of row
 // g + 8, and both again 16 columns later. b is K-major in shared memory. The first kColumns / 2
@@ -535,13 +535,15 @@ __device__ __forceinline__ void wgmma_code_rows(float (&d)[kCount], const uint32
                                                 uint64_t b, bool add) {
 #define FD_DSA_CODES(SHAPE, D, A, B, ADD, ...)                                                   \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " ADD ", 0;\n"                                  \
-               "wgmma.mma_async.sync.aligned." SHAPE "k32.f32.e4m3.e4m3 {" D "}, {" A "}, " B     \
+               "wgmma.mma_async.sync.aligned." SHAPE "k32.f32.e5m2.e4m3 {" D "}, {" A "}, " B     \
                ", p, 1, 1;\n}\n" : __VA_ARGS__                                                   \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)))
   static_assert(kColumns <= 2 * kCount);
-  static_assert(kColumns == 32 || kColumns == 48 || kColumns == 64 || kColumns == 72 ||
-                kColumns == 80);
-  if constexpr (kColumns == 32) {
+  static_assert(kColumns == 16 || kColumns == 32 || kColumns == 48 || kColumns == 64 ||
+                kColumns == 72 || kColumns == 80);
+  if constexpr (kColumns == 16) {
+    FD_DSA_CODES("m64n16", FD_DSA_8, "%8, %9, %10, %11", "%12", "%13", FD_DSA_D8(0));
+  } else if constexpr (kColumns == 32) {
     FD_DSA_CODES("m64n32", FD_DSA_16, "%16, %17, %18, %19", "%20", "%21", FD_DSA_D16(0));
   } else if constexpr (kColumns == 48) {
     FD_DSA_CODES("m64n48", FD_DSA_24, "%24, %25, %26, %27", "%28", "%29", FD_DSA_D16(0),

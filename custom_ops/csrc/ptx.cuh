@@ -136,19 +136,6 @@ __device__ __forceinline__ void fail(uint32_t* at, uint32_t value) {
   __trap();
 }
 
-// fd_dsa.triton_runtime.pdl explains programmatic dependent launch.
-__device__ __forceinline__ void wait_for_inputs() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-__device__ __forceinline__ void start_next() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
 // Packs two numbers as bfloat16, rounded to nearest even, with NaN as 0x7fff.
 __device__ __forceinline__ uint32_t pack_bfloat16(float low, float high) {
   uint32_t both;

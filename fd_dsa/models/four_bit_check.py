@@ -11,7 +11,7 @@ from fd_dsa.ops.cache_write import bfloat16_bits
 from fd_dsa.ops.fp4 import E2M1_VALUES, E8M0_VALUES, FACTOR_POWER
 
 _EXPERTS, _COLUMNS, _WIDTH = 2, 64, 256
-# few rows and many rows have kernels of their own
+# few rows and many rows have tiles of their own
 _ROWS = 3, 140
 
 

@@ -15,8 +15,10 @@ from fd_dsa.ops.fp8 import E4M3_VALUES
 
 # deviation of random codes (`fill_codes`) around their zero point
 _E2M1_DEVIATION, _INT4_DEVIATION = 2.926, 4.183
-# the kernel for prompts rounds codes whose scale is further below the largest one of their row
-_EXACT_SPREAD, _SIZES = 14, np.uint64(0x7777777777777777)
+# An e5m2 number holds 2^13 times an e2m1 number, and 2^-13 times one. So a kernel in FP8 is exact
+# for scales down to this exponent of 2 below the largest one of their row.
+_EXACT_SPREAD = np.uint8(26)
+_SIZES = np.uint64(0x7777777777777777)
 _LOW_NIBBLES, _NIBBLE = np.uint64(0x0F0F0F0F0F0F0F0F), np.uint64(4)
 
 
@@ -45,6 +47,20 @@ def _e2m1_table() -> np.ndarray:
 _E2M1_HALVES = _e2m1_table()
 
 
+def _mxfp4_tables() -> list[np.ndarray]:
+    """Return the bits in a word of four e2m1 codes of kind "e8m0", uint32 [65536] for each h."""
+    bits = np.arange(1 << 16, dtype=np.uint32)
+    tables = [bits & np.uint32(0x7777), (bits & np.uint32(0x7777)) << np.uint32(16)]
+    for i in range(4):
+        sign = bits >> np.uint32(4 * i + 3) & np.uint32(1)
+        tables[0] |= sign << np.uint32(8 * i + 7)
+        tables[1] |= sign << np.uint32(8 * i + 3)
+    return tables
+
+
+_MXFP4_HALVES = _mxfp4_tables()
+
+
 def in_pieces(codes: np.ndarray, kind: str) -> np.ndarray:
     """Return bytes of two neighbours [rows, bytes] as pieces [pieces, rows, 64], see FourBitWeight.
 
@@ -54,8 +70,15 @@ def in_pieces(codes: np.ndarray, kind: str) -> np.ndarray:
     pieces = -(-width // (PIECE // 2))
     if width % (PIECE // 2):
         codes = np.pad(codes, ((0, 0), (0, pieces * (PIECE // 2) - width)))
+    codes = np.ascontiguousarray(codes)
+    if kind == "e8m0":
+        # two bytes are the codes of one half of a word
+        halves = codes.view(np.uint16).reshape(rows, pieces, 4, 2, 4)
+        low, high = (np.take(_MXFP4_HALVES[h], halves[:, :, :, h]) for h in range(2))
+        words = np.ascontiguousarray((low | high).transpose(1, 0, 3, 2))
+        return words.view(np.uint8).reshape(pieces, rows, PIECE // 2)
     # eight bytes are the codes of one nibble of all words
-    planes = np.ascontiguousarray(codes).view(np.uint64).reshape(rows, pieces, 8)
+    planes = codes.view(np.uint64).reshape(rows, pieces, 8)
     even, odd = planes[..., ::2], planes[..., 1::2]
     low = even & _LOW_NIBBLES | (odd & _LOW_NIBBLES) << _NIBBLE
     high = even >> _NIBBLE & _LOW_NIBBLES | odd & ~_LOW_NIBBLES
@@ -63,7 +86,7 @@ def in_pieces(codes: np.ndarray, kind: str) -> np.ndarray:
     for i, half in enumerate((low, high)):
         words[:, :, :, i] = half.view(np.uint8).reshape(rows, pieces, 4, 8).transpose(1, 0, 3, 2)
     words = words.reshape(pieces, rows, PIECE // 2)
-    if kind != "int4":
+    if kind == "e4m3":
         words = np.take(_E2M1_HALVES, words.view(np.uint16)).view(np.uint8)
     return words
 
@@ -154,6 +177,8 @@ class FourBits:
             if (peaks - scales.min(axis=1) > _EXACT_SPREAD).any():
                 scales = np.where(_is_zero(codes, self.group), np.uint8(0), scales)
                 peaks = scales.max(axis=1)
+                lowest = peaks - np.minimum(peaks, _EXACT_SPREAD)
+                scales = np.maximum(scales, lowest[:, None])
         return [in_pieces(codes, self.kind), self._scales(scales), self._factor(factor), peaks]
 
     def _scales(self, scales: np.ndarray) -> np.ndarray:

@@ -341,5 +341,4 @@ class FourBitExperts:
         Args:
             gated: True if and only if the weight has two parts.
         """
-        rows: Any = values_of(x)
-        return four_bit_gemm(rows, self.weight, pairs, counts, top_k=top_k, limit=limit)
+        return four_bit_gemm(x, self.weight, pairs, counts, top_k=top_k, limit=limit)

@@ -25,40 +25,59 @@ _INTERPRETING = tl.constexpr(INTERPRETING)
 _PIECE = tl.constexpr(PIECE)
 
 
-def _assembly(*codes: str) -> str:
+def _assembly(setup: str, *codes: str) -> str:
     """Return assembly that turns two words into 8 pairs of bfloat16.
 
     Args:
-        codes: for each code of a half of a word, what writes that code of both words to {to}.
+        setup: what runs first.
+        codes: for each code of a word, what writes that code of both words to {to}.
     """
-    lines = [".reg .b32 low, high, x;"]
+    lines = [".reg .b32 low, high, x, y<4>;"]
     # the same half of both words side by side
-    lines += ["prmt.b32 low, $8, $9, 0x5410;", "prmt.b32 high, $8, $9, 0x7632;"]
-    for i in range(8):
-        lines.append(codes[i % 4].format(to=f"${i}", half=("low", "high")[i // 4]))
+    lines += ["prmt.b32 low, $8, $9, 0x5410;", "prmt.b32 high, $8, $9, 0x7632;", setup]
+    lines += [code.format(to=f"${i}", half=("low", "high")[i // 4]) for i, code in enumerate(codes)]
     return "{" + " ".join(lines) + "}"
 
 
 # 0xEA: (a & b) | c
-_E2M1 = tl.constexpr(
-    _assembly(
-        "shl.b32 x, {half}, 1; and.b32 {to}, x, 0x80008000;"
-        " shr.b32 x, {half}, 5; lop3.b32 {to}, x, 0x01000100, {to}, 0xEA;"
-        " shr.b32 x, {half}, 4; lop3.b32 {to}, x, 0x00C000C0, {to}, 0xEA;",
-        "shl.b32 x, {half}, 6; and.b32 {to}, x, 0x81C081C0;",
-        "shl.b32 x, {half}, 3; and.b32 {to}, x, 0x81C081C0;",
-        "and.b32 {to}, {half}, 0x81C081C0;",
-    )
+_E2M1_CODES = (
+    "shl.b32 x, {half}, 1; and.b32 {to}, x, 0x80008000;"
+    " shr.b32 x, {half}, 5; lop3.b32 {to}, x, 0x01000100, {to}, 0xEA;"
+    " shr.b32 x, {half}, 4; lop3.b32 {to}, x, 0x00C000C0, {to}, 0xEA;",
+    "shl.b32 x, {half}, 6; and.b32 {to}, x, 0x81C081C0;",
+    "shl.b32 x, {half}, 3; and.b32 {to}, x, 0x81C081C0;",
+    "and.b32 {to}, {half}, 0x81C081C0;",
 )
-_INT4 = tl.constexpr(
-    _assembly(
-        *(
-            f"shr.b32 x, {{half}}, {4 * i}; and.b32 {{to}}, x, 0x000F000F;"
-            " or.b32 {to}, {to}, 0x43004300;"
-            for i in range(4)
-        )
-    )
+_E2M1 = tl.constexpr(_assembly("", *_E2M1_CODES, *_E2M1_CODES))
+_INT4_CODES = tuple(
+    f"shr.b32 x, {{half}}, {4 * i}; and.b32 {{to}}, x, 0x000F000F;"
+    " or.b32 {to}, {to}, 0x43004300;"
+    for i in range(4)
 )
+_INT4 = tl.constexpr(_assembly("", *_INT4_CODES, *_INT4_CODES))
+
+
+def _mxfp4_code(code: int) -> str:
+    """Return what `_assembly` needs for a code of kind "e8m0".
+
+    The signs of two codes are the highest bits of the bytes of a 16-bit half.
+    """
+    is_up, i = divmod(code, 4)
+    shift = "shl.b32 x, {half}," if i < 2 else "shr.b32 x, {half},"
+    size = f"{shift} {abs(6 - 4 * i)};"
+    sign = f"y{2 * is_up + i // 2}"
+    if i % 2 == 0:
+        size, sign = f"{size} shl.b32 {{to}}, {sign}, 8;", "{to}"
+    # 0xE4: c ? a : b, which also drops the sign of the other byte
+    return f"{size} lop3.b32 {{to}}, x, {sign}, 0x01C001C0, 0xE4;"
+
+
+_MXFP4_SIGNS = (
+    "and.b32 y0, low, 0x80808080; and.b32 y1, high, 0x80808080;"
+    " shl.b32 x, low, 4; and.b32 y2, x, 0x80808080;"
+    " shl.b32 x, high, 4; and.b32 y3, x, 0x80808080;"
+)
+_MXFP4 = tl.constexpr(_assembly(_MXFP4_SIGNS, *map(_mxfp4_code, range(8))))
 
 
 @triton.jit
@@ -88,6 +107,9 @@ def _plane(words, NIBBLE: tl.constexpr, KIND: tl.constexpr):
     """Return one code of each word as in `_planes`."""
     half = words >> (16 * (NIBBLE // 4))
     code: tl.constexpr = NIBBLE % 4
+    if KIND == "e8m0":
+        sign = words >> (8 * code + 7 - 4 * (NIBBLE // 4)) & 1
+        return _bfloat16((half >> (4 * code) & 7) << 6 | sign << 15)
     if KIND == "int4":
         # the last bits of a bfloat16 from 128 to 255 count ones
         return _bfloat16((half >> (4 * code)) & 15 | 0x4300)
@@ -109,7 +131,7 @@ def _planes(words, KIND: tl.constexpr):
             _plane(words, 6, KIND), _plane(words, 7, KIND),
         )  # fmt: skip
     return tl.inline_asm_elementwise(
-        _INT4 if KIND == "int4" else _E2M1,
+        _INT4 if KIND == "int4" else _MXFP4 if KIND == "e8m0" else _E2M1,
         "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r",
         [words],
         dtype=(tl.bfloat16,) * 8,
@@ -151,40 +173,60 @@ def _joined(planes, FIRST: tl.constexpr, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _four_scales(codes, SHIFT: tl.constexpr, BASE: tl.constexpr):
-    """Return the bfloat16 scales of four codes in a uint32, see `_e2m1_columns`."""
-    even = ((codes & 0x00FF00FF) << SHIFT) + (BASE << 16 | BASE)
-    odd = ((codes >> 8 & 0x00FF00FF) << SHIFT) + (BASE << 16 | BASE)
+def _four_scales(codes):
+    """Return the bfloat16 scales of four e4m3 codes in a uint32, see `_e4m3_columns`."""
+    even = ((codes & 0x00FF00FF) << 4) + (217 << 23 | 217 << 7)
+    odd = ((codes >> 8 & 0x00FF00FF) << 4) + (217 << 23 | 217 << 7)
     return _bfloat16(even), _bfloat16(odd), _bfloat16(even >> 16), _bfloat16(odd >> 16)
 
 
 @triton.jit
-def _e2m1_columns(words, scales, KIND: tl.constexpr):
+def _e4m3_columns(words, scales):
     """Return the values of a piece [columns, 128] as bfloat16, times 2^-26.
 
     A scale's code counts the last bits of a bfloat16 from a power of 2 on. Scales are raised by
     2^100, see `fp4.FACTOR_POWER`.
+
+    Args:
+        scales: uint64 [columns, 1], the codes of a piece.
     """
-    p = _planes(words, KIND)
-    if KIND == "e8m0":
-        a, b, c, d = _four_scales(scales, 7, 100 << 7)
-        return _joined(
-            (
-                _product(p[0], a), _product(p[1], a), _product(p[2], b), _product(p[3], b),
-                _product(p[4], c), _product(p[5], c), _product(p[6], d), _product(p[7], d),
-            ),
-            0, 8,
-        )  # fmt: skip
-    else:
-        a, b, c, d = _four_scales(scales.to(tl.uint32), 4, 217 << 7)
-        e, f, g, h = _four_scales((scales >> 32).to(tl.uint32), 4, 217 << 7)
-        return _joined(
-            (
-                _product(p[0], a), _product(p[1], b), _product(p[2], c), _product(p[3], d),
-                _product(p[4], e), _product(p[5], f), _product(p[6], g), _product(p[7], h),
-            ),
-            0, 8,
-        )  # fmt: skip
+    p = _planes(words, "e4m3")
+    a, b, c, d = _four_scales(scales.to(tl.uint32))
+    e, f, g, h = _four_scales((scales >> 32).to(tl.uint32))
+    return _joined(
+        (
+            _product(p[0], a), _product(p[1], b), _product(p[2], c), _product(p[3], d),
+            _product(p[4], e), _product(p[5], f), _product(p[6], g), _product(p[7], h),
+        ),
+        0, 8,
+    )  # fmt: skip
+
+
+@triton.jit
+def _e8m0_columns(words, scales):
+    """Return the values of a piece as `_e4m3_columns` does, in the order of `_in_order_of_words`.
+
+    Args:
+        scales: uint8 [columns, 4 or 8], the codes of a piece, once or twice.
+    """
+    p = _planes(words, "e8m0")
+    count: tl.constexpr = scales.shape[1]
+    each = tl.broadcast_to(scales[:, None, :], (scales.shape[0], 16 // count, count))
+    s = _bfloat16((tl.reshape(each, (scales.shape[0], 16)).to(tl.uint32) + 100) << 7)
+    return _joined(
+        (
+            _product(p[0], s), _product(p[1], s), _product(p[2], s), _product(p[3], s),
+            _product(p[4], s), _product(p[5], s), _product(p[6], s), _product(p[7], s),
+        ),
+        0, 8,
+    )  # fmt: skip
+
+
+@triton.jit
+def _in_order_of_words(rows):
+    """Return a piece of rows [rows, 128] in the order of kind "e8m0": first code 0 of all words."""
+    parts = tl.reshape(rows, (rows.shape[0], 4, 2, 4, 4))
+    return tl.reshape(tl.permute(parts, (0, 2, 4, 3, 1)), (rows.shape[0], _PIECE))
 
 
 @triton.jit
@@ -201,10 +243,15 @@ def _loaded_rows(x, live, at, K: tl.constexpr, WIDTH: tl.constexpr):
 def _e2m1_sums(x, live, words, scales, turn, total, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
                KIND: tl.constexpr):  # fmt: skip
     """Add the dots of a piece of e2m1 values to `total`."""
+    scale = tl.load(scales + turn * (COLUMNS * 4 if KIND == "e8m0" else COLUMNS))
     rows = _loaded_rows(x, live, turn * _PIECE, _PIECE, WIDTH)
     codes = tl.load(words + turn * (COLUMNS * 16))
-    scale = tl.load(scales + turn * COLUMNS)
-    return tl.dot(_e2m1_columns(codes, scale, KIND), tl.trans(rows), acc=total)
+    if KIND == "e8m0":
+        rows = _in_order_of_words(rows)
+        columns = _e8m0_columns(codes, scale)
+    else:
+        columns = _e4m3_columns(codes, scale)
+    return tl.dot(columns, tl.trans(rows), acc=total)
 
 
 @triton.jit
@@ -262,9 +309,16 @@ def four_bit_sums(
     rows: tl.constexpr = WIDTH // GROUP if KIND == "int4" else pieces
     places = (part * (pieces * COLUMNS) + column)[:, None]
     words = codes_ptr.to(tl.pointer_type(tl.uint32)) + 16 * places + tl.arange(0, 16)[None, :]
-    # a word has the scales of a piece, or one scale and zero point of integers
-    kind: tl.constexpr = tl.uint64 if KIND == "e4m3" else tl.uint32
-    scales = scales_ptr.to(tl.pointer_type(kind)) + (part * (rows * COLUMNS) + column)[:, None]
+    first = (part * (rows * COLUMNS) + column)[:, None]
+    if KIND == "e8m0":
+        # Each thread copies four bytes ahead if there are two copies of a scale. Two blocks of 128
+        # rows, which share a processor, have no memory for this.
+        count: tl.constexpr = 4 if BLOCK_ROWS == 128 else 8
+        scales = scales_ptr + 4 * first + tl.arange(0, count)[None, :] % 4
+    else:
+        # a word has the scales of a piece, or one scale and zero point of integers
+        kind: tl.constexpr = tl.uint64 if KIND == "e4m3" else tl.uint32
+        scales = scales_ptr.to(tl.pointer_type(kind)) + first
     total = tl.zeros([parts * BLOCK_COLUMNS, BLOCK_ROWS], tl.float32)
     for turn in tl.range(0, pieces, loop_unroll_factor=BLOCK_WIDTH // _PIECE):
         if KIND == "int4":

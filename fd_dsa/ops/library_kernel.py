@@ -138,15 +138,19 @@ def unsupported_reason(tensor: Tensor) -> str:
     return "" if capability == _HOPPER else f"the GPU is of capability {capability}, not {_HOPPER}"
 
 
-def hopper_kernel(kind: Callable[..., Kernel], tensor: Tensor, served: str) -> Kernel | None:
-    """Return a kernel for Hopper whose order of sums depends on the step, None to use Triton's.
+def hopper_kernel(
+    kind: Callable[..., Kernel], tensor: Tensor, served: str, *, depends_on_rows: bool = True
+) -> Kernel | None:
+    """Return a kernel for Hopper, None to use Triton's.
 
     Args:
         kind: type of the kernel.
         tensor: argument of the kernel, on its device.
         served: what the kernel serves, for the log, which has a line for each choice.
+        depends_on_rows: True if its order of sums, or its use, depends on the number of rows.
     """
-    reason = row_dependence_refusal() or interpreter_refusal() or unsupported_reason(tensor)
+    reason = row_dependence_refusal() if depends_on_rows else ""
+    reason = reason or interpreter_refusal() or unsupported_reason(tensor)
     found: Kernel | None = _chosen(kind, custom_ops.build().kernels, reason, served)
     return found
 

@@ -33,7 +33,7 @@ from tests.models.folders import Stored
 from tests.models.four_bits import FORMATS, write, write_pair, write_unpacked
 from tests.ops import block_fp8
 from tests.ops.four_bit_case import FORMS, Form, values_on_device
-from tests.v4_model.quantised import loaded, stored_tensors
+from tests.v4_model.quantised import E2M1, loaded, stored_tensors
 
 pytestmark = pytest.mark.triton
 
@@ -231,23 +231,62 @@ def test_random_weights(paddle_memory: KernelMemory, name: str, tmp_path: Path) 
         assert np.abs(values.mean(axis=0)).max() < 5 * deviation / len(values) ** 0.5
 
 
+def mxfp4_arrays(codes: np.ndarray, scales: np.ndarray) -> list[np.ndarray]:
+    """Codes, scales, factor and peaks of the matrix of a file on a device."""
+    source = SimpleNamespace(repack=lambda: (codes, scales, None, 1.0), cut=None, packing=None)
+    found = FourBits(frozenset(), "e8m0", 32).arrays(cast(SourceTensor, source))
+    return [one for one in found if one is not None]
+
+
+def mxfp4_scales(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """Scales on a device, in the order of the file."""
+    found = mxfp4_arrays(codes, scales)[1]
+    return found.transpose(1, 0, 2).reshape(len(found[0]), -1)[:, : scales.shape[1]]
+
+
+@pytest.mark.parametrize("width", [32, 96, 160, 256])
+def test_values_of_mxfp4(paddle_memory: KernelMemory, width: int) -> None:
+    """Each code and scale is at its place."""
+    m, rng = paddle_memory, np.random.default_rng(width)
+    codes = rng.integers(0, 256, (40, width // 2), np.uint8)
+    scales = rng.integers(100, 127, (40, width // 32), np.uint8)
+    arrays = (m.put(one[None, None]) for one in mxfp4_arrays(codes, scales))
+    stored, held_scales, factors, peaks = arrays
+    factors = factors.reshape([1, 1])
+    weight = FourBitWeight(stored, held_scales, factors, 32, "e8m0", width, peaks)
+    found = values_on_device(m, weight)[0, 0]
+    values = E2M1[np.stack([codes & 15, codes >> 4], axis=2).reshape(40, width)]
+    wanted = values * 2.0 ** (scales.repeat(32, axis=1) - 127.0)
+    np.testing.assert_array_equal(found, wanted)
+    np.testing.assert_array_equal(np.signbit(found), np.signbit(wanted))
+
+
 def test_scales_of_zeros_are_small() -> None:
-    """Far from other scales they would take bits of the row's values."""
+    """A peak that belongs to no value would take bits of the row's values."""
     rng = np.random.default_rng(0)
     codes = rng.integers(0, 256, (3, 128), np.uint8) | np.uint8(0x11)
     # zeros of both signs
     codes[:2, 16:32], codes[2, 16:32] = 0x80, 0x01
     scales = np.full((3, 8), 100, np.uint8)
     scales[1:, 1] = 127
-    source = SimpleNamespace(repack=lambda: (codes, scales, None, 1.0), cut=None, packing=None)
-    found = FourBits(frozenset(), "e8m0", 32).arrays(cast(SourceTensor, source))[1]
-    assert found is not None
     wanted = scales.copy()
-    wanted[:2, 1] = 0
-    np.testing.assert_array_equal(found.transpose(1, 0, 2).reshape(3, 8), wanted)
-    scales[:, 1] = 114
-    near = FourBits(frozenset(), "e8m0", 32).arrays(cast(SourceTensor, source))[1]
-    assert near is not None and near.min() == 100
+    wanted[:2, 1], wanted[2] = 100 - 26, np.maximum(scales[2], 127 - 26)
+    np.testing.assert_array_equal(mxfp4_scales(codes, scales), wanted)
+    np.testing.assert_array_equal(mxfp4_arrays(codes, scales)[3], [100, 100, 127])
+    scales[:, 1] = 126
+    np.testing.assert_array_equal(mxfp4_scales(codes, scales), scales)
+
+
+@pytest.mark.parametrize("peak", [10, 26, 27, 154])
+def test_scales_far_below_the_peak_are_raised(peak: int) -> None:
+    """They are at least 2^-26 of the largest one, so FP8 holds their values."""
+    codes = np.full((4, 64), 0x11, np.uint8)
+    lowest = max(0, peak - 26)
+    for smallest in sorted({0, lowest, max(0, lowest - 1), lowest + 1}):
+        scales = np.full((4, 4), peak, np.uint8)
+        scales[2:, 1] = smallest
+        found = mxfp4_scales(codes, scales)
+        np.testing.assert_array_equal(found, np.maximum(scales, lowest))
 
 
 @pytest.mark.parametrize("rank", [0, 1])

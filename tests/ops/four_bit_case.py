@@ -25,6 +25,20 @@ class Form:
 
 E2M1_BITS = ((10, 11, 13, 14), (0, 1, 2, 9), (3, 4, 5, 12), (6, 7, 8, 15))
 """Places of the bits of four codes in half a word, from the lowest bit of a code."""
+
+
+def place(kind: str, k: int) -> tuple[int, list[int]]:
+    """The word of value k of a piece, and the places of its code's bits from the lowest one."""
+    if kind == "e8m0":
+        group, half, thread, i = k // 32, k % 32 // 16, k % 16 // 4, k % 4
+        sizes = [4 * (4 * half + i) + bit for bit in range(3)]
+        return 4 * thread + group, [*sizes, 8 * i + (7, 3)[half]]
+    code = k // 16
+    if kind == "int4":
+        return k % 16, [4 * code + bit for bit in range(4)]
+    return k % 16, [16 * (code // 4) + bit for bit in E2M1_BITS[code % 4]]
+
+
 NVFP4, MXFP4 = Form("e4m3", 16), Form("e8m0", 32)
 INT4 = Form("int4", 128, zeros=True)
 FORMS = [
@@ -83,16 +97,15 @@ class Weight:
         pieces = -(-width // 128)
         codes = np.zeros((*outer, columns, 128 * pieces), np.uint32)
         codes[..., :width] = self.codes
-        # [..., pieces, columns, codes of a word, words]
-        codes = codes.reshape(*outer, columns, pieces, 8, 16).swapaxes(2, 3)
+        # [..., pieces, columns, values]
+        codes = codes.reshape(*outer, columns, pieces, 128).swapaxes(2, 3)
         words = np.zeros((*outer, pieces, columns, 16), np.uint32)
         is_int4 = form.kind == "int4"
-        for i in range(8):
-            for bit in range(4):
-                place = np.uint32(
-                    16 * (i // 4) + (4 * (i % 4) + bit if is_int4 else E2M1_BITS[i % 4][bit])
-                )
-                words |= (codes[..., i, :] >> np.uint32(bit) & np.uint32(1)) << place
+        for k in range(128):
+            word, places = place(form.kind, k)
+            for bit, to in enumerate(places):
+                found = codes[..., k] >> np.uint32(bit) & np.uint32(1)
+                words[..., word] |= found << np.uint32(to)
         if is_int4:
             bits = self.scales.view(np.uint32) & ~np.uint32(15) | self.zeros
             scales = bits.swapaxes(2, 3).view(np.int32)
@@ -121,11 +134,9 @@ def values_on_device(m: KernelMemory, weight: FourBitWeight) -> np.ndarray:
     """float64 [experts, parts, columns, width] of a weight, element by element."""
     words = m.get(weight.codes).view(np.uint32)
     k, column = np.arange(weight.width), np.arange(words.shape[3])[:, None]
-    word, nibble = words[:, :, k // 128, column, k % 16].astype(np.int64), k % 128 // 16
-    bits = word >> 4 * nibble & 15
-    if weight.kind != "int4":
-        places = np.array(E2M1_BITS)[nibble % 4] + 16 * (nibble // 4)[:, None]
-        bits = sum((word >> places[:, bit] & 1) << bit for bit in range(4))
+    word_of, places = zip(*(place(weight.kind, int(i)) for i in k % 128), strict=True)
+    word = words[:, :, k // 128, column, np.array(word_of)].astype(np.int64)
+    bits = sum((word >> one & 1) << bit for bit, one in enumerate(np.array(places).T))
     stored, group = m.get(weight.scales), k // weight.group
     if weight.kind == "int4":
         scales = stored.view(np.uint32)[:, :, group, column]

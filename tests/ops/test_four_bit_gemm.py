@@ -234,10 +234,14 @@ def test_a_fault_shows(
 
 WRONG_KERNELS = {
     "scales of the group before": (NVFP4, "_product(p[1], b)", "_product(p[1], a)"),
-    "scales in another order": (MXFP4, "_bfloat16(even), _bfloat16(odd)", "_bfloat16(odd), odd"),
-    "half as large": (NVFP4, "4, 217 << 7", "4, 216 << 7"),
-    "the sign is lost": (MXFP4, "(half << 1) & 0x8000", "(half << 1) & 0x0000"),
-    "twice as large": (MXFP4, "7, 100 << 7", "7, 101 << 7"),
+    "scales in another order": (NVFP4, "_bfloat16(even), _bfloat16(odd)", "_bfloat16(odd), odd"),
+    "one scale for a piece": (MXFP4, "[None, :] % 4", "[None, :] // 8"),
+    "half as large": (NVFP4, "(217 << 23 | 217 << 7)", "(216 << 23 | 216 << 7)"),
+    "the sign is lost": (NVFP4, "(half << 1) & 0x8000", "(half << 1) & 0x0000"),
+    "the sign of another half": (MXFP4, "7 - 4 * (NIBBLE // 4)", "3 + 4 * (NIBBLE // 4)"),
+    "twice as large": (MXFP4, "+ 100) << 7", "+ 101) << 7"),
+    "rows in order": (MXFP4, "rows = _in_order_of_words(rows)", "rows = rows"),
+    "groups in another order": (MXFP4, "(0, 2, 4, 3, 1)", "(0, 2, 4, 1, 3)"),
     "one group for all": (INT4, "group * COLUMNS", "group * 0"),
     "no stored zero points": (INT4, "scale & 15 | 0x4300", "scale & 0 | 0x4308"),
     "low values twice": (INT4, "(4 * code)", "(4 * (code // 2))"),

@@ -612,7 +612,8 @@ void wgmma_code_rows(float (&d)[kCount], const uint32_t (&a)[4], uint64_t b, boo
       for (unsigned k = 0; k < 32; ++k) {
         const uint64_t word = words[(i >> 1 & 1) + k / 16 * 2][4 * g + k % 16 / 4];
         const auto code = static_cast<uint32_t>(word >> k % 4 * 8) & 255;
-        sum += static_cast<double>(value_of_code(code)) * value_of_code_at(column + k);
+        // e5m2 is the upper half of a float16
+        sum += static_cast<double>(value_of<false>(code << 8)) * value_of_code_at(column + k);
       }
       d[i] = static_cast<float>(sum);
     }

@@ -92,9 +92,6 @@ inline void fail(uint32_t* at, uint32_t value) {
   emulated::yield();
 }
 
-inline void wait_for_inputs() {}
-inline void start_next() {}
-
 inline uint32_t bfloat16_bits(float value) {
   const uint32_t bits = __float_as_uint(value);
   return std::isnan(value) ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;

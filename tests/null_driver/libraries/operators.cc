@@ -19,7 +19,7 @@ int fd_dsa_all_reduce_bytes() { return sizeof(FdDsaAllReduce); }
 int fd_dsa_expert_gemm_cuda(const FdDsaExpertGemm*, void*) { return launches++, 0; }
 int fd_dsa_expert_gemm_bytes() { return sizeof(FdDsaExpertGemm); }
 
-int fd_dsa_expert_gemm_fp4_cuda(const FdDsaExpertGemmFp4*, void*) { return launches += 2, 0; }
+int fd_dsa_expert_gemm_fp4_cuda(const FdDsaExpertGemmFp4*, void*) { return launches++, 0; }
 int fd_dsa_expert_gemm_fp4_bytes() { return sizeof(FdDsaExpertGemmFp4); }
 
 int fd_dsa_sparse_mla_narrow_cuda(const FdDsaSparseMla*, void*) { return launches++, 0; }
