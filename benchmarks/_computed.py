@@ -233,6 +233,13 @@ def _experts_missed(result: Result) -> str:
     return " and ".join([", ".join(missed[:-1]), missed[-1]])
 
 
+def _mxfp4_ratios(belongs: Callable[[int], bool]) -> Callable[[Result], str]:
+    """Make a function that formats the ratios to FP8 experts at some numbers of tokens."""
+    return lambda result: _range(
+        (c["ratio"]["mxfp4"] for c in result["cases"] if belongs(c["tokens"])), ".2f"
+    )
+
+
 FUNCTIONS: Mapping[str, Callable[[Any], str]] = {
     "headline": headline,
     "joins_1": _gpu_joins("1"),
@@ -262,5 +269,7 @@ FUNCTIONS: Mapping[str, Callable[[Any], str]] = {
     "dense_at_128": _dense_at_128,
     "experts_8192": _experts(8192),
     "experts_missed": _experts_missed,
+    "mxfp4_short": _mxfp4_ratios(lambda tokens: tokens <= 512),
+    "mxfp4_long": _mxfp4_ratios(lambda tokens: tokens >= 2048),
 }
 """Name -> figure of a result."""

@@ -92,11 +92,8 @@ def _slower(row: Mapping[str, Any]) -> str:
 
 
 def command_of(name: str) -> str:
-    """Return the benchmark that writes a result, with its flag for several GPUs.
-
-    The name of a result of an earlier commit ends with "_earlier".
-    """
-    return re.sub(r"_([248])$", r" -tp \1", name.removesuffix("_earlier"))
+    """Return the benchmark that writes a result, with its flag for several GPUs."""
+    return re.sub(r"_([248])$", r" -tp \1", name)
 
 
 @cache

@@ -96,7 +96,6 @@ def test_results_name_machine_and_commit(path: Path) -> None:
         alone += ("gpu_start_4", "once_per_step_61_layers", "once_per_step_61_layers_4")
         alone += ("engine_overlap", "engine_overlap_2", "engine_overlap_4")
         alone += ("v4_gpu", "v4_gpu_fp8", "v4_gpu_profile", "v4_gpu_2", "v4_gpu_profile_2")
-        alone += ("v4_gpu_2_earlier",)
         alone += ("load", "load_4", "load_8", "mixed_steps", "mixed_steps_4", "four_bit_experts")
         alone += ("long_contexts", "divided_rows_2", "divided_attention_2", "divided_rows_v4_2")
         alone += ("once_per_step_v4", "long_contexts_v4", "host_tier_v4")
