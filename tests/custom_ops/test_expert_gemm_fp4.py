@@ -5,6 +5,8 @@ On a GPU, in Paddle's memory, and on the CPU with emulated threads; see test_spa
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,9 @@ import pytest
 
 pytest.importorskip("paddle", reason="the launches take Paddle's tensors")
 
+from fd_dsa import custom_ops
 from fd_dsa.errors import DeviceError, LaunchError
+from fd_dsa.ops import library_kernel
 from fd_dsa.ops.dense_kernels import quantize_rows
 from fd_dsa.ops.expert_gemm_fp4_cuda import Fp4ExpertGemm, kernel_for, suits
 from fd_dsa.ops.expert_pairs import group_pairs
@@ -20,6 +24,7 @@ from fd_dsa.ops.four_bit_gemm import four_bit_gemm
 from fd_dsa.ops.fp8 import E4M3_VALUES, encode_e4m3
 from fd_dsa.ops.split_sums import Tiling
 from fd_dsa.tensor import Normed
+from tests.custom_ops.building import EMULATED, SOURCES, compile_library
 from tests.kernel_memory import KernelMemory
 from tests.ops import block_fp8, test_four_bit_gemm
 from tests.ops.four_bit_case import MXFP4, NVFP4, Weight
@@ -241,3 +246,45 @@ def test_what_the_launcher_refuses(paddle_memory: KernelMemory, launches: list[i
     out = m.poisoned((513,), "bfloat16")[1:].reshape([4, 128])
     with pytest.raises(LaunchError, match="out is not aligned to 16 bytes"):
         kernel(x, good, *lists, out, None)
+
+
+FAULTS = {
+    "signs of other codes": ("word << 4 & 0x80808080u", "word << 8 & 0x80808080u"),
+    "the scale of another group": ("0x4440 + i)", "0x4440 + (i + 1) % 4)"),
+    "a scale without its peak": ("kLowSizes - peaks[r] * kLowStep", "kLowSizes - 120 * kLowStep"),
+    "codes of another column": ("kGated ? kHalfColumns : 8;", "kGated ? kHalfColumns : 7;"),
+    "scales of another stage": ("scales += job.x_stride;", "scales += 1;"),
+    "no wait for a GEMM": ("wgmma_wait<1>();\n      finish", "finish"),
+    "tiles leave out pairs": ("tile.first / kPairs * rows", "tile.first"),
+    "one limit for both sides": ("up < -limit ? -limit", "up < -limit ? limit"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_shows(
+    emulated_memory: KernelMemory, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fault: str
+) -> None:
+    """A kernel with a planted fault does not pass."""
+    monkeypatch.setattr(library_kernel, "unsupported_reason", lambda tensor: "")
+    faulty = Path(shutil.copytree(SOURCES / "csrc", tmp_path / "csrc")) / f"{KERNELS}.cu"
+    source, (right, wrong) = faulty.read_text(), FAULTS[fault]
+    assert source.count(right) == 1
+    faulty.write_text(source.replace(right, wrong))
+    emulated = EMULATED / f"{KERNELS}_emulated.cc"
+    check_tiles_of_each_size(emulated_memory)
+    custom_ops.use_library(compile_library(emulated, EMULATED, faulty.parent))
+    with pytest.raises(AssertionError):
+        check_tiles_of_each_size(emulated_memory)
+
+
+def check_tiles_of_each_size(m: KernelMemory) -> None:
+    """Assert results of tiles of 16, 64 and 240 pairs, with more stages than a block holds."""
+    for which, num_tokens, gated in [
+        ("one for all", 40, True),
+        ("one for all", 40, False),
+        ("random", 80, True),
+        ("padded", 150, False),
+    ]:
+        case = Case(m, choices(which, num_tokens, 1, 4), gated, 128, 1408, 4)
+        case.check(case.run(limit=0.5 if gated else None), 0.5 if gated else None)
