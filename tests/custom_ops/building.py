@@ -132,3 +132,12 @@ def emulated_library(name: str, define: str = "") -> Path:
     if not source.exists():
         source = SOURCES / "csrc" / f"{name}.cu"
     return compile_library(source, EMULATED, SOURCES / "csrc", define=define)
+
+
+def faulty_library(name: str, folder: Path, file: str, right: str, wrong: str) -> Path:
+    """`emulated_library` with a fault: `wrong` replaces the only `right` of `file`."""
+    sources = Path(shutil.copytree(SOURCES / "csrc", folder / "csrc"))
+    text = (sources / file).read_text()
+    assert text.count(right) == 1, f"{file} has {text.count(right)} of {right!r}"
+    (sources / file).write_text(text.replace(right, wrong))
+    return compile_library(EMULATED / f"{name}_emulated.cc", EMULATED, sources)

@@ -5,7 +5,6 @@ On a GPU, in Paddle's memory, and on the CPU with emulated threads; see test_spa
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from fd_dsa.ops.four_bit_gemm import four_bit_gemm
 from fd_dsa.ops.fp8 import E4M3_VALUES, encode_e4m3
 from fd_dsa.ops.split_sums import Tiling
 from fd_dsa.tensor import Normed
-from tests.custom_ops.building import EMULATED, SOURCES, compile_library
+from tests.custom_ops.building import faulty_library
 from tests.kernel_memory import KernelMemory
 from tests.ops import block_fp8, test_four_bit_gemm
 from tests.ops.four_bit_case import MXFP4, NVFP4, Weight
@@ -267,13 +266,9 @@ def test_a_fault_shows(
 ) -> None:
     """A kernel with a planted fault does not pass."""
     monkeypatch.setattr(library_kernel, "unsupported_reason", lambda tensor: "")
-    faulty = Path(shutil.copytree(SOURCES / "csrc", tmp_path / "csrc")) / f"{KERNELS}.cu"
-    source, (right, wrong) = faulty.read_text(), FAULTS[fault]
-    assert source.count(right) == 1
-    faulty.write_text(source.replace(right, wrong))
-    emulated = EMULATED / f"{KERNELS}_emulated.cc"
     check_tiles_of_each_size(emulated_memory)
-    custom_ops.use_library(compile_library(emulated, EMULATED, faulty.parent))
+    library = faulty_library(KERNELS, tmp_path, f"{KERNELS}.cu", *FAULTS[fault])
+    custom_ops.use_library(library)
     with pytest.raises(AssertionError):
         check_tiles_of_each_size(emulated_memory)
 

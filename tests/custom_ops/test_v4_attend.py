@@ -6,6 +6,7 @@ On a GPU, in Paddle's memory, and on the CPU with emulated threads; see test_spa
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,14 +14,16 @@ import pytest
 
 pytest.importorskip("paddle", reason="the launches take Paddle's tensors")
 
+from fd_dsa import custom_ops
 from fd_dsa.errors import LaunchError
-from fd_dsa.ops import v4_attend, v4_attend_cuda
+from fd_dsa.ops import library_kernel, v4_attend, v4_attend_cuda
 from fd_dsa.ops.dense_kernels import quantize_rows
 from fd_dsa.ops.v4_attend import num_programs
 from fd_dsa.ops.v4_attend_cuda import suits
 from fd_dsa.ops.v4_places import Entries, TokenPlaces, Windows
 from fd_dsa.ops.v4_plain import PlainRows, PlainSizes
 from fd_dsa.tensor import Fp8Rows
+from tests.custom_ops.building import faulty_library
 from tests.kernel_memory import KernelMemory
 from tests.ops import block_fp8, v4_records
 from tests.ops.test_v4_kernels import EPS, drawn, normed, rotated, with_sinks
@@ -154,7 +157,12 @@ class Step:
 @pytest.mark.parametrize("name", FORMS)
 @pytest.mark.parametrize("step", range(len(STEPS)))
 def test_every_token_meets_its_keys(memory: KernelMemory, step: int, name: str) -> None:
-    m, case = memory, Step(memory, FORMS[name], *STEPS[step])
+    check(memory, FORMS[name], STEPS[step])
+
+
+def check(m: KernelMemory, form: Form, step: tuple[list[int], list[int]]) -> None:
+    """Assert the results of a step's tokens."""
+    case = Step(m, form, *step)
     found = block_fp8.get(m, v4_attend.attend_v4(*case.given, case.places, EPS))
     for token in range(len(case.rows)):
         wanted = case.wanted(token)
@@ -266,3 +274,38 @@ def test_unaligned_queries_are_refused(memory: KernelMemory) -> None:
     queries = memory.poisoned((len(case.rows) + 1, 20 * WIDTH + 1), "bfloat16")[:, 1:]
     with pytest.raises(LaunchError, match="q is not aligned to 16 bytes"):
         v4_attend.attend_v4(queries, *case.given[1:], case.places, EPS)
+
+
+KEYS = "v4_attend_keys.cuh"
+FAULTS = {
+    "no sink": ("v4_attend.cu", "(state.total[r] + share)", "state.total[r]"),
+    "results keep the rotation": ("v4_attend.cu", "x * cos + y * sin, y", "x * cos - y * sin, y"),
+    "queries without a norm": ("v4_attend.cu", "sqrtf(sum +", "sqrtf(512.0f +"),
+    "a new key from the ring": (KEYS, "entry >= begin", "entry > begin"),
+    "another row of the ring": (KEYS, "+ place % job.ring_rows", "+ (place + 1) % job.ring_rows"),
+    "entries of a block are one": (KEYS, "offset = entry % job.per_block", "offset = 0"),
+    "selected entries are others": (KEYS, "job.topk + entry, times", "job.topk, times"),
+    "keys that are missing": (KEYS, "__ballot_sync(~0u, now.key != nullptr)", "0xffffu"),
+    "powers of another group": (KEYS, "word >> lane / 8 * 8", "word >> (lane / 8 ^ 1) * 8"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_shows(
+    emulated_memory: KernelMemory, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fault: str
+) -> None:
+    """A kernel with a planted fault does not pass."""
+    monkeypatch.setattr(library_kernel, "unsupported_reason", lambda tensor: "")
+    monkeypatch.setattr(v4_attend_cuda, "FEW_PROGRAMS", 0)
+    monkeypatch.setenv("FD_DSA_EMULATED_SMS", "2")
+    check_forms(emulated_memory)
+    custom_ops.use_library(faulty_library(KERNELS, tmp_path, *FAULTS[fault]))
+    with pytest.raises(AssertionError):
+        check_forms(emulated_memory)
+
+
+def check_forms(m: KernelMemory) -> None:
+    """Assert the results of a step of each form."""
+    for name in ("window", "all entries", "selected", "selected, records"):
+        check(m, FORMS[name], STEPS[1])
