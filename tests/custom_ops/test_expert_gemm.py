@@ -5,6 +5,7 @@ On a GPU, in Paddle's memory, and on the CPU with emulated threads; see test_spa
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,12 +15,13 @@ pytest.importorskip("paddle", reason="the launches take Paddle's tensors")
 
 from fd_dsa import custom_ops
 from fd_dsa.errors import DeviceError, LaunchError
-from fd_dsa.ops import expert_gemm_cuda
+from fd_dsa.ops import expert_gemm_cuda, library_kernel
 from fd_dsa.ops.expert_gemm import expert_gemm
 from fd_dsa.ops.expert_gemm_cuda import ExpertGemm, kernel_for, suits
 from fd_dsa.ops.expert_pairs import group_pairs
 from fd_dsa.ops.split_sums import Tiling
 from fd_dsa.tensor import Fp8Rows
+from tests.custom_ops.building import faulty_library
 from tests.kernel_memory import KernelMemory
 from tests.ops import block_fp8
 from tests.ops.block_fp8 import put_pair
@@ -175,4 +177,38 @@ def test_what_suits_it() -> None:
     assert not suits(1024, 2**20, 2048, 128, 128) and not suits(2**29, 2**29, 8, 128, 128)
 
 
-assert custom_ops.build() is custom_ops.build()
+FAULTS = {
+    "columns of the gate twice": ("tile.group + which * blocks", "tile.group"),
+    "columns of the other block": ("(1 + kBlock) * kOperand", "(2 - kBlock) * kOperand"),
+    "no wait for a GEMM": ("wgmma_wait<0>();\n    pin(part);\n    add<0>", "add<0>"),
+    "scales of another group": ("scale += job.x_stride;", "scale += 0 * job.x_stride;"),
+    "a scale of other columns": ("first_scale = load_shared_float(scales + kWeightScales)",
+                                 "first_scale = load_shared_float(scales + kWeightScales + 4)"),
+    "the largest of two lanes": ("top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 2));", ""),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_shows(
+    emulated_memory: KernelMemory, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fault: str
+) -> None:
+    """A kernel with a planted fault does not pass."""
+    monkeypatch.setattr(library_kernel, "unsupported_reason", lambda tensor: "")
+    monkeypatch.setattr(expert_gemm_cuda, "MANY_PAIRS", 0)
+    check_both_gemms(emulated_memory)
+    library = faulty_library(KERNELS, tmp_path, f"{KERNELS}.cu", *FAULTS[fault])
+    custom_ops.use_library(library)
+    with pytest.raises(AssertionError):
+        check_both_gemms(emulated_memory)
+
+
+def check_both_gemms(m: KernelMemory) -> None:
+    """Assert results of both GEMMs of experts with an odd number of blocks of columns."""
+    ids = choices("padded", 90, 2, 3)
+    lists = group_pairs(m.put(ids), 3)
+    case = Operands(m, "uint8", 90, 2 * 384, 384, 3)
+    found = expert_gemm(case.x, case.weight, *lists, top_k=2, gated=True, round_scales=True)
+    case.check_gated(found, ids, round_scales=True)
+    case = Operands(m, "uint8", 180, 384, 384, 3)
+    case.check_down(expert_gemm(case.x, case.weight, *lists, top_k=2), ids)
