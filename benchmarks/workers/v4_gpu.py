@@ -16,7 +16,7 @@ from benchmarks.workers import gpu_engine
 # classes of kernels, by parts of their names; the first that fits
 CLASSES = {
     "sums over ranks": ("all_reduce", "nccl"),
-    "routed experts": ("expert_gemm_kernel", "multiply_experts", "round_activations"),
+    "routed experts": ("expert_gemm_kernel", "multiply_experts"),
     "choice, groups and sum of experts": (
         "choose_experts",
         "look_up_experts",

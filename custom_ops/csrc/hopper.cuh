@@ -78,7 +78,6 @@ FD_DSA_LOAD(uint32_t, load_shared, "ld.shared.b32 %0, [%1];", "=r"(x))
 FD_DSA_LOAD(uint32_t, load_shared_byte, "ld.shared.u8 %0, [%1];", "=r"(x))
 FD_DSA_LOAD(float, load_shared_float, "ld.shared.f32 %0, [%1];", "=f"(x))
 FD_DSA_LOAD(float2, load_shared_float2, "ld.shared.v2.f32 {%0, %1}, [%2];", FD_DSA_TWO("=f"))
-FD_DSA_LOAD(uint2, load_shared_uint2, "ld.shared.v2.b32 {%0, %1}, [%2];", FD_DSA_TWO("=r"))
 FD_DSA_LOAD(uint4, load_shared_uint4, "ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];",
             FD_DSA_FOUR("=r"))
 FD_DSA_LOAD(float4, load_shared_float4, "ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];",

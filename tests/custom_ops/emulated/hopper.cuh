@@ -60,7 +60,6 @@ inline uint32_t load_shared_byte(uint32_t at) { return load_shared_as<uint8_t>(a
 inline float load_shared_float(uint32_t at) { return load_shared_as<float>(at); }
 inline float2 load_shared_float2(uint32_t at) { return load_shared_as<float2>(at); }
 inline float4 load_shared_float4(uint32_t at) { return load_shared_as<float4>(at); }
-inline uint2 load_shared_uint2(uint32_t at) { return load_shared_as<uint2>(at); }
 inline uint4 load_shared_uint4(uint32_t at) { return load_shared_as<uint4>(at); }
 
 // ---- barriers
