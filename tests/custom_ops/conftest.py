@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fd_dsa import custom_ops
-from tests.custom_ops.building import emulated_library, load_package
+from tests.custom_ops.building import emulated_library, faulty_library, load_package
 from tests.kernel_memory import KernelMemory, open_memory
 
 ON_GPU = pytest.param("torch", marks=pytest.mark.gpu)
@@ -81,3 +82,27 @@ def hopper_memory(paddle_memory: KernelMemory, monkeypatch: pytest.MonkeyPatch) 
     elif reason := library_kernel.unsupported_reason(paddle_memory.poisoned((1,), "uint8")):
         pytest.skip(reason)
     return paddle_memory
+
+
+@pytest.fixture
+def assert_fault_shows(
+    request: pytest.FixtureRequest,
+    emulated_memory: KernelMemory,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> Callable[..., None]:
+    """Function that asserts that a check passes, and fails with a fault in the module's KERNELS."""
+    from fd_dsa.ops import library_kernel
+
+    monkeypatch.setattr(library_kernel, "unsupported_reason", lambda tensor: "")
+
+    def assert_shows(
+        check: Callable[[KernelMemory], None], file: str, right: str, wrong: str
+    ) -> None:
+        check(emulated_memory)
+        library = faulty_library(request.module.KERNELS, tmp_path, file, right, wrong)
+        custom_ops.use_library(library)
+        with pytest.raises(AssertionError):
+            check(emulated_memory)
+
+    return assert_shows
