@@ -83,7 +83,8 @@ class Fp8Rows(NamedTuple):
     """Rows of FP8 values: value c of row r is e4m3(codes[r, c]) * scales[c // 128, r].
 
     The scales are stored group by group, as cuBLASLt reads them (VEC128_32F). So a GEMM reads the
-    scales of its rows for 128 values along K at once.
+    scales of its rows for 128 values along K at once. Rows between the two GEMMs of MXFP4 experts
+    may have groups of 64 (`expert_gemm_fp4_cuda.writes_fp8`).
 
     Attributes:
         codes: uint8 [rows, width], e4m3 bits, contiguous.

@@ -18,6 +18,10 @@
 // looks up four codes in eight bytes. These bytes are the codes of the eight sizes of e2m1, and differ
 // between scales by the same number each.
 //
+// With up to 16 pairs the rows between both GEMMs can be in FP8, with a scale for each 64 values. Those
+// are the columns of a tile of the first GEMM, which writes codes, so no launch has to quantise them.
+// The second GEMM then has sums of its own for each half of a stage.
+//
 // In tiles of 240 pairs the warpgroups take turns at turning codes, so that the tensor cores multiply
 // for the other one meanwhile. With up to 16 pairs a warpgroup turns the codes of a stage during its
 // own GEMM of the stage before.
@@ -67,14 +71,17 @@ struct Form {
   static_assert(2 * kComputeRegisters + kCopyRegisters == 3 * (kMany ? 168 : 80));
   // buffers of result rows of a warpgroup
   static constexpr int kBuffers = kPairs <= kChunk ? 1 : 2;
+  // scales that a pair may have in a stage
+  static constexpr int kScaleParts = kPairs <= 16 ? 2 : 1;
 
-  static constexpr uint32_t kActivations = kPairs * kPiece, kPairScales = kPairs * 4;
+  static constexpr uint32_t kActivations = kPairs * kPiece, kPairScales = kPairs * kScaleParts * 4;
   static constexpr uint32_t kAllCodes = kStages * kActivations;
   static constexpr uint32_t kAllScales = kAllCodes + kStages * kCodes;
   static constexpr uint32_t kAllPairScales = kAllScales + kStages * kScales;
   static constexpr uint32_t kLines = kAllPairScales + kStages * kPairScales;
   // each stage's tile and peaks
-  static constexpr uint32_t kOwnTiles = kLines + 2 * kBuffers * kChunkBytes;
+  static constexpr uint32_t kLinesBytes = kBuffers * kChunkBytes;  // of a warpgroup
+  static constexpr uint32_t kOwnTiles = kLines + 2 * kLinesBytes;
   static constexpr uint32_t kAllPeaks = kOwnTiles + kStages * 16;
   static constexpr uint32_t kEnds = kAllPeaks + kStages * kPeaks;
   static constexpr uint32_t kNext = (kEnds + 4 * kMaxExperts + 7) / 8 * 8;
@@ -83,9 +90,9 @@ struct Form {
   static_assert(kBlocks * (kBytes + 1024) <= 228 * 1024 && kLines % 16 == 0 && kOwnTiles % 16 == 0);
 };
 
-// Named barriers: the turns of each warpgroup, and the result rows of the first one. Those of the
-// second one have the next number.
-enum { kFirstBarrier = kFirstOwnBarrier, kSecondBarrier, kLinesBarrier };
+// Named barriers: the turns of each warpgroup, what both find in results, and the result rows of the
+// first one. Those of the second one have the next number.
+enum { kFirstBarrier = kFirstOwnBarrier, kSecondBarrier, kBothBarrier, kLinesBarrier };
 
 __host__ __device__ __forceinline__ int column_groups(const Job& job) {
   return job.columns / (job.is_gated != 0 ? kHalfColumns : kColumns);
@@ -138,10 +145,13 @@ __device__ __forceinline__ Tile load_tile(uint32_t at) {
 
 // Copies all stages of a tile. Thread t copies chunk t % 8 of rows t / 8 + 16 i, and the scales of
 // rows t and t + 128. The first stage has the peaks of the columns, too.
-template <bool kGated, int kPairs>
+//
+// A pair has kScaleParts scales in a stage.
+template <bool kGated, int kScaleParts, int kPairs>
 __device__ __forceinline__ void copy_stages(const Job& job, const Tile& tile, int thread,
                                             Turn<kPairs>& turn) {
-  constexpr int kRowsPerThread = kPairs / 16, kScalesPerThread = (kPairs + 127) / 128;
+  constexpr int kAllScales = kPairs * kScaleParts;
+  constexpr int kRowsPerThread = kPairs / 16, kScalesPerThread = (kAllScales + 127) / 128;
   constexpr int kParts = kGated ? 2 : 1;
   const int pieces = job.width / kPiece, count = tile.left;
   const int tile_columns = tile.group * (kGated ? kHalfColumns : kColumns);
@@ -185,10 +195,14 @@ __device__ __forceinline__ void copy_stages(const Job& job, const Tile& tile, in
     chunks[i] = row_at(thread / 8 + i * 16) * (job.width / 16);
   }
 #pragma unroll
-  for (int i = 0; i < kScalesPerThread; ++i) scale_rows[i] = row_at(thread + i * 128);
+  for (int i = 0; i < kScalesPerThread; ++i) {
+    const int at = thread + i * 128;
+    scale_rows[i] = row_at(kScaleParts > 1 ? at % kPairs : at);
+  }
   const uint32_t to = swizzled(thread / 8, thread % 8);
   const char* x = static_cast<const char*>(job.x) + thread % 8 * 16;
   const float* scales = job.x_scales;
+  if (kScaleParts > 1 && thread >= kPairs) scales += job.x_stride;
   for (int piece = 0; piece < pieces; ++piece, turn.advance()) {
     if (piece > 0) copy_weights(piece);
     const uint32_t activations = turn.activations() + to;
@@ -202,14 +216,14 @@ __device__ __forceinline__ void copy_stages(const Job& job, const Tile& tile, in
     }
 #pragma unroll
     for (int i = 0; i < kScalesPerThread; ++i) {
-      const int at = thread + i * 128;
-      if (at < kPairs) {
-        copy_few<4>(turn.pair_scales() + at * 4, scales + scale_rows[i], at < count);
+      const int at = thread + i * 128, pair = kScaleParts > 1 ? at % kPairs : at;
+      if (at < kAllScales) {
+        copy_few<4>(turn.pair_scales() + at * 4, scales + scale_rows[i], pair < count);
       }
     }
     barrier_arrive_after_copies(turn.is_full());
     x += kPiece;
-    scales += job.x_stride;
+    scales += kScaleParts * job.x_stride;
   }
 }
 
@@ -233,12 +247,16 @@ __device__ __forceinline__ void turn_codes(uint32_t word, uint2 sizes, uint32_t&
 //
 // A thread has two columns, 8 rows of the tensor cores' result apart, and two neighbouring pairs of
 // each 8. Value j * 4 + r * 2 + p is that of column r and of pair 8 j + lane % 4 * 2 + p.
-template <bool kGated, int kPairs>
+template <bool kGated, int kPairs, bool kInFp8>
 struct Multiplier {
   using F = Form<kPairs>;
   static constexpr bool kMany = F::kMany;
-  // columns of a warp in a stage, and from a thread's first column to its second one
-  static constexpr int kWarpColumns = kGated ? 8 : 16, kNextColumn = kGated ? kHalfColumns : 8;
+  // parts of a stage whose scales differ
+  static constexpr int kScaleParts = kInFp8 && !kGated ? 2 : 1;
+  // columns of a warp in a stage, those of a row of a warpgroup's results, and from a thread's first
+  // column to its second one
+  static constexpr int kWarpColumns = kGated ? 8 : 16, kRowColumns = 4 * kWarpColumns;
+  static constexpr int kNextColumn = kGated ? kHalfColumns : 8;
 
   const Job& job;
   uint32_t base;
@@ -246,6 +264,7 @@ struct Multiplier {
   int column;      // first column of this thread in a stage
   int own_barrier;
   Turn<kPairs> turn;
+  bool is_odd = false;  // number of the tile whose results are rounded
 
   __device__ __forceinline__ Multiplier(const Job& job, uint32_t base, int warp, int lane)
       : job(job), base(base), warp(warp), lane(lane), turn{{base}} {
@@ -290,21 +309,27 @@ struct Multiplier {
     }
   }
 
-  // Starts the GEMM of a third of kCount pairs over a stage.
+  // Starts the GEMM of a third of kCount pairs over each part of a stage.
   template <int kCount>
-  __device__ __forceinline__ void multiply(float (&part)[kCount / 2], const uint32_t (&codes)[4][4],
-                                           int third) const {
+  __device__ __forceinline__ void multiply(float (&parts)[kScaleParts][kCount / 2],
+                                           const uint32_t (&codes)[4][4], int third) const {
+    constexpr int kSteps = 4 / kScaleParts;
     const Operand pairs = k_major(turn.activations() + third * (kCount * kPiece));
     wgmma_fence();
 #pragma unroll
-    for (int i = 0; i < 4; ++i) wgmma_code_rows<kCount>(part, codes[i], pairs.at(i * 32), i > 0);
+    for (int i = 0; i < 4; ++i) {
+      wgmma_code_rows<kCount>(parts[i / kSteps], codes[i], pairs.at(i * 32), i % kSteps > 0);
+    }
     wgmma_commit();
   }
 
-  // Loads the scales of this thread's pairs of a third.
+  // Loads the scales of this thread's pairs of kCount pairs.
+  //
+  // Args:
+  //   from: shared address of the first pair's scale
   template <int kCount>
-  __device__ __forceinline__ void read_scales(float2 (&scales)[kCount / 8], int third) const {
-    const uint32_t from = turn.pair_scales() + third * (kCount * 4) + lane % 4 * 8;
+  __device__ __forceinline__ void read_scales(float2 (&scales)[kCount / 8], uint32_t from) const {
+    from += lane % 4 * 8;
 #pragma unroll
     for (int j = 0; j < kCount / 8; ++j) scales[j] = load_shared_float2(from + j * 32);
   }
@@ -327,7 +352,7 @@ struct Multiplier {
   __device__ __forceinline__ void run() {
     // results of 64 pairs leave registers for two thirds at a time
     constexpr int kAhead = kMany && kCount <= 64 && kUsed > 1 ? 2 : 1;
-    float sums[kUsed][kCount / 2], parts[kAhead][kCount / 2];
+    float sums[kUsed][kCount / 2], parts[kAhead][kScaleParts][kCount / 2];
 #pragma unroll
     for (int i = 0; i < kUsed * kCount / 2; ++i) sums[i / (kCount / 2)][i % (kCount / 2)] = 0.0f;
     const int pieces = job.width / kPiece;
@@ -351,12 +376,12 @@ struct Multiplier {
 #pragma unroll
       for (int third = 0; third < kUsed; ++third) {
         float2 scales[kCount / 8];
-        read_scales<kCount>(scales, third);
+        read_scales<kCount>(scales, turn.pair_scales() + third * (kCount * 4));
         if (kAhead > 1 && third + 1 < kUsed) wgmma_wait<kAhead - 1>();
         else wgmma_wait<0>();
         // the tensor cores read them until here
         if (third + 1 == kUsed) pin(codes);
-        add<kCount>(sums[third], parts[third % kAhead], scales);
+        add<kCount>(sums[third], parts[third % kAhead][0], scales);
         if (third + kAhead < kUsed) multiply<kCount>(parts[third % kAhead], codes, third + kAhead);
       }
       // not kept from the beginning, as registers are few
@@ -370,8 +395,8 @@ struct Multiplier {
   template <int kCount>
   struct Started {
     uint32_t codes[4][4];
-    float part[kCount / 2];
-    float2 scales[kCount / 8];
+    float parts[kScaleParts][kCount / 2];
+    float2 scales[kScaleParts][kCount / 8];
     uint32_t is_free;  // barrier
   };
 
@@ -381,8 +406,11 @@ struct Multiplier {
     read_codes(zeros, stage.codes);
     pin(stage.codes);
     publish_to_async();
-    multiply<kCount>(stage.part, stage.codes, 0);
-    read_scales<kCount>(stage.scales, 0);
+    multiply<kCount>(stage.parts, stage.codes, 0);
+#pragma unroll
+    for (int i = 0; i < kScaleParts; ++i) {
+      read_scales<kCount>(stage.scales[i], turn.pair_scales() + i * (kPairs * 4));
+    }
     stage.is_free = turn.is_free();
     turn.advance();
   }
@@ -391,7 +419,8 @@ struct Multiplier {
   template <int kCount>
   __device__ __forceinline__ void finish(float (&sums)[kCount / 2], Started<kCount>& stage) const {
     pin(stage.codes);
-    add<kCount>(sums, stage.part, stage.scales);
+#pragma unroll
+    for (int i = 0; i < kScaleParts; ++i) add<kCount>(sums, stage.parts[i], stage.scales[i]);
     warp_arrive(stage.is_free, lane);
   }
 
@@ -434,7 +463,7 @@ struct Multiplier {
   // writes 64 bytes of a row at a time if the tile is gated, else 128.
   template <int kCount, int kUsed>
   __device__ __forceinline__ void store(const Tile& tile, const float (&sums)[kUsed][kCount / 2],
-                                        const uint32_t (&peaks)[2]) const {
+                                        const uint32_t (&peaks)[2]) {
     constexpr int kChunks = (kCount + kChunk - 1) / kChunk, kRowThreads = kGated ? 4 : 8;
     constexpr int kPasses = kGated ? 1 : 2, kPassRows = kChunk / kPasses;
     // no register has what follows from them during the GEMMs
@@ -451,13 +480,14 @@ struct Multiplier {
     const float* own = job.factors + tile.expert * (1 + kGated);
     const float factor = __ldg(own) * scale_of_peak(peaks[0]);
     const float next_factor = __ldg(own + kGated) * scale_of_peak(peaks[1]);
-    const uint32_t lines = base + F::kLines + warpgroup * (F::kBuffers * kChunkBytes);
+    const uint32_t lines = base + F::kLines + warpgroup * F::kLinesBytes;
     // where this lane's row of a matrix goes, and what this thread writes
     const uint32_t to = lines + warp % 4 * (kWarpColumns * 2) +
                         (kGated ? lane * kLine : lane % 16 * kLine + lane / 16 * 16);
     const uint32_t from = lines + thread / kRowThreads * kLine + thread % kRowThreads * 16;
-    const int first = (tile.group * 2 + warpgroup) * (4 * kWarpColumns);
-    char* out = static_cast<char*>(job.out) + first * 2 + thread % kRowThreads * 16;
+    const int first = (tile.group * 2 + warpgroup) * kRowColumns;
+    const int own_first = first + thread % kRowThreads * 8;  // of this thread
+    char* out = static_cast<char*>(job.out) + own_first * 2;
     // the rows of the last tile were read
     named_barrier(kLinesBarrier + warpgroup, 128);
 #pragma unroll
@@ -468,12 +498,53 @@ struct Multiplier {
       named_barrier(kLinesBarrier + warpgroup, 128);
 #pragma unroll
       for (int pass = 0; pass < kPasses; ++pass) {
-        if (const int64_t row = rows[third][chunk * kPasses + pass]; row >= 0) {
-          *reinterpret_cast<uint4*>(out + row * job.columns * 2) =
-              load_shared_uint4(from + buffer + pass * (kPassRows * kLine));
+        const int64_t row = rows[third][chunk * kPasses + pass];
+        const uint32_t at = from + buffer + pass * (kPassRows * kLine);
+        if constexpr (kInFp8 && kGated) {
+          write_codes(tile.group, row, own_first, at, warpgroup);
+        } else if (row >= 0) {
+          *reinterpret_cast<uint4*>(out + row * job.columns * 2) = load_shared_uint4(at);
         }
       }
     }
+  }
+
+  // Writes 8 columns of a row as e4m3 codes. Both warpgroups call it, four threads for each row.
+  //
+  // The largest of a row's 64 columns gives their scale. A warpgroup tells the other one what it has
+  // in the part of its lines that a gated tile leaves free, at two places in turn.
+  //
+  // Args:
+  //   row: the pair, or -1 to write nothing
+  //   column: first of the columns
+  //   at: shared address of their values
+  __device__ __forceinline__ void write_codes(int group, int64_t row, int column, uint32_t at,
+                                              int warpgroup) {
+    const uint4 words = load_shared_uint4(at);
+    const float values[8] = {low_of(words.x), high_of(words.x), low_of(words.y), high_of(words.y),
+                             low_of(words.z), high_of(words.z), low_of(words.w), high_of(words.w)};
+    float largest = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) largest = fmaxf(largest, fabsf(values[i]));  // ignores NaN
+    largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, 1));
+    largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, 2));
+    const bool is_first = column % kRowColumns == 0;
+    const uint32_t own = at - column % kRowColumns * 2 + kRowColumns * 2 + (is_odd ? 4 : 0);
+    if (is_first) store_shared(own, largest);
+    named_barrier(kBothBarrier, 256);
+    largest = fmaxf(largest, load_shared_float(warpgroup == 0 ? own + F::kLinesBytes
+                                                              : own - F::kLinesBytes));
+    is_odd = !is_odd;
+    if (row < 0) return;
+    const float scale = scale_of(largest, true), inverse = 1.0f / scale;
+    if (is_first && warpgroup == 0) job.out_scales[group * job.out_stride + row] = scale;
+    uint32_t codes[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      codes[i] = pack_codes(values[2 * i] * inverse, values[2 * i + 1] * inverse);
+    }
+    *reinterpret_cast<uint2*>(static_cast<char*>(job.out) + row * job.columns + column) = {
+        codes[0] | codes[1] << 16, codes[2] | codes[3] << 16};
   }
 
   // Writes this warp's columns of 32 pairs of a third to shared memory.
@@ -545,7 +616,9 @@ struct Multiplier {
 #endif
 
 // Multiplies rows of experts; `blocks` blocks take tiles in turn.
-template <bool kGated, int kPairs>
+//
+// kInFp8: the rows between both GEMMs are in FP8.
+template <bool kGated, int kPairs, bool kInFp8>
 __global__ void __launch_bounds__(kThreads, Form<kPairs>::kBlocks)
     multiply_experts(const __grid_constant__ Job job, uint32_t blocks) {
 #if defined(FD_DSA_HOPPER)
@@ -559,7 +632,7 @@ __global__ void __launch_bounds__(kThreads, Form<kPairs>::kBlocks)
   __syncthreads();
   if (warp < 8) {
     more_registers<F::kComputeRegisters>();
-    Multiplier<kGated, kPairs>(job, base, warp, lane).run();
+    Multiplier<kGated, kPairs, kInFp8>(job, base, warp, lane).run();
   } else {
     fewer_registers<F::kCopyRegisters>();
     const int thread = threadIdx.x % 128;
@@ -567,7 +640,7 @@ __global__ void __launch_bounds__(kThreads, Form<kPairs>::kBlocks)
         Turn<kPairs>{{base}}, F::kMany ? job.taken : nullptr, base + F::kNext, blocks, thread,
         [&](uint32_t number, Tile& tile) { return find<kPairs>(job, base, number, tile); },
         [&](const Tile& tile, uint32_t, Turn<kPairs>& turn) {
-          copy_stages<kGated>(job, tile, thread, turn);
+          copy_stages<kGated, kInFp8 && !kGated ? 2 : 1>(job, tile, thread, turn);
         });
   }
 #endif
@@ -575,12 +648,22 @@ __global__ void __launch_bounds__(kThreads, Form<kPairs>::kBlocks)
 
 // ---- the launch
 
+// With fewer pairs of an expert on average tiles have 16, and the rows between both GEMMs may be in FP8.
+constexpr int kFew = 16;
+
+inline int mean_pairs(const Job& job) { return job.num_pairs / job.num_experts; }
+
+// Returns true if the rows between both GEMMs are in FP8.
+inline bool is_in_fp8(const Job& job) { return job.out_scales != nullptr || job.x_group < kPiece; }
+
 inline bool is_supported(const Job& job) {
   const int step = job.is_gated != 0 ? kHalfColumns : kColumns;
   return job.width > 0 && job.width % kPiece == 0 && job.columns % step == 0 &&
          job.num_experts > 0 && job.num_experts <= kMaxExperts && job.row_pairs > 0 &&
          job.taken != nullptr && job.factors != nullptr && job.peaks != nullptr &&
-         job.x_stride >= job.num_rows &&
+         job.x_stride >= job.num_rows && (!is_in_fp8(job) || mean_pairs(job) < kFew) &&
+         (job.x_group == kPiece || (job.x_group == kPiece / 2 && job.is_gated == 0)) &&
+         (job.out_scales == nullptr || (job.out_stride >= job.num_pairs && job.is_gated != 0)) &&
          job.num_rows * job.row_pairs == job.num_pairs &&
          // 32-bit numbers count the chunks of codes, and divide pairs
          job.num_rows * (job.width / 16) < 1ll << 32 &&
@@ -589,12 +672,12 @@ inline bool is_supported(const Job& job) {
          is_aligned(job.out);
 }
 
-template <bool kGated, int kPairs>
+template <bool kGated, int kPairs, bool kInFp8 = false>
 static int launch_experts(const Job& job, void* stream) {
   static std::atomic<uint64_t> prepared{0};
   using F = Form<kPairs>;
   uint32_t blocks = 0;
-  const auto kernel = multiply_experts<kGated, kPairs>;
+  const auto kernel = multiply_experts<kGated, kPairs, kInFp8>;
   const cudaError_t error =
       prepare_tiles(kernel, job, kPairs, column_groups(job), F::kBytes, F::kBlocks,
                     F::kMany ? job.taken : nullptr, stream, prepared, blocks);
@@ -612,8 +695,9 @@ static int launch_experts(const Job& job, void* stream) {
 // limits are the fastest of means of 1 to 200 pairs, at the widths of DeepSeek-V4-Flash.
 template <bool kGated>
 static int launch_form(const Job& job, void* stream) {
-  const int mean = job.num_pairs / job.num_experts;
-  if (mean < 16) return launch_experts<kGated, 16>(job, stream);
+  const int mean = mean_pairs(job);
+  if (is_in_fp8(job)) return launch_experts<kGated, kFew, true>(job, stream);
+  if (mean < kFew) return launch_experts<kGated, kFew>(job, stream);
   if (mean < 64) return launch_experts<kGated, 64>(job, stream);
   return launch_experts<kGated, 240>(job, stream);
 }

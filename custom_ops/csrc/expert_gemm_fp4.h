@@ -8,7 +8,7 @@
 //
 // Layout and size are part of the ABI.
 extern "C" struct FdDsaExpertGemmFp4 {
-  // e4m3 codes [num_rows, width], 16-byte aligned, and their scales [width / 128, x_stride]
+  // e4m3 codes [num_rows, width], 16-byte aligned, and their scales [width / x_group, x_stride]
   const void* x;
   const float* x_scales;
   // peaks of the weight, bytes [num_experts, parts, columns], 16-byte aligned
@@ -23,12 +23,16 @@ extern "C" struct FdDsaExpertGemmFp4 {
   // int32 [num_experts, num_tokens] and [num_experts]: the pairs of each expert and their count
   const int32_t* pairs;
   const int32_t* counts;
-  // bfloat16 [pairs, columns], 16-byte aligned. Rows of pairs that are in no list are not written.
+  // bfloat16 [pairs, columns], 16-byte aligned, or e4m3 codes of a gated result if `out_scales` is not
+  // null. Rows of pairs that are in no list are not written.
   void* out;
+  // scales of the codes, float32 [columns / 64, out_stride], powers of two
+  float* out_scales;
   // 4 bytes that the launch sets and uses
   uint32_t* taken;
   int64_t num_rows;
   int64_t x_stride;
+  int64_t out_stride;
   // bound of the gate and, at both sides, of the columns that it multiplies
   float limit;
   int32_t num_tokens;
@@ -41,6 +45,8 @@ extern "C" struct FdDsaExpertGemmFp4 {
   int32_t width;
   // a multiple of 64 of a gated expert, else of 128
   int32_t columns;
+  // values of a row of `x` that share a scale: 128, or 64 if the expert is not gated
+  int32_t x_group;
   // 1: the result is silu of the gate's columns times the other columns
   int32_t is_gated;
   // 1: a launch with less than 64 pairs an expert on average may begin before the previous launch has
@@ -48,7 +54,7 @@ extern "C" struct FdDsaExpertGemmFp4 {
   int32_t starts_early;
 };
 
-static_assert(sizeof(FdDsaExpertGemmFp4) == 136, "fd_dsa.ops.expert_gemm_fp4_cuda has the same");
+static_assert(sizeof(FdDsaExpertGemmFp4) == 152, "fd_dsa.ops.expert_gemm_fp4_cuda has the same");
 
 // Fills `out` on Hopper (sm_90) by a kernel, for many pairs after a memset of `taken`. CUDA graphs can
 // capture both.

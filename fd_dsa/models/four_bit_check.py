@@ -40,7 +40,7 @@ def _results(form: FourBits, allocate: Allocate, num_rows: int) -> tuple[np.ndar
     from fd_dsa.device.transfers import on_host, uploaded
     from fd_dsa.ops.expert_pairs import group_pairs
     from fd_dsa.ops.four_bit_gemm import four_bit_gemm
-    from fd_dsa.tensor import FourBitWeight
+    from fd_dsa.tensor import FourBitWeight, Fp8Rows
 
     rng = np.random.default_rng(0)
     outer, shapes = (_EXPERTS, 2), form.shapes(_COLUMNS, _WIDTH)
@@ -70,6 +70,7 @@ def _results(form: FourBits, allocate: Allocate, num_rows: int) -> tuple[np.ndar
     lists = group_pairs(uploaded(allocate, experts), _EXPERTS)
     bits = uploaded(allocate, bfloat16_bits(x), "bfloat16")
     out = four_bit_gemm(bits, weight, *lists, top_k=1)
+    assert not isinstance(out, Fp8Rows), "a second GEMM in FP8 has a width of n * 128"
     found = on_host(out, np.empty((num_rows, _COLUMNS), np.uint16)).astype(np.uint32) << 16
     sums = np.einsum("rk,rpck->prc", x.astype(np.float64), exact[experts[:, 0]])
     gate, up = sums

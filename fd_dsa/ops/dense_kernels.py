@@ -48,10 +48,10 @@ def padded_rows(num_tokens: int) -> int:
     return max(8, -(-num_tokens // 4) * 4)
 
 
-def empty_fp8_rows(beside: Tensor, rows: int, width: int) -> Fp8Rows:
+def empty_fp8_rows(beside: Tensor, rows: int, width: int, group: int = GROUP) -> Fp8Rows:
     """Allocate Fp8Rows on the device of a tensor, without values."""
     place = beside.place
-    groups, stride = -(-width // GROUP), padded_rows(rows)
+    groups, stride = -(-width // group), padded_rows(rows)
     padded = empty((stride, width), "uint8", place)
     scales = empty((groups, stride), "float32", place)
     return Fp8Rows(padded if rows == stride else padded[:rows], scales, padded)

@@ -328,14 +328,14 @@ class FourBitExperts:
 
     def grouped_matmul(
         self,
-        x: Tensor | Normed,
+        x: Tensor | Normed | Fp8Rows,
         pairs: Tensor,
         counts: Tensor,
         *,
         top_k: int,
         gated: bool = False,
         limit: float | None = None,
-    ) -> Tensor:
+    ) -> Tensor | Fp8Rows:
         """Multiply the row of each pair by its expert's weight, as `four_bit_gemm` does.
 
         Args:

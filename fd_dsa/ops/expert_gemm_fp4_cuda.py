@@ -3,6 +3,11 @@
 The kernel reads rows in FP8, as the released models do. The FP8 tensor cores have twice the rate of
 those for bfloat16. Triton's kernel does not round activations. The sums of a row do not depend on
 other rows.
+
+With few pairs an expert, the first GEMM writes rows in FP8, so that no launch has to quantise them
+for the second one. These rows have a scale for each 64 values, one of a tile's columns. Both GEMMs
+of more pairs have bfloat16 between them and a scale for each 128 values. Batch-invariant mode
+always has that form.
 """
 
 from __future__ import annotations
@@ -13,15 +18,20 @@ import math
 from fd_dsa.environment import launches_overlap
 from fd_dsa.ops.dense_kernels import GROUP, empty_beside
 from fd_dsa.ops.expert_gemm_cuda import MAX_CHUNKS, MAX_EXPERTS
+from fd_dsa.ops.fixed_order import fixed_order
 from fd_dsa.ops.library_kernel import LibraryKernel, hopper_kernel
 from fd_dsa.tensor import FourBitWeight, Fp8Rows, Tensor
 
+HALF = GROUP // 2
+"""Number of values that share a scale in rows between both GEMMs, with few pairs."""
+# With a smaller mean number of pairs, the launcher has tiles for few pairs.
+_FEW_PAIRS = 16
 # kind and group of the weights
 _FORM = "e8m0", 32
 _INPUTS = "x", "x_scales", "peaks", "weight", "weight_scales", "factors", "pairs", "counts"
 _NUMBERS = (
-    *("num_tokens", "num_pairs", "row_pairs", "num_experts", "width", "columns", "is_gated"),
-    "starts_early",
+    *("num_tokens", "num_pairs", "row_pairs", "num_experts", "width", "columns", "x_group"),
+    *("is_gated", "starts_early"),
 )
 
 
@@ -29,8 +39,8 @@ class Fp4Experts(ctypes.Structure):
     """FdDsaExpertGemmFp4 of custom_ops/csrc/expert_gemm_fp4.h, which describes the fields."""
 
     _fields_ = (
-        *((n, ctypes.c_void_p) for n in (*_INPUTS, "out", "taken")),
-        *((n, ctypes.c_int64) for n in ("num_rows", "x_stride")),
+        *((n, ctypes.c_void_p) for n in (*_INPUTS, "out", "out_scales", "taken")),
+        *((n, ctypes.c_int64) for n in ("num_rows", "x_stride", "out_stride")),
         ("limit", ctypes.c_float),
         *((n, ctypes.c_int32) for n in _NUMBERS),
     )
@@ -48,33 +58,40 @@ class Fp4ExpertGemm(LibraryKernel):
         weight: FourBitWeight,
         pairs: Tensor,
         counts: Tensor,
-        out: Tensor,
+        out: Tensor | Fp8Rows,
         limit: float | None,
     ) -> None:
         """Enqueue the GEMM, a launch, with a memset before it for many pairs.
 
         Args:
-            x: rows, a multiple of 128 values each.
+            x: rows, a multiple of 128 values each. A result with scales for 64 values is allowed.
             weight, pairs, counts, limit: as for `four_bit_gemm`.
-            out: bfloat16 [pairs, columns], the result.
+            out: bfloat16 [pairs, columns], the result. A gated one with few pairs may be Fp8Rows
+                with scales for 64 values.
         """
         job = self.job
-        self.bind(out)
+        values, scales = (out.codes, out.scales) if isinstance(out, Fp8Rows) else (out, None)
+        self.bind(values)
         rows = x.codes.shape[0]
         # the launch uses it, and later work of the stream may take its memory again
-        taken = empty_beside(out, 1, dtype="int32")
+        taken = empty_beside(values, 1, dtype="int32")
         operands = {"x": x.codes, "weight": weight.codes, "weight_scales": weight.scales}
-        for name, tensor in {**operands, "peaks": weight.peaks, "out": out}.items():
+        for name, tensor in {**operands, "peaks": weight.peaks, "out": values}.items():
             setattr(job, name, self._address(name, tensor, multiple=16))
         others = {"x_scales": x.scales, "factors": weight.factors, "pairs": pairs, "counts": counts}
         for name, tensor in {**others, "taken": taken}.items():
             setattr(job, name, self._address(name, tensor))
+        job.out_scales, job.out_stride = None, 0
+        if scales is not None:
+            job.out_scales = self._address("out_scales", scales)
+            job.out_stride = scales.shape[1]
         job.limit = math.inf if limit is None else limit
         job.num_rows, job.x_stride = rows, x.scales.shape[1]
-        job.num_tokens, job.num_pairs = pairs.shape[1], out.shape[0]
-        job.row_pairs = out.shape[0] // rows
+        job.num_tokens, job.num_pairs = pairs.shape[1], values.shape[0]
+        job.row_pairs = values.shape[0] // rows
         job.num_experts, _, job.width = weight.shape
-        job.columns, job.is_gated = out.shape[1], weight.codes.shape[1] == 2
+        job.x_group = job.width // x.scales.shape[0]
+        job.columns, job.is_gated = values.shape[1], weight.codes.shape[1] == 2
         job.starts_early = launches_overlap()
         self.launch()
 
@@ -88,6 +105,19 @@ def suits(weight: FourBitWeight, num_rows: int) -> bool:
         and width % GROUP == columns % (GROUP // parts) == 0
         and experts <= MAX_EXPERTS
         and num_rows * (width // 16) <= MAX_CHUNKS
+    )
+
+
+def writes_fp8(weight: FourBitWeight, num_pairs: int) -> bool:
+    """Return True if the GEMM of a weight that it suits writes rows in FP8 for the second one."""
+    experts, columns, _ = weight.shape
+    parts = weight.codes.shape[1]
+    # the second GEMM has these columns as its width
+    return (
+        parts == 2
+        and columns // parts % GROUP == 0
+        and num_pairs < _FEW_PAIRS * experts
+        and not fixed_order()
     )
 
 

@@ -1,12 +1,12 @@
-"""Grouped GEMM of routed experts in four bits, with bfloat16 results."""
+"""Grouped GEMM of routed experts in four bits."""
 
 from __future__ import annotations
 
 from fd_dsa.errors import ShapeError
 from fd_dsa.ops.arrays import values_of
-from fd_dsa.ops.dense_kernels import empty_beside, quantize_rows
+from fd_dsa.ops.dense_kernels import empty_beside, empty_fp8_rows, quantize_rows
 from fd_dsa.ops.expert_gemm import block_sizes, configuration, expert_gemm_kernel
-from fd_dsa.ops.expert_gemm_fp4_cuda import Fp4ExpertGemm, kernel_for, suits
+from fd_dsa.ops.expert_gemm_fp4_cuda import HALF, Fp4ExpertGemm, kernel_for, suits, writes_fp8
 from fd_dsa.ops.fixed_order import fixed_order
 from fd_dsa.ops.split_sums import Tiling, rows_of_tiles
 from fd_dsa.tensor import FourBitWeight, Fp8Rows, Normed, Tensor
@@ -15,7 +15,7 @@ from fd_dsa.triton_runtime.device_api import traits_for
 
 
 def four_bit_gemm(
-    x: Tensor | Normed,
+    x: Tensor | Normed | Fp8Rows,
     weight: FourBitWeight,
     pairs: Tensor,
     counts: Tensor,
@@ -23,13 +23,15 @@ def four_bit_gemm(
     top_k: int,
     tiling: Tiling | None = None,
     limit: float | None = None,
-) -> Tensor:
+) -> Tensor | Fp8Rows:
     """Multiply as `expert_gemm` does, by a weight in four bits: bfloat16 [pairs, columns].
 
     A weight of two parts is a gated one. The kernel of custom_ops/ for MXFP4 reads rows in FP8.
+    With few pairs an expert, its gated result is in FP8 too, for the experts' second GEMM.
 
     Args:
-        x: bfloat16 [num_tokens, width] or [num_tokens * top_k, width], contiguous.
+        x: bfloat16 [num_tokens, width] or [num_tokens * top_k, width], contiguous. Or such a
+            result in FP8.
         pairs, counts, top_k, limit: as for `expert_gemm`.
         tiling: tiling of Triton's kernel. None selects it by the shape, and may use the kernel of
             custom_ops/.
@@ -39,15 +41,19 @@ def four_bit_gemm(
     """
     (experts, columns, width), gated = weight.shape, weight.codes.shape[1] == 2
     columns //= 1 + gated
-    rows = values_of(x)
+    rows = x.codes if isinstance(x, Fp8Rows) else values_of(x)
     if rows.shape[1] != width:
         raise ShapeError(f"rows: got {rows.shape[1]} values, allowed: {width}, as the weight has")
     num_tokens = pairs.shape[1]
     num_pairs = num_tokens * top_k
-    out = empty_beside(rows, num_pairs, columns, dtype="bfloat16")
     by_library: Fp4ExpertGemm | None = None
     if tiling is None and num_pairs and columns and suits(weight, rows.shape[0]):
         by_library = kernel_for(rows)
+    if by_library is not None and writes_fp8(weight, num_pairs):
+        codes = empty_fp8_rows(rows, num_pairs, columns, HALF)
+        by_library(_in_fp8(x), weight, pairs, counts, codes, limit)
+        return codes
+    out = empty_beside(rows, num_pairs, columns, dtype="bfloat16")
     if by_library is not None:
         by_library(_in_fp8(x), weight, pairs, counts, out, limit)
     elif num_pairs and columns:
@@ -65,8 +71,10 @@ def four_bit_gemm(
     return out
 
 
-def _in_fp8(x: Tensor | Normed) -> Fp8Rows:
+def _in_fp8(x: Tensor | Normed | Fp8Rows) -> Fp8Rows:
     """Return rows in FP8."""
+    if isinstance(x, Fp8Rows):
+        return x
     # Scales of a norm may be no powers of two, and chunks of a long step lack them. Bits in fixed
     # order do not depend on that.
     if isinstance(x, Normed) and not fixed_order():

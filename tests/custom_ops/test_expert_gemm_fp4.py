@@ -14,13 +14,14 @@ import pytest
 pytest.importorskip("paddle", reason="the launches take Paddle's tensors")
 
 from fd_dsa.errors import DeviceError, LaunchError
+from fd_dsa.ops.cache_write import bfloat16_bits
 from fd_dsa.ops.dense_kernels import quantize_rows
-from fd_dsa.ops.expert_gemm_fp4_cuda import Fp4ExpertGemm, kernel_for, suits
+from fd_dsa.ops.expert_gemm_fp4_cuda import HALF, Fp4ExpertGemm, kernel_for, suits
 from fd_dsa.ops.expert_pairs import group_pairs
 from fd_dsa.ops.four_bit_gemm import four_bit_gemm
 from fd_dsa.ops.fp8 import E4M3_VALUES, encode_e4m3
 from fd_dsa.ops.split_sums import Tiling
-from fd_dsa.tensor import Normed
+from fd_dsa.tensor import FourBitWeight, Fp8Rows, Normed
 from tests.kernel_memory import KernelMemory
 from tests.ops import block_fp8, test_four_bit_gemm
 from tests.ops.four_bit_case import MXFP4, NVFP4, Weight
@@ -57,9 +58,28 @@ class Case(test_four_bit_gemm.Case):
         rng = np.random.default_rng(len(ids))
         self.x *= 2.0 ** rng.integers(-3, 3, (1, width)).astype(np.float32)
 
-    def check(self, found: np.ndarray, limit: float | None = None) -> None:
-        """Assert the pairs with an expert against float64 of the rounded rows."""
-        values, flat, x = self.weight.values(), self.ids.ravel(), fp8_values(self.x)
+    def by_kernel(
+        self, limit: float | None = None, x: Fp8Rows | None = None, out: Fp8Rows | None = None
+    ) -> np.ndarray:
+        """The kernel's results in bfloat16. With `out` the kernel writes to it."""
+        m, lists = self.m, group_pairs(self.m.put(self.ids), self.experts)
+        rows = block_fp8.put(m, self.x, "bfloat16")
+        kernel = kernel_for(rows)
+        assert kernel is not None
+        found = m.poisoned((self.ids.size, self.weight.codes.shape[2]), "bfloat16")
+        x = quantize_rows(rows, True) if x is None else x
+        kernel(x, self.weight.put(m), *lists, found if out is None else out, limit)
+        return block_fp8.get(m, found)
+
+    def check(
+        self, found: np.ndarray, limit: float | None = None, x: np.ndarray | None = None
+    ) -> None:
+        """Assert the pairs with an expert against float64 of rows, the rounded ones without `x`."""
+        values, flat, x = (
+            self.weight.values(),
+            self.ids.ravel(),
+            fp8_values(self.x) if x is None else x,
+        )
         per_row = flat.size // len(self.x)
         for expert in np.unique(flat[flat >= 0]):
             pairs = np.flatnonzero(flat == expert)
@@ -115,11 +135,11 @@ def test_every_pair_meets_its_expert(
         ids = choices(which, num_tokens, top_k, experts)
         of_expert = columns if gated else -(-columns // 128) * 128
         case = Case(paddle_memory, ids, gated, of_expert, width, experts)
-        found = case.run()
+        found = case.by_kernel()
         assert launches == [len(case.x)]
         case.check(found)
         live = ids.ravel() >= 0
-        np.testing.assert_array_equal(case.run()[live], found[live])
+        np.testing.assert_array_equal(case.by_kernel()[live], found[live])
         launches.clear()
 
 
@@ -128,7 +148,7 @@ def test_small_tiles_beside_large_ones(paddle_memory: KernelMemory, launches: li
     for counts in ([300, 20, 50, 90], [290, 33, 64, 81]):
         ids = np.repeat(np.arange(4, dtype=np.int32), counts)[:, None]
         case = Case(paddle_memory, ids, False, 128, 256, 4)
-        case.check(case.run())
+        case.check(case.by_kernel())
     assert len(launches) == 2
 
 
@@ -179,12 +199,15 @@ def test_rows_without_an_expert_are_not_written(
 ) -> None:
     m, ids = paddle_memory, choices("padded", 70, 2, 3)
     case = Case(m, ids, True, 64, 128, 3)
-    lists, x = group_pairs(m.put(ids), 3), block_fp8.put(m, case.x, "bfloat16")
-    kernel, out = kernel_for(x), m.poisoned((ids.size, 64), "bfloat16")
-    assert kernel is not None
-    kernel(quantize_rows(x, True), case.weight.put(m), *lists, out, None)
-    case.check(block_fp8.get(m, out))
-    assert (m.get(out).view(np.uint16)[ids.ravel() < 0] == 0xA5A5).all()
+    found = case.by_kernel()
+    case.check(found)
+    assert (bfloat16_bits(found).view(np.uint16)[ids.ravel() < 0] == 0xA5A5).all()
+    few = Case(m, choices("padded", 30, 2, 8), True, 64, 128, 8)
+    out = Fp8Rows(m.poisoned((60, 64), "uint8"), m.poisoned((1, 60), "float32"))
+    few.by_kernel(out=out)
+    without = few.ids.ravel() < 0
+    assert (m.get(out.codes)[without] == 0xA5).all() and (m.get(out.codes)[~without] != 0xA5).any()
+    assert (m.get(out.scales).view(np.uint32)[0, without] == 0xA5A5A5A5).all()
 
 
 def test_special_values(paddle_memory: KernelMemory, launches: list[int]) -> None:
@@ -194,6 +217,10 @@ def test_special_values(paddle_memory: KernelMemory, launches: list[int]) -> Non
     found = case.run()
     assert np.isnan(found[1]).all() and (found[3] == 0).all()
     assert np.isfinite(found[[0, 2, 4]]).all()
+    m = paddle_memory
+    rounded = Fp8Rows(m.poisoned((5, 64), "uint8"), m.poisoned((1, 8), "float32"))
+    case.by_kernel(out=rounded)
+    block_fp8.check_quantized(m, rounded, found, True, HALF)
 
 
 def test_a_norm_gives_its_codes(paddle_memory: KernelMemory, launches: list[int]) -> None:
@@ -242,13 +269,32 @@ def test_what_the_launcher_refuses(paddle_memory: KernelMemory, launches: list[i
     lists = group_pairs(m.put(np.zeros((4, 1), np.int32)), 2)
     kernel, x = kernel_for(rows), quantize_rows(rows, True)
     assert kernel is not None
-    for weight in (
-        Weight(MXFP4, 2, 1, 64, 128).put(m),
-        Weight(MXFP4, 1025, 1, 128, 128).put(m) if m.on_gpu else good._replace(width=96),
+    gated = Weight(MXFP4, 2, 2, 128, 128).put(m)
+    many = group_pairs(m.put(np.zeros((32, 1), np.int32)), 2)
+
+    def codes(num_rows: int, group: int) -> Fp8Rows:
+        shape = (128 // group, num_rows)
+        return Fp8Rows(m.poisoned((num_rows, 128), "uint8"), m.poisoned(shape, "float32"))
+
+    def values(weight: FourBitWeight, num_rows: int = 4) -> Any:
+        return m.poisoned((num_rows, weight.codes.shape[3]), "bfloat16")
+
+    odd = Weight(MXFP4, 2, 1, 64, 128).put(m)
+    more = Weight(MXFP4, 1025, 1, 128, 128).put(m) if m.on_gpu else good._replace(width=96)
+    for wrong in (
+        (x, odd, *lists, values(odd)),
+        (x, more, *lists, values(more)),
+        # scales of 64 values: too many pairs, other groups, a first GEMM, results of a second one
+        (codes(32, HALF), good, *many, values(good, 32)),
+        (codes(32, 128), gated, *many, codes(32, HALF)),
+        (codes(4, 32), good, *lists, values(good)),
+        (codes(4, HALF), gated, *lists, values(gated)),
+        (x, good, *lists, codes(4, HALF)),
+        # not a scale for each pair
+        (x, gated, *lists, codes(4, HALF)._replace(scales=m.poisoned((2, 3), "float32"))),
     ):
-        columns = weight.codes.shape[3]
         with pytest.raises(DeviceError, match="fd_dsa_expert_gemm_fp4_cuda: CUDA error"):
-            kernel(x, weight, *lists, m.poisoned((4, columns), "bfloat16"), None)
+            kernel(*wrong, None)
     out = m.poisoned((513,), "bfloat16")[1:].reshape([4, 128])
     with pytest.raises(LaunchError, match="out is not aligned to 16 bytes"):
         kernel(x, good, *lists, out, None)
@@ -259,7 +305,7 @@ FAULTS = {
     "the scale of another group": ("0x4440 + i)", "0x4440 + (i + 1) % 4)"),
     "a scale without its peak": ("kLowSizes - peaks[r] * kLowStep", "kLowSizes - 120 * kLowStep"),
     "codes of another column": ("kGated ? kHalfColumns : 8;", "kGated ? kHalfColumns : 7;"),
-    "scales of another stage": ("scales += job.x_stride;", "scales += 1;"),
+    "scales of another stage": ("scales += kScaleParts * job.x_stride;", "scales += kScaleParts;"),
     "no wait for a GEMM": ("wgmma_wait<1>();\n      finish", "finish"),
     "tiles leave out pairs": ("tile.first / kPairs * rows", "tile.first"),
     "one limit for both sides": ("up < -limit ? -limit", "up < -limit ? limit"),
@@ -281,4 +327,4 @@ def check_tiles_of_each_size(m: KernelMemory) -> None:
         ("padded", 150, False),
     ]:
         case = Case(m, choices(which, num_tokens, 1, 4), gated, 128, 1408, 4)
-        case.check(case.run(limit=0.5 if gated else None), 0.5 if gated else None)
+        case.check(case.by_kernel(0.5 if gated else None), 0.5 if gated else None)

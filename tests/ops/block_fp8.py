@@ -68,10 +68,10 @@ def activations(rng: np.random.Generator, rows: int, width: int) -> tuple[np.nda
     return codes(rng, rows, width), every
 
 
-def row_values(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
+def row_values(codes: np.ndarray, scales: np.ndarray, group: int = GROUP) -> np.ndarray:
     """float64 [rows, width] of Fp8Rows."""
     rows, width = codes.shape
-    every = scales[:, :rows].T.repeat(GROUP, axis=1)[:, :width]
+    every = scales[:, :rows].T.repeat(group, axis=1)[:, :width]
     # scales of rows that no kernel writes may be signalling NaNs
     with np.errstate(invalid="ignore"):
         return E4M3_VALUES[codes].astype(np.float64) * every
@@ -83,16 +83,16 @@ def put_pair(m: KernelMemory, pair: tuple[np.ndarray, np.ndarray]) -> Fp8Rows:
 
 
 def check_quantized(
-    m: KernelMemory, found: Fp8Rows, values: np.ndarray, round_scales: bool
+    m: KernelMemory, found: Fp8Rows, values: np.ndarray, round_scales: bool, group: int = GROUP
 ) -> None:
     """The codes and scales are those of float32 `values`, to the bit."""
     from fd_dsa.ops.fp8 import encode_e4m3
 
     rows, width = values.shape
-    groups = -(-width // GROUP)
-    padded = np.zeros((rows, groups * GROUP), np.float32)
+    groups = -(-width // group)
+    padded = np.zeros((rows, groups * group), np.float32)
     padded[:, :width] = values
-    tiles = padded.reshape(rows, groups, GROUP)
+    tiles = padded.reshape(rows, groups, group)
     largest = np.fmax.reduce(np.abs(tiles), axis=2, initial=np.float32(0))
     wanted = np.maximum(largest / np.float32(448), np.float32(1e-12))
     if round_scales:
