@@ -397,7 +397,7 @@ struct Multiplier {
     uint32_t codes[4][4];
     float parts[kScaleParts][kCount / 2];
     float2 scales[kScaleParts][kCount / 8];
-    uint32_t is_free;  // barrier
+    uint32_t pair_scales, is_free;  // shared address, barrier
   };
 
   // Starts the GEMM of the next stage, which is full.
@@ -407,17 +407,23 @@ struct Multiplier {
     pin(stage.codes);
     publish_to_async();
     multiply<kCount>(stage.parts, stage.codes, 0);
-#pragma unroll
-    for (int i = 0; i < kScaleParts; ++i) {
-      read_scales<kCount>(stage.scales[i], turn.pair_scales() + i * (kPairs * 4));
-    }
-    stage.is_free = turn.is_free();
+    stage.pair_scales = turn.pair_scales(), stage.is_free = turn.is_free();
+    if (kScaleParts == 1) read_scales<kCount>(stage.scales[0], stage.pair_scales);
     turn.advance();
   }
 
-  // Adds the result of a stage and leaves it to the copies.
-  template <int kCount>
+  // Adds the result of a stage and leaves it to the copies. kLeft GEMMs that started later may not
+  // have ended.
+  template <int kCount, int kLeft>
   __device__ __forceinline__ void finish(float (&sums)[kCount / 2], Started<kCount>& stage) const {
+    // not earlier, as the registers do not hold two scales of each pair for two stages
+    if constexpr (kScaleParts > 1) {
+#pragma unroll
+      for (int i = 0; i < kScaleParts; ++i) {
+        read_scales<kCount>(stage.scales[i], stage.pair_scales + i * (kPairs * 4));
+      }
+    }
+    wgmma_wait<kLeft>();
     pin(stage.codes);
 #pragma unroll
     for (int i = 0; i < kScaleParts; ++i) add<kCount>(sums, stage.parts[i], stage.scales[i]);
@@ -439,16 +445,13 @@ struct Multiplier {
       start<kCount>(zeros, even);
       barrier_wait(turn.is_full(), turn.parity);
       start<kCount>(zeros, odd);
-      wgmma_wait<1>();
-      finish<kCount>(sums[0], even);
-      wgmma_wait<0>();
-      finish<kCount>(sums[0], odd);
+      finish<kCount, 1>(sums[0], even);
+      finish<kCount, 0>(sums[0], odd);
     }
     if (left == 1) {
       barrier_wait(turn.is_full(), turn.parity);
       start<kCount>(zeros, even);
-      wgmma_wait<0>();
-      finish<kCount>(sums[0], even);
+      finish<kCount, 0>(sums[0], even);
     }
     store<kCount, 1>(tile, sums, peaks);
   }

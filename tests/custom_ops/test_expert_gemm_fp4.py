@@ -306,7 +306,7 @@ FAULTS = {
     "a scale without its peak": ("kLowSizes - peaks[r] * kLowStep", "kLowSizes - 120 * kLowStep"),
     "codes of another column": ("kGated ? kHalfColumns : 8;", "kGated ? kHalfColumns : 7;"),
     "scales of another stage": ("scales += kScaleParts * job.x_stride;", "scales += kScaleParts;"),
-    "no wait for a GEMM": ("wgmma_wait<1>();\n      finish", "finish"),
+    "no wait for a GEMM": ("finish<kCount, 1>", "finish<kCount, 2>"),
     "tiles leave out pairs": ("tile.first / kPairs * rows", "tile.first"),
     "one limit for both sides": ("up < -limit ? -limit", "up < -limit ? limit"),
 }
