@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -25,6 +26,10 @@ from tests.gpu_rig.session import open_session, skip_reason
 
 # before any test module imports Triton, alone or through torch
 choose_triton_mode()
+# A shell without job control lets its background processes ignore SIGINT, and their children too.
+# A server that a test interrupts would then never end.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 GPU_MARKERS = ("gpu", "gpu_rig")
 
