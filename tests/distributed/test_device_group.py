@@ -211,7 +211,11 @@ def test_without_peer_access_nccl_serves_all_ranks(
     assert all("NCCL" in line for line in lines)
 
 
-@pytest.mark.parametrize(("size", "absent", "rows"), [(4, 2, 1), (8, 7, TWO_STAGES[8])])
+@pytest.mark.parametrize(
+    ("size", "absent", "rows"),
+    # eight ranks that wait take twenty seconds of two cores
+    [(4, 2, 1), pytest.param(8, 7, TWO_STAGES[8], marks=pytest.mark.slow)],
+)
 def test_a_rank_that_does_not_come_is_named(
     gpus: HostGpus, size: int, absent: int, rows: int
 ) -> None:
