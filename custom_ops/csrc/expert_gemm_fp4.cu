@@ -72,9 +72,9 @@ struct Form {
   // buffers of result rows of a warpgroup
   static constexpr int kBuffers = kPairs <= kChunk ? 1 : 2;
   // scales that a pair may have in a stage
-  static constexpr int kScaleParts = kPairs <= 16 ? 2 : 1;
+  static constexpr int kMostScales = kPairs <= 16 ? 2 : 1;
 
-  static constexpr uint32_t kActivations = kPairs * kPiece, kPairScales = kPairs * kScaleParts * 4;
+  static constexpr uint32_t kActivations = kPairs * kPiece, kPairScales = kPairs * kMostScales * 4;
   static constexpr uint32_t kAllCodes = kStages * kActivations;
   static constexpr uint32_t kAllScales = kAllCodes + kStages * kCodes;
   static constexpr uint32_t kAllPairScales = kAllScales + kStages * kScales;
@@ -488,9 +488,9 @@ struct Multiplier {
     const uint32_t to = lines + warp % 4 * (kWarpColumns * 2) +
                         (kGated ? lane * kLine : lane % 16 * kLine + lane / 16 * 16);
     const uint32_t from = lines + thread / kRowThreads * kLine + thread % kRowThreads * 16;
-    const int first = (tile.group * 2 + warpgroup) * kRowColumns;
-    const int own_first = first + thread % kRowThreads * 8;  // of this thread
-    char* out = static_cast<char*>(job.out) + own_first * 2;
+    // this thread's first column
+    const int first = (tile.group * 2 + warpgroup) * kRowColumns + thread % kRowThreads * 8;
+    char* out = static_cast<char*>(job.out) + first * 2;
     // the rows of the last tile were read
     named_barrier(kLinesBarrier + warpgroup, 128);
 #pragma unroll
@@ -504,7 +504,7 @@ struct Multiplier {
         const int64_t row = rows[third][chunk * kPasses + pass];
         const uint32_t at = from + buffer + pass * (kPassRows * kLine);
         if constexpr (kInFp8 && kGated) {
-          write_codes(tile.group, row, own_first, at, warpgroup);
+          write_codes(tile.group, row, first, at, warpgroup);
         } else if (row >= 0) {
           *reinterpret_cast<uint4*>(out + row * job.columns * 2) = load_shared_uint4(at);
         }
@@ -628,6 +628,7 @@ __global__ void __launch_bounds__(kThreads, Form<kPairs>::kBlocks)
   using F = Form<kPairs>;
   const uint32_t base = shared_address(shared_memory());
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+  using Multiplier = experts_fp4::Multiplier<kGated, kPairs, kInFp8>;
   if (threadIdx.x == 0) prepare_stages(Turn<kPairs>{{base}});
   wait_for_inputs();
   start_next();
@@ -635,7 +636,7 @@ __global__ void __launch_bounds__(kThreads, Form<kPairs>::kBlocks)
   __syncthreads();
   if (warp < 8) {
     more_registers<F::kComputeRegisters>();
-    Multiplier<kGated, kPairs, kInFp8>(job, base, warp, lane).run();
+    Multiplier(job, base, warp, lane).run();
   } else {
     fewer_registers<F::kCopyRegisters>();
     const int thread = threadIdx.x % 128;
@@ -643,7 +644,7 @@ __global__ void __launch_bounds__(kThreads, Form<kPairs>::kBlocks)
         Turn<kPairs>{{base}}, F::kMany ? job.taken : nullptr, base + F::kNext, blocks, thread,
         [&](uint32_t number, Tile& tile) { return find<kPairs>(job, base, number, tile); },
         [&](const Tile& tile, uint32_t, Turn<kPairs>& turn) {
-          copy_stages<kGated, kInFp8 && !kGated ? 2 : 1>(job, tile, thread, turn);
+          copy_stages<kGated, Multiplier::kScaleParts>(job, tile, thread, turn);
         });
   }
 #endif

@@ -16,7 +16,7 @@ import ctypes
 import math
 
 from fd_dsa.environment import launches_overlap
-from fd_dsa.ops.dense_kernels import GROUP, empty_beside
+from fd_dsa.ops.dense_kernels import GROUP, empty_beside, kernel_arguments
 from fd_dsa.ops.expert_gemm_cuda import MAX_CHUNKS, MAX_EXPERTS
 from fd_dsa.ops.fixed_order import fixed_order
 from fd_dsa.ops.library_kernel import LibraryKernel, hopper_kernel
@@ -70,7 +70,8 @@ class Fp4ExpertGemm(LibraryKernel):
                 with scales for 64 values.
         """
         job = self.job
-        values, scales = (out.codes, out.scales) if isinstance(out, Fp8Rows) else (out, None)
+        plain, codes, out_scales, job.out_stride = kernel_arguments(out)
+        values = plain if codes is None else codes
         self.bind(values)
         rows = x.codes.shape[0]
         # the launch uses it, and later work of the stream may take its memory again
@@ -81,10 +82,7 @@ class Fp4ExpertGemm(LibraryKernel):
         others = {"x_scales": x.scales, "factors": weight.factors, "pairs": pairs, "counts": counts}
         for name, tensor in {**others, "taken": taken}.items():
             setattr(job, name, self._address(name, tensor))
-        job.out_scales, job.out_stride = None, 0
-        if scales is not None:
-            job.out_scales = self._address("out_scales", scales)
-            job.out_stride = scales.shape[1]
+        job.out_scales = None if out_scales is None else self._address("out_scales", out_scales)
         job.limit = math.inf if limit is None else limit
         job.num_rows, job.x_stride = rows, x.scales.shape[1]
         job.num_tokens, job.num_pairs = pairs.shape[1], values.shape[0]

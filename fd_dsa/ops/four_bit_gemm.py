@@ -49,11 +49,11 @@ def four_bit_gemm(
     by_library: Fp4ExpertGemm | None = None
     if tiling is None and num_pairs and columns and suits(weight, rows.shape[0]):
         by_library = kernel_for(rows)
+    out: Tensor | Fp8Rows
     if by_library is not None and writes_fp8(weight, num_pairs):
-        codes = empty_fp8_rows(rows, num_pairs, columns, HALF)
-        by_library(_in_fp8(x), weight, pairs, counts, codes, limit)
-        return codes
-    out = empty_beside(rows, num_pairs, columns, dtype="bfloat16")
+        out = empty_fp8_rows(rows, num_pairs, columns, HALF)
+    else:
+        out = empty_beside(rows, num_pairs, columns, dtype="bfloat16")
     if by_library is not None:
         by_library(_in_fp8(x), weight, pairs, counts, out, limit)
     elif num_pairs and columns:

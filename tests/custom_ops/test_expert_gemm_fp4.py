@@ -75,11 +75,8 @@ class Case(test_four_bit_gemm.Case):
         self, found: np.ndarray, limit: float | None = None, x: np.ndarray | None = None
     ) -> None:
         """Assert the pairs with an expert against float64 of rows, the rounded ones without `x`."""
-        values, flat, x = (
-            self.weight.values(),
-            self.ids.ravel(),
-            fp8_values(self.x) if x is None else x,
-        )
+        values, flat = self.weight.values(), self.ids.ravel()
+        x = fp8_values(self.x) if x is None else x
         per_row = flat.size // len(self.x)
         for expert in np.unique(flat[flat >= 0]):
             pairs = np.flatnonzero(flat == expert)

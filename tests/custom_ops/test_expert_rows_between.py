@@ -6,32 +6,24 @@ On a GPU, in Paddle's memory, and on the CPU with emulated threads; see test_spa
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
 
 pytest.importorskip("paddle", reason="the launches take Paddle's tensors")
 
-from fd_dsa.ops.expert_gemm_fp4_cuda import HALF, Fp4ExpertGemm
+from fd_dsa.ops.expert_gemm_fp4_cuda import HALF
 from fd_dsa.ops.expert_pairs import group_pairs
 from fd_dsa.ops.four_bit_gemm import four_bit_gemm
 from fd_dsa.tensor import Fp8Rows
-from tests.custom_ops.test_expert_gemm_fp4 import Case
+from tests.custom_ops import test_expert_gemm_fp4
+from tests.custom_ops.test_expert_gemm_fp4 import KERNELS, Case
 from tests.kernel_memory import KernelMemory
 from tests.ops import block_fp8
 from tests.ops.test_expert_kernels import choices
 
-KERNELS = "expert_gemm_fp4"
-
-
-@pytest.fixture
-def launches(hopper_memory: KernelMemory, count_calls: Any) -> list[int]:
-    """Number of rows of each call of the kernel."""
-    calls: list[int] = count_calls(Fp4ExpertGemm, lambda x, *rest: x.codes.shape[0])
-    return calls
-
-
+# the fixture of those tests
+launches = test_expert_gemm_fp4.launches
 # tokens, experts of a token, experts, columns; several tiles of an expert, which end before 16
 # pairs; one and several groups of columns
 BETWEEN = [(1, 2, 3, 128), (37, 1, 4, 128), (50, 3, 12, 384)]
