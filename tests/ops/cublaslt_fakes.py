@@ -149,8 +149,10 @@ class MultiplyingBlas(Blas):
         scales = note["attributes"][17], note["attributes"][18]
         scales_w = _columns(scales[0], (0, *blocks[::-1], blocks[1]))
         scales_x = _columns(scales[1], (0, len(x), blocks[1], len(x)))
-        sums = row_values(x, scales_x) @ weight_values(weight, scales_w).T
-        out[...] = bfloat16_bits(sums.astype(np.float32))
+        # padding rows hold any codes and scales
+        with np.errstate(over="ignore", invalid="ignore"):
+            sums = row_values(x, scales_x) @ weight_values(weight, scales_w).T
+            out[...] = bfloat16_bits(sums.astype(np.float32))
 
 
 def _columns(address: int, layout: tuple[int, ...]) -> np.ndarray:
