@@ -16,6 +16,7 @@ import paddle
 import pytest
 
 from fd_dsa.config import demo_model_path
+from fd_dsa.fastdeploy_plugin.launch.environment import missing_entry_points
 from tests.fakes.trees import OURS_ENV, TREES, installed
 from tests.fastdeploy_plugin.demo_prompts import demo_prompts
 from tests.fastdeploy_plugin.test_end_to_end import MODES, NUM_BLOCKS, SIZES, jobs_of, oracle
@@ -49,6 +50,8 @@ COSTS = ("h2d", "d2h", "d2d", "memsets", "stream_syncs", "device_syncs", "event_
 @contextmanager
 def engine_on(place: str, tree: str, num_blocks: int = 6, **overrides: Any) -> Iterator[Any]:
     """An engine whose tensors are on a place."""
+    missing = missing_entry_points()
+    assert not missing, f"no entry point of {', '.join(missing)}: pip install --no-deps -e ."
     with installed(TREES[tree], OURS_ENV, place=place):
         from tests.fakes.driver import Engine
 
