@@ -55,6 +55,7 @@ def grammar_text(forms: Iterable[tuple[Kind, str]], names: Container[bytes]) -> 
 def _entry(kind: Kind, text: str, names: Container[bytes]) -> dict[str, Any]:
     """Return a form as an entry of llguidance's list of grammars."""
     from llguidance import grammar_from
+    from llguidance.gbnf_to_lark import gbnf_to_lark
 
     if kind == "json_schema":
         schema = json.loads(text)
@@ -62,16 +63,25 @@ def _entry(kind: Kind, text: str, names: Container[bytes]) -> dict[str, Any]:
             given = schema.get("x-guidance", {})
             schema["x-guidance"] = {**JSON_OPTIONS, **given} if isinstance(given, dict) else given
         return {"json_schema": schema}
-    grammar = grammar_from(kind, text)
     if kind == "regex":
-        (entry,) = json.loads(grammar)["grammars"]
+        (entry,) = json.loads(grammar_from(kind, text))["grammars"]
         return {"lark_grammar": entry["lark_grammar"]}
+    if kind == "grammar" and _is_gbnf(text):
+        try:
+            text = gbnf_to_lark(text)
+        except Exception as error:
+            raise ValueError(f"got GBNF that cannot be converted to Lark: {error}") from error
 
     def spelled(match: re.Match[str]) -> str:
         is_name = match[0].startswith("<") and match[0].encode() in names
         return json.dumps(match[0], ensure_ascii=False) if is_name else match[0]
 
-    return {"lark_grammar": _LARK_PART.sub(spelled, grammar)}
+    return {"lark_grammar": _LARK_PART.sub(spelled, text)}
+
+
+def _is_gbnf(text: str) -> bool:
+    """Return True if a grammar defines its rules by `::=`, which Lark does not have."""
+    return "::=" in _LARK_PART.sub("", text)
 
 
 def refusal(warnings: Iterable[str]) -> str | None:

@@ -69,6 +69,8 @@ FORMS = {
     "regex": StructuredOutputsParams(regex=r"[a-c]{2,4}(é|🙂)?-[0-9]+"),
     "choice": StructuredOutputsParams(choice=["yes", "no", 'may "be"', "n\n", "ü🙂", "a/b|c"]),
     "lark": StructuredOutputsParams(grammar='start: "(" start ")" | /[xy]/'),
+    # a mark before the start rule, and a text that only looks like GBNF
+    "inlined": StructuredOutputsParams(grammar='?start: "<" /[0-9]+/ ">" | end // ::=\nend: "none"'),
     "gbnf": StructuredOutputsParams(grammar='root ::= "<" [0-9]+ ">" | "none"'),
 }
 
