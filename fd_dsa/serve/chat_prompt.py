@@ -48,7 +48,8 @@ def make_job(
     """Render and tokenize the conversation, which is slow and belongs into a thread.
 
     Args:
-        max_generated: upper bound for the generated tokens if the body names no number.
+        max_generated: upper bound for the generated tokens if the body names no number. None = that
+            of the model's generation_config.json.
 
     Raises:
         ApiError: 400 if the conversation cannot be rendered, is too long, or could never run. Also
@@ -77,6 +78,8 @@ def make_job(
     param = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     requested: int | None = getattr(body, param)
     limit = state.options.max_answer_scores
+    if max_generated is None:
+        max_generated = state.engine.sampling_defaults.get("max_tokens")
     bounds = (max_scored_tokens(limit, len(prompt), body), max_generated)
     default = min((bound for bound in bounds if bound is not None), default=None)
     max_tokens = resolve_max_tokens(

@@ -89,7 +89,7 @@ class MessageAnswer(BlockAnswer):
         self, state: ServerState, body: MessagesRequest, job: Job, answer_format: AnswerFormat
     ) -> None:
         super().__init__(state, body.chat, job, answer_format)
-        self._max_tokens = body.max_tokens
+        self._room = state.engine.max_model_len - len(job.prompt_token_ids)
         self._is_begun = False
 
     def choices(self) -> Iterator[AnsweredMessage]:
@@ -150,7 +150,7 @@ class MessageAnswer(BlockAnswer):
         why: StopReason
         reason, sequence = self.finish_reason(output), self.end_fields(0, output)["stop_reason"]
         if reason == "length":
-            is_full = (self.jobs[0].params.max_tokens or 0) < self._max_tokens
+            is_full = output.num_tokens >= self._room
             why = "model_context_window_exceeded" if is_full else "max_tokens"
         elif reason == "tool_calls":
             why = "tool_use"

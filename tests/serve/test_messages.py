@@ -217,6 +217,11 @@ def test_why_a_message_has_ended() -> None:
     with running(FakeEngine()) as live, client_of(live) as client:
         cut = client.messages.create(**fields, max_tokens=2)
         assert (cut.stop_reason, cut.stop_sequence) == ("max_tokens", None)
+        # an explicit number counts more than the folder's default
+        live.engine.sampling_defaults = {"max_tokens": 3}
+        live.engine.words = ("a",) * 100
+        cut = client.messages.create(**fields, max_tokens=50)
+        assert (cut.stop_reason, cut.usage.output_tokens) == ("max_tokens", 50)
         # more than the context has room for is no error, as in the API
         live.engine.words = ("a",) * 10_000
         full = client.messages.create(**fields, max_tokens=20_000)
