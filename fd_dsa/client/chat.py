@@ -19,6 +19,7 @@ from fd_dsa.client.remote import (
     error_message,
     examine_server,
     http_options,
+    incomplete,
     read_event,
     transport_reason,
 )
@@ -96,6 +97,8 @@ class ChatSession:
                     raise RemoteError(f"status {reply.status_code}: {error_message(reply)}")
                 for line in reply.iter_lines():
                     chunk = read_event(line) or {}
+                    if failure := incomplete(chunk):
+                        raise RemoteError(failure)
                     usage = chunk.get("usage") or usage
                     for choice in chunk.get("choices", ()):
                         delta = choice["delta"]

@@ -24,13 +24,17 @@ Reader = Callable[[httpx.Response, float], Awaitable[T]]
 
 @dataclass(eq=False)
 class FailedAttempt(Exception):
-    """An attempt without an answer: the reason, and if and when a retry makes sense."""
+    """An attempt without an answer: the reason, and if and when a retry makes sense.
+
+    Attributes:
+        reply: reply with another status than 200, or None.
+    """
 
     reason: str
     again: bool = True
     after_s: float = 0.0
     gone: bool = False
-    status: int = 0
+    reply: httpx.Response | None = None
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ class TimedRequest(Generic[T]):
         start_s: send time of the last attempt, seconds after the beginning of the run.
         seconds: duration of the last attempt up to the end of its reply.
         gone: True if the last attempt could not connect.
-        status: HTTP status of the last failed reply, 0 without one.
+        reply: last reply with another status than 200, or None.
     """
 
     index: int
@@ -65,7 +69,7 @@ class TimedRequest(Generic[T]):
     start_s: float
     seconds: float
     gone: bool = False
-    status: int = 0
+    reply: httpx.Response | None = None
 
 
 @dataclass
@@ -151,7 +155,7 @@ class Sender:
         reason = f"{last.reason} ({attempt} attempts)" if attempt > 1 else last.reason
         seconds = time.perf_counter() - started
         return TimedRequest(
-            index, None, reason, attempt, started - begin, seconds, last.gone, last.status
+            index, None, reason, attempt, started - begin, seconds, last.gone, last.reply
         )
 
     async def _attempt(
@@ -178,4 +182,4 @@ class Sender:
         after_s = float(after) if after.isascii() and after.isdigit() else 0.0
         again = status in _RETRIED_STATUS
         text = f"status {status}: {reason}"
-        raise FailedAttempt(text, again=again, after_s=after_s, status=status)
+        raise FailedAttempt(text, again=again, after_s=after_s, reply=reply)

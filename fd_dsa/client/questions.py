@@ -10,7 +10,13 @@ from typing import Any
 import httpx
 
 from fd_dsa.client.load import FailedAttempt, Request, Sender
-from fd_dsa.client.remote import ServerInfo, examine_server, normal_base_url, one_line
+from fd_dsa.client.remote import (
+    ServerInfo,
+    examine_server,
+    incomplete,
+    normal_base_url,
+    one_line,
+)
 from fd_dsa.client.settings import reasoning_switch
 from fd_dsa.errors import RemoteError
 
@@ -133,9 +139,8 @@ async def _read(reply: httpx.Response, started: float) -> Answer:
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         text = one_line(reply.text)
         raise FailedAttempt(f"status 200 without a chat completion: {text}") from error
-    if reason in ("abort", "error"):
-        # incomplete: the server is shutting down, or the request failed
-        raise FailedAttempt(f"finish_reason {reason}")
+    if failure := incomplete(data):
+        raise FailedAttempt(failure)
     if not isinstance(text, str):
         raise FailedAttempt(f"the content is no text: {one_line(str(text))}", again=False)
     # half of a surrogate pair has no UTF-8 form

@@ -159,6 +159,19 @@ def error_message(reply: httpx.Response) -> str:
         return one_line(reply.text)
 
 
+def incomplete(body: object) -> str:
+    """Return why an answer, or a chunk of a stream, is no whole answer, or "" if nothing says so.
+
+    An answer of a server that shuts down ends with `abort`, that of a failed request with `error`.
+    """
+    choices = body.get("choices") if isinstance(body, dict) else None
+    for choice in choices if isinstance(choices, list) else ():
+        reason = choice.get("finish_reason") if isinstance(choice, dict) else None
+        if reason in ("abort", "error"):
+            return f"finish_reason {reason}: the answer is incomplete"
+    return ""
+
+
 def _error_text(error: object) -> str:
     """Return the message of an error object, or the error itself."""
     return one_line(str(error.get("message", error) if isinstance(error, dict) else error))

@@ -24,7 +24,7 @@ from rich.progress import Progress
 
 from fd_dsa.client.load import FailedAttempt, Request, Sender, TimedRequest
 from fd_dsa.client.own_server import parse_flags, server_at
-from fd_dsa.client.remote import examine_server
+from fd_dsa.client.remote import examine_server, incomplete
 from fd_dsa.command_line.failures import reports_failures
 from fd_dsa.command_line.parser import Parser
 from fd_dsa.command_line.values import add_numbers
@@ -212,24 +212,31 @@ async def _send(
     return failed
 
 
-async def _read(reply: httpx.Response, started: float) -> dict[str, Any]:
+async def _read(reply: httpx.Response, started: float) -> dict[str, object]:
     await reply.aread()
     try:
         body = reply.json()
     except ValueError as error:
         raise FailedAttempt("status 200 without JSON") from error
-    return {
-        "status_code": reply.status_code,
-        "request_id": reply.headers.get("x-request-id", ""),
-        "body": body,
-    }
+    if failure := incomplete(body):
+        raise FailedAttempt(failure)
+    return _response(reply, body)
+
+
+def _response(reply: httpx.Response, body: object) -> dict[str, object]:
+    """Return the `response` of a line of the output file."""
+    request_id = reply.headers.get("x-request-id", "")
+    return {"status_code": reply.status_code, "request_id": request_id, "body": body}
 
 
 def _line(item: Item, sent: TimedRequest[dict[str, object]]) -> dict[str, Any]:
     response, error = sent.value, None
-    if sent.status:
-        body = {"error": {"message": sent.error}}
-        response = {"status_code": sent.status, "request_id": "", "body": body}
+    if sent.reply is not None:
+        try:
+            body = sent.reply.json()
+        except ValueError:
+            body = {"error": {"message": sent.error}}
+        response = _response(sent.reply, body)
     elif sent.error is not None:
         error = {"code": "no_reply", "message": sent.error}
     ids = {"id": f"batch_req_{uuid.uuid4().hex}", "custom_id": item.custom_id}

@@ -13,7 +13,7 @@ import httpx
 import numpy as np
 
 from fd_dsa.client.load import FailedAttempt, Request, Sender
-from fd_dsa.client.remote import read_event
+from fd_dsa.client.remote import incomplete, read_event
 from fd_dsa.command_line.report import Table
 from fd_dsa.errors import RemoteError
 
@@ -97,6 +97,7 @@ async def _read(reply: httpx.Response, started: float) -> Timing:
             continue
         if chunk is None:
             continue
+        failure = failure or incomplete(chunk)
         if usage := chunk.get("usage"):
             details = usage.get("completion_tokens_details") or {}
             drafts = [details.get(f"{kind}_prediction_tokens") or 0 for kind in _VERDICTS]

@@ -24,6 +24,13 @@ def chat(text: str | None, reason: str | None = "stop", tokens: int = 3) -> Repl
     )
 
 
+def aborted() -> Reply:
+    """The stream of an answer that a server ends when it shuts down, for chats and completions."""
+    choices = {"delta": {"content": "half"}, "finish_reason": None}, {"delta": {}}
+    lines = [{"choices": [choices[0]]}, {"choices": [choices[1] | {"finish_reason": "abort"}]}]
+    return 200, {}, b"".join(b"data: %s\n\n" % json.dumps(line).encode() for line in lines)
+
+
 def asked(body: dict[str, Any]) -> str:
     """The user's turn of a request."""
     return str(body["messages"][-1]["content"])

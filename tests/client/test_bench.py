@@ -18,6 +18,7 @@ from fd_dsa.client.timing import LATENCIES, Timing, measure, summarise, tables
 from fd_dsa.errors import RemoteError
 from fd_dsa.serve import state
 from fd_dsa.serve.errors import ApiError
+from tests.client.scripted import aborted, scripted
 from tests.serve.conftest import running
 from tests.serve.fake_engine import FakeEngine
 from tests.serve.processes import run_console
@@ -107,6 +108,10 @@ def test_failures_inside_a_stream_are_told() -> None:
         sender = Sender(f"{live.url}/v1", retries=0)
         timings, _ = asyncio.run(measure(sender, "demo", [[101]], [0.0], 5))
         assert timings[0].error is not None
+    with scripted(lambda body: aborted()) as server:
+        sender = Sender(server.base_url, retries=0)
+        timings, _ = asyncio.run(measure(sender, "demo", [[101]], [0.0], 5))
+        assert timings[0].error == "finish_reason abort: the answer is incomplete"
     with pytest.raises(RemoteError, match="404"), running(AnyTokens()) as live:
         asyncio.run(measure(Sender(f"{live.url}/v1"), "other", [[101]], [0.0], 5))
 

@@ -23,6 +23,7 @@ from fd_dsa.chat.deepseek_encoding import DeepseekV32Encoding
 from fd_dsa.chat.events import Event
 from fd_dsa.cli import main
 from fd_dsa.client.chat import ChatSession, Conversation
+from tests.client.scripted import aborted, scripted
 from tests.serve.conftest import Live, running, wait_until
 from tests.serve.fake_engine import WORDS, FakeEngine
 from tests.serve.processes import console, environment, run_console
@@ -103,6 +104,13 @@ def test_reasoning_of_a_server_is_told_from_the_content() -> None:
         hello = [{"role": "user", "content": "Hi"}]
         assert list(session.answer(hello)) == [Event("reasoning", "hm"), Event("content", "Hello")]
         assert re.fullmatch(r"prompt \d+ · output 3 · [\d.]+ tok/s · TTFT \d+ ms", session.figures)
+
+
+def test_half_an_answer_is_a_failure(pipe: Pipe) -> None:
+    with scripted(lambda body: aborted()) as server:
+        status, out, errors = pipe("--base-url", server.base_url, "-q", "Hi", said="")
+    assert (status, out) == (1, "half\n")
+    assert errors == "fd_dsa: error: finish_reason abort: the answer is incomplete\n"
 
 
 def test_one_message(pipe: Pipe) -> None:

@@ -18,6 +18,7 @@ from tests.serve.fake_engine import WORDS, FakeEngine
 from tests.serve.processes import console, environment, run_console
 
 ANSWER = "".join(WORDS)
+LOADING = {"error": {"message": "loading", "type": "unavailable", "param": None, "code": "loading"}}
 
 
 def request(custom_id: str, text: str = "Hi", **body: Any) -> dict[str, Any]:
@@ -116,15 +117,18 @@ def test_files_have_bounds(
 def test_a_server_that_goes_away_is_told_apart_from_refusals(tmp_path: Path) -> None:
     def answer(body: dict[str, Any]) -> Any:
         if asked(body) == "Bad":
-            return 503, {}, {"error": {"message": "loading"}}
-        return 200, {}, b"no JSON"
+            return 503, {"x-request-id": "7"}, LOADING
+        return chat("half", reason="abort") if asked(body) == "Half" else (200, {}, b"no JSON")
 
-    flags = written(tmp_path, request("a", "Bad"), request("b"))
+    flags = written(tmp_path, request("a", "Bad"), request("b"), request("c", "Half"))
     with scripted(answer) as server:
         assert main([*flags, "--base-url", server.base_url, "--retries", "0"]) == 1
     found = answers(tmp_path)
-    assert found["a"]["response"]["status_code"] == 503
+    # the server's own reply
+    assert found["a"]["response"] == {"status_code": 503, "request_id": "7", "body": LOADING}
     assert found["b"]["error"] == {"code": "no_reply", "message": "status 200 without JSON"}
+    assert found["c"]["response"] is None
+    assert found["c"]["error"]["message"] == "finish_reason abort: the answer is incomplete"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
