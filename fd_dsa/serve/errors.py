@@ -256,8 +256,12 @@ def validation_refusal(error: ValidationError) -> ApiError:
         return ApiError(400, f"{path or 'body'}: {first['msg']}", param=param)
     if first["type"] == "missing":
         return ApiError(400, f"{path}: is missing; the field is required", param=param)
-    rule = _RULES.get(first["type"], "another value").format_map(first.get("ctx", {}))
-    return ApiError(400, f"{path}: got {show(first.get('input'))}; allowed is {rule}", param=param)
+    rule, given = _RULES.get(first["type"], "another value"), first.get("input")
+    if first["type"] == "int_type" and isinstance(given, float) and abs(given) >= 2**63:
+        # the reader of JSON makes floats of larger integers
+        rule += " of at most 64 bits"
+    rule = rule.format_map(first.get("ctx", {}))
+    return ApiError(400, f"{path}: got {show(given)}; allowed is {rule}", param=param)
 
 
 def _field_path(location: Sequence[str | int]) -> str:

@@ -125,14 +125,14 @@ class ServerState:
     def resolve_model(self, name: str | None) -> str:
         """Return the served name for the `model` of a request.
 
-        None and "default" stand for the first name.
+        None, an empty name and "default" stand for the first name.
 
         Raises:
             ApiError: 404, no model of that name is served.
         """
         if name in self.served_model_names:
             return str(name)
-        if name is None or name == _ALIAS:
+        if not name or name == _ALIAS:
             return self.served_model_names[0]
         served = ", ".join(self.served_model_names)
         raise ApiError(

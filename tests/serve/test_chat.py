@@ -129,6 +129,10 @@ def test_neutral_values_of_unsupported_fields_are_accepted(live: Live) -> None:
         model="default", prompt="a", n=1, best_of=1, user="somebody", extra_body=fields
     )
     assert answer.model == "demo"
+    question = {"role": "user", "content": "Hi"}
+    messages = [question, {"role": "assistant", "content": []}, question]
+    answer = live.http.post("/v1/chat/completions", json={"model": "", "messages": messages})
+    assert answer.json()["model"] == "demo"
 
 
 @pytest.mark.parametrize("given", ["abc-123", None, "x" * 200, "two words"])

@@ -158,6 +158,12 @@ def test_bad_values(live: Live, fields: dict[str, Any], param: str) -> None:
         assert error["message"].startswith(param)
 
 
+def test_an_integer_of_more_than_64_bits_is_named(live: Live) -> None:
+    for seed in (2**64, -(2**70)):
+        error = error_of(complete(live, seed=seed), 400)
+        assert error["message"].endswith("; allowed is an integer of at most 64 bits")
+
+
 def test_stream_options_need_a_stream(live: Live) -> None:
     error = error_of(complete(live, stream_options={"include_usage": True}), 400)
     assert error["param"] == "stream_options"

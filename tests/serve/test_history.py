@@ -134,6 +134,7 @@ def test_answers_of_clients_and_servers(tool_format: str) -> None:
         ({"role": "user", "content": "x", "refusal": "x"}, "messages[1].refusal"),
         ({"role": "user", "content": "x", "thinking": "x"}, "messages[1].thinking"),
         ({"role": "tool", "tool_call_id": "a", "content": None}, "messages[1].content"),
+        ({"role": "user", "content": []}, "messages[1].content"),
     ],
 )
 def test_messages_that_are_refused(message: dict[str, Any], param: str, live: Live) -> None:

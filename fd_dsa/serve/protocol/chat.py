@@ -45,7 +45,7 @@ def _content(value: object) -> str | list[dict[str, Any]] | None:
     """Return the content as a string or as text parts with their further fields."""
     if value is None or isinstance(value, str):
         return value
-    if not isinstance(value, list) or not value:
+    if not isinstance(value, list):
         raise refuse(f"got {show(value)}; allowed is a string or a list of text parts")
     if len(value) > MAX_ENTRIES:
         raise refuse(f"has {len(value)} parts; at most {MAX_ENTRIES} are allowed")
@@ -163,11 +163,12 @@ class ChatMessage(Body):
                     f"{path}.{name}: given in a message of role {self.role}; only one of role "
                     "assistant has it"
                 )
-        if self.content is None:
-            what = "got null" if "content" in self.model_fields_set else "is missing"
+        if self.content is None or self.content == []:
+            is_given = "content" in self.model_fields_set
+            what = f"got {show(self.content)}" if is_given else "is missing"
             raise FieldError(
-                f"{path}.content: {what}; allowed is a string or a list of text parts, and "
-                "null only in a message of role assistant"
+                f"{path}.content: {what}; allowed is a string or a list of text parts, and null "
+                "or an empty list only in a message of role assistant"
             )
 
     def for_template(self) -> dict[str, Any]:
