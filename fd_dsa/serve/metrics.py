@@ -10,6 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ from prometheus_client import (
     CONTENT_TYPE_LATEST,
     PROCESS_COLLECTOR,
     CollectorRegistry,
+    Gauge,
     ProcessCollector,
     generate_latest,
 )
@@ -39,6 +41,8 @@ if TYPE_CHECKING:
     from fd_dsa.engine.async_engine import AsyncEngine
 
 PREFIX = "fd_dsa:"
+SNAPSHOT_S = 5.0
+"""Maximum time that a scrape waits for the engine, which answers between two steps, seconds."""
 
 logger = logging.getLogger("fd_dsa.serve")
 router = APIRouter()
@@ -96,14 +100,21 @@ _STEP_COUNTERS = {
 async def metrics(state: State) -> Response:
     """Return metrics of the engine and of the processes.
 
-    During loading only the latter exist.
+    During loading only the latter exist. While the engine's process does not answer,
+    `engine_silent_seconds` is there, too.
 
     `process_*` belong to the HTTP process, `fd_dsa_engine_process_*` to the engine's process.
     """
     registry = CollectorRegistry(auto_describe=False)
     engine = state.loaded_engine
     if engine is not None and engine.errored is None:
-        registry.register(_EngineCollector(state.served_model_names[0], *await engine.snapshot()))
+        name, text = f"{PREFIX}engine_silent_seconds", "time for which the engine has not answered"
+        gauge = Gauge(name, text, ["model_name"], registry=registry)
+        gauge.labels(state.served_model_names[0]).set(engine.silent_s)
+        # a scraper would wait for a stopped process, and have nothing
+        with suppress(asyncio.TimeoutError):
+            snapshot = await asyncio.wait_for(engine.snapshot(), SNAPSHOT_S)
+            registry.register(_EngineCollector(state.served_model_names[0], *snapshot))
     registry.register(PROCESS_COLLECTOR)
     pid = None if engine is None else engine.pid
     if pid is not None:

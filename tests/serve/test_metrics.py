@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import threading
 from collections import defaultdict
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from fd_dsa.runner.counters import EAGER_REASONS, Histogram
+from fd_dsa.serve import metrics
 from tests.engine.fakes import make_engine
 from tests.engine.threaded import threaded
 from tests.serve.conftest import TIMEOUT_S, Live, running, wait_until
+from tests.serve.fake_engine import FakeEngine
 from tests.serve.test_errors import complete
 
 Samples = dict[str, dict[tuple[tuple[str, str], ...], float]]
@@ -85,6 +88,23 @@ def test_all_names_are_there_before_the_first_request() -> None:
         told = dict(next(iter(samples["cache_config_info"])))
         assert told["block_size"] == "4" and told["num_gpu_blocks"] == "64"
         assert told["enable_prefix_caching"] == "True"
+        assert "process_resident_memory_bytes" in live.http.get("/metrics").text
+
+
+def test_an_engine_that_does_not_answer_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def snapshot() -> NoReturn:
+        await asyncio.sleep(TIMEOUT_S)
+        raise AssertionError
+
+    engine = FakeEngine()
+    monkeypatch.setattr(metrics, "SNAPSHOT_S", 0.1)
+    with running(engine) as live:
+        assert value(scrape(live), "engine_silent_seconds") == 0
+        monkeypatch.setattr(engine, "snapshot", snapshot)
+        engine.silent_s = 7.0
+        samples = scrape(live)
+        assert set(samples) == {"engine_silent_seconds"}
+        assert value(samples, "engine_silent_seconds") == 7
         assert "process_resident_memory_bytes" in live.http.get("/metrics").text
 
 
