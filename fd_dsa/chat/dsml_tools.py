@@ -53,6 +53,10 @@ _PLAIN_NEXT = re.compile(rf"{V32_ARGUMENT_END}{SPACE}{_PLAIN_ARGUMENT.pattern}")
 _NEXT_CALL = re.compile(
     rf"\n?(?:{V32_CALL_END}|{V32_ARGUMENT_END})?{SPACE}(?:{_SECTION_END}|{_CALL.pattern})"
 )
+_MAYBE_NEXT_CALL = re.compile(
+    rf"\n?(?:{V32_CALL_END}|{V32_ARGUMENT_END})?{SPACE}"
+    rf"(?:<[^<>\s]{{0,32}}|{V32_CALL}{_PARTIAL_ATTRIBUTES})?"
+)
 _KEY = r"""name\s{0,4}=?\s{0,4}["']?([^"'<>=\s]{1,64})["'\s>]"""
 _DAMAGED_ARGUMENT = re.compile(
     rf"{V32_ARGUMENT_END}((?:(?!{V32_ARGUMENT_END}|{V32_ARGUMENT})[\s\S]){{0,60}}?){_KEY}"
@@ -124,7 +128,8 @@ class DeepseekV32Tools(TaggedTools):
         if found is not None:
             feed.read_match(found)
             return feed.match(after_space(self.ends)) is None
-        if self._is_next_call(call) or (feed.is_last and not feed.is_cut):
+        found = yield from feed.peek(_NEXT_CALL, _MAYBE_NEXT_CALL)
+        if self._begins_call(call, found) or (feed.is_last and not feed.is_cut):
             return False
         raise feed.broken()
 
@@ -165,7 +170,10 @@ class DeepseekV32Tools(TaggedTools):
 
     def _is_next_call(self, call: Call) -> bool:
         """Return True if the end of the section or another call follows the mark here."""
-        found = call.feed.match(_NEXT_CALL)
+        return self._begins_call(call, call.feed.match(_NEXT_CALL))
+
+    def _begins_call(self, call: Call, found: re.Match[str] | None) -> bool:
+        """Return True for a match of the end of the section, or of the head of another call."""
         if found is None or found[1] is None:
             return found is not None
         attributes = _attributes(found, {"name"})

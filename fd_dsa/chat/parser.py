@@ -190,9 +190,9 @@ class OutputParser:
         while True:
             # like `yield from`, with a check of the text before each wait
             for _ in tools.read_call(feed, self._sink):
-                if self.is_reasoning and THINK_END in feed.marked(whole=True)[:_MAX_HELD]:
-                    raise Damaged
+                self._check_reasoning(whole=True)
                 yield
+            self._check_reasoning()
             if not self.is_reasoning:
                 self._commit()
             yield from feed.skip_space()
@@ -210,14 +210,25 @@ class OutputParser:
         """Report the events that were held back, and stream the next ones.
 
         Raises:
-            Damaged: the call contains the end of the reasoning, so the reasoning only quotes it.
+            Damaged: as for `_check_reasoning`.
         """
-        if self.is_reasoning and THINK_END in self._feed.marked()[:_MAX_HELD]:
-            raise Damaged
+        self._check_reasoning()
         if self._sink.is_held:
             self.is_reasoning = False
             self._feed.release()
             self._sink.commit()
+
+    def _check_reasoning(self, *, whole: bool = False) -> None:
+        """Make sure that a call in the reasoning does not contain the end of the reasoning.
+
+        Args:
+            whole: True = the text after the read position counts, too.
+
+        Raises:
+            Damaged: it does, so the reasoning only quotes a call.
+        """
+        if self.is_reasoning and THINK_END in self._feed.marked(whole=whole)[:_MAX_HELD]:
+            raise Damaged
 
 
 class Arguments(dict[str, Any]):

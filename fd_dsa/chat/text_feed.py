@@ -40,6 +40,8 @@ class TextFeed:
 
     def __init__(self) -> None:
         self.is_ended = self.is_cut = False
+        # the last decision would have waited for more text
+        self._is_open = False
         self._text = ""
         self._pos = 0
         self._mark: int | None = None
@@ -105,6 +107,7 @@ class TextFeed:
         whole, half, longest = _any_of(markers)
         while True:
             match = whole.search(self._text, self._pos)
+            self._is_open = match is None
             if match is not None:
                 self._emit(match.start(), emit)
                 return match[0]
@@ -128,12 +131,13 @@ class TextFeed:
         """
         while True:
             match = sure.match(self._text, self._pos)
-            if match is not None or self.is_ended:
+            if partial is None:
+                may_match = len(self._text) - self._pos < LOOK_AHEAD
+            else:
+                may_match = partial.fullmatch(self._text, self._pos) is not None
+            self._is_open = match is None and may_match
+            if self.is_ended or not self._is_open:
                 return match
-            if partial is None and len(self._text) - self._pos >= LOOK_AHEAD:
-                return None
-            if partial is not None and not partial.fullmatch(self._text, self._pos):
-                return None
             yield
 
     def match(self, pattern: re.Pattern[str]) -> re.Match[str] | None:
@@ -144,9 +148,10 @@ class TextFeed:
         """Read a match, or the available part of a run. Returns "" if there is no match."""
         while True:
             match = pattern.match(self._text, self._pos)
+            self._is_open = match is None and len(self._text) - self._pos <= 1
             if match is not None:
                 return self.read_match(match)
-            if self.is_ended or len(self._text) - self._pos > 1:
+            if self.is_ended or not self._is_open:
                 return ""
             yield
 
@@ -210,8 +215,12 @@ class TextFeed:
         return self.is_ended and len(self._text) - self._pos < LOOK_AHEAD
 
     def broken(self) -> Damaged:
-        """Return the exception for text that does not continue like a call."""
-        return CutOff() if self.is_cut and self.ends_near else Damaged()
+        """Return the exception for text that does not continue like a call.
+
+        It is `CutOff` only if the call could have continued, as in a stream, where the end of the
+        text is not known when it fails.
+        """
+        return CutOff() if self.is_cut and self._is_open else Damaged()
 
     def _emit(self, end: int, emit: Callable[[str], None]) -> None:
         if end > self._pos:

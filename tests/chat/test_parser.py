@@ -66,10 +66,21 @@ def test_cut_off_at_every_character(recorded: Recorded) -> None:
             assert whole.content == recorded.message.content
 
 
+@st.composite
+def texts(draw: st.DrawFn) -> list[str]:
+    """Parts of recorded answers with other tokens between them, as models make their mistakes."""
+    pieces: list[str] = []
+    for recorded in draw(st.lists(st.sampled_from(list(RECORDED.values())), max_size=6)):
+        begin = draw(st.integers(0, len(recorded.tokens) - 1))
+        pieces += recorded.tokens[begin : begin + draw(st.integers(1, 12))]
+        pieces += draw(st.lists(st.sampled_from(_ALPHABET), max_size=3))
+    return pieces
+
+
 @settings(max_examples=300, deadline=None)
 @given(
     tool_format=st.sampled_from([V31, V32, V4, GLM, None]),
-    tokens=st.lists(st.sampled_from(_ALPHABET), max_size=40),
+    tokens=texts(),
     in_reasoning=st.booleans(),
     is_cut=st.booleans(),
     data=st.data(),

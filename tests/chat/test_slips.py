@@ -211,6 +211,10 @@ def test_a_long_call_that_breaks_has_no_end() -> None:
         (GLM, "<tool_call>f</tool_call>\n<tool_call>g", "", "{}"),
         (GLM, "<tool_call>f</tool_call> \n then", "then", "{}"),
         (GLM, "<tool_call>f", "<tool_call>f", None),
+        # prose that names a mark is no call, and does not go on as one
+        (V32, f"Write {_INVOKE} to call. And", f"Write {_INVOKE} to call. And", None),
+        (V32, f"{_INVOKE}{_INVOKE_END}Write {_INVOKE} to. And", f"Write {_INVOKE} to. And", "{}"),
+        (GLM, "Write <tool_call>, and", "Write <tool_call>, and", None),
     ],
 )
 def test_an_answer_that_is_cut_off_has_its_calls_as_far_as_they_go(
