@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from fd_dsa.chat.loose_json import loose_json
 from fd_dsa.chat.schema import ToolSchema, type_of
 from fd_dsa.chat.text_feed import Damaged, Steps
 
@@ -270,6 +271,11 @@ class ArgumentsWriter:
         self._is_doubtful = not (yield from value(pieces.append, begins))
         text = "".join(pieces)
         kind = type_of(text.strip())
+        if types and "string" not in types and kind not in types:
+            loose = loose_json(text.strip(), types)
+            if loose is not None:
+                write(loose)
+                return
         is_json = kind is not None and (
             "string" not in types
             or kind in types - {"string"}

@@ -217,8 +217,8 @@ class TextFeed:
     def broken(self) -> Damaged:
         """Return the exception for text that does not continue like a call.
 
-        It is `CutOff` only if the call could have continued, as in a stream, where the end of the
-        text is not known when it fails.
+        `CutOff` needs a text that could have continued. So whole texts and streams, which do not
+        know their end, agree.
         """
         return CutOff() if self.is_cut and self._is_open else Damaged()
 
