@@ -21,7 +21,7 @@ _QUOTE = re.compile(r"""\\'|\\.|\"""")
 
 
 def loose_json(text: str, types: Set[str]) -> str | None:
-    """Return the JSON of a value in another notation, or None if it has none of the types.
+    """Return the JSON of a value in another notation, or None for a value of other types.
 
     Booleans have any case, or are 1 and 0. Numbers may have a plus, leading zeros, or no digit on a
     side of the point. Lists, dicts and None are Python's.

@@ -166,6 +166,11 @@ def test_where_an_answer_begins() -> None:
     assert opens_reasoning("...<|assistant|><think>\n", None)
     assert not opens_reasoning("what is <think>?<|assistant|>", None)
     assert not opens_reasoning("...<|assistant|></think>", None)
+    begun: dict[str, object] = {"content": "\n<think>Let me"}
+    assert opens_reasoning("...<|assistant|>\n<think>Let me", begun)
+    assert not opens_reasoning("...<|assistant|></think>Let me", {"content": "Let me"})
+    ended: dict[str, object] = {"content": "<think>a</think>b"}
+    assert not opens_reasoning("...<|assistant|><think>a</think>b", ended)
     message = {"role": "assistant", "content": "", "reasoning_content": "A gr"}
     assert opens_reasoning("...<think>A gr", message)
     assert not opens_reasoning("...</think>", message)
