@@ -70,7 +70,7 @@ FORMS = {
     "choice": StructuredOutputsParams(choice=["yes", "no", 'may "be"', "n\n", "ü🙂", "a/b|c"]),
     "lark": StructuredOutputsParams(grammar='start: "(" start ")" | /[xy]/'),
     # a mark before the start rule, and a text that only looks like GBNF
-    "inlined": StructuredOutputsParams(grammar='?start: "<" /[0-9]+/ ">" | end // ::=\nend: "none"'),
+    "inlined": StructuredOutputsParams(grammar='?start: "<" /[0-9]+/ ">" | n // ::=\nn: "none"'),
     "gbnf": StructuredOutputsParams(grammar='root ::= "<" [0-9]+ ">" | "none"'),
 }
 
