@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fd_dsa.errors import ShapeError
+from fd_dsa.errors import LaunchError, ShapeError
 from fd_dsa.ops.arrays import values_of
 from fd_dsa.ops.dense_kernels import empty_beside, empty_fp8_rows, quantize_rows
 from fd_dsa.ops.expert_gemm import block_sizes, configuration, expert_gemm_kernel
@@ -37,6 +37,7 @@ def four_bit_gemm(
             custom_ops/.
 
     Raises:
+        LaunchError: `x` is Fp8Rows, and Triton's kernel multiplies.
         ShapeError: rows and weight have different widths.
     """
     (experts, columns, width), gated = weight.shape, weight.codes.shape[1] == 2
@@ -57,6 +58,8 @@ def four_bit_gemm(
     if by_library is not None:
         by_library(_in_fp8(x), weight, pairs, counts, out, limit)
     elif num_pairs and columns:
+        if isinstance(x, Fp8Rows):
+            raise LaunchError("four_bit_gemm: Triton's kernel reads no rows in FP8; pass bfloat16")
         shape = rows_of_tiles(num_pairs), experts, gated, columns, traits_for(rows).shared_bytes
         tiling = tiling or configuration(weight.kind, *shape)
         options = block_sizes(weight.kind, columns, width, tiling)

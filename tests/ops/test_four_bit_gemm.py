@@ -14,8 +14,9 @@ import pytest
 pytest.importorskip("paddle", reason="the launches take Paddle's tensors")
 
 from benchmarks import _tilings
-from fd_dsa.errors import ShapeError
+from fd_dsa.errors import LaunchError, ShapeError
 from fd_dsa.ops import expert_gemm, four_bit_sums
+from fd_dsa.ops.dense_kernels import quantize_rows
 from fd_dsa.ops.expert_gemm import configuration
 from fd_dsa.ops.expert_pairs import group_pairs
 from fd_dsa.ops.four_bit_gemm import four_bit_gemm
@@ -174,6 +175,14 @@ def test_rows_of_another_width_are_refused(paddle_memory: KernelMemory) -> None:
     case.x = case.x[:, :128].copy()
     with pytest.raises(ShapeError, match="rows: got 128 values, allowed: 256, as the weight has"):
         case.run()
+
+
+def test_rows_in_fp8_without_the_kernel_for_them_are_refused(paddle_memory: KernelMemory) -> None:
+    m, case = paddle_memory, Case(paddle_memory, NVFP4, choices("random", 2, 2), gated=False)
+    x = quantize_rows(block_fp8.put(m, case.x, "bfloat16"), True)
+    lists = group_pairs(m.put(case.ids), EXPERTS)
+    with pytest.raises(LaunchError, match="Triton's kernel reads no rows in FP8; pass bfloat16"):
+        four_bit_gemm(x, case.weight.put(m), *lists, top_k=2)
 
 
 def swapped_codes(weight: Weight) -> None:
