@@ -41,7 +41,7 @@ import triton.language as tl  # isort: skip
 _GROUP = tl.constexpr(GROUP)
 # kinds of FourBitWeight
 _FOUR_BITS = "e4m3", "e8m0", "int4"
-# of a launch in four bits: four for each processor of an H200
+# up to this many tiles, four for each processor of an H200, a launch in four bits has narrow ones
 _FEW_TILES = 4 * 132
 
 

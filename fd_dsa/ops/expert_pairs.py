@@ -30,7 +30,7 @@ class Choice(NamedTuple):
     Attributes:
         ids: int32 [num_tokens, top_k], distinct experts of a token; -1 = padding.
         weights: float32 [num_tokens, top_k], 0 for padding.
-        lists: pairs and counts as of `group_pairs`. None = not listed yet.
+        lists: pairs and counts, same as the results of `group_pairs`. None = not listed yet.
     """
 
     ids: Tensor

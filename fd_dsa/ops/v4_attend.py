@@ -25,8 +25,8 @@ import triton.language as tl  # isort: skip
 # query heads and keys that are multiplied at a time
 _HEADS = 16
 _KEYS = {"float32": 16, "bfloat16": 32}
-# of a program where tokens alone fill a GPU, and the least number of such tokens: a key is read
-# less often
+# heads of a program if tokens fill the GPU without splits, and the min number of such tokens; more
+# heads read each key less often
 _MANY_HEADS, _MANY_TOKENS = 64, 256
 # keys and stages of such a program over plain keys or records, and its shared memory
 _MANY_PLAIN = (64, 2, 217 << 10), (32, 3, 160 << 10)
