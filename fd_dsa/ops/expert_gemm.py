@@ -26,12 +26,12 @@ from fd_dsa.ops.dense_kernels import (
     sigmoid,
 )
 from fd_dsa.ops.device_functions import added_dot, stored, to_bfloat16, widened
-from fd_dsa.ops.expert_gemm_cuda import ExpertGemm, kernel_for, suits
+from fd_dsa.ops.expert_gemm_cuda import kernel_for, suits
 from fd_dsa.ops.four_bit_sums import four_bit_sums
 from fd_dsa.ops.fp8_gemm import check_weight, fp8_pointer, fp8_sums
 from fd_dsa.ops.split_sums import Tiling, rows_of_tiles
 from fd_dsa.ops.step_kernel import step_kernel
-from fd_dsa.tensor import Fp8Rows, Tensor
+from fd_dsa.tensor import FourBitWeight, Fp8Rows, Tensor
 from fd_dsa.triton_runtime import next_power_of_2, start_next, wait_for_inputs
 from fd_dsa.triton_runtime.device_api import traits_for
 
@@ -293,7 +293,7 @@ def expert_gemm(
             columns of both halves.
     """
     is_fp8, (values, scales) = isinstance(x, Fp8Rows), weight
-    rows, (*_, x_scales, x_stride) = x.codes if isinstance(x, Fp8Rows) else x, kernel_arguments(x)
+    rows = x.codes if isinstance(x, Fp8Rows) else x
     experts, columns, width = values.shape
     columns //= 1 + gated
     if is_fp8:
@@ -302,37 +302,60 @@ def expert_gemm(
             raise ShapeError(
                 f"FP8 weight: got {columns} columns of the gate, allowed are multiples of {GROUP}"
             )
-    num_tokens, kind = pairs.shape[1], dtype_name(values.dtype)
-    num_pairs = num_tokens * top_k
-    result: Tensor | Fp8Rows
+    num_pairs = pairs.shape[1] * top_k
+    out: Tensor | Fp8Rows
     if is_fp8 and gated:
-        result = empty_fp8_rows(rows, num_pairs, columns)
+        out = empty_fp8_rows(rows, num_pairs, columns)
     else:
-        out_dtype = "float32" if kind == "float32" else "bfloat16"
-        result = empty_beside(rows, num_pairs, columns, dtype=out_dtype)
-    *_, out_scales, out_stride = kernel_arguments(result)
-    out: Tensor = result.codes if isinstance(result, Fp8Rows) else result
-    by_library: ExpertGemm | None = None
+        out_dtype = "float32" if dtype_name(values.dtype) == "float32" else "bfloat16"
+        out = empty_beside(rows, num_pairs, columns, dtype=out_dtype)
+    if not num_pairs or not columns:
+        return out
+    given, rounds = (pairs, counts, out), bool(round_scales)
     sizes = rows.shape[0], num_pairs, experts, columns, width
-    may_use_library = is_fp8 and tiling is None and limit is None
-    if may_use_library and num_pairs and columns and suits(*sizes):
+    if isinstance(x, Fp8Rows) and tiling is None and limit is None and suits(*sizes):
         by_library = kernel_for(rows)
-    if by_library is not None:
-        by_library(
-            (rows, x_scales), weight, pairs, counts, out, out_scales,
-            empty_beside(rows, 1, dtype="int32"), round_scales=bool(round_scales),
-        )  # fmt: skip
-    elif num_pairs and columns:
-        shared_bytes = traits_for(rows).shared_bytes
-        shape = rows_of_tiles(num_pairs), experts, gated, columns, shared_bytes
-        tiling = tiling or configuration(kind, *shape)
-        options = block_sizes(kind, columns, width, tiling)
-        max_tiles = min(experts, num_pairs) + num_pairs // tiling.rows
-        expert_gemm_kernel[-(-columns // options["BLOCK_COLUMNS"]), max_tiles](
-            rows, x_scales, values, scales, None, pairs, counts, out, out_scales, num_tokens,
-            x_stride, out_stride, ROW_PAIRS=num_pairs // rows.shape[0], NUM_EXPERTS=experts,
-            WIDTH=width, COLUMNS=columns, GATED=gated, ROUND_SCALES=bool(round_scales),
-            NATIVE=native_fp8(rows), EXPERTS=next_power_of_2(experts), LIMIT=limit,
-            GROUP=0, KIND="", **options,
-        )  # fmt: skip
-    return result
+        if by_library is not None:
+            by_library(x, weight, *given, round_scales=rounds)
+            return out
+    launch_grouped(x, weight, *given, tiling, gated=gated, limit=limit, round_scales=rounds)
+    return out
+
+
+def launch_grouped(
+    x: Tensor | Fp8Rows,
+    weight: tuple[Tensor, Any] | FourBitWeight,
+    pairs: Tensor,
+    counts: Tensor,
+    out: Tensor | Fp8Rows,
+    tiling: Tiling | None,
+    *,
+    gated: bool,
+    limit: float | None,
+    round_scales: bool = False,
+) -> None:
+    """Launch Triton's kernel for `expert_gemm` or `four_bit_gemm`, whose arguments it has.
+
+    Args:
+        out: result of that function, with at least one value.
+    """
+    plain, codes, x_scales, x_stride = kernel_arguments(x)
+    plain_out, out_codes, out_scales, out_stride = kernel_arguments(out)
+    rows, to = plain if codes is None else codes, plain_out if out_codes is None else out_codes
+    (num_pairs, columns), width = to.shape, rows.shape[1]
+    values, scales, factors, group, kind = (
+        weight[:5] if isinstance(weight, FourBitWeight) else (*weight, None, 0, "")
+    )
+    experts, tiled = values.shape[0], kind or dtype_name(values.dtype)
+    if tiling is None:
+        shape = rows_of_tiles(num_pairs), experts, gated, columns, traits_for(rows).shared_bytes
+        tiling = configuration(tiled, *shape)
+    options = block_sizes(tiled, columns, width, tiling)
+    max_tiles = min(experts, num_pairs) + num_pairs // tiling.rows
+    expert_gemm_kernel[-(-columns // options["BLOCK_COLUMNS"]), max_tiles](
+        rows, x_scales, values, scales, factors, pairs, counts, to, out_scales, pairs.shape[1],
+        x_stride, out_stride, ROW_PAIRS=num_pairs // rows.shape[0], NUM_EXPERTS=experts,
+        WIDTH=width, COLUMNS=columns, GATED=gated, ROUND_SCALES=round_scales,
+        NATIVE=not group and native_fp8(rows), EXPERTS=next_power_of_2(experts), LIMIT=limit,
+        GROUP=group, KIND=kind, **options,
+    )  # fmt: skip

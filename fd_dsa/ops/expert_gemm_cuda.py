@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import ctypes
 
-from fd_dsa.ops.dense_kernels import GROUP
+from fd_dsa.ops.dense_kernels import GROUP, empty_beside, kernel_arguments
 from fd_dsa.ops.library_kernel import LibraryKernel, hopper_kernel
-from fd_dsa.tensor import Tensor
+from fd_dsa.tensor import Fp8Rows, Tensor
 
 MANY_PAIRS = 32
 """Minimum mean number of pairs of an expert for this kernel."""
@@ -37,40 +37,37 @@ class ExpertGemm(LibraryKernel):
 
     def __call__(
         self,
-        x: tuple[Tensor, Tensor],
+        x: Fp8Rows,
         weight: tuple[Tensor, Tensor],
         pairs: Tensor,
         counts: Tensor,
-        out: Tensor,
-        out_scales: Tensor | None,
-        taken: Tensor,
+        out: Tensor | Fp8Rows,
         *,
         round_scales: bool,
     ) -> None:
         """Enqueue the GEMM, a memset and one launch.
 
         Args:
-            x, weight: codes and scales, as for `expert_gemm`.
-            out: result, or its codes for a gated GEMM.
-            out_scales: scales of the result of a gated GEMM, else None.
-            taken: int32 [1], scratch memory of only this launch.
+            x, weight, pairs, counts, round_scales: as for `expert_gemm`.
+            out: [pairs, columns], the result: Fp8Rows of a gated GEMM, else bfloat16.
         """
         job = self.job
-        self.bind(out)
-        for name, tensor in (("x", x[0]), ("weight", weight[0]), ("out", out)):
+        plain, codes, out_scales, job.out_stride = kernel_arguments(out)
+        values = plain if codes is None else codes
+        self.bind(values)
+        # the launch uses it, and later work of the stream may take its memory again
+        taken = empty_beside(values, 1, dtype="int32")
+        for name, tensor in (("x", x.codes), ("weight", weight[0]), ("out", values)):
             setattr(job, name, self._address(name, tensor, multiple=16))
-        others = {"x_scales": x[1], "weight_scales": weight[1], "pairs": pairs, "counts": counts}
-        for name, tensor in {**others, "taken": taken}.items():
+        others = {"x_scales": x.scales, "weight_scales": weight[1], "pairs": pairs}
+        for name, tensor in {**others, "counts": counts, "taken": taken}.items():
             setattr(job, name, self._address(name, tensor))
-        gated, job.out_scales, job.out_stride = out_scales is not None, None, 0
-        if out_scales is not None:
-            job.out_scales = self._address("out_scales", out_scales)
-            job.out_stride = out_scales.shape[1]
-        job.x_stride = x[1].shape[1]
-        job.num_tokens, job.num_pairs = pairs.shape[1], out.shape[0]
-        job.row_pairs = out.shape[0] // x[0].shape[0]
-        (job.num_experts, _, job.width), job.columns = weight[0].shape, out.shape[1]
-        job.is_gated, job.round_scales = gated, round_scales
+        job.out_scales = None if out_scales is None else self._address("out_scales", out_scales)
+        job.x_stride, job.num_tokens = x.scales.shape[1], pairs.shape[1]
+        job.num_pairs, job.columns = values.shape
+        job.row_pairs = job.num_pairs // x.codes.shape[0]
+        job.num_experts, _, job.width = weight[0].shape
+        job.is_gated, job.round_scales = out_scales is not None, round_scales
         self.launch()
 
 

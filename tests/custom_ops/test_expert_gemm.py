@@ -105,14 +105,12 @@ def test_rows_without_an_expert_are_not_written(
     case = Operands(m, "uint8", 70, 512, 256)
     kernel = kernel_for(case.x.codes)
     assert kernel is not None
-    out, scales = m.poisoned((140, 256), "uint8"), m.poisoned((2, 140), "float32")
-    taken = m.poisoned((1,), "int32")
-    operands = tuple(case.x[:2]), case.weight, pairs, counts, out, scales, taken
-    kernel(*operands, round_scales=True)
-    case.check_gated(Fp8Rows(out, scales), ids, round_scales=True)
+    out = Fp8Rows(m.poisoned((140, 256), "uint8"), m.poisoned((2, 140), "float32"))
+    kernel(case.x, case.weight, pairs, counts, out, round_scales=True)
+    case.check_gated(out, ids, round_scales=True)
     gone = ids.ravel() < 0
-    assert (m.get(out)[gone] == 0xA5).all()
-    assert (m.get(scales).view(np.uint32)[:, gone] == 0xA5A5A5A5).all()
+    assert (m.get(out.codes)[gone] == 0xA5).all()
+    assert (m.get(out.scales).view(np.uint32)[:, gone] == 0xA5A5A5A5).all()
 
 
 def test_special_values(paddle_memory: KernelMemory, launches: list[int]) -> None:
@@ -151,12 +149,11 @@ def test_what_the_launcher_refuses(paddle_memory: KernelMemory, launches: list[i
     assert kernel is not None
 
     def call(width: int, columns: int, out: Any = None, experts: int = 1) -> None:
-        x = m.poisoned((4, width), "uint8"), m.poisoned((1, 8), "float32")
+        x = Fp8Rows(m.poisoned((4, width), "uint8"), m.poisoned((1, 8), "float32"))
         weight = m.poisoned((experts, columns, width), "uint8"), m.poisoned((1,), "float32")
         lists = m.poisoned((experts, 4), "int32"), m.poisoned((experts,), "int32")
         out = m.poisoned((4, columns), "bfloat16") if out is None else out
-        taken = m.poisoned((1,), "int32")
-        kernel(x, weight, *lists, out, None, taken, round_scales=False)
+        kernel(x, weight, *lists, out, round_scales=False)
 
     for sizes in ((100, 128), (128, 64), (192, 128)):
         with pytest.raises(DeviceError, match="fd_dsa_expert_gemm_cuda: CUDA error"):
