@@ -92,7 +92,7 @@ def attend_v4(
     cos_sin: Tensor,
     places: TokenPlaces,
     epsilon: float,
-    partials: Partials | None = None,
+    partials: Partials,
     round_scales: bool | None = None,
     plain: PlainKeys | None = None,
 ) -> Tensor | Fp8Rows:
@@ -105,7 +105,7 @@ def attend_v4(
         sinks: float32 [num_heads].
         cos_sin: float32 [num_positions, rotated channels], the last ones of a head; cos, then sin.
         epsilon: term added to the mean square of a query.
-        partials: memory for splits; None = no splits.
+        partials: memory of `new_partials`.
         round_scales: None returns the type of `q`. Otherwise the result is Fp8Rows with such
             scales; the width is then a multiple of 128.
         plain: values of the records of some rows. Only a kernel of custom_ops/ reads them, so
@@ -140,7 +140,7 @@ def _attend_by_triton(
     cos_sin: Tensor,
     places: TokenPlaces,
     epsilon: float,
-    partials: Partials | None,
+    partials: Partials,
     out: Tensor | Fp8Rows,
     *,
     round_scales: bool,
@@ -153,14 +153,13 @@ def _attend_by_triton(
     pool, ratio, slots = entries or (None, 1, None)
     padded = max(16, next_power_of_2(width))
     per_block, in_table = 1 if pool is None else pool.shape[1], places.block_table.shape[1]
-    # a launch without memory for splits is small
-    shared, is_plain = traits_for(q).shared_bytes if partials else 0, windows.keys.dtype == q.dtype
+    shared, is_plain = traits_for(q).shared_bytes, windows.keys.dtype == q.dtype
     tile = _tile(kind, rows_of_tiles(tokens), heads, shared, is_plain=is_plain)
     # of rows of any length
     num_entries = 0 if pool is None else in_table * per_block
     max_tiles = -(-windows.size // tile["KEYS"]) + -(-num_entries // tile["KEYS"])
-    splits = num_splits(tokens, heads, max_tiles) if partials else 1
-    values, lse = partials if partials and splits > 1 else (None, None)
+    splits = num_splits(tokens, heads, max_tiles)
+    values, lse = partials if splits > 1 else (None, None)
     attend_v4_kernel[tokens, -(-heads // tile["HEADS"]), splits](
         q, windows.keys, windows.ring, pool, slots, sinks, cos_sin, *places,
         *kernel_arguments(out), values, lse, heads, in_table,

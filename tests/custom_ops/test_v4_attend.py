@@ -17,7 +17,7 @@ pytest.importorskip("paddle", reason="the launches take Paddle's tensors")
 from fd_dsa.errors import LaunchError
 from fd_dsa.ops import v4_attend, v4_attend_cuda
 from fd_dsa.ops.dense_kernels import quantize_rows
-from fd_dsa.ops.v4_attend import num_programs
+from fd_dsa.ops.v4_attend import new_partials, num_programs
 from fd_dsa.ops.v4_attend_cuda import suits
 from fd_dsa.ops.v4_places import Entries, TokenPlaces, Windows
 from fd_dsa.ops.v4_plain import PlainRows, PlainSizes
@@ -113,6 +113,7 @@ class Step:
         ids = np.concatenate((self.positions, padding)), np.concatenate((self.rows, padding))
         made = (m.put(x.astype(np.int32)) for x in (*ids, self.starts, self.table))
         self.places = TokenPlaces(*made)
+        self.rest = self.places, EPS, new_partials(WIDTH, m.poisoned)
         self.sinks = rng.standard_normal(form.heads).astype(np.float32)
         self.given = self.q, self.windows, self.entries, m.put(self.sinks), m.put(COS_SIN)
 
@@ -161,7 +162,7 @@ def test_every_token_meets_its_keys(memory: KernelMemory, step: int, name: str) 
 def check(m: KernelMemory, form: Form, step: tuple[list[int], list[int]]) -> None:
     """Assert the results of a step's tokens."""
     case = Step(m, form, *step)
-    found = block_fp8.get(m, v4_attend.attend_v4(*case.given, case.places, EPS))
+    found = block_fp8.get(m, v4_attend.attend_v4(*case.given, *case.rest))
     for token in range(len(case.rows)):
         wanted = case.wanted(token)
         error = np.abs(found[token] - wanted).max() / np.abs(wanted).max()
@@ -172,14 +173,14 @@ def check(m: KernelMemory, form: Form, step: tuple[list[int], list[int]]) -> Non
 
 def test_codes_are_those_of_the_values(memory: KernelMemory) -> None:
     m, case = memory, Step(memory, FORMS["selected"], *STEPS[1])
-    plain = v4_attend.attend_v4(*case.given, case.places, EPS)
-    found = v4_attend.attend_v4(*case.given, case.places, EPS, round_scales=True)
+    plain = v4_attend.attend_v4(*case.given, *case.rest)
+    found = v4_attend.attend_v4(*case.given, *case.rest, round_scales=True)
     assert isinstance(found, Fp8Rows)
     wanted, tokens = quantize_rows(plain, True), len(case.rows)
     np.testing.assert_array_equal(m.get(found.codes)[:tokens], m.get(wanted.codes)[:tokens])
     scales = m.get(found.scales)[:, :tokens], m.get(wanted.scales)[:, :tokens]
     np.testing.assert_array_equal(*scales)
-    again = v4_attend.attend_v4(*case.given, case.places, EPS, round_scales=True)
+    again = v4_attend.attend_v4(*case.given, *case.rest, round_scales=True)
     assert isinstance(again, Fp8Rows)
     np.testing.assert_array_equal(m.get(found.codes), m.get(again.codes))
 
@@ -188,7 +189,7 @@ def test_codes_are_those_of_the_values(memory: KernelMemory) -> None:
 def test_plain_rows_read_values(memory: KernelMemory, name: str) -> None:
     """They have the bits of records, which are wrong by now. Other rows read records."""
     m, form, case = memory, FORMS[name], Step(memory, FORMS[name], *STEPS[1])
-    wanted = m.get(v4_attend.attend_v4(*case.given, case.places, EPS))
+    wanted = m.get(v4_attend.attend_v4(*case.given, *case.rest))
     rows, columns = case.table.shape
     tokens, ratio = len(case.rows) + 1, form.ratio or LONGEST
     block = form.per_block * ratio
@@ -227,7 +228,7 @@ def test_plain_rows_read_values(memory: KernelMemory, name: str) -> None:
                 slots[token][slots[token] >= 0] = found
         entries = entries._replace(pool=pool, slots=m.put(slots.astype(np.int32)))
         entries = entries if form.topk else entries._replace(slots=None)
-    given = case.q, windows, entries, *others, case.places, EPS
+    given = case.q, windows, entries, *others, *case.rest
     found = m.get(v4_attend.attend_v4(*given, plain=values))
     np.testing.assert_array_equal(found, wanted)
     # the values of plain rows are read, and no others
@@ -252,7 +253,7 @@ def test_values_without_the_kernel_are_refused(
     values = plain.fill(case.windows, None, case.places.rows, 0)
     monkeypatch.setattr(v4_attend_cuda, "FEW_PROGRAMS", 1 << 20)
     with pytest.raises(LaunchError, match="Triton's kernel reads no plain keys"):
-        v4_attend.attend_v4(*case.given, case.places, EPS, plain=values)
+        v4_attend.attend_v4(*case.given, *case.rest, plain=values)
 
 
 def test_sizes_that_triton_serves() -> None:
@@ -271,7 +272,7 @@ def test_unaligned_queries_are_refused(memory: KernelMemory) -> None:
     case = Step(memory, FORMS["window"], *STEPS[0])
     queries = memory.poisoned((len(case.rows) + 1, 20 * WIDTH + 1), "bfloat16")[:, 1:]
     with pytest.raises(LaunchError, match="q is not aligned to 16 bytes"):
-        v4_attend.attend_v4(queries, *case.given[1:], case.places, EPS)
+        v4_attend.attend_v4(queries, *case.given[1:], *case.rest)
 
 
 KEYS = "v4_attend_keys.cuh"

@@ -255,7 +255,14 @@ class AttendedInTiles(Attended):
     window, ratio, per_block, topk, last = 40, 2, 8, 20, 50
 
 
-@pytest.mark.parametrize("is_split", [False, True])
+@pytest.fixture(params=["one program", "splits"])
+def splits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs of a token and a few heads: one as in a long step, or several."""
+    if request.param == "one program":
+        monkeypatch.setattr("fd_dsa.ops.v4_attend.num_splits", lambda *_: 1)
+
+
+@pytest.mark.usefixtures("splits")
 @pytest.mark.parametrize("made", [Attended, AttendedInTiles])
 @pytest.mark.parametrize("selects", [None, False, True])
 @pytest.mark.parametrize(
@@ -269,28 +276,24 @@ def test_attention(
     width: int,
     selects: bool | None,
     made: type[Attended],
-    is_split: bool,
     paddle_memory: KernelMemory,
 ) -> None:
     m, case = paddle_memory, made(paddle_memory, kind, heads, width)
-    partials = new_partials(width, m.poisoned) if is_split else None
     entries = None
     if selects is not None:
         entries = Entries(case.put(case.pool), case.ratio, m.put(case.slots) if selects else None)
-    shared = m.put(case.sinks), m.put(COS_SIN), case.places, EPS, partials
-    given = case.q, case.windows, entries, *shared
-    found = block_fp8.get(m, attend_v4(*given))
+    shared = m.put(case.sinks), m.put(COS_SIN), case.places, EPS, new_partials(width, m.poisoned)
+    found = block_fp8.get(m, attend_v4(case.q, case.windows, entries, *shared))
     wanted = np.stack([case.wanted(token, selects) for token in range(len(case.rows))])
     check(found.reshape(wanted.shape), wanted, kind)
 
 
-@pytest.mark.parametrize("is_split", [False, True])
+@pytest.mark.usefixtures("splits")
 @pytest.mark.parametrize("round_scales", [False, True])
-def test_attention_in_fp8(round_scales: bool, is_split: bool, paddle_memory: KernelMemory) -> None:
+def test_attention_in_fp8(round_scales: bool, paddle_memory: KernelMemory) -> None:
     """The codes are those of a launch that reads the values."""
-    m = paddle_memory
+    m, partials = paddle_memory, new_partials(256, paddle_memory.poisoned)
     case = AttendedInTiles(m, "bfloat16", 5, 256)
-    partials = new_partials(256, m.poisoned) if is_split else None
     entries = Entries(case.put(case.pool), case.ratio)
     given = case.q, case.windows, entries, m.put(case.sinks), m.put(COS_SIN), case.places, EPS
     plain = attend_v4(*given, partials)
