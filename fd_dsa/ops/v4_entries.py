@@ -18,13 +18,6 @@ import triton  # isort: skip
 import triton.language as tl  # isort: skip
 
 
-class Norm(NamedTuple):
-    """Weight of an RMSNorm, float32 [width], and the term added to the mean square."""
-
-    weight: Tensor
-    epsilon: float
-
-
 class Pooling(NamedTuple):
     """Weights of one compressor, and the pool of its entries.
 

@@ -24,7 +24,7 @@ from fd_dsa.ops.dense_kernels import (
 )
 from fd_dsa.ops.device_functions import widened
 from fd_dsa.ops.step_kernel import step_kernel
-from fd_dsa.ops.v4_entries import Compression, Norm, normed_row, pooled_row, store_key
+from fd_dsa.ops.v4_entries import Compression, normed_row, pooled_row, store_key
 from fd_dsa.ops.v4_records import store_index_record
 from fd_dsa.tensor import Normed, Tensor
 from fd_dsa.triton_runtime import next_power_of_2, start_next, wait_for_inputs
@@ -188,8 +188,9 @@ def write_step_kernel(
 
 def write_step(
     projected: Tensor,
-    latent_norm: Norm,
-    key_norm: Norm,
+    latent_weight: Tensor,
+    key_weight: Tensor,
+    epsilon: float,
     cos_sin: Tensor,
     positions: Tensor,
     compression: Compression | None = None,
@@ -203,7 +204,8 @@ def write_step(
     Args:
         projected: [num_tokens, rank + width], latents of the queries, then keys; there may be gaps
             between rows.
-        latent_norm, key_norm: norms of both, with the same epsilon. Entries have it, too.
+        latent_weight, key_weight: float32 [rank] and [width], weights of their RMSNorms.
+        epsilon: term added to the mean squares of both and of entries.
         cos_sin: float32 [num_positions, rotated channels]; cos, then sin. An entry is rotated as
             the first token of its own group.
         positions: int32 [num_tokens or more].
@@ -219,7 +221,7 @@ def write_step(
 
     Cost: one launch.
     """
-    tokens, rank, width = projected.shape[0], latent_norm.weight.shape[0], key_norm.weight.shape[0]
+    tokens, rank, width = projected.shape[0], latent_weight.shape[0], key_weight.shape[0]
     rope = cos_sin.shape[1]
     row = v4_record_bytes(width, rope) if as_records else width
     latents = empty_beside(projected, tokens, rank)
@@ -231,9 +233,9 @@ def write_step(
     if tokens:
         _, codes, scales, scale_stride = kernel_arguments(fp8)
         write_step_kernel[(num_jobs,)](
-            projected, latent_norm.weight, latents, codes, scales, key_norm.weight, cos_sin,
+            projected, latent_weight, latents, codes, scales, key_weight, cos_sin,
             positions, keys, *(kept or (None, None)), *given, tokens, *counts,
-            scale_stride, key_norm.epsilon, STRIDE=projected.strides[0], RANK=rank,
+            scale_stride, epsilon, STRIDE=projected.strides[0], RANK=rank,
             RANK_PADDED=max(GROUP, next_power_of_2(rank)), ROUND_SCALES=bool(round_scales),
             WIDTH=width, ROPE=rope, ROW=row, TILE=_TILE, PADDED=next_power_of_2(width),
             num_warps=4, **sizes,

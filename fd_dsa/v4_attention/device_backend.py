@@ -29,7 +29,7 @@ from fd_dsa.ops.providers import device_kind
 from fd_dsa.ops.slot_copy import copy_slot
 from fd_dsa.ops.topk.custom_op import slot_selector
 from fd_dsa.ops.v4_attend import attend_v4, new_partials
-from fd_dsa.ops.v4_entries import Compression, Norm, Pooling
+from fd_dsa.ops.v4_entries import Compression, Pooling
 from fd_dsa.ops.v4_places import Entries, PlainKeys, Windows
 from fd_dsa.ops.v4_plain import PlainRows
 from fd_dsa.ops.v4_rotation import rotate_heads
@@ -240,8 +240,7 @@ class V4DeviceBackend:
         norm, ring = layer.q_norm, Ring(step.ring_rows, pools.ring)
         latent, keys = write_step(
             projected,
-            Norm(norm.weight, norm.epsilon),
-            Norm(layer.kv_norm, norm.epsilon),
+            *(norm.weight, layer.kv_norm, norm.epsilon),
             cos_sin,
             positions,
             compression,

@@ -13,7 +13,7 @@ from fd_dsa.ops.dense_kernels import quantize_rows, rms_norm
 from fd_dsa.ops.expert_tables import look_up_experts
 from fd_dsa.ops.sampling.token_buffer import NO_TOKEN, NOT_FINITE
 from fd_dsa.ops.v4_attend import attend_v4, new_partials, num_splits
-from fd_dsa.ops.v4_entries import Compression, Norm, Plan, Pooling
+from fd_dsa.ops.v4_entries import Compression, Plan, Pooling
 from fd_dsa.ops.v4_places import Entries, TokenPlaces, Windows
 from fd_dsa.ops.v4_rotation import rotate_heads
 from fd_dsa.ops.v4_write_kernels import Ring, keep_step, write_step
@@ -70,7 +70,7 @@ def test_latents_keys_and_rotated_heads(width: int, kind: str, paddle_memory: Ke
     rng = np.random.default_rng(1)
     weight, of_latents = rng.random(width, np.float32), m.put(rng.random(rank, np.float32))
     cos_sin, places = m.put(COS_SIN), m.put(positions)
-    norms = Norm(of_latents, EPS), Norm(m.put(weight), EPS)
+    norms = of_latents, m.put(weight), EPS
     latents, keys = write_step(rows, *norms, cos_sin, places, round_scales=True)
     wanted = normed(exact[:, rank:], weight)
     check(
@@ -145,7 +145,7 @@ def test_entries_pool_old_and_new_sources(
     snapshot = np.full(token, -1, np.int32)
     snapshot[:2] = 9, 7
     projected, ones = drawn(m, kind, token, rank + 32)[0], m.put(np.ones(32, np.float32))
-    norms = Norm(m.put(np.ones(rank, np.float32)), EPS), Norm(ones, EPS)
+    norms = m.put(np.ones(rank, np.float32)), ones, EPS
     given = m.put(COS_SIN), m.put(np.zeros(token, np.int32)), step
     _, keys = write_step(projected, *norms, *given, None if has_prompts else ring)
     if has_prompts:
