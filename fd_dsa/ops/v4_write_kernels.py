@@ -12,7 +12,7 @@ keeps them after attention.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fd_dsa.cache_formats import v4_record_bytes
 from fd_dsa.ops.dense_kernels import (
@@ -24,7 +24,7 @@ from fd_dsa.ops.dense_kernels import (
 )
 from fd_dsa.ops.device_functions import widened
 from fd_dsa.ops.step_kernel import step_kernel
-from fd_dsa.ops.v4_entries import Compression, normed_row, pooled_row, store_key
+from fd_dsa.ops.v4_entries import Compression, Plan, Pooling, normed_row, pooled_row, store_key
 from fd_dsa.ops.v4_records import store_index_record
 from fd_dsa.tensor import Normed, Tensor
 from fd_dsa.triton_runtime import next_power_of_2, start_next, wait_for_inputs
@@ -35,6 +35,10 @@ import triton.language as tl  # isort: skip
 # sources that are loaded at a time
 _TILE = 8
 _BLOCK = tl.constexpr(1024)
+# compressors of a layer with windows only; kernels read no tensor that is None
+_NONE: Any = None
+_NO_POOLING = Pooling(_NONE, _NONE, _NONE)
+_NO_ENTRIES = Compression(_NONE, _NONE, Plan(_NONE, _NONE, _NONE, 0, 0, 1, 1, 1), _NO_POOLING)
 
 
 class Ring(NamedTuple):
@@ -227,46 +231,39 @@ def write_step(
     latents = empty_beside(projected, tokens, rank)
     fp8 = None if round_scales is None else empty_fp8_rows(projected, tokens, rank)
     keys = empty_beside(projected, tokens, row, dtype="uint8" if as_records else None)
-    given, sizes, counts = _of_compression(compression)
-    num_jobs = counts[0] * (1 + (sizes["INDEX_WIDTH"] > 0)) + 2 * tokens
-    num_jobs += counts[1] if kept else 0
+    compression = compression or _NO_ENTRIES
+    sources, states, plan, main, index = compression
+    num_jobs = plan.num_entries * (1 if index is None else 2) + 2 * tokens
+    num_jobs += plan.num_kept if kept else 0
     if tokens:
         _, codes, scales, scale_stride = kernel_arguments(fp8)
         write_step_kernel[(num_jobs,)](
             projected, latent_weight, latents, codes, scales, key_weight, cos_sin,
-            positions, keys, *(kept or (None, None)), *given, tokens, *counts,
+            positions, keys, *(kept or (None, None)), sources, states, plan.entries, plan.rows,
+            plan.kept, *main, *(index or _NO_POOLING), tokens, plan.num_entries, plan.num_kept,
             scale_stride, epsilon, STRIDE=projected.strides[0], RANK=rank,
             RANK_PADDED=max(GROUP, next_power_of_2(rank)), ROUND_SCALES=bool(round_scales),
             WIDTH=width, ROPE=rope, ROW=row, TILE=_TILE, PADDED=next_power_of_2(width),
-            num_warps=4, **sizes,
+            num_warps=4, **_sizes(compression),
         )  # fmt: skip
     return latents if fp8 is None else Normed(latents, fp8), keys
 
 
-def _of_compression(
-    compression: Compression | None,
-) -> tuple[tuple[Tensor | None, ...], dict[str, int], tuple[int, int]]:
-    """Return the tensors of `write_step_kernel`, its sizes, and the entries and kept sources."""
-    if compression is None:
-        names = "SOURCE", "SOURCE_STRIDE", "HALVES", "RATIO", "POOL", "RING", "PER_BLOCK"
-        sizes = dict.fromkeys(names, 1) | {"INDEX_WIDTH": 0, "INDEX_PADDED": 2}
-        return (None,) * 11, sizes, (0, 0)
-    sources, states, plan, main, index = compression
-    width = 0 if index is None else index.norm.shape[0]
-    sizes = {
+def _sizes(compression: Compression) -> dict[str, int]:
+    """Return the constants of `write_step_kernel` for the compressors of a layer."""
+    sources, _, plan, main, index = compression
+    width, has_entries = 0 if index is None else index.norm.shape[0], compression is not _NO_ENTRIES
+    return {
         "INDEX_WIDTH": width,
         "INDEX_PADDED": next_power_of_2(width or 2),
-        "SOURCE": sources.shape[1],
-        "SOURCE_STRIDE": sources.strides[0],
+        "SOURCE": sources.shape[1] if has_entries else 1,
+        "SOURCE_STRIDE": sources.strides[0] if has_entries else 1,
         "HALVES": plan.pool // plan.ratio,
         "RATIO": plan.ratio,
         "POOL": plan.pool,
         "RING": plan.ring,
-        "PER_BLOCK": main.entries.shape[1],
+        "PER_BLOCK": main.entries.shape[1] if has_entries else 1,
     }
-    arrays = plan.entries, plan.rows, plan.kept
-    given = sources, states, *arrays, *main, *(index or (None, None, None))
-    return given, sizes, (plan.num_entries, plan.num_kept)
 
 
 @step_kernel(strided=("sources_ptr",), waits=True)
@@ -325,11 +322,11 @@ def keep_step(
 
     Cost: one launch.
     """
-    (sources, states, _, _, plan, *_), sizes, (_, num_kept) = _of_compression(compression)
-    tokens, width = keys.shape
+    compression, (tokens, width) = compression or _NO_ENTRIES, keys.shape
+    (sources, states, plan, *_), sizes = compression, _sizes(compression)
     if tokens:
-        keep_step_kernel[(max(tokens, num_kept),)](
-            keys, kept.places, snapshot_places, kept.keys, sources, plan, states, tokens, num_kept,
-            WIDTH=width, PADDED=next_power_of_2(width), num_warps=4,
+        keep_step_kernel[(max(tokens, plan.num_kept),)](
+            keys, kept.places, snapshot_places, kept.keys, sources, plan.kept, states, tokens,
+            plan.num_kept, WIDTH=width, PADDED=next_power_of_2(width), num_warps=4,
             **{name: sizes[name] for name in ("SOURCE", "SOURCE_STRIDE", "RING")},
         )  # fmt: skip
