@@ -47,6 +47,8 @@ It is two programs on each of the 132 processors of a Hopper GPU, as the registe
 Programs of further tokens would wait until others have ended, while tiles of 16 tokens read `fn`
 once.
 """
+# arguments from `base_ptr` to `scale_stride` of a first launch that has no work of the second
+_NO_READING = (*[None] * 7, 0)
 
 
 class Connection(NamedTuple):
@@ -235,7 +237,7 @@ def read_streams_kernel(
 
 def between_blocks(
     streams: Tensor | None,
-    change: Tensor | None,
+    change: Tensor,
     mixture: Tensor | None,
     connection: Connection,
     num_streams: int,
@@ -243,14 +245,15 @@ def between_blocks(
     """Add the output of a block to the streams, and read the input of the next block.
 
     Args:
-        streams, change, mixture, connection, num_streams: as for `expand_streams`.
+        streams, mixture, num_streams: as for `expand_streams`.
+        change: output of the block.
+        connection: the next connection.
 
     Returns:
         The streams, and both results of `read_streams`.
     """
     like, counts = change if streams is None else streams, None
-    assert like is not None, "without streams there is a change"
-    tokens, width = like.shape[0], like.shape[-1]
+    tokens, width = change.shape
     parts = -(-width // _tile(tokens, width)[1])
     if 0 < tokens <= min(_TOKENS, FEW_PROGRAMS // parts) and not fixed_order():
         counts = scratch_beside(connection.base, "residual streams", 0)
@@ -284,9 +287,9 @@ def expand_streams(
         connection: the next connection; None = no projection.
 
     Returns:
-        The streams, and the sums for `read_streams`.
+        The streams, and the sums for `read_streams`; without a connection these are any tensor.
     """
-    return _expand(streams, change, mixture, connection, num_streams, None, (*[None] * 7, 0))
+    return _expand(streams, change, mixture, connection, num_streams)
 
 
 def read_streams(
@@ -318,8 +321,8 @@ def _expand(
     mixture: Tensor | None,
     connection: Connection | None,
     num_streams: int,
-    counts: Tensor | None,
-    reading: tuple[Any, ...],
+    counts: Tensor | None = None,
+    reading: tuple[Any, ...] = _NO_READING,
 ) -> tuple[Tensor, Tensor]:
     """Launch the first kernel, with counters of finished programs also the work of the second."""
     like = change if streams is None else streams

@@ -44,7 +44,7 @@ for kind in ("float32", "bfloat16"):
             label = "streams" if "fn_ptr" not in absent else "last streams"
             compile(label, expand_streams_kernel, types, **block, TOKENS=tile,
                     BLOCK=64, num_warps=4, **NO_READING, **absent)
-            if "fn_ptr" not in absent and tile == 16:
+            if not absent.keys() & {"fn_ptr", "change_ptr"} and tile == 16:
                 compile("norm", expand_streams_kernel, types | dict(codes_ptr="uint8"), **block,
                         TOKENS=1, BLOCK=64, num_warps=warps, **absent)
         if tile == 16:
