@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from math import prod
-from typing import cast
-
 from fd_dsa.attention.config import DSABackendConfig, IndexerSizes
 from fd_dsa.attention.device_scores import tile_sizes, tiles_unsupported_reason
-from fd_dsa.device.allocation import Allocate, Sizes, buffer_bytes
+from fd_dsa.device.allocation import ByteCounter, Sizes, add_buffers
 from fd_dsa.ops.mla import tensor_core
 from fd_dsa.triton_runtime.driver import GpuTraits
 
@@ -68,15 +65,14 @@ def workspace_bytes(config: DSABackendConfig, gpu: GpuTraits) -> int:
     Args:
         gpu: traits of the device, which select the kernels and their memory.
     """
-    total = buffer_bytes(buffer_sizes(config) | score_sizes(config.indexer, gpu))
+    count = ByteCounter()
+    add_buffers({}, buffer_sizes(config) | score_sizes(config.indexer, gpu), count)
     if tensor_core.unsupported_reason(gpu.capability, *config.kernel_types) is None:
-        # counts the bytes of float32 values in place of an allocation
-        count = cast(Allocate, lambda shape, _: 4 * prod(shape))
         for heads in {config.num_heads, config.exchanged_heads}:
-            total += sum(cast("tuple[int, ...]", tensor_core.new_partials(heads, count)))
+            tensor_core.new_partials(heads, count)
     if config.head_widths is None:
-        return total
+        return count.total
     # other libraries' tensors have no dense prompts, whose module imports Paddle
     from fd_dsa.attention import dense_prompts
 
-    return total + dense_prompts.workspace_bytes(config)
+    return count.total + dense_prompts.workspace_bytes(config)

@@ -19,7 +19,7 @@ Sizes = dict[str, tuple[int, tuple[int, ...], str]]
 """Number of values, shape of one value and dtype of each buffer, by name."""
 Buffers = dict[str, tuple[Tensor, tuple[int, ...]]]
 """Memory and the shape of one value, by name."""
-_WIDTHS = {"float32": 4, "bfloat16": 2, "int32": 4, "uint8": 1}
+_WIDTHS = {"float32": 4, "bfloat16": 2, "int32": 4, "int64": 8, "uint8": 1}
 # a view is small, and a server sees few row counts and, in decode steps, few token counts
 CACHED_VIEWS = 512
 
@@ -30,9 +30,19 @@ def add_buffers(buffers: Buffers, sizes: Sizes, allocate: Allocate) -> None:
         buffers[name] = allocate((count * prod(shape),), dtype), shape
 
 
-def buffer_bytes(sizes: Sizes) -> int:
-    """Return the bytes of named buffers."""
-    return sum(count * prod(shape) * _WIDTHS[dtype] for count, shape, dtype in sizes.values())
+class ByteCounter:
+    """Allocator that counts bytes, and makes no tensors.
+
+    Attributes:
+        total: bytes of all tensors so far.
+    """
+
+    def __init__(self) -> None:
+        self.total = 0
+
+    # Any, because callers expect a Tensor and read nothing of the None that they get
+    def __call__(self, shape: tuple[int, ...], dtype: str) -> Any:
+        self.total += prod(shape) * _WIDTHS[dtype]
 
 
 def buffer_view(buffers: Buffers, name: str, *counts: int) -> Tensor:

@@ -42,11 +42,6 @@ def new_partials(width: int, allocate: Allocate) -> Partials:
     return Partials(allocate((rows * width,), "float32"), allocate((rows,), "float32"))
 
 
-def partial_bytes(width: int) -> int:
-    """Return the bytes that `new_partials` allocates."""
-    return 4 * _PROGRAMS * _HEADS * (width + 1)
-
-
 def num_programs(num_tokens: int, num_heads: int) -> int:
     """Return the programs of a step without splits, each with 16 heads.
 

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from math import prod
-
 from fd_dsa.attention.config import IndexerSizes
 from fd_dsa.attention.device_memory import score_sizes
-from fd_dsa.device.allocation import buffer_bytes
+from fd_dsa.device.allocation import ByteCounter, add_buffers
 from fd_dsa.models.deepseek_v4.config import CSA, WINDOW
 from fd_dsa.ops import v4_plain
-from fd_dsa.ops.v4_attend import num_programs, partial_bytes
+from fd_dsa.ops.v4_attend import new_partials, num_programs
 from fd_dsa.ops.v4_attend_cuda import suits
 from fd_dsa.ops.v4_plain import PlainSizes
 from fd_dsa.runner.input_batch import InputBatch
 from fd_dsa.triton_runtime.driver import GpuTraits
 from fd_dsa.v4_attention.device_pools import DeviceLayout
-from fd_dsa.v4_attention.device_step import array_bytes
+from fd_dsa.v4_attention.device_step import StepPlaces
 
 
 def indexer_sizes(layout: DeviceLayout, batch: InputBatch, dtype: str) -> IndexerSizes:
@@ -66,11 +64,16 @@ def workspace_bytes(layout: DeviceLayout, batch: InputBatch, dtype: str, gpu: Gp
         dtype: type of activations.
         gpu: traits of the device, which select the kernels and their memory.
     """
-    config, indexer = layout.config, indexer_sizes(layout, batch, dtype)
-    angles = 4 * 2 * batch.max_row_len * config.qk_rope_head_dim
-    plain, arrays = plain_sizes(layout, batch, dtype), array_bytes(config, batch)
-    scores = score_sizes(indexer, gpu, plain.least_words if plain else 0)
+    config, count = layout.config, ByteCounter()
+    plain = plain_sizes(layout, batch, dtype)
+    least = plain.least_words if plain else 0
+    scores = score_sizes(indexer_sizes(layout, batch, dtype), gpu, least)
+    add_buffers({}, scores, count)
     if plain is not None:
-        shapes = plain.arrays(plain.capacity(scores["logits"][0]))
-        arrays += 4 * sum(map(prod, shapes))
-    return buffer_bytes(scores) + angles + arrays + partial_bytes(config.head_dim)
+        for shape in plain.arrays(plain.capacity(scores["logits"][0])):
+            count(shape, "int32")
+    # both tables of angles, which are not computed here because that takes long
+    count((2, batch.max_row_len, config.qk_rope_head_dim), "float32")
+    StepPlaces(layout, batch, count)
+    new_partials(config.head_dim, count)
+    return count.total

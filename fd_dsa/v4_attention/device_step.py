@@ -7,7 +7,6 @@ addition to the runner's inputs.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 from fd_dsa.device.allocation import Allocate
@@ -146,12 +145,6 @@ def array_sizes(config: DeepseekV4Config, batch: InputBatch) -> list[tuple[tuple
         kept += rows * pool if kind == CSA else 0
         sizes += [((entries, 4), "int32"), ((entries,), "int32"), ((kept, 4), "int32")]
     return [*sizes, ((tokens,), "int32")]
-
-
-def array_bytes(config: DeepseekV4Config, batch: InputBatch) -> int:
-    """Return the bytes that a StepPlaces allocates."""
-    widths = {"int32": 4, "int64": 8}
-    return sum(widths[dtype] * prod(shape) for shape, dtype in array_sizes(config, batch))
 
 
 def _plan_sizes(

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fd_dsa.models.registry import config_from_dict
 from fd_dsa.runner import InputBatch
 from fd_dsa.v4_attention.device_pools import DeviceLayout
-from fd_dsa.v4_attention.device_step import DeviceStep, StepPlaces, array_bytes
+from fd_dsa.v4_attention.device_step import DeviceStep, StepPlaces
 from fd_dsa.v4_attention.pools import prepare_sizes
 from fd_dsa.v4_prepare import v4_prepare_np
 from tests.kernel_memory import KernelMemory
@@ -54,14 +54,7 @@ def check(
     m: KernelMemory, rows: list[tuple[int, int]], padding: int, idle_rows: int, drafts: int = 0
 ) -> None:
     """Compare the arrays of a step with padding after its tokens and after its rows."""
-    taken: list[int] = []
-
-    def allocate(shape: tuple[int, ...], dtype: str) -> object:
-        taken.append(int(np.prod(shape)) * np.dtype(dtype).itemsize)
-        return m.poisoned(shape, dtype)
-
-    places = StepPlaces(DeviceLayout(CONFIG, "float32", BLOCK, drafts), BATCH, allocate)
-    assert sum(taken) == array_bytes(CONFIG, BATCH)
+    places = StepPlaces(DeviceLayout(CONFIG, "float32", BLOCK, drafts), BATCH, m.poisoned)
     before, new = np.array(rows + [(0, 0)] * idle_rows, np.int32).T.copy()
     table = np.random.default_rng(1).permutation(ROWS * COLUMNS)[: len(new) * COLUMNS]
     table = table.reshape(-1, COLUMNS).astype(np.int32)
