@@ -654,6 +654,8 @@ __global__ void __launch_bounds__(kThreads, Form<kPairs>::kBlocks)
 
 // With fewer pairs of an expert on average tiles have 16, and the rows between both GEMMs may be in FP8.
 constexpr int kFew = 16;
+// From this average on tiles have 240, and a counter in memory gives them to blocks.
+constexpr int kManyPairs = 64;
 
 inline int mean_pairs(const Job& job) { return job.num_pairs / job.num_experts; }
 
@@ -664,7 +666,8 @@ inline bool is_supported(const Job& job) {
   const int step = job.is_gated != 0 ? kHalfColumns : kColumns;
   return job.width > 0 && job.width % kPiece == 0 && job.columns % step == 0 &&
          job.num_experts > 0 && job.num_experts <= kMaxExperts && job.row_pairs > 0 &&
-         job.taken != nullptr && job.factors != nullptr && job.peaks != nullptr &&
+         (job.taken != nullptr || mean_pairs(job) < kManyPairs) && job.factors != nullptr &&
+         job.peaks != nullptr &&
          job.x_stride >= job.num_rows && (!is_in_fp8(job) || mean_pairs(job) < kFew) &&
          (job.x_group == kPiece || (job.x_group == kPiece / 2 && job.is_gated == 0)) &&
          (job.out_scales == nullptr || (job.out_stride >= job.num_pairs && job.is_gated != 0)) &&
@@ -702,7 +705,7 @@ static int launch_form(const Job& job, void* stream) {
   const int mean = mean_pairs(job);
   if (is_in_fp8(job)) return launch_experts<kGated, kFew, true>(job, stream);
   if (mean < kFew) return launch_experts<kGated, kFew>(job, stream);
-  if (mean < 64) return launch_experts<kGated, 64>(job, stream);
+  if (mean < kManyPairs) return launch_experts<kGated, 64>(job, stream);
   return launch_experts<kGated, 240>(job, stream);
 }
 

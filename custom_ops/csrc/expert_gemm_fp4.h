@@ -28,7 +28,7 @@ extern "C" struct FdDsaExpertGemmFp4 {
   void* out;
   // scales of the codes, float32 [columns / 64, out_stride], powers of two
   float* out_scales;
-  // 4 bytes that the launch sets and uses
+  // 4 bytes that the launch sets and uses; may be null with less than 64 pairs an expert on average
   uint32_t* taken;
   int64_t num_rows;
   int64_t x_stride;

@@ -26,6 +26,8 @@ HALF = GROUP // 2
 """Number of values that share a scale in rows between both GEMMs, with few pairs."""
 # With a smaller mean number of pairs, the launcher has tiles for few pairs.
 _FEW_PAIRS = 16
+# From this mean on, a counter in memory gives tiles to blocks.
+_MANY_PAIRS = 64
 # kind and group of the weights
 _FORM = "e8m0", 32
 _INPUTS = "x", "x_scales", "peaks", "weight", "weight_scales", "factors", "pairs", "counts"
@@ -74,13 +76,11 @@ class Fp4ExpertGemm(LibraryKernel):
         values = plain if codes is None else codes
         self.bind(values)
         rows = x.codes.shape[0]
-        # the launch uses it, and later work of the stream may take its memory again
-        taken = empty_beside(values, 1, dtype="int32")
         operands = {"x": x.codes, "weight": weight.codes, "weight_scales": weight.scales}
         for name, tensor in {**operands, "peaks": weight.peaks, "out": values}.items():
             setattr(job, name, self._address(name, tensor, multiple=16))
         others = {"x_scales": x.scales, "factors": weight.factors, "pairs": pairs, "counts": counts}
-        for name, tensor in {**others, "taken": taken}.items():
+        for name, tensor in others.items():
             setattr(job, name, self._address(name, tensor))
         job.out_scales = None if out_scales is None else self._address("out_scales", out_scales)
         job.limit = math.inf if limit is None else limit
@@ -90,7 +90,11 @@ class Fp4ExpertGemm(LibraryKernel):
         job.num_experts, _, job.width = weight.shape
         job.x_group = job.width // x.scales.shape[0]
         job.columns, job.is_gated = values.shape[1], weight.codes.shape[1] == 2
-        job.starts_early = launches_overlap()
+        job.starts_early, job.taken = launches_overlap(), None
+        if job.num_pairs >= _MANY_PAIRS * job.num_experts:
+            # the launch uses it, and later work of the stream may take its memory again
+            taken = empty_beside(values, 1, dtype="int32")
+            job.taken = self._address("taken", taken)
         self.launch()
 
 

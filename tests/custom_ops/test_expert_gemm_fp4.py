@@ -6,6 +6,7 @@ On a GPU, in Paddle's memory, and on the CPU with emulated threads; see test_spa
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -295,6 +296,14 @@ def test_what_the_launcher_refuses(paddle_memory: KernelMemory, launches: list[i
     out = m.poisoned((513,), "bfloat16")[1:].reshape([4, 128])
     with pytest.raises(LaunchError, match="out is not aligned to 16 bytes"):
         kernel(x, good, *lists, out, None)
+    for num_tokens, is_counted in ((127, False), (128, True)):
+        pairs = group_pairs(m.put(np.zeros((num_tokens, 1), np.int32)), 2)
+        kernel(codes(num_tokens, 128), good, *pairs, values(good, num_tokens), None)
+        assert (kernel.job.taken is not None) == is_counted
+        # a launch of more pairs is refused without the counter
+        kernel.job.taken = None
+        with pytest.raises(DeviceError) if is_counted else nullcontext():
+            kernel.launch()
 
 
 FAULTS = {
