@@ -54,6 +54,11 @@ __device__ __forceinline__ void start_next() {
 #endif
 }
 
+// Returns true for null, too.
+inline bool is_aligned(const void* at, int bytes = 16) {
+  return reinterpret_cast<uintptr_t>(at) % bytes == 0;
+}
+
 // Properties of a GPU.
 struct Gpu {
   int device, major;

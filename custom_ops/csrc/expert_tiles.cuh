@@ -23,8 +23,6 @@ struct Tile {
   int group;                // column group
 };
 
-inline bool is_aligned(const void* at) { return reinterpret_cast<uintptr_t>(at) % 16 == 0; }
-
 // Prepares a launch whose blocks take tiles of some rows, and sets their number.
 //
 // Args:

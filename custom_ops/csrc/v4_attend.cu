@@ -338,9 +338,27 @@ __global__ void __launch_bounds__(kThreads, 1) attend(const __grid_constant__ Jo
 #endif
 }
 
+inline bool is_supported(const Job& job) {
+  const int key_bytes = job.is_fp8 != 0 ? 8 : 16;
+  const int num_plain = (job.plain_keys != nullptr) + (job.plain_ring != nullptr) +
+                        (job.plain_pool != nullptr) + (job.is_plain != nullptr);
+  const bool has_result =
+      job.out != nullptr ||
+      (job.codes != nullptr && job.scales != nullptr && job.scale_stride >= job.num_tokens);
+  // the ring has the keys of a window before the token's own
+  return has_result && job.window > 0 && job.ring_rows >= job.window - 1 &&
+         (job.pool == nullptr || (job.ratio > 0 && job.per_block > 0)) &&
+         (num_plain == 0 || num_plain == 4) && job.q_stride % 8 == 0 && is_aligned(job.q) &&
+         is_aligned(job.keys, key_bytes) && is_aligned(job.ring, key_bytes) &&
+         is_aligned(job.pool, key_bytes) && is_aligned(job.plain_keys) &&
+         is_aligned(job.plain_ring) && is_aligned(job.plain_pool) && is_aligned(job.cos_sin) &&
+         is_aligned(job.out) && is_aligned(job.codes);
+}
+
 // Static, so that two libraries in one process have their own flags.
 static int launch_heads(const Job& job, void* stream) {
   if (job.num_tokens <= 0 || job.num_heads <= 0) return 0;
+  if (!is_supported(job)) return static_cast<int>(cudaErrorInvalidValue);
   static std::atomic<uint64_t> prepared{0};
   Gpu gpu = {};
   cudaError_t error = find_gpu(gpu);

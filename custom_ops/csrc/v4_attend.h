@@ -23,7 +23,7 @@ extern "C" struct FdDsaV4Attend {
   const int32_t* slots;
   // float32 [num_heads]
   const float* sinks;
-  // float32 [positions, 64], cos of 32 pairs, then sin
+  // float32 [positions, 64], cos of 32 pairs, then sin; 16-byte aligned
   const float* cos_sin;
   // int32 [num_tokens]: position and row of each token; a row below 0 is padding
   const int32_t* positions;
@@ -54,6 +54,7 @@ extern "C" struct FdDsaV4Attend {
   int32_t num_heads;
   // keys that a token sees with its own
   int32_t window;
+  // at least window - 1
   int32_t ring_rows;
   // tokens of an entry, entries of a block
   int32_t ratio;

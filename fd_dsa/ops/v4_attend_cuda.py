@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ctypes
 
+from fd_dsa.cache_formats import v4_record_bytes
+from fd_dsa.errors import ShapeError
 from fd_dsa.ops.arrays import dtype_name
 from fd_dsa.ops.dense_kernels import kernel_arguments
 from fd_dsa.ops.library_kernel import LibraryKernel, hopper_kernel
@@ -63,14 +65,18 @@ class V4Attention(LibraryKernel):
         Args:
             q, windows, entries, sinks, cos_sin, places, epsilon, plain: as for `attend_v4`.
             out: its result, bfloat16 or Fp8Rows with powers of two as scales.
+
+        Raises:
+            ShapeError: a row of queries, keys or entries has another size than the kernel reads.
         """
         job = self.job
+        job.is_fp8 = dtype_name(windows.keys.dtype) == "uint8"
+        self._check_rows(q, windows, entries, sinks.shape[0])
         self.bind(q)
         if plain is not None:
             places = places._replace(block_table=plain.block_table)
         pool, ratio, slots = entries or (None, 1, None)
         values, codes, scales, job.scale_stride = kernel_arguments(out)
-        job.is_fp8 = dtype_name(windows.keys.dtype) == "uint8"
         tensors = {"keys": windows.keys, "ring": windows.ring, "pool": pool, "cos_sin": cos_sin}
         tensors |= {"slots": slots, "sinks": sinks, "out": values, "codes": codes, "scales": scales}
         multiples = dict.fromkeys(("keys", "ring", "pool"), 8 if job.is_fp8 else 16)
@@ -92,17 +98,30 @@ class V4Attention(LibraryKernel):
         self._set_plain(plain)
         self.launch()
 
+    def _check_rows(
+        self, q: Tensor, windows: Windows, entries: Entries | None, num_heads: int
+    ) -> None:
+        """Check the sizes of rows, which the structure lacks."""
+        key = v4_record_bytes(_WIDTH, _ROPE) if self.job.is_fp8 else _WIDTH
+        rows = [("q", q, num_heads * _WIDTH)]
+        rows += [("keys", windows.keys, key), ("ring", windows.ring, key)]
+        rows += [] if entries is None else [("pool", entries.pool, key)]
+        for name, tensor, size in rows:
+            if tensor.shape[-1] != size:
+                raise ShapeError(
+                    f"{self.launcher}: got rows of {tensor.shape[-1]} in {name}; must be {size}"
+                )
+
     def _set_plain(self, plain: PlainKeys | None) -> None:
         """Write addresses of plain keys to the structure, or that there are none."""
         job = self.job
-        job.is_plain, job.num_plain_slots = None, 0
-        if plain is None:
-            return
         for name in _PLAIN:
-            address = self._address(f"plain_{name}", getattr(plain, name), multiple=16)
-            setattr(job, f"plain_{name}", address)
-        job.is_plain = self._address("is_plain", plain.is_plain)
-        job.num_plain_slots = plain.num_slots
+            field, address = f"plain_{name}", None
+            if plain is not None:
+                address = self._address(field, getattr(plain, name), multiple=16)
+            setattr(job, field, address)
+        job.is_plain = None if plain is None else self._address("is_plain", plain.is_plain)
+        job.num_plain_slots = 0 if plain is None else plain.num_slots
 
 
 def suits(kind: str, num_programs: int, width: int, rope: int, round_scales: bool | None) -> bool:

@@ -14,9 +14,9 @@ import pytest
 
 pytest.importorskip("paddle", reason="the launches take Paddle's tensors")
 
-from fd_dsa.errors import LaunchError
+from fd_dsa.errors import DeviceError, LaunchError, ShapeError
 from fd_dsa.ops import v4_attend, v4_attend_cuda
-from fd_dsa.ops.dense_kernels import quantize_rows
+from fd_dsa.ops.dense_kernels import empty_fp8_rows, quantize_rows
 from fd_dsa.ops.v4_attend import new_partials, num_programs
 from fd_dsa.ops.v4_attend_cuda import suits
 from fd_dsa.ops.v4_places import Entries, TokenPlaces, Windows
@@ -270,9 +270,49 @@ def test_sizes_that_triton_serves() -> None:
 
 def test_unaligned_queries_are_refused(memory: KernelMemory) -> None:
     case = Step(memory, FORMS["window"], *STEPS[0])
-    queries = memory.poisoned((len(case.rows) + 1, 20 * WIDTH + 1), "bfloat16")[:, 1:]
+    queries = memory.poisoned((len(case.rows) + 1, 20 * WIDTH + 1), "bfloat16")
     with pytest.raises(LaunchError, match="q is not aligned to 16 bytes"):
-        v4_attend.attend_v4(queries, *case.given[1:], *case.rest)
+        v4_attend.attend_v4(queries[:, 1:], *case.given[1:], *case.rest)
+    with pytest.raises(DeviceError, match="fd_dsa_v4_attend_cuda: CUDA error"):
+        v4_attend.attend_v4(queries[:, :-1], *case.given[1:], *case.rest)
+
+
+@pytest.mark.parametrize("name", ["selected", "selected, records"])
+def test_rows_of_other_sizes_are_refused(memory: KernelMemory, name: str) -> None:
+    case = Step(memory, FORMS[name], *STEPS[0])
+    windows, entries = case.given[1:3]
+    assert entries is not None
+    wide = memory.poisoned((len(case.rows) + 1, 70 * WIDTH + 8), "bfloat16")
+    for wrong in (
+        (wide, windows, entries),
+        (case.q, windows._replace(keys=windows.keys[:, 8:]), entries),
+        (case.q, windows._replace(ring=windows.ring[:, 8:]), entries),
+        (case.q, windows, entries._replace(pool=entries.pool[..., 8:])),
+    ):
+        with pytest.raises(ShapeError, match="fd_dsa_v4_attend_cuda: got rows of"):
+            v4_attend.attend_v4(*wrong, *case.given[3:], *case.rest)
+
+
+# fields that are valid otherwise
+REFUSED: tuple[tuple[str, int | None], ...] = (
+    ("ratio", 0), ("per_block", 0), ("window", 0), ("ring_rows", 38), ("plain_keys", 16),
+    ("codes", None), ("scales", None), ("scale_stride", 6), ("pool", 8),
+)  # fmt: skip
+
+
+def test_what_the_launcher_refuses(memory: KernelMemory) -> None:
+    case = Step(memory, FORMS["selected"], *STEPS[1])
+    kernel = v4_attend_cuda.kernel_for(case.q)
+    assert kernel is not None
+    out = empty_fp8_rows(case.q, *case.q.shape)
+    kernel(*case.given, case.places, EPS, out)
+    for name, wrong in REFUSED:
+        right = getattr(kernel.job, name)
+        setattr(kernel.job, name, wrong)
+        with pytest.raises(DeviceError):
+            kernel.launch()
+        setattr(kernel.job, name, right)
+    kernel.launch()
 
 
 KEYS = "v4_attend_keys.cuh"
