@@ -527,17 +527,16 @@ __device__ __forceinline__ void wgmma_codes(float (&d)[64], uint64_t a, uint64_t
 // Computes d [64 x kColumns] = a [64 x 32] * b [32 x kColumns] (+ d), with a in e5m2 and b in e4m3.
 //
 // a is in registers. A thread has 4 neighbours of row g of its warp from column 4 t on, those of row
-// g + 8, and both again 16 columns later. b is K-major in shared memory. The first kColumns / 2
-// values of d are as in `wgmma_rows`.
-template <int kColumns, int kCount>
-__device__ __forceinline__ void wgmma_code_rows(float (&d)[kCount], const uint32_t (&a)[4],
+// g + 8, and both again 16 columns later. b is K-major in shared memory. The values of d are as in
+// `wgmma_rows`.
+template <int kColumns>
+__device__ __forceinline__ void wgmma_code_rows(float (&d)[kColumns / 2], const uint32_t (&a)[4],
                                                 uint64_t b, bool add) {
 #define FD_DSA_CODES(SHAPE, D, A, B, ADD, ...)                                                   \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " ADD ", 0;\n"                                  \
                "wgmma.mma_async.sync.aligned." SHAPE "k32.f32.e5m2.e4m3 {" D "}, {" A "}, " B     \
                ", p, 1, 1;\n}\n" : __VA_ARGS__                                                   \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)))
-  static_assert(kColumns <= 2 * kCount);
   static_assert(kColumns == 16 || kColumns == 32 || kColumns == 48 || kColumns == 64 ||
                 kColumns == 72 || kColumns == 80);
   if constexpr (kColumns == 16) {

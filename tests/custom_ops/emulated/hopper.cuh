@@ -594,9 +594,8 @@ inline void wgmma_codes(float (&d)[64], uint64_t a, uint64_t b, bool add) {
 }
 
 // Hardware reads the registers late, so a change before the wait ends the process.
-template <int kColumns, int kCount>
-void wgmma_code_rows(float (&d)[kCount], const uint32_t (&a)[4], uint64_t b, bool add) {
-  static_assert(kColumns <= 2 * kCount);
+template <int kColumns>
+void wgmma_code_rows(float (&d)[kColumns / 2], const uint32_t (&a)[4], uint64_t b, bool add) {
   std::array<std::array<uint64_t, emulated::kLanes>, 4> words;
   for (unsigned i = 0; i < 4; ++i) words[i] = all_lanes(a[i]);
   const unsigned g = emulated::lane() / 4, t = emulated::lane() % 4;
