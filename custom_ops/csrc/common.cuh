@@ -34,7 +34,7 @@ __device__ __forceinline__ float scale_of(float largest, bool round) {
   return __uint_as_float((bits < 255u << 23 ? max(exponent, 127u - 39 + 8) - 8 : 255) << 23);
 }
 
-// Returns 1 / x of a power of two between 2^-126 and 2^126.
+// Returns 1 / x of a power of two between 2^-126 and 2^126, but -infinity for infinity.
 __device__ __forceinline__ float inverse_of_power(float x) {
   return __uint_as_float((254u << 23) - __float_as_uint(x));
 }

@@ -539,6 +539,7 @@ struct Multiplier {
                                                               : own - F::kLinesBytes));
     is_odd = !is_odd;
     if (row < 0) return;
+    // the inverse of infinity is 0 here, so that all codes of such a row are 0 or NaN
     const float scale = scale_of(largest, true), inverse = 1.0f / scale;
     if (is_first && warpgroup == 0) job.out_scales[group * job.out_stride + row] = scale;
     uint32_t codes[4];
