@@ -31,6 +31,7 @@
 #include "expert_gemm_fp4.h"
 
 #include "expert_tiles.cuh"
+#include "wgmma.cuh"
 
 namespace fd_dsa::experts_fp4 {
 

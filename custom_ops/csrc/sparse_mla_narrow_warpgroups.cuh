@@ -8,6 +8,7 @@
 #pragma once
 
 #include "sparse_mla_narrow.cuh"
+#include "wgmma.cuh"
 
 namespace fd_dsa::narrow::warpgroups {
 

@@ -2,8 +2,8 @@
 #pragma once
 
 #include "cache_record.h"
-#include "hopper.cuh"
 #include "sparse_mla.h"
+#include "wgmma.cuh"
 
 namespace fd_dsa::wide {
 

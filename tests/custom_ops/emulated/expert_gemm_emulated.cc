@@ -1,5 +1,5 @@
 // The grouped GEMM of experts on the emulated GPU.
-#include "hopper.cuh"
+#include "wgmma.cuh"
 // the other comes first, so that its guard keeps the hardware's own out
 #include "expert_gemm.cu"
 // text of errors

@@ -1,5 +1,5 @@
 // The kernels of sparse MLA on the emulated GPU, and what their launchers decide.
-#include "hopper.cuh"
+#include "wgmma.cuh"
 // the other comes first, so that its guard keeps the hardware's own out
 #include "sparse_mla_narrow.cu"
 #include "sparse_mla_wide.cu"

@@ -1,5 +1,5 @@
 // Attention of DeepSeek-V4 on the emulated GPU.
-#include "hopper.cuh"
+#include "wgmma.cuh"
 // the other comes first, so that its guard keeps the hardware's own out
 #include "v4_attend.cu"
 // text of errors
