@@ -306,22 +306,23 @@ def test_what_the_launcher_refuses(paddle_memory: KernelMemory, launches: list[i
             kernel.launch()
 
 
+FORM, MULTIPLY = f"{KERNELS}_form.cuh", f"{KERNELS}_multiply.cuh"
 FAULTS = {
-    "signs of other codes": ("word << 4 & 0x80808080u", "word << 8 & 0x80808080u"),
-    "the scale of another group": ("0x4440 + i)", "0x4440 + (i + 1) % 4)"),
-    "a scale without its peak": ("kLowSizes - peaks[r] * kLowStep", "kLowSizes - 120 * kLowStep"),
-    "codes of another column": ("kGated ? kHalfColumns : 8;", "kGated ? kHalfColumns : 7;"),
-    "scales of another stage": ("scales += kScaleParts * job.x_stride;", "scales += kScaleParts;"),
-    "no wait for a GEMM": ("finish<kCount, 1>", "finish<kCount, 2>"),
-    "tiles leave out pairs": ("tile.first / kPairs * rows", "tile.first"),
-    "one limit for both sides": ("up < -limit ? -limit", "up < -limit ? limit"),
+    "signs of other codes": (FORM, "word << 4 & 0x80808080u", "word << 8 & 0x80808080u"),
+    "the scale of another group": (MULTIPLY, "0x4440 + i)", "0x4440 + (i + 1) % 4)"),
+    "a scale without its peak": (MULTIPLY, "- peaks[r] * kLowStep", "- 120 * kLowStep"),
+    "codes of another column": (MULTIPLY, "kHalfColumns : 8;", "kHalfColumns : 7;"),
+    "scales of another stage": (FORM, "+= kScaleParts * job.x_stride;", "+= kScaleParts;"),
+    "no wait for a GEMM": (MULTIPLY, "finish<kCount, 1>", "finish<kCount, 2>"),
+    "tiles leave out pairs": (FORM, "tile.first / kPairs * rows", "tile.first"),
+    "one limit for both sides": (MULTIPLY, "up < -limit ? -limit", "up < -limit ? limit"),
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_shows(assert_fault_shows: Callable[..., None], fault: str) -> None:
-    assert_fault_shows(check_tiles_of_each_size, f"{KERNELS}.cu", *FAULTS[fault])
+    assert_fault_shows(check_tiles_of_each_size, *FAULTS[fault])
 
 
 def check_tiles_of_each_size(m: KernelMemory) -> None:

@@ -92,7 +92,7 @@ FAULTS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_shows(assert_fault_shows: Callable[..., None], fault: str) -> None:
-    assert_fault_shows(check_rows_between, f"{KERNELS}.cu", *FAULTS[fault])
+    assert_fault_shows(check_rows_between, f"{KERNELS}_multiply.cuh", *FAULTS[fault])
 
 
 def check_rows_between(m: KernelMemory) -> None:
