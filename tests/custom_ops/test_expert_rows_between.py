@@ -12,6 +12,8 @@ import pytest
 
 pytest.importorskip("paddle", reason="the launches take Paddle's tensors")
 
+from fd_dsa.models.four_bit_check import difference
+from fd_dsa.models.four_bits import FourBits
 from fd_dsa.ops.expert_gemm_fp4_cuda import HALF
 from fd_dsa.ops.expert_pairs import group_pairs
 from fd_dsa.ops.four_bit_gemm import four_bit_gemm
@@ -81,6 +83,14 @@ def test_stages_of_rows_between(paddle_memory: KernelMemory, launches: list[int]
     assert len(launches) == 3
 
 
+def test_the_check_at_the_start_runs_every_form(
+    paddle_memory: KernelMemory, launches: list[int]
+) -> None:
+    """Rows in FP8 between both GEMMs, then tiles of 64 and of 240 pairs."""
+    check_at_the_start(paddle_memory)
+    assert launches == [3, 3, 90, 90, 1155, 1155]
+
+
 FAULTS = {
     "largest of half of the columns": ("own + F::kLinesBytes", "own"),
     "scale of another group": ("group * job.out_stride", "(group ^ 1) * job.out_stride"),
@@ -93,6 +103,19 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_shows(assert_fault_shows: Callable[..., None], fault: str) -> None:
     assert_fault_shows(check_rows_between, f"{KERNELS}_multiply.cuh", *FAULTS[fault])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_check_at_the_start_finds_a_fault(
+    assert_fault_shows: Callable[..., None], fault: str
+) -> None:
+    assert_fault_shows(check_at_the_start, f"{KERNELS}.cu", *FAULTS[fault])
+
+
+def check_at_the_start(m: KernelMemory) -> None:
+    """Assert that the check of a start finds no difference."""
+    assert difference(FourBits(frozenset(), "e8m0", 32), m.poisoned) == ""
 
 
 def check_rows_between(m: KernelMemory) -> None:

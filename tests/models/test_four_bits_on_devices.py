@@ -340,7 +340,7 @@ def test_the_check_finds_a_wrong_kernel(
 
     held = FourBits(frozenset(), form.kind, form.group)
     monkeypatch.setattr(four_bit_gemm, "four_bit_gemm", wrong)
-    text = "3 rows differ from the definition by"
+    text = "gate_up of 3 rows differs from the definition by"
     assert difference(held, paddle_memory.poisoned).startswith(text)
     monkeypatch.setattr(four_bit_gemm, "four_bit_gemm", broken)
     assert difference(held, paddle_memory.poisoned) == "no such instruction"
