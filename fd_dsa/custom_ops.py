@@ -1,7 +1,9 @@
 """State and contents of the optional package fd_dsa_ops, which custom_ops/ builds.
 
-fd_dsa works without the package. If it is built with CUDA kernels, a kernel serves an operator on a
-GPU after it has matched the definition on small cases: see `fd_dsa.ops.providers`.
+fd_dsa works without the package. If it is built with CUDA kernels, those for top-k and sparse MLA
+serve after they have matched the definition on small cases: see `fd_dsa.ops.providers`. A start
+checks the kernel for experts in four bits: see `fd_dsa.models.four_bit_check`. Other kernels serve
+unchecked: see `fd_dsa.ops.library_kernel`.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Launches of the kernels of custom_ops/ through their C ABI, and their self-checks."""
+"""Launches of the kernels of custom_ops/ through their C ABI."""
 
 from __future__ import annotations
 
 import ctypes
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import cache
 from typing import Any, ClassVar, TypeVar
 
@@ -13,7 +13,7 @@ from fd_dsa.device.allocation import Allocate
 from fd_dsa.device.transfers import Transfers
 from fd_dsa.errors import BackendUnavailable, DeviceError, LaunchError
 from fd_dsa.ops.fixed_order import row_dependence_refusal
-from fd_dsa.ops.probes import Case, Memory
+from fd_dsa.ops.probes import Memory
 from fd_dsa.tensor import Tensor
 from fd_dsa.triton_runtime import INTERPRETING
 from fd_dsa.triton_runtime.compile_ahead import MODE
@@ -34,7 +34,6 @@ class LibraryKernel:
         launcher: name of the kernel's C function.
         size: name of the C function that returns the size of the structure.
         structure: type of the C function's argument.
-        cases: makes the self-checks that the kernel must pass before it is selected.
         job: structure that the next launch reads.
 
     Raises:
@@ -44,7 +43,6 @@ class LibraryKernel:
     launcher: ClassVar[str]
     size: ClassVar[str]
     structure: ClassVar[type[ctypes.Structure]]
-    cases: ClassVar[Callable[[], Iterable[Case]]]
 
     def __init__(self, kernels: ctypes.CDLL) -> None:
         # a library of an earlier release may lack the function
@@ -118,7 +116,11 @@ _differences: dict[tuple[Any, Any], str] = {}
 def difference(kind: Any, kernels: ctypes.CDLL | None, allocate: Allocate) -> str:
     """Return the difference of a kernel's results from the definition, or "".
 
-    The first call for a kernel and a library waits for the device.
+    The first call for a kernel and a library waits for the device. Only top-k and sparse MLA are
+    checked in this way.
+
+    Args:
+        kind: type of the kernel, whose `cases()` returns the self-checks.
     """
     if (kind, kernels) not in _differences:
         kernel, memory = kind(kernels), Memory(allocate)

@@ -1,8 +1,8 @@
 """Self-checks: a small case of every operator, compared with the operator's definition.
 
-The definitions are written a second time here, in float64 and without the package's arithmetic. A
-kernel of fd_dsa_ops is selected only after it has passed its case. `fd-dsa doctor` runs the cases
-of all providers.
+The definitions are written a second time here, in float64 and without the package's arithmetic.
+Top-k and sparse MLA use a kernel of fd_dsa_ops only after it has passed its case. `fd-dsa doctor`
+runs the cases of all providers.
 """
 
 from __future__ import annotations
