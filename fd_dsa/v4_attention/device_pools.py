@@ -22,8 +22,7 @@ class DevicePools:
         entries: [num_blocks, entries of a block, key]; None in a window-only layer.
         index_entries: [num_blocks, entries of a block, index_head_dim or bytes of a record]; None
             without an indexer.
-        states: float32 [slots * (pooled tokens + max_drafts), values of a source]; None like
-            `entries`.
+        states: float32 [slots * state_rows, values of a source]; None like `entries`.
     """
 
     ring: Tensor
@@ -58,6 +57,10 @@ class DeviceLayout:
         """Keys of the ring of a slot."""
         return self.config.sliding_window + self.max_drafts
 
+    def state_rows(self, kind: str) -> int:
+        """Return the sources of a slot in the states of a layer of a kind."""
+        return self.config.pooled_tokens(kind) + self.max_drafts
+
     @property
     def is_fp8(self) -> bool:
         """True if keys and entries are FP8 records."""
@@ -76,15 +79,14 @@ class DeviceLayout:
         found: dict[str, tuple[int, ...]] = {"ring": (slots * self.ring_rows, key)}
         if kind == WINDOW:
             return found
-        ratio, halves, source = model.compress_rates[kind], 1, width
-        per_block = self.block_size // ratio
+        ratio, source = model.compress_rates[kind], width
+        halves, per_block = model.pooled_tokens(kind) // ratio, self.block_size // ratio
         if kind == CSA:
-            # a CSA entry also pools the tokens of the previous entry
-            halves, source, num_rows = 2, width + model.index_head_dim, slots
+            source, num_rows = width + model.index_head_dim, slots
             found["index_entries"] = num_blocks, per_block, index_key
         return found | {
             "entries": (num_blocks, per_block, key),
-            "states": (num_rows * (ratio * halves + self.max_drafts), 2 * halves * source),
+            "states": (num_rows * self.state_rows(kind), 2 * halves * source),
         }
 
     def bytes_per_block(self) -> int:

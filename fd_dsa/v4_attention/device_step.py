@@ -89,12 +89,8 @@ class StepPlaces:
         """
         config, (num_rows, columns) = self._config, block_table.shape
         positions, rows, starts, ring_rows, newest, *lists, snapshot_rows = self._arrays
-        csa_sizes, hca_sizes = (
-            _plan_sizes(config, kind, num_tokens, num_rows) for kind in (CSA, HCA)
-        )
-        drafts = self._layout.max_drafts
-        of_csa = Plan(lists[0], lists[1], lists[2], *csa_sizes, csa_sizes[-1] + drafts)
-        of_hca = Plan(lists[3], lists[4], lists[5], *hca_sizes, hca_sizes[-1] + drafts)
+        of_csa = self._plan(CSA, lists[:3], num_tokens, num_rows)
+        of_hca = self._plan(HCA, lists[3:], num_tokens, num_rows)
         parts = min(-(-num_tokens // _TOKENS), _MAX_PARTS)
         place_step_kernel[num_rows + 1, parts](
             before, new, block_table, slots, *self._arrays, num_rows, num_tokens, columns,
@@ -110,6 +106,13 @@ class StepPlaces:
         plans = {CSA: of_csa, HCA: of_hca}
         of_snapshots = None if slots is None else snapshot_rows
         return DeviceStep(num_tokens, places, ring_rows, of_snapshots, plans, has_prompts, view)
+
+    def _plan(self, kind: str, lists: list[Tensor], num_tokens: int, num_rows: int) -> Plan:
+        """Return the plan of the layers of a kind, whose lists the launch fills."""
+        ratio, pool = self._config.compress_rates[kind], self._config.pooled_tokens(kind)
+        counts = _plan_sizes(self._config, kind, num_tokens, num_rows)
+        ring = self._layout.state_rows(kind)
+        return Plan(lists[0], lists[1], lists[2], *counts, ratio, pool, ring)
 
     def _index_view(
         self,
@@ -140,19 +143,18 @@ def array_sizes(config: DeepseekV4Config, batch: InputBatch) -> list[tuple[tuple
     sizes: list[tuple[tuple[int, ...], str]] = [((tokens,), "int32")] * 2
     sizes += [((rows + 1,), "int32"), ((tokens,), "int32"), ((tokens,), "int64")]
     for kind in (CSA, HCA):
-        entries, kept, _, pool = _plan_sizes(config, kind, tokens, rows)
+        entries, kept = _plan_sizes(config, kind, tokens, rows)
         # at the end of a block no HCA entry is unfinished
-        kept += rows * pool if kind == CSA else 0
+        kept += rows * config.pooled_tokens(kind) if kind == CSA else 0
         sizes += [((entries, 4), "int32"), ((entries,), "int32"), ((kept, 4), "int32")]
     return [*sizes, ((tokens,), "int32")]
 
 
 def _plan_sizes(
     config: DeepseekV4Config, kind: str, num_tokens: int, num_rows: int
-) -> tuple[int, int, int, int]:
-    """Return the numbers of a Plan for any step of so many tokens in so many rows."""
-    ratio = config.compress_rates[kind]
-    pool, rows = 2 * ratio if kind == CSA else ratio, min(num_rows, num_tokens)
+) -> tuple[int, int]:
+    """Return `num_entries` and `num_kept` of a Plan for any step of `num_tokens` in `num_rows`."""
+    ratio, rows = config.compress_rates[kind], min(num_rows, num_tokens)
     # a row of n tokens finishes at most ceil(n / ratio) entries
     entries = (num_tokens + rows * (ratio - 1)) // ratio
-    return entries, min(num_tokens, rows * pool), ratio, pool
+    return entries, min(num_tokens, rows * config.pooled_tokens(kind))

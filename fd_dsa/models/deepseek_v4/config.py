@@ -155,6 +155,11 @@ class DeepseekV4Config(DeepseekV4Defaults):
         """Max tokens of a row whose last token still attends to every CSA entry."""
         return (self.index_topk + 1) * self.compress_rates[CSA] - 1
 
+    def pooled_tokens(self, kind: str) -> int:
+        """Return the tokens that an entry pools, for CSA also those of the previous entry."""
+        ratio = self.compress_rates[kind]
+        return 2 * ratio if kind == CSA else ratio
+
     @property
     def default_block_size(self) -> int:
         """The least number of tokens from 64 on that makes whole entries of all kinds."""

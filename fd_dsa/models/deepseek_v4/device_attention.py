@@ -22,9 +22,9 @@ class DeviceCompressor:
         is_index = ".indexer." in prefix
         self._prefix = prefix
         self._width = config.index_head_dim if is_index else config.head_dim
-        self._halves = 2 if kind == CSA else 1
-        num_gates = config.compress_rates[kind] * self._halves * self._width
-        self.gates: Tensor = weights.vector({f"{prefix}ape": num_gates})
+        pool = config.pooled_tokens(kind)
+        self._halves = pool // config.compress_rates[kind]
+        self.gates: Tensor = weights.vector({f"{prefix}ape": pool * self._width})
         self.norm: Tensor = weights.vector({f"{prefix}norm.weight": self._width})
 
     @property
