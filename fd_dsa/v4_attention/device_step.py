@@ -7,7 +7,6 @@ addition to the runner's inputs.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from fd_dsa.device.allocation import Allocate
 from fd_dsa.models.deepseek_v4.config import CSA, HCA, DeepseekV4Config
@@ -131,10 +130,14 @@ class StepPlaces:
         if CSA not in self._config.layer_types or entries <= self._config.index_topk:
             return None
         # only the windows of prompts need lengths
-        lengths: Any = None
-        of_rows = lengths, lengths, lengths, places.starts, places.block_table
-        counts = (num_tokens, 0) if has_prompts else (0, num_tokens)
-        return ForwardMeta(*of_rows, places.rows, newest, None, None, None, None, *counts, entries)
+        return ForwardMeta(
+            seq_lens_encoder=None, seq_lens_decoder=None, seq_lens_this_time=None,
+            cu_seqlens_q=places.starts, block_tables=places.block_table,
+            batch_id_per_token=places.rows, position_ids=newest, position_ids_int32=None,
+            slot_mapping=None, indexer_attn_mask_offsets=None, cu_seqlens_kg=None,
+            num_prefill_tokens=num_tokens if has_prompts else 0,
+            num_decode_tokens=0 if has_prompts else num_tokens, max_seqlen_k=entries,
+        )  # fmt: skip
 
 
 def array_sizes(config: DeepseekV4Config, batch: InputBatch) -> list[tuple[tuple[int, ...], str]]:
