@@ -225,9 +225,6 @@ class V4DeviceBackend:
             result of `select_entries`, None if every token attends to all entries.
         """
         step, pools = self.current_step(forward_meta), forward_meta.caches[layer.layer_id]
-        if layer.round_scales is False:
-            # only Triton's kernel makes such scales, and it reads records
-            step = replace(step, plain=None)
         config, positions = self._config, step.places.positions
         kind = config.layer_types[layer.layer_id]
         cos_sin = self._angles[kind == WINDOW]

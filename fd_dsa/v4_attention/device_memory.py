@@ -47,7 +47,9 @@ def plain_sizes(layout: DeviceLayout, batch: InputBatch, dtype: str) -> PlainSiz
     widths, least = (config.head_dim, config.qk_rope_head_dim), v4_plain.LEAST_TOKENS
     if not (layout.is_fp8 and ratios and batch.max_num_tokens >= least):
         return None
-    if not suits(dtype, num_programs(least, 1), *widths, None):
+    # form of the attended values if `wo_a` is in FP8
+    rounds = None if config.weight_block_size is None else config.round_scales
+    if not suits(dtype, num_programs(least, 1), *widths, rounds):
         return None
     max_rows, columns = batch.block_tables.shape
     counts = batch.max_num_tokens, max_rows, columns, layout.max_drafts

@@ -41,6 +41,8 @@ class DeviceV4Attention:
         sinks: float32 [num_heads], logit of a key without a value.
         q_norm: RMSNorm of the latents of the queries.
         kv_norm: float32 [head_dim], weight of the keys' RMSNorm.
+        round_scales: form of the attended values. None = the type of activations, else FP8 whose
+            scales are powers of two or not.
         compressor, index_compressor: None in a window-only layer, the second also in an HCA layer.
     """
 
@@ -79,13 +81,9 @@ class DeviceV4Attention:
         self._own_q_b = self._q_b.first_rows(self._query_columns)
         group, low = self._heads * self._width // self._groups, config.o_lora_rank
         self._out_a = weights.grouped(f"{prefix}wo_a.weight", self._groups, group, low)
-        self._out_b = weights.matrix(self._groups * low, {f"{prefix}wo_b.weight": hidden})
-
-    @property
-    def round_scales(self) -> bool | None:
-        """Form of the attended values: `round_scales` of FP8, None = the type of activations."""
         is_fp8 = isinstance(self._out_a, GroupedFp8) and self._width % GROUP == 0
-        return self._out_a.round_scales if is_fp8 else None
+        self.round_scales: bool | None = self._out_a.round_scales if is_fp8 else None
+        self._out_b = weights.matrix(self._groups * low, {f"{prefix}wo_b.weight": hidden})
 
     def forward(self, x: Tensor | Normed, forward_meta: LayerStep) -> Tensor:
         """Return the attention output [num_tokens, hidden_size] of normed inputs."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -154,15 +155,26 @@ def test_ranks_that_select_for_parts_of_a_step(
             np.testing.assert_array_equal(one, others[0])
 
 
-@pytest.mark.parametrize("caches", ["fp8_ds_mla", "bfloat16"])
+@pytest.mark.parametrize(
+    ("caches", "weight_block_size"),
+    [("fp8_ds_mla", None), ("bfloat16", None), ("fp8_ds_mla", (128, 128))],
+)
 def test_bytes_of_the_plan(
-    rig: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caches: str
+    rig: Rig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caches: str,
+    weight_block_size: tuple[int, int] | None,
 ) -> None:
-    """The buffer of scores is enlarged for values, and only over FP8 caches."""
+    """The buffer of scores is enlarged for values over FP8 caches.
+
+    Weights whose activations have scales that are no powers of two have no kernel for values.
+    """
     monkeypatch.setattr(v4_plain, "LEAST_TOKENS", LEAST)
     monkeypatch.setattr(v4_attend_cuda, "FEW_PROGRAMS", LEAST - 1)
     config, taken = read_config(CASE.write(tmp_path)), list[int]()
     assert isinstance(config, DeepseekV4Config)
+    config = replace(config, weight_block_size=weight_block_size)
     layout, batch = DeviceLayout(config, caches, CASE.block_size, 2), InputBatch(3, 24, 4, 16)
     allocate = paddle_allocator(rig.device)
 
@@ -176,4 +188,5 @@ def test_bytes_of_the_plan(
     traits = transfers_for(allocate((1,), "float32")).traits
     assert workspace_bytes(layout, batch, "bfloat16", traits) == sum(taken)
     least = 2 * 512 * (24 + 3 * layout.ring_rows + (4 + 2) * CASE.block_size // 4)
-    assert (least in taken) == (backend._plain is not None) == layout.is_fp8
+    has_values = layout.is_fp8 and weight_block_size is None
+    assert (least in taken) == (backend._plain is not None) == has_values
