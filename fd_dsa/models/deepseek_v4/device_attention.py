@@ -16,12 +16,15 @@ class DeviceCompressor:
     Attributes:
         gates: float32 [ratio * halves * width], added to the gates of a token's source.
         norm: float32 [width].
+
+    Args:
+        width: channels of an entry.
     """
 
-    def __init__(self, config: DeepseekV4Config, kind: str, weights: Weights, prefix: str) -> None:
-        is_index = ".indexer." in prefix
-        self._prefix = prefix
-        self._width = config.index_head_dim if is_index else config.head_dim
+    def __init__(
+        self, config: DeepseekV4Config, kind: str, width: int, weights: Weights, prefix: str
+    ) -> None:
+        self._prefix, self._width = prefix, width
         pool = config.pooled_tokens(kind)
         self._halves = pool // config.compress_rates[kind]
         self.gates: Tensor = weights.vector({f"{prefix}ape": pool * self._width})
@@ -64,11 +67,13 @@ class DeviceV4Attention:
         # projections in bfloat16: sources of the compressors, then weights of the indexer's heads
         beside: dict[str, int] = {}
         if kind != WINDOW:
-            self.compressor = DeviceCompressor(config, kind, weights, f"{prefix}compressor.")
+            name = f"{prefix}compressor."
+            self.compressor = DeviceCompressor(config, kind, config.head_dim, weights, name)
             beside |= self.compressor.parts
             if kind == CSA:
                 name = f"{prefix}indexer.compressor."
-                self.index_compressor = DeviceCompressor(config, kind, weights, name)
+                width = config.index_head_dim
+                self.index_compressor = DeviceCompressor(config, kind, width, weights, name)
                 beside |= self.index_compressor.parts
         self._source = sum(beside.values())
         if kind == CSA:

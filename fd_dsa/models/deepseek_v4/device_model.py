@@ -35,15 +35,15 @@ from fd_dsa.tensor import Normed, Tensor
 
 
 def _connection(
-    config: DeepseekV4Config, weights: DeviceWeights, prefix: str, norm: str
+    config: DeepseekV4Config, weights: DeviceWeights, prefix: str, norm: str, *, is_head: bool
 ) -> Connection:
     """Return the weights of a connection and of the norm after it.
 
     Args:
-        prefix: start of the names of the connection. That of a head has fewer mixes.
+        prefix: start of the names of the connection.
+        is_head: True for the connection before the head, which has fewer mixes.
     """
     streams, width = config.hc_mult, config.hidden_size
-    is_head = prefix in (HEAD_HC, MTP_HC)
     mixes = streams if is_head else (2 + streams) * streams
     return Connection(
         weights.vector({f"{prefix}fn": mixes * streams * width}),
@@ -92,7 +92,7 @@ class DeviceV4Layer:
         self.kinds = config.layer_types[layer_id], config.mlp_layer_types[layer_id]
         self._num_streams = config.hc_mult
         parts = [(f"{prefix}hc_{name}_", f"{prefix}{name}_norm.weight") for name in ("attn", "ffn")]
-        self._connections = [_connection(config, weights, *part) for part in parts]
+        self._connections = [_connection(config, weights, *part, is_head=False) for part in parts]
         self.attn = DeviceV4Attention(config, layer_id, weights, f"{prefix}attn.")
         self.ffn = DeviceV4MoE(config, layer_id, weights, f"{prefix}ffn.")
 
@@ -147,7 +147,7 @@ class DeviceMultiTokenPredictor:
         self._token_in = weights.matrix(hidden, {MTP_TOKENS: hidden})
         self._stream_in = weights.matrix(hidden, {MTP_STREAMS: hidden})
         self.layer = DeviceV4Layer(config, number, weights, MTP)
-        self._collapse = _connection(config, weights, MTP_HC, MTP_NORM)
+        self._collapse = _connection(config, weights, MTP_HC, MTP_NORM, is_head=True)
 
     def __call__(self, next_ids: Tensor, hidden: Tensor, step: LayerStep) -> Tensor:
         """Return streams after the layer, [num_tokens, num_streams * hidden_size].
@@ -203,7 +203,7 @@ class DeviceV4ForCausalLM:
             DeviceV4Layer(config, i, weights, f"model.layers.{i}.")
             for i in range(config.num_hidden_layers)
         ]
-        self._collapse = _connection(config, weights, HEAD_HC, FINAL_NORM)
+        self._collapse = _connection(config, weights, HEAD_HC, FINAL_NORM, is_head=True)
         if not config.tie_word_embeddings:
             self.head = weights.matrix(hidden, {LM_HEAD: config.head_rows}, sums_in_float32=True)
         self.head_group = weights.group if config.head_rows < vocab_size else None
