@@ -29,7 +29,7 @@ from fd_dsa.ops.providers import device_kind
 from fd_dsa.ops.slot_copy import copy_slot
 from fd_dsa.ops.topk.custom_op import slot_selector
 from fd_dsa.ops.v4_attend import attend_v4, new_partials
-from fd_dsa.ops.v4_entries import Compression, Pooling
+from fd_dsa.ops.v4_entries import Compression, Plan, Pooling
 from fd_dsa.ops.v4_places import Entries, PlainKeys, Windows
 from fd_dsa.ops.v4_plain import PlainRows
 from fd_dsa.ops.v4_rotation import rotate_heads
@@ -228,12 +228,8 @@ class V4DeviceBackend:
         config, positions = self._config, step.places.positions
         kind = config.layer_types[layer.layer_id]
         cos_sin = self._angles[kind == WINDOW]
-        (projected, sources, head_weights), compression = layer.project(hidden), None
-        if layer.compressor is not None and sources is not None:
-            main, of_index = _pooling(layer.compressor, pools.entries), None
-            if layer.index_compressor is not None:
-                of_index = _pooling(layer.index_compressor, pools.index_entries)
-            compression = Compression(sources, pools.states, step.plans[kind], main, of_index)
+        projected, sources, head_weights = layer.project(hidden)
+        compression = _compression(layer, sources, pools, step.plans.get(kind))
         norm, ring = layer.q_norm, Ring(step.ring_rows, pools.ring)
         latent, keys = write_step(
             projected,
@@ -312,5 +308,18 @@ def angles(rope: RopeConfig, width: int, count: int) -> np.ndarray:
     return np.concatenate((np.cos(turns), np.sin(turns)), axis=1)
 
 
-def _pooling(compressor: DeviceCompressor, entries: Tensor) -> Pooling:
+def _compression(
+    layer: DeviceV4Attention, sources: Tensor | None, pools: DevicePools, plan: Plan | None
+) -> Compression | None:
+    """Return the compressors of a layer in a step, None in a window-only layer."""
+    main = _pooling(layer.compressor, pools.entries)
+    if main is None or sources is None or pools.states is None or plan is None:
+        return None
+    of_index = _pooling(layer.index_compressor, pools.index_entries)
+    return Compression(sources, pools.states, plan, main, of_index)
+
+
+def _pooling(compressor: DeviceCompressor | None, entries: Tensor | None) -> Pooling | None:
+    if compressor is None or entries is None:
+        return None
     return Pooling(compressor.gates, compressor.norm, entries)
