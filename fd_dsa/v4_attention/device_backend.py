@@ -1,7 +1,7 @@
 """V4DeviceBackend: index arrays of a step by one launch, then the attention of each layer.
 
-Each row of the batch owns rings and states, which snapshots are copies of. Keys of a step stay in a
-tensor of their own until the layer has attended.
+Each row of the batch owns rings and states. A snapshot is written by a step with prompts, or copied
+from a row. Decode steps store keys in the ring before attention, steps with prompts after it.
 """
 
 from __future__ import annotations
