@@ -313,8 +313,8 @@ def expert_gemm(
         return out
     given, rounds = (pairs, counts, out), bool(round_scales)
     sizes = rows.shape[0], num_pairs, experts, columns, width
-    if isinstance(x, Fp8Rows) and tiling is None and limit is None and suits(*sizes):
-        by_library = kernel_for(rows)
+    if isinstance(x, Fp8Rows) and tiling is None and suits(*sizes):
+        by_library = kernel_for(rows, limit)
         if by_library is not None:
             by_library(x, weight, *given, round_scales=rounds)
             return out

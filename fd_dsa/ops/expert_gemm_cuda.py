@@ -82,8 +82,13 @@ def suits(num_rows: int, num_pairs: int, num_experts: int, columns: int, width: 
     )
 
 
-def kernel_for(codes: Tensor) -> ExpertGemm | None:
-    """Return the kernel for codes on their device, None to use Triton's. The choice is logged."""
-    return hopper_kernel(
-        ExpertGemm, codes, f"experts of {MANY_PAIRS} pairs and more on average, in FP8"
-    )
+def kernel_for(codes: Tensor, limit: float | None = None) -> ExpertGemm | None:
+    """Return the kernel for codes on their device, None to use Triton's. The choice is logged.
+
+    Args:
+        limit: as for `expert_gemm`. The kernel has none.
+    """
+    served, refusal = f"experts of {MANY_PAIRS} pairs and more on average, in FP8", ""
+    if limit is not None:
+        served, refusal = f"{served}, gated and clamped", "the kernel does not clamp"
+    return hopper_kernel(ExpertGemm, codes, served, refusal=refusal)

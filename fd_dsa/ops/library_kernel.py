@@ -141,7 +141,12 @@ def unsupported_reason(tensor: Tensor) -> str:
 
 
 def hopper_kernel(
-    kind: Callable[..., Kernel], tensor: Tensor, served: str, *, depends_on_rows: bool = True
+    kind: Callable[..., Kernel],
+    tensor: Tensor,
+    served: str,
+    *,
+    depends_on_rows: bool = True,
+    refusal: str = "",
 ) -> Kernel | None:
     """Return a kernel for Hopper, None to use Triton's.
 
@@ -150,9 +155,10 @@ def hopper_kernel(
         tensor: argument of the kernel, on its device.
         served: what the kernel serves, for the log, which has a line for each choice.
         depends_on_rows: True if its order of sums, or its use, depends on the number of rows.
+        refusal: reason of the caller to use Triton's, or "".
     """
     reason = row_dependence_refusal() if depends_on_rows else ""
-    reason = reason or interpreter_refusal() or unsupported_reason(tensor)
+    reason = reason or interpreter_refusal() or unsupported_reason(tensor) or refusal
     found: Kernel | None = _chosen(kind, custom_ops.build().kernels, reason, served)
     return found
 

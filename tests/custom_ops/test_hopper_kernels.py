@@ -36,3 +36,17 @@ def test_the_log_has_the_reason_once(
     assert [record.getMessage() for record in caplog.records] == [
         f"{served}: triton (not custom_op: for this test)"
     ]
+
+
+def test_the_log_names_a_limit(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("interpreter_refusal", "unsupported_reason"):
+        monkeypatch.setattr(library_kernel, name, lambda *tensors: "")
+    with caplog.at_level(logging.INFO, logger="fd_dsa.ops.library_kernel"):
+        tensor: Any = None
+        assert expert_gemm_cuda.kernel_for(tensor, 10.0) is None
+    assert caplog.messages == [
+        "experts of 32 pairs and more on average, in FP8, gated and clamped: "
+        "triton (not custom_op: the kernel does not clamp)"
+    ]
