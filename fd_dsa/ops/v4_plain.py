@@ -294,7 +294,8 @@ class PlainRows:
         """Decide which rows of a step are plain, and number their blocks, by one launch.
 
         A plain row has more new tokens than a row with drafts, and at most 16 entries for each of
-        them. Its blocks fit the memory after those of the plain rows before it.
+        them. Such rows get memory for their blocks in order. After the first one whose blocks do
+        not fit, no row is plain.
 
         Args:
             before, new: int32 [num_rows], tokens of each row before the step and in it.
