@@ -8,8 +8,9 @@ On a CPU, MKL keeps one order for all numbers of rows (its "strict" reproducible
 over keys go chunk by chunk, and a token attends in the same way for every length of its prompt.
 
 On a device, one kernel of fd_dsa in one compiled form computes every GEMM, attention and score. Its
-tiles are those for many rows, and no sum is split among programs. cuBLASLt, Paddle's matmul and the
-kernels of custom_ops/ that depend on the number of rows are not used.
+tiles are those for many rows, and no sum is split among programs. Only the C++ kernel for experts
+in MXFP4 has several forms, whose sums have one order. cuBLASLt, Paddle's matmul and the kernels of
+custom_ops/ that depend on the number of rows are not used.
 """
 
 from __future__ import annotations
@@ -102,8 +103,8 @@ def check_fixed_order(device: str, num_ranks: int = 1) -> None:
                 f"{device}, allowed is one device or a CPU: sums over ranks depend on the rows"
             )
         logger.info(
-            "FD_DSA_BATCH_INVARIANT=1: one form of our own kernels for any number of rows, and no "
-            "GEMMs of cuBLASLt or Paddle"
+            "FD_DSA_BATCH_INVARIANT=1: one order of the sums of a row for any number of rows, and "
+            "no GEMMs of cuBLASLt or Paddle"
         )
         return
     orders = (False, True)
