@@ -37,7 +37,7 @@ MAX_ROWS = 1024
 """Maximum number of rows that a program sums at a time."""
 # programs of a row
 _MAX_PARTS = 16
-# programs, and records that one converts at a time
+# 4 programs for each processor of an H200, records that one converts at a time, and its warps
 _PROGRAMS, _RECORDS, _NUM_WARPS = 528, 16, 8
 
 

@@ -178,7 +178,8 @@ def _logits(
     """Return logits [n, vocab_size] of streams [n, num_streams * hidden_size], by the head."""
     count = model.config.hc_mult
     streams = hidden_states.reshape([hidden_states.shape[0], count, -1])
-    # two launches for every number of tokens, because a start samples few tokens in a step
+    # not `between_blocks`: a start samples few tokens in a step, and would leave the form for many
+    # tokens uncompiled
     same, sums = expand_streams(streams, None, None, collapse, count)
     return logits_of(model.head, read_streams(same, sums, collapse)[0], model.head_group, out)
 
