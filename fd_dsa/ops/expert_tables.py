@@ -68,7 +68,7 @@ def look_up_experts(
     logits: Tensor,
     table: Tensor,
     token_ids: Tensor,
-    rows: Tensor,
+    slot_mapping: Tensor,
     *,
     scaling: float,
     score: str,
@@ -80,7 +80,7 @@ def look_up_experts(
         table: int32 [vocab_size, top_k], experts of each token id, ascending. An expert that is
             named twice counts twice.
         token_ids: integers [num_tokens]. One below 0 has no experts.
-        rows: int32 [num_tokens or more], below 0 for padding.
+        slot_mapping: as for `choose_experts`.
         scaling: factor of the weights.
         score: as for `choose_experts`.
 
@@ -89,6 +89,6 @@ def look_up_experts(
     """
     top_k = table.shape[1]
     return launch_choice(
-        look_up_experts_kernel, top_k, logits, table, token_ids, rows, scaling,
+        look_up_experts_kernel, top_k, logits, table, token_ids, slot_mapping, scaling,
         SCORE=score, SIZE=next_power_of_2(top_k), num_warps=1,
     )  # fmt: skip

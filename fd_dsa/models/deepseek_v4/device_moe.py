@@ -36,12 +36,12 @@ class DeviceV4MoE:
         self._shared_in = weights.matrix(hidden, {gate: width, up: width})
         self._shared_out = weights.matrix(width, {down: hidden})
 
-    def forward(self, x: Tensor | Normed, token_ids: Tensor, padding: Tensor) -> Tensor:
+    def forward(self, x: Tensor | Normed, token_ids: Tensor, slot_mapping: Tensor) -> Tensor:
         """Return the output [num_tokens, hidden_size] of an input of the same shape.
 
         Args:
             token_ids: integers [num_tokens].
-            padding: integers [num_tokens], below 0 for padding, which has no routed experts.
+            slot_mapping: integers [num_tokens], below 0 for padding, which has no routed experts.
         """
         out = self._shared_out
         inner, logits = self._shared_in.matmul_beside(x, self._gate, out, self._limit)
@@ -51,7 +51,7 @@ class DeviceV4MoE:
                 logits,
                 self._by_id,
                 token_ids,
-                padding,
+                slot_mapping,
                 scaling=self._scaling,
                 score=self._score,
             )
@@ -65,7 +65,7 @@ class DeviceV4MoE:
                 topk_group=1,
                 norm=True,
                 scaling=self._scaling,
-                slot_mapping=padding,
+                slot_mapping=slot_mapping,
                 score=self._score,
             )
         return routed_on_device(x, shared, choice, self._experts, self._limit)
