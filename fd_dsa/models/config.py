@@ -34,7 +34,8 @@ MAX_SIZES = {
     "index_topk": 1 << 16,
 }
 _MAX_WIDTH = 1 << 20
-MAX_EXPERTS = 1 << 18
+# of all layers together
+MAX_MODEL_EXPERTS = 1 << 18
 
 # fields with one supported value: any other would change the result
 _FIXED: dict[str, Any] = {
@@ -371,8 +372,8 @@ def _check_consistency(reader: FieldReader, values: dict[str, Any]) -> None:
         raise reader.error(
             "index_head_dim", values["index_head_dim"], f"at least qk_rope_head_dim, {rope_dim}"
         )
-    if experts * layers > MAX_EXPERTS:
-        limit = MAX_EXPERTS // layers
+    if experts * layers > MAX_MODEL_EXPERTS:
+        limit = MAX_MODEL_EXPERTS // layers
         raise reader.error("n_routed_experts", experts, f"at most {limit} in {layers} layers")
     if experts % groups or (groups > 1 and experts // groups < 2):
         raise reader.error(

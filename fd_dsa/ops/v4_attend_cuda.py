@@ -43,7 +43,7 @@ class V4Attend(ctypes.Structure):
     )
 
 
-class V4Attention(LibraryKernel):
+class V4AttendKernel(LibraryKernel):
     """Kernel of a loaded library for `attend_v4` over bfloat16 keys, or over their FP8 records."""
 
     launcher, size, structure = "fd_dsa_v4_attend_cuda", "fd_dsa_v4_attend_bytes", V4Attend
@@ -138,6 +138,6 @@ def suits(kind: str, num_programs: int, width: int, rope: int, round_scales: boo
     )
 
 
-def kernel_for(q: Tensor) -> V4Attention | None:
+def kernel_for(q: Tensor) -> V4AttendKernel | None:
     """Return the kernel for queries on their device, None to use Triton's. The choice is logged."""
-    return hopper_kernel(V4Attention, q, "attention of DeepSeek-V4 in steps of many tokens")
+    return hopper_kernel(V4AttendKernel, q, "attention of DeepSeek-V4 in steps of many tokens")

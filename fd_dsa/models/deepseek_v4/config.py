@@ -10,7 +10,7 @@ from typing import Any
 from fd_dsa.cache_formats import FP8_BLOCK_SIZE, PooledLayer, V4CacheLayout
 from fd_dsa.errors import flag_error
 from fd_dsa.models.config import (
-    MAX_EXPERTS,
+    MAX_MODEL_EXPERTS,
     num_mtp_layers,
     read_plain,
     rows_of_head,
@@ -381,8 +381,8 @@ def _check_consistency(reader: FieldReader, values: dict[str, Any]) -> None:
     if values["index_head_dim"] < values["qk_rope_head_dim"]:
         allowed = f"at least the rotated channels, {values['qk_rope_head_dim']}"
         raise reader.error("index_head_dim", values["index_head_dim"], allowed)
-    if experts * layers > MAX_EXPERTS:
-        limit = MAX_EXPERTS // layers
+    if experts * layers > MAX_MODEL_EXPERTS:
+        limit = MAX_MODEL_EXPERTS // layers
         raise reader.error("n_routed_experts", experts, f"at most {limit} in {layers} layers")
     if values["num_experts_per_tok"] > experts:
         allowed = f"at most n_routed_experts, {experts}"

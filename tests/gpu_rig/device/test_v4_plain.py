@@ -19,7 +19,7 @@ from fd_dsa.device.transfers import transfers_for
 from fd_dsa.models.deepseek_v4.config import DeepseekV4Config
 from fd_dsa.models.registry import read_config
 from fd_dsa.ops import v4_attend, v4_attend_cuda, v4_plain
-from fd_dsa.ops.v4_attend_cuda import V4Attention
+from fd_dsa.ops.v4_attend_cuda import V4AttendKernel
 from fd_dsa.ops.v4_plain import PlainRows
 from fd_dsa.runner import InputBatch, ModelRunner
 from fd_dsa.v4_attention.device_backend import V4DeviceBackend
@@ -62,7 +62,7 @@ def kernel(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if rig.is_real:
         custom_ops.use_library(build_library())
     elif rig.form == "fake":
-        made = V4Attention(ctypes.CDLL(str(emulated_library("v4_attend"))))
+        made = V4AttendKernel(ctypes.CDLL(str(emulated_library("v4_attend"))))
         for module in (v4_attend, v4_plain):
             monkeypatch.setattr(module, "kernel_for", lambda tensor: made)
     else:
