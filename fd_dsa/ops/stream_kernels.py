@@ -287,7 +287,7 @@ def expand_streams(
         connection: the next connection; None = no projection.
 
     Returns:
-        The streams, and the sums for `read_streams`; without a connection these are any tensor.
+        The streams, and the sums for `read_streams`. Without a connection the second is not used.
     """
     return _expand(streams, change, mixture, connection, num_streams)
 
