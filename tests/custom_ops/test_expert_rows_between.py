@@ -91,6 +91,7 @@ def test_the_check_at_the_start_runs_every_form(
     assert launches == [3, 3, 90, 90, 1155, 1155]
 
 
+MULTIPLY = f"{KERNELS}_multiply.cuh"
 FAULTS = {
     "largest of half of the columns": ("own + F::kLinesBytes", "own"),
     "scale of another group": ("group * job.out_stride", "(group ^ 1) * job.out_stride"),
@@ -102,7 +103,7 @@ FAULTS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_shows(assert_fault_shows: Callable[..., None], fault: str) -> None:
-    assert_fault_shows(check_rows_between, f"{KERNELS}_multiply.cuh", *FAULTS[fault])
+    assert_fault_shows(check_rows_between, MULTIPLY, *FAULTS[fault])
 
 
 @pytest.mark.slow
@@ -110,7 +111,7 @@ def test_a_fault_shows(assert_fault_shows: Callable[..., None], fault: str) -> N
 def test_the_check_at_the_start_finds_a_fault(
     assert_fault_shows: Callable[..., None], fault: str
 ) -> None:
-    assert_fault_shows(check_at_the_start, f"{KERNELS}.cu", *FAULTS[fault])
+    assert_fault_shows(check_at_the_start, MULTIPLY, *FAULTS[fault])
 
 
 def check_at_the_start(m: KernelMemory) -> None:
