@@ -20,8 +20,8 @@ from tests.serve.fake_engine import FakeEngine
 from tests.soak.hostile import BODIES
 
 USER = {"role": "user", "content": "a"}
-# processor time; joining texts one by one takes five times as long
-MOST_S = 0.6
+# least processor time of some runs; joining texts one by one takes five times as long
+MOST_S, RUNS = 0.6, 3
 MOST_VALUES = 1 << 21
 
 
@@ -31,12 +31,20 @@ def read(path: str, body: dict[str, Any]) -> Any:
     return read_body(BODIES[path], [content], "application/json", MOST_VALUES)
 
 
+def read_soon(path: str, body: dict[str, Any]) -> Any:
+    """The same; asserts that one of some runs is quick, because other processes slow a run down."""
+    for _ in range(RUNS):
+        begin = time.thread_time()
+        found = read(path, body)
+        if time.thread_time() - begin < MOST_S:
+            return found
+    raise AssertionError(f"{RUNS} runs took {MOST_S} s and more")
+
+
 @pytest.mark.parametrize("kind", ["text", "thinking"])
 def test_many_blocks_of_a_message_are_joined_once(kind: str) -> None:
     turn = {"role": "assistant", "content": [{"type": kind, kind: "a" * 3000}] * 4000}
-    begin = time.thread_time()
-    body = read("/v1/messages", {"messages": [USER, turn, USER], "max_tokens": 1})
-    assert time.thread_time() - begin < MOST_S
+    body = read_soon("/v1/messages", {"messages": [USER, turn, USER], "max_tokens": 1})
     assert sum(map(len, texts_in(body.chat.messages[1].for_template()))) > 12_000_000
 
 
@@ -51,9 +59,7 @@ def test_further_fields_of_a_message_are_not_copied() -> None:
 def test_many_items_of_a_message_are_joined_once() -> None:
     call = {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}
     item = {"type": "message", "role": "assistant", "content": "a" * 3000}
-    begin = time.thread_time()
-    body = read("/v1/responses", {"input": [USER, item, call, *[item] * 4000]})
-    assert time.thread_time() - begin < MOST_S
+    body = read_soon("/v1/responses", {"input": [USER, item, call, *[item] * 4000]})
     assert [len(message.content or "") for message in body.chat.messages] == [1, 12_003_000]
 
 
