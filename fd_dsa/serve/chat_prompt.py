@@ -48,8 +48,8 @@ def make_job(
     """Render and tokenize the conversation, which is slow and belongs into a thread.
 
     Args:
-        max_generated: upper bound for the generated tokens if the body names no number. None = that
-            of the model's generation_config.json.
+        max_generated: number of tokens to generate, or the rest of the context if that is less; in
+            place of a number in the body.
 
     Raises:
         ApiError: 400 if the conversation cannot be rendered, is too long, or could never run. Also
@@ -78,10 +78,9 @@ def make_job(
     param = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     requested: int | None = getattr(body, param)
     limit = state.options.max_answer_scores
-    if max_generated is None:
-        max_generated = state.engine.sampling_defaults.get("max_tokens")
-    bounds = (max_scored_tokens(limit, len(prompt), body), max_generated)
-    default = min((bound for bound in bounds if bound is not None), default=None)
+    if max_generated is not None:
+        requested = min(max_generated, state.engine.max_model_len - len(prompt))
+    default = max_scored_tokens(limit, len(prompt), body)
     max_tokens = resolve_max_tokens(
         state, len(prompt), requested, default=default, param=param, source="messages"
     )

@@ -119,7 +119,8 @@ def resolve_max_tokens(
 ) -> int:
     """Return the maximum number of tokens to generate.
 
-    A number in the request counts. Otherwise it is the rest of the context, at most `default`.
+    A number in the request counts. Otherwise it is the rest of the context, at most `default` and
+    at most the number in the model's generation_config.json.
 
     Args:
         default: upper bound if the request has no number.
@@ -136,7 +137,8 @@ def resolve_max_tokens(
     if longest < 1:
         raise too_many_tokens(state, num_prompt_tokens, source)
     if requested is None:
-        return longest if default is None else min(longest, default)
+        bounds = (longest, default, state.engine.sampling_defaults.get("max_tokens"))
+        return min(bound for bound in bounds if bound is not None)
     if requested > longest:
         raise FieldError(
             f"{param}: got {requested} after a prompt of {num_prompt_tokens} tokens, "

@@ -118,6 +118,9 @@ def test_the_model_folder_proposes_how_long_answers_are() -> None:
             assert live.http.post(f"/v1/{path}", json=body).status_code == 200
         asked = [params.max_tokens for _, params in live.engine.requests.values()]
         assert asked == [expected for *_, expected in sent]
+        engine.sampling_defaults = {"max_tokens": 7}
+        assert live.http.post("/v1/completions", json={"prompt": "b"}).is_success
+        assert list(live.engine.requests.values())[-1][1].max_tokens == 7
         # a proposal beyond the context is no error
         engine.sampling_defaults = {"max_tokens": 1000}
         assert live.http.post("/v1/chat/completions", json={"messages": question}).is_success
