@@ -53,10 +53,6 @@ _PLAIN_NEXT = re.compile(rf"{V32_ARGUMENT_END}{SPACE}{_PLAIN_ARGUMENT.pattern}")
 _NEXT_CALL = re.compile(
     rf"\n?(?:{V32_CALL_END}|{V32_ARGUMENT_END})?{SPACE}(?:{_SECTION_END}|{_CALL.pattern})"
 )
-_MAYBE_NEXT_CALL = re.compile(
-    rf"\n?(?:{V32_CALL_END}|{V32_ARGUMENT_END})?{SPACE}"
-    rf"(?:<[^<>\s]{{0,32}}|{V32_CALL}{_PARTIAL_ATTRIBUTES})?"
-)
 _KEY = r"""name\s{0,4}=?\s{0,4}["']?([^"'<>=\s]{1,64})["'\s>]"""
 _DAMAGED_ARGUMENT = re.compile(
     rf"{V32_ARGUMENT_END}((?:(?!{V32_ARGUMENT_END}|{V32_ARGUMENT})[\s\S]){{0,60}}?){_KEY}"
@@ -72,6 +68,7 @@ _MAYBE_LOST = re.compile(
 _BRACE = re.compile("{")
 _BODY = re.compile(rf"{SPACE}(?={{|{V32_ARGUMENT}|{V32_CALL_END}|{_SECTION_END}|<parameter\s)")
 _MAYBE_BODY = re.compile(rf"{SPACE}(?:<[^<>\s]{{0,32}}|{V32_CALL}{_PARTIAL_ATTRIBUTES})?")
+_MAYBE_NEXT_CALL = re.compile(rf"\n?(?:{V32_CALL_END}|{V32_ARGUMENT_END})?{_MAYBE_BODY.pattern}")
 
 
 class DeepseekV32Tools(TaggedTools):
