@@ -11,7 +11,7 @@ MAX_TOKENS = 64
 
 
 class Lead(NamedTuple):
-    """What a device may be compared by.
+    """Lead by which a device's tokens are compared, and the number of tokens that have it.
 
     Attributes:
         least: lead in log-probability of a token that a device must choose, too.

@@ -32,7 +32,10 @@ def read(path: str, body: dict[str, Any]) -> Any:
 
 
 def read_soon(path: str, body: dict[str, Any]) -> Any:
-    """The same; asserts that one of some runs is quick, because other processes slow a run down."""
+    """Read as `read` does, and assert that one of some runs is quick.
+
+    Other processes slow a run down.
+    """
     for _ in range(RUNS):
         begin = time.thread_time()
         found = read(path, body)
