@@ -22,7 +22,7 @@ from io import StringIO
 from typing import Any, Protocol
 
 from fd_dsa.cancellation import cancellable, check_cancelled
-from fd_dsa.chat.parser import THINK_BEGIN, THINK_END, Arguments
+from fd_dsa.chat.parser import Arguments, split_reasoning
 from fd_dsa.chat.sandbox import OverBudget
 from fd_dsa.chat.template import ChatTemplate, with_read_arguments
 
@@ -36,9 +36,6 @@ SEPARATOR = "\ufdd0"
 _PRIVATE = [chr(code) for code in range(0xE002, 0xF900)]
 # a private character, escaped as in JSON and Python literals
 _ESCAPED = re.compile("u([ef][0-9a-f]{3})")
-# an answer of an earlier turn, with its reasoning before its content
-_REASONED = re.compile(rf"(\s*{THINK_BEGIN})(.*?)({THINK_END})(.*)", re.DOTALL)
-_BEGUN = re.compile(rf"(\s*{THINK_BEGIN})(.*)", re.DOTALL)
 # random, so that no client can predict the quoting characters
 _random = random.SystemRandom()
 
@@ -188,14 +185,13 @@ class _Conversation:
 
     def _written_fields(self, message: Mapping[str, object]) -> dict[str, tuple[str, ...]]:
         """Return the fields with markers that count, as alternating markers and texts."""
-        role, content = message.get("role"), message.get("content")
+        role = message.get("role")
         fields: dict[str, tuple[str, ...]] = {"role": (role,)} if isinstance(role, str) else {}
-        if role == "assistant" and isinstance(content, str):
-            answer = _REASONED.fullmatch(content)
-            if answer is None and self._goes_on and message is self._messages[-1]:
-                answer = _BEGUN.fullmatch(content)
-            if answer is not None:
-                fields["content"] = answer.groups()
+        if role == "assistant":
+            parts = split_reasoning(message.get("content"))
+            goes_on = self._goes_on and message is self._messages[-1]
+            if len(parts) > 2 or (parts and goes_on):
+                fields["content"] = parts
         return fields
 
     def _change_message(

@@ -231,6 +231,22 @@ class OutputParser:
             raise Damaged
 
 
+def split_reasoning(content: object) -> tuple[str, ...]:
+    """Split the content of a message that begins with reasoning into markers and texts.
+
+    Returns:
+        The first marker with white space before it, and the reasoning. Then, if the reasoning has
+        an end, the end marker and the text after it. Empty for any other content.
+    """
+    if not isinstance(content, str):
+        return ()
+    space, begin, rest = content.partition(THINK_BEGIN)
+    if not begin or space.strip():
+        return ()
+    reasoning, end, text = rest.partition(THINK_END)
+    return (space + begin, reasoning, end, text) if end else (space + begin, reasoning)
+
+
 class Arguments(dict[str, Any]):
     """The arguments of a call, usable by templates as a mapping and as text.
 

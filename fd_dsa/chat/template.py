@@ -15,6 +15,7 @@ from fd_dsa.chat.parser import (
     THINK_END,
     TOOL_FORMATS,
     read_arguments,
+    split_reasoning,
 )
 from fd_dsa.chat.sandbox import OverBudget, Renderer, bounded_rendering, compile_template
 from fd_dsa.chat.tool_formats import DSML, GLM_KEY, V31_CALLS, ToolFormat
@@ -250,9 +251,15 @@ def opens_reasoning(prompt: str, continued: Mapping[str, object] | None) -> bool
         prompt: text of the prompt.
         continued: the last message if the answer continues it.
     """
-    if continued is not None and (_is_reasoning_only(continued) or _begins_reasoning(continued)):
+    if continued is not None and _is_inside_reasoning(continued):
         return prompt.rfind(THINK_BEGIN) > prompt.rfind(THINK_END)
     return prompt.rstrip().endswith(THINK_BEGIN)
+
+
+def _is_inside_reasoning(message: Mapping[str, object]) -> bool:
+    """Return True if a message of the assistant ends inside its reasoning, in either field."""
+    is_begun = len(split_reasoning(message.get("content"))) == 2 and not message.get("tool_calls")
+    return _is_reasoning_only(message) or is_begun
 
 
 def _is_reasoning_only(message: Mapping[str, object]) -> bool:
@@ -260,14 +267,6 @@ def _is_reasoning_only(message: Mapping[str, object]) -> bool:
     return bool(message.get("reasoning_content")) and not (
         message.get("content") or message.get("tool_calls")
     )
-
-
-def _begins_reasoning(message: Mapping[str, object]) -> bool:
-    """Return True if the content of a message is reasoning after its marker, without its end."""
-    content = message.get("content")
-    if not isinstance(content, str) or message.get("tool_calls"):
-        return False
-    return content.lstrip().startswith(THINK_BEGIN) and THINK_END not in content
 
 
 def with_read_arguments(message: Mapping[str, Any]) -> dict[str, Any]:

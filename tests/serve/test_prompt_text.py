@@ -269,7 +269,13 @@ def test_a_continued_text_does_not_open_the_reasoning() -> None:
     template = "{{ messages[0].content }}"
     flags = {"trust_request_chat_template": True, "reasoning_parser": "deepseek_v3"}
     with running(threaded(byte_model.make_engine()), **flags) as live:
-        for content, is_reasoning in (("a<think>", False), ("<think>", True)):
+        for content, is_reasoning in (
+            ("a<think>", False),
+            ("<think>", True),
+            (" \n<think>a", True),
+            ("<think>a</think>b", False),
+            ("</think><think>", False),
+        ):
             body = {
                 "messages": [{"role": "assistant", "content": content}],
                 "chat_template": template,
