@@ -144,7 +144,7 @@ class LogitRules:
         grammar: GrammarMatcher | None = None,
         answer: AnswerStart | None = None,
     ) -> None:
-        self.grammar, self._answer = grammar, answer
+        self.grammar = grammar
         self.penalties = (
             params.repetition_penalty,
             params.frequency_penalty,
@@ -167,6 +167,7 @@ class LogitRules:
         starts_later = answer is not None and (len(self.banned) or self.min_tokens)
         has_sequences = bad is not None and bool(bad.by_token)
         self.needs_mask = grammar is not None or has_sequences or bool(starts_later)
+        self._answer = answer if starts_later or has_sequences else None
 
     def masks(
         self, vocab_size: int, drafts: Sequence[int] = (), has_ended: bool = False

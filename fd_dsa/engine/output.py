@@ -13,7 +13,7 @@ from fd_dsa.engine.logprobs import TokenLogprobs
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 Additions = tuple[Any, ...]
-"""Additions of a step to an output: request id, index, and arguments of `RequestOutput`.
+"""Additions of a step to an output: request id, and arguments of `apply_additions`.
 
 `RequestOutput.additions` makes it, and `apply_additions` reads it. Unchanged entries at the end are
 left out.
@@ -52,6 +52,8 @@ class OutputState:
         logprobs: scores of the output tokens whose text is shown; None if not asked for.
         prompt_logprobs: scores of the prompt tokens, with None for the first one; None before the
             whole prompt is computed, or if not asked for.
+        answer_start: index of the first token after the reasoning, 0 without reasoning; None inside
+            the reasoning, and while the output may still begin with it.
         num_cached_tokens: number of leading prompt tokens that came from the prefix cache.
         num_host_cached_tokens: of these, tokens whose blocks were copied from host memory.
         num_draft_tokens: number of verified drafts.
@@ -68,6 +70,7 @@ class OutputState:
     pieces: list[str] = field(default_factory=list)
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs | None] | None = None
+    answer_start: int | None = 0
     num_cached_tokens: int = 0
     num_host_cached_tokens: int = 0
     num_draft_tokens: int = 0
@@ -101,6 +104,8 @@ class RequestOutput:
         topk_positions: positions that the indexer selected for the token before the last one; None
             before the last state, or if not asked for.
         num_tokens: length of `token_ids`.
+        num_reasoning_tokens: number of leading output tokens up to the end of the reasoning, with
+            its markers, property.
 
     Cost: independent of the length of the output. It keeps the growing lists of the state and their
     lengths after the step. The properties copy the lists up to these lengths.
@@ -124,6 +129,7 @@ class RequestOutput:
         self.index = state.index
         self.prompt_token_ids = state.prompt_token_ids
         self.prompt_logprobs = state.prompt_logprobs
+        self.answer_start = state.answer_start
         self.num_cached_tokens = state.num_cached_tokens
         self.num_host_cached_tokens = state.num_host_cached_tokens
         self.num_draft_tokens = state.num_draft_tokens
@@ -164,6 +170,19 @@ class RequestOutput:
         return self._state.token_ids[: self.num_tokens]
 
     @property
+    def num_reasoning_tokens(self) -> int:
+        """Number of leading output tokens that belong to the reasoning."""
+        return self.num_tokens if self.answer_start is None else self.answer_start
+
+    def token_ids_from(self, begin: int) -> list[int]:
+        """Return the output tokens from an index on."""
+        return self._state.token_ids[begin : self.num_tokens]
+
+    def logprobs_from(self, begin: int) -> list[TokenLogprobs]:
+        """Return the shown scores of the output tokens from an index on, none unless asked for."""
+        return (self._state.logprobs or [])[begin : self._num_logprobs]
+
+    @property
     def text(self) -> str:
         """Text of the output so far."""
         return "".join(self._state.pieces[: self._num_pieces])
@@ -190,7 +209,7 @@ class RequestOutput:
         start = (self.new_token_ids, self.new_text)
         is_first = self.num_tokens <= len(self.new_token_ids)
         if not (is_first or self.finished or self.new_logprobs):
-            return self.request_id, self.index, start
+            return self.request_id, self.index, start, self.answer_start
         times = (self.arrival_time, self.first_token_time, self.finish_time)
         # the outputs of a request share the scores of its prompt, which the first one computes
         prompt_logprobs = self.prompt_logprobs if is_first and self.index == 0 else None
@@ -198,7 +217,8 @@ class RequestOutput:
         gained = (*start, *more, self.topk_positions)
         cached = self.num_cached_tokens, self.num_host_cached_tokens
         counts = (*cached, self.num_draft_tokens, self.num_accepted_tokens)
-        return self.request_id, self.index, gained, times, counts, prompt_logprobs
+        head = self.request_id, self.index, gained, self.answer_start
+        return *head, times, counts, prompt_logprobs
 
     def __repr__(self) -> str:
         """Return a short form for logs and the interactive prompt."""
@@ -213,6 +233,7 @@ def apply_additions(
     states: Sequence[OutputState],
     index: int,
     gained: tuple[Any, ...],
+    answer_start: int | None,
     times: tuple[float, float | None, float | None] | None = None,
     counts: tuple[int, int, int, int] = (0, 0, 0, 0),
     prompt_logprobs: list[TokenLogprobs | None] | None = None,
@@ -226,6 +247,7 @@ def apply_additions(
     state = states[index]
     new_token_ids, new_text, *more = gained
     state.token_ids += new_token_ids
+    state.answer_start = answer_start
     if new_text:
         state.pieces.append(new_text)
     if state.logprobs is not None and more:

@@ -66,7 +66,8 @@ class AnswerStart:
         detokenizer: detokenizer of the output, whose copies decode drafts.
 
     Attributes:
-        index: index of the answer's first token in the output; None inside the reasoning.
+        index: index of the answer's first token in the output; None inside the reasoning. A token
+            with the end of the marker belongs to the reasoning, also if it has text of the answer.
     """
 
     def __init__(self, reasoning: Reasoning, detokenizer: Detokenizer) -> None:

@@ -64,7 +64,7 @@ class Request:
             None if not asked for.
         topk_positions: selected keys of the newest step that sampled; None if not asked for.
         grammar: position of the output in its grammar; None without one.
-        answer: beginning of the answer after the reasoning; None if no rule depends on it.
+        answer: beginning of the answer after the reasoning; None without reasoning.
         rules: changes to the logits before sampling, or None.
         drafts: acceptance statistics, or None if drafting is disabled.
     """
@@ -127,11 +127,11 @@ class Request:
         if params.structured_outputs is not None:
             self.grammar = GrammarMatcher(grammars, params)
         output, ends = self.output_token_ids, self.end_token_ids
-        begins_later = stops or params.min_tokens or bad_words or params.bad_words_token_ids
-        if params.reasoning is not None and begins_later and not params.constrain_reasoning:
+        if params.reasoning is not None:
             self.answer = AnswerStart(params.reasoning, self.detokenizer)
+            state.answer_start = None
         if params.has_rules:
-            parts = bad_words, ends, self.grammar, self.answer
+            parts = bad_words, ends, self.grammar, self._ruled
             self.rules = LogitRules(params, prompt, output, *parts)
         if params.logprobs is not None:
             self.logprobs = OutputLogprobs()
@@ -197,10 +197,15 @@ class Request:
         self.num_computed_tokens = min(self.num_computed_tokens, len(self.token_ids) - 1)
 
     @property
+    def _ruled(self) -> AnswerStart | None:
+        """Beginning of the answer if rules begin there, or None if they begin with the output."""
+        return None if self.params.constrain_reasoning else self.answer
+
+    @property
     def _must_continue(self) -> bool:
         """True if the newest token belongs to the first `min_tokens` of the answer."""
         num_before = len(self.output_token_ids) - 1
-        return is_too_short(num_before, self.params.min_tokens, self.answer)
+        return is_too_short(num_before, self.params.min_tokens, self._ruled)
 
     def finish(
         self, reason: FinishReason, now: float, stop_reason: str | int | None = None
@@ -240,9 +245,12 @@ class Request:
             text += self.detokenizer.flush()
         is_cut, shown = False, ""
         if self.answer is not None:
-            shown, text = self.answer.append(text, len(self.output_token_ids))
+            before, after = self.answer.append(text, len(self.output_token_ids))
             if self.finish_reason is not None:
-                text += self.answer.flush()
+                after += self.answer.flush()
+            # stop strings ignore the reasoning
+            if self._ruled is not None and self.stop_checker is not None:
+                shown, text = before, after
         if self.stop_checker is not None and not self._must_continue:
             text, matched = self.stop_checker.append(text)
             if matched is not None:
@@ -250,6 +258,8 @@ class Request:
                 is_cut = True
             elif self.finish_reason is not None:
                 text += self.stop_checker.flush()
+        if self.answer is not None and (self.answer.is_found or self.finish_reason is not None):
+            self.state.answer_start = self.answer.index
         text = shown + text
         if text:
             self.state.pieces.append(text)

@@ -96,6 +96,9 @@ def found_by(engine: LLMEngine) -> list[Answer]:
         engine.add_request(str(number), PROMPT, params)
     ends = {name: outputs[-1] for name, outputs in run_all(engine).items()}
     ordered = [ends[str(number)] for number in range(len(cases()))]
+    for (params, _), end in zip(cases(), ordered, strict=True):
+        written = "".join(NAMES.get(token, "") for token in end.token_ids)
+        assert end.answer_start == answer_begin(written, params.reasoning or Reasoning())
     return [(end.token_ids, end.text, str(end.finish_reason)) for end in ordered]
 
 

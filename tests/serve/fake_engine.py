@@ -8,9 +8,11 @@ from typing import Any
 
 from fd_dsa.chat.renderers import NO_TEMPLATE
 from fd_dsa.chat.template import ChatTemplate
+from fd_dsa.engine.detokenizer import ByteDecoder
 from fd_dsa.engine.encoding import TooManyTokens
 from fd_dsa.engine.metrics import EngineMetrics, EngineStats
 from fd_dsa.engine.output import FinishReason, OutputState, RequestOutput
+from fd_dsa.engine.reasoning import AnswerStart
 from fd_dsa.engine.sampling_params import SamplingParams
 
 WORDS = ("Hello", " wörld", " 🙂", " of", " sparse", " attention", ".")
@@ -177,6 +179,9 @@ class FakeEngine:
         self.requests[request_id] = (prompt_token_ids, params)
         tokens: list[int] = []
         pieces: list[str] = []
+        start = None
+        if params.reasoning is not None:
+            start = AnswerStart(params.reasoning, ByteDecoder([], []))
         running = set(range(params.n))
         try:
             while running:
@@ -189,12 +194,17 @@ class FakeEngine:
                     raise error
                 num_before = len(tokens)
                 reason = self._next(tokens, pieces, params, request_id)
+                if start is not None and len(tokens) > num_before:
+                    start.append(pieces[-1], len(tokens))
                 # all choices say the same, in step
                 for choice in sorted(running):
                     is_ended = (request_id, choice) in self.finished
                     why = reason or ("stop" if is_ended else None)
                     output = self.make_output(prompt_token_ids, request_id, tokens, pieces, why)
                     output.index = choice
+                    if start is not None:
+                        is_known = start.is_found or output.finished
+                        output.answer_start = start.index if is_known else None
                     if len(tokens) == num_before:
                         output.new_token_ids, output.new_text = [], ""
                         # the stop string that has come
