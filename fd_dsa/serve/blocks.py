@@ -71,6 +71,7 @@ class BlockAnswer(ConversationAnswer):
     """
 
     names_events = True
+    scores_reasoning = False
     stream_end = b""
 
     def __init__(
@@ -131,14 +132,12 @@ class BlockAnswer(ConversationAnswer):
                 code="shutting_down",
             )
         (choice,) = self.parsed
-        was_reasoning = choice.is_reasoning
         events = self.add(output)
-        if not was_reasoning:
-            self._waiting += choice.new_scores
+        self._waiting += choice.new_scores
         for event in events:
             yield from self._apply(event)
-        # scores of reasoning and markup are not shown
-        if choice.is_reasoning or (self.blocks and self.blocks[-1].kind == "call"):
+        # scores of markup are not shown
+        if self.blocks and self.blocks[-1].kind == "call":
             self._waiting.clear()
         if output.finished and self._open is not None:
             is_cut = self._open.kind == "call" or output.finish_reason == "length"
@@ -169,7 +168,9 @@ class BlockAnswer(ConversationAnswer):
         block.pieces.append(text)
         scores = tuple(self._waiting) if block.kind == "content" else ()
         block.scores += scores
-        self._waiting.clear()
+        # scores that wait while the reasoning grows belong to the content after it
+        if block.kind != "reasoning":
+            self._waiting.clear()
         yield Change("more", block, text, scores)
 
     def _end(self, *, is_complete: bool = True) -> Iterator[Change]:

@@ -10,12 +10,10 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from fd_dsa.chat.events import Event, join_events
-from fd_dsa.chat.parser import AnswerFormat
 from fd_dsa.serve.answer import respond
 from fd_dsa.serve.body import BodyRoute
 from fd_dsa.serve.chat_prompt import make_job
 from fd_dsa.serve.conversation import ConversationAnswer
-from fd_dsa.serve.generation import Job
 from fd_dsa.serve.logprobs import chat_logprobs
 from fd_dsa.serve.protocol.answers import (
     AnswerMessage,
@@ -32,7 +30,7 @@ from fd_dsa.serve.protocol.answers import (
     ToolCallDelta,
 )
 from fd_dsa.serve.protocol.chat import ChatCompletionRequest
-from fd_dsa.serve.state import ServerState, State
+from fd_dsa.serve.state import State
 
 if TYPE_CHECKING:
     from fd_dsa.engine.logprobs import TokenLogprobs
@@ -59,21 +57,15 @@ class ChatAnswer(ConversationAnswer):
     whole_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
-    def __init__(
-        self, state: ServerState, body: ChatCompletionRequest, job: Job, answer_format: AnswerFormat
-    ) -> None:
-        super().__init__(state, body, job, answer_format)
-        # if all of a whole answer is shown, it is parsed once at its end, which is cheaper
-        self._reads_steps = body.one_call or body.include_reasoning is False
-
     def take(self, job_index: int, output: RequestOutput) -> None:
         super().take(job_index, output)
-        if self._reads_steps:
+        # only an answer with one call may end early, so others are parsed once, which is cheaper
+        if self.body.one_call:
             self.parsed[output.index].keep(self.add(output))
 
     def choices(self) -> Iterator[ChatChoice]:
         for index, choice in enumerate(self.parsed):
-            if not self._reads_steps:
+            if not self.body.one_call:
                 choice.keep(choice.add(self.outputs[0, index], is_whole=True))
             fields: ChatChoice = {
                 "index": index,

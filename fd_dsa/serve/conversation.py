@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from fd_dsa.chat.events import Event
 from fd_dsa.chat.parser import AnswerFormat, OutputParser
-from fd_dsa.serve.answer import Answer, shown
+from fd_dsa.serve.answer import Answer
 from fd_dsa.serve.generation import Job
-from fd_dsa.serve.protocol.answers import ChatFinish
+from fd_dsa.serve.protocol.answers import ChatFinish, Usage
 from fd_dsa.serve.protocol.chat import ChatCompletionRequest
 from fd_dsa.serve.state import ServerState
 
@@ -22,16 +22,33 @@ class ConversationAnswer(Answer[ChatCompletionRequest]):
     """Choices whose text is parsed into reasoning, content and calls."""
 
     prompt_field = "messages"
+    scores_reasoning: ClassVar[bool] = True
+    """True if the tokens and scores of the reasoning are shown too."""
 
     def __init__(
         self, state: ServerState, body: ChatCompletionRequest, job: Job, answer_format: AnswerFormat
     ) -> None:
         super().__init__(state, body, [job])
-        self.parsed = [Choice(answer_format, body) for _ in range(job.params.n)]
+        self._has_reasoning = answer_format.has_reasoning
+        with_reasoning = self.scores_reasoning and body.include_reasoning is not False
+        self.parsed = [Choice(answer_format, body, with_reasoning) for _ in range(job.params.n)]
 
     def shown_outputs(self) -> Sequence[RequestOutput]:
         """See `Answer`. A choice that was complete early counts up to that step."""
         return [choice.output for choice in self.parsed if choice.output is not None]
+
+    @property
+    def num_reasoning_tokens(self) -> int:
+        """Number of tokens of all choices up to the end of their reasoning."""
+        return sum(output.num_reasoning_tokens for output in self.shown_outputs())
+
+    def usage(self) -> Usage:
+        """See `Answer`. The reasoning counts if the answer format tells it apart, as in vLLM."""
+        usage = super().usage()
+        if self._has_reasoning:
+            details = usage.setdefault("completion_tokens_details", {})
+            details["reasoning_tokens"] = self.num_reasoning_tokens
+        return usage
 
     def add(self, output: RequestOutput) -> list[Event]:
         """Return the events of a step, and end a choice that is complete."""
@@ -54,20 +71,22 @@ class ConversationAnswer(Answer[ChatCompletionRequest]):
 class Choice:
     """The parser state of one choice.
 
+    Args:
+        with_reasoning: True if the tokens and scores of the reasoning are shown too.
+
     Attributes:
         is_complete: the answer is complete, later output is dropped.
         has_calls: a call has begun.
         is_calling: the last event belongs to a call without an end.
-        is_reasoning: the text so far ends inside the reasoning.
-        num_reasoning_tokens: tokens of the steps that began or ended inside the reasoning.
         new_token_ids, new_scores: shown tokens of the last step and their scores.
         events, token_ids, scores: everything shown so far, for a whole answer.
     """
 
-    def __init__(self, answer: AnswerFormat, body: ChatCompletionRequest) -> None:
+    def __init__(
+        self, answer: AnswerFormat, body: ChatCompletionRequest, with_reasoning: bool
+    ) -> None:
         self.is_complete = self.has_calls = self.is_calling = False
         self.output: RequestOutput | None = None
-        self.num_reasoning_tokens = 0
         self.new_token_ids: Sequence[int] = ()
         self.new_scores: Sequence[TokenLogprobs] = ()
         self.events: list[Event] = []
@@ -76,12 +95,10 @@ class Choice:
         self._parser = OutputParser(answer)
         self._call_ends = () if answer.tool_format is None else answer.tool_format.ends
         self._one_call = body.one_call
-        # reasoning that is not shown hides its tokens and scores too
         self._shows_reasoning = body.include_reasoning is not False
-
-    @property
-    def is_reasoning(self) -> bool:
-        return self._parser.is_reasoning
+        self._with_reasoning = with_reasoning
+        # indices of the first token and the first score that are not shown yet
+        self._next_token = self._next_score = 0
 
     def add(self, output: RequestOutput, *, is_whole: bool = False) -> list[Event]:
         """Return the events of one step, or of a whole output."""
@@ -89,17 +106,24 @@ class Choice:
         if self.is_complete:
             return []
         self.output = output
-        text, token_ids, scores = shown(output, is_whole)
-        was_reasoning = self.is_reasoning
+        text = output.text if is_whole else output.new_text
         if output.finished:
             events = self._parser.finish(text, is_cut=self._is_cut(output))
         else:
             events = self._parser.feed(text)
-        is_reasoned = was_reasoning or self.is_reasoning
-        self.num_reasoning_tokens += len(token_ids) if is_reasoned else 0
-        if self._shows_reasoning or not is_reasoned:
-            self.new_token_ids, self.new_scores = token_ids, scores
+        self._show_tokens(output)
         return list(self._shown(events))
+
+    def _show_tokens(self, output: RequestOutput) -> None:
+        """Set the new tokens and scores, from the engine's start of the answer on if necessary."""
+        start = 0 if self._with_reasoning else output.answer_start
+        if start is None:
+            return
+        begin, self._next_token = max(start, self._next_token), output.num_tokens
+        self.new_token_ids = output.token_ids_from(begin)
+        begin = max(start, self._next_score)
+        self.new_scores = output.logprobs_from(begin)
+        self._next_score = begin + len(self.new_scores)
 
     def _is_cut(self, output: RequestOutput) -> bool:
         """Return True if the output was cut off before its own end.

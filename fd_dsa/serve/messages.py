@@ -168,7 +168,7 @@ class MessageAnswer(BlockAnswer):
             "cache_creation_input_tokens": 0,
             "cache_read_input_tokens": cached,
             "output_tokens": usage["completion_tokens"],
-            "output_tokens_details": {"thinking_tokens": self.parsed[0].num_reasoning_tokens},
+            "output_tokens_details": {"thinking_tokens": self.num_reasoning_tokens},
         }
 
 

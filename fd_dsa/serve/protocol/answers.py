@@ -41,10 +41,14 @@ class PromptTokensDetails(TypedDict):
 
 
 class CompletionTokensDetails(TypedDict):
-    """Number of accepted and rejected drafts."""
+    """Tokens of the reasoning, if the chat format has one, and verified drafts, if there were some.
 
-    accepted_prediction_tokens: int
-    rejected_prediction_tokens: int
+    The reasoning includes its markers.
+    """
+
+    reasoning_tokens: NotRequired[int]
+    accepted_prediction_tokens: NotRequired[int]
+    rejected_prediction_tokens: NotRequired[int]
 
 
 class Usage(TypedDict):

@@ -36,9 +36,9 @@ function figures(times, usage, ending, { seed, temperature }) {
   const parts = [...ending];
   if (usage) parts.push(t("promptTokens", { count: usage.prompt_tokens }));
   parts.push(t(usage ? "outputTokens" : "aboutTokens", { count: tokens }));
-  const drafts = usage?.completion_tokens_details;
-  if (drafts) {
-    const { accepted_prediction_tokens: accepted, rejected_prediction_tokens: rejected } = drafts;
+  const details = usage?.completion_tokens_details;
+  if (details?.accepted_prediction_tokens !== undefined) {
+    const { accepted_prediction_tokens: accepted, rejected_prediction_tokens: rejected } = details;
     parts.push(t("acceptedDrafts", { accepted, count: accepted + rejected }));
   }
   if (tokens > 1 && times.last > times.first) {

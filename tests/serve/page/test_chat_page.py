@@ -168,6 +168,10 @@ def test_reasoning_and_tool_calls(browser: Browser) -> None:
         say(page, "Hi")
         reasoning = page.locator("details.reasoning")
         assert reasoning.locator("div").text_content() == V32.message.reasoning
+        figures = page.inner_text(".stats").split(" · ")
+        assert figures[1] == f"output {len(V32.tokens)}"
+        # usage counts the reasoning, and there are no drafts
+        assert not any("draft" in figure for figure in figures)
         names = page.locator("details.call summary").all_inner_texts()
         assert names == [f"Tool call: {call.name}" for call in calls]
         assert page.locator("details.call pre").last.inner_text() == calls[-1].arguments
