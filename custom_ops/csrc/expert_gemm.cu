@@ -23,6 +23,7 @@
 #include "expert_gemm.h"
 
 #include "expert_tiles.cuh"
+#include "tensor_map.cuh"
 #include "wgmma.cuh"
 
 namespace fd_dsa::experts {

@@ -58,7 +58,9 @@ __global__ void __launch_bounds__(kThreads, Form<kPairs>::kBlocks)
     const int thread = threadIdx.x % 128;
     copy_tiles(
         Turn<kPairs>{{base}}, F::kMany ? job.taken : nullptr, base + F::kNext, blocks, thread,
-        [&](uint32_t number, Tile& tile) { return find<kPairs>(job, base, number, tile); },
+        [&](uint32_t number, Tile& tile) {
+          return find_even_tile<kPairs>(job, column_groups(job), base + F::kEnds, number, tile);
+        },
         [&](const Tile& tile, uint32_t, Turn<kPairs>& turn) {
           copy_stages<kGated, Multiplier::kScaleParts>(job, tile, thread, turn);
         });

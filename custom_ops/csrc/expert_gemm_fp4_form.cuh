@@ -2,7 +2,7 @@
 #pragma once
 
 #include "expert_gemm_fp4.h"
-#include "expert_tiles.cuh"
+#include "expert_result.cuh"
 #include "wgmma.cuh"
 
 namespace fd_dsa::experts_fp4 {
@@ -23,10 +23,6 @@ constexpr int kThreads = 384;
 [[maybe_unused]] constexpr uint32_t kLowSizes = 0x72706c00u, kHighSizes = 0x7a787674u;
 [[maybe_unused]] constexpr uint32_t kLowStep = 0x04040400u, kHighStep = 0x04040404u;
 
-// 32 result rows of a warpgroup in shared memory, 128 bytes each. Another 16 bytes put neighbours in
-// different banks.
-constexpr int kChunk = 32;
-constexpr uint32_t kLine = 128 + 16, kChunkBytes = kChunk * kLine;
 // Four-bit codes and scales of a stage's columns, and peaks of a tile's columns.
 constexpr uint32_t kCodes = kColumns * kPiece / 2, kScales = kColumns * 4, kPeaks = kColumns;
 
@@ -90,29 +86,6 @@ struct Turn : StageTurn<Form<kPairs>::kStages, Form<kPairs>::kBarriers> {
   __device__ __forceinline__ uint32_t own_tile() const { return base + F::kOwnTiles + stage * 16; }
   __device__ __forceinline__ uint32_t peaks() const { return base + F::kAllPeaks + stage * kPeaks; }
 };
-
-template <int kPairs>
-__device__ __forceinline__ bool find(const Job& job, uint32_t base, uint32_t number, Tile& tile) {
-  const uint32_t ends = base + Form<kPairs>::kEnds;
-  if (!find_tile<kPairs>(job, column_groups(job), ends, number, tile)) return false;
-  // an expert's tiles have about as many pairs each
-  const int count = tile.first + tile.left, tiles = (count + kPairs - 1) / kPairs;
-  const int rows = (count + tiles - 1) / tiles;
-  tile.first = tile.first / kPairs * rows;
-  tile.left = min(count - tile.first, rows);
-  return true;
-}
-
-// Stores a tile. Its first word is the expert, or kNoTile.
-__device__ __forceinline__ void store_tile(uint32_t at, const Tile& tile) {
-  store_shared(at, make_uint4(tile.expert, tile.first, tile.left, tile.group));
-}
-
-__device__ __forceinline__ Tile load_tile(uint32_t at) {
-  const uint4 x = load_shared_uint4(at);
-  return {static_cast<int>(x.x), static_cast<int>(x.y), static_cast<int>(x.z),
-          static_cast<int>(x.w)};
-}
 
 // Sets the e5m2 codes of a word: `low` of its lower half, `high` of its upper half.
 //

@@ -14,12 +14,11 @@ namespace fd_dsa::experts_fp4 {
 template <bool kGated, int kPairs, bool kInFp8>
 struct Multiplier {
   using F = Form<kPairs>;
+  using Lines = ResultLines<kGated>;
   static constexpr bool kMany = F::kMany;
   // parts of a stage whose scales differ
   static constexpr int kScaleParts = kInFp8 && !kGated ? 2 : 1;
-  // columns of a warp in a stage, those of a row of a warpgroup's results, and from a thread's first
-  // column to its second one
-  static constexpr int kWarpColumns = kGated ? 8 : 16, kRowColumns = 4 * kWarpColumns;
+  // from a thread's first column to its second one
   static constexpr int kNextColumn = kGated ? kHalfColumns : 8;
 
   const Job& job;
@@ -32,7 +31,7 @@ struct Multiplier {
 
   __device__ __forceinline__ Multiplier(const Job& job, uint32_t base, int warp, int lane)
       : job(job), base(base), warp(warp), lane(lane), turn{{base}} {
-    column = warp * kWarpColumns + lane / 4;
+    column = warp * Lines::kWarpColumns + lane / 4;
     own_barrier = warp < 4 ? kFirstBarrier : kSecondBarrier;
     // the first warpgroup has the first turn
     if (kMany && own_barrier == kSecondBarrier) named_barrier_arrive(kFirstBarrier, 256);
@@ -231,8 +230,8 @@ struct Multiplier {
   template <int kCount, int kUsed>
   __device__ __forceinline__ void store(const Tile& tile, const float (&sums)[kUsed][kCount / 2],
                                         const uint32_t (&peaks)[2]) {
-    constexpr int kChunks = (kCount + kChunk - 1) / kChunk, kRowThreads = kGated ? 4 : 8;
-    constexpr int kPasses = kGated ? 1 : 2, kPassRows = kChunk / kPasses;
+    constexpr int kChunks = (kCount + kChunk - 1) / kChunk, kPasses = Lines::kPasses;
+    constexpr int kPassRows = Lines::kPassRows, kRowThreads = Lines::kRowThreads;
     // no register has what follows from them during the GEMMs
     const int lane = unknown(this->lane), warp = unknown(this->warp);
     const int warpgroup = warp / 4, thread = warp % 4 * kWarp + lane;
@@ -247,13 +246,9 @@ struct Multiplier {
     const float* own = job.factors + tile.expert * (1 + kGated);
     const float factor = __ldg(own) * scale_of_peak(peaks[0]);
     const float next_factor = __ldg(own + kGated) * scale_of_peak(peaks[1]);
-    const uint32_t lines = base + F::kLines + warpgroup * F::kLinesBytes;
-    // where this lane's row of a matrix goes, and what this thread writes
-    const uint32_t to = lines + warp % 4 * (kWarpColumns * 2) +
-                        (kGated ? lane * kLine : lane % 16 * kLine + lane / 16 * 16);
-    const uint32_t from = lines + thread / kRowThreads * kLine + thread % kRowThreads * 16;
+    const Lines lines(base + F::kLines + warpgroup * F::kLinesBytes, warp % 4, lane, thread);
     // this thread's first column
-    const int first = (tile.group * 2 + warpgroup) * kRowColumns + thread % kRowThreads * 8;
+    const int first = (tile.group * 2 + warpgroup) * Lines::kRowColumns + thread % kRowThreads * 8;
     char* out = static_cast<char*>(job.out) + first * 2;
     // the rows of the last tile were read
     named_barrier(kLinesBarrier + warpgroup, 128);
@@ -261,12 +256,12 @@ struct Multiplier {
     for (int i = 0; i < kUsed * kChunks; ++i) {
       const int third = i / kChunks, chunk = i % kChunks;
       const uint32_t buffer = i % 2 * kChunkBytes;
-      store_chunk<kCount>(sums[third], chunk, factor, next_factor, to + buffer);
+      lines.template store_chunk<kCount>(sums[third], chunk, factor, next_factor, job.limit, buffer);
       named_barrier(kLinesBarrier + warpgroup, 128);
 #pragma unroll
       for (int pass = 0; pass < kPasses; ++pass) {
         const int64_t row = rows[third][chunk * kPasses + pass];
-        const uint32_t at = from + buffer + pass * (kPassRows * kLine);
+        const uint32_t at = lines.from + buffer + pass * (kPassRows * kLine);
         if constexpr (kInFp8 && kGated) {
           write_codes(tile.group, row, first, at, warpgroup);
         } else if (row >= 0) {
@@ -295,8 +290,8 @@ struct Multiplier {
     for (int i = 0; i < 8; ++i) largest = fmaxf(largest, fabsf(values[i]));  // ignores NaN
     largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, 1));
     largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, 2));
-    const bool is_first = column % kRowColumns == 0;
-    const uint32_t own = at - column % kRowColumns * 2 + kRowColumns * 2 + (is_odd ? 4 : 0);
+    const bool is_first = column % Lines::kRowColumns == 0;
+    const uint32_t own = at + (Lines::kRowColumns - column % Lines::kRowColumns) * 2 + is_odd * 4;
     if (is_first) store_shared(own, largest);
     named_barrier(kBothBarrier, 256);
     largest = fmaxf(largest, load_shared_float(warpgroup == 0 ? own + F::kLinesBytes
@@ -313,42 +308,6 @@ struct Multiplier {
     }
     *reinterpret_cast<uint2*>(static_cast<char*>(job.out) + row * job.columns + column) = {
         codes[0] | codes[1] << 16, codes[2] | codes[3] << 16};
-  }
-
-  // Writes this warp's columns of 32 pairs of a third to shared memory.
-  template <int kCount>
-  __device__ __forceinline__ void store_chunk(const float (&sums)[kCount / 2], int chunk,
-                                              float factor, float next_factor, uint32_t to) const {
-    uint32_t values[2][4];  // of the first column, or of a gated one, and of the second one
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      // the last chunk of a third may have fewer eights of pairs
-      const int eight = chunk * 4 + i < kCount / 8 ? chunk * 4 + i : chunk * 4;
-      const float* x = sums + eight * 4;
-      const float upper[2] = {x[0] * factor, x[1] * factor};
-      const float lower[2] = {x[2] * next_factor, x[3] * next_factor};
-      values[0][i] = kGated ? pack_bfloat16(gated(upper[0], lower[0], job.limit),
-                                            gated(upper[1], lower[1], job.limit))
-                            : pack_bfloat16(upper[0], upper[1]);
-      values[1][i] = pack_bfloat16(lower[0], lower[1]);
-    }
-    if constexpr (kGated) {
-      store_matrices_transposed(to, values[0]);
-    } else {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const uint32_t both[4] = {values[0][2 * half], values[0][2 * half + 1],
-                                  values[1][2 * half], values[1][2 * half + 1]};
-        store_matrices_transposed(to + half * (16 * kLine), both);
-      }
-    }
-  }
-
-  static __device__ __forceinline__ float gated(float gate, float up, float limit) {
-    // fminf ignores NaN
-    gate = gate > limit ? limit : gate;
-    up = up > limit ? limit : up < -limit ? -limit : up;
-    return silu_times(gate, up);
   }
 
   // Multiplies tile after tile.

@@ -126,6 +126,29 @@ __device__ __forceinline__ bool find_tile(const Job& job, uint32_t groups, uint3
   return true;
 }
 
+// Finds the tile of a number like `find_tile`, where an expert's tiles have about as many pairs each.
+template <int kRows, typename Job>
+__device__ __forceinline__ bool find_even_tile(const Job& job, uint32_t groups, uint32_t ends,
+                                               uint32_t number, Tile& tile) {
+  if (!find_tile<kRows>(job, groups, ends, number, tile)) return false;
+  const int count = tile.first + tile.left, tiles = (count + kRows - 1) / kRows;
+  const int rows = (count + tiles - 1) / tiles;
+  tile.first = tile.first / kRows * rows;
+  tile.left = min(count - tile.first, rows);
+  return true;
+}
+
+// Stores a tile. Its first word is the expert, or kNoTile.
+__device__ __forceinline__ void store_tile(uint32_t at, const Tile& tile) {
+  hopper::store_shared(at, make_uint4(tile.expert, tile.first, tile.left, tile.group));
+}
+
+__device__ __forceinline__ Tile load_tile(uint32_t at) {
+  const uint4 x = hopper::load_shared_uint4(at);
+  return {static_cast<int>(x.x), static_cast<int>(x.y), static_cast<int>(x.z),
+          static_cast<int>(x.w)};
+}
+
 // Returns the expert's list from the tile's first pair on.
 template <typename Job>
 __device__ __forceinline__ const int32_t* pairs_of(const Job& job, const Tile& tile) {

@@ -4,7 +4,6 @@
 #ifndef FD_DSA_HOPPER_CUH
 #define FD_DSA_HOPPER_CUH
 
-#include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -78,6 +77,7 @@ FD_DSA_LOAD(uint32_t, load_shared, "ld.shared.b32 %0, [%1];", "=r"(x))
 FD_DSA_LOAD(uint32_t, load_shared_byte, "ld.shared.u8 %0, [%1];", "=r"(x))
 FD_DSA_LOAD(float, load_shared_float, "ld.shared.f32 %0, [%1];", "=f"(x))
 FD_DSA_LOAD(float2, load_shared_float2, "ld.shared.v2.f32 {%0, %1}, [%2];", FD_DSA_TWO("=f"))
+FD_DSA_LOAD(uint2, load_shared_uint2, "ld.shared.v2.b32 {%0, %1}, [%2];", FD_DSA_TWO("=r"))
 FD_DSA_LOAD(uint4, load_shared_uint4, "ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];",
             FD_DSA_FOUR("=r"))
 FD_DSA_LOAD(float4, load_shared_float4, "ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];",
@@ -176,52 +176,6 @@ __device__ __forceinline__ void copy_few(uint32_t to, const void* from, bool rea
                : "memory");
 }
 
-// A matrix of bytes, from which the copy engine takes tiles of 128 rows by 128 bytes.
-//
-// A kernel has it as a __grid_constant__ parameter.
-using TensorMap = CUtensorMap;
-
-// Describes a matrix whose address and width are multiples of 16.
-//
-// Rows past the last one read as zeros. There is no library to link for the driver's function, so
-// it is looked up at run time.
-inline cudaError_t make_tile_map(TensorMap& map, const void* at, uint64_t width, uint64_t rows) {
-  using Encode = CUresult(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
-                          const cuuint64_t*, const cuuint32_t*, const cuuint32_t*,
-                          CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion,
-                          CUtensorMapFloatOOBfill);
-  void* found = nullptr;
-  cudaDriverEntryPointQueryResult state;
-#if CUDART_VERSION >= 12050
-  const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found,
-                                                             12000, cudaEnableDefault, &state);
-#else
-  const cudaError_t error =
-      cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &state);
-#endif
-  if (error != cudaSuccess) return error;
-  if (state != cudaDriverEntryPointSuccess) return cudaErrorNotSupported;
-  const cuuint64_t sizes[] = {width, rows}, row_bytes[] = {width};
-  const cuuint32_t tile[] = {128, 128}, steps[] = {1, 1};
-  const CUresult result = reinterpret_cast<Encode*>(found)(
-      &map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, const_cast<void*>(at), sizes, row_bytes, tile, steps,
-      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
-}
-
-// Copies 128 swizzled rows of 128 bytes from byte `column` and row `row` on, counted by a barrier.
-//
-// `to` is a multiple of 1024.
-__device__ __forceinline__ void copy_tile(uint32_t to, const TensorMap& map, int column, int row,
-                                          uint32_t barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
-      "[%0], [%1, {%2, %3}], [%4];" ::"r"(to),
-      "l"(&map), "r"(column), "r"(row), "r"(barrier)
-      : "memory");
-}
-
 // Makes this thread arrive at the barrier once its copies by copy_16 and copy_few have ended.
 FD_DSA_DO_AT(barrier_arrive_after_copies, "cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];")
 
@@ -274,15 +228,13 @@ FD_DSA_LOAD(float4, load_cluster_float4, "ld.shared::cluster.v4.f32 {%0, %1, %2,
 
 // ---- registers of a warpgroup, in a kernel with __launch_bounds__(threads, blocks)
 
-template <int kRegisters>
-__device__ __forceinline__ void more_registers() {
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
-}
-
-template <int kRegisters>
-__device__ __forceinline__ void fewer_registers() {
-  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
-}
+#define FD_DSA_REGISTERS(NAME, CHANGE)                                                \
+  template <int kRegisters>                                                           \
+  __device__ __forceinline__ void NAME() {                                            \
+    asm volatile("setmaxnreg." CHANGE ".sync.aligned.u32 %0;" ::"n"(kRegisters)); \
+  }
+FD_DSA_REGISTERS(more_registers, "inc")
+FD_DSA_REGISTERS(fewer_registers, "dec")
 
 // ---- conversions
 
@@ -322,9 +274,25 @@ __device__ __forceinline__ uint32_t bfloat16_of_codes(uint32_t word, uint32_t sc
   return both;
 }
 
-// Multiplies two pairs of float16 values.
-__device__ __forceinline__ uint32_t times_halves(uint32_t x, uint32_t y) {
-  asm("mul.rn.f16x2 %0, %0, %1;" : "+r"(x) : "r"(y));
+// Functions of two pairs of float16 or bfloat16 values.
+#define FD_DSA_OF_PAIRS(NAME, TEXT)                                    \
+  __device__ __forceinline__ uint32_t NAME(uint32_t x, uint32_t y) { \
+    asm(TEXT " %0, %0, %1;" : "+r"(x) : "r"(y));                     \
+    return x;                                                          \
+  }
+FD_DSA_OF_PAIRS(times_halves, "mul.rn.f16x2")
+FD_DSA_OF_PAIRS(minus_bfloat16, "sub.rn.bf16x2")
+
+// Multiplies both bfloat16 values of `x` by the one in the lower or upper half of a word.
+template <bool kUpper>
+__device__ __forceinline__ uint32_t times_bfloat16(uint32_t x, uint32_t word) {
+#define FD_DSA_TIMES(HALF)                                                              \
+  asm("{.reg .b16 low, high; .reg .b32 both; mov.b32 {low, high}, %1;"                \
+      " mov.b32 both, {" HALF ", " HALF "}; mul.rn.bf16x2 %0, %0, both;}"              \
+      : "+r"(x)                                                                         \
+      : "r"(word))
+  if constexpr (kUpper) FD_DSA_TIMES("high");
+  else FD_DSA_TIMES("low");
   return x;
 }
 

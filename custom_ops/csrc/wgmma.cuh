@@ -69,13 +69,15 @@ __device__ __forceinline__ void pin(uint32_t (&x)[kSteps][4]) {
 // Text and operands of the GEMMs below: `d` has 8 to 128 registers of a thread.
 #define FD_DSA_8 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define FD_DSA_16 FD_DSA_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
-#define FD_DSA_24 FD_DSA_16 ", %16, %17, %18, %19, %20, %21, %22, %23"
-#define FD_DSA_32 FD_DSA_24 ", %24, %25, %26, %27, %28, %29, %30, %31"
+#define FD_DSA_20 FD_DSA_16 ", %16, %17, %18, %19"
+#define FD_DSA_24 FD_DSA_20 ", %20, %21, %22, %23"
+#define FD_DSA_28 FD_DSA_24 ", %24, %25, %26, %27"
+#define FD_DSA_32 FD_DSA_28 ", %28, %29, %30, %31"
 #define FD_DSA_36 FD_DSA_32 ", %32, %33, %34, %35"
 #define FD_DSA_40 FD_DSA_36 ", %36, %37, %38, %39"
-#define FD_DSA_64 FD_DSA_40                                      \
-  ", %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51" \
-  ", %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define FD_DSA_48 FD_DSA_40 ", %40, %41, %42, %43, %44, %45, %46, %47"
+#define FD_DSA_56 FD_DSA_48 ", %48, %49, %50, %51, %52, %53, %54, %55"
+#define FD_DSA_64 FD_DSA_56 ", %56, %57, %58, %59, %60, %61, %62, %63"
 #define FD_DSA_128 FD_DSA_64                                                         \
   ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79" \
   ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95" \
@@ -106,13 +108,40 @@ __device__ __forceinline__ void pin(uint32_t (&x)[kSteps][4]) {
 template <int kColumns, bool kBfloat16>
 __device__ __forceinline__ void wgmma_rows(float (&d)[kColumns / 2], const uint32_t (&a)[4],
                                            uint64_t b, bool add) {
-  static_assert(kColumns == 16 || kColumns == 32);
+#define FD_DSA_ROWS(SHAPE, D, REST, ADD, ...)     \
+  FD_DSA_WGMMA(SHAPE, D, REST, ADD, __VA_ARGS__ \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+  static_assert((kColumns % 16 == 0 && kColumns <= 128) || kColumns == 40 || kColumns == 56);
   if constexpr (kColumns == 16) {
-    FD_DSA_WGMMA("m64n16", FD_DSA_8, "{%8, %9, %10, %11}, %12, p, 1, 1, 0", "%13",
-                 FD_DSA_D8(0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+    FD_DSA_ROWS("m64n16", FD_DSA_8, "{%8, %9, %10, %11}, %12, p, 1, 1, 0", "%13",
+                FD_DSA_D8(0));
+  } else if constexpr (kColumns == 32) {
+    FD_DSA_ROWS("m64n32", FD_DSA_16, "{%16, %17, %18, %19}, %20, p, 1, 1, 0", "%21",
+                FD_DSA_D16(0));
+  } else if constexpr (kColumns == 40) {
+    FD_DSA_ROWS("m64n40", FD_DSA_20, "{%20, %21, %22, %23}, %24, p, 1, 1, 0", "%25",
+                FD_DSA_D16(0), FD_DSA_D4(16));
+  } else if constexpr (kColumns == 48) {
+    FD_DSA_ROWS("m64n48", FD_DSA_24, "{%24, %25, %26, %27}, %28, p, 1, 1, 0", "%29",
+                FD_DSA_D16(0), FD_DSA_D8(16));
+  } else if constexpr (kColumns == 56) {
+    FD_DSA_ROWS("m64n56", FD_DSA_28, "{%28, %29, %30, %31}, %32, p, 1, 1, 0", "%33",
+                FD_DSA_D16(0), FD_DSA_D8(16), FD_DSA_D4(24));
+  } else if constexpr (kColumns == 64) {
+    FD_DSA_ROWS("m64n64", FD_DSA_32, "{%32, %33, %34, %35}, %36, p, 1, 1, 0", "%37",
+                FD_DSA_D32(0));
+  } else if constexpr (kColumns == 80) {
+    FD_DSA_ROWS("m64n80", FD_DSA_40, "{%40, %41, %42, %43}, %44, p, 1, 1, 0", "%45",
+                FD_DSA_D32(0), FD_DSA_D8(32));
+  } else if constexpr (kColumns == 96) {
+    FD_DSA_ROWS("m64n96", FD_DSA_48, "{%48, %49, %50, %51}, %52, p, 1, 1, 0", "%53",
+                FD_DSA_D32(0), FD_DSA_D16(32));
+  } else if constexpr (kColumns == 112) {
+    FD_DSA_ROWS("m64n112", FD_DSA_56, "{%56, %57, %58, %59}, %60, p, 1, 1, 0", "%61",
+                FD_DSA_D32(0), FD_DSA_D16(32), FD_DSA_D8(48));
   } else {
-    FD_DSA_WGMMA("m64n32", FD_DSA_16, "{%16, %17, %18, %19}, %20, p, 1, 1, 0", "%21",
-                 FD_DSA_D16(0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+    FD_DSA_ROWS("m64n128", FD_DSA_64, "{%64, %65, %66, %67}, %68, p, 1, 1, 0", "%69",
+                FD_DSA_D64);
   }
 }
 

@@ -298,7 +298,8 @@ def test_what_the_launcher_refuses(paddle_memory: KernelMemory, launches: list[i
         kernel(x, good, *lists, out, None)
     for num_tokens, is_counted in ((127, False), (128, True)):
         pairs = group_pairs(m.put(np.zeros((num_tokens, 1), np.int32)), 2)
-        kernel(codes(num_tokens, 128), good, *pairs, values(good, num_tokens), None)
+        many, out = codes(num_tokens, 128), values(good, num_tokens)
+        kernel(many, good, *pairs, out, None)
         assert (kernel.job.taken is not None) == is_counted
         # a launch of more pairs is refused without the counter
         kernel.job.taken = None
@@ -314,8 +315,10 @@ FAULTS = {
     "codes of another column": (MULTIPLY, "kHalfColumns : 8;", "kHalfColumns : 7;"),
     "scales of another stage": (FORM, "+= kScaleParts * job.x_stride;", "+= kScaleParts;"),
     "no wait for a GEMM": (MULTIPLY, "finish<kCount, 1>", "finish<kCount, 2>"),
-    "tiles leave out pairs": (FORM, "tile.first / kPairs * rows", "tile.first"),
-    "one limit for both sides": (MULTIPLY, "up < -limit ? -limit", "up < -limit ? limit"),
+    "tiles leave out pairs": ("expert_tiles.cuh", "tile.first / kRows * rows", "tile.first"),
+    "one limit for both sides": (
+        *("expert_result.cuh", "up < -limit ? -limit", "up < -limit ? limit"),
+    ),
 }
 
 

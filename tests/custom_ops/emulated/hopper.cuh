@@ -1,6 +1,7 @@
-// Replaces custom_ops/csrc/hopper.cuh, whose guard it takes.
+// Replaces hopper.cuh and tensor_map.cuh of custom_ops/csrc, whose guards it takes.
 #ifndef FD_DSA_HOPPER_CUH
 #define FD_DSA_HOPPER_CUH
+#define FD_DSA_TENSOR_MAP_CUH
 
 #include <array>
 #include <map>
@@ -59,6 +60,7 @@ inline uint32_t load_shared_byte(uint32_t at) { return load_shared_as<uint8_t>(a
 inline float load_shared_float(uint32_t at) { return load_shared_as<float>(at); }
 inline float2 load_shared_float2(uint32_t at) { return load_shared_as<float2>(at); }
 inline float4 load_shared_float4(uint32_t at) { return load_shared_as<float4>(at); }
+inline uint2 load_shared_uint2(uint32_t at) { return load_shared_as<uint2>(at); }
 inline uint4 load_shared_uint4(uint32_t at) { return load_shared_as<uint4>(at); }
 
 // ---- barriers
@@ -333,6 +335,17 @@ uint32_t values_of_codes(uint32_t word) {
 inline uint32_t times_halves(uint32_t x, uint32_t y) {
   return half_bits(value_of<false>(x) * value_of<false>(y)) |
          half_bits(value_of<false>(x >> 16) * value_of<false>(y >> 16)) << 16;
+}
+
+template <bool kUpper>
+uint32_t times_bfloat16(uint32_t x, uint32_t word) {
+  const float factor = value_of<true>(kUpper ? word >> 16 : word);
+  return bfloat16_bits(value_of<true>(x) * factor) |
+         bfloat16_bits(value_of<true>(x >> 16) * factor) << 16;
+}
+inline uint32_t minus_bfloat16(uint32_t x, uint32_t y) {
+  return bfloat16_bits(value_of<true>(x) - value_of<true>(y)) |
+         bfloat16_bits(value_of<true>(x >> 16) - value_of<true>(y >> 16)) << 16;
 }
 
 template <bool kUpper>

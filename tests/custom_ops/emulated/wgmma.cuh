@@ -2,7 +2,9 @@
 #ifndef FD_DSA_WGMMA_CUH
 #define FD_DSA_WGMMA_CUH
 
+#include <algorithm>
 #include <array>
+#include <cmath>
 #include <deque>
 #include <map>
 
@@ -76,16 +78,23 @@ template <bool kBfloat16>
   return value_of<kBfloat16>(bits);
 }
 
-// A warp's rows. Those in registers are read at once: nothing overwrites them before a wait.
+// Hardware reads registers late, so results are NaN if they change before the wait.
+inline bool is_changed(const uint32_t (&a)[4], const std::array<uint32_t, 4>& given) {
+  return !std::equal(given.begin(), given.end(), a);
+}
+
+// A warp's rows.
 template <int kColumns, bool kBfloat16>
 void wgmma_rows(float (&d)[kColumns / 2], const uint32_t (&a)[4], uint64_t b, bool add) {
   const auto upper = all_lanes(uint64_t{a[2]} << 32 | a[0]);
   const auto lower = all_lanes(uint64_t{a[3]} << 32 | a[1]);
   const unsigned g = emulated::lane() / 4, t = emulated::lane() % 4;
-  product([=, &d] {
+  const std::array<uint32_t, 4> given = {a[0], a[1], a[2], a[3]};
+  product([=, &d, &a] {
+    const bool changed = is_changed(a, given);
     for (unsigned i = 0; i < kColumns / 2; ++i) {
       const unsigned column = i / 4 * 8 + 2 * t + i % 2;
-      double sum = add ? d[i] : 0.0;
+      double sum = changed ? NAN : add ? d[i] : 0.0;
       for (unsigned k = 0; k < 16; ++k) {
         const uint64_t row = (i % 4 < 2 ? upper : lower)[4 * g + k % 8 / 2];
         sum += static_cast<double>(value_of<kBfloat16>(row >> (k / 8 * 32 + k % 2 * 16))) *
@@ -154,7 +163,6 @@ inline void wgmma_codes(float (&d)[64], uint64_t a, uint64_t b, bool add) {
   });
 }
 
-// Hardware reads the registers late, so a change before the wait ends the process.
 template <int kColumns>
 void wgmma_code_rows(float (&d)[kColumns / 2], const uint32_t (&a)[4], uint64_t b, bool add) {
   std::array<std::array<uint64_t, emulated::kLanes>, 4> words;
@@ -162,12 +170,10 @@ void wgmma_code_rows(float (&d)[kColumns / 2], const uint32_t (&a)[4], uint64_t 
   const unsigned g = emulated::lane() / 4, t = emulated::lane() % 4;
   const std::array<uint32_t, 4> given = {a[0], a[1], a[2], a[3]};
   product([=, &d, &a] {
-    for (unsigned i = 0; i < 4; ++i) {
-      if (a[i] != given[i]) abort();
-    }
+    const bool changed = is_changed(a, given);
     for (unsigned i = 0; i < kColumns / 2; ++i) {
       const uint32_t column = static_cast<uint32_t>(b) + (i / 4 * 8 + 2 * t + i % 2) * 128;
-      double sum = add ? d[i] : 0.0;
+      double sum = changed ? NAN : add ? d[i] : 0.0;
       for (unsigned k = 0; k < 32; ++k) {
         const uint64_t word = words[(i >> 1 & 1) + k / 16 * 2][4 * g + k % 16 / 4];
         const auto code = static_cast<uint32_t>(word >> k % 4 * 8) & 255;
