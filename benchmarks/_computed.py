@@ -233,10 +233,10 @@ def _experts_missed(result: Result) -> str:
     return " and ".join([", ".join(missed[:-1]), missed[-1]])
 
 
-def _mxfp4_ratios(belongs: Callable[[int], bool]) -> Callable[[Result], str]:
-    """Make a function that formats the ratios to FP8 experts at some numbers of tokens."""
+def _four_bit_ratios(kind: str, first: int, last: int) -> Callable[[Result], str]:
+    """Make a function that formats a kind's ratios to FP8 experts from `first` to `last` tokens."""
     return lambda result: _range(
-        (c["ratio"]["mxfp4"] for c in result["cases"] if belongs(c["tokens"])), ".2f"
+        (c["ratio"][kind] for c in result["cases"] if first <= c["tokens"] <= last), ".2f"
     )
 
 
@@ -269,7 +269,11 @@ FUNCTIONS: Mapping[str, Callable[[Any], str]] = {
     "dense_at_128": _dense_at_128,
     "experts_8192": _experts(8192),
     "experts_missed": _experts_missed,
-    "mxfp4_short": _mxfp4_ratios(lambda tokens: tokens <= 512),
-    "mxfp4_long": _mxfp4_ratios(lambda tokens: tokens >= 2048),
+    "mxfp4_short": _four_bit_ratios("mxfp4", 1, 512),
+    "mxfp4_long": _four_bit_ratios("mxfp4", 2048, 8192),
+    "nvfp4_short": _four_bit_ratios("nvfp4", 8, 512),
+    "nvfp4_long": _four_bit_ratios("nvfp4", 2048, 8192),
+    "int4_short": _four_bit_ratios("int4", 8, 512),
+    "int4_long": _four_bit_ratios("int4", 2048, 8192),
 }
 """Name -> figure of a result."""

@@ -16,10 +16,10 @@ from fd_dsa.tensor import FourBitWeight, Fp8Rows, Tensor
 
 # columns of each part, and their values
 _WIDTH = 256
-# Pairs of each expert. In MXFP4 the kernel of custom_ops/ has a form for each mean number of pairs,
-# and tiles for each number. Its result for few pairs is in FP8, which needs 128 columns.
+# Pairs of each expert. The kernels of custom_ops/ have tiles for each number, and that for MXFP4 a
+# form for each mean number. Its result for few pairs is in FP8, which needs 128 columns.
 _FEW = 2, 1
-_SEVERAL = 10, 30, 50
+_SEVERAL = 10, 30, 45
 _MANY = 30, 60, 75, 90, 120, 150, 180, 210, 240
 
 

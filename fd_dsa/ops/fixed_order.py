@@ -8,9 +8,9 @@ On a CPU, MKL keeps one order for all numbers of rows (its "strict" reproducible
 over keys go chunk by chunk, and a token attends in the same way for every length of its prompt.
 
 On a device, one kernel of fd_dsa in one compiled form computes every GEMM, attention and score. Its
-tiles are those for many rows, and no sum is split among programs. Only the C++ kernel for experts
-in MXFP4 has several forms, whose sums have one order. cuBLASLt, Paddle's matmul and the kernels of
-custom_ops/ that depend on the number of rows are not used.
+tiles are those for many rows, and no sum is split among programs. Only the C++ kernels for experts
+in four bits have several forms, whose sums have one order. cuBLASLt, Paddle's matmul and the
+kernels of custom_ops/ that depend on the number of rows are not used.
 """
 
 from __future__ import annotations

@@ -10,7 +10,13 @@ import pytest
 
 pytest.importorskip("paddle", reason="the launches take Paddle's tensors")
 
-from fd_dsa.ops import expert_gemm_cuda, expert_gemm_fp4_cuda, library_kernel, v4_attend_cuda
+from fd_dsa.ops import (
+    expert_gemm_cuda,
+    expert_gemm_fp4_cuda,
+    expert_gemm_w4a16_cuda,
+    library_kernel,
+    v4_attend_cuda,
+)
 
 pytestmark = pytest.mark.triton
 
@@ -20,6 +26,10 @@ pytestmark = pytest.mark.triton
     [
         (expert_gemm_cuda.kernel_for, "experts of 32 pairs and more on average, in FP8"),
         (expert_gemm_fp4_cuda.kernel_for, "experts in MXFP4"),
+        (
+            expert_gemm_w4a16_cuda.kernel_for,
+            "experts of 12 pairs and more on average, in NVFP4 or INT4",
+        ),
         (v4_attend_cuda.kernel_for, "attention of DeepSeek-V4 in steps of many tokens"),
     ],
 )

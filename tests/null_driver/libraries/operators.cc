@@ -3,6 +3,7 @@
 #include "all_reduce.h"
 #include "expert_gemm.h"
 #include "expert_gemm_fp4.h"
+#include "expert_gemm_w4a16.h"
 #include "launches.h"
 #include "sparse_mla.h"
 #include "topk.h"
@@ -21,6 +22,8 @@ int fd_dsa_expert_gemm_bytes() { return sizeof(FdDsaExpertGemm); }
 
 int fd_dsa_expert_gemm_fp4_cuda(const FdDsaExpertGemmFp4*, void*) { return launches++, 0; }
 int fd_dsa_expert_gemm_fp4_bytes() { return sizeof(FdDsaExpertGemmFp4); }
+int fd_dsa_expert_gemm_w4a16_cuda(const FdDsaExpertGemmW4a16*, void*) { return launches++, 0; }
+int fd_dsa_expert_gemm_w4a16_bytes() { return sizeof(FdDsaExpertGemmW4a16); }
 
 int fd_dsa_sparse_mla_narrow_cuda(const FdDsaSparseMla*, void*) { return launches++, 0; }
 int fd_dsa_sparse_mla_wide_cuda(const FdDsaSparseMla*, void*) { return launches++, 0; }

@@ -1,0 +1,272 @@
+// Experts in NVFP4 or INT4: the warpgroups that turn codes and multiply.
+#pragma once
+
+#include "expert_gemm_w4a16_form.cuh"
+
+namespace fd_dsa::experts_w4a16 {
+
+#if defined(FD_DSA_HOPPER)
+
+// Sets the values of four codes of both halves of a word, times 2^-126.
+//
+// FourBitWeight of fd_dsa/tensor.py says where 16 bits have the bits of four codes of kind "e4m3".
+__device__ __forceinline__ void turn_e2m1(uint32_t codes, uint32_t (&values)[4]) {
+  values[0] = (codes << 1 & 0x80008000u) | (codes >> 5 & 0x01000100u) | (codes >> 4 & 0x00c000c0u);
+  values[1] = codes << 6 & 0x81c081c0u;
+  values[2] = codes << 3 & 0x81c081c0u;
+  values[3] = codes & 0x81c081c0u;
+}
+
+// Sets the values of four codes of both halves of a word, less their zero point.
+//
+// The last bits of a bfloat16 from 128 to 255 count ones.
+//
+// Args:
+//   zero: 128 plus the zero point, twice
+__device__ __forceinline__ void turn_integers(uint32_t codes, uint32_t zero,
+                                              uint32_t (&values)[4]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    values[i] = minus_bfloat16((codes >> 4 * i & 0x000f000fu) | 0x43004300u, zero);
+  }
+}
+
+// Sets the bfloat16 scales of four codes of e4m3: `even` to those of codes 0 and 2.
+//
+// A code counts the last bits of a bfloat16 from a power of two on. Scales are raised by 2^100, see
+// fd_dsa.ops.fp4.
+__device__ __forceinline__ void turn_scales(uint32_t codes, uint32_t& even, uint32_t& odd) {
+  constexpr uint32_t kFirst = 217u << 23 | 217u << 7;
+  even = ((codes & 0x00ff00ffu) << 4) + kFirst;
+  odd = ((codes >> 8 & 0x00ff00ffu) << 4) + kFirst;
+}
+
+// Warpgroup 0 or 1 with two blocks of 64 columns of each tile.
+//
+// A thread has two columns of a block, 8 rows of the tensor cores' result apart, and two
+// neighbouring pairs of each 8. `ResultLines` has the order of its sums.
+template <bool kGated, bool kInteger>
+struct Multiplier {
+  using Lines = ResultLines<kGated>;
+  // from a thread's first column to its second one, and to the next block
+  static constexpr int kNextColumn = kGated ? kHalfColumns : 8;
+  static constexpr int kNextBlock = Lines::kRowColumns;
+
+  const Job& job;
+  uint32_t base;
+  int warp, lane;  // index of the warp among both warpgroups
+  int column;      // first column of this thread in a stage
+  Turn turn;
+
+  __device__ __forceinline__ Multiplier(const Job& job, uint32_t base, int warp, int lane)
+      : job(job), base(base), warp(warp), lane(lane), turn{{base}} {
+    column = warp / 4 * (2 * kNextBlock) + warp % 4 * Lines::kWarpColumns + lane / 4;
+  }
+
+  // Returns the thread's column r of a block, as a column of a stage.
+  __device__ __forceinline__ int column_of(int block, int r) const {
+    return column + block * kNextBlock + r * kNextColumn;
+  }
+
+  // Loads the scale of an integer column, whose last four bits are the zero point.
+  __device__ __forceinline__ uint32_t load_scale(int block, int r) const {
+    return load_shared(turn.scales() + column_of(block, r) * 4);
+  }
+
+  // Turns the codes of a block of a stage, for 8 steps of wgmma.
+  __device__ __forceinline__ void read_codes(int block, uint32_t (&codes)[8][4]) const {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int own = column_of(block, r);
+      const uint32_t words = turn.codes() + own * kColumnCodes + lane % 4 * 8;
+      uint32_t zero = 0;
+      uint2 e4m3 = {};
+      if constexpr (kInteger) zero = __byte_perm((load_scale(block, r) & 15) | 0x4300, 0, 0x1010);
+      else e4m3 = load_shared_uint2(turn.scales() + own * 8);
+      // words of values 2 t and 2 t + 1 of a step, and of those 8 further on
+      const uint2 both[2] = {load_shared_uint2(words), load_shared_uint2(words + 32)};
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        uint32_t even = 0, odd = 0;
+        if (!kInteger) turn_scales(half == 0 ? e4m3.x : e4m3.y, even, odd);
+#pragma unroll
+        for (int next = 0; next < 2; ++next) {
+          // the same codes of both words side by side
+          const uint32_t side =
+              __byte_perm(both[next].x, both[next].y, half == 0 ? 0x5410 : 0x7632);
+          uint32_t values[4];
+          if constexpr (kInteger) {
+            turn_integers(side, zero, values);
+          } else {
+            turn_e2m1(side, values);
+            values[0] = times_bfloat16<false>(values[0], even);
+            values[1] = times_bfloat16<false>(values[1], odd);
+            values[2] = times_bfloat16<true>(values[2], even);
+            values[3] = times_bfloat16<true>(values[3], odd);
+          }
+#pragma unroll
+          for (int i = 0; i < 4; ++i) codes[half * 4 + i][next * 2 + r] = values[i];
+        }
+      }
+    }
+  }
+
+  // Starts the GEMM of a stage with a block, for kCount pairs from pair `first` on.
+  template <int kCount>
+  __device__ __forceinline__ void multiply(float (&sums)[kCount / 2], const uint32_t (&codes)[8][4],
+                                           int first, bool adds) const {
+    const Operand pairs = k_major(turn.activations() + first * 128);
+    wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < 8; ++step) {
+      wgmma_rows<kCount, true>(sums, codes[step], pairs.at(step / 4 * kOperand + step % 4 * 32),
+                               adds || step > 0);
+    }
+    wgmma_commit();
+  }
+
+  // Adds all stages of a tile of up to kCount pairs, and writes the result.
+  //
+  // The first stage is full. The codes of a block are turned during the GEMM of the block before.
+  template <int kCount>
+  __device__ __forceinline__ void run() {
+    float sums[2][kCount / 2] = {};
+    uint32_t first[8][4], second[8][4];
+    Tile tile;
+    publish_to_async();
+    read_codes(0, first);
+    for (int left = job.width / kPiece; left > 0; --left) {
+      pin(first);
+      multiply<kCount>(sums[0], first, 0, true);
+      read_codes(1, second);
+      pin(second);
+      multiply<kCount>(sums[1], second, 0, true);
+      const uint32_t is_free = turn.is_free();
+      // not kept from the beginning, as registers are few
+      if (left == 1) tile = load_tile(turn.own_tile());
+      turn.advance();
+      wgmma_wait<1>();
+      pin(first);
+      if (left > 1) {
+        barrier_wait(turn.is_full(), turn.parity);
+        // The copies of threads become visible to wgmma here, as a fence after the copy would wait
+        // for it.
+        publish_to_async();
+        read_codes(0, first);
+      }
+      wgmma_wait<0>();
+      pin(second);
+      warp_arrive(is_free, lane);
+    }
+    pin(sums[0]);
+    pin(sums[1]);
+    store<kCount>(tile, sums);
+  }
+
+  // Adds all stages of a tile of integers like `run`, each with scales of its own. Registers do not
+  // hold the sums of a stage for more than 64 pairs.
+  template <int kCount>
+  __device__ __forceinline__ void run_scaled() {
+    constexpr int kPart = kCount <= 64 ? kCount : kCount / 2;
+    constexpr int kUsed = kCount / kPart;
+    float sums[2][kCount / 2] = {};
+    Tile tile;
+    for (int left = job.width / kPiece; left > 0; --left) {
+      publish_to_async();
+#pragma unroll
+      for (int block = 0; block < 2; ++block) {
+        uint32_t codes[8][4];
+        float parts[kPart / 2];
+        const float scales[2] = {__uint_as_float(load_scale(block, 0) & ~15u),
+                                 __uint_as_float(load_scale(block, 1) & ~15u)};
+        read_codes(block, codes);
+        pin(codes);
+#pragma unroll
+        for (int part = 0; part < kUsed; ++part) {
+          multiply<kPart>(parts, codes, part * kPart, false);
+          wgmma_wait<0>();
+          pin(codes);
+          pin(parts);
+          float* to = sums[block] + part * (kPart / 2);
+#pragma unroll
+          for (int i = 0; i < kPart / 2; ++i) to[i] += parts[i] * scales[i / 2 % 2];
+        }
+      }
+      if (left == 1) tile = load_tile(turn.own_tile());
+      warp_arrive(turn.is_free(), lane);
+      turn.advance();
+      if (left > 1) barrier_wait(turn.is_full(), turn.parity);
+    }
+    store<kCount>(tile, sums);
+  }
+
+  // Writes the results of a tile. A warpgroup's rows of 32 pairs meet in shared memory, so that it
+  // writes 64 bytes of a row at a time if the tile is gated, else 128.
+  template <int kCount>
+  __device__ __forceinline__ void store(const Tile& tile, const float (&sums)[2][kCount / 2]) {
+    constexpr int kChunks = (kCount + kChunk - 1) / kChunk;
+    // no register has what follows from them during the GEMMs
+    const int lane = unknown(this->lane), warp = unknown(this->warp);
+    const int warpgroup = warp / 4, thread = warp % 4 * kWarp + lane;
+    const int32_t* pairs = pairs_of(job, tile);
+    int32_t rows[kChunks * Lines::kPasses];
+#pragma unroll
+    for (int i = 0; i < kChunks * Lines::kPasses; ++i) {
+      const int at = i * Lines::kPassRows + thread / Lines::kRowThreads;
+      rows[i] = at < tile.left ? __ldg(pairs + at) : -1;
+    }
+    const float* own = job.factors + tile.expert * (1 + kGated);
+    const float factor = kInteger ? 1.0f : __ldg(own);
+    const float next_factor = kInteger ? 1.0f : __ldg(own + kGated);
+    const Lines lines(base + kLines + warpgroup * kLinesBytes, warp % 4, lane, thread);
+    // this thread's first column
+    const int column = (tile.group * 4 + warpgroup * 2) * Lines::kRowColumns +
+                       thread % Lines::kRowThreads * 8;
+    char* out = static_cast<char*>(job.out) + column * 2;
+    // the rows of the last tile were read
+    named_barrier(kLinesBarrier + warpgroup, 128);
+#pragma unroll
+    for (int i = 0; i < 2 * kChunks; ++i) {
+      const int block = i % 2, chunk = i / 2;
+      const uint32_t buffer = i % 2 * kChunkBytes;
+      lines.template store_chunk<kCount>(sums[block], chunk, factor, next_factor, job.limit,
+                                         buffer);
+      named_barrier(kLinesBarrier + warpgroup, 128);
+#pragma unroll
+      for (int pass = 0; pass < Lines::kPasses; ++pass) {
+        const int64_t row = rows[chunk * Lines::kPasses + pass];
+        if (row < 0) continue;
+        *reinterpret_cast<uint4*>(out + (row * job.columns + block * Lines::kRowColumns) * 2) =
+            load_shared_uint4(lines.from + buffer + pass * (Lines::kPassRows * kLine));
+      }
+    }
+  }
+
+  template <int kCount>
+  __device__ __forceinline__ void run_tile() {
+    if constexpr (kInteger) run_scaled<kCount>();
+    else run<kCount>();
+  }
+
+  // Multiplies tile after tile.
+  __device__ __forceinline__ void run_tiles() {
+    for (;;) {
+      barrier_wait(turn.is_full(), turn.parity);
+      const Tile tile = load_tile(turn.own_tile());
+      if (tile.expert == static_cast<int>(kNoTile)) break;
+      const int count = tile.left;
+      if (count <= 16) run_tile<16>();
+      else if (count <= 32) run_tile<32>();
+      else if (count <= 48) run_tile<48>();
+      else if (count <= 64) run_tile<64>();
+      else if (count <= 80) run_tile<80>();
+      else if (count <= 96) run_tile<96>();
+      else if (count <= 112) run_tile<112>();
+      else run_tile<128>();
+    }
+  }
+};
+
+#endif  // FD_DSA_HOPPER
+
+}  // namespace fd_dsa::experts_w4a16

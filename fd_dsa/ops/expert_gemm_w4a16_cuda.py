@@ -1,0 +1,106 @@
+"""Grouped GEMM of routed experts in NVFP4 or INT4 by the CUDA C++ kernel of custom_ops/.
+
+The kernel turns codes into bfloat16 and does not round activations, as Triton's does. Its tiles are
+large, so Triton's kernel is faster with few pairs of an expert. The sums of a row do not depend on
+other rows. Batch-invariant mode always has this kernel.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+
+from fd_dsa.environment import launches_overlap
+from fd_dsa.ops.dense_kernels import GROUP, empty_beside
+from fd_dsa.ops.expert_gemm_cuda import MAX_CHUNKS, MAX_EXPERTS
+from fd_dsa.ops.fixed_order import fixed_order
+from fd_dsa.ops.library_kernel import LibraryKernel, hopper_kernel
+from fd_dsa.tensor import FourBitWeight, Tensor
+
+# With a smaller mean number of pairs of an expert, Triton's kernel is faster on an H200.
+_SEVERAL_PAIRS = 12
+# From this mean on, a counter in memory gives tiles to blocks.
+_MANY_PAIRS = 64
+# columns of a tile
+_COLUMNS = 256
+# kinds and groups of the weights
+_FORMS = ("e4m3", 16), ("int4", 128)
+_ADDRESSES = "x", "weight", "weight_scales", "factors", "pairs", "counts", "out", "taken"
+_NUMBERS = (
+    *("num_tokens", "num_pairs", "row_pairs", "num_experts", "width", "columns"),
+    *("is_gated", "is_integer", "starts_early"),
+)
+
+
+class W4a16Experts(ctypes.Structure):
+    """FdDsaExpertGemmW4a16 of custom_ops/csrc/expert_gemm_w4a16.h, which describes the fields."""
+
+    _fields_ = (
+        *((n, ctypes.c_void_p) for n in _ADDRESSES),
+        ("num_rows", ctypes.c_int64),
+        ("limit", ctypes.c_float),
+        *((n, ctypes.c_int32) for n in _NUMBERS),
+    )
+
+
+class W4a16ExpertGemm(LibraryKernel):
+    """Kernel of a loaded library for `four_bit_gemm.four_bit_gemm` with NVFP4 or INT4 weights."""
+
+    launcher, size = "fd_dsa_expert_gemm_w4a16_cuda", "fd_dsa_expert_gemm_w4a16_bytes"
+    structure = W4a16Experts
+
+    def __call__(
+        self,
+        x: Tensor,
+        weight: FourBitWeight,
+        pairs: Tensor,
+        counts: Tensor,
+        out: Tensor,
+        limit: float | None,
+    ) -> None:
+        """Enqueue the GEMM, a launch, with a memset before it for many pairs.
+
+        Args:
+            x: bfloat16 rows, a multiple of 128 values each.
+            weight, pairs, counts, limit: as for `four_bit_gemm`.
+            out: bfloat16 [pairs, columns], the result.
+        """
+        job = self.job
+        self.bind(out)
+        operands = {"x": x, "weight": weight.codes, "weight_scales": weight.scales, "out": out}
+        for name, tensor in operands.items():
+            setattr(job, name, self._address(name, tensor, multiple=16))
+        factors = weight.factors
+        job.factors = None if factors is None else self._address("factors", factors)
+        job.pairs, job.counts = self._address("pairs", pairs), self._address("counts", counts)
+        job.limit = math.inf if limit is None else limit
+        job.num_rows, job.num_tokens, job.num_pairs = x.shape[0], pairs.shape[1], out.shape[0]
+        job.row_pairs = out.shape[0] // x.shape[0]
+        job.num_experts, _, job.width = weight.shape
+        job.columns, job.is_gated = out.shape[1], weight.codes.shape[1] == 2
+        job.is_integer = weight.kind == "int4"
+        job.starts_early, job.taken = launches_overlap(), None
+        if job.num_pairs >= _MANY_PAIRS * job.num_experts:
+            # the launch uses it, and later work of the stream may take its memory again
+            taken = empty_beside(out, 1, dtype="int32")
+            job.taken = self._address("taken", taken)
+        self.launch()
+
+
+def suits(weight: FourBitWeight, num_rows: int, num_pairs: int) -> bool:
+    """Return True if the kernel supports a weight and a number of rows, and is the faster one."""
+    experts, _, width = weight.shape
+    parts, _, columns = weight.codes.shape[1:4]
+    return (
+        (weight.kind, weight.group) in _FORMS
+        and width % GROUP == columns % (_COLUMNS // parts) == 0
+        and experts <= MAX_EXPERTS
+        and num_rows * (width // 8) <= MAX_CHUNKS
+        and (num_pairs >= _SEVERAL_PAIRS * experts or fixed_order())
+    )
+
+
+def kernel_for(x: Tensor) -> W4a16ExpertGemm | None:
+    """Return the kernel for rows on their device, None to use Triton's. The choice is logged."""
+    served = f"experts of {_SEVERAL_PAIRS} pairs and more on average, in NVFP4 or INT4"
+    return hopper_kernel(W4a16ExpertGemm, x, served, depends_on_rows=False)
