@@ -1,7 +1,6 @@
-// Replaces hopper.cuh and tensor_map.cuh of custom_ops/csrc, whose guards it takes.
+// Replaces custom_ops/csrc/hopper.cuh, whose guard it takes.
 #ifndef FD_DSA_HOPPER_CUH
 #define FD_DSA_HOPPER_CUH
-#define FD_DSA_TENSOR_MAP_CUH
 
 #include <array>
 #include <map>
@@ -196,33 +195,6 @@ inline void copy_16(uint32_t to, const void* from, bool read) { copy_some<16>(to
 template <int kBytes>
 void copy_few(uint32_t to, const void* from, bool read) {
   copy_some<kBytes>(to, from, read);
-}
-
-struct TensorMap {
-  const unsigned char* at;
-  uint64_t width, rows;
-};
-
-inline cudaError_t make_tile_map(TensorMap& map, const void* at, uint64_t width, uint64_t rows) {
-  if (reinterpret_cast<uintptr_t>(at) % 16 != 0 || width % 16 != 0) return cudaErrorInvalidValue;
-  map = {static_cast<const unsigned char*>(at), width, rows};
-  return cudaSuccess;
-}
-
-// The swizzle is that of addresses, as hardware has it.
-inline void copy_tile(uint32_t to, const TensorMap& map, int column, int row, uint32_t barrier) {
-  if (to % 1024 != 0 || column < 0 || row < 0) abort();
-  unsigned char* there = resolve(to, 128 * 128);
-  CopyBarrier& found = barrier_at(barrier);
-  happens_later([=, &found] {
-    for (uint64_t i = 0; i < 128 * 128; ++i) {
-      const uint64_t x = column + i % 128, y = row + i / 128;
-      const bool is_there = x < map.width && y < map.rows;
-      there[i ^ (i >> 7 & 7) << 4] = is_there ? map.at[y * map.width + x] : 0;
-    }
-    found.bytes -= 128 * 128;
-    found.check();
-  });
 }
 
 inline void barrier_arrive_after_copies(uint32_t barrier) {
