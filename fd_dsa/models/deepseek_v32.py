@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -15,7 +13,7 @@ from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.mla import DeepseekV32DSAAttention
 from fd_dsa.models.moe import DeepseekMLP, DeepseekMoE
 from fd_dsa.models.rope import cos_sin_table
-from fd_dsa.models.sources import MTP_EMBEDDING, MTP_HEAD, MTP_JOIN, WeightLoader
+from fd_dsa.models.sources import MTP_EMBEDDING, MTP_HEAD, MTP_JOIN
 from fd_dsa.models.weights_protocol import Weights
 from fd_dsa.ops.arrays import as_numpy, rows_at, values_of
 from fd_dsa.ops.linear import Linear
@@ -26,6 +24,9 @@ class DeepseekV32DecoderLayer:
     """Decoder layer: norm, attention, norm, MLP, with residuals.
 
     Attention and MLP of a rank return its part of a sum over all ranks. The next norm sums them.
+
+    Attributes:
+        kind: kind of MLP and attention; layers of one kind launch the same kernels.
     """
 
     def __init__(self, config: ModelConfig, layer_id: int, weights: Weights) -> None:
@@ -39,6 +40,7 @@ class DeepseekV32DecoderLayer:
             self.mlp: Any = DeepseekMoE(config, weights, f"{prefix}mlp.")
         else:
             self.mlp = DeepseekMLP(weights, f"{prefix}mlp.", hidden, config.intermediate_size)
+        self.kind = config.mlp_layer_types[layer_id], self.self_attn.indexer is None
 
     def forward(
         self,
@@ -148,7 +150,7 @@ class DeepseekV32ForCausalLM:
     """
 
     def __init__(self, config: ModelConfig, weights: Weights) -> None:
-        self.config, self._weights, self.group = config, weights, weights.group
+        self.config, self.group = config, weights.group
         vocab_size, hidden = config.vocab_size, config.hidden_size
         self.embed_tokens, self.head = weights.table(
             "model.embed_tokens.weight", vocab_size, hidden
@@ -164,11 +166,6 @@ class DeepseekV32ForCausalLM:
         width, positions = config.qk_rope_head_dim, config.max_position_embeddings
         self.cos_sin = weights.constant(partial(cos_sin_table, config.rope, width, positions))
         self.mtp = None if config.mtp is None else MultiTokenPredictor(self, weights)
-
-    @property
-    def loaders(self) -> dict[str, WeightLoader]:
-        """Function that fills the place of each tensor of a checkpoint, by name."""
-        return self._weights.loaders
 
     def __call__(self, token_ids: Array, forward_meta: LayerStep) -> Array:
         """Return hidden states after the last norm, [num_tokens, hidden_size].
@@ -188,17 +185,6 @@ class DeepseekV32ForCausalLM:
             if selections is not None:
                 selections.add(indices)
         return self.norm.add_and_normalize(hidden_states, change, self.group)[1]
-
-    @contextmanager
-    def one_layer_of_each_kind(self) -> Iterator[None]:
-        """Run steps through the first layer of each kind of MLP and attention inside."""
-        layers = self.layers
-        first = {(type(x.mlp), x.self_attn.indexer is None): x for x in reversed(layers)}
-        self.layers = [layer for layer in layers if layer in first.values()]
-        try:
-            yield
-        finally:
-            self.layers = layers
 
     def compute_logits(self, hidden_states: Array, out: Array | None = None) -> Array:
         """Return logits float32 [n, vocab_size] of hidden states, in `out` or new memory."""

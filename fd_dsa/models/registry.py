@@ -317,21 +317,19 @@ def packing_of(config: FamilyConfig) -> Packing | None:
     return config.packing if isinstance(config, ModelConfig) else None
 
 
-def create_model(config: FamilyConfig, weights: Weights | None = None) -> FamilyModel:
-    """Create the model of a configuration. Its `loaders` fill the weights later.
+def create_model(config: FamilyConfig, weights: Weights) -> FamilyModel:
+    """Create the model of a configuration.
 
     Args:
-        weights: HostWeights or DeviceWeights, which allocate the weights; None = HostWeights of a
-            single process.
+        weights: HostWeights or DeviceWeights, which allocate the weights. Their `loaders` fill
+            them later.
     """
     import paddle
-
-    from fd_dsa.models.weights import HostWeights
 
     before = paddle.device.get_device()
     # otherwise Paddle creates tensors on its default device
     paddle.set_device("cpu")
     try:
-        return FAMILIES[config.model_type].model(config, weights or HostWeights())
+        return FAMILIES[config.model_type].model(config, weights)
     finally:
         paddle.set_device(before)

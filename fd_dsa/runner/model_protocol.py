@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import Any, Protocol
 
 from fd_dsa.attention.protocol import LayerStep
 from fd_dsa.distributed import Group
@@ -57,7 +56,14 @@ class MtpLayer(Protocol):
 
 
 class Model(Protocol):
-    """Decoder that runs on the steps of a runner."""
+    """Decoder that runs on the steps of a runner.
+
+    Attributes:
+        layers: decoder layers, which a call runs in order. On a device each has a `kind`, and those
+            of one kind launch the same kernels.
+    """
+
+    layers: list[Any]
 
     @property
     def config(self) -> RunConfig:
@@ -73,9 +79,6 @@ class Model(Protocol):
 
     def __call__(self, token_ids: StepArray, forward_meta: LayerStep) -> StepArray:
         """Compute hidden states of all tokens of a step, [num_tokens, width]."""
-
-    def one_layer_of_each_kind(self) -> AbstractContextManager[None]:
-        """Run steps through one layer of each kind inside. Others launch the same kernels."""
 
     def compute_logits(self, hidden_states: StepArray, out: StepArray | None = None) -> StepArray:
         """Compute logits float32 [n, vocab_size] of hidden states [n, width].

@@ -54,10 +54,10 @@ def load_model(plan: EnginePlan, group: HostGroup | None, progress: StartupProgr
 
         whole = plan.whole_config
         if plan.config.load_format == "dummy":
-            load_dummy_weights(whole, model.loaders, plan.config.seed, loaded, group)
+            load_dummy_weights(whole, weights.loaders, plan.config.seed, loaded, group)
         else:
             with open_checkpoint(whole, plan.config.model_path) as checkpoint:
-                load_weights(checkpoint, whole, model.loaders, loaded, group)
+                load_weights(checkpoint, whole, weights.loaders, loaded, group)
     weights.finish()
     how = "made up" if plan.config.load_format == "dummy" else "read"
     progress.done(f"{format_bytes(bar.total_bytes)} {how} in {time.perf_counter() - begin:.1f} s")

@@ -214,6 +214,7 @@ def test_a_layer_for_multi_token_prediction_learns_and_serves_as_trained(tmp_pat
     from fd_dsa.models.loader import load_weights, validate
     from fd_dsa.models.mtp_layer import add_mtp_layer
     from fd_dsa.models.registry import create_model, read_config
+    from fd_dsa.models.weights import HostWeights
     from tests.runner.tiny import tiny_runner
 
     torch.manual_seed(0)
@@ -243,8 +244,9 @@ def test_a_layer_for_multi_token_prediction_learns_and_serves_as_trained(tmp_pat
     with Checkpoint.open(tmp_path) as stored:
         config = add_mtp_layer(stored, config)
         validate(stored, config)
-        served = create_model(config)
-        load_weights(stored, config, served.loaders)
+        weights = HostWeights()
+        served = create_model(config, weights)
+        load_weights(stored, config, weights.loaders)
     runner, ids = tiny_runner(served), np.arange(6, 47)
     runner.input_batch.begin_step()
     runner.input_batch.add_row(0, ids[:-1].tolist(), 0, True)

@@ -33,7 +33,7 @@ def split_runner(folder: Path, kv_cache_dtype: str, device: str, group: Any) -> 
         scales = config.round_scales
         weights = DeviceWeights("bfloat16", allocate, fp8, round_scales=scales, group=group)
         model = create_model(config.split(group.size), weights)
-        load_weights(checkpoint, config, model.loaders, group=group)
+        load_weights(checkpoint, config, weights.loaders, group=group)
     weights.finish()
     rows, blocks = len(LENGTHS), _MAX_LEN // _BLOCK_SIZE
     batch = InputBatch(rows, _MAX_LEN, blocks, _BLOCK_SIZE)

@@ -91,7 +91,7 @@ def load(folder: Path, group: Group | None = None) -> Any:
         config = add_mtp_layer(checkpoint, cast(ModelConfig, read_config(folder)))
         weights = HostWeights(group)
         model = create_model(config.split(group.size if group else 1), weights)
-        load_weights(checkpoint, config, model.loaders, group=group)
+        load_weights(checkpoint, config, weights.loaders, group=group)
         weights.finish()
     return model
 

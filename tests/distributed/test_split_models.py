@@ -57,13 +57,14 @@ MODELS: dict[str, dict[str, Any]] = {
 def run(config: ModelConfig, group: HostGroup | None, folder: Path | None) -> list[Any]:
     """Logits and selections of a prompt of two rows, and of a decode step."""
     size = group.size if group else 1
-    model = create_model(config.split(size), HostWeights(group))
+    weights = HostWeights(group)
+    model = create_model(config.split(size), weights)
     if folder is None:
-        load_dummy_weights(config, model.loaders, 3, group=group)
+        load_dummy_weights(config, weights.loaders, 3, group=group)
     else:
         with Checkpoint.open(folder) as checkpoint:
             validate(checkpoint, config)
-            load_weights(checkpoint, config, model.loaders, group=group)
+            load_weights(checkpoint, config, weights.loaders, group=group)
     runner = tiny_runner(model)
     found: list[Any] = []
     draw = np.random.default_rng(1)
@@ -171,7 +172,7 @@ def parts_of_layers(
         names = with_whole_blocks(config, 2, fp8_tensors(checkpoint, config))
         weights = DeviceWeights("bfloat16", m.poisoned, names, round_scales=True, group=group)
         model = create_model(config.split(size), weights)
-        load_weights(checkpoint, config, model.loaders, group=group)
+        load_weights(checkpoint, config, weights.loaders, group=group)
     weights.finish()
     draw = np.random.default_rng(5)
     qr, hidden, nope, latent = (

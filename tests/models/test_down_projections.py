@@ -134,7 +134,7 @@ def test_every_layer_of_every_rank_has_them_and_the_plan_counts_them(
     for layer in (*model.layers, model.mtp.layer):
         assert layer.self_attn.qkv_a_proj.values.shape[0] == Q_A + WK + KV_A
         assert len(layer.self_attn.indexer.wk_weights_proj) == 1
-    assert model.loaders.keys() == expected_tensors(config.split(ranks)).keys()
+    assert weights.loaders.keys() == expected_tensors(config.split(ranks)).keys()
     assert num_bytes - 4 * prod(model.cos_sin.shape) == weight_bytes(
         config.split(ranks), "bfloat16", fp8
     )

@@ -58,15 +58,17 @@ class Device:
         self.config = whole if size == 1 else whole.split(size)
         with open_checkpoint(whole, folder) as checkpoint:
             self.form = four_bit_experts(None if dummy else checkpoint, whole, size)
-            weights = DeviceWeights("bfloat16", self._allocate, group=group, four_bits=self.form)
-            self.model = create_model(self.config, weights)
+            self.weights = DeviceWeights(
+                "bfloat16", self._allocate, group=group, four_bits=self.form
+            )
+            self.model = create_model(self.config, self.weights)
             # a table that is no weight
             self.num_bytes -= 4 * int(np.prod(self.model.cos_sin.shape))
             if dummy:
                 self._draw(f"{EXPERTS}1.")
             else:
-                load_weights(checkpoint, whole, self.model.loaders, group=group)
-            weights.finish()
+                load_weights(checkpoint, whole, self.weights.loaders, group=group)
+            self.weights.finish()
 
     def _allocate(self, shape: tuple[int, ...], dtype: str) -> Any:
         tensor = self.m.poisoned(shape, dtype)
@@ -77,7 +79,7 @@ class Device:
         """Fill the tensors with a prefix with random numbers, as for all of a model."""
         for name, tensor in expected_tensors(self.config).items():
             if name.startswith(prefix):
-                self.model.loaders[name](RandomTensor(name, tensor.shape, 0))
+                self.weights.loaders[name](RandomTensor(name, tensor.shape, 0))
 
     @property
     def experts(self) -> tuple[Any, Any]:

@@ -48,6 +48,7 @@ import json, sys
 import paddle
 from fd_dsa.models.loader import load_weights, validate
 from fd_dsa.models.registry import create_model, open_checkpoint, read_config
+from fd_dsa.models.weights import HostWeights
 
 def resident_bytes(kind):
     with open("/proc/self/status") as file:
@@ -58,7 +59,8 @@ def anonymous_bytes():
 
 config = read_config(sys.argv[1])
 before = anonymous_bytes()
-model = create_model(config)
+weights = HostWeights()
+model = create_model(config, weights)
 file_before = resident_bytes("RssFile")
 peak = 0
 
@@ -69,7 +71,7 @@ def watched(loader):
         peak = max(peak, anonymous_bytes() - before)
     return take
 
-loaders = {name: watched(loader) for name, loader in model.loaders.items()}
+loaders = {name: watched(loader) for name, loader in weights.loaders.items()}
 with open_checkpoint(config, sys.argv[1]) as checkpoint:
     validate(checkpoint, config)
     load_weights(checkpoint, config, loaders)

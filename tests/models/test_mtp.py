@@ -253,8 +253,9 @@ def test_a_layer_is_loaded_and_copies_of_the_models_tables_are_shared(
         config = add_mtp_layer(checkpoint, config)
         assert config.mtp == (MTP_HEAD,)
         validate(checkpoint, config)
-        model = create_model(config, HostWeights())
-        load_weights(checkpoint, config, model.loaders)
+        weights = HostWeights()
+        model = create_model(config, weights)
+        load_weights(checkpoint, config, weights.loaders)
     # a step that reads all of it
     runner = tiny_runner(model)
     assert np.isfinite(run(runner, 0, 0, [3, 4, 5], [4, 5, 6])).all()

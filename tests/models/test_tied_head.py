@@ -10,6 +10,7 @@ import pytest
 from paddle.base import core
 
 from fd_dsa.models.registry import config_from_dict, create_model
+from fd_dsa.models.weights import HostWeights
 from tests.models.folders import TINY, TINY_GLM
 
 FIELDS = {"deepseek_v32": TINY, "glm_moe_dsa": TINY_GLM}
@@ -20,7 +21,7 @@ VOCAB_SIZE = 20_000
 @pytest.mark.parametrize("rows", [1, 3])
 def test_logits_without_a_copy_of_the_embedding(model_type: str, rows: int) -> None:
     fields: dict[str, Any] = {"vocab_size": VOCAB_SIZE, "tie_word_embeddings": True}
-    model = create_model(config_from_dict(FIELDS[model_type] | fields))
+    model = create_model(config_from_dict(FIELDS[model_type] | fields), HostWeights())
     rng = np.random.default_rng(0)
     embedding = rng.standard_normal((VOCAB_SIZE, TINY["hidden_size"])).astype(np.float32)
     model.embed_tokens[...] = embedding

@@ -10,6 +10,7 @@ import numpy as np
 from fd_dsa.models.checkpoint import Checkpoint
 from fd_dsa.models.loader import load_weights
 from fd_dsa.models.registry import create_model, read_config
+from fd_dsa.models.weights import HostWeights
 from fd_dsa.runner import InputBatch, ModelRunner
 from tests.parity.cases import BLOCK_SIZE
 
@@ -33,8 +34,9 @@ class Sequence:
 def load_model(folder: Path):
     """The model of a folder, its weights loaded."""
     config = read_config(folder)
-    model = create_model(config)
-    load_weights(Checkpoint.open(folder), config, model.loaders)
+    weights = HostWeights()
+    model = create_model(config, weights)
+    load_weights(Checkpoint.open(folder), config, weights.loaders)
     return model
 
 

@@ -18,6 +18,7 @@ from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.expected_tensors import expected_tensors
 from fd_dsa.models.loader import load_weights, validate
 from fd_dsa.models.registry import config_from_dict, create_model
+from fd_dsa.models.weights import HostWeights
 from fd_dsa.runner import InputBatch, ModelRunner
 from tests.models.drawn import in_drawn_order
 from tests.parity.cases import CASES, random_weight
@@ -30,10 +31,11 @@ _RENAMED = {"shared_head.norm.weight": "model.norm.weight"}
 
 def our_runner(folder: Path, config: ModelConfig) -> ModelRunner:
     """Our side of the checkpoint."""
-    model = create_model(config)
+    weights = HostWeights()
+    model = create_model(config, weights)
     with Checkpoint.open(folder) as checkpoint:
         validate(checkpoint, config)
-        load_weights(checkpoint, config, model.loaders)
+        load_weights(checkpoint, config, weights.loaders)
     runner = ModelRunner(model, InputBatch(1, 64, 16, 16), config.cache_layout("float32", 16), 16)
     runner.input_batch.set_blocks(0, range(16))
     return runner

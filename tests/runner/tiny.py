@@ -71,8 +71,8 @@ def tiny_model(
         weights = DeviceWeights(dtype, paddle_allocator(device))
     model = create_model(config, weights)
     for name, array in random_tensors(config, seed).items():
-        if name in model.loaders:
-            model.loaders[name](stored(name, array))
+        if name in weights.loaders:
+            weights.loaders[name](stored(name, array))
     weights.finish()
     return model
 

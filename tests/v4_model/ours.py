@@ -25,9 +25,10 @@ def load_model(folder: Path, group: Group | None = None, *, mtp: bool = False) -
     with open_checkpoint(config, folder) as checkpoint:
         if mtp:
             config = add_mtp_layer(checkpoint, config)
-        model = create_model(config.split(group.size if group else 1), HostWeights(group))
+        weights = HostWeights(group)
+        model = create_model(config.split(group.size if group else 1), weights)
         validate(checkpoint, config)
-        load_weights(checkpoint, config, model.loaders, group=group)
+        load_weights(checkpoint, config, weights.loaders, group=group)
     return model
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import NamedTuple
 
 from fd_dsa.attention.protocol import LayerStep
@@ -22,7 +20,7 @@ from fd_dsa.models.deepseek_v4.tensors import (
 )
 from fd_dsa.models.deepseek_v32 import logits_of
 from fd_dsa.models.device_weights import DeviceWeights
-from fd_dsa.models.sources import EMBEDDING, LM_HEAD, WeightLoader
+from fd_dsa.models.sources import EMBEDDING, LM_HEAD
 from fd_dsa.ops.arrays import rows_at
 from fd_dsa.ops.dense_kernels import quantize_rows
 from fd_dsa.ops.stream_kernels import (
@@ -84,12 +82,15 @@ class DeviceV4Layer:
     """Decoder layer: attention, then experts, each inside a connection.
 
     Attention and experts of a rank return its part of a sum over all ranks.
+
+    Attributes:
+        kind: kind of attention and experts; layers of one kind launch the same kernels.
     """
 
     def __init__(
         self, config: DeepseekV4Config, layer_id: int, weights: DeviceWeights, prefix: str
     ) -> None:
-        self.kinds = config.layer_types[layer_id], config.mlp_layer_types[layer_id]
+        self.kind = config.layer_types[layer_id], config.mlp_layer_types[layer_id]
         self._num_streams = config.hc_mult
         parts = [(f"{prefix}hc_{name}_", f"{prefix}{name}_norm.weight") for name in ("attn", "ffn")]
         self._connections = [_connection(config, weights, *part, is_head=False) for part in parts]
@@ -197,7 +198,7 @@ class DeviceV4ForCausalLM:
     """
 
     def __init__(self, config: DeepseekV4Config, weights: DeviceWeights) -> None:
-        self.config, self._weights, self.group = config, weights, weights.group
+        self.config, self.group = config, weights.group
         vocab_size, hidden = config.vocab_size, config.hidden_size
         self.embed_tokens, self.head = weights.table(EMBEDDING, vocab_size, hidden)
         self.layers = [
@@ -209,11 +210,6 @@ class DeviceV4ForCausalLM:
             self.head = weights.matrix(hidden, {LM_HEAD: config.head_rows}, sums_in_float32=True)
         self.head_group = weights.group if config.head_rows < vocab_size else None
         self.mtp = DeviceMultiTokenPredictor(self, weights) if config.has_mtp_layer else None
-
-    @property
-    def loaders(self) -> dict[str, WeightLoader]:
-        """Loader of each checkpoint tensor, by name."""
-        return self._weights.loaders
 
     def __call__(self, token_ids: Tensor, forward_meta: LayerStep) -> Tensor:
         """Return streams after the last layer, [num_tokens, num_streams * hidden_size].
@@ -227,17 +223,6 @@ class DeviceV4ForCausalLM:
         for layer in self.layers:
             residual = layer.forward(residual, token_ids, forward_meta, parts)
         return residual.flat(self.config.hc_mult, parts)
-
-    @contextmanager
-    def one_layer_of_each_kind(self) -> Iterator[None]:
-        """Run steps through the first layer of each kind of attention and experts inside."""
-        layers = self.layers
-        first = {layer.kinds: layer for layer in reversed(layers)}
-        self.layers = [layer for layer in layers if layer in first.values()]
-        try:
-            yield
-        finally:
-            self.layers = layers
 
     def compute_logits(self, hidden_states: Tensor, out: Tensor | None = None) -> Tensor:
         """Return logits float32 [n, vocab_size] of streams [n, num_streams * hidden_size]."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -26,7 +24,7 @@ from fd_dsa.models.deepseek_v4.tensors import (
     MTP_TOKENS,
 )
 from fd_dsa.models.deepseek_v32 import logits_of
-from fd_dsa.models.sources import EMBEDDING, LM_HEAD, WeightLoader
+from fd_dsa.models.sources import EMBEDDING, LM_HEAD
 from fd_dsa.models.weights_protocol import HostOnlyWeights
 from fd_dsa.ops.arrays import as_numpy
 from fd_dsa.tensor import Array
@@ -168,7 +166,7 @@ class DeepseekV4ForCausalLM:
     """
 
     def __init__(self, config: DeepseekV4Config, weights: HostOnlyWeights) -> None:
-        self.config, self._weights, self.group = config, weights, weights.group
+        self.config, self.group = config, weights.group
         vocab_size, hidden = config.vocab_size, config.hidden_size
         self.embed_tokens, self.head = weights.table(EMBEDDING, vocab_size, hidden)
         width = config.qk_rope_head_dim
@@ -192,11 +190,6 @@ class DeepseekV4ForCausalLM:
         self.mtp = None
         if config.has_mtp_layer:
             self.mtp = MultiTokenPredictor(self, weights, self._rotations[True])
-
-    @property
-    def loaders(self) -> dict[str, WeightLoader]:
-        """Loader of each checkpoint tensor, by name."""
-        return self._weights.loaders
 
     def __call__(self, token_ids: Array, forward_meta: LayerStep) -> np.ndarray:
         """Return streams after the last layer, [num_tokens, num_streams * hidden_size].
@@ -227,11 +220,6 @@ class DeepseekV4ForCausalLM:
         streams = np.empty((len(rows), self.config.hc_mult, rows.shape[1]), np.float32)
         streams[kept] = residual[:, :-1]
         return streams.reshape(len(rows), -1)
-
-    @contextmanager
-    def one_layer_of_each_kind(self) -> Iterator[None]:
-        """Run steps through all layers: a CPU has no kernels to compile."""
-        yield
 
     def compute_logits(
         self, hidden_states: np.ndarray, out: np.ndarray | None = None

@@ -138,7 +138,7 @@ def runner_on(folder: Path, device: str) -> ModelRunner:
                 round_scales=config.round_scales,
             )
         model = create_model(config, weights)
-        load_weights(checkpoint, config, model.loaders)
+        load_weights(checkpoint, config, weights.loaders)
         weights.finish()
     return runner_of(model, device)
 
@@ -216,7 +216,7 @@ def test_random_weights_are_finite_and_use_all_experts(rig: Rig) -> None:
         "bfloat16", paddle_allocator(rig.device), quantisable_tensors(config), round_scales=True
     )
     model = create_model(config, weights)
-    load_dummy_weights(config, model.loaders, 0)
+    load_dummy_weights(config, weights.loaders, 0)
     weights.finish()
     for logits in logits_of(runner_of(model, rig.device)):
         assert np.isfinite(logits).all() and 0.1 < logits.std() < 10

@@ -49,7 +49,7 @@ def runner_on(folder: Path, rig: Rig, *, dequantised: bool = False) -> ModelRunn
             four_bits=None if dequantised else four_bit_experts(checkpoint, config),
         )
         model = create_model(config, weights)
-        load_weights(checkpoint, config, model.loaders)
+        load_weights(checkpoint, config, weights.loaders)
         weights.finish()
     assert isinstance(model.layers[1].mlp.experts[0], FourBitExperts) != dequantised
     return runner_of(model, rig.device)

@@ -164,7 +164,7 @@ def make_runner(
     model = create_model(config.split(size), weights)
     part_of, _ = rank_parts(config, group)
     for name, array in random_tensors(config).items():
-        model.loaders[name](part_of(name, stored(name, array)))
+        weights.loaders[name](part_of(name, stored(name, array)))
     weights.finish()
     batch = InputBatch(ROWS, 32, MAX_LEN // BLOCK_SIZE, BLOCK_SIZE)
     layout = model.config.cache_layout("float32", BLOCK_SIZE)

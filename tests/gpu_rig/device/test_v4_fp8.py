@@ -100,9 +100,9 @@ def model_of(
         )
         model = create_model(config.split(ranks), weights)
         if dummy:
-            load_dummy_weights(config, model.loaders, 0, group=group)
+            load_dummy_weights(config, weights.loaders, 0, group=group)
         else:
-            load_weights(checkpoint, config, model.loaders, group=group)
+            load_weights(checkpoint, config, weights.loaders, group=group)
     weights.finish()
     assert sum(sizes) == weight_bytes(config.split(ranks), "bfloat16", *held)
     return model, sum(sizes)

@@ -67,7 +67,7 @@ def device_model(
         form = four_bit_experts(checkpoint, config, size) if four_bits else None
         weights = DeviceWeights(dtype, paddle_allocator(rig.device), group=group, four_bits=form)
         model = create_model(config.split(size), weights)
-        load_weights(checkpoint, config, model.loaders, group=group)
+        load_weights(checkpoint, config, weights.loaders, group=group)
     weights.finish()
     return model
 
