@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import lru_cache, partial
 from types import SimpleNamespace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,23 +23,13 @@ from fd_dsa.step.checks import (
 from fd_dsa.step.forward_meta import FIELDS, ForwardMeta
 from fd_dsa.tensor import StepArray
 
+if TYPE_CHECKING:
+    from fd_dsa.step.device_provider import DeviceProvider
+
 View = Callable[[Any], StepArray]
 """Makes an array of a step on a slice of a buffer."""
 # padding of the four inputs, in their order
 _PADDING = (0, 0, 0, -1)
-
-
-class Provider(Protocol):
-    """Computation of steps in the memory of one kind of device."""
-
-    def write(
-        self, arrays: tuple[StepArray, ...], hints: StepHints
-    ) -> tuple[Sequence[StepArray], Counts]:
-        """Check a step, and write its metadata into the buffers.
-
-        Returns:
-            Its four inputs as the metadata shows them, and its counts.
-        """
 
 
 class StepMetadataBuilder:
@@ -89,7 +79,7 @@ class StepMetadataBuilder:
         )
         self.device = device
         self.num_builds = 0
-        self._provider: Provider
+        self._provider: HostProvider | DeviceProvider
         view: View = _same
         if allocate is None and device in ("cpu", "numpy"):
             view = _paddle_view() if device == "cpu" else _same
