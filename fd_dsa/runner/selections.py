@@ -39,15 +39,23 @@ class Selections:
             batch: input batch of the step, as it was run.
         """
         ends = np.cumsum(batch.num_scheduled_tokens[: batch.num_rows])
-        selections = []
-        for i, row in enumerate(np.searchsorted(ends, self._tokens, side="right")):
-            table = batch.block_tables[row]
-            used = table[table >= 0]
-            first = np.zeros(int(used.max()) + 1, np.int64)
-            first[used] = np.arange(len(used)) * batch.block_size
-            layers = []
-            for layer in self._layers:
-                block, offset = np.divmod(layer[i][layer[i] >= 0], batch.block_size)
-                layers.append(np.sort(first[block] + offset))
-            selections.append(layers)
-        return selections
+        rows = np.searchsorted(ends, self._tokens, side="right")
+        tables, size = batch.block_tables, batch.block_size
+        return [
+            [positions_of(layer[i], tables[row], size) for layer in self._layers]
+            for i, row in enumerate(rows)
+        ]
+
+
+def positions_of(slots: np.ndarray, table: np.ndarray, block_size: int) -> np.ndarray:
+    """Return the positions of a token's selected slots in its sequence, ascending int64 [n].
+
+    Args:
+        slots: integers [topk], -1 = padding.
+        table: int32 [max_blocks], block table of the sequence.
+    """
+    used = table[table >= 0]
+    first = np.zeros(int(used.max()) + 1, np.int64)
+    first[used] = np.arange(len(used)) * block_size
+    block, offset = np.divmod(slots[slots >= 0], block_size)
+    return np.sort(first[block] + offset)

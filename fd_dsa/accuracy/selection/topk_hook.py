@@ -19,6 +19,7 @@ from fd_dsa.cache_formats import CacheLayout
 from fd_dsa.ops.arrays import Scratch, as_numpy, on_device
 from fd_dsa.ops.fp8 import decode_e4m3
 from fd_dsa.ops.gather import gather_index_keys, gather_latents
+from fd_dsa.runner.selections import positions_of
 from fd_dsa.tensor import Array
 
 if TYPE_CHECKING:
@@ -75,29 +76,23 @@ class RecordingBackend(DSAAttentionBackend):
         out = super().attend(q, selection, layer_id, forward_meta)
         assert selection is not None
         trace = self.layers.setdefault(layer_id, LayerTrace())
-        tokens, position_of_block = self._tokens(forward_meta)
+        tokens, table = self._tokens(forward_meta)
         for token, position in tokens:
             trace.queries[position] = host_copy(q[token])
-            slots = host_copy(selection[token]).reshape(-1).astype(np.int64)
-            block, offset = np.divmod(slots[slots >= 0], self.block_size)
-            trace.selected[position] = np.sort(position_of_block[block] + offset)
+            slots = host_copy(selection[token]).reshape(-1)
+            trace.selected[position] = positions_of(slots, table, self.block_size)
         return out
 
     def _tokens(self, forward_meta: Any) -> tuple[list[tuple[int, int]], np.ndarray]:
-        """Return (flat token, position) of a step's watched tokens, and each block's first
-        position.
-        """
+        """Return (flat token, position) of a step's watched tokens, and the row's block table."""
         if self._seen is None or self._seen[0] is not forward_meta:
             step = self.current_step(forward_meta)
             tables = host_copy(step.block_tables)
             if len(tables) != 1:
                 raise ValueError(f"a recorded step has one row, this one has {len(tables)}")
-            first = np.full(1 + max(int(tables.max()), 0), -1, np.int64)
-            used = tables[0][tables[0] >= 0]
-            first[used] = np.arange(len(used)) * self.block_size
             positions = host_copy(step.position_ids).tolist()
             pairs = [(t, p) for t, p in enumerate(positions) if p in self.watched]
-            self._seen = forward_meta, pairs, first
+            self._seen = forward_meta, pairs, tables[0]
         return self._seen[1], self._seen[2]
 
 
