@@ -17,8 +17,9 @@ from fd_dsa.ops.fixed_order import fixed_order
 from fd_dsa.ops.library_kernel import LibraryKernel, hopper_kernel
 from fd_dsa.tensor import FourBitWeight, Tensor
 
-# With a smaller mean number of pairs of an expert, Triton's kernel is faster on an H200.
-_SEVERAL_PAIRS = 12
+# With a smaller mean number of pairs of an expert, Triton's kernel is faster on an H200. From this
+# mean on its tiles are larger (`expert_gemm.configuration`).
+_SEVERAL_PAIRS = 9
 # From this mean on, a counter in memory gives tiles to blocks.
 _MANY_PAIRS = 64
 # columns of a tile
