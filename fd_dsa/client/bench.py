@@ -21,6 +21,7 @@ from fd_dsa.client.own_server import add_server_flags, check_passed, server_at
 from fd_dsa.client.remote import ServerInfo, examine_server
 from fd_dsa.client.timing import Timing, measure, summarise, tables
 from fd_dsa.command_line.failures import reports_failures
+from fd_dsa.command_line.outputs import result_file
 from fd_dsa.command_line.parser import Parser, split_flags
 from fd_dsa.command_line.report import as_json, show
 from fd_dsa.command_line.values import add_numbers, number, reader
@@ -103,8 +104,8 @@ def main(arguments: list[str]) -> int:
     for flag, reason in args.not_needed.items():
         sys.stderr.write(f"{flag} is not needed here: {reason}\n")
     # check before the measurement, which may take an hour
-    if args.output is not None and not Path(args.output).absolute().parent.is_dir():
-        raise ConfigError(f"{args.output}: the folder does not exist; make it first")
+    if args.output is not None:
+        result_file("--output", args.output)
     with server_at(args.base_url, args.serve or None, passed, "--serve") as base_url:
         info = examine_server(base_url, args.served_model_name or args.model)
         total = args.random_input_len + args.random_output_len

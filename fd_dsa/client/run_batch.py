@@ -26,6 +26,7 @@ from fd_dsa.client.load import FailedAttempt, Request, Sender, TimedRequest
 from fd_dsa.client.own_server import parse_flags, server_at
 from fd_dsa.client.remote import examine_server, incomplete
 from fd_dsa.command_line.failures import reports_failures
+from fd_dsa.command_line.outputs import is_special, result_file
 from fd_dsa.command_line.parser import Parser
 from fd_dsa.command_line.values import add_numbers
 from fd_dsa.commands import own_command
@@ -83,15 +84,15 @@ def main(arguments: list[str]) -> int:
     """
     args, passed = parse_flags(build_parser(), arguments)
     items = read_batch(args.input_file)
-    output = Path(args.output_file)
-    part = output.with_name(f"{output.name}.part")
+    output = result_file("--output-file", args.output_file, args.input_file)
+    part = output if is_special(output) else output.with_name(f"{output.name}.part")
     with writing("--output-file", part):
         file = part.open("w", encoding="ascii")
     with file:
         try:
             return _answer(args, passed, items, file, output)
         except BaseException as error:
-            if not file.closed and not file.tell():
+            if part != output and not file.closed and not file.tell():
                 part.unlink()
             elif isinstance(error, KeyboardInterrupt):
                 line, _ = signal_end(error)
@@ -108,8 +109,10 @@ def _answer(
         failed = asyncio.run(_send(args, base_url, default, items, file))
     with writing("--output-file", output):
         file.close()
-        os.replace(file.name, output)
-    sys.stderr.write(f"{len(items) - failed} of {len(items)} requests answered, see {output}\n")
+        if file.name != str(output):
+            os.replace(file.name, output)
+    total = len(items)
+    sys.stderr.write(f"{total - failed} of {total} requests answered, see {args.output_file}\n")
     return 1 if failed else 0
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +131,46 @@ def test_a_server_that_goes_away_is_told_apart_from_refusals(tmp_path: Path) -> 
     assert found["b"]["error"] == {"code": "no_reply", "message": "status 200 without JSON"}
     assert found["c"]["response"] is None
     assert found["c"]["error"]["message"] == "finish_reason abort: the answer is incomplete"
+
+
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [
+        ("", "got '', allowed: the name of a file"),
+        ("folder", "folder is a folder; give a file"),
+        ("link to folder", "link to folder is a folder; give a file"),
+        ("no/out", "no/out: the folder does not exist; make it first"),
+        ("in.jsonl", "in.jsonl is also the input; give another file"),
+        ("link to input", "link to input is also the input; give another file"),
+    ],
+)
+def test_an_output_that_would_lose_data_is_refused_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, rule: str
+) -> None:
+    flags = written(tmp_path, request("a"))
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link to folder").symlink_to("folder")
+    (tmp_path / "link to input").symlink_to("in.jsonl")
+    before, names = (tmp_path / "in.jsonl").read_text(), sorted(tmp_path.iterdir())
+    output = name and str(tmp_path / name)
+    # without a request, because there is no server
+    assert main([*flags[:2], "-o", output, "--base-url", "http://127.0.0.1:1/v1"]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("fd_dsa: error: --output-file: ") and message.endswith(f"{rule}\n")
+    assert (tmp_path / "in.jsonl").read_text() == before and sorted(tmp_path.iterdir()) == names
+
+
+def test_an_output_behind_a_link_and_in_a_pipe(tmp_path: Path) -> None:
+    flags = written(tmp_path, request("a"))
+    (tmp_path / "link").symlink_to("out.jsonl")
+    os.mkfifo(tmp_path / "pipe")
+    with running(FakeEngine()) as live, ThreadPoolExecutor() as pool:
+        assert main([*flags[:3], str(tmp_path / "link"), "--base-url", live.url]) == 0
+        read = pool.submit((tmp_path / "pipe").read_text)
+        assert main([*flags[:3], str(tmp_path / "pipe"), "--base-url", live.url]) == 0
+    assert (tmp_path / "link").is_symlink() and list(answers(tmp_path)) == ["a"]
+    assert (tmp_path / "pipe").is_fifo()
+    assert json.loads(read.result(10))["response"]["status_code"] == 200
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
