@@ -39,6 +39,7 @@ from fd_dsa.engine.sampling_params import (
 )
 from fd_dsa.engine.tokenizer import Tokenizer
 from fd_dsa.errors import FdDsaError
+from fd_dsa.offline.outbox import Outbox
 from fd_dsa.speculative_config import SpeculativeConfig
 
 # hints for arguments of SamplingParams that a call gets by mistake
@@ -54,8 +55,8 @@ class LLM:
         with LLM() as llm:
             print(llm.generate("Once upon a time")[0].outputs[0].text)
 
-    Calls run in the caller's thread. Only warnings are logged, unless the logger `fd_dsa` has a
-    level.
+    Calls run in the caller's thread. Calls of several threads share the steps. Only warnings are
+    logged, unless the logger `fd_dsa` has a level.
 
     Args:
         model: folder of a checkpoint in Hugging Face format; None = the demo model of the package.
@@ -69,8 +70,7 @@ class LLM:
 
     _engine: LLMEngine | None
     _calls: itertools.count[int]
-    # request id -> queue of the call, for the outputs of unfinished requests
-    _outbox: dict[str, deque[RequestOutput]]
+    _outbox: Outbox
 
     @_EXPLAIN_INIT
     def __init__(
@@ -292,13 +292,14 @@ class LLM:
 
         Later calls raise RuntimeError.
         """
-        if self._engine is not None:
-            self._engine.abort_all()
-            ranks = self._engine.runner.info.ranks
-            if ranks is not None:
-                ranks.close()
-        self._outbox.clear()
-        self._engine = None
+        with self._outbox.lock:
+            if self._engine is not None:
+                self._engine.abort_all()
+                ranks = self._engine.runner.info.ranks
+                if ranks is not None:
+                    ranks.close()
+            self._outbox.clear()
+            self._engine = None
 
     def __enter__(self) -> LLM:
         return self
@@ -310,7 +311,7 @@ class LLM:
         """Begin to use an engine."""
         self._engine = engine
         self._calls = itertools.count()
-        self._outbox = {}
+        self._outbox = Outbox()
 
     @property
     def engine(self) -> LLMEngine:
@@ -343,7 +344,8 @@ class LLM:
         if is_default:
             params = fit_into_context(params, token_ids, engine.limits.max_model_len)
         for index, (ids, one) in enumerate(zip(token_ids, params, strict=True)):
-            with naming(place_of(argument, index, len(params)), SAMPLING_FIELDS):
+            place = place_of(argument, index, len(params))
+            with naming(place, SAMPLING_FIELDS), self._outbox.lock:
                 engine.validate(ids, one)
         outputs = self._stream(texts, token_ids, params)
         if stream:
@@ -366,29 +368,20 @@ class LLM:
         params: list[SamplingParams],
     ) -> Iterator[RequestOutput]:
         """Yield the outputs of one call, and step the engine while its queue is empty."""
-        engine = self.engine
         call = next(self._calls)
         queue: deque[RequestOutput] = deque()
-        prompts: dict[str, str | None] = {}
-        try:
-            for index, (ids, one) in enumerate(zip(token_ids, params, strict=True)):
-                request_id = f"{call}-{index}"
-                engine.add_request(request_id, ids, one)
-                self._outbox[request_id] = queue
-                prompts[request_id] = texts[index]
+        names = [f"{call}-{index}" for index in range(len(params))]
+        prompts = dict(zip(names, texts, strict=True))
+        given = dict(zip(names, zip(token_ids, params, strict=True), strict=True))
+        with self._outbox.requests(self.engine, queue, given):
             num_running = sum(one.n for one in params)
             while num_running:
                 while not queue:
-                    for new in self.engine.step():
-                        self._outbox[new.request_id].append(new)
+                    self._outbox.step(self.engine, queue)
                 output = queue.popleft()
                 num_running -= output.finished
                 output.prompt = prompts[output.request_id]
                 yield output
-        finally:
-            for request_id in prompts:
-                if self._outbox.pop(request_id, None) is not None:
-                    engine.abort_request(request_id)
 
 
 def _in_python(text: object, names: Iterable[str]) -> Any:

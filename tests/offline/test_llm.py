@@ -7,6 +7,8 @@ import inspect
 import signal
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -94,6 +96,32 @@ def test_two_streams_may_be_read_in_turn_with_calls_between(llm):
     assert tokens(llm.generate("d", GREEDY)) == [expected_greedy([5], 6, eos=None)]
     assert [*first][-1].token_ids == expected_greedy([2, 3], 6, eos=None)
     assert [*second][-1].token_ids == expected_greedy([4], 6, eos=None)
+
+
+def test_calls_of_several_threads_share_the_steps(llm, monkeypatch):
+    step, inside, num_inside = llm.engine.step, [], []
+
+    def slow_step():
+        inside.append(None)
+        num_inside.append(len(inside))
+        # other threads run meanwhile
+        time.sleep(0.001)
+        outputs = step()
+        inside.pop()
+        return outputs
+
+    monkeypatch.setattr(llm.engine, "step", slow_step)
+    long = dataclasses.replace(GREEDY, max_tokens=60)
+    prompts = [[2 + i] for i in range(3)]
+    with ThreadPoolExecutor(4) as pool:
+        slowest = pool.submit(llm.generate, [[2]], long)
+        calls = [pool.submit(llm.generate, [prompt], GREEDY) for prompt in prompts]
+        found = [tokens(call.result(60)) for call in calls]
+        # a thread that steps lets the others go on
+        assert not slowest.done()
+    assert found == [[expected_greedy(prompt, 6, eos=None)] for prompt in prompts]
+    assert tokens(slowest.result()) == [expected_greedy([2], 60, eos=None)]
+    assert set(num_inside) == {1}
 
 
 def test_a_stream_that_is_closed_aborts_its_requests(llm):
