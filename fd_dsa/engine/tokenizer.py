@@ -20,7 +20,7 @@ from fd_dsa.engine.byte_level import byte_table
 from fd_dsa.engine.encoding import ControlTokens, encode_text
 from fd_dsa.environment import set_default
 from fd_dsa.errors import ConfigError
-from fd_dsa.models.config_reader import check_file, read_json_object
+from fd_dsa.models.config_reader import check_file, has_file, read_json_object
 
 # token of a byte in a vocabulary with byte fallback
 _BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
@@ -94,7 +94,7 @@ class Tokenizer:
 
         folder = Path(path)
         file = folder / "tokenizer.json"
-        if not file.is_file():
+        if not has_file(file):
             raise ConfigError(f"tokenizer: {file} is missing; the folder needs a tokenizer.json")
         check_file(file)
         try:
@@ -395,4 +395,4 @@ def _is_byte_level(decoder: Decoder | None) -> bool:
 
 def _read_json(file: Path) -> dict[str, Any]:
     """Return the object of a JSON file, empty if the file does not exist."""
-    return read_json_object(file) if file.is_file() else {}
+    return read_json_object(file) if has_file(file) else {}

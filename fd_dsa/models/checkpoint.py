@@ -12,7 +12,12 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from fd_dsa.errors import CheckpointError, shorten
-from fd_dsa.models.config_reader import parse_json, read_json_object
+from fd_dsa.models.config_reader import (
+    describe_missing,
+    has_file,
+    parse_json,
+    read_json_object,
+)
 from fd_dsa.models.dequantize import FP4, FP4_GROUP, FP8, SCALE_SUFFIX, TensorInfo
 from fd_dsa.models.packing import PART_SUFFIXES, Packing
 from fd_dsa.models.sources import StoredTensor
@@ -70,23 +75,23 @@ class Checkpoint:
         """
         folder = Path(folder)
         single, index = folder / SINGLE_FILE, folder / INDEX_FILE
-        if single.exists() and index.exists():
+        if has_file(single) and has_file(index):
             raise CheckpointError(
                 f"{folder}: holds both {SINGLE_FILE} and {INDEX_FILE}; remove the stale one"
             )
-        if not single.exists() and not index.exists():
+        if not has_file(single) and not has_file(index):
             raise CheckpointError(
                 f"{folder}: found neither {SINGLE_FILE} nor {INDEX_FILE}; "
                 "weights in the safetensors format are needed"
             )
-        if single.exists():
+        if has_file(single):
             layer = folder / MTP_FILE
-            files = [single, layer] if layer.exists() else [single]
+            files = [single, layer] if has_file(layer) else [single]
             return cls(folder, files)._renamed(name_of)
         weight_map = _read_weight_map(index)
         shards = [folder / name for name in sorted(set(weight_map.values()))]
         for path in shards:
-            if not path.is_file():
+            if not has_file(path):
                 raise CheckpointError(
                     f"{index}: names the shard {path.name}, which is not in the folder"
                 )
@@ -229,7 +234,7 @@ def _map_file(path: Path) -> mmap.mmap:
         with safe_open(path, framework="numpy"), path.open("rb") as file:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: file not found") from None
+        raise CheckpointError(f"{path}: {describe_missing(path)}") from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error})") from None
     except SafetensorError as error:

@@ -350,7 +350,7 @@ def read_generation(
     names = ("temperature", "top_p", "min_p", "repetition_penalty")
     proposed = {name: reader.number(name, None) for name in names if reader.raw(name) is not None}
     if reader.raw("top_k") is not None:
-        proposed["top_k"] = reader.integer("top_k", None, minimum=0)
+        proposed["top_k"] = reader.integer("top_k", None, minimum=-1)
     if reader.raw("max_new_tokens") is not None:
         proposed["max_tokens"] = reader.integer("max_new_tokens", None, minimum=1)
     if not (reader.raw("do_sample") is None or reader.boolean("do_sample", True)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import stat
 from collections import Counter
 from collections.abc import Sequence
@@ -18,6 +19,17 @@ INT32_MAX = (1 << 31) - 1
 MAX_FILE_BYTES = 256 << 20
 """Max size of a file without weights. The largest tokenizers have 40 MB."""
 _MAX_NAMES, _MAX_NAME = 12, 80
+# models compute in float32, which makes infinities and zeros of other numbers
+SMALLEST_FLOAT, LARGEST_FLOAT = 2.0**-126, 2.0**128 - 2.0**104
+
+
+def has_file(path: Path) -> bool:
+    """Return True if a folder has a file of this name, also a link without a target.
+
+    The reader of the file reports such a link. Downloads of a hub are links into its cache, which
+    may lose files.
+    """
+    return os.path.lexists(path)
 
 
 def check_file(path: Path) -> None:
@@ -30,9 +42,7 @@ def check_file(path: Path) -> None:
     try:
         status = path.stat()
     except FileNotFoundError:
-        raise ConfigError(
-            f"{path}: file not found; a model folder in Hugging Face format holds it"
-        ) from None
+        raise ConfigError(f"{path}: {describe_missing(path)}") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error})") from None
     if not stat.S_ISREG(status.st_mode):
@@ -42,6 +52,13 @@ def check_file(path: Path) -> None:
             f"{path}: has {status.st_size} bytes, allowed: at most {MAX_FILE_BYTES}; replace it by "
             "the model's own"
         )
+
+
+def describe_missing(path: Path) -> str:
+    """Return the reason why a path leads to no file."""
+    if path.is_symlink():
+        return f"is a link to {shorten(os.readlink(path))}, which is missing; fetch it again"
+    return "file not found; a model folder in Hugging Face format holds it"
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -150,6 +167,8 @@ class FieldReader:
             number = math.inf
         if not math.isfinite(number):
             raise self.error(name, value, "a finite number")
+        if not SMALLEST_FLOAT <= abs(number) <= LARGEST_FLOAT and number:
+            raise self.error(name, value, "a number that float32 holds, about 1e-38 to 3e38")
         return number
 
     def boolean(self, name: str, default: bool) -> bool:

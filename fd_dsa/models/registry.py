@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeAlias, TypeVar
 
 from fd_dsa.models.config import ModelConfig, read_generation
-from fd_dsa.models.config_reader import FieldReader, read_json_object
+from fd_dsa.models.config_reader import FieldReader, has_file, read_json_object
 from fd_dsa.models.deepseek_v4.config import DeepseekV4Config
 from fd_dsa.models.deepseek_v4.tensors import tensor_name
 from fd_dsa.models.defaults import DeepseekV4Defaults, ModelDefaults
@@ -267,9 +267,9 @@ def read_config(folder: str | os.PathLike[str], *, allow_unknown: bool = False) 
             the file and the field.
     """
     path, generation = Path(folder) / "config.json", Path(folder) / "generation_config.json"
-    proposed = read_json_object(generation) if generation.exists() else None
+    proposed = read_json_object(generation) if has_file(generation) else None
     data, formats = read_json_object(path), Path(folder) / "hf_quant_config.json"
-    if formats.exists():
+    if has_file(formats):
         data = with_formats(data, read_json_object(formats))
     return config_from_dict(data, str(path), proposed, str(generation), allow_unknown=allow_unknown)
 

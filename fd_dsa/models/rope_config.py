@@ -73,6 +73,8 @@ def read_rope(reader: FieldReader, rope_theta: float, max_position_embeddings: i
     original = _agreed(
         [reader, *present], "original_max_position_embeddings", float(max_position_embeddings)
     )
+    if original != int(original):
+        raise reader.error("original_max_position_embeddings", original, "an integer")
     forms = [read_section(one, theta, int(original)) for one in present]
     if len(forms) == 2 and forms[0] != forms[1]:
         raise reader.error(
@@ -112,6 +114,9 @@ def read_section(
     """
     kind = reader.choice("rope_type", reader.raw("type", "default"), _TYPES)
     reader.choice("type", kind, (kind,), "rope_type and type must agree")
+    if reader.raw("rope_type") is None and reader.raw("type") is None:
+        # otherwise a long context would be served without its scaling
+        reader.choice("factor", None, (None, 1), "an object with a factor needs a rope_type")
     if kind == "default":
         for name in ROPE_FIELDS:
             # mark as read: files keep them without effect
@@ -125,13 +130,15 @@ def read_section(
     factor = reader.number("factor", None)
     if factor < 1:
         raise reader.error("factor", factor, "a number of at least 1")
+    if theta <= 1:
+        allowed = f"'default', since rope_theta is {theta:g}"
+        raise reader.error("rope_type", kind, allowed, "YaRN needs a rope_theta above 1")
+    # 0 is the default, as in Hugging Face
+    defaults = {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 0.0, "mscale_all_dim": 0.0}
+    given = {name: _optional(reader, name) or default for name, default in defaults.items()}
+    for name, value in given.items():
+        if value < 0:
+            raise reader.error(name, value, "a number of at least 0")
     return RopeConfig(
-        theta=theta,
-        type=kind,
-        factor=factor,
-        original_max_position_embeddings=original,
-        beta_fast=_optional(reader, "beta_fast") or 32.0,
-        beta_slow=_optional(reader, "beta_slow") or 1.0,
-        mscale=_optional(reader, "mscale") or 0.0,
-        mscale_all_dim=_optional(reader, "mscale_all_dim") or 0.0,
+        theta=theta, type=kind, factor=factor, original_max_position_embeddings=original, **given
     )

@@ -10,9 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fd_dsa.errors import CheckpointError, ConfigError
+from fd_dsa.config import EngineConfig
+from fd_dsa.errors import CheckpointError, ConfigError, FdDsaError
 from fd_dsa.models.checkpoint import Checkpoint
+from fd_dsa.startup.plan import make_plan
 from tests.models.folders import f32, header_of, write_raw, write_safetensors, write_shards
+from tests.parity.cases import CASES
+from tests.v4_model.cases import write_tokenizer
 
 TENSORS = {"a": f32(np.arange(6).reshape(2, 3)), "b": f32(np.arange(4))}
 DATA = b"".join(tensor.data for tensor in TENSORS.values())
@@ -145,3 +149,26 @@ def test_index_that_is_no_json(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read as JSON") as caught:
         Checkpoint.open(tmp_path)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config.json",
+        "generation_config.json",
+        "hf_quant_config.json",
+        "model.safetensors",
+        "mtp.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ],
+)
+def test_a_link_whose_target_is_missing_is_no_absent_file(tmp_path: Path, name: str) -> None:
+    """Downloads of a hub are links into its cache, from which files may vanish."""
+    folder = write_tokenizer(CASES["v32"].write(tmp_path))
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to("../blobs/gone")
+    with pytest.raises(FdDsaError) as caught:
+        make_plan(EngineConfig(model=folder, device="cpu"))
+    message = f"{folder / name}: is a link to '../blobs/gone', which is missing; fetch it again"
+    assert str(caught.value) == message

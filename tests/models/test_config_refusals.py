@@ -41,7 +41,20 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"rms_norm_eps": 0}, "rms_norm_eps", "above 0"),
     ({"rms_norm_eps": float("inf")}, "rms_norm_eps", "finite"),
     ({"rms_norm_eps": "1e-6"}, "rms_norm_eps", "a number"),
+    ({"rms_norm_eps": 1e-300}, "rms_norm_eps", "a number that float32 holds"),
+    ({"rope_theta": 1e308}, "rope_theta", "a number that float32 holds"),
     ({"routed_scaling_factor": -1}, "routed_scaling_factor", "above 0"),
+    ({"rope_scaling": YARN, "rope_theta": 1}, "rope_scaling.rope_type", "above 1"),
+    ({"rope_scaling": YARN | {"factor": 1e39}}, "rope_scaling.factor", "that float32 holds"),
+    ({"rope_scaling": YARN | {"beta_fast": -1}}, "rope_scaling.beta_fast", "at least 0"),
+    ({"rope_scaling": YARN | {"beta_slow": -1}}, "rope_scaling.beta_slow", "at least 0"),
+    ({"rope_scaling": YARN | {"mscale": -1}}, "rope_scaling.mscale", "at least 0"),
+    ({"rope_scaling": YARN | {"type": None}}, "rope_scaling.factor", "needs a rope_type"),
+    (
+        {"rope_scaling": YARN | {"original_max_position_embeddings": 1.5}},
+        "original_max_position_embeddings",
+        "an integer",
+    ),
     ({"num_key_value_heads": 1}, "num_key_value_heads", "got 1"),
     ({"qk_head_dim": 64}, "qk_head_dim", "got 64, allowed: 10"),
     ({"qk_rope_head_dim": 5}, "qk_rope_head_dim", "even"),
@@ -180,6 +193,13 @@ def test_sizes_and_texts_of_a_file_are_bounded(fields: dict[str, Any], text: str
 def test_folder_without_config(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"config\.json: file not found"):
         read_config(tmp_path)
+
+
+def test_top_k_of_generation_config_has_the_values_of_requests() -> None:
+    for value in (-1, 0, 50):
+        assert config_from_dict(TINY, generation={"top_k": value}).generation == {"top_k": value}
+    with pytest.raises(ConfigError, match="top_k: got -2, allowed: an integer of at least -1"):
+        config_from_dict(TINY, generation={"top_k": -2})
 
 
 def test_generation_config_is_checked_too() -> None:
