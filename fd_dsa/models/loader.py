@@ -156,6 +156,7 @@ def load_weights(
 
     Raises:
         ValueError: `loaders` has other names.
+        CheckpointError: a tensor has changed since `validate`, or a number is not finite.
 
     A log line counts the blocks of the rank's FP4 experts that FP8 would round.
 
@@ -167,6 +168,9 @@ def load_weights(
         raise ValueError(
             f"loaders: got {len(loaders)} names, expected {len(expected)}; {odd!r} is only in one"
         )
+    # a download may replace files between the check and the load
+    if (problem := next(_problems(checkpoint, config, expected), None)) is not None:
+        raise CheckpointError(f"{problem}; the folder changed during the start: start again")
     part_of, shares = rank_parts(config, group)
     packing = packing_of(config)
     sizes = {
@@ -180,6 +184,7 @@ def load_weights(
         tensor = checkpoint.tensor(name, config.weight_block_size, packing)
         part = part_of(name, tensor)
         assert isinstance(part, StoredTensor), "the part of a StoredTensor"
+        part.check_numbers()
         found = part.wide_blocks()
         wide, blocks = wide + found[0], blocks + found[1]
         loaders[name](part)

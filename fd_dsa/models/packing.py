@@ -139,9 +139,9 @@ class Packing:
             CheckpointError: a scale is no number, a zero point or a group is out of range.
         """
         info, raw = parts[""]
-        scales = _numbers(*parts[SCALE_SUFFIX])
+        scales = finite_numbers(*parts[SCALE_SUFFIX])
         if self.dtype == "U8":
-            factor = _numbers(*parts[GLOBAL_SUFFIX], above_zero=self.divides).reshape(())
+            factor = finite_numbers(*parts[GLOBAL_SUFFIX], above_zero=self.divides).reshape(())
             scales = scales / factor if self.divides else scales * factor
             return dequantize_groups(raw.reshape(info.shape), scales)
         if self.dtype == "I8":
@@ -171,12 +171,13 @@ class Packing:
         """
         (info, raw), (scale_info, scale_raw) = parts[""], parts[SCALE_SUFFIX]
         # for the check of the numbers
-        _numbers(scale_info, scale_raw)
+        finite_numbers(scale_info, scale_raw)
         scales = scale_raw.view(_STORED[scale_info.dtype]).reshape(scale_info.shape)
         scales = scales.T if self.transposed else scales
         codes = raw.reshape(*info.shape, -1)
         if self.dtype == "U8":
-            factor = float(_numbers(*parts[GLOBAL_SUFFIX], above_zero=self.divides).reshape(()))
+            numbers = finite_numbers(*parts[GLOBAL_SUFFIX], above_zero=self.divides)
+            factor = float(numbers.reshape(()))
             return codes[..., 0], scales, None, 1 / factor if self.divides else factor
         if self.dtype == "I8":
             # two's complement becomes 0 to 15
@@ -229,8 +230,15 @@ def _nibbles(packed: np.ndarray) -> np.ndarray:
     return np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)
 
 
-def _numbers(info: TensorInfo, raw: np.ndarray, *, above_zero: bool = False) -> np.ndarray:
-    """Return scales as float32 in the stored shape."""
+def finite_numbers(info: TensorInfo, raw: np.ndarray, *, above_zero: bool = False) -> np.ndarray:
+    """Return a tensor as float32 in the stored shape.
+
+    Args:
+        above_zero: True refuses numbers of at most 0, too.
+
+    Raises:
+        CheckpointError: a number is NaN or infinite. The message has its place.
+    """
     values = decode_e4m3(raw.reshape(info.shape)) if info.dtype == FP8 else to_float32(raw, info)
     rule = "finite numbers" + " above 0" * above_zero
     _refuse(info, values, ~np.isfinite(values) | ((values <= 0) & above_zero), rule)

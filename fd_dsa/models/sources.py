@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from fd_dsa.models.dequantize import (
+    FLOAT_DTYPES,
     FP4,
     TensorInfo,
     dequantize_blocks,
@@ -17,7 +18,7 @@ from fd_dsa.models.dequantize import (
     to_float32,
     wide_blocks,
 )
-from fd_dsa.models.packing import PackedMatrix, Packing
+from fd_dsa.models.packing import PackedMatrix, Packing, finite_numbers
 
 LM_HEAD = "lm_head.weight"
 EMBEDDING = "model.embed_tokens.weight"
@@ -26,6 +27,9 @@ MTP_EMBEDDING = "embed_tokens.weight"
 MTP_HEAD = "shared_head.head.weight"
 # joins hidden states and embeddings, and is FP8 in no release
 MTP_JOIN = "eh_proj.weight"
+# Bytes of the largest tensor whose numbers are checked: scales, norms, biases, and matrices of
+# routers and indexers. A check of all matrices would take as long as reading them.
+_MAX_CHECKED_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +75,20 @@ class StoredTensor:
         if self.info.dtype == FP4:
             return dequantize_groups(codes, self.scale.float32())
         return dequantize_blocks(codes, self.scale.float32(), self.block_size)
+
+    def check_numbers(self) -> None:
+        """Refuse scales of FP8, and small tensors, that are not finite.
+
+        A NaN in a router or an indexer changes choices, and leaves the logits finite. `float32` and
+        `repack` check the scales of the other formats.
+
+        Raises:
+            CheckpointError: a number is NaN or infinite. The message has its place.
+        """
+        if self.scale is not None:
+            self.scale.check_numbers()
+        elif self.info.dtype in FLOAT_DTYPES and self.info.nbytes <= _MAX_CHECKED_BYTES:
+            finite_numbers(self.info, self.raw)
 
     def repack(self) -> PackedMatrix:
         """Return all of a matrix in four bits, see `Packing.repack`."""

@@ -332,3 +332,44 @@ def test_progress_reaches_the_total_and_loaders_are_those_of_the_model(tmp_path:
     for others in (loaders | {"odd": loaders[Q_A]}, {Q_A: loaders[Q_A]}):
         with pytest.raises(ValueError, match="is only in one"):
             load_weights(Checkpoint.open(tmp_path), config, others)
+
+
+EXPERT = "model.layers.1.mlp.experts.3.up_proj.weight"
+BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
+WK = "model.layers.0.self_attn.indexer.wk.weight"
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", [EXPERT + SCALE_SUFFIX, WK + SCALE_SUFFIX, BIAS, WEIGHTS_PROJ])
+def test_numbers_that_are_not_finite_are_refused(tmp_path: Path, name: str, value: float) -> None:
+    """A NaN in them changes choices of experts or keys, and no logit shows it."""
+    stored, _ = fp8_tensors()
+    numbers = np.frombuffer(stored[name].data, "<f4").copy()
+    numbers[-1] = value
+    stored[name] = f32(numbers.reshape(stored[name].shape))
+    write_folder(tmp_path, TINY_FP8, stored)
+    place = [extent - 1 for extent in stored[name].shape]
+    start = f"{tmp_path / 'model.safetensors'}: tensor {name!r}: got {value:g} at {place}, allowed"
+    with pytest.raises(CheckpointError) as caught:
+        load(tmp_path)
+    assert str(caught.value).startswith(f"{start}: finite numbers; ")
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [(None, "missing, expected shape [8, 32]"), (f32(np.ones((2, 2))), "found [2, 2]")],
+    ids=["gone", "another shape"],
+)
+def test_a_folder_that_changes_after_its_check_is_refused(
+    tmp_path: Path, change: Stored | None, found: str
+) -> None:
+    stored = random_tensors(TINY)
+    config = read_config(write_folder(tmp_path, TINY, stored))
+    check(tmp_path)
+    del stored[EXPERT]
+    write_folder(tmp_path, TINY, stored | ({} if change is None else {EXPERT: change}))
+    loaders: dict[str, WeightLoader] = dict.fromkeys(expected_tensors(config), lambda _: None)
+    with Checkpoint.open(tmp_path) as checkpoint, pytest.raises(CheckpointError) as caught:
+        load_weights(checkpoint, config, loaders)
+    assert f"tensor {EXPERT!r}" in str(caught.value) and found in str(caught.value)
+    assert str(caught.value).endswith("; the folder changed during the start: start again")
