@@ -79,6 +79,7 @@ def _is_number(value: object, low: float, high: float) -> bool:
 _Rule = tuple[str, Callable[[Any], bool]]
 _POSITIVE: _Rule = "an integer of at least 1", lambda value: _is_integer(value, 1)
 _OPTIONAL: _Rule = _POSITIVE[0], lambda value: value is None or _is_integer(value, 1)
+_STEP: _Rule = "an integer from 1 to 1048576", lambda x: x is None or _is_integer(x, 1, 1 << 20)
 _COUNT: _Rule = "an integer of at least 0", lambda value: _is_integer(value, 0)
 _SWITCH: _Rule = "a bool", lambda value: isinstance(value, bool)
 # flag -> (allowed values in words, check)
@@ -91,8 +92,10 @@ _RULES: dict[str, _Rule] = {
     "kv_cache_dtype": (", ".join(_CACHE_DTYPES), _CACHE_DTYPES.__contains__),
     "generation_config": (", ".join(GENERATION_CONFIGS), GENERATION_CONFIGS.__contains__),
     "load_format": (", ".join(_LOAD_FORMATS), _LOAD_FORMATS.__contains__),
-    **dict.fromkeys(("block_size", "max_model_len"), _OPTIONAL),
-    **dict.fromkeys(("max_num_seqs", "max_num_batched_tokens"), _OPTIONAL),
+    "block_size": _OPTIONAL,
+    # a token of a prompt and one of the output
+    "max_model_len": ("an integer of at least 2", lambda x: x is None or _is_integer(x, 2)),
+    **dict.fromkeys(("max_num_seqs", "max_num_batched_tokens"), _STEP),
     **dict.fromkeys(("index_topk", "kv_cache_memory_bytes", "num_gpu_blocks_override"), _OPTIONAL),
     **dict.fromkeys(("allow_unknown_config_fields", "async_scheduling", "enforce_eager"), _SWITCH),
     **dict.fromkeys(("enable_chunked_prefill", "enable_prefix_caching"), _SWITCH),

@@ -136,8 +136,13 @@ def test_values_are_normalised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         ({"device": "gpu:x"}, ["--device", "'gpu:x'"]),
         ({"dtype": "float16"}, ["--dtype", "'float16'", "bfloat16"]),
         ({"kv_cache_dtype": "int8"}, ["--kv-cache-dtype", "'int8'", "bfloat16, fp8_ds_mla"]),
-        ({"max_model_len": 0}, ["--max-model-len", "got 0", "at least 1"]),
-        ({"max_num_seqs": 0}, ["--max-num-seqs"]),
+        ({"max_model_len": 0}, ["--max-model-len", "got 0", "at least 2"]),
+        # no prompt and output fit
+        ({"max_model_len": 1}, ["--max-model-len", "got 1", "at least 2"]),
+        ({"max_num_seqs": 0}, ["--max-num-seqs", "from 1 to 1048576"]),
+        # the memory of a step would end the start after the weights are read
+        ({"max_num_seqs": 10**9}, ["--max-num-seqs", "got 1000000000", "to 1048576"]),
+        ({"max_num_batched_tokens": 10**9}, ["--max-num-batched-tokens", "to 1048576"]),
         ({"max_num_seqs": True}, ["--max-num-seqs", "True"]),
         ({"max_num_batched_tokens": 2.5}, ["--max-num-batched-tokens", "2.5"]),
         ({"block_size": -64}, ["--block-size", "-64"]),

@@ -277,7 +277,7 @@ def place_of(name: str, index: int, count: int) -> str:
 
 @contextlib.contextmanager
 def naming(place: str, named: Collection[str]) -> Iterator[None]:
-    """Put the name of an argument before the error that its value causes.
+    """Raise the error of an argument's value as an ArgumentError that begins with its name.
 
     Args:
         place: name of the argument.
@@ -288,9 +288,9 @@ def naming(place: str, named: Collection[str]) -> Iterator[None]:
     except ArgumentError:
         raise
     except ValueError as error:
-        if str(error).partition(" ")[0].rstrip(":") in named:
-            raise
-        raise ArgumentError(f"{place}: {error}") from error
+        text = str(error)
+        has_name = text.partition(" ")[0].rstrip(":") in named
+        raise ArgumentError(text if has_name else f"{place}: {text}") from error
 
 
 def list_entries(name: str, value: object, rule: str, hint: str = "") -> list[Any]:

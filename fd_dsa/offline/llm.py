@@ -344,8 +344,7 @@ class LLM:
         if is_default:
             params = fit_into_context(params, token_ids, engine.limits.max_model_len)
         for index, (ids, one) in enumerate(zip(token_ids, params, strict=True)):
-            place = place_of(argument, index, len(params))
-            with naming(place, SAMPLING_FIELDS), self._outbox.lock:
+            with naming(place_of(argument, index, len(params)), SAMPLING_FIELDS):
                 engine.validate(ids, one)
         outputs = self._stream(texts, token_ids, params)
         if stream:

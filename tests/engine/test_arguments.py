@@ -19,6 +19,7 @@ from tests.engine.fakes import make_engine
 
 HI = {"role": "user", "content": "ab"}
 GREEDY = SamplingParams(temperature=0, max_tokens=2)
+UNCLOSED = StructuredOutputsParams(regex="(")
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -116,6 +117,9 @@ def test_structured_outputs_name_the_argument(given, expected):
         (("ab", {"n": 2}), {}, "must be a SamplingParams, or a list with one for each prompt; wri"),
         (("ab", [5]), {}, "sampling_params[0]: got 5; must be a SamplingParams"),
         (("ab", [GREEDY] * 2), {}, "sampling_params: got 2 entries for 1 prompts;"),
+        (("ab", SamplingParams(logit_bias={99: 1})), {}, "logit_bias has the token id 99; token"),
+        (("ab", SamplingParams(stop_token_ids=[99])), {}, "stop_token_ids has the token id 99;"),
+        (("ab", SamplingParams(structured_outputs=UNCLOSED)), {}, "structured_outputs cannot be"),
         (("ab", GREEDY, 1), {}, "stream: got 1; must be True or False"),
         (("ab", GREEDY, False, 4), {}, "argument 4: got 4; must be given by its name, since LLM."),
         ((), {}, "prompts: got nothing; must be an argument of LLM.generate; write prompts=VALUE"),

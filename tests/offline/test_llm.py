@@ -256,7 +256,7 @@ def test_every_field_of_the_configuration_is_a_keyword():
 def test_errors_have_the_names_of_python(tmp_path):
     cases = {
         "max_model_len: got 9999, allowed: at most 8192": {"max_model_len": 9999},
-        "max_num_seqs: got 0, allowed: an integer of at least 1": {"max_num_seqs": 0},
+        "max_num_seqs: got 0, allowed: an integer from 1 to 1048576": {"max_num_seqs": 0},
         "num_gpu_blocks_override: got 4 together with kv_cache_memory_bytes 64;": {
             "num_gpu_blocks_override": 4,
             "kv_cache_memory_bytes": 64,
