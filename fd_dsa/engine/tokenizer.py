@@ -132,8 +132,7 @@ class Tokenizer:
     @cached_property
     def highest_token_id(self) -> int:
         """Highest id of a token, including added ones. -1 without tokens."""
-        if self.token_bytes is not None:
-            return len(self.token_bytes) - 1
+        # without `token_bytes`, which has a place for each id up to this one
         return max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1)
 
     @property

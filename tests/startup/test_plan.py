@@ -12,7 +12,7 @@ from unittest.mock import create_autospec
 import numpy as np
 import pytest
 import tokenizers
-from tokenizers import models
+from tokenizers import decoders, models
 
 from fd_dsa import LLM, SamplingParams
 from fd_dsa.config import EngineConfig, demo_model_path
@@ -109,12 +109,21 @@ def test_a_tokenizer_of_another_folder(tmp_path: Path) -> None:
     assert plan.tokenizer.encode("Hello") and plan.describe()["tokenizer"] == str(demo_model_path())
 
 
-def test_a_tokenizer_with_ids_beyond_the_embeddings(tmp_path: Path) -> None:
+@pytest.mark.parametrize("highest", [4096, 2**32 - 1])
+@pytest.mark.parametrize("decoder", [None, decoders.ByteLevel()], ids=["words", "bytes"])
+def test_a_tokenizer_with_ids_beyond_the_embeddings(
+    tmp_path: Path, highest: int, decoder: decoders.Decoder | None
+) -> None:
     folder = folder_without(tmp_path, "tokenizer.json")
     # two tokens, and a hole between them
-    foreign = tokenizers.Tokenizer(models.WordLevel({"t0": 0, "t1": 4096}, "t0"))
-    foreign.save(str(folder / "tokenizer.json"))
-    found = r"up to 4096, vocab_size of the model's config\.json is 4096; "
+    foreign = tokenizers.Tokenizer(models.WordLevel({"t0": 0, "t1": 1}, "t0"))
+    if decoder is not None:
+        # a table of bytes with a place for each id would not fit in memory
+        foreign.decoder = decoder
+    data = json.loads(foreign.to_str())
+    data["model"]["vocab"]["t1"] = highest
+    (folder / "tokenizer.json").write_text(json.dumps(data))
+    found = rf"up to {highest}, vocab_size of the model's config\.json is 4096; "
     with pytest.raises(ConfigError, match=f"{found}it does not belong to this model"):
         make_plan(EngineConfig(model=folder, device="cpu"))
     with pytest.raises(ConfigError, match=f"{found}leave out --tokenizer"):
