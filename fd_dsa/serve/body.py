@@ -94,7 +94,7 @@ async def receive_body(
                 f"allowed: {limit}, {MAX_LONG_BODIES} times --max-body-size; send the request "
                 "again later",
                 code="too_many_bytes",
-                headers={"Retry-After": "1", **_CLOSE},
+                headers={"Retry-After": "1"},
             )
         state.num_body_bytes += added
         num_counted += added
@@ -106,7 +106,7 @@ def check_length(num_bytes: int, options: ServerOptions) -> None:
     limit = options.max_body_size
     if num_bytes > limit:
         message = f"the body is longer than {limit} bytes, the --max-body-size of this server"
-        raise ApiError(413, message, headers=_CLOSE)
+        raise ApiError(413, message)
 
 
 def check_values(content: bytes | bytearray, max_weight: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import socket
 from collections.abc import Iterator
 from typing import Any
 
@@ -123,6 +124,25 @@ def test_long_bodies_are_refused_with_and_without_a_length() -> None:
 
 
 JSON = {"Content-Type": "application/json"}
+
+
+@pytest.mark.parametrize("is_chunked", [False, True], ids=["a length", "chunks"])
+def test_a_client_that_sends_before_it_reads_gets_its_413(is_chunked: bool) -> None:
+    """A close while bytes arrive would reset the connection, and the answer would be lost."""
+    body = body_of(32 << 20)
+    length = f"Content-Length: {len(body)}"
+    if is_chunked:
+        length, body = "Transfer-Encoding: chunked", b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: a\r\n{length}\r\n"
+    sent = head.encode() + b"Content-Type: application/json\r\n\r\n" + body
+    with running(FakeEngine(), max_body_size=1000) as live:
+        host, _, port = live.url.removeprefix("http://").partition(":")
+        with socket.create_connection((host, int(port)), timeout=30) as client:
+            client.sendall(sent)
+            assert client.recv(1 << 16).startswith(b"HTTP/1.1 413 ")
+            # the server dropped the rest of the body
+            client.sendall(b"GET /version HTTP/1.1\r\nHost: a\r\n\r\n")
+            assert client.recv(1 << 16).startswith(b"HTTP/1.1 200 ")
 
 
 def test_a_body_that_does_not_end_is_a_408() -> None:
