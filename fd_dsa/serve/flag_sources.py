@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import argparse
 import difflib
+from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
@@ -23,6 +24,9 @@ _PREFIX = "FD_DSA_"
 _COMMAND_LINE_ONLY = ("help", "version", "positional_model")
 # an empty secret, for example from an unset variable of a script, would leave the server open
 _NEVER_EMPTY = ("api_key",)
+# variables of the plug-in, whose names resemble flags
+_OTHER_VARIABLES = ("FD_DSA_DISABLE",)
+_NUMBERS = tuple(f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "timestamp"))
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
@@ -58,7 +62,7 @@ def unused_variables() -> list[str]:
     known = [_variable(action) for action in _flag_actions().values()]
     lines = []
     ours = {name for name in process_environment() if name.startswith(_PREFIX)}
-    for name in sorted(ours - set(known)):
+    for name in sorted(ours.difference(known, _OTHER_VARIABLES)):
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.85)
         if near:
             lines.append(f"the variable {name} is unknown; did you mean {near[0]}?")
@@ -105,7 +109,7 @@ def _from_file(path: str, not_needed: dict[str, str]) -> dict[str, Any]:
     """
     try:
         with open(path, encoding="utf-8") as file:
-            loaded = yaml.safe_load(file)
+            loaded = _load_texts(file)
     except OSError as error:
         raise ConfigError(f"--config: {path!r} cannot be read: {error.strerror}") from None
     except (ValueError, yaml.YAMLError, RecursionError) as error:
@@ -140,6 +144,32 @@ def _from_file(path: str, not_needed: dict[str, str]) -> dict[str, Any]:
         if value is not None:
             values.update(_parsed(f"--config: {path}", action, value))
     return values
+
+
+def _load_texts(file: IO[str]) -> Any:
+    """Load YAML whose numbers and dates are texts, like the words of a command line.
+
+    Otherwise the key 0123 is the number 83, and the name 1.10 is 1.1.
+
+    Raises:
+        ValueError, yaml.YAMLError, RecursionError: the text is no YAML, or has a key twice.
+    """
+    loader = yaml.SafeLoader(file)
+    loader.yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag not in _NUMBERS]
+        for first, resolvers in loader.yaml_implicit_resolvers.items()
+    }
+    try:
+        if (node := loader.get_single_node()) is None:
+            return None
+        pairs = node.value if isinstance(node, yaml.MappingNode) else []
+        names = Counter(key.value for key, _ in pairs if isinstance(key, yaml.ScalarNode))
+        for name, count in names.most_common(1):
+            if count > 1:
+                raise ValueError(f"the key {name!r} is there twice")
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
 
 
 def _parsed(source: str, action: argparse.Action, value: object) -> dict[str, Any]:

@@ -146,9 +146,24 @@ def test_what_is_empty_says_nothing_and_a_switch_can_be_turned_back(
     assert parse_args(["--config", path, "--enable-prefix-caching"]).enable_prefix_caching is True
 
 
+@pytest.mark.parametrize("flag", ["api-key", "served-model-name"])
+@pytest.mark.parametrize("text", ["0123", "1.10", "1_000", "0x1f", "1e5", "2026-11-30", "'0123'"])
+def test_a_text_in_a_file_is_the_text_of_the_command_line(
+    tmp_path: Path, flag: str, text: str
+) -> None:
+    """YAML would make other numbers of some of them: a server with another key than written."""
+    written = parse_args(["--config", file(tmp_path, f"{flag}: {text}")])
+    typed = parse_args([f"--{flag}", text.strip("'")])
+    assert vars(written) | {"config": None, "given": None} == vars(typed) | {
+        "config": None,
+        "given": None,
+    }
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
+        ("port: 1\nport: 2", ["the key 'port' is there twice"]),
         ("max-model-length: 5", ["unknown key 'max-model-length'; did you mean max-model-len?"]),
         ("max_modle_len: 5", ["unknown key 'max_modle_len'; did you mean max-model-len?"]),
         ("zzzz: 5", ["unknown key 'zzzz'; keys are flags"]),
@@ -203,6 +218,8 @@ def test_variables_that_are_refused(
 def test_a_variable_that_is_nearly_a_flag_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FD_DSA_MAX_MODEL_LENGTH", "5")
     monkeypatch.setenv("FD_DSA_CHECK", "1")
+    # the plug-in's own
+    monkeypatch.setenv("FD_DSA_DISABLE", "1")
     assert unused_variables() == [
         "the variable FD_DSA_MAX_MODEL_LENGTH is unknown; did you mean FD_DSA_MAX_MODEL_LEN?"
     ]
