@@ -1,8 +1,8 @@
 """Grouped GEMM of routed experts in NVFP4 or INT4 by the CUDA C++ kernel of custom_ops/.
 
-The kernel turns codes into bfloat16 and does not round activations, as Triton's does. Its tiles are
-large, so Triton's kernel is faster with few pairs of an expert. The sums of a row do not depend on
-other rows. Batch-invariant mode always has this kernel.
+Like Triton's kernel, the kernel turns codes into bfloat16 and does not round activations. Its tiles
+are large, so Triton's kernel is faster with few pairs of an expert. The sums of a row do not depend
+on other rows. Batch-invariant mode uses this kernel for any number of pairs.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from fd_dsa.ops.fixed_order import fixed_order
 from fd_dsa.ops.library_kernel import LibraryKernel, hopper_kernel
 from fd_dsa.tensor import FourBitWeight, Tensor
 
-# With a smaller mean number of pairs of an expert, Triton's kernel is faster on an H200. From this
-# mean on its tiles are larger (`expert_gemm.configuration`).
-_SEVERAL_PAIRS = 9
+# Up to this mean number of pairs of an expert, Triton's kernel is faster on an H200. Triton's tiles
+# grow at the same mean (`expert_gemm.configuration`), so no step needs the larger ones. A higher
+# limit would leave them a narrow range of means, which the steps of the warm-up may miss.
+_FEW_PAIRS = 8
 # From this mean on, a counter in memory gives tiles to blocks.
 _MANY_PAIRS = 64
 # columns of a tile
@@ -97,11 +98,11 @@ def suits(weight: FourBitWeight, num_rows: int, num_pairs: int) -> bool:
         and width % GROUP == columns % (_COLUMNS // parts) == 0
         and experts <= MAX_EXPERTS
         and num_rows * (width // 8) <= MAX_CHUNKS
-        and (num_pairs >= _SEVERAL_PAIRS * experts or fixed_order())
+        and (num_pairs > _FEW_PAIRS * experts or fixed_order())
     )
 
 
 def kernel_for(x: Tensor) -> W4a16ExpertGemm | None:
     """Return the kernel for rows on their device, None to use Triton's. The choice is logged."""
-    served = f"experts of {_SEVERAL_PAIRS} pairs and more on average, in NVFP4 or INT4"
+    served = f"experts of more than {_FEW_PAIRS} pairs on average, in NVFP4 or INT4"
     return hopper_kernel(W4a16ExpertGemm, x, served, depends_on_rows=False)

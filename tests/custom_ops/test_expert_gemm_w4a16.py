@@ -18,6 +18,7 @@ from fd_dsa.errors import DeviceError, LaunchError
 from fd_dsa.models.four_bit_check import difference
 from fd_dsa.models.four_bits import FourBits
 from fd_dsa.ops.cache_write import bfloat16_bits
+from fd_dsa.ops.expert_gemm import configuration
 from fd_dsa.ops.expert_gemm_w4a16_cuda import W4a16ExpertGemm, kernel_for, suits
 from fd_dsa.ops.expert_pairs import group_pairs
 from fd_dsa.ops.split_sums import Tiling
@@ -196,9 +197,15 @@ def test_other_forms_are_left_to_triton(paddle_memory: KernelMemory, launches: l
 
 
 def test_few_pairs_are_left_to_triton(paddle_memory: KernelMemory, launches: list[int]) -> None:
+    """Triton's tiles for few pairs have 16 rows. No step needs those of 32 rows."""
     case = Case(paddle_memory, NVFP4, choices("random", 9, 2, 3), True, 128, 128, 3)
     case.check(case.run())
     assert not launches
+    weight = case.weight.put(paddle_memory)
+    for num_pairs, is_few in ((24, True), (25, False)):
+        tiling = configuration("e4m3", num_pairs, 3, True, 128, 227 << 10)
+        assert (tiling.rows == 16) == is_few
+        assert suits(weight, num_pairs, num_pairs) == (not is_few)
 
 
 @pytest.mark.usefixtures("one_order")
