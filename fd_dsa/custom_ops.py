@@ -2,7 +2,7 @@
 
 fd_dsa works without the package. If it is built with CUDA kernels, those for top-k and sparse MLA
 serve after they have matched the definition on small cases: see `fd_dsa.ops.providers`. A start
-checks the kernel for experts in four bits: see `fd_dsa.models.four_bit_check`. Other kernels serve
+checks the kernels for experts in four bits: see `fd_dsa.models.four_bit_check`. Other kernels serve
 unchecked: see `fd_dsa.ops.library_kernel`.
 """
 

@@ -313,7 +313,7 @@ struct Multiplier {
 constexpr int kComputeRegisters = 232, kCopyRegisters = 40;
 static_assert(2 * kComputeRegisters + kCopyRegisters == 3 * 168);
 
-// Multiplies rows of experts; `blocks` blocks take tiles in turn.
+// Multiplies rows of experts. `blocks` blocks take tiles in turn.
 __global__ void __launch_bounds__(kThreads, 1)
     multiply_experts(const __grid_constant__ Job job, const __grid_constant__ TensorMap weight,
                      uint32_t blocks) {

@@ -34,7 +34,7 @@
 
 namespace fd_dsa::experts_fp4 {
 
-// Multiplies rows of experts; `blocks` blocks take tiles in turn.
+// Multiplies rows of experts. `blocks` blocks take tiles in turn.
 //
 // kInFp8: the rows between both GEMMs are in FP8.
 template <bool kGated, int kPairs, bool kInFp8>

@@ -28,7 +28,8 @@ extern "C" struct FdDsaExpertGemmFp4 {
   void* out;
   // scales of the codes, float32 [columns / 64, out_stride], powers of two
   float* out_scales;
-  // 4 bytes that the launch sets and uses; may be null with less than 64 pairs an expert on average
+  // 4 bytes that the launch sets and uses. They may be null with fewer than 64 pairs an expert on
+  // average.
   uint32_t* taken;
   int64_t num_rows;
   int64_t x_stride;
@@ -36,7 +37,7 @@ extern "C" struct FdDsaExpertGemmFp4 {
   // bound of the gate and, at both sides, of the columns that it multiplies
   float limit;
   int32_t num_tokens;
-  // total pairs of all lists
+  // rows of `out`. The lists may lack some of these pairs.
   int32_t num_pairs;
   int32_t row_pairs;
   // at most 1024
@@ -49,7 +50,7 @@ extern "C" struct FdDsaExpertGemmFp4 {
   int32_t x_group;
   // 1: the result is silu of the gate's columns times the other columns
   int32_t is_gated;
-  // 1: a launch with less than 64 pairs an expert on average may begin before the previous launch has
+  // 1: a launch with fewer than 64 pairs an expert on average may begin before the previous launch has
   // ended, and waits for it in the kernel
   int32_t starts_early;
 };

@@ -232,7 +232,7 @@ struct Multiplier {
                                         const uint32_t (&peaks)[2]) {
     constexpr int kChunks = (kCount + kChunk - 1) / kChunk, kPasses = Lines::kPasses;
     constexpr int kPassRows = Lines::kPassRows, kRowThreads = Lines::kRowThreads;
-    // no register has what follows from them during the GEMMs
+    // hidden, so that no register holds values derived from them during the GEMMs
     const int lane = unknown(this->lane), warp = unknown(this->warp);
     const int warpgroup = warp / 4, thread = warp % 4 * kWarp + lane;
     const int32_t* pairs = pairs_of(job, tile);

@@ -7,10 +7,11 @@
 // One warpgroup copies operands, 128 values along K at a time, up to four such stages ahead. Two
 // warpgroups multiply, two blocks of 64 columns each. Columns are the rows of the tensor cores'
 // result, so a thread turns four-bit codes into bfloat16 in its registers, and the tensor cores read
-// them there. While they multiply one block, the warpgroup turns the codes of the next one.
+// them there. In NVFP4 the warpgroup turns the codes of the next block while they multiply this one.
+// In INT4 a warpgroup waits for each GEMM, and turns codes during the GEMMs of the other warpgroup.
 //
 // Code n of word w is value 16 n + w of a stage. So a step of 16 values has one code of each word,
-// and a thread has the words of its four columns of the step. Codes of e2m1 become bfloat16 times
+// and a thread has the words of its four values of each step. Codes of e2m1 become bfloat16 times
 // 2^-126 by shifts and masks, and a scale of e4m3 multiplies them exactly. Integers become 128 plus
 // the code. Their scales have too many bits for bfloat16, and multiply the float32 sums of a stage.
 //
@@ -24,7 +25,7 @@
 
 namespace fd_dsa::experts_w4a16 {
 
-// Multiplies rows of experts; `blocks` blocks take tiles in turn.
+// Multiplies rows of experts. `blocks` blocks take tiles in turn.
 template <bool kGated, bool kInteger>
 __global__ void __launch_bounds__(kThreads, 1)
     multiply_experts(const __grid_constant__ Job job, uint32_t blocks) {

@@ -24,13 +24,14 @@ extern "C" struct FdDsaExpertGemmW4a16 {
   const int32_t* counts;
   // bfloat16 [pairs, columns], 16-byte aligned. Rows of pairs that are in no list are not written.
   void* out;
-  // 4 bytes that the launch sets and uses; may be null with less than 64 pairs an expert on average
+  // 4 bytes that the launch sets and uses. They may be null with fewer than 64 pairs an expert on
+  // average.
   uint32_t* taken;
   int64_t num_rows;
   // bound of the gate and, at both sides, of the columns that it multiplies
   float limit;
   int32_t num_tokens;
-  // total pairs of all lists
+  // rows of `out`. The lists may lack some of these pairs.
   int32_t num_pairs;
   int32_t row_pairs;
   // at most 1024

@@ -33,8 +33,8 @@ __device__ __forceinline__ void turn_integers(uint32_t codes, uint32_t zero,
 
 // Sets the bfloat16 scales of four codes of e4m3: `even` to those of codes 0 and 2.
 //
-// A code counts the last bits of a bfloat16 from a power of two on. Scales are raised by 2^100, see
-// fd_dsa.ops.fp4.
+// A code has the exponent, from a power of two on, and the upper three bits of the mantissa. Scales
+// are raised by 2^100, see fd_dsa.ops.fp4.
 __device__ __forceinline__ void turn_scales(uint32_t codes, uint32_t& even, uint32_t& odd) {
   constexpr uint32_t kFirst = 217u << 23 | 217u << 7;
   even = ((codes & 0x00ff00ffu) << 4) + kFirst;
@@ -163,12 +163,13 @@ struct Multiplier {
     store<kCount>(tile, sums);
   }
 
-  // Adds all stages of a tile of integers like `run`, each with scales of its own. Registers do not
-  // hold the sums of a stage for more than 64 pairs.
+  // Adds all stages of a tile of integers, and writes the result.
+  //
+  // The first stage is full. Each GEMM gives the sums of a stage, which the scales of the stage then
+  // multiply. Registers hold these sums of up to 64 pairs, so more pairs take two GEMMs.
   template <int kCount>
   __device__ __forceinline__ void run_scaled() {
-    constexpr int kPart = kCount <= 64 ? kCount : kCount / 2;
-    constexpr int kUsed = kCount / kPart;
+    constexpr int kHalves = kCount <= 64 ? 1 : 2, kPart = kCount / kHalves;
     float sums[2][kCount / 2] = {};
     Tile tile;
     for (int left = job.width / kPiece; left > 0; --left) {
@@ -176,20 +177,20 @@ struct Multiplier {
 #pragma unroll
       for (int block = 0; block < 2; ++block) {
         uint32_t codes[8][4];
-        float parts[kPart / 2];
+        float stage[kPart / 2];
         const float scales[2] = {__uint_as_float(load_scale(block, 0) & ~15u),
                                  __uint_as_float(load_scale(block, 1) & ~15u)};
         read_codes(block, codes);
         pin(codes);
 #pragma unroll
-        for (int part = 0; part < kUsed; ++part) {
-          multiply<kPart>(parts, codes, part * kPart, false);
+        for (int half = 0; half < kHalves; ++half) {
+          multiply<kPart>(stage, codes, half * kPart, false);
           wgmma_wait<0>();
           pin(codes);
-          pin(parts);
-          float* to = sums[block] + part * (kPart / 2);
+          pin(stage);
+          float* to = sums[block] + half * (kPart / 2);
 #pragma unroll
-          for (int i = 0; i < kPart / 2; ++i) to[i] += parts[i] * scales[i / 2 % 2];
+          for (int i = 0; i < kPart / 2; ++i) to[i] += stage[i] * scales[i / 2 % 2];
         }
       }
       if (left == 1) tile = load_tile(turn.own_tile());
@@ -205,7 +206,7 @@ struct Multiplier {
   template <int kCount>
   __device__ __forceinline__ void store(const Tile& tile, const float (&sums)[2][kCount / 2]) {
     constexpr int kChunks = (kCount + kChunk - 1) / kChunk;
-    // no register has what follows from them during the GEMMs
+    // hidden, so that no register holds values derived from them during the GEMMs
     const int lane = unknown(this->lane), warp = unknown(this->warp);
     const int warpgroup = warp / 4, thread = warp % 4 * kWarp + lane;
     const int32_t* pairs = pairs_of(job, tile);

@@ -49,7 +49,7 @@ struct ResultLines {
   // Args:
   //   sums: those of kCount pairs. Value j * 4 + r * 2 + p is that of the thread's column r and of
   //       pair 8 j + lane % 4 * 2 + p.
-  //   factor, next_factor: what multiplies the first column and the second one
+  //   factor, next_factor: factors of the thread's first column and of its second one
   //   limit: bound of the gate and, at both sides, of the columns that it multiplies
   //   buffer: offset of the lines in bytes
   template <int kCount>

@@ -126,7 +126,7 @@ __device__ __forceinline__ bool find_tile(const Job& job, uint32_t groups, uint3
   return true;
 }
 
-// Finds the tile of a number like `find_tile`, where an expert's tiles have about as many pairs each.
+// Finds the tile of a number like `find_tile`, and divides an expert's pairs evenly among its tiles.
 template <int kRows, typename Job>
 __device__ __forceinline__ bool find_even_tile(const Job& job, uint32_t groups, uint32_t ends,
                                                uint32_t number, Tile& tile) {

@@ -28,7 +28,7 @@ def four_bit_gemm(
 
     A weight of two parts is a gated one. The kernel of custom_ops/ for MXFP4 reads rows in FP8.
     With few pairs an expert, its gated result is in FP8 too, for the experts' second GEMM. Another
-    one serves NVFP4 and INT4 with several pairs an expert.
+    kernel of custom_ops/ multiplies NVFP4 and INT4 by bfloat16, with several pairs an expert.
 
     Args:
         x: bfloat16 [num_tokens, width] or [num_tokens * top_k, width], contiguous. Or such a

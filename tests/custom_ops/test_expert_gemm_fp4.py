@@ -234,10 +234,10 @@ def test_a_norm_gives_its_codes(paddle_memory: KernelMemory, launches: list[int]
 
 @pytest.mark.usefixtures("one_order")
 @pytest.mark.parametrize("gated", [False, True], ids=["down", "gate_up"])
-def test_bits_of_a_row_in_any_company(
+def test_bits_of_a_row_in_any_batch(
     paddle_memory: KernelMemory, launches: list[int], gated: bool
 ) -> None:
-    """So the kernel serves in batch-invariant mode, too."""
+    """Batch-invariant mode uses the kernel because of this."""
     ids = choices("random", 200, 2, 3)
     case = Case(paddle_memory, ids, gated, 128, 256, 3)
     whole, x = case.run(), case.x

@@ -162,10 +162,10 @@ def test_special_values(paddle_memory: KernelMemory, launches: list[int], form: 
 
 @pytest.mark.parametrize("gated", [False, True], ids=["down", "gate_up"])
 @FORMS
-def test_bits_of_a_row_in_any_company(
+def test_bits_of_a_row_in_any_batch(
     paddle_memory: KernelMemory, launches: list[int], form: Form, gated: bool
 ) -> None:
-    """So the kernel serves in batch-invariant mode, too."""
+    """Batch-invariant mode uses the kernel because of this."""
     ids = choices("random", 200, 2, 3)
     case = Case(paddle_memory, form, ids, gated, 256, 256, 3)
     whole, x = case.by_kernel(), case.x
