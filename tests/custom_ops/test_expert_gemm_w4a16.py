@@ -147,6 +147,8 @@ def test_rows_without_an_expert_are_not_written(
     found = case.by_kernel()
     case.check(found)
     assert (bfloat16_bits(found).view(np.uint16)[ids.ravel() < 0] == 0xA5A5).all()
+    case.ids = np.full_like(ids, -1)
+    assert (bfloat16_bits(case.by_kernel()).view(np.uint16) == 0xA5A5).all()
 
 
 @FORMS
@@ -175,6 +177,19 @@ def test_bits_of_a_row_in_any_batch(
         wanted = whole.reshape(200, 2, -1)[tokens].reshape(2 * len(case.ids), -1)
         np.testing.assert_array_equal(case.by_kernel(), wanted)
     assert len(launches) == 5
+
+
+@FORMS
+def test_bits_of_a_row_in_every_tile(
+    paddle_memory: KernelMemory, launches: list[int], form: Form
+) -> None:
+    """The tensor cores multiply another number of pairs in each one."""
+    case = Case(paddle_memory, form, np.zeros((128, 1), np.int32), False, 256, 384, 1)
+    whole, ids, x = case.by_kernel(), case.ids, case.x
+    for count in range(16, 128, 16):
+        case.ids, case.x = ids[:count], x[:count]
+        np.testing.assert_array_equal(case.by_kernel(), whole[:count])
+    assert len(launches) == 8
 
 
 def test_other_forms_are_left_to_triton(paddle_memory: KernelMemory, launches: list[int]) -> None:
