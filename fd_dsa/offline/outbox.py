@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from fd_dsa.engine.engine import LLMEngine
 from fd_dsa.engine.output import RequestOutput
@@ -39,7 +39,7 @@ class Outbox:
         """
         try:
             for request_id, (token_ids, params) in given.items():
-                with self.lock:
+                with self._turn():
                     engine.add_request(request_id, token_ids, params)
                     self._by_request[request_id] = queue
             yield
@@ -50,16 +50,44 @@ class Outbox:
                         engine.abort_request(request_id)
 
     def step(self, engine: LLMEngine, queue: deque[RequestOutput]) -> None:
-        """Step the engine, unless another thread's step filled the queue meanwhile."""
-        # a thread that has stepped waits here, so that the next one gets the lock
-        with self._next:
-            self.lock.acquire()
-        try:
+        """Step the engine, unless another thread's step filled the queue meanwhile.
+
+        Raises:
+            RuntimeError: another thread has ended the requests of this call.
+        """
+        with self._turn():
             if not queue:
-                for new in engine.step():
-                    self._by_request[new.request_id].append(new)
+                self._step(engine, queue)
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Hold the lock inside. A thread that has held it waits until the next one has it."""
+        try:
+            with self._next:
+                self.lock.acquire()
+            yield
         finally:
-            self.lock.release()
+            # an interrupt may come before or after the lock is acquired
+            with suppress(RuntimeError):
+                self.lock.release()
+
+    def _step(self, engine: LLMEngine, queue: deque[RequestOutput]) -> None:
+        """Step the engine, and sort the outputs into the queues."""
+        if not any(one is queue for one in self._by_request.values()):
+            raise RuntimeError(
+                "an interrupt or close() in another thread ended the requests of this call"
+            )
+        try:
+            for new in engine.step():
+                self._by_request[new.request_id].append(new)
+        except Exception:
+            # a later call of `engine.step` runs the step again
+            raise
+        except BaseException:
+            # the outputs of the step are lost, and calls of other threads would wait for them
+            self.clear()
+            engine.abort_all()
+            raise
 
     def clear(self) -> None:
         """Forget all requests."""

@@ -124,6 +124,30 @@ def test_calls_of_several_threads_share_the_steps(llm, monkeypatch):
     assert set(num_inside) == {1}
 
 
+@pytest.mark.parametrize("num_before", [0, 100], ids=["before", "after"])
+def test_an_interrupted_step_ends_the_calls_of_all_threads(llm, monkeypatch, num_before):
+    """The interrupt takes the outputs of the step away, also those of the other thread."""
+    step = llm.engine.step
+
+    def interrupted():
+        # the other thread begins meanwhile
+        time.sleep(0.001)
+        if llm.stats().num_running + llm.stats().num_waiting < 2:
+            return step()
+        for _ in range(num_before):
+            step()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(llm.engine, "step", interrupted)
+    long = dataclasses.replace(GREEDY, max_tokens=60)
+    with ThreadPoolExecutor(2) as pool:
+        calls = [pool.submit(llm.generate, [[2 + i]], long) for i in range(2)]
+        errors = {type(call.exception(60)) for call in calls}
+    assert errors == {KeyboardInterrupt, RuntimeError}
+    monkeypatch.undo()
+    assert tokens(llm.generate([[3]], GREEDY)) == [expected_greedy([3], 6, eos=None)]
+
+
 def test_a_stream_that_is_closed_aborts_its_requests(llm):
     stream = llm.generate(["ab", "c"], GREEDY, stream=True)
     next(stream)
