@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import itertools
+import json
 from collections import Counter
 from collections.abc import Sequence
 from typing import IO, Any
@@ -27,6 +29,7 @@ _NEVER_EMPTY = ("api_key",)
 # variables of the plug-in, whose names resemble flags
 _OTHER_VARIABLES = ("FD_DSA_DISABLE",)
 _NUMBERS = tuple(f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "timestamp"))
+_TEXT = "tag:yaml.org,2002:str"
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
@@ -121,11 +124,15 @@ def _from_file(path: str, not_needed: dict[str, str]) -> dict[str, Any]:
         raise ConfigError(
             f"--config: {path} holds a {type(loaded).__name__}; allowed: flags as keys"
         )
-    actions = _flag_actions()
+    actions = {name: action for name, action in _flag_actions().items() if name != "config"}
     values: dict[str, Any] = {}
     for key, value in loaded.items():
         name = str(key).replace("_", "-")
         action = actions.get(name)
+        positive = actions.get(name.removeprefix("no-"))
+        if action is None and positive is not None and f"--{name}" in positive.option_strings:
+            # as files of vLLM turn a switch off
+            action, value = positive, (not value if isinstance(value, bool) else value)
         if action is None and (found := find(f"--{name}")) is not None:
             known, is_off = found
             is_off ^= value is False
@@ -134,7 +141,7 @@ def _from_file(path: str, not_needed: dict[str, str]) -> dict[str, Any]:
             except ConfigError as error:
                 raise ConfigError(f"--config: {path}: {error}") from None
             continue
-        if action is None or action.dest == "config":
+        if action is None:
             hint = nearest(name, actions, "keys are flags without their dashes in front")
             raise ConfigError(f"--config: {path}: unknown key {str(key)!r}; {hint}")
         if action.dest in values:
@@ -147,7 +154,7 @@ def _from_file(path: str, not_needed: dict[str, str]) -> dict[str, Any]:
 
 
 def _load_texts(file: IO[str]) -> Any:
-    """Load YAML whose numbers and dates are texts, like the words of a command line.
+    """Load YAML whose flags have numbers and dates as texts, like the words of a command line.
 
     Otherwise the key 0123 is the number 83, and the name 1.10 is 1.1.
 
@@ -155,10 +162,6 @@ def _load_texts(file: IO[str]) -> Any:
         ValueError, yaml.YAMLError, RecursionError: the text is no YAML, or has a key twice.
     """
     loader = yaml.SafeLoader(file)
-    loader.yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in resolvers if tag not in _NUMBERS]
-        for first, resolvers in loader.yaml_implicit_resolvers.items()
-    }
     try:
         if (node := loader.get_single_node()) is None:
             return None
@@ -167,6 +170,11 @@ def _load_texts(file: IO[str]) -> Any:
         for name, count in names.most_common(1):
             if count > 1:
                 raise ValueError(f"the key {name!r} is there twice")
+        nodes = [one for pair in pairs for one in pair]
+        lists = [one.value for one in nodes if isinstance(one, yaml.SequenceNode)]
+        # not in objects, whose numbers become numbers of JSON
+        for one in itertools.chain(nodes, *lists):
+            one.tag = _TEXT if one.tag in _NUMBERS else one.tag
         return loader.construct_document(node)
     finally:
         loader.dispose()
@@ -181,13 +189,15 @@ def _parsed(source: str, action: argparse.Action, value: object) -> dict[str, An
         return {action.dest: value}
     if isinstance(value, list) and not _takes_several(action):
         raise ConfigError(f"{source}: {flag}: got a list, allowed: one value")
+    if isinstance(value, dict) and action.metavar == "JSON":
+        value = json.dumps(value, default=str)
     values = value if isinstance(value, list) else [value]
     # the values themselves may be secrets
     bad = [type(one).__name__ for one in values if type(one) not in (str, int, float)]
     if bad or not values:
         raise ConfigError(
             f"{source}: {flag}: got {bad[0] if bad else 'nothing'}, allowed: a text, a number, or "
-            "for some a list"
+            "for some a list; quotes make a text of any value"
         )
     words = [flag, *map(str, values)] if action.nargs else [f"{flag}={one}" for one in values]
     try:

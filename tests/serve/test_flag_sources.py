@@ -163,11 +163,30 @@ def test_a_text_in_a_file_is_the_text_of_the_command_line(
 @pytest.mark.parametrize(
     ("text", "words"),
     [
+        ("no-enable-prefix-caching: true", ["--no-enable-prefix-caching"]),
+        ("no_enable_prefix_caching: false", ["--enable-prefix-caching"]),
+        (
+            "speculative-config: {method: ngram, num_speculative_tokens: 3}",
+            ["--speculative-config", '{"method": "ngram", "num_speculative_tokens": 3}'],
+        ),
+        ("speculative-config:\n  method: ngram", ["--speculative-config", '{"method": "ngram"}']),
+    ],
+)
+def test_a_file_of_vllm_has_the_values_of_the_command_line(
+    tmp_path: Path, text: str, words: list[str]
+) -> None:
+    written, typed = vars(parse_args(["--config", file(tmp_path, text)])), vars(parse_args(words))
+    assert written | {"config": None, "given": None} == typed | {"config": None, "given": None}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
         ("port: 1\nport: 2", ["the key 'port' is there twice"]),
         ("max-model-length: 5", ["unknown key 'max-model-length'; did you mean max-model-len?"]),
         ("max_modle_len: 5", ["unknown key 'max_modle_len'; did you mean max-model-len?"]),
         ("zzzz: 5", ["unknown key 'zzzz'; keys are flags"]),
-        ("config: other.yaml", ["unknown key 'config'"]),
+        ("config: other.yaml", ["unknown key 'config'; keys are flags"]),
         ("port: http", ["--port: got 'http'; must be 0 to 65535"]),
         ("port: [1, 2]", ["--port: got a list, allowed: one value"]),
         ("port: true", ["--port: got bool, allowed: a text, a number"]),
