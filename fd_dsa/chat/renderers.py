@@ -20,6 +20,8 @@ NO_TEMPLATE = (
 )
 """Reason why a folder has no chat, if it has no invalid template."""
 
+TEMPLATE_FILE = "chat_template.jinja"
+
 _SPECIAL_TOKEN_FIELDS = (
     "bos_token",
     "eos_token",
@@ -55,7 +57,7 @@ def read_renderer(
         ConfigError: a template cannot be read or compiled, or has a wrong type. The message names
             the file.
     """
-    file = template_file or folder / "chat_template.jinja"
+    file = template_file or folder / TEMPLATE_FILE
     origin = file.name if template_file is None else f"--chat-template {file.name}"
     if template_file is not None or file.is_file():
         try:

@@ -14,7 +14,7 @@ import tokenizers
 from tokenizers.decoders import Decoder
 
 from fd_dsa.chat.control import RenderedPrompt, render_prompt
-from fd_dsa.chat.renderers import NO_TEMPLATE, read_renderer, read_special_tokens
+from fd_dsa.chat.renderers import NO_TEMPLATE, TEMPLATE_FILE, read_renderer, read_special_tokens
 from fd_dsa.chat.template import ChatTemplate
 from fd_dsa.engine.byte_level import byte_table
 from fd_dsa.engine.encoding import ControlTokens, encode_text
@@ -107,6 +107,8 @@ class Tokenizer:
         special_tokens = read_special_tokens(config)
         family = FAMILIES.get(str(_read_json(folder / "config.json").get("model_type")))
         renderer, why_no_chat = None, NO_TEMPLATE
+        if chat_template is None and has_file(folder / TEMPLATE_FILE):
+            check_file(folder / TEMPLATE_FILE)
         try:
             renderer = read_renderer(
                 folder,

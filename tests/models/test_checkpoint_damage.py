@@ -154,6 +154,7 @@ def test_index_that_is_no_json(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name",
     [
+        "chat_template.jinja",
         "config.json",
         "generation_config.json",
         "hf_quant_config.json",
