@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import sys
 from pathlib import Path
 
-from fd_dsa.errors import ConfigError
+from fd_dsa.errors import ConfigError, writing
 
 
 def result_file(flag: str, name: str, source: str | None = None) -> Path:
@@ -38,6 +40,29 @@ def result_file(flag: str, name: str, source: str | None = None) -> Path:
     if source is not None and path.exists() and os.path.samefile(path, source):
         raise ConfigError(f"{flag}: {name} is also the input; give another file")
     return path
+
+
+def part_file(flag: str, output: Path, source: str) -> Path:
+    """Return the file for the results of an unfinished run, `output` with `.part` after its name.
+
+    A file that an earlier run has left gets another name, with a line on standard error.
+
+    Args:
+        flag, source: as in `result_file`.
+
+    Raises:
+        ConfigError: the file is the input, or cannot be renamed.
+    """
+    part = output.with_name(f"{output.name}.part")
+    if part.exists() and os.path.samefile(part, source):
+        raise ConfigError(f"{flag}: {part}, for results so far, is also the input; give another")
+    if part.is_symlink() or (part.is_file() and part.stat().st_size):
+        names = (part.with_name(f"{part.name}.{number}") for number in itertools.count(1))
+        kept = next(name for name in names if not os.path.lexists(name))
+        with writing(flag, kept):
+            part.rename(kept)
+        sys.stderr.write(f"{part} of an earlier run is now {kept}\n")
+    return part
 
 
 def is_special(path: Path) -> bool:

@@ -142,6 +142,7 @@ def test_a_server_that_goes_away_is_told_apart_from_refusals(tmp_path: Path) -> 
         ("no/out", "no/out: the folder does not exist; make it first"),
         ("in.jsonl", "in.jsonl is also the input; give another file"),
         ("link to input", "link to input is also the input; give another file"),
+        ("linked", "linked.part, for results so far, is also the input; give another"),
     ],
 )
 def test_an_output_that_would_lose_data_is_refused_first(
@@ -150,7 +151,8 @@ def test_an_output_that_would_lose_data_is_refused_first(
     flags = written(tmp_path, request("a"))
     (tmp_path / "folder").mkdir()
     (tmp_path / "link to folder").symlink_to("folder")
-    (tmp_path / "link to input").symlink_to("in.jsonl")
+    for link in ("link to input", "linked.part"):
+        (tmp_path / link).symlink_to("in.jsonl")
     before, names = (tmp_path / "in.jsonl").read_text(), sorted(tmp_path.iterdir())
     output = name and str(tmp_path / name)
     # without a request, because there is no server
@@ -158,6 +160,26 @@ def test_an_output_that_would_lose_data_is_refused_first(
     message = capsys.readouterr().err
     assert message.startswith("fd_dsa: error: --output-file: ") and message.endswith(f"{rule}\n")
     assert (tmp_path / "in.jsonl").read_text() == before and sorted(tmp_path.iterdir()) == names
+
+
+@pytest.mark.parametrize("is_link", [False, True])
+def test_the_answers_of_an_interrupted_run_are_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], is_link: bool
+) -> None:
+    flags = written(tmp_path, request("a"))
+    part = tmp_path / "out.jsonl.part"
+    (tmp_path / "out.jsonl.part.1").write_text("first")
+    if is_link:
+        (tmp_path / "elsewhere").write_text("second")
+        part.symlink_to("elsewhere")
+    else:
+        part.write_text("second")
+    with running(FakeEngine()) as live:
+        assert main([*flags, "--base-url", live.url]) == 0
+    kept = [(tmp_path / f"out.jsonl.part.{number}").read_text() for number in (1, 2)]
+    assert kept == ["first", "second"] and not part.exists()
+    assert f"{part} of an earlier run is now {part}.2\n" in capsys.readouterr().err
+    assert list(answers(tmp_path)) == ["a"]
 
 
 def test_an_output_behind_a_link_and_in_a_pipe(tmp_path: Path) -> None:
