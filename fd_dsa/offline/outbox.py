@@ -24,6 +24,9 @@ class Outbox:
         self.lock = threading.RLock()
         self._next = threading.Lock()
         self._by_request: dict[str, deque[RequestOutput]] = {}
+        # both under the lock: True inside calls of the engine, and requests that ended meanwhile
+        self._is_used = False
+        self._ended: list[str] = []
 
     @contextmanager
     def requests(
@@ -39,15 +42,15 @@ class Outbox:
         """
         try:
             for request_id, (token_ids, params) in given.items():
-                with self._turn():
+                with self._turn(engine):
                     engine.add_request(request_id, token_ids, params)
                     self._by_request[request_id] = queue
             yield
         finally:
-            for request_id in given:
-                with self.lock:
-                    if self._by_request.pop(request_id, None) is not None:
-                        engine.abort_request(request_id)
+            with self.lock:
+                self._ended += [name for name in given if self._by_request.pop(name, None) is queue]
+                if not self._is_used:
+                    self._abort_ended(engine)
 
     def step(self, engine: LLMEngine, queue: deque[RequestOutput]) -> None:
         """Step the engine, unless another thread's step filled the queue meanwhile.
@@ -55,21 +58,37 @@ class Outbox:
         Raises:
             RuntimeError: another thread has ended the requests of this call.
         """
-        with self._turn():
+        with self._turn(engine):
             if not queue:
                 self._step(engine, queue)
 
     @contextmanager
-    def _turn(self) -> Iterator[None]:
-        """Hold the lock inside. A thread that has held it waits until the next one has it."""
+    def _turn(self, engine: LLMEngine) -> Iterator[None]:
+        """Use the engine inside. A thread that has used it waits until the next one does.
+
+        A stream that the garbage collector closes inside is aborted at the end.
+        """
         try:
             with self._next:
                 self.lock.acquire()
-            yield
+            try:
+                self._is_used = True
+                yield
+            finally:
+                self._abort_ended(engine)
         finally:
             # an interrupt may come before or after the lock is acquired
             with suppress(RuntimeError):
                 self.lock.release()
+
+    def _abort_ended(self, engine: LLMEngine) -> None:
+        """Abort the requests whose calls have ended."""
+        self._is_used = True
+        try:
+            while self._ended:
+                engine.abort_request(self._ended.pop())
+        finally:
+            self._is_used = False
 
     def _step(self, engine: LLMEngine, queue: deque[RequestOutput]) -> None:
         """Step the engine, and sort the outputs into the queues."""
@@ -79,7 +98,9 @@ class Outbox:
             )
         try:
             for new in engine.step():
-                self._by_request[new.request_id].append(new)
+                # its stream may have been closed in the step
+                if (its_queue := self._by_request.get(new.request_id)) is not None:
+                    its_queue.append(new)
         except Exception:
             # a later call of `engine.step` runs the step again
             raise

@@ -156,6 +156,23 @@ def test_a_stream_that_is_closed_aborts_its_requests(llm):
     assert llm.stats().num_running == 0
 
 
+@pytest.mark.parametrize("place", ["schedule", "complete_step", "step"])
+def test_a_stream_that_is_closed_in_a_step_leaves_other_calls_alone(llm, monkeypatch, place):
+    """The garbage collector may do so at any place of another call's step."""
+    stream = llm.generate(["ab", "c"], GREEDY, stream=True)
+    next(stream)
+    owner = llm.engine if place == "step" else llm.engine.scheduler
+    method = getattr(owner, place)
+
+    def closing(*arguments):
+        result = method(*arguments)
+        stream.close()
+        return result
+
+    monkeypatch.setattr(owner, place, closing)
+    assert tokens(llm.generate([[3]], GREEDY)) == [expected_greedy([3], 6, eos=None)]
+
+
 def test_one_bad_prompt_refuses_the_call_before_anything_runs(llm):
     llm.tokenizer.chat_renderer = None
     with pytest.raises(ValueError, match="no chat template"):
