@@ -68,11 +68,13 @@ class AnswerStart:
     Attributes:
         index: index of the answer's first token in the output; None inside the reasoning. A token
             with the end of the marker belongs to the reasoning, also if it has text of the answer.
+        has_begun: True from the first text of the answer on. All further text belongs to it.
     """
 
     def __init__(self, reasoning: Reasoning, detokenizer: Detokenizer) -> None:
         self._reasoning, self._detokenizer = reasoning, detokenizer
-        self._state: Literal["start", "reasoning", "space", "answer"] = "start"
+        self._state: Literal["start", "reasoning", "space"] = "start"
+        self.has_begun = False
         # in the state "start" the whole text, in "reasoning" the end of the shown text
         self._tail = ""
         self.index: int | None = 0
@@ -82,7 +84,7 @@ class AnswerStart:
     @property
     def is_found(self) -> bool:
         """True if further tokens do not change `index`."""
-        return self._state in ("space", "answer")
+        return self.has_begun or self._state == "space"
 
     def copy(self) -> AnswerStart:
         """Return a copy, which reads drafts of the output."""
@@ -110,11 +112,13 @@ class AnswerStart:
             Text of the reasoning and text of the answer. Both are empty while the text may still
             open the reasoning.
         """
+        if self.has_begun:
+            return "", text
         if self._state == "start":
             text = self._tail + text
             rest = self._opened(text)
             if rest is None:
-                return "", ("" if self._state == "start" else text)
+                return "", (text if self.has_begun else "")
             before, text = text[: len(text) - len(rest)], rest
         else:
             before = ""
@@ -128,14 +132,13 @@ class AnswerStart:
             answer = text.lstrip()
             before += text[: len(text) - len(answer)]
             text = answer
-            if answer:
-                self._state = "answer"
+            self.has_begun = bool(answer)
         return before, text
 
     def flush(self) -> str:
         """Return the held text, which belongs to the answer. Call it once, at the end."""
-        held = self._tail if self._state == "start" else ""
-        self._tail, self._state = "", "answer"
+        held = self._tail if self._state == "start" and not self.has_begun else ""
+        self._tail, self.has_begun = "", True
         return held
 
     def _opened(self, text: str) -> str | None:
@@ -152,7 +155,7 @@ class AnswerStart:
             if begin.startswith(stripped):
                 self._tail = text
                 return None
-        self._state = "answer"
+        self.has_begun = True
         return None
 
     def _find_end(self, text: str) -> int | None:
