@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from fd_dsa.ops.arrays import Scratch
 from fd_dsa.ops.cache_write import CacheWriteParams, write_caches
-from fd_dsa.ops.gather import gather_rows
+from fd_dsa.ops.host_rows import gather_rows
 from tests.reference.bfloat16 import ref_array, ref_bits
 from tests.reference.indexer import ref_layer_norm, ref_rms_norm
 from tests.reference.rope import ref_rotate

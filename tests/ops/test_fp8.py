@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from fd_dsa.ops.arrays import Scratch
 from fd_dsa.ops.cache_write import CacheWriteParams, write_caches
 from fd_dsa.ops.fp8 import absolute_maximum, decode_e4m3, encode_e4m3, index_scale, raw_scale
-from fd_dsa.ops.gather import gather_index_keys, gather_latents
-from fd_dsa.ops.host_rows import hadamard
+from fd_dsa.ops.host_rows import gather_index_keys, gather_latents, hadamard
 from fd_dsa.ops.logits.host_scores import PagedUnits, score_gathered, score_paged
 from fd_dsa.ops.mla import attend_dense, attend_gathered
 from fd_dsa.ops.query import prepare_on_host as prepare_indexer_query

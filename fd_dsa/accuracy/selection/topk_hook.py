@@ -18,7 +18,7 @@ from fd_dsa.attention import DSAAttentionBackend, DSABackendConfig
 from fd_dsa.cache_formats import CacheLayout
 from fd_dsa.ops.arrays import Scratch, as_numpy, on_device
 from fd_dsa.ops.fp8 import decode_e4m3
-from fd_dsa.ops.gather import gather_index_keys, gather_latents
+from fd_dsa.ops.host_rows import gather_index_keys, gather_latents
 from fd_dsa.runner.selections import positions_of
 from fd_dsa.tensor import Array
 

@@ -31,8 +31,7 @@ from fd_dsa.ops.arrays import (
     check_writable,
 )
 from fd_dsa.ops.fp8 import absolute_maximum, index_scale, quantise, raw_scale
-from fd_dsa.ops.gather import index_planes
-from fd_dsa.ops.host_rows import cos_sin_of, hadamard, layer_norm, rms_norm, rotate_
+from fd_dsa.ops.host_rows import cos_sin_of, hadamard, index_planes, layer_norm, rms_norm, rotate_
 from fd_dsa.ops.providers import activation_dtypes, selected_function
 from fd_dsa.tensor import Array
 

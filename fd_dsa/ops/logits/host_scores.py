@@ -15,8 +15,8 @@ import numpy as np
 from fd_dsa.ops.arrays import Scratch, as_numpy
 from fd_dsa.ops.fixed_order import fixed_order, two_rows
 from fd_dsa.ops.fp8 import decode_e4m3
-from fd_dsa.ops.gather import gather_index_blocks, gather_index_keys
 from fd_dsa.ops.host_gemm import batched
+from fd_dsa.ops.host_rows import gather_index_blocks, gather_index_keys
 from fd_dsa.ops.key_bounds import key_bounds
 from fd_dsa.step import ForwardMeta
 from fd_dsa.tensor import Array

@@ -27,8 +27,8 @@ from fd_dsa.ops.arrays import (
     result,
 )
 from fd_dsa.ops.fixed_order import fixed_order, row_sums, weighted_sum
-from fd_dsa.ops.gather import gather_latents
 from fd_dsa.ops.host_gemm import batched
+from fd_dsa.ops.host_rows import gather_latents
 from fd_dsa.ops.providers import activation_dtypes, call, device_kind, function, select_provider
 from fd_dsa.tensor import Array
 
