@@ -68,13 +68,11 @@ class AnswerStart:
     Attributes:
         index: index of the answer's first token in the output; None inside the reasoning. A token
             with the end of the marker belongs to the reasoning, also if it has text of the answer.
-        has_begun: True from the first text of the answer on. All further text belongs to it.
     """
 
     def __init__(self, reasoning: Reasoning, detokenizer: Detokenizer) -> None:
         self._reasoning, self._detokenizer = reasoning, detokenizer
-        self._state: Literal["start", "reasoning", "space"] = "start"
-        self.has_begun = False
+        self._state: Literal["start", "reasoning", "space", "answer"] = "start"
         # in the state "start" the whole text, in "reasoning" the end of the shown text
         self._tail = ""
         self.index: int | None = 0
@@ -84,7 +82,7 @@ class AnswerStart:
     @property
     def is_found(self) -> bool:
         """True if further tokens do not change `index`."""
-        return self.has_begun or self._state == "space"
+        return self._state in ("space", "answer")
 
     def copy(self) -> AnswerStart:
         """Return a copy, which reads drafts of the output."""
@@ -112,13 +110,11 @@ class AnswerStart:
             Text of the reasoning and text of the answer. Both are empty while the text may still
             open the reasoning.
         """
-        if self.has_begun:
-            return "", text
         if self._state == "start":
             text = self._tail + text
             rest = self._opened(text)
             if rest is None:
-                return "", (text if self.has_begun else "")
+                return "", ("" if self._state == "start" else text)
             before, text = text[: len(text) - len(rest)], rest
         else:
             before = ""
@@ -132,13 +128,14 @@ class AnswerStart:
             answer = text.lstrip()
             before += text[: len(text) - len(answer)]
             text = answer
-            self.has_begun = bool(answer)
+            if answer:
+                self._state = "answer"
         return before, text
 
     def flush(self) -> str:
         """Return the held text, which belongs to the answer. Call it once, at the end."""
-        held = self._tail if self._state == "start" and not self.has_begun else ""
-        self._tail, self.has_begun = "", True
+        held = self._tail if self._state == "start" else ""
+        self._tail, self._state = "", "answer"
         return held
 
     def _opened(self, text: str) -> str | None:
@@ -155,7 +152,7 @@ class AnswerStart:
             if begin.startswith(stripped):
                 self._tail = text
                 return None
-        self.has_begun = True
+        self._state = "answer"
         return None
 
     def _find_end(self, text: str) -> int | None:

@@ -244,12 +244,10 @@ class Request:
         if self.finish_reason is not None:
             text += self.detokenizer.flush()
         is_cut, shown = False, ""
-        # None without reasoning, and from the first text of the answer on
-        start = None if self.answer is None or self.answer.has_begun else self.answer
-        if start is not None:
-            before, after = start.append(text, len(self.output_token_ids))
+        if self.answer is not None:
+            before, after = self.answer.append(text, len(self.output_token_ids))
             if self.finish_reason is not None:
-                after += start.flush()
+                after += self.answer.flush()
             # stop strings ignore the reasoning
             if self._ruled is not None and self.stop_checker is not None:
                 shown, text = before, after
@@ -260,8 +258,8 @@ class Request:
                 is_cut = True
             elif self.finish_reason is not None:
                 text += self.stop_checker.flush()
-        if start is not None and (start.is_found or self.finish_reason is not None):
-            self.state.answer_start = start.index
+        if self.answer is not None and (self.answer.is_found or self.finish_reason is not None):
+            self.state.answer_start = self.answer.index
         text = shown + text
         if text:
             self.state.pieces.append(text)
