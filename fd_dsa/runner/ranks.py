@@ -148,13 +148,23 @@ class WorkerRunner(ModelRunner):
         Args:
             receive: waits for the next message of a DriverRunner.
         """
+        calls: dict[str, Callable[..., object]] = {
+            "run": self.run,
+            "enqueue_model": self.enqueue_model,
+            "sample": self.sample,
+            "set_parameters": self.set_parameters,
+            "copy_state": self.copy_state,
+            "predict_more": self.predict_more,
+            "seed_drafts": self.seed_drafts,
+            "draft": self.draft,
+        }
         while True:
             name, arguments, state, copies = pickle.loads(receive())
             if state is not None:
                 self.input_batch.restore(state)
             if self.block_store is not None:
                 make_calls(self.block_store, copies)
-            getattr(self, name)(*arguments)
+            calls[name](*arguments)
 
     def run(self, logits_indices: np.ndarray) -> None:
         """Enqueue the step in the batch. This rank does not read its logits."""
