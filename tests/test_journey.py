@@ -16,7 +16,7 @@ from tests.journey import files_entered
 ROOT = Path(__file__).parents[1]
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 MAX_FILES_OF_A_STEP = 28
-MAX_FILES_OF_A_DEVICE_STEP = 49
+MAX_FILES_OF_A_DEVICE_STEP = 48
 MAX_FILES_OF_A_CHAT = 40
 
 

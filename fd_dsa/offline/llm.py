@@ -6,7 +6,6 @@ import itertools
 import logging
 import os
 import re
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, overload
@@ -39,7 +38,7 @@ from fd_dsa.engine.sampling_params import (
 )
 from fd_dsa.engine.tokenizer import Tokenizer
 from fd_dsa.errors import FdDsaError
-from fd_dsa.offline.outbox import Outbox
+from fd_dsa.offline.shared_engine import SharedEngine
 from fd_dsa.speculative_config import SpeculativeConfig
 
 # hints for arguments of SamplingParams that a call gets by mistake
@@ -68,9 +67,7 @@ class LLM:
         ConfigError: an argument, the folder or its checkpoint cannot be served.
     """
 
-    _engine: LLMEngine | None
-    _calls: itertools.count[int]
-    _outbox: Outbox
+    _shared: SharedEngine
 
     @_EXPLAIN_INIT
     def __init__(
@@ -113,7 +110,7 @@ class LLM:
         if not logging.getLogger("fd_dsa").level:
             logging.getLogger("fd_dsa").setLevel(logging.WARNING)
         try:
-            self._start(build_engine(EngineConfig(**given)))
+            self._shared = SharedEngine(build_engine(EngineConfig(**given)))
         except FdDsaError as error:
             error.args = tuple(_in_python(text, given) for text in error.args)
             raise
@@ -122,7 +119,7 @@ class LLM:
     def from_engine(cls, engine: LLMEngine) -> LLM:
         """Make an LLM over an engine that is built already, and that only this LLM uses."""
         llm = cls.__new__(cls)
-        llm._start(engine)
+        llm._shared = SharedEngine(engine)
         return llm
 
     @property
@@ -292,26 +289,13 @@ class LLM:
 
         Later calls raise RuntimeError.
         """
-        with self._outbox.lock:
-            if self._engine is not None:
-                self._engine.abort_all()
-                ranks = self._engine.runner.info.ranks
-                if ranks is not None:
-                    ranks.close()
-            self._outbox.clear()
-            self._engine = None
+        self._shared.close()
 
     def __enter__(self) -> LLM:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _start(self, engine: LLMEngine) -> None:
-        """Begin to use an engine."""
-        self._engine = engine
-        self._calls = itertools.count()
-        self._outbox = Outbox()
 
     @property
     def engine(self) -> LLMEngine:
@@ -320,9 +304,7 @@ class LLM:
         Raises:
             RuntimeError: the LLM is closed.
         """
-        if self._engine is None:
-            raise RuntimeError("this LLM is closed; make a new one")
-        return self._engine
+        return self._shared.engine
 
     def _run(
         self,
@@ -346,7 +328,7 @@ class LLM:
         for index, (ids, one) in enumerate(zip(token_ids, params, strict=True)):
             with naming(place_of(argument, index, len(params)), SAMPLING_FIELDS):
                 engine.validate(ids, one)
-        outputs = self._stream(texts, token_ids, params)
+        outputs = self._shared.stream(texts, token_ids, params)
         if stream:
             return outputs
         finished = sorted(
@@ -359,28 +341,6 @@ class LLM:
             RequestOutput.of_prompt(finished[end - one.n : end])
             for end, one in zip(ends, params, strict=True)
         ]
-
-    def _stream(
-        self,
-        texts: list[str | None],
-        token_ids: list[list[int]],
-        params: list[SamplingParams],
-    ) -> Iterator[RequestOutput]:
-        """Yield the outputs of one call, and step the engine while its queue is empty."""
-        call = next(self._calls)
-        queue: deque[RequestOutput] = deque()
-        names = [f"{call}-{index}" for index in range(len(params))]
-        prompts = dict(zip(names, texts, strict=True))
-        given = dict(zip(names, zip(token_ids, params, strict=True), strict=True))
-        with self._outbox.requests(self.engine, queue, given):
-            num_running = sum(one.n for one in params)
-            while num_running:
-                while not queue:
-                    self._outbox.step(self.engine, queue)
-                output = queue.popleft()
-                num_running -= output.finished
-                output.prompt = prompts[output.request_id]
-                yield output
 
 
 def _in_python(text: object, names: Iterable[str]) -> Any:
