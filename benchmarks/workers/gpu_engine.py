@@ -72,7 +72,7 @@ class Engine:
         config = {"load_format": "dummy"} | config
         # ids are neither read nor written as text
         self._llm = LLM(model, device=device, tokenizer=demo_model_path(), **config)
-        self._engine: Any = self._llm._engine
+        self._engine = self._llm.engine
         self._chunk = config["max_num_batched_tokens"]
         self._num_runs = 0
         self._start_s = time.perf_counter() - begin
