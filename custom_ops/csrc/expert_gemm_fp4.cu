@@ -72,52 +72,29 @@ __global__ void __launch_bounds__(kThreads, Form<kPairs>::kBlocks)
 
 // With fewer pairs of an expert on average tiles have 16, and the rows between both GEMMs may be in FP8.
 constexpr int kFew = 16;
-// From this average on tiles have 240, and a counter in memory gives them to blocks.
-constexpr int kManyPairs = 64;
-
-inline int mean_pairs(const Job& job) { return job.num_pairs / job.num_experts; }
 
 // Returns true if the rows between both GEMMs are in FP8.
 inline bool is_in_fp8(const Job& job) { return job.out_scales != nullptr || job.x_group < kPiece; }
 
 inline bool is_supported(const Job& job) {
-  const int step = job.is_gated != 0 ? kHalfColumns : kColumns;
-  return job.width > 0 && job.width % kPiece == 0 && job.columns % step == 0 &&
-         job.num_experts > 0 && job.num_experts <= kMaxExperts && job.row_pairs > 0 &&
-         (job.taken != nullptr || mean_pairs(job) < kManyPairs) && job.factors != nullptr &&
-         job.peaks != nullptr &&
+  return has_valid_tiles(job, job.is_gated != 0 ? kHalfColumns : kColumns, 16) &&
+         job.factors != nullptr && job.peaks != nullptr && is_aligned(job.peaks) &&
          job.x_stride >= job.num_rows && (!is_in_fp8(job) || mean_pairs(job) < kFew) &&
          (job.x_group == kPiece || (job.x_group == kPiece / 2 && job.is_gated == 0)) &&
-         (job.out_scales == nullptr || (job.out_stride >= job.num_pairs && job.is_gated != 0)) &&
-         job.num_rows * job.row_pairs == job.num_pairs &&
-         // 32-bit numbers count the chunks of codes, and divide pairs
-         job.num_rows * (job.width / 16) < 1ll << 32 &&
-         static_cast<int64_t>(job.num_pairs) * job.row_pairs < 1ll << 32 && is_aligned(job.peaks) &&
-         is_aligned(job.x) && is_aligned(job.weight) && is_aligned(job.weight_scales) &&
-         is_aligned(job.out);
+         (job.out_scales == nullptr || (job.out_stride >= job.num_pairs && job.is_gated != 0));
 }
 
 template <bool kGated, int kPairs, bool kInFp8 = false>
 static int launch_experts(const Job& job, void* stream) {
   static std::atomic<uint64_t> prepared{0};
   using F = Form<kPairs>;
-  uint32_t blocks = 0;
-  const auto kernel = multiply_experts<kGated, kPairs, kInFp8>;
-  const cudaError_t error =
-      prepare_tiles(kernel, job, kPairs, column_groups(job), F::kBytes, F::kBlocks,
-                    F::kMany ? job.taken : nullptr, stream, prepared, blocks);
-  if (error != cudaSuccess) return static_cast<int>(error);
-  auto config = launch_config(blocks, kThreads, stream, F::kBytes);
-  cudaLaunchAttribute early = {};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &early;
-  config.numAttrs = !F::kMany && job.starts_early != 0 ? 1 : 0;
-  return launch(config, kernel, job, blocks);
+  return launch_tiles(multiply_experts<kGated, kPairs, kInFp8>, job, kPairs, column_groups(job),
+                      F::kBytes, F::kBlocks, F::kMany ? job.taken : nullptr, stream, prepared);
 }
 
-// Launches the form whose tiles hold the pairs of nearly all experts, or large ones. On an H200 the
-// limits are the fastest of means of 1 to 200 pairs, at the widths of DeepSeek-V4-Flash.
+// Launches the form whose tiles hold the pairs of nearly all experts, or large ones. From kManyPairs
+// on, tiles have 240 pairs. On an H200 the limits are the fastest of means of 1 to 200 pairs, at the
+// widths of DeepSeek-V4-Flash.
 template <bool kGated>
 static int launch_form(const Job& job, void* stream) {
   const int mean = mean_pairs(job);

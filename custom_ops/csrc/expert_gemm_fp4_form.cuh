@@ -2,7 +2,7 @@
 #pragma once
 
 #include "expert_gemm_fp4.h"
-#include "expert_result.cuh"
+#include "expert_four_bits.cuh"
 #include "wgmma.cuh"
 
 namespace fd_dsa::experts_fp4 {
@@ -11,9 +11,7 @@ using namespace hopper;
 using namespace experts;
 using Job = FdDsaExpertGemmFp4;
 
-constexpr int kPiece = 128;  // values of a stage along K
 constexpr int kColumns = 128, kHalfColumns = kColumns / 2;
-constexpr int kThreads = 384;
 // exponent of 2 of the factors that FourBitWeight has
 [[maybe_unused]] constexpr float kFactor = 1.0f / (1 << 26);
 // The code of a value with the largest scale is that of 2^13 times the value: up to 49,152 of 57,344.
@@ -138,24 +136,17 @@ __device__ __forceinline__ void copy_stages(const Job& job, const Tile& tile, in
   };
   // before the list of pairs is known
   copy_weights(0);
-  const int32_t* pairs = pairs_of(job, tile);
+  const TileRows rows(job, tile);
   // chunks from the beginning of the codes
   uint32_t chunks[kRowsPerThread], scale_rows[kScalesPerThread];
-  // a division takes many instructions
-  const uint32_t inverse = 0xffffffffu / job.row_pairs + 1;
-  const auto row_at = [&](int at) -> uint32_t {
-    const uint32_t pair = at < count ? __ldg(pairs + at) : 0;
-    // exact up to 2^32 / row_pairs
-    return job.row_pairs == 1 ? pair : __umulhi(pair, inverse);
-  };
 #pragma unroll
   for (int i = 0; i < kRowsPerThread; ++i) {
-    chunks[i] = row_at(thread / 8 + i * 16) * (job.width / 16);
+    chunks[i] = rows.row(thread / 8 + i * 16) * (job.width / 16);
   }
 #pragma unroll
   for (int i = 0; i < kScalesPerThread; ++i) {
     const int at = thread + i * 128;
-    scale_rows[i] = row_at(kScaleParts > 1 ? at % kPairs : at);
+    scale_rows[i] = rows.row(kScaleParts > 1 ? at % kPairs : at);
   }
   const uint32_t to = swizzled(thread / 8, thread % 8);
   const char* x = static_cast<const char*>(job.x) + thread % 8 * 16;

@@ -57,37 +57,16 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 // ---- the launch
 
-// From this average of pairs of an expert on, a counter in memory gives tiles to blocks.
-constexpr int kManyPairs = 64;
-
 inline bool is_supported(const Job& job) {
-  const int step = job.is_gated != 0 ? kHalfColumns : kColumns;
-  return job.width > 0 && job.width % kPiece == 0 && job.columns % step == 0 &&
-         job.num_experts > 0 && job.num_experts <= kMaxExperts && job.row_pairs > 0 &&
-         (job.taken != nullptr || job.num_pairs / job.num_experts < kManyPairs) &&
-         (job.factors != nullptr || job.is_integer != 0) &&
-         job.num_rows * job.row_pairs == job.num_pairs &&
-         // 32-bit numbers count the chunks of activations, and divide pairs
-         job.num_rows * (job.width / 8) < 1ll << 32 &&
-         static_cast<int64_t>(job.num_pairs) * job.row_pairs < 1ll << 32 && is_aligned(job.x) &&
-         is_aligned(job.weight) && is_aligned(job.weight_scales) && is_aligned(job.out);
+  return has_valid_tiles(job, job.is_gated != 0 ? kHalfColumns : kColumns, 8) &&
+         (job.factors != nullptr || job.is_integer != 0);
 }
 
 template <bool kGated, bool kInteger>
 static int launch_experts(const Job& job, void* stream) {
   static std::atomic<uint64_t> prepared{0};
-  uint32_t blocks = 0;
-  const auto kernel = multiply_experts<kGated, kInteger>;
-  const cudaError_t error = prepare_tiles(kernel, job, kPairs, column_groups(job), kBytes, 1,
-                                          job.taken, stream, prepared, blocks);
-  if (error != cudaSuccess) return static_cast<int>(error);
-  auto config = launch_config(blocks, kThreads, stream, kBytes);
-  cudaLaunchAttribute early = {};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &early;
-  config.numAttrs = job.taken == nullptr && job.starts_early != 0 ? 1 : 0;
-  return launch(config, kernel, job, blocks);
+  return launch_tiles(multiply_experts<kGated, kInteger>, job, kPairs, column_groups(job), kBytes, 1,
+                      job.taken, stream, prepared);
 }
 
 }  // namespace fd_dsa::experts_w4a16

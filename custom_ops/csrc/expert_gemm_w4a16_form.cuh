@@ -2,7 +2,7 @@
 #pragma once
 
 #include "expert_gemm_w4a16.h"
-#include "expert_result.cuh"
+#include "expert_four_bits.cuh"
 #include "wgmma.cuh"
 
 namespace fd_dsa::experts_w4a16 {
@@ -11,9 +11,8 @@ using namespace hopper;
 using namespace experts;
 using Job = FdDsaExpertGemmW4a16;
 
-constexpr int kPiece = 128;  // values of a stage along K
 constexpr int kPairs = 128, kColumns = 256, kHalfColumns = kColumns / 2;
-constexpr int kStages = 4, kThreads = 384;
+constexpr int kStages = 4;
 // registers of a thread that multiplies and of one that copies, of 168 at the start
 [[maybe_unused]] constexpr int kComputeRegisters = 224, kCopyRegisters = 56;
 
@@ -76,16 +75,11 @@ __device__ __forceinline__ void copy_stages(const Job& job, const Tile& tile, in
   };
   // before the list of pairs is known
   copy_weights(0);
-  const int32_t* pairs = pairs_of(job, tile);
+  const TileRows rows(job, tile);
   uint32_t chunks[kRowsPerThread];  // from the beginning of the activations
-  // a division takes many instructions
-  const uint32_t inverse = 0xffffffffu / job.row_pairs + 1;
 #pragma unroll
   for (int i = 0; i < kRowsPerThread; ++i) {
-    const int at = thread / 16 + i * 8;
-    const uint32_t pair = at < count ? __ldg(pairs + at) : 0;
-    // exact up to 2^32 / row_pairs
-    chunks[i] = (job.row_pairs == 1 ? pair : __umulhi(pair, inverse)) * (job.width / 8);
+    chunks[i] = rows.row(thread / 16 + i * 8) * (job.width / 8);
   }
   const uint32_t to = thread % 16 / 8 * kOperand + swizzled(thread / 16, thread % 8);
   const char* x = static_cast<const char*>(job.x) + thread % 16 * 16;

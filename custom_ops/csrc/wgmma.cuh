@@ -101,6 +101,41 @@ __device__ __forceinline__ void pin(uint32_t (&x)[kSteps][4]) {
   if constexpr (kBfloat16) FD_DSA_WGMMA_OF("bf16", __VA_ARGS__); \
   else FD_DSA_WGMMA_OF("f16", __VA_ARGS__)
 
+// Text and operands of GEMMs whose first operand a is in registers. D is the count of values of d,
+// and the number of a's first register. The others follow it.
+#define FD_DSA_ROWS_OF(N, D, A1, A2, A3, B, ADD, TYPES, FLAGS, ...)                             \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #ADD ", 0;\n"                                 \
+               "wgmma.mma_async.sync.aligned.m64n" #N TYPES " {" FD_DSA_##D "}, {%" #D ", %" #A1 \
+               ", %" #A2 ", %" #A3 "}, %" #B ", p, 1, 1" FLAGS ";\n}\n"                          \
+               : __VA_ARGS__                                                                      \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)))
+#define FD_DSA_ROWS(TYPES, FLAGS)                                                            \
+  if constexpr (kColumns == 16)                                                              \
+    FD_DSA_ROWS_OF(16, 8, 9, 10, 11, 12, 13, TYPES, FLAGS, FD_DSA_D8(0));                    \
+  else if constexpr (kColumns == 32)                                                         \
+    FD_DSA_ROWS_OF(32, 16, 17, 18, 19, 20, 21, TYPES, FLAGS, FD_DSA_D16(0));                 \
+  else if constexpr (kColumns == 40)                                                         \
+    FD_DSA_ROWS_OF(40, 20, 21, 22, 23, 24, 25, TYPES, FLAGS, FD_DSA_D16(0), FD_DSA_D4(16));  \
+  else if constexpr (kColumns == 48)                                                         \
+    FD_DSA_ROWS_OF(48, 24, 25, 26, 27, 28, 29, TYPES, FLAGS, FD_DSA_D16(0), FD_DSA_D8(16));  \
+  else if constexpr (kColumns == 56)                                                         \
+    FD_DSA_ROWS_OF(56, 28, 29, 30, 31, 32, 33,                                               \
+                   TYPES, FLAGS, FD_DSA_D16(0), FD_DSA_D8(16), FD_DSA_D4(24));               \
+  else if constexpr (kColumns == 64)                                                         \
+    FD_DSA_ROWS_OF(64, 32, 33, 34, 35, 36, 37, TYPES, FLAGS, FD_DSA_D32(0));                 \
+  else if constexpr (kColumns == 72)                                                         \
+    FD_DSA_ROWS_OF(72, 36, 37, 38, 39, 40, 41, TYPES, FLAGS, FD_DSA_D32(0), FD_DSA_D4(32));  \
+  else if constexpr (kColumns == 80)                                                         \
+    FD_DSA_ROWS_OF(80, 40, 41, 42, 43, 44, 45, TYPES, FLAGS, FD_DSA_D32(0), FD_DSA_D8(32));  \
+  else if constexpr (kColumns == 96)                                                         \
+    FD_DSA_ROWS_OF(96, 48, 49, 50, 51, 52, 53, TYPES, FLAGS, FD_DSA_D32(0), FD_DSA_D16(32)); \
+  else if constexpr (kColumns == 112)                                                        \
+    FD_DSA_ROWS_OF(112, 56, 57, 58, 59, 60, 61,                                              \
+                   TYPES, FLAGS, FD_DSA_D32(0), FD_DSA_D16(32), FD_DSA_D8(48));              \
+  else if constexpr (kColumns == 128)                                                        \
+    FD_DSA_ROWS_OF(128, 64, 65, 66, 67, 68, 69, TYPES, FLAGS, FD_DSA_D64);                   \
+  else static_assert(kColumns == 0);
+
 // Computes d [64 x kColumns] = a [64 x 16] * b [16 x kColumns] (+ d).
 //
 // a is in registers, 16 rows per warp in the layout of `multiply_add`. b is K-major in shared
@@ -108,40 +143,10 @@ __device__ __forceinline__ void pin(uint32_t (&x)[kSteps][4]) {
 template <int kColumns, bool kBfloat16>
 __device__ __forceinline__ void wgmma_rows(float (&d)[kColumns / 2], const uint32_t (&a)[4],
                                            uint64_t b, bool add) {
-#define FD_DSA_ROWS(SHAPE, D, REST, ADD, ...)     \
-  FD_DSA_WGMMA(SHAPE, D, REST, ADD, __VA_ARGS__ \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
-  static_assert((kColumns % 16 == 0 && kColumns <= 128) || kColumns == 40 || kColumns == 56);
-  if constexpr (kColumns == 16) {
-    FD_DSA_ROWS("m64n16", FD_DSA_8, "{%8, %9, %10, %11}, %12, p, 1, 1, 0", "%13",
-                FD_DSA_D8(0));
-  } else if constexpr (kColumns == 32) {
-    FD_DSA_ROWS("m64n32", FD_DSA_16, "{%16, %17, %18, %19}, %20, p, 1, 1, 0", "%21",
-                FD_DSA_D16(0));
-  } else if constexpr (kColumns == 40) {
-    FD_DSA_ROWS("m64n40", FD_DSA_20, "{%20, %21, %22, %23}, %24, p, 1, 1, 0", "%25",
-                FD_DSA_D16(0), FD_DSA_D4(16));
-  } else if constexpr (kColumns == 48) {
-    FD_DSA_ROWS("m64n48", FD_DSA_24, "{%24, %25, %26, %27}, %28, p, 1, 1, 0", "%29",
-                FD_DSA_D16(0), FD_DSA_D8(16));
-  } else if constexpr (kColumns == 56) {
-    FD_DSA_ROWS("m64n56", FD_DSA_28, "{%28, %29, %30, %31}, %32, p, 1, 1, 0", "%33",
-                FD_DSA_D16(0), FD_DSA_D8(16), FD_DSA_D4(24));
-  } else if constexpr (kColumns == 64) {
-    FD_DSA_ROWS("m64n64", FD_DSA_32, "{%32, %33, %34, %35}, %36, p, 1, 1, 0", "%37",
-                FD_DSA_D32(0));
-  } else if constexpr (kColumns == 80) {
-    FD_DSA_ROWS("m64n80", FD_DSA_40, "{%40, %41, %42, %43}, %44, p, 1, 1, 0", "%45",
-                FD_DSA_D32(0), FD_DSA_D8(32));
-  } else if constexpr (kColumns == 96) {
-    FD_DSA_ROWS("m64n96", FD_DSA_48, "{%48, %49, %50, %51}, %52, p, 1, 1, 0", "%53",
-                FD_DSA_D32(0), FD_DSA_D16(32));
-  } else if constexpr (kColumns == 112) {
-    FD_DSA_ROWS("m64n112", FD_DSA_56, "{%56, %57, %58, %59}, %60, p, 1, 1, 0", "%61",
-                FD_DSA_D32(0), FD_DSA_D16(32), FD_DSA_D8(48));
+  if constexpr (kBfloat16) {
+    FD_DSA_ROWS("k16.f32.bf16.bf16", ", 0")
   } else {
-    FD_DSA_ROWS("m64n128", FD_DSA_64, "{%64, %65, %66, %67}, %68, p, 1, 1, 0", "%69",
-                FD_DSA_D64);
+    FD_DSA_ROWS("k16.f32.f16.f16", ", 0")
   }
 }
 
@@ -171,29 +176,7 @@ __device__ __forceinline__ void wgmma_codes(float (&d)[64], uint64_t a, uint64_t
 template <int kColumns>
 __device__ __forceinline__ void wgmma_code_rows(float (&d)[kColumns / 2], const uint32_t (&a)[4],
                                                 uint64_t b, bool add) {
-#define FD_DSA_CODES(SHAPE, D, A, B, ADD, ...)                                                   \
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " ADD ", 0;\n"                                  \
-               "wgmma.mma_async.sync.aligned." SHAPE "k32.f32.e5m2.e4m3 {" D "}, {" A "}, " B     \
-               ", p, 1, 1;\n}\n" : __VA_ARGS__                                                   \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)))
-  static_assert(kColumns == 16 || kColumns == 32 || kColumns == 48 || kColumns == 64 ||
-                kColumns == 72 || kColumns == 80);
-  if constexpr (kColumns == 16) {
-    FD_DSA_CODES("m64n16", FD_DSA_8, "%8, %9, %10, %11", "%12", "%13", FD_DSA_D8(0));
-  } else if constexpr (kColumns == 32) {
-    FD_DSA_CODES("m64n32", FD_DSA_16, "%16, %17, %18, %19", "%20", "%21", FD_DSA_D16(0));
-  } else if constexpr (kColumns == 48) {
-    FD_DSA_CODES("m64n48", FD_DSA_24, "%24, %25, %26, %27", "%28", "%29", FD_DSA_D16(0),
-                 FD_DSA_D8(16));
-  } else if constexpr (kColumns == 64) {
-    FD_DSA_CODES("m64n64", FD_DSA_32, "%32, %33, %34, %35", "%36", "%37", FD_DSA_D32(0));
-  } else if constexpr (kColumns == 72) {
-    FD_DSA_CODES("m64n72", FD_DSA_36, "%36, %37, %38, %39", "%40", "%41", FD_DSA_D32(0),
-                 FD_DSA_D4(32));
-  } else {
-    FD_DSA_CODES("m64n80", FD_DSA_40, "%40, %41, %42, %43", "%44", "%45", FD_DSA_D32(0),
-                 FD_DSA_D8(32));
-  }
+  FD_DSA_ROWS("k32.f32.e5m2.e4m3", "")
 }
 
 // Computes d [64 x 256] += a [64 x 16] * b [16 x 256], with a K-major in shared memory and b
