@@ -13,21 +13,18 @@ always has that form.
 from __future__ import annotations
 
 import ctypes
-import math
 
-from fd_dsa.environment import launches_overlap
-from fd_dsa.ops.dense_kernels import GROUP, empty_beside, kernel_arguments
+from fd_dsa.ops.dense_kernels import GROUP, kernel_arguments
 from fd_dsa.ops.expert_gemm_cuda import MAX_CHUNKS, MAX_EXPERTS
 from fd_dsa.ops.fixed_order import fixed_order
-from fd_dsa.ops.library_kernel import LibraryKernel, hopper_kernel
+from fd_dsa.ops.four_bit_kernel import FourBitKernel
+from fd_dsa.ops.library_kernel import hopper_kernel
 from fd_dsa.tensor import FourBitWeight, Fp8Rows, Tensor
 
 HALF = GROUP // 2
 """Number of values that share a scale in rows between both GEMMs, with few pairs."""
 # With a smaller mean number of pairs, the launcher has tiles for few pairs.
 _FEW_PAIRS = 16
-# From this mean on, a counter in memory gives tiles to blocks.
-_MANY_PAIRS = 64
 # kind and group of the weights
 _FORM = "e8m0", 32
 _INPUTS = "x", "x_scales", "peaks", "weight", "weight_scales", "factors", "pairs", "counts"
@@ -48,7 +45,7 @@ class Fp4Experts(ctypes.Structure):
     )
 
 
-class Fp4ExpertGemm(LibraryKernel):
+class Fp4ExpertGemm(FourBitKernel):
     """Kernel of a loaded library for `four_bit_gemm.four_bit_gemm` with MXFP4 weights."""
 
     launcher, size = "fd_dsa_expert_gemm_fp4_cuda", "fd_dsa_expert_gemm_fp4_bytes"
@@ -75,27 +72,11 @@ class Fp4ExpertGemm(LibraryKernel):
         plain, codes, out_scales, job.out_stride = kernel_arguments(out)
         values = plain if codes is None else codes
         self.bind(values)
-        rows = x.codes.shape[0]
-        operands = {"x": x.codes, "weight": weight.codes, "weight_scales": weight.scales}
-        for name, tensor in {**operands, "peaks": weight.peaks, "out": values}.items():
-            setattr(job, name, self._address(name, tensor, multiple=16))
-        others = {"x_scales": x.scales, "factors": weight.factors, "pairs": pairs, "counts": counts}
-        for name, tensor in others.items():
-            setattr(job, name, self._address(name, tensor))
+        job.peaks = self._address("peaks", weight.peaks, multiple=16)
+        job.x_scales = self._address("x_scales", x.scales)
         job.out_scales = None if out_scales is None else self._address("out_scales", out_scales)
-        job.limit = math.inf if limit is None else limit
-        job.num_rows, job.x_stride = rows, x.scales.shape[1]
-        job.num_tokens, job.num_pairs = pairs.shape[1], values.shape[0]
-        job.row_pairs = values.shape[0] // rows
-        job.num_experts, _, job.width = weight.shape
-        job.x_group = job.width // x.scales.shape[0]
-        job.columns, job.is_gated = values.shape[1], weight.codes.shape[1] == 2
-        job.starts_early, job.taken = launches_overlap(), None
-        if job.num_pairs >= _MANY_PAIRS * job.num_experts:
-            # the launch uses it, and later work of the stream may take its memory again
-            taken = empty_beside(values, 1, dtype="int32")
-            job.taken = self._address("taken", taken)
-        self.launch()
+        job.x_stride, job.x_group = x.scales.shape[1], x.codes.shape[1] // x.scales.shape[0]
+        self.launch_experts(x.codes, weight, pairs, counts, values, limit)
 
 
 def suits(weight: FourBitWeight, num_rows: int) -> bool:

@@ -8,21 +8,18 @@ on other rows. Batch-invariant mode uses this kernel for any number of pairs.
 from __future__ import annotations
 
 import ctypes
-import math
 
-from fd_dsa.environment import launches_overlap
-from fd_dsa.ops.dense_kernels import GROUP, empty_beside
+from fd_dsa.ops.dense_kernels import GROUP
 from fd_dsa.ops.expert_gemm_cuda import MAX_CHUNKS, MAX_EXPERTS
 from fd_dsa.ops.fixed_order import fixed_order
-from fd_dsa.ops.library_kernel import LibraryKernel, hopper_kernel
+from fd_dsa.ops.four_bit_kernel import FourBitKernel
+from fd_dsa.ops.library_kernel import hopper_kernel
 from fd_dsa.tensor import FourBitWeight, Tensor
 
 # Up to this mean number of pairs of an expert, Triton's kernel is faster on an H200. Triton's tiles
 # grow at the same mean (`expert_gemm.configuration`), so no step needs the larger ones. A higher
 # limit would leave them a narrow range of means, which the steps of the warm-up may miss.
 _FEW_PAIRS = 8
-# From this mean on, a counter in memory gives tiles to blocks.
-_MANY_PAIRS = 64
 # columns of a tile
 _COLUMNS = 256
 # kinds and groups of the weights
@@ -45,7 +42,7 @@ class W4a16Experts(ctypes.Structure):
     )
 
 
-class W4a16ExpertGemm(LibraryKernel):
+class W4a16ExpertGemm(FourBitKernel):
     """Kernel of a loaded library for `four_bit_gemm.four_bit_gemm` with NVFP4 or INT4 weights."""
 
     launcher, size = "fd_dsa_expert_gemm_w4a16_cuda", "fd_dsa_expert_gemm_w4a16_bytes"
@@ -67,26 +64,9 @@ class W4a16ExpertGemm(LibraryKernel):
             weight, pairs, counts, limit: as for `four_bit_gemm`.
             out: bfloat16 [pairs, columns], the result.
         """
-        job = self.job
         self.bind(out)
-        operands = {"x": x, "weight": weight.codes, "weight_scales": weight.scales, "out": out}
-        for name, tensor in operands.items():
-            setattr(job, name, self._address(name, tensor, multiple=16))
-        factors = weight.factors
-        job.factors = None if factors is None else self._address("factors", factors)
-        job.pairs, job.counts = self._address("pairs", pairs), self._address("counts", counts)
-        job.limit = math.inf if limit is None else limit
-        job.num_rows, job.num_tokens, job.num_pairs = x.shape[0], pairs.shape[1], out.shape[0]
-        job.row_pairs = out.shape[0] // x.shape[0]
-        job.num_experts, _, job.width = weight.shape
-        job.columns, job.is_gated = out.shape[1], weight.codes.shape[1] == 2
-        job.is_integer = weight.kind == "int4"
-        job.starts_early, job.taken = launches_overlap(), None
-        if job.num_pairs >= _MANY_PAIRS * job.num_experts:
-            # the launch uses it, and later work of the stream may take its memory again
-            taken = empty_beside(out, 1, dtype="int32")
-            job.taken = self._address("taken", taken)
-        self.launch()
+        self.job.is_integer = weight.kind == "int4"
+        self.launch_experts(x, weight, pairs, counts, out, limit)
 
 
 def suits(weight: FourBitWeight, num_rows: int, num_pairs: int) -> bool:
