@@ -23,8 +23,9 @@ from fd_dsa.ops.four_bit_gemm import four_bit_gemm
 from fd_dsa.ops.fp8 import E4M3_VALUES, encode_e4m3
 from fd_dsa.ops.split_sums import Tiling
 from fd_dsa.tensor import FourBitWeight, Fp8Rows, Normed
+from tests.custom_ops.expert_case import ExpertCase
 from tests.kernel_memory import KernelMemory
-from tests.ops import block_fp8, test_four_bit_gemm
+from tests.ops import block_fp8
 from tests.ops.four_bit_case import MXFP4, NVFP4, Weight
 from tests.ops.test_expert_kernels import choices
 
@@ -47,17 +48,11 @@ def fp8_values(x: np.ndarray) -> np.ndarray:
     return (E4M3_VALUES[codes] * scale).reshape(x.shape)
 
 
-class Case(test_four_bit_gemm.Case):
-    """Rows with a scale for each column, experts of each token and a weight."""
+class Case(ExpertCase):
+    """Case in MXFP4, with rows that the kernel rounds to FP8."""
 
-    def __init__(
-        self, m: KernelMemory, ids: np.ndarray, gated: bool, columns: int, width: int, experts: int
-    ) -> None:
-        sizes = {"columns": columns, "width": width, "experts": experts}
-        # a row for each token of a gated GEMM, else one for each pair
-        super().__init__(m, MXFP4, ids, gated=gated, row_pairs=not gated, **sizes)
-        rng = np.random.default_rng(len(ids))
-        self.x *= 2.0 ** rng.integers(-3, 3, (1, width)).astype(np.float32)
+    def __init__(self, m: KernelMemory, *sizes: Any) -> None:
+        super().__init__(m, MXFP4, *sizes)
 
     def by_kernel(
         self, limit: float | None = None, x: Fp8Rows | None = None, out: Fp8Rows | None = None

@@ -22,8 +22,9 @@ from fd_dsa.ops.expert_gemm import configuration
 from fd_dsa.ops.expert_gemm_w4a16_cuda import W4a16ExpertGemm, kernel_for, suits
 from fd_dsa.ops.expert_pairs import group_pairs
 from fd_dsa.ops.split_sums import Tiling
+from tests.custom_ops.expert_case import ExpertCase
 from tests.kernel_memory import KernelMemory
-from tests.ops import block_fp8, test_four_bit_gemm
+from tests.ops import block_fp8
 from tests.ops.four_bit_case import INT4, MXFP4, NVFP4, Form, Weight
 from tests.ops.test_expert_kernels import choices
 
@@ -38,24 +39,8 @@ def launches(hopper_memory: KernelMemory, count_calls: Any) -> list[int]:
     return calls
 
 
-class Case(test_four_bit_gemm.Case):
-    """Rows with a scale for each column, experts of each token and a weight."""
-
-    def __init__(
-        self,
-        m: KernelMemory,
-        form: Form,
-        ids: np.ndarray,
-        gated: bool,
-        columns: int,
-        width: int,
-        experts: int,
-    ) -> None:
-        sizes = {"columns": columns, "width": width, "experts": experts}
-        # a row for each token of a gated GEMM, else one for each pair
-        super().__init__(m, form, ids, gated=gated, row_pairs=not gated, **sizes)
-        rng = np.random.default_rng(len(ids))
-        self.x *= 2.0 ** rng.integers(-3, 3, (1, width)).astype(np.float32)
+class Case(ExpertCase):
+    """Case whose results come from the kernel alone."""
 
     def by_kernel(self, limit: float | None = None) -> np.ndarray:
         """The kernel's results in bfloat16. Rows that it does not write have bytes of 0xA5."""

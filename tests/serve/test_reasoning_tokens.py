@@ -59,7 +59,7 @@ class Scripted:
     runner: ScriptRunner
 
     def write(self, text: str, body: dict[str, Any]) -> list[int]:
-        """Let the model answer a chat by this text; return the tokens with the end."""
+        """Set the text of the next answer, and return its tokens with the end."""
         names = ("messages", "tools", "chat_template_kwargs", "continue_final_message")
         asked = {name: body[name] for name in names if name in body}
         prompt = self.live.http.post("/tokenize", json=asked)
