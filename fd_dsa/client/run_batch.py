@@ -26,7 +26,7 @@ from fd_dsa.client.load import FailedAttempt, Request, Sender, TimedRequest
 from fd_dsa.client.own_server import parse_flags, server_at
 from fd_dsa.client.remote import examine_server, incomplete
 from fd_dsa.command_line.failures import reports_failures
-from fd_dsa.command_line.outputs import is_special, part_file, result_file
+from fd_dsa.command_line.outputs import is_special, open_part, result_file
 from fd_dsa.command_line.parser import Parser
 from fd_dsa.command_line.values import add_numbers
 from fd_dsa.commands import own_command
@@ -85,11 +85,12 @@ def main(arguments: list[str]) -> int:
     args, passed = parse_flags(build_parser(), arguments)
     items = read_batch(args.input_file)
     output = result_file("--output-file", args.output_file, args.input_file)
-    part = output
-    if not is_special(output):
-        part = part_file("--output-file", output, args.input_file)
-    with writing("--output-file", part):
-        file = part.open("w", encoding="ascii")
+    if is_special(output):
+        with writing("--output-file", output):
+            file: IO[str] = output.open("w", encoding="ascii")
+    else:
+        file = open_part("--output-file", output, args.input_file)
+    part = Path(file.name)
     with file:
         try:
             return _answer(args, passed, items, file, output)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import os
 import sys
 from pathlib import Path
+from typing import IO
 
 from fd_dsa.errors import ConfigError, writing
 
@@ -42,8 +44,8 @@ def result_file(flag: str, name: str, source: str | None = None) -> Path:
     return path
 
 
-def part_file(flag: str, output: Path, source: str) -> Path:
-    """Return the file for the results of an unfinished run, `output` with `.part` after its name.
+def open_part(flag: str, output: Path, source: str) -> IO[str]:
+    """Open and lock the file for the results of an unfinished run, `output` with `.part` after it.
 
     A file that an earlier run has left gets another name, with a line on standard error.
 
@@ -51,18 +53,37 @@ def part_file(flag: str, output: Path, source: str) -> Path:
         flag, source: as in `result_file`.
 
     Raises:
-        ConfigError: the file is the input, or cannot be renamed.
+        ConfigError: the file is the input, another run writes it, or it cannot be renamed.
     """
     part = output.with_name(f"{output.name}.part")
     if part.exists() and os.path.samefile(part, source):
         raise ConfigError(f"{flag}: {part}, for results so far, is also the input; give another")
-    if part.is_symlink() or (part.is_file() and part.stat().st_size):
+    if part.is_symlink() or (part.is_file() and _has_results(flag, part)):
         names = (part.with_name(f"{part.name}.{number}") for number in itertools.count(1))
         kept = next(name for name in names if not os.path.lexists(name))
         with writing(flag, kept):
             part.rename(kept)
         sys.stderr.write(f"{part} of an earlier run is now {kept}\n")
-    return part
+    with writing(flag, part):
+        file = part.open("w", encoding="ascii")
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return file
+
+
+def _has_results(flag: str, part: Path) -> bool:
+    """Return False if a file of an earlier run is empty.
+
+    Raises:
+        ConfigError: its run has not ended.
+    """
+    with writing(flag, part), part.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"{flag}: {part} has results of a run that goes on; wait for it, or give another"
+            ) from None
+        return os.fstat(file.fileno()).st_size > 0
 
 
 def is_special(path: Path) -> bool:

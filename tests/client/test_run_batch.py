@@ -182,6 +182,21 @@ def test_the_answers_of_an_interrupted_run_are_kept(
     assert list(answers(tmp_path)) == ["a"]
 
 
+def test_a_run_that_goes_on_keeps_its_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = written(tmp_path, request("a"), request("b", max_tokens=2))
+    part = tmp_path / "out.jsonl.part"
+    with running(FakeEngine(step_s=0.2)) as live, ThreadPoolExecutor() as pool:
+        first = pool.submit(main, [*flags, "--base-url", live.url])
+        wait_until(part.exists)
+        assert main([*flags, "--base-url", live.url]) == 2
+        assert first.result(60) == 0
+    rule = f"{part} has results of a run that goes on; wait for it, or give another"
+    assert f"fd_dsa: error: --output-file: {rule}\n" in capsys.readouterr().err
+    assert set(answers(tmp_path)) == {"a", "b"} and not part.exists()
+
+
 def test_an_output_behind_a_link_and_in_a_pipe(tmp_path: Path) -> None:
     flags = written(tmp_path, request("a"))
     (tmp_path / "link").symlink_to("out.jsonl")
