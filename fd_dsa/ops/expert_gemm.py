@@ -43,11 +43,20 @@ _GROUP = tl.constexpr(GROUP)
 _FOUR_BITS = "e4m3", "e8m0", "int4"
 # up to this many tiles, four for each processor of an H200, a launch in four bits has narrow ones
 _FEW_TILES = 4 * 132
+# Number of tiles of a program whose K is short. It is odd, because programs that begin a power of
+# two apart in the weight load from few memory channels.
+_COLUMN_TILES = 7
 
 
 @lru_cache(maxsize=4096)
 def configuration(
-    kind: str, num_pairs: int, num_experts: int, gated: bool, columns: int, shared_bytes: int
+    kind: str,
+    num_pairs: int,
+    num_experts: int,
+    gated: bool,
+    columns: int,
+    width: int,
+    shared_bytes: int,
 ) -> Tiling:
     """Return the tiling for a number of pairs, with stages that fit the shared memory of a block.
 
@@ -55,12 +64,15 @@ def configuration(
     weight, or the kind of a FourBitWeight.
     """
     tiling = _fastest(kind, num_pairs, num_experts, gated, columns)
+    num_programs = min(num_pairs, num_experts) * (columns // (tiling.columns * _COLUMN_TILES))
+    if _is_short(kind, tiling.rows, width) and num_programs > _FEW_TILES:
+        tiling = tiling._replace(column_tiles=_COLUMN_TILES)
     stage_bytes = (tiling.columns * (1 + gated) + tiling.rows) * 128
     if kind in _FOUR_BITS:
-        width = _four_bit_width(tiling)
+        turn = _four_bit_width(tiling)
         # with at most a scale of four bytes for 16 values
-        weight_bytes = tiling.columns * (1 + gated) * width * 3 // 4
-        row_bytes = tiling.rows * width * 2
+        weight_bytes = tiling.columns * (1 + gated) * turn * 3 // 4
+        row_bytes = tiling.rows * turn * 2
         # rows, which the tensor cores read from shared memory, have a buffer for each stage
         max_stages = (shared_bytes + weight_bytes) // (weight_bytes + row_bytes)
         return tiling._replace(num_stages=min(tiling.num_stages, max_stages))
@@ -93,6 +105,17 @@ def _fastest(kind: str, num_pairs: int, num_experts: int, gated: bool, columns: 
     return Tiling(rows, 128, 8, 6 if gated and num_pairs <= 8 else 3)
 
 
+def _is_short(kind: str, rows: int, width: int) -> bool:
+    """Return True if the start of a program takes long beside the sums of its tile.
+
+    The limits are those of launches that several tiles a program made faster on an H200.
+    """
+    if kind != "uint8" and kind not in _FOUR_BITS:
+        return False
+    max_groups = 2 if kind == "uint8" and rows == 16 else 4
+    return rows <= 32 and width <= max_groups * GROUP
+
+
 def _four_bit_width(tiling: Tiling) -> int:
     """Return the values along K of a turn in four bits, as many as the registers hold."""
     return 256 if tiling.num_warps == 8 and tiling.rows < 128 else 128
@@ -108,7 +131,8 @@ def block_sizes(kind: str, columns: int, width: int, tiling: Tiling) -> dict[str
         block_width = min(max_width, max(16, next_power_of_2(width)))
     if kind != "uint8":
         block_columns = min(block_columns, max(16, next_power_of_2(columns)))
-    return tiling.options | {"BLOCK_COLUMNS": block_columns, "BLOCK_WIDTH": block_width}
+    sizes = {"BLOCK_COLUMNS": block_columns, "BLOCK_WIDTH": block_width}
+    return tiling.options | sizes | {"COLUMN_TILES": tiling.column_tiles}
 
 
 @triton.jit
@@ -199,8 +223,9 @@ def expert_gemm_kernel(
     LIMIT: tl.constexpr,
     GROUP: tl.constexpr,
     KIND: tl.constexpr,
+    COLUMN_TILES: tl.constexpr,
 ):
-    """Compute column block `program 0` of tile `program 1`. A pair reads row pair // ROW_PAIRS.
+    """Compute COLUMN_TILES column blocks of tile `program 1`. A pair reads row pair // ROW_PAIRS.
 
     With GATED the result is silu of the first COLUMNS columns times the second ones. Both
     are clamped. With `out_scales_ptr` it is rounded to bfloat16 and stored in FP8. With GROUP the
@@ -215,46 +240,52 @@ def expert_gemm_kernel(
         live = place < count
         pair = tl.load(pairs_ptr + wide * num_tokens + place, mask=live, other=0).to(tl.int64)
         row = pair // ROW_PAIRS
-        first_column = tl.program_id(0) * BLOCK_COLUMNS
-        column = first_column + tl.arange(0, BLOCK_COLUMNS)
-        stride: tl.constexpr = 2 * COLUMNS if GATED else COLUMNS
-        # columns past the end repeat the last column, so that loads need no mask
-        known = tl.minimum(column, COLUMNS - 1)
-        source = wide * stride + known
-        if GROUP > 0:
-            total, up = four_bit_sums(
-                x_ptr + row[:, None] * WIDTH, live, wide, known, weight_ptr,
-                weight_scales_ptr, weight_factors_ptr, WIDTH, COLUMNS, GATED,
-                BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH, GROUP, KIND,
-            )  # fmt: skip
-        elif x_scales_ptr is None:
-            total, up = plain_sums(
-                x_ptr + row[:, None] * WIDTH, live, weight_ptr + source[:, None] * WIDTH,
-                COLUMNS * WIDTH, 0, WIDTH, WIDTH, GATED, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH,
-            )  # fmt: skip
-        else:
-            groups: tl.constexpr = (WIDTH + _GROUP - 1) // _GROUP
-            blocks: tl.constexpr = (stride + _GROUP - 1) // _GROUP
-            scales = weight_scales_ptr + (wide * blocks + first_column // _GROUP) * groups
-            total, up = fp8_sums(
-                fp8_pointer(x_ptr, NATIVE) + row[:, None] * WIDTH, x_scales_ptr + row, live,
-                fp8_pointer(weight_ptr, NATIVE) + source[:, None] * WIDTH, scales,
-                COLUMNS * WIDTH, COLUMNS // _GROUP * groups, x_stride, 0, groups, WIDTH, GATED,
-                BLOCK_ROWS, BLOCK_COLUMNS, NATIVE,
-            )  # fmt: skip
-        start_next()
-        if GATED:
-            total, up = clamped(total, up, LIMIT)
-            total = total * sigmoid(total) * up
-        to = out_ptr + pair[:, None] * COLUMNS + column[None, :]
-        mask = live[:, None] & (column < COLUMNS)[None, :]
-        if out_scales_ptr is None:
-            tl.store(to, stored(total, out_ptr), mask=mask)
-        else:
-            codes, scale = quantized(widened(to_bfloat16(total)), ROUND_SCALES)
-            group = out_scales_ptr + (first_column // _GROUP) * out_stride
-            tl.store(group + pair, scale, mask=live)
-            tl.store(to, codes, mask=mask)
+        # in one loop with that along K, so that the loads of the next block begin early
+        for step in tl.range(0, COLUMN_TILES, flatten=COLUMN_TILES > 1):
+            block = tl.program_id(0) * COLUMN_TILES + step
+            if COLUMN_TILES > 1:
+                # programs past the last block repeat it
+                block = tl.minimum(block, (COLUMNS - 1) // BLOCK_COLUMNS)
+            first_column = block * BLOCK_COLUMNS
+            column = first_column + tl.arange(0, BLOCK_COLUMNS)
+            stride: tl.constexpr = 2 * COLUMNS if GATED else COLUMNS
+            # columns past the end repeat the last column, so that loads need no mask
+            known = tl.minimum(column, COLUMNS - 1)
+            source = wide * stride + known
+            if GROUP > 0:
+                total, up = four_bit_sums(
+                    x_ptr + row[:, None] * WIDTH, live, wide, known, weight_ptr,
+                    weight_scales_ptr, weight_factors_ptr, WIDTH, COLUMNS, GATED,
+                    BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH, GROUP, KIND,
+                )  # fmt: skip
+            elif x_scales_ptr is None:
+                total, up = plain_sums(
+                    x_ptr + row[:, None] * WIDTH, live, weight_ptr + source[:, None] * WIDTH,
+                    COLUMNS * WIDTH, 0, WIDTH, WIDTH, GATED, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH,
+                )  # fmt: skip
+            else:
+                groups: tl.constexpr = (WIDTH + _GROUP - 1) // _GROUP
+                blocks: tl.constexpr = (stride + _GROUP - 1) // _GROUP
+                scales = weight_scales_ptr + (wide * blocks + first_column // _GROUP) * groups
+                total, up = fp8_sums(
+                    fp8_pointer(x_ptr, NATIVE) + row[:, None] * WIDTH, x_scales_ptr + row, live,
+                    fp8_pointer(weight_ptr, NATIVE) + source[:, None] * WIDTH, scales,
+                    COLUMNS * WIDTH, COLUMNS // _GROUP * groups, x_stride, 0, groups, WIDTH, GATED,
+                    BLOCK_ROWS, BLOCK_COLUMNS, NATIVE,
+                )  # fmt: skip
+            start_next()
+            if GATED:
+                total, up = clamped(total, up, LIMIT)
+                total = total * sigmoid(total) * up
+            to = out_ptr + pair[:, None] * COLUMNS + column[None, :]
+            mask = live[:, None] & (column < COLUMNS)[None, :]
+            if out_scales_ptr is None:
+                tl.store(to, stored(total, out_ptr), mask=mask)
+            else:
+                codes, scale = quantized(widened(to_bfloat16(total)), ROUND_SCALES)
+                group = out_scales_ptr + (first_column // _GROUP) * out_stride
+                tl.store(group + pair, scale, mask=live)
+                tl.store(to, codes, mask=mask)
 
 
 def expert_gemm(
@@ -348,11 +379,12 @@ def launch_grouped(
     )
     experts, tiled = values.shape[0], kind or dtype_name(values.dtype)
     if tiling is None:
-        shape = rows_of_tiles(num_pairs), experts, gated, columns, traits_for(rows).shared_bytes
-        tiling = configuration(tiled, *shape)
+        shape = rows_of_tiles(num_pairs), experts, gated, columns, width
+        tiling = configuration(tiled, *shape, traits_for(rows).shared_bytes)
     options = block_sizes(tiled, columns, width, tiling)
     max_tiles = min(experts, num_pairs) + num_pairs // tiling.rows
-    expert_gemm_kernel[-(-columns // options["BLOCK_COLUMNS"]), max_tiles](
+    program_columns = options["BLOCK_COLUMNS"] * tiling.column_tiles
+    expert_gemm_kernel[-(-columns // program_columns), max_tiles](
         rows, x_scales, values, scales, factors, pairs, counts, to, out_scales, pairs.shape[1],
         x_stride, out_stride, ROW_PAIRS=num_pairs // rows.shape[0], NUM_EXPERTS=experts,
         WIDTH=width, COLUMNS=columns, GATED=gated, ROUND_SCALES=round_scales,

@@ -43,6 +43,8 @@ class Tiling(NamedTuple):
         num_warps, num_stages: options of a launch. A stage is a group of 128 values along K.
         programs: maximum number of programs of a launch whose K is split.
         maxnreg: maximum number of registers of a thread; None = as many as there are.
+        column_tiles: number of tiles of neighbouring columns that a program of a grouped GEMM
+            computes in order.
     """
 
     rows: int
@@ -51,6 +53,7 @@ class Tiling(NamedTuple):
     num_stages: int
     programs: int = 1
     maxnreg: int | None = None
+    column_tiles: int = 1
 
     @property
     def options(self) -> dict[str, int]:

@@ -10,10 +10,10 @@ for kind, group in ("e4m3", 16), ("e8m0", 32), ("int4", 128), ("int4", 32):
              "weight_scales_ptr": "int32" if kind == "int4" else "uint8"}
     absent = dict(x_scales_ptr=None, out_scales_ptr=None)
     absent |= {"weight_factors_ptr": None} if kind == "int4" else {}
-    for tokens in (1, 8192):
-        for columns, width in ((2048, 7168), (7168, 2048)):
+    for tokens, columns, width in ((1, 2048, 7168), (1, 7168, 2048), (128, 7168, 512),
+                                   (8192, 2048, 7168), (8192, 7168, 2048)):
             gated = columns == 2048
-            tiling = configuration(kind, 8 * tokens, 256, gated, columns, SHARED)
+            tiling = configuration(kind, 8 * tokens, 256, gated, columns, width, SHARED)
             compile("experts", expert_gemm_kernel, types, ROW_PAIRS=8 if gated else 1,
                     NUM_EXPERTS=256, WIDTH=width, COLUMNS=columns, GATED=gated,
                     ROUND_SCALES=False, NATIVE=False, EXPERTS=256, LIMIT=None, GROUP=group,

@@ -177,7 +177,7 @@ for kind in ("float32", "bfloat16"):
                     NUM_EXPERTS=256, WIDTH=7168, COLUMNS=2048, GATED=gated, ROUND_SCALES=False,
                     NATIVE=NATIVE, EXPERTS=256, LIMIT=None, **NOT_FOUR_BITS,
                     **block_sizes(kind, 2048, 7168, configuration(kind, 8 * tokens, 256, gated,
-                                                                  2048, SHARED)))
+                                                                  2048, 7168, SHARED)))
     compile("sum", sum_experts_kernel, dict.fromkeys(("parts_ptr", "base_ptr", "out_ptr"), kind),
             TOP_K=8, WIDTH=7168, BLOCK=1024)
 KEYS = dict(INTERLEAVED=False, HADAMARD=False, UE8M0=True, HALF=32, num_warps=1)
@@ -336,8 +336,9 @@ for rows, columns, others, width in ((1, 1536, 2624, 4096), (1, 1536, 1024, 4096
                 **dict.fromkeys(absent if is_split else (*absent, "scratch_ptr")))
 types = dict.fromkeys(("x_ptr", "weight_ptr", "codes_ptr"), "uint8")
 for tokens in (1, 32, 512, 8192):
-    for gated, columns, width in (True, 2048, 7168), (False, 7168, 2048):
-        tiling = experts.configuration("uint8", 8 * tokens, 256, gated, columns, SHARED)
+    # whole, and the second GEMM of a rank of 8
+    for gated, columns, width in (True, 2048, 7168), (False, 7168, 2048), (False, 7168, 256):
+        tiling = experts.configuration("uint8", 8 * tokens, 256, gated, columns, width, SHARED)
         out = dict(out_ptr="uint8") if gated else dict(out_ptr="bfloat16")
         compile("fp8 3" if gated else "fp8 2", experts.expert_gemm_kernel, types | out,
                 ROW_PAIRS=8 if gated else 1, NUM_EXPERTS=256, WIDTH=width, COLUMNS=columns,

@@ -201,9 +201,10 @@ def test_every_tiling_gives_the_same_values(
     lists = group_pairs(m.put(ids), 3)
     case = Operands(m, kind, 45, 256 if gated else 130, 136, 3)
     few = (Tiling(32, 128 if gated else 64, 8, 3), Tiling(128, 128, 8, 3))
+    several = few[0]._replace(column_tiles=2)
     # an interpreted tile takes as long as all of its rows
     few = few if kind == "uint8" else few[gated:][:1]
-    for tiling in _tilings.experts(kind, gated) if m.large else few:
+    for tiling in (several, *(_tilings.experts(kind, gated) if m.large else few)):
         options = {"gated": gated, "round_scales": False, "tiling": tiling}
         found = expert_gemm(case.x, case.weight, *lists, top_k=2, **options)
         if gated:
@@ -218,8 +219,23 @@ def test_chosen_tilings_are_candidates() -> None:
             for gated in (False, True):
                 # of Hopper, the A100 and the L40S
                 for shared_bytes in (227 << 10, 163 << 10, 99 << 10):
-                    chosen = configuration(kind, 8 * tokens, 256, gated, 512, shared_bytes)
+                    chosen = configuration(kind, 8 * tokens, 256, gated, 512, 7168, shared_bytes)
                     assert chosen in _tilings.experts(kind, gated)
+
+
+@pytest.mark.parametrize(
+    ("kind", "tokens", "width", "column_tiles"),
+    [
+        # ranks of 8 and of 4, and one GPU, with and without enough pairs
+        *(("uint8", 128, 256, 7), ("uint8", 8, 256, 1), ("uint8", 128, 512, 1)),
+        *(("uint8", 512, 512, 7), ("uint8", 512, 2048, 1), ("uint8", 1024, 256, 1)),
+        *(("e4m3", 128, 512, 7), ("e4m3", 8, 512, 1), ("int4", 128, 2048, 1)),
+        ("bfloat16", 128, 256, 1),
+    ],
+)
+def test_programs_of_several_tiles(kind: str, tokens: int, width: int, column_tiles: int) -> None:
+    tiling = configuration(kind, 8 * tokens, 256, False, 7168, width, 227 << 10)
+    assert tiling.column_tiles == column_tiles
 
 
 def test_weights_past_32_bits(paddle_memory: KernelMemory) -> None:

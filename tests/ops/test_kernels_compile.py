@@ -127,7 +127,7 @@ def test_forms_of_deepseek_v4(capability: int) -> None:
 @pytest.mark.parametrize("capability", [80, 90])
 def test_forms_of_experts_in_four_bits(capability: int) -> None:
     made = compiled(FOUR_BITS, capability)
-    assert len(made) == 4 * 2 * 2
+    assert len(made) == 4 * 5
     for form in made:
         assert form["shared"] <= SHARED[capability]
         if capability == 90:
@@ -142,7 +142,7 @@ def test_forms_of_experts_in_four_bits(capability: int) -> None:
 @pytest.mark.slow
 def test_tuned_forms_are_what_they_are_chosen_for() -> None:
     made = compiled(TUNED)
-    assert len(made) == 4 + 4 + 9 + 4 + 4 + 12 + 8 + 2 + 15 + 9 + 2 + 7
+    assert len(made) == 4 + 4 + 9 + 4 + 4 + 12 + 12 + 2 + 15 + 9 + 2 + 7
     for form in made:
         assert_waits(form)
         assert_fits(form)

@@ -114,7 +114,7 @@ for kind in ("float32", "bfloat16"):
                 NUM_EXPERTS=256, WIDTH=4096, COLUMNS=2048, GATED=True, ROUND_SCALES=False,
                 NATIVE=NATIVE, EXPERTS=256, LIMIT=10.0, **NOT_FOUR_BITS,
                 **block_sizes(kind, 2048, 4096, configuration(kind, 6 * tokens, 256, True,
-                                                              2048, SHARED)))
+                                                              2048, 4096, SHARED)))
 for absent in ({}, {"slots_ptr": None}):
     compile("place", place_step_kernel, INT32_TYPES | {"newest_ptr": "int64"}, WINDOW=128,
             RING=131, BLOCK_SIZE=128, CSA_RATIO=4, HCA_RATIO=128, ROW_TILE=256, TILE=128, **absent)
