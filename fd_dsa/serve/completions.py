@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +12,7 @@ from pydantic import Field, PlainValidator, WithJsonSchema
 from starlette.responses import Response
 
 from fd_dsa.cancellation import check_cancelled
+from fd_dsa.engine.detokenizer import new_detokenizer
 from fd_dsa.serve.answer import Answer, respond, shown
 from fd_dsa.serve.body import BodyRoute
 from fd_dsa.serve.errors import show
@@ -159,13 +161,13 @@ class CompletionAnswer(Answer[CompletionRequest]):
                 yield {**choice, **of_prompt}
 
     def deltas(self, job_index: int, output: RequestOutput) -> list[CompletionChoice]:
-        """See `Answer`. A step without new text returns an empty list."""
+        """See `Answer`. A step without new text and scores returns an empty list."""
         is_first = (job_index, output.index) not in self.outputs
         choice = self._choice(job_index, output, is_first=is_first, is_whole=False)
         if is_first:
             choice = {**choice, **self.prompt_fields(output)}
-        is_news = choice["text"] or output.finished or self.body.return_token_ids
-        return [choice] if is_news else []
+        has_shown = choice["text"] or choice["logprobs"] or self.body.return_token_ids
+        return [choice] if has_shown or output.finished else []
 
     def _choice(
         self, job_index: int, output: RequestOutput, *, is_first: bool, is_whole: bool
@@ -209,8 +211,30 @@ class CompletionAnswer(Answer[CompletionRequest]):
     def _scores(
         self, job_index: int, output: RequestOutput, scored: Sequence[TokenLogprobs], has_echo: bool
     ) -> CompletionLogprobs:
-        prompt = None
+        prompt, echo = None, self._echoes[job_index]
         if has_echo:
-            prompt = output.prompt_token_ids[0], output.prompt_logprobs or ()
-        offset = len(self._echoes[job_index])
-        return completion_logprobs(self.tokenizer, scored, offset, prompt)
+            entries: Sequence[TokenLogprobs | None] = output.prompt_logprobs or ()
+            if isinstance(self.body.prompt[job_index], str):
+                entries = self._placed(entries, output.prompt_token_ids, echo)
+            prompt = output.prompt_token_ids[0], entries
+        return completion_logprobs(self.tokenizer, scored, len(echo), prompt)
+
+    def _placed(
+        self, entries: Sequence[TokenLogprobs | None], token_ids: Sequence[int], echo: str
+    ) -> Sequence[TokenLogprobs | None]:
+        """Return the scores of a prompt with their offsets in its echo, the text as it was sent.
+
+        The echo has the markers of special tokens, for any `skip_special_tokens`. It lacks the
+        tokens that the tokenizer adds.
+        """
+        detokenizer = new_detokenizer(self.tokenizer, skip_special_tokens=False)
+        texts = [detokenizer.append(token_id) for token_id in token_ids]
+        num_added = "".join(texts).find(echo)
+        if num_added < 0:
+            # the tokenizer changes the text, so that the echo has no exact offsets
+            return entries
+        offsets = [max(0, end - num_added) for end in itertools.accumulate(map(len, texts))]
+        return [
+            entry and entry._replace(text_offset=offset)
+            for entry, offset in zip(entries, [0, *offsets], strict=False)
+        ]

@@ -73,7 +73,7 @@ def test_a_completion_has_a_score_for_each_token(letters_live: Live) -> None:
 def test_an_echo_has_the_scores_of_the_prompt_too(letters_live: Live) -> None:
     prompt = [0, 5, 6, 7]
     tokens = [*prompt, *expected_greedy(prompt, 3)]
-    for text in (prompt, "<bos>def"):
+    for text, offsets in ((prompt, [0, 0, 1, 2]), ("<bos>def", [0, 5, 6, 7])):
         answer = letters_live.client.completions.create(
             model="demo", prompt=text, max_tokens=3, temperature=0, logprobs=2, echo=True
         )
@@ -82,7 +82,7 @@ def test_an_echo_has_the_scores_of_the_prompt_too(letters_live: Live) -> None:
         check_completion(choice.logprobs, tokens, 0, 2)
         assert choice.logprobs is not None and choice.logprobs.text_offset is not None
         # the special token has no text; a prompt that is a text is repeated as it was sent
-        assert choice.logprobs.text_offset[:4] == [0, 0, 1, 2]
+        assert choice.logprobs.text_offset[:4] == offsets
         assert choice.logprobs.text_offset[4] == len(choice.text) - 3
     plain = complete(letters_live, prompt=prompt, max_tokens=3, temperature=0, echo=True).json()
     assert plain["choices"][0]["logprobs"] is None
@@ -145,6 +145,22 @@ def test_streamed_scores_and_ids_are_those_of_the_whole_answer(
         for name, values in choice["logprobs"].items():
             assert joined(chunk["logprobs"][name] for chunk in own) == values, name
         assert own[-1]["finish_reason"] == choice["finish_reason"] == "length"
+
+
+def test_a_stream_has_the_scores_of_a_prompt_without_text(letters_live: Live) -> None:
+    held = letters(expected_greedy([0], 1))
+    fields = {"prompt": [0], "echo": True, "logprobs": 2, "temperature": 0, "max_tokens": 4}
+    # the text of the first token may begin the stop string, so it waits for the second one
+    fields |= {"stop": held + "!"}
+    whole = complete(letters_live, **fields).json()["choices"][0]
+    chunks = [
+        chunk["choices"][0] for chunk in chunks_of(complete(letters_live, **fields, stream=True))
+    ]
+    assert "".join(chunk["text"] for chunk in chunks) == whole["text"]
+    assert whole["logprobs"]["tokens"][:2] == ["<bos>", held]
+    for name, values in whole["logprobs"].items():
+        shown = [chunk["logprobs"] for chunk in chunks if chunk["logprobs"]]
+        assert joined(scores[name] for scores in shown) == values, name
 
 
 def test_choices_have_seeds_of_their_own_and_the_prompt_counts_once(letters_live: Live) -> None:
