@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -181,6 +183,36 @@ class RequestOutput:
     def logprobs_from(self, begin: int) -> list[TokenLogprobs]:
         """Return the shown scores of the output tokens from an index on, none unless asked for."""
         return (self._state.logprobs or [])[begin : self._num_logprobs]
+
+    def by_token(self, num_chars: int) -> Iterator[RequestOutput]:
+        """Yield one output for each token whose score the step shows.
+
+        A step shows several scores with drafts, and after text that was held back. The attribute
+        `text` is the text after the whole step.
+
+        Args:
+            num_chars: number of characters that earlier steps have shown.
+        """
+        if len(self.new_logprobs) < 2:
+            yield self
+            return
+        num_tokens = self.num_tokens - len(self.new_token_ids)
+        num_scores, begin = self._num_logprobs - len(self.new_logprobs), 0
+        for score, following in pairwise(self.new_logprobs):
+            part = copy.copy(self)
+            # the beginning of a token's text may be shown before its score
+            num_scores, end = num_scores + 1, max(0, following.text_offset - num_chars)
+            part.num_tokens = max(num_tokens, num_scores)
+            part.new_token_ids = self._state.token_ids[num_tokens : part.num_tokens]
+            part._num_logprobs, part.new_logprobs = num_scores, [score]
+            part.new_text = self.new_text[begin:end]
+            part.finish_reason = part.stop_reason = part.topk_positions = None
+            yield part
+            num_tokens, begin = part.num_tokens, end
+        last = copy.copy(self)
+        last.new_token_ids = self._state.token_ids[num_tokens : self.num_tokens]
+        last.new_logprobs, last.new_text = self.new_logprobs[-1:], self.new_text[begin:]
+        yield last
 
     @property
     def text(self) -> str:

@@ -81,6 +81,8 @@ class BlockAnswer(ConversationAnswer):
         self.blocks: list[Block] = []
         self.head: dict[str, Any] = {}
         self._open: Block | None = None
+        # number of characters of the output so far
+        self._num_chars = 0
         # scores of tokens whose text the parser still holds back
         self._waiting: list[TokenLogprobs] = []
 
@@ -132,13 +134,16 @@ class BlockAnswer(ConversationAnswer):
                 code="shutting_down",
             )
         (choice,) = self.parsed
-        events = self.add(output)
-        self._waiting += choice.new_scores
-        for event in events:
-            yield from self._apply(event)
-        # scores of markup are not shown
-        if self.blocks and self.blocks[-1].kind == "call":
-            self._waiting.clear()
+        # token by token, so that scores of content and markup in one step stay apart
+        for part in output.by_token(self._num_chars):
+            events = self.add(part)
+            self._waiting += choice.new_scores
+            for event in events:
+                yield from self._apply(event)
+            # scores of markup are not shown
+            if self.blocks and self.blocks[-1].kind == "call":
+                self._waiting.clear()
+        self._num_chars += len(output.new_text)
         if output.finished and self._open is not None:
             is_cut = self._open.kind == "call" or output.finish_reason == "length"
             yield from self._end(is_complete=not is_cut)
