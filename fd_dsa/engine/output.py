@@ -240,7 +240,7 @@ class RequestOutput:
         """Return the additions of the step, for a process that has the state before it."""
         start = (self.new_token_ids, self.new_text)
         is_first = self.num_tokens <= len(self.new_token_ids)
-        if not (is_first or self.finished or self.new_logprobs):
+        if not (is_first or self.finished or self.new_logprobs or self.num_draft_tokens):
             return self.request_id, self.index, start, self.answer_start
         times = (self.arrival_time, self.first_token_time, self.finish_time)
         # the outputs of a request share the scores of its prompt, which the first one computes
