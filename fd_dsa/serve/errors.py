@@ -234,7 +234,8 @@ def _from_http_exception(request: Request, error: HTTPException) -> ApiError:
 def unreadable(error: Exception) -> ApiError:
     """Make a 400 from an exception of the JSON parser."""
     if isinstance(error, json.JSONDecodeError):
-        reason = f"is not valid JSON: {error.msg} at character {error.pos}"
+        what = error.msg.removesuffix(" at")
+        reason = f"is not valid JSON: {what} at character {error.pos}"
     elif isinstance(error, UnicodeDecodeError):
         reason = (
             f"is not text: byte {error.start} is no {error.encoding}; send JSON in UTF-8, and "

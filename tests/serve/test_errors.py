@@ -204,6 +204,7 @@ def test_an_unknown_method(live: Live) -> None:
     ("content", "kind", "text"),
     [
         ("{", "application/json", "not valid JSON"),
+        ('{"a', "application/json", "body is not valid JSON: Unterminated string starting at char"),
         ("", "application/json", "empty"),
         ("[]", "application/json", "JSON object"),
         ('{"prompt": "a"}', "application/x-www-form-urlencoded", "Content-Type"),
