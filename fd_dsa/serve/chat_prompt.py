@@ -93,9 +93,9 @@ def make_job(
         constrain_reasoning=bool(body.constrain_reasoning),
         structured_outputs=_form(params.structured_outputs, body, answer),
     )
-    job = Job(request_id, prompt, params, functools.partial(_each_call, body, answer))
+    job = Job(request_id, "messages", prompt, params, functools.partial(_each_call, body, answer))
     check_answer_size(limit, [job], body, shows_prompt_once=True)
-    (job,) = check_jobs(state, [job], "messages")
+    (job,) = check_jobs(state, [job])
     return job, answer
 
 

@@ -117,15 +117,18 @@ def _read_prompts(
     jobs = []
     for index, prompt in enumerate(body.prompt):
         check_cancelled()
+        field = f"prompt[{index}]" if len(body.prompt) > 1 else "prompt"
         if isinstance(prompt, str):
-            prompt = encode_prompt(state, prompt, "prompt", add_special_tokens=True)
+            prompt = encode_prompt(state, prompt, field, add_special_tokens=True)
         # the step that computes the last prompt token also samples one output token
         requested = 1 if body.only_echo else body.max_tokens
-        max_tokens = resolve_max_tokens(state, len(prompt), requested, default=_DEFAULT_MAX_TOKENS)
+        max_tokens = resolve_max_tokens(
+            state, len(prompt), requested, default=_DEFAULT_MAX_TOKENS, source=field
+        )
         params = body.sampling_params(max_tokens, state.engine.sampling_defaults)
-        jobs.append(Job(f"{completion_id}-{index}", prompt, params))
+        jobs.append(Job(f"{completion_id}-{index}", field, prompt, params))
     check_answer_size(state.options.max_answer_scores, jobs, body, echo=bool(body.echo))
-    return CompletionAnswer(state, body, check_jobs(state, jobs, "prompt"))
+    return CompletionAnswer(state, body, check_jobs(state, jobs))
 
 
 class CompletionAnswer(Answer[CompletionRequest]):

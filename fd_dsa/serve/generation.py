@@ -84,11 +84,10 @@ def too_many_tokens(state: ServerState, num_tokens: int | str, field: str) -> Ap
 
     The text shows `num_tokens`.
     """
-    return ApiError(
-        400,
-        f"prompt has {num_tokens} tokens, max_model_len is {state.engine.max_model_len} and the "
-        "output needs at least 1; shorten the prompt or start with a larger --max-model-len",
-        param=field,
+    limit = state.engine.max_model_len
+    return FieldError(
+        f"{field}: the prompt has {num_tokens} tokens, max_model_len is {limit} and the output "
+        "needs at least 1; shorten the prompt or start with a larger --max-model-len",
         code="context_length_exceeded",
     )
 
@@ -98,11 +97,13 @@ class Job:
     """A prompt for the engine.
 
     Attributes:
+        field: path of the prompt in the request, for error messages.
         each_call: makes the form of the calls of each tool. Called only to find the tool at fault
             if their common form cannot be compiled. Slow.
     """
 
     request_id: str
+    field: str
     prompt_token_ids: list[int]
     params: SamplingParams
     each_call: Callable[[], Sequence[StructuredOutputsParams]] = tuple
@@ -148,7 +149,7 @@ def resolve_max_tokens(
     return requested
 
 
-def check_jobs(state: ServerState, jobs: Sequence[Job], param: str) -> list[Job]:
+def check_jobs(state: ServerState, jobs: Sequence[Job]) -> list[Job]:
     """Check that the engine can run these jobs of one request. Slow for long prompts.
 
     Returns:
@@ -156,10 +157,10 @@ def check_jobs(state: ServerState, jobs: Sequence[Job], param: str) -> list[Job]
 
     Raises:
         ApiError: 400 with the engine's reason and the field at fault: a sampling parameter, or
-            `param`, the field of the prompt.
+            the field of the prompt.
     """
     for job in jobs:
-        with _refusals(param):
+        with _refusals(job.field):
             state.engine.validate(job.prompt_token_ids, job.params)
     bad_words = jobs[0].params.bad_words
     if not bad_words:

@@ -185,6 +185,25 @@ def test_prompt_beyond_the_context_names_the_numbers(live: Live) -> None:
     assert (error["code"], error["param"]) == ("context_length_exceeded", "messages")
 
 
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        (["a", "", "b"], "prompt[1]: has no tokens"),
+        (["a", "b", "\ud800"], "prompt[2]: "),
+        (["a", "x" * 9999], "prompt[1]: has 9999 bytes of text"),
+        ([[1], [1] * 300], "prompt[1]: the prompt has 300 tokens"),
+        ([[1], [999]], "prompt[1]: prompt has the token id 999"),
+        ([[999]], "prompt: prompt has the token id 999"),
+    ],
+)
+def test_a_bad_prompt_of_several_is_named(live: Live, prompts: list[Any], message: str) -> None:
+    content = json.dumps({"prompt": prompts})
+    headers = {"Content-Type": "application/json"}
+    error = error_of(live.http.post("/v1/completions", content=content, headers=headers), 400)
+    assert error["message"].startswith(message)
+    assert error["param"] == message.partition(":")[0]
+
+
 def test_unknown_model_lists_the_served_ones(live: Live) -> None:
     with pytest.raises(openai.NotFoundError, match="demo, alias") as caught:
         live.client.completions.create(model="gpt-4", prompt="a")

@@ -47,7 +47,7 @@ def assistant(**fields: Any) -> dict[str, Any]:
     ("path", "body", "field", "num_bytes"),
     [
         ("/v1/completions", {"prompt": "a" * 101}, "prompt", 101),
-        ("/v1/completions", {"prompt": ["a", "é" * 51]}, "prompt", 102),
+        ("/v1/completions", {"prompt": ["a", "é" * 51]}, "prompt[1]", 102),
         ("/tokenize", {"prompt": "漢" * 34}, "prompt", 102),
         ("/tokenize", chat("a" * 60, "b" * 60), "messages", 120),
         ("/v1/chat/completions", chat("a" * 60, "b" * 60), "messages", 120),
