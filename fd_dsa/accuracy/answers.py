@@ -7,7 +7,6 @@ during the write) is removed, and its question is asked again.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from fd_dsa.accuracy.scores import RunSettings, first_fault
 from fd_dsa.client.questions import Answer, Question
+from fd_dsa.command_line.outputs import lock
 from fd_dsa.errors import ConfigError, writing
 
 
@@ -116,12 +116,10 @@ def open_store(path: Path, settings: RunSettings) -> Iterator[Run]:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a+b")
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not lock(file):
             raise ConfigError(
                 f"--out: another process writes to {path}; wait for it, or give another folder"
-            ) from None
+            )
         file.seek(0)
         data = file.read()
         run = _parse(path, data)

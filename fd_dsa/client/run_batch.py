@@ -110,8 +110,9 @@ def _answer(
     with server_at(args.base_url, args.model if is_own else None, passed, "--model") as base_url:
         default = _check_models(items, base_url, None if is_own else args.model)
         failed = asyncio.run(_send(args, base_url, default, items, file))
-    with writing("--output-file", output):
-        file.close()
+    # renamed before it is closed, because another run may rename a file without a lock
+    with writing("--output-file", output), file:
+        file.flush()
         if file.name != str(output):
             os.replace(file.name, output)
     total = len(items)

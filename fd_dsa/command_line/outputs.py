@@ -6,8 +6,9 @@ import fcntl
 import itertools
 import os
 import sys
+from contextlib import ExitStack
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from fd_dsa.errors import ConfigError, writing
 
@@ -58,32 +59,49 @@ def open_part(flag: str, output: Path, source: str) -> IO[str]:
     part = output.with_name(f"{output.name}.part")
     if part.exists() and os.path.samefile(part, source):
         raise ConfigError(f"{flag}: {part}, for results so far, is also the input; give another")
-    if part.is_symlink() or (part.is_file() and _has_results(flag, part)):
-        names = (part.with_name(f"{part.name}.{number}") for number in itertools.count(1))
-        kept = next(name for name in names if not os.path.lexists(name))
-        with writing(flag, kept):
-            part.rename(kept)
-        sys.stderr.write(f"{part} of an earlier run is now {kept}\n")
-    with writing(flag, part):
-        file = part.open("w", encoding="ascii")
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    return file
+    if part.is_symlink():
+        _keep(flag, part)
+    while True:
+        with ExitStack() as closed:
+            with writing(flag, part):
+                # not "w", which would empty the file of a run that goes on
+                file = closed.enter_context(part.open("a", encoding="ascii"))
+            if not lock(file):
+                rule = "has results of a run that goes on; wait for it, or give another"
+                raise ConfigError(f"{flag}: {part} {rule}")
+            status = os.fstat(file.fileno())
+            if not part.exists() or not os.path.samestat(status, part.stat()):
+                # the other run has ended since the file was opened
+                continue
+            if not status.st_size:
+                closed.pop_all()
+                return file
+            _keep(flag, part)
 
 
-def _has_results(flag: str, part: Path) -> bool:
-    """Return False if a file of an earlier run is empty.
+def lock(file: IO[Any]) -> bool:
+    """Lock a file until it is closed, if its file system has locks.
 
-    Raises:
-        ConfigError: its run has not ended.
+    Returns:
+        False if another process has locked it.
     """
-    with writing(flag, part), part.open() as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(
-                f"{flag}: {part} has results of a run that goes on; wait for it, or give another"
-            ) from None
-        return os.fstat(file.fileno()).st_size > 0
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        # some network file systems have no locks
+        pass
+    return True
+
+
+def _keep(flag: str, part: Path) -> None:
+    """Rename a file that an earlier run has left, with a line on standard error."""
+    names = (part.with_name(f"{part.name}.{number}") for number in itertools.count(1))
+    kept = next(name for name in names if not os.path.lexists(name))
+    with writing(flag, kept):
+        part.rename(kept)
+    sys.stderr.write(f"{part} of an earlier run is now {kept}\n")
 
 
 def is_special(path: Path) -> bool:
