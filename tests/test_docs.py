@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from fd_dsa.config import EngineConfig
+from fd_dsa.models.registry import FAMILIES
 from fd_dsa.serve.flags import DEFAULTS, build_parser
 from tests._layout import ROOMS
 
@@ -54,6 +55,12 @@ def test_documented_defaults_are_the_real_ones() -> None:
             continue
         shown = f"{default:g}" if isinstance(default, float) else str(default)
         assert f"`{shown}`" in _documented()[flag][0], flag
+
+
+@pytest.mark.parametrize("page", ["quickstart.md", "quickstart.zh.md", "models.md"])
+def test_pages_about_model_folders_name_every_family(page: str) -> None:
+    text = (ROOT / "docs" / page).read_text()
+    assert {name for name in FAMILIES if f"`{name}`" not in text} == set()
 
 
 def test_every_field_of_the_configuration_has_a_flag() -> None:

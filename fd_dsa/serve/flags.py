@@ -293,7 +293,7 @@ def build_parser() -> Parser:
     parser = Parser(
         prog=own_command("serve"),
         usage="%(prog)s [MODEL] [flags] [-- flags of FastDeploy]",
-        description="Serve a DeepSeek-V3.2 or GLM-5 shaped checkpoint over the OpenAI API.",
+        description="Serve a model of DeepSeek-V3.2, GLM-5 or DeepSeek-V4 over the OpenAI API.",
         epilog="Each flag is also a variable, FD_DSA_PORT for --port, and a key of the file of "
         "--config; the command line overrides variables, which override the file.",
         argument_default=argparse.SUPPRESS,
