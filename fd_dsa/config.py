@@ -355,11 +355,11 @@ class EngineConfig:
             return None
         if not isinstance(path, (str, os.PathLike)):
             raise flag_error(name, path, "a path of a local folder")
-        folder = Path(os.path.abspath(os.path.expanduser(path)))
-        if not folder.is_dir():
-            file = "config.json" if name == "model" else "tokenizer.json"
-            hint, text = "give an existing folder", os.fspath(path)
-            if name == "model" and HUB_NAME.fullmatch(text):
+        folder, text = Path(os.path.abspath(os.path.expanduser(path))), os.fspath(path)
+        # an empty text, for example from an unset variable of a script, is not this folder
+        if not text or not folder.is_dir():
+            file, hint = f"{'config' if name == 'model' else name}.json", "give an existing folder"
+            if name == "model" and HUB_NAME.fullmatch(text) and not os.path.lexists(text):
                 hint = (
                     "if that is a model of a hub, give the folder that "
                     f"huggingface_hub.snapshot_download({text!r}) returns"

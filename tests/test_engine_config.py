@@ -127,6 +127,8 @@ def test_values_are_normalised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
+        ({"model": ""}, ["--model: got ''", "config.json; give an existing folder"]),
+        ({"tokenizer": ""}, ["--tokenizer: got ''", "tokenizer.json; give an existing folder"]),
         (
             {"model": "deepseek-ai/DeepSeek-V3.2"},
             ["--model", "deepseek-ai", "snapshot_download('deepseek-ai/"],

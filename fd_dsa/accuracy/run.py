@@ -143,7 +143,7 @@ def connected(args: argparse.Namespace) -> Iterator[ServerUnderTest]:
         own, url = None, args.base_url
         if url is None:
             with Console(stderr=True).status("starting the server"):
-                server = own_server(args.serve or None, args.passed, out / "server.log")
+                server = own_server(args.serve, args.passed, out / "server.log")
                 own = stack.enter_context(server)
             url = own.base_url
         client = ChatClient(

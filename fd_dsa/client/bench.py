@@ -106,7 +106,7 @@ def main(arguments: list[str]) -> int:
     # check before the measurement, which may take an hour
     if args.output is not None:
         result_file("--output", args.output)
-    with server_at(args.base_url, args.serve or None, passed, "--serve") as base_url:
+    with server_at(args.base_url, args.serve, passed, "--serve") as base_url:
         info = examine_server(base_url, args.served_model_name or args.model)
         total = args.random_input_len + args.random_output_len
         if info.max_model_len is not None and total > info.max_model_len:

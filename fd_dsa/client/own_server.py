@@ -18,6 +18,7 @@ from pathlib import Path
 
 from fd_dsa.client.remote import normal_base_url
 from fd_dsa.command_line.parser import split_flags
+from fd_dsa.config import demo_model_path
 from fd_dsa.errors import ConfigError, writing
 
 _POLL_S = 0.05
@@ -41,7 +42,8 @@ def add_server_flags(parser: argparse._ActionsContainer) -> None:
         "--serve",
         metavar="MODEL",
         nargs="?",
-        const="",
+        # no text, because an empty one is refused
+        const=demo_model_path(),
         help="start a server on MODEL for the run, on the demo model without one; flags after -- "
         "are for it (the default without --base-url)",
     )
@@ -86,7 +88,7 @@ class OwnServer:
 
 @contextlib.contextmanager
 def server_at(
-    base_url: str | None, model: str | None, flags: Sequence[str], flag: str
+    base_url: str | None, model: str | Path | None, flags: Sequence[str], flag: str
 ) -> Iterator[str]:
     """Yield the base URL of a server: the given one, or a new one for the block.
 
@@ -105,14 +107,15 @@ def server_at(
 
 @contextlib.contextmanager
 def own_server(
-    model: str | None, flags: Sequence[str], log: Path, flag: str = "--serve"
+    model: str | Path | None, flags: Sequence[str], log: Path, flag: str = "--serve"
 ) -> Iterator[OwnServer]:
     """Start a server that ends with the block, and in any case with this process.
 
     Raises:
         ConfigError: the server does not start. The message is its own error, after `flag`.
     """
-    arguments = [*([model] if model else []), *flags]
+    is_demo = model is None or model == demo_model_path()
+    arguments = [*([] if is_demo else [str(model)]), *flags]
     # the innermost folder first
     made = [path for path in (log.parent, *log.parent.parents) if not path.exists()]
     with writing("--out", log.parent):

@@ -10,12 +10,12 @@ import shutil
 import sys
 import textwrap
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 from fd_dsa import __version__
 from fd_dsa.command_line.failures import fail, reports_failures
 from fd_dsa.command_line.parser import Parser
+from fd_dsa.command_line.values import number
 from fd_dsa.commands import (
     extra_command,
     own_command,
@@ -49,12 +49,16 @@ def build_parser() -> Parser:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
     parser.add_argument(
         "--plan",
-        type=Path,
         metavar="FOLDER",
         help="print what each GPU would hold of a model with this config.json, without checks",
     )
     parser.add_argument(
-        "-tp", "--tensor-parallel-size", type=int, default=1, help="GPUs of --plan; default: 1"
+        "-tp",
+        "--tensor-parallel-size",
+        metavar="N",
+        type=number(int, 1),
+        default=1,
+        help="GPUs of --plan; default: 1",
     )
     parser.add_argument(
         "--allow-unknown-config-fields",
@@ -77,10 +81,9 @@ def main(arguments: list[str]) -> int:
         0 if everything passed, 1 if not, 2 for flags that cannot be read.
     """
     args = build_parser().parse_args(arguments)
+    _check_together(args)
     if args.plan is not None:
         return _plan(args)
-    if args.tensor_parallel_size != 1:
-        raise ConfigError("--tensor-parallel-size: give --plan FOLDER, too")
     try:
         if args.fastdeploy:
             # imported late, so that --help is quick
@@ -95,6 +98,23 @@ def main(arguments: list[str]) -> int:
     sys.stdout.write(text)
     serves = found["fastdeploy"]["serves"] or not args.fastdeploy
     return _OK if found["healthy"] and serves else _BAD
+
+
+def _check_together(args: argparse.Namespace) -> None:
+    """Refuse flags that would have no effect, with or without --plan."""
+    of_plan = {
+        "--tensor-parallel-size": args.tensor_parallel_size != 1,
+        "--allow-unknown-config-fields": args.allow_unknown_config_fields,
+    }
+    of_checks = {"--device": args.device is not None, "--fastdeploy": args.fastdeploy}
+    wrong, rule = (
+        (of_plan, "give --plan FOLDER, too")
+        if args.plan is None
+        else (of_checks, "not together with --plan, which makes no checks; leave one of them out")
+    )
+    for flag, is_given in wrong.items():
+        if is_given:
+            raise ConfigError(f"{flag}: {rule}")
 
 
 def _plan(args: argparse.Namespace) -> int:

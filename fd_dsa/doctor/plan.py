@@ -29,7 +29,7 @@ _CACHES = tuple(name for name in CACHE_FORMATS if name != "float32")
 _TRAITS = 90, 132, 227 << 10
 
 
-def plan(folder: Path, ranks: int, *, allow_unknown: bool = False) -> dict[str, Any]:
+def plan(folder: str | Path, ranks: int, *, allow_unknown: bool = False) -> dict[str, Any]:
     """Return the memory of a model on each GPU, and the cached tokens on common GPUs.
 
     Args:
@@ -56,6 +56,7 @@ def plan(folder: Path, ranks: int, *, allow_unknown: bool = False) -> dict[str, 
     from fd_dsa.startup.memory import weight_parts, whole_heads_bytes
 
     given = EngineConfig(model=folder, tensor_parallel_size=ranks)
+    folder = Path(folder)
     whole = read_config(folder, allow_unknown=allow_unknown)
     first, *_ = configs = _settings(given, whole)
     caches_class(whole).check_flags(first, whole)

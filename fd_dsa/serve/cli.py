@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import re
 import shlex
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import fields, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fd_dsa import __version__
@@ -129,7 +129,7 @@ def _download(args: argparse.Namespace) -> None:
 
 def _refuse_hub_name(name: str) -> None:
     """Refuse the name of a hub's model without --download, and name the command with it."""
-    if HUB_NAME.fullmatch(name) and not Path(name).is_dir():
+    if HUB_NAME.fullmatch(name) and not os.path.lexists(name):
         raise flag_error(
             "model",
             name,

@@ -123,6 +123,7 @@ def test_starts_that_fail_are_one_line(capsys: pytest.CaptureFixture[str]) -> No
             ("--num-prompts", "none"): "--num-prompts: got 'none'",
             ("--output", "no/such/file"): "no/such/file: the folder does not exist",
             ("--output", "."): ". is a folder; give a file",
+            ("--serve", ""): "--serve: got '', allowed: a local folder",
             ("--base-url", live.url, "--", "--seed", "1"): "flags after --",
             ("--base-url", live.url): "got 320 together, the server's max_model_len is 100",
             ("--base-url", live.url, "--model", "other"): "--model: got 'other'",

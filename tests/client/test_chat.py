@@ -208,6 +208,7 @@ def test_starts_that_fail_are_one_line(
             ("--temperature", "hot"): "--temperature: got 'hot'",
             ("--system", "\udcff"): "--system: got '\\udcff'; must be UTF-8",
             ("no/such/folder",): "error: MODEL: got 'no/such/folder', allowed: a local folder",
+            ("",): "error: MODEL: got '', allowed: a local folder",
             ("other", "--base-url", keyless.url): "error: MODEL: got 'other'; the server at",
             ("-q", " "): "-q/--quick: got ' '; must be a text that is not empty, in UTF-8",
         }

@@ -16,6 +16,7 @@ import yaml
 
 from fd_dsa.config import EngineConfig, demo_model_path
 from fd_dsa.errors import ConfigError
+from fd_dsa.serve.cli import main
 from tests.serve.hub import Hub, hub_of
 from tests.serve.processes import TIMEOUT_S, environment, error_line, started, wait_until
 
@@ -205,3 +206,18 @@ def test_a_name_without_the_flag_says_how_to_download_it(tmp_path: Path) -> None
         EngineConfig(model="org/model")
     with pytest.raises(ConfigError, match=r"give an existing folder$"):
         EngineConfig(model=str(tmp_path / "none"))
+
+
+@pytest.mark.parametrize("is_link", [False, True])
+def test_a_file_or_a_broken_link_is_no_name_of_a_hub(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    is_link: bool,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "org" / "config.json"
+    path.parent.mkdir()
+    path.symlink_to("none") if is_link else path.write_text("{}")
+    assert main(["org/config.json", "--engine", "embedded"]) == 2
+    assert capsys.readouterr().err.endswith("with config.json; give an existing folder\n")

@@ -105,3 +105,22 @@ def test_a_start_makes_the_same_plan(
             assert plan.memory.graph_bytes == caches["graph_bytes"]
             sizes = "max_model_len", "max_num_seqs", "block_size"
             assert [described[size] for size in sizes] == [found[size] for size in sizes]
+
+
+@pytest.mark.parametrize(
+    ("flags", "error"),
+    [
+        (["--plan", ""], "--plan: got '', allowed: a local folder"),
+        (["--plan", ".", "-tp", "1e3"], "-tp/--tensor-parallel-size: got '1e3'; must be a whole"),
+        (["--plan", ".", "-tp", "0"], "-tp/--tensor-parallel-size: got '0'; must be a whole"),
+        (["-tp", "2"], "--tensor-parallel-size: give --plan FOLDER, too"),
+        (["--allow-unknown-config-fields"], "--allow-unknown-config-fields: give --plan FOLDER"),
+        (["--plan", ".", "--device", "gpu:9"], "--device: not together with --plan"),
+        (["--plan", ".", "--fastdeploy"], "--fastdeploy: not together with --plan"),
+    ],
+)
+def test_flags_that_would_have_no_effect_are_refused(
+    capsys: pytest.CaptureFixture[str], flags: list[str], error: str
+) -> None:
+    assert doctor.main(flags) == 2
+    assert capsys.readouterr().err.startswith(f"fd_dsa: error: {error}")

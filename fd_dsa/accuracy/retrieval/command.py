@@ -114,7 +114,7 @@ def _tokenizer_folder(args: argparse.Namespace) -> Path:
             "--tokenizer: not given with --base-url; give the folder of the served model's "
             "tokenizer, by which prompts get their lengths"
         )
-    return Path(args.serve) if args.serve else demo_model_path()
+    return demo_model_path() if args.serve is None else Path(args.serve)
 
 
 def _lengths(args: argparse.Namespace, limits: Limits) -> tuple[int, ...]:
