@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -68,6 +68,19 @@ def _run(arguments: list[str]) -> int:
     return 0
 
 
+def _complete_values(parser: argparse.ArgumentParser, kinds: Mapping[str, Any]) -> None:
+    """Mark the values of a parser's arguments, also those of its commands, by their metavars."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                _complete_values(command, kinds)
+        elif action.metavar in kinds:
+            # an attribute of shtab
+            vars(action)["complete"] = kinds[str(action.metavar)]
+        elif action.metavar == "on|off":
+            action.choices = ("on", "off")
+
+
 def _print_completion(args: argparse.Namespace) -> None:
     import shtab
 
@@ -76,11 +89,12 @@ def _print_completion(args: argparse.Namespace) -> None:
         for name, (module, _) in COMMANDS.items()
     }
     # values that the shell itself completes
-    kinds = {"FILE": shtab.FILE, "DIR": shtab.DIRECTORY, "MODEL": shtab.DIRECTORY}
+    kinds = {
+        **dict.fromkeys(("FILE", "RUN", "BEFORE", "AFTER"), shtab.FILE),
+        **dict.fromkeys(("DIR", "FOLDER", "MODEL"), shtab.DIRECTORY),
+    }
     for parent in parents.values():
-        for action in parent._actions:
-            if action.metavar in kinds:
-                action.complete = kinds[str(action.metavar)]
+        _complete_values(parent, kinds)
     print(shtab.complete(build_parser(parents), args.shell))
 
 

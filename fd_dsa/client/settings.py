@@ -36,8 +36,9 @@ NAMES = tuple(_READERS)
 def add_setting_flags(parser: Parser) -> None:
     group = parser.add_argument_group("settings")
     for name, read in _READERS.items():
-        text = "let the model reason first: on or off" if name == "thinking" else None
-        group.add_argument(f"--{name.replace('_', '-')}", metavar="X", type=read, help=text)
+        is_switch = read is ON_OR_OFF
+        metavar, text = ("on|off", "let the model reason first") if is_switch else ("X", None)
+        group.add_argument(f"--{name.replace('_', '-')}", metavar=metavar, type=read, help=text)
 
 
 def read_setting(name: str, text: str) -> Any:

@@ -86,7 +86,16 @@ def test_bash_completes_commands_flags_and_choices(tmp_path: Path) -> None:
         "serve --engine e": "embedded",
         "accuracy selection --leng": "--lengths",
         "run-batch --inp": "--input-file",
+        "chat --thinking of": "off",
+        "accuracy retrieval --thinking of": "off",
+        "doctor --plan mod": "models",
+        "accuracy ifeval --out mod": "models",
+        "accuracy ifeval --prompts pro": "prompts.jsonl",
+        "accuracy score pro": "prompts.jsonl",
+        "accuracy compare mod": "models",
     }
+    (tmp_path / "models").mkdir()
+    (tmp_path / "prompts.jsonl").touch()
     for words, completed in cases.items():
         line = f"COMP_WORDS=(fd-dsa {words}); COMP_CWORD={len(words.split())}; _shtab_fd_dsa"
         shell = ["bash", "-c", f'{script}\n{line}; echo "${{COMPREPLY[@]}}"']
