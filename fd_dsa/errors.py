@@ -5,7 +5,8 @@ A message names the field, the value found, the rule and what to do.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
 from reprlib import Repr
@@ -151,6 +152,18 @@ def writing(flag: str, path: object, hint: str = "") -> Iterator[None]:
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise ConfigError(f"{flag}: {path} cannot be written ({reason}){hint}") from error
+
+
+@contextmanager
+def renaming(flags: Mapping[str, str]) -> Iterator[None]:
+    """Write the flags in errors of the configuration by the names that a command has for them."""
+    try:
+        yield
+    except (ConfigError, BackendUnavailable) as error:
+        text = str(error)
+        for flag, name in flags.items():
+            text = re.sub(rf"{flag}(?![\w-])", name, text)
+        raise type(error)(text) from error
 
 
 def flag_error(name: str, got: object, allowed: str, hint: str = "") -> ConfigError:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import re
 import shutil
 import sys
 import textwrap
@@ -32,7 +31,7 @@ from fd_dsa.environment import (
     quiet,
     usable_cpus,
 )
-from fd_dsa.errors import BackendUnavailable, ConfigError, FdDsaError
+from fd_dsa.errors import BackendUnavailable, ConfigError, FdDsaError, renaming
 
 _PACKAGES = ("paddlepaddle", "paddlepaddle-gpu", "triton", "numpy")
 _NEEDED = ("numpy", "paddle")
@@ -122,13 +121,9 @@ def _plan(args: argparse.Namespace) -> int:
     from fd_dsa.doctor.plan import as_lines, plan
 
     require_triton()
-    try:
-        with quiet():
-            allow_unknown = args.allow_unknown_config_fields
-            found = plan(args.plan, args.tensor_parallel_size, allow_unknown=allow_unknown)
-    except ConfigError as error:
-        # the folder is a value of another flag here
-        raise ConfigError(re.sub("^--model: ", "--plan: ", str(error))) from error
+    with renaming({"--model": "--plan"}), quiet():
+        allow_unknown = args.allow_unknown_config_fields
+        found = plan(args.plan, args.tensor_parallel_size, allow_unknown=allow_unknown)
     text = json.dumps(found, indent=1) if args.json else "\n".join(as_lines(found))
     sys.stdout.write(f"{text}\n")
     return _OK

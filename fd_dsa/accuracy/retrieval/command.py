@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,7 @@ def fill_parser(parser: Parser) -> None:
     group.add_argument(
         "--tokenizer",
         metavar="DIR",
+        type=reader(str, "an existing folder that holds tokenizer.json", os.path.isdir),
         help="folder of the served model, at least its tokenizer (default: that of --serve; "
         "with --base-url it must be given)",
     )

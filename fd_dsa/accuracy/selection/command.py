@@ -27,12 +27,14 @@ from fd_dsa.command_line.report import Table, as_json, check_folder, page, publi
 from fd_dsa.command_line.values import add_numbers
 from fd_dsa.config import EngineConfig
 from fd_dsa.environment import quiet
-from fd_dsa.errors import BackendUnavailable, ConfigError
+from fd_dsa.errors import BackendUnavailable, ConfigError, renaming
 from fd_dsa.ops.providers import asking_for, parse
 
 # room for the answer and the end of the template after it
 _ANSWER_ROOM = 64
 _LENGTHS_OF_TOPK = 8
+# flags of the engine, as this command has them
+_NAMES = {"--model": "MODEL", "--device": "--providers", "--kv-cache-dtype": "--kv-cache-dtypes"}
 
 
 def fill_parser(parser: Parser) -> None:
@@ -78,6 +80,7 @@ def fill_parser(parser: Parser) -> None:
     parser.set_defaults(run=run)
 
 
+@renaming(_NAMES)
 def run(args: argparse.Namespace) -> int:
     """Measure, print and write. Returns 0 if at least one setting could be measured."""
     providers = {text: _provider(text) for text in args.providers}
@@ -127,15 +130,15 @@ def _runs(args: argparse.Namespace, provider: str, lengths: list[int]) -> list[d
     for dtype in args.kv_cache_dtypes:
         known = {"provider": provider, "kv_cache_dtype": dtype}
         try:
-            config = EngineConfig(
-                args.model,
-                index_topk=args.index_topk,
-                max_model_len=lengths[-1] + _ANSWER_ROOM,
-                device=device,
-                kv_cache_dtype=dtype,
-                max_num_batched_tokens=args.max_num_batched_tokens,
-            )
-            with quiet():
+            with renaming(_NAMES), quiet():
+                config = EngineConfig(
+                    args.model,
+                    index_topk=args.index_topk,
+                    max_model_len=lengths[-1] + _ANSWER_ROOM,
+                    device=device,
+                    kv_cache_dtype=dtype,
+                    max_num_batched_tokens=args.max_num_batched_tokens,
+                )
                 model = open_model(config)
                 known["provider"] = ",".join([model.device, *operators])
                 runs += [known | _measured(args, model, dtype, length) for length in lengths]

@@ -79,13 +79,13 @@ def test_tables_mark_layers_in_which_no_head_attends(result: dict[str, Any]) -> 
         (("--texts", "0"), "--texts: got '0'; must be a whole number from 1 on"),
         (("--queries", "0"), "--queries: got '0'; must be"),
         (("--providers", "cpu,topk=magic"), "--providers: got 'topk=magic' in 'cpu,topk=magic'"),
-        (("--providers", "cpu:7x"), "--device: got 'cpu:7x'"),
+        (("--providers", "cpu:7x"), "--providers: got 'cpu:7x'"),
         (
             ("--kv-cache-dtypes", "int4"),
             "--kv-cache-dtypes: got 'int4', allowed: float32",
         ),
         (("--index-topk", "0"), "--index-topk: got '0'"),
-        (("nowhere",), "--model: got 'nowhere'"),
+        (("nowhere",), "MODEL: got 'nowhere'"),
     ],
 )
 def test_bad_input_is_one_line_and_nothing_is_written(
