@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import functools
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -16,6 +18,24 @@ def fail(message: str, status: int) -> int:
     """Print the error line of a command, and return its exit status, `status`."""
     sys.stderr.write(f"fd_dsa: error: {message}\n")
     return status
+
+
+def describe_system_error(error: OSError) -> str:
+    """Return the text of an error of the system, with the remedy for an error without a file."""
+    if error.filename is None and error.errno == errno.ENOENT and _is_folder_gone():
+        return "the current folder does not exist any more; change to another one"
+    if error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        reason = os.strerror(error.errno).lower()
+        return f"an output cannot be written ({reason}); make room, or write it elsewhere"
+    return str(error)
+
+
+def _is_folder_gone() -> bool:
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return True
+    return False
 
 
 def reports_failures(run: Callable[[list[str]], int]) -> Callable[..., int]:
@@ -34,7 +54,9 @@ def reports_failures(run: Callable[[list[str]], int]) -> Callable[..., int]:
             return fail(str(error), 1)
         except BrokenPipeError:
             raise
-        except (FdDsaError, OSError) as error:
+        except FdDsaError as error:
             return fail(str(error), EXIT_BAD_START)
+        except OSError as error:
+            return fail(describe_system_error(error), EXIT_BAD_START)
 
     return main

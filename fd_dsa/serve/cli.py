@@ -14,7 +14,7 @@ from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 from fd_dsa import __version__
-from fd_dsa.command_line.failures import EXIT_BAD_START, fail
+from fd_dsa.command_line.failures import EXIT_BAD_START, describe_system_error, fail
 from fd_dsa.commands import own_command
 from fd_dsa.config import HUB_NAME, EngineConfig
 from fd_dsa.environment import check_address_space, local_url, process_environment
@@ -48,6 +48,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parse_args(words)
     except ConfigError as error:
         return fail(str(error), EXIT_BAD_START)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        # the text of --help cannot be written
+        return fail(describe_system_error(error), EXIT_BAD_START)
     debug = args.log_level == "debug"
     set_up_logging(args.log_level, as_json=args.log_json)
     for line in unused_variables():
@@ -78,8 +83,10 @@ def _with_typed_size(line: str, words: Sequence[str]) -> str:
 
 
 def _start_failure(error: Exception, debug: bool) -> tuple[str, int]:
-    if isinstance(error, FdDsaError) or (isinstance(error, OSError) and error.errno is not None):
+    if isinstance(error, FdDsaError):
         return str(error), EXIT_BAD_START
+    if isinstance(error, OSError) and error.errno is not None:
+        return describe_system_error(error), EXIT_BAD_START
     text = describe_error(error)
     if is_out_of_memory(error):
         return (
@@ -157,7 +164,7 @@ def _serve_with_fastdeploy(args: argparse.Namespace) -> int:
     if args.dry_run:
         changed = plan.environment.items() - process_environment().items()
         words = [f"{name}={value}" for name, value in sorted(changed)]
-        _print(shlex.join([*words, *without_secrets(plan.command)]))
+        _print_plan(shlex.join([*words, *without_secrets(plan.command)]))
         return 0
     engine = check_import(plan)
     # folders of DeepSeek-V3.2 have no chat template, and a completion always works
@@ -189,8 +196,24 @@ def _show_plan(args: argparse.Namespace) -> int:
         **chat_formats(plan.tokenizer, options),
     }
     described = yaml.safe_dump({**server, **plan.describe()}, sort_keys=False, allow_unicode=True)
-    _print(f"# {plan.summary()}\n# {plan.memory.summary()}\n{described.rstrip()}")
+    _print_plan(f"# {plan.summary()}\n# {plan.memory.summary()}\n{described.rstrip()}")
     return 0
+
+
+def _print_plan(text: str) -> None:
+    """Print the output of --dry-run, as far as there is a reader.
+
+    Raises:
+        OSError: stdout cannot be written, for example to a full disk.
+    """
+    try:
+        sys.stdout.write(f"{text}\n")
+        sys.stdout.flush()
+    except OSError as error:
+        # as in `_print`
+        discard(sys.stdout)
+        if not isinstance(error, BrokenPipeError):
+            raise
 
 
 def _serve_embedded(args: argparse.Namespace, started: float) -> int:

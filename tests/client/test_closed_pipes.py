@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from fd_dsa.cli import main
 from tests.serve.conftest import wait_until
 from tests.serve.processes import console, environment
 
@@ -40,6 +41,34 @@ def test_a_command_whose_output_nobody_reads(tmp_path: Path, command: list[str])
     finally:
         os.close(writer)
     assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+@pytest.mark.parametrize("arguments", [("version",), ("serve", "--help"), ("serve", "--dry-run")])
+def test_a_full_disk_is_one_line(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    # the lines of the log may come first
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            console(*arguments),
+            cwd=tmp_path,
+            env={**environment(), "PYTHONUNBUFFERED": "1"},
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=300,
+        )
+    line = "fd_dsa: error: an output cannot be written (no space left on device); make room, or"
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith(line)
+
+
+def test_a_current_folder_that_is_gone_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tmp_path.rmdir()
+    assert main(["bench", "--output", "out.json"]) == 2
+    rule = "the current folder does not exist any more; change to another one"
+    assert capsys.readouterr().err == f"fd_dsa: error: {rule}\n"
 
 
 @pytest.mark.slow
