@@ -147,7 +147,8 @@ def read_batch(path: str) -> list[Item]:
                     )
                 items.append(item)
     except OSError as error:
-        raise ConfigError(f"--input-file: {path}: {(error.strerror or '').lower()}") from error
+        reason = (error.strerror or "").lower()
+        raise ConfigError(f"--input-file: {path!r} cannot be read ({reason})") from error
     if not items:
         raise ConfigError(f"--input-file: {path}: has no request; allowed: one or more")
     return items
@@ -169,7 +170,7 @@ def _read_item(where: str, number: int, line: bytes) -> Item:
             raise ConfigError(f"{where}: {name}: got {shown}, allowed: {allowed}")
         return value
 
-    custom_id = field("custom_id", "a text", lambda value: isinstance(value, str) and value)
+    custom_id = field("custom_id", "a text, not empty", lambda x: isinstance(x, str) and x)
     field("method", "'POST'", lambda value: value == "POST")
     url = field("url", ", ".join(_URLS), lambda value: value in _URLS)
     body = field("body", "an object", lambda value: isinstance(value, dict))

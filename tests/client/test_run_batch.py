@@ -75,6 +75,7 @@ def test_each_request_has_its_answer(tmp_path: Path, capsys: pytest.CaptureFixtu
         ('{"custom_id": "\\ud800"}', "line 2: is not valid JSON: column 16: no low surrogate in"),
         ("[1]", "line 2: custom_id: got None, allowed: a text"),
         ({**request("b"), "custom_id": 5}, "line 2: custom_id: got 5, allowed: a text"),
+        (request(""), "line 2: custom_id: got '', allowed: a text, not empty"),
         (request("a"), "line 2: custom_id: got 'a' again, line 1 has it"),
         ({**request("b"), "method": "GET"}, "line 2: method: got 'GET', allowed: 'POST'"),
         ({**request("b"), "url": "/v1/embeddings"}, "line 2: url: got '/v1/embeddings', allowed: "),
@@ -108,8 +109,9 @@ def test_files_have_bounds(
             patch.setattr(run_batch, name, limit)
             assert main([*flags]) == 2
         assert text in capsys.readouterr().err
-    assert main(["-i", str(tmp_path / "none"), "-o", "x"]) == 2
-    assert "--input-file: " in capsys.readouterr().err
+    assert main(["-i", "", "-o", "x"]) == 2
+    rule = "--input-file: '' cannot be read (no such file or directory)\n"
+    assert capsys.readouterr().err == f"fd_dsa: error: {rule}"
     assert main([*flags[:3], str(tmp_path / "no" / "out")]) == 2
     assert "--output-file: " in capsys.readouterr().err
     assert main(written(tmp_path, "")) == 2
