@@ -28,11 +28,13 @@ _SHELLS = ("bash", "fish", "zsh", "tcsh")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status, 2 for an unknown command."""
     arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    if arguments[0] == "help":
+        arguments = [*arguments[1:], "--help"]
     with signals.command():
         if arguments[0] in COMMANDS:
             module = import_module(f"fd_dsa.{COMMANDS[arguments[0]][0]}")
             return int(module.main(arguments[1:]))
-        return _run(["--help"] if arguments == ["help"] else arguments)
+        return _run(arguments)
 
 
 def build_parser(parents: dict[str, Parser] | None = None) -> Parser:

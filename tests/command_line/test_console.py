@@ -40,6 +40,9 @@ from tests.serve.processes import console, finish
         (["run-batch", "-ix"], 2, "are required: -o/--output-file; --help shows the usage"),
         (["accuracy", "score", "--out", "x"], 2, "are required: RUN; --help shows the usage"),
         (["serve", "--help=max-num"], 0, "--max-num-seqs N"),
+        (["help", "serve"], 0, "--max-num-seqs N"),
+        (["help", "accuracy", "score"], 0, "answers.jsonl"),
+        (["help", "nope"], 2, "unknown command 'nope', allowed: serve,"),
         (["serve", "--zzz"], 2, "fd_dsa: error: unknown flag --zzz"),
     ],
 )
