@@ -156,14 +156,17 @@ def writing(flag: str, path: object, hint: str = "") -> Iterator[None]:
 
 @contextmanager
 def renaming(flags: Mapping[str, str]) -> Iterator[None]:
-    """Write the flags in errors of the configuration by the names that a command has for them."""
+    """Write flags in errors of the engine by the names that a command or a call has for them."""
     try:
         yield
-    except (ConfigError, BackendUnavailable) as error:
+    except FdDsaError as error:
         text = str(error)
         for flag, name in flags.items():
             text = re.sub(rf"{flag}(?![\w-])", name, text)
-        raise type(error)(text) from error
+        if text == str(error):
+            raise
+        # a new one, because an ImportError keeps its first text
+        raise type(error)(text).with_traceback(error.__traceback__) from error.__cause__
 
 
 def flag_error(name: str, got: object, allowed: str, hint: str = "") -> ConfigError:

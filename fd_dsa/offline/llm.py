@@ -5,8 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, overload
 
@@ -37,7 +36,7 @@ from fd_dsa.engine.sampling_params import (
     read_params,
 )
 from fd_dsa.engine.tokenizer import Tokenizer
-from fd_dsa.errors import FdDsaError
+from fd_dsa.errors import renaming
 from fd_dsa.offline.shared_engine import SharedEngine
 from fd_dsa.speculative_config import SpeculativeConfig
 
@@ -109,11 +108,8 @@ class LLM:
 
         if not logging.getLogger("fd_dsa").level:
             logging.getLogger("fd_dsa").setLevel(logging.WARNING)
-        try:
+        with renaming({f"--{name.replace('_', '-')}": name for name in given}):
             self._shared = SharedEngine(build_engine(EngineConfig(**given)))
-        except FdDsaError as error:
-            error.args = tuple(_in_python(text, given) for text in error.args)
-            raise
 
     @classmethod
     def from_engine(cls, engine: LLMEngine) -> LLM:
@@ -341,11 +337,3 @@ class LLM:
             RequestOutput.of_prompt(finished[end - one.n : end])
             for end, one in zip(ends, params, strict=True)
         ]
-
-
-def _in_python(text: object, names: Iterable[str]) -> Any:
-    """Return a message with the names of arguments in place of flags."""
-    for name in names:
-        flag = f"--{name.replace('_', '-')}"
-        text = re.sub(rf"{flag}(?![\w-])", name, str(text))
-    return text

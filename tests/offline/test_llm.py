@@ -16,7 +16,7 @@ from fd_dsa import LLM, SamplingParams
 from fd_dsa.chat.template import ChatTemplate
 from fd_dsa.config import EngineConfig
 from fd_dsa.engine.tokenizer import Tokenizer
-from fd_dsa.errors import ConfigError
+from fd_dsa.errors import BackendUnavailable, ConfigError
 from tests.engine.fakes import byte_tokenizer, expected_greedy, make_engine
 from tests.serve.processes import environment
 
@@ -303,9 +303,11 @@ def test_errors_have_the_names_of_python(tmp_path):
             "kv_cache_memory_bytes": 64,
         },
         f"model: got '{tmp_path}/none', allowed: a local folder": {"model": f"{tmp_path}/none"},
+        # an ImportError, too
+        "device: got 'gpu:9', allowed is 'gpu'; choose": {"device": "gpu:9"},
     }
     for text, keywords in cases.items():
-        with pytest.raises(ConfigError) as caught:
+        with pytest.raises((ConfigError, BackendUnavailable)) as caught:
             LLM(**keywords)
         assert str(caught.value).startswith(text)
     with pytest.raises(TypeError, match="max_model_length"):
