@@ -62,7 +62,7 @@ def test_parts_are_the_whole_and_are_split(name: str, absent: list[str], tmp_pat
         (TINY, ["-tp", "3"], "--tensor-parallel-size: got 3, allowed: a divisor of the model's"),
         (TINY, ["-tp", "9"], "--tensor-parallel-size: got 9, allowed: at most 8"),
         (TINY_FP8, ["-tp", "2"], "whole blocks of 128 of FP8 weights"),
-        (TINY, ["-tp", "0"], "--tensor-parallel-size: got 0, allowed: "),
+        (TINY, ["-tp", "0"], "--tensor-parallel-size/-tp: got '0'; must be a whole"),
         (TINY | {"hidden_size": -1}, [], "config.json: hidden_size: got -1"),
         (TINY | {"swiglu_limit": 7}, [], "config.json: swiglu_limit: got 7, allowed: fields that"),
         ({"model_type": "hy_v4"}, [], "is not served yet: a gate and sinks in attention"),

@@ -52,8 +52,8 @@ def build_parser() -> Parser:
         help="print what each GPU would hold of a model with this config.json, without checks",
     )
     parser.add_argument(
-        "-tp",
         "--tensor-parallel-size",
+        "-tp",
         metavar="N",
         type=number(int, 1),
         default=1,

@@ -111,8 +111,8 @@ def test_a_start_makes_the_same_plan(
     ("flags", "error"),
     [
         (["--plan", ""], "--plan: got '', allowed: a local folder"),
-        (["--plan", ".", "-tp", "1e3"], "-tp/--tensor-parallel-size: got '1e3'; must be a whole"),
-        (["--plan", ".", "-tp", "0"], "-tp/--tensor-parallel-size: got '0'; must be a whole"),
+        (["--plan", ".", "-tp", "1e3"], "--tensor-parallel-size/-tp: got '1e3'; must be a whole"),
+        (["--plan", ".", "-tp", "0"], "--tensor-parallel-size/-tp: got '0'; must be a whole"),
         (["-tp", "2"], "--tensor-parallel-size: give --plan FOLDER, too"),
         (["--allow-unknown-config-fields"], "--allow-unknown-config-fields: give --plan FOLDER"),
         (["--plan", ".", "--device", "gpu:9"], "--device: not together with --plan"),
