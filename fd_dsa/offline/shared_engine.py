@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import threading
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from functools import partial
 
 from fd_dsa.engine.engine import LLMEngine
 from fd_dsa.engine.output import RequestOutput
@@ -59,16 +59,11 @@ class SharedEngine:
         prompts = dict(zip(names, texts, strict=True))
         try:
             for name, ids, one in zip(names, token_ids, params, strict=True):
-                with self._turn():
-                    self.engine.add_request(name, ids, one)
-                    self._by_request[name] = queue
+                self._take_turn(partial(self._add, name, ids, one, queue))
             num_running = sum(one.n for one in params)
             while num_running:
                 while not queue:
-                    with self._turn():
-                        # another thread's step may have filled it meanwhile
-                        if not queue:
-                            self._step(self.engine, queue)
+                    self._take_turn(partial(self._step, queue))
                 output = queue.popleft()
                 num_running -= output.finished
                 output.prompt = prompts[output.request_id]
@@ -90,24 +85,36 @@ class SharedEngine:
             self._by_request.clear()
             self._engine = None
 
-    @contextmanager
-    def _turn(self) -> Iterator[None]:
-        """Use the engine inside. A thread that has used it waits until the next one does.
+    def _take_turn(self, work: Callable[[], None]) -> None:
+        """Call a function that uses the engine.
 
-        A stream that the garbage collector closes inside is aborted at the end.
+        A thread that has used it waits until the next one does. A stream that the garbage collector
+        closes inside is aborted at the end. An interrupt may come at each call of a Python
+        function, so the lock is released without one.
         """
         try:
             with self._next:
                 self._lock.acquire()
             try:
                 self._is_used = True
-                yield
+                work()
             finally:
+                self._is_used = False
                 self._abort_ended()
         finally:
-            # an interrupt may come before or after the lock is acquired
-            with suppress(RuntimeError):
+            try:  # noqa: SIM105 - `suppress` is a call, in which an interrupt would keep the lock
                 self._lock.release()
+            except RuntimeError:
+                # the interrupt came before the lock was acquired
+                pass
+
+    def _add(
+        self, name: str, ids: list[int], params: SamplingParams, queue: deque[RequestOutput]
+    ) -> None:
+        """Add a request to the engine."""
+        # first, so that an interrupt after the request was added aborts it
+        self._by_request[name] = queue
+        self.engine.add_request(name, ids, params)
 
     def _abort_ended(self) -> None:
         """Abort the requests whose calls have ended."""
@@ -120,8 +127,12 @@ class SharedEngine:
         finally:
             self._is_used = False
 
-    def _step(self, engine: LLMEngine, queue: deque[RequestOutput]) -> None:
+    def _step(self, queue: deque[RequestOutput]) -> None:
         """Step the engine, and sort the outputs into the queues."""
+        # another thread's step may have filled it meanwhile
+        if queue:
+            return
+        engine = self.engine
         if not any(one is queue for one in self._by_request.values()):
             raise RuntimeError("an interrupt in another thread ended the requests of this call")
         try:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
+import itertools
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -17,6 +20,7 @@ from fd_dsa.chat.template import ChatTemplate
 from fd_dsa.config import EngineConfig
 from fd_dsa.engine.tokenizer import Tokenizer
 from fd_dsa.errors import BackendUnavailable, ConfigError
+from fd_dsa.offline import shared_engine
 from tests.engine.fakes import byte_tokenizer, expected_greedy, make_engine
 from tests.serve.processes import environment
 
@@ -146,6 +150,58 @@ def test_an_interrupted_step_ends_the_calls_of_all_threads(llm, monkeypatch, num
     assert errors == {KeyboardInterrupt, RuntimeError}
     monkeypatch.undo()
     assert tokens(llm.generate([[3]], GREEDY)) == [expected_greedy([3], 6, eos=None)]
+
+
+def interrupted_at(llm, number):
+    """Interrupt a call at the beginning of a function that shares steps; None after the last one.
+
+    Python runs a signal's handler there.
+    """
+    files = tuple(inspect.getfile(module) for module in (shared_engine, contextlib))
+    calls, before = itertools.count(), sys.gettrace()
+
+    def trace(frame, event, argument):
+        code = frame.f_code
+        # the end of a generator expression is a call too, whose errors are lost
+        if code.co_filename in files and code.co_name != "<genexpr>" and next(calls) == number:
+            raise KeyboardInterrupt
+
+    sys.settrace(trace)
+    try:
+        llm.generate("ab", GREEDY)
+    except KeyboardInterrupt as error:
+        return error
+    finally:
+        sys.settrace(before)
+    return None
+
+
+def test_an_interrupt_leaves_the_engine_to_other_threads(llm):
+    count, found = 0, []
+    # a notebook keeps the error, too
+    while (error := interrupted_at(llm, count)) is not None:
+        assert not llm.engine.has_unfinished_requests(), error
+        other = threading.Thread(target=lambda: found.extend(llm.generate([[3]], GREEDY)))
+        other.daemon = True
+        other.start()
+        other.join(30)
+        count += 1
+        assert tokens(found) == count * [expected_greedy([3], 6, eos=None)], error
+    assert count > 20
+
+
+@pytest.mark.parametrize("place", ["add_request", "step"])
+def test_an_interrupt_after_a_request_was_added_ends_it(llm, monkeypatch, place):
+    method = getattr(llm.engine, place)
+
+    def interrupted(*arguments):
+        method(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(llm.engine, place, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate("ab", GREEDY)
+    assert not llm.engine.has_unfinished_requests()
 
 
 def test_a_stream_that_is_closed_aborts_its_requests(llm):
