@@ -114,7 +114,9 @@ def _serve(args: argparse.Namespace) -> int:
     if engine == "fastdeploy":
         return _serve_with_fastdeploy(args)
     refuse_for_embedded(args)
-    return _show_plan(args) if args.dry_run else _serve_embedded(args, started)
+    # a KeyboardInterrupt is lost in a callback, such as those of the locks of imports
+    with signals_exit_at_once("fd_dsa: error: interrupted while starting"):
+        return _show_plan(args) if args.dry_run else _serve_embedded(args, started)
 
 
 def _download(args: argparse.Namespace) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -16,7 +18,7 @@ import pytest
 
 from tests.proc import children
 from tests.serve.conftest import wait_until
-from tests.serve.processes import SLOW, Server, serving
+from tests.serve.processes import SLOW, Server, environment, serving
 
 TIMEOUT_S = 60
 # minutes: longer than any test waits
@@ -196,3 +198,38 @@ def test_engine_failure_ends_the_process_with_status_one(
         assert ask(live, clients, **{**ENDLESS, "max_tokens": 50}).result().status_code == 500
         assert live.process.wait(TIMEOUT_S) == 1
         assert "the engine has failed" in live.log.read_text()
+
+
+IN_A_CALLBACK = """
+import os, signal, sys, weakref
+from fd_dsa.serve import cli
+
+def callback(_):
+    os.kill(os.getpid(), {number})
+
+def imports():
+    lock = {{0}}
+    kept = weakref.ref(lock, callback)
+    del lock
+    print("goes on")
+
+cli.check_address_space = imports
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from fd_dsa.cli import main
+sys.exit(main(["serve"]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_a_callback_of_the_start_ends_it(number: signal.Signals) -> None:
+    """Imports have such callbacks, in which Python drops exceptions."""
+    program = IN_A_CALLBACK.format(number=int(number))
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+    )
+    assert (done.returncode, done.stdout) == (128 + number, "")
+    assert done.stderr.splitlines()[-1] == "fd_dsa: error: interrupted while starting"
