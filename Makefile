@@ -96,6 +96,7 @@ soak: $(VENV)/.dev ## new random cases for hours; make soak ROUNDS=1 CASES=200 i
 	$(BIN)/python -m tests.soak.histories --first $(SEED)0000 --histories $(CASES)
 	$(BIN)/python -m tests.soak.host_tier --first $(SEED)0000 --histories $(CASES)
 	$(BIN)/python -m tests.soak.captured --first $(SEED)0000 --histories $(ROUNDS)
+	$(BIN)/python -m tests.soak.captured_v4 --first $(SEED)0000 --histories $(ROUNDS)
 	$(BIN)/python -m tests.soak.fuzz --first $(SEED)00000 --requests $(CASES)0
 	$(BIN)/python -m tests.soak.grammars --cases $(CASES)
 	$(BIN)/python -m tests.soak.modes $(MODES) --seed $(SEED)

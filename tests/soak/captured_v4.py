@@ -103,9 +103,10 @@ def draw_history(number: int) -> History:
         options["speculative_config"] = method
     stem = [draw.randrange(2, 90) for _ in range(50)]
     is_captured = draw.random() < 0.6
+    num_drafts = 0 if method is None else method["num_speculative_tokens"]
     return History(
         options,
-        decode_sizes=(rows, 3 * rows) if is_captured else (),
+        decode_sizes=(rows, rows * (1 + num_drafts)) if is_captured else (),
         prompt_sizes=(draw.choice([8, 12]),) if is_captured else (),
         arrivals=tuple(_draw_arrival(draw, stem) for _ in range(6)),
     )
