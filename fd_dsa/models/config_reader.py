@@ -82,9 +82,13 @@ def parse_json(text: bytes) -> Any:
 
     Raises:
         ValueError, RecursionError: the text is no JSON, or an object has a name twice. Readers
-            disagree which of the two values counts.
+            disagree which of the two values counts. Or an escape is half of a surrogate pair, which
+            no tokenizer accepts.
     """
-    return json.loads(text.decode("utf-8"), object_pairs_hook=_object)
+    value = json.loads(text.decode("utf-8"), object_pairs_hook=_object)
+    if b"\\u" in text:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    return value
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

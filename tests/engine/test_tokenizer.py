@@ -101,7 +101,7 @@ def test_a_missing_or_damaged_file_is_named(folder, tmp_path_factory):
     (empty / "tokenizer.json").write_text("{", encoding="utf-8")
     with pytest.raises(ConfigError, match=r"tokenizer\.json cannot be read"):
         Tokenizer.from_folder(empty)
-    for content in ("{", "[]", "[" * 100_000):
+    for content in ("{", "[]", "[" * 100_000, r'{"bos_token": "\ud83d"}'):
         (folder / "tokenizer_config.json").write_text(content, encoding="utf-8")
         with pytest.raises(ConfigError, match=r"tokenizer_config\.json"):
             Tokenizer.from_folder(folder)

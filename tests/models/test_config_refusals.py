@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fd_dsa.errors import ConfigError
-from fd_dsa.models.config_reader import MAX_FILE_BYTES
+from fd_dsa.models.config_reader import MAX_FILE_BYTES, parse_json
 from fd_dsa.models.registry import config_from_dict, read_config
 from tests.models.folders import TINY, TINY_GLM
 
@@ -148,6 +148,7 @@ def test_missing_model_type() -> None:
         (b"\xff{}", "cannot be read"),
         (b"[1]", "JSON list"),
         (b'{"a": {"b": 1, "c": 2, "b": 3}}', "the name 'b' is there twice in one object"),
+        (rb'{"a": ["\ud83d"]}', r"'\\ud83d' .*surrogates not allowed"),
     ],
 )
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
@@ -157,6 +158,10 @@ def test_damaged_files(tmp_path: Path, name: str, content: bytes, text: str) -> 
     with pytest.raises(ConfigError, match=text) as caught:
         read_config(tmp_path)
     assert str(tmp_path / name) in str(caught.value)
+
+
+def test_escapes_that_are_whole_surrogate_pairs_are_text() -> None:
+    assert parse_json(rb'{"a": ["\ud83d\ude00 \\ud83d"]}') == {"a": ["\U0001f600 \\ud83d"]}
 
 
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
