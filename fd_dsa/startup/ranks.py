@@ -41,7 +41,7 @@ class Ranks:
 
     def __init__(self, config: EngineConfig) -> None:
         shared = Shared.create(config.tensor_parallel_size)
-        self.group = HostGroup(0, shared)
+        self.group, self._pid = HostGroup(0, shared), os.getpid()
         self._lock = threading.Lock()
         self._is_closed = False
         # True while the engine's thread may wait for a device
@@ -96,6 +96,9 @@ class Ranks:
 
     def close(self) -> None:
         """End all ranks. Further calls have no effect."""
+        if os.getpid() != self._pid:
+            # a process that a caller has forked also runs finalizers, with the same connections
+            return
         with self._lock:
             is_first = not self._is_closed
             self._is_closed = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -176,6 +177,16 @@ def test_a_caller_who_leaves_and_one_who_is_refused_disturb_nobody(alone: LLM, s
     stream.close()
     with pytest.raises(ValueError, match="max_model_len"):
         shared.generate([1] * 300, PARAMS[0])
+    compare(alone.generate(PROMPTS[:1], PARAMS[:1]), shared.generate(PROMPTS[:1], PARAMS[:1]))
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_forked_process_ends_without_the_ranks(alone: LLM, shared: LLM) -> None:
+    for end in (shared.close, shared.engine.runner.ranks.close):
+        forked = multiprocessing.get_context("fork").Process(target=end)
+        forked.start()
+        forked.join(60)
+        assert forked.exitcode == 0
     compare(alone.generate(PROMPTS[:1], PARAMS[:1]), shared.generate(PROMPTS[:1], PARAMS[:1]))
 
 
