@@ -13,12 +13,23 @@ from pathlib import Path
 
 # time that a process needs to end once it was killed or has closed its connection, seconds
 _END_TIMEOUT_S = 5.0
+_started: weakref.WeakSet[ChildProcess] = weakref.WeakSet()
+
+
+def _leave_to_parent() -> None:
+    """Close a forked process's copies of the pipes that end children with the parent."""
+    for child in _started:
+        child._end_life()
+
+
+os.register_at_fork(after_in_child=_leave_to_parent)
 
 
 class ChildProcess:
     """Child process and the connection to it, in a session of its own.
 
-    The kernel ends the child when this object or this process is gone, whatever the child does.
+    The kernel ends the child when this object or this process is gone, whatever the child does. A
+    process that this one has forked does not keep the child.
 
     Args:
         command: command line, to which the numbers of a socket and of a pipe are added. Its program
@@ -52,7 +63,8 @@ class ChildProcess:
             finally:
                 os.close(life)
             self.connection = Connection(ours.detach())
-        weakref.finalize(self, os.close, own_life)
+        self._end_life = weakref.finalize(self, os.close, own_life)
+        _started.add(self)
         self.pid = self._process.pid
 
     @property

@@ -115,6 +115,36 @@ os.kill(os.getpid(), signal.SIGKILL)
     until(lambda: not any(map(is_alive, pids)))
 
 
+def test_a_process_that_the_parent_has_forked_keeps_no_child() -> None:
+    program = f"""
+import os, signal, sys, time
+from fd_dsa.processes.parent import ChildProcess
+child = ChildProcess((sys.executable, "-c", {PROGRAM!r}))
+child.connection.recv()
+forked = os.fork()
+if not forked:
+    for stream in (1, 2):
+        os.close(stream)
+    time.sleep(60)
+    os._exit(0)
+# the end of a copy is not that of the parent
+time.sleep(0.1)
+child.connection.send("connection.send('runs'); time.sleep(60)")
+print(child.pid, forked, child.connection.recv(), flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=30
+    )
+    pid, forked, answer = done.stdout.split()
+    assert (done.returncode, answer) == (-signal.SIGKILL, "runs"), done.stderr
+    try:
+        until(lambda: not is_alive(int(pid)))
+        assert is_alive(int(forked))
+    finally:
+        os.kill(int(forked), signal.SIGKILL)
+
+
 def test_a_child_without_its_object_ends() -> None:
     process = ChildProcess((sys.executable, "-c", PROGRAM))
     connection, pid = process.connection, process.pid
