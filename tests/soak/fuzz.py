@@ -96,7 +96,8 @@ def check_answer(method: str, path: str, answer: httpx.Response) -> None:
 def check_error(content: Any, path: str) -> None:
     """AssertionError unless it is an error object of the path's API, without an inner detail."""
     error = content["error"]
-    if is_anthropic(path):
+    # a server that cannot read the head does not know the path
+    if is_anthropic(path) and "no valid HTTP/1.1" not in error["message"]:
         assert content == {"type": "error", "error": error}
         assert set(error) == {"message", "type"}, content
     else:
