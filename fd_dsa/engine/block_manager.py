@@ -73,6 +73,8 @@ class BlockManager:
         reservations: blocks of requests that are not admitted yet, by `seq_id`.
         shares_blocks: False if a row has state that its blocks do not hold, so that also the
             outputs of one request have blocks of their own.
+        repeats_chunks: False if tokens of a chunk overwrite states that the chunk reads, so that a
+            failed step is not repeated.
 
     Raises:
         ValueError: a number is below 1.
@@ -86,7 +88,8 @@ class BlockManager:
                 f"num_blocks is {num_blocks} and block_size {block_size}; both must be >= 1"
             )
         self.num_blocks, self.block_size = num_blocks, block_size
-        self.enable_prefix_caching, self.shares_blocks = enable_prefix_caching, True
+        self.enable_prefix_caching = enable_prefix_caching
+        self.shares_blocks = self.repeats_chunks = True
         # used from the end, so that low ids come first
         self._free = list(range(num_blocks - 1, -1, -1))
         # blocks that can be found, by key, and their keys
@@ -137,8 +140,7 @@ class BlockManager:
 
     def blocks_of(self, seq_id: Hashable) -> tuple[int, ...]:
         """Return the blocks of a request in the order of its tokens, which may be none."""
-        owner = self._owners.get(seq_id)
-        return tuple(owner.blocks) if owner else ()
+        return tuple(self._owners.get(seq_id, _Owner()).blocks)
 
     def shared_blocks(self, seq_id: Hashable, num_blocks: int) -> list[int]:
         """Return those of the first blocks of a request after which another one may go on."""
@@ -314,10 +316,8 @@ class BlockManager:
 
     def free(self, seq_id: Hashable) -> None:
         """Free the blocks of a request, which may have none."""
-        owner = self._owners.pop(seq_id, None)
+        owner = self._owners.pop(seq_id, _Owner())
         self.reservations.pop(seq_id, None)
-        if owner is None:
-            return
         for block in reversed(owner.blocks):
             self._num_owners[block] -= 1
             if not self._num_owners[block]:

@@ -45,9 +45,10 @@ class DSACaches:
         state_bytes: bytes in addition to the blocks.
         snapshot_bytes: of these, bytes of one snapshot of a row; 0 = rows have none.
         shares_blocks: True if a row may continue after any block of another one.
+        repeats_chunks: False if tokens of a chunk overwrite states that the chunk reads.
     """
 
-    state_bytes, snapshot_bytes, shares_blocks = 0, 0, True
+    state_bytes, snapshot_bytes, shares_blocks, repeats_chunks = 0, 0, True, True
 
     def __init__(self, config: EngineConfig, model_config: ModelConfig, batch: InputBatch) -> None:
         layout = model_config.cache_layout(config.kv_cache_dtype, config.tokens_per_block)
@@ -105,6 +106,8 @@ class DSACaches:
 
 class V4Caches:
     """Pools of DeepSeek-V4."""
+
+    repeats_chunks = False
 
     def __init__(
         self, config: EngineConfig, model_config: DeepseekV4Config, batch: InputBatch

@@ -377,7 +377,7 @@ class Scheduler:
         """Preempt requests whose rows the last step has damaged, if it was not completed."""
         if self._blocks.snapshots is not None:
             self._blocks.snapshots.release()
-        if not self._blocks.shares_blocks:
+        if not self._blocks.repeats_chunks:
             # layers that ran have kept keys of a chunk in place of older ones that it reads
             begun = [r for r in self._scheduled if r.num_computed_tokens and not r.is_decode]
             while any(request.batch_row >= 0 for request in begun):

@@ -96,6 +96,7 @@ def _build(config: EngineConfig, ranks: Ranks | None, progress: StartupProgress)
     def make_engine(**given: Any) -> LLMEngine:
         engine = make(**given)
         engine.block_manager.shares_blocks = plan.caches.shares_blocks
+        engine.block_manager.repeats_chunks = plan.caches.repeats_chunks
         return engine
 
     engine = make_engine(spec_decoder=_make_spec_decoder(runner, plan, make_engine))

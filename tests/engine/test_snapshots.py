@@ -95,7 +95,7 @@ def stateful_engine(
     engine = make_engine(**sizes, enable_prefix_caching=num_snapshots > 0)
     manager = engine.block_manager
     engine.runner = runner = StatefulRunner(engine.runner.input_batch, manager.num_blocks)
-    manager.shares_blocks = False
+    manager.shares_blocks = manager.repeats_chunks = False
     num_host_blocks, num_host_snapshots = host
     if num_snapshots:
         slots = range(ON_DEVICE, ON_DEVICE + num_snapshots)

@@ -152,3 +152,23 @@ def test_random_weights(folder: Path) -> None:
     """`--load-format dummy` needs no weights."""
     with engine_of(folder, load_format="dummy") as llm:
         assert len(tokens_of(llm, PROMPTS[:1], PARAMS)[0]) == STEPS
+
+
+def test_a_smaller_second_try_changes_no_token(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The failed chunk has overwritten the states of unfinished entries."""
+    with engine_of(folder, max_num_batched_tokens=5, max_model_len=96) as llm:
+        wanted = tokens_of(llm, PROMPTS[:1], PARAMS)
+        llm.engine.block_manager.reset_prefix_cache()
+        execute, calls = llm.engine.runner.execute_model, list[int]()
+
+        def failing(*arguments: Any) -> Any:
+            logits = execute(*arguments)
+            calls.append(0)
+            if len(calls) == 3:
+                raise MemoryError("no page is free")
+            return logits
+
+        monkeypatch.setattr(llm.engine.runner, "execute_model", failing)
+        assert tokens_of(llm, PROMPTS[:1], PARAMS) == wanted

@@ -90,6 +90,7 @@ def engine_of(runner: Any, plan: EnginePlan) -> LLMEngine:
         spec_decoder=spec_decoder,
     )
     engine.block_manager.shares_blocks = plan.caches.shares_blocks
+    engine.block_manager.repeats_chunks = plan.caches.repeats_chunks
     snapshots = plan.caches.snapshots(runner.copy_state, plan.memory.num_host_snapshots)
     assert snapshots is not None
     engine.block_manager.use_snapshots(snapshots)
