@@ -75,21 +75,22 @@ class Checkpoint:
         """
         folder = Path(folder)
         single, index = folder / SINGLE_FILE, folder / INDEX_FILE
-        if has_file(single) and has_file(index):
-            raise CheckpointError(
-                f"{folder}: holds both {SINGLE_FILE} and {INDEX_FILE}; remove the stale one"
-            )
         if not has_file(single) and not has_file(index):
             raise CheckpointError(
                 f"{folder}: found neither {SINGLE_FILE} nor {INDEX_FILE}; "
                 "weights in the safetensors format are needed"
             )
-        if has_file(single):
+        if not has_file(index):
             layer = folder / MTP_FILE
             files = [single, layer] if has_file(layer) else [single]
             return cls(folder, files)._renamed(name_of)
         weight_map = _read_weight_map(index)
         shards = [folder / name for name in sorted(set(weight_map.values()))]
+        if has_file(single) and single not in shards:
+            raise CheckpointError(
+                f"{folder}: holds both {SINGLE_FILE} and {INDEX_FILE}, which does not name it; "
+                "remove the stale one"
+            )
         for path in shards:
             if not has_file(path):
                 raise CheckpointError(

@@ -99,6 +99,10 @@ def test_single_file_and_index_at_once(tmp_path: Path) -> None:
     write_safetensors(tmp_path / "model.safetensors", TENSORS)
     write_shards(tmp_path, TENSORS, 2)
     assert "holds both" in refusal(tmp_path)
+    index = {"weight_map": dict.fromkeys(TENSORS, "model.safetensors")}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with Checkpoint.open(tmp_path) as checkpoint:
+        assert set(checkpoint.names()) == set(TENSORS)
 
 
 FIRST, SECOND = (f"model-0000{i}-of-00002.safetensors" for i in (1, 2))
