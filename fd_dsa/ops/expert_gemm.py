@@ -65,7 +65,8 @@ def configuration(
     """
     tiling = _fastest(kind, num_pairs, num_experts, gated, columns)
     num_programs = min(num_pairs, num_experts) * (columns // (tiling.columns * _COLUMN_TILES))
-    if _is_short(kind, tiling.rows, width) and num_programs > _FEW_TILES:
+    # fewer programs would leave processors without work in the second half of a launch
+    if _is_short(kind, tiling.rows, width) and num_programs > 2 * _FEW_TILES:
         tiling = tiling._replace(column_tiles=_COLUMN_TILES)
     stage_bytes = (tiling.columns * (1 + gated) + tiling.rows) * 128
     if kind in _FOUR_BITS:
