@@ -191,7 +191,7 @@ def test_a_failed_answer_ends_a_pipe_with_status_one(
     with running(FakeEngine(max_model_len=20)) as live:
         status, out, errors = pipe("--base-url", live.url, said=f"{'long ' * 20}\nHi\n")
         assert (status, out) == (1, "")
-        assert "fd_dsa: error: status 400: prompt has" in errors
+        assert "fd_dsa: error: status 400: messages: the prompt has" in errors
 
 
 def test_starts_that_fail_are_one_line(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +58,6 @@ def fill_parser(parser: Parser) -> None:
     group.add_argument(
         "--tokenizer",
         metavar="DIR",
-        type=reader(str, "an existing folder that holds tokenizer.json", os.path.isdir),
         help="folder of the served model, at least its tokenizer (default: that of --serve; "
         "with --base-url it must be given)",
     )
@@ -108,15 +106,15 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _tokenizer_folder(args: argparse.Namespace) -> Path:
+def _tokenizer_folder(args: argparse.Namespace) -> str | Path:
     if args.tokenizer is not None:
-        return Path(args.tokenizer)
+        return str(args.tokenizer)
     if args.base_url is not None:
         raise ConfigError(
             "--tokenizer: not given with --base-url; give the folder of the served model's "
             "tokenizer, by which prompts get their lengths"
         )
-    return demo_model_path() if args.serve is None else Path(args.serve)
+    return demo_model_path() if args.serve is None else str(args.serve)
 
 
 def _lengths(args: argparse.Namespace, limits: Limits) -> tuple[int, ...]:

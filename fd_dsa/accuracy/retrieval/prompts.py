@@ -14,6 +14,7 @@ Source of the tasks: RULER, arXiv 2404.06654; pass keys: Mohtashami and Jaggi, a
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -25,7 +26,7 @@ from typing import Any
 
 from fd_dsa.client.settings import reasoning_switch
 from fd_dsa.engine.tokenizer import Tokenizer
-from fd_dsa.errors import ConfigError
+from fd_dsa.errors import ConfigError, flag_error
 from fd_dsa.models.config_reader import FieldReader, read_json_object
 
 BEFORE = "Read the text and answer the question at its end."
@@ -236,10 +237,12 @@ def _compose(item: Item, lines: Sequence[str]) -> str:
 class TokenCounter:
     """Counts tokens with the tokenizer and chat template of a folder."""
 
-    def __init__(self, folder: Path, thinking: bool | None = None) -> None:
-        if not folder.is_dir():
-            raise ConfigError(f"--tokenizer: {folder} is no folder")
-        self.folder = folder
+    def __init__(self, folder: str | Path, thinking: bool | None = None) -> None:
+        # an empty text, for example from an unset variable of a script, is not this folder
+        if not str(folder) or not os.path.isdir(folder):
+            allowed = "an existing folder that holds tokenizer.json"
+            raise flag_error("tokenizer", str(folder), allowed)
+        self.folder = folder = Path(folder)
         self._tokenizer = Tokenizer.from_folder(folder)
         self._kwargs: dict[str, Any] = {**reasoning_switch(thinking)}
         config = folder / "config.json"

@@ -184,8 +184,8 @@ def test_another_template_and_another_tokenizer_are_told(
         (("--trials", "0"), "--trials: got '0'; must be a whole number from 1 on"),
         (("--trials", "many"), "--trials: got 'many'"),
         (("--index-topk", "-3"), "--index-topk: got '-3'"),
-        (("--tokenizer", "/nowhere"), "--tokenizer: got '/nowhere'; must be an existing folder"),
-        (("--tokenizer", ""), "--tokenizer: got ''; must be an existing folder"),
+        (("--tokenizer", "/nowhere"), "--tokenizer: got '/nowhere', allowed: an existing folder"),
+        (("--tokenizer", ""), "--tokenizer: got '', allowed: an existing folder"),
         (("--base-url", "http://127.0.0.1:9/v1"), "--tokenizer: not given with --base-url; give"),
     ],
 )
