@@ -187,7 +187,9 @@ def test_a_tokenizer_that_stalls_holds_up_nothing_else(
         log = live.ends()
         for request in stalled:
             assert request.result().status_code == 503
-            assert "shut down" in request.result().json()["error"]["message"]
+            # one that came after the signal did not wait for the tokenizer
+            message = request.result().json()["error"]["message"]
+            assert "has shut down before the request" in message or "is shutting down" in message
     assert "something still runs after the shutdown" in log and "Traceback" not in log
 
 
