@@ -73,8 +73,7 @@ class BlockManager:
         reservations: blocks of requests that are not admitted yet, by `seq_id`.
         shares_blocks: False if a row has state that its blocks do not hold, so that also the
             outputs of one request have blocks of their own.
-        repeats_chunks: False if tokens of a chunk overwrite states that the chunk reads, so that a
-            failed step is not repeated.
+        repeats_chunks: False if tokens of a chunk overwrite states that the chunk reads.
 
     Raises:
         ValueError: a number is below 1.
@@ -140,7 +139,8 @@ class BlockManager:
 
     def blocks_of(self, seq_id: Hashable) -> tuple[int, ...]:
         """Return the blocks of a request in the order of its tokens, which may be none."""
-        return tuple(self._owners.get(seq_id, _Owner()).blocks)
+        owner = self._owners.get(seq_id)
+        return tuple(owner.blocks) if owner else ()
 
     def shared_blocks(self, seq_id: Hashable, num_blocks: int) -> list[int]:
         """Return those of the first blocks of a request after which another one may go on."""
@@ -316,9 +316,9 @@ class BlockManager:
 
     def free(self, seq_id: Hashable) -> None:
         """Free the blocks of a request, which may have none."""
-        owner = self._owners.pop(seq_id, _Owner())
+        owner = self._owners.pop(seq_id, None)
         self.reservations.pop(seq_id, None)
-        for block in reversed(owner.blocks):
+        for block in reversed(owner.blocks if owner else ()):
             self._num_owners[block] -= 1
             if not self._num_owners[block]:
                 if block in self._key_of:
