@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import stat
 from collections import Counter
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ INT32_MAX = (1 << 31) - 1
 MAX_FILE_BYTES = 256 << 20
 """Max size of a file without weights. The largest tokenizers have 40 MB."""
 _MAX_NAMES, _MAX_NAME = 12, 80
+_SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 # models compute in float32, which makes infinities and zeros of other numbers
 SMALLEST_FLOAT, LARGEST_FLOAT = 2.0**-126, 2.0**128 - 2.0**104
 
@@ -86,7 +88,7 @@ def parse_json(text: bytes) -> Any:
             no tokenizer accepts.
     """
     value = json.loads(text.decode("utf-8"), object_pairs_hook=_object)
-    if b"\\u" in text:
+    if _SURROGATE_ESCAPE.search(text):
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     return value
 
