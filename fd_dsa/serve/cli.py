@@ -10,6 +10,7 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -166,7 +167,7 @@ def _serve_with_fastdeploy(args: argparse.Namespace) -> int:
     if args.dry_run:
         changed = plan.environment.items() - process_environment().items()
         words = [f"{name}={value}" for name, value in sorted(changed)]
-        _print_plan(shlex.join([*words, *without_secrets(plan.command)]))
+        _write_stdout(shlex.join([*words, *without_secrets(plan.command)]))
         return 0
     engine = check_import(plan)
     # folders of DeepSeek-V3.2 have no chat template, and a completion always works
@@ -198,12 +199,12 @@ def _show_plan(args: argparse.Namespace) -> int:
         **chat_formats(plan.tokenizer, options),
     }
     described = yaml.safe_dump({**server, **plan.describe()}, sort_keys=False, allow_unicode=True)
-    _print_plan(f"# {plan.summary()}\n# {plan.memory.summary()}\n{described.rstrip()}")
+    _write_stdout(f"# {plan.summary()}\n# {plan.memory.summary()}\n{described.rstrip()}")
     return 0
 
 
-def _print_plan(text: str) -> None:
-    """Print the output of --dry-run, as far as there is a reader.
+def _write_stdout(text: str) -> None:
+    """Print a text, as far as there is a reader.
 
     Raises:
         OSError: stdout cannot be written, for example to a full disk.
@@ -212,7 +213,7 @@ def _print_plan(text: str) -> None:
         sys.stdout.write(f"{text}\n")
         sys.stdout.flush()
     except OSError as error:
-        # as in `_print`
+        # otherwise the interpreter writes the text again at its exit, fails, and exits with 120
         discard(sys.stdout)
         if not isinstance(error, BrokenPipeError):
             raise
@@ -274,12 +275,8 @@ def _print_ready(engine: AsyncEngine, name: str, url: str, options: ServerOption
 
 def _print(text: str) -> None:
     """Print a text. Errors of stdout, such as a full disk, do not end the server."""
-    try:
-        sys.stdout.write(f"{text}\n")
-        sys.stdout.flush()
-    except OSError:
-        # otherwise the interpreter writes the text again at its exit, fails, and exits with 120
-        discard(sys.stdout)
+    with suppress(OSError):
+        _write_stdout(text)
 
 
 def _fields_of(kind: type, args: argparse.Namespace) -> dict[str, Any]:
