@@ -153,9 +153,9 @@ def test_an_interrupted_step_ends_the_calls_of_all_threads(llm, monkeypatch, num
 
 
 def interrupted_at(llm, number):
-    """Interrupt a call at the beginning of a function that shares steps; None after the last one.
+    """Interrupt a call at the beginning of a function that shares steps.
 
-    Python runs a signal's handler there.
+    Python runs a signal's handler there. After the last beginning the result is None.
     """
     files = tuple(inspect.getfile(module) for module in (shared_engine, contextlib))
     calls, before = itertools.count(), sys.gettrace()
