@@ -109,12 +109,16 @@ class FourBitWeight(NamedTuple):
     A column is stored in pieces of 128 values, the last one with codes of 0 up to its end. A piece
     has 16 words of 32 bits with 8 codes each. The kind gives the order.
 
-    "int4": code n of word w, from the low bits up, is that of value 16 * n + w.
+    "int4": the lower 16 bits of words 2 * j and 2 * j + 1 have the codes of values 16 * n + 2 * j.
+    The upper bits have the codes of the values one further on. From the low bits up, the first word
+    has n = 0 to 3, and the second one n = 4 to 7. So one mask takes two neighbouring values.
 
-    "e4m3": the values are those of "int4". The bits of four codes change places, because one shift
-    then makes most codes a bfloat16. The order from the highest of 16 bits is: the signs of codes 3
-    and 0, the upper exponent bit of 0, the sign of 2. Then come the last two bits of 0, the sign of
-    1, and the last three bits of 3, 2 and 1.
+    "e4m3": the values are those of "int4". The bits of the codes change places, because one shift
+    then makes most codes a bfloat16. From the highest of 16 bits on, the first word has the
+    sign of code 3 and two bits of code 0. Then come the sign of 2 and two bits of 4, the sign of 1,
+    and three bits each of 3, 2 and 1. In the second word codes 7, 6 and 5 take the places of 3, 2
+    and 1. The bits of codes 0 and 4 are their last two in the first word. In the second word they
+    are the upper exponent bit and the sign.
 
     "e8m0": word 4 * t + s has codes of group s, and four neighbouring words have 8 codes of each
     group. Code 4 * h + i is that of value 32 * s + 16 * h + 4 * t + i, h = 0 or 1 and i = 0 to 3.

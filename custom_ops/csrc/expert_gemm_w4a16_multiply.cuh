@@ -7,38 +7,47 @@ namespace fd_dsa::experts_w4a16 {
 
 #if defined(FD_DSA_HOPPER)
 
-// Sets the values of four codes of both halves of a word, times 2^-126.
+// Sets the values of eight codes of both halves of two words, times 2^-126.
 //
-// FourBitWeight of fd_dsa/tensor.py says where 16 bits have the bits of four codes of kind "e4m3".
-__device__ __forceinline__ void turn_e2m1(uint32_t codes, uint32_t (&values)[4]) {
-  values[0] = (codes << 1 & 0x80008000u) | (codes >> 5 & 0x01000100u) | (codes >> 4 & 0x00c000c0u);
-  values[1] = codes << 6 & 0x81c081c0u;
-  values[2] = codes << 3 & 0x81c081c0u;
-  values[3] = codes & 0x81c081c0u;
+// FourBitWeight of fd_dsa/tensor.py says where the words have the bits of codes of kind "e4m3".
+__device__ __forceinline__ void turn_e2m1(const uint2& words, uint32_t (&values)[8]) {
+  constexpr uint32_t kCode = 0x81c081c0u, kFirst = 0x00d800d8u, kBoth = 0x01f801f8u;
+  // codes 0 and 4 in place, and three places lower
+  uint32_t split = (words.x >> 7 & kFirst) | (words.y >> 6 & ~kFirst);
+  split = (split & kBoth) | (words.y << 2 & ~kBoth);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const uint32_t codes = half == 0 ? words.x : words.y;
+    values[4 * half] = split << 3 * half & kCode;
+    values[4 * half + 1] = codes << 6 & kCode;
+    values[4 * half + 2] = codes << 3 & kCode;
+    values[4 * half + 3] = codes & kCode;
+  }
 }
 
-// Sets the values of four codes of both halves of a word, less their zero point.
+// Sets the values of eight codes of both halves of two words, less their zero point.
 //
 // The last bits of a bfloat16 from 128 to 255 count ones.
 //
 // Args:
 //   zero: 128 plus the zero point, twice
-__device__ __forceinline__ void turn_integers(uint32_t codes, uint32_t zero,
-                                              uint32_t (&values)[4]) {
+__device__ __forceinline__ void turn_integers(const uint2& words, uint32_t zero,
+                                              uint32_t (&values)[8]) {
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    values[i] = minus_bfloat16((codes >> 4 * i & 0x000f000fu) | 0x43004300u, zero);
+  for (int i = 0; i < 8; ++i) {
+    const uint32_t codes = i < 4 ? words.x : words.y;
+    values[i] = minus_bfloat16((codes >> i % 4 * 4 & 0x000f000fu) | 0x43004300u, zero);
   }
 }
 
 // Sets the bfloat16 scales of four codes of e4m3: `even` to those of codes 0 and 2.
 //
 // A code has the exponent, from a power of two on, and the upper three bits of the mantissa. Scales
-// are raised by 2^100, see fd_dsa.ops.fp4.
+// are raised by 2^107, see fd_dsa.ops.fp4.
 __device__ __forceinline__ void turn_scales(uint32_t codes, uint32_t& even, uint32_t& odd) {
-  constexpr uint32_t kFirst = 217u << 23 | 217u << 7;
-  even = ((codes & 0x00ff00ffu) << 4) + kFirst;
-  odd = ((codes >> 8 & 0x00ff00ffu) << 4) + kFirst;
+  constexpr uint32_t kExponent = 0x70007000u, kCode = 0x0ff00ff0u;
+  even = (codes << 4 & kCode) | kExponent;
+  odd = (codes >> 4 & kCode) | kExponent;
 }
 
 // Warpgroup 0 or 1 with two blocks of 64 columns of each tile.
@@ -83,29 +92,25 @@ struct Multiplier {
       uint2 e4m3 = {};
       if constexpr (kInteger) zero = __byte_perm((load_scale(block, r) & 15) | 0x4300, 0, 0x1010);
       else e4m3 = load_shared_uint2(turn.scales() + own * 8);
-      // words of values 2 t and 2 t + 1 of a step, and of those 8 further on
-      const uint2 both[2] = {load_shared_uint2(words), load_shared_uint2(words + 32)};
+      uint32_t even[2] = {}, odd[2] = {};
+      if constexpr (!kInteger) {
+        turn_scales(e4m3.x, even[0], odd[0]);
+        turn_scales(e4m3.y, even[1], odd[1]);
+      }
+      // values 2 t and 2 t + 1 of all steps, then those 8 further on
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        uint32_t even = 0, odd = 0;
-        if (!kInteger) turn_scales(half == 0 ? e4m3.x : e4m3.y, even, odd);
+      for (int next = 0; next < 2; ++next) {
+        const uint2 both = load_shared_uint2(words + next * 32);
+        uint32_t values[8];
+        if constexpr (kInteger) turn_integers(both, zero, values);
+        else turn_e2m1(both, values);
 #pragma unroll
-        for (int next = 0; next < 2; ++next) {
-          // the same codes of both words side by side
-          const uint32_t side =
-              __byte_perm(both[next].x, both[next].y, half == 0 ? 0x5410 : 0x7632);
-          uint32_t values[4];
-          if constexpr (kInteger) {
-            turn_integers(side, zero, values);
-          } else {
-            turn_e2m1(side, values);
-            values[0] = times_bfloat16<false>(values[0], even);
-            values[1] = times_bfloat16<false>(values[1], odd);
-            values[2] = times_bfloat16<true>(values[2], even);
-            values[3] = times_bfloat16<true>(values[3], odd);
-          }
-#pragma unroll
-          for (int i = 0; i < 4; ++i) codes[half * 4 + i][next * 2 + r] = values[i];
+        for (int step = 0; step < 8; ++step) {
+          uint32_t& to = codes[step][next * 2 + r];
+          to = values[step];
+          if constexpr (kInteger) continue;
+          const uint32_t scale = step % 2 == 0 ? even[step / 4] : odd[step / 4];
+          to = step % 4 < 2 ? times_bfloat16<false>(to, scale) : times_bfloat16<true>(to, scale);
         }
       }
     }

@@ -99,7 +99,7 @@ def _weight(
         exact = values - zeros
     else:
         factors = rng.integers(1, 5, outer).astype(np.float32) / 16
-        raised = factors * np.float32(2.0**FACTOR_POWER)
+        raised = factors * np.float32(2.0 ** FACTOR_POWER[form.kind])
         weight = weight._replace(factors=uploaded(allocate, raised))
         exact = E2M1_VALUES[values] * factors[:, :, None, None]
     # exact in float32, because codes, scales and factors have few bits

@@ -34,11 +34,14 @@ _E4M3_SCALES = _scale_table()
 
 
 def _e2m1_table() -> np.ndarray:
-    """Return the bits of four e2m1 codes in the order of FourBitWeight, uint16 [65536]."""
+    """Return the bits of four e2m1 codes for `_in_order_of_e2m1`, uint16 [65536].
+
+    Where FourBitWeight has two bits of code 4, these are the others of code 0.
+    """
     bits, table = np.arange(1 << 16), np.zeros(1 << 16, np.int64)
     for left, mask in (
         *((0, 0x8000), (-6, 0x01C0), (1, 0x1000), (-5, 0x0038)),
-        *((2, 0x0200), (-4, 0x0007), (11, 0x6000), (10, 0x0C00)),
+        *((2, 0x0200), (-4, 0x0007), (13, 0x6000), (9, 0x0800), (7, 0x0400)),
     ):
         table |= (bits << left if left > 0 else bits >> -left) & mask
     return table.astype(np.uint16)
@@ -86,9 +89,29 @@ def in_pieces(codes: np.ndarray, kind: str) -> np.ndarray:
     for i, half in enumerate((low, high)):
         words[:, :, :, i] = half.view(np.uint8).reshape(rows, pieces, 4, 8).transpose(1, 0, 3, 2)
     words = words.reshape(pieces, rows, PIECE // 2)
-    if kind == "e4m3":
-        words = np.take(_E2M1_HALVES, words.view(np.uint16)).view(np.uint8)
+    # a piece at a time, which a cache holds
+    for piece in words:
+        halves = piece.view(np.uint16)
+        if kind == "e4m3":
+            np.take(_E2M1_HALVES, halves, out=halves, mode="clip")
+        pairs = halves.view(np.uint64)
+        # values 2 * j + 1 go to the upper halves
+        _exchange(pairs, 16, 0x00000000FFFF0000)
+        if kind == "e4m3":
+            # bits 10 and 11 of first words go to bits 13 and 14 of second ones
+            _exchange(pairs, 35, 0x0000000000000C00 | 0x0C00 << 16)
     return words
+
+
+def _exchange(words: np.ndarray, distance: int, mask: int) -> None:
+    """Exchange the bits of a mask with those that are a distance above them."""
+    upper = np.uint64(distance)
+    changes = words >> upper
+    changes ^= words
+    changes &= np.uint64(mask)
+    words ^= changes
+    changes <<= upper
+    words ^= changes
 
 
 def integer_scales(scales: np.ndarray, zeros: np.ndarray | None) -> np.ndarray:
@@ -200,7 +223,7 @@ class FourBits:
 
     def _factor(self, factor: float) -> np.ndarray:
         """Return the factor of a matrix of e2m1 values for the kernel."""
-        return np.array([factor * 2.0**FACTOR_POWER], np.float32)
+        return np.array([factor * 2.0 ** FACTOR_POWER[self.kind]], np.float32)
 
 
 def _is_zero(codes: np.ndarray, group: int) -> np.ndarray:

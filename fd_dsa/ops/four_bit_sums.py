@@ -26,35 +26,43 @@ _PIECE = tl.constexpr(PIECE)
 
 
 def _assembly(setup: str, *codes: str) -> str:
-    """Return assembly that turns two words into 8 pairs of bfloat16.
+    """Return assembly that turns two words, low and high, into 8 pairs of bfloat16.
 
     Args:
         setup: what runs first.
-        codes: for each code of a word, what writes that code of both words to {to}.
+        codes: for each code of a half, what writes that code of both halves to {to}.
     """
-    lines = [".reg .b32 low, high, x, y<4>;"]
-    # the same half of both words side by side
-    lines += ["prmt.b32 low, $8, $9, 0x5410;", "prmt.b32 high, $8, $9, 0x7632;", setup]
-    lines += [code.format(to=f"${i}", half=("low", "high")[i // 4]) for i, code in enumerate(codes)]
+    lines = [".reg .b32 low, high, x, y<4>;", setup]
+    lines += [code.format(to=f"${i}", word=("low", "high")[i // 4]) for i, code in enumerate(codes)]
     return "{" + " ".join(lines) + "}"
 
 
-# 0xEA: (a & b) | c
-_E2M1_CODES = (
-    "shl.b32 x, {half}, 1; and.b32 {to}, x, 0x80008000;"
-    " shr.b32 x, {half}, 5; lop3.b32 {to}, x, 0x01000100, {to}, 0xEA;"
-    " shr.b32 x, {half}, 4; lop3.b32 {to}, x, 0x00C000C0, {to}, 0xEA;",
-    "shl.b32 x, {half}, 6; and.b32 {to}, x, 0x81C081C0;",
-    "shl.b32 x, {half}, 3; and.b32 {to}, x, 0x81C081C0;",
-    "and.b32 {to}, {half}, 0x81C081C0;",
+_SIDE_BY_SIDE = "mov.b32 low, $8; mov.b32 high, $9;"
+# Codes 0 and 4 are in place, and three places lower. 0xE4: c ? a : b
+_SPLIT_CODES = (
+    "shr.b32 x, low, 7; shr.b32 y0, high, 6; lop3.b32 x, x, y0, 0x00D800D8, 0xE4;"
+    " shl.b32 y0, high, 2; lop3.b32 x, x, y0, 0x01F801F8, 0xE4;"
 )
-_E2M1 = tl.constexpr(_assembly("", *_E2M1_CODES, *_E2M1_CODES))
+_E2M1_CODES = (
+    "shl.b32 y1, {word}, 6; and.b32 {to}, y1, 0x81C081C0;",
+    "shl.b32 y1, {word}, 3; and.b32 {to}, y1, 0x81C081C0;",
+    "and.b32 {to}, {word}, 0x81C081C0;",
+)
+_E2M1 = tl.constexpr(
+    _assembly(
+        _SIDE_BY_SIDE + _SPLIT_CODES,
+        "and.b32 {to}, x, 0x81C081C0;",
+        *_E2M1_CODES,
+        "shl.b32 x, x, 3; and.b32 {to}, x, 0x81C081C0;",
+        *_E2M1_CODES,
+    )
+)
 _INT4_CODES = tuple(
-    f"shr.b32 x, {{half}}, {4 * i}; and.b32 {{to}}, x, 0x000F000F;"
+    f"shr.b32 x, {{word}}, {4 * i}; and.b32 {{to}}, x, 0x000F000F;"
     " or.b32 {to}, {to}, 0x43004300;"
     for i in range(4)
 )
-_INT4 = tl.constexpr(_assembly("", *_INT4_CODES, *_INT4_CODES))
+_INT4 = tl.constexpr(_assembly(_SIDE_BY_SIDE, *_INT4_CODES, *_INT4_CODES))
 
 
 def _mxfp4_code(code: int) -> str:
@@ -63,7 +71,7 @@ def _mxfp4_code(code: int) -> str:
     The signs of two codes are the highest bits of the bytes of a 16-bit half.
     """
     is_up, i = divmod(code, 4)
-    shift = "shl.b32 x, {half}," if i < 2 else "shr.b32 x, {half},"
+    shift = "shl.b32 x, {word}," if i < 2 else "shr.b32 x, {word},"
     size = f"{shift} {abs(6 - 4 * i)};"
     sign = f"y{2 * is_up + i // 2}"
     if i % 2 == 0:
@@ -73,7 +81,9 @@ def _mxfp4_code(code: int) -> str:
 
 
 _MXFP4_SIGNS = (
-    "and.b32 y0, low, 0x80808080; and.b32 y1, high, 0x80808080;"
+    # the same half of both words side by side
+    "prmt.b32 low, $8, $9, 0x5410; prmt.b32 high, $8, $9, 0x7632;"
+    " and.b32 y0, low, 0x80808080; and.b32 y1, high, 0x80808080;"
     " shl.b32 x, low, 4; and.b32 y2, x, 0x80808080;"
     " shl.b32 x, high, 4; and.b32 y3, x, 0x80808080;"
 )
@@ -103,19 +113,31 @@ def _bfloat16(bits):
 
 
 @triton.jit
-def _plane(words, NIBBLE: tl.constexpr, KIND: tl.constexpr):
+def _halves(words, KIND: tl.constexpr):
+    """Return both halves of each word of a column, 16 bits each. See FourBitWeight."""
+    if KIND == "e8m0":
+        return words & 0xFFFF, words >> 16
+    low, high = tl.split(tl.reshape(words, (words.shape[0], 8, 2)))
+    low, high = tl.join(low & 0xFFFF, low >> 16), tl.join(high & 0xFFFF, high >> 16)
+    return tl.reshape(low, words.shape), tl.reshape(high, words.shape)
+
+
+@triton.jit
+def _plane(low, high, NIBBLE: tl.constexpr, KIND: tl.constexpr):
     """Return one code of each word as in `_planes`."""
-    half = words >> (16 * (NIBBLE // 4))
+    half = high if NIBBLE // 4 else low
     code: tl.constexpr = NIBBLE % 4
     if KIND == "e8m0":
-        sign = words >> (8 * code + 7 - 4 * (NIBBLE // 4)) & 1
+        word = low | high << 16
+        sign = word >> (8 * code + 7 - 4 * (NIBBLE // 4)) & 1
         return _bfloat16((half >> (4 * code) & 7) << 6 | sign << 15)
     if KIND == "int4":
         # the last bits of a bfloat16 from 128 to 255 count ones
         return _bfloat16((half >> (4 * code)) & 15 | 0x4300)
     if code > 0:
         return _bfloat16((half << (9 - 3 * code)) & 0x81C0)
-    return _bfloat16((half << 1) & 0x8000 | (half >> 5) & 0x0100 | (half >> 4) & 0x00C0)
+    split = (low >> 7) & 0x00D8 | (high >> 6) & 0x0120 | (high << 2) & 0x9000
+    return _bfloat16((split << (3 * (NIBBLE // 4))) & 0x81C0)
 
 
 @triton.jit
@@ -125,10 +147,11 @@ def _planes(words, KIND: tl.constexpr):
     A value is e2m1(code) x 2^-126, or for integers 128 + code.
     """
     if _INTERPRETING:
+        low, high = _halves(words, KIND)
         return (
-            _plane(words, 0, KIND), _plane(words, 1, KIND), _plane(words, 2, KIND),
-            _plane(words, 3, KIND), _plane(words, 4, KIND), _plane(words, 5, KIND),
-            _plane(words, 6, KIND), _plane(words, 7, KIND),
+            _plane(low, high, 0, KIND), _plane(low, high, 1, KIND), _plane(low, high, 2, KIND),
+            _plane(low, high, 3, KIND), _plane(low, high, 4, KIND), _plane(low, high, 5, KIND),
+            _plane(low, high, 6, KIND), _plane(low, high, 7, KIND),
         )  # fmt: skip
     return tl.inline_asm_elementwise(
         _INT4 if KIND == "int4" else _MXFP4 if KIND == "e8m0" else _E2M1,
@@ -175,17 +198,17 @@ def _joined(planes, FIRST: tl.constexpr, COUNT: tl.constexpr):
 @triton.jit
 def _four_scales(codes):
     """Return the bfloat16 scales of four e4m3 codes in a uint32, see `_e4m3_columns`."""
-    even = ((codes & 0x00FF00FF) << 4) + (217 << 23 | 217 << 7)
-    odd = ((codes >> 8 & 0x00FF00FF) << 4) + (217 << 23 | 217 << 7)
+    even = (codes << 4) & 0x0FF00FF0 | 0x70007000
+    odd = (codes >> 4) & 0x0FF00FF0 | 0x70007000
     return _bfloat16(even), _bfloat16(odd), _bfloat16(even >> 16), _bfloat16(odd >> 16)
 
 
 @triton.jit
 def _e4m3_columns(words, scales):
-    """Return the values of a piece [columns, 128] as bfloat16, times 2^-26.
+    """Return the values of a piece [columns, 128] as bfloat16, times 2^-FACTOR_POWER.
 
     A scale's code counts the last bits of a bfloat16 from a power of 2 on. Scales are raised by
-    2^100, see `fp4.FACTOR_POWER`.
+    2^107, see `fp4.FACTOR_POWER`.
 
     Args:
         scales: uint64 [columns, 1], the codes of a piece.

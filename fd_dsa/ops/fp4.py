@@ -14,11 +14,12 @@ import numpy as np
 E8M0_NAN = np.uint8(0xFF)
 PIECE = 128
 """Number of values of a row that are contiguous in the layout of a device, see FourBitWeight."""
-FACTOR_POWER = 26
-"""Exponent of 2 by which a device's factors of e2m1 matrices are raised.
+FACTOR_POWER = {"e4m3": 19, "e8m0": 26}
+"""Exponent of 2 by which a device's factors of e2m1 matrices are raised, for each kind of scales.
 
 A kernel reads an e2m1 code as the bits of a bfloat16, which is 2^-126 times its value. The kernel
-raises scales by 2^100. So scales up to 2^27 stay finite.
+raises scales of e4m3 by 2^107, so that their exponent needs no addition. It raises powers of two by
+2^100, so that those up to 2^27 stay finite.
 """
 MAX_E8M0 = 127 + 27
 """Largest e8m0 code of such scales."""

@@ -259,9 +259,9 @@ def test_what_the_launcher_refuses(paddle_memory: KernelMemory, launches: list[i
 
 SOURCE = f"{KERNELS}_multiply.cuh"
 FAULTS = {
-    "a code of another word": (SOURCE, "? 0x5410 : 0x7632", "? 0x5410 : 0x7610"),
-    "a bit of code 0": (SOURCE, "codes >> 5 & 0x01000100u", "codes >> 6 & 0x01000100u"),
-    "the scale of another group": (SOURCE, "<true>(values[2], even)", "<false>(values[2], even)"),
+    "codes of another word": (SOURCE, "i < 4 ? words.x : words.y", "i < 4 ? words.x : words.x"),
+    "a bit of code 0": (SOURCE, "words.y >> 6 & ~kFirst", "words.y >> 5 & ~kFirst"),
+    "the scale of another group": (SOURCE, "step % 4 < 2 ?", "step % 8 < 2 ?"),
     "codes of another column": (SOURCE, "kHalfColumns : 8;", "kHalfColumns : 7;"),
     "columns of another block": (SOURCE, "block * Lines::kRowColumns) * 2)", "block) * 2)"),
     "values of another half": (SOURCE, "step / 4 * kOperand", "step % 2 * kOperand"),

@@ -23,20 +23,29 @@ class Form:
         return f"{self.kind} {self.group}{' zeros' * self.zeros}"
 
 
-E2M1_BITS = ((10, 11, 13, 14), (0, 1, 2, 9), (3, 4, 5, 12), (6, 7, 8, 15))
-"""Places of the bits of four codes in half a word, from the lowest bit of a code."""
+POWERS = {"e4m3": 19, "e8m0": 26}
+"""Exponent of 2 by which factors are raised."""
+E2M1_BITS = (
+    [(0, 13), (0, 14), (1, 14), (1, 13)],
+    *([(0, at), (0, at + 1), (0, at + 2), (0, at + 9)] for at in (0, 3, 6)),
+    [(0, 10), (0, 11), (1, 11), (1, 10)],
+    *([(1, at), (1, at + 1), (1, at + 2), (1, at + 9)] for at in (0, 3, 6)),
+)
+"""Word of a pair and place of each bit of eight codes, from the lowest bit of a code."""
 
 
-def place(kind: str, k: int) -> tuple[int, list[int]]:
-    """The word of value k of a piece, and the places of its code's bits from the lowest one."""
+def place(kind: str, k: int) -> list[tuple[int, int]]:
+    """The word of a piece and the place in it for each bit of value k, from the lowest one."""
     if kind == "e8m0":
         group, half, thread, i = k // 32, k % 32 // 16, k % 16 // 4, k % 4
-        sizes = [4 * (4 * half + i) + bit for bit in range(3)]
-        return 4 * thread + group, [*sizes, 8 * i + (7, 3)[half]]
-    code = k // 16
+        word, places = 4 * thread + group, [4 * (4 * half + i) + bit for bit in range(3)]
+        return [(word, to) for to in (*places, 8 * i + (7, 3)[half])]
+    code, pair, upper = k // 16, k % 16 // 2, 16 * (k % 2)
     if kind == "int4":
-        return k % 16, [4 * code + bit for bit in range(4)]
-    return k % 16, [16 * (code // 4) + bit for bit in E2M1_BITS[code % 4]]
+        bits = [(code // 4, 4 * (code % 4) + bit) for bit in range(4)]
+    else:
+        bits = E2M1_BITS[code]
+    return [(2 * pair + word, upper + to) for word, to in bits]
 
 
 NVFP4, MXFP4 = Form("e4m3", 16), Form("e8m0", 32)
@@ -102,8 +111,7 @@ class Weight:
         words = np.zeros((*outer, pieces, columns, 16), np.uint32)
         is_int4 = form.kind == "int4"
         for k in range(128):
-            word, places = place(form.kind, k)
-            for bit, to in enumerate(places):
+            for bit, (word, to) in enumerate(place(form.kind, k)):
                 found = codes[..., k] >> np.uint32(bit) & np.uint32(1)
                 words[..., word] |= found << np.uint32(to)
         if is_int4:
@@ -122,7 +130,7 @@ class Weight:
             codes=m.put(words.view(np.uint8)),
             scales=m.put(np.ascontiguousarray(scales)),
             # what a matrix of e2m1 codes has in any case
-            factors=None if is_int4 else m.put(self.factors * np.float32(2.0**26)),
+            factors=None if is_int4 else m.put(self.factors * np.float32(2.0 ** POWERS[form.kind])),
             group=form.group,
             kind=form.kind,
             width=width,
@@ -134,9 +142,13 @@ def values_on_device(m: KernelMemory, weight: FourBitWeight) -> np.ndarray:
     """float64 [experts, parts, columns, width] of a weight, element by element."""
     words = m.get(weight.codes).view(np.uint32)
     k, column = np.arange(weight.width), np.arange(words.shape[3])[:, None]
-    word_of, places = zip(*(place(weight.kind, int(i)) for i in k % 128), strict=True)
-    word = words[:, :, k // 128, column, np.array(word_of)].astype(np.int64)
-    bits = sum((word >> one & 1) << bit for bit, one in enumerate(np.array(places).T))
+    # [values, bits, 2]
+    places = np.array([place(weight.kind, int(i)) for i in k % 128])
+    bits = np.zeros((*words.shape[:2], len(column), len(k)), np.int64)
+    for bit in range(4):
+        word, to = places[:, bit].T
+        found = words[:, :, k // 128, column, word].astype(np.int64)
+        bits |= (found >> to & 1) << bit
     stored, group = m.get(weight.scales), k // weight.group
     if weight.kind == "int4":
         scales = stored.view(np.uint32)[:, :, group, column]
@@ -147,5 +159,7 @@ def values_on_device(m: KernelMemory, weight: FourBitWeight) -> np.ndarray:
     scales = 2.0 ** (codes - 127)
     if weight.kind == "e4m3":
         scales = (1 + codes % 8 / 8) * 2.0 ** (codes // 8 - 10)
-    factors = m.get(weight.factors).astype(np.float64)[:, :, None, None] / 2.0**26
+    factors = (
+        m.get(weight.factors).astype(np.float64)[:, :, None, None] / 2.0 ** POWERS[weight.kind]
+    )
     return E2M1[bits].astype(np.float64) * scales * factors
