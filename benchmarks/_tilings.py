@@ -48,9 +48,9 @@ def experts(kind: str, gated: bool) -> tuple[Tiling, ...]:
         # columns of both parts; a thread has the sums of at most 64 values
         return tuple(
             Tiling(rows, columns >> gated, warps, stages, maxnreg=maxnreg)
-            for rows in (16, 32, 64, 128)
+            for rows in (8, 16, 32, 64, 128)
             for columns, warps in ((64, 4), (128, 4), (128, 8))
-            for stages in ((2, 3, 4, 5, 6) if rows == 16 else (2, 3, 4))
+            for stages in ((2, 3, 4, 5, 6) if rows <= 16 else (2, 3, 4))
             for maxnreg in ((None, 128) if rows == 128 and stages < 4 else (None,))
             if rows * columns <= 2048 * warps and (rows <= 32 or warps == columns // 16)
         )

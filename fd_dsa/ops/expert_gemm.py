@@ -32,7 +32,7 @@ from fd_dsa.ops.fp8_gemm import check_weight, fp8_pointer, fp8_sums
 from fd_dsa.ops.split_sums import Tiling, rows_of_tiles
 from fd_dsa.ops.step_kernel import step_kernel
 from fd_dsa.tensor import FourBitWeight, Fp8Rows, Tensor
-from fd_dsa.triton_runtime import next_power_of_2, start_next, wait_for_inputs
+from fd_dsa.triton_runtime import TRITON_VERSION, next_power_of_2, start_next, wait_for_inputs
 from fd_dsa.triton_runtime.device_api import traits_for
 
 import triton  # isort: skip
@@ -41,8 +41,11 @@ import triton.language as tl  # isort: skip
 _GROUP = tl.constexpr(GROUP)
 # kinds of FourBitWeight
 _FOUR_BITS = "e4m3", "e8m0", "int4"
-# up to this many tiles, four for each processor of an H200, a launch in four bits has narrow ones
-_FEW_TILES = 4 * 132
+# Kinds with tiles of 8 rows, which Triton has from 3.5 on. In 3.6 each warp multiplies them by
+# itself, so it waits for no codes of other warps. Rows in the order of kind "e8m0" would pass
+# through shared memory twice.
+_WITH_8_ROWS = {"e4m3", "int4"} if TRITON_VERSION >= (3, 5) else set()
+_PROCESSORS = 132
 # Number of tiles of a program whose K is short. It is odd, because programs that begin a power of
 # two apart in the weight load from few memory channels.
 _COLUMN_TILES = 7
@@ -65,20 +68,19 @@ def configuration(
     """
     tiling = _fastest(kind, num_pairs, num_experts, gated, columns)
     num_programs = min(num_pairs, num_experts) * (columns // (tiling.columns * _COLUMN_TILES))
-    # fewer programs would leave processors without work in the second half of a launch
-    if _is_short(kind, tiling.rows, width) and num_programs > 2 * _FEW_TILES:
+    # fewer programs would leave processors without work
+    fewest = _PROCESSORS * (2 if tiling.rows == 8 else 8)
+    if num_programs > fewest and _is_short(kind, tiling.rows, width):
         tiling = tiling._replace(column_tiles=_COLUMN_TILES)
-    stage_bytes = (tiling.columns * (1 + gated) + tiling.rows) * 128
+    # if shared memory is the limit, one more stage is in registers
+    max_stages = 1 + shared_bytes // ((tiling.columns * (1 + gated) + tiling.rows) * 128)
     if kind in _FOUR_BITS:
-        turn = _four_bit_width(tiling)
+        turn = _four_bit_width(kind, tiling)
         # with at most a scale of four bytes for 16 values
         weight_bytes = tiling.columns * (1 + gated) * turn * 3 // 4
         row_bytes = tiling.rows * turn * 2
         # rows, which the tensor cores read from shared memory, have a buffer for each stage
         max_stages = (shared_bytes + weight_bytes) // (weight_bytes + row_bytes)
-        return tiling._replace(num_stages=min(tiling.num_stages, max_stages))
-    # if shared memory is the limit, one more stage is in registers
-    max_stages = 1 + shared_bytes // stage_bytes
     return tiling._replace(num_stages=min(tiling.num_stages, max_stages))
 
 
@@ -90,15 +92,19 @@ def _fastest(kind: str, num_pairs: int, num_experts: int, gated: bool, columns: 
     # a tile that holds the pairs of nearly all experts, whose number varies around the mean
     rows = next((rows for rows in (16, 32, 64) if mean <= rows / 2), 128)
     if kind in _FOUR_BITS:
-        narrow = 64 >> gated
-        if rows == 16 and min(num_pairs, num_experts) * columns <= _FEW_TILES * narrow:
-            return Tiling(rows, narrow, 4, 6)
+        rows = 8 if kind in _WITH_8_ROWS and mean <= 6 else rows
+        narrow, is_wide = 64 >> gated, kind == "int4" and rows == 8
+        # up to one or four tiles for each processor of an H200 are narrow
+        most = _PROCESSORS * narrow * (1 if rows == 8 else 4)
+        if rows <= 16 and min(num_pairs, num_experts) * columns <= most:
+            return Tiling(rows, narrow, 4, 3 if is_wide else 6)
         if rows == 128 and kind == "e8m0":
             # Two blocks fill the registers and the shared memory of a processor. One converts codes
             # while the tensor cores work for the other. With scales of e4m3 a block needs 1 KiB
             # more, and integers need many more registers.
             return Tiling(rows, 128 >> gated, 8, 3, maxnreg=128)
-        return Tiling(rows, 128 >> gated, 4 if rows == 16 else 8, 3 if rows in (32, 64) else 4)
+        num_stages = 3 if is_wide or rows in (32, 64) else 4
+        return Tiling(rows, 128 >> gated, 4 if rows <= 16 else 8, num_stages)
     if rows == 128:
         # with 8 warps the registers do not hold the sums of both halves
         return Tiling(128, 128, 16 if gated else 8, 4)
@@ -111,22 +117,22 @@ def _is_short(kind: str, rows: int, width: int) -> bool:
 
     The limits are those of launches that several tiles a program made faster on an H200.
     """
-    if kind != "uint8" and kind not in _FOUR_BITS:
-        return False
+    is_quantized = kind == "uint8" or kind in _FOUR_BITS
     max_groups = 2 if kind == "uint8" and rows == 16 else 4
-    return rows <= 32 and width <= max_groups * GROUP
+    return is_quantized and rows <= 32 and width <= max_groups * GROUP
 
 
-def _four_bit_width(tiling: Tiling) -> int:
+def _four_bit_width(kind: str, tiling: Tiling) -> int:
     """Return the values along K of a turn in four bits, as many as the registers hold."""
-    return 256 if tiling.num_warps == 8 and tiling.rows < 128 else 128
+    is_wide = tiling.rows < 128 if tiling.num_warps == 8 else kind == "int4" and tiling.rows == 8
+    return 256 if is_wide else 128
 
 
 def block_sizes(kind: str, columns: int, width: int, tiling: Tiling) -> dict[str, int]:
     """Return the constants and options of a launch with a tiling."""
     block_columns, block_width = tiling.columns, GROUP
     if kind in _FOUR_BITS:
-        block_width = _four_bit_width(tiling)
+        block_width = _four_bit_width(kind, tiling)
     elif kind != "uint8":
         max_width = 32 if kind == "float32" else 64
         block_width = min(max_width, max(16, next_power_of_2(width)))

@@ -7,7 +7,7 @@ before Triton is loaded.
 from __future__ import annotations
 
 # first, because it decides the mode of Triton before other modules import it
-from fd_dsa.triton_runtime.mode import INTERPRETING  # isort: skip
+from fd_dsa.triton_runtime.mode import INTERPRETING, TRITON_VERSION  # isort: skip
 
 from fd_dsa.triton_runtime.compile_ahead import compile_ahead
 from fd_dsa.triton_runtime.compile_freeze import (
@@ -25,6 +25,7 @@ from fd_dsa.triton_runtime.pdl import start_next, wait_for_inputs
 
 __all__ = [
     "INTERPRETING",
+    "TRITON_VERSION",
     "BoundLaunch",
     "Compiled",
     "DeviceApi",

@@ -20,8 +20,10 @@ except ImportError as error:
         "compute on a CPU, which needs none (--device cpu)"
     ) from error
 
+TRITON_VERSION = tuple(map(int, re.findall(r"\d+", triton.__version__)[:2]))
+"""Major and minor version of Triton."""
 # the launcher depends on internals of Triton, which were read and tried in these versions
-if not (3, 3) <= tuple(map(int, re.findall(r"\d+", triton.__version__)[:2])) <= (3, 9):
+if not (3, 3) <= TRITON_VERSION <= (3, 9):
     raise BackendUnavailable(
         f"triton {triton.__version__}: the launcher is tested with 3.3 to 3.9; {_INSTALL}"
     )

@@ -11,6 +11,7 @@ for kind, group in ("e4m3", 16), ("e8m0", 32), ("int4", 128), ("int4", 32):
     absent = dict(x_scales_ptr=None, out_scales_ptr=None)
     absent |= {"weight_factors_ptr": None} if kind == "int4" else {}
     for tokens, columns, width in ((1, 2048, 7168), (1, 7168, 2048), (128, 7168, 512),
+                                   (256, 2048, 7168), (256, 7168, 512),
                                    (8192, 2048, 7168), (8192, 7168, 2048)):
             gated = columns == 2048
             tiling = configuration(kind, 8 * tokens, 256, gated, columns, width, SHARED)

@@ -229,8 +229,8 @@ def test_chosen_tilings_are_candidates() -> None:
         # ranks of 8 and of 4, and one GPU, with and without enough pairs
         *(("uint8", 128, 256, 7), ("uint8", 8, 256, 1), ("uint8", 128, 512, 1)),
         *(("uint8", 512, 512, 7), ("uint8", 512, 2048, 1), ("uint8", 1024, 256, 1)),
-        *(("e4m3", 32, 512, 7), ("e4m3", 16, 512, 1), ("int4", 128, 2048, 1)),
-        ("bfloat16", 128, 256, 1),
+        *(("e4m3", 8, 512, 7), ("e4m3", 2, 512, 1), ("int4", 128, 2048, 1)),
+        *(("e8m0", 32, 512, 7), ("e8m0", 16, 512, 1), ("bfloat16", 128, 256, 1)),
     ],
 )
 def test_programs_of_several_tiles(kind: str, tokens: int, width: int, column_tiles: int) -> None:

@@ -127,7 +127,7 @@ def test_forms_of_deepseek_v4(capability: int) -> None:
 @pytest.mark.parametrize("capability", [80, 90])
 def test_forms_of_experts_in_four_bits(capability: int) -> None:
     made = compiled(FOUR_BITS, capability)
-    assert len(made) == 4 * 5
+    assert len(made) == 4 * 7
     for form in made:
         assert form["shared"] <= SHARED[capability]
         if capability == 90:
