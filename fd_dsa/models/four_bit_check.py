@@ -17,8 +17,10 @@ from fd_dsa.tensor import FourBitWeight, Fp8Rows, Tensor
 # columns of each part, and their values
 _WIDTH = 256
 # Pairs of each expert. The kernels of custom_ops/ have tiles for each number, and that for MXFP4 a
-# form for each mean number. Its result for few pairs is in FP8, which needs 128 columns.
+# form for each mean number, as Triton's kernel. Its result for few pairs is in FP8, which needs 128
+# columns.
 _FEW = 2, 1
+_SOME = 12, 9
 _SEVERAL = 10, 30, 45
 _MANY = 30, 60, 75, 90, 120, 150, 180, 210, 240
 
@@ -31,7 +33,7 @@ def difference(form: FourBits, allocate: Allocate) -> str:
         allocate: makes a tensor of a shape and dtype on the device.
     """
     try:
-        for counts in _FEW, _SEVERAL, _MANY:
+        for counts in _FEW, _SOME, _SEVERAL, _MANY:
             for name, error, bound in _errors(form, allocate, counts):
                 # also true for NaN
                 if not error < bound:

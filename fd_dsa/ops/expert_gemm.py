@@ -41,10 +41,11 @@ import triton.language as tl  # isort: skip
 _GROUP = tl.constexpr(GROUP)
 # kinds of FourBitWeight
 _FOUR_BITS = "e4m3", "e8m0", "int4"
-# Kinds with tiles of 8 rows, which Triton has from 3.5 on. In 3.6 each warp multiplies them by
-# itself, so it waits for no codes of other warps. Rows in the order of kind "e8m0" would pass
-# through shared memory twice.
-_WITH_8_ROWS = {"e4m3", "int4"} if TRITON_VERSION >= (3, 5) else set()
+# Rows of a tile, and up to which mean number of pairs it holds those of nearly all experts.
+_ROWS = (16, 8), (32, 16), (64, 32)
+# Triton has tiles of 8 rows from 3.5 on. In 3.6 each warp multiplies them by itself, and waits for
+# no codes of other warps. Rows in the order of kind "e8m0" would pass through shared memory twice.
+_FEW_ROWS = ((8, 6), (16, 12), *_ROWS) if TRITON_VERSION >= (3, 5) else _ROWS
 _PROCESSORS = 132
 # Number of tiles of a program whose K is short. It is odd, because programs that begin a power of
 # two apart in the weight load from few memory channels.
@@ -89,10 +90,9 @@ def _fastest(kind: str, num_pairs: int, num_experts: int, gated: bool, columns: 
     mean = num_pairs / num_experts
     if kind == "float32":
         return Tiling(16 if mean <= 16 else 32, 64, 4, 3)
-    # a tile that holds the pairs of nearly all experts, whose number varies around the mean
-    rows = next((rows for rows in (16, 32, 64) if mean <= rows / 2), 128)
+    sizes = _FEW_ROWS if kind in ("e4m3", "int4") else _ROWS
+    rows = next((rows for rows, most in sizes if mean <= most), 128)
     if kind in _FOUR_BITS:
-        rows = 8 if kind in _WITH_8_ROWS and mean <= 6 else rows
         narrow, is_wide = 64 >> gated, kind == "int4" and rows == 8
         # up to one or four tiles for each processor of an H200 are narrow
         most = _PROCESSORS * narrow * (1 if rows == 8 else 4)

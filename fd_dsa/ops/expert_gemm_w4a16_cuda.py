@@ -17,9 +17,8 @@ from fd_dsa.ops.library_kernel import hopper_kernel
 from fd_dsa.tensor import FourBitWeight, Tensor
 
 # Up to this mean number of pairs of an expert, Triton's kernel is faster on an H200. Triton's tiles
-# grow at the same mean (`expert_gemm.configuration`), so no step needs the larger ones. A higher
-# limit would leave them a narrow range of means, which the steps of the warm-up may miss.
-_FEW_PAIRS = 8
+# grow at the same mean (`expert_gemm.configuration`), so no step needs the larger ones.
+_FEW_PAIRS = 12
 # columns of a tile
 _COLUMNS = 256
 # kinds and groups of the weights

@@ -202,7 +202,7 @@ def test_few_pairs_are_left_to_triton(paddle_memory: KernelMemory, launches: lis
     case.check(case.run())
     assert not launches
     weight = case.weight.put(paddle_memory)
-    for num_pairs, is_few in ((24, True), (25, False)):
+    for num_pairs, is_few in ((36, True), (37, False)):
         tiling = configuration("e4m3", num_pairs, 3, True, 128, 128, 227 << 10)
         assert (tiling.rows == 16) == is_few
         assert suits(weight, num_pairs, num_pairs) == (not is_few)
