@@ -4,7 +4,7 @@
     python -m benchmarks.four_bit_experts --rig --tilings --tokens 32   # and likely tilings
     python -m benchmarks.four_bit_experts --dry              # small widths on the CPU
 
-A figure is the time of all launches of a layer's experts: lists of pairs, both GEMMs and the sum.
+A figure is the time of all launches of a layer's experts: their choice, both GEMMs and the sum.
 It is the median of replays of a graph with a call for each of two layers, so that no weight is in
 the L2. `ratio` is FP8's time divided by the time of a kind. The kinds take turns in one run.
 """
@@ -95,16 +95,16 @@ class Tokens:
     def __init__(self, bench: Any, shape: Shape, tokens: int) -> None:
         from fd_dsa.device.transfers import uploaded
         from fd_dsa.ops.dense_kernels import quantize_rows
-        from fd_dsa.ops.expert_pairs import Choice
         from fd_dsa.ops.fill_kernels import fill_random
         from fd_dsa.tensor import Normed
 
-        rng = np.random.default_rng(tokens)
-        ids = np.argsort(rng.random((tokens, shape.experts)))[:, : shape.top_k]
-        ids = np.sort(ids).astype(np.int32)
-        self.num_hit = len(np.unique(ids))
-        shares = np.full(ids.shape, 1 / shape.top_k, np.float32)
-        self._choice = Choice(uploaded(bench.allocate, ids), uploaded(bench.allocate, shares))
+        logits = np.random.default_rng(tokens).random((tokens, shape.experts), np.float32)
+        self._top_k = shape.top_k
+        self.num_hit = len(np.unique(np.argsort(logits)[:, -shape.top_k :]))
+        self._logits, self._bias, self._slots = (
+            uploaded(bench.allocate, array)
+            for array in (logits, np.zeros(shape.experts, np.float32), np.arange(tokens))
+        )
         self._shared = bench.allocate((tokens, shape.hidden), "bfloat16")
         plain = bench.allocate((tokens, shape.hidden), "bfloat16")
         for seed, tensor in enumerate((self._shared, plain)):
@@ -112,18 +112,27 @@ class Tokens:
         # a norm of the model quantises its result
         self._x = Normed(plain, quantize_rows(plain, True))
 
+    def _choice(self) -> Any:
+        """Choose the experts of each token, as a layer without groups does."""
+        from fd_dsa.ops.expert_kernels import choose_experts
+
+        how = {"n_group": 1, "topk_group": 1, "norm": True, "scaling": 1.0}
+        return choose_experts(
+            self._logits, self._bias, top_k=self._top_k, slot_mapping=self._slots, **how
+        )
+
     def run(self, experts: tuple[Any, Any]) -> Any:
         """Run a layer's experts."""
         from fd_dsa.models.moe import routed_on_device
 
-        return routed_on_device(self._x, self._shared, self._choice, experts)
+        return routed_on_device(self._x, self._shared, self._choice(), experts)
 
     def gate_up(self, experts: tuple[Any, Any], tiling: Any) -> Any:
         """Run the first GEMM of experts in four bits with a tiling."""
         from fd_dsa.ops.expert_pairs import group_pairs
         from fd_dsa.ops.four_bit_gemm import four_bit_gemm
 
-        ids, (gate_up, _) = self._choice.ids, experts
+        ids, (gate_up, _) = self._choice().ids, experts
         pairs = group_pairs(ids, gate_up.shape[0])
         how = {"top_k": ids.shape[1], "tiling": tiling}
         return four_bit_gemm(self._x.plain, gate_up.weight, *pairs, **how)
