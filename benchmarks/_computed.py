@@ -271,9 +271,13 @@ FUNCTIONS: Mapping[str, Callable[[Any], str]] = {
     "experts_missed": _experts_missed,
     "mxfp4_short": _four_bit_ratios("mxfp4", 1, 512),
     "mxfp4_long": _four_bit_ratios("mxfp4", 2048, 8192),
-    "nvfp4_short": _four_bit_ratios("nvfp4", 8, 512),
+    "nvfp4_8": _four_bit_ratios("nvfp4", 8, 8),
+    "nvfp4_short": _four_bit_ratios("nvfp4", 32, 128),
+    "nvfp4_512": _four_bit_ratios("nvfp4", 512, 512),
     "nvfp4_long": _four_bit_ratios("nvfp4", 2048, 8192),
-    "int4_short": _four_bit_ratios("int4", 8, 512),
+    "int4_8": _four_bit_ratios("int4", 8, 8),
+    "int4_short": _four_bit_ratios("int4", 32, 128),
+    "int4_512": _four_bit_ratios("int4", 512, 512),
     "int4_long": _four_bit_ratios("int4", 2048, 8192),
 }
 """Name -> figure of a result."""
