@@ -19,10 +19,10 @@ _WIDTH = 256
 # Pairs of each expert. The kernels of custom_ops/ have tiles for each number, and that for MXFP4 a
 # form for each mean number, as Triton's kernel. Its result for few pairs is in FP8, which needs 128
 # columns.
-_FEW = 2, 1
-_SOME = 12, 9
-_SEVERAL = 10, 30, 45
-_MANY = 30, 60, 75, 90, 120, 150, 180, 210, 240
+_COUNTS = (
+    *((2, 1), (12, 9), (20, 14), (10, 30, 45)),
+    (30, 60, 75, 90, 120, 150, 180, 210, 240),
+)
 
 
 def difference(form: FourBits, allocate: Allocate) -> str:
@@ -33,7 +33,7 @@ def difference(form: FourBits, allocate: Allocate) -> str:
         allocate: makes a tensor of a shape and dtype on the device.
     """
     try:
-        for counts in _FEW, _SOME, _SEVERAL, _MANY:
+        for counts in _COUNTS:
             for name, error, bound in _errors(form, allocate, counts):
                 # also true for NaN
                 if not error < bound:

@@ -39,13 +39,12 @@ import triton  # isort: skip
 import triton.language as tl  # isort: skip
 
 _GROUP = tl.constexpr(GROUP)
-# kinds of FourBitWeight
 _FOUR_BITS = "e4m3", "e8m0", "int4"
 # Rows of a tile, and up to which mean number of pairs it holds those of nearly all experts.
 _ROWS = (16, 8), (32, 16), (64, 32)
 # Triton has tiles of 8 rows from 3.5 on. In 3.6 each warp multiplies them by itself, and waits for
 # no codes of other warps. Rows in the order of kind "e8m0" would pass through shared memory twice.
-_FEW_ROWS = ((8, 6), (16, 12), *_ROWS) if TRITON_VERSION >= (3, 5) else _ROWS
+_FEW_ROWS = *([(8, 6)] if TRITON_VERSION >= (3, 5) else []), (16, 12), (32, 24), (64, 32)
 _PROCESSORS = 132
 # Number of tiles of a program whose K is short. It is odd, because programs that begin a power of
 # two apart in the weight load from few memory channels.
@@ -104,7 +103,8 @@ def _fastest(kind: str, num_pairs: int, num_experts: int, gated: bool, columns: 
             # more, and integers need many more registers.
             return Tiling(rows, 128 >> gated, 8, 3, maxnreg=128)
         num_stages = 3 if is_wide or rows in (32, 64) else 4
-        return Tiling(rows, 128 >> gated, 4 if rows <= 16 else 8, num_stages)
+        has_4_warps = rows <= 16 or (rows == 32 and gated and kind != "e8m0")
+        return Tiling(rows, 128 >> gated, 4 if has_4_warps else 8, num_stages)
     if rows == 128:
         # with 8 warps the registers do not hold the sums of both halves
         return Tiling(128, 128, 16 if gated else 8, 4)

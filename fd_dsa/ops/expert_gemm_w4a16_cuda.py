@@ -18,7 +18,7 @@ from fd_dsa.tensor import FourBitWeight, Tensor
 
 # Up to this mean number of pairs of an expert, Triton's kernel is faster on an H200. Triton's tiles
 # grow at the same mean (`expert_gemm.configuration`), so no step needs the larger ones.
-_FEW_PAIRS = 12
+_FEW_PAIRS = {"e4m3": 24, "int4": 12}
 # columns of a tile
 _COLUMNS = 256
 # kinds and groups of the weights
@@ -77,11 +77,11 @@ def suits(weight: FourBitWeight, num_rows: int, num_pairs: int) -> bool:
         and width % GROUP == columns % (_COLUMNS // parts) == 0
         and experts <= MAX_EXPERTS
         and num_rows * (width // 8) <= MAX_CHUNKS
-        and (num_pairs > _FEW_PAIRS * experts or fixed_order())
+        and (num_pairs > _FEW_PAIRS[weight.kind] * experts or fixed_order())
     )
 
 
 def kernel_for(x: Tensor) -> W4a16ExpertGemm | None:
     """Return the kernel for rows on their device, None to use Triton's. The choice is logged."""
-    served = f"experts of more than {_FEW_PAIRS} pairs on average, in NVFP4 or INT4"
+    served = "experts of more than 24 pairs on average in NVFP4, or 12 in INT4"
     return hopper_kernel(W4a16ExpertGemm, x, served, depends_on_rows=False)

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.triton
         (expert_gemm_fp4_cuda.kernel_for, "experts in MXFP4"),
         (
             expert_gemm_w4a16_cuda.kernel_for,
-            "experts of more than 12 pairs on average, in NVFP4 or INT4",
+            "experts of more than 24 pairs on average in NVFP4, or 12 in INT4",
         ),
         (v4_attend_cuda.kernel_for, "attention of DeepSeek-V4 in steps of many tokens"),
     ],
