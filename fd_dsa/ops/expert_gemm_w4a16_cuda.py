@@ -83,5 +83,6 @@ def suits(weight: FourBitWeight, num_rows: int, num_pairs: int) -> bool:
 
 def kernel_for(x: Tensor) -> W4a16ExpertGemm | None:
     """Return the kernel for rows on their device, None to use Triton's. The choice is logged."""
-    served = "experts of more than 24 pairs on average in NVFP4, or 12 in INT4"
+    nvfp4, int4 = _FEW_PAIRS.values()
+    served = f"experts of more than {nvfp4} pairs on average in NVFP4, or {int4} in INT4"
     return hopper_kernel(W4a16ExpertGemm, x, served, depends_on_rows=False)

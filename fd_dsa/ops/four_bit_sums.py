@@ -37,7 +37,7 @@ def _assembly(setup: str, *codes: str) -> str:
     return "{" + " ".join(lines) + "}"
 
 
-_SIDE_BY_SIDE = "mov.b32 low, $8; mov.b32 high, $9;"
+_WORDS = "mov.b32 low, $8; mov.b32 high, $9;"
 # Codes 0 and 4 are in place, and three places lower. 0xE4: c ? a : b
 _SPLIT_CODES = (
     "shr.b32 x, low, 7; shr.b32 y0, high, 6; lop3.b32 x, x, y0, 0x00D800D8, 0xE4;"
@@ -50,7 +50,7 @@ _E2M1_CODES = (
 )
 _E2M1 = tl.constexpr(
     _assembly(
-        _SIDE_BY_SIDE + _SPLIT_CODES,
+        _WORDS + _SPLIT_CODES,
         "and.b32 {to}, x, 0x81C081C0;",
         *_E2M1_CODES,
         "shl.b32 x, x, 3; and.b32 {to}, x, 0x81C081C0;",
@@ -62,7 +62,7 @@ _INT4_CODES = tuple(
     " or.b32 {to}, {to}, 0x43004300;"
     for i in range(4)
 )
-_INT4 = tl.constexpr(_assembly(_SIDE_BY_SIDE, *_INT4_CODES, *_INT4_CODES))
+_INT4 = tl.constexpr(_assembly(_WORDS, *_INT4_CODES, *_INT4_CODES))
 
 
 def _mxfp4_code(code: int) -> str:
