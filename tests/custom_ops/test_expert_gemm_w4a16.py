@@ -196,15 +196,18 @@ def test_other_forms_are_left_to_triton(paddle_memory: KernelMemory, launches: l
     assert launches == [40]
 
 
-def test_few_pairs_are_left_to_triton(paddle_memory: KernelMemory, launches: list[int]) -> None:
-    """Triton's tiles for few pairs have up to 32 rows. No step needs those of 64 rows."""
-    case = Case(paddle_memory, NVFP4, choices("random", 9, 2, 3), True, 128, 128, 3)
+@pytest.mark.parametrize(("form", "most", "rows"), [(NVFP4, 72, 32), (INT4, 36, 16)], ids=str)
+def test_few_pairs_are_left_to_triton(
+    paddle_memory: KernelMemory, launches: list[int], form: Form, most: int, rows: int
+) -> None:
+    """Triton has tiles of up to 32 rows, 16 of integers. No step needs larger ones."""
+    case = Case(paddle_memory, form, choices("random", 9, 2, 3), True, 128, 128, 3)
     case.check(case.run())
     assert not launches
     weight = case.weight.put(paddle_memory)
-    for num_pairs, is_few in ((72, True), (73, False)):
-        tiling = configuration("e4m3", num_pairs, 3, True, 128, 128, 227 << 10)
-        assert (tiling.rows <= 32) == is_few
+    for num_pairs, is_few in ((most, True), (most + 1, False)):
+        tiling = configuration(form.kind, num_pairs, 3, True, 128, 128, 227 << 10)
+        assert (tiling.rows == rows) == is_few
         assert suits(weight, num_pairs, num_pairs) == (not is_few)
 
 
@@ -222,9 +225,9 @@ def test_the_check_at_the_start_runs_every_tile(
     paddle_memory: KernelMemory, launches: list[int], kind: str, group: int
 ) -> None:
     assert difference(FourBits(frozenset(), kind, group), paddle_memory.poisoned) == ""
-    # tiles of up to 16, 32 and 48 pairs, then of up to 64 to 128
-    by_triton = 2 if kind == "e4m3" else 0
-    assert launches[2 - by_triton :] == [85, 85, 1155, 1155]
+    # integers of two experts, tiles of up to 16, 32 and 48 pairs, then of up to 64 to 128
+    few = [34, 34] if kind == "int4" else []
+    assert launches == [*few, 85, 85, 1155, 1155]
 
 
 def test_what_the_launcher_refuses(paddle_memory: KernelMemory, launches: list[int]) -> None:
