@@ -20,7 +20,10 @@ _WIDTH = 256
 # form for each mean number, as Triton's kernel. Its result for few pairs is in FP8, which needs 128
 # columns.
 _COUNTS = (
-    *((2, 1), (12, 9), (20, 14), (10, 30, 45)),
+    (2, 1),
+    (12, 9),
+    (20, 14),
+    (10, 30, 45),
     (30, 60, 75, 90, 120, 150, 180, 210, 240),
 )
 

@@ -34,7 +34,7 @@ _E4M3_SCALES = _scale_table()
 
 
 def _e2m1_table() -> np.ndarray:
-    """Return the bits of four e2m1 codes for `_in_order_of_e2m1`, uint16 [65536].
+    """Return the bits of four e2m1 codes before `in_pieces` exchanges some, uint16 [65536].
 
     Where FourBitWeight has two bits of code 4, these are the others of code 0.
     """
@@ -96,10 +96,10 @@ def in_pieces(codes: np.ndarray, kind: str) -> np.ndarray:
             np.take(_E2M1_HALVES, halves, out=halves, mode="clip")
         pairs = halves.view(np.uint64)
         # values 2 * j + 1 go to the upper halves
-        _exchange(pairs, 16, 0x00000000FFFF0000)
+        _exchange(pairs, 16, 0xFFFF0000)
         if kind == "e4m3":
             # bits 10 and 11 of first words go to bits 13 and 14 of second ones
-            _exchange(pairs, 35, 0x0000000000000C00 | 0x0C00 << 16)
+            _exchange(pairs, 35, 0x0C000C00)
     return words
 
 

@@ -42,8 +42,8 @@ _GROUP = tl.constexpr(GROUP)
 _FOUR_BITS = "e4m3", "e8m0", "int4"
 # Rows of a tile, and up to which mean number of pairs it holds those of nearly all experts.
 _ROWS = (16, 8), (32, 16), (64, 32)
-# Triton has tiles of 8 rows from 3.5 on. In 3.6 each warp multiplies them by itself, and waits for
-# no codes of other warps. Rows in the order of kind "e8m0" would pass through shared memory twice.
+# The same for e4m3 and int4. Triton has 8 rows from 3.5 on. In 3.6 each warp multiplies them by
+# itself. Rows in the order of kind "e8m0" would pass through shared memory twice.
 _FEW_ROWS = *([(8, 6)] if TRITON_VERSION >= (3, 5) else []), (16, 12), (32, 24), (64, 32)
 _PROCESSORS = 132
 # Number of tiles of a program whose K is short. It is odd, because programs that begin a power of
