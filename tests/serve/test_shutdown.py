@@ -24,8 +24,9 @@ from tests.serve.processes import SLOW, Server, environment, serving
 TIMEOUT_S = 60
 # minutes: longer than any test waits
 ENDLESS = {"max_tokens": 900, "ignore_eos": True}
+# a line is one write: `print` makes two, and another thread can write between them
 STALLING = """
-import time
+import os, time
 from fd_dsa.engine.tokenizer import Tokenizer
 from fd_dsa.serve import server
 from fd_dsa.serve.state import ServerState
@@ -33,12 +34,12 @@ server.FORCED_EXIT_S = 8
 hold = ServerState.hold
 def accept(self, *args):
     hold(self, *args)
-    print("accepted", flush=True)
+    os.write(1, b"accepted\\n")
 ServerState.hold = accept
 encode = Tokenizer.encode
 def stall(self, text, *args, **kwargs):
     if text == "stall":
-        print("stalled", flush=True)
+        os.write(1, b"stalled\\n")
         time.sleep(3600)
     return encode(self, text, *args, **kwargs)
 Tokenizer.encode = stall
@@ -133,15 +134,14 @@ def test_second_signal_ends_at_once(tmp_path: Path, clients: ThreadPoolExecutor)
 
 
 HELD = """
-import pathlib, sys, time
+import os, pathlib, time
 from fd_dsa.engine.tokenizer import Tokenizer
 from fd_dsa.serve import server
 server.LAST_RESPONSES_S = 0.3
 encode = Tokenizer.encode
 def hold(self, text, *args, **kwargs):
     if text == "held":
-        sys.stdout.write("held\\n")
-        sys.stdout.flush()
+        os.write(1, b"held\\n")
     while text == "held" and not pathlib.Path("go").exists():
         time.sleep(0.02)
     return encode(self, text, *args, **kwargs)
