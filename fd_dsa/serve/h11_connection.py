@@ -81,6 +81,21 @@ class StrictConnection(h11.Connection):
             return event
         return h11.NEED_DATA
 
+    def send_with_data_passthrough(self, event: h11.Event) -> list[bytes] | None:
+        """Return the bytes of an event for `send`. Some answers end the connection.
+
+        A client that waits for an interim response may leave out its body after the answer. Its
+        next request would then be read as that body.
+
+        Source: RFC 9110, section 10.1.1.
+        """
+        if isinstance(event, h11.Response) and self.they_are_waiting_for_100_continue:
+            headers = [*event.headers.raw_items(), (b"connection", b"close")]
+            event = h11.Response(
+                status_code=event.status_code, headers=headers, reason=event.reason
+            )
+        return super().send_with_data_passthrough(event)
+
     def _check_head(self) -> None:
         """Refuse a complete head that breaks a rule, before h11 parses each of its lines."""
         data = self.trailing_data[0]

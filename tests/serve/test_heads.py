@@ -225,6 +225,19 @@ def test_the_rest_of_an_answered_body_has_its_time_too(
         wait_until(is_closed)
 
 
+def test_an_early_answer_to_a_client_that_waits_closes_the_connection(live: Live) -> None:
+    """The client may leave out its body, and its next request would be read as that body."""
+    head = POST + b"Expect: 100-continue\r\nContent-Length: %d\r\n\r\n"
+    answer = exchange(live.url, head % (1 << 30))
+    assert statuses(answer) == [413] and b"\r\nconnection: close\r\n" in answer.lower()
+    with connected(live.url) as connection:
+        connection.sendall(head % len(BODY))
+        assert connection.recv(65536) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        connection.sendall(BODY + SMUGGLED)
+        answer = b"".join(iter(lambda: connection.recv(65536), b""))
+        assert statuses(answer) == [200, 200]
+
+
 def test_a_client_of_tls_is_refused_before_its_head_ends(live: Live) -> None:
     assert "illegal request line" in refusal(live, b"\x16\x03\x01\x02\x00\x01", 400)
 
