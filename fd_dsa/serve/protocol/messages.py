@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import Field, WithJsonSchema
 
 from fd_dsa.engine.sampling_params import MAX_STOP_STRINGS
-from fd_dsa.serve.errors import FieldError, show
+from fd_dsa.serve.errors import FieldError
 from fd_dsa.serve.protocol.chat import MAX_TOOLS
 from fd_dsa.serve.protocol.fields import MAX_ENTRIES, TEXT, at_most, check_further_fields
 from fd_dsa.serve.protocol.known_fields import Refused
@@ -127,14 +127,8 @@ class CountTokensRequest(TranslatedRequest, json_schema_extra={"examples": [_EXA
         for node in nodes(self.tools or [], "tools"):
             node.kind(("custom",), "this server runs no tools itself, the client does", "custom")
             check_further_fields(node.fields, REFUSED_IN["tools"], f"{node.path}.")
-            schema = node.fields.get("input_schema")
-            if not isinstance(schema, dict):
-                raise FieldError(
-                    f"{node.of('input_schema')}: got {show(schema)}; allowed is a JSON schema"
-                )
-            given = {k: node.fields.get(k) for k in _FUNCTION_FIELDS}
-            kept = {k: v for k, v in given.items() if v is not None}
-            made.add_tool(node.path, "input_schema", {**kept, "parameters": schema})
+            function = {**node.kept(_FUNCTION_FIELDS), "parameters": node.schema("input_schema")}
+            made.add_tool(node.path, "input_schema", function)
         if self.tool_choice is None:
             return
         node = Node(self.tool_choice, "tool_choice")
@@ -150,12 +144,7 @@ class CountTokensRequest(TranslatedRequest, json_schema_extra={"examples": [_EXA
     def _translate_output(self, made: Translation) -> None:
         config = Node(self.output_config or {}, "output_config")
         check_further_fields(config.fields, REFUSED_IN["output_config"], "output_config.")
-        effort = config.fields.get("effort")
-        if effort is not None and effort not in _EFFORTS:
-            raise FieldError(
-                f"output_config.effort: got {show(effort)}; allowed are {', '.join(_EFFORTS)}"
-            )
-        made.fields["reasoning_effort"] = effort
+        made.fields["reasoning_effort"] = config.option("effort", _EFFORTS)
         given = {
             "output_config.format": config.fields.get("format"),
             "output_format": self.output_format,
@@ -166,11 +155,8 @@ class CountTokensRequest(TranslatedRequest, json_schema_extra={"examples": [_EXA
         for path, value in forms.items():
             node = Node(value, path)
             node.kind(("json_schema",), "this server has no such form")
-            schema = node.fields.get("schema")
-            if not isinstance(schema, dict):
-                raise FieldError(f"{path}.schema: got {show(schema)}; allowed is a JSON schema")
             made.paths["response_format"] = path
-            form = {"type": "json_schema", "json_schema": {"schema": schema}}
+            form = {"type": "json_schema", "json_schema": {"schema": node.schema("schema")}}
             made.fields["response_format"] = form
 
     def _translate_thinking(self, made: Translation) -> None:
@@ -179,12 +165,7 @@ class CountTokensRequest(TranslatedRequest, json_schema_extra={"examples": [_EXA
             return
         node = Node(self.thinking, "thinking")
         kind = node.kind(("enabled", "adaptive", "disabled"), "the model has one switch")
-        display = node.fields.get("display")
-        if display is not None and display not in _DISPLAYS:
-            raise FieldError(
-                f"thinking.display: got {show(display)}; allowed are {', '.join(_DISPLAYS)}"
-            )
-        if display == "omitted":
+        if node.option("display", _DISPLAYS) == "omitted":
             made.fields.setdefault("include_reasoning", False)
         made.fields.setdefault("enable_thinking", kind != "disabled")
 

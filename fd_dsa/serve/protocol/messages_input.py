@@ -28,10 +28,7 @@ def joined_texts(value: object, path: str) -> str:
 def add_messages(made: Translation, messages: Sequence[Node]) -> None:
     """Append the messages of a conversation. A tool's result becomes its own message."""
     for message in messages:
-        role = message.fields.get("role")
-        if role not in _ROLES:
-            allowed = ", ".join(_ROLES)
-            raise FieldError(f"{message.of('role')}: got {show(role)}; allowed are {allowed}")
+        role = message.one_of("role", _ROLES)
         content, path = message.fields.get("content"), message.of("content")
         if role == "system" or isinstance(content, str):
             made.add_message(role, message.path, content=joined_texts(content, path))

@@ -255,11 +255,7 @@ class ResponsesRequest(TranslatedRequest, json_schema_extra={"examples": [_EXAMP
             if node.kind(kinds, "this server runs no tools itself") == "function":
                 choice = {"type": "function", "function": {"name": node.text("name")}}
             else:
-                choice = choice.get("mode")
-                if choice not in ("auto", "required"):
-                    raise FieldError(
-                        f"tool_choice.mode: got {show(choice)}; allowed are auto, required"
-                    )
+                choice = node.one_of("mode", ("auto", "required"))
                 allowed = _allowed_names(node)
         elif choice is not None and choice not in _CHOICES:
             raise FieldError(
@@ -271,9 +267,7 @@ class ResponsesRequest(TranslatedRequest, json_schema_extra={"examples": [_EXAMP
             check_further_fields(node.fields, REFUSED_IN["tools"], f"{node.path}.")
             names.add(node.text("name"))
             if allowed is None or node.text("name") in allowed:
-                given = {k: node.fields.get(k) for k in _FUNCTION_FIELDS}
-                kept = {k: v for k, v in given.items() if v is not None}
-                made.add_tool(node.path, "parameters", kept)
+                made.add_tool(node.path, "parameters", node.kept(_FUNCTION_FIELDS))
         if allowed is not None and not allowed <= names:
             unknown = min(allowed - names)
             raise FieldError(f"tool_choice.tools: got {show(unknown)}, which is not in tools")
@@ -320,8 +314,6 @@ def _format(node: Node) -> dict[str, Any]:
     kind = node.kind(_FORMATS, "this server has no such form")
     if kind != "json_schema":
         return {"type": kind}
-    schema = node.fields.get("schema")
-    if not isinstance(schema, dict):
-        raise FieldError(f"{node.of('schema')}: got {show(schema)}; allowed is a JSON schema")
+    node.schema("schema")
     kept = {k: v for k, v in node.fields.items() if k != "type"}
     return {"type": kind, "json_schema": kept}

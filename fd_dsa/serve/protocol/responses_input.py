@@ -78,9 +78,7 @@ def _add_other(made: Translation, item: Node, kind: str) -> None:
         call_id = item.text("call_id")
         made.add_message("tool", item.path, content="\n".join(texts), tool_call_id=call_id)
         return
-    role = item.fields.get("role")
-    if role not in _ROLES:
-        raise FieldError(f"{item.of('role')}: got {show(role)}; allowed are {', '.join(_ROLES)}")
+    role = item.one_of("role", _ROLES)
     texts = _texts(item, "content", ("input_text", "output_text"))
     made.add_message(role, item.path, content="\n".join(texts))
 

@@ -73,6 +73,30 @@ class Node:
             raise FieldError(f"{self.of(name)}: got {show(value)}; allowed is true or false")
         return bool(value)
 
+    def schema(self, name: str) -> dict[str, Any]:
+        """Return a field that must be a JSON schema."""
+        value = self.fields.get(name)
+        if not isinstance(value, dict):
+            raise FieldError(f"{self.of(name)}: got {show(value)}; allowed is a JSON schema")
+        return value
+
+    def one_of(self, name: str, allowed: Sequence[str]) -> str:
+        """Return a field that must be one of several texts."""
+        value = self.fields.get(name)
+        if value not in allowed:
+            names = ", ".join(allowed)
+            raise FieldError(f"{self.of(name)}: got {show(value)}; allowed are {names}")
+        return str(value)
+
+    def option(self, name: str, allowed: Sequence[str]) -> str | None:
+        """Return a field that may be one of several texts. Absent and null mean None."""
+        return None if self.fields.get(name) is None else self.one_of(name, allowed)
+
+    def kept(self, names: Sequence[str]) -> dict[str, Any]:
+        """Return the fields of these names that have a value."""
+        given = ((name, self.fields.get(name)) for name in names)
+        return {name: value for name, value in given if value is not None}
+
     def kind(self, allowed: Collection[str], what: str, default: str | None = None) -> str:
         """Return the field `type`.
 
