@@ -9,12 +9,10 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 
 from fd_dsa.chat.parser import AnswerFormat
-from fd_dsa.chat.template import opens_reasoning
 from fd_dsa.engine.argument_hints import SAMPLING_HINTS
 from fd_dsa.engine.arguments import (
     LARGEST,
     MAX_TEXT_CHARS,
-    Message,
     check_number,
     check_texts,
     check_token_ids,
@@ -366,31 +364,12 @@ def fit_into_context(
     return fitting
 
 
-def for_chat(
-    params: SamplingParams,
-    tokenizer: Tokenizer,
-    has_tools: bool,
-    prompt: str,
-    continued: Message | None,
+def for_answer(
+    params: SamplingParams, tokenizer: Tokenizer, answer: AnswerFormat
 ) -> SamplingParams:
-    """Add the markers that separate the parts of an answer, if it has several parts.
-
-    Args:
-        params: parameters of the request.
-        tokenizer: tokenizer of the model.
-        has_tools: True if the model may call tools.
-        prompt: text of the prompt, whose markers show if the answer begins in the reasoning.
-        continued: message that the answer continues, or None.
-    """
-    renderer = tokenizer.chat_renderer
-    if renderer is None:
+    """Add the markers of an answer's format, and its reasoning unless the caller has set one."""
+    if not answer.has_reasoning and answer.tool_format is None:
         return params
-    has_reasoning = renderer.has_reasoning()
-    tool_format = renderer.tool_format() if has_tools else None
-    if not has_reasoning and tool_format is None:
-        return params
-    in_reasoning = opens_reasoning(prompt, continued)
-    answer = AnswerFormat(has_reasoning, in_reasoning, tool_format)
     kept = frozenset(tokenizer.special_ids_of(answer.markers).values())
     return replace(
         params,

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, overload
 
+from fd_dsa.chat.parser import AnswerFormat
+from fd_dsa.chat.template import opens_reasoning
 from fd_dsa.config import EngineConfig
 from fd_dsa.engine.argument_hints import CALL_HINTS, LLM_HINTS
 from fd_dsa.engine.arguments import (
@@ -32,7 +34,7 @@ from fd_dsa.engine.sampling_params import (
     Params,
     SamplingParams,
     fit_into_context,
-    for_chat,
+    for_answer,
     read_params,
 )
 from fd_dsa.engine.tokenizer import Tokenizer
@@ -264,9 +266,8 @@ class LLM:
             texts.append(prompt.text)
             token_ids.append(ids)
             continued = entry[-1] if continue_final_message else None
-            params[index] = for_chat(
-                params[index], engine.tokenizer, bool(offered), prompt.masked, continued
-            )
+            answer = _answer_format(engine.tokenizer, bool(offered), prompt.masked, continued)
+            params[index] = for_answer(params[index], engine.tokenizer, answer)
         if constrain_reasoning:
             params = [replace(one, constrain_reasoning=True) for one in params]
         return self._run("messages", texts, token_ids, params, stream, sampling_params is None)
@@ -337,3 +338,19 @@ class LLM:
             RequestOutput.of_prompt(finished[end - one.n : end])
             for end, one in zip(ends, params, strict=True)
         ]
+
+
+def _answer_format(
+    tokenizer: Tokenizer, has_tools: bool, prompt: str, continued: Message | None
+) -> AnswerFormat:
+    """Return the format of the answers to a prompt that the tokenizer's template has rendered.
+
+    Args:
+        has_tools: True if the model may call tools.
+        prompt: text of the prompt, whose markers show if the answer begins in the reasoning.
+        continued: message that the answer continues, or None.
+    """
+    renderer = tokenizer.chat_renderer
+    assert renderer is not None, "it has rendered the prompt"
+    tool_format = renderer.tool_format() if has_tools else None
+    return AnswerFormat(renderer.has_reasoning(), opens_reasoning(prompt, continued), tool_format)

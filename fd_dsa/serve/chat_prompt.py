@@ -14,7 +14,7 @@ from fd_dsa.chat.sandbox import PromptTooLong, bounded_rendering
 from fd_dsa.chat.template import ChatTemplate, opens_reasoning
 from fd_dsa.chat.template_process import TemplateProcess
 from fd_dsa.chat.tool_formats import ToolFormat
-from fd_dsa.engine.reasoning import Reasoning
+from fd_dsa.engine.sampling_params import for_answer
 from fd_dsa.engine.structured_outputs import StructuredOutputsParams
 from fd_dsa.errors import ConfigError
 from fd_dsa.serve.errors import ApiError, FieldError, request_error
@@ -85,11 +85,8 @@ def make_job(
         state, len(prompt), requested, default=default, param=param, source="messages"
     )
     params = body.sampling_params(max_tokens, state.engine.sampling_defaults)
-    special_ids = tokenizer.special_ids_of(answer.markers)
     params = dataclasses.replace(
-        params,
-        kept_special_token_ids=frozenset(special_ids.values()),
-        reasoning=Reasoning.of(answer),
+        for_answer(params, tokenizer, answer),
         constrain_reasoning=bool(body.constrain_reasoning),
         structured_outputs=_form(params.structured_outputs, body, answer),
     )
