@@ -22,9 +22,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fd_dsa.serve.body import check_length, receive_body
 from fd_dsa.serve.errors import ApiError, is_anthropic, show
+from fd_dsa.serve.listener import PROBE_PATHS
 from fd_dsa.serve.pages import PAGE_PATHS, STATIC_PREFIX
 from fd_dsa.serve.state import ServerState
-from fd_dsa.serve.status import PROBE_PATHS
 from fd_dsa.serve.workers import Turns
 
 OPEN_PATHS = PAGE_PATHS | PROBE_PATHS | {"/openapi.json", "/version", "/metrics"}

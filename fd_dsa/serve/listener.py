@@ -15,12 +15,14 @@ import resource
 import socket
 import sys
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Protocol
 
 from fd_dsa.errors import ConfigError
 from fd_dsa.serve.flags import DEFAULT_MAX_CONNECTIONS
 
+PROBE_PATHS = frozenset({"/health", "/livez", "/readyz", "/startupz"})
+"""Paths of an orchestrator's probes, which are answered in every state of the server."""
 BACKLOG = 2048
 """Connections that the kernel holds until they are accepted."""
 PROBE_CONNECTIONS = 8
@@ -30,6 +32,7 @@ _KEPT_DESCRIPTORS = 40
 # connections accepted in one turn of the loop; accepting one takes 20 us
 _ACCEPTS_AT_ONCE = 64
 _PEEKED_BYTES = 64
+_PROBE_TARGETS = frozenset(path.encode() for path in PROBE_PATHS)
 _RETRY_S = 0.02
 
 logger = logging.getLogger("fd_dsa.serve")
@@ -58,7 +61,6 @@ class Listener:
 
     Args:
         make_protocol: creates the protocol of a new connection, which reports to this listener.
-        probe_paths: paths of the requests that are served first.
     """
 
     def __init__(
@@ -66,12 +68,10 @@ class Listener:
         sock: socket.socket,
         limit: int,
         make_protocol: Callable[[Listener], asyncio.Protocol],
-        probe_paths: Collection[str],
     ) -> None:
         self.limit = limit
         self._sock = sock
         self._make_protocol = make_protocol
-        self._probe_paths = frozenset(path.encode() for path in probe_paths)
         self._loop = asyncio.get_running_loop()
         # accepted connections, in the order in which they are opened
         self._accepted: deque[socket.socket] = deque()
@@ -88,7 +88,7 @@ class Listener:
 
     def is_probe(self, target: bytes) -> bool:
         """Return True if the target of a request, with or without a query, is a probe."""
-        return target.partition(b"?")[0] in self._probe_paths
+        return target.partition(b"?")[0] in _PROBE_TARGETS
 
     def start(self) -> None:
         self._sock.setblocking(False)

@@ -9,8 +9,10 @@ import time
 from collections.abc import Callable
 from datetime import datetime, timezone
 
-# probes read these paths every few seconds
-_QUIET_PATHS = ("/health", "/livez", "/metrics", "/readyz", "/startupz")
+from fd_dsa.serve.listener import PROBE_PATHS
+
+# read every few seconds
+_QUIET_PATHS = (*PROBE_PATHS, "/metrics")
 # --log-requests asks for one line per output, so these are never collapsed
 _REQUESTS = "fd_dsa.requests"
 _ACCESS = "uvicorn.access"

@@ -25,7 +25,6 @@ from fd_dsa.serve.h11_protocol import StrictH11Protocol
 from fd_dsa.serve.listener import BACKLOG, Listener
 from fd_dsa.serve.metrics import log_while_busy
 from fd_dsa.serve.state import ServerState
-from fd_dsa.serve.status import PROBE_PATHS
 from fd_dsa.signals import exit_at_once, signals_call
 from fd_dsa.startup.progress import StartupProgress
 
@@ -220,7 +219,6 @@ class DrainingServer(uvicorn.Server):
             lambda listener: StrictH11Protocol(
                 self.config, self.server_state, self.lifespan.state, listener
             ),
-            PROBE_PATHS,
         )
         self._listener.start()
         self._spawn(self._load_engine())

@@ -19,9 +19,6 @@ from fd_dsa.serve.info import ServerInfo
 from fd_dsa.serve.json_response import JsonResponse
 from fd_dsa.serve.state import UNRESPONSIVE_S, State
 
-PROBE_PATHS = frozenset({"/health", "/livez", "/readyz", "/startupz"})
-"""Paths of an orchestrator's probes, which are answered in every state of the server."""
-
 router = APIRouter()
 
 

@@ -20,8 +20,7 @@ from typing import Any
 import httpx
 import pytest
 
-from fd_dsa.serve.listener import PROBE_CONNECTIONS
-from fd_dsa.serve.status import PROBE_PATHS
+from fd_dsa.serve.listener import PROBE_CONNECTIONS, PROBE_PATHS
 from tests.serve.conftest import TIMEOUT_S, Live, connected, exchange, running, wait_until
 from tests.serve.fake_engine import FakeEngine
 from tests.serve.processes import FAKE, finish, serving
