@@ -19,7 +19,7 @@ from fd_dsa.chat.parser import AUTO, NONE, REASONING_FORMATS, TOOL_FORMATS
 from fd_dsa.command_line import values
 from fd_dsa.command_line.parser import Parser
 from fd_dsa.commands import own_command
-from fd_dsa.config import DEFAULT_TARGET_MS, DEVICES, GENERATION_CONFIGS
+from fd_dsa.config import DEFAULT_TARGET_MS, DEVICES, GENERATION_CONFIGS, EngineConfig
 
 DEFAULT_MAX_CONNECTIONS = 4096
 PROMPT_BYTES_PER_TOKEN = 16
@@ -280,8 +280,7 @@ _CHOICES = {
     "log_level": ("debug", "info", "warning", "error"),
     **_PARSERS,
 }
-_SWITCHES = ("allow_unknown_config_fields", "enforce_eager")
-_ON_OR_OFF = ("async_scheduling", "enable_chunked_prefill", "enable_prefix_caching")
+_ALL_DEFAULTS = {**{f.name: f.default for f in fields(EngineConfig)}, **DEFAULTS}
 _MAY_BE_REPEATED = ("allowed_host", "api_key", "served_model_name")
 
 
@@ -314,10 +313,11 @@ def _add(group: argparse._ActionsContainer, flag: str) -> argparse.Action:
     if not names:
         return group.add_argument("positional_model", metavar=flag, nargs="?")
     name = names[0].removeprefix("--").replace("-", "_")
-    if name in _ON_OR_OFF:
-        return group.add_argument(*names, action=argparse.BooleanOptionalAction)
-    if DEFAULTS.get(name) is False or name in _SWITCHES:
-        return group.add_argument(*names, action="store_true")
+    default = _ALL_DEFAULTS.get(name)
+    if isinstance(default, bool):
+        # a switch that is on by default also has a flag that turns it off
+        turned = argparse.BooleanOptionalAction if default else "store_true"
+        return group.add_argument(*names, action=turned)
     return group.add_argument(
         *names,
         metavar=next(iter(words[len(names) :]), None),
