@@ -9,6 +9,7 @@ from pydantic import Field, WithJsonSchema
 
 from fd_dsa.engine.sampling_params import MAX_STOP_STRINGS
 from fd_dsa.serve.errors import FieldError
+from fd_dsa.serve.protocol import known_fields
 from fd_dsa.serve.protocol.chat import MAX_TOOLS
 from fd_dsa.serve.protocol.fields import MAX_ENTRIES, TEXT, at_most, check_further_fields
 from fd_dsa.serve.protocol.known_fields import Refused
@@ -58,18 +59,10 @@ REFUSED_IN: Mapping[str, Mapping[str, Refused]] = {
 }
 """Refused fields of the objects in a request."""
 
-IGNORED = frozenset(
-    {
-        "betas",
-        "billing_policy",
-        "cache_control",
-        "context_management",
-        "metadata",
-        "service_tier",
-        "user_profile_id",
-        "workspace_id",
-    }
-)
+IGNORED = known_fields.IGNORED | {
+    *("betas", "billing_policy", "cache_control", "context_management", "user_profile_id"),
+    "workspace_id",
+}
 """Fields without effect on an answer, or whose effect is only a shorter prompt."""
 
 _EFFORTS = ("low", "medium", "high", "xhigh", "max")

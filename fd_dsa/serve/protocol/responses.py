@@ -11,6 +11,7 @@ from pydantic import Field, PlainValidator, PrivateAttr, WithJsonSchema
 
 from fd_dsa.serve.body import LENIENT_BYTES
 from fd_dsa.serve.errors import FieldError, show
+from fd_dsa.serve.protocol import known_fields
 from fd_dsa.serve.protocol.chat import MAX_TOOLS
 from fd_dsa.serve.protocol.fields import (
     MAX_ENTRIES,
@@ -83,23 +84,8 @@ REFUSED_IN: Mapping[str, Mapping[str, Refused]] = {
 }
 """Refused fields of the objects in a request."""
 
-IGNORED = frozenset(
-    {
-        "image",
-        "max_tool_calls",
-        "metadata",
-        "prompt_cache_key",
-        "prompt_cache_options",
-        "prompt_cache_retention",
-        "safety_identifier",
-        "service_tier",
-        "store",
-        "stream_options",
-        "truncation",
-        "user",
-    }
-)
-"""Fields that cannot change the answer of this server."""
+IGNORED = known_fields.IGNORED | {"image", "stream_options"}
+"""Fields that cannot change the answer of this server, in addition to those with a type below."""
 
 # values of `include`; the first has an effect, the others belong to tools that this server lacks
 _LOGPROBS = "message.output_text.logprobs"
