@@ -63,11 +63,20 @@ class StreamOptions(Body):
     )
 
 
-class GenerationRequest(StructuredFields):
-    """Fields for model, stream, sampling and structured output."""
+class ModelFields(Body):
+    """Fields with the same name and meaning in every API that generates text."""
 
     model: str | None = Field(None, description="A served name; the first one by default.")
     stream: bool | None = None
+    temperature: float | None = Field(
+        None, description="0 is greedy; left out: what generation_config.json says, or 1."
+    )
+    top_p: float | None = None
+
+
+class GenerationRequest(ModelFields, StructuredFields):
+    """Fields for model, stream, sampling and structured output."""
+
     stream_options: StreamOptions | None = None
     n: int | None = Field(None, description="Choices for each prompt, 1 to 128.")
     best_of: int | None = Field(None, description="1 or the same as n.")
@@ -75,10 +84,6 @@ class GenerationRequest(StructuredFields):
     min_tokens: int | None = Field(
         None, description="Minimum number of tokens before the output may end."
     )
-    temperature: float | None = Field(
-        None, description="0 is greedy; left out: what generation_config.json says, or 1."
-    )
-    top_p: float | None = None
     top_k: int | None = Field(None, description="-1 or 0 is off.")
     min_p: float | None = Field(
         None, description="Drops tokens less likely than this share of the likeliest; 0 is off."

@@ -8,15 +8,15 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from pydantic import Field, PrivateAttr, ValidationError
+from pydantic import PrivateAttr, ValidationError
 
 from fd_dsa.serve.errors import ApiError, FieldError, show, validation_refusal
 from fd_dsa.serve.protocol.chat import ChatCompletionRequest
-from fd_dsa.serve.protocol.fields import MAX_ENTRIES, MAX_FIELDS, Body
+from fd_dsa.serve.protocol.fields import MAX_ENTRIES, MAX_FIELDS
+from fd_dsa.serve.protocol.generation import ModelFields
 from fd_dsa.serve.protocol.known_fields import REFUSED_IN_CHAT, Refused
 
-# fields with the same name and meaning in every API
-_SAME = ("model", "stream", "temperature", "top_p")
+_SAME = tuple(ModelFields.model_fields)
 # fields of a chat completion that other APIs express differently
 _OF_CHAT = frozenset(
     {
@@ -170,17 +170,10 @@ class Translation:
         return ApiError(error.status, message, param=own, code=error.code, headers=error.headers)
 
 
-class TranslatedRequest(Body):
+class TranslatedRequest(ModelFields):
     """A request of another API. `chat` is the equivalent chat completion."""
 
     ignored_fields: ClassVar[frozenset[str]]
-
-    model: str | None = Field(None, description="A served name; the first one by default.")
-    stream: bool | None = None
-    temperature: float | None = Field(
-        None, description="0 is greedy; left out: what generation_config.json says, or 1."
-    )
-    top_p: float | None = None
 
     _chat: ChatCompletionRequest = PrivateAttr()
     _translation: Translation = PrivateAttr(default_factory=Translation)
