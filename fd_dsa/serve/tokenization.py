@@ -110,7 +110,7 @@ def _detokenize(state: ServerState, tokens: list[int]) -> Response:
             f"tokens: has {len(tokens)} entries; at most max_model_len, {limit}, are allowed"
         )
     tokenizer = state.engine.tokenizer
-    highest = tokenizer.vocab_size - 1
+    highest = tokenizer.highest_token_id
     outside = next((token for token in tokens if not 0 <= token <= highest), None)
     if outside is not None:
         raise FieldError(f"tokens: got {show(outside)}; token ids of this model are 0 to {highest}")

@@ -53,7 +53,7 @@ class FakeTokenizer:
         special_ids: special tokens and their ids.
     """
 
-    vocab_size = 257
+    highest_token_id = 256
     control_tokens = NoControlTokens()
 
     def __init__(

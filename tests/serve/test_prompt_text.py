@@ -10,6 +10,8 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
+import tokenizers
+from tokenizers.models import WordLevel
 
 from fd_dsa.config import demo_model_path
 from fd_dsa.engine.tokenizer import Tokenizer
@@ -236,6 +238,17 @@ def test_tokens_that_are_none(live: Live, tokens: Any, param: str) -> None:
     error = error_of(answer, 400)
     assert error["param"] == param
     assert len(error["message"]) < 200
+
+
+def test_ids_after_a_gap_of_the_vocabulary_have_a_text() -> None:
+    vocabulary = {"a": 0, "b": 1, "z": 9}
+    engine = FakeEngine()
+    engine.tokenizer = Tokenizer(tokenizers.Tokenizer(WordLevel(vocabulary, unk_token="a")))
+    with running(engine) as live:
+        told = live.http.post("/detokenize", json={"tokens": [1, 9]}).json()
+        assert told == {"prompt": "b z"}
+        error = error_of(live.http.post("/detokenize", json={"tokens": [10]}), 400)
+        assert error["message"] == "tokens: got 10; token ids of this model are 0 to 9"
 
 
 def test_other_models_are_not_there(live: Live) -> None:
