@@ -270,17 +270,12 @@ def check_switches(**switches: object) -> None:
             raise argument_error(name, value, "True or False")
 
 
-def place_of(name: str, index: int, count: int) -> str:
-    """Name one of the prompts of a call, as in `prompts[2]`."""
-    return f"{name}[{index}]" if count > 1 else name
-
-
 @contextlib.contextmanager
-def naming(place: str, named: Collection[str]) -> Iterator[None]:
-    """Raise the error of an argument's value as an ArgumentError that begins with its name.
+def naming(name: str, index: int, count: int, named: Collection[str]) -> Iterator[None]:
+    """Raise the error of a value as an ArgumentError that begins with its name.
 
     Args:
-        place: name of the argument.
+        name: argument that has `count` values, of which this one is `index`.
         named: arguments whose errors have their names already.
     """
     try:
@@ -288,7 +283,7 @@ def naming(place: str, named: Collection[str]) -> Iterator[None]:
     except ArgumentError:
         raise
     except ValueError as error:
-        text = str(error)
+        text, place = str(error), f"{name}[{index}]" if count > 1 else name
         has_name = text.partition(" ")[0].rstrip(":") in named
         raise ArgumentError(text if has_name else f"{place}: {text}") from error
 

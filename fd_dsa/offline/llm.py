@@ -20,7 +20,6 @@ from fd_dsa.engine.arguments import (
     check_switches,
     explain_calls,
     naming,
-    place_of,
     read_conversations,
     read_prompts,
     read_tools,
@@ -164,7 +163,7 @@ class LLM:
         params = read_params(sampling_params, len(given), default, "prompts")
         token_ids = []
         for index, one in enumerate(given):
-            with naming(place_of("prompts", index, len(given)), SAMPLING_FIELDS):
+            with naming("prompts", index, len(given), SAMPLING_FIELDS):
                 token_ids.append(engine.tokenizer.encode(one) if isinstance(one, str) else one)
         texts = [one if isinstance(one, str) else None for one in given]
         return self._run("prompts", texts, token_ids, params, stream, sampling_params is None)
@@ -253,7 +252,7 @@ class LLM:
         texts: list[str | None] = []
         token_ids = []
         for index, entry in enumerate(conversations):
-            with naming(place_of("messages", index, count), SAMPLING_FIELDS):
+            with naming("messages", index, count, SAMPLING_FIELDS):
                 prompt = engine.tokenizer.render_chat(
                     entry,
                     not continue_final_message,
@@ -323,7 +322,7 @@ class LLM:
         if is_default:
             params = fit_into_context(params, token_ids, engine.limits.max_model_len)
         for index, (ids, one) in enumerate(zip(token_ids, params, strict=True)):
-            with naming(place_of(argument, index, len(params)), SAMPLING_FIELDS):
+            with naming(argument, index, len(params), SAMPLING_FIELDS):
                 engine.validate(ids, one)
         outputs = self._shared.stream(texts, token_ids, params)
         if stream:
