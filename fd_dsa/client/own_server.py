@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fd_dsa.client.remote import normal_base_url
-from fd_dsa.command_line.parser import split_flags
 from fd_dsa.config import demo_model_path
 from fd_dsa.errors import ConfigError, writing
 
@@ -48,20 +47,6 @@ def add_server_flags(parser: argparse._ActionsContainer) -> None:
         "are for it (the default without --base-url)",
     )
     parser.add_argument("--model", metavar="NAME", help="name to send (default: the only one)")
-
-
-def parse_flags(
-    parser: argparse.ArgumentParser, arguments: Sequence[str]
-) -> tuple[argparse.Namespace, list[str]]:
-    """Split the arguments into the flags of a command and those of its own server.
-
-    Raises:
-        ConfigError: there are flags for a server, but --base-url names a running one.
-    """
-    own, passed = split_flags(arguments)
-    args = parser.parse_args(own)
-    check_passed(args.base_url, passed)
-    return args, passed
 
 
 def check_passed(base_url: str | None, passed: Sequence[str]) -> None:

@@ -23,11 +23,11 @@ from rich.console import Console
 from rich.progress import Progress
 
 from fd_dsa.client.load import FailedAttempt, Request, Sender, TimedRequest
-from fd_dsa.client.own_server import parse_flags, server_at
+from fd_dsa.client.own_server import check_passed, server_at
 from fd_dsa.client.remote import examine_server, incomplete
 from fd_dsa.command_line.failures import reports_failures
 from fd_dsa.command_line.outputs import is_special, open_part, result_file
-from fd_dsa.command_line.parser import Parser
+from fd_dsa.command_line.parser import Parser, split_flags
 from fd_dsa.command_line.values import add_numbers
 from fd_dsa.commands import own_command
 from fd_dsa.errors import ConfigError, writing
@@ -82,7 +82,9 @@ def main(arguments: list[str]) -> int:
         Exit status: 0 if every request was answered, 1 if some failed or the server went away, 2 if
             it cannot begin.
     """
-    args, passed = parse_flags(build_parser(), arguments)
+    own, passed = split_flags(arguments)
+    args = build_parser().parse_args(own)
+    check_passed(args.base_url, passed)
     items = read_batch(args.input_file)
     output = result_file("--output-file", args.output_file, args.input_file)
     if is_special(output):
