@@ -19,9 +19,10 @@ from rich.progress import Progress
 
 from fd_dsa.accuracy.answers import Run, open_store
 from fd_dsa.accuracy.scores import ANSWERS_FILE, RunSettings, prompts_sha256
+from fd_dsa.client.load import Sender
 from fd_dsa.client.own_server import OwnServer, add_server_flags, check_passed, own_server
-from fd_dsa.client.questions import ChatClient, Question
-from fd_dsa.client.remote import ServerInfo
+from fd_dsa.client.questions import Question, ask
+from fd_dsa.client.remote import ServerInfo, examine_server, normal_base_url
 from fd_dsa.client.settings import ON_OR_OFF
 from fd_dsa.command_line.report import check_folder
 from fd_dsa.command_line.values import add_numbers
@@ -72,13 +73,13 @@ class ServerUnderTest:
     """
 
     args: argparse.Namespace
-    client: ChatClient
+    sender: Sender
     info: ServerInfo
     own: OwnServer | None
 
     def settings(self, task: str, task_settings: dict[str, object]) -> RunSettings:
         """Return all settings that determine the answers."""
-        args, facts, url = self.args, dict(self.info.facts), self.client.base_url
+        args, facts, url = self.args, dict(self.info.facts), self.sender.base_url
         if self.own is not None:
             url, facts["command"] = OWN, list(self.own.command)
         names = ("temperature", "max_tokens", "seed", "concurrency", "thinking")
@@ -127,7 +128,10 @@ class ServerUnderTest:
         by_key = {question.key: question for question in missing}
         with Progress(console=Console(stderr=True)) as progress:
             bar = progress.add_task(task, total=total, completed=total - len(missing))
-            async with contextlib.aclosing(self.client.ask(missing)) as answers:
+            given = {name: getattr(self.args, name) for name in ("temperature", "seed", "thinking")}
+            settings = {name: value for name, value in given.items() if value is not None}
+            asked = ask(self.sender, self.info.model, missing, settings)
+            async with contextlib.aclosing(asked) as answers:
                 async for answer in answers:
                     run.add(by_key[answer.key], answer)
                     progress.advance(bar, answer.error is None)
@@ -146,20 +150,11 @@ def connected(args: argparse.Namespace) -> Iterator[ServerUnderTest]:
                 server = own_server(args.serve, args.passed, out / "server.log")
                 own = stack.enter_context(server)
             url = own.base_url
-        client = ChatClient(
-            url,
-            args.model,
-            temperature=args.temperature,
-            seed=args.seed,
-            thinking=args.thinking,
-            concurrency=args.concurrency,
-            retries=args.retries,
-            timeout_s=args.timeout,
-        )
-        info = client.preflight()
+        sender = Sender(normal_base_url(url), args.concurrency, args.retries, args.timeout)
+        info = examine_server(sender.base_url, args.model)
         if info.max_model_len is not None and args.max_tokens >= info.max_model_len:
             raise ConfigError(
                 f"--max-tokens: got {args.max_tokens}; {info.model} takes {info.max_model_len} "
                 "tokens, prompt and answer together"
             )
-        yield ServerUnderTest(args, client, info, own)
+        yield ServerUnderTest(args, sender, info, own)

@@ -1,4 +1,4 @@
-"""Questions to a chat server, its answers, and the client that asks many questions."""
+"""Questions to a chat server, and its answers."""
 
 from __future__ import annotations
 
@@ -10,14 +10,8 @@ from typing import Any
 import httpx
 
 from fd_dsa.client.load import FailedAttempt, Request, Sender
-from fd_dsa.client.remote import (
-    ServerInfo,
-    examine_server,
-    incomplete,
-    normal_base_url,
-    one_line,
-)
-from fd_dsa.client.settings import reasoning_switch
+from fd_dsa.client.remote import incomplete, one_line
+from fd_dsa.client.settings import fields_of
 from fd_dsa.errors import RemoteError
 
 # a server that refused this many questions without an answer refuses all of them
@@ -68,62 +62,36 @@ class Answer:
     metadata: dict[str, Any] = field(default_factory=dict, compare=False)
 
 
-class ChatClient:
-    """A server and the request fields that all questions share.
+async def ask(
+    sender: Sender, model: str, questions: Sequence[Question], settings: dict[str, Any]
+) -> AsyncGenerator[Answer, None]:
+    """Yield answers as they arrive, in no fixed order, with `error` for failures.
+
+    Every answer of the server is yielded, also before an exception.
 
     Args:
-        thinking: sent to the chat template as `thinking` and `enable_thinking`. None = not sent.
+        settings: fields of every request, see `fd_dsa.client.settings`.
+
+    Raises:
+        RemoteError: the server went away, refuses the key or the model, or refuses every question.
     """
-
-    def __init__(
-        self,
-        base_url: str,
-        model: str | None = None,
-        *,
-        temperature: float = 0.0,
-        seed: int = 0,
-        thinking: bool | None = None,
-        **options: Any,
-    ) -> None:
-        self.base_url = normal_base_url(base_url)
-        self.model = model
-        self._fields: dict[str, Any] = {"temperature": temperature, "seed": seed}
-        if thinking is not None:
-            self._fields["chat_template_kwargs"] = reasoning_switch(thinking)
-        self._sender = Sender(self.base_url, **options)
-
-    def preflight(self) -> ServerInfo:
-        """Return the server's description of itself. `model` is set if it was None."""
-        info = examine_server(self.base_url, self.model)
-        self.model = info.model
-        return info
-
-    async def ask(self, questions: Sequence[Question]) -> AsyncGenerator[Answer, None]:
-        """Yield answers as they arrive, in no fixed order, with `error` for failures.
-
-        Every answer of the server is yielded, also before an exception.
-
-        Raises:
-            RemoteError: the server went away, refuses the key or the model, or refuses every
-                question.
-        """
-        requests = []
-        for question in questions:
-            body = {"model": self.model, "messages": list(question.messages), **self._fields}
-            body["max_tokens"] = question.max_tokens
-            requests.append(Request("/chat/completions", body))
-        answered, failures = False, 0
-        async with aclosing(self._sender.run(requests, _read)) as results:
-            async for sent in results:
-                if sent.gone:
-                    raise RemoteError(f"{self.base_url} does not answer any more: {sent.error}")
-                key, seconds = questions[sent.index].key, round(sent.seconds, 4)
-                answer = sent.value or Answer(key, "")
-                yield replace(answer, key=key, seconds=seconds, error=sent.error)
-                answered |= sent.error is None
-                failures += sent.error is not None
-                if not answered and failures >= _FAILURES_WITHOUT_ANSWER:
-                    raise RemoteError(f"{self.base_url} answers no question: {sent.error}")
+    fields, base_url = {"model": model, **fields_of(settings)}, sender.base_url
+    requests = []
+    for question in questions:
+        body = {**fields, "messages": list(question.messages), "max_tokens": question.max_tokens}
+        requests.append(Request("/chat/completions", body))
+    answered, failures = False, 0
+    async with aclosing(sender.run(requests, _read)) as results:
+        async for sent in results:
+            if sent.gone:
+                raise RemoteError(f"{base_url} does not answer any more: {sent.error}")
+            key, seconds = questions[sent.index].key, round(sent.seconds, 4)
+            answer = sent.value or Answer(key, "")
+            yield replace(answer, key=key, seconds=seconds, error=sent.error)
+            answered |= sent.error is None
+            failures += sent.error is not None
+            if not answered and failures >= _FAILURES_WITHOUT_ANSWER:
+                raise RemoteError(f"{base_url} answers no question: {sent.error}")
 
 
 async def _read(reply: httpx.Response, started: float) -> Answer:

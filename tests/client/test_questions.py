@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from fd_dsa.client.questions import Answer, ChatClient, Question
-from fd_dsa.client.remote import normal_base_url
+from fd_dsa.client.load import Sender
+from fd_dsa.client.questions import Answer, Question, ask
+from fd_dsa.client.remote import examine_server, normal_base_url
 from fd_dsa.errors import ConfigError, RemoteError
 from tests.client.scripted import MODELS, Reply, asked, chat, scripted
 from tests.serve.conftest import TIMEOUT_S, held_port, wait_until
@@ -25,12 +26,14 @@ def questions(count: int) -> list[Question]:
     ]
 
 
-def collect(client: ChatClient, count: int, kept: list[Answer] | None = None) -> list[Answer]:
+def collect(
+    sender: Sender, count: int, kept: list[Answer] | None = None, **settings: Any
+) -> list[Answer]:
     """All answers, in the order of their keys."""
     found = [] if kept is None else kept
 
     async def run() -> None:
-        async for answer in client.ask(questions(count)):
+        async for answer in ask(sender, "demo", questions(count), settings):
             found.append(answer)
 
     asyncio.run(run())
@@ -56,8 +59,7 @@ def test_every_question_gets_its_answer_and_no_more_than_asked_are_in_flight() -
 
     with scripted(slow) as server:
         fields: dict[str, Any] = {"temperature": 0.25, "seed": 5, "thinking": False}
-        client = ChatClient(server.base_url, "demo", concurrency=3, **fields)
-        answers = collect(client, 10)
+        answers = collect(Sender(server.base_url, concurrency=3), 10, **fields)
     assert [a.text for a in answers] == [f"q{i}" for i in range(10)]
     assert {(a.finish_reason, a.prompt_tokens, a.completion_tokens) for a in answers} == {
         ("length", 2, 3)
@@ -93,8 +95,8 @@ def test_failures_that_pass_are_asked_again(bad: Reply) -> None:
         return bad if tries[asked(body)] <= 2 else chat(asked(body))
 
     with scripted(answer) as server:
-        client = ChatClient(server.base_url, "demo", retries=2, delay_s=0.001)
-        answers = collect(client, 3)
+        sender = Sender(server.base_url, retries=2, delay_s=0.001)
+        answers = collect(sender, 3)
     assert [(a.text, a.error) for a in answers] == [(f"q{i}", None) for i in range(3)]
     assert set(tries.values()) == {3}
 
@@ -106,7 +108,7 @@ def test_attempts_are_bounded_and_the_run_goes_on() -> None:
         "q2": (400, {}, {"error": {"message": "prompt has 9 tokens"}}),
     }
     with scripted(lambda body: bad.get(asked(body)) or echo(body)) as server:
-        answers = collect(ChatClient(server.base_url, "demo", retries=3, delay_s=0.001), 4)
+        answers = collect(Sender(server.base_url, retries=3, delay_s=0.001), 4)
     assert Counter(map(asked, server.bodies)) == {"q0": 1, "q1": 4, "q2": 1, "q3": 1}
     assert [a.error for a in answers] == [
         *(None, "status 502: bad gateway (4 attempts)"),
@@ -127,7 +129,7 @@ def test_retry_after_is_honoured() -> None:
         return (429, {"Retry-After": "1"}, {}) if len(times) == 1 else echo(body)
 
     with scripted(answer) as server:
-        assert collect(ChatClient(server.base_url, "demo", delay_s=0.001), 1)[0].error is None
+        assert collect(Sender(server.base_url, delay_s=0.001), 1)[0].error is None
     assert times[1] - times[0] >= 1
 
 
@@ -135,9 +137,9 @@ def test_a_server_that_refuses_everything_ends_the_run() -> None:
     refusal: Reply = (400, {}, {"error": {"message": "chat_template_kwargs: not supported"}})
     kept: list[Answer] = []
     with scripted(lambda body: refusal) as server:
-        client = ChatClient(server.base_url, "demo", concurrency=4)
+        sender = Sender(server.base_url, concurrency=4)
         with pytest.raises(RemoteError, match="answers no question: status 400: chat_template_k"):
-            collect(client, 100, kept)
+            collect(sender, 100, kept)
     # eight refusals end it; of those asked at that moment, some may have reached the server
     assert 8 <= len(kept) < 12
     assert len(kept) <= len(server.bodies) < len(kept) + 4
@@ -147,14 +149,14 @@ def test_a_server_that_refuses_everything_ends_the_run() -> None:
 def test_refusals_of_key_and_model_end_the_run(status: int) -> None:
     refused = pytest.raises(RemoteError, match=str(status))
     with scripted(lambda body: (status, {}, {"error": {"message": "no"}})) as server, refused:
-        collect(ChatClient(server.base_url, "demo", concurrency=1), 5)
+        collect(Sender(server.base_url, concurrency=1), 5)
     assert len(server.bodies) == 1
 
 
 def test_a_server_that_goes_away_ends_the_run_and_keeps_what_came() -> None:
     refused = pytest.raises(RemoteError, match=r"any more: connection refused \(3 attempts\)")
     with held_port() as port, refused:
-        collect(ChatClient(f"http://127.0.0.1:{port}", "demo", retries=2, delay_s=0.001), 3)
+        collect(Sender(f"http://127.0.0.1:{port}", retries=2, delay_s=0.001), 3)
     kept: list[Answer] = []
 
     def answer(body: dict[str, Any]) -> Reply:
@@ -164,7 +166,7 @@ def test_a_server_that_goes_away_ends_the_run_and_keeps_what_came() -> None:
         return 401, {}, {}
 
     with scripted(answer) as server, pytest.raises(RemoteError, match="401"):
-        collect(ChatClient(server.base_url, "demo", concurrency=3), 3, kept)
+        collect(Sender(server.base_url, concurrency=3), 3, kept)
     assert [a.text for a in kept] == ["q0"]
 
 
@@ -176,9 +178,9 @@ def test_what_is_in_flight_is_given_up_in_time_or_dropped() -> None:
             release.wait(TIMEOUT_S)
         return echo(body)
 
-    async def run(client: ChatClient) -> list[str]:
+    async def run(sender: Sender) -> list[str]:
         found = []
-        async for one in client.ask(questions(3)):
+        async for one in ask(sender, "demo", questions(3), {}):
             found.append(one.key)
             if len(found) == 2:
                 break
@@ -186,10 +188,10 @@ def test_what_is_in_flight_is_given_up_in_time_or_dropped() -> None:
 
     with scripted(answer) as server:
         try:
-            client = ChatClient(server.base_url, "demo", retries=0, timeout_s=0.1)
-            errors = [a.error for a in collect(client, 3)]
+            sender = Sender(server.base_url, retries=0, timeout_s=0.1)
+            errors = [a.error for a in collect(sender, 3)]
             assert errors == [None, "no reply in time", None]
-            assert sorted(asyncio.run(run(ChatClient(server.base_url, "demo")))) == ["q0", "q2"]
+            assert sorted(asyncio.run(run(Sender(server.base_url)))) == ["q0", "q2"]
         finally:
             release.set()
 
@@ -197,7 +199,7 @@ def test_what_is_in_flight_is_given_up_in_time_or_dropped() -> None:
 def test_texts_that_are_none_or_broken() -> None:
     texts = {"q0": None, "q1": "", "q2": "a\ud83d b"}
     with scripted(lambda body: chat(texts[asked(body)], reason=None)) as server:
-        answers = collect(ChatClient(server.base_url, "demo"), 3)
+        answers = collect(Sender(server.base_url), 3)
     assert [a.text for a in answers] == ["", "", "a\ufffd b"]
     assert {a.finish_reason for a in answers} == {None}
 
@@ -205,9 +207,9 @@ def test_texts_that_are_none_or_broken() -> None:
 def test_the_key_of_the_environment_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "k-123")
     with scripted(echo) as server:
-        collect(ChatClient(server.base_url, "demo"), 1)
+        collect(Sender(server.base_url), 1)
         monkeypatch.delenv("OPENAI_API_KEY")
-        collect(ChatClient(server.base_url, "demo"), 1)
+        collect(Sender(server.base_url), 1)
     assert server.headers[0]["authorization"] == "Bearer k-123"
     assert "authorization" not in server.headers[1]
 
@@ -215,9 +217,8 @@ def test_the_key_of_the_environment_is_sent(monkeypatch: pytest.MonkeyPatch) -> 
 def test_preflight_tells_model_and_facts() -> None:
     info: Reply = (200, {}, {"version": "1.2", "device": "gpu:0", "secret": 1, "dtype": None})
     with scripted(echo, {"/server_info": info}) as server:
-        client = ChatClient(server.base_url)
-        found = client.preflight()
-    assert client.model == found.model == "demo"
+        found = examine_server(server.base_url, None)
+    assert found.model == "demo"
     assert found.max_model_len == 2048
     assert (found.facts["version"], found.facts["device"]) == ("1.2", "gpu:0")
     assert found.facts["dtype"] is found.facts["commit"] is None
@@ -239,7 +240,7 @@ OURS: Reply = (200, {}, {"data": [{"id": n, "owned_by": "fd_dsa"} for n in ("nam
 )
 def test_preflight_finds_the_model(models: Reply, asked_for: str | None, found: str) -> None:
     with scripted(echo, {"/v1/models": models}) as server:
-        assert ChatClient(server.base_url, asked_for).preflight().model == found
+        assert examine_server(server.base_url, asked_for).model == found
 
 
 @pytest.mark.parametrize(
@@ -263,13 +264,13 @@ def test_preflight_is_one_clear_line(
 ) -> None:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with scripted(echo, {"/v1/models": models}) as server, pytest.raises(ConfigError) as caught:
-        ChatClient(server.base_url, asked_for).preflight()
+        examine_server(server.base_url, asked_for)
     assert text in str(caught.value).replace(server.base_url, "URL")
     assert "\n" not in str(caught.value)
     assert server.bodies == []
     # it is gone
     with pytest.raises(ConfigError) as caught:
-        ChatClient(server.base_url).preflight()
+        examine_server(server.base_url, None)
     assert str(caught.value) == (
         f"--base-url: {server.base_url} cannot be reached (connection refused); start a server "
         "there, or leave the flag out and one is started for the run"
