@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -90,7 +89,6 @@ class OpenModel:
     sequence: SingleSequenceRunner
     tokenizer: Tokenizer
     config: ModelConfig
-    folder: Path
 
     @property
     def device(self) -> str:
@@ -123,4 +121,4 @@ def open_model(config: EngineConfig) -> OpenModel:
 
     engine = build_engine(replace(config, max_num_seqs=1, num_gpu_blocks_override=blocks))
     sequence = SingleSequenceRunner(engine.runner)
-    return OpenModel(sequence, engine.tokenizer, model_config, config.model_path)
+    return OpenModel(sequence, engine.tokenizer, model_config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from fd_dsa.accuracy.scores import Scores
 from fd_dsa.command_line.parser import Parser
 from fd_dsa.command_line.values import add_numbers, reader
 from fd_dsa.config import demo_model_path
-from fd_dsa.errors import ConfigError
+from fd_dsa.engine.tokenizer import Tokenizer
+from fd_dsa.errors import ConfigError, flag_error
+from fd_dsa.models.config_reader import FieldReader, read_json_object
 
 _MAX_TOKENS = 64
 # depths and trials of a cell: of a usual run, and around index_topk
@@ -78,8 +81,10 @@ def _depths(text: str) -> tuple[float, ...]:
 
 def run(args: argparse.Namespace) -> int:
     """Ask, score and report. Returns 0."""
-    counter = TokenCounter(_tokenizer_folder(args), args.thinking)
-    topk = args.index_topk or counter.index_topk
+    folder = _tokenizer_folder(args)
+    counter = TokenCounter(Tokenizer.from_folder(folder), f"--tokenizer: {folder}", args.thinking)
+    known_topk, longest = _known_sizes(folder)
+    topk = args.index_topk or known_topk
     depths, trials = _CONTINUITY if args.continuity else _USUAL
     known: dict[str, Any] = {
         "tasks": args.tasks,
@@ -90,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
         "max_tokens": args.max_tokens,
     }
     # check the plan before a server is started
-    builder, longest = PromptBuilder(counter), counter.max_position_embeddings
+    builder = PromptBuilder(counter)
     if longest is not None:
         first = _lengths(args, Limits(topk, longest, args.max_tokens))[:1]
         list(Plan(lengths=first, **known).questions(builder))
@@ -106,15 +111,28 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _tokenizer_folder(args: argparse.Namespace) -> str | Path:
-    if args.tokenizer is not None:
-        return str(args.tokenizer)
-    if args.base_url is not None:
+def _tokenizer_folder(args: argparse.Namespace) -> Path:
+    if args.tokenizer is None and args.base_url is not None:
         raise ConfigError(
             "--tokenizer: not given with --base-url; give the folder of the served model's "
             "tokenizer, by which prompts get their lengths"
         )
-    return demo_model_path() if args.serve is None else str(args.serve)
+    folder = str(demo_model_path() if args.serve is None else args.serve)
+    folder = folder if args.tokenizer is None else str(args.tokenizer)
+    # an empty text, for example from an unset variable of a script, is not this folder
+    if not folder or not os.path.isdir(folder):
+        raise flag_error("tokenizer", folder, "an existing folder that holds tokenizer.json")
+    return Path(folder)
+
+
+def _known_sizes(folder: Path) -> tuple[int | None, int | None]:
+    """Return index_topk and max_position_embeddings of a folder's config.json, None if unknown."""
+    config = folder / "config.json"
+    known = read_json_object(config) if config.is_file() else {}
+    reader = FieldReader(known, f"--tokenizer: {config}")
+    names = ("index_topk", "max_position_embeddings")
+    topk, longest = (reader.integer(name, None) if name in known else None for name in names)
+    return topk, longest
 
 
 def _lengths(args: argparse.Namespace, limits: Limits) -> tuple[int, ...]:

@@ -14,7 +14,6 @@ Source of the tasks: RULER, arXiv 2404.06654; pass keys: Mohtashami and Jaggi, a
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -26,8 +25,7 @@ from typing import Any
 
 from fd_dsa.client.settings import reasoning_switch
 from fd_dsa.engine.tokenizer import Tokenizer
-from fd_dsa.errors import ConfigError, flag_error
-from fd_dsa.models.config_reader import FieldReader, read_json_object
+from fd_dsa.errors import ConfigError
 
 BEFORE = "Read the text and answer the question at its end."
 KEYS, CHAINS, HOPS = 4, 2, 3
@@ -235,38 +233,35 @@ def _compose(item: Item, lines: Sequence[str]) -> str:
 
 
 class TokenCounter:
-    """Counts tokens with the tokenizer and chat template of a folder."""
+    """Counts tokens with a tokenizer and its chat template.
 
-    def __init__(self, folder: str | Path, thinking: bool | None = None) -> None:
-        # an empty text, for example from an unset variable of a script, is not this folder
-        if not str(folder) or not os.path.isdir(folder):
-            allowed = "an existing folder that holds tokenizer.json"
-            raise flag_error("tokenizer", str(folder), allowed)
-        self.folder = folder = Path(folder)
-        self._tokenizer = Tokenizer.from_folder(folder)
+    Args:
+        flag: flag that names the tokenizer's folder, with the folder, for errors.
+        thinking: value for the chat template. None = the template's default.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, flag: str, thinking: bool | None = None) -> None:
+        self._tokenizer, self._flag = tokenizer, flag
         self._kwargs: dict[str, Any] = {**reasoning_switch(thinking)}
-        config = folder / "config.json"
-        known = read_json_object(config) if config.is_file() else {}
-        names = ("index_topk", "max_position_embeddings")
-        reader = FieldReader(known, f"--tokenizer: {config}")
-        self.index_topk, self.max_position_embeddings = (
-            reader.integer(name, None) if name in known else None for name in names
-        )
 
     def text(self, text: str) -> int:
         """Return the number of tokens of a text inside a longer one."""
         return len(self._tokenizer.encode(text, add_special_tokens=False))
 
     def prompt(self, content: str) -> int:
-        """Return the number of tokens of a conversation with this user message.
+        """Return the number of tokens of a conversation with this user message."""
+        return len(self.ids(content))
 
-        The start of the answer is included. Without a chat template the text and the tokenizer's
-        own special tokens are counted.
+    def ids(self, content: str) -> list[int]:
+        """Return the tokens of a conversation with this user message.
+
+        The start of the answer is included. Without a chat template they are those of the text
+        with the tokenizer's own special tokens.
         """
         if not self._tokenizer.has_chat_template:
-            return len(self._tokenizer.encode(content))
+            return self._tokenizer.encode(content)
         messages = [{"role": "user", "content": content}]
         try:
-            return len(self._tokenizer.apply_chat_template(messages, **self._kwargs))
+            return self._tokenizer.apply_chat_template(messages, **self._kwargs)
         except ValueError as error:
-            raise ConfigError(f"--tokenizer: {self.folder}: {error}") from error
+            raise ConfigError(f"{self._flag}: {error}") from error

@@ -224,21 +224,18 @@ def needle_texts(model: OpenModel, length: int, count: int, seed: int) -> Iterat
 
     The same arguments and tokenizer give the same conversations.
     """
-    builder = PromptBuilder(TokenCounter(model.folder))
+    counter = TokenCounter(model.tokenizer, "--model")
+    builder = PromptBuilder(counter)
     for index in range(count):
         # seeded by its own index, so that the first texts do not depend on `count`
         random = Random(f"{seed}:{length}:{index}")
         item = passkey(random, (index + 0.5) * _GOLDEN % 1)
         content = builder.build(item, length, random)
-        yield _with_answer(model.tokenizer, content, item)
+        yield _with_answer(model.tokenizer, counter.ids(content), item)
 
 
-def _with_answer(tokenizer: Tokenizer, content: str, item: Item) -> NeedleText:
+def _with_answer(tokenizer: Tokenizer, prompt: list[int], item: Item) -> NeedleText:
     """Return a conversation whose answer repeats the needle's sentence up to the number."""
-    if tokenizer.has_chat_template:
-        prompt = tokenizer.apply_chat_template([{"role": "user", "content": content}])
-    else:
-        prompt = tokenizer.encode(content)
     sentence, number = item.needles[0].sentence, item.references[0]
     begun = sentence[: sentence.index(number) + len(number)]
     digits = tokenizer.encode(number, add_special_tokens=False)

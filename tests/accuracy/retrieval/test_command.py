@@ -16,6 +16,7 @@ from fd_dsa.accuracy.cli import main
 from fd_dsa.accuracy.retrieval.prompts import TokenCounter
 from fd_dsa.accuracy.scores import read_scores
 from fd_dsa.config import demo_model_path
+from fd_dsa.engine.tokenizer import Tokenizer
 from tests.accuracy.retrieval.reader import read
 from tests.client.scripted import Reply, Scripted, asked, scripted
 
@@ -27,7 +28,7 @@ FEW = ["--lengths", "300,600", "--depths", "0,1", "--trials", "1"]
 @cache
 def counter() -> TokenCounter:
     """The demo model's tokenizer."""
-    return TokenCounter(demo_model_path())
+    return TokenCounter(Tokenizer.from_folder(demo_model_path()), "--tokenizer")
 
 
 @contextmanager

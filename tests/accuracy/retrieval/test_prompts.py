@@ -21,6 +21,7 @@ from fd_dsa.accuracy.retrieval.prompts import (
 )
 from fd_dsa.accuracy.retrieval.scoring import named
 from fd_dsa.config import demo_model_path
+from fd_dsa.engine.tokenizer import Tokenizer
 from fd_dsa.errors import ConfigError
 from tests.accuracy.retrieval.reader import read
 
@@ -55,7 +56,7 @@ class Characters:
 @cache
 def counter() -> TokenCounter:
     """The demo model's tokenizer."""
-    return TokenCounter(demo_model_path())
+    return TokenCounter(Tokenizer.from_folder(demo_model_path()), "--tokenizer")
 
 
 @cache
