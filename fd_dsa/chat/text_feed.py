@@ -17,8 +17,11 @@ Steps = Generator[None, None, _T]
 
 LOOK_AHEAD = 256
 """Maximum number of characters that a decision at the read position needs."""
-# bounded, because white space before a marker is read again with each piece of text
-_MAX_SPACE = 64
+MAX_SPACE = 64
+"""Maximum number of characters of white space before a marker.
+
+It is bounded, because the white space is read again with each piece of text.
+"""
 _SPACE = re.compile(r"\s*")
 
 
@@ -245,7 +248,7 @@ def _any_of(markers: tuple[str, ...]) -> tuple[re.Pattern[str], re.Pattern[str],
 @cache
 def _opening(markers: tuple[str, ...]) -> tuple[re.Pattern[str], re.Pattern[str]]:
     """Return patterns of white space with a marker, and of texts that may become one."""
-    space = rf"\s{{0,{_MAX_SPACE}}}"
+    space = rf"\s{{0,{MAX_SPACE}}}"
     return (
         re.compile(f"{space}({'|'.join(map(re.escape, markers))})"),
         re.compile(f"{space}(?:{halves(markers)})?"),

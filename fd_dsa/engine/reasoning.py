@@ -15,11 +15,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fd_dsa.chat.parser import THINK_BEGIN, THINK_END, AnswerFormat
+from fd_dsa.chat.text_feed import MAX_SPACE
 from fd_dsa.engine.detokenizer import Detokenizer
 
 _MAX_MARKER_CHARS = 128
-# after more white space, `Reasoning.begin` belongs to the answer, as for the parser of answers
-MAX_SPACE = 64
 
 
 @dataclass(frozen=True)

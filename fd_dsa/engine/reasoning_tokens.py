@@ -6,7 +6,8 @@ import codecs
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from fd_dsa.engine.reasoning import MAX_SPACE, Reasoning
+from fd_dsa.chat.text_feed import MAX_SPACE
+from fd_dsa.engine.reasoning import Reasoning
 
 
 class Reading(NamedTuple):
