@@ -22,7 +22,6 @@ from fd_dsa.accuracy.prompts import (
 from fd_dsa.accuracy.run import add_run_flags, connected
 from fd_dsa.accuracy.scores import (
     ANSWERS_FILE,
-    END_OF_THOUGHT,
     RunSettings,
     Scores,
     metrics,
@@ -31,6 +30,7 @@ from fd_dsa.accuracy.scores import (
     without_reasoning,
     write_report,
 )
+from fd_dsa.chat.parser import THINK_END
 from fd_dsa.client.questions import Answer
 from fd_dsa.command_line.parser import Parser
 from fd_dsa.command_line.report import check_folder
@@ -125,10 +125,8 @@ def _score(answers: list[Answer], settings: RunSettings, out: Path, notes: list[
     versions = scorer.ready(answers)
     if warning := set_warning(answers):
         notes.append(f"Warning: {warning}.")
-    if num_stripped := sum(END_OF_THOUGHT in answer.text for answer in answers):
-        notes.append(
-            f"{num_stripped} answers hold {END_OF_THOUGHT}; what is before it was not scored."
-        )
+    if num_stripped := sum(THINK_END in answer.text for answer in answers):
+        notes.append(f"{num_stripped} answers hold {THINK_END}; what is before it was not scored.")
     answers = [replace(answer, text=without_reasoning(answer.text)) for answer in answers]
     asked = {"prompts_sha256": prompts_sha256(answers), "scorer": versions}
     settings = replace(settings, task_settings=settings.task_settings | asked)

@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from fd_dsa.accuracy.stats import Estimate, bootstrap_share, wilson
+from fd_dsa.chat.parser import THINK_END
 from fd_dsa.client.questions import Answer, Question
 from fd_dsa.command_line.report import Table, as_json, page, publish
 from fd_dsa.commands import own_command
@@ -32,8 +33,6 @@ The first is the primary one.
 ANSWERS_FILE = "answers.jsonl"
 SCORES_FILE = "scores.json"
 REPORT_FILE = "report.md"
-END_OF_THOUGHT = "</think>"
-"""The part of an answer up to this mark is stored and not scored."""
 MAX_CUT_SHARE = 0.02
 """A report warns above this share of answers cut at max_tokens."""
 # settings that change the question; runs that differ here are not comparable
@@ -152,8 +151,8 @@ class PromptScore:
 
 
 def without_reasoning(text: str) -> str:
-    """Return the part of an answer after the model's reasoning."""
-    _, mark, rest = text.rpartition(END_OF_THOUGHT)
+    """Return the part of an answer after the model's reasoning, which is not scored."""
+    _, mark, rest = text.rpartition(THINK_END)
     return rest.lstrip() if mark else text
 
 
