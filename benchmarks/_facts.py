@@ -72,10 +72,13 @@ def start() -> dict[str, Any]:
 
 def other_flags() -> str:
     """Return a table of the flags of other servers, for docs/flags.md."""
-    from fd_dsa.serve.known_flags import rows
+    from fd_dsa.serve.known_flags import OTHER_NAMES
 
-    lines = [f"| {here} | {flags} |" for here, flags in rows()]
-    return "\n".join(["| here | flags of other servers |", "|---|---|", *lines]) + "\n"
+    lines = ["| here | flags of other servers |", "|---|---|"]
+    for here, names in OTHER_NAMES.items():
+        flags = (f"`{name}`" if name.startswith("-") else f"`--{name}`" for name in names)
+        lines.append(f"| `{here}` | {', '.join(flags)} |".replace(" or ", "` or `"))
+    return "\n".join(lines) + "\n"
 
 
 def start_log() -> str:

@@ -11,7 +11,7 @@ FastDeploy.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from fd_dsa.errors import ConfigError
@@ -327,9 +327,3 @@ def check_value(flag: str, value: str, known: Known, is_off: bool) -> str:
         got = f"got {value!r}, allowed: {', '.join(known.neutral)}; " if known.neutral else ""
         raise ConfigError(f"{flag}: {got}{known.refusal}")
     return known.reason
-
-
-def rows() -> Iterator[tuple[str, str]]:
-    """Yield each flag of this server that has other names elsewhere, with these names."""
-    for ours, names in OTHER_NAMES.items():
-        yield f"`{ours}`".replace(" or ", "` or `"), ", ".join(f"`{_flag(name)}`" for name in names)
