@@ -93,7 +93,7 @@ class MessageAnswer(BlockAnswer):
         self._is_begun = False
 
     def choices(self) -> Iterator[AnsweredMessage]:
-        content = [_whole(block) for block in self.blocks]
+        content = [_content(block, is_begun=True) for block in self.blocks]
         yield self._message(content, self._stop(self.outputs[0, 0]), self._usage())
 
     def deltas(self, job_index: int, output: RequestOutput) -> Sequence[Mapping[str, Any]]:
@@ -117,7 +117,7 @@ class MessageAnswer(BlockAnswer):
             yield {
                 "type": "content_block_start",
                 "index": block.index,
-                "content_block": _begun(block),
+                "content_block": _content(block, is_begun=False),
             }
         elif change.kind == "more":
             yield _more(block, _delta(block, change.text))
@@ -176,23 +176,14 @@ def _more(block: Block, delta: BlockDelta) -> BlockDeltaEvent:
     return {"type": "content_block_delta", "index": block.index, "delta": delta}
 
 
-def _begun(block: Block) -> ContentBlock:
-    """Return a block of content as it begins."""
-    return _content(block, "", "", {})
-
-
-def _content(
-    block: Block, text: str, signature: str, given: dict[str, object] | orjson.Fragment
-) -> ContentBlock:
-    """Return a block of content.
-
-    Args:
-        given: input of a call.
-    """
+def _content(block: Block, *, is_begun: bool) -> ContentBlock:
+    """Return a block of content, whole or before it begins."""
+    text = block.text
     if block.kind == "reasoning":
-        return {"type": "thinking", "thinking": text, "signature": signature}
+        return {"type": "thinking", "thinking": text, "signature": _SIGNATURE if is_begun else ""}
     if block.kind == "content":
         return {"type": "text", "text": text}
+    given: dict[str, object] | orjson.Fragment = _input(text) if is_begun else {}
     call_id = f"toolu_{block.key[:24]}"
     return {"type": "tool_use", "id": call_id, "name": block.name, "input": given}
 
@@ -203,12 +194,6 @@ def _delta(block: Block, text: str) -> BlockDelta:
     if block.kind == "content":
         return {"type": "text_delta", "text": text}
     return {"type": "input_json_delta", "partial_json": text}
-
-
-def _whole(block: Block) -> ContentBlock:
-    """Return a block of content of a whole message."""
-    text = block.text
-    return _content(block, text, _SIGNATURE, _input(text) if block.kind == "call" else {})
 
 
 def _input(arguments: str) -> orjson.Fragment:
