@@ -57,11 +57,11 @@ class Node:
         """Return the path of a field."""
         return f"{self.path}.{name}"
 
-    def text(self, name: str, default: str | None = None) -> str:
-        """Return a field that must be a string. Without a default the field is required."""
-        value = self.fields.get(name, default)
-        if value is None and name not in self.fields:
+    def text(self, name: str) -> str:
+        """Return a required field that must be a string."""
+        if name not in self.fields:
             raise FieldError(f"{self.of(name)}: is missing; the field is required")
+        value = self.fields[name]
         if not isinstance(value, str):
             raise FieldError(f"{self.of(name)}: got {show(value)}; allowed is a string")
         return value
