@@ -53,7 +53,6 @@ class ScheduledBatch:
         drafts: drafts that the step verifies.
         snapshot_slots: places of the snapshots that the step writes.
         prefill_context: mean number of tokens before each prefill token in its request.
-        num_prefill_tokens, num_decode_tokens: numbers of tokens.
         shape: sizes that determine the time of the step.
         sampling: requests that get a token.
         prefilled: requests of `sampling` whose prefill ends with this step.
@@ -77,8 +76,6 @@ class ScheduledBatch:
     drafts: Mapping[Request, Drafts]
     snapshot_slots: Mapping[Request, int] = field(default_factory=dict)
     prefill_context: int = 0
-    num_prefill_tokens: int = 0
-    num_decode_tokens: int = 0
     shape: StepShape = field(init=False)
     sampling: list[Request] = field(default_factory=list)
     prefilled: list[Request] = field(default_factory=list)
@@ -149,9 +146,8 @@ class ScheduledBatch:
 
     def _count_tokens(self, input_batch: InputBatch) -> None:
         """Set the numbers of tokens, and of the rows of logits of each request."""
-        self.num_prefill_tokens = input_batch.num_prefill_tokens
-        self.num_decode_tokens = input_batch.num_tokens - self.num_prefill_tokens
-        sizes = self.num_decode_tokens, self.num_prefill_tokens, self.prefill_context
+        num_prefill = input_batch.num_prefill_tokens
+        sizes = input_batch.num_tokens - num_prefill, num_prefill, self.prefill_context
         self.shape = StepShape(*sizes, input_batch.max_seqlen_k)
         self.logits_indptr = range(len(self.sampling) + 1)
         if self.drafts:

@@ -293,7 +293,7 @@ class LLMEngine:
         """Wait for the tokens of a step, and give them to its requests."""
         if batch is None:
             return []
-        stats, begin = self._stats, self.clock()
+        stats, shape, begin = self._stats, batch.shape, self.clock()
         if batch.future is not None:
             batch.token_ids = batch.future.result()
         stats.runner_time_s += self.clock() - begin
@@ -311,10 +311,10 @@ class LLMEngine:
             self.scheduler.proposals = self.spec_decoder.propose(batch)
         batch.record_latencies(self.metrics, time.monotonic())
         stats.num_steps += 1
-        stats.computed_prompt_tokens += batch.num_prefill_tokens
+        stats.computed_prompt_tokens += shape.num_prefill_tokens
         # the token of a decoding request comes after the one of the step before; without such
         # requests, a step may have waited for a grammar before it was ready
-        since, end = self._last_end if batch.num_decode_tokens else batch.ready_time, self.clock()
+        since, end = self._last_end if shape.num_decode_tokens else batch.ready_time, self.clock()
         self.scheduler.record_step_time(batch, end - since)
         self._last_end = end
         return outputs
