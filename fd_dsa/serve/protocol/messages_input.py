@@ -4,25 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fd_dsa.serve.errors import FieldError, show
-from fd_dsa.serve.protocol.translation import Node, Translation, nodes
+from fd_dsa.serve.errors import FieldError
+from fd_dsa.serve.protocol.translation import READS_TEXT, Node, Translation, nodes, texts_of
 
 _ROLES = ("user", "assistant", "system")
-_READS_TEXT = "this server reads text only"
 _OF_USER = ("text", "tool_result")
 _OF_ASSISTANT = ("text", "thinking", "redacted_thinking", "tool_use")
 
 
 def joined_texts(value: object, path: str) -> str:
     """Return the text of a content, which is a string or a list of text blocks."""
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, list):
-        raise FieldError(f"{path}: got {show(value)}; allowed is a string or a list of text blocks")
-    blocks = nodes(value, path)
-    for block in blocks:
-        block.kind(("text",), _READS_TEXT)
-    return "\n".join(block.text("text") for block in blocks)
+    return "\n".join(texts_of(value, path, ("text",), "blocks"))
 
 
 def add_messages(made: Translation, messages: Sequence[Node]) -> None:
@@ -42,7 +34,7 @@ def _add_assistant(made: Translation, message: Node, blocks: Sequence[Node]) -> 
     turn = made.add_message("assistant", message.path, content="")
     texts, thoughts = list[str](), list[str]()
     for block in blocks:
-        kind = block.kind(_OF_ASSISTANT, _READS_TEXT)
+        kind = block.kind(_OF_ASSISTANT, READS_TEXT)
         if kind == "text":
             texts.append(block.text("text"))
         elif kind == "thinking":
@@ -60,7 +52,7 @@ def _add_user(made: Translation, message: Node, blocks: Sequence[Node]) -> None:
         raise FieldError(f"{message.of('content')}: has no blocks; send at least one")
     texts: list[str] = []
     for block in blocks:
-        if block.kind(_OF_USER, _READS_TEXT) == "text":
+        if block.kind(_OF_USER, READS_TEXT) == "text":
             texts.append(block.text("text"))
             continue
         if texts:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fd_dsa.serve.errors import FieldError, show
-from fd_dsa.serve.protocol.translation import Node, Translation, nodes
+from fd_dsa.serve.errors import FieldError
+from fd_dsa.serve.protocol.translation import READS_TEXT, Node, Translation, nodes, texts_of
 
 _ITEMS = ("message", "reasoning", "function_call", "function_call_output")
 _ROLES = ("system", "developer", "user", "assistant")
-_READS_TEXT = "this server reads text only"
 
 
 def add_items(made: Translation, items: Sequence[Node]) -> None:
@@ -85,18 +84,7 @@ def _add_other(made: Translation, item: Node, kind: str) -> None:
 
 def _texts(item: Node, name: str, kinds: Sequence[str]) -> list[str]:
     """Return the texts of a field, which is a string or a list of parts of these types."""
-    value = item.fields.get(name)
-    if isinstance(value, str):
-        return [value]
-    if not isinstance(value, list):
-        raise FieldError(
-            f"{item.of(name)}: got {show(value)}; allowed is a string or a list of text parts"
-        )
-    texts = []
-    for part in nodes(value, item.of(name)):
-        kind = part.kind((*kinds, "text"), _READS_TEXT)
-        texts.append(part.text("refusal" if kind == "refusal" else "text"))
-    return texts
+    return texts_of(item.fields.get(name), item.of(name), (*kinds, "text"), "parts")
 
 
 def _reasoning(item: Node) -> str:
@@ -104,7 +92,7 @@ def _reasoning(item: Node) -> str:
     for name, kind in (("content", "reasoning_text"), ("summary", "summary_text")):
         parts = nodes(item.fields.get(name) or [], item.of(name))
         for part in parts:
-            part.kind((kind,), _READS_TEXT)
+            part.kind((kind,), READS_TEXT)
         if parts:
             return "\n".join(part.text("text") for part in parts)
     return ""

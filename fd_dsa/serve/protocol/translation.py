@@ -29,6 +29,7 @@ _OF_CHAT = frozenset(
 )
 EXTENSIONS = frozenset(ChatCompletionRequest.model_fields) - _OF_CHAT - set(_SAME)
 """Fields of a chat completion that other APIs accept under the same names."""
+READS_TEXT = "this server reads text only"
 
 
 def refused_beside(own: Mapping[str, Refused], ignored: Collection[str]) -> dict[str, Refused]:
@@ -117,6 +118,24 @@ def nodes(value: object, path: str) -> list[Node]:
     if len(value) > MAX_ENTRIES:
         raise FieldError(f"{path}: has {len(value)} entries; at most {MAX_ENTRIES} are allowed")
     return [Node(entry, f"{path}[{index}]") for index, entry in enumerate(value)]
+
+
+def texts_of(value: object, path: str, kinds: Collection[str], name: str) -> list[str]:
+    """Return the texts of a content, which is a string or a list of objects with a text.
+
+    Args:
+        kinds: types of the objects. The text of a `refusal` is its field of this name.
+        name: what the API calls the objects.
+    """
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, list):
+        raise FieldError(f"{path}: got {show(value)}; allowed is a string or a list of text {name}")
+    texts = []
+    for part in nodes(value, path):
+        kind = part.kind(kinds, READS_TEXT)
+        texts.append(part.text("refusal" if kind == "refusal" else "text"))
+    return texts
 
 
 @dataclass
