@@ -31,19 +31,21 @@ def answers() -> dict[str, DemoPrompt]:
     import torch
     from transformers import DeepseekV32ForCausalLM
 
+    from tests.parity.hugging_face import new_cache
+
     how: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "eager"}
     model = DeepseekV32ForCausalLM.from_pretrained(demo_model_path(), **how).eval()
     found = {}
     for name, prompt in prompts().items():
-        ids, past, tokens = torch.tensor([prompt]), None, []
+        ids, cache, tokens = torch.tensor([prompt]), new_cache(model), []
         while len(tokens) < MOST_TOKENS:
             with torch.no_grad():
-                out = model(ids, past_key_values=past, use_cache=True)
+                out = model(ids, **cache)
             best = out.logits[0, -1].topk(2)
             if float(best.values[0] - best.values[1]) < LEAST_LEAD:
                 break
             tokens.append(int(best.indices[0]))
-            ids, past = best.indices[:1][None], out.past_key_values
+            ids = best.indices[:1][None]
         found[name] = DemoPrompt(prompt, tokens)
     return found
 

@@ -10,13 +10,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import numpy as np
 import torch
-from transformers import DeepseekV32ForCausalLM, GlmMoeDsaForCausalLM
+from transformers import (
+    DeepseekV32ForCausalLM,
+    DynamicCache,
+    GlmMoeDsaForCausalLM,
+    PreTrainedModel,
+)
 
 from tests.parity.cases import GREEDY_PROMPT, GREEDY_STEPS, PROMPT_LENGTHS, Case
 from tests.parity.choices import Choice
@@ -161,18 +167,23 @@ class HuggingFaceModel:
     def greedy(self) -> GreedyReference:
         """Greedy generation with a cache, one forward a step."""
         ids = torch.tensor([self.case.prompt(GREEDY_PROMPT)])
-        cache, tokens, margins, done = None, [], [], 0
+        tokens, margins, done, cache = [], [], 0, new_cache(self.model)
         for _ in range(GREEDY_STEPS):
             with self.selections.watching(done):
-                out = self.model(ids, past_key_values=cache, use_cache=True)
+                out = self.model(ids, **cache)
             done += ids.shape[1]
-            cache = out.past_key_values
             best = out.logits[0, -1].topk(2)
             ids = best.indices[:1][None]
             tokens.append(int(best.indices[0]))
             margins.append(float(best.values[0] - best.values[1]))
         margins = np.array(margins, np.float32)
         return GreedyReference(np.array(tokens), margins, self.selections.take())
+
+
+def new_cache(model: PreTrainedModel) -> dict[str, DynamicCache]:
+    """Argument of a model for its cache, which has another name from transformers 5.24 on."""
+    name = "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
+    return {name: DynamicCache(config=model.config)}
 
 
 def references(case: Case, folder: Path) -> tuple[dict[int, Reference], GreedyReference]:
