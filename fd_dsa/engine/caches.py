@@ -19,8 +19,8 @@ from fd_dsa.errors import flag_error
 from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.deepseek_v4.config import DeepseekV4Config
 from fd_dsa.models.registry import FamilyConfig
+from fd_dsa.runner.dsa_sizes import backend_config
 from fd_dsa.runner.input_batch import InputBatch
-from fd_dsa.runner.model_runner import backend_config
 from fd_dsa.runner.protocol import BlockStore, StateCopy
 from fd_dsa.runner.state_copies import HostStateCopy
 from fd_dsa.tensor import StepArray

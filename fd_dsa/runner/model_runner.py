@@ -10,10 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import paddle
 
-from fd_dsa.attention import CacheLayout, DSAAttentionBackend, DSABackendConfig
 from fd_dsa.attention.protocol import AttentionBackend, HostLengths, PromptLimits
-from fd_dsa.environment import exchanged_min_tokens
-from fd_dsa.models.config import ModelConfig
 from fd_dsa.ops.arrays import as_numpy, rows_at
 from fd_dsa.ops.sampling.parameters import RowParameters
 from fd_dsa.ops.sampling.token_buffer import TokenBuffer
@@ -33,44 +30,16 @@ if TYPE_CHECKING:
 _NO_INDICES = np.empty(0, np.int64)
 
 
-def backend_config(
-    config: ModelConfig,
-    layout: CacheLayout,
-    batch: InputBatch,
-    num_blocks: int | None = None,
-    dtype: str = "float32",
-) -> DSABackendConfig:
-    """Return the sizes of a DSAAttentionBackend for a model and a runner's batch."""
-    return DSABackendConfig(
-        num_heads=config.num_attention_heads,
-        index_n_heads=config.index_n_heads,
-        index_topk=config.index_topk,
-        softmax_scale=config.softmax_scale,
-        cache_layout=layout,
-        max_num_seqs=batch.max_num_seqs,
-        max_num_tokens=batch.max_num_tokens,
-        max_blocks_per_seq=batch.block_tables.shape[1],
-        num_blocks=num_blocks,
-        dtype=dtype,
-        head_widths=(config.qk_nope_head_dim, config.v_head_dim),
-        exchange_ranks=config.ranks if exchanged_min_tokens() else 1,
-    )
-
-
 class ModelRunner:
     """Runner of one model over one batch: a Step, its metadata, one forward, logits.
 
-    Caches, metadata and slots belong to the attention backend. A model with other caches has
-    another backend.
+    Caches, metadata and slots belong to the attention backend, of which each family has its own.
 
     Args:
         model: model of `fd_dsa.models.registry` with its weights.
         input_batch: rows that the engine fills.
-        layout: layout of the caches; None with a `backend`, which has its own.
-        num_blocks: number of blocks of each cache.
+        backend: attention backend that fits the layers of the model.
         device: "cpu", "gpu:0" or a custom device of Paddle, which the model is on.
-        backend: attention backend that fits the layers of the model; None = a DSAAttentionBackend.
-        dtype: dtype of the model's activations.
         max_drafts: maximum number of drafts of a row in a step on a device.
 
     Attributes:
@@ -88,20 +57,13 @@ class ModelRunner:
         self,
         model: Model,
         input_batch: InputBatch,
-        layout: CacheLayout | None,
-        num_blocks: int,
+        backend: AttentionBackend,
         device: str = "cpu",
-        backend: AttentionBackend | None = None,
-        dtype: str = "float32",
         max_drafts: int = 0,
     ) -> None:
         self.model, self.input_batch, self.device = model, input_batch, device
         config = model.config
         self.vocab_size, self._max_dense_keys = config.vocab_size, config.max_dense_keys
-        if backend is None:
-            assert layout is not None and isinstance(config, ModelConfig)
-            sizes = backend_config(config, layout, input_batch, num_blocks, dtype)
-            backend = DSAAttentionBackend(sizes, device, group=model.group)
         self.attn_backends: list[AttentionBackend] = [backend]
         self.caches = backend.allocate_caches(config.has_indexer)
         self.forward_meta: Step | None = None

@@ -123,13 +123,12 @@ def build_runner(
         progress: as for `build_engine`.
         kind: class of the runner.
     """
-    drafts, num_blocks = plan.config.max_drafts, plan.memory.num_blocks
-    batch, device = plan.input_batch, plan.device
+    batch, device, drafts = plan.input_batch, plan.device, plan.config.max_drafts
     with warming_on(device):
         model = load_model(plan, group, progress)
         # it checks its kernels
-        backend = plan.caches.backend(num_blocks, device, model.group)
-        runner = kind(model, batch, None, num_blocks, device, backend, max_drafts=drafts)
+        backend = plan.caches.backend(plan.memory.num_blocks, device, model.group)
+        runner = kind(model, batch, backend, device, drafts)
     progress.done(plan.memory.summary())
     share_activations(plan)
     if group is None or group.rank == 0:

@@ -11,10 +11,11 @@ import pytest
 from fd_dsa.accuracy.embedded import OpenModel, SingleSequenceRunner, open_model
 from fd_dsa.accuracy.selection.topk_hook import recording
 from fd_dsa.config import EngineConfig
-from fd_dsa.runner import InputBatch, ModelRunner
+from fd_dsa.runner import InputBatch
 from tests.accuracy.broken_selectors import FewLastKeysOnly
 from tests.accuracy.losses import token_losses
 from tests.demo.samples import PROSE
+from tests.runner.dsa import dsa_runner
 from tests.runner.tiny import V32, run_rows, tiny_model, tiny_runner
 
 
@@ -38,7 +39,7 @@ def test_chunks_do_not_matter(chunk: int) -> None:
     model = tiny_model(V32)
     wanted = token_losses(SingleSequenceRunner(tiny_runner(model)), tokens)
     layout = model.config.cache_layout("float32", 16)
-    runner = ModelRunner(model, InputBatch(1, chunk, 4, 16), layout, 4)
+    runner = dsa_runner(model, InputBatch(1, chunk, 4, 16), layout, 4)
     found = token_losses(SingleSequenceRunner(runner), tokens)
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4)
 

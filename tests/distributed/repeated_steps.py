@@ -26,6 +26,7 @@ def split_runner(folder: Path, kv_cache_dtype: str, device: str, group: Any) -> 
     from fd_dsa.runner import InputBatch
     from fd_dsa.runner.ranks import WorkerRunner
     from fd_dsa.startup.warm_up import warm_up_kernels
+    from tests.runner.dsa import dsa_runner
 
     config = read_config(folder)
     with Checkpoint.open(folder) as checkpoint:
@@ -38,7 +39,8 @@ def split_runner(folder: Path, kv_cache_dtype: str, device: str, group: Any) -> 
     rows, blocks = len(LENGTHS), _MAX_LEN // _BLOCK_SIZE
     batch = InputBatch(rows, _MAX_LEN, blocks, _BLOCK_SIZE)
     layout = model.config.cache_layout(kv_cache_dtype, _BLOCK_SIZE)
-    runner = WorkerRunner(model, batch, layout, rows * blocks, device, dtype="bfloat16")
+    sizes = model, batch, layout, rows * blocks, device
+    runner = dsa_runner(*sizes, dtype="bfloat16", kind=WorkerRunner)
     shuffled = np.random.default_rng(0).permutation(rows * blocks).tolist()
     warm_up_kernels(runner)
     for row in range(rows):

@@ -18,6 +18,7 @@ from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.speculation import SpecDecoder
 from fd_dsa.runner import InputBatch, ModelRunner
 from tests.engine.fakes import byte_tokenizer, run_all
+from tests.runner.dsa import dsa_runner
 from tests.runner.tiny import tiny_model
 
 MAX_MODEL_LEN, BLOCK_SIZE, NUM_BLOCKS, EOS = 96, 8, 12, 1
@@ -64,7 +65,7 @@ def make_runner(model: Any, num_blocks: int, kind: Any = ModelRunner) -> Any:
     """A runner with poisoned caches."""
     batch = InputBatch(4, 24, MAX_MODEL_LEN // BLOCK_SIZE, BLOCK_SIZE)
     layout = model.config.cache_layout("float32", BLOCK_SIZE)
-    runner = kind(model, batch, layout, num_blocks)
+    runner = dsa_runner(model, batch, layout, num_blocks, kind=kind)
     for cache in runner.caches:
         if cache is not None:
             np.from_dlpack(cache)[...] = np.nan

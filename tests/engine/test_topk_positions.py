@@ -12,10 +12,11 @@ from fd_dsa import SamplingParams
 from fd_dsa.accuracy.selection.topk_hook import RecordingBackend, read_index_keys
 from fd_dsa.engine.engine import LLMEngine
 from fd_dsa.engine.output import RequestOutput
-from fd_dsa.runner import InputBatch, ModelRunner
+from fd_dsa.runner import InputBatch
 from tests.engine.fakes import byte_tokenizer, make_engine, run_all
 from tests.reference.indexer import ref_score
 from tests.reference.topk import ref_topk
+from tests.runner.dsa import dsa_runner
 from tests.runner.tiny import GLM, V32, tiny_model
 
 ASKING = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True, return_topk_positions=True)
@@ -29,7 +30,7 @@ def tiny_engine(fields: dict[str, Any]) -> LLMEngine:
     batch = InputBatch(4, 24, 24, BLOCK_SIZE)
     layout = model.config.cache_layout("float32", BLOCK_SIZE)
     return LLMEngine(
-        ModelRunner(model, batch, layout, 60),
+        dsa_runner(model, batch, layout, 60),
         byte_tokenizer(model.config.vocab_size),
         num_blocks=60,
         max_model_len=96,
@@ -64,7 +65,7 @@ def oracle(fields: dict[str, Any], tokens: list[int]) -> list[list[int]]:
     model = tiny_model(fields)
     batch = InputBatch(1, 96, 24, BLOCK_SIZE)
     layout = model.config.cache_layout("float32", BLOCK_SIZE)
-    runner = ModelRunner(model, batch, layout, 24)
+    runner = dsa_runner(model, batch, layout, 24)
     recording = RecordingBackend(runner.attn_backends[0].config)
     runner.attn_backends[0] = recording
     position = len(tokens) - 1

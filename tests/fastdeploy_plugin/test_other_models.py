@@ -16,6 +16,7 @@ from tests.fastdeploy_plugin.engines import ours
 from tests.fastdeploy_plugin.watching import watch_steps
 from tests.parity.cases import CASES, Case
 from tests.parity.engine_side import load_model
+from tests.runner.dsa import dsa_runner
 
 # widths that an fp8_ds_mla cache has, over selections that prompts outgrow
 _SIZES = {
@@ -61,7 +62,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     batch = InputBatch(1, 256, 4, 64)
     loaded = load_model(folder)
     layout = loaded.config.cache_layout("fp8_ds_mla", 64)
-    runner = ModelRunner(loaded, batch, layout, num_blocks=4)
+    runner = dsa_runner(loaded, batch, layout, num_blocks=4)
     batch.set_blocks(0, [2, 0, 3, 1])
     return case, folder, [greedy(runner, case.prompt(n)) for n in LENGTHS]
 

@@ -13,6 +13,7 @@ from fd_dsa.models.registry import create_model, read_config
 from fd_dsa.models.weights import HostWeights
 from fd_dsa.runner import InputBatch, ModelRunner
 from tests.parity.cases import BLOCK_SIZE
+from tests.runner.dsa import dsa_runner
 
 MAX_ROWS = 12
 MAX_TOKENS = 640
@@ -48,7 +49,7 @@ def make_runner(model, kv_cache_dtype: str = "float32") -> ModelRunner:
     for row in range(MAX_ROWS):
         batch.set_blocks(row, blocks[row::MAX_ROWS])
     layout = model.config.cache_layout(kv_cache_dtype, BLOCK_SIZE)
-    return ModelRunner(model, batch, layout, num_blocks)
+    return dsa_runner(model, batch, layout, num_blocks)
 
 
 def run_step(runner: ModelRunner, sequences: list[Sequence], chunk: int) -> None:

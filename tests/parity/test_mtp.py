@@ -22,6 +22,7 @@ from fd_dsa.models.weights import HostWeights
 from fd_dsa.runner import InputBatch, ModelRunner
 from tests.models.drawn import in_drawn_order
 from tests.parity.cases import CASES, random_weight
+from tests.runner.dsa import dsa_runner
 
 pytestmark = pytest.mark.oracle
 LENGTH, TOLERANCE = 130, 1e-4
@@ -36,7 +37,7 @@ def our_runner(folder: Path, config: ModelConfig) -> ModelRunner:
     with Checkpoint.open(folder) as checkpoint:
         validate(checkpoint, config)
         load_weights(checkpoint, config, weights.loaders)
-    runner = ModelRunner(model, InputBatch(1, 64, 16, 16), config.cache_layout("float32", 16), 16)
+    runner = dsa_runner(model, InputBatch(1, 64, 16, 16), config.cache_layout("float32", 16), 16)
     runner.input_batch.set_blocks(0, range(16))
     return runner
 

@@ -10,6 +10,7 @@ import pytest
 
 from fd_dsa.runner import InputBatch, ModelRunner
 from tests.ops.e4m3 import E4M3_VALUES
+from tests.runner.dsa import dsa_runner
 from tests.runner.tiny import GLM, V32, run_rows, tiny_model
 
 # with random weights every change of a small selection turns a token around
@@ -32,7 +33,7 @@ def runner_of(model: Any, **changes: Any) -> ModelRunner:
     """A runner on float32 caches, or on those of a changed layout; each row has two blocks."""
     layout = replace(model.config.cache_layout("float32", 64), **changes)
     batch = InputBatch(2, 160, 2, 64)
-    runner = ModelRunner(model, batch, layout, 5)
+    runner = dsa_runner(model, batch, layout, 5)
     batch.set_blocks(0, [3, 1])
     batch.set_blocks(1, [2, 4])
     return runner

@@ -10,6 +10,7 @@ import pytest
 from fd_dsa.runner import InputBatch, ModelRunner
 from fd_dsa.startup.warm_up import warm_up_kernels
 from tests.attention.harness import record_plans
+from tests.runner.dsa import dsa_runner
 from tests.runner.tiny import (
     BLOCK_SIZE,
     BLOCKS_PER_ROW,
@@ -159,7 +160,7 @@ def test_a_warm_up_leaves_an_empty_batch_and_no_trace(model: Any) -> None:
 def test_a_warm_up_of_more_rows_than_tokens(model: Any) -> None:
     batch = InputBatch(9, 4, BLOCKS_PER_ROW, BLOCK_SIZE)
     layout = model.config.cache_layout("float32", BLOCK_SIZE)
-    runner = ModelRunner(model, batch, layout, BLOCKS_PER_ROW + 1)
+    runner = dsa_runner(model, batch, layout, BLOCKS_PER_ROW + 1)
     warm_up_kernels(runner)
     assert batch.num_tokens == 0 and (batch.block_tables == -1).all()
 

@@ -17,6 +17,7 @@ from fd_dsa.models.weights import HostWeights
 from fd_dsa.runner import InputBatch, ModelRunner
 from tests.models.drawn import in_drawn_order
 from tests.models.folders import TINY, TINY_GLM, Stored, f32
+from tests.runner.dsa import dsa_runner
 
 BLOCK_SIZE, BLOCKS_PER_ROW, MAX_ROWS, MAX_TOKENS = 16, 4, 5, 160
 
@@ -85,7 +86,7 @@ def tiny_runner(model: Any, kv_cache_dtype: str = "float32", poison: bool = Fals
     batch = InputBatch(MAX_ROWS, MAX_TOKENS, BLOCKS_PER_ROW, BLOCK_SIZE)
     num_blocks = MAX_ROWS * BLOCKS_PER_ROW + 1
     layout = model.config.cache_layout(kv_cache_dtype, BLOCK_SIZE)
-    runner = ModelRunner(model, batch, layout, num_blocks)
+    runner = dsa_runner(model, batch, layout, num_blocks)
     blocks = [0, *(np.random.default_rng(0).permutation(num_blocks - 1) + 1)]
     for row in range(MAX_ROWS):
         batch.set_blocks(row, blocks[row::MAX_ROWS][:BLOCKS_PER_ROW])

@@ -27,10 +27,11 @@ from fd_dsa.engine.mtp_drafter import DeviceMtpDrafter  # noqa: E402
 from fd_dsa.engine.output import RequestOutput  # noqa: E402
 from fd_dsa.engine.sampling_params import SamplingParams  # noqa: E402
 from fd_dsa.engine.speculation import SpecDecoder  # noqa: E402
-from fd_dsa.runner import InputBatch, ModelRunner  # noqa: E402
+from fd_dsa.runner import InputBatch  # noqa: E402
 from fd_dsa.startup.capture import capture_graphs  # noqa: E402
 from tests.engine.fakes import byte_tokenizer  # noqa: E402
 from tests.gpu_rig.captures import capture_of  # noqa: E402
+from tests.runner.dsa import dsa_runner  # noqa: E402
 from tests.runner.tiny import V32, tiny_model  # noqa: E402
 from tests.soak import report  # noqa: E402
 from tests.soak.audit import audit  # noqa: E402
@@ -120,7 +121,7 @@ def make_engine(history: History, *, is_captured: bool) -> LLMEngine:
     batch = InputBatch(history.max_num_seqs, history.max_num_batched_tokens, *sizes)
     layout = model.config.cache_layout("float32", BLOCK_SIZE)
     most = history.max_drafts
-    runner = ModelRunner(model, batch, layout, history.num_blocks, RIG.device, max_drafts=most)
+    runner = dsa_runner(model, batch, layout, history.num_blocks, RIG.device, max_drafts=most)
     for cache in runner.caches:
         poison = paddle.full(cache.shape, float("nan"), cache.dtype)
         cache.copy_(poison.to(cache.place), False)

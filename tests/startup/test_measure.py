@@ -11,6 +11,7 @@ import pytest
 from fd_dsa.runner import InputBatch, ModelRunner
 from fd_dsa.startup import build, warm_up
 from fd_dsa.startup.measure import measure_step_table
+from tests.runner.dsa import dsa_runner
 from tests.runner.tiny import V32, tiny_model, tiny_runner
 
 # keys that the indexer selects, and the longest row
@@ -57,7 +58,7 @@ def model() -> Any:
 def measured(model: Any, sizes: tuple[int, ...], *times: float) -> tuple[Any, Timed, ModelRunner]:
     """The table of a runner with arbitrary values in its caches, which must not matter."""
     layout = model.config.cache_layout("float32", 4)
-    runner = ModelRunner(model, InputBatch(5, 160, MAX_LEN // 4, 4), layout, MAX_LEN // 4)
+    runner = dsa_runner(model, InputBatch(5, 160, MAX_LEN // 4, 4), layout, MAX_LEN // 4)
     for cache in runner.caches:
         if cache is not None:
             np.from_dlpack(cache)[...] = np.nan
@@ -96,7 +97,7 @@ def test_a_runner_without_mixed_steps_has_no_table(
     model: Any, max_rows: int, max_tokens: int
 ) -> None:
     batch = InputBatch(max_rows, max_tokens, 4, 16)
-    runner = ModelRunner(model, batch, model.config.cache_layout("float32", 16), 8)
+    runner = dsa_runner(model, batch, model.config.cache_layout("float32", 16), 8)
     assert measure_step_table(runner, MAX_LEN, (6, 8)) is None
 
 

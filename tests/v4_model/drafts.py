@@ -60,7 +60,7 @@ class Load:
         size, count = self.case.block_size, num_blocks or self.num_blocks
         batch = InputBatch(4, self.budget + 4, self.max_model_len // size, size)
         backend = V4AttentionBackend(model.config, batch, count, most)
-        runner = ModelRunner(model, batch, None, count, "cpu", backend)
+        runner = ModelRunner(model, batch, backend)
         poison(runner)
         return runner
 

@@ -43,7 +43,7 @@ def make_runner(
     for row in range(ROWS):
         batch.set_blocks(row, blocks[row:-1:ROWS])
     backend = V4AttentionBackend(model.config, batch, num_blocks, max_drafts)
-    runner = ModelRunner(model, batch, None, num_blocks, "cpu", backend)
+    runner = ModelRunner(model, batch, backend)
     poison(runner)
     return runner
 

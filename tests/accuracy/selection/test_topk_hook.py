@@ -21,6 +21,7 @@ from tests.models.folders import TINY
 from tests.reference.indexer import ref_score
 from tests.reference.sparse_mla import ref_attend
 from tests.reference.topk import ref_topk
+from tests.runner.dsa import dsa_runner
 from tests.runner.tiny import GLM, V32, tiny_model, tiny_runner
 
 TOKENS = np.random.default_rng(5).integers(2, 50, 40).tolist()
@@ -80,7 +81,7 @@ def runner_for(model: Any, kv_cache_dtype: str, device: str) -> ModelRunner:
     """A runner for one row."""
     size = 64 if kv_cache_dtype == "fp8_ds_mla" else 16
     batch, layout = InputBatch(1, 64, 4, size), model.config.cache_layout(kv_cache_dtype, size)
-    return ModelRunner(model, batch, layout, 4, device)
+    return dsa_runner(model, batch, layout, 4, device)
 
 
 def check(sequence: SingleSequenceRunner, backend: Watching) -> None:

@@ -33,6 +33,7 @@ from tests.gpu_rig.captures import capture_of
 from tests.gpu_rig.device.test_demo_end_to_end import tiny_runner
 from tests.gpu_rig.device.test_formats import FP8, folder_of, runner_on
 from tests.gpu_rig.device.test_formats import SIZES as FP8_SIZES
+from tests.runner.dsa import dsa_runner
 from tests.runner.tiny import GLM, V32, run_rows
 
 pytestmark = [pytest.mark.gpu_rig, pytest.mark.triton, pytest.mark.own_process]
@@ -352,7 +353,7 @@ def test_memory_of_graphs_is_within_the_plan(real_rig: Rig) -> None:
     config = read_config(demo_model_path())
     model = create_model(config, DeviceWeights("float32", paddle_allocator(real_rig.device)))
     batch = InputBatch(64, 64, 32, 64)
-    runner = ModelRunner(model, batch, config.cache_layout("float32", 64), 40, real_rig.device)
+    runner = dsa_runner(model, batch, config.cache_layout("float32", 64), 40, real_rig.device)
     warm_up_kernels(runner)
     sizes = (1, 2, 4, 8, 16, 32, 64)
     before = free_device_bytes(real_rig.device) or 0

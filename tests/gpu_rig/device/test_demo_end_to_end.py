@@ -20,6 +20,7 @@ from tests.demo.leads import LEADS, MAX_TOKENS, num_clear
 from tests.demo.samples import LEADING_PROMPTS, SHORT_PROMPTS
 from tests.engine.drafters import KnowingDrafter
 from tests.gpu_rig import Rig
+from tests.runner.dsa import dsa_runner
 from tests.runner.tiny import GLM, V32, run_rows, tiny_model
 
 pytestmark = [pytest.mark.gpu_rig, pytest.mark.triton]
@@ -150,7 +151,7 @@ def tiny_runner(fields: dict[str, Any], kv_cache_dtype: str, device: str) -> Mod
     """A tiny random model with a selection of 12, four rows of shuffled blocks."""
     model = tiny_model(fields, device=device)
     batch = InputBatch(4, 48, 3, 16)
-    runner = ModelRunner(model, batch, model.config.cache_layout(kv_cache_dtype, 16), 13, device)
+    runner = dsa_runner(model, batch, model.config.cache_layout(kv_cache_dtype, 16), 13, device)
     blocks = np.random.default_rng(0).permutation(13)
     for row in range(4):
         batch.set_blocks(row, blocks[3 * row : 3 * row + 3])

@@ -24,6 +24,7 @@ from fd_dsa.tensor import Normed
 from tests.gpu_rig import Rig
 from tests.models.folders import Stored, bf16, f8, f32, write_folder
 from tests.ops.e4m3 import E4M3_VALUES
+from tests.runner.dsa import dsa_runner
 from tests.runner.tiny import GLM, V32, random_tensors, run_rows
 
 pytestmark = [pytest.mark.gpu_rig, pytest.mark.triton]
@@ -148,7 +149,7 @@ def runner_of(model: Any, device: str) -> ModelRunner:
     batch = InputBatch(4, 48, 3, 16)
     dtype = "float32" if device == "cpu" else "bfloat16"
     layout = model.config.cache_layout(dtype, 16)
-    runner = ModelRunner(model, batch, layout, 13, device, dtype=dtype)
+    runner = dsa_runner(model, batch, layout, 13, device, dtype=dtype)
     blocks = np.random.default_rng(0).permutation(13)
     for row in range(4):
         batch.set_blocks(row, blocks[3 * row : 3 * row + 3])

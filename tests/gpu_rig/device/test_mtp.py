@@ -37,6 +37,7 @@ from tests.engine.fakes import byte_tokenizer, run_all
 from tests.gpu_rig import Rig
 from tests.gpu_rig.captures import capture_of
 from tests.gpu_rig.transfers import counted_transfers
+from tests.runner.dsa import dsa_runner
 from tests.runner.tiny import V32, tiny_model
 
 pytestmark = [pytest.mark.gpu_rig, pytest.mark.triton, pytest.mark.own_process]
@@ -116,7 +117,7 @@ def make_runner(device: str, has_layer: bool = True) -> ModelRunner:
     model = tiny_model(FIELDS, seed=2, device=device, mtp=() if has_layer else None)
     layout = model.config.cache_layout("float32", 8)
     batch = InputBatch(3, 12, 6, 8)
-    runner = ModelRunner(model, batch, layout, NUM_BLOCKS, device, max_drafts=MOST)
+    runner = dsa_runner(model, batch, layout, NUM_BLOCKS, device, max_drafts=MOST)
     for cache in runner.caches:
         poison = np.full(cache.shape, np.nan, np.float32)
         cache.copy_(paddle.to_tensor(poison, place=cache.place), False)

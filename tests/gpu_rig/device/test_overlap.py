@@ -13,13 +13,14 @@ from fd_dsa.attention.overlap import IndexerOverlap
 from fd_dsa.device import side_stream
 from fd_dsa.ops.indexer_projection.triton_kernel import project_indexer
 from fd_dsa.ops.split_sums import new_scratch
-from fd_dsa.runner import InputBatch, ModelRunner
+from fd_dsa.runner import InputBatch
 from fd_dsa.startup.warm_up import warm_up_kernels
 from fd_dsa.triton_runtime.device_api import PaddleApi
 from tests.gpu_rig import Rig, RigError
 from tests.gpu_rig.device.test_capture import add_kernel
 from tests.gpu_rig.device.test_demo_end_to_end import tiny_runner
 from tests.gpu_rig.device.test_formats import FP8, SIZES, WIDE_KEYS, folder_of, runner_on
+from tests.runner.dsa import dsa_runner
 from tests.runner.tiny import V32, run_rows, tiny_model
 
 pytestmark = [pytest.mark.gpu_rig, pytest.mark.triton]
@@ -262,7 +263,7 @@ def test_the_warm_up_forks_where_the_capture_forks(
     monkeypatch.setattr("fd_dsa.attention.overlap.DEFAULT_OVERLAP_MAX_TOKENS", 2)
     model = tiny_model(V32, device=rig.device)
     batch, layout = InputBatch(2, 4, 1, 16), model.config.cache_layout("float32", 16)
-    runner = ModelRunner(model, batch, layout, 2, rig.device)
+    runner = dsa_runner(model, batch, layout, 2, rig.device)
     overlap, forked = runner.attn_backends[0].overlap, []
     overlap.side_stream = SecondStream()
     assert overlap.max_tokens == 2

@@ -41,6 +41,7 @@ from tests.engine.drafters import KnowingDrafter
 from tests.engine.fakes import byte_tokenizer, run_all
 from tests.gpu_rig import Rig
 from tests.gpu_rig.captures import stand_in
+from tests.runner.dsa import dsa_runner
 from tests.runner.following import all_of
 from tests.runner.tiny import V32, random_tensors, stored
 
@@ -168,7 +169,8 @@ def make_runner(
     weights.finish()
     batch = InputBatch(ROWS, 32, MAX_LEN // BLOCK_SIZE, BLOCK_SIZE)
     layout = model.config.cache_layout("float32", BLOCK_SIZE)
-    return kind(model, batch, layout, NUM_BLOCKS, device, max_drafts=MOST)
+    sizes = model, batch, layout, NUM_BLOCKS, device
+    return dsa_runner(*sizes, max_drafts=MOST, kind=kind)
 
 
 def on_device(

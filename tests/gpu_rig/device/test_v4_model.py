@@ -93,7 +93,7 @@ def device_runner(
     sizes = model.config, batch, num_blocks, rig.device, dtype
     own: dict[str, Any] = {"num_snapshots": snapshots, "max_drafts": drafts, "group": model.group}
     backend = V4DeviceBackend(*sizes, **own, kv_cache_dtype=kv_cache_dtype)
-    runner = ModelRunner(model, batch, None, num_blocks, rig.device, backend, dtype, drafts)
+    runner = ModelRunner(model, batch, backend, rig.device, drafts)
     poison_pools(runner)
     return runner
 
