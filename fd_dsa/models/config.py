@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import Field, dataclass, field, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fd_dsa.cache_formats import FP8_BLOCK_SIZE, CacheLayout
-from fd_dsa.errors import flag_error
 from fd_dsa.models.config_reader import FieldReader
 from fd_dsa.models.defaults import ModelDefaults
-from fd_dsa.models.packing import Packing
+from fd_dsa.models.family_fields import (
+    FamilyFields,
+    check_num_experts,
+    read_numbers,
+    read_tokens,
+    spare_layers,
+)
 from fd_dsa.models.quantization import read_quantization
 from fd_dsa.models.rope_config import RopeConfig, read_rope, yarn_mscale
 
@@ -25,18 +29,6 @@ _READ_APART = (
     "rope_theta",
     "shares_selections",
 )
-# many times the sizes of any model, because lists of layers and experts, tables of positions and
-# buffers of selections are allocated before a weight is read
-MAX_SIZES = {
-    "num_hidden_layers": 1024,
-    "max_position_embeddings": 1 << 24,
-    "vocab_size": 1 << 24,
-    "index_topk": 1 << 16,
-}
-_MAX_WIDTH = 1 << 20
-# of all layers together
-MAX_MODEL_EXPERTS = 1 << 18
-
 # fields with one supported value: any other would change the result
 _FIXED: dict[str, Any] = {
     "hidden_act": "silu",
@@ -50,49 +42,25 @@ _FIXED: dict[str, Any] = {
 _LAYER_TYPES = ("indexed_attention", "deepseek_sparse_attention")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelConfig(ModelDefaults):
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(ModelDefaults, FamilyFields):
     """Everything about a model that its layers, caches and weights depend on.
 
-    A field of config.json overrides the family's default. The names are those of Hugging
-    Face's config.json (transformers 5.23). Widths are numbers of elements,
-    `max_position_embeddings` and `index_topk` are numbers of tokens.
+    Widths are numbers of elements, `max_position_embeddings` and `index_topk` are numbers of
+    tokens.
 
     Attributes:
         attention_bias: q_a_proj, kv_a_proj_with_mqa and o_proj have a bias.
         mlp_layer_types: "dense" or "sparse" (experts), one per layer.
         indexer_types: "full" (own indexer) or "shared" (uses the selection of the nearest "full"
             layer before it), one per layer.
-        eos_token_ids: end-of-text tokens of config.json, then those of generation_config.json.
-        weight_block_size: rows and columns of a block with one float32 scale in FP8 weights (e4m3,
-            stored [out, in]); None = no FP8 weights.
-        packing: layout of the matrices in four bits; None = there are none.
-        round_scales: scales of FP8 activations are powers of two (`scale_fmt` ue8m0).
-        num_nextn_predict_layers: layers for multi-token prediction after the last one.
-        mtp: tables that the loaded MTP layer has in addition to the model's; None = no MTP layer
-            is loaded. A loaded layer has an entry in the lists of layers.
-        ranks: processes that share the model. Heads and widths of MLPs are those of one rank.
-        generation: defaults of requests in generation_config.json. `do_sample` false is a
-            temperature of 0, `max_new_tokens` is `max_tokens`.
-        unknown_fields: fields of config.json that are ignored although they may change results.
     """
+
+    split_names = "num_attention_heads", "intermediate_size", "moe_intermediate_size"
 
     rope: RopeConfig
     attention_bias: bool
-    tie_word_embeddings: bool
-    mlp_layer_types: tuple[str, ...]
     indexer_types: tuple[str, ...]
-    bos_token_id: int | None
-    eos_token_ids: tuple[int, ...]
-    pad_token_id: int | None
-    weight_block_size: tuple[int, int] | None = None
-    packing: Packing | None = None
-    round_scales: bool = False
-    num_nextn_predict_layers: int = 0
-    mtp: tuple[str, ...] | None = None
-    ranks: int = 1
-    generation: Mapping[str, float] = field(default_factory=dict)
-    unknown_fields: tuple[str, ...] = field(default=(), compare=False)
 
     @classmethod
     def read(cls, reader: FieldReader, defaults: ModelDefaults) -> ModelConfig:
@@ -122,22 +90,6 @@ class ModelConfig(ModelDefaults):
         if self.rope.type == "yarn":
             mscale = yarn_mscale(self.rope.factor, self.rope.mscale_all_dim)
         return float(self.qk_head_dim**-0.5 * mscale * mscale)
-
-    def split(self, size: int) -> ModelConfig:
-        """Return the part of one of `size` ranks: its heads, and its columns of each MLP.
-
-        Raises:
-            ConfigError: heads or columns are no multiple of `size`.
-        """
-        if size == 1:
-            return self
-        names = "num_attention_heads", "intermediate_size", "moe_intermediate_size"
-        return replace(self, ranks=size, **split_fields(self, size, names))
-
-    @property
-    def head_rows(self) -> int:
-        """Rows of the head that a rank computes, see `rows_of_head`."""
-        return rows_of_head(self.vocab_size, self.ranks, is_tied=self.tie_word_embeddings)
 
     def with_mtp_layer(self, *tables: str) -> ModelConfig:
         """Return the configuration with the MTP layer, which has `tables` of its own."""
@@ -187,37 +139,9 @@ class ModelConfig(ModelDefaults):
         )
 
 
-def split_fields(config: object, size: int, names: Iterable[str]) -> dict[str, Any]:
-    """Return the named widths of a configuration, divided among `size` ranks.
-
-    Raises:
-        ConfigError: a width is no multiple of `size`.
-    """
-    parts = {}
-    for name in names:
-        width = getattr(config, name)
-        if width % size:
-            allowed = f"a divisor of the model's {name}, {width}"
-            raise flag_error("tensor_parallel_size", size, allowed, "take another one")
-        parts[name] = width // size
-    return parts
-
-
-def rows_of_head(vocab_size: int, ranks: int, *, is_tied: bool) -> int:
-    """Return the rows of the head that a rank computes.
-
-    The whole vocabulary if the head is the embedding, or if ranks do not divide it.
-    """
-    return vocab_size if is_tied or vocab_size % ranks else vocab_size // ranks
-
-
 def _read_fields(reader: FieldReader, defaults: ModelDefaults) -> dict[str, Any]:
     """Read all fields of config.json, with defaults of those that it leaves out."""
-    values: dict[str, Any] = {
-        one.name: getattr(defaults, one.name) for one in fields(ModelDefaults)
-    }
-    plain = (one for one in fields(ModelDefaults) if one.name not in _READ_APART)
-    values |= read_plain(reader, ((one, values[one.name]) for one in plain))
+    values = read_numbers(reader, defaults, _READ_APART)
     values["n_routed_experts"] = _read_num_experts(reader, defaults)
     values |= _read_groups(reader, defaults)
     for name, value in _FIXED.items():
@@ -234,35 +158,13 @@ def _read_fields(reader: FieldReader, defaults: ModelDefaults) -> dict[str, Any]
         "rope_theta": rope.theta,
         "rope": rope,
         "attention_bias": reader.boolean("attention_bias", False),
-        "num_nextn_predict_layers": num_mtp_layers(reader),
-        "tie_word_embeddings": reader.boolean("tie_word_embeddings", False),
         "mlp_layer_types": listed
         or ("dense",) * num_dense + ("sparse",) * (num_layers - num_dense),
         "indexer_types": read_indexer_types(reader, num_layers, defaults),
-        "bos_token_id": reader.token_id("bos_token_id", vocab_size, 0),
-        "eos_token_ids": reader.token_ids("eos_token_id", vocab_size, 1),
-        "pad_token_id": reader.token_id("pad_token_id", vocab_size),
     }
+    values |= read_tokens(reader, vocab_size)
     values |= read_quantization(reader)
     _check_consistency(reader, values)
-    return values
-
-
-def read_plain(reader: FieldReader, of: Iterable[tuple[Field[Any], Any]]) -> dict[str, Any]:
-    """Read fields that are numbers or booleans.
-
-    Args:
-        of: fields of a dataclass, each with the default of a file that leaves it out.
-    """
-    values: dict[str, Any] = {}
-    for one, default in of:
-        name = one.name
-        if one.type == "int":
-            values[name] = reader.integer(name, default, maximum=MAX_SIZES.get(name, _MAX_WIDTH))
-        elif one.type == "float":
-            values[name] = reader.positive(name, default)
-        elif one.type == "bool":
-            values[name] = reader.boolean(name, default)
     return values
 
 
@@ -283,16 +185,6 @@ def _read_groups(reader: FieldReader, defaults: ModelDefaults) -> dict[str, int]
     return {
         name: reader.integer(name, getattr(defaults, name)) for name in ("n_group", "topk_group")
     }
-
-
-def num_mtp_layers(reader: FieldReader) -> int:
-    """Read the number of MTP layers."""
-    return reader.integer("num_nextn_predict_layers", 0, minimum=0)
-
-
-def spare_layers(reader: FieldReader) -> int:
-    """Return the number of entries that lists of layers may have for MTP layers."""
-    return max(num_mtp_layers(reader), 1)
 
 
 def read_indexer_types(
@@ -330,38 +222,9 @@ def read_indexer_types(
     return types
 
 
-def read_generation(
-    reader: FieldReader, vocab_size: int, end_tokens: tuple[int, ...]
-) -> tuple[dict[str, float], tuple[int, ...]]:
-    """Read generation_config.json.
-
-    Args:
-        reader: top level of the file.
-        vocab_size: number of tokens.
-        end_tokens: end-of-text tokens of config.json.
-
-    Returns:
-        Proposed parameters of requests, and all end-of-text tokens.
-
-    Raises:
-        ConfigError: a value is not allowed. The message names the file and the field.
-    """
-    more = reader.token_ids("eos_token_id", vocab_size)
-    names = ("temperature", "top_p", "min_p", "repetition_penalty")
-    proposed = {name: reader.number(name, None) for name in names if reader.raw(name) is not None}
-    if reader.raw("top_k") is not None:
-        proposed["top_k"] = reader.integer("top_k", None, minimum=-1)
-    if reader.raw("max_new_tokens") is not None:
-        proposed["max_tokens"] = reader.integer("max_new_tokens", None, minimum=1)
-    if not (reader.raw("do_sample") is None or reader.boolean("do_sample", True)):
-        proposed["temperature"] = 0.0
-    return proposed, tuple(dict.fromkeys(end_tokens + more))
-
-
 def _check_consistency(reader: FieldReader, values: dict[str, Any]) -> None:
     """Refuse values that contradict each other."""
     heads, experts = values["num_attention_heads"], values["n_routed_experts"]
-    layers = values["num_hidden_layers"]
     groups, rope_dim = values["n_group"], values["qk_rope_head_dim"]
     reader.choice("num_key_value_heads", heads, (heads,), "MLA has one key for each query head")
     qk_head_dim = values["qk_nope_head_dim"] + rope_dim
@@ -372,9 +235,7 @@ def _check_consistency(reader: FieldReader, values: dict[str, Any]) -> None:
         raise reader.error(
             "index_head_dim", values["index_head_dim"], f"at least qk_rope_head_dim, {rope_dim}"
         )
-    if experts * layers > MAX_MODEL_EXPERTS:
-        limit = MAX_MODEL_EXPERTS // layers
-        raise reader.error("n_routed_experts", experts, f"at most {limit} in {layers} layers")
+    check_num_experts(reader, values)
     if experts % groups or (groups > 1 and experts // groups < 2):
         raise reader.error(
             "n_group", groups, f"a divisor of n_routed_experts ({experts}), two experts a group"

@@ -11,7 +11,7 @@ import numpy as np
 
 from fd_dsa.models.deepseek_v4.config import DeepseekV4Config
 from fd_dsa.models.moe import gated
-from fd_dsa.models.registry import FAMILIES, FamilyConfig, packing_of
+from fd_dsa.models.registry import FAMILIES, FamilyConfig
 from fd_dsa.models.sources import MTP_JOIN, WeightLoader
 
 EXPERT = ".experts."
@@ -54,7 +54,7 @@ def expected_tensors(config: FamilyConfig) -> dict[str, ExpectedTensor]:
     Cost: the model is built without weights, and Paddle is not imported.
     """
     fp4_experts = isinstance(config, DeepseekV4Config) and config.expert_dtype == "fp4"
-    weights = _Expected(fp4_experts=fp4_experts, packed=packing_of(config) is not None)
+    weights = _Expected(fp4_experts=fp4_experts, packed=config.packing is not None)
     FAMILIES[config.model_type].model(config, weights)
     return weights.tensors
 

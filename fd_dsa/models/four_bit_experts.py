@@ -11,7 +11,7 @@ from fd_dsa.models.deepseek_v4.config import DeepseekV4Config
 from fd_dsa.models.dequantize import FP4, FP4_GROUP
 from fd_dsa.models.expected_tensors import EXPERT, expected_tensors
 from fd_dsa.models.four_bits import FourBits
-from fd_dsa.models.registry import FamilyConfig, packing_of
+from fd_dsa.models.registry import FamilyConfig
 
 logger = logging.getLogger(__name__)
 # groups for which there are kernels
@@ -28,7 +28,7 @@ def four_bit_experts(
     Args:
         checkpoint: None = random weights.
     """
-    packing, expected = packing_of(config), expected_tensors(config)
+    packing, expected = config.packing, expected_tensors(config)
     is_fp4 = isinstance(config, DeepseekV4Config) and config.expert_dtype == "fp4"
     if packing is None and not is_fp4:
         return None
@@ -60,7 +60,7 @@ def _whole_layers(packed: set[str], expected: Iterable[str]) -> frozenset[str]:
 
 def _layout(config: FamilyConfig, num_ranks: int, names: frozenset[str]) -> FourBits | None:
     """Return the layout of matrices in four bits, None if no kernel has their groups."""
-    packing, part = packing_of(config), expected_tensors(config)
+    packing, part = config.packing, expected_tensors(config)
     if num_ranks > 1:
         part = expected_tensors(config.split(num_ranks))
     kind, sizes = "int4", _GROUPS

@@ -25,7 +25,7 @@ from fd_dsa.models.dequantize import (
 from fd_dsa.models.expected_tensors import EXPERT, ExpectedTensor, expected_tensors
 from fd_dsa.models.mla import down_projections
 from fd_dsa.models.packing import UNUSED_LEAVES
-from fd_dsa.models.registry import FamilyConfig, packing_of
+from fd_dsa.models.registry import FamilyConfig
 from fd_dsa.models.sources import (
     EMBEDDING,
     LM_HEAD,
@@ -73,7 +73,7 @@ def validate(checkpoint: Checkpoint, config: ModelConfig) -> None:
     skipped |= {n for n in present if n.endswith(_INV_FREQ) or n.startswith(_MTP)}
     skipped -= expected.keys()
     unused = _unused_indexers(config, layers) - skipped
-    packing, of_packed = packing_of(config), set()
+    packing, of_packed = config.packing, set()
     if packing is not None:
         ends = {name: name.rpartition(".")[2] for name in present - skipped}
         of_packed = {name for name, end in ends.items() if end in UNUSED_LEAVES}
@@ -172,7 +172,7 @@ def load_weights(
     if (problem := next(_problems(checkpoint, config, expected), None)) is not None:
         raise CheckpointError(f"{problem}; the folder changed during the start: start again")
     part_of, shares = rank_parts(config, group)
-    packing = packing_of(config)
+    packing = config.packing
     sizes = {
         name: int(checkpoint.info(name).nbytes * shares.get(name, 1))
         for name in checkpoint.names()
@@ -203,7 +203,7 @@ def _problems(
     checkpoint: Checkpoint, config: ModelConfig, expected: Mapping[str, ExpectedTensor]
 ) -> Iterator[str]:
     """Yield a message for each expected tensor that is missing or does not fit."""
-    packing = packing_of(config)
+    packing = config.packing
     for name, tensor in expected.items():
         if name not in checkpoint:
             yield (

@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeAlias, TypeVar
 
-from fd_dsa.models.config import ModelConfig, read_generation
+from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.config_reader import FieldReader, has_file, read_json_object
 from fd_dsa.models.deepseek_v4.config import DeepseekV4Config
 from fd_dsa.models.deepseek_v4.tensors import tensor_name
-from fd_dsa.models.defaults import DeepseekV4Defaults, ModelDefaults
-from fd_dsa.models.packing import Packing
+from fd_dsa.models.defaults import DeepseekV4Defaults, FamilyDefaults, ModelDefaults
+from fd_dsa.models.family_fields import read_generation
 from fd_dsa.models.quantization import with_formats
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ FamilyConfig = ModelConfig | DeepseekV4Config
 """Configuration of a model of any family."""
 FamilyModel: TypeAlias = "DeepseekV32ForCausalLM | DeepseekV4ForCausalLM | DeviceV4ForCausalLM"
 """Model of any family."""
-Defaults = TypeVar("Defaults", bound=ModelDefaults | DeepseekV4Defaults)
+Defaults = TypeVar("Defaults", bound=FamilyDefaults)
 _Given = TypeVar("_Given", contravariant=True)
 
 
@@ -307,14 +307,8 @@ def open_checkpoint(config: FamilyConfig, folder: str | os.PathLike[str]) -> Che
     """Open the weights of a model folder, under the names of `expected_tensors`."""
     from fd_dsa.models.checkpoint import Checkpoint
 
-    packing = packing_of(config)
-    packed_name = None if packing is None else packing.name_of
+    packed_name = None if config.packing is None else config.packing.name_of
     return Checkpoint.open(folder, FAMILIES[config.model_type].tensor_name or packed_name)
-
-
-def packing_of(config: FamilyConfig) -> Packing | None:
-    """Return the layout of a checkpoint's matrices in four bits, None without such."""
-    return config.packing if isinstance(config, ModelConfig) else None
 
 
 def create_model(config: FamilyConfig, weights: Weights) -> FamilyModel:

@@ -98,15 +98,15 @@ def graph_bytes(
         logits += config.vocab_size
     graphs = lengths * len(captured)
     if isinstance(config, ModelConfig):
-        has_layer, num_streams = config.mtp is not None, 1
+        num_streams = 1
         if prompt_sizes:
             # keys and values of every head, which only activations in bfloat16 have
             keys = _most_keys(max(prompt_sizes), config.index_topk)
             widths = config.qk_nope_head_dim + config.v_head_dim
             kept = keys * config.num_attention_heads * widths * WIDTHS[dtype]
     else:
-        has_layer, num_streams = config.has_mtp_layer, config.hc_mult
-    if has_layer:
+        num_streams = config.hc_mult
+    if config.mtp is not None:
         # further drafts have graphs for powers of two of rows
         kept += lengths * sum(captured) * num_streams * config.hidden_size * WIDTHS[dtype]
         graphs = 2 * (graphs + lengths * (1 + len(powers_below(max(sizes)))))
@@ -129,12 +129,14 @@ def activation_bytes(config: FamilyConfig, num_tokens: int, dtype: str) -> int:
     width, hidden, expert = WIDTHS[dtype], config.hidden_size, config.moe_intermediate_size
     if isinstance(config, ModelConfig):
         streams, block = 1, max(_dsa_values(config), 3 * config.intermediate_size)
-        # hidden states of the step before
-        drafting = hidden if config.mtp is not None else 0
+        # a layer that drafts keeps hidden states of the step before
+        drafting = hidden
     else:
         streams, block = config.hc_mult, _v4_values(config)
         # inputs of the layer that drafts, normed ones in two forms
-        drafting = (5 * streams + 3) * hidden // 2 if config.has_mtp_layer else 0
+        drafting = (5 * streams + 3) * hidden // 2
+    if config.mtp is None:
+        drafting = 0
     # streams before and after a connection, two changes, and the normed sum in two forms
     kept = (4 * streams + 7) * hidden // 2 + drafting
     # a longer step runs its experts in parts

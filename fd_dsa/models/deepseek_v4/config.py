@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fd_dsa.cache_formats import FP8_BLOCK_SIZE, PooledLayer, V4CacheLayout
 from fd_dsa.errors import flag_error
-from fd_dsa.models.config import (
-    MAX_MODEL_EXPERTS,
-    num_mtp_layers,
-    read_plain,
-    rows_of_head,
-    spare_layers,
-    split_fields,
-)
 from fd_dsa.models.config_reader import FieldReader, as_integer
 from fd_dsa.models.defaults import DeepseekV4Defaults
 from fd_dsa.models.dequantize import FP4_GROUP
+from fd_dsa.models.family_fields import (
+    FamilyFields,
+    check_num_experts,
+    read_numbers,
+    read_tokens,
+    spare_layers,
+)
 from fd_dsa.models.quantization import read_fp8
 from fd_dsa.models.rope_config import ROPE_FIELDS, RopeConfig, read_section
 
@@ -55,48 +54,29 @@ _FIXED: dict[str, Any] = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DeepseekV4Config(DeepseekV4Defaults):
+@dataclass(frozen=True, kw_only=True)
+class DeepseekV4Config(DeepseekV4Defaults, FamilyFields):
     """Settings that layers, caches and weights of a DeepSeek-V4 model depend on.
-
-    The names are those of Hugging Face's config.json (transformers 5.23).
 
     Attributes:
         qk_rope_head_dim: rotated channels, the last ones of a head.
         layer_types: `sliding_attention`, `compressed_sparse_attention` (CSA) or
-            `heavily_compressed_attention` (HCA), one per layer. A loaded MTP layer has an entry,
-            here and in `mlp_layer_types`.
+            `heavily_compressed_attention` (HCA), one per layer.
         compress_rates: tokens per entry of a CSA and of an HCA layer.
         mlp_layer_types: `hash_moe` (experts by token id) or `moe`, one per layer.
         main_rope, compress_rope: angles of window-only layers, and of the others.
         expert_dtype: type of quantised routed experts, "fp4" or "fp8"; None = not given.
-        ranks: processes that share the model. Heads, their groups and the width of experts are
-            those of one rank.
-        num_nextn_predict_layers: number of layers for multi-token prediction (MTP).
-        has_mtp_layer: True if the first of them is loaded.
-        weight_block_size, round_scales, eos_token_ids, generation, unknown_fields: see
-            `ModelConfig`.
     """
+
+    split_names = "num_attention_heads", "o_groups", "moe_intermediate_size"
 
     qk_rope_head_dim: int
     scoring_func: str
     layer_types: tuple[str, ...]
     compress_rates: Mapping[str, int]
-    mlp_layer_types: tuple[str, ...]
     main_rope: RopeConfig
     compress_rope: RopeConfig
-    tie_word_embeddings: bool
-    bos_token_id: int | None
-    eos_token_ids: tuple[int, ...]
-    pad_token_id: int | None
-    generation: Mapping[str, float] = field(default_factory=dict)
-    unknown_fields: tuple[str, ...] = field(default=(), compare=False)
     expert_dtype: str | None = None
-    weight_block_size: tuple[int, int] | None = None
-    round_scales: bool = False
-    ranks: int = 1
-    num_nextn_predict_layers: int = 0
-    has_mtp_layer: bool = False
 
     @classmethod
     def read(cls, reader: FieldReader, defaults: DeepseekV4Defaults) -> DeepseekV4Config:
@@ -118,29 +98,22 @@ class DeepseekV4Config(DeepseekV4Defaults):
             ConfigError: heads, their groups or columns are no multiple of `size`, or the columns of
                 FP4 experts are no whole groups.
         """
-        if size == 1:
-            return self
-        name = "moe_intermediate_size"
-        parts = split_fields(self, size, ("num_attention_heads", "o_groups", name))
-        if self.expert_dtype == "fp4" and parts[name] % FP4_GROUP:
+        part = super().split(size)
+        if self.expert_dtype == "fp4" and part.moe_intermediate_size % FP4_GROUP:
             raise flag_error(
                 "tensor_parallel_size",
                 size,
                 f"one that leaves each rank whole groups of {FP4_GROUP} of FP4 experts",
-                f"{name} {self.moe_intermediate_size} would be split into parts of {parts[name]}",
+                f"moe_intermediate_size {self.moe_intermediate_size} would be split into parts of "
+                f"{part.moe_intermediate_size}",
             )
-        return replace(self, ranks=size, **parts)
-
-    @property
-    def head_rows(self) -> int:
-        """Rows of the head that a rank computes, see `rows_of_head`."""
-        return rows_of_head(self.vocab_size, self.ranks, is_tied=self.tie_word_embeddings)
+        return part
 
     def with_mtp_layer(self) -> DeepseekV4Config:
         """Return the configuration with the MTP layer, which has a window and scored experts."""
         return replace(
             self,
-            has_mtp_layer=True,
+            mtp=(),
             layer_types=(*self.layer_types, WINDOW),
             mlp_layer_types=(*self.mlp_layer_types, "moe"),
         )
@@ -202,8 +175,7 @@ def _read_fields(reader: FieldReader, defaults: DeepseekV4Defaults) -> dict[str,
         if reader.raw(name) is not None:
             hint = "DeepSeek-V4 with images is not served; vLLM or SGLang may serve it"
             raise reader.error(name, reader.raw(name), "no fields of a vision model", hint)
-    numbers = ((one, getattr(defaults, one.name)) for one in fields(DeepseekV4Defaults))
-    values = {"model_type": defaults.model_type, **read_plain(reader, numbers)}
+    values = read_numbers(reader, defaults)
     for name, same in _SAME.items():
         reader.choice(name, values[same], (values[same],), f"as {same}")
     for name, value in _FIXED.items():
@@ -215,12 +187,8 @@ def _read_fields(reader: FieldReader, defaults: DeepseekV4Defaults) -> dict[str,
         "layer_types": _read_layer_types(reader, num_layers),
         "compress_rates": _read_rates(reader),
         "mlp_layer_types": _read_mlp_types(reader, num_layers),
-        "num_nextn_predict_layers": num_mtp_layers(reader),
-        "tie_word_embeddings": reader.boolean("tie_word_embeddings", False),
-        "bos_token_id": reader.token_id("bos_token_id", vocab_size, 0),
-        "eos_token_ids": reader.token_ids("eos_token_id", vocab_size, 1),
-        "pad_token_id": reader.token_id("pad_token_id", vocab_size),
     }
+    values |= read_tokens(reader, vocab_size)
     share = values["qk_rope_head_dim"] / values["head_dim"]
     values["main_rope"], values["compress_rope"] = _read_ropes(
         reader, values["max_position_embeddings"], share
@@ -371,7 +339,6 @@ def _read_rope(section: FieldReader, theta: float, longest: int) -> RopeConfig:
 def _check_consistency(reader: FieldReader, values: dict[str, Any]) -> None:
     """Refuse values that contradict each other."""
     heads, groups = values["num_attention_heads"], values["o_groups"]
-    experts, layers = values["n_routed_experts"], values["num_hidden_layers"]
     if heads % groups:
         raise reader.error("o_groups", groups, f"a divisor of num_attention_heads, {heads}")
     for name in ("hidden_size", "moe_intermediate_size"):
@@ -381,9 +348,8 @@ def _check_consistency(reader: FieldReader, values: dict[str, Any]) -> None:
     if values["index_head_dim"] < values["qk_rope_head_dim"]:
         allowed = f"at least the rotated channels, {values['qk_rope_head_dim']}"
         raise reader.error("index_head_dim", values["index_head_dim"], allowed)
-    if experts * layers > MAX_MODEL_EXPERTS:
-        limit = MAX_MODEL_EXPERTS // layers
-        raise reader.error("n_routed_experts", experts, f"at most {limit} in {layers} layers")
+    check_num_experts(reader, values)
+    experts = values["n_routed_experts"]
     if values["num_experts_per_tok"] > experts:
         allowed = f"at most n_routed_experts, {experts}"
         raise reader.error("num_experts_per_tok", values["num_experts_per_tok"], allowed)

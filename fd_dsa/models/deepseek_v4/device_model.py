@@ -209,7 +209,7 @@ class DeviceV4ForCausalLM:
         if not config.tie_word_embeddings:
             self.head = weights.matrix(hidden, {LM_HEAD: config.head_rows}, sums_in_float32=True)
         self.head_group = weights.group if config.head_rows < vocab_size else None
-        self.mtp = DeviceMultiTokenPredictor(self, weights) if config.has_mtp_layer else None
+        self.mtp = None if config.mtp is None else DeviceMultiTokenPredictor(self, weights)
 
     def __call__(self, token_ids: Tensor, forward_meta: LayerStep) -> Tensor:
         """Return streams after the last layer, [num_tokens, num_streams * hidden_size].

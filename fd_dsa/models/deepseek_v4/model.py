@@ -188,7 +188,7 @@ class DeepseekV4ForCausalLM:
             self.head = weights.matrix(hidden, {LM_HEAD: config.head_rows}, sums_in_float32=True)
         self.head_group = weights.group if config.head_rows < vocab_size else None
         self.mtp = None
-        if config.has_mtp_layer:
+        if config.mtp is not None:
             self.mtp = MultiTokenPredictor(self, weights, self._rotations[True])
 
     def __call__(self, token_ids: Array, forward_meta: LayerStep) -> np.ndarray:
