@@ -12,7 +12,7 @@ Each family of models has its own backend and layers: `DSAAttentionBackend` runs
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -97,18 +97,25 @@ class LayerStep(BackendStep, Protocol):
 
 
 class AttentionBackend(Protocol):
-    """Attention of all layers of a model, with the caches and the metadata of a step."""
+    """Attention of all layers of a model, with the caches and the metadata of a step.
+
+    A backend that derives from this class has all work on one stream, needs no padding, and shows
+    no selections, unless it overrides the method.
+    """
 
     @property
     def can_read_selections(self) -> bool:
         """True if the host can read the selections that `forward` returns."""
+        return False
 
     @property
     def max_gathered_keys(self) -> int:
         """Maximum number of keys that prompts with dense attention see at once, 0 without any."""
+        return 0
 
     def padded_tokens(self, num_tokens: int) -> int:
         """Return how many tokens an eager step should have with padding, `num_tokens` or more."""
+        return num_tokens
 
     def allocate_caches(self, has_indexer: Sequence[bool]) -> list[Any]:
         """Allocate the caches of all layers.
@@ -161,9 +168,11 @@ class AttentionBackend(Protocol):
 
     def warm_up(self, num_tokens: int, caches: Sequence[Any]) -> None:
         """Make the streams of a step of `num_tokens` tokens, before its capture."""
+        return
 
     def as_captured(self) -> AbstractContextManager[None]:
         """Run the steps inside on the same streams as captured steps."""
+        return nullcontext()
 
 
 class WrittenLayer(Protocol):

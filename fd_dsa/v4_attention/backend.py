@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
 
-from fd_dsa.attention.protocol import BackendStep, HostLengths, PromptLimits
+from fd_dsa.attention.protocol import AttentionBackend, BackendStep, HostLengths, PromptLimits
 from fd_dsa.errors import MissingStepError
 from fd_dsa.models.deepseek_v4.attention import V4Attention
 from fd_dsa.models.deepseek_v4.config import CSA, DeepseekV4Config
@@ -26,22 +25,17 @@ from fd_dsa.v4_attention.step import Tile, V4Step
 from fd_dsa.v4_prepare import V4Prepare
 
 
-class V4AttentionBackend:
+class V4AttentionBackend(AttentionBackend):
     """Attention over windows and compressed entries in pages, with states in rows of the batch.
+
+    Layers select compressed entries instead of tokens, so the host reads no selections.
 
     Args:
         config: configuration of the model.
         batch: rows of a step. Each row is a slot of the states.
         num_blocks: blocks of the pools, of `batch.block_size` tokens.
         max_drafts: maximum number of drafts of a row.
-
-    Attributes:
-        can_read_selections: False, because layers select compressed entries instead of tokens.
-        max_gathered_keys: 0, because no prompt attends densely.
     """
-
-    can_read_selections = False
-    max_gathered_keys = 0
 
     def __init__(
         self, config: DeepseekV4Config, batch: InputBatch, num_blocks: int, max_drafts: int = 0
@@ -59,20 +53,9 @@ class V4AttentionBackend:
         self._step: V4Step | None = None
         self._built_for: BackendStep | None = None
 
-    def padded_tokens(self, num_tokens: int) -> int:
-        """See AttentionBackend. No padding helps."""
-        return num_tokens
-
     def allocate_caches(self, has_indexer: Sequence[bool] = ()) -> list[LayerPools]:
         """Allocate the pools of every layer, zeroed."""
         return allocate_pools(self._layout, self._prepare.cfg.num_blocks, self._num_slots)
-
-    def warm_up(self, num_tokens: int, caches: Sequence[LayerPools]) -> None:
-        """See AttentionBackend. Steps on a CPU are not captured."""
-
-    def as_captured(self) -> AbstractContextManager[None]:
-        """See AttentionBackend. A CPU has one stream."""
-        return nullcontext()
 
     def build_step(
         self,

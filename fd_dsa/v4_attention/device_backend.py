@@ -7,14 +7,13 @@ from a row. Decode steps store keys in the ring before attention, steps with pro
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import numpy as np
 
 from fd_dsa.attention.device_memory import logits_size
 from fd_dsa.attention.device_scores import SelectedScores
-from fd_dsa.attention.protocol import BackendStep, HostLengths, PromptLimits
+from fd_dsa.attention.protocol import AttentionBackend, BackendStep, HostLengths, PromptLimits
 from fd_dsa.device.allocation import Allocate, Buffers, add_buffers, paddle_allocator
 from fd_dsa.device.transfers import uploaded
 from fd_dsa.distributed import Group
@@ -42,8 +41,10 @@ from fd_dsa.v4_attention.device_pools import DeviceLayout, DevicePools
 from fd_dsa.v4_attention.device_step import DeviceStep, StepPlaces
 
 
-class V4DeviceBackend:
+class V4DeviceBackend(AttentionBackend):
     """Attention over rings of windows and compressed entries in blocks.
+
+    Layers select compressed entries instead of tokens, so the host reads no selections.
 
     Args:
         config: configuration of the model.
@@ -57,13 +58,8 @@ class V4DeviceBackend:
         group: ranks that share the model and select for parts of a long step; None = one rank.
 
     Attributes:
-        can_read_selections: False, because layers select compressed entries instead of tokens.
-        max_gathered_keys: 0, because no prompt attends densely.
         scores: kernels that score the entries of CSA layers.
     """
-
-    can_read_selections = False
-    max_gathered_keys = 0
 
     def __init__(
         self,
@@ -140,13 +136,6 @@ class V4DeviceBackend:
         num_slots = self._num_rows + self._num_snapshots
         for slots, num_layers in self._slots:
             copy_slot(slots, num_slots, num_layers, source, target)
-
-    def warm_up(self, num_tokens: int, caches: Sequence[DevicePools]) -> None:
-        """See AttentionBackend. All work is on one stream."""
-
-    def as_captured(self) -> AbstractContextManager[None]:
-        """See AttentionBackend. All work is on one stream."""
-        return nullcontext()
 
     def build_step(
         self,
