@@ -8,16 +8,55 @@ from typing import Any
 import numpy as np
 
 from fd_dsa.attention.protocol import LayerStep
-from fd_dsa.distributed import Group
 from fd_dsa.models.config import ModelConfig
+from fd_dsa.models.family_fields import FamilyFields
 from fd_dsa.models.mla import DeepseekV32DSAAttention
 from fd_dsa.models.moe import DeepseekMLP, DeepseekMoE
 from fd_dsa.models.rope import cos_sin_table
-from fd_dsa.models.sources import MTP_EMBEDDING, MTP_HEAD, MTP_JOIN
+from fd_dsa.models.sources import EMBEDDING, LM_HEAD, MTP_EMBEDDING, MTP_HEAD, MTP_JOIN
 from fd_dsa.models.weights_protocol import Weights
 from fd_dsa.ops.arrays import as_numpy, rows_at, values_of
 from fd_dsa.ops.linear import Linear
 from fd_dsa.tensor import Array, StepArray
+
+
+class Head:
+    """Weight from normed hidden states to logits, of which a rank may have a part of the rows.
+
+    Args:
+        name: name of the weight. There is no LM_HEAD if the embedding is the weight.
+        embedding: the embedding as the weight of a head.
+    """
+
+    def __init__(
+        self,
+        config: FamilyFields,
+        weights: Weights,
+        name: str = LM_HEAD,
+        embedding: Linear | None = None,
+    ) -> None:
+        self._weight: Any = embedding
+        if name != LM_HEAD or not config.tie_word_embeddings:
+            rows = {name: config.head_rows}
+            self._weight = weights.matrix(config.hidden_size, rows, sums_in_float32=True)
+        self._group = weights.group if config.head_rows < config.vocab_size else None
+
+    def logits(self, hidden_states: StepArray, out: StepArray | None = None) -> StepArray:
+        """Return logits float32 [n, vocab_size] of hidden states, from all ranks that divide them.
+
+        Args:
+            out: memory of the logits on a device; None allocates.
+        """
+        if self._group is None:
+            return self._weight.matmul(hidden_states, out)
+        logits = self._weight.matmul(hidden_states)
+        gathered = self._group.all_gather(logits)
+        if out is not None:
+            # imported only for a device, because it loads kernels
+            from fd_dsa.ops.dense_kernels import join_columns
+
+            return join_columns(gathered, out)
+        return gathered.transpose([1, 0, 2]).reshape([-1, self._group.size * logits.shape[1]])
 
 
 class DeepseekV32DecoderLayer:
@@ -94,13 +133,12 @@ class MultiTokenPredictor:
         config, own = model.config, model.config.mtp or ()
         hidden, eps, number = config.hidden_size, config.rms_norm_eps, config.num_hidden_layers
         prefix, self._group = f"model.layers.{number}.", weights.group
-        self._cos_sin, self._head, self._head_group = model.cos_sin, model.head, model.head_group
+        self._cos_sin, self._head = model.cos_sin, model.head
         self.embed_tokens = model.embed_tokens
         if MTP_EMBEDDING in own:
             self.embed_tokens, _ = weights.table(prefix + MTP_EMBEDDING, config.vocab_size, hidden)
         if MTP_HEAD in own:
-            parts = {prefix + MTP_HEAD: config.head_rows}
-            self._head = weights.matrix(hidden, parts, sums_in_float32=True)
+            self._head = Head(config, weights, prefix + MTP_HEAD)
         self._token_norm = weights.norm(f"{prefix}enorm.weight", hidden, eps)
         self._hidden_norm = weights.norm(f"{prefix}hnorm.weight", hidden, eps)
         self._join = weights.matrix(2 * hidden, {prefix + MTP_JOIN: hidden})
@@ -134,7 +172,7 @@ class MultiTokenPredictor:
 
     def compute_logits(self, hidden_states: Array, out: Array | None = None) -> Array:
         """Return logits float32 [n, vocab_size] of results of a call, in `out` or new memory."""
-        return logits_of(self._head, hidden_states, self._head_group, out)
+        return self._head.logits(hidden_states, out)
 
 
 class DeepseekV32ForCausalLM:
@@ -143,26 +181,20 @@ class DeepseekV32ForCausalLM:
     Attributes:
         embed_tokens: [vocab_size, hidden_size].
         cos_sin: float32 [max_position_embeddings, qk_rope_head_dim], all positions.
-        head: weight from normed hidden states to logits, with the rows of this rank.
+        head: weight from normed hidden states to logits.
         group: ranks that share the model; None = one rank.
-        head_group: ranks that divide the rows of the head; None = this rank has all rows.
         mtp: MTP layer, None = not loaded.
     """
 
     def __init__(self, config: ModelConfig, weights: Weights) -> None:
         self.config, self.group = config, weights.group
         vocab_size, hidden = config.vocab_size, config.hidden_size
-        self.embed_tokens, self.head = weights.table(
-            "model.embed_tokens.weight", vocab_size, hidden
-        )
+        self.embed_tokens, as_head = weights.table(EMBEDDING, vocab_size, hidden)
         self.layers = [
             DeepseekV32DecoderLayer(config, i, weights) for i in range(config.num_hidden_layers)
         ]
         self.norm = weights.norm("model.norm.weight", hidden, config.rms_norm_eps)
-        if not config.tie_word_embeddings:
-            rows = {"lm_head.weight": config.head_rows}
-            self.head = weights.matrix(hidden, rows, sums_in_float32=True)
-        self.head_group = weights.group if config.head_rows < vocab_size else None
+        self.head = Head(config, weights, embedding=as_head)
         width, positions = config.qk_rope_head_dim, config.max_position_embeddings
         self.cos_sin = weights.constant(partial(cos_sin_table, config.rope, width, positions))
         self.mtp = None if config.mtp is None else MultiTokenPredictor(self, weights)
@@ -188,26 +220,4 @@ class DeepseekV32ForCausalLM:
 
     def compute_logits(self, hidden_states: Array, out: Array | None = None) -> Array:
         """Return logits float32 [n, vocab_size] of hidden states, in `out` or new memory."""
-        return logits_of(self.head, hidden_states, self.head_group, out)
-
-
-def logits_of(
-    head: Linear, hidden_states: StepArray, group: Group | None, out: StepArray | None
-) -> StepArray:
-    """Return logits float32 [n, vocab_size] of hidden states, from all ranks of a group.
-
-    Args:
-        head: weight from hidden states to logits, with the rows of this rank.
-        group: ranks that divide the rows of the head; None = this rank has all rows.
-        out: memory of the logits on a device; None allocates.
-    """
-    if group is None:
-        return head.matmul(hidden_states, out)
-    logits = head.matmul(hidden_states)
-    gathered = group.all_gather(logits)
-    if out is not None:
-        # imported only for a device, because it loads kernels
-        from fd_dsa.ops.dense_kernels import join_columns
-
-        return join_columns(gathered, out)
-    return gathered.transpose([1, 0, 2]).reshape([-1, group.size * logits.shape[1]])
+        return self.head.logits(hidden_states, out)

@@ -18,9 +18,9 @@ from fd_dsa.models.deepseek_v4.tensors import (
     MTP_STREAMS,
     MTP_TOKENS,
 )
-from fd_dsa.models.deepseek_v32 import logits_of
+from fd_dsa.models.deepseek_v32 import Head
 from fd_dsa.models.device_weights import DeviceWeights
-from fd_dsa.models.sources import EMBEDDING, LM_HEAD
+from fd_dsa.models.sources import EMBEDDING
 from fd_dsa.ops.arrays import rows_at
 from fd_dsa.ops.dense_kernels import quantize_rows
 from fd_dsa.ops.stream_kernels import (
@@ -182,7 +182,7 @@ def _logits(
     # not `between_blocks`: a start samples few tokens in a step, and would leave the form for many
     # tokens uncompiled
     same, sums = expand_streams(streams, None, None, collapse, count)
-    return logits_of(model.head, read_streams(same, sums, collapse)[0], model.head_group, out)
+    return model.head.logits(read_streams(same, sums, collapse)[0], out)
 
 
 class DeviceV4ForCausalLM:
@@ -191,24 +191,21 @@ class DeviceV4ForCausalLM:
     Attributes:
         config: sizes of the model.
         embed_tokens: [vocab_size, hidden_size].
-        head: weight from normed sums of streams to logits, with the rows of this rank.
-        head_group: ranks that divide the rows of the head; None = this rank has all rows.
+        head: weight from normed sums of streams to logits.
         group: ranks that share the model; None = one rank.
         mtp: MTP layer, None = not loaded.
     """
 
     def __init__(self, config: DeepseekV4Config, weights: DeviceWeights) -> None:
         self.config, self.group = config, weights.group
-        vocab_size, hidden = config.vocab_size, config.hidden_size
-        self.embed_tokens, self.head = weights.table(EMBEDDING, vocab_size, hidden)
+        sizes = config.vocab_size, config.hidden_size
+        self.embed_tokens, as_head = weights.table(EMBEDDING, *sizes)
         self.layers = [
             DeviceV4Layer(config, i, weights, f"model.layers.{i}.")
             for i in range(config.num_hidden_layers)
         ]
         self._collapse = _connection(config, weights, HEAD_HC, FINAL_NORM, is_head=True)
-        if not config.tie_word_embeddings:
-            self.head = weights.matrix(hidden, {LM_HEAD: config.head_rows}, sums_in_float32=True)
-        self.head_group = weights.group if config.head_rows < vocab_size else None
+        self.head = Head(config, weights, embedding=as_head)
         self.mtp = None if config.mtp is None else DeviceMultiTokenPredictor(self, weights)
 
     def __call__(self, token_ids: Tensor, forward_meta: LayerStep) -> Tensor:

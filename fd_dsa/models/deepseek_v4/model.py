@@ -23,8 +23,8 @@ from fd_dsa.models.deepseek_v4.tensors import (
     MTP_STREAMS,
     MTP_TOKENS,
 )
-from fd_dsa.models.deepseek_v32 import logits_of
-from fd_dsa.models.sources import EMBEDDING, LM_HEAD
+from fd_dsa.models.deepseek_v32 import Head
+from fd_dsa.models.sources import EMBEDDING
 from fd_dsa.models.weights_protocol import HostOnlyWeights
 from fd_dsa.ops.arrays import as_numpy
 from fd_dsa.tensor import Array
@@ -150,7 +150,7 @@ def _logits(
     streams = hidden_states.reshape(-1, num_streams, hidden_states.shape[1] // num_streams)
     with np.errstate(over="ignore"):
         collapsed = collapse.weighted_sum(streams)
-    return as_numpy(logits_of(model.head, norm.normalize(collapsed), model.head_group, out))
+    return as_numpy(model.head.logits(norm.normalize(collapsed), out))
 
 
 class DeepseekV4ForCausalLM:
@@ -159,16 +159,14 @@ class DeepseekV4ForCausalLM:
     Attributes:
         config: sizes of the model.
         embed_tokens: [vocab_size, hidden_size].
-        head: weight from normed sums of streams to logits, with the rows of this rank.
-        head_group: ranks that divide the rows of the head; None = this rank has all rows.
+        head: weight from normed sums of streams to logits.
         group: ranks that share the model; None = one rank.
         mtp: MTP layer, None = not loaded.
     """
 
     def __init__(self, config: DeepseekV4Config, weights: HostOnlyWeights) -> None:
-        self.config, self.group = config, weights.group
-        vocab_size, hidden = config.vocab_size, config.hidden_size
-        self.embed_tokens, self.head = weights.table(EMBEDDING, vocab_size, hidden)
+        self.config, self.group, hidden = config, weights.group, config.hidden_size
+        self.embed_tokens, as_head = weights.table(EMBEDDING, config.vocab_size, hidden)
         width = config.qk_rope_head_dim
         # rotations of layers with entries, then of window-only layers
         self._rotations = [
@@ -184,9 +182,7 @@ class DeepseekV4ForCausalLM:
         ]
         self._collapse = HeadCollapse(config, weights, HEAD_HC)
         self._norm = RowNorm(weights, FINAL_NORM, hidden, config.rms_norm_eps)
-        if not config.tie_word_embeddings:
-            self.head = weights.matrix(hidden, {LM_HEAD: config.head_rows}, sums_in_float32=True)
-        self.head_group = weights.group if config.head_rows < vocab_size else None
+        self.head = Head(config, weights, embedding=as_head)
         self.mtp = None
         if config.mtp is not None:
             self.mtp = MultiTokenPredictor(self, weights, self._rotations[True])
