@@ -156,11 +156,11 @@ def _model(name: str) -> dict[str, Any]:
 def _cut(config: dict[str, Any], layers: int) -> dict[str, float]:
     """Return sizes of a model cut to its first layers."""
     from fd_dsa.models.expected_tensors import expected_tensors
-    from fd_dsa.models.loader import quantisable_tensors
+    from fd_dsa.models.loader import fp8_tensors
     from fd_dsa.startup.memory import weight_parts
 
     model = config_from_dict(config | {"num_hidden_layers": layers}, "config.json")
-    parts = weight_parts(model, "bfloat16", quantisable_tensors(model))
+    parts = weight_parts(model, "bfloat16", fp8_tensors(None, model))
     counts = {n: tensor.num_elements for n, tensor in expected_tensors(model).items()}
     return {
         "parameters": sum(counts.values()),

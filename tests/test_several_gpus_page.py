@@ -13,7 +13,7 @@ from benchmarks._published import MODELS, V32, plan_lines
 from benchmarks.report import regions
 from fd_dsa import doctor
 from fd_dsa.models.four_bit_experts import four_bit_experts
-from fd_dsa.models.loader import fp8_tensors, quantisable_tensors
+from fd_dsa.models.loader import fp8_tensors
 from fd_dsa.models.registry import open_checkpoint, read_config
 from fd_dsa.startup.memory import weight_bytes, weight_parts
 from tests.models.folders import TINY, TINY_FP8
@@ -100,9 +100,9 @@ def test_experts_in_four_bits_take_as_much_without_weights(name: str, tmp_path: 
     folder, _ = write_pair(tmp_path, FORMATS[name])
     config = read_config(folder)
     with open_checkpoint(config, folder) as checkpoint:
-        held = fp8_tensors(checkpoint, config), four_bit_experts(checkpoint, config)
+        held = fp8_tensors(checkpoint, config), four_bit_experts(checkpoint, config, 1)
         stored = weight_parts(config, "bfloat16", *held)
-    held = quantisable_tensors(config), four_bit_experts(None, config)
+    held = fp8_tensors(None, config), four_bit_experts(None, config, 1)
     planned = weight_parts(config, "bfloat16", *held)
     assert planned["routed experts"] == stored["routed experts"] > 0
 

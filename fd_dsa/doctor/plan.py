@@ -7,6 +7,7 @@ DeepSeek-V4 needs. No GPU is used.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from fd_dsa.environment import exchanged_min_tokens
 from fd_dsa.errors import ConfigError
 
 if TYPE_CHECKING:
+    from fd_dsa.models.checkpoint import Checkpoint
     from fd_dsa.models.registry import FamilyConfig
 
 GPU_GIB = (80, 96, 141, 180, 288)
@@ -51,7 +53,7 @@ def plan(folder: str | Path, ranks: int, *, allow_unknown: bool = False) -> dict
     """
     from fd_dsa.engine.caches import caches_class
     from fd_dsa.models.four_bit_experts import four_bit_experts
-    from fd_dsa.models.loader import fp8_tensors, quantisable_tensors, with_whole_blocks
+    from fd_dsa.models.loader import fp8_tensors, with_whole_blocks
     from fd_dsa.models.registry import open_checkpoint, read_config
     from fd_dsa.startup.memory import weight_parts, whole_heads_bytes
 
@@ -60,14 +62,12 @@ def plan(folder: str | Path, ranks: int, *, allow_unknown: bool = False) -> dict
     whole = read_config(folder, allow_unknown=allow_unknown)
     first, *_ = configs = _settings(given, whole)
     caches_class(whole).check_flags(first, whole)
-    fp8, has_weights = quantisable_tensors(whole), any(folder.glob("*.safetensors"))
-    if has_weights:
-        with open_checkpoint(whole, folder) as checkpoint:
-            fp8 = fp8_tensors(checkpoint, whole)
-            four_bits = four_bit_experts(checkpoint, whole, ranks)
-    else:
-        four_bits = four_bit_experts(None, whole, ranks)
-    fp8 = with_whole_blocks(whole, ranks, fp8)
+    opened: AbstractContextManager[Checkpoint | None] = nullcontext()
+    if has_weights := any(folder.glob("*.safetensors")):
+        opened = open_checkpoint(whole, folder)
+    with opened as checkpoint:
+        fp8 = with_whole_blocks(whole, ranks, fp8_tensors(checkpoint, whole))
+        four_bits = four_bit_experts(checkpoint, whole, ranks)
     model = whole.split(ranks)
     parts = weight_parts(model, first.dtype, fp8, four_bits)
     if exchanged_min_tokens():

@@ -19,7 +19,7 @@ _GROUPS: tuple[int, ...] = (128, 64, 32, 16)
 
 
 def four_bit_experts(
-    checkpoint: Checkpoint | None, config: FamilyConfig, num_ranks: int = 1
+    checkpoint: Checkpoint | None, config: FamilyConfig, num_ranks: int
 ) -> FourBits | None:
     """Return the experts that a device holds in four bits, None without any.
 

@@ -351,21 +351,22 @@ def with_whole_blocks(config: FamilyConfig, size: int, fp8: frozenset[str]) -> f
     return fp8 - cut.keys()
 
 
-def quantisable_tensors(config: FamilyConfig) -> frozenset[str]:
-    """Return the tensors that a device holds as FP8 if weights are random.
+def fp8_tensors(checkpoint: Checkpoint | None, config: FamilyConfig) -> frozenset[str]:
+    """Return the names of the tensors that a device holds as FP8.
 
-    Experts of a 4-bit format are random in four bits.
+    Args:
+        checkpoint: None = random weights, of which experts of a 4-bit format have four bits.
     """
-    expected = expected_tensors(config).items()
-    packed = {name for name, one in expected if one.may_be_packed and EXPERT in name}
-    return _held(config, (n for n, one in expected if one.quantisable and n not in packed))
-
-
-def fp8_tensors(checkpoint: Checkpoint, config: FamilyConfig) -> frozenset[str]:
-    """Return the names of the checkpoint's tensors that a device holds as FP8."""
-    # a checkpoint may hold tensors that the model does not have
-    names = (name for name in expected_tensors(config) if name in checkpoint)
-    return _held(config, (n for n in names if checkpoint.info(n).dtype == FP8))
+    names = []
+    for name, tensor in expected_tensors(config).items():
+        if checkpoint is not None:
+            info = checkpoint.find(name)
+            is_fp8 = info is not None and info.dtype == FP8
+        else:
+            is_fp8 = tensor.quantisable and not (tensor.may_be_packed and EXPERT in name)
+        if is_fp8:
+            names.append(name)
+    return _held(config, names)
 
 
 def _held(config: FamilyConfig, names: Iterable[str]) -> frozenset[str]:

@@ -6,6 +6,7 @@ All checks of flags, files and memory are here.
 from __future__ import annotations
 
 import logging
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ from fd_dsa.startup.memory import (
 
 if TYPE_CHECKING:
     from fd_dsa.engine.caches import Caches
+    from fd_dsa.models.checkpoint import Checkpoint
     from fd_dsa.models.four_bits import FourBits
     from fd_dsa.triton_runtime.driver import GpuTraits
 
@@ -207,12 +209,7 @@ def _check_weights(
         device holds as FP8. The experts that it holds in four bits.
     """
     from fd_dsa.models.four_bit_experts import four_bit_experts
-    from fd_dsa.models.loader import (
-        fp8_tensors,
-        quantisable_tensors,
-        validate,
-        with_whole_blocks,
-    )
+    from fd_dsa.models.loader import fp8_tensors, validate, with_whole_blocks
     from fd_dsa.models.mtp_layer import add_mtp_layer
     from fd_dsa.models.registry import open_checkpoint
 
@@ -220,20 +217,17 @@ def _check_weights(
     # kernels read rows in bfloat16
     may_have_four_bits = config.device != "cpu" and config.dtype == "bfloat16"
     size, four_bits = config.tensor_parallel_size, None
+    opened: AbstractContextManager[Checkpoint | None] = nullcontext()
     if config.load_format != "dummy":
-        with open_checkpoint(model_config, config.model_path) as checkpoint:
-            if wants_mtp:
-                model_config = add_mtp_layer(checkpoint, model_config)
-            validate(checkpoint, model_config)
-            fp8 = fp8_tensors(checkpoint, model_config)
-            if may_have_four_bits:
-                four_bits = four_bit_experts(checkpoint, model_config, size)
-    else:
+        opened = open_checkpoint(model_config, config.model_path)
+    with opened as checkpoint:
         if wants_mtp:
-            model_config = add_mtp_layer(None, model_config)
-        fp8 = quantisable_tensors(model_config)
+            model_config = add_mtp_layer(checkpoint, model_config)
+        if checkpoint is not None:
+            validate(checkpoint, model_config)
+        fp8 = fp8_tensors(checkpoint, model_config)
         if may_have_four_bits:
-            four_bits = four_bit_experts(None, model_config, size)
+            four_bits = four_bit_experts(checkpoint, model_config, size)
     if four_bits is not None and (reason := _four_bit_difference(four_bits, config.device)):
         logger.warning("%s: experts in four bits are dequantised: %s", config.device, reason)
         four_bits = None

@@ -14,7 +14,7 @@ pytest.importorskip("paddle", reason="the weights are Paddle's tensors")
 from fd_dsa.distributed import Group
 from fd_dsa.models.device_weights import DeviceWeights
 from fd_dsa.models.expected_tensors import expected_tensors
-from fd_dsa.models.loader import quantisable_tensors
+from fd_dsa.models.loader import fp8_tensors
 from fd_dsa.models.mla import DeepseekV32DSAAttention, down_projections
 from fd_dsa.models.registry import config_from_dict, create_model
 from fd_dsa.models.weights import HostWeights
@@ -121,7 +121,7 @@ def test_every_layer_of_every_rank_has_them_and_the_plan_counts_them(
     """The layer for multi-token prediction, too."""
     sizes = SIZES | {"moe_intermediate_size": 256, "intermediate_size": 256}
     config = config_from_dict(sizes).with_mtp_layer()
-    fp8, num_bytes = quantisable_tensors(config), 0
+    fp8, num_bytes = fp8_tensors(None, config), 0
 
     def counted(shape: tuple[int, ...], dtype: str) -> Any:
         nonlocal num_bytes

@@ -14,7 +14,7 @@ from fd_dsa.device.allocation import paddle_allocator
 from fd_dsa.models.checkpoint import Checkpoint
 from fd_dsa.models.device_weights import DeviceWeights
 from fd_dsa.models.expected_tensors import expected_tensors
-from fd_dsa.models.loader import fp8_tensors, load_dummy_weights, load_weights, quantisable_tensors
+from fd_dsa.models.loader import fp8_tensors, load_dummy_weights, load_weights
 from fd_dsa.models.registry import config_from_dict, create_model, read_config
 from fd_dsa.models.sources import EMBEDDING
 from fd_dsa.models.weights import HostWeights
@@ -214,7 +214,7 @@ def test_norms_are_quantised_in_layers_that_have_fp8_weights(rig: Rig) -> None:
 def test_random_weights_are_finite_and_use_all_experts(rig: Rig) -> None:
     config = config_from_dict(V32 | SIZES | FP8)
     weights = DeviceWeights(
-        "bfloat16", paddle_allocator(rig.device), quantisable_tensors(config), round_scales=True
+        "bfloat16", paddle_allocator(rig.device), fp8_tensors(None, config), round_scales=True
     )
     model = create_model(config, weights)
     load_dummy_weights(config, weights.loaders, 0)

@@ -46,7 +46,7 @@ def runner_on(folder: Path, rig: Rig, *, dequantised: bool = False) -> ModelRunn
             paddle_allocator(rig.device),
             fp8_tensors(checkpoint, config),
             round_scales=config.round_scales,
-            four_bits=None if dequantised else four_bit_experts(checkpoint, config),
+            four_bits=None if dequantised else four_bit_experts(checkpoint, config, 1),
         )
         model = create_model(config, weights)
         load_weights(checkpoint, config, weights.loaders)

@@ -19,7 +19,6 @@ from fd_dsa.models.loader import (
     fp8_tensors,
     load_dummy_weights,
     load_weights,
-    quantisable_tensors,
     with_whole_blocks,
 )
 from fd_dsa.models.mtp_layer import add_mtp_layer
@@ -140,7 +139,7 @@ def test_projections_keep_their_codes(rig: Rig, tmp_path: Path) -> None:
     layer = {"method": "mtp", "num_speculative_tokens": 1}
     own = {"dtype": "bfloat16", "speculative_config": layer, "max_model_len": 64}
     plan = make_plan(EngineConfig(model=folder, **sizes, **own))
-    assert plan.fp8 == quantisable_tensors(config)
+    assert plan.fp8 == fp8_tensors(None, config)
     ends = {".".join(name.split(".")[-3:-1]) for name in plan.fp8}
     attention = {f"attn.{name}" for name in ("wq_a", "wkv", "wq_b", "wo_a", "wo_b")}
     experts = {f"shared_experts.{name}" for name in ("w1", "w2", "w3")}
@@ -185,7 +184,7 @@ def test_logits_of_two_ranks(rig: Rig, tmp_path: Path, width: int) -> None:
 def test_a_rank_has_whole_blocks(tmp_path: Path) -> None:
     folder, _ = write_pair(tmp_path, FP4, CASE)
     config = read_config(folder)
-    fp8 = quantisable_tensors(config)
+    fp8 = fp8_tensors(None, config)
     found = with_whole_blocks(config, 2, fp8)
     assert fp8 - found == {name for name in fp8 if ".shared_experts." in name} != set()
 
