@@ -121,13 +121,6 @@ class DeviceGroup(Group):
         """Return the rank that an all-reduce waited for in vain, or "" without a failure."""
         return "" if self._peers is None else self._peers.failure()
 
-    def abort(self) -> None:
-        """End collectives that wait for a dead rank.
-
-        The group cannot be used afterwards.
-        """
-        self._nccl.abort()
-
     def close(self) -> None:
         """Free what the group holds, after the enqueued work of this rank.
 

@@ -94,14 +94,6 @@ class Group(ABC):
     def barrier(self) -> None:
         """Block the host until every rank has made this call."""
 
-    def check(self) -> None:
-        """Check that no rank is known to have ended.
-
-        Raises:
-            RankError: names the rank that has ended.
-        """
-        return
-
     @abstractmethod
     def close(self) -> None:
         """Free what the group holds. A second call has no effect."""

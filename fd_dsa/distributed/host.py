@@ -157,6 +157,11 @@ class HostGroup(Group):
         return data[_LENGTH_BYTES:]
 
     def check(self) -> None:
+        """Check that no rank is known to have ended.
+
+        Raises:
+            RankError: names the rank that has ended.
+        """
         if self.failure is not None:
             raise self.failure
 

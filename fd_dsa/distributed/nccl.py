@@ -110,16 +110,12 @@ class Communicator:
                         place, count = ctypes.c_void_p(at), ctypes.c_size_t(num_bytes)
                         self._call(name, place, count, _UINT8, rank, stream)
 
-    def abort(self) -> None:
-        """End running and waiting collectives without the other ranks.
-
-        The communicator cannot be used afterwards.
-        """
-        self._end("ncclCommAbort")
-
     def destroy(self) -> None:
         """Free everything after all collectives have ended. A second call has no effect."""
-        self._end("ncclCommDestroy")
+        handle, self._handle = self._handle, ctypes.c_void_p()
+        if handle.value:
+            with cuda().context(self._device):
+                load_library().ncclCommDestroy(handle)
 
     def _sum(
         self, name: str, source: int, target: int, count: int, dtype: str, stream: ctypes.c_void_p
@@ -130,12 +126,6 @@ class Communicator:
         places = ctypes.c_void_p(source), ctypes.c_void_p(target)
         kind = ctypes.c_int(_TYPES[dtype])
         self._call(name, *places, ctypes.c_size_t(count), kind, _SUM, stream)
-
-    def _end(self, name: str) -> None:
-        handle, self._handle = self._handle, ctypes.c_void_p()
-        if handle.value:
-            with cuda().context(self._device):
-                getattr(load_library(), name)(handle)
 
     @contextmanager
     def _one_operation(self) -> Iterator[None]:
