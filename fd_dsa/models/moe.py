@@ -22,6 +22,7 @@ Activations: TypeAlias = Union[np.ndarray, Tensor, Normed]  # noqa: UP007, as in
 """Input of an MLP: on a device also in the form of a norm that quantises."""
 _Span: TypeAlias = tuple[tuple[HostMatrix, HostMatrix], int, int]
 """Weights of an expert, its first row and the end of its rows."""
+_ONE = np.float32(1.0)
 # max values of gate and up of experts that run together, so that they stay in a core's cache
 _GROUP_VALUES = 1 << 17
 
@@ -42,6 +43,14 @@ class DeepseekMLP:
     def forward(self, x: Activations, forward_meta: Any = None) -> Any:
         """Return the output [num_tokens, hidden_size] of an input of the same shape."""
         return self.down_proj.matmul(self.down_proj.activated(self.gate_up_proj.matmul(x)))
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    """Return 1 / (1 + exp(-x)) in a new array."""
+    out = np.negative(x)
+    np.exp(out, out=out)
+    out += _ONE
+    return np.divide(_ONE, out, out=out)
 
 
 class NoAuxTopkGate:
@@ -72,7 +81,7 @@ class NoAuxTopkGate:
         """
         logits = self.weight.matmul(x)
         with np.errstate(over="ignore"):
-            scores = np.float32(1.0) / (np.float32(1.0) + np.exp(-logits))
+            scores = sigmoid(logits)
         choice = scores + self.bias
         if self.n_group > 1:
             choice = self._keep_best_groups(choice)

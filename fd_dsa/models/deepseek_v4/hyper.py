@@ -13,13 +13,14 @@ import numpy as np
 
 from fd_dsa.models.deepseek_v4.config import DeepseekV4Config
 from fd_dsa.models.deepseek_v4.norm import length
+from fd_dsa.models.moe import sigmoid
 from fd_dsa.models.weights_protocol import HostOnlyWeights
 from fd_dsa.ops.fixed_order import fixed_order
 from fd_dsa.ops.host_gemm import HostMatrix
 
 # max tokens for which sums are repeated
 _MANY = 128
-_ONE, _TWO = np.float32(1.0), np.float32(2.0)
+_TWO = np.float32(2.0)
 
 
 class HyperConnection:
@@ -155,14 +156,6 @@ def _mixes(streams: np.ndarray, fn: HostMatrix, scale: np.ndarray, epsilon: floa
     mixed: np.ndarray = fn.matmul(flat)
     mixed *= scale / length(flat, epsilon)
     return mixed
-
-
-def sigmoid(x: np.ndarray) -> np.ndarray:
-    """Return 1 / (1 + exp(-x)) in a new array."""
-    out = np.negative(x)
-    np.exp(out, out=out)
-    out += _ONE
-    return np.divide(_ONE, out, out=out)
 
 
 def _weighted(weights: np.ndarray, streams: np.ndarray) -> np.ndarray:

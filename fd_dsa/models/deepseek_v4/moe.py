@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from fd_dsa.models.deepseek_v4.config import DeepseekV4Config
-from fd_dsa.models.deepseek_v4.hyper import sigmoid
-from fd_dsa.models.moe import NoAuxTopkGate, routed
+from fd_dsa.models.moe import NoAuxTopkGate, routed, sigmoid
 from fd_dsa.models.weights_protocol import HostOnlyWeights
 
 _ONE = np.float32(1.0)
