@@ -34,14 +34,17 @@ def inverse_frequencies(rope: RopeConfig, dim: int) -> np.ndarray:
     return plain * (1 - ramp) + plain / np.float32(rope.factor) * ramp
 
 
-def cos_sin_table(rope: RopeConfig, dim: int, max_position: int) -> np.ndarray:
+def cos_sin_table(
+    rope: RopeConfig, dim: int, max_position: int, *, has_scale: bool = True
+) -> np.ndarray:
     """Return cos, then sin of the pairs, float32 [max_position, dim].
 
     Args:
         dim: width of the rope slice, `qk_rope_head_dim`.
+        has_scale: False leaves out the factor of YaRN, as in DeepSeek-V4.
     """
     scale = np.float32(1.0)
-    if rope.type == "yarn":
+    if has_scale and rope.type == "yarn":
         if rope.mscale and rope.mscale_all_dim:
             ratio = yarn_mscale(rope.factor, rope.mscale) / yarn_mscale(
                 rope.factor, rope.mscale_all_dim

@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-import numpy as np
-
 from fd_dsa.attention.device_memory import logits_size
 from fd_dsa.attention.device_scores import SelectedScores
 from fd_dsa.attention.protocol import AttentionBackend, BackendStep, HostLengths, PromptLimits
@@ -21,8 +19,7 @@ from fd_dsa.distributed.equal_parts import EqualParts
 from fd_dsa.errors import MissingStepError
 from fd_dsa.models.deepseek_v4.config import WINDOW, DeepseekV4Config
 from fd_dsa.models.deepseek_v4.device_attention import DeviceCompressor, DeviceV4Attention
-from fd_dsa.models.rope import inverse_frequencies
-from fd_dsa.models.rope_config import RopeConfig
+from fd_dsa.models.rope import cos_sin_table
 from fd_dsa.ops.dense_kernels import empty_beside
 from fd_dsa.ops.providers import device_kind
 from fd_dsa.ops.slot_copy import copy_slot
@@ -87,7 +84,7 @@ class V4DeviceBackend(AttentionBackend):
         width, longest = config.qk_rope_head_dim, batch.max_row_len
         # angles of layers with entries, then of window-only layers
         self._angles = [
-            uploaded(allocate, angles(rope, width, longest))
+            uploaded(allocate, cos_sin_table(rope, width, longest, has_scale=False))
             for rope in (config.compress_rope, config.main_rope)
         ]
         self._partials = new_partials(config.head_dim, allocate)
@@ -289,12 +286,6 @@ class V4DeviceBackend(AttentionBackend):
             return None
         places = step.places
         return self._plain.fill(windows, entries, places.rows, places.block_table.shape[0])
-
-
-def angles(rope: RopeConfig, width: int, count: int) -> np.ndarray:
-    """Return cos, then sin of each pair at all positions, not scaled, float32 [count, width]."""
-    turns = np.arange(count, dtype=np.float32)[:, None] * inverse_frequencies(rope, width)
-    return np.concatenate((np.cos(turns), np.sin(turns)), axis=1)
 
 
 def _compression(
