@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 
 from fd_dsa.models.deepseek_v4.config import DeepseekV4Config
 from fd_dsa.models.moe import gated
 from fd_dsa.models.registry import FAMILIES, FamilyConfig
-from fd_dsa.models.sources import MTP_JOIN, WeightLoader
+from fd_dsa.models.sources import MTP_JOIN
 
 EXPERT = ".experts."
 """Part of the names of routed experts."""
@@ -65,7 +64,6 @@ class _Expected:
     group = None
     are_on_device = False
     fp8: frozenset[str] = frozenset()
-    loaders: ClassVar[dict[str, WeightLoader]] = {}
 
     def __init__(self, *, fp4_experts: bool, packed: bool) -> None:
         self.tensors: dict[str, ExpectedTensor] = {}

@@ -8,7 +8,6 @@ from typing import Any, Protocol
 import numpy as np
 
 from fd_dsa.distributed import Group
-from fd_dsa.models.sources import WeightLoader
 
 
 class Weights(Protocol):
@@ -21,7 +20,6 @@ class Weights(Protocol):
         group: ranks that share the model; None = one rank.
         fp8: names of the tensors that are held as FP8.
         are_on_device: True for weights of layers that run kernels.
-        loaders: function that fills the place of each tensor of a checkpoint, by name.
     """
 
     @property
@@ -32,9 +30,6 @@ class Weights(Protocol):
 
     @property
     def are_on_device(self) -> bool: ...
-
-    @property
-    def loaders(self) -> dict[str, WeightLoader]: ...
 
     def vector(self, parts: Mapping[str, int]) -> Any:
         """Return vectors end to end, float32 [sum of the lengths]."""
