@@ -224,12 +224,11 @@ class FieldReader:
             raise self.error(name, value, allowed)
         return tuple(one for one in ids if one is not None)
 
-    def token_id(self, name: str, vocab_size: int, default: int | None = None) -> int | None:
-        """Read a field that holds null or one token id."""
-        ids = self.token_ids(name, vocab_size, default)
+    def check_token_id(self, name: str, vocab_size: int) -> None:
+        """Check a field that holds null or one token id."""
+        ids = self.token_ids(name, vocab_size)
         if len(ids) > 1:
             raise self.error(name, list(ids), "null or one id")
-        return ids[0] if ids else None
 
     def section(self, name: str) -> FieldReader | None:
         """Return the reader of an object inside this one, None if absent or null."""

@@ -55,9 +55,7 @@ class FamilyFields(FamilyDefaults):
 
     tie_word_embeddings: bool
     mlp_layer_types: tuple[str, ...]
-    bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
-    pad_token_id: int | None
     weight_block_size: tuple[int, int] | None = None
     packing: Packing | None = None
     round_scales: bool = False
@@ -120,12 +118,13 @@ def read_numbers(
 
 def read_tokens(reader: FieldReader, vocab_size: int) -> dict[str, Any]:
     """Read special tokens, the kind of head, and the number of MTP layers."""
+    # nothing reads them, because the tokenizer has its own
+    for name in ("bos_token_id", "pad_token_id"):
+        reader.check_token_id(name, vocab_size)
     return {
         "num_nextn_predict_layers": _num_mtp_layers(reader),
         "tie_word_embeddings": reader.boolean("tie_word_embeddings", False),
-        "bos_token_id": reader.token_id("bos_token_id", vocab_size, 0),
         "eos_token_ids": reader.token_ids("eos_token_id", vocab_size, 1),
-        "pad_token_id": reader.token_id("pad_token_id", vocab_size),
     }
 
 
