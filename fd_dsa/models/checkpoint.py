@@ -138,6 +138,14 @@ class Checkpoint:
             raise RuntimeError(f"{info.file}: the file is closed")
         return np.frombuffer(self._maps[info.file], np.uint8, info.nbytes, info.offset)
 
+    def are_equal(self, name: str, other: str) -> bool:
+        """Return True if two tensors have the same bytes."""
+        # buffers are compared without an array of booleans
+        equal = self.raw(name).data == self.raw(other).data
+        self.release(name)
+        self.release(other)
+        return equal
+
     def tensor(
         self,
         name: str,

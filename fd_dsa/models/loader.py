@@ -264,14 +264,11 @@ def _tied_head_problems(checkpoint: Checkpoint, config: ModelConfig) -> Iterator
     """Yield a message if a stored head differs from the embedding it is tied to."""
     if not config.tie_word_embeddings or not {LM_HEAD, EMBEDDING} <= set(checkpoint.names()):
         return
-    # buffers are compared without an array of booleans
-    if checkpoint.raw(LM_HEAD).data != checkpoint.raw(EMBEDDING).data:
+    if not checkpoint.are_equal(LM_HEAD, EMBEDDING):
         yield (
             f"{checkpoint.info(LM_HEAD).file}: tensor {LM_HEAD!r}: expected the values of "
             f"{EMBEDDING!r}, since tie_word_embeddings is true; found others"
         )
-    checkpoint.release(LM_HEAD)
-    checkpoint.release(EMBEDDING)
 
 
 def load_dummy_weights(

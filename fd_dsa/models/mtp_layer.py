@@ -44,9 +44,6 @@ def add_mtp_layer(checkpoint: Checkpoint | None, config: _Config) -> _Config:
     head, own = EMBEDDING if config.tie_word_embeddings else LM_HEAD, []
     for table, shared in ((MTP_EMBEDDING, EMBEDDING), (MTP_HEAD, head)):
         name = prefix + table
-        if checkpoint is None or name not in names:
-            continue
-        # buffers are compared without an array of booleans
-        if checkpoint.raw(name).data != checkpoint.raw(shared).data:
+        if checkpoint is not None and name in names and not checkpoint.are_equal(name, shared):
             own.append(table)
     return config.with_mtp_layer(*own)
