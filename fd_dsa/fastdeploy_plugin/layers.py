@@ -78,16 +78,14 @@ class PluginIndexer(AdoptedIndexer):
         Returns:
             int32 [num_tokens, topk]; physical slots in ascending position, -1 = padding.
         """
-        core, layout = backend.current_core(), backend.config.cache_layout
+        core = backend.current_core()
         q, weights = selected_function("indexer_query", qr)(
             self.wq_b(qr).reshape([-1, self.index_n_heads, self.index_head_dim]),
             weights,
             core.current_step(forward_meta).position_ids,
             table,
             rope_interleave=self.rope_interleave,
-            quantized=layout.is_fp8,
-            hadamard=layout.index_hadamard,
-            scale_fmt=layout.index_scale_fmt,
+            **backend.config.query_format,
             weights_scale=self.weights_scale,
             out=core.attention.query_buffers(qr.shape[0]),
         )
