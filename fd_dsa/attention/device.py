@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from fd_dsa import custom_ops
 from fd_dsa.attention.config import DSABackendConfig
 from fd_dsa.attention.device_memory import buffer_sizes
-from fd_dsa.attention.device_scores import SelectedScores
+from fd_dsa.attention.device_scores import SelectedScores, kernel_kind
 from fd_dsa.attention.head_exchange import HeadExchange, exchanges_heads
 from fd_dsa.attention.overlap import IndexerOverlap
 from fd_dsa.attention.protocol import HostLengths, IndexerLayer, MlaLayer, PromptLimits
@@ -38,7 +38,6 @@ from fd_dsa.ops.providers import (
     CUSTOM_OP,
     TENSOR_CORE,
     TRITON,
-    device_kind,
     function,
     is_refused,
     refuse,
@@ -88,11 +87,8 @@ class DeviceAttention:
         self._view = lru_cache(maxsize=CACHED_VIEWS)(partial(buffer_view, self._buffers))
         # address of the cache of the layer that made the slots, and the slots
         self._all_slots: tuple[int, Tensor] | None = None
-        kind = device_kind(self._buffers["logits"][0])
-        # Triton's interpreter has its tensors in host memory
-        kind = "interpreter" if kind == "cpu" else kind
+        self._kind = kind = kernel_kind(self._buffers["logits"][0])
         select_all(kind)
-        self._kind = kind
         self._select_projection()
         self._select_slots = slot_selector(kind, allocate)
         self.scores = SelectedScores(config.indexer, kind, self._buffers, allocate)

@@ -23,7 +23,7 @@ from fd_dsa.ops.logits.tile_configs import TileConfig, decode_config, prompt_con
 from fd_dsa.ops.logits.tile_kernel import score_tiles
 from fd_dsa.ops.logits.tile_schedule import PROGRAM_FIELDS, TILE_FIELDS, TileSchedule
 from fd_dsa.ops.logits.triton_kernel import score_pages
-from fd_dsa.ops.providers import TENSOR_CORE, TRITON, refuse, select_provider
+from fd_dsa.ops.providers import TENSOR_CORE, TRITON, device_kind, refuse, select_provider
 from fd_dsa.step import ForwardMeta
 from fd_dsa.tensor import Tensor
 
@@ -36,6 +36,15 @@ Use = Callable[..., None]
 
 It reads the scores, float32 [rows, width], before the next chunk overwrites them.
 """
+
+
+def kernel_kind(tensor: Tensor) -> str:
+    """Return the kind of device whose kernels take a tensor, as `device_kind` names it.
+
+    Triton's interpreter has its tensors in host memory.
+    """
+    kind = device_kind(tensor)
+    return "interpreter" if kind == "cpu" else kind
 
 
 class PageScores:
@@ -198,7 +207,7 @@ class SelectedScores:
     """Scores by the fastest kernels that support an indexer, or the next if one fails to compile.
 
     Args:
-        kind: kind of device, as `device_kind` names it.
+        kind: result of `kernel_kind`.
         buffers: it has "logits", and gets the other buffers of the kernels.
 
     Attributes:

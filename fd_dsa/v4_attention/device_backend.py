@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from fd_dsa.attention.device_memory import logits_size
-from fd_dsa.attention.device_scores import SelectedScores
+from fd_dsa.attention.device_scores import SelectedScores, kernel_kind
 from fd_dsa.attention.protocol import AttentionBackend, BackendStep, HostLengths, PromptLimits
 from fd_dsa.device.allocation import Allocate, Buffers, add_buffers, paddle_allocator
 from fd_dsa.device.transfers import uploaded
@@ -21,7 +21,6 @@ from fd_dsa.models.deepseek_v4.config import WINDOW, DeepseekV4Config
 from fd_dsa.models.deepseek_v4.device_attention import DeviceCompressor, DeviceV4Attention
 from fd_dsa.models.rope import cos_sin_table
 from fd_dsa.ops.dense_kernels import empty_beside
-from fd_dsa.ops.providers import device_kind
 from fd_dsa.ops.slot_copy import copy_slot
 from fd_dsa.ops.topk.custom_op import slot_selector
 from fd_dsa.ops.v4_attend import attend_v4, new_partials
@@ -94,9 +93,7 @@ class V4DeviceBackend(AttentionBackend):
         logits = buffers["logits"][0]
         # the buffer of scores is free when the tokens of a layer attend
         self._plain = PlainRows(plain, logits, allocate) if plain else None
-        kind = device_kind(logits)
-        # Triton's interpreter has its tensors in host memory
-        kind = "interpreter" if kind == "cpu" else kind
+        kind = kernel_kind(logits)
         self._select_slots = slot_selector(kind, allocate)
         self.scores = SelectedScores(of_index, kind, buffers, allocate)
         self._step: DeviceStep | None = None

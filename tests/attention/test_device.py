@@ -218,7 +218,7 @@ def test_what_serves_is_told_once_and_remembered(
 
     config = OnDevice(kernel_memory, Sizes(8), SHORT_ROWS).world.backend.config
     # the interpreter's tensors are on a CPU, for which the table lists no kernel
-    monkeypatch.setattr(device, "device_kind", lambda tensor: "gpu")
+    monkeypatch.setattr(device, "kernel_kind", lambda tensor: "gpu")
     providers.drop_selections()
     if serves:
         config = on_tensor_cores(config)
