@@ -9,6 +9,7 @@ import numpy as np
 
 from fd_dsa.attention.protocol import LayerStep
 from fd_dsa.models.config import ModelConfig
+from fd_dsa.models.decoder import Decoder
 from fd_dsa.models.family_fields import FamilyFields
 from fd_dsa.models.mla import DeepseekV32DSAAttention
 from fd_dsa.models.moe import DeepseekMLP, DeepseekMoE
@@ -65,7 +66,7 @@ class DeepseekV32DecoderLayer:
     Attention and MLP of a rank return its part of a sum over all ranks. The next norm sums them.
 
     Attributes:
-        kind: kind of MLP and attention; layers of one kind launch the same kernels.
+        kind: kind of MLP and attention.
     """
 
     def __init__(self, config: ModelConfig, layer_id: int, weights: Weights) -> None:
@@ -175,7 +176,7 @@ class MultiTokenPredictor:
         return self._head.logits(hidden_states, out)
 
 
-class DeepseekV32ForCausalLM:
+class DeepseekV32ForCausalLM(Decoder[DeepseekV32DecoderLayer]):
     """Model from packed token ids of a step to logits of sampled tokens.
 
     Attributes:

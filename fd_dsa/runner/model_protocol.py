@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from contextlib import AbstractContextManager
+from typing import Protocol
 
 from fd_dsa.attention.protocol import LayerStep
 from fd_dsa.distributed import Group
@@ -56,14 +57,7 @@ class MtpLayer(Protocol):
 
 
 class Model(Protocol):
-    """Decoder that runs on the steps of a runner.
-
-    Attributes:
-        layers: decoder layers, which a call runs in order. On a device each has a `kind`, and those
-            of one kind launch the same kernels.
-    """
-
-    layers: list[Any]
+    """Decoder that runs on the steps of a runner."""
 
     @property
     def config(self) -> RunConfig:
@@ -76,6 +70,9 @@ class Model(Protocol):
     @property
     def mtp(self) -> MtpLayer | None:
         """Layer for multi-token prediction, None unless it is loaded."""
+
+    def one_layer_of_each_kind(self) -> AbstractContextManager[None]:
+        """Run steps through the first layer of each kind inside, see `Decoder`."""
 
     def __call__(self, token_ids: StepArray, forward_meta: LayerStep) -> StepArray:
         """Compute hidden states of all tokens of a step, [num_tokens, width]."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable
+from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -23,7 +23,6 @@ from fd_dsa.startup.trial_rows import clear_rows, fill_rows
 from fd_dsa.startup.trial_steps import dense_steps, sparse_steps
 
 if TYPE_CHECKING:
-    from fd_dsa.runner.model_protocol import Model
     from fd_dsa.runner.model_runner import ModelRunner
 
 logger = logging.getLogger(__name__)
@@ -65,7 +64,7 @@ def compile_in_processes(runner: ModelRunner, plan: EnginePlan) -> None:
             return
         with warming(), compile_ahead(processes) as ahead:
             compile_forms(runner)
-            with _one_layer_of_each_kind(runner.model):
+            with runner.model.one_layer_of_each_kind():
                 warm_up_kernels(runner, before_captures=not plan.config.enforce_eager)
             plan.caches.state_copies(runner.attn_backends[0])
     except Exception as error:
@@ -155,22 +154,10 @@ def compile_forms(runner: ModelRunner) -> None:
     steps = dense_steps(runner.input_batch, max_dense_keys, runner.max_drafts)
     if runner.device_steps is not None:
         runner.set_parameters(0, RowParameters())
-    with _one_layer_of_each_kind(runner.model):
+    with runner.model.one_layer_of_each_kind():
         for rows in steps:
             run_trial(runner, fill_rows(runner.input_batch, rows))
     clear_rows(runner.input_batch)
-
-
-@contextmanager
-def _one_layer_of_each_kind(model: Model) -> Iterator[None]:
-    """Run steps through the first layer of each kind inside."""
-    layers = model.layers
-    first = {layer.kind: layer for layer in reversed(layers)}
-    model.layers = [layer for layer in layers if layer in first.values()]
-    try:
-        yield
-    finally:
-        model.layers = layers
 
 
 def warm_up_kernels(runner: ModelRunner, before_captures: bool = False) -> None:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from fd_dsa.attention.protocol import LayerStep
 from fd_dsa.distributed.equal_parts import EqualParts
+from fd_dsa.models.decoder import Decoder
 from fd_dsa.models.deepseek_v4.config import DeepseekV4Config
 from fd_dsa.models.deepseek_v4.device_attention import DeviceV4Attention
 from fd_dsa.models.deepseek_v4.device_moe import DeviceV4MoE
@@ -84,7 +85,7 @@ class DeviceV4Layer:
     Attention and experts of a rank return its part of a sum over all ranks.
 
     Attributes:
-        kind: kind of attention and experts; layers of one kind launch the same kernels.
+        kind: kind of attention and experts.
     """
 
     def __init__(
@@ -185,7 +186,7 @@ def _logits(
     return model.head.logits(read_streams(same, sums, collapse)[0], out)
 
 
-class DeviceV4ForCausalLM:
+class DeviceV4ForCausalLM(Decoder[DeviceV4Layer]):
     """Model from packed token ids of a step to logits of sampled tokens.
 
     Attributes:

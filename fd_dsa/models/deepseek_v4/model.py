@@ -8,6 +8,7 @@ import numpy as np
 
 from fd_dsa.attention.protocol import LayerStep
 from fd_dsa.distributed import summed
+from fd_dsa.models.decoder import Decoder
 from fd_dsa.models.deepseek_v4.attention import V4Attention
 from fd_dsa.models.deepseek_v4.config import WINDOW, DeepseekV4Config
 from fd_dsa.models.deepseek_v4.hyper import HeadCollapse, HyperConnection
@@ -34,6 +35,9 @@ class DeepseekV4DecoderLayer:
     """Decoder layer: attention, then experts, each inside a hyper-connection.
 
     Attention and experts of a rank return its part of a sum over all ranks.
+
+    Attributes:
+        kind: kind of attention and experts.
     """
 
     def __init__(
@@ -46,6 +50,7 @@ class DeepseekV4DecoderLayer:
     ) -> None:
         hidden, eps = config.hidden_size, config.rms_norm_eps
         self._group = weights.group
+        self.kind = config.layer_types[layer_id], config.mlp_layer_types[layer_id]
         self._attn_hc = HyperConnection(config, weights, f"{prefix}hc_attn_")
         self._ffn_hc = HyperConnection(config, weights, f"{prefix}hc_ffn_")
         self._attn_norm = RowNorm(weights, f"{prefix}attn_norm.weight", hidden, eps)
@@ -153,7 +158,7 @@ def _logits(
     return as_numpy(model.head.logits(norm.normalize(collapsed), out))
 
 
-class DeepseekV4ForCausalLM:
+class DeepseekV4ForCausalLM(Decoder[DeepseekV4DecoderLayer]):
     """Model from packed token ids of a step to logits of sampled tokens.
 
     Attributes:
