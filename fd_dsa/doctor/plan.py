@@ -96,33 +96,22 @@ def _settings(given: EngineConfig, model: FamilyConfig) -> list[EngineConfig]:
 def _caches(config: EngineConfig, model: FamilyConfig, weight_bytes: int) -> dict[str, Any]:
     """Return the memory other than weights for one cache dtype, and the fit on each GPU."""
     from fd_dsa.engine.caches import caches_class
-    from fd_dsa.runner.input_batch import InputBatch
     from fd_dsa.startup.graph_sizes import step_bytes
     from fd_dsa.startup.memory import plan_memory
-    from fd_dsa.startup.plan import workspace_bytes
+    from fd_dsa.startup.plan import cache_sizes, new_batch, workspace_bytes
     from fd_dsa.triton_runtime.driver import GpuTraits
 
     longest = model.max_position_embeddings
     caches_class(model).check_flags(config, model)
-    tokens = config.tokens_per_block
-    blocks = -(-longest // tokens)
-    batch = InputBatch(config.num_seqs, config.num_batched_tokens, blocks, tokens)
-    caches = caches_class(model)(config, model, batch)
+    caches = caches_class(model)(config, model, new_batch(config, longest))
     workspace = workspace_bytes(config, model, caches, GpuTraits(*_TRAITS))
-    sizes = {
-        "weight_bytes": weight_bytes,
-        "bytes_per_block": caches.bytes_per_block,
-        "max_model_len": longest,
-        "state_bytes": caches.state_bytes,
-    }
     of_steps = step_bytes(config, model, longest)
+    sizes = {"weight_bytes": weight_bytes, **cache_sizes(caches, longest), **of_steps}
     gpus = {}
     for gib in GPU_GIB:
         free, tokens, reason = int(config.gpu_memory_utilization * (gib << 30)), 0, ""
         try:
-            memory = plan_memory(
-                config, **sizes, **of_steps, free_bytes=free - workspace, takes_all=True
-            )
+            memory = plan_memory(config, **sizes, free_bytes=free - workspace, takes_all=True)
             tokens = memory.num_blocks * memory.block_size
         except ConfigError as error:
             reason = str(error)

@@ -155,10 +155,7 @@ def make_plan(config: EngineConfig, group: Group | None = None) -> EnginePlan:
     max_model_len = config.resolve_max_model_len(model_config.max_position_embeddings)
     tokenizer = Tokenizer.from_folder(config.tokenizer_path, config.chat_template)
     _check_vocabulary(config, model_config, tokenizer)
-    blocks_per_seq = -(-max_model_len // config.tokens_per_block)
-    input_batch = InputBatch(
-        config.num_seqs, config.num_batched_tokens, blocks_per_seq, config.tokens_per_block
-    )
+    input_batch = new_batch(config, max_model_len)
     whole_config, fp8, four_bits = _check_weights(config, model_config)
     size = config.tensor_parallel_size
     model_config = whole_config if size == 1 else whole_config.split(size)
@@ -180,6 +177,13 @@ def make_plan(config: EngineConfig, group: Group | None = None) -> EnginePlan:
         fp8=fp8,
         four_bits=four_bits,
     )
+
+
+def new_batch(config: EngineConfig, max_model_len: int) -> InputBatch:
+    """Return an empty batch, whose rows hold up to `max_model_len` tokens."""
+    columns = -(-max_model_len // config.tokens_per_block)
+    sizes = config.num_seqs, config.num_batched_tokens, columns, config.tokens_per_block
+    return InputBatch(*sizes)
 
 
 def _read_model(config: EngineConfig, warns: bool) -> Any:
@@ -316,12 +320,12 @@ def _plan_memory(
 
     device, num_ranks = config.device, config.tensor_parallel_size
     free_bytes = free_device_bytes(device, config.gpu_memory_utilization)
-    of_steps: dict[str, int] = {}
+    sizes = cache_sizes(caches, max_model_len)
     has_own_memory = free_bytes is not None
     if free_bytes is not None:
         work_bytes = workspace_bytes(config, model_config, caches, traits_of(device))
         free_bytes = max(free_bytes - work_bytes, 0)
-        of_steps = step_bytes(config, model_config, max_model_len)
+        sizes |= step_bytes(config, model_config, max_model_len)
     elif config.gpu_memory_utilization != EngineConfig.gpu_memory_utilization:
         logger.warning(
             "--gpu-memory-utilization has no effect on %s; --kv-cache-memory-bytes sets the "
@@ -340,14 +344,20 @@ def _plan_memory(
     return plan_memory(
         config,
         weight_bytes=num_bytes,
-        bytes_per_block=caches.bytes_per_block,
-        max_model_len=max_model_len,
-        state_bytes=caches.state_bytes,
-        snapshot_bytes=caches.snapshot_bytes,
         free_bytes=free_bytes,
         takes_all=has_own_memory,
-        **of_steps,
+        **sizes,
     )
+
+
+def cache_sizes(caches: Caches, max_model_len: int) -> dict[str, int]:
+    """Return the sizes of the caches, as arguments of `plan_memory`."""
+    return {
+        "max_model_len": max_model_len,
+        "bytes_per_block": caches.bytes_per_block,
+        "state_bytes": caches.state_bytes,
+        "snapshot_bytes": caches.snapshot_bytes,
+    }
 
 
 def workspace_bytes(
