@@ -51,7 +51,7 @@ _INDEXER, _WK = ".self_attn.indexer.", "indexer.wk.weight"
 _MAX_PROBLEMS = 3
 
 
-def validate(checkpoint: Checkpoint, config: ModelConfig) -> None:
+def validate(checkpoint: Checkpoint, config: FamilyConfig) -> None:
     """Check that a checkpoint holds exactly the tensors of the model.
 
     Skipped with a log line are MTP layers that are not loaded, and `rotary_emb.inv_freq`. Another
@@ -140,7 +140,7 @@ def _unused_indexers(config: FamilyConfig, layers: Mapping[str, re.Match[str]]) 
 
 def load_weights(
     checkpoint: Checkpoint,
-    config: ModelConfig,
+    config: FamilyConfig,
     loaders: Mapping[str, WeightLoader],
     progress: Callable[[int, int], object] = lambda done, total: None,
     group: Group | None = None,
@@ -200,7 +200,7 @@ def load_weights(
 
 
 def _problems(
-    checkpoint: Checkpoint, config: ModelConfig, expected: Mapping[str, ExpectedTensor]
+    checkpoint: Checkpoint, config: FamilyConfig, expected: Mapping[str, ExpectedTensor]
 ) -> Iterator[str]:
     """Yield a message for each expected tensor that is missing or does not fit."""
     packing = config.packing
@@ -235,7 +235,7 @@ def _problems(
 
 
 def _scale_problems(
-    checkpoint: Checkpoint, config: ModelConfig, name: str, tensor: ExpectedTensor, where: str
+    checkpoint: Checkpoint, config: FamilyConfig, name: str, tensor: ExpectedTensor, where: str
 ) -> Iterator[str]:
     """Yield a message if the scales of an FP8 or FP4 tensor are missing or do not fit."""
     info, block, allowed = checkpoint.info(name), config.weight_block_size, [*FLOAT_DTYPES, POWER]
@@ -260,7 +260,7 @@ def _scale_problems(
         )
 
 
-def _tied_head_problems(checkpoint: Checkpoint, config: ModelConfig) -> Iterator[str]:
+def _tied_head_problems(checkpoint: Checkpoint, config: FamilyConfig) -> Iterator[str]:
     """Yield a message if a stored head differs from the embedding it is tied to."""
     if not config.tie_word_embeddings or not {LM_HEAD, EMBEDDING} <= set(checkpoint.names()):
         return
@@ -272,7 +272,7 @@ def _tied_head_problems(checkpoint: Checkpoint, config: ModelConfig) -> Iterator
 
 
 def load_dummy_weights(
-    config: ModelConfig,
+    config: FamilyConfig,
     loaders: Mapping[str, WeightLoader],
     seed: int,
     progress: Callable[[int, int], object] = lambda done, total: None,

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
-
 from fd_dsa.errors import flag_error
 from fd_dsa.models.checkpoint import Checkpoint
-from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.deepseek_v4.config import DeepseekV4Config
 from fd_dsa.models.deepseek_v4.tensors import DSPARK, MTP_TOKENS
 from fd_dsa.models.loader import LAYER
+from fd_dsa.models.registry import FamilyConfig
 from fd_dsa.models.sources import EMBEDDING, LM_HEAD, MTP_EMBEDDING, MTP_HEAD, MTP_JOIN
 
-_Config = TypeVar("_Config", ModelConfig, DeepseekV4Config)
 
-
-def add_mtp_layer(checkpoint: Checkpoint | None, config: _Config) -> _Config:
+def add_mtp_layer(checkpoint: Checkpoint | None, config: FamilyConfig) -> FamilyConfig:
     """Return the configuration with the MTP layer of a checkpoint.
 
     Embedding and head of a layer of DeepSeek-V3.2 are often copies of the model's, which are then

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from fd_dsa.engine.caches import Caches
     from fd_dsa.models.checkpoint import Checkpoint
     from fd_dsa.models.four_bits import FourBits
+    from fd_dsa.models.registry import FamilyConfig
     from fd_dsa.triton_runtime.driver import GpuTraits
 
 logger = logging.getLogger(__name__)
@@ -57,8 +58,8 @@ class EnginePlan:
     """
 
     config: EngineConfig
-    model_config: Any
-    whole_config: Any
+    model_config: FamilyConfig
+    whole_config: FamilyConfig
     num_threads: int
     caches: Caches
     tokenizer: Tokenizer
@@ -186,7 +187,7 @@ def new_batch(config: EngineConfig, max_model_len: int) -> InputBatch:
     return InputBatch(*sizes)
 
 
-def _read_model(config: EngineConfig, warns: bool) -> Any:
+def _read_model(config: EngineConfig, warns: bool) -> FamilyConfig:
     """Read the configuration of the model, with the flags that change it.
 
     Args:
@@ -202,8 +203,8 @@ def _read_model(config: EngineConfig, warns: bool) -> Any:
 
 
 def _check_weights(
-    config: EngineConfig, model_config: Any
-) -> tuple[Any, frozenset[str], FourBits | None]:
+    config: EngineConfig, model_config: FamilyConfig
+) -> tuple[FamilyConfig, frozenset[str], FourBits | None]:
     """Compare the checkpoint's tensors with the model.
 
     Only the headers of the tensors are read.
@@ -256,7 +257,7 @@ def _four_bit_difference(four_bits: FourBits, device: str) -> str:
         return four_bit_check.difference(four_bits, paddle_allocator(device))
 
 
-def _with_index_topk(model_config: Any, index_topk: int | None) -> Any:
+def _with_index_topk(model_config: FamilyConfig, index_topk: int | None) -> FamilyConfig:
     """Replace the number of keys that the indexer selects, unless `index_topk` is None."""
     if index_topk is None:
         return model_config
@@ -269,7 +270,7 @@ def _with_index_topk(model_config: Any, index_topk: int | None) -> Any:
     return replace(model_config, index_topk=index_topk)
 
 
-def sampling_defaults(config: EngineConfig, model_config: Any) -> dict[str, Any]:
+def sampling_defaults(config: EngineConfig, model_config: FamilyConfig) -> dict[str, Any]:
     """Return values of generation_config.json for parameters that a request leaves out.
 
     It is empty with `--generation-config vllm`.
@@ -289,7 +290,7 @@ def sampling_defaults(config: EngineConfig, model_config: Any) -> dict[str, Any]
     return defaults
 
 
-def _check_vocabulary(config: EngineConfig, model: Any, tokenizer: Tokenizer) -> None:
+def _check_vocabulary(config: EngineConfig, model: FamilyConfig, tokenizer: Tokenizer) -> None:
     """Refuse a tokenizer with ids that have no embedding."""
     if tokenizer.highest_token_id < model.vocab_size:
         return
@@ -305,7 +306,7 @@ def _check_vocabulary(config: EngineConfig, model: Any, tokenizer: Tokenizer) ->
 
 def _plan_memory(
     config: EngineConfig,
-    model_config: Any,
+    model_config: FamilyConfig,
     caches: Caches,
     max_model_len: int,
     num_bytes: int,
@@ -361,7 +362,7 @@ def cache_sizes(caches: Caches, max_model_len: int) -> dict[str, int]:
 
 
 def workspace_bytes(
-    config: EngineConfig, model_config: Any, caches: Caches, traits: GpuTraits
+    config: EngineConfig, model_config: FamilyConfig, caches: Caches, traits: GpuTraits
 ) -> int:
     """Return the bytes that a device needs in addition to weights, caches and steps."""
     from fd_dsa.runner.device_steps import sampling_bytes
