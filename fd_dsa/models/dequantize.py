@@ -161,15 +161,22 @@ def wide_blocks(codes: np.ndarray, exponents: np.ndarray) -> tuple[int, int]:
     Returns:
         Number of such blocks, and of all blocks.
     """
-    # without the signs of both codes
-    has_values = (codes & 0x77).reshape(*exponents.shape, -1).any(axis=2)
-    highest = np.where(has_values, exponents.astype(np.int16), -1)
-    lowest = np.where(has_values, exponents.astype(np.int16), 256)
+    signed = exponents.astype(np.int16)
+    spreads = _spreads(signed, signed)
+    if np.any(spreads > _MAX_SPREAD):
+        # without the signs of both codes
+        has_values = (codes & 0x77).reshape(*exponents.shape, -1).any(axis=2)
+        spreads = _spreads(np.where(has_values, signed, -1), np.where(has_values, signed, 256))
+    return int(np.count_nonzero(spreads > _MAX_SPREAD)), spreads.size
+
+
+def _spreads(highest: np.ndarray, lowest: np.ndarray) -> np.ndarray:
+    """Return how far the exponents of each block of a matrix lie apart."""
     for axis, step in enumerate((BLOCK, BLOCK // FP4_GROUP)):
-        starts = np.arange(0, exponents.shape[axis], step)
+        starts = np.arange(0, highest.shape[axis], step)
         highest = np.maximum.reduceat(highest, starts, axis)
         lowest = np.minimum.reduceat(lowest, starts, axis)
-    return int(np.count_nonzero(highest - lowest > _MAX_SPREAD)), highest.size
+    return highest - lowest
 
 
 def _empty(shape: tuple[int, ...]) -> np.ndarray:
