@@ -13,7 +13,7 @@ from __future__ import annotations
 from fd_dsa.ops.dense_kernels import empty_beside, sigmoid
 from fd_dsa.ops.device_functions import image_of, stored, widened
 from fd_dsa.ops.expert_pairs import MAX_EXPERTS, MAX_TOKENS, Choice
-from fd_dsa.ops.split_sums import NUM_COUNTERS, clear_counters, is_last, scratch_beside
+from fd_dsa.ops.split_sums import NUM_COUNTERS, is_last, scratch_beside
 from fd_dsa.ops.step_kernel import step_kernel
 from fd_dsa.tensor import Tensor
 from fd_dsa.triton_runtime import Kernel, next_power_of_2, start_next, wait_for_inputs
@@ -238,15 +238,10 @@ def launch_choice(
     if rows == 1 or scratch is not None:
         lists = empty_beside(ids, experts, rows), empty_beside(ids, experts)
     pairs, counts = lists or (None, None)
-    try:
-        kernel[(rows,)](
-            logits, *given, ids, weights, pairs, counts, scratch, NUM_EXPERTS=experts, TOP_K=top_k,
-            EXPERTS=next_power_of_2(experts), MAX_PAIRS=next_power_of_2(MAX_TOKENS * top_k),
-            **options,
-        )  # fmt: skip
-    except BaseException:
-        clear_counters(scratch)
-        raise
+    kernel[(rows,)](
+        logits, *given, ids, weights, pairs, counts, scratch, NUM_EXPERTS=experts, TOP_K=top_k,
+        EXPERTS=next_power_of_2(experts), MAX_PAIRS=next_power_of_2(MAX_TOKENS * top_k), **options,
+    )  # fmt: skip
     return Choice(ids, weights, lists)
 
 

@@ -29,7 +29,6 @@ from fd_dsa.ops.fixed_order import fixed_order
 from fd_dsa.ops.head_gemm import store_heads
 from fd_dsa.ops.split_sums import (
     Tiling,
-    clear_counters,
     rows_of_tiles,
     scratch_beside,
     splits_of,
@@ -253,7 +252,6 @@ def fp8_linear(
     out_dtype: str = "bfloat16",
     *,
     tiling: Tiling | None = None,
-    scratch: Tensor | None = None,
 ) -> Tensor:
     """Multiply rows by weight^T: [num_rows, out]. Sums are in float32, in a fixed order.
 
@@ -263,7 +261,6 @@ def fp8_linear(
         scales: float32 [ceil(out / 128), ceil(width / 128)], contiguous.
         out_dtype: dtype of the result, "bfloat16" or "float32".
         tiling: tiling for benchmarks and tests. None takes that of `configuration`.
-        scratch: memory of `new_scratch`, for launches alongside others. None takes the device's.
 
     Raises:
         ShapeError: the weight does not fit the rows, or its scales do not fit its codes.
@@ -271,7 +268,7 @@ def fp8_linear(
     num_rows, width = rows.codes.shape
     check_weight(codes, scales, width)
     out = empty_beside(rows.codes, num_rows, codes.shape[0], dtype=out_dtype)
-    _launch(rows, codes, scales, out, tiling or configuration(rows_of_tiles(num_rows)), scratch)
+    _launch(rows, codes, scales, out, tiling or configuration(rows_of_tiles(num_rows)))
     return out
 
 
@@ -304,7 +301,7 @@ def fp8_linear_by_group(
         # a tile quantizes its columns
         tiling = tiling._replace(columns=GROUP)
         out = empty_fp8_rows(rows.codes, num_rows, columns)
-    _launch(rows, codes, scales, out, tiling, None, groups, bool(round_scales))
+    _launch(rows, codes, scales, out, tiling, groups, bool(round_scales))
     return out
 
 
@@ -314,7 +311,6 @@ def _launch(
     scales: Tensor,
     out: Tensor | Fp8Rows,
     tiling: Tiling,
-    scratch: Tensor | None,
     num_groups: int = 1,
     round_scales: bool = False,
 ) -> None:
@@ -326,17 +322,13 @@ def _launch(
     if fixed_order():
         tiling = tiling._replace(programs=1)
     grid, options = launch_options(*sizes, tiling)
-    if grid[1] > 1 and scratch is None:
+    scratch = None
+    if grid[1] > 1:
         scratch = scratch_beside(rows.scales, "FP8 GEMM")
         if scratch is None:
             grid, options = launch_options(*sizes, tiling._replace(programs=1))
-    try:
-        fp8_linear_kernel[grid](
-            rows.codes, rows.scales, codes, scales, *kernel_arguments(out),
-            scratch if grid[1] > 1 else None, num_rows, rows.scales.shape[1], WIDTH=width,
-            COLUMNS=columns, NUM_GROUPS=num_groups, ROUND_SCALES=round_scales,
-            NATIVE=native_fp8(codes), **options,
-        )  # fmt: skip
-    except BaseException:
-        clear_counters(scratch)
-        raise
+    fp8_linear_kernel[grid](
+        rows.codes, rows.scales, codes, scales, *kernel_arguments(out), scratch, num_rows,
+        rows.scales.shape[1], WIDTH=width, COLUMNS=columns, NUM_GROUPS=num_groups,
+        ROUND_SCALES=round_scales, NATIVE=native_fp8(codes), **options,
+    )  # fmt: skip

@@ -28,7 +28,7 @@ from fd_dsa.ops.dense_kernels import (
 from fd_dsa.ops.device_functions import stored, to_bfloat16, widened
 from fd_dsa.ops.expert_gemm import plain_sums
 from fd_dsa.ops.fp8_gemm import check_weight, fp8_pointer, fp8_sums
-from fd_dsa.ops.split_sums import MAX_SPLITS, Tiling, clear_counters, scratch_beside, sum_of_parts
+from fd_dsa.ops.split_sums import MAX_SPLITS, Tiling, scratch_beside, sum_of_parts
 from fd_dsa.ops.step_kernel import step_kernel
 from fd_dsa.tensor import Fp8Rows, Normed, Tensor
 from fd_dsa.triton_runtime import start_next, wait_for_inputs
@@ -247,8 +247,6 @@ def side_by_side(
     other: Tensor,
     round_scales: bool | None = None,
     limit: float | None = None,
-    *,
-    scratch: Tensor | None = None,
 ) -> tuple[Any, Tensor]:
     """Multiply rows by both weights^T. Sums are in float32, in a fixed order.
 
@@ -259,7 +257,6 @@ def side_by_side(
         round_scales: None returns bfloat16. Otherwise the weight has gate and up, and the result is
             that of `silu_and_mul` with such scales. There are then at most MAX_GATED_ROWS rows.
         limit: as for `silu_and_mul`.
-        scratch: as for `fp8_linear`.
 
     Returns:
         bfloat16 [num_rows, out] or Fp8Rows [num_rows, out / 2]; and float32 [num_rows, columns].
@@ -291,19 +288,14 @@ def side_by_side(
     others = empty_beside(x.plain, num_rows, other_columns, dtype="float32")
     sizes = num_rows, columns, other_columns, width, gated
     num_programs, constants = division(*sizes)
-    is_split = max(constants["SPLITS"], constants["OTHER_SPLITS"]) > 1
-    if is_split and scratch is None:
+    scratch = None
+    if max(constants["SPLITS"], constants["OTHER_SPLITS"]) > 1:
         scratch = scratch_beside(rows.scales, "GEMMs side by side")
-        is_split = scratch is not None
-        num_programs, constants = division(*sizes, is_split)
-    try:
-        side_by_side_kernel[(num_programs,)](
-            x.plain, rows.codes, rows.scales, codes, scales, other, *kernel_arguments(out), others,
-            scratch if is_split else None, num_rows, rows.scales.shape[1], WIDTH=width,
-            COLUMNS=columns, OTHER_COLUMNS=other_columns, GATED=gated, LIMIT=limit,
-            ROUND_SCALES=bool(round_scales), NATIVE=native_fp8(codes), **constants,
-        )  # fmt: skip
-    except BaseException:
-        clear_counters(scratch)
-        raise
+        num_programs, constants = division(*sizes, scratch is not None)
+    side_by_side_kernel[(num_programs,)](
+        x.plain, rows.codes, rows.scales, codes, scales, other, *kernel_arguments(out), others,
+        scratch, num_rows, rows.scales.shape[1], WIDTH=width, COLUMNS=columns,
+        OTHER_COLUMNS=other_columns, GATED=gated, LIMIT=limit, ROUND_SCALES=bool(round_scales),
+        NATIVE=native_fp8(codes), **constants,
+    )  # fmt: skip
     return out, others

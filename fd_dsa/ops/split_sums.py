@@ -9,7 +9,6 @@ Source: CUDA samples, `threadFenceReduction` for the count of finished programs.
 from __future__ import annotations
 
 import logging
-from contextlib import suppress
 from typing import Any, NamedTuple
 
 from fd_dsa.device.transfers import transfers_for
@@ -17,6 +16,7 @@ from fd_dsa.ops.fixed_order import fixed_order
 from fd_dsa.tensor import Tensor
 from fd_dsa.triton_runtime import INTERPRETING
 from fd_dsa.triton_runtime.device_api import api_for_type
+from fd_dsa.triton_runtime.interpreter import ON_FAILURE
 
 import triton  # isort: skip
 import triton.language as tl  # isort: skip
@@ -163,12 +163,10 @@ def scratch_beside(like: Tensor, operator: str, num_partials: int = NUM_PARTIALS
     return scratch
 
 
-def clear_counters(scratch: Tensor | None) -> None:
-    """Reset the counters after a launch with an error, otherwise all later sums are wrong.
+def _clear_counters() -> None:
+    """Reset all counters. Those of a launch that ended midway would make all later sums wrong."""
+    for scratch in SCRATCH.values():
+        scratch.zero_()
 
-    Only an interpreted launch can end midway. A GPU runs a launch to its end, or the error ends the
-    use of the device.
-    """
-    if scratch is not None:
-        with suppress(Exception):
-            scratch.zero_()
+
+ON_FAILURE.append(_clear_counters)

@@ -23,7 +23,7 @@ from fd_dsa.ops.dense_kernels import (
 )
 from fd_dsa.ops.device_functions import stored, to_bfloat16, widened
 from fd_dsa.ops.fixed_order import fixed_order
-from fd_dsa.ops.split_sums import clear_counters, is_last, scratch_beside
+from fd_dsa.ops.split_sums import is_last, scratch_beside
 from fd_dsa.ops.step_kernel import step_kernel
 from fd_dsa.ops.stream_functions import load_affine, read_token
 from fd_dsa.tensor import Normed, Tensor
@@ -261,12 +261,8 @@ def between_blocks(
         out, sums = expand_streams(streams, change, mixture, connection, num_streams)
         return out, *read_streams(out, sums, connection)
     results, reading = _results(like, num_streams, connection)
-    try:
-        added = streams, change, mixture, connection, num_streams
-        return _expand(*added, counts, reading)[0], *results
-    except BaseException:
-        clear_counters(counts)
-        raise
+    added = streams, change, mixture, connection, num_streams
+    return _expand(*added, counts, reading)[0], *results
 
 
 def expand_streams(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
@@ -26,6 +26,12 @@ from triton.language import core  # isort: skip
 
 # the interpreter keeps its state (program ids, patched language) in module globals
 _LOCK = threading.RLock()
+ON_FAILURE: list[Callable[[], None]] = []
+"""Functions that repair memory after a launch that ended midway, before another one begins.
+
+Only an interpreted launch ends midway. A GPU runs a launch to its end, or the error ends the use of
+the device.
+"""
 
 
 @triton.jit
@@ -98,7 +104,12 @@ def run(fn: Any, grid: tuple[int, ...], values: Mapping[str, object]) -> None:
     with _LOCK, warnings.catch_warnings(), np.errstate(over="ignore", invalid="ignore"):
         warnings.filterwarnings("ignore", "All-NaN slice encountered", RuntimeWarning)
         repair()
-        fn.run(*values.values(), grid=grid, warmup=False)
+        try:
+            fn.run(*values.values(), grid=grid, warmup=False)
+        except BaseException:
+            for repair_memory in ON_FAILURE:
+                repair_memory()
+            raise
 
 
 @cache

@@ -146,11 +146,14 @@ TILINGS = (
 )
 
 
-def test_every_tiling_gives_the_same_values(paddle_memory: KernelMemory) -> None:
+def test_every_tiling_gives_the_same_values(
+    paddle_memory: KernelMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     m, scratch = paddle_memory, dirty_scratch(paddle_memory)
+    monkeypatch.setattr("fd_dsa.ops.fp8_gemm.scratch_beside", lambda *_: scratch)
     large = ((LARGE[3], tiling) for tiling in _tilings.FP8_GEMMS)
     for shape, tiling in (*TILINGS, *large) if m.large else TILINGS:
-        Case(m, *shape).check(tiling=tiling, scratch=scratch)
+        Case(m, *shape).check(tiling=tiling)
         assert not m.get(scratch[: split_sums.NUM_COUNTERS]).any()
 
 
@@ -218,7 +221,7 @@ def test_captured_before_the_first_run_it_does_not_split(
 def test_a_launch_that_ends_midway_leaves_no_counts(
     paddle_memory: KernelMemory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    case, scratch = Case(paddle_memory, *SMALL[3]), dirty_scratch(paddle_memory)
+    case = Case(paddle_memory, *SMALL[3])
     with ending_midway(paddle_memory, monkeypatch):
-        case.check(scratch=scratch)
-    case.check(scratch=scratch)
+        case.check()
+    case.check()

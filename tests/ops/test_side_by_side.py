@@ -55,9 +55,9 @@ class Case:
         values, every = row_values(*x), weight_values(*weight)
         self.wanted, self.size = values @ every.T, np.abs(values) @ np.abs(every).T
 
-    def run(self, *how: Any, **options: Any) -> Any:
+    def run(self, *how: Any) -> Any:
         """Launch, assert the result of the bfloat16 weight, and return that of the FP8 weight."""
-        found, others = side_by_side(self.x, self.weight, self.other, *how, **options)
+        found, others = side_by_side(self.x, self.weight, self.other, *how)
         self.check_others(others)
         return found
 
@@ -215,22 +215,25 @@ def test_divisions_have_work_and_room() -> None:
                 assert (first + tiles[1]) * size <= split_sums.NUM_PARTIALS
 
 
-def test_counters_are_zero_after_a_launch(paddle_memory: KernelMemory) -> None:
+def test_counters_are_zero_after_a_launch(
+    paddle_memory: KernelMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     m, values = paddle_memory, np.full(split_sums.NUM_COUNTERS + (1 << 20), np.nan, np.float32)
     values[: split_sums.NUM_COUNTERS] = 0
     scratch = m.put(values)
+    monkeypatch.setattr("fd_dsa.ops.side_by_side.scratch_beside", lambda *_: scratch)
     for case, how in (cases(m)[-1], ()), (gated_cases(m)[-1], (True,)):
-        case.run(*how, scratch=scratch)
+        case.run(*how)
         assert not m.get(scratch[: split_sums.NUM_COUNTERS]).any()
 
 
 def test_a_launch_that_ends_midway_leaves_no_counts(
     paddle_memory: KernelMemory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    case, scratch = Case(paddle_memory, *SMALL[3]), paddle_memory.put(np.zeros(1 << 20, np.float32))
+    case = Case(paddle_memory, *SMALL[3])
     with ending_midway(paddle_memory, monkeypatch):
-        case.run(scratch=scratch)
-    case.check_values(case.run(scratch=scratch))
+        case.run()
+    case.check_values(case.run())
 
 
 def test_captured_before_the_first_run_it_does_not_split(
