@@ -28,6 +28,7 @@ from fd_dsa.ops.device_functions import stored
 from fd_dsa.ops.fixed_order import fixed_order
 from fd_dsa.ops.head_gemm import store_heads
 from fd_dsa.ops.split_sums import (
+    MAX_SPLITS,
     Tiling,
     rows_of_tiles,
     scratch_beside,
@@ -230,7 +231,8 @@ def launch_options(
     """Return the grid of a launch with a tiling, and its constants and options."""
     tiles = -(-num_rows // tiling.rows) * -(-columns // tiling.columns)
     tile_size, steps = tiling.rows * tiling.columns, -(-width // GROUP)
-    splits, steps_of_part = splits_of(steps, tiles, tile_size, tiling.programs)
+    most = min(MAX_SPLITS, tiling.programs // tiles)
+    splits, steps_of_part = splits_of(steps, tiles, tile_size, most)
     return (tiles, splits), tiling.options | {"STEPS": steps_of_part, "SPLITS": splits}
 
 

@@ -110,18 +110,20 @@ def rows_of_tiles(num_rows: int) -> int:
     return _MANY_ROWS if fixed_order() else num_rows
 
 
-def splits_of(steps: int, tiles: int, tile_size: int, programs: int) -> tuple[int, int]:
+def splits_of(
+    steps: int, tiles: int, tile_size: int, most: int, num_partials: int = NUM_PARTIALS
+) -> tuple[int, int]:
     """Return the number of parts of each sum, and the steps of a part, at least one.
 
     Args:
         steps: steps of each sum.
         tiles: number of sums in the launch.
         tile_size: values of a tile.
-        programs: maximum number of programs if the launch has fewer tiles.
+        most: maximum number of parts.
+        num_partials: number of values that the scratch memory holds.
     """
-    max_splits = min(MAX_SPLITS, NUM_PARTIALS // (tiles * tile_size), programs // tiles)
-    if tiles > NUM_COUNTERS:
-        max_splits = 1
+    max_splits = min(most, num_partials // (tiles * tile_size)) if tiles <= NUM_COUNTERS else 1
+    # so that every part has work
     steps_of_part = -(-steps // max(1, max_splits))
     return -(-steps // steps_of_part), steps_of_part
 

@@ -27,7 +27,8 @@ def case(num_tokens: int, hidden: int, width: int, heads: int) -> tuple[np.ndarr
 
 def dirty_scratch(m: KernelMemory) -> Any:
     """Scratch memory as an earlier launch may leave it: counters at zero, sums of any value."""
-    from fd_dsa.ops.indexer_projection.triton_kernel import NUM_COUNTERS, NUM_PARTIALS
+    from fd_dsa.ops.indexer_projection.triton_kernel import NUM_PARTIALS
+    from fd_dsa.ops.split_sums import NUM_COUNTERS
 
     values = np.zeros(NUM_COUNTERS), np.full(NUM_PARTIALS, np.nan)
     return m.put(np.concatenate(values).astype(np.float32))
@@ -122,7 +123,7 @@ def test_the_bits_never_depend_on_who_arrives_last(kernel_memory: KernelMemory, 
 
 
 def test_counters_are_zero_after_steps_of_any_length(kernel_memory: KernelMemory) -> None:
-    from fd_dsa.ops.indexer_projection.triton_kernel import NUM_COUNTERS
+    from fd_dsa.ops.split_sums import NUM_COUNTERS
 
     m, shared = kernel_memory, dirty_scratch(kernel_memory)
     lengths = (1, 64, 17, 512, 128, 300, 513, 1) if m.large else (1, 33, 5, 17, 1)

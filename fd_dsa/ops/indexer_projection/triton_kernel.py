@@ -10,12 +10,7 @@ from typing import Any
 
 from fd_dsa.ops.arrays import outer_strides
 from fd_dsa.ops.device_functions import stored, stored_values
-from fd_dsa.ops.split_sums import (
-    NUM_COUNTERS,
-    rows_of_tiles,
-    scratch_beside,
-    sum_of_parts,
-)
+from fd_dsa.ops.split_sums import rows_of_tiles, scratch_beside, splits_of, sum_of_parts
 from fd_dsa.ops.step_kernel import step_kernel
 from fd_dsa.tensor import Tensor
 from fd_dsa.triton_runtime import next_power_of_2, start_next, wait_for_inputs
@@ -185,18 +180,16 @@ def launch_options(
     hidden = min(hidden, max(16, next_power_of_2(arguments["HIDDEN"])))
     tiles = -(-arguments["WIDTH"] // columns) + -(-arguments["HEADS"] // columns)
     token_tiles = -(-arguments["num_tokens"] // tokens)
-    max_splits = NUM_PARTIALS // (token_tiles * tiles * tokens * columns)
-    if arguments["scratch_ptr"] is None or token_tiles * tiles > NUM_COUNTERS:
-        max_splits = 1
-    steps = -(-arguments["HIDDEN"] // hidden)
-    # so that every split has work
-    steps_each = -(-steps // max(1, min(splits, max_splits)))
-    splits = -(-steps // steps_each)
+    steps, most = -(-arguments["HIDDEN"] // hidden), splits
+    if arguments["scratch_ptr"] is None:
+        most = 1
+    sums = token_tiles * tiles, tokens * columns
+    splits, steps_of_part = splits_of(steps, *sums, most, NUM_PARTIALS)
     options = {
         "BLOCK_TOKENS": tokens,
         "BLOCK_COLUMNS": columns,
         "BLOCK_HIDDEN": hidden,
-        "STEPS": steps_each,
+        "STEPS": steps_of_part,
         "SPLITS": splits,
         "num_warps": num_warps,
         "num_stages": num_stages,
