@@ -17,7 +17,7 @@ from fd_dsa.attention.config import DSABackendConfig
 from fd_dsa.attention.protocol import HostLengths, MlaLayer, PromptLimits
 from fd_dsa.distributed import Group
 from fd_dsa.environment import exchanged_min_tokens
-from fd_dsa.ops.dense_kernels import join_columns
+from fd_dsa.ops.head_gemm import join_columns
 from fd_dsa.ops.query_kernels import prepare_mla_query
 from fd_dsa.step import ForwardMeta
 from fd_dsa.tensor import Tensor

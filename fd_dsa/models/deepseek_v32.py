@@ -54,7 +54,7 @@ class Head:
         gathered = self._group.all_gather(logits)
         if out is not None:
             # imported only for a device, because it loads kernels
-            from fd_dsa.ops.dense_kernels import join_columns
+            from fd_dsa.ops.head_gemm import join_columns
 
             return join_columns(gathered, out)
         return gathered.transpose([1, 0, 2]).reshape([-1, self._group.size * logits.shape[1]])

@@ -366,35 +366,3 @@ def rows_at(table: Tensor, index: Tensor, out: Tensor | None = None, missing: in
             table, index, out, num_rows, width, MISSING=missing, BLOCK=block, num_warps=4
         )
     return out
-
-
-@step_kernel(waits=True)
-def join_columns_kernel(parts_ptr, out_ptr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Copy block `program 2` of row `program 1` of part `program 0` to its columns of the result.
-
-    The values are rounded to the type of the result.
-    """
-    wait_for_inputs()
-    start_next()
-    part, parts = tl.program_id(0).to(tl.int64), tl.num_programs(0)
-    row, rows = tl.program_id(1).to(tl.int64), tl.num_programs(1)
-    column = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < WIDTH
-    values = tl.load(parts_ptr + (part * rows + row) * WIDTH + column, mask=inside, other=0.0)
-    place = out_ptr + (row * parts + part) * WIDTH + column
-    tl.store(place, values.to(out_ptr.dtype.element_ty), mask=inside)
-
-
-def join_columns(parts: Tensor, out: Tensor) -> Tensor:
-    """Write parts of rows side by side to `out`, in one launch.
-
-    Args:
-        parts: float32 or bfloat16 [num_parts, rows, width], contiguous.
-        out: [rows, num_parts * width], contiguous, float32 or of the dtype of the parts.
-    """
-    num_parts, rows, width = parts.shape
-    if rows and width:
-        block = min(_BLOCK, next_power_of_2(width))
-        grid = num_parts, rows, -(-width // block)
-        join_columns_kernel[grid](parts, out, WIDTH=width, BLOCK=block, num_warps=4)
-    return out

@@ -22,7 +22,6 @@ from fd_dsa.ops.cublaslt_library import fp8_unsupported_reason
 from fd_dsa.ops.dense_kernels import (
     GROUP,
     empty,
-    join_columns,
     quantize_rows,
     rms_norm,
     silu_and_mul,
@@ -31,7 +30,7 @@ from fd_dsa.ops.expert_gemm import expert_gemm
 from fd_dsa.ops.fixed_order import fixed_order
 from fd_dsa.ops.four_bit_gemm import four_bit_gemm
 from fd_dsa.ops.fp8_gemm import fp8_linear, fp8_linear_by_group
-from fd_dsa.ops.head_gemm import head_gemm, linear_in_one_order
+from fd_dsa.ops.head_gemm import head_gemm, join_columns, linear_in_one_order
 from fd_dsa.ops.host_rows import Reducer
 from fd_dsa.ops.side_by_side import MAX_GATED_ROWS, MAX_ROWS, side_by_side
 from fd_dsa.tensor import FourBitWeight, Fp8Rows, Normed, Place, Tensor

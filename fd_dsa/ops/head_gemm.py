@@ -1,6 +1,7 @@
 """GEMMs of heads on a device, one launch: each head of a token times the weight of that head.
 
-In batch-invariant mode the same kernel multiplies by whole weights.
+In batch-invariant mode the same kernel multiplies by whole weights. Another kernel joins parts of
+results, such as the heads or columns of several ranks.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ from fd_dsa.triton_runtime import next_power_of_2, start_next, wait_for_inputs
 
 import triton  # isort: skip
 import triton.language as tl  # isort: skip
+
+# columns that a program joins
+_BLOCK = 1024
 
 
 @triton.jit
@@ -198,3 +202,35 @@ def empty_heads(
         return empty_beside(beside, num_tokens, heads, width)
     assert width == GROUP and dtype_name(beside.dtype) == "bfloat16", width
     return empty_fp8_rows(beside, num_tokens, heads * width)
+
+
+@step_kernel(waits=True)
+def join_columns_kernel(parts_ptr, out_ptr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Copy block `program 2` of row `program 1` of part `program 0` to its columns of the result.
+
+    The values are rounded to the type of the result.
+    """
+    wait_for_inputs()
+    start_next()
+    part, parts = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    row, rows = tl.program_id(1).to(tl.int64), tl.num_programs(1)
+    column = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < WIDTH
+    values = tl.load(parts_ptr + (part * rows + row) * WIDTH + column, mask=inside, other=0.0)
+    place = out_ptr + (row * parts + part) * WIDTH + column
+    tl.store(place, values.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def join_columns(parts: Tensor, out: Tensor) -> Tensor:
+    """Write parts of rows side by side to `out`, in one launch.
+
+    Args:
+        parts: float32 or bfloat16 [num_parts, rows, width], contiguous.
+        out: [rows, num_parts * width], contiguous, float32 or of the dtype of the parts.
+    """
+    num_parts, rows, width = parts.shape
+    if rows and width:
+        block = min(_BLOCK, next_power_of_2(width))
+        grid = num_parts, rows, -(-width // block)
+        join_columns_kernel[grid](parts, out, WIDTH=width, BLOCK=block, num_warps=4)
+    return out

@@ -102,6 +102,7 @@ from fd_dsa.ops.mla.triton_kernel import dequantize_kernel, sparse_mla_kernel
 from fd_dsa.ops.query_kernels import MLA_BLOCK_ROWS, MLA_NUM_WARPS, prepare_mla_query_kernel
 from fd_dsa.ops.positions_kernel import position_ids_kernel
 from fd_dsa.ops.query_kernels import prepare_query_kernel
+from fd_dsa.ops.head_gemm import join_columns_kernel
 from fd_dsa.ops.mtp_kernels import mtp_inputs_kernel
 from fd_dsa.ops.sampling.cut_kernels import draw_kernel, gather_kernel, masses_kernel
 from fd_dsa.ops.sampling.scan_kernels import scan_kernel, settle_kernel
@@ -146,8 +147,8 @@ for dtype in ("float32", "bfloat16"):
             ROUND_SCALES=True)
     compile("quantize", dense.activate_kernel, types, WIDTH=7168, GATED=False, **sizes,
             out_ptr=None, ROUND_SCALES=False)
-    compile("join", dense.join_columns_kernel, {"parts_ptr": dtype}, WIDTH=16160, BLOCK=1024)
-    compile("join", dense.join_columns_kernel, {"parts_ptr": dtype, "out_ptr": dtype}, WIDTH=3072,
+    compile("join", join_columns_kernel, {"parts_ptr": dtype}, WIDTH=16160, BLOCK=1024)
+    compile("join", join_columns_kernel, {"parts_ptr": dtype, "out_ptr": dtype}, WIDTH=3072,
             BLOCK=1024)
     for index in ("int32", "int64"):
         compile("rows", dense.rows_at_kernel, types | {"index_ptr": index}, WIDTH=7168,

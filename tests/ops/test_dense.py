@@ -15,6 +15,7 @@ from fd_dsa.device.host_tensor import as_tensor
 from fd_dsa.ops import dense_kernels as dense
 from fd_dsa.ops.arrays import rows_at
 from fd_dsa.ops.device_matrix import DeviceMatrix
+from fd_dsa.ops.head_gemm import join_columns
 from fd_dsa.ops.host_gemm import HostMatrix
 from fd_dsa.ops.host_rows import layer_norm, rms_norm
 from tests.kernel_memory import KernelMemory
@@ -87,7 +88,7 @@ def test_parts_of_rows_side_by_side(
     m, parts = paddle_memory, block_fp8.rounded(floats(*shape), dtype)
     count, rows, width = shape
     out = m.poisoned((rows, count * width), "float32")
-    found = dense.join_columns(block_fp8.put(m, parts, dtype), out)
+    found = join_columns(block_fp8.put(m, parts, dtype), out)
     assert found is out
     np.testing.assert_array_equal(m.get(out), np.concatenate([*parts], 1))
 
