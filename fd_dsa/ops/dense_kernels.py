@@ -26,7 +26,7 @@ from fd_dsa.ops.device_functions import (
     widened,
 )
 from fd_dsa.ops.step_kernel import step_kernel
-from fd_dsa.tensor import Fp8Rows, Tensor
+from fd_dsa.tensor import Fp8Rows, Normed, Tensor
 from fd_dsa.triton_runtime import INTERPRETING, next_power_of_2, start_next, wait_for_inputs
 from fd_dsa.triton_runtime.device_api import traits_for
 from fd_dsa.triton_runtime.driver import FP8_CAPABILITY
@@ -66,6 +66,27 @@ def kernel_arguments(x: Tensor | Fp8Rows | None) -> tuple[Any, Any, Any, int]:
     if isinstance(x, Fp8Rows):
         return None, x.codes, x.scales, x.scales.shape[1]
     return x, None, None, 0
+
+
+def empty_norm(
+    beside: Tensor, width: int, round_scales: bool | None
+) -> tuple[Tensor | Normed, tuple[Any, Any, Any, int]]:
+    """Allocate normed rows [rows of `beside`, width], without values.
+
+    Args:
+        beside: activations, whose dtype the rows have.
+        round_scales: as for `rms_norm`.
+
+    Returns:
+        The rows, as Normed if there is `round_scales`; and (tensor, codes, scales, stride of
+        scales) of them for a kernel, see `kernel_arguments`.
+    """
+    rows = beside.shape[0]
+    plain = empty_beside(beside, rows, width)
+    if round_scales is None:
+        return plain, (plain, None, None, 0)
+    fp8 = empty_fp8_rows(beside, rows, width)
+    return Normed(plain, fp8), (plain, *kernel_arguments(fp8)[1:])
 
 
 def native_fp8(x: Tensor) -> bool:
@@ -197,7 +218,7 @@ def rms_norm(
     weight: Tensor,
     epsilon: float,
     round_scales: bool | None = None,
-) -> tuple[Tensor | None, Tensor, Fp8Rows | None]:
+) -> tuple[Tensor | None, Tensor | Normed]:
     """Add a residual and normalize the sum, in one launch.
 
     The sum is rounded to the type of `x`, and then becomes
@@ -212,13 +233,12 @@ def rms_norm(
             FP8.
 
     Returns:
-        (sum, norm, norm in FP8); the sum is None without `delta`, the last without `round_scales`.
+        The sum, None without `delta`; and the norm, which is Normed if there is `round_scales`.
     """
-    (rows, width), out = x.shape, empty_beside(x, *x.shape)
+    rows, width = x.shape
     total = None if delta is None else empty_beside(x, rows, width)
-    quantized = None if round_scales is None else empty_fp8_rows(x, rows, width)
+    normed, (out, codes, scales, scale_stride) = empty_norm(x, width, round_scales)
     if rows and width:
-        _, codes, scales, scale_stride = kernel_arguments(quantized)
         block = max(GROUP, next_power_of_2(width))
         rms_norm_kernel[(rows,)](
             x, delta, weight, total, out, codes, scales, x.strides[0], scale_stride, epsilon,
@@ -226,7 +246,7 @@ def rms_norm(
             # a few rows are bound by memory latency, and more threads have more loads in flight
             num_warps=4 if block <= 2048 else 8 if block <= 4096 else 16,
         )  # fmt: skip
-    return total, out, quantized
+    return total, normed
 
 
 @triton.jit

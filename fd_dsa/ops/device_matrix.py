@@ -99,7 +99,7 @@ class DeviceNorm:
 
     def normalize(self, x: Tensor) -> Tensor | Normed:
         """Normalize x [num_tokens, width], which may be columns of wider rows."""
-        return self._sum_and_norm(x, None)[1]
+        return rms_norm(x, None, self.weight, self.epsilon, self.round_scales)[1]
 
     def add_and_normalize(
         self, hidden_states: Tensor, change: Tensor, group: Reducer | None
@@ -107,13 +107,7 @@ class DeviceNorm:
         """Add and normalize as HostNorm does, in one launch after the all-reduce."""
         if group is not None:
             change = group.all_reduce(change)
-        return self._sum_and_norm(hidden_states, change)
-
-    def _sum_and_norm(
-        self, x: Tensor, delta: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | Normed]:
-        total, normed, fp8 = rms_norm(x, delta, self.weight, self.epsilon, self.round_scales)
-        return total, normed if fp8 is None else Normed(normed, fp8)
+        return rms_norm(hidden_states, change, self.weight, self.epsilon, self.round_scales)
 
 
 class DeviceMatrix:

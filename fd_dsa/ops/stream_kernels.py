@@ -15,12 +15,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from fd_dsa.ops.dense_kernels import (
-    GROUP,
-    empty_beside,
-    empty_fp8_rows,
-    kernel_arguments,
-)
+from fd_dsa.ops.dense_kernels import GROUP, empty_beside, empty_norm
 from fd_dsa.ops.device_functions import stored, to_bfloat16, widened
 from fd_dsa.ops.fixed_order import fixed_order
 from fd_dsa.ops.split_sums import is_last, scratch_beside
@@ -347,14 +342,12 @@ def _results(
     like: Tensor, count: int, connection: Connection
 ) -> tuple[tuple[Tensor | Normed, Tensor | None], tuple[Any, ...]]:
     """Allocate the results of `read_streams`, and return them and arguments of its kernel."""
-    tokens, width, rounds = like.shape[0], like.shape[-1], connection.round_scales
-    out, mixture = empty_beside(like, tokens, width), None
-    fp8 = None if rounds is None else empty_fp8_rows(like, tokens, width)
+    normed, of_norm = empty_norm(like, like.shape[-1], connection.round_scales)
+    mixture = None
     if connection.iterations:
-        mixture = empty_beside(like, tokens, count, count + 1, dtype="float32")
+        mixture = empty_beside(like, like.shape[0], count, count + 1, dtype="float32")
     weights = connection.base, connection.scale, connection.norm
-    arguments = *weights, mixture, out, *kernel_arguments(fp8)[1:]
-    return (out if fp8 is None else Normed(out, fp8), mixture), arguments
+    return (normed, mixture), (*weights, mixture, *of_norm)
 
 
 def _tile(tokens: int, width: int) -> tuple[int, int]:

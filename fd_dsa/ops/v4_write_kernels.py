@@ -15,13 +15,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from fd_dsa.cache_formats import v4_record_bytes
-from fd_dsa.ops.dense_kernels import (
-    GROUP,
-    empty_beside,
-    empty_fp8_rows,
-    kernel_arguments,
-    store_norm,
-)
+from fd_dsa.ops.dense_kernels import GROUP, empty_beside, empty_norm, store_norm
 from fd_dsa.ops.device_functions import widened
 from fd_dsa.ops.step_kernel import step_kernel
 from fd_dsa.ops.v4_entries import Compression, Plan, Pooling, normed_row, pooled_row, store_key
@@ -228,15 +222,13 @@ def write_step(
     tokens, rank, width = projected.shape[0], latent_weight.shape[0], key_weight.shape[0]
     rope = cos_sin.shape[1]
     row = v4_record_bytes(width, rope) if as_records else width
-    latents = empty_beside(projected, tokens, rank)
-    fp8 = None if round_scales is None else empty_fp8_rows(projected, tokens, rank)
+    normed, (latents, codes, scales, scale_stride) = empty_norm(projected, rank, round_scales)
     keys = empty_beside(projected, tokens, row, dtype="uint8" if as_records else None)
     compression = compression or _NO_ENTRIES
     sources, states, plan, main, index = compression
     num_jobs = plan.num_entries * (1 if index is None else 2) + 2 * tokens
     num_jobs += plan.num_kept if kept else 0
     if tokens:
-        _, codes, scales, scale_stride = kernel_arguments(fp8)
         write_step_kernel[(num_jobs,)](
             projected, latent_weight, latents, codes, scales, key_weight, cos_sin,
             positions, keys, *(kept or (None, None)), sources, states, plan.entries, plan.rows,
@@ -246,7 +238,7 @@ def write_step(
             WIDTH=width, ROPE=rope, ROW=row, TILE=_TILE, PADDED=next_power_of_2(width),
             num_warps=4, **_sizes(compression),
         )  # fmt: skip
-    return latents if fp8 is None else Normed(latents, fp8), keys
+    return normed, keys
 
 
 def _sizes(compression: Compression) -> dict[str, int]:

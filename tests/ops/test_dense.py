@@ -13,11 +13,12 @@ import paddle
 
 from fd_dsa.device.host_tensor import as_tensor
 from fd_dsa.ops import dense_kernels as dense
-from fd_dsa.ops.arrays import rows_at
+from fd_dsa.ops.arrays import rows_at, values_of
 from fd_dsa.ops.device_matrix import DeviceMatrix
 from fd_dsa.ops.head_gemm import join_columns
 from fd_dsa.ops.host_gemm import HostMatrix
 from fd_dsa.ops.host_rows import layer_norm, rms_norm
+from fd_dsa.tensor import Normed
 from tests.kernel_memory import KernelMemory
 from tests.ops import block_fp8
 from tests.reference.indexer import ref_layer_norm, ref_rms_norm
@@ -68,7 +69,7 @@ def test_norms_on_a_cpu(epsilon: float, scale: float) -> None:
 def test_norms_of_column_slices(paddle_memory: KernelMemory, shape: tuple[int, int]) -> None:
     x, weight = 5 * floats(shape[0], shape[1] + 3), floats(shape[1])
     put, columns = paddle_memory.put, shape[1]
-    _, found, _ = dense.rms_norm(put(x)[:, :columns], None, put(weight), 1e-5)
+    _, found = dense.rms_norm(put(x)[:, :columns], None, put(weight), 1e-5)
     close(found, rms_norm(x[:, : shape[1]], weight, 1e-5))
 
 
@@ -145,19 +146,18 @@ def test_sum_norm_and_codes(
     hidden[2], delta[2] = 0, 0
     hidden, delta = block_fp8.rounded(hidden, dtype), block_fp8.rounded(delta, dtype)
     put = block_fp8.put(m, hidden, dtype), block_fp8.put(m, delta, dtype)
-    total, normed, quantized = dense.rms_norm(*put, m.put(weight), EPSILON, round_scales)
+    total, made = dense.rms_norm(*put, m.put(weight), EPSILON, round_scales)
     # the sum of two is exact before it is rounded to the type
     wanted = block_fp8.rounded(hidden + delta, dtype)
     np.testing.assert_array_equal(block_fp8.get(m, total), wanted)
-    values = near(m, normed, rms(wanted, weight), dtype)
-    none, alone, of_alone = dense.rms_norm(total, None, m.put(weight), EPSILON, round_scales)
+    values = near(m, values_of(made), rms(wanted, weight), dtype)
+    none, alone = dense.rms_norm(total, None, m.put(weight), EPSILON, round_scales)
     assert none is None
-    np.testing.assert_array_equal(block_fp8.get(m, alone), values)
-    if round_scales is None:
-        assert quantized is of_alone is None
-        return
-    block_fp8.check_quantized(m, quantized, values, round_scales)
-    block_fp8.check_quantized(m, of_alone, values, round_scales)
+    np.testing.assert_array_equal(block_fp8.get(m, values_of(alone)), values)
+    for normed in (made, alone):
+        assert isinstance(normed, Normed) == (round_scales is not None)
+        if isinstance(normed, Normed):
+            block_fp8.check_quantized(m, normed.fp8, values, round_scales)
 
 
 @pytest.mark.parametrize("width", [5, 384, 1300])

@@ -78,10 +78,10 @@ def test_latents_keys_and_rotated_heads(width: int, kind: str, paddle_memory: Ke
         np.stack([rotated(x, p) for x, p in zip(wanted, positions, strict=True)]),
         kind,
     )
-    _, plain, fp8 = rms_norm(rows[:, :rank], None, of_latents, EPS, True)
-    assert isinstance(latents, Normed)
-    assert fp8 is not None
-    for one, other in zip((latents.plain, *latents.fp8[:2]), (plain, *fp8[:2]), strict=True):
+    _, alone = rms_norm(rows[:, :rank], None, of_latents, EPS, True)
+    assert isinstance(latents, Normed) and isinstance(alone, Normed)
+    pairs = zip((latents.plain, *latents.fp8[:2]), (alone.plain, *alone.fp8[:2]), strict=True)
+    for one, other in pairs:
         # columns past the tokens are padding
         np.testing.assert_array_equal(m.get(one)[:, :3], m.get(other)[:, :3])
     wide, exact = drawn(m, kind, 3, 17 * width + 5)
