@@ -154,7 +154,7 @@ class PeerAllReduce(LibraryKernel):
         """
         job = self.job
         self.bind(x)
-        job.x, job.out = (self._address(n, t, multiple=16) for n, t in (("x", x), ("out", out)))
+        self._set_addresses(16, x=x, out=out)
         job.num_vectors = prod(x.shape) // _VALUES
         try:
             self.launch()

@@ -105,6 +105,16 @@ class LibraryKernel:
             )
         return address
 
+    def _set_addresses(self, multiple: int = 1, /, **tensors: Tensor | None) -> None:
+        """Write the addresses of tensors to the fields of these names, null for None.
+
+        Args:
+            multiple: alignment of the addresses in bytes.
+        """
+        for name, tensor in tensors.items():
+            address = None if tensor is None else self._address(name, tensor, multiple=multiple)
+            setattr(self.job, name, address)
+
 
 Kernel = TypeVar("Kernel", bound=LibraryKernel)
 shared_kernel = cache(lambda kind, kernels: kind(kernels))

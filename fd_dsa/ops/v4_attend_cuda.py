@@ -26,7 +26,7 @@ its time depends on their number.
 _WIDTH, _ROPE = 512, 64
 _INPUTS = "q", "keys", "ring", "pool", "slots", "sinks", "cos_sin"
 _PLACES = "positions", "rows", "starts", "block_table"
-_PLAIN = "keys", "ring", "pool"
+_PLAIN = "plain_keys", "plain_ring", "plain_pool"
 _SIZES = "num_tokens", "num_heads", "window", "ring_rows", "ratio", "per_block", "table_width"
 
 
@@ -34,8 +34,7 @@ class V4Attend(ctypes.Structure):
     """FdDsaV4Attend of custom_ops/csrc/v4_attend.h, which describes the fields."""
 
     _fields_ = (
-        *((n, ctypes.c_void_p) for n in (*_INPUTS, *_PLACES)),
-        *((f"plain_{n}", ctypes.c_void_p) for n in _PLAIN),
+        *((n, ctypes.c_void_p) for n in (*_INPUTS, *_PLACES, *_PLAIN)),
         *((n, ctypes.c_void_p) for n in ("is_plain", "out", "codes", "scales")),
         *((n, ctypes.c_int64) for n in ("q_stride", "scale_stride")),
         ("epsilon", ctypes.c_float),
@@ -77,14 +76,10 @@ class V4AttendKernel(LibraryKernel):
             places = places._replace(block_table=plain.block_table)
         pool, ratio, slots = entries or (None, 1, None)
         values, codes, scales, job.scale_stride = kernel_arguments(out)
-        tensors = {"keys": windows.keys, "ring": windows.ring, "pool": pool, "cos_sin": cos_sin}
-        tensors |= {"slots": slots, "sinks": sinks, "out": values, "codes": codes, "scales": scales}
-        multiples = dict.fromkeys(("keys", "ring", "pool"), 8 if job.is_fp8 else 16)
-        multiples |= dict.fromkeys(("cos_sin", "out", "codes"), 16)
-        for name, tensor in {**tensors, **places._asdict()}.items():
-            multiple = multiples.get(name, 1)
-            address = None if tensor is None else self._address(name, tensor, multiple=multiple)
-            setattr(job, name, address)
+        key_bytes = 8 if job.is_fp8 else 16
+        self._set_addresses(key_bytes, keys=windows.keys, ring=windows.ring, pool=pool)
+        self._set_addresses(16, cos_sin=cos_sin, out=values, codes=codes)
+        self._set_addresses(slots=slots, sinks=sinks, scales=scales, **places._asdict())
         job.q = self._address("q", q, multiple=16, may_have_gaps=True)
         job.q_stride, job.epsilon = q.strides[0], epsilon
         job.num_tokens, job.num_heads = q.shape[0], sinks.shape[0]
@@ -114,14 +109,10 @@ class V4AttendKernel(LibraryKernel):
 
     def _set_plain(self, plain: PlainKeys | None) -> None:
         """Write addresses of plain keys to the structure, or that there are none."""
-        job = self.job
-        for name in _PLAIN:
-            field, address = f"plain_{name}", None
-            if plain is not None:
-                address = self._address(field, getattr(plain, name), multiple=16)
-            setattr(job, field, address)
-        job.is_plain = None if plain is None else self._address("is_plain", plain.is_plain)
-        job.num_plain_slots = 0 if plain is None else plain.num_slots
+        keys, ring, pool, is_plain, _, num_slots = plain or (None, None, None, None, None, 0)
+        self._set_addresses(16, plain_keys=keys, plain_ring=ring, plain_pool=pool)
+        self._set_addresses(is_plain=is_plain)
+        self.job.num_plain_slots = num_slots
 
 
 def suits(kind: str, num_programs: int, width: int, rope: int, round_scales: bool | None) -> bool:

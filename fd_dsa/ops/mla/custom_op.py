@@ -99,10 +99,8 @@ class CustomAttention(LibraryKernel):
         job = self.job
         self.bind(q)
         # the kernel reads 16 bytes at a time
-        for name, tensor in (("q", q), ("cache", cache), ("out", out)):
-            setattr(job, name, self._address(name, tensor, multiple=16))
-        job.slots = self._address("slots", slots)
-        job.lse = None if lse is None else self._address("lse", lse)
+        self._set_addresses(16, q=q, cache=cache, out=out)
+        self._set_addresses(slots=slots, lse=lse)
         job.softmax_scale, job.splits = softmax_scale, splits
         job.is_fp8 = cache_format(cache).is_fp8
         job.num_tokens, job.num_heads, job.topk = num_tokens, num_heads, slots.shape[1]
@@ -116,10 +114,12 @@ class CustomAttention(LibraryKernel):
     def _set_dequantized(self, records: Dequantized) -> None:
         """Write addresses and sizes of dequantized records to the structure."""
         job = self.job
-        job.dequantized = self._address("values", records.values, multiple=16)
-        job.dequantized_blocks = self._address("blocks", records.blocks)
-        job.is_dequantized = self._address("is_dequantized", records.is_dequantized)
-        job.batch_id_per_token = self._address("batch_id_per_token", records.batch_id_per_token)
+        self._set_addresses(16, dequantized=records.values)
+        self._set_addresses(
+            dequantized_blocks=records.blocks,
+            is_dequantized=records.is_dequantized,
+            batch_id_per_token=records.batch_id_per_token,
+        )
         job.num_rows = records.is_dequantized.shape[0]
         job.block_size, job.dequantized_slots = records.block_size, records.num_slots
 

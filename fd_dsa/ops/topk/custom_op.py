@@ -85,8 +85,7 @@ class SlotSelector(LibraryKernel):
         self._tensors = (None,) * len(tensors)
         slots, rows = tensors[3], self.job
         self.bind(slots)
-        for name, tensor in zip(_TENSORS + _WINDOWS, tensors, strict=True):
-            setattr(rows, name, None if tensor is None else self._address(name, tensor))
+        self._set_addresses(**dict(zip(_TENSORS + _WINDOWS, tensors, strict=True)))
         rows.k, rows.table_width = slots.shape[1], tensors[2].shape[1]
         # references, so that the allocator does not reuse these addresses
         self._tensors = tensors
