@@ -68,6 +68,12 @@ def kernel_arguments(x: Tensor | Fp8Rows | None) -> tuple[Any, Any, Any, int]:
     return x, None, None, 0
 
 
+def values_and_scales(x: Tensor | Fp8Rows) -> tuple[Tensor, Tensor | None, int]:
+    """Return (tensor or codes, scales, stride of scales), see `kernel_arguments`."""
+    plain, codes, scales, stride = kernel_arguments(x)
+    return plain if codes is None else codes, scales, stride
+
+
 def empty_norm(
     beside: Tensor, width: int, round_scales: bool | None
 ) -> tuple[Tensor | Normed, tuple[Any, Any, Any, int]]:

@@ -20,10 +20,10 @@ from fd_dsa.ops.dense_kernels import (
     clamped,
     empty_beside,
     empty_fp8_rows,
-    kernel_arguments,
     native_fp8,
     quantized,
     sigmoid,
+    values_and_scales,
 )
 from fd_dsa.ops.device_functions import added_dot, stored, to_bfloat16, widened
 from fd_dsa.ops.expert_gemm_cuda import kernel_for, suits
@@ -377,9 +377,8 @@ def launch_grouped(
     Args:
         out: result of that function, with at least one value.
     """
-    plain, codes, x_scales, x_stride = kernel_arguments(x)
-    plain_out, out_codes, out_scales, out_stride = kernel_arguments(out)
-    rows, to = plain if codes is None else codes, plain_out if out_codes is None else out_codes
+    rows, x_scales, x_stride = values_and_scales(x)
+    to, out_scales, out_stride = values_and_scales(out)
     (num_pairs, columns), width = to.shape, rows.shape[1]
     values, scales, factors, group, kind = (
         weight[:5] if isinstance(weight, FourBitWeight) else (*weight, None, 0, "")

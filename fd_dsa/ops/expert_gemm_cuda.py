@@ -7,8 +7,9 @@ tile's products over 128 values are scaled and added in the order of Triton's ke
 from __future__ import annotations
 
 import ctypes
+from typing import ClassVar
 
-from fd_dsa.ops.dense_kernels import GROUP, empty_beside, kernel_arguments
+from fd_dsa.ops.dense_kernels import GROUP, empty_beside, values_and_scales
 from fd_dsa.ops.library_kernel import LibraryKernel, hopper_kernel
 from fd_dsa.tensor import Fp8Rows, Tensor
 
@@ -30,10 +31,49 @@ class Experts(ctypes.Structure):
     )
 
 
-class ExpertGemm(LibraryKernel):
+class ExpertKernel(LibraryKernel):
+    """Kernel of a loaded library for a grouped GEMM of experts.
+
+    Attributes:
+        counted_pairs: mean number of pairs of an expert from which on a counter in memory gives
+            tiles to blocks.
+    """
+
+    counted_pairs: ClassVar[int]
+
+    def launch_experts(
+        self, x: Tensor, weight: Tensor, pairs: Tensor, counts: Tensor, out: Tensor, is_gated: bool
+    ) -> None:
+        """Set the fields of the structure that all these kernels have, and launch.
+
+        The caller binds `out` and sets the other fields first.
+
+        Args:
+            x: activations [rows, width], or their codes.
+            weight: values or codes of all experts.
+            pairs, counts: as for `expert_gemm`.
+            out: result [pairs, columns], or its codes.
+        """
+        job = self.job
+        self._set_addresses(16, x=x, weight=weight, out=out)
+        self._set_addresses(pairs=pairs, counts=counts)
+        job.num_pairs, job.columns = out.shape
+        job.num_tokens, job.row_pairs = pairs.shape[1], job.num_pairs // x.shape[0]
+        job.num_experts, job.is_gated = weight.shape[0], is_gated
+        taken = None
+        if job.num_pairs >= self.counted_pairs * job.num_experts:
+            taken = empty_beside(out, 1, dtype="int32")
+        self._set_addresses(taken=taken)
+        self.launch()
+        # later work of the stream may take its memory again
+        del taken
+
+
+class ExpertGemm(ExpertKernel):
     """Kernel of a loaded library for `expert_gemm.expert_gemm` with operands in FP8."""
 
     launcher, size, structure = "fd_dsa_expert_gemm_cuda", "fd_dsa_expert_gemm_bytes", Experts
+    counted_pairs = 0
 
     def __call__(
         self,
@@ -52,23 +92,12 @@ class ExpertGemm(LibraryKernel):
             out: [pairs, columns], the result: Fp8Rows of a gated GEMM, else bfloat16.
         """
         job = self.job
-        plain, codes, out_scales, job.out_stride = kernel_arguments(out)
-        values = plain if codes is None else codes
+        values, out_scales, job.out_stride = values_and_scales(out)
         self.bind(values)
-        # the launch uses it, and later work of the stream may take its memory again
-        taken = empty_beside(values, 1, dtype="int32")
-        for name, tensor in (("x", x.codes), ("weight", weight[0]), ("out", values)):
-            setattr(job, name, self._address(name, tensor, multiple=16))
-        others = {"x_scales": x.scales, "weight_scales": weight[1], "pairs": pairs}
-        for name, tensor in {**others, "counts": counts, "taken": taken}.items():
-            setattr(job, name, self._address(name, tensor))
-        job.out_scales = None if out_scales is None else self._address("out_scales", out_scales)
-        job.x_stride, job.num_tokens = x.scales.shape[1], pairs.shape[1]
-        job.num_pairs, job.columns = values.shape
-        job.row_pairs = job.num_pairs // x.codes.shape[0]
-        job.num_experts, _, job.width = weight[0].shape
-        job.is_gated, job.round_scales = out_scales is not None, round_scales
-        self.launch()
+        self._set_addresses(x_scales=x.scales, weight_scales=weight[1], out_scales=out_scales)
+        job.width, job.x_stride = weight[0].shape[2], x.scales.shape[1]
+        job.round_scales = round_scales
+        self.launch_experts(x.codes, weight[0], pairs, counts, values, out_scales is not None)
 
 
 def suits(num_rows: int, num_pairs: int, num_experts: int, columns: int, width: int) -> bool:

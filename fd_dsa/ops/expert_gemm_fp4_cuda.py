@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import ctypes
 
-from fd_dsa.ops.dense_kernels import GROUP, kernel_arguments
+from fd_dsa.ops.dense_kernels import GROUP, values_and_scales
 from fd_dsa.ops.expert_gemm_cuda import MAX_CHUNKS, MAX_EXPERTS
 from fd_dsa.ops.fixed_order import fixed_order
 from fd_dsa.ops.four_bit_kernel import FourBitKernel
@@ -69,14 +69,12 @@ class Fp4ExpertGemm(FourBitKernel):
                 with scales for 64 values.
         """
         job = self.job
-        plain, codes, out_scales, job.out_stride = kernel_arguments(out)
-        values = plain if codes is None else codes
+        values, out_scales, job.out_stride = values_and_scales(out)
         self.bind(values)
-        job.peaks = self._address("peaks", weight.peaks, multiple=16)
-        job.x_scales = self._address("x_scales", x.scales)
-        job.out_scales = None if out_scales is None else self._address("out_scales", out_scales)
+        self._set_addresses(16, peaks=weight.peaks)
+        self._set_addresses(x_scales=x.scales, out_scales=out_scales)
         job.x_stride, job.x_group = x.scales.shape[1], x.codes.shape[1] // x.scales.shape[0]
-        self.launch_experts(x.codes, weight, pairs, counts, values, limit)
+        self.launch_four_bits(x.codes, weight, pairs, counts, values, limit)
 
 
 def suits(weight: FourBitWeight, num_rows: int) -> bool:

@@ -65,7 +65,7 @@ class W4a16ExpertGemm(FourBitKernel):
         """
         self.bind(out)
         self.job.is_integer = weight.kind == "int4"
-        self.launch_experts(x, weight, pairs, counts, out, limit)
+        self.launch_four_bits(x, weight, pairs, counts, out, limit)
 
 
 def suits(weight: FourBitWeight, num_rows: int, num_pairs: int) -> bool:
