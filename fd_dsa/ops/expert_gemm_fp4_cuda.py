@@ -15,7 +15,6 @@ from __future__ import annotations
 import ctypes
 
 from fd_dsa.ops.dense_kernels import GROUP, values_and_scales
-from fd_dsa.ops.expert_gemm_cuda import MAX_CHUNKS, MAX_EXPERTS
 from fd_dsa.ops.fixed_order import fixed_order
 from fd_dsa.ops.four_bit_kernel import FourBitKernel
 from fd_dsa.ops.library_kernel import hopper_kernel
@@ -25,8 +24,6 @@ HALF = GROUP // 2
 """Number of values that share a scale in rows between both GEMMs, with few pairs."""
 # With a smaller mean number of pairs, the launcher has tiles for few pairs.
 _FEW_PAIRS = 16
-# kind and group of the weights
-_FORM = "e8m0", 32
 _INPUTS = "x", "x_scales", "peaks", "weight", "weight_scales", "factors", "pairs", "counts"
 _NUMBERS = (
     *("num_tokens", "num_pairs", "row_pairs", "num_experts", "width", "columns", "x_group"),
@@ -50,6 +47,7 @@ class Fp4ExpertGemm(FourBitKernel):
 
     launcher, size = "fd_dsa_expert_gemm_fp4_cuda", "fd_dsa_expert_gemm_fp4_bytes"
     structure = Fp4Experts
+    forms, tile_columns, chunk_values = (("e8m0", 32),), GROUP, 16
 
     def __call__(
         self,
@@ -77,20 +75,8 @@ class Fp4ExpertGemm(FourBitKernel):
         self.launch_four_bits(x.codes, weight, pairs, counts, values, limit)
 
 
-def suits(weight: FourBitWeight, num_rows: int) -> bool:
-    """Return True if the kernel supports a weight and a number of rows."""
-    experts, _, width = weight.shape
-    parts, _, columns = weight.codes.shape[1:4]
-    return (
-        (weight.kind, weight.group) == _FORM
-        and width % GROUP == columns % (GROUP // parts) == 0
-        and experts <= MAX_EXPERTS
-        and num_rows * (width // 16) <= MAX_CHUNKS
-    )
-
-
 def writes_fp8(weight: FourBitWeight, num_pairs: int) -> bool:
-    """Return True if the GEMM of a weight that it suits writes rows in FP8 for the second one."""
+    """Return True if the GEMM of a supported weight writes rows in FP8 for the second one."""
     experts, columns, _ = weight.shape
     parts = weight.codes.shape[1]
     # the second GEMM has these columns as its width

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import ctypes
 
-from fd_dsa.ops.dense_kernels import GROUP
-from fd_dsa.ops.expert_gemm_cuda import MAX_CHUNKS, MAX_EXPERTS
 from fd_dsa.ops.fixed_order import fixed_order
 from fd_dsa.ops.four_bit_kernel import FourBitKernel
 from fd_dsa.ops.library_kernel import hopper_kernel
@@ -19,10 +17,6 @@ from fd_dsa.tensor import FourBitWeight, Tensor
 # Up to this mean number of pairs of an expert, Triton's kernel is faster on an H200. Triton's tiles
 # grow at the same mean (`expert_gemm.configuration`), so no step needs the larger ones.
 _FEW_PAIRS = {"e4m3": 24, "int4": 12}
-# columns of a tile
-_COLUMNS = 256
-# kinds and groups of the weights
-_FORMS = ("e4m3", 16), ("int4", 128)
 _ADDRESSES = "x", "weight", "weight_scales", "factors", "pairs", "counts", "out", "taken"
 _NUMBERS = (
     *("num_tokens", "num_pairs", "row_pairs", "num_experts", "width", "columns"),
@@ -46,6 +40,7 @@ class W4a16ExpertGemm(FourBitKernel):
 
     launcher, size = "fd_dsa_expert_gemm_w4a16_cuda", "fd_dsa_expert_gemm_w4a16_bytes"
     structure = W4a16Experts
+    forms, tile_columns, chunk_values = (("e4m3", 16), ("int4", 128)), 256, 8
 
     def __call__(
         self,
@@ -70,15 +65,9 @@ class W4a16ExpertGemm(FourBitKernel):
 
 def suits(weight: FourBitWeight, num_rows: int, num_pairs: int) -> bool:
     """Return True if the kernel supports a weight and a number of rows, and is the faster one."""
-    experts, _, width = weight.shape
-    parts, _, columns = weight.codes.shape[1:4]
-    return (
-        (weight.kind, weight.group) in _FORMS
-        and width % GROUP == columns % (_COLUMNS // parts) == 0
-        and experts <= MAX_EXPERTS
-        and num_rows * (width // 8) <= MAX_CHUNKS
-        and (num_pairs > _FEW_PAIRS[weight.kind] * experts or fixed_order())
-    )
+    if not W4a16ExpertGemm.supports(weight, num_rows):
+        return False
+    return num_pairs > _FEW_PAIRS[weight.kind] * weight.shape[0] or fixed_order()
 
 
 def kernel_for(x: Tensor) -> W4a16ExpertGemm | None:

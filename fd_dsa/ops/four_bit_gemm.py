@@ -70,7 +70,7 @@ def _library_kernel(
     weight: FourBitWeight, rows: Tensor, num_pairs: int
 ) -> Fp4ExpertGemm | W4a16ExpertGemm | None:
     """Return the kernel of custom_ops/ for a weight, None for Triton's."""
-    if expert_gemm_fp4_cuda.suits(weight, rows.shape[0]):
+    if Fp4ExpertGemm.supports(weight, rows.shape[0]):
         return expert_gemm_fp4_cuda.kernel_for(rows)
     if expert_gemm_w4a16_cuda.suits(weight, rows.shape[0], num_pairs):
         return expert_gemm_w4a16_cuda.kernel_for(rows)

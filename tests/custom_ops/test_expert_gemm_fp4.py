@@ -17,7 +17,7 @@ pytest.importorskip("paddle", reason="the launches take Paddle's tensors")
 from fd_dsa.errors import DeviceError, LaunchError
 from fd_dsa.ops.cache_write import bfloat16_bits
 from fd_dsa.ops.dense_kernels import quantize_rows
-from fd_dsa.ops.expert_gemm_fp4_cuda import HALF, Fp4ExpertGemm, kernel_for, suits
+from fd_dsa.ops.expert_gemm_fp4_cuda import HALF, Fp4ExpertGemm, kernel_for
 from fd_dsa.ops.expert_pairs import group_pairs
 from fd_dsa.ops.four_bit_gemm import four_bit_gemm
 from fd_dsa.ops.fp8 import E4M3_VALUES, encode_e4m3
@@ -248,8 +248,8 @@ def test_other_forms_are_left_to_triton(paddle_memory: KernelMemory, launches: l
     m = paddle_memory
     nvfp4, odd = Weight(NVFP4, 2, 1, 128, 128).put(m), Weight(MXFP4, 2, 1, 64, 128).put(m)
     narrow, good = Weight(MXFP4, 2, 2, 64, 96).put(m), Weight(MXFP4, 2, 2, 64, 128).put(m)
-    assert not any(suits(weight, 8) for weight in (nvfp4, odd, narrow))
-    assert suits(good, 8) and not suits(good, 2**30)
+    assert not any(Fp4ExpertGemm.supports(weight, 8) for weight in (nvfp4, odd, narrow))
+    assert Fp4ExpertGemm.supports(good, 8) and not Fp4ExpertGemm.supports(good, 2**30)
     case = Case(m, choices("random", 9, 2, 3), True, 64, 128, 3)
     case.run(tiling=Tiling(16, 64, 4, 3))
     assert not launches
