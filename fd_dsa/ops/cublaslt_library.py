@@ -83,7 +83,6 @@ class Functions:
 
     def __init__(self, library: ctypes.CDLL, device: int) -> None:
         self._library, self._device = library, device
-        self._several = cuda().num_devices > 1
 
     def call(self, what: object, name: str, *arguments: object) -> None:
         """Call a function in the device's context.
@@ -96,12 +95,7 @@ class Functions:
         Raises:
             DeviceError: the function failed.
         """
-        function = getattr(self._library, name)
-        if self._several and cuda().current_device() != self._device:
-            with cuda().context(self._device):
-                status = function(*arguments)
-        else:
-            status = function(*arguments)
+        status = cuda().run_on(self._device, getattr(self._library, name), *arguments)
         if status:
             raise self.error(status, what, name)
 

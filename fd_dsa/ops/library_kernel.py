@@ -72,13 +72,7 @@ class LibraryKernel:
         if MODE.ahead is not None:
             # its inputs may be results of kernels that did not run
             return
-        driver = cuda()
-        # the runtime uses the device of the thread's context, or the first one without a context
-        if driver.num_devices > 1 and driver.current_device() != self._device:
-            with driver.context(self._device):
-                code = self._function(self._argument, self._stream())
-        else:
-            code = self._function(self._argument, self._stream())
+        code = cuda().run_on(self._device, self._function, self._argument, self._stream())
         if code:
             text = self._kernels.fd_dsa_cuda_error
             text.restype = ctypes.c_char_p

@@ -202,6 +202,16 @@ class Driver:
             if before.value:
                 self.library.cuCtxSetCurrent(before)
 
+    def run_on(self, device: int, function: Callable[..., int], *arguments: object) -> int:
+        """Call a function of another CUDA library on a device, and return its status.
+
+        Such functions use the device of the thread's context, or the first one without a context.
+        """
+        if self.num_devices > 1 and self.current_device() != device:
+            with self.context(device):
+                return function(*arguments)
+        return function(*arguments)
+
     def _primary_context(self, device: int) -> int:
         """Return the handle of the device's primary context, which then stays alive."""
         if device not in self._contexts:
