@@ -257,7 +257,7 @@ def between_blocks(
         return out, *read_streams(out, sums, connection)
     results, reading = _results(like, num_streams, connection)
     added = streams, change, mixture, connection, num_streams
-    return _expand(*added, counts, reading)[0], *results
+    return expand_streams(*added, counts, reading)[0], *results
 
 
 def expand_streams(
@@ -266,6 +266,8 @@ def expand_streams(
     mixture: Tensor | None,
     connection: Connection | None,
     num_streams: int,
+    counts: Tensor | None = None,
+    reading: tuple[Any, ...] = _NO_READING,
 ) -> tuple[Tensor, Tensor]:
     """Add the output of a block to the streams, and project them for the next connection.
 
@@ -276,11 +278,32 @@ def expand_streams(
         mixture: result of `read_streams` before the block; None = the change is added to every
             stream.
         connection: the next connection; None = no projection.
+        counts: counters of finished programs. The launch then also does the work of `read_streams`.
+        reading: arguments of the kernel for that work.
 
     Returns:
         The streams, and the sums for `read_streams`. Without a connection the second is not used.
     """
-    return _expand(streams, change, mixture, connection, num_streams)
+    like = change if streams is None else streams
+    assert like is not None, "without streams there is a change"
+    tokens, width = like.shape[0], like.shape[-1]
+    tile, channels = _tile(tokens, width)
+    sizes = _sizes(-(-width // channels), width, num_streams, connection)
+    if counts is not None:
+        tile = 1
+    out = streams if change is None else empty_beside(like, tokens, num_streams, width)
+    assert out is not None
+    sums, fn, constants = out, None, (0.0, 0.0)
+    if connection is not None:
+        sums = empty_beside(like, sizes["PARTS"], tokens, sizes["COLUMNS"], dtype="float32")
+        fn, constants = connection.fn, (connection.norm_epsilon, connection.epsilon)
+    if tokens:
+        expand_streams_kernel[(-(-tokens // tile), sizes["PARTS"])](
+            streams, change, mixture, fn, out, sums, counts, *reading, tokens, *constants,
+            TOKENS=tile, BLOCK=channels, num_warps=4 if counts is None else _warps(width),
+            **sizes,
+        )  # fmt: skip
+    return out, sums
 
 
 def read_streams(
@@ -304,38 +327,6 @@ def read_streams(
             num_warps=_warps(width), **_sizes(sums.shape[0], width, count, connection),
         )  # fmt: skip
     return results
-
-
-def _expand(
-    streams: Tensor | None,
-    change: Tensor | None,
-    mixture: Tensor | None,
-    connection: Connection | None,
-    num_streams: int,
-    counts: Tensor | None = None,
-    reading: tuple[Any, ...] = _NO_READING,
-) -> tuple[Tensor, Tensor]:
-    """Launch the first kernel, with counters of finished programs also the work of the second."""
-    like = change if streams is None else streams
-    assert like is not None, "without streams there is a change"
-    tokens, width = like.shape[0], like.shape[-1]
-    tile, channels = _tile(tokens, width)
-    sizes = _sizes(-(-width // channels), width, num_streams, connection)
-    if counts is not None:
-        tile = 1
-    out = streams if change is None else empty_beside(like, tokens, num_streams, width)
-    assert out is not None
-    sums, fn, constants = out, None, (0.0, 0.0)
-    if connection is not None:
-        sums = empty_beside(like, sizes["PARTS"], tokens, sizes["COLUMNS"], dtype="float32")
-        fn, constants = connection.fn, (connection.norm_epsilon, connection.epsilon)
-    if tokens:
-        expand_streams_kernel[(-(-tokens // tile), sizes["PARTS"])](
-            streams, change, mixture, fn, out, sums, counts, *reading, tokens, *constants,
-            TOKENS=tile, BLOCK=channels, num_warps=4 if counts is None else _warps(width),
-            **sizes,
-        )  # fmt: skip
-    return out, sums
 
 
 def _results(

@@ -276,9 +276,9 @@ def test_the_number_of_programs_selects_the_launches(
     # 20 programs of a token
     site = Site(paddle_memory, "float32", 2, 1280)
     site.run(0, 13)
-    assert not launched
+    assert launched == ["expand_streams"]
     site.run(0, 14)
-    assert launched == ["expand_streams", "read_streams"]
+    assert launched[1:] == ["expand_streams", "read_streams"]
 
 
 def test_captured_before_the_first_run_it_has_two_launches(
