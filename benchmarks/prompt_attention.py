@@ -168,14 +168,15 @@ def cases(bench: Bench, *, tilings: bool) -> Iterator[dict[str, Any]]:
         entry["parts_us"] = {part: prompts.time_us(call) for part, call in parts.items()}
         attend, rate = parts["attention"], prompts.attention_flops / 1e6
         entry["attention_tflops"] = rate / entry["parts_us"]["attention"]
-        entry["tiling"] = prompts.prompts.tiling
+        # rows, columns, num_warps, num_stages
+        entry["tiling"] = prompts.prompts.tiling[:4]
         for tiling in CANDIDATES if tilings else ():
             try:
                 time = prompts.time_us(partial(attend, tiling))
             except Exception as error:
                 print(f"    {tiling} refused: {str(error)[:80]}", flush=True)
                 continue
-            entry.setdefault("tilings", []).append([list(tiling), time, rate / time])
+            entry.setdefault("tilings", []).append([list(tiling[:4]), time, rate / time])
             print(f"    {tiling} {time:.1f} us, {rate / time:.0f} TFLOP/s", flush=True)
         yield entry
         # one case is enough to choose by

@@ -36,7 +36,7 @@ _COUNTERS = tl.constexpr(NUM_COUNTERS)
 
 
 class Tiling(NamedTuple):
-    """Tiles of a GEMM, and the options of its launch.
+    """Tiles of a GEMM or of attention, and the options of a launch.
 
     Attributes:
         rows, columns: size of a tile. In FP8 128 is a multiple of `columns`.

@@ -275,8 +275,7 @@ for nope, values in (128, 128), (192, 256):
     absent = ("out_ptr",) if values == 128 else ("codes_ptr", "scales_ptr")
     compile(f"prompts {nope}", attend_prompts_kernel, types, NOPE=nope, HALF=32, VALUES=values,
             NOPE_PADDED=triton.next_power_of_2(nope), VALUES_PADDED=values, ROUND_SCALES=True,
-            ROWS=128, BLOCK_M=tiling.block_m, BLOCK_N=tiling.block_n, num_warps=tiling.num_warps,
-            num_stages=tiling.num_stages, **dict.fromkeys(absent))
+            ROWS=128, **tiling.options, **dict.fromkeys(absent))
 # the head with FD_DSA_BATCH_INVARIANT=1
 compile("linear", head_gemm_kernel, dict.fromkeys(("x_ptr", "weight_ptr"), "bfloat16"), IN=7168,
         OUT=129280, IN_FIRST=False, ROUND_SCALES=False, BLOCK_TOKENS=128, BLOCK_IN=64,

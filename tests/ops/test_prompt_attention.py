@@ -36,7 +36,8 @@ def run(
     Grids may reach to more keys and tiles than the step has, as those of captured launches do.
     """
     from fd_dsa.attention.dense_prompts import row_groups
-    from fd_dsa.ops.mla.prompt import Tiling, attend_prompts, gather_keys
+    from fd_dsa.ops.mla.prompt import attend_prompts, gather_keys
+    from fd_dsa.ops.split_sums import Tiling
     from fd_dsa.tensor import Fp8Rows
 
     total, step = int(case.starts[-1]), case.step(m)

@@ -15,26 +15,12 @@ from fd_dsa.ops.mla.prompt_kernel import (
     gather_keys_kernel,
     list_absorbed_kernel,
 )
+from fd_dsa.ops.split_sums import Tiling
 from fd_dsa.step import ForwardMeta
 from fd_dsa.tensor import Tensor
 from fd_dsa.triton_runtime import next_power_of_2
 
 _GATHERED, _LISTED = 16, 16
-
-
-class Tiling(NamedTuple):
-    """Tile sizes of a launch.
-
-    Attributes:
-        block_m: tokens of a program.
-        block_n: keys of a tile.
-        num_warps, num_stages: options of the launch.
-    """
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
 
 
 CANDIDATES = (
@@ -51,7 +37,10 @@ CANDIDATES = (
     Tiling(64, 32, 4, 2),
     Tiling(32, 32, 4, 2),
 )
-"""Tile sizes in order of preference, timed by benchmarks/prompt_attention.py."""
+"""Tiles in order of preference, timed by benchmarks/prompt_attention.py.
+
+The rows of a tile are tokens of a program, and the columns are keys.
+"""
 
 
 class Group(NamedTuple):
@@ -73,8 +62,8 @@ def fitting(nope: int, rope: int, values: int, shared_bytes: int) -> Iterator[Ti
     """Yield the candidates whose operands fit the shared memory of a block."""
     keys = next_power_of_2(nope) + rope
     for tiling in CANDIDATES:
-        stage = 2 * tiling.block_n * (keys + next_power_of_2(values))
-        if 2 * tiling.block_m * keys + tiling.num_stages * stage <= shared_bytes:
+        stage = 2 * tiling.columns * (keys + next_power_of_2(values))
+        if 2 * tiling.rows * keys + tiling.num_stages * stage <= shared_bytes:
             yield tiling
 
 
@@ -200,7 +189,7 @@ def attend_prompts(
         index_topk: maximum keys of a token that attends densely.
         softmax_scale: factor of the scores.
         rows: see `gather_keys`.
-        tiling: tile sizes.
+        tiling: one of `CANDIDATES`.
         round_scales: True if the scales of Fp8Rows are powers of two.
 
     Cost: one launch.
@@ -208,7 +197,7 @@ def attend_prompts(
     _, heads, width = q.shape
     rope_dim, value_width = rope.shape[1], values.shape[-1]
     nope = width - rope_dim
-    tiles = sum(-(-count // tiling.block_m) for count in group.counts)
+    tiles = sum(-(-count // tiling.rows) for count in group.counts)
     offsets, key_starts, encoder = prompt_windows(step)
     attend_prompts_kernel[tiles, heads](
         *(q, cos_sin, keys, values, rope),
@@ -223,8 +212,5 @@ def attend_prompts(
         VALUES_PADDED=max(16, next_power_of_2(value_width)),
         ROUND_SCALES=round_scales,
         ROWS=rows,
-        BLOCK_M=tiling.block_m,
-        BLOCK_N=tiling.block_n,
-        num_warps=tiling.num_warps,
-        num_stages=tiling.num_stages,
+        **tiling.options,
     )

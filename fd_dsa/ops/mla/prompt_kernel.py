@@ -160,11 +160,11 @@ def _tile(pointer, seen, WIDTH: tl.constexpr, PADDED: tl.constexpr, IS_EDGE: tl.
 def _attend_tile(
     q, q_rope, keys, start, end, bounds, head, heads, scale_log2, top, total, out,
     NOPE: tl.constexpr, ROPE: tl.constexpr, VALUES: tl.constexpr, NOPE_PADDED: tl.constexpr,
-    VALUES_PADDED: tl.constexpr, BLOCK_N: tl.constexpr, IS_EDGE: tl.constexpr,
+    VALUES_PADDED: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, IS_EDGE: tl.constexpr,
 ):  # fmt: skip
     """Add the keys from `start` on to the softmax. With IS_EDGE some of them are masked."""
     k_ptr, v_ptr, rope_ptr, first_key = keys
-    key = start + tl.arange(0, BLOCK_N)
+    key = start + tl.arange(0, BLOCK_COLUMNS)
     seen, place = key < end, (first_key + key).to(tl.int64)
     k = _tile(k_ptr + (place * heads + head) * NOPE, seen, NOPE, NOPE_PADDED, IS_EDGE)
     k_rope = _tile(rope_ptr + place * ROPE, seen, ROPE, ROPE, IS_EDGE)
@@ -215,8 +215,8 @@ def attend_prompts_kernel(
     VALUES_PADDED: tl.constexpr,
     ROUND_SCALES: tl.constexpr,
     ROWS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
 ):
     """Attend for a tile of tokens of a row, for head `program 1`.
 
@@ -230,15 +230,15 @@ def attend_prompts_kernel(
     dense, cached = _dense_tokens(
         seq_lens_encoder_ptr, seq_lens_decoder_ptr, row, first_row, end_row, index_topk
     )
-    tiles = (dense + (BLOCK_M - 1)) // BLOCK_M
+    tiles = (dense + (BLOCK_ROWS - 1)) // BLOCK_ROWS
     ends = tl.cumsum(tiles)
     own = tl.sum((ends <= tile).to(tl.int32))
     mine = row == own
     num_keys = _keys(dense, cached)
     first_key = _item(tl.cumsum(num_keys) - num_keys, mine)
     count, dense_keys = _item(dense, mine), _item(num_keys, mine)
-    first = (tile - _item(ends - tiles, mine)) * BLOCK_M
-    new = first + tl.arange(0, BLOCK_M)
+    first = (tile - _item(ends - tiles, mine)) * BLOCK_ROWS
+    new = first + tl.arange(0, BLOCK_ROWS)
     live = new < count
     token = (tl.load(cu_seqlens_q_ptr + own, mask=own < end_row, other=0) + new).to(tl.int64)
     query = q_ptr + (token * heads + head) * (NOPE + 2 * HALF)
@@ -250,11 +250,11 @@ def attend_prompts_kernel(
     # zeros, because a masked load may return any values
     a, b = tl.where(live[:, None], a, 0.0), tl.where(live[:, None], b, 0.0)
     a, b = rotated(a, b, cos, sin)
-    q_rope = tl.reshape(tl.join(stored(a, q_ptr), stored(b, q_ptr)), [BLOCK_M, 2 * HALF])
+    q_rope = tl.reshape(tl.join(stored(a, q_ptr), stored(b, q_ptr)), [BLOCK_ROWS, 2 * HALF])
 
-    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    out = tl.zeros([BLOCK_M, VALUES_PADDED], tl.float32)
+    top = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_ROWS], tl.float32)
+    out = tl.zeros([BLOCK_ROWS, VALUES_PADDED], tl.float32)
     keys = k_ptr, v_ptr, rope_ptr, first_key
     begins, stops = key_bounds(
         token, own, live, position_ids_ptr, offsets_ptr, key_starts_ptr, seq_lens_encoder_ptr
@@ -263,17 +263,17 @@ def attend_prompts_kernel(
     bounds = begins, stops
     # first whole tiles of keys that all tokens see, then the other keys
     end = tl.max(stops)
-    whole = tl.min(tl.where(live, stops, dense_keys)) // BLOCK_N * BLOCK_N
+    whole = tl.min(tl.where(live, stops, dense_keys)) // BLOCK_COLUMNS * BLOCK_COLUMNS
     whole = tl.where(tl.max(begins) > 0, 0, whole)
-    for start in range(0, whole, BLOCK_N):
+    for start in range(0, whole, BLOCK_COLUMNS):
         top, total, out = _attend_tile(
             q, q_rope, keys, start, end, bounds, head, heads, scale_log2, top, total, out,
-            NOPE, 2 * HALF, VALUES, NOPE_PADDED, VALUES_PADDED, BLOCK_N, False,
+            NOPE, 2 * HALF, VALUES, NOPE_PADDED, VALUES_PADDED, BLOCK_COLUMNS, False,
         )  # fmt: skip
-    for start in range(whole, end, BLOCK_N):
+    for start in range(whole, end, BLOCK_COLUMNS):
         top, total, out = _attend_tile(
             q, q_rope, keys, start, end, bounds, head, heads, scale_log2, top, total, out,
-            NOPE, 2 * HALF, VALUES, NOPE_PADDED, VALUES_PADDED, BLOCK_N, True,
+            NOPE, 2 * HALF, VALUES, NOPE_PADDED, VALUES_PADDED, BLOCK_COLUMNS, True,
         )  # fmt: skip
     start_next()
     column = tl.arange(0, VALUES_PADDED)
