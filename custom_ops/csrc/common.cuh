@@ -107,12 +107,23 @@ cudaError_t prepare(Kernel* kernel, int device, int bytes, bool clusters,
   return error;
 }
 
-// Prepares a kernel for Hopper. Other devices have an empty kernel.
+// Queries the device, and prepares a kernel for Hopper. Other devices have an empty kernel.
 template <typename Kernel>
-cudaError_t prepare_on_hopper(Kernel* kernel, const Gpu& gpu, int bytes, bool clusters,
-                              std::atomic<uint64_t>& done) {
+cudaError_t prepare_on_hopper(Kernel* kernel, int bytes, bool clusters,
+                              std::atomic<uint64_t>& done, Gpu& gpu) {
+  const cudaError_t error = find_gpu(gpu);
+  if (error != cudaSuccess) return error;
   if (gpu.major != 9) return cudaErrorNoKernelImageForDevice;
   return prepare(kernel, gpu.device, bytes, clusters, done);
+}
+
+// Lets a launch begin before the previous one has ended. `attribute` must outlive the launch.
+inline void start_early(cudaLaunchConfig_t& config, cudaLaunchAttribute& attribute) {
+  attribute = {};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
 }
 
 // Launches a kernel and returns the error of this launch only.

@@ -33,8 +33,7 @@ cudaError_t prepare_tiles(Kernel* kernel, const Job& job, int rows, int groups, 
                           int together, uint32_t* taken, void* stream, std::atomic<uint64_t>& done,
                           uint32_t& blocks) {
   Gpu gpu = {};
-  cudaError_t error = find_gpu(gpu);
-  if (error == cudaSuccess) error = prepare_on_hopper(kernel, gpu, bytes, false, done);
+  cudaError_t error = prepare_on_hopper(kernel, bytes, false, done, gpu);
   if (error == cudaSuccess && taken != nullptr) {
     error = cudaMemsetAsync(taken, 0, 4, static_cast<cudaStream_t>(stream));
   }

@@ -11,14 +11,6 @@ namespace fd_dsa::sparse_mla {
 // largest number of blocks that share a token
 constexpr int kMaxSplits = 16;
 
-// Allows a kernel the shared memory and the clusters that it needs on Hopper.
-template <typename Kernel>
-cudaError_t prepare(Kernel* kernel, int32_t bytes, std::atomic<uint64_t>& done) {
-  Gpu gpu = {};
-  const cudaError_t error = find_gpu(gpu);
-  return error != cudaSuccess ? error : prepare_on_hopper(kernel, gpu, bytes, true, done);
-}
-
 // [n]: number of clusters of n blocks that a device runs at the same time
 using Room = std::array<int, kMaxSplits + 1>;
 

@@ -42,7 +42,8 @@ inline int32_t splits_for(int32_t num_tokens, int32_t topk, const Room& room) {
 template <typename Shape>
 static int launch_shape(FdDsaSparseMla job, void (*kernel)(FdDsaSparseMla), void* stream) {
   static std::atomic<uint64_t> prepared{0};
-  const cudaError_t error = sparse_mla::prepare(kernel, Shape::kBytes, prepared);
+  Gpu gpu = {};
+  const cudaError_t error = prepare_on_hopper(kernel, Shape::kBytes, true, prepared, gpu);
   if (error != cudaSuccess) return static_cast<int>(error);
   cudaLaunchConfig_t config = launch_config(1, Shape::kThreads, stream, Shape::kBytes);
   cudaLaunchAttribute attribute = {};

@@ -214,7 +214,8 @@ template <Source kSource, bool kAlone>
 static int launch_form(const FdDsaSparseMla& job, int splits, void* stream) {
   static std::atomic<uint64_t> prepared{0};
   Kernel* const kernel = attend<kSource, kAlone>;
-  const cudaError_t error = sparse_mla::prepare(kernel, kBytes, prepared);
+  Gpu gpu = {};
+  const cudaError_t error = prepare_on_hopper(kernel, kBytes, true, prepared, gpu);
   if (error != cudaSuccess) return static_cast<int>(error);
   cudaLaunchAttribute cluster;
   return launch(config_for(job.num_tokens * groups_of(job) * splits, splits, cluster, stream),
@@ -246,8 +247,7 @@ static const Room& room() {
     Room room = {};
     Gpu gpu = {};
     // an error here appears again at the launch, which reports it
-    if (sparse_mla::prepare(kernel, kBytes, prepared) == cudaSuccess &&
-        find_gpu(gpu) == cudaSuccess) {
+    if (prepare_on_hopper(kernel, kBytes, true, prepared, gpu) == cudaSuccess) {
       room[1] = gpu.num_sms;
       for (int splits = 2; splits <= kMaxSplits; ++splits) {
         if (!is_split_allowed(splits)) continue;

@@ -361,8 +361,7 @@ static int launch_heads(const Job& job, void* stream) {
   if (!is_supported(job)) return static_cast<int>(cudaErrorInvalidValue);
   static std::atomic<uint64_t> prepared{0};
   Gpu gpu = {};
-  cudaError_t error = find_gpu(gpu);
-  if (error == cudaSuccess) error = prepare_on_hopper(attend, gpu, kBytes, false, prepared);
+  const cudaError_t error = prepare_on_hopper(attend, kBytes, false, prepared, gpu);
   if (error != cudaSuccess) return static_cast<int>(error);
   const int groups = groups_of(job);
   const int64_t items = static_cast<int64_t>(job.num_tokens) * groups;
