@@ -77,14 +77,6 @@ MAX_ANY_SHARE = 0.025
 MAX_LINES = 400
 LONG_FILE_MARK = "long on purpose: "
 CUDA_SOURCES = "custom_ops/csrc", "tests/custom_ops/emulated"
-# limits of older CUDA files; lower a number when its file gets shorter
-LONG_SOURCES = {
-    "custom_ops/csrc/sparse_mla_narrow_warpgroups.cuh": 643,
-    "custom_ops/csrc/sparse_mla_narrow_warps.cuh": 456,
-    "custom_ops/csrc/sparse_mla_wide_heads.cuh": 524,
-    "custom_ops/csrc/topk.cu": 843,
-    "tests/custom_ops/emulated/hopper.cuh": 451,
-}
 
 
 @dataclass(frozen=True)
@@ -263,13 +255,12 @@ def probes(modules: dict[str, Module]) -> Iterator[str]:
                 yield f"{module.path}:{node.lineno}: {name} of another object; give it a type"
 
 
-def long_files(root: Path, paths: Iterable[Path]) -> Iterator[str]:
+def long_files(paths: Iterable[Path]) -> Iterator[str]:
     """Files over their limit whose first line gives no reason."""
     for path in paths:
         lines = path.read_text("utf-8").splitlines()
-        allowed = LONG_SOURCES.get(path.relative_to(root).as_posix(), MAX_LINES)
-        if len(lines) > allowed and LONG_FILE_MARK not in lines[0]:
-            yield f"{path}:1: {len(lines)} lines, allowed {allowed}; split it"
+        if len(lines) > MAX_LINES and LONG_FILE_MARK not in lines[0]:
+            yield f"{path}:1: {len(lines)} lines, allowed {MAX_LINES}; split it"
 
 
 def _functions(module: Module) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
@@ -329,4 +320,4 @@ def violations(root: Path) -> list[str]:
         any_share,
     )
     found = [line for rule in rules for line in rule(modules)]
-    return found + list(long_files(root, files))
+    return found + list(long_files(files))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests._layout import CUDA_SOURCES, LONG_FILE_MARK, LONG_SOURCES, MAX_LINES, violations
+from tests._layout import CUDA_SOURCES, LONG_FILE_MARK, MAX_LINES, violations
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -101,15 +101,16 @@ def test_checker_finds(tmp_path: Path, name: str, text: str, expected: str) -> N
 
 
 def test_cuda_files_have_limits(tmp_path: Path) -> None:
-    root, [name, *_] = _tree(tmp_path, CLEAN), LONG_SOURCES
-    (root / name).parent.mkdir(parents=True)
-    for other, allowed in ((name, LONG_SOURCES[name]), (f"{CUDA_SOURCES[0]}/new.cu", MAX_LINES)):
-        (root / other).write_text("//\n" * allowed)
+    root = _tree(tmp_path, CLEAN)
+    for folder in CUDA_SOURCES:
+        source = root / folder / "new.cu"
+        source.parent.mkdir(parents=True)
+        source.write_text("//\n" * MAX_LINES)
         assert violations(root) == []
-        (root / other).write_text("//\n" * (allowed + 1))
+        source.write_text("//\n" * (MAX_LINES + 1))
         [found] = violations(root)
-        assert f"{allowed + 1} lines, allowed {allowed}" in found
-        (root / other).unlink()
+        assert f"{MAX_LINES + 1} lines, allowed {MAX_LINES}" in found
+        source.unlink()
 
 
 def test_a_long_file_may_give_a_reason(tmp_path: Path) -> None:

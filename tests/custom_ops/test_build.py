@@ -177,7 +177,7 @@ runpy.run_path("setup.py", run_name="__main__")
 def small_sources(folder: Path) -> Path:
     """The sources without the kernels that take the compiler longest."""
     sources = copy_sources(folder)
-    for pattern in ("topk.*", "topk_row.cuh", "sparse_mla_*", "v4_attend*", "*_fp4*"):
+    for pattern in ("topk*", "sparse_mla_*", "v4_attend*", "*_fp4*"):
         for path in sources.rglob(pattern):
             path.unlink()
     return sources
