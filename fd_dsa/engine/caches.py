@@ -9,17 +9,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from fd_dsa.attention import DSAAttentionBackend
+from fd_dsa.attention import CacheLayout, DSAAttentionBackend, DSABackendConfig
 from fd_dsa.attention.protocol import AttentionBackend
 from fd_dsa.cache_formats import CACHE_FORMATS
 from fd_dsa.config import EngineConfig
 from fd_dsa.distributed import Group
 from fd_dsa.engine.snapshots import Snapshots
+from fd_dsa.environment import exchanged_min_tokens
 from fd_dsa.errors import flag_error
 from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.deepseek_v4.config import DeepseekV4Config
 from fd_dsa.models.registry import FamilyConfig
-from fd_dsa.runner.dsa_sizes import backend_config
 from fd_dsa.runner.input_batch import InputBatch
 from fd_dsa.runner.protocol import BlockStore, StateCopy
 from fd_dsa.runner.state_copies import HostStateCopy
@@ -35,6 +35,30 @@ if TYPE_CHECKING:
 
 # of each row the newest block of its answer, and as many ends of prompts
 _SNAPSHOTS_PER_ROW, _MIN_SNAPSHOTS = 2, 16
+
+
+def backend_config(
+    config: ModelConfig,
+    layout: CacheLayout,
+    batch: InputBatch,
+    num_blocks: int | None = None,
+    dtype: str = "float32",
+) -> DSABackendConfig:
+    """Return the sizes of a DSAAttentionBackend for a model and a runner's batch."""
+    return DSABackendConfig(
+        num_heads=config.num_attention_heads,
+        index_n_heads=config.index_n_heads,
+        index_topk=config.index_topk,
+        softmax_scale=config.softmax_scale,
+        cache_layout=layout,
+        max_num_seqs=batch.max_num_seqs,
+        max_num_tokens=batch.max_num_tokens,
+        max_blocks_per_seq=batch.block_tables.shape[1],
+        num_blocks=num_blocks,
+        dtype=dtype,
+        head_widths=(config.qk_nope_head_dim, config.v_head_dim),
+        exchange_ranks=config.ranks if exchanged_min_tokens() else 1,
+    )
 
 
 class DSACaches:

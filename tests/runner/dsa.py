@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from fd_dsa.attention import CacheLayout, DSAAttentionBackend
+from fd_dsa.engine.caches import backend_config
 from fd_dsa.runner import InputBatch, ModelRunner
-from fd_dsa.runner.dsa_sizes import backend_config
 
 
 def dsa_runner(
