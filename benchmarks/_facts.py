@@ -72,12 +72,12 @@ def start() -> dict[str, Any]:
 
 def other_flags() -> str:
     """Return a table of the flags of other servers, for docs/flags.md."""
-    from fd_dsa.serve.known_flags import OTHER_NAMES
+    from fd_dsa.serve.known_flags import OTHER_NAMES, as_flag
 
     lines = ["| here | flags of other servers |", "|---|---|"]
     for here, names in OTHER_NAMES.items():
-        flags = (f"`{name}`" if name.startswith("-") else f"`--{name}`" for name in names)
-        lines.append(f"| `{here}` | {', '.join(flags)} |".replace(" or ", "` or `"))
+        ours, flags = here.replace(" or ", "` or `"), ", ".join(f"`{as_flag(n)}`" for n in names)
+        lines.append(f"| `{ours}` | {flags} |")
     return "\n".join(lines) + "\n"
 
 

@@ -243,19 +243,20 @@ def collect(
     """Return the flags of tables like those of this module, by name on the command line."""
     found: dict[str, Known] = {}
     for ours, names in other_names.items():
-        found |= {_flag(name): Known("", f"the flag for this is {ours}") for name in names}
+        found |= {as_flag(name): Known("", f"the flag for this is {ours}") for name in names}
     for reason, names in refused.items():
-        found |= {_flag(name): Known("", f"not supported: {reason}") for name in names}
+        found |= {as_flag(name): Known("", f"not supported: {reason}") for name in names}
     for reason, forms in not_needed.items():
         for form in forms:
             name, equals, values = form.partition("=")
             neutral = tuple(values.split("|")) if values else ()
-            refusal = found[_flag(name)].refusal if neutral else ""
-            found[_flag(name)] = Known(reason, refusal, bool(equals), neutral)
+            refusal = found[as_flag(name)].refusal if neutral else ""
+            found[as_flag(name)] = Known(reason, refusal, bool(equals), neutral)
     return found
 
 
-def _flag(name: str) -> str:
+def as_flag(name: str) -> str:
+    """Return the flag of a name in these tables, as on a command line."""
     return name if name.startswith("-") else f"--{name}"
 
 
