@@ -23,7 +23,7 @@ from fd_dsa.client.load import Sender
 from fd_dsa.client.own_server import OwnServer, add_server_flags, check_passed, own_server
 from fd_dsa.client.questions import Question, ask
 from fd_dsa.client.remote import ServerInfo, examine_server, normal_base_url
-from fd_dsa.client.settings import ON_OR_OFF
+from fd_dsa.client.settings import ON_OR_OFF, given_settings
 from fd_dsa.command_line.report import check_folder
 from fd_dsa.command_line.values import add_numbers
 from fd_dsa.errors import ConfigError, RemoteError
@@ -128,8 +128,7 @@ class ServerUnderTest:
         by_key = {question.key: question for question in missing}
         with Progress(console=Console(stderr=True)) as progress:
             bar = progress.add_task(task, total=total, completed=total - len(missing))
-            given = {name: getattr(self.args, name) for name in ("temperature", "seed", "thinking")}
-            settings = {name: value for name, value in given.items() if value is not None}
+            settings = given_settings(self.args, ("temperature", "seed", "thinking"))
             asked = ask(self.sender, self.info.model, missing, settings)
             async with contextlib.aclosing(asked) as answers:
                 async for answer in answers:

@@ -23,7 +23,13 @@ from fd_dsa.client.remote import (
     read_event,
     transport_reason,
 )
-from fd_dsa.client.settings import NAMES, add_setting_flags, fields_of, read_setting
+from fd_dsa.client.settings import (
+    NAMES,
+    add_setting_flags,
+    fields_of,
+    given_settings,
+    read_setting,
+)
 from fd_dsa.command_line.failures import reports_failures
 from fd_dsa.command_line.parser import Parser, nearest
 from fd_dsa.command_line.values import reader
@@ -169,7 +175,7 @@ def main(arguments: list[str]) -> int:
             it cannot begin, 130 after a Ctrl-C outside an answer, 143 after SIGTERM.
     """
     args = build_parser().parse_args(arguments)
-    settings = {name: getattr(args, name) for name in NAMES if getattr(args, name) is not None}
+    settings = given_settings(args)
     if isinstance(sys.stdin, io.TextIOWrapper):
         # a line that is not UTF-8 is refused and does not end the input
         sys.stdin.reconfigure(errors="surrogateescape")

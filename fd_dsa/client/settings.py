@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from fd_dsa.command_line.parser import Parser, nearest
@@ -39,6 +39,12 @@ def add_setting_flags(parser: Parser) -> None:
         is_switch = read is ON_OR_OFF
         metavar, text = ("on|off", "let the model reason first") if is_switch else ("X", None)
         group.add_argument(f"--{name.replace('_', '-')}", metavar=metavar, type=read, help=text)
+
+
+def given_settings(args: argparse.Namespace, names: Sequence[str] = NAMES) -> dict[str, Any]:
+    """Return the settings of these names that the flags give."""
+    given = ((name, getattr(args, name)) for name in names)
+    return {name: value for name, value in given if value is not None}
 
 
 def read_setting(name: str, text: str) -> Any:
