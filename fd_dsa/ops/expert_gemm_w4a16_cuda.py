@@ -72,6 +72,6 @@ def suits(weight: FourBitWeight, num_rows: int, num_pairs: int) -> bool:
 
 def kernel_for(x: Tensor) -> W4a16ExpertGemm | None:
     """Return the kernel for rows on their device, None to use Triton's. The choice is logged."""
-    nvfp4, int4 = _FEW_PAIRS.values()
+    nvfp4, int4 = _FEW_PAIRS["e4m3"], _FEW_PAIRS["int4"]
     served = f"experts of more than {nvfp4} pairs on average in NVFP4, or {int4} in INT4"
     return hopper_kernel(W4a16ExpertGemm, x, served, depends_on_rows=False)
