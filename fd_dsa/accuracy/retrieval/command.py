@@ -117,8 +117,8 @@ def _tokenizer_folder(args: argparse.Namespace) -> Path:
             "--tokenizer: not given with --base-url; give the folder of the served model's "
             "tokenizer, by which prompts get their lengths"
         )
-    folder = str(demo_model_path() if args.serve is None else args.serve)
-    folder = folder if args.tokenizer is None else str(args.tokenizer)
+    given = args.serve if args.tokenizer is None else args.tokenizer
+    folder = str(demo_model_path() if given is None else given)
     # an empty text, for example from an unset variable of a script, is not this folder
     if not folder or not os.path.isdir(folder):
         raise flag_error("tokenizer", folder, "an existing folder that holds tokenizer.json")
