@@ -331,6 +331,8 @@ struct Multiplier {
         if (count <= 16) run_few<16>(first);
         else if (count <= 32) run<32, 1>();
         else run<32, 2>();
+      } else if (count <= 8) {
+        run_few<8>(first);
       } else {
         run_few<16>(first);
       }

@@ -66,8 +66,9 @@ __device__ __forceinline__ void pin(uint32_t (&x)[kSteps][4]) {
   for (int i = 0; i < 4 * kSteps; ++i) asm volatile("" : "+r"(x[i / 4][i % 4])::"memory");
 }
 
-// Text and operands of the GEMMs below: `d` has 8 to 128 registers of a thread.
-#define FD_DSA_8 "%0, %1, %2, %3, %4, %5, %6, %7"
+// Text and operands of the GEMMs below: `d` has 4 to 128 registers of a thread.
+#define FD_DSA_4 "%0, %1, %2, %3"
+#define FD_DSA_8 FD_DSA_4 ", %4, %5, %6, %7"
 #define FD_DSA_16 FD_DSA_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
 #define FD_DSA_20 FD_DSA_16 ", %16, %17, %18, %19"
 #define FD_DSA_24 FD_DSA_20 ", %20, %21, %22, %23"
@@ -110,7 +111,9 @@ __device__ __forceinline__ void pin(uint32_t (&x)[kSteps][4]) {
                : __VA_ARGS__                                                                      \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)))
 #define FD_DSA_ROWS(TYPES, FLAGS)                                                            \
-  if constexpr (kColumns == 16)                                                              \
+  if constexpr (kColumns == 8)                                                               \
+    FD_DSA_ROWS_OF(8, 4, 5, 6, 7, 8, 9, TYPES, FLAGS, FD_DSA_D4(0));                         \
+  else if constexpr (kColumns == 16)                                                         \
     FD_DSA_ROWS_OF(16, 8, 9, 10, 11, 12, 13, TYPES, FLAGS, FD_DSA_D8(0));                    \
   else if constexpr (kColumns == 32)                                                         \
     FD_DSA_ROWS_OF(32, 16, 17, 18, 19, 20, 21, TYPES, FLAGS, FD_DSA_D16(0));                 \
