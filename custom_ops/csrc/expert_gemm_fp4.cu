@@ -45,12 +45,18 @@ __global__ void __launch_bounds__(kThreads, Form<kPairs>::kBlocks)
   const uint32_t base = shared_address(shared_memory());
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
   using Multiplier = experts_fp4::Multiplier<kGated, kPairs, kInFp8>;
+  // The launch before makes these rows from the same lists, which are older.
+  constexpr bool kEarly = !kGated && kInFp8;
   if (threadIdx.x == 0) prepare_stages(Turn<kPairs>{{base}});
-  wait_for_inputs();
-  start_next();
+  if (!kEarly) {
+    wait_for_inputs();
+    start_next();
+  }
   if (warp == 1) count_tiles<kPairs>(job, base + F::kEnds, lane);
   __syncthreads();
   if (warp < 8) {
+    // also in a block without a tile
+    if (kEarly) wait_for_inputs();
     more_registers<F::kComputeRegisters>();
     Multiplier(job, base, warp, lane).run();
   } else {
@@ -61,8 +67,9 @@ __global__ void __launch_bounds__(kThreads, Form<kPairs>::kBlocks)
         [&](uint32_t number, Tile& tile) {
           return find_even_tile<kPairs>(job, column_groups(job), base + F::kEnds, number, tile);
         },
-        [&](const Tile& tile, uint32_t, Turn<kPairs>& turn) {
-          copy_stages<kGated, Multiplier::kScaleParts>(job, tile, thread, turn);
+        [&](const Tile& tile, uint32_t number, Turn<kPairs>& turn) {
+          const bool is_early = kEarly && number == blockIdx.x;
+          copy_stages<kGated, Multiplier::kScaleParts>(job, tile, thread, is_early, turn);
         });
   }
 #endif

@@ -46,7 +46,8 @@ extern "C" struct FdDsaExpertGemmFp4 {
   int32_t width;
   // a multiple of 64 of a gated expert, else of 128
   int32_t columns;
-  // values of a row of `x` that share a scale: 128, or 64 if the expert is not gated
+  // values of a row of `x` that share a scale: 128, or 64 if the expert is not gated. The latter is a
+  // gated result for the same lists, and the launch reads these before it waits for `x`.
   int32_t x_group;
   // 1: the result is silu of the gate's columns times the other columns
   int32_t is_gated;

@@ -102,17 +102,18 @@ __device__ __forceinline__ void turn_codes(uint32_t word, uint2 sizes, uint32_t&
 // Copies all stages of a tile. Thread t copies chunk t % 8 of rows t / 8 + 16 i, and the scales of
 // rows t and t + 128. The first stage has the peaks of the columns, too.
 //
-// A pair has kScaleParts scales in a stage.
+// A pair has kScaleParts scales in a stage. With `is_early` the launch before may still write `x`:
+// the weights of all stages are copied first, and the wait for that launch comes after them.
 template <bool kGated, int kScaleParts, int kPairs>
 __device__ __forceinline__ void copy_stages(const Job& job, const Tile& tile, int thread,
-                                            Turn<kPairs>& turn) {
+                                            bool is_early, Turn<kPairs>& turn) {
   constexpr int kAllScales = kPairs * kScaleParts;
   constexpr int kRowsPerThread = kPairs / 16, kScalesPerThread = (kAllScales + 127) / 128;
   constexpr int kParts = kGated ? 2 : 1;
   const int pieces = job.width / kPiece, count = tile.left;
   const int tile_columns = tile.group * (kGated ? kHalfColumns : kColumns);
   // starts the copies of a stage's weights when it is free
-  const auto copy_weights = [&](int piece) {
+  const auto copy_weights = [&](const Turn<kPairs>& turn, int piece) {
     const uint32_t full = turn.is_full();
     barrier_wait(turn.is_free(), turn.parity ^ 1);
     if (thread != 0) return;
@@ -135,7 +136,17 @@ __device__ __forceinline__ void copy_stages(const Job& job, const Tile& tile, in
     }
   };
   // before the list of pairs is known
-  copy_weights(0);
+  copy_weights(turn, 0);
+  int copied = 1;  // pieces whose weights are copied
+  if (is_early) {
+    Turn<kPairs> ahead = turn;
+    for (const int stages = min(pieces, Form<kPairs>::kStages); copied < stages; ++copied) {
+      ahead.advance();
+      copy_weights(ahead, copied);
+    }
+    wait_for_inputs();
+    start_next();
+  }
   const TileRows rows(job, tile);
   // chunks from the beginning of the codes
   uint32_t chunks[kRowsPerThread], scale_rows[kScalesPerThread];
@@ -153,7 +164,7 @@ __device__ __forceinline__ void copy_stages(const Job& job, const Tile& tile, in
   const float* scales = job.x_scales;
   if (kScaleParts > 1 && thread >= kPairs) scales += job.x_stride;
   for (int piece = 0; piece < pieces; ++piece, turn.advance()) {
-    if (piece > 0) copy_weights(piece);
+    if (piece >= copied) copy_weights(turn, piece);
     const uint32_t activations = turn.activations() + to;
 #pragma unroll
     for (int i = 0; i < kRowsPerThread; ++i) {
