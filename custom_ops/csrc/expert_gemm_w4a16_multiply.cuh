@@ -36,7 +36,7 @@ __device__ __forceinline__ void turn_integers(const uint2& words, uint32_t zero,
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     const uint32_t codes = i < 4 ? words.x : words.y;
-    values[i] = minus_bfloat16((codes >> i % 4 * 4 & 0x000f000fu) | 0x43004300u, zero);
+    values[i] = minus_bfloat16(masked_or(codes >> i % 4 * 4, 0x000f000fu, 0x43004300u), zero);
   }
 }
 

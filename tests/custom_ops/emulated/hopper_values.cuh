@@ -73,6 +73,7 @@ uint32_t times_bfloat16(uint32_t x, uint32_t word) {
   return bfloat16_bits(value_of<true>(x) * factor) |
          bfloat16_bits(value_of<true>(x >> 16) * factor) << 16;
 }
+inline uint32_t masked_or(uint32_t x, uint32_t mask, uint32_t bits) { return (x & mask) | bits; }
 inline uint32_t minus_bfloat16(uint32_t x, uint32_t y) {
   return bfloat16_bits(value_of<true>(x) - value_of<true>(y)) |
          bfloat16_bits(value_of<true>(x >> 16) - value_of<true>(y >> 16)) << 16;
