@@ -57,12 +57,16 @@ _E2M1 = tl.constexpr(
         *_E2M1_CODES,
     )
 )
+# 0xEA: a & b | c. As two instructions, compilers keep them apart.
 _INT4_CODES = tuple(
-    f"shr.b32 x, {{word}}, {4 * i}; and.b32 {{to}}, x, 0x000F000F;"
-    " or.b32 {to}, {to}, 0x43004300;"
+    f"shr.b32 x, {{word}}, {4 * i}; lop3.b32 {{to}}, x, 0x000F000F, 0x43004300, 0xEA;"
     for i in range(4)
 )
 _INT4 = tl.constexpr(_assembly(_WORDS, *_INT4_CODES, *_INT4_CODES))
+_E4M3 = tl.constexpr(
+    "{.reg .b32 x; shl.b32 x, $2, 4; lop3.b32 $0, x, 0x0FF00FF0, 0x70007000, 0xEA;"
+    " shr.b32 x, $2, 4; lop3.b32 $1, x, 0x0FF00FF0, 0x70007000, 0xEA;}"
+)
 
 
 def _mxfp4_code(code: int) -> str:
@@ -198,8 +202,13 @@ def _joined(planes, FIRST: tl.constexpr, COUNT: tl.constexpr):
 @triton.jit
 def _four_scales(codes):
     """Return the bfloat16 scales of four e4m3 codes in a uint32, see `_e4m3_columns`."""
-    even = (codes << 4) & 0x0FF00FF0 | 0x70007000
-    odd = (codes >> 4) & 0x0FF00FF0 | 0x70007000
+    if _INTERPRETING:
+        even = (codes << 4) & 0x0FF00FF0 | 0x70007000
+        odd = (codes >> 4) & 0x0FF00FF0 | 0x70007000
+    else:
+        even, odd = tl.inline_asm_elementwise(
+            _E4M3, "=&r,=&r,r", [codes], dtype=(tl.uint32,) * 2, is_pure=True, pack=1
+        )
     return _bfloat16(even), _bfloat16(odd), _bfloat16(even >> 16), _bfloat16(odd >> 16)
 
 
