@@ -25,8 +25,8 @@ _BLOCK = 1024
 # where the masks begin in the scratch memory, whose first value counts the finished programs
 _MASKS = tl.constexpr(NUM_COUNTERS)
 _MASK_BITS = tl.constexpr(MAX_TOKENS)
-# below the key of any value
-_LOWEST = tl.constexpr(-(1 << 63))
+# below the image of any value
+_LOWEST = tl.constexpr(-(1 << 31))
 
 
 @triton.jit
@@ -40,13 +40,21 @@ def _are_best(values, exists, k, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _ordered(values, exists, SIZE: tl.constexpr):
-    """Return int64 keys in the order of `values` [SIZE], of equal values the first one highest.
+def _best(values, exists, K: tl.constexpr, SIZE: tl.constexpr):
+    """Return a mask of the K largest existing `values` [SIZE]. Of equal values the first counts.
 
-    No two keys are equal. NaN is above all numbers, and what does not exist below.
+    NaN is above all numbers. A warp finds the maximum of 32-bit integers in one instruction, which
+    it lacks for pairs of a value and its place.
     """
-    key = image_of(values).to(tl.int64) * (1 << 32) + (SIZE - 1 - tl.arange(0, SIZE))
-    return tl.where(exists, key, _LOWEST)
+    place = tl.arange(0, SIZE)
+    image = tl.where(exists, image_of(values), _LOWEST)
+    chosen = tl.zeros([SIZE], tl.int1)
+    for _ in tl.static_range(K):
+        first = tl.min(tl.where(image == tl.max(image, axis=0), place, SIZE), axis=0)
+        is_best = place == first
+        chosen = chosen | is_best
+        image = tl.where(is_best, _LOWEST, image)
+    return chosen
 
 
 @triton.jit
@@ -193,12 +201,7 @@ def choose_experts_kernel(
         choice = tl.where(kept[:, None], choice, float("-inf"))
     flat = tl.reshape(choice, [GROUPS * SIZE])
     real = tl.reshape(exists.to(tl.int32), [GROUPS * SIZE]) != 0
-    key = _ordered(flat, real, GROUPS * SIZE)
-    chosen = tl.zeros([GROUPS * SIZE], tl.int1)
-    for _ in tl.static_range(TOP_K):
-        is_best = key == tl.max(key, axis=0)
-        chosen = chosen | is_best
-        key = tl.where(is_best, _LOWEST, key)
+    chosen = _best(flat, real, TOP_K, GROUPS * SIZE)
     weights = tl.where(chosen, tl.reshape(scores, [GROUPS * SIZE]), 0.0)
     if NORM:
         weights = weights / (tl.sum(weights, axis=0) + 1e-20)
