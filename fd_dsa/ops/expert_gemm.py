@@ -69,7 +69,7 @@ def configuration(
     tiling = _fastest(kind, num_pairs, num_experts, gated, columns)
     num_programs = min(num_pairs, num_experts) * (columns // (tiling.columns * _COLUMN_TILES))
     # fewer programs would leave processors without work
-    fewest = _PROCESSORS * (2 if tiling.rows == 8 else 8)
+    fewest = _PROCESSORS * (1 if tiling.rows == 8 else 8)
     if num_programs > fewest and _is_short(kind, tiling.rows, width):
         tiling = tiling._replace(column_tiles=_COLUMN_TILES)
     # if shared memory is the limit, one more stage is in registers
@@ -92,17 +92,17 @@ def _fastest(kind: str, num_pairs: int, num_experts: int, gated: bool, columns: 
     sizes = _FEW_ROWS if kind in ("e4m3", "int4") else _ROWS
     rows = next((rows for rows, most in sizes if mean <= most), 128)
     if kind in _FOUR_BITS:
-        narrow, is_wide = 64 >> gated, kind == "int4" and rows == 8
+        narrow = 64 >> gated
         # up to one or four tiles for each processor of an H200 are narrow
         most = _PROCESSORS * narrow * (1 if rows == 8 else 4)
         if rows <= 16 and min(num_pairs, num_experts) * columns <= most:
-            return Tiling(rows, narrow, 4, 3 if is_wide else 6)
+            return Tiling(rows, narrow, 4, 6)
         if rows == 128 and kind == "e8m0":
             # Two blocks fill the registers and the shared memory of a processor. One converts codes
             # while the tensor cores work for the other. With scales of e4m3 a block needs 1 KiB
             # more, and integers need many more registers.
             return Tiling(rows, 128 >> gated, 8, 3, maxnreg=128)
-        num_stages = 3 if is_wide or rows in (32, 64) else 4
+        num_stages = 3 if rows in (32, 64) or (rows == 8 and not gated) else 4
         has_4_warps = rows <= 16 or (rows == 32 and gated and kind != "e8m0")
         return Tiling(rows, 128 >> gated, 4 if has_4_warps else 8, num_stages)
     if rows == 128:
