@@ -9,7 +9,16 @@ _FEW = {
     rows: tuple(
         Tiling(rows, columns, warps, stages, 132 * per_processor)
         for columns, warps in ((64, 4), (128, 4), (128, 8))
-        for per_processor, stages in ((1, 8), (1, 4), (2, 6), (2, 4), (3, 4), (3, 3), (4, 3))
+        for per_processor, stages in (
+            (1, 8),
+            (1, 4),
+            (2, 6),
+            (2, 4),
+            (2, 3),
+            (3, 4),
+            (3, 3),
+            (4, 3),
+        )
         # limits of a processor: 227 KiB, and 255 registers a thread
         if per_processor * stages * (columns + rows) * GROUP <= 227 << 10
         and rows * columns <= 2048 * warps

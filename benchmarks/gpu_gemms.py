@@ -140,7 +140,7 @@ def dense_cases(bench: Bench, *, tilings: bool) -> Iterator[dict[str, Any]]:
             entry["cublaslt_us"] = bench.time_us(
                 [partial(by_library, *pair, out) for pair in weights]
             )
-            chosen = fp8_gemm.configuration(num_rows)
+            chosen = fp8_gemm.configuration(num_rows, outputs, width)
             entry["ours_us"], entry["tiling"] = bench.time_us(ours()), chosen
             if tilings:
                 entry["tilings"] = tried(bench, _tilings.fp8_gemms(num_rows), ours)

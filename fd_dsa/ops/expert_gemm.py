@@ -29,7 +29,7 @@ from fd_dsa.ops.device_functions import added_dot, stored, to_bfloat16, widened
 from fd_dsa.ops.expert_gemm_cuda import kernel_for, suits
 from fd_dsa.ops.four_bit_sums import four_bit_sums
 from fd_dsa.ops.fp8_gemm import check_weight, fp8_pointer, fp8_sums
-from fd_dsa.ops.split_sums import Tiling, rows_of_tiles
+from fd_dsa.ops.split_sums import PROCESSORS, Tiling, rows_of_tiles
 from fd_dsa.ops.step_kernel import step_kernel
 from fd_dsa.tensor import FourBitWeight, Fp8Rows, Tensor
 from fd_dsa.triton_runtime import TRITON_VERSION, next_power_of_2, start_next, wait_for_inputs
@@ -45,7 +45,6 @@ _ROWS = (16, 8), (32, 16), (64, 32)
 # The same for e4m3 and int4. Triton has 8 rows from 3.5 on. In 3.6 each warp multiplies them by
 # itself. Rows in the order of kind "e8m0" would pass through shared memory twice.
 _FEW_ROWS = *([(8, 6)] if TRITON_VERSION >= (3, 5) else []), (16, 12), (32, 24), (64, 32)
-_PROCESSORS = 132
 # Number of tiles of a program whose K is short. It is odd, because programs that begin a power of
 # two apart in the weight load from few memory channels.
 _COLUMN_TILES = 7
@@ -69,7 +68,7 @@ def configuration(
     tiling = _fastest(kind, num_pairs, num_experts, gated, columns)
     num_programs = min(num_pairs, num_experts) * (columns // (tiling.columns * _COLUMN_TILES))
     # fewer programs would leave processors without work
-    fewest = _PROCESSORS * (1 if tiling.rows == 8 else 8)
+    fewest = PROCESSORS * (1 if tiling.rows == 8 else 8)
     if num_programs > fewest and _is_short(kind, tiling.rows, width):
         tiling = tiling._replace(column_tiles=_COLUMN_TILES)
     # if shared memory is the limit, one more stage is in registers
@@ -94,7 +93,7 @@ def _fastest(kind: str, num_pairs: int, num_experts: int, gated: bool, columns: 
     if kind in _FOUR_BITS:
         narrow = 64 >> gated
         # up to one or four tiles for each processor of an H200 are narrow
-        most = _PROCESSORS * narrow * (1 if rows == 8 else 4)
+        most = PROCESSORS * narrow * (1 if rows == 8 else 4)
         if rows <= 16 and min(num_pairs, num_experts) * columns <= most:
             return Tiling(rows, narrow, 4, 6)
         if rows == 128 and kind == "e8m0":

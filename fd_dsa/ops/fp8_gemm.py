@@ -29,6 +29,7 @@ from fd_dsa.ops.fixed_order import fixed_order
 from fd_dsa.ops.head_gemm import store_heads
 from fd_dsa.ops.split_sums import (
     MAX_SPLITS,
+    PROCESSORS,
     Tiling,
     rows_of_tiles,
     scratch_beside,
@@ -48,14 +49,18 @@ _BAND = tl.constexpr(8)
 
 
 @lru_cache(maxsize=4096)
-def configuration(rows: int) -> Tiling:
-    """Return the tiling for a number of rows that is the fastest in `benchmarks.gpu_gemms`."""
+def configuration(rows: int, columns: int, width: int) -> Tiling:
+    """Return the tiling for a shape that is the fastest in `benchmarks.gpu_gemms`."""
     tile = next((tile for tile in (16, 32, 64) if rows <= tile), 128)
     if rows > 32:
-        return Tiling(tile, 128, 8, 4, 132)
+        return Tiling(tile, 128, 8, 4, PROCESSORS)
+    # With more rows the last program of a tile adds the parts of its sum more slowly. So fewer
+    # parts are faster, unless a part has many steps.
+    steps = -(-columns // 64) * -(-width // GROUP)
+    of_processor = 4 if rows <= 4 else 2 if steps <= 8 * 2 * PROCESSORS else 3
     # three stages: with four and 32 rows a processor has room for only four programs, so that the
     # 576 programs of the largest weight would not run at once
-    return Tiling(tile, 64, 4, 3, 528 if tile == 16 else 396)
+    return Tiling(tile, 64, 4, 3, of_processor * PROCESSORS)
 
 
 @triton.jit
@@ -270,7 +275,8 @@ def fp8_linear(
     num_rows, width = rows.codes.shape
     check_weight(codes, scales, width)
     out = empty_beside(rows.codes, num_rows, codes.shape[0], dtype=out_dtype)
-    _launch(rows, codes, scales, out, tiling or configuration(rows_of_tiles(num_rows)))
+    shape = rows_of_tiles(num_rows), codes.shape[0], width
+    _launch(rows, codes, scales, out, tiling or configuration(*shape))
     return out
 
 
@@ -296,7 +302,7 @@ def fp8_linear_by_group(
             f"FP8 weight by group: got {[columns, width]} and rows of {inputs} codes, allowed are "
             f"groups of multiples of {GROUP}"
         )
-    tiling = configuration(rows_of_tiles(num_rows))
+    tiling = configuration(rows_of_tiles(num_rows), columns, width)
     if round_scales is None:
         out: Any = empty_beside(rows.codes, num_rows, columns, dtype="bfloat16")
     else:

@@ -28,7 +28,7 @@ from fd_dsa.ops.dense_kernels import (
 from fd_dsa.ops.device_functions import stored, to_bfloat16, widened
 from fd_dsa.ops.expert_gemm import plain_sums
 from fd_dsa.ops.fp8_gemm import check_weight, fp8_pointer, fp8_sums
-from fd_dsa.ops.split_sums import MAX_SPLITS, Tiling, scratch_beside, sum_of_parts
+from fd_dsa.ops.split_sums import MAX_SPLITS, PROCESSORS, Tiling, scratch_beside, sum_of_parts
 from fd_dsa.ops.step_kernel import step_kernel
 from fd_dsa.tensor import Fp8Rows, Normed, Tensor
 from fd_dsa.triton_runtime import start_next, wait_for_inputs
@@ -65,11 +65,11 @@ def division(
     """
     if gated:
         # two programs fit a processor of an H200
-        tiling, other_width = Tiling(16, GROUP, 4, 3, 2 * 132), 128
+        tiling, other_width = Tiling(16, GROUP, 4, 3, 2 * PROCESSORS), 128
     else:
         # tiles as in `fp8_gemm.configuration`
         tile, stages = (16, 4) if rows <= 16 else (32, 3)
-        tiling, other_width = Tiling(tile, 64, 4, stages, 3 * 132), 64
+        tiling, other_width = Tiling(tile, 64, 4, stages, 3 * PROCESSORS), 64
     tiles = -(-columns // tiling.columns), -(-other_columns // _OTHER_COLUMNS)
     steps = -(-width // GROUP), -(-width // other_width)
     # steps of the bfloat16 weight that read as many bytes as one of the FP8 weight

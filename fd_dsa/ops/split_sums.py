@@ -26,6 +26,8 @@ NUM_COUNTERS = 1024
 NUM_PARTIALS = 1 << 22
 """Number of float32 parts: 16 MiB, a third of the L2 cache of a Hopper GPU."""
 MAX_SPLITS = 16
+PROCESSORS = 132
+"""Multiprocessors of an H100 or H200. Elsewhere tiles and splits fit less well."""
 # rows for which tiles are chosen in batch-invariant mode: enough to split no sum
 _MANY_ROWS = 8192
 

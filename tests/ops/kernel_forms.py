@@ -305,7 +305,8 @@ for tokens in (1, 200, 1000):
 # number is that of the tiles of a stage
 types = dict.fromkeys(("x_ptr", "weight_ptr"), "uint8") | {"out_ptr": "bfloat16"}
 for rows, columns, width in ((1, 2240, 7168), (64, 7168, 16384), (8192, 4096, 7168), (1, 64, 200)):
-    _, options = gemm.launch_options(rows, columns, width, gemm.configuration(rows))
+    _, options = gemm.launch_options(rows, columns, width,
+                                     gemm.configuration(rows, columns, width))
     if options["SPLITS"] == 1:
         options["scratch_ptr"] = None
     compile("fp8 2", gemm.fp8_linear_kernel, types, WIDTH=width, COLUMNS=columns, NATIVE=NATIVE,
@@ -313,7 +314,7 @@ for rows, columns, width in ((1, 2240, 7168), (64, 7168, 16384), (8192, 4096, 71
 # wo_a of DeepSeek-V4, whose results are codes
 types = dict.fromkeys(("x_ptr", "weight_ptr", "codes_ptr"), "uint8")
 for rows in 1, 32, 64, 8192:
-    tiling = gemm.configuration(rows)._replace(columns=128)
+    tiling = gemm.configuration(rows, 8192, 4096)._replace(columns=128)
     _, options = gemm.launch_options(rows, 8192, 4096, tiling)
     if options["SPLITS"] == 1:
         options["scratch_ptr"] = None

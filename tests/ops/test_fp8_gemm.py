@@ -158,8 +158,9 @@ def test_every_tiling_gives_the_same_values(
 
 
 def test_chosen_tilings_are_candidates() -> None:
-    for rows in (1, 16, 17, 32, 33, 64, 65, 128, 129, 8192):
-        assert configuration(rows) in _tilings.fp8_gemms(rows)
+    for rows in (1, 4, 5, 16, 17, 32, 33, 64, 65, 128, 129, 8192):
+        for columns, width in ((2112, 7168), (7168, 16384)):
+            assert configuration(rows, columns, width) in _tilings.fp8_gemms(rows)
 
 
 def test_splits_have_work_and_room() -> None:

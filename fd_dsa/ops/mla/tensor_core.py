@@ -22,7 +22,7 @@ from fd_dsa.ops.mla.records import Dequantized, DequantizedRecords
 from fd_dsa.ops.mla.tensor_core_kernel import attend_kernel, combine_kernel
 from fd_dsa.ops.mla.tiles import RANK, ROPE
 from fd_dsa.ops.providers import CUSTOM_OP, TENSOR_CORE, SelectedProvider, select_provider
-from fd_dsa.ops.split_sums import rows_of_tiles
+from fd_dsa.ops.split_sums import PROCESSORS, rows_of_tiles
 from fd_dsa.step import ForwardMeta
 from fd_dsa.tensor import Tensor
 
@@ -31,8 +31,6 @@ MAX_SPLITS = 32
 # with fewer prompt tokens in a step, a launch that dequantizes costs more than it saves
 _MIN_PREFILL_TOKENS = 256
 _HOPPER = range(90, 100)
-# multiprocessors of an H100 or H200; elsewhere the splits fit less well
-_PROCESSORS = 132
 # cost of a program in addition to its tiles, and of a second launch, in tiles
 _START_TILES, _COMBINE_TILES = 1.5, 2.0
 COMBINE_CONFIGS = ((4, RANK, 4), (MAX_SPLITS, 128, 4))
@@ -95,7 +93,7 @@ def kernel_config(num_heads: int, num_tokens: int, fp8: bool) -> KernelConfig:
 def partial_rows(num_heads: int) -> int:
     """Return the rows of Partials that suffice for every number of tokens."""
     few = num_heads <= 16
-    return 2 * _PROCESSORS * (2 if few else 1) * min(num_heads, 64)
+    return 2 * PROCESSORS * (2 if few else 1) * min(num_heads, 64)
 
 
 def new_partials(num_heads: int, allocate: Allocate) -> Partials:
@@ -117,7 +115,7 @@ def num_splits(num_tokens: int, num_heads: int, topk: int, config: KernelConfig,
         rows: rows of the Partials, 0 without.
     """
     groups, tiles = -(-num_heads // config.block_h), -(-topk // config.block_n)
-    at_once = _PROCESSORS * config.per_processor
+    at_once = PROCESSORS * config.per_processor
     limit = min(MAX_SPLITS, tiles, rows // (num_tokens * num_heads))
 
     def estimate(splits: int) -> float:
