@@ -225,7 +225,6 @@ class Recorder:
     def __init__(self, name: str, folder: Path) -> None:
         torch.manual_seed(1234)
         self._path = Path(folder) / f"{name}.json"
-        self._path.parent.mkdir(parents=True, exist_ok=True)
         limit_s = float(os.environ.get(LIMIT_VARIABLE, "inf"))
         # a case that has begun must end
         self.end_s = time.monotonic() + (1 - _RESERVE) * limit_s

@@ -97,7 +97,8 @@ def percentiles(values: Sequence[float]) -> dict[str, float]:
 
 
 def write_json(path: Path, result: Any) -> None:
-    """Write a result so that a reader never finds half a file."""
+    """Write a result so that a reader never finds half a file. Its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".unfinished")
     unfinished.write_text(json.dumps(result, indent=1) + "\n")
     unfinished.replace(path)
@@ -144,7 +145,6 @@ def rig_result(name: str, args: argparse.Namespace, **fields: Any) -> dict[str, 
 
 def write_result(folder: Path, result: Mapping[str, Any]) -> None:
     """Write a result to <its name>.json in a folder, and print where."""
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{result['name']}.json"
     write_json(path, result)
     print(f"written: {path}", flush=True)

@@ -152,7 +152,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     result = rig_result(of_ranks(found.name, ranks), args, shape=found.shape._asdict())
     if found.default_tokens is not None:
         result["default_tokens"] = found.default_tokens
-    args.out.mkdir(parents=True, exist_ok=True)
     with found.engines as options:
         for tokens in sizes:
             for entry in cases(found, options, tokens, contexts):

@@ -202,7 +202,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         bench, tokens = Bench(args.rig), args.tokens or TOKENS
         shapes = {name: Shape(width=width) for name, width in WIDTHS.items()}
     result = rig_result("four_bit_experts", args)
-    args.out.mkdir(parents=True, exist_ok=True)
     for name, shape in shapes.items():
         for entry in cases(bench, name, shape, tokens, tilings=args.tilings):
             result["cases"].append(entry)

@@ -207,7 +207,6 @@ def main(argv: list[str] | None = None) -> int:
     """Measure and write the result. Returns 0."""
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args(argv)
     measured = layers_and_logits() | {"retrieval": retrieval()}
-    RESULT.parent.mkdir(parents=True, exist_ok=True)
     write_json(RESULT, {"name": "fp8_cache", "env": environment()} | measured)
     print(region("fp8_cache"))
     return 0

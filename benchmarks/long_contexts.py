@@ -91,7 +91,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         floor_of, options_of = partial(floor, shape=shape), engine_options(args, shape, config)
     name = "long_contexts" + "_v4" * args.v4
     result = rig_result(name, args, **shape._asdict())
-    args.out.mkdir(parents=True, exist_ok=True)
     with options_of as options, Worker(TARGET, **options) as engine:
         engine.call(op="decode", batch=1, prompt=min(lengths) // 2, new=new)
         for length in lengths:

@@ -90,7 +90,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         config["kv_cache_dtype"] = "fp8"
     sizes = (16, 64) if args.dry else SIZES
     name = of_ranks("mixed_steps", ranks)
-    args.out.mkdir(parents=True, exist_ok=True)
     result = rig_result(name, args, shape=shape._asdict(), rows=rows, most=GATE, goal=GOAL)
     with engine_options(args, shape, config) as options, Worker(TARGET, **options) as engine:
         result["start"] = engine.call(op="start_up")

@@ -215,7 +215,6 @@ def run_v4(args: argparse.Namespace) -> int:
     result = rig_result("once_per_step_v4", args, model=model)
     config: dict[str, Any] = {**(V4_SMALL if args.dry else V4_CONFIG), "max_num_seqs": 8}
     config.pop("cudagraph_capture_sizes", None)
-    args.out.mkdir(parents=True, exist_ok=True)
     with v4_options(args, shape, config) as options:
         for entry in compared_v4(options, args):
             result["cases"].append(entry)
