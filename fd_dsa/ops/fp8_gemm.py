@@ -54,10 +54,12 @@ def configuration(rows: int, columns: int, width: int) -> Tiling:
     tile = next((tile for tile in (16, 32, 64) if rows <= tile), 128)
     if rows > 32:
         return Tiling(tile, 128, 8, 4, PROCESSORS)
-    # With more rows the last program of a tile adds the parts of its sum more slowly. So fewer
-    # parts are faster, unless a part has many steps.
-    steps = -(-columns // 64) * -(-width // GROUP)
-    of_processor = 4 if rows <= 4 else 2 if steps <= 8 * 2 * PROCESSORS else 3
+    of_processor = 4
+    if rows > 4:
+        # With more rows the last program of a tile adds the parts of its sum more slowly. So fewer
+        # parts are faster, unless a processor has many steps.
+        steps = -(-columns // 64) * -(-width // GROUP) / PROCESSORS
+        of_processor = 2 if steps <= 16 else 3 if steps <= 64 else 4
     # three stages: with four and 32 rows a processor has room for only four programs, so that the
     # 576 programs of the largest weight would not run at once
     return Tiling(tile, 64, 4, 3, of_processor * PROCESSORS)
