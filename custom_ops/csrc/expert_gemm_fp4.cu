@@ -20,7 +20,8 @@
 //
 // With up to 16 pairs the rows between both GEMMs can be in FP8, with a scale for each 64 values. Those
 // are the columns of a tile of the first GEMM, which writes codes, so no launch has to quantise them.
-// The second GEMM then has sums of its own for each half of a stage.
+// The second GEMM then has sums of its own for each half of a stage. It starts to copy its weights
+// before it waits for the first one.
 //
 // In tiles of 240 pairs the warpgroups take turns at turning codes, so that the tensor cores multiply
 // for the other one meanwhile. With up to 16 pairs a warpgroup turns the codes of a stage during its

@@ -283,7 +283,7 @@ __device__ __forceinline__ uint32_t bfloat16_of_codes(uint32_t word, uint32_t sc
 FD_DSA_OF_PAIRS(times_halves, "mul.rn.f16x2")
 FD_DSA_OF_PAIRS(minus_bfloat16, "sub.rn.bf16x2")
 
-// Returns `x & mask | bits`. Without this, the compiler makes two instructions of two constants.
+// Returns `x & mask | bits` by one instruction. The compiler takes two if both are constants.
 __device__ __forceinline__ uint32_t masked_or(uint32_t x, uint32_t mask, uint32_t bits) {
   asm("lop3.b32 %0, %0, %1, %2, 0xea;" : "+r"(x) : "r"(mask), "r"(bits));
   return x;

@@ -57,7 +57,7 @@ _E2M1 = tl.constexpr(
         *_E2M1_CODES,
     )
 )
-# 0xEA: a & b | c. As two instructions, compilers keep them apart.
+# 0xEA: a & b | c. Compilers do not join these two operations if b and c are constants.
 _INT4_CODES = tuple(
     f"shr.b32 x, {{word}}, {4 * i}; lop3.b32 {{to}}, x, 0x000F000F, 0x43004300, 0xEA;"
     for i in range(4)
