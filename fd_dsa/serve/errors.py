@@ -35,6 +35,7 @@ _RULES = {
     "dict_type": "an object",
     "finite_number": "a finite number",
     "float_type": "a number",
+    "greater_than_equal": "{ge} or more",
     "int_type": "an integer",
     "list_type": "a list",
     "literal_error": "{expected}",
@@ -262,7 +263,8 @@ def validation_refusal(error: ValidationError) -> ApiError:
         # the reader of JSON makes floats of larger integers
         rule += " of at most 64 bits"
     rule = rule.format_map(first.get("ctx", {}))
-    return ApiError(400, f"{path}: got {show(given)}; allowed is {rule}", param=param)
+    # the path of a name that is no valid Unicode is empty
+    return ApiError(400, f"{path or 'body'}: got {show(given)}; allowed is {rule}", param=param)
 
 
 def _field_path(location: Sequence[str | int]) -> str:

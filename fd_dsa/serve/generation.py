@@ -129,7 +129,8 @@ def resolve_max_tokens(
         source: field of the prompt.
 
     Raises:
-        ApiError: 400 if the prompt is empty, or does not fit into the context with its output.
+        ApiError: 400 if the prompt is empty, or does not fit into the context with its output, or
+            the requested number is below 1.
     """
     limit = state.engine.max_model_len
     if num_prompt_tokens == 0:
@@ -140,6 +141,8 @@ def resolve_max_tokens(
     if requested is None:
         bounds = (longest, default, state.engine.sampling_defaults.get("max_tokens"))
         return min(bound for bound in bounds if bound is not None)
+    if requested < 1:
+        raise FieldError(f"{param}: got {requested}; must be an integer >= 1")
     if requested > longest:
         raise FieldError(
             f"{param}: got {requested} after a prompt of {num_prompt_tokens} tokens, "

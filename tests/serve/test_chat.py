@@ -291,6 +291,15 @@ def test_both_names_of_the_output_limit(live: Live, fields: dict[str, int], leng
     assert result.choices[0].finish_reason == "length"
 
 
+def test_a_refused_limit_has_the_name_that_the_client_sent(live: Live) -> None:
+    for name in ("max_tokens", "max_completion_tokens"):
+        for number in (0, -(2**40)):
+            body = {"messages": HELLO, name: number}
+            error = live.http.post("/v1/chat/completions", json=body).json()["error"]
+            assert error["message"] == f"{name}: got {number}; must be an integer >= 1"
+            assert error["param"] == name
+
+
 def test_without_a_template_completions_work_and_chat_says_why() -> None:
     with running(FakeEngine(chat=False)) as live:
         assert live.client.completions.create(model="demo", prompt="a").choices[0].text == REPLY

@@ -158,6 +158,13 @@ def test_bad_values(live: Live, fields: dict[str, Any], param: str) -> None:
         assert error["message"].startswith(param)
 
 
+def test_a_field_name_that_is_no_unicode_is_told(live: Live) -> None:
+    headers = {"Content-Type": "application/json"}
+    answer = live.http.post("/v1/completions", content=r'{"\ud800": 1}', headers=headers)
+    message = error_of(answer, 400)["message"]
+    assert message == r'body: got "\ud800"; allowed is valid Unicode'
+
+
 def test_an_integer_of_more_than_64_bits_is_named(live: Live) -> None:
     for seed in (2**64, -(2**70)):
         error = error_of(complete(live, seed=seed), 400)

@@ -36,7 +36,7 @@ def error_of(answer: Any) -> dict[str, Any]:
     ("fields", "reason"),
     [
         ({"max_tokens": None}, "max_tokens: got null"),
-        ({"max_tokens": 0}, "max_tokens: got 0"),
+        ({"max_tokens": 0}, "max_tokens: got 0; allowed is 1 or more"),
         ({"messages": []}, "messages: got []"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role: got"),
         ({"messages": [{"role": "user", "content": []}]}, "messages[0].content: has no blocks"),
