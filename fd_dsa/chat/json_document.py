@@ -6,13 +6,12 @@ name count as two properties. The documents here avoid those places.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
-from decimal import ROUND_DOWN, Context, Decimal
 from itertools import chain
 from typing import Any
 
 from fd_dsa.chat.enforced import CheckedSchema, checked, constraints, exclusive, refusal
+from fd_dsa.chat.exact_numbers import LOWER, UPPER, check_constant, inner_bound
 from fd_dsa.chat.lark import check_size
 from fd_dsa.chat.patterns import FORMATS
 from fd_dsa.chat.schema import (
@@ -27,8 +26,6 @@ from fd_dsa.chat.schema import (
 )
 
 _AS_THEY_ARE = ("type", "minItems", "maxItems", "minLength", "maxLength", "multipleOf")
-_MAX_EXACT = 2**53
-_LOWER, _UPPER = ("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")
 _COUNTS = {"minProperties", "maxProperties"}
 # `minProperties` may ask for one of at most this many optional properties
 _MAX_OPTIONAL = 32
@@ -185,29 +182,23 @@ def _bounds(of: CheckedSchema) -> dict[str, Any]:
     Beyond exact doubles they are moved inward to 15 digits.
     """
     made = {}
-    for key in (*_LOWER, *_UPPER):
+    for key in (*LOWER, *UPPER):
         value = of.get(key)
         if not isinstance(value, int | float):
             continue
-        if abs(value) >= _MAX_EXACT:
-            if (value < 0) != (key in _LOWER):
-                raise refusal(key, f"{shown(value)} is beyond the integers that doubles hold")
-            value = int(Context(prec=15, rounding=ROUND_DOWN).create_decimal(Decimal(value)))
-            value = max(-_MAX_INT64, min(value, _MAX_INT64))
-        made[key] = value
+        try:
+            made[key] = inner_bound(key, value)
+        except ValueError as error:
+            raise refusal(key, str(error)) from error
     return made
-
-
-# the largest int64 of 15 digits
-_MAX_INT64 = 9_223_372_036_854_770_000
 
 
 def _exact(value: object, depth: int = MAX_DEPTH) -> Any:
     """Check a value of `const` or `enum`, which llguidance compares as a double."""
-    if isinstance(value, int) and abs(value) > _MAX_EXACT:
-        raise refusal("enum", f"{shown(value)} is beyond the integers that doubles hold")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise refusal("enum", f"{value} is beyond what doubles hold")
+    try:
+        check_constant(value)
+    except ValueError as error:
+        raise refusal("enum", str(error)) from error
     if not depth:
         raise SchemaError(f"enum: got a value that is nested more than {MAX_DEPTH} deep")
     if isinstance(value, list):

@@ -5,11 +5,13 @@ Source of the notation: `docs/syntax.md` and `docs/json_schema.md` of guidance-a
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Iterator
 from typing import Any
 
+from fd_dsa.chat.exact_numbers import LOWER, UPPER, check_constant, inner_bound
 from fd_dsa.chat.lark import JSON_OPTIONS
 from fd_dsa.grammars.messages import Kind
 
@@ -31,6 +33,11 @@ _PLAIN_REASONS = {
     "NoExtensionBias": "no text satisfies it",
 }
 _PLAIN_REASONS["too many expressions constructed"] = _PLAIN_REASONS["fuel"]
+_NAMED_SCHEMAS = frozenset(
+    {"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"}
+)
+"""Keywords whose keys are names, so that a property may be called `const`."""
+_ANNOTATIONS = frozenset({"default", "example", "examples"})
 # JSON Schema treats an unknown format as an annotation
 _HARMLESS = "Unknown format"
 _ONE_OF = (
@@ -58,7 +65,7 @@ def _entry(kind: Kind, text: str, names: Container[bytes]) -> dict[str, Any]:
     from llguidance.gbnf_to_lark import gbnf_to_lark
 
     if kind == "json_schema":
-        schema = json.loads(text)
+        schema = _with_exact_numbers(json.loads(text))
         if isinstance(schema, dict):
             given = schema.get("x-guidance", {})
             schema["x-guidance"] = {**JSON_OPTIONS, **given} if isinstance(given, dict) else given
@@ -77,6 +84,48 @@ def _entry(kind: Kind, text: str, names: Container[bytes]) -> dict[str, Any]:
         return json.dumps(match[0], ensure_ascii=False) if is_name else match[0]
 
     return {"lark_grammar": _LARK_PART.sub(spelled, text)}
+
+
+def _with_exact_numbers(schema: Any) -> Any:
+    """Return a schema whose bounds llguidance reads without rounding.
+
+    Raises:
+        ValueError: a number cannot be enforced exactly. The message begins with its keyword.
+    """
+    if isinstance(schema, list):
+        return [_with_exact_numbers(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    made = dict(schema)
+    for key, value in schema.items():
+        if key in _NAMED_SCHEMAS and isinstance(value, dict):
+            made[key] = {name: _with_exact_numbers(part) for name, part in value.items()}
+        elif key in (*LOWER, *UPPER) and isinstance(value, int | float):
+            with _named(key):
+                made[key] = inner_bound(key, value)
+        elif key in ("const", "enum"):
+            with _named(key):
+                _check_constants(value)
+        elif key not in _ANNOTATIONS:
+            made[key] = _with_exact_numbers(value)
+    return made
+
+
+def _check_constants(value: object) -> None:
+    """Raise ValueError for a number anywhere in a value that becomes another one as a double."""
+    check_constant(value)
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    for part in parts:
+        _check_constants(part)
+
+
+@contextlib.contextmanager
+def _named(keyword: str) -> Iterator[None]:
+    """Put the keyword in front of the message of a ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{keyword}: {error}") from error
 
 
 def _is_gbnf(text: str) -> bool:

@@ -130,6 +130,11 @@ def test_text_and_null_ask_for_no_form(bytes_live: Live) -> None:
         ({"guided_json": {"type": 5}}, "guided_json"),
         ({"guided_json": "{"}, "guided_json"),
         ({"guided_json": {"not": {}}}, "guided_json"),
+        ({"guided_json": {"enum": ["a", {"id": 2**53 + 1}]}}, "guided_json"),
+        ({"guided_json": {"const": 10**22 + 1}}, "guided_json"),
+        ({"guided_json": '{"const": 1e999}'}, "guided_json"),
+        ({"guided_json": {"type": "integer", "minimum": 10**400}}, "guided_json"),
+        ({"guided_json": {"items": {"maximum": -(2**60)}}}, "guided_json"),
         ({"structured_outputs": {"json": {"$ref": "http://x.org/"}}}, "structured_outputs"),
         (
             {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": 5}}}},
@@ -145,6 +150,33 @@ def test_a_form_that_cannot_be_used_is_a_bad_request(
         assert error["param"] == param
         assert error["message"].startswith(f"{param} cannot be used: ")
     assert complete(bytes_live).status_code == 200
+
+
+def test_a_refused_number_is_named_with_its_keyword(bytes_live: Live) -> None:
+    """A double would make another number of it, such as ...768 of ...789."""
+    schema = {"properties": {"const": {"enum": [1, 1234567890123456789]}}}
+    error = error_of(complete(bytes_live, guided_json=schema), 400)
+    assert error["message"] == (
+        "guided_json cannot be used: enum: 1234567890123456789 is beyond the integers that "
+        "doubles hold"
+    )
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        # the bounds of int64 and uint64, as generators of schemas write them
+        {"type": "integer", "minimum": -(2**63), "maximum": 2**63 - 1},
+        {"type": "integer", "minimum": 0, "maximum": 2**64 - 1},
+        {"type": "integer", "minimum": 2**53 - 1, "maximum": 2**53 + 1},
+        {"type": "number", "minimum": -1e300, "maximum": 1e300},
+        {"enum": [2**53, -(2**53), 1.5, {"minimum": 2**53}]},
+        {"type": "integer", "minimum": 7, "maximum": 7, "default": 2**60 + 1},
+    ],
+)
+def test_answers_keep_large_numbers_of_a_schema(bytes_live: Live, schema: dict[str, Any]) -> None:
+    for text in finished(bytes_live, guided_json=schema):
+        jsonschema.validate(json.loads(text), schema)
 
 
 def test_without_the_library_a_form_is_refused_with_the_cure(
