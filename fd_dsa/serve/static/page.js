@@ -174,10 +174,11 @@ async function send(text, { parent = view.leaf, role = openCall() ? "tool" : "us
 }
 
 const actions = {
-  choose(message) {
+  async choose(message) {
     view.leaf = endBelow(message.chat, message.id);
+    // saved before it is shown, so that the page opens again what it showed
+    await patchChat(message.chat, { leaf: view.leaf });
     draw();
-    patchChat(message.chat, { leaf: view.leaf });
   },
   edit(message) {
     const node = view.shown.get(message.id);
