@@ -25,6 +25,18 @@ _FEW = {
     )
     for rows in (16, 32, 64, 128)
 }
+# of a few rows, with several groups in a stage
+_STAGES = {
+    rows: tuple(
+        Tiling(rows, columns, 4, stages, groups=groups)
+        for columns in (16, 32)
+        for groups in (2, 4, 8, 16)
+        for stages in (1, 2, 3, 4)
+        # limit of a processor: 227 KiB
+        if stages * (columns + rows) * groups * GROUP <= 227 << 10
+    )
+    for rows in (8, 16)
+}
 _MANY = tuple(
     Tiling(rows, columns, warps, stages, 132)
     for rows, columns, warps in ((128, 128, 8), (64, 128, 4), (128, 64, 4))
@@ -48,7 +60,8 @@ _EXPERTS = {
 
 def fp8_gemms(rows: int) -> tuple[Tiling, ...]:
     """Return the tilings of FP8_GEMMS that may be the fastest for a number of rows."""
-    return next((few for most, few in _FEW.items() if rows <= most), _MANY)
+    few = next((few for most, few in _FEW.items() if rows <= most), _MANY)
+    return next((stages for most, stages in _STAGES.items() if rows <= most), ()) + few
 
 
 def experts(kind: str, gated: bool) -> tuple[Tiling, ...]:

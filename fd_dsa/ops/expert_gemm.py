@@ -28,7 +28,8 @@ from fd_dsa.ops.dense_kernels import (
 from fd_dsa.ops.device_functions import added_dot, stored, to_bfloat16, widened
 from fd_dsa.ops.expert_gemm_cuda import kernel_for, suits
 from fd_dsa.ops.four_bit_sums import four_bit_sums
-from fd_dsa.ops.fp8_gemm import check_weight, fp8_pointer, fp8_sums
+from fd_dsa.ops.fp8_gemm import check_weight
+from fd_dsa.ops.fp8_sums import fp8_pointer, fp8_sums
 from fd_dsa.ops.split_sums import PROCESSORS, Tiling, rows_of_tiles
 from fd_dsa.ops.step_kernel import step_kernel
 from fd_dsa.tensor import FourBitWeight, Fp8Rows, Tensor

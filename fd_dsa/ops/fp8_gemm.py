@@ -3,8 +3,9 @@
 Tensor cores multiply the codes. Each group of 128 along K is scaled and added in float32.
 
 With few rows the time is that of reading the weight. The kernel then computes the transpose,
-because the instructions have at least 64 rows, and splits K among programs until they fill the
-device. Many rows fill the device without a split.
+because its tiles have few rows. Programs of up to 16 rows share K among their warps, so that small
+tiles of columns fill the device. Otherwise K is split among programs until they fill the device.
+Many rows fill it without a split.
 
 A GEMM by group multiplies each group of a row's inputs by a weight of its own.
 
@@ -26,11 +27,13 @@ from fd_dsa.ops.dense_kernels import (
 )
 from fd_dsa.ops.device_functions import stored
 from fd_dsa.ops.fixed_order import fixed_order
+from fd_dsa.ops.fp8_sums import fp8_pointer, fp8_sums, sums_of_stages
 from fd_dsa.ops.head_gemm import store_heads
 from fd_dsa.ops.split_sums import (
     MAX_SPLITS,
     PROCESSORS,
     Tiling,
+    columns_of_parts,
     rows_of_tiles,
     scratch_beside,
     splits_of,
@@ -40,17 +43,24 @@ from fd_dsa.ops.step_kernel import step_kernel
 from fd_dsa.tensor import Fp8Rows, Tensor
 from fd_dsa.triton_runtime import start_next, wait_for_inputs
 
-import triton  # isort: skip
 import triton.language as tl  # isort: skip
 
 _GROUP = tl.constexpr(GROUP)
 # row tiles of a band, whose programs are neighbours and so read the same rows and columns
 _BAND = tl.constexpr(8)
+# a tile of few rows that quantizes its columns
+_WHOLE_GROUP = Tiling(16, GROUP, 4, 3)
 
 
 @lru_cache(maxsize=4096)
-def configuration(rows: int, columns: int, width: int) -> Tiling:
-    """Return the tiling for a shape that is the fastest in `benchmarks.gpu_gemms`."""
+def configuration(rows: int, columns: int, width: int, *, quantizes: bool = False) -> Tiling:
+    """Return the tiling for a shape, the fastest between other launches of a decode step.
+
+    With `quantizes` the programs of a few rows split no sum, because they quantize columns.
+    """
+    few = _few_rows(rows, columns, width, quantizes)
+    if few is not None:
+        return few
     tile = next((tile for tile in (16, 32, 64) if rows <= tile), 128)
     if rows > 32:
         return Tiling(tile, 128, 8, 4, PROCESSORS)
@@ -65,99 +75,22 @@ def configuration(rows: int, columns: int, width: int) -> Tiling:
     return Tiling(tile, 64, 4, 3, of_processor * PROCESSORS)
 
 
-@triton.jit
-def operand(codes, NATIVE: tl.constexpr):
-    """Return a tile of e4m3 codes for `tl.dot`, as float16 if not NATIVE. The values are exact."""
-    if not NATIVE:
-        bits = codes.to(tl.uint16)
-        # the exponents' biases differ by 8
-        half = ((bits & 0x7F) << 7 | (bits & 0x80) << 8).to(tl.float16, bitcast=True) * 256.0
-        codes = tl.where((bits & 0x7F) == 0x7F, float("nan"), half)
-    return codes
-
-
-@triton.jit
-def fp8_pointer(pointer, NATIVE: tl.constexpr):
-    """Return a pointer to codes, of Triton's e4m3 type if NATIVE, else to bytes."""
-    return pointer.to(tl.pointer_type(tl.float8e4nv)) if NATIVE else pointer
-
-
-@triton.jit
-def _scaled_dot(rows, columns, scale):
-    """Multiply tiles [rows, K] and [columns, K], and scale rows. Few rows give the transpose."""
-    if rows.shape[0] < 128:
-        return tl.dot(columns, tl.trans(rows)) * scale[None, :]
-    else:
-        return tl.dot(rows, tl.trans(columns)) * scale[:, None]
-
-
-@triton.jit
-def fp8_sums(
-    x,
-    x_scales,
-    live,
-    weight,
-    scales,
-    to_up,
-    to_up_scales,
-    x_stride,
-    first,
-    last,
-    WIDTH: tl.constexpr,
-    GATED: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-    NATIVE: tl.constexpr,
-):
-    """Return float32 [rows, columns] sums over the groups from `first` to `last` along K.
-
-    With GATED also the sums of the second half of the weight are returned.
-
-    Args:
-        x: pointers [rows, 1] to the first code of each row.
-        x_scales: pointers [rows] to the first scale of each row.
-        x_stride: distance from the scale of a group to that of the next group.
-        live: mask [rows] of the rows to load.
-        weight: pointers [columns, 1] to the first code of each column.
-        scales: pointer to the first scale of these columns.
-        to_up, to_up_scales: distances to the second half, in codes and in scales.
-    """
-    place = tl.arange(0, _GROUP)[None, :]
-    if BLOCK_ROWS < 128:
-        total = tl.zeros([BLOCK_COLUMNS, BLOCK_ROWS], tl.float32)
-    else:
-        total = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
-    up_total = total
-    row_scale = tl.load(x_scales + first * x_stride, mask=live, other=0.0)
-    scale, up_scale = tl.load(scales + first), 0.0
-    if GATED:
-        up_scale = tl.load(scales + to_up_scales + first)
-    for group in range(first, last):
-        at = group * _GROUP + place
-        if WIDTH % 128 == 0:
-            rows = tl.load(x + at, mask=live[:, None], other=0.0)
-            columns = tl.load(weight + at)
-        else:
-            rows = tl.load(x + at, mask=live[:, None] & (at < WIDTH), other=0.0)
-            columns = tl.load(weight + at, mask=at < WIDTH, other=0.0)
-        # scales are loaded one group ahead, because a wait for them would stall the copies ahead
-        ahead = tl.minimum(group + 1, last - 1)
-        next_row_scale = tl.load(x_scales + ahead * x_stride, mask=live, other=0.0)
-        next_scale = tl.load(scales + ahead)
-        rows = operand(rows, NATIVE)
-        total += _scaled_dot(rows, operand(columns, NATIVE), row_scale * scale)
-        if GATED:
-            if WIDTH % 128 == 0:
-                columns = tl.load(weight + to_up + at)
-            else:
-                columns = tl.load(weight + to_up + at, mask=at < WIDTH, other=0.0)
-            next_up_scale = tl.load(scales + to_up_scales + ahead)
-            up_total += _scaled_dot(rows, operand(columns, NATIVE), row_scale * up_scale)
-            up_scale = next_up_scale
-        row_scale, scale = next_row_scale, next_scale
-    if BLOCK_ROWS < 128:
-        total, up_total = tl.trans(total), tl.trans(up_total)
-    return total, up_total
+def _few_rows(rows: int, columns: int, width: int, quantizes: bool) -> Tiling | None:
+    """Return the tiling with several groups in a stage. None if another form is faster."""
+    groups, tile, tiles = width // GROUP, 8 if rows <= 8 else 16, -(-columns // 16)
+    divisor = groups & -groups
+    if rows > 16 or width % GROUP or divisor < 2 or tiles > 4 * PROCESSORS:
+        return None
+    if divisor == groups <= 4:
+        # the programs read their weights while the launch before runs
+        return Tiling(tile, 32, 4, 1, groups=groups)
+    if quantizes:
+        return Tiling(tile, 32 if tiles > 2 * PROCESSORS else 16, 4, 3, groups=min(divisor, 8))
+    if rows > 8 or tiles < 64:
+        return None
+    # with more tiles the programs of a processor have enough bytes in flight by smaller stages
+    most = 8 if tiles > 2 * PROCESSORS else 4 if groups <= 16 else 8 if groups < 64 else 16
+    return Tiling(tile, 16, 4, 3, groups=min(divisor, most))
 
 
 @step_kernel(waits=True)
@@ -180,26 +113,30 @@ def fp8_linear_kernel(
     NATIVE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
+    GROUPS: tl.constexpr,
     STEPS: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
     """Compute tile `program 0` of the result from the groups of 128 along K of `program 1`.
 
     The columns are those of NUM_GROUPS weights, each of which reads WIDTH inputs of a row. Without
-    `out_ptr` the columns of a tile are quantized, which are one group.
+    `out_ptr` the columns of a tile are quantized, which are one group or a part of one.
     """
-    wait_for_inputs()
-    row_tiles = (num_rows + BLOCK_ROWS - 1) // BLOCK_ROWS
-    in_band: tl.constexpr = (COLUMNS + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS * _BAND
     tile = tl.program_id(0)
-    first_tile = tile // in_band * _BAND
-    height = tl.minimum(row_tiles - first_tile, _BAND)
-    row = (first_tile + tile % in_band % height) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    first_column = tile % in_band // height * BLOCK_COLUMNS
+    if GROUPS > 1:
+        # there is one row tile
+        row, first_column = tl.arange(0, BLOCK_ROWS), tile * BLOCK_COLUMNS
+    else:
+        row_tiles = (num_rows + BLOCK_ROWS - 1) // BLOCK_ROWS
+        in_band: tl.constexpr = (COLUMNS + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS * _BAND
+        first_tile = tile // in_band * _BAND
+        height = tl.minimum(row_tiles - first_tile, _BAND)
+        row = (first_tile + tile % in_band % height) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+        first_column = tile % in_band // height * BLOCK_COLUMNS
     column = first_column + tl.arange(0, BLOCK_COLUMNS)
     live, row = row < num_rows, row.to(tl.int64)
     groups: tl.constexpr = (WIDTH + _GROUP - 1) // _GROUP
-    first = tl.program_id(1) * STEPS
+    first = tl.program_id(1) * STEPS if SPLITS > 1 else 0
     x = fp8_pointer(x_ptr, NATIVE) + row[:, None] * (NUM_GROUPS * WIDTH)
     x_scales = x_scales_ptr + row
     if NUM_GROUPS > 1:
@@ -210,15 +147,28 @@ def fp8_linear_kernel(
     source = tl.minimum(column, COLUMNS - 1).to(tl.int64)
     weight = fp8_pointer(weight_ptr, NATIVE) + source[:, None] * WIDTH
     scales = weight_scales_ptr + first_column // _GROUP * groups
-    total, _ = fp8_sums(
-        x, x_scales, live, weight, scales, 0, 0, x_stride, first,
-        tl.minimum(first + STEPS, groups), WIDTH, False, BLOCK_ROWS, BLOCK_COLUMNS, NATIVE,
-    )  # fmt: skip
-    start_next()
+    end = tl.minimum(first + STEPS, groups) if SPLITS > 1 else groups
+    if GROUPS > 1:
+        total = sums_of_stages(
+            x, x_scales, live, weight, scales, x_stride, first, end, BLOCK_ROWS, BLOCK_COLUMNS,
+            NATIVE, GROUPS, STEPS == GROUPS,
+        )  # fmt: skip
+    else:
+        wait_for_inputs()
+        total, _ = fp8_sums(
+            x, x_scales, live, weight, scales, 0, 0, x_stride, first, end, WIDTH, False,
+            BLOCK_ROWS, BLOCK_COLUMNS, NATIVE,
+        )  # fmt: skip
+        start_next()
     last = True
     if SPLITS > 1:
         total, last = sum_of_parts(
             total, scratch_ptr, tile, tl.program_id(1), SPLITS, live[:, None]
+        )
+    elif out_ptr is None and BLOCK_COLUMNS < _GROUP:
+        # a sum without parts
+        total, last = columns_of_parts(
+            total, scratch_ptr, tile, _GROUP // BLOCK_COLUMNS, live[:, None]
         )
     if last:
         if out_ptr is not None:
@@ -226,9 +176,10 @@ def fp8_linear_kernel(
             mask = live[:, None] & (column < COLUMNS)[None, :]
             tl.store(to, stored(total, out_ptr), mask=mask)
         else:
+            place = tl.arange(0, _GROUP)
             store_heads(
-                total, row, column - first_column, first_column // _GROUP, COLUMNS // _GROUP, live,
-                column < COLUMNS, None, codes_ptr, scales_ptr, scales_stride, _GROUP, ROUND_SCALES,
+                total, row, place, first_column // _GROUP, COLUMNS // _GROUP, live, place < _GROUP,
+                None, codes_ptr, scales_ptr, scales_stride, _GROUP, ROUND_SCALES,
             )  # fmt: skip
 
 
@@ -236,11 +187,14 @@ def launch_options(
     num_rows: int, columns: int, width: int, tiling: Tiling
 ) -> tuple[tuple[int, int], dict[str, int]]:
     """Return the grid of a launch with a tiling, and its constants and options."""
+    if tiling.groups > 1:
+        assert num_rows <= tiling.rows and not width % (tiling.groups * GROUP), (width, tiling)
     tiles = -(-num_rows // tiling.rows) * -(-columns // tiling.columns)
-    tile_size, steps = tiling.rows * tiling.columns, -(-width // GROUP)
+    tile_size, steps = tiling.rows * tiling.columns, -(-width // (tiling.groups * GROUP))
     most = min(MAX_SPLITS, tiling.programs // tiles)
-    splits, steps_of_part = splits_of(steps, tiles, tile_size, most)
-    return (tiles, splits), tiling.options | {"STEPS": steps_of_part, "SPLITS": splits}
+    splits, of_part = splits_of(steps, tiles, tile_size, most)
+    constants = {"GROUPS": tiling.groups, "STEPS": of_part * tiling.groups, "SPLITS": splits}
+    return (tiles, splits), tiling.options | constants
 
 
 def check_weight(codes: Tensor, scales: Tensor, width: int) -> None:
@@ -304,13 +258,14 @@ def fp8_linear_by_group(
             f"FP8 weight by group: got {[columns, width]} and rows of {inputs} codes, allowed are "
             f"groups of multiples of {GROUP}"
         )
-    tiling = configuration(rows_of_tiles(num_rows), columns, width)
+    tiling = configuration(rows_of_tiles(num_rows), columns, width, quantizes=True)
     if round_scales is None:
         out: Any = empty_beside(rows.codes, num_rows, columns, dtype="bfloat16")
     else:
-        # a tile quantizes its columns
-        tiling = tiling._replace(columns=GROUP)
         out = empty_fp8_rows(rows.codes, num_rows, columns)
+        if tiling.groups == 1:
+            # a tile quantizes its columns
+            tiling = tiling._replace(columns=GROUP)
     _launch(rows, codes, scales, out, tiling, groups, bool(round_scales))
     return out
 
@@ -332,11 +287,13 @@ def _launch(
     if fixed_order():
         tiling = tiling._replace(programs=1)
     grid, options = launch_options(*sizes, tiling)
+    is_joined = isinstance(out, Fp8Rows) and tiling.columns < GROUP
     scratch = None
-    if grid[1] > 1:
+    if grid[1] > 1 or is_joined:
         scratch = scratch_beside(rows.scales, "FP8 GEMM")
         if scratch is None:
-            grid, options = launch_options(*sizes, tiling._replace(programs=1))
+            alone = _WHOLE_GROUP if is_joined else tiling._replace(programs=1)
+            grid, options = launch_options(*sizes, alone)
     fp8_linear_kernel[grid](
         rows.codes, rows.scales, codes, scales, *kernel_arguments(out), scratch, num_rows,
         rows.scales.shape[1], WIDTH=width, COLUMNS=columns, NUM_GROUPS=num_groups,

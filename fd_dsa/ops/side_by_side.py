@@ -27,7 +27,8 @@ from fd_dsa.ops.dense_kernels import (
 )
 from fd_dsa.ops.device_functions import stored, to_bfloat16, widened
 from fd_dsa.ops.expert_gemm import plain_sums
-from fd_dsa.ops.fp8_gemm import check_weight, fp8_pointer, fp8_sums
+from fd_dsa.ops.fp8_gemm import check_weight
+from fd_dsa.ops.fp8_sums import fp8_pointer, fp8_sums
 from fd_dsa.ops.split_sums import MAX_SPLITS, PROCESSORS, Tiling, scratch_beside, sum_of_parts
 from fd_dsa.ops.step_kernel import step_kernel
 from fd_dsa.tensor import Fp8Rows, Normed, Tensor

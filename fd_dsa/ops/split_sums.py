@@ -47,6 +47,7 @@ class Tiling(NamedTuple):
         maxnreg: maximum number of registers of a thread; None = as many as there are.
         column_tiles: number of tiles of neighbouring columns that a program of a grouped GEMM
             computes in order.
+        groups: number of groups of 128 values along K in a stage of an FP8 GEMM.
     """
 
     rows: int
@@ -56,6 +57,7 @@ class Tiling(NamedTuple):
     programs: int = 1
     maxnreg: int | None = None
     column_tiles: int = 1
+    groups: int = 1
 
     @property
     def options(self) -> dict[str, int]:
@@ -102,6 +104,29 @@ def sum_of_parts(total, scratch_ptr, tile, split, SPLITS: tl.constexpr, mask=Non
             # bypass the L1 cache, because stores of other programs do not reach it
             total += tl.load(part + other * size, mask=mask, cache_modifier=".cg")
     return total, last
+
+
+@triton.jit
+def columns_of_parts(values, scratch_ptr, tile, PARTS: tl.constexpr, mask):
+    """Return the values of PARTS neighbouring tiles side by side, and True in the program with all.
+
+    `values` [M, N] are those of `tile`. Only values with a set `mask` [M, 1] are exchanged.
+    """
+    rows: tl.constexpr = values.shape[0]
+    columns: tl.constexpr = values.shape[1]
+    wide: tl.constexpr = PARTS * columns
+    number = tile // PARTS
+    place = scratch_ptr + _COUNTERS + number.to(tl.int64) * (rows * wide)
+    place += tl.arange(0, rows)[:, None] * wide
+    tl.store(place + tile % PARTS * columns + tl.arange(0, columns)[None, :], values, mask=mask)
+    last = is_last(scratch_ptr + number, PARTS)
+    joined = tl.zeros([rows, wide], tl.float32)
+    if last:
+        # as in `sum_of_parts`
+        joined = tl.load(
+            place + tl.arange(0, wide)[None, :], mask=mask, other=0.0, cache_modifier=".cg"
+        )
+    return joined, last
 
 
 def rows_of_tiles(num_rows: int) -> int:

@@ -45,7 +45,7 @@ def compile(label, kernel, types={}, fusion=True, blocks=1, capability=CAPABILIT
         # each kernel once for the types of its operands; of GEMMs, whose tiles differ, every form
         form = label, *sorted(types.items()), *sorted(k for k, v in options.items() if v is None)
         if label.startswith(("mla now", "mla ahead")) or capability != CAPABILITY or (
-                form in seen and label != "experts" and not label.startswith("fp8")):
+                form in seen and not label.startswith(("experts", "fp8", "stages"))):
             return
         seen.add(form)
     def argument(name):
@@ -301,25 +301,25 @@ for tokens in (1, 200, 1000):
                              scratch_ptr=None if tokens > 512 else Pointer("float32"))
             _, options = projection.launch_options(arguments, projection.configuration(tokens))
             compile("project", projection.project_indexer_kernel, types, **arguments, **options)
-# one row of q_a, wk and kv_a, o_proj, a prompt, and a width that ends in a part of a group; the
-# number is that of the tiles of a stage
-types = dict.fromkeys(("x_ptr", "weight_ptr"), "uint8") | {"out_ptr": "bfloat16"}
-for rows, columns, width in ((1, 2240, 7168), (64, 7168, 16384), (8192, 4096, 7168), (1, 64, 200)):
-    _, options = gemm.launch_options(rows, columns, width,
-                                     gemm.configuration(rows, columns, width))
-    if options["SPLITS"] == 1:
+# one row of q_a, wk and kv_a, of q_b, of down on a rank of eight, and of a width that ends in a
+# part of a group; o_proj, a prompt; the number is that of the tiles of a stage
+def fp8_gemm(rows, columns, width, groups, none, **types):
+    coded = "out_ptr" in none
+    tiling = gemm.configuration(rows, columns, width, quantizes=coded)
+    if coded and tiling.groups == 1:
+        tiling = tiling._replace(columns=128)
+    _, options = gemm.launch_options(rows, columns, width, tiling)
+    if options["SPLITS"] == 1 and not (coded and tiling.groups > 1):
         options["scratch_ptr"] = None
-    compile("fp8 2", gemm.fp8_linear_kernel, types, WIDTH=width, COLUMNS=columns, NATIVE=NATIVE,
-            NUM_GROUPS=1, ROUND_SCALES=False, codes_ptr=None, scales_ptr=None, **options)
-# wo_a of DeepSeek-V4, whose results are codes
-types = dict.fromkeys(("x_ptr", "weight_ptr", "codes_ptr"), "uint8")
-for rows in 1, 32, 64, 8192:
-    tiling = gemm.configuration(rows, 8192, 4096)._replace(columns=128)
-    _, options = gemm.launch_options(rows, 8192, 4096, tiling)
-    if options["SPLITS"] == 1:
-        options["scratch_ptr"] = None
-    compile("fp8 2", gemm.fp8_linear_kernel, types, out_ptr=None, WIDTH=4096, COLUMNS=8192,
-            NUM_GROUPS=8, ROUND_SCALES=True, NATIVE=NATIVE, **options)
+    compile("fp8 2" if tiling.groups == 1 else "stages of groups", gemm.fp8_linear_kernel,
+            dict(x_ptr="uint8", weight_ptr="uint8", **types), WIDTH=width, COLUMNS=columns,
+            NATIVE=NATIVE, NUM_GROUPS=groups, ROUND_SCALES=coded, **dict.fromkeys(none), **options)
+for rows, columns, width in ((1, 2240, 7168), (1, 24576, 1536), (1, 7168, 256), (1, 64, 200),
+                             (64, 7168, 16384), (8192, 4096, 7168)):
+    fp8_gemm(rows, columns, width, 1, ("codes_ptr", "scales_ptr"), out_ptr="bfloat16")
+# wo_a of DeepSeek-V4, whole and on a rank of eight, whose results are codes
+for rows, columns in (1, 8192), (1, 1024), (16, 8192), (32, 8192), (64, 8192), (8192, 8192):
+    fp8_gemm(rows, columns, 4096, columns // 1024, ("out_ptr",), codes_ptr="uint8")
 # wq_a and wkv of V4-Flash beside the bfloat16 weights of CSA and HCA layers; shared experts of
 # V4-Flash and V3.2 beside a router
 types = dict(x_ptr="bfloat16", x_codes_ptr="uint8", weight_ptr="uint8", other_ptr="bfloat16",

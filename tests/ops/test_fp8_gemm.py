@@ -28,8 +28,16 @@ from tests.triton_runtime.fakes import driven_by
 pytestmark = pytest.mark.triton
 
 # rows, columns, width: parts of blocks, of tiles and of vectors, and several of each
-SMALL = ((1, 200, 320), (19, 130, 136), (150, 64, 200), (3, 384, 1300))
-LARGE = ((1, 2240, 7168), (8, 7168, 16384), (77, 4096, 7168), (300, 576, 7168), (2048, 7168, 2048))
+SMALL = ((1, 200, 320), (19, 130, 136), (150, 64, 200), (3, 384, 1300), (5, 200, 1792))
+LARGE = (
+    (1, 2240, 7168),
+    (4, 512, 7168),
+    (16, 7168, 256),
+    (8, 7168, 16384),
+    (77, 4096, 7168),
+    (300, 576, 7168),
+    (2048, 7168, 2048),
+)
 
 
 def dirty_scratch(m: KernelMemory) -> Any:
@@ -81,7 +89,9 @@ def test_values(paddle_memory: KernelMemory, out_dtype: str) -> None:
 def test_values_by_group(paddle_memory: KernelMemory, round_scales: bool | None) -> None:
     """Each group of inputs has a weight of its own. Codes are those of the result in bfloat16."""
     m, rng = paddle_memory, np.random.default_rng(4)
-    for rows, groups, columns, width in ((1, 3, 128, 640), (19, 2, 256, 128), (65, 2, 128, 256)):
+    sizes = (1, 3, 128, 640), (19, 2, 256, 128), (65, 2, 128, 256), (5, 2, 128, 512)
+    large = ((4, 2, 256, 4096), (13, 2, 1024, 4096)) if m.large else ((3, 2, 128, 2048),)
+    for rows, groups, columns, width in (*sizes, *large):
         x = block_fp8.activations(rng, rows, groups * width)
         weight = block_fp8.weight(rng, groups * columns, width)
         values = row_values(*x).reshape(rows, groups, width)
@@ -143,6 +153,9 @@ TILINGS = (
     ((19, 200, 520), Tiling(32, 128, 4, 3, 40)),
     ((129, 130, 264), Tiling(128, 64, 4, 3, 40)),
     ((136, 130, 136), Tiling(16, 128, 4, 3, 1)),
+    ((5, 200, 1024), Tiling(8, 16, 4, 3, groups=4)),
+    ((5, 200, 1024), Tiling(8, 16, 4, 3, 80, groups=2)),
+    ((8, 200, 512), Tiling(8, 16, 4, 3, groups=4)),
 )
 
 
@@ -151,15 +164,21 @@ def test_every_tiling_gives_the_same_values(
 ) -> None:
     m, scratch = paddle_memory, dirty_scratch(paddle_memory)
     monkeypatch.setattr("fd_dsa.ops.fp8_gemm.scratch_beside", lambda *_: scratch)
-    large = ((LARGE[3], tiling) for tiling in _tilings.FP8_GEMMS)
+    large = ((LARGE[5], tiling) for tiling in _tilings.FP8_GEMMS)
     for shape, tiling in (*TILINGS, *large) if m.large else TILINGS:
         Case(m, *shape).check(tiling=tiling)
         assert not m.get(scratch[: split_sums.NUM_COUNTERS]).any()
 
 
 def test_chosen_tilings_are_candidates() -> None:
-    for rows in (1, 4, 5, 16, 17, 32, 33, 64, 65, 128, 129, 8192):
-        for columns, width in ((2112, 7168), (7168, 16384)):
+    for rows in (1, 4, 5, 8, 9, 16, 17, 32, 33, 64, 65, 128, 129, 8192):
+        for columns, width in (
+            (2112, 7168),
+            (7168, 16384),
+            (512, 7168),
+            (24576, 1536),
+            (7168, 256),
+        ):
             assert configuration(rows, columns, width) in _tilings.fp8_gemms(rows)
 
 

@@ -45,7 +45,7 @@ ALONE += (
     "plain rows",
     "plain keys",
 )
-AHEAD = "norm", "choice", "streams"
+AHEAD = "norm", "choice", "streams", "stages"
 # before, Triton has no `gdc_wait`, or calls it otherwise
 CAN_WAIT = tuple(map(int, re.findall(r"\d+", version("triton"))[:2])) >= (3, 5)
 
@@ -142,7 +142,7 @@ def test_forms_of_experts_in_four_bits(capability: int) -> None:
 @pytest.mark.slow
 def test_tuned_forms_are_what_they_are_chosen_for() -> None:
     made = compiled(TUNED)
-    assert len(made) == 4 + 4 + 9 + 4 + 4 + 12 + 12 + 2 + 15 + 9 + 2 + 7
+    assert len(made) == 4 + 4 + 9 + 4 + 6 + 12 + 12 + 2 + 15 + 9 + 2 + 9
     for form in made:
         assert_waits(form)
         assert_fits(form)
@@ -161,6 +161,12 @@ def test_tuned_forms_are_what_they_are_chosen_for() -> None:
             assert form["products"] and all("e4m3.e4m3" in p for p in form["products"]), name
             assert form["in_flight"] == int(name.split()[1]) * (form["stages"] - 2), name
             assert form["stack"] <= MOST_STACK_BYTES and form["ways"] <= 1, name
+        if name == "stages of groups":
+            # weights of a single stage are read ahead of the wait, others are copied in stages
+            assert bool(form["copies"]) == (form["stages"] > 1), name
+            assert form["in_flight"] == 2 * max(0, form["stages"] - 2), name
+            assert form["copies"] or form["loads_ahead"] > 1, name
+            assert form["stack"] == 0 and form["registers"] <= 168, name
         if name == "beside":
             # products of codes and of bfloat16 on tensor cores, and tiles copied ahead of them
             types = {product.rpartition("f32.")[2] for product in form["products"]}
@@ -218,7 +224,7 @@ def test_kernels_compile_for_other_gpus(capability: int) -> None:
     needs_fp8 = {form["label"].split()[0] for form in made if "needs_fp8" in form}
     # what writes codes, or reads them for a GEMM
     writers = {"norm", "silu", "quantize", "fill", "write", "query", "fp8", "tiles", "prompts"}
-    writers |= {"beside"}
+    writers |= {"beside", "stages"}
     readers = {"logits", "mla", "dequantize", "records", "keys"}
     assert needs_fp8 == (writers | readers if capability < 89 else set())
     served = {form["label"].split()[0] for form in made if "needs_fp8" not in form}
