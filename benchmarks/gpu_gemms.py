@@ -3,12 +3,16 @@
     python -m benchmarks.gpu_gemms --rig              # ours, and cuBLASLt: P25, P26
     python -m benchmarks.gpu_gemms --rig --tilings    # and every tiling that may serve
     python -m benchmarks.gpu_gemms --rig --only experts --peer DIR    # and vLLM and DeepGEMM
+    python -m benchmarks.gpu_gemms --rig --only chain    # a few rows, between norms in a layer
 
 DIR has a `run.sh` that runs `python SCRIPT ...` with vLLM's packages, see workers/experts_peer.py.
 Each figure is a replay of a graph with a call for each of several weights, so that none is in the
 L2. The floor of the bytes counts all weights, or those of the experts that are hit, at the copy
-rate of an H200. The floor of the multiplications is its FP8 rate. Writes gpu_dense.json and
-gpu_experts.json of benchmarks/results.
+rate of an H200. The floor of the multiplications is its FP8 rate. Writes gpu_dense.json,
+gpu_experts.json and gpu_chain.json of benchmarks/results.
+
+Tilings of a few rows are chosen by the chain, because a tiling that is the fastest when launched
+again and again may be slow between other launches. The baseline has one group in each stage.
 """
 
 from __future__ import annotations
@@ -37,6 +41,12 @@ DENSE = {
     "shared gate, up": (4096, 7168),
     "shared down": (7168, 2048),
 }
+# most GEMMs of a layer of V4-Flash, wo_a with one group, and of V3.2 on a rank of eight
+CHAINS = {
+    "V4-Flash": ((1536, 4096), (32768, 1024), (8192, 4096), (4096, 8192), (4096, 2048)),
+    "V3.2 of 8 ranks": ((2112, 7168), (3072, 1536), (7168, 2048), (7168, 256)),
+}
+_CHAIN_LAYERS = 12
 ROWS = (1, 8, 32, 128, 2048, 8192)
 EXPERTS, TOP_K, HIDDEN, WIDTH = 256, 8, 7168, 2048
 _ROTATED_BYTES = 200 << 20
@@ -144,6 +154,40 @@ def dense_cases(bench: Bench, *, tilings: bool) -> Iterator[dict[str, Any]]:
             entry["ours_us"], entry["tiling"] = bench.time_us(ours()), chosen
             if tilings:
                 entry["tilings"] = tried(bench, _tilings.fp8_gemms(num_rows), ours)
+            yield entry
+
+
+def chain_cases(bench: Bench) -> Iterator[dict[str, Any]]:
+    """Yield the times of a layer's FP8 GEMMs with a norm after each, of both tilings."""
+    from fd_dsa.ops.dense_kernels import rms_norm
+    from fd_dsa.ops.fp8_gemm import fp8_linear
+    from fd_dsa.ops.split_sums import PROCESSORS, Tiling
+
+    plain = Tiling(16, 64, 4, 3, 4 * PROCESSORS)
+    for name, shapes in CHAINS.items():
+        layers = [[bench.weight(*shape) for shape in shapes] for _ in range(_CHAIN_LAYERS)]
+        for num_rows in (1, 8):
+            inputs = [bench.rows(num_rows, width) for _, width in shapes]
+            hidden = bench.allocate((num_rows, HIDDEN), "bfloat16")
+            norm = partial(rms_norm, hidden, None, bench.scales(HIDDEN), 1e-6)
+
+            def chain(
+                tiling: Any, layers: Any = layers, inputs: Any = inputs, norm: Any = norm
+            ) -> list[Callable[[], Any]]:
+                """Return the launches of all layers."""
+                return [
+                    call
+                    for weights in layers
+                    for x, weight in zip(inputs, weights, strict=True)
+                    for call in (partial(fp8_linear, x, *weight, tiling=tiling), norm)
+                ]
+
+            entry: dict[str, Any] = {"case": name, "rows": num_rows}
+            entry["floor_us"] = floor_us(sum(columns * width for columns, width in shapes), 0)
+            for key, tiling in (("plain_us", plain), ("ours_us", None)):
+                # of a launch times the launches of a layer
+                entry[key] = bench.time_us(chain(tiling)) * 2 * len(shapes)
+            entry["ratio"] = entry["plain_us"] / entry["ours_us"]
             yield entry
 
 
@@ -262,14 +306,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure and write. Returns 0."""
     parser = rig_parser(__doc__, is_dry=False)
     parser.add_argument("--tilings", action="store_true", help="every tiling that may serve")
-    parser.add_argument("--only", choices=["dense", "experts"])
+    parser.add_argument("--only", choices=["dense", "experts", "chain"])
     parser.add_argument("--peer", type=Path, help="folder with vLLM's run.sh")
     args = parser.parse_args(argv)
     bench = Bench(args.rig)
-    for kind, cases in (("experts", partial(expert_cases, peer=args.peer)), ("dense", dense_cases)):
+    kinds: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
+        "experts": partial(expert_cases, bench, tilings=args.tilings, peer=args.peer),
+        "dense": partial(dense_cases, bench, tilings=args.tilings),
+        "chain": partial(chain_cases, bench),
+    }
+    for kind, cases in kinds.items():
         result = rig_result(f"gpu_{kind}", args)
         if args.only in (None, kind):
-            for entry in cases(bench, tilings=args.tilings):
+            for entry in cases():
                 result["cases"].append(entry)
                 print(line(entry), flush=True)
                 for key, value in entry.items():

@@ -54,7 +54,7 @@ _WHOLE_GROUP = Tiling(16, GROUP, 4, 3)
 
 @lru_cache(maxsize=4096)
 def configuration(rows: int, columns: int, width: int, *, quantizes: bool = False) -> Tiling:
-    """Return the tiling for a shape, the fastest between other launches of a decode step.
+    """Return the tiling for a shape that is the fastest in `benchmarks.gpu_gemms`.
 
     With `quantizes` the programs of a few rows split no sum, because they quantize columns.
     """
