@@ -3,9 +3,9 @@
 Tensor cores multiply the codes. Each group of 128 along K is scaled and added in float32.
 
 With few rows the time is that of reading the weight. The kernel then computes the transpose,
-because its tiles have few rows. Programs of up to 16 rows share K among their warps, so that small
-tiles of columns fill the device. Otherwise K is split among programs until they fill the device.
-Many rows fill it without a split.
+because the instructions have at least 16 or 64 rows. With up to 8 rows the warps of a program
+divide K, so that small tiles of columns fill the device. With more rows programs divide K until
+they fill the device. Many rows fill it without a division.
 
 A GEMM by group multiplies each group of a row's inputs by a weight of its own.
 
@@ -88,7 +88,7 @@ def _few_rows(rows: int, columns: int, width: int, quantizes: bool) -> Tiling | 
         return Tiling(tile, 32 if tiles > 2 * PROCESSORS else 16, 4, 3, groups=min(divisor, 8))
     if rows > 8 or tiles < 64:
         return None
-    # with more tiles the programs of a processor have enough bytes in flight by smaller stages
+    # of a longer sum a program has larger stages, unless it shares its processor with many
     most = 8 if tiles > 2 * PROCESSORS else 4 if groups <= 16 else 8 if groups < 64 else 16
     return Tiling(tile, 16, 4, 3, groups=min(divisor, most))
 
