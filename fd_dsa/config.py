@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -30,6 +29,7 @@ DEFAULT_TARGET_MS = 200.0
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 """Pattern of a model's name on a hub."""
 
+MAX_INTEGER = (1 << 63) - 1
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _BYTES_PATTERN = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
 DEVICES = ("auto", "cpu", "gpu")
@@ -41,8 +41,7 @@ _CACHE_DTYPES = ("auto", *CACHE_FORMATS)
 # the names of other servers
 _CACHE_DTYPE_ALIASES = {alias: one.name for one in CACHE_FORMATS.values() for alias in one.aliases}
 _LOAD_FORMATS = ("auto", "safetensors", "dummy")
-_MAX_RANKS = 8
-_LARGEST_TARGET_MS = 60_000
+_MAX_RANKS, _LARGEST_TARGET_MS = 8, 60_000
 NO_DRAFTS = "none"
 
 
@@ -57,18 +56,18 @@ def parse_bytes(text: str) -> int:
     K, M, G and T are powers of 1024, with or without `B` or `iB`, in upper or lower case.
 
     Raises:
-        ConfigError: the text has another form.
+        ConfigError: the text has another form, or means too many bytes.
     """
     match = _BYTES_PATTERN.fullmatch(text.strip())
-    if match is None:
+    if match is None or (size := float(match[1]) * _UNITS[match[2].upper()]) > MAX_INTEGER:
         raise ConfigError(
             f"size {text!r}: allowed are a number and an optional unit K, M, G or T, "
-            "for example 8G or 512MiB"
+            "for example 8G or 512MiB, below 2**63 bytes"
         )
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+    return int(size)
 
 
-def _is_integer(value: object, low: int, high: float = math.inf) -> bool:
+def _is_integer(value: object, low: int, high: int = MAX_INTEGER) -> bool:
     return type(value) is int and low <= value <= high
 
 
@@ -77,10 +76,12 @@ def _is_number(value: object, low: float, high: float) -> bool:
 
 
 _Rule = tuple[str, Callable[[Any], bool]]
-_POSITIVE: _Rule = "an integer of at least 1", lambda value: _is_integer(value, 1)
+_POSITIVE: _Rule = "an integer of at least 1, below 2**63", lambda value: _is_integer(value, 1)
 _OPTIONAL: _Rule = _POSITIVE[0], lambda value: value is None or _is_integer(value, 1)
+# a token of a prompt and one of the output
+_LENGTH: _Rule = "an integer of at least 2, below 2**63", lambda x: x is None or _is_integer(x, 2)
 _STEP: _Rule = "an integer from 1 to 1048576", lambda x: x is None or _is_integer(x, 1, 1 << 20)
-_COUNT: _Rule = "an integer of at least 0", lambda value: _is_integer(value, 0)
+_COUNT: _Rule = "an integer of at least 0, below 2**63", lambda value: _is_integer(value, 0)
 _SWITCH: _Rule = "a bool", lambda value: isinstance(value, bool)
 # flag -> (allowed values in words, check)
 _RULES: dict[str, _Rule] = {
@@ -93,8 +94,7 @@ _RULES: dict[str, _Rule] = {
     "generation_config": (", ".join(GENERATION_CONFIGS), GENERATION_CONFIGS.__contains__),
     "load_format": (", ".join(_LOAD_FORMATS), _LOAD_FORMATS.__contains__),
     "block_size": _OPTIONAL,
-    # a token of a prompt and one of the output
-    "max_model_len": ("an integer of at least 2", lambda x: x is None or _is_integer(x, 2)),
+    "max_model_len": _LENGTH,
     **dict.fromkeys(("max_num_seqs", "max_num_batched_tokens"), _STEP),
     **dict.fromkeys(("index_topk", "kv_cache_memory_bytes", "num_gpu_blocks_override"), _OPTIONAL),
     **dict.fromkeys(("allow_unknown_config_fields", "async_scheduling", "enforce_eager"), _SWITCH),

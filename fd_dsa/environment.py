@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 
-from fd_dsa.errors import ConfigError
+from fd_dsa.errors import ConfigError, shorten
 
 OVERLAP_VARIABLE = "FD_DSA_OVERLAP_MAX_TOKENS"
 DEFAULT_OVERLAP_MAX_TOKENS = 16
@@ -318,10 +318,10 @@ def _number_of_tokens(name: str, zero: str, default: str) -> int | None:
     value = variable(name)
     if not value:
         return None
-    if not value.isdecimal():
+    if not value.isdecimal() or len(value) > 18:
         raise ConfigError(
-            f"{name}: got {value!r}, allowed: a number of tokens, 0 for {zero}; leave it unset "
-            f"for {default}"
+            f"{name}: got {shorten(value)}, allowed: a number of tokens, 0 for {zero}, max 18 "
+            f"digits; leave it unset for {default}"
         )
     return int(value)
 

@@ -23,7 +23,7 @@ def test_sizes_with_units() -> None:
     texts = ["4096", "8G", "8g", "512MiB", "512MB", "1.5K", "2 T", " 7B "]
     sizes = [4096, 8 << 30, 8 << 30, 512 << 20, 512 << 20, 1536, 2 << 40, 7]
     assert [parse_bytes(text) for text in texts] == sizes
-    for text in ("", "G", "8X", "-1G", "8GG", "1e9", "8 G B"):
+    for text in ("", "G", "8X", "-1G", "8GG", "1e9", "8 G B", "8388608T", "9" * 400):
         with pytest.raises(ConfigError, match="8G or 512MiB"):
             parse_bytes(text)
 
@@ -148,6 +148,7 @@ def test_values_are_normalised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         ({"max_num_seqs": True}, ["--max-num-seqs", "True"]),
         ({"max_num_batched_tokens": 2.5}, ["--max-num-batched-tokens", "2.5"]),
         ({"block_size": -64}, ["--block-size", "-64"]),
+        ({"block_size": 2**63}, ["--block-size", f"{2**63}", "below 2**63"]),
         ({"kv_cache_memory_bytes": "8Q"}, ["--kv-cache-memory-bytes", "'8Q'"]),
         ({"kv_cache_memory_bytes": 0}, ["--kv-cache-memory-bytes", "got 0"]),
         ({"num_gpu_blocks_override": 0}, ["--num-gpu-blocks-override"]),

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import TypeVar
 
-from fd_dsa.config import parse_bytes
+from fd_dsa.config import MAX_INTEGER, parse_bytes
 
 _Value = TypeVar("_Value")
 
@@ -23,18 +23,22 @@ def reader(
 
     Args:
         read: makes the value of a text; raises ValueError.
-        rule: allowed values, for the message.
+        rule: allowed values, for the message. Integers are at most `MAX_INTEGER`, because
+            JSON answers repeat them in 64 bits.
         is_allowed: returns True for an allowed value.
     """
 
     def parse(text: str) -> _Value:
+        allowed = rule
         try:
             value = read(text)
-            if is_allowed(value):
+            if isinstance(value, int) and value > MAX_INTEGER:
+                allowed = f"at most {MAX_INTEGER}"
+            elif is_allowed(value):
                 return value
         except ValueError:
             pass
-        raise argparse.ArgumentTypeError(f"got {text!r}; must be {rule}")
+        raise argparse.ArgumentTypeError(f"got {text!r}; must be {allowed}")
 
     return parse
 
@@ -87,5 +91,8 @@ def add_numbers(
         )
 
 
-_BYTES = "1 byte or more: a number and an optional unit K, M, G or T, for example 8G or 512MiB"
+_BYTES = (
+    "1 byte or more: a number and an optional unit K, M, G or T, for example 8G or 512MiB, "
+    "below 2**63"
+)
 size = reader(parse_bytes, _BYTES, lambda num_bytes: num_bytes >= 1)

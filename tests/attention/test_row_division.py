@@ -142,6 +142,9 @@ def test_the_threshold_comes_from_the_environment(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv(VARIABLE, "-1")
     with pytest.raises(ConfigError, match=f"{VARIABLE}: got '-1', allowed: a number of tokens, 0"):
         divided_min_tokens()
+    monkeypatch.setenv(VARIABLE, "9" * 5000)
+    with pytest.raises(ConfigError, match=f"{VARIABLE}: got '9.* max 18 digits"):
+        divided_min_tokens()
 
 
 def run(batch: StepBatch, sizes: Sizes, group: HostGroup | None) -> Step:

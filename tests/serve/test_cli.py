@@ -163,6 +163,8 @@ def test_help_lists_every_engine_flag_and_imports_little(tmp_path: Path) -> None
             ["--max-num-seqs", "-3"],
             "got '-3'; must be a whole number from 1 on; 32k is 32,000, 32K is 32,768",
         ),
+        (["--max-concurrency", f"{2**63}"], f"got '{2**63}'; must be at most {2**63 - 1}"),
+        (["--max-body-size", "9" * 400], "8G or 512MiB, below 2**63"),
         (["--tokenizer", "no/such"], "--tokenizer: got 'no/such', allowed: a local folder"),
         (["--load-format", "pt"], "--load-format: got 'pt', allowed: auto, safetensors, dummy"),
         (
