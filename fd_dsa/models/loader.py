@@ -47,6 +47,8 @@ They are held in bfloat16, which doubles their memory.
 _INV_FREQ = ".rotary_emb.inv_freq"
 # prefix of the tensors of drafters in DeepSeek's own names
 _MTP = "mtp."
+# parts that only an MTP layer has
+_MTP_PARTS = re.compile(r"model\.layers\.\d+\.(enorm|hnorm|eh_proj|shared_head)\.")
 _INDEXER, _WK = ".self_attn.indexer.", "indexer.wk.weight"
 _MAX_PROBLEMS = 3
 
@@ -68,8 +70,10 @@ def validate(checkpoint: Checkpoint, config: FamilyConfig) -> None:
     expected = expected_tensors(config)
     present = set(checkpoint.names())
     layers = {name: match for name in present if (match := LAYER.match(name))}
+    later = {n: m[1] for n, m in layers.items() if int(m[1]) >= config.num_hidden_layers}
     # every release has some
-    skipped = {name for name, match in layers.items() if int(match[1]) >= config.num_hidden_layers}
+    mtp_layers = {layer for name, layer in later.items() if _MTP_PARTS.match(name)}
+    skipped = {name for name, layer in later.items() if layer in mtp_layers}
     skipped |= {n for n in present if n.endswith(_INV_FREQ) or n.startswith(_MTP)}
     skipped -= expected.keys()
     unused = _unused_indexers(config, layers) - skipped
@@ -91,9 +95,10 @@ def validate(checkpoint: Checkpoint, config: FamilyConfig) -> None:
     problems = [*_problems(checkpoint, config, expected)]
     for name in unexpected:
         info = checkpoint.info(name)
+        why = f"; num_hidden_layers is {config.num_hidden_layers}" if name in later else ""
         problems.append(
             f"{info.file}: tensor {shorten(info.name)}: unexpected, found {info.dtype} "
-            f"{list(info.shape)}"
+            f"{list(info.shape)}{why}"
         )
     problems += _tied_head_problems(checkpoint, config)
     if problems:

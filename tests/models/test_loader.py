@@ -177,6 +177,15 @@ def test_later_layers_and_inv_freq_are_skipped_with_one_line(
     assert "5 tensors skipped" in record.getMessage()
 
 
+def test_a_layer_too_many_is_refused_unless_it_predicts_tokens(tmp_path: Path) -> None:
+    stored, last = random_tensors(TINY), "model.layers.2."
+    ends = [name.removeprefix(last) for name in stored if name.startswith(last)]
+    copies = {f"model.layers.3.{end}": stored[last + end] for end in ends}
+    write_folder(tmp_path, TINY, stored | copies)
+    with pytest.raises(CheckpointError, match=r"layers\.3.*unexpected.*; num_hidden_layers is 3"):
+        load(tmp_path)
+
+
 def test_indexers_of_layers_that_share_one_are_skipped_with_one_line(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
