@@ -12,7 +12,7 @@ from fd_dsa.chat.deepseek_encoding import (
     read_v4_words,
 )
 from fd_dsa.chat.template import ChatTemplate
-from fd_dsa.errors import ConfigError
+from fd_dsa.errors import ConfigError, shorten
 
 NO_TEMPLATE = (
     "the model folder has no chat template (neither chat_template.jinja nor chat_template in "
@@ -80,16 +80,34 @@ def read_renderer(
     return encoding(folder) if encoding and all(map(has_token, _DEEPSEEK_TURNS)) else None
 
 
-def read_special_tokens(tokenizer_config: Mapping[str, object]) -> dict[str, str]:
-    """Return special tokens of tokenizer_config.json by name.
+def read_special_tokens(
+    folder: Path, tokenizer_config: Mapping[str, object], id_of: Callable[[str], int | None]
+) -> tuple[dict[str, str], bool]:
+    """Return special tokens of tokenizer_config.json by name, and its `add_bos_token`.
 
-    Each is a string or an object.
+    Each token is a string or an object.
+
+    Raises:
+        ConfigError: one has a wrong type, or `add_bos_token` is true without a bos_token.
     """
     texts = {}
     for name in _SPECIAL_TOKEN_FIELDS:
-        value = tokenizer_config.get(name)
+        given = value = tokenizer_config.get(name)
         if isinstance(value, dict):
             value = value.get("content")
         if isinstance(value, str):
             texts[name] = value
-    return texts
+        elif given is not None:
+            raise _error(folder, name, given, "a text, null, or an object with a text as content")
+    add_bos = tokenizer_config.get("add_bos_token")
+    if not isinstance(add_bos, bool | None):
+        raise _error(folder, "add_bos_token", add_bos, "true, false, null")
+    if add_bos and id_of(bos := texts.get("bos_token", "")) is None:
+        allowed = "a token of tokenizer.json, because add_bos_token is true"
+        raise _error(folder, "bos_token", bos, allowed)
+    return texts, bool(add_bos)
+
+
+def _error(folder: Path, name: str, got: object, allowed: str) -> ConfigError:
+    file = folder / "tokenizer_config.json"
+    return ConfigError(f"{file}: {name}: got {shorten(got)}, allowed: {allowed}")

@@ -87,7 +87,7 @@ class Tokenizer:
             chat_template: Jinja file to use instead of the folder's template.
 
         Raises:
-            ConfigError: a file is missing or cannot be parsed. The message names the file.
+            ConfigError: a file is missing or damaged. The message names the file.
         """
         # imported late, because a server imports this module before its engine starts
         from fd_dsa.models.registry import FAMILIES
@@ -104,7 +104,7 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         config = _read_json(folder / "tokenizer_config.json")
-        special_tokens = read_special_tokens(config)
+        special_tokens, add_bos = read_special_tokens(folder, config, backend.token_to_id)
         family = FAMILIES.get(str(_read_json(folder / "config.json").get("model_type")))
         renderer, why_no_chat = None, NO_TEMPLATE
         if chat_template is None and has_file(folder / TEMPLATE_FILE):
@@ -123,7 +123,6 @@ class Tokenizer:
             if chat_template is not None:
                 raise
             why_no_chat = str(error)
-        add_bos = bool(config.get("add_bos_token"))
         return cls(backend, special_tokens, renderer, add_bos, why_no_chat)
 
     @property

@@ -113,6 +113,21 @@ def test_special_tokens_may_be_objects(folder):
     assert tokenizer.special_tokens == {"bos_token": "<|bos|>", "eos_token": "<|eos|>"}
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"bos_token": 5}, "bos_token: got 5, allowed: a text, null, or an object"),
+        ({"eos_token": {"content": 5}}, "eos_token: got {'content': 5}, allowed: a text"),
+        ({"add_bos_token": "false"}, "add_bos_token: got 'false', allowed: true, false, null"),
+        ({"add_bos_token": True}, "bos_token: got '', allowed: a token of tokenizer.json"),
+        ({"add_bos_token": True, "bos_token": "<s>"}, "bos_token: got '<s>', allowed: a token"),
+    ],
+)
+def test_a_special_token_of_another_form_is_refused(folder, fields, message):
+    with pytest.raises(ConfigError, match=rf"tokenizer_config\.json: {re.escape(message)}"):
+        with_config(folder, **fields)
+
+
 def test_add_bos_token_is_honoured_once(folder):
     tokenizer = with_config(folder, bos_token="<|bos|>", add_bos_token=True)
     plain = tokenizer.encode("Hi", add_special_tokens=False)
