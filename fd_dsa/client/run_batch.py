@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import io
 import json
 import os
 import sys
@@ -131,11 +132,12 @@ def read_batch(path: str) -> list[Item]:
     items: list[Item] = []
     lines: dict[str, int] = {}
     try:
-        size = os.stat(path).st_size
-        if size > MAX_BYTES:
-            raise ConfigError(f"{path}: has {size} bytes, allowed: at most {MAX_BYTES}; split it")
         with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
+            # not its size, which a pipe or a device lacks
+            data = file.read(MAX_BYTES + 1)
+            if len(data) > MAX_BYTES:
+                raise ConfigError(f"{path}: has more bytes, allowed: at most {MAX_BYTES}; split it")
+            for number, line in enumerate(io.BytesIO(data), 1):
                 if not line.strip():
                     continue
                 if len(items) == MAX_REQUESTS:

@@ -108,7 +108,11 @@ def test_files_have_bounds(
         with monkeypatch.context() as patch:
             patch.setattr(run_batch, name, limit)
             assert main([*flags]) == 2
-        assert text in capsys.readouterr().err
+            assert text in capsys.readouterr().err
+            if name == "MAX_BYTES":
+                # a device has the size 0
+                assert main(["-i", "/dev/zero", *flags[2:]]) == 2
+                assert f"/dev/zero: has more bytes, allowed: {text}" in capsys.readouterr().err
     assert main(["-i", "", "-o", "x"]) == 2
     rule = "--input-file: '' cannot be read (no such file or directory)\n"
     assert capsys.readouterr().err == f"fd_dsa: error: {rule}"
