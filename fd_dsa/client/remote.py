@@ -61,7 +61,9 @@ def normal_base_url(text: str) -> str:
     try:
         parts = urlsplit(text)
         good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
+        # the encodings of httpx and of the system
+        httpx.URL(text).host.encode("idna")
+    except (ValueError, httpx.InvalidURL):
         good = False
     if not good or parts.query or parts.fragment:
         raise ConfigError(
@@ -71,8 +73,14 @@ def normal_base_url(text: str) -> str:
 
 
 def http_options(base_url: str, timeout_s: float) -> dict[str, Any]:
-    """Return the arguments of httpx's clients for this server: key, timeouts, proxies."""
+    """Return the arguments of httpx's clients for this server: key, timeouts, proxies.
+
+    Raises:
+        ConfigError: a header cannot carry the key.
+    """
     key = variable("OPENAI_API_KEY")
+    if not key.isascii():
+        raise ConfigError("OPENAI_API_KEY: has characters beyond ASCII; allowed is a key in ASCII")
     host = urlsplit(base_url).hostname or ""
     return {
         "headers": {"Authorization": f"Bearer {key}"} if key else {},
@@ -92,7 +100,15 @@ def examine_server(base_url: str, model: str | None, flag: str = "--model") -> S
         ConfigError: the server cannot be reached, is not OpenAI-compatible, refuses the key, or
             does not have the model. The last error lists its models.
     """
-    with httpx.Client(**http_options(base_url, CONNECT_TIMEOUT_S)) as http:
+    options = http_options(base_url, CONNECT_TIMEOUT_S)
+    try:
+        client = httpx.Client(**options)
+    except (ImportError, ValueError) as error:
+        raise ConfigError(
+            f"--base-url: {base_url}: the proxy of HTTP_PROXY, HTTPS_PROXY or ALL_PROXY cannot be "
+            f"used ({error}); add the host to NO_PROXY"
+        ) from error
+    with client as http:
         models = _models(http, base_url, model)
         entry = _choose(models, base_url, model, flag)
         facts = _facts(http, base_url, entry)

@@ -19,7 +19,7 @@ import psutil
 import uvicorn
 
 from fd_dsa.environment import format_address
-from fd_dsa.errors import ConfigError
+from fd_dsa.errors import ConfigError, shorten
 from fd_dsa.serve.app import create_app
 from fd_dsa.serve.h11_protocol import StrictH11Protocol
 from fd_dsa.serve.listener import BACKLOG, Listener
@@ -77,9 +77,10 @@ def bind_socket(host: str, port: int) -> socket.socket:
         family, kind, proto, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-    except socket.gaierror as error:
+    except (socket.gaierror, UnicodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not a host name"
         raise ConfigError(
-            f"--host: got {host!r}, which is no address of this machine ({error.strerror}); "
+            f"--host: got {shorten(host)}, which is no address of this machine ({reason}); "
             "use 127.0.0.1, or 0.0.0.0 for all interfaces"
         ) from error
     sock = socket.socket(family, kind, proto)

@@ -278,6 +278,23 @@ def test_preflight_is_one_clear_line(
 
 
 @pytest.mark.parametrize(
+    ("name", "value", "text"),
+    [
+        ("OPENAI_API_KEY", "\u00e9", "OPENAI_API_KEY: has characters beyond ASCII"),
+        ("HTTP_PROXY", "ftp://h", "ALL_PROXY cannot be used (Unknown scheme for proxy URL"),
+        ("ALL_PROXY", "socks9://h", "ALL_PROXY cannot be used (Unknown scheme for proxy URL"),
+    ],
+)
+def test_variables_that_no_request_can_use_are_named(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, text: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError) as caught:
+        examine_server("http://192.0.2.1/v1", None)
+    assert text in str(caught.value)
+
+
+@pytest.mark.parametrize(
     ("text", "url"),
     [
         ("http://h:1", "http://h:1/v1"),
@@ -291,7 +308,11 @@ def test_base_urls(text: str, url: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "h:1", "127.0.0.1:8000/v1", "ftp://h", "http://", "http://h:x", "http://h?a=b"]
+    "text",
+    [
+        *("", "h:1", "127.0.0.1:8000/v1", "ftp://h", "http://", "http://h:x", "http://h?a=b"),
+        *("http://a..b", "http://\u00e9..b", f"http://{'a' * 64}"),
+    ],
 )
 def test_base_urls_that_are_none(text: str) -> None:
     with pytest.raises(ConfigError, match=r"--base-url: got .*; allowed is a URL such as"):

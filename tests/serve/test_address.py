@@ -30,6 +30,12 @@ def test_url_is_one_that_this_machine_reaches(host: str, shown: str) -> None:
     assert format_address("::1", 80) == "[::1]:80"
 
 
+@pytest.mark.parametrize("host", ["a..b", "a" * 64])
+def test_a_text_that_is_no_host_name_is_refused(host: str) -> None:
+    with pytest.raises(ConfigError, match=rf"--host: got '{host}', which .*\(not a host name\)"):
+        bind_socket(host, 0)
+
+
 @pytest.mark.parametrize("chat", [True, False])
 @pytest.mark.parametrize("name", ["demo", "it's", 'a "b" c', "模型"])
 def test_the_curl_command_is_quoted_for_a_shell(name: str, chat: bool) -> None:
