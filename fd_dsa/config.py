@@ -201,8 +201,8 @@ class EngineConfig:
         names = (names,) if isinstance(names, str) else tuple(names)
         self._set("served_model_name", names or (self.model_path.name,))
         for one in self.served_model_name:
-            if not isinstance(one, str) or not one:
-                raise flag_error("served_model_name", one, "a non-empty name")
+            if not isinstance(one, str) or not one or one.encode(errors="ignore").decode() != one:
+                raise flag_error("served_model_name", one, "a non-empty name in UTF-8")
         if isinstance(self.kv_cache_dtype, str):
             cache_dtype = _CACHE_DTYPE_ALIASES.get(self.kv_cache_dtype, self.kv_cache_dtype)
             self._set("kv_cache_dtype", cache_dtype)

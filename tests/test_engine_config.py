@@ -147,6 +147,7 @@ def test_values_are_normalised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         ({"max_num_batched_tokens": 10**9}, ["--max-num-batched-tokens", "to 1048576"]),
         ({"max_num_seqs": True}, ["--max-num-seqs", "True"]),
         ({"max_num_batched_tokens": 2.5}, ["--max-num-batched-tokens", "2.5"]),
+        ({"served_model_name": "\udcff"}, ["--served-model-name", "'\\udcff'", "name in UTF-8"]),
         ({"block_size": -64}, ["--block-size", "-64"]),
         ({"block_size": 2**63}, ["--block-size", f"{2**63}", "below 2**63"]),
         ({"kv_cache_memory_bytes": "8Q"}, ["--kv-cache-memory-bytes", "'8Q'"]),
