@@ -190,7 +190,10 @@ def _parsed(source: str, action: argparse.Action, value: object) -> dict[str, An
     if isinstance(value, list) and not _takes_several(action):
         raise ConfigError(f"{source}: {flag}: got a list, allowed: one value")
     if isinstance(value, dict) and action.metavar == "JSON":
-        value = json.dumps(value, default=str)
+        try:
+            value = json.dumps(value, default=str)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ConfigError(f"{source}: {flag}: cannot be written as JSON: {error}") from None
     values = value if isinstance(value, list) else [value]
     # the values themselves may be secrets
     bad = [type(one).__name__ for one in values if type(one) not in (str, int, float)]

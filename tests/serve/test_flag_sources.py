@@ -197,6 +197,14 @@ def test_a_file_of_vllm_has_the_values_of_the_command_line(
         ("log-json: maybe", ["--log-json: got 'maybe', allowed: true, false"]),
         ("max-num-seqs: 1\nmax_num_seqs: 2", ["is there twice"]),
         ("[1, 2]", ["holds a list"]),
+        (
+            "speculative-config: &a {method: *a}",
+            ["-config: cannot be written as JSON"],
+        ),
+        (
+            "speculative-config: {2020-01-01: 1}",
+            ["-config: cannot be written as JSON"],
+        ),
         ("a: [", ["cannot be read"]),
         ("port: 80\n\tx: 1", ["cannot be read"]),
     ],
