@@ -185,6 +185,8 @@ def read_responses(path: Path, prompts: Sequence[Question]) -> tuple[list[Answer
                 f"{places[line.prompt]}; each prompt has one response"
             )
         responses[line.prompt], places[line.prompt] = line.response, place
+    if not responses:
+        raise ConfigError(f"{path}: holds no response; at least one is needed")
     known = {prompt.text: prompt for prompt in prompts}
     notes = []
     for text in [text for text in responses if text not in known]:

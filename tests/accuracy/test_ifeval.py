@@ -311,6 +311,9 @@ def test_score_without_answers_and_of_another_task(
         flags = ["--base-url", refusing.base_url, "--subset", "2", "--out", str(tmp_path)]
         error_line(capsys, ["ifeval", *flags], status=1)
     assert "has no answers to score" in error_line(capsys, ["score", str(tmp_path)])
+    empty = tmp_path / "responses.jsonl"
+    empty.write_text("\n")
+    assert "holds no response; at least one is needed" in error_line(capsys, ["score", str(empty)])
     file = tmp_path / "answers.jsonl"
     file.write_text(file.read_text().replace('"task": "ifeval"', '"task": "retrieval"'))
     assert "holds a run of retrieval; score reads ifeval" in error_line(
