@@ -29,6 +29,8 @@ from fd_dsa.commands import own_command
 from fd_dsa.errors import ConfigError, RemoteError, writing
 
 _WARM_UP = 2
+# tokens of all prompts, about 10 GB in memory
+_MAX_TOKENS = 1 << 28
 # ids that every vocabulary has, and with few special tokens among them
 _LOWEST_ID, _HIGHEST_ID = 100, 1000
 
@@ -79,6 +81,12 @@ def parse_args(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     own, passed = split_flags(arguments)
     own, not_needed = bench_flags.translate(own)
     args = build_parser().parse_args(own)
+    total = args.num_prompts * args.random_input_len
+    if total > _MAX_TOKENS:
+        raise ConfigError(
+            f"--num-prompts and --random-input-len: got {args.num_prompts} times "
+            f"{args.random_input_len} tokens, allowed: at most {_MAX_TOKENS} in all"
+        )
     running = bench_flags.running_server(args)
     if running is not None and args.serve is not None:
         raise ConfigError("--serve: got it with --host, --port or --backend; leave one of them out")
