@@ -43,6 +43,7 @@ Some prompts ask for up to 1,200 words and fail with less.
 
 # the older wording and the present one have a similarity of 0.992
 _SAME_PROMPT = 0.97
+_MAX_BYTES = 200_000_000
 _Text = Annotated[str, StringConstraints(pattern=r"\S")]
 
 
@@ -83,12 +84,16 @@ def read_prompts(path: Path | str | None = None) -> list[Question]:
 def _lines(path: Path | str, kind: type[_Line]) -> Iterator[tuple[str, _Line]]:
     """Yield place and content of every line that is not empty."""
     try:
-        lines = Path(path).read_bytes().split(b"\n")
+        with open(path, "rb") as file:
+            # not its size, which a pipe or a device lacks
+            data = file.read(_MAX_BYTES + 1)
     except OSError as error:
         raise ConfigError(
             f"{path}: cannot be read ({error.strerror}); a JSONL file is needed"
         ) from None
-    for number, line in enumerate(lines, 1):
+    if len(data) > _MAX_BYTES:
+        raise ConfigError(f"{path}: has more bytes, allowed: at most {_MAX_BYTES}")
+    for number, line in enumerate(data.split(b"\n"), 1):
         if line.strip():
             try:
                 yield f"{path}:{number}", kind.model_validate_json(line, strict=True)

@@ -24,13 +24,11 @@ from fd_dsa.command_line.failures import reports_failures
 from fd_dsa.command_line.outputs import result_file
 from fd_dsa.command_line.parser import Parser, split_flags
 from fd_dsa.command_line.report import as_json, show
-from fd_dsa.command_line.values import add_numbers, number, reader
+from fd_dsa.command_line.values import add_numbers, check_prompt_tokens, number, reader
 from fd_dsa.commands import own_command
 from fd_dsa.errors import ConfigError, RemoteError, writing
 
 _WARM_UP = 2
-# tokens of all prompts, about 10 GB in memory
-_MAX_TOKENS = 1 << 28
 # ids that every vocabulary has, and with few special tokens among them
 _LOWEST_ID, _HIGHEST_ID = 100, 1000
 
@@ -82,11 +80,7 @@ def parse_args(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     own, not_needed = bench_flags.translate(own)
     args = build_parser().parse_args(own)
     total = args.num_prompts * args.random_input_len
-    if total > _MAX_TOKENS:
-        raise ConfigError(
-            f"--num-prompts and --random-input-len: got {args.num_prompts} times "
-            f"{args.random_input_len} tokens, allowed: at most {_MAX_TOKENS} in all"
-        )
+    check_prompt_tokens("--num-prompts and --random-input-len", total)
     running = bench_flags.running_server(args)
     if running is not None and args.serve is not None:
         raise ConfigError("--serve: got it with --host, --port or --backend; leave one of them out")

@@ -10,7 +10,10 @@ from fractions import Fraction
 from typing import TypeVar
 
 from fd_dsa.config import MAX_INTEGER, parse_bytes
+from fd_dsa.errors import ConfigError
 
+MAX_PROMPT_TOKENS = 1 << 28
+"""Maximum number of tokens of the prompts that a command makes, about 10 GB in memory."""
 _Value = TypeVar("_Value")
 
 
@@ -72,6 +75,14 @@ def number(kind: type[float], minimum: float, forms: str = "") -> Callable[[str]
     read: Callable[[str], float] = whole_number if kind is int else float
     what = "a whole number" if kind is int else "a number"
     return reader(read, f"{what} from {minimum:g} on{forms}", lambda x: minimum <= x < math.inf)
+
+
+def check_prompt_tokens(flags: str, num_tokens: int) -> None:
+    """Raise ConfigError if all prompts of a command have more than MAX_PROMPT_TOKENS tokens."""
+    if num_tokens > MAX_PROMPT_TOKENS:
+        raise ConfigError(
+            f"{flags}: {num_tokens} tokens of prompts, allowed: at most {MAX_PROMPT_TOKENS} in all"
+        )
 
 
 def add_numbers(

@@ -149,3 +149,6 @@ def test_file_that_cannot_be_read_or_is_empty(tmp_path: Path) -> None:
         read_prompts(tmp_path)
     with pytest.raises(ConfigError, match="holds no prompt; at least one is needed"):
         read_prompts(_file(tmp_path))
+    # a device has no size
+    with pytest.raises(ConfigError, match="/dev/zero: has more bytes, allowed: at most 200000000"):
+        read_prompts("/dev/zero")

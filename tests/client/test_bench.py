@@ -121,7 +121,7 @@ def test_starts_that_fail_are_one_line(capsys: pytest.CaptureFixture[str]) -> No
         cases = {
             ("--request-rate", "0"): "--request-rate: got '0'",
             ("--num-prompts", "none"): "--num-prompts: got 'none'",
-            ("--num-prompts", f"{10**12}"): "256 tokens, allowed: at most 268435456 in all",
+            ("--num-prompts", f"{10**12}"): "tokens of prompts, allowed: at most 268435456 in all",
             ("--output", "no/such/file"): "no/such/file: the folder does not exist",
             ("--output", "."): ". is a folder; give a file",
             ("--serve", ""): "--serve: got '', allowed: a local folder",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +98,8 @@ def run(args: argparse.Namespace) -> int:
     # check the plan before a server is started
     builder = PromptBuilder(counter)
     if longest is not None:
-        first = _lengths(args, Limits(topk, longest, args.max_tokens))[:1]
-        list(Plan(lengths=first, **known).questions(builder))
+        whole = Plan(lengths=_lengths(args, Limits(topk, longest, args.max_tokens)), **known)
+        list(replace(whole, lengths=whole.lengths[:1]).questions(builder))
     with connected(args) as target:
         known_lengths = [n for n in (longest, target.info.max_model_len) if n is not None]
         limits = Limits(topk, min(known_lengths, default=None), args.max_tokens)

@@ -11,6 +11,7 @@ from typing import Any
 
 from fd_dsa.accuracy.retrieval.prompts import TASKS, PromptBuilder
 from fd_dsa.client.questions import Question
+from fd_dsa.command_line.values import check_prompt_tokens
 from fd_dsa.errors import ConfigError
 
 _LENGTH = re.compile(r"(?:(?:(\d+)\*)?(topk|max))?([+-]?\d+)?")
@@ -71,6 +72,10 @@ class Plan:
     seed: int
     paired: bool
     max_tokens: int
+
+    def __post_init__(self) -> None:
+        each = len(self.tasks) * len(self.depths) * sum(self.lengths)
+        check_prompt_tokens("--trials, --lengths and --depths", self.trials * each)
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as a JSON object, for the settings of a run."""

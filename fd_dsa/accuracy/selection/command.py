@@ -24,7 +24,7 @@ from fd_dsa.accuracy.selection.measure import (
 from fd_dsa.cache_formats import CACHE_FORMATS
 from fd_dsa.command_line.parser import Parser
 from fd_dsa.command_line.report import Table, as_json, check_folder, page, publish
-from fd_dsa.command_line.values import add_numbers
+from fd_dsa.command_line.values import add_numbers, check_prompt_tokens
 from fd_dsa.config import EngineConfig
 from fd_dsa.environment import quiet
 from fd_dsa.errors import BackendUnavailable, ConfigError, renaming
@@ -85,6 +85,7 @@ def run(args: argparse.Namespace) -> int:
     """Measure, print and write. Returns 0 if at least one setting could be measured."""
     providers = {text: _provider(text) for text in args.providers}
     lengths = _lengths(args)
+    check_prompt_tokens("--texts and --lengths", args.texts * sum(lengths))
     if args.out is not None:
         check_folder(args.out)
     runs: list[dict[str, Any]] = []

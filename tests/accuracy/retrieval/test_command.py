@@ -184,6 +184,7 @@ def test_another_template_and_another_tokenizer_are_told(
         (("--lengths", "30"), "--lengths: got 30; the question and what is hidden take"),
         (("--trials", "0"), "--trials: got '0'; must be a whole number from 1 on"),
         (("--trials", "many"), "--trials: got 'many'"),
+        (("--trials", "20000"), "--trials, --lengths and --depths: "),
         (("--index-topk", "-3"), "--index-topk: got '-3'"),
         (("--tokenizer", "/nowhere"), "--tokenizer: got '/nowhere', allowed: an existing folder"),
         (("--tokenizer", ""), "--tokenizer: got '', allowed: an existing folder"),

@@ -85,6 +85,7 @@ def test_tables_mark_layers_in_which_no_head_attends(result: dict[str, Any]) -> 
             "--kv-cache-dtypes: got 'int4', allowed: float32",
         ),
         (("--index-topk", "0"), "--index-topk: got '0'"),
+        (("--texts", f"{10**12}"), "--texts and --lengths: "),
         (("nowhere",), "MODEL: got 'nowhere'"),
     ],
 )
