@@ -27,6 +27,7 @@ from pydantic import BaseModel, StringConstraints, ValidationError
 
 from fd_dsa.accuracy.scores import first_fault
 from fd_dsa.client.questions import Answer, Question
+from fd_dsa.command_line.inputs import MAX_BYTES, read_bounded
 from fd_dsa.errors import ConfigError, shorten
 
 OFFICIAL = Path(__file__).with_name("data") / "ifeval_prompts.jsonl"
@@ -43,7 +44,6 @@ Some prompts ask for up to 1,200 words and fail with less.
 
 # the older wording and the present one have a similarity of 0.992
 _SAME_PROMPT = 0.97
-_MAX_BYTES = 200_000_000
 _Text = Annotated[str, StringConstraints(pattern=r"\S")]
 
 
@@ -84,15 +84,11 @@ def read_prompts(path: Path | str | None = None) -> list[Question]:
 def _lines(path: Path | str, kind: type[_Line]) -> Iterator[tuple[str, _Line]]:
     """Yield place and content of every line that is not empty."""
     try:
-        with open(path, "rb") as file:
-            # not its size, which a pipe or a device lacks
-            data = file.read(_MAX_BYTES + 1)
+        data = read_bounded(path, MAX_BYTES)
     except OSError as error:
         raise ConfigError(
             f"{path}: cannot be read ({error.strerror}); a JSONL file is needed"
         ) from None
-    if len(data) > _MAX_BYTES:
-        raise ConfigError(f"{path}: has more bytes, allowed: at most {_MAX_BYTES}")
     for number, line in enumerate(data.split(b"\n"), 1):
         if line.strip():
             try:

@@ -27,6 +27,7 @@ from fd_dsa.client.load import FailedAttempt, Request, Sender, TimedRequest
 from fd_dsa.client.own_server import check_passed, server_at
 from fd_dsa.client.remote import examine_server, incomplete
 from fd_dsa.command_line.failures import reports_failures
+from fd_dsa.command_line.inputs import MAX_BYTES, read_bounded
 from fd_dsa.command_line.outputs import is_special, open_part, result_file
 from fd_dsa.command_line.parser import Parser, split_flags
 from fd_dsa.command_line.values import add_numbers
@@ -35,8 +36,7 @@ from fd_dsa.errors import ConfigError, writing
 from fd_dsa.signals import signal_end
 
 MAX_REQUESTS = 50_000
-MAX_BYTES = 200_000_000
-"""Limits of an input file, the same as OpenAI's."""
+"""Maximum number of requests of an input file, the same as OpenAI's."""
 _URLS = ("/v1/chat/completions", "/v1/completions")
 
 
@@ -132,27 +132,23 @@ def read_batch(path: str) -> list[Item]:
     items: list[Item] = []
     lines: dict[str, int] = {}
     try:
-        with open(path, "rb") as file:
-            # not its size, which a pipe or a device lacks
-            data = file.read(MAX_BYTES + 1)
-            if len(data) > MAX_BYTES:
-                raise ConfigError(f"{path}: has more bytes, allowed: at most {MAX_BYTES}; split it")
-            for number, line in enumerate(io.BytesIO(data), 1):
-                if not line.strip():
-                    continue
-                if len(items) == MAX_REQUESTS:
-                    raise ConfigError(f"{path}: allowed: at most {MAX_REQUESTS} requests; split it")
-                item = _read_item(f"{path}: line {number}", number, line)
-                first = lines.setdefault(item.custom_id, number)
-                if first != number:
-                    raise ConfigError(
-                        f"{path}: line {number}: custom_id: got {item.custom_id!r} again, line "
-                        f"{first} has it; each request needs its own"
-                    )
-                items.append(item)
+        data = read_bounded(path, MAX_BYTES)
     except OSError as error:
         reason = (error.strerror or "").lower()
         raise ConfigError(f"--input-file: {path!r} cannot be read ({reason})") from error
+    for number, line in enumerate(io.BytesIO(data), 1):
+        if not line.strip():
+            continue
+        if len(items) == MAX_REQUESTS:
+            raise ConfigError(f"{path}: allowed: at most {MAX_REQUESTS} requests; split it")
+        item = _read_item(f"{path}: line {number}", number, line)
+        first = lines.setdefault(item.custom_id, number)
+        if first != number:
+            raise ConfigError(
+                f"{path}: line {number}: custom_id: got {item.custom_id!r} again, line "
+                f"{first} has it; each request needs its own"
+            )
+        items.append(item)
     if not items:
         raise ConfigError(f"--input-file: {path}: has no request; allowed: one or more")
     return items
