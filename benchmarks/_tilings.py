@@ -59,7 +59,7 @@ _EXPERTS = {
 
 
 def fp8_gemms(rows: int) -> tuple[Tiling, ...]:
-    """Return the tilings of FP8_GEMMS that may be the fastest for a number of rows."""
+    """Return the tilings that may be the fastest for a number of rows."""
     few = next((few for most, few in _FEW.items() if rows <= most), _MANY)
     return next((stages for most, stages in _STAGES.items() if rows <= most), ()) + few
 

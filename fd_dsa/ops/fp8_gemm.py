@@ -56,7 +56,8 @@ _WHOLE_GROUP = Tiling(16, GROUP, 4, 3)
 def configuration(rows: int, columns: int, width: int, *, quantizes: bool = False) -> Tiling:
     """Return the tiling for a shape that is the fastest in `benchmarks.gpu_gemms`.
 
-    With `quantizes` the programs of a few rows split no sum, because they quantize columns.
+    With `quantizes` a tile of columns is a group that can be quantized. Or tiles are joined to one,
+    and split no sum.
     """
     few = _few_rows(rows, columns, width, quantizes)
     if few is not None:
@@ -72,7 +73,7 @@ def configuration(rows: int, columns: int, width: int, *, quantizes: bool = Fals
         of_processor = 2 if steps <= 16 else 3 if steps <= 64 else 4
     # three stages: with four and 32 rows a processor has room for only four programs, so that the
     # 576 programs of the largest weight would not run at once
-    return Tiling(tile, 64, 4, 3, of_processor * PROCESSORS)
+    return Tiling(tile, GROUP if quantizes else 64, 4, 3, of_processor * PROCESSORS)
 
 
 def _few_rows(rows: int, columns: int, width: int, quantizes: bool) -> Tiling | None:
@@ -263,9 +264,6 @@ def fp8_linear_by_group(
         out: Any = empty_beside(rows.codes, num_rows, columns, dtype="bfloat16")
     else:
         out = empty_fp8_rows(rows.codes, num_rows, columns)
-        if tiling.groups == 1:
-            # a tile quantizes its columns
-            tiling = tiling._replace(columns=GROUP)
     _launch(rows, codes, scales, out, tiling, groups, bool(round_scales))
     return out
 

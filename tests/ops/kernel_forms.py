@@ -306,8 +306,6 @@ for tokens in (1, 200, 1000):
 def fp8_gemm(rows, columns, width, groups, none, **types):
     coded = "out_ptr" in none
     tiling = gemm.configuration(rows, columns, width, quantizes=coded)
-    if coded and tiling.groups == 1:
-        tiling = tiling._replace(columns=128)
     _, options = gemm.launch_options(rows, columns, width, tiling)
     if options["SPLITS"] == 1 and not (coded and tiling.groups > 1):
         options["scratch_ptr"] = None
