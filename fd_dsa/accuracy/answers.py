@@ -19,8 +19,12 @@ from pydantic import TypeAdapter, ValidationError
 
 from fd_dsa.accuracy.scores import RunSettings, first_fault
 from fd_dsa.client.questions import Answer, Question
+from fd_dsa.command_line.inputs import read_bounded
 from fd_dsa.command_line.outputs import lock
 from fd_dsa.errors import ConfigError, writing
+
+MAX_RUN_BYTES = 2 << 30
+"""Maximum size of a run, whose prompts have up to `MAX_PROMPT_TOKENS` tokens."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ class Run:
 def read_run(path: Path) -> Run:
     """Read the run in an `answers.jsonl`, without an incomplete last line."""
     try:
-        data = path.read_bytes()
+        data = read_bounded(path, MAX_RUN_BYTES)
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise ConfigError(f"{path}: {reason}; give the answers.jsonl of a run") from error
@@ -120,8 +124,7 @@ def open_store(path: Path, settings: RunSettings) -> Iterator[Run]:
             raise ConfigError(
                 f"--out: another process writes to {path}; wait for it, or give another folder"
             )
-        file.seek(0)
-        data = file.read()
+        data = read_bounded(path, MAX_RUN_BYTES, "give another folder")
         run = _parse(path, data)
         if run is None:
             _begin(path, file, settings)

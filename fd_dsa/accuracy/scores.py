@@ -16,6 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from fd_dsa.accuracy.stats import Estimate, bootstrap_share, wilson
 from fd_dsa.chat.parser import THINK_END
 from fd_dsa.client.questions import Answer, Question
+from fd_dsa.command_line.inputs import MAX_BYTES, read_bounded
 from fd_dsa.command_line.report import Table, as_json, page, publish
 from fd_dsa.commands import own_command
 from fd_dsa.errors import ConfigError, shorten
@@ -245,7 +246,8 @@ def read_scores(path: Path) -> Scores:
     """Read the scores of a run."""
     file = path / SCORES_FILE if path.is_dir() else path
     try:
-        scores = TypeAdapter(Scores).validate_json(file.read_bytes(), strict=True)
+        data = read_bounded(file, MAX_BYTES, f"give a {SCORES_FILE}")
+        scores = TypeAdapter(Scores).validate_json(data, strict=True)
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise ConfigError(

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from fd_dsa.chat.parser import THINK_BEGIN, THINK_END
-from fd_dsa.chat.template import SWITCHES, ChatTemplate
+from fd_dsa.chat.template import MAX_TEMPLATE_BYTES, SWITCHES, ChatTemplate
 from fd_dsa.chat.tool_formats import DSML
+from fd_dsa.command_line.inputs import read_bounded
 
 V32_FILE = Path("encoding", "encoding_dsv32.py")
 V4_FILE = Path("encoding", "encoding_dsv4.py")
@@ -330,7 +331,7 @@ def _warn_of_own_words(folder: Path, file: Path, names: Sequence[str]) -> None:
 def _literals(file: Path) -> dict[str, Any]:
     """Return the literals that a Python file assigns to names, empty if unreadable."""
     try:
-        tree = ast.parse(file.read_text(encoding="utf-8"))
+        tree = ast.parse(read_bounded(file, MAX_TEMPLATE_BYTES).decode("utf-8"))
     except (OSError, ValueError, SyntaxError, RecursionError, MemoryError):
         return {}
     literals = {}

@@ -11,7 +11,8 @@ from fd_dsa.chat.deepseek_encoding import (
     read_instructions,
     read_v4_words,
 )
-from fd_dsa.chat.template import ChatTemplate
+from fd_dsa.chat.template import MAX_TEMPLATE_BYTES, ChatTemplate
+from fd_dsa.command_line.inputs import read_bounded
 from fd_dsa.errors import ConfigError, shorten
 
 NO_TEMPLATE = (
@@ -61,10 +62,12 @@ def read_renderer(
     origin = file.name if template_file is None else f"--chat-template {file.name}"
     if template_file is not None or file.is_file():
         try:
-            text = file.read_text(encoding="utf-8")
-            return ChatTemplate(text, special_tokens, origin, family_formats)
+            text = read_bounded(file, MAX_TEMPLATE_BYTES, "shorten it").decode("utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"chat template of {origin}: cannot be read: {error}") from error
+        except ConfigError as error:
+            raise ConfigError(f"chat template of {origin}: {error}") from None
+        return ChatTemplate(text, special_tokens, origin, family_formats)
     source = tokenizer_config.get("chat_template")
     if isinstance(source, list) and all(isinstance(entry, dict) for entry in source):
         named = {entry.get("name"): entry.get("template") for entry in source}

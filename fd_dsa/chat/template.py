@@ -41,6 +41,8 @@ _BEYOND_PYTHON: dict[type[Exception], str] = {
 }
 # the compiler takes about a second for 20,000 characters
 _MAX_SOURCE_CHARS = 1 << 16
+MAX_TEMPLATE_BYTES = 4 * _MAX_SOURCE_CHARS
+"""Maximum size of a template's file, whose characters have up to four bytes in UTF-8."""
 # a template may quote a text of any length in its errors
 _MAX_REASON_CHARS = 1000
 REASONING = ("reasoning_content", "reasoning", "thinking")

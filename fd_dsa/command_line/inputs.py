@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from pathlib import Path
 
 from fd_dsa.errors import ConfigError
@@ -11,18 +13,40 @@ MAX_BYTES = 200_000_000
 
 It is OpenAI's limit for the input of a batch.
 """
+_CHUNK_BYTES = 1 << 20
 
 
-def read_bounded(path: Path | str, most: int) -> bytes:
+def read_bounded(path: Path | str, most: int, hint: str = "split it") -> bytes:
     """Return the content of a file, which may be a pipe or a device without an end.
 
+    Args:
+        hint: what to do about a file that is too long.
+
     Raises:
-        ConfigError: it has more than `most` bytes.
+        ConfigError: it has more than `most` bytes, or is a pipe that nobody writes.
         OSError: it cannot be read.
     """
-    with open(path, "rb") as file:
-        # not its size, which a pipe or a device lacks
-        data = file.read(most + 1)
-    if len(data) > most:
-        raise ConfigError(f"{path}: has more bytes, allowed: at most {most}; split it")
-    return data
+    data = bytearray()
+    with open(path, "rb", buffering=0, opener=_open_at_once) as file:
+        status = os.fstat(file.fileno())
+        # a pipe and a device have no size, so what is read counts too
+        is_long = stat.S_ISREG(status.st_mode) and status.st_size > most
+        if stat.S_ISFIFO(status.st_mode):
+            first = file.read(1)
+            if first == b"":
+                raise ConfigError(
+                    f"{path}: is a pipe without a writer; start the writer first, or give a file"
+                )
+            data += first or b""
+        os.set_blocking(file.fileno(), True)
+        while not is_long and (part := file.read(min(_CHUNK_BYTES, most + 1 - len(data)))):
+            data += part
+            is_long = len(data) > most
+    if is_long:
+        raise ConfigError(f"{path}: has more bytes, allowed: at most {most}; {hint}")
+    return bytes(data)
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Open a file without a wait for the writer of a pipe."""
+    return os.open(path, flags | os.O_NONBLOCK)

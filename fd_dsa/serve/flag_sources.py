@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import io
 import itertools
 import json
 from collections import Counter
 from collections.abc import Sequence
-from typing import IO, Any
+from typing import Any
 
 import yaml
 
+from fd_dsa.command_line.inputs import read_bounded
 from fd_dsa.command_line.parser import nearest, split_flags
 from fd_dsa.environment import process_environment, switch
 from fd_dsa.errors import ConfigError
@@ -28,6 +30,8 @@ _COMMAND_LINE_ONLY = ("help", "version", "positional_model")
 _NEVER_EMPTY = ("api_key",)
 # variables of the plug-in, whose names resemble flags
 _OTHER_VARIABLES = ("FD_DSA_DISABLE",)
+# PyYAML reads a megabyte in a second
+_MAX_FILE_BYTES = 1 << 20
 _NUMBERS = tuple(f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "timestamp"))
 _TEXT = "tag:yaml.org,2002:str"
 
@@ -111,8 +115,10 @@ def _from_file(path: str, not_needed: dict[str, str]) -> dict[str, Any]:
         not_needed: receives the keys that are flags of other servers and change no answer.
     """
     try:
-        with open(path, encoding="utf-8") as file:
-            loaded = _load_texts(file)
+        data = read_bounded(path, _MAX_FILE_BYTES, "a file has flags only")
+        loaded = _load_texts(path, data.decode("utf-8"))
+    except ConfigError as error:
+        raise ConfigError(f"--config: {error}") from None
     except OSError as error:
         raise ConfigError(f"--config: {path!r} cannot be read: {error.strerror}") from None
     except (ValueError, yaml.YAMLError, RecursionError) as error:
@@ -153,7 +159,7 @@ def _from_file(path: str, not_needed: dict[str, str]) -> dict[str, Any]:
     return values
 
 
-def _load_texts(file: IO[str]) -> Any:
+def _load_texts(path: str, text: str) -> Any:
     """Load YAML whose flags have numbers and dates as texts, like the words of a command line.
 
     Otherwise the key 0123 is the number 83, and the name 1.10 is 1.1.
@@ -161,7 +167,9 @@ def _load_texts(file: IO[str]) -> Any:
     Raises:
         ValueError, yaml.YAMLError, RecursionError: the text is no YAML, or has a key twice.
     """
-    loader = yaml.SafeLoader(file)
+    # errors quote a text, which may have secrets, but no stream
+    loader = yaml.SafeLoader(io.StringIO(text))
+    loader.name = path
     try:
         if (node := loader.get_single_node()) is None:
             return None

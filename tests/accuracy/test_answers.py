@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fd_dsa.accuracy.answers import open_store, read_run
+from fd_dsa.accuracy.answers import MAX_RUN_BYTES, open_store, read_run
 from fd_dsa.accuracy.scores import RunSettings
 from fd_dsa.client.questions import Answer, Question
 from fd_dsa.errors import ConfigError
@@ -152,6 +153,18 @@ def test_a_damaged_line_in_the_middle_is_named(tmp_path: Path, line: str) -> Non
     path.write_text("\n".join([*lines[:2], line, *lines[2:]]))
     with pytest.raises(ConfigError, match=r"answers\.jsonl: line 3: .*repair or remove"):
         read_run(path)
+
+
+def test_a_file_beyond_the_bound_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    write(path, answer("a"))
+    os.truncate(path, MAX_RUN_BYTES + 1)
+    rule = rf"answers\.jsonl: has more bytes, allowed: at most {MAX_RUN_BYTES}"
+    with pytest.raises(ConfigError, match=rule):
+        read_run(path)
+    with pytest.raises(ConfigError, match=f"{rule}; give another folder"):
+        write(path, answer("b"))
+    assert path.stat().st_size == MAX_RUN_BYTES + 1
 
 
 def test_a_missing_file_and_a_folder_that_cannot_be_made(tmp_path: Path) -> None:

@@ -109,6 +109,8 @@ def test_missing_and_unreadable_files_are_one_clear_line(tmp_path: Path) -> None
         read_scores(tmp_path)
     with pytest.raises(ConfigError, match="no such file"):
         read_scores(tmp_path / "nothing")
+    with pytest.raises(ConfigError, match="/dev/zero: has more bytes, allowed: at most 2000000"):
+        read_scores(Path("/dev/zero"))
     (tmp_path / "scores.json").write_bytes(b"\xff{")
     with pytest.raises(ConfigError, match="Invalid JSON"):
         read_scores(tmp_path)

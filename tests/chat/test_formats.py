@@ -18,7 +18,7 @@ from fd_dsa.chat.deepseek_encoding import (
 from fd_dsa.chat.events import Message
 from fd_dsa.chat.parser import REASONING_FORMATS, AnswerFormat, OutputParser
 from fd_dsa.chat.renderers import read_renderer
-from fd_dsa.chat.template import ChatTemplate, opens_reasoning
+from fd_dsa.chat.template import MAX_TEMPLATE_BYTES, ChatTemplate, opens_reasoning
 from fd_dsa.errors import ConfigError
 from fd_dsa.models.registry import FAMILIES
 from tests.chat import templates
@@ -80,6 +80,11 @@ def test_a_template_goes_before_the_models_own_encoding(tmp_path: Path) -> None:
             "template of chat_template.jinja: line 1 is no",
         ),
         ({"chat_template.jinja": b"\xff"}, {}, "chat_template.jinja: cannot be read"),
+        (
+            {"chat_template.jinja": b" " * (MAX_TEMPLATE_BYTES + 1)},
+            {},
+            f"chat_template.jinja: has more bytes, allowed: at most {MAX_TEMPLATE_BYTES}",
+        ),
         ({}, {"chat_template": "{% if %}"}, "of tokenizer_config.json: line 1 is no valid Jinja"),
         ({}, {"chat_template": 5}, "tokenizer_config.json is a int"),
         ({}, {"chat_template": [{"name": "default", "template": 5}]}, "is a int; it must be"),

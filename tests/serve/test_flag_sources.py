@@ -220,6 +220,21 @@ def test_files_that_are_refused(tmp_path: Path, text: str, words: list[str]) -> 
         parse_args(["--config", str(tmp_path / "none.yaml")])
 
 
+def test_files_without_an_end_are_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ConfigError, match=r"^--config: \S+/pipe: is a pipe without a writer"):
+        parse_args(["--config", str(tmp_path / "pipe")])
+    with pytest.raises(ConfigError, match=r"^--config: /dev/zero: has more bytes, allowed: at"):
+        parse_args(["--config", "/dev/zero"])
+
+
+def test_an_error_of_a_file_shows_no_line_of_it(tmp_path: Path) -> None:
+    path = file(tmp_path, "api-key: [secret\nport: 80: 90\n")
+    with pytest.raises(ConfigError, match=rf'in "{path}", line 2, column') as caught:
+        parse_args(["--config", path])
+    assert "secret" not in str(caught.value) and "90" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("name", "value", "text"),
     [
