@@ -11,7 +11,7 @@ from typing import Any
 
 from fd_dsa.cache_formats import CACHE_FORMATS
 from fd_dsa.capture_sizes import PROMPT_SIZES, checked_sizes, decode_sizes
-from fd_dsa.errors import ConfigError, flag_error
+from fd_dsa.errors import ConfigError, flag_error, shorten
 from fd_dsa.speculative_config import SpeculativeConfig
 
 CPU_SEQS, GPU_SEQS = 64, 256
@@ -61,7 +61,7 @@ def parse_bytes(text: str) -> int:
     match = _BYTES_PATTERN.fullmatch(text.strip())
     if match is None or (size := float(match[1]) * _UNITS[match[2].upper()]) > MAX_INTEGER:
         raise ConfigError(
-            f"size {text!r}: allowed are a number and an optional unit K, M, G or T, "
+            f"size {shorten(text)}: allowed are a number and an optional unit K, M, G or T, "
             "for example 8G or 512MiB, below 2**63 bytes"
         )
     return int(size)
@@ -87,7 +87,7 @@ _SWITCH: _Rule = "a bool", lambda value: isinstance(value, bool)
 _RULES: dict[str, _Rule] = {
     "device": (
         f"{', '.join(DEVICES)}, in Python also a custom device of Paddle as name:number",
-        lambda value: _DEVICE_PATTERN.fullmatch(str(value)) is not None,
+        lambda value: isinstance(value, str) and _DEVICE_PATTERN.fullmatch(value) is not None,
     ),
     "dtype": (", ".join(_DTYPES), _DTYPES.__contains__),
     "kv_cache_dtype": (", ".join(_CACHE_DTYPES), _CACHE_DTYPES.__contains__),
@@ -357,12 +357,12 @@ class EngineConfig:
             raise flag_error(name, path, "a path of a local folder")
         folder, text = Path(os.path.abspath(os.path.expanduser(path))), os.fspath(path)
         # an empty text, for example from an unset variable of a script, is not this folder
-        if not text or not folder.is_dir():
+        if not text or not os.path.isdir(folder):
             file, hint = f"{'config' if name == 'model' else name}.json", "give an existing folder"
             if name == "model" and HUB_NAME.fullmatch(text) and not os.path.lexists(text):
                 hint = (
                     "if that is a model of a hub, give the folder that "
-                    f"huggingface_hub.snapshot_download({text!r}) returns"
+                    f"huggingface_hub.snapshot_download({shorten(text)}) returns"
                 )
             allowed = f"a local folder in Hugging Face format with {file}"
             raise flag_error(name, text, allowed, hint)

@@ -264,7 +264,8 @@ def switch(name: str) -> bool | None:
     try:
         return _SWITCH[value.lower()]
     except KeyError:
-        raise ConfigError(f"{name}: got {value!r}, allowed: 0, 1, false, true, or unset") from None
+        rule = "allowed: 0, 1, false, true, or unset"
+        raise ConfigError(f"{name}: got {shorten(value)}, {rule}") from None
 
 
 def overlap_max_tokens() -> int | None:

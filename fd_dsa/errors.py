@@ -11,14 +11,35 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 from reprlib import Repr
 
-_SHORT = Repr()
-_SHORT.maxstring = _SHORT.maxother = 100
-_SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = 12
+
+class _ShortRepr(Repr):
+    """The `repr` of a value with a maximum length of its parts."""
+
+    def __init__(self, max_chars: int) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = max_chars
+        self.maxlist = self.maxtuple = self.maxdict = 12
+
+    def repr_int(self, x: int, level: int) -> str:
+        """Return the digits of an integer, of a long one only its ends."""
+        try:
+            return super().repr_int(x, level)
+        except ValueError:
+            # Python writes at most 4,300 digits
+            return f"an integer of {x.bit_length()} bits"
+
+
+_SHORT, _LESS_SHORT = _ShortRepr(100), _ShortRepr(500)
 
 
 def shorten(value: object) -> str:
-    """Return the `repr` of a value from a file or client, shortened to one line."""
+    """Return the `repr` of a value from a flag, file or client, shortened to one line."""
     return _SHORT.repr(value)
+
+
+def shorten_text(text: str) -> str:
+    """Return a word or the text of an error without quotes, shortened to one line."""
+    return _LESS_SHORT.repr(text)[1:-1] if len(text) > _LESS_SHORT.maxstring else text
 
 
 # Similarity from which on two names look like a misspelling: --prot and --port, but not
@@ -151,7 +172,8 @@ def writing(flag: str, path: object, hint: str = "") -> Iterator[None]:
         yield
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
-        raise ConfigError(f"{flag}: {path} cannot be written ({reason}){hint}") from error
+        name = shorten_text(str(path))
+        raise ConfigError(f"{flag}: {name} cannot be written ({reason}){hint}") from error
 
 
 @contextmanager
@@ -172,7 +194,7 @@ def renaming(flags: Mapping[str, str]) -> Iterator[None]:
 def flag_error(name: str, got: object, allowed: str, hint: str = "") -> ConfigError:
     """Make the error of one flag, or of `flag.key` in its JSON."""
     flag, dot, key = name.partition(".")
-    text = f"--{flag.replace('_', '-')}{dot}{key}: got {got!r}, allowed: {allowed}"
+    text = f"--{flag.replace('_', '-')}{dot}{key}: got {shorten(got)}, allowed: {allowed}"
     return ConfigError(f"{text}; {hint}" if hint else text)
 
 

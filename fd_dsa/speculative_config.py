@@ -40,8 +40,7 @@ class SpeculativeConfig:
             method = values.pop("method", None)
         except (ValueError, TypeError, AttributeError, RecursionError):
             allowed = 'none or a JSON object, as {"method": "ngram"}'
-            got = given[:100] if isinstance(given, str) else given
-            raise flag_error(name, got, allowed) from None
+            raise flag_error(name, given, allowed) from None
         known = [one.name for one in fields(cls)]
         if unknown := sorted(map(str, values.keys() - set(known))):
             near = nearest_name(unknown[0], known)

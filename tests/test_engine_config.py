@@ -276,7 +276,7 @@ def test_speculative_config_is_read_as_vllm_writes_it() -> None:
     ("given", "error"),
     [
         ("{", "--speculative-config: got '{', allowed: none or a JSON object"),
-        ("[" * 10**5, r"--speculative-config: got '\[{100}', allowed: none or a JSON object"),
+        ("[" * 10**5, r"--speculative-config: got '\[{47}\.{3}\[{48}', allowed: none or a JSON"),
         ("[1]", "allowed: none or a JSON object"),
         ({"method": "eagle"}, "--speculative-config.method: got 'eagle', allowed: mtp, ngram"),
         ({}, "--speculative-config.method: got None"),

@@ -21,7 +21,7 @@ from fd_dsa.accuracy.scores import RunSettings, first_fault
 from fd_dsa.client.questions import Answer, Question
 from fd_dsa.command_line.inputs import read_bounded
 from fd_dsa.command_line.outputs import lock
-from fd_dsa.errors import ConfigError, writing
+from fd_dsa.errors import ConfigError, shorten_text, writing
 
 MAX_RUN_BYTES = 2 << 30
 """Maximum size of a run, whose prompts have up to `MAX_PROMPT_TOKENS` tokens."""
@@ -83,7 +83,8 @@ def read_run(path: Path) -> Run:
         data = read_bounded(path, MAX_RUN_BYTES)
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
-        raise ConfigError(f"{path}: {reason}; give the answers.jsonl of a run") from error
+        name = shorten_text(str(path))
+        raise ConfigError(f"{name}: {reason}; give the answers.jsonl of a run") from error
     run = _parse(path, data)
     if run is None:
         raise ConfigError(f"{path}: holds no settings and no answers; it is not the file of a run")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -37,7 +38,7 @@ from fd_dsa.accuracy.stats import (
 from fd_dsa.command_line import report
 from fd_dsa.command_line.parser import Parser
 from fd_dsa.command_line.report import Table
-from fd_dsa.errors import ConfigError
+from fd_dsa.errors import ConfigError, shorten
 
 PROMPTS = "prompts"
 """Value of `--allow` that compares runs on their common prompts."""
@@ -159,7 +160,8 @@ def _check_settings(
     """Raise ConfigError for an unknown name in `allow`, or a decisive setting not in it."""
     for name in allow:
         if name not in known:
-            raise ConfigError(f"--allow: got {name!r}; allowed are {', '.join(sorted(known))}")
+            allowed = ", ".join(sorted(known))
+            raise ConfigError(f"--allow: got {shorten(name)}; allowed are {allowed}")
     for change in changes:
         field = PROMPTS if change.name == _PROMPT_FILE else change.name
         if change.decisive and field not in allow:
@@ -281,7 +283,7 @@ def run(args: argparse.Namespace) -> int:
     if args.out is not None:
         report.check_folder(args.out)
     found = compare(read_scores(args.before), read_scores(args.after), args.allow)
-    runs = (path if path.is_dir() else path.parent for path in (args.before, args.after))
+    runs = (path if os.path.isdir(path) else path.parent for path in (args.before, args.after))
     title = " and ".join(path.resolve().name for path in runs)
     page = report.page(title, _parts(found))
     files = {"compare.json": report.as_json(_json(found)), "compare.md": page}

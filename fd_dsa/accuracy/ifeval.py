@@ -7,6 +7,7 @@ request, so that they cannot end a run later.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -101,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
 
 def run_score(args: argparse.Namespace) -> int:
     path = Path(args.source)
-    file = path / ANSWERS_FILE if path.is_dir() else path
+    file = path / ANSWERS_FILE if os.path.isdir(path) else path
     out = file.parent if args.out is None else Path(args.out)
     check_folder(out)
     if file.name != ANSWERS_FILE:

@@ -28,7 +28,7 @@ from pydantic import BaseModel, StringConstraints, ValidationError
 from fd_dsa.accuracy.scores import first_fault
 from fd_dsa.client.questions import Answer, Question
 from fd_dsa.command_line.inputs import MAX_BYTES, read_bounded
-from fd_dsa.errors import ConfigError, shorten
+from fd_dsa.errors import ConfigError, shorten, shorten_text
 
 OFFICIAL = Path(__file__).with_name("data") / "ifeval_prompts.jsonl"
 """The prompts of google-research/google-research, unchanged.
@@ -87,7 +87,7 @@ def _lines(path: Path | str, kind: type[_Line]) -> Iterator[tuple[str, _Line]]:
         data = read_bounded(path, MAX_BYTES)
     except OSError as error:
         raise ConfigError(
-            f"{path}: cannot be read ({error.strerror}); a JSONL file is needed"
+            f"{shorten_text(str(path))}: cannot be read ({error.strerror}); a JSONL file is needed"
         ) from None
     for number, line in enumerate(data.split(b"\n"), 1):
         if line.strip():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -19,7 +20,7 @@ from fd_dsa.client.questions import Answer, Question
 from fd_dsa.command_line.inputs import MAX_BYTES, read_bounded
 from fd_dsa.command_line.report import Table, as_json, page, publish
 from fd_dsa.commands import own_command
-from fd_dsa.errors import ConfigError, shorten
+from fd_dsa.errors import ConfigError, shorten, shorten_text
 
 PROMPT_STRICT = "Prompt-level-strict-accuracy"
 INST_STRICT = "Inst-level-strict-accuracy"
@@ -244,14 +245,15 @@ def first_fault(error: ValidationError) -> str:
 
 def read_scores(path: Path) -> Scores:
     """Read the scores of a run."""
-    file = path / SCORES_FILE if path.is_dir() else path
+    file = path / SCORES_FILE if os.path.isdir(path) else path
     try:
         data = read_bounded(file, MAX_BYTES, f"give a {SCORES_FILE}")
         scores = TypeAdapter(Scores).validate_json(data, strict=True)
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise ConfigError(
-            f"{file}: {reason}; give the folder of a scored run or its {SCORES_FILE}"
+            f"{shorten_text(str(file))}: {reason}; give the folder of a scored run or its "
+            f"{SCORES_FILE}"
         ) from error
     except ValidationError as error:
         command = own_command("accuracy", "score")

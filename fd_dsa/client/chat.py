@@ -34,7 +34,7 @@ from fd_dsa.command_line.failures import reports_failures
 from fd_dsa.command_line.parser import Parser, nearest
 from fd_dsa.command_line.values import reader
 from fd_dsa.commands import own_command
-from fd_dsa.errors import ConfigError, RemoteError, writing
+from fd_dsa.errors import ConfigError, RemoteError, shorten, writing
 
 Message = dict[str, str]
 _COMMANDS = {
@@ -277,7 +277,7 @@ class Conversation:
         else:
             known = [name.split()[0] for name in _COMMANDS]
             hint = nearest(command, known, _HINT)
-            sys.stderr.write(f"unknown command {command!r}; {hint}\n")
+            sys.stderr.write(f"unknown command {shorten(command)}; {hint}\n")
 
     def _set(self, name: str = "", value: str = "") -> None:
         settings = self._session.settings
@@ -287,7 +287,7 @@ class Conversation:
         elif value:
             settings[name.replace("-", "_")] = read_setting(name, value)
         elif settings.pop(name.replace("-", "_"), None) is None:
-            raise ConfigError(f"/set: {name!r} is not set; /set NAME VALUE sets one")
+            raise ConfigError(f"/set: {shorten(name)} is not set; /set NAME VALUE sets one")
 
     def _save(self, path: str) -> None:
         if not path:

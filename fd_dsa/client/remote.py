@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import httpx
 
 from fd_dsa.environment import variable
-from fd_dsa.errors import ConfigError, RemoteError
+from fd_dsa.errors import ConfigError, RemoteError, shorten
 
 CONNECT_TIMEOUT_S = 10.0
 _SHOWN_CHARS = 200
@@ -67,7 +67,7 @@ def normal_base_url(text: str) -> str:
         good = False
     if not good or parts.query or parts.fragment:
         raise ConfigError(
-            f"--base-url: got {text!r}; allowed is a URL such as http://127.0.0.1:8000/v1"
+            f"--base-url: got {shorten(text)}; allowed is a URL such as http://127.0.0.1:8000/v1"
         )
     return text.rstrip("/") + ("" if parts.path.strip("/") else "/v1")
 
@@ -152,7 +152,7 @@ def _choose(
         if entry["id"] == model:
             return entry
     names = ", ".join(str(entry["id"]) for entry in models)
-    got = "name one of several" if model is None else f"got {model!r}"
+    got = "name one of several" if model is None else f"got {shorten(model)}"
     raise ConfigError(f"{flag}: {got}; the server at {base_url} has {names}")
 
 

@@ -32,7 +32,7 @@ from fd_dsa.command_line.outputs import is_special, open_part, result_file
 from fd_dsa.command_line.parser import Parser, split_flags
 from fd_dsa.command_line.values import add_numbers
 from fd_dsa.commands import own_command
-from fd_dsa.errors import ConfigError, writing
+from fd_dsa.errors import ConfigError, shorten, writing
 from fd_dsa.signals import signal_end
 
 MAX_REQUESTS = 50_000
@@ -135,7 +135,7 @@ def read_batch(path: str) -> list[Item]:
         data = read_bounded(path, MAX_BYTES)
     except OSError as error:
         reason = (error.strerror or "").lower()
-        raise ConfigError(f"--input-file: {path!r} cannot be read ({reason})") from error
+        raise ConfigError(f"--input-file: {shorten(path)} cannot be read ({reason})") from error
     for number, line in enumerate(io.BytesIO(data), 1):
         if not line.strip():
             continue
@@ -145,7 +145,7 @@ def read_batch(path: str) -> list[Item]:
         first = lines.setdefault(item.custom_id, number)
         if first != number:
             raise ConfigError(
-                f"{path}: line {number}: custom_id: got {item.custom_id!r} again, line "
+                f"{path}: line {number}: custom_id: got {shorten(item.custom_id)} again, line "
                 f"{first} has it; each request needs its own"
             )
         items.append(item)
@@ -175,9 +175,9 @@ def _read_item(where: str, number: int, line: bytes) -> Item:
     url = field("url", ", ".join(_URLS), lambda value: value in _URLS)
     body = field("body", "an object", lambda value: isinstance(value, dict))
     if body.get("stream"):
-        raise ConfigError(f"{where}: body.stream: got {body['stream']!r}, allowed: false")
+        raise ConfigError(f"{where}: body.stream: got {shorten(body['stream'])}, allowed: false")
     if not isinstance(body.get("model"), str | None):
-        raise ConfigError(f"{where}: body.model: got {body['model']!r}, allowed: a text")
+        raise ConfigError(f"{where}: body.model: got {shorten(body['model'])}, allowed: a text")
     return Item(number, custom_id, url, body)
 
 

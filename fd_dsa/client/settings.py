@@ -9,7 +9,7 @@ from typing import Any
 
 from fd_dsa.command_line.parser import Parser, nearest
 from fd_dsa.command_line.values import number, reader
-from fd_dsa.errors import ConfigError
+from fd_dsa.errors import ConfigError, shorten
 
 
 def _between(low: float, high: float) -> Callable[[str], Any]:
@@ -51,7 +51,7 @@ def read_setting(name: str, text: str) -> Any:
     name = name.replace("-", "_")
     if name not in _READERS:
         raise ConfigError(
-            f"/set: unknown setting {name!r}, allowed: {', '.join(NAMES)}; "
+            f"/set: unknown setting {shorten(name)}, allowed: {', '.join(NAMES)}; "
             + nearest(name, NAMES, "/set NAME VALUE")
         )
     try:

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from fd_dsa.errors import FdDsaError, RemoteError
+from fd_dsa.errors import FdDsaError, RemoteError, shorten_text
 
 EXIT_BAD_START = 2
 """Exit status of a command whose flags, files or model are refused."""
@@ -27,7 +27,7 @@ def describe_system_error(error: OSError) -> str:
     if error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT):
         reason = os.strerror(error.errno).lower()
         return f"an output cannot be written ({reason}); make room, or write it elsewhere"
-    return str(error)
+    return shorten_text(str(error))
 
 
 def _is_folder_gone() -> bool:

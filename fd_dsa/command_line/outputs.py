@@ -6,7 +6,7 @@ import fcntl
 import itertools
 import os
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -29,6 +29,9 @@ def result_file(flag: str, name: str, source: str | None = None) -> Path:
     """
     if not name:
         raise ConfigError(f"{flag}: got '', allowed: the name of a file")
+    # such as a name that is too long, which later checks would raise too
+    with writing(flag, name), suppress(FileNotFoundError, NotADirectoryError):
+        os.stat(name)
     if is_special(Path(name)):
         # the target of /dev/stdout may have no name
         return Path(name)

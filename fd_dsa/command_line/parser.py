@@ -8,9 +8,10 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
-from fd_dsa.errors import ConfigError, nearest_name
+from fd_dsa.errors import ConfigError, nearest_name, shorten, shorten_text
 
 _CHOICE = re.compile(r"(?s)(.*)invalid choice: '(.*)' \(choose from (.*)\)")
+_EXPLICIT = re.compile(r"(?s)(.*ignored explicit argument )'(.*)'")
 
 
 def nearest(name: str, known: Iterable[str], otherwise: str) -> str:
@@ -52,7 +53,9 @@ class Parser(argparse.ArgumentParser):
             known = re.findall(r"[\w.-]+", listed)
             what = "unknown command " if where == "COMMAND: " else f"{where}got "
             hint = nearest(got, known, "")
-            message = f"{what}{got!r}, allowed: {', '.join(known)}" + (hint and f"; {hint}")
+            message = f"{what}{shorten(got)}, allowed: {', '.join(known)}" + (hint and f"; {hint}")
+        if explicit := _EXPLICIT.fullmatch(message):
+            message = explicit[1] + shorten(explicit[2])
         if "arguments are required: " in message:
             for word in self._words:
                 # a short flag may have its value in the same word
@@ -71,14 +74,14 @@ class Parser(argparse.ArgumentParser):
             if word.startswith("-"):
                 raise self._unknown(word)
         if rest:
-            raise ConfigError(f"unexpected argument {rest[0]!r}; --help shows the usage")
+            raise ConfigError(f"unexpected argument {shorten(rest[0])}; --help shows the usage")
         return found, rest
 
     def _unknown(self, word: str) -> ConfigError:
         """Return the error for an unknown flag, with the nearest one."""
         flag = word.partition("=")[0]
         hint = nearest(flag, self._option_string_actions, "--help lists the flags")
-        return ConfigError(f"unknown flag {flag}; {hint}")
+        return ConfigError(f"unknown flag {shorten_text(flag)}; {hint}")
 
     def format_topic(self, topic: str) -> str:
         """Format the help of one group, or else of the flags whose names contain a text."""
@@ -91,7 +94,8 @@ class Parser(argparse.ArgumentParser):
             shown = [*{id(action): action for f, action in flags.items() if word in f}.values()]
         if not shown or not word:
             known = [*groups, *flags]
-            raise ConfigError(f"--help: no topic {topic!r}; {nearest(word, known, 'see --help')}")
+            hint = nearest(word, known, "see --help")
+            raise ConfigError(f"--help: no topic {shorten(topic)}; {hint}")
         formatter = self._get_formatter()
         formatter.add_arguments(shown)
         return formatter.format_help()

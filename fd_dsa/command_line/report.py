@@ -81,7 +81,9 @@ def as_json(data: object) -> str:
 
 def check_folder(out: Path) -> None:
     """Raise ConfigError if `out` is not, or cannot become, a writable folder."""
-    if out.exists() and not out.is_dir():
+    with writing("--out", out):
+        is_there = out.exists()
+    if is_there and not out.is_dir():
         raise ConfigError(f"--out: {out} is a file; give a folder")
     nearest = next(folder for folder in (out, *out.absolute().parents) if folder.is_dir())
     if not os.access(nearest, os.W_OK):

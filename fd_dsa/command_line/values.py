@@ -10,7 +10,7 @@ from fractions import Fraction
 from typing import TypeVar
 
 from fd_dsa.config import MAX_INTEGER, parse_bytes
-from fd_dsa.errors import ConfigError
+from fd_dsa.errors import ConfigError, shorten
 
 MAX_PROMPT_TOKENS = 1 << 28
 """Maximum number of tokens of the prompts that a command makes, about 10 GB in memory."""
@@ -41,7 +41,7 @@ def reader(
                 return value
         except ValueError:
             pass
-        raise argparse.ArgumentTypeError(f"got {text!r}; must be {allowed}")
+        raise argparse.ArgumentTypeError(f"got {shorten(text)}; must be {allowed}")
 
     return parse
 

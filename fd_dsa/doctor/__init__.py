@@ -31,7 +31,7 @@ from fd_dsa.environment import (
     quiet,
     usable_cpus,
 )
-from fd_dsa.errors import BackendUnavailable, ConfigError, FdDsaError, renaming
+from fd_dsa.errors import BackendUnavailable, ConfigError, FdDsaError, renaming, shorten
 
 _PACKAGES = ("paddlepaddle", "paddlepaddle-gpu", "triton", "numpy")
 _NEEDED = ("numpy", "paddle")
@@ -218,7 +218,8 @@ def device_to_check(requested: str | None) -> str:
     if requested == "cpu" or requested in devices or f"{requested}:0" in devices:
         return requested
     raise BackendUnavailable(
-        f"--device: got {requested!r}, the installed Paddle has: {', '.join(['cpu', *devices])}"
+        f"--device: got {shorten(requested)}, the installed Paddle has: "
+        f"{', '.join(['cpu', *devices])}"
     )
 
 

@@ -19,7 +19,14 @@ from fd_dsa.command_line.failures import EXIT_BAD_START, describe_system_error, 
 from fd_dsa.commands import own_command
 from fd_dsa.config import HUB_NAME, EngineConfig
 from fd_dsa.environment import check_address_space, local_url, process_environment
-from fd_dsa.errors import ConfigError, FdDsaError, describe_error, flag_error, is_out_of_memory
+from fd_dsa.errors import (
+    ConfigError,
+    FdDsaError,
+    describe_error,
+    flag_error,
+    is_out_of_memory,
+    shorten,
+)
 from fd_dsa.serve.flag_sources import parse_args, unused_variables
 from fd_dsa.serve.flags import ServerOptions
 from fd_dsa.serve.flags import build_parser as build_parser
@@ -125,7 +132,8 @@ def _download(args: argparse.Namespace) -> None:
 
     name = str(getattr(args, "model", ""))
     if not HUB_NAME.fullmatch(name):
-        raise ConfigError(f"--download: got the model {name!r}; allowed is a name such as org/name")
+        rule = "allowed is a name such as org/name"
+        raise ConfigError(f"--download: got the model {shorten(name)}; {rule}")
     # the process would wait for threads of the download
     with signals_exit_at_once(f"fd_dsa: error: interrupted; {AGAIN}"):
         args.model = download(

@@ -19,7 +19,7 @@ import yaml
 from fd_dsa.command_line.inputs import read_bounded
 from fd_dsa.command_line.parser import nearest, split_flags
 from fd_dsa.environment import process_environment, switch
-from fd_dsa.errors import ConfigError
+from fd_dsa.errors import ConfigError, shorten, shorten_text
 from fd_dsa.serve.flags import DEFAULTS, build_parser
 from fd_dsa.serve.known_flags import check_value, find, remove_known_flags
 
@@ -82,7 +82,8 @@ def _from_command_line(argv: Sequence[str]) -> dict[str, Any]:
     folder = values.pop("positional_model", None)
     if folder is not None and values.setdefault("model", folder) != folder:
         raise ConfigError(
-            f"--model: got {values['model']!r} and the folder {folder!r}; give one of them"
+            f"--model: got {shorten(values['model'])} and the folder {shorten(folder)}; give one "
+            "of them"
         )
     return values
 
@@ -120,10 +121,10 @@ def _from_file(path: str, not_needed: dict[str, str]) -> dict[str, Any]:
     except ConfigError as error:
         raise ConfigError(f"--config: {error}") from None
     except OSError as error:
-        raise ConfigError(f"--config: {path!r} cannot be read: {error.strerror}") from None
+        raise ConfigError(f"--config: {shorten(path)} cannot be read: {error.strerror}") from None
     except (ValueError, yaml.YAMLError, RecursionError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"--config: {path!r} cannot be read: {reason}") from None
+        reason = shorten_text(" ".join(str(error).split()))
+        raise ConfigError(f"--config: {shorten(path)} cannot be read: {reason}") from None
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):
@@ -149,7 +150,7 @@ def _from_file(path: str, not_needed: dict[str, str]) -> dict[str, Any]:
             continue
         if action is None:
             hint = nearest(name, actions, "keys are flags without their dashes in front")
-            raise ConfigError(f"--config: {path}: unknown key {str(key)!r}; {hint}")
+            raise ConfigError(f"--config: {path}: unknown key {shorten(str(key))}; {hint}")
         if action.dest in values:
             raise ConfigError(f"--config: {path}: {key} is there twice, with - and with _")
         if value is None and action.dest in _NEVER_EMPTY:
@@ -177,7 +178,7 @@ def _load_texts(path: str, text: str) -> Any:
         names = Counter(key.value for key, _ in pairs if isinstance(key, yaml.ScalarNode))
         for name, count in names.most_common(1):
             if count > 1:
-                raise ValueError(f"the key {name!r} is there twice")
+                raise ValueError(f"the key {shorten(name)} is there twice")
         nodes = [one for pair in pairs for one in pair]
         lists = [one.value for one in nodes if isinstance(one, yaml.SequenceNode)]
         # not in objects, whose numbers become numbers of JSON
@@ -193,7 +194,7 @@ def _parsed(source: str, action: argparse.Action, value: object) -> dict[str, An
     flag = _flag(action)
     if action.nargs == 0:
         if not isinstance(value, bool):
-            raise ConfigError(f"{source}: {flag}: got {value!r}, allowed: true, false")
+            raise ConfigError(f"{source}: {flag}: got {shorten(value)}, allowed: true, false")
         return {action.dest: value}
     if isinstance(value, list) and not _takes_several(action):
         raise ConfigError(f"{source}: {flag}: got a list, allowed: one value")

@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from fd_dsa.errors import ConfigError
+from fd_dsa.errors import ConfigError, shorten, shorten_text
 
 
 class Known(NamedTuple):
@@ -325,6 +325,7 @@ def check_value(flag: str, value: str, known: Known, is_off: bool) -> str:
         return known.reason
     if known.refusal:
         # the value of a flag that is always refused may be a secret
-        got = f"got {value!r}, allowed: {', '.join(known.neutral)}; " if known.neutral else ""
-        raise ConfigError(f"{flag}: {got}{known.refusal}")
+        allowed = ", ".join(known.neutral)
+        got = f"got {shorten(value)}, allowed: {allowed}; " if allowed else ""
+        raise ConfigError(f"{shorten_text(flag)}: {got}{known.refusal}")
     return known.reason

@@ -12,7 +12,7 @@ from typing import Any
 from fd_dsa.accuracy.retrieval.prompts import TASKS, PromptBuilder
 from fd_dsa.client.questions import Question
 from fd_dsa.command_line.values import check_prompt_tokens
-from fd_dsa.errors import ConfigError
+from fd_dsa.errors import ConfigError, shorten
 
 _LENGTH = re.compile(r"(?:(?:(\d+)\*)?(topk|max))?([+-]?\d+)?")
 
@@ -130,8 +130,8 @@ def _length(part: str, limits: Limits) -> int:
     factor, name, number = match.groups() if match else (None, None, None)
     if not part or not match or (name and number and number[0] not in "+-"):
         raise ConfigError(
-            f"--lengths: got {part!r}; allowed are numbers of tokens, topk, max, and such as "
-            "topk+1 or 4*topk"
+            f"--lengths: got {shorten(part)}; allowed are numbers of tokens, topk, max, and such "
+            "as topk+1 or 4*topk"
         )
     base = 0
     if name:
