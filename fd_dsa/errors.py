@@ -6,10 +6,12 @@ A message names the field, the value found, the rule and what to do.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
 from reprlib import Repr
+from typing import Any
 
 
 class _ShortRepr(Repr):
@@ -40,6 +42,19 @@ def shorten(value: object) -> str:
 def shorten_text(text: str) -> str:
     """Return a word or the text of an error without quotes, shortened to one line."""
     return _LESS_SHORT.repr(text)[1:-1] if len(text) > _LESS_SHORT.maxstring else text
+
+
+def unique_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make an object of a JSON text, as the `object_pairs_hook` of `json.loads`.
+
+    Raises:
+        ConfigError: a name is there twice. Readers disagree which of the two values counts.
+    """
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        (twice, _), *_ = Counter(name for name, _ in pairs).most_common(1)
+        raise ConfigError(f"the name {shorten(twice)} is there twice in one object")
+    return made
 
 
 # Similarity from which on two names look like a misspelling: --prot and --port, but not

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from fd_dsa.errors import flag_error, nearest_name
+from fd_dsa.errors import ConfigError, flag_error, nearest_name, unique_object
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,13 @@ class SpeculativeConfig:
         """
         name = "speculative_config"
         try:
-            values = json.loads(given) if isinstance(given, str) else dict(given)
+            if isinstance(given, str):
+                values = json.loads(given, object_pairs_hook=unique_object)
+            else:
+                values = dict(given)
             method = values.pop("method", None)
+        except ConfigError as error:
+            raise ConfigError(f"--speculative-config: {error}; give it once") from None
         except (ValueError, TypeError, AttributeError, RecursionError):
             allowed = 'none or a JSON object, as {"method": "ngram"}'
             raise flag_error(name, given, allowed) from None

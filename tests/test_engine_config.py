@@ -278,6 +278,11 @@ def test_speculative_config_is_read_as_vllm_writes_it() -> None:
         ("{", "--speculative-config: got '{', allowed: none or a JSON object"),
         ("[" * 10**5, r"--speculative-config: got '\[{47}\.{3}\[{48}', allowed: none or a JSON"),
         ("[1]", "allowed: none or a JSON object"),
+        (
+            '{"method": "mtp", "method": "ngram"}',
+            "^--speculative-config: the name 'method' is there twice in one object; give it once$",
+        ),
+        ('{"method": "mtp", "x": [{"y": 1, "y": 1}]}', "the name 'y' is there twice"),
         ({"method": "eagle"}, "--speculative-config.method: got 'eagle', allowed: mtp, ngram"),
         ({}, "--speculative-config.method: got None"),
         ({"method": "ngram", "num_speculative_tokens": 4}, "got 4, allowed: .* from 1 to 3"),

@@ -7,12 +7,11 @@ import math
 import os
 import re
 import stat
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fd_dsa.errors import ConfigError, shorten
+from fd_dsa.errors import ConfigError, shorten, unique_object
 from fd_dsa.models.known_fields import NULL_IS_ABSENT, is_harmless, same_value
 
 # sizes and positions are int32 in kernels
@@ -83,22 +82,13 @@ def parse_json(text: bytes) -> Any:
     """Return the value of a JSON text in UTF-8.
 
     Raises:
-        ValueError, RecursionError: the text is no JSON, or an object has a name twice. Readers
-            disagree which of the two values counts. Or an escape is half of a surrogate pair, which
-            no tokenizer accepts.
+        ValueError, RecursionError: the text is no JSON, or an object has a name twice. Or
+            an escape is half of a surrogate pair, which no tokenizer accepts.
     """
-    value = json.loads(text.decode("utf-8"), object_pairs_hook=_object)
+    value = json.loads(text.decode("utf-8"), object_pairs_hook=unique_object)
     if _SURROGATE_ESCAPE.search(text):
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     return value
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) < len(pairs):
-        (twice, _), *_ = Counter(name for name, _ in pairs).most_common(1)
-        raise ValueError(f"the name {shorten(twice)} is there twice in one object")
-    return made
 
 
 def as_integer(value: object) -> int | None:

@@ -175,10 +175,7 @@ def _load_texts(path: str, text: str) -> Any:
         if (node := loader.get_single_node()) is None:
             return None
         pairs = node.value if isinstance(node, yaml.MappingNode) else []
-        names = Counter(key.value for key, _ in pairs if isinstance(key, yaml.ScalarNode))
-        for name, count in names.most_common(1):
-            if count > 1:
-                raise ValueError(f"the key {shorten(name)} is there twice")
+        _check_keys(node)
         nodes = [one for pair in pairs for one in pair]
         lists = [one.value for one in nodes if isinstance(one, yaml.SequenceNode)]
         # not in objects, whose numbers become numbers of JSON
@@ -187,6 +184,25 @@ def _load_texts(path: str, text: str) -> Any:
         return loader.construct_document(node)
     finally:
         loader.dispose()
+
+
+def _check_keys(root: yaml.Node) -> None:
+    """Raise ValueError if an object of a YAML text, at any depth, has a key twice."""
+    pending, seen = [root], set()
+    while pending:
+        node = pending.pop()
+        if id(node) in seen:
+            # an alias, which may even have itself
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.MappingNode):
+            names = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+            for name, count in names.most_common(1):
+                if count > 1:
+                    raise ValueError(f"the key {shorten(name)} is there twice")
+            pending += itertools.chain(*node.value)
+        elif isinstance(node, yaml.SequenceNode):
+            pending += node.value
 
 
 def _parsed(source: str, action: argparse.Action, value: object) -> dict[str, Any]:

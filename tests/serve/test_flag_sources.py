@@ -196,6 +196,9 @@ def test_a_file_of_vllm_has_the_values_of_the_command_line(
         ("api-key: ''", ["--api-key: allowed is a text of one character or more"]),
         ("log-json: maybe", ["--log-json: got 'maybe', allowed: true, false"]),
         ("max-num-seqs: 1\nmax_num_seqs: 2", ["is there twice"]),
+        ("port: 1\n'port': 2", ["the key 'port' is there twice"]),
+        ("speculative-config: {method: mtp, method: ngram}", ["the key 'method' is there twice"]),
+        ("speculative-config: {a: [{1: x, '1': y}]}", ["the key '1' is there twice"]),
         ("[1, 2]", ["holds a list"]),
         (
             "speculative-config: &a {method: *a}",
