@@ -19,7 +19,7 @@ from rich.progress import Progress
 
 from fd_dsa.accuracy.answers import Run, open_store
 from fd_dsa.accuracy.scores import ANSWERS_FILE, RunSettings, prompts_sha256
-from fd_dsa.client.load import Sender
+from fd_dsa.client.load import MAX_RETRIES, Sender
 from fd_dsa.client.own_server import OwnServer, add_server_flags, check_passed, own_server
 from fd_dsa.client.questions import Question, ask
 from fd_dsa.client.remote import ServerInfo, examine_server, normal_base_url
@@ -48,6 +48,7 @@ def add_run_flags(parser: argparse.ArgumentParser, *, out: str, max_tokens: int)
         ("--concurrency", int, 1, 32, "requests in flight"),
         ("--retries", int, 0, 5, "further attempts after a failure that may pass"),
         ("--timeout", float, 0.001, 600.0, "longest wait for an answer, seconds"),
+        maxima={"--retries": MAX_RETRIES},
     )
     generation = parser.add_argument_group("generation")
     add_numbers(

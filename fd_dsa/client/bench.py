@@ -16,7 +16,7 @@ import numpy as np
 
 from fd_dsa import __version__
 from fd_dsa.client import bench_flags
-from fd_dsa.client.load import Sender
+from fd_dsa.client.load import MAX_RETRIES, Sender
 from fd_dsa.client.own_server import add_server_flags, check_passed, server_at
 from fd_dsa.client.remote import ServerInfo, examine_server
 from fd_dsa.client.timing import Timing, measure, summarise, tables
@@ -26,9 +26,13 @@ from fd_dsa.command_line.parser import Parser, split_flags
 from fd_dsa.command_line.report import as_json, show
 from fd_dsa.command_line.values import add_numbers, check_prompt_tokens, number, reader
 from fd_dsa.commands import own_command
-from fd_dsa.errors import ConfigError, RemoteError, writing
+from fd_dsa.errors import ConfigError, RemoteError, flag_error, writing
 
 _WARM_UP = 2
+# each request has a task of the event loop
+_MAX_PROMPTS = 1_000_000
+# seconds of a week
+_MAX_DURATION_S = 604_800
 # ids that every vocabulary has, and with few special tokens among them
 _LOWEST_ID, _HIGHEST_ID = 100, 1000
 
@@ -47,6 +51,7 @@ def build_parser() -> Parser:
         ("--random-output-len", int, 1, 64, "tokens of each answer"),
         ("--retries", int, 0, 3, "per request"),
         ("--seed", int, 0, 0, "seed for prompts and intervals"),
+        maxima={"--retries": MAX_RETRIES},
     )
     parser.add_argument(
         "--request-rate",
@@ -81,6 +86,17 @@ def parse_args(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     args = build_parser().parse_args(own)
     total = args.num_prompts * args.random_input_len
     check_prompt_tokens("--num-prompts and --random-input-len", total)
+    total = args.num_prompts * args.random_output_len
+    check_prompt_tokens("--num-prompts and --random-output-len", total, "answers")
+    if args.num_prompts > _MAX_PROMPTS:
+        raise flag_error("num_prompts", args.num_prompts, f"at most {_MAX_PROMPTS}")
+    duration_s = (args.num_prompts - 1) / args.request_rate
+    if duration_s > _MAX_DURATION_S:
+        raise ConfigError(
+            f"--num-prompts and --request-rate: {args.num_prompts} requests at "
+            f"{args.request_rate} a second start within {duration_s:g} s, allowed: at most "
+            f"{_MAX_DURATION_S} s, a week"
+        )
     running = bench_flags.running_server(args)
     if running is not None and args.serve is not None:
         raise ConfigError("--serve: got it with --host, --port or --backend; leave one of them out")

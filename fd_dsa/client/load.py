@@ -14,7 +14,12 @@ import httpx
 from fd_dsa.client.remote import error_message, http_options, key_refused, transport_reason
 from fd_dsa.errors import RemoteError
 
+MAX_RETRIES = 1000
+"""Maximum value of --retries, with which a server may be away for about six hours."""
+
 _LONGEST_DELAY_S = 30.0
+# delays are at their longest before this attempt
+_MAX_DOUBLINGS = 16
 _RETRIED_STATUS = frozenset({408, 409, 425, 429, *range(500, 600)})
 
 T = TypeVar("T")
@@ -150,7 +155,8 @@ class Sender:
                 break
             # random, so that requests do not retry together after a common failure
             share = self._random.uniform(0.5, 1.0)
-            delay_s = share * min(_LONGEST_DELAY_S, self.delay_s * 2 ** (attempt - 1))
+            doubled_s = self.delay_s * 2 ** min(attempt - 1, _MAX_DOUBLINGS)
+            delay_s = share * min(_LONGEST_DELAY_S, doubled_s)
             await asyncio.sleep(max(delay_s, min(last.after_s, 2 * _LONGEST_DELAY_S)))
         reason = f"{last.reason} ({attempt} attempts)" if attempt > 1 else last.reason
         seconds = time.perf_counter() - started

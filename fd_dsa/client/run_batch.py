@@ -23,7 +23,7 @@ import orjson
 from rich.console import Console
 from rich.progress import Progress
 
-from fd_dsa.client.load import FailedAttempt, Request, Sender, TimedRequest
+from fd_dsa.client.load import MAX_RETRIES, FailedAttempt, Request, Sender, TimedRequest
 from fd_dsa.client.own_server import check_passed, server_at
 from fd_dsa.client.remote import examine_server, incomplete
 from fd_dsa.command_line.failures import reports_failures
@@ -71,6 +71,7 @@ def build_parser() -> Parser:
         parser,
         ("--max-concurrency", int, 1, 64, "requests in flight"),
         ("--retries", int, 0, 3, "per request"),
+        maxima={"--retries": MAX_RETRIES},
     )
     return parser
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import TypeVar
 
@@ -65,41 +65,52 @@ def whole_number(text: str) -> int:
     return int(value)
 
 
-def number(kind: type[float], minimum: float, forms: str = "") -> Callable[[str], float]:
+def number(
+    kind: type[float], minimum: float, forms: str = "", maximum: int | None = None
+) -> Callable[[str], float]:
     """Make a reader of finite numbers from `minimum` on.
 
     Args:
         kind: int or float.
         forms: end of the error's line, with other ways to write a number.
+        maximum: largest number, or None for no limit.
     """
     read: Callable[[str], float] = whole_number if kind is int else float
     what = "a whole number" if kind is int else "a number"
+    if maximum is not None:
+        rule = f"{what} from {minimum:g} to {maximum}{forms}"
+        return reader(read, rule, lambda x: minimum <= x <= maximum)
     return reader(read, f"{what} from {minimum:g} on{forms}", lambda x: minimum <= x < math.inf)
 
 
-def check_prompt_tokens(flags: str, num_tokens: int) -> None:
-    """Raise ConfigError if all prompts of a command have more than MAX_PROMPT_TOKENS tokens."""
+def check_prompt_tokens(flags: str, num_tokens: int, of: str = "prompts") -> None:
+    """Raise ConfigError if all prompts of a command have more than MAX_PROMPT_TOKENS tokens.
+
+    Args:
+        of: name of the texts in the error, if they are no prompts.
+    """
     if num_tokens > MAX_PROMPT_TOKENS:
         raise ConfigError(
-            f"{flags}: {num_tokens} tokens of prompts, allowed: at most {MAX_PROMPT_TOKENS} in all"
+            f"{flags}: {num_tokens} tokens of {of}, allowed: at most {MAX_PROMPT_TOKENS} in all"
         )
 
 
 def add_numbers(
     parser: argparse._ActionsContainer,
     *rows: tuple[str, type[float], float, float | None, str],
+    maxima: Mapping[str, int] | None = None,
 ) -> None:
     """Add flags that take a number.
 
     Args:
         rows: name, kind, smallest value, default and help of each flag.
+        maxima: largest values of flags that have one.
     """
     for flag, kind, minimum, default, text in rows:
         shown = text if default is None else f"{text} (default: {default:g})"
         metavar = "N" if kind is int else "X"
-        parser.add_argument(
-            flag, metavar=metavar, type=number(kind, minimum), default=default, help=shown
-        )
+        read = number(kind, minimum, maximum=(maxima or {}).get(flag))
+        parser.add_argument(flag, metavar=metavar, type=read, default=default, help=shown)
 
 
 _BYTES = (

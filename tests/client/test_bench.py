@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from fd_dsa.cli import main
-from fd_dsa.client.bench import random_prompts, start_times
+from fd_dsa.client.bench import parse_args, random_prompts, start_times
 from fd_dsa.client.load import Sender
 from fd_dsa.client.timing import LATENCIES, Timing, measure, summarise, tables
 from fd_dsa.errors import RemoteError
@@ -46,6 +46,27 @@ def test_requests_come_at_once_or_as_a_poisson_process() -> None:
     # the mean is 1/4, and of an exponential distribution so is the deviation
     assert gaps.mean() == pytest.approx(0.25, rel=0.03)
     assert gaps.std() == pytest.approx(0.25, rel=0.03)
+
+
+@pytest.mark.parametrize("rate", [1e-320, 5e-5, 1e308])
+def test_any_rate_of_a_short_run_is_accepted(rate: float) -> None:
+    assert parse_args(["--num-prompts", "1", "--request-rate", f"{rate}"])[0].request_rate == rate
+    assert start_times(1, rate, seed=0) == [0.0]
+    assert all(map(math.isfinite, start_times(20, max(rate, 5e-5), seed=0)))
+
+
+def test_waits_between_attempts_stay_finite(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    sleep = asyncio.sleep
+
+    async def note(seconds: float) -> None:
+        waits.append(seconds)
+        await sleep(0)
+
+    sender = Sender("http://127.0.0.1:1", retries=1500)
+    monkeypatch.setattr("fd_dsa.client.load.asyncio.sleep", note)
+    timings, _ = asyncio.run(measure(sender, "demo", [[101]], [0.0], 5))
+    assert timings[0].attempts == 1501 and max(waits) <= 30
 
 
 def test_figures_are_those_of_the_timings() -> None:
@@ -122,6 +143,12 @@ def test_starts_that_fail_are_one_line(capsys: pytest.CaptureFixture[str]) -> No
             ("--request-rate", "0"): "--request-rate: got '0'",
             ("--num-prompts", "none"): "--num-prompts: got 'none'",
             ("--num-prompts", f"{10**12}"): "tokens of prompts, allowed: at most 268435456 in all",
+            ("--num-prompts", "1000001"): "--num-prompts: got 1000001, allowed: at most 1000000",
+            ("--retries", "1001"): "--retries: got '1001'; must be a whole number from 0 to 1000",
+            ("--random-output-len", f"{10**9}"): "64000000000 tokens of answers, allowed: at most",
+            ("--request-rate", "1e-320"): "64 requests at 1e-320 a second start within inf s",
+            ("--request-rate", "1e-4"): "start within 630000 s, allowed: at most 604800 s, a week",
+            ("--request-rate", "nan"): "got 'nan'; must be a number above 0, or inf",
             ("--output", "no/such/file"): "no/such/file: the folder does not exist",
             ("--output", "."): ". is a folder; give a file",
             ("--serve", ""): "--serve: got '', allowed: a local folder",
