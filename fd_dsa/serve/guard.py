@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from hashlib import sha256
 
 from starlette.datastructures import Headers
+from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fd_dsa.serve.body import check_length, receive_body
@@ -30,6 +31,8 @@ from fd_dsa.serve.workers import Turns
 OPEN_PATHS = PAGE_PATHS | PROBE_PATHS | {"/openapi.json", "/version", "/metrics"}
 """Paths without a key. They compute no tokens and show no data of requests."""
 ANY_HOST = "*"
+# of all paths together, for `OPTIONS *`
+_METHODS = "GET, HEAD, POST, OPTIONS"
 _HOST = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^\[\]:/\s]+)(:[0-9]*)?")
 
 
@@ -103,8 +106,11 @@ class GuardMiddleware:
                     self._state.check_available(is_accepted=True)
                     held.callback(self._state.release, scope["state"])
                     self._state.hold(scope["state"], 1)
+                answer = None if scope["path"] != "*" else Response(headers={"Allow": _METHODS})
             except ApiError as error:
-                await error.response(scope["path"])(scope, receive, send)
+                answer = error.response(scope["path"])
+            if answer is not None:
+                await answer(scope, receive, send)
                 return
             await self._app(scope, receive, send)
 

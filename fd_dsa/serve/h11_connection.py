@@ -34,6 +34,9 @@ _BROKEN_RULES = {
     "fold": "a header line is folded; send each header on one line",
     "control": "the head contains a control character; send none",
 }
+_IS_URL = re.compile(rb"https?:", re.IGNORECASE)
+# neither without a host nor with the name of a user
+_URL = re.compile(rb"https?://((?:\[[0-9a-f:.]+\]|[^]/?#@:[]+)(?::\d*)?)([/?].*)?", re.IGNORECASE)
 _FRAMING = re.compile(rb"\r\n(content-length|transfer-encoding):[ \t]*([^\r]*)", re.IGNORECASE)
 
 
@@ -65,6 +68,7 @@ class StrictConnection(h11.Connection):
                 self._check_head()
             event = super().next_event()
             if isinstance(event, h11.Request):
+                event = _with_path(event)
                 self._admit(event)
             elif isinstance(event, h11.Data):
                 self._check_chunk(event)
@@ -128,7 +132,7 @@ def check_head(head: bytes) -> None:
     Raises:
         ApiError: 400, or 431 for a head that is too long or has too many headers.
 
-    Source: RFC 9112, sections 2.2, 5.2, 6.1 and 6.3; RFC 9110, section 5.5.
+    Source: RFC 9112, sections 2.2, 3.2, 5.2, 6.1 and 6.3; RFC 9110, section 5.5.
     """
     if len(head) > MAX_HEAD_BYTES:
         raise _too_long()
@@ -138,7 +142,7 @@ def check_head(head: bytes) -> None:
         raise ApiError(
             431, f"the request has {num_headers} headers, allowed: {MAX_HEADERS}; send fewer"
         )
-    version = head.partition(b"\n")[0].rstrip(b"\r").rpartition(b" HTTP/")[2]
+    line, _, version = head.partition(b"\n")[0].rstrip(b"\r").rpartition(b" HTTP/")
     if version not in (b"1.0", b"1.1"):
         raise _invalid("the request line ends with no HTTP/1.1 or HTTP/1.0")
     broken = _BROKEN.search(head)
@@ -153,6 +157,41 @@ def check_head(head: bytes) -> None:
             raise _invalid("Content-Length is not one number")
         if name == b"transfer-encoding" and version == b"1.0":
             raise _invalid("Transfer-Encoding came with HTTP/1.0; send Content-Length")
+    method, _, target = line.partition(b" ")
+    _check_target(method, target)
+
+
+def _check_target(method: bytes, target: bytes) -> None:
+    """Refuse the target of a request if it is an invalid URL, or * without OPTIONS.
+
+    Source: RFC 9112, section 3.2; RFC 9110, section 4.2.
+    """
+    if target == b"*" and method != b"OPTIONS":
+        raise _invalid("the target * is only for OPTIONS; send a path")
+    if _IS_URL.match(target) and not _URL.fullmatch(target):
+        raise _invalid("the target is no URL such as http://HOST:PORT/PATH; send a path")
+
+
+def _with_path(request: h11.Request) -> h11.Request:
+    """Return a request whose target is a path, as the routes expect it.
+
+    A whole URL replaces the Host header by its own host.
+
+    Source: RFC 9112, section 3.2.2.
+    """
+    url = _URL.fullmatch(request.target)
+    if url is None:
+        return request
+    host, path = url[1], url[2] or b""
+    if not path.startswith(b"/"):
+        path = b"*" if request.method == b"OPTIONS" and not path else b"/" + path
+    others = [(name, value) for name, value in request.headers if name != b"host"]
+    return h11.Request(
+        method=request.method,
+        headers=[(b"host", host), *others],
+        target=path,
+        http_version=request.http_version,
+    )
 
 
 def _invalid(reason: str) -> ApiError:

@@ -17,6 +17,7 @@ from random import Random
 import httpx
 import pytest
 
+from fd_dsa.serve.guard import host_rule
 from fd_dsa.serve.h11_connection import MAX_HEAD_BYTES, MAX_HEADERS
 from fd_dsa.serve.h11_protocol import StrictH11Protocol
 from tests.serve.conftest import TIMEOUT_S, Live, connected, exchange, running, wait_until
@@ -103,6 +104,22 @@ REFUSED: dict[str, list[bytes]] = {
             *(b"GET /health HTTP/2.0", b"GET /health HTTP/2", b"GET /health HTTP/0.9"),
         )
     ],
+    "the target is no URL such as http://HOST:PORT/PATH; send a path": [
+        b"GET %s HTTP/1.1\r\nHost: a\r\n\r\n" % target
+        for target in (
+            *(
+                b"http:///health",
+                b"http:",
+                b"http:/health",
+                b"http://user@a/health",
+                b"http://:80/",
+            ),
+            *(b"http://a:b/health", b"http://[::1/health", b"http://a#b"),
+        )
+    ],
+    "the target * is only for OPTIONS; send a path": [
+        b"%s * HTTP/1.1\r\nHost: a\r\n\r\n" % method for method in (b"GET", b"POST", b"HEAD")
+    ],
     "multiple Host": [GET + b"Host: a\r\n\r\n"],
     "mandatory Host": [b"GET /health HTTP/1.1\r\n\r\n"],
 }
@@ -122,14 +139,43 @@ def test_a_head_of_two_meanings_is_refused_with_all_after_it(
 @pytest.mark.parametrize(
     ("sent", "status"),
     [
-        (b"OPTIONS * HTTP/1.1\r\nHost: a\r\n\r\n", 404),
+        (b"OPTIONS * HTTP/1.1\r\nHost: a\r\n\r\n", 200),
+        (b"OPTIONS http://a HTTP/1.1\r\nHost: a\r\n\r\n", 200),
+        (b"OPTIONS http://a/ HTTP/1.1\r\nHost: a\r\n\r\n", 405),
         (b"CONNECT a:80 HTTP/1.1\r\nHost: a\r\n\r\n", 404),
-        (b"GET http://other/health HTTP/1.1\r\nHost: a\r\n\r\n", 404),
+        (b"GET http://other/health HTTP/1.1\r\nHost: a\r\n\r\n", 200),
+        (b"GET HTTPS://[::1]:80/health?a=http://b HTTP/1.0\r\n\r\n", 200),
+        (b"GET http://a:/v1/models HTTP/1.1\r\nHost: a\r\n\r\n", 200),
+        (b"HEAD http://a HTTP/1.1\r\nHost: a\r\n\r\n", 200),
+        (b"GET http://a?b HTTP/1.1\r\nHost: a\r\n\r\n", 200),
+        (b"GET http://a//health HTTP/1.1\r\nHost: a\r\n\r\n", 404),
+        (b"GET ftp://a/health HTTP/1.1\r\nHost: a\r\n\r\n", 404),
         (GET + b"Upgrade: websocket\r\nConnection: Upgrade, close\r\n\r\n", 200),
     ],
 )
 def test_requests_of_proxies_are_answered(live: Live, sent: bytes, status: int) -> None:
     assert exchange(live.url, sent + SMUGGLED).startswith(b"HTTP/1.1 %d " % status)
+
+
+def test_a_whole_url_is_a_path_with_its_own_host(live: Live) -> None:
+    with running(FakeEngine(), hosts=host_rule("127.0.0.1", "127.0.0.1", ())) as guarded:
+        for host, status in ((b"localhost", 200), (b"127.0.0.1:8000", 200), (b"evil.test", 403)):
+            sent = b"GET http://%s/v1/models HTTP/1.1\r\nHost: %s\r\n\r\n"
+            for other in (b"localhost", b"evil.test"):
+                answer = exchange(guarded.url, sent % (host, other) + SMUGGLED)
+                assert answer.startswith(b"HTTP/1.1 %d " % status), answer
+    url = live.url.encode()
+    sent = POST.replace(b"/v1", url + b"/v1") + b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY
+    assert statuses(exchange(live.url, sent + SMUGGLED)) == [200, 200]
+
+
+def test_options_of_the_server_are_its_methods() -> None:
+    with running(FakeEngine(), api_key=["key"]) as guarded:
+        sent = b"OPTIONS * HTTP/1.1\r\nHost: a\r\n"
+        assert statuses(exchange(guarded.url, sent + b"\r\n" + SMUGGLED)) == [401, 200]
+        answer = exchange(guarded.url, sent + b"Authorization: Bearer key\r\n\r\n" + SMUGGLED)
+        assert statuses(answer) == [200, 200]
+        assert b"\r\nallow: GET, HEAD, POST, OPTIONS\r\n" in answer.partition(b"\r\n\r\n")[0]
 
 
 def test_random_damage_is_answered_by_an_error_object(live: Live) -> None:
