@@ -21,7 +21,7 @@ import numpy as np
 
 from fd_dsa import custom_ops
 from fd_dsa.environment import choose_triton_mode, variable
-from fd_dsa.errors import BackendUnavailable, ConfigError, KernelUnavailable
+from fd_dsa.errors import BackendUnavailable, ConfigError, KernelUnavailable, shorten
 from fd_dsa.tensor import Array
 
 logger = logging.getLogger(__name__)
@@ -346,7 +346,8 @@ def parse(pairs: Iterable[str], source: str, text: str) -> dict[str, str]:
             known = {operator: OPERATORS[operator]} if operator in OPERATORS else OPERATORS
             allowed = ", ".join(f"{op}={p}" for op, served in known.items() for p in served)
             raise ConfigError(
-                f"{source}: got {pair!r} in {text!r}, allowed: {allowed}, separated by commas"
+                f"{source}: got {shorten(pair)} in {shorten(text)}, allowed: {allowed}, separated "
+                "by commas"
             )
         asked[operator] = provider
     return asked

@@ -102,7 +102,12 @@ def _from_variables() -> dict[str, Any]:
             continue
         value: Any = text
         if _takes_several(action):
-            value = [part.strip() for part in text.split(",") if part.strip()] or [""]
+            value = [part.strip() for part in text.removesuffix(",").split(",")]
+            if "" in value and action.dest not in _NEVER_EMPTY:
+                # not the values, which may be secrets
+                place = f"value {value.index('') + 1} of {len(value)} is empty"
+                rule = "allowed: values with one comma between them"
+                raise ConfigError(f"{name}: {_flag(action)}: {place}, {rule}")
         elif action.nargs == 0:
             value = switch(name)
         values.update(_parsed(name, action, value))

@@ -248,6 +248,24 @@ def test_an_error_of_a_file_shows_no_line_of_it(tmp_path: Path) -> None:
         ("FD_DSA_API_KEY", "one,two three", "FD_DSA_API_KEY: --api-key: allowed is a text of one"),
         ("FD_DSA_API_KEY", "", "FD_DSA_API_KEY: --api-key: allowed is a text of one"),
         ("FD_DSA_API_KEY", " ", "FD_DSA_API_KEY: --api-key: allowed is a text of one"),
+        ("FD_DSA_API_KEY", "a,,b", "FD_DSA_API_KEY: --api-key: allowed is a text of one"),
+        (
+            "FD_DSA_SERVED_MODEL_NAME",
+            "a, ,b",
+            "FD_DSA_SERVED_MODEL_NAME: --served-model-name: value 2 of 3 is empty, allowed: val",
+        ),
+        ("FD_DSA_SERVED_MODEL_NAME", ",", "--served-model-name: value 1 of 1 is empty"),
+        (
+            "FD_DSA_ALLOWED_HOST",
+            "a,,",
+            "FD_DSA_ALLOWED_HOST: --allowed-host: value 2 of 2 is empty",
+        ),
+        (
+            "FD_DSA_CUDAGRAPH_CAPTURE_SIZES",
+            "1,,2",
+            "FD_DSA_CUDAGRAPH_CAPTURE_SIZES: --cudagraph-capture-sizes: value 2 of 3 is empty",
+        ),
+        ("FD_DSA_CUDAGRAPH_PROMPT_SIZES", ",1", "--cudagraph-prompt-sizes: value 1 of 2 is empty"),
         ("FD_DSA_API_KEY", " ,", "FD_DSA_API_KEY: --api-key: allowed is a text of one"),
     ],
 )
