@@ -22,7 +22,7 @@ from fd_dsa.engine.arguments import (
 from fd_dsa.engine.reasoning import Reasoning
 from fd_dsa.engine.structured_outputs import StructuredOutputsParams
 from fd_dsa.engine.tokenizer import Tokenizer
-from fd_dsa.errors import ArgumentError, argument_error
+from fd_dsa.errors import ArgumentError, argument_error, shorten
 
 SEED_MIN = -(2**63)
 SEED_MAX = 2**64 - 1
@@ -316,8 +316,9 @@ class RequestLimits:
         """Raise ValueError unless the model has all of these tokens."""
         for token_id in token_ids or ():
             if token_id >= self.vocab_size:
+                got = shorten(int(token_id))
                 raise ValueError(
-                    f"{name} has the token id {token_id}; token ids of this model are 0 to "
+                    f"{name} has the token id {got}; token ids of this model are 0 to "
                     f"{self.vocab_size - 1}"
                 )
 

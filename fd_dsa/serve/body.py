@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import json
 import logging
-from collections.abc import Callable, Coroutine, Sequence
+import sys
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import Any, get_type_hints
 
 import numpy as np
@@ -17,7 +18,14 @@ from pydantic import ValidationError
 from starlette.responses import Response
 from starlette.types import Receive
 
-from fd_dsa.serve.errors import ApiError, show, unreadable, validation_refusal
+from fd_dsa.serve.errors import (
+    ApiError,
+    FieldError,
+    field_path,
+    show,
+    unreadable,
+    validation_refusal,
+)
 from fd_dsa.serve.flags import ServerOptions
 from fd_dsa.serve.protocol.fields import Body
 from fd_dsa.serve.state import ServerState
@@ -221,6 +229,51 @@ def read_body(model: type[Body], contents: list[bytearray], kind: str, max_weigh
     return body
 
 
+class _LongInteger(str):
+    """The digits of an integer that is too long for Python."""
+
+
+def _parse_leniently(content: bytes | bytearray) -> Any:
+    """Parse a JSON text by Python's parser, whose error of a long integer names no field."""
+    try:
+        return json.loads(content)
+    except ValueError as error:
+        if type(error) is not ValueError:
+            raise
+        try:
+            value = json.loads(content, parse_int=_read_integer)
+        except json.JSONDecodeError:
+            raise error from None
+    for place, number in _long_integers(value):
+        raise FieldError(
+            f"{field_path(place) or 'body'}: got an integer of {len(number.lstrip('-'))} digits; "
+            f"allowed are at most {sys.get_int_max_str_digits()} digits"
+        )
+    # a later value of the same name has replaced it
+    return value
+
+
+def _read_integer(text: str) -> int | _LongInteger:
+    try:
+        return int(text)
+    except ValueError:
+        return _LongInteger(text)
+
+
+def _long_integers(
+    value: object, place: tuple[str | int, ...] = ()
+) -> Iterator[tuple[tuple[str | int, ...], _LongInteger]]:
+    """Yield the place and the digits of each long integer, at most `MAX_DEPTH` levels deep."""
+    if isinstance(value, _LongInteger):
+        yield place, value
+    elif isinstance(value, dict):
+        for name, one in value.items():
+            yield from _long_integers(one, (*place, name))
+    elif isinstance(value, list):
+        for index, one in enumerate(value):
+            yield from _long_integers(one, (*place, index))
+
+
 def parse_json(content: bytes | bytearray) -> Any:
     """Parse a JSON text.
 
@@ -230,12 +283,13 @@ def parse_json(content: bytes | bytearray) -> Any:
 
     Raises:
         ValueError, RecursionError: the text is not valid JSON.
+        ApiError: 400 for an integer with more digits than Python reads.
     """
     try:
         return orjson.loads(content)
     except orjson.JSONDecodeError:
         if len(content) <= LENIENT_BYTES:
-            return json.loads(content)
+            return _parse_leniently(content)
         # raises an error that names the first byte that is not UTF-8
         content.decode()
         raise

@@ -234,7 +234,10 @@ def _from_http_exception(request: Request, error: HTTPException) -> ApiError:
 
 def unreadable(error: Exception) -> ApiError:
     """Make a 400 from an exception of the JSON parser."""
-    if isinstance(error, json.JSONDecodeError):
+    if isinstance(error, json.JSONDecodeError) and "infinity" in error.msg:
+        # the message of orjson
+        reason = f"has a number at character {error.pos} that is too large for float64"
+    elif isinstance(error, json.JSONDecodeError):
         what = error.msg.removesuffix(" at")
         reason = f"is not valid JSON: {what} at character {error.pos}"
     elif isinstance(error, UnicodeDecodeError):
@@ -252,7 +255,7 @@ def unreadable(error: Exception) -> ApiError:
 def validation_refusal(error: ValidationError) -> ApiError:
     """Describe the first problem of a request body in our wording."""
     first = error.errors(include_url=False)[0]
-    path = _field_path(first["loc"])
+    path = field_path(first["loc"])
     param = path or None
     if first["type"] == CUSTOM_ERROR:
         return ApiError(400, f"{path or 'body'}: {first['msg']}", param=param)
@@ -267,7 +270,7 @@ def validation_refusal(error: ValidationError) -> ApiError:
     return ApiError(400, f"{path or 'body'}: got {show(given)}; allowed is {rule}", param=param)
 
 
-def _field_path(location: Sequence[str | int]) -> str:
+def field_path(location: Sequence[str | int]) -> str:
     """Format a location such as `("messages", 0, "content")` as `messages[0].content`."""
     path = ""
     for part in location:

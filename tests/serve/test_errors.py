@@ -10,6 +10,7 @@ import openai
 import pytest
 from pydantic import BaseModel
 
+from fd_dsa.serve.body import LENIENT_BYTES
 from fd_dsa.serve.completions import CompletionRequest
 from fd_dsa.serve.protocol.chat import ChatCompletionRequest
 from fd_dsa.serve.protocol.known_fields import (
@@ -244,6 +245,50 @@ def test_bad_bodies(live: Live, content: str, kind: str, text: str) -> None:
     raw = content.encode("latin-1")
     answer = live.http.post("/v1/completions", content=raw, headers={"Content-Type": kind})
     assert text in error_of(answer, 400)["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "content", "param"),
+    [
+        ("/v1/completions", '{"prompt": "a", "seed": 9}', "seed"),
+        ("/v1/completions", '{"prompt": "a", "seed": -9}', "seed"),
+        ("/v1/completions", '{"prompt": [1, 9]}', "prompt[1]"),
+        ("/v1/completions", '{"prompt": [[1], [1, 9], [9]]}', "prompt[1][1]"),
+        ("/v1/completions", '{"prompt": "a", "logit_bias": {"5": 9}}', "logit_bias.5"),
+        ("/v1/completions", '{"prompt": "a", "unknown": {"x": [{"y": 9}]}}', "unknown.x[0].y"),
+        ("/v1/chat/completions", '{"messages": [{"content": 9}]}', "messages[0].content"),
+        ("/v1/chat/completions", '{"chat_template_kwargs": {"x": 9}}', "chat_template_kwargs.x"),
+        ("/v1/responses", '{"input": 9}', "input"),
+        ("/v1/messages", '{"max_tokens": 9}', "max_tokens"),
+        ("/detokenize", '{"tokens": [1, 9]}', "tokens[1]"),
+        ("/v1/completions", "9", "body"),
+        ("/v1/completions", "[9]", "[0]"),
+    ],
+)
+def test_an_integer_that_is_too_long_is_named(
+    live: Live, path: str, content: str, param: str
+) -> None:
+    raw = content.replace("9", "9" * 5000)
+    answer = live.http.post(path, content=raw, headers={"Content-Type": "application/json"})
+    message = str(answer.json()["error"]["message"])
+    assert answer.status_code == 400
+    assert message == f"{param}: got an integer of 5000 digits; allowed are at most 4300 digits"
+
+
+def test_numbers_beyond_the_parsers(live: Live) -> None:
+    def message(content: str) -> str:
+        headers = {"Content-Type": "application/json"}
+        answer = live.http.post("/v1/completions", content=content, headers=headers)
+        return str(error_of(answer, 400)["message"])
+
+    long = "9" * 5000
+    # the last value of a name counts
+    assert message(f'{{"prompt": "a", "n": {long}, "n": 0}}').startswith("n: got 0")
+    text = "a" * LENIENT_BYTES
+    for number in (long, "1e999"):
+        said = message(f'{{"prompt": "{text}", "seed": {number}}}')
+        assert said == "body has a number at character 65559 that is too large for float64"
+    assert len(message(f'{{"prompt": "a", "stop_token_ids": [{"9" * 4000}]}}')) < 200
 
 
 def test_one_failing_request_is_its_own_affair() -> None:
