@@ -81,6 +81,8 @@ class Tokenizer:
 
         tokenizer_config.json (special tokens, add_bos_token, chat template) is optional. See
         `fd_dsa.chat.renderers.read_renderer` for chat templates. A broken one disables chat.
+        `add_eos_token` has no effect, as in transformers 5: only a post-processor of tokenizer.json
+        puts eos_token after a text. A completion cannot continue a prompt that has ended.
 
         Args:
             path: folder of the model.

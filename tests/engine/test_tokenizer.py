@@ -139,6 +139,18 @@ def test_add_bos_token_is_honoured_once(folder):
     assert Tokenizer(backend, {"bos_token": "<|bos|>"}, None, True).encode("Hi") == [0, *plain]
 
 
+def test_only_a_post_processor_ends_a_text(folder):
+    fields = {"bos_token": "<|bos|>", "eos_token": "<|eos|>"}
+    tokenizer = with_config(folder, **fields, add_bos_token=True, add_eos_token=True)
+    plain = tokenizer.encode("Hi", add_special_tokens=False)
+    assert tokenizer.encode("Hi") == [0, *plain]
+    backend = tokenizer.backend
+    backend.post_processor = processors.TemplateProcessing(
+        single="$A <|eos|>", special_tokens=[("<|eos|>", 1)]
+    )
+    assert Tokenizer(backend, fields, None, True).encode("Hi") == [0, *plain, 1]
+
+
 def test_truncation_and_padding_of_the_file_are_off(folder):
     file = folder / "tokenizer.json"
     content = json.loads(file.read_text(encoding="utf-8"))
