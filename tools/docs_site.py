@@ -10,6 +10,7 @@ pages and in the query, and English words as before.
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 import subprocess
@@ -65,5 +66,6 @@ def mark_chinese(site: Path) -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0]).parse_args()
     lay_out(ROOT)
     sys.exit(0 if build(ROOT) else 1)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks._harness import parser_of
 from tests.parity.cases import CASES, PROMPT_LENGTHS
 from tests.parity.choices import GREEDY, pack
 from tests.parity.hugging_face import references
@@ -56,4 +57,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    parser_of(__doc__).parse_args()
     sys.exit(main())

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from tests.serve.conftest import Live, exchange, running
 from tests.serve.fake_engine import FakeEngine
 from tests.serve.page.picture import RECORD, digests
 
+ROOT = Path(__file__).resolve().parents[2]
 ROUTES = ("/v1/models", "/v1/completions", "/v1/chat/completions", "/tokenize", "/health")
 
 
@@ -131,6 +134,17 @@ def test_the_pages_load_files_of_the_package_alone() -> None:
 
 def test_the_picture_of_the_page_is_up_to_date() -> None:
     """`python -m tests.serve.page.picture` makes docs/img/page.png and its record."""
+    assert json.loads(RECORD.read_text()) == digests()
+
+
+@pytest.mark.parametrize(
+    "module", ["tests.serve.page.picture", "tests.data.fp8_caches.make", "tools.docs_site"]
+)
+def test_scripts_that_write_files_have_help(module: str) -> None:
+    for flag, status, text in (("--help", 0, "usage: "), ("--hepl", 2, "unrecognized arg")):
+        line = [sys.executable, "-m", module, flag]
+        done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert done.returncode == status and text in done.stdout + done.stderr
     assert json.loads(RECORD.read_text()) == digests()
 
 

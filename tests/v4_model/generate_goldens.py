@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks._harness import parser_of
 from tests.v4_model.cases import CASES, GOLDEN, GREEDY, GREEDY_PROMPTS, STEPS
 from tests.v4_model.hugging_face import greedy, load, logits
 
@@ -45,4 +46,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    parser_of(__doc__).parse_args()
     sys.exit(main())

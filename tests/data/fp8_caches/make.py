@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks._harness import parser_of
 from tests.reference import float32 as ref
 from tests.reference.fp8 import ref_index_key, ref_record
 
@@ -136,4 +137,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    parser_of(__doc__).parse_args()
     raise SystemExit(main())

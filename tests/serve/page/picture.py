@@ -1,4 +1,4 @@
-"""Makes docs/img/page.png, the picture of the page, and page.json, which says of what.
+"""Makes docs/img/page.png, the picture of the page, and its record, page.json.
 
     python -m tests.serve.page.picture
 
@@ -14,6 +14,7 @@ import json
 from pathlib import Path
 
 import fd_dsa.serve
+from benchmarks._harness import parser_of
 
 STATIC = Path(fd_dsa.serve.__file__).parent / "static"
 PICTURE = Path(__file__).resolve().parents[3] / "docs" / "img" / "page.png"
@@ -60,4 +61,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    parser_of(__doc__).parse_args()
     main()
