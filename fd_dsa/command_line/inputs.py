@@ -26,7 +26,7 @@ def read_bounded(path: Path | str, most: int, hint: str = "split it") -> bytes:
         ConfigError: it has more than `most` bytes, or is a pipe that nobody writes.
         OSError: it cannot be read.
     """
-    data = bytearray()
+    parts, num_bytes = [], 0
     with open(path, "rb", buffering=0, opener=_open_at_once) as file:
         status = os.fstat(file.fileno())
         # a pipe and a device have no size, so what is read counts too
@@ -37,14 +37,17 @@ def read_bounded(path: Path | str, most: int, hint: str = "split it") -> bytes:
                 raise ConfigError(
                     f"{path}: is a pipe without a writer; start the writer first, or give a file"
                 )
-            data += first or b""
+            parts, num_bytes = [first or b""], len(first or b"")
         os.set_blocking(file.fileno(), True)
-        while not is_long and (part := file.read(min(_CHUNK_BYTES, most + 1 - len(data)))):
-            data += part
-            is_long = len(data) > most
+        # usually one read, whose bytes are not copied
+        chunk = max(status.st_size + 1, _CHUNK_BYTES)
+        while not is_long and (part := file.read(min(chunk, most + 1 - num_bytes))):
+            parts.append(part)
+            num_bytes += len(part)
+            is_long = num_bytes > most
     if is_long:
         raise ConfigError(f"{path}: has more bytes, allowed: at most {most}; {hint}")
-    return bytes(data)
+    return b"".join(parts)
 
 
 def _open_at_once(path: str, flags: int) -> int:
