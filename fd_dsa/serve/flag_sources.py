@@ -32,6 +32,8 @@ _NEVER_EMPTY = ("api_key",)
 _OTHER_VARIABLES = ("FD_DSA_DISABLE",)
 # PyYAML reads a megabyte in a second
 _MAX_FILE_BYTES = 1 << 20
+# a few aliases of lists of aliases would make billions
+_MAX_FILE_VALUES = 100_000
 _NUMBERS = tuple(f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "timestamp"))
 _TEXT = "tag:yaml.org,2002:str"
 
@@ -180,7 +182,7 @@ def _load_texts(path: str, text: str) -> Any:
         if (node := loader.get_single_node()) is None:
             return None
         pairs = node.value if isinstance(node, yaml.MappingNode) else []
-        _check_keys(node)
+        _count_values(node, {})
         nodes = [one for pair in pairs for one in pair]
         lists = [one.value for one in nodes if isinstance(one, yaml.SequenceNode)]
         # not in objects, whose numbers become numbers of JSON
@@ -191,23 +193,31 @@ def _load_texts(path: str, text: str) -> Any:
         loader.dispose()
 
 
-def _check_keys(root: yaml.Node) -> None:
-    """Raise ValueError if an object of a YAML text, at any depth, has a key twice."""
-    pending, seen = [root], set()
-    while pending:
-        node = pending.pop()
-        if id(node) in seen:
-            # an alias, which may even have itself
-            continue
-        seen.add(id(node))
-        if isinstance(node, yaml.MappingNode):
-            names = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
-            for name, count in names.most_common(1):
-                if count > 1:
-                    raise ValueError(f"the key {shorten(name)} is there twice")
-            pending += itertools.chain(*node.value)
-        elif isinstance(node, yaml.SequenceNode):
-            pending += node.value
+def _count_values(node: yaml.Node, counts: dict[int, int]) -> int:
+    """Return the number of values of a YAML node, those of an alias each time.
+
+    Args:
+        counts: numbers of nodes that were counted before, by `id`.
+
+    Raises:
+        ValueError: an object has a key twice, or there are too many values.
+    """
+    if id(node) in counts:
+        # an alias, which may even have itself
+        return counts[id(node)]
+    counts[id(node)] = count = 1
+    if isinstance(node, yaml.MappingNode):
+        names = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        for name, times in names.most_common(1):
+            if times > 1:
+                raise ValueError(f"the key {shorten(name)} is there twice")
+        count += sum(_count_values(one, counts) for pair in node.value for one in pair)
+    elif isinstance(node, yaml.SequenceNode):
+        count += sum(_count_values(one, counts) for one in node.value)
+    if count > _MAX_FILE_VALUES:
+        raise ValueError(f"has more than {_MAX_FILE_VALUES} values")
+    counts[id(node)] = count
+    return count
 
 
 def _parsed(source: str, action: argparse.Action, value: object) -> dict[str, Any]:

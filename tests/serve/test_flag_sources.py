@@ -198,6 +198,10 @@ def test_a_file_of_vllm_has_the_values_of_the_command_line(
         ("max-num-seqs: 1\nmax_num_seqs: 2", ["is there twice"]),
         ("port: 1\n'port': 2", ["the key 'port' is there twice"]),
         ("speculative-config: {method: mtp, method: ngram}", ["the key 'method' is there twice"]),
+        (
+            "".join(f"a{n}: &a{n} [{f'*a{n - 1},' * 9 if n else 1}]\n" for n in range(20)),
+            ["has more than 100000 values"],
+        ),
         ("speculative-config: {a: [{1: x, '1': y}]}", ["the key '1' is there twice"]),
         ("[1, 2]", ["holds a list"]),
         (
