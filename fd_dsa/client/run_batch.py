@@ -134,6 +134,8 @@ def read_batch(path: str) -> list[Item]:
     lines: dict[str, int] = {}
     try:
         data = read_bounded(path, MAX_BYTES)
+    except ConfigError as error:
+        raise ConfigError(f"--input-file: {error}") from None
     except OSError as error:
         reason = (error.strerror or "").lower()
         raise ConfigError(f"--input-file: {shorten(path)} cannot be read ({reason})") from error

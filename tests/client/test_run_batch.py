@@ -113,6 +113,9 @@ def test_files_have_bounds(
                 # a device has the size 0
                 assert main(["-i", "/dev/zero", *flags[2:]]) == 2
                 assert f"/dev/zero: has more bytes, allowed: {text}" in capsys.readouterr().err
+    os.mkfifo(tmp_path / "pipe")
+    assert main(["-i", str(tmp_path / "pipe"), *flags[2:]]) == 2
+    assert f"--input-file: {tmp_path}/pipe: is a pipe without a writer" in capsys.readouterr().err
     assert main(["-i", "", "-o", "x"]) == 2
     rule = "--input-file: '' cannot be read (no such file or directory)\n"
     assert capsys.readouterr().err == f"fd_dsa: error: {rule}"
