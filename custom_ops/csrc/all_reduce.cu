@@ -224,8 +224,8 @@ inline int launch_all_reduce(const Job& job, void* stream) {
   const int threads = std::clamp(whole_warps, kMinThreads, kMaxThreads);
   const int blocks = std::min((share + threads - 1) / threads, max_blocks);
   auto config = launch_config(blocks, threads, stream);
-  cudaLaunchAttribute early;
-  if (gpu.major >= 9 && job.starts_early != 0) start_early(config, early);
+  LaunchAttributes attributes;
+  if (gpu.major >= 9 && job.starts_early != 0) start_early(config, attributes);
   switch (job.size) {
     case 2: return launch(config, all_reduce_kernel<2, 1>, job);
     case 4: return launch(config, split ? all_reduce_kernel<4, 4> : all_reduce_kernel<4, 1>, job);

@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include <array>
 #include <atomic>
 #include <cstdint>
 #include <utility>
@@ -117,13 +118,28 @@ cudaError_t prepare_on_hopper(Kernel* kernel, int bytes, bool clusters,
   return prepare(kernel, gpu.device, bytes, clusters, done);
 }
 
-// Lets a launch begin before the previous one has ended. `attribute` must outlive the launch.
-inline void start_early(cudaLaunchConfig_t& config, cudaLaunchAttribute& attribute) {
-  attribute = {};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
+// Attributes of a launch, which they must outlive.
+using LaunchAttributes = std::array<cudaLaunchAttribute, 2>;
+
+inline cudaLaunchAttribute& add_attribute(cudaLaunchConfig_t& config, LaunchAttributes& attributes,
+                                          cudaLaunchAttributeID id) {
+  cudaLaunchAttribute& added = attributes[config.numAttrs++];
+  added = {};
+  added.id = id;
+  config.attrs = attributes.data();
+  return added;
+}
+
+// Makes clusters of so many blocks.
+inline void set_cluster(cudaLaunchConfig_t& config, LaunchAttributes& attributes, int blocks) {
+  add_attribute(config, attributes, cudaLaunchAttributeClusterDimension).val.clusterDim = {
+      static_cast<unsigned>(blocks), 1, 1};
+}
+
+// Lets a launch begin before the previous one has ended, from Hopper on.
+inline void start_early(cudaLaunchConfig_t& config, LaunchAttributes& attributes) {
+  constexpr auto kEarly = cudaLaunchAttributeProgrammaticStreamSerialization;
+  add_attribute(config, attributes, kEarly).val.programmaticStreamSerializationAllowed = 1;
 }
 
 // Launches a kernel and returns the error of this launch only.

@@ -42,8 +42,8 @@ inline int launch_tiles(void (*kernel)(Job, uint32_t), const Job& job, int rows,
       prepare_tiles(kernel, job, rows, groups, bytes, together, taken, stream, prepared, blocks);
   if (error != cudaSuccess) return static_cast<int>(error);
   auto config = launch_config(blocks, kThreads, stream, bytes);
-  cudaLaunchAttribute early;
-  if (taken == nullptr && job.starts_early != 0) start_early(config, early);
+  LaunchAttributes attributes;
+  if (taken == nullptr && job.starts_early != 0) start_early(config, attributes);
   return launch(config, kernel, job, blocks);
 }
 

@@ -45,6 +45,8 @@ extern "C" struct FdDsaSparseMla {
   int32_t num_rows;
   int32_t block_size;
   int32_t dequantized_slots;
+  // 1: the launch may begin before the previous one has ended, and waits for it in the kernel
+  int32_t starts_early;
 };
 
 static_assert(sizeof(FdDsaSparseMla) == 120, "fd_dsa.ops.mla.custom_op has the same");

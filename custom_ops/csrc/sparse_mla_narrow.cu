@@ -46,28 +46,27 @@ static int launch_shape(FdDsaSparseMla job, void (*kernel)(FdDsaSparseMla), void
   const cudaError_t error = prepare_on_hopper(kernel, Shape::kBytes, true, prepared, gpu);
   if (error != cudaSuccess) return static_cast<int>(error);
   cudaLaunchConfig_t config = launch_config(1, Shape::kThreads, stream, Shape::kBytes);
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  auto set_splits = [&](unsigned splits) {
-    config.gridDim = dim3(static_cast<unsigned>(job.num_tokens) * splits);
-    attribute.val.clusterDim = {splits, 1, 1};
+  LaunchAttributes attributes;
+  auto set_splits = [&](int splits) {
+    config.gridDim = dim3(static_cast<unsigned>(job.num_tokens * splits));
+    config.numAttrs = 0;
+    set_cluster(config, attributes, splits);
   };
   if (job.splits == 0) {
     // from the first device, because the devices of a machine are alike
     static const Room room = [&] {
       Room found = {};
-      for (unsigned splits = 1; splits <= kMaxSplits; ++splits) {
+      for (int splits = 1; splits <= kMaxSplits; ++splits) {
         set_splits(splits);
-        config.gridDim = dim3(splits);
+        config.gridDim = dim3(static_cast<unsigned>(splits));
         found[splits] = sparse_mla::clusters_at_once(kernel, config);
       }
       return found;
     }();
     job.splits = splits_for(job.num_tokens, job.topk, room);
   }
-  set_splits(static_cast<unsigned>(job.splits));
+  set_splits(job.splits);
+  if (job.starts_early != 0) start_early(config, attributes);
   return launch(config, kernel, job);
 }
 

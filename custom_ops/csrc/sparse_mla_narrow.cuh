@@ -66,6 +66,8 @@ __device__ __forceinline__ Place begin(const FdDsaSparseMla& job) {
     }
     barriers_ready();
   }
+  wait_for_inputs();
+  start_next();
   __syncthreads();
   return {base, blocks, rank, warp, lane, blockIdx.x / blocks, tiles};
 }

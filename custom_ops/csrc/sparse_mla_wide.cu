@@ -93,8 +93,10 @@ __global__ void __launch_bounds__(kThreads, 1)
         barrier_init(is_free(base, buffer, half), 4 * kWarpArrivals);
       }
     }
-    keep_place(base, place_of(job, splits));
   }
+  wait_for_inputs();
+  start_next();
+  if (threadIdx.x == 0) keep_place(base, place_of(job, splits));
   __syncthreads();
   if (warpgroup < 2) {
     more_registers<Registers<kFp8>::kComputeRegisters>();
@@ -198,14 +200,10 @@ inline FdDsaSparseMla tokens_of(FdDsaSparseMla job, int first, int tokens) {
 
 using Kernel = void(FdDsaSparseMla, int);
 
-inline cudaLaunchConfig_t config_for(unsigned blocks, int splits, cudaLaunchAttribute& cluster,
+inline cudaLaunchConfig_t config_for(unsigned blocks, int splits, LaunchAttributes& attributes,
                                      void* stream) {
   cudaLaunchConfig_t config = launch_config(blocks, kThreads, stream, kBytes);
-  cluster = {};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = splits;
-  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-  if (splits > 1) config.attrs = &cluster, config.numAttrs = 1;
+  if (splits > 1) set_cluster(config, attributes, splits);
   return config;
 }
 
@@ -217,9 +215,11 @@ static int launch_form(const FdDsaSparseMla& job, int splits, void* stream) {
   Gpu gpu = {};
   const cudaError_t error = prepare_on_hopper(kernel, kBytes, true, prepared, gpu);
   if (error != cudaSuccess) return static_cast<int>(error);
-  cudaLaunchAttribute cluster;
-  return launch(config_for(job.num_tokens * groups_of(job) * splits, splits, cluster, stream),
-                kernel, job, splits);
+  LaunchAttributes attributes;
+  const int blocks = job.num_tokens * groups_of(job) * splits;
+  cudaLaunchConfig_t config = config_for(blocks, splits, attributes, stream);
+  if (job.starts_early != 0) start_early(config, attributes);
+  return launch(config, kernel, job, splits);
 }
 
 template <Source kSource>
@@ -251,8 +251,8 @@ static const Room& room() {
       room[1] = gpu.num_sms;
       for (int splits = 2; splits <= kMaxSplits; ++splits) {
         if (!is_split_allowed(splits)) continue;
-        cudaLaunchAttribute cluster;
-        const cudaLaunchConfig_t config = config_for(splits * 1024, splits, cluster, nullptr);
+        LaunchAttributes attributes;
+        const cudaLaunchConfig_t config = config_for(splits * 1024, splits, attributes, nullptr);
         room[splits] = sparse_mla::clusters_at_once(kernel, config);
       }
     }

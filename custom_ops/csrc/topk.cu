@@ -236,9 +236,11 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
     held_kernel(const __grid_constant__ Job job) {
   using Blocks = Cluster<false>;
   Shared& shared = *reinterpret_cast<Shared*>(shared_memory());
-  const Row row(job.rows, static_cast<int32_t>(blockIdx.x));
   Lists::fill<kThreads>(shared.bins, kBins / 4, 0);
   if (threadIdx.x == 0) shared.num_small = 0;
+  wait_for_inputs();
+  start_next();
+  const Row row(job.rows, static_cast<int32_t>(blockIdx.x));
   if (!needs_choice<kThreads, Blocks>(job, row)) return;
   choose_from_registers<kThreads, kUnroll>(job, row, shared);
 }
@@ -249,8 +251,10 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
     bound_kernel(const __grid_constant__ Job job) {
   using Blocks = Cluster<kCluster>;
   const Lists lists(job.sizes, !kCluster);
-  const Row row(job.rows, static_cast<int32_t>(blockIdx.x / Blocks::size()));
   lists.clear<kThreads>();
+  wait_for_inputs();
+  start_next();
+  const Row row(job.rows, static_cast<int32_t>(blockIdx.x / Blocks::size()));
   if (!needs_choice<kThreads, Blocks>(job, row)) return;
   Blocks::arrive();
   choose_by_bound<kThreads, kUnroll, kAhead, Blocks>(job, row, lists);
@@ -267,10 +271,12 @@ inline Job job_of(const Rows& rows, const Sizes& sizes) {
 }
 
 template <int kThreads, int kMinBlocks, int kUnroll>
-int launch_register_rows(const Rows& rows, void* stream) {
+int launch_register_rows(const Rows& rows, const Gpu& gpu, void* stream) {
   const unsigned blocks = static_cast<unsigned>(rows.num_rows);
-  return launch(launch_config(blocks, kThreads, stream, sizeof(Shared)),
-                held_kernel<kThreads, kMinBlocks, kUnroll>, job_of(rows, {}));
+  cudaLaunchConfig_t config = launch_config(blocks, kThreads, stream, sizeof(Shared));
+  LaunchAttributes attributes;
+  if (gpu.major >= 9 && rows.starts_early != 0) start_early(config, attributes);
+  return launch(config, held_kernel<kThreads, kMinBlocks, kUnroll>, job_of(rows, {}));
 }
 
 // Static, so that two libraries in one process have their own flags.
@@ -283,32 +289,30 @@ static int launch_bound(const Rows& rows, const Sizes& sizes, const Gpu& gpu, vo
   const unsigned blocks = static_cast<unsigned>(rows.num_rows) * sizes.cluster;
   const unsigned bytes = static_cast<unsigned>(sizeof(Shared)) + sizes.list_bytes();
   cudaLaunchConfig_t config = launch_config(blocks, kThreads, stream, bytes);
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {static_cast<unsigned>(sizes.cluster), 1, 1};
-  config.attrs = &attribute;
-  config.numAttrs = kCluster ? 1 : 0;
+  LaunchAttributes attributes;
+  if (kCluster) set_cluster(config, attributes, sizes.cluster);
+  if (gpu.major >= 9 && rows.starts_early != 0) start_early(config, attributes);
   return launch(config, kernel, job_of(rows, sizes));
 }
 
 inline int launch_topk(const Rows& rows, void* stream) {
   if (rows.num_rows <= 0 || rows.k <= 0) return 0;
+  Gpu gpu = {};
+  const cudaError_t error = find_gpu(gpu);
+  if (error != cudaSuccess) return static_cast<int>(error);
   // rows that begin between two chunks take one chunk more
   const bool aligned =
       reinterpret_cast<uintptr_t>(rows.logits) % 16 == 0 && rows.row_stride % 4 == 0;
   const int64_t chunks = (static_cast<int64_t>(rows.width) + 3) / 4 + (aligned ? 0 : 1);
   if (rows.width <= rows.k || chunks <= RegisterRow<512, 2>::kMaxChunks) {
-    return launch_register_rows<512, 3, 2>(rows, stream);
+    return launch_register_rows<512, 3, 2>(rows, gpu, stream);
   }
-  Gpu gpu = {};
-  const cudaError_t error = find_gpu(gpu);
-  if (error != cudaSuccess) return static_cast<int>(error);
   // with several rows per multiprocessor, blocks of half the size are faster, as measured on an
   // H200
   const bool many = rows.num_rows > gpu.num_sms;
   if (chunks <= RegisterRow<1024, 2>::kMaxChunks) {
-    return many ? launch_register_rows<512, 3, 4>(rows, stream)
-                : launch_register_rows<1024, 1, 2>(rows, stream);
+    return many ? launch_register_rows<512, 3, 4>(rows, gpu, stream)
+                : launch_register_rows<1024, 1, 2>(rows, gpu, stream);
   }
   const Sizes sizes = choose_sizes(rows, gpu, sizeof(Shared));
   if (sizes.cluster > 1) return launch_bound<1024, 1, 2, true, true>(rows, sizes, gpu, stream);

@@ -42,6 +42,9 @@ extern "C" struct FdDsaTopk {
   int32_t table_width;
   int32_t block_size;
   int32_t num_blocks;
+  // 1: from Hopper on, the launch may begin before the previous one has ended, and waits for it in the
+  // kernel
+  int32_t starts_early;
 };
 
 // Fills `out` in one launch.

@@ -325,6 +325,8 @@ __global__ void __launch_bounds__(kThreads, 1) attend(const __grid_constant__ Jo
     }
     barriers_ready();
   }
+  wait_for_inputs();
+  start_next();
   __syncthreads();
   if (warpgroup < 2) {
     more_registers<kComputeRegisters>();
@@ -366,7 +368,10 @@ static int launch_heads(const Job& job, void* stream) {
   const int groups = groups_of(job);
   const int64_t items = static_cast<int64_t>(job.num_tokens) * groups;
   const auto blocks = static_cast<unsigned>(std::min<int64_t>(gpu.num_sms, items));
-  return launch(launch_config(blocks, kThreads, stream, kBytes), attend, job, groups);
+  cudaLaunchConfig_t config = launch_config(blocks, kThreads, stream, kBytes);
+  LaunchAttributes attributes;
+  if (job.starts_early != 0) start_early(config, attributes);
+  return launch(config, attend, job, groups);
 }
 
 }  // namespace fd_dsa::v4

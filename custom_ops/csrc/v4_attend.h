@@ -65,9 +65,11 @@ extern "C" struct FdDsaV4Attend {
   int32_t num_plain_slots;
   // 1: keys and entries are records
   int32_t is_fp8;
+  // 1: the launch may begin before the previous one has ended, and waits for it in the kernel
+  int32_t starts_early;
 };
 
-static_assert(sizeof(FdDsaV4Attend) == 208, "fd_dsa.ops.v4_attend_cuda has the same");
+static_assert(sizeof(FdDsaV4Attend) == 216, "fd_dsa.ops.v4_attend_cuda has the same");
 
 // Fills the result on Hopper (sm_90), and returns a cudaError_t, 0 = success.
 //

@@ -8,7 +8,6 @@ from math import prod
 import numpy as np
 
 from fd_dsa.device.transfers import Transfers
-from fd_dsa.environment import launches_overlap
 from fd_dsa.errors import DeviceError
 from fd_dsa.ops.arrays import dtype_name
 from fd_dsa.ops.library_kernel import LibraryKernel
@@ -114,7 +113,6 @@ class PeerAllReduce(LibraryKernel):
         job = self.job
         job.rank, job.size, job.slot_vectors = rank, size, MAX_BYTES // (2 * _VALUES)
         job.late, job.timeout_ns = late.ctypes.data, int(timeout_s * 1e9)
-        job.starts_early = launches_overlap()
         self._late = late
         memory = kernels.fd_dsa_all_reduce_memory
         memory.restype = ctypes.c_int64

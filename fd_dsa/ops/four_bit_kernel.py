@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import ClassVar
 
-from fd_dsa.environment import launches_overlap
 from fd_dsa.ops.dense_kernels import GROUP
 from fd_dsa.ops.expert_gemm_cuda import MAX_CHUNKS, MAX_EXPERTS, ExpertKernel
 from fd_dsa.tensor import FourBitWeight, Tensor
@@ -62,5 +61,5 @@ class FourBitKernel(ExpertKernel):
         self._set_addresses(16, weight_scales=weight.scales)
         self._set_addresses(factors=weight.factors)
         job.width, job.limit = weight.width, math.inf if limit is None else limit
-        job.num_rows, job.starts_early = x.shape[0], launches_overlap()
+        job.num_rows = x.shape[0]
         self.launch_experts(x, weight.codes, pairs, counts, out, weight.codes.shape[1] == 2)

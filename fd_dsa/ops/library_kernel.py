@@ -11,6 +11,7 @@ from typing import Any, ClassVar, TypeVar
 from fd_dsa import custom_ops
 from fd_dsa.device.allocation import Allocate
 from fd_dsa.device.transfers import Transfers
+from fd_dsa.environment import launches_overlap
 from fd_dsa.errors import BackendUnavailable, DeviceError, LaunchError
 from fd_dsa.ops.fixed_order import row_dependence_refusal
 from fd_dsa.ops.probes import Memory
@@ -33,7 +34,8 @@ class LibraryKernel:
     Attributes:
         launcher: name of the kernel's C function.
         size: name of the C function that returns the size of the structure.
-        structure: type of the C function's argument.
+        structure: type of the C function's argument. If it has a field `starts_early`, a launch may
+            begin before the previous one has ended.
         job: structure that the next launch reads.
 
     Raises:
@@ -52,6 +54,8 @@ class LibraryKernel:
                 f"build it again: {custom_ops.build_command()}"
             )
         self._kernels, self.job = kernels, self.structure()
+        if "starts_early" in (field[0] for field in self.structure._fields_):
+            self.job.starts_early = launches_overlap()
         self._function, self._argument = getattr(kernels, self.launcher), ctypes.byref(self.job)
         self._stream: Callable[[], ctypes.c_void_p]
         self._api: Any = None

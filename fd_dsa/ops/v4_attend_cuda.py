@@ -28,6 +28,7 @@ _INPUTS = "q", "keys", "ring", "pool", "slots", "sinks", "cos_sin"
 _PLACES = "positions", "rows", "starts", "block_table"
 _PLAIN = "plain_keys", "plain_ring", "plain_pool"
 _SIZES = "num_tokens", "num_heads", "window", "ring_rows", "ratio", "per_block", "table_width"
+_NUMBERS = *_SIZES, "topk", "num_slots", "num_plain_slots", "is_fp8", "starts_early"
 
 
 class V4Attend(ctypes.Structure):
@@ -38,7 +39,7 @@ class V4Attend(ctypes.Structure):
         *((n, ctypes.c_void_p) for n in ("is_plain", "out", "codes", "scales")),
         *((n, ctypes.c_int64) for n in ("q_stride", "scale_stride")),
         ("epsilon", ctypes.c_float),
-        *((n, ctypes.c_int32) for n in (*_SIZES, "topk", "num_slots", "num_plain_slots", "is_fp8")),
+        *((n, ctypes.c_int32) for n in _NUMBERS),
     )
 
 

@@ -38,6 +38,7 @@ class SparseMla(ctypes.Structure):
         *((n, ctypes.c_void_p) for n in ("dequantized", "dequantized_blocks", "is_dequantized")),
         ("batch_id_per_token", ctypes.c_void_p),
         *((n, ctypes.c_int32) for n in ("num_rows", "block_size", "dequantized_slots")),
+        ("starts_early", ctypes.c_int32),
     )
 
 

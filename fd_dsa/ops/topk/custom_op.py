@@ -30,6 +30,7 @@ _NUMBERS = (
     "table_width",
     "block_size",
     "num_blocks",
+    "starts_early",
 )
 
 

@@ -9,7 +9,7 @@ template <int kThreads, int kUnroll, bool kAhead, int kRegisterRowThreads>
 int launch_small(const Rows& rows, const Sizes& sizes) {
   const fd_dsa::Gpu gpu = {0, 9, 132, emulated::kSharedBytes};
   if (sizes.cluster == 0) {
-    return launch_register_rows<kRegisterRowThreads, 1, 2 * kUnroll>(rows, nullptr);
+    return launch_register_rows<kRegisterRowThreads, 1, 2 * kUnroll>(rows, gpu, nullptr);
   }
   if (sizes.cluster == 1) {
     return launch_bound<kThreads, 1, kUnroll, kAhead, false>(rows, sizes, gpu, nullptr);
