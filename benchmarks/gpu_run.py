@@ -82,6 +82,13 @@ _PYTEST = (
 _ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 _SMALL = {"FD_DSA_SMALL_TESTS": "1"}
 _LEAST_S = 10
+# lines of pytest -v with and without processes of tests
+_FAILED_TEST = re.compile(
+    r"^(?:\[gw\d+\] \[ *\d+%\] (?:FAILED|ERROR) (.+?)"
+    r"|(\S.*?) (?:FAILED|ERROR)(?: +\[ *\d+%\])?) *$",
+    re.MULTILINE,
+)
+_MOST_FAILED = 20
 _STATUS = {0: "passed", -1: "out of time", OUT_OF_TIME: "out of time", None: "not installed"}
 
 
@@ -151,7 +158,7 @@ def engine_sections(args: argparse.Namespace) -> list[Section]:
     tests = (*_TESTS, "-W", "default")
     rig = (*tests, "-n", str(args.workers), "--timeout", "200", "-m", "gpu_rig", "tests")
     found = [
-        Section("tests_all", rig, 420, {"FD_DSA_RIG": "real"}, must_say=" passed"),
+        Section("tests_all", rig, 540, {"FD_DSA_RIG": "real"}, must_say=" passed"),
         # several GPUs, or the one that is here as all of them
         Section("tests_ranks", (*tests, "-m", "gpu", "tests/distributed"), 240),
     ]
@@ -202,6 +209,10 @@ class Run:
             "seconds": round(time.monotonic() - begin, 1),
             "last": text.strip().rpartition("\n")[2][:160],
         }
+        # a run that is killed has no summary of them
+        failed = dict.fromkeys("".join(names) for names in _FAILED_TEST.findall(text))
+        if failed:
+            entry["failed_tests"] = list(failed)[:_MOST_FAILED]
         self.done[section.name] = entry
         write_json(self._path, self.done)
         return entry
@@ -227,10 +238,12 @@ def _wait(command: Sequence[str], log: Any, variables: Mapping[str, str], limit_
 
 def table(run: Run) -> str:
     """Return a summary of the run: sections and figures."""
-    lines = [
-        f"{name:<16} {entry['status']:<13} {entry['seconds']:>6.1f} s  {entry['last']}"
-        for name, entry in run.done.items()
-    ]
+    lines = []
+    for name, entry in run.done.items():
+        lines.append(
+            f"{name:<16} {entry['status']:<13} {entry['seconds']:>6.1f} s  {entry['last']}"
+        )
+        lines += [f"failed: {test}" for test in entry.get("failed_tests", ())]
     for path in sorted(run.out.glob("*.json")):
         result = json.loads(path.read_text())
         if result.get("cases") or result.get("failed"):

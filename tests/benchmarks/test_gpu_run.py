@@ -67,6 +67,35 @@ def test_every_section_is_logged_and_has_a_status(run: Runner, tmp_path: Path) -
     assert (tmp_path / "out/good.log").read_text() == "fine\n"
 
 
+@pytest.mark.parametrize(
+    ("processes", "sleeps", "status"),
+    [((), 0, "failed"), (("-n", "2"), 60, "out of time")],
+    ids=["in one process", "out of time in several"],
+)
+def test_a_run_names_failed_tests(
+    run: Runner,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    processes: tuple[str, ...],
+    sleeps: int,
+    status: str,
+) -> None:
+    file = tmp_path / "test_of_run.py"
+    file.write_text(
+        "import time, pytest\n"
+        "@pytest.mark.parametrize('x', [1, 2])\n"
+        "def test_red(x):\n    assert x > 1\n"
+        f"def test_slow():\n    time.sleep({sleeps})\n"
+    )
+    tests = (sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", *processes, str(file))
+    assert run([Section("tests_all", tests, 8 if sleeps else 60)]) == 1
+    entry = state(tmp_path)["tests_all"]
+    assert entry["status"] == status
+    (name,) = entry["failed_tests"]
+    assert name.endswith("test_of_run.py::test_red[1]")
+    assert f"failed: {name}" in capsys.readouterr().out
+
+
 def test_a_second_run_goes_on(run: Runner, tmp_path: Path) -> None:
     counter = tmp_path / "count"
     count = Section("count", python(f"open({str(counter)!r}, 'a').write('x')"), 60)
