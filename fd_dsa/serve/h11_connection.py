@@ -162,13 +162,17 @@ def check_head(head: bytes) -> None:
 
 
 def _check_target(method: bytes, target: bytes) -> None:
-    """Refuse the target of a request if it is an invalid URL, or * without OPTIONS.
+    """Refuse the target of a request if it is neither a path nor a URL, or is * without OPTIONS.
 
     Source: RFC 9112, section 3.2; RFC 9110, section 4.2.
     """
     if target == b"*" and method != b"OPTIONS":
         raise _invalid("the target * is only for OPTIONS; send a path")
-    if _IS_URL.match(target) and not _URL.fullmatch(target):
+    if target.startswith(b"/") or target == b"*":
+        return
+    if _IS_URL.match(target) is None:
+        raise _invalid("the target does not begin with /; send a path such as /v1/models")
+    if _URL.fullmatch(target) is None:
         raise _invalid("the target is no URL such as http://HOST:PORT/PATH; send a path")
 
 

@@ -117,6 +117,10 @@ REFUSED: dict[str, list[bytes]] = {
             *(b"http://a:b/health", b"http://[::1/health", b"http://a#b"),
         )
     ],
+    "the target does not begin with /; send a path such as /v1/models": [
+        b"%s HTTP/1.1\r\nHost: a\r\n\r\n" % line
+        for line in (b"CONNECT a:80", b"GET ftp://a/health", b"GET health", b"GET *health")
+    ],
     "the target * is only for OPTIONS; send a path": [
         b"%s * HTTP/1.1\r\nHost: a\r\n\r\n" % method for method in (b"GET", b"POST", b"HEAD")
     ],
@@ -142,14 +146,12 @@ def test_a_head_of_two_meanings_is_refused_with_all_after_it(
         (b"OPTIONS * HTTP/1.1\r\nHost: a\r\n\r\n", 200),
         (b"OPTIONS http://a HTTP/1.1\r\nHost: a\r\n\r\n", 200),
         (b"OPTIONS http://a/ HTTP/1.1\r\nHost: a\r\n\r\n", 405),
-        (b"CONNECT a:80 HTTP/1.1\r\nHost: a\r\n\r\n", 404),
         (b"GET http://other/health HTTP/1.1\r\nHost: a\r\n\r\n", 200),
         (b"GET HTTPS://[::1]:80/health?a=http://b HTTP/1.0\r\n\r\n", 200),
         (b"GET http://a:/v1/models HTTP/1.1\r\nHost: a\r\n\r\n", 200),
         (b"HEAD http://a HTTP/1.1\r\nHost: a\r\n\r\n", 200),
         (b"GET http://a?b HTTP/1.1\r\nHost: a\r\n\r\n", 200),
         (b"GET http://a//health HTTP/1.1\r\nHost: a\r\n\r\n", 404),
-        (b"GET ftp://a/health HTTP/1.1\r\nHost: a\r\n\r\n", 404),
         (GET + b"Upgrade: websocket\r\nConnection: Upgrade, close\r\n\r\n", 200),
     ],
 )
