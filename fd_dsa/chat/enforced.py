@@ -104,6 +104,11 @@ _MAX_PAIRED = 32
 _MAX_TAGS = 4
 
 
+def has_no_effect(keyword: str, value: object) -> bool:
+    """Return True if a keyword that grammars cannot enforce has a value without effect."""
+    return value in _REFUSED.get(keyword, ())
+
+
 def constraints(schema: Mapping[str, object]) -> list[str]:
     """Return the keywords of a schema that are not annotations."""
     return [keyword for keyword in schema if keyword in _CONSTRAINTS]
@@ -147,8 +152,8 @@ def _check_keywords(schema: Mapping[str, Any]) -> None:
         _check_finite(keyword, value)
     for value in listed_values(schema) or ():
         _check_finite("enum", value)
-    for keyword, harmless in _REFUSED.items():
-        if keyword in schema and schema[keyword] not in harmless:
+    for keyword in _REFUSED:
+        if keyword in schema and not has_no_effect(keyword, schema[keyword]):
             raise refusal(keyword)
     if "if" in schema and ("then" in schema or "else" in schema):
         raise refusal("if")

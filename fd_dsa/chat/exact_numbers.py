@@ -1,8 +1,12 @@
-"""Numbers of JSON schemas that llguidance, which reads them as doubles, enforces exactly."""
+"""Numbers and texts of JSON schemas that llguidance enforces exactly.
+
+It reads numbers as doubles, and leaves most control characters out of texts.
+"""
 
 from __future__ import annotations
 
 import math
+import re
 from decimal import ROUND_DOWN, Context, Decimal
 
 from fd_dsa.chat.json_text import shortened_json
@@ -12,6 +16,8 @@ _MAX_EXACT = 2**53
 # the largest int64 of 15 digits
 _MAX_INT64 = 9_223_372_036_854_770_000
 _MAX_SHOWN = 60
+# control characters that JSON writes by number, and DEL
+_LEFT_OUT = re.compile(r"[\x00-\x07\x0b\x0e-\x1f\x7f]")
 
 
 def inner_bound(keyword: str, value: float) -> float:
@@ -30,10 +36,16 @@ def inner_bound(keyword: str, value: float) -> float:
 
 
 def check_constant(value: object) -> None:
-    """Raise ValueError for a number in `const` or `enum` that becomes another one as a double.
+    """Raise ValueError for a value in `const` or `enum` of which llguidance makes another one.
 
-    The parser of bodies makes doubles of integers above 64 bits, so these are refused as well.
+    Such values are numbers that doubles do not hold, and texts with control characters. The parser
+    of bodies makes doubles of integers above 64 bits, so these are refused as well.
     """
+    if isinstance(value, str) and (found := _LEFT_OUT.search(value)):
+        raise ValueError(
+            f"{shortened_json(value, _MAX_SHOWN)} has the control character "
+            f"U+{ord(found[0]):04X}, which a grammar cannot enforce; leave it out"
+        )
     if not isinstance(value, int | float):
         return
     if not _is_finite(value) or (abs(value) > _MAX_EXACT and value == int(value)):

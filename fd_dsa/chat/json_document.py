@@ -194,7 +194,7 @@ def _bounds(of: CheckedSchema) -> dict[str, Any]:
 
 
 def _exact(value: object, depth: int = MAX_DEPTH) -> Any:
-    """Check a value of `const` or `enum`, which llguidance compares as a double."""
+    """Check that llguidance keeps a value of `const` or `enum` as it is."""
     try:
         check_constant(value)
     except ValueError as error:

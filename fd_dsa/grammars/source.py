@@ -11,6 +11,7 @@ import re
 from collections.abc import Container, Iterable, Iterator
 from typing import Any
 
+from fd_dsa.chat.enforced import has_no_effect
 from fd_dsa.chat.exact_numbers import LOWER, UPPER, check_constant, inner_bound
 from fd_dsa.chat.lark import JSON_OPTIONS
 from fd_dsa.grammars.messages import Kind
@@ -65,7 +66,7 @@ def _entry(kind: Kind, text: str, names: Container[bytes]) -> dict[str, Any]:
     from llguidance.gbnf_to_lark import gbnf_to_lark
 
     if kind == "json_schema":
-        schema = _with_exact_numbers(json.loads(text))
+        schema = _for_llguidance(json.loads(text))
         if isinstance(schema, dict):
             given = schema.get("x-guidance", {})
             schema["x-guidance"] = {**JSON_OPTIONS, **given} if isinstance(given, dict) else given
@@ -86,33 +87,37 @@ def _entry(kind: Kind, text: str, names: Container[bytes]) -> dict[str, Any]:
     return {"lark_grammar": _LARK_PART.sub(spelled, text)}
 
 
-def _with_exact_numbers(schema: Any) -> Any:
+def _for_llguidance(schema: Any) -> Any:
     """Return a schema whose bounds llguidance reads without rounding.
 
+    Keywords that it does not know are left out if they have no effect.
+
     Raises:
-        ValueError: a number cannot be enforced exactly. The message begins with its keyword.
+        ValueError: a value cannot be enforced exactly. The message begins with its keyword.
     """
     if isinstance(schema, list):
-        return [_with_exact_numbers(part) for part in schema]
+        return [_for_llguidance(part) for part in schema]
     if not isinstance(schema, dict):
         return schema
     made = dict(schema)
     for key, value in schema.items():
         if key in _NAMED_SCHEMAS and isinstance(value, dict):
-            made[key] = {name: _with_exact_numbers(part) for name, part in value.items()}
+            made[key] = {name: _for_llguidance(part) for name, part in value.items()}
         elif key in (*LOWER, *UPPER) and isinstance(value, int | float):
             with _named(key):
                 made[key] = inner_bound(key, value)
         elif key in ("const", "enum"):
             with _named(key):
                 _check_constants(value)
+        elif has_no_effect(key, value):
+            del made[key]
         elif key not in _ANNOTATIONS:
-            made[key] = _with_exact_numbers(value)
+            made[key] = _for_llguidance(value)
     return made
 
 
 def _check_constants(value: object) -> None:
-    """Raise ValueError for a number anywhere in a value that becomes another one as a double."""
+    """Raise ValueError for a value that llguidance changes, anywhere in a value."""
     check_constant(value)
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     for part in parts:

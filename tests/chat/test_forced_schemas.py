@@ -264,6 +264,7 @@ def test_alternatives_of_glm_keep_their_types() -> None:
         ({"oneOf": [STRING, {"minLength": 3}]}, "oneOf: its alternatives may overlap"),
         ({"type": "number", "multipleOf": 0.01}, "multipleOf: got 0.01; must be"),
         ({**STRING, "pattern": "(?=x)"}, "pattern: got "),
+        ({"enum": [{"k": "a\x00"}]}, "enum: .* has the control character U\\+0000"),
         ({"type": "text"}, 'type: got "text"; must be one of array'),
         ({"$ref": "https://example.com/a"}, r"\$ref: got .* must be a pointer"),
         ({"$id": "https://example.com/a", **STRING}, r"\$id: "),
