@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 
 from fd_dsa.cancellation import check_cancelled
 
 # pieces between two checks of the client
 _CHECKED_PIECES = 4096
+_SURROGATE = re.compile("[\ud800-\udfff]")
+NOT_UNICODE = "the text holds half of a surrogate pair, which is no valid Unicode"
+"""Reason for the refusal of a text that is not `is_unicode`."""
+
+
+def is_unicode(text: str) -> bool:
+    """Return True if no character of a text is half of a surrogate pair."""
+    return text.isascii() or not _SURROGATE.search(text)
 
 
 def json_start(value: object, max_chars: int, *, ensure_ascii: bool = False) -> str:

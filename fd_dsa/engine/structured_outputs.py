@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from types import NoneType
 from typing import Any
 
-from fd_dsa.chat.json_text import json_start
+from fd_dsa.chat.json_text import is_unicode, json_start
 from fd_dsa.chat.lark import MAX_GRAMMAR_CHARS
 from fd_dsa.engine.argument_hints import FORM_HINTS
 from fd_dsa.engine.arguments import explain_fields
@@ -116,7 +116,7 @@ class StructuredOutputsParams:
     def _utf8(self, text: str) -> str:
         """Return a text after a check that it is valid Unicode."""
         self._check_length(text)
-        if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
+        if not is_unicode(text):
             raise ValueError(
                 f"{self.source} has the text {reprlib.repr(text)}; it must be valid Unicode"
             )

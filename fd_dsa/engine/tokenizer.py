@@ -14,6 +14,7 @@ import tokenizers
 from tokenizers.decoders import Decoder
 
 from fd_dsa.chat.control import RenderedPrompt, render_prompt
+from fd_dsa.chat.json_text import NOT_UNICODE
 from fd_dsa.chat.renderers import NO_TEMPLATE, TEMPLATE_FILE, read_renderer, read_special_tokens
 from fd_dsa.chat.template import ChatTemplate
 from fd_dsa.engine.byte_level import byte_table
@@ -24,7 +25,6 @@ from fd_dsa.models.config_reader import check_file, has_file, read_json_object
 
 # token of a byte in a vocabulary with byte fallback
 _BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
-_SURROGATE = "the text holds half of a surrogate pair, which is no valid Unicode"
 # two noncharacters, which every decoder leaves unchanged and no text contains
 _MARK = "\U0010fffe\U0010fffe"
 # up to this number of ids, decoding takes less time than a release of the GIL
@@ -174,7 +174,7 @@ class Tokenizer:
                 longest_added_token=self._longest_added_token,
             )
         except (TypeError, UnicodeEncodeError) as error:
-            raise ValueError(_SURROGATE) from error
+            raise ValueError(NOT_UNICODE) from error
         if add_special_tokens and self._prepend_bos and self.bos_token_id is not None:
             ids.insert(0, self.bos_token_id)
         return ids
@@ -188,7 +188,7 @@ class Tokenizer:
         try:
             encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
         except (TypeError, UnicodeEncodeError) as error:
-            raise ValueError(_SURROGATE) from error
+            raise ValueError(NOT_UNICODE) from error
         return [encoding.ids for encoding in encodings]
 
     def decode(

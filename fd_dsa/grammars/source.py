@@ -13,6 +13,7 @@ from typing import Any
 
 from fd_dsa.chat.enforced import has_no_effect
 from fd_dsa.chat.exact_numbers import LOWER, UPPER, check_constant, inner_bound
+from fd_dsa.chat.json_text import NOT_UNICODE, is_unicode
 from fd_dsa.chat.lark import JSON_OPTIONS
 from fd_dsa.grammars.messages import Kind
 
@@ -67,6 +68,8 @@ def _entry(kind: Kind, text: str, names: Container[bytes]) -> dict[str, Any]:
 
     if kind == "json_schema":
         schema = _for_llguidance(json.loads(text))
+        if not is_unicode(json.dumps(schema, ensure_ascii=False)):
+            raise ValueError(NOT_UNICODE)
         if isinstance(schema, dict):
             given = schema.get("x-guidance", {})
             schema["x-guidance"] = {**JSON_OPTIONS, **given} if isinstance(given, dict) else given

@@ -9,6 +9,7 @@ from typing import Any
 
 from fd_dsa.chat.control import QUOTED_CHARS, RenderedPrompt, render_prompt, texts_in
 from fd_dsa.chat.grammar import forced_calls_grammar
+from fd_dsa.chat.json_text import NOT_UNICODE, is_unicode
 from fd_dsa.chat.parser import AUTO, AnswerFormat
 from fd_dsa.chat.sandbox import PromptTooLong, bounded_rendering
 from fd_dsa.chat.template import ChatTemplate, opens_reasoning
@@ -74,7 +75,7 @@ def make_job(
             "include_reasoning: false, but the server was started with --reasoning-parser none and "
             "cannot tell the reasoning; switch it off by reasoning_effort"
         )
-    prompt = encode_prompt(state, rendered, "messages", add_special_tokens=False)
+    prompt = _encode(state, rendered, body)
     param = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     requested: int | None = getattr(body, param)
     limit = state.options.max_answer_scores
@@ -104,8 +105,28 @@ def encode_conversation(state: ServerState, body: ChatCompletionRequest) -> list
     """
     renderer = _renderer(state, body)
     _tool_format(state, body, renderer)
-    rendered = _render(state, renderer, body)
-    return encode_prompt(state, rendered, "messages", add_special_tokens=False)
+    return _encode(state, _render(state, renderer, body), body)
+
+
+def _encode(state: ServerState, rendered: RenderedPrompt, body: ChatCompletionRequest) -> list[int]:
+    """Return the token ids of a rendered prompt."""
+    try:
+        return encode_prompt(state, rendered, "messages", add_special_tokens=False)
+    except FieldError:
+        _check_unicode(body)
+        raise
+
+
+def _check_unicode(body: ChatCompletionRequest) -> None:
+    """Raise ApiError 400 for a text of the prompt that is no valid Unicode."""
+    parts: list[tuple[str, object]] = [
+        *((f"messages[{i}]", message.for_template()) for i, message in enumerate(body.messages)),
+        *((f"tools[{i}].function", tool.model_dump()) for i, tool in enumerate(body.tools or [])),
+        ("chat_template_kwargs", body.chat_template_kwargs),
+    ]
+    for path, value in parts:
+        if not all(map(is_unicode, texts_in(value))):
+            raise FieldError(f"{path}: {NOT_UNICODE}")
 
 
 def _renderer(state: ServerState, body: ChatCompletionRequest) -> ChatTemplate:
@@ -210,7 +231,12 @@ def _form(
 
 def _calls(body: ChatCompletionRequest, answer: AnswerFormat) -> StructuredOutputsParams:
     """Return the form of answers that call a tool, or the one named by `tool_choice`."""
-    return _form_of_calls(answer, _called(body, answer), several=not body.one_call, source="tools")
+    try:
+        schemas = _called(body, answer)
+        return _form_of_calls(answer, schemas, several=not body.one_call, source="tools")
+    except ApiError:
+        _check_unicode(body)
+        raise
 
 
 def _called(body: ChatCompletionRequest, answer: AnswerFormat) -> Mapping[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import threading
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import pytest
 import tokenizers
 from tokenizers.models import WordLevel
 
+from fd_dsa.chat.json_text import NOT_UNICODE
 from fd_dsa.config import demo_model_path
 from fd_dsa.engine.tokenizer import Tokenizer
 from fd_dsa.serve.flags import ServerOptions
@@ -90,6 +92,36 @@ def test_tools_are_texts_of_the_prompt_too() -> None:
         assert "tools: has 4052 bytes of text; allowed are at most 4000" in error["message"]
         unused = {**body, "tool_choice": "none"}
         assert live.http.post("/v1/chat/completions", json=unused).status_code == 200
+
+
+HELLO = {"role": "user", "content": "Hi"}
+NO_UNICODE = {"role": "user", "content": "\ud800"}
+FUNCTION = {"name": "f", "parameters": {"properties": {"a": {"const": "\ud800"}}}}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "field"),
+    [
+        ("chat/completions", {"messages": [HELLO, NO_UNICODE]}, "messages[1]"),
+        ("responses", {"input": [HELLO, NO_UNICODE]}, "input[1]"),
+        ("responses", {"input": "Hi", "instructions": "\ud800"}, "instructions"),
+        ("responses", {"input": "Hi", "tools": [{"type": "function", **FUNCTION}]}, "tools[0]"),
+        ("messages", {"messages": [HELLO, NO_UNICODE], "max_tokens": 5}, "messages[1]"),
+        ("messages", {"messages": [HELLO], "max_tokens": 5, "system": "\ud800"}, "system"),
+    ],
+)
+@pytest.mark.parametrize("choice", [None, "required"])
+def test_a_text_that_is_no_unicode_is_named(
+    path: str, body: dict[str, Any], field: str, choice: str | None
+) -> None:
+    if choice is not None and "tools" in body:
+        body = {**body, "tool_choice": choice}
+    # json.dumps escapes the lone surrogate, which a client library would not send
+    content, headers = json.dumps(body), {"Content-Type": "application/json"}
+    with running(engine_of(V32)) as live:
+        answer = live.http.post(f"/v1/{path}", content=content, headers=headers)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"] == f"{field}: {NOT_UNICODE}"
 
 
 def test_messages_that_are_too_long_reach_no_template() -> None:

@@ -136,6 +136,7 @@ def test_text_and_null_ask_for_no_form(bytes_live: Live) -> None:
         ({"guided_json": '{"const": 1e999}'}, "guided_json"),
         ({"guided_json": {"enum": ["a", ["b\x00"]]}}, "guided_json"),
         ({"guided_json": {"const": "\x7f"}}, "guided_json"),
+        ({"guided_json": r'{"const": "\ud800"}'}, "guided_json"),
         ({"guided_json": {"type": "integer", "minimum": 10**400}}, "guided_json"),
         ({"guided_json": {"items": {"maximum": -(2**60)}}}, "guided_json"),
         ({"structured_outputs": {"json": {"$ref": "http://x.org/"}}}, "structured_outputs"),
