@@ -44,7 +44,7 @@ def check_constant(value: object) -> None:
     if isinstance(value, str) and (found := _LEFT_OUT.search(value)):
         raise ValueError(
             f"{shortened_json(value, _MAX_SHOWN)} has the control character "
-            f"U+{ord(found[0]):04X}, which a grammar cannot enforce; leave it out"
+            f"U+{ord(found[0]):04X}, which a grammar cannot enforce"
         )
     if not isinstance(value, int | float):
         return

@@ -31,6 +31,7 @@ from fd_dsa.serve.generation import (
 from fd_dsa.serve.protocol.chat import ChatCompletionRequest
 from fd_dsa.serve.state import ServerState
 
+_NO_ARGUMENTS = {"additionalProperties": False}
 # clients send the same template many times; few are kept, because each has a process
 _compiled = functools.lru_cache(4)(
     lambda source, tokens, formats: ChatTemplate(
@@ -241,8 +242,12 @@ def _calls(body: ChatCompletionRequest, answer: AnswerFormat) -> StructuredOutpu
 
 def _called(body: ChatCompletionRequest, answer: AnswerFormat) -> Mapping[str, Any]:
     """Return the tools that may be called, each with the schema of its arguments."""
-    name = body.choice.name
-    return answer.schemas if name is None else {name: answer.schemas[name]}
+    names = answer.schemas if body.choice.name is None else [body.choice.name]
+    # the OpenAI API reads a function without parameters as one without arguments
+    return {
+        name: _NO_ARGUMENTS if answer.schemas[name] is None else answer.schemas[name]
+        for name in names
+    }
 
 
 def _each_call(body: ChatCompletionRequest, answer: AnswerFormat) -> list[StructuredOutputsParams]:

@@ -175,3 +175,16 @@ def test_a_forced_call_is_answered_with_a_call(kind: str, tool_format: str) -> N
         for choice in ask(live, kind, tool_choice=named, n=1):
             check_calls(choice, ("stop",))
             assert len(choice["message"]["tool_calls"]) == 1
+
+
+@pytest.mark.parametrize(("kind", "tool_format"), PAIRS)
+def test_a_forced_call_without_parameters_has_no_arguments(kind: str, tool_format: str) -> None:
+    """The OpenAI API reads a function without parameters as one without arguments."""
+    named = {"type": "function", "function": {"name": "f"}}
+    with serving(kind, tool_format) as live:
+        for choice in ("required", named):
+            for answer in ask(live, kind, tools=[named], tool_choice=choice):
+                assert answer["finish_reason"] == "tool_calls"
+                for call in answer["message"]["tool_calls"]:
+                    assert call["function"]["name"] == "f"
+                    assert json.loads(call["function"]["arguments"]) == {}
