@@ -12,6 +12,7 @@ from typing import Literal
 
 from fastapi import APIRouter, FastAPI
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -119,6 +120,9 @@ async def list_models(state: State) -> ModelList:
 @router.get("/v1/models/{name:path}", summary="One served model")
 async def get_model(name: str, state: State) -> ModelCard:
     """Return the model with this name. A 404 lists the served names."""
+    if not name:
+        # the list has no path with a slash at its end, as no other path has
+        raise HTTPException(404)
     return _model(state, state.resolve_model(name))
 
 

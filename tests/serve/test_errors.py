@@ -130,6 +130,7 @@ def test_wrong_types_are_told_in_our_words(
         ({"logit_bias": {"x": 1}}, "logit_bias"),
         ({"logit_bias": {"1" * 5000: 1}}, "logit_bias"),
         ({"logit_bias": {"1": True}}, "logit_bias"),
+        ({"logit_bias": {"5": 1, "05": 2}}, "logit_bias"),
         ({"logit_bias": [1]}, "logit_bias"),
         ({"logit_bias": {"\ud800": 1}}, "logit_bias"),
         ({"stop": ["\ud800", ""]}, "stop"),
@@ -336,3 +337,5 @@ def test_a_trailing_slash_is_no_way_to_another_host(live: Live, host: str) -> No
     answer = live.http.post("/v1/completions/", json={"prompt": "a"}, headers={"Host": host})
     assert "/v1/completions," in error_of(answer, 404)["message"]
     assert "location" not in answer.headers
+    answer = live.http.get("/v1/models/", headers={"Host": host})
+    assert "path /v1/models/ does not exist" in error_of(answer, 404)["message"]

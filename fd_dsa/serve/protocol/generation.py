@@ -34,7 +34,11 @@ def _logit_bias(value: object) -> dict[int, float]:
             raise refuse(f"has the key {show(key)}; allowed are token ids, as texts")
         if isinstance(bias, bool) or not isinstance(bias, (int, float)):
             raise refuse(f"has {show(bias)} for token {key}; allowed is a number")
-    return {int(key): bias for key, bias in value.items()}
+    biases = {int(key): bias for key, bias in value.items()}
+    if len(biases) < len(value):
+        twice = next(key for key in value if key != str(int(key)))
+        raise refuse(f"has the key {show(twice)} and another one for token {int(twice)}; send one")
+    return biases
 
 
 _StopField = Annotated[
