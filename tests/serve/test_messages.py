@@ -188,6 +188,17 @@ def test_blocks_become_the_messages_of_a_chat(v32: Live, client: anthropic.Anthr
     assert counted.input_tokens == len(prompt_of(v32).encode())
 
 
+def test_a_whole_body_of_a_message_is_counted(v32: Live) -> None:
+    body: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 5}
+    answer = v32.http.post("/v1/messages", json=body)
+    usage = answer.json()["usage"]
+    for more in ({}, {"max_tokens": 0}, {"stream": True, "stop_sequences": ["a"]}):
+        counted = v32.http.post("/v1/messages/count_tokens", json={**body, **more})
+        total = usage["input_tokens"] + usage["cache_read_input_tokens"]
+        assert counted.json() == {"input_tokens": total}
+        assert "X-Ignored-Fields" not in counted.headers
+
+
 def test_thinking_is_switched_and_hidden(v32: Live, client: anthropic.Anthropic) -> None:
     def ending(**fields: Any) -> str:
         client.messages.create(

@@ -77,8 +77,9 @@ _EXAMPLE = {"messages": [{"role": "user", "content": "Hello! What can you do?"}]
 class CountTokensRequest(TranslatedRequest, json_schema_extra={"examples": [_EXAMPLE]}):
     """Body of POST /v1/messages/count_tokens."""
 
-    refused_fields = refused_beside(REFUSED, IGNORED)
-    ignored_fields = IGNORED
+    # a whole body of /v1/messages can be counted
+    ignored_fields = IGNORED | {"max_tokens"}
+    refused_fields = refused_beside(REFUSED, ignored_fields)
 
     messages: Annotated[list[Any], Field(min_length=1), at_most(MAX_ENTRIES)] = Field(
         description="Of role user, assistant or system; the answer continues a last message of "
