@@ -22,7 +22,7 @@ from fd_dsa.accuracy.scores import ANSWERS_FILE, RunSettings, prompts_sha256
 from fd_dsa.client.load import MAX_RETRIES, Sender
 from fd_dsa.client.own_server import OwnServer, add_server_flags, check_passed, own_server
 from fd_dsa.client.questions import Question, ask
-from fd_dsa.client.remote import ServerInfo, examine_server, normal_base_url
+from fd_dsa.client.remote import ServerInfo, examine_server, normal_base_url, shown_url
 from fd_dsa.client.settings import ON_OR_OFF, given_settings
 from fd_dsa.command_line.report import check_folder
 from fd_dsa.command_line.values import add_numbers
@@ -80,7 +80,7 @@ class ServerUnderTest:
 
     def settings(self, task: str, task_settings: dict[str, object]) -> RunSettings:
         """Return all settings that determine the answers."""
-        args, facts, url = self.args, dict(self.info.facts), self.sender.base_url
+        args, facts, url = self.args, dict(self.info.facts), shown_url(self.sender.base_url)
         if self.own is not None:
             url, facts["command"] = OWN, list(self.own.command)
         names = ("temperature", "max_tokens", "seed", "concurrency", "thinking")

@@ -18,7 +18,7 @@ from fd_dsa import __version__
 from fd_dsa.client import bench_flags
 from fd_dsa.client.load import MAX_RETRIES, Sender
 from fd_dsa.client.own_server import add_server_flags, check_passed, server_at
-from fd_dsa.client.remote import ServerInfo, examine_server
+from fd_dsa.client.remote import ServerInfo, examine_server, shown_url
 from fd_dsa.client.timing import Timing, measure, summarise, tables
 from fd_dsa.command_line.failures import reports_failures
 from fd_dsa.command_line.outputs import result_file
@@ -146,7 +146,7 @@ async def _measure(
     warmed, _ = await measure(sender, model, warm_up, [0.0] * _WARM_UP, length)
     for timing in warmed:
         if timing.error is not None:
-            raise RemoteError(f"{base_url} does not answer: {timing.error}")
+            raise RemoteError(f"{shown_url(base_url)} does not answer: {timing.error}")
     prompts = random_prompts(args.num_prompts, args.random_input_len, args.seed)
     starts = start_times(args.num_prompts, args.request_rate, args.seed)
     return await measure(sender, model, prompts, starts, length)

@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 
 from fd_dsa.client.load import FailedAttempt, Request, Sender
-from fd_dsa.client.remote import incomplete, one_line
+from fd_dsa.client.remote import incomplete, one_line, shown_url
 from fd_dsa.client.settings import fields_of
 from fd_dsa.errors import RemoteError
 
@@ -75,7 +75,8 @@ async def ask(
     Raises:
         RemoteError: the server went away, refuses the key or the model, or refuses every question.
     """
-    fields, base_url = {"model": model, **fields_of(settings)}, sender.base_url
+    fields = {"model": model, **fields_of(settings)}
+    base_url = shown_url(sender.base_url)
     requests = []
     for question in questions:
         body = {**fields, "messages": list(question.messages), "max_tokens": question.max_tokens}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
+import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -67,9 +69,15 @@ def normal_base_url(text: str) -> str:
         good = False
     if not good or parts.query or parts.fragment:
         raise ConfigError(
-            f"--base-url: got {shorten(text)}; allowed is a URL such as http://127.0.0.1:8000/v1"
+            f"--base-url: got {shorten(shown_url(text))}; allowed is a URL such as "
+            "http://127.0.0.1:8000/v1"
         )
     return text.rstrip("/") + ("" if parts.path.strip("/") else "/v1")
+
+
+def shown_url(url: str) -> str:
+    """Return a URL without user and password, for messages and files."""
+    return re.sub("//[^/]*@", "//", url, count=1)
 
 
 def http_options(base_url: str, timeout_s: float) -> dict[str, Any]:
@@ -81,6 +89,12 @@ def http_options(base_url: str, timeout_s: float) -> dict[str, Any]:
     key = variable("OPENAI_API_KEY")
     if not key.isascii():
         raise ConfigError("OPENAI_API_KEY: has characters beyond ASCII; allowed is a key in ASCII")
+    if not key.isprintable():
+        # the error of httpx would show the key
+        raise ConfigError(
+            "OPENAI_API_KEY: has a line end or another control character; allowed is a key "
+            "without them"
+        )
     host = urlsplit(base_url).hostname or ""
     return {
         "headers": {"Authorization": f"Bearer {key}"} if key else {},
@@ -105,8 +119,8 @@ def examine_server(base_url: str, model: str | None, flag: str = "--model") -> S
         client = httpx.Client(**options)
     except (ImportError, ValueError) as error:
         raise ConfigError(
-            f"--base-url: {base_url}: the proxy of HTTP_PROXY, HTTPS_PROXY or ALL_PROXY cannot be "
-            f"used ({error}); add the host to NO_PROXY"
+            f"--base-url: {shown_url(base_url)}: the proxy of HTTP_PROXY, HTTPS_PROXY or "
+            f"ALL_PROXY cannot be used ({error}); add the host to NO_PROXY"
         ) from error
     with client as http:
         models = _models(http, base_url, model)
@@ -123,8 +137,9 @@ def _models(http: httpx.Client, base_url: str, model: str | None) -> list[dict[s
         reply = http.get(url)
     except httpx.HTTPError as error:
         raise ConfigError(
-            f"--base-url: {base_url} cannot be reached ({transport_reason(error)}); start a "
-            "server there, or leave the flag out and one is started for the run"
+            f"--base-url: {shown_url(base_url)} cannot be reached "
+            f"({transport_reason(error)}); start a server there, or leave the flag out and one is "
+            "started for the run"
         ) from error
     if reply.status_code in (401, 403):
         raise ConfigError(key_refused(base_url, reply.status_code))
@@ -136,8 +151,8 @@ def _models(http: httpx.Client, base_url: str, model: str | None) -> list[dict[s
         models = []
     if reply.status_code != 200 or not models:
         raise ConfigError(
-            f"--base-url: {url} answers with status {reply.status_code} and no list of models; "
-            "give the base URL of an OpenAI-compatible server, which mostly ends in /v1"
+            f"--base-url: {shown_url(url)} answers with status {reply.status_code} and no list of "
+            "models; give the base URL of an OpenAI-compatible server, which mostly ends in /v1"
         )
     return models
 
@@ -153,7 +168,7 @@ def _choose(
             return entry
     names = ", ".join(str(entry["id"]) for entry in models)
     got = "name one of several" if model is None else f"got {shorten(model)}"
-    raise ConfigError(f"{flag}: {got}; the server at {base_url} has {names}")
+    raise ConfigError(f"{flag}: {got}; the server at {shown_url(base_url)} has {names}")
 
 
 def _facts(http: httpx.Client, base_url: str, entry: Mapping[str, object]) -> dict[str, Any]:
@@ -229,6 +244,10 @@ def transport_reason(error: httpx.HTTPError) -> str:
         return "no reply in time"
     cause: BaseException | None = error
     while cause is not None:
+        if isinstance(cause, ssl.SSLError):
+            # its number is none of the system
+            reason = getattr(cause, "verify_message", "") or (cause.reason or "").replace("_", " ")
+            return f"TLS: {reason.lower() or 'no connection'}"
         if isinstance(cause, OSError) and cause.strerror:
             # asyncio's text has the address too; an unknown name has a negative number
             number = cause.errno or 0
@@ -240,4 +259,4 @@ def transport_reason(error: httpx.HTTPError) -> str:
 def key_refused(base_url: str, status: int) -> str:
     """Return the error message for a missing or wrong key."""
     state = "is not accepted" if variable("OPENAI_API_KEY") else "is not set"
-    return f"{base_url} answers with status {status}: OPENAI_API_KEY {state}"
+    return f"{shown_url(base_url)} answers with status {status}: OPENAI_API_KEY {state}"

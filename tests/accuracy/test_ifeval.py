@@ -127,7 +127,8 @@ def test_an_interrupted_run_says_how_it_goes_on(tmp_path: Path) -> None:
         return upper(body)
 
     with scripted(answer) as server:
-        flags = ["--base-url", server.base_url, "--subset", "9", "--answers-only"]
+        url = server.base_url.replace("//", "//user:secret@")
+        flags = ["--base-url", url, "--subset", "9", "--answers-only"]
         command = [sys.executable, "-m", "fd_dsa.accuracy", "ifeval", *flags, "--out", "it's a run"]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         process = subprocess.Popen(
@@ -146,6 +147,7 @@ def test_an_interrupted_run_says_how_it_goes_on(tmp_path: Path) -> None:
         line = error.splitlines()[-1]
         assert line.startswith("fd_dsa: error: interrupted; 4 of 9 answers are kept in it's a run/")
         before = (tmp_path / "it's a run/answers.jsonl").read_bytes()
+        assert b"secret" not in before
         assert {asked_text(entry) for entry in before.splitlines()[1:]} == first
         resume = shlex.split(line.partition("the same command asks the others: ")[2])
         assert resume[:3] == ["python", "-m", "fd_dsa.accuracy"]

@@ -281,6 +281,7 @@ def test_preflight_is_one_clear_line(
     ("name", "value", "text"),
     [
         ("OPENAI_API_KEY", "\u00e9", "OPENAI_API_KEY: has characters beyond ASCII"),
+        ("OPENAI_API_KEY", "se\r\ncret", "OPENAI_API_KEY: has a line end or another control"),
         ("HTTP_PROXY", "ftp://h", "ALL_PROXY cannot be used (Unknown scheme for proxy URL"),
         ("ALL_PROXY", "socks9://h", "ALL_PROXY cannot be used (Unknown scheme for proxy URL"),
     ],
@@ -292,6 +293,22 @@ def test_variables_that_no_request_can_use_are_named(
     with pytest.raises(ConfigError) as caught:
         examine_server("http://192.0.2.1/v1", None)
     assert text in str(caught.value)
+    assert "cret" not in str(caught.value)
+
+
+def test_errors_hide_the_password_of_the_url_and_name_failures_of_tls() -> None:
+    with pytest.raises(ConfigError) as caught:
+        normal_base_url("http://user:secret@h/v1?x=1")
+    assert "'http://h/v1?x=1'" in str(caught.value)
+    with scripted(echo) as server:
+        address = server.base_url.removeprefix("http://")
+        with pytest.raises(ConfigError) as caught:
+            examine_server(f"http://user:secret@{address}", "absent")
+        assert f"the server at http://{address} has demo" in str(caught.value)
+        with pytest.raises(ConfigError) as caught:
+            examine_server(f"https://user:secret@{address}", None)
+    # the number of the error is none of the system, where it is "operation not permitted"
+    assert f"https://{address} cannot be reached (TLS: wrong version number)" in str(caught.value)
 
 
 @pytest.mark.parametrize(
