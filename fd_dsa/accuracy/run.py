@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from fd_dsa.client.remote import ServerInfo, examine_server, normal_base_url, sh
 from fd_dsa.client.settings import ON_OR_OFF, given_settings
 from fd_dsa.command_line.report import check_folder
 from fd_dsa.command_line.values import add_numbers
+from fd_dsa.commands import own_command
 from fd_dsa.errors import ConfigError, RemoteError
 from fd_dsa.signals import signal_end
 
@@ -114,7 +114,7 @@ class ServerUnderTest:
             left = run.missing(questions)
         if not left:
             return run
-        command = shlex.join(["python", "-m", "fd_dsa.accuracy", *self.args.arguments])
+        command = own_command("accuracy", *self.args.arguments)
         kept = (
             f"{len(questions) - len(left)} of {len(questions)} answers are kept in {path}; "
             f"the same command asks the others: {command}"

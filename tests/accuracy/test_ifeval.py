@@ -130,7 +130,7 @@ def test_an_interrupted_run_says_how_it_goes_on(tmp_path: Path) -> None:
         url = server.base_url.replace("//", "//user:secret@")
         flags = ["--base-url", url, "--subset", "9", "--answers-only"]
         command = [sys.executable, "-m", "fd_dsa.accuracy", "ifeval", *flags, "--out", "it's a run"]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
         process = subprocess.Popen(
             command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True
         )
@@ -150,15 +150,9 @@ def test_an_interrupted_run_says_how_it_goes_on(tmp_path: Path) -> None:
         assert b"secret" not in before
         assert {asked_text(entry) for entry in before.splitlines()[1:]} == first
         resume = shlex.split(line.partition("the same command asks the others: ")[2])
-        assert resume[:3] == ["python", "-m", "fd_dsa.accuracy"]
         server.bodies.clear()
-        subprocess.run(
-            [sys.executable, *resume[1:]],
-            cwd=tmp_path,
-            env=environment,
-            check=True,
-            timeout=TIMEOUT_S,
-        )
+        # without an active environment there may be no command named python
+        subprocess.run(resume, cwd=tmp_path, env=environment, check=True, timeout=TIMEOUT_S)
     assert len(server.bodies) == 5
     after = (tmp_path / "it's a run/answers.jsonl").read_bytes()
     assert after.startswith(before)
@@ -195,7 +189,7 @@ def server() -> Any:
         (["--subset", "542"], "--subset: got 542; the file has 541 prompts"),
         (["--subset", "0"], "--subset: got '0'; must be a whole number from 1 on"),
         (["--concurrency", "0"], "--concurrency: got '0'; must be a whole number from 1 on"),
-        (["--retries", "x"], "--retries: got 'x'; must be a whole number from 0 on"),
+        (["--retries", "x"], "--retries: got 'x'; must be a whole number from 0 to 1000"),
         (["--timeout", "nan"], "--timeout: got 'nan'; must be a number from 0.001 on"),
         (["--temperature", "-1"], "--temperature: got '-1'; must be a number from 0 on"),
         (["--temp", "1"], "unknown flag --temp; did you mean --temperature?"),
