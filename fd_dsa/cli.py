@@ -9,7 +9,12 @@ from importlib import import_module
 from typing import Any
 
 from fd_dsa import __version__, signals
-from fd_dsa.command_line.failures import reports_failures
+from fd_dsa.command_line.failures import (
+    EXIT_BAD_START,
+    describe_import_error,
+    fail,
+    reports_failures,
+)
 from fd_dsa.command_line.parser import Parser
 from fd_dsa.commands import own_command
 
@@ -26,15 +31,22 @@ _SHELLS = ("bash", "fish", "zsh", "tcsh")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status, 2 for an unknown command."""
+    """Run one command.
+
+    Returns:
+        Its exit status, or 2 for an unknown command and without a required package.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     if arguments[0] == "help":
         arguments = [*arguments[1:], "--help"]
     with signals.command():
-        if arguments[0] in COMMANDS:
-            module = import_module(f"fd_dsa.{COMMANDS[arguments[0]][0]}")
-            return int(module.main(arguments[1:]))
-        return _run(arguments)
+        try:
+            if arguments[0] in COMMANDS:
+                module = import_module(f"fd_dsa.{COMMANDS[arguments[0]][0]}")
+                return int(module.main(arguments[1:]))
+            return _run(arguments)
+        except ImportError as error:
+            return fail(describe_import_error(error), EXIT_BAD_START)
 
 
 def build_parser(parents: dict[str, Parser] | None = None) -> Parser:

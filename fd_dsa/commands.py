@@ -6,6 +6,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 
@@ -46,6 +47,15 @@ def extra_command(extra: str) -> str:
     except PackageNotFoundError:
         needed = []
     return pip_command(*(needed or [f"{_ROOT}[{extra}]"]))
+
+
+def core_command(*flags: str) -> str:
+    """Return a shell line that installs the packages that fd_dsa needs in every installation."""
+    needed: list[str] = []
+    if not (_ROOT / "pyproject.toml").is_file():
+        with suppress(PackageNotFoundError):
+            needed = [name for name in requires("fd_dsa") or () if "extra ==" not in name]
+    return pip_command(*flags, *(needed or [project_folder()]))
 
 
 def project_folder(name: str = ".") -> str:

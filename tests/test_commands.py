@@ -12,7 +12,14 @@ from pathlib import Path
 import pytest
 
 from fd_dsa import commands
-from fd_dsa.commands import extra_command, own_command, pip_command, project_folder, python_command
+from fd_dsa.commands import (
+    core_command,
+    extra_command,
+    own_command,
+    pip_command,
+    project_folder,
+    python_command,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -94,6 +101,17 @@ def test_an_extra_is_installed_by_the_names_of_its_packages(
     # not installed: the folder of the project has the list
     monkeypatch.setattr(commands, "requires", lambda _: None)
     assert shlex.split(extra_command("cpu"))[-1] == f"{ROOT}[cpu]"
+
+
+def test_core_packages_are_those_of_the_project_or_of_its_metadata(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert shlex.split(core_command("--quiet"))[-2:] == ["--quiet", str(ROOT)]
+    # installed as a wheel
+    monkeypatch.setattr(commands, "_ROOT", tmp_path)
+    monkeypatch.setattr(commands, "requires", lambda _: ["a<2,>=1", "b; extra == 'cpu'"])
+    assert shlex.split(core_command())[-2:] == ["install", "a<2,>=1"]
 
 
 def test_folders_of_the_project_are_no_names_of_packages(monkeypatch: pytest.MonkeyPatch) -> None:

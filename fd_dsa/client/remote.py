@@ -118,6 +118,8 @@ def examine_server(base_url: str, model: str | None, flag: str = "--model") -> S
     try:
         client = httpx.Client(**options)
     except (ImportError, ValueError) as error:
+        if isinstance(error, ImportError) and "SOCKS" not in str(error):
+            raise
         raise ConfigError(
             f"--base-url: {shown_url(base_url)}: the proxy of HTTP_PROXY, HTTPS_PROXY or "
             f"ALL_PROXY cannot be used ({error}); add the host to NO_PROXY"

@@ -8,7 +8,8 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from fd_dsa.errors import FdDsaError, RemoteError, shorten_text
+from fd_dsa.commands import core_command
+from fd_dsa.errors import FdDsaError, RemoteError, describe_error, shorten_text
 
 EXIT_BAD_START = 2
 """Exit status of a command whose flags, files or model are refused."""
@@ -28,6 +29,23 @@ def describe_system_error(error: OSError) -> str:
         reason = os.strerror(error.errno).lower()
         return f"an output cannot be written ({reason}); make room, or write it elsewhere"
     return shorten_text(str(error))
+
+
+def describe_import_error(error: ImportError) -> str:
+    """Return the text of a required package that is missing or broken, with the remedies.
+
+    Raises:
+        ImportError: the module is one of fd_dsa.
+    """
+    if (error.name or "").partition(".")[0] == "fd_dsa":
+        raise error
+    # pip leaves a package that is there and broken
+    flags = () if isinstance(error, ModuleNotFoundError) else ("--force-reinstall",)
+    return (
+        f"a required package cannot be imported ({describe_error(error)}) by {sys.executable}; "
+        f"use the Python that has the packages, or install them here by "
+        f"{core_command(*flags)}"
+    )
 
 
 def _is_folder_gone() -> bool:

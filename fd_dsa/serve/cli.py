@@ -15,7 +15,12 @@ from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 from fd_dsa import __version__
-from fd_dsa.command_line.failures import EXIT_BAD_START, describe_system_error, fail
+from fd_dsa.command_line.failures import (
+    EXIT_BAD_START,
+    describe_import_error,
+    describe_system_error,
+    fail,
+)
 from fd_dsa.commands import own_command
 from fd_dsa.config import HUB_NAME, EngineConfig
 from fd_dsa.environment import check_address_space, local_url, process_environment
@@ -95,6 +100,8 @@ def _start_failure(error: Exception, debug: bool) -> tuple[str, int]:
         return str(error), EXIT_BAD_START
     if isinstance(error, OSError) and error.errno is not None:
         return describe_system_error(error), EXIT_BAD_START
+    if isinstance(error, ImportError):
+        return describe_import_error(error), EXIT_BAD_START
     text = describe_error(error)
     if is_out_of_memory(error):
         return (

@@ -15,6 +15,8 @@ from fd_dsa.cli import COMMANDS, main
 from fd_dsa.commands import own_command
 from tests.serve.processes import console, finish
 
+ROOT = Path(__file__).resolve().parents[2]
+
 
 @pytest.mark.parametrize(
     ("args", "status", "text"),
@@ -77,6 +79,34 @@ def test_help_of_a_topic_has_nothing_else(capsys: pytest.CaptureFixture[str]) ->
             main(["serve", f"--help={topic}"])
         out = capsys.readouterr().out
         assert shown in out and other not in out
+
+
+@pytest.mark.parametrize(
+    ("package", "words"),
+    [
+        ("yaml", ["serve"]),
+        ("httpx", ["chat", "-q", "hi"]),
+        ("numpy", ["bench"]),
+        ("rich", ["bench", "--base-url", "http://127.0.0.1:9/v1"]),
+        ("h11", ["chat", "-q", "hi", "--base-url", "http://127.0.0.1:9/v1"]),
+        ("uvicorn", ["serve"]),
+        ("paddle", ["doctor"]),
+    ],
+)
+def test_a_required_package_that_cannot_be_imported_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, words: list[str]
+) -> None:
+    broken = tmp_path / "stubs" / package
+    broken.mkdir(parents=True)
+    (broken / "__init__.py").write_text("raise ImportError('libx.so: no such file')\n")
+    monkeypatch.setenv("PYTHONPATH", f"{broken.parent}:{ROOT}")
+    *_, line = finish(tmp_path, console(*words), 2).stderr.splitlines()
+    assert line.startswith(
+        "fd_dsa: error: a required package cannot be imported (ImportError: libx.so: no such file)"
+        f" by {sys.executable}; "
+    )
+    command = f"{sys.executable} -m pip install --force-reinstall {ROOT}"
+    assert line.endswith(f"or install them here by {command}")
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
