@@ -46,9 +46,8 @@ class Table:
     def rich(self) -> RichTable:
         table = RichTable(box=box.SIMPLE_HEAD, show_edge=False)
         for i, column in enumerate(self.columns):
-            first = i == 0
-            side: Any = "left" if first else "right"
-            table.add_column(column, justify=side, no_wrap=first, overflow="fold")
+            side: Any = "left" if i == 0 else "right"
+            table.add_column(column, justify=side, overflow="fold")
         for row in self.rows:
             table.add_row(*row)
         return table

@@ -18,10 +18,10 @@ from fd_dsa.errors import ConfigError
 TABLE = Table("Title", ("name", "a|b"), (("one", "1"), ("[bold]two", "2")), ("a note",))
 
 
-def _shown(*parts: str | Table) -> str:
-    """Return the text that a terminal of 60 columns shows."""
+def _shown(*parts: str | Table, width: int = 60) -> str:
+    """Return the text that a terminal of `width` columns shows."""
     text = io.StringIO()
-    console = Console(file=text, width=60, markup=False, highlight=False, emoji=False)
+    console = Console(file=text, width=width, markup=False, highlight=False, emoji=False)
     report.show(parts, console)
     return text.getvalue()
 
@@ -40,6 +40,17 @@ def test_page_and_terminal_hold_the_same() -> None:
     assert shown.startswith("Verdict. x is fine\n")
     for text in ("Title", "[bold]two", "a|b", "a note"):
         assert text in shown
+
+
+def test_narrow_terminals_shorten_names_before_figures() -> None:
+    names = ("latency, ms", "mean", "median", "p90", "p99", "max")
+    figures = ("12345.6", "12.34", "56.78", "90.12", "34.56")
+    table = Table("", names, (("time per output token, the first excluded", *figures),))
+    for width in (60, 80):
+        assert set(figures) <= set(_shown(table, width=width).split())
+    # figures fold, and none is lost
+    shown = _shown(table, width=40)
+    assert all(shown.count(digit) >= "".join(figures).count(digit) for digit in ".12345678")
 
 
 def test_files_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
