@@ -313,7 +313,11 @@ class GrammarCompiler:
         """
         with self._vocabulary_lock:
             if shown not in self._vocabularies:
-                self._vocabularies[shown] = self._make_vocabulary(shown)
+                try:
+                    self._vocabularies[shown] = self._make_vocabulary(shown)
+                except (OSError, EOFError) as error:
+                    # the next request for it tries again
+                    return f"llguidance has no process ({str(error) or 'it has ended'})"
             return self._vocabularies[shown]
 
     def _make_vocabulary(self, shown: frozenset[int]) -> GrammarVocabulary | str:
@@ -321,7 +325,7 @@ class GrammarCompiler:
         try:
             made = GrammarVocabulary(self._tokenizer, self._vocab_size, self._eos_token_ids, shown)
             reason = WORKERS.add(made)
-        except (ValueError, RuntimeError, KeyError, OSError, EOFError) as error:
+        except (ValueError, RuntimeError, KeyError) as error:
             reason = one_line(str(error))
         return f"llguidance cannot use this model's tokenizer: {reason}" if reason else made
 

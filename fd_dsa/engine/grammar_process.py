@@ -110,7 +110,7 @@ class WorkerSource:
                     self.process = None
                     self._order(vocabulary, forms, max_states, theirs.fileno())
         except (EOFError, OSError) as error:
-            return f"no process can be started for it: {error or 'it has ended'}"
+            return f"no process can be started for it: {str(error) or 'it has ended'}"
         try:
             compiled: Compiled = connection.recv()
         except (EOFError, OSError):

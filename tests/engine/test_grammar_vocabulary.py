@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import sys
 from collections.abc import Callable
 
 import numpy as np
@@ -13,8 +14,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
+from fd_dsa.engine import grammar
 from fd_dsa.engine.detokenizer import new_detokenizer
 from fd_dsa.engine.grammar import GrammarCompiler
+from fd_dsa.engine.grammar_process import WorkerSource
 from fd_dsa.engine.reasoning import AnswerStart, Reasoning
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.structured_outputs import StructuredOutputsParams
@@ -135,6 +138,25 @@ def test_a_tokenizer_without_texts_turns_forms_off_only(
     asked = StructuredOutputsParams(choice=["a"], source="guided_choice")
     with pytest.raises(ValueError, match=f"^guided_choice cannot be used: .*{reason}"):
         compiler.check(SamplingParams(structured_outputs=asked))
+
+
+def test_a_process_that_ends_at_once_turns_forms_off_for_a_request_only(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As without descriptors or memory, which no tokenizer causes."""
+    compiler = GrammarCompiler(TOKENIZER, 300, [EOS])
+    asked = StructuredOutputsParams(choice=["a"], source="guided_choice")
+    params = SamplingParams(structured_outputs=asked)
+    source = WorkerSource()
+    monkeypatch.setattr(grammar, "WORKERS", source)
+    monkeypatch.setattr(WorkerSource, "COMMAND", (sys.executable, "-c", "raise SystemExit(1)"))
+    with caplog.at_level(logging.WARNING):
+        compiler.prepare()
+    assert "are off: llguidance has no process (" in caplog.text
+    with pytest.raises(ValueError, match=r"^guided_choice .*llguidance has no process \(.+\)"):
+        compiler.check(params)
+    monkeypatch.undo()
+    compiler.check(params)
 
 
 def test_special_tokens_around_the_reasoning_are_shown() -> None:
