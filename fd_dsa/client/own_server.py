@@ -18,6 +18,7 @@ from pathlib import Path
 
 from fd_dsa.client.remote import normal_base_url
 from fd_dsa.config import demo_model_path
+from fd_dsa.environment import process_environment, set_default, variable
 from fd_dsa.errors import ConfigError, writing
 
 _POLL_S = 0.05
@@ -111,6 +112,7 @@ def own_server(
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
+            env=_environment(),
             # Ctrl-C reaches only the run, which then ends the server
             start_new_session=True,
             # the kernel ends the server when this process is killed
@@ -133,6 +135,19 @@ def own_server(
         yield OwnServer(f"{url}/v1", ("python", "-m", "fd_dsa.serve", *arguments), log, process.pid)
     finally:
         _end(process)
+
+
+def _environment() -> dict[str, str]:
+    """Return the server's environment: with keys for servers, it accepts that of this client too.
+
+    Without a key for clients, this process sends the first of the server's keys.
+    """
+    environment = process_environment()
+    if keys := variable("FD_DSA_API_KEY"):
+        set_default("OPENAI_API_KEY", keys.partition(",")[0].strip())
+        sent = variable("OPENAI_API_KEY")
+        environment["FD_DSA_API_KEY"] = f"{keys},{sent}" if sent else keys
+    return environment
 
 
 def _wait_until_ready(process: subprocess.Popen[bytes], log: Path) -> str:

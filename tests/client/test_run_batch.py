@@ -238,7 +238,15 @@ def test_a_signal_keeps_the_answers_that_came(tmp_path: Path, number: signal.Sig
 
 
 @pytest.mark.slow
-def test_the_demo_model_on_a_server_of_its_own(tmp_path: Path) -> None:
+@pytest.mark.parametrize("keys", [{}, {"OPENAI_API_KEY": "other"}])
+def test_the_demo_model_on_a_server_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keys: dict[str, str]
+) -> None:
+    # keys of the operator's servers
+    monkeypatch.setenv("FD_DSA_API_KEY", "first,second")
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    for name, value in keys.items():
+        monkeypatch.setenv(name, value)
     flags = written(tmp_path, request("a", "What is the capital of France?", max_tokens=20))
     done = run_console(tmp_path, "run-batch", *flags, "--", "--max-num-seqs", "2")
     assert done.returncode == 0, done.stderr
