@@ -52,7 +52,7 @@ def extra_command(extra: str) -> str:
 def core_command(*flags: str) -> str:
     """Return a shell line that installs the packages that fd_dsa needs in every installation."""
     needed: list[str] = []
-    if not (_ROOT / "pyproject.toml").is_file():
+    if not Path(project_folder("pyproject.toml")).is_file():
         with suppress(PackageNotFoundError):
             needed = [name for name in requires("fd_dsa") or () if "extra ==" not in name]
     return pip_command(*flags, *(needed or [project_folder()]))

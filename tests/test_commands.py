@@ -109,7 +109,7 @@ def test_core_packages_are_those_of_the_project_or_of_its_metadata(
     monkeypatch.chdir(tmp_path)
     assert shlex.split(core_command("--quiet"))[-2:] == ["--quiet", str(ROOT)]
     # installed as a wheel
-    monkeypatch.setattr(commands, "_ROOT", tmp_path)
+    monkeypatch.setattr(commands, "project_folder", lambda name=".": str(tmp_path / name))
     monkeypatch.setattr(commands, "requires", lambda _: ["a<2,>=1", "b; extra == 'cpu'"])
     assert shlex.split(core_command())[-2:] == ["install", "a<2,>=1"]
 
