@@ -88,7 +88,7 @@ def test_results_name_machine_and_commit(path: Path) -> None:
     if found.get("tier") != "T0":
         assert env["gpu"] and env["driver"]
         # what needs no reference: a machine by itself, the same kernels twice, random weights
-        alone = ("ceilings", "gpu_dense", "gpu_engine", "gpu_experts")
+        alone = ("ceilings", "gpu_dense", "gpu_chain", "gpu_engine", "gpu_experts")
         alone += ("all_reduce_2", "all_reduce_4", "gpu_engine_invariant", "prompt_attention")
         alone += ("once_per_step", "real_widths", "speculative_gpu", "speculative_demo")
         alone += ("gpu_profile", "gpu_engine_2")
