@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import shutil
 import sys
-from collections.abc import Iterable
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 
 _ROOT = Path(__file__).resolve().parents[1]
+_EXTRA = re.compile(r"""extra == ["']([^"']*)""")
 
 
 def own_command(*words: str) -> str:
@@ -42,19 +43,13 @@ def extra_command(extra: str) -> str:
 
     The line names these packages, because fd_dsa is not on a package index.
     """
-    try:
-        needed = list(_packages_of(extra, requires("fd_dsa") or ()))
-    except PackageNotFoundError:
-        needed = []
-    return pip_command(*(needed or [f"{_ROOT}[{extra}]"]))
+    return pip_command(*(_packages_of(extra) or [f"{_ROOT}[{extra}]"]))
 
 
 def core_command(*flags: str) -> str:
     """Return a shell line that installs the packages that fd_dsa needs in every installation."""
-    needed: list[str] = []
-    if not Path(project_folder("pyproject.toml")).is_file():
-        with suppress(PackageNotFoundError):
-            needed = [name for name in requires("fd_dsa") or () if "extra ==" not in name]
+    is_source = Path(project_folder("pyproject.toml")).is_file()
+    needed = [] if is_source else _packages_of(None)
     return pip_command(*flags, *(needed or [project_folder()]))
 
 
@@ -63,11 +58,16 @@ def project_folder(name: str = ".") -> str:
     return _relative(_ROOT / name)
 
 
-def _packages_of(extra: str, requirements: Iterable[str]) -> Iterable[str]:
-    for requirement in requirements:
-        package, _, marker = requirement.partition(";")
-        if f'extra == "{extra}"' in marker.replace("'", '"'):
-            yield package.strip()
+def _packages_of(extra: str | None) -> list[str]:
+    """Return the requirements of an extra, or of every installation. Empty without metadata."""
+    found: list[str] = []
+    with suppress(PackageNotFoundError):
+        for requirement in requires("fd_dsa") or ():
+            package, _, marker = requirement.partition(";")
+            named = _EXTRA.search(marker)
+            if (named and named[1]) == extra:
+                found.append(package.strip() if extra else requirement)
+    return found
 
 
 def _program(path: Path) -> str:
