@@ -1,7 +1,7 @@
 // Exact top-k of rows of scores, with a block or a cluster of blocks per row.
 //
-// A short row stays in registers. For a longer row, evenly spaced samples give a bound that
-// slightly more than k scores exceed. One pass keeps these scores as candidates in shared memory.
+// A short row stays in registers, also where the launch allows longer rows. For a longer row, evenly
+// spaced samples give a bound that slightly more than k scores exceed. One pass keeps these scores as candidates in shared memory.
 // Counting digits finds the k-th best candidate.
 //
 // The number of candidates shows a bound that failed, or a plateau of equal scores at it. Passes
@@ -245,8 +245,8 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   choose_from_registers<kThreads, kUnroll>(job, row, shared);
 }
 
-// Chooses from rows of any length.
-template <int kThreads, int kMinBlocks, int kUnroll, bool kAhead, bool kCluster>
+// Chooses from rows of any length. If all chunks of a row fit, `kHeld` per thread, registers hold it.
+template <int kThreads, int kMinBlocks, int kUnroll, int kHeld, bool kAhead, bool kCluster>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
     bound_kernel(const __grid_constant__ Job job) {
   using Blocks = Cluster<kCluster>;
@@ -256,6 +256,13 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   start_next();
   const Row row(job.rows, static_cast<int32_t>(blockIdx.x / Blocks::size()));
   if (!needs_choice<kThreads, Blocks>(job, row)) return;
+  if constexpr (kHeld > 0) {
+    // rows that begin between two chunks take one chunk more
+    if (row.length <= 4 * (RegisterRow<kThreads, kHeld>::kMaxChunks - 1)) {
+      if (Blocks::rank() == 0) choose_from_registers<kThreads, kHeld>(job, row, lists.shared);
+      return;
+    }
+  }
   Blocks::arrive();
   choose_by_bound<kThreads, kUnroll, kAhead, Blocks>(job, row, lists);
 }
@@ -280,10 +287,10 @@ int launch_register_rows(const Rows& rows, const Gpu& gpu, void* stream) {
 }
 
 // Static, so that two libraries in one process have their own flags.
-template <int kThreads, int kMinBlocks, int kUnroll, bool kAhead, bool kCluster>
+template <int kThreads, int kMinBlocks, int kUnroll, int kHeld, bool kAhead, bool kCluster>
 static int launch_bound(const Rows& rows, const Sizes& sizes, const Gpu& gpu, void* stream) {
   static std::atomic<uint64_t> prepared{0};
-  auto* kernel = bound_kernel<kThreads, kMinBlocks, kUnroll, kAhead, kCluster>;
+  auto* kernel = bound_kernel<kThreads, kMinBlocks, kUnroll, kHeld, kAhead, kCluster>;
   const cudaError_t error = prepare(kernel, gpu.device, gpu.shared_bytes, kCluster, prepared);
   if (error != cudaSuccess) return static_cast<int>(error);
   const unsigned blocks = static_cast<unsigned>(rows.num_rows) * sizes.cluster;
@@ -315,9 +322,9 @@ inline int launch_topk(const Rows& rows, void* stream) {
                 : launch_register_rows<1024, 1, 2>(rows, gpu, stream);
   }
   const Sizes sizes = choose_sizes(rows, gpu, sizeof(Shared));
-  if (sizes.cluster > 1) return launch_bound<1024, 1, 2, true, true>(rows, sizes, gpu, stream);
-  if (many) return launch_bound<512, 2, 4, false, false>(rows, sizes, gpu, stream);
-  return launch_bound<1024, 1, 4, false, false>(rows, sizes, gpu, stream);
+  if (sizes.cluster > 1) return launch_bound<1024, 1, 2, 2, true, true>(rows, sizes, gpu, stream);
+  if (many) return launch_bound<512, 2, 4, 4, false, false>(rows, sizes, gpu, stream);
+  return launch_bound<1024, 1, 4, 2, false, false>(rows, sizes, gpu, stream);
 }
 
 }  // namespace fd_dsa::topk

@@ -194,6 +194,14 @@ def test_rows_around_a_tile_and_a_window(length: int, offset: int) -> None:
         check(scores, [length], 40, cluster=cluster, offset=offset)
 
 
+@pytest.mark.parametrize("offset", [0, 1, 3])
+@pytest.mark.parametrize("cluster", [1, 4])
+def test_short_rows_where_longer_ones_are_allowed(cluster: int, offset: int) -> None:
+    scores = scores_of("few values", 8, 3000, seed=offset)
+    lengths = [40, 41, 507, 508, 509, 512, 513, 3000]
+    check(scores, lengths, 40, cluster=cluster, wide=True, gap=offset, offset=offset)
+
+
 @pytest.mark.parametrize("k", [1, 2048, 5000, 100_000])
 @pytest.mark.parametrize("width", [8193, 65536, 1 << 20, 1 << 24, (1 << 31) - 1])
 @pytest.mark.parametrize("num_rows", [1, 3, 64, 132, 133, 4096])

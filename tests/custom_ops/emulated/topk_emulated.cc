@@ -5,24 +5,24 @@
 
 using namespace fd_dsa::topk;
 
-template <int kThreads, int kUnroll, bool kAhead, int kRegisterRowThreads>
+template <int kThreads, int kUnroll, int kHeld, bool kAhead, int kRegisterRowThreads>
 int launch_small(const Rows& rows, const Sizes& sizes) {
   const fd_dsa::Gpu gpu = {0, 9, 132, emulated::kSharedBytes};
   if (sizes.cluster == 0) {
     return launch_register_rows<kRegisterRowThreads, 1, 2 * kUnroll>(rows, gpu, nullptr);
   }
   if (sizes.cluster == 1) {
-    return launch_bound<kThreads, 1, kUnroll, kAhead, false>(rows, sizes, gpu, nullptr);
+    return launch_bound<kThreads, 1, kUnroll, kHeld, kAhead, false>(rows, sizes, gpu, nullptr);
   }
-  return launch_bound<kThreads, 1, kUnroll, kAhead, true>(rows, sizes, gpu, nullptr);
+  return launch_bound<kThreads, 1, kUnroll, kHeld, kAhead, true>(rows, sizes, gpu, nullptr);
 }
 
-// `cluster` 0: rows are held in registers.
+// `cluster` 0: rows are held in registers. Wide blocks hold rows of up to 508 scores also otherwise.
 extern "C" int topk_emulated(const FdDsaTopk* rows, int wide, int cluster, int capacity,
                              int num_bits) {
   const Sizes sizes = {cluster, capacity, num_bits, rows->k <= capacity ? rows->k : 0};
-  return wide ? launch_small<128, 2, true, 512>(*rows, sizes)
-              : launch_small<64, 1, false, 64>(*rows, sizes);
+  return wide ? launch_small<128, 2, 1, true, 512>(*rows, sizes)
+              : launch_small<64, 1, 0, false, 64>(*rows, sizes);
 }
 
 // The kernel for rows that do not fit into registers, in blocks and with sizes as the launcher has
@@ -35,11 +35,11 @@ extern "C" int topk_emulated_among(const FdDsaTopk* rows, int num_rows, uint64_t
   emulated::bytes_loaded = 0;
   int code;
   if (sizes.cluster > 1) {
-    code = launch_bound<1024, 1, 2, true, true>(*rows, sizes, gpu, nullptr);
+    code = launch_bound<1024, 1, 2, 2, true, true>(*rows, sizes, gpu, nullptr);
   } else if (num_rows > gpu.num_sms) {
-    code = launch_bound<512, 2, 4, false, false>(*rows, sizes, gpu, nullptr);
+    code = launch_bound<512, 2, 4, 4, false, false>(*rows, sizes, gpu, nullptr);
   } else {
-    code = launch_bound<1024, 1, 4, false, false>(*rows, sizes, gpu, nullptr);
+    code = launch_bound<1024, 1, 4, 2, false, false>(*rows, sizes, gpu, nullptr);
   }
   *bytes = emulated::bytes_loaded;
   return code;
