@@ -87,33 +87,36 @@ class Weight:
         if form.zeros:
             self.zeros = rng.integers(0, 16, shape).astype(np.uint8)
 
-    def values(self) -> np.ndarray:
-        """float64 [experts, parts * columns, width]."""
-        scales, size = self.scales, self.form.group
+    def values(self, experts: slice | np.ndarray = slice(None)) -> np.ndarray:
+        """float64 [experts, parts * columns, width] of some experts."""
+        codes, scales, size = self.codes[experts], self.scales[experts], self.form.group
         if self.form.kind == "int4":
-            values = self.codes - self.zeros.repeat(size, axis=3).astype(np.float64)
+            values = codes - self.zeros[experts].repeat(size, axis=3).astype(np.float64)
         else:
-            values = E2M1[self.codes].astype(np.float64)
+            values = E2M1[codes].astype(np.float64)
             powers = 2.0 ** (scales.astype(np.float64) - 127)
             scales = E4M3[scales] if self.form.kind == "e4m3" else powers
         values = values * scales.astype(np.float64).repeat(size, axis=3)
-        values *= self.factors[:, :, None, None]
+        values *= self.factors[experts][:, :, None, None]
         return values.reshape(len(values), -1, values.shape[3])
 
     def put(self, m: KernelMemory) -> FourBitWeight:
         """The weight in a memory."""
         form, (*outer, columns, width) = self.form, self.codes.shape
         pieces = -(-width // 128)
-        codes = np.zeros((*outer, columns, 128 * pieces), np.uint32)
+        codes = np.zeros((*outer, columns, 128 * pieces), np.uint8)
         codes[..., :width] = self.codes
-        # [..., pieces, columns, values]
-        codes = codes.reshape(*outer, columns, pieces, 128).swapaxes(2, 3)
-        words = np.zeros((*outer, pieces, columns, 16), np.uint32)
+        # [values, ..., pieces, columns], and words by their place, too
+        codes = codes.reshape(*outer, columns, pieces, 128).transpose(4, 0, 1, 3, 2).copy()
+        words = np.zeros((16, *outer, pieces, columns), np.uint32)
         is_int4 = form.kind == "int4"
         for k in range(128):
+            bits = np.zeros((16, 16), np.uint32)
             for bit, (word, to) in enumerate(place(form.kind, k)):
-                found = codes[..., k] >> np.uint32(bit) & np.uint32(1)
-                words[..., word] |= found << np.uint32(to)
+                bits[word] |= (np.arange(16, dtype=np.uint32) >> bit & 1) << np.uint32(to)
+            for word in np.flatnonzero(bits.any(axis=1)):
+                words[word] |= bits[word][codes[k]]
+        words = np.moveaxis(words, 0, -1).copy()
         if is_int4:
             bits = self.scales.view(np.uint32) & ~np.uint32(15) | self.zeros
             scales = bits.swapaxes(2, 3).view(np.int32)

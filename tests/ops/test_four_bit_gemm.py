@@ -67,11 +67,14 @@ class Case:
 
     def wanted(self, limit: float | None = None) -> tuple[np.ndarray, np.ndarray]:
         """float64 results of the pairs with an expert, and the error that they may have."""
-        values, flat = self.weight.values(), self.ids.ravel()
+        flat = self.ids.ravel()
         live = np.flatnonzero(flat >= 0)
+        used, places = np.unique(flat[live], return_inverse=True)
+        values = self.weight.values(used)
         x = self.x[live // (flat.size // max(len(self.x), 1))].astype(np.float64)
-        sums = np.stack([values[flat[pair]] @ row for pair, row in zip(live, x, strict=True)])
-        sizes = [np.abs(values[flat[p]]) @ np.abs(row) for p, row in zip(live, x, strict=True)]
+        sums = np.stack([values[at] @ row for at, row in zip(places, x, strict=True)])
+        values = np.abs(values)
+        sizes = [values[at] @ np.abs(row) for at, row in zip(places, x, strict=True)]
         size = np.stack(sizes)
         if not self.gated:
             return sums, 2.0**-18 * size + 2.0**-8 * np.abs(sums)
