@@ -139,7 +139,17 @@ def on_two_ranks(folder: Path, costs: DraftCosts | None) -> tuple[Any, list[Any]
     return found, runners
 
 
-@pytest.mark.parametrize("costs", [None, dear_layer(3)], ids=["always", "while it pays"])
+def in_quick_pairs() -> list[Any]:
+    """Cases with each way to draft. The way that a case shares with the next one is slow."""
+    ways = {"always": None, "while it pays": dear_layer(3)}
+    return [
+        pytest.param(case, costs, id=f"{case}-{way}", marks=[pytest.mark.slow] * ((i + j) % 2))
+        for i, case in enumerate(CASES)
+        for j, (way, costs) in enumerate(ways.items())
+    ]
+
+
+@pytest.mark.parametrize(("folder", "costs"), in_quick_pairs(), indirect=["folder"])
 def test_drafts_are_those_of_one_rank_and_equal_on_both(
     folder: Path, costs: DraftCosts | None
 ) -> None:

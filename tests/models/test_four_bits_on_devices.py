@@ -320,7 +320,12 @@ def test_a_weight_has_the_largest_scale_of_each_column(
         np.testing.assert_array_equal(peaks, scales.max(axis=(2, 4)))
 
 
-@pytest.mark.parametrize("form", FORMS, ids=str)
+# two more sizes of integers' groups, and the other one's zero points, are slow
+@pytest.mark.parametrize(
+    "form",
+    [*FORMS[:3], *(pytest.param(form, marks=pytest.mark.slow) for form in FORMS[3:])],
+    ids=str,
+)
 def test_the_check_of_the_kernel_passes(paddle_memory: KernelMemory, form: Form) -> None:
     held = FourBits(frozenset(), form.kind, form.group)
     assert difference(held, paddle_memory.poisoned) == ""

@@ -262,19 +262,28 @@ def splits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr("fd_dsa.ops.v4_attend.num_splits", lambda *_: 1)
 
 
-@pytest.mark.usefixtures("splits")
-@pytest.mark.parametrize("made", [Attended, AttendedInTiles])
+def attentions() -> list[Any]:
+    """List sizes, forms of a launch, and keys of one tile or several. Half of most are slow."""
+    sizes = ("float32", 8, 32), ("bfloat16", 20, 32), ("float32", 64, 24), ("float32", 3, 136)
+    found = []
+    for place, one in enumerate(sizes):
+        for i, splits in enumerate(("one program", "splits")):
+            for j, made in enumerate((Attended, AttendedInTiles)):
+                marks = [pytest.mark.slow] * (place > 0 and i == j)
+                found.append(pytest.param(*one, splits, made, marks=marks))
+    return found
+
+
 @pytest.mark.parametrize("selects", [None, False, True])
 @pytest.mark.parametrize(
-    ("kind", "heads", "width"),
-    [("float32", 8, 32), ("bfloat16", 20, 32), ("float32", 64, 24), ("float32", 3, 136)],
-    ids=str,
+    ("kind", "heads", "width", "splits", "made"), attentions(), indirect=["splits"], ids=str
 )
 def test_attention(
     kind: str,
     heads: int,
     width: int,
     selects: bool | None,
+    splits: None,
     made: type[Attended],
     paddle_memory: KernelMemory,
 ) -> None:

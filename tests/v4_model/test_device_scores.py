@@ -94,9 +94,16 @@ class Selection:
 
 
 @pytest.mark.usefixtures("fresh_choices")
-@pytest.mark.parametrize("block_size", [128, 256])
-@pytest.mark.parametrize("cache_dtype", ["bfloat16", FP8])
-@pytest.mark.parametrize("rows", [MIXED, DECODE], ids=["mixed", "decode"])
+@pytest.mark.parametrize(
+    ("rows", "cache_dtype", "block_size"),
+    [
+        pytest.param(rows, dtype, size, marks=[pytest.mark.slow] * (i ^ j ^ k))
+        for i, rows in enumerate((MIXED, DECODE))
+        for j, dtype in enumerate(("bfloat16", FP8))
+        for k, size in enumerate((128, 256))
+    ],
+    ids=lambda one: None if isinstance(one, int | str) else "decode" if one is DECODE else "mixed",
+)
 def test_the_choice_of_the_other_kernel(
     paddle_memory: KernelMemory,
     rows: list[tuple[int, int]],
