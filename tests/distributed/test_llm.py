@@ -126,9 +126,9 @@ def test_outputs_are_those_of_one_process(alone: LLM, shared: LLM) -> None:
 
 def test_divided_scores_give_the_bits_of_undivided_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts past the selection, a prefix hit, and decode rows beside them."""
-    options = {"device": "cpu", "max_model_len": 2048, "max_num_batched_tokens": 1024}
+    options = {"device": "cpu", "max_model_len": 1024, "max_num_batched_tokens": 640}
     params = SamplingParams(temperature=0, max_tokens=6, logprobs=1, return_topk_positions=True)
-    prompts = ["Once upon a time", LONG * 8, LONG * 10 + "Then", LONG * 8 + "The cat"]
+    prompts = ["Once upon a time", LONG * 5, LONG * 7 + "Then", LONG * 5 + "The cat"]
     gather, bounds = HostGroup.all_gather_rows, []
 
     def recorded(self: HostGroup, rows: np.ndarray, given: list[int]) -> None:
