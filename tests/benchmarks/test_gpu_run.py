@@ -75,11 +75,14 @@ def test_every_section_is_logged_and_has_a_status(run: Runner, tmp_path: Path) -
 def test_a_run_names_failed_tests(
     run: Runner,
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     processes: tuple[str, ...],
     sleeps: int,
     status: str,
 ) -> None:
+    # no process loads plug-ins that it does not need, so that it begins long before the limit
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
     file = tmp_path / "test_of_run.py"
     file.write_text(
         "import time, pytest\n"
@@ -87,8 +90,9 @@ def test_a_run_names_failed_tests(
         "def test_red(x):\n    assert x > 1\n"
         f"def test_slow():\n    time.sleep({sleeps})\n"
     )
-    tests = (sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", *processes, str(file))
-    assert run([Section("tests_all", tests, 8 if sleeps else 60)]) == 1
+    flags = ("-v", "-p", "no:cacheprovider", "-p", "xdist", *processes)
+    tests = (sys.executable, "-m", "pytest", *flags, str(file))
+    assert run([Section("tests_all", tests, 4 if sleeps else 60)]) == 1
     entry = state(tmp_path)["tests_all"]
     assert entry["status"] == status
     (name,) = entry["failed_tests"]
