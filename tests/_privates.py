@@ -78,13 +78,14 @@ def _defined_in(package: Path) -> set[str]:
 
 def _uses_in(path: str, tree: ast.Module, defined: set[str]) -> Iterator[Use]:
     """Find the uses in one file."""
-    own = set(_members(tree))
-    imported = _imported_names(tree)
-    names = set(_attribute_names(tree))
+    nodes = list(ast.walk(tree))
+    own = set(_members(nodes))
+    imported = _imported_names(nodes)
+    names = set(_attribute_names(nodes))
     # a name that a test computes may come from any of its texts
     is_computed = any(not isinstance(node, ast.Constant) for node in names)
-    parts = set(_parts_of_text(tree))
-    for node in ast.walk(tree):
+    parts = set(_parts_of_text(nodes))
+    for node in nodes:
         if isinstance(node, ast.Import | ast.ImportFrom):
             for target in _targets(node):
                 if any(PRIVATE.fullmatch(part) for part in target.split(".")):
@@ -102,9 +103,9 @@ def _uses_in(path: str, tree: ast.Module, defined: set[str]) -> Iterator[Use]:
                     yield Use(path, line, "override", name)
 
 
-def _attribute_names(tree: ast.Module) -> Iterator[ast.expr]:
+def _attribute_names(nodes: list[ast.AST]) -> Iterator[ast.expr]:
     """Find the arguments that name an attribute, as in `getattr(owner, name)`."""
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, ast.Call) and _called(node) in BY_NAME:
             yield from node.args[1:2]
 
@@ -117,9 +118,9 @@ def _called(node: ast.Call) -> str:
     return function.id if isinstance(function, ast.Name) else ""
 
 
-def _parts_of_text(tree: ast.Module) -> Iterator[ast.expr]:
+def _parts_of_text(nodes: list[ast.AST]) -> Iterator[ast.expr]:
     """Find docstrings, pieces of f-strings and the arguments of methods such as `endswith`."""
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, ast.Expr):
             yield node.value
         elif isinstance(node, ast.JoinedStr):
@@ -144,11 +145,11 @@ def _targets(node: ast.Import | ast.ImportFrom) -> Iterator[str]:
     yield from (path for path in paths if path.split(".")[0] == PACKAGE)
 
 
-def _imported_names(tree: ast.Module) -> set[str]:
+def _imported_names(nodes: list[ast.AST]) -> set[str]:
     """Collect the local names of all classes and modules imported from the package."""
     return {
         (alias.asname or alias.name).split(".")[0]
-        for node in ast.walk(tree)
+        for node in nodes
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == PACKAGE
         for alias in node.names
     }
@@ -170,9 +171,9 @@ def _defined_by(node: ast.ClassDef) -> Iterator[tuple[int, str]]:
         yield from ((inner.lineno, one.id) for one in targets if isinstance(one, ast.Name))
 
 
-def _members(tree: ast.Module) -> Iterator[str]:
+def _members(nodes: list[ast.AST]) -> Iterator[str]:
     """Find the names that the file's own classes and namespaces define."""
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, ast.ClassDef):
             yield from (name for _, name in _defined_by(node))
         elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
