@@ -118,19 +118,27 @@ def test_codes_of_the_activation(
         case.check_codes(case.run(round_scales, limit), wanted)
 
 
-def test_every_number_of_rows(paddle_memory: KernelMemory) -> None:
+QUICK_ROWS = {1, 2, 5, MAX_ROWS, MAX_ROWS + 1}
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        pytest.param(rows, marks=[pytest.mark.slow] * (rows not in QUICK_ROWS))
+        for rows in range(1, MAX_ROWS + 2)
+    ],
+)
+def test_every_number_of_rows(paddle_memory: KernelMemory, rows: int) -> None:
     """Weights of a model call it, with one row more than one launch has too."""
-    m = paddle_memory
-    for rows in range(1, MAX_ROWS + 2):
-        case = Case(m, rows, 256, 24, 264)
-        gate_up = DeviceMatrix(*case.weight, round_scales=True)
-        router, down = DeviceMatrix(case.other, sums_in_float32=True), gate_up
-        found, others = gate_up.matmul_beside(case.x, router)
-        case.check_values(found)
-        case.check_others(others)
-        codes, others = gate_up.matmul_beside(case.x, router, down, 0.5)
-        case.check_others(others)
-        case.check_codes(codes, silu_and_mul(found, True, 0.5))
+    case = Case(paddle_memory, rows, 256, 24, 264)
+    gate_up = DeviceMatrix(*case.weight, round_scales=True)
+    router, down = DeviceMatrix(case.other, sums_in_float32=True), gate_up
+    found, others = gate_up.matmul_beside(case.x, router)
+    case.check_values(found)
+    case.check_others(others)
+    codes, others = gate_up.matmul_beside(case.x, router, down, 0.5)
+    case.check_others(others)
+    case.check_codes(codes, silu_and_mul(found, True, 0.5))
 
 
 @pytest.fixture

@@ -226,16 +226,22 @@ def assert_same(found: list[np.ndarray], wanted: list[np.ndarray]) -> None:
         np.testing.assert_array_equal(one, other)
 
 
-@pytest.mark.parametrize("kind", STEPS)
+FORMS: tuple[dict[str, Any], ...] = (
+    {},
+    {"absent": ("streams", "mixture")},
+    {"absent": ("mixture",)},
+    {"absent": ("mixture",), "head": True, "round_scales": None},
+    {"round_scales": False},
+    {"round_scales": None},
+)
+
+
 @pytest.mark.parametrize(
-    "form",
+    ("form", "kind"),
     [
-        {},
-        {"absent": ("streams", "mixture")},
-        {"absent": ("mixture",)},
-        {"absent": ("mixture",), "head": True, "round_scales": None},
-        {"round_scales": False},
-        {"round_scales": None},
+        pytest.param(form, kind, marks=[pytest.mark.slow] * ((i + j) % 2))
+        for i, form in enumerate(FORMS)
+        for j, kind in enumerate(STEPS)
     ],
     ids=str,
 )
