@@ -38,25 +38,25 @@ def timed_engine(
         max_num_batched_tokens=512,
         target_gap_s=target_gap_s,
     )
-    engine.clock = lambda: sum(map(seconds, engine.runner.steps))
+    engine.clock = StepClock(engine, seconds)
     return engine
 
 
-class NoisyClock:
-    """Clock of an engine that its steps advance, by times that vary by a twentieth.
+class StepClock:
+    """Clock of an engine that its steps alone advance.
 
     Attributes:
         now: time after the steps so far, seconds.
     """
 
-    def __init__(self, engine: LLMEngine, rng: np.random.Generator) -> None:
-        self._engine, self._rng, self._num_timed, self.now = engine, rng, 0, 0.0
+    def __init__(self, engine: LLMEngine, seconds: Callable[[Step], float]) -> None:
+        self._engine, self._seconds, self._num_timed, self.now = engine, seconds, 0, 0.0
 
     def __call__(self) -> float:
         """Return the time, with the steps since the last call."""
         steps = self._engine.runner.steps
         for step in steps[self._num_timed :]:
-            self.now += seconds_of(step) * self._rng.uniform(0.95, 1.05)
+            self.now += self._seconds(step)
         self._num_timed = len(steps)
         return self.now
 
@@ -93,7 +93,12 @@ def test_every_gap_of_a_stream_keeps_the_target_while_a_prompt_is_computed() -> 
 @pytest.mark.parametrize("seed", range(2))
 def test_the_p99_of_gaps_keeps_the_target_under_random_arrivals(seed: int) -> None:
     rng, engine = np.random.default_rng(seed), timed_engine()
-    clock = engine.clock = NoisyClock(engine, rng)
+
+    def noisy(step: Step) -> float:
+        """A time that varies by a twentieth."""
+        return seconds_of(step) * rng.uniform(0.95, 1.05)
+
+    clock = engine.clock = StepClock(engine, noisy)
     arrivals = np.cumsum(rng.exponential(0.5, 60)).tolist()
     # time of the newest token of each request
     newest: dict[str, float] = {}
