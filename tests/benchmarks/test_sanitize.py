@@ -82,7 +82,7 @@ def test_what_does_not_end_is_ended_and_does_not_count(
     checked_tree: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     chosen(monkeypatch, "never", "one")
-    monkeypatch.setenv(LIMIT_VARIABLE, "6")
+    monkeypatch.setenv(LIMIT_VARIABLE, "3")
     assert sanitize.main(["racecheck", "--workers", "2", "tests"]) == OUT_OF_TIME
     assert "1 of 2 tests clean, 1 passed in this run" in capsys.readouterr().out
 
