@@ -156,9 +156,11 @@ def sections(args: argparse.Namespace) -> list[Section]:
 def engine_sections(args: argparse.Namespace) -> list[Section]:
     """Return sections of the embedded engine, in the order in which they run."""
     tests = (*_TESTS, "-W", "default")
-    rig = (*tests, "-n", str(args.workers), "--timeout", "200", "-m", "gpu_rig", "tests")
+    together = ("-n", str(args.workers), "--timeout", "200", "-m", "gpu_rig and not own_gpu")
+    alone, real = ("-m", "gpu_rig and own_gpu", "tests/gpu_rig"), {"FD_DSA_RIG": "real"}
     found = [
-        Section("tests_all", rig, 540, {"FD_DSA_RIG": "real"}, must_say=" passed"),
+        Section("tests_alone", (*tests, *alone), 120, real, must_say=" passed"),
+        Section("tests_all", (*tests, *together, "tests"), 540, real, must_say=" passed"),
         # several GPUs, or the one that is here as all of them
         Section("tests_ranks", (*tests, "-m", "gpu", "tests/distributed"), 240),
     ]
@@ -182,11 +184,12 @@ class Run:
 
     def gate(self) -> str:
         """Return the verdict of the correctness sections: passed, failed or not run."""
-        found = [self.done.get(name, {}).get("status") for name in ("tests_small", "tests_all")]
-        if found[0] != "failed" and found[1] == "passed":
+        names = "tests_small", "tests_alone", "tests_all"
+        small, alone, every = (self.done.get(name, {}).get("status") for name in names)
+        if every == "passed" and small != "failed" and alone in (None, "passed"):
             # all tests are the small ones and more
             return "passed"
-        return "failed" if {*found} & {"failed", "out of time"} else "not run"
+        return "failed" if {small, alone, every} & {"failed", "out of time"} else "not run"
 
     def execute(self, section: Section, limit_s: float) -> dict[str, Any]:
         """Run a section. Returns its entry of run.json."""

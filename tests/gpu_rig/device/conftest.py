@@ -25,6 +25,7 @@ ALONE = "FD_DSA_RIG_ALONE"
 def pytest_configure(config: pytest.Config) -> None:
     """The marker of this folder."""
     config.addinivalue_line("markers", "own_process: runs in a new process, which it may end")
+    config.addinivalue_line("markers", "own_gpu: measures memory that other processes change")
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:

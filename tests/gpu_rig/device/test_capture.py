@@ -60,6 +60,8 @@ def test_launches_and_fallbacks_follow_each_other(rig: Rig) -> None:
 def test_launches_go_to_the_current_stream(real_rig: Rig) -> None:
     x, y, out = numbers(1), numbers(2), paddle.zeros([N])
     launch(y, y, out)
+    # nothing orders the two streams
+    paddle.device.synchronize(real_rig.device)
     side = paddle.device.Stream(device=real_rig.device)
     main = real_rig.stream().value
     with paddle.device.stream_guard(side):

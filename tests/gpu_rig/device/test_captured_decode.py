@@ -343,6 +343,7 @@ def test_the_engine_captures_by_itself(real_rig: Rig) -> None:
     gc.collect()
 
 
+@pytest.mark.own_gpu
 def test_memory_of_graphs_is_within_the_plan(real_rig: Rig) -> None:
     from fd_dsa.config import demo_model_path
     from fd_dsa.device.allocation import paddle_allocator

@@ -303,6 +303,7 @@ def test_a_refused_capture_leaves_steps_eager(
     assert runner.counters.eager_steps == EAGER | {"not_captured": 1}
 
 
+@pytest.mark.own_gpu
 def test_memory_of_graphs_is_within_the_plan(rig: Rig, tmp_path: Path) -> None:
     model = device_model(Case("small", SMALL, seed=34).write(tmp_path), rig, "float32")
     runner = device_runner(model, rig, "float32", 16, 4)
