@@ -17,7 +17,13 @@ from fd_dsa.chat.parser import (
     read_arguments,
     split_reasoning,
 )
-from fd_dsa.chat.sandbox import OverBudget, Renderer, bounded_rendering, compile_template
+from fd_dsa.chat.sandbox import (
+    OverBudget,
+    PromptTooLong,
+    Renderer,
+    bounded_rendering,
+    compile_template,
+)
 from fd_dsa.chat.tool_formats import DSML, GLM_KEY, V31_CALLS, ToolFormat
 from fd_dsa.errors import ConfigError
 
@@ -239,7 +245,10 @@ class ChatTemplate:
         }
         try:
             text = self._rendered(variables)
-        except ValueError:
+        except ValueError as error:
+            if isinstance(error, OverBudget) and not isinstance(error, PromptTooLong):
+                # a killed process does not tell its time, so another one could use as much
+                raise
             # a template may refuse the example for any reason
             return False
         _, first, rest = text.partition(_FIRST)

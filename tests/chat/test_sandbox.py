@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from fd_dsa.cancellation import Cancelled, cancelled_by
-from fd_dsa.chat import sandbox
+from fd_dsa.chat import sandbox, template_process
 from fd_dsa.chat.sandbox import PromptTooLong, bounded_rendering
 from fd_dsa.chat.template import ChatTemplate
 from fd_dsa.chat.template_child import MEMORY_MIB
@@ -110,6 +110,19 @@ def test_a_process_that_has_ended_starts_again() -> None:
         slow.render(MESSAGES, n=500_000)
     with bounded_rendering(MAX_CHARS):
         assert slow.render(MESSAGES, n=2) == "-1"
+
+
+def test_one_killed_rendering_ends_a_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Examples of a role are rendered before the conversation."""
+    started = list[Any]()
+    start = template_process.ChildProcess
+    monkeypatch.setattr(
+        template_process, "ChildProcess", lambda *args: started.append(args) or start(*args)
+    )
+    slow = of_client("{{ messages[0].content }}{{ ('a' * 1000000).rfind('ab' + 'a' * 500000) }}")
+    with bounded_rendering(MAX_CHARS, 0.1), pytest.raises(ValueError, match="processor time"):
+        slow.render(MESSAGES)
+    assert len(started) == 1
 
 
 def test_a_step_without_large_values_ends_after_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
