@@ -11,7 +11,7 @@ from itertools import chain
 from typing import Any
 
 from fd_dsa.chat.enforced import CheckedSchema, checked, constraints, exclusive, refusal
-from fd_dsa.chat.exact_numbers import LOWER, UPPER, check_constant, inner_bound
+from fd_dsa.chat.exact_numbers import LOWER, UPPER, check_constant, exact_pattern, inner_bound
 from fd_dsa.chat.lark import check_size
 from fd_dsa.chat.patterns import FORMATS
 from fd_dsa.chat.schema import (
@@ -84,7 +84,7 @@ class _Document:
         if values is not None:
             made["enum"] = [_exact(value) for value in values]
         regexes = text_regexes(self._schema, of)
-        all_of: list[Any] = [{"pattern": _anchored(regex)} for regex in regexes]
+        all_of: list[Any] = [{"pattern": _whole(regex, "pattern")} for regex in regexes]
         made |= self._of_object(of, depth)
         made |= self._of_array(of, depth)
         if "$ref" in of:
@@ -140,7 +140,7 @@ class _Document:
         return made | _counts(of)
 
     def _key(self, pattern: str) -> str:
-        return _anchored(key_regex(self._schema, pattern))
+        return _whole(key_regex(self._schema, pattern), "patternProperties")
 
     def _of_array(self, of: CheckedSchema, depth: int) -> dict[str, Any]:
         """Rewrite the keywords for arrays.
@@ -172,8 +172,12 @@ def key_regex(schema: ToolSchema, pattern: str) -> str:
     return schema.regex(pattern, "patternProperties")
 
 
-def _anchored(regex: str) -> str:
-    return f"^(?:{regex})$"
+def _whole(regex: str, keyword: str) -> str:
+    """Return the pattern of whole texts of a regex."""
+    try:
+        return f"^(?:{exact_pattern(regex)})$"
+    except ValueError as error:
+        raise refusal(keyword, str(error)) from error
 
 
 def _bounds(of: CheckedSchema) -> dict[str, Any]:

@@ -12,9 +12,10 @@ from collections.abc import Container, Iterable, Iterator
 from typing import Any
 
 from fd_dsa.chat.enforced import has_no_effect
-from fd_dsa.chat.exact_numbers import LOWER, UPPER, check_constant, inner_bound
+from fd_dsa.chat.exact_numbers import LOWER, UPPER, check_constant, exact_pattern, inner_bound
 from fd_dsa.chat.json_text import NOT_UNICODE, is_unicode
 from fd_dsa.chat.lark import JSON_OPTIONS
+from fd_dsa.chat.patterns import full_regex
 from fd_dsa.grammars.messages import Kind
 
 # any tokenization of a text is allowed, because llguidance's forced tokens may differ from the
@@ -33,6 +34,7 @@ _PLAIN_REASONS = {
         f"steps to compile, or {TOKEN_FUEL:,} for a token"
     ),
     "NoExtensionBias": "no text satisfies it",
+    "Regex is empty": "no text satisfies a pattern",
 }
 _PLAIN_REASONS["too many expressions constructed"] = _PLAIN_REASONS["fuel"]
 _NAMED_SCHEMAS = frozenset(
@@ -91,7 +93,7 @@ def _entry(kind: Kind, text: str, names: Container[bytes]) -> dict[str, Any]:
 
 
 def _for_llguidance(schema: Any) -> Any:
-    """Return a schema whose bounds llguidance reads without rounding.
+    """Return a schema whose bounds and patterns llguidance reads exactly.
 
     Keywords that it does not know are left out if they have no effect.
 
@@ -105,7 +107,12 @@ def _for_llguidance(schema: Any) -> Any:
     made = dict(schema)
     for key, value in schema.items():
         if key in _NAMED_SCHEMAS and isinstance(value, dict):
-            made[key] = {name: _for_llguidance(part) for name, part in value.items()}
+            names = [_pattern(name, key) if key == "patternProperties" else name for name in value]
+            if len(set(names)) < len(names):
+                raise ValueError(f"{key}: two patterns are the same; give each one once")
+            made[key] = dict(zip(names, map(_for_llguidance, value.values()), strict=True))
+        elif key == "pattern" and isinstance(value, str):
+            made[key] = _pattern(value, key)
         elif key in (*LOWER, *UPPER) and isinstance(value, int | float):
             with _named(key):
                 made[key] = inner_bound(key, value)
@@ -117,6 +124,17 @@ def _for_llguidance(schema: Any) -> Any:
         elif key not in _ANNOTATIONS:
             made[key] = _for_llguidance(value)
     return made
+
+
+def _pattern(text: str, keyword: str) -> str:
+    """Return a pattern that llguidance reads exactly."""
+    try:
+        regex = f"^(?:{full_regex(text)})$"
+    except ValueError:
+        # a pattern in the syntax of Rust, which has more
+        regex = text
+    with _named(keyword):
+        return exact_pattern(regex)
 
 
 def _check_constants(value: object) -> None:

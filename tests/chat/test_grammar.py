@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -144,3 +145,31 @@ def test_arguments_keep_to_the_schema(
         assert accepts(forced, write(value)) == (True, True), value
     for value in bad:
         assert accepts(forced, write(value)) == (False, False), value
+
+
+_CHARACTERS = [*'\t\n\r\b\f "\\/]a5é', "٣", "a\tb", "ab"]
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        *(r"^a\tb$", "^a\tb$", r"^\n$", "^[^\n]$", '^[^"]$', r'^[^"\\]$', r'^[^"\n]$', "[^a]"),
+        *(r"^[\x00-\x1f]$", r"^[\x00-\x20]$", r"^[\x00-\x7f]$", r"^[\x09\x22]$", r"^[a\x01]$"),
+        *(r'^[\]"[]$', r"^[^[\]]$", r"^\d$", r"^\w$", "^a$|^b$", "^[a/-]$"),
+    ],
+)
+def test_texts_of_a_pattern_are_those_of_the_schema(pattern: str) -> None:
+    of_schema = StructuredOutputsParams(json={"pattern": pattern, "type": "string"})
+    call = grammar(V31, {"f": {"properties": {"k": {"type": "string", "pattern": pattern}}}})
+    for char in _CHARACTERS:
+        text = json.dumps(char, ensure_ascii=False)
+        expected = re.search(pattern, char, re.ASCII) is not None
+        assert WALKS.accepts(of_schema, text)[1] == expected, char
+        assert accepts(call, in_v31(text))[1] == expected, char
+
+
+@pytest.mark.parametrize("pattern", [r"\p{Cc}", r"\P{P}", r"(?i)[^\x22\\]"])
+def test_patterns_in_the_syntax_of_rust_have_no_other_texts(pattern: str) -> None:
+    form = StructuredOutputsParams(json={"type": "string", "pattern": f"^{pattern}$"})
+    assert WALKS.accepts(form, r'"\t"')[1]
+    assert not WALKS.accepts(form, r'"\""')[1] and not WALKS.accepts(form, r'"\\"')[1]

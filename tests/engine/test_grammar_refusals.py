@@ -61,6 +61,29 @@ def test_a_keyword_that_cannot_be_kept_is_named() -> None:
             make_engine().validate([5], asked)
 
 
+@pytest.mark.parametrize("named", ["\x01", r"\x01", r"\u0001", r"\x{1}", r"(\x01|a)", r"a\x01?"])
+@pytest.mark.parametrize("keyword", ["pattern", "patternProperties"])
+def test_a_pattern_with_an_unwritten_character_is_refused(keyword: str, named: str) -> None:
+    schema = {keyword: named if keyword == "pattern" else {named: {}}}
+    asked = SamplingParams(structured_outputs=StructuredOutputsParams(json=schema))
+    reason = rf" {keyword}: got the control character U\+0001, which a grammar cannot enforce"
+    with pytest.raises(ValueError, match=reason):
+        make_engine().validate([5], asked)
+
+
+@pytest.mark.parametrize(
+    ("schema", "reason"),
+    [
+        ({"type": "string", "pattern": r"a[\x01]"}, "no text satisfies a pattern"),
+        ({"patternProperties": {"^(a)": {}, "^(?:a)": {}}}, "patternProperties: two patterns are"),
+    ],
+)
+def test_a_pattern_without_a_meaning_is_refused(schema, reason) -> None:
+    asked = SamplingParams(structured_outputs=StructuredOutputsParams(json=schema))
+    with pytest.raises(ValueError, match=reason):
+        make_engine().validate([5], asked)
+
+
 def test_an_unknown_format_is_an_annotation() -> None:
     schema = {
         "type": "object",
