@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fd_dsa.chat.control import QUOTED_CHARS, RenderedPrompt, render_prompt, texts_in
+from fd_dsa.chat.enforced import constraints
 from fd_dsa.chat.grammar import forced_calls_grammar
 from fd_dsa.chat.json_text import NOT_UNICODE, is_unicode
 from fd_dsa.chat.parser import AUTO, AnswerFormat
@@ -32,6 +33,8 @@ from fd_dsa.serve.protocol.chat import ChatCompletionRequest
 from fd_dsa.serve.state import ServerState
 
 _NO_ARGUMENTS = {"additionalProperties": False}
+# keywords of a schema that describes no argument
+_NO_PROPERTIES: dict[str, object] = {"type": "object", "properties": {}, "required": []}
 # clients send the same template many times; few are kept, because each has a process
 _compiled = functools.lru_cache(4)(
     lambda source, tokens, formats: ChatTemplate(
@@ -243,11 +246,17 @@ def _calls(body: ChatCompletionRequest, answer: AnswerFormat) -> StructuredOutpu
 def _called(body: ChatCompletionRequest, answer: AnswerFormat) -> Mapping[str, Any]:
     """Return the tools that may be called, each with the schema of its arguments."""
     names = answer.schemas if body.choice.name is None else [body.choice.name]
-    # the OpenAI API reads a function without parameters as one without arguments
-    return {
-        name: _NO_ARGUMENTS if answer.schemas[name] is None else answer.schemas[name]
-        for name in names
-    }
+    return {name: _parameters(answer.schemas[name]) for name in names}
+
+
+def _parameters(schema: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """Return the schema of a tool's arguments.
+
+    A schema that describes no argument allows none, as in the OpenAI API and in vLLM's grammars.
+    """
+    given = schema or {}
+    own = {keyword: given[keyword] for keyword in constraints(given)}
+    return _NO_ARGUMENTS if {**_NO_PROPERTIES, **own} == _NO_PROPERTIES else given
 
 
 def _each_call(body: ChatCompletionRequest, answer: AnswerFormat) -> list[StructuredOutputsParams]:

@@ -177,14 +177,34 @@ def test_a_forced_call_is_answered_with_a_call(kind: str, tool_format: str) -> N
             assert len(choice["message"]["tool_calls"]) == 1
 
 
+# schemas that describe no argument
+EMPTY: dict[str, dict[str, Any]] = {
+    "none": {},
+    "null": {"parameters": None},
+    "anything": {"parameters": {}},
+    "object": {"parameters": {"type": "object", "title": "F"}},
+    "list": {"parameters": {"type": "object", "properties": {}, "required": []}},
+}
+
+
 @pytest.mark.parametrize(("kind", "tool_format"), PAIRS)
 def test_a_forced_call_without_parameters_has_no_arguments(kind: str, tool_format: str) -> None:
     """The OpenAI API reads a function without parameters as one without arguments."""
-    named = {"type": "function", "function": {"name": "f"}}
+    tools = [{"type": "function", "function": {"name": k, **of}} for k, of in EMPTY.items()]
     with serving(kind, tool_format) as live:
-        for choice in ("required", named):
-            for answer in ask(live, kind, tools=[named], tool_choice=choice):
+        for choice in ("required", *({"type": "function", "function": {"name": k}} for k in EMPTY)):
+            for answer in ask(live, kind, tools=tools, tool_choice=choice):
                 assert answer["finish_reason"] == "tool_calls"
                 for call in answer["message"]["tool_calls"]:
-                    assert call["function"]["name"] == "f"
+                    assert call["function"]["name"] in EMPTY
                     assert json.loads(call["function"]["arguments"]) == {}
+
+
+def test_an_open_schema_of_a_forced_call_allows_arguments() -> None:
+    schema = {"type": "object", "additionalProperties": {"type": "integer"}, "minProperties": 1}
+    tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
+    with serving("special", "deepseek_v32") as live:
+        for answer in ask(live, "special", tools=[tool], tool_choice="required"):
+            assert answer["finish_reason"] == "tool_calls"
+            for call in answer["message"]["tool_calls"]:
+                jsonschema.validate(json.loads(call["function"]["arguments"]), schema)
