@@ -71,7 +71,7 @@ def make_job(
             body.messages[-1].for_template() if body.continue_final_message else None,
         ),
         tool_format=tool_format,
-        schemas={tool.function.name: tool.function.parameters for tool in body.tools or []},
+        schemas={tool.function.name: tool.function.parameters for tool in body.offered_tools},
         has_only_calls=body.choice.mode in ("required", "named"),
     )
     if body.include_reasoning is False and answer.in_reasoning and not answer.has_reasoning:
@@ -163,7 +163,7 @@ def _tool_format(
     state: ServerState, body: ChatCompletionRequest, renderer: ChatTemplate
 ) -> ToolFormat | None:
     """Return the format of the calls of this answer, or None if it may have no calls."""
-    if not body.tools or body.choice.mode == "none":
+    if not body.offered_tools:
         return None
     name = state.options.tool_call_parser
     tool_format = renderer.tool_format(name)
@@ -178,13 +178,12 @@ def _tool_format(
 def _render(
     state: ServerState, renderer: ChatTemplate, body: ChatCompletionRequest
 ) -> RenderedPrompt:
-    """Render the prompt. With `tool_choice` none it has no tools."""
+    """Render the prompt with the tools that `tool_choice` allows."""
     # check the size before the template copies the messages
     messages = [message.for_template() for message in body.messages]
     texts = [{**message, "role": None} for message in messages]
     check_bytes(state, texts_in(texts, with_names=False), "messages")
-    offered = body.tools if body.tools and body.choice.mode != "none" else []
-    tools = [tool.model_dump(exclude_unset=True) for tool in offered]
+    tools = [tool.model_dump(exclude_unset=True) for tool in body.offered_tools]
     check_bytes(state, texts_in(tools), "tools")
     goes_on = bool(body.continue_final_message)
     begins = not goes_on if body.add_generation_prompt is None else body.add_generation_prompt

@@ -18,8 +18,6 @@ from fd_dsa.serve.protocol.chat import (
     CallInHistory,
     ChatCompletionRequest,
     ChatMessage,
-    FunctionDefinition,
-    Tool,
 )
 from fd_dsa.serve.protocol.generation import StreamOptions
 from fd_dsa.serve.protocol.known_fields import (
@@ -32,6 +30,7 @@ from fd_dsa.serve.protocol.known_fields import (
     REFUSED_IN_MESSAGES,
     RESPONSE_FORMAT_FIELDS,
 )
+from fd_dsa.serve.protocol.tools import FunctionDefinition, Tool
 from tests.serve.conftest import Live, chunks_of, running
 from tests.serve.fake_engine import FakeEngine
 from tests.serve.test_errors import HI, complete, error_of

@@ -241,6 +241,12 @@ def call(arguments: Any) -> dict[str, Any]:
     return {"role": "assistant", "tool_calls": [{"id": "a", "function": function}]}
 
 
+def allowed(mode: Any, *names: Any) -> dict[str, Any]:
+    """A choice of some tools."""
+    tools = [{"type": "function", "function": {"name": name}} for name in names]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+
+
 @pytest.mark.parametrize(
     ("fields", "param", "text"),
     [
@@ -259,6 +265,23 @@ def call(arguments: Any) -> dict[str, Any]:
             'got the tool "f"; allowed are get_weather, now',
         ),
         ({"tool_choice": "required"}, "tools", "no tools"),
+        *(
+            ({"tools": TOOLS, "tool_choice": allowed(*of)}, f"tool_choice{path}", text)
+            for of, path, text in (
+                (("none", "now"), "", 'got the mode "none" of allowed_tools; allowed are auto'),
+                ((None, "now"), "", "got the mode null"),
+                (("auto", "now", "f"), ".allowed_tools.tools", 'got "f", which is not in tools'),
+                (("auto", 5), "", "as entry 0 of allowed_tools"),
+                (("auto", *["now"] * 1025), "", "at most 1024"),
+            )
+        ),
+        ({"tools": TOOLS, "tool_choice": allowed("required")}, "tools", "no tools"),
+        ({"tool_choice": {"type": "allowed_tools", "mode": "auto"}}, "tool_choice", "allowed are"),
+        (
+            {"tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "auto"}}},
+            "tool_choice",
+            "a mode and a list of tools",
+        ),
         ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs", "not a variable"),
         ({"chat_template_kwargs": {"self": 1}}, "chat_template_kwargs", "not a variable"),
         ({"chat_template_kwargs": {"thinking": 1}}, "chat_template_kwargs", "true or false"),
@@ -320,6 +343,20 @@ def test_forced_calls_have_a_grammar(choice: Any, v32: Live) -> None:
     error = v32.http.post("/v1/chat/completions", json=body).json()["error"]
     assert error["param"] == "guided_regex"
     assert "use tool_choice auto" in error["message"]
+
+
+@pytest.mark.parametrize("mode", ["auto", "required"])
+def test_only_allowed_tools_are_shown_and_called(mode: str, v32: Live) -> None:
+    v32.client.chat.completions.create(**asked(V32, tool_choice=allowed(mode, "now", "now")))
+    _, params = list(v32.engine.requests.values())[-1]
+    assert "get_weather" not in prompt_of(v32) and '"now"' in prompt_of(v32)
+    if mode == "auto":
+        assert params.structured_outputs is None
+    else:
+        assert "get_weather" not in params.structured_outputs.grammar
+        assert "now" in params.structured_outputs.grammar
+    v32.client.chat.completions.create(**asked(V32, tool_choice=allowed("auto")))
+    assert "TOOLS" not in prompt_of(v32)
 
 
 def test_a_schema_that_no_grammar_enforces_is_refused_only_if_calls_are_forced(v32: Live) -> None:

@@ -1,11 +1,8 @@
-"""Body of POST /v1/chat/completions: messages, tools and the choice of tools."""
+"""Body of POST /v1/chat/completions."""
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -19,7 +16,7 @@ from pydantic import (
 
 from fd_dsa.chat.template import REASONING, RESERVED, SWITCHES, Role
 from fd_dsa.engine.sampling_params import MAX_LOGPROBS
-from fd_dsa.serve.errors import ApiError, FieldError, show
+from fd_dsa.serve.errors import FieldError, show
 from fd_dsa.serve.protocol.fields import (
     MAX_ENTRIES,
     MAX_FIELDS,
@@ -32,6 +29,7 @@ from fd_dsa.serve.protocol.fields import (
 )
 from fd_dsa.serve.protocol.generation import GenerationRequest
 from fd_dsa.serve.protocol.known_fields import REFUSED_IN_CHAT, REFUSED_IN_MESSAGES
+from fd_dsa.serve.protocol.tools import MAX_TOOLS, ChoiceField, Tool, ToolChoice, check_tools
 
 MAX_ARGUMENTS_CHARS = 1 << 20
 """Maximum length of the arguments of one call in the history, characters."""
@@ -185,91 +183,6 @@ class ChatMessage(Body):
         }
 
 
-MAX_TOOLS = 1024
-"""Maximum number of tools in a request."""
-
-# number of tool names in an error message
-_SHOWN_TOOLS = 8
-# names that the markup of every format can hold
-_NAME = re.compile(r'[^\s"<>{}]{1,128}')
-_MODES = ("none", "auto", "required")
-
-
-def _name(value: object) -> str:
-    if not isinstance(value, str) or not _NAME.fullmatch(value):
-        raise refuse(
-            f"got {show(value)}; allowed is a name of 1 to 128 characters without white space, "
-            "quotation marks, angle brackets and braces"
-        )
-    return value
-
-
-@dataclass(frozen=True)
-class ToolChoice:
-    """`tool_choice`: "none", "auto", "required", or "named" with the name of a tool."""
-
-    mode: str
-    name: str | None = None
-
-
-def _choice(value: object) -> ToolChoice:
-    """Parse `tool_choice` from a word or from an object that names a tool."""
-    if isinstance(value, str) and value in _MODES:
-        return ToolChoice(value)
-    function = value.get("function") if isinstance(value, dict) else None
-    name = function.get("name") if isinstance(function, dict) else None
-    if isinstance(name, str) and value == {"type": "function", "function": {"name": name}}:
-        return ToolChoice("named", name)
-    raise refuse(
-        f"got {show(value)}; allowed are {', '.join(_MODES)} and "
-        '{"type": "function", "function": {"name": "..."}}'
-    )
-
-
-_NameField = Annotated[str, PlainValidator(_name), WithJsonSchema(TEXT)]
-ChoiceField = Annotated[
-    ToolChoice,
-    PlainValidator(_choice),
-    WithJsonSchema({"anyOf": [{"type": "string", "enum": list(_MODES)}, {"type": "object"}]}),
-]
-
-
-class FunctionDefinition(Body):
-    """A function that the model may call."""
-
-    name: _NameField
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
-
-
-class Tool(Body):
-    """A tool. Only functions are supported."""
-
-    type: Literal["function"]
-    function: FunctionDefinition
-
-
-def check_tools(tools: Sequence[Tool], choice: ToolChoice) -> None:
-    """Raise ApiError 400 if tools and `tool_choice` contradict each other."""
-    # a dict keeps the order of the names
-    names = dict[str, None]()
-    for index, tool in enumerate(tools):
-        name = tool.function.name
-        if name in names:
-            path = f"tools[{index}].function.name"
-            raise FieldError(f"{path}: got {show(name)} a second time")
-        names[name] = None
-    if choice.mode in ("required", "named") and not tools:
-        raise ApiError(400, "tool_choice: requires a call, but there are no tools", param="tools")
-    if choice.name is not None and choice.name not in names:
-        shown, num_more = ", ".join(list(names)[:_SHOWN_TOOLS]), len(names) - _SHOWN_TOOLS
-        more = f" and {num_more} more" if num_more > 0 else ""
-        raise FieldError(
-            f"tool_choice: got the tool {show(choice.name)}; allowed are {shown}{more}"
-        )
-
-
 ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
@@ -294,7 +207,9 @@ class ChatCompletionRequest(GenerationRequest, json_schema_extra={"examples": [_
         None, description="Functions that the model may call."
     )
     tool_choice: ChoiceField | None = Field(
-        None, description="none, auto (with tools the default), required, or a tool by its name."
+        None,
+        description="none, auto (with tools the default), required, a tool by its name, or "
+        "allowed_tools.",
     )
     parallel_tool_calls: bool | None = Field(
         None, description="false: an answer ends after its first call."
@@ -331,6 +246,14 @@ class ChatCompletionRequest(GenerationRequest, json_schema_extra={"examples": [_
     def choice(self) -> ToolChoice:
         """`tool_choice` with its default."""
         return self.tool_choice or ToolChoice("auto" if self.tools else "none")
+
+    @property
+    def offered_tools(self) -> list[Tool]:
+        """The tools that the prompt lists."""
+        choice, tools = self.choice, self.tools or []
+        if choice.allowed is not None:
+            return [tool for tool in tools if tool.function.name in choice.allowed]
+        return tools if choice.mode != "none" else []
 
     @property
     def one_call(self) -> bool:

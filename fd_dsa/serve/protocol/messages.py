@@ -10,10 +10,10 @@ from pydantic import Field, WithJsonSchema
 from fd_dsa.engine.sampling_params import MAX_STOP_STRINGS
 from fd_dsa.serve.errors import FieldError
 from fd_dsa.serve.protocol import known_fields
-from fd_dsa.serve.protocol.chat import MAX_TOOLS
 from fd_dsa.serve.protocol.fields import MAX_ENTRIES, TEXT, at_most, check_further_fields
 from fd_dsa.serve.protocol.known_fields import Refused
 from fd_dsa.serve.protocol.messages_input import add_messages, joined_texts
+from fd_dsa.serve.protocol.tools import MAX_TOOLS
 from fd_dsa.serve.protocol.translation import (
     Node,
     TranslatedRequest,

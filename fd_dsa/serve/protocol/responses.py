@@ -12,7 +12,6 @@ from pydantic import Field, PlainValidator, PrivateAttr, WithJsonSchema
 from fd_dsa.serve.body import LENIENT_BYTES
 from fd_dsa.serve.errors import FieldError, show
 from fd_dsa.serve.protocol import known_fields
-from fd_dsa.serve.protocol.chat import MAX_TOOLS
 from fd_dsa.serve.protocol.fields import (
     MAX_ENTRIES,
     TEXT,
@@ -23,6 +22,7 @@ from fd_dsa.serve.protocol.fields import (
 )
 from fd_dsa.serve.protocol.known_fields import Refused
 from fd_dsa.serve.protocol.responses_input import add_items
+from fd_dsa.serve.protocol.tools import MAX_TOOLS
 from fd_dsa.serve.protocol.translation import (
     Node,
     TranslatedRequest,
@@ -204,6 +204,7 @@ class ResponsesRequest(TranslatedRequest, json_schema_extra={"examples": [_EXAMP
             "messages": "input",
             "reasoning_effort": "reasoning.effort",
             "response_format": "text.format",
+            "tool_choice.allowed_tools": "tool_choice",
         }
         if self.instructions is not None:
             made.add_message("system", "instructions", content=self.instructions)
@@ -233,7 +234,6 @@ class ResponsesRequest(TranslatedRequest, json_schema_extra={"examples": [_EXAMP
             made.fields |= {"logprobs": True, "top_logprobs": self.top_logprobs}
 
     def _translate_tools(self, made: Translation) -> None:
-        allowed: set[str] | None = None
         choice: Any = self.tool_choice
         if isinstance(choice, dict):
             node = Node(choice, "tool_choice")
@@ -241,22 +241,17 @@ class ResponsesRequest(TranslatedRequest, json_schema_extra={"examples": [_EXAMP
             if node.kind(kinds, "this server runs no tools itself") == "function":
                 choice = {"type": "function", "function": {"name": node.text("name")}}
             else:
-                choice = node.one_of("mode", ("auto", "required"))
-                allowed = _allowed_names(node)
+                allowed = {"mode": node.one_of("mode", ("auto", "required")), "tools": _named(node)}
+                choice = {"type": "allowed_tools", "allowed_tools": allowed}
         elif choice is not None and choice not in _CHOICES:
             raise FieldError(
                 f"tool_choice: got {show(choice)}; allowed are {', '.join(_CHOICES)} and an object"
             )
-        names = set()
         for node in nodes(self.tools or [], "tools"):
             node.kind(("function",), "this server runs no tools itself, the client does")
             check_further_fields(node.fields, REFUSED_IN["tools"], f"{node.path}.")
-            names.add(node.text("name"))
-            if allowed is None or node.text("name") in allowed:
-                made.add_tool(node.path, "parameters", node.kept(_FUNCTION_FIELDS))
-        if allowed is not None and not allowed <= names:
-            unknown = min(allowed - names)
-            raise FieldError(f"tool_choice.tools: got {show(unknown)}, which is not in tools")
+            node.text("name")
+            made.add_tool(node.path, "parameters", node.kept(_FUNCTION_FIELDS))
         made.fields["tool_choice"] = choice
 
 
@@ -286,13 +281,13 @@ def _packed(name: str, value: object) -> orjson.Fragment:
 _FUNCTION_FIELDS = ("name", "description", "parameters", "strict", "output_schema")
 
 
-def _allowed_names(choice: Node) -> set[str]:
-    """Return the names of the functions in a `tool_choice` of type allowed_tools."""
-    names = set()
+def _named(choice: Node) -> list[dict[str, object]]:
+    """Return the functions in a `tool_choice` of type allowed_tools, as a chat completion's."""
+    named: list[dict[str, object]] = []
     for node in nodes(choice.fields.get("tools"), choice.of("tools")):
         node.kind(("function",), "this server runs no tools itself")
-        names.add(node.text("name"))
-    return names
+        named.append({"type": "function", "function": {"name": node.text("name")}})
+    return named
 
 
 def _format(node: Node) -> dict[str, Any]:
