@@ -105,6 +105,8 @@ class RequestOutput:
             Other requests continue.
         topk_positions: positions that the indexer selected for the token before the last one; None
             before the last state, or if not asked for.
+        new_ends: with drafts, for each new token the number of characters of `new_text` and of
+            scores in `new_logprobs` that are shown up to it.
         num_tokens: length of `token_ids`.
         num_reasoning_tokens: number of leading output tokens up to the end of the reasoning, with
             its markers, property.
@@ -123,6 +125,7 @@ class RequestOutput:
         stop_reason: str | int | None = None,
         error: RuntimeError | None = None,
         topk_positions: TopkPositions | None = None,
+        new_ends: Sequence[tuple[int, int]] = (),
     ) -> None:
         self._state = state
         self._others: Sequence[RequestOutput] = ()
@@ -149,6 +152,7 @@ class RequestOutput:
         self.stop_reason = stop_reason
         self.error = error
         self.topk_positions = topk_positions
+        self.new_ends = new_ends
 
     @staticmethod
     def of_prompt(outputs: Sequence[RequestOutput]) -> RequestOutput:
@@ -184,7 +188,31 @@ class RequestOutput:
         """Return the shown scores of the output tokens from an index on, none unless asked for."""
         return (self._state.logprobs or [])[begin : self._num_logprobs]
 
-    def by_token(self, num_chars: int) -> Iterator[RequestOutput]:
+    def by_token(self) -> Iterator[RequestOutput]:
+        """Yield one output for each token of the step, as without drafts.
+
+        The attribute `text` is the text after the whole step.
+        """
+        num_tokens = self.num_tokens - len(self.new_token_ids)
+        num_scores = self._num_logprobs - len(self.new_logprobs)
+        chars = scores = 0
+        for num_chars, num_shown in self.new_ends[:-1]:
+            part = copy.copy(self)
+            part.num_tokens, part._num_logprobs = num_tokens + 1, num_scores + num_shown
+            part.new_token_ids = self._state.token_ids[num_tokens : part.num_tokens]
+            part.new_text = self.new_text[chars:num_chars]
+            part.new_logprobs = self.new_logprobs[scores:num_shown]
+            part.finish_reason = part.stop_reason = part.topk_positions = None
+            part.new_ends = ()
+            yield part
+            num_tokens, chars, scores = part.num_tokens, num_chars, num_shown
+        last = copy.copy(self)
+        last.new_token_ids = self._state.token_ids[num_tokens : self.num_tokens]
+        last.new_text, last.new_logprobs = self.new_text[chars:], self.new_logprobs[scores:]
+        last.new_ends = ()
+        yield last
+
+    def by_score(self, num_chars: int) -> Iterator[RequestOutput]:
         """Yield one output for each token whose score the step shows.
 
         A step shows several scores with drafts, and after text that was held back. The attribute
@@ -246,7 +274,7 @@ class RequestOutput:
         # the outputs of a request share the scores of its prompt, which the first one computes
         prompt_logprobs = self.prompt_logprobs if is_first and self.index == 0 else None
         more = (self.new_logprobs, self.finish_reason, self.stop_reason, self.error)
-        gained = (*start, *more, self.topk_positions)
+        gained = (*start, *more, self.topk_positions, self.new_ends)
         cached = self.num_cached_tokens, self.num_host_cached_tokens
         counts = (*cached, self.num_draft_tokens, self.num_accepted_tokens)
         head = self.request_id, self.index, gained, self.answer_start

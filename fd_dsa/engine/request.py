@@ -103,6 +103,8 @@ class Request:
     stop_reason: str | int | None = None
     # numbers of tokens, pieces of text and scores in the outputs so far
     _shown: tuple[int, int, int] = (0, 0, 0)
+    # the last two after each token since then, with drafts
+    _ends: list[tuple[int, int]] = field(default_factory=list)
 
     def __post_init__(
         self,
@@ -190,6 +192,8 @@ class Request:
         if self.logprobs is not None and score is not None:
             self.logprobs.append(token_id, score, len(text))
         self.append_text(text, now)
+        if self.drafts is not None:
+            self._ends.append((len(self.state.pieces), len(self.state.logprobs or ())))
 
     def forget_pending(self) -> None:
         """Drop the pending token, so that a later step computes it again."""
@@ -289,6 +293,7 @@ class Request:
         state, scores = self.state, self.state.logprobs or ()
         num_tokens, num_pieces, num_scores = self._shown
         self._shown = len(state.token_ids), len(state.pieces), len(scores)
+        ends, self._ends = self._ends, []
         if self.prompt_logprobs is not None and self.prompt_logprobs.is_complete:
             state.prompt_logprobs = self.prompt_logprobs.entries
         return RequestOutput(
@@ -300,6 +305,10 @@ class Request:
             self.stop_reason,
             error,
             self.topk_positions if self.finish_reason is not None else None,
+            [
+                (sum(map(len, state.pieces[num_pieces:pieces])), shown - num_scores)
+                for pieces, shown in ends
+            ],
         )
 
 

@@ -134,16 +134,17 @@ class BlockAnswer(ConversationAnswer):
                 code="shutting_down",
             )
         (choice,) = self.parsed
-        # token by token, so that scores of content and markup in one step stay apart
-        for part in output.by_token(self._num_chars):
-            events = self.add(part)
-            self._waiting += choice.new_scores
-            for event in events:
-                yield from self._apply(event)
-            # scores of markup are not shown
-            if self.blocks and self.blocks[-1].kind == "call":
-                self._waiting.clear()
-        self._num_chars += len(output.new_text)
+        # in parts, so that scores of content and markup in one step stay apart
+        for token in output.by_token() if self.body.one_call else (output,):
+            for part in token.by_score(self._num_chars):
+                events = self.add(part)
+                self._waiting += choice.new_scores
+                for event in events:
+                    yield from self._apply(event)
+                # scores of markup are not shown
+                if self.blocks and self.blocks[-1].kind == "call":
+                    self._waiting.clear()
+            self._num_chars += len(token.new_text)
         if output.finished and self._open is not None:
             is_cut = self._open.kind == "call" or output.finish_reason == "length"
             yield from self._end(is_complete=not is_cut)

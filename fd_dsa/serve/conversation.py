@@ -87,8 +87,8 @@ class Choice:
     ) -> None:
         self.is_complete = self.has_calls = self.is_calling = False
         self.output: RequestOutput | None = None
-        self.new_token_ids: Sequence[int] = ()
-        self.new_scores: Sequence[TokenLogprobs] = ()
+        self.new_token_ids: list[int] = []
+        self.new_scores: list[TokenLogprobs] = []
         self.events: list[Event] = []
         self.token_ids: list[int] = []
         self.scores: list[TokenLogprobs] = []
@@ -102,9 +102,12 @@ class Choice:
 
     def add(self, output: RequestOutput, *, is_whole: bool = False) -> list[Event]:
         """Return the events of one step, or of a whole output."""
-        self.new_token_ids, self.new_scores = (), ()
-        if self.is_complete:
-            return []
+        self.new_token_ids, self.new_scores = [], []
+        # with one call the tokens after it do not count, also those of the same step
+        parts = output.by_token() if self._one_call and not is_whole else (output,)
+        return [e for part in parts if not self.is_complete for e in self._add(part, is_whole)]
+
+    def _add(self, output: RequestOutput, is_whole: bool) -> list[Event]:
         self.output = output
         text = output.text if is_whole else output.new_text
         if output.finished:
@@ -120,10 +123,11 @@ class Choice:
         if start is None:
             return
         begin, self._next_token = max(start, self._next_token), output.num_tokens
-        self.new_token_ids = output.token_ids_from(begin)
+        self.new_token_ids += output.token_ids_from(begin)
         begin = max(start, self._next_score)
-        self.new_scores = output.logprobs_from(begin)
-        self._next_score = begin + len(self.new_scores)
+        new_scores = output.logprobs_from(begin)
+        self.new_scores += new_scores
+        self._next_score = begin + len(new_scores)
 
     def _is_cut(self, output: RequestOutput) -> bool:
         """Return True if the output was cut off before its own end.

@@ -92,11 +92,20 @@ def test_every_output_is_that_without_drafts(drafter: Callable[[], Drafter], mos
         assert "".join(output.new_text for output in outputs) == plain.text
         scores = [score for output in outputs for score in output.new_logprobs]
         assert scores == (plain.logprobs or [])
+        # split into tokens, they are the steps without drafts
+        parts = [part for output in outputs for part in output.by_token() if part.new_token_ids]
+        assert list(map(_additions, parts)) == list(map(_additions, PLAIN[name])), name
         if KINDS[int(name[0])].get("speculative") is False:
             assert last.num_draft_tokens == 0
     ends = [outputs[-1] for outputs in steps.values()]
     assert sum(end.num_draft_tokens for end in ends) == stats.num_draft_tokens
     assert sum(end.num_accepted_tokens for end in ends) == stats.num_accepted_tokens
+
+
+def _additions(output: RequestOutput) -> tuple[Any, ...]:
+    """What one step adds."""
+    added = output.new_token_ids, output.new_text, list(output.new_logprobs)
+    return (*added, output.num_tokens, output.finish_reason)
 
 
 def test_right_drafts_save_steps_and_are_counted() -> None:

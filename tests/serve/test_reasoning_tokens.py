@@ -219,6 +219,34 @@ def test_drafts_count_up_to_the_end_of_an_answer_with_one_call(scripted: Scripte
     assert has_drafts in ([False] * 4, [True] * 4)
 
 
+END = "</｜DSML｜invoke>"
+
+
+@pytest.mark.parametrize("num_words", range(4))
+@pytest.mark.parametrize("scores", [False, True])
+def test_one_call_ends_at_the_same_token(scripted: Scripted, num_words: int, scores: bool) -> None:
+    """Tokens after the call do not count, at any place of its end inside a step."""
+    fields = {**CASES["one call"][0], "n": 1}
+    script = scripted.write("a " * num_words + CALLS, fields)
+    texts = (scripted.tokenizer.decode(script[:count], False) for count in range(len(script)))
+    expected = next(count for count, text in enumerate(texts) if END in text)
+    body = {**fields, "temperature": 0, "logprobs": scores, "return_token_ids": True}
+    whole = scripted.chat(**body)
+    (choice,) = whole["choices"]
+    assert choice["token_ids"] == script[:expected]
+    assert len(choice["message"]["tool_calls"]) == 1
+    *chunks, last = scripted.stream(**body)
+    streamed = [token for c in chunks for token in c["choices"][0].get("token_ids", [])]
+    assert streamed == choice["token_ids"]
+    assert last["usage"]["completion_tokens"] == whole["usage"]["completion_tokens"] == expected
+    asked: dict[str, Any] = {"input": "Hi", "tools": FUNCTIONS, "parallel_tool_calls": False}
+    asked |= {"temperature": 0, "reasoning": {"effort": "high"}}
+    if scores:
+        asked["include"] = ["message.output_text.logprobs"]
+    response = scripted.live.http.post("/v1/responses", json=asked).json()
+    assert response["usage"]["output_tokens"] == expected
+
+
 @pytest.mark.parametrize("name", [n for n in CASES if set(CASES[n][0]) <= {*ON, "tools"}])
 def test_responses_and_messages_count_the_same_tokens(scripted: Scripted, name: str) -> None:
     fields, text = CASES[name]
