@@ -38,12 +38,12 @@ def triton_command() -> str:
     return pip_command("triton>=3.3,<3.10")
 
 
-def extra_command(extra: str) -> str:
+def extra_command(extra: str, *flags: str) -> str:
     """Return a shell line that installs the packages of an extra into this Python.
 
     The line names these packages, because fd_dsa is not on a package index.
     """
-    return pip_command(*(_packages_of(extra) or [f"{_ROOT}[{extra}]"]))
+    return pip_command(*flags, *(_packages_of(extra) or [f"{_ROOT}[{extra}]"]))
 
 
 def core_command(*flags: str) -> str:

@@ -31,7 +31,14 @@ from fd_dsa.environment import (
     quiet,
     usable_cpus,
 )
-from fd_dsa.errors import BackendUnavailable, ConfigError, FdDsaError, renaming, shorten
+from fd_dsa.errors import (
+    BackendUnavailable,
+    ConfigError,
+    FdDsaError,
+    describe_error,
+    renaming,
+    shorten,
+)
 
 _PACKAGES = ("paddlepaddle", "paddlepaddle-gpu", "triton", "numpy")
 _NEEDED = ("numpy", "paddle")
@@ -137,12 +144,13 @@ def examine(device: str | None = None) -> dict[str, Any]:
             available.
 
     Returns:
-        `version`, `machine`, `device`, `packages` (name -> version, "" = not installed), `gpu` (or
-        None) and `fastdeploy` (see `fastdeploy.facts`). `kernels` is the mode of Triton kernels:
-        compiled, interpreted, or unavailable without Triton. `note` names the checks that were not
-        run, with the reason. `checks` is a list (see `run_checks`, and on a device
-        `check_float32`). `custom_ops` has `state`, `reason` and `path` of fd_dsa_ops. `graphs` is
-        explained at `graph_facts`. `healthy` depends on `checks` and `custom_ops`.
+        `version`, `machine`, `device`, `packages` (name -> version, "" = not installed),
+        `broken_packages` (module -> error of its import), `gpu` (or None) and `fastdeploy` (see
+        `fastdeploy.facts`). `kernels` is the mode of Triton kernels: compiled, interpreted, or
+        unavailable without Triton. `note` names the checks that were not run, with the reason.
+        `checks` is a list (see `run_checks`, and on a device `check_float32`). `custom_ops` has
+        `state`, `reason` and `path` of fd_dsa_ops. `graphs` is explained at `graph_facts`.
+        `healthy` depends on `checks`, `custom_ops` and `broken_packages`.
 
     Raises:
         ConfigError: FD_DSA_OP_PROVIDER has an invalid value.
@@ -154,6 +162,7 @@ def examine(device: str | None = None) -> dict[str, Any]:
     from fd_dsa import custom_ops
     from fd_dsa.doctor.checks import check_float32, run_checks
     from fd_dsa.doctor.fastdeploy import examination
+    from fd_dsa.doctor.packages import broken_packages
 
     kernels = _kernels(device)
     interpreting = kernels != "compiled"
@@ -162,12 +171,14 @@ def examine(device: str | None = None) -> dict[str, Any]:
         if device != "cpu":
             checks.append(check_float32(device))
         fastdeploy = fastdeploy_facts()
-    build = custom_ops.build()
+    build, broken = custom_ops.build(), broken_packages()
+    passed = all(check["passed"] for check in checks)
     return {
         "version": __version__,
         "machine": f"{platform.system()} {platform.machine()}, {cpus}, "
         f"Python {platform.python_version()}",
         "packages": {name: installed_version(name) for name in _PACKAGES},
+        "broken_packages": broken,
         "gpu": gpu,
         "fastdeploy": fastdeploy,
         "device": device,
@@ -176,7 +187,7 @@ def examine(device: str | None = None) -> dict[str, Any]:
         "checks": checks,
         "custom_ops": {"state": build.state, "reason": build.reason, "path": build.path},
         "graphs": graph_facts(device, interpreting),
-        "healthy": all(check["passed"] for check in checks) and build.state != custom_ops.BROKEN,
+        "healthy": passed and build.state != custom_ops.BROKEN and not broken,
     }
 
 
@@ -227,13 +238,25 @@ def require_packages() -> None:
     """Import Paddle.
 
     Raises:
-        BackendUnavailable: Paddle or another required package is missing.
+        BackendUnavailable: Paddle or another required package is missing or broken.
     """
     for package in _NEEDED:
         if find_spec(package) is None:
             cure = pip_command("numpy") if package == "numpy" else extra_command("cpu")
             raise BackendUnavailable(f"{package} is not installed; {cure}, then run this again")
-    prepare_cpu_runtime()
+    from fd_dsa.doctor.packages import import_errors
+
+    try:
+        prepare_cpu_runtime()
+    except (FdDsaError, ImportError):
+        raise
+    except Exception as error:
+        # Paddle imports NumPy
+        package = "numpy" if "numpy" in import_errors(("numpy",)) else "paddle"
+        reason = describe_error(error)
+        raise BackendUnavailable(
+            f"{package} cannot be imported ({reason}); install it again, then run this again"
+        ) from error
 
 
 def require_triton() -> None:
@@ -294,6 +317,7 @@ def as_text(found: dict[str, Any], with_tree: bool = False) -> str:
     from fd_dsa.custom_ops import BROKEN
     from fd_dsa.doctor.checks import as_lines as checks_lines
     from fd_dsa.doctor.fastdeploy import as_lines as fastdeploy_lines
+    from fd_dsa.doctor.packages import as_lines as broken_lines
 
     packages = ", ".join(f"{name} {v or 'not installed'}" for name, v in found["packages"].items())
     gpu, ops = found["gpu"], found["custom_ops"]
@@ -305,6 +329,7 @@ def as_text(found: dict[str, Any], with_tree: bool = False) -> str:
         f"fd_dsa     {found['version']}",
         f"machine    {found['machine']}",
         f"packages   {packages}",
+        *broken_lines(found["broken_packages"]),
         f"gpu        {gpu['name'] + ', driver ' + gpu['driver'] if gpu else 'none'}",
         *fastdeploy_lines(found["fastdeploy"], with_tree),
         f"custom ops {state}: {ops['reason']}{path}",
