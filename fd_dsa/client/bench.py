@@ -26,7 +26,7 @@ from fd_dsa.command_line.parser import Parser, split_flags
 from fd_dsa.command_line.report import as_json, show
 from fd_dsa.command_line.values import add_numbers, check_prompt_tokens, number, reader
 from fd_dsa.commands import own_command
-from fd_dsa.errors import ConfigError, RemoteError, flag_error, writing
+from fd_dsa.errors import ConfigError, RemoteError, flag_error, renaming, writing
 
 _WARM_UP = 2
 # each request has a task of the event loop
@@ -75,8 +75,8 @@ def parse_args(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Read the flags of the command, in which those of other benchmarks have been replaced.
 
     Returns:
-        The flags, with `not_needed` for the reasons of removed flags, and the flags of the server
-        that is started.
+        The flags, and the flags of the server that is started. The first also have `not_needed`,
+        the reasons of removed flags, and `address_flags`, the names of those that chose the server.
 
     Raises:
         ConfigError: a flag has a wrong value, is unknown, or would change the figures.
@@ -104,6 +104,7 @@ def parse_args(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     if args.base_url is not None:
         named = {"--host": args.host, "--port": args.port}
         not_needed |= {flag: "--base-url has it" for flag, value in named.items() if value}
+    args.address_flags = bench_flags.address_flags(args)
     args.base_url = running or args.base_url
     args.output = bench_flags.result_file(args) or args.output
     args.not_needed = not_needed
@@ -125,7 +126,8 @@ def main(arguments: list[str]) -> int:
     if args.output is not None:
         result_file("--output", args.output)
     with server_at(args.base_url, args.serve, passed, "--serve") as base_url:
-        info = examine_server(base_url, args.served_model_name or args.model)
+        with renaming({"--base-url": args.address_flags}):
+            info = examine_server(base_url, args.served_model_name or args.model)
         total = args.random_input_len + args.random_output_len
         if info.max_model_len is not None and total > info.max_model_len:
             raise ConfigError(

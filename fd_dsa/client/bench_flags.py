@@ -138,6 +138,14 @@ def running_server(args: argparse.Namespace) -> str | None:
     return f"{local_url(args.host or '127.0.0.1', args.port or 8000)}/v1"
 
 
+def address_flags(args: argparse.Namespace) -> str:
+    """Return the flags that chose the server, for errors about it."""
+    if args.base_url is not None:
+        return "--base-url"
+    given = {"--host": args.host, "--port": args.port, "--backend": args.backend}
+    return " and ".join(flag for flag, value in given.items() if value is not None) or "--serve"
+
+
 def result_file(args: argparse.Namespace) -> str | None:
     """Return the path of the file with all figures, or None."""
     if not (args.save_result or args.result_dir or args.result_filename):

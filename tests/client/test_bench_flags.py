@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from fd_dsa.client.bench import build_parser, parse_args
+from fd_dsa.client.bench import build_parser, main, parse_args
 from fd_dsa.client.bench_flags import BACKENDS, NOT_NEEDED, REFUSED
 from fd_dsa.errors import ConfigError
 from fd_dsa.serve.known_flags import collect
 from tests.client.test_bench import AnyTokens
 from tests.serve.conftest import running
+from tests.serve.fake_engine import FakeEngine
 from tests.serve.processes import run_console
 
 OWN = {option for action in build_parser()._actions for option in action.option_strings}
@@ -40,6 +41,25 @@ def test_pasted_command_lines_are_taken() -> None:
     assert args.base_url == "http://127.0.0.1:30000/v1"
     assert (args.random_input_len, args.random_output_len, args.num_prompts) == (64, 32, 9)
     assert args.output == "out.json"
+
+
+@pytest.mark.parametrize(
+    ("line", "names"),
+    [
+        ("--port {}", "--port"),
+        ("--host 127.0.0.1 --port {} --backend vllm", "--host and --port and --backend"),
+        ("--base-url http://127.0.0.1:{} --port 9", "--base-url"),
+    ],
+)
+def test_an_error_names_the_flags_that_were_given(
+    capsys: pytest.CaptureFixture[str], line: str, names: str
+) -> None:
+    with running(FakeEngine()) as live:
+        port = live.url.rpartition(":")[2]
+    # it is gone
+    assert main(line.format(port).split()) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"fd_dsa: error: {names}: http://127.0.0.1:{port}/v1 cannot be reached")
 
 
 @pytest.mark.parametrize(
