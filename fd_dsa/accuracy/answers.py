@@ -20,7 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 from fd_dsa.accuracy.scores import RunSettings, first_fault
 from fd_dsa.client.questions import Answer, Question
 from fd_dsa.command_line.inputs import read_bounded
-from fd_dsa.command_line.outputs import lock
+from fd_dsa.command_line.outputs import append_line, lock
 from fd_dsa.errors import ConfigError, shorten_text, writing
 
 MAX_RUN_BYTES = 2 << 30
@@ -156,6 +156,5 @@ def _begin(path: Path, file: BinaryIO, settings: RunSettings) -> None:
 
 def _append(file: BinaryIO, entry: Mapping[str, object]) -> None:
     """Write one line and wait until it is on the disk."""
-    file.write(json.dumps(entry).encode("ascii") + b"\n")
-    file.flush()
+    append_line(file, json.dumps(entry))
     os.fsync(file.fileno())

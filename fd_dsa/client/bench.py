@@ -9,7 +9,6 @@ import platform
 import sys
 import time
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,12 +20,12 @@ from fd_dsa.client.own_server import add_server_flags, check_passed, server_at
 from fd_dsa.client.remote import ServerInfo, examine_server, shown_url
 from fd_dsa.client.timing import Timing, measure, summarise, tables
 from fd_dsa.command_line.failures import reports_failures
-from fd_dsa.command_line.outputs import result_file
+from fd_dsa.command_line.outputs import result_file, write_result
 from fd_dsa.command_line.parser import Parser, split_flags
 from fd_dsa.command_line.report import as_json, show
 from fd_dsa.command_line.values import add_numbers, check_prompt_tokens, number, reader
 from fd_dsa.commands import own_command
-from fd_dsa.errors import ConfigError, RemoteError, flag_error, renaming, writing
+from fd_dsa.errors import ConfigError, RemoteError, flag_error, renaming
 
 _WARM_UP = 2
 # each request has a task of the event loop
@@ -124,7 +123,7 @@ def main(arguments: list[str]) -> int:
         sys.stderr.write(f"{flag} is not needed here: {reason}\n")
     # check before the measurement, which may take an hour
     if args.output is not None:
-        result_file("--output", args.output)
+        args.output = result_file("--output", args.output)
     with server_at(args.base_url, args.serve, passed, "--serve") as base_url:
         with renaming({"--base-url": args.address_flags}):
             info = examine_server(base_url, args.served_model_name or args.model)
@@ -203,8 +202,7 @@ def _report(
             "result": result,
             "requests": [asdict(timing) for timing in timings],
         }
-        with writing("--output", args.output):
-            Path(args.output).write_text(as_json(report), "utf-8")
+        write_result("--output", args.output, as_json(report))
         if args.save_result:
             sys.stderr.write(f"the figures are in {args.output}\n")
     return 0 if result["failed"] == 0 else 1

@@ -28,7 +28,7 @@ from fd_dsa.client.own_server import check_passed, server_at
 from fd_dsa.client.remote import examine_server, incomplete
 from fd_dsa.command_line.failures import reports_failures
 from fd_dsa.command_line.inputs import MAX_BYTES, read_bounded
-from fd_dsa.command_line.outputs import is_special, open_part, result_file
+from fd_dsa.command_line.outputs import append_line, is_special, open_part, result_file
 from fd_dsa.command_line.parser import Parser, split_flags
 from fd_dsa.command_line.values import add_numbers
 from fd_dsa.commands import own_command
@@ -99,7 +99,7 @@ def main(arguments: list[str]) -> int:
         try:
             return _answer(args, passed, items, file, output)
         except BaseException as error:
-            if part != output and not file.closed and not file.tell():
+            if part != output and not file.closed and not os.fstat(file.fileno()).st_size:
                 part.unlink()
             elif isinstance(error, KeyboardInterrupt):
                 line, _ = signal_end(error)
@@ -116,7 +116,6 @@ def _answer(
         failed = asyncio.run(_send(args, base_url, default, items, file))
     # renamed before it is closed, because another run may rename a file without a lock
     with writing("--output-file", output), file:
-        file.flush()
         if file.name != str(output):
             os.replace(file.name, output)
     total = len(items)
@@ -217,8 +216,7 @@ async def _send(
             async for sent in results:
                 failed += sent.error is not None
                 with writing("--output-file", file.name):
-                    file.write(json.dumps(_line(items[sent.index], sent)) + "\n")
-                    file.flush()
+                    append_line(file, json.dumps(_line(items[sent.index], sent)))
                 progress.advance(bar)
     return failed
 

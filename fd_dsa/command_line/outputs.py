@@ -6,6 +6,7 @@ import fcntl
 import itertools
 import os
 import sys
+import tempfile
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -48,6 +49,25 @@ def result_file(flag: str, name: str, source: str | None = None) -> Path:
     return path
 
 
+def write_result(flag: str, output: Path, text: str) -> None:
+    """Write a result file as a whole: after an error the earlier file, or none, is there.
+
+    Args:
+        output: the path of `result_file`.
+
+    Raises:
+        ConfigError: the file cannot be written, for example on a full disk.
+    """
+    with writing(flag, output):
+        if is_special(output):
+            output.write_text(text, "utf-8")
+            return
+        with tempfile.TemporaryDirectory(dir=output.parent, prefix=".unfinished-") as folder:
+            whole = Path(folder) / "whole"
+            whole.write_text(text, "utf-8")
+            os.replace(whole, output)
+
+
 def open_part(flag: str, output: Path, source: str) -> IO[str]:
     """Open and lock the file for the results of an unfinished run, `output` with `.part` after it.
 
@@ -80,6 +100,23 @@ def open_part(flag: str, output: Path, source: str) -> IO[str]:
                 closed.pop_all()
                 return file
             _keep(flag, part)
+
+
+def append_line(file: IO[Any], line: str) -> None:
+    """Append a line as a whole: after an error the file ends before it.
+
+    The line bypasses the buffer of the file, which would be written again when it is closed.
+    """
+    number, rest = file.fileno(), f"{line}\n".encode()
+    size = os.fstat(number).st_size
+    try:
+        while rest:
+            rest = rest[os.write(number, rest) :]
+    except OSError:
+        # a pipe or a device has no end
+        with suppress(OSError):
+            os.ftruncate(number, size)
+        raise
 
 
 def lock(file: IO[Any]) -> bool:

@@ -15,6 +15,7 @@ import pytest
 from fd_dsa.client import run_batch
 from fd_dsa.client.run_batch import main
 from tests.client.scripted import asked, chat, scripted
+from tests.command_line.test_outputs import room_for
 from tests.serve.conftest import running, wait_until
 from tests.serve.fake_engine import WORDS, FakeEngine
 from tests.serve.processes import console, environment, run_console
@@ -189,6 +190,18 @@ def test_the_answers_of_an_interrupted_run_are_kept(
     assert kept == ["first", "second"] and not part.exists()
     assert f"{part} of an earlier run is now {part}.2\n" in capsys.readouterr().err
     assert list(answers(tmp_path)) == ["a"]
+
+
+def test_a_full_disk_keeps_whole_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = written(tmp_path, *(request(str(number)) for number in range(20)))
+    part = tmp_path / "out.jsonl.part"
+    with running(FakeEngine()) as live, room_for(2048):
+        assert main([*flags, "--base-url", live.url]) == 2
+    line = f"fd_dsa: error: --output-file: {part} cannot be written (file too large)\n"
+    assert capsys.readouterr().err.endswith(line)
+    kept = part.read_text()
+    assert kept.endswith("\n") and all(map(json.loads, kept.splitlines()))
+    assert not (tmp_path / "out.jsonl").exists()
 
 
 def test_a_run_that_goes_on_keeps_its_file(

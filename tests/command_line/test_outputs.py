@@ -5,13 +5,21 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-from collections.abc import Callable
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 import pytest
 
-from fd_dsa.command_line.outputs import lock, open_part
+from fd_dsa.command_line.outputs import (
+    append_line,
+    lock,
+    open_part,
+    result_file,
+    write_result,
+)
 from fd_dsa.errors import ConfigError
 
 
@@ -19,6 +27,47 @@ from fd_dsa.errors import ConfigError
 def part(tmp_path: Path) -> Path:
     (tmp_path / "in").write_text("a request")
     return tmp_path / "out.part"
+
+
+@contextmanager
+def room_for(num_bytes: int) -> Iterator[None]:
+    """Let files have only this size, as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize("mode", ["a", "ab", "a+b"])
+def test_a_line_is_appended_whole_or_not_at_all(tmp_path: Path, mode: str) -> None:
+    with open(tmp_path / "out", mode) as file:
+        append_line(file, "é" * 1000)
+        with room_for(4096), pytest.raises(OSError, match="File too large"):
+            append_line(file, "x" * 5000)
+        append_line(file, "end")
+    assert (tmp_path / "out").read_text("utf-8") == "é" * 1000 + "\nend\n"
+
+
+def test_a_result_file_is_written_whole_or_stays(tmp_path: Path) -> None:
+    linked, target = tmp_path / "link", tmp_path / "out.json"
+    target.write_text("of an earlier run")
+    linked.symlink_to(target)
+    output = result_file("--output", str(linked))
+    with (
+        room_for(4096),
+        pytest.raises(ConfigError, match=r"--output: .*out\.json cannot be written \("),
+    ):
+        write_result("--output", output, "x" * 100_000)
+    assert target.read_text() == "of an earlier run"
+    write_result("--output", output, "é" * 100_000)
+    assert linked.is_symlink() and target.read_text("utf-8") == "é" * 100_000
+    assert sorted(os.listdir(tmp_path)) == ["link", "out.json"]
+    # a device is written in place
+    null = result_file("--output", os.devnull)
+    write_result("--output", null, "gone")
+    assert null.is_char_device()
 
 
 def opened(part: Path) -> IO[str]:
