@@ -2,7 +2,7 @@
 
 import sys
 
-from fd_dsa.cli import main
+from fd_dsa.__main__ import main
 
 if __name__ == "__main__":
     sys.exit(main(["serve", *sys.argv[1:]]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -61,6 +62,31 @@ def test_the_package_is_the_console_script(tmp_path: Path) -> None:
     for module in ("fd_dsa", "fd_dsa.cli"):
         done = finish(tmp_path, [sys.executable, "-m", module, "version"], 0)
         assert done.stdout == f"fd_dsa {__version__}\n"
+
+
+# runs a module as a program, and sends Ctrl-C during the import that it names
+INTERRUPTED = """
+import os, runpy, signal, sys
+module, imported = sys.argv[1:3]
+del sys.argv[1:3]
+class Interrupts:
+    def find_spec(name, *_):
+        if name == imported:
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interrupts)
+runpy.run_module(module, run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("module", ["", ".serve", ".doctor", ".accuracy"])
+def test_ctrl_c_during_the_imports_has_no_stack_trace(module: str) -> None:
+    command = [sys.executable, "-c", INTERRUPTED, f"fd_dsa{module}"]
+    done = subprocess.run([*command, "fd_dsa.cli"], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
+    if not module:
+        command += ["fd_dsa.client.chat", "chat"]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        assert (done.returncode, done.stderr) == (130, "fd_dsa: error: interrupted\n")
 
 
 def test_every_usage_shows_a_command_that_runs(capsys: pytest.CaptureFixture[str]) -> None:
