@@ -261,12 +261,13 @@ def test_stream_has_role_texts_finish_and_usage(live: Live) -> None:
 
 def test_text_parts_and_developer_role(live: Live) -> None:
     live.engine.requests.clear()
-    parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
+    # a string is a part too, as in vLLM
+    parts: Any = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}, "three"]
     live.client.chat.completions.create(
         model="demo",
         messages=[{"role": "developer", "content": "Rule"}, {"role": "user", "content": parts}],
     )
-    assert prompt_text(live) == "system:Rule\nuser:one\ntwo\n>"
+    assert prompt_text(live) == "system:Rule\nuser:one\ntwo\nthree\n>"
 
 
 def test_output_limit_is_the_rest_of_the_context_by_default() -> None:

@@ -304,6 +304,7 @@ def allowed(mode: Any, *names: Any) -> dict[str, Any]:
             for content, text in (
                 (None, "got null"),
                 ([], "got []"),
+                (["x", 5], "got 5 as part 1"),
                 ([{"type": "text"}], "no text"),
                 ([{"type": "image_url", "image_url": {"url": "x"}}], 'part 0 has type "image_url"'),
             )

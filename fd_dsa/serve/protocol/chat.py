@@ -49,7 +49,12 @@ def _content(value: object) -> str | list[dict[str, Any]] | None:
         raise refuse(f"has {len(value)} parts; at most {MAX_ENTRIES} are allowed")
     parts = []
     for index, part in enumerate(value):
-        kind = part.get("type") if isinstance(part, dict) else None
+        if isinstance(part, str):
+            # as in vLLM
+            part = {"type": "text", "text": part}
+        elif not isinstance(part, dict):
+            raise refuse(f"got {show(part)} as part {index}; allowed is a text part or a string")
+        kind = part.get("type")
         field = _TEXT_PARTS.get(kind) if isinstance(kind, str) else None
         if field is None:
             raise refuse(f"part {index} has type {show(kind)}; this server reads text only")
@@ -108,7 +113,9 @@ _RoleField = Annotated[Role, AfterValidator(lambda role: "system" if role == "de
 _ContentField = Annotated[
     str | list[dict[str, Any]] | None,
     PlainValidator(_content),
-    WithJsonSchema({"anyOf": [TEXT, {"type": "array", "items": {"type": "object"}}]}),
+    WithJsonSchema(
+        {"anyOf": [TEXT, {"type": "array", "items": {"anyOf": [{"type": "object"}, TEXT]}}]}
+    ),
 ]
 _ArgumentsField = Annotated[str, PlainValidator(_arguments), WithJsonSchema(TEXT)]
 _ThinkingField = Annotated[
