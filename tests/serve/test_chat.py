@@ -270,6 +270,17 @@ def test_text_parts_and_developer_role(live: Live) -> None:
     assert prompt_text(live) == "system:Rule\nuser:one\ntwo\nthree\n>"
 
 
+def test_a_result_of_a_tool_may_be_empty(live: Live) -> None:
+    """As in the Responses and Messages APIs, a tool may return no parts."""
+    call = {"id": "a", "function": {"name": "f", "arguments": ""}}
+    called = {"role": "assistant", "content": [], "tool_calls": [call]}
+    for content in ("", []):
+        result = {"role": "tool", "tool_call_id": "a", "content": content}
+        body = {"messages": [*HELLO, called, result]}
+        assert live.http.post("/v1/chat/completions", json=body).status_code == 200
+        assert prompt_text(live).endswith("assistant:\ntool:\n>")
+
+
 def test_output_limit_is_the_rest_of_the_context_by_default() -> None:
     with running(FakeEngine(max_model_len=40)) as live:
         body = {"messages": HELLO, "ignore_eos": True}

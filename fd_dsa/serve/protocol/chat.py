@@ -168,12 +168,12 @@ class ChatMessage(Body):
                     f"{path}.{name}: given in a message of role {self.role}; only one of role "
                     "assistant has it"
                 )
-        if self.content is None or self.content == []:
+        if self.content is None or (self.content == [] and self.role != "tool"):
             is_given = "content" in self.model_fields_set
             what = f"got {show(self.content)}" if is_given else "is missing"
             raise FieldError(
-                f"{path}.content: {what}; allowed is a string or a list of text parts, and null "
-                "or an empty list only in a message of role assistant"
+                f"{path}.content: {what}; allowed is a string or a list of text parts; null is "
+                "for a message of role assistant only, an empty list also for a tool's"
             )
 
     def for_template(self) -> dict[str, Any]:
