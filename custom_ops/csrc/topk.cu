@@ -1,8 +1,8 @@
 // Exact top-k of rows of scores, with a block or a cluster of blocks per row.
 //
 // A short row stays in registers, also where the launch allows longer rows. For a longer row, evenly
-// spaced samples give a bound that slightly more than k scores exceed. One pass keeps these scores as candidates in shared memory.
-// Counting digits finds the k-th best candidate.
+// spaced samples give a bound that slightly more than k scores exceed. One pass keeps these scores
+// as candidates in shared memory. Counting digits finds the k-th best candidate.
 //
 // The number of candidates shows a bound that failed, or a plateau of equal scores at it. Passes
 // over the row for each digit serve then. Counts are integers, so the order of threads does not
@@ -302,6 +302,14 @@ static int launch_bound(const Rows& rows, const Sizes& sizes, const Gpu& gpu, vo
   return launch(config, kernel, job_of(rows, sizes));
 }
 
+// Launches the kernel for rows that may not fit into registers.
+inline int launch_any_length(const Rows& rows, const Sizes& sizes, bool many, const Gpu& gpu,
+                             void* stream) {
+  if (sizes.cluster > 1) return launch_bound<1024, 1, 2, 2, true, true>(rows, sizes, gpu, stream);
+  if (many) return launch_bound<512, 2, 4, 4, false, false>(rows, sizes, gpu, stream);
+  return launch_bound<1024, 1, 4, 2, false, false>(rows, sizes, gpu, stream);
+}
+
 inline int launch_topk(const Rows& rows, void* stream) {
   if (rows.num_rows <= 0 || rows.k <= 0) return 0;
   Gpu gpu = {};
@@ -321,10 +329,7 @@ inline int launch_topk(const Rows& rows, void* stream) {
     return many ? launch_register_rows<512, 3, 4>(rows, gpu, stream)
                 : launch_register_rows<1024, 1, 2>(rows, gpu, stream);
   }
-  const Sizes sizes = choose_sizes(rows, gpu, sizeof(Shared));
-  if (sizes.cluster > 1) return launch_bound<1024, 1, 2, 2, true, true>(rows, sizes, gpu, stream);
-  if (many) return launch_bound<512, 2, 4, 4, false, false>(rows, sizes, gpu, stream);
-  return launch_bound<1024, 1, 4, 2, false, false>(rows, sizes, gpu, stream);
+  return launch_any_length(rows, choose_sizes(rows, gpu, sizeof(Shared)), many, gpu, stream);
 }
 
 }  // namespace fd_dsa::topk

@@ -33,14 +33,7 @@ extern "C" int topk_emulated_among(const FdDsaTopk* rows, int num_rows, uint64_t
   const fd_dsa::Gpu gpu = {0, 9, 132, emulated::kSharedBytes};
   const Sizes sizes = choose_sizes(all, gpu, sizeof(Shared));
   emulated::bytes_loaded = 0;
-  int code;
-  if (sizes.cluster > 1) {
-    code = launch_bound<1024, 1, 2, 2, true, true>(*rows, sizes, gpu, nullptr);
-  } else if (num_rows > gpu.num_sms) {
-    code = launch_bound<512, 2, 4, 4, false, false>(*rows, sizes, gpu, nullptr);
-  } else {
-    code = launch_bound<1024, 1, 4, 2, false, false>(*rows, sizes, gpu, nullptr);
-  }
+  const int code = launch_any_length(*rows, sizes, num_rows > gpu.num_sms, gpu, nullptr);
   *bytes = emulated::bytes_loaded;
   return code;
 }
