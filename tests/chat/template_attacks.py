@@ -41,5 +41,3 @@ ATTACKS = {
     "sort": SAME + "{{ ([a, a + 'b'] * 10000) | sort(case_sensitive=true) }}",
     "hashes": "{% set p = 2 ** 61 - 1 %}{{ dict.fromkeys(range(0, 99999 * p, p)) }}",
 }
-# those whose time is that of one operation, which only the kernel ends
-ONE_OPERATION = ("json", "nested", "rfind", "sort", "hashes")
