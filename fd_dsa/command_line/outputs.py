@@ -7,6 +7,7 @@ import itertools
 import os
 import sys
 import tempfile
+from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -61,11 +62,23 @@ def write_result(flag: str, output: Path, text: str) -> None:
     with writing(flag, output):
         if is_special(output):
             output.write_text(text, "utf-8")
-            return
-        with tempfile.TemporaryDirectory(dir=output.parent, prefix=".unfinished-") as folder:
-            whole = Path(folder) / "whole"
-            whole.write_text(text, "utf-8")
-            os.replace(whole, output)
+        else:
+            replace_files(output.parent, {output.name: text})
+
+
+def replace_files(out: Path, files: Mapping[str, str]) -> None:
+    """Write texts as files of a folder.
+
+    All texts are written before the first file gets its name, so that readers see whole files only.
+
+    Raises:
+        OSError: the folder cannot be written. All earlier files stay unless renaming fails.
+    """
+    with tempfile.TemporaryDirectory(dir=out, prefix=".unfinished-") as folder:
+        for name, text in files.items():
+            (Path(folder) / name).write_text(text, "utf-8")
+        for name in files:
+            os.replace(Path(folder) / name, out / name)
 
 
 def open_part(flag: str, output: Path, source: str) -> IO[str]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
 
+from fd_dsa.command_line.outputs import replace_files
 from fd_dsa.errors import ConfigError, writing
 
 # width of output to a file or a pipe, columns
@@ -90,9 +90,7 @@ def check_folder(out: Path) -> None:
 
 
 def write_files(out: Path, files: Mapping[str, str]) -> None:
-    """Write texts as files of a folder, which is created if necessary.
-
-    All texts are written before the first file gets its name, so that readers see whole files only.
+    """Write texts as files of a folder by `replace_files`. The folder is created if necessary.
 
     Raises:
         ConfigError: the folder cannot be written, for example on a full disk. The message names it.
@@ -100,11 +98,7 @@ def write_files(out: Path, files: Mapping[str, str]) -> None:
     check_folder(out)
     with writing("--out", out):
         out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out, prefix=".unfinished-") as folder:
-            for name, text in files.items():
-                (Path(folder) / name).write_text(text, "utf-8")
-            for name in files:
-                os.replace(Path(folder) / name, out / name)
+        replace_files(out, files)
 
 
 def publish(parts: Sequence[str | Table], out: Path | None, files: Mapping[str, str]) -> None:
