@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -193,24 +192,8 @@ class RequestOutput:
 
         The attribute `text` is the text after the whole step.
         """
-        num_tokens = self.num_tokens - len(self.new_token_ids)
-        num_scores = self._num_logprobs - len(self.new_logprobs)
-        chars = scores = 0
-        for num_chars, num_shown in self.new_ends[:-1]:
-            part = copy.copy(self)
-            part.num_tokens, part._num_logprobs = num_tokens + 1, num_scores + num_shown
-            part.new_token_ids = self._state.token_ids[num_tokens : part.num_tokens]
-            part.new_text = self.new_text[chars:num_chars]
-            part.new_logprobs = self.new_logprobs[scores:num_shown]
-            part.finish_reason = part.stop_reason = part.topk_positions = None
-            part.new_ends = ()
-            yield part
-            num_tokens, chars, scores = part.num_tokens, num_chars, num_shown
-        last = copy.copy(self)
-        last.new_token_ids = self._state.token_ids[num_tokens : self.num_tokens]
-        last.new_text, last.new_logprobs = self.new_text[chars:], self.new_logprobs[scores:]
-        last.new_ends = ()
-        yield last
+        first = self.num_tokens - len(self.new_token_ids) + 1
+        return self._parts([(first + i, *end) for i, end in enumerate(self.new_ends[:-1])])
 
     def by_score(self, num_chars: int) -> Iterator[RequestOutput]:
         """Yield one output for each token whose score the step shows.
@@ -221,26 +204,39 @@ class RequestOutput:
         Args:
             num_chars: number of characters that earlier steps have shown.
         """
-        if len(self.new_logprobs) < 2:
+        num_tokens = self.num_tokens - len(self.new_token_ids)
+        num_scores = self._num_logprobs - len(self.new_logprobs)
+        # the beginning of a token's text may be shown before its score
+        return self._parts(
+            [
+                (max(num_tokens, num_scores + i), max(0, following.text_offset - num_chars), i)
+                for i, following in enumerate(self.new_logprobs[1:], 1)
+            ]
+        )
+
+    def _parts(self, ends: Sequence[tuple[int, int, int]]) -> Iterator[RequestOutput]:
+        """Yield the parts of a step up to each end, then the rest.
+
+        Args:
+            ends: length of `token_ids`, and numbers of new characters and of new scores.
+        """
+        if not ends:
             yield self
             return
-        num_tokens = self.num_tokens - len(self.new_token_ids)
-        num_scores, begin = self._num_logprobs - len(self.new_logprobs), 0
-        for score, following in pairwise(self.new_logprobs):
+        begin, num_tokens = (0, 0), self.num_tokens - len(self.new_token_ids)
+        num_scores = self._num_logprobs - len(self.new_logprobs)
+        all_new = self.num_tokens, len(self.new_text), len(self.new_logprobs)
+        for end in (*ends, all_new):
             part = copy.copy(self)
-            # the beginning of a token's text may be shown before its score
-            num_scores, end = num_scores + 1, max(0, following.text_offset - num_chars)
-            part.num_tokens = max(num_tokens, num_scores)
+            part.num_tokens, chars, scores = end
+            part._num_logprobs, part.new_ends = num_scores + scores, ()
             part.new_token_ids = self._state.token_ids[num_tokens : part.num_tokens]
-            part._num_logprobs, part.new_logprobs = num_scores, [score]
-            part.new_text = self.new_text[begin:end]
-            part.finish_reason = part.stop_reason = part.topk_positions = None
+            part.new_text = self.new_text[begin[0] : chars]
+            part.new_logprobs = self.new_logprobs[begin[1] : scores]
+            if end is not all_new:
+                part.finish_reason = part.stop_reason = part.topk_positions = None
             yield part
-            num_tokens, begin = part.num_tokens, end
-        last = copy.copy(self)
-        last.new_token_ids = self._state.token_ids[num_tokens : self.num_tokens]
-        last.new_logprobs, last.new_text = self.new_logprobs[-1:], self.new_text[begin:]
-        yield last
+            num_tokens, begin = part.num_tokens, (chars, scores)
 
     @property
     def text(self) -> str:
