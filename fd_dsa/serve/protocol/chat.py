@@ -259,7 +259,8 @@ class ChatCompletionRequest(GenerationRequest, json_schema_extra={"examples": [_
         """The tools that the prompt lists."""
         choice, tools = self.choice, self.tools or []
         if choice.allowed is not None:
-            return [tool for tool in tools if tool.function.name in choice.allowed]
+            allowed = set(choice.allowed)
+            return [tool for tool in tools if tool.function.name in allowed]
         return tools if choice.mode != "none" else []
 
     @property
