@@ -31,7 +31,7 @@ def part(tmp_path: Path) -> Path:
 
 @contextmanager
 def room_for(num_bytes: int) -> Iterator[None]:
-    """Let files have only this size, as on a full disk."""
+    """Limit the size of files, as a full disk does."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))
     try:

@@ -103,7 +103,7 @@ def test_every_output_is_that_without_drafts(drafter: Callable[[], Drafter], mos
 
 
 def _additions(output: RequestOutput) -> tuple[Any, ...]:
-    """What one step adds."""
+    """Return what one step adds to an output."""
     added = output.new_token_ids, output.new_text, list(output.new_logprobs)
     return (*added, output.num_tokens, output.finish_reason)
 
