@@ -18,6 +18,8 @@ from benchmarks.sanitize import verdict
     [
         (0, "", "", ""),
         (9, "", "", "exit status 9"),
+        (255, "3 passed", "2 passed, 1 skipped", "exit status 255"),
+        (255, "3 passed", "2 failed, 1 skipped", "exit status 255"),
         (0, "3 passed", "no tests ran", "no test ran"),
         (0, ": 0 ", ": 1 ", "found errors"),
         (0, "SUMMARY", "", "said nothing"),
@@ -28,6 +30,14 @@ def test_verdicts(tool: str, status: int, old: str, new: str, says: str) -> None
     text = f"3 passed in 2.1s\n========= {summary}\n"
     found = verdict(tool, status, text.replace(old, new) if old else text)
     assert says in found and bool(found) == bool(says)
+
+
+def test_skipped_tests_are_no_fault_of_a_tool_without_work() -> None:
+    text = (
+        "3 skipped in 2.99s\n"
+        "========= Error: Target application terminated before first instrumented API call\n"
+    )
+    assert verdict("racecheck", 255, text) == ""
 
 
 @pytest.fixture
@@ -70,12 +80,15 @@ def test_a_second_run_checks_what_there_was_no_time_for(
     command = ["racecheck", "--workers", "1", "--done", str(done), "tests"]
     monkeypatch.setenv(LIMIT_VARIABLE, "0")
     assert sanitize.main(command) == OUT_OF_TIME
-    assert not done.exists() and "0 of 2 tests clean" in capsys.readouterr().out
+    assert not done.exists() and "0 of 2 tests clean or skipped" in capsys.readouterr().out
     monkeypatch.delenv(LIMIT_VARIABLE)
     assert sanitize.main(command) == 0
     assert done.read_text().split() == ["tests/test_it.py::test_one", "tests/test_it.py::test_two"]
     assert sanitize.main(command) == 0
-    assert "2 of 2 tests clean, 0 passed in this run; 0 of 0 processes" in capsys.readouterr().out
+    assert (
+        "2 of 2 tests clean or skipped, 0 passed in this run; 0 of 0 processes"
+        in capsys.readouterr().out
+    )
 
 
 def test_what_does_not_end_is_ended_and_does_not_count(
@@ -84,7 +97,7 @@ def test_what_does_not_end_is_ended_and_does_not_count(
     chosen(monkeypatch, "never", "one")
     monkeypatch.setenv(LIMIT_VARIABLE, "3")
     assert sanitize.main(["racecheck", "--workers", "2", "tests"]) == OUT_OF_TIME
-    assert "1 of 2 tests clean, 1 passed in this run" in capsys.readouterr().out
+    assert "1 of 2 tests clean or skipped, 1 passed in this run" in capsys.readouterr().out
 
 
 def test_nothing_is_shown_where_every_test_is_skipped(
