@@ -185,8 +185,9 @@ __device__ __forceinline__ void keep_candidates(const Row& row, int32_t begin, i
     const int32_t first = row.first_of(chunk);
     for (; mask != 0; mask &= mask - 1, ++at) {
       const uint32_t i = static_cast<uint32_t>(__ffs(mask)) - 1;
-      // Chunks are a block's width apart. Positions past the capacity share the last entry.
-      kept[min(at, capacity - 1)] = first + static_cast<int32_t>(i / 4 * (4 * kThreads - 4) + i);
+      // chunks are a block's width apart
+      const int32_t position = first + static_cast<int32_t>(i / 4 * (4 * kThreads - 4) + i);
+      if (at < capacity) kept[at] = position;
     }
     __syncwarp();
     if constexpr (kAhead) {
