@@ -87,9 +87,8 @@ class Prompts:
 
     def absorbed(self, reader: Any) -> Any:
         """Run the absorbed form, which serves past index_topk."""
-        attention, q = self.attention, self._q
-        q_latent = self.k_b.matmul_by_head(q[:, :, :NOPE])
-        query = attention.prepare_mla_query(q_latent, q[:, :, NOPE:], None, self._cos_sin)
+        attention = self.attention
+        query = attention.absorbed_query(self.k_b, self._q, None, self._cos_sin)
         latent = attention.attend(self._step, query, self._cache, self._slots)
         return self.v_b.matmul_join_heads(latent, reader)
 

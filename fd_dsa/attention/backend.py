@@ -272,7 +272,7 @@ class DSAAttentionBackend:
         forward_meta: BackendStep,
     ) -> StepArray:
         """Return the values of all heads, see `forward`."""
-        q, dense, nope = layer.queries(latent), self.attention.dense, layer.nope_dim
+        q, dense = layer.queries(latent), self.attention.dense
         exchange = self.attention.exchange
         if exchange is not None and selection is not None:
             cache = cache_of(forward_meta, 2 * layer.layer_id)
@@ -284,8 +284,7 @@ class DSAAttentionBackend:
             if dense.has_all:
                 return merged
             q, tokens = dense.of_others(q), dense.others
-        absorbed = layer.k_b_proj.matmul_by_head(q[:, :, :nope])
-        query = self.attention.prepare_mla_query(absorbed, q[:, :, nope:], tokens, rotation)
+        query = self.attention.absorbed_query(layer.k_b_proj, q, tokens, rotation)
         found = self.attend(query, selection, layer.layer_id, forward_meta)
         if dense is not None and merged is not None:
             return dense.with_others(merged, found, layer)
@@ -348,7 +347,7 @@ class DSAAttentionBackend:
 
         Args:
             q: `config.dtype` [num_tokens, num_heads, kv_lora_rank + qk_rope_head_dim]; absorbed
-                query, result of `prepare_mla_query`.
+                query, result of `absorbed_query` or of the operator `prepare_mla_query`.
             selection: int32 [num_tokens, topk] or [num_tokens, 1, topk]; result of `select`.
 
         Returns:

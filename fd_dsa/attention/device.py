@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from fd_dsa import custom_ops
 from fd_dsa.attention.config import DSABackendConfig
@@ -29,7 +29,9 @@ from fd_dsa.errors import KernelUnavailable
 from fd_dsa.ops.arrays import check_shape, rounded_length, values_of
 from fd_dsa.ops.cache_write import CacheWriteParams
 from fd_dsa.ops.cache_write.triton_kernel import write_caches
+from fd_dsa.ops.head_gemm import absorb_queries
 from fd_dsa.ops.key_bounds import prompt_windows
+from fd_dsa.ops.linear import Linear
 from fd_dsa.ops.mla.custom_op import kind_for
 from fd_dsa.ops.mla.records import DequantizedRecords, keys_per_token
 from fd_dsa.ops.mla.tensor_core import TensorCoreAttention, select_attention
@@ -44,7 +46,7 @@ from fd_dsa.ops.providers import (
     select_all,
     select_provider,
 )
-from fd_dsa.ops.query_kernels import prepare_indexer_query, prepare_mla_query
+from fd_dsa.ops.query_kernels import prepare_indexer_query
 from fd_dsa.ops.topk.custom_op import slot_selector
 from fd_dsa.step import ForwardMeta
 from fd_dsa.tensor import Tensor
@@ -52,6 +54,7 @@ from fd_dsa.triton_runtime.device_api import traits_for
 
 if TYPE_CHECKING:
     from fd_dsa.attention.dense_prompts import DensePrompts
+    from fd_dsa.ops.device_matrix import DeviceMatrix
 
 logger = logging.getLogger(__name__)
 Projected = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -200,7 +203,7 @@ class DeviceAttention:
         return self._view("index_k", num_tokens), self._view("head_weights", num_tokens)
 
     def mla_query_buffer(self, num_tokens: int) -> Tensor:
-        """Return the buffer that `prepare_mla_query` writes and `attend` reads."""
+        """Return the buffer of the absorbed query, which `attend` reads."""
         return self._view("mla_q", num_tokens)
 
     def allocate_cache(self, shape: list[int]) -> Tensor:
@@ -247,12 +250,12 @@ class DeviceAttention:
         how = {"rope_interleave": rope_interleave, **self._query_format}
         return prepare_indexer_query(q, weights, None, cos_sin, out=out, **how)
 
-    def prepare_mla_query(
-        self, q_latent: Tensor, q_pe: Tensor, position_ids: Tensor | None, cos_sin: Tensor
+    def absorbed_query(
+        self, keys: Linear, q: Tensor, rows: Tensor | None, cos_sin: Tensor
     ) -> Tensor:
-        """Run the operator of this name, with its result in `mla_query_buffer`."""
-        out = self.mla_query_buffer(q_latent.shape[0])
-        return prepare_mla_query(q_latent, q_pe, position_ids, cos_sin, out)
+        """Run `absorb_queries`, with its result in `mla_query_buffer`."""
+        weight = cast("DeviceMatrix", keys).values
+        return absorb_queries(q, weight, cos_sin, self.mla_query_buffer(q.shape[0]), rows)
 
     def select(self, step: ForwardMeta, q: Tensor, weights: Tensor, cache: Tensor) -> Tensor:
         """Select keys, see DSAAttentionBackend.select. The cache is the layer's indexer cache.

@@ -17,8 +17,7 @@ from fd_dsa.attention.config import DSABackendConfig
 from fd_dsa.attention.protocol import HostLengths, MlaLayer, PromptLimits
 from fd_dsa.distributed import Group
 from fd_dsa.environment import exchanged_min_tokens
-from fd_dsa.ops.head_gemm import join_columns
-from fd_dsa.ops.query_kernels import prepare_mla_query
+from fd_dsa.ops.head_gemm import absorb_queries, join_columns
 from fd_dsa.step import ForwardMeta
 from fd_dsa.tensor import Tensor
 
@@ -97,12 +96,10 @@ class HeadExchange:
         """
         assert self._own_step is not None, "only called in a divided step"
         keys, values = (_whole(weight) for weight in (layer.k_b_proj, layer.v_b_proj))
-        own, nope = self._own, layer.nope_dim
+        own = self._own
         count = own.stop - own.start
-        own_q = self._to_tokens(q, count)
-        absorbed = keys.matmul_by_head(own_q[:, :, :nope])
         query, latents = self._view("whole_q", count), self._view("whole_latents", count)
-        prepare_mla_query(absorbed, own_q[:, :, nope:], None, cos_sin[own], query)
+        absorb_queries(self._to_tokens(q, count), keys.values, cos_sin[own], query)
         self._attend(self._own_step, query, cache, selection[own], latents)
         return self._to_heads(values.matmul_by_head(latents), q.shape[0])
 

@@ -17,6 +17,7 @@ from fd_dsa.ops.arrays import Scratch, as_numpy, check_shape
 from fd_dsa.ops.cache_write import CacheWriteParams, store_keys, write_caches
 from fd_dsa.ops.host_rows import rotate_
 from fd_dsa.ops.key_bounds import positions_to_slots
+from fd_dsa.ops.linear import Linear
 from fd_dsa.ops.logits.host_scores import score_gathered, score_paged
 from fd_dsa.ops.mla import KeyLists, attend_dense, attend_gathered
 from fd_dsa.ops.providers import select_all
@@ -107,16 +108,14 @@ class HostAttention:
         how = {"rope_interleave": rope_interleave, **self._query_format}
         return prepare_on_host(q, weights, None, cos_sin, **how)
 
-    def prepare_mla_query(
-        self,
-        q_latent: np.ndarray,
-        q_pe: np.ndarray,
-        position_ids: Array | None,
-        cos_sin: np.ndarray,
+    def absorbed_query(
+        self, keys: Linear, q: np.ndarray, rows: Array | None, cos_sin: np.ndarray
     ) -> np.ndarray:
-        """Join both parts of the absorbed query and rotate the second one."""
-        query = np.concatenate((q_latent, q_pe), axis=-1)
-        rotate_(query[:, :, q_latent.shape[2] :], cos_sin, interleaved=True)
+        """Multiply the first values of each head by `keys`, and rotate the others."""
+        latent, pairs = np.split(q, [q.shape[2] - cos_sin.shape[1]], axis=2)
+        absorbed = as_numpy(keys.matmul_by_head(latent))
+        query = np.concatenate((absorbed, pairs), axis=-1)
+        rotate_(query[:, :, absorbed.shape[2] :], cos_sin, interleaved=True)
         return query
 
     def plan(self, step: ForwardMeta) -> StepPlan:

@@ -229,13 +229,11 @@ class MlaLayer(WrittenLayer, Protocol):
     """Projections of a layer with multi-head latent attention.
 
     Attributes:
-        nope_dim: width of a head's query without its rotated part.
         indexer: indexer of the layer, None if it shares the selection of an earlier layer.
         k_b_proj, v_b_proj: up-projections of keys and values, a matrix for each head.
         o_proj: output projection.
     """
 
-    nope_dim: int
     k_b_proj: Linear
     v_b_proj: Linear
     o_proj: Linear
@@ -258,5 +256,5 @@ class MlaLayer(WrittenLayer, Protocol):
         """Project latents to queries.
 
         Returns:
-            [num_tokens, num_heads, nope_dim + qk_rope_head_dim].
+            [num_tokens, num_heads, qk_nope_head_dim + qk_rope_head_dim].
         """

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fd_dsa.ops.arrays import dtype_name
+from fd_dsa.errors import ShapeError
+from fd_dsa.ops.arrays import dtype_name, outer_strides
 from fd_dsa.ops.dense_kernels import (
     GROUP,
     empty_beside,
@@ -17,7 +18,14 @@ from fd_dsa.ops.dense_kernels import (
     kernel_arguments,
     quantized,
 )
-from fd_dsa.ops.device_functions import to_bfloat16, widened
+from fd_dsa.ops.device_functions import (
+    load_pairs,
+    rotated,
+    store_pairs,
+    stored,
+    to_bfloat16,
+    widened,
+)
 from fd_dsa.ops.split_sums import rows_of_tiles
 from fd_dsa.ops.step_kernel import step_kernel
 from fd_dsa.tensor import Fp8Rows, Tensor
@@ -33,13 +41,13 @@ _BLOCK = 1024
 @triton.jit
 def store_heads(
     values, token, column, head, heads, live, inside, out_ptr, codes_ptr, scales_ptr,
-    scales_stride, OUT: tl.constexpr, ROUND_SCALES: tl.constexpr,
+    scales_stride, WIDTH: tl.constexpr, ROUND_SCALES: tl.constexpr,
 ):  # fmt: skip
-    """Store float32 `values` [tokens, columns] of a head to rows [heads * OUT] of `token`.
+    """Store float32 `values` [tokens, columns] of a head to rows [heads * WIDTH] of `token`.
 
     Without `out_ptr` the values are quantized. The columns are then one group.
     """
-    place = (token[:, None] * heads + head) * OUT + column[None, :]
+    place = (token[:, None] * heads + head) * WIDTH + column[None, :]
     if out_ptr is not None:
         if out_ptr.dtype.element_ty == tl.bfloat16:
             values = to_bfloat16(values)
@@ -52,6 +60,30 @@ def store_heads(
         tl.store(codes_ptr + place, codes, mask=live[:, None])
 
 
+@triton.jit
+def _store_rotated(
+    x, token, head, heads, live, angle_rows_ptr, cos_sin_ptr, num_angles, out_ptr,
+    OUT: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """Store rotated pairs of a head after its OUT values.
+
+    Args:
+        x: pointers to the pairs of each token.
+    """
+    angle_row = token
+    if angle_rows_ptr is not None:
+        angle_row = tl.load(angle_rows_ptr + token, mask=live, other=0).to(tl.int64)
+        # a number past the table must not become an address
+        angle_row = tl.minimum(tl.maximum(angle_row, 0), num_angles - 1)
+    mask = live[:, None]
+    angle = (cos_sin_ptr + angle_row * (2 * HALF))[:, None] + tl.arange(0, HALF)[None, :]
+    cos, sin = tl.load(angle, mask=mask), tl.load(angle + HALF, mask=mask)
+    first, second = load_pairs(x[:, None], mask, HALF, True)
+    first, second = rotated(first, second, cos, sin)
+    out = (out_ptr + (token * heads + head) * (OUT + 2 * HALF) + OUT)[:, None]
+    store_pairs(out, stored(first, out), stored(second, out), mask, HALF, True)
+
+
 @step_kernel(strided=("x_ptr",), waits=True)
 def head_gemm_kernel(
     x_ptr,
@@ -60,6 +92,9 @@ def head_gemm_kernel(
     weight_ptr,
     rows_ptr,
     count_ptr,
+    angle_rows_ptr,
+    cos_sin_ptr,
+    num_angles,
     out_ptr,
     codes_ptr,
     scales_ptr,
@@ -67,6 +102,7 @@ def head_gemm_kernel(
     num_tokens,
     IN: tl.constexpr,
     OUT: tl.constexpr,
+    HALF: tl.constexpr,
     IN_FIRST: tl.constexpr,
     ROUND_SCALES: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
@@ -77,20 +113,30 @@ def head_gemm_kernel(
 
     The weight of a head is [IN, OUT], or [OUT, IN] without IN_FIRST. Without `out_ptr` the block,
     which is one group, is quantized. A tile past the tokens at `count_ptr` reads and writes
-    nothing.
+    nothing. With HALF a head of `x` has HALF pairs after its IN values. The program after the last
+    block rotates them.
     """
     wait_for_inputs()
     head, heads = tl.program_id(1).to(tl.int64), tl.num_programs(1)
     token = tl.program_id(2).to(tl.int64) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    live = token < num_tokens
+    x = x_ptr + token * token_stride + head * head_stride
+    if HALF > 0:  # noqa: SIM102, a constant and a number of the device
+        if tl.program_id(0) * BLOCK_OUT >= OUT:
+            start_next()
+            _store_rotated(
+                x + IN, token, head, heads, live, angle_rows_ptr, cos_sin_ptr, num_angles, out_ptr,
+                OUT, HALF,
+            )  # fmt: skip
+            return
     column = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    live, inside = token < num_tokens, column < OUT
-    end = IN
+    inside, end = column < OUT, IN
     if count_ptr is not None:
         count = tl.load(count_ptr)
         live &= token < count
         end = tl.where(tl.program_id(2) * BLOCK_TOKENS < count, IN, 0)
     step = tl.arange(0, BLOCK_IN)
-    x = x_ptr + token[:, None] * token_stride + head * head_stride + step[None, :]
+    row = x[:, None] + step[None, :]
     if IN_FIRST:
         weight = weight_ptr + (head * IN + step[:, None]) * OUT + column[None, :]
     else:
@@ -99,7 +145,7 @@ def head_gemm_kernel(
     total = tl.zeros([BLOCK_TOKENS, BLOCK_OUT], tl.float32)
     for start in range(0, end, BLOCK_IN):
         here = start + step < IN
-        left = tl.load(x + start, mask=live[:, None] & here[None, :], other=0.0)
+        left = tl.load(row + start, mask=live[:, None] & here[None, :], other=0.0)
         right = tl.load(weight + start * to_next, mask=here[:, None] & inside[None, :], other=0.0)
         total = tl.dot(left, right, acc=total, input_precision="ieee")
     start_next()
@@ -107,8 +153,8 @@ def head_gemm_kernel(
         token = tl.load(rows_ptr + token, mask=live, other=-1).to(tl.int64)
         live = token >= 0
     store_heads(
-        total, token, column, head, heads, live, inside,
-        out_ptr, codes_ptr, scales_ptr, scales_stride, OUT, ROUND_SCALES,
+        total, token, column, head, heads, live, inside, out_ptr, codes_ptr, scales_ptr,
+        scales_stride, OUT + 2 * HALF, ROUND_SCALES,
     )  # fmt: skip
 
 
@@ -142,8 +188,40 @@ def head_gemm(
     if out is None:
         out = empty_heads(x, x.shape[0], heads, out_width, round_scales)
     shape = heads, in_width, out_width
-    how = {"in_first": in_first, "round_scales": bool(round_scales)}
+    how: dict[str, Any] = {"in_first": in_first, "round_scales": bool(round_scales)}
     _launch(x, weight, shape, out, rows, count, **how)
+    return out
+
+
+def absorb_queries(
+    q: Tensor, weight: Tensor, cos_sin: Tensor, out: Tensor, rows: Tensor | None = None
+) -> Tensor:
+    """Make MLA's absorbed query in one launch: a GEMM by heads, and the rotation beside it.
+
+        out[t, h] = q[t, h, :in] @ weight[h], then RoPE(q[t, h, in:]) in interleaved pairs
+
+    Rotated values have the bits of `fd_dsa.ops.mla_query.prepare_mla_query`.
+
+    Args:
+        q: float32 or bfloat16 [num_tokens, heads, in + rope_dim]. The values of a head are
+            contiguous.
+        weight: [heads, in, rank], contiguous, of the dtype of q.
+        cos_sin: float32 [num_angles, rope_dim], cos in the first half, sin in the second.
+        out: [num_tokens, heads, rank + rope_dim], contiguous, of the dtype of q.
+        rows: integers [num_tokens], row of `cos_sin` for each token, clamped to the table. None =
+            the first rows in order.
+
+    Raises:
+        ShapeError: the kernel does not support a width or stride.
+    """
+    half, strides = cos_sin.shape[1] // 2, outer_strides("absorb_queries", "q", q)
+    pairs_at = weight.shape[1], *strides, q.data_ptr() // q.element_size()
+    if half & (half - 1) or any(place % 2 for place in pairs_at):
+        raise ShapeError(
+            "absorb_queries: a device needs a power of two as rope_dim, and pairs of q at even "
+            f"places, got {2 * half}, and {pairs_at} as first pair, strides and address in values"
+        )
+    _launch(q, weight, weight.shape, out, angles=(rows, cos_sin))
     return out
 
 
@@ -171,10 +249,15 @@ def _launch(
     rows: Tensor | None = None,
     count: Tensor | None = None,
     *,
+    angles: tuple[Tensor | None, Tensor] | None = None,
     in_first: bool = True,
     round_scales: bool = False,
 ) -> None:
-    """Launch the kernel that fills `out`, for a weight of `shape` (heads, in, out)."""
+    """Launch the kernel that fills `out`, for a weight of `shape` (heads, in, out).
+
+    Args:
+        angles: `rows` and `cos_sin` of `absorb_queries`, None without a rotation.
+    """
     num_tokens, is_shared, (heads, width, out_width) = x.shape[0], len(x.shape) == 2, shape
     if num_tokens:
         tiled = rows_of_tiles(num_tokens)
@@ -185,12 +268,15 @@ def _launch(
         if dtype_name(x.dtype) == "float32":
             # without tensor cores the registers hold the whole tile
             tokens, columns, depth = min(tokens, 32), min(columns, 32), min(depth, 32)
-        grid = -(-out_width // columns), heads, -(-num_tokens // tokens)
+        angle_rows, cos_sin = angles or (None, None)
+        num_angles, half = (0, 0) if cos_sin is None else (cos_sin.shape[0], cos_sin.shape[1] // 2)
+        grid = -(-out_width // columns) + (half > 0), heads, -(-num_tokens // tokens)
         head_gemm_kernel[grid](
             x, x.strides[0], 0 if is_shared else x.strides[1], weight, rows, count,
-            *kernel_arguments(out), num_tokens, IN=width, OUT=out_width, IN_FIRST=in_first,
-            ROUND_SCALES=round_scales, BLOCK_TOKENS=tokens, BLOCK_IN=depth, BLOCK_OUT=columns,
-            num_warps=4 if few else 8, num_stages=3,
+            angle_rows, cos_sin, num_angles, *kernel_arguments(out), num_tokens,
+            IN=width, OUT=out_width, HALF=half, IN_FIRST=in_first, ROUND_SCALES=round_scales,
+            BLOCK_TOKENS=tokens, BLOCK_IN=depth, BLOCK_OUT=columns,
+            num_warps=4 if few else 8, num_stages=3, enable_fp_fusion=half == 0,
         )  # fmt: skip
 
 

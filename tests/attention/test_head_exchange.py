@@ -108,8 +108,7 @@ def test_values_by_tokens_are_those_by_heads(
     step, whole = step_of(m, ROWS), (DeviceMatrix(keys), DeviceMatrix(values))
 
     alone = DeviceAttention(config(dtype, 1, all_heads), m.poisoned)
-    query, absorbed = put(q), whole[0].matmul_by_head(put(q)[:, :, :NOPE])
-    query = alone.prepare_mla_query(absorbed, query[:, :, NOPE:], None, cos_sin)
+    query = alone.absorbed_query(whole[0], put(q), None, cos_sin)
     by_heads = m.get(whole[1].matmul_by_head(alone.attend(step, query, cache, selection)))
 
     by_rank = [q[:, r * HEADS : (r + 1) * HEADS] for r in range(size)]
@@ -123,7 +122,6 @@ def test_values_by_tokens_are_those_by_heads(
         layer: Any = SimpleNamespace(
             k_b_proj=DeviceMatrix(keys[own], whole=whole[0]),
             v_b_proj=DeviceMatrix(values[own], whole=whole[1]),
-            nope_dim=NOPE,
         )
         assert attention.exchange is not None
         ours = put(np.ascontiguousarray(by_rank[rank]))

@@ -276,16 +276,17 @@ for nope, values in (128, 128), (192, 256):
     compile(f"prompts {nope}", attend_prompts_kernel, types, NOPE=nope, HALF=32, VALUES=values,
             NOPE_PADDED=triton.next_power_of_2(nope), VALUES_PADDED=values, ROUND_SCALES=True,
             ROWS=128, **tiling.options, **dict.fromkeys(absent))
-# the head with FD_DSA_BATCH_INVARIANT=1
-compile("linear", head_gemm_kernel, dict.fromkeys(("x_ptr", "weight_ptr"), "bfloat16"), IN=7168,
-        OUT=129280, IN_FIRST=False, ROUND_SCALES=False, BLOCK_TOKENS=128, BLOCK_IN=64,
-        BLOCK_OUT=128, num_warps=8, num_stages=3,
-        **dict.fromkeys(("codes_ptr", "scales_ptr", "rows_ptr", "count_ptr")))
-# keys of every head in a captured step with prompts
-compile("linear", head_gemm_kernel, dict.fromkeys(("x_ptr", "weight_ptr"), "bfloat16"), IN=512,
-        OUT=128, IN_FIRST=False, ROUND_SCALES=False, BLOCK_TOKENS=128, BLOCK_IN=64,
-        BLOCK_OUT=128, num_warps=8, num_stages=3,
-        **dict.fromkeys(("codes_ptr", "scales_ptr", "rows_ptr")))
+# the head with FD_DSA_BATCH_INVARIANT=1, keys of every head in a captured step with prompts, and
+# MLA's query of a few and of many tokens
+ABSENT = dict.fromkeys(("codes_ptr", "scales_ptr", "rows_ptr"))
+plain = dict.fromkeys(("x_ptr", "weight_ptr"), "bfloat16")
+for width, out, tokens, half in (7168, 129280, 128, 0), (512, 128, 128, 0), (128, 512, 16, 32), (
+        128, 512, 128, 32):
+    options = ABSENT | ({} if width == 512 else {"count_ptr": None})
+    compile(f"linear {tokens}", head_gemm_kernel, plain if half == 0 else plain | {
+                "out_ptr": "bfloat16", "angle_rows_ptr": "int32"}, half == 0, IN=width, OUT=out,
+            HALF=half, IN_FIRST=half > 0, ROUND_SCALES=False, BLOCK_TOKENS=tokens, BLOCK_IN=64,
+            BLOCK_OUT=128, num_warps=4 if tokens == 16 else 8, num_stages=3, **options)
 for rows in 1, 1024:
     compile("absorbed", list_absorbed_kernel, ROWS=rows, PLACES=16)
 for cache in "uint8", "bfloat16":

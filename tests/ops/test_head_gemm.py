@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
 pytest.importorskip("paddle", reason="the launches take Paddle's tensors")
 
+from fd_dsa.ops.cache_write import bfloat16_bits
 from tests.kernel_memory import POISON, KernelMemory
 
 HEADS, IN, OUT = 3, 40, 24
@@ -53,3 +56,36 @@ def test_tokens_past_a_count_on_the_device_have_no_result(
     found = m.get(out)
     np.testing.assert_array_equal(found[:count], product[:count])
     assert (np.ascontiguousarray(found[count:]).view(np.uint8) == POISON).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("tokens", [1, 5, MANY])
+@pytest.mark.parametrize("lists_rows", [True, False])
+def test_absorbed_queries_are_those_of_two_launches(
+    kernel_memory: KernelMemory, lists_rows: bool, tokens: int, dtype: str
+) -> None:
+    from fd_dsa.ops.head_gemm import absorb_queries, head_gemm
+    from fd_dsa.ops.query_kernels import prepare_mla_query
+
+    m, half, rng = kernel_memory, 8, np.random.default_rng(tokens)
+
+    def put(values: np.ndarray) -> Any:
+        return (
+            m.put(bfloat16_bits(values).view(np.uint16), dtype)
+            if dtype == "bfloat16"
+            else m.put(values)
+        )
+
+    wide = put(rng.standard_normal((tokens, HEADS, IN + 2 * half), np.float32))
+    keys = put(operands(tokens)[1])
+    table = m.put(rng.standard_normal((tokens + 2, 2 * half), np.float32))
+    # a device clamps numbers past the table
+    rows = rng.permutation(tokens).astype(np.int32)
+    rows[-1] = tokens + 9
+    numbers = m.put(rows) if lists_rows else None
+    wanted = m.poisoned((tokens, HEADS, OUT + 2 * half), dtype)
+    latent = head_gemm(wide[:, :, :IN], keys)
+    prepare_mla_query(latent, wide[:, :, IN:], numbers, table, wanted)
+    found = m.poisoned((tokens, HEADS, OUT + 2 * half), dtype)
+    absorb_queries(wide, keys, table, found, numbers)
+    np.testing.assert_array_equal(m.get(found), m.get(wanted))
