@@ -149,12 +149,12 @@ def activation_bytes(config: FamilyConfig, num_tokens: int, dtype: str) -> int:
 
 def _dsa_values(config: ModelConfig) -> int:
     """Return the values of a token in the attention of DeepSeek-V3.2 or GLM-5."""
-    heads, rank = config.num_attention_heads, config.kv_lora_rank
     # latents of queries in two forms, then latents and keys
-    latents = 5 * config.q_lora_rank // 2 + rank + config.qk_rope_head_dim + config.index_head_dim
-    # queries, absorbed queries and results
-    of_head = config.qk_head_dim + rank + config.v_head_dim
-    return latents + heads * of_head + config.index_n_heads * config.index_head_dim
+    latents = 5 * config.q_lora_rank // 2 + config.kv_lora_rank
+    latents += config.qk_rope_head_dim + config.index_head_dim
+    # queries and results
+    heads = config.num_attention_heads * (config.qk_head_dim + config.v_head_dim)
+    return latents + heads + config.index_n_heads * config.index_head_dim
 
 
 def _v4_values(config: DeepseekV4Config) -> int:
