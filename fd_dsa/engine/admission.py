@@ -24,8 +24,9 @@ class Admission:
     def reserve(self, request: Request, running: Mapping[int, Request]) -> Reservation | None:
         """Return the blocks of a waiting request, or None while it must wait.
 
-        The request waits for free blocks, for its group to compute the prompt, and for copies from
-        host memory. It waits for copies only while other requests run: they go on meanwhile.
+        The request waits for free blocks, for its group to compute or score the prompt, and for
+        copies from host memory. It waits for copies only while other requests run: they go on
+        meanwhile.
 
         Args:
             running: running requests by `seq_id`, each of which keeps one spare block.
@@ -75,7 +76,18 @@ class Admission:
     def _find_computed_blocks(
         self, request: Request, running: Mapping[int, Request]
     ) -> list[int] | None:
-        """Return blocks that a waiting request may share, None while its group computes them."""
+        """Return blocks that a waiting request may share.
+
+        Returns:
+            None while the request waits for its group, which computes the blocks or scores the
+            prompt.
+        """
+        first = request.seq_id - request.state.index
+        group = range(first, first + request.params.n)
+        computing = [running[seq_id] for seq_id in group if seq_id in running]
+        # one output of a group scores the prompt, and the others show its scores
+        if computing and request.wants_prompt_logits:
+            return None
         # cached tokens have no logits
         cached: list[int] = []
         if self._reads_prefix_cache(request):
@@ -83,9 +95,6 @@ class Admission:
         num_shared = self._blocks.num_shareable(len(request.state.prompt_token_ids))
         if len(cached) >= num_shared:
             return cached
-        first = request.seq_id - request.state.index
-        group = range(first, first + request.params.n)
-        computing = [running[seq_id] for seq_id in group if seq_id in running]
         for other in computing:
             if other.num_computed_tokens >= num_shared * self._blocks.block_size:
                 shared = self._blocks.shared_blocks(other.seq_id, num_shared)

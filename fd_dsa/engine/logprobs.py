@@ -156,10 +156,12 @@ class PromptLogprobs:
 
     Attributes:
         entries: entries of the scored tokens, with None for the first token.
+        is_shown: True if an output of the request has shown all entries.
     """
 
     def __init__(self, token_ids: list[int], num_top: int, detokenizer: Detokenizer) -> None:
         self.entries: list[TokenLogprobs | None] = [None]
+        self.is_shown = False
         self._token_ids = token_ids
         self._num_top = num_top
         self._detokenizer = detokenizer

@@ -106,6 +106,7 @@ class RequestOutput:
             before the last state, or if not asked for.
         new_ends: with drafts, for each new token the number of characters of `new_text` and of
             scores in `new_logprobs` that are shown up to it.
+        brings_prompt_logprobs: True in the first output of a request that has `prompt_logprobs`.
         num_tokens: length of `token_ids`.
         num_reasoning_tokens: number of leading output tokens up to the end of the reasoning, with
             its markers, property.
@@ -125,6 +126,7 @@ class RequestOutput:
         error: RuntimeError | None = None,
         topk_positions: TopkPositions | None = None,
         new_ends: Sequence[tuple[int, int]] = (),
+        brings_prompt_logprobs: bool = False,
     ) -> None:
         self._state = state
         self._others: Sequence[RequestOutput] = ()
@@ -152,6 +154,7 @@ class RequestOutput:
         self.error = error
         self.topk_positions = topk_positions
         self.new_ends = new_ends
+        self.brings_prompt_logprobs = brings_prompt_logprobs
 
     @staticmethod
     def of_prompt(outputs: Sequence[RequestOutput]) -> RequestOutput:
@@ -264,11 +267,12 @@ class RequestOutput:
         """Return the additions of the step, for a process that has the state before it."""
         start = (self.new_token_ids, self.new_text)
         is_first = self.num_tokens <= len(self.new_token_ids)
-        if not (is_first or self.finished or self.new_logprobs or self.num_draft_tokens):
+        has_more = is_first or self.finished or self.brings_prompt_logprobs
+        if not (has_more or self.new_logprobs or self.num_draft_tokens):
             return self.request_id, self.index, start, self.answer_start
         times = (self.arrival_time, self.first_token_time, self.finish_time)
-        # the outputs of a request share the scores of its prompt, which the first one computes
-        prompt_logprobs = self.prompt_logprobs if is_first and self.index == 0 else None
+        # the outputs of a request share the scores of its prompt
+        prompt_logprobs = self.prompt_logprobs if self.brings_prompt_logprobs else None
         more = (self.new_logprobs, self.finish_reason, self.stop_reason, self.error)
         gained = (*start, *more, self.topk_positions, self.new_ends)
         cached = self.num_cached_tokens, self.num_host_cached_tokens

@@ -60,8 +60,8 @@ class Request:
         scheduled_time, preempted_time: when it first got a row, and last lost one; seconds of
             time.monotonic(), None before.
         logprobs: scores of the output; None if not asked for.
-        prompt_logprobs: scores of the prompt, which the group shares and its first object computes;
-            None if not asked for.
+        prompt_logprobs: scores of the prompt, which the group shares and its first running object
+            computes; None if not asked for.
         topk_positions: selected keys of the newest step that sampled; None if not asked for.
         grammar: position of the output in its grammar; None without one.
         answer: beginning of the answer after the reasoning; None without reasoning.
@@ -164,7 +164,7 @@ class Request:
     def wants_prompt_logits(self) -> bool:
         """True while prompt tokens need scores, so that they may not come from the cache."""
         scores = self.prompt_logprobs
-        return scores is not None and self.state.index == 0 and not scores.is_complete
+        return scores is not None and not scores.is_complete
 
     def append_token(self, token_id: int, now: float, score: TokenScore | None = None) -> None:
         """Append a sampled token, and end the request if the token does.
@@ -294,8 +294,11 @@ class Request:
         num_tokens, num_pieces, num_scores = self._shown
         self._shown = len(state.token_ids), len(state.pieces), len(scores)
         ends, self._ends = self._ends, []
+        brings_prompt_logprobs = False
         if self.prompt_logprobs is not None and self.prompt_logprobs.is_complete:
             state.prompt_logprobs = self.prompt_logprobs.entries
+            brings_prompt_logprobs = not self.prompt_logprobs.is_shown
+            self.prompt_logprobs.is_shown = True
         return RequestOutput(
             state,
             state.token_ids[num_tokens:],
@@ -309,6 +312,7 @@ class Request:
                 (sum(map(len, state.pieces[num_pieces:pieces])), shown - num_scores)
                 for pieces, shown in ends
             ],
+            brings_prompt_logprobs,
         )
 
 

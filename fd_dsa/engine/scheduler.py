@@ -40,8 +40,8 @@ class Scheduler:
         - A request whose grammar is being compiled in another thread is not admitted, and requests
           after it are not admitted either. Running requests go on.
         - A request whose mask is late is not scheduled until it has the mask.
-        - The outputs of one request are admitted one at a time. While one of them computes the
-          prompt, the next ones and all later requests wait. Then they share its blocks.
+        - The outputs of one request are admitted one at a time. While one of them computes or
+          scores the prompt, the next ones and all later requests wait. Then they share its blocks.
         - A request is not scheduled again once its last allowed token is in flight. A request that
           was preempted with a token in flight is admitted again when the token has come.
         - Pending drafts count as tokens until they are verified. If a request with all of them ends

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fd_dsa.engine.logprobs import OutputLogprobs, score_tokens
+from fd_dsa.engine.output import OutputState, apply_additions
 from fd_dsa.engine.sampling_params import SamplingParams
 from tests.engine.fakes import VOCAB_SIZE, expected_greedy, make_engine, run_all
 from tests.engine.test_engine import letters, run_one
@@ -154,6 +155,30 @@ def test_scores_survive_chunks_cached_prefixes_and_preemption(
                 assert outputs[-1].num_cached_tokens == 0
                 check_prompt(outputs[0], runner, prompt_logprobs)
     assert max(widest) <= max_num_seqs
+
+
+@pytest.mark.parametrize("first_ends", [False, True])
+@pytest.mark.parametrize("prompt", [[7, 8, 9, 10], [*range(2, 25)]])
+def test_every_output_of_a_request_has_the_scores_of_its_prompt(prompt, first_ends):
+    """Outputs of one token, whose prompt is cached and scored by two rows a step.
+
+    The copies of the outputs are those of a process that gets only what each step adds.
+    """
+    engine = make_engine(max_num_seqs=2)
+    run_one(engine, prompt, params())
+    engine.add_request("n", prompt, params(n=3, max_tokens=1, prompt_logprobs=2))
+    assert engine.step() == []
+    ended = engine.finish_output("n", 0) if first_ends else []
+    outputs = run_all(engine)["n"]
+    assert sorted(output.index for output in ended + outputs) == [0, 1, 2]
+    copies = [OutputState("n", index, prompt) for index in range(3)]
+    for output in outputs:
+        _, *additions = output.additions()
+        check_prompt(output, engine.runner, 2)
+        check_prompt(apply_additions(copies, *additions), engine.runner, 2)
+    assert [output.brings_prompt_logprobs for output in outputs] == [True] + [False] * (
+        len(outputs) - 1
+    )
 
 
 def test_a_prompt_with_unusable_logits_ends_its_request_alone():
