@@ -37,7 +37,7 @@ def checked_sizes(
     Raises:
         ConfigError: a size is not allowed, or there is none.
     """
-    if isinstance(sizes, str) or not isinstance(sizes, Sequence):
+    if isinstance(sizes, (str, bytes, bytearray)) or not isinstance(sizes, Sequence):
         raise flag_error(name, sizes, "several integers")
     if is_eager:
         raise ConfigError(

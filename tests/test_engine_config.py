@@ -98,6 +98,7 @@ def test_sizes_of_captured_steps_with_prompts(
         ({"cudagraph_capture_sizes": ()}, "at least one integer; or take --enforce-eager"),
         ({"cudagraph_capture_sizes": 4}, "got 4, allowed: several integers"),
         ({"cudagraph_capture_sizes": (4,), "enforce_eager": True}, "together with"),
+        ({"cudagraph_prompt_sizes": b"a"}, "got b'a', allowed: several integers"),
         ({"cudagraph_prompt_sizes": (-1,)}, "got -1, allowed: integers from 0 to 8192"),
         ({"cudagraph_prompt_sizes": (8193,)}, "got 8193, .* or raise --max-num-batched-tokens"),
         ({"cudagraph_prompt_sizes": (0,), "enforce_eager": True}, "together with"),

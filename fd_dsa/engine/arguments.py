@@ -291,7 +291,9 @@ def naming(name: str, index: int, count: int, named: Collection[str]) -> Iterato
 def list_entries(name: str, value: object, rule: str, hint: str = "") -> list[Any]:
     """List the entries of an argument that has several."""
     is_unordered = isinstance(value, (str, bytes, bytearray, Mapping, set, frozenset))
-    if is_unordered or not isinstance(value, Iterable):
+    # an array without dimensions is iterable by its type alone
+    is_scalar = isinstance(value, np.ndarray) and not value.ndim
+    if is_unordered or is_scalar or not isinstance(value, Iterable):
         raise argument_error(name, value, rule, hint)
     return list(value)
 

@@ -196,10 +196,12 @@ class SamplingParams:
 
     def kept_ids(self, tokenizer: Tokenizer) -> frozenset[int]:
         """Return special tokens that stay in the text, also those around the reasoning."""
+        # a set is allowed too, and the result is a key of caches
+        kept = frozenset(self.kept_special_token_ids)
         if self.reasoning is None:
-            return self.kept_special_token_ids
+            return kept
         texts = (self.reasoning.begin, self.reasoning.end)
-        return self.kept_special_token_ids.union(tokenizer.special_ids_of(texts).values())
+        return kept.union(tokenizer.special_ids_of(texts).values())
 
     @property
     def has_rules(self) -> bool:

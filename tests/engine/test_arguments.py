@@ -75,6 +75,15 @@ def test_numbers_of_numpy_are_told_apart():
     assert SamplingParams(temperature=np.float64(0.5)).temperature == 0.5
 
 
+def test_a_set_of_kept_tokens_serves_as_a_frozenset():
+    with LLM.from_engine(make_engine()) as llm:
+        texts = [
+            llm.generate("ab", replace(GREEDY, kept_special_token_ids=kept))[0].text
+            for kept in (set(), {7}, frozenset({7}))
+        ]
+    assert len(set(texts)) == 1
+
+
 def test_replace_and_positions_are_checked_too():
     assert "write max_tokens" in refusal(replace, GREEDY, max_tokenz=5)
     assert refusal(SamplingParams, {"temperature": 0}).startswith("n: got {'temperature': 0};")
@@ -101,6 +110,7 @@ def test_structured_outputs_name_the_argument(given, expected):
         ((5,), {}, "prompts: got 5; must be a text, token ids, or a list of either"),
         ((None,), {}, "prompts: got None;"),
         ((b"ab",), {}, "prompts: got b'ab';"),
+        ((np.array(5),), {}, "prompts: got array(5); must be a text, token ids, or a list"),
         (({"prompt": "ab"},), {}, "prompts: got {'prompt': 'ab'};"),
         (({"ab"},), {}, "prompts: got {'ab'};"),
         (([{"prompt": "ab"}],), {}, "prompts[0]: got {'prompt': 'ab'}; must be a text or a list"),
