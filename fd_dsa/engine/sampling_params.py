@@ -289,6 +289,12 @@ class RequestLimits:
                 f"{num_prompt + max_tokens}; max_model_len is {self.max_model_len}; lower "
                 "max_tokens, shorten the prompt or raise max_model_len"
             )
+        if params.min_tokens > max_tokens:
+            raise ValueError(
+                f"min_tokens is {params.min_tokens}; the prompt has {num_prompt} tokens and "
+                f"max_model_len is {self.max_model_len}, so at most {max_tokens} follow; lower "
+                "min_tokens, shorten the prompt or raise max_model_len"
+            )
         # the last token is not computed, so it needs no slot of the cache
         needed = -(-(num_prompt + max_tokens - 1) // self.block_size)
         if needed > self.num_blocks:

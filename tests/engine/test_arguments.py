@@ -19,6 +19,7 @@ from tests.engine.fakes import make_engine
 
 HI = {"role": "user", "content": "ab"}
 GREEDY = SamplingParams(temperature=0, max_tokens=2)
+LONGEST = SamplingParams(temperature=0, max_tokens=None, min_tokens=61)
 UNCLOSED = StructuredOutputsParams(regex="(")
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -75,6 +76,11 @@ def test_numbers_of_numpy_are_told_apart():
     assert SamplingParams(temperature=np.float64(0.5)).temperature == 0.5
 
 
+def test_min_tokens_may_fill_the_context():
+    with LLM.from_engine(make_engine()) as llm:
+        assert len(llm.generate([2] * 3, LONGEST)[0].token_ids) == 61
+
+
 def test_a_set_of_kept_tokens_serves_as_a_frozenset():
     with LLM.from_engine(make_engine()) as llm:
         texts = [
@@ -123,6 +129,7 @@ def test_structured_outputs_name_the_argument(given, expected):
         ((["ab", []],), {}, "prompts[1]: the prompt has no tokens"),
         ((["ab", [2] * 100],), {}, "prompts[1]: the prompt has 100 tokens, max_model_len is 64"),
         (([2, 99],), {}, "prompts: token 1 of the prompt is 99"),
+        (([2] * 4, LONGEST), {}, "min_tokens is 61; the prompt has 4 tokens and max_model_len is"),
         (("ab", 5), {}, "sampling_params: got 5; must be a SamplingParams, or a list with one"),
         (("ab", {"n": 2}), {}, "must be a SamplingParams, or a list with one for each prompt; wri"),
         (("ab", [5]), {}, "sampling_params[0]: got 5; must be a SamplingParams"),
