@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 # pydantic reads only this TypedDict before Python 3.12
-from typing_extensions import TypedDict
+from typing_extensions import NotRequired, TypedDict
 
 from fd_dsa.chat.json_text import shortened_json
 from fd_dsa.errors import FdDsaError
@@ -61,6 +61,8 @@ _ANTHROPIC_TYPES = {
     429: "rate_limit_error",
     503: "overloaded_error",
 }
+# codes of the Anthropic API; it has no word for the others
+_ANTHROPIC_CODES = frozenset(("thread_unsupported_request",))
 _ANTHROPIC_PATH = "/v1/messages"
 # endpoints of other servers that clients may try, with the feature that fd_dsa lacks
 _OUT_OF_SCOPE = {
@@ -99,11 +101,18 @@ class ErrorResponse(TypedDict):
     error: ErrorObject
 
 
+class AnthropicErrorDetails(TypedDict):
+    """The code of a failure in Anthropic's API."""
+
+    error_code: str
+
+
 class AnthropicErrorObject(TypedDict):
     """A failure in the shape of Anthropic's API."""
 
     type: str
     message: str
+    details: NotRequired[AnthropicErrorDetails]
 
 
 class AnthropicErrorResponse(TypedDict):
@@ -128,7 +137,7 @@ class ApiError(FdDsaError):
         status: HTTP status, 400..599.
         message: the field, the value found, the rule, and what to do.
         param: the request field at fault, such as `messages[0].content`.
-        code: machine-readable code of the OpenAI API, such as `model_not_found`.
+        code: machine-readable code of the API, such as `model_not_found`.
         headers: extra response headers.
     """
 
@@ -154,7 +163,10 @@ class ApiError(FdDsaError):
         if is_anthropic(path):
             general = "api_error" if self.status >= 500 else "invalid_request_error"
             kind = _ANTHROPIC_TYPES.get(self.status, general)
-            return {"type": "error", "error": {"type": kind, "message": self.message}}
+            found: AnthropicErrorObject = {"type": kind, "message": self.message}
+            if self.code in _ANTHROPIC_CODES:
+                found["details"] = {"error_code": self.code}
+            return {"type": "error", "error": found}
         general = "server_error" if self.status >= 500 else "invalid_request_error"
         kind = _TYPES.get(self.status, general)
         return {

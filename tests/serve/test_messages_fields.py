@@ -79,6 +79,21 @@ def test_refusals_name_the_field(v32: Live, fields: dict[str, Any], reason: str)
     assert error["message"].startswith(reason) or reason == "prompt has"
 
 
+@pytest.mark.parametrize(
+    "thread", [{"type": "create"}, {"type": "continue", "previous_message_id": "msg_1"}]
+)
+def test_a_thread_is_refused_by_the_code_of_the_api(v32: Live, thread: dict[str, str]) -> None:
+    body = {"max_tokens": 9, "messages": HI, "thread": thread}
+    answer = v32.http.post("/v1/messages?beta=true", json=body)
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    # the client sends the whole conversation after this code
+    assert error.pop("details") == {"error_code": "thread_unsupported_request"}
+    assert error.keys() == {"type", "message"}
+    assert error["message"].startswith("thread: got {")
+    assert v32.http.post("/v1/messages", json={**body, "thread": None}).status_code == 200
+
+
 def test_failures_of_every_part_of_the_server(v32: Live) -> None:
     body = {"max_tokens": 9, "messages": HI}
     http, path = v32.http, "/v1/messages"

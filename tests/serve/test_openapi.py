@@ -227,6 +227,7 @@ def ask_wrongly(checker: Checker, _: Live) -> None:
     with running(FakeEngine()) as live:
         for path in posts:
             post(checker, live, path, 400, model=5)
+        post(checker, live, "/v1/messages", 400, messages=HI, max_tokens=9, thread=[])
         answer = live.http.get("/v1/models/none")
         checker.check("/v1/models/{name}", "get", 404, "application/json", answer.json())
     for path in posts[:4]:

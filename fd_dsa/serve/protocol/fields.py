@@ -71,7 +71,7 @@ def check_further_fields(
         allowed = " or ".join(show(v) for v in (*rule.neutral, None))
         hint = f"; use {rule.instead}" if rule.instead else ""
         reason = rule.reason or f"not supported, only {allowed}"
-        raise FieldError(f"{path}{name}: got {show(value)}; {reason}{hint}")
+        raise FieldError(f"{path}{name}: got {show(value)}; {reason}{hint}", code=rule.code)
 
 
 def refuse(message: str) -> PydanticCustomError:

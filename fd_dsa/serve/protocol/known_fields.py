@@ -21,11 +21,13 @@ class Refused(NamedTuple):
         neutral: accepted values without effect, in addition to null.
         instead: supported field for the same purpose.
         reason: reason of the refusal and advice, if the default message is not enough.
+        code: machine-readable code by which clients adapt.
     """
 
     neutral: tuple[Any, ...] = ()
     instead: str = ""
     reason: str = ""
+    code: str | None = None
 
 
 IGNORED_BECAUSE: Mapping[str, tuple[str, ...]] = {

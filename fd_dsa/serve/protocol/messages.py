@@ -34,7 +34,8 @@ REFUSED: Mapping[str, Refused] = {
     "inference_geo": Refused(reason="the model runs where this server runs; leave it out"),
     "mcp_servers": Refused(([],), reason="this server runs no tools itself; offer them as tools"),
     "speed": Refused(("standard",), reason="allowed is standard"),
-    "thread": Refused(reason=_STORES_NOTHING),
+    # after this code the tool runner of the `anthropic` client sends whole conversations
+    "thread": Refused(reason=_STORES_NOTHING, code="thread_unsupported_request"),
     # fields of chat completions
     "best_of": Refused((1,), reason="a message has one answer; send several requests"),
     "logprobs": Refused((False,), reason="messages have no scores; use /v1/chat/completions"),
