@@ -19,7 +19,7 @@ from fd_dsa.chat.tool_formats import ToolFormat
 from fd_dsa.engine.sampling_params import for_answer
 from fd_dsa.engine.structured_outputs import StructuredOutputsParams
 from fd_dsa.errors import ConfigError
-from fd_dsa.serve.errors import ApiError, FieldError, request_error
+from fd_dsa.serve.errors import ApiError, ContextLengthError, FieldError, request_error
 from fd_dsa.serve.generation import (
     Job,
     check_answer_size,
@@ -201,10 +201,10 @@ def _render(
                 **body.template_variables,
             )
     except PromptTooLong as error:
-        raise FieldError(
+        raise ContextLengthError(
             f"messages: {error}; allowed are at most {limit} bytes, the --max-prompt-bytes of this "
             "server; shorten the text",
-            code="context_length_exceeded",
+            state.engine.max_model_len,
         ) from error
     except ValueError as error:
         raise request_error(error, ("chat_template_kwargs",), "messages") from error

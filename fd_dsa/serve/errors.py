@@ -190,6 +190,22 @@ class FieldError(ApiError):
         super().__init__(400, message, param=message.partition(": ")[0], code=code)
 
 
+class ContextLengthError(FieldError):
+    """A 400 of a prompt, or of a prompt and its output, that is longer than the context.
+
+    The message ends with the words by which clients recognize this failure: many never read the
+    code. An agent then shortens its conversation.
+
+    Args:
+        is_prompt: True for a prompt that is too long by itself.
+    """
+
+    def __init__(self, message: str, max_model_len: int, *, is_prompt: bool = True) -> None:
+        prompt = "the prompt is too long, " if is_prompt else ""
+        context = f"this model's maximum context length is {max_model_len} tokens"
+        super().__init__(f"{message}; {prompt}{context}", code="context_length_exceeded")
+
+
 def internal_error(request_id: str) -> ApiError:
     """Return a 500 that names only the request, so that its details stay in the log."""
     return ApiError(

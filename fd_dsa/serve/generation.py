@@ -17,7 +17,7 @@ from fd_dsa.engine.output import ConstraintError
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.structured_outputs import StructuredOutputsParams
 from fd_dsa.errors import BusyError
-from fd_dsa.serve.errors import ApiError, FieldError, request_error
+from fd_dsa.serve.errors import ApiError, ContextLengthError, FieldError, request_error
 from fd_dsa.serve.protocol.generation import SAMPLING_FIELDS, GenerationRequest
 from fd_dsa.serve.protocol.structured import STRUCTURED_FIELDS
 from fd_dsa.serve.state import ServerState
@@ -72,10 +72,10 @@ def check_bytes(state: ServerState, texts: Iterable[str], field: str) -> None:
     )
     limit = state.options.prompt_bytes(state.engine.max_model_len)
     if num_bytes > limit:
-        raise FieldError(
+        raise ContextLengthError(
             f"{field}: has {num_bytes} bytes of text; allowed are at most {limit}, the "
             "--max-prompt-bytes of this server; shorten the text",
-            code="context_length_exceeded",
+            state.engine.max_model_len,
         )
 
 
@@ -85,10 +85,10 @@ def too_many_tokens(state: ServerState, num_tokens: int | str, field: str) -> Ap
     The text shows `num_tokens`.
     """
     limit = state.engine.max_model_len
-    return FieldError(
+    return ContextLengthError(
         f"{field}: the prompt has {num_tokens} tokens, max_model_len is {limit} and the output "
         "needs at least 1; shorten the prompt or start with a larger --max-model-len",
-        code="context_length_exceeded",
+        limit,
     )
 
 
@@ -144,10 +144,11 @@ def resolve_max_tokens(
     if requested < 1:
         raise FieldError(f"{param}: got {requested}; must be an integer >= 1")
     if requested > longest:
-        raise FieldError(
+        raise ContextLengthError(
             f"{param}: got {requested} after a prompt of {num_prompt_tokens} tokens, "
             f"max_model_len is {limit}; allowed is at most {longest} with this prompt",
-            code="context_length_exceeded",
+            limit,
+            is_prompt=False,
         )
     return requested
 

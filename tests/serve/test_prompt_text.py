@@ -28,6 +28,10 @@ from tests.serve.fake_engine import FakeEngine
 from tests.serve.test_errors import complete, error_of
 from tests.serve.test_tool_calls import RENDERERS, V32, engine_of
 
+CONTEXT = "; this model's maximum context length is {} tokens"
+TOO_LONG = CONTEXT.replace("; ", "; the prompt is too long, ")
+"""Ends of messages by which clients recognize a conversation that they have to shorten."""
+
 
 @pytest.fixture(scope="module")
 def short() -> Iterator[Live]:
@@ -68,6 +72,7 @@ def test_a_text_of_too_many_bytes_names_both_numbers(
     assert (error["param"], error["code"]) == (field, "context_length_exceeded")
     assert error["message"].startswith(f"{field}: has {num_bytes} bytes of text; allowed are")
     assert "at most 100, the --max-prompt-bytes" in error["message"]
+    assert error["message"].endswith(TOO_LONG.format(4096))
     assert short.http.post("/tokenize", json={"prompt": "a" * 100}).status_code == 200
 
 
@@ -81,6 +86,25 @@ def test_a_template_that_writes_too_much_names_the_limit(short: Live) -> None:
         in error["message"]
     )
     assert "bytes, the --max-prompt-bytes of this server; shorten" in error["message"]
+    assert error["message"].endswith(TOO_LONG.format(4096))
+
+
+@pytest.mark.parametrize("path", ["chat/completions", "completions", "responses", "messages"])
+def test_clients_recognize_a_prompt_beyond_the_context(live: Live, path: str) -> None:
+    body = {**chat("a" * 300), "max_tokens": 5}
+    if path == "completions":
+        body = {"prompt": "a" * 300}
+    elif path == "responses":
+        body = {"input": "a" * 300}
+    answer = live.http.post(f"/v1/{path}", json=body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"].endswith(TOO_LONG.format(256))
+
+
+def test_clients_recognize_an_output_beyond_the_context(live: Live) -> None:
+    error = error_of(complete(live, prompt=[1] * 200, max_tokens=57), 400)
+    assert error["message"].endswith(CONTEXT.format(256))
+    assert "too long" not in error["message"]
 
 
 def test_tools_are_texts_of_the_prompt_too() -> None:
