@@ -18,7 +18,7 @@ from fd_dsa.chat.parser import AnswerFormat
 from fd_dsa.serve.answer import respond
 from fd_dsa.serve.blocks import Block, BlockAnswer, Change
 from fd_dsa.serve.body import BodyRoute
-from fd_dsa.serve.chat_prompt import encode_conversation, make_job
+from fd_dsa.serve.chat_prompt import make_job
 from fd_dsa.serve.errors import AnthropicErrorResponse, ApiError, error_responses
 from fd_dsa.serve.generation import Job
 from fd_dsa.serve.json_response import JsonResponse
@@ -36,6 +36,7 @@ from fd_dsa.serve.protocol.messages_answers import (
     StreamEvent,
 )
 from fd_dsa.serve.state import ServerState, State
+from fd_dsa.serve.tokenization import count_prompt_tokens
 
 if TYPE_CHECKING:
     from fd_dsa.engine.output import RequestOutput
@@ -71,12 +72,7 @@ async def create_message(body: MessagesRequest, request: Request, state: State) 
 @router.post(f"{PATH}/count_tokens", summary="Tokens of a prompt", response_model=TokenCount)
 async def count_tokens(body: CountTokensRequest, request: Request, state: State) -> Response:
     """Count the tokens of the prompt that the same message would have."""
-    state.check_available()
-    state.resolve_model(body.model)
-    with body.own_names():
-        run = state.prompt_workers.run
-        tokens = await run(encode_conversation, state, body.chat, request=request)
-    count: TokenCount = {"input_tokens": len(tokens)}
+    count: TokenCount = {"input_tokens": await count_prompt_tokens(body, request, state)}
     return JsonResponse(count)
 
 

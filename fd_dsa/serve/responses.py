@@ -1,13 +1,16 @@
-"""POST /v1/responses: the Responses API of OpenAI, without storage."""
+"""POST /v1/responses and /v1/responses/input_tokens: the Responses API, without storage."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
+
+# pydantic reads only this TypedDict before Python 3.12
+from typing_extensions import TypedDict
 
 from fd_dsa.chat.parser import AnswerFormat
 from fd_dsa.serve.answer import respond
@@ -16,6 +19,7 @@ from fd_dsa.serve.body import BodyRoute
 from fd_dsa.serve.chat_prompt import make_job
 from fd_dsa.serve.errors import ApiError
 from fd_dsa.serve.generation import Job
+from fd_dsa.serve.json_response import JsonResponse
 from fd_dsa.serve.logprobs import chat_logprobs
 from fd_dsa.serve.protocol.responses import ResponsesRequest
 from fd_dsa.serve.protocol.responses_answers import (
@@ -29,10 +33,13 @@ from fd_dsa.serve.protocol.responses_answers import (
     TextPart,
 )
 from fd_dsa.serve.state import ServerState, State
+from fd_dsa.serve.tokenization import count_prompt_tokens
 
 if TYPE_CHECKING:
     from fd_dsa.engine.logprobs import TokenLogprobs
     from fd_dsa.engine.output import RequestOutput
+
+PATH = "/v1/responses"
 
 # codes of the error in a failed response
 _CODES = {400: "invalid_prompt", 429: "rate_limit_exceeded"}
@@ -41,9 +48,14 @@ _PREFIXES = {"reasoning": "rs_", "content": "msg_", "call": "fc_"}
 router = APIRouter(route_class=BodyRoute)
 
 
-@router.post(
-    "/v1/responses", summary="Answer a conversation, in items", response_model=ResponseObject
-)
+class InputTokenCount(TypedDict):
+    """Number of tokens of a prompt."""
+
+    object: Literal["response.input_tokens"]
+    input_tokens: int
+
+
+@router.post(PATH, summary="Answer a conversation, in items", response_model=ResponseObject)
 async def create_response(body: ResponsesRequest, request: Request, state: State) -> Response:
     """Answer the input in the chat format of the model. No response is stored."""
 
@@ -52,6 +64,16 @@ async def create_response(body: ResponsesRequest, request: Request, state: State
 
     with body.own_names():
         return await respond(make, "resp_", body.chat, request, state)
+
+
+@router.post(f"{PATH}/input_tokens", summary="Tokens of an input", response_model=InputTokenCount)
+async def count_input_tokens(body: ResponsesRequest, request: Request, state: State) -> Response:
+    """Count the tokens of the prompt that the same response would have."""
+    count: InputTokenCount = {
+        "object": "response.input_tokens",
+        "input_tokens": await count_prompt_tokens(body, request, state),
+    }
+    return JsonResponse(count)
 
 
 class ResponseAnswer(BlockAnswer):

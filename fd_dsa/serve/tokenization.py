@@ -19,6 +19,7 @@ from fd_dsa.serve.json_response import JsonResponse, packed, packed_list, slices
 from fd_dsa.serve.protocol.answers import PackedIds, PackedTexts
 from fd_dsa.serve.protocol.chat import ChatCompletionRequest, ChatMessage
 from fd_dsa.serve.protocol.fields import MAX_ENTRIES, Body, at_most
+from fd_dsa.serve.protocol.translation import TranslatedRequest
 from fd_dsa.serve.state import ServerState, State
 
 
@@ -76,6 +77,15 @@ async def tokenize(body: TokenizeRequest, request: Request, state: State) -> Res
     """Return the prompt's token ids for a completion or chat completion of this input."""
     state.resolve_model(body.model)
     return await state.prompt_workers.run(_tokenize, state, body, request=request)
+
+
+async def count_prompt_tokens(body: TranslatedRequest, request: Request, state: ServerState) -> int:
+    """Count the tokens of the prompt that a request of another API would have."""
+    state.check_available()
+    state.resolve_model(body.model)
+    with body.own_names():
+        run = state.prompt_workers.run
+        return len(await run(encode_conversation, state, body.chat, request=request))
 
 
 @router.post("/detokenize", summary="Text of token ids", response_model=Detokenized)

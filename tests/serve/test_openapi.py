@@ -14,6 +14,7 @@ from fd_dsa.config import EngineConfig
 from fd_dsa.serve.flags import ServerOptions
 from fd_dsa.serve.guard import OPEN_PATHS
 from fd_dsa.serve.info import INFO, engine_info, server_info
+from fd_dsa.serve.openapi import STREAMS
 from fd_dsa.startup.build import build_engine
 from tests.chat.recorded import TOOLS
 from tests.engine.threaded import threaded
@@ -184,6 +185,7 @@ def ask_demo(checker: Checker, demo: Live) -> None:
         post(checker, demo, "/v1/responses", **asked, max_output_tokens=1)
         post(checker, demo, "/v1/messages", messages=HI, max_tokens=1, stream=stream)
     post(checker, demo, "/v1/messages/count_tokens", messages=HI)
+    post(checker, demo, "/v1/responses/input_tokens", input="Hi")
     post(checker, demo, "/tokenize", prompt="Hi", return_token_strs=True)
     post(checker, demo, "/detokenize", tokens=[5, 6])
 
@@ -230,7 +232,7 @@ def ask_wrongly(checker: Checker, _: Live) -> None:
         post(checker, live, "/v1/messages", 400, messages=HI, max_tokens=9, thread=[])
         answer = live.http.get("/v1/models/none")
         checker.check("/v1/models/{name}", "get", 404, "application/json", answer.json())
-    for path in posts[:4]:
+    for path in STREAMS:
         with running(FakeEngine()) as live:
             # as a client sees it: the stream has begun
             live.engine.fail_after, live.engine.fails_alone = 2, True

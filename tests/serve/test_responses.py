@@ -183,6 +183,32 @@ def test_the_request_is_repeated_and_nothing_is_stored(v32: Live) -> None:
     assert "storage of responses is out of its scope" in found.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("fields", [{}, {"reasoning": None}, {"tool_choice": "none"}])
+def test_tokens_of_an_input_are_counted(v32: Live, fields: dict[str, Any]) -> None:
+    body = {**V32_FIELDS, "instructions": "Be short.", **fields}
+    usage = v32.http.post("/v1/responses", json=body).json()["usage"]
+    num_requests = len(v32.engine.requests)
+    for more in ({}, {"max_output_tokens": 5}, {"stream": True}):
+        counted = v32.http.post("/v1/responses/input_tokens", json={**body, **more})
+        assert counted.json() == {
+            "object": "response.input_tokens",
+            "input_tokens": usage["input_tokens"],
+        }
+    assert len(v32.engine.requests) == num_requests
+
+
+def test_refusals_of_a_count_name_the_field(v32: Live) -> None:
+    for fields, param in (
+        ({"input": []}, "input"),
+        ({"input": "a" * 9999}, "input"),
+        ({"input": "a", "previous_response_id": "r"}, "previous_response_id"),
+        ({"input": "a", "model": "x"}, "model"),
+    ):
+        answer = v32.http.post("/v1/responses/input_tokens", json=fields)
+        assert answer.status_code == (404 if param == "model" else 400)
+        assert answer.json()["error"]["param"] == param
+
+
 def test_cut_by_its_length(v32: Live) -> None:
     for num_tokens in (2, len(V32.tokens) // 2):
         fields = {**V32_FIELDS, "max_output_tokens": num_tokens}

@@ -23,6 +23,7 @@ BODIES: dict[str, type[Body]] = {
     "/v1/completions": CompletionRequest,
     "/v1/chat/completions": ChatCompletionRequest,
     "/v1/responses": ResponsesRequest,
+    "/v1/responses/input_tokens": ResponsesRequest,
     "/v1/messages": MessagesRequest,
     "/v1/messages/count_tokens": CountTokensRequest,
     "/tokenize": TokenizeRequest,
@@ -178,7 +179,7 @@ def _valid(draw: random.Random, path: str) -> dict[str, Any]:
     """A body without a fault."""
     if path == "/detokenize":
         return {"tokens": [5, 6, 7]}
-    if path == "/v1/responses":
+    if path.startswith("/v1/responses"):
         return {"input": "hello", "max_output_tokens": draw.choice([1, 3, 12])}
     if path == "/v1/chat/completions" or path.startswith("/v1/messages"):
         body: dict[str, Any] = {"messages": [{"role": "user", "content": "hello"}]}
