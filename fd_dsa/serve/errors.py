@@ -76,6 +76,7 @@ _OUT_OF_SCOPE = {
     "/v1/files": "files",
     "/v1/batches": "batches of files",
     "/v1/fine_tuning": "training",
+    "/v1/responses/compact": "compaction of conversations",
     "/v1/responses": "storage of responses",
     "/v1/messages/batches": "batches of messages",
 }

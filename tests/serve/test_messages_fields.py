@@ -52,6 +52,11 @@ def error_of(answer: Any) -> dict[str, Any]:
         ({"system": 3}, "system: got 3"),
         ({"system": [{"type": "image"}]}, "system[0].type"),
         ({"tools": [{"type": "web_search_20250305", "name": "w"}]}, "tools[0].type: got"),
+        (
+            {"tools": [{"type": "bash_20250124", "name": "bash"}]},
+            'tools[0].type: got "bash_20250124"; this server runs no tools itself, the client '
+            "does, and describes each by a schema; allowed is custom",
+        ),
         ({"tools": [{"name": "w"}]}, "tools[0].input_schema: got null"),
         ({"tools": [{"name": "a b", "input_schema": {}}]}, "tools[0].name: got"),
         ({"tool_choice": {"type": "any"}}, "tool_choice: requires a call"),

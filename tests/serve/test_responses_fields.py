@@ -52,6 +52,7 @@ def error_of(live: Live, **fields: Any) -> dict[str, Any]:
         ({"max_output_tokens": 99999}, "max_output_tokens", "max_model_len"),
         ({"max_output_tokens": 0}, "max_output_tokens", ""),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type", "the client does"),
+        ({"tools": [{"type": "custom", "name": "patch"}]}, "tools[0].type", "by a schema"),
         ({"tools": [{"type": "function"}]}, "tools[0].name", "missing"),
         ({"tools": [{"type": "function", "name": "a b"}]}, "tools[0].name", "white space"),
         ({"tools": [FUNCTIONS[0], FUNCTIONS[0]]}, "tools[1].name", "a second time"),

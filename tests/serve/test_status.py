@@ -176,6 +176,7 @@ OUT_OF_SCOPE = {
     "/v1/rerank": "reranking",
     "/v1/audio/speech": "audio",
     "/v1/images/generations": "images",
+    "/v1/responses/compact": "compaction of conversations",
     "/v1/responses/resp_1/cancel": "storage of responses",
 }
 

@@ -15,6 +15,7 @@ from fd_dsa.serve.protocol.known_fields import Refused
 from fd_dsa.serve.protocol.messages_input import add_messages, joined_texts
 from fd_dsa.serve.protocol.tools import MAX_TOOLS
 from fd_dsa.serve.protocol.translation import (
+    RUNS_NO_TOOLS,
     Node,
     TranslatedRequest,
     Translation,
@@ -120,7 +121,7 @@ class CountTokensRequest(TranslatedRequest, json_schema_extra={"examples": [_EXA
 
     def _translate_tools(self, made: Translation) -> None:
         for node in nodes(self.tools or [], "tools"):
-            node.kind(("custom",), "this server runs no tools itself, the client does", "custom")
+            node.kind(("custom",), RUNS_NO_TOOLS, "custom")
             check_further_fields(node.fields, REFUSED_IN["tools"], f"{node.path}.")
             function = {**node.kept(_FUNCTION_FIELDS), "parameters": node.schema("input_schema")}
             made.add_tool(node.path, "input_schema", function)

@@ -24,6 +24,7 @@ from fd_dsa.serve.protocol.known_fields import Refused
 from fd_dsa.serve.protocol.responses_input import add_items
 from fd_dsa.serve.protocol.tools import MAX_TOOLS
 from fd_dsa.serve.protocol.translation import (
+    RUNS_NO_TOOLS,
     Node,
     TranslatedRequest,
     Translation,
@@ -248,7 +249,7 @@ class ResponsesRequest(TranslatedRequest, json_schema_extra={"examples": [_EXAMP
                 f"tool_choice: got {show(choice)}; allowed are {', '.join(_CHOICES)} and an object"
             )
         for node in nodes(self.tools or [], "tools"):
-            node.kind(("function",), "this server runs no tools itself, the client does")
+            node.kind(("function",), RUNS_NO_TOOLS)
             check_further_fields(node.fields, REFUSED_IN["tools"], f"{node.path}.")
             node.text("name")
             made.add_tool(node.path, "parameters", node.kept(_FUNCTION_FIELDS))

@@ -30,6 +30,8 @@ _OF_CHAT = frozenset(
 EXTENSIONS = frozenset(ChatCompletionRequest.model_fields) - _OF_CHAT - set(_SAME)
 """Fields of a chat completion that other APIs accept under the same names."""
 READS_TEXT = "this server reads text only"
+# some tools of a client are without a schema, because models of the API know them
+RUNS_NO_TOOLS = "this server runs no tools itself, the client does, and describes each by a schema"
 
 
 def refused_beside(own: Mapping[str, Refused], ignored: Collection[str]) -> dict[str, Refused]:
