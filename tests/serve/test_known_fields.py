@@ -136,6 +136,8 @@ def test_unknown_fields_are_reported(caplog: pytest.LogCaptureFixture) -> None:
         ({"type": "json_object"}, ("json_object", True)),
         ({"type": "json_object", "schema": None}, ("json_object", True)),
         ({"type": "json_object", "schema": {"type": "object"}}, ("json", {"type": "object"})),
+        ({"type": "json_object", "value": {"a": 1}}, ("json", {"a": 1})),
+        ({"type": "json_object", "value": {}, "schema": None}, ("json", {})),
         ({"type": "json_schema", "schema": {"a": 1}}, ("json", {"a": 1})),
         (
             {
@@ -160,6 +162,9 @@ def test_forms_of_response_format(live: Live, fields: dict[str, Any], form: Any)
         {"type": "text", "schema": {}},
         {"type": "json_object", "json_schema": {"schema": {}}},
         {"type": "json_object", "schema": "{}"},
+        {"type": "json_object", "value": "{}"},
+        {"type": "json_object", "schema": {}, "value": {}},
+        {"type": "json_schema", "value": {}},
         {"type": "json_schema", "schema": {}, "json_schema": {"schema": {}}},
         {"type": "json_schema", "json_schema": {"schema": {}, "grammar": "x"}},
         {"type": "json_schema", "json_schema": []},

@@ -235,7 +235,7 @@ IGNORED_STRUCTURED_OUTPUTS = frozenset(("disable_fallback", "_backend", "backend
 
 RESPONSE_FORMAT_FIELDS: Mapping[str, tuple[str, ...]] = {
     "text": (),
-    "json_object": ("schema",),
+    "json_object": ("schema", "value"),
     "json_schema": ("json_schema", "schema"),
 }
 """Type of `response_format` -> its other fields."""

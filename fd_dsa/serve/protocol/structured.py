@@ -31,21 +31,25 @@ def _response_format(value: Any) -> dict[str, Any] | None:
     """Return the form of `response_format`, in the notation of any server.
 
     OpenAI, vLLM and SGLang put the schema into `json_schema.schema`. llama.cpp and hosted APIs put
-    it into `schema`, with type json_object or json_schema.
+    it into `schema`, with type json_object or json_schema. The client of Hugging Face puts it into
+    `value`, with type json_object.
     """
     kind = value.get("type") if isinstance(value, dict) else None
     if not isinstance(kind, str) or kind not in RESPONSE_FORMAT_FIELDS:
         types = ", ".join(RESPONSE_FORMAT_FIELDS)
         raise refuse(f"got {show(value)}; allowed is an object of type {types}")
     _check_names(value, ("type", *RESPONSE_FORMAT_FIELDS[kind]), f"of type {kind} ")
-    wrapper, schema = value.get("json_schema"), value.get("schema")
+    wrapper = value.get("json_schema")
+    given = [value.get("schema"), value.get("value")]
     if wrapper is not None:
         if not isinstance(wrapper, dict):
             raise refuse(f"got {show(wrapper)} as json_schema; allowed is an object with a schema")
         _check_names(wrapper, JSON_SCHEMA_FIELDS, "has a json_schema that ")
-        if schema is not None and wrapper.get("schema") is not None:
-            raise refuse("has a schema twice; send json_schema.schema or schema")
-        schema = wrapper.get("schema") if schema is None else schema
+        given.append(wrapper.get("schema"))
+    schemas = [schema for schema in given if schema is not None]
+    if len(schemas) > 1:
+        raise refuse("has a schema twice; send json_schema.schema or schema")
+    schema = schemas[0] if schemas else None
     if schema is None and kind != "json_schema":
         return {"json_object": True} if kind == "json_object" else None
     if not isinstance(schema, dict):
@@ -98,6 +102,7 @@ _ResponseFormat = Annotated[
                 "type": {"type": "string", "enum": list(RESPONSE_FORMAT_FIELDS)},
                 "json_schema": {**_OBJECT, "properties": {"schema": _OBJECT}},
                 "schema": _OBJECT,
+                "value": _OBJECT,
             },
             "required": ["type"],
         }
