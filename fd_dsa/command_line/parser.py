@@ -50,6 +50,9 @@ class Parser(argparse.ArgumentParser):
         message = re.sub(r"^argument ([^:]+): ", r"\1: ", message)
         if choice := _CHOICE.fullmatch(message):
             where, got, listed = choice.groups()
+            if where == "COMMAND: ":
+                # the word may be the value of a flag whose command is missing
+                self._refuse_unknown(self._words[: self._words.index(got)])
             known = re.findall(r"[\w.-]+", listed)
             what = "unknown command " if where == "COMMAND: " else f"{where}got "
             hint = nearest(got, known, "")
@@ -57,12 +60,8 @@ class Parser(argparse.ArgumentParser):
         if explicit := _EXPLICIT.fullmatch(message):
             message = explicit[1] + shorten(explicit[2])
         if "arguments are required: " in message:
-            for word in self._words:
-                # a short flag may have its value in the same word
-                flag = word.partition("=")[0] if word.startswith("--") else word[:2]
-                if re.match("-+[a-zA-Z]", word) and flag not in self._option_string_actions:
-                    # a mistyped flag is mostly the reason
-                    raise self._unknown(word)
+            # a mistyped flag is mostly the reason
+            self._refuse_unknown(self._words)
             message += "; --help shows the usage"
         raise ConfigError(message)
 
@@ -77,10 +76,21 @@ class Parser(argparse.ArgumentParser):
             raise ConfigError(f"unexpected argument {shorten(rest[0])}; --help shows the usage")
         return found, rest
 
+    def _refuse_unknown(self, words: Sequence[str]) -> None:
+        """Raise the error for the first unknown flag among words."""
+        for word in words:
+            # a short flag may have its value in the same word
+            flag = word.partition("=")[0] if word.startswith("--") else word[:2]
+            if re.match("-+[a-zA-Z]", word) and flag not in self._option_string_actions:
+                raise self._unknown(word)
+
     def _unknown(self, word: str) -> ConfigError:
-        """Return the error for an unknown flag, with the nearest one."""
-        flag = word.partition("=")[0]
-        hint = nearest(flag, self._option_string_actions, "--help lists the flags")
+        """Return the error for an unknown flag, with the nearest one or the commands."""
+        flag, otherwise = word.partition("=")[0], "--help lists the flags"
+        if self._subparsers is not None:
+            (commands,) = self._subparsers._group_actions
+            otherwise = f"a command comes first: {', '.join(map(str, commands.choices or ()))}"
+        hint = nearest(flag, self._option_string_actions, otherwise)
         return ConfigError(f"unknown flag {shorten_text(flag)}; {hint}")
 
     def format_topic(self, topic: str) -> str:

@@ -38,7 +38,12 @@ ROOT = Path(__file__).resolve().parents[2]
         (["chat", "--trust-remote-code"], 2, "--trust-remote-code; --help lists the flags"),
         # a mistyped flag is the error, not the argument that it hides
         (["--verison"], 2, "unknown flag --verison; did you mean --version?"),
-        (["-V"], 2, "unknown flag -V; --help lists the flags"),
+        (["-V"], 2, "unknown flag -V; a command comes first: serve, chat, "),
+        # the value of a flag before the command is no command
+        (["--port", "8000"], 2, "unknown flag --port; a command comes first: serve, chat, "),
+        (["--port=8000"], 2, "unknown flag --port; a command comes first: serve, chat, "),
+        (["--port", "8000", "serve"], 2, "unknown flag --port; a command comes first: serve, "),
+        (["accuracy", "--serve", "x"], 2, "--serve; a command comes first: ifeval, score, "),
         (["run-batch", "--input", "x"], 2, "unknown flag --input; did you mean --input-file?"),
         (["run-batch", "-ix"], 2, "are required: -o/--output-file; --help shows the usage"),
         (["accuracy", "score", "--out", "x"], 2, "are required: RUN; --help shows the usage"),
