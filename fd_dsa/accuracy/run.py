@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
 from rich.progress import Progress
 
 from fd_dsa.accuracy.answers import Run, open_store
@@ -23,7 +22,7 @@ from fd_dsa.client.own_server import OwnServer, add_server_flags, check_passed, 
 from fd_dsa.client.questions import Question, ask
 from fd_dsa.client.remote import ServerInfo, examine_server, normal_base_url, shown_url
 from fd_dsa.client.settings import ON_OR_OFF, given_settings
-from fd_dsa.command_line.report import check_folder
+from fd_dsa.command_line.report import Terminal, check_folder
 from fd_dsa.command_line.values import add_numbers
 from fd_dsa.commands import own_command
 from fd_dsa.errors import ConfigError, RemoteError
@@ -127,7 +126,7 @@ class ServerUnderTest:
 
     async def _ask(self, task: str, missing: list[Question], total: int, run: Run) -> None:
         by_key = {question.key: question for question in missing}
-        with Progress(console=Console(stderr=True)) as progress:
+        with Progress(console=Terminal(stderr=True)) as progress:
             bar = progress.add_task(task, total=total, completed=total - len(missing))
             settings = given_settings(self.args, ("temperature", "seed", "thinking"))
             asked = ask(self.sender, self.info.model, missing, settings)
@@ -146,7 +145,7 @@ def connected(args: argparse.Namespace) -> Iterator[ServerUnderTest]:
     with contextlib.ExitStack() as stack:
         own, url = None, args.base_url
         if url is None:
-            with Console(stderr=True).status("starting the server"):
+            with Terminal(stderr=True).status("starting the server"):
                 server = own_server(args.serve, args.passed, out / "server.log")
                 own = stack.enter_context(server)
             url = own.base_url

@@ -13,14 +13,13 @@ import os
 import sys
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import httpx
 import orjson
-from rich.console import Console
 from rich.progress import Progress
 
 from fd_dsa.client.load import MAX_RETRIES, FailedAttempt, Request, Sender, TimedRequest
@@ -30,6 +29,7 @@ from fd_dsa.command_line.failures import reports_failures
 from fd_dsa.command_line.inputs import MAX_BYTES, read_bounded
 from fd_dsa.command_line.outputs import append_line, is_special, open_part, result_file
 from fd_dsa.command_line.parser import Parser, split_flags
+from fd_dsa.command_line.report import Terminal
 from fd_dsa.command_line.values import add_numbers
 from fd_dsa.commands import own_command
 from fd_dsa.errors import ConfigError, shorten, writing
@@ -210,7 +210,9 @@ async def _send(
         Request(item.url.removeprefix("/v1"), {"model": model, **item.body}) for item in items
     ]
     failed = 0
-    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
+    progress = Progress(console=Terminal(stderr=True))
+    # before 14.3 rich ends a disabled one with an empty line
+    with progress if sys.stderr.isatty() else nullcontext():
         bar = progress.add_task("requests", total=len(items))
         async with aclosing(sender.run(requests, _read)) as results:
             async for sent in results:

@@ -5,6 +5,7 @@ The same figures give the same text. It has no date, duration, or path of this m
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -58,10 +59,18 @@ def page(title: str, parts: Sequence[str | Table]) -> str:
     return "\n\n".join([f"# {title}", *texts]) + "\n"
 
 
+class Terminal(Console):
+    """Console of a stream whose closed pipe is an error of the command, as with `print`."""
+
+    def on_broken_pipe(self) -> None:
+        """Raise BrokenPipeError, in place of rich's silent end with status 1."""
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+
 def show(parts: Sequence[str | Table], console: Console | None = None) -> None:
     """Print the parts of a page on a terminal."""
     width = None if sys.stdout.isatty() else _PLAIN_WIDTH
-    out = console or Console(
+    out = console or Terminal(
         file=sys.stdout, width=width, highlight=False, markup=False, emoji=False
     )
     for part in parts:

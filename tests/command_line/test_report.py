@@ -6,10 +6,12 @@ import io
 import json
 import math
 import os
+import sys
 from pathlib import Path
 
 import pytest
 from rich.console import Console
+from rich.progress import Progress
 
 from fd_dsa.command_line import report
 from fd_dsa.command_line.report import Table
@@ -51,6 +53,21 @@ def test_narrow_terminals_shorten_names_before_figures() -> None:
     # figures fold, and none is lost
     shown = _shown(table, width=40)
     assert all(shown.count(digit) >= "".join(figures).count(digit) for digit in ".12345678")
+
+
+class _ClosedPipe(io.StringIO):
+    def write(self, text: str) -> int:
+        raise BrokenPipeError
+
+
+def test_a_closed_pipe_is_left_to_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rich itself would end the process with status 1, without a line."""
+    monkeypatch.setattr(sys, "stdout", _ClosedPipe())
+    for part in ("text", TABLE):
+        with pytest.raises(BrokenPipeError):
+            report.show([part])
+    with pytest.raises(BrokenPipeError), Progress(console=report.Terminal(file=_ClosedPipe())):
+        pass
 
 
 def test_files_are_written_whole_or_not_at_all(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.progress import track
 
 from fd_dsa.accuracy.embedded import OpenModel, open_model, read_config
@@ -23,7 +22,7 @@ from fd_dsa.accuracy.selection.measure import (
 )
 from fd_dsa.cache_formats import CACHE_FORMATS
 from fd_dsa.command_line.parser import Parser
-from fd_dsa.command_line.report import Table, as_json, check_folder, page, publish
+from fd_dsa.command_line.report import Table, Terminal, as_json, check_folder, page, publish
 from fd_dsa.command_line.values import add_numbers, check_prompt_tokens
 from fd_dsa.config import EngineConfig
 from fd_dsa.environment import quiet
@@ -157,7 +156,7 @@ def _measured(
 
     what = f"{model.device}, {dtype} caches, {length} tokens"
     texts = needle_texts(model, length, args.texts, args.seed)
-    bar = track(texts, what, args.texts, console=Console(stderr=True), transient=True)
+    bar = track(texts, what, args.texts, console=Terminal(stderr=True), transient=True)
     figures = measure(model, bar, num_queries=args.queries)
     kind = device_kind(model.sequence.runner.caches[0])
     return {
