@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
+from urllib.parse import quote
 
 from fastapi import FastAPI, Request
 from pydantic import ValidationError
@@ -233,7 +234,7 @@ def install_error_handlers(app: FastAPI) -> None:
         if isinstance(error, HTTPException):
             error = _from_http_exception(request, error)
         assert isinstance(error, ApiError)
-        return error.response(request.url.path)
+        return error.response(request.scope["path"])
 
     app.add_exception_handler(ApiError, answer)
     app.add_exception_handler(HTTPException, answer)
@@ -241,7 +242,8 @@ def install_error_handlers(app: FastAPI) -> None:
 
 def _from_http_exception(request: Request, error: HTTPException) -> ApiError:
     """Convert the router's 404 and 405, adding the paths and methods that exist."""
-    path = request.url.path
+    # not of `request.url`, which some versions of Starlette cannot make of a strange Host
+    path = quote(request.scope["path"])
     headers = dict(error.headers or {})
     if error.status_code == 404:
         routes = ", ".join(sorted(request.app.openapi()["paths"]))

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import orjson
 import pytest
 
 from fd_dsa.client import run_batch
@@ -22,6 +23,9 @@ from tests.serve.processes import console, environment, run_console
 
 ANSWER = "".join(WORDS)
 LOADING = {"error": {"message": "loading", "type": "unavailable", "param": None, "code": "loading"}}
+
+# before 3.12 orjson counts the six characters of a surrogate as read
+_LONE = 22 if orjson.__version__ < "3.12" else 16
 
 
 def request(custom_id: str, text: str = "Hi", **body: Any) -> dict[str, Any]:
@@ -73,7 +77,7 @@ def test_each_request_has_its_answer(tmp_path: Path, capsys: pytest.CaptureFixtu
         ("\udcff", "line 2: is not valid JSON: column 1: str is not valid UTF-8"),
         ('{"body": {"seed": 1e400}}', "JSON: column 19: number is infinity when parsed as double"),
         ('{"body": {"top_p": NaN}}', "line 2: is not valid JSON: column 20: unexpected character"),
-        ('{"custom_id": "\\ud800"}', "line 2: is not valid JSON: column 16: no low surrogate in"),
+        ('{"custom_id": "\\ud800"}', f"line 2: is not valid JSON: column {_LONE}: no low surrog"),
         ("[1]", "line 2: custom_id: got None, allowed: a text"),
         ({**request("b"), "custom_id": 5}, "line 2: custom_id: got 5, allowed: a text"),
         (request(""), "line 2: custom_id: got '', allowed: a text, not empty"),

@@ -331,6 +331,12 @@ def test_engine_failure_inside_a_stream() -> None:
     assert "secret" not in text
 
 
+@pytest.mark.parametrize("path", ["/v1/a%3Fb", "/v1/a%23b", "/a//b", "/a%0Ab", "/%C3%A9"])
+def test_an_unknown_path_is_named_as_it_was_sent(live: Live, path: str) -> None:
+    message = error_of(live.http.get(path, headers={"Host": "[::1"}), 404)["message"]
+    assert message.startswith(f"path {path} does not exist here; ")
+
+
 @pytest.mark.parametrize("host", ["elsewhere.example", "[::1", ""])
 def test_a_trailing_slash_is_no_way_to_another_host(live: Live, host: str) -> None:
     """A redirect would be made of the Host header, which anybody may have written."""
