@@ -84,7 +84,7 @@ def other_flags() -> str:
 def start_log() -> str:
     """Return the log of a start on the demo model as a code block. Times are examples."""
     from fd_dsa.models.registry import read_config
-    from fd_dsa.ops.providers import OPERATORS, select_provider
+    from fd_dsa.ops.providers import select_provider, unconditional
     from fd_dsa.serve.flags import ServerOptions
     from fd_dsa.serve.info import chat_formats
 
@@ -93,11 +93,11 @@ def start_log() -> str:
     defaults = dict(read_config(config.model_path).generation)
     lines = [
         "engine embedded: no flag asks for FastDeploy",
-        f"fd_dsa {__version__}: loading {config.model_path.name}",
+        f"fd_dsa {__version__}: loading …/{config.model_path.name}",
         f"sampling defaults of generation_config.json: {defaults}",
         f"[1/5] config   {start()['model']}",
         f"[2/5] weights  {start()['stored']} read in 0.1 s",
-        f"{', '.join(OPERATORS)} on cpu: {select_provider('topk', 'cpu')}",
+        f"{', '.join(unconditional('cpu'))} on cpu: {select_provider('topk', 'cpu')}",
         f"[3/5] kv cache {start()['summary']}",
         "[4/5] warm-up  not needed on this device",
         f"chat: prompts by {chat['chat_template']}, tool calls {chat['tool_call_parser']}, "

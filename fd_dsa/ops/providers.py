@@ -267,6 +267,12 @@ def _select(
     )
 
 
+def unconditional(kind: str) -> list[str]:
+    """Return the operators whose provider depends only on the kind of device."""
+    providers = {operator: {*available_providers(operator, kind)} for operator in OPERATORS}
+    return [one for one, all_ in providers.items() if not all_ & {CUSTOM_OP, TENSOR_CORE}]
+
+
 def select_all(kind: str) -> None:
     """Select the providers of all operators without conditions, when an attention is made.
 
@@ -276,11 +282,10 @@ def select_all(kind: str) -> None:
         ConfigError, BackendUnavailable: see `select_provider`.
     """
     alike: dict[tuple[int, str], list[str]] = {}
-    for operator in OPERATORS:
-        if not {CUSTOM_OP, TENSOR_CORE} & set(available_providers(operator, kind)):
-            selected, level, is_new = _select(operator, kind)
-            if is_new:
-                alike.setdefault((level, str(selected)), []).append(operator)
+    for operator in unconditional(kind):
+        selected, level, is_new = _select(operator, kind)
+        if is_new:
+            alike.setdefault((level, str(selected)), []).append(operator)
     for (level, text), operators in alike.items():
         logger.log(level, "%s on %s: %s", ", ".join(operators), kind, text)
 
@@ -369,8 +374,7 @@ def reason_for(provider: str) -> str:
 def available_providers(operator: str, kind: str) -> list[str]:
     """Return the providers of an operator for a kind of device, the fastest first."""
     on_host = (NUMPY, CUSTOM_OP) if operator == "position_ids" else (NUMPY,)
-    names = OPERATORS[operator]
-    return [p for p in names if (p in on_host if kind == "cpu" else p != NUMPY)]
+    return [p for p in OPERATORS[operator] if (p in on_host if kind == "cpu" else p != NUMPY)]
 
 
 def library_refusal(
@@ -383,9 +387,8 @@ def library_refusal(
     """
     build = custom_ops.build()
     if build.state != custom_ops.BUILT:
-        return f"{custom_ops.PACKAGE} is {build.state}: {build.reason}", (
-            build.state == custom_ops.BROKEN
-        )
+        is_broken = build.state == custom_ops.BROKEN
+        return f"{custom_ops.PACKAGE} is {build.state}: {build.reason}", is_broken
     if operator == "position_ids" and not build.operators:
         return f"{custom_ops.PACKAGE} is built {build.reason}, without Paddle's operators", False
     if build.kernels is None and kind != "cpu":

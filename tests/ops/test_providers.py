@@ -17,6 +17,7 @@ pytest.importorskip("paddle", reason="the operators are on Paddle tensors")
 
 import paddle
 
+from benchmarks._facts import start_log
 from fd_dsa import custom_ops
 from fd_dsa.errors import BackendUnavailable, ConfigError, KernelUnavailable
 from fd_dsa.ops import providers
@@ -178,6 +179,13 @@ def test_settling_covers_what_has_one_provider_and_sees_what_is_asked_for(
     monkeypatch.setenv("FD_DSA_OP_PROVIDER", "topk=custom_op")
     with pytest.raises(BackendUnavailable, match="topk=custom_op cannot serve on cpu"):
         select_all("cpu")
+
+
+def test_the_page_of_operations_has_the_log_of_a_start(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="fd_dsa"):
+        select_all("cpu")
+    (line,) = caplog.messages
+    assert f"INFO {line}\n" in start_log()
 
 
 def test_a_faster_provider_that_cannot_serve_is_named(caplog: pytest.LogCaptureFixture) -> None:
