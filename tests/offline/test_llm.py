@@ -164,7 +164,11 @@ def interrupted_at(llm, number):
         code = frame.f_code
         # the end of a generator expression is a call too, whose errors are lost
         if code.co_filename in files and code.co_name != "<genexpr>" and next(calls) == number:
-            raise KeyboardInterrupt
+            # before 3.11 an error at the resumption of a generator would skip its `finally`
+            return interrupt if sys.version_info < (3, 11) else interrupt()
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
 
     sys.settrace(trace)
     try:
