@@ -48,7 +48,8 @@ def _best(values, exists, K: tl.constexpr, SIZE: tl.constexpr):
     """
     place = tl.arange(0, SIZE)
     image = tl.where(exists, image_of(values), _LOWEST)
-    chosen = tl.zeros([SIZE], tl.int1)
+    # not zeros of int1, which the interpreter of Triton 3.3 cannot make
+    chosen = place < 0
     for _ in tl.static_range(K):
         first = tl.min(tl.where(image == tl.max(image, axis=0), place, SIZE), axis=0)
         is_best = place == first
