@@ -180,14 +180,19 @@ def describe_error(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}"
 
 
+def system_reason(error: Exception) -> str:
+    """Return the reason of an error of the system, without number and path, or another's text."""
+    reason = error.strerror if isinstance(error, OSError) else None
+    return reason.lower() if reason else str(error)
+
+
 @contextmanager
 def writing(flag: str, path: object, hint: str = "") -> Iterator[None]:
     """Report an output that cannot be written inside, with flag, file and reason."""
     try:
         yield
     except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        name = shorten_text(str(path))
+        reason, name = system_reason(error), shorten_text(str(path))
         raise ConfigError(f"{flag}: {name} cannot be written ({reason}){hint}") from error
 
 

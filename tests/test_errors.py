@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from fd_dsa.chat.renderers import read_renderer
 from fd_dsa.cli import main
 from fd_dsa.config import EngineConfig
 from fd_dsa.errors import ConfigError, flag_error, shorten, shorten_text
+from fd_dsa.models.config_reader import read_json_object
 
 LONG = "a" * 100_000
 
@@ -70,3 +72,15 @@ def test_errors_of_commands_are_short(
     assert main([*line]) == 2
     said = capsys.readouterr().err
     assert said.startswith(f"fd_dsa: error: {flag}") and len(said) < 700
+
+
+def test_a_file_that_cannot_be_read_is_named_once_without_a_number(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    path = file / "config.json"
+    with pytest.raises(ConfigError) as refused:
+        read_json_object(path)
+    assert str(refused.value) == f"{path}: cannot be read (not a directory)"
+    with pytest.raises(ConfigError) as refused:
+        read_renderer(tmp_path, {}, {}, (), lambda token: False, path)
+    assert str(refused.value).endswith("config.json: cannot be read: not a directory")

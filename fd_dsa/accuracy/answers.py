@@ -21,7 +21,7 @@ from fd_dsa.accuracy.scores import RunSettings, first_fault
 from fd_dsa.client.questions import Answer, Question
 from fd_dsa.command_line.inputs import read_bounded
 from fd_dsa.command_line.outputs import append_line, lock
-from fd_dsa.errors import ConfigError, shorten_text, writing
+from fd_dsa.errors import ConfigError, shorten_text, system_reason, writing
 
 MAX_RUN_BYTES = 2 << 30
 """Maximum size of a run, whose prompts have up to `MAX_PROMPT_TOKENS` tokens."""
@@ -82,7 +82,7 @@ def read_run(path: Path) -> Run:
     try:
         data = read_bounded(path, MAX_RUN_BYTES)
     except OSError as error:
-        reason = (error.strerror or str(error)).lower()
+        reason = system_reason(error)
         name = shorten_text(str(path))
         raise ConfigError(f"{name}: {reason}; give the answers.jsonl of a run") from error
     run = _parse(path, data)

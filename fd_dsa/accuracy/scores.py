@@ -20,7 +20,7 @@ from fd_dsa.client.questions import Answer, Question
 from fd_dsa.command_line.inputs import MAX_BYTES, read_bounded
 from fd_dsa.command_line.report import Table, as_json, page, publish
 from fd_dsa.commands import own_command
-from fd_dsa.errors import ConfigError, shorten, shorten_text
+from fd_dsa.errors import ConfigError, shorten, shorten_text, system_reason
 
 PROMPT_STRICT = "Prompt-level-strict-accuracy"
 INST_STRICT = "Inst-level-strict-accuracy"
@@ -250,7 +250,7 @@ def read_scores(path: Path) -> Scores:
         data = read_bounded(file, MAX_BYTES, f"give a {SCORES_FILE}")
         scores = TypeAdapter(Scores).validate_json(data, strict=True)
     except OSError as error:
-        reason = (error.strerror or str(error)).lower()
+        reason = system_reason(error)
         raise ConfigError(
             f"{shorten_text(str(file))}: {reason}; give the folder of a scored run or its "
             f"{SCORES_FILE}"

@@ -13,7 +13,7 @@ from fd_dsa.chat.deepseek_encoding import (
 )
 from fd_dsa.chat.template import MAX_TEMPLATE_BYTES, ChatTemplate
 from fd_dsa.command_line.inputs import read_bounded
-from fd_dsa.errors import ConfigError, shorten
+from fd_dsa.errors import ConfigError, shorten, system_reason
 
 NO_TEMPLATE = (
     "the model folder has no chat template (neither chat_template.jinja nor chat_template in "
@@ -64,7 +64,8 @@ def read_renderer(
         try:
             text = read_bounded(file, MAX_TEMPLATE_BYTES, "shorten it").decode("utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"chat template of {origin}: cannot be read: {error}") from error
+            reason = system_reason(error)
+            raise ConfigError(f"chat template of {origin}: cannot be read: {reason}") from error
         except ConfigError as error:
             raise ConfigError(f"chat template of {origin}: {error}") from None
         return ChatTemplate(text, special_tokens, origin, family_formats)

@@ -32,7 +32,7 @@ from fd_dsa.command_line.parser import Parser, split_flags
 from fd_dsa.command_line.report import Terminal
 from fd_dsa.command_line.values import add_numbers
 from fd_dsa.commands import own_command
-from fd_dsa.errors import ConfigError, shorten, writing
+from fd_dsa.errors import ConfigError, shorten, system_reason, writing
 from fd_dsa.signals import signal_end
 
 MAX_REQUESTS = 50_000
@@ -136,7 +136,7 @@ def read_batch(path: str) -> list[Item]:
     except ConfigError as error:
         raise ConfigError(f"--input-file: {error}") from None
     except OSError as error:
-        reason = (error.strerror or "").lower()
+        reason = system_reason(error)
         raise ConfigError(f"--input-file: {shorten(path)} cannot be read ({reason})") from error
     for number, line in enumerate(io.BytesIO(data), 1):
         if not line.strip():

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from fd_dsa.errors import CheckpointError, shorten
+from fd_dsa.errors import CheckpointError, shorten, system_reason
 from fd_dsa.models.config_reader import (
     describe_missing,
     has_file,
@@ -245,7 +245,7 @@ def _map_file(path: Path) -> mmap.mmap:
     except FileNotFoundError:
         raise CheckpointError(f"{path}: {describe_missing(path)}") from None
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error})") from None
+        raise CheckpointError(f"{path}: cannot be read ({system_reason(error)})") from None
     except SafetensorError as error:
         raise CheckpointError(
             f"{path}: truncated or no sound safetensors file ({path.stat().st_size} bytes): "

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fd_dsa.errors import ConfigError, shorten, unique_object
+from fd_dsa.errors import ConfigError, shorten, system_reason, unique_object
 from fd_dsa.models.known_fields import NULL_IS_ABSENT, is_harmless, same_value
 
 # sizes and positions are int32 in kernels
@@ -45,7 +45,7 @@ def check_file(path: Path) -> None:
     except FileNotFoundError:
         raise ConfigError(f"{path}: {describe_missing(path)}") from None
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error})") from None
+        raise ConfigError(f"{path}: cannot be read ({system_reason(error)})") from None
     if not stat.S_ISREG(status.st_mode):
         raise ConfigError(f"{path}: is no regular file; replace it by the model's own")
     if status.st_size > MAX_FILE_BYTES:
@@ -72,7 +72,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     try:
         data = parse_json(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: cannot be read as JSON ({error})") from None
+        raise ConfigError(f"{path}: cannot be read as JSON ({system_reason(error)})") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: got a JSON {type(data).__name__}, allowed: an object")
     return data

@@ -19,7 +19,7 @@ import psutil
 import uvicorn
 
 from fd_dsa.environment import format_address
-from fd_dsa.errors import ConfigError, shorten
+from fd_dsa.errors import ConfigError, shorten, system_reason
 from fd_dsa.serve.app import create_app
 from fd_dsa.serve.h11_protocol import StrictH11Protocol
 from fd_dsa.serve.listener import BACKLOG, Listener
@@ -96,7 +96,7 @@ def bind_socket(host: str, port: int) -> socket.socket:
 
 def _bind_error(host: str, port: int, error: OSError) -> ConfigError:
     where = format_address(host, port)
-    reason = (error.strerror or str(error)).lower()
+    reason = system_reason(error)
     owner = describe_port_owner(port) if error.errno == errno.EADDRINUSE else ""
     by = f" by {owner}" if owner else ""
     cure = _BIND_CURES.get(error.errno or 0, "choose another --host or --port")
