@@ -23,7 +23,10 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The project with this room alone, so that building takes a second."""
     folder = tmp_path_factory.mktemp("source")
     typed = "fd_dsa/py.typed"
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "fd_dsa/__init__.py", typed):
+    built = "pyproject.toml", "setup.py", "MANIFEST.in"
+    # a part of the tests, which cannot run without the others
+    test = "tests/test_errors.py"
+    for name in (*built, "README.md", "LICENSE", "fd_dsa/__init__.py", typed, test):
         (folder / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
     # other processes write there
@@ -56,3 +59,5 @@ def test_wheel_and_sdist_hold_the_prompts(source: Path) -> None:
     with tarfile.open(_build(source, "sdist")) as sdist:
         names = [name.partition("/")[2] for name in sdist.getnames()]
     assert {*wanted, "fd_dsa/py.typed"} <= set(names)
+    # setuptools would add files of tests by their names, without those that they import
+    assert not [name for name in names if name.startswith("tests")]
