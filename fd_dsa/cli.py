@@ -42,7 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     with signals.command():
         try:
             if arguments[0] in COMMANDS:
-                module = import_module(f"fd_dsa.{COMMANDS[arguments[0]][0]}")
+                # Python ignores the KeyboardInterrupt of a handler in some parts of an import
+                with signals.signals_exit_at_once():
+                    module = import_module(f"fd_dsa.{COMMANDS[arguments[0]][0]}")
                 return int(module.main(arguments[1:]))
             return _run(arguments)
         except ImportError as error:

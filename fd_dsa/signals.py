@@ -79,21 +79,33 @@ def exit_at_once(number: int, line: str) -> NoReturn:
 
 
 @contextmanager
-def signals_exit_at_once(line: str) -> Iterator[None]:
+def signals_exit_at_once(line: str = "") -> Iterator[None]:
     """End the process at once on SIGINT or SIGTERM in the block, even if threads work.
 
     Only the main thread can handle signals. In another thread the block runs unchanged.
+
+    Args:
+        line: line for stderr, "" = the one of `command`.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, lambda got, _: exit_at_once(got, line)) for number in numbers]
+    stops = {signal.SIGINT: KeyboardInterrupt(), signal.SIGTERM: Terminated()}
+    before = {number: signal.getsignal(number) for number in stops}
+
+    def stop(number: int, _: object) -> None:
+        word = signal_end(stops[signal.Signals(number)])[0]
+        exit_at_once(number, line or f"fd_dsa: error: {word}")
+
+    # a job in the background of a script ignores SIGINT
+    changed = [number for number, handler in before.items() if handler is not signal.SIG_IGN]
+    for number in changed:
+        signal.signal(number, stop)
     try:
         yield
     finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
+        for number in changed:
+            signal.signal(number, before[number])
 
 
 @contextmanager

@@ -71,6 +71,38 @@ def test_a_current_folder_that_is_gone_is_one_line(
     assert capsys.readouterr().err == f"fd_dsa: error: {rule}\n"
 
 
+_LOSES_AN_INTERRUPT = """
+import os, signal, sys, weakref
+from fd_dsa import cli
+
+def imports(name):
+    # as importlib has it for the locks of modules: Python ignores errors of this function
+    weakref.ref(set(), lambda _: signal.raise_signal(int(sys.argv[1])))
+    raise SystemExit("the signal is lost")
+
+cli.import_module = imports
+cli.main(["bench"])
+"""
+
+
+def _signalled(number: int, prefix: str = "") -> tuple[int, str]:
+    """Run a command that gets a signal during its imports, and return status and stderr."""
+    code = prefix + _LOSES_AN_INTERRUPT
+    command = [sys.executable, "-c", code, str(number)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize(("number", "word"), [(2, "interrupted"), (15, "terminated")])
+def test_a_signal_during_an_import_is_not_lost(number: int, word: str) -> None:
+    assert _signalled(number) == (128 + number, f"fd_dsa: error: {word}\n")
+
+
+def test_a_job_in_the_background_ignores_an_interrupt_during_its_imports() -> None:
+    ignored = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+    assert _signalled(2, ignored) == (1, "the signal is lost\n")
+
+
 @pytest.mark.slow
 # Paddle sets its own handlers about a second after its library is loaded
 @pytest.mark.parametrize("wait_s", [0, 1.2, 1.6, 3])
