@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import re
 import sys
 from collections.abc import Iterable, Sequence
@@ -10,8 +11,9 @@ from typing import Any, NoReturn
 
 from fd_dsa.errors import ConfigError, nearest_name, shorten, shorten_text
 
-_CHOICE = re.compile(r"(?s)(.*)invalid choice: '(.*)' \(choose from (.*)\)")
-_EXPLICIT = re.compile(r"(?s)(.*ignored explicit argument )'(.*)'")
+# argparse shows a word as a literal of Python
+_CHOICE = re.compile(r"""(.*)invalid choice: ('.*'|".*") \(choose from (.*)\)""")
+_EXPLICIT = re.compile(r"""(.*ignored explicit argument )('.*'|".*")""")
 
 
 def nearest(name: str, known: Iterable[str], otherwise: str) -> str:
@@ -49,7 +51,8 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         message = re.sub(r"^argument ([^:]+): ", r"\1: ", message)
         if choice := _CHOICE.fullmatch(message):
-            where, got, listed = choice.groups()
+            where, literal, listed = choice.groups()
+            got = ast.literal_eval(literal)
             if where == "COMMAND: ":
                 # the word may be the value of a flag whose command is missing
                 self._refuse_unknown(self._words[: self._words.index(got)])
@@ -58,7 +61,7 @@ class Parser(argparse.ArgumentParser):
             hint = nearest(got, known, "")
             message = f"{what}{shorten(got)}, allowed: {', '.join(known)}" + (hint and f"; {hint}")
         if explicit := _EXPLICIT.fullmatch(message):
-            message = explicit[1] + shorten(explicit[2])
+            message = explicit[1] + shorten(ast.literal_eval(explicit[2]))
         if "arguments are required: " in message:
             # a mistyped flag is mostly the reason
             self._refuse_unknown(self._words)

@@ -27,6 +27,10 @@ ROOT = Path(__file__).resolve().parents[2]
         ([], 0, f"usage: {own_command()} "),
         (["dance"], 2, "unknown command 'dance', allowed: serve, chat, run-batch"),
         (["srve"], 2, "; did you mean serve?"),
+        # words that Python shows with other quotes or with escapes
+        (["a'b"], 2, 'unknown command "a\'b", allowed: serve, chat'),
+        (["a\n\\'b\""], 2, "unknown command 'a\\n\\\\\\'b\"', allowed: serve, chat"),
+        (["serve", "--enforce-eager=a'b"], 2, 'ignored explicit argument "a\'b"'),
         (
             ["chat", "--tempera", "1"],
             2,
