@@ -18,14 +18,8 @@ from fd_dsa.ops.dense_kernels import (
     kernel_arguments,
     quantized,
 )
-from fd_dsa.ops.device_functions import (
-    load_pairs,
-    rotated,
-    store_pairs,
-    stored,
-    to_bfloat16,
-    widened,
-)
+from fd_dsa.ops.device_functions import store_pairs, stored, to_bfloat16, widened
+from fd_dsa.ops.query_kernels import rotated_pairs
 from fd_dsa.ops.split_sums import rows_of_tiles
 from fd_dsa.ops.step_kernel import step_kernel
 from fd_dsa.tensor import Fp8Rows, Tensor
@@ -58,30 +52,6 @@ def store_heads(
         codes, scale = quantized(values, ROUND_SCALES)
         tl.store(scales_ptr + head * scales_stride + token, scale, mask=live)
         tl.store(codes_ptr + place, codes, mask=live[:, None])
-
-
-@triton.jit
-def _store_rotated(
-    x, token, head, heads, live, angle_rows_ptr, cos_sin_ptr, num_angles, out_ptr,
-    OUT: tl.constexpr, HALF: tl.constexpr,
-):  # fmt: skip
-    """Store rotated pairs of a head after its OUT values.
-
-    Args:
-        x: pointers to the pairs of each token.
-    """
-    angle_row = token
-    if angle_rows_ptr is not None:
-        angle_row = tl.load(angle_rows_ptr + token, mask=live, other=0).to(tl.int64)
-        # a number past the table must not become an address
-        angle_row = tl.minimum(tl.maximum(angle_row, 0), num_angles - 1)
-    mask = live[:, None]
-    angle = (cos_sin_ptr + angle_row * (2 * HALF))[:, None] + tl.arange(0, HALF)[None, :]
-    cos, sin = tl.load(angle, mask=mask), tl.load(angle + HALF, mask=mask)
-    first, second = load_pairs(x[:, None], mask, HALF, True)
-    first, second = rotated(first, second, cos, sin)
-    out = (out_ptr + (token * heads + head) * (OUT + 2 * HALF) + OUT)[:, None]
-    store_pairs(out, stored(first, out), stored(second, out), mask, HALF, True)
 
 
 @step_kernel(strided=("x_ptr",), waits=True)
@@ -124,10 +94,12 @@ def head_gemm_kernel(
     if HALF > 0:  # noqa: SIM102, a constant and a number of the device
         if tl.program_id(0) * BLOCK_OUT >= OUT:
             start_next()
-            _store_rotated(
-                x + IN, token, head, heads, live, angle_rows_ptr, cos_sin_ptr, num_angles, out_ptr,
-                OUT, HALF,
-            )  # fmt: skip
+            first, second = rotated_pairs(
+                x + IN, token, live, angle_rows_ptr, cos_sin_ptr, num_angles, HALF
+            )
+            pairs = (out_ptr + (token * heads + head) * (OUT + 2 * HALF) + OUT)[:, None]
+            first, second = stored(first, pairs), stored(second, pairs)
+            store_pairs(pairs, first, second, live[:, None], HALF, True)
             return
     column = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     inside, end = column < OUT, IN

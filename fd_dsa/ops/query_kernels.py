@@ -27,6 +27,7 @@ from fd_dsa.ops.step_kernel import step_kernel
 from fd_dsa.tensor import Tensor
 from fd_dsa.triton_runtime import next_power_of_2, start_next, wait_for_inputs
 
+import triton  # isort: skip
 import triton.language as tl  # isort: skip
 
 _INDEXER, _MLA = "indexer_query", "prepare_mla_query"
@@ -169,6 +170,28 @@ def indexer_query_arguments(
     }
 
 
+@triton.jit
+def rotated_pairs(
+    x, token, inside, angle_rows_ptr, cos_sin_ptr, num_angles, HALF: tl.constexpr
+):  # fmt: skip
+    """Load HALF interleaved pairs of each row, and rotate them by the angles of its token.
+
+    Args:
+        x: pointers to the pairs of each row.
+        token: token of each row, whose number is the row of the angles without `angle_rows_ptr`.
+    """
+    angle_row = token
+    if angle_rows_ptr is not None:
+        angle_row = tl.load(angle_rows_ptr + token, mask=inside, other=0).to(tl.int64)
+        # a number past the table must not become an address
+        angle_row = tl.minimum(tl.maximum(angle_row, 0), num_angles - 1)
+    mask = inside[:, None]
+    angle = (cos_sin_ptr + angle_row * (2 * HALF))[:, None] + tl.arange(0, HALF)[None, :]
+    cos, sin = tl.load(angle, mask=mask), tl.load(angle + HALF, mask=mask)
+    first, second = load_pairs(x[:, None], mask, HALF, True)
+    return rotated(first, second, cos, sin)
+
+
 @step_kernel(
     strided=("latent_ptr", "pe_ptr"),
     specialized=("latent_token_stride", "latent_head_stride", "pe_token_stride", "pe_head_stride"),
@@ -197,17 +220,11 @@ def prepare_mla_query_kernel(
     start_next()
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     inside = row < num_rows
-    token, head = row // HEADS, row % HEADS
-    angle_row = token
-    if position_ids_ptr is not None:
-        angle_row = tl.load(position_ids_ptr + token, mask=inside, other=0)
-        # a position past the table must not become an address
-        angle_row = tl.minimum(tl.maximum(angle_row, 0), num_positions - 1)
-    mask = inside[:, None]
-    angle = (cos_sin_ptr + angle_row * (2 * HALF))[:, None] + tl.arange(0, HALF)[None, :]
-    cos, sin = tl.load(angle, mask=mask), tl.load(angle + HALF, mask=mask)
-    pe_row = (pe_ptr + token * pe_token_stride + head * pe_head_stride)[:, None]
-    first, second = load_pairs(pe_row, mask, HALF, True)
+    token, head, mask = row // HEADS, row % HEADS, inside[:, None]
+    pe_row = pe_ptr + token * pe_token_stride + head * pe_head_stride
+    first, second = rotated_pairs(
+        pe_row, token, inside, position_ids_ptr, cos_sin_ptr, num_positions, HALF
+    )
     column = tl.arange(0, PADDED_RANK)[None, :]
     copied = mask & (column < RANK)
     latent_row = latent_ptr + token * latent_token_stride + head * latent_head_stride
@@ -215,7 +232,6 @@ def prepare_mla_query_kernel(
 
     out = (out_ptr + row * (RANK + 2 * HALF))[:, None]
     tl.store(out + column, latent, mask=copied)
-    first, second = rotated(first, second, cos, sin)
     store_pairs(out + RANK, stored(first, out), stored(second, out), mask, HALF, True)
 
 

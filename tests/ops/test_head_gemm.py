@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 
 pytest.importorskip("paddle", reason="the launches take Paddle's tensors")
 
-from fd_dsa.ops.cache_write import bfloat16_bits
 from tests.kernel_memory import POISON, KernelMemory
+from tests.ops import block_fp8
 
 HEADS, IN, OUT = 3, 40, 24
 # more rows than a tile of any form has
@@ -68,16 +66,8 @@ def test_absorbed_queries_are_those_of_two_launches(
     from fd_dsa.ops.query_kernels import prepare_mla_query
 
     m, half, rng = kernel_memory, 8, np.random.default_rng(tokens)
-
-    def put(values: np.ndarray) -> Any:
-        return (
-            m.put(bfloat16_bits(values).view(np.uint16), dtype)
-            if dtype == "bfloat16"
-            else m.put(values)
-        )
-
-    wide = put(rng.standard_normal((tokens, HEADS, IN + 2 * half), np.float32))
-    keys = put(operands(tokens)[1])
+    wide = block_fp8.put(m, rng.standard_normal((tokens, HEADS, IN + 2 * half)), dtype)
+    keys = block_fp8.put(m, operands(tokens)[1], dtype)
     table = m.put(rng.standard_normal((tokens + 2, 2 * half), np.float32))
     # a device clamps numbers past the table
     rows = rng.permutation(tokens).astype(np.int32)
